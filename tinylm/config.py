@@ -1,0 +1,601 @@
+"""Every setting of the program: its type, its meaning, its bounds, and how YAML becomes it.
+
+Reading order: the sections (`ModelConfig`, `TokenizerConfig`, `DataConfig`, `TrainingConfig`, `HardwareConfig`,
+`SamplingConfig`), then `Config` that holds them, then `load_config`, the only reader of configuration YAML.
+Settings are frozen: whoever holds one holds what the run was started with. Steps are optimizer steps everywhere.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from tinylm.errors import UserError, printable
+
+# Large enough for any real run, small enough that no product of two settings overflows a 64-bit integer.
+COUNT_LIMIT = 2**31 - 1
+CONFIG_BYTES_LIMIT = 1_000_000
+CONFIG_DEPTH_LIMIT = 12
+
+Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
+CountOrZero = Annotated[int, Field(ge=0, le=COUNT_LIMIT, strict=True)]
+# Strict: YAML's `no` and `yes` are booleans, and a boolean must not pass for a number.
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+# A path or name that is not empty; a NUL byte would reach the operating system as a surprise.
+Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen after loading, and a key that is not a setting is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class MoEConfig(Section):
+    """A mixture of experts in place of each feed-forward layer (Shazeer et al. 2017; Jiang et al. 2024)."""
+
+    n_experts: Count = 8
+    """feed-forward networks a layer"""
+    top_k: Count = 2
+    """experts that each token is sent to"""
+    balance_coef: Annotated[Number, Field(ge=0, le=1)] = 0.01
+    """weight of the load-balance loss (Fedus et al. 2021, equation 4) beside the cross entropy"""
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> "MoEConfig":
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k: {self.top_k} is more than n_experts ({self.n_experts}). Lower top_k")
+        return self
+
+
+class ModelConfig(Section):
+    """The shape of the decoder: what `tinylm/decoder.py` builds."""
+
+    vocab_size: Count | None = None
+    """rows of the embedding; null: as many as the tokenizer has (a larger multiple of 64 can be faster on a GPU)"""
+    max_seq_len: Count = 1024
+    """positions that the model can tell apart in one context"""
+    n_layers: Annotated[Count, Field(le=1000)] = 6
+    """decoder blocks"""
+    d_model: Count = 384
+    """width of the residual stream"""
+    n_heads: Count = 6
+    """query heads a layer"""
+    n_kv_heads: Count | None = None
+    """key/value heads a layer; null: n_heads (MHA); 1: multi-query; between: grouped-query (Ainslie et al. 2023)"""
+    head_dim: Count | None = None
+    """width of one head; null: d_model / n_heads"""
+    ffn: Literal["swiglu", "silu", "gelu", "relu2"] = "swiglu"
+    """feed-forward: gated SiLU (Shazeer 2020), or one hidden layer with SiLU, GELU (tanh form) or squared ReLU"""
+    d_ff: Count | None = None
+    """hidden width of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64 for swiglu, else 4 d_model"""
+    position: Literal["rope", "learned", "alibi", "none"] = "rope"
+    """how order enters: rotary (Su et al. 2021), a learned table, linear biases (Press et al. 2021), or not at all"""
+    rope_theta: Annotated[Number, Field(gt=1, le=1e12)] = 10000.0
+    """base of RoPE's wavelengths"""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016)"""
+    norm_eps: Annotated[Number, Field(gt=0, le=0.1)] = 1e-5
+    """added to the variance before the root"""
+    norm_placement: Literal["pre", "post", "none"] = "pre"
+    """norm before each sub-layer, after each residual sum, or nowhere"""
+    qk_norm: Switch = False
+    """RMS-normalise queries and keys a head before attention (Dehghani et al. 2023)"""
+    sliding_window: Count | None = None
+    """positions that a token sees, itself included; null: all before it"""
+    n_sinks: Annotated[CountOrZero, Field(le=1024)] = 0
+    """learned key/value slots that every position sees, outside the window too (after Xiao et al. 2023)"""
+    moe: MoEConfig | None = None
+    """mixture of experts; null: one dense feed-forward a layer"""
+    attention_dropout: Fraction = 0.0
+    """dropout on attention weights"""
+    residual_dropout: Fraction = 0.0
+    """dropout on the embedding and on what each sub-layer adds"""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """biases in the linear layers: in none, in query/key/value only (Qwen2), or in all but the head (GPT-2)"""
+    tie_embeddings: Switch = True
+    """one matrix embeds tokens and scores them (Press and Wolf 2017)"""
+    init: Literal["normal", "trunc_normal"] = "normal"
+    """normal: std 0.02 everywhere; trunc_normal: std sqrt(2/(in+out)) cut at 3 std, embeddings std 1"""
+    gradient_checkpointing: Switch = False
+    """recompute each block in the backward pass: less memory, about a third more compute"""
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> "ModelConfig":
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(f"n_heads: {self.n_heads} does not divide d_model ({self.d_model}). Change one, or set head_dim")
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads: {self.n_kv_heads} does not divide n_heads ({self.n_heads}). Change one")
+        if self.position == "rope" and self.size_of_head % 2:
+            raise ValueError(f"head_dim: {self.size_of_head} is odd, and rope rotates pairs. Choose an even head_dim")
+        return self
+
+    @property
+    def size_of_head(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads a layer."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the feed-forward.
+
+        >>> ModelConfig(d_model=384, n_heads=6).hidden, ModelConfig(d_model=384, n_heads=6, ffn="gelu").hidden
+        (1024, 1536)
+        """
+        if self.d_ff is not None:
+            return self.d_ff
+        return 64 * math.ceil(8 * self.d_model / (3 * 64)) if self.ffn == "swiglu" else 4 * self.d_model
+
+
+class TokenizerConfig(Section):
+    """How text becomes token ids."""
+
+    kind: Literal["byte", "char", "hf"] = "byte"
+    """byte: 256 bytes and 4 specials; char: the characters of the training split; hf: read from `path`"""
+    path: Name | None = None
+    """for hf: a Hugging Face name (gpt2), or a folder with tokenizer.json or vocab.json and merges.txt"""
+    unknown: Literal["error", "unk"] = "error"
+    """for char: what a character outside the vocabulary is, an error or the token <|unk|>"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_means_hf(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("path") is not None and "kind" not in values:
+            return {**values, "kind": "hf"}
+        return values
+
+    @model_validator(mode="after")
+    def _path_fits_kind(self) -> "TokenizerConfig":
+        if self.kind == "hf" and self.path is None:
+            raise ValueError("path: kind hf needs a name or folder. Set tokenizer.path")
+        if self.kind != "hf" and self.path is not None:
+            raise ValueError(f"path: kind {self.kind} reads no files. Take path out, or set kind: hf")
+        if self.kind != "char" and self.unknown != "error":
+            raise ValueError(f"unknown: kind {self.kind} knows every text. Take unknown out")
+        return self
+
+
+class DataConfig(Section):
+    """Which documents are read, which are held out, and how they become rows."""
+
+    dataset: Name = "data/tiny_corpus.txt"
+    """a .txt, .jsonl, .parquet or token file, a folder or glob of them, or a Hugging Face name (owner/name)"""
+    dataset_config: Name | None = None
+    """configuration of a Hugging Face dataset (20231101.en)"""
+    split: Name = "train"
+    """split of a Hugging Face dataset to train on"""
+    val_dataset: Name | None = None
+    """validation documents from another source; null: from val_split or val_fraction"""
+    val_split: Name | None = None
+    """split of a Hugging Face dataset to validate on; null: from val_dataset or val_fraction"""
+    val_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    """share of the documents held out where there is no other validation source, drawn by content and seed"""
+    streaming: Switch = False
+    """read documents as training goes, never all at once; for what does not fit on the disk"""
+    text_field: Name = "text"
+    """column or key that holds a document's text"""
+    document_separator: Annotated[str, Field(min_length=1)] | None = None
+    """what divides documents in a .txt file; null: each line is a document"""
+    train_docs: Count | None = None
+    """at most so many training documents"""
+    val_docs: Count | None = None
+    """at most so many validation documents"""
+    max_doc_len: Count | None = None
+    """tokens after which a document is cut"""
+    stride: Count | None = None
+    """tokens from one row's start to the next; null: training.seq_len, so that rows do not overlap"""
+    order: Literal["shuffled", "sequential", "random"] = "shuffled"
+    """rows by a seeded permutation each pass, as they stand, or windows at random offsets with replacement"""
+    document_mask: Switch = False
+    """stop attention at document borders and start positions again there"""
+    shuffle_window: Count = 1024
+    """rows of a stream that are shuffled together"""
+    num_workers: Annotated[CountOrZero, Field(le=256)] = 0
+    """processes that prepare batches; the result does not depend on it"""
+    cache_dir: Name = ".cache"
+    """folder for the token files made from text"""
+
+    @model_validator(mode="after")
+    def _one_validation_source(self) -> "DataConfig":
+        if self.val_dataset is not None and self.val_split is not None:
+            raise ValueError("val_split: val_dataset is set too. Keep one of them")
+        if self.streaming and self.order == "random":
+            raise ValueError("order: random needs an indexed source. Set streaming: false or order: shuffled")
+        if self.streaming and self.stride is not None:
+            raise ValueError("stride: a stream is packed without overlap. Take stride out, or set streaming: false")
+        return self
+
+
+def _precision_name(value: Any) -> Any:
+    """16 and 32 are numbers in YAML; the setting is a name."""
+    return str(value) if type(value) is int else value
+
+
+class TrainingConfig(Section):
+    """The optimisation: batches, steps, optimizer, schedule, validation and files."""
+
+    seed: CountOrZero = 1337
+    """the one seed: initialisation, order of data, dropout"""
+    seq_len: Count = 256
+    """tokens a row"""
+    micro_batch_size: Count = 16
+    """rows in one forward and backward pass on one device"""
+    grad_accum_steps: Count = 1
+    """micro-batches an optimizer step"""
+    max_steps: Count = 1000
+    """optimizer steps of the whole run"""
+    optimizer: Literal["adamw", "adamw_plain", "sgd", "muon"] = "adamw"
+    """torch's fused AdamW, ours written out, SGD with lr/sqrt(t+1), or Muon for matrices with AdamW for the rest"""
+    lr: Annotated[Number, Field(gt=0)] = 3e-4
+    """peak learning rate"""
+    muon_lr: Annotated[Number, Field(gt=0)] = 0.02
+    """peak learning rate of the matrices under muon"""
+    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.1
+    """lowest learning rate as a share of the peak"""
+    schedule: Literal["warmup_cosine", "wsd", "constant", "plateau"] = "warmup_cosine"
+    """the learning rate over the steps; every one but `constant` begins with a linear warm-up"""
+    warmup_ratio: Fraction = 0.02
+    """share of max_steps in which the learning rate rises from 0"""
+    decay_ratio: Annotated[Number, Field(gt=0, le=1)] = 0.2
+    """wsd: share of max_steps in which the learning rate falls at the end"""
+    plateau_patience: Count = 3
+    """plateau: validations without improvement before the learning rate is cut"""
+    plateau_factor: Annotated[Number, Field(gt=0, lt=1)] = 0.5
+    """plateau: what the learning rate is multiplied by"""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay of the first and second moment"""
+    eps: Annotated[Number, Field(gt=0, le=1)] = 1e-8
+    """AdamW's guard against division by zero"""
+    momentum: Fraction = 0.95
+    """Muon's momentum"""
+    weight_decay: Annotated[Number, Field(ge=0, le=100)] = 0.1
+    """decoupled decay, on matrices only"""
+    grad_clip: Annotated[Number, Field(gt=0)] | None = 1.0
+    """largest norm of the gradient; null: not clipped"""
+    label_smoothing: Fraction = 0.0
+    """share of each target spread evenly over the vocabulary; validation never smooths"""
+    val_every_steps: Count = 200
+    """optimizer steps between validations"""
+    val_batches: Count | None = None
+    """at most so many batches a validation; null: all"""
+    early_stopping_patience: Count | None = None
+    """stop after so many validations without improvement; null: never"""
+    log_every_steps: Count = 10
+    """optimizer steps between rows of metrics.csv"""
+    save_every_steps: Count = 500
+    """optimizer steps between checkpoints"""
+    keep_last: Count | None = 2
+    """how many step-*.ckpt stay; null: all"""
+    checkpoint_dir: Name = "checkpoints"
+    """folder of the checkpoints"""
+    log_dir: Name = "logs"
+    """folder of the runs' metrics"""
+    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "pretrain"
+    """folder in log_dir"""
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """where the metrics go beside metrics.csv"""
+    sample_prompt: str | None = None
+    """text continued at each validation; null: none"""
+    auto_resume: Switch = True
+    """go on from the newest sound checkpoint in checkpoint_dir"""
+    init_from: Name | None = None
+    """checkpoint whose weights, and nothing else, a new run starts from"""
+
+    @model_validator(mode="after")
+    def _settings_have_a_use(self) -> "TrainingConfig":
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError(f"decay_ratio: {self.decay_ratio} and warmup_ratio {self.warmup_ratio} sum to more than 1. Lower one")
+        if self.schedule == "plateau" and self.val_every_steps > self.max_steps:
+            raise ValueError(f"val_every_steps: {self.val_every_steps} is more than max_steps ({self.max_steps}), so plateau never sees a validation. Lower it")
+        return self
+
+
+class HardwareConfig(Section):
+    """Where it runs."""
+
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes CUDA, else MPS, else the CPU, and says why"""
+    precision: Annotated[Literal["32", "16", "bf16"], BeforeValidator(_precision_name)] = "32"
+    """arithmetic of the forward pass; weights and optimizer state stay fp32"""
+    devices: Count = 1
+    """devices on each machine"""
+    num_nodes: Count = 1
+    """machines, started by torchrun or SLURM"""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """how several devices share the work"""
+    compile: Switch = False
+    """compile the decoder with torch.compile"""
+    threads: Count | None = None
+    """CPU threads; null: torch's choice. The number changes results in the last bits"""
+
+
+class SamplingConfig(Section):
+    """How the next token is chosen from the logits."""
+
+    max_new_tokens: Annotated[Count, Field(le=1_000_000)] = 200
+    """tokens to write at most"""
+    temperature: Annotated[Number, Field(ge=0, le=100)] = 0.8
+    """divides the logits; 0 is greedy"""
+    top_k: Count | None = None
+    """only the k most probable tokens"""
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """only the most probable tokens that together reach p (Holtzman et al. 2020)"""
+    min_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """only tokens at least min_p times as probable as the most probable one (Nguyen et al. 2024)"""
+    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] = 1.0
+    """makes tokens already in the context less probable (Keskar et al. 2019); 1 is off"""
+    no_repeat_ngram: Count | None = None
+    """no sequence of so many tokens occurs twice"""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """strings that end the text; they are not part of it"""
+    seed: CountOrZero = 0
+    """seed of the draw"""
+    n_samples: Annotated[Count, Field(le=1024)] = 1
+    """continuations of the prompt"""
+    n_beams: Annotated[Count, Field(le=256)] = 1
+    """beams; more than 1 searches for the most probable text instead of drawing"""
+
+    @model_validator(mode="after")
+    def _beams_do_not_draw(self) -> "SamplingConfig":
+        if self.n_beams > 1 and self.n_samples > 1:
+            raise ValueError("n_samples: beam search gives one text. Set n_beams or n_samples to 1")
+        return self
+
+
+class Config(Section):
+    """One run, whole."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        seq_len, positions = self.training.seq_len, self.model.max_seq_len
+        if seq_len > positions:
+            raise ValueError(f"training.seq_len: {seq_len} is more than model.max_seq_len ({positions}). Raise model.max_seq_len or lower training.seq_len")
+        if self.data.stride is not None and self.data.stride > seq_len:
+            raise ValueError(f"data.stride: {self.data.stride} is more than training.seq_len ({seq_len}), which would skip tokens. Lower data.stride")
+        return self
+
+    def to_plain(self) -> dict[str, Any]:
+        """The settings as plain dicts, lists and numbers: what a checkpoint stores. `from_plain` is its inverse."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "Config":
+        """The settings that `to_plain` gave."""
+        return cls.model_validate(plain)
+
+
+# --- reading YAML ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a setting was written: `config.yaml:12`, or the command line."""
+
+    file: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return printable(self.file) if self.line is None else f"{printable(self.file)}:{self.line}"
+
+
+@dataclass
+class Settings:
+    """Nested plain values, and where each dotted key was written."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+
+    def put(self, key: str, value: Any, place: Place) -> None:
+        """Set a dotted key, making the sections on the way."""
+        *sections, last = key.split(".")
+        target = self.values
+        for depth, name in enumerate(sections):
+            if not isinstance(target.get(name), dict):
+                target[name] = {}
+                self.places[".".join(sections[: depth + 1])] = place
+            target = target[name]
+        target[last] = value
+        self.places[key] = place
+
+    def place_of(self, key: str) -> Place:
+        """Where `key`, or the nearest section around it, was written."""
+        while key not in self.places and "." in key:
+            key = key.rpartition(".")[0]
+        return self.places.get(key) or self.places.get("") or Place("config")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it in a config: 3e-4 is a float; aliases and endless nesting are errors."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias (*name) is not allowed here", problem_mark=self.peek_event().start_mark)
+        if self.depth > CONFIG_DEPTH_LIMIT:
+            raise yaml.MarkedYAMLError(problem=f"nested deeper than {CONFIG_DEPTH_LIMIT} levels", problem_mark=self.peek_event().start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+# YAML 1.1 wants a dot and a signed exponent in a float; people write 3e-4.
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
+_SCALAR_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The settings in the YAML file `path`, after the files it extends and with `section.key=value` overrides on top.
+
+    Raises:
+        UserError: naming the file, the line, the key, what was found and what would do.
+    """
+    settings = Settings(places={"": Place(str(path))})
+    _merge_file(settings, Path(path), ())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)*", key):
+            raise UserError(f"{printable(override)}: an override is written section.key=value, such as training.max_steps=100.")
+        _put_node(settings, key, _parse(text, Place(f"override {printable(override)}")), Place(f"override {printable(override)}"))
+    return _validate(settings)
+
+
+def read_yaml(path: Path) -> tuple[yaml.Node | None, Path]:
+    """The YAML document in `path` as nodes with line marks, checked for size and encoding."""
+    try:
+        if not path.is_file():
+            kind = "a directory" if path.is_dir() else "not a regular file" if path.exists() else "not found"
+            raise UserError(f"{printable(path)}: {kind}. Give the path of a YAML file.")
+        size = path.stat().st_size
+        if size > CONFIG_BYTES_LIMIT:
+            raise UserError(f"{printable(path)}: {size} bytes, and a config has at most {CONFIG_BYTES_LIMIT}. Is it the right file?")
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{printable(path)}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{printable(path)}: {error.strerror}. Give the path of a readable YAML file.") from None
+    return _parse(text, Place(str(path), 1)), path
+
+
+def _parse(text: str, place: Place) -> yaml.Node | None:
+    loader = None
+    try:
+        loader = _Loader(text)
+        return loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = Place(place.file, mark.line + 1) if mark and place.line else place
+        problem = "a tab indents this line; YAML wants spaces" if "\\t" in str(error.problem) else error.problem
+        raise UserError(f"{where}: not YAML: {printable(problem)}. Correct the line.") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{place.file}: not YAML: {printable(type(error).__name__)}. Is it the right file?") from None
+    finally:
+        if loader:
+            loader.dispose()
+
+
+def _merge_file(settings: Settings, path: Path, seen: tuple[Path, ...]) -> None:
+    """Put the settings of `path` on top of those of the file that it extends."""
+    node, _ = read_yaml(path)
+    if path.resolve() in seen:
+        raise UserError(f"{printable(path)}: extends: the files extend each other in a circle. Take one extends: out.")
+    if node is None:
+        raise UserError(f"{printable(path)}: the file is empty. Write the settings that differ from the defaults, for example model: {{n_layers: 4}}.")
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{Place(str(path), node.start_mark.line + 1)}: a config is a mapping of sections ({', '.join(Config.model_fields)}).")
+    for key, value in _pairs(node, str(path), ""):
+        if key.value == "extends":
+            place = Place(str(path), key.start_mark.line + 1)
+            if not isinstance(value, yaml.ScalarNode) or not value.value:
+                raise UserError(f"{place}: extends: give the path of one YAML file, relative to this one.")
+            _merge_file(settings, path.parent / value.value, (*seen, path.resolve()))
+    for key, value in _pairs(node, str(path), ""):
+        if key.value != "extends":
+            _put_node(settings, key.value, value, Place(str(path), key.start_mark.line + 1))
+
+
+def _pairs(node: yaml.MappingNode, file: str, section: str) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+    """The keys and values of a mapping; a key that stands twice is an error that names both lines."""
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{Place(file, line)}: a key must be a plain name.")
+        if key.value in lines:
+            raise UserError(f"{Place(file, line)}: {section}{printable(key.value)}: the key stands on line {lines[key.value]} already. Keep one.")
+        lines[key.value] = line
+        yield key, value
+
+
+def _put_node(settings: Settings, key: str, node: yaml.Node | None, place: Place) -> None:
+    """Write a YAML node into the settings; mappings are merged key by key, everything else replaces."""
+    if isinstance(node, yaml.MappingNode):
+        inherited = settings.values
+        for name in key.split("."):
+            inherited = inherited.get(name) if isinstance(inherited, dict) else None
+        if not isinstance(inherited, dict):
+            settings.put(key, {}, place)
+        settings.places[key] = place
+        for child, value in _pairs(node, place.file, f"{key}."):
+            line = child.start_mark.line + 1 if place.line else None
+            _put_node(settings, f"{key}.{child.value}", value, Place(place.file, line))
+    else:
+        settings.put(key, _plain(node, key, place), place)
+
+
+def _plain(node: yaml.Node | None, key: str, place: Place) -> Any:
+    """A scalar or a list of scalars as Python has it."""
+    if node is None:
+        return None
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, key, place) for item in node.value]
+    if isinstance(node, yaml.ScalarNode) and ":" in node.value:
+        return node.value  # YAML 1.1 reads 12:30 as 750, a number to the base 60
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALAR_TAGS:
+        raise UserError(f"{place}: {printable(key)}: {printable(node.tag)} is not allowed; a setting is a number, a text, true, false, null or a list of them.")
+    loader = _Loader("")
+    try:
+        return loader.construct_object(node)
+    except (ValueError, OverflowError):
+        raise UserError(f"{place}: {printable(key)}: {printable(node.value[:60])} is not a value that YAML can read. Write it out, or quote it if it is text.") from None
+    finally:
+        loader.dispose()
+
+
+def _validate(settings: Settings) -> Config:
+    """The settings as `Config`, or the first mistake in them as a `UserError` with its place."""
+    try:
+        return Config.model_validate(settings.values)
+    except ValidationError as invalid:
+        raise UserError(_explain(invalid.errors()[0], settings)) from None
+
+
+def _explain(error: Any, settings: Settings) -> str:
+    """One pydantic error as: place, key, what was found, what would do."""
+    key = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    if error["type"] == "extra_forbidden":
+        section, _, name = key.rpartition(".")
+        known = list(_section_fields(section))
+        near = difflib.get_close_matches(name, known, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(known)}."
+        return f"{settings.place_of(key)}: {printable(key)}: no such setting; {mend}"
+    if error["type"] == "value_error":  # raised by a validator here, which names the key of its own section first
+        message = str(error["ctx"]["error"])
+        full = f"{key}.{message}" if key else message
+        return f"{settings.place_of(full.partition(':')[0])}: {full}."
+    found = printable(repr(error["input"]))[:80]
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("a ").removeprefix("valid ")
+    if error["type"] == "model_type":
+        expected = f"a section with settings such as {next(iter(_section_fields(key)))}: ..."
+    return f"{settings.place_of(key)}: {printable(key)}: expected {expected}, found {found}. See docs/CONFIG_REFERENCE.md."
+
+
+def _section_fields(dotted: str) -> Iterable[str]:
+    """The names of the settings in a section; of all sections for ''."""
+    section: Any = Config
+    for name in filter(None, dotted.split(".")):
+        annotation = section.model_fields[name].annotation
+        section = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Section))
+    return section.model_fields

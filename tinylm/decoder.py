@@ -1,0 +1,485 @@
+"""The model, whole: a decoder-only Transformer that predicts the next token. Read this file first.
+
+    token ids ─▶ embedding ─▶ n_layers × [ attention ─▶ feed-forward ] ─▶ norm ─▶ head ─▶ logits
+
+In reading order: norms, positions (RoPE, ALiBi), the key/value cache, which keys a query may see, attention, the
+feed-forward layers (dense and mixture of experts), the block, the decoder, and how it is initialised. Every choice is
+a field of `ModelConfig`. One forward serves training and cached decoding. This file knows nothing of text, of
+losses or of training loops.
+
+Initialisation (`ModelConfig.init`):
+
+| weights             | normal (GPT-2)         | trunc_normal (CS336)                         |
+|---------------------|------------------------|----------------------------------------------|
+| linear layers       | N(0, 0.02²)            | N(0, 2/(in+out)) cut at 3 std                |
+| embeddings          | N(0, 0.02²)            | N(0, 1) cut at 3 std; 1/√D scale if tied     |
+| norms, biases       | 1, 0                   | 1, 0                                         |
+| sink keys, values   | N(0, 0.02²)            | N(0, 0.02²)                                  |
+"""
+
+# B batch · T query positions · S key positions · D model width · H query heads · G key/value heads · K head width
+# F feed-forward width · E experts · A experts a token · V vocabulary · N tokens = B*T
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tinylm.config import ModelConfig, MoEConfig
+
+
+class Features(NamedTuple):
+    """What the blocks compute: hidden states (B, T, D) after the last norm, and the experts' balance loss, a scalar."""
+
+    hidden: Tensor
+    balance_loss: Tensor
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    """The configured normalisation over the last dimension; biases only where the linear layers have them."""
+    if config.norm == "layernorm":
+        return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias == "all")
+    return nn.RMSNorm(width, eps=config.norm_eps)
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., K) of the rotation of each position (Su et al. 2021, equation 34).
+
+    Pair i turns by position / theta^(2i/K); pairs are (i, i + K/2), the half-split layout of Llama.
+    """
+    # fp32: in bf16 neighbouring positions beyond 256 would get the same angle
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[..., None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` (B, heads, T, K) turned by the angles of its positions; keeps the dtype of `x`."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def alibi_slopes(n_heads: int) -> Tensor:
+    """The slope (H,) of each head: a geometric sequence from 2^(-8/H) (Press et al. 2021, section 3).
+
+    For a number of heads that is no power of two, the sequence of the power below it, then every other term of the
+    sequence of the power above.
+
+    >>> alibi_slopes(4).tolist()
+    [0.25, 0.0625, 0.015625, 0.00390625]
+    """
+    power = 2 ** math.floor(math.log2(n_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    between = [2 ** (-4 * (2 * i + 1) / power) for i in range(n_heads - power)]
+    return torch.tensor(slopes + between)
+
+
+# --- the key/value cache ----------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the positions so far, preallocated, G heads a layer (never expanded to H).
+
+    Position p lives in slot p modulo `slots`. Without a sliding window there is a slot for each position. Under a window
+    W the slots are a ring of W + chunk - 1, enough for a chunk of new positions to be written before its oldest query
+    looks back, and a position that no query can see any more is overwritten.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device, chunk: int):
+        window = config.sliding_window
+        self.slots = max_len if window is None else min(max_len, window + chunk - 1)
+        self.chunk = chunk if self.slots < max_len else max_len
+        self.max_len = max_len
+        self.length = 0
+        shape = (config.n_layers, batch_size, config.kv_heads, self.slots, config.size_of_head)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.positions = torch.full((self.slots,), -1, dtype=torch.long, device=device)  # -1: the slot is empty
+
+    def advance(self, n_new: int) -> Tensor:
+        """Positions (T,) of `n_new` tokens that are about to be written.
+
+        Raises:
+            ValueError: they do not fit, or are more at once than the ring was made for.
+        """
+        if self.length + n_new > self.max_len:
+            raise ValueError(f"{self.length} + {n_new} positions do not fit in a cache of {self.max_len}")
+        if n_new > self.chunk:
+            raise ValueError(f"{n_new} positions at once, and this ring takes chunks of {self.chunk}")
+        positions = torch.arange(self.length, self.length + n_new, device=self.positions.device)
+        self.length += n_new
+        self.positions[positions % self.slots] = positions
+        return positions
+
+    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (B, G, T, K); all that are filled (B, G, S, K) come back."""
+        slots = positions % self.slots
+        self.keys[layer, :, :, slots] = keys.to(self.keys.dtype)
+        self.values[layer, :, :, slots] = values.to(self.values.dtype)
+        return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
+
+    @property
+    def filled(self) -> int:
+        """Slots in use."""
+        return min(self.length, self.slots)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows `rows`, in that order, repeats allowed: one prompt to many samples, or surviving beams."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+# --- which keys a query sees ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What each query sees, worked out once a forward and shared by all layers.
+
+    `mask` is None when plain causal attention (or, for a single new token, seeing everything) says it all; else boolean
+    or, with ALiBi, an additive bias; it broadcasts to (B, H, T, n_sinks + S).
+    """
+
+    mask: Tensor | None
+    is_causal: bool
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Whether the query at each position sees the key at each position: (..., T) and (..., S) give (..., T, S).
+
+    A token sees itself and what came before, and of that the last `window` positions, itself included.
+
+    >>> visible(torch.arange(4), torch.arange(4), 2).int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    """
+    distance = queries[..., :, None] - keys[..., None, :]
+    seen = (distance >= 0) & (keys >= 0)[..., None, :]
+    return seen if window is None else seen & (distance < window)
+
+
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """Positions (B, T) that start again at 0 in each document; equal neighbouring ids are one document.
+
+    >>> positions_in_documents(torch.tensor([[5, 5, 5, 6, 6]])).tolist()
+    [[0, 1, 2, 0, 1]]
+    """
+    index = torch.arange(document_ids.size(1), device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query heads that share G key/value heads (Vaswani et al. 2017; Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.size_of_head
+        self.rotary = config.position == "rope"
+        self.dropout = config.attention_dropout
+        queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.qkv = nn.Linear(config.d_model, queries + 2 * keys, bias=config.bias != "none")
+        self.out = nn.Linear(queries, config.d_model, bias=config.bias == "all")
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        if config.n_sinks:
+            self.sink_keys = nn.Parameter(torch.empty(self.n_kv_heads, config.n_sinks, self.head_dim))
+            self.sink_values = nn.Parameter(torch.empty(self.n_kv_heads, config.n_sinks, self.head_dim))
+        self.n_sinks = config.n_sinks
+
+    def forward(self, x: Tensor, sight: Sight, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int, positions: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        heads = self.qkv(x).view(B, T, self.n_heads + 2 * self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, H+2G, T, K)
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is not None:
+            k, v = cache.write(layer, positions, k, v)
+        if self.n_sinks:
+            # A sink has no position: it is neither rotated nor biased, so it looks the same from everywhere.
+            k = torch.cat((self.sink_keys.to(k.dtype).expand(B, -1, -1, -1), k), dim=2)
+            v = torch.cat((self.sink_values.to(v.dtype).expand(B, -1, -1, -1), v), dim=2)
+        mixed = F.scaled_dot_product_attention(
+            q.to(v.dtype), k.to(v.dtype), v,
+            attn_mask=sight.mask if sight.mask is None or sight.mask.dtype == torch.bool else sight.mask.to(v.dtype),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=sight.is_causal,
+            enable_gqa=self.n_kv_heads != self.n_heads,
+        )  # fmt: skip
+        return self.out(mixed.transpose(1, 2).reshape(B, T, -1))
+
+
+# --- feed-forward -----------------------------------------------------------------------------------------------------
+
+
+def activate(kind: str, x: Tensor) -> Tensor:
+    """The non-gated activations: SiLU, GELU in GPT-2's tanh form, or squared ReLU (So et al. 2021)."""
+    if kind == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh") if kind == "gelu" else F.relu(x).square()
+
+
+class FeedForward(nn.Module):
+    """Each position by itself through one hidden layer; swiglu multiplies it by a gate (Shazeer 2020, equation 6)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.kind = config.ffn
+        bias = config.bias == "all"
+        # The gate and the value of swiglu are one matrix: one large product is faster than two small ones.
+        self.up = nn.Linear(config.d_model, config.hidden * (2 if self.kind == "swiglu" else 1), bias=bias)
+        self.down = nn.Linear(config.hidden, config.d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.kind == "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * value)
+        return self.down(activate(self.kind, x))
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes to its top-k experts, whose outputs are summed by renormalised router weights (Jiang et al. 2024).
+
+    Tokens are sorted by expert, so that each expert is one slice of one matrix product. No token is dropped.
+    """
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig):
+        super().__init__()
+        self.kind, self.n_experts, self.top_k = config.ffn, moe.n_experts, moe.top_k
+        width = config.hidden * (2 if self.kind == "swiglu" else 1)
+        self.router = nn.Linear(config.d_model, moe.n_experts, bias=False)
+        self.up = nn.Parameter(torch.empty(moe.n_experts, width, config.d_model))
+        self.down = nn.Parameter(torch.empty(moe.n_experts, config.d_model, config.hidden))
+        self.up_bias = nn.Parameter(torch.zeros(moe.n_experts, width)) if config.bias == "all" else None
+        self.down_bias = nn.Parameter(torch.zeros(moe.n_experts, config.d_model)) if config.bias == "all" else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mixed output (B, T, D) and the load-balance loss, a scalar that is 1 when all experts are used alike."""
+        flat = x.reshape(-1, x.size(-1))  # (N, D)
+        # fp32: the order of near-equal probabilities decides who computes
+        probabilities = self.router(flat).float().softmax(dim=-1)  # (N, E)
+        weights, experts = probabilities.topk(self.top_k, dim=-1)  # (N, A)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        order = experts.flatten().argsort(stable=True)  # the N*A visits, sorted by expert
+        tokens = order // self.top_k
+        counts = torch.bincount(experts.flatten(), minlength=self.n_experts)
+        visited = self._experts(flat[tokens], counts, experts.flatten()[order])
+        weighted = visited * weights.flatten()[order, None].to(visited.dtype)
+        mixed = torch.zeros_like(flat, dtype=visited.dtype).index_add(0, tokens, weighted)
+        # Fedus et al. 2021, equation 4: E · Σ (share of visits) · (mean probability)
+        balance = self.n_experts * (counts / order.numel() * probabilities.mean(dim=0)).sum()
+        return mixed.view_as(x), balance
+
+    def _experts(self, x: Tensor, counts: Tensor, expert_of: Tensor) -> Tensor:
+        """Every visit (N*A, D), sorted by expert, through its expert."""
+        up = grouped_linear(x, self.up, counts)
+        if self.up_bias is not None:
+            up = up + self.up_bias[expert_of].to(up.dtype)
+        if self.kind == "swiglu":
+            gate, value = up.chunk(2, dim=-1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = activate(self.kind, up)
+        down = grouped_linear(hidden, self.down, counts)
+        return down if self.down_bias is None else down + self.down_bias[expert_of].to(down.dtype)
+
+
+def grouped_linear(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """Rows of `x` (M, in), sorted in groups of `counts` (E,), each group by its own matrix of `weights` (E, out, in).
+
+    A loop over experts, never over tokens.
+    """
+    groups = x.split(counts.tolist())
+    return torch.cat([F.linear(group, weight) for group, weight in zip(groups, weights, strict=True)])
+
+
+# --- the block and the decoder ----------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.placement = config.norm_placement
+        normed = self.placement != "none"
+        self.attention_norm = make_norm(config, config.d_model) if normed else nn.Identity()
+        self.attention = Attention(config)
+        self.ffn_norm = make_norm(config, config.d_model) if normed else nn.Identity()
+        self.ffn = FeedForward(config) if config.moe is None else MixtureOfExperts(config, config.moe)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x: Tensor, sight: Sight, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if self.placement == "post":  # norms after the sums, as in Vaswani et al. 2017
+            x = self.attention_norm(x + self.dropout(self.attention(x, sight, angles, cache, layer, positions)))
+            added, balance = self._feed(x)
+            return self.ffn_norm(x + self.dropout(added)), balance
+        x = x + self.dropout(self.attention(self.attention_norm(x), sight, angles, cache, layer, positions))
+        added, balance = self._feed(self.ffn_norm(x))
+        return x + self.dropout(added), balance
+
+    def _feed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.ffn, MixtureOfExperts):
+            return self.ffn(x)
+        return self.ffn(x), x.new_zeros((), dtype=torch.float32)
+
+
+class Decoder(nn.Module):
+    """The decoder-only Transformer: `model(input_ids)` gives the logits (B, T, V) of the next token at every position."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("the decoder needs model.vocab_size; build it from a config whose vocabulary is known")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        if config.position == "learned":
+            self.positions = nn.Embedding(config.max_seq_len, config.d_model)
+        self.dropout = nn.Dropout(config.residual_dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        # After pre-norm blocks the stream has never been normalised as a whole; after post-norm it just was.
+        self.norm = make_norm(config, config.d_model) if config.norm_placement == "pre" else nn.Identity()
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if config.position == "alibi":
+            self.register_buffer("slopes", alibi_slopes(config.n_heads), persistent=False)
+        initialise(self)
+
+    def forward(self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) of ids (B, T)."""
+        return self.head(self.features(input_ids, document_ids=document_ids, cache=cache).hidden)
+
+    def features(self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Features:
+        """Everything but the head, so that a loss can take the vocabulary in chunks and sampling only the last position.
+
+        Args:
+            input_ids: (B, T) token ids; with a cache, only the new ones.
+            document_ids: (B, T) a number a document; attention stops and positions restart where it changes.
+            cache: keys and values of what came before; the new ones are added to it.
+        """
+        T = input_ids.size(1)
+        if cache is not None:
+            positions = cache.advance(T)  # (T,)
+        elif document_ids is not None:
+            positions = positions_in_documents(document_ids)  # (B, T)
+        else:
+            positions = torch.arange(T, device=input_ids.device)
+        if T > self.config.max_seq_len or (cache is not None and cache.length > self.config.max_seq_len):
+            raise ValueError(f"{T if cache is None else cache.length} positions are more than max_seq_len ({self.config.max_seq_len})")
+        x = self.embedding(input_ids)
+        if self.config.position == "learned":
+            x = x + self.positions(positions)
+        x = self.dropout(x)
+        sight = self._sight(positions, document_ids, cache)
+        angles = self._angles(positions)
+        balance = x.new_zeros((), dtype=torch.float32)
+        for layer, block in enumerate(self.blocks):
+            if self.config.gradient_checkpointing and self.training:
+                x, block_balance = checkpoint(block, x, sight, angles, cache, layer, positions, use_reentrant=False)
+            else:
+                x, block_balance = block(x, sight, angles, cache, layer, positions)
+            balance = balance + block_balance / len(self.blocks)
+        return Features(self.norm(x), balance)
+
+    def new_cache(self, batch_size: int, max_len: int | None = None, *, dtype: torch.dtype | None = None, chunk: int = 256) -> KVCache:
+        """An empty cache for `max_len` positions (max_seq_len if None), fed at most `chunk` at a time under a window."""
+        weight = self.embedding.weight
+        return KVCache(self.config, batch_size, max_len or self.config.max_seq_len, dtype=dtype or weight.dtype, device=weight.device, chunk=chunk)
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.position != "rope":
+            return None
+        cos, sin = rope_angles(positions, self.config.size_of_head, self.config.rope_theta)  # ([B,] T, K)
+        return (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
+
+    def _sight(self, positions: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> Sight:
+        """The mask of this forward, or none where the causal flag of the attention kernel says it all."""
+        config, window = self.config, self.config.sliding_window
+        T = positions.size(-1)
+        keys = positions if cache is None else cache.positions[: cache.filled]
+        plain = config.position != "alibi" and not config.n_sinks and document_ids is None
+        if plain and (window is None or keys.size(-1) <= window):
+            if keys.size(-1) == T:
+                return Sight(None, is_causal=True)
+            if T == 1:
+                return Sight(None, is_causal=False)  # one new token sees all that is stored
+        seen = visible(positions, keys, window)
+        if document_ids is not None:
+            seen = seen & (document_ids[:, :, None] == document_ids[:, None, :])
+        if seen.dim() == 3:
+            seen = seen[:, None]  # (B, 1, T, S)
+        if config.position == "alibi":
+            distance = (positions[..., :, None] - keys[..., None, :]).float()
+            bias = -self.slopes[:, None, None] * (distance[:, None] if distance.dim() == 3 else distance)
+            seen = bias.masked_fill(~seen, -math.inf)
+        if config.n_sinks:
+            seen = F.pad(seen, (config.n_sinks, 0), value=True if seen.dtype == torch.bool else 0.0)
+        return Sight(seen, is_causal=False)
+
+
+# --- initialisation ---------------------------------------------------------------------------------------------------
+
+
+def initialise(model: Decoder) -> None:
+    """Fill the weights as the table at the top of this file says, in the order of the modules, from torch's generator."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if name.startswith("sink"):
+                nn.init.normal_(weight, std=0.02)
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                nn.init.constant_(weight, 1.0 if name == "weight" else 0.0)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif model.config.init == "normal":
+                nn.init.normal_(weight, std=0.02)
+            else:
+                std = _truncated_std(module, weight, tied=model.config.tie_embeddings)
+                nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+def _truncated_std(module: nn.Module, weight: Tensor, *, tied: bool) -> float:
+    """sqrt(2 / (in + out)) for a linear layer, 1 for an embedding."""
+    if isinstance(module, nn.Embedding) and not tied:
+        return 1.0
+    if isinstance(module, nn.Embedding):
+        return weight.size(1) ** -0.5  # as a head, std 1 would give logits of size sqrt(D)
+    return math.sqrt(2 / (weight.size(-1) + weight.size(-2)))
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable and fixed weights, each tied matrix once."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def flops_per_token(model: Decoder, seq_len: int) -> int:
+    """Floating-point operations of one training token, forward and backward (Chowdhery et al. 2022, appendix B).
+
+    6 for each weight that multiplies, only the visited experts of a mixture, plus 12 · L · H · K · S for attention.
+    """
+    config = model.config
+    weights = sum(w.numel() for m in model.modules() if isinstance(m, nn.Linear) for n, w in m.named_parameters(recurse=False) if n == "weight")
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            weights += (module.up.numel() + module.down.numel()) * module.top_k // module.n_experts
+    seen = min(seq_len, config.sliding_window or seq_len) + config.n_sinks
+    return 6 * weights + 12 * config.n_layers * config.n_heads * config.size_of_head * seen

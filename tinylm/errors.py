@@ -1,0 +1,24 @@
+"""Mistakes that their user can mend, and how text from outside is shown without harm."""
+
+
+class UserError(Exception):
+    """A mistake in a config, a data file, a checkpoint or the machine's set-up that its user can mend.
+
+    The message says where, what was expected, what was found and what to do next. Programs print it as one line
+    ``error: ...`` and exit with 2; every other exception keeps its traceback, because it is a bug of ours.
+    """
+
+
+class Diverged(Exception):
+    """The loss or the gradient stopped being a finite number; programs exit with 3."""
+
+
+def printable(text: object) -> str:
+    r"""`text` on one line, with control, bidirectional and unencodable characters shown as escapes.
+
+    A file name, a config value or generated text must not be able to move a terminal's cursor or forge a log line.
+
+    >>> printable("a\nb\x1b[31m")
+    'a\\nb\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))

@@ -6,21 +6,24 @@ Settings are frozen: whoever holds one holds what the run was started with. Step
 """
 
 import difflib
+import json
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic.fields import FieldInfo
 
 from tinylm.errors import UserError, printable
 
 # Large enough for any real run, small enough that no product of two settings overflows a 64-bit integer.
 COUNT_LIMIT = 2**31 - 1
-CONFIG_BYTES_LIMIT = 1_000_000
+CONFIG_BYTES_LIMIT = 100_000  # PyYAML reads this much in half a second, and no honest config comes near
 CONFIG_DEPTH_LIMIT = 12
 
 Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
@@ -115,7 +118,7 @@ class ModelConfig(Section):
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads: {self.n_kv_heads} does not divide n_heads ({self.n_heads}). Change one")
         if self.position == "rope" and self.size_of_head % 2:
-            raise ValueError(f"head_dim: {self.size_of_head} is odd, and rope rotates pairs. Choose an even head_dim")
+            raise ValueError(f"head_dim: {self.size_of_head} is odd, and position rope rotates pairs. Choose an even head_dim")
         return self
 
     @property
@@ -308,7 +311,7 @@ class HardwareConfig(Section):
 
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes CUDA, else MPS, else the CPU, and says why"""
-    precision: Annotated[Literal["32", "16", "bf16"], BeforeValidator(_precision_name)] = "32"
+    precision: Annotated[Literal["32", "16", "bf16"], BeforeValidator(_precision_name), WithJsonSchema({"enum": ["32", "16", "bf16", 32, 16]})] = "32"
     """arithmetic of the forward pass; weights and optimizer state stay fp32"""
     devices: Count = 1
     """devices on each machine"""
@@ -407,15 +410,19 @@ class Settings:
 
     def put(self, key: str, value: Any, place: Place) -> None:
         """Set a dotted key, making the sections on the way."""
-        *sections, last = key.split(".")
-        target = self.values
-        for depth, name in enumerate(sections):
-            if not isinstance(target.get(name), dict):
-                target[name] = {}
-                self.places[".".join(sections[: depth + 1])] = place
-            target = target[name]
-        target[last] = value
+        section, _, name = key.rpartition(".")
+        self.open(section, place)[name] = value
         self.places[key] = place
+
+    def open(self, key: str, place: Place) -> dict[str, Any]:
+        """The section with that dotted key, made where there is none."""
+        section, names = self.values, key.split(".") if key else []
+        for depth, name in enumerate(names):
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
+                self.places[".".join(names[: depth + 1])] = place
+            section = section[name]
+        return section
 
     def place_of(self, key: str) -> Place:
         """Where `key`, or the nearest section around it, was written."""
@@ -425,7 +432,7 @@ class Settings:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it in a config: 3e-4 is a float; aliases and endless nesting are errors."""
+    """YAML as people expect it in a config: 3e-4 is a number, 12:30 and dates are text; tags, aliases and endless nesting are errors."""
 
     depth = 0
 
@@ -437,13 +444,33 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if node.tag not in (*_SCALARS, f"{_TAG}seq", f"{_TAG}map"):  # a tag could stand for any Python object
+            raise yaml.MarkedYAMLError(problem=f"the tag {node.tag.replace(_TAG, '!!')} is not allowed here", problem_mark=node.start_mark)
         return node
 
 
-# YAML 1.1 wants a dot and a signed exponent in a float; people write 3e-4.
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
-_SCALAR_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
+def _whole_or_float(text: str) -> int | float:
+    """1e5 is a count, 3e-4 and 5.0 are not; beyond 2^53 a float does not know which whole number it is."""
+    value = float(text)
+    return int(value) if "." not in text and value.is_integer() and abs(value) < 2**53 else value
+
+
+# How a scalar of each tag is read, and so what a setting can be. YAML 1.1 also has numbers to the bases 2, 8, 16 and 60
+# (010 is 8, 12:30 is 750) and dates, and wants a dot and a signed exponent in a float.
+_TAG = "tag:yaml.org,2002:"
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    f"{_TAG}null": lambda text: None,
+    f"{_TAG}bool": lambda text: _Loader.bool_values[text.lower()],
+    f"{_TAG}int": int,
+    f"{_TAG}float": _whole_or_float,
+    f"{_TAG}str": str,
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{_TAG}null", f"{_TAG}bool")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"[-+]?\d[\d_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(f"{_TAG}float", re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?$"), list("-+.0123456789"))
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -456,13 +483,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     _merge_file(settings, Path(path), ())
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)*", key):
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise UserError(f"{printable(override)}: an override is written section.key=value, such as training.max_steps=100.")
-        _put_node(settings, key, _parse(text, Place(f"override {printable(override)}")), Place(f"override {printable(override)}"))
+        _put_node(settings, key, _parse(text, Place(f"command line: {key}")), Place("command line"))
     return _validate(settings)
 
 
-def read_yaml(path: Path) -> tuple[yaml.Node | None, Path]:
+def read_yaml(path: Path) -> yaml.Node | None:
     """The YAML document in `path` as nodes with line marks, checked for size and encoding."""
     try:
         if not path.is_file():
@@ -476,44 +503,58 @@ def read_yaml(path: Path) -> tuple[yaml.Node | None, Path]:
         raise UserError(f"{printable(path)}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except OSError as error:
         raise UserError(f"{printable(path)}: {error.strerror}. Give the path of a readable YAML file.") from None
-    return _parse(text, Place(str(path), 1)), path
+    return _parse(text, Place(str(path), 1))
 
 
 def _parse(text: str, place: Place) -> yaml.Node | None:
+    """The one document in `text`, or None if it is empty; the place has a line if `text` is a file."""
     loader = None
     try:
         loader = _Loader(text)
         return loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = Place(place.file, mark.line + 1) if mark and place.line else place
-        problem = "a tab indents this line; YAML wants spaces" if "\\t" in str(error.problem) else error.problem
-        raise UserError(f"{where}: not YAML: {printable(problem)}. Correct the line.") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{place.file}: not YAML: {printable(type(error).__name__)}. Is it the right file?") from None
+        line, problem = mark.line + 1 if mark else 1, str(error.problem)
+        if "\\t" in problem:
+            problem = "a tab indents this line, and YAML wants spaces"
+    except yaml.reader.ReaderError as error:
+        line, problem = text.count("\n", 0, error.position) + 1, f"the character {chr(error.character)!r} is not allowed"
     finally:
         if loader:
             loader.dispose()
+    if place.line is None:
+        raise UserError(f"{place}: not YAML: {printable(problem)}. Put quotes around the value.")
+    raise UserError(f"{Place(place.file, line)}: not YAML: {printable(problem)}. Look at this line and the one above.")
 
 
 def _merge_file(settings: Settings, path: Path, seen: tuple[Path, ...]) -> None:
-    """Put the settings of `path` on top of those of the file that it extends."""
-    node, _ = read_yaml(path)
-    if path.resolve() in seen:
-        raise UserError(f"{printable(path)}: extends: the files extend each other in a circle. Take one extends: out.")
+    """Put the settings of `path` on top of those of the file that it extends; `seen` are the files that lead to it."""
+    node = read_yaml(path)
     if node is None:
         raise UserError(f"{printable(path)}: the file is empty. Write the settings that differ from the defaults, for example model: {{n_layers: 4}}.")
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{Place(str(path), node.start_mark.line + 1)}: a config is a mapping of sections ({', '.join(Config.model_fields)}).")
-    for key, value in _pairs(node, str(path), ""):
-        if key.value == "extends":
-            place = Place(str(path), key.start_mark.line + 1)
-            if not isinstance(value, yaml.ScalarNode) or not value.value:
-                raise UserError(f"{place}: extends: give the path of one YAML file, relative to this one.")
-            _merge_file(settings, path.parent / value.value, (*seen, path.resolve()))
-    for key, value in _pairs(node, str(path), ""):
-        if key.value != "extends":
-            _put_node(settings, key.value, value, Place(str(path), key.start_mark.line + 1))
+        place = Place(str(path), node.start_mark.line + 1)
+        raise UserError(f"{place}: expected a config with sections ({', '.join(Config.model_fields)}). Write name: and its settings indented below.")
+    pairs = [(key.value, value, Place(str(path), key.start_mark.line + 1)) for key, value in _pairs(node, str(path), "")]
+    seen = (*seen, path.resolve())
+    for key, value, place in pairs:
+        if key == "extends":
+            _merge_file(settings, _extended(value, path, place, seen), seen)
+    for key, value, place in pairs:
+        if key != "extends":
+            _put_node(settings, key, value, place)
+
+
+def _extended(node: yaml.Node, path: Path, place: Place, seen: tuple[Path, ...]) -> Path:
+    """The file that `extends:` at `place` names."""
+    if not isinstance(node, yaml.ScalarNode) or not node.value:
+        raise UserError(f"{place}: extends: expected the path of one YAML file. Write it relative to this file.")
+    parent = path.parent / node.value
+    if not os.path.isfile(parent):  # unlike Path.is_file, also false for a name that no file can have
+        raise UserError(f"{place}: extends: {printable(parent)} is not a file. Write the path relative to this file.")
+    if parent.resolve() in seen:
+        raise UserError(f"{place}: extends: {printable(parent)} extends this file in turn, a circle. Take one extends: out.")
+    return parent
 
 
 def _pairs(node: yaml.MappingNode, file: str, section: str) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
@@ -521,10 +562,12 @@ def _pairs(node: yaml.MappingNode, file: str, section: str) -> Iterator[tuple[ya
     lines: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise UserError(f"{Place(file, line)}: a key must be a plain name.")
+        # A dotted key would be a second way to write a setting, and could stand beside the first.
+        if not isinstance(key, yaml.ScalarNode) or not key.value or not key.value.isprintable() or "." in key.value:
+            found = _shown(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+            raise UserError(f"{Place(file, line)}: expected one plain name as key, found {found}. Write section: and, indented below it, name: value.")
         if key.value in lines:
-            raise UserError(f"{Place(file, line)}: {section}{printable(key.value)}: the key stands on line {lines[key.value]} already. Keep one.")
+            raise UserError(f"{Place(file, line)}: {section}{key.value}: the key stands on line {lines[key.value]} already. Keep one.")
         lines[key.value] = line
         yield key, value
 
@@ -532,36 +575,25 @@ def _pairs(node: yaml.MappingNode, file: str, section: str) -> Iterator[tuple[ya
 def _put_node(settings: Settings, key: str, node: yaml.Node | None, place: Place) -> None:
     """Write a YAML node into the settings; mappings are merged key by key, everything else replaces."""
     if isinstance(node, yaml.MappingNode):
-        inherited = settings.values
-        for name in key.split("."):
-            inherited = inherited.get(name) if isinstance(inherited, dict) else None
-        if not isinstance(inherited, dict):
-            settings.put(key, {}, place)
+        settings.open(key, place)
         settings.places[key] = place
         for child, value in _pairs(node, place.file, f"{key}."):
             line = child.start_mark.line + 1 if place.line else None
             _put_node(settings, f"{key}.{child.value}", value, Place(place.file, line))
     else:
-        settings.put(key, _plain(node, key, place), place)
+        settings.put(key, None if node is None else _plain(node, key, place), place)
 
 
-def _plain(node: yaml.Node | None, key: str, place: Place) -> Any:
+def _plain(node: yaml.Node, key: str, place: Place) -> Any:
     """A scalar or a list of scalars as Python has it."""
-    if node is None:
-        return None
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, key, place) for item in node.value]
-    if isinstance(node, yaml.ScalarNode) and ":" in node.value:
-        return node.value  # YAML 1.1 reads 12:30 as 750, a number to the base 60
-    if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALAR_TAGS:
-        raise UserError(f"{place}: {printable(key)}: {printable(node.tag)} is not allowed; a setting is a number, a text, true, false, null or a list of them.")
-    loader = _Loader("")
+    if isinstance(node, yaml.MappingNode):
+        raise UserError(f"{place}: {key}: a list of settings has no key: value inside. Put quotes around text with a colon.")
     try:
-        return loader.construct_object(node)
-    except (ValueError, OverflowError):
-        raise UserError(f"{place}: {printable(key)}: {printable(node.value[:60])} is not a value that YAML can read. Write it out, or quote it if it is text.") from None
-    finally:
-        loader.dispose()
+        return _SCALARS[node.tag](node.value)
+    except (ValueError, KeyError):
+        raise UserError(f"{place}: {key}: {_shown(node.value)} is no {node.tag.removeprefix(_TAG)}. Write it out, or quote it if it is text.") from None
 
 
 def _validate(settings: Settings) -> Config:
@@ -572,30 +604,75 @@ def _validate(settings: Settings) -> Config:
         raise UserError(_explain(invalid.errors()[0], settings)) from None
 
 
+# What pydantic expects, in the words of someone who writes YAML; `{}` are the bounds of the field.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text (in quotes, if YAML reads it as something else)",
+    "string_unicode": "text without lone surrogates",
+    "string_too_short": "text that is not empty",
+    "string_too_long": "text of at most {max_length} characters",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "tuple_type": "a list, [a, b]",
+    "too_long": "at most {max_length} items",
+    "missing": "more items",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+}
+
+
 def _explain(error: Any, settings: Settings) -> str:
     """One pydantic error as: place, key, what was found, what would do."""
     key = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
     if error["type"] == "extra_forbidden":
-        section, _, name = key.rpartition(".")
-        known = list(_section_fields(section))
-        near = difflib.get_close_matches(name, known, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(known)}."
-        return f"{settings.place_of(key)}: {printable(key)}: no such setting; {mend}"
-    if error["type"] == "value_error":  # raised by a validator here, which names the key of its own section first
-        message = str(error["ctx"]["error"])
-        full = f"{key}.{message}" if key else message
-        return f"{settings.place_of(full.partition(':')[0])}: {full}."
-    found = printable(repr(error["input"]))[:80]
-    expected = error["msg"].removeprefix("Input should be ").removeprefix("a ").removeprefix("valid ")
+        return f"{settings.place_of(key)}: {key}: no such setting; {_nearest(key)}"
+    if error["type"] == "value_error":
+        return _explain_disagreement(key, str(error["ctx"]["error"]), settings)
+    where, found = f"{settings.place_of(key)}: {key}", _shown(error["input"])
     if error["type"] == "model_type":
-        expected = f"a section with settings such as {next(iter(_section_fields(key)))}: ..."
-    return f"{settings.place_of(key)}: {printable(key)}: expected {expected}, found {found}. See docs/CONFIG_REFERENCE.md."
+        return f"{where}: expected a section, found {found}. Write its settings indented below it, or take it out."
+    expected = _EXPECTED.get(error["type"], error["msg"].removeprefix("Input should be "))
+    section, _, name = key.rpartition(".")
+    return f"{where}: expected {expected.format(**error.get('ctx', {}))}, found {found}. Meaning: {_fields(section)[name].description}."
 
 
-def _section_fields(dotted: str) -> Iterable[str]:
-    """The names of the settings in a section; of all sections for ''."""
-    section: Any = Config
-    for name in filter(None, dotted.split(".")):
-        annotation = section.model_fields[name].annotation
-        section = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Section))
-    return section.model_fields
+def _explain_disagreement(section: str, message: str, settings: Settings) -> str:
+    """What a validator above raised, with the place of the first key in it that somebody wrote; the others are defaults."""
+    prefix = f"{section}." if section else ""
+    named = [f"{prefix}{word}" for word in re.findall(r"\w+(?:\.\w+)*", message)]
+    written = next((key for key in named if key in settings.places), named[0])
+    return f"{settings.place_of(written)}: {prefix}{message}."
+
+
+def _nearest(key: str) -> str:
+    """Which settings an unknown key may stand for: that name in another section, or a similar one in this."""
+    section, _, name = key.rpartition(".")
+    near = [f"{other}.{name}".lstrip(".") for other, kind in sections() if name in kind.model_fields] or difflib.get_close_matches(name, _fields(section), n=1)
+    return f"did you mean {' or '.join(near)}?" if near else f"the settings here are {', '.join(_fields(section))}."
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML has it, cut to what a line can hold."""
+    text = printable(json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def sections(section: type[Section] = Config, key: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Every section with its dotted key, from the whole config, whose key is '', downwards.
+
+    >>> [key for key, section in sections() if key.startswith("m")]
+    ['model', 'model.moe']
+    """
+    yield key, section
+    for name, info in section.model_fields.items():
+        for kind in (info.annotation, *get_args(info.annotation)):  # MoEConfig | None holds a section too
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from sections(kind, f"{key}.{name}".lstrip("."))
+
+
+def _fields(key: str) -> dict[str, FieldInfo]:
+    """The fields of the section with that dotted key."""
+    return dict(sections())[key].model_fields

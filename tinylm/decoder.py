@@ -106,7 +106,7 @@ class KVCache:
         shape = (config.n_layers, batch_size, config.kv_heads, self.slots, config.size_of_head)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.positions = torch.full((self.slots,), -1, dtype=torch.long, device=device)  # -1: the slot is empty
+        self.positions = torch.zeros(self.slots, dtype=torch.long, device=device)  # which one each filled slot holds
 
     def advance(self, n_new: int) -> Tensor:
         """Positions (T,) of `n_new` tokens that are about to be written.
@@ -164,8 +164,7 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     """
     distance = queries[..., :, None] - keys[..., None, :]
-    seen = (distance >= 0) & (keys >= 0)[..., None, :]
-    return seen if window is None else seen & (distance < window)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:
@@ -358,8 +357,6 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        if config.position == "alibi":
-            self.register_buffer("slopes", alibi_slopes(config.n_heads), persistent=False)
         initialise(self)
 
     def forward(self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -371,23 +368,15 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: (B, T) token ids; with a cache, only the new ones.
-            document_ids: (B, T) a number a document; attention stops and positions restart where it changes.
+            document_ids: (B, T) a number a document; attention stops and positions restart where it changes. Not with a cache.
             cache: keys and values of what came before; the new ones are added to it.
         """
-        T = input_ids.size(1)
-        if cache is not None:
-            positions = cache.advance(T)  # (T,)
-        elif document_ids is not None:
-            positions = positions_in_documents(document_ids)  # (B, T)
-        else:
-            positions = torch.arange(T, device=input_ids.device)
-        if T > self.config.max_seq_len or (cache is not None and cache.length > self.config.max_seq_len):
-            raise ValueError(f"{T if cache is None else cache.length} positions are more than max_seq_len ({self.config.max_seq_len})")
+        positions = self._positions(input_ids, document_ids, cache)
         x = self.embedding(input_ids)
         if self.config.position == "learned":
             x = x + self.positions(positions)
         x = self.dropout(x)
-        sight = self._sight(positions, document_ids, cache)
+        sight = self._sight(positions, cache)
         angles = self._angles(positions)
         balance = x.new_zeros((), dtype=torch.float32)
         for layer, block in enumerate(self.blocks):
@@ -403,31 +392,44 @@ class Decoder(nn.Module):
         weight = self.embedding.weight
         return KVCache(self.config, batch_size, max_len or self.config.max_seq_len, dtype=dtype or weight.dtype, device=weight.device, chunk=chunk)
 
+    def _positions(self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> Tensor:
+        """The position of each new token: (T,), or (B, T) if they restart in each document."""
+        T = input_ids.size(1)
+        length = T if cache is None else cache.length + T
+        if length > self.config.max_seq_len:
+            raise ValueError(f"{length} positions are more than max_seq_len ({self.config.max_seq_len})")
+        if cache is None:
+            return torch.arange(T, device=input_ids.device) if document_ids is None else positions_in_documents(document_ids)
+        if document_ids is not None:
+            raise ValueError("a cache holds one document a row: give document_ids or a cache, not both")
+        return cache.advance(T)
+
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.position != "rope":
             return None
         cos, sin = rope_angles(positions, self.config.size_of_head, self.config.rope_theta)  # ([B,] T, K)
         return (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
 
-    def _sight(self, positions: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> Sight:
+    def _sight(self, positions: Tensor, cache: KVCache | None) -> Sight:
         """The mask of this forward, or none where the causal flag of the attention kernel says it all."""
         config, window = self.config, self.config.sliding_window
         T = positions.size(-1)
         keys = positions if cache is None else cache.positions[: cache.filled]
-        plain = config.position != "alibi" and not config.n_sinks and document_ids is None
+        in_documents = positions.dim() == 2
+        plain = config.position != "alibi" and not config.n_sinks and not in_documents
         if plain and (window is None or keys.size(-1) <= window):
             if keys.size(-1) == T:
                 return Sight(None, is_causal=True)
             if T == 1:
                 return Sight(None, is_causal=False)  # one new token sees all that is stored
         seen = visible(positions, keys, window)
-        if document_ids is not None:
-            seen = seen & (document_ids[:, :, None] == document_ids[:, None, :])
-        if seen.dim() == 3:
-            seen = seen[:, None]  # (B, 1, T, S)
+        if in_documents:
+            starts = torch.arange(T, device=positions.device) - positions  # where the document of each token begins
+            seen = (seen & (starts[:, :, None] == starts[:, None, :]))[:, None]  # (B, 1, T, S)
         if config.position == "alibi":
             distance = (positions[..., :, None] - keys[..., None, :]).float()
-            bias = -self.slopes[:, None, None] * (distance[:, None] if distance.dim() == 3 else distance)
+            slopes = alibi_slopes(config.n_heads).to(distance.device)
+            bias = -slopes[:, None, None] * (distance[:, None] if in_documents else distance)
             seen = bias.masked_fill(~seen, -math.inf)
         if config.n_sinks:
             seen = F.pad(seen, (config.n_sinks, 0), value=True if seen.dtype == torch.bool else 0.0)
@@ -437,29 +439,36 @@ class Decoder(nn.Module):
 # --- initialisation ---------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def initialise(model: Decoder) -> None:
     """Fill the weights as the table at the top of this file says, in the order of the modules, from torch's generator."""
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if name.startswith("sink"):
-                nn.init.normal_(weight, std=0.02)
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                nn.init.constant_(weight, 1.0 if name == "weight" else 0.0)
-            elif name.endswith("bias"):
-                nn.init.zeros_(weight)
-            elif model.config.init == "normal":
-                nn.init.normal_(weight, std=0.02)
-            else:
-                std = _truncated_std(module, weight, tied=model.config.tie_embeddings)
-                nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+    for name, weight in model.named_parameters():  # a tied matrix comes once, as the embedding
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif name.endswith("norm.weight"):
+            nn.init.ones_(weight)
+        elif model.config.init == "normal" or ".sink_" in name:
+            nn.init.normal_(weight, std=0.02)
+        else:
+            for matrix in _matrices(name, weight, model.config):
+                std = _truncated_std(name, matrix, tied=model.config.tie_embeddings)
+                nn.init.trunc_normal_(matrix, std=std, a=-3 * std, b=3 * std)
 
 
-def _truncated_std(module: nn.Module, weight: Tensor, *, tied: bool) -> float:
+def _matrices(name: str, weight: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+    """What is stored as one matrix and meant as several: queries, keys and values; gate and value of swiglu."""
+    if name.endswith("qkv.weight"):
+        queries, keys = config.n_heads * config.size_of_head, config.kv_heads * config.size_of_head
+        return weight.split((queries, keys, keys))
+    if ".ffn.up" in name and config.ffn == "swiglu":
+        return weight.chunk(2, dim=-2)
+    return (weight,)
+
+
+def _truncated_std(name: str, weight: Tensor, *, tied: bool) -> float:
     """sqrt(2 / (in + out)) for a linear layer, 1 for an embedding."""
-    if isinstance(module, nn.Embedding) and not tied:
-        return 1.0
-    if isinstance(module, nn.Embedding):
-        return weight.size(1) ** -0.5  # as a head, std 1 would give logits of size sqrt(D)
+    if name in ("embedding.weight", "positions.weight"):
+        return weight.size(1) ** -0.5 if tied else 1.0  # as a head, std 1 would give logits of size sqrt(D)
     return math.sqrt(2 / (weight.size(-1) + weight.size(-2)))
 
 

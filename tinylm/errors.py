@@ -1,5 +1,9 @@
 """Mistakes that their user can mend, and how text from outside is shown without harm."""
 
+import os
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """A mistake in a config, a data file, a checkpoint or the machine's set-up that its user can mend.
@@ -22,3 +26,21 @@ def printable(text: object) -> str:
     'a\\nb\\x1b[31m'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def run_program(body: Callable[[], int], *, debug: bool) -> int:
+    """Run a program's body; a `UserError` becomes one line on stderr and exit code 2, `Diverged` becomes 3.
+
+    `debug` lets the exception through with its traceback. A reader that closed our output (`| head`) is no error.
+    """
+    try:
+        return body()
+    except (UserError, Diverged) as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2 if isinstance(error, UserError) else 3
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, which would complain again: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

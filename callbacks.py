@@ -1,0 +1,397 @@
+"""What happens between optimizer steps, in this order: validation, metrics, checkpoints, and the wish to stop.
+
+Each is a Lightning callback that acts at step boundaries only, never inside an accumulation. Lightning's own versions are
+not used, for reasons that docs/LOG.md tells: its checkpoints are not written safely, its CSV logger deletes what a resumed
+run should continue, its signal handling saves in the middle of an accumulation.
+"""
+
+import copy
+import csv
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from model import LitStage, Progress
+from tinylm import checkpoint
+from tinylm.checkpoint import FORMAT, SCHEMA
+from tinylm.config import Config
+from tinylm.engine import Engine
+from tinylm.errors import printable
+from tinylm.evaluate import LanguageScore, language_score
+from tinylm.schedule import should_stop
+from tinylm.tokenizer import Tokenizer
+
+COLUMNS = ("step", "train_loss", "val_loss", "val_ppl", "val_bpb", "lr", "grad_norm", "tokens", "tokens_per_s")
+Row = dict[str, float | int | None]
+
+
+class StepCallback(L.Callback):
+    """Calls `after_step` once an optimizer step, when it is whole."""
+
+    def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
+        """What the callback is for."""
+        raise NotImplementedError
+
+    def on_train_batch_end(self, trainer: L.Trainer, stage: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook after every micro-batch."""
+        assert isinstance(stage, LitStage)
+        if (batch_idx + 1) % stage.config.training.grad_accum_steps == 0:
+            self.after_step(trainer, stage)
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+class Restore(L.Callback):
+    """Puts the optimizer and the gradient scaler of a checkpoint back, once Lightning has made them; it must run first.
+
+    Lightning's own resume is not used: it restores loops that count micro-batches, and ours count nothing (`data.py`).
+    """
+
+    def __init__(self, payload: dict[str, Any] | None):
+        self.payload = payload
+
+    def progress(self) -> Progress:
+        """Where the checkpoint's run was."""
+        assert self.payload is not None
+        return Progress(**copy.deepcopy(self.payload["progress"]))
+
+    def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        """Restore, and let go of the file's contents."""
+        if self.payload is not None:
+            trainer.strategy.load_optimizer_state_dict({"optimizer_states": [self.payload["optimizer"]]})
+            trainer.precision_plugin.load_state_dict(self.payload["precision"])
+            self.payload = None
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+class StopSignals(L.Callback):
+    """SIGINT and SIGTERM as a wish that is granted at the next step boundary, after saving."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def install(self) -> None:
+        """Take the two signals over, from whoever has them."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        """Lightning has installed its own handlers by now, which would end the run inside an accumulation."""
+        self.install()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+
+    @property
+    def exit_code(self) -> int:
+        """130 for SIGINT and 143 for SIGTERM, as shells have it; 0 without a signal."""
+        return 0 if self.received is None else 128 + self.received
+
+
+def wishes_to_stop(trainer: L.Trainer, stage: LitStage, signals: StopSignals) -> bool:
+    """Whether a signal came, on any rank, or validation has stopped improving."""
+    patience = stage.config.training.early_stopping_patience
+    early = patience is not None and should_stop(stage.progress.val_losses, patience)
+    return early or trainer.strategy.reduce_boolean_decision(signals.received is not None, all=False)
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+class Validation(StepCallback):
+    """Validates every training.val_every_steps steps and at the last one, and shows a sample if asked."""
+
+    def __init__(self, signals: StopSignals, tokenizer: Tokenizer, show: Callable[[str], None]):
+        self.signals, self.tokenizer, self.show = signals, tokenizer, show
+        self.score: LanguageScore | None = None
+
+    def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        """A run that was stopped between a step and its validation owes that validation."""
+        assert isinstance(stage, LitStage)
+        if stage.progress.step:
+            self.after_step(trainer, stage)
+
+    def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
+        """Validate if it is time."""
+        self.score = None
+        training, step = stage.config.training, stage.progress.step
+        due = step % training.val_every_steps == 0 or step == training.max_steps
+        if not due or stage.progress.validated(step):
+            return
+        # Ranks see a signal at different moments, and one that leaves early would leave the others waiting.
+        self.score = validate(trainer, stage, lambda: trainer.world_size == 1 and self.signals.received is not None)
+        if self.score is None:
+            return
+        stage.progress.validations.append([step, self.score.loss])
+        if training.sample_prompt is not None and trainer.is_global_zero:
+            engine = Engine(stage.decoder, self.tokenizer)
+            text = engine.generate(training.sample_prompt, stage.config.sampling)[0].text
+            stage.decoder.train()
+            self.show(f"sample: {printable(training.sample_prompt + text)}")
+
+
+def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool] = lambda: False) -> LanguageScore | None:
+    """The score of the model on the validation rows, over all ranks; None if it was interrupted."""
+    assert trainer.datamodule is not None
+    totals = [0.0, 0.0, 0.0]
+    stage.eval()
+    with torch.no_grad():
+        for index, batch in enumerate(trainer.datamodule.val_dataloader()):
+            if interrupted():
+                break
+            batch = trainer.strategy.batch_to_device(batch)
+            sums = trainer.strategy.reduce(trainer.strategy.validation_step(batch, index), reduce_op="sum")
+            totals = [total + part for total, part in zip(totals, sums.tolist(), strict=True)]
+    stage.train()
+    return None if interrupted() else language_score(*totals)
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+class MetricsFile:
+    """metrics.csv of one run: appended to, continued by a resumed run, no step in it twice."""
+
+    def __init__(self, path: Path, resume_step: int):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and resume_step == 0:
+            os.replace(path, self._free_name())  # an earlier run's numbers are kept, under another name
+        kept = self._rows_until(resume_step) if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(temporary, path)
+
+    def _free_name(self) -> Path:
+        number = 1
+        while (path := self.path.with_name(f"metrics.{number}.csv")).exists():
+            number += 1
+        return path
+
+    def _rows_until(self, step: int) -> list[dict[str, str]]:
+        """The whole rows up to `step`; what a killed run wrote after its last checkpoint will be written again."""
+        with open(self.path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return [row for row in rows if set(row) == set(COLUMNS) and None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+
+    def append(self, row: Row) -> None:
+        """One more row; numbers are written so that reading them gives the same bits."""
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow({name: "" if row[name] is None else repr(row[name]) for name in COLUMNS})
+
+
+class Metrics(StepCallback):
+    """Writes a row of metrics every training.log_every_steps steps and at every validation."""
+
+    def __init__(self, validation: Validation, show: Callable[[Row], None]):
+        self.validation, self.show = validation, show
+        self.file: MetricsFile | None = None
+        self.loggers: list[Logger] = []
+        self.since, self.tokens_then = time.monotonic(), 0
+
+    def open(self, file: MetricsFile, loggers: list[Logger]) -> None:
+        """Where rank 0 writes; the other ranks have nowhere."""
+        self.file, self.loggers = file, loggers
+
+    def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        """Start the clock; write the row of a validation that was owed."""
+        assert isinstance(stage, LitStage)
+        self.since, self.tokens_then = time.monotonic(), stage.progress.tokens
+        if self.validation.score is not None:
+            self.after_step(trainer, stage)
+
+    def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
+        """Write a row if it is time; only rank 0 does."""
+        progress, training = stage.progress, stage.config.training
+        score = self.validation.score
+        log_now = progress.step % training.log_every_steps == 0 or progress.step == training.max_steps
+        if not log_now and score is None:
+            return
+        if log_now and progress.logged_tokens:
+            progress.train_loss = progress.logged_loss / progress.logged_tokens
+            progress.logged_loss, progress.logged_tokens = 0.0, 0
+        now = time.monotonic()
+        speed = (progress.tokens - self.tokens_then) / max(now - self.since, 1e-9)
+        self.since, self.tokens_then = now, progress.tokens
+        row: Row = {
+            "step": progress.step,
+            "train_loss": progress.train_loss,
+            "val_loss": score.loss if score else None,
+            "val_ppl": score.perplexity if score else None,
+            "val_bpb": score.bits_per_byte if score else None,
+            "lr": stage.lr,
+            "grad_norm": stage.grad_norm,
+            "tokens": progress.tokens,
+            "tokens_per_s": speed,
+        }
+        if self.file is not None:
+            self.file.append(row)
+            for logger in self.loggers:
+                logger.log_metrics({k: v for k, v in row.items() if v is not None and k != "step"}, step=progress.step)
+            self.show(row)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+class Checkpoints(StepCallback):
+    """Saves every training.save_every_steps steps, when validation is best, and at the end, which a signal may bring on."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, validation: Validation, signals: StopSignals, warn: Callable[[str], None]):
+        self.folder = Path(config.training.checkpoint_dir)
+        self.config, self.tokenizer, self.validation, self.signals, self.warn = config, tokenizer, validation, signals, warn
+        self.newest: Path | None = None
+
+    def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        """The best of a validation that was owed is kept too."""
+        assert isinstance(stage, LitStage)
+        if self.validation.score is not None:
+            self.after_step(trainer, stage)
+
+    def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
+        """Save if it is time, under the names that apply, and then let the run stop if it should."""
+        progress, training = stage.progress, stage.config.training
+        stop = wishes_to_stop(trainer, stage, self.signals)
+        final = progress.step == training.max_steps or (stop and self.signals.received is None)
+        best = self.validation.score is not None and progress.val_losses[-1] <= min(progress.val_losses)
+        if stop or final or best or progress.step % training.save_every_steps == 0:
+            payload = self._payload(trainer, stage)  # on every rank: gathering shards takes them all
+            if trainer.is_global_zero:
+                self._save(payload, ["last.ckpt"] + ["best.ckpt"] * best + ["final.ckpt"] * final)
+        trainer.should_stop = stop
+
+    def _save(self, payload: dict[str, Any], names: list[str]) -> None:
+        path = self.folder / f"step-{payload['step']:06d}.ckpt"
+        checkpoint.write(path, payload)
+        self.newest = path
+        for name in names:
+            checkpoint.link(path, name)
+        self._prune()
+
+    def _payload(self, trainer: L.Trainer, stage: LitStage) -> dict[str, Any]:
+        """Everything that a resumed run and the other programs need, as plain types."""
+        weights = trainer.strategy.lightning_module_state_dict()
+        progress = stage.progress
+        assert trainer.datamodule is not None
+        return {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "stage": stage.stage,
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "train_loss": progress.train_loss,
+            "val_loss": progress.val_losses[-1] if progress.validations else None,
+            "created": time.time(),
+            "config": self.config.to_plain(),
+            "tokenizer": self.tokenizer.to_plain(),
+            "weights": {name.removeprefix("decoder."): weight for name, weight in weights.items()},
+            "optimizer": trainer.strategy.optimizer_state(trainer.optimizers[0]),
+            "precision": trainer.precision_plugin.state_dict(),
+            "progress": progress.to_plain(),
+            "cursor": stage.cursor,
+            "data": trainer.datamodule.fingerprints(),
+            "world_size": trainer.world_size,
+            "threads": torch.get_num_threads(),
+            "versions": {"torch": str(torch.__version__), "lightning": L.__version__},
+        }
+
+    def _prune(self) -> None:
+        """Remove the oldest step files beyond training.keep_last; one that cannot be removed is no reason to stop."""
+        keep = self.config.training.keep_last
+        for path in [] if keep is None else [p for p in checkpoint.candidates(self.folder) if p.name.startswith("step-")][keep:]:
+            try:
+                os.unlink(path)
+            except OSError as error:
+                self.warn(f"{printable(path)} could not be removed: {error.strerror}")
+
+
+# --- showing ----------------------------------------------------------------------------------------------------------
+
+
+class ProgressDisplay(StepCallback):
+    """A bar on a terminal, a line a row of metrics elsewhere; all on stderr."""
+
+    def __init__(self, console: Console, max_steps: int):
+        self.console, self.max_steps = console, max_steps
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        self.bar = Bar(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("training", total=max_steps, note="")
+        self.started, self.first = time.monotonic(), 0
+
+    def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        """Show the bar, standing where the run goes on."""
+        assert isinstance(stage, LitStage)
+        self.started, self.first = time.monotonic(), stage.progress.step
+        self.bar.update(self.task, completed=self.first)
+        self.bar.start()
+
+    def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
+        """Move the bar on."""
+        self.bar.update(self.task, completed=stage.progress.step)
+
+    def on_fit_end(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        """Leave the bar as it stands."""
+        self.bar.stop()
+
+    def on_exception(self, trainer: L.Trainer, stage: L.LightningModule, exception: BaseException) -> None:
+        """Give the terminal back before an error is printed."""
+        self.bar.stop()
+
+    def row(self, row: Row) -> None:
+        """One row of metrics for people."""
+        val = "" if row["val_loss"] is None else f"  val_loss {row['val_loss']:.4f}  val_ppl {row['val_ppl']:.2f}  val_bpb {row['val_bpb']:.3f}"
+        train = "" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}"
+        note = f"{train}  lr {row['lr']:.2e}  {short(row['tokens_per_s'] or 0)} tokens/s"
+        self.bar.update(self.task, note=note)
+        if val or not self.console.is_terminal:
+            self.line(f"step {row['step']:>6}/{self.max_steps}  {note}{val}{'' if self.console.is_terminal else self._eta(row)}")
+
+    def line(self, text: str) -> None:
+        """A line above the bar, never interpreted as markup."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _eta(self, row: Row) -> str:
+        done = (row["step"] or 0) - self.first
+        left = (time.monotonic() - self.started) / done * (self.max_steps - (row["step"] or 0)) if done else 0.0
+        return f"  ETA {duration(left)}"
+
+
+def short(number: float) -> str:
+    """A number for people.
+
+    >>> short(1_350_000), short(742), short(15_300)
+    ('1.35M', '742', '15.3k')
+    """
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    >>> duration(192), duration(7384), duration(5.2)
+    ('3m12s', '2h03m', '5s')
+    """
+    minutes, whole = divmod(int(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{whole:02d}s" if minutes else f"{whole}s"

@@ -1,0 +1,69 @@
+"""The true validation loss of a checkpoint: every validation row of a config's data, weighted by tokens.
+
+    python eval_val.py --ckpt checkpoints/best.ckpt --config config_smoke.yaml
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tinylm.errors import run_program
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        usage="python eval_val.py --ckpt checkpoints/best.ckpt --config config_smoke.yaml",
+        description="val_loss, val_ppl and val_bpb of a checkpoint on the validation data of a config.",
+    )
+    parser.add_argument("--ckpt", type=Path, required=True, help="the checkpoint")
+    parser.add_argument("--config", required=True, help="YAML file whose data section names the validation data")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    parser.add_argument("--tokenizer", default="auto", help="auto: the one in the checkpoint; else a Hugging Face name or folder")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; the exit code comes back."""
+    args = parse(argv)
+    return run_program(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score the checkpoint and print the numbers."""
+    from tinylm.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    import torch
+
+    from data import RowShape, Share, ValidationBatches
+    from tinylm.checkpoint import load_model
+    from tinylm.corpus import cached_token_file
+    from tinylm.device import pick_device
+    from tinylm.evaluate import byte_table, score_batches
+
+    device, why = pick_device(args.device)
+    sys.stderr.write(f"device: {device} ({why})\n")
+    loaded = load_model(args.ckpt, device)
+    tokenizer = loaded.tokenizer if args.tokenizer == "auto" else other_tokenizer(args.tokenizer, loaded.model.config.vocab_size or 0)
+    file = cached_token_file(config.data, "val", tokenizer, config.training.seed)
+    # The rows are those of the checkpoint's training, so that the number equals the one that training wrote.
+    shape = RowShape.of(loaded.config.model_copy(update={"data": config.data}), tokenizer)
+    batches = ValidationBatches(file, shape, Share(config.training.micro_batch_size), limit=None)
+    half = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[loaded.config.hardware.precision]
+    with torch.autocast(device, dtype=half, enabled=half is not None):
+        score = score_batches(loaded.model, batches, byte_table(tokenizer, loaded.model.embedding.num_embeddings))
+    row = {"ckpt": str(args.ckpt), "step": loaded.info.step, "val_loss": score.loss, "val_ppl": score.perplexity, "val_bpb": score.bits_per_byte, "tokens": score.tokens}
+    if args.json:
+        print(json.dumps(row))
+    else:
+        print(f"val_loss {score.loss:.4f}  val_ppl {score.perplexity:.3f}  val_bpb {score.bits_per_byte:.4f}  on {score.tokens:,} tokens ({args.ckpt}, step {loaded.info.step})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What checkpoints there are: a table, or JSON for programs.
+
+    python list.py
+    python list.py --dir checkpoints/sft --sort val_loss
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinylm.errors import UserError, printable, run_program
+
+if TYPE_CHECKING:
+    from tinylm.checkpoint import CheckpointInfo
+
+SORT_KEYS = ("step", "tokens", "train_loss", "val_loss", "parameters", "bytes", "created", "path")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(usage="python list.py [--dir checkpoints] [--sort val_loss] [--json]", description="List checkpoints and what they hold.")
+    parser.add_argument("--dir", type=Path, default=Path("checkpoints"), help="folder to look in (default: checkpoints)")
+    parser.add_argument("--sort", choices=SORT_KEYS, default="step", help="column to sort by (default: step)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; the exit code comes back."""
+    args = parse(argv)
+    return run_program(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read every checkpoint in the folder and show it; a damaged one is a row that says so."""
+    from tinylm.checkpoint import DamagedError, describe
+
+    if not args.dir.is_dir():
+        raise UserError(f"{printable(args.dir)}: no such folder. Train a model first: python train.py --config config_smoke.yaml")
+    sound: list[CheckpointInfo] = []
+    damaged: list[tuple[Path, str]] = []
+    for path in sorted(args.dir.glob("*.ckpt")):
+        try:
+            sound.append(describe(path))
+        except DamagedError as error:
+            damaged.append((path, str(error).removeprefix(f"{printable(path)}: ")))
+    sound.sort(key=lambda info: sort_key(as_row(info)[args.sort]))
+    if args.json:
+        rows: list[dict[str, Any]] = [as_row(info) for info in sound] + [{"path": str(path), "damaged": why} for path, why in damaged]
+        print(json.dumps(rows, indent=2))
+    elif not sound and not damaged:
+        print(f"no checkpoints in {printable(args.dir)}")
+    else:
+        show(sound, damaged)
+    return 0
+
+
+def sort_key(value: Any) -> tuple[bool, Any]:
+    """Orders values; what has none comes last."""
+    return (True, 0) if value is None else (False, value)
+
+
+def as_row(info: "CheckpointInfo") -> dict[str, Any]:
+    """The columns as plain values."""
+    from tinylm.checkpoint import info_row
+
+    return info_row(info)
+
+
+def show(sound: "list[CheckpointInfo]", damaged: list[tuple[Path, str]]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "stage", box=None, pad_edge=False, header_style="bold")
+    for name in ("step", "tokens", "train_loss", "val_loss", "parameters", "shape", "size", "age"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for info in sound:
+        loss = ["-" if value is None else f"{value:.4f}" for value in (info.train_loss, info.val_loss)]
+        table.add_row(printable(info.path.name), info.stage, f"{info.step}", f"{info.tokens:,}", *loss, f"{info.parameters:,}", info.shape, size(info.bytes), age(info.created))
+    for path, why in damaged:
+        table.add_row(printable(path.name), f"DAMAGED: {why}")
+    console = Console()
+    # Into a pipe nothing is cut: a program or a person with a wide screen reads it.
+    console.print(table, width=console.width if console.is_terminal else 400, markup=False)
+
+
+def size(n_bytes: int) -> str:
+    """Bytes for people.
+
+    >>> size(2_500_000), size(900)
+    ('2.5 MB', '900 B')
+    """
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n_bytes >= limit:
+            return f"{n_bytes / limit:.1f} {unit}"
+    return f"{n_bytes} B"
+
+
+def age(created: float) -> str:
+    """How long ago, for people."""
+    seconds = max(0.0, time.time() - created)
+    for limit, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= limit:
+            return f"{seconds / limit:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

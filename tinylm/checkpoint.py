@@ -1,0 +1,313 @@
+"""Checkpoints: written whole or not at all, verified before use, listed, and turned back into a model.
+
+A checkpoint is one zip file as torch.save writes it, of plain types only (dict, list, str, int, float, bool, None, tensor),
+read with `weights_only=True`, always. Its zip comment holds the SHA-256 of everything before it, so that a single
+flipped bit anywhere is found: torch itself would load it as wrong numbers. The file is written beside its final name,
+synced, renamed, and the folder synced; whoever looks sees the old file or the new one, never half of one.
+
+Here stands the project's only torch.load.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import socket
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from tinylm.config import Config
+from tinylm.decoder import Decoder
+from tinylm.errors import UserError, printable
+from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
+
+FORMAT = "tinylm"
+SCHEMA = 1
+# The end-of-central-directory record closes a zip file: 22 bytes, of which the last two are the comment's length.
+_END_RECORD = b"PK\x05\x06"
+_END_SIZE = 22
+_COMMENT_SIZE = len("sha256:") + 64
+_STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
+_NEEDED_KEYS = {"format", "schema", "stage", "step", "tokens", "config", "tokenizer", "weights"}
+
+
+class DamagedError(UserError):
+    """A checkpoint file that is not what was written."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself."""
+
+    path: Path
+    stage: str
+    step: int
+    tokens: int
+    train_loss: float | None
+    val_loss: float | None
+    parameters: int
+    bytes: int
+    created: float
+    """seconds since 1970 at which it was written"""
+    shape: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint ready for use: the model in evaluation mode, and what it was trained with."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    config: Config
+    info: CheckpointInfo
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, payload: dict[str, Any]) -> None:
+    """Write `payload` under `path`, whole or not at all; an older file under that name stays until the new one is safe.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w+b") as file:
+            torch.save(payload, file)
+            _append_digest(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save turns some failed writes into RuntimeError
+        _remove(temporary)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise UserError(f"{printable(path)}: the checkpoint could not be saved: {printable(reason)} ({_space(path.parent, payload)}). Make room or choose another training.checkpoint_dir; older checkpoints are untouched") from error
+
+
+def link(source: Path, name: str) -> Path:
+    """Give the checkpoint `source` a second name in its folder, replacing what had that name; no second copy is written."""
+    target, temporary = source.with_name(name), source.with_name(f".{name}.{os.getpid()}.tmp")
+    try:
+        _remove(temporary)
+        os.link(source, temporary)
+        os.replace(temporary, target)
+        _sync_folder(source.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise UserError(f"{printable(target)}: could not be made from {printable(source.name)}: {error.strerror}. Choose a training.checkpoint_dir on a file system with hard links") from error
+    return target
+
+
+def _append_digest(file: Any) -> None:
+    """Write the SHA-256 of the zip file as its comment; the comment's length is part of what is hashed."""
+    file.seek(-_END_SIZE, os.SEEK_END)
+    if file.read(4) != _END_RECORD:
+        raise RuntimeError("torch.save did not end the file with a zip record without comment")
+    file.seek(-2, os.SEEK_END)
+    file.write(struct.pack("<H", _COMMENT_SIZE))
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0, os.SEEK_END)
+    file.write(f"sha256:{digest}".encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the lock dies with the process, so a killed run leaves nothing to clean up.
+
+    What a killed run was writing is removed.
+
+    Raises:
+        UserError: another run holds it, or it cannot be written.
+    """
+    owner = folder / ".owner"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            for path in folder.glob(".*.tmp"):
+                _remove(path)
+            yield
+    except filelock.Timeout:
+        holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        raise UserError(f"{printable(folder)}: {printable(holder)} is training into it. Wait for it, or choose another training.checkpoint_dir") from None
+
+
+def _space(folder: Path, payload: dict[str, Any]) -> str:
+    needed = sum(t.numel() * t.element_size() for t in _tensors(payload))
+    if not folder.is_dir():
+        return f"about {needed} bytes needed"
+    status = os.statvfs(folder)
+    return f"about {needed} bytes needed, {status.f_bavail * status.f_frsize} free"
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The payload that `write` stored: verified, plain types only, tensors on the CPU and mapped from the file.
+
+    Raises:
+        DamagedError: the file is not what was written, or was not written by this program.
+        UserError: it is not there, or it is of a newer schema.
+    """
+    verify(path)
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, torch.serialization.pickle.UnpicklingError) as error:
+        raise DamagedError(f"{printable(path)}: not a checkpoint of this program: {printable(str(error).splitlines()[0][:120])}. Use another checkpoint") from None
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT or not _NEEDED_KEYS <= payload.keys():
+        raise DamagedError(f"{printable(path)}: not a checkpoint of this program. Use a file that train.py wrote")
+    if payload["schema"] > SCHEMA:
+        raise UserError(f"{printable(path)}: its schema is {payload['schema']}, and this program knows {SCHEMA}. Update the program")
+    return payload
+
+
+def verify(path: Path) -> None:
+    """Check every byte of the file against the digest in it.
+
+    Raises:
+        DamagedError: saying what the file looks like instead.
+    """
+    if not path.is_file():
+        raise UserError(f"{printable(path)}: {'a folder, not a file' if path.is_dir() else 'not found'}. Give a .ckpt file; `python list.py` shows them")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - _COMMENT_SIZE))
+        comment = file.read()
+        if size <= _COMMENT_SIZE or not comment.startswith(b"sha256:"):
+            file.seek(0)
+            raise DamagedError(f"{printable(path)}: damaged: {_looks_like(file.read(200), size)}. Use another checkpoint")
+        file.seek(0)
+        digest, left = hashlib.sha256(), size - _COMMENT_SIZE
+        while left:
+            block = file.read(min(left, 1 << 20))
+            if not block:
+                raise DamagedError(f"{printable(path)}: damaged: it shrank while it was read. Use another checkpoint")
+            digest.update(block)
+            left -= len(block)
+    if comment != f"sha256:{digest.hexdigest()}".encode():
+        raise DamagedError(f"{printable(path)}: damaged: its SHA-256 is not the one written in it. Use another checkpoint")
+
+
+def _looks_like(start: bytes, size: int) -> str:
+    """What a file that is no checkpoint probably is."""
+    if size == 0:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself (run `git lfs pull`)"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "an HTML page, not a checkpoint (was the download an error page?)"
+    if start.startswith(b"PK"):
+        return "cut short, or not written by this program"
+    return "not a checkpoint file"
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first.
+
+    By step, as the names say it, and never by the clock. `last`, `final` and `best` are second names of step files, so
+    they come after them, for folders into which only those were copied.
+    """
+    steps = {int(match[1]): path for path in folder.glob("step-*.ckpt") if (match := _STEP_NAME.fullmatch(path.name))}
+    named = [folder / f"{name}.ckpt" for name in ("last", "final", "best")]
+    return [steps[step] for step in sorted(steps, reverse=True)] + [path for path in named if path.exists()]
+
+
+def newest_sound(folder: Path, passed_over: Callable[[DamagedError], None] = lambda error: None) -> Path | None:
+    """The newest checkpoint in `folder` that verifies; None where there is none at all.
+
+    `passed_over` is told of each damaged one.
+
+    Raises:
+        UserError: there are checkpoints and every one is damaged; starting again at step 0 unasked would hide that.
+    """
+    errors = []
+    for path in candidates(folder):
+        try:
+            read(path)
+            return path
+        except DamagedError as error:
+            passed_over(error)
+            errors.append(str(error))
+    if errors:
+        raise UserError(f"{printable(folder)}: every checkpoint is damaged: {'; '.join(errors)}. Restore one from a backup, or choose another training.checkpoint_dir to start anew")
+    return None
+
+
+def describe(path: Path) -> CheckpointInfo:
+    """What the checkpoint at `path` says of itself, after verifying it."""
+    return _info(path, read(path))
+
+
+def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
+    model = payload["config"]["model"]
+    return CheckpointInfo(
+        path=path,
+        stage=payload["stage"],
+        step=payload["step"],
+        tokens=payload["tokens"],
+        train_loss=payload["train_loss"],
+        val_loss=payload["val_loss"],
+        parameters=sum(w.numel() for name, w in payload["weights"].items() if name != "head.weight" or not model["tie_embeddings"]),
+        bytes=path.stat().st_size,
+        created=payload["created"],
+        shape=f"{model['n_layers']}L {model['d_model']}d {model['n_heads']}h",
+    )
+
+
+def load_model(path: Path, device: str = "cpu") -> Loaded:
+    """The model, tokenizer and settings of the checkpoint at `path`; it needs no other file."""
+    payload = read(path)
+    config = Config.from_plain(payload["config"])
+    model = build_decoder(config, payload["weights"]).to(device).eval()
+    return Loaded(model, tokenizer_from_plain(payload["tokenizer"]), config, _info(path, payload))
+
+
+def build_decoder(config: Config, weights: dict[str, torch.Tensor]) -> Decoder:
+    """A decoder with exactly these weights; a missing, extra or misshapen one is a ValueError."""
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    model.load_state_dict(weights, strict=True, assign=True)
+    if config.model.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    for weight in model.parameters():
+        weight.data = weight.data.clone()  # off the mapped file, which may be replaced
+        weight.requires_grad_(True)
+    return model
+
+
+def info_row(info: CheckpointInfo) -> dict[str, Any]:
+    """`info` as plain values for JSON."""
+    return {**asdict(info), "path": str(info.path)}

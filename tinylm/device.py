@@ -1,0 +1,31 @@
+"""Which device the work runs on, and why: picked once, said first."""
+
+from tinylm.errors import UserError, printable
+
+NAMES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(name: str, *, key: str = "--device") -> tuple[str, str]:
+    """The device that `name` means on this machine, and the reason in words; auto takes CUDA, else MPS, else the CPU.
+
+    Args:
+        name: auto, cpu, cuda or mps.
+        key: the flag or setting that `name` came from, for the error.
+
+    Raises:
+        UserError: CUDA or MPS was asked for and this machine or this build of PyTorch has none.
+    """
+    if name not in NAMES:
+        raise ValueError(f"device {printable(name)} is not one of {', '.join(NAMES)}")
+    import torch  # late: it costs a second, and --help must not pay it
+
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [device for device, there in found.items() if there]
+    if name == "auto":
+        device = available[0]
+        missing = " and ".join(other.upper() for other, there in found.items() if not there)
+        reason = {"cuda": "CUDA is available", "mps": "MPS is available, CUDA is not", "cpu": f"no {missing} here"}[device]
+        return device, reason
+    if name not in available:
+        raise UserError(f"{key}: {name} was asked for, and PyTorch {torch.__version__} finds none here. Available: {', '.join(available)}. Take one of these, or auto.")
+    return name, "asked for"

@@ -1,0 +1,83 @@
+"""Scores of a model on held-out text: loss, perplexity, bits per byte."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinylm.decoder import Decoder, Features
+from tinylm.losses import cross_entropy
+from tinylm.packing import IGNORE_INDEX
+from tinylm.tokenizer import Tokenizer
+
+# exp(20) is 4.9e8, far beyond a uniform guess over any vocabulary; above it a perplexity says nothing, and exp overflows at 710.
+LOSS_CAP = 20.0
+
+
+@dataclass(frozen=True)
+class LanguageScore:
+    """How well a model predicts a text."""
+
+    loss: float
+    """mean cross entropy of a target token, in nats"""
+    tokens: int
+    """target tokens"""
+    n_bytes: int
+    """UTF-8 bytes of the text of the targets"""
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss, of a loss of at most LOSS_CAP."""
+        return math.exp(min(self.loss, LOSS_CAP))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits to store one byte of the text; runs with different tokenizers compare by it."""
+        return self.loss * self.tokens / math.log(2) / self.n_bytes if self.n_bytes else math.nan
+
+
+def batch_sums(features: Callable[..., Features], head: Tensor, batch: dict[str, Any], byte_lengths: Tensor) -> Tensor:
+    """(loss sum, targets, bytes of the targets' text) of one batch of rows, as a float tensor (3,).
+
+    Args:
+        features: `Decoder.features`, compiled or not.
+        head: (V, D) the matrix that scores tokens.
+        byte_lengths: (V,) UTF-8 bytes that each token stands for.
+    """
+    labels = batch["labels"].flatten()
+    hidden = features(batch["input_ids"], document_ids=batch.get("document_ids")).hidden
+    loss = cross_entropy(hidden.flatten(0, 1), head, labels)
+    targets = labels[labels != IGNORE_INDEX]
+    return torch.stack((loss.float(), loss.new_tensor(len(targets), dtype=torch.float32), byte_lengths[targets].sum().float()))
+
+
+def byte_table(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """(V,) UTF-8 bytes of each token id; ids that only pad the model's vocabulary stand for no text."""
+    lengths = tokenizer.byte_lengths()
+    return torch.tensor(lengths + [0] * (vocab_size - len(lengths)))
+
+
+def score_batches(model: Decoder, batches: Iterable[dict[str, Any]], byte_lengths: Tensor) -> LanguageScore:
+    """The score of `model`, in evaluation mode, over batches that are moved to its device."""
+    device = model.embedding.weight.device
+    lengths = byte_lengths.to(device)
+    totals = [0.0, 0.0, 0.0]
+    with torch.no_grad():
+        for batch in batches:
+            moved = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+            sums = batch_sums(model.features, model.head.weight, moved, lengths)
+            totals = [total + part for total, part in zip(totals, sums.tolist(), strict=True)]
+    return language_score(*totals)
+
+
+def language_score(loss_sum: float, tokens: float, n_bytes: float) -> LanguageScore:
+    """The score from sums over all batches: means are taken once, at the end, weighted by tokens.
+
+    >>> score = language_score(loss_sum=20.0, tokens=10, n_bytes=40)
+    >>> round(score.perplexity, 3), round(score.bits_per_byte, 3)
+    (7.389, 0.721)
+    """
+    return LanguageScore(loss_sum / tokens if tokens else math.nan, int(tokens), int(n_bytes))

@@ -1,0 +1,376 @@
+"""Pretraining: a config in, checkpoints out.
+
+    python train.py --config config_smoke.yaml
+    python train.py --config config.yaml training.max_steps=1000 hardware.precision=bf16
+
+Run the same command again after a crash and it goes on where it was, to the last bit. `build_trainer` and `fit` serve
+the other training programs too.
+"""
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinylm.errors import UserError, printable, run_program
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from data import LitData
+    from model import LitStage
+    from tinylm.config import Config
+    from tinylm.tokenizer import Tokenizer
+
+# Settings that may differ when a run is resumed: they decide how long it runs and what is written, not what a step computes.
+FREE_ON_RESUME = {
+    "data.num_workers", "data.cache_dir", "data.dataset", "data.val_dataset", "tokenizer.path",  # their content is compared
+    "training.max_steps", "training.val_every_steps", "training.val_batches", "training.early_stopping_patience",
+    "training.log_every_steps", "training.save_every_steps", "training.keep_last", "training.checkpoint_dir", "training.log_dir",
+    "training.run_name", "training.loggers", "training.sample_prompt", "training.auto_resume", "training.init_from",
+    "model.gradient_checkpointing", "hardware.accelerator", "hardware.devices", "hardware.num_nodes", "hardware.strategy",
+    "hardware.compile", "hardware.threads",
+}  # fmt: skip
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        usage="python train.py --config config.yaml [section.key=value ...]",
+        description="Pretrain a model. The same command again goes on from the newest checkpoint.",
+        epilog="Every setting: docs/CONFIG_REFERENCE.md. Exit codes: 0 done, 2 a mistake to mend, 3 diverged, 130/143 stopped after saving.",
+    )
+    parser.add_argument("--config", required=True, help="YAML file with the settings")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", metavar="PATH", type=Path, help="go on from this checkpoint instead of the newest")
+    start.add_argument("--no-resume", action="store_true", help="start anew; needs a checkpoint folder without checkpoints")
+    parser.add_argument("--allow-changes", action="store_true", help="resume although data, tokenizer or settings differ from the checkpoint's")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; the exit code comes back."""
+    args = parse(argv)
+    return run_program(lambda: run(args), debug=args.debug)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with: nothing, another run's weights, or its own checkpoint."""
+
+    path: Path | None = None
+    payload: dict[str, Any] | None = None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the settings, say what will be done, train, say where the result is."""
+    from tinylm.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from tinylm import checkpoint
+    from tinylm.device import pick_device
+
+    device, why = pick_device(config.hardware.accelerator)
+    say = speaker()
+    say(f"device: {device} ({why}), precision {config.hardware.precision}")
+    set_threads(config.hardware.threads)
+    folder = Path(config.training.checkpoint_dir)
+    with claim(folder):
+        start = find_start(folder, args, config, say)
+        if start.payload is not None and is_complete(start.payload, config):
+            say(f"already complete at step {start.payload['step']}: {start.path}")
+            print(start.path)
+            return 0
+        from data import LitData
+        from model import LitLM
+        from tinylm.evaluate import byte_table
+
+        tokenizer, config = prepare_tokenizer(config)
+        data = LitData(config, tokenizer)
+        data.prepare()
+        say(describe_data(data))
+        weights = None if start.payload is None else start.payload["weights"]
+        if start.payload is None and config.training.init_from is not None:
+            weights = checkpoint.read(Path(config.training.init_from))["weights"]
+        decoder = build_model(config, weights)
+        stage = LitLM(config, decoder, byte_table(tokenizer, decoder.embedding.num_embeddings))
+        return fit(config, stage, data, tokenizer, device, start, say, allow_changes=args.allow_changes)
+
+
+# --- where a run starts -----------------------------------------------------------------------------------------------
+
+
+def find_start(folder: Path, args: argparse.Namespace, config: "Config", say: Callable[[str], None]) -> Start:
+    """The checkpoint to go on from, if there is one and it is wished."""
+    from tinylm import checkpoint
+
+    if args.resume is not None:
+        return Start(args.resume, checkpoint.read(args.resume))
+    if config.training.auto_resume and not args.no_resume:
+        path = checkpoint.newest_sound(folder, lambda error: say(f"passed over: {error}"))
+        return Start() if path is None else Start(path, checkpoint.read(path))
+    found = checkpoint.candidates(folder)
+    if found:
+        raise UserError(f"{printable(folder)}: holds checkpoints already (newest {found[0].name}). Resume, or choose another training.checkpoint_dir")
+    return Start()
+
+
+def is_complete(payload: dict[str, Any], config: "Config") -> bool:
+    """Whether there is nothing left to train: all steps are done, or the run had stopped early."""
+    from tinylm.schedule import should_stop
+
+    patience = config.training.early_stopping_patience
+    losses = [loss for _, loss in payload["progress"]["validations"]]
+    return payload["step"] >= config.training.max_steps or (patience is not None and should_stop(losses, patience))
+
+
+def check_same_run(start: Start, config: "Config", tokenizer: "Tokenizer", data: "LitData", world_size: int, *, allow_changes: bool) -> None:
+    """Refuse to resume with what would not be the same run.
+
+    Raises:
+        UserError: naming the checkpoint, both values, and the flag that overrides.
+    """
+    payload = start.payload
+    assert payload is not None
+    differences = list(changed_settings(payload["config"], config.to_plain()))
+    identities = {"tokenizer": (_tokenizer_of(payload).fingerprint, tokenizer.fingerprint), "number of processes": (payload["world_size"], world_size)}
+    identities |= {f"{which} data": (payload["data"][which], found) for which, found in data.fingerprints().items()}
+    differences += [(name, was, now) for name, (was, now) in identities.items() if was != now]
+    if not differences:
+        return
+    name, was, now = differences[0]
+    shape = [d for d in differences if d[0].startswith("model.") or d[0] == "tokenizer"]
+    if shape:
+        name, was, now = shape[0]
+    source = f" ({printable(config.data.dataset)})" if name.endswith("data") else ""
+    message = f"{printable(start.path)}: {name}{source} was {printable(was)} when it was saved, this run has {printable(now)}"
+    if shape:
+        raise UserError(f"{message}. Set it back, or choose another training.checkpoint_dir")
+    if not allow_changes:
+        raise UserError(f"{message}. Set it back, choose another training.checkpoint_dir, or pass --allow-changes to go on all the same")
+
+
+def changed_settings(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of each setting that differs and may not, `sampling` left out."""
+    changes = []
+    for key, value in now.items():
+        dotted = f"{prefix}{key}"
+        if dotted == "sampling" or dotted in FREE_ON_RESUME:
+            continue
+        old = was.get(key)  # a setting that did not exist when the checkpoint was written counts as None
+        if isinstance(value, dict) and isinstance(old, dict):
+            changes += changed_settings(old, value, f"{dotted}.")
+        elif value != old:
+            changes.append((dotted, old, value))
+    return changes
+
+
+def _tokenizer_of(payload: dict[str, Any]) -> "Tokenizer":
+    from tinylm.tokenizer import tokenizer_from_plain
+
+    return tokenizer_from_plain(payload["tokenizer"])
+
+
+# --- what a run is made of --------------------------------------------------------------------------------------------
+
+
+def prepare_tokenizer(config: "Config") -> tuple["Tokenizer", "Config"]:
+    """The tokenizer, and the settings with the vocabulary's size filled in."""
+    from tinylm.corpus import train_documents
+    from tinylm.tokenizer import make_tokenizer
+
+    tokenizer = make_tokenizer(config.tokenizer, lambda: train_documents(config.data, config.training.seed))
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size: {wanted} is less than the tokenizer's {tokenizer.vocab_size}. Raise it, or leave it out")
+    model = config.model.model_copy(update={"vocab_size": wanted or tokenizer.vocab_size})
+    return tokenizer, config.model_copy(update={"model": model})
+
+
+def build_model(config: "Config", weights: dict[str, Any] | None) -> Any:
+    """A decoder with new weights, which depend on the seed alone, or with the given ones."""
+    import torch
+
+    from tinylm.checkpoint import build_decoder
+    from tinylm.decoder import Decoder
+
+    if weights is None:
+        torch.manual_seed(config.training.seed)
+        return Decoder(config.model)
+    try:
+        return build_decoder(config, weights)
+    except RuntimeError as error:  # load_state_dict names every weight that does not fit
+        problem = str(error).splitlines()[-1].strip()
+        raise UserError(f"model: the checkpoint's weights are of another shape: {printable(problem)}. Use the model settings it was trained with") from None
+
+
+def describe_data(data: "LitData") -> str:
+    """One line on what is trained on and validated on."""
+    from callbacks import short
+
+    train = "a stream" if data.train_file is None else f"{short(len(data.train_file))} tokens"
+    val = "none" if data.val_file is None else f"{short(len(data.val_file))} tokens"
+    return f"data: {printable(data.config.data.dataset)}: train {train}, validation {val}; tokenizer {data.tokenizer.kind}, vocabulary {data.tokenizer.vocab_size}"
+
+
+def describe_model(config: "Config", decoder: Any, world_size: int) -> str:
+    """Parameters, FLOPs per token and tokens per step."""
+    from callbacks import short
+    from tinylm.decoder import count_parameters, flops_per_token
+
+    training = config.training
+    tokens = training.micro_batch_size * training.grad_accum_steps * training.seq_len * world_size
+    flops = flops_per_token(decoder, training.seq_len)
+    return f"model: {count_parameters(decoder):,} parameters, {short(flops)} FLOPs a token, {tokens:,} tokens a step, {training.max_steps:,} steps"
+
+
+def build_trainer(config: "Config", device: str, callbacks: "list[L.Callback]") -> "L.Trainer":
+    """Lightning's trainer for one run: one epoch of micro-batches; everything between steps is ours (callbacks.py)."""
+    import lightning as L
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Both advise a setting that is the user's choice here (num_workers), or that the design makes moot.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
+    hardware = config.hardware
+    precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}[hardware.precision]
+    return L.Trainer(
+        accelerator={"cpu": "cpu", "cuda": "gpu", "mps": "mps"}[device],
+        devices=hardware.devices,
+        num_nodes=hardware.num_nodes,
+        strategy=hardware.strategy,
+        precision=precision,  # type: ignore[arg-type]
+        max_epochs=1,
+        accumulate_grad_batches=config.training.grad_accum_steps,
+        callbacks=callbacks,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def make_loggers(config: "Config") -> "list[Any]":
+    """The loggers that training.loggers names."""
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+    made: list[Any] = []
+    for name in config.training.loggers:
+        try:
+            if name == "tensorboard":
+                made.append(TensorBoardLogger(config.training.log_dir, name=config.training.run_name, version=""))
+            else:
+                made.append(WandbLogger(project="tinylm", name=config.training.run_name, save_dir=config.training.log_dir))
+        except ModuleNotFoundError:
+            raise UserError(f"training.loggers: {name} is not installed. pip install {name}") from None
+    return made
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def fit(config: "Config", stage: "LitStage", data: "LitData", tokenizer: "Tokenizer", device: str, start: Start, say: Callable[[str], None], *, allow_changes: bool) -> int:
+    """Train `stage` on `data` to the end of the run, from `start`; the exit code comes back."""
+    import callbacks as between
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    signals = between.StopSignals()
+    display = between.ProgressDisplay(console, config.training.max_steps)
+    validation = between.Validation(signals, tokenizer, display.line)
+    saving = between.Checkpoints(config, tokenizer, validation, signals, say)
+    metrics = between.Metrics(validation, display.row)
+    restore = between.Restore(start.payload)
+    trainer = build_trainer(config, device, [signals, restore, validation, metrics, saving, display])
+    say(describe_model(config, stage.decoder, trainer.world_size))
+    step = 0
+    if start.payload is not None:
+        check_same_run(start, config, tokenizer, data, trainer.world_size, allow_changes=allow_changes)
+        say_what_changed(start.payload, config, say)
+        stage.progress = restore.progress()
+        step = stage.progress.step
+        data.start_at(step * config.training.grad_accum_steps, start.payload["cursor"])
+        stage.cursor = start.payload["cursor"]
+        say(f"resuming {start.path} at step {step}")
+    if trainer.is_global_zero:
+        path = Path(config.training.log_dir) / config.training.run_name / "metrics.csv"
+        metrics.open(between.MetricsFile(path, step), make_loggers(config))
+    began = time.monotonic()
+    trainer.fit(stage, datamodule=data)
+    return report(stage, saving, signals, time.monotonic() - began, say)
+
+
+def say_what_changed(payload: dict[str, Any], config: "Config", say: Callable[[str], None]) -> None:
+    """Name what is allowed to change on resume and matters all the same."""
+    import torch
+
+    was, now = payload["config"]["training"]["max_steps"], config.training.max_steps
+    if was != now:
+        say(f"training.max_steps was {was} and is {now}: the learning rate now follows the schedule of {now} steps")
+    if payload["threads"] != torch.get_num_threads():
+        say(f"CPU threads were {payload['threads']} and are {torch.get_num_threads()}: results may differ in the last bits")
+
+
+def report(stage: "LitStage", saving: Any, signals: Any, seconds: float, say: Callable[[str], None]) -> int:
+    """Say where the result is and what to type next."""
+    from callbacks import duration
+
+    progress, path = stage.progress, saving.newest
+    if path is None:  # only rank 0 saves
+        return signals.exit_code
+    if signals.received is not None:
+        say(f"stopped by signal {signals.received} after step {progress.step}; saved {path}. The same command goes on from there.")
+        return signals.exit_code
+    best = min(progress.val_losses) if progress.validations else float("nan")
+    say(f"done: {progress.step} steps in {duration(seconds)}, best val_loss {best:.4f}")
+    final = path.with_name("final.ckpt")
+    print(final)
+    say(f'next: python infer.py --ckpt {final} --prompt "Attention is"')
+    return 0
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def speaker() -> Callable[[str], None]:
+    """A function that prints one line on stderr, on rank 0 only."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    def say(text: str) -> None:
+        if rank_zero_only.rank == 0:
+            sys.stderr.write(f"{text}\n")
+
+    return say
+
+
+def claim(folder: Path) -> Any:
+    """The lock on the checkpoint folder, on rank 0; the other ranks belong to the same run."""
+    import contextlib
+
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from tinylm.checkpoint import claimed
+
+    return claimed(folder) if rank_zero_only.rank == 0 else contextlib.nullcontext()
+
+
+def set_threads(threads: int | None) -> None:
+    """Use so many CPU threads."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     from tinylm import checkpoint
     from tinylm.device import pick_device
 
-    device, why = pick_device(config.hardware.accelerator)
+    device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
+    check_hardware(config, device)
     say = speaker()
     say(f"device: {device} ({why}), precision {config.hardware.precision}")
     set_threads(config.hardware.threads)
@@ -362,6 +363,26 @@ def claim(folder: Path) -> Any:
     from tinylm.checkpoint import claimed
 
     return claimed(folder) if rank_zero_only.rank == 0 else contextlib.nullcontext()
+
+
+def check_hardware(config: "Config", device: str) -> None:
+    """Refuse what this machine cannot do, before anything is read.
+
+    Raises:
+        UserError: naming the setting and what is available.
+    """
+    import torch
+
+    hardware = config.hardware
+    if hardware.precision == "16" and device != "cuda":
+        raise UserError(f"hardware.precision: 16 needs CUDA, and this run is on {device}. Set hardware.precision to 32 or bf16")
+    if hardware.precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"hardware.precision: {torch.cuda.get_device_name()} has no bf16 arithmetic. Set hardware.precision to 16 or 32")
+    present = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device)
+    if present is not None and hardware.devices > present:
+        raise UserError(f"hardware.devices: {hardware.devices} were asked for, and this machine has {present}. Lower hardware.devices")
+    if hardware.strategy == "fsdp" and device != "cuda":
+        raise UserError(f"hardware.strategy: fsdp needs CUDA, and this run is on {device}. Set hardware.strategy to ddp")
 
 
 def set_threads(threads: int | None) -> None:

@@ -450,9 +450,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _whole_or_float(text: str) -> int | float:
-    """1e5 is a count, 3e-4 and 5.0 are not; beyond 2^53 a float does not know which whole number it is."""
+    """1e5 is a count, 3e-4 and 5.0 are not."""
     value = float(text)
-    return int(value) if "." not in text and value.is_integer() and abs(value) < 2**53 else value
+    return int(value) if "." not in text and value.is_integer() else value
 
 
 # How a scalar of each tag is read, and so what a setting can be. YAML 1.1 also has numbers to the bases 2, 8, 16 and 60
@@ -498,7 +498,7 @@ def read_yaml(path: Path) -> yaml.Node | None:
         size = path.stat().st_size
         if size > CONFIG_BYTES_LIMIT:
             raise UserError(f"{printable(path)}: {size} bytes, and a config has at most {CONFIG_BYTES_LIMIT}. Is it the right file?")
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{printable(path)}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except OSError as error:

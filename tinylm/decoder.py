@@ -15,6 +15,8 @@ Initialisation (`ModelConfig.init`):
 | embeddings          | N(0, 0.02²)            | N(0, 1) cut at 3 std; 1/√D scale if tied     |
 | norms, biases       | 1, 0                   | 1, 0                                         |
 | sink keys, values   | N(0, 0.02²)            | N(0, 0.02²)                                  |
+
+Queries, keys and values are stored as one matrix, and so are gate and value of swiglu; each is drawn by its own size.
 """
 
 # B batch · T query positions · S key positions · D model width · H query heads · G key/value heads · K head width
@@ -145,14 +147,17 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Sight:
-    """What each query sees, worked out once a forward and shared by all layers.
+    """Where the new tokens are and what each of them sees, worked out once a forward and shared by all layers.
 
     `mask` is None when plain causal attention (or, for a single new token, seeing everything) says it all; else boolean
-    or, with ALiBi, an additive bias; it broadcasts to (B, H, T, n_sinks + S).
+    or, with ALiBi, an additive bias; it broadcasts to (B, H, T, n_sinks + S). `angles` are RoPE's, if there is any.
     """
 
+    positions: Tensor
+    angles: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     is_causal: bool
+    cache: KVCache | None
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -185,10 +190,10 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with H query heads that share G key/value heads (Vaswani et al. 2017; Ainslie et al. 2023)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.size_of_head
-        self.rotary = config.position == "rope"
         self.dropout = config.attention_dropout
         queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         self.qkv = nn.Linear(config.d_model, queries + 2 * keys, bias=config.bias != "none")
@@ -200,15 +205,15 @@ class Attention(nn.Module):
             self.sink_values = nn.Parameter(torch.empty(self.n_kv_heads, config.n_sinks, self.head_dim))
         self.n_sinks = config.n_sinks
 
-    def forward(self, x: Tensor, sight: Sight, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight) -> Tensor:
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, self.n_heads + 2 * self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, H+2G, T, K)
         q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        if cache is not None:
-            k, v = cache.write(layer, positions, k, v)
+        if sight.angles is not None:
+            q, k = rotate(q, *sight.angles), rotate(k, *sight.angles)
+        if sight.cache is not None:
+            k, v = sight.cache.write(self.layer, sight.positions, k, v)
         if self.n_sinks:
             # A sink has no position: it is neither rotated nor biased, so it looks the same from everywhere.
             k = torch.cat((self.sink_keys.to(k.dtype).expand(B, -1, -1, -1), k), dim=2)
@@ -314,22 +319,23 @@ def grouped_linear(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention, then feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.placement = config.norm_placement
         normed = self.placement != "none"
         self.attention_norm = make_norm(config, config.d_model) if normed else nn.Identity()
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.ffn_norm = make_norm(config, config.d_model) if normed else nn.Identity()
         self.ffn = FeedForward(config) if config.moe is None else MixtureOfExperts(config, config.moe)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, x: Tensor, sight: Sight, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+        """The stream (B, T, D) after this block, and the balance loss of its experts (0 without any)."""
         if self.placement == "post":  # norms after the sums, as in Vaswani et al. 2017
-            x = self.attention_norm(x + self.dropout(self.attention(x, sight, angles, cache, layer, positions)))
+            x = self.attention_norm(x + self.dropout(self.attention(x, sight)))
             added, balance = self._feed(x)
             return self.ffn_norm(x + self.dropout(added)), balance
-        x = x + self.dropout(self.attention(self.attention_norm(x), sight, angles, cache, layer, positions))
+        x = x + self.dropout(self.attention(self.attention_norm(x), sight))
         added, balance = self._feed(self.ffn_norm(x))
         return x + self.dropout(added), balance
 
@@ -351,7 +357,7 @@ class Decoder(nn.Module):
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.dropout = nn.Dropout(config.residual_dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         # After pre-norm blocks the stream has never been normalised as a whole; after post-norm it just was.
         self.norm = make_norm(config, config.d_model) if config.norm_placement == "pre" else nn.Identity()
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -377,13 +383,12 @@ class Decoder(nn.Module):
             x = x + self.positions(positions)
         x = self.dropout(x)
         sight = self._sight(positions, cache)
-        angles = self._angles(positions)
         balance = x.new_zeros((), dtype=torch.float32)
-        for layer, block in enumerate(self.blocks):
+        for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
-                x, block_balance = checkpoint(block, x, sight, angles, cache, layer, positions, use_reentrant=False)
+                x, block_balance = checkpoint(block, x, sight, use_reentrant=False)
             else:
-                x, block_balance = block(x, sight, angles, cache, layer, positions)
+                x, block_balance = block(x, sight)
             balance = balance + block_balance / len(self.blocks)
         return Features(self.norm(x), balance)
 
@@ -411,29 +416,30 @@ class Decoder(nn.Module):
         return (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
 
     def _sight(self, positions: Tensor, cache: KVCache | None) -> Sight:
-        """The mask of this forward, or none where the causal flag of the attention kernel says it all."""
-        config, window = self.config, self.config.sliding_window
-        T = positions.size(-1)
+        """What this forward needs to know of its positions (T,) or (B, T)."""
         keys = positions if cache is None else cache.positions[: cache.filled]
-        in_documents = positions.dim() == 2
-        plain = config.position != "alibi" and not config.n_sinks and not in_documents
-        if plain and (window is None or keys.size(-1) <= window):
-            if keys.size(-1) == T:
-                return Sight(None, is_causal=True)
-            if T == 1:
-                return Sight(None, is_causal=False)  # one new token sees all that is stored
-        seen = visible(positions, keys, window)
-        if in_documents:
-            starts = torch.arange(T, device=positions.device) - positions  # where the document of each token begins
+        T, S, window = positions.size(-1), keys.size(-1), self.config.sliding_window
+        mask, is_causal = None, S == T
+        # One mask-free kernel says it all: causal over a whole sequence, or one new token that sees all that is stored.
+        special = self.config.position == "alibi" or self.config.n_sinks or positions.dim() == 2
+        if special or (window is not None and S > window) or (S != T and T > 1):
+            mask, is_causal = self._mask(positions, keys), False
+        return Sight(positions, self._angles(positions), mask, is_causal, cache)
+
+    def _mask(self, positions: Tensor, keys: Tensor) -> Tensor:
+        """What queries at `positions` see of keys at `keys`: booleans or an additive bias, (..., T, n_sinks + S)."""
+        config = self.config
+        seen, distance = visible(positions, keys, config.sliding_window), positions[..., :, None] - keys[..., None, :]
+        if positions.dim() == 2:
+            starts = torch.arange(positions.size(1), device=positions.device) - positions  # where each token's document begins
             seen = (seen & (starts[:, :, None] == starts[:, None, :]))[:, None]  # (B, 1, T, S)
+            distance = distance[:, None]
         if config.position == "alibi":
-            distance = (positions[..., :, None] - keys[..., None, :]).float()
             slopes = alibi_slopes(config.n_heads).to(distance.device)
-            bias = -slopes[:, None, None] * (distance[:, None] if in_documents else distance)
-            seen = bias.masked_fill(~seen, -math.inf)
+            seen = (-slopes[:, None, None] * distance).masked_fill(~seen, -math.inf)  # (..., H, T, S)
         if config.n_sinks:
             seen = F.pad(seen, (config.n_sinks, 0), value=True if seen.dtype == torch.bool else 0.0)
-        return Sight(seen, is_causal=False)
+        return seen
 
 
 # --- initialisation ---------------------------------------------------------------------------------------------------

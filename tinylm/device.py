@@ -23,9 +23,7 @@ def pick_device(name: str, *, key: str = "--device") -> tuple[str, str]:
     available = [device for device, there in found.items() if there]
     if name == "auto":
         device = available[0]
-        missing = " and ".join(other.upper() for other, there in found.items() if not there)
-        reason = {"cuda": "CUDA is available", "mps": "MPS is available, CUDA is not", "cpu": f"no {missing} here"}[device]
-        return device, reason
+        return device, {"cuda": "CUDA is available", "mps": "MPS is available, CUDA is not", "cpu": "neither CUDA nor MPS here"}[device]
     if name not in available:
         raise UserError(f"{key}: {name} was asked for, and PyTorch {torch.__version__} finds none here. Available: {', '.join(available)}. Take one of these, or auto.")
     return name, "asked for"

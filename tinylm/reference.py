@@ -91,14 +91,12 @@ def reference_page(schema: dict[str, Any]) -> str:
 
 
 def _section_table(key: str, section: dict[str, Any]) -> str:
-    rows = [
-        f"| `{name}` | {_type(setting, f'{key}.{name}')} | `{_default(setting['default'])}` | {setting['description']} |" for name, setting in section["properties"].items()
-    ]
-    return "\n".join([f"## {key}", "", section["description"], "", "| setting | value | default | meaning |", "|---|---|---|---|", *rows, ""])
-
-
-def _default(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    lines = [f"## {key}", "", section["description"], "", "| setting | value | default | meaning |", "|---|---|---|---|"]
+    for name, setting in section["properties"].items():
+        default = setting["default"] if isinstance(setting["default"], str) else json.dumps(setting["default"])
+        meaning = setting["description"].replace("<", "&lt;").replace("|", "\\|")  # neither HTML nor a column
+        lines.append(f"| `{name}` | {_type(setting, f'{key}.{name}')} | `{default}` | {meaning} |")
+    return "\n".join([*lines, ""])
 
 
 def _type(setting: dict[str, Any], key: str) -> str:
@@ -117,7 +115,7 @@ def _type(setting: dict[str, Any], key: str) -> str:
     if "$ref" in setting:
         return f"section [{key}](#{key.replace('.', '')})"
     if "prefixItems" in setting:
-        return f"[{'; '.join(_type(item, key) for item in setting['prefixItems'])}]"
+        return f"list of {len(setting['prefixItems'])}: {_type(setting['prefixItems'][0], key)}"
     if "items" in setting:
         return f"list of {_type(setting['items'], key)}"
     words = {"integer": "whole number", "number": "number", "boolean": "`true`, `false`", "string": "text", "null": "`null`"}
@@ -126,7 +124,7 @@ def _type(setting: dict[str, Any], key: str) -> str:
 
 def _bounds(setting: dict[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    return ", ".join(f"{sign} {setting[name]:,g}" for name, sign in signs.items() if name in setting and setting[name] != COUNT_LIMIT)
+    return ", ".join(f"{sign} {setting[name]:.12g}" for name, sign in signs.items() if name in setting and setting[name] != COUNT_LIMIT)
 
 
 def _error_of(text: str) -> str:

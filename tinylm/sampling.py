@@ -40,12 +40,10 @@ def next_token(logits: Tensor, context: Tensor, sampling: SamplingConfig, genera
             the same amount, so a draw depends on (seed, sample, step) and not on who else is in the batch.
 
     Raises:
-        ValueError: a row has a NaN or infinite logit.
+        ValueError: the logits are not finite numbers.
         UserError: no_repeat_ngram leaves a row no token.
     """
-    if not logits.amax(dim=-1).isfinite().all():
-        raise ValueError("the model gave logits that are not finite numbers; its weights are damaged or it diverged in training")
-    log_probs = logits.log_softmax(dim=-1)
+    log_probs = log_probabilities(logits)
     logits = constrain(logits, context, sampling)
     if sampling.temperature == 0:
         ids = logits.argmax(dim=-1)
@@ -53,6 +51,17 @@ def next_token(logits: Tensor, context: Tensor, sampling: SamplingConfig, genera
         probabilities = narrow(logits, sampling).softmax(dim=-1)
         ids = torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators, strict=True)])
     return Choice(ids, log_probs.gather(1, ids[:, None]).squeeze(1))
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """The model's own log-probabilities (B, V).
+
+    Raises:
+        ValueError: a row has a NaN or a positive infinite logit, or nothing but negative infinite ones.
+    """
+    if not logits.amax(dim=-1).isfinite().all():
+        raise ValueError("the model gave logits that are not finite numbers; its weights are damaged or it diverged in training")
+    return logits.log_softmax(dim=-1)
 
 
 def make_generator(seed: int, sample: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -149,10 +158,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    before[:, 0] = 0  # a token stays if those before it fall short of p, so the first always does
-    kept = ordered.masked_fill(before >= p, -math.inf)
-    return torch.empty_like(logits).scatter(1, order, kept)
+    cut = probabilities.cumsum(dim=-1) - probabilities >= p  # those before it reach p already
+    cut[:, 0] = False  # p may be so small that float32 has 0 for it
+    return torch.empty_like(logits).scatter(1, order, ordered.masked_fill(cut, -math.inf))
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:

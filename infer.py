@@ -1,0 +1,319 @@
+"""Continue a prompt with a trained model, to the terminal as it is written.
+
+    python infer.py --prompt "Attention is"
+    echo "Attention is" | python infer.py --temperature 0 --json
+
+Results go to stdout, everything else to stderr. No Lightning here, and torch only after --help.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydantic import ValidationError
+
+from tinylm.config import SamplingConfig, TokenizerConfig
+from tinylm.device import NAMES, pick_device
+from tinylm.errors import UserError, printable, run_program
+
+if TYPE_CHECKING:
+    from tinylm.checkpoint import Loaded
+    from tinylm.engine import Piece, Prompt
+    from tinylm.tokenizer import Tokenizer
+
+# Least probability of a token, and the terminal colour that shows it.
+BANDS = ((0.9, "92"), (0.5, "32"), (0.2, "33"), (0.05, "35"), (0.0, "31"))
+# Joiners inside emoji and many scripts: str.isprintable rejects them, and they move nothing.
+JOINERS = "\u200c\u200d"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; the exit code: 0 done, 2 a mistake the user can mend, 130 stopped by Ctrl-C."""
+    arguments = make_parser().parse_args(argv)
+    open_streams()
+    before = signal.signal(signal.SIGINT, stop_once)
+    try:
+        code = run_program(lambda: infer(arguments), debug=arguments.debug)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped by Ctrl-C\n")
+        return 130
+    signal.signal(signal.SIGINT, before)
+    return code
+
+
+def infer(arguments: argparse.Namespace) -> int:
+    """Load the model, write the text."""
+    given = {name: value for name, value in vars(arguments).items() if name in SamplingConfig.model_fields}
+    sampling_settings(given, SamplingConfig())  # a bad flag is told before the seconds that loading takes
+    prompt = read_prompt(arguments.prompt)
+    device, reason = pick_device(arguments.device)
+    say(f"device: {device} ({reason})")
+    loaded = load(arguments, device)
+    say(f"checkpoint: {loaded.info.path}, step {loaded.info.step}")
+    sampling = sampling_settings(given, loaded.config.sampling)
+
+    from tinylm.engine import Completion, Engine
+
+    tokenizer = choose_tokenizer(arguments.tokenizer, loaded.tokenizer)
+    engine = Engine(loaded.model, tokenizer)
+    encoded = engine.encode_prompt(prompt)
+    say_what_is_left_out(encoded, sampling)
+
+    show = Screen(prompt, tokenizer, sampling.n_samples, arguments)
+    pieces: list[list[Piece]] = [[] for _ in range(sampling.n_samples)]
+    start = time.perf_counter()
+    for piece in engine.stream(encoded, sampling):
+        pieces[piece.sample].append(piece)
+        show.now(piece)
+    seconds = time.perf_counter() - start
+    show.rest(pieces)
+    if arguments.json:
+        completions = [describe(Completion.of(encoded, row), row, tokenizer, show_probs=arguments.show_probs) for row in pieces]
+        write(json.dumps({"prompt": prompt, "checkpoint": str(loaded.info.path), "step": loaded.info.step, "completions": completions}, indent=2) + "\n")
+    n_tokens = sum(map(len, pieces))
+    say(f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.0f} tokens/s")
+    return 0
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse with errors in one line, as everywhere else; what the user typed is shown without harm."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {printable(message)}. The flags: python infer.py --help\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags; those of sampling are the fields of SamplingConfig."""
+    parser = Parser(
+        usage='python infer.py --prompt "Attention is" [flags]',
+        description="Continue a prompt with a trained model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue; - or no flag: read from standard input, without its last newline")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--ckpt", type=Path, metavar="FILE", help="checkpoint; without it the newest sound one in --dir")
+    where.add_argument("--dir", type=Path, default=Path("checkpoints"), metavar="FOLDER", help="folder of checkpoints (checkpoints)")
+    parser.add_argument("--tokenizer", default="auto", metavar="NAME", help="auto: the one in the checkpoint; else byte, or a Hugging Face name or folder")
+    parser.add_argument("--device", choices=NAMES, default="auto", help="auto: CUDA, else MPS, else the CPU")
+    parser.add_argument("--show-probs", action="store_true", help="colour each token by its probability; without colour: token(probability)")
+    parser.add_argument("--json", action="store_true", help="print the completions as JSON when they are finished")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sampling = parser.add_argument_group("sampling", "a default that the checkpoint's config sets replaces the one shown; none switches a setting off")
+    for name, field in SamplingConfig.model_fields.items():
+        shown = "off" if field.default in (None, ()) else field.default
+        text = f"{field.description} ({shown})".replace("%", "%%")
+        if name == "stop":
+            sampling.add_argument(flag(name), action="append", default=argparse.SUPPRESS, metavar="TEXT", help=f"{text}; may be given several times")
+        else:
+            sampling.add_argument(flag(name), type=number, default=argparse.SUPPRESS, metavar="N", help=text)
+    return parser
+
+
+def flag(name: str) -> str:
+    """The flag of a setting: max_new_tokens is --max-new-tokens."""
+    return f"--{name.replace('_', '-')}"
+
+
+def number(text: str) -> int | float | str | None:
+    """What a flag's text is as a number; other text stays itself, for SamplingConfig to refuse by name."""
+    if text == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def sampling_settings(given: dict[str, Any], base: SamplingConfig) -> SamplingConfig:
+    """`base` with the given flags on top.
+
+    Raises:
+        UserError: naming the flag that is out of bounds.
+    """
+    try:
+        return SamplingConfig.model_validate({**base.model_dump(), **given})
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+        if error["type"] == "value_error":  # from a validator of ours, which names its setting first
+            name, _, rest = str(error["ctx"]["error"]).partition(":")
+            raise UserError(f"{flag(name)}:{rest}.") from None
+        what = error["msg"].removeprefix("Input ").removeprefix("String ")
+        raise UserError(f"{flag(str(error['loc'][0]))}: {what}, found {printable(repr(error['input']))[:80]}. The flags: python infer.py --help") from None
+
+
+def read_prompt(argument: str | None) -> str:
+    """The text of --prompt, or standard input."""
+    if argument is not None and argument != "-":
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # Python keeps undecodable bytes of the command line as lone surrogates
+            raise UserError("--prompt: not UTF-8 text. Type it in a UTF-8 terminal, or pipe a UTF-8 file into the program.") from None
+        return argument
+    if sys.stdin is None or (argument is None and sys.stdin.isatty()):
+        raise UserError('--prompt: missing. Give --prompt "Attention is", or pipe a text into the program; --prompt "" starts from nothing.')
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not UTF-8 text (byte {error.start}). Convert it to UTF-8.") from None
+
+
+# --- what it needs --------------------------------------------------------------------------------------------------
+
+
+def load(arguments: argparse.Namespace, device: str) -> "Loaded":
+    """The model of --ckpt, or of the newest sound checkpoint in --dir; damaged ones that were passed over are named."""
+    from tinylm.checkpoint import load_model, newest_sound
+
+    path = arguments.ckpt or newest_sound(arguments.dir, lambda error: say(f"passed over: {error}"))
+    if path is None:
+        raise UserError(f"{printable(arguments.dir)}: no checkpoint here. Train a model first: python train.py --config config_smoke.yaml; or give --ckpt FILE.")
+    return load_model(path, device)
+
+
+def choose_tokenizer(name: str, inside: "Tokenizer") -> "Tokenizer":
+    """The tokenizer inside the checkpoint for `auto`, else the named one if its ids fit the model."""
+    if name == "auto":
+        return inside
+    from tinylm.tokenizer import make_tokenizer
+
+    try:
+        config = TokenizerConfig() if name == "byte" else TokenizerConfig(kind="hf", path=name)
+    except ValidationError:
+        raise UserError(f"--tokenizer: {printable(repr(name))[:80]} is no name or folder. Give auto, byte, or a Hugging Face name or folder.") from None
+    tokenizer = make_tokenizer(config, tuple)
+    if tokenizer.vocab_size != inside.vocab_size:
+        raise UserError(f"--tokenizer: {printable(name)} has {tokenizer.vocab_size} tokens, and this model was trained with {inside.vocab_size}. Leave --tokenizer out.")
+    return tokenizer
+
+
+def say_what_is_left_out(prompt: "Prompt", sampling: SamplingConfig) -> None:
+    """Tell of a prompt that was cut and of settings that beam search does not use."""
+    if prompt.truncated:
+        total = len(prompt.ids) + prompt.truncated
+        say(f"prompt: {total} tokens, and the context holds {len(prompt.ids)}: the first {prompt.truncated} are left out")
+    if sampling.n_beams > 1:
+        say("beam search: temperature, top_k, top_p, min_p and seed have no part in it")
+
+
+# --- what is seen ---------------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """The texts on stdout: the first as it is written, the others after it, nothing with --json."""
+
+    def __init__(self, prompt: str, tokenizer: "Tokenizer", n_samples: int, arguments: argparse.Namespace):
+        self.silent, self.n_samples = arguments.json, n_samples
+        coloured = has_colour()
+        self.opening = readable(prompt)
+        if coloured and prompt:
+            self.opening = in_colour("2", self.opening)
+        self.form: Callable[[Piece], str] = lambda piece: readable(piece.text)
+        if arguments.show_probs and not self.silent:
+            if coloured:
+                self.form = Coloured()
+                sys.stderr.write("probability: " + "  ".join(in_colour(code, f"from {least:g}") for least, code in BANDS) + "\n")
+            else:
+                self.opening = ""
+                self.form = lambda piece: f"{tokenizer.token_text(piece.token_id)}({piece.probability:.2f}) "
+        self.begin(0)
+
+    def begin(self, sample: int) -> None:
+        """Open the text of a sample."""
+        if not self.silent:
+            write((f"--- {sample + 1} of {self.n_samples}\n" if self.n_samples > 1 else "") + self.opening)
+
+    def now(self, piece: "Piece") -> None:
+        """Show a piece of the first text at once."""
+        if not self.silent and piece.sample == 0:
+            write(self.form(piece) + ("\n" if piece.finish_reason else ""))
+
+    def rest(self, pieces: Sequence[Sequence["Piece"]]) -> None:
+        """Show the texts after the first."""
+        for sample, of_sample in enumerate(pieces):
+            if sample and not self.silent:
+                self.begin(sample)
+                write("".join(map(self.form, of_sample)) + "\n")
+
+
+class Coloured:
+    """Shows pieces coloured by probability; text that several tokens make together by the probability of them all."""
+
+    def __init__(self) -> None:
+        self.log_prob = 0.0
+
+    def __call__(self, piece: "Piece") -> str:
+        self.log_prob += piece.log_prob
+        probability = math.exp(self.log_prob)
+        if piece.text or piece.finish_reason:
+            self.log_prob = 0.0
+        return in_colour(next(code for least, code in BANDS if probability >= least), readable(piece.text)) if piece.text else ""
+
+
+def describe(completion: Any, pieces: Iterable["Piece"], tokenizer: "Tokenizer", *, show_probs: bool) -> dict[str, Any]:
+    """A completion as plain values; with its tokens' probabilities if asked for."""
+    tokens = [{"token": tokenizer.token_text(piece.token_id), "probability": piece.probability} for piece in pieces]
+    return {**dataclasses.asdict(completion), **({"tokens": tokens} if show_probs else {})}
+
+
+def readable(text: str) -> str:
+    r"""`text` with its lines and tabs, and with control and bidirectional characters shown as escapes.
+
+    >>> readable("a\tb\n\x1b[31m\u202e")
+    'a\tb\n\\x1b[31m\\u202e'
+    """
+    return "".join(c if c in "\n\t" or c in JOINERS or unicodedata.category(c) == "Zs" else printable(c) for c in text)
+
+
+def in_colour(code: str, text: str) -> str:
+    """`text` in a terminal colour; the colour ends with it, so that an interrupt leaves none behind."""
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def has_colour() -> bool:
+    """Whether stdout is a terminal whose user wants colour (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def write(text: str) -> None:
+    """Put a result on stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def say(line: str) -> None:
+    """Put one line for people on stderr."""
+    sys.stderr.write(f"{printable(line)}\n")
+
+
+# --- the process ----------------------------------------------------------------------------------------------------
+
+
+def open_streams() -> None:
+    """Make stdout and stderr safe to write to: a closed one leads nowhere, and what its encoding lacks is escaped."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open for the life of the process)
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def stop_once(signum: int, frame: Any) -> NoReturn:
+    """The first Ctrl-C ends the text; a second one, while the program is on its way out, ends the process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Small things that many tests need: a corpus, a config, a run."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+WORDS = "the model reads a token and guesses what comes next from all that it has seen so far".split()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are faster on one thread, and results do not depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """120 different one-line documents."""
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(f"{i} " + " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(8 + i % 5)) + ".\n" for i in range(120)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, corpus: Path) -> Callable[..., Path]:
+    """Writes a config of a tiny run into the test's folder; keyword arguments are sections whose settings are added."""
+
+    def make(name: str = "config.yaml", **sections: dict) -> Path:
+        settings: dict[str, dict] = {
+            "model": {"n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 32},
+            "data": {"dataset": str(corpus), "cache_dir": str(tmp_path / "cache")},
+            "training": {
+                "seq_len": 16, "micro_batch_size": 4, "max_steps": 6, "val_every_steps": 3, "log_every_steps": 1, "save_every_steps": 2,
+                "lr": 1e-2, "checkpoint_dir": str(tmp_path / "checkpoints"), "log_dir": str(tmp_path / "logs"), "run_name": "tiny",
+            },
+            "hardware": {"accelerator": "cpu", "threads": 1},
+        }  # fmt: skip
+        for section, values in sections.items():
+            settings.setdefault(section, {}).update(values)
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return path
+
+    return make

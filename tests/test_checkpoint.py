@@ -1,0 +1,250 @@
+"""Checkpoint files: whole or absent, verified to the last bit, plain types only (FAULTS: B1-B9, B16, H1)."""
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinylm import checkpoint
+from tinylm.checkpoint import DamagedError
+from tinylm.config import Config
+from tinylm.decoder import Decoder
+from tinylm.errors import UserError
+from tinylm.tokenizer import make_tokenizer
+
+
+def payload(step: int = 3, **changes: Any) -> dict[str, Any]:
+    """A small true payload: a decoder of one layer."""
+    config = Config.model_validate({"model": {"vocab_size": 260, "n_layers": 1, "d_model": 8, "n_heads": 2}})
+    torch.manual_seed(step)
+    return {
+        "format": checkpoint.FORMAT, "schema": checkpoint.SCHEMA, "stage": "pretrain", "step": step, "tokens": 10 * step,
+        "train_loss": 2.5, "val_loss": None, "created": 1.0, "config": config.to_plain(),
+        "tokenizer": make_tokenizer(config.tokenizer, lambda: []).to_plain(), "weights": Decoder(config.model).state_dict(),
+    } | changes  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A sound checkpoint of step 3."""
+    path = tmp_path / "step-000003.ckpt"
+    checkpoint.write(path, payload())
+    return path
+
+
+def test_what_was_written_is_read(saved: Path) -> None:
+    """Round trip: every weight has the same bits, and the model computes with them."""
+    before, after = payload(), checkpoint.read(saved)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before["weights"][name], after["weights"][name]) for name in before["weights"])
+    loaded = checkpoint.load_model(saved)
+    assert loaded.model.head.weight is loaded.model.embedding.weight
+    assert (loaded.info.step, loaded.info.tokens, loaded.info.train_loss, loaded.info.val_loss) == (3, 30, 2.5, None)
+    # embedding 260*8, qkv 8*24, out 8*8, swiglu 64 wide: up 8*128 and down 64*8, three norms of 8; the tied head counts once
+    assert loaded.info.parameters == 260 * 8 + 8 * 24 + 8 * 8 + 8 * 128 + 64 * 8 + 3 * 8
+
+
+def test_other_tools_open_it(saved: Path) -> None:
+    """The digest is a zip comment, which torch.load and zip tools pass over."""
+    assert torch.load(saved, weights_only=True)["step"] == 3
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(saved: Path) -> None:
+    """B2: 50 seeded places over the whole file; the digest covers headers and padding too."""
+    good, chance = saved.read_bytes(), random.Random(0)
+    for _ in range(50):
+        place, bit = chance.randrange(len(good)), chance.randrange(8)
+        bad = bytearray(good)
+        bad[place] ^= 1 << bit
+        saved.write_bytes(bad)
+        with pytest.raises(DamagedError, match=r"step-000003\.ckpt: damaged: "):
+            checkpoint.read(saved)
+
+
+def test_a_flip_that_torch_would_load_as_a_wrong_number_is_why(saved: Path) -> None:
+    """NEG: without the digest, torch.load gives a changed weight without a word."""
+    good = saved.read_bytes()
+    weight = payload()["weights"]["embedding.weight"].numpy().tobytes()
+    bad = bytearray(good)
+    bad[good.index(weight) + 2] ^= 1
+    saved.write_bytes(bad)
+    assert not torch.equal(torch.load(saved, weights_only=True)["weights"]["embedding.weight"], payload()["weights"]["embedding.weight"])
+
+
+@pytest.mark.parametrize("eighths", range(8))
+def test_a_cut_file_is_passed_over_for_the_one_before(saved: Path, eighths: int) -> None:
+    """B1: the newest is cut to each eighth of its length, down to nothing."""
+    newer = saved.with_name("step-000004.ckpt")
+    checkpoint.write(newer, payload(4))
+    newer.write_bytes(newer.read_bytes()[: newer.stat().st_size * eighths // 8])
+    told: list[DamagedError] = []
+    assert checkpoint.newest_sound(saved.parent, told.append) == saved
+    assert "step-000004.ckpt: damaged" in str(told[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n" * 9, "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>" + b"x" * 200, "an HTML page"),
+        (b"", "the file is empty"),
+        (b"\0" * 500, "not a checkpoint file"),
+    ],
+)
+def test_the_error_says_what_the_file_looks_like(saved: Path, content: bytes, words: str) -> None:
+    """B3."""
+    saved.write_bytes(content)
+    with pytest.raises(DamagedError, match=words):
+        checkpoint.read(saved)
+
+
+def test_a_zeroed_tail_is_found(saved: Path) -> None:
+    """B3: what a power cut leaves on some file systems."""
+    good = saved.read_bytes()
+    saved.write_bytes(good[:-300] + b"\0" * 300)
+    with pytest.raises(DamagedError):
+        checkpoint.read(saved)
+
+
+def test_all_damaged_is_an_error_that_lists_each(saved: Path) -> None:
+    """B4: never a silent start at step 0."""
+    other = saved.with_name("step-000002.ckpt")
+    for path in (saved, other):
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"every checkpoint is damaged: .*step-000003.*step-000002.*choose another training\.checkpoint_dir"):
+        checkpoint.newest_sound(saved.parent)
+
+
+def test_newest_is_by_step_and_not_by_the_clock(saved: Path) -> None:
+    """C8: the older step was touched last; 10 is more than 9 although its name sorts before it."""
+    for step in (10, 9):
+        checkpoint.write(saved.with_name(f"step-{step}.ckpt"), payload(step))
+    os.utime(saved, (4e9, 4e9))
+    assert checkpoint.newest_sound(saved.parent) == saved.with_name("step-10.ckpt")
+
+
+def test_an_empty_folder_has_no_newest(tmp_path: Path) -> None:
+    """No checkpoint is not an error: a run starts there."""
+    assert checkpoint.newest_sound(tmp_path) is None
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_half_one(saved: Path) -> None:
+    """B5: a child that may write at most 4096 bytes to a file tries to replace a checkpoint."""
+    before = saved.read_bytes()
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_checkpoint import payload
+from tinylm import checkpoint
+from tinylm.errors import UserError
+data = payload()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    checkpoint.write(Path({str(saved)!r}), data)
+except UserError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
+    assert "could not be saved: File too large" in result.stdout
+    assert "bytes needed" in result.stdout and "free" in result.stdout
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+def test_a_refused_rename_or_sync_keeps_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """B6, B7: the save failed, says so, and is not tried again blindly."""
+    before, calls = saved.read_bytes(), []
+
+    def refuse(*args: Any) -> None:
+        calls.append(args)
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, function, refuse)
+    with pytest.raises(UserError, match=r"could not be saved: Permission denied .*older checkpoints are untouched"):
+        checkpoint.write(saved, payload(4))
+    assert saved.read_bytes() == before
+    assert len(calls) == 1
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_the_order_is_sync_rename_sync_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B9: the file is on the disk before it has its name, and the name before the call returns."""
+    calls: list[str] = []
+    true_sync, true_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file"), true_sync(handle))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), true_replace(a, b))[1])
+    checkpoint.write(tmp_path / "step-000001.ckpt", payload())
+    assert calls == ["file", "rename", "folder"]
+
+
+def test_the_temporary_folder_of_the_system_plays_no_part(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B8: TMPDIR may be missing or full."""
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    checkpoint.write(saved, payload(5))
+    assert checkpoint.read(saved)["step"] == 5
+
+
+def test_a_second_name_is_the_same_file(saved: Path) -> None:
+    """last.ckpt costs no second copy on the disk."""
+    assert checkpoint.link(saved, "last.ckpt").samefile(saved)
+
+
+class Payload:
+    """A pickle that runs code when it is loaded."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("force", ["0", "1"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: str, signed: bool) -> None:
+    """H1: bare pickle and torch file, with and without a valid digest, with the variable that switches torch's guard off."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
+    path, target = tmp_path / "step-000001.ckpt", tmp_path / "touched"
+    if signed:
+        checkpoint.write(path, {"format": checkpoint.FORMAT, "bad": Payload(target)})
+    else:
+        path.write_bytes(pickle.dumps(Payload(target)) + b"x" * 200)
+    with pytest.raises(DamagedError):
+        checkpoint.read(path)
+    assert not target.exists()
+
+
+def test_a_newer_schema_is_an_error_that_names_both(saved: Path) -> None:
+    """B14."""
+    checkpoint.write(saved, payload(schema=99))
+    with pytest.raises(UserError, match="its schema is 99, and this program knows 1. Update the program"):
+        checkpoint.read(saved)
+
+
+def test_another_programs_torch_file_is_refused(tmp_path: Path) -> None:
+    """A file of plain tensors, sound as a zip, is no checkpoint of ours."""
+    path = tmp_path / "model.ckpt"
+    checkpoint.write(path, {"weights": torch.zeros(2)})
+    with pytest.raises(DamagedError, match="not a checkpoint of this program"):
+        checkpoint.read(path)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    """G1: the second one is told who holds it; G2: afterwards it is free at once; leftovers of a killed run are gone."""
+    leftover = tmp_path / ".step-000001.ckpt.1.tmp"
+    leftover.write_bytes(b"half")
+    with checkpoint.claimed(tmp_path):
+        assert not leftover.exists()
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is training into it"), checkpoint.claimed(tmp_path):
+            pass
+    with checkpoint.claimed(tmp_path):
+        pass

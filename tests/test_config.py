@@ -1,0 +1,503 @@
+"""What load_config makes of right and wrong YAML; every message is read in full."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tinylm.config import CONFIG_BYTES_LIMIT, COUNT_LIMIT, Config, load_config, sections
+from tinylm.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SECTIONS = "model, tokenizer, data, training, hardware, sampling"
+MEANING = {f"{key}.{name}": info.description for key, section in sections() for name, info in section.model_fields.items()}
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(text: str | bytes, name: str = "c.yaml") -> Path:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def load(text: str | bytes, *overrides: str) -> Config:
+    return load_config(write(text), overrides)
+
+
+def error_of(text: str | bytes, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(text, *overrides)
+    return str(caught.value)
+
+
+# --- values ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("lr: 3e-4", "lr", 0.0003),
+        ("lr: 3.E-4", "lr", 0.0003),
+        ("lr: .5", "lr", 0.5),
+        ("lr: 1", "lr", 1.0),
+        ("lr: +1e-3", "lr", 0.001),
+        ("max_steps: 1e5", "max_steps", 100000),
+        ("max_steps: 10_000", "max_steps", 10000),
+        ("max_steps: 010", "max_steps", 10),
+        ("auto_resume: no", "auto_resume", False),
+        ("auto_resume: On", "auto_resume", True),
+        ("betas: [0.9, 1e-1]", "betas", (0.9, 0.1)),
+        ("grad_clip: null", "grad_clip", None),
+        ("grad_clip: ~", "grad_clip", None),
+        ("grad_clip:", "grad_clip", None),
+        ("sample_prompt: 12:30", "sample_prompt", "12:30"),
+        ("sample_prompt: 12:30:45.5", "sample_prompt", "12:30:45.5"),
+        ("sample_prompt: 0x1F", "sample_prompt", "0x1F"),
+        ("run_name: 2026-11-21", "run_name", "2026-11-21"),
+        ("sample_prompt: 2026-11-21 12:30:00", "sample_prompt", "2026-11-21 12:30:00"),
+        ("run_name: '7'", "run_name", "7"),
+        ("sample_prompt: !!str 7", "sample_prompt", "7"),
+        ("loggers: []", "loggers", ()),
+    ],
+)
+def test_yaml_values_read_as_people_mean_them(text, key, expected):
+    """Floats need no dot (YAML 1.1 wants one), 1e5 is a count, and what YAML 1.1 takes for dates and base 60 stays text."""
+    found = getattr(load(f"training: {{{text}}}" if not text.endswith(":") else f"training:\n  {text}").training, key)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_precision_may_be_written_as_a_number():
+    assert load("hardware: {precision: 16}").hardware.precision == "16"
+    assert load("hardware: {precision: bf16}").hardware.precision == "bf16"
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read_over():
+    assert load(b"\xef\xbb\xbftraining:\r\n  lr: 2\r\n").training.lr == 2.0
+
+
+def test_a_file_says_only_what_differs():
+    assert load("model: {n_layers: 2}") == Config.model_validate({"model": {"n_layers": 2}})
+
+
+def test_a_tokenizer_path_means_hf():
+    assert load("tokenizer: {path: gpt2}").tokenizer.kind == "hf"
+
+
+# --- mistakes, one line each -------------------------------------------------------------------------------------------
+
+LOOK = "Look at this line and the one above."
+TEXT = "expected text (in quotes, if YAML reads it as something else)"
+UNKNOWN = [
+    ("training:\n  seed: 1\n  lrr: 3e-4\n", "c.yaml:3: training.lrr: no such setting; did you mean lr?"),
+    ("model:\n  moe:\n    n_expert: 4\n", "c.yaml:3: model.moe.n_expert: no such setting; did you mean n_experts?"),
+    ("trainig:\n  lr: 1\n", "c.yaml:1: trainig: no such setting; did you mean training?"),
+    ("model: {seq_len: 64}", "c.yaml:1: model.seq_len: no such setting; did you mean training.seq_len?"),
+    ("lr: 1", "c.yaml:1: lr: no such setting; did you mean training.lr?"),
+    ("model: {top_k: 1}", "c.yaml:1: model.top_k: no such setting; did you mean model.moe.top_k or sampling.top_k?"),
+    ("nonsense: 1", f"c.yaml:1: nonsense: no such setting; the settings here are {SECTIONS}."),
+    ("7: 1", f"c.yaml:1: 7: no such setting; the settings here are {SECTIONS}."),
+    ("model: {moe: {<<: {top_k: 1}}}", "c.yaml:1: model.moe.<<: no such setting; the settings here are n_experts, top_k, balance_coef."),
+]
+WRONG = [  # what is meant follows in each message
+    ("lr: fast", 'training.lr: expected a number, found "fast".'),
+    ("lr: no", "training.lr: expected a number, found false."),
+    ("lr: 0", "training.lr: expected more than 0.0, found 0."),
+    ("lr: 1e999", "training.lr: expected a finite number, found Infinity."),
+    ("lr: .nan", 'training.lr: expected a number, found ".nan".'),
+    ("lr: 3 # rate\n", None),
+    ("weight_decay: 101", "training.weight_decay: expected at most 100.0, found 101."),
+    ("momentum: 1", "training.momentum: expected less than 1.0, found 1."),
+    ("max_steps: 0", "training.max_steps: expected at least 1, found 0."),
+    ("micro_batch_size: 0", "training.micro_batch_size: expected at least 1, found 0."),
+    ("max_steps: 2.5", "training.max_steps: expected a whole number, found 2.5."),
+    ("max_steps: 5.0", "training.max_steps: expected a whole number, found 5.0."),
+    ("max_steps: yes", "training.max_steps: expected a whole number, found true."),
+    ("max_steps: 12:30", 'training.max_steps: expected a whole number, found "12:30".'),
+    ("max_steps: 2026-11-21", 'training.max_steps: expected a whole number, found "2026-11-21".'),
+    ("max_steps: 0x10", 'training.max_steps: expected a whole number, found "0x10".'),
+    ("max_steps: 3000000000", "training.max_steps: expected at most 2147483647, found 3000000000."),
+    ("auto_resume: 1", "training.auto_resume: expected true or false, found 1."),
+    ("betas: [0.9]", "training.betas: expected more items, found [0.9]."),
+    ("betas: [0.9, 0.9, 0.9]", "training.betas: expected at most 2 items, found [0.9, 0.9, 0.9]."),
+    ("betas: 0.9", "training.betas: expected a list, [a, b], found 0.9."),
+    ("betas: [0.9, 1]", "training.betas: expected less than 1.0, found 1."),
+    ("optimizer: adam", "training.optimizer: expected 'adamw', 'adamw_plain', 'sgd' or 'muon', found \"adam\"."),
+    ("loggers: [csv]", "training.loggers: expected 'tensorboard' or 'wandb', found \"csv\"."),
+    ("sample_prompt: no", f"training.sample_prompt: {TEXT}, found false."),
+    ("checkpoint_dir: ''", 'training.checkpoint_dir: expected text that is not empty, found "".'),
+    ("checkpoint_dir: 'x\u202e'", None),
+    ('checkpoint_dir: "a\\0b"', r'training.checkpoint_dir: expected text that matches ^[^\x00]*$, found "a\u0000b".'),
+    ('checkpoint_dir: "\\ud800"', r'training.checkpoint_dir: expected text without lone surrogates, found "\ud800".'),
+    (f"checkpoint_dir: {'x' * 5000}", f'training.checkpoint_dir: expected text of at most 4096 characters, found "{"x" * 76}....'),
+    ("run_name: ../up", 'training.run_name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$, found "../up".'),
+]
+ELSEWHERE = [
+    ("training:", "c.yaml:1: training: expected a section, found null. Write its settings indented below it, or take it out."),
+    ("model:\n  moe: 3", "c.yaml:2: model.moe: expected a section, found 3. Write its settings indented below it, or take it out."),
+    ("training:\n  lr: 3\n  seed: 1\n  lr: 4\n", "c.yaml:4: training.lr: the key stands on line 2 already. Keep one."),
+    ("model: {}\ndata: {}\nmodel: {}\n", "c.yaml:3: model: the key stands on line 1 already. Keep one."),
+    ("training.lr: 3", 'c.yaml:1: expected one plain name as key, found "training.lr". Write section: and, indented below it, name: value.'),
+    ('"\\ud800": 3', r'c.yaml:1: expected one plain name as key, found "\ud800". Write section: and, indented below it, name: value.'),
+    ("? [a]\n: 3", "c.yaml:1: expected one plain name as key, found a list or mapping. Write section: and, indented below it, name: value."),
+    ("training: {lr: !!int fast}", 'c.yaml:1: training.lr: "fast" is no int. Write it out, or quote it if it is text.'),
+    ("training: {lr: !!bool fast}", 'c.yaml:1: training.lr: "fast" is no bool. Write it out, or quote it if it is text.'),
+    ("training: {lr: 1__0}", 'c.yaml:1: training.lr: "1__0" is no int. Write it out, or quote it if it is text.'),
+    ("sampling: {stop: [a: b]}", "c.yaml:1: sampling.stop: a list of settings has no key: value inside. Put quotes around text with a colon."),
+]
+NOT_YAML = [
+    ("training:\n\tlr: 3\n", f"c.yaml:2: not YAML: a tab indents this line, and YAML wants spaces. {LOOK}"),
+    ("training:\n  lr: 3\n seed: 3\n", f"c.yaml:3: not YAML: expected <block end>, but found '<block mapping start>'. {LOOK}"),
+    ("model: {}\n---\nmodel: {}\n", f"c.yaml:2: not YAML: but found another document. {LOOK}"),
+    ("training: {lr: 3", f"c.yaml:1: not YAML: expected ',' or '}}', but got '<stream end>'. {LOOK}"),
+    ("\n\nmodel: \x07", f"c.yaml:3: not YAML: the character '\\x07' is not allowed. {LOOK}"),
+    ("\0" * 9000, f"c.yaml:1: not YAML: the character '\\x00' is not allowed. {LOOK}"),
+    ("", "c.yaml: the file is empty. Write the settings that differ from the defaults, for example model: {n_layers: 4}."),
+    ("# nothing yet\n", "c.yaml: the file is empty. Write the settings that differ from the defaults, for example model: {n_layers: 4}."),
+    ("# a list\n- model\n", f"c.yaml:2: expected a config with sections ({SECTIONS}). Write name: and its settings indented below."),
+    ("model", f"c.yaml:1: expected a config with sections ({SECTIONS}). Write name: and its settings indented below."),
+    (b"\x89PNG\r\n\x1a\n\xff", "c.yaml: not UTF-8 text (byte 0). Save it as UTF-8."),
+    ("[" * 10_000, f"c.yaml:1: not YAML: nested deeper than 12 levels. {LOOK}"),
+    ("".join(f"{' ' * depth}a:\n" for depth in range(400)), f"c.yaml:13: not YAML: nested deeper than 12 levels. {LOOK}"),
+    ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", f"c.yaml:2: not YAML: an alias (*name) is not allowed here. {LOOK}"),
+    ("x" * 200_000, f"c.yaml: 200000 bytes, and a config has at most {CONFIG_BYTES_LIMIT}. Is it the right file?"),
+    ("data: {text_field: [" + "1" * 90_000 + "x]}", f'c.yaml:1: data.text_field: {TEXT}, found ["{"1" * 75}.... Meaning: {MEANING["data.text_field"]}.'),
+    ("data: {val_fraction: 0." + "1" * 90_000 + "}", None),
+    ("model: {d_model: " + "9" * 90_000 + "}", 'c.yaml:1: model.d_model: "' + "9" * 76 + "... is no int. Write it out, or quote it if it is text."),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), UNKNOWN + ELSEWHERE)
+def test_a_mistake_names_file_line_key_and_what_would_do(text, message):
+    assert error_of(text) == message
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_a_wrong_value_is_shown_beside_what_was_expected(text, message):
+    """Each stands on line 3; None marks a value that only looks wrong."""
+    text = f"# a comment\ntraining:\n  {text}\n"
+    if message is None:
+        assert isinstance(load(text), Config)
+    else:
+        key = message.partition(":")[0]
+        assert error_of(text) == f"c.yaml:3: {message} Meaning: {MEANING[key]}."
+
+
+@pytest.mark.parametrize(("text", "message"), NOT_YAML, ids=range(len(NOT_YAML)))
+def test_what_is_no_config_is_refused_within_a_second(text, message):
+    """Processor time, so that a busy machine does not fail the test."""
+    start = time.process_time()
+    if message is None:
+        assert isinstance(load(text), Config)
+    else:
+        assert error_of(text) == message
+    assert time.process_time() - start < 1
+
+
+def test_a_100_mb_file_is_refused_unread():
+    with Path("c.yaml").open("wb") as file:
+        file.truncate(100_000_000)
+    start = time.process_time()
+    with pytest.raises(UserError) as caught:
+        load_config("c.yaml")
+    assert str(caught.value) == f"c.yaml: 100000000 bytes, and a config has at most {CONFIG_BYTES_LIMIT}. Is it the right file?"
+    assert time.process_time() - start < 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [(lambda path: None, "not found"), (os.mkdir, "a directory"), (os.mkfifo, "not a regular file"), (lambda path: os.symlink(path, path), "not found")],
+    ids=["missing", "directory", "pipe", "circular link"],
+)
+def test_a_path_that_is_no_file_is_named(make, found):
+    make("there")
+    with pytest.raises(UserError, match=f"^there: {found}. Give the path of a YAML file.$"):
+        load_config("there")
+
+
+def test_control_characters_in_a_path_are_shown_as_escapes():
+    with pytest.raises(UserError) as caught:
+        load_config("a\x1b[31m\nb")
+    assert str(caught.value) == r"a\x1b[31m\nb: not found. Give the path of a YAML file."
+
+
+def test_a_path_too_long_is_a_user_error():
+    with pytest.raises(UserError, match=": File name too long. Give the path of a readable YAML file.$"):
+        load_config("x" * 5000)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["training: {{run_name: {}}}", "training: {{loggers: {}}}", "model: {}", "{}", "extends: {}", "{} : 3"],
+)
+@pytest.mark.parametrize("shape", ["{tag} 'touch harmed'", "{tag} ['touch harmed']", "{tag} {{args: ['touch harmed']}}"])
+def test_a_python_tag_is_refused_and_nothing_runs(place, shape):
+    tag = "!!python/object/apply:os.system"
+    assert error_of(place.format(shape.format(tag=tag))) == f"c.yaml:1: not YAML: the tag {tag} is not allowed here. {LOOK}"
+    assert not Path("harmed").exists()
+
+
+@pytest.mark.parametrize("tag", ["!local", "!!set", "!!timestamp", "!!binary", "!!python/name:os.system"])
+def test_other_tags_are_refused(tag):
+    assert error_of(f"training: {{run_name: {tag} x}}") == f"c.yaml:1: not YAML: the tag {tag} is not allowed here. {LOOK}"
+
+
+# --- settings that disagree --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  d_model: 100\n  n_heads: 3\n", "3: model.n_heads: 3 does not divide d_model (100). Change one, or set head_dim."),
+        ("model:\n  d_model: 100\n", "2: model.n_heads: 6 does not divide d_model (100). Change one, or set head_dim."),
+        ("model:\n  n_kv_heads: 4\n", "2: model.n_kv_heads: 4 does not divide n_heads (6). Change one."),
+        ("model:\n  head_dim: 5\n", "2: model.head_dim: 5 is odd, and position rope rotates pairs. Choose an even head_dim."),
+        ("model: {d_model: 18}", "1: model.head_dim: 3 is odd, and position rope rotates pairs. Choose an even head_dim."),
+        ("model:\n  moe:\n    top_k: 9\n", "3: model.moe.top_k: 9 is more than n_experts (8). Lower top_k."),
+        ("tokenizer:\n  kind: hf\n", "2: tokenizer.path: kind hf needs a name or folder. Set tokenizer.path."),
+        ("tokenizer: {kind: byte, path: gpt2}", "1: tokenizer.path: kind byte reads no files. Take path out, or set kind: hf."),
+        ("tokenizer: {unknown: unk}", "1: tokenizer.unknown: kind byte knows every text. Take unknown out."),
+        ("data: {val_dataset: a, val_split: b}", "1: data.val_split: val_dataset is set too. Keep one of them."),
+        ("data:\n  streaming: yes\n  order: random", "3: data.order: random needs an indexed source. Set streaming: false or order: shuffled."),
+        ("data: {streaming: yes, stride: 1}", "1: data.stride: a stream is packed without overlap. Take stride out, or set streaming: false."),
+        (
+            "training: {schedule: wsd, decay_ratio: 0.7, warmup_ratio: 0.5}",
+            "1: training.decay_ratio: 0.7 and warmup_ratio 0.5 sum to more than 1. Lower one.",
+        ),
+        (
+            "training: {schedule: plateau, max_steps: 10}",
+            "1: training.val_every_steps: 200 is more than max_steps (10), so plateau never sees a validation. Lower it.",
+        ),
+        ("sampling: {n_beams: 2, n_samples: 2}", "1: sampling.n_samples: beam search gives one text. Set n_beams or n_samples to 1."),
+        (
+            "training:\n  seq_len: 4096\n",
+            "2: training.seq_len: 4096 is more than model.max_seq_len (1024). Raise model.max_seq_len or lower training.seq_len.",
+        ),
+        (
+            "model:\n  max_seq_len: 16\n",
+            "2: training.seq_len: 256 is more than model.max_seq_len (16). Raise model.max_seq_len or lower training.seq_len.",
+        ),
+        ("data:\n  stride: 512\n", "2: data.stride: 512 is more than training.seq_len (256), which would skip tokens. Lower data.stride."),
+    ],
+)
+def test_settings_that_disagree_are_named_together_where_one_was_written(text, message):
+    """The line is that of the first named key that the file has: the other may be a default."""
+    assert error_of(text) == f"c.yaml:{message}"
+
+
+# --- every numeric setting against every odd value ---------------------------------------------------------------------
+
+
+def _bounds(setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """The numeric alternatives in the schema of a setting."""
+    return [choice for choice in (setting, *setting.get("anyOf", ()), *setting.get("prefixItems", ())) if choice.get("type") in ("integer", "number")]
+
+
+def _schema_of(key: str, section: Any) -> dict[str, dict[str, Any]]:
+    return {f"{key}.{name}": setting for name, setting in section.model_json_schema()["properties"].items() if _bounds(setting)}
+
+
+NUMERIC = {setting: schema for key, section in sections() if key for setting, schema in _schema_of(key, section).items()}
+
+
+def _allows(schema: dict[str, Any], value: str) -> bool:
+    """Whether the published schema allows the value."""
+    if value == "null":
+        return {"type": "null"} in schema.get("anyOf", ())
+    if "prefixItems" in schema or value not in ("0", "-1", "1e308"):
+        return False
+    bound, number = _bounds(schema)[0], float(value)
+    return (
+        bound.get("minimum", number) <= number <= bound.get("maximum", number)
+        and bound.get("exclusiveMinimum", number - 1) < number < bound.get("exclusiveMaximum", float("inf"))
+        and (bound["type"] == "number" or number <= COUNT_LIMIT)
+    )
+
+
+def test_the_list_of_numeric_settings_is_not_empty_by_mistake():
+    assert {"model.moe.top_k", "training.lr", "training.betas", "data.stride", "hardware.threads", "sampling.min_p"} <= set(NUMERIC)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1e308", ".nan", "nan", '""', "null", "[1, 2, 3]", "true", "{a: 1}"])
+@pytest.mark.parametrize("key", NUMERIC)
+def test_a_numeric_setting_takes_what_its_schema_says_and_refuses_the_rest_by_name(key, value):
+    """A value within its bounds may still disagree with another setting, and then the message does not say `expected`."""
+    *sections_above, name = key.split(".")
+    text = "".join(f"{section}: {{" for section in sections_above) + f"{name}: {value}" + "}" * len(sections_above)
+    if _allows(NUMERIC[key], value):
+        try:
+            assert isinstance(load(text), Config)
+        except UserError as error:
+            assert "expected" not in str(error)
+            assert name in str(error)
+    else:
+        assert re.fullmatch(rf"c\.yaml:1: {re.escape(key)}: expected .+, found .+\. Meaning: {re.escape(MEANING[key])}\.", error_of(text))
+
+
+# --- one file extends another ------------------------------------------------------------------------------------------
+
+
+def test_settings_come_from_defaults_then_parents_then_the_file_then_the_command_line():
+    """Each level sets one thing more than the one above leaves standing."""
+    write("training: {lr: 1, seed: 1, max_steps: 1, seq_len: 1}\nmodel: {moe: {top_k: 1, n_experts: 2}}", "base/grand.yaml")
+    write("extends: grand.yaml\ntraining: {seed: 2, max_steps: 2, seq_len: 2}", "base/parent.yaml")
+    child = write("training: {max_steps: 3, seq_len: 3}\nmodel: {moe: {n_experts: 3}}\nextends: ../base/parent.yaml", "runs/child.yaml")
+    config = load_config(child, ["training.seq_len=4", "training.seq_len=5"])
+    assert (config.training.lr, config.training.seed, config.training.max_steps, config.training.seq_len) == (1.0, 2, 3, 5)
+    assert (config.model.moe.top_k, config.model.moe.n_experts) == (1, 3)
+    assert config.training.weight_decay == Config().training.weight_decay
+
+
+def test_a_list_replaces_a_list_and_null_takes_a_section_out():
+    write("training: {loggers: [tensorboard, wandb]}\nmodel: {moe: {top_k: 1}}", "parent.yaml")
+    config = load("extends: parent.yaml\ntraining: {loggers: [wandb]}\nmodel: {moe: null}")
+    assert config.training.loggers == ("wandb",)
+    assert config.model.moe is None
+
+
+def test_an_error_in_a_parent_names_the_parent_and_its_line():
+    write("\ntraining:\n  lrr: 1\n", "base/parent.yaml")
+    assert error_of("extends: base/parent.yaml\ntraining: {lr: 1}") == "base/parent.yaml:3: training.lrr: no such setting; did you mean lr?"
+
+
+def test_a_value_that_a_child_mends_is_no_error():
+    write("training: {lr: fast}", "parent.yaml")
+    assert load("extends: parent.yaml\ntraining: {lr: 1}").training.lr == 1.0
+
+
+def test_settings_of_two_files_that_disagree_are_placed_where_the_first_named_one_is():
+    write("\n\nmodel:\n  d_model: 100\n", "parent.yaml")
+    assert error_of("extends: parent.yaml\nmodel: {n_layers: 2}").startswith("parent.yaml:4: model.n_heads: 6 does not divide d_model (100).")
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ("none.yaml", "none.yaml is not a file. Write the path relative to this file."),
+        (".", ". is not a file. Write the path relative to this file."),
+        ('"a\\0"', r"a\x00 is not a file. Write the path relative to this file."),
+        ("x" * 5000, "x" * 5000 + " is not a file. Write the path relative to this file."),
+        ("c.yaml", "c.yaml extends this file in turn, a circle. Take one extends: out."),
+        ("", "expected the path of one YAML file. Write it relative to this file."),
+        ("[a.yaml, b.yaml]", "expected the path of one YAML file. Write it relative to this file."),
+    ],
+    ids=["missing", "folder", "nul", "long", "itself", "nothing", "list"],
+)
+def test_extends_names_one_file(extends, message):
+    assert error_of(f"model: {{}}\nextends: {extends}") == f"c.yaml:2: extends: {message}"
+
+
+def test_a_circle_of_files_is_found():
+    write("extends: ./b.yaml\n", "a.yaml")
+    write("extends: sub/../a.yaml\n", "b.yaml")
+    Path("sub").mkdir()
+    assert error_of("extends: a.yaml") == "b.yaml:1: extends: sub/../a.yaml extends this file in turn, a circle. Take one extends: out."
+
+
+# --- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_overrides_have_the_types_of_yaml():
+    config = load(
+        "model: {}", "training.lr=1e-3", "training.auto_resume=no", "training.grad_clip=null", "training.sample_prompt='no'", "training.loggers=[tensorboard]"
+    )
+    training = config.training
+    assert (training.lr, training.auto_resume, training.grad_clip, training.sample_prompt, training.loggers) == (0.001, False, None, "no", ("tensorboard",))
+
+
+def test_an_override_makes_the_sections_on_its_way():
+    moe = load("model: {moe: null}", "model.moe.top_k=1").model.moe
+    assert (moe.top_k, moe.n_experts) == (1, 8)
+
+
+def test_an_override_may_hold_an_equals_sign_or_be_a_whole_section():
+    assert load("model: {}", "training.sample_prompt=a=b").training.sample_prompt == "a=b"
+    assert load("model: {n_layers: 3}", "model={d_model: 12}").model.n_layers == 3
+
+
+WRITTEN = "an override is written section.key=value, such as training.max_steps=100."
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.max_steps", f"training.max_steps: {WRITTEN}"),
+        ("=3", f"=3: {WRITTEN}"),
+        ("training..lr=3", f"training..lr=3: {WRITTEN}"),
+        ("--lr=3", f"--lr=3: {WRITTEN}"),
+        ("a\x1b=3", rf"a\x1b=3: {WRITTEN}"),
+        ("max_steps=3", "command line: max_steps: no such setting; did you mean training.max_steps?"),
+        ("Training.lr=3", "command line: Training: no such setting; did you mean training?"),
+        ("training.lrr=3", "command line: training.lrr: no such setting; did you mean lr?"),
+        ("training.lr=", f"command line: training.lr: expected a number, found null. Meaning: {MEANING['training.lr']}."),
+        ("training.lr=@", "command line: training.lr: not YAML: found character '@' that cannot start any token. Put quotes around the value."),
+        ("training.lr.x=3", f'command line: training.lr: expected a number, found {{"x": 3}}. Meaning: {MEANING["training.lr"]}.'),
+        ("model=3", "command line: model: expected a section, found 3. Write its settings indented below it, or take it out."),
+        ("model.d_model=100", "command line: model.n_heads: 6 does not divide d_model (100). Change one, or set head_dim."),
+        ("extends=b.yaml", f"command line: extends: no such setting; the settings here are {SECTIONS}."),
+    ],
+)
+def test_a_mistaken_override_is_named(override, message):
+    assert error_of("training: {seed: 1}", override) == message
+
+
+# --- the settings as values --------------------------------------------------------------------------------------------
+
+
+def test_settings_are_frozen():
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.lr = 1.0
+    with pytest.raises(ValidationError, match="frozen"):
+        config.model = config.model
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "model": st.fixed_dictionaries({"d_model": st.sampled_from([12, 24, 384]), "moe": st.none() | st.just({"top_k": 1})}),
+            "training": st.fixed_dictionaries(
+                {
+                    "lr": st.floats(1e-300, 1e300),
+                    "betas": st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+                    "seed": st.integers(0, COUNT_LIMIT),
+                    "sample_prompt": st.none() | st.text(),
+                    "loggers": st.lists(st.sampled_from(["tensorboard", "wandb"])),
+                }
+            ),
+            "hardware": st.fixed_dictionaries({"precision": st.sampled_from(["32", "16", "bf16", 32, 16])}),
+            "sampling": st.fixed_dictionaries({"stop": st.lists(st.text(min_size=1))}),
+        }
+    )
+)
+def test_from_plain_is_the_inverse_of_to_plain_through_json(values):
+    config = Config.model_validate(values)
+    assert Config.from_plain(json.loads(json.dumps(config.to_plain()))) == config
+
+
+WORDS = ["\n  ", "training", "lr", "model", "moe", "top_k", "extends", "c.yaml", "1e9", "!!python/name:os", "\ud800", "0" * 5000]
+
+
+@given(st.lists(st.sampled_from([*WORDS, *"[]{}:,-?&*!|>'\"#%@`\n\t =~\0"]), max_size=40).map("".join))
+def test_no_text_makes_anything_but_a_config_or_a_user_error(text):
+    try:
+        assert isinstance(load(text.encode("utf-8", "surrogatepass"), f"training.sample_prompt={text}"), Config)
+    except UserError as error:
+        assert str(error).isprintable()
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.yaml"), *ROOT.glob("configs/**/*.yaml")]), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_config_of_the_project_loads(path):
+    assert isinstance(load_config(path), Config)

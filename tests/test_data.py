@@ -1,0 +1,179 @@
+"""The order of data is a function: of (seed, k), whoever asks, however often, in whatever process."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data import Batch, Cursor, IndexedBatches, LitData, RowShape, Share, StreamBatches, ValidationBatches
+from tinylm.config import Config, load_config
+from tinylm.corpus import train_documents, val_documents
+from tinylm.errors import UserError
+from tinylm.packing import IGNORE_INDEX
+from tinylm.tokenizer import Tokenizer, make_tokenizer
+
+
+@pytest.fixture
+def load(make_config: Callable[..., Path]) -> Callable[..., tuple[Config, Tokenizer]]:
+    """A config with these settings, and its byte tokenizer."""
+
+    def load(**sections: dict) -> tuple[Config, Tokenizer]:
+        config = load_config(make_config(**sections))
+        return config, make_tokenizer(config.tokenizer, lambda: [])
+
+    return load
+
+
+def prepared(config: Config, tokenizer: Tokenizer, first: int = 0, cursor: list[int] | None = None) -> LitData:
+    """The data of a run that begins at micro-batch `first`."""
+    data = LitData(config, tokenizer)
+    data.prepare()
+    data.start_at(first, cursor)
+    return data
+
+
+def batches_of(data: LitData) -> list[Batch]:
+    """Every batch of the run, through its loader."""
+    return list(data.train_dataloader())
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    """Whether two batches hold the same numbers."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+STREAM = {"streaming": True, "shuffle_window": 8}
+
+
+@pytest.mark.parametrize("kind", [{}, {"order": "random"}, {"order": "sequential"}, {"stride": 5}, STREAM, STREAM | {"order": "sequential"}])
+@pytest.mark.parametrize("first", [1, 5])
+def test_a_resumed_loader_gives_what_the_uninterrupted_one_gave(load: Any, kind: dict, first: int) -> None:
+    """From micro-batch `first` on, for a token file by its number alone, for a stream by the cursor of the batch before."""
+    config, tokenizer = load(data=kind, training={"max_steps": 12})
+    whole = batches_of(prepared(config, tokenizer))
+    cursor = whole[first - 1].get("cursor")
+    resumed = batches_of(prepared(config, tokenizer, first, cursor))
+    assert len(whole) == 12
+    assert len(resumed) == 12 - first
+    assert all(equal(a, b) for a, b in zip(whole[first:], resumed, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [{}, STREAM])
+def test_the_number_of_workers_does_not_matter(load: Any, kind: dict) -> None:
+    """A6: 0, 1 and 2 processes give the same batches in the same order."""
+    runs = []
+    for workers in (0, 1, 2):
+        config, tokenizer = load(data=kind | {"num_workers": workers}, training={"max_steps": 9})
+        runs.append(batches_of(prepared(config, tokenizer)))
+    assert len(runs[0]) == 9
+    for other in runs[1:]:
+        assert all(equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+def test_each_pass_is_a_permutation_of_all_rows(load: Any, order: str) -> None:
+    """A4, A5: with R rows and batches of 4, any R places in a row that begin a pass hold each row once."""
+    config, tokenizer = load(data={"order": order})
+    data = prepared(config, tokenizer)
+    assert data.train_file is not None
+    batches = IndexedBatches(data.train_file, RowShape.of(config, tokenizer), order, seed=1, share=Share(4))
+    rows = batches.n_rows
+    assert rows % 4, "a pass must end inside a batch, or the test proves less"
+    origins = [start // 16 for k in range(3 * rows // 4 + 1) for start in batches[k]["origin"]]
+    passes = [origins[p * rows : (p + 1) * rows] for p in range(3)]
+    assert all(sorted(one) == list(range(rows)) for one in passes)
+    assert (passes[0] != passes[1]) == (order == "shuffled")
+
+
+def test_two_ranks_share_the_rows_of_one(load: Any) -> None:
+    """A13: rank r of R sees as its micro-batch k what a single device sees as micro-batch k * R + r."""
+    config, tokenizer = load()
+    data = prepared(config, tokenizer)
+    assert data.train_file is not None
+    one, first, second = (IndexedBatches(data.train_file, RowShape.of(config, tokenizer), "shuffled", 1, share) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2)))
+    for k in range(3):
+        assert equal(first[k], one[2 * k])
+        assert equal(second[k], one[2 * k + 1])
+
+
+def test_two_ranks_share_the_rows_of_one_stream(load: Any) -> None:
+    """The same rule for a stream; the cursor differs, for it is of the whole step."""
+    config, tokenizer = load(data=STREAM)
+    one = list(StreamBatches(config, tokenizer, Share(4), range(6), Cursor()))
+    for rank in (0, 1):
+        mine = list(StreamBatches(config, tokenizer, Share(4, rank, 2), range(3), Cursor()))
+        for k in range(3):
+            assert torch.equal(mine[k]["input_ids"], one[2 * k + rank]["input_ids"])
+            assert mine[k]["cursor"] == one[2 * k + 1]["cursor"]
+
+
+def test_a_stream_loses_no_token(load: Any) -> None:
+    """The rows of sequential order, end to end, are the documents with EOS between them, pass after pass."""
+    config, tokenizer = load(data=STREAM | {"order": "sequential"}, training={"max_steps": 200})
+    inputs = torch.cat([batch["input_ids"].flatten() for batch in StreamBatches(config, tokenizer, Share(4), range(200), Cursor())])
+    text = [token for document in train_documents(config.data, config.training.seed) for token in [*tokenizer.encode(document), tokenizer.eos_id]]
+    assert len(inputs) > len(text), "the test must see the second pass begin"
+    assert inputs.tolist() == (text * 3)[: len(inputs)]
+
+
+def test_windows_of_a_stream_are_shuffled_but_lose_no_row(load: Any) -> None:
+    """A window of 8 rows holds the 8 rows that document order would give, in another order."""
+    rows = {}
+    for order in ("sequential", "shuffled"):
+        config, tokenizer = load(data=STREAM | {"order": order})
+        rows[order] = torch.cat([batch["input_ids"] for batch in StreamBatches(config, tokenizer, Share(4), range(4), Cursor())]).tolist()
+    assert rows["sequential"][:8] != rows["shuffled"][:8]
+    assert sorted(rows["sequential"][:8]) == sorted(rows["shuffled"][:8])
+    assert sorted(rows["sequential"][8:]) == sorted(rows["shuffled"][8:])
+
+
+def test_validation_asks_for_every_token_once(load: Any) -> None:
+    """All labels but padding are the validation tokens from the second on, whatever the stride of training."""
+    config, tokenizer = load(data={"stride": 3})
+    data = prepared(config, tokenizer)
+    assert data.val_file is not None
+    labels = torch.cat([batch["labels"].flatten() for batch in data.val_dataloader()])
+    assert labels[labels != IGNORE_INDEX].tolist() == np.asarray(data.val_file.tokens[1:]).tolist()
+
+
+def test_validation_is_shared_by_ranks_in_equal_numbers_of_batches(load: Any) -> None:
+    """The targets of two ranks are those of one; a rank that runs out of rows gets padding, so that none waits."""
+    config, tokenizer = load()
+    data = prepared(config, tokenizer)
+    assert data.val_file is not None
+    shape = RowShape.of(config, tokenizer)
+    one = ValidationBatches(data.val_file, shape, Share(3), None)
+    ranks = [ValidationBatches(data.val_file, shape, Share(3, rank, 2), None) for rank in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1]) == -(-len(one) // 2)
+    counts = [sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches) for batches in (one, *ranks)]
+    assert counts[0] == counts[1] + counts[2]
+
+
+def test_no_document_is_in_both_splits(load: Any) -> None:
+    """Copies of a document fall on one side: the split looks at the text, not at the line number."""
+    config, _ = load()
+    path = Path(config.data.dataset)
+    path.write_text(path.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    train, val = set(train_documents(config.data, 1)), set(val_documents(config.data, 1))
+    assert train and val
+    assert not train & val
+
+
+def test_document_masks_count_documents(load: Any) -> None:
+    """document_ids rise by one at each EOS of the row."""
+    config, tokenizer = load(data={"document_mask": True, "order": "sequential"})
+    batch = batches_of(prepared(config, tokenizer))[0]
+    for ids, documents in zip(batch["input_ids"], batch["document_ids"], strict=True):
+        assert documents[-1] - documents[0] == int((ids[1:] == tokenizer.eos_id).sum())
+
+
+def test_text_shorter_than_a_row_is_an_error_with_both_counts(load: Any, tmp_path: Path) -> None:
+    """E2."""
+    (tmp_path / "short.txt").write_text("ab\ncd\nef\ngh\nij\nkl\n", encoding="utf-8")
+    config, tokenizer = load(data={"dataset": str(tmp_path / "short.txt"), "val_fraction": 0.5}, training={"seq_len": 32})
+    with pytest.raises(UserError, match=r"gives \d+ training tokens, and one row of training.seq_len needs 33"):
+        prepared(config, tokenizer)

@@ -1,0 +1,52 @@
+"""Which device is picked, and what is said of it (FAULTS F6)."""
+
+import pytest
+import torch
+
+from tinylm.device import pick_device
+from tinylm.errors import UserError
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretends that this machine has CUDA, MPS, both or neither."""
+
+    def pretend(*, cuda: bool = False, mps: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("has", "picked"),
+    [
+        ({"cuda": True, "mps": True}, ("cuda", "CUDA is available")),
+        ({"mps": True}, ("mps", "MPS is available, CUDA is not")),
+        ({}, ("cpu", "neither CUDA nor MPS here")),
+    ],
+)
+def test_auto_takes_cuda_then_mps_then_the_cpu(machine, has, picked):
+    machine(**has)
+    assert pick_device("auto") == picked
+
+
+def test_the_device_asked_for_is_taken_where_a_better_one_is(machine):
+    machine(cuda=True, mps=True)
+    assert pick_device("cpu") == ("cpu", "asked for")
+    assert pick_device("mps") == ("mps", "asked for")
+
+
+@pytest.mark.parametrize(("name", "has", "available"), [("cuda", {"mps": True}, "mps, cpu"), ("mps", {}, "cpu")])
+def test_an_absent_device_is_an_error_that_says_what_is_available(machine, name, has, available):
+    machine(**has)
+    with pytest.raises(UserError) as error:
+        pick_device(name, key="hardware.accelerator")
+    assert str(error.value) == (
+        f"hardware.accelerator: {name} was asked for, and PyTorch {torch.__version__} finds none here. Available: {available}. Take one of these, or auto."
+    )
+
+
+def test_a_name_that_is_no_device_is_a_callers_mistake():
+    with pytest.raises(ValueError, match="device gpu is not one of auto, cpu, cuda, mps"):
+        pick_device("gpu")

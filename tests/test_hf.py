@@ -1,0 +1,225 @@
+"""Our decoder and transformers' own models give the same logits, in both directions; what cannot be said is refused.
+
+The oracle is transformers: other people's code for the same papers. All weights are random and large enough (std 0.3,
+norms and biases too) that a swapped, transposed or forgotten matrix moves the logits by far more than the tolerance.
+"""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from tinylm import hf
+from tinylm.config import ModelConfig, MoEConfig
+from tinylm.decoder import Decoder
+from tinylm.errors import UserError
+
+SHAPE = {"vocab_size": 97, "max_seq_len": 32, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 48}
+GPT2 = {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all"}
+EXPRESSIBLE = {
+    "llama": ("llama", {}),
+    "llama, untied": ("llama", {"tie_embeddings": False}),
+    "llama, grouped heads": ("llama", {"n_kv_heads": 2}),
+    "llama, one kv head": ("llama", {"n_kv_heads": 1, "rope_theta": 500.0}),
+    "llama, wide heads": ("llama", {"head_dim": 14, "n_kv_heads": 2, "norm_eps": 1e-3}),
+    "llama, biases": ("llama", {"bias": "all"}),
+    "mixtral": ("mixtral", {"moe": MoEConfig(n_experts=4, top_k=2), "n_kv_heads": 2}),
+    "mixtral, one of three": ("mixtral", {"moe": MoEConfig(n_experts=3, top_k=1), "tie_embeddings": False}),
+    "mixtral, window": ("mixtral", {"moe": MoEConfig(n_experts=4, top_k=4), "sliding_window": 5}),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2, untied": ("gpt2", GPT2 | {"tie_embeddings": False, "norm_eps": 1e-3}),
+    "gpt2, silu": ("gpt2", GPT2 | {"ffn": "silu"}),
+    "gpt2, relu2": ("gpt2", GPT2 | {"ffn": "relu2"}),
+}
+
+
+def scrambled(model: torch.nn.Module) -> torch.nn.Module:
+    """Every weight, norms and biases included, far from its initial value."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return model.eval()
+
+
+def random_decoder(settings: dict) -> Decoder:
+    return scrambled(Decoder(ModelConfig(**SHAPE, **settings)))
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def largest_difference(ours: Decoder, theirs: torch.nn.Module, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        expected, actual = theirs(ids).logits, ours(ids)
+    assert expected.std() > 0.1, "logits that hardly vary compare nothing"
+    return (expected - actual).abs().max().item()
+
+
+# --- ours becomes theirs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("architecture", "settings"), EXPRESSIBLE.values(), ids=EXPRESSIBLE)
+def test_exported_model_gives_the_same_logits(architecture, settings, ids):
+    model = random_decoder(settings)
+    exported = hf.to_hf(model)
+    assert exported.config.model_type == architecture
+    assert largest_difference(model, exported, ids) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [settings for _, settings in EXPRESSIBLE.values()], ids=EXPRESSIBLE)
+def test_round_trip_gives_back_settings_and_every_bit_of_the_weights(settings):
+    """Copying, joining, splitting and transposing do no arithmetic, so nothing may change."""
+    model = random_decoder(settings)
+    back = hf.from_hf(hf.to_hf(model))
+    assert set(back.state_dict()) == set(model.state_dict())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, back.state_dict()[name]), name
+    assert hf._flat(back.config) == hf._flat(model.config)
+
+
+def test_a_tied_head_stays_tied_both_ways():
+    exported = hf.to_hf(random_decoder({"tie_embeddings": True}))
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    back = hf.from_hf(exported)
+    assert back.head.weight is back.embedding.weight
+
+
+@pytest.mark.parametrize("key", ["llama", "mixtral", "gpt2"])
+def test_saved_folder_gives_the_same_logits_after_transformers_reads_it(key, ids, tmp_path):
+    """transformers renames weights on their way to the disk (Mixtral's experts); the reader must find all of them."""
+    model = random_decoder(EXPRESSIBLE[key][1])
+    hf.to_hf(model).save_pretrained(tmp_path)
+    assert largest_difference(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path), ids) < 1e-4
+
+
+@pytest.mark.parametrize("key", ["llama", "mixtral"])
+def test_config_json_has_rope_theta_for_old_readers_and_rope_parameters_for_new_ones(key, tmp_path):
+    """transformers 5 writes rope_parameters only; a reader that knows rope_theta would take its default of 10000."""
+    hf.hf_config(ModelConfig(**SHAPE, **EXPRESSIBLE[key][1], rope_theta=777.0)).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert written["rope_theta"] == 777.0
+    assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": 777.0}
+
+
+def test_config_json_claims_no_special_tokens():
+    """Llama's defaults, 1 and 2, are ordinary tokens of our tokenizers: generation would stop at the byte 0x02."""
+    config = hf.hf_config(ModelConfig(**SHAPE))
+    assert (config.bos_token_id, config.eos_token_id) == (None, None)
+
+
+def test_dropout_goes_where_gpt2_has_it():
+    config = hf.hf_config(ModelConfig(**SHAPE, **GPT2, attention_dropout=0.2, residual_dropout=0.3))
+    assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.2, 0.3, 0.3)
+
+
+def test_export_keeps_the_precision_of_the_weights():
+    model = random_decoder({}).to(torch.bfloat16)
+    assert hf.to_hf(model).lm_head.weight.dtype == torch.bfloat16
+
+
+# --- theirs becomes ours ----------------------------------------------------------------------------------------------
+
+THEIRS = {
+    "llama": lambda **kw: transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32, **kw
+    ),
+    "mixtral": lambda **kw: transformers.MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32,
+        num_key_value_heads=2, num_local_experts=4, **kw
+    ),
+    "gpt2": lambda **kw: transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=32, **kw),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+        ("llama", {"head_dim": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mixtral", {}),
+        ("mixtral", {"sliding_window": 4, "num_experts_per_tok": 3}),
+        ("gpt2", {}),
+        ("gpt2", {"n_inner": 40, "activation_function": "silu"}),
+        ("gpt2", {"activation_function": "gelu_pytorch_tanh", "tie_word_embeddings": False}),
+    ],
+)
+def test_imported_model_gives_the_same_logits(architecture, settings, ids):
+    """transformers' own defaults decide what we do not name: rms_norm_eps 1e-6, Mixtral's rope_theta of a million."""
+    theirs = scrambled(transformers.AutoModelForCausalLM.from_config(THEIRS[architecture](**settings)))
+    assert largest_difference(hf.from_hf(theirs), theirs, ids) < 1e-4
+
+
+def test_import_of_bf16_weights_is_an_fp32_decoder_with_their_values():
+    theirs = scrambled(transformers.AutoModelForCausalLM.from_config(THEIRS["llama"]())).to(torch.bfloat16)
+    weight = hf.from_hf(theirs).embedding.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, theirs.model.embed_tokens.weight.float())
+
+
+def test_imported_gpt2_keeps_its_dropout():
+    config = hf.our_config(THEIRS["gpt2"](attn_pdrop=0.2, resid_pdrop=0.3))
+    assert (config.attention_dropout, config.residual_dropout) == (0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (THEIRS["llama"](hidden_act="gelu"), 'hidden_act: our decoder knows "silu" here, found "gelu"'),
+        (THEIRS["llama"](attention_bias=True), "mlp_bias: our decoder knows true here, found false|attention_bias: our decoder knows false here, found true"),
+        (THEIRS["llama"](rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_parameters.rope_type: .*linear"),
+        (THEIRS["gpt2"](scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx: our decoder knows false here, found true"),
+        (THEIRS["gpt2"](scale_attn_weights=False), "scale_attn_weights"),
+        (THEIRS["gpt2"](activation_function="relu"), 'activation_function: .*"relu"'),
+        (transformers.BloomConfig(), "model_type: our decoder cannot be bloom. Choose a model of gpt2, llama, mixtral"),
+    ],
+)
+def test_import_refuses_what_our_decoder_cannot_compute(config, words):
+    with pytest.raises(UserError, match=words):
+        hf.our_config(config)
+
+
+# --- what no architecture says ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"position": "alibi"}, 'model.position: "alibi" .* nearest, llama, has "rope"'),
+        ({"position": "none"}, 'model.position: "none"'),
+        ({"norm": "layernorm"}, 'model.norm: "layernorm" .* llama, has "rmsnorm"'),
+        ({"norm_placement": "post"}, 'model.norm_placement: "post" .* has "pre"'),
+        ({"norm_placement": "none"}, 'model.norm_placement: "none"'),
+        ({"qk_norm": True}, "model.qk_norm: true .* has false"),
+        ({"sliding_window": 8}, "model.sliding_window: 8 .* has null"),
+        ({"n_sinks": 2}, "model.n_sinks: 2 .* has 0"),
+        ({"ffn": "relu2"}, 'model.ffn: "relu2" .* llama, has "swiglu"'),
+        ({"bias": "qkv"}, 'model.bias: "qkv" .* has "none"'),
+        ({"moe": MoEConfig(), "bias": "all"}, 'model.bias: "all" .* nearest, mixtral, has "none"|model.moe: .* nearest, llama'),
+        ({"n_heads": 5, "head_dim": 8}, "model.d_model: 32 .* has 35"),
+        (GPT2 | {"n_kv_heads": 2}, "model.n_kv_heads: 2 .* nearest, gpt2, has 4"),
+        (GPT2 | {"head_dim": 6}, "model.head_dim: 6 .* gpt2, has 8"),
+    ],
+)
+def test_export_refuses_what_no_architecture_computes_and_names_the_setting(settings, words):
+    with pytest.raises(UserError, match=words):
+        hf.hf_config(ModelConfig(**SHAPE | settings))
+    with pytest.raises(UserError, match=words):
+        hf.to_hf(Decoder(ModelConfig(**SHAPE | settings)))
+
+
+@pytest.mark.parametrize("architecture", hf.ARCHITECTURES, ids=lambda a: f"{a.model_type}-{a.ours['ffn']}-{a.ours['bias']}")
+def test_every_setting_that_changes_the_logits_has_a_place_in_each_architecture(architecture):
+    """A setting forgotten in a table would be exported as transformers' default, with other logits and no word.
+
+    What remains belongs to training. GPT-2 needs no rope_theta, as it has no rope.
+    """
+    placed = set(architecture.ours) | set(architecture.settings) | set(architecture.limits)
+    placed |= {key.partition(".")[0] for key in placed}
+    left = {"init", "gradient_checkpointing", "residual_dropout"} | ({"rope_theta"} if architecture.ours["position"] != "rope" else set())
+    assert set(ModelConfig.model_fields) - placed <= left

@@ -1,0 +1,76 @@
+"""Rows: nothing lost, nothing repeated, labels one place further on."""
+
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinylm.packing import IGNORE_INDEX, Position, count_rows, document_ids, pack_stream, row_at
+
+EOS = 0
+
+
+def test_labels_are_the_inputs_one_place_further_on() -> None:
+    """S0's rule y = x shifted by one: for tokens 1..5 the row at 0 of length 4 is 1234 and asks for 2345."""
+    inputs, labels = row_at(np.array([1, 2, 3, 4, 5], dtype=np.uint16), 0, 4, EOS)
+    assert inputs.tolist() == [1, 2, 3, 4]
+    assert labels.tolist() == [2, 3, 4, 5]
+    assert inputs.dtype == labels.dtype == np.int64
+
+
+@given(n_tokens=st.integers(2, 200), seq_len=st.integers(1, 20))
+def test_rows_ask_for_every_token_but_the_first_exactly_once(n_tokens: int, seq_len: int) -> None:
+    """Labels that are not padding, row after row, are tokens 1..n-1 in order."""
+    tokens = np.arange(n_tokens)
+    rows = [row_at(tokens, row * seq_len, seq_len, pad_id=0)[1] for row in range(count_rows(n_tokens, seq_len, seq_len))]
+    asked = np.concatenate(rows)
+    assert asked[asked != IGNORE_INDEX].tolist() == list(range(1, n_tokens))
+
+
+@given(n_tokens=st.integers(3, 100), seq_len=st.integers(2, 10), data=st.data())
+def test_overlapping_windows_start_every_stride_tokens_and_reach_the_end(n_tokens: int, seq_len: int, data: st.DataObject) -> None:
+    """S0's sliding window: the last row asks for the last token, and one row fewer would not."""
+    stride = data.draw(st.integers(1, seq_len))
+    rows = count_rows(n_tokens, seq_len, stride)
+    last = row_at(np.arange(n_tokens), (rows - 1) * stride, seq_len, 0)[1]
+    assert last.max() == n_tokens - 1
+    if rows > 1:
+        assert row_at(np.arange(n_tokens), (rows - 2) * stride, seq_len, 0)[1].max() < n_tokens - 1
+
+
+def test_eos_opens_the_next_document() -> None:
+    """The EOS that closes 7 7 is the first input of the document 8 8, which is asked for 8 given EOS alone."""
+    assert document_ids(np.array([[7, 7, EOS, 8, 8, EOS, 9]]), EOS).tolist() == [[0, 0, 1, 1, 1, 2, 2]]
+
+
+def stream(documents: list[list[int]], start: Position = Position(0, 0, 0)) -> list[tuple[Position, np.ndarray]]:
+    """Documents as `pack_stream` takes them, from `start` on."""
+    pieces = []
+    for number, ids in enumerate(documents[start.document :], start.document):
+        offset = start.token if number == start.document else 0
+        if offset < len(ids):
+            pieces.append((Position(start.passes, number, offset), np.array(ids[offset:])))
+    return pieces
+
+
+documents_of_tokens = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=30), min_size=1, max_size=12)
+
+
+@given(documents_of_tokens, st.integers(1, 8))
+def test_a_packed_stream_is_its_tokens_in_order(documents: list[list[int]], seq_len: int) -> None:
+    """Each row's inputs are the next T tokens, and its last token, a target only, opens the next row."""
+    tokens = [token for ids in documents for token in ids]
+    rows = [row.tolist() for row, _ in pack_stream(iter(stream(documents)), seq_len)]
+    assert len(rows) == (len(tokens) - 1) // seq_len
+    assert [token for row in rows for token in row[:-1]] == tokens[: len(rows) * seq_len]
+    assert all(row[-1] == following[0] for row, following in pairwise(rows))
+
+
+@given(documents_of_tokens, st.integers(1, 8))
+def test_packing_goes_on_at_any_row_border(documents: list[list[int]], seq_len: int) -> None:
+    """From the place that comes with row i, rows i+1, i+2, ... follow unchanged: what an exact resume rests on."""
+    whole = [(row.tolist(), place) for row, place in pack_stream(iter(stream(documents)), seq_len)]
+    for i, (_, place) in enumerate(whole):
+        rest = [(row.tolist(), end) for row, end in pack_stream(iter(stream(documents, place)), seq_len)]
+        assert rest == whole[i + 1 :]

@@ -1,0 +1,354 @@
+"""Text from a model: the prompt is read once, then one token at a time is chosen and read through the cache.
+
+    prompt ─▶ Prompt (ids that fit) ─▶ Reader (logits of the next token) ─▶ sampling ─▶ Piece, Piece, ... ─▶ Completion
+
+In reading order: what goes in and comes out, `StopGate` (stop strings), `Reader` (the cache and the context shift), and
+`Engine`, whose `stream` holds the one decode loop; `beam_search` searches with the same reader. How a token is chosen from
+its logits is in sampling.py.
+
+**Longer than the context.** A model knows `max_seq_len` positions. A prompt beyond that keeps its last tokens, and
+`Prompt.truncated` says how many were left out. When writing reaches the last position, the last half of the context is read
+again from position 0 and writing goes on (a context shift), so max_new_tokens may be any number; what lies further back
+is forgotten by the model, though not by the repetition penalty and the forbidden n-grams.
+"""
+
+# B rows (samples or beams) · T tokens · V vocabulary
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinylm.config import SamplingConfig
+from tinylm.decoder import Decoder
+from tinylm.errors import UserError
+from tinylm.sampling import constrain, log_probabilities, make_generator, next_token
+from tinylm.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "eos"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The token ids that the model reads first, and how many were left out before them because the context is full."""
+
+    ids: tuple[int, ...]
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a text that is being written."""
+
+    text: str
+    """what may be shown now: nothing while a character is incomplete or could begin a stop string"""
+    token_id: int
+    log_prob: float
+    """log-probability by the model itself, before temperature, filters and penalties"""
+    sample: int = 0
+    """number of the text, from 0"""
+    finish_reason: FinishReason | None = None
+    """why the text ends here; None: it goes on"""
+
+    @property
+    def probability(self) -> float:
+        """The probability of the token by the model itself."""
+        return math.exp(self.log_prob)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A text that continues a prompt."""
+
+    text: str
+    ids: tuple[int, ...]
+    """the tokens written, with the EOS or the stop string that ended them"""
+    log_prob: float
+    """sum over `ids` of the log-probabilities by the model itself"""
+    finish_reason: FinishReason
+    prompt_tokens: int
+    """tokens of the prompt that the model read"""
+    truncated: int
+    """tokens of the prompt left out at its front, because the context holds no more"""
+
+    @classmethod
+    def of(cls, prompt: Prompt, pieces: Sequence[Piece]) -> "Completion":
+        """The completion that the pieces of one sample make up."""
+        reason = pieces[-1].finish_reason
+        assert reason is not None  # noqa: S101  (our own invariant: the decode loop closes every text)
+        text, ids = "".join(piece.text for piece in pieces), tuple(piece.token_id for piece in pieces)
+        return cls(text, ids, sum(piece.log_prob for piece in pieces), reason, len(prompt.ids), prompt.truncated)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model expects a given text after a prompt."""
+
+    log_prob: float
+    """sum of the natural log-probabilities of the target's tokens"""
+    n_tokens: int
+    ranks: tuple[int, ...]
+    """of each target token among all tokens, 1 for the most probable one"""
+    prompt_perplexity: float | None
+    """exp of the mean negative log-probability of the prompt's tokens after its first; None for fewer than two"""
+
+    @property
+    def greedy_match(self) -> bool:
+        """Whether greedy decoding would write exactly the target."""
+        return all(rank == 1 for rank in self.ranks)
+
+
+# --- showing no more than is certain --------------------------------------------------------------------------------
+
+
+class StopGate:
+    """Lets text through up to the first stop string, holding back what could still become one.
+
+    >>> gate = StopGate(["###"])
+    >>> gate.feed("a#"), gate.feed("b##"), gate.feed("#c"), gate.stopped
+    ('a', '#b', '', True)
+    """
+
+    def __init__(self, stops: Iterable[str]):
+        self.stops = tuple(stops)
+        self.held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """What may be shown now that `text` was added."""
+        if self.stopped:
+            return ""
+        self.held += text
+        start = find_stop(self.held, self.stops)
+        self.stopped = start is not None
+        if start is None:
+            start = len(self.held) - max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        shown, self.held = self.held[:start], self.held[start:]
+        return shown
+
+    def rest(self) -> str:
+        """What was held back, when no more text comes."""
+        return "" if self.stopped else self.held
+
+
+def find_stop(text: str, stops: Iterable[str]) -> int | None:
+    """Where the stop string that is complete first begins in `text`; None if there is none.
+
+    Complete first, not begun first: the answer must not depend on how the text was cut into tokens.
+
+    >>> find_stop("abcd", ["abcd", "bc"]), find_stop("abcd", ["x"])
+    (1, None)
+    """
+    found = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
+    return min(found)[1] if found else None
+
+
+class _Writer:
+    """One text being written: turns its tokens into pieces and knows when it ends."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str], sample: int = 0):
+        self.eos_id = tokenizer.eos_id
+        self.decoder = tokenizer.stream()
+        self.gate = StopGate(stops)
+        self.sample = sample
+        self.finish_reason: FinishReason | None = None
+
+    def write(self, token_id: int, log_prob: float, *, last: bool) -> Piece:
+        """The piece of the next token; `last` ends the text for its length."""
+        is_eos = token_id == self.eos_id
+        text = "" if is_eos else self.decoder.feed(token_id)
+        if is_eos or last:
+            text += self.decoder.finish()
+        shown = self.gate.feed(text)
+        if self.gate.stopped:
+            self.finish_reason = "stop"
+        elif is_eos or last:
+            self.finish_reason = "eos" if is_eos else "length"
+            shown += self.gate.rest()
+        return Piece(shown, token_id, log_prob, self.sample, self.finish_reason)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """Rows of token ids of one length, the cache of what the model has read of them, and the logits of what comes next."""
+
+    def __init__(self, model: Decoder, ids: Sequence[int], *, vocab_size: int, max_len: int):
+        """One row, read at once; `max_len` tokens are the most that will be asked for."""
+        self.model, self.vocab_size = model, vocab_size
+        self.slots = min(model.config.max_seq_len, max_len)
+        self.buffer = torch.tensor([ids], device=model.embedding.weight.device)  # (B, room), of which `length` are used
+        self.length = len(ids)
+        self.cache = model.new_cache(1, self.slots)
+        self._read(self.length)
+
+    @property
+    def context(self) -> Tensor:
+        """All tokens so far, (B, T)."""
+        return self.buffer[:, : self.length]
+
+    def append(self, ids: Tensor) -> None:
+        """Add one token (B,) to each row and read it."""
+        if self.length == self.buffer.size(1):  # doubling keeps the copying linear in the length
+            self.buffer = F.pad(self.buffer, (0, self.length))
+        self.buffer[:, self.length] = ids
+        self.length += 1
+        self._read(1)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows in this order, repeats allowed: one prompt to many samples, or the texts that go on."""
+        self.buffer, self.logits = self.buffer[rows], self.logits[rows]
+        self.cache.select(rows)
+
+    def _read(self, n_new: int) -> None:
+        """Read the last `n_new` tokens into the cache and set `logits` (B, V) of the token after them."""
+        if self.cache.length + n_new > self.slots:  # the context shift that the module describes
+            n_new = max(1, self.slots // 2)
+            self.cache = self.model.new_cache(self.buffer.size(0), self.slots)
+        for ids in self.context[:, -n_new:].split(self.cache.chunk, dim=1):
+            hidden = self.model.features(ids, cache=self.cache).hidden
+        # The embedding may have more rows than there are tokens; those beyond stand for nothing.
+        self.logits = self.model.head(hidden[:, -1])[:, : self.vocab_size].float()
+
+
+# --- the engine -----------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A model and its tokenizer, ready to write."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer):
+        if model.embedding.num_embeddings < tokenizer.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.embedding.num_embeddings}")
+        self.model, self.tokenizer = model, tokenizer
+
+    def encode_prompt(self, text: str) -> Prompt:
+        """The last tokens of `text` that fit in the context; EOS for an empty text, since EOS opens every document."""
+        return self.fit_prompt(self.tokenizer.encode(text) or [self.tokenizer.eos_id])
+
+    def fit_prompt(self, ids: Sequence[int]) -> Prompt:
+        """The last of `ids` that fit in the context."""
+        truncated = max(0, len(ids) - self.model.config.max_seq_len)
+        return Prompt(tuple(ids[truncated:]), truncated)
+
+    def stream(self, prompt: str | Prompt, sampling: SamplingConfig) -> Iterator[Piece]:
+        """The tokens of all samples as they are written, sample by sample at each step; each sample's last piece says why it ends.
+
+        Sample s depends on (prompt, seed, s) and not on the number of samples. With n_beams > 1 all pieces come at the end.
+        """
+        prompt = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+        return self.beam_search(prompt, sampling) if sampling.n_beams > 1 else self._decode(prompt, sampling)
+
+    def generate(self, prompt: str | Prompt, sampling: SamplingConfig) -> list[Completion]:
+        """The finished texts, `n_samples` of them."""
+        prompt = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+        pieces: list[list[Piece]] = [[] for _ in range(sampling.n_samples)]
+        for piece in self.stream(prompt, sampling):
+            pieces[piece.sample].append(piece)
+        return [Completion.of(prompt, of_sample) for of_sample in pieces]
+
+    @torch.inference_mode()
+    def _decode(self, prompt: Prompt, sampling: SamplingConfig) -> Iterator[Piece]:
+        """The decode loop: choose a token for every text that goes on, show it, read it."""
+        reader = self._reader(prompt, sampling)
+        writers = [_Writer(self.tokenizer, sampling.stop, sample) for sample in range(sampling.n_samples)]
+        generators = [make_generator(sampling.seed, sample, reader.logits.device) for sample in range(sampling.n_samples)]
+        reader.select(torch.zeros(sampling.n_samples, dtype=torch.long, device=reader.logits.device))
+        for step in range(1, sampling.max_new_tokens + 1):
+            ids, log_probs = next_token(reader.logits, reader.context, sampling, generators)
+            for writer, token_id, log_prob in zip(writers, ids.tolist(), log_probs.tolist(), strict=True):
+                yield writer.write(token_id, log_prob, last=step == sampling.max_new_tokens)
+            going_on = [row for row, writer in enumerate(writers) if writer.finish_reason is None]
+            if not going_on:
+                return
+            if len(going_on) < len(writers):
+                writers, generators = [writers[row] for row in going_on], [generators[row] for row in going_on]
+                rows = torch.tensor(going_on, device=ids.device)
+                reader.select(rows)
+                ids = ids[rows]
+            reader.append(ids)
+
+    @torch.inference_mode()
+    def beam_search(self, prompt: Prompt, sampling: SamplingConfig) -> Iterator[Piece]:
+        """The text of the highest mean log-probability a token that `n_beams` beams find (Sutskever et al. 2014, section 3.2).
+
+        Each step keeps the `n_beams` most probable continuations of the live texts. One that ends (EOS, stop string, or
+        max_new_tokens) is put aside and leaves its place empty, until no place is left; of those put aside the best mean
+        wins, so that a short text is not preferred for being short. EOS counts as a token. One beam is greedy decoding.
+        The repetition penalty and forbidden n-grams apply and the search ranks by what they leave; temperature, top_k,
+        top_p, min_p and seed have no part.
+        """
+        reader = self._reader(prompt, sampling)
+        device = reader.logits.device
+        totals = torch.zeros(1, device=device)  # log-probability of each live text
+        log_probs = torch.zeros(1, 0, device=device)  # of its tokens, by the model itself
+        ended: list[tuple[float, list[int], list[float]]] = []
+        for step in range(1, sampling.max_new_tokens + 1):
+            rows, ids, totals = self._best_continuations(reader, totals, sampling, sampling.n_beams - len(ended))
+            log_probs = torch.cat((log_probs[rows], log_probabilities(reader.logits)[rows, ids, None]), dim=1)
+            texts = torch.cat((reader.context[rows, len(prompt.ids) :], ids[:, None]), dim=1)
+            ends = [step == sampling.max_new_tokens or self._ends(text, sampling.stop) for text in texts.tolist()]
+            for beam in (beam for beam, end in enumerate(ends) if end):
+                ended.append((totals[beam].item() / step, texts[beam].tolist(), log_probs[beam].tolist()))
+            live = torch.tensor([beam for beam, end in enumerate(ends) if not end], dtype=torch.long, device=device)
+            if not len(live):
+                break
+            totals, log_probs = totals[live], log_probs[live]
+            reader.select(rows[live])
+            reader.append(ids[live])
+        _, text, text_log_probs = max(ended, key=lambda found: found[0])
+        writer = _Writer(self.tokenizer, sampling.stop)
+        for place, (token_id, log_prob) in enumerate(zip(text, text_log_probs, strict=True), start=1):
+            yield writer.write(token_id, log_prob, last=place == len(text))
+
+    @staticmethod
+    def _best_continuations(reader: Reader, totals: Tensor, sampling: SamplingConfig, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, token and total log-probability of the `n` most probable continuations; fewer if there are not so many."""
+        scores = totals[:, None] + constrain(reader.logits, reader.context, sampling).log_softmax(dim=-1)  # (B, V)
+        best, places = scores.flatten().topk(min(n, scores.numel()))
+        possible = best > -math.inf
+        places = places[possible]
+        return places // scores.size(1), places % scores.size(1), best[possible]
+
+    def _ends(self, ids: list[int], stops: tuple[str, ...]) -> bool:
+        return ids[-1] == self.tokenizer.eos_id or (bool(stops) and find_stop(self.tokenizer.decode(ids), stops) is not None)
+
+    def _reader(self, prompt: Prompt, sampling: SamplingConfig) -> Reader:
+        """A reader that has read the prompt."""
+        if self.model.training:
+            raise ValueError("the model is in training mode, and dropout would disturb the text; call model.eval() first")
+        if not 1 <= len(prompt.ids) <= self.model.config.max_seq_len:
+            raise ValueError(f"a prompt of {len(prompt.ids)} tokens, and the context holds 1 to {self.model.config.max_seq_len}; use encode_prompt or fit_prompt")
+        return Reader(self.model, prompt.ids, vocab_size=self.tokenizer.vocab_size, max_len=len(prompt.ids) + sampling.max_new_tokens)
+
+    @torch.inference_mode()
+    def score(self, prompt: str, target: str) -> Score:
+        """How well the model expects `target` right after `prompt`; each is encoded by itself, and an empty prompt is EOS.
+
+        Raises:
+            UserError: the target has no token, or fills the context.
+        """
+        before, wanted = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id], self.tokenizer.encode(target)
+        if not 1 <= len(wanted) <= self.model.config.max_seq_len:
+            raise UserError(f"a target of {len(wanted)} tokens, and it needs 1 to {self.model.config.max_seq_len}. Change the target.")
+        ids = torch.tensor((before + wanted)[-self.model.config.max_seq_len - 1 :], device=self.model.embedding.weight.device)
+        hidden = self.model.features(ids[None, :-1]).hidden[0]
+        # The head a few positions at a time: all logits of a long context at once would be the largest tensor by far.
+        parts = [_expected(self.model.head(h)[:, : self.tokenizer.vocab_size].float(), labels) for h, labels in zip(hidden.split(256), ids[1:].split(256), strict=True)]
+        log_probs, ranks = (torch.cat(part) for part in zip(*parts, strict=True))
+        of_prompt = log_probs[: -len(wanted)]
+        perplexity = math.exp(-of_prompt.mean().item()) if len(of_prompt) else None
+        return Score(log_probs[-len(wanted) :].sum().item(), len(wanted), tuple(ranks[-len(wanted) :].tolist()), perplexity)
+
+
+def _expected(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability (T,) and rank (T,) of each label; of equal logits the lower id ranks first, as argmax has it."""
+    chosen = logits.gather(1, labels[:, None])
+    ids = torch.arange(logits.size(1), device=logits.device)
+    better = (logits > chosen) | ((logits == chosen) & (ids < labels[:, None]))
+    return log_probabilities(logits).gather(1, labels[:, None]).squeeze(1), better.sum(dim=1) + 1

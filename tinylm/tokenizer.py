@@ -1,0 +1,653 @@
+"""Text to token ids and back: one interface for byte, character and Hugging Face tokenizers.
+
+Reading order: `Tokenizer`, what all of them can do; `ByteTokenizer`, `CharTokenizer` and `HFTokenizer`; the stream decoders,
+which give text while its tokens are still coming; `make_tokenizer` and `tokenizer_from_plain`; then how the files of
+a Hugging Face tokenizer are read.
+
+Special tokens (end of text, padding, ...) are put between texts by this program and never come out of a text: a user who
+types `<|endoftext|>` gets the characters. This file knows nothing of documents, rows or models.
+"""
+
+import codecs
+import hashlib
+import json
+import re
+import socket
+import urllib.request
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from tinylm.config import TokenizerConfig
+from tinylm.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+# Ends of text that published tokenizers use, tried where a tokenizer's files do not name one.
+WELL_KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+TOKENIZER_FILES = [
+    *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "config.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+]
+HUB_TIMEOUT_SECONDS = 5.0
+# Tokens kept as context while a stream is decoded: more than any decoder looks back.
+STREAM_WINDOW = 32
+
+
+class Tokenizer(ABC):
+    """What turns text into ids from 0 to `vocab_size` - 1, and back."""
+
+    kind: str
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    """the eos id where a tokenizer has no token for padding"""
+    special_names: dict[int, str]
+    """special tokens by id: they never come out of a text and never show in one"""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; text that looks like a special token is text.
+
+        Raises:
+            UserError: the text has a lone surrogate, or a character that the vocabulary lacks.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text as a 1-D array of an unsigned type: what a corpus is encoded with."""
+        for text in texts:
+            reject_lone_surrogates(text)
+        return self._encode(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.token_bytes(id) for id in ids).decode("utf-8", "replace")
+
+    def stream(self) -> "StreamDecoder":
+        """A decoder that is fed one id at a time; the pieces together are what `decode` gives."""
+        return BytesStream(self)
+
+    def byte_lengths(self) -> list[int]:
+        """UTF-8 bytes of text that each id stands for, 0 for special tokens."""
+        return [0 if id in self.special_names else len(self.token_bytes(id)) for id in range(self.vocab_size)]
+
+    def token_text(self, id: int) -> str:
+        r"""How one token is shown to people, on one line: a special token by its name, half a character as `\xe2`."""
+        if id in self.special_names:
+            return printable(self.special_names[id])
+        return printable(self.token_bytes(id).decode("utf-8", "backslashreplace"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """12 hex digits that identify this tokenizer: SHA-256 over `to_plain`."""
+        return hashlib.sha256(json.dumps(self.to_plain(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @abstractmethod
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token puts into a text, none for a special token; ValueError for an id that does not exist."""
+
+    @abstractmethod
+    def to_plain(self) -> dict[str, Any]:
+        """The tokenizer as plain types, for a checkpoint; `tokenizer_from_plain` is its inverse."""
+
+    @abstractmethod
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_arrays` of texts that are known to be free of lone surrogates."""
+
+    def _check_id(self, id: int) -> None:
+        # Without this a negative id would count from the end of a table.
+        if not 0 <= id < self.vocab_size:
+            raise ValueError(f"token id {id} is outside the tokenizer's 0 to {self.vocab_size - 1}")
+
+
+def reject_lone_surrogates(text: str) -> None:
+    """Raise a UserError where `text` has half a UTF-16 pair, which no file in UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"the lone surrogate {printable(text[error.start])} at position {error.start}"
+        raise UserError(f"the text has {found}, which is half a character. Take it out, or write the whole character.") from None
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8 and four special tokens: no training, no unknown text, long sequences.
+
+    >>> ByteTokenizer().encode("aé")
+    [97, 195, 169]
+    """
+
+    kind = "byte"
+    vocab_size = 260
+
+    def __init__(self) -> None:
+        self.pad_id, self.bos_id, self.eos_id, self.sep_id = 256, 257, 258, 259
+        self.special_names = {256: "<|pad|>", 257: "<|bos|>", 258: "<|eos|>", 259: "<|sep|>"}
+
+    def token_bytes(self, id: int) -> bytes:
+        self._check_id(id)
+        return bytes((id,)) if id < 256 else b""
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+
+class CharTokenizer(Tokenizer):
+    """The characters of a text in code-point order, then `<|pad|>`, `<|eos|>` and, if asked for, `<|unk|>`.
+
+    >>> tokenizer = CharTokenizer("abn", unknown="error")
+    >>> tokenizer.encode("banana"), tokenizer.eos_id
+    ([1, 0, 2, 0, 2, 0], 4)
+    """
+
+    kind = "char"
+
+    def __init__(self, characters: Iterable[str], *, unknown: str):
+        self.characters = "".join(sorted(set(characters)))
+        self.unknown = unknown
+        n = len(self.characters)
+        self.pad_id, self.eos_id = n, n + 1
+        self.unk_id = n + 2 if unknown == "unk" else None
+        self.special_names = {n: "<|pad|>", n + 1: "<|eos|>"} | ({n + 2: "<|unk|>"} if unknown == "unk" else {})
+        self.vocab_size = n + len(self.special_names)
+        self._code_points = _code_points(self.characters)
+
+    @classmethod
+    def of_documents(cls, documents: Iterable[str], *, unknown: str) -> "CharTokenizer":
+        """The tokenizer whose vocabulary is every character in `documents`."""
+        characters: set[str] = set()
+        for document in documents:
+            characters.update(document)
+        if not characters:
+            raise UserError("tokenizer.kind: char learns its vocabulary from the training documents, and they have no character. Give data.dataset text.")
+        return cls(characters, unknown=unknown)
+
+    def token_bytes(self, id: int) -> bytes:
+        self._check_id(id)
+        if id == self.unk_id:
+            return "\ufffd".encode()  # it stood for a character: nothing at all would be a different text
+        return b"" if id in self.special_names else self.characters[id].encode()
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"kind": self.kind, "characters": self.characters, "unknown": self.unknown}
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._encode_one(text) for text in texts]
+
+    def _encode_one(self, text: str) -> np.ndarray:
+        points = _code_points(text)
+        # The vocabulary is sorted, so a character's place in it is its id.
+        ids = np.searchsorted(self._code_points, points).astype(np.uint32)
+        known = self._code_points[np.minimum(ids, len(self._code_points) - 1)] == points
+        if known.all():
+            return ids
+        if self.unk_id is None:
+            position = int(np.argmin(known))
+            raise UserError(
+                f"the character '{printable(text[position])}' (U+{ord(text[position]):04X}) at position {position} is not among the "
+                f"{len(self.characters)} characters of the tokenizer. Set tokenizer.unknown: unk, or train on text that has it."
+            )
+        ids[~known] = self.unk_id
+        return ids
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+
+
+class HFTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library, as published models have them.
+
+    Added tokens that the files call special, and those that the settings name (eos_token, pad_token, ...), are special here;
+    other added tokens (runs of spaces, `<think>`) are part of the text, as their authors meant. A text round-trips as
+    far as the tokenizer's normalizer leaves it alone.
+
+    Args:
+        backend: the library's tokenizer.
+        eos: the token that ends a text; it must exist.
+        pad: the token that fills rows, or None to fill with eos.
+        special: further tokens that no text may become.
+        chat_template: the template's source, kept as text.
+    """
+
+    kind = "hf"
+
+    def __init__(self, backend: "Backend", *, eos: str, pad: str | None, special: Iterable[str] = (), chat_template: str | None = None):
+        backend.no_truncation()
+        backend.no_padding()
+        backend.add_special_tokens(sorted({eos, *special} | ({pad} if pad else set())))
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._json = backend.to_str()
+        self.eos, self.pad, self.chat_template = eos, pad, chat_template
+        self.vocab_size = backend.get_vocab_size()
+        self.eos_id = backend.token_to_id(eos)
+        self.pad_id = self.eos_id if pad is None else backend.token_to_id(pad)
+        self._added = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
+        self.special_names = {id: token.content for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        description = json.loads(self._json)
+        self._byte_level = (description["decoder"] or {}).get("type") == "ByteLevel"
+        # The unknown token does come out of text: that is what it is for.
+        self._forbidden = np.array(sorted(set(self.special_names) - {_unknown_id(backend, description["model"])}), dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        if self._byte_level:
+            return super().decode(ids)
+        for id in ids:
+            self._check_id(id)
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> "StreamDecoder":
+        return BytesStream(self) if self._byte_level else WindowStream(self)
+
+    def token_bytes(self, id: int) -> bytes:
+        self._check_id(id)
+        if id in self.special_names:
+            return b""
+        if self.is_byte_token(id):
+            return bytes.fromhex(self._backend.id_to_token(id)[3:5])
+        if self._byte_level and id in self._added:
+            return self._added[id].encode()
+        if self._byte_level:
+            return b"".join(BYTE_OF_CHARACTER.get(c) or c.encode() for c in self._backend.id_to_token(id))
+        # What a token adds after another: at the very start of a text some decoders drop its space.
+        return self._backend.decode([id, id])[len(self._backend.decode([id])) :].encode()
+
+    def is_byte_token(self, id: int) -> bool:
+        """Whether `id` is a single byte in the style of SentencePiece, `<0xE2>`, that only its neighbours make a character."""
+        return not self._byte_level and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", self._backend.id_to_token(id)) is not None
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"kind": self.kind, "tokenizer_json": self._json, "eos": self.eos, "pad": self.pad, "chat_template": self.chat_template}
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        arrays = [np.array(encoding.ids, dtype=np.uint32) for encoding in batch]
+        return [self._encode_apart(text) if np.isin(ids, self._forbidden).any() else ids for text, ids in zip(texts, arrays, strict=True)]
+
+    def _encode_apart(self, text: str) -> np.ndarray:
+        """The ids of a text that spells special tokens, each cut behind its first character.
+
+        `encode_special_tokens` stops the search for added tokens, but a model that looks words up (Unigram, WordLevel)
+        still finds `</s>` in its vocabulary. A tokenizer that opens each text with a space then has one more at the cut.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        places = [place for id, place in zip(encoding.ids, encoding.offsets, strict=True) if id in self._forbidden]
+        if any(end - start < 2 for start, end in places):
+            character = printable(text[places[0][0]])
+            raise UserError(f"the one character '{character}' is a special token of the tokenizer, so text with it cannot be encoded. Choose another tokenizer.")
+        cuts = [0, *(start + 1 for start, _ in places), len(text)]
+        return np.concatenate(self._encode([text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]))
+
+
+def _unknown_id(backend: "Backend", model: dict[str, Any]) -> int | None:
+    """The id for what the vocabulary lacks: Unigram names it by its id, the others by its text."""
+    if model["type"] == "Unigram":
+        return model["unk_id"]
+    return None if model["unk_token"] is None else backend.token_to_id(model["unk_token"])
+
+
+def _printable_bytes() -> dict[str, bytes]:
+    """GPT-2's way of writing bytes in a vocabulary file: a character for each byte (Radford et al. 2019).
+
+    The visible characters of Latin-1 stand for themselves, and the other 68 bytes, in their order, for U+0100 and on.
+    """
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): bytes((byte,)) for byte in visible} | {chr(256 + n): bytes((byte,)) for n, byte in enumerate(hidden)}
+
+
+BYTE_OF_CHARACTER = _printable_bytes()
+
+
+# --- text while its tokens are coming ----------------------------------------------------------------------------------
+
+
+class StreamDecoder(ABC):
+    """Turns ids into text one at a time: all that `feed` and then `finish` gave is what `decode` gives for all ids."""
+
+    @abstractmethod
+    def feed(self, id: int) -> str:
+        """The text that is complete now; nothing while a character is half there."""
+
+    @abstractmethod
+    def finish(self) -> str:
+        """What was held back; half a character is U+FFFD now."""
+
+
+class BytesStream(StreamDecoder):
+    """For tokenizers whose tokens are bytes: an incremental UTF-8 decoder holds back half characters.
+
+    >>> stream = ByteTokenizer().stream()
+    >>> [stream.feed(byte) for byte in "é!".encode()]
+    ['', 'é', '!']
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, id: int) -> str:
+        return self._decoder.decode(self._tokenizer.token_bytes(id))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowStream(StreamDecoder):
+    """For tokenizers that only decode whole texts: decodes the last tokens again and gives what is new.
+
+    A run of byte tokens is decoded as a whole (one bad byte spoils all of it), so it is held until it ends.
+    """
+
+    def __init__(self, tokenizer: HFTokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0  # characters of decode(self._ids) that were given out
+
+    def feed(self, id: int) -> str:
+        self._tokenizer._check_id(id)
+        if id in self._tokenizer.special_names:
+            return ""
+        self._ids.append(id)
+        if self._tokenizer.is_byte_token(id):
+            return ""
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd"):
+            return ""
+        new, self._shown = text[self._shown :], len(text)
+        if len(self._ids) > 2 * STREAM_WINDOW:
+            self._ids = self._ids[-STREAM_WINDOW:]
+            self._shown = len(self._tokenizer.decode(self._ids))
+        return new
+
+    def finish(self) -> str:
+        rest = self._tokenizer.decode(self._ids)[self._shown :]
+        self._shown += len(rest)
+        return rest
+
+
+# --- making one -------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(config: TokenizerConfig, documents: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that `config` asks for; `documents` gives the training split, which only `char` reads."""
+    if config.kind == "byte":
+        return ByteTokenizer()
+    if config.kind == "char":
+        return CharTokenizer.of_documents(documents(), unknown=config.unknown)
+    if config.path is None:
+        raise ValueError("kind hf needs a path; TokenizerConfig checks it")
+    return load_hf_tokenizer(config.path)
+
+
+def tokenizer_from_plain(plain: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `to_plain` described.
+
+    Raises:
+        UserError: it is of a kind that this version does not know.
+    """
+    match plain["kind"]:
+        case "byte":
+            return ByteTokenizer()
+        case "char":
+            return CharTokenizer(plain["characters"], unknown=plain["unknown"])
+        case "hf":
+            from tokenizers import Tokenizer as Backend
+
+            backend = Backend.from_str(plain["tokenizer_json"])
+            return HFTokenizer(backend, eos=plain["eos"], pad=plain["pad"], chat_template=plain["chat_template"])
+    raise UserError(f"tokenizer kind {printable(plain['kind'])}: this version knows byte, char and hf. Use the version that wrote it.")
+
+
+# --- files of a Hugging Face tokenizer --------------------------------------------------------------------------------
+
+
+def load_hf_tokenizer(path: str) -> HFTokenizer:
+    """The tokenizer in the folder `path` or, where nothing has that name here, of the Hugging Face model `path`.
+
+    A folder has tokenizer.json, or GPT-2's vocab.json and merges.txt, or what transformers can turn into the first; a
+    tokenizer_config.json or special_tokens_map.json beside it says which tokens end and pad a text.
+
+    Raises:
+        UserError: naming the file and what is wrong with it, or how to do without the network.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return _read_folder(folder)
+    if folder.exists() or not is_hub_name(path):
+        found = "is not a folder" if folder.exists() else "not found"
+        raise UserError(f"tokenizer.path: {printable(path)}: {found}. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2.")
+    return _read_folder(_download(path))
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether `text` can be a name on the Hugging Face hub (gpt2, owner/name) and is not a path into a folder that exists.
+
+    >>> is_hub_name("gpt2"), is_hub_name("../gpt2"), is_hub_name("a/b/c")
+    (True, False, False)
+    """
+    owner, slash, _ = text.partition("/")
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text, re.ASCII) is not None and not (slash and Path(owner).is_dir())
+
+
+def require_hub(what: str, mend: str) -> None:
+    """Raise a UserError at once where the Hugging Face hub cannot be reached; its library would try for half a minute.
+
+    With HF_HUB_OFFLINE=1 the library reads its cache alone, and with a proxy only the library knows the way: then
+    nothing is checked here.
+    """
+    from huggingface_hub import constants
+
+    endpoint = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    try:
+        socket.create_connection((endpoint.hostname or "", endpoint.port or (443 if endpoint.scheme == "https" else 80)), HUB_TIMEOUT_SECONDS).close()
+    except OSError as error:
+        found = f"nothing here has that name, and {endpoint.hostname} cannot be reached ({error.strerror or error})"
+        raise UserError(f"{what}: {found}. {mend} What was downloaded before is used with HF_HUB_OFFLINE=1.") from None
+
+
+def _download(name: str) -> Path:
+    """The folder in the library's cache that holds the tokenizer files of the Hugging Face model `name`."""
+    from huggingface_hub import snapshot_download
+
+    mend = "Give a local folder with tokenizer.json, or vocab.json and merges.txt."
+    require_hub(f"tokenizer.path: {name}", mend)
+    try:
+        return Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer.path: {name}: not a folder here, and the Hugging Face hub says: {_first_line(error)}. {mend}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return printable(str(error).strip().partition("\n")[0]).rstrip(".") or type(error).__name__
+
+
+def _read_folder(folder: Path) -> HFTokenizer:
+    settings = _read_settings(folder)
+    file, backend = _read_backend(folder)
+    vocabulary = backend.get_vocab()
+    _check_ids(vocabulary, file)
+    _check_named(settings, vocabulary, folder)
+    special = {name for name in settings.special if name in vocabulary}
+    # vocab.json does not tell special tokens from others, but no merge makes these names.
+    added = vocabulary.keys() if file.name == "vocab.json" else {token.content for token in backend.get_added_tokens_decoder().values()}
+    eos = settings.eos or next((name for name in WELL_KNOWN_EOS if name in special or name in added), None)
+    if eos is None:
+        where = printable(folder / "tokenizer_config.json")
+        raise UserError(f"{printable(file)}: no end-of-text token. Name one of its tokens in {where}: {{\"eos_token\": \"...\"}}.")
+    return HFTokenizer(backend, eos=eos, pad=settings.pad, special=special, chat_template=settings.chat_template)
+
+
+def _read_backend(folder: Path) -> tuple[Path, "Backend"]:
+    """The library's tokenizer from the files in `folder`, and the file to name where something is wrong with it."""
+    if (folder / "tokenizer.json").is_file():
+        return folder / "tokenizer.json", _read_tokenizer_json(folder / "tokenizer.json")
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return folder / "vocab.json", _read_gpt2(folder / "vocab.json", folder / "merges.txt")
+    if (folder / "tokenizer_config.json").is_file():
+        return folder / "tokenizer_config.json", _convert(folder)
+    found = "no tokenizer.json here, and no vocab.json with merges.txt"
+    raise UserError(f"tokenizer.path: {printable(folder)}: {found}. Give the folder that holds a tokenizer.")
+
+
+@dataclass
+class _Settings:
+    """What the files beside a tokenizer say of it."""
+
+    named: dict[str, str] = field(default_factory=dict)
+    """eos_token, pad_token, ... and the token's text"""
+    files: dict[str, Path] = field(default_factory=dict)
+    """which file names it"""
+    special: set[str] = field(default_factory=set)
+    chat_template: str | None = None
+
+    @property
+    def eos(self) -> str | None:
+        return self.named.get("eos_token")
+
+    @property
+    def pad(self) -> str | None:
+        return self.named.get("pad_token")
+
+
+def _read_settings(folder: Path) -> _Settings:
+    """The settings in special_tokens_map.json and, before it, tokenizer_config.json."""
+    settings = _Settings()
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        if file.is_file():
+            _add_settings(settings, file)
+    if (folder / "chat_template.jinja").is_file():
+        settings.chat_template = _read_text(folder / "chat_template.jinja")
+    # The unknown token comes out of text that the vocabulary lacks: it is not kept apart.
+    settings.special |= {token for key, token in settings.named.items() if key != "unk_token"}
+    return settings
+
+
+def _add_settings(settings: _Settings, file: Path) -> None:
+    values = _read_object(file)
+    for key, value in values.items():
+        if key.endswith("_token") and value is not None and not isinstance(value, bool):  # add_bos_token is a switch
+            settings.named[key] = _token_name(value, file, key)
+            settings.files[key] = file
+    further = values.get("additional_special_tokens") or []
+    if not isinstance(further, list):
+        raise UserError(f"{printable(file)}: additional_special_tokens: expected a list of tokens, found {_shown(further)}. Write a list.")
+    settings.special |= {_token_name(token, file, "additional_special_tokens") for token in further}
+    if isinstance(values.get("chat_template"), str):
+        settings.chat_template = values["chat_template"]
+
+
+def _shown(value: Any) -> str:
+    """A JSON value, short enough for a message."""
+    return printable(json.dumps(value))[:100]
+
+
+def _token_name(value: Any, file: Path, key: str) -> str:
+    """The text of a token, which the files give as a string or as an object with `content`."""
+    content = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(content, str) or not content:
+        raise UserError(f"{printable(file)}: {printable(key)}: expected a token's text, found {_shown(value)}. Write the text of one token.")
+    return content
+
+
+def _check_named(settings: _Settings, vocabulary: dict[str, int], folder: Path) -> None:
+    for key, token in (("eos_token", settings.eos), ("pad_token", settings.pad)):
+        if token is not None and token not in vocabulary:
+            found = f"the tokenizer in {printable(folder)} has no token {printable(token)}"
+            raise UserError(f"{printable(settings.files[key])}: {key}: {found}. Name one that it has, or add it.")
+
+
+def _check_ids(vocabulary: dict[str, int], file: Path) -> None:
+    """Ids are rows of the embedding, so n tokens need the ids from 0 to n - 1, each once."""
+    missing = sorted(set(range(len(vocabulary))) - set(vocabulary.values()))
+    if missing or not vocabulary:
+        highest = max(vocabulary.values(), default=None)
+        problem = f"id {missing[0]} is missing (the highest is {highest})" if missing else "there are none"
+        raise UserError(f"{printable(file)}: its {len(vocabulary)} tokens need the ids from 0 to {len(vocabulary) - 1}, and {problem}. Export the tokenizer again.")
+
+
+def _read_tokenizer_json(file: Path) -> "Backend":
+    from tokenizers import Tokenizer as Backend
+
+    _read_object(file)
+    try:
+        return Backend.from_str(_read_text(file))
+    except Exception as error:  # the library raises plain Exception for whatever it cannot read
+        _not_a_tokenizer(file, error)
+
+
+def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":
+    """Byte-level BPE as GPT-2 published it: token ids in JSON, and one merge a line in the order they were learned."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    vocabulary = _read_object(vocab_file)
+    for token, id in vocabulary.items():
+        if type(id) is not int or id < 0:
+            raise UserError(f"{printable(vocab_file)}: {printable(token)}: expected an id from 0 on, found {_shown(id)}. Export the tokenizer again.")
+    _check_ids(vocabulary, vocab_file)
+    merges = []
+    for number, line in enumerate(_read_text(merges_file).split("\n"), start=1):
+        pair = line.rstrip("\r").split(" ")
+        if line.startswith("#version") or pair == [""]:
+            continue
+        if len(pair) != 2:
+            raise UserError(f"{printable(merges_file)}:{number}: expected two tokens with a space between, found {_shown(line)}. Export the tokenizer again.")
+        merges.append((pair[0], pair[1]))
+    try:
+        backend = Backend(models.BPE(vocabulary, merges))
+    except Exception as error:  # the library raises plain Exception, as for a merge whose result is no token
+        _not_a_tokenizer(merges_file, error)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _not_a_tokenizer(file: Path, error: Exception) -> NoReturn:
+    raise UserError(f"{printable(file)}: not a tokenizer: {_first_line(error)}. Export the tokenizer again.") from error
+
+
+def _convert(folder: Path) -> "Backend":
+    """A tokenizer of an older format (SentencePiece's tokenizer.model), turned into the library's by transformers."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+    except (OSError, ValueError, ImportError, AttributeError) as error:  # AttributeError: transformers knows it in Python only
+        found = f"no tokenizer.json, and transformers cannot make one: {_first_line(error)}"
+        raise UserError(f"tokenizer.path: {printable(folder)}: {found}. Export the tokenizer with tokenizer.json.") from error
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{printable(file)}: not UTF-8 text (byte {error.start}). Export the tokenizer again.") from None
+    except OSError as error:
+        raise UserError(f"{printable(file)}: {error.strerror}. Give a folder whose files can be read.") from None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{printable(file)}: not JSON, or cut off: {_first_line(error)}. Export the tokenizer again.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{printable(file)}: expected a JSON object, found {type(value).__name__}. Export the tokenizer again.")
+    return value

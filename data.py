@@ -17,11 +17,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from tinylm.corpus import TokenFile, cached_token_file, encode_documents, train_documents
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from tinylm.config import Config
-from tinylm.corpus import TokenFile, cached_token_file, encode_documents, train_documents
-from tinylm.errors import UserError
+from tinylm.errors import UserError, printable
 from tinylm.packing import Position, count_rows, document_ids, pack_stream, row_at
 from tinylm.tokenizer import Tokenizer
 
@@ -215,7 +215,8 @@ class LitData(L.LightningDataModule):
         self.train_file = cached_token_file(config.data, "train", self.tokenizer, config.training.seed)
         needed = config.training.seq_len + 1
         if len(self.train_file) < needed:
-            raise UserError(f"data.dataset: {config.data.dataset} gives {len(self.train_file)} training tokens, and one row of training.seq_len needs {needed}. Give more text or lower training.seq_len")
+            found = f"{printable(config.data.dataset)} gives {len(self.train_file)} training tokens"
+            raise UserError(f"data.dataset: {found}, and one row of training.seq_len needs {needed}. Give more text or lower training.seq_len.")
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         """Go on at micro-batch `batch`; a stream from the place that its checkpoint stored."""

@@ -1,6 +1,6 @@
 """The true validation loss of a checkpoint: every validation row of a config's data, weighted by tokens.
 
-    python eval_val.py --ckpt checkpoints/best.ckpt --config config_smoke.yaml
+python eval_val.py --ckpt checkpoints/best.ckpt --config config_smoke.yaml
 """
 
 import argparse
@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from tinylm.errors import run_program
+from tinylm.errors import printable, run_program
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -39,17 +39,18 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     import torch
+    from tinylm.corpus import cached_token_file
 
     from data import RowShape, Share, ValidationBatches
+    from infer import choose_tokenizer
     from tinylm.checkpoint import load_model
-    from tinylm.corpus import cached_token_file
     from tinylm.device import pick_device
     from tinylm.evaluate import byte_table, score_batches
 
     device, why = pick_device(args.device)
     sys.stderr.write(f"device: {device} ({why})\n")
     loaded = load_model(args.ckpt, device)
-    tokenizer = loaded.tokenizer if args.tokenizer == "auto" else other_tokenizer(args.tokenizer, loaded.model.config.vocab_size or 0)
+    tokenizer = choose_tokenizer(args.tokenizer, loaded.tokenizer)
     file = cached_token_file(config.data, "val", tokenizer, config.training.seed)
     # The rows are those of the checkpoint's training, so that the number equals the one that training wrote.
     shape = RowShape.of(loaded.config.model_copy(update={"data": config.data}), tokenizer)
@@ -57,11 +58,12 @@ def run(args: argparse.Namespace) -> int:
     half = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[loaded.config.hardware.precision]
     with torch.autocast(device, dtype=half, enabled=half is not None):
         score = score_batches(loaded.model, batches, byte_table(tokenizer, loaded.model.embedding.num_embeddings))
-    row = {"ckpt": str(args.ckpt), "step": loaded.info.step, "val_loss": score.loss, "val_ppl": score.perplexity, "val_bpb": score.bits_per_byte, "tokens": score.tokens}
+    numbers = {"val_loss": score.loss, "val_ppl": score.perplexity, "val_bpb": score.bits_per_byte, "tokens": score.tokens}
     if args.json:
-        print(json.dumps(row))
+        print(json.dumps({"ckpt": str(args.ckpt), "step": loaded.info.step} | numbers))
     else:
-        print(f"val_loss {score.loss:.4f}  val_ppl {score.perplexity:.3f}  val_bpb {score.bits_per_byte:.4f}  on {score.tokens:,} tokens ({args.ckpt}, step {loaded.info.step})")
+        losses = f"val_loss {score.loss:.4f}  val_ppl {score.perplexity:.3f}  val_bpb {score.bits_per_byte:.4f}"
+        print(f"{losses}  on {score.tokens:,} tokens ({printable(args.ckpt)}, step {loaded.info.step})")
     return 0
 
 

@@ -180,7 +180,7 @@ def load(arguments: argparse.Namespace, device: str) -> "Loaded":
 
     path = arguments.ckpt or newest_sound(arguments.dir, lambda error: say(f"passed over: {error}"))
     if path is None:
-        raise UserError(f"{printable(arguments.dir)}: no checkpoint here. Train a model first: python train.py --config config_smoke.yaml; or give --ckpt FILE.")
+        raise UserError(f"{printable(arguments.dir)}: no checkpoint here. Train one (python train.py --config config_smoke.yaml), or give --ckpt FILE.")
     return load_model(path, device)
 
 
@@ -196,7 +196,8 @@ def choose_tokenizer(name: str, inside: "Tokenizer") -> "Tokenizer":
         raise UserError(f"--tokenizer: {printable(repr(name))[:80]} is no name or folder. Give auto, byte, or a Hugging Face name or folder.") from None
     tokenizer = make_tokenizer(config, tuple)
     if tokenizer.vocab_size != inside.vocab_size:
-        raise UserError(f"--tokenizer: {printable(name)} has {tokenizer.vocab_size} tokens, and this model was trained with {inside.vocab_size}. Leave --tokenizer out.")
+        sizes = f"has {tokenizer.vocab_size} tokens, and this model was trained with {inside.vocab_size}"
+        raise UserError(f"--tokenizer: {printable(name)} {sizes}. Leave --tokenizer out.")
     return tokenizer
 
 

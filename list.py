@@ -1,7 +1,7 @@
 """What checkpoints there are: a table, or JSON for programs.
 
-    python list.py
-    python list.py --dir checkpoints/sft --sort val_loss
+python list.py
+python list.py --dir checkpoints/sft --sort val_loss
 """
 
 import argparse
@@ -80,8 +80,9 @@ def show(sound: "list[CheckpointInfo]", damaged: list[tuple[Path, str]]) -> None
     for name in ("step", "tokens", "train_loss", "val_loss", "parameters", "shape", "size", "age"):
         table.add_column(name, justify="right", no_wrap=True)
     for info in sound:
-        loss = ["-" if value is None else f"{value:.4f}" for value in (info.train_loss, info.val_loss)]
-        table.add_row(printable(info.path.name), info.stage, f"{info.step}", f"{info.tokens:,}", *loss, f"{info.parameters:,}", info.shape, size(info.bytes), age(info.created))
+        losses = ["-" if value is None else f"{value:.4f}" for value in (info.train_loss, info.val_loss)]
+        numbers = [f"{info.step}", f"{info.tokens:,}", *losses, f"{info.parameters:,}", info.shape, size(info.bytes), age(info.created)]
+        table.add_row(printable(info.path.name), info.stage, *numbers)
     for path, why in damaged:
         table.add_row(printable(path.name), f"DAMAGED: {why}")
     console = Console()

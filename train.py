@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             weights = checkpoint.read(Path(config.training.init_from))["weights"]
         decoder = build_model(config, weights)
         stage = LitLM(config, decoder, byte_table(tokenizer, decoder.embedding.num_embeddings))
-        return fit(config, stage, data, tokenizer, device, start, say, allow_changes=args.allow_changes)
+        return fit(stage, data, device, start, say, allow_changes=args.allow_changes)
 
 
 # --- where a run starts -----------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def find_start(folder: Path, args: argparse.Namespace, config: "Config", say: Ca
         return Start() if path is None else Start(path, checkpoint.read(path))
     found = checkpoint.candidates(folder)
     if found:
-        raise UserError(f"{printable(folder)}: holds checkpoints already (newest {found[0].name}). Resume, or choose another training.checkpoint_dir")
+        raise UserError(f"{printable(folder)}: holds checkpoints already (newest {found[0].name}). Resume, or choose another training.checkpoint_dir.")
     return Start()
 
 
@@ -153,9 +153,9 @@ def check_same_run(start: Start, config: "Config", tokenizer: "Tokenizer", data:
     source = f" ({printable(config.data.dataset)})" if name.endswith("data") else ""
     message = f"{printable(start.path)}: {name}{source} was {printable(was)} when it was saved, this run has {printable(now)}"
     if shape:
-        raise UserError(f"{message}. Set it back, or choose another training.checkpoint_dir")
+        raise UserError(f"{message}. Set it back, or choose another training.checkpoint_dir.")
     if not allow_changes:
-        raise UserError(f"{message}. Set it back, choose another training.checkpoint_dir, or pass --allow-changes to go on all the same")
+        raise UserError(f"{message}. Set it back, choose another training.checkpoint_dir, or pass --allow-changes to go on all the same.")
 
 
 def changed_settings(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -190,7 +190,7 @@ def prepare_tokenizer(config: "Config") -> tuple["Tokenizer", "Config"]:
     tokenizer = make_tokenizer(config.tokenizer, lambda: train_documents(config.data, config.training.seed))
     wanted = config.model.vocab_size
     if wanted is not None and wanted < tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size: {wanted} is less than the tokenizer's {tokenizer.vocab_size}. Raise it, or leave it out")
+        raise UserError(f"model.vocab_size: {wanted} is less than the tokenizer's {tokenizer.vocab_size}. Raise it, or leave it out.")
     model = config.model.model_copy(update={"vocab_size": wanted or tokenizer.vocab_size})
     return tokenizer, config.model_copy(update={"model": model})
 
@@ -209,7 +209,7 @@ def build_model(config: "Config", weights: dict[str, Any] | None) -> Any:
         return build_decoder(config, weights)
     except RuntimeError as error:  # load_state_dict names every weight that does not fit
         problem = str(error).splitlines()[-1].strip()
-        raise UserError(f"model: the checkpoint's weights are of another shape: {printable(problem)}. Use the model settings it was trained with") from None
+        raise UserError(f"model: the checkpoint's weights are of another shape: {printable(problem)}. Use the model settings it was trained with.") from None
 
 
 def describe_data(data: "LitData") -> str:
@@ -218,7 +218,8 @@ def describe_data(data: "LitData") -> str:
 
     train = "a stream" if data.train_file is None else f"{short(len(data.train_file))} tokens"
     val = "none" if data.val_file is None else f"{short(len(data.val_file))} tokens"
-    return f"data: {printable(data.config.data.dataset)}: train {train}, validation {val}; tokenizer {data.tokenizer.kind}, vocabulary {data.tokenizer.vocab_size}"
+    source, tokenizer = printable(data.config.data.dataset), data.tokenizer
+    return f"data: {source}: train {train}, validation {val}; tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size}"
 
 
 def describe_model(config: "Config", decoder: Any, world_size: int) -> str:
@@ -273,18 +274,20 @@ def make_loggers(config: "Config") -> "list[Any]":
             else:
                 made.append(WandbLogger(project="tinylm", name=config.training.run_name, save_dir=config.training.log_dir))
         except ModuleNotFoundError:
-            raise UserError(f"training.loggers: {name} is not installed. pip install {name}") from None
+            raise UserError(f"training.loggers: {name} is not installed. pip install {name}.") from None
     return made
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def fit(config: "Config", stage: "LitStage", data: "LitData", tokenizer: "Tokenizer", device: str, start: Start, say: Callable[[str], None], *, allow_changes: bool) -> int:
+def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Callable[[str], None], *, allow_changes: bool) -> int:
     """Train `stage` on `data` to the end of the run, from `start`; the exit code comes back."""
-    import callbacks as between
     from rich.console import Console
 
+    import callbacks as between
+
+    config, tokenizer = stage.config, data.tokenizer
     console = Console(stderr=True)
     signals = between.StopSignals()
     display = between.ProgressDisplay(console, config.training.max_steps)
@@ -375,14 +378,14 @@ def check_hardware(config: "Config", device: str) -> None:
 
     hardware = config.hardware
     if hardware.precision == "16" and device != "cuda":
-        raise UserError(f"hardware.precision: 16 needs CUDA, and this run is on {device}. Set hardware.precision to 32 or bf16")
+        raise UserError(f"hardware.precision: 16 needs CUDA, and this run is on {device}. Set hardware.precision to 32 or bf16.")
     if hardware.precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"hardware.precision: {torch.cuda.get_device_name()} has no bf16 arithmetic. Set hardware.precision to 16 or 32")
+        raise UserError(f"hardware.precision: {torch.cuda.get_device_name()} has no bf16 arithmetic. Set hardware.precision to 16 or 32.")
     present = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device)
     if present is not None and hardware.devices > present:
-        raise UserError(f"hardware.devices: {hardware.devices} were asked for, and this machine has {present}. Lower hardware.devices")
+        raise UserError(f"hardware.devices: {hardware.devices} were asked for, and this machine has {present}. Lower hardware.devices.")
     if hardware.strategy == "fsdp" and device != "cuda":
-        raise UserError(f"hardware.strategy: fsdp needs CUDA, and this run is on {device}. Set hardware.strategy to ddp")
+        raise UserError(f"hardware.strategy: fsdp needs CUDA, and this run is on {device}. Set hardware.strategy to ddp.")
 
 
 def set_threads(threads: int | None) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-WORDS = "the model reads a token and guesses what comes next from all that it has seen so far".split()
+WORDS = ["the", "model", "reads", "a", "token", "and", "guesses", "what", "comes", "next", "from", "all", "it", "has", "seen"]
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tinylm.corpus import train_documents, val_documents
 
 from data import Batch, Cursor, IndexedBatches, LitData, RowShape, Share, StreamBatches, ValidationBatches
 from tinylm.config import Config, load_config
-from tinylm.corpus import train_documents, val_documents
 from tinylm.errors import UserError
 from tinylm.packing import IGNORE_INDEX
 from tinylm.tokenizer import Tokenizer, make_tokenizer
@@ -94,7 +94,9 @@ def test_two_ranks_share_the_rows_of_one(load: Any) -> None:
     config, tokenizer = load()
     data = prepared(config, tokenizer)
     assert data.train_file is not None
-    one, first, second = (IndexedBatches(data.train_file, RowShape.of(config, tokenizer), "shuffled", 1, share) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2)))
+    one, first, second = (
+        IndexedBatches(data.train_file, RowShape.of(config, tokenizer), "shuffled", 1, share) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2))
+    )
     for k in range(3):
         assert equal(first[k], one[2 * k])
         assert equal(second[k], one[2 * k + 1])

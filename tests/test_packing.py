@@ -44,7 +44,10 @@ def test_eos_opens_the_next_document() -> None:
     assert document_ids(np.array([[7, 7, EOS, 8, 8, EOS, 9]]), EOS).tolist() == [[0, 0, 1, 1, 1, 2, 2]]
 
 
-def stream(documents: list[list[int]], start: Position = Position(0, 0, 0)) -> list[tuple[Position, np.ndarray]]:
+START = Position(0, 0, 0)
+
+
+def stream(documents: list[list[int]], start: Position = START) -> list[tuple[Position, np.ndarray]]:
     """Documents as `pack_stream` takes them, from `start` on."""
     pieces = []
     for number, ids in enumerate(documents[start.document :], start.document):

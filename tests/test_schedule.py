@@ -64,6 +64,12 @@ def test_wsd_by_hand(step: int, expected: float) -> None:
     assert multiplier(step, training) == pytest.approx(expected, abs=1e-15)
 
 
+def test_wsd_reaches_the_peak_where_rounding_makes_the_phases_overlap() -> None:
+    """3 steps, half of them each phase: 1.5 rounds to 2 twice. The warm-up keeps its 2, the decay has 1."""
+    training = settings(schedule="wsd", max_steps=3, warmup_ratio=0.5, decay_ratio=0.5, min_lr_ratio=0.0)
+    assert [multiplier(step, training) for step in range(5)] == [0.0, 0.5, 1.0, 0.0, 0.0]
+
+
 @given(step=st.integers(0, 10**9))
 def test_constant_is_the_peak_from_the_first_step(step: int) -> None:
     """No warm-up, whatever warmup_ratio says."""

@@ -91,7 +91,10 @@ def write(path: Path, payload: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns some failed writes into RuntimeError
         _remove(temporary)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise UserError(f"{printable(path)}: the checkpoint could not be saved: {printable(reason)} ({_space(path.parent, payload)}). Make room or choose another training.checkpoint_dir; older checkpoints are untouched") from error
+        raise UserError(
+            f"{printable(path)}: the checkpoint could not be saved: {printable(reason)} ({_space(path.parent, payload)}). "
+            "Make room or choose another training.checkpoint_dir; older checkpoints are untouched."
+        ) from error
 
 
 def link(source: Path, name: str) -> Path:
@@ -104,7 +107,10 @@ def link(source: Path, name: str) -> Path:
         _sync_folder(source.parent)
     except OSError as error:
         _remove(temporary)
-        raise UserError(f"{printable(target)}: could not be made from {printable(source.name)}: {error.strerror}. Choose a training.checkpoint_dir on a file system with hard links") from error
+        raise UserError(
+            f"{printable(target)}: could not be made from {printable(source.name)}: {error.strerror}. "
+            "Choose a training.checkpoint_dir on a file system with hard links."
+        ) from error
     return target
 
 
@@ -153,7 +159,7 @@ def claimed(folder: Path) -> Iterator[None]:
             yield
     except filelock.Timeout:
         holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-        raise UserError(f"{printable(folder)}: {printable(holder)} is training into it. Wait for it, or choose another training.checkpoint_dir") from None
+        raise UserError(f"{printable(folder)}: {printable(holder)} is training into it. Wait for it, or choose another training.checkpoint_dir.") from None
 
 
 def _space(folder: Path, payload: dict[str, Any]) -> str:
@@ -186,11 +192,12 @@ def read(path: Path) -> dict[str, Any]:
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, torch.serialization.pickle.UnpicklingError) as error:
-        raise DamagedError(f"{printable(path)}: not a checkpoint of this program: {printable(str(error).splitlines()[0][:120])}. Use another checkpoint") from None
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT or not _NEEDED_KEYS <= payload.keys():
-        raise DamagedError(f"{printable(path)}: not a checkpoint of this program. Use a file that train.py wrote")
+        problem = printable(str(error).splitlines()[0][:120])
+        raise DamagedError(f"{printable(path)}: not a checkpoint of this program: {problem}. Use another checkpoint.") from None
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT or _NEEDED_KEYS - payload.keys():
+        raise DamagedError(f"{printable(path)}: not a checkpoint of this program. Use a file that train.py wrote.")
     if payload["schema"] > SCHEMA:
-        raise UserError(f"{printable(path)}: its schema is {payload['schema']}, and this program knows {SCHEMA}. Update the program")
+        raise UserError(f"{printable(path)}: its schema is {payload['schema']}, and this program knows {SCHEMA}. Update the program.")
     return payload
 
 
@@ -201,24 +208,24 @@ def verify(path: Path) -> None:
         DamagedError: saying what the file looks like instead.
     """
     if not path.is_file():
-        raise UserError(f"{printable(path)}: {'a folder, not a file' if path.is_dir() else 'not found'}. Give a .ckpt file; `python list.py` shows them")
+        raise UserError(f"{printable(path)}: {'a folder, not a file' if path.is_dir() else 'not found'}. Give a .ckpt file; `python list.py` shows them.")
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - _COMMENT_SIZE))
         comment = file.read()
         if size <= _COMMENT_SIZE or not comment.startswith(b"sha256:"):
             file.seek(0)
-            raise DamagedError(f"{printable(path)}: damaged: {_looks_like(file.read(200), size)}. Use another checkpoint")
+            raise DamagedError(f"{printable(path)}: damaged: {_looks_like(file.read(200), size)}. Use another checkpoint.")
         file.seek(0)
         digest, left = hashlib.sha256(), size - _COMMENT_SIZE
         while left:
             block = file.read(min(left, 1 << 20))
             if not block:
-                raise DamagedError(f"{printable(path)}: damaged: it shrank while it was read. Use another checkpoint")
+                raise DamagedError(f"{printable(path)}: damaged: it shrank while it was read. Use another checkpoint.")
             digest.update(block)
             left -= len(block)
     if comment != f"sha256:{digest.hexdigest()}".encode():
-        raise DamagedError(f"{printable(path)}: damaged: its SHA-256 is not the one written in it. Use another checkpoint")
+        raise DamagedError(f"{printable(path)}: damaged: its SHA-256 is not the one written in it. Use another checkpoint.")
 
 
 def _looks_like(start: bytes, size: int) -> str:
@@ -262,7 +269,10 @@ def newest_sound(folder: Path, passed_over: Callable[[DamagedError], None] = lam
             passed_over(error)
             errors.append(str(error))
     if errors:
-        raise UserError(f"{printable(folder)}: every checkpoint is damaged: {'; '.join(errors)}. Restore one from a backup, or choose another training.checkpoint_dir to start anew")
+        raise UserError(
+            f"{printable(folder)}: every checkpoint is damaged: {' '.join(errors)} "
+            "Restore one from a backup, or choose another training.checkpoint_dir to start anew."
+        )
     return None
 
 

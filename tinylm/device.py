@@ -25,5 +25,7 @@ def pick_device(name: str, *, key: str = "--device") -> tuple[str, str]:
         device = available[0]
         return device, {"cuda": "CUDA is available", "mps": "MPS is available, CUDA is not", "cpu": "neither CUDA nor MPS here"}[device]
     if name not in available:
-        raise UserError(f"{key}: {name} was asked for, and PyTorch {torch.__version__} finds none here. Available: {', '.join(available)}. Take one of these, or auto.")
+        raise UserError(
+            f"{key}: {name} was asked for, and PyTorch {torch.__version__} finds none here. Available: {', '.join(available)}. Take one of these, or auto."
+        )
     return name, "asked for"

@@ -322,9 +322,10 @@ class Engine:
         """A reader that has read the prompt."""
         if self.model.training:
             raise ValueError("the model is in training mode, and dropout would disturb the text; call model.eval() first")
-        if not 1 <= len(prompt.ids) <= self.model.config.max_seq_len:
-            raise ValueError(f"a prompt of {len(prompt.ids)} tokens, and the context holds 1 to {self.model.config.max_seq_len}; use encode_prompt or fit_prompt")
-        return Reader(self.model, prompt.ids, vocab_size=self.tokenizer.vocab_size, max_len=len(prompt.ids) + sampling.max_new_tokens)
+        n, room = len(prompt.ids), self.model.config.max_seq_len
+        if not 1 <= n <= room:
+            raise ValueError(f"a prompt of {n} tokens, and the context holds 1 to {room}; use encode_prompt or fit_prompt")
+        return Reader(self.model, prompt.ids, vocab_size=self.tokenizer.vocab_size, max_len=n + sampling.max_new_tokens)
 
     @torch.inference_mode()
     def score(self, prompt: str, target: str) -> Score:
@@ -334,12 +335,14 @@ class Engine:
             UserError: the target has no token, or fills the context.
         """
         before, wanted = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id], self.tokenizer.encode(target)
-        if not 1 <= len(wanted) <= self.model.config.max_seq_len:
-            raise UserError(f"a target of {len(wanted)} tokens, and it needs 1 to {self.model.config.max_seq_len}. Change the target.")
-        ids = torch.tensor((before + wanted)[-self.model.config.max_seq_len - 1 :], device=self.model.embedding.weight.device)
+        room, vocab_size = self.model.config.max_seq_len, self.tokenizer.vocab_size
+        if not 1 <= len(wanted) <= room:
+            raise UserError(f"a target of {len(wanted)} tokens, and it needs 1 to {room}. Change the target.")
+        ids = torch.tensor((before + wanted)[-room - 1 :], device=self.model.embedding.weight.device)
         hidden = self.model.features(ids[None, :-1]).hidden[0]
         # The head a few positions at a time: all logits of a long context at once would be the largest tensor by far.
-        parts = [_expected(self.model.head(h)[:, : self.tokenizer.vocab_size].float(), labels) for h, labels in zip(hidden.split(256), ids[1:].split(256), strict=True)]
+        chunks = zip(hidden.split(256), ids[1:].split(256), strict=True)
+        parts = [_expected(self.model.head(part)[:, :vocab_size].float(), labels) for part, labels in chunks]
         log_probs, ranks = (torch.cat(part) for part in zip(*parts, strict=True))
         of_prompt = log_probs[: -len(wanted)]
         perplexity = math.exp(-of_prompt.mean().item()) if len(of_prompt) else None

@@ -77,16 +77,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 del grad_logits
             del log_p  # or the next chunk would be made beside this one
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         # In place, because here training holds the most memory. A second backward finds the saved tensors changed, and
-        # torch raises.
+        # torch raises. Autograd casts each gradient to the dtype of its tensor.
         grad_hidden, grad_weight = (None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), None, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:

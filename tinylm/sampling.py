@@ -81,7 +81,8 @@ def constrain(logits: Tensor, context: Tensor, sampling: SamplingConfig) -> Tens
     if sampling.no_repeat_ngram is not None:
         logits = forbid_repeated_ngrams(logits, context, sampling.no_repeat_ngram)
         if logits.amax(dim=-1).isneginf().any():
-            raise UserError(f"no_repeat_ngram: {sampling.no_repeat_ngram} leaves no token to go on with after {context.size(1)}. Raise it or lower max_new_tokens.")
+            n, length = sampling.no_repeat_ngram, context.size(1)
+            raise UserError(f"no_repeat_ngram: {n} leaves no token to go on with after {length}. Raise it or lower max_new_tokens.")
     return logits
 
 

@@ -11,6 +11,7 @@ types `<|endoftext|>` gets the characters. This file knows nothing of documents,
 import codecs
 import hashlib
 import json
+import os
 import re
 import socket
 import urllib.request
@@ -240,8 +241,9 @@ class HFTokenizer(Tokenizer):
         self.special_names = {id: token.content for id, token in backend.get_added_tokens_decoder().items() if token.special}
         description = json.loads(self._json)
         self._byte_level = (description["decoder"] or {}).get("type") == "ByteLevel"
-        # The unknown token does come out of text: that is what it is for.
-        self._forbidden = np.array(sorted(set(self.special_names) - {_unknown_id(backend, description["model"])}), dtype=np.uint32)
+        # The unknown token does come out of text: that is what it is for. The end of a text never does.
+        forbidden = set(self.special_names) - {_unknown_id(backend, description["model"])} | {self.eos_id, self.pad_id}
+        self._forbidden = np.array(sorted(forbidden), dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         if self._byte_level:
@@ -288,7 +290,7 @@ class HFTokenizer(Tokenizer):
         places = [place for id, place in zip(encoding.ids, encoding.offsets, strict=True) if id in self._forbidden]
         if any(end - start < 2 for start, end in places):
             character = printable(text[places[0][0]])
-            raise UserError(f"the one character '{character}' is a special token of the tokenizer, so text with it cannot be encoded. Choose another tokenizer.")
+            raise UserError(f"the character '{character}' is a special token of this tokenizer, so no text can have it. Choose another tokenizer.")
         cuts = [0, *(start + 1 for start, _ in places), len(text)]
         return np.concatenate(self._encode([text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]))
 
@@ -425,11 +427,10 @@ def load_hf_tokenizer(path: str) -> HFTokenizer:
     Raises:
         UserError: naming the file and what is wrong with it, or how to do without the network.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        return _read_folder(folder)
-    if folder.exists() or not is_hub_name(path):
-        found = "is not a folder" if folder.exists() else "not found"
+    if os.path.isdir(path):
+        return _read_folder(Path(path))
+    if os.path.lexists(path) or not is_hub_name(path):
+        found = "is not a folder" if os.path.lexists(path) else "not found"
         raise UserError(f"tokenizer.path: {printable(path)}: {found}. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2.")
     return _read_folder(_download(path))
 
@@ -471,10 +472,11 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer.path: {name}: not a folder here, and the Hugging Face hub says: {_first_line(error)}. {mend}") from error
+        raise UserError(f"tokenizer.path: {name}: not a folder here, and the Hugging Face hub says: {first_line(error)}. {mend}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, to stand in one of ours."""
     return printable(str(error).strip().partition("\n")[0]).rstrip(".") or type(error).__name__
 
 
@@ -490,7 +492,7 @@ def _read_folder(folder: Path) -> HFTokenizer:
     eos = settings.eos or next((name for name in WELL_KNOWN_EOS if name in special or name in added), None)
     if eos is None:
         where = printable(folder / "tokenizer_config.json")
-        raise UserError(f"{printable(file)}: no end-of-text token. Name one of its tokens in {where}: {{\"eos_token\": \"...\"}}.")
+        raise UserError(f'{printable(file)}: no end-of-text token. Name one of its tokens in {where}: {{"eos_token": "..."}}.')
     return HFTokenizer(backend, eos=eos, pad=settings.pad, special=special, chat_template=settings.chat_template)
 
 
@@ -578,8 +580,9 @@ def _check_ids(vocabulary: dict[str, int], file: Path) -> None:
     missing = sorted(set(range(len(vocabulary))) - set(vocabulary.values()))
     if missing or not vocabulary:
         highest = max(vocabulary.values(), default=None)
-        problem = f"id {missing[0]} is missing (the highest is {highest})" if missing else "there are none"
-        raise UserError(f"{printable(file)}: its {len(vocabulary)} tokens need the ids from 0 to {len(vocabulary) - 1}, and {problem}. Export the tokenizer again.")
+        expected = f"its {len(vocabulary)} tokens need the ids from 0 to {len(vocabulary) - 1}"
+        found = f"{missing[0]} is missing (the highest is {highest})" if missing else "there are none"
+        raise UserError(f"{printable(file)}: {expected}, and {found}. Export the tokenizer again.")
 
 
 def _read_tokenizer_json(file: Path) -> "Backend":
@@ -608,7 +611,7 @@ def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":
         if line.startswith("#version") or pair == [""]:
             continue
         if len(pair) != 2:
-            raise UserError(f"{printable(merges_file)}:{number}: expected two tokens with a space between, found {_shown(line)}. Export the tokenizer again.")
+            raise UserError(f"{printable(merges_file)}:{number}: expected two tokens and a space between, found {_shown(line)}. Export it again.")
         merges.append((pair[0], pair[1]))
     try:
         backend = Backend(models.BPE(vocabulary, merges))
@@ -620,7 +623,7 @@ def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":
 
 
 def _not_a_tokenizer(file: Path, error: Exception) -> NoReturn:
-    raise UserError(f"{printable(file)}: not a tokenizer: {_first_line(error)}. Export the tokenizer again.") from error
+    raise UserError(f"{printable(file)}: not a tokenizer: {first_line(error)}. Export the tokenizer again.") from error
 
 
 def _convert(folder: Path) -> "Backend":
@@ -630,7 +633,7 @@ def _convert(folder: Path) -> "Backend":
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
     except (OSError, ValueError, ImportError, AttributeError) as error:  # AttributeError: transformers knows it in Python only
-        found = f"no tokenizer.json, and transformers cannot make one: {_first_line(error)}"
+        found = f"no tokenizer.json, and transformers cannot make one: {first_line(error)}"
         raise UserError(f"tokenizer.path: {printable(folder)}: {found}. Export the tokenizer with tokenizer.json.") from error
 
 
@@ -647,7 +650,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(file))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{printable(file)}: not JSON, or cut off: {_first_line(error)}. Export the tokenizer again.") from None
+        raise UserError(f"{printable(file)}: not JSON, or cut off: {first_line(error)}. Export the tokenizer again.") from None
     if not isinstance(value, dict):
         raise UserError(f"{printable(file)}: expected a JSON object, found {type(value).__name__}. Export the tokenizer again.")
     return value

@@ -1,0 +1,463 @@
+"""README.md and docs/*.md held to the code: every command in them is found, checked, and run where it can be run here.
+
+The convention: a command stands in a fenced block marked `bash`, or as inline code that begins with `python`. What a
+program prints stands in a block marked `text`, examples for doctest in one marked `python`.
+"""
+
+import argparse
+import ast
+import contextlib
+import doctest
+import importlib
+import io
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tinylm.config import Config, load_config, sections
+from tinylm.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+GUIDES = [path for path in DOCUMENTS if path.name in ("LEARNING_PATH.md", "TROUBLESHOOTING.md")]
+# What a reader has beside this project; those commands are recognised, and run elsewhere if at all.
+TOOLS = {"cd", "echo", "export", "git", "kill", "nvidia-smi", "pip", "pytest", "ruff", "sleep", "source", "tensorboard", "wandb"}
+TOOL_MODULES = {"pip", "pytest", "venv", "ruff"}
+# The programs that are truly run, and what is put behind their arguments so that each takes a second or two.
+SHORT = {
+    "train.py": ["training.max_steps=2", "training.val_every_steps=1", "training.val_batches=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
+    "infer.py": ["--max-new-tokens=8"],
+    "eval_val.py": [],
+    "list.py": [],
+}
+NAMED_FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|yaml|toml)|(?:data|tests|cases|configs|benchmarks|docs)/[\w./-]+|requirements[\w-]*\.txt")
+
+
+# --- finding commands -------------------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """A fenced block of a document."""
+
+    language: str
+    line: int
+    """number of its first line"""
+    lines: list[str]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One simple command: no pipe, no redirection, no variables before it."""
+
+    words: tuple[str, ...]
+    line: int
+    fenced: bool = True
+    stdin: str = ""
+    """what an `echo` before it pipes into it"""
+
+    @property
+    def program(self) -> str | None:
+        """`train.py`, or `-m tinylm` for the library's own commands; None for a tool that is not of this project."""
+        if self.words[0] == "torchrun":
+            return next(word for word in self.words if word.endswith(".py"))
+        if self.words[0] not in ("python", "python3") or len(self.words) < 2:
+            return None
+        if self.words[1] == "-m":
+            return None if self.words[2] in TOOL_MODULES else f"-m {self.words[2]}"
+        return self.words[1]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The words after the program."""
+        assert self.program is not None
+        return list(self.words[self.words.index(self.program.split()[-1]) + 1 :])
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The fenced blocks, in order; a fence may be indented."""
+    opened: Block | None = None
+    for number, line in enumerate(text.split("\n"), start=1):
+        fence = re.fullmatch(r"\s*```(\w*)\s*", line)
+        if fence and opened:
+            yield opened
+            opened = None
+        elif fence:
+            opened = Block(fence[1], number + 1, [])
+        elif opened:
+            opened.lines.append(line)
+
+
+def commands(text: str) -> list[Command]:
+    """The commands of a document, in order."""
+    found = [command for block in blocks(text) if block.language == "bash" for command in commands_of_block(block)]
+    fenced_lines = {block.line + i for block in blocks(text) for i in range(len(block.lines))}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if number not in fenced_lines:
+            found += [Command(tuple(shlex.split(code)), number, fenced=False) for code in re.findall(r"`(python3? [^`]+)`", line)]
+    return sorted(found, key=lambda command: command.line)
+
+
+def commands_of_block(block: Block) -> Iterator[Command]:
+    """The commands of a shell block: lines joined at a backslash, then cut at the shell's operators."""
+    text, first = "", block.line
+    for number, line in enumerate(block.lines, start=block.line):
+        first = first if text else number
+        text += line.strip()
+        if text.endswith("\\"):
+            text = f"{text[:-1]} "
+            continue
+        yield from commands_of_line(text, first)
+        text = ""
+
+
+def commands_of_line(text: str, line: int) -> Iterator[Command]:
+    """The simple commands of one line.
+
+    >>> [command.words for command in commands_of_line("A=1 python list.py 2> x | head && cd a  # why", 7)]
+    [('python', 'list.py'), ('head',), ('cd', 'a')]
+    """
+    tokens = shlex.shlex(text, posix=True, punctuation_chars=True)
+    tokens.whitespace_split = True
+    words: list[str] = []
+    stdin = ""
+    redirected = False
+    for part in [*tokens, ";"]:
+        if redirected:
+            redirected = False
+        elif re.fullmatch(r"[<>&]*[<>][<>&]*", part):
+            redirected = True
+            if words and words[-1].isdigit():
+                words.pop()  # the 2 of `2> file`
+        elif not set(part) <= set("|&;()"):
+            words.append(part)
+        elif command := tuple(without_variables(words)):
+            yield Command(command, line, stdin=stdin)
+            stdin = " ".join(command[1:]) + "\n" if part == "|" and command[0] == "echo" else ""
+            words = []
+
+
+def without_variables(words: list[str]) -> list[str]:
+    """The words after `NAME=value ...`."""
+    start = next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words))
+    return words[start:]
+
+
+# --- checking them ----------------------------------------------------------------------------------------------------
+
+
+class Parsed(Exception):
+    """Carries what a program's parser made of its arguments, in place of running the program."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+
+
+def parse(program: str, arguments: list[str]) -> argparse.Namespace:
+    """What the program's own parser makes of the arguments; ValueError with its complaint if it refuses them."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
+        raise Parsed(parse_args(parser, args, namespace))
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        try:
+            main_of(program)(arguments)
+        except Parsed as parsed:
+            return parsed.arguments
+        except SystemExit as end:
+            if end.code == 0:  # --help
+                return argparse.Namespace()
+            raise ValueError(said.getvalue().strip().splitlines()[-1].partition("error: ")[2]) from None
+    raise ValueError("its main() parses no arguments")
+
+
+def main_of(program: str) -> Any:
+    """The `main` of a program; ValueError if it has none."""
+    name = f"{program.removeprefix('-m ')}.__main__" if program.startswith("-m ") else program.removesuffix(".py").replace("/", ".")
+    try:
+        return importlib.import_module(name).main
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"no such program ({error})") from None
+
+
+def config_of(command: Command) -> Config | None:
+    """The settings that a command runs with, if it takes a config; as `load_config` says them, errors too."""
+    assert command.program is not None
+    given = vars(parse(command.program, command.arguments))
+    return load_config(given["config"], given["overrides"]) if "config" in given and "overrides" in given else None
+
+
+def faults(text: str) -> Iterator[str]:
+    """What is wrong with the commands of a document, each with its line."""
+    folders = {load_config(path).training.checkpoint_dir for path in ROOT.glob("*.yaml")}
+    for command in commands(text):
+        yield from (f"{command.line}: {fault}" for fault in faults_of_command(command, folders))
+
+
+def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
+    """What is wrong with one command; `folders` are those that earlier ones train into, to which it may add its own."""
+    known = command.program is not None or command.words[0] in TOOLS or command.words[:2] in {("python", "-m"), ("python3", "-m")}
+    if not known:
+        yield f"{command.words[0]}: neither of this project nor in TOOLS"
+    missing = [word for word in command.words if (name := word.rpartition("=")[2]) and NAMED_FILE.fullmatch(name) and not Path(name).exists()]
+    if command.fenced and missing:
+        yield f"{missing[0]}: no such file"
+    if command.program is None or missing:
+        return
+    try:
+        given = vars(parse(command.program, command.arguments))
+        config = config_of(command)
+    except (ValueError, UserError) as error:
+        yield f"{command.program}: {error}"
+        return
+    if command.program == "train.py" and config is not None:
+        folders.add(config.training.checkpoint_dir)
+    reads = {"--ckpt": given.get("ckpt") and given["ckpt"].parent, "--dir": given.get("dir"), "--resume": given.get("resume") and given["resume"].parent}
+    for flag, folder in reads.items():
+        if command.fenced and folder is not None and str(folder) not in folders:
+            yield f"{command.program}: {flag}: nothing before it trains into {folder}"
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_in_the_docs_is_one_that_the_programs_take(document, in_root):
+    assert list(faults(document.read_text(encoding="utf-8"))) == []
+
+
+def test_the_guides_have_commands():
+    """Or the test above would hold of an empty list: a fence that is not closed, a language that is spelled otherwise."""
+    for guide in GUIDES:
+        assert len([command for command in commands(guide.read_text(encoding="utf-8")) if command.program]) >= 5
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("python train.py --config config_smoke.yaml --fast", "2: train.py: unrecognized arguments: --fast"),
+        ("python train.py", "2: train.py: the following arguments are required: --config"),
+        ("python infer.py --temprature 0", "2: infer.py: unrecognized arguments: --temprature 0. The flags: python infer.py --help"),
+        ("python list.py --sort size | echo", "2: list.py: argument --sort: invalid choice"),
+        ("python train.py --config config_smoke.yaml training.lrr=1", "2: train.py: command line: training.lrr: no such setting; did you mean lr?"),
+        ("python train.py --config config_smoke.yaml training.lr=high", "2: train.py: command line: training.lr: expected a number"),
+        ("python train.py --config config_huge.yaml", "2: config_huge.yaml: no such file"),
+        ("python train.py --config config_smoke.yaml data.dataset=data/none.txt", "2: data.dataset=data/none.txt: no such file"),
+        ("python trane.py --config config_smoke.yaml", "2: trane.py: no such file"),
+        ("python -m tinylm config-refrence", "2: -m tinylm: argument command: invalid choice"),
+        ("python -m tinylmm", "2: -m tinylmm: no such program"),
+        ("pip install -r requirements-all.txt", "2: requirements-all.txt: no such file"),
+        ("conda activate tiny", "2: conda: neither of this project nor in TOOLS"),
+        ("NO_COLOR=1 python list.py --dir checkpoints/none", "2: list.py: --dir: nothing before it trains into checkpoints/none"),
+        ("python eval_val.py --ckpt x/best.ckpt \\\n  --config config_smoke.yaml", "2: eval_val.py: --ckpt: nothing before it trains into x"),
+    ],
+)
+def test_a_command_that_would_fail_is_found(line, fault, in_root):
+    found = list(faults(f"```bash\n{line}\n```\n"))
+    assert len(found) == 1
+    assert fault in found[0]
+
+
+def test_a_wrong_flag_in_inline_code_is_found(in_root):
+    assert list(faults("Type `python list.py --jsn`.")) == ["1: list.py: unrecognized arguments: --jsn"]
+
+
+def test_a_right_document_has_no_faults(in_root):
+    text = """
+        ```bash
+        git clone https://example.org/x && cd x
+        python3 -m venv .venv && source .venv/bin/activate
+        pip install -r requirements.txt        # a few minutes
+        python train.py --config config_smoke.yaml training.checkpoint_dir=checkpoints/a 2>&1 > log.txt
+        NO_COLOR=1 python list.py --dir checkpoints/a | head -3
+        python infer.py --ckpt checkpoints/a/best.ckpt \\
+          --prompt "to be | or & not"
+        python train.py --help
+        ```
+        `python list.py --json`
+    """
+    assert list(faults(text.replace("| head -3", ""))) == []
+    assert list(faults(text)) == ["7: head: neither of this project nor in TOOLS"]
+
+
+def test_commands_are_cut_as_a_shell_cuts_them():
+    text = '```bash\necho "Attention is" | python infer.py --temperature 0\nsleep 5 & kill -9 $!\n```\n```text\npython no.py\n```\n'
+    assert [(command.words, command.line, command.stdin) for command in commands(text)] == [
+        (("echo", "Attention is"), 2, ""),
+        (("python", "infer.py", "--temperature", "0"), 2, "Attention is\n"),
+        (("sleep", "5"), 3, ""),
+        (("kill", "-9", "$!"), 3, ""),
+    ]
+
+
+# --- running them -----------------------------------------------------------------------------------------------------
+
+
+def needs_network(command: Command) -> bool:
+    """Whether the command's config names data or a tokenizer that is not here."""
+    config = config_of(command)
+    return config is not None and any(name and not Path(name).exists() for name in (config.data.dataset, config.tokenizer.path))
+
+
+def runnable(text: str) -> list[Command]:
+    """The fenced commands of a document that can be run here."""
+    return [command for command in commands(text) if command.fenced and command.program in SHORT and not needs_network(command)]
+
+
+@pytest.fixture
+def copy_of_the_tree(tmp_path, monkeypatch) -> Path:
+    """A copy of this project without what runs and tools left in it, as the working directory."""
+    left = (".*", "__pycache__", "venv", "env", "checkpoints", "logs", "wandb", "build", "dist", "*.egg-info")
+    tree = tmp_path / "project"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*left))
+    monkeypatch.chdir(tree)
+    return tree
+
+
+@pytest.fixture
+def signals_put_back() -> Iterator[None]:
+    """Programs take the signals over for the life of their process, which here is pytest's."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_guides_run(copy_of_the_tree, signals_put_back, monkeypatch, capfd):
+    """In this process, because 30 processes would spend their time on imports; each guide begins without checkpoints."""
+    for guide in GUIDES:
+        shutil.rmtree("checkpoints", ignore_errors=True)
+        for command in runnable(guide.read_text(encoding="utf-8")):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(command.stdin.encode()), encoding="utf-8"))
+            assert command.program is not None
+            code = main_of(command.program)([*command.arguments, *SHORT[command.program]])
+            out, err = capfd.readouterr()
+            assert code == 0, f"{guide.name}:{command.line}: exit {code}\n{err}"
+            assert out.strip(), f"{guide.name}:{command.line}: prints no result"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.name == "README.md"], ids=lambda path: path.name)
+def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_tree):
+    """Each in a process of its own, in their order; training for 20 steps."""
+    results = [run_as_typed(command, copy_of_the_tree) for command in runnable(document.read_text(encoding="utf-8"))]
+    assert {program for program, _ in results} == set(SHORT)
+    wanted = {"train.py": r"checkpoints\S*/\S+\.ckpt\n", "infer.py": r"\S.*", "list.py": r"(?s).*step.*last\.ckpt.*", "eval_val.py": r"val_loss \d+\.\d+ .*"}
+    for program, out in results:
+        assert re.match(wanted[program], out), f"{program} printed {out!r}"
+
+
+def run_as_typed(command: Command, folder: Path) -> tuple[str, str]:
+    """The program and what it printed on stdout."""
+    assert command.program is not None
+    more = ["training.max_steps=20", "training.val_batches=2"] if command.program == "train.py" else []
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    done = subprocess.run(
+        [sys.executable, command.program, *command.arguments, *more],
+        cwd=folder, env=environment, input=command.stdin, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"line {command.line}: {shlex.join(command.words)}\n{done.stderr}"
+    return command.program, done.stdout
+
+
+# --- the other things a document says ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_python_examples_in_the_docs_give_what_they_show(document, in_root):
+    """One namespace a document: an example may use the names of the ones before it."""
+    names: dict[str, Any] = {}
+    runner = doctest.DocTestRunner(verbose=False)
+    report = io.StringIO()
+    for block in blocks(document.read_text(encoding="utf-8")):
+        if block.language == "python" and any(line.lstrip().startswith(">>>") for line in block.lines):
+            test = doctest.DocTestParser().get_doctest("\n".join(block.lines) + "\n", names, document.name, document.name, block.line - 1)
+            runner.run(test, out=report.write, clear_globs=False)
+            names = test.globs
+    assert runner.failures == 0, report.getvalue()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_within_the_project_leads_somewhere(document):
+    text = document.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
+    own = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
+    broken = [link for link in links if (link[1:] not in own if link.startswith("#") else not (document.parent / link.partition("#")[0]).exists())]
+    assert broken == []
+
+
+def sources() -> dict[Path, str]:
+    """The code that the guides speak of."""
+    return {path: path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *(ROOT / "tinylm").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]}
+
+
+def unknown_names(text: str, code: str) -> Iterator[str]:
+    """Inline code that names a setting, a file or a word of the code that is not there."""
+    settings = {f"{key}.{name}".lstrip(".") for key, section in sections() for name in section.model_fields}
+    # A file may be named as its neighbours name it: `decoder.py` after `tinylm/decoder.py`.
+    prose = re.sub(r"(?ms)^\s*```.*?^\s*```", "", text)
+    for word in re.findall(r"`([A-Za-z_][\w./]*)`", prose):
+        if re.search(r"\.(py|md|yaml)$", word):
+            if not any((ROOT / folder / word).exists() for folder in ("", "tinylm", "docs", "tests")):
+                yield word
+        elif "." in word and word.split(".")[0] in Config.model_fields:
+            if word not in settings:
+                yield word
+        elif re.fullmatch(r"\w+", word) and not re.search(rf"\b{word}\b", code):
+            yield word
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_what_the_guides_name_exists(guide):
+    assert list(unknown_names(guide.read_text(encoding="utf-8"), "\n".join(sources().values()))) == []
+
+
+def test_a_name_that_is_gone_is_found():
+    text = "`training.lr` `training.lrr` `tinylm/decoder.py` `decoder.py` `decodr.py` `rope_angles` `rope_angels` `a b`\n```text\n`not_this`\n```\n"
+    assert list(unknown_names(text, "def rope_angles(): ...")) == ["training.lrr", "decodr.py", "rope_angels"]
+
+
+def printed_patterns(sources: Iterable[str]) -> list[re.Pattern[str]]:
+    """A pattern for each text in the code, with anything in place of what it fills in; short ones would fit any line."""
+    found = []
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+                if sum(len(part) for part in parts if part) >= 12:
+                    found.append(re.compile("".join(".*" if part is None else re.escape(part.rstrip("\n")) for part in parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= 12:
+                found.append(re.compile(re.escape(node.value)))
+    return found
+
+
+def unsaid(text: str, patterns: list[re.Pattern[str]]) -> list[str]:
+    """Lines of the document's `text` blocks that no text in the code can have made; of an error a part is enough."""
+    lines = [line.strip() for block in blocks(text) if block.language == "text" for line in block.lines if line.strip()]
+    return [line for line in lines if not any(pattern.search(line.removeprefix("error: ")) for pattern in patterns)]
+
+
+@pytest.mark.parametrize("guide", [path for path in GUIDES if path.name == "TROUBLESHOOTING.md"], ids=lambda path: path.name)
+def test_every_message_in_the_troubleshooting_is_one_that_the_code_prints(guide):
+    assert unsaid(guide.read_text(encoding="utf-8"), printed_patterns(sources().values())) == []
+
+
+def test_a_message_that_the_code_no_longer_prints_is_found():
+    patterns = printed_patterns(['raise UserError(f"{path}: not found. Give a file; {other}")', "short = 'a'"])
+    text = "```text\nerror: x.yaml: not found. Give a file; y\nerror: x.yaml: missing. Give a file; y\n```\n"
+    assert unsaid(text, patterns) == ["error: x.yaml: missing. Give a file; y"]

@@ -1,0 +1,402 @@
+"""The program: what stdout gets, what stderr says, which flags are refused, and how it stops (FAULTS C2, C4, F6, H1, J1, J2)."""
+
+import io
+import json
+import os
+import pickle
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import infer
+from tinylm import checkpoint
+from tinylm.config import Config, SamplingConfig
+from tinylm.decoder import Decoder
+from tinylm.engine import Piece
+from tinylm.tokenizer import ByteTokenizer
+
+ROOT = Path(__file__).parent.parent
+HELP = "The flags: python infer.py --help"
+
+
+def payload(text: str, *, step: int = 7, **sampling: object) -> dict:
+    """A true checkpoint of a model that continues any prompt of one token with `text`.
+
+    Position p alone decides: its embedding is the unit vector p, the blocks add nothing, and the head turns p into the
+    token number p of the text.
+    """
+    ids = text.encode()
+    shape = {"vocab_size": 260, "max_seq_len": len(ids), "d_model": len(ids), "n_heads": 1, "n_layers": 1, "position": "learned", "tie_embeddings": False}
+    config = Config.model_validate({"model": shape, "training": {"seq_len": len(ids)}, "sampling": {"max_new_tokens": len(ids), **sampling}})
+    model = Decoder(config.model)
+    with torch.no_grad():
+        for weight in (model.embedding.weight, model.blocks[0].attention.out.weight, model.blocks[0].ffn.down.weight, model.head.weight):
+            weight.zero_()
+        model.positions.weight.copy_(torch.eye(len(ids)))
+        model.head.weight[list(ids), range(len(ids))] = 20.0
+    return {
+        "format": checkpoint.FORMAT, "schema": checkpoint.SCHEMA, "stage": "pretrain", "step": step, "tokens": 1, "train_loss": 2.5, "val_loss": None,
+        "created": 1.0, "config": config.to_plain(), "tokenizer": ByteTokenizer().to_plain(), "weights": model.state_dict(),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a checkpoint whose model writes the given text."""
+
+    def write(text: str = " all you need.", name: str = "step-000007.ckpt", **more: object) -> Path:
+        path = tmp_path / name
+        checkpoint.write(path, payload(text, **more))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Runs the program in this process: exit code, stdout, stderr."""
+
+    def program(*flags: object) -> tuple[int, str, str]:
+        code = infer.main([str(flag) for flag in flags])
+        return (code, *capsys.readouterr())
+
+    return program
+
+
+def start(*flags: object, **more: object) -> subprocess.Popen:
+    """Starts the program as a user does."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
+    return subprocess.Popen([sys.executable, ROOT / "infer.py", *map(str, flags)], **streams)
+
+
+# --- results and reports ----------------------------------------------------------------------------------------------
+
+
+def test_the_text_goes_to_stdout_and_the_rest_to_stderr(run, save):
+    path = save()
+    code, out, err = run("--ckpt", path, "--prompt", "x", "--device", "cpu")
+    assert (code, out) == (0, "x all you need.\n")
+    lines = err.splitlines()
+    assert lines[:2] == ["device: cpu (asked for)", f"checkpoint: {path}, step 7"]
+    assert re.fullmatch(r"14 tokens in \d+\.\d s, \d+ tokens/s", lines[2])
+    assert len(lines) == 3
+
+
+def test_the_newest_sound_checkpoint_is_the_default_and_a_damaged_one_is_named(run, save, tmp_path):
+    save("old..", name="step-000001.ckpt", step=1)
+    save("right", name="step-000002.ckpt", step=2)
+    save("worse", name="step-000003.ckpt", step=3).write_bytes(b"")
+    code, out, err = run("--dir", tmp_path, "--prompt", "x")
+    assert (code, out) == (0, "xright\n")
+    assert f"passed over: {tmp_path / 'step-000003.ckpt'}: damaged: the file is empty." in err
+
+
+def test_json_has_each_completion_with_its_tokens(run, save):
+    path = save()
+    code, out, _ = run("--ckpt", path, "--prompt", "x", "--n-samples", 2, "--stop", "you", "--json", "--show-probs")
+    assert code == 0
+    printed = json.loads(out)
+    assert {key: printed[key] for key in ("prompt", "checkpoint", "step")} == {"prompt": "x", "checkpoint": str(path), "step": 7}
+    assert len(printed["completions"]) == 2
+    first = printed["completions"][0]
+    assert (first["text"], first["finish_reason"], first["prompt_tokens"], first["truncated"]) == (" all ", "stop", 1, 0)
+    assert bytes(first["ids"]) == b" all you"
+    assert [token["token"] for token in first["tokens"]] == list(" all you")
+    assert all(0.99 < token["probability"] <= 1 for token in first["tokens"])
+
+
+def test_every_sample_is_shown_under_its_number(run, save):
+    _, out, _ = run("--ckpt", save("abc"), "--prompt", "x", "--n-samples", 3)
+    assert out == "--- 1 of 3\nxabc\n--- 2 of 3\nxabc\n--- 3 of 3\nxabc\n"
+
+
+def test_probabilities_without_colour_stand_behind_each_token(run, save):
+    _, out, err = run("--ckpt", save("a\né"), "--prompt", "x", "--show-probs")
+    assert out == "a(1.00) \\n(1.00) \\xc3(1.00) \\xa9(1.00) \n"
+    assert "probability" not in err
+
+
+def test_defaults_are_the_checkpoints_and_flags_go_on_top(run, save):
+    path = save("one two three", stop=["two"], top_k=1)
+    assert run("--ckpt", path, "--prompt", "x")[1] == "xone \n"
+    assert run("--ckpt", path, "--prompt", "x", "--stop", "three", "--top-k", "none")[1] == "xone two \n"
+
+
+def test_beam_search_says_what_it_does_not_use(run, save):
+    code, out, err = run("--ckpt", save(), "--prompt", "x", "--n-beams", 3)
+    assert (code, out) == (0, "x all you need.\n")
+    assert "beam search: temperature, top_k, top_p, min_p and seed have no part in it" in err
+
+
+def test_a_prompt_longer_than_the_context_is_reported(run, save):
+    _, _, err = run("--ckpt", save("abcde"), "--prompt", "0123456", "--max-new-tokens", 2)
+    assert "prompt: 7 tokens, and the context holds 5: the first 2 are left out" in err
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "-"], []])
+def test_a_piped_prompt_loses_its_last_newline_only(run, save, monkeypatch, flags):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\n\n".encode()), encoding="utf-8"))
+    code, out, _ = run("--ckpt", save("0123"), "--json", "--max-new-tokens", 1, *flags)
+    assert (code, json.loads(out)["prompt"]) == (0, "é\n")
+
+
+def test_another_tokenizer_of_the_same_size_is_taken(run, save):
+    assert run("--ckpt", save(), "--prompt", "x", "--tokenizer", "byte")[1] == "x all you need.\n"
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    """The one error line."""
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    return err.splitlines()[-1].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], f"--temperature: should be greater than or equal to 0, found -1. {HELP}"),
+        (["--temperature", "nan"], f"--temperature: should be a finite number, found nan. {HELP}"),
+        (["--temperature", "warm"], f"--temperature: should be a valid number, found 'warm'. {HELP}"),
+        (["--temperature", "none"], f"--temperature: should be a valid number, found None. {HELP}"),
+        (["--top-k", "0"], f"--top-k: should be greater than or equal to 1, found 0. {HELP}"),
+        (["--top-k", "2.5"], f"--top-k: should be a valid integer, found 2.5. {HELP}"),
+        (["--top-p", "1.1"], f"--top-p: should be less than or equal to 1, found 1.1. {HELP}"),
+        (["--max-new-tokens", "9" * 5000], f"--max-new-tokens: should be a valid integer, found inf. {HELP}"),
+        (["--seed", "\x1b[31m"], f"--seed: should be a valid integer, found '\\x1b[31m'. {HELP}"),
+        (["--stop", ""], f"--stop: should have at least 1 character, found ''. {HELP}"),
+        (["--n-beams", "2", "--n-samples", "2"], "--n-samples: beam search gives one text. Set n_beams or n_samples to 1."),
+    ],
+)
+def test_a_flag_out_of_bounds_is_named(run, flags, message):
+    """Told before anything is loaded: no checkpoint is there."""
+    assert refused(run("--prompt", "x", *flags)) == message
+
+
+@pytest.mark.parametrize("name", SamplingConfig.model_fields)
+@pytest.mark.parametrize("value", ["0", "-1", "1e308", "nan", "", "none", "[1]"])
+def test_no_value_of_a_sampling_flag_is_a_traceback(run, save, name, value):
+    """F7: it runs, or one line says what is wrong."""
+    code, _, err = run("--ckpt", save("abc"), "--prompt", "x", "--max-new-tokens", "3", f"{infer.flag(name)}={value}")
+    assert (code == 0) != err.splitlines()[-1].startswith("error: --")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dir", "nowhere"], "nowhere: no checkpoint here. Train one (python train.py --config config_smoke.yaml), or give --ckpt FILE."),
+        (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt: not found. Give a .ckpt file; `python list.py` shows them."),
+        (["--prompt", "\udcff"], "--prompt: not UTF-8 text. Type it in a UTF-8 terminal, or pipe a UTF-8 file into the program."),
+    ],
+)
+def test_what_is_missing_is_said(run, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert refused(run("--prompt", "x", *flags)) == message
+
+
+def test_a_prompt_that_nobody_gives_is_an_error_and_does_not_wait(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert refused(run()).startswith('--prompt: missing. Give --prompt "Attention is"')
+
+
+def test_piped_bytes_that_are_no_text_are_an_error(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="utf-8"))
+    assert refused(run()) == "standard input: not UTF-8 text (byte 2). Convert it to UTF-8."
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_an_absent_device_is_an_error(run, save):
+    """F6."""
+    assert refused(run("--ckpt", save(), "--prompt", "x", "--device", "cuda")).startswith("--device: cuda was asked for, and PyTorch")
+
+
+def test_a_tokenizer_of_another_size_is_refused(run, save, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, "a")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}', encoding="utf-8")
+    message = refused(run("--ckpt", save(), "--prompt", "x", "--tokenizer", tmp_path))
+    assert message == f"--tokenizer: {tmp_path} has 2 tokens, and this model was trained with 260. Leave --tokenizer out."
+
+
+def test_an_empty_tokenizer_name_is_refused(run, save):
+    message = refused(run("--ckpt", save(), "--prompt", "x", "--tokenizer", ""))
+    assert message == "--tokenizer: '' is no name or folder. Give auto, byte, or a Hugging Face name or folder."
+
+
+def test_a_pickle_is_refused_and_not_run(run, tmp_path):
+    """H1: unpickling would make the file."""
+    path, made = tmp_path / "evil.ckpt", tmp_path / "made"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(made), "w"))
+
+    path.write_bytes(pickle.dumps(Evil()))
+    assert "damaged: not a checkpoint file" in refused(run("--ckpt", path, "--prompt", "x"))
+    assert not made.exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(infer.UserError):
+        infer.main(["--debug", "--prompt", "x", "--dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("flags", [["--nonsense\x1b]52;c;x\n"], ["--device", "tpu\n"], ["--ckpt", "a", "--dir", "b"], ["--temp", "1"]])
+def test_a_wrong_command_line_is_one_line_without_escapes(capsys, flags):
+    """J1, J2: argparse would print an unknown flag as it is; abbreviations are refused, lest a new flag changes their meaning."""
+    with pytest.raises(SystemExit) as stopped:
+        infer.main(flags)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "")
+    assert err.startswith("error: ") and err.endswith(f". {HELP}\n") and err[:-1].isprintable()
+
+
+# --- output without harm ----------------------------------------------------------------------------------------------
+
+
+def test_generated_text_cannot_steer_a_terminal(run, save):
+    """J1: ESC, OSC 52, bidi and a carriage return are shown as escapes; newline, tab, no-break space and joiners stay."""
+    text = "\x1b[2J\x1b]52;c;eA==\x07\u202e\r\n\t\xa0👩\u200d👧\x9b"
+    _, out, _ = run("--ckpt", save(text), "--prompt", "x")
+    assert out == "x\\x1b[2J\\x1b]52;c;eA==\\x07\\u202e\\r\n\t\xa0👩\u200d👧\\x9b\n"
+
+
+def test_a_prompt_or_path_cannot_forge_a_line(run, save):
+    """J2."""
+    path = save(name="a\n\x1b[31mdevice: forged.ckpt")
+    _, out, err = run("--ckpt", path, "--prompt", "x\x1b[31m", "--max-new-tokens", 1)
+    assert "\x1b" not in out + err
+    assert "a\\n\\x1b[31mdevice: forged.ckpt" in err
+
+
+def test_json_is_ascii_and_keeps_every_character(run, save):
+    _, out, _ = run("--ckpt", save("\x1b\u202eé"), "--prompt", "x", "--json")
+    assert out.isascii() and "\x1b" not in out
+    assert json.loads(out)["completions"][0]["text"] == "\x1b\u202eé"
+
+
+def test_a_token_is_coloured_by_its_probability_and_a_split_character_by_all_its_tokens():
+    """0.8 is green; the two halves of é have 0.8 * 0.5 = 0.4, which is yellow; what ends with nothing shown is forgotten."""
+    form = infer.Coloured()
+    log = {p: torch.tensor(p, dtype=torch.float64).log().item() for p in (0.8, 0.5)}
+    pieces = [("a", 0.8, None), ("", 0.8, None), ("é", 0.5, None), ("", 0.5, "stop"), ("\x1b", 0.8, None)]
+    shown = [form(Piece(text, 0, log[p], 0, end)) for text, p, end in pieces]
+    assert shown == ["\x1b[32ma\x1b[0m", "", "\x1b[33mé\x1b[0m", "", "\x1b[32m\\x1b\x1b[0m"]
+
+
+def on_terminal(path: Path, *flags: str, **env: str) -> str:
+    """What a terminal receives as stdout."""
+    ours, theirs = pty.openpty()
+    clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM")}
+    program = start("--ckpt", path, "--prompt", "x", *flags, stdout=theirs, env={**clean, "TERM": "xterm", **env})
+    os.close(theirs)
+    received = b""
+    try:
+        while block := os.read(ours, 4096):
+            received += block
+    except OSError:  # Linux reports the end of a pseudo-terminal as an error
+        pass
+    assert program.wait() == 0
+    os.close(ours)
+    return received.decode()
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_colour_unless_it_says_no(save):
+    """The prompt is dim, sure tokens bright green; with NO_COLOR neither; text is escaped on both."""
+    path = save("a\x1b")
+    assert on_terminal(path, "--show-probs") == "\x1b[2mx\x1b[0m\x1b[92ma\x1b[0m\x1b[92m\\x1b\x1b[0m\r\n"
+    assert on_terminal(path, "--show-probs", NO_COLOR="1") == "a(1.00) \\x1b(1.00) \r\n"
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_opens_with_the_command():
+    """Under 0.5 s on an idle machine, so three tries; and no torch, which alone would take longer."""
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "infer.py", "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - begin)
+        if seconds[-1] < 0.5:
+            break
+    assert done.stdout.startswith('usage: python infer.py --prompt "Attention is"')
+    assert not re.search(r"\| +(torch|numpy|lightning|transformers)$", done.stderr, re.MULTILINE)
+    assert min(seconds) < 0.5
+
+
+def test_help_shows_every_sampling_setting(capsys):
+    with pytest.raises(SystemExit):
+        infer.main(["--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in SamplingConfig.model_fields if infer.flag(name) not in shown] == []
+
+
+@pytest.mark.slow
+def test_lightning_is_not_imported(save):
+    command = [sys.executable, "-X", "importtime", ROOT / "infer.py", "--ckpt", save(), "--prompt", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+    assert not re.search(r"\| +(lightning|transformers|tokenizers|rich)$", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("presses", [1, 3])
+def test_ctrl_c_ends_the_text_without_a_traceback(save, presses):
+    """C2: what was written stays; the first gives exit code 130, one more on the way out may end it by the signal itself."""
+    program = start("--ckpt", save("ab"), "--prompt", "x", "--max-new-tokens", 1_000_000)
+    assert program.stdout.read(20).startswith(b"xab")
+    for _ in range(presses):
+        program.send_signal(signal.SIGINT)
+    out, err = program.communicate(timeout=30)
+    assert program.returncode in ({130} if presses == 1 else {130, -signal.SIGINT})
+    assert b"Traceback" not in err
+    assert presses > 1 or err.endswith(b"\nstopped by Ctrl-C\n")
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_is_no_error(save):
+    """C4: `| head -c 3`."""
+    program = start("--ckpt", save("ab"), "--prompt", "x", "--max-new-tokens", 100_000)
+    assert program.stdout.read(3) == b"xab"
+    program.stdout.close()
+    err = program.stderr.read()
+    assert (program.wait(timeout=30), b"Traceback" in err, b"Error" in err) == (0, False, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("closed", "out"), [("2>&-", "xab\n"), (">&- 2>&- <&-", "")])
+def test_closed_streams_are_no_error_and_reports_never_go_to_stdout(save, closed, out):
+    """C4: Python has None for a stream that was closed at the start."""
+    command = f'exec "$0" "$1" --ckpt "$2" --prompt x {closed}'
+    done = subprocess.run(["bash", "-c", command, sys.executable, ROOT / "infer.py", save("ab")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, out)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_not_utf8_gets_escapes(save):
+    program = start("--ckpt", save("é"), "--prompt", "x", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert program.communicate()[0] == b"x\\xe9\n"
+
+
+def test_all_options_of_the_model_load_and_write(run, tmp_path):
+    """A buffer that is not in the file (ALiBi's slopes) must be there after loading, too."""
+    for position in ("alibi", "rope"):
+        config = Config.model_validate({"model": {"vocab_size": 260, "n_layers": 1, "d_model": 8, "n_heads": 2, "position": position}})
+        checkpoint.write(tmp_path / "a.ckpt", {**payload("x"), "config": config.to_plain(), "weights": Decoder(config.model).state_dict()})
+        code, out, _ = run("--ckpt", tmp_path / "a.ckpt", "--prompt", "x", "--max-new-tokens", 5)
+        assert (code, out[0]) == (0, "x")

@@ -1,0 +1,554 @@
+"""Tokenizers: ids that are known, round trips of any text, text that spells special tokens, damaged files."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+
+from tinylm.config import TokenizerConfig
+from tinylm.errors import UserError
+from tinylm.tokenizer import BYTE_OF_CHARACTER, ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, make_tokenizer, tokenizer_from_plain
+
+TEXT = "the model reads a token and guesses the next token; naïve 東京 🙂 text, the the the model's guesses\n"
+
+
+def no_documents() -> list[str]:
+    raise AssertionError("only char reads the training documents")
+
+
+def load(path: Path) -> Tokenizer:
+    return make_tokenizer(TokenizerConfig(path=str(path)), no_documents)
+
+
+def byte_level_backend() -> Backend:
+    """GPT-2's construction, learned from one sentence."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|endoftext|>", "<|pad|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.train_from_iterator([TEXT], trainer)
+    return backend
+
+
+def byte_fallback_backend() -> Backend:
+    """Llama's construction: ▁ for a space, and bytes such as <0xE2> for characters that have no token."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdeghlmnoprstux", "th", "the", "▁the", "é"]
+    backend = Backend(models.BPE({piece: id for id, piece in enumerate(pieces)}, [("t", "h"), ("th", "e"), ("▁", "the")], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return backend
+
+
+def word_backend() -> Backend:
+    """A vocabulary of words that has its special tokens as words too."""
+    backend = Backend(models.WordLevel({"[UNK]": 0, "[EOS]": 1, "the": 2, "model": 3}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["[UNK]", "[EOS]"])
+    return backend
+
+
+def unigram_backend() -> Backend:
+    """SentencePiece's Unigram, whose search finds </s> in the vocabulary whatever `encode_special_tokens` says."""
+    scores = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((c, -3.0) for c in "</s>abc")]
+    backend = Backend(models.Unigram(scores, 0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_special_tokens(["<unk>", "</s>"])
+    return backend
+
+
+BYTE_LEVEL = HFTokenizer(byte_level_backend(), eos="<|endoftext|>", pad="<|pad|>")
+BYTE_FALLBACK = HFTokenizer(byte_fallback_backend(), eos="</s>", pad=None)
+WORDS = HFTokenizer(word_backend(), eos="[EOS]", pad=None)
+UNIGRAM = HFTokenizer(unigram_backend(), eos="</s>", pad=None)
+CHARACTERS = CharTokenizer(TEXT, unknown="unk")
+ALL = {"byte": ByteTokenizer(), "char": CHARACTERS, "byte_level": BYTE_LEVEL, "byte_fallback": BYTE_FALLBACK, "words": WORDS, "unigram": UNIGRAM}
+every_tokenizer = pytest.mark.parametrize("tokenizer", ALL.values(), ids=ALL.keys())
+
+SPECIALS = ["<|endoftext|>", "<|pad|>", "<|eos|>", "<|bos|>", "<|sep|>", "<|unk|>", "</s>", "<s>", "<unk>", "[EOS]", "[UNK]"]
+texts_with_specials = st.lists(st.one_of(st.sampled_from(SPECIALS), st.sampled_from([" ", "the", "<", "|", "/s>"]), st.text(max_size=3))).map("".join)
+
+
+# --- known ids --------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_ids_and_four_specials_follow():
+    tokenizer = ByteTokenizer()
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id) == (260, 256, 257, 258, 259)
+    assert tokenizer.encode("Aé") == [0x41, 0xC3, 0xA9]
+    assert tokenizer.decode([256, 257, 0x41, 258, 0xC3, 0xA9, 259]) == "Aé"
+
+
+def test_character_ids_follow_the_code_points_of_the_training_documents():
+    """b < z < é < 東 by code point, whatever the order in the text; <|pad|> and <|eos|> come next."""
+    tokenizer = make_tokenizer(TokenizerConfig(kind="char"), lambda: ["zé", "b東b"])
+    assert tokenizer.encode("bzé東") == [0, 1, 2, 3]
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (4, 5, 6)
+    assert tokenizer.special_names == {4: "<|pad|>", 5: "<|eos|>"}
+
+
+def test_an_unknown_character_is_an_error_that_names_it_and_its_place():
+    tokenizer = CharTokenizer("abc", unknown="error")
+    with pytest.raises(UserError) as caught:
+        tokenizer.encode("ab\x1bé")
+    assert str(caught.value) == (
+        r"the character '\x1b' (U+001B) at position 2 is not among the 3 characters of the tokenizer. Set tokenizer.unknown: unk, or train on text that has it."
+    )
+
+
+def test_an_unknown_character_is_unk_where_that_was_asked_for():
+    tokenizer = make_tokenizer(TokenizerConfig(kind="char", unknown="unk"), lambda: ["abc"])
+    assert tokenizer.encode("axb") == [0, 5, 1]
+    assert (tokenizer.decode([0, 5, 1]), tokenizer.token_text(5), tokenizer.byte_lengths()) == ("a\ufffdb", "<|unk|>", [1, 1, 1, 0, 0, 0])
+
+
+def test_a_character_vocabulary_of_nothing_is_an_error():
+    with pytest.raises(UserError, match="tokenizer.kind: char learns its vocabulary from the training documents, and they have no character"):
+        make_tokenizer(TokenizerConfig(kind="char"), lambda: [])
+
+
+def test_the_printable_form_of_bytes_is_gpt2s():
+    """Known from GPT-2's vocab.json: Ġ is a space, Ċ a newline, and all 256 bytes have one character each."""
+    assert (BYTE_OF_CHARACTER["Ġ"], BYTE_OF_CHARACTER["Ċ"], BYTE_OF_CHARACTER["a"]) == (b" ", b"\n", b"a")
+    assert set(BYTE_OF_CHARACTER) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(BYTE_OF_CHARACTER.values()) == [bytes((byte,)) for byte in range(256)]
+
+
+# --- any text ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.text())
+def test_any_text_comes_back_from_bytes(text):
+    assert ByteTokenizer().decode(ByteTokenizer().encode(text)) == text
+
+
+@given(st.text())
+def test_any_text_comes_back_from_byte_level_bpe(text):
+    assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
+def test_any_text_comes_back_from_byte_fallback(text):
+    """▁ is that construction's own sign for a space, so it alone cannot come back."""
+    assert BYTE_FALLBACK.decode(BYTE_FALLBACK.encode(text)) == text
+
+
+@given(st.text(min_size=1))
+def test_any_text_comes_back_from_its_own_characters(text):
+    tokenizer = CharTokenizer(text, unknown="error")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@every_tokenizer
+@given(text=texts_with_specials)
+def test_text_never_becomes_a_special_token(tokenizer, text):
+    """An unknown word or character may become the unknown token: that is what it stands for."""
+    unknown = {"<|unk|>", "[UNK]", "<unk>"}
+    assert [tokenizer.special_names[id] for id in tokenizer.encode(text) if id in tokenizer.special_names and tokenizer.special_names[id] not in unknown] == []
+
+
+@given(texts_with_specials)
+def test_text_that_spells_special_tokens_comes_back(text):
+    assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text
+
+
+def test_the_backend_alone_would_let_text_become_the_end():
+    """What the two tests above guard against: without the cut, Unigram and WordLevel find their special tokens in text."""
+    for tokenizer, text in ((UNIGRAM, "a</s>b"), (WORDS, "the [EOS] model")):
+        assert tokenizer.eos_id in tokenizer._backend.encode(text, add_special_tokens=False).ids
+        assert tokenizer.eos_id not in tokenizer.encode(text)
+
+
+def test_an_added_token_that_is_not_special_stays_part_of_the_text():
+    backend = byte_level_backend()
+    backend.add_tokens([AddedToken("<think>", special=False)])
+    tokenizer = HFTokenizer(backend, eos="<|endoftext|>", pad=None)
+    think = backend.token_to_id("<think>")
+    assert think in tokenizer.encode("a<think>b")
+    assert tokenizer.decode(tokenizer.encode("a<think>b")) == "a<think>b"
+    assert (tokenizer.byte_lengths()[think], tokenizer.token_text(think)) == (7, "<think>")
+
+
+def test_an_eos_that_its_files_did_not_call_special_is_special_here():
+    backend = byte_level_backend()
+    backend.add_tokens([AddedToken("<end>", special=False)])
+    tokenizer = HFTokenizer(backend, eos="<end>", pad=None)
+    assert tokenizer.eos_id not in tokenizer.encode("a<end>b")
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eos_id]) == "a"
+
+
+def test_a_special_token_of_one_character_that_a_text_has_is_an_error():
+    backend = Backend(models.WordLevel({"a": 0, "$": 1}, None))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(UserError, match=r"the character '\$' is a special token of this tokenizer"):
+        HFTokenizer(backend, eos="$", pad=None).encode("a $")
+
+
+@every_tokenizer
+def test_a_lone_surrogate_is_an_error(tokenizer):
+    with pytest.raises(UserError, match=r"the lone surrogate \\ud800 at position 2, which is half a character"):
+        tokenizer.encode("ab\ud800")
+
+
+@every_tokenizer
+def test_no_text_is_no_ids(tokenizer):
+    assert (tokenizer.encode(""), tokenizer.encode_batch([]), tokenizer.decode([])) == ([], [], "")
+
+
+@every_tokenizer
+@given(texts=st.lists(texts_with_specials, max_size=4))
+@settings(max_examples=20)
+def test_a_batch_gives_what_its_texts_give(tokenizer, texts):
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_post_processing_and_truncation_of_a_published_tokenizer_are_off():
+    """Else a document would be cut at 4 tokens and get a <|pad|> in front; this program alone adds special tokens."""
+    backend = byte_level_backend()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.post_processor = processors.TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", 1)])
+    assert HFTokenizer(backend, eos="<|endoftext|>", pad=None).encode(TEXT) == BYTE_LEVEL.encode(TEXT)
+
+
+# --- ids back to text -------------------------------------------------------------------------------------------------
+
+
+@every_tokenizer
+@given(data=st.data())
+def test_a_stream_gives_what_decode_gives(tokenizer, data):
+    """Any ids, half characters and special tokens among them."""
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1)))
+    stream = tokenizer.stream()
+    assert "".join([*map(stream.feed, ids), stream.finish()]) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BYTE_LEVEL, BYTE_FALLBACK], ids=["byte", "byte_level", "byte_fallback"])
+@given(text=st.text(alphabet=st.sampled_from("the é東🙂👩\u200d ")))
+def test_a_stream_never_shows_half_a_character(tokenizer, text):
+    stream = tokenizer.stream()
+    shown = ""
+    for id in tokenizer.encode(text):
+        shown += stream.feed(id)
+        assert text.startswith(shown)
+    assert shown + stream.finish() == text
+
+
+def test_a_stream_shows_each_character_with_its_last_byte():
+    stream = ByteTokenizer().stream()
+    assert [stream.feed(byte) for byte in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
+
+
+def test_a_cut_off_stream_ends_in_the_replacement_character():
+    for tokenizer, ids in ((ByteTokenizer(), [0x61, 0xE2, 0x82]), (BYTE_FALLBACK, [*BYTE_FALLBACK.encode("a"), 3 + 0xE2])):
+        stream = tokenizer.stream()
+        assert ("".join(map(stream.feed, ids)), stream.finish()) == ("a", "\ufffd")
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_FALLBACK, UNIGRAM, WORDS], ids=["byte_fallback", "unigram", "words"])
+def test_a_long_stream_forgets_its_beginning_and_stays_right(tokenizer):
+    ids = [1 + (7 * i * i) % (tokenizer.vocab_size - 1) for i in range(500)]
+    stream = tokenizer.stream()
+    assert "".join([*map(stream.feed, ids), stream.finish()]) == tokenizer.decode(ids)
+    assert len(stream._ids) < 100
+
+
+@given(ids=st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1)))
+def test_byte_level_decoding_is_the_librarys(ids):
+    assert BYTE_LEVEL.decode(ids) == BYTE_LEVEL._backend.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("id", [-1, 260])
+def test_an_id_outside_the_vocabulary_is_a_mistake_of_the_caller(id):
+    with pytest.raises(ValueError, match=f"token id {id} is outside the tokenizer's 0 to 259"):
+        ByteTokenizer().decode([id])
+    with pytest.raises(ValueError, match="outside the tokenizer's"):
+        BYTE_FALLBACK.decode([BYTE_FALLBACK.vocab_size])
+    with pytest.raises(ValueError, match="outside the tokenizer's"):
+        BYTE_FALLBACK.stream().feed(-1)
+
+
+@given(st.text())
+def test_byte_lengths_of_a_text_add_up_to_its_bytes(text):
+    for tokenizer in (ByteTokenizer(), BYTE_LEVEL):
+        lengths = tokenizer.byte_lengths()
+        assert sum(lengths[id] for id in tokenizer.encode(text)) == len(text.encode())
+
+
+@pytest.mark.parametrize("text", ["the model", " the", "the the 東 🙂é x"])
+def test_byte_lengths_of_byte_fallback_count_the_space_that_it_puts_in_front(text):
+    """Llama's tokenizer encodes " " + text; its first token carries that space, which decoding drops again."""
+    lengths = BYTE_FALLBACK.byte_lengths()
+    assert sum(lengths[id] for id in BYTE_FALLBACK.encode(text)) == len((" " + text).encode())
+
+
+@every_tokenizer
+def test_special_tokens_have_no_bytes(tokenizer):
+    lengths = tokenizer.byte_lengths()
+    assert len(lengths) == tokenizer.vocab_size
+    assert {lengths[id] for id in tokenizer.special_names} == {0}
+
+
+def test_a_token_is_shown_to_people_on_one_line():
+    tokenizer = ByteTokenizer()
+    assert [tokenizer.token_text(id) for id in (0x41, 0x0A, 0x1B, 0xC3, 258)] == ["A", r"\n", r"\x1b", r"\xc3", "<|eos|>"]
+    assert BYTE_LEVEL.token_text(BYTE_LEVEL.encode(" the")[-1]) in (" the", "the")
+    assert BYTE_FALLBACK.token_text(BYTE_FALLBACK.encode("the")[0]) == " the"
+    assert BYTE_FALLBACK.token_text(3 + 0xE2) == r"\xe2"
+
+
+# --- in a checkpoint --------------------------------------------------------------------------------------------------
+
+
+@every_tokenizer
+def test_a_tokenizer_comes_back_from_plain_types(tokenizer):
+    plain = tokenizer.to_plain()
+    back = tokenizer_from_plain(json.loads(json.dumps(plain)))
+    assert back.to_plain() == plain
+    assert (back.fingerprint, back.vocab_size, back.eos_id, back.pad_id) == (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
+    assert back.special_names == tokenizer.special_names
+    text = "the </s>model [EOS] <|endoftext|>"
+    assert back.encode(text) == tokenizer.encode(text)
+
+
+def test_fingerprints_tell_tokenizers_apart():
+    other = [CharTokenizer("abc", unknown="error"), CharTokenizer("abc", unknown="unk"), CharTokenizer("abd", unknown="error")]
+    fingerprints = [tokenizer.fingerprint for tokenizer in [*ALL.values(), *other]]
+    assert len(set(fingerprints)) == len(fingerprints)
+    assert all(len(fingerprint) == 12 and int(fingerprint, 16) >= 0 for fingerprint in fingerprints)
+
+
+def test_a_kind_from_the_future_is_an_error():
+    with pytest.raises(UserError, match="tokenizer kind trie: this version knows byte, char and hf"):
+        tokenizer_from_plain({"kind": "trie"})
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """tokenizer.json with <|endoftext|> and <|pad|>, and nothing beside it."""
+    path = tmp_path / "mine"
+    path.mkdir()
+    byte_level_backend().save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path: Path) -> Path:
+    """vocab.json and merges.txt alone: every byte, `th` and `the`, and <|endoftext|> at the end."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "<|endoftext|>"]
+    write_json(tmp_path / "vocab.json", {token: id for id, token in enumerate(tokens)})
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_folder_with_tokenizer_json_needs_no_more(folder):
+    tokenizer = load(folder)
+    assert (tokenizer.kind, tokenizer.eos_id, tokenizer.pad_id) == ("hf", 0, 0)
+    assert tokenizer.encode(TEXT) == BYTE_LEVEL.encode(TEXT)
+
+
+def test_settings_beside_it_name_the_end_the_padding_and_the_template(folder):
+    write_json(folder / "special_tokens_map.json", {"eos_token": "<|endoftext|>", "pad_token": {"content": "<|pad|>"}})
+    write_json(folder / "tokenizer_config.json", {"add_bos_token": False, "bos_token": None, "eos_token": "the", "chat_template": "{{ messages }}"})
+    tokenizer = load(folder)
+    assert (tokenizer.special_names[tokenizer.eos_id], tokenizer.special_names[tokenizer.pad_id], tokenizer.chat_template) == ("the", "<|pad|>", "{{ messages }}")
+    assert tokenizer.eos_id not in tokenizer.encode("the the")
+    assert tokenizer_from_plain(tokenizer.to_plain()).chat_template == "{{ messages }}"
+
+
+def test_a_template_in_a_file_of_its_own_is_kept(folder):
+    (folder / "chat_template.jinja").write_text("{{ eos_token }}", encoding="utf-8")
+    assert load(folder).chat_template == "{{ eos_token }}"
+
+
+def test_gpt2s_two_files_are_a_tokenizer(gpt2_folder):
+    """`the` is t+h, th+e: id 257 behind 256 bytes and `th`; Ġ is the byte 0x20."""
+    tokenizer = load(gpt2_folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert tokenizer.encode("the the") == [257, alphabet.index("Ġ"), 257]
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (258, 258, 259)
+    assert tokenizer.decode(tokenizer.encode("é<|endoftext|>🙂")) == "é<|endoftext|>🙂"
+    assert 258 not in tokenizer.encode("<|endoftext|>")
+
+
+
+def bpe_json(vocab: object, merges: object = ()) -> str:
+    return json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": list(merges)}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"version": "1.0", "trunc', "not JSON, or cut off: Unterminated string"),
+        ("", "not JSON, or cut off: Expecting value"),
+        ("[" * 100_000, "not JSON, or cut off"),
+        ("[]", "expected a JSON object, found list"),
+        ("{}", "not a tokenizer: "),
+        (bpe_json(["a"]), "not a tokenizer: "),
+        (bpe_json({"a": "0"}), "not a tokenizer: "),
+        (bpe_json({"a": -1}), "not a tokenizer: "),
+        (bpe_json({"a": 0}, ["a b"]), "not a tokenizer: "),
+        (bpe_json({}), "its 0 tokens need the ids from 0 to -1, and there are none"),
+        (bpe_json({"a": 0, "b": 7}), "its 2 tokens need the ids from 0 to 1, and 1 is missing (the highest is 7)"),
+        (bpe_json({"a": 0, "b": 0}), "its 2 tokens need the ids from 0 to 1, and 1 is missing (the highest is 0)"),
+        (bpe_json({"a": 0, "b": 1}), 'no end-of-text token. Name one of its tokens in'),
+    ],
+)  # fmt: skip
+def test_a_damaged_tokenizer_json_is_named(folder, text, message):
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    assert str(caught.value).startswith(f"{folder / 'tokenizer.json'}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_cut_off_tokenizer_json_is_named(folder):
+    whole = (folder / "tokenizer.json").read_bytes()
+    for size in range(0, len(whole) - 1, len(whole) // 40):
+        (folder / "tokenizer.json").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="tokenizer.json: not"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON, or cut off"),
+        ("tokenizer_config.json", '{"eos_token": 3}', "tokenizer_config.json: eos_token: expected a token's text, found 3. Write the text of one token."),
+        ("tokenizer_config.json", '{"eos_token": "<end>"}', "tokenizer_config.json: eos_token: the tokenizer in "),
+        ("special_tokens_map.json", '{"pad_token": "<fill>"}', "special_tokens_map.json: pad_token: the tokenizer in "),
+        ("special_tokens_map.json", '{"additional_special_tokens": "x"}', 'additional_special_tokens: expected a list of tokens, found "x"'),
+    ],
+)
+def test_damaged_settings_are_named(folder, name, text, message):
+    (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.json", b'{"a": 0', "vocab.json: not JSON, or cut off"),
+        ("vocab.json", b"\xff", "vocab.json: not UTF-8 text (byte 0)"),
+        ("vocab.json", b'{"a": "0"}', 'vocab.json: a: expected an id from 0 on, found "0"'),
+        ("vocab.json", b'{"a": true}', "vocab.json: a: expected an id from 0 on, found true"),
+        ("vocab.json", b'{"a": -1}', "vocab.json: a: expected an id from 0 on, found -1"),
+        ("vocab.json", b'{"a": 99999999999999999999}', "vocab.json: its 1 tokens need the ids from 0 to 0"),
+        ("merges.txt", b"t h\nth\n", 'merges.txt:2: expected two tokens and a space between, found "th"'),
+        ("merges.txt", b"t h\nth q\n", "merges.txt: not a tokenizer: "),
+    ],
+)
+def test_damaged_gpt2_files_are_named(gpt2_folder, name, content, message):
+    (gpt2_folder / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load(gpt2_folder)
+    assert message in str(caught.value)
+
+
+def test_a_vocabulary_without_an_end_says_where_to_name_one(gpt2_folder):
+    vocabulary = json.loads((gpt2_folder / "vocab.json").read_text(encoding="utf-8"))
+    del vocabulary["<|endoftext|>"]
+    write_json(gpt2_folder / "vocab.json", vocabulary)
+    with pytest.raises(UserError) as caught:
+        load(gpt2_folder)
+    assert str(caught.value) == (
+        f"{gpt2_folder / 'vocab.json'}: no end-of-text token. Name one of its tokens in {gpt2_folder / 'tokenizer_config.json'}: {{\"eos_token\": \"...\"}}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("nothing/here/at/all", "not found"), ("../gpt2", "not found"), ("a b", "not found"), ("x" * 300 + "/y/z", "not found"), (__file__, "is not a folder")],
+)
+def test_a_path_without_a_tokenizer_is_not_asked_of_the_hub(path, message, monkeypatch):
+    monkeypatch.setattr("socket.create_connection", None)
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert f"{message}. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2." in str(caught.value)
+
+
+def test_an_empty_folder_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer.json here, and no vocab.json with merges.txt. Give the folder that holds a tokenizer"):
+        load(tmp_path)
+
+
+def test_without_a_network_a_name_fails_at_once_and_says_how_to_go_on(monkeypatch):
+    def unreachable(address, timeout):
+        assert timeout <= 10
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load("some-owner/some-model")
+    assert time.monotonic() - start < 2
+    assert "tokenizer.path: some-owner/some-model: nothing here has that name, and huggingface.co cannot be reached (Network is unreachable)." in str(caught.value)
+    assert "Give a local folder with tokenizer.json, or vocab.json and merges.txt." in str(caught.value)
+    assert "HF_HUB_OFFLINE=1" in str(caught.value)
+
+
+def test_offline_a_name_that_was_never_downloaded_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="not a folder here, and the Hugging Face hub says: "):
+        load("some-owner/some-model")
+
+
+def test_a_name_on_the_hub_is_read_from_the_downloaded_folder(folder, monkeypatch):
+    monkeypatch.setattr("tinylm.tokenizer.require_hub", lambda what, mend: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder))
+    assert load("some-owner/some-model").encode(TEXT) == BYTE_LEVEL.encode(TEXT)
+
+
+@pytest.mark.slow
+def test_an_older_format_is_converted_by_transformers(tmp_path):
+    """BERT's vocab.txt: one token a line, its line number the id."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "model", "##s"]), encoding="utf-8")
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]", "pad_token": "[PAD]"})
+    tokenizer = load(tmp_path)
+    assert tokenizer.encode("the models [SEP]")[:3] == [5, 6, 7]
+    assert tokenizer.eos_id == 3 and 3 not in tokenizer.encode("the models [SEP]")
+    assert [tokenizer.token_bytes(id) for id in (5, 6, 7)] == [b" the", b" model", b"s"]
+
+
+@pytest.mark.slow
+def test_what_transformers_cannot_convert_is_an_error(tmp_path):
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    with pytest.raises(UserError, match="no tokenizer.json, and transformers cannot make one: "):
+        load(tmp_path)
+
+
+@pytest.mark.skipif("GPT2_BPE" not in os.environ, reason="GPT2_BPE names a folder with GPT-2's vocab.json and merges.txt")
+def test_gpt2s_own_files_give_gpt2s_ids():
+    """Known answers: "Hello world" is 15496 995; the letters of <|endoftext|> are seven tokens and never 50256."""
+    tokenizer = load(Path(os.environ["GPT2_BPE"]))
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (50257, 50256)
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+    assert sum(tokenizer.byte_lengths()[id] for id in tokenizer.encode(TEXT)) == len(TEXT.encode())
+
+
+def test_importing_brings_neither_torch_nor_a_tokenizer_library():
+    code = "import sys, tinylm.tokenizer, tinylm.corpus; print([m for m in ('torch', 'tokenizers', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,461 @@
+"""Training end to end on tiny models: what a run writes, and that it goes on exactly (FAULTS: A, C1, C2, D1, D2, G1, G3)."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import model
+import train
+from tinylm import checkpoint
+from tinylm.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+HARD = {"model": {"residual_dropout": 0.2, "attention_dropout": 0.2}, "training": {"grad_accum_steps": 3}}
+Make = Callable[..., Path]
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def keep_signals() -> Any:
+    """Training takes SIGINT and SIGTERM over; pytest wants them back."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def run(config: Path, *arguments: str) -> int:
+    """The exit code of train.py in this process."""
+    return train.main(["--config", str(config), *arguments])
+
+
+def curve(folder: Path, name: str = "train_loss") -> dict[int, str]:
+    """The exact bits of one column of metrics.csv, by step."""
+    with open(folder / "logs" / "tiny" / "metrics.csv", newline="", encoding="utf-8") as file:
+        return {int(row["step"]): float(row[name]).hex() for row in csv.DictReader(file) if row[name]}
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights at the end of a run."""
+    return checkpoint.read(folder / "checkpoints" / "final.ckpt")["weights"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Every number that training and validation gave is equal to the last bit, and so are the weights."""
+    for name in ("train_loss", "val_loss", "grad_norm", "lr", "tokens"):
+        assert curve(a, name) == curve(b, name), name
+    assert curve(a), "there must be something to compare"
+    one, other = final_weights(a), final_weights(b)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def elsewhere(folder: Path) -> list[str]:
+    """Overrides that put a run's files into another folder."""
+    return [f"training.checkpoint_dir={folder / 'checkpoints'}", f"training.log_dir={folder / 'logs'}"]
+
+
+@pytest.fixture
+def uninterrupted(make_config: Make, tmp_path: Path) -> Path:
+    """The folder of a run of 6 steps that nothing disturbed."""
+    folder = tmp_path / "calm"
+    assert run(make_config(**HARD), *elsewhere(folder)) == 0
+    return folder
+
+
+# --- what a run writes ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_checkpoints_metrics_and_says_what_is_next(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+    """Steps 2, 4, 6 are saved, step 2 is pruned (keep_last 2); the loss falls from ln 260 = 5.56 of a uniform guess."""
+    assert run(make_config()) == 0
+    folder = tmp_path / "checkpoints"
+    assert {path.name for path in folder.glob("*.ckpt")} == {"step-000004.ckpt", "step-000006.ckpt", "last.ckpt", "best.ckpt", "final.ckpt"}
+    losses = {step: float.fromhex(loss) for step, loss in curve(tmp_path).items()}
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6]
+    assert abs(losses[1] - math.log(260)) < 0.1
+    assert losses[6] < losses[1]
+    assert sorted(curve(tmp_path, "val_loss")) == [3, 6]
+    output = capsys.readouterr()
+    assert output.out == f"{folder / 'final.ckpt'}\n"
+    assert output.err.startswith("device: cpu (asked for)")
+    assert f"next: python infer.py --ckpt {folder / 'final.ckpt'}" in output.err
+    # 64 tokens a step; 6 N + 12 L H K T with N = 16*48 + 16*16 + 16*128 + 64*16 + 16*260 = 8256 weights that multiply
+    assert "FLOPs a token, 64 tokens a step, 6 steps" in output.err
+    assert "model: 8,304 parameters, 52.6k FLOPs" in output.err
+
+
+def test_perplexity_is_exp_of_the_token_weighted_mean(make_config: Make, tmp_path: Path) -> None:
+    """STYLE's bug: not a mean of the perplexities of batches. bpb is nats / ln 2 / bytes; here a token is a byte or an EOS."""
+    run(make_config())
+    losses, ppl = curve(tmp_path, "val_loss"), curve(tmp_path, "val_ppl")
+    assert all(math.isclose(float.fromhex(ppl[step]), math.exp(float.fromhex(losses[step])), rel_tol=1e-12) for step in losses)
+
+
+def test_the_loss_does_not_depend_on_how_a_step_is_divided(make_config: Make, tmp_path: Path) -> None:
+    """12 rows a step as 1 x 12, 3 x 4 and 4 x 3: the same mean over the same targets, so the same curve up to rounding."""
+    curves = []
+    for rows, parts in ((12, 1), (4, 3), (3, 4)):
+        folder = tmp_path / f"{rows}x{parts}"
+        assert run(make_config(training={"micro_batch_size": rows, "grad_accum_steps": parts}), *elsewhere(folder)) == 0
+        curves.append([[float.fromhex(x) for x in curve(folder, name).values()] for name in ("train_loss", "grad_norm", "val_loss")])
+    for other in curves[1:]:
+        for ours, theirs in zip(curves[0], other, strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_plain", "sgd", "muon"])
+def test_clipping_works_with_every_optimizer(make_config: Make, tmp_path: Path, optimizer: str, monkeypatch: Patch) -> None:
+    """STYLE's bug: fused AdamW switched clipping off. What reaches the step has a norm of at most grad_clip."""
+    clipped, true_set_lr = [], model.set_lr
+    monkeypatch.setattr(model, "set_lr", lambda optimizer, share: (clipped.append(_norm_of(optimizer)), true_set_lr(optimizer, share))[1])
+    assert run(make_config(training={"optimizer": optimizer, "grad_clip": 0.01, "max_steps": 2})) == 0
+    assert len(clipped) == 2
+    assert all(norm <= 0.01 * (1 + 1e-4) for norm in clipped)
+    assert all(float.fromhex(norm) > 0.01 for norm in curve(tmp_path, "grad_norm").values()), "the norm that is logged is the one before clipping"
+
+
+def _norm_of(optimizer: torch.optim.Optimizer) -> float:
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads))
+
+
+def test_early_stopping_ends_the_run_and_is_final(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+    """With a learning rate that does next to nothing validation soon fails to improve; a rerun has nothing to do."""
+    config = make_config(training={"lr": 1e-30, "val_every_steps": 1, "early_stopping_patience": 2, "max_steps": 50})
+    assert run(config) == 0
+    assert checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 3
+    assert run(config) == 0
+    assert "already complete at step 3" in capsys.readouterr().err
+
+
+def test_init_from_takes_the_weights_and_nothing_else(make_config: Make, uninterrupted: Path, tmp_path: Path) -> None:
+    """The new run begins at step 0 with the old run's weights: its first loss is far below that of a random model."""
+    assert run(make_config(training={"init_from": str(uninterrupted / "checkpoints" / "final.ckpt"), "max_steps": 1, "val_every_steps": 1})) == 0
+    first = float.fromhex(curve(tmp_path)[1])
+    assert first < float.fromhex(curve(uninterrupted)[1]) - 0.05
+
+
+def test_a_sample_is_shown_at_each_validation(make_config: Make, capsys: Capture) -> None:
+    """Two validations, two samples that begin with the prompt."""
+    assert run(make_config(training={"sample_prompt": "the model"}, sampling={"max_new_tokens": 5})) == 0
+    assert capsys.readouterr().err.count("sample: the model") == 2
+
+
+# --- exact resume -----------------------------------------------------------------------------------------------------
+
+
+def interrupt_at(monkeypatch: Patch, micro_batch: int, action: Callable[[], Any]) -> None:
+    """Call `action` when the loss of that micro-batch (1, 2, ...) of this process has been worked out."""
+    original, seen = model.LitLM.batch_loss, []
+
+    def batch_loss(self: Any, batch: Any, *, label_smoothing: float) -> Any:
+        result = original(self, batch, label_smoothing=label_smoothing)
+        if self.training:
+            seen.append(1)
+            if len(seen) == micro_batch:
+                changed = action()
+                return result if changed is None else (result[0] * changed, *result[1:])
+        return result
+
+    monkeypatch.setattr(model.LitLM, "batch_loss", batch_loss)
+
+
+@pytest.mark.parametrize(("number", "times", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGINT, 10, 130)])
+def test_a_signal_inside_an_accumulation_finishes_the_step_saves_and_resumes(
+    make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch, number: int, times: int, code: int
+) -> None:
+    """C1, C2: the signal comes in the second of three micro-batches of step 3; validation of step 3 is owed and made up."""
+    config = make_config(**HARD)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3 * 2 + 2, lambda: [os.kill(os.getpid(), number) for _ in range(times)] and None)
+        assert run(config) == code
+    newest = checkpoint.newest_sound(tmp_path / "checkpoints")
+    assert newest is not None and newest.name == "step-000003.ckpt"
+    assert run(config) == 0
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_resuming_twice_from_one_checkpoint_gives_the_same_and_leaves_it_alone(make_config: Make, uninterrupted: Path, tmp_path: Path) -> None:
+    """A3: from step 4 of the undisturbed run, twice."""
+    source = uninterrupted / "checkpoints" / "step-000004.ckpt"
+    before = source.read_bytes()
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        assert run(make_config(**HARD), "--resume", str(source), *elsewhere(folder)) == 0
+        whole = curve(uninterrupted)
+        assert curve(folder) == {step: whole[step] for step in (5, 6)}
+        assert all(torch.equal(a, b) for a, b in zip(final_weights(uninterrupted).values(), final_weights(folder).values(), strict=True))
+    assert source.read_bytes() == before
+
+
+def test_without_the_reseeding_of_dropout_a_resumed_run_differs(make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    """NEG for A1: the comparison can fail."""
+    monkeypatch.setattr(model.LitStage, "_reseed", lambda self, batch_idx: None)
+    torch.manual_seed(5)
+    assert run(make_config(**HARD), "--resume", str(uninterrupted / "checkpoints" / "step-000004.ckpt")) == 0
+    assert curve(tmp_path)[5] != curve(uninterrupted)[5]
+
+
+def test_validation_and_samples_do_not_touch_training(make_config: Make, uninterrupted: Path, tmp_path: Path) -> None:
+    """A7: validating and sampling at every step instead of every third gives the same training losses."""
+    settings = {"model": HARD["model"], "training": HARD["training"] | {"val_every_steps": 1, "sample_prompt": "a"}, "sampling": {"max_new_tokens": 3}}
+    assert run(make_config(**settings)) == 0
+    assert curve(tmp_path) == curve(uninterrupted)
+    assert sorted(curve(tmp_path, "val_loss")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_number_of_threads_is_said(make_config: Make, uninterrupted: Path, capsys: Capture) -> None:
+    """A8: one line that names both numbers."""
+    resume = ["--resume", str(uninterrupted / "checkpoints" / "step-000004.ckpt")]
+    assert run(make_config(**HARD), *resume, "hardware.threads=2") == 0
+    assert capsys.readouterr().err.count("CPU threads were 1 and are 2: results may differ in the last bits") == 1
+
+
+def test_max_steps_can_be_raised(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+    """A9: the run goes on to the new end and says that the schedule is another one now."""
+    assert run(make_config()) == 0
+    assert run(make_config(), "training.max_steps=8") == 0
+    assert "training.max_steps was 6 and is 8: the learning rate now follows the schedule of 8 steps" in capsys.readouterr().err
+    assert sorted(curve(tmp_path)) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 8
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file under `folder` but the lock's owner."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in (".owner", ".lock")}
+
+
+def test_a_finished_run_is_left_alone(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+    """A11: exit code 0, and not a byte is written."""
+    assert run(make_config()) == 0
+    before = bytes_of(tmp_path)
+    assert run(make_config()) == 0
+    assert "already complete at step 6" in capsys.readouterr().err
+    assert bytes_of(tmp_path) == before
+
+
+def refused(config: Path, tmp_path: Path, capsys: Capture, *arguments: str) -> str:
+    """The one line of a run that exits with 2 and changes no file."""
+    before = bytes_of(tmp_path)
+    capsys.readouterr()
+    assert run(config, *arguments) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    after = bytes_of(tmp_path)
+    assert {name: after.get(name) for name in before} == before
+    return error[0]
+
+
+def test_changed_data_is_refused_unless_allowed(make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A10: one byte of the text changed; the error names the checkpoint, the file, both fingerprints and the flag."""
+    assert run(make_config(training={"max_steps": 4})) == 0
+    was = checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["data"]
+    corpus.write_bytes(corpus.read_bytes().replace(b"token", b"tokem", 1))
+    config = make_config(training={"max_steps": 6})
+    # one byte is in one document, which is either a training or a validation one
+    message = refused(config, tmp_path, capsys)
+    assert f"step-000004.ckpt: {'train' if was['train'] in message else 'val'} data ({corpus}) was " in message
+    assert any(fingerprint in message for fingerprint in was.values())
+    assert "--allow-changes" in message
+    assert run(config, "--allow-changes") == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.d_model=32", r"model.d_model was 16 when it was saved, this run has 32. Set it back, or choose another training.checkpoint_dir."),
+        ("tokenizer.kind=char", "tokenizer was "),
+        (
+            "training.seed=1",
+            "training.seed was 1337 when it was saved, this run has 1. Set it back, choose another training.checkpoint_dir, or pass --allow-changes",
+        ),
+        ("training.micro_batch_size=2", "training.micro_batch_size was 4"),
+    ],
+)
+def test_another_run_is_not_resumed(make_config: Make, tmp_path: Path, capsys: Capture, override: str, words: str) -> None:
+    """A10: model, tokenizer and settings that decide what a step computes."""
+    assert run(make_config(training={"max_steps": 4})) == 0
+    message = refused(make_config(), tmp_path, capsys, override)
+    assert "step-000004.ckpt: " in message and words in message
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(make_config: Make, uninterrupted: Path, capsys: Capture) -> None:
+    """B1: one bit of step 6 is flipped; the run goes on from step 4 and ends with the same numbers."""
+    whole = curve(uninterrupted)
+    newest = uninterrupted / "checkpoints" / "step-000006.ckpt"
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.write_bytes(damaged)
+    assert run(make_config(**HARD), *elsewhere(uninterrupted)) == 0
+    error = capsys.readouterr().err
+    assert "passed over: " in error and "step-000006.ckpt: damaged" in error and "at step 4" in error
+    assert curve(uninterrupted) == whole
+
+
+def test_a_new_run_does_not_take_a_used_folder(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+    """G3: --no-resume and auto_resume: false refuse a folder with checkpoints."""
+    assert run(make_config()) == 0
+    for argument in ("--no-resume", "training.auto_resume=false"):
+        message = refused(make_config(), tmp_path, capsys, argument)
+        assert "holds checkpoints already (newest step-000006.ckpt). Resume, or choose another training.checkpoint_dir." in message
+
+
+def test_metrics_of_an_earlier_run_are_kept_under_another_name(make_config: Make, tmp_path: Path) -> None:
+    """G3: same run_name, other checkpoint folder."""
+    assert run(make_config()) == 0
+    before = (tmp_path / "logs" / "tiny" / "metrics.csv").read_bytes()
+    assert run(make_config(), f"training.checkpoint_dir={tmp_path / 'other'}") == 0
+    assert (tmp_path / "logs" / "tiny" / "metrics.1.csv").read_bytes() == before
+
+
+def test_two_runs_in_one_folder(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+    """G1: the second one exits with 2 and names the first."""
+    with checkpoint.claimed(tmp_path / "checkpoints"):
+        assert f"process {os.getpid()} on" in refused(make_config(), tmp_path, capsys)
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def test_a_nan_loss_stops_before_the_step(make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """D1: exit 3 at step 5, named with its rows; the newest checkpoint is that of step 4, and its numbers are finite."""
+    interrupt_at(monkeypatch, 5, lambda: math.nan)
+    assert run(make_config()) == 3
+    assert "error: step 5: the loss is nan; rows at [[" in capsys.readouterr().err
+    newest = checkpoint.newest_sound(tmp_path / "checkpoints")
+    assert newest is not None and newest.name == "step-000004.ckpt"
+    payload = checkpoint.read(newest)
+    assert all(weight.isfinite().all() for weight in payload["weights"].values())
+    assert sorted(curve(tmp_path)) == [1, 2, 3, 4]
+
+
+def test_one_infinite_gradient_stops_before_the_step(make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """D2: the loss is finite, one element of one gradient is not; clipping by its norm would poison every weight."""
+    original = model.LitStage._scale_gradient
+
+    def poison(self: Any, targets: int) -> None:
+        original(self, targets)
+        if self.progress.step == 2:
+            self.decoder.embedding.weight.grad[0, 0] = math.inf
+
+    monkeypatch.setattr(model.LitStage, "_scale_gradient", poison)
+    assert run(make_config()) == 3
+    assert "error: step 3: the gradient's norm is " in capsys.readouterr().err
+    assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["step"] == 2
+
+
+# --- bad settings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("hardware.accelerator=cuda", "hardware.accelerator: cuda was asked for"),
+        ("hardware.precision=16", "hardware.precision: 16 needs CUDA, and this run is on cpu. Set hardware.precision to 32 or bf16."),
+        ("model.vocab_size=100", "model.vocab_size: 100 is less than the tokenizer's 260. Raise it, or leave it out."),
+        ("data.dataset=nowhere.txt", "nowhere.txt"),
+        ("training.checkpoint_dir=/dev/null/x", "/dev/null/x"),
+        ("training.log_dir=/dev/null/x", "/dev/null/x"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(make_config: Make, tmp_path: Path, capsys: Capture, override: str, words: str) -> None:
+    """F6, E8, B11: exit code 2 and the setting's name."""
+    if override.endswith("cuda") and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert words in refused(make_config(), tmp_path, capsys, override)
+
+
+# --- slow: real kills, real processes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_killed_at_random_moments_the_curve_is_equal_to_the_last_bit(flags: list[str], capfd: Capture) -> None:
+    """A1: kill -9 three times, accumulation 4, dropout, one worker; the script a user can run."""
+    result = subprocess.run(
+        [sys.executable, "benchmarks/crash_resume.py", "--rounds", "3", "--steps", "24", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "EQUAL to the last bit" in result.stdout
+
+
+SEAM = """
+import os, sys
+import train
+names, count, at = ("fsync", "replace", "link", "unlink"), [0], int(sys.argv[1])
+def seam(true):
+    def call(*args, **kwargs):
+        if any("ckpt" in str(a) for a in args) or isinstance(args[0], int):
+            count[0] += 1
+            if count[0] == at:
+                os._exit(137)
+        return true(*args, **kwargs)
+    return call
+for name in names:
+    setattr(os, name, seam(getattr(os, name)))
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_every_seam_of_a_save_the_run_resumes_exactly(make_config: Make, uninterrupted: Path, tmp_path: Path) -> None:
+    """A2, B15: the process dies before the n-th sync, rename, link or removal, for n = 1, 2, ... until none is left."""
+    config, n = make_config(**HARD), 0
+    while True:
+        n += 3  # every third seam: neighbours differ by one system call
+        folder = tmp_path / f"seam{n}"
+        arguments = ["--config", str(config), *elsewhere(folder)]
+        died = subprocess.run([sys.executable, "-c", SEAM, str(n), *arguments], cwd=ROOT, capture_output=True, check=False).returncode
+        if died == 0:
+            break
+        assert died == 137
+        assert run(config, *elsewhere(folder)) == 0
+        assert_same_run(uninterrupted, folder)
+        assert not list((folder / "checkpoints").glob(".*.tmp"))
+    assert n > 10, "a run has more seams than that"
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_as_one(make_config: Make, tmp_path: Path) -> None:
+    """Two gloo ranks with 2 rows each are one process with 2 x 2 rows: the same rows, the same mean, up to rounding."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    base = {"training": {"micro_batch_size": 2}}
+    assert run(make_config(**base), "training.grad_accum_steps=2", *elsewhere(one)) == 0
+    config = make_config(**base)
+    flags = ["hardware.devices=2", "hardware.strategy=ddp", *elsewhere(two)]
+    result = subprocess.run([sys.executable, "train.py", "--config", str(config), *flags], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for name in ("train_loss", "val_loss", "grad_norm"):
+        ours, theirs = ([float.fromhex(x) for x in curve(folder, name).values()] for folder in (one, two))
+        assert ours == pytest.approx(theirs, rel=1e-4), name
+    assert result.stderr.count("device: cpu") == 1, "only rank 0 speaks"
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_does_not_change_a_run(make_config: Make, uninterrupted: Path, tmp_path: Path) -> None:
+    """A6: also when it changes in the middle."""
+    for workers in (1, 2):
+        folder = tmp_path / f"workers{workers}"
+        assert run(make_config(**HARD), f"data.num_workers={workers}", *elsewhere(folder)) == 0
+        assert_same_run(uninterrupted, folder)
+    source = uninterrupted / "checkpoints" / "step-000004.ckpt"
+    assert run(make_config(**HARD), "data.num_workers=2", "--resume", str(source), *elsewhere(tmp_path / "mixed")) == 0
+    assert curve(tmp_path / "mixed")[6] == curve(uninterrupted)[6]
+
+
+def test_every_shipped_config_loads() -> None:
+    """A YAML file that is delivered and does not load would be the user's first impression."""
+    paths = sorted(ROOT.glob("*.yaml")) + sorted(ROOT.glob("configs/**/*.yaml"))
+    assert len(paths) >= 2
+    for path in paths:
+        load_config(path)

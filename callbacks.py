@@ -27,7 +27,7 @@ from tinylm import checkpoint
 from tinylm.checkpoint import FORMAT, SCHEMA
 from tinylm.config import Config
 from tinylm.engine import Engine
-from tinylm.errors import printable
+from tinylm.errors import printable, writing
 from tinylm.evaluate import LanguageScore, language_score
 from tinylm.schedule import should_stop
 from tinylm.tokenizer import Tokenizer
@@ -138,8 +138,8 @@ class Validation(StepCallback):
             return
         stage.progress.validations.append([step, self.score.loss])
         if training.sample_prompt is not None and trainer.is_global_zero:
-            engine = Engine(stage.decoder, self.tokenizer)
-            text = engine.generate(training.sample_prompt, stage.config.sampling)[0].text
+            stage.decoder.eval()
+            text = Engine(stage.decoder, self.tokenizer).generate(training.sample_prompt, stage.config.sampling)[0].text
             stage.decoder.train()
             self.show(f"sample: {printable(training.sample_prompt + text)}")
 
@@ -168,16 +168,17 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and resume_step == 0:
-            os.replace(path, self._free_name())  # an earlier run's numbers are kept, under another name
-        kept = self._rows_until(resume_step) if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(temporary, path)
+        with writing(path, "training.log_dir"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and resume_step == 0:
+                os.replace(path, self._free_name())  # an earlier run's numbers are kept, under another name
+            kept = self._rows_until(resume_step) if path.exists() else []
+            temporary = path.with_suffix(".tmp")
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept)
+            os.replace(temporary, path)
 
     def _free_name(self) -> Path:
         number = 1
@@ -193,7 +194,7 @@ class MetricsFile:
 
     def append(self, row: Row) -> None:
         """One more row; numbers are written so that reading them gives the same bits."""
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
+        with writing(self.path, "training.log_dir"), open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerow({name: "" if row[name] is None else repr(row[name]) for name in COLUMNS})
 
 
@@ -236,8 +237,8 @@ class Metrics(StepCallback):
             "val_loss": score.loss if score else None,
             "val_ppl": score.perplexity if score else None,
             "val_bpb": score.bits_per_byte if score else None,
-            "lr": stage.lr,
-            "grad_norm": stage.grad_norm,
+            "lr": progress.lr,
+            "grad_norm": progress.grad_norm,
             "tokens": progress.tokens,
             "tokens_per_s": speed,
         }

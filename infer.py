@@ -27,7 +27,7 @@ from tinylm.errors import UserError, printable, run_program
 
 if TYPE_CHECKING:
     from tinylm.checkpoint import Loaded
-    from tinylm.engine import Piece, Prompt
+    from tinylm.engine import Completion, Piece, Prompt
     from tinylm.tokenizer import Tokenizer
 
 # Least probability of a token, and the terminal colour that shows it.
@@ -264,7 +264,7 @@ class Coloured:
         return in_colour(next(code for least, code in BANDS if probability >= least), readable(piece.text)) if piece.text else ""
 
 
-def describe(completion: Any, pieces: Iterable["Piece"], tokenizer: "Tokenizer", *, show_probs: bool) -> dict[str, Any]:
+def describe(completion: "Completion", pieces: Iterable["Piece"], tokenizer: "Tokenizer", *, show_probs: bool) -> dict[str, Any]:
     """A completion as plain values; with its tokens' probabilities if asked for."""
     tokens = [{"token": tokenizer.token_text(piece.token_id), "probability": piece.probability} for piece in pieces]
     return {**dataclasses.asdict(completion), **({"tokens": tokens} if show_probs else {})}

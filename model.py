@@ -41,6 +41,10 @@ class Progress:
     """and their number"""
     train_loss: float | None = None
     """mean loss in the last row of metrics"""
+    lr: float = 0.0
+    """learning rate of the last step"""
+    grad_norm: float = 0.0
+    """norm of its gradient, before clipping"""
     validations: list[list[float]] = field(default_factory=list)
     """[step, val_loss] of every validation"""
 
@@ -68,8 +72,6 @@ class LitStage(L.LightningModule):
         self.config, self.decoder = config, decoder
         self.progress = Progress()
         self.cursor: list[int] | None = None
-        self.lr = 0.0
-        self.grad_norm = 0.0
         self._step_loss: list[Tensor] = []
         self._step_targets: list[Tensor] = []
         self._step_origin: list[Any] = []
@@ -122,11 +124,11 @@ class LitStage(L.LightningModule):
         self._scale_gradient(targets)
         norm = self._clip()
         self._guard(loss, targets, norm)
-        self.grad_norm = norm
+        self.progress.grad_norm = norm
         training = self.config.training
         share = multiplier(self.progress.step, training, self.progress.val_losses)
         set_lr(optimizer, share)
-        self.lr = training.lr * share
+        self.progress.lr = training.lr * share
         self.progress.tokens += targets
         self.progress.logged_loss += loss
         self.progress.logged_tokens += targets

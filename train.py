@@ -97,12 +97,14 @@ def run(args: argparse.Namespace) -> int:
         data = LitData(config, tokenizer)
         data.prepare()
         say(describe_data(data))
+        if start.payload is not None:
+            check_same_run(start, config, data, allow_changes=args.allow_changes)
         weights = None if start.payload is None else start.payload["weights"]
         if start.payload is None and config.training.init_from is not None:
             weights = checkpoint.read(Path(config.training.init_from))["weights"]
         decoder = build_model(config, weights)
         stage = LitLM(config, decoder, byte_table(tokenizer, decoder.embedding.num_embeddings))
-        return fit(stage, data, device, start, say, allow_changes=args.allow_changes)
+        return fit(stage, data, device, start, say)
 
 
 # --- where a run starts -----------------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def is_complete(payload: dict[str, Any], config: "Config") -> bool:
     return payload["step"] >= config.training.max_steps or (patience is not None and should_stop(losses, patience))
 
 
-def check_same_run(start: Start, config: "Config", tokenizer: "Tokenizer", data: "LitData", world_size: int, *, allow_changes: bool) -> None:
+def check_same_run(start: Start, config: "Config", data: "LitData", *, allow_changes: bool) -> None:
     """Refuse to resume with what would not be the same run.
 
     Raises:
@@ -140,22 +142,20 @@ def check_same_run(start: Start, config: "Config", tokenizer: "Tokenizer", data:
     """
     payload = start.payload
     assert payload is not None
-    differences = list(changed_settings(payload["config"], config.to_plain()))
-    identities = {"tokenizer": (_tokenizer_of(payload).fingerprint, tokenizer.fingerprint), "number of processes": (payload["world_size"], world_size)}
-    identities |= {f"{which} data": (payload["data"][which], found) for which, found in data.fingerprints().items()}
-    differences += [(name, was, now) for name, (was, now) in identities.items() if was != now]
-    if not differences:
+    processes = config.hardware.devices * config.hardware.num_nodes
+    identities = [("tokenizer", _tokenizer_of(payload).fingerprint, data.tokenizer.fingerprint), ("number of processes", payload["world_size"], processes)]
+    identities += [(f"{which} data", payload["data"][which], found) for which, found in data.fingerprints().items()]
+    differences = [(name, was, now) for name, was, now in identities if was != now] + changed_settings(payload["config"], config.to_plain())
+    # Weights of another shape or for other tokens cannot be used at all; the rest is a matter of what the user wants.
+    fatal = [difference for difference in differences if difference[0].startswith(("model.", "tokenizer"))]
+    if not differences or (allow_changes and not fatal):
         return
-    name, was, now = differences[0]
-    shape = [d for d in differences if d[0].startswith("model.") or d[0] == "tokenizer"]
-    if shape:
-        name, was, now = shape[0]
+    name, was, now = (fatal or differences)[0]
     source = f" ({printable(config.data.dataset)})" if name.endswith("data") else ""
-    message = f"{printable(start.path)}: {name}{source} was {printable(was)} when it was saved, this run has {printable(now)}"
-    if shape:
-        raise UserError(f"{message}. Set it back, or choose another training.checkpoint_dir.")
-    if not allow_changes:
-        raise UserError(f"{message}. Set it back, choose another training.checkpoint_dir, or pass --allow-changes to go on all the same.")
+    mend = "Set it back, or choose another training.checkpoint_dir"
+    if not fatal:
+        mend = "Set it back, choose another training.checkpoint_dir, or pass --allow-changes to go on all the same"
+    raise UserError(f"{printable(start.path)}: {name}{source} was {printable(was)} when it was saved, this run has {printable(now)}. {mend}.")
 
 
 def changed_settings(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -281,7 +281,7 @@ def make_loggers(config: "Config") -> "list[Any]":
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Callable[[str], None], *, allow_changes: bool) -> int:
+def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Callable[[str], None]) -> int:
     """Train `stage` on `data` to the end of the run, from `start`; the exit code comes back."""
     from rich.console import Console
 
@@ -299,7 +299,6 @@ def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Call
     say(describe_model(config, stage.decoder, trainer.world_size))
     step = 0
     if start.payload is not None:
-        check_same_run(start, config, tokenizer, data, trainer.world_size, allow_changes=allow_changes)
         say_what_changed(start.payload, config, say)
         stage.progress = restore.progress()
         step = stage.progress.step

@@ -21,9 +21,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """120 different one-line documents."""
+    """121 different one-line documents."""
     path = tmp_path / "corpus.txt"
-    path.write_text("".join(f"{i} " + " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(8 + i % 5)) + ".\n" for i in range(120)), encoding="utf-8")
+    path.write_text("".join(f"{i} " + " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(8 + i % 5)) + ".\n" for i in range(121)), encoding="utf-8")
     return path
 
 

@@ -25,7 +25,7 @@ import torch
 
 from tinylm.config import Config
 from tinylm.decoder import Decoder
-from tinylm.errors import UserError, printable
+from tinylm.errors import UserError, printable, writing
 from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
 
 FORMAT = "tinylm"
@@ -149,17 +149,21 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run holds it, or it cannot be written.
     """
-    owner = folder / ".owner"
+    owner, lock = folder / ".owner", filelock.FileLock(folder / ".lock", timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / ".lock", timeout=0):
+        with writing(folder, "training.checkpoint_dir"):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        with writing(folder, "training.checkpoint_dir"):
             owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
             for path in folder.glob(".*.tmp"):
                 _remove(path)
-            yield
+        yield
     except filelock.Timeout:
         holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
         raise UserError(f"{printable(folder)}: {printable(holder)} is training into it. Wait for it, or choose another training.checkpoint_dir.") from None
+    finally:
+        lock.release()
 
 
 def _space(folder: Path, payload: dict[str, Any]) -> str:

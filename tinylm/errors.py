@@ -1,8 +1,9 @@
 """Mistakes that their user can mend, and how text from outside is shown without harm."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class UserError(Exception):
@@ -26,6 +27,15 @@ def printable(text: object) -> str:
     'a\\nb\\x1b[31m'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+@contextlib.contextmanager
+def writing(path: object, setting: str) -> Iterator[None]:
+    """Turn a refusal of the operating system to write `path` into a UserError that names the setting it came from."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be written: {error.strerror}. Make room or change {setting}.") from None
 
 
 def run_program(body: Callable[[], int], *, debug: bool) -> int:

@@ -33,10 +33,9 @@ if TYPE_CHECKING:
 
 # Ends of text that published tokenizers use, tried where a tokenizer's files do not name one.
 WELL_KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
-TOKENIZER_FILES = [
-    *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "config.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-]
+# Vocabularies that transformers can turn into a tokenizer.json: SentencePiece's, WordPiece's and tiktoken's.
+OLDER_VOCABULARIES = ("*.model", "vocab.txt", "*.tiktoken")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json")
 HUB_TIMEOUT_SECONDS = 5.0
 # Tokens kept as context while a stream is decoded: more than any decoder looks back.
 STREAM_WINDOW = 32
@@ -470,7 +469,7 @@ def _download(name: str) -> Path:
     mend = "Give a local folder with tokenizer.json, or vocab.json and merges.txt."
     require_hub(f"tokenizer.path: {name}", mend)
     try:
-        return Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
+        return Path(snapshot_download(name, allow_patterns=[*TOKENIZER_FILES, *OLDER_VOCABULARIES]))
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer.path: {name}: not a folder here, and the Hugging Face hub says: {first_line(error)}. {mend}") from error
 
@@ -502,8 +501,9 @@ def _read_backend(folder: Path) -> tuple[Path, "Backend"]:
         return folder / "tokenizer.json", _read_tokenizer_json(folder / "tokenizer.json")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return folder / "vocab.json", _read_gpt2(folder / "vocab.json", folder / "merges.txt")
-    if (folder / "tokenizer_config.json").is_file():
-        return folder / "tokenizer_config.json", _convert(folder)
+    older = sorted(path for pattern in OLDER_VOCABULARIES for path in folder.glob(pattern))
+    if older:  # without one, transformers would make a tokenizer that knows no text
+        return older[0], _convert(folder)
     found = "no tokenizer.json here, and no vocab.json with merges.txt"
     raise UserError(f"tokenizer.path: {printable(folder)}: {found}. Give the folder that holds a tokenizer.")
 

@@ -252,6 +252,12 @@ class Metrics(StepCallback):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
+def names_due(progress: Progress, *, final: bool) -> list[str]:
+    """The names beside step-N.ckpt that the checkpoint of this step has."""
+    best = progress.validated(progress.step) and progress.val_losses[-1] <= min(progress.val_losses)
+    return ["last.ckpt"] + ["best.ckpt"] * best + ["final.ckpt"] * final
+
+
 class Checkpoints(StepCallback):
     """Saves every training.save_every_steps steps, when validation is best, and at the end, which a signal may bring on."""
 
@@ -271,11 +277,11 @@ class Checkpoints(StepCallback):
         progress, training = stage.progress, stage.config.training
         stop = wishes_to_stop(trainer, stage, self.signals)
         final = progress.step == training.max_steps or (stop and self.signals.received is None)
-        best = self.validation.score is not None and progress.val_losses[-1] <= min(progress.val_losses)
+        best = self.validation.score is not None and "best.ckpt" in names_due(progress, final=final)
         if stop or final or best or progress.step % training.save_every_steps == 0:
             payload = self._payload(trainer, stage)  # on every rank: gathering shards takes them all
             if trainer.is_global_zero:
-                self._save(payload, ["last.ckpt"] + ["best.ckpt"] * best + ["final.ckpt"] * final)
+                self._save(payload, names_due(progress, final=final))
         trainer.should_stop = stop
 
     def _save(self, payload: dict[str, Any], names: list[str]) -> None:

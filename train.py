@@ -52,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     start.add_argument("--no-resume", action="store_true", help="start anew; needs a checkpoint folder without checkpoints")
     parser.add_argument("--allow-changes", action="store_true", help="resume although data, tokenizer or settings differ from the checkpoint's")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # settings may stand between flags
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(config.training.checkpoint_dir)
     with claim(folder):
         start = find_start(folder, args, config, say)
-        if start.payload is not None and is_complete(start.payload, config):
+        complete = start.payload is not None and is_complete(start.payload, config)
+        if start.payload is not None and args.resume is None:
+            finish_names(start.path, start.payload, final=complete)
+        if complete:
             say(f"already complete at step {start.payload['step']}: {start.path}")
             print(start.path)
             return 0
@@ -125,6 +128,19 @@ def find_start(folder: Path, args: argparse.Namespace, config: "Config", say: Ca
     return Start()
 
 
+def finish_names(path: Path | None, payload: dict[str, Any], *, final: bool) -> None:
+    """Give the newest checkpoint the names that a run killed between saving and naming it still owed it."""
+    from callbacks import names_due
+    from model import Progress
+    from tinylm import checkpoint
+
+    assert path is not None
+    for name in names_due(Progress(**payload["progress"]), final=final):
+        target = path.with_name(name)
+        if not target.exists() or not target.samefile(path):
+            checkpoint.link(path, name)
+
+
 def is_complete(payload: dict[str, Any], config: "Config") -> bool:
     """Whether there is nothing left to train: all steps are done, or the run had stopped early."""
     from tinylm.schedule import should_stop
@@ -143,9 +159,12 @@ def check_same_run(start: Start, config: "Config", data: "LitData", *, allow_cha
     payload = start.payload
     assert payload is not None
     processes = config.hardware.devices * config.hardware.num_nodes
-    identities = [("tokenizer", _tokenizer_of(payload).fingerprint, data.tokenizer.fingerprint), ("number of processes", payload["world_size"], processes)]
-    identities += [(f"{which} data", payload["data"][which], found) for which, found in data.fingerprints().items()]
-    differences = [(name, was, now) for name, was, now in identities if was != now] + changed_settings(payload["config"], config.to_plain())
+    # A setting comes before what follows from it: another seed, say, also gives another split of the data.
+    compared = [("tokenizer", _tokenizer_of(payload).fingerprint, data.tokenizer.fingerprint)]
+    compared += changed_settings(payload["config"], config.to_plain())
+    compared += [("number of processes", payload["world_size"], processes)]
+    compared += [(f"{which} data", payload["data"][which], found) for which, found in data.fingerprints().items()]
+    differences = [(name, was, now) for name, was, now in compared if was != now]
     # Weights of another shape or for other tokens cannot be used at all; the rest is a matter of what the user wants.
     fatal = [difference for difference in differences if difference[0].startswith(("model.", "tokenizer"))]
     if not differences or (allow_changes and not fatal):

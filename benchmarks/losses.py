@@ -2,12 +2,11 @@
 
     python benchmarks/losses.py [--tokens 4096 --width 384 --vocab 8192 --threads 2 --rounds 10]
 
-Forward and backward. Times are the median of interleaved rounds; memory is the peak of what torch allocated beyond
+Forward and backward. Times are the best of interleaved rounds; memory is the peak of what torch allocated beyond
 the hidden states, the head and the labels (the gradients of the first two are in it), from torch's profiler.
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -65,7 +64,7 @@ def main() -> int:
     for bf16 in (False, True):
         times = [{name: step(way, tensors, bf16=bf16) for name, way in WAYS.items()} for _ in range(options.rounds + 1)][1:]
         for name, way in WAYS.items():
-            milliseconds = statistics.median(t[name] for t in times)
+            milliseconds = min(t[name] for t in times)
             print(f"{'bf16' if bf16 else 'fp32'}  {name:<32} {milliseconds:7.0f} ms  {peak_mb(way, tensors, bf16=bf16):7.0f} MB")
     return 0
 

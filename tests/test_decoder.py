@@ -758,7 +758,7 @@ def parameters(**options) -> int:
 
 
 def test_gpt2_small_has_124439808_parameters():
-    """S4 ("From Theory to Code", a from-scratch course project) prints this number under its GPT-2 style model.
+    """The from-scratch course project S4 prints this number under its GPT-2 style model.
 
     It is the number of GPT-2 small: learned positions, LayerNorm, biases, GELU, tied head:
         embeddings 50257 · 768 + 1024 · 768 = 39,383,808
@@ -772,7 +772,7 @@ def test_gpt2_small_has_124439808_parameters():
 def test_the_gpt2_style_code_that_s4_lists_has_162148608_parameters():
     """The code above that number builds another model: rope_theta None is no positions at all, RMSNorm, no biases, SiLU, untied.
 
-        2 · 50257 · 768 + 12 · (4 · 768² + 2 · 768 · 3072 + 2 · 768) + 768 = 162,148,608
+    2 · 50257 · 768 + 12 · (4 · 768² + 2 · 768 · 3072 + 2 · 768) + 768 = 162,148,608
     """
     listed = {"vocab_size": 50257, "max_seq_len": 1024, "n_layers": 12, "d_model": 768, "n_heads": 12, "d_ff": 3072}
     assert parameters(**listed, position="none", norm="rmsnorm", ffn="silu", bias="none", tie_embeddings=False) == 162_148_608

@@ -15,7 +15,9 @@ from tinylm.losses import cross_entropy, token_losses
 from tinylm.packing import IGNORE_INDEX
 
 
-def example(n: int = 37, width: int = 8, vocab: int = 29, *, ignored: float = 0.3, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def example(
+    n: int = 37, width: int = 8, vocab: int = 29, *, ignored: float = 0.3, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states and a head that want gradients, and labels, a share of them ignored."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, width, generator=generator, dtype=dtype).requires_grad_()
@@ -27,7 +29,8 @@ def example(n: int = 37, width: int = 8, vocab: int = 29, *, ignored: float = 0.
 
 def oracle(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """torch's cross entropy over all logits."""
-    return F.cross_entropy((hidden @ weight.T).float() if hidden.dtype != torch.float64 else hidden @ weight.T, labels, reduction="sum", label_smoothing=label_smoothing)
+    logits = hidden @ weight.T
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum", label_smoothing=label_smoothing)
 
 
 @pytest.fixture

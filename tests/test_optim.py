@@ -15,6 +15,7 @@ from tinylm.decoder import Decoder
 from tinylm.optim import SGD, AdamW, make_optimizer, muon_update, orthogonal, parameter_groups, set_lr
 
 KINDS = ["adamw", "adamw_plain", "sgd", "muon"]
+BLOCK_MATRICES = {"attention.qkv.weight", "attention.out.weight", "ffn.router.weight", "ffn.up", "ffn.down"}
 
 
 def tiny_decoder(**settings: Any) -> Decoder:
@@ -215,7 +216,7 @@ def test_matrices_decay_and_nothing_else() -> None:
     model = tiny_decoder(tie_embeddings=False)
     groups = parameter_groups(model, 0.1)
     decayed = group_names(model, groups, lambda group: group["weight_decay"] == 0.1)
-    assert decayed == {"embedding.weight", "positions.weight", "head.weight", "attention.qkv.weight", "attention.out.weight", "ffn.router.weight", "ffn.up", "ffn.down"}
+    assert decayed == BLOCK_MATRICES | {"embedding.weight", "positions.weight", "head.weight"}
     rest = group_names(model, groups, lambda group: group["weight_decay"] == 0.0)
     assert {"attention.sink_keys", "attention.sink_values", "ffn.up_bias", "ffn.down_bias", "attention.qkv.bias", "attention.q_norm.weight", "norm.bias"} < rest
 
@@ -225,8 +226,9 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
     model = tiny_decoder(tie_embeddings=False)
     optimizer = make_optimizer(model, TrainingConfig(optimizer="muon", lr=3e-4, muon_lr=0.02), fused=False)
     by_muon = group_names(model, optimizer.param_groups, lambda group: group["muon"])
-    assert by_muon == {"attention.qkv.weight", "attention.out.weight", "ffn.router.weight", "ffn.up", "ffn.down"}
-    assert [(group["muon"], group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(True, 0.02, 0.1), (False, 3e-4, 0.1), (False, 3e-4, 0.0)]
+    assert by_muon == BLOCK_MATRICES
+    marks = [(group["muon"], group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert marks == [(True, 0.02, 0.1), (False, 3e-4, 0.1), (False, 3e-4, 0.0)]
 
 
 # --- the optimizer that training uses ---------------------------------------------------------------------------------

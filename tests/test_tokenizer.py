@@ -391,7 +391,6 @@ def test_gpt2s_two_files_are_a_tokenizer(gpt2_folder):
     assert 258 not in tokenizer.encode("<|endoftext|>")
 
 
-
 def bpe_json(vocab: object, merges: object = ()) -> str:
     return json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": list(merges)}})
 
@@ -475,7 +474,7 @@ def test_a_vocabulary_without_an_end_says_where_to_name_one(gpt2_folder):
     with pytest.raises(UserError) as caught:
         load(gpt2_folder)
     assert str(caught.value) == (
-        f"{gpt2_folder / 'vocab.json'}: no end-of-text token. Name one of its tokens in {gpt2_folder / 'tokenizer_config.json'}: {{\"eos_token\": \"...\"}}."
+        f'{gpt2_folder / "vocab.json"}: no end-of-text token. Name one of its tokens in {gpt2_folder / "tokenizer_config.json"}: {{"eos_token": "..."}}.'
     )
 
 

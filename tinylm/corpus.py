@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NoReturn
 
 import numpy as np
 from filelock import FileLock
@@ -138,6 +138,8 @@ Source = LocalFiles | HubDataset
 def find_source(data: DataConfig, key: str, name: str, split: str) -> Source:
     """What `name`, the value of the setting data.`key`, means: files that are here, or else a dataset on the hub.
 
+    data.dataset_config belongs to data.dataset: a val_dataset on the hub is read in its default configuration.
+
     Raises:
         UserError: it is a path and nothing is there, or nothing there is a document file.
     """
@@ -154,7 +156,7 @@ def _find_files(name: str, key: str) -> tuple[Path, ...]:
     """The document files that a path or glob stands for, sorted; folders are searched to their bottom."""
     kinds = ", ".join(DOCUMENT_FILES)
     if os.path.isdir(name):
-        found = [Path(folder, file) for folder, _, files in os.walk(name) for file in files if _document_suffix(file)]
+        found = [Path(folder, file) for folder, _, files in os.walk(name, onerror=_refuse_folder) for file in files if _document_suffix(file)]
         found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(name).parts)]
         place = "in this folder"
     elif os.path.lexists(name):
@@ -168,6 +170,10 @@ def _find_files(name: str, key: str) -> tuple[Path, ...]:
     if not found:
         raise UserError(f"data.{key}: {printable(name)}: no file of a kind with documents ({kinds}) {place}. Give the path of one.")
     return tuple(sorted(found))
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise UserError(f"{printable(error.filename)}: {_reason(error)}. Give a folder that can be read.")
 
 
 def _document_suffix(name: str) -> str | None:

@@ -422,7 +422,7 @@ class Decoder(nn.Module):
         mask, is_causal = None, S == T
         # One mask-free kernel says it all: causal over a whole sequence, or one new token that sees all that is stored.
         special = self.config.position == "alibi" or self.config.n_sinks or positions.dim() == 2
-        if special or (window is not None and S > window) or (S != T and T > 1):
+        if special or (window is not None and window < S) or (S != T and T > 1):
             mask, is_causal = self._mask(positions, keys), False
         return Sight(positions, self._angles(positions), mask, is_causal, cache)
 

@@ -261,9 +261,12 @@ def names_due(progress: Progress, *, final: bool) -> list[str]:
 class Checkpoints(StepCallback):
     """Saves every training.save_every_steps steps, when validation is best, and at the end, which a signal may bring on."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, validation: Validation, signals: StopSignals, warn: Callable[[str], None]):
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, validation: Validation, signals: StopSignals, warn: Callable[[str], None], fingerprints: dict[str, str]
+    ):
         self.folder = Path(config.training.checkpoint_dir)
         self.config, self.tokenizer, self.validation, self.signals, self.warn = config, tokenizer, validation, signals, warn
+        self.fingerprints = fingerprints
         self.newest: Path | None = None
 
     def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
@@ -277,11 +280,11 @@ class Checkpoints(StepCallback):
         progress, training = stage.progress, stage.config.training
         stop = wishes_to_stop(trainer, stage, self.signals)
         final = progress.step == training.max_steps or (stop and self.signals.received is None)
-        best = self.validation.score is not None and "best.ckpt" in names_due(progress, final=final)
-        if stop or final or best or progress.step % training.save_every_steps == 0:
+        names = names_due(progress, final=final)
+        if stop or final or "best.ckpt" in names or progress.step % training.save_every_steps == 0:
             payload = self._payload(trainer, stage)  # on every rank: gathering shards takes them all
             if trainer.is_global_zero:
-                self._save(payload, names_due(progress, final=final))
+                self._save(payload, names)
         trainer.should_stop = stop
 
     def _save(self, payload: dict[str, Any], names: list[str]) -> None:
@@ -296,7 +299,6 @@ class Checkpoints(StepCallback):
         """Everything that a resumed run and the other programs need, as plain types."""
         weights = trainer.strategy.lightning_module_state_dict()
         progress = stage.progress
-        assert trainer.datamodule is not None
         return {
             "format": FORMAT,
             "schema": SCHEMA,
@@ -313,7 +315,7 @@ class Checkpoints(StepCallback):
             "precision": trainer.precision_plugin.state_dict(),
             "progress": progress.to_plain(),
             "cursor": stage.cursor,
-            "data": trainer.datamodule.fingerprints(),
+            "data": self.fingerprints,
             "world_size": trainer.world_size,
             "threads": torch.get_num_threads(),
             "versions": {"torch": str(torch.__version__), "lightning": L.__version__},

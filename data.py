@@ -17,10 +17,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from tinylm.corpus import TokenFile, cached_token_file, encode_documents, train_documents
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from tinylm.config import Config
+from tinylm.corpus import TokenFile, cached_token_file, encode_documents, source_fingerprint, train_documents
 from tinylm.errors import UserError, printable
 from tinylm.packing import Position, count_rows, document_ids, pack_stream, row_at
 from tinylm.tokenizer import Tokenizer
@@ -224,12 +224,11 @@ class LitData(L.LightningDataModule):
         if cursor is not None:
             self.cursor = Cursor.from_plain(cursor)
 
-    def fingerprints(self) -> dict[str, str | None]:
-        """What identifies the data: two runs with equal ones see the same tokens. A stream is known by its name alone."""
-        return {
-            "train": None if self.train_file is None else self.train_file.fingerprint,
-            "val": None if self.val_file is None else self.val_file.fingerprint,
-        }
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the data: two runs with equal ones see the same tokens. A hub dataset is known by its name alone."""
+        assert self.val_file is not None, "prepare() makes the validation file"
+        train = source_fingerprint(self.config.data, "train")[:12] if self.train_file is None else self.train_file.fingerprint
+        return {"train": train, "val": self.val_file.fingerprint}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The micro-batches from `first_batch` to the end of the run."""

@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     import torch
-    from tinylm.corpus import cached_token_file
 
     from data import RowShape, Share, ValidationBatches
     from infer import choose_tokenizer
     from tinylm.checkpoint import load_model
+    from tinylm.corpus import cached_token_file
     from tinylm.device import pick_device
     from tinylm.evaluate import byte_table, score_batches
 

@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         data = LitData(config, tokenizer)
         data.prepare()
         say(describe_data(data))
+        warn_of_shared_documents(config, say)
         if start.payload is not None:
             check_same_run(start, config, data, allow_changes=args.allow_changes)
         weights = None if start.payload is None else start.payload["weights"]
@@ -241,6 +242,15 @@ def describe_data(data: "LitData") -> str:
     return f"data: {source}: train {train}, validation {val}; tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size}"
 
 
+def warn_of_shared_documents(config: "Config", say: Callable[[str], None]) -> None:
+    """Say so where validation documents are training documents too: val_loss would flatter the model."""
+    from tinylm.corpus import shared_documents
+
+    shared = shared_documents(config.data, config.training.seed)
+    if shared:
+        say(f"warning: {shared} documents of data.val_dataset are training documents too; val_loss will look better than it is")
+
+
 def describe_model(config: "Config", decoder: Any, world_size: int) -> str:
     """Parameters, FLOPs per token and tokens per step."""
     from callbacks import short
@@ -311,7 +321,7 @@ def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Call
     signals = between.StopSignals()
     display = between.ProgressDisplay(console, config.training.max_steps)
     validation = between.Validation(signals, tokenizer, display.line)
-    saving = between.Checkpoints(config, tokenizer, validation, signals, say)
+    saving = between.Checkpoints(config, tokenizer, validation, signals, say, data.fingerprints())
     metrics = between.Metrics(validation, display.row)
     restore = between.Restore(start.payload)
     trainer = build_trainer(config, device, [signals, restore, validation, metrics, saving, display])

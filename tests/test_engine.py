@@ -14,6 +14,7 @@ from tinylm.config import ModelConfig, SamplingConfig
 from tinylm.decoder import Decoder, Features
 from tinylm.engine import Completion, Engine, Piece, Prompt, StopGate
 from tinylm.errors import UserError
+from tinylm.sampling import make_generator, next_token
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer
 
 BYTES = ByteTokenizer()
@@ -229,6 +230,12 @@ def test_stopping_does_not_depend_on_how_the_text_is_cut(text, stops, data):
     assert (shown + gate.rest(), gate.stopped) == (expected, bool(ends))
 
 
+def test_the_stop_string_that_is_complete_first_counts_also_within_one_token():
+    """Letter by letter "b" is complete before "ab#"; all at once it must be the same."""
+    gate = StopGate(["ab#", "b"])
+    assert (gate.feed("ab#"), gate.stopped) == ("a", True)
+
+
 def test_eos_ends_the_text_and_is_not_seen():
     completion = write([*b"abc", BYTES.eos_id, *b"def"])
     assert (completion.text, completion.finish_reason, completion.ids) == ("abc", "eos", (*b"abc", BYTES.eos_id))
@@ -271,9 +278,9 @@ def test_forbidden_ngrams_hold_for_prompt_and_text_and_across_a_context_shift():
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
 
-def ending_engine() -> Engine:
+def ending_engine(seed: int = 0) -> Engine:
     """Four tokens, one of them EOS, so that samples end at different steps."""
-    return Engine(make_model(vocab_size=4, max_seq_len=32), CharTokenizer("ab", unknown="error"))
+    return Engine(make_model(seed, vocab_size=4, max_seq_len=32), CharTokenizer("ab", unknown="error"))
 
 
 def test_the_same_seed_gives_the_same_text_alone_and_among_others():
@@ -286,6 +293,17 @@ def test_the_same_seed_gives_the_same_text_alone_and_among_others():
     assert texts[12] == engine.generate("ab", SamplingConfig(n_samples=12, **settings))
     assert len({len(c.ids) for c in texts[12]}) > 2
     assert {c.finish_reason for c in texts[12]} >= {"eos"}
+
+
+@torch.no_grad()
+def test_each_sample_draws_from_its_own_stream_to_its_end():
+    """Oracle: each sample by itself, the whole text again for each token, with the generator of (seed, sample)."""
+    engine, sampling = ending_engine(), SamplingConfig(max_new_tokens=20, temperature=3.0, seed=7, n_samples=8)
+    for number, completion in enumerate(engine.generate("ab", sampling)):
+        ids, generator = [0, 1], make_generator(7, number)
+        while len(ids) < 22 and engine.tokenizer.eos_id not in ids:
+            ids.append(next_token(engine.model(torch.tensor([ids]))[:, -1], torch.tensor([ids]), sampling, [generator]).ids.item())
+        assert list(completion.ids) == ids[2:]
 
 
 def test_another_seed_gives_another_text():
@@ -346,7 +364,9 @@ def test_beams_go_past_the_context():
 
 def test_beams_obey_forbidden_ngrams():
     """Four tokens and none twice: "ab" is in the prompt, so only pad and EOS are left."""
-    engine = ending_engine()
+    engine = ending_engine(seed=1)
+    [free] = engine.generate("ab", SamplingConfig(n_beams=5, max_new_tokens=2))
+    assert set(free.ids) == {0, 1}
     [completion] = engine.generate("ab", SamplingConfig(n_beams=5, max_new_tokens=2, no_repeat_ngram=1))
     assert set(completion.ids) <= {engine.tokenizer.pad_id, engine.tokenizer.eos_id}
 

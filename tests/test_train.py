@@ -270,6 +270,24 @@ def test_changed_data_is_refused_unless_allowed(make_config: Make, corpus: Path,
     assert run(config, "--allow-changes") == 0
 
 
+def test_shared_documents_are_counted_and_said(make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture) -> None:
+    """E13: the validation file is the first 20 lines of the training file."""
+    val = tmp_path / "val.txt"
+    val.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:20]), encoding="utf-8")
+    assert run(make_config(data={"val_dataset": str(val)})) == 0
+    assert "warning: 20 documents of data.val_dataset are training documents too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_changed_streamed_text_is_refused_too(make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture, stream: bool) -> None:
+    """A10 for both ways of reading: a document is added at the end."""
+    data = {"streaming": stream, "shuffle_window": 4, "val_docs": 5}
+    assert run(make_config(data=data, training={"max_steps": 4})) == 0
+    with open(corpus, "a", encoding="utf-8") as file:
+        file.writelines(f"another document {i}\n" for i in range(20))
+    assert "data (" in refused(make_config(data=data), tmp_path, capsys)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

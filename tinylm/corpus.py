@@ -267,7 +267,7 @@ def _text_of(row: Any, field: str) -> str:
     if not isinstance(row, dict):
         raise _BadRow(f'expected an object such as {{"{printable(field)}": "..."}}, found {_kind_of(row)}. {mend}')
     if field not in row:
-        raise _BadRow(f"{printable(field)}: missing; the row has {', '.join(map(printable, row)) or 'no keys'}. {mend}")
+        raise _BadRow(f"{printable(field)}: missing; the row has {_some(row)}. {mend}")
     text = row[field]
     if not isinstance(text, str):
         raise _BadRow(f"{printable(field)}: expected a string, found {_kind_of(text)}. {mend}")
@@ -276,6 +276,11 @@ def _text_of(row: Any, field: str) -> str:
     except UserError as problem:
         raise _BadRow(f"{printable(field)}: {problem}") from None
     return text
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names, for a message of one line."""
+    return ", ".join(map(printable, islice(names, 20))) or "no keys"
 
 
 def _kind_of(value: Any) -> str:
@@ -320,7 +325,7 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
 
 
 def _no_column(field: str, columns: Iterable[str]) -> str:
-    return f"{printable(field)}: no such column; there are {', '.join(map(printable, columns))}. Set data.text_field to the one that holds the text."
+    return f"{printable(field)}: no such column; there are {_some(columns)}. Set data.text_field to the one that holds the text."
 
 
 def _import(module: str, needed_for: str) -> Any:

@@ -29,6 +29,7 @@ from tinylm.config import Config
 from tinylm.engine import Engine
 from tinylm.errors import printable, writing
 from tinylm.evaluate import LanguageScore, language_score
+from tinylm.program import readable
 from tinylm.schedule import should_stop
 from tinylm.tokenizer import Tokenizer
 
@@ -141,7 +142,7 @@ class Validation(StepCallback):
             stage.decoder.eval()
             text = Engine(stage.decoder, self.tokenizer).generate(training.sample_prompt, stage.config.sampling)[0].text
             stage.decoder.train()
-            self.show(f"sample: {printable(training.sample_prompt + text)}")
+            self.show(f"sample: {readable(training.sample_prompt + text)}")
 
 
 def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool] = lambda: False) -> LanguageScore | None:

@@ -8,12 +8,14 @@ import json
 import sys
 from pathlib import Path
 
-from tinylm.errors import printable, run_program
+from tinylm.errors import printable
+from tinylm.program import Parser, run_program
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        prog="python eval_val.py",
         usage="python eval_val.py --ckpt checkpoints/best.ckpt --config config_smoke.yaml",
         description="val_loss, val_ppl and val_bpb of a checkpoint on the validation data of a config.",
     )
@@ -23,7 +25,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", default="auto", help="auto: the one in the checkpoint; else a Hugging Face name or folder")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
     return parser.parse_intermixed_args(argv)
 
 

@@ -11,19 +11,18 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from tinylm.config import SamplingConfig, TokenizerConfig
 from tinylm.device import NAMES, pick_device
-from tinylm.errors import UserError, printable, run_program
+from tinylm.errors import UserError, printable
+from tinylm.program import Parser, readable, run_program, say
 
 if TYPE_CHECKING:
     from tinylm.checkpoint import Loaded
@@ -32,22 +31,12 @@ if TYPE_CHECKING:
 
 # Least probability of a token, and the terminal colour that shows it.
 BANDS = ((0.9, "92"), (0.5, "32"), (0.2, "33"), (0.05, "35"), (0.0, "31"))
-# Joiners inside emoji and many scripts: str.isprintable rejects them, and they move nothing.
-JOINERS = "\u200c\u200d"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; the exit code: 0 done, 2 a mistake the user can mend, 130 stopped by Ctrl-C."""
+    """Run the program; its exit code comes back."""
     arguments = make_parser().parse_args(argv)
-    open_streams()
-    before = signal.signal(signal.SIGINT, stop_once)
-    try:
-        code = run_program(lambda: infer(arguments), debug=arguments.debug)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped by Ctrl-C\n")
-        return 130
-    signal.signal(signal.SIGINT, before)
-    return code
+    return run_program(lambda: infer(arguments), debug=arguments.debug)
 
 
 def infer(arguments: argparse.Namespace) -> int:
@@ -87,19 +76,12 @@ def infer(arguments: argparse.Namespace) -> int:
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """Argparse with errors in one line, as everywhere else; what the user typed is shown without harm."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {printable(message)}. The flags: python infer.py --help\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The flags; those of sampling are the fields of SamplingConfig."""
     parser = Parser(
+        prog="python infer.py",
         usage='python infer.py --prompt "Attention is" [flags]',
         description="Continue a prompt with a trained model.",
-        allow_abbrev=False,
     )
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue; - or no flag: read from standard input, without its last newline")
     where = parser.add_mutually_exclusive_group()
@@ -109,7 +91,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=NAMES, default="auto", help="auto: CUDA, else MPS, else the CPU")
     parser.add_argument("--show-probs", action="store_true", help="colour each token by its probability; without colour: token(probability)")
     parser.add_argument("--json", action="store_true", help="print the completions as JSON when they are finished")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sampling = parser.add_argument_group("sampling", "a default that the checkpoint's config sets replaces the one shown; none switches a setting off")
     for name, field in SamplingConfig.model_fields.items():
         shown = "off" if field.default in (None, ()) else field.default
@@ -270,15 +251,6 @@ def describe(completion: "Completion", pieces: Iterable["Piece"], tokenizer: "To
     return {**dataclasses.asdict(completion), **({"tokens": tokens} if show_probs else {})}
 
 
-def readable(text: str) -> str:
-    r"""`text` with its lines and tabs, and with control and bidirectional characters shown as escapes.
-
-    >>> readable("a\tb\n\x1b[31m\u202e")
-    'a\tb\n\\x1b[31m\\u202e'
-    """
-    return "".join(c if c in "\n\t" or c in JOINERS or unicodedata.category(c) == "Zs" else printable(c) for c in text)
-
-
 def in_colour(code: str, text: str) -> str:
     """`text` in a terminal colour; the colour ends with it, so that an interrupt leaves none behind."""
     return f"\x1b[{code}m{text}\x1b[0m"
@@ -293,27 +265,6 @@ def write(text: str) -> None:
     """Put a result on stdout at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def say(line: str) -> None:
-    """Put one line for people on stderr."""
-    sys.stderr.write(f"{printable(line)}\n")
-
-
-# --- the process ----------------------------------------------------------------------------------------------------
-
-
-def open_streams() -> None:
-    """Make stdout and stderr safe to write to: a closed one leads nowhere, and what its encoding lacks is escaped."""
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open for the life of the process)
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def stop_once(signum: int, frame: Any) -> NoReturn:
-    """The first Ctrl-C ends the text; a second one, while the program is on its way out, ends the process at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

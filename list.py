@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.errors import UserError, printable, run_program
+from tinylm.errors import UserError, printable
+from tinylm.program import Parser, run_program
 
 if TYPE_CHECKING:
     from tinylm.checkpoint import CheckpointInfo
@@ -21,11 +22,12 @@ SORT_KEYS = ("step", "tokens", "train_loss", "val_loss", "parameters", "bytes", 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(usage="python list.py [--dir checkpoints] [--sort val_loss] [--json]", description="List checkpoints and what they hold.")
+    parser = Parser(
+        prog="python list.py", usage="python list.py [--dir checkpoints] [--sort val_loss] [--json]", description="List checkpoints and what they hold."
+    )
     parser.add_argument("--dir", type=Path, default=Path("checkpoints"), help="folder to look in (default: checkpoints)")
     parser.add_argument("--sort", choices=SORT_KEYS, default="step", help="column to sort by (default: step)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
     return parser.parse_args(argv)
 
 

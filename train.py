@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.errors import UserError, printable, run_program
+from tinylm.errors import UserError, printable
+from tinylm.program import Parser, run_program
 
 if TYPE_CHECKING:
     import lightning as L
@@ -40,7 +41,8 @@ FREE_ON_RESUME = {
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        prog="python train.py",
         usage="python train.py --config config.yaml [section.key=value ...]",
         description="Pretrain a model. The same command again goes on from the newest checkpoint.",
         epilog="Every setting: docs/CONFIG_REFERENCE.md. Exit codes: 0 done, 2 a mistake to mend, 3 diverged, 130/143 stopped after saving.",
@@ -51,7 +53,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     start.add_argument("--resume", metavar="PATH", type=Path, help="go on from this checkpoint instead of the newest")
     start.add_argument("--no-resume", action="store_true", help="start anew; needs a checkpoint folder without checkpoints")
     parser.add_argument("--allow-changes", action="store_true", help="resume although data, tokenizer or settings differ from the checkpoint's")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
     return parser.parse_intermixed_args(argv)  # settings may stand between flags
 
 

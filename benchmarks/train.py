@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 # Before this folder, where `train` is this very file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tinylm.errors import UserError, run_program  # noqa: E402
+from tinylm.errors import UserError  # noqa: E402
+from tinylm.program import run_program  # noqa: E402
 
 if TYPE_CHECKING:
     import torch

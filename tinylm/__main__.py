@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinylm.errors import UserError, printable, run_program
+from tinylm.errors import UserError, printable
+from tinylm.program import Parser, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tinylm", description="Commands of the Tiny Transformer library.")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(metavar="command", required=True)
+    parser = Parser(prog="python -m tinylm", description="Commands of the Tiny Transformer library.")
+    # The commands are plain parsers: --debug stands before the command.
+    commands = parser.add_subparsers(metavar="command", required=True, parser_class=argparse.ArgumentParser)
     add_config_reference(commands)
     arguments = parser.parse_args(argv)
     return run_program(lambda: arguments.run(arguments), debug=arguments.debug)

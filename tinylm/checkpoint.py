@@ -22,6 +22,8 @@ from typing import Any
 
 import filelock
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from tinylm.config import Config
 from tinylm.decoder import Decoder
@@ -311,7 +313,7 @@ def load_model(path: Path, device: str = "cpu") -> Loaded:
 
 def build_decoder(config: Config, weights: dict[str, torch.Tensor]) -> Decoder:
     """A decoder with exactly these weights; a missing, extra or misshapen one is a ValueError."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         model = Decoder(config.model)
     model.load_state_dict(weights, strict=True, assign=True)
     if config.model.tie_embeddings:
@@ -320,6 +322,18 @@ def build_decoder(config: Config, weights: dict[str, torch.Tensor]) -> Decoder:
         weight.data = weight.data.clone()  # off the mapped file, which may be replaced
         weight.requires_grad_(True)
     return model
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves new weights unfilled: on the meta device filling them imports torch's compiler, which takes two seconds."""
+
+    _fillers = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.trunc_normal_, torch.Tensor.normal_, torch.Tensor.uniform_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._fillers:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def info_row(info: CheckpointInfo) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """Mistakes that their user can mend, and how text from outside is shown without harm."""
 
 import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -36,21 +34,3 @@ def writing(path: object, setting: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{printable(path)}: cannot be written: {error.strerror}. Make room or change {setting}.") from None
-
-
-def run_program(body: Callable[[], int], *, debug: bool) -> int:
-    """Run a program's body; a `UserError` becomes one line on stderr and exit code 2, `Diverged` becomes 3.
-
-    `debug` lets the exception through with its traceback. A reader that closed our output (`| head`) is no error.
-    """
-    try:
-        return body()
-    except (UserError, Diverged) as error:
-        if debug:
-            raise
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2 if isinstance(error, UserError) else 3
-    except BrokenPipeError:
-        # Python flushes stdout once more at exit, which would complain again: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0

@@ -1,0 +1,87 @@
+"""What every command-line program here does alike: the parser, the streams, errors in one line, exit codes.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | a bug: the traceback is shown |
+| 2 | a mistake that its user can mend, in one line |
+| 3 | training diverged |
+| 130, 143 | stopped by Ctrl-C or SIGTERM; training saves first |
+"""
+
+import argparse
+import os
+import signal
+import sys
+import unicodedata
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from tinylm.errors import Diverged, UserError, printable
+
+# Joiners inside emoji and many scripts: str.isprintable rejects them, and they move nothing.
+JOINERS = "\u200c\u200d"
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse with errors in one line, as everywhere else; what the user typed is shown without harm."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2."""
+        self.exit(2, f"error: {printable(message)}. The flags: {self.prog} --help\n")
+
+
+def run_program(body: Callable[[], int], *, debug: bool) -> int:
+    """Run a program's body; its exit code, or that of the error it ended with, comes back.
+
+    `debug` lets an error through with its traceback. A reader that closed our output (`| head`) is no error.
+    """
+    open_streams()
+    before = signal.signal(signal.SIGINT, stop_once)
+    try:
+        return body()
+    except (UserError, Diverged) as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2 if isinstance(error, UserError) else 3
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped by Ctrl-C\n")
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, which would complain again: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def open_streams() -> None:
+    """Make stdout and stderr safe to write to: a closed one leads nowhere, and what its encoding lacks is escaped."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open for the life of the process)
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def stop_once(signum: int, frame: Any) -> NoReturn:
+    """The first Ctrl-C ends the work; a second one, while the program is on its way out, ends the process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def say(line: str) -> None:
+    """Put one line for people on stderr."""
+    sys.stderr.write(f"{printable(line)}\n")
+
+
+def readable(text: str) -> str:
+    r"""`text` with its lines and tabs, and with control and bidirectional characters shown as escapes.
+
+    >>> readable("a\tb\n\x1b[31m\u202e")
+    'a\tb\n\\x1b[31m\\u202e'
+    """
+    return "".join(c if c in "\n\t" or c in JOINERS or unicodedata.category(c) == "Zs" else printable(c) for c in text)

@@ -71,7 +71,11 @@ class Restore(L.Callback):
     def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         """Restore, and let go of the file's contents."""
         if self.payload is not None:
+            groups = trainer.optimizers[0].param_groups
+            settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
             trainer.strategy.load_optimizer_state_dict({"optimizer_states": [self.payload["optimizer"]]})
+            for group, own in zip(trainer.optimizers[0].param_groups, settings, strict=True):
+                group.update(own)  # the settings are the config's, which --allow-changes may have changed
             trainer.precision_plugin.load_state_dict(self.payload["precision"])
             self.payload = None
 
@@ -105,8 +109,7 @@ class StopSignals(L.Callback):
 
 def wishes_to_stop(trainer: L.Trainer, stage: LitStage, signals: StopSignals) -> bool:
     """Whether a signal came, on any rank, or validation has stopped improving."""
-    patience = stage.config.training.early_stopping_patience
-    early = patience is not None and should_stop(stage.progress.val_losses, patience)
+    early = should_stop(stage.progress.val_losses, stage.config.training.early_stopping_patience)
     return early or trainer.strategy.reduce_boolean_decision(signals.received is not None, all=False)
 
 

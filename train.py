@@ -147,9 +147,8 @@ def is_complete(payload: dict[str, Any], config: "Config") -> bool:
     """Whether there is nothing left to train: all steps are done, or the run had stopped early."""
     from tinylm.schedule import should_stop
 
-    patience = config.training.early_stopping_patience
     losses = [loss for _, loss in payload["progress"]["validations"]]
-    return payload["step"] >= config.training.max_steps or (patience is not None and should_stop(losses, patience))
+    return payload["step"] >= config.training.max_steps or should_stop(losses, config.training.early_stopping_patience)
 
 
 def check_same_run(start: Start, config: "Config", data: "LitData", *, allow_changes: bool) -> None:
@@ -415,6 +414,8 @@ def check_hardware(config: "Config", device: str) -> None:
         raise UserError(f"hardware.devices: {hardware.devices} were asked for, and this machine has {present}. Lower hardware.devices.")
     if hardware.strategy == "fsdp" and device != "cuda":
         raise UserError(f"hardware.strategy: fsdp needs CUDA, and this run is on {device}. Set hardware.strategy to ddp.")
+    if hardware.strategy == "fsdp" and config.training.optimizer == "muon":
+        raise UserError("training.optimizer: muon needs whole matrices, and hardware.strategy fsdp cuts them in pieces. Set adamw, or strategy ddp.")
 
 
 def set_threads(threads: int | None) -> None:

@@ -307,6 +307,16 @@ def test_another_run_is_not_resumed(make_config: Make, tmp_path: Path, capsys: C
     assert "step-000004.ckpt: " in message and words in message
 
 
+def test_an_allowed_change_of_the_learning_rate_takes_effect(make_config: Make, tmp_path: Path) -> None:
+    """The optimizer's state comes from the checkpoint, its settings from the config: half the rate is half the rate."""
+    assert run(make_config(training={"max_steps": 4, "schedule": "constant"})) == 0
+    assert run(make_config(training={"max_steps": 6, "schedule": "constant", "lr": 5e-3}), "--allow-changes") == 0
+    rates = {step: float.fromhex(lr) for step, lr in curve(tmp_path, "lr").items()}
+    assert rates == {1: 1e-2, 2: 1e-2, 3: 1e-2, 4: 1e-2, 5: 5e-3, 6: 5e-3}
+    state = checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["optimizer"]
+    assert {group["lr"] for group in state["param_groups"]} == {5e-3}
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(make_config: Make, uninterrupted: Path, capsys: Capture) -> None:
     """B1: one bit of step 6 is flipped; the run goes on from step 4 and ends with the same numbers."""
     whole = curve(uninterrupted)

@@ -17,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
 GUIDES = [path for path in DOCUMENTS if path.name in ("LEARNING_PATH.md", "TROUBLESHOOTING.md")]
 # What a reader has beside this project; those commands are recognised, and run elsewhere if at all.
-TOOLS = {"cd", "echo", "export", "git", "kill", "nvidia-smi", "pip", "pytest", "ruff", "sleep", "source", "tensorboard", "wandb"}
+TOOLS = {"cd", "echo", "export", "git", "kill", "nvidia-smi", "pip", "pytest", "python", "python3", "ruff", "sleep", "source", "tensorboard", "wandb"}
 TOOL_MODULES = {"pip", "pytest", "venv", "ruff"}
 # The programs that are truly run, and what is put behind their arguments so that each takes a second or two.
 SHORT = {
@@ -74,7 +74,7 @@ class Command:
             return None
         if self.words[1] == "-m":
             return None if self.words[2] in TOOL_MODULES else f"-m {self.words[2]}"
-        return self.words[1]
+        return None if self.words[1] == "-c" else self.words[1]
 
     @property
     def arguments(self) -> list[str]:
@@ -164,14 +164,17 @@ class Parsed(Exception):
 
 def parse(program: str, arguments: list[str]) -> argparse.Namespace:
     """What the program's own parser makes of the arguments; ValueError with its complaint if it refuses them."""
-    parse_args = argparse.ArgumentParser.parse_args
 
-    def stop(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
-        raise Parsed(parse_args(parser, args, namespace))
+    def stop_after(parse: Callable[..., argparse.Namespace]) -> Callable[..., None]:
+        def stop(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
+            raise Parsed(parse(parser, args, namespace))
+
+        return stop
 
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, stop_after(getattr(argparse.ArgumentParser, name)))
         try:
             main_of(program)(arguments)
         except Parsed as parsed:
@@ -208,8 +211,7 @@ def faults(text: str) -> Iterator[str]:
 
 def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
     """What is wrong with one command; `folders` are those that earlier ones train into, to which it may add its own."""
-    known = command.program is not None or command.words[0] in TOOLS or command.words[:2] in {("python", "-m"), ("python3", "-m")}
-    if not known:
+    if command.program is None and command.words[0] not in TOOLS:
         yield f"{command.words[0]}: neither of this project nor in TOOLS"
     missing = [word for word in command.words if (name := word.rpartition("=")[2]) and NAMED_FILE.fullmatch(name) and not Path(name).exists()]
     if command.fenced and missing:
@@ -418,7 +420,7 @@ def unknown_names(text: str, code: str) -> Iterator[str]:
         elif "." in word and word.split(".")[0] in Config.model_fields:
             if word not in settings:
                 yield word
-        elif re.fullmatch(r"\w+", word) and not re.search(rf"\b{word}\b", code):
+        elif "/" not in word and not all(re.search(rf"\b{part}\b", code) for part in word.split(".")):
             yield word
 
 

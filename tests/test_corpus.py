@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -541,10 +541,12 @@ def test_batches_do_not_change_the_tokens(documents, characters, monkeypatch):
     assert [tokens.tolist() for tokens in encode_documents(texts, BYTES, None)] == expected
 
 
-def test_encoding_reads_no_more_than_one_batch_ahead():
-    """A stream without end must give its first tokens."""
-    endless = (str(i) for i in iter(int, 1))
-    assert len(list(islice(encode_documents(endless, BYTES, None), 1000))) == 1000
+@pytest.mark.parametrize(("text", "read_ahead"), [("short", 256), ("x" * 400_000, 3)])
+def test_encoding_reads_no_more_than_one_batch_ahead(text, read_ahead):
+    """256 documents or a million characters, whichever is first: a stream without end must give its first tokens soon."""
+    read = count()
+    next(encode_documents((text for _ in read), BYTES, None))
+    assert next(read) == read_ahead
 
 
 def test_two_bytes_hold_65536_ids_and_one_more_needs_four():

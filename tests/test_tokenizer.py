@@ -169,6 +169,14 @@ def test_the_backend_alone_would_let_text_become_the_end():
         assert tokenizer.eos_id not in tokenizer.encode(text)
 
 
+def test_text_that_spells_a_special_token_is_encoded_as_any_text(tmp_path):
+    """`<|` is a merge here: cutting the text behind its first character, as only lookup models need, would lose it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    write_json(tmp_path / "vocab.json", {token: id for id, token in enumerate([*alphabet, "<|", "<|endoftext|>"])})
+    (tmp_path / "merges.txt").write_text("< |\n", encoding="utf-8")
+    assert load(tmp_path).encode("<|endoftext|>") == [256, *(alphabet.index(c) for c in "endoftext|>")]
+
+
 def test_an_added_token_that_is_not_special_stays_part_of_the_text():
     backend = byte_level_backend()
     backend.add_tokens([AddedToken("<think>", special=False)])

@@ -122,6 +122,7 @@ class Validation(StepCallback):
     def __init__(self, signals: StopSignals, tokenizer: Tokenizer, show: Callable[[str], None]):
         self.signals, self.tokenizer, self.show = signals, tokenizer, show
         self.score: LanguageScore | None = None
+        self.seconds = 0.0
 
     def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         """A run that was stopped between a step and its validation owes that validation."""
@@ -131,8 +132,8 @@ class Validation(StepCallback):
 
     def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
         """Validate if it is time."""
-        self.score = None
-        training, step = stage.config.training, stage.progress.step
+        self.score, self.seconds = None, 0.0
+        training, step, began = stage.config.training, stage.progress.step, time.monotonic()
         due = step % training.val_every_steps == 0 or step == training.max_steps
         if not due or stage.progress.validated(step):
             return
@@ -146,6 +147,7 @@ class Validation(StepCallback):
             text = Engine(stage.decoder, self.tokenizer).generate(training.sample_prompt, stage.config.sampling)[0].text
             stage.decoder.train()
             self.show(f"sample: {readable(training.sample_prompt + text)}")
+        self.seconds = time.monotonic() - began
 
 
 def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool] = lambda: False) -> LanguageScore | None:
@@ -233,7 +235,8 @@ class Metrics(StepCallback):
             progress.train_loss = progress.logged_loss / progress.logged_tokens
             progress.logged_loss, progress.logged_tokens = 0.0, 0
         now = time.monotonic()
-        speed = (progress.tokens - self.tokens_then) / max(now - self.since, 1e-9)
+        training_seconds = now - self.since - self.validation.seconds
+        speed = (progress.tokens - self.tokens_then) / max(training_seconds, 1e-9)
         self.since, self.tokens_then = now, progress.tokens
         row: Row = {
             "step": progress.step,

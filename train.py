@@ -268,6 +268,7 @@ def build_trainer(config: "Config", device: str, callbacks: "list[L.Callback]") 
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning 2.6 under torch 2.13
     # Both advise a setting that is the user's choice here (num_workers), or that the design makes moot.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")

@@ -78,18 +78,21 @@ def show(sound: "list[CheckpointInfo]", damaged: list[tuple[Path, str]]) -> None
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("file", "stage", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("file", no_wrap=True)
+    table.add_column("stage", no_wrap=True)
     for name in ("step", "tokens", "train_loss", "val_loss", "parameters", "shape", "size", "age"):
         table.add_column(name, justify="right", no_wrap=True)
     for info in sound:
         losses = ["-" if value is None else f"{value:.4f}" for value in (info.train_loss, info.val_loss)]
         numbers = [f"{info.step}", f"{info.tokens:,}", *losses, f"{info.parameters:,}", info.shape, size(info.bytes), age(info.created)]
         table.add_row(printable(info.path.name), info.stage, *numbers)
-    for path, why in damaged:
-        table.add_row(printable(path.name), f"DAMAGED: {why}")
-    console = Console()
     # Into a pipe nothing is cut: a program or a person with a wide screen reads it.
-    console.print(table, width=console.width if console.is_terminal else 400, markup=False)
+    console = Console(width=None if sys.stdout.isatty() else 400)
+    if sound:
+        console.print(table, markup=False)
+    for path, why in damaged:
+        print(f"{printable(path.name)}  DAMAGED: {why}")
 
 
 def size(n_bytes: int) -> str:

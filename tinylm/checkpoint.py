@@ -90,9 +90,10 @@ def write(path: Path, payload: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save turns some failed writes into RuntimeError
+    except (OSError, RuntimeError) as error:
         _remove(temporary)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        # torch.save turns a write that failed inside its zip writer into a RuntimeError that does not say why.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk did not take all of it"
         raise UserError(
             f"{printable(path)}: the checkpoint could not be saved: {printable(reason)} ({_space(path.parent, payload)}). "
             "Make room or choose another training.checkpoint_dir; older checkpoints are untouched."

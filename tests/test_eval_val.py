@@ -1,0 +1,83 @@
+"""eval_val.py gives the number that training wrote, weighted by tokens."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_val
+import train
+from tinylm import checkpoint
+from tinylm.evaluate import LOSS_CAP, language_score
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def trained(make_config: Make, tmp_path: Path) -> Path:
+    """The config of a finished run."""
+    config = make_config()
+    assert train.main(["--config", str(config)]) == 0
+    return config
+
+
+def scores(config: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, float]:
+    """What eval_val.py prints as JSON."""
+    capsys.readouterr()
+    assert eval_val.main(["--ckpt", str(folder / "checkpoints" / "final.ckpt"), "--config", str(config), "--json", "--device", "cpu", *more]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_it_gives_what_training_wrote(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last row of metrics.csv, to the last digit, for the same rows in the same batches."""
+    with open(tmp_path / "logs" / "tiny" / "metrics.csv", newline="", encoding="utf-8") as file:
+        last = list(csv.DictReader(file))[-1]
+    found = scores(trained, tmp_path, capsys)
+    assert [found[name] for name in ("val_loss", "val_ppl", "val_bpb")] == [float(last[name]) for name in ("val_loss", "val_ppl", "val_bpb")]
+
+
+def test_the_loss_is_a_mean_over_tokens_however_they_are_batched(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """575 validation tokens, of which the first is no target; the oracle asks for each token by a row of its own."""
+    found = scores(trained, tmp_path, capsys, "training.micro_batch_size=1")
+    loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
+    (file,) = (tmp_path / "cache").glob("val-*.bin")
+    tokens = torch.frombuffer(bytearray(file.read_bytes()[4096:]), dtype=torch.uint16).long()
+    losses = []
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start : start + 17]
+        logits = loaded.model(window[None, :-1])[0]
+        losses += torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").tolist()
+    assert found["tokens"] == len(losses) == len(tokens) - 1
+    assert found["val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    n_bytes = int((tokens[1:] < 256).sum())
+    assert found["val_bpb"] == pytest.approx(sum(losses) / math.log(2) / n_bytes, rel=1e-6)
+
+
+def test_people_get_a_line_with_the_token_count(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """val_loss, val_ppl and val_bpb, on so many tokens."""
+    capsys.readouterr()
+    assert eval_val.main(["--ckpt", str(tmp_path / "checkpoints" / "best.ckpt"), "--config", str(trained)]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith("val_loss ") and " val_ppl " in line and " val_bpb " in line and " tokens (" in line
+
+
+def test_perplexity_is_capped() -> None:
+    """S0: exp of at most LOSS_CAP; the loss itself is never changed."""
+    score = language_score(loss_sum=1000.0, tokens=1, n_bytes=1)
+    assert (score.loss, score.perplexity) == (1000.0, math.exp(LOSS_CAP))
+
+
+def test_a_nan_loss_stays_nan() -> None:
+    """STYLE's bug: a bad number is never replaced by a good-looking one."""
+    score = language_score(loss_sum=math.nan, tokens=5, n_bytes=5)
+    assert math.isnan(score.loss) and math.isnan(score.perplexity) and math.isnan(score.bits_per_byte)
+
+
+def test_a_missing_checkpoint_is_one_line(make_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It names the file and the program that lists them."""
+    assert eval_val.main(["--ckpt", str(tmp_path / "no.ckpt"), "--config", str(make_config())]) == 2
+    assert "no.ckpt: not found. Give a .ckpt file; `python list.py` shows them." in capsys.readouterr().err

@@ -9,6 +9,7 @@ import copy
 import csv
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ from tinylm.config import Config
 from tinylm.engine import Engine
 from tinylm.errors import printable, writing
 from tinylm.evaluate import LanguageScore, language_score
-from tinylm.program import readable
+from tinylm.program import lead_nowhere, readable
 from tinylm.schedule import should_stop
 from tinylm.tokenizer import Tokenizer
 
@@ -170,21 +171,19 @@ def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool
 
 
 class MetricsFile:
-    """metrics.csv of one run: appended to, continued by a resumed run, no step in it twice."""
+    """metrics.csv of one run: appended to, continued by a resumed run, no step in it twice.
 
-    def __init__(self, path: Path, resume_step: int):
+    `aside` keeps an earlier file under another name: one of another run, or of another branch of this one.
+    """
+
+    def __init__(self, path: Path, resume_step: int, *, aside: bool):
         self.path = path
         with writing(path, "training.log_dir"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and resume_step == 0:
-                os.replace(path, self._free_name())  # an earlier run's numbers are kept, under another name
-            kept = self._rows_until(resume_step) if path.exists() else []
-            temporary = path.with_suffix(".tmp")
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(kept)
-            os.replace(temporary, path)
+            rows = self._rows_until(resume_step) if path.exists() else []
+            if aside and path.exists():
+                os.replace(path, self._free_name())
+            self._write(rows)
 
     def _free_name(self) -> Path:
         number = 1
@@ -194,14 +193,34 @@ class MetricsFile:
 
     def _rows_until(self, step: int) -> list[dict[str, str]]:
         """The whole rows up to `step`; what a killed run wrote after its last checkpoint will be written again."""
-        with open(self.path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
+            rows = list(csv.DictReader(line.replace("\0", "") for line in file))
         return [row for row in rows if set(row) == set(COLUMNS) and None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
 
     def append(self, row: Row) -> None:
         """One more row; numbers are written so that reading them gives the same bits."""
         with writing(self.path, "training.log_dir"), open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow({name: "" if row[name] is None else repr(row[name]) for name in COLUMNS})
+            csv.DictWriter(file, COLUMNS).writerow(_as_text(row))
+
+    def complete(self, row: Row) -> None:
+        """Add what `row` knows to the row of its step, the last one, or append it."""
+        step = row["step"] or 0
+        with writing(self.path, "training.log_dir"):
+            rows = self._rows_until(step)
+            old = rows.pop() if rows and rows[-1]["step"] == str(step) else {}
+            self._write([*rows, old | {name: text for name, text in _as_text(row).items() if text or name not in old}])
+
+
+def _as_text(row: Row) -> dict[str, str]:
+    return {name: "" if row[name] is None else repr(row[name]) for name in COLUMNS}
 
 
 class Metrics(StepCallback):
@@ -221,8 +240,10 @@ class Metrics(StepCallback):
         """Start the clock; write the row of a validation that was owed."""
         assert isinstance(stage, LitStage)
         self.since, self.tokens_then = time.monotonic(), stage.progress.tokens
-        if self.validation.score is not None:
-            self.after_step(trainer, stage)
+        if self.validation.score is not None and self.file is not None:
+            row = self._row(stage, None)
+            self.file.complete(row)
+            self._tell(row)
 
     def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
         """Write a row if it is time; only rank 0 does."""
@@ -238,7 +259,14 @@ class Metrics(StepCallback):
         training_seconds = now - self.since - self.validation.seconds
         speed = (progress.tokens - self.tokens_then) / max(training_seconds, 1e-9)
         self.since, self.tokens_then = now, progress.tokens
-        row: Row = {
+        if self.file is not None:
+            row = self._row(stage, speed)
+            self.file.append(row)
+            self._tell(row)
+
+    def _row(self, stage: LitStage, speed: float | None) -> Row:
+        progress, score = stage.progress, self.validation.score
+        return {
             "step": progress.step,
             "train_loss": progress.train_loss,
             "val_loss": score.loss if score else None,
@@ -249,11 +277,11 @@ class Metrics(StepCallback):
             "tokens": progress.tokens,
             "tokens_per_s": speed,
         }
-        if self.file is not None:
-            self.file.append(row)
-            for logger in self.loggers:
-                logger.log_metrics({k: v for k, v in row.items() if v is not None and k != "step"}, step=progress.step)
-            self.show(row)
+
+    def _tell(self, row: Row) -> None:
+        for logger in self.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if v is not None and k != "step"}, step=int(row["step"] or 0))
+        self.show(row)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -339,6 +367,14 @@ class Checkpoints(StepCallback):
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------
+
+
+class Terminal(Console):
+    """Stderr for people; a reader that went away (`2>&1 | head`) does not end a run."""
+
+    def on_broken_pipe(self) -> None:
+        """What rich calls then; its own version exits."""
+        lead_nowhere(sys.stderr)
 
 
 class ProgressDisplay(StepCallback):

@@ -10,6 +10,7 @@ does not depend on the number of worker processes. With R ranks, micro-batch k o
 device would see as micro-batch k·R + r: sharding happens here alone.
 """
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -189,6 +190,12 @@ class StreamBatches(IterableDataset[Batch]):
             start = Position(start.passes + 1, 0, 0)
 
 
+def leave_signals_alone(worker: int) -> None:
+    """Let a worker process live on after Ctrl-C, which a terminal sends to the whole group: the run still needs it to finish the step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class LitData(L.LightningDataModule):
     """The batches of one pretraining run.
 
@@ -252,4 +259,12 @@ class LitData(L.LightningDataModule):
 
     def _loader(self, batches: Any, steps: range | None = None) -> DataLoader[Batch]:
         workers = self.config.data.num_workers
-        return DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_alone,
+        )

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tinylm.errors import printable
-from tinylm.program import Parser, run_program
+from tinylm.program import Parser, run_program, say
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -20,10 +20,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="val_loss, val_ppl and val_bpb of a checkpoint on the validation data of a config.",
     )
     parser.add_argument("--ckpt", type=Path, required=True, help="the checkpoint")
-    parser.add_argument("--config", required=True, help="YAML file whose data section names the validation data")
+    parser.add_argument("--config", required=True, help="YAML file: its data, training.seed and hardware are used; model and precision are the checkpoint's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     parser.add_argument("--tokenizer", default="auto", help="auto: the one in the checkpoint; else a Hugging Face name or folder")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_intermixed_args(argv)
 
@@ -43,16 +42,21 @@ def run(args: argparse.Namespace) -> int:
 
     from data import RowShape, Share, ValidationBatches
     from infer import choose_tokenizer
-    from tinylm.checkpoint import load_model
+    from tinylm.checkpoint import load_model, read
     from tinylm.corpus import cached_token_file
     from tinylm.device import pick_device
     from tinylm.evaluate import byte_table, score_batches
 
-    device, why = pick_device(args.device)
-    sys.stderr.write(f"device: {device} ({why})\n")
+    device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
+    say(f"device: {device} ({why})")
+    if config.hardware.threads is not None:
+        torch.set_num_threads(config.hardware.threads)
     loaded = load_model(args.ckpt, device)
     tokenizer = choose_tokenizer(args.tokenizer, loaded.tokenizer)
     file = cached_token_file(config.data, "val", tokenizer, config.training.seed)
+    trained_on = read(args.ckpt)["data"]["val"]
+    if file.fingerprint != trained_on:
+        say(f"note: these are not the validation data of the training run ({trained_on}, here {file.fingerprint}); some may have been trained on")
     # The rows are those of the checkpoint's training, so that the number equals the one that training wrote.
     shape = RowShape.of(loaded.config.model_copy(update={"data": config.data}), tokenizer)
     batches = ValidationBatches(file, shape, Share(config.training.micro_batch_size), limit=None)

@@ -6,6 +6,7 @@ python list.py --dir checkpoints/sft --sort val_loss
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -39,16 +40,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Read every checkpoint in the folder and show it; a damaged one is a row that says so."""
-    from tinylm.checkpoint import DamagedError, describe
+    from tinylm.checkpoint import describe
 
-    if not args.dir.is_dir():
+    if not os.path.isdir(args.dir):  # os.path, unlike pathlib, has an answer for a name that is too long
         raise UserError(f"{printable(args.dir)}: no such folder. Train a model first: python train.py --config config_smoke.yaml")
     sound: list[CheckpointInfo] = []
     damaged: list[tuple[Path, str]] = []
     for path in sorted(args.dir.glob("*.ckpt")):
         try:
             sound.append(describe(path))
-        except DamagedError as error:
+        except UserError as error:  # damaged, or of a newer program
             damaged.append((path, str(error).removeprefix(f"{printable(path)}: ")))
     sound.sort(key=lambda info: sort_key(as_row(info)[args.sort]))
     if args.json:

@@ -19,6 +19,7 @@ from torch import Tensor
 from data import Batch
 from tinylm.config import Config
 from tinylm.decoder import Decoder
+from tinylm.device import keep_freed_memory
 from tinylm.errors import Diverged
 from tinylm.evaluate import batch_sums
 from tinylm.losses import cross_entropy
@@ -80,6 +81,11 @@ class LitStage(L.LightningModule):
         """Sum of the losses of a batch's targets, the number of targets, and a regulariser per target; all scalars."""
         raise NotImplementedError
 
+    def on_fit_start(self) -> None:
+        """Lightning's hook before training."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
     # --- one micro-batch ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -133,9 +139,10 @@ class LitStage(L.LightningModule):
         self.progress.logged_loss += loss
         self.progress.logged_tokens += targets
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Take the step and count it."""
-        super().optimizer_step(*args, **kwargs)
+        super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
+        optimizer.zero_grad()  # Lightning would do it after the next forward pass, which then holds both
         self.progress.step += 1
         self._forget_step()
 

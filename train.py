@@ -9,6 +9,7 @@ the other training programs too.
 
 import argparse
 import logging
+import shlex
 import sys
 import time
 import warnings
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinylm import program
 from tinylm.errors import UserError, printable
 from tinylm.program import Parser, run_program
 
@@ -75,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
     from tinylm.config import load_config
 
     config = load_config(args.config, args.overrides)
-    from tinylm import checkpoint
     from tinylm.device import pick_device
 
     device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
@@ -84,14 +85,16 @@ def run(args: argparse.Namespace) -> int:
     say(f"device: {device} ({why}), precision {config.hardware.precision}")
     set_threads(config.hardware.threads)
     folder = Path(config.training.checkpoint_dir)
-    with claim(folder):
+    with claim(folder, "training.checkpoint_dir"), claim(log_folder(config), "training.run_name"):
         start = find_start(folder, args, config, say)
+        if start.payload is not None:
+            check_same_settings(start, config, say, allow_changes=args.allow_changes)
         complete = start.payload is not None and is_complete(start.payload, config)
         if start.payload is not None and args.resume is None:
             finish_names(start.path, start.payload, final=complete)
         if complete:
             say(f"already complete at step {start.payload['step']}: {start.path}")
-            print(start.path)
+            print(printable(start.path))
             return 0
         from data import LitData
         from model import LitLM
@@ -103,10 +106,9 @@ def run(args: argparse.Namespace) -> int:
         say(describe_data(data))
         warn_of_shared_documents(config, say)
         if start.payload is not None:
-            check_same_run(start, config, data, allow_changes=args.allow_changes)
-        weights = None if start.payload is None else start.payload["weights"]
-        if start.payload is None and config.training.init_from is not None:
-            weights = checkpoint.read(Path(config.training.init_from))["weights"]
+            check_same_data(start, data, say, allow_changes=args.allow_changes)
+        check_sample_prompt(config, tokenizer)
+        weights = initial_weights(config, tokenizer) if start.payload is None else start.payload["weights"]
         decoder = build_model(config, weights)
         stage = LitLM(config, decoder, byte_table(tokenizer, decoder.embedding.num_embeddings))
         return fit(stage, data, device, start, say)
@@ -120,7 +122,12 @@ def find_start(folder: Path, args: argparse.Namespace, config: "Config", say: Ca
     from tinylm import checkpoint
 
     if args.resume is not None:
-        return Start(args.resume, checkpoint.read(args.resume))
+        payload = checkpoint.read(args.resume)
+        newer = [path for path in checkpoint.candidates(folder) if checkpoint.step_of(path) > payload["step"]]
+        if newer:
+            found = f"{printable(newer[0])} is newer than step {payload['step']}, where --resume goes on"
+            raise UserError(f"{found}. Choose another training.checkpoint_dir, so that both branches stay, or remove the newer checkpoints.")
+        return Start(args.resume, payload)
     if config.training.auto_resume and not args.no_resume:
         path = checkpoint.newest_sound(folder, lambda error: say(f"passed over: {error}"))
         return Start() if path is None else Start(path, checkpoint.read(path))
@@ -151,31 +158,46 @@ def is_complete(payload: dict[str, Any], config: "Config") -> bool:
     return payload["step"] >= config.training.max_steps or should_stop(losses, config.training.early_stopping_patience)
 
 
-def check_same_run(start: Start, config: "Config", data: "LitData", *, allow_changes: bool) -> None:
-    """Refuse to resume with what would not be the same run.
+def check_same_settings(start: Start, config: "Config", say: Callable[[str], None], *, allow_changes: bool) -> None:
+    """Compare the settings with those that the checkpoint was made with; raises as `refuse_changes` does."""
+    assert start.payload is not None
+    processes = config.hardware.devices * config.hardware.num_nodes
+    now = config.to_plain()
+    if now["model"]["vocab_size"] is None:  # as large as the tokenizer, which is compared by its content
+        now["model"]["vocab_size"] = start.payload["config"]["model"]["vocab_size"]
+    changes = changed_settings(start.payload["config"], now) + [("number of processes", start.payload["world_size"], processes)]
+    refuse_changes(start, changes, say, allow_changes=allow_changes)
+
+
+def check_same_data(start: Start, data: "LitData", say: Callable[[str], None], *, allow_changes: bool) -> None:
+    """Compare tokenizer and data with those that the checkpoint was made with; raises as `refuse_changes` does."""
+    assert start.payload is not None
+    changes = [("tokenizer", _tokenizer_of(start.payload).fingerprint, data.tokenizer.fingerprint)]
+    source = printable(data.config.data.dataset)
+    changes += [(f"{which} data ({source})", start.payload["data"][which], found) for which, found in data.fingerprints().items()]
+    refuse_changes(start, changes, say, allow_changes=allow_changes)
+
+
+def refuse_changes(start: Start, compared: list[tuple[str, Any, Any]], say: Callable[[str], None], *, allow_changes: bool) -> None:
+    """Refuse to resume with what would not be the same run; what is allowed is said.
+
+    Args:
+        compared: (name, value in the checkpoint, value now).
 
     Raises:
         UserError: naming the checkpoint, both values, and the flag that overrides.
     """
-    payload = start.payload
-    assert payload is not None
-    processes = config.hardware.devices * config.hardware.num_nodes
-    # A setting comes before what follows from it: another seed, say, also gives another split of the data.
-    compared = [("tokenizer", _tokenizer_of(payload).fingerprint, data.tokenizer.fingerprint)]
-    compared += changed_settings(payload["config"], config.to_plain())
-    compared += [("number of processes", payload["world_size"], processes)]
-    compared += [(f"{which} data", payload["data"][which], found) for which, found in data.fingerprints().items()]
     differences = [(name, was, now) for name, was, now in compared if was != now]
-    # Weights of another shape or for other tokens cannot be used at all; the rest is a matter of what the user wants.
-    fatal = [difference for difference in differences if difference[0].startswith(("model.", "tokenizer"))]
-    if not differences or (allow_changes and not fatal):
-        return
-    name, was, now = (fatal or differences)[0]
-    source = f" ({printable(config.data.dataset)})" if name.endswith("data") else ""
-    mend = "Set it back, or choose another training.checkpoint_dir"
-    if not fatal:
-        mend = "Set it back, choose another training.checkpoint_dir, or pass --allow-changes to go on all the same"
-    raise UserError(f"{printable(start.path)}: {name}{source} was {printable(was)} when it was saved, this run has {printable(now)}. {mend}.")
+    # Weights of another shape or for other tokens, and another optimizer's state, cannot be used at all.
+    fatal = [difference for difference in differences if difference[0].startswith(("model.", "tokenizer", "training.optimizer"))]
+    if fatal or (differences and not allow_changes):
+        name, was, now = (fatal or differences)[0]
+        mend = "Set it back, or choose another training.checkpoint_dir"
+        if not fatal:
+            mend = "Set it back, choose another training.checkpoint_dir, or pass --allow-changes to go on all the same"
+        raise UserError(f"{printable(start.path)}: {name} was {printable(was)} when it was saved, this run has {printable(now)}. {mend}.")
+    for name, was, now in differences:
+        say(f"allowed: {name} was {printable(was)} and is {printable(now)}")
 
 
 def changed_settings(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -215,6 +237,35 @@ def prepare_tokenizer(config: "Config") -> tuple["Tokenizer", "Config"]:
     return tokenizer, config.model_copy(update={"model": model})
 
 
+def check_sample_prompt(config: "Config", tokenizer: "Tokenizer") -> None:
+    """Find out now, and not at the first validation, whether the tokenizer can write the prompt."""
+    try:
+        tokenizer.encode(config.training.sample_prompt or "")
+    except UserError as error:
+        raise UserError(f"training.sample_prompt: {error}") from None
+
+
+def initial_weights(config: "Config", tokenizer: "Tokenizer") -> dict[str, Any] | None:
+    """The weights of the checkpoint that training.init_from names; None for new ones.
+
+    Raises:
+        UserError: its tokenizer gave the rows of the embedding another meaning.
+    """
+    from tinylm import checkpoint
+
+    if config.training.init_from is None:
+        return None
+    try:
+        payload = checkpoint.read(Path(config.training.init_from))
+    except UserError as error:
+        raise UserError(f"training.init_from: {error}") from None
+    theirs = _tokenizer_of(payload).fingerprint
+    if theirs != tokenizer.fingerprint:
+        path = printable(config.training.init_from)
+        raise UserError(f"training.init_from: {path} was trained with tokenizer {theirs}, this run has {tokenizer.fingerprint}. Use the same tokenizer.")
+    return payload["weights"]
+
+
 def build_model(config: "Config", weights: dict[str, Any] | None) -> Any:
     """A decoder with new weights, which depend on the seed alone, or with the given ones."""
     import torch
@@ -228,7 +279,7 @@ def build_model(config: "Config", weights: dict[str, Any] | None) -> Any:
     try:
         return build_decoder(config, weights)
     except RuntimeError as error:  # load_state_dict names every weight that does not fit
-        problem = str(error).splitlines()[-1].strip()
+        problem = str(error).splitlines()[-1].strip().removesuffix(".")
         raise UserError(f"model: the checkpoint's weights are of another shape: {printable(problem)}. Use the model settings it was trained with.") from None
 
 
@@ -313,14 +364,11 @@ def make_loggers(config: "Config") -> "list[Any]":
 
 def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Callable[[str], None]) -> int:
     """Train `stage` on `data` to the end of the run, from `start`; the exit code comes back."""
-    from rich.console import Console
-
     import callbacks as between
 
     config, tokenizer = stage.config, data.tokenizer
-    console = Console(stderr=True)
     signals = between.StopSignals()
-    display = between.ProgressDisplay(console, config.training.max_steps)
+    display = between.ProgressDisplay(between.Terminal(stderr=True), config.training.max_steps)
     validation = between.Validation(signals, tokenizer, display.line)
     saving = between.Checkpoints(config, tokenizer, validation, signals, say, data.fingerprints())
     metrics = between.Metrics(validation, display.row)
@@ -336,8 +384,10 @@ def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Call
         stage.cursor = start.payload["cursor"]
         say(f"resuming {start.path} at step {step}")
     if trainer.is_global_zero:
-        path = Path(config.training.log_dir) / config.training.run_name / "metrics.csv"
-        metrics.open(between.MetricsFile(path, step), make_loggers(config))
+        path = log_folder(config) / "metrics.csv"
+        # A run that begins, or leaves another one's track, must not overwrite what that one has logged.
+        aside = start.path is None or start.path.resolve().parent != Path(config.training.checkpoint_dir).resolve()
+        metrics.open(between.MetricsFile(path, step, aside=aside), make_loggers(config))
     began = time.monotonic()
     trainer.fit(stage, datamodule=data)
     return report(stage, saving, signals, time.monotonic() - began, say)
@@ -367,8 +417,8 @@ def report(stage: "LitStage", saving: Any, signals: Any, seconds: float, say: Ca
     best = min(progress.val_losses) if progress.validations else float("nan")
     say(f"done: {progress.step} steps in {duration(seconds)}, best val_loss {best:.4f}")
     final = path.with_name("final.ckpt")
-    print(final)
-    say(f'next: python infer.py --ckpt {final} --prompt "Attention is"')
+    print(printable(final))
+    say(f'next: python infer.py --ckpt {shlex.quote(str(final))} --prompt "Attention is"')
     return 0
 
 
@@ -381,20 +431,25 @@ def speaker() -> Callable[[str], None]:
 
     def say(text: str) -> None:
         if rank_zero_only.rank == 0:
-            sys.stderr.write(f"{text}\n")
+            program.say(text)
 
     return say
 
 
-def claim(folder: Path) -> Any:
-    """The lock on the checkpoint folder, on rank 0; the other ranks belong to the same run."""
+def log_folder(config: "Config") -> Path:
+    """Where the run's metrics go."""
+    return Path(config.training.log_dir) / config.training.run_name
+
+
+def claim(folder: Path, setting: str) -> Any:
+    """The lock on a folder of the run, on rank 0; the other ranks belong to the same run."""
     import contextlib
 
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from tinylm.checkpoint import claimed
 
-    return claimed(folder) if rank_zero_only.rank == 0 else contextlib.nullcontext()
+    return claimed(folder, setting) if rank_zero_only.rank == 0 else contextlib.nullcontext()
 
 
 def check_hardware(config: "Config", device: str) -> None:

@@ -230,6 +230,15 @@ def test_a_newer_schema_is_an_error_that_names_both(saved: Path) -> None:
         checkpoint.read(saved)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "folder.ckpt", "nothing.ckpt"])
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str) -> None:
+    """E8: a name that is too long, a folder, nothing."""
+    (tmp_path / "folder.ckpt").mkdir()
+    with pytest.raises(DamagedError, match=r"(not found|a folder, not a file)\. Give a \.ckpt file"):
+        checkpoint.read(tmp_path / name)
+    assert checkpoint.newest_sound(tmp_path / ("x" * 300)) is None
+
+
 def test_another_programs_torch_file_is_refused(tmp_path: Path) -> None:
     """A file of plain tensors, sound as a zip, is no checkpoint of ours."""
     path = tmp_path / "model.ckpt"

@@ -474,7 +474,7 @@ def test_settings_are_frozen():
                     "betas": st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
                     "seed": st.integers(0, COUNT_LIMIT),
                     "sample_prompt": st.none() | st.text(),
-                    "loggers": st.lists(st.sampled_from(["tensorboard", "wandb"])),
+                    "loggers": st.lists(st.sampled_from(["tensorboard", "wandb"]), unique=True),
                 }
             ),
             "hardware": st.fixed_dictionaries({"precision": st.sampled_from(["32", "16", "bf16", 32, 16])}),

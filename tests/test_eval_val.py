@@ -28,7 +28,7 @@ def trained(make_config: Make, tmp_path: Path) -> Path:
 def scores(config: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, float]:
     """What eval_val.py prints as JSON."""
     capsys.readouterr()
-    assert eval_val.main(["--ckpt", str(folder / "checkpoints" / "final.ckpt"), "--config", str(config), "--json", "--device", "cpu", *more]) == 0
+    assert eval_val.main(["--ckpt", str(folder / "checkpoints" / "final.ckpt"), "--config", str(config), "--json", *more]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -63,6 +63,12 @@ def test_people_get_a_line_with_the_token_count(trained: Path, tmp_path: Path, c
     assert eval_val.main(["--ckpt", str(tmp_path / "checkpoints" / "best.ckpt"), "--config", str(trained)]) == 0
     line = capsys.readouterr().out
     assert line.startswith("val_loss ") and " val_ppl " in line and " val_bpb " in line and " tokens (" in line
+
+
+def test_other_data_than_the_runs_own_is_said(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another seed holds other documents out, some of which were trained on."""
+    assert eval_val.main(["--ckpt", str(tmp_path / "checkpoints" / "final.ckpt"), "--config", str(trained), "training.seed=2"]) == 0
+    assert "note: these are not the validation data of the training run" in capsys.readouterr().err
 
 
 def test_perplexity_is_capped() -> None:

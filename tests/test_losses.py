@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tinylm import losses
-from tinylm.losses import cross_entropy, token_losses
+from tinylm.losses import cross_entropy
 from tinylm.packing import IGNORE_INDEX
 
 
@@ -252,26 +252,6 @@ def test_all_logits_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
         cross_entropy(hidden, weight, labels).backward()
     assert full.elements == 37 * 29
     assert chunked.elements == 5 * 29
-
-
-def test_token_losses_are_torchs_without_reduction(small_chunks: None) -> None:
-    """One number a token, 0 where ignored, no gradient; their sum is the loss."""
-    hidden, weight, labels = example()
-    actual = token_losses(hidden, weight, labels)
-    torch.testing.assert_close(actual, F.cross_entropy(hidden @ weight.T, labels, reduction="none").detach())
-    torch.testing.assert_close(actual.sum(), cross_entropy(hidden, weight, labels).detach())
-    assert actual.shape == (37,)
-    assert not actual.requires_grad
-    assert (actual[labels == IGNORE_INDEX] == 0).all()
-
-
-def test_token_losses_are_fp32_under_autocast() -> None:
-    """Hidden states in bf16, as a forward under autocast leaves them."""
-    hidden, weight, labels = example()
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = token_losses(hidden.bfloat16(), weight, labels)
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, token_losses(hidden, weight, labels), rtol=0.02, atol=0.1)
 
 
 def test_a_label_outside_the_vocabulary_is_an_error() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,19 @@ def test_init_from_takes_the_weights_and_nothing_else(make_config: Make, uninter
     assert run(make_config(training={"init_from": str(uninterrupted / "checkpoints" / "final.ckpt"), "max_steps": 1, "val_every_steps": 1})) == 0
     first = float.fromhex(curve(tmp_path)[1])
     assert first < float.fromhex(curve(uninterrupted)[1]) - 0.05
+
+
+def test_init_from_needs_the_same_tokenizer(make_config: Make, uninterrupted: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Or each row of the embedding would stand for another character; a missing file is named with the setting."""
+    model = f"training.init_from={uninterrupted / 'checkpoints' / 'final.ckpt'}"
+    assert "final.ckpt was trained with tokenizer " in refused(make_config(), tmp_path, capsys, model, "tokenizer.kind=char", "model.vocab_size=260")
+    assert "error: training.init_from: nowhere.ckpt: not found" in refused(make_config(), tmp_path, capsys, "training.init_from=nowhere.ckpt")
+
+
+def test_a_prompt_that_cannot_be_encoded_is_found_before_training(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+    """The first validation would be too late."""
+    message = refused(make_config(), tmp_path, capsys, "tokenizer.kind=char", "training.sample_prompt=€")
+    assert message.startswith("error: training.sample_prompt: the character '€'")
 
 
 def test_a_sample_is_shown_at_each_validation(make_config: Make, capsys: Capture) -> None:
@@ -292,7 +306,8 @@ def test_changed_streamed_text_is_refused_too(make_config: Make, corpus: Path, t
     ("override", "words"),
     [
         ("model.d_model=32", r"model.d_model was 16 when it was saved, this run has 32. Set it back, or choose another training.checkpoint_dir."),
-        ("tokenizer.kind=char", "tokenizer was "),
+        ("tokenizer.kind=char", "tokenizer.kind was byte when it was saved, this run has char. Set it back, or choose"),
+        ("training.optimizer=muon", "training.optimizer was adamw when it was saved, this run has muon. Set it back, or choose"),
         (
             "training.seed=1",
             "training.seed was 1337 when it was saved, this run has 1. Set it back, choose another training.checkpoint_dir, or pass --allow-changes",
@@ -315,6 +330,47 @@ def test_an_allowed_change_of_the_learning_rate_takes_effect(make_config: Make, 
     assert rates == {1: 1e-2, 2: 1e-2, 3: 1e-2, 4: 1e-2, 5: 5e-3, 6: 5e-3}
     state = checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["optimizer"]
     assert {group["lr"] for group in state["param_groups"]} == {5e-3}
+
+
+def test_another_optimizer_is_refused_even_if_changes_are_allowed(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+    """Its state would mean nothing to the new one; a change that is allowed is said."""
+    assert run(make_config(training={"max_steps": 4})) == 0
+    assert "training.optimizer was adamw" in refused(make_config(), tmp_path, capsys, "training.optimizer=sgd", "--allow-changes")
+    assert run(make_config(), "training.lr=0.001", "--allow-changes") == 0
+    assert "allowed: training.lr was 0.01 and is 0.001" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_compared_before_it_is_called_complete(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+    """Another learning rate is another run, and not the one that is complete."""
+    assert run(make_config()) == 0
+    assert "training.lr was 0.01" in refused(make_config(), tmp_path, capsys, "training.lr=1")
+
+
+def test_going_back_needs_a_folder_of_its_own(make_config: Make, uninterrupted: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Both branches stay: newer checkpoints of the old one are neither pruned nor mixed with the new one's, and its metrics are kept."""
+    source = uninterrupted / "checkpoints" / "step-000004.ckpt"
+    message = refused(make_config(**HARD), tmp_path, capsys, "--resume", str(source), *elsewhere(uninterrupted))
+    assert "step-000006.ckpt is newer than step 4, where --resume goes on. Choose another training.checkpoint_dir" in message
+    old = (uninterrupted / "logs" / "tiny" / "metrics.csv").read_bytes()
+    arguments = ["--resume", str(source), f"training.checkpoint_dir={tmp_path / 'branch'}", f"training.log_dir={uninterrupted / 'logs'}"]
+    assert run(make_config(**HARD), *arguments) == 0
+    assert (uninterrupted / "logs" / "tiny" / "metrics.1.csv").read_bytes() == old
+    assert sorted(curve(uninterrupted)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_step_stands_twice_in_the_metrics(make_config: Make, tmp_path: Path, monkeypatch: Patch) -> None:
+    """G4: a validation that is owed completes the row of its step; damaged and half-written rows are dropped."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(make_config()) == 143
+    path = tmp_path / "logs" / "tiny" / "metrics.csv"
+    assert sorted(curve(tmp_path, "val_loss")) == []
+    with open(path, "ab") as file:
+        file.write(b"3,\xff\0")
+    assert run(make_config()) == 0
+    with open(path, newline="", encoding="utf-8") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "4", "5", "6"]
+    assert sorted(curve(tmp_path, "val_loss")) == [3, 6]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(make_config: Make, uninterrupted: Path, capsys: Capture) -> None:
@@ -455,6 +511,33 @@ def test_killed_at_every_seam_of_a_save_the_run_resumes_exactly(make_config: Mak
         assert not list((folder / "checkpoints").glob(".*.tmp"))
         assert {"last.ckpt", "best.ckpt", "final.ckpt"} <= {path.name for path in (folder / "checkpoints").iterdir()}
     assert n > 30, "four saves have more seams than that"
+
+
+START = "import os, sys; os.setpgid(0, 0); import train; sys.exit(train.main(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_whole_group_saves_too(make_config: Make, tmp_path: Path, number: int, code: int) -> None:
+    """C2: Ctrl-C in a terminal reaches the worker processes as well; the run needs them to finish its step."""
+    config = make_config(training={"max_steps": 100000, "val_every_steps": 100000, "save_every_steps": 100000}, data={"num_workers": 2})
+    process = subprocess.Popen([sys.executable, "-c", START, "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE)
+    metrics, began = tmp_path / "logs" / "tiny" / "metrics.csv", time.monotonic()
+    while not (metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) > 5):
+        assert process.poll() is None and time.monotonic() - began < 120
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, b"Traceback" in error) == (code, False), error.decode()
+    assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["step"] >= 5
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_does_not_end_the_run(make_config: Make, tmp_path: Path) -> None:
+    """C4: 2>&1 | head -2 reads two lines and closes the pipe; the run ends well all the same."""
+    command = f"{sys.executable} train.py --config {make_config()} 2>&1 | head -2"
+    subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=True, timeout=120)
+    assert checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 6
 
 
 @pytest.mark.slow

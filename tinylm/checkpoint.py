@@ -41,7 +41,7 @@ _NEEDED_KEYS = {"format", "schema", "stage", "step", "tokens", "config", "tokeni
 
 
 class DamagedError(UserError):
-    """A checkpoint file that is not what was written."""
+    """A checkpoint file that is not what was written, or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; the lock dies with the process, so a killed run leaves nothing to clean up.
+def claimed(folder: Path, setting: str = "training.checkpoint_dir") -> Iterator[None]:
+    """Hold `folder`, the value of `setting`, for this process; the lock dies with the process, so a killed run leaves nothing to clean up.
 
     What a killed run was writing is removed.
 
@@ -154,17 +154,17 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     owner, lock = folder / ".owner", filelock.FileLock(folder / ".lock", timeout=0)
     try:
-        with writing(folder, "training.checkpoint_dir"):
+        with writing(folder, setting):
             folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        with writing(folder, "training.checkpoint_dir"):
+        with writing(folder, setting):
             owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
             for path in folder.glob(".*.tmp"):
                 _remove(path)
         yield
     except filelock.Timeout:
         holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-        raise UserError(f"{printable(folder)}: {printable(holder)} is training into it. Wait for it, or choose another training.checkpoint_dir.") from None
+        raise UserError(f"{printable(folder)}: {printable(holder)} is training into it. Wait for it, or choose another {setting}.") from None
     finally:
         lock.release()
 
@@ -214,8 +214,17 @@ def verify(path: Path) -> None:
     Raises:
         DamagedError: saying what the file looks like instead.
     """
-    if not path.is_file():
-        raise UserError(f"{printable(path)}: {'a folder, not a file' if path.is_dir() else 'not found'}. Give a .ckpt file; `python list.py` shows them.")
+    # os.path, unlike pathlib, has an answer for a name that is too long.
+    if not os.path.isfile(path):
+        found = "a folder, not a file" if os.path.isdir(path) else "not found"
+        raise DamagedError(f"{printable(path)}: {found}. Give a .ckpt file; `python list.py` shows them.")
+    try:
+        _check_digest(path)
+    except OSError as error:
+        raise DamagedError(f"{printable(path)}: cannot be read: {error.strerror}. Use another checkpoint.") from None
+
+
+def _check_digest(path: Path) -> None:
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - _COMMENT_SIZE))
@@ -254,9 +263,15 @@ def candidates(folder: Path) -> list[Path]:
     By step, as the names say it, and never by the clock. `last`, `final` and `best` are second names of step files, so
     they come after them, for folders into which only those were copied.
     """
-    steps = {int(match[1]): path for path in folder.glob("step-*.ckpt") if (match := _STEP_NAME.fullmatch(path.name))}
+    steps = [path for path in folder.glob("step-*.ckpt") if step_of(path) >= 0]
     named = [folder / f"{name}.ckpt" for name in ("last", "final", "best")]
-    return [steps[step] for step in sorted(steps, reverse=True)] + [path for path in named if path.exists()]
+    return sorted(steps, key=step_of, reverse=True) + [path for path in named if path.exists()]
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 for a name without one."""
+    match = _STEP_NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def newest_sound(folder: Path, passed_over: Callable[[DamagedError], None] = lambda error: None) -> Path | None:
@@ -267,8 +282,8 @@ def newest_sound(folder: Path, passed_over: Callable[[DamagedError], None] = lam
     Raises:
         UserError: there are checkpoints and every one is damaged; starting again at step 0 unasked would hide that.
     """
-    errors = []
-    for path in candidates(folder):
+    errors: list[str] = []
+    for path in candidates(folder) if os.path.isdir(folder) else []:
         try:
             read(path)
             return path
@@ -313,7 +328,7 @@ def load_model(path: Path, device: str = "cpu") -> Loaded:
 
 
 def build_decoder(config: Config, weights: dict[str, torch.Tensor]) -> Decoder:
-    """A decoder with exactly these weights; a missing, extra or misshapen one is a ValueError."""
+    """A decoder with exactly these weights; a missing, extra or misshapen one is torch's RuntimeError, which names it."""
     with torch.device("meta"), _NoInit():
         model = Decoder(config.model)
     model.load_state_dict(weights, strict=True, assign=True)

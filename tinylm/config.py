@@ -231,7 +231,7 @@ class TrainingConfig(Section):
     """The optimisation: batches, steps, optimizer, schedule, validation and files."""
 
     seed: CountOrZero = 1337
-    """the one seed: initialisation, order of data, dropout"""
+    """the one seed: initialisation, order of data, dropout, and which documents are held out"""
     seq_len: Count = 256
     """tokens a row"""
     micro_batch_size: Count = 16
@@ -301,6 +301,8 @@ class TrainingConfig(Section):
     def _settings_have_a_use(self) -> "TrainingConfig":
         if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise ValueError(f"decay_ratio: {self.decay_ratio} and warmup_ratio {self.warmup_ratio} sum to more than 1. Lower one")
+        if len(set(self.loggers)) < len(self.loggers):
+            raise ValueError(f"loggers: {', '.join(self.loggers)} names one twice. Take it out once")
         if self.schedule == "plateau" and self.val_every_steps > self.max_steps:
             raise ValueError(f"val_every_steps: {self.val_every_steps} is more than max_steps ({self.max_steps}), so plateau never sees a validation. Lower it")
         return self

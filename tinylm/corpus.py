@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinylm.config import DataConfig
 from tinylm.errors import UserError, printable
-from tinylm.tokenizer import Tokenizer, first_line, is_hub_name, reject_lone_surrogates, require_hub
+from tinylm.tokenizer import Tokenizer, first_line, hub_errors, is_hub_name, reject_lone_surrogates, require_hub
 
 Which = Literal["train", "val"]
 
@@ -112,7 +112,7 @@ class HubDataset:
         dataset = self._load()
         try:
             yield from dataset
-        except OSError as error:
+        except hub_errors() as error:
             raise UserError(f"{self.name} ({self.split}): reading stopped: {first_line(error)}. Try again: a run resumes where it stopped.") from error
 
     def _load(self) -> Iterable[Any]:
@@ -122,7 +122,7 @@ class HubDataset:
         datasets = _import("datasets", self.name)
         try:
             dataset = datasets.load_dataset(self.name, self.config, split=self.split, streaming=self.streaming)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (*hub_errors(), ValueError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"data.dataset: {self.name}: {first_line(error)}. Check data.dataset_config and data.split, or: {mend}") from error
         columns = dataset.column_names
         if columns is None:
@@ -368,13 +368,16 @@ class Split:
         if not kept:
             raise UserError(self._nothing(read))
 
+    @property
+    def label(self) -> str:
+        """What an error calls the split: the source's name, and which of its documents are meant."""
+        return f"{printable(self.source.name)}: {'validation' if self.which == 'val' else 'training'}"
+
     def _nothing(self, read: int) -> str:
-        name = printable(self.source.name)
         if not read or self.held_out is None:
-            return f"{name}: no documents, only blank lines or nothing at all. Give a file with text."
-        kind = "validation" if self.which == "val" else "training"
-        counts = f"{kind} got 0 of {read} documents (data.val_fraction {self.held_out[0]})"
-        return f"{name}: {counts}. Give more documents, another data.val_fraction, or data.val_dataset."
+            return f"{printable(self.source.name)}: no documents, only blank lines or nothing at all. Give a file with text."
+        counts = f"got 0 of {read} documents (data.val_fraction {self.held_out[0]})"
+        return f"{self.label} {counts}. Give more documents, another data.val_fraction, or data.val_dataset."
 
 
 def is_held_out(text: str, fraction: float, seed: int) -> bool:
@@ -390,6 +393,7 @@ def find_split(data: DataConfig, which: Which, seed: int) -> Split:
     """The training or validation split that `data` describes; nothing of it is read yet."""
     key, name = _named(data, which)
     if is_token_file(name):
+        check_token_files(data)
         raise UserError(f"data.{key}: {printable(name)} is a token file, whose documents cannot be read again. Give the text that it was made from.")
     limit = data.train_docs if which == "train" else data.val_docs
     source = find_source(data, key, name, data.split)
@@ -400,7 +404,8 @@ def find_split(data: DataConfig, which: Which, seed: int) -> Split:
     if which == "val" and data.val_split is not None:
         source = find_source(data, key, name, data.val_split)
     if which == "val" and isinstance(source, HubDataset) and source.name == data.dataset and source.split == data.split:
-        raise UserError("data.val_split: validation would be the training documents themselves. Set data.val_split to another split, or leave it out.")
+        mend = "Set data.val_split to another split, or leave it out." if key == "dataset" else "Give another dataset, or set data.val_split in its place."
+        raise UserError(f"data.{'val_split' if key == 'dataset' else key}: validation would be the training documents themselves. {mend}")
     return Split(which, source, None, limit)
 
 
@@ -448,14 +453,41 @@ def _digest(text: str) -> bytes:
 # --- step 3: ids ------------------------------------------------------------------------------------------------------
 
 
-def encode_documents(documents: Iterable[str], tokenizer: Tokenizer, max_doc_len: int | None) -> Iterator[np.ndarray]:
-    """The tokens of each document, cut to `max_doc_len` and closed by EOS: (n + 1,) in the type of a token file."""
+def encode_documents(
+    documents: Iterable[str], tokenizer: Tokenizer, max_doc_len: int | None, *, source: str = "text:", first: int = 1
+) -> Iterator[np.ndarray]:
+    """The tokens of each document, cut to `max_doc_len` and closed by EOS: (n + 1,) in the type of a token file.
+
+    Args:
+        documents: their texts.
+        tokenizer: what they are encoded with.
+        max_doc_len: tokens after which a document is cut.
+        source: what an error calls them, such as `Split.label`.
+        first: the number by which an error calls the first of them; a resumed stream does not begin at 1.
+
+    Raises:
+        UserError: naming the document that the tokenizer cannot encode.
+    """
     for batch in _batches(documents):
-        for ids in tokenizer.encode_arrays(batch):
+        arrays = _encode_batch(batch, tokenizer, source, first)
+        first += len(batch)
+        for ids in arrays:
             tokens = np.empty(min(len(ids), max_doc_len or len(ids)) + 1, dtype=token_dtype(tokenizer.vocab_size))
             tokens[:-1] = checked_tokens(ids[: len(tokens) - 1], tokenizer.vocab_size)
             tokens[-1] = tokenizer.eos_id
             yield tokens
+
+
+def _encode_batch(batch: list[str], tokenizer: Tokenizer, source: str, first: int) -> list[np.ndarray]:
+    try:
+        return tokenizer.encode_arrays(batch)
+    except UserError:
+        for number, text in enumerate(batch, start=first):  # the tokenizer does not say which of them it was
+            try:
+                tokenizer.encode(text)
+            except UserError as problem:
+                raise UserError(f"{source} document {number}: {problem}") from None
+        raise
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -531,40 +563,41 @@ def is_token_file(name: str) -> bool:
 class TokenFile:
     """The tokens of many documents, each closed by EOS, read from disk where they are touched.
 
-    `tokens` is (N,), read-only. A pickled TokenFile is its path: a worker process opens it again.
+    `tokens` is (N,), read-only. A pickled TokenFile is its path: a worker process opens it again. `mend` is what an error
+    tells the user to do: a file of the cache is made again, one that the user gave is not.
     """
 
-    def __init__(self, path: Path, header: TokenFileHeader, part: tuple[int, int] | None = None):
-        self.path, self.header, self.part = path, header, part
+    def __init__(self, path: Path, header: TokenFileHeader, mend: str, part: tuple[int, int] | None = None):
+        self.path, self.header, self.mend, self.part = path, header, mend, part
         start, stop = part or (0, header.count)
         dtype = np.dtype(header.dtype).newbyteorder("<")
         self.tokens = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES + start * dtype.itemsize, shape=(stop - start,))
 
     @classmethod
-    def open(cls, path: str | Path) -> "TokenFile":
+    def open(cls, path: str | Path, mend: str | None = None) -> "TokenFile":
         """The token file at `path`, its header and size checked.
 
         Raises:
             UserError: it is not a token file, or not all of it.
         """
-        path = Path(path)
+        path, mend = Path(path), mend or _give_text("dataset")
         _check_regular(path)
         with _mended(path):
             with open(path, "rb") as file:
                 head = file.read(HEADER_BYTES)
             found = os.path.getsize(path)
-        header = _parse_header(path, head)
+        header = _parse_header(path, head, mend)
         size = HEADER_BYTES + header.count * np.dtype(header.dtype).itemsize
         if found != size:
             expected = f"expected {size} bytes ({header.count} tokens of {header.dtype} behind {HEADER_BYTES} bytes of header)"
-            raise UserError(f"{printable(path)}: {expected}, found {found}. Copy it again, or encode again.")
-        return cls(path, header)
+            raise UserError(f"{printable(path)}: {expected}, found {found}. {mend}")
+        return cls(path, header, mend)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenFile, (self.path, self.header, self.part)
+        return TokenFile, (self.path, self.header, self.mend, self.part)
 
     @property
     def fingerprint(self) -> str:
@@ -582,28 +615,37 @@ class TokenFile:
                 digest.update(block)
         digest.update(self.header.fields_json())
         if digest.hexdigest() != self.header.sha256:
-            raise UserError(f"{printable(self.path)}: its content is not what was written (checksum). Delete it and encode again.")
+            raise UserError(f"{printable(self.path)}: its content is not what was written (checksum). {self.mend}")
 
     def require_tokenizer(self, tokenizer: Tokenizer) -> None:
         """UserError where the tokens are those of another tokenizer."""
         if self.header.tokenizer != tokenizer.fingerprint:
             made = f"{printable(self.path)} was encoded with tokenizer {self.header.tokenizer}"
-            raise UserError(f"{made}, this run uses {tokenizer.fingerprint}. Encode the text again, or set tokenizer to that one.")
+            raise UserError(f"{made}, this run uses {tokenizer.fingerprint}. Set tokenizer to that one, or: {self.mend}")
 
     def between(self, start: int, stop: int) -> "TokenFile":
         """The tokens from `start` to before `stop` of the whole file, as a token file."""
-        return TokenFile(self.path, self.header, (start, stop))
+        return TokenFile(self.path, self.header, self.mend, (start, stop))
 
 
-def _parse_header(path: Path, head: bytes) -> TokenFileHeader:
+# What to do about a file in data.cache_dir that is damaged.
+_DELETE = "Delete it: it is made again from the text."
+
+
+def _give_text(key: str) -> str:
+    """What to do about a token file that the user gave as data.`key`."""
+    return f"Give the text that it was made from as data.{key}."
+
+
+def _parse_header(path: Path, head: bytes, mend: str) -> TokenFileHeader:
     if not head.startswith(MAGIC):
-        raise UserError(f"{printable(path)}: not a token file: it begins with {head[:16]!r}. Give a token file of this program, or the text itself.")
+        raise UserError(f"{printable(path)}: not a token file: it begins with {head[:16]!r}. {mend}")
     try:
         return TokenFileHeader.model_validate_json(head[len(MAGIC) :])
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "JSON"
-        raise UserError(f"{printable(path)}: header: {printable(key)}: {printable(first['msg'])}. Encode again, with this version.") from None
+        raise UserError(f"{printable(path)}: header: {printable(key)}: {printable(first['msg'])}. {mend}") from None
 
 
 def write_token_file(path: Path, documents: Iterable[np.ndarray], tokenizer: Tokenizer, *, source: str, progress: Callable[[int], None] | None = None) -> None:
@@ -722,9 +764,9 @@ def _sync_folder(folder: Path) -> None:
 
 def source_fingerprint(data: DataConfig, which: Which) -> str:
     """SHA-256 over what a split is made from: the contents of local files, or the name of a hub dataset."""
-    _, name = _named(data, which)
+    key, name = _named(data, which)
     if is_token_file(name):
-        return TokenFile.open(name).header.sha256
+        return TokenFile.open(name, _give_text(key)).header.sha256
     return find_split(data, which, seed=0).source.fingerprint()  # the seed decides who is held out, not what is read
 
 
@@ -736,16 +778,17 @@ def cached_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer, seed
     Raises:
         UserError: as `train_documents`, `write_token_file` and `TokenFile.verify`, or the tokens are another tokenizer's.
     """
+    check_token_files(data)
     if is_token_file(_named(data, which)[1]):
         return _given_token_file(data, which, tokenizer)
     split = find_split(data, which, seed)
     source = split.source.fingerprint()
     path = Path(data.cache_dir) / f"{which}-{_cache_key(split, source, data, tokenizer)}{BIN}"
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         with _locked(path):
-            if not path.exists():  # or else another process made it while this one waited
-                _write(path, encode_documents(split.documents(), tokenizer, data.max_doc_len), tokenizer, source, progress)
-    file = TokenFile.open(path)
+            if not os.path.exists(path):  # or else another process made it while this one waited
+                _write(path, encode_documents(split.documents(), tokenizer, data.max_doc_len, source=split.label), tokenizer, source, progress)
+    file = TokenFile.open(path, _DELETE)
     file.verify()
     file.require_tokenizer(tokenizer)
     return file
@@ -759,6 +802,28 @@ def _cache_key(split: Split, source: str, data: DataConfig, tokenizer: Tokenizer
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
+def check_token_files(data: DataConfig) -> None:
+    """Raise a UserError where a token file is given together with a setting that only text can follow.
+
+    Whichever split is asked for, all settings are looked at, so that a run says it before it trains.
+    """
+    if is_token_file(data.dataset):
+        _refuse_set(data, "dataset", ("streaming", "dataset_config", "split", "val_split", "train_docs", "max_doc_len"))
+        if data.val_dataset is None or is_token_file(data.val_dataset):  # or else they are for the validation text
+            _refuse_set(data, "dataset", ("text_field", "document_separator"))
+    key, name = _named(data, "val")
+    if is_token_file(name):
+        _refuse_set(data, key, ("val_docs",))
+
+
+def _refuse_set(data: DataConfig, key: str, settings: Iterable[str]) -> None:
+    """Raise a UserError for the first of `settings` that differs from its default."""
+    values = data.model_dump(include=set(settings))
+    for setting in settings:
+        if values[setting] != DataConfig.model_fields[setting].default:
+            raise UserError(f"data.{setting}: does not apply to the token file data.{key}. Take it out, or: {_give_text(key)}")
+
+
 def _given_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer) -> TokenFile:
     """The token file that the settings name, or the part of it that is for `which`.
 
@@ -766,11 +831,7 @@ def _given_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer) -> T
     A document that stands in the file twice can then be on both sides; text, split by content, has no such gap.
     """
     key, name = _named(data, which)
-    unused = {"train": ("streaming", "max_doc_len", "train_docs"), "val": ("val_docs",)}[which]
-    for setting, value in data.model_dump(include=set(unused)).items():
-        if value:
-            raise UserError(f"data.{setting}: does not apply to the token file data.{key}. Take it out, or encode the text again with it.")
-    file = TokenFile.open(name)
+    file = TokenFile.open(name, _give_text(key))
     file.require_tokenizer(tokenizer)
     file.verify()
     if data.val_dataset is not None:

@@ -1,4 +1,7 @@
-"""Which device the work runs on, and why: picked once, said first."""
+"""Which device the work runs on, and why: picked once, said first. And what the CPU needs to train fast."""
+
+import ctypes
+import platform
 
 from tinylm.errors import UserError, printable
 
@@ -29,3 +32,20 @@ def pick_device(name: str, *, key: str = "--device") -> tuple[str, str]:
             f"{key}: {name} was asked for, and PyTorch {torch.__version__} finds none here. Available: {', '.join(available)}. Take one of these, or auto."
         )
     return name, "asked for"
+
+
+# Names of glibc's malloc.h, which Python does not have.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep what a training step frees, for the next step, and not give it back to the kernel.
+
+    A step on the CPU frees all its activations, and glibc would return the pages, which the next step then faults in
+    anew, zeroed: a seventh of a bf16 step (docs/LOG.md). Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        # The second is the most that glibc before 2.35 takes; a tensor beyond the threshold is mapped and unmapped each time.
+        _ = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)
+        mallopt(_M_TRIM_THRESHOLD, -1)

@@ -42,16 +42,6 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoot
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, label_smoothing, torch.is_grad_enabled())
 
 
-@torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """-log p(label) of each token, (N,) in fp32, and 0 where the label is IGNORE_INDEX; without gradients."""
-    head = weight.to(_product_dtype(weight))
-    losses = torch.zeros(labels.shape, dtype=_softmax_dtype(head), device=labels.device)
-    for tokens in _target_chunks(labels):
-        losses[tokens] = _losses(_log_probabilities(hidden[tokens].to(head.dtype), head), labels[tokens], 0.0)
-    return losses
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """The loss and at once, where autograd will ask for them, its gradients."""
 

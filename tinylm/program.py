@@ -10,12 +10,13 @@
 """
 
 import argparse
+import errno
 import os
 import signal
 import sys
 import unicodedata
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from tinylm.errors import Diverged, UserError, printable
 
@@ -47,15 +48,20 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     except (UserError, Diverged) as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        say(f"error: {' '.join(str(error).split())}")
         return 2 if isinstance(error, UserError) else 3
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped by Ctrl-C\n")
         return 130
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, which would complain again: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout)
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        lead_nowhere(sys.stdout)
+        say(f"error: the output could not be written: {error.strerror}. Make room, or write it elsewhere.")
+        return 2
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -67,6 +73,11 @@ def open_streams() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def lead_nowhere(stream: TextIO) -> None:
+    """Let what is still written to a broken stream go to waste, also what Python flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def stop_once(signum: int, frame: Any) -> NoReturn:
     """The first Ctrl-C ends the work; a second one, while the program is on its way out, ends the process at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -74,8 +85,11 @@ def stop_once(signum: int, frame: Any) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Put one line for people on stderr."""
-    sys.stderr.write(f"{printable(line)}\n")
+    """Put one line for people on stderr; nobody need be there to read it."""
+    try:
+        sys.stderr.write(f"{printable(line)}\n")
+    except BrokenPipeError:
+        lead_nowhere(sys.stderr)
 
 
 def readable(text: str) -> str:

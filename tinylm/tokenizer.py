@@ -441,7 +441,8 @@ def is_hub_name(text: str) -> bool:
     (True, False, False)
     """
     owner, slash, _ = text.partition("/")
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text, re.ASCII) is not None and not (slash and Path(owner).is_dir())
+    # os.path, because Path.is_dir raises for a name that is too long.
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text, re.ASCII) is not None and not (slash and os.path.isdir(owner))
 
 
 def require_hub(what: str, mend: str) -> None:
@@ -462,6 +463,13 @@ def require_hub(what: str, mend: str) -> None:
         raise UserError(f"{what}: {found}. {mend} What was downloaded before is used with HF_HUB_OFFLINE=1.") from None
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the Hugging Face libraries raise where the network fails: an OSError, or one of their HTTP library that is none."""
+    from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version of it uses
+
+    return OSError, HTTPError
+
+
 def _download(name: str) -> Path:
     """The folder in the library's cache that holds the tokenizer files of the Hugging Face model `name`."""
     from huggingface_hub import snapshot_download
@@ -470,7 +478,7 @@ def _download(name: str) -> Path:
     require_hub(f"tokenizer.path: {name}", mend)
     try:
         return Path(snapshot_download(name, allow_patterns=[*TOKENIZER_FILES, *OLDER_VOCABULARIES]))
-    except (OSError, ValueError) as error:
+    except (*hub_errors(), ValueError) as error:
         raise UserError(f"tokenizer.path: {name}: not a folder here, and the Hugging Face hub says: {first_line(error)}. {mend}") from error
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.utils import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -374,10 +375,18 @@ def test_validation_from_another_split_of_the_hub(hub):
     assert [call[2] for call in hub] == ["train", "validation"]
 
 
-def test_the_split_that_is_trained_on_does_not_validate(hub):
-    for same in ({"val_split": "train"}, {"val_dataset": "owner/name"}):
-        with pytest.raises(UserError, match="validation would be the training documents themselves"):
-            val_documents(DataConfig(dataset="owner/name", **same), SEED)
+@pytest.mark.parametrize(
+    ("same", "mend"),
+    [
+        ({"val_split": "train"}, "Set data.val_split to another split, or leave it out."),
+        ({"val_dataset": "owner/name"}, "Give another dataset, or set data.val_split in its place."),
+    ],
+)
+def test_the_split_that_is_trained_on_does_not_validate(hub, same, mend):
+    """The error is headed by the setting that the user gave."""
+    with pytest.raises(UserError) as caught:
+        val_documents(DataConfig(dataset="owner/name", **same), SEED)
+    assert str(caught.value) == f"data.{next(iter(same))}: validation would be the training documents themselves. {mend}"
 
 
 def test_holding_out_of_a_stream_needs_a_number_of_documents(hub):
@@ -413,6 +422,52 @@ def test_what_the_library_says_of_a_hub_dataset_is_passed_on(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", fail)
     monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
     assert refusal("owner/name").startswith("data.dataset: owner/name: Dataset 'owner/name' doesn't exist on the Hub. Check data.dataset_config")
+
+
+NETWORK_ERRORS = [ConnectionResetError(104, "Connection reset by peer"), httpx.ReadTimeout("timed out"), httpx.RemoteProtocolError("server disconnected")]
+
+
+@pytest.mark.parametrize("error", NETWORK_ERRORS, ids=lambda error: type(error).__name__)
+def test_a_network_that_fails_inside_a_stream_is_one_line(monkeypatch, error):
+    """The HTTP library's errors are no OSErrors, and the hub's library lets some of them through."""
+
+    class Broken:
+        column_names = None
+
+        def __iter__(self):
+            yield {"text": "one"}
+            raise error
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Broken())
+    monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
+    documents = find_split(DataConfig(dataset="owner/name", streaming=True), "train", SEED).source.documents()
+    assert next(documents) == "one"
+    with pytest.raises(UserError) as caught:
+        next(documents)
+    assert str(caught.value) == f"owner/name (train): reading stopped: {error}. Try again: a run resumes where it stopped."
+
+
+def test_a_network_that_fails_before_the_first_row_is_one_line(monkeypatch):
+    def fail(*args, **kwargs):
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
+    assert refusal("owner/name").startswith("data.dataset: owner/name: no route. Check data.dataset_config and data.split")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/name", "owner/" + "x" * 300 + ".txt", "x/" * 3000])
+def test_a_name_that_is_too_long_is_not_found(name):
+    """The operating system refuses to look for it, and Path.exists and Path.is_dir pass that on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "require_hub", offline)
+        assert refusal(name).startswith(f"data.dataset: {name}: ")
+    with pytest.raises(UserError, match="File name too long. Give the path of a file that can be read."):
+        cached_token_file(DataConfig(dataset="x" * 300 + ".bin"), "train", BYTES, SEED)
+
+
+def offline(what: str, mend: str) -> None:
+    raise UserError(f"{what}: offline. {mend}")
 
 
 @pytest.mark.parametrize("name", ["data/tiny_corpu", "data/x.txt", "./owner/name", "wikitext", "owner/name.bin", "a/b/c", "/a/b", "owner/name.jsonl.gz"])
@@ -532,6 +587,31 @@ def test_each_document_is_cut_and_closed_by_eos():
     assert [tokens.tolist() for tokens in encode_documents(["abc"], BYTES, None)] == [[97, 98, 99, 258]]
 
 
+@pytest.mark.parametrize("size", [1, 2, 256])
+def test_a_document_that_cannot_be_encoded_is_named_by_its_number(size, monkeypatch):
+    """The third of them, whatever the batches; a stream that goes on behind 10 documents counts those."""
+    monkeypatch.setattr(corpus, "BATCH_DOCUMENTS", size)
+    tokenizer = CharTokenizer("abc", unknown="error")
+    found = "the character 'Q' (U+0051) at position 1 is not among the 3 characters of the tokenizer"
+    for settings, place in (({}, "text: document 3"), ({"source": "a.txt: training", "first": 11}, "a.txt: training document 13")):
+        with pytest.raises(UserError) as caught:
+            list(encode_documents(["abc", "b", "aQ", "Q"], tokenizer, None, **settings))
+        assert str(caught.value) == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that has it."
+
+
+@pytest.mark.parametrize(("which", "kind"), [("train", "training"), ("val", "validation")])
+def test_a_text_that_cannot_be_encoded_is_named_with_its_split(write, tmp_path, which, kind):
+    path, val = write("a.txt", "ab\nQ\n"), write("b.txt", "ab\nba\nQ\n")
+    data = DataConfig(dataset=str(path), val_dataset=str(val), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError) as caught:
+        cached_token_file(data, which, CharTokenizer("ab", unknown="error"), SEED)
+    place = f"{path}: training document 2" if which == "train" else f"{val}: validation document 3"
+    assert str(caught.value).startswith(
+        f"{place}: the character 'Q' (U+0051) at position 0 is not among the 2 characters of the tokenizer. Set tokenizer.unknown"
+    )
+    assert not list((tmp_path / "cache").glob("*.bin"))
+
+
 @pytest.mark.parametrize(("documents", "characters"), [(1, 10), (3, 10**6), (256, 5), (256, 10**6)])
 def test_batches_do_not_change_the_tokens(documents, characters, monkeypatch):
     texts = [f"text {i} é" * (i % 4) for i in range(20)]
@@ -630,7 +710,10 @@ def test_a_worker_process_gets_the_path_not_the_tokens(tmp_path):
     packed = pickle.dumps(file)
     assert len(packed) < 5000
     back = pickle.loads(packed)  # noqa: S301
-    assert (back.tokens.tolist(), back.fingerprint) == (file.tokens.tolist(), file.fingerprint)
+    assert (back.tokens.tolist(), back.fingerprint, back.mend) == (file.tokens.tolist(), file.fingerprint, file.mend)
+
+
+GIVE_TEXT = "Give the text that it was made from as data.dataset."
 
 
 @pytest.mark.parametrize("size", [4096, 4097, 4096 + 15, 4096 + 17, 4096 + 160])
@@ -640,7 +723,7 @@ def test_a_token_file_of_the_wrong_size_is_refused(token_file, size):
     with pytest.raises(UserError) as caught:
         TokenFile.open(token_file)
     expected = "expected 4112 bytes (8 tokens of uint16 behind 4096 bytes of header)"
-    assert str(caught.value) == f"{token_file}: {expected}, found {size}. Copy it again, or encode again."
+    assert str(caught.value) == f"{token_file}: {expected}, found {size}. {GIVE_TEXT}"
 
 
 @pytest.mark.parametrize(
@@ -652,7 +735,7 @@ def test_a_token_file_of_the_wrong_size_is_refused(token_file, size):
         (MAGIC + b'{"version": 1', "header: JSON: Invalid JSON"),
         (MAGIC + b"[]" + b" " * 5000, "header: JSON: "),
         (MAGIC + b"{}" + b" " * 5000, "header: version: Field required"),
-        (MAGIC + b'{"version": 2}' + b" " * 5000, "header: version: Input should be 1. Encode again, with this version."),
+        (MAGIC + b'{"version": 2}' + b" " * 5000, "header: version: Input should be 1. "),
     ],
 )
 def test_what_is_no_token_file_is_refused(tmp_path, content, message):
@@ -660,6 +743,7 @@ def test_what_is_no_token_file_is_refused(tmp_path, content, message):
     with pytest.raises(UserError) as caught:
         TokenFile.open(tmp_path / "a.bin")
     assert str(caught.value).startswith(f"{tmp_path / 'a.bin'}: {message}")
+    assert str(caught.value).endswith(f". {GIVE_TEXT}")
 
 
 @pytest.mark.parametrize(("key", "value"), [("count", 0), ("count", "8"), ("count", 2.5), ("dtype", "float64"), ("eos_id", -1), ("tokenizer", 3)])
@@ -705,7 +789,7 @@ def test_tokens_of_another_tokenizer_are_refused(token_file):
     with pytest.raises(UserError) as caught:
         TokenFile.open(token_file).require_tokenizer(other)
     assert str(caught.value) == (
-        f"{token_file} was encoded with tokenizer {BYTES.fingerprint}, this run uses {other.fingerprint}. Encode the text again, or set tokenizer to that one."
+        f"{token_file} was encoded with tokenizer {BYTES.fingerprint}, this run uses {other.fingerprint}. Set tokenizer to that one, or: {GIVE_TEXT}"
     )
 
 
@@ -874,14 +958,29 @@ def test_seed_text_and_tokenizer_change_the_name_and_the_place_of_the_text_does_
     assert cached_token_file(data, "train", BYTES, SEED).path != path
 
 
-def test_a_changed_byte_in_the_cache_is_found(data):
-    path = cached_token_file(data, "train", BYTES, SEED).path
-    with open(path, "r+b") as file:
-        file.seek(5000)
+@pytest.mark.parametrize(
+    ("place", "found"), [(5000, "its content is not what was written (checksum)"), (0, "not a token file"), (30, "header: "), (None, "expected ")]
+)
+def test_damage_in_the_cache_is_found_and_mended_by_deleting_the_file(data, place, found):
+    """A byte changed in the tokens, the first line or the header, and a file that is too long."""
+    whole = cached_token_file(data, "train", BYTES, SEED)
+    path, tokens = whole.path, whole.tokens.tolist()
+    with open(path, "ab" if place is None else "r+b") as file:
+        if place is not None:
+            file.seek(place)
         file.write(b"\x01")
     with pytest.raises(UserError) as caught:
         cached_token_file(data, "train", BYTES, SEED)
-    assert str(caught.value) == f"{path}: its content is not what was written (checksum). Delete it and encode again."
+    assert str(caught.value).startswith(f"{path}: {found}")
+    assert str(caught.value).endswith(". Delete it: it is made again from the text.")
+    path.unlink()
+    assert cached_token_file(data, "train", BYTES, SEED).tokens.tolist() == tokens
+
+
+def test_a_cache_whose_name_is_too_long_is_refused_on_one_line(data, tmp_path):
+    data = data.model_copy(update={"cache_dir": str(tmp_path / ("x" * 300))})
+    with pytest.raises(UserError, match="the token file could not be written: File name too long. Make room, or choose another data.cache_dir."):
+        cached_token_file(data, "train", BYTES, SEED)
 
 
 def test_a_source_fingerprint_is_its_content(write, tmp_path):
@@ -946,12 +1045,38 @@ def test_one_document_cannot_be_divided(tmp_path):
         cached_token_file(DataConfig(dataset=str(tmp_path / "a.bin")), "train", BYTES, SEED)
 
 
-@pytest.mark.parametrize(
-    ("which", "setting"), [("train", {"streaming": True}), ("train", {"max_doc_len": 3}), ("train", {"train_docs": 3}), ("val", {"val_docs": 3})]
-)
-def test_settings_that_a_token_file_cannot_follow_are_refused(given_file, which, setting):
-    with pytest.raises(UserError, match=f"data.{next(iter(setting))}: does not apply to the token file data.dataset"):
-        cached_token_file(DataConfig(dataset=str(given_file), **setting), which, BYTES, SEED)
+TEXT_SETTINGS = {
+    "streaming": True, "dataset_config": "en", "split": "test", "val_split": "test", "train_docs": 3, "max_doc_len": 3,
+    "text_field": "body", "document_separator": "\n\n", "val_docs": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", TEXT_SETTINGS)
+def test_settings_that_a_token_file_cannot_follow_are_refused(given_file, setting):
+    """Whichever split is asked for first, and before a stream is read: training would only say it in its first step."""
+    data = DataConfig(dataset=str(given_file), **{setting: TEXT_SETTINGS[setting]})
+    expected = f"data.{setting}: does not apply to the token file data.dataset. Take it out, or: {GIVE_TEXT}"
+    for ask in (
+        lambda: cached_token_file(data, "train", BYTES, SEED),
+        lambda: cached_token_file(data, "val", BYTES, SEED),
+        lambda: train_documents(data, SEED),
+    ):
+        with pytest.raises(UserError) as caught:
+            ask()
+        assert str(caught.value) == expected
+
+
+def test_settings_of_text_are_refused_for_a_token_file_only_where_no_text_follows_them(given_file, write, tmp_path):
+    """The text that validates a token file has its own key and separator, but is not streamed; a val_dataset is named as such."""
+    text = write("val.jsonl", '{"body": "one"}\n')
+    data = DataConfig(dataset=str(given_file), val_dataset=str(text), text_field="body", val_docs=1, cache_dir=str(tmp_path / "cache"))
+    assert cached_token_file(data, "val", BYTES, SEED).tokens.tolist() == [*b"one", BYTES.eos_id]
+    with pytest.raises(UserError, match="data.streaming: does not apply to the token file data.dataset"):
+        cached_token_file(data.model_copy(update={"streaming": True}), "val", BYTES, SEED)
+    with pytest.raises(UserError) as caught:
+        cached_token_file(DataConfig(dataset=str(text), text_field="body", val_dataset=str(given_file), val_docs=1), "train", BYTES, SEED)
+    mend = "Take it out, or: Give the text that it was made from as data.val_dataset."
+    assert str(caught.value) == f"data.val_docs: does not apply to the token file data.val_dataset. {mend}"
 
 
 def test_a_given_token_file_is_checked_before_use(given_file):
@@ -960,8 +1085,11 @@ def test_a_given_token_file_is_checked_before_use(given_file):
     with open(given_file, "r+b") as file:
         file.seek(4200)
         file.write(b"\xff")
-    with pytest.raises(UserError, match="its content is not what was written"):
-        cached_token_file(DataConfig(dataset=str(given_file)), "train", BYTES, SEED)
+    for settings, key in (({"dataset": str(given_file)}, "dataset"), ({"val_dataset": str(given_file)}, "val_dataset")):
+        with pytest.raises(UserError) as caught:
+            cached_token_file(DataConfig(**settings), "val", BYTES, SEED)
+        mend = f"Give the text that it was made from as data.{key}."
+        assert str(caught.value) == f"{given_file}: its content is not what was written (checksum). {mend}"
 
 
 def test_a_token_file_has_no_documents_to_read_again(given_file):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 
 from tinylm.config import TokenizerConfig
 from tinylm.errors import UserError
-from tinylm.tokenizer import BYTE_OF_CHARACTER, ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, make_tokenizer, tokenizer_from_plain
+from tinylm.tokenizer import BYTE_OF_CHARACTER, ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, is_hub_name, make_tokenizer, tokenizer_from_plain
 
 TEXT = "the model reads a token and guesses the next token; naïve 東京 🙂 text, the the the model's guesses\n"
 
@@ -526,6 +527,23 @@ def test_offline_a_name_that_was_never_downloaded_is_an_error(monkeypatch, tmp_p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="not a folder here, and the Hugging Face hub says: "):
         load("some-owner/some-model")
+
+
+def test_a_download_that_breaks_off_is_one_line(monkeypatch):
+    """The HTTP library's errors are no OSErrors."""
+
+    def fail(name, allow_patterns):
+        raise httpx.ReadError("connection lost")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("tinylm.tokenizer.require_hub", lambda what, mend: None)
+    with pytest.raises(UserError, match="tokenizer.path: owner/name: not a folder here, and the Hugging Face hub says: connection lost. Give a local folder"):
+        load("owner/name")
+
+
+def test_a_name_that_is_too_long_is_no_folder():
+    """The operating system refuses to look for it, and Path.is_dir passes that on."""
+    assert is_hub_name("x" * 300 + "/name")
 
 
 def test_a_name_on_the_hub_is_read_from_the_downloaded_folder(folder, monkeypatch):

@@ -453,9 +453,7 @@ def _digest(text: str) -> bytes:
 # --- step 3: ids ------------------------------------------------------------------------------------------------------
 
 
-def encode_documents(
-    documents: Iterable[str], tokenizer: Tokenizer, max_doc_len: int | None, *, source: str = "text:", first: int = 1
-) -> Iterator[np.ndarray]:
+def encode_documents(documents: Iterable[str], tokenizer: Tokenizer, max_doc_len: int | None, *, source: str = "text:", first: int = 1) -> Iterator[np.ndarray]:
     """The tokens of each document, cut to `max_doc_len` and closed by EOS: (n + 1,) in the type of a token file.
 
     Args:

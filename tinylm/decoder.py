@@ -24,7 +24,7 @@ Queries, keys and values are stored as one matrix, and so are gate and value of 
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,33 +69,9 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` (B, heads, T, K) turned by the angles of its positions; keeps the dtype of `x`."""
-    return _Rotation.apply(x, cos, sin)
-
-
-class _Rotation(torch.autograd.Function):
-    """Turns forward; the gradient is turned back. Autograd, left to itself, takes twice as many passes over memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, -sin), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (a, b) of `x` as (a cos - b sin, b cos + a sin), worked out in the dtype of the angles."""
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    first, second = wide.chunk(2, dim=-1)
-    sin = sin[..., : first.size(-1)]
-    turned = wide * cos
-    new_first, new_second = turned.chunk(2, dim=-1)
-    new_first.addcmul_(second, sin, value=-1)
-    new_second.addcmul_(first, sin)
-    return turned.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
 
 
 def alibi_slopes(n_heads: int) -> Tensor:

@@ -42,6 +42,9 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     `debug` lets an error through with its traceback. A reader that closed our output (`| head`) is no error.
     """
     open_streams()
+    # OpenMP's threads spin while they wait, and when anything else runs they keep the machine from the thread they wait
+    # for: on 2 cores a training step took 15 times as long beside one busy process (docs/LOG.md). Torch is not loaded yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     before = signal.signal(signal.SIGINT, stop_once)
     try:
         return body()

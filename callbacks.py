@@ -19,9 +19,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import OptimStateKeyType
 
 from model import LitStage, Progress
 from tinylm import checkpoint
@@ -74,11 +78,19 @@ class Restore(L.Callback):
         if self.payload is not None:
             groups = trainer.optimizers[0].param_groups
             settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-            trainer.strategy.load_optimizer_state_dict({"optimizer_states": [self.payload["optimizer"]]})
+            self._load_optimizer(trainer, stage, self.payload["optimizer"])
             for group, own in zip(trainer.optimizers[0].param_groups, settings, strict=True):
                 group.update(own)  # the settings are the config's, which --allow-changes may have changed
             trainer.precision_plugin.load_state_dict(self.payload["precision"])
             self.payload = None
+
+    def _load_optimizer(self, trainer: L.Trainer, stage: L.LightningModule, state: dict[str, Any]) -> None:
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
+            trainer.strategy.load_optimizer_state_dict({"optimizer_states": [state]})
+            return
+        # The checkpoint has whole tensors by number; torch cuts them up by the names of their weights.
+        named = FSDP.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, stage)
+        set_optimizer_state_dict(stage, trainer.optimizers[0], named, options=StateDictOptions(full_state_dict=True))
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -143,11 +155,12 @@ class Validation(StepCallback):
         if self.score is None:
             return
         stage.progress.validations.append([step, self.score.loss])
-        if training.sample_prompt is not None and trainer.is_global_zero:
+        if training.sample_prompt is not None:  # every rank writes it, since a sharded model takes them all; rank 0 shows it
             stage.decoder.eval()
             text = Engine(stage.decoder, self.tokenizer).generate(training.sample_prompt, stage.config.sampling)[0].text
             stage.decoder.train()
-            self.show(f"sample: {readable(training.sample_prompt + text)}")
+            if trainer.is_global_zero:
+                self.show(f"sample: {readable(training.sample_prompt + text)}")
         self.seconds = time.monotonic() - began
 
 

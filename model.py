@@ -15,6 +15,8 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from data import Batch
 from tinylm.config import Config
@@ -85,6 +87,15 @@ class LitStage(L.LightningModule):
         """Lightning's hook before training."""
         if self.device.type == "cpu":
             keep_freed_memory()
+
+    def configure_model(self) -> None:
+        """Under fsdp each block, and the rest, is cut into equal parts that live on one device each (Zhao et al. 2023)."""
+        if self.config.hardware.strategy == "fsdp" and self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.decoder.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.decoder, mesh=mesh)
+            register_fsdp_forward_method(self.decoder, "features")
 
     # --- one micro-batch ----------------------------------------------------------------------------------------------
 
@@ -164,12 +175,15 @@ class LitStage(L.LightningModule):
         parts = self.config.training.grad_accum_steps * world
         share = targets / (self._full_batch * parts)
         if share not in (0.0, 1.0):
-            torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], 1 / share)
+            for weight in self.parameters():
+                if weight.grad is not None:
+                    weight.grad.mul_(1 / share)
 
     def _clip(self) -> float:
         """The norm of the whole gradient before it was clipped to training.grad_clip."""
         limit = self.config.training.grad_clip
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters(), math.inf if limit is None else limit))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), math.inf if limit is None else limit)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _guard(self, loss: float, targets: int, norm: float) -> None:
         """Stop before a step that would write numbers that are not finite into the weights.
@@ -191,7 +205,11 @@ class LitLM(LitStage):
     def __init__(self, config: Config, decoder: Decoder, byte_lengths: Tensor):
         super().__init__(config, decoder)
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
-        self._features = torch.compile(decoder.features) if config.hardware.compile else decoder.features
+
+    def configure_model(self) -> None:
+        """Lightning's hook for what has to happen when devices and processes are known: sharding, then compiling."""
+        super().configure_model()
+        self._features = torch.compile(self.decoder.features) if self.config.hardware.compile else self.decoder.features
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
         """Cross entropy summed over the targets; a mixture of experts adds its balance loss."""
@@ -204,4 +222,4 @@ class LitLM(LitStage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """What `tinylm/evaluate.py` counts, so that training and eval_val.py give the same number."""
-        return batch_sums(self._features, self.decoder.head.weight, batch, self.byte_lengths)
+        return batch_sums(self._features, self.decoder.head, batch, self.byte_lengths)

@@ -316,6 +316,7 @@ def describe_model(config: "Config", decoder: Any, world_size: int) -> str:
 def build_trainer(config: "Config", device: str, callbacks: "list[L.Callback]") -> "L.Trainer":
     """Lightning's trainer for one run: one epoch of micro-batches; everything between steps is ours (callbacks.py)."""
     import lightning as L
+    from lightning.pytorch.strategies import ModelParallelStrategy
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -325,11 +326,13 @@ def build_trainer(config: "Config", device: str, callbacks: "list[L.Callback]") 
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
     hardware = config.hardware
     precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}[hardware.precision]
+    # FSDP2; Lightning's older FSDP strategy drops the optimizer's state on resume and flattens the weights.
+    sharded = ModelParallelStrategy(data_parallel_size=hardware.devices * hardware.num_nodes, tensor_parallel_size=1, save_distributed_checkpoint=False)
     return L.Trainer(
         accelerator={"cpu": "cpu", "cuda": "gpu", "mps": "mps"}[device],
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        strategy=hardware.strategy,
+        strategy=sharded if hardware.strategy == "fsdp" else hardware.strategy,
         precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
         accumulate_grad_batches=config.training.grad_accum_steps,
@@ -468,8 +471,8 @@ def check_hardware(config: "Config", device: str) -> None:
     present = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device)
     if present is not None and hardware.devices > present:
         raise UserError(f"hardware.devices: {hardware.devices} were asked for, and this machine has {present}. Lower hardware.devices.")
-    if hardware.strategy == "fsdp" and device != "cuda":
-        raise UserError(f"hardware.strategy: fsdp needs CUDA, and this run is on {device}. Set hardware.strategy to ddp.")
+    if hardware.strategy == "fsdp" and hardware.precision == "16":
+        raise UserError("hardware.precision: 16 does not go with hardware.strategy fsdp. Set hardware.precision to bf16 or 32.")
     if hardware.strategy == "fsdp" and config.training.optimizer == "muon":
         raise UserError("training.optimizer: muon needs whole matrices, and hardware.strategy fsdp cuts them in pieces. Set adamw, or strategy ddp.")
 

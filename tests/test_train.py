@@ -541,15 +541,21 @@ def test_a_reader_that_leaves_does_not_end_the_run(make_config: Make, tmp_path: 
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_as_one(make_config: Make, tmp_path: Path) -> None:
-    """Two gloo ranks with 2 rows each are one process with 2 x 2 rows: the same rows, the same mean, up to rounding."""
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_the_same_as_one(make_config: Make, tmp_path: Path, strategy: str) -> None:
+    """Two gloo ranks with 2 rows each are one process with 2 x 2 rows: the same rows, the same mean, up to rounding.
+
+    They stop at step 4 and resume, so that what each strategy saves and restores is in the comparison.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
-    base = {"training": {"micro_batch_size": 2}}
+    base = {"training": {"micro_batch_size": 2, "schedule": "constant", "sample_prompt": "the", "val_every_steps": 2}, "sampling": {"max_new_tokens": 3}}
     assert run(make_config(**base), "training.grad_accum_steps=2", *elsewhere(one)) == 0
     config = make_config(**base)
-    flags = ["hardware.devices=2", "hardware.strategy=ddp", *elsewhere(two)]
-    result = subprocess.run([sys.executable, "train.py", "--config", str(config), *flags], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
+    flags = ["hardware.devices=2", f"hardware.strategy={strategy}", *elsewhere(two)]
+    for steps in (4, 6):
+        command = [sys.executable, "train.py", "--config", str(config), *flags, f"training.max_steps={steps}"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+        assert result.returncode == 0, result.stderr
     for name in ("train_loss", "val_loss", "grad_norm"):
         ours, theirs = ([float.fromhex(x) for x in curve(folder, name).values()] for folder in (one, two))
         assert ours == pytest.approx(theirs, rel=1e-4), name

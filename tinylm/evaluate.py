@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinylm.decoder import Decoder, Features
 from tinylm.losses import cross_entropy
@@ -39,17 +39,17 @@ class LanguageScore:
         return self.loss * self.tokens / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
 
-def batch_sums(features: Callable[..., Features], head: Tensor, batch: dict[str, Any], byte_lengths: Tensor) -> Tensor:
+def batch_sums(features: Callable[..., Features], head: nn.Linear, batch: dict[str, Any], byte_lengths: Tensor) -> Tensor:
     """(loss sum, targets, bytes of the targets' text) of one batch of rows, as a float tensor (3,).
 
     Args:
         features: `Decoder.features`, compiled or not.
-        head: (V, D) the matrix that scores tokens.
+        head: the layer that scores tokens; its weight is looked at after `features`, which gathers it where it is sharded.
         byte_lengths: (V,) UTF-8 bytes that each token stands for.
     """
     labels = batch["labels"].flatten()
     hidden = features(batch["input_ids"], document_ids=batch.get("document_ids")).hidden
-    loss = cross_entropy(hidden.flatten(0, 1), head, labels)
+    loss = cross_entropy(hidden.flatten(0, 1), head.weight, labels)
     targets = labels[labels != IGNORE_INDEX]
     return torch.stack((loss.float(), loss.new_tensor(len(targets), dtype=torch.float32), byte_lengths[targets].sum().float()))
 
@@ -68,7 +68,7 @@ def score_batches(model: Decoder, batches: Iterable[dict[str, Any]], byte_length
     with torch.no_grad():
         for batch in batches:
             moved = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            sums = batch_sums(model.features, model.head.weight, moved, lengths)
+            sums = batch_sums(model.features, model.head, moved, lengths)
             totals = [total + part for total, part in zip(totals, sums.tolist(), strict=True)]
     return language_score(*totals)
 

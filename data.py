@@ -183,7 +183,9 @@ class StreamBatches(IterableDataset[Batch]):
         """Every document from `start` on, pass after pass without end, each with the place of its first token."""
         while True:
             documents = train_documents(self.config.data, self.config.training.seed, skip=start.document)
-            for number, ids in enumerate(encode_documents(documents, self.tokenizer, self.config.data.max_doc_len), start.document):
+            label = f"{printable(self.config.data.dataset)}: training"
+            encoded = encode_documents(documents, self.tokenizer, self.config.data.max_doc_len, source=label, first=start.document + 1)
+            for number, ids in enumerate(encoded, start.document):
                 offset = start.token if number == start.document else 0
                 if offset < len(ids):
                     yield Position(start.passes, number, offset), ids[offset:]

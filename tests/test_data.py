@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tinylm.corpus import train_documents, val_documents
 
 from data import Batch, Cursor, IndexedBatches, LitData, RowShape, Share, StreamBatches, ValidationBatches
 from tinylm.config import Config, load_config
+from tinylm.corpus import train_documents, val_documents
 from tinylm.errors import UserError
 from tinylm.packing import IGNORE_INDEX
 from tinylm.tokenizer import Tokenizer, make_tokenizer

@@ -8,6 +8,7 @@ A step is forward, backward, clipping, AdamW and letting the gradients go, on ra
 under its own trainer, with its own stage and loss; the others in a plain loop, with the loss that is natural to each.
 Every contestant is a process of its own, told over a pipe to take some steps while the others wait, round after round:
 a noisy moment of the machine meets all of them. Ratios are taken within a round; what is shown is the median over the rounds.
+OpenMP's threads sleep while they wait, in all of them, as in our programs (`tinylm/program.py`).
 Peak memory is the most that the process ever held, beyond what it held after its imports and a step of a toy model. MFU is
 the share of the speed of a large matrix product in the same dtype, which has its turn in each round. CPU, and Linux for its /proc.
 
@@ -391,12 +392,12 @@ def show(results: list[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"whole training steps, {results[0].parameters:,} parameters each")
-    for column in ("mode", "", "tokens/s", "beside tinylm (min to max)", "peak MB", "MFU"):
-        table.add_column(column, justify="right" if column not in ("mode", "") else "left", no_wrap=True)
+    table = Table(title=f"whole training steps, {results[0].parameters:,} parameters each; ratio: its tokens/s as a share of tinylm's in the same round")
+    for column in ("mode", "", "tokens/s", "ratio", "min", "max", "peak MB", "MFU"):
+        table.add_column(column, justify="left" if column in ("mode", "") else "right", no_wrap=True)
     for result in results:
-        beside = f"{result.ratio:.3f} ({result.lowest_ratio:.3f} to {result.highest_ratio:.3f})"
-        table.add_row(result.mode, result.name, f"{result.tokens_per_s:,.0f}", beside, f"{result.peak_mb:,.0f}", f"{result.mfu:.1%}", end_section=result is results[-1])
+        ratios = [f"{ratio:.3f}" for ratio in (result.ratio, result.lowest_ratio, result.highest_ratio)]
+        table.add_row(result.mode, result.name, f"{result.tokens_per_s:,.0f}", *ratios, f"{result.peak_mb:,.0f}", f"{result.mfu:.1%}")
     Console().print(table)
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 WARM_UP_STEPS = 2  # the first compiles and makes the optimizer's state, the second settles the allocator
-HOW_TO_INSTALL = {"transformers": "pip install -r requirements-bench.txt", "litgpt": "pip install -r requirements-bench.txt && pip install --no-deps litgpt==0.5.13"}
+INSTALL = "pip install -r requirements-bench.txt && pip install --no-deps litgpt==0.5.13"
 
 
 @dataclass(frozen=True)
@@ -373,7 +373,8 @@ def compare(names: list[str], shape: Shape, mode_name: str, args: argparse.Names
 def check_parameters(counts: dict[str, int]) -> None:
     """Refuse to compare models of different sizes."""
     if len(set(counts.values())) > 1:
-        raise UserError(f"the contestants differ in size: {', '.join(f'{name} has {count:,} parameters' for name, count in counts.items())}. Compare the shapes")
+        found = ", ".join(f"{name} has {count:,} parameters" for name, count in counts.items())
+        raise UserError(f"the contestants differ in size: {found}. Compare the shapes that they are given.")
 
 
 def installed(names: list[str]) -> list[str]:
@@ -383,7 +384,7 @@ def installed(names: list[str]) -> list[str]:
         if all(importlib.util.find_spec(module) for module in ([name, "psutil"] if name == "litgpt" else [name])):
             found.append(name)
         else:
-            sys.stderr.write(f"{name}: not installed, so it is left out. {HOW_TO_INSTALL[name]}\n")
+            sys.stderr.write(f"{name}: not installed, so it is left out. {INSTALL}\n")
     return found
 
 

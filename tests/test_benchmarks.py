@@ -1,0 +1,72 @@
+"""Benchmarks are not timed here; this is that they run, and that they compare like with like."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tinylm.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    """benchmarks/train.py, which is not on the path, and whose name train.py has."""
+    spec = importlib.util.spec_from_file_location("benchmark_of_training", ROOT / "benchmarks" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_models_of_different_sizes_are_not_compared(benchmark):
+    benchmark.check_parameters({"tinylm": 24736, "litgpt": 24736})
+    with pytest.raises(UserError) as caught:
+        benchmark.check_parameters({"tinylm": 24736, "litgpt": 32928})
+    expected = "the contestants differ in size: tinylm has 24,736 parameters, litgpt has 32,928 parameters. Compare the shapes that they are given."
+    assert str(caught.value) == expected
+
+
+def test_a_contestant_that_is_not_installed_is_left_out_by_name(benchmark, capsys):
+    assert benchmark.installed(["json", "no_such_package"]) == ["json"]
+    line = "no_such_package: not installed, so it is left out. pip install -r requirements-bench.txt && pip install --no-deps litgpt==0.5.13\n"
+    assert capsys.readouterr().err == line
+
+
+def test_the_line_that_installs_litgpt_is_in_the_requirements_too(benchmark):
+    """Its version is pinned in one more place than others, because a requirements file cannot say --no-deps."""
+    command = benchmark.INSTALL.partition(" && ")[2]
+    assert command == "pip install --no-deps litgpt==0.5.13"
+    for path in ("requirements-bench.txt", "benchmarks/train.py"):
+        assert command in (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_memory_that_was_let_go_still_counts_in_the_peak(benchmark):
+    """100 MB that are written to and let go: the peak has them, what is held now has not."""
+    before = benchmark.memory_mb("VmRSS")
+    assert len(bytearray(b"x" * 100_000_000)) == 100_000_000
+    assert benchmark.memory_mb("VmHWM") > before + 100
+    assert benchmark.memory_mb("VmRSS") < before + 100
+
+
+@pytest.mark.slow
+def test_every_installed_contestant_takes_its_steps():
+    """24,736 = embedding 128·32, tied; 2 layers of 4·32·32 + 3·32·64 + 2·32; a last norm of 32."""
+    assert 128 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 == 24736
+    command = [sys.executable, "benchmarks/train.py", "--quick", "--modes", "fp32", "bf16", "--threads", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    here = ["tinylm", "transformers"] + ["litgpt"] * all(importlib.util.find_spec(name) for name in ("litgpt", "psutil"))
+    assert [(r["mode"], r["name"], r["parameters"]) for r in results] == [(mode, name, 24736) for mode in ("fp32", "bf16") for name in here]
+    assert all(r["tokens_per_s"] > 0 and r["peak_mb"] > 0 and r["mfu"] > 0 for r in results)
+    assert all(r["ratio"] == 1 for r in results if r["name"] == "tinylm")
+    assert ("litgpt: not installed, so it is left out." in done.stderr) == ("litgpt" not in here)

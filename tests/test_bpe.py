@@ -22,13 +22,16 @@ from tinylm.bpe import (
     count_jobs,
     count_texts,
     file_borders,
+    gpt2_form,
     jobs_of,
     learn_bpe,
     learn_merges,
     sources_of,
+    tokenizer_for,
 )
+from tinylm.config import DataConfig, TokenizerConfig
 from tinylm.errors import UserError
-from tinylm.tokenizer import load_hf_tokenizer
+from tinylm.tokenizer import load_hf_tokenizer, make_tokenizer, tokenizer_from_plain
 
 ROOT = Path(__file__).parent.parent
 EOT = "<|endoftext|>"
@@ -340,3 +343,67 @@ def test_a_pipe_that_a_glob_matches_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(UserError, match="a.txt: not a regular file. Give the path of a file on disk.$"):
         learn_bpe(sources_of([str(tmp_path / "*.txt")]), 300, Rules())
+
+
+# --- the tokenizer of a run -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path) -> DataConfig:
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"the newest widest lowest {n}"}) + "\n" for n in range(200)), encoding="utf-8")
+    return DataConfig(dataset=str(tmp_path / "text.jsonl"), cache_dir=str(tmp_path / "cache"))
+
+
+def cached(data: DataConfig) -> list[Path]:
+    return sorted(path for path in Path(data.cache_dir).glob("bpe-*"))
+
+
+def test_a_run_learns_from_its_training_split_once(data, monkeypatch):
+    config = TokenizerConfig(kind="bpe", vocab_size=280)
+    first = tokenizer_for(config, data, seed=1)
+    assert first.vocab_size == 280
+    monkeypatch.setattr(bpe_module, "count_jobs", None)  # a second learning would fail
+    assert tokenizer_for(config, data, seed=1).fingerprint == first.fingerprint
+    assert tokenizer_from_plain(first.to_plain()).encode("the lowest") == first.encode("the lowest")
+
+
+def test_what_was_learned_is_kept_by_the_content_and_the_settings(data):
+    config = TokenizerConfig(kind="bpe", vocab_size=280)
+    tokenizer_for(config, data, seed=1)
+    other_place = Path(data.dataset).rename(Path(data.dataset).with_name("moved.jsonl"))
+    moved = data.model_copy(update={"dataset": str(other_place)})
+    tokenizer_for(config, moved, seed=1)
+    assert len(cached(data)) == 1
+    for changed in ({"vocab_size": 281}, {"pattern": "gpt4"}, {"learn_docs": 5}):
+        tokenizer_for(config.model_copy(update=changed), moved, seed=1)
+    tokenizer_for(config, moved, seed=2)  # which documents are held out
+    tokenizer_for(config, moved.model_copy(update={"train_docs": 7}), seed=1)
+    with open(other_place, "a", encoding="utf-8") as file:
+        file.write('{"text": "one more document of the training split"}\n')
+    tokenizer_for(config, moved, seed=1)
+    assert len(cached(data)) == 7
+
+
+def test_learn_docs_bounds_what_is_read(tmp_path):
+    """Of `ab` ten times and `cd` after it, the first ten documents know `ab` alone: one merge."""
+    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n' * 10 + '{"text": "cd"}\n' * 90, encoding="utf-8")
+    data = DataConfig(dataset=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"), val_dataset=str(tmp_path / "a.jsonl"))
+    assert tokenizer_for(TokenizerConfig(kind="bpe", vocab_size=300, learn_docs=10), data, seed=1).vocab_size == 259
+    assert tokenizer_for(TokenizerConfig(kind="bpe", vocab_size=300), data, seed=1).vocab_size == 260
+
+
+def test_a_stream_without_end_is_not_read_for_its_words():
+    data = DataConfig(dataset="nobody/nothing", streaming=True, val_docs=10, val_dataset="nobody/else")
+    with pytest.raises(UserError, match="^tokenizer.learn_docs: kind bpe would read all of a streamed dataset. Set tokenizer.learn_docs, for example 100000.$"):
+        tokenizer_for(TokenizerConfig(kind="bpe", vocab_size=300), data, seed=1)
+
+
+def test_other_kinds_are_made_as_ever(data):
+    assert tokenizer_for(TokenizerConfig(), data, seed=1).kind == "byte"
+    assert tokenizer_for(TokenizerConfig(kind="char"), data, seed=1).kind == "char"
+    with pytest.raises(ValueError, match="kind bpe is made by bpe.tokenizer_for"):
+        make_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), list)
+
+
+def test_printable_form_is_gpt2s():
+    assert gpt2_form(b" a\n\xff") == "ĠaĊÿ"

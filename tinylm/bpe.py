@@ -16,6 +16,7 @@ stands in the text; words are counted by several processes; and a merge touches 
 result depends on the text alone, never on the number of processes. Encoding with the result is tokenizer.py's work.
 """
 
+import hashlib
 import heapq
 import json
 import multiprocessing
@@ -36,11 +37,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import regex
+from filelock import FileLock
 
-from tinylm.config import DataConfig
-from tinylm.corpus import HubDataset, LocalFiles, Source, find_source
+from tinylm.config import DataConfig, TokenizerConfig
+from tinylm.corpus import HubDataset, LocalFiles, Source, find_source, find_split, train_documents
 from tinylm.errors import UserError, printable, writing
-from tinylm.tokenizer import BYTE_OF_CHARACTER, WELL_KNOWN_EOS
+from tinylm.tokenizer import BYTE_OF_CHARACTER, WELL_KNOWN_EOS, Tokenizer, load_hf_tokenizer, make_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -558,3 +560,38 @@ def texts_of(names: Sequence[str]) -> Iterator[str]:
     for source in sources_of(names):
         for job in jobs_of(source, processes=1):
             yield from job.texts()
+
+
+# --- the tokenizer of a run -------------------------------------------------------------------------------------------
+
+
+def tokenizer_for(config: TokenizerConfig, data: DataConfig, seed: int, *, progress: Progress | None = None) -> Tokenizer:
+    """The tokenizer that a run's settings ask for: `make_tokenizer`'s, or for bpe one that is learned from the training split.
+
+    What was learned is kept in data.cache_dir, in a folder named by all that it depends on.
+
+    Raises:
+        UserError: as `train_documents`, `load_hf_tokenizer` and `check_request`, or a stream without end would be read.
+    """
+    if config.kind != "bpe":
+        return make_tokenizer(config, lambda: train_documents(data, seed))
+    assert config.vocab_size is not None  # TokenizerConfig checks it
+    split, rules = find_split(data, "train", seed), Rules(config.pattern or "gpt2")
+    if isinstance(split.source, HubDataset) and data.streaming and split.limit is None and config.learn_docs is None:
+        raise UserError("tokenizer.learn_docs: kind bpe would read all of a streamed dataset. Set tokenizer.learn_docs, for example 100000.")
+    check_request(config.vocab_size, rules)
+    text = [split.source.fingerprint(), data.text_field, data.document_separator, split.held_out, split.limit, config.learn_docs]
+    key = hashlib.sha256(json.dumps([VERSION, text, config.vocab_size, PATTERNS[rules.pattern], rules.special]).encode()).hexdigest()[:16]
+    folder = Path(data.cache_dir) / f"bpe-{key}"
+    with writing(folder, "data.cache_dir"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        lock.acquire()
+    try:
+        if not folder.exists():
+            documents = islice(split.documents(), config.learn_docs)
+            words = count_jobs(_text_jobs(documents), rules, processes=os.cpu_count() or 1, progress=progress)
+            Bpe.learn(words, config.vocab_size, rules, progress=progress).save(folder)
+    finally:
+        lock.release()
+    return load_hf_tokenizer(str(folder))

@@ -385,13 +385,16 @@ class WindowStream(StreamDecoder):
 
 
 def make_tokenizer(config: TokenizerConfig, documents: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that `config` asks for; `documents` gives the training split, which only `char` reads."""
+    """The tokenizer that `config` asks for; `documents` gives the training split, which only `char` reads.
+
+    Kind bpe, which keeps what it learned, is `bpe.tokenizer_for`.
+    """
     if config.kind == "byte":
         return ByteTokenizer()
     if config.kind == "char":
         return CharTokenizer.of_documents(documents(), unknown=config.unknown)
     if config.path is None:
-        raise ValueError("kind hf needs a path; TokenizerConfig checks it")
+        raise ValueError("kind hf needs a path, which TokenizerConfig checks; kind bpe is made by bpe.tokenizer_for")
     return load_hf_tokenizer(config.path)
 
 

@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,6 +17,7 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from tinylm import bpe as bpe_module
+from tinylm.__main__ import main
 from tinylm.bpe import (
     FILES,
     PATTERNS,
@@ -31,7 +35,7 @@ from tinylm.bpe import (
 )
 from tinylm.config import DataConfig, TokenizerConfig
 from tinylm.errors import UserError
-from tinylm.tokenizer import load_hf_tokenizer, make_tokenizer, tokenizer_from_plain
+from tinylm.tokenizer import Fit, load_hf_tokenizer, make_tokenizer, tokenizer_from_plain
 
 ROOT = Path(__file__).parent.parent
 EOT = "<|endoftext|>"
@@ -338,11 +342,88 @@ def test_bytes_that_are_not_utf8_are_named_with_their_place(tmp_path):
         learn_bpe(sources_of([str(tmp_path / "a.txt")]), 300, Rules())
 
 
+def test_a_text_with_too_few_words_gives_a_smaller_vocabulary(tmp_path, capsys):
+    """E15: `low` allows two merges, `a` none."""
+    (tmp_path / "a.txt").write_text("low low", encoding="utf-8")
+    assert main(["tokenizer", "train", "--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "mine"), "--vocab-size", "1000"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{tmp_path}/mine\n"
+    assert "vocabulary: 260 tokens instead of 1000: every word of this text is one token already\n" in shown.err
+    assert load_hf_tokenizer(str(tmp_path / "mine")).vocab_size == 260
+    assert learn_merges({"a": 5}, 10) == []
+
+
 def test_a_pipe_that_a_glob_matches_is_not_read(tmp_path):
     """E8: reading it would wait for ever."""
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(UserError, match="a.txt: not a regular file. Give the path of a file on disk.$"):
         learn_bpe(sources_of([str(tmp_path / "*.txt")]), 300, Rules())
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def test_train_does_not_replace_what_is_there(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "vocab.json").write_text("{}", encoding="utf-8")
+    assert main(["tokenizer", "train", "--data", "nowhere.txt", "--out", str(tmp_path / "mine"), "--vocab-size", "1000"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/mine: is there already. Delete it, or choose another folder.\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--processes", "0"], "error: --processes: 0 is less than 1. Give the number of processor cores to use.\n"),
+        (["--vocab-size", "9"], "error: vocabulary size: 9 is less than 256 bytes and 1 special tokens. Ask for 257 or more.\n"),
+        (["--data", "no.txt"], "error: data.dataset: no.txt: not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name.\n"),
+    ],
+)
+def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
+    given = ["--data", str(ROOT / "data/tiny_corpus.txt"), "--out", str(tmp_path / "mine"), "--vocab-size", "300"]
+    assert main(["tokenizer", "train", *given, *change]) == 2
+    assert capsys.readouterr().err == message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_show_prints_tokens_and_ids_and_no_escape(tmp_path, capsys):
+    r"""`low` is token 257 (o w, then l ow); `é` two bytes; the escape of the user's text is shown, not sent."""
+    Bpe.learn({"low": 2}, 260, Rules()).save(tmp_path / "mine")
+    assert main(["tokenizer", "show", str(tmp_path / "mine"), "lowé[b]\x1b"]) == 0
+    assert capsys.readouterr().out == "low|\\xc3|\\xa9|[|b|]|\\x1b\n257 195 169 91 98 93 27\n7 tokens, 9 bytes, 1.29 bytes per token\n"
+
+
+def test_compare_prints_a_table(tmp_path, capsys):
+    """`low low`: 7 bytes in 3 tokens (low, space, low); 2 of 260 are used."""
+    Bpe.learn({"low": 2}, 260, Rules()).save(tmp_path / "mine")
+    (tmp_path / "a.txt").write_text("low low", encoding="utf-8")
+    assert main(["tokenizer", "compare", str(tmp_path / "mine"), "byte", "--data", str(tmp_path / "a.txt")]) == 0
+    rows = [[cell.strip() for cell in line.split("│")[2:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert rows == [["260", "3", "2.333", "2 (1%)", "'low'  ' '"], ["260", "7", "1.000", "4 (2%)", "' '  'l'  'o'"]]
+
+
+def test_compare_without_text_is_an_error(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("", encoding="utf-8")
+    assert main(["tokenizer", "compare", "byte", "--data", str(tmp_path / "a.txt")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/a.txt: no text. Give a file with text.\n"
+
+
+def test_fit_counts_bytes_tokens_and_used_ones():
+    fit = Fit.of(make_tokenizer(TokenizerConfig(), list), ["aé", "a"])
+    assert (fit.n_bytes, fit.n_tokens, fit.n_used, fit.longest) == (4, 4, 3, [97, 169, 195])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_leaves_nothing(small_text, tmp_path, processes):
+    """Of a corpus of half a gigabyte: no half folder; the program says what stopped it."""
+    (tmp_path / "text.txt").write_text(small_text * 40, encoding="utf-8", newline="")
+    command = [sys.executable, "-m", "tinylm", "tokenizer", "train", "--data", *[str(tmp_path / "text.txt")] * 100]
+    command += ["--out", str(tmp_path / "mine"), "--vocab-size", "30000", "--processes", processes]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as program:
+        time.sleep(2.5)
+        os.killpg(program.pid, signal.SIGINT)
+        error = program.communicate(timeout=30)[1]
+    assert (program.returncode, error, [path.name for path in tmp_path.iterdir()]) == (130, "\nstopped by Ctrl-C\n", ["text.txt"])
 
 
 # --- the tokenizer of a run -------------------------------------------------------------------------------------------

@@ -417,6 +417,38 @@ def tokenizer_from_plain(plain: dict[str, Any]) -> Tokenizer:
     raise UserError(f"tokenizer kind {printable(plain['kind'])}: this version knows byte, char and hf. Use the version that wrote it.")
 
 
+def named_tokenizer(name: str) -> Tokenizer:
+    """`byte`, or the tokenizer in a folder or of a Hugging Face model."""
+    return ByteTokenizer() if name == "byte" else load_hf_tokenizer(name)
+
+
+# --- how a tokenizer fits a text --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a tokenizer makes of a text."""
+
+    n_bytes: int
+    n_tokens: int
+    n_used: int
+    """different tokens that stand in the text"""
+    longest: list[int]
+    """the ids of the longest of them in bytes, the longest first"""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, texts: Iterable[str], *, n_longest: int = 3) -> "Fit":
+        """How `tokenizer` fits these texts, each encoded by itself."""
+        n_bytes = 0
+        uses = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for text in texts:
+            n_bytes += len(text.encode())
+            uses += np.bincount(tokenizer.encode_arrays([text])[0], minlength=len(uses))
+        lengths = tokenizer.byte_lengths()
+        used = sorted(np.flatnonzero(uses).tolist(), key=lambda id: -lengths[id])
+        return cls(n_bytes, int(uses.sum()), len(used), used[:n_longest])
+
+
 # --- files of a Hugging Face tokenizer --------------------------------------------------------------------------------
 
 

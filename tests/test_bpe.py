@@ -66,6 +66,7 @@ def file_in_parts(tmp_path, small_text, monkeypatch) -> Path:
     """More parts than four processes, so that all have something to do."""
     monkeypatch.setattr(bpe_module, "PART", 13_001)
     monkeypatch.setattr(bpe_module, "WINDOW", 200)
+    monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", 0)
     path = tmp_path / "parts.txt"
     path.write_text(small_text, encoding="utf-8", newline="")
     return path
@@ -223,6 +224,12 @@ def test_any_number_of_processes_gives_the_same_merges(file_in_parts):
     one, two, four = (learn_bpe(sources, 1000, Rules(), processes=processes) for processes in (1, 2, 4))
     assert len(one.merges) == 742
     assert one.merges == two.merges == four.merges
+
+
+def test_a_small_text_starts_no_process(file_in_parts, monkeypatch):
+    monkeypatch.setattr(bpe_module, "ProcessPoolExecutor", None)  # calling it would fail
+    monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", file_in_parts.stat().st_size + 1)
+    assert len(learn_bpe(sources_of([str(file_in_parts)]), 300, Rules(), processes=2).merges) == 42
 
 
 def test_other_kinds_of_files_are_read_by_document(tmp_path):

@@ -226,6 +226,23 @@ def test_any_number_of_processes_gives_the_same_merges(file_in_parts):
     assert one.merges == two.merges == four.merges
 
 
+class Deadly:
+    """A job that ends its process as the system does when memory runs out."""
+
+    size = 1
+
+    def texts(self) -> list[str]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_an_error_and_no_hang(monkeypatch):
+    monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", 0)
+    with pytest.raises(UserError, match="was ended from outside, perhaps for want of memory. Free some, or use fewer processes.$"):
+        count_jobs([Deadly()] * 5, Rules(), processes=2)
+
+
 def test_a_small_text_starts_no_process(file_in_parts, monkeypatch):
     monkeypatch.setattr(bpe_module, "ProcessPoolExecutor", None)  # calling it would fail
     monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", file_in_parts.stat().st_size + 1)
@@ -287,10 +304,10 @@ def test_our_reader_and_transformers_agree_on_every_id(folder, small_text):
 
 def test_vocab_and_merges_alone_give_the_same_ids(tmp_path, small_text):
     rules = Rules()
-    Bpe.learn(count_texts([small_text], rules), 600, rules).save(tmp_path / "all")
-    whole = load_hf_tokenizer(str(tmp_path / "all")).encode(small_text)
-    (tmp_path / "all" / "tokenizer.json").unlink()
-    assert load_hf_tokenizer(str(tmp_path / "all")).encode(small_text) == whole
+    Bpe.learn(count_texts([small_text], rules), 600, rules).save(tmp_path / "new" / "mine")
+    whole = load_hf_tokenizer(str(tmp_path / "new" / "mine")).encode(small_text)
+    (tmp_path / "new" / "mine" / "tokenizer.json").unlink()
+    assert load_hf_tokenizer(str(tmp_path / "new" / "mine")).encode(small_text) == whole
 
 
 def test_the_end_of_a_text_is_the_special_token_known_for_it_or_the_first():

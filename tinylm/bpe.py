@@ -262,7 +262,7 @@ def _counted(jobs: Iterator[Job], rules: Rules, processes: int) -> Iterator[tupl
         while running:
             yield from _finished(running)
     except BrokenProcessPool:
-        raise UserError("a process that counted words was ended from outside, perhaps for want of memory. Use fewer --processes.") from None
+        raise UserError("a process that counted words was ended from outside, perhaps for want of memory. Free some, or use fewer processes.") from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -279,7 +279,7 @@ def _leave_interrupts_to_the_parent() -> None:
 
 # --- step 2: merges ---------------------------------------------------------------------------------------------------
 
-# In `Words.tokens`: not the end of a token. Words are divided by it, and the inside of a longer token is filled with it.
+# In `Words.tokens`: between words, and where a token began that is now inside a longer one.
 NONE = -1
 
 
@@ -318,8 +318,8 @@ class Words:
     def still_there(self, pair: "Pair") -> "Pair":
         """The pair at the positions where later merges left it, with its count now.
 
-        A position where a merge took one of its tokens can never hold the same pair again: what begins there is longer, or
-        nothing begins there.
+        A position where a merge took one of its tokens can never hold the same pair again: a longer token begins there, or
+        none.
         """
         places = pair.positions
         places = places[(self.tokens[places] == pair.left) & (self.tokens[places + self.sizes[pair.left]] == pair.right)]
@@ -331,7 +331,6 @@ class Words:
         self.sizes[new] = left_size + self.sizes[pair.right]
         starts = _without_overlaps(pair.positions, left_size) if pair.left == pair.right else pair.positions
         ends = starts + (self.sizes[new] - 1)
-        tokens[starts + (left_size - 1)] = NONE
         tokens[starts + left_size] = NONE
         tokens[starts] = tokens[ends] = new
         before, after = tokens[starts - 1], tokens[ends + 1]

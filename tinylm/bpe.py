@@ -383,31 +383,33 @@ def learn_merges(words: Mapping[str, int], n_merges: int, *, progress: Progress 
     """
     table = Words(words, 256 + n_merges)
     spelled = [bytes((byte,)) for byte in range(256)]
-    heap = [_entry(pair, spelled) for pair in table.byte_pairs()]
+    mirrored = [_mirrored(token) for token in spelled]
+    heap = [_entry(pair, mirrored) for pair in table.byte_pairs()]
     heapq.heapify(heap)
     merges: list[tuple[bytes, bytes]] = []
     while heap and len(merges) < n_merges:
-        bound, _, pair = heap[0]
+        bound, _, _, pair = heap[0]
         pair = table.still_there(pair)
         if pair.count < -bound:
             if pair.count:
-                heapq.heapreplace(heap, _entry(pair, spelled))
+                heapq.heapreplace(heap, _entry(pair, mirrored))
             else:
                 heapq.heappop(heap)
             continue
         heapq.heappop(heap)
         merges.append((spelled[pair.left], spelled[pair.right]))
         spelled.append(spelled[pair.left] + spelled[pair.right])
+        mirrored.append(_mirrored(spelled[-1]))
         for new in table.merge(pair, len(spelled) - 1):
-            heapq.heappush(heap, _entry(new, spelled))
+            heapq.heappush(heap, _entry(new, mirrored))
         if progress is not None:
             progress("merges", len(merges), n_merges)
     return merges
 
 
-def _entry(pair: Pair, spelled: Sequence[bytes]) -> tuple[int, tuple[str, str], Pair]:
+def _entry(pair: Pair, mirrored: Sequence[str]) -> tuple[int, str, str, Pair]:
     """What the heap, whose top is its least, sorts by: the highest count first, then the greatest bytes."""
-    return -pair.count, (_mirrored(spelled[pair.left]), _mirrored(spelled[pair.right])), pair
+    return -pair.count, mirrored[pair.left], mirrored[pair.right], pair
 
 
 FLIPPED = bytes(range(255, -1, -1))

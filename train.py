@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         from model import LitLM
         from tinylm.evaluate import byte_table
 
-        tokenizer, config = prepare_tokenizer(config)
+        tokenizer, config = prepare_tokenizer(config, start)
         data = LitData(config, tokenizer)
         data.prepare()
         say(describe_data(data))
@@ -224,12 +224,14 @@ def _tokenizer_of(payload: dict[str, Any]) -> "Tokenizer":
 # --- what a run is made of --------------------------------------------------------------------------------------------
 
 
-def prepare_tokenizer(config: "Config") -> tuple["Tokenizer", "Config"]:
+def prepare_tokenizer(config: "Config", start: Start) -> tuple["Tokenizer", "Config"]:
     """The tokenizer, and the settings with the vocabulary's size filled in."""
-    from tinylm.corpus import train_documents
-    from tinylm.tokenizer import make_tokenizer
+    from tinylm.bpe import tokenizer_for
 
-    tokenizer = make_tokenizer(config.tokenizer, lambda: train_documents(config.data, config.training.seed))
+    if start.payload is not None and start.payload["config"]["tokenizer"] == config.tokenizer.model_dump(mode="json") and config.tokenizer.kind == "bpe":
+        tokenizer = _tokenizer_of(start.payload)  # it was learned when the run began; the cache may be gone
+    else:
+        tokenizer = tokenizer_for(config.tokenizer, config.data, config.training.seed)
     wanted = config.model.vocab_size
     if wanted is not None and wanted < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size: {wanted} is less than the tokenizer's {tokenizer.vocab_size}. Raise it, or leave it out.")

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 import model
 import train
-from tinylm import checkpoint
+from tinylm import bpe, checkpoint
 from tinylm.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,6 +283,22 @@ def test_changed_data_is_refused_unless_allowed(make_config: Make, corpus: Path,
     assert any(fingerprint in message for fingerprint in was.values())
     assert "--allow-changes" in message
     assert run(config, "--allow-changes") == 0
+
+
+def test_a_run_learns_its_own_tokenizer_and_goes_on_with_it(make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """The checkpoint holds the merges: the run goes on exactly though the cache is gone, and though nothing could be learned."""
+    config = make_config(**HARD, tokenizer={"kind": "bpe", "vocab_size": 300})
+    calm, broken = tmp_path / "calm", tmp_path / "broken"
+    assert run(config, *elsewhere(calm)) == 0
+    assert "vocabulary 300\n" in capsys.readouterr().err
+    assert run(config, *elsewhere(broken)) == 0
+    (broken / "checkpoints" / "final.ckpt").unlink()
+    for name in ("step-000006.ckpt", "last.ckpt", "best.ckpt"):
+        (broken / "checkpoints" / name).unlink()
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(bpe, "count_jobs", None)
+    assert run(config, *elsewhere(broken)) == 0
+    assert_same_run(calm, broken)
 
 
 def test_shared_documents_are_counted_and_said(make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture) -> None:

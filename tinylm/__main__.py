@@ -6,12 +6,21 @@ imports what it needs, makes one call and prints. Add the first to `main`.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinylm.errors import UserError, printable
-from tinylm.program import Parser, run_program
+from tinylm.program import Parser, run_program, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tinylm.bpe import Progress
+
+# Neighbouring tokens differ; all five are readable on black and on white.
+TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta", "black on white")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The commands are plain parsers: --debug stands before the command.
     commands = parser.add_subparsers(metavar="command", required=True, parser_class=argparse.ArgumentParser)
     add_config_reference(commands)
+    add_tokenizer(commands)
     arguments = parser.parse_args(argv)
     return run_program(lambda: arguments.run(arguments), debug=arguments.debug)
 
@@ -50,6 +60,128 @@ def config_reference(arguments: argparse.Namespace) -> int:
             raise UserError(f"{printable(path)}: does not match the settings in tinylm/config.py. Write it again: python -m tinylm config-reference.")
         print(path)
     return 0
+
+
+def add_tokenizer(commands: Any) -> None:
+    """Declare `tokenizer train`, `tokenizer compare` and `tokenizer show`."""
+    command = commands.add_parser("tokenizer", help="learn a tokenizer, compare some, show what one makes of a text")
+    actions = command.add_subparsers(metavar="action", required=True)
+
+    summary = "Learn byte-level BPE from text and write the files that transformers opens too."
+    plain = argparse.RawDescriptionHelpFormatter
+    train = actions.add_parser("train", help="learn one from text", description=summary, epilog=TRAIN_EXAMPLE, formatter_class=plain)
+    kinds = "files, folders or globs: .txt as it stands; .jsonl, .parquet and .gz by document"
+    train.add_argument("--data", nargs="+", required=True, metavar="PATH", help=kinds)
+    train.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new folder for the tokenizer")
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, among them 256 bytes and the special ones")
+    special = "special tokens: the text is cut at them and no merge has one; the end of a text is the first, or one known for it (default: <|endoftext|>)"
+    train.add_argument("--special", nargs="+", default=["<|endoftext|>"], metavar="TOKEN", help=special)
+    train.add_argument("--pattern", choices=("gpt2", "gpt4"), default="gpt2", help="the words that merges stay within (default: gpt2)")
+    train.add_argument("--processes", type=int, default=1, metavar="N", help="processes that count words; the result is the same (default: 1)")
+    train.set_defaults(run=tokenizer_train)
+
+    summary = "How several tokenizers fit a text: bytes per token, how much of the vocabulary it uses, the longest tokens in it."
+    compare = actions.add_parser("compare", help="how several fit a text", description=summary)
+    compare.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help="a folder, a Hugging Face name such as gpt2, or byte")
+    compare.add_argument("--data", nargs="+", required=True, metavar="PATH", help="the text: files, folders or globs")
+    compare.set_defaults(run=tokenizer_compare)
+
+    show = actions.add_parser("show", help="the tokens of a text", description="The tokens of a text, and their ids below.")
+    show.add_argument("tokenizer", metavar="TOKENIZER", help="a folder, a Hugging Face name such as gpt2, or byte")
+    show.add_argument("text", help="the text")
+    show.set_defaults(run=tokenizer_show)
+
+
+TRAIN_EXAMPLE = """\
+for example:
+  python -m tinylm tokenizer train --data 'corpus/*.txt' --out tokenizers/mine --vocab-size 32000 --special '<|endoftext|>' '<|pad|>' --processes 8
+"""
+
+
+def tokenizer_train(arguments: argparse.Namespace) -> int:
+    """Learn merges and write the tokenizer's files; their folder is printed."""
+    from tinylm.bpe import Rules, learn_bpe, require_new, sources_of
+
+    if arguments.processes < 1:
+        raise UserError(f"--processes: {arguments.processes} is less than 1. Give the number of processor cores to use.")
+    require_new(arguments.out)
+    rules = Rules(arguments.pattern, tuple(arguments.special))
+    with progress_bar() as progress:
+        bpe = learn_bpe(sources_of(arguments.data), arguments.vocab_size, rules, processes=arguments.processes, progress=progress)
+    bpe.save(arguments.out)
+    if bpe.vocab_size < arguments.vocab_size:
+        say(f"vocabulary: {bpe.vocab_size} tokens instead of {arguments.vocab_size}: every word of this text is one token already")
+    say(f"learned {len(bpe.merges)} merges; end of text {bpe.eos}, padding {bpe.pad or bpe.eos}")
+    say(f"next: python -m tinylm tokenizer show {arguments.out} 'Some text', or tokenizer.path={arguments.out} in a config")
+    print(printable(arguments.out))
+    return 0
+
+
+@contextmanager
+def progress_bar() -> "Iterator[Progress]":
+    """A bar on stderr for each kind of work that is reported; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total or None)
+
+        yield report
+
+
+def tokenizer_compare(arguments: argparse.Namespace) -> int:
+    """Print a table with a row for each tokenizer."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from tinylm.bpe import texts_of
+    from tinylm.tokenizer import Fit, named_tokenizer
+
+    table = Table("tokenizer", title=Text(printable(" ".join(arguments.data))))
+    for column in ("vocabulary", "tokens", "bytes per token", "used"):
+        table.add_column(column, justify="right")
+    table.add_column("longest tokens", overflow="fold")
+    for name in arguments.tokenizers:
+        tokenizer = named_tokenizer(name)
+        fit = Fit.of(tokenizer, texts_of(arguments.data))
+        if not fit.n_tokens:
+            raise UserError(f"{printable(' '.join(arguments.data))}: no text. Give a file with text.")
+        used = f"{fit.n_used:,} ({fit.n_used / tokenizer.vocab_size:.0%})"
+        longest = Text("  ".join(f"'{tokenizer.token_text(id)}'" for id in fit.longest))
+        table.add_row(Text(printable(name)), f"{tokenizer.vocab_size:,}", f"{fit.n_tokens:,}", f"{fit.n_bytes / fit.n_tokens:.3f}", used, longest)
+    results().print(table)
+    return 0
+
+
+def tokenizer_show(arguments: argparse.Namespace) -> int:
+    """Print the tokens of a text with a bar between them, their ids, and how many they are."""
+    from rich.text import Text
+
+    from tinylm.tokenizer import named_tokenizer
+
+    tokenizer = named_tokenizer(arguments.tokenizer)
+    ids = tokenizer.encode(arguments.text)
+    styles = [TOKEN_STYLES[place % len(TOKEN_STYLES)] for place in range(len(ids))]
+    console = results()
+    for divider, pieces in (("|", map(tokenizer.token_text, ids)), (" ", map(str, ids))):
+        console.print(Text(divider).join(Text(piece, style) for piece, style in zip(pieces, styles, strict=True)), soft_wrap=True)
+    n_bytes = len(arguments.text.encode())
+    console.print(f"{len(ids)} tokens, {n_bytes} bytes" + (f", {n_bytes / len(ids):.2f} bytes per token" if ids else ""), highlight=False)
+    return 0
+
+
+def results() -> "Console":
+    """Stdout for people: coloured on a terminal that wants it, plain and wide in a pipe."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 if __name__ == "__main__":

@@ -146,12 +146,18 @@ class ModelConfig(Section):
 class TokenizerConfig(Section):
     """How text becomes token ids."""
 
-    kind: Literal["byte", "char", "hf"] = "byte"
-    """byte: 256 bytes and 4 specials; char: the characters of the training split; hf: read from `path`"""
+    kind: Literal["byte", "char", "bpe", "hf"] = "byte"
+    """byte: 256 bytes and 4 specials; char, bpe: learned from the training split; hf: read from `path`"""
     path: Name | None = None
     """for hf: a Hugging Face name (gpt2), or a folder with tokenizer.json or vocab.json and merges.txt"""
     unknown: Literal["error", "unk"] = "error"
     """for char: what a character outside the vocabulary is, an error or the token <|unk|>"""
+    vocab_size: Annotated[Count, Field(ge=258, le=1_000_000)] | None = None
+    """for bpe: tokens to learn, among them the 256 bytes and 2 specials; fewer where the text has too few words"""
+    pattern: Literal["gpt2", "gpt4"] | None = None
+    """for bpe: the words that merges stay within, those of GPT-2 or of GPT-4; null: gpt2"""
+    learn_docs: Count | None = None
+    """for bpe: learn from at most so many training documents; null: from all"""
 
     @model_validator(mode="before")
     @classmethod
@@ -168,6 +174,11 @@ class TokenizerConfig(Section):
             raise ValueError(f"path: kind {self.kind} reads no files. Take path out, or set kind: hf")
         if self.kind != "char" and self.unknown != "error":
             raise ValueError(f"unknown: kind {self.kind} knows every text. Take unknown out")
+        if self.kind == "bpe" and self.vocab_size is None:
+            raise ValueError("vocab_size: kind bpe needs it. Set tokenizer.vocab_size, for example 4096")
+        for name, value in (("vocab_size", self.vocab_size), ("pattern", self.pattern), ("learn_docs", self.learn_docs)):
+            if self.kind != "bpe" and value is not None:
+                raise ValueError(f"{name}: kind {self.kind} learns no merges. Take {name} out, or set kind: bpe")
         return self
 
 

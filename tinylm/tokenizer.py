@@ -385,13 +385,16 @@ class WindowStream(StreamDecoder):
 
 
 def make_tokenizer(config: TokenizerConfig, documents: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that `config` asks for; `documents` gives the training split, which only `char` reads."""
+    """The tokenizer that `config` asks for; `documents` gives the training split, which only `char` reads.
+
+    Kind bpe, which keeps what it learned, is `bpe.tokenizer_for`.
+    """
     if config.kind == "byte":
         return ByteTokenizer()
     if config.kind == "char":
         return CharTokenizer.of_documents(documents(), unknown=config.unknown)
     if config.path is None:
-        raise ValueError("kind hf needs a path; TokenizerConfig checks it")
+        raise ValueError("kind hf needs a path, which TokenizerConfig checks; kind bpe is made by bpe.tokenizer_for")
     return load_hf_tokenizer(config.path)
 
 
@@ -412,6 +415,38 @@ def tokenizer_from_plain(plain: dict[str, Any]) -> Tokenizer:
             backend = Backend.from_str(plain["tokenizer_json"])
             return HFTokenizer(backend, eos=plain["eos"], pad=plain["pad"], chat_template=plain["chat_template"])
     raise UserError(f"tokenizer kind {printable(plain['kind'])}: this version knows byte, char and hf. Use the version that wrote it.")
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """`byte`, or the tokenizer in a folder or of a Hugging Face model."""
+    return ByteTokenizer() if name == "byte" else load_hf_tokenizer(name)
+
+
+# --- how a tokenizer fits a text --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a tokenizer makes of a text."""
+
+    n_bytes: int
+    n_tokens: int
+    n_used: int
+    """different tokens that stand in the text"""
+    longest: list[int]
+    """the ids of the longest of them in bytes, the longest first"""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, texts: Iterable[str], *, n_longest: int = 3) -> "Fit":
+        """How `tokenizer` fits these texts, each encoded by itself."""
+        n_bytes = 0
+        uses = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for text in texts:
+            n_bytes += len(text.encode())
+            uses += np.bincount(tokenizer.encode_arrays([text])[0], minlength=len(uses))
+        lengths = tokenizer.byte_lengths()
+        used = sorted(np.flatnonzero(uses).tolist(), key=lambda id: -lengths[id])
+        return cls(n_bytes, int(uses.sum()), len(used), used[:n_longest])
 
 
 # --- files of a Hugging Face tokenizer --------------------------------------------------------------------------------

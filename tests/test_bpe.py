@@ -1,0 +1,514 @@
+"""Learning merges: worked by hand, equal to a slow reading of the rule, close to another library, whatever the processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from tinylm import bpe as bpe_module
+from tinylm.__main__ import main
+from tinylm.bpe import (
+    FILES,
+    PATTERNS,
+    Bpe,
+    Rules,
+    count_jobs,
+    count_texts,
+    file_borders,
+    gpt2_form,
+    jobs_of,
+    learn_bpe,
+    learn_merges,
+    sources_of,
+    tokenizer_for,
+)
+from tinylm.config import DataConfig, TokenizerConfig
+from tinylm.errors import UserError
+from tinylm.tokenizer import Fit, load_hf_tokenizer, make_tokenizer, tokenizer_from_plain
+
+ROOT = Path(__file__).parent.parent
+EOT = "<|endoftext|>"
+
+
+def text_of(n_bytes: int, seed: int = 1) -> str:
+    """A text of invented words, frequent ones and rare ones, with numbers, punctuation and letters beyond ASCII."""
+    draw = random.Random(seed)
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "en", "ör")]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(3000)]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    pieces: list[str] = []
+    size = 0
+    while size < n_bytes:
+        line = " ".join(draw.choices(words, weights, k=draw.randint(3, 12))) + draw.choice([".\n", ", 12 and 345\n", "!\n\n", "  \n", f"{EOT}\n"])
+        pieces.append(line)
+        size += len(line.encode())
+    return "".join(pieces).encode()[:n_bytes].decode("utf-8", "ignore")
+
+
+@pytest.fixture(scope="module")
+def small_text() -> str:
+    return text_of(130_000)
+
+
+@pytest.fixture
+def file_in_parts(tmp_path, small_text, monkeypatch) -> Path:
+    """More parts than four processes, so that all have something to do."""
+    monkeypatch.setattr(bpe_module, "PART", 13_001)
+    monkeypatch.setattr(bpe_module, "WINDOW", 200)
+    monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", 0)
+    path = tmp_path / "parts.txt"
+    path.write_text(small_text, encoding="utf-8", newline="")
+    return path
+
+
+# --- merges -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_merges_of_ten_words_worked_by_hand():
+    """`low` 5, `lower` 2, `newest` 1, `widest` 2: ten words, with `ow` and `lo` 7 times each, `we` 3, `es` and `st` 3.
+
+    1. (o w) and (l o) 7: the greater is (o w).  2. (l ow) 7.  3. What is left of the rest: (e s) 3, (s t) 3, (low e) 2, (e r) 2,
+    (w i) (i d) (d e) 2: the greatest of those with 3 is (s t).  4. (e st) 3.  5. With 2 are (low e) (e r) (w i) (i d) (d est):
+    (w i), the greatest.  6. (wi d) and (low e) (e r) (d est) are 2, so (wi d).  7. (wid est).  8. (low e).  9. (lowe r).
+    """
+    words = {"low": 5, "lower": 2, "newest": 1, "widest": 2}
+    expected = [b"o w", b"l ow", b"s t", b"e st", b"w i", b"wi d", b"wid est", b"low e", b"lowe r"]
+    assert learn_merges(words, 9) == [tuple(pair.split(b" ")) for pair in expected]
+
+
+def test_of_equally_frequent_pairs_the_lexicographically_greatest_bytes_win():
+    """(B A) > (A Z): the left one decides; (A BA) > (A B): the longer one of two with the same start."""
+    assert learn_merges({"AZ": 1, "BA": 1}, 1) == [(b"B", b"A")]
+    assert learn_merges({"BA": 3, "ABA": 1, "AB": 2}, 2) == [(b"B", b"A"), (b"A", b"B")]
+    assert learn_merges({"BA": 3, "ABA": 1, "AB": 1}, 2)[1] == (b"A", b"BA")
+
+
+def test_a_run_is_replaced_from_the_left_and_counted_at_every_place():
+    """`aaa` has (a a) twice, as `bc bc` in two words has (b c): the greater pair wins; then `aaa` is `aa a`."""
+    assert learn_merges({"aaa": 1, "bc": 2}, 3) == [(b"b", b"c"), (b"a", b"a"), (b"aa", b"a")]
+    assert learn_merges({"aaaaa": 1}, 3) == [(b"a", b"a"), (b"aa", b"aa"), (b"aaaa", b"a")]
+
+
+def slow_merges(words: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
+    """The rule as it is told: count all pairs anew, take the greatest of the most frequent, replace it everywhere."""
+    table = {word: [bytes((byte,)) for byte in word.encode()] for word in words}
+    merges: list[tuple[bytes, bytes]] = []
+    while len(merges) < n_merges:
+        counts: Counter[tuple[bytes, bytes]] = Counter()
+        for word, tokens in table.items():
+            for pair in zip(tokens, tokens[1:], strict=False):
+                counts[pair] += words[word]
+        if not counts:
+            break
+        left, right = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append((left, right))
+        for tokens in table.values():
+            place = 0
+            while place < len(tokens) - 1:
+                if (tokens[place], tokens[place + 1]) == (left, right):
+                    tokens[place : place + 2] = [left + right]
+                place += 1
+    return merges
+
+
+@given(st.dictionaries(st.text("abé東", min_size=1, max_size=14), st.integers(1, 4), min_size=1, max_size=15))
+def test_merges_equal_those_of_the_slow_rule_until_nothing_is_left(words):
+    merges = learn_merges(words, 300)
+    assert merges == slow_merges(words, 300)
+    assert len({left + right for left, right in merges}) == len(merges)  # so each is a token of its own
+
+
+def test_merges_of_a_real_text_equal_those_of_the_slow_rule(small_text):
+    words = dict(count_texts([small_text[:20_000]], Rules()))
+    assert learn_merges(words, 120) == slow_merges(words, 120)
+
+
+def learned_by_the_library(text: str, vocab_size: int, pattern: str) -> Backend:
+    backend = Backend(models.BPE())
+    words = pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.train_from_iterator([piece for piece in text.split(EOT) if piece], trainer)
+    return backend
+
+
+def test_merges_equal_those_of_another_library_where_no_counts_are_equal():
+    """Words of one pair each, without a common letter, that stand 1, 2, 4, ... times: the last is the first merge."""
+    words = ["ab", "cd", "ef", "gh", "ij", "kl", "mn"]
+    text = EOT.join(word for power, word in enumerate(words) for _ in range(2**power))
+    theirs = json.loads(learned_by_the_library(text, 264, "gpt2").to_str())["model"]["merges"]
+    ours = learn_merges(count_texts([text], Rules(special=(EOT,))), 7)
+    assert [[left.decode(), right.decode()] for left, right in ours] == theirs == [list(word) for word in reversed(words)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bytes_per_token_are_those_of_another_library_within_a_fifth_of_a_percent(small_text, pattern):
+    rules = Rules(pattern, (EOT,))
+    ours = Bpe.learn(count_texts([small_text], rules), 1000, rules).backend()
+    theirs = learned_by_the_library(small_text, 1000, pattern)
+    pieces = small_text.split(EOT)
+    counts = [sum(len(encoding.ids) for encoding in backend.encode_batch(pieces)) for backend in (ours, theirs)]
+    assert ours.get_vocab_size() == theirs.get_vocab_size() == 1000
+    assert counts[0] == pytest.approx(counts[1], rel=0.002)
+
+
+def test_130_kb_and_500_tokens_take_well_under_a_second_and_a_half(small_text):
+    start = time.process_time()
+    words = count_texts([small_text], Rules())
+    Bpe.learn(words, 500, Rules())
+    assert time.process_time() - start < 0.75
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(text=st.text(st.one_of(st.characters(exclude_categories=["Cn", "Cs"]), st.sampled_from(" \n\r\t'.a1\u3000\x1c")), max_size=40))
+def test_words_are_those_of_the_library_that_will_encode(pattern, text):
+    """Else merges would be learned that no text can use. The words, put together, are the text.
+
+    Not for characters that Unicode has added since: which are letters is a matter of a library's version.
+    """
+    found = [word for words in Rules(pattern, special=()).words(text) for word in words]
+    pieces = pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated").pre_tokenize_str(text)
+    assert found == [word for word, _ in pieces]
+    assert "".join(found) == text
+
+
+def test_words_end_at_special_tokens_and_the_longest_of_overlapping_ones_counts():
+    rules = Rules(special=("<|a|>", "<|a|><|a|>"))
+    assert list(rules.words("x<|a|><|a|>y<|a|>z")) == [["x"], ["y"], ["z"]]
+
+
+def test_no_special_token_or_part_across_one_is_in_a_merge(small_text):
+    """`<|endoftext|>` is as frequent as a common word here: without the rule its letters would be merged (E16)."""
+    learned = Bpe.learn(count_texts([small_text], Rules()), 2000, Rules())
+    assert not [token for token in learned.vocabulary() if ("<|" in token or "|>" in token) and token not in learned.rules.special]
+    without = Bpe.learn(count_texts([small_text], Rules(special=("<|none|>",))), 2000, Rules())
+    assert [token for token in without.vocabulary() if "endoftext" in token and token != EOT]
+
+
+def test_a_file_is_cut_where_no_word_is(file_in_parts, small_text):
+    """The words of the parts, 9 whole ones and a rest, are the words of the whole, for both patterns."""
+    borders = file_borders(file_in_parts)
+    assert len(borders) == 11
+    assert borders[0] == 0 and borders[-1] == file_in_parts.stat().st_size
+    for pattern in PATTERNS:
+        rules = Rules(pattern)
+        assert count_jobs(jobs_of(sources_of([str(file_in_parts)])[0], 1), rules) == count_texts([small_text], rules)
+
+
+def test_a_text_without_any_good_place_is_cut_behind_lines_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(bpe_module, "PART", 10)
+    monkeypatch.setattr(bpe_module, "WINDOW", 8)
+    (tmp_path / "a.txt").write_text("東京東京\n" * 3, encoding="utf-8", newline="")
+    assert file_borders(tmp_path / "a.txt") == [0, 13, 26, 39]
+    (tmp_path / "b.txt").write_text("x" * 100, encoding="utf-8", newline="")
+    assert file_borders(tmp_path / "b.txt") == [0, 100]
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_same_merges(file_in_parts):
+    sources = sources_of([str(file_in_parts)])
+    one, two, four = (learn_bpe(sources, 1000, Rules(), processes=processes) for processes in (1, 2, 4))
+    assert len(one.merges) == 742
+    assert one.merges == two.merges == four.merges
+
+
+class Deadly:
+    """A job that ends its process as the system does when memory runs out."""
+
+    size = 1
+
+    def texts(self) -> list[str]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_an_error_and_no_hang(monkeypatch):
+    monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", 0)
+    with pytest.raises(UserError, match="was ended from outside, perhaps for want of memory. Free some, or use fewer processes.$"):
+        count_jobs([Deadly()] * 5, Rules(), processes=2)
+
+
+def test_a_small_text_starts_no_process(file_in_parts, monkeypatch):
+    monkeypatch.setattr(bpe_module, "ProcessPoolExecutor", None)  # calling it would fail
+    monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", file_in_parts.stat().st_size + 1)
+    assert len(learn_bpe(sources_of([str(file_in_parts)]), 300, Rules(), processes=2).merges) == 42
+
+
+def test_other_kinds_of_files_are_read_by_document(tmp_path):
+    """The words of `low low`, without the JSON around it."""
+    (tmp_path / "a.jsonl").write_text('{"text": "low low"}\n{"text": "low"}\n', encoding="utf-8")
+    assert count_jobs(jobs_of(sources_of([str(tmp_path)])[0], 1), Rules()) == {"low": 2, " low": 1}
+
+
+def test_a_byte_order_mark_is_no_word(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbflow")
+    assert count_jobs(jobs_of(sources_of([str(tmp_path)])[0], 1), Rules()) == {"low": 1}
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def folder(request, small_text, tmp_path_factory) -> Path:
+    """A tokenizer of 600 tokens, as it is written."""
+    rules = Rules(request.param)
+    path = tmp_path_factory.mktemp("tokenizers") / request.param
+    Bpe.learn(count_texts([small_text], rules), 600, rules).save(path)
+    return path
+
+
+def test_the_files_are_gpt2s(folder):
+    """Ids: 256 bytes, 342 merges in their order, 2 special tokens."""
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert list(vocabulary.values()) == list(range(600))
+    assert lines[0] == "#version: 0.2"
+    assert [line.replace(" ", "") for line in lines[1:]] == list(vocabulary)[256:598]
+    assert list(vocabulary)[598:] == ["<|endoftext|>", "<|pad|>"]
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_any_text_round_trips_and_no_id_is_special(folder, text):
+    tokenizer = load_hf_tokenizer(str(folder))
+    for spelled in (text, f"{text}{EOT}{text}"):
+        ids = tokenizer.encode(spelled)
+        assert tokenizer.decode(ids) == spelled
+        assert max(ids, default=0) < 598
+
+
+def test_our_reader_and_transformers_agree_on_every_id(folder, small_text):
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_hf_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    for text in (small_text, "naïve 東京 🙂\r\n\r\n  x\t12345's I'LL <|pad|>", ""):
+        assert ours.encode(text) == theirs.encode(text, split_special_tokens=True)
+    assert (ours.eos_id, ours.pad_id, ours.vocab_size) == (598, 599, 600) == (theirs.eos_token_id, theirs.pad_token_id, len(theirs))
+
+
+def test_vocab_and_merges_alone_give_the_same_ids(tmp_path, small_text):
+    rules = Rules()
+    Bpe.learn(count_texts([small_text], rules), 600, rules).save(tmp_path / "new" / "mine")
+    whole = load_hf_tokenizer(str(tmp_path / "new" / "mine")).encode(small_text)
+    (tmp_path / "new" / "mine" / "tokenizer.json").unlink()
+    assert load_hf_tokenizer(str(tmp_path / "new" / "mine")).encode(small_text) == whole
+
+
+def test_the_end_of_a_text_is_the_special_token_known_for_it_or_the_first():
+    assert (Bpe((), Rules(special=("<pad>", "</s>"))).eos, Bpe((), Rules(special=("<pad>", "</s>"))).pad) == ("</s>", "<pad>")
+    assert (Bpe((), Rules(special=("<x>", "<y>"))).eos, Bpe((), Rules(special=("<x>", "<y>"))).pad) == ("<x>", None)
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def no_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_disk)
+    with pytest.raises(UserError, match="mine: cannot be written: No space left on device. Make room or change where it goes."):
+        Bpe((), Rules()).save(tmp_path / "mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what cannot be learned -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "special", "message"),
+    [
+        (257, ("<|a|>", "<|b|>"), "vocabulary size: 257 is less than 256 bytes and 2 special tokens. Ask for 258 or more."),
+        (300, (), "special tokens: none, and one has to end a text. Name one, such as <|endoftext|>."),
+        (300, ("a",), "special token 'a': expected two or more visible characters. Choose another, such as <|endoftext|>."),
+        (300, ("<a b>",), "special token '<a b>': expected two or more visible characters. Choose another, such as <|endoftext|>."),
+        (300, ("<\x1b>",), r"special token '<\x1b>': expected two or more visible characters. Choose another, such as <|endoftext|>."),
+        (300, ("<a>", "<a>"), "special token <a>: named twice. Name it once."),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_is_refused_before_the_text_is_read(vocab_size, special, message):
+    with pytest.raises(UserError) as caught:
+        learn_bpe([], vocab_size, Rules(special=special))
+    assert str(caught.value) == message
+
+
+def test_a_special_token_that_is_written_like_another_is_refused():
+    """` the` is written Ġthe, so no other token may be."""
+    rules = Rules(special=("Ġthe",))
+    with pytest.raises(UserError, match="^special token Ġthe: the files write another token so. Choose another name for it.$"):
+        Bpe.learn({" the": 1}, 260, rules).vocabulary()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", EOT.encode()])
+def test_a_text_without_words_is_an_error(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match="^the text has no words, so nothing can be learned from it. Give a file with text.$"):
+        learn_bpe(sources_of([str(tmp_path / "a.txt")]), 300, Rules())
+
+
+def test_bytes_that_are_not_utf8_are_named_with_their_place(tmp_path):
+    """E3: the offset counts from the start of the file, across its parts."""
+    (tmp_path / "a.txt").write_bytes(b"a b\n" * 500_000 + b"a\xffb")
+    with pytest.raises(UserError, match="a.txt: not UTF-8 text: byte 0xff at offset 2000001. Save the file as UTF-8.$"):
+        learn_bpe(sources_of([str(tmp_path / "a.txt")]), 300, Rules())
+
+
+def test_a_text_with_too_few_words_gives_a_smaller_vocabulary(tmp_path, capsys):
+    """E15: `low` allows two merges, `a` none."""
+    (tmp_path / "a.txt").write_text("low low", encoding="utf-8")
+    assert main(["tokenizer", "train", "--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "mine"), "--vocab-size", "1000"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{tmp_path}/mine\n"
+    assert "vocabulary: 260 tokens instead of 1000: every word of this text is one token already\n" in shown.err
+    assert load_hf_tokenizer(str(tmp_path / "mine")).vocab_size == 260
+    assert learn_merges({"a": 5}, 10) == []
+
+
+def test_a_pipe_that_a_glob_matches_is_not_read(tmp_path):
+    """E8: reading it would wait for ever."""
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="a.txt: not a regular file. Give the path of a file on disk.$"):
+        learn_bpe(sources_of([str(tmp_path / "*.txt")]), 300, Rules())
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def test_train_does_not_replace_what_is_there(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "vocab.json").write_text("{}", encoding="utf-8")
+    assert main(["tokenizer", "train", "--data", "nowhere.txt", "--out", str(tmp_path / "mine"), "--vocab-size", "1000"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/mine: is there already. Delete it, or choose another folder.\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--processes", "0"], "error: --processes: 0 is less than 1. Give the number of processor cores to use.\n"),
+        (["--vocab-size", "9"], "error: vocabulary size: 9 is less than 256 bytes and 1 special tokens. Ask for 257 or more.\n"),
+        (["--data", "no.txt"], "error: data.dataset: no.txt: not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name.\n"),
+    ],
+)
+def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
+    given = ["--data", str(ROOT / "data/tiny_corpus.txt"), "--out", str(tmp_path / "mine"), "--vocab-size", "300"]
+    assert main(["tokenizer", "train", *given, *change]) == 2
+    assert capsys.readouterr().err == message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_show_prints_tokens_and_ids_and_no_escape(tmp_path, capsys):
+    r"""`low` is token 257 (o w, then l ow); `é` two bytes; the escape of the user's text is shown, not sent."""
+    Bpe.learn({"low": 2}, 260, Rules()).save(tmp_path / "mine")
+    assert main(["tokenizer", "show", str(tmp_path / "mine"), "lowé[b]\x1b"]) == 0
+    assert capsys.readouterr().out == "low|\\xc3|\\xa9|[|b|]|\\x1b\n257 195 169 91 98 93 27\n7 tokens, 9 bytes, 1.29 bytes per token\n"
+
+
+def test_compare_prints_a_table(tmp_path, capsys):
+    """`low low`: 7 bytes in 3 tokens (low, space, low); 2 of 260 are used."""
+    Bpe.learn({"low": 2}, 260, Rules()).save(tmp_path / "mine")
+    (tmp_path / "a.txt").write_text("low low", encoding="utf-8")
+    assert main(["tokenizer", "compare", str(tmp_path / "mine"), "byte", "--data", str(tmp_path / "a.txt")]) == 0
+    rows = [[cell.strip() for cell in line.split("│")[2:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert rows == [["260", "3", "2.333", "2 (1%)", "'low'  ' '"], ["260", "7", "1.000", "4 (2%)", "' '  'l'  'o'"]]
+
+
+def test_compare_without_text_is_an_error(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("", encoding="utf-8")
+    assert main(["tokenizer", "compare", "byte", "--data", str(tmp_path / "a.txt")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/a.txt: no text. Give a file with text.\n"
+
+
+def test_fit_counts_bytes_tokens_and_used_ones():
+    fit = Fit.of(make_tokenizer(TokenizerConfig(), list), ["aé", "a"])
+    assert (fit.n_bytes, fit.n_tokens, fit.n_used, fit.longest) == (4, 4, 3, [97, 169, 195])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_leaves_nothing(small_text, tmp_path, processes):
+    """Of a corpus of half a gigabyte: no half folder; the program says what stopped it."""
+    (tmp_path / "text.txt").write_text(small_text * 40, encoding="utf-8", newline="")
+    command = [sys.executable, "-m", "tinylm", "tokenizer", "train", "--data", *[str(tmp_path / "text.txt")] * 100]
+    command += ["--out", str(tmp_path / "mine"), "--vocab-size", "30000", "--processes", processes]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as program:
+        time.sleep(2.5)
+        os.killpg(program.pid, signal.SIGINT)
+        error = program.communicate(timeout=30)[1]
+    assert (program.returncode, error, [path.name for path in tmp_path.iterdir()]) == (130, "\nstopped by Ctrl-C\n", ["text.txt"])
+
+
+# --- the tokenizer of a run -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path) -> DataConfig:
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"the newest widest lowest {n}"}) + "\n" for n in range(200)), encoding="utf-8")
+    return DataConfig(dataset=str(tmp_path / "text.jsonl"), cache_dir=str(tmp_path / "cache"))
+
+
+def cached(data: DataConfig) -> list[Path]:
+    return sorted(path for path in Path(data.cache_dir).glob("bpe-*"))
+
+
+def test_a_run_learns_from_its_training_split_once(data, monkeypatch):
+    config = TokenizerConfig(kind="bpe", vocab_size=280)
+    first = tokenizer_for(config, data, seed=1)
+    assert first.vocab_size == 280
+    monkeypatch.setattr(bpe_module, "count_jobs", None)  # a second learning would fail
+    assert tokenizer_for(config, data, seed=1).fingerprint == first.fingerprint
+    assert tokenizer_from_plain(first.to_plain()).encode("the lowest") == first.encode("the lowest")
+
+
+def test_what_was_learned_is_kept_by_the_content_and_the_settings(data):
+    config = TokenizerConfig(kind="bpe", vocab_size=280)
+    tokenizer_for(config, data, seed=1)
+    other_place = Path(data.dataset).rename(Path(data.dataset).with_name("moved.jsonl"))
+    moved = data.model_copy(update={"dataset": str(other_place)})
+    tokenizer_for(config, moved, seed=1)
+    assert len(cached(data)) == 1
+    for changed in ({"vocab_size": 281}, {"pattern": "gpt4"}, {"learn_docs": 5}):
+        tokenizer_for(config.model_copy(update=changed), moved, seed=1)
+    tokenizer_for(config, moved, seed=2)  # which documents are held out
+    tokenizer_for(config, moved.model_copy(update={"train_docs": 7}), seed=1)
+    with open(other_place, "a", encoding="utf-8") as file:
+        file.write('{"text": "one more document of the training split"}\n')
+    tokenizer_for(config, moved, seed=1)
+    assert len(cached(data)) == 7
+
+
+def test_learn_docs_bounds_what_is_read(tmp_path):
+    """Of `ab` ten times and `cd` after it, the first ten documents know `ab` alone: one merge."""
+    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n' * 10 + '{"text": "cd"}\n' * 90, encoding="utf-8")
+    data = DataConfig(dataset=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"), val_dataset=str(tmp_path / "a.jsonl"))
+    assert tokenizer_for(TokenizerConfig(kind="bpe", vocab_size=300, learn_docs=10), data, seed=1).vocab_size == 259
+    assert tokenizer_for(TokenizerConfig(kind="bpe", vocab_size=300), data, seed=1).vocab_size == 260
+
+
+def test_a_stream_without_end_is_not_read_for_its_words():
+    data = DataConfig(dataset="nobody/nothing", streaming=True, val_docs=10, val_dataset="nobody/else")
+    with pytest.raises(UserError, match="^tokenizer.learn_docs: kind bpe would read all of a streamed dataset. Set tokenizer.learn_docs, for example 100000.$"):
+        tokenizer_for(TokenizerConfig(kind="bpe", vocab_size=300), data, seed=1)
+
+
+def test_other_kinds_are_made_as_ever(data):
+    assert tokenizer_for(TokenizerConfig(), data, seed=1).kind == "byte"
+    assert tokenizer_for(TokenizerConfig(kind="char"), data, seed=1).kind == "char"
+    with pytest.raises(ValueError, match="kind bpe is made by bpe.tokenizer_for"):
+        make_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), list)
+
+
+def test_printable_form_is_gpt2s():
+    assert gpt2_form(b" a\n\xff") == "ĠaĊÿ"

@@ -50,12 +50,12 @@ def peak_mb(way: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: tuple[Tens
     return peak / 1e6
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("tokens", 4096), ("width", 384), ("vocab", 8192), ("threads", 2), ("rounds", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     hidden = torch.randn(options.tokens, options.width, requires_grad=True)

@@ -170,7 +170,7 @@ def cut_text(source: Path, path: Path, n_bytes: int) -> None:
         path.write_bytes(file.read(n_bytes).decode("utf-8", "ignore").encode())
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100])
@@ -180,7 +180,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="a .txt file to take the text from")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.contestant:
         return contest(options)
     names = [name for name in CONTESTANTS if name != "rustbpe" or find_spec("rustbpe")]

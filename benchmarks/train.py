@@ -2,12 +2,14 @@
 
     pip install -r requirements-bench.txt && pip install --no-deps litgpt==0.5.13
     python benchmarks/train.py
-    python benchmarks/train.py --modes bf16 bf16-compiled --rounds 20 --json
+    python benchmarks/train.py --modes bf16 bf16-compiled --rounds 20 --json speed.json
 
 A step is forward, backward, clipping, AdamW and letting the gradients go, on random token ids. This project takes it
 under its own trainer, with its own stage and loss; the others in a plain loop, with the loss that is natural to each.
 Every contestant is a process of its own, told over a pipe to take some steps while the others wait, round after round:
-a noisy moment of the machine meets all of them. Ratios are taken within a round; what is shown is the median over the rounds.
+a noisy moment of the machine meets all of them. A ratio is what this project takes divided by what the other takes in
+the same round, so below 1 the other is slower; what is shown is the median over the rounds. CPU s is the processor time
+of a step, all threads together, which tells more than the clock where other programs run.
 OpenMP's threads sleep while they wait, in all of them, as in our programs (`tinylm/program.py`).
 Peak memory is the most that the process ever held, beyond what it held after its imports and a step of a toy model. MFU is
 the share of the speed of a large matrix product in the same dtype, which has its turn in each round. CPU, and Linux for its /proc.
@@ -34,8 +36,8 @@ from typing import TYPE_CHECKING, Any
 
 # Before this folder, where `train` is this very file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tinylm.errors import UserError  # noqa: E402
-from tinylm.program import run_program  # noqa: E402
+from tinylm.errors import UserError, writing  # noqa: E402
+from tinylm.program import Parser, run_program, say  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +102,8 @@ class Report:
     """What a contestant says after the steps that it was told to take."""
 
     seconds: float
+    cpu_seconds: float
+    """of all its threads"""
     peak_mb: float
 
 
@@ -108,7 +112,7 @@ class Orders:
 
     def __init__(self, pipe: Connection):
         self.pipe = pipe
-        self.idle_mb = self.began = 0.0
+        self.idle_mb = self.began = self.cpu_began = 0.0
         self.left = 0
 
     def settle(self, mode: Mode, threads: int | None) -> None:
@@ -133,13 +137,13 @@ class Orders:
         """Count a step, report and wait if it was the last of the order; whether there is another one to take."""
         self.left -= 1
         if self.left == 0:
-            self.pipe.send(Report(time.perf_counter() - self.began, memory_mb("VmHWM") - self.idle_mb))
+            self.pipe.send(Report(time.perf_counter() - self.began, time.process_time() - self.cpu_began, memory_mb("VmHWM") - self.idle_mb))
             self._wait()
         return self.left > 0
 
     def _wait(self) -> None:
         self.left = self.pipe.recv()
-        self.began = time.perf_counter()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
 
 def memory_mb(name: str) -> float:
@@ -288,14 +292,22 @@ class Contestant:
     pipe: Connection
     seconds: list[float] = field(default_factory=list)
     """of one step, a round"""
+    cpu_seconds: list[float] = field(default_factory=list)
+    """likewise"""
     peak_mb: float = 0.0
 
-    def take_steps(self, n: int) -> float:
-        """Seconds of one step, meaned over `n`."""
+    def take_steps(self, n: int) -> None:
+        """A turn of `n` steps."""
         self.pipe.send(n)
         report = self.hear()
+        self.seconds.append(report.seconds / n)
+        self.cpu_seconds.append(report.cpu_seconds / n)
         self.peak_mb = report.peak_mb
-        return report.seconds / n
+
+    def forget_times(self) -> None:
+        """Drop the warm-up."""
+        self.seconds.clear()
+        self.cpu_seconds.clear()
 
     def hear(self) -> Any:
         """What the process sends next."""
@@ -332,42 +344,58 @@ def contestants(names: list[str], shape: Shape, mode: Mode, threads: int | None)
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table."""
+    """One row of the table: medians over the rounds. A ratio is what tinylm takes in the same round, divided by what this one takes."""
 
     mode: str
     name: str
     parameters: int
     tokens_per_s: float
     ratio: float
-    """its tokens/s as a share of tinylm's in the same round"""
     lowest_ratio: float
     highest_ratio: float
+    cpu_seconds: float
+    cpu_ratio: float
     peak_mb: float
     mfu: float
 
 
-def compare(names: list[str], shape: Shape, mode_name: str, args: argparse.Namespace) -> list[Result]:
+def compare(names: list[str], shape: Shape, mode: str, args: argparse.Namespace) -> list[Result]:
     """All rounds of one mode."""
-    with contestants([*names, "gemm"], shape, MODES[mode_name], args.threads) as running:
+    with contestants([*names, "gemm"], shape, MODES[mode], args.threads) as running:
         facts = {c.name: c.hear() for c in running}
         check_parameters({name: facts[name].parameters for name in names})
         for contestant in running:
             contestant.take_steps(WARM_UP_STEPS)
+            contestant.forget_times()
         for number in range(args.rounds):
-            sys.stderr.write(f"{mode_name}: round {number + 1} of {args.rounds}\n")
+            say(f"{mode}: round {number + 1} of {args.rounds}")
             for contestant in running:
-                contestant.seconds.append(contestant.take_steps(args.steps))
-    seconds = {c.name: c.seconds for c in running}
-    flops_per_s = [facts["gemm"].flops / s for s in seconds["gemm"]]
-    results = []
-    for contestant in running[:-1]:
-        ratios = [ours / its for ours, its in zip(seconds["tinylm"], contestant.seconds, strict=True)]
-        shares = [facts["tinylm"].flops / its / gemm for its, gemm in zip(contestant.seconds, flops_per_s, strict=True)]
-        speed = shape.tokens / statistics.median(contestant.seconds)
-        parameters = facts[contestant.name].parameters
-        spread = statistics.median(ratios), min(ratios), max(ratios)
-        results.append(Result(mode_name, contestant.name, parameters, speed, *spread, contestant.peak_mb, statistics.median(shares)))
-    return results
+                contestant.take_steps(args.steps)
+    return [sum_up(mode, contestant, running[0], running[-1], facts, shape) for contestant in running[:-1]]
+
+
+def sum_up(mode: str, contestant: Contestant, ours: Contestant, gemm: Contestant, facts: dict[str, Facts], shape: Shape) -> Result:
+    """The result of one contestant."""
+    ratios = by_round(ours.seconds, contestant.seconds)
+    gemms_a_step = facts["tinylm"].flops / facts["gemm"].flops  # by the operations that a step needs
+    return Result(
+        mode=mode,
+        name=contestant.name,
+        parameters=facts[contestant.name].parameters,
+        tokens_per_s=shape.tokens / statistics.median(contestant.seconds),
+        ratio=statistics.median(ratios),
+        lowest_ratio=min(ratios),
+        highest_ratio=max(ratios),
+        cpu_seconds=statistics.median(contestant.cpu_seconds),
+        cpu_ratio=statistics.median(by_round(ours.cpu_seconds, contestant.cpu_seconds)),
+        peak_mb=contestant.peak_mb,
+        mfu=gemms_a_step * statistics.median(by_round(gemm.seconds, contestant.seconds)),
+    )
+
+
+def by_round(a: list[float], b: list[float]) -> list[float]:
+    """a / b of each round."""
+    return [x / y for x, y in zip(a, b, strict=True)]
 
 
 def check_parameters(counts: dict[str, int]) -> None:
@@ -384,7 +412,7 @@ def installed(names: list[str]) -> list[str]:
         if all(importlib.util.find_spec(module) for module in ([name, "psutil"] if name == "litgpt" else [name])):
             found.append(name)
         else:
-            sys.stderr.write(f"{name}: not installed, so it is left out. {INSTALL}\n")
+            say(f"{name}: not installed, so it is left out. {INSTALL}")
     return found
 
 
@@ -393,24 +421,26 @@ def show(results: list[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"whole training steps, {results[0].parameters:,} parameters each; ratio: its tokens/s as a share of tinylm's in the same round")
-    for column in ("mode", "", "tokens/s", "ratio", "min", "max", "peak MB", "MFU"):
+    table = Table(title=f"whole training steps, {results[0].parameters:,} parameters each")
+    for column in ("mode", "", "tokens/s", "ratio", "CPU s", "ratio", "peak MB", "MFU"):
         table.add_column(column, justify="left" if column in ("mode", "") else "right", no_wrap=True)
     for result in results:
-        ratios = [f"{ratio:.3f}" for ratio in (result.ratio, result.lowest_ratio, result.highest_ratio)]
-        table.add_row(result.mode, result.name, f"{result.tokens_per_s:,.0f}", *ratios, f"{result.peak_mb:,.0f}", f"{result.mfu:.1%}")
-    Console().print(table)
+        table.add_row(
+            result.mode, result.name, f"{result.tokens_per_s:,.0f}", f"{result.ratio:.3f}", f"{result.cpu_seconds:.2f}", f"{result.cpu_ratio:.3f}",
+            f"{result.peak_mb:,.0f}", f"{result.mfu:.1%}",
+        )  # fmt: skip
+    Console(width=100).print(table)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="default: all")
     parser.add_argument("--rounds", type=int, default=10, help="rounds in which each contestant has a turn (default: 10)")
     parser.add_argument("--steps", type=int, default=2, help="steps in a turn (default: 2)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and one round, to see that it works")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     return parser.parse_args(argv)
 
 
@@ -423,17 +453,18 @@ def run(args: argparse.Namespace) -> int:
     shape = QUICK if args.quick else Shape()
     names = ["tinylm", *installed(["transformers", "litgpt"])]
     results = [result for mode in args.modes for result in compare(names, shape, mode, args)]
-    if args.json:
-        print(json.dumps({"shape": asdict(shape), "rounds": args.rounds, "steps": args.steps, "results": [asdict(result) for result in results]}, indent=1))
-    else:
-        show(results)
+    if args.json is not None:
+        numbers = {"shape": asdict(shape), "rounds": args.rounds, "steps": args.steps, "results": [asdict(result) for result in results]}
+        with writing(args.json, "--json"):
+            args.json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    show(results)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code comes back."""
     args = parse(argv)
-    return run_program(lambda: run(args), debug=False)
+    return run_program(lambda: run(args), debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -58,15 +58,17 @@ def test_memory_that_was_let_go_still_counts_in_the_peak(benchmark):
 
 
 @pytest.mark.slow
-def test_every_installed_contestant_takes_its_steps():
+def test_every_installed_contestant_takes_its_steps(tmp_path):
     """24,736 = embedding 128·32, tied; 2 layers of 4·32·32 + 3·32·64 + 2·32; a last norm of 32."""
     assert 128 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 == 24736
-    command = [sys.executable, "benchmarks/train.py", "--quick", "--modes", "fp32", "bf16", "--threads", "1", "--json"]
+    command = [sys.executable, "benchmarks/train.py", "--quick", "--modes", "fp32", "bf16", "--threads", "1", "--json", str(tmp_path / "speed.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)["results"]
+    results = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))["results"]
     here = ["tinylm", "transformers"] + ["litgpt"] * all(importlib.util.find_spec(name) for name in ("litgpt", "psutil"))
     assert [(r["mode"], r["name"], r["parameters"]) for r in results] == [(mode, name, 24736) for mode in ("fp32", "bf16") for name in here]
-    assert all(r["tokens_per_s"] > 0 and r["peak_mb"] > 0 and r["mfu"] > 0 for r in results)
-    assert all(r["ratio"] == 1 for r in results if r["name"] == "tinylm")
+    assert all(r["tokens_per_s"] > 0 and r["peak_mb"] > 0 and r["mfu"] > 0 and r["cpu_seconds"] > 0 for r in results)
+    assert all(r["ratio"] == r["cpu_ratio"] == 1 for r in results if r["name"] == "tinylm")
+    assert "24,736 parameters each" in done.stdout
+    assert "\x1b" not in done.stdout
     assert ("litgpt: not installed, so it is left out." in done.stderr) == ("litgpt" not in here)

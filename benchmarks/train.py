@@ -27,6 +27,7 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
@@ -184,6 +185,7 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     from tinylm.decoder import Decoder, count_parameters, flops_per_token
     from train import build_trainer
 
+    warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")  # on purpose
     orders.settle(mode, threads)
     config = Config(
         model=ModelConfig(
@@ -226,6 +228,7 @@ def run_litgpt(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
+    warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")  # on purpose
     orders.settle(mode, threads)
     config = Config(
         block_size=shape.seq_len, n_layer=shape.n_layers, n_embd=shape.d_model, n_head=shape.n_heads, intermediate_size=shape.d_ff,

@@ -39,6 +39,7 @@ SHORT = {
     "infer.py": ["--max-new-tokens=8"],
     "eval_val.py": [],
     "list.py": [],
+    "-m tinylm": [],
 }
 # Names in the guides that stand for something outside this project.
 OUTSIDE = {"HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTPS_PROXY", "NO_COLOR", "NotImplementedError", "PYTORCH_ENABLE_MPS_FALLBACK"}
@@ -325,7 +326,7 @@ def runnable(text: str) -> list[Command]:
 @pytest.fixture
 def copy_of_the_tree(tmp_path, monkeypatch) -> Path:
     """A copy of this project without what runs and tools left in it, as the working directory."""
-    left = (".*", "__pycache__", "venv", "env", "checkpoints", "logs", "wandb", "build", "dist", "*.egg-info")
+    left = (".*", "__pycache__", "venv", "env", "checkpoints", "logs", "tokenizers", "wandb", "build", "dist", "*.egg-info")
     tree = tmp_path / "project"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*left))
     monkeypatch.chdir(tree)
@@ -361,7 +362,8 @@ def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_
     """Each in a process of its own, in their order; training for 20 steps."""
     results = [run_as_typed(command, copy_of_the_tree) for command in runnable(document.read_text(encoding="utf-8"))]
     assert {program for program, _ in results} == set(SHORT)
-    wanted = {"train.py": r"checkpoints\S*/\S+\.ckpt\n", "infer.py": r"\S.*", "list.py": r"(?s).*step.*last\.ckpt.*", "eval_val.py": r"val_loss \d+\.\d+ .*"}
+    wanted = {"train.py": r"checkpoints\S*/\S+\.ckpt\n", "list.py": r"(?s).*step.*last\.ckpt.*", "eval_val.py": r"val_loss \d+\.\d+ .*"}
+    wanted |= {"infer.py": r"\s*\S", "-m tinylm": r"\s*\S"}
     for program, out in results:
         assert re.match(wanted[program], out), f"{program} printed {out!r}"
 
@@ -373,7 +375,7 @@ def run_as_typed(command: Command, folder: Path) -> tuple[str, str]:
     # One thread: with several, a machine that has other work to do takes many times as long.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, command.program, *command.arguments, *more],
+        [sys.executable, *command.program.split(), *command.arguments, *more],
         cwd=folder, env=environment, input=command.stdin, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"line {command.line}: {shlex.join(command.words)}\n{done.stderr}"

@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -103,6 +103,8 @@ def peak() -> Iterator[list[float]]:
     done = threading.Event()
 
     def look() -> None:
+        import psutil  # of requirements-bench.txt; --help does without
+
         this = psutil.Process()
         while not done.wait(0.02):
             held.append(sum(resident(process) for process in [this, *this.children(recursive=True)]) / 1e6)
@@ -116,8 +118,10 @@ def peak() -> Iterator[list[float]]:
         watcher.join()
 
 
-def resident(process: psutil.Process) -> int:
+def resident(process: Any) -> int:
     """Bytes in memory, none for a process that has just ended."""
+    import psutil
+
     try:
         return process.memory_info().rss
     except psutil.NoSuchProcess:

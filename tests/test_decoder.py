@@ -392,6 +392,15 @@ def test_rope_scores_depend_on_distance_only_and_keep_lengths(p, q, shift):
     torch.testing.assert_close(turned(x, p).norm(), x.norm())
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gradient_of_a_rotation_is_the_one_that_differences_give(transposed):
+    """It is written out by hand: f64, and also for a gradient laid out as attention on the CPU hands over a key's."""
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    angles = rope_angles(torch.arange(4), 6, 100.0)
+    layout = (lambda y: y.mT.contiguous().mT) if transposed else (lambda y: y)
+    assert torch.autograd.gradcheck(lambda x: layout(rotate(x, *angles)), x)
+
+
 def test_rope_angles_of_far_positions_are_not_rounded_to_bf16():
     """bf16 has 8 bits: 300 and 301 would both be 300."""
     model = make(n_layers=1, max_seq_len=512).to(torch.bfloat16)

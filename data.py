@@ -21,9 +21,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from tinylm.config import Config
-from tinylm.corpus import TokenFile, cached_token_file, encode_documents, source_fingerprint, train_documents
+from tinylm.corpus import train_documents
+from tinylm.encode import cached_token_file, encode_documents, source_fingerprint
 from tinylm.errors import UserError, printable
 from tinylm.packing import Position, count_rows, document_ids, pack_stream, row_at
+from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
 
 Batch = dict[str, Any]

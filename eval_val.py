@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from data import RowShape, Share, ValidationBatches
     from infer import choose_tokenizer
     from tinylm.checkpoint import load_model, read
-    from tinylm.corpus import cached_token_file
     from tinylm.device import pick_device
+    from tinylm.encode import cached_token_file
     from tinylm.evaluate import byte_table, score_batches
 
     device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")

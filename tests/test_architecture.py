@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 # A file imports only from its own floor or lower ones; a folder (tasks, web) stands on one floor.
 FLOORS = [
     ["errors", "config", "device"],
-    ["tokenizer", "bpe", "corpus", "packing", "prompts", "metrics", "reference"],
+    ["tokenizer", "tokenfile", "corpus", "encode", "bpe", "packing", "prompts", "rows", "metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],
-    ["checkpoint", "engine", "sampling", "hf", "tasks", "evaluate"],
+    ["checkpoint", "engine", "sampling", "hf", "lora", "tasks", "evaluate", "lm_eval"],
     ["plots", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
 ]
 # The library's front door: what parses arguments and speaks to people.

@@ -23,26 +23,12 @@ from huggingface_hub.utils import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinylm import corpus
+from tinylm import corpus, encode
 from tinylm.config import DataConfig
-from tinylm.corpus import (
-    HEADER_BYTES,
-    MAGIC,
-    TokenFile,
-    cached_token_file,
-    checked_tokens,
-    encode_documents,
-    find_split,
-    is_held_out,
-    is_token_file,
-    shared_documents,
-    source_fingerprint,
-    token_dtype,
-    train_documents,
-    val_documents,
-    write_token_file,
-)
+from tinylm.corpus import find_split, is_held_out, shared_documents, train_documents, val_documents
+from tinylm.encode import cached_token_file, encode_documents, source_fingerprint
 from tinylm.errors import UserError
+from tinylm.tokenfile import HEADER_BYTES, MAGIC, TokenFile, checked_tokens, is_token_file, token_dtype, write_token_file
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -118,11 +104,11 @@ def test_a_separator_is_found_wherever_reading_pauses(tmp_path, texts, separator
     text = separator.join(texts)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     expected = [part.strip("\n") for part in (text if text.endswith("\n") or not text else text + "\n").split(separator) if part.strip()]
-    limit, corpus.BATCH_CHARACTERS = corpus.BATCH_CHARACTERS, size
+    limit, corpus.SEARCH_CHARACTERS = corpus.SEARCH_CHARACTERS, size
     try:
         assert read(tmp_path / "a.txt", document_separator=separator) == expected
     finally:
-        corpus.BATCH_CHARACTERS = limit
+        corpus.SEARCH_CHARACTERS = limit
 
 
 @pytest.mark.parametrize(
@@ -593,7 +579,7 @@ def test_each_document_is_cut_and_closed_by_eos():
 @pytest.mark.parametrize("size", [1, 2, 256])
 def test_a_document_that_cannot_be_encoded_is_named_by_its_number(size, monkeypatch):
     """The third of them, whatever the batches; a stream that goes on behind 10 documents counts those."""
-    monkeypatch.setattr(corpus, "BATCH_DOCUMENTS", size)
+    monkeypatch.setattr(encode, "BATCH_DOCUMENTS", size)
     tokenizer = CharTokenizer("abc", unknown="error")
     found = "the character 'Q' (U+0051) at position 1 is not among the 3 characters of the tokenizer"
     for named, place in (({}, "text: document 3"), ({"source": "a.txt: training", "first": 11}, "a.txt: training document 13")):
@@ -618,8 +604,8 @@ def test_a_text_that_cannot_be_encoded_is_named_with_its_split(write, tmp_path, 
 def test_batches_do_not_change_the_tokens(documents, characters, monkeypatch):
     texts = [f"text {i} é" * (i % 4) for i in range(20)]
     expected = [[*BYTES.encode(text), BYTES.eos_id] for text in texts]
-    monkeypatch.setattr(corpus, "BATCH_DOCUMENTS", documents)
-    monkeypatch.setattr(corpus, "BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(encode, "BATCH_DOCUMENTS", documents)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", characters)
     assert [tokens.tolist() for tokens in encode_documents(texts, BYTES, None)] == expected
 
 
@@ -851,7 +837,7 @@ def test_a_cache_folder_that_cannot_be_made_is_an_error(write, lines):
 
 def child(code: str, *arguments: object, **options) -> subprocess.Popen:
     """A Python process in the project's folder, with `data` and `BYTES` at hand."""
-    head = "import sys, resource, time; from pathlib import Path; from tinylm import corpus; from tinylm.config import DataConfig\n"
+    head = "import sys, resource, time; from pathlib import Path; from tinylm import corpus, encode; from tinylm.config import DataConfig\n"
     head += "from tinylm.errors import UserError; from tinylm.tokenizer import ByteTokenizer; BYTES = ByteTokenizer(); args = sys.argv[1:]\n"
     command = [sys.executable, "-c", head + code, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
@@ -861,7 +847,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(tmp_path
     """RLIMIT_FSIZE stops any file of the child at 64 KiB, as a full disk would."""
     source = write("source.txt", "some words and more of them\n" * 10_000)
     code = """resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-try: corpus.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1)
+try: encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1)
 except UserError as error: print(error)"""
     out, err = child(code, source, tmp_path / "cache").communicate(timeout=60)
     assert (err, "the token file could not be written: File too large. Make room, or choose another data.cache_dir." in out) == ("", True)
@@ -873,7 +859,7 @@ def test_after_a_kill_the_file_is_made_again_and_equals_an_undisturbed_one(tmp_p
     source = write("source.txt", "".join(f"line {i}\n" for i in range(5000)))
     code = """def slow(n):
     if n == 3000: print("half", flush=True); time.sleep(60)
-corpus.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=slow)"""
+encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=slow)"""
     process = child(code, source, tmp_path / "cache")
     assert process.stdout.readline() == "half\n"
     process.send_signal(signal.SIGKILL)
@@ -890,7 +876,7 @@ def test_two_processes_make_one_file(tmp_path, write):
     """Both start with an empty cache; one encodes, the other waits and takes the same file."""
     source = write("source.txt", "".join(f"line {i}\n" for i in range(50_000)))
     code = """made = []
-file = corpus.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=made.append)
+file = encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=made.append)
 print(file.fingerprint, bool(made))"""
     outputs = [process.communicate(timeout=60) for process in [child(code, source, tmp_path / "cache") for _ in range(2)]]
     assert [err for _, err in outputs] == ["", ""]
@@ -935,7 +921,7 @@ def test_the_cached_file_has_the_tokens_of_its_split(data, which):
 
 def test_a_file_that_is_there_is_used(data, monkeypatch):
     first = cached_token_file(data, "train", BYTES, SEED)
-    monkeypatch.setattr(corpus, "encode_documents", None)
+    monkeypatch.setattr(encode, "encode_documents", None)
     again = cached_token_file(data, "train", BYTES, SEED)
     assert (again.path, again.fingerprint) == (first.path, first.fingerprint)
 
@@ -1021,7 +1007,7 @@ def test_the_end_of_a_token_file_validates_from_the_start_of_a_document_on(given
 @pytest.mark.parametrize("block", [1, 2, 7])
 def test_the_border_does_not_depend_on_how_much_is_looked_at_together(given_file, block, monkeypatch):
     expected = [len(cached_token_file(DataConfig(dataset=str(given_file), val_fraction=f), "val", BYTES, SEED)) for f in (0.001, 0.3, 0.999)]
-    monkeypatch.setattr(corpus, "BLOCK", block)
+    monkeypatch.setattr(encode, "BLOCK", block)
     assert [len(cached_token_file(DataConfig(dataset=str(given_file), val_fraction=f), "val", BYTES, SEED)) for f in (0.001, 0.3, 0.999)] == expected
 
 

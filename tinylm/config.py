@@ -182,6 +182,15 @@ class TokenizerConfig(Section):
         return self
 
 
+class MixPart(Section):
+    """One source of a mixture."""
+
+    dataset: Name
+    """a .txt, .jsonl, .parquet or token file, or a folder or glob of them"""
+    weight: Annotated[Number, Field(gt=0, le=1e6)] = 1.0
+    """share of the rows that come from it, relative to the other weights"""
+
+
 class DataConfig(Section):
     """Which documents are read, which are held out, and how they become rows."""
 
@@ -189,6 +198,20 @@ class DataConfig(Section):
     """a .txt, .jsonl, .parquet or token file, a folder or glob of them, or a Hugging Face name (owner/name)"""
     dataset_config: Name | None = None
     """configuration of a Hugging Face dataset (20231101.en)"""
+    mix: tuple[MixPart, ...] | None = None
+    """several sources with weights in place of `dataset`; null: `dataset` alone"""
+    token_dtype: Literal["uint16", "uint32"] | None = None
+    """type of the ids in a token file that does not say it: a bare .bin; null: the file says it"""
+    task: Literal["sst2", "samsum", "gsm8k", "sms", "alpaca"] | None = None
+    """for fine-tuning: whose columns and prompts the rows have (tinylm/tasks); null: `rows` says it"""
+    rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
+    """for fine-tuning: what a row is made of; auto: told by its keys"""
+    columns: dict[Name, Name] | None = None
+    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages) to the name in the data"""
+    template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
+    """for fine-tuning: how turns are written (tinylm/prompts.py); chat_template: as the tokenizer's own template says"""
+    packing: Literal["packed", "padded"] = "packed"
+    """for fine-tuning: several examples a row behind document masks, or one example a row"""
     split: Name = "train"
     """split of a Hugging Face dataset to train on"""
     val_dataset: Name | None = None
@@ -306,7 +329,9 @@ class TrainingConfig(Section):
     auto_resume: Switch = True
     """go on from the newest sound checkpoint in checkpoint_dir"""
     init_from: Name | None = None
-    """checkpoint whose weights, and nothing else, a new run starts from"""
+    """checkpoint whose weights, and nothing else, a new run starts from; hf:NAME or hf:FOLDER for a Hugging Face model (finetune.py)"""
+    train_on: Literal["response", "all"] = "response"
+    """for fine-tuning: which tokens are targets, those of the responses or all"""
 
     @model_validator(mode="after")
     def _settings_have_a_use(self) -> "TrainingConfig":
@@ -317,6 +342,19 @@ class TrainingConfig(Section):
         if self.schedule == "plateau" and self.val_every_steps > self.max_steps:
             raise ValueError(f"val_every_steps: {self.val_every_steps} is more than max_steps ({self.max_steps}), so plateau never sees a validation. Lower it")
         return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) in place of training every weight."""
+
+    r: Annotated[Count, Field(le=4096)] = 8
+    """rank of the adapters"""
+    alpha: Annotated[Number, Field(gt=0, le=1e6)] = 16.0
+    """the adapters' output is multiplied by alpha / r"""
+    dropout: Fraction = 0.0
+    """dropout on the adapters' input"""
+    target_modules: tuple[Name, ...] | None = None
+    """ends of the names of the linear layers that get adapters; null: attention and feed-forward of the architecture at hand"""
 
 
 class HardwareConfig(Section):
@@ -379,6 +417,8 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+    lora: LoraConfig | None = None
+    """low-rank adapters for fine-tuning; null: every weight is trained"""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     @model_validator(mode="after")
@@ -598,11 +638,11 @@ def _put_node(settings: Settings, key: str, node: yaml.Node | None, place: Place
 
 
 def _plain(node: yaml.Node, key: str, place: Place) -> Any:
-    """A scalar or a list of scalars as Python has it."""
+    """A scalar, or a list of scalars or mappings, as Python has it."""
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, key, place) for item in node.value]
     if isinstance(node, yaml.MappingNode):
-        raise UserError(f"{place}: {key}: a list of settings has no key: value inside. Put quotes around text with a colon.")
+        return {child.value: _plain(value, f"{key}.{child.value}", place) for child, value in _pairs(node, place.file, f"{key}.")}
     try:
         return _SCALARS[node.tag](node.value)
     except (ValueError, KeyError):
@@ -681,9 +721,16 @@ def sections(section: type[Section] = Config, key: str = "") -> Iterator[tuple[s
     """
     yield key, section
     for name, info in section.model_fields.items():
-        for kind in (info.annotation, *get_args(info.annotation)):  # MoEConfig | None holds a section too
+        for kind in _types_in(info.annotation):
             if isinstance(kind, type) and issubclass(kind, Section):
                 yield from sections(kind, f"{key}.{name}".lstrip("."))
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation is made of: MoEConfig | None and tuple[MixPart, ...] hold a section too."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
 
 
 def _fields(key: str) -> dict[str, FieldInfo]:

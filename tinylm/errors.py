@@ -1,6 +1,10 @@
 """Mistakes that their user can mend, and how text from outside is shown without harm."""
 
 import contextlib
+import gzip
+import os
+import stat
+import zlib
 from collections.abc import Iterator
 
 
@@ -34,3 +38,29 @@ def writing(path: object, setting: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{printable(path)}: cannot be written: {error.strerror}. Make room or change {setting}.") from None
+
+
+def reason(error: OSError) -> str:
+    """Why the operating system refused, in few words."""
+    return "not found" if isinstance(error, FileNotFoundError) else printable(error.strerror or error)
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Raise a UserError for what cannot be read to its end: nothing there, a pipe, a device, a circle of links."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise UserError(f"{printable(path)}: {reason(error)}. Give the path of a file that can be read.") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{printable(path)}: not a regular file. Give the path of a file on disk.")
+
+
+@contextlib.contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Turn errors of the operating system and of gzip while `path` is read into UserErrors that name it."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{printable(path)}: damaged or cut-off gzip data ({printable(error)}). Download or compress it again.") from None
+    except OSError as error:
+        raise UserError(f"{printable(path)}: {reason(error)}. Give a file that can be read.") from None

@@ -93,10 +93,16 @@ def reference_page(schema: dict[str, Any]) -> str:
 def _section_table(key: str, section: dict[str, Any]) -> str:
     lines = [f"## {key}", "", section["description"], "", "| setting | value | default | meaning |", "|---|---|---|---|"]
     for name, setting in section["properties"].items():
-        default = setting["default"] if isinstance(setting["default"], str) else json.dumps(setting["default"])
         meaning = setting["description"].replace("<", "&lt;").replace("|", "\\|")  # neither HTML nor a column
-        lines.append(f"| `{name}` | {_type(setting, f'{key}.{name}')} | `{default}` | {meaning} |")
+        lines.append(f"| `{name}` | {_type(setting, f'{key}.{name}')} | {_default(setting)} | {meaning} |")
     return "\n".join([*lines, ""])
+
+
+def _default(setting: dict[str, Any]) -> str:
+    """The value that a setting has where nobody writes it."""
+    if "default" not in setting:
+        return "none: write it"
+    return f"`{setting['default'] if isinstance(setting['default'], str) else json.dumps(setting['default'])}`"
 
 
 def _type(setting: dict[str, Any], key: str) -> str:
@@ -116,6 +122,8 @@ def _type(setting: dict[str, Any], key: str) -> str:
         return f"section [{key}](#{key.replace('.', '')})"
     if "prefixItems" in setting:
         return f"list of {len(setting['prefixItems'])}: {_type(setting['prefixItems'][0], key)}"
+    if setting.get("type") == "object":
+        return "mapping of text to text"
     if "items" in setting:
         return f"list of {_type(setting['items'], key)}"
     words = {"integer": "whole number", "number": "number", "boolean": "`true`, `false`", "string": "text", "null": "`null`"}

@@ -94,10 +94,10 @@ def test_a_text_plot_puts_the_first_value_left_and_high_and_the_last_one_right_a
     assert text_plot("val_loss", [Run("a", np.array([1.0]), {"train_loss": np.array([3.0])})]) == ""
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"n_kv_heads": 2}, {"n_sinks": 2}, {"position": "alibi"}, {"sliding_window": 3}, {"qk_norm": True}, {"position": "learned", "norm_placement": "post"}],
-    ids=str,
-)  # fmt: skip
+OPTIONS = [{}, {"n_kv_heads": 2}, {"n_sinks": 2}, {"position": "alibi"}, {"sliding_window": 3}, {"qk_norm": True}, {"position": "learned"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_attention_maps_are_the_weights_that_the_model_mixes_its_values_with(options):
     """Weights times values, through the output matrix, must be what each attention layer puts out; future tokens get nothing."""
     torch.manual_seed(0)

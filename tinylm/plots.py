@@ -30,6 +30,7 @@ QUANTITIES = {
     "train_loss": ("Training loss", "nats per target token"),
     "val_loss": ("Validation loss", "nats per target token"),
     "val_ppl": ("Validation perplexity", "exp of the loss"),
+    "val_bpb": ("Validation bits per byte", "bits per byte of text"),
     "lr": ("Learning rate", "after warm-up and decay"),
 }
 # Far apart on any screen and for most eyes (Okabe and Ito 2008).
@@ -135,6 +136,8 @@ def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
     axes.set(title=title + (f" (mean of {smooth} rows; raw values behind)" if smooth > 1 else ""), xlabel="optimizer step", ylabel=unit)
     if quantity == "val_ppl":
         axes.set_yscale("log")
+        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            ticks("{x:g}")
     axes.grid(True, alpha=0.3)
     axes.legend()
     return figure

@@ -30,7 +30,7 @@ def write_metrics(folder: Path, rows: list[str]) -> Path:
 def row(step: int, train: str, val: str = "") -> str:
     """One row of metrics: step, train_loss, val_loss and val_ppl."""
     cells = {"step": str(step), "train_loss": train, "val_loss": val, "val_ppl": val and repr(math.exp(float(val))), "lr": "0.001"}
-    return ",".join(cells.get(name, "1") for name in COLUMNS)
+    return ",".join(cells.get(name, "") for name in COLUMNS)
 
 
 def write_checkpoint(path: Path, validations: list[list[float]], **model) -> None:

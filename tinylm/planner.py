@@ -29,7 +29,7 @@ FLOAT_BYTES = 4
 CHINCHILLA_TOKENS = 20
 # Beyond what a step needs at its peak: temporaries, and freed memory between pieces in use that no later piece fits into. On the
 # CPU `keep_freed_memory` buys speed with it. As a share of the activations, measured by benchmarks/planner.py.
-SCRATCH = {"cpu": 0.9, "cuda": 0.2, "mps": 0.2}
+SCRATCH = {"cpu": 0.55, "cuda": 0.2, "mps": 0.2}
 WARM_UP_STEPS = 2
 MEASURED_SECONDS = 1.0
 

@@ -20,7 +20,7 @@ FLOORS = [
     ["tokenizer", "tokenfile", "corpus", "encode", "bpe", "packing", "prompts", "rows", "metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],
     ["checkpoint", "engine", "sampling", "hf", "foreign", "lora", "export", "tasks", "evaluate", "lm_eval", "planner"],
-    ["plots", "doctor", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
+    ["plots", "doctor", "experiments", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
 ]
 # The library's front door: what parses arguments and speaks to people.
 FRONT = ("program", "__main__")

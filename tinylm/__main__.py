@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_tokenizer(commands)
     add_plot(commands)
     add_doctor(commands)
+    add_experiments(commands)
     arguments = parser.parse_args(argv)
     return run_program(lambda: arguments.run(arguments), debug=arguments.debug)
 
@@ -262,6 +263,29 @@ def doctor(arguments: argparse.Namespace) -> int:
     if lacking:
         raise UserError(f"missing: {', '.join(lacking)}. Do what the table says, or: pip install -r requirements.txt.")
     say("everything that training needs is here; next: python train.py --config config_smoke.yaml")
+    return 0
+
+
+def add_experiments(commands: Any) -> None:
+    """Declare `experiments`."""
+    summary = "Train small models that differ in one setting, compare them, write a report; a step whose result is there is not run again."
+    command = commands.add_parser("experiments", help="compare choices of architecture and training", description=summary)
+    phases = "smoke: a few steps of each path; pretrain, finetune: the runs; eval: tables, pictures and texts of what is there; all: these three"
+    command.add_argument("--phase", choices=("smoke", "pretrain", "finetune", "eval", "all"), required=True, help=phases)
+    command.add_argument("--out", type=Path, default=Path("experiments"), metavar="FOLDER", help="where everything goes (default: experiments)")
+    command.set_defaults(run=experiments)
+
+
+def experiments(arguments: argparse.Namespace) -> int:
+    """Run the steps of a phase, then evaluate if it is asked for; the report's path is printed."""
+    from tinylm.experiments import evaluate, plan_steps, run_steps
+
+    wanted = ("pretrain", "finetune") if arguments.phase == "all" else (arguments.phase,)
+    failed = run_steps([step for step in plan_steps(arguments.out) if step.phase in wanted], arguments.out, say)
+    if arguments.phase in ("eval", "all"):
+        print(printable(evaluate(arguments.out, say)))
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}. What they said is in {printable(arguments.out / 'output')}; the same command goes on from there.")
     return 0
 
 

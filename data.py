@@ -1,17 +1,17 @@
 """What training eats: Lightning data modules that turn documents into micro-batches, in an order that is a function.
 
-    token file ─▶ row numbers of micro-batch k, from (seed, k) alone ─▶ rows ─▶ batch        IndexedBatches
+    token files ─▶ row numbers of micro-batch k, from (seed, k) alone ─▶ rows ─▶ batch       IndexedBatches
     stream     ─▶ rows in document order ─▶ windows of rows, shuffled by (seed, window) ─▶ batch     StreamBatches
 
 The whole run is one sequence of micro-batches 0, 1, 2, ...; a pass over the data ends somewhere inside it. A resumed run
-begins at micro-batch k and gets what an uninterrupted one would have got. For a token file k is all that takes; a
+begins at micro-batch k and gets what an uninterrupted one would have got. For token files k is all that takes; a
 stream also needs the place in it, which travels with each batch (`cursor`) and is stored in the checkpoint. The result
 does not depend on the number of worker processes. With R ranks, micro-batch k of rank r holds the rows that a single
 device would see as micro-batch k·R + r: sharding happens here alone.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from tinylm.config import Config
 from tinylm.corpus import train_documents
-from tinylm.encode import cached_token_file, encode_documents, source_fingerprint
-from tinylm.errors import UserError, printable
+from tinylm.encode import encode_documents, source_fingerprint
+from tinylm.errors import printable
+from tinylm.mix import Allocation, Joined, training_files, training_fingerprint, validation_file, weights_of
 from tinylm.packing import Position, count_rows, document_ids, pack_stream, row_at
 from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
@@ -78,37 +79,57 @@ class Share:
         return range(first, first + self.size)
 
 
-class IndexedBatches(Dataset[Batch]):
-    """Micro-batches of a token file; item k depends on (seed, k) and the file, and on nothing that happened before."""
+class FileRows:
+    """The rows of a token file in the order in which training takes them, pass after pass: row n depends on (seed, n) alone.
 
-    def __init__(self, file: TokenFile, shape: RowShape, order: str, seed: int, share: Share):
-        self.file, self.shape, self.order, self.seed, self.share = file, shape, order, seed, share
+    `source` keeps the order apart from that of the other sources of a mixture.
+    """
+
+    def __init__(self, file: TokenFile, shape: RowShape, order: str, seed: int, source: int = 0):
+        self.file, self.shape, self.order, self.seed, self.source = file, shape, order, seed, source
         self.n_rows = count_rows(len(file), shape.seq_len, shape.stride)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
 
-    def __getitem__(self, k: int) -> Batch:
-        starts = [self._start(place) for place in self.share.places(k)]
-        batch = make_batch([row_at(self.file.tokens, start, self.shape.seq_len, self.shape.pad_id) for start in starts], self.shape)
-        return batch | {"origin": starts}
-
-    def _start(self, place: int) -> int:
-        """The first token of the row that stands at `place` in the sequence of all rows of the run."""
+    def start(self, n: int) -> int:
+        """The first token of row `n`."""
         if self.order == "random":
-            return int(np.random.default_rng((self.seed, _WINDOWS, place)).integers(len(self.file) - self.shape.seq_len))
-        passes, row = divmod(place, self.n_rows)
+            return int(np.random.default_rng((self.seed, _WINDOWS, n, self.source)).integers(len(self.file) - self.shape.seq_len))
+        passes, row = divmod(n, self.n_rows)
         return self.shape.stride * int(self._row_order(passes)[row] if self.order == "shuffled" else row)
+
+    def at(self, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels (T,) of the row that begins with token `start`."""
+        return row_at(self.file.tokens, start, self.shape.seq_len, self.shape.pad_id)
 
     def _row_order(self, passes: int) -> np.ndarray:
         """The permutation of the rows in this pass, kept until the next pass."""
         if self._permutation[0] != passes:
-            self._permutation = (passes, np.random.default_rng((self.seed, _SHUFFLE, passes)).permutation(self.n_rows))
+            self._permutation = (passes, np.random.default_rng((self.seed, _SHUFFLE, passes, self.source)).permutation(self.n_rows))
         return self._permutation[1]
+
+
+class IndexedBatches(Dataset[Batch]):
+    """Micro-batches of token files; item k depends on (seed, k), the files and their weights, and on nothing that happened before."""
+
+    def __init__(self, files: Sequence[TokenFile], shape: RowShape, order: str, seed: int, share: Share, weights: Sequence[float] = (1.0,)):
+        self.sources = [FileRows(file, shape, order, seed, source) for source, file in enumerate(files)]
+        self.shape, self.share, self.allocation = shape, share, Allocation(weights, seed)
+
+    def __getitem__(self, k: int) -> Batch:
+        picks = [self.pick(place) for place in self.share.places(k)]
+        batch = make_batch([self.sources[source].at(start) for source, start in picks], self.shape)
+        return batch | {"origin": picks if len(self.sources) > 1 else [start for _, start in picks]}
+
+    def pick(self, place: int) -> tuple[int, int]:
+        """The source and the first token of the row that stands at `place` in the sequence of all rows of the run."""
+        source, n = self.allocation.row(place)
+        return source, self.sources[source].start(n)
 
 
 class ValidationBatches(Dataset[Batch]):
     """The validation rows in their order, this rank's share of them; the last batch may be short."""
 
-    def __init__(self, file: TokenFile, shape: RowShape, share: Share, limit: int | None):
+    def __init__(self, file: TokenFile | Joined, shape: RowShape, share: Share, limit: int | None):
         # Validation asks for every token once, whatever the stride of training.
         self.file, self.shape, self.share = file, replace(shape, stride=shape.seq_len), share
         self.n_rows = count_rows(len(file), shape.seq_len, shape.seq_len)
@@ -210,24 +231,20 @@ class LitData(L.LightningDataModule):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.first_batch, self.cursor = 0, Cursor()
-        self.train_file: TokenFile | None = None
-        self.val_file: TokenFile | None = None
+        self.train_files: tuple[TokenFile, ...] = ()
+        """one a source; none for a stream"""
+        self.val_file: TokenFile | Joined | None = None
 
     def prepare(self) -> None:
         """Encode what is not encoded yet.
 
         Raises:
-            UserError: the training data are shorter than one row.
+            UserError: the training data, or those of one source of a mixture, are shorter than one row.
         """
-        config = self.config
-        self.val_file = cached_token_file(config.data, "val", self.tokenizer, config.training.seed)
-        if config.data.streaming:
-            return
-        self.train_file = cached_token_file(config.data, "train", self.tokenizer, config.training.seed)
-        needed = config.training.seq_len + 1
-        if len(self.train_file) < needed:
-            found = f"{printable(config.data.dataset)} gives {len(self.train_file)} training tokens"
-            raise UserError(f"data.dataset: {found}, and one row of training.seq_len needs {needed}. Give more text or lower training.seq_len.")
+        data, training = self.config.data, self.config.training
+        self.val_file = validation_file(data, self.tokenizer, training.seed)
+        if not data.streaming:
+            self.train_files = training_files(data, self.tokenizer, training.seed, needed=training.seq_len + 1)
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         """Go on at micro-batch `batch`; a stream from the place that its checkpoint stored."""
@@ -238,17 +255,18 @@ class LitData(L.LightningDataModule):
     def fingerprints(self) -> dict[str, str]:
         """What identifies the data: two runs with equal ones see the same tokens. A hub dataset is known by its name alone."""
         assert self.val_file is not None, "prepare() makes the validation file"
-        train = source_fingerprint(self.config.data, "train")[:12] if self.train_file is None else self.train_file.fingerprint
+        data = self.config.data
+        train = training_fingerprint(data, self.train_files) if self.train_files else source_fingerprint(data, "train")[:12]
         return {"train": train, "val": self.val_file.fingerprint}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The micro-batches from `first_batch` to the end of the run."""
         training = self.config.training
         steps = range(self.first_batch, training.max_steps * training.grad_accum_steps)
-        if self.train_file is None:
+        if not self.train_files:
             return self._loader(StreamBatches(self.config, self.tokenizer, self._share(), steps, self.cursor))
-        shape = RowShape.of(self.config, self.tokenizer)
-        return self._loader(IndexedBatches(self.train_file, shape, self.config.data.order, training.seed, self._share()), steps)
+        shape, data = RowShape.of(self.config, self.tokenizer), self.config.data
+        return self._loader(IndexedBatches(self.train_files, shape, data.order, training.seed, self._share(), weights_of(data)), steps)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation rows, at most training.val_batches batches of them."""

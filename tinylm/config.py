@@ -276,6 +276,8 @@ class DataConfig(Section):
             raise ValueError(f"{name}: it is for one source, and mix names several. Take {name} or mix out")
         if self.val_docs is not None and self.val_dataset is None:
             raise ValueError("val_docs: mix holds val_fraction of each source out. Take val_docs out, or set val_dataset")
+        if self.val_dataset in {part.dataset for part in self.mix}:
+            raise ValueError("val_dataset: it is a source of mix too. Take it out of one of them, and out of both for val_fraction of each source")
         total = sum(part.weight for part in self.mix)
         for part in self.mix:
             if part.weight < total / MIX_LIMIT:

@@ -1,5 +1,7 @@
 """What training eats: Lightning data modules that turn documents into micro-batches, in an order that is a function.
 
+    python data.py --config config_smoke.yaml --rows 3          rows as training sees them, printed as text
+
     token files ─▶ row numbers of micro-batch k, from (seed, k) alone ─▶ rows ─▶ batch       IndexedBatches
     stream     ─▶ rows in document order ─▶ windows of rows, shuffled by (seed, window) ─▶ batch     StreamBatches
 
@@ -10,29 +12,58 @@ does not depend on the number of worker processes. With R ranks, micro-batch k o
 device would see as micro-batch k·R + r: sharding happens here alone.
 """
 
+import argparse
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from tinylm.config import Config
+from tinylm.config import Config, load_config
 from tinylm.corpus import train_documents
 from tinylm.encode import encode_documents, source_fingerprint
-from tinylm.errors import printable
+from tinylm.errors import UserError, printable
 from tinylm.mix import Allocation, Joined, training_files, training_fingerprint, validation_file, weights_of
-from tinylm.packing import Position, count_rows, document_ids, pack_stream, row_at
+from tinylm.packing import IGNORE_INDEX, Position, count_rows, document_ids, pack_stream, row_at
+from tinylm.program import Parser, run_program, say
 from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from tinylm.show import Piece
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line of `python data.py`; what it does stands at the end of this file."""
+    parser = Parser(
+        prog="python data.py",
+        usage="python data.py --config config_smoke.yaml --rows 3 [section.key=value ...]",
+        description="Print the first rows of a run as training sees them: the text, where documents meet, and which tokens are targets.",
+    )
+    parser.add_argument("--config", required=True, help="YAML file with the settings")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows (default: 3)")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    parse(None)  # --help and mistakes are answered now: the next lines take five seconds
+
+import lightning as L  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info  # noqa: E402
 
 Batch = dict[str, Any]
 
 # Numbers that keep the random streams of different uses apart.
 _SHUFFLE, _WINDOWS, _STREAM = 1, 2, 3
+# Of documents that follow each other in a row that is shown.
+DOCUMENT_COLOURS = ("default", "cyan", "yellow")
 
 
 @dataclass(frozen=True)
@@ -235,14 +266,15 @@ class LitData(L.LightningDataModule):
         """one a source; none for a stream"""
         self.val_file: TokenFile | Joined | None = None
 
-    def prepare(self) -> None:
-        """Encode what is not encoded yet.
+    def prepare(self, *, validation: bool = True) -> None:
+        """Encode what is not encoded yet; without `validation`, what is for training alone.
 
         Raises:
             UserError: the training data, or those of one source of a mixture, are shorter than one row.
         """
         data, training = self.config.data, self.config.training
-        self.val_file = validation_file(data, self.tokenizer, training.seed)
+        if validation:
+            self.val_file = validation_file(data, self.tokenizer, training.seed)
         if not data.streaming:
             self.train_files = training_files(data, self.tokenizer, training.seed, needed=training.seq_len + 1)
 
@@ -290,3 +322,93 @@ class LitData(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=leave_signals_alone,
         )
+
+
+# --- rows as text: python data.py --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row and what it is called."""
+
+    heading: str
+    input_ids: list[int]
+    labels: list[int]
+    document_ids: list[int] | None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; the exit code comes back."""
+    args = parse(argv)
+    return run_program(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the first rows of the run that a config describes."""
+    from tinylm.bpe import tokenizer_for
+
+    if args.rows < 1:
+        raise UserError(f"--rows: {args.rows} is less than 1. Give the number of rows to print.")
+    config = load_config(args.config, [*args.overrides, "data.num_workers=0"])  # for a few rows a process is not worth its start
+    tokenizer = tokenizer_for(config.tokenizer, config.data, config.training.seed)
+    data = LitData(config, tokenizer)
+    data.prepare(validation=False)
+    print_rows(islice(first_rows(data), args.rows), tokenizer)
+    return 0
+
+
+def first_rows(data: LitData) -> Iterator[ShownRow]:
+    """The rows of the run from micro-batch 0 on, in their order."""
+    place = 0
+    for k, batch in enumerate(data.train_dataloader()):
+        for i in range(len(batch["input_ids"])):
+            documents = batch["document_ids"][i].tolist() if "document_ids" in batch else None
+            heading = f"row {place}, micro-batch {k}: {source_of_row(data, batch, i)}"
+            yield ShownRow(heading, batch["input_ids"][i].tolist(), batch["labels"][i].tolist(), documents)
+            place += 1
+
+
+def source_of_row(data: LitData, batch: Batch, i: int) -> str:
+    """What row `i` of a batch was read from, and where in it."""
+    settings = data.config.data
+    if not data.train_files:
+        return printable(settings.dataset)  # a stream knows where a window of rows began, and not each row
+    source, start = batch["origin"][i] if len(data.train_files) > 1 else (0, batch["origin"][i])
+    name = settings.dataset if settings.mix is None else settings.mix[source].dataset
+    return f"{printable(name)} from token {start}"
+
+
+def print_rows(rows: Iterable[ShownRow], tokenizer: Tokenizer) -> None:
+    """Print rows on stdout: in colours on a terminal that has them, with marks elsewhere; the legend goes to stderr."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from tinylm.show import CLOSE, OPEN, SEAM, WALL, plain_row, row_pieces
+
+    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False, markup=False)
+    coloured = console.is_terminal and not console.no_color
+    targets = "dim: no target; another colour: another document" if coloured else f"{OPEN}no target{CLOSE}"
+    say(f"{SEAM} documents meet, {WALL}2{WALL} attention stops and document 2 begins, {targets}")
+    for row in rows:
+        pieces, masked = row_pieces(tokenizer, row.input_ids, row.labels, row.document_ids), row.document_ids is not None
+        console.print(Text(row.heading, "bold"), soft_wrap=True)
+        console.print(coloured_row(pieces, masked=masked) if coloured else Text(plain_row(pieces, masked=masked)), soft_wrap=True)
+        asked = sum(label != IGNORE_INDEX for label in row.labels)
+        console.print(f"{len(row.input_ids)} tokens, targets: {asked}, documents: {len({piece.document for piece in pieces})}\n", soft_wrap=True)
+
+
+def coloured_row(pieces: "list[Piece]", *, masked: bool) -> "Text":
+    """A row in the colours of its documents, dim where it is no target."""
+    from rich.text import Text
+
+    from tinylm.show import with_borders
+
+    text = Text()
+    for border, piece in with_borders(pieces, masked=masked):
+        text.append(border, "bold red")
+        text.append(piece.text, ("" if piece.target else "dim ") + DOCUMENT_COLOURS[piece.document % len(DOCUMENT_COLOURS)])
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

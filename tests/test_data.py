@@ -1,8 +1,11 @@
 """The order of data is a function: of (seed, k), whoever asks, however often, in whatever process."""
 
+import io
 import json
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+import data as data_program
 import eval_val
 import train
-from data import Batch, Cursor, IndexedBatches, LitData, RowShape, Share, StreamBatches, ValidationBatches
+from data import Batch, Cursor, IndexedBatches, LitData, RowShape, Share, ShownRow, StreamBatches, ValidationBatches, print_rows
 from tinylm import checkpoint
 from tinylm.config import Config, load_config
 from tinylm.corpus import train_documents, val_documents
 from tinylm.errors import UserError
 from tinylm.mix import weights_of
 from tinylm.packing import IGNORE_INDEX
-from tinylm.tokenizer import Tokenizer, make_tokenizer
+from tinylm.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -314,3 +318,89 @@ def test_documents_of_a_mixture_that_validate_too_are_counted_and_said(
     config = make_config(data=mix | {"val_dataset": str(tmp_path / "val.txt")}, training={"max_steps": 1, "val_every_steps": 1})
     assert train.main(["--config", str(config)]) == 0
     assert "warning: 30 documents of data.val_dataset are training documents too" in capsys.readouterr().err
+
+
+# --- python data.py ---------------------------------------------------------------------------------------------------
+
+
+def shown(config: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """The lines that the program prints on stdout."""
+    capsys.readouterr()
+    assert data_program.main(["--config", str(config), *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("kind", [{}, {"document_mask": True}, {"order": "random"}, STREAM, "mix"])
+def test_the_program_prints_the_first_rows_of_the_run(
+    make_config: Callable[..., Path], load: Any, mix: dict, kind: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five rows are micro-batch 0 and one of micro-batch 1. A byte of this text is a character, so the text without marks is what training decodes."""
+    data = mix if kind == "mix" else kind
+    config, tokenizer = load(data=data)
+    lines = shown(make_config(data=data), capsys, "--rows", "5")
+    batches = batches_of(prepared(config, tokenizer))
+    rows = [(k, ids.tolist(), labels.tolist()) for k in (0, 1) for ids, labels in zip(batches[k]["input_ids"], batches[k]["labels"], strict=True)]
+    assert len(lines) == 5 * 4
+    for place, (k, ids, labels) in enumerate(rows[:5]):
+        heading, text, counts, _ = lines[4 * place : 4 * place + 4]
+        assert heading.startswith(f"row {place}, micro-batch {k}: ")
+        assert re.sub(r"┃\d+┃|[┊⟦⟧]|<\|eos\|>", "", text) == tokenizer.decode([*ids, labels[-1]])
+        assert text.count("<|eos|>") == [*ids, labels[-1]].count(tokenizer.eos_id)
+        assert ("┃0┃⟦" in text) == ("document_mask" in data)
+        assert counts.startswith("16 tokens, targets: 16, documents: ")
+
+
+def test_the_program_names_the_source_of_each_row_of_a_mixture(make_config: Callable[..., Path], mix: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second source has capitals, the first has none."""
+    lines = shown(make_config(data=mix), capsys, "--rows", "12")
+    headings, texts = lines[::4], [re.sub(r"<\|\w+\|>", "", text) for text in lines[1::4]]
+    assert {"other.txt" in heading for heading in headings} == {True, False}
+    for heading, text in zip(headings, texts, strict=True):
+        letters = [character for character in text if character.isalpha()]
+        assert not letters or all(character.isupper() == ("other.txt from token " in heading) for character in letters)
+
+
+def test_the_program_needs_no_validation_data(make_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a stream on the hub it would read thousands of documents to hold some out; here the file is not even there."""
+    assert shown(make_config(data={"val_dataset": str(tmp_path / "none.txt")}), capsys, "--rows", "1")[0].startswith("row 0, ")
+    assert not list((tmp_path / "cache").glob("val-*"))
+
+
+def test_no_row_to_print_is_refused(make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert data_program.main(["--config", str(make_config()), "--rows", "0"]) == 2
+    assert capsys.readouterr().err == "error: --rows: 0 is less than 1. Give the number of rows to print.\n"
+
+
+class Screen(io.StringIO):
+    """A terminal that remembers what was written to it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_a_terminal_gets_colours_unless_it_wants_none(monkeypatch: pytest.MonkeyPatch, no_color: bool) -> None:
+    """Two documents in two colours, and dim where there is no target; with NO_COLOR the marks of a pipe, and no colour's code."""
+    screen = Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
+    print_rows([ShownRow("a row\x1b", [97, 98, 258, 99], [98, -100, 99, -100], [0, 0, 1, 1])], ByteTokenizer())
+    text = screen.getvalue()
+    if no_color:
+        assert "┃0┃⟦a⟧b┃1┃⟦<|eos|>⟧c\n" in text
+        assert not re.search(r"\x1b\[[\d;]*3\dm", text)
+    else:
+        assert "\x1b[2;39ma\x1b[0m\x1b[39mb\x1b[0m" in text
+        assert "\x1b[2;36m<|eos|>\x1b[0m\x1b[36mc\x1b[0m" in text
+        assert "⟦" not in text
+
+
+@pytest.mark.slow
+def test_help_is_printed_before_anything_heavy_is_imported() -> None:
+    """Not a timed test: `python -X importtime` lists what --help imported."""
+    command = [sys.executable, "-X", "importtime", "data.py", "--help"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python data.py --config config_smoke.yaml --rows 3")
+    assert "argparse" in done.stderr
+    assert not re.search(r"\| +(torch|lightning|datasets|transformers)$", done.stderr, re.MULTILINE)

@@ -148,9 +148,7 @@ def _find_files(name: str, key: str, kinds: Kinds) -> tuple[Path, ...]:
     """The files of these kinds that a path or glob stands for, sorted; folders are searched to their bottom."""
     wanted = f"{'documents' if kinds is DOCUMENT_FILES else 'rows'} ({', '.join(kinds)})"
     if os.path.isdir(name):
-        found = [Path(folder, file) for folder, _, files in os.walk(name, onerror=_refuse_folder) for file in files if _suffix(file, kinds)]
-        found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(name).parts)]
-        place = "in this folder"
+        found, place = files_in(name, kinds), "in this folder"
     elif os.path.lexists(name):
         require_regular(Path(name))
         if not _suffix(name, kinds):
@@ -162,6 +160,12 @@ def _find_files(name: str, key: str, kinds: Kinds) -> tuple[Path, ...]:
     if not found:
         raise UserError(f"data.{key}: {printable(name)}: no file of a kind with {wanted} {place}. Give the path of one.")
     return tuple(sorted(found))
+
+
+def files_in(folder: str, kinds: Kinds) -> list[Path]:
+    """The files of these kinds in a folder and all folders in it, hidden ones left out."""
+    found = [Path(inner, file) for inner, _, files in os.walk(folder, onerror=_refuse_folder) for file in files if _suffix(file, kinds)]
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _refuse_folder(error: OSError) -> NoReturn:
@@ -234,7 +238,7 @@ def _text_of(row: Any, field: str) -> str:
     if not isinstance(row, dict):
         raise _BadRow(f'expected an object such as {{"{printable(field)}": "..."}}, found {kind_of(row)}. {mend}')
     if field not in row:
-        raise _BadRow(f"{printable(field)}: missing; the row has {_some(row)}. {mend}")
+        raise _BadRow(f"{printable(field)}: missing; the row has {some_of(row)}. {mend}")
     text = row[field]
     if not isinstance(text, str):
         raise _BadRow(f"{printable(field)}: expected a string, found {kind_of(text)}. {mend}")
@@ -245,7 +249,7 @@ def _text_of(row: Any, field: str) -> str:
     return text
 
 
-def _some(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
     """The first names, for a message of one line."""
     return ", ".join(map(printable, islice(names, 20))) or "no keys"
 
@@ -299,7 +303,7 @@ def parquet_rows(path: Path, field: str | None = None) -> Iterator[tuple[str, di
 
 
 def _no_column(field: str, columns: Iterable[str]) -> str:
-    return f"{printable(field)}: no such column; there are {_some(columns)}. Set data.text_field to the one that holds the text."
+    return f"{printable(field)}: no such column; there are {some_of(columns)}. Set data.text_field to the one that holds the text."
 
 
 def _import(module: str, needed_for: str) -> Any:

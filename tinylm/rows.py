@@ -265,11 +265,15 @@ class Report:
         more = ", ..." if self.skipped > len(self.places) else ""
         return f"{self.skipped} rows whose prompts fill the context of {self.seq_len} tokens ({', '.join(self.places)}{more})"
 
+    @property
+    def name(self) -> str:
+        """The split in words."""
+        return "validation" if self.which == "val" else "training"
+
     def notes(self) -> list[str]:
         """What a user should know of it, a line each."""
-        name = "validation" if self.which == "val" else "training"
-        notes = [f"{name}: skipped {self.skipped_rows}"] if self.skipped else []
-        return notes + ([f"{name}: {self.cut} of {self.kept} rows lost the end of an answer to the context of {self.seq_len} tokens"] if self.cut else [])
+        notes = [f"{self.name}: skipped {self.skipped_rows}"] if self.skipped else []
+        return notes + ([f"{self.name}: {self.cut} of {self.kept} rows lost the end of an answer to the context of {self.seq_len} tokens"] if self.cut else [])
 
 
 def examples(
@@ -317,7 +321,8 @@ def examples(
             report.places += [place] * (report.skipped <= NAMED_PLACES)
     report.kept = len(kept)
     if not kept:
-        raise UserError(f"{printable(data.dataset)}: nothing is left to learn without {report.skipped_rows}. Raise training.seq_len, or shorten the prompts.")
+        found = f"{report.name}: nothing is left without {report.skipped_rows}"
+        raise UserError(f"data.dataset: {found}. Raise training.seq_len, or shorten the prompts.")
     return kept, report
 
 

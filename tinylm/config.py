@@ -28,6 +28,9 @@ CONFIG_BYTES_LIMIT = 100_000  # PyYAML reads this much in half a second, and no 
 CONFIG_DEPTH_LIMIT = 12
 MIX_LIMIT = 1_000_000  # so many times the smallest weight may be all weights together: a block of rows has one of each source
 
+# What tinylm/rows.py looks for in a row.
+ROW_COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations")
+
 Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, le=COUNT_LIMIT, strict=True)]
 # Strict: YAML's `no` and `yes` are booleans, and a boolean must not pass for a number.
@@ -213,7 +216,7 @@ class DataConfig(Section):
     rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
     """for fine-tuning: what a row is made of; auto: told by its keys"""
     columns: dict[Name, Name] | None = None
-    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages) to the name in the data"""
+    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages, conversations) to the name in the data"""
     template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
     """for fine-tuning: how turns are written (tinylm/prompts.py); chat_template: as the tokenizer's own template says"""
     packing: Literal["packed", "padded"] = "packed"
@@ -282,6 +285,13 @@ class DataConfig(Section):
         for part in self.mix:
             if part.weight < total / MIX_LIMIT:
                 raise ValueError(f"mix: weight {part.weight} of {printable(part.dataset)} is less than a millionth of all. Raise it, or take the source out")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_ours(self) -> "DataConfig":
+        for name in self.columns or {}:
+            if name not in ROW_COLUMNS:
+                raise ValueError(f"columns: {printable(name)} is none of our names ({', '.join(ROW_COLUMNS)}). Write our name: name in the data")
         return self
 
 

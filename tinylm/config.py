@@ -559,6 +559,22 @@ def read_yaml(path: Path) -> yaml.Node | None:
     return _parse(text, Place(str(path), 1))
 
 
+def read_list(path: Path) -> list[tuple[Place, dict[str, Any]]]:
+    """The items of a YAML file that is a list of mappings, each with its place.
+
+    Raises:
+        UserError: it is not, or it is empty.
+    """
+    node = read_yaml(path)
+    if not isinstance(node, yaml.SequenceNode) or not node.value:
+        raise UserError(f"{printable(path)}: expected a list of items, and it has none. Begin each item with a dash: - name: ...")
+    places = [Place(str(path), item.start_mark.line + 1) for item in node.value]
+    for place, item in zip(places, node.value, strict=True):
+        if not isinstance(item, yaml.MappingNode):
+            raise UserError(f"{place}: expected an item with keys, found {_shown(_plain(item, 'item', place))}. Write name: value on lines of their own.")
+    return [(place, _plain(item, "item", place)) for place, item in zip(places, node.value, strict=True)]
+
+
 def _parse(text: str, place: Place) -> yaml.Node | None:
     """The one document in `text`, or None if it is empty; the place has a line if `text` is a file."""
     loader = None

@@ -1,20 +1,37 @@
-"""Scores of a model on held-out text: loss, perplexity, bits per byte."""
+"""What a model is worth: on held-out text, on prompts with a known continuation, on tasks.
+
+In reading order: `LanguageScore` (loss, perplexity, bits per byte), `evaluate_cases` (how probable is the right
+continuation?), `evaluate_task` (how many answers are right, with 0 or more solved examples before the question?), and
+`places`, which ranks.
+"""
 
 import math
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from tinylm.config import SamplingConfig, read_list
 from tinylm.decoder import Decoder, Features
+from tinylm.engine import Engine, Pair, Prompt, Score
+from tinylm.errors import UserError, printable
 from tinylm.losses import cross_entropy
+from tinylm.metrics import Measure
 from tinylm.packing import IGNORE_INDEX
+from tinylm.tasks import Example, Task
 from tinylm.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 # exp(20) is 4.9e8, far beyond a uniform guess over any vocabulary; above it a perplexity says nothing, and exp overflows at 710.
 LOSS_CAP = 20.0
+
+
+# --- held-out text ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -81,3 +98,215 @@ def language_score(loss_sum: float, tokens: float, n_bytes: float) -> LanguageSc
     (7.389, 0.721)
     """
     return LanguageScore(loss_sum / tokens if tokens else math.nan, int(tokens), int(n_bytes))
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and the text that should follow it, to the character: a target that is a new word begins with its space."""
+
+    name: str
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """What a model makes of a case: a score, or why there is none, which counts as a failure."""
+
+    case: Case
+    score: Score | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class CasesSummary:
+    """What a model makes of all cases."""
+
+    n_cases: int
+    n_failed: int
+    """cases without a score: the target cannot be encoded, or fills the context"""
+    n_greedy: int
+    """cases whose target is what the model would write"""
+    log_prob: float | None
+    """mean over the scored cases of the log-probability of the whole target; None where there is none"""
+    first_rank: float
+    """median over all cases of the rank of the target's first token; infinite for a failed one"""
+    prompt_perplexity: float | None
+    """geometric mean over the prompts"""
+
+    @classmethod
+    def of(cls, scores: Sequence[CaseScore]) -> "CasesSummary":
+        """The summary of at least one case."""
+        scored = [item.score for item in scores if item.score is not None]
+        perplexities = [score.prompt_perplexity for score in scored if score.prompt_perplexity is not None]
+        ranks = [math.inf if item.score is None else item.score.ranks[0] for item in scores]
+        return cls(
+            n_cases=len(scores),
+            n_failed=len(scores) - len(scored),
+            n_greedy=sum(score.greedy_match for score in scored),
+            log_prob=statistics.fmean(score.log_prob for score in scored) if scored else None,
+            first_rank=statistics.median(ranks),
+            prompt_perplexity=statistics.geometric_mean(perplexities) if perplexities else None,
+        )
+
+    @property
+    def worth(self) -> tuple[int, float]:
+        """What checkpoints are ranked by, more being better: fewer failed cases first, then more probable targets, as far as they are shown."""
+        return -self.n_failed, -math.inf if self.log_prob is None else round(self.log_prob, 4)
+
+
+def read_cases(path: Path) -> tuple[Case, ...]:
+    """The cases in a YAML file: a list of name, prompt and target.
+
+    Raises:
+        UserError: naming the file, the line and the key.
+    """
+    cases: dict[str, Case] = {}
+    for place, item in read_list(path):
+        for key in ("name", "prompt", "target"):
+            if not isinstance(item.get(key), str):
+                found = "nothing" if key not in item else printable(repr(item[key]))[:60]
+                raise UserError(f"{place}: {key}: expected text, found {found}. Each case has name, prompt and target; quote a number.")
+        if unknown := item.keys() - {"name", "prompt", "target"}:
+            raise UserError(f"{place}: {printable(min(unknown))}: no such key. A case has name, prompt and target.")
+        if not item["target"]:
+            raise UserError(f"{place}: target: it is empty. Write the text that should follow the prompt.")
+        if item["name"] in cases:
+            raise UserError(f"{place}: name: {printable(item['name'])} stands above already. Give each case a name of its own.")
+        cases[item["name"]] = Case(**item)
+    return tuple(cases.values())
+
+
+def evaluate_cases(engine: Engine, cases: Sequence[Case], *, batch_size: int = 16) -> list[CaseScore]:
+    """The score of every case, in order; one that this model cannot be asked has the reason in its place."""
+    pairs = [_or_error(lambda case=case: engine.encode_pair(case.prompt, case.target)) for case in cases]
+    scores = iter(engine.score_pairs([pair for pair in pairs if isinstance(pair, Pair)], batch_size=batch_size))
+    asked = zip(cases, pairs, strict=True)
+    return [CaseScore(case, next(scores), None) if isinstance(pair, Pair) else CaseScore(case, None, str(pair)) for case, pair in asked]
+
+
+def _or_error(ask: Callable[[], T]) -> T | UserError:
+    """What `ask` gives, or the error that it ends with: a failing case must not end the others."""
+    try:
+        return ask()
+    except UserError as error:
+        return error
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+Wrap = Callable[[str], str | Prompt]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered, and what it is worth."""
+
+    place: str
+    prompt: str
+    output: str
+    target: str
+    grade: dict[str, float]
+    error: str | None
+    """why the model could not be asked"""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model is worth on a task."""
+
+    task: str
+    shots: int
+    n_examples: int
+    measures: dict[str, Measure]
+    """the first is the one to rank by"""
+    chance: dict[str, float]
+    """the same measures of answers that do not look at their prompt"""
+    n_truncated: int
+    """prompts that lost their beginning, because the context holds no more"""
+    failed: tuple[Answer, ...]
+    """answers that are not fully right, the worst first"""
+
+    @property
+    def worth(self) -> float:
+        """What checkpoints are ranked by, more being better, as far as it is shown."""
+        return round(next(iter(self.measures.values())).value, 4)
+
+
+def evaluate_task(
+    engine: Engine, task: Task, examples: Sequence[Example], *, shots: Sequence[Example] = (), wrap: Wrap | None = None, batch_size: int = 16, seed: int = 0
+) -> TaskScore:
+    """The score of a model on examples of a task, of which there is at least one.
+
+    Args:
+        shots: solved examples that stand before each question.
+        wrap: puts a question into the template that the model was fine-tuned with; None for a base model.
+        batch_size: prompts that are scored together; answers are written one by one.
+        seed: of the bootstrap intervals.
+    """
+    texts = [example.prompt if wrap and not shots else task.text(example, shots) for example in examples]
+    prompts = [_or_error(lambda text=text: _prompt(engine, text, wrap)) for text in texts]
+    if task.labels:
+        answers = _choose(engine, prompts, [("" if wrap else task.joint) + label for label in task.labels], batch_size)
+    else:
+        answers = _write(engine, prompts, SamplingConfig(temperature=0, max_new_tokens=task.max_new_tokens, stop=() if wrap else task.stop))
+    outputs = ["" if isinstance(answer, UserError) else answer for answer in answers]
+    targets = [example.target for example in examples]
+    graded = [
+        Answer(example.place, text, output, example.target, task.grade(output, example.target), str(answer) if isinstance(answer, UserError) else None)
+        for example, text, output, answer in zip(examples, texts, outputs, answers, strict=True)
+    ]
+    failed = sorted((answer for answer in graded if _first(answer.grade) < 1), key=lambda answer: _first(answer.grade))
+    cut = sum(isinstance(prompt, Prompt) and prompt.truncated > 0 for prompt in prompts)
+    return TaskScore(task.name, len(shots), len(examples), task.score(outputs, targets, seed=seed), task.chance(targets), cut, tuple(failed))
+
+
+def _first(grade: dict[str, float]) -> float:
+    return next(iter(grade.values()))
+
+
+def _prompt(engine: Engine, text: str, wrap: Wrap | None) -> Prompt:
+    """The tokens that the model reads before it answers."""
+    wrapped = wrap(text) if wrap else text
+    return wrapped if isinstance(wrapped, Prompt) else engine.encode_prompt(wrapped)
+
+
+def _choose(engine: Engine, prompts: Sequence[Prompt | UserError], labels: Sequence[str], batch_size: int) -> list[str | UserError]:
+    """The label that the model finds most probable after each prompt; of equals the first."""
+    rows = [_or_error(lambda prompt=prompt: _pairs(engine, prompt, labels)) for prompt in prompts]
+    scores = iter(engine.score_pairs([pair for row in rows if isinstance(row, list) for pair in row], batch_size=batch_size))
+    answers: list[str | UserError] = []
+    for row in rows:
+        if isinstance(row, UserError):
+            answers.append(row)
+        else:
+            log_probs = [next(scores).log_prob for _ in labels]
+            answers.append(labels[log_probs.index(max(log_probs))].strip())
+    return answers
+
+
+def _pairs(engine: Engine, prompt: Prompt | UserError, targets: Sequence[str]) -> list[Pair]:
+    if isinstance(prompt, UserError):
+        raise prompt
+    return [engine.encode_pair(prompt, target) for target in targets]
+
+
+def _write(engine: Engine, prompts: Sequence[Prompt | UserError], sampling: SamplingConfig) -> list[str | UserError]:
+    """What the model writes after each prompt."""
+    return [prompt if isinstance(prompt, UserError) else engine.generate(prompt, sampling)[0].text.strip() for prompt in prompts]
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def places(worths: Sequence[Any]) -> list[str]:
+    """The place of each, more being better; those that share one are marked.
+
+    >>> places([0.25, 0.75, 0.75, 0.5])
+    ['4', '1=', '1=', '3']
+    """
+    return [f"{1 + sum(other > worth for other in worths)}{'=' * (list(worths).count(worth) > 1)}" for worth in worths]

@@ -22,6 +22,7 @@ from tinylm.errors import UserError, printable
 from tinylm.losses import cross_entropy
 from tinylm.metrics import Measure
 from tinylm.packing import IGNORE_INDEX
+from tinylm.prompts import Conversation, Template, Turn
 from tinylm.tasks import Example, Task
 from tinylm.tokenizer import Tokenizer
 
@@ -120,6 +121,14 @@ class CaseScore:
     score: Score | None
     error: str | None
 
+    def row(self) -> dict[str, Any]:
+        """The numbers as plain values."""
+        row = {"case": self.case.name, "prompt": self.case.prompt, "target": self.case.target}
+        names = ("log_prob", "first_log_prob", "first_rank", "n_tokens", "greedy_match", "prompt_perplexity")
+        score = self.score
+        numbers = (score.log_prob, score.log_probs[0], score.ranks[0], score.n_tokens, score.greedy_match, score.prompt_perplexity) if score else (None,) * 6
+        return {**row, **dict(zip(names, numbers, strict=True)), "error": self.error}
+
 
 @dataclass(frozen=True)
 class CasesSummary:
@@ -132,8 +141,8 @@ class CasesSummary:
     """cases whose target is what the model would write"""
     log_prob: float | None
     """mean over the scored cases of the log-probability of the whole target; None where there is none"""
-    first_rank: float
-    """median over all cases of the rank of the target's first token; infinite for a failed one"""
+    first_rank: float | None
+    """median over all cases of the rank of the target's first token, that of a failed one beyond all; None where it is"""
     prompt_perplexity: float | None
     """geometric mean over the prompts"""
 
@@ -142,13 +151,13 @@ class CasesSummary:
         """The summary of at least one case."""
         scored = [item.score for item in scores if item.score is not None]
         perplexities = [score.prompt_perplexity for score in scored if score.prompt_perplexity is not None]
-        ranks = [math.inf if item.score is None else item.score.ranks[0] for item in scores]
+        rank = statistics.median(math.inf if item.score is None else item.score.ranks[0] for item in scores)
         return cls(
             n_cases=len(scores),
             n_failed=len(scores) - len(scored),
             n_greedy=sum(score.greedy_match for score in scored),
             log_prob=statistics.fmean(score.log_prob for score in scored) if scored else None,
-            first_rank=statistics.median(ranks),
+            first_rank=rank if math.isfinite(rank) else None,
             prompt_perplexity=statistics.geometric_mean(perplexities) if perplexities else None,
         )
 
@@ -199,15 +208,12 @@ def _or_error(ask: Callable[[], T]) -> T | UserError:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-Wrap = Callable[[str], str | Prompt]
-
-
 @dataclass(frozen=True)
 class Answer:
     """What a model answered, and what it is worth."""
 
     place: str
-    prompt: str
+    question: str
     output: str
     target: str
     grade: dict[str, float]
@@ -225,9 +231,11 @@ class TaskScore:
     measures: dict[str, Measure]
     """the first is the one to rank by"""
     chance: dict[str, float]
-    """the same measures of answers that do not look at their prompt"""
+    """the same measures of answers that do not look at their question"""
     n_truncated: int
     """prompts that lost their beginning, because the context holds no more"""
+    n_errors: int
+    """questions that the model could not be asked; they count as answered wrong"""
     failed: tuple[Answer, ...]
     """answers that are not fully right, the worst first"""
 
@@ -238,66 +246,107 @@ class TaskScore:
 
 
 def evaluate_task(
-    engine: Engine, task: Task, examples: Sequence[Example], *, shots: Sequence[Example] = (), wrap: Wrap | None = None, batch_size: int = 16, seed: int = 0
+    engine: Engine,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    shots: Sequence[Example] = (),
+    template: Template | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
 ) -> TaskScore:
-    """The score of a model on examples of a task, of which there is at least one.
+    """The score of a model on at least one example of a task.
 
     Args:
         shots: solved examples that stand before each question.
-        wrap: puts a question into the template that the model was fine-tuned with; None for a base model.
-        batch_size: prompts that are scored together; answers are written one by one.
+        template: what the model was fine-tuned with; None for a base model.
+        batch_size: labels that are scored together; answers in words are written one by one.
         seed: of the bootstrap intervals.
     """
-    texts = [example.prompt if wrap and not shots else task.text(example, shots) for example in examples]
-    prompts = [_or_error(lambda text=text: _prompt(engine, text, wrap)) for text in texts]
-    if task.labels:
-        answers = _choose(engine, prompts, [("" if wrap else task.joint) + label for label in task.labels], batch_size)
-    else:
-        answers = _write(engine, prompts, SamplingConfig(temperature=0, max_new_tokens=task.max_new_tokens, stop=() if wrap else task.stop))
-    outputs = ["" if isinstance(answer, UserError) else answer for answer in answers]
+    asker = _Asker(engine, task, tuple(shots), template)
+    outputs = _choose(asker, examples, batch_size) if task.labels else [_or_error(lambda example=example: asker.write(example)) for example in examples]
+    texts = ["" if isinstance(output, UserError) else output.text for output in outputs]
     targets = [example.target for example in examples]
-    graded = [
-        Answer(example.place, text, output, example.target, task.grade(output, example.target), str(answer) if isinstance(answer, UserError) else None)
-        for example, text, output, answer in zip(examples, texts, outputs, answers, strict=True)
+    errors = [str(output) if isinstance(output, UserError) else None for output in outputs]
+    answers = [
+        Answer(example.place, example.question.whole, text, example.target, task.grade(text, example.target), error)
+        for example, text, error in zip(examples, texts, errors, strict=True)
     ]
-    failed = sorted((answer for answer in graded if _first(answer.grade) < 1), key=lambda answer: _first(answer.grade))
-    cut = sum(isinstance(prompt, Prompt) and prompt.truncated > 0 for prompt in prompts)
-    return TaskScore(task.name, len(shots), len(examples), task.score(outputs, targets, seed=seed), task.chance(targets), cut, tuple(failed))
+    return TaskScore(
+        task=task.name,
+        shots=len(shots),
+        n_examples=len(examples),
+        measures=task.score(texts, targets, seed=seed),
+        chance=task.chance(targets),
+        n_truncated=sum(isinstance(output, _Output) and output.truncated for output in outputs),
+        n_errors=sum(error is not None for error in errors),
+        failed=tuple(sorted((answer for answer in answers if _first(answer.grade) < 1), key=lambda answer: _first(answer.grade))),
+    )
 
 
 def _first(grade: dict[str, float]) -> float:
     return next(iter(grade.values()))
 
 
-def _prompt(engine: Engine, text: str, wrap: Wrap | None) -> Prompt:
-    """The tokens that the model reads before it answers."""
-    wrapped = wrap(text) if wrap else text
-    return wrapped if isinstance(wrapped, Prompt) else engine.encode_prompt(wrapped)
+@dataclass(frozen=True)
+class _Output:
+    text: str
+    truncated: bool
 
 
-def _choose(engine: Engine, prompts: Sequence[Prompt | UserError], labels: Sequence[str], batch_size: int) -> list[str | UserError]:
-    """The label that the model finds most probable after each prompt; of equals the first."""
-    rows = [_or_error(lambda prompt=prompt: _pairs(engine, prompt, labels)) for prompt in prompts]
-    scores = iter(engine.score_pairs([pair for row in rows if isinstance(row, list) for pair in row], batch_size=batch_size))
-    answers: list[str | UserError] = []
+@dataclass(frozen=True)
+class _Asker:
+    """Puts a task's questions to a model: in the template it was fine-tuned with, or as plain text."""
+
+    engine: Engine
+    task: Task
+    shots: tuple[Example, ...]
+    template: Template | None
+
+    def pair(self, example: Example, label: str) -> Pair:
+        """The question, and a label as its answer."""
+        if self.template is None:
+            return self.engine.encode_pair(self._plain(example), self.task.joint + label)
+        before = self.template.prompt_ids(self._turns(example), self.engine.tokenizer)
+        whole = self.template.encode((*self._turns(example), Turn("assistant", label)), self.engine.tokenizer)
+        end = int(whole.trained.nonzero()[0][-1]) + 1  # the token that ends the answer belongs to it
+        return self.engine.fit_pair(before, whole.ids[len(before) : end].tolist())
+
+    def write(self, example: Example) -> _Output:
+        """What the model answers, greedily."""
+        if self.template is None:
+            prompt, stop, stop_ids = self._plain(example), self.task.stop, ()
+        else:
+            prompt = self.engine.fit_prompt(self.template.prompt_ids(self._turns(example), self.engine.tokenizer))
+            stop, stop_ids = (), self.template.stop_ids(self.engine.tokenizer)
+        text = ""
+        for piece in self.engine.stream(prompt, SamplingConfig(temperature=0, max_new_tokens=self.task.max_new_tokens, stop=stop)):
+            if piece.token_id in stop_ids:
+                break
+            text += piece.text
+        return _Output(text.strip(), prompt.truncated > 0)
+
+    def _plain(self, example: Example) -> Prompt:
+        return self.engine.encode_prompt(self.task.text(example, self.shots))
+
+    def _turns(self, example: Example) -> Conversation:
+        solved = (turn for shot in self.shots for turn in (shot.question, Turn("assistant", shot.target)))
+        return (*solved, example.question)
+
+
+def _choose(asker: _Asker, examples: Sequence[Example], batch_size: int) -> list[_Output | UserError]:
+    """The label that the model finds most probable after each question; of equals the first."""
+    labels = asker.task.labels
+    rows = [_or_error(lambda example=example: [asker.pair(example, label) for label in labels]) for example in examples]
+    scores = iter(asker.engine.score_pairs([pair for row in rows if isinstance(row, list) for pair in row], batch_size=batch_size))
+    outputs: list[_Output | UserError] = []
     for row in rows:
         if isinstance(row, UserError):
-            answers.append(row)
+            outputs.append(row)
         else:
             log_probs = [next(scores).log_prob for _ in labels]
-            answers.append(labels[log_probs.index(max(log_probs))].strip())
-    return answers
-
-
-def _pairs(engine: Engine, prompt: Prompt | UserError, targets: Sequence[str]) -> list[Pair]:
-    if isinstance(prompt, UserError):
-        raise prompt
-    return [engine.encode_pair(prompt, target) for target in targets]
-
-
-def _write(engine: Engine, prompts: Sequence[Prompt | UserError], sampling: SamplingConfig) -> list[str | UserError]:
-    """What the model writes after each prompt."""
-    return [prompt if isinstance(prompt, UserError) else engine.generate(prompt, sampling)[0].text.strip() for prompt in prompts]
+            outputs.append(_Output(labels[log_probs.index(max(log_probs))], any(pair.truncated for pair in row)))
+    return outputs
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------

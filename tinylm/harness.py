@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from tinylm.config import SamplingConfig
 from tinylm.engine import Engine
 from tinylm.errors import UserError, printable
+from tinylm.metrics import Z95
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
 
 # What the harness calls a setting of SamplingConfig.
 SAMPLING_NAMES = {"max_gen_toks": "max_new_tokens", "until": "stop", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "num_beams": "n_beams"}
@@ -33,6 +35,16 @@ class HarnessScore:
     n_examples: int
     higher_is_better: bool
 
+    @property
+    def interval(self) -> tuple[float | None, float | None]:
+        """The ends of the 95% interval, where the harness knows a standard error."""
+        return (None, None) if self.stderr is None else (self.value - Z95 * self.stderr, self.value + Z95 * self.stderr)
+
+    @property
+    def worth(self) -> float:
+        """What checkpoints are ranked by, more being better, as far as it is shown."""
+        return round(self.value if self.higher_is_better else -self.value, 4)
+
 
 def run_harness(
     engine: Engine, tasks: Sequence[str], *, include_path: Path | None = None, shots: int | None = None, limit: int | None = None, batch_size: int = 16
@@ -43,29 +55,33 @@ def run_harness(
         include_path: folder of YAML tasks that take the place of the harness's own.
         shots: examples in each prompt; None: as the task says.
         limit: at most so many examples a task, its first ones.
-
-    Raises:
-        UserError: lm_eval is not installed, or it has no such task.
     """
-    _require()
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
-    for task in tasks:
-        if not manager.match_tasks([task]):
-            known = ", ".join(manager.all_tasks) if include_path else "see lm-eval ls tasks"
-            raise UserError(f"--lm-eval: {printable(task)}: no such task ({printable(known)}). Name one of these, or give its folder by --include-path.")
     model = harness_model(engine, batch_size=batch_size)
+    manager = _task_manager(include_path)
     found = simple_evaluate(model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False)
     return [score for task in found["results"] for score in _scores(found, task)]
 
 
-def _require() -> None:
+def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
+    """Raise a UserError where lm_eval is not installed, or has no task of one of the names."""
     try:
         import lm_eval  # noqa: F401
     except ImportError:
         raise UserError('--lm-eval needs lm_eval. Install it: pip install "lm_eval>=0.4.13,<0.5"') from None
+    manager = _task_manager(include_path)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            there = ", ".join(map(printable, manager.all_tasks)) or "none"
+            known = f"{printable(include_path)} has {there}" if include_path else "`lm-eval ls tasks` shows them"
+            raise UserError(f"--lm-eval: {printable(task)}: no such task; {known}. Name one that there is, or give its folder by --include-path.")
+
+
+def _task_manager(include_path: Path | None) -> "TaskManager":
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_path is None)
 
 
 def _scores(found: dict[str, Any], task: str) -> list[HarnessScore]:

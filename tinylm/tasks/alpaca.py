@@ -1,14 +1,14 @@
 """Alpaca: instructions, some with an input, and model answers (Taori et al. 2023); instruction-data.json has the same columns."""
 
 from tinylm.metrics import token_f1
+from tinylm.prompts import Turn
 from tinylm.tasks.task import Hub, Row, Task, text_of
 
 
-def prompt(row: Row) -> str:
-    """The instruction, and below it the input where there is one."""
-    instruction = text_of(row, "instruction").strip()
-    given = text_of(row, "input").strip() if row.get("input") is not None else ""  # some files leave the column out
-    return f"{instruction}\n{given}" if given else instruction
+def question(row: Row) -> Turn:
+    """The instruction, and the input where there is one: some files leave the column out."""
+    given = text_of(row, "input") if row.get("input") is not None else ""
+    return Turn("user", text_of(row, "instruction"), given if given.strip() else "")
 
 
 SMOKE = (
@@ -27,8 +27,7 @@ SMOKE = (
 ALPACA = Task(
     name="alpaca",
     hub=Hub("tatsu-lab/alpaca", None, train="train", test="train"),  # one split: examples are held out of it
-    columns=("instruction", "output"),
-    prompt=prompt,
+    question=question,
     target=lambda row: text_of(row, "output"),
     grade=lambda output, target: {"token_f1": token_f1(output, target)},
     frame=("Instruction: ", "\nResponse:"),

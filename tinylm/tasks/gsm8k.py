@@ -1,6 +1,7 @@
 """GSM8K: school problems in words, whose answers reason and end in `#### number` (Cobbe et al. 2021)."""
 
 from tinylm.metrics import same_number
+from tinylm.prompts import Turn
 from tinylm.tasks.task import Hub, Task, text_of
 
 SMOKE = (
@@ -24,8 +25,7 @@ SMOKE = (
 GSM8K = Task(
     name="gsm8k",
     hub=Hub("openai/gsm8k", "main", train="train", test="test"),
-    columns=("question", "answer"),
-    prompt=lambda row: text_of(row, "question").strip(),
+    question=lambda row: Turn("user", text_of(row, "question").strip()),
     target=lambda row: text_of(row, "answer"),
     grade=lambda output, target: {"exact_match": float(same_number(output, target))},
     frame=("Question: ", "\nAnswer:"),

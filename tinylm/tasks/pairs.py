@@ -1,6 +1,7 @@
 """Rows of a user's own, with a prompt and a target: the target is what follows the prompt, to the character."""
 
 from tinylm.metrics import exact_match, token_f1
+from tinylm.prompts import Turn
 from tinylm.tasks.task import SHOT_SEPARATOR, Task, text_of
 
 
@@ -23,8 +24,7 @@ SMOKE = (
 PAIRS = Task(
     name="pairs",
     hub=None,
-    columns=("prompt", "target"),
-    prompt=lambda row: text_of(row, "prompt"),
+    question=lambda row: Turn("user", text_of(row, "prompt")),
     target=lambda row: text_of(row, "target"),
     grade=grade,
     joint="",

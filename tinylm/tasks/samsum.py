@@ -1,13 +1,14 @@
 """SAMSum: a chat in few sentences (Gliwa et al. 2019)."""
 
 from tinylm.metrics import rouge
-from tinylm.tasks.task import Hub, Row, Task, text_of
+from tinylm.prompts import Turn
+from tinylm.tasks.task import SHOT_SEPARATOR, Hub, Row, Task, text_of
 
 
-def prompt(row: Row) -> str:
-    """The chat, and the summary left open."""
+def question(row: Row) -> Turn:
+    """What is asked of a chat."""
     lines = text_of(row, "dialogue").split("\n")
-    return "\n".join(["Dialogue:", *(line.strip() for line in lines), "Summary:"])  # the data's lines end in \r\n
+    return Turn("user", "Summarize this dialogue.", "\n".join(line.strip() for line in lines))  # the data's lines end in \r\n
 
 
 SMOKE = (
@@ -29,11 +30,11 @@ SMOKE = (
 SAMSUM = Task(
     name="samsum",
     hub=Hub("knkarthick/samsum", None, train="train", test="test"),
-    columns=("dialogue", "summary"),
-    prompt=prompt,
+    question=question,
     target=lambda row: text_of(row, "summary"),
     grade=rouge,
-    stop=("Dialogue:",),
+    frame=("", "\nSummary:"),
+    stop=(SHOT_SEPARATOR,),
     max_new_tokens=128,
     smoke=tuple({"dialogue": dialogue, "summary": summary} for dialogue, summary in SMOKE),
 )

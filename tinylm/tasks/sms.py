@@ -1,13 +1,15 @@
 """SMS spam: is a text message wanted or not (Almeida et al. 2011)?"""
 
+from tinylm.prompts import Turn
+from tinylm.rows import SMS_INSTRUCTION
 from tinylm.tasks.task import Hub, Row, Task, label_of, text_of
 
-LABELS = ("ham", "spam")  # 0 and 1 on the hub; by name, and before the text, in the file SMSSpamCollection
+LABELS = ("ham", "spam")  # 0 and 1 on the hub, by name in the file SMSSpamCollection
 
 
-def prompt(row: Row) -> str:
-    """The message, and the question left open."""
-    return f"Classify if the SMS is spam or ham.\nSMS: {text_of(row, 'sms').strip()}\nAnswer:"
+def question(row: Row) -> Turn:
+    """What is asked of a message, which rows.py calls text and the hub sms."""
+    return Turn("user", SMS_INSTRUCTION, text_of(row, "text" if "text" in row else "sms").strip())
 
 
 SMOKE = (
@@ -28,9 +30,9 @@ SMOKE = (
 SMS = Task(
     name="sms",
     hub=Hub("ucirvine/sms_spam", "plain_text", train="train", test="train"),  # one split: examples are held out of it
-    columns=("label", "sms"),
-    prompt=prompt,
+    question=question,
     target=lambda row: label_of(row, "label", LABELS),
     labels=LABELS,
+    frame=("", "\nAnswer:"),
     smoke=tuple({"sms": sms, "label": label} for sms, label in SMOKE),
 )

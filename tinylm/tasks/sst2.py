@@ -1,13 +1,14 @@
 """SST-2: is a sentence of a film review positive or negative (Socher et al. 2013; as in GLUE, Wang et al. 2018)?"""
 
+from tinylm.prompts import Turn
 from tinylm.tasks.task import Hub, Row, Task, label_of, text_of
 
 LABELS = ("negative", "positive")  # 0 and 1 in the data
 
 
-def prompt(row: Row) -> str:
-    """The sentence, and the question left open."""
-    return f"Review: {text_of(row, 'sentence').strip()}\nSentiment:"
+def question(row: Row) -> Turn:
+    """What is asked of a sentence."""
+    return Turn("user", "Is the sentiment of this review positive or negative?", text_of(row, "sentence").strip())
 
 
 SMOKE = (
@@ -28,9 +29,9 @@ SMOKE = (
 SST2 = Task(
     name="sst2",
     hub=Hub("nyu-mll/glue", "sst2", train="train", test="validation"),  # the test split's labels are hidden
-    columns=("sentence", "label"),
-    prompt=prompt,
+    question=question,
     target=lambda row: label_of(row, "label", LABELS),
     labels=LABELS,
+    frame=("", "\nSentiment:"),
     smoke=tuple({"sentence": sentence, "label": label} for sentence, label in SMOKE),
 )

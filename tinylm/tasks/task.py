@@ -1,6 +1,6 @@
 """What a task is: rows with known columns become prompts and targets, and answers become scores.
 
-    row ─▶ Example (prompt, target) ─▶ the model's answer ─▶ grade ─▶ Measure of all answers, beside what chance gives
+    row ─▶ Example (question, target) ─▶ the model's answer ─▶ grade ─▶ Measure of all answers, beside what chance gives
 
 Each file beside this one is one task. Knows nothing of models: evaluate.py asks them, finetune.py trains on `conversation`.
 """
@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from tinylm.corpus import kind_of, some_of
 from tinylm.errors import UserError, printable
 from tinylm.metrics import Measure, exact_match, macro_f1, mean
+from tinylm.prompts import Conversation, Turn
 
 Row = Mapping[str, Any]
 # What stands between the examples of a few-shot prompt.
@@ -38,7 +40,8 @@ class Example:
 
     place: str
     """where the row stands, for messages"""
-    prompt: str
+    question: Turn
+    """what a user would say"""
     target: str
 
 
@@ -53,10 +56,7 @@ class Task:
 
     name: str
     hub: Hub | None
-    columns: tuple[str, ...]
-    """what every row has, in the order of a file without a header"""
-    prompt: Callable[[Row], str]
-    """what a user would ask: a fine-tuned model reads it inside its template"""
+    question: Callable[[Row], Turn]
     target: Callable[[Row], str]
     smoke: tuple[Row, ...]
     """rows written for this project, to try the task without any data"""
@@ -65,38 +65,37 @@ class Task:
     labels: tuple[str, ...] = ()
     """the only possible answers: the most probable one is taken; none: the model writes its answer"""
     frame: tuple[str, str] = ("", "")
-    """what stands around a prompt where no template does"""
+    """what stands around a question where no template does"""
     joint: str = " "
-    """between prompt and target where no template parts them"""
+    """between question and target where no template parts them"""
     stop: tuple[str, ...] = ()
-    """what ends an answer where no template does: the beginning of the next prompt"""
+    """what ends an answer where no template does: the beginning of the next question"""
     max_new_tokens: int = 256
 
-    def example(self, place: str, row: Any) -> Example:
-        """The row as a model meets it.
+    def conversation(self, row: Row) -> Conversation:
+        """Question and answer of a row: what fine-tuning learns from.
 
         Raises:
-            UserError: naming the place and the column, where a column is missing or no text.
+            UserError: naming the column that is missing, or holds nothing to ask or answer.
         """
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: expected an object with {', '.join(self.columns)}, found {type(row).__name__}. Correct the row.")
-        for column in self.columns:
-            if column not in row:
-                there = ", ".join(map(printable, row)) or "nothing"
-                raise UserError(f"{place}: {column}: missing, and task {self.name} needs it; the row has {there}. Correct the row.")
+        question, target = self.question(row), self.target(row)
+        if not target.strip():
+            raise UserError("the answer is blank. Correct the row, or take it out.")
+        return question, Turn("assistant", target)
+
+    def example(self, place: str, row: Row) -> Example:
+        """The row as a model meets it; raises as `conversation` does, naming the place too."""
         try:
-            prompt, target = self.prompt(row), self.target(row)
+            question, answer = self.conversation(row)
         except UserError as problem:
             raise UserError(f"{place}: {problem}") from None
-        if not target.strip():
-            raise UserError(f"{place}: {self.columns[-1]}: blank, and it is the answer. Correct the row or take it out.")
-        return Example(place, prompt, target)
+        return Example(place, question, answer.text)
 
     def text(self, example: Example, shots: Sequence[Example] = ()) -> str:
         """The prompt of an example after solved ones, for a model without a template."""
         before, after = self.frame
-        solved = [f"{before}{shot.prompt}{after}{self.joint}{shot.target}" for shot in shots]
-        return SHOT_SEPARATOR.join([*solved, f"{before}{example.prompt}{after}"])
+        solved = [f"{before}{shot.question.whole}{after}{self.joint}{shot.target}" for shot in shots]
+        return SHOT_SEPARATOR.join([*solved, f"{before}{example.question.whole}{after}"])
 
     def score(self, outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0) -> dict[str, Measure]:
         """What at least one answer is worth by each measure; the seed is that of the intervals."""
@@ -121,10 +120,17 @@ class Task:
 
 def text_of(row: Row, column: str) -> str:
     """The text in a column."""
-    value = row[column]
+    value = value_of(row, column)
     if not isinstance(value, str):
-        raise UserError(f"{column}: expected a string, found {'null' if value is None else type(value).__name__}. Correct the row.")
+        raise UserError(f"{column}: expected a string, found {kind_of(value)}. Correct the row, or take it out.")
     return value
+
+
+def value_of(row: Row, column: str) -> Any:
+    """What is in a column."""
+    if column not in row:
+        raise UserError(f"{column}: missing; the row has {some_of(row)}. Correct the row, or give the data of this task.")
+    return row[column]
 
 
 def label_of(row: Row, column: str, labels: Sequence[str]) -> str:
@@ -133,7 +139,7 @@ def label_of(row: Row, column: str, labels: Sequence[str]) -> str:
     >>> label_of({"label": 1}, "label", ("ham", "spam")), label_of({"label": "ham"}, "label", ("ham", "spam"))
     ('spam', 'ham')
     """
-    value = row[column]
+    value = value_of(row, column)
     by_number = {form: label for number, label in enumerate(labels) for form in (number, str(number))}
     if isinstance(value, int | str) and not isinstance(value, bool):
         label = by_number.get(value, value)
@@ -146,12 +152,14 @@ def label_of(row: Row, column: str, labels: Sequence[str]) -> str:
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
-def draw_shots(task: Task, rows: Iterable[tuple[str, Any]], n: int, *, seed: int, avoid: Iterable[str] = ()) -> list[Example]:
-    """`n` examples to solve in a prompt, drawn from `rows`; rows that are none, and the prompts to avoid, are passed over.
+def draw_shots(task: Task, rows: Iterable[tuple[str, Any]], n: int, *, seed: int, avoid: Iterable[Turn] = ()) -> list[Example]:
+    """`n` examples to stand solved in a prompt, drawn from `rows`; rows that are none, and the questions to avoid, are passed over.
 
     Raises:
         UserError: there are not so many.
     """
+    if n == 0:
+        return []
     rows = list(rows)
     avoided, shots = set(avoid), []
     for number in np.random.default_rng(seed).permutation(len(rows)):
@@ -161,8 +169,8 @@ def draw_shots(task: Task, rows: Iterable[tuple[str, Any]], n: int, *, seed: int
             shot = task.example(*rows[number])
         except UserError:  # the row is not evaluated, so it can be left out
             continue
-        if shot.prompt not in avoided:
-            avoided.add(shot.prompt)
+        if shot.question not in avoided:
+            avoided.add(shot.question)
             shots.append(shot)
     if len(shots) < n:
         raise UserError(f"task {task.name}: {n} examples were asked for, and there are {len(shots)} to take. Lower --shots or give more rows.")

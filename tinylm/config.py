@@ -26,6 +26,9 @@ COUNT_LIMIT = 2**31 - 1
 CONFIG_BYTES_LIMIT = 100_000  # PyYAML reads this much in half a second, and no honest config comes near
 CONFIG_DEPTH_LIMIT = 12
 
+# What tinylm/rows.py looks for in a row.
+ROW_COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations")
+
 Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, le=COUNT_LIMIT, strict=True)]
 # Strict: YAML's `no` and `yes` are booleans, and a boolean must not pass for a number.
@@ -207,7 +210,7 @@ class DataConfig(Section):
     rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
     """for fine-tuning: what a row is made of; auto: told by its keys"""
     columns: dict[Name, Name] | None = None
-    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages) to the name in the data"""
+    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages, conversations) to the name in the data"""
     template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
     """for fine-tuning: how turns are written (tinylm/prompts.py); chat_template: as the tokenizer's own template says"""
     packing: Literal["packed", "padded"] = "packed"
@@ -253,6 +256,13 @@ class DataConfig(Section):
             raise ValueError("order: random needs an indexed source. Set streaming: false or order: shuffled")
         if self.streaming and self.stride is not None:
             raise ValueError("stride: a stream is packed without overlap. Take stride out, or set streaming: false")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_ours(self) -> "DataConfig":
+        for name in self.columns or {}:
+            if name not in ROW_COLUMNS:
+                raise ValueError(f"columns: {printable(name)} is none of our names ({', '.join(ROW_COLUMNS)}). Write our name: name in the data")
         return self
 
 
@@ -357,6 +367,31 @@ class LoraConfig(Section):
     """ends of the names of the linear layers that get adapters; null: attention and feed-forward of the architecture at hand"""
 
 
+class DpoConfig(Section):
+    """Direct preference optimisation: from pairs of answers, one better than the other (Rafailov et al. 2023)."""
+
+    beta: Annotated[Number, Field(gt=0, le=100)] = 0.1
+    """how strongly the policy is held to its reference"""
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """what is minimised: DPO's, IPO's (Azar et al. 2023) or SLiC's (Zhao et al. 2023)"""
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+    """for sigmoid: share of the pairs that are believed to be the wrong way round"""
+    length_normalised: Switch = False
+    """log-probabilities per token of an answer, so that long answers do not weigh more; ipo always does so"""
+    sft_coef: Annotated[Number, Field(ge=0, le=100)] = 0.0
+    """weight of the chosen answers' cross entropy per token beside the preference loss"""
+    reference: Literal["copy", "adapters_off", "cached"] = "copy"
+    """what the policy is held to: a frozen copy of it, itself with its LoRA switched off, or log-probabilities computed once"""
+
+    @model_validator(mode="after")
+    def _settings_have_a_use(self) -> "DpoConfig":
+        if self.loss != "sigmoid" and self.label_smoothing:
+            raise ValueError(f"label_smoothing: loss {self.loss} has none. Take it out, or set loss: sigmoid")
+        if self.loss == "ipo" and self.length_normalised:
+            raise ValueError("length_normalised: loss ipo is always so. Take it out")
+        return self
+
+
 class HardwareConfig(Section):
     """Where it runs."""
 
@@ -419,6 +454,8 @@ class Config(Section):
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
     lora: LoraConfig | None = None
     """low-rank adapters for fine-tuning; null: every weight is trained"""
+    dpo: DpoConfig | None = None
+    """train on preferences; null: on next tokens"""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     @model_validator(mode="after")

@@ -220,6 +220,8 @@ def source_of(text: str, tasks: Sequence[str]) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not equals or name not in tasks:
         raise UserError(f"--data: {printable(text)}: expected NAME=PATH with a name that --tasks has ({', '.join(tasks) or 'none'}).")
+    if not os.path.exists(path):
+        raise UserError(f"--data: {printable(path)}: not found. Give a file of rows, or a folder with train and test.")
     return name, Path(path)
 
 
@@ -350,22 +352,29 @@ def show(results: Results) -> None:
         table(
             ("place", "checkpoint", "step", "val_loss", "log_prob", "first_rank", "greedy", "failed", "prompt_ppl", "cases"),
             [
-                (row["place"], row["checkpoint"], row["step"], row["val_loss"], row["log_prob"], row["first_rank"],
+                (row["place"], row["checkpoint"], row["step"], row["val_loss"], row["log_prob"], rank_text(row["first_rank"]),
                  f"{row['n_greedy']}/{row['n_cases']}", row["n_failed"], row["prompt_perplexity"], row["file"])
                 for row in results.cases
             ],
         )  # fmt: skip
+    if results.cases and results.measures:
+        print()
     if results.measures:
         table(
             ("task", "shots", "measure", "place", "checkpoint", "step", "val_loss", "value", "95% interval", "chance", "examples"),
             [
                 (row["task"], row["shots"], row["measure"], row["place"], row["checkpoint"], row["step"], row["val_loss"], row["value"],
-                 f"{number(row['low'])} to {number(row['high'])}", row["chance"], row["n_examples"])
+                 None if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}", row["chance"], row["n_examples"])
                 for row in results.measures
             ],
         )  # fmt: skip
     for row in results.failed:
         print(f"{row['checkpoint']}  FAILED: {printable(row['error'])}")
+
+
+def rank_text(rank: float | None) -> str | None:
+    """A median of ranks, which are whole numbers: 3 or 2.5."""
+    return None if rank is None else f"{rank:g}"
 
 
 def table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

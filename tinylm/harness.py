@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tinylm.config import SamplingConfig
 from tinylm.engine import Engine
 from tinylm.errors import UserError, printable
-from tinylm.metrics import Z95
+from tinylm.metrics import Z95, wilson
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # What the harness calls a setting of SamplingConfig.
 SAMPLING_NAMES = {"max_gen_toks": "max_new_tokens", "until": "stop", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "num_beams": "n_beams"}
+SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # measures of the harness that count right answers
 DEFAULT_NEW_TOKENS = 256  # the harness's own
 
 
@@ -37,7 +38,9 @@ class HarnessScore:
 
     @property
     def interval(self) -> tuple[float | None, float | None]:
-        """The ends of the 95% interval, where the harness knows a standard error."""
+        """The ends of the 95% interval: Wilson's for a share, else by the harness's standard error, where it has one."""
+        if self.measure.partition(" ")[0] in SHARES:
+            return wilson(self.value, self.n_examples)
         return (None, None) if self.stderr is None else (self.value - Z95 * self.stderr, self.value + Z95 * self.stderr)
 
     @property

@@ -21,7 +21,7 @@ from tinylm.errors import UserError
 Z95 = 1.959963984540054
 RESAMPLES = 1000
 # A minus sign after a digit or a closing bracket subtracts: the last number of 10-3 is 3.
-_NUMBER = re.compile(r"(?:(?<![0-9)])-)?\$?-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+_NUMBER = re.compile(r"(?:(?<![0-9)])-\$?|\$-?)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 ROUGE_TYPES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougel": "rougeL"}
 
 
@@ -119,7 +119,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     """
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding must not leave the share outside
 
 
 def macro_f1(outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0) -> Measure:

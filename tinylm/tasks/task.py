@@ -146,7 +146,7 @@ def label_of(row: Row, column: str, labels: Sequence[str]) -> str:
         if label in labels:
             return str(label)
     choices = ", ".join(f"{number} ({label})" for number, label in enumerate(labels))
-    raise UserError(f"{column}: expected {choices}, found {printable(repr(value))[:60]}. Correct the row, or take a split whose labels are known.")
+    raise UserError(f"{column}: expected {choices}, found {printable(repr(value))[:60]}. Correct the row, or take another split.")
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_config_reference(commands)
     add_tokenizer(commands)
     add_plot(commands)
+    add_doctor(commands)
     arguments = parser.parse_args(argv)
     return run_program(lambda: arguments.run(arguments), debug=arguments.debug)
 
@@ -237,6 +238,31 @@ def save_picture(figure: "Figure", path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     print(printable(path))
+
+
+def add_doctor(commands: Any) -> None:
+    """Declare `doctor`."""
+    summary = "What this machine can do and what it lacks: versions, devices, precisions, disk, the hub, optional extras."
+    commands.add_parser("doctor", help="what this machine can do and what it lacks", description=summary).set_defaults(run=doctor)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print a table of findings; 2 if something is missing that training needs."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from tinylm.doctor import examine
+
+    table, lacking = Table("what", "found", "to mend it"), []
+    for finding in examine():
+        style = "" if finding.mend is None else "red" if finding.needed else "yellow"
+        table.add_row(finding.subject, Text(finding.found, style), finding.mend or "")
+        lacking += [finding.subject] * (finding.mend is not None and finding.needed)
+    results().print(table)
+    if lacking:
+        raise UserError(f"missing: {', '.join(lacking)}. Do what the table says, or: pip install -r requirements.txt.")
+    say("everything that training needs is here; next: python train.py --config config_smoke.yaml")
+    return 0
 
 
 def results() -> "Console":

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
 from tinylm import rows
 from tinylm.config import DataConfig
@@ -151,6 +152,21 @@ def test_without_a_path_the_splits_of_the_hub_are_read_whole(monkeypatch, name, 
     monkeypatch.setattr(data, "draw_shots", lambda task, rows, n, **more: [task.example(*row) for row in rows][:n])
     load_task(NAMED[name], None, n_shots=1)
     assert calls == asked
+
+
+def test_a_hub_that_cannot_be_reached_names_the_flags_that_do_without(monkeypatch):
+    def records(config, which, seed):
+        raise UserError("x: not reached.")
+
+    monkeypatch.setattr(data, "records", records)
+    with pytest.raises(UserError, match=r"^task sst2: x: not reached\. Here that is --data sst2=PATH; --smoke needs no data\.$"):
+        load_task(NAMED["sst2"], None)
+
+
+@pytest.mark.parametrize(("name", "value"), [("rows", "alpaca"), ("columns", {"prompt": "q"})])
+def test_a_task_and_another_word_on_its_rows_contradict_each_other(name, value):
+    with pytest.raises(ValidationError, match=f"{name}: task sst2 says what a row is made of. Take {name} out, or task"):
+        DataConfig.model_validate({"task": "sst2", name: value})
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------

@@ -265,6 +265,13 @@ class DataConfig(Section):
                 raise ValueError(f"columns: {printable(name)} is none of our names ({', '.join(ROW_COLUMNS)}). Write our name: name in the data")
         return self
 
+    @model_validator(mode="after")
+    def _a_task_knows_its_rows(self) -> "DataConfig":
+        for name, given in (("rows", self.rows != "auto"), ("columns", self.columns is not None)):
+            if self.task is not None and given:
+                raise ValueError(f"{name}: task {self.task} says what a row is made of. Take {name} out, or task")
+        return self
+
 
 def _precision_name(value: Any) -> Any:
     """16 and 32 are numbers in YAML; the setting is a name."""

@@ -10,7 +10,7 @@ from tinylm.config import DataConfig
 from tinylm.errors import UserError, printable
 from tinylm.rows import ROW_FILES, Record, records
 from tinylm.tasks import NAMED, PAIRS
-from tinylm.tasks.task import Example, Task, draw_shots
+from tinylm.tasks.task import Example, Hub, Task, draw_shots
 
 # The names that the files of a folder may begin with, best first: a validation split is for choosing, a test split for the end.
 TRAIN, TEST = ("train",), ("test", "validation", "val")
@@ -58,10 +58,17 @@ def load_task(task: Task, path: Path | None, *, smoke: bool = False, n_shots: in
         return _held_out(task, _whole(str(path)), n_shots, limit, seed)
     if task.hub is None:
         raise UserError(f"--tasks: {task.name} has no data of its own. Give your rows: --data {task.name}=rows.jsonl")
-    test = _whole(task.hub.dataset, task.hub.config, task.hub.test)
-    if task.hub.train == task.hub.test:
+    try:
+        return _of_hub(task, task.hub, n_shots, limit, seed)
+    except UserError as problem:
+        raise UserError(f"task {task.name}: {problem} Here that is --data {task.name}=PATH; --smoke needs no data.") from None
+
+
+def _of_hub(task: Task, hub: Hub, n_shots: int, limit: int | None, seed: int) -> TaskData:
+    test = _whole(hub.dataset, hub.config, hub.test)
+    if hub.train == hub.test:
         return _held_out(task, test, n_shots, limit, seed)
-    return _apart(task, _whole(task.hub.dataset, task.hub.config, task.hub.train) if n_shots else (), test, n_shots, limit, seed)
+    return _apart(task, _whole(hub.dataset, hub.config, hub.train) if n_shots else (), test, n_shots, limit, seed)
 
 
 def _whole(dataset: str, config: str | None = None, split: str = "train") -> Iterator[Record]:

@@ -172,22 +172,19 @@ def test_equal_labels_go_to_the_first():
     assert found.chance["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_a_label_in_a_template_is_scored_with_the_tokens_of_training():
-    """Oracle: the trained tokens of the conversation, the one that ends the answer among them, in a full forward."""
-    engine, template = Engine(make_model(max_seq_len=300), BYTES), make_template("instruction", BYTES)
-    found = evaluate_task(engine, NAMED["sst2"], SST2, template=template)
-    wrong = {}
-    for item in SST2:
-        log_probs = {}
-        for label in NAMED["sst2"].labels:
-            row = template.encode((item.question, Turn("assistant", label)), BYTES)
-            ids = torch.tensor(row.ids)
-            with torch.no_grad():
-                each = engine.model(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-            log_probs[label] = each[torch.tensor(row.trained[1:])].sum().item()
-        if (best := max(log_probs, key=log_probs.get)) != item.target:
-            wrong[item.place] = best
-    assert {answer.place: answer.output for answer in found.failed} == wrong
+def test_a_label_in_a_template_is_scored_with_the_tokens_of_training(monkeypatch):
+    """All tokens of the conversation up to the one that ends the answer; the trained ones are the target."""
+    engine, template, asked = Engine(make_model(max_seq_len=300), BYTES), make_template("instruction", BYTES), []
+    score_pairs = engine.score_pairs
+    monkeypatch.setattr(engine, "score_pairs", lambda pairs, batch_size: asked.extend(pairs) or score_pairs(pairs, batch_size=batch_size))
+    shot = example("solved", "negative", "x")
+    evaluate_task(engine, NAMED["sst2"], SST2, shots=[shot], template=template)
+    expected = []
+    for item, label in itertools.product(SST2, NAMED["sst2"].labels):
+        row = template.encode((shot.question, Turn("assistant", "negative"), item.question, Turn("assistant", label)), BYTES)
+        expected.append((row.ids.tolist(), len(f" {label}\n") + 1))
+        assert row.trained[-1]
+    assert [(list(pair.ids), pair.n_target) for pair in asked] == expected
 
 
 # --- tasks: answers in words ------------------------------------------------------------------------------------------
@@ -218,8 +215,8 @@ def test_in_a_template_the_answer_ends_at_the_token_that_training_puts_there():
     assert end != BYTES.eos_id
     engine = Parrot({"2 and 2": [*b" #### 4\n", end, *b"### Instruction: 9"]})
     shot = example("0 and 0", "#### 0")
-    found = evaluate_task(engine, NAMED["gsm8k"], [example("2 and 2", "#### 4")], shots=[shot], template=template)
-    assert (found.measures["exact_match"].value, found.failed) == (1.0, ())
+    found = evaluate_task(engine, NAMED["gsm8k"], [example("2 and 2", "#### 5")], shots=[shot], template=template)
+    assert [answer.output for answer in found.failed] == ["#### 4"]
     conversation = (shot.question, Turn("assistant", "#### 0"), Turn("user", "2 and 2"))
     assert engine.asked[0][0] == template.prompt_ids(conversation, BYTES)
     assert engine.asked[0][1].stop == ()

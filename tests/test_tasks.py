@@ -73,6 +73,7 @@ def test_a_few_shot_prompt_is_solved_examples_and_then_the_question():
 def test_chance_is_the_most_frequent_label_or_another_examples_target():
     """ham 3 of 4: accuracy 3/4, F1 of ham 6/7, of spam 0. Numbers: each is compared with the next one's, 7 with 7, 7 with 8, 8 with 7."""
     assert NAMED["sms"].chance(["ham", "spam", "ham", "ham"]) == pytest.approx({"accuracy": 0.75, "macro_f1": 3 / 7})
+    assert NAMED["sms"].chance(["spam", "ham", "spam", "spam"]) == pytest.approx({"accuracy": 0.75, "macro_f1": 3 / 7})
     assert NAMED["gsm8k"].chance(["#### 7", "#### 7", "#### 8"]) == pytest.approx({"exact_match": 1 / 3})
     assert NAMED["gsm8k"].chance(["#### 7"]) == {}
 

@@ -112,7 +112,7 @@ def test_one_reader_of_yaml_and_one_of_checkpoints(path):
     assert list(faults_of_any_file(name, path.read_text(encoding="utf-8"))) == []
 
 
-@pytest.mark.parametrize("program", ["infer.py", "list.py"])
+@pytest.mark.parametrize("program", ["infer.py", "list.py", "evaluate_checkpoints.py"])
 def test_sampling_and_listing_do_without_lightning(program):
     """Neither may they import the programs that stand on it. Both are to start fast."""
     if (ROOT / program).exists():

@@ -294,6 +294,13 @@ class DataConfig(Section):
                 raise ValueError(f"columns: {printable(name)} is none of our names ({', '.join(ROW_COLUMNS)}). Write our name: name in the data")
         return self
 
+    @model_validator(mode="after")
+    def _a_task_knows_its_rows(self) -> "DataConfig":
+        for name, given in (("rows", self.rows != "auto"), ("columns", self.columns is not None)):
+            if self.task is not None and given:
+                raise ValueError(f"{name}: task {self.task} says what a row is made of. Take {name} out, or task")
+        return self
+
 
 def _precision_name(value: Any) -> Any:
     """16 and 32 are numbers in YAML; the setting is a name."""
@@ -623,6 +630,22 @@ def read_yaml(path: Path) -> yaml.Node | None:
     except OSError as error:
         raise UserError(f"{printable(path)}: {error.strerror}. Give the path of a readable YAML file.") from None
     return _parse(text, Place(str(path), 1))
+
+
+def read_list(path: Path) -> list[tuple[Place, dict[str, Any]]]:
+    """The items of a YAML file that is a list of mappings, each with its place.
+
+    Raises:
+        UserError: it is not, or it is empty.
+    """
+    node = read_yaml(path)
+    if not isinstance(node, yaml.SequenceNode) or not node.value:
+        raise UserError(f"{printable(path)}: expected a list of items, and it has none. Begin each item with a dash: - name: ...")
+    places = [Place(str(path), item.start_mark.line + 1) for item in node.value]
+    for place, item in zip(places, node.value, strict=True):
+        if not isinstance(item, yaml.MappingNode):
+            raise UserError(f"{place}: expected an item with keys, found {_shown(_plain(item, 'item', place))}. Write name: value on lines of their own.")
+    return [(place, _plain(item, "item", place)) for place, item in zip(places, node.value, strict=True)]
 
 
 def _parse(text: str, place: Place) -> yaml.Node | None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, cat
+from pydantic import ValidationError
+from torch import Tensor, cat, no_grad
 
 from tinylm.config import ModelConfig, MoEConfig
 from tinylm.decoder import Decoder
@@ -33,7 +34,7 @@ class Architecture:
     ours: dict[str, Any]
     """settings of ModelConfig that it fixes"""
     theirs: dict[str, Any]
-    """settings of its config.json that our decoder fixes"""
+    """settings of its config.json that our decoder fixes; `layer_types` is what every layer is"""
     settings: dict[str, str]
     """every other setting: our name, its name"""
     modules: dict[str, str | tuple[str, ...]]
@@ -86,6 +87,50 @@ LLAMA_WITH_BIASES = replace(
     ours=LLAMA.ours | {"bias": "all"},
     theirs=LLAMA.theirs | {"attention_bias": True, "mlp_bias": True},
 )
+
+MISTRAL = replace(
+    LLAMA,
+    model_type="mistral",
+    ours={key: value for key, value in LLAMA.ours.items() if key != "sliding_window"},
+    theirs={"hidden_act": "silu", "rope_parameters.rope_type": "default"},
+    settings=LLAMA.settings | {"sliding_window": "sliding_window"},
+    limits={},
+)
+
+_FULL = {"layer_types": "full_attention", "use_sliding_window": False}
+# Which layers have a window is said three times; transformers reads layer_types, and other programs max_window_layers.
+_WINDOW = {"layer_types": "sliding_attention", "use_sliding_window": True, "max_window_layers": 0}
+
+QWEN2 = replace(
+    LLAMA,
+    model_type="qwen2",
+    ours=LLAMA.ours | {"bias": "qkv"},
+    theirs={"hidden_act": "silu", "rope_parameters.rope_type": "default"} | _FULL,
+    settings={key: value for key, value in LLAMA.settings.items() if key != "head_dim"},
+    limits={"head_dim": lambda config: config.d_model / config.n_heads},
+)
+
+QWEN3 = replace(
+    LLAMA,
+    model_type="qwen3",
+    ours=LLAMA.ours | {"qk_norm": True},
+    theirs={"hidden_act": "silu", "attention_bias": False, "rope_parameters.rope_type": "default"} | _FULL,
+    modules=LLAMA.modules
+    | {
+        "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
+        "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
+    },
+    limits={},
+)
+
+
+def _windowed(architecture: Architecture) -> Architecture:
+    """The same with a window in every layer."""
+    ours = {key: value for key, value in architecture.ours.items() if key != "sliding_window"}
+    return replace(
+        architecture, ours=ours, theirs=architecture.theirs | _WINDOW, settings=architecture.settings | {"sliding_window": "sliding_window"}
+    )
+
 
 MIXTRAL = Architecture(
     "mixtral",
@@ -153,6 +198,11 @@ def _gpt2_with(ours: str, theirs: str) -> Architecture:
 ARCHITECTURES = (
     LLAMA,
     LLAMA_WITH_BIASES,
+    MISTRAL,
+    QWEN2,
+    _windowed(QWEN2),
+    QWEN3,
+    _windowed(QWEN3),
     MIXTRAL,
     GPT2,
     _gpt2_with("silu", "silu"),
@@ -180,6 +230,8 @@ def hf_config(config: ModelConfig) -> PreTrainedConfig:
     settings = architecture.theirs | {theirs: found[ours] for ours, theirs in architecture.settings.items()}
     if architecture.model_type == "gpt2":
         settings["embd_pdrop"] = config.residual_dropout
+    if "layer_types" in settings:
+        settings["layer_types"] = [settings["layer_types"]] * config.n_layers
     made = AutoConfig.for_model(architecture.model_type, bos_token_id=None, eos_token_id=None, **_nested(settings))
     if config.position == "rope":
         made.rope_theta = config.rope_theta  # for readers older than transformers 5, which know no rope_parameters
@@ -193,8 +245,15 @@ def our_config(config: PreTrainedConfig) -> ModelConfig:
         UserError: our decoder cannot; it names the architecture or the setting.
     """
     architecture = _architecture_read(config)
-    found = dict(_dotted(config.to_dict()))
-    return ModelConfig.model_validate(_nested(architecture.ours | {ours: found[theirs] for ours, theirs in architecture.settings.items()}))
+    found = _settings_of(config)
+    settings = architecture.ours | {ours: found[theirs] for ours, theirs in architecture.settings.items()}
+    try:
+        return ModelConfig.model_validate(_nested(settings))
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+        key = ".".join(map(str, error["loc"]))
+        where, value = (architecture.settings[key], _shown(found[architecture.settings[key]])) if key in architecture.settings else ("its settings", "")
+        raise UserError(f"config.json: {where}: {value} {printable(error['msg'])}. Our decoder has no such model; choose another.") from None
 
 
 def _architecture_read(config: PreTrainedConfig) -> Architecture:
@@ -203,13 +262,21 @@ def _architecture_read(config: PreTrainedConfig) -> Architecture:
     if not known:
         names = ", ".join(sorted({architecture.model_type for architecture in ARCHITECTURES}))
         raise UserError(f"config.json: model_type: our decoder cannot be {printable(config.model_type)}. Choose a model of {names}.")
-    found = dict(_dotted(config.to_dict()))
+    found = _settings_of(config)
     misfits = [[key for key, value in architecture.theirs.items() if found[key] != value] for architecture in known]
     architecture, wrong = min(zip(known, misfits, strict=True), key=lambda pair: len(pair[1]))
     if wrong:
         key = wrong[0]
         raise UserError(f"config.json: {key}: our decoder knows {_shown(architecture.theirs[key])} here, found {_shown(found[key])}. Choose another model.")
     return architecture
+
+
+def _settings_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings by dotted name; `layer_types` as one word where all layers are alike."""
+    found = dict(_dotted(config.to_dict()))
+    if "layer_types" in found and len(set(found["layer_types"])) == 1:
+        found["layer_types"] = found["layer_types"][0]
+    return found
 
 
 def _architecture_of(config: ModelConfig) -> Architecture:
@@ -297,15 +364,45 @@ def from_hf(hf_model: PreTrainedModel) -> Decoder:
     Raises:
         UserError: our decoder cannot compute the same; see `our_config`.
     """
-    config = our_config(hf_model.config)
+    return from_weights(hf_model.config, hf_model.state_dict().__getitem__)
+
+
+def from_weights(hf_config: PreTrainedConfig, weight: Callable[[str], Tensor]) -> Decoder:
+    """Our decoder for a Hugging Face config, in eval mode, in fp32; `weight` gives their tensors by name, one at a time.
+
+    Raises:
+        UserError: our decoder cannot compute the same; see `our_config`.
+    """
+    config = our_config(hf_config)
     model = Decoder(config)
-    weights = hf_model.state_dict()
-    ours: dict[str, Tensor] = {}
-    for name, theirs, transposed in _pairs(_architecture_read(hf_model.config), config.n_layers, model.state_dict()):
-        weight = cat([weights[part] for part in theirs])
-        ours[name] = weight.T if transposed else weight
-    model.load_state_dict(ours, strict=True)
+    ours, filled = model.state_dict(), set()
+    with no_grad():
+        for name, theirs, transposed in _pairs(_architecture_read(hf_config), config.n_layers, ours):
+            joined = cat([weight(part) for part in theirs])
+            joined = joined.T if transposed else joined
+            assert joined.shape == ours[name].shape, f"{name}: {joined.shape} for {ours[name].shape}"
+            ours[name].copy_(joined)
+            filled.add(name)
+    assert filled == set(ours), f"the table of {hf_config.model_type} lacks {set(ours) - filled}"
     return model.eval()
+
+
+def stored_names(name: str, present: Container[str], n_experts: int) -> tuple[str, ...]:
+    """The names in the files of a folder, of which `present` are there, that make up their tensor `name`, in its order.
+
+    Files may leave out what stands before the first dot (GPT-2's do), and Mixtral's hold each expert by itself.
+    """
+    if name in present:
+        return (name,)
+    layer, _, part = name.partition("mlp.")
+    older = f"{layer}block_sparse_moe."
+    if part == "gate.weight" and f"{older}{part}" in present:
+        return (f"{older}{part}",)
+    matrices = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}.get(part)
+    if matrices is not None:
+        return tuple(f"{older}experts.{expert}.{matrix}.weight" for expert in range(n_experts) for matrix in matrices)
+    bare = name.partition(".")[2]
+    return (bare,) if bare in present else (name,)
 
 
 def _pairs(architecture: Architecture, n_layers: int, ours: dict[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...], bool]]:

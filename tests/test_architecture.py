@@ -19,7 +19,7 @@ FLOORS = [
     ["errors", "config", "device"],
     ["tokenizer", "tokenfile", "corpus", "encode", "bpe", "packing", "prompts", "rows", "metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],
-    ["checkpoint", "engine", "sampling", "hf", "foreign", "lora", "export", "tasks", "evaluate", "lm_eval"],
+    ["checkpoint", "engine", "sampling", "hf", "hf_import", "foreign", "lora", "export", "gguf", "tasks", "evaluate", "lm_eval"],
     ["plots", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
 ]
 # The library's front door: what parses arguments and speaks to people.

@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from torch import Tensor, cat, no_grad
+from torch import Generator, Tensor, cat, no_grad, randint
 
+from tinylm.checkpoint import empty_decoder
 from tinylm.config import ModelConfig, MoEConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError, printable
@@ -348,12 +350,11 @@ def to_hf(model: Decoder) -> PreTrainedModel:
 
     architecture = _architecture_of(model.config)
     made = AutoModelForCausalLM.from_config(hf_config(model.config), dtype=model.embedding.weight.dtype)
-    shapes = {name: weight.shape for name, weight in made.state_dict().items()}
     weights = model.state_dict()
     theirs: dict[str, Tensor] = {}
     for ours, names, transposed in _pairs(architecture, model.config.n_layers, weights):
-        weight = weights[ours].T if transposed else weights[ours]
-        theirs |= zip(names, weight.split([shapes[name][0] for name in names]), strict=True)
+        parts = weights[ours].split(_rows(model.config, ours, len(weights[ours]), len(names)))
+        theirs |= zip(names, (part.T for part in parts) if transposed else parts, strict=True)
     made.load_state_dict(theirs, strict=True)
     return made.eval()
 
@@ -374,17 +375,36 @@ def from_weights(hf_config: PreTrainedConfig, weight: Callable[[str], Tensor]) -
         UserError: our decoder cannot compute the same; see `our_config`.
     """
     config = our_config(hf_config)
-    model = Decoder(config)
-    ours, filled = model.state_dict(), set()
-    with no_grad():
-        for name, theirs, transposed in _pairs(_architecture_read(hf_config), config.n_layers, ours):
-            joined = cat([weight(part) for part in theirs])
-            joined = joined.T if transposed else joined
-            assert joined.shape == ours[name].shape, f"{name}: {joined.shape} for {ours[name].shape}"
-            ours[name].copy_(joined)
-            filled.add(name)
-    assert filled == set(ours), f"the table of {hf_config.model_type} lacks {set(ours) - filled}"
+    model = empty_decoder(config)
+    ours: dict[str, Tensor] = {}
+    for name, theirs, transposed in _pairs(_architecture_read(hf_config), config.n_layers, model.state_dict()):
+        if name == "head.weight" and config.tie_embeddings:  # their files need not have it
+            ours[name] = ours["embedding.weight"]
+            continue
+        joined = cat([weight(part) for part in theirs]).float()
+        ours[name] = joined.T.contiguous() if transposed else joined
+    model.load_state_dict(ours, strict=True, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
     return model.eval()
+
+
+def their_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that `from_weights` asks for, and its shape.
+
+    Raises:
+        UserError: as `our_config`.
+    """
+    config = our_config(hf_config)
+    ours = {name: tuple(weight.shape) for name, weight in empty_decoder(config).state_dict().items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, theirs, transposed in _pairs(_architecture_read(hf_config), config.n_layers, ours):
+        if name == "head.weight" and config.tie_embeddings:
+            continue
+        for part, n_rows in zip(theirs, _rows(config, name, ours[name][0], len(theirs)), strict=True):
+            shape = (n_rows, *ours[name][1:])
+            shapes[part] = shape[::-1] if transposed else shape
+    return shapes
 
 
 def stored_names(name: str, present: Container[str], n_experts: int) -> tuple[str, ...]:
@@ -405,7 +425,16 @@ def stored_names(name: str, present: Container[str], n_experts: int) -> tuple[st
     return (bare,) if bare in present else (name,)
 
 
-def _pairs(architecture: Architecture, n_layers: int, ours: dict[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+def _rows(config: ModelConfig, name: str, n_rows: int, n_parts: int) -> list[int]:
+    """How many rows of our weight `name` each of its parts has: queries, keys and values, or gate and value."""
+    if n_parts == 3:
+        assert ".qkv." in name, name
+        queries, keys = config.n_heads * config.size_of_head, config.kv_heads * config.size_of_head
+        return [queries, keys, keys]
+    return [n_rows // n_parts] * n_parts
+
+
+def _pairs(architecture: Architecture, n_layers: int, ours: Container[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """Each of our weights, the weights of theirs that it holds, and whether they are its transpose."""
     for module, theirs in architecture.modules.items():
         for layer in range(n_layers if "{}" in module else 1):
@@ -415,3 +444,36 @@ def _pairs(architecture: Architecture, n_layers: int, ours: dict[str, Tensor]) -
                     parts = (theirs,) if isinstance(theirs, str) else theirs
                     transposed = suffix == ".weight" and module.endswith(architecture.transposed)
                     yield name, tuple(part.format(layer) + suffix for part in parts), transposed
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+# Of the largest logit. Both sum in another order, and fp32 has 7 digits.
+TOLERANCE = 1e-4
+CHECKED_POSITIONS = 64
+
+
+@no_grad()
+def logit_difference(ours: Decoder, theirs: PreTrainedModel) -> float:
+    """The largest difference of the two models' logits on random ids, in parts of the largest logit (of 1 where all are smaller)."""
+    n_tokens = theirs.config.vocab_size
+    ids = randint(n_tokens, (1, min(ours.config.max_seq_len, CHECKED_POSITIONS)), generator=Generator().manual_seed(0))
+    expected = theirs(ids).logits.float()
+    difference = (ours(ids)[..., :n_tokens] - expected).abs().max() / expected.abs().max().clamp(min=1)
+    return difference.item()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the bars and warnings of transformers: what matters of them is an error of ours."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from tinylm.bpe import Progress
     from tinylm.config import Config
+    from tinylm.export import Exported
 
 # Neighbouring tokens differ; all five are readable on black and on white.
 TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta", "black on white")
@@ -202,22 +203,24 @@ def export(arguments: argparse.Namespace) -> int:
         raise UserError("--floats: a Hugging Face folder is written in f32. Leave --floats out, or give --format gguf.")
     written = export_hf(arguments.ckpt, arguments.out) if arguments.format == "hf" else export_gguf(arguments.ckpt, arguments.out, floats=arguments.floats)
     say(f"{written.model_type}, {arguments.floats}: read back by transformers, its logits differ from ours by {written.difference:.1e}")
-    for note in written.notes:
-        say(f"note: {note}")
-    path = str(written.path)
-    name = f"{str(written.path.parent)!r}, gguf_file={written.path.name!r}" if arguments.format == "gguf" else repr(path)
-    code = f"from transformers import pipeline; print(pipeline('text-generation', {path!r})('Once'))"
-    if arguments.format == "gguf":
-        code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({name})"
-    say(f"next: python -c {shlex.quote(code)}")
-    print(printable(path))
+    say(f"next: python -c {shlex.quote(code_that_loads(written, arguments.format))}")
+    print(printable(written.path))
     return 0
+
+
+def code_that_loads(written: "Exported", kind: str) -> str:
+    """Python that shows what was written to work."""
+    if kind == "hf":
+        return f'from transformers import pipeline; print(pipeline("text-generation", "{written.path}")("Once"))'
+    settings = "".join(f", {name}={value}" for name, value in written.needs.items())
+    return f'from transformers import AutoModelForCausalLM as M; print(M.from_pretrained("{written.path.parent}", gguf_file="{written.path.name}"{settings}))'
 
 
 def add_import(commands: Any) -> None:
     """Declare `import`."""
     summary = "turn a Hugging Face model into a checkpoint"
-    about = f"{summary[0].upper()}{summary[1:]}: GPT-2, Llama, Mistral, Mixtral, Qwen2 or Qwen3, from safetensors; its logits are compared with transformers' first."
+    kinds = "GPT-2, Llama, Mistral, Mixtral, Qwen2 or Qwen3, from safetensors"
+    about = f"{summary[0].upper()}{summary[1:]}: {kinds}; its logits are compared with transformers' first."
     command = commands.add_parser("import", help=summary, description=about)
     command.add_argument("name", metavar="NAME_OR_FOLDER", help="a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2")
     command.add_argument("out", type=Path, metavar="OUT.ckpt", help="the new checkpoint")
@@ -243,7 +246,8 @@ def overrides_of(config: "Config") -> list[str]:
 
     standard = ModelConfig().model_dump()
     changed = {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items() if value != standard[name]}
-    return [f"{name}={json.dumps(value)}" for name, value in changed.items()] + [f"tokenizer.path={config.tokenizer.path}"]
+    written = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changed.items()]
+    return [*written, f"tokenizer.path={config.tokenizer.path}"]
 
 
 def results() -> "Console":

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +43,8 @@ class Exported:
     model_type: str
     difference: float
     """largest difference between our logits and those of what was written; see `hf.logit_difference`"""
-    notes: tuple[str, ...] = ()
-    """what a reader of it has to know"""
+    needs: dict[str, int] = field(default_factory=dict)
+    """settings that stand in a GGUF file and that transformers has to be told all the same; other readers have not"""
 
 
 def export_hf(ckpt: Path, out: Path) -> Exported:
@@ -104,7 +104,7 @@ def publish(made: Path, out: Path) -> None:
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-        made.chmod(0o755 if made.is_dir() else 0o644)  # mkdtemp's is for its owner alone
+            path.chmod(0o755 if path.is_dir() else 0o644)  # what tempfile and safetensors make is for its owner alone
         made.rename(out)
 
 

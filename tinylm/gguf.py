@@ -58,6 +58,8 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
     """
     require_package("transformers")
     require_package("gguf")
+    if out.suffix != ".gguf":  # transformers tells the format by it
+        raise UserError(f"{printable(out)}: a GGUF file's name ends in .gguf. Give such a name.")
     require_new(out)
     loaded = load_model(ckpt)
     config = loaded.model.config
@@ -74,8 +76,7 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
         needs = what_transformers_needs(config, model_type)
         difference = check_file(folder / out.name, loaded, floats, needs)
         publish(folder / out.name, out)
-    told = ", ".join(f"{name}={value}" for name, value in needs.items())
-    return Exported(out, model_type, difference, (f"transformers needs {told} beside gguf_file to read it; other programs do not",) if needs else ())
+    return Exported(out, model_type, difference, needs)
 
 
 def check_expressible(config: ModelConfig, model_type: str) -> None:

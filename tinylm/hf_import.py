@@ -196,7 +196,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         with hf.quiet_transformers():
             return AutoConfig.for_model(**values)
     except (*NOT_LOADED, StrictDataclassError) as error:
-        raise UserError(f"{printable(file)}: transformers refuses it: {' '.join(printable(error).split())[:200]}. {MEND}") from None
+        raise UserError(f"{printable(file)}: transformers refuses it: {printable(' '.join(str(error).split()))[:200]}. {MEND}") from None
 
 
 def refuse_code(folder: Path) -> None:

@@ -80,10 +80,10 @@ def text_of_infer(ckpt: Path, capsys: pytest.CaptureFixture) -> tuple[str, list[
     return completion["text"], completion["ids"]
 
 
-def text_of_transformers(folder: Path, **gguf: Any) -> tuple[str, list[int]]:
+def text_of_transformers(folder: Path, tokenizer_class: str = "AutoTokenizer", **gguf: Any) -> tuple[str, list[int]]:
     """What transformers writes greedily after the prompt, with the tokenizer and the generation settings that were exported."""
     file = {"gguf_file": gguf["gguf_file"]} if gguf else {}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **file)
+    tokenizer = getattr(transformers, tokenizer_class).from_pretrained(folder, **file)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **gguf)
     prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     ids = model.generate(prompt, do_sample=False, max_new_tokens=40)[0, prompt.size(1) :].tolist()
@@ -110,7 +110,16 @@ def test_an_exported_folder_writes_the_text_that_infer_writes(name, save, tmp_pa
     path = save(**EXPRESSIBLE[name])
     written = export_hf(path, tmp_path / "out")
     assert (written.path, written.model_type) == (tmp_path / "out", name.partition(",")[0])
-    assert text_of_transformers(tmp_path / "out") == text_of_infer(path, capsys)
+    assert written.tokenizer_class == ("PreTrainedTokenizerFast" if name == "qwen2" else "AutoTokenizer")
+    assert text_of_transformers(tmp_path / "out", written.tokenizer_class) == text_of_infer(path, capsys)
+
+
+def test_the_card_of_a_qwen2_names_the_class_that_reads_its_tokenizer(save, bpe, tmp_path):
+    """transformers 5 gives every Qwen2 the words of Qwen2, in which each digit stands alone; our 12345 is one token."""
+    export_hf(save(bias="qkv"), tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] != bpe("gpt2").encode(TEXT)
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == bpe("gpt2").encode(TEXT)
+    assert "tokenizer = PreTrainedTokenizerFast.from_pretrained" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer(TEXT, unknown="error"), CharTokenizer(TEXT[:60], unknown="unk")])
@@ -582,7 +591,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "huge shape": (lambda f: with_header(f, {"a": F32 | {"shape": [2**40, 2**40]}}, bytes(8)), "not safetensors, or damaged"),
     "past the end": (lambda f: with_header(f, {"a": F32 | {"shape": [99], "data_offsets": [0, 396]}}, bytes(8)), "not safetensors, or damaged"),
     "huge model": (lambda f: edit(f / "config.json", hidden_size=2**30), r"embed_tokens\.weight: its shape is \[300, 32\], and config.json makes it \[300, 10"),
-    "sizes past 64 bits": (lambda f: edit(f / "config.json", hidden_size=2**30, vocab_size=2**31 - 1), "config.json: its sizes make no tensor"),
+    "sizes past 64 bits": (lambda f: edit(f / "config.json", hidden_size=2**31 - 4, head_dim=2**31 - 2), "config.json: its sizes make no tensor"),
     "more layers than any": (lambda f: edit(f / "config.json", num_hidden_layers=10**9), r"num_hidden_layers: 1000000000 Input should be less than"),
     "sizes in words": (lambda f: edit(f / "config.json", hidden_size="big"), "config.json: transformers refuses it: .*hidden_size"),
     "no heads": (lambda f: edit(f / "config.json", num_attention_heads=0), "config.json: "),
@@ -732,6 +741,13 @@ def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched_and_links_
 
 
 # --- the commands ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_which_class_reads_the_tokenizer(save, tmp_path, capsys):
+    assert main(["export", str(save(bias="qkv")), str(tmp_path / "out"), "--format", "hf"]) == 0
+    note, after = capsys.readouterr().err.splitlines()[1:]
+    assert note == "note: load its tokenizer with PreTrainedTokenizerFast; AutoTokenizer cuts words in its own way for every qwen2"
+    assert "import pipeline, PreTrainedTokenizerFast as T; " in after
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])

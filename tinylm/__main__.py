@@ -203,6 +203,8 @@ def export(arguments: argparse.Namespace) -> int:
         raise UserError("--floats: a Hugging Face folder is written in f32. Leave --floats out, or give --format gguf.")
     written = export_hf(arguments.ckpt, arguments.out) if arguments.format == "hf" else export_gguf(arguments.ckpt, arguments.out, floats=arguments.floats)
     say(f"{written.model_type}, {arguments.floats}: read back by transformers, its logits differ from ours by {written.difference:.1e}")
+    if written.tokenizer_class != "AutoTokenizer":
+        say(f"note: load its tokenizer with {written.tokenizer_class}; AutoTokenizer cuts words in its own way for every {written.model_type}")
     say(f"next: python -c {shlex.quote(code_that_loads(written, arguments.format))}")
     print(printable(written.path))
     return 0
@@ -210,8 +212,11 @@ def export(arguments: argparse.Namespace) -> int:
 
 def code_that_loads(written: "Exported", kind: str) -> str:
     """Python that shows what was written to work."""
-    if kind == "hf":
+    if kind == "hf" and written.tokenizer_class == "AutoTokenizer":
         return f'from transformers import pipeline; print(pipeline("text-generation", "{written.path}")("Once"))'
+    if kind == "hf":
+        tokenizer = f'tokenizer=T.from_pretrained("{written.path}")'
+        return f'from transformers import pipeline, {written.tokenizer_class} as T; print(pipeline("text-generation", "{written.path}", {tokenizer})("Once"))'
     settings = "".join(f", {name}={value}" for name, value in written.needs.items())
     return f'from transformers import AutoModelForCausalLM as M; print(M.from_pretrained("{written.path.parent}", gguf_file="{written.path.name}"{settings}))'
 

@@ -43,6 +43,8 @@ class Exported:
     model_type: str
     difference: float
     """largest difference between our logits and those of what was written; see `hf.logit_difference`"""
+    tokenizer_class: str = "AutoTokenizer"
+    """what of transformers reads its tokenizer as it is"""
     needs: dict[str, int] = field(default_factory=dict)
     """settings that stand in a GGUF file and that transformers has to be told all the same; other readers have not"""
 
@@ -54,6 +56,8 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
         UserError: no architecture or tokenizer there says the same; `out` is there already; or what was written does not give our logits.
     """
     require_package("transformers")
+    from transformers import AutoModelForCausalLM
+
     require_new(out)
     loaded = load_model(ckpt)
     backend, template = backend_of(loaded.tokenizer), chat_template(loaded)
@@ -63,11 +67,13 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
         with writing(out, "where it goes"):
             save_weights(theirs, folder, out)
             write_tokenizer(folder, backend, loaded, template)
-            write_text(folder / "README.md", model_card(loaded, model_type, has_template=template is not None))
         del theirs
-        difference = check_folder(folder, loaded)
+        tokenizer_class = check_folder_tokenizer(folder, backend, loaded.tokenizer)
+        difference = check_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True), loaded.model)
+        with writing(out, "where it goes"):
+            write_text(folder / "README.md", model_card(loaded, model_type, tokenizer_class, has_template=template is not None))
         publish(folder, out)
-    return Exported(out, model_type, difference)
+    return Exported(out, model_type, difference, tokenizer_class)
 
 
 def save_weights(theirs: PreTrainedModel, folder: Path, out: Path) -> None:
@@ -310,7 +316,7 @@ def end_ids(loaded: Loaded) -> list[int]:
 # --- the model card ---------------------------------------------------------------------------------------------------
 
 
-def model_card(loaded: Loaded, model_type: str, *, has_template: bool) -> str:
+def model_card(loaded: Loaded, model_type: str, tokenizer_class: str, *, has_template: bool) -> str:
     """README.md: what the model is, what it was trained on, how to load it."""
     config, info = loaded.config, loaded.info
     origin = f"weights imported from {shown(config.tokenizer.path or '')}" if info.step == 0 else f"{info.step:,} optimizer steps, {info.tokens:,} tokens"
@@ -342,9 +348,9 @@ pipeline_tag: text-generation
 {table}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, {tokenizer_class}
 
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = {tokenizer_class}.from_pretrained(".")
 model = AutoModelForCausalLM.from_pretrained(".")
 {ask}
 print(tokenizer.decode(model.generate(ids)[0]))
@@ -369,16 +375,29 @@ def shown(name: str) -> str:
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-def check_folder(folder: Path, loaded: Loaded) -> float:
-    """The largest difference of logits between the model in the folder, as transformers loads it, and ours.
+def check_folder_tokenizer(folder: Path, backend: Backend, ours: Tokenizer) -> str:
+    """The class of transformers that reads the tokenizer in the folder as it is written.
+
+    AutoTokenizer does, but for Qwen2 models: to those it gives Qwen2's own words whatever the files say.
 
     Raises:
-        UserError: it is too large, or the tokenizer in the folder gives other ids or another text.
+        UserError: none does.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    check_tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), loaded.tokenizer)
-    return check_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True), loaded.model)
+    found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    name = "AutoTokenizer"
+    if pieces_of(found.backend_tokenizer) != pieces_of(backend):
+        found, name = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), "PreTrainedTokenizerFast"
+    check_tokenizer(found, ours)
+    return name
+
+
+def pieces_of(backend: Backend) -> tuple[Any, ...]:
+    """What decides how a tokenizer cuts a text: two that agree on a sample may differ on the next text."""
+    description = json.loads(backend.to_str())
+    words = json.dumps(description["pre_tokenizer"]).replace('"trim_offsets": false', '"trim_offsets": true')  # says nothing of ids
+    return description["normalizer"], words, description["model"]["type"], description["model"]["vocab"], description["model"].get("merges")
 
 
 def check_model(theirs: PreTrainedModel, ours: Decoder) -> float:

@@ -76,7 +76,7 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
         needs = what_transformers_needs(config, model_type)
         difference = check_file(folder / out.name, loaded, floats, needs)
         publish(folder / out.name, out)
-    return Exported(out, model_type, difference, needs)
+    return Exported(out, model_type, difference, needs=needs)
 
 
 def check_expressible(config: ModelConfig, model_type: str) -> None:
@@ -253,7 +253,10 @@ def check_file(path: Path, loaded: Loaded, floats: Floats, needs: dict[str, int]
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    check_tokenizer(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True), loaded.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    check_tokenizer(tokenizer, loaded.tokenizer)
+    if words_of(json.loads(tokenizer.backend_tokenizer.to_str())) != words_of(json.loads(backend_of(loaded.tokenizer).to_str())):
+        raise UserError("tokenizer: transformers cuts words in another way when it reads GGUF, so nothing was exported. Export with --format hf.")
     with contextlib.redirect_stderr(io.StringIO()):  # its bar asks nobody
         theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, **needs)
     if floats == "f16":

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.errors import UserError, printable
+from tinylm.errors import UserError, printable, writing
 from tinylm.program import Parser, run_program, say
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
 
     from tinylm.bpe import Progress
@@ -36,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_tokenizer(commands)
     add_export(commands)
     add_import(commands)
+    add_plot(commands)
+    add_doctor(commands)
+    add_experiments(commands)
     arguments = parser.parse_args(argv)
     return run_program(lambda: arguments.run(arguments), debug=arguments.debug)
 
@@ -253,6 +257,112 @@ def overrides_of(config: "Config") -> list[str]:
     changed = {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items() if value != standard[name]}
     written = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changed.items()]
     return [*written, f"tokenizer.path={config.tokenizer.path}"]
+def add_plot(commands: Any) -> None:
+    """Declare `plot`."""
+    summary = "Curves of runs, or where the heads of a model look, as PNG files."
+    command = commands.add_parser("plot", help="curves of runs, attention maps", description=summary)
+    command.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="searched for metrics.csv and for checkpoints; several runs are overlaid")
+    command.add_argument("--out", type=Path, default=Path("plots"), metavar="FOLDER", help="where the pictures go (default: plots)")
+    command.add_argument("--smooth", type=int, default=1, metavar="N", help="mean of N rows, the raw values behind (default: 1, off)")
+    command.add_argument("--text", action="store_true", help="draw in the terminal, write no file")
+    command.add_argument("--attention", action="store_true", help="attention maps of --ckpt on --prompt, layer by head")
+    command.add_argument("--ckpt", type=Path, metavar="FILE", help="for --attention: the checkpoint")
+    command.add_argument("--prompt", metavar="TEXT", help="for --attention: the text that is read")
+    command.set_defaults(run=plot)
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    """Draw what was asked for; the paths of the pictures are printed."""
+    if arguments.attention:
+        return plot_attention(arguments)
+    from tinylm.plots import QUANTITIES, draw, find_runs, text_plot
+
+    if not arguments.folders:
+        raise UserError("plot: no folder. Give the folders to look in: python -m tinylm plot checkpoints logs.")
+    if arguments.smooth < 1:
+        raise UserError(f"--smooth: {arguments.smooth} is less than 1. Give the number of rows that a mean is over.")
+    runs = find_runs(arguments.folders)
+    say("runs: " + ", ".join(f"{printable(run.name)} ({len(run.steps)} rows)" for run in runs))
+    for quantity in QUANTITIES:
+        if not any(len(run.curve(quantity)[0]) for run in runs):
+            continue
+        if arguments.text:
+            print(text_plot(quantity, runs), end="\n\n")
+        else:
+            save_picture(draw(quantity, runs, smooth=arguments.smooth), arguments.out / f"{quantity}.png")
+    return 0
+
+
+def plot_attention(arguments: argparse.Namespace) -> int:
+    """Write the attention maps of a checkpoint on a text."""
+    if arguments.ckpt is None or arguments.prompt is None:
+        raise UserError("plot --attention: it needs a model and a text. Give --ckpt FILE and --prompt TEXT.")
+    from tinylm.checkpoint import load_model
+    from tinylm.plots import attention_maps, draw_attention
+
+    loaded = load_model(arguments.ckpt)
+    ids = loaded.tokenizer.encode(arguments.prompt)
+    limit = loaded.config.model.max_seq_len
+    if not 1 <= len(ids) <= limit:
+        raise UserError(f"--prompt: {len(ids)} tokens, and this model reads 1 to {limit}. Give another text.")
+    save_picture(draw_attention(attention_maps(loaded.model, ids), [loaded.tokenizer.token_text(id) for id in ids]), arguments.out / "attention.png")
+    return 0
+
+
+def save_picture(figure: "Figure", path: Path) -> None:
+    """Write a figure and print its path."""
+    with writing(path, "--out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    print(printable(path))
+
+
+def add_doctor(commands: Any) -> None:
+    """Declare `doctor`."""
+    summary = "What this machine can do and what it lacks: versions, devices, precisions, disk, the hub, optional extras."
+    commands.add_parser("doctor", help="what this machine can do and what it lacks", description=summary).set_defaults(run=doctor)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print a table of findings; 2 if something is missing that training needs."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from tinylm.doctor import examine
+
+    table, lacking = Table("what", "found", "to mend it"), []
+    for finding in examine():
+        style = "" if finding.mend is None else "red" if finding.needed else "yellow"
+        table.add_row(finding.subject, Text(finding.found, style), finding.mend or "")
+        lacking += [finding.subject] * (finding.mend is not None and finding.needed)
+    results().print(table)
+    if lacking:
+        raise UserError(f"missing: {', '.join(lacking)}. Do what the table says, or: pip install -r requirements.txt.")
+    say("everything that training needs is here; next: python train.py --config config_smoke.yaml")
+    return 0
+
+
+def add_experiments(commands: Any) -> None:
+    """Declare `experiments`."""
+    summary = "Train small models that differ in one setting, compare them, write a report; a step whose result is there is not run again."
+    command = commands.add_parser("experiments", help="compare choices of architecture and training", description=summary)
+    phases = "smoke: a few steps of each path; pretrain, finetune: the runs; eval: tables, pictures and texts of what is there; all: these three"
+    command.add_argument("--phase", choices=("smoke", "pretrain", "finetune", "eval", "all"), required=True, help=phases)
+    command.add_argument("--out", type=Path, default=Path("experiments"), metavar="FOLDER", help="where everything goes (default: experiments)")
+    command.set_defaults(run=experiments)
+
+
+def experiments(arguments: argparse.Namespace) -> int:
+    """Run the steps of a phase, then evaluate if it is asked for; the report's path is printed."""
+    from tinylm.experiments import evaluate, plan_steps, run_steps
+
+    wanted = ("pretrain", "finetune") if arguments.phase == "all" else (arguments.phase,)
+    failed = run_steps([step for step in plan_steps(arguments.out) if step.phase in wanted], arguments.out, say)
+    if arguments.phase in ("eval", "all"):
+        print(printable(evaluate(arguments.out, say)))
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}. What they said is in {printable(arguments.out / 'output')}; the same command goes on from there.")
+    return 0
 
 
 def results() -> "Console":

@@ -122,7 +122,7 @@ def find_start(folder: Path, args: argparse.Namespace, config: "Config", say: Ca
     from tinylm import checkpoint
 
     if args.resume is not None:
-        payload = checkpoint.read(args.resume)
+        payload = resumable(args.resume)
         newer = [path for path in checkpoint.candidates(folder) if checkpoint.step_of(path) > payload["step"]]
         if newer:
             found = f"{printable(newer[0])} is newer than step {payload['step']}, where --resume goes on"
@@ -130,11 +130,26 @@ def find_start(folder: Path, args: argparse.Namespace, config: "Config", say: Ca
         return Start(args.resume, payload)
     if config.training.auto_resume and not args.no_resume:
         path = checkpoint.newest_sound(folder, lambda error: say(f"passed over: {error}"))
-        return Start() if path is None else Start(path, checkpoint.read(path))
+        return Start() if path is None else Start(path, resumable(path))
     found = checkpoint.candidates(folder)
     if found:
         raise UserError(f"{printable(folder)}: holds checkpoints already (newest {found[0].name}). Resume, or choose another training.checkpoint_dir.")
     return Start()
+
+
+def resumable(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint that a run can go on from.
+
+    Raises:
+        UserError: it was imported, so there is no run to go on with.
+    """
+    from tinylm import checkpoint
+
+    payload = checkpoint.read(path)
+    if "optimizer" not in payload:
+        mend = f"Start a run from its weights with training.init_from={printable(path)}, and another training.checkpoint_dir"
+        raise UserError(f"{printable(path)}: an imported model, and not a run that can go on. {mend}.")
+    return payload
 
 
 def finish_names(path: Path | None, payload: dict[str, Any], *, final: bool) -> None:

@@ -5,6 +5,8 @@ imports what it needs, makes one call and prints. Add the first to `main`.
 """
 
 import argparse
+import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tinylm.bpe import Progress
+    from tinylm.config import Config
+    from tinylm.export import Exported
 
 # Neighbouring tokens differ; all five are readable on black and on white.
 TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta", "black on white")
@@ -31,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True, parser_class=argparse.ArgumentParser)
     add_config_reference(commands)
     add_tokenizer(commands)
+    add_export(commands)
+    add_import(commands)
     add_plot(commands)
     add_doctor(commands)
     add_experiments(commands)
@@ -181,6 +187,76 @@ def tokenizer_show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_export(commands: Any) -> None:
+    """Declare `export`."""
+    summary = "write a checkpoint as a Hugging Face folder or a GGUF file"
+    command = commands.add_parser("export", help=summary, description=f"{summary[0].upper()}{summary[1:]}; its logits are compared with ours first.")
+    command.add_argument("ckpt", type=Path, metavar="CKPT", help="the checkpoint")
+    command.add_argument("out", type=Path, metavar="OUT", help="the new folder for hf, the new file for gguf")
+    command.add_argument("--format", choices=("hf", "gguf"), required=True, help="hf: for transformers; gguf: one file for llama.cpp and its like")
+    command.add_argument("--floats", choices=("f32", "f16"), default="f32", help="for gguf: bits of its matrices (default: f32)")
+    command.set_defaults(run=export)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Write the folder or file; its path is printed."""
+    from tinylm.export import export_hf
+    from tinylm.gguf import export_gguf
+
+    if arguments.format == "hf" and arguments.floats != "f32":
+        raise UserError("--floats: a Hugging Face folder is written in f32. Leave --floats out, or give --format gguf.")
+    written = export_hf(arguments.ckpt, arguments.out) if arguments.format == "hf" else export_gguf(arguments.ckpt, arguments.out, floats=arguments.floats)
+    say(f"{written.model_type}, {arguments.floats}: read back by transformers, its logits differ from ours by {written.difference:.1e}")
+    if written.tokenizer_class != "AutoTokenizer":
+        say(f"note: load its tokenizer with {written.tokenizer_class}; AutoTokenizer cuts words in its own way for every {written.model_type}")
+    say(f"next: python -c {shlex.quote(code_that_loads(written, arguments.format))}")
+    print(printable(written.path))
+    return 0
+
+
+def code_that_loads(written: "Exported", kind: str) -> str:
+    """Python that shows what was written to work."""
+    if kind == "hf" and written.tokenizer_class == "AutoTokenizer":
+        return f'from transformers import pipeline; print(pipeline("text-generation", "{written.path}")("Once"))'
+    if kind == "hf":
+        tokenizer = f'tokenizer=T.from_pretrained("{written.path}")'
+        return f'from transformers import pipeline, {written.tokenizer_class} as T; print(pipeline("text-generation", "{written.path}", {tokenizer})("Once"))'
+    settings = "".join(f", {name}={value}" for name, value in written.needs.items())
+    return f'from transformers import AutoModelForCausalLM as M; print(M.from_pretrained("{written.path.parent}", gguf_file="{written.path.name}"{settings}))'
+
+
+def add_import(commands: Any) -> None:
+    """Declare `import`."""
+    summary = "turn a Hugging Face model into a checkpoint"
+    kinds = "GPT-2, Llama, Mistral, Mixtral, Qwen2 or Qwen3, from safetensors"
+    about = f"{summary[0].upper()}{summary[1:]}: {kinds}; its logits are compared with transformers' first."
+    command = commands.add_parser("import", help=summary, description=about)
+    command.add_argument("name", metavar="NAME_OR_FOLDER", help="a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2")
+    command.add_argument("out", type=Path, metavar="OUT.ckpt", help="the new checkpoint")
+    command.set_defaults(run=import_model)
+
+
+def import_model(arguments: argparse.Namespace) -> int:
+    """Write the checkpoint; its path is printed."""
+    from tinylm.hf_import import import_hf
+
+    imported = import_hf(arguments.name, arguments.out)
+    say(f"{imported.model_type}, {imported.stored_as}, stored as fp32: its logits differ from transformers' by {imported.difference:.1e}")
+    path = shlex.quote(str(arguments.out))
+    say(f"to go on training it: python train.py --config CONFIG training.init_from={path} {shlex.join(overrides_of(imported.config))}")
+    say(f'next: python infer.py --ckpt {path} --prompt "Once"')
+    print(printable(arguments.out))
+    return 0
+
+
+def overrides_of(config: "Config") -> list[str]:
+    """The settings of model and tokenizer that are not the defaults, as one writes them on a command line."""
+    from tinylm.config import ModelConfig
+
+    standard = ModelConfig().model_dump()
+    changed = {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items() if value != standard[name]}
+    written = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changed.items()]
+    return [*written, f"tokenizer.path={config.tokenizer.path}"]
 def add_plot(commands: Any) -> None:
     """Declare `plot`."""
     summary = "Curves of runs, or where the heads of a model look, as PNG files."

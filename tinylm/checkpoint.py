@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tinylm.config import Config
+from tinylm.config import Config, ModelConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError, printable, writing
 from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
@@ -329,8 +329,7 @@ def load_model(path: Path, device: str = "cpu") -> Loaded:
 
 def build_decoder(config: Config, weights: dict[str, torch.Tensor]) -> Decoder:
     """A decoder with exactly these weights; a missing, extra or misshapen one is torch's RuntimeError, which names it."""
-    with torch.device("meta"), _NoInit():
-        model = Decoder(config.model)
+    model = empty_decoder(config.model)
     model.load_state_dict(weights, strict=True, assign=True)
     if config.model.tie_embeddings:
         model.head.weight = model.embedding.weight
@@ -338,6 +337,12 @@ def build_decoder(config: Config, weights: dict[str, torch.Tensor]) -> Decoder:
         weight.data = weight.data.clone()  # off the mapped file, which may be replaced
         weight.requires_grad_(True)
     return model
+
+
+def empty_decoder(config: ModelConfig) -> Decoder:
+    """A decoder on the meta device: shapes without numbers, for `load_state_dict(..., assign=True)`."""
+    with torch.device("meta"), _NoInit():
+        return Decoder(config)
 
 
 class _NoInit(TorchFunctionMode):

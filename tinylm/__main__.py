@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.errors import UserError, printable
+from tinylm.errors import UserError, printable, writing
 from tinylm.program import Parser, run_program, say
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
 
     from tinylm.bpe import Progress
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True, parser_class=argparse.ArgumentParser)
     add_config_reference(commands)
     add_tokenizer(commands)
+    add_plot(commands)
     arguments = parser.parse_args(argv)
     return run_program(lambda: arguments.run(arguments), debug=arguments.debug)
 
@@ -175,6 +177,66 @@ def tokenizer_show(arguments: argparse.Namespace) -> int:
     n_bytes = len(arguments.text.encode())
     console.print(f"{len(ids)} tokens, {n_bytes} bytes" + (f", {n_bytes / len(ids):.2f} bytes per token" if ids else ""), highlight=False)
     return 0
+
+
+def add_plot(commands: Any) -> None:
+    """Declare `plot`."""
+    summary = "Curves of runs, or where the heads of a model look, as PNG files."
+    command = commands.add_parser("plot", help="curves of runs, attention maps", description=summary)
+    command.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="searched for metrics.csv and for checkpoints; several runs are overlaid")
+    command.add_argument("--out", type=Path, default=Path("plots"), metavar="FOLDER", help="where the pictures go (default: plots)")
+    command.add_argument("--smooth", type=int, default=1, metavar="N", help="mean of N rows, the raw values behind (default: 1, off)")
+    command.add_argument("--text", action="store_true", help="draw in the terminal, write no file")
+    command.add_argument("--attention", action="store_true", help="attention maps of --ckpt on --prompt, layer by head")
+    command.add_argument("--ckpt", type=Path, metavar="FILE", help="for --attention: the checkpoint")
+    command.add_argument("--prompt", metavar="TEXT", help="for --attention: the text that is read")
+    command.set_defaults(run=plot)
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    """Draw what was asked for; the paths of the pictures are printed."""
+    if arguments.attention:
+        return plot_attention(arguments)
+    from tinylm.plots import QUANTITIES, draw, find_runs, text_plot
+
+    if not arguments.folders:
+        raise UserError("plot: no folder. Give the folders to look in: python -m tinylm plot checkpoints logs.")
+    if arguments.smooth < 1:
+        raise UserError(f"--smooth: {arguments.smooth} is less than 1. Give the number of rows that a mean is over.")
+    runs = find_runs(arguments.folders)
+    say("runs: " + ", ".join(f"{printable(run.name)} ({len(run.steps)} rows)" for run in runs))
+    for quantity in QUANTITIES:
+        if not any(len(run.curve(quantity)[0]) for run in runs):
+            continue
+        if arguments.text:
+            print(text_plot(quantity, runs), end="\n\n")
+        else:
+            save_picture(draw(quantity, runs, smooth=arguments.smooth), arguments.out / f"{quantity}.png")
+    return 0
+
+
+def plot_attention(arguments: argparse.Namespace) -> int:
+    """Write the attention maps of a checkpoint on a text."""
+    if arguments.ckpt is None or arguments.prompt is None:
+        raise UserError("plot --attention: it needs a model and a text. Give --ckpt FILE and --prompt TEXT.")
+    from tinylm.checkpoint import load_model
+    from tinylm.plots import attention_maps, draw_attention
+
+    loaded = load_model(arguments.ckpt)
+    ids = loaded.tokenizer.encode(arguments.prompt)
+    limit = loaded.config.model.max_seq_len
+    if not 1 <= len(ids) <= limit:
+        raise UserError(f"--prompt: {len(ids)} tokens, and this model reads 1 to {limit}. Give another text.")
+    save_picture(draw_attention(attention_maps(loaded.model, ids), [loaded.tokenizer.token_text(id) for id in ids]), arguments.out / "attention.png")
+    return 0
+
+
+def save_picture(figure: "Figure", path: Path) -> None:
+    """Write a figure and print its path."""
+    with writing(path, "--out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    print(printable(path))
 
 
 def results() -> "Console":

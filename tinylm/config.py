@@ -361,6 +361,31 @@ class LoraConfig(Section):
     """ends of the names of the linear layers that get adapters; null: attention and feed-forward of the architecture at hand"""
 
 
+class DpoConfig(Section):
+    """Direct preference optimisation: from pairs of answers, one better than the other (Rafailov et al. 2023)."""
+
+    beta: Annotated[Number, Field(gt=0, le=100)] = 0.1
+    """how strongly the policy is held to its reference"""
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """what is minimised: DPO's, IPO's (Azar et al. 2023) or SLiC's (Zhao et al. 2023)"""
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+    """for sigmoid: share of the pairs that are believed to be the wrong way round"""
+    length_normalised: Switch = False
+    """log-probabilities per token of an answer, so that long answers do not weigh more; ipo always does so"""
+    sft_coef: Annotated[Number, Field(ge=0, le=100)] = 0.0
+    """weight of the chosen answers' cross entropy per token beside the preference loss"""
+    reference: Literal["copy", "adapters_off", "cached"] = "copy"
+    """what the policy is held to: a frozen copy of it, itself with its LoRA switched off, or log-probabilities computed once"""
+
+    @model_validator(mode="after")
+    def _settings_have_a_use(self) -> "DpoConfig":
+        if self.loss != "sigmoid" and self.label_smoothing:
+            raise ValueError(f"label_smoothing: loss {self.loss} has none. Take it out, or set loss: sigmoid")
+        if self.loss == "ipo" and self.length_normalised:
+            raise ValueError("length_normalised: loss ipo is always so. Take it out")
+        return self
+
+
 class HardwareConfig(Section):
     """Where it runs."""
 
@@ -423,6 +448,8 @@ class Config(Section):
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
     lora: LoraConfig | None = None
     """low-rank adapters for fine-tuning; null: every weight is trained"""
+    dpo: DpoConfig | None = None
+    """train on preferences; null: on next tokens"""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     @model_validator(mode="after")

@@ -34,6 +34,7 @@ from tinylm.config import Config
 from tinylm.engine import Engine
 from tinylm.errors import printable, writing
 from tinylm.evaluate import LanguageScore, language_score
+from tinylm.lora import adapter_weights
 from tinylm.program import lead_nowhere, readable
 from tinylm.schedule import should_stop
 from tinylm.tokenizer import Tokenizer
@@ -347,7 +348,8 @@ class Checkpoints(StepCallback):
 
     def _payload(self, trainer: L.Trainer, stage: LitStage) -> dict[str, Any]:
         """Everything that a resumed run and the other programs need, as plain types."""
-        weights = trainer.strategy.lightning_module_state_dict()
+        whole = trainer.strategy.lightning_module_state_dict()
+        weights = {name.removeprefix("decoder."): weight for name, weight in whole.items()}
         progress = stage.progress
         return {
             "format": FORMAT,
@@ -360,7 +362,8 @@ class Checkpoints(StepCallback):
             "created": time.time(),
             "config": self.config.to_plain(),
             "tokenizer": self.tokenizer.to_plain(),
-            "weights": {name.removeprefix("decoder."): weight for name, weight in weights.items()},
+            "weights": weights if self.config.lora is None else adapter_weights(weights),
+            **stage.roots,
             "optimizer": trainer.strategy.optimizer_state(trainer.optimizers[0]),
             "precision": trainer.precision_plugin.state_dict(),
             "progress": progress.to_plain(),

@@ -400,8 +400,10 @@ class Base:
     tokenizer_config: TokenizerConfig
     tokenizer: Tokenizer | None
     """None: that of a Hugging Face model is read when it is wanted, by `tokenizer_config`"""
+    foreign: bool
+    """whether it is a Hugging Face model, also one that a checkpoint of ours holds"""
     build: Callable[[ModelConfig], Decoder | ForeignDecoder]
-    """the model with its weights; what the settings may change is dropout and gradient checkpointing"""
+    """the model with its weights; the settings may change the dropouts of our own decoder"""
 
 
 def open_base(name: str) -> Base:
@@ -412,13 +414,14 @@ def open_base(name: str) -> Base:
     """
     if name.startswith(PREFIX):
         files = find(name.removeprefix(PREFIX))
-        return Base(name, files.sizes, TokenizerConfig(kind="hf", path=name.removeprefix(PREFIX)), None, lambda config: files.load())
+        return Base(name, files.sizes, TokenizerConfig(kind="hf", path=name.removeprefix(PREFIX)), None, True, lambda config: files.load())
     payload = read(Path(name))
     config = Config.from_plain(payload["config"])
     if config.lora is not None:
         holds = f"holds a LoRA adapter of stage {printable(payload['stage'])} and no whole model, as one of stage pretrain or sft without lora does"
         raise UserError(f"{printable(name)}: {holds}. Start from its base, {printable(payload['base']['path'])}, or from the two merged.")
-    return Base(name, config.model, config.tokenizer, tokenizer_from_plain(payload["tokenizer"]), lambda config: whole_model(config, payload))
+    foreign = payload["hf_config"] is not None
+    return Base(name, config.model, config.tokenizer, tokenizer_from_plain(payload["tokenizer"]), foreign, lambda config: whole_model(config, payload))
 
 
 def refer_to(base: Base, model: nn.Module, folder: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # What a name in training.init_from begins with if it is a Hugging Face model.
 PREFIX = "hf:"
+MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 JSON_BYTES_LIMIT = 50_000_000  # the index of the largest published models has some megabytes
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 # Keys of config.json that would make transformers run or fetch something else than its own model code.
@@ -100,6 +101,10 @@ class ForeignDecoder(nn.Module):
         if cache is not None:
             cache.length = length
         return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute each block in the backward pass from now on, as model.gradient_checkpointing does in our decoder."""
+        self.inner.gradient_checkpointing_enable({"use_reentrant": False})
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> ForeignCache:
         """An empty cache for `max_len` positions; it takes any batch that is fed first."""
@@ -208,7 +213,7 @@ def _download(name: str) -> Path:
     mend = "Give a local folder with config.json and model.safetensors."
     require_hub(name, mend)
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES, *OLDER_VOCABULARIES]))
+        return Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES, *OLDER_VOCABULARIES]))
     except (*hub_errors(), ValueError) as error:
         raise UserError(f"{name}: not a folder here, and the Hugging Face hub says: {first_line(error)}. {mend}") from error
 
@@ -273,12 +278,13 @@ def _assemble(config: "PreTrainedConfig", weights: Mapping[str, Tensor], where: 
         if wanted > found:  # else a config.json alone could ask for all memory
             raise UserError(f"{where}: config.json asks for {wanted:,} weights, and the files hold {found:,}. Download both again.")
         inner, report = type(empty).from_pretrained(
-            None, config=config, state_dict=dict(weights), output_loading_info=True, ignore_mismatched_sizes=True, attn_implementation="sdpa", dtype=torch.float32
-        )
-    for problem, names in (("is missing", report["missing_keys"]), ("does not belong to it", report["unexpected_keys"]), ("has another shape", report["mismatched_keys"])):
+            None, config=config, state_dict=dict(weights), attn_implementation="sdpa", dtype=torch.float32,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    for problem, key in (("is not there", "missing_keys"), ("is not asked for", "unexpected_keys"), ("has another shape", "mismatched_keys")):
+        names = [name if isinstance(name, str) else name[0] for name in report[key]]
         if names:
-            name = min(name if isinstance(name, str) else name[0] for name in names)
-            raise UserError(f"{where}: {printable(name)}: of the weights that config.json asks for, it {problem}. Download the model again.")
+            raise UserError(f"{where}: {printable(min(names))}: a weight that {problem} by config.json. Download both again.")
     for weight in inner.parameters():
         weight.data = weight.data.clone()  # off the mapped file, which may be replaced
         weight.requires_grad_(True)

@@ -36,6 +36,7 @@ from tinylm.errors import printable, writing
 from tinylm.evaluate import LanguageScore, language_score
 from tinylm.lora import adapter_weights
 from tinylm.program import lead_nowhere, readable
+from tinylm.prompts import Turn, make_template
 from tinylm.schedule import should_stop
 from tinylm.tokenizer import Tokenizer
 
@@ -159,11 +160,18 @@ class Validation(StepCallback):
         stage.progress.validations.append([step, self.score.loss])
         if training.sample_prompt is not None:  # every rank writes it, since a sharded model takes them all; rank 0 shows it
             stage.decoder.eval()
-            text = Engine(stage.decoder, self.tokenizer).generate(training.sample_prompt, stage.config.sampling)[0].text
+            text = self._sample(stage, training.sample_prompt)
             stage.decoder.train()
             if trainer.is_global_zero:
                 self.show(f"sample: {readable(training.sample_prompt + text)}")
         self.seconds = time.monotonic() - began
+
+    def _sample(self, stage: LitStage, prompt: str) -> str:
+        """What the model makes of `prompt`; one that learns to answer is asked as its examples are."""
+        engine, opening = Engine(stage.decoder, self.tokenizer), self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
+        if stage.stage == "sft":
+            opening = make_template(stage.config.data.template, self.tokenizer).prompt_ids((Turn("user", prompt),), self.tokenizer)
+        return engine.generate(engine.fit_prompt(opening), stage.config.sampling)[0].text
 
 
 def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool] = lambda: False) -> LanguageScore | None:

@@ -3,8 +3,8 @@
     python train.py --config config_smoke.yaml
     python train.py --config config.yaml training.max_steps=1000 hardware.precision=bf16
 
-Run the same command again after a crash and it goes on where it was, to the last bit. `build_trainer` and `fit` serve
-the other training programs too.
+Run the same command again after a crash and it goes on where it was, to the last bit. `run_stage` and what it calls serve
+finetune.py too.
 """
 
 import argparse
@@ -561,7 +561,8 @@ def report(stage: "LitStage", saving: Any, signals: Any, seconds: float, say: Sa
     say(f"done: {progress.step} steps in {duration(seconds)}, best val_loss {best:.4f}")
     final = path.with_name("final.ckpt")
     print(printable(final))
-    say(f'next: python infer.py --ckpt {shlex.quote(str(final))} --prompt "Attention is"')
+    prompt = {"pretrain": "Attention is", "sft": "Name three primary colours."}[stage.stage]
+    say(f'next: python infer.py --ckpt {shlex.quote(str(final))} --prompt "{prompt}"')
     return 0
 
 

@@ -7,8 +7,9 @@ is an ordinary model, and peft is not needed. `save_adapter` writes the files th
 files a matrix is called as peft's files call it: `blocks.0.attention.qkv.lora_A.weight`.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -100,6 +101,21 @@ def load_adapter(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(weights[name])
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base that `model` had before `attach`, to the last bit, at no memory: the reference of preference training."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @torch.no_grad()

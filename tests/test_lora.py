@@ -1,8 +1,6 @@
 """Adapters: what is trained, that the base stays as it is, and that merged, separate and peft's own adapters agree (FAULTS: B14, D8)."""
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,7 +129,11 @@ def test_the_defaults_fit_each_architecture(name: str, expected: tuple[str, ...]
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("ours", {"target_modules": ("qkv", "q_proj")}, "lora.target_modules: no layer that can have an adapter is called q_proj. There are down, out, qkv, up."),
+        (
+            "ours",
+            {"target_modules": ("qkv", "q_proj")},
+            "lora.target_modules: no layer that can have an adapter is called q_proj. There are down, out, qkv, up.",
+        ),
         ("ours", {"target_modules": ("head",)}, "no layer that can have an adapter is called head"),
         ("ours", {"target_modules": ("embedding",)}, "no layer that can have an adapter is called embedding"),
         ("ours with experts", {"target_modules": ("up",)}, "no layer that can have an adapter is called up. There are out, qkv, router."),

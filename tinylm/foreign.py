@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tinylm.config import ModelConfig
@@ -111,7 +112,7 @@ class ForeignDecoder(nn.Module):
         return ForeignCache(self.inner.config, max_len or self.config.max_seq_len)
 
 
-def sizes(config: "PreTrainedConfig") -> ModelConfig:
+def sizes(config: "PreTrainedConfig", where: str = "config.json") -> ModelConfig:
     """The sizes of a Hugging Face model in our names.
 
     Raises:
@@ -128,9 +129,11 @@ def sizes(config: "PreTrainedConfig") -> ModelConfig:
             head_dim=config.to_dict().get("head_dim") or width // n_heads,
             tie_embeddings=config.tie_word_embeddings,
         )
-    except (AttributeError, ValueError) as error:
-        found = f"the sizes of a {printable(config.model_type)} model cannot be told: {first_line(error)}"
-        raise UserError(f"config.json: {found}. Choose a decoder-only model, such as GPT-2, Llama or Qwen2.") from None
+    except (AttributeError, ArithmeticError) as error:
+        why = first_line(error)
+    except ValidationError as error:
+        why = f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
+    raise UserError(f"{where}: the sizes of a {printable(config.model_type)} model cannot be told: {why}. Choose a decoder-only model, such as Llama or Qwen2.")
 
 
 # --- a model's files --------------------------------------------------------------------------------------------------
@@ -232,6 +235,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read_config(values: dict[str, Any], where: str) -> "PreTrainedConfig":
     """The settings as transformers has them, of a model that its own code can build."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     for key, why in REFUSED_KEYS.items():
@@ -242,11 +246,11 @@ def _read_config(values: dict[str, Any], where: str) -> "PreTrainedConfig":
     try:
         with _quiet():
             config = AutoConfig.for_model(kind, **settings)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:  # whatever its classes make of odd values
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:  # what its classes make of odd values
         raise UserError(f"{where}: transformers cannot read it: {first_line(error)}. Choose another model, or download it again.") from None
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{where}: model_type: {printable(kind)} is not a decoder-only language model. Choose one, such as GPT-2, Llama or Qwen2.")
-    sizes(config)
+    sizes(config, where)
     return config
 
 

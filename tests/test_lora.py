@@ -78,7 +78,7 @@ def test_merged_and_separate_adapters_give_the_same_logits_and_switched_off_ones
 
 @pytest.mark.parametrize("name", MODELS)
 def test_only_adapters_are_trained_and_the_base_stays_bitwise(name: str) -> None:
-    """A step of AdamW with decay moves A and B; every weight of the base has the bits it had. A first step moves B alone: A's gradient is B's multiple."""
+    """A step of AdamW with decay moves A and B; every weight of the base has the bits it had."""
     model, base = MODELS[name](), MODELS[name]()
     attach(model, LORA, seed=0)
     stirred(model)

@@ -105,7 +105,7 @@ class ForeignDecoder(nn.Module):
 
     def checkpoint_gradients(self) -> None:
         """Recompute each block in the backward pass from now on, as model.gradient_checkpointing does in our decoder."""
-        self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+        self.inner.activation_checkpointing_enable({"use_reentrant": False})
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> ForeignCache:
         """An empty cache for `max_len` positions; it takes any batch that is fed first."""

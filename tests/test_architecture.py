@@ -19,8 +19,8 @@ FLOORS = [
     ["errors", "config", "device"],
     ["tokenizer", "tokenfile", "corpus", "encode", "bpe", "packing", "prompts", "sandbox", "rows", "metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],
-    ["checkpoint", "engine", "sampling", "hf", "foreign", "lora", "export", "tasks", "evaluate", "lm_eval"],
-    ["plots", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
+    ["checkpoint", "engine", "sampling", "hf", "foreign", "lora", "export", "tasks", "evaluate", "lm_eval", "planner"],
+    ["plots", "doctor", "experiments", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
 ]
 # The library's front door: what parses arguments and speaks to people.
 FRONT = ("program", "__main__")

@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_config_reference(commands)
     add_tokenizer(commands)
     add_plot(commands)
+    add_doctor(commands)
+    add_experiments(commands)
     arguments = parser.parse_args(argv)
     return run_program(lambda: arguments.run(arguments), debug=arguments.debug)
 
@@ -237,6 +239,54 @@ def save_picture(figure: "Figure", path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     print(printable(path))
+
+
+def add_doctor(commands: Any) -> None:
+    """Declare `doctor`."""
+    summary = "What this machine can do and what it lacks: versions, devices, precisions, disk, the hub, optional extras."
+    commands.add_parser("doctor", help="what this machine can do and what it lacks", description=summary).set_defaults(run=doctor)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print a table of findings; 2 if something is missing that training needs."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from tinylm.doctor import examine
+
+    table, lacking = Table("what", "found", "to mend it"), []
+    for finding in examine():
+        style = "" if finding.mend is None else "red" if finding.needed else "yellow"
+        table.add_row(finding.subject, Text(finding.found, style), finding.mend or "")
+        lacking += [finding.subject] * (finding.mend is not None and finding.needed)
+    results().print(table)
+    if lacking:
+        raise UserError(f"missing: {', '.join(lacking)}. Do what the table says, or: pip install -r requirements.txt.")
+    say("everything that training needs is here; next: python train.py --config config_smoke.yaml")
+    return 0
+
+
+def add_experiments(commands: Any) -> None:
+    """Declare `experiments`."""
+    summary = "Train small models that differ in one setting, compare them, write a report; a step whose result is there is not run again."
+    command = commands.add_parser("experiments", help="compare choices of architecture and training", description=summary)
+    phases = "smoke: a few steps of each path; pretrain, finetune: the runs; eval: tables, pictures and texts of what is there; all: these three"
+    command.add_argument("--phase", choices=("smoke", "pretrain", "finetune", "eval", "all"), required=True, help=phases)
+    command.add_argument("--out", type=Path, default=Path("experiments"), metavar="FOLDER", help="where everything goes (default: experiments)")
+    command.set_defaults(run=experiments)
+
+
+def experiments(arguments: argparse.Namespace) -> int:
+    """Run the steps of a phase, then evaluate if it is asked for; the report's path is printed."""
+    from tinylm.experiments import evaluate, plan_steps, run_steps
+
+    wanted = ("pretrain", "finetune") if arguments.phase == "all" else (arguments.phase,)
+    failed = run_steps([step for step in plan_steps(arguments.out) if step.phase in wanted], arguments.out, say)
+    if arguments.phase in ("eval", "all"):
+        print(printable(evaluate(arguments.out, say)))
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}. What they said is in {printable(arguments.out / 'output')}; the same command goes on from there.")
+    return 0
 
 
 def results() -> "Console":

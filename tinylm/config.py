@@ -26,6 +26,9 @@ COUNT_LIMIT = 2**31 - 1
 CONFIG_BYTES_LIMIT = 100_000  # PyYAML reads this much in half a second, and no honest config comes near
 CONFIG_DEPTH_LIMIT = 12
 
+# What tinylm/rows.py looks for in a row.
+ROW_COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations")
+
 Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, le=COUNT_LIMIT, strict=True)]
 # Strict: YAML's `no` and `yes` are booleans, and a boolean must not pass for a number.
@@ -211,7 +214,7 @@ class DataConfig(Section):
     rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
     """for fine-tuning: what a row is made of; auto: told by its keys"""
     columns: dict[Name, Name] | None = None
-    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages) to the name in the data"""
+    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages, conversations) to the name in the data"""
     template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
     """for fine-tuning: how turns are written (tinylm/prompts.py); chat_template: as the tokenizer's own template says"""
     packing: Literal["packed", "padded"] = "packed"
@@ -257,6 +260,13 @@ class DataConfig(Section):
             raise ValueError("order: random needs an indexed source. Set streaming: false or order: shuffled")
         if self.streaming and self.stride is not None:
             raise ValueError("stride: a stream is packed without overlap. Take stride out, or set streaming: false")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_ours(self) -> "DataConfig":
+        for name in self.columns or {}:
+            if name not in ROW_COLUMNS:
+                raise ValueError(f"columns: {printable(name)} is none of our names ({', '.join(ROW_COLUMNS)}). Write our name: name in the data")
         return self
 
 

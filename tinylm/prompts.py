@@ -325,8 +325,9 @@ class ChatTemplate(Template):
         [(text, marked)] = self._sandbox.render([(messages, prompt)])
         answers = []
         for start, end in marked:
-            close = re.compile(self._special).match(text, end)  # the mark may stop short of it
-            answers.append((start, close.end() if close else end))
+            closed = re.search(rf"(?:{self._special})\s*\Z", text[start:end])
+            behind = re.compile(self._special).match(text, end)  # the mark may stop short of what ends the answer
+            answers.append((start, end if closed or not behind else behind.end()))
         if len(answers) != sum(message["role"] == "assistant" for message in messages):
             raise UserError(f"{_THE_TEMPLATE} marks {len(answers)} answers in a conversation that has another number. {_OTHER_TEMPLATE}.")
         return text, answers

@@ -132,17 +132,9 @@ COLUMNS = {
     "completion": ("completion", "response", "answer"),
     "messages": ("messages",),
     "conversations": ("conversations",),
-    "label": ("label",),
-    "text": ("text",),
 }
-# What tells a row's kind, the surest sign first.
-_SIGNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
-    ("messages", ("messages",)),
-    ("sharegpt", ("conversations",)),
-    ("alpaca", ("instruction",)),
-    ("prompt", ("prompt",)),
-    ("sms", ("label", "text")),
-)
+# The column that tells a row's kind, the surest sign first.
+_SIGNS: dict[str, Kind] = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca", "prompt": "prompt"}
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES: dict[str, Role] = _ROLES | {"human": "user", "gpt": "assistant"}  # type: ignore[assignment]
 SMS_INSTRUCTION = "classify if the SMS is spam or ham"
@@ -165,7 +157,7 @@ def conversation_of(row: dict[str, Any], data: DataConfig) -> Conversation:
         case "sharegpt":
             return _turns(columns, "conversations", "from", "value", _SHAREGPT_ROLES)
         case _:
-            return _sms_conversation(columns)
+            return _sms_conversation(row)
 
 
 @dataclass(frozen=True)
@@ -210,19 +202,21 @@ def _text(key: str, value: Any) -> str:
 
 
 def _kind_of_row(columns: _Columns) -> Kind:
-    for kind, signs in _SIGNS:
-        if all(columns.find(sign) is not None for sign in signs):
+    for sign, kind in _SIGNS.items():
+        if columns.find(sign) is not None:
             return kind
+    if {"label", "text"} <= columns.row.keys():
+        return "sms"
     known = "instruction and output, prompt and completion, messages, or conversations"
     raise UserError(f"expected {known}; the row has {some_of(columns.row)}. Name its columns, for example data.columns: {{prompt: question}}.")
 
 
-def _sms_conversation(columns: _Columns) -> Conversation:
+def _sms_conversation(row: dict[str, Any]) -> Conversation:
     """S0's triplet of a message."""
-    label = columns.text("label")
+    label = _text("label", row["label"])
     if label not in ("ham", "spam"):
-        raise UserError(f"label: expected ham or spam, found {printable(label)}. Correct the line.")
-    return Turn("user", SMS_INSTRUCTION, columns.text("text")), Turn("assistant", label)
+        raise UserError(f"label: expected ham or spam, found {printable(label)}. Correct the row, or take it out.")
+    return Turn("user", SMS_INSTRUCTION, _text("text", row["text"])), Turn("assistant", label)
 
 
 def _turns(columns: _Columns, ours: str, role_key: str, text_key: str, roles: dict[str, Role]) -> Conversation:
@@ -271,11 +265,15 @@ class Report:
         more = ", ..." if self.skipped > len(self.places) else ""
         return f"{self.skipped} rows whose prompts fill the context of {self.seq_len} tokens ({', '.join(self.places)}{more})"
 
+    @property
+    def name(self) -> str:
+        """The split in words."""
+        return "validation" if self.which == "val" else "training"
+
     def notes(self) -> list[str]:
         """What a user should know of it, a line each."""
-        name = "validation" if self.which == "val" else "training"
-        notes = [f"{name}: skipped {self.skipped_rows}"] if self.skipped else []
-        return notes + ([f"{name}: {self.cut} of {self.kept} rows lost the end of an answer to the context of {self.seq_len} tokens"] if self.cut else [])
+        notes = [f"{self.name}: skipped {self.skipped_rows}"] if self.skipped else []
+        return notes + ([f"{self.name}: {self.cut} of {self.kept} rows lost the end of an answer to the context of {self.seq_len} tokens"] if self.cut else [])
 
 
 def examples(
@@ -323,7 +321,8 @@ def examples(
             report.places += [place] * (report.skipped <= NAMED_PLACES)
     report.kept = len(kept)
     if not kept:
-        raise UserError(f"{printable(data.dataset)}: nothing is left to learn without {report.skipped_rows}. Raise training.seq_len, or shorten the prompts.")
+        found = f"{report.name}: nothing is left without {report.skipped_rows}"
+        raise UserError(f"data.dataset: {found}. Raise training.seq_len, or shorten the prompts.")
     return kept, report
 
 

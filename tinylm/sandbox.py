@@ -44,9 +44,8 @@ class Sandbox:
         """
         if self._connection is None:
             self._start()
-        assert self._connection is not None
-        self._connection.send_bytes(json.dumps(requests).encode())
-        return [(text, [(start, end) for start, end in spans]) for text, spans in self._answer(RENDER_SECONDS)]
+        done = self._answer(requests, RENDER_SECONDS)
+        return [(text, [(start, end) for start, end in spans]) for text, spans in done]
 
     def _start(self) -> None:
         # spawn: a fork of a process that runs threads can stand still for ever.
@@ -56,13 +55,14 @@ class Sandbox:
         self._process.start()
         theirs.close()
         weakref.finalize(self, self._process.kill)
-        self._answer(START_SECONDS)
+        self._answer([], START_SECONDS)
 
-    def _answer(self, seconds: float) -> Any:
-        """What the process has to say; if that is nothing, it is ended, and the next rendering starts another."""
+    def _answer(self, requests: list[Any], seconds: float) -> Any:
+        """What the process makes of the requests; if that is nothing, it is ended, and the next rendering starts another."""
         assert self._connection is not None
         problem = f"took more than {seconds:g} seconds"
         try:
+            self._connection.send_bytes(json.dumps(requests).encode())
             if self._connection.poll(seconds):
                 answer = json.loads(self._connection.recv_bytes(ANSWER_BYTES))
                 if "error" not in answer:
@@ -83,9 +83,8 @@ def _serve(connection: Connection, template: str, variables: dict[str, str], mar
     except ImportError:
         _send(connection, {"error": "reading it needs transformers: pip install transformers"})
         return
-    _limit_memory()
     settings = {"chat_template": template, "return_assistant_tokens_mask": marks_answers, **variables}
-    _send(connection, {"done": None})
+    _limit_memory()
     while True:
         try:
             requests = json.loads(connection.recv_bytes())

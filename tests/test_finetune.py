@@ -376,23 +376,23 @@ def test_a_whole_run_goes_on_without_what_it_began_from(make: Make, home: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["whole", "lora", "foreign lora"])
 def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(name: str, make: Make, tmp_path: Path) -> None:
-    """A12: SIGKILL whenever two more steps are logged, until the run is through; the curve and the weights are those of a run nobody killed."""
+    """A12: SIGKILL whenever two more steps are logged, twice; the curve and the weights are those of a run nobody killed."""
     config = make(**RUNS[name], training={"max_steps": 14, "save_every_steps": 1})
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     metrics, kills = tmp_path / "logs" / "tiny" / "metrics.csv", 0
     while True:
         process = subprocess.Popen([sys.executable, "finetune.py", "--config", str(config)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         before, began = n_lines(metrics), time.monotonic()
-        while process.poll() is None and (kills == 3 or n_lines(metrics) < before + 2):
+        while process.poll() is None and (kills == 2 or n_lines(metrics) < before + 2):
             assert time.monotonic() - began < 300
             time.sleep(0.005)
         process.kill()
         if process.wait() == 0:
             break
         kills += 1
-    assert kills >= 2
+    assert kills == 2
     assert_same_run(tmp_path / "calm", tmp_path)
 
 

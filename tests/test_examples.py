@@ -180,7 +180,7 @@ def test_what_a_user_should_know_is_noted(load: Any, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("change", [{"data": {"val_fraction": 0.2}}, {"training": {"seq_len": 24}}, {"training": {"train_on": "all"}}])
+@pytest.mark.parametrize("change", [{"data": {"val_fraction": 0.2}}, {"training": {"seq_len": 14}}, {"training": {"train_on": "all"}}])
 def test_fingerprints_tell_what_is_trained_on(load: Any, change: dict) -> None:
     same, other = prepared(load()).fingerprints(), prepared(load(**change)).fingerprints()
     assert same == prepared(load()).fingerprints()

@@ -276,7 +276,7 @@ def test_an_answer_is_cut_and_a_prompt_that_fills_the_context_is_skipped_and_nam
 def test_nothing_but_skipped_rows_is_an_error(write):
     """D6: rather that than a loss over no target, which is no number."""
     path = write("a.jsonl", lines({"prompt": "q" * 20, "completion": "a"}))
-    with pytest.raises(UserError, match=r"^data.dataset: training: nothing is left without 1 rows whose prompts fill the context of 8 tokens \(.*a.jsonl:1\). Raise"):
+    with pytest.raises(UserError, match=r"^data.dataset: training: nothing is left without 1 rows whose prompts fill the context of 8 tokens \(.*:1\). Raise"):
         made_of(path, 8)
 
 

@@ -259,7 +259,8 @@ def write_report(results: dict[str, Result], positions: dict[str, np.ndarray], t
     parts = ["# Experiments\n", "One seed, one text, one number of steps; the runs of a question differ in one setting (configs/experiments).\n"]
     for number, question in enumerate(QUESTIONS, start=1):
         rows = [results[name] for name in question.runs if name in results]
-        parts += [f"## {question.title}\n", "| run | parameters | cache bytes a token | val_loss | val_bpb | beside the first |", "|---|---:|---:|---:|---:|---:|"]
+        parts.append(f"## {question.title}\n")
+        parts += ["| run | parameters | cache bytes a token | val_loss | val_bpb | beside the first |", "|---|---:|---:|---:|---:|---:|"]
         parts += [_row(row, rows[0]) for row in rows]
         parts.append(f"\n![validation loss](question-{number}.png)\n")
     if positions:

@@ -274,6 +274,8 @@ def find_base(config: "Config", start: Start) -> "Base | None":
     """The model that training.init_from names, where a run needs it: to begin, or under its adapters."""
     from tinylm.checkpoint import open_base
 
+    if config.training.init_from is None and config.lora is not None:
+        raise UserError("lora: adapters belong to a trained model. Set training.init_from, or take the lora section out.")
     if config.training.init_from is None or (start.payload is not None and config.lora is None):
         return None
     try:
@@ -364,7 +366,7 @@ def build_stage(stage: str, config: "Config", tokenizer: "Tokenizer", start: Sta
             model.checkpoint_gradients()
         roots["hf_config"] = model.settings
     if config.lora is not None:
-        assert base is not None, "Config asks for training.init_from"
+        assert base is not None, "find_base sees to it"
         roots["base"] = refer_to(base, model, Path(config.training.checkpoint_dir))
         add_adapters(config, model, roots["base"], start)
     return LitLM(config, model, byte_table(tokenizer, model.embedding.num_embeddings), stage, roots)

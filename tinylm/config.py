@@ -470,8 +470,6 @@ class Config(Section):
         known = self.training.init_from is None or "max_seq_len" in self.model.model_fields_set
         if known and seq_len > positions:
             raise ValueError(f"training.seq_len: {seq_len} is more than model.max_seq_len ({positions}). Raise model.max_seq_len or lower training.seq_len")
-        if self.lora is not None and self.training.init_from is None:
-            raise ValueError("lora: adapters belong to a trained model. Set training.init_from, or take the lora section out")
         if self.data.stride is not None and self.data.stride > seq_len:
             raise ValueError(f"data.stride: {self.data.stride} is more than training.seq_len ({seq_len}), which would skip tokens. Lower data.stride")
         return self

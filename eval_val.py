@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from infer import choose_tokenizer
     from tinylm.checkpoint import load_model, read
     from tinylm.device import pick_device
-    from tinylm.encode import cached_token_file
     from tinylm.evaluate import byte_table, score_batches
+    from tinylm.mix import validation_file
 
     device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
     say(f"device: {device} ({why})")
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(config.hardware.threads)
     loaded = load_model(args.ckpt, device)
     tokenizer = choose_tokenizer(args.tokenizer, loaded.tokenizer)
-    file = cached_token_file(config.data, "val", tokenizer, config.training.seed)
+    file = validation_file(config.data, tokenizer, config.training.seed)
     trained_on = read(args.ckpt)["data"]["val"]
     if file.fingerprint != trained_on:
         say(f"note: these are not the validation data of the training run ({trained_on}, here {file.fingerprint}); some may have been trained on")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # Settings that may differ when a run is resumed: they decide how long it runs and what is written, not what a step computes.
 FREE_ON_RESUME = {
-    "data.num_workers", "data.cache_dir", "data.dataset", "data.val_dataset", "tokenizer.path",  # their content is compared
+    "data.num_workers", "data.cache_dir", "data.dataset", "data.mix", "data.val_dataset", "tokenizer.path",  # their content is compared
     "training.max_steps", "training.val_every_steps", "training.val_batches", "training.early_stopping_patience",
     "training.log_every_steps", "training.save_every_steps", "training.keep_last", "training.checkpoint_dir", "training.log_dir",
     "training.run_name", "training.loggers", "training.sample_prompt", "training.auto_resume", "training.init_from",
@@ -207,9 +207,11 @@ def check_same_settings(start: Start, config: "Config", say: Say, *, allow_chang
 
 def check_same_data(start: Start, data: "LitData", say: Say, *, allow_changes: bool) -> None:
     """Compare tokenizer and data with those that the checkpoint was made with; raises as `refuse_changes` does."""
+    from tinylm.mix import name_of
+
     assert start.payload is not None
     changes = [("tokenizer", _tokenizer_of(start.payload).fingerprint, data.tokenizer.fingerprint)]
-    source = printable(data.config.data.dataset)
+    source = name_of(data.config.data)
     changes += [(f"{which} data ({source})", start.payload["data"][which], found) for which, found in data.fingerprints().items()]
     refuse_changes(start, changes, say, allow_changes=allow_changes)
 
@@ -307,9 +309,10 @@ def prepare_tokenizer(config: "Config", start: Start, base: "Base | None") -> tu
     """The tokenizer, and the settings with the vocabulary's size filled in."""
     from tinylm.bpe import tokenizer_for
 
-    same = start.payload is not None and start.payload["config"]["tokenizer"] == config.tokenizer.model_dump(mode="json")
-    if start.payload is not None and same and (config.tokenizer.kind == "bpe" or config.training.init_from is not None):
-        tokenizer = _tokenizer_of(start.payload)  # it was learned, or came with a model, when the run began; the cache may be gone
+    # It was learned, or came with a model, when the run began: the cache may be gone, the stream's first documents far away.
+    kept = config.tokenizer.kind == "bpe" or config.tokenizer.learn_docs is not None or config.training.init_from is not None
+    if start.payload is not None and start.payload["config"]["tokenizer"] == config.tokenizer.model_dump(mode="json") and kept:
+        tokenizer = _tokenizer_of(start.payload)
     elif start.payload is None and base is not None and base.tokenizer is not None:
         tokenizer = tokenizer_of_base(config, base)
     else:
@@ -424,10 +427,11 @@ def check_foreign(config: "Config") -> None:
 def describe_data(data: "LitData") -> str:
     """One line on what is trained on and validated on."""
     from callbacks import short
+    from tinylm.mix import name_of
 
-    train = "a stream" if data.train_file is None else f"{short(len(data.train_file))} tokens"
+    train = f"{short(sum(map(len, data.train_files)))} tokens" if data.train_files else "a stream"
     val = "none" if data.val_file is None else f"{short(len(data.val_file))} tokens"
-    source, tokenizer = printable(data.config.data.dataset), data.tokenizer
+    source, tokenizer = name_of(data.config.data), data.tokenizer
     return f"data: {source}: train {train}, validation {val}; tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size}"
 
 

@@ -37,6 +37,7 @@ TOOL_MODULES = {"pip", "pytest", "venv", "ruff"}
 SHORT = {
     "train.py": ["training.max_steps=2", "training.val_every_steps=1", "training.val_batches=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
     "infer.py": ["--max-new-tokens=8"],
+    "data.py": [],
     "eval_val.py": [],
     "list.py": [],
     "-m tinylm": [],
@@ -363,7 +364,7 @@ def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_
     results = [run_as_typed(command, copy_of_the_tree) for command in runnable(document.read_text(encoding="utf-8"))]
     assert {program for program, _ in results} == set(SHORT)
     wanted = {"train.py": r"checkpoints\S*/\S+\.ckpt\n", "list.py": r"(?s).*step.*last\.ckpt.*", "eval_val.py": r"val_loss \d+\.\d+ .*"}
-    wanted |= {"infer.py": r"\s*\S", "-m tinylm": r"\s*\S"}
+    wanted |= {"data.py": r"row 0, micro-batch 0: .*\n", "infer.py": r"\s*\S", "-m tinylm": r"\s*\S"}
     for program, out in results:
         assert re.match(wanted[program], out), f"{program} printed {out!r}"
 

@@ -396,10 +396,25 @@ def find_split(data: DataConfig, which: Which, seed: int, kinds: Kinds = DOCUMEN
 
 
 def named_source(data: DataConfig, which: Which) -> tuple[str, str]:
-    """The setting that names the source of a split, and its value."""
+    """The setting that names the source of a split, and its value; of a mixture each part has its own."""
     if which == "val" and data.val_dataset is not None:
         return "val_dataset", data.val_dataset
+    if data.mix is not None:
+        raise ValueError("a mixture has several sources: mix_parts")
     return "dataset", data.dataset
+
+
+def mix_parts(data: DataConfig) -> tuple[DataConfig, ...]:
+    """Each source of data.mix as the settings of a run that has no other; the settings themselves where they have no mixture.
+
+    A token file beside texts keeps none of the settings that are for those.
+    """
+    if data.mix is None:
+        return (data,)
+    for_text = {name: DataConfig.model_fields[name].default for name in ("text_field", "document_separator", "max_doc_len")}
+    has_text = not all(is_token_file(part.dataset) for part in data.mix)
+    alone = [{"mix": None, "dataset": part.dataset} for part in data.mix]
+    return tuple(data.model_copy(update=one | (for_text if has_text and is_token_file(one["dataset"]) else {})) for one in alone)
 
 
 def train_documents(data: DataConfig, seed: int, *, skip: int = 0) -> Iterator[str]:
@@ -419,17 +434,19 @@ def val_documents(data: DataConfig, seed: int) -> Iterator[str]:
 
 
 def shared_documents(data: DataConfig, seed: int) -> int:
-    """How many different documents are in training and in validation: 0 where one source is split by its texts.
+    """How many different documents are in training and in validation: 0 where each source is split by its texts.
 
     Only files of text on this machine are compared; a hub dataset or a token file counts as sharing nothing.
     """
-    if data.val_dataset is None or is_token_file(data.val_dataset) or is_token_file(data.dataset):
+    parts = [part for part in mix_parts(data) if not is_token_file(part.dataset)]
+    if not parts or data.val_dataset is None or is_token_file(data.val_dataset):
         return 0
-    train, val = find_split(data, "train", seed), find_split(data, "val", seed)
-    if isinstance(train.source, HubDataset) or isinstance(val.source, HubDataset):
+    val, trains = find_split(parts[0], "val", seed), [find_split(part, "train", seed) for part in parts]
+    local = [train for train in trains if isinstance(train.source, LocalFiles)]
+    if not local or not isinstance(val.source, LocalFiles):
         return 0
     digests = {_digest(text) for text in val.documents()}
-    return len({digest for text in train.documents() if (digest := _digest(text)) in digests})
+    return len({digest for train in local for text in train.documents() if (digest := _digest(text)) in digests})
 
 
 def _digest(text: str) -> bytes:

@@ -13,6 +13,7 @@ import torch
 import train
 from data import Batch, ExampleBatches, LitExamples, Share, ValidationExamples
 from model import LitLM
+from tinylm.checkpoint import NO_ROOTS
 from tinylm.config import Config, load_config
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError
@@ -196,10 +197,10 @@ def tune(config: Config, resume: bool = True) -> int:
     arguments = Namespace(resume=None, no_resume=not resume)
     start = train.find_start(Path(config.training.checkpoint_dir), arguments, config, lambda text: None)
     data = prepared(config)
-    decoder = train.build_model(config, None if start.payload is None else start.payload["weights"])
+    decoder = train.build_model(config, start, None)
     if start.payload is not None:
         train.check_same_data(start, data, lambda text: None, allow_changes=False)
-    stage = LitLM(config, decoder, byte_table(TOKENIZER, 260))
+    stage = LitLM(config, decoder, byte_table(TOKENIZER, 260), "sft", dict(NO_ROOTS))
     return train.fit(stage, data, "cpu", start, lambda text: None)
 
 

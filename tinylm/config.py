@@ -126,6 +126,10 @@ class ModelConfig(Section):
             raise ValueError(f"head_dim: {self.size_of_head} is odd, and position rope rotates pairs. Choose an even head_dim")
         return self
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a plain dict; peft asks the config of a model for it."""
+        return self.model_dump()
+
     @property
     def size_of_head(self) -> int:
         """Width of one head."""
@@ -375,7 +379,8 @@ class TrainingConfig(Section):
     auto_resume: Switch = True
     """go on from the newest sound checkpoint in checkpoint_dir"""
     init_from: Name | None = None
-    """checkpoint whose weights, and nothing else, a new run starts from; hf:NAME or hf:FOLDER for a Hugging Face model (finetune.py)"""
+    """what a new run starts from: a checkpoint, or hf:NAME or hf:FOLDER for a Hugging Face model; model and tokenizer are its own, so that their
+    sections are left out, but for dropout and gradient_checkpointing; null: new weights"""
     train_on: Literal["response", "all"] = "response"
     """for fine-tuning: which tokens are targets, those of the responses or all"""
 
@@ -497,11 +502,26 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         seq_len, positions = self.training.seq_len, self.model.max_seq_len
-        if seq_len > positions:
+        # A run that starts from a trained model has that model's positions, known once it is opened, where the settings say none.
+        known = self.training.init_from is None or "max_seq_len" in self.model.model_fields_set
+        if known and seq_len > positions:
             raise ValueError(f"training.seq_len: {seq_len} is more than model.max_seq_len ({positions}). Raise model.max_seq_len or lower training.seq_len")
         if self.data.stride is not None and self.data.stride > seq_len:
             raise ValueError(f"data.stride: {self.data.stride} is more than training.seq_len ({seq_len}), which would skip tokens. Lower data.stride")
         return self
+
+    def with_model(self, model: ModelConfig, tokenizer: TokenizerConfig) -> "Config":
+        """These settings with another's `model` and `tokenizer` wherever these say nothing.
+
+        A setting of the model counts by itself, the tokenizer as a whole.
+
+        Raises:
+            UserError: the result contradicts itself.
+        """
+        written = {name: value for name, value in self.model if name in self.model.model_fields_set and value is not None}
+        own_tokenizer = self.tokenizer.model_fields_set
+        made = self.model_copy(update={"model": model.model_copy(update=written), "tokenizer": self.tokenizer if own_tokenizer else tokenizer})
+        return _validate(Settings(made.to_plain()))
 
     def to_plain(self) -> dict[str, Any]:
         """The settings as plain dicts, lists and numbers: what a checkpoint stores. `from_plain` is its inverse."""

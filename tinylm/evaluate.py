@@ -1,6 +1,6 @@
 """What a model is worth: on held-out text, on prompts with a known continuation, on tasks.
 
-In reading order: `LanguageScore` (loss, perplexity, bits per byte), `evaluate_cases` (how probable is the right
+In reading order: `LanguageScore` (loss, perplexity, bits per byte, accuracy), `evaluate_cases` (how probable is the right
 continuation?), `evaluate_task` (how many answers are right, with 0 or more solved examples before the question?), and
 `places`, which ranks.
 """
@@ -19,7 +19,7 @@ from tinylm.config import SamplingConfig, read_list
 from tinylm.decoder import Decoder, Features
 from tinylm.engine import Engine, Pair, Prompt, Score
 from tinylm.errors import UserError, printable
-from tinylm.losses import cross_entropy
+from tinylm.losses import score_targets
 from tinylm.metrics import Measure
 from tinylm.packing import IGNORE_INDEX
 from tinylm.prompts import Conversation, Template, Turn
@@ -45,6 +45,13 @@ class LanguageScore:
     """target tokens"""
     n_bytes: int
     """UTF-8 bytes of the text of the targets"""
+    n_right: int
+    """targets that the model finds more probable than any other token"""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the targets that are the most probable token."""
+        return self.n_right / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
@@ -58,7 +65,7 @@ class LanguageScore:
 
 
 def batch_sums(features: Callable[..., Features], head: nn.Linear, batch: dict[str, Any], byte_lengths: Tensor) -> Tensor:
-    """(loss sum, targets, bytes of the targets' text) of one batch of rows, as a float tensor (3,).
+    """(loss sum, targets, bytes of the targets' text, targets predicted right) of one batch of rows, as a float tensor (4,).
 
     Args:
         features: `Decoder.features`, compiled or not.
@@ -67,9 +74,9 @@ def batch_sums(features: Callable[..., Features], head: nn.Linear, batch: dict[s
     """
     labels = batch["labels"].flatten()
     hidden = features(batch["input_ids"], document_ids=batch.get("document_ids")).hidden
-    loss = cross_entropy(hidden.flatten(0, 1), head.weight, labels)
+    loss, n_right = score_targets(hidden.flatten(0, 1), head.weight, labels)
     targets = labels[labels != IGNORE_INDEX]
-    return torch.stack((loss.float(), loss.new_tensor(len(targets), dtype=torch.float32), byte_lengths[targets].sum().float()))
+    return torch.stack((loss.float(), loss.new_tensor(len(targets), dtype=torch.float32), byte_lengths[targets].sum().float(), n_right.float()))
 
 
 def byte_table(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
@@ -82,7 +89,7 @@ def score_batches(model: Decoder, batches: Iterable[dict[str, Any]], byte_length
     """The score of `model`, in evaluation mode, over batches that are moved to its device."""
     device = model.embedding.weight.device
     lengths = byte_lengths.to(device)
-    totals = [0.0, 0.0, 0.0]
+    totals = [0.0] * 4
     with torch.no_grad():
         for batch in batches:
             moved = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
@@ -91,14 +98,14 @@ def score_batches(model: Decoder, batches: Iterable[dict[str, Any]], byte_length
     return language_score(*totals)
 
 
-def language_score(loss_sum: float, tokens: float, n_bytes: float) -> LanguageScore:
+def language_score(loss_sum: float, tokens: float, n_bytes: float, n_right: float) -> LanguageScore:
     """The score from sums over all batches: means are taken once, at the end, weighted by tokens.
 
-    >>> score = language_score(loss_sum=20.0, tokens=10, n_bytes=40)
-    >>> round(score.perplexity, 3), round(score.bits_per_byte, 3)
-    (7.389, 0.721)
+    >>> score = language_score(loss_sum=20.0, tokens=10, n_bytes=40, n_right=3)
+    >>> round(score.perplexity, 3), round(score.bits_per_byte, 3), score.accuracy
+    (7.389, 0.721, 0.3)
     """
-    return LanguageScore(loss_sum / tokens if tokens else math.nan, int(tokens), int(n_bytes))
+    return LanguageScore(loss_sum / tokens if tokens else math.nan, int(tokens), int(n_bytes), int(n_right))
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------

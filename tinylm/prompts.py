@@ -152,8 +152,8 @@ class WrittenTemplate(Template):
 
     def _question_ids(self, exchange: Exchange, tokenizer: Tokenizer) -> list[int]:
         ids = _opening(tokenizer) if exchange.first else []
-        for piece in self.question(exchange, tokenizer):
-            ids += [piece] if isinstance(piece, int) else _text_ids(piece, tokenizer, opens=not ids and exchange.first)
+        for number, piece in enumerate(self.question(exchange, tokenizer)):
+            ids += [piece] if isinstance(piece, int) else _text_ids(piece, tokenizer, opens=exchange.first and number == 0)
         return ids
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ def save(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[..., Pat
     return write
 
 
+def quick(cases: Iterable[str], *kept: str) -> list[Any]:
+    """The cases as parameters, of which all but `kept` are for the slow tier: each is fast, and they are many."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in cases]
+
+
 PROMPT = "the model"
 
 
@@ -104,7 +109,7 @@ EXPRESSIBLE = {
 }
 
 
-@pytest.mark.parametrize("name", EXPRESSIBLE)
+@pytest.mark.parametrize("name", quick(EXPRESSIBLE, "llama", "llama, more rows than tokens", "qwen2", "gpt2"))
 def test_an_exported_folder_writes_the_text_that_infer_writes(name, save, tmp_path, capsys):
     """The same tokens too, to the end; the rows of an embedding that stand for no token are never chosen."""
     path = save(**EXPRESSIBLE[name])
@@ -147,6 +152,7 @@ def test_the_folder_says_what_the_model_is(save, tmp_path):
         assert part in files["README.md"]
 
 
+@pytest.mark.slow
 def test_the_example_in_the_model_card_runs(save, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for stage, folder in (("pretrain", "base"), ("sft", "tuned")):
@@ -314,6 +320,21 @@ def test_the_chat_template_asks_as_training_did(name, conversation, save, tmp_pa
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tinylm.prompts") is None, reason="tinylm/prompts.py is not there yet")
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_token_that_opens_texts_opens_a_conversation_once(name, save, tmp_path):
+    from tinylm.prompts import Turn, make_template
+
+    rules = Rules("gpt2", (*SPECIAL, "<s>"))
+    opening = HFTokenizer(Bpe.learn(count_texts([TEXT], rules), 300, rules).backend(), eos="<|endoftext|>", pad=None)
+    export_hf(save(opening, config={"data": {"template": name}}), tmp_path / "out")
+    turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    found = theirs.apply_chat_template([{"role": turn.role, "content": turn.text} for turn in turns], add_generation_prompt=True)["input_ids"]
+    assert found == make_template(name, opening).prompt_ids(turns, opening)
+    assert found.count(opening.vocab_size - 1) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tinylm.prompts") is None, reason="tinylm/prompts.py is not there yet")
 def test_bytes_end_an_answer_with_the_separator(save, tmp_path):
     from tinylm.prompts import Turn, make_template
 
@@ -350,7 +371,7 @@ IN_GGUF = {
 }
 
 
-@pytest.mark.parametrize("name", IN_GGUF)
+@pytest.mark.parametrize("name", quick(IN_GGUF, "llama", "qwen3, other heads", "gpt2"))
 def test_a_gguf_file_writes_the_text_that_infer_writes(name, save, tmp_path, capsys):
     """Read back by transformers. What it does not read from the file, although it stands there, is said."""
     path = save(**IN_GGUF[name])
@@ -473,7 +494,7 @@ def published(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[...
     return write
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", quick(THEIRS, "llama, tied", "mixtral", "gpt2"))
 def test_an_imported_model_writes_the_text_that_transformers_writes(name, published, tmp_path, capsys):
     folder = published(name)
     imported = import_hf(str(folder), tmp_path / "in.ckpt")

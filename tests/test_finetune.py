@@ -458,9 +458,9 @@ def test_what_cannot_be_done_is_one_line(name: str, overrides: list[str], words:
     assert words in refused(make(**RUNS[name]), tmp_path, capsys, *overrides)
 
 
-def test_adapters_need_a_trained_model(home: Path, capsys: Capture) -> None:
+def test_adapters_need_a_trained_model(home: Path, tmp_path: Path, capsys: Capture) -> None:
     """In train.py too, which can begin from nothing."""
-    assert train.main(["--config", str(home / "base.yaml"), "lora.r=4"]) == 2
+    assert train.main(["--config", str(home / "base.yaml"), *elsewhere(tmp_path), "lora.r=4"]) == 2
     assert "lora: adapters belong to a trained model. Set training.init_from, or take the lora section out." in capsys.readouterr().err
 
 

@@ -379,8 +379,7 @@ class TrainingConfig(Section):
     auto_resume: Switch = True
     """go on from the newest sound checkpoint in checkpoint_dir"""
     init_from: Name | None = None
-    """what a new run starts from: a checkpoint, or hf:NAME or hf:FOLDER for a Hugging Face model; model and tokenizer are its own, so that their
-    sections are left out, but for dropout and gradient_checkpointing; null: new weights"""
+    """a checkpoint, or hf:NAME or hf:FOLDER, whose weights, tokenizer and model settings (but dropout) a new run takes; null: new weights"""
     train_on: Literal["response", "all"] = "response"
     """for fine-tuning: which tokens are targets, those of the responses or all"""
 

@@ -561,8 +561,9 @@ def test_a_run_starts_from_an_imported_checkpoint_and_does_not_resume_it(publish
     from tinylm.config import load_config
 
     config = load_config(make_config(), [f"training.init_from={tmp_path / 'in.ckpt'}", f"tokenizer.path={folder}"])
-    weights = train.initial_weights(config, load_hf_tokenizer(str(folder)))
-    assert torch.equal(weights["embedding.weight"], checkpoint.read(tmp_path / "in.ckpt")["weights"]["embedding.weight"])
+    base = train.find_base(config, train.Start())
+    model = base.build(base.model)
+    assert torch.equal(model.embedding.weight, checkpoint.read(tmp_path / "in.ckpt")["weights"]["embedding.weight"])
 
 
 def test_an_exported_import_is_the_model_that_was_published(published, tmp_path):

@@ -663,7 +663,8 @@ def read_list(path: Path) -> list[tuple[Place, dict[str, Any]]]:
     places = [Place(str(path), item.start_mark.line + 1) for item in node.value]
     for place, item in zip(places, node.value, strict=True):
         if not isinstance(item, yaml.MappingNode):
-            raise UserError(f"{place}: expected an item with keys, found {_shown(_plain(Settings(), item, 'item', place))}. Write name: value on lines of their own.")
+            found = _shown(_plain(Settings(), item, "item", place))
+            raise UserError(f"{place}: expected an item with keys, found {found}. Write name: value on lines of their own.")
     return [(place, _plain(Settings(), item, "item", place)) for place, item in zip(places, node.value, strict=True)]
 
 

@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,8 @@ LINE_BYTES_LIMIT = 2**30
 # Characters that are held before a text is searched for separators.
 SEARCH_CHARACTERS = 1_000_000
 PARQUET_BATCH_ROWS = 1024
+# What `datasets` lets through where a file of the hub is cut off or not of its kind; pyarrow's and the JSON readers' errors are ValueErrors.
+DAMAGED = (ValueError, EOFError, zlib.error)
 
 
 # --- step 1: sources --------------------------------------------------------------------------------------------------
@@ -105,6 +108,8 @@ class HubDataset:
                 yield f"{self.name} ({self.split}): row {number}", row
         except hub_errors() as error:
             raise UserError(f"{self.name} ({self.split}): reading stopped: {first_line(error)}. Try again: a run resumes where it stopped.") from error
+        except DAMAGED as error:
+            raise UserError(f"{self.name} ({self.split}): a file of it is damaged: {first_line(error)}. Give another dataset, or local files.") from error
 
     def _load(self) -> Iterable[Any]:
         """The library's dataset, with the text column alone where it says which columns there are."""
@@ -113,7 +118,7 @@ class HubDataset:
         datasets = _import("datasets", self.name)
         try:
             dataset = datasets.load_dataset(self.name, self.config, split=self.split, streaming=self.streaming)
-        except (*hub_errors(), ValueError, datasets.exceptions.DatasetsError) as error:
+        except (*hub_errors(), *DAMAGED, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"data.dataset: {self.name}: {first_line(error)}. Check data.dataset_config and data.split, or: {mend}") from error
         columns = dataset.column_names
         if columns is None or self.field is None:

@@ -240,7 +240,7 @@ def open_checkpoint(subject: Subject, device: str, tokenizer: str) -> Opened:
     if not all(weight.isfinite().all() for weight in loaded.model.parameters()):
         raise UserError(f"{printable(subject.paths[0])}: there are weights that are not finite numbers; its training diverged. Use an earlier checkpoint.")
     engine = Engine(loaded.model, choose_tokenizer(tokenizer, loaded.tokenizer))
-    template = make_template(loaded.config.data.template, engine.tokenizer) if loaded.info.stage == "sft" else None
+    template = make_template(loaded.template, engine.tokenizer) if loaded.template else None
     return Opened(engine, template, loaded.info.step, loaded.info.val_loss)
 
 

@@ -351,10 +351,13 @@ def test_bytes_end_an_answer_with_the_separator(save, tmp_path):
 def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tmp_path):
     export_hf(save(stage="pretrain"), tmp_path / "base")
     assert not (tmp_path / "base" / "chat_template.jinja").exists()
-    own = tokenizer_from_plain(bpe("gpt2").to_plain() | {"chat_template": "{{ messages[0].content }}"})
+    source = "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    own = tokenizer_from_plain(bpe("gpt2").to_plain() | {"chat_template": source})
     for stage, data in (("pretrain", {}), ("sft", {"template": "chat_template"})):
         export_hf(save(own, stage=stage, config={"data": data}), tmp_path / stage)
-        assert (tmp_path / stage / "chat_template.jinja").read_text(encoding="utf-8") == "{{ messages[0].content }}"
+        assert (tmp_path / stage / "chat_template.jinja").read_text(encoding="utf-8") == source
+        ends = json.loads((tmp_path / stage / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+        assert ends == (own.eos_id if stage == "pretrain" else [SPECIAL.index("<|im_end|>") + own.encode_markup(SPECIAL[0])[0], own.eos_id])
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ from tinylm.lora import merge
 from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
 
 FORMAT = "tinylm"
+# Stages that teach a model to answer, written as data.template says.
+ANSWERING = ("sft", "dpo")
 SCHEMA = 1
 # The end-of-central-directory record closes a zip file: 22 bytes, of which the last two are the comment's length.
 _END_RECORD = b"PK\x05\x06"
@@ -75,6 +77,11 @@ class Loaded:
     tokenizer: Tokenizer
     config: Config
     info: CheckpointInfo
+
+    @property
+    def template(self) -> str | None:
+        """The name of the template that it was taught to answer in (`make_template`); None for a base model."""
+        return self.config.data.template if self.info.stage in ANSWERING else None
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

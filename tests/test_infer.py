@@ -265,7 +265,7 @@ def test_a_question_that_cannot_be_asked_does_not_end_the_chat(run, tuned, monke
     from tinylm.tokenizer import CharTokenizer
 
     tokenizer = CharTokenizer("### Instruction: \n### Output:abcd", unknown="error")
-    made = payload("x" * 100)
+    made = payload("x" * 400)
     config = made["config"] | {"model": made["config"]["model"] | {"vocab_size": 260}, "tokenizer": {"kind": "char"}}
     monkeypatch.setattr(Engine, "stream", lambda engine, prompt, sampling, *, stop_ids=(): iter([Piece("!", 0, 0.0, finish_reason="eos")]))
     piped(monkeypatch, "x\na\n")
@@ -335,7 +335,7 @@ def test_a_chat_without_a_fine_tuned_checkpoint_or_input_is_told(run, save, tmp_
 @pytest.mark.slow
 def test_a_chat_on_a_terminal_stops_an_answer_and_goes_on(save, tuned, tmp_path):
     """A true terminal: Ctrl-C while the answer is written, Ctrl-C at the sign, then /exit."""
-    path = tuned(config=payload("x" * 100, max_new_tokens=1_000_000)["config"])
+    path = tuned(config=payload("x" * 400, max_new_tokens=1_000_000)["config"])
     ours, theirs = pty.openpty()
     program = start("--ckpt", path, "--chat", stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "dumb"}, start_new_session=True)
     os.close(theirs)

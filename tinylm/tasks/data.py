@@ -49,8 +49,7 @@ def load_task(task: Task, path: Path | None, *, smoke: bool = False, n_shots: in
     if smoke and path is not None:
         raise UserError(f"--data: {printable(path)}: --smoke takes the built-in rows. Give one of the two.")
     if smoke:
-        built_in = [(f"{task.name}: built-in row {number}", dict(row)) for number, row in enumerate(task.smoke, start=1)]
-        return _held_out(task, built_in, n_shots, limit, seed)
+        return _held_out(task, built_in_rows(task), n_shots, limit, seed)
     if path is not None and path.is_dir():
         train = _whole(str(_split_file(path, TRAIN))) if n_shots else ()
         return _apart(task, train, _whole(str(_split_file(path, TEST))), n_shots, limit, seed)
@@ -62,6 +61,11 @@ def load_task(task: Task, path: Path | None, *, smoke: bool = False, n_shots: in
         return _of_hub(task, task.hub, n_shots, limit, seed)
     except UserError as problem:
         raise UserError(f"task {task.name}: {problem} Here that is --data {task.name}=PATH; --smoke needs no data.") from None
+
+
+def built_in_rows(task: Task) -> list[Record]:
+    """The rows that the task brings, each with its place."""
+    return [(f"{task.name}: built-in row {number}", dict(row)) for number, row in enumerate(task.smoke, start=1)]
 
 
 def _of_hub(task: Task, hub: Hub, n_shots: int, limit: int | None, seed: int) -> TaskData:

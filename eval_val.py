@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from tinylm.errors import printable
+from tinylm.errors import UserError, printable
 from tinylm.program import Parser, run_program, say
 
 
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from tinylm.checkpoint import load_model, read
     from tinylm.device import pick_device
     from tinylm.evaluate import byte_table, score_batches
+    from tinylm.foreign import ForeignSeq2Seq
     from tinylm.mix import validation_file
 
     device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
     loaded = load_model(args.ckpt, device)
+    if isinstance(loaded.model, ForeignSeq2Seq):
+        raise UserError(f"{printable(args.ckpt)}: an encoder-decoder, which answers and predicts no plain text. Use evaluate_checkpoints.py --tasks.")
     tokenizer = choose_tokenizer(args.tokenizer, loaded.tokenizer)
     file = validation_file(config.data, tokenizer, config.training.seed)
     trained_on = read(args.ckpt)["data"]["val"]

@@ -23,7 +23,7 @@ from tinylm.config import Config
 from tinylm.decoder import Decoder
 from tinylm.device import keep_freed_memory
 from tinylm.errors import Diverged
-from tinylm.evaluate import batch_sums
+from tinylm.evaluate import batch_sums, beside_ids
 from tinylm.foreign import ForeignDecoder
 from tinylm.losses import cross_entropy
 from tinylm.optim import make_optimizer, set_lr
@@ -215,7 +215,8 @@ class LitLM(LitStage):
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
         """Cross entropy summed over the targets; a mixture of experts adds its balance loss."""
-        features = self._features(batch["input_ids"], document_ids=batch.get("document_ids"))
+        batch = self.decoder.arranged(batch)
+        features = self._features(batch["input_ids"], **beside_ids(batch))
         labels = batch["labels"].flatten()
         loss = cross_entropy(features.hidden.flatten(0, 1), self.decoder.head.weight, labels, label_smoothing=label_smoothing)
         moe = self.config.model.moe
@@ -224,4 +225,4 @@ class LitLM(LitStage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """What `tinylm/evaluate.py` counts, so that training and eval_val.py give the same number."""
-        return batch_sums(self._features, self.decoder.head, batch, self.byte_lengths)
+        return batch_sums(self._features, self.decoder.head, self.decoder.arranged(batch), self.byte_lengths)

@@ -79,6 +79,14 @@ def with_data_of_task(config: "Config") -> "Config":
     return config.model_copy(update={"data": data.model_copy(update=named)})
 
 
+def on_hub(data: "DataConfig") -> bool:
+    """Whether the rows are those of a task on the hub."""
+    from tinylm.tasks import NAMED
+
+    hub = NAMED[data.task].hub if data.task else None
+    return hub is not None and data.dataset == hub.dataset and not os.path.exists(hub.dataset)
+
+
 def rows_of_task(data: "DataConfig") -> dict[str, Any]:
     """What `LitExamples` is told of a task: how its rows are read, and the built-in ones where they are asked for; a file of that name wins."""
     from tinylm.tasks import NAMED
@@ -99,7 +107,7 @@ def open_examples(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitExa
     try:
         data.prepare()
     except UserError as problem:
-        if config.data.task is None or os.path.exists(config.data.dataset):
+        if not on_hub(config.data):
             raise
         raise UserError(f"{problem} For task {config.data.task} that is data.dataset=PATH; data.dataset={SMOKE} takes a few built-in rows.") from None
     say(data.describe())

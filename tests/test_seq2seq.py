@@ -204,10 +204,10 @@ def test_adapters_merge_switch_off_and_fit_the_architecture(home: Path) -> None:
     before = model(batch["input_ids"], **beside_ids(batch))
     attach(model, lora, seed=0)
     generator = torch.Generator().manual_seed(1)
-    weights = {name: 0.3 * torch.randn(weight.shape, generator=generator) for name, weight in adapter_weights(dict(model.named_parameters())).items()}
+    weights = {name: 0.1 * torch.randn(weight.shape, generator=generator) for name, weight in adapter_weights(dict(model.named_parameters())).items()}
     load_adapter(model, weights)
     separate = model.eval()(batch["input_ids"], **beside_ids(batch))
-    assert (separate - before).abs().max() > 0.1
+    assert (separate - before).abs().max() > 0.01
     with adapters_off(model):
         assert torch.equal(model(batch["input_ids"], **beside_ids(batch)), before)
     merge(merged, weights, lora)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm.config import DataConfig
+from tinylm.config import DataConfig, TrainingConfig
 from tinylm.errors import UserError, printable
 from tinylm.rows import ROW_FILES, Record, records
 from tinylm.tasks import NAMED, PAIRS
@@ -69,9 +69,11 @@ def built_in_rows(task: Task) -> list[Record]:
 
 
 def _of_hub(task: Task, hub: Hub, n_shots: int, limit: int | None, seed: int) -> TaskData:
+    if hub.train == hub.test:  # of one split, what fine-tuning holds out for validation where its settings say nothing else
+        both = DataConfig(dataset=hub.dataset, dataset_config=hub.config, split=hub.train)
+        train, held_out = (records(both, which, TrainingConfig().seed) for which in ("train", "val"))
+        return _apart(task, train if n_shots else (), held_out, n_shots, limit, seed)
     test = _whole(hub.dataset, hub.config, hub.test)
-    if hub.train == hub.test:
-        return _held_out(task, test, n_shots, limit, seed)
     return _apart(task, _whole(hub.dataset, hub.config, hub.train) if n_shots else (), test, n_shots, limit, seed)
 
 

@@ -23,6 +23,7 @@ import infer
 import list as list_program
 import train
 from data import LitExamples
+from tinylm import __main__ as commands
 from tinylm import checkpoint, lora
 from tinylm.config import load_config
 from tinylm.errors import UserError
@@ -337,6 +338,22 @@ def test_plain_peft_loads_a_saved_adapter(foreign: bool, make: Make, home: Path,
     assert not torch.allclose(merged, plain, atol=1e-4)
     described = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert described["base_model_name_or_path"] == str(home / ("llama" if foreign else "base/final.ckpt"))
+
+
+def test_an_adapter_of_a_hugging_face_model_is_exported_alone_or_merged(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """peft's folder names its base; the merged folder has the logits of the checkpoint, and transformers answers as infer.py does."""
+    import transformers
+
+    path = adapted(make, foreign=True)
+    assert commands.main(["export", str(path), str(tmp_path / "alone")]) == 0
+    assert f"of {home / 'llama'}; --merge writes the whole model" in capsys.readouterr().err
+    assert commands.main(["export", str(path), str(tmp_path / "merged"), "--merge"]) == 0
+    model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "say red"}], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    theirs = model.generate(asked, do_sample=False, max_new_tokens=8)[0, asked.size(1) :].tolist()
+    capsys.readouterr()
+    assert infer.main(["--ckpt", str(path), "--prompt", "say red", "--temperature", "0", "--max-new-tokens", "8", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["completions"][0]["ids"] == theirs
 
 
 def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> None:

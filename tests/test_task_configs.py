@@ -48,7 +48,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(name: str, models: Path, tmp_path: Path, *overrides: str) -> Path:
     """The final checkpoint of two steps of a config."""
     model = next(model for model in ("gpt2", "t5", "smollm2") if model in name)
-    small = ["training.max_steps=2", "training.seq_len=400", "training.micro_batch_size=1", "training.grad_accum_steps=1", "training.val_every_steps=2", "sampling.max_new_tokens=4"]
+    small = ["training.max_steps=2", "training.seq_len=400", "training.micro_batch_size=1", "training.grad_accum_steps=1"]
+    small += ["training.val_every_steps=2", "sampling.max_new_tokens=4"]
     places = [f"training.checkpoint_dir={tmp_path}/ckpt", f"training.log_dir={tmp_path}/logs", f"training.init_from=hf:{models / model}"]
     assert finetune.main(["--config", str(CONFIGS[name]), *small, *places, "hardware.threads=1", *overrides]) == 0
     return tmp_path / "ckpt" / "final.ckpt"

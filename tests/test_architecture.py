@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 # A file imports only from its own floor or lower ones; a folder (tasks, web) stands on one floor.
 FLOORS = [
-    ["errors", "config", "device"],
+    ["errors", "config", "device", "processes"],
     ["tokenizer", "tokenfile", "corpus", "encode", "bpe", "packing", "prompts", "rows", "metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],
     ["checkpoint", "engine", "sampling", "hf", "foreign", "lora", "export", "tasks", "evaluate", "lm_eval"],

@@ -5,7 +5,8 @@
 
 The file is a line that says what it is; the header as JSON, filled up with spaces and ended by a newline to 4096 bytes;
 the tokens, raw and little-endian; zeros to a multiple of 8 bytes; then for each document where it ends, EOS included, as
-uint64. Other programs' arrays of ids are read too: `.npy`, and bare numbers in a `.bin` where the settings say their type.
+uint64. Other programs' arrays of ids are read too: `.npy`, bare numbers in a `.bin` where the settings say their type, and
+datatrove's `.ds` with its index and metadata beside it.
 This file knows nothing of where text comes from.
 """
 
@@ -13,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import time
 import tokenize
@@ -31,8 +33,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tinylm.errors import UserError, printable, reading, reason, require_regular
 from tinylm.tokenizer import Tokenizer
 
-BIN, NPY = ".bin", ".npy"
-TOKEN_FILES = (BIN, NPY)
+BIN, NPY, DATATROVE = ".bin", ".npy", ".ds"
+TOKEN_FILES = (BIN, NPY, DATATROVE)
 # Bytes or tokens that are looked at together.
 BLOCK = 2**20
 MAGIC = b"tinylm token file\n"
@@ -136,7 +138,7 @@ class TokenFile:
         """The token file at `path`, its header and size checked.
 
         Args:
-            path: a token file of ours, or an array of ids, .npy or bare.
+            path: a token file of ours, or an array of ids, .npy, datatrove's .ds, or bare.
             mend: what to do about a file that is no good; by default, to encode again.
             tokenizer: what an array of ids was encoded with; its EOS closes the documents. Such a file is read once, whole.
             dtype: type of the numbers of a bare array, `uint16` or `uint32`.
@@ -153,6 +155,8 @@ class TokenFile:
             found = os.path.getsize(path)
         if path.suffix == NPY:
             return _with_scan(path, *_npy_layout(path, head, found, mend), tokenizer, mend)
+        if path.suffix == DATATROVE:
+            return _with_scan(path, *_datatrove_layout(path, found), tokenizer, mend, _datatrove_ends(path))
         if dtype is not None and not head.startswith(MAGIC):
             return _with_scan(path, *_bare_layout(path, dtype, found), tokenizer, mend)
         header = _parse_header(path, head, mend)
@@ -268,11 +272,55 @@ def _npy_layout(path: Path, head: bytes, size: int, mend: str) -> tuple[str, int
     return dtype.name, file.tell(), shape[0]
 
 
+def _datatrove_layout(path: Path, size: int) -> tuple[str, int, int]:
+    """dtype, offset and number of ids of datatrove's NAME.ds, as NAME.ds.metadata says them below the name of the tokenizer."""
+    metadata = _beside(path, ".metadata")
+    with reading(metadata), open(metadata, "rb") as file:
+        head = file.read(HEADER_BYTES)
+    said = re.match(rb"[^\n]*\|([24])\n([1-9][0-9]{0,15})(\n|$)", head)
+    if not said:
+        raise UserError(f"{printable(metadata)}: expected a name with |2 or |4 behind it, then the number of tokens, found {head[:80]!r}. {_DATATROVE_AGAIN}")
+    width, count = int(said[1]), int(said[2])
+    if size != width * count:
+        raise UserError(f"{printable(path)}: expected {width * count} bytes ({count} tokens of {width} bytes), found {size}. {_DATATROVE_AGAIN}")
+    return ("uint16" if width == 2 else "uint32"), 0, count
+
+
+def _datatrove_ends(path: Path) -> np.ndarray:
+    """Where each document ends, from NAME.ds.index."""
+    index = _beside(path, ".index")
+    size = os.path.getsize(index)
+    if not size or size % END_BYTES:
+        raise UserError(f"{printable(index)}: expected {END_BYTES} bytes for each of at least one document, found {size}. {_DATATROVE_AGAIN}")
+    return np.memmap(index, dtype="<u8", mode="r")
+
+
+_DATATROVE_AGAIN = "Run the task of datatrove again that wrote it."
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    beside = path.with_name(f"{path.name}{suffix}")
+    if not os.path.lexists(beside):
+        raise UserError(f"{printable(beside)}: not found. Keep it beside {printable(path.name)}: datatrove writes .ds, .ds.index and .ds.metadata.")
+    require_regular(beside)
+    return beside
+
+
+def _check_ends(path: Path, ends: np.ndarray, closed: np.ndarray, count: int) -> None:
+    """UserError unless the documents of an index fill the file, and each ends behind an EOS; `closed` are the places behind one."""
+    if ends[-1] != count or not ends[0] or (ends[:-1] >= ends[1:]).any():
+        raise UserError(f"{printable(path)}: its index is not that of {count} tokens in {len(ends)} documents. {_DATATROVE_AGAIN}")
+    other = np.flatnonzero(~np.isin(ends, closed.astype(ends.dtype), assume_unique=True))
+    if len(other):
+        told = f"{len(other)} of {len(ends)} documents, the first of them number {other[0] + 1}, do not end with the tokenizer's end of text"
+        raise UserError(f"{printable(path)}: {told}. Set tokenizer to the one that encoded it, or encode with its eos_token and shuffle no chunks.")
+
+
 def _with_scan(path: Path, dtype: str, offset: int, count: int, tokenizer: Tokenizer | None, mend: str, ends: np.ndarray | None = None) -> TokenFile:
     """An array of ids as a token file: read once, in blocks, for what our own files say in header and index.
 
     Raises:
-        UserError: an id is none of the tokenizer's.
+        UserError: an id is none of the tokenizer's, or `ends` are not where documents end.
     """
     if tokenizer is None:
         raise ValueError(f"{path}: an array of ids is opened with the tokenizer it was made with")
@@ -286,7 +334,9 @@ def _with_scan(path: Path, dtype: str, offset: int, count: int, tokenizer: Token
             raise UserError(f"{printable(path)}: {told}. Set tokenizer to the one that it was encoded with, or correct data.token_dtype.")
         tally.add_tokens(block)
         found.append(start + 1 + np.flatnonzero(block == tokenizer.eos_id))
-    if ends is None:
+    if ends is not None:
+        _check_ends(path, ends, np.concatenate(found), count)
+    else:
         ends = np.concatenate([*found, [count]]).astype("<u8")
         ends = ends[:-1] if len(ends) > 1 and ends[-2] == count else ends  # or else the last document is not closed
     return TokenFile(path, tally.header(count, len(ends), "", ""), mend, offset=offset, ends=ends)

@@ -25,6 +25,7 @@ from tinylm.corpus import train_documents
 from tinylm.encode import cached_token_file, encode_documents, source_fingerprint
 from tinylm.errors import UserError, printable
 from tinylm.packing import Position, count_rows, document_ids, pack_stream, row_at
+from tinylm.processes import Progress
 from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
 
@@ -213,17 +214,17 @@ class LitData(L.LightningDataModule):
         self.train_file: TokenFile | None = None
         self.val_file: TokenFile | None = None
 
-    def prepare(self) -> None:
+    def prepare(self, progress: Progress | None = None) -> None:
         """Encode what is not encoded yet.
 
         Raises:
             UserError: the training data are shorter than one row.
         """
         config = self.config
-        self.val_file = cached_token_file(config.data, "val", self.tokenizer, config.training.seed)
+        self.val_file = cached_token_file(config.data, "val", self.tokenizer, config.training.seed, progress=progress)
         if config.data.streaming:
             return
-        self.train_file = cached_token_file(config.data, "train", self.tokenizer, config.training.seed)
+        self.train_file = cached_token_file(config.data, "train", self.tokenizer, config.training.seed, progress=progress)
         needed = config.training.seq_len + 1
         if len(self.train_file) < needed:
             found = f"{printable(config.data.dataset)} gives {len(self.train_file)} training tokens"

@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
 
         tokenizer, config = prepare_tokenizer(config, start)
         data = LitData(config, tokenizer)
-        data.prepare()
+        with program.progress_bar() as progress:
+            data.prepare(progress)
         say(describe_data(data))
         warn_of_shared_documents(config, say)
         if start.payload is not None:

@@ -326,7 +326,8 @@ def encode_file(
     Raises:
         UserError: as the source, the tokenizer and `Draft`, or the split has no document.
     """
-    with Draft(path, recipe.tokenizer, recipe.fingerprint, resume=resume, keep=keep, place=place) as draft:
+    cut = f"{corpus.SPAN_BYTES} bytes, {JOB_CHARACTERS} characters"
+    with Draft(path, recipe.tokenizer, recipe.fingerprint, cut=cut, resume=resume, keep=keep, place=place) as draft:
         _fill(draft, recipe, processes, progress)
         if not draft.state.documents:
             raise recipe.split.nothing(draft.state.read)

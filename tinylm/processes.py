@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,8 @@ def in_order(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int)
     """`work(job)` for each job, in the order of the jobs.
 
     This process works too, from the first moment on: the `processes` - 1 helpers take half a second to start. `work` is sent
-    to each of them once. Memory holds at most `KEPT` jobs a process, with their results.
+    to each of them once. Memory holds at most `KEPT` jobs a process, with their results. What `work` raises ends all at once, so
+    an error that is to come in its turn is a result.
 
     Raises:
         UserError: a helper was killed.
@@ -42,7 +44,7 @@ def in_order(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int)
     try:
         while True:
             room = AHEAD * (processes - 1) - sum(not future.done() for future in waiting)
-            waiting.extend(executor.submit(_run, job) for job in islice(jobs, max(room, 0)))
+            waiting.extend(_submit(executor, job) for job in islice(jobs, max(room, 0)))
             if not waiting:
                 return
             if not waiting[0].done() and len(waiting) < KEPT * processes:
@@ -55,6 +57,21 @@ def in_order(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int)
         raise UserError("a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes.") from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(executor: ProcessPoolExecutor, job: Any) -> Future[Any]:
+    """Hand a job over; the first one starts the helpers.
+
+    A terminal sends Ctrl-C to all processes of a command. Helpers inherit the signal blocked, or else one that is still
+    importing would die with a traceback; this process decides when they end.
+    """
+    if sys.platform == "win32":
+        return executor.submit(_run, job)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return executor.submit(_run, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _done(result: Result) -> Future[Result]:
@@ -70,7 +87,7 @@ _work: Callable[[Any], Any]
 def _begin(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to helpers too; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is one core's work
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 

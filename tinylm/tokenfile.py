@@ -146,7 +146,7 @@ class TokenFile:
         Raises:
             UserError: it is not a token file, or not all of it; or an id of an array is none of the tokenizer's.
         """
-        path = Path(path)
+        path, bare = Path(path), "" if mend else " If it is a bare array of ids, set data.token_dtype."
         mend = mend or f"Encode again: {ENCODE} {printable(path)}."
         require_regular(path)
         with reading(path):
@@ -159,6 +159,8 @@ class TokenFile:
             return _with_scan(path, *_datatrove_layout(path, found), tokenizer, mend, _datatrove_ends(path))
         if dtype is not None and not head.startswith(MAGIC):
             return _with_scan(path, *_bare_layout(path, dtype, found), tokenizer, mend)
+        if not head.startswith(MAGIC):
+            raise UserError(f"{printable(path)}: not a token file: it begins with {head[:16]!r}. {mend}{bare}")
         header = _parse_header(path, head, mend)
         if dtype is not None and header.dtype != dtype:
             raise UserError(f"data.token_dtype: {dtype}, and {printable(path)} says itself that it holds {header.dtype}. Take data.token_dtype out.")
@@ -231,8 +233,6 @@ class TokenFile:
 
 
 def _parse_header(path: Path, head: bytes, mend: str) -> TokenFileHeader:
-    if not head.startswith(MAGIC):
-        raise UserError(f"{printable(path)}: not a token file: it begins with {head[:16]!r}. {mend} If it is a bare array of ids, set data.token_dtype.")
     try:
         return TokenFileHeader.model_validate_json(head[len(MAGIC) :])
     except ValidationError as error:
@@ -339,7 +339,7 @@ def _with_scan(path: Path, dtype: str, offset: int, count: int, tokenizer: Token
     else:
         ends = np.concatenate([*found, [count]]).astype("<u8")
         ends = ends[:-1] if len(ends) > 1 and ends[-2] == count else ends  # or else the last document is not closed
-    return TokenFile(path, tally.header(count, len(ends), "", ""), mend, offset=offset, ends=ends)
+    return TokenFile(path, tally.header(dtype, count, len(ends), "", ""), mend, offset=offset, ends=ends)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -397,6 +397,8 @@ class DraftState(BaseModel):
 
     version: Literal[2] = VERSION
     recipe: str
+    cut: str
+    """what decides where portions end: numbers of portions mean something only under it"""
     portions: int = Field(default=0, ge=0)
     read: int = Field(default=0, ge=0)
     """documents that were read, also those of the other split"""
@@ -420,6 +422,7 @@ class Draft:
         path: where the file goes.
         tokenizer: what the tokens are.
         recipe: fingerprint of all that they depend on.
+        cut: what decides where portions end.
         resume: go on with a draft that was left, if there is one.
         keep: leave the draft after an error; an interruption leaves it in any case.
         place: the setting that decides where the file goes, for errors.
@@ -430,10 +433,12 @@ class Draft:
 
     SAVE_SECONDS = 5.0
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, recipe: str, *, resume: bool = False, keep: bool = False, place: str = "data.cache_dir"):
+    def __init__(
+        self, path: Path, tokenizer: Tokenizer, recipe: str, *, cut: str = "", resume: bool = False, keep: bool = False, place: str = "data.cache_dir"
+    ):
         self.path, self.place, self._keep = path, place, keep
         self.folder = draft_folder(path)
-        self.state = DraftState(recipe=recipe)
+        self.state = DraftState(recipe=recipe, cut=cut)
         self._tally = _Tally(tokenizer)
         self._saved = time.monotonic()
         left = self._left(resume)
@@ -457,8 +462,8 @@ class Draft:
             state = DraftState.model_validate_json(path.read_bytes())
         except (ValidationError, OSError):
             raise UserError(f"{printable(path)}: not the state of an interrupted encoding. {mend}") from None
-        if state.recipe != self.state.recipe:
-            raise UserError(f"{printable(self.folder)}: was begun with other text, another tokenizer or other settings. Go on with those, or: {mend}")
+        if (state.recipe, state.cut) != (self.state.recipe, self.state.cut):
+            raise UserError(f"{printable(self.folder)}: was begun with other text, another tokenizer, settings or version. Go on with those, or: {mend}")
         self.state = state
         return True
 
@@ -513,7 +518,7 @@ class Draft:
             for block in chain([padding], iter(partial(self._ends.read, BLOCK), b"")):
                 self._tokens.write(block)
                 digest.update(block)
-            header = self._tally.header(state.tokens, state.documents, source, state.recipe)
+            header = self._tally.header(self._tally.dtype.name, state.tokens, state.documents, source, state.recipe)
             self._tokens.seek(0)
             self._tokens.write((MAGIC + header.model_dump_json().encode()).ljust(HEADER_BYTES - 1) + b"\n")
             self._tokens.flush()
@@ -552,11 +557,11 @@ class _Tally:
         self.digest.update(tokens.data)
         self.text_bytes += int(self._lengths[tokens].sum(dtype=np.int64))
 
-    def header(self, count: int, documents: int, source: str, recipe: str) -> TokenFileHeader:
+    def header(self, dtype: str, count: int, documents: int, source: str, recipe: str) -> TokenFileHeader:
         """The header of a file whose every byte went through the digest."""
         tokenizer = self.tokenizer
         header = TokenFileHeader(
-            version=VERSION, count=count, dtype=self.dtype.name, tokenizer=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
+            version=VERSION, count=count, dtype=dtype, tokenizer=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id, documents=documents, text_bytes=self.text_bytes, source=source, recipe=recipe, sha256="",
         )  # fmt: skip
         self.digest.update(header.fields_json())

@@ -195,7 +195,7 @@ class DataConfig(Section):
     """Which documents are read, which are held out, and how they become rows."""
 
     dataset: Name = "data/tiny_corpus.txt"
-    """a .txt, .jsonl, .parquet or token file (.bin, .npy), a folder or glob of texts, or a Hugging Face name (owner/name)"""
+    """a .txt, .jsonl, .parquet or token file (.bin, .npy, .ds), a folder or glob of texts, or a Hugging Face name (owner/name)"""
     dataset_config: Name | None = None
     """configuration of a Hugging Face dataset (20231101.en)"""
     mix: tuple[MixPart, ...] | None = None

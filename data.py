@@ -30,6 +30,7 @@ from tinylm.encode import encode_documents, source_fingerprint
 from tinylm.errors import UserError, printable
 from tinylm.mix import Allocation, Joined, training_files, training_fingerprint, validation_file, weights_of
 from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document_ids, pack_examples, pack_stream, row_at, row_of_examples
+from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
 from tinylm.prompts import Conversation, Template, make_template
 from tinylm.rows import Report, examples, shared_examples, with_rows
@@ -292,7 +293,7 @@ class LitData(RunData):
         """one a source; none for a stream"""
         self.val_file: TokenFile | Joined | None = None
 
-    def prepare(self, *, validation: bool = True) -> None:
+    def prepare(self, progress: Progress | None = None, *, validation: bool = True) -> None:
         """Encode what is not encoded yet; without `validation`, what is for training alone.
 
         Raises:
@@ -300,9 +301,9 @@ class LitData(RunData):
         """
         data, training = self.config.data, self.config.training
         if validation:
-            self.val_file = validation_file(data, self.tokenizer, training.seed)
+            self.val_file = validation_file(data, self.tokenizer, training.seed, progress=progress)
         if not data.streaming:
-            self.train_files = training_files(data, self.tokenizer, training.seed, needed=training.seq_len + 1)
+            self.train_files = training_files(data, self.tokenizer, training.seed, needed=training.seq_len + 1, progress=progress)
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         """Go on at micro-batch `batch`; a stream from the place that its checkpoint stored."""

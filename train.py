@@ -135,7 +135,8 @@ def open_corpus(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitData"
     from data import LitData
 
     data = LitData(config, tokenizer)
-    data.prepare()
+    with program.progress_bar() as progress:
+        data.prepare(progress)
     say(describe_data(data))
     warn_of_shared_documents(config, say)
     return data

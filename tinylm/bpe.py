@@ -25,7 +25,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -43,6 +43,7 @@ from tinylm.config import DataConfig, TokenizerConfig
 from tinylm.corpus import HubDataset, LocalFiles, Source, find_source
 from tinylm.errors import UserError, printable, writing
 from tinylm.mix import training_split
+from tinylm.processes import Progress
 from tinylm.tokenizer import BYTE_OF_CHARACTER, WELL_KNOWN_EOS, Tokenizer, load_hf_tokenizer, make_tokenizer
 
 if TYPE_CHECKING:
@@ -70,9 +71,6 @@ CUT = regex.compile(rb"(?<=[!-~]\n)(?=[!-~])|(?<=[!-~])(?= [!-~])")
 # Bytes searched for such a place.
 WINDOW = 2**16
 VERSION = 1
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is counted ("bytes", "merges"), how much is done, and of how much (0: not known)."""
 
 
 # --- step 1: words ----------------------------------------------------------------------------------------------------

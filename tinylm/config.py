@@ -208,7 +208,7 @@ class DataConfig(Section):
     """Which documents are read, which are held out, and how they become rows."""
 
     dataset: Name = "data/tiny_corpus.txt"
-    """a .txt, .jsonl, .parquet or token file, a folder or glob of them, or a Hugging Face name (owner/name)"""
+    """a .txt, .jsonl, .parquet or token file (.bin, .npy, .ds), a folder or glob of texts, or a Hugging Face name (owner/name)"""
     dataset_config: Name | None = None
     """configuration of a Hugging Face dataset (20231101.en)"""
     mix: Annotated[tuple[MixPart, ...], Field(min_length=1, max_length=1000)] | None = None

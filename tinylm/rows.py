@@ -79,13 +79,14 @@ def records(data: DataConfig, which: Which, seed: int) -> Iterator[Record]:
     return split.choose(map(_record, rows), lambda record: json.dumps(record[1], sort_keys=True, default=str), kind="rows")
 
 
-def _record(row: tuple[str, Any]) -> Record:
+def _record(row: tuple[object, Any]) -> Record:
+    place = str(row[0])
     if not isinstance(row[1], dict):
-        raise UserError(f"{row[0]}: expected an object such as {{\"instruction\": \"...\", \"output\": \"...\"}}, found {kind_of(row[1])}. Correct the row.")
-    return row
+        raise UserError(f"{place}: expected an object such as {{\"instruction\": \"...\", \"output\": \"...\"}}, found {kind_of(row[1])}. Correct the row.")
+    return place, row[1]
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _file_rows(path: Path) -> Iterator[tuple[object, Any]]:
     require_regular(path)
     if path.name.endswith(".parquet"):
         return parquet_rows(path)
@@ -109,15 +110,15 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     yield from ((f"{printable(path)}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _sms_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _sms_rows(path: Path) -> Iterator[tuple[object, Any]]:
     """The lines of the SMS Spam Collection (Almeida et al. 2011): ham or spam, a tab, the message."""
-    for number, line in text_lines(path):
+    for place, line in text_lines(path):
         if is_blank(line):
             continue
         label, tab, text = line.partition("\t")
         if not tab:
-            raise UserError(f"{printable(path)}:{number}: expected ham or spam, a tab, and a message; there is no tab. Correct the line.")
-        yield f"{printable(path)}:{number}", {"label": label, "text": text}
+            raise UserError(f"{place}: expected ham or spam, a tab, and a message; there is no tab. Correct the line.")
+        yield place, {"label": label, "text": text}
 
 
 # --- step 2: conversations --------------------------------------------------------------------------------------------

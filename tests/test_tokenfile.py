@@ -104,7 +104,7 @@ def test_the_index_stands_behind_zeros_at_a_multiple_of_8_bytes(tmp_path, n):
 
 
 @given(texts=st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=5), min_size=1, max_size=9), data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 def test_documents_come_back_by_the_index(tmp_path, texts, data):
     """Of the whole file, and of a part between two borders."""
     write_token_file(tmp_path / "a.bin", encode_documents(texts, BYTES, None), BYTES, source="test")
@@ -119,7 +119,7 @@ def test_documents_come_back_by_the_index(tmp_path, texts, data):
 
 
 @given(lengths=st.lists(st.integers(0, 3), min_size=2, max_size=9), data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 def test_the_border_is_the_first_start_of_a_document_from_there_on(tmp_path, lengths, data):
     """Oracle: a search through all tokens. The start of the file and its end divide nothing."""
     write_token_file(tmp_path / "a.bin", encode_documents(["x" * n for n in lengths], BYTES, None), BYTES, source="test")
@@ -437,7 +437,7 @@ def test_a_worker_process_gets_an_array_without_reading_it_again(tmp_path, monke
 
 def test_an_id_that_the_tokenizer_lacks_is_named_with_its_place(tmp_path):
     """Before training, not in it: an embedding has no such row."""
-    ids = np.array([1, 2, 258, 260, 300, 7], dtype=np.uint16)
+    ids = np.array([1, 2, 258, 260, 259, 7], dtype=np.uint16)
     np.save(tmp_path / "a.npy", ids)
     ids.tofile(tmp_path / "a.bin")
     for path, options in ((tmp_path / "a.npy", {}), (tmp_path / "a.bin", {"dtype": "uint16"})):
@@ -502,7 +502,7 @@ def test_an_array_of_python_objects_runs_nothing(tmp_path):
 
 
 @given(data=st.one_of(st.binary(max_size=300), st.binary(max_size=120).map(lambda tail: npy_header("(4,)")[:20] + tail)))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
 def test_no_bytes_named_npy_do_more_than_a_refusal(tmp_path, data):
     (tmp_path / "a.npy").write_bytes(data)
     array_refusal(tmp_path / "a.npy")

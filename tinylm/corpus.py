@@ -249,22 +249,20 @@ def spans_of(path: Path, end: bytes) -> Iterator[Span]:
     with reading(path), open(path, "rb") as file:
         start, size = 0, os.path.getsize(path)
         while start < size:
-            stop = _behind(file, end, start + SPAN_BYTES)
+            stop = min(_behind(file, end, start + SPAN_BYTES), size)
             yield start, stop
             start = stop
 
 
 def _behind(file: BinaryIO, end: bytes, place: int) -> int:
-    """Where the first `end` at or behind `place` is over, or the end of the file."""
+    """Where an `end` at or behind `place` is over, or else the end of the file; one that two blocks share is passed over."""
     file.seek(place)
-    held = b""
     while block := file.read(SPAN_BYTES):
-        found = (held + block).find(end)
+        found = block.find(end)
         if found >= 0:
-            return place - len(held) + found + len(end)
+            return place + found + len(end)
         place += len(block)
-        held = (held + block)[-len(end) + 1 :] if len(end) > 1 else b""
-    return os.fstat(file.fileno()).st_size
+    return place
 
 
 def _open(path: Path) -> BinaryIO:

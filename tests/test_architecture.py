@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # A file imports only from its own floor or lower ones; a folder (tasks, web) stands on one floor.
 FLOORS = [
     ["errors", "config", "device"],
-    ["tokenizer", "tokenfile", "corpus", "encode", "bpe", "packing", "prompts", "rows", "metrics", "reference"],
+    ["words", "fastbpe", "tokenizer", "tokenfile", "corpus", "encode", "bpe", "packing", "prompts", "rows", "metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],
     ["checkpoint", "engine", "sampling", "hf", "foreign", "lora", "export", "tasks", "evaluate", "lm_eval"],
     ["plots", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike

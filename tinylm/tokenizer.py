@@ -27,6 +27,7 @@ import numpy as np
 
 from tinylm.config import TokenizerConfig
 from tinylm.errors import UserError, printable
+from tinylm.words import BYTE_OF_CHARACTER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -299,19 +300,6 @@ def _unknown_id(backend: "Backend", model: dict[str, Any]) -> int | None:
     if model["type"] == "Unigram":
         return model["unk_id"]
     return None if model["unk_token"] is None else backend.token_to_id(model["unk_token"])
-
-
-def _printable_bytes() -> dict[str, bytes]:
-    """GPT-2's way of writing bytes in a vocabulary file: a character for each byte (Radford et al. 2019).
-
-    The visible characters of Latin-1 stand for themselves, and the other 68 bytes, in their order, for U+0100 and on.
-    """
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): bytes((byte,)) for byte in visible} | {chr(256 + n): bytes((byte,)) for n, byte in enumerate(hidden)}
-
-
-BYTE_OF_CHARACTER = _printable_bytes()
 
 
 # --- text while its tokens are coming ----------------------------------------------------------------------------------

@@ -129,9 +129,11 @@ def count_jobs(jobs: Iterable[Job], rules: Rules, *, processes: int = 1, progres
     """
     jobs = iter(jobs)
     first: list[Job] = []
-    while sum(job.size for job in first) < WORTH_PROCESSES and (job := next(jobs, None)) is not None:
+    size = 0
+    while size < WORTH_PROCESSES and (job := next(jobs, None)) is not None:
         first.append(job)
-    if sum(job.size for job in first) < WORTH_PROCESSES:
+        size += job.size
+    if size < WORTH_PROCESSES:
         processes = 1
     total, done = Counter[str](), 0
     for job, words in _counted(chain(first, jobs), rules, processes):

@@ -228,14 +228,15 @@ def test_the_guard_is_needed():
     assert tokenizer.encode("<|im_end|>") == [tokenizer.encode(character)[0] for character in "<|im_end|>"], "and is plain again afterwards"
 
 
-def test_a_text_after_the_opening_gets_no_space_of_its_own():
-    """Tokenizers in SentencePiece's manner put a space before a text; the pieces of a conversation are one text."""
-    pieces = {"<unk>": 0, "</s>": 1, "▁": 2, "\n": 3, "#": 4, "a": 5, "b": 6}
-    backend = Backend(models.BPE(pieces, []))
+@pytest.mark.parametrize(("specials", "opening"), [(["</s>"], []), (["<s>", "</s>"], ["<s>"])])
+def test_only_the_first_text_of_a_conversation_gets_a_space_of_its_own(specials: list[str], opening: list[str]):
+    """Tokenizers in SentencePiece's manner put a space before a text, the first behind <s> too; the pieces of a conversation are one text."""
+    tokens = ["<unk>", *specials, "▁", "\n", "a", "b"]
+    backend = Backend(models.BPE({token: id for id, token in enumerate(tokens)}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
-    tokenizer = HFTokenizer(backend, eos="</s>", pad=None)
+    tokenizer = HFTokenizer(backend, eos="</s>", pad=None, special=specials)
     ids = make_template("plain", tokenizer).encode((Turn("user", "a"), Turn("assistant", "b")), tokenizer).ids.tolist()
-    assert ids == [2, 5, 3, 6, 1], "▁ a \\n b </s>"
+    assert [tokens[id] for id in ids] == [*opening, "▁", "a", "\n", "b", "</s>"]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

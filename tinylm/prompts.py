@@ -15,6 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import Literal
 
@@ -151,8 +152,8 @@ class WrittenTemplate(Template):
 
     def _question_ids(self, exchange: Exchange, tokenizer: Tokenizer) -> list[int]:
         ids = _opening(tokenizer) if exchange.first else []
-        for piece in self.question(exchange, tokenizer):
-            ids += [piece] if isinstance(piece, int) else _text_ids(piece, tokenizer, opens=not ids and exchange.first)
+        for number, piece in enumerate(self.question(exchange, tokenizer)):
+            ids += [piece] if isinstance(piece, int) else _text_ids(piece, tokenizer, opens=exchange.first and number == 0)
         return ids
 
 
@@ -174,7 +175,16 @@ def _opening(tokenizer: Tokenizer) -> list[int]:
 
 def _text_ids(text: str, tokenizer: Tokenizer, *, opens: bool = False) -> list[int]:
     """The ids of a text; where it does not open the conversation, without the space that some tokenizers put before a text."""
-    return _without_opening_space(text, tokenizer.encode) if isinstance(tokenizer, HFTokenizer) and not opens else tokenizer.encode(text)
+    return tokenizer.encode(text) if opens or not _opens_with_space(tokenizer) else _without_opening_space(text, tokenizer.encode)
+
+
+@lru_cache(maxsize=8)
+def _opens_with_space(tokenizer: Tokenizer) -> bool:
+    """Whether the ids of a text are others behind a line end than alone."""
+    if not isinstance(tokenizer, HFTokenizer):
+        return False
+    behind, newline, alone = tokenizer.encode_batch(["\na", "\n", "a"])
+    return behind != newline + alone
 
 
 def _without_opening_space(text: str, encode: Callable[[str], list[int]]) -> list[int]:
@@ -376,5 +386,6 @@ class _Guard:
         for number, piece in enumerate(self._pieces.split(text)):
             if piece:  # None for a character whose partner the template has cut off
                 encode = tokenizer.encode if number % 2 else tokenizer.encode_markup
-                ids += _without_opening_space(piece, encode) if ids or not opens else encode(piece)
+                apart = _opens_with_space(tokenizer) and (ids or not opens)
+                ids += _without_opening_space(piece, encode) if apart else encode(piece)
         return ids

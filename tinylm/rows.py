@@ -35,7 +35,7 @@ Record = tuple[str, dict[str, Any]]
 SMS_FILE = "SMSSpamCollection"
 ROW_FILES: Kinds = (".jsonl", ".json", ".parquet", ".jsonl.gz", SMS_FILE)
 # What a folder without rows stands for, as in S0, so that every command can be tried.
-TINY_ROWS = "data/tiny_instructions.json"
+TINY_ROWS = "data/tiny_instructions.jsonl"
 # Places of skipped rows that are named.
 NAMED_PLACES = 3
 

@@ -167,6 +167,17 @@ def test_a_mixture_of_one_source_is_the_run_of_that_source(load: Any, corpus: Pa
     assert all(equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("order", ["shuffled", "random"])
+def test_sources_of_equal_length_have_orders_of_their_own(load: Any, corpus: Path, order: str) -> None:
+    """A text mixed with itself: its two copies are not read side by side."""
+    config, tokenizer = load(data={"order": order, "mix": [{"dataset": str(corpus)}] * 2})
+    data = prepared(config, tokenizer)
+    batches = IndexedBatches(data.train_files, RowShape.of(config, tokenizer), order, 1, Share(4), [1, 1])
+    origins = [origin for k in range(40) for origin in batches[k]["origin"]]
+    first, second = ([start for source, start in origins if source == wanted] for wanted in (0, 1))
+    assert first[:20] != second[:20]
+
+
 def test_two_ranks_share_the_rows_of_a_mixture(load: Any, mix: dict) -> None:
     """A13: the rows of two ranks are, place by place, those of one."""
     config, tokenizer = load(data=mix)

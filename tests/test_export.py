@@ -23,7 +23,7 @@ import infer
 import train
 from tinylm import checkpoint, hf, hf_import
 from tinylm.__main__ import main
-from tinylm.bpe import Bpe, Rules, count_texts
+from tinylm.bpe import Bpe
 from tinylm.config import Config, ModelConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError, require_package
@@ -31,6 +31,7 @@ from tinylm.export import CHAT_TEMPLATES, backend_of, export_hf, sampling_settin
 from tinylm.gguf import Vocabulary, export_gguf, neighbours, vocabulary_of
 from tinylm.hf_import import import_hf
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, load_hf_tokenizer, tokenizer_from_plain
+from tinylm.words import Rules, count_texts
 
 TEXT = "the model reads a token and guesses the next token; it isn't 12345 words, nor naïve 東京 🙂 text, the the the model's guesses\n"
 GPT2 = {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all"}

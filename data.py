@@ -4,6 +4,7 @@
 
     token files ─▶ row numbers of micro-batch k, from (seed, k) alone ─▶ rows ─▶ batch       IndexedBatches
     stream     ─▶ rows in document order ─▶ windows of rows, shuffled by (seed, window) ─▶ batch     StreamBatches
+    examples   ─▶ packed rows, or one example a row ─▶ row numbers as for a token file ─▶ batch      ExampleBatches
 
 The whole run is one sequence of micro-batches 0, 1, 2, ...; a pass over the data ends somewhere inside it. A resumed run
 begins at micro-batch k and gets what an uninterrupted one would have got. For token files k is all that takes; a
@@ -13,9 +14,10 @@ device would see as micro-batch k·R + r: sharding happens here alone.
 """
 
 import argparse
+import hashlib
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,12 +25,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinylm.config import Config, load_config
-from tinylm.corpus import train_documents
+from tinylm.corpus import Which, train_documents
 from tinylm.encode import encode_documents, source_fingerprint
 from tinylm.errors import UserError, printable
 from tinylm.mix import Allocation, Joined, training_files, training_fingerprint, validation_file, weights_of
-from tinylm.packing import IGNORE_INDEX, Position, count_rows, document_ids, pack_stream, row_at
+from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document_ids, pack_examples, pack_stream, row_at, row_of_examples
+from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
+from tinylm.prompts import Conversation, Template, make_template
+from tinylm.rows import Report, examples, shared_examples, with_rows
 from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
 
@@ -252,7 +257,29 @@ def leave_signals_alone(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class LitData(L.LightningDataModule):
+class RunData(L.LightningDataModule):
+    """What the data of every run have: a share of each micro-batch for this rank, and a loader that prepares batches."""
+
+    config: Config
+
+    def _share(self) -> Share:
+        size = self.config.training.micro_batch_size
+        return Share(size) if self.trainer is None else Share(size, self.trainer.global_rank, self.trainer.world_size)
+
+    def _loader(self, batches: Any, steps: range | None = None) -> DataLoader[Batch]:
+        workers = self.config.data.num_workers
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_alone,
+        )
+
+
+class LitData(RunData):
     """The batches of one pretraining run.
 
     `prepare` makes the token files, and must be called before the loaders are; `start_at` says where a resumed run goes on.
@@ -266,7 +293,7 @@ class LitData(L.LightningDataModule):
         """one a source; none for a stream"""
         self.val_file: TokenFile | Joined | None = None
 
-    def prepare(self, *, validation: bool = True) -> None:
+    def prepare(self, progress: Progress | None = None, *, validation: bool = True) -> None:
         """Encode what is not encoded yet; without `validation`, what is for training alone.
 
         Raises:
@@ -274,9 +301,9 @@ class LitData(L.LightningDataModule):
         """
         data, training = self.config.data, self.config.training
         if validation:
-            self.val_file = validation_file(data, self.tokenizer, training.seed)
+            self.val_file = validation_file(data, self.tokenizer, training.seed, progress=progress)
         if not data.streaming:
-            self.train_files = training_files(data, self.tokenizer, training.seed, needed=training.seq_len + 1)
+            self.train_files = training_files(data, self.tokenizer, training.seed, needed=training.seq_len + 1, progress=progress)
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         """Go on at micro-batch `batch`; a stream from the place that its checkpoint stored."""
@@ -307,21 +334,147 @@ class LitData(L.LightningDataModule):
         batches = ValidationBatches(self.val_file, shape, self._share(), self.config.training.val_batches)
         return DataLoader(batches, batch_size=None)
 
-    def _share(self) -> Share:
-        size = self.config.training.micro_batch_size
-        return Share(size) if self.trainer is None else Share(size, self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(self, batches: Any, steps: range | None = None) -> DataLoader[Batch]:
-        workers = self.config.data.num_workers
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals_alone,
-        )
+# --- fine-tuning ------------------------------------------------------------------------------------------------------
+
+
+class ExampleBatches(Dataset[Batch]):
+    """Micro-batches of examples that were packed into rows once; item k depends on (seed, k) and the rows, and on nothing else."""
+
+    def __init__(self, rows: Sequence[Sequence[Example]], config: Config, pad_id: int, share: Share):
+        self.rows, self.pad_id, self.share = rows, pad_id, share
+        self.seq_len, self.packed = config.training.seq_len, config.data.packing == "packed"
+        self.order, self.seed = config.data.order, config.training.seed
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def __getitem__(self, k: int) -> Batch:
+        rows = [self.rows[self._row(place)] for place in self.share.places(k)]
+        return self.batch(rows) | {"origin": [[example.place for example in row] for row in rows]}
+
+    def batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
+        """`input_ids` and `labels` (B, T) int64; with several examples a row also `document_ids` (B, T)."""
+        inputs, labels, documents = zip(*(row_of_examples(row, self.seq_len, self.pad_id) for row in rows), strict=True)
+        batch = {"input_ids": torch.from_numpy(np.stack(inputs)), "labels": torch.from_numpy(np.stack(labels))}
+        return batch | ({"document_ids": torch.from_numpy(np.stack(documents))} if self.packed else {})
+
+    def _row(self, place: int) -> int:
+        """The row that stands at `place` in the sequence of all rows of the run."""
+        if self.order == "random":
+            return int(np.random.default_rng((self.seed, _WINDOWS, place)).integers(len(self.rows)))
+        passes, row = divmod(place, len(self.rows))
+        if self.order == "sequential":
+            return row
+        if self._permutation[0] != passes:
+            self._permutation = (passes, np.random.default_rng((self.seed, _SHUFFLE, passes)).permutation(len(self.rows)))
+        return int(self._permutation[1][row])
+
+
+class ValidationExamples(ExampleBatches):
+    """The validation rows in their order, this rank's share of them."""
+
+    def __init__(self, rows: Sequence[Sequence[Example]], config: Config, pad_id: int, share: Share):
+        super().__init__(rows, config, pad_id, share)
+        batches, limit = -(-len(rows) // (share.size * share.world)), config.training.val_batches
+        self.n_batches = batches if limit is None else min(limit, batches)
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __getitem__(self, k: int) -> Batch:
+        if k >= self.n_batches:
+            raise IndexError(k)  # ends a plain `for batch in batches`
+        # A place beyond the last row gives a row of padding, so that all ranks do the same number of batches.
+        return self.batch([self.rows[place] if place < len(self.rows) else () for place in self.share.places(k)])
+
+
+class LitExamples(RunData):
+    """The batches of one run of supervised fine-tuning, with the interface of `LitData`.
+
+    `prepare` reads, encodes and packs all rows, and must be called before the loaders are; what it found that a user
+    should know stands in `notes`, a line each.
+
+    Args:
+        config: the settings; data.template, data.packing and training.train_on say what an example is.
+        tokenizer: what the rows are encoded with.
+        template: how conversations are written; None: as data.template says.
+        conversation_of: what makes a conversation of a row; None: its keys tell, or data.rows.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        *,
+        template: Template | None = None,
+        conversation_of: Callable[[dict[str, Any]], Conversation] | None = None,
+    ):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.template = template or make_template(config.data.template, tokenizer)
+        self.conversation_of = conversation_of
+        self.first_batch = 0
+        self.notes: list[str] = []
+        self.train_examples: list[Example] = []
+        self.val_examples: list[Example] = []
+
+    def prepare(self) -> None:
+        """Read and encode the rows of both splits.
+
+        Raises:
+            UserError: as `rows.examples`.
+        """
+        note = with_rows(self.config.data)[1]
+        self.train_examples, train = self._examples("train")
+        self.val_examples, val = self._examples("val")
+        shared = shared_examples(self.train_examples, self.val_examples)
+        warning = f"warning: {shared} validation rows are training rows too; val_loss will look better than it is"
+        self.notes = [*([note] if note else []), *train.notes(), *val.notes(), *([warning] if shared else [])]
+
+    def describe(self) -> str:
+        """One line on what is trained on and validated on."""
+        data, training = self.config.data, self.config.training
+        rows = self._rows(self.train_examples)
+        inputs = sum(len(example.ids) - 1 for example in self.train_examples)
+        targets = sum(int(example.trained.sum()) for example in self.train_examples)
+        sizes = f"train {len(self.train_examples)} examples in {len(rows)} rows of {training.seq_len} ({inputs / len(rows) / training.seq_len:.0%} full)"
+        learned = f"{targets / inputs:.0%} of the tokens trained (train_on {training.train_on})"
+        return f"data: {printable(data.dataset)}: {sizes}, {learned}, validation {len(self.val_examples)} examples; template {self.template.name}"
+
+    def start_at(self, batch: int, cursor: list[int] | None) -> None:
+        """Go on at micro-batch `batch`; rows that are all in memory need no cursor."""
+        self.first_batch = batch
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the data: two runs with equal ones see the same tokens and targets."""
+        return {"train": _fingerprint(self.train_examples), "val": _fingerprint(self.val_examples)}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The micro-batches from `first_batch` to the end of the run."""
+        training = self.config.training
+        batches = ExampleBatches(self._rows(self.train_examples), self.config, self.tokenizer.pad_id, self._share())
+        return self._loader(batches, range(self.first_batch, training.max_steps * training.grad_accum_steps))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation rows, at most training.val_batches batches of them."""
+        return DataLoader(ValidationExamples(self._rows(self.val_examples), self.config, self.tokenizer.pad_id, self._share()), batch_size=None)
+
+    def _examples(self, which: Which) -> tuple[list[Example], Report]:
+        data, training = self.config.data, self.config.training
+        made = {"train_on": training.train_on, "conversation_of": self.conversation_of}
+        return examples(data, which, training.seed, self.template, self.tokenizer, training.seq_len, **made)
+
+    def _rows(self, made: list[Example]) -> list[list[Example]]:
+        """The examples of each row."""
+        if self.config.data.packing == "padded":
+            return [[example] for example in made]
+        return [[made[number] for number in row] for row in pack_examples([len(example.ids) - 1 for example in made], self.config.training.seq_len)]
+
+
+def _fingerprint(made: list[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in made:
+        digest.update(b"%d " % len(example.ids) + example.ids.tobytes() + example.trained.tobytes())
+    return digest.hexdigest()[:12]
 
 
 # --- rows as text: python data.py --------------------------------------------------------------------------------------

@@ -25,9 +25,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -187,6 +184,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.contestant:
         return contest(options)
+    from rich.console import Console
+    from rich.table import Table
+
     names = [name for name in CONTESTANTS if name != "rustbpe" or find_spec("rustbpe")]
     table = Table("text", "vocabulary", "trainer", title=f"learning BPE with {options.processes} processes")
     for column in ("seconds", "peak MB", "bytes per token"):

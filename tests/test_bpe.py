@@ -1,6 +1,7 @@
 """Learning merges: worked by hand, equal to a slow reading of the rule, close to another library, whatever the processes."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -20,11 +21,8 @@ from tinylm import bpe as bpe_module
 from tinylm.__main__ import main
 from tinylm.bpe import (
     FILES,
-    PATTERNS,
     Bpe,
-    Rules,
     count_jobs,
-    count_texts,
     file_borders,
     gpt2_form,
     jobs_of,
@@ -36,6 +34,7 @@ from tinylm.bpe import (
 from tinylm.config import DataConfig, TokenizerConfig
 from tinylm.errors import UserError
 from tinylm.tokenizer import Fit, load_hf_tokenizer, make_tokenizer, tokenizer_from_plain
+from tinylm.words import PATTERNS, Rules, count_texts
 
 ROOT = Path(__file__).parent.parent
 EOT = "<|endoftext|>"
@@ -227,12 +226,13 @@ def test_any_number_of_processes_gives_the_same_merges(file_in_parts):
 
 
 class Deadly:
-    """A job that ends its process as the system does when memory runs out."""
+    """A job that ends a process started for it as the system does when memory runs out."""
 
     size = 1
 
     def texts(self) -> list[str]:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
         return []
 
 

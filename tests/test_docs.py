@@ -42,6 +42,12 @@ SHORT = {
     "list.py": [],
     "-m tinylm": [],
 }
+# What is shown and cannot be run as it stands, and what is done about it.
+SHOWN = {
+    "encode_corpus.py": "docs/SCALING.md gives its text; tests/test_scaling.py writes that into a file and runs it",
+    "sbatch": "needs a Slurm cluster; tests/test_scaling.py starts what it would start, with the variables that Slurm sets",
+    "torchrun": "needs two machines; tests/test_scaling.py has this one play both",
+}
 # Names in the guides that stand for something outside this project.
 OUTSIDE = {"HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTPS_PROXY", "NO_COLOR", "NotImplementedError", "PYTORCH_ENABLE_MPS_FALLBACK"}
 NAMED_FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|yaml|toml)|(?:data|tests|cases|configs|benchmarks|docs)/[\w./-]+|requirements[\w-]*\.txt")
@@ -215,8 +221,10 @@ def faults(text: str) -> Iterator[str]:
 
 def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
     """What is wrong with one command; `folders` are those that earlier ones train into, to which it may add its own."""
-    if command.program is None and command.words[0] not in TOOLS:
+    if command.program is None and command.words[0] not in TOOLS | SHOWN.keys():
         yield f"{command.words[0]}: neither of this project nor in TOOLS"
+    if command.program in SHOWN:
+        return
     missing = [word for word in command.words if (name := word.rpartition("=")[2]) and NAMED_FILE.fullmatch(name) and not Path(name).exists()]
     if command.fenced and missing:
         yield f"{missing[0]}: no such file"

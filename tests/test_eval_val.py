@@ -73,13 +73,13 @@ def test_other_data_than_the_runs_own_is_said(trained: Path, tmp_path: Path, cap
 
 def test_perplexity_is_capped() -> None:
     """S0: exp of at most LOSS_CAP; the loss itself is never changed."""
-    score = language_score(loss_sum=1000.0, tokens=1, n_bytes=1)
+    score = language_score(loss_sum=1000.0, tokens=1, n_bytes=1, n_right=0)
     assert (score.loss, score.perplexity) == (1000.0, math.exp(LOSS_CAP))
 
 
 def test_a_nan_loss_stays_nan() -> None:
     """STYLE's bug: a bad number is never replaced by a good-looking one."""
-    score = language_score(loss_sum=math.nan, tokens=5, n_bytes=5)
+    score = language_score(loss_sum=math.nan, tokens=5, n_bytes=5, n_right=0)
     assert math.isnan(score.loss) and math.isnan(score.perplexity) and math.isnan(score.bits_per_byte)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinylm import losses
 from tinylm.config import DpoConfig
-from tinylm.losses import Answers, answer_log_probs, cross_entropy, preference_loss
+from tinylm.losses import Answers, answer_log_probs, cross_entropy, preference_loss, score_targets
 from tinylm.packing import IGNORE_INDEX
 
 
@@ -329,3 +329,16 @@ def test_a_policy_that_is_its_reference_costs_log_two() -> None:
         result = preference_loss(policy, Answers(*(part.detach() for part in policy)), lengths, dpo)
         torch.testing.assert_close(result.loss, torch.full((5,), math.log(2), dtype=torch.float64))
         assert not result.chosen_reward.any() and not result.rejected_reward.any()
+
+
+@pytest.mark.parametrize("n_tokens", [5, 1500])
+def test_scoring_is_the_same_loss_and_counts_what_argmax_finds(n_tokens):
+    """Bit for bit the sum that training minimises, in several chunks too; torch's argmax over all logits at once counts; what is masked counts nowhere."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(n_tokens, 16), torch.randn(50, 16)
+    labels = torch.where(torch.rand(n_tokens) < 0.4, (hidden @ weight.T).argmax(dim=-1), torch.randint(50, (n_tokens,)))
+    labels[::3] = IGNORE_INDEX
+    loss, n_right = score_targets(hidden, weight, labels)
+    assert torch.equal(loss, cross_entropy(hidden, weight, labels))
+    assert n_right == ((hidden @ weight.T).argmax(dim=-1) == labels).sum() > 0
+    assert score_targets(hidden, weight, torch.full((n_tokens,), IGNORE_INDEX)) == (0, 0)

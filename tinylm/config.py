@@ -28,6 +28,9 @@ CONFIG_BYTES_LIMIT = 100_000  # PyYAML reads this much in half a second, and no 
 CONFIG_DEPTH_LIMIT = 12
 MIX_LIMIT = 1_000_000  # so many times the smallest weight may be all weights together: a block of rows has one of each source
 
+# What tinylm/rows.py looks for in a row.
+ROW_COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations")
+
 Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, le=COUNT_LIMIT, strict=True)]
 # Strict: YAML's `no` and `yes` are booleans, and a boolean must not pass for a number.
@@ -123,6 +126,10 @@ class ModelConfig(Section):
             raise ValueError(f"head_dim: {self.size_of_head} is odd, and position rope rotates pairs. Choose an even head_dim")
         return self
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a plain dict; peft asks the config of a model for it."""
+        return self.model_dump()
+
     @property
     def size_of_head(self) -> int:
         """Width of one head."""
@@ -201,7 +208,7 @@ class DataConfig(Section):
     """Which documents are read, which are held out, and how they become rows."""
 
     dataset: Name = "data/tiny_corpus.txt"
-    """a .txt, .jsonl, .parquet or token file, a folder or glob of them, or a Hugging Face name (owner/name)"""
+    """a .txt, .jsonl, .parquet or token file (.bin, .npy, .ds), a folder or glob of texts, or a Hugging Face name (owner/name)"""
     dataset_config: Name | None = None
     """configuration of a Hugging Face dataset (20231101.en)"""
     mix: Annotated[tuple[MixPart, ...], Field(min_length=1, max_length=1000)] | None = None
@@ -213,7 +220,7 @@ class DataConfig(Section):
     rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
     """for fine-tuning: what a row is made of; auto: told by its keys"""
     columns: dict[Name, Name] | None = None
-    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages) to the name in the data"""
+    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages, conversations) to the name in the data"""
     template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
     """for fine-tuning: how turns are written (tinylm/prompts.py); chat_template: as the tokenizer's own template says"""
     packing: Literal["packed", "padded"] = "packed"
@@ -282,6 +289,20 @@ class DataConfig(Section):
         for part in self.mix:
             if part.weight < total / MIX_LIMIT:
                 raise ValueError(f"mix: weight {part.weight} of {printable(part.dataset)} is less than a millionth of all. Raise it, or take the source out")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_ours(self) -> "DataConfig":
+        for name in self.columns or {}:
+            if name not in ROW_COLUMNS:
+                raise ValueError(f"columns: {printable(name)} is none of our names ({', '.join(ROW_COLUMNS)}). Write our name: name in the data")
+        return self
+
+    @model_validator(mode="after")
+    def _a_task_knows_its_rows(self) -> "DataConfig":
+        for name, given in (("rows", self.rows != "auto"), ("columns", self.columns is not None)):
+            if self.task is not None and given:
+                raise ValueError(f"{name}: task {self.task} says what a row is made of. Take {name} out, or task")
         return self
 
 
@@ -358,7 +379,7 @@ class TrainingConfig(Section):
     auto_resume: Switch = True
     """go on from the newest sound checkpoint in checkpoint_dir"""
     init_from: Name | None = None
-    """checkpoint whose weights, and nothing else, a new run starts from; hf:NAME or hf:FOLDER for a Hugging Face model (finetune.py)"""
+    """a checkpoint, or hf:NAME or hf:FOLDER, whose weights, tokenizer and model settings (but dropout) a new run takes; null: new weights"""
     train_on: Literal["response", "all"] = "response"
     """for fine-tuning: which tokens are targets, those of the responses or all"""
 
@@ -480,11 +501,26 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         seq_len, positions = self.training.seq_len, self.model.max_seq_len
-        if seq_len > positions:
+        # A run that starts from a trained model has that model's positions, known once it is opened, where the settings say none.
+        known = self.training.init_from is None or "max_seq_len" in self.model.model_fields_set
+        if known and seq_len > positions:
             raise ValueError(f"training.seq_len: {seq_len} is more than model.max_seq_len ({positions}). Raise model.max_seq_len or lower training.seq_len")
         if self.data.stride is not None and self.data.stride > seq_len:
             raise ValueError(f"data.stride: {self.data.stride} is more than training.seq_len ({seq_len}), which would skip tokens. Lower data.stride")
         return self
+
+    def with_model(self, model: ModelConfig, tokenizer: TokenizerConfig) -> "Config":
+        """These settings with another's `model` and `tokenizer` wherever these say nothing.
+
+        A setting of the model counts by itself, the tokenizer as a whole.
+
+        Raises:
+            UserError: the result contradicts itself.
+        """
+        written = {name: value for name, value in self.model if name in self.model.model_fields_set and value is not None}
+        own_tokenizer = self.tokenizer.model_fields_set
+        made = self.model_copy(update={"model": model.model_copy(update=written), "tokenizer": self.tokenizer if own_tokenizer else tokenizer})
+        return _validate(Settings(made.to_plain()))
 
     def to_plain(self) -> dict[str, Any]:
         """The settings as plain dicts, lists and numbers: what a checkpoint stores. `from_plain` is its inverse."""
@@ -613,6 +649,23 @@ def read_yaml(path: Path) -> yaml.Node | None:
     except OSError as error:
         raise UserError(f"{printable(path)}: {error.strerror}. Give the path of a readable YAML file.") from None
     return _parse(text, Place(str(path), 1))
+
+
+def read_list(path: Path) -> list[tuple[Place, dict[str, Any]]]:
+    """The items of a YAML file that is a list of mappings, each with its place.
+
+    Raises:
+        UserError: it is not, or it is empty.
+    """
+    node = read_yaml(path)
+    if not isinstance(node, yaml.SequenceNode) or not node.value:
+        raise UserError(f"{printable(path)}: expected a list of items, and it has none. Begin each item with a dash: - name: ...")
+    places = [Place(str(path), item.start_mark.line + 1) for item in node.value]
+    for place, item in zip(places, node.value, strict=True):
+        if not isinstance(item, yaml.MappingNode):
+            found = _shown(_plain(Settings(), item, "item", place))
+            raise UserError(f"{place}: expected an item with keys, found {found}. Write name: value on lines of their own.")
+    return [(place, _plain(Settings(), item, "item", place)) for place, item in zip(places, node.value, strict=True)]
 
 
 def _parse(text: str, place: Place) -> yaml.Node | None:

@@ -46,6 +46,24 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoot
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, label_smoothing, torch.is_grad_enabled())
 
 
+@torch.no_grad()
+def score_targets(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum that `cross_entropy` gives without smoothing, and how many targets are the most probable token; two scalars.
+
+    Of equal probabilities the lower id is the most probable one, as greedy decoding has it.
+    """
+    head = weight.to(_product_dtype(weight))
+    total = torch.zeros((), dtype=_softmax_dtype(head), device=hidden.device)
+    n_right = torch.zeros((), dtype=torch.long, device=hidden.device)
+    for tokens in _target_chunks(labels):
+        targets = labels[tokens]
+        log_p = _log_probabilities(hidden[tokens].to(head.dtype), head)
+        total += _losses(log_p, targets, 0.0).sum()
+        n_right += (log_p.argmax(dim=-1) == targets).sum()
+        del log_p
+    return total, n_right
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """The loss and at once, where autograd will ask for them, its gradients."""
 

@@ -143,6 +143,17 @@ def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
     return figure
 
 
+def draw_lines(lines: dict[str, np.ndarray], *, title: str, xlabel: str, ylabel: str) -> "Figure":
+    """Values over their index, a line a name."""
+    figure, axes = _new_figure()
+    for number, (name, values) in enumerate(lines.items()):
+        axes.plot(values, color=COLOURS[number % len(COLOURS)], label=name, linewidth=1.2)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def _new_figure(size: tuple[float, float] = INCHES) -> tuple["Figure", Any]:
     """A figure that needs no screen, and its one pair of axes."""
     try:

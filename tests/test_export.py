@@ -23,7 +23,7 @@ import train
 from tinylm import checkpoint, hf, hf_import
 from tinylm.__main__ import main
 from tinylm.bpe import Bpe, Rules, count_texts
-from tinylm.config import Config, LoraConfig, ModelConfig
+from tinylm.config import Config, LoraConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError, require_package
 from tinylm.export import CHAT_TEMPLATES, backend_of, export_hf, sampling_settings
@@ -572,19 +572,14 @@ def test_older_files_are_read(published, tmp_path):
     assert import_hf(str(folder), tmp_path / "in.ckpt").difference < 1e-5
 
 
-def test_an_imported_checkpoint_is_described_and_its_settings_are_told(published, tmp_path, capsys):
-    """The last line is the path; the line above it is what `training.init_from` needs beside it."""
+def test_an_imported_checkpoint_is_described_and_says_what_to_type_next(published, tmp_path, capsys):
     folder = published()
     assert main(["import", str(folder), str(tmp_path / "in.ckpt")]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'in.ckpt'}\n"
     assert "llama, F32, stored as fp32: its logits differ from transformers' by " in err
-    overrides = err.partition("training.init_from=")[2].partition("\n")[0].split()[1:]
-    given = dict(override.split("=") for override in overrides)
-    config = checkpoint.load_model(tmp_path / "in.ckpt").config
-    shape = {key.removeprefix("model."): json.loads(value) for key, value in given.items() if key.startswith("model.")}
-    assert ModelConfig.model_validate(shape) == config.model
-    assert given["tokenizer.path"] == config.tokenizer.path == str(folder)
+    assert f"to train it further: training.init_from={tmp_path / 'in.ckpt'}, in train.py or finetune.py\n" in err
+    assert err.endswith(f'next: python infer.py --ckpt {tmp_path / "in.ckpt"} --prompt "Once"\n')
     info = checkpoint.describe(tmp_path / "in.ckpt")
     assert (info.stage, info.step, info.tokens, info.train_loss, info.val_loss) == ("pretrain", 0, 0, None, None)
 

@@ -36,7 +36,9 @@ TOOL_MODULES = {"pip", "pytest", "venv", "ruff"}
 # The programs that are truly run, and what is put behind their arguments so that each takes a second or two.
 SHORT = {
     "train.py": ["training.max_steps=2", "training.val_every_steps=1", "training.val_batches=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
+    "finetune.py": ["training.max_steps=2", "training.val_every_steps=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
     "infer.py": ["--max-new-tokens=8"],
+    "evaluate_checkpoints.py": ["--limit=2"],
     "data.py": [],
     "eval_val.py": [],
     "list.py": [],

@@ -322,7 +322,9 @@ def test_commands_are_cut_as_a_shell_cuts_them():
 
 
 def needs_network(command: Command) -> bool:
-    """Whether the command's config names data or a tokenizer that is not here."""
+    """Whether the command's config names data or a tokenizer that is not here, or it imports a model that is not."""
+    if command.program == "-m tinylm" and command.arguments[:1] == ["import"]:
+        return not Path(command.arguments[1]).exists()
     config = config_of(command)
     return config is not None and any(name and not Path(name).exists() for name in (config.data.dataset, config.tokenizer.path))
 

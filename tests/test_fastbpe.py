@@ -87,10 +87,11 @@ def test_words_are_the_librarys_for_any_text(pattern, text):
 @pytest.mark.parametrize("pattern", sorted(KNOWN_PATTERNS))
 def test_every_character_is_of_the_same_kind_for_both(pattern):
     """Behind a letter, a digit and a sign that may be joined with what follows, whatever that counts as."""
-    first = [gpt2_form(bytes((byte,))) for byte in {chr(c).encode()[0] for c in range(0x110000) if not 0xD800 <= c < 0xE000}]
+    characters = [chr(c) for c in range(0x40000) if not 0xD800 <= c < 0xE000]  # beyond are tags and private use
+    first = [gpt2_form(bytes((byte,))) for byte in {c.encode()[0] for c in characters}]
     merges = [(before, byte) for before in "a1!" for byte in first]
     backend = byte_level([*ALPHABET, *map("".join, merges)], merges, pattern=pattern)
-    text = "".join(f"a{chr(c)}1{chr(c)}!{chr(c)}" for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    text = "".join(f"a{c}1{c}!{c}" for c in characters)
     assert np.array_equal(fast_of(backend).encode(text), backend.encode_batch_fast([text])[0].ids)
 
 
@@ -215,6 +216,7 @@ def test_a_million_spaces_are_left_to_the_library():
 
 
 @pytest.mark.parametrize("pattern", sorted(KNOWN_PATTERNS))
+@settings(deadline=None)
 @given(text=texts, rest=texts)
 def test_a_cut_text_has_the_words_of_the_whole_whatever_follows(pattern, text, rest):
     words = pre_tokenizers.Split(Regex(pattern), "isolated")

@@ -5,7 +5,6 @@ imports what it needs, makes one call and prints. Add the first to `main`.
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-    from tinylm.config import Config
     from tinylm.encode import Recipe
     from tinylm.export import Exported
     from tinylm.tokenfile import TokenFile
@@ -328,20 +326,12 @@ def import_model(arguments: argparse.Namespace) -> int:
     imported = import_hf(arguments.name, arguments.out)
     say(f"{imported.model_type}, {imported.stored_as}, stored as fp32: its logits differ from transformers' by {imported.difference:.1e}")
     path = shlex.quote(str(arguments.out))
-    say(f"to go on training it: python train.py --config CONFIG training.init_from={path} {shlex.join(overrides_of(imported.config))}")
+    say(f"to train it further: training.init_from={path}, in train.py or finetune.py")
     say(f'next: python infer.py --ckpt {path} --prompt "Once"')
     print(printable(arguments.out))
     return 0
 
 
-def overrides_of(config: "Config") -> list[str]:
-    """The settings of model and tokenizer that are not the defaults, as one writes them on a command line."""
-    from tinylm.config import ModelConfig
-
-    standard = ModelConfig().model_dump()
-    changed = {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items() if value != standard[name]}
-    written = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changed.items()]
-    return [*written, f"tokenizer.path={config.tokenizer.path}"]
 def add_plot(commands: Any) -> None:
     """Declare `plot`."""
     summary = "Curves of runs, or where the heads of a model look, as PNG files."

@@ -2,6 +2,7 @@ r"""Documents: where they come from, and which are held out.
 
     1. source     .txt, .jsonl, .parquet (also .txt.gz, .jsonl.gz), a folder or glob of them, or a Hugging Face dataset
                                                         ─▶ str, one a document, in a fixed order       `find_source`
+                  plain files also in spans, none of which cuts a document                              `spans_of`
     2. split      training or validation, decided by the text of each document                          `train_documents`
 
 Text is UTF-8. A byte-order mark at the start of a file is dropped, and \r\n ends a line as \n does; every other character
@@ -530,7 +531,9 @@ def mix_parts(data: DataConfig) -> tuple[DataConfig, ...]:
         return (data,)
     for_text = {name: DataConfig.model_fields[name].default for name in ("text_field", "document_separator", "max_doc_len")}
     has_text = not all(is_token_file(part.dataset) for part in data.mix)
-    alone = [{"mix": None, "dataset": part.dataset, "token_dtype": data.token_dtype if part.dataset.endswith(BIN) else None} for part in data.mix]
+    bare_val = (data.val_dataset or "").endswith(BIN)  # its ids have the type that the settings say, whatever the part is
+    dtypes = [data.token_dtype if bare_val or part.dataset.endswith(BIN) else None for part in data.mix]
+    alone = [{"mix": None, "dataset": part.dataset, "token_dtype": dtype} for part, dtype in zip(data.mix, dtypes, strict=True)]
     return tuple(data.model_copy(update=one | (for_text if has_text and is_token_file(one["dataset"]) else {})) for one in alone)
 
 

@@ -25,6 +25,8 @@ from tinylm.checkpoint import Loaded, load_model
 from tinylm.config import SamplingConfig
 from tinylm.decoder import Decoder, count_parameters
 from tinylm.errors import UserError, printable, require_package, writing
+from tinylm.foreign import PREFIX, ForeignDecoder
+from tinylm.prompts import WELL_KNOWN_BOS, make_template
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, first_line
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class Exported:
 
 
 def export_hf(ckpt: Path, out: Path) -> Exported:
-    """Write the checkpoint `ckpt` as the new Hugging Face folder `out`, whole or not at all.
+    """Write the checkpoint `ckpt` as the new Hugging Face folder `out`, whole or not at all; an adapter is merged into its base.
 
     Raises:
         UserError: no architecture or tokenizer there says the same; `out` is there already; or what was written does not give our logits.
@@ -62,7 +64,7 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
     loaded = load_model(ckpt)
     backend, template = backend_of(loaded.tokenizer), chat_template(loaded)
     with hf.quiet_transformers(), scratch_beside(out) as folder:
-        theirs = with_token_ids(hf.to_hf(loaded.model), loaded)
+        theirs = with_token_ids(loaded.model.inner if isinstance(loaded.model, ForeignDecoder) else hf.to_hf(loaded.model), loaded)
         model_type = theirs.config.model_type
         with writing(out, "where it goes"):
             save_weights(theirs, folder, out)
@@ -209,7 +211,7 @@ def write_tokenizer(folder: Path, backend: Backend, loaded: Loaded, template: st
         "eos_token": eos,
         "pad_token": pad,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": loaded.config.model.max_seq_len,
+        "model_max_length": loaded.model.config.max_seq_len,
     }
     write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
     write_text(folder / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False, indent=2) + "\n")
@@ -287,8 +289,6 @@ CHAT_TEMPLATES = {
 {{%- endfor %}}
 """,
 }
-# How published tokenizers spell the token that opens a text.
-WELL_KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
 
 
 def chat_template(loaded: Loaded) -> str | None:
@@ -306,11 +306,10 @@ def chat_template(loaded: Loaded) -> str | None:
 
 
 def end_ids(loaded: Loaded) -> list[int]:
-    """The tokens that end what the model writes: the one behind each answer it was tuned on, then the end of a text."""
-    tokenizer = loaded.tokenizer
-    named = {name: id for id, name in tokenizer.special_names.items()}
-    closing = {"instruction": "<|sep|>", "chatml": "<|im_end|>"}.get(loaded.config.data.template, "") if loaded.info.stage == "sft" else ""
-    return list(dict.fromkeys((named.get(closing, tokenizer.eos_id), tokenizer.eos_id)))
+    """The tokens that end what the model writes: those of its template if it was tuned to answer, else the end of a text."""
+    if loaded.info.stage != "sft":
+        return [loaded.tokenizer.eos_id]
+    return list(make_template(loaded.config.data.template, loaded.tokenizer).stop_ids(loaded.tokenizer))
 
 
 # --- the model card ---------------------------------------------------------------------------------------------------
@@ -318,12 +317,14 @@ def end_ids(loaded: Loaded) -> list[int]:
 
 def model_card(loaded: Loaded, model_type: str, tokenizer_class: str, *, has_template: bool) -> str:
     """README.md: what the model is, what it was trained on, how to load it."""
-    config, info = loaded.config, loaded.info
+    config, shape, info = loaded.config, loaded.model.config, loaded.info
     origin = f"weights imported from {shown(config.tokenizer.path or '')}" if info.step == 0 else f"{info.step:,} optimizer steps, {info.tokens:,} tokens"
+    if config.training.init_from is not None:
+        origin += f", from {shown(config.training.init_from.removeprefix(PREFIX))}"
     rows = {
-        "architecture": f"{model_type}: {config.model.n_layers} layers, width {config.model.d_model}, {config.model.n_heads} heads",
+        "architecture": f"{model_type}: {shape.n_layers} layers, width {shape.d_model}, {shape.n_heads} heads",
         "parameters": f"{count_parameters(loaded.model):,}",
-        "context": f"{config.model.max_seq_len:,} tokens",
+        "context": f"{shape.max_seq_len:,} tokens",
         "tokenizer": f"{loaded.tokenizer.kind}, {loaded.tokenizer.vocab_size:,} tokens",
         "training": f"{info.stage}, {origin}",
         "data": "not known" if info.step == 0 else ", ".join(shown(name) for name in data_names(loaded)),
@@ -400,7 +401,7 @@ def pieces_of(backend: Backend) -> tuple[Any, ...]:
     return description["normalizer"], words, description["model"]["type"], description["model"]["vocab"], description["model"].get("merges")
 
 
-def check_model(theirs: PreTrainedModel, ours: Decoder) -> float:
+def check_model(theirs: PreTrainedModel, ours: Decoder | ForeignDecoder) -> float:
     """The largest difference of logits; UserError where it is too large."""
     difference = hf.logit_difference(ours, theirs)
     if not difference <= hf.TOLERANCE:  # NaN is not

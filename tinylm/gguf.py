@@ -11,7 +11,7 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from tinylm.checkpoint import Loaded, load_model
 from tinylm.config import ModelConfig
 from tinylm.errors import UserError, printable, require_package, writing
 from tinylm.export import Exported, backend_of, chat_template, check_model, check_tokenizer, end_ids, publish, scratch_beside
+from tinylm.foreign import ForeignDecoder
 from tinylm.tokenizer import HFTokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
         raise UserError(f"{printable(out)}: a GGUF file's name ends in .gguf. Give such a name.")
     require_new(out)
     loaded = load_model(ckpt)
+    if isinstance(loaded.model, ForeignDecoder):
+        loaded = replace(loaded, model=hf.from_hf(loaded.model.inner))
     config = loaded.model.config
     vocabulary = vocabulary_of(loaded.tokenizer)
     with hf.quiet_transformers(), scratch_beside(out) as folder:

@@ -23,6 +23,7 @@ from tinylm.checkpoint import empty_decoder
 from tinylm.config import ModelConfig, MoEConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError, printable
+from tinylm.foreign import ForeignDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -454,7 +455,7 @@ CHECKED_POSITIONS = 64
 
 
 @no_grad()
-def logit_difference(ours: Decoder, theirs: PreTrainedModel) -> float:
+def logit_difference(ours: Decoder | ForeignDecoder, theirs: PreTrainedModel) -> float:
     """The largest difference of the two models' logits on random ids, in parts of the largest logit (of 1 where all are smaller)."""
     n_tokens = theirs.config.vocab_size
     ids = randint(n_tokens, (1, min(ours.config.max_seq_len, CHECKED_POSITIONS)), generator=Generator().manual_seed(0))

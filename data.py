@@ -34,6 +34,7 @@ from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
 from tinylm.prompts import Conversation, Template, make_template
 from tinylm.rows import Report, examples, shared_examples, with_rows
+from tinylm.tasks import NAMED
 from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
 
@@ -397,7 +398,7 @@ class LitExamples(RunData):
         config: the settings; data.template, data.packing and training.train_on say what an example is.
         tokenizer: what the rows are encoded with.
         template: how conversations are written; None: as data.template says.
-        conversation_of: what makes a conversation of a row; None: its keys tell, or data.rows.
+        conversation_of: what makes a conversation of a row; None: data.task, or data.rows, or its keys.
     """
 
     def __init__(
@@ -411,7 +412,8 @@ class LitExamples(RunData):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.template = template or make_template(config.data.template, tokenizer)
-        self.conversation_of = conversation_of
+        task = config.data.task
+        self.conversation_of = conversation_of or (None if task is None else NAMED[task].conversation)
         self.first_batch = 0
         self.notes: list[str] = []
         self.train_examples: list[Example] = []

@@ -243,6 +243,20 @@ def test_pretraining_goes_on_from_a_hugging_face_model_too(make: Make, home: Pat
     assert (info.stage, info.shape) == ("pretrain", "1L 16d 2h + r4")
 
 
+def test_the_rows_of_a_task_are_asked_as_the_task_asks(make: Make, tmp_path: Path) -> None:
+    """data.task says which columns there are and what the question is."""
+    rows = [{"sentence": f"film number {i} , and a good one", "label": 1} for i in range(20)]
+    (tmp_path / "sst2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = make(data={"dataset": str(tmp_path / "sst2.jsonl"), "task": "sst2"}, training={"seq_len": 160, "max_steps": 1})
+    assert run(config) == 0
+    loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
+    data = LitExamples(load_config(config), loaded.tokenizer)
+    data.prepare()
+    text = loaded.tokenizer.decode(data.train_examples[0].ids.tolist())
+    assert text.startswith("### Instruction: Is the sentiment of this review positive or negative?\n### Input: film number ")
+    assert text.endswith("\n### Output: positive\n")
+
+
 def test_gradient_checkpointing_changes_no_number(make: Make, tmp_path: Path) -> None:
     """Of a Hugging Face model too; dropout is drawn again alike in the second forward."""
     for name in ("true", "false"):

@@ -310,10 +310,10 @@ def describe(path: Path) -> CheckpointInfo:
 
 
 def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
-    config = Config.from_plain(payload["config"])
-    model, lora = config.model, config.lora
+    # Read as plain values: the settings of another version may be no settings of this one. Older ones have no lora section.
+    model, lora = payload["config"]["model"], payload["config"].get("lora")
     # A tied matrix stands in the file under two names, of which the second is the first again.
-    weights = {weight.data_ptr(): weight.numel() for name, weight in payload["weights"].items() if name != "head.weight" or not model.tie_embeddings}
+    weights = {weight.data_ptr(): weight.numel() for name, weight in payload["weights"].items() if name != "head.weight" or not model["tie_embeddings"]}
     return CheckpointInfo(
         path=path,
         stage=payload["stage"],
@@ -324,7 +324,7 @@ def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
         parameters=sum(weights.values()),
         bytes=path.stat().st_size,
         created=payload["created"],
-        shape=f"{model.n_layers}L {model.d_model}d {model.n_heads}h" + (f" + r{lora.r}" if lora else ""),
+        shape=f"{model['n_layers']}L {model['d_model']}d {model['n_heads']}h" + (f" + r{lora['r']}" if lora else ""),
     )
 
 

@@ -25,7 +25,7 @@ from tinylm.checkpoint import Loaded, load_model
 from tinylm.config import SamplingConfig
 from tinylm.decoder import Decoder, count_parameters
 from tinylm.errors import UserError, printable, require_package, writing
-from tinylm.foreign import PREFIX, ForeignDecoder
+from tinylm.foreign import PREFIX, ForeignDecoder, quiet_transformers
 from tinylm.prompts import WELL_KNOWN_BOS, make_template
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, first_line
 
@@ -63,7 +63,7 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
     require_new(out)
     loaded = load_model(ckpt)
     backend, template = backend_of(loaded.tokenizer), chat_template(loaded)
-    with hf.quiet_transformers(), scratch_beside(out) as folder:
+    with quiet_transformers(), scratch_beside(out) as folder:
         theirs = with_token_ids(loaded.model.inner if isinstance(loaded.model, ForeignDecoder) else hf.to_hf(loaded.model), loaded)
         model_type = theirs.config.model_type
         with writing(out, "where it goes"):

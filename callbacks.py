@@ -34,11 +34,14 @@ from tinylm.config import Config
 from tinylm.engine import Engine
 from tinylm.errors import printable, writing
 from tinylm.evaluate import LanguageScore, language_score
+from tinylm.lora import adapter_weights
 from tinylm.program import lead_nowhere, readable
+from tinylm.prompts import Turn, make_template
 from tinylm.schedule import should_stop
 from tinylm.tokenizer import Tokenizer
 
 COLUMNS = ("step", "train_loss", "val_loss", "val_ppl", "val_bpb", "lr", "grad_norm", "tokens", "tokens_per_s")
+FURTHER_COLUMNS = {"pretrain": (), "sft": ("val_accuracy",)}  # of each stage
 Row = dict[str, float | int | None]
 
 
@@ -157,17 +160,24 @@ class Validation(StepCallback):
         stage.progress.validations.append([step, self.score.loss])
         if training.sample_prompt is not None:  # every rank writes it, since a sharded model takes them all; rank 0 shows it
             stage.decoder.eval()
-            text = Engine(stage.decoder, self.tokenizer).generate(training.sample_prompt, stage.config.sampling)[0].text
+            text = self._sample(stage, training.sample_prompt)
             stage.decoder.train()
             if trainer.is_global_zero:
                 self.show(f"sample: {readable(training.sample_prompt + text)}")
         self.seconds = time.monotonic() - began
 
+    def _sample(self, stage: LitStage, prompt: str) -> str:
+        """What the model makes of `prompt`; one that learns to answer is asked as its examples are."""
+        engine, opening = Engine(stage.decoder, self.tokenizer), self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
+        if stage.stage == "sft":
+            opening = make_template(stage.config.data.template, self.tokenizer).prompt_ids((Turn("user", prompt),), self.tokenizer)
+        return engine.generate(engine.fit_prompt(opening), stage.config.sampling)[0].text
+
 
 def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool] = lambda: False) -> LanguageScore | None:
     """The score of the model on the validation rows, over all ranks; None if it was interrupted."""
     assert trainer.datamodule is not None
-    totals = [0.0, 0.0, 0.0]
+    totals = [0.0] * 4
     stage.eval()
     with torch.no_grad():
         for index, batch in enumerate(trainer.datamodule.val_dataloader()):
@@ -189,8 +199,8 @@ class MetricsFile:
     `aside` keeps an earlier file under another name: one of another run, or of another branch of this one.
     """
 
-    def __init__(self, path: Path, resume_step: int, *, aside: bool):
-        self.path = path
+    def __init__(self, path: Path, resume_step: int, *, stage: str, aside: bool):
+        self.path, self.columns = path, (*COLUMNS, *FURTHER_COLUMNS[stage])
         with writing(path, "training.log_dir"):
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = self._rows_until(resume_step) if path.exists() else []
@@ -208,12 +218,12 @@ class MetricsFile:
         """The whole rows up to `step`; what a killed run wrote after its last checkpoint will be written again."""
         with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
             rows = list(csv.DictReader(line.replace("\0", "") for line in file))
-        return [row for row in rows if set(row) == set(COLUMNS) and None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+        return [row for row in rows if set(row) == set(self.columns) and None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         temporary = self.path.with_suffix(".tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
         os.replace(temporary, self.path)
@@ -221,7 +231,7 @@ class MetricsFile:
     def append(self, row: Row) -> None:
         """One more row; numbers are written so that reading them gives the same bits."""
         with writing(self.path, "training.log_dir"), open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow(_as_text(row))
+            csv.DictWriter(file, self.columns).writerow(_as_text(row, self.columns))
 
     def complete(self, row: Row) -> None:
         """Add what `row` knows to the row of its step, the last one, or append it."""
@@ -229,11 +239,11 @@ class MetricsFile:
         with writing(self.path, "training.log_dir"):
             rows = self._rows_until(step)
             old = rows.pop() if rows and rows[-1]["step"] == str(step) else {}
-            self._write([*rows, old | {name: text for name, text in _as_text(row).items() if text or name not in old}])
+            self._write([*rows, old | {name: text for name, text in _as_text(row, self.columns).items() if text or name not in old}])
 
 
-def _as_text(row: Row) -> dict[str, str]:
-    return {name: "" if row[name] is None else repr(row[name]) for name in COLUMNS}
+def _as_text(row: Row, columns: tuple[str, ...]) -> dict[str, str]:
+    return {name: "" if row[name] is None else repr(row[name]) for name in columns}
 
 
 class Metrics(StepCallback):
@@ -285,6 +295,7 @@ class Metrics(StepCallback):
             "val_loss": score.loss if score else None,
             "val_ppl": score.perplexity if score else None,
             "val_bpb": score.bits_per_byte if score else None,
+            "val_accuracy": score.accuracy if score and stage.stage == "sft" else None,
             "lr": progress.lr,
             "grad_norm": progress.grad_norm,
             "tokens": progress.tokens,
@@ -345,7 +356,8 @@ class Checkpoints(StepCallback):
 
     def _payload(self, trainer: L.Trainer, stage: LitStage) -> dict[str, Any]:
         """Everything that a resumed run and the other programs need, as plain types."""
-        weights = trainer.strategy.lightning_module_state_dict()
+        whole = trainer.strategy.lightning_module_state_dict()
+        weights = {name.removeprefix("decoder."): weight for name, weight in whole.items()}
         progress = stage.progress
         return {
             "format": FORMAT,
@@ -358,7 +370,8 @@ class Checkpoints(StepCallback):
             "created": time.time(),
             "config": self.config.to_plain(),
             "tokenizer": self.tokenizer.to_plain(),
-            "weights": {name.removeprefix("decoder."): weight for name, weight in weights.items()},
+            "weights": weights if self.config.lora is None else adapter_weights(weights),
+            **stage.roots,
             "optimizer": trainer.strategy.optimizer_state(trainer.optimizers[0]),
             "precision": trainer.precision_plugin.state_dict(),
             "progress": progress.to_plain(),
@@ -422,6 +435,7 @@ class ProgressDisplay(StepCallback):
     def row(self, row: Row) -> None:
         """One row of metrics for people."""
         val = "" if row["val_loss"] is None else f"  val_loss {row['val_loss']:.4f}  val_ppl {row['val_ppl']:.2f}  val_bpb {row['val_bpb']:.3f}"
+        val += "" if row["val_accuracy"] is None else f"  val_accuracy {row['val_accuracy']:.3f}"
         train = "" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}"
         note = f"{train}  lr {row['lr']:.2e}  {short(row['tokens_per_s'] or 0)} tokens/s"
         self.bar.update(self.task, note=note)

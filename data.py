@@ -1,37 +1,75 @@
 """What training eats: Lightning data modules that turn documents into micro-batches, in an order that is a function.
 
-    token file ─▶ row numbers of micro-batch k, from (seed, k) alone ─▶ rows ─▶ batch        IndexedBatches
+    python data.py --config config_smoke.yaml --rows 3          rows as training sees them, printed as text
+
+    token files ─▶ row numbers of micro-batch k, from (seed, k) alone ─▶ rows ─▶ batch       IndexedBatches
     stream     ─▶ rows in document order ─▶ windows of rows, shuffled by (seed, window) ─▶ batch     StreamBatches
+    examples   ─▶ packed rows, or one example a row ─▶ row numbers as for a token file ─▶ batch      ExampleBatches
 
 The whole run is one sequence of micro-batches 0, 1, 2, ...; a pass over the data ends somewhere inside it. A resumed run
-begins at micro-batch k and gets what an uninterrupted one would have got. For a token file k is all that takes; a
+begins at micro-batch k and gets what an uninterrupted one would have got. For token files k is all that takes; a
 stream also needs the place in it, which travels with each batch (`cursor`) and is stored in the checkpoint. The result
 does not depend on the number of worker processes. With R ranks, micro-batch k of rank r holds the rows that a single
 device would see as micro-batch k·R + r: sharding happens here alone.
 """
 
+import argparse
+import hashlib
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from tinylm.config import Config
-from tinylm.corpus import train_documents
-from tinylm.encode import cached_token_file, encode_documents, source_fingerprint
+from tinylm.config import Config, load_config
+from tinylm.corpus import Which, train_documents
+from tinylm.encode import encode_documents, source_fingerprint
 from tinylm.errors import UserError, printable
-from tinylm.packing import Position, count_rows, document_ids, pack_stream, row_at
+from tinylm.mix import Allocation, Joined, training_files, training_fingerprint, validation_file, weights_of
+from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document_ids, pack_examples, pack_stream, row_at, row_of_examples
+from tinylm.processes import Progress
+from tinylm.program import Parser, run_program, say
+from tinylm.prompts import Conversation, Template, make_template
+from tinylm.rows import Report, examples, shared_examples, with_rows
+from tinylm.tasks import NAMED
 from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from tinylm.show import Piece
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line of `python data.py`; what it does stands at the end of this file."""
+    parser = Parser(
+        prog="python data.py",
+        usage="python data.py --config config_smoke.yaml --rows 3 [section.key=value ...]",
+        description="Print the first rows of a run as training sees them: the text, where documents meet, and which tokens are targets.",
+    )
+    parser.add_argument("--config", required=True, help="YAML file with the settings")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows (default: 3)")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    parse(None)  # --help and mistakes are answered now: the next lines take five seconds
+
+import lightning as L  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info  # noqa: E402
 
 Batch = dict[str, Any]
 
 # Numbers that keep the random streams of different uses apart.
 _SHUFFLE, _WINDOWS, _STREAM = 1, 2, 3
+# Of documents that follow each other in a row that is shown.
+DOCUMENT_COLOURS = ("default", "cyan", "yellow")
 
 
 @dataclass(frozen=True)
@@ -78,37 +116,57 @@ class Share:
         return range(first, first + self.size)
 
 
-class IndexedBatches(Dataset[Batch]):
-    """Micro-batches of a token file; item k depends on (seed, k) and the file, and on nothing that happened before."""
+class FileRows:
+    """The rows of a token file in the order in which training takes them, pass after pass: row n depends on (seed, n) alone.
 
-    def __init__(self, file: TokenFile, shape: RowShape, order: str, seed: int, share: Share):
-        self.file, self.shape, self.order, self.seed, self.share = file, shape, order, seed, share
+    `source` keeps the order apart from that of the other sources of a mixture.
+    """
+
+    def __init__(self, file: TokenFile, shape: RowShape, order: str, seed: int, source: int = 0):
+        self.file, self.shape, self.order, self.seed, self.source = file, shape, order, seed, source
         self.n_rows = count_rows(len(file), shape.seq_len, shape.stride)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
 
-    def __getitem__(self, k: int) -> Batch:
-        starts = [self._start(place) for place in self.share.places(k)]
-        batch = make_batch([row_at(self.file.tokens, start, self.shape.seq_len, self.shape.pad_id) for start in starts], self.shape)
-        return batch | {"origin": starts}
-
-    def _start(self, place: int) -> int:
-        """The first token of the row that stands at `place` in the sequence of all rows of the run."""
+    def start(self, n: int) -> int:
+        """The first token of row `n`."""
         if self.order == "random":
-            return int(np.random.default_rng((self.seed, _WINDOWS, place)).integers(len(self.file) - self.shape.seq_len))
-        passes, row = divmod(place, self.n_rows)
+            return int(np.random.default_rng((self.seed, _WINDOWS, n, self.source)).integers(len(self.file) - self.shape.seq_len))
+        passes, row = divmod(n, self.n_rows)
         return self.shape.stride * int(self._row_order(passes)[row] if self.order == "shuffled" else row)
+
+    def at(self, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels (T,) of the row that begins with token `start`."""
+        return row_at(self.file.tokens, start, self.shape.seq_len, self.shape.pad_id)
 
     def _row_order(self, passes: int) -> np.ndarray:
         """The permutation of the rows in this pass, kept until the next pass."""
         if self._permutation[0] != passes:
-            self._permutation = (passes, np.random.default_rng((self.seed, _SHUFFLE, passes)).permutation(self.n_rows))
+            self._permutation = (passes, np.random.default_rng((self.seed, _SHUFFLE, passes, self.source)).permutation(self.n_rows))
         return self._permutation[1]
+
+
+class IndexedBatches(Dataset[Batch]):
+    """Micro-batches of token files; item k depends on (seed, k), the files and their weights, and on nothing that happened before."""
+
+    def __init__(self, files: Sequence[TokenFile], shape: RowShape, order: str, seed: int, share: Share, weights: Sequence[float] = (1.0,)):
+        self.sources = [FileRows(file, shape, order, seed, source) for source, file in enumerate(files)]
+        self.shape, self.share, self.allocation = shape, share, Allocation(weights, seed)
+
+    def __getitem__(self, k: int) -> Batch:
+        picks = [self.pick(place) for place in self.share.places(k)]
+        batch = make_batch([self.sources[source].at(start) for source, start in picks], self.shape)
+        return batch | {"origin": picks if len(self.sources) > 1 else [start for _, start in picks]}
+
+    def pick(self, place: int) -> tuple[int, int]:
+        """The source and the first token of the row that stands at `place` in the sequence of all rows of the run."""
+        source, n = self.allocation.row(place)
+        return source, self.sources[source].start(n)
 
 
 class ValidationBatches(Dataset[Batch]):
     """The validation rows in their order, this rank's share of them; the last batch may be short."""
 
-    def __init__(self, file: TokenFile, shape: RowShape, share: Share, limit: int | None):
+    def __init__(self, file: TokenFile | Joined, shape: RowShape, share: Share, limit: int | None):
         # Validation asks for every token once, whatever the stride of training.
         self.file, self.shape, self.share = file, replace(shape, stride=shape.seq_len), share
         self.n_rows = count_rows(len(file), shape.seq_len, shape.seq_len)
@@ -200,62 +258,10 @@ def leave_signals_alone(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class LitData(L.LightningDataModule):
-    """The batches of one pretraining run.
+class RunData(L.LightningDataModule):
+    """What the data of every run have: a share of each micro-batch for this rank, and a loader that prepares batches."""
 
-    `prepare` makes the token files, and must be called before the loaders are; `start_at` says where a resumed run goes on.
-    """
-
-    def __init__(self, config: Config, tokenizer: Tokenizer):
-        super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        self.first_batch, self.cursor = 0, Cursor()
-        self.train_file: TokenFile | None = None
-        self.val_file: TokenFile | None = None
-
-    def prepare(self) -> None:
-        """Encode what is not encoded yet.
-
-        Raises:
-            UserError: the training data are shorter than one row.
-        """
-        config = self.config
-        self.val_file = cached_token_file(config.data, "val", self.tokenizer, config.training.seed)
-        if config.data.streaming:
-            return
-        self.train_file = cached_token_file(config.data, "train", self.tokenizer, config.training.seed)
-        needed = config.training.seq_len + 1
-        if len(self.train_file) < needed:
-            found = f"{printable(config.data.dataset)} gives {len(self.train_file)} training tokens"
-            raise UserError(f"data.dataset: {found}, and one row of training.seq_len needs {needed}. Give more text or lower training.seq_len.")
-
-    def start_at(self, batch: int, cursor: list[int] | None) -> None:
-        """Go on at micro-batch `batch`; a stream from the place that its checkpoint stored."""
-        self.first_batch = batch
-        if cursor is not None:
-            self.cursor = Cursor.from_plain(cursor)
-
-    def fingerprints(self) -> dict[str, str]:
-        """What identifies the data: two runs with equal ones see the same tokens. A hub dataset is known by its name alone."""
-        assert self.val_file is not None, "prepare() makes the validation file"
-        train = source_fingerprint(self.config.data, "train")[:12] if self.train_file is None else self.train_file.fingerprint
-        return {"train": train, "val": self.val_file.fingerprint}
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """The micro-batches from `first_batch` to the end of the run."""
-        training = self.config.training
-        steps = range(self.first_batch, training.max_steps * training.grad_accum_steps)
-        if self.train_file is None:
-            return self._loader(StreamBatches(self.config, self.tokenizer, self._share(), steps, self.cursor))
-        shape = RowShape.of(self.config, self.tokenizer)
-        return self._loader(IndexedBatches(self.train_file, shape, self.config.data.order, training.seed, self._share()), steps)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation rows, at most training.val_batches batches of them."""
-        assert self.val_file is not None, "prepare() makes the validation file"
-        shape = RowShape.of(self.config, self.tokenizer)
-        batches = ValidationBatches(self.val_file, shape, self._share(), self.config.training.val_batches)
-        return DataLoader(batches, batch_size=None)
+    config: Config
 
     def _share(self) -> Share:
         size = self.config.training.micro_batch_size
@@ -272,3 +278,292 @@ class LitData(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=leave_signals_alone,
         )
+
+
+class LitData(RunData):
+    """The batches of one pretraining run.
+
+    `prepare` makes the token files, and must be called before the loaders are; `start_at` says where a resumed run goes on.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.first_batch, self.cursor = 0, Cursor()
+        self.train_files: tuple[TokenFile, ...] = ()
+        """one a source; none for a stream"""
+        self.val_file: TokenFile | Joined | None = None
+
+    def prepare(self, progress: Progress | None = None, *, validation: bool = True) -> None:
+        """Encode what is not encoded yet; without `validation`, what is for training alone.
+
+        Raises:
+            UserError: the training data, or those of one source of a mixture, are shorter than one row.
+        """
+        data, training = self.config.data, self.config.training
+        if validation:
+            self.val_file = validation_file(data, self.tokenizer, training.seed, progress=progress)
+        if not data.streaming:
+            self.train_files = training_files(data, self.tokenizer, training.seed, needed=training.seq_len + 1, progress=progress)
+
+    def start_at(self, batch: int, cursor: list[int] | None) -> None:
+        """Go on at micro-batch `batch`; a stream from the place that its checkpoint stored."""
+        self.first_batch = batch
+        if cursor is not None:
+            self.cursor = Cursor.from_plain(cursor)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the data: two runs with equal ones see the same tokens. A hub dataset is known by its name alone."""
+        assert self.val_file is not None, "prepare() makes the validation file"
+        data = self.config.data
+        train = training_fingerprint(data, self.train_files) if self.train_files else source_fingerprint(data, "train")[:12]
+        return {"train": train, "val": self.val_file.fingerprint}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The micro-batches from `first_batch` to the end of the run."""
+        training = self.config.training
+        steps = range(self.first_batch, training.max_steps * training.grad_accum_steps)
+        if not self.train_files:
+            return self._loader(StreamBatches(self.config, self.tokenizer, self._share(), steps, self.cursor))
+        shape, data = RowShape.of(self.config, self.tokenizer), self.config.data
+        return self._loader(IndexedBatches(self.train_files, shape, data.order, training.seed, self._share(), weights_of(data)), steps)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation rows, at most training.val_batches batches of them."""
+        assert self.val_file is not None, "prepare() makes the validation file"
+        shape = RowShape.of(self.config, self.tokenizer)
+        batches = ValidationBatches(self.val_file, shape, self._share(), self.config.training.val_batches)
+        return DataLoader(batches, batch_size=None)
+
+
+# --- fine-tuning ------------------------------------------------------------------------------------------------------
+
+
+class ExampleBatches(Dataset[Batch]):
+    """Micro-batches of examples that were packed into rows once; item k depends on (seed, k) and the rows, and on nothing else."""
+
+    def __init__(self, rows: Sequence[Sequence[Example]], config: Config, pad_id: int, share: Share):
+        self.rows, self.pad_id, self.share = rows, pad_id, share
+        self.seq_len, self.packed = config.training.seq_len, config.data.packing == "packed"
+        self.order, self.seed = config.data.order, config.training.seed
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def __getitem__(self, k: int) -> Batch:
+        rows = [self.rows[self._row(place)] for place in self.share.places(k)]
+        return self.batch(rows) | {"origin": [[example.place for example in row] for row in rows]}
+
+    def batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
+        """`input_ids` and `labels` (B, T) int64; with several examples a row also `document_ids` (B, T)."""
+        inputs, labels, documents = zip(*(row_of_examples(row, self.seq_len, self.pad_id) for row in rows), strict=True)
+        batch = {"input_ids": torch.from_numpy(np.stack(inputs)), "labels": torch.from_numpy(np.stack(labels))}
+        return batch | ({"document_ids": torch.from_numpy(np.stack(documents))} if self.packed else {})
+
+    def _row(self, place: int) -> int:
+        """The row that stands at `place` in the sequence of all rows of the run."""
+        if self.order == "random":
+            return int(np.random.default_rng((self.seed, _WINDOWS, place)).integers(len(self.rows)))
+        passes, row = divmod(place, len(self.rows))
+        if self.order == "sequential":
+            return row
+        if self._permutation[0] != passes:
+            self._permutation = (passes, np.random.default_rng((self.seed, _SHUFFLE, passes)).permutation(len(self.rows)))
+        return int(self._permutation[1][row])
+
+
+class ValidationExamples(ExampleBatches):
+    """The validation rows in their order, this rank's share of them."""
+
+    def __init__(self, rows: Sequence[Sequence[Example]], config: Config, pad_id: int, share: Share):
+        super().__init__(rows, config, pad_id, share)
+        batches, limit = -(-len(rows) // (share.size * share.world)), config.training.val_batches
+        self.n_batches = batches if limit is None else min(limit, batches)
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __getitem__(self, k: int) -> Batch:
+        if k >= self.n_batches:
+            raise IndexError(k)  # ends a plain `for batch in batches`
+        # A place beyond the last row gives a row of padding, so that all ranks do the same number of batches.
+        return self.batch([self.rows[place] if place < len(self.rows) else () for place in self.share.places(k)])
+
+
+class LitExamples(RunData):
+    """The batches of one run of supervised fine-tuning, with the interface of `LitData`.
+
+    `prepare` reads, encodes and packs all rows, and must be called before the loaders are; what it found that a user
+    should know stands in `notes`, a line each.
+
+    Args:
+        config: the settings; data.template, data.packing and training.train_on say what an example is.
+        tokenizer: what the rows are encoded with.
+        template: how conversations are written; None: as data.template says.
+        conversation_of: what makes a conversation of a row; None: data.task, or data.rows, or its keys.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        *,
+        template: Template | None = None,
+        conversation_of: Callable[[dict[str, Any]], Conversation] | None = None,
+    ):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.template = template or make_template(config.data.template, tokenizer)
+        task = config.data.task
+        self.conversation_of = conversation_of or (None if task is None else NAMED[task].conversation)
+        self.first_batch = 0
+        self.notes: list[str] = []
+        self.train_examples: list[Example] = []
+        self.val_examples: list[Example] = []
+
+    def prepare(self) -> None:
+        """Read and encode the rows of both splits.
+
+        Raises:
+            UserError: as `rows.examples`.
+        """
+        note = with_rows(self.config.data)[1]
+        self.train_examples, train = self._examples("train")
+        self.val_examples, val = self._examples("val")
+        shared = shared_examples(self.train_examples, self.val_examples)
+        warning = f"warning: {shared} validation rows are training rows too; val_loss will look better than it is"
+        self.notes = [*([note] if note else []), *train.notes(), *val.notes(), *([warning] if shared else [])]
+
+    def describe(self) -> str:
+        """One line on what is trained on and validated on."""
+        data, training = self.config.data, self.config.training
+        rows = self._rows(self.train_examples)
+        inputs = sum(len(example.ids) - 1 for example in self.train_examples)
+        targets = sum(int(example.trained.sum()) for example in self.train_examples)
+        sizes = f"train {len(self.train_examples)} examples in {len(rows)} rows of {training.seq_len} ({inputs / len(rows) / training.seq_len:.0%} full)"
+        learned = f"{targets / inputs:.0%} of the tokens trained (train_on {training.train_on})"
+        return f"data: {printable(data.dataset)}: {sizes}, {learned}, validation {len(self.val_examples)} examples; template {self.template.name}"
+
+    def start_at(self, batch: int, cursor: list[int] | None) -> None:
+        """Go on at micro-batch `batch`; rows that are all in memory need no cursor."""
+        self.first_batch = batch
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the data: two runs with equal ones see the same tokens and targets."""
+        return {"train": _fingerprint(self.train_examples), "val": _fingerprint(self.val_examples)}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The micro-batches from `first_batch` to the end of the run."""
+        training = self.config.training
+        batches = ExampleBatches(self._rows(self.train_examples), self.config, self.tokenizer.pad_id, self._share())
+        return self._loader(batches, range(self.first_batch, training.max_steps * training.grad_accum_steps))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation rows, at most training.val_batches batches of them."""
+        return DataLoader(ValidationExamples(self._rows(self.val_examples), self.config, self.tokenizer.pad_id, self._share()), batch_size=None)
+
+    def _examples(self, which: Which) -> tuple[list[Example], Report]:
+        data, training = self.config.data, self.config.training
+        made = {"train_on": training.train_on, "conversation_of": self.conversation_of}
+        return examples(data, which, training.seed, self.template, self.tokenizer, training.seq_len, **made)
+
+    def _rows(self, made: list[Example]) -> list[list[Example]]:
+        """The examples of each row."""
+        if self.config.data.packing == "padded":
+            return [[example] for example in made]
+        return [[made[number] for number in row] for row in pack_examples([len(example.ids) - 1 for example in made], self.config.training.seq_len)]
+
+
+def _fingerprint(made: list[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in made:
+        digest.update(b"%d " % len(example.ids) + example.ids.tobytes() + example.trained.tobytes())
+    return digest.hexdigest()[:12]
+
+
+# --- rows as text: python data.py --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row and what it is called."""
+
+    heading: str
+    input_ids: list[int]
+    labels: list[int]
+    document_ids: list[int] | None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; the exit code comes back."""
+    args = parse(argv)
+    return run_program(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the first rows of the run that a config describes."""
+    from tinylm.bpe import tokenizer_for
+
+    if args.rows < 1:
+        raise UserError(f"--rows: {args.rows} is less than 1. Give the number of rows to print.")
+    config = load_config(args.config, [*args.overrides, "data.num_workers=0"])  # for a few rows a process is not worth its start
+    tokenizer = tokenizer_for(config.tokenizer, config.data, config.training.seed)
+    data = LitData(config, tokenizer)
+    data.prepare(validation=False)
+    print_rows(islice(first_rows(data), args.rows), tokenizer)
+    return 0
+
+
+def first_rows(data: LitData) -> Iterator[ShownRow]:
+    """The rows of the run from micro-batch 0 on, in their order."""
+    place = 0
+    for k, batch in enumerate(data.train_dataloader()):
+        for i in range(len(batch["input_ids"])):
+            documents = batch["document_ids"][i].tolist() if "document_ids" in batch else None
+            heading = f"row {place}, micro-batch {k}: {source_of_row(data, batch, i)}"
+            yield ShownRow(heading, batch["input_ids"][i].tolist(), batch["labels"][i].tolist(), documents)
+            place += 1
+
+
+def source_of_row(data: LitData, batch: Batch, i: int) -> str:
+    """What row `i` of a batch was read from, and where in it."""
+    settings = data.config.data
+    if not data.train_files:
+        return printable(settings.dataset)  # a stream knows where a window of rows began, and not each row
+    source, start = batch["origin"][i] if len(data.train_files) > 1 else (0, batch["origin"][i])
+    name = settings.dataset if settings.mix is None else settings.mix[source].dataset
+    return f"{printable(name)} from token {start}"
+
+
+def print_rows(rows: Iterable[ShownRow], tokenizer: Tokenizer) -> None:
+    """Print rows on stdout: in colours on a terminal that has them, with marks elsewhere; the legend goes to stderr."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from tinylm.show import CLOSE, OPEN, SEAM, WALL, plain_row, row_pieces
+
+    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False, markup=False)
+    coloured = console.is_terminal and not console.no_color
+    targets = "dim: no target; another colour: another document" if coloured else f"{OPEN}no target{CLOSE}"
+    say(f"{SEAM} documents meet, {WALL}2{WALL} attention stops and document 2 begins, {targets}")
+    for row in rows:
+        pieces, masked = row_pieces(tokenizer, row.input_ids, row.labels, row.document_ids), row.document_ids is not None
+        console.print(Text(row.heading, "bold"), soft_wrap=True)
+        console.print(coloured_row(pieces, masked=masked) if coloured else Text(plain_row(pieces, masked=masked)), soft_wrap=True)
+        asked = sum(label != IGNORE_INDEX for label in row.labels)
+        console.print(f"{len(row.input_ids)} tokens, targets: {asked}, documents: {len({piece.document for piece in pieces})}\n", soft_wrap=True)
+
+
+def coloured_row(pieces: "list[Piece]", *, masked: bool) -> "Text":
+    """A row in the colours of its documents, dim where it is no target."""
+    from rich.text import Text
+
+    from tinylm.show import with_borders
+
+    text = Text()
+    for border, piece in with_borders(pieces, masked=masked):
+        text.append(border, "bold red")
+        text.append(piece.text, ("" if piece.target else "dim ") + DOCUMENT_COLOURS[piece.document % len(DOCUMENT_COLOURS)])
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What is trained: LitStage, which every training stage shares, and LitLM, pretraining.
+"""What is trained: LitStage, which every training stage shares, and LitLM, pretraining and supervised fine-tuning.
 
 A stage knows its loss. LitStage knows the rest of an optimizer step, in this order: the loss of each micro-batch, its
 gradient, the gradient divided by the target tokens of the whole step, the guard against numbers that are not finite,
@@ -24,6 +24,7 @@ from tinylm.decoder import Decoder
 from tinylm.device import keep_freed_memory
 from tinylm.errors import Diverged
 from tinylm.evaluate import batch_sums
+from tinylm.foreign import ForeignDecoder
 from tinylm.losses import cross_entropy
 from tinylm.optim import make_optimizer, set_lr
 from tinylm.packing import IGNORE_INDEX
@@ -69,10 +70,12 @@ class LitStage(L.LightningModule):
     """One optimizer step of any stage; a stage adds `batch_loss`."""
 
     stage: str
+    roots: dict[str, Any]
+    """what rebuilding the model from a checkpoint takes beside its settings and weights (`tinylm/checkpoint.py`)"""
 
-    def __init__(self, config: Config, decoder: Decoder):
+    def __init__(self, config: Config, decoder: Decoder | ForeignDecoder, stage: str, roots: dict[str, Any]):
         super().__init__()
-        self.config, self.decoder = config, decoder
+        self.config, self.decoder, self.stage, self.roots = config, decoder, stage, roots
         self.progress = Progress()
         self.cursor: list[int] | None = None
         self._step_loss: list[Tensor] = []
@@ -92,6 +95,7 @@ class LitStage(L.LightningModule):
         """Under fsdp each block, and the rest, is cut into equal parts that live on one device each (Zhao et al. 2023)."""
         if self.config.hardware.strategy == "fsdp" and self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
+            assert isinstance(self.decoder, Decoder), "train.py refuses others"
             for block in self.decoder.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(self.decoder, mesh=mesh)
@@ -114,7 +118,7 @@ class LitStage(L.LightningModule):
         return (loss + regulariser * targets) / self._full_batch
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """(loss sum, targets, bytes of the targets' text) of one batch, in eval mode and without smoothing."""
+        """(loss sum, targets, bytes of the targets' text, targets predicted right) of one batch, in eval mode and without smoothing."""
         raise NotImplementedError
 
     def _reseed(self, batch_idx: int) -> None:
@@ -198,12 +202,10 @@ class LitStage(L.LightningModule):
 
 
 class LitLM(LitStage):
-    """Next-token prediction: pretraining, and later supervised fine-tuning, where labels mask the prompt."""
+    """Next-token prediction: pretraining (stage `pretrain`), and supervised fine-tuning (stage `sft`), whose labels leave out the prompts."""
 
-    stage = "pretrain"
-
-    def __init__(self, config: Config, decoder: Decoder, byte_lengths: Tensor):
-        super().__init__(config, decoder)
+    def __init__(self, config: Config, decoder: Decoder | ForeignDecoder, byte_lengths: Tensor, stage: str, roots: dict[str, Any]):
+        super().__init__(config, decoder, stage, roots)
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
 
     def configure_model(self) -> None:

@@ -3,8 +3,8 @@
     python train.py --config config_smoke.yaml
     python train.py --config config.yaml training.max_steps=1000 hardware.precision=bf16
 
-Run the same command again after a crash and it goes on where it was, to the last bit. `build_trainer` and `fit` serve
-the other training programs too.
+Run the same command again after a crash and it goes on where it was, to the last bit. `run_stage` and what it calls serve
+finetune.py too.
 """
 
 import argparse
@@ -25,14 +25,17 @@ from tinylm.program import Parser, run_program
 if TYPE_CHECKING:
     import lightning as L
 
-    from data import LitData
+    from data import LitData, LitExamples
     from model import LitStage
+    from tinylm.checkpoint import Base
     from tinylm.config import Config
+    from tinylm.decoder import Decoder
+    from tinylm.foreign import ForeignDecoder
     from tinylm.tokenizer import Tokenizer
 
 # Settings that may differ when a run is resumed: they decide how long it runs and what is written, not what a step computes.
 FREE_ON_RESUME = {
-    "data.num_workers", "data.cache_dir", "data.dataset", "data.val_dataset", "tokenizer.path",  # their content is compared
+    "data.num_workers", "data.cache_dir", "data.dataset", "data.mix", "data.val_dataset", "tokenizer.path",  # their content is compared
     "training.max_steps", "training.val_every_steps", "training.val_batches", "training.early_stopping_patience",
     "training.log_every_steps", "training.save_every_steps", "training.keep_last", "training.checkpoint_dir", "training.log_dir",
     "training.run_name", "training.loggers", "training.sample_prompt", "training.auto_resume", "training.init_from",
@@ -42,11 +45,16 @@ FREE_ON_RESUME = {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """The command line of train.py."""
+    return make_parser("train.py", "config.yaml", "Pretrain a model. The same command again goes on from the newest checkpoint.").parse_intermixed_args(argv)
+
+
+def make_parser(program: str, config: str, description: str) -> Parser:
+    """The command line that every training program has; settings may stand between flags (`parse_intermixed_args`)."""
     parser = Parser(
-        prog="python train.py",
-        usage="python train.py --config config.yaml [section.key=value ...]",
-        description="Pretrain a model. The same command again goes on from the newest checkpoint.",
+        prog=f"python {program}",
+        usage=f"python {program} --config {config} [section.key=value ...]",
+        description=description,
         epilog="Every setting: docs/CONFIG_REFERENCE.md. Exit codes: 0 done, 2 a mistake to mend, 3 diverged, 130/143 stopped after saving.",
     )
     parser.add_argument("--config", required=True, help="YAML file with the settings")
@@ -55,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     start.add_argument("--resume", metavar="PATH", type=Path, help="go on from this checkpoint instead of the newest")
     start.add_argument("--no-resume", action="store_true", help="start anew; needs a checkpoint folder without checkpoints")
     parser.add_argument("--allow-changes", action="store_true", help="resume although data, tokenizer or settings differ from the checkpoint's")
-    return parser.parse_intermixed_args(argv)  # settings may stand between flags
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,19 +72,32 @@ def main(argv: list[str] | None = None) -> int:
     return run_program(lambda: run(args), debug=args.debug)
 
 
+def run(args: argparse.Namespace) -> int:
+    """Pretrain as the command line says."""
+    from tinylm.config import load_config
+
+    return run_stage("pretrain", load_config(args.config, args.overrides), args, open_corpus)
+
+
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with: nothing, another run's weights, or its own checkpoint."""
+    """What a run begins with: nothing, or its own checkpoint."""
 
     path: Path | None = None
     payload: dict[str, Any] | None = None
 
 
-def run(args: argparse.Namespace) -> int:
-    """Load the settings, say what will be done, train, say where the result is."""
-    from tinylm.config import load_config
+Say = Callable[[str], None]
+OpenData = Callable[["Config", "Tokenizer", Say], "LitData | LitExamples"]
 
-    config = load_config(args.config, args.overrides)
+
+def run_stage(stage: str, config: "Config", args: argparse.Namespace, open_data: OpenData) -> int:
+    """Say what will be done, train, say where the result is: what train.py and finetune.py do alike.
+
+    Args:
+        stage: the name that checkpoints and metrics have it under.
+        open_data: makes and prepares the data module, and says what is in it.
+    """
     from tinylm.device import pick_device
 
     device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
@@ -88,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
     with claim(folder, "training.checkpoint_dir"), claim(log_folder(config), "training.run_name"):
         start = find_start(folder, args, config, say)
         if start.payload is not None:
+            check_stage(start, stage)
+            config = settings_of_resumed(config, start.payload)
             check_same_settings(start, config, say, allow_changes=args.allow_changes)
         complete = start.payload is not None and is_complete(start.payload, config)
         if start.payload is not None and args.resume is None:
@@ -96,33 +119,38 @@ def run(args: argparse.Namespace) -> int:
             say(f"already complete at step {start.payload['step']}: {start.path}")
             print(printable(start.path))
             return 0
-        from data import LitData
-        from model import LitLM
-        from tinylm.evaluate import byte_table
-
-        tokenizer, config = prepare_tokenizer(config, start)
-        data = LitData(config, tokenizer)
-        data.prepare()
-        say(describe_data(data))
-        warn_of_shared_documents(config, say)
+        base = find_base(config, start)
+        if base is not None and start.payload is None:
+            config = settings_on_base(config, base)
+        tokenizer, config = prepare_tokenizer(config, start, base)
+        data = open_data(config, tokenizer, say)
         if start.payload is not None:
             check_same_data(start, data, say, allow_changes=args.allow_changes)
         check_sample_prompt(config, tokenizer)
-        weights = initial_weights(config, tokenizer) if start.payload is None else start.payload["weights"]
-        decoder = build_model(config, weights)
-        stage = LitLM(config, decoder, byte_table(tokenizer, decoder.embedding.num_embeddings))
-        return fit(stage, data, device, start, say)
+        return fit(build_stage(stage, config, tokenizer, start, base), data, device, start, say)
+
+
+def open_corpus(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitData":
+    """The data of a pretraining run."""
+    from data import LitData
+
+    data = LitData(config, tokenizer)
+    with program.progress_bar() as progress:
+        data.prepare(progress)
+    say(describe_data(data))
+    warn_of_shared_documents(config, say)
+    return data
 
 
 # --- where a run starts -----------------------------------------------------------------------------------------------
 
 
-def find_start(folder: Path, args: argparse.Namespace, config: "Config", say: Callable[[str], None]) -> Start:
+def find_start(folder: Path, args: argparse.Namespace, config: "Config", say: Say) -> Start:
     """The checkpoint to go on from, if there is one and it is wished."""
     from tinylm import checkpoint
 
     if args.resume is not None:
-        payload = checkpoint.read(args.resume)
+        payload = resumable(args.resume)
         newer = [path for path in checkpoint.candidates(folder) if checkpoint.step_of(path) > payload["step"]]
         if newer:
             found = f"{printable(newer[0])} is newer than step {payload['step']}, where --resume goes on"
@@ -130,11 +158,35 @@ def find_start(folder: Path, args: argparse.Namespace, config: "Config", say: Ca
         return Start(args.resume, payload)
     if config.training.auto_resume and not args.no_resume:
         path = checkpoint.newest_sound(folder, lambda error: say(f"passed over: {error}"))
-        return Start() if path is None else Start(path, checkpoint.read(path))
+        return Start() if path is None else Start(path, resumable(path))
     found = checkpoint.candidates(folder)
     if found:
         raise UserError(f"{printable(folder)}: holds checkpoints already (newest {found[0].name}). Resume, or choose another training.checkpoint_dir.")
     return Start()
+
+
+def resumable(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint that a run can go on from.
+
+    Raises:
+        UserError: it was imported, so there is no run to go on with.
+    """
+    from tinylm import checkpoint
+
+    payload = checkpoint.read(path)
+    if "optimizer" not in payload:
+        mend = f"Start a run from its weights with training.init_from={printable(path)}, and another training.checkpoint_dir"
+        raise UserError(f"{printable(path)}: an imported model, and not a run that can go on. {mend}.")
+    return payload
+
+
+def check_stage(start: Start, stage: str) -> None:
+    """Refuse to go on with another stage's run."""
+    assert start.payload is not None
+    found = start.payload["stage"]
+    if found != stage:
+        holds = f"a run of stage {printable(found)}, and this run is of stage {stage}"
+        raise UserError(f"{printable(start.path)}: {holds}. Choose another training.checkpoint_dir; to begin with its weights, set training.init_from to it.")
 
 
 def finish_names(path: Path | None, payload: dict[str, Any], *, final: bool) -> None:
@@ -158,7 +210,7 @@ def is_complete(payload: dict[str, Any], config: "Config") -> bool:
     return payload["step"] >= config.training.max_steps or should_stop(losses, config.training.early_stopping_patience)
 
 
-def check_same_settings(start: Start, config: "Config", say: Callable[[str], None], *, allow_changes: bool) -> None:
+def check_same_settings(start: Start, config: "Config", say: Say, *, allow_changes: bool) -> None:
     """Compare the settings with those that the checkpoint was made with; raises as `refuse_changes` does."""
     assert start.payload is not None
     processes = config.hardware.devices * config.hardware.num_nodes
@@ -169,16 +221,18 @@ def check_same_settings(start: Start, config: "Config", say: Callable[[str], Non
     refuse_changes(start, changes, say, allow_changes=allow_changes)
 
 
-def check_same_data(start: Start, data: "LitData", say: Callable[[str], None], *, allow_changes: bool) -> None:
+def check_same_data(start: Start, data: "LitData", say: Say, *, allow_changes: bool) -> None:
     """Compare tokenizer and data with those that the checkpoint was made with; raises as `refuse_changes` does."""
+    from tinylm.mix import name_of
+
     assert start.payload is not None
     changes = [("tokenizer", _tokenizer_of(start.payload).fingerprint, data.tokenizer.fingerprint)]
-    source = printable(data.config.data.dataset)
+    source = name_of(data.config.data)
     changes += [(f"{which} data ({source})", start.payload["data"][which], found) for which, found in data.fingerprints().items()]
     refuse_changes(start, changes, say, allow_changes=allow_changes)
 
 
-def refuse_changes(start: Start, compared: list[tuple[str, Any, Any]], say: Callable[[str], None], *, allow_changes: bool) -> None:
+def refuse_changes(start: Start, compared: list[tuple[str, Any, Any]], say: Say, *, allow_changes: bool) -> None:
     """Refuse to resume with what would not be the same run; what is allowed is said.
 
     Args:
@@ -188,8 +242,8 @@ def refuse_changes(start: Start, compared: list[tuple[str, Any, Any]], say: Call
         UserError: naming the checkpoint, both values, and the flag that overrides.
     """
     differences = [(name, was, now) for name, was, now in compared if was != now]
-    # Weights of another shape or for other tokens, and another optimizer's state, cannot be used at all.
-    fatal = [difference for difference in differences if difference[0].startswith(("model.", "tokenizer", "training.optimizer"))]
+    # Weights of another shape or meaning or for other tokens, and another optimizer's state, cannot be used at all.
+    fatal = [difference for difference in differences if difference[0].startswith(("model.", "tokenizer", "training.optimizer", "lora"))]
     if fatal or (differences and not allow_changes):
         name, was, now = (fatal or differences)[0]
         mend = "Set it back, or choose another training.checkpoint_dir"
@@ -224,19 +278,87 @@ def _tokenizer_of(payload: dict[str, Any]) -> "Tokenizer":
 # --- what a run is made of --------------------------------------------------------------------------------------------
 
 
-def prepare_tokenizer(config: "Config", start: Start) -> tuple["Tokenizer", "Config"]:
+def settings_of_resumed(config: "Config", payload: dict[str, Any]) -> "Config":
+    """The settings of a resumed run that had begun from a trained model: where they say nothing of the model, its own."""
+    from tinylm.config import Config
+
+    if config.training.init_from is None:
+        return config
+    was = Config.from_plain(payload["config"])
+    return config.with_model(was.model, was.tokenizer)
+
+
+def find_base(config: "Config", start: Start) -> "Base | None":
+    """The model that training.init_from names, where a run needs it: to begin, or under its adapters."""
+    from tinylm.checkpoint import open_base
+
+    if config.training.init_from is None and config.lora is not None:
+        raise UserError("lora: adapters belong to a trained model. Set training.init_from, or take the lora section out.")
+    if config.training.init_from is None or (start.payload is not None and config.lora is None):
+        return None
+    try:
+        return open_base(config.training.init_from)
+    except UserError as error:
+        raise UserError(f"training.init_from: {error}") from None
+
+
+# Settings of a trained model that another run may choose anew: they have no weights, and count in training only.
+FREE_ON_BASE = {"attention_dropout", "residual_dropout", "gradient_checkpointing"}
+
+
+def settings_on_base(config: "Config", base: "Base") -> "Config":
+    """The settings of a run that begins from `base`: the model is the base's, and what is written of it must say the same.
+
+    Raises:
+        UserError: naming the setting and both values.
+    """
+    theirs = dict(base.model)
+    free = {"gradient_checkpointing"} if base.foreign else FREE_ON_BASE  # a Hugging Face model has dropouts of its own
+    for name, value in config.model:
+        if name in config.model.model_fields_set - free and value is not None and value != theirs[name]:
+            found = f"{printable(value)}, and the model of training.init_from ({printable(base.name)}) has {printable(theirs[name])}"
+            raise UserError(f"model.{name}: {found}. Take it out: the model is the one that is begun from.")
+    return config.with_model(base.model, base.tokenizer_config)
+
+
+def prepare_tokenizer(config: "Config", start: Start, base: "Base | None") -> tuple["Tokenizer", "Config"]:
     """The tokenizer, and the settings with the vocabulary's size filled in."""
     from tinylm.bpe import tokenizer_for
 
-    if start.payload is not None and start.payload["config"]["tokenizer"] == config.tokenizer.model_dump(mode="json") and config.tokenizer.kind == "bpe":
-        tokenizer = _tokenizer_of(start.payload)  # it was learned when the run began; the cache may be gone
+    # It was learned, or came with a model, when the run began: the cache may be gone, the stream's first documents far away.
+    kept = config.tokenizer.kind == "bpe" or config.tokenizer.learn_docs is not None or config.training.init_from is not None
+    if start.payload is not None and start.payload["config"]["tokenizer"] == config.tokenizer.model_dump(mode="json") and kept:
+        tokenizer = _tokenizer_of(start.payload)
+    elif start.payload is None and base is not None and base.tokenizer is not None:
+        tokenizer = tokenizer_of_base(config, base)
     else:
         tokenizer = tokenizer_for(config.tokenizer, config.data, config.training.seed)
     wanted = config.model.vocab_size
     if wanted is not None and wanted < tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size: {wanted} is less than the tokenizer's {tokenizer.vocab_size}. Raise it, or leave it out.")
+        mend = "Raise it, or leave it out" if config.training.init_from is None else "Use the tokenizer that the model was trained with"
+        raise UserError(f"model.vocab_size: {wanted} is less than the tokenizer's {tokenizer.vocab_size}. {mend}.")
     model = config.model.model_copy(update={"vocab_size": wanted or tokenizer.vocab_size})
     return tokenizer, config.model_copy(update={"model": model})
+
+
+def tokenizer_of_base(config: "Config", base: "Base") -> "Tokenizer":
+    """The tokenizer that a checkpoint was trained with; what the settings say of one must mean the same.
+
+    Raises:
+        UserError: another tokenizer would give the rows of the embedding another meaning.
+    """
+    from tinylm.tokenizer import make_tokenizer
+
+    assert base.tokenizer is not None
+    wanted = config.tokenizer
+    if wanted == base.tokenizer_config:
+        return base.tokenizer
+    # A learned one has nothing to be learned from here, and would be another one.
+    found = make_tokenizer(wanted, tuple).fingerprint if wanted.kind in ("byte", "hf") else f"one of kind {wanted.kind} that is not learned yet"
+    if found != base.tokenizer.fingerprint:
+        was = f"{printable(base.name)} was trained with tokenizer {base.tokenizer.fingerprint} ({base.tokenizer.kind}), this run has {found}"
+        raise UserError(f"training.init_from: {was}. Leave the tokenizer section out.")
+    return base.tokenizer
 
 
 def check_sample_prompt(config: "Config", tokenizer: "Tokenizer") -> None:
@@ -247,55 +369,89 @@ def check_sample_prompt(config: "Config", tokenizer: "Tokenizer") -> None:
         raise UserError(f"training.sample_prompt: {error}") from None
 
 
-def initial_weights(config: "Config", tokenizer: "Tokenizer") -> dict[str, Any] | None:
-    """The weights of the checkpoint that training.init_from names; None for new ones.
+def build_stage(stage: str, config: "Config", tokenizer: "Tokenizer", start: Start, base: "Base | None") -> "LitStage":
+    """What is trained, with the weights that the run begins with."""
+    from model import LitLM
+    from tinylm.checkpoint import NO_ROOTS, refer_to
+    from tinylm.evaluate import byte_table
+    from tinylm.foreign import ForeignDecoder, check_packing
 
-    Raises:
-        UserError: its tokenizer gave the rows of the embedding another meaning.
-    """
-    from tinylm import checkpoint
-
-    if config.training.init_from is None:
-        return None
-    try:
-        payload = checkpoint.read(Path(config.training.init_from))
-    except UserError as error:
-        raise UserError(f"training.init_from: {error}") from None
-    theirs = _tokenizer_of(payload).fingerprint
-    if theirs != tokenizer.fingerprint:
-        path = printable(config.training.init_from)
-        raise UserError(f"training.init_from: {path} was trained with tokenizer {theirs}, this run has {tokenizer.fingerprint}. Use the same tokenizer.")
-    return payload["weights"]
+    model, roots = build_model(config, start, base), dict(NO_ROOTS)
+    if isinstance(model, ForeignDecoder):
+        check_foreign(config)
+        if stage == "sft" and config.data.packing == "packed":
+            check_packing(model)
+        if config.model.gradient_checkpointing:
+            model.checkpoint_gradients()
+        roots["hf_config"] = model.settings
+    if config.lora is not None:
+        assert base is not None, "find_base sees to it"
+        roots["base"] = refer_to(base, model, Path(config.training.checkpoint_dir))
+        add_adapters(config, model, roots["base"], start)
+    return LitLM(config, model, byte_table(tokenizer, model.embedding.num_embeddings), stage, roots)
 
 
-def build_model(config: "Config", weights: dict[str, Any] | None) -> Any:
-    """A decoder with new weights, which depend on the seed alone, or with the given ones."""
+def build_model(config: "Config", start: Start, base: "Base | None") -> "Decoder | ForeignDecoder":
+    """A decoder with the weights of the checkpoint to resume, of the base, or new ones, which depend on the seed alone."""
     import torch
 
-    from tinylm.checkpoint import build_decoder
+    from tinylm.checkpoint import whole_model
     from tinylm.decoder import Decoder
 
-    if weights is None:
-        torch.manual_seed(config.training.seed)
-        return Decoder(config.model)
-    try:
-        return build_decoder(config, weights)
-    except RuntimeError as error:  # load_state_dict names every weight that does not fit
-        problem = str(error).splitlines()[-1].strip().removesuffix(".")
-        raise UserError(f"model: the checkpoint's weights are of another shape: {printable(problem)}. Use the model settings it was trained with.") from None
+    if base is not None:
+        try:
+            return base.build(config.model)
+        except UserError as error:
+            raise UserError(f"training.init_from: {error}") from None
+    if start.payload is not None:
+        return whole_model(config.model, start.payload)
+    torch.manual_seed(config.training.seed)
+    return Decoder(config.model)
+
+
+def add_adapters(config: "Config", model: "Decoder | ForeignDecoder", reference: dict[str, str], start: Start) -> None:
+    """Put adapters into `model`: new ones, or those of the checkpoint to resume, which belong to no other base.
+
+    Raises:
+        UserError: naming both bases.
+    """
+    from tinylm.lora import attach, load_adapter
+
+    assert config.lora is not None
+    was = None if start.payload is None else start.payload["base"]
+    if was is not None and was["fingerprint"] != reference["fingerprint"]:
+        bases = f"{printable(was['path'])} with fingerprint {was['fingerprint']}"
+        found = f"training.init_from, {printable(config.training.init_from)}, has {reference['fingerprint']}"
+        raise UserError(f"{printable(start.path)}: an adapter of {bases}, and {found}. Set training.init_from to the model it was trained on.")
+    attach(model, config.lora, seed=config.training.seed)
+    if start.payload is not None:
+        load_adapter(model, start.payload["weights"])
+
+
+def check_foreign(config: "Config") -> None:
+    """Refuse settings that only our own decoder knows.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if config.training.optimizer == "muon":
+        raise UserError("training.optimizer: muon knows which matrices of our own decoder it is for, and none of a Hugging Face model. Set adamw.")
+    if config.hardware.strategy == "fsdp":
+        raise UserError("hardware.strategy: fsdp cuts up our own decoder, not a Hugging Face model. Set hardware.strategy to ddp.")
 
 
 def describe_data(data: "LitData") -> str:
     """One line on what is trained on and validated on."""
     from callbacks import short
+    from tinylm.mix import name_of
 
-    train = "a stream" if data.train_file is None else f"{short(len(data.train_file))} tokens"
+    train = f"{short(sum(map(len, data.train_files)))} tokens" if data.train_files else "a stream"
     val = "none" if data.val_file is None else f"{short(len(data.val_file))} tokens"
-    source, tokenizer = printable(data.config.data.dataset), data.tokenizer
+    source, tokenizer = name_of(data.config.data), data.tokenizer
     return f"data: {source}: train {train}, validation {val}; tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size}"
 
 
-def warn_of_shared_documents(config: "Config", say: Callable[[str], None]) -> None:
+def warn_of_shared_documents(config: "Config", say: Say) -> None:
     """Say so where validation documents are training documents too: val_loss would flatter the model."""
     from tinylm.corpus import shared_documents
 
@@ -305,14 +461,18 @@ def warn_of_shared_documents(config: "Config", say: Callable[[str], None]) -> No
 
 
 def describe_model(config: "Config", decoder: Any, world_size: int) -> str:
-    """Parameters, FLOPs per token and tokens per step."""
+    """Parameters, how many of them are trained, FLOPs per token where all are, and tokens per step."""
     from callbacks import short
-    from tinylm.decoder import count_parameters, flops_per_token
+    from tinylm.decoder import Decoder, count_parameters, flops_per_token
 
     training = config.training
     tokens = training.micro_batch_size * training.grad_accum_steps * training.seq_len * world_size
-    flops = flops_per_token(decoder, training.seq_len)
-    return f"model: {count_parameters(decoder):,} parameters, {short(flops)} FLOPs a token, {tokens:,} tokens a step, {training.max_steps:,} steps"
+    work = ""
+    if config.lora is not None:
+        work = f"{sum(weight.numel() for weight in decoder.parameters() if weight.requires_grad):,} of them trained, "
+    elif isinstance(decoder, Decoder):
+        work = f"{short(flops_per_token(decoder, training.seq_len))} FLOPs a token, "
+    return f"model: {count_parameters(decoder):,} parameters, {work}{tokens:,} tokens a step, {training.max_steps:,} steps"
 
 
 def build_trainer(config: "Config", device: str, callbacks: "list[L.Callback]") -> "L.Trainer":
@@ -367,7 +527,7 @@ def make_loggers(config: "Config") -> "list[Any]":
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Callable[[str], None]) -> int:
+def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Say) -> int:
     """Train `stage` on `data` to the end of the run, from `start`; the exit code comes back."""
     import callbacks as between
 
@@ -392,13 +552,13 @@ def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Call
         path = log_folder(config) / "metrics.csv"
         # A run that begins, or leaves another one's track, must not overwrite what that one has logged.
         aside = start.path is None or start.path.resolve().parent != Path(config.training.checkpoint_dir).resolve()
-        metrics.open(between.MetricsFile(path, step, aside=aside), make_loggers(config))
+        metrics.open(between.MetricsFile(path, step, stage=stage.stage, aside=aside), make_loggers(config))
     began = time.monotonic()
     trainer.fit(stage, datamodule=data)
     return report(stage, saving, signals, time.monotonic() - began, say)
 
 
-def say_what_changed(payload: dict[str, Any], config: "Config", say: Callable[[str], None]) -> None:
+def say_what_changed(payload: dict[str, Any], config: "Config", say: Say) -> None:
     """Name what is allowed to change on resume and matters all the same."""
     import torch
 
@@ -409,7 +569,7 @@ def say_what_changed(payload: dict[str, Any], config: "Config", say: Callable[[s
         say(f"CPU threads were {payload['threads']} and are {torch.get_num_threads()}: results may differ in the last bits")
 
 
-def report(stage: "LitStage", saving: Any, signals: Any, seconds: float, say: Callable[[str], None]) -> int:
+def report(stage: "LitStage", saving: Any, signals: Any, seconds: float, say: Say) -> int:
     """Say where the result is and what to type next."""
     from callbacks import duration
 
@@ -423,7 +583,8 @@ def report(stage: "LitStage", saving: Any, signals: Any, seconds: float, say: Ca
     say(f"done: {progress.step} steps in {duration(seconds)}, best val_loss {best:.4f}")
     final = path.with_name("final.ckpt")
     print(printable(final))
-    say(f'next: python infer.py --ckpt {shlex.quote(str(final))} --prompt "Attention is"')
+    prompt = {"pretrain": "Attention is", "sft": "Name three primary colours."}[stage.stage]
+    say(f'next: python infer.py --ckpt {shlex.quote(str(final))} --prompt "{prompt}"')
     return 0
 
 
@@ -475,6 +636,8 @@ def check_hardware(config: "Config", device: str) -> None:
         raise UserError(f"hardware.devices: {hardware.devices} were asked for, and this machine has {present}. Lower hardware.devices.")
     if hardware.strategy == "fsdp" and hardware.precision == "16":
         raise UserError("hardware.precision: 16 does not go with hardware.strategy fsdp. Set hardware.precision to bf16 or 32.")
+    if hardware.strategy == "fsdp" and config.lora is not None:
+        raise UserError("lora: adapters are too small to be cut in pieces by hardware.strategy fsdp. Set hardware.strategy to ddp.")
     if hardware.strategy == "fsdp" and config.training.optimizer == "muon":
         raise UserError("training.optimizer: muon needs whole matrices, and hardware.strategy fsdp cuts them in pieces. Set adamw, or strategy ddp.")
 

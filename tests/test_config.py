@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tinylm.config import CONFIG_BYTES_LIMIT, COUNT_LIMIT, Config, load_config, sections
+from tinylm.config import CONFIG_BYTES_LIMIT, COUNT_LIMIT, Config, MixPart, load_config, sections
+from tinylm.decoder import Decoder, count_parameters
 from tinylm.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-SECTIONS = "model, tokenizer, data, training, hardware, sampling"
+SECTIONS = ", ".join(Config.model_fields)
 MEANING = {f"{key}.{name}": info.description for key, section in sections() for name, info in section.model_fields.items()}
 
 
@@ -155,7 +157,8 @@ ELSEWHERE = [
     ("training: {lr: !!int fast}", 'c.yaml:1: training.lr: "fast" is no int. Write it out, or quote it if it is text.'),
     ("training: {lr: !!bool fast}", 'c.yaml:1: training.lr: "fast" is no bool. Write it out, or quote it if it is text.'),
     ("training: {lr: 1__0}", 'c.yaml:1: training.lr: "1__0" is no int. Write it out, or quote it if it is text.'),
-    ("sampling: {stop: [a: b]}", "c.yaml:1: sampling.stop: a list of settings has no key: value inside. Put quotes around text with a colon."),
+    ("sampling: {stop: [a: b]}", "c.yaml:1: sampling.stop[0]: expected a plain value, found key: value. Put quotes around text with a colon."),
+    ("training: {betas: [0.9, !!float fast]}", 'c.yaml:1: training.betas[1]: "fast" is no float. Write it out, or quote it if it is text.'),
 ]
 NOT_YAML = [
     ("training:\n\tlr: 3\n", f"c.yaml:2: not YAML: a tab indents this line, and YAML wants spaces. {LOOK}"),
@@ -174,6 +177,7 @@ NOT_YAML = [
     ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", f"c.yaml:2: not YAML: an alias (*name) is not allowed here. {LOOK}"),
     ("x" * 200_000, f"c.yaml: 200000 bytes, and a config has at most {CONFIG_BYTES_LIMIT}. Is it the right file?"),
     ("data: {text_field: [" + "1" * 90_000 + "x]}", f'c.yaml:1: data.text_field: {TEXT}, found ["{"1" * 75}.... Meaning: {MEANING["data.text_field"]}.'),
+    ("data: {mix: [" + "{}," * 15_000 + "]}", f"c.yaml:1: data.mix[0].dataset: missing in {{}}. Meaning: {MEANING['data.mix[].dataset']}."),
     ("data: {val_fraction: 0." + "1" * 90_000 + "}", None),
     ("model: {d_model: " + "9" * 90_000 + "}", 'c.yaml:1: model.d_model: "' + "9" * 76 + "... is no int. Write it out, or quote it if it is text."),
 ]
@@ -272,9 +276,29 @@ def test_other_tags_are_refused(tag):
         ("tokenizer: {kind: bpe}", "1: tokenizer.vocab_size: kind bpe needs it. Set tokenizer.vocab_size, for example 4096."),
         ("tokenizer: {vocab_size: 300}", "1: tokenizer.vocab_size: kind byte learns no merges. Take vocab_size out, or set kind: bpe."),
         ("tokenizer: {pattern: gpt4}", "1: tokenizer.pattern: kind byte learns no merges. Take pattern out, or set kind: bpe."),
-        ("tokenizer: {kind: char, learn_docs: 3}", "1: tokenizer.learn_docs: kind char learns no merges. Take learn_docs out, or set kind: bpe."),
+        ("tokenizer: {learn_docs: 3}", "1: tokenizer.learn_docs: kind byte learns nothing. Take learn_docs out, or set kind: bpe or char."),
+        (
+            "tokenizer: {kind: char, learn_docs: 3}",
+            "1: tokenizer.learn_docs: later documents have characters that the first ones lack, and unknown is error. Set unknown: unk.",
+        ),
         ("data: {val_dataset: a, val_split: b}", "1: data.val_split: val_dataset is set too. Keep one of them."),
         ("data:\n  streaming: yes\n  order: random", "3: data.order: random needs an indexed source. Set streaming: false or order: shuffled."),
+        *(
+            (
+                f"data:\n  {setting}\n  mix: [dataset: a]\n",
+                f"2: data.{name}: it is for one source, and mix names several. Take {name} or mix out.",
+            )
+            for setting in ("streaming: yes", "dataset_config: a", "split: test", "val_split: test", "train_docs: 3")
+            if (name := setting.partition(":")[0])
+        ),
+        (
+            "data:\n  mix: [dataset: a]\n  val_docs: 3\n",
+            "3: data.val_docs: mix holds val_fraction of each source out. Take val_docs out, or set val_dataset.",
+        ),
+        (
+            "data:\n  mix: [{dataset: a, weight: 1e6}, {dataset: b, weight: 0.5}]\n",
+            "2: data.mix: weight 0.5 of b is less than a millionth of all. Raise it, or take the source out.",
+        ),
         ("data: {streaming: yes, stride: 1}", "1: data.stride: a stream is packed without overlap. Take stride out, or set streaming: false."),
         (
             "training: {schedule: wsd, decay_ratio: 0.7, warmup_ratio: 0.5}",
@@ -299,6 +323,58 @@ def test_other_tags_are_refused(tag):
 def test_settings_that_disagree_are_named_together_where_one_was_written(text, message):
     """The line is that of the first named key that the file has: the other may be a default."""
     assert error_of(text) == f"c.yaml:{message}"
+
+
+# --- a list of sections ------------------------------------------------------------------------------------------------
+
+MIX = "data:\n  mix:\n    - dataset: a.txt\n      weight: 3\n    - dataset: b.txt\n"
+
+
+def test_a_list_of_sections_is_read_with_the_types_and_defaults_of_its_fields():
+    parts = load(MIX).data.mix
+    assert parts is not None
+    assert [(part.dataset, part.weight) for part in parts] == [("a.txt", 3.0), ("b.txt", 1.0)]
+    assert load("data: {}", "data.mix=[{dataset: c, weight: 1e-1}]").data.mix == (MixPart(dataset="c", weight=0.1),)
+    assert load(MIX, "data.mix=null").data.mix is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MIX + "      weigth: 2\n", "6: data.mix[1].weigth: no such setting; did you mean weight?"),
+        (MIX + "      lr: 2\n", "6: data.mix[1].lr: no such setting; did you mean training.lr?"),
+        (MIX + "      x: [a: b]\n", "6: data.mix[1].x[0]: expected a plain value, found key: value. Put quotes around text with a colon."),
+        (MIX + "      dataset: c.txt\n", "6: data.mix[1].dataset: the key stands on line 5 already. Keep one."),
+        (MIX + "      weight: high\n", f'6: data.mix[1].weight: expected a number, found "high". Meaning: {MEANING["data.mix[].weight"]}.'),
+        (MIX + "      weight: !!int x\n", '6: data.mix[1].weight: "x" is no int. Write it out, or quote it if it is text.'),
+        (MIX + "    - weight: 2\n", f'6: data.mix[2].dataset: missing in {{"weight": 2}}. Meaning: {MEANING["data.mix[].dataset"]}.'),
+        (MIX + "    - c.txt\n", '6: data.mix[2]: expected a section, found "c.txt". Write its settings indented below it, or take it out.'),
+        (MIX + "    - [dataset: c.txt]\n", "6: data.mix[2][0]: expected a plain value, found key: value. Put quotes around text with a colon."),
+        ("data:\n  mix: a.txt\n", f'2: data.mix: expected a list, [a, b], found "a.txt". Meaning: {MEANING["data.mix"]}.'),
+        ("data:\n  mix: []\n", f"2: data.mix: expected a list that is not empty, found []. Meaning: {MEANING['data.mix']}."),
+        ("data:\n  mix:\n    weight: 1\n", f'2: data.mix: expected a list, [a, b], found {{"weight": 1}}. Meaning: {MEANING["data.mix"]}.'),
+        ("data:\n  weight: 1\n", "2: data.weight: no such setting; did you mean data.mix[].weight?"),
+    ],
+)
+def test_a_mistake_in_a_list_of_sections_names_its_number_and_line(text, message):
+    """F1, F2: sections in a list are counted from 0."""
+    assert error_of(text) == f"c.yaml:{message}"
+
+
+def test_a_list_of_sections_replaces_one_and_its_lines_are_its_own():
+    """The parent's second source has a line; the child's, which lacks the dataset, must not be told that one."""
+    write(MIX, "parent.yaml")
+    assert [part.dataset for part in load("extends: parent.yaml\ndata:\n  mix: [dataset: c]\n").data.mix or ()] == ["c"]
+    message = error_of("extends: parent.yaml\ndata:\n  mix: [dataset: c, {}]\n")
+    assert message == f"c.yaml:3: data.mix[1].dataset: missing in {{}}. Meaning: {MEANING['data.mix[].dataset']}."
+
+
+def test_a_mistake_in_a_mapping_of_names_is_one_line():
+    """data.columns has names of the user's own; what one of them means is what the setting means."""
+    meaning = MEANING["data.columns"]
+    assert error_of("data:\n  columns:\n    prompt: 3\n") == f"c.yaml:3: data.columns.prompt: {TEXT}, found 3. Meaning: {meaning}."
+    assert error_of("data: {columns: {a: {b: c}}}") == f'c.yaml:1: data.columns.a: {TEXT}, found {{"b": "c"}}. Meaning: {meaning}.'
+    assert error_of("data: {columns: [a]}") == f'c.yaml:1: data.columns: expected names and values, {{a: b}}, found ["a"]. Meaning: {meaning}.'
 
 
 # --- every numeric setting against every odd value ---------------------------------------------------------------------
@@ -331,7 +407,7 @@ def _allows(schema: dict[str, Any], value: str) -> bool:
 
 
 def test_the_list_of_numeric_settings_is_not_empty_by_mistake():
-    assert {"model.moe.top_k", "training.lr", "training.betas", "data.stride", "hardware.threads", "sampling.min_p"} <= set(NUMERIC)
+    assert {"model.moe.top_k", "training.lr", "training.betas", "data.stride", "data.mix[].weight", "hardware.threads", "sampling.min_p"} <= set(NUMERIC)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1e308", ".nan", "nan", '""', "null", "[1, 2, 3]", "true", "{a: 1}"])
@@ -339,7 +415,10 @@ def test_the_list_of_numeric_settings_is_not_empty_by_mistake():
 def test_a_numeric_setting_takes_what_its_schema_says_and_refuses_the_rest_by_name(key, value):
     """A value within its bounds may still disagree with another setting, and then the message does not say `expected`."""
     *sections_above, name = key.split(".")
-    text = "".join(f"{section}: {{" for section in sections_above) + f"{name}: {value}" + "}" * len(sections_above)
+    text = f"{name}: {value}"
+    for section in reversed(sections_above):
+        text = f"{section[:-2]}: [{{dataset: a, {text}}}]" if section.endswith("[]") else f"{section}: {{{text}}}"
+    shown = key.replace("[]", "[0]")
     if _allows(NUMERIC[key], value):
         try:
             assert isinstance(load(text), Config)
@@ -347,7 +426,7 @@ def test_a_numeric_setting_takes_what_its_schema_says_and_refuses_the_rest_by_na
             assert "expected" not in str(error)
             assert name in str(error)
     else:
-        assert re.fullmatch(rf"c\.yaml:1: {re.escape(key)}: expected .+, found .+\. Meaning: {re.escape(MEANING[key])}\.", error_of(text))
+        assert re.fullmatch(rf"c\.yaml:1: {re.escape(shown)}: expected .+, found .+\. Meaning: {re.escape(MEANING[key])}\.", error_of(text))
 
 
 # --- one file extends another ------------------------------------------------------------------------------------------
@@ -505,3 +584,18 @@ def test_no_text_makes_anything_but_a_config_or_a_user_error(text):
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("*.yaml"), *ROOT.glob("configs/**/*.yaml")]), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_of_the_project_loads(path):
     assert isinstance(load_config(path), Config)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/c4-char*.yaml")), ids=lambda path: path.stem)
+def test_the_character_presets_say_their_command_and_their_true_size(path):
+    """Their first lines name the command, the parameters beside the vocabulary's, what a character adds, and how much text they read."""
+    config, text = load_config(path), path.read_text(encoding="utf-8")
+    assert f"\n#     python train.py --config configs/{path.name}\n" in text
+    with torch.device("meta"):
+        sizes = [count_parameters(Decoder(config.model.model_copy(update={"vocab_size": n}))) for n in (100, 101)]
+    a_character = sizes[1] - sizes[0]
+    assert f"\n# {sizes[0] - 100 * a_character:,} parameters, and {a_character:,} more for each character " in text
+    training = config.training
+    characters = training.seq_len * training.micro_batch_size * training.grad_accum_steps * training.max_steps
+    assert f" {characters / 1e6:.0f}M characters in {training.max_steps} steps." in text
+    assert config.training.run_name == Path(config.training.checkpoint_dir).name == path.stem, "a run overwrites no other's"

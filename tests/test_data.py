@@ -1,6 +1,12 @@
 """The order of data is a function: of (seed, k), whoever asks, however often, in whatever process."""
 
-from collections.abc import Callable
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +14,26 @@ import numpy as np
 import pytest
 import torch
 
-from data import Batch, Cursor, IndexedBatches, LitData, RowShape, Share, StreamBatches, ValidationBatches
+import data as data_program
+import eval_val
+import train
+from data import Batch, Cursor, IndexedBatches, LitData, RowShape, Share, ShownRow, StreamBatches, ValidationBatches, print_rows
+from tinylm import bpe, checkpoint
 from tinylm.config import Config, load_config
 from tinylm.corpus import train_documents, val_documents
 from tinylm.errors import UserError
+from tinylm.mix import weights_of
 from tinylm.packing import IGNORE_INDEX
-from tinylm.tokenizer import Tokenizer, make_tokenizer
+from tinylm.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def keep_signals() -> Iterator[None]:
+    """Training takes SIGINT and SIGTERM over; pytest wants them back."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -45,6 +65,14 @@ def equal(a: Batch, b: Batch) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
 
 
+@pytest.fixture
+def mix(tmp_path: Path, corpus: Path) -> dict[str, Any]:
+    """Settings of a mixture: the corpus with weight 1, and a second text, of other characters, with weight 2."""
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"{i} {'XYZ'[i % 3] * (i % 17)}\n" for i in range(90)), encoding="utf-8")
+    return {"mix": [{"dataset": str(corpus)}, {"dataset": str(other), "weight": 2}]}
+
+
 STREAM = {"streaming": True, "shuffle_window": 8}
 
 
@@ -61,11 +89,23 @@ def test_a_resumed_loader_gives_what_the_uninterrupted_one_gave(load: Any, kind:
     assert all(equal(a, b) for a, b in zip(whole[first:], resumed, strict=True))
 
 
+@pytest.mark.parametrize("order", ["shuffled", "random", "sequential"])
+@pytest.mark.parametrize("first", [1, 300])
+def test_a_resumed_mixture_gives_what_the_uninterrupted_one_gave(load: Any, mix: dict, order: str, first: int) -> None:
+    """Also from behind the first block of 1024 rows, which is 256 micro-batches of 4."""
+    config, tokenizer = load(data=mix | {"order": order}, training={"max_steps": 301})
+    whole, resumed = batches_of(prepared(config, tokenizer)), batches_of(prepared(config, tokenizer, first))
+    assert len(whole) == 301
+    assert len(resumed) == 301 - first
+    assert all(equal(a, b) for a, b in zip(whole[first:], resumed, strict=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [{}, STREAM])
-def test_the_number_of_workers_does_not_matter(load: Any, kind: dict) -> None:
+@pytest.mark.parametrize("kind", [{}, STREAM, "mix"])
+def test_the_number_of_workers_does_not_matter(load: Any, kind: dict | str, mix: dict) -> None:
     """A6: 0, 1 and 2 processes give the same batches in the same order."""
     runs = []
+    kind = mix if isinstance(kind, str) else kind
     for workers in (0, 1, 2):
         config, tokenizer = load(data=kind | {"num_workers": workers}, training={"max_steps": 9})
         runs.append(batches_of(prepared(config, tokenizer)))
@@ -79,9 +119,9 @@ def test_each_pass_is_a_permutation_of_all_rows(load: Any, order: str) -> None:
     """A4, A5: with R rows and batches of 4, any R places in a row that begin a pass hold each row once."""
     config, tokenizer = load(data={"order": order})
     data = prepared(config, tokenizer)
-    assert data.train_file is not None
-    batches = IndexedBatches(data.train_file, RowShape.of(config, tokenizer), order, seed=1, share=Share(4))
-    rows = batches.n_rows
+    assert data.train_files
+    batches = IndexedBatches(data.train_files, RowShape.of(config, tokenizer), order, seed=1, share=Share(4))
+    rows = batches.sources[0].n_rows
     assert rows % 4, "a pass must end inside a batch, or the test proves less"
     origins = [start // 16 for k in range(3 * rows // 4 + 1) for start in batches[k]["origin"]]
     passes = [origins[p * rows : (p + 1) * rows] for p in range(3)]
@@ -89,13 +129,71 @@ def test_each_pass_is_a_permutation_of_all_rows(load: Any, order: str) -> None:
     assert (passes[0] != passes[1]) == (order == "shuffled")
 
 
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+def test_each_source_of_a_mixture_goes_through_its_own_passes(load: Any, mix: dict, order: str) -> None:
+    """A4, A5: of 4096 rows each third is of the first source, to less than a row a block; the R rows of a source are all there in its every pass."""
+    config, tokenizer = load(data=mix | {"order": order})
+    data = prepared(config, tokenizer)
+    batches = IndexedBatches(data.train_files, RowShape.of(config, tokenizer), order, 1, Share(4), weights_of(config.data))
+    origins = [origin for k in range(1024) for origin in batches[k]["origin"]]
+    taken = [[start // 16 for source, start in origins if source == wanted] for wanted in (0, 1)]
+    assert [len(rows) for rows in taken] == [1365, 4096 - 1365]  # 4096 / 3 = 1365.33
+    for rows, source in zip(taken, batches.sources, strict=True):
+        n = source.n_rows
+        assert len(rows) > 3 * n, "there must be passes to compare"
+        passes = [rows[p * n : (p + 1) * n] for p in range(3)]
+        assert all(sorted(one) == list(range(n)) for one in passes)
+        assert (passes[0] != passes[1]) == (order == "shuffled")
+
+
+def test_the_rows_of_a_mixture_are_those_of_the_source_that_is_said(load: Any, mix: dict) -> None:
+    """The texts share no letter: a row has capitals where it is of the second source, and there alone."""
+    config, tokenizer = load(data=mix, training={"max_steps": 20})
+    batches = batches_of(prepared(config, tokenizer))
+    for batch in batches:
+        for ids, (source, _) in zip(batch["input_ids"], batch["origin"], strict=True):
+            letters = [character for character in tokenizer.decode(ids.tolist()) if character.isalpha()]
+            assert not letters or all(character.isupper() == (source == 1) for character in letters)
+    assert {source for batch in batches for source, _ in batch["origin"]} == {0, 1}
+
+
+@pytest.mark.parametrize("order", ["shuffled", "random", "sequential"])
+def test_a_mixture_of_one_source_is_the_run_of_that_source(load: Any, corpus: Path, order: str) -> None:
+    """So runs from before there were mixtures go on exactly: a single source is dealt every place, and draws the same numbers."""
+    runs = []
+    for kind in ({}, {"mix": [{"dataset": str(corpus), "weight": 7}]}):
+        config, tokenizer = load(data={"order": order} | kind, training={"max_steps": 60})
+        runs.append(batches_of(prepared(config, tokenizer)))
+    assert all(equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("order", ["shuffled", "random"])
+def test_sources_of_equal_length_have_orders_of_their_own(load: Any, corpus: Path, order: str) -> None:
+    """A text mixed with itself: its two copies are not read side by side."""
+    config, tokenizer = load(data={"order": order, "mix": [{"dataset": str(corpus)}, {"dataset": str(corpus)}]})
+    data = prepared(config, tokenizer)
+    batches = IndexedBatches(data.train_files, RowShape.of(config, tokenizer), order, 1, Share(4), [1, 1])
+    origins = [origin for k in range(40) for origin in batches[k]["origin"]]
+    first, second = ([start for source, start in origins if source == wanted] for wanted in (0, 1))
+    assert first[:20] != second[:20]
+
+
+def test_two_ranks_share_the_rows_of_a_mixture(load: Any, mix: dict) -> None:
+    """A13: the rows of two ranks are, place by place, those of one."""
+    config, tokenizer = load(data=mix)
+    data, shape = prepared(config, tokenizer), RowShape.of(config, tokenizer)
+    one, *two = (IndexedBatches(data.train_files, shape, "shuffled", 1, share, [1, 2]) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2)))
+    for k in range(3):
+        assert all(equal(two[rank][k], one[2 * k + rank]) for rank in (0, 1))
+
+
 def test_two_ranks_share_the_rows_of_one(load: Any) -> None:
     """A13: rank r of R sees as its micro-batch k what a single device sees as micro-batch k * R + r."""
     config, tokenizer = load()
     data = prepared(config, tokenizer)
-    assert data.train_file is not None
+    assert data.train_files
     one, first, second = (
-        IndexedBatches(data.train_file, RowShape.of(config, tokenizer), "shuffled", 1, share) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2))
+        IndexedBatches(data.train_files, RowShape.of(config, tokenizer), "shuffled", 1, share) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2))
     )
     for k in range(3):
         assert equal(first[k], one[2 * k])
@@ -179,3 +277,149 @@ def test_text_shorter_than_a_row_is_an_error_with_both_counts(load: Any, tmp_pat
     config, tokenizer = load(data={"dataset": str(tmp_path / "short.txt"), "val_fraction": 0.5}, training={"seq_len": 32})
     with pytest.raises(UserError, match=r"gives \d+ training tokens, and one row of training.seq_len needs 33"):
         prepared(config, tokenizer)
+
+
+def refusal_of(config: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """The one line of a run that exits with 2."""
+    capsys.readouterr()
+    assert train.main(["--config", str(config), *overrides]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.slow
+def test_a_run_on_a_mixture_resumes_exactly_and_refuses_other_shares(
+    make_config: Callable[..., Path], mix: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From step 4, with two workers in place of none: every number of steps 5 and 6, and the weights, to the last bit. A10 for weights and sources."""
+    config = make_config(data=mix, training={"grad_accum_steps": 2})
+    assert train.main(["--config", str(config)]) == 0
+    said = capsys.readouterr().err
+    assert "corpus.txt (33.3%), " in said and "other.txt (66.7%): train " in said
+    source = tmp_path / "checkpoints" / "step-000004.ckpt"
+    elsewhere = [f"training.checkpoint_dir={tmp_path / 'again'}", f"training.log_dir={tmp_path / 'again'}", "data.num_workers=2"]
+    assert train.main(["--config", str(config), "--resume", str(source), *elsewhere]) == 0
+    rows = [(tmp_path / folder / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines() for folder in ("logs", "again")]
+    columns = [rows[0][0].split(",").index(name) for name in ("step", "train_loss", "val_loss", "grad_norm")]
+    numbers = [[[row.split(",")[column] for column in columns] for row in run] for run in rows]
+    assert numbers[0][-2:] == numbers[1][-2:]
+    weights = [checkpoint.read(tmp_path / folder / "final.ckpt")["weights"] for folder in ("checkpoints", "again")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    capsys.readouterr()
+    assert eval_val.main(["--ckpt", str(tmp_path / "checkpoints" / "final.ckpt"), "--config", str(config), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["val_loss"] == float(numbers[0][-1][2])
+
+    config = make_config(data=mix, training={"max_steps": 8, "grad_accum_steps": 2})
+    parts = mix["mix"]
+    changed = refusal_of(config, capsys, f"data.mix={json.dumps([parts[0], parts[1] | {'weight': 3}])}")
+    assert re.search(r"train data \(mix of .*corpus.txt \(25.0%\), .*\) was 1/3 \w+ \+ 2/3 \w+ when it was saved, this run has 1/4 \w+ \+ 3/4 \w+\.", changed)
+    assert "--allow-changes" in changed
+    assert "this run has 1 " in refusal_of(config, capsys, f"data.mix={json.dumps(parts[:1])}")
+    assert "train data (" in refusal_of(config, capsys, "data.mix=null")
+
+
+def test_a_resumed_run_keeps_the_characters_that_it_learned(make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned from the first documents of what may be a stream: the checkpoint has them, and nothing is read to learn them again."""
+    config = make_config(tokenizer={"kind": "char", "unknown": "unk", "learn_docs": 20}, training={"max_steps": 2, "val_every_steps": 2})
+    assert train.main(["--config", str(config)]) == 0
+    monkeypatch.setattr(bpe, "training_split", None)
+    assert train.main(["--config", str(config), "training.max_steps=4"]) == 0
+
+
+@pytest.mark.slow
+def test_documents_of_a_mixture_that_validate_too_are_counted_and_said(
+    make_config: Callable[..., Path], mix: dict, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """E13: the validation file is 20 lines of the first source and 10 of the second."""
+    lines = [Path(part["dataset"]).read_text(encoding="utf-8").splitlines() for part in mix["mix"]]
+    (tmp_path / "val.txt").write_text("\n".join([*lines[0][:20], *lines[1][-10:], "alone"]), encoding="utf-8")
+    config = make_config(data=mix | {"val_dataset": str(tmp_path / "val.txt")}, training={"max_steps": 1, "val_every_steps": 1})
+    assert train.main(["--config", str(config)]) == 0
+    assert "warning: 30 documents of data.val_dataset are training documents too" in capsys.readouterr().err
+
+
+# --- python data.py ---------------------------------------------------------------------------------------------------
+
+
+def shown(config: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """The lines that the program prints on stdout."""
+    capsys.readouterr()
+    assert data_program.main(["--config", str(config), *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("kind", [{}, {"document_mask": True}, {"order": "random"}, STREAM, "mix"])
+def test_the_program_prints_the_first_rows_of_the_run(
+    make_config: Callable[..., Path], load: Any, mix: dict, kind: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five rows are micro-batch 0 and one of micro-batch 1. A byte of this text is a character, so the text without marks is what training decodes."""
+    data = mix if kind == "mix" else kind
+    config, tokenizer = load(data=data)
+    lines = shown(make_config(data=data), capsys, "--rows", "5")
+    batches = batches_of(prepared(config, tokenizer))
+    rows = [(k, ids.tolist(), labels.tolist()) for k in (0, 1) for ids, labels in zip(batches[k]["input_ids"], batches[k]["labels"], strict=True)]
+    assert len(lines) == 5 * 4
+    for place, (k, ids, labels) in enumerate(rows[:5]):
+        heading, text, counts, _ = lines[4 * place : 4 * place + 4]
+        assert heading.startswith(f"row {place}, micro-batch {k}: ")
+        assert re.sub(r"┃\d+┃|[┊⟦⟧]|<\|eos\|>", "", text) == tokenizer.decode([*ids, labels[-1]])
+        assert text.count("<|eos|>") == [*ids, labels[-1]].count(tokenizer.eos_id)
+        assert ("┃0┃⟦" in text) == ("document_mask" in data)
+        assert counts.startswith("16 tokens, targets: 16, documents: ")
+
+
+def test_the_program_names_the_source_of_each_row_of_a_mixture(make_config: Callable[..., Path], mix: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second source has capitals, the first has none."""
+    lines = shown(make_config(data=mix), capsys, "--rows", "12")
+    headings, texts = lines[::4], [re.sub(r"<\|\w+\|>", "", text) for text in lines[1::4]]
+    assert {"other.txt" in heading for heading in headings} == {True, False}
+    for heading, text in zip(headings, texts, strict=True):
+        letters = [character for character in text if character.isalpha()]
+        assert not letters or all(character.isupper() == ("other.txt from token " in heading) for character in letters)
+
+
+def test_the_program_needs_no_validation_data(make_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a stream on the hub it would read thousands of documents to hold some out; here the file is not even there."""
+    assert shown(make_config(data={"val_dataset": str(tmp_path / "none.txt")}), capsys, "--rows", "1")[0].startswith("row 0, ")
+    assert not list((tmp_path / "cache").glob("val-*"))
+
+
+def test_no_row_to_print_is_refused(make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert data_program.main(["--config", str(make_config()), "--rows", "0"]) == 2
+    assert capsys.readouterr().err == "error: --rows: 0 is less than 1. Give the number of rows to print.\n"
+
+
+class Screen(io.StringIO):
+    """A terminal that remembers what was written to it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_a_terminal_gets_colours_unless_it_wants_none(monkeypatch: pytest.MonkeyPatch, no_color: bool) -> None:
+    """Two documents in two colours, and dim where there is no target; with NO_COLOR the marks of a pipe, and no colour's code."""
+    screen = Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
+    print_rows([ShownRow("a row\x1b", [97, 98, 258, 99], [98, -100, 99, -100], [0, 0, 1, 1])], ByteTokenizer())
+    text = screen.getvalue()
+    if no_color:
+        assert "┃0┃⟦a⟧b┃1┃⟦<|eos|>⟧c\n" in text
+        assert not re.search(r"\x1b\[[\d;]*3\dm", text)
+    else:
+        assert "\x1b[2;39ma\x1b[0m\x1b[39mb\x1b[0m" in text
+        assert "\x1b[2;36m<|eos|>\x1b[0m\x1b[36mc\x1b[0m" in text
+        assert "⟦" not in text
+
+
+@pytest.mark.slow
+def test_help_is_printed_before_anything_heavy_is_imported() -> None:
+    """Not a timed test: `python -X importtime` lists what --help imported."""
+    command = [sys.executable, "-X", "importtime", "data.py", "--help"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python data.py --config config_smoke.yaml --rows 3")
+    assert "argparse" in done.stderr
+    assert not re.search(r"\| +(torch|lightning|datasets|transformers)$", done.stderr, re.MULTILINE)

@@ -36,10 +36,19 @@ TOOL_MODULES = {"pip", "pytest", "venv", "ruff"}
 # The programs that are truly run, and what is put behind their arguments so that each takes a second or two.
 SHORT = {
     "train.py": ["training.max_steps=2", "training.val_every_steps=1", "training.val_batches=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
+    "finetune.py": ["training.max_steps=2", "training.val_every_steps=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
     "infer.py": ["--max-new-tokens=8"],
+    "evaluate_checkpoints.py": ["--limit=2"],
+    "data.py": [],
     "eval_val.py": [],
     "list.py": [],
     "-m tinylm": [],
+}
+# What is shown and cannot be run as it stands, and what is done about it.
+SHOWN = {
+    "encode_corpus.py": "docs/SCALING.md gives its text; tests/test_scaling.py writes that into a file and runs it",
+    "sbatch": "needs a Slurm cluster; tests/test_scaling.py starts what it would start, with the variables that Slurm sets",
+    "torchrun": "needs two machines; tests/test_scaling.py has this one play both",
 }
 # Names in the guides that stand for something outside this project.
 OUTSIDE = {"HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTPS_PROXY", "NO_COLOR", "NotImplementedError", "PYTORCH_ENABLE_MPS_FALLBACK"}
@@ -214,8 +223,10 @@ def faults(text: str) -> Iterator[str]:
 
 def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
     """What is wrong with one command; `folders` are those that earlier ones train into, to which it may add its own."""
-    if command.program is None and command.words[0] not in TOOLS:
+    if command.program is None and command.words[0] not in TOOLS | SHOWN.keys():
         yield f"{command.words[0]}: neither of this project nor in TOOLS"
+    if command.program in SHOWN:
+        return
     missing = [word for word in command.words if (name := word.rpartition("=")[2]) and NAMED_FILE.fullmatch(name) and not Path(name).exists()]
     if command.fenced and missing:
         yield f"{missing[0]}: no such file"
@@ -313,7 +324,9 @@ def test_commands_are_cut_as_a_shell_cuts_them():
 
 
 def needs_network(command: Command) -> bool:
-    """Whether the command's config names data or a tokenizer that is not here."""
+    """Whether the command's config names data or a tokenizer that is not here, or it imports a model that is not."""
+    if command.program == "-m tinylm" and command.arguments[:1] == ["import"]:
+        return not Path(command.arguments[1]).exists()
     config = config_of(command)
     return config is not None and any(name and not Path(name).exists() for name in (config.data.dataset, config.tokenizer.path))
 
@@ -363,7 +376,7 @@ def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_
     results = [run_as_typed(command, copy_of_the_tree) for command in runnable(document.read_text(encoding="utf-8"))]
     assert {program for program, _ in results} == set(SHORT)
     wanted = {"train.py": r"checkpoints\S*/\S+\.ckpt\n", "list.py": r"(?s).*step.*last\.ckpt.*", "eval_val.py": r"val_loss \d+\.\d+ .*"}
-    wanted |= {"infer.py": r"\s*\S", "-m tinylm": r"\s*\S"}
+    wanted |= {"data.py": r"row 0, micro-batch 0: .*\n", "infer.py": r"\s*\S", "-m tinylm": r"\s*\S"}
     for program, out in results:
         assert re.match(wanted[program], out), f"{program} printed {out!r}"
 

@@ -13,6 +13,7 @@ import eval_val
 import train
 from tinylm import checkpoint
 from tinylm.evaluate import LOSS_CAP, language_score
+from tinylm.tokenfile import TokenFile
 
 Make = Callable[..., Path]
 
@@ -45,7 +46,7 @@ def test_the_loss_is_a_mean_over_tokens_however_they_are_batched(trained: Path, 
     found = scores(trained, tmp_path, capsys, "training.micro_batch_size=1")
     loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
     (file,) = (tmp_path / "cache").glob("val-*.bin")
-    tokens = torch.frombuffer(bytearray(file.read_bytes()[4096:]), dtype=torch.uint16).long()
+    tokens = torch.from_numpy(TokenFile.open(file).tokens.astype("int64"))
     losses = []
     for start in range(0, len(tokens) - 1, 16):
         window = tokens[start : start + 17]
@@ -73,13 +74,13 @@ def test_other_data_than_the_runs_own_is_said(trained: Path, tmp_path: Path, cap
 
 def test_perplexity_is_capped() -> None:
     """S0: exp of at most LOSS_CAP; the loss itself is never changed."""
-    score = language_score(loss_sum=1000.0, tokens=1, n_bytes=1)
+    score = language_score(loss_sum=1000.0, tokens=1, n_bytes=1, n_right=0)
     assert (score.loss, score.perplexity) == (1000.0, math.exp(LOSS_CAP))
 
 
 def test_a_nan_loss_stays_nan() -> None:
     """STYLE's bug: a bad number is never replaced by a good-looking one."""
-    score = language_score(loss_sum=math.nan, tokens=5, n_bytes=5)
+    score = language_score(loss_sum=math.nan, tokens=5, n_bytes=5, n_right=0)
     assert math.isnan(score.loss) and math.isnan(score.perplexity) and math.isnan(score.bits_per_byte)
 
 

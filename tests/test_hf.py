@@ -24,6 +24,15 @@ EXPRESSIBLE = {
     "llama, one kv head": ("llama", {"n_kv_heads": 1, "rope_theta": 500.0}),
     "llama, wide heads": ("llama", {"head_dim": 14, "n_kv_heads": 2, "norm_eps": 1e-3}),
     "llama, biases": ("llama", {"bias": "all"}),
+    "mistral": ("mistral", {"sliding_window": 5, "n_kv_heads": 2}),
+    "mistral, untied": ("mistral", {"sliding_window": 8, "tie_embeddings": False, "n_heads": 5, "head_dim": 8, "d_model": 36}),
+    "mistral, odd width": ("mistral", {"n_heads": 5, "head_dim": 8}),
+    "qwen2": ("qwen2", {"bias": "qkv", "n_kv_heads": 2}),
+    "qwen2, untied": ("qwen2", {"bias": "qkv", "tie_embeddings": False, "rope_theta": 1e6}),
+    "qwen2, window": ("qwen2", {"bias": "qkv", "sliding_window": 6, "n_kv_heads": 1}),
+    "qwen3": ("qwen3", {"qk_norm": True, "n_kv_heads": 2, "head_dim": 10}),
+    "qwen3, untied": ("qwen3", {"qk_norm": True, "tie_embeddings": False, "norm_eps": 1e-2, "d_model": 34, "head_dim": 8}),
+    "qwen3, window": ("qwen3", {"qk_norm": True, "sliding_window": 3}),
     "mixtral": ("mixtral", {"moe": MoEConfig(n_experts=4, top_k=2), "n_kv_heads": 2}),
     "mixtral, one of three": ("mixtral", {"moe": MoEConfig(n_experts=3, top_k=1), "tie_embeddings": False}),
     "mixtral, window": ("mixtral", {"moe": MoEConfig(n_experts=4, top_k=4), "sliding_window": 5}),
@@ -44,7 +53,7 @@ def scrambled(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def random_decoder(settings: dict) -> Decoder:
-    return scrambled(Decoder(ModelConfig(**SHAPE, **settings)))
+    return scrambled(Decoder(ModelConfig(**SHAPE | settings)))
 
 
 @pytest.fixture
@@ -70,6 +79,24 @@ def test_exported_model_gives_the_same_logits(architecture, settings, ids):
     assert largest_difference(model, exported, ids) < 1e-4
 
 
+def greedy(model: Decoder, ids: torch.Tensor, n_new: int) -> torch.Tensor:
+    """The `n_new` most probable tokens after `ids`, one after another, each read into the cache."""
+    cache, found = model.new_cache(ids.size(0)), ids
+    with torch.no_grad():
+        for _ in range(n_new):
+            logits = model(found[:, cache.length :], cache=cache)
+            found = torch.cat((found, logits[:, -1:].argmax(dim=-1)), dim=1)
+    return found
+
+
+@pytest.mark.parametrize("key", ["llama, grouped heads", "mistral", "qwen2", "qwen2, window", "qwen3", "mixtral", "gpt2"])
+def test_exported_model_writes_the_same_text_from_its_cache(key, ids):
+    """Both caches, ours and transformers', hold a window's last positions only: 8 tokens of prompt and 20 more go past every one."""
+    model = random_decoder(EXPRESSIBLE[key][1])
+    theirs = hf.to_hf(model).generate(ids[:, :8], max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(greedy(model, ids[:, :8], 20), theirs)
+
+
 @pytest.mark.parametrize("settings", [settings for _, settings in EXPRESSIBLE.values()], ids=EXPRESSIBLE)
 def test_round_trip_gives_back_settings_and_every_bit_of_the_weights(settings):
     """Copying, joining, splitting and transposing do no arithmetic, so nothing may change."""
@@ -88,7 +115,7 @@ def test_a_tied_head_stays_tied_both_ways():
     assert back.head.weight is back.embedding.weight
 
 
-@pytest.mark.parametrize("key", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("key", ["llama", "mistral", "qwen2", "qwen2, window", "qwen3", "mixtral", "gpt2"])
 def test_saved_folder_gives_the_same_logits_after_transformers_reads_it(key, ids, tmp_path):
     """transformers renames weights on their way to the disk (Mixtral's experts); the reader must find all of them."""
     model = random_decoder(EXPRESSIBLE[key][1])
@@ -96,7 +123,7 @@ def test_saved_folder_gives_the_same_logits_after_transformers_reads_it(key, ids
     assert largest_difference(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path), ids) < 1e-4
 
 
-@pytest.mark.parametrize("key", ["llama", "mixtral"])
+@pytest.mark.parametrize("key", ["llama", "mistral", "qwen2", "qwen3", "mixtral"])
 def test_config_json_has_rope_theta_for_old_readers_and_rope_parameters_for_new_ones(key, tmp_path):
     """transformers 5 writes rope_parameters only; a reader that knows rope_theta would take its default of 10000."""
     hf.hf_config(ModelConfig(**SHAPE, **EXPRESSIBLE[key][1], rope_theta=777.0)).save_pretrained(tmp_path)
@@ -123,15 +150,22 @@ def test_export_keeps_the_precision_of_the_weights():
 
 # --- theirs becomes ours ----------------------------------------------------------------------------------------------
 
+THEIR_SHAPE = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32,
+}  # fmt: skip
+GROUPED = THEIR_SHAPE | {"num_key_value_heads": 2}
 THEIRS = {
-    "llama": lambda **kw: transformers.LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32, **kw
-    ),
-    "mixtral": lambda **kw: transformers.MixtralConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32,
-        num_key_value_heads=2, num_local_experts=4, **kw
-    ),
-    "gpt2": lambda **kw: transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=32, **kw),
+    "llama": lambda **more: transformers.LlamaConfig(**THEIR_SHAPE | more),
+    "mistral": lambda **more: transformers.MistralConfig(**GROUPED | more),
+    "qwen2": lambda **more: transformers.Qwen2Config(**GROUPED | more),
+    "qwen3": lambda **more: transformers.Qwen3Config(**GROUPED | more),
+    "mixtral": lambda **more: transformers.MixtralConfig(**GROUPED | {"num_local_experts": 4} | more),
+    "gpt2": lambda **more: transformers.GPT2Config(**{"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32} | more),
+}
+
+
+LLAMA3_SCALING = {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4,
 }  # fmt: skip
 
 
@@ -142,6 +176,15 @@ THEIRS = {
         ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
         ("llama", {"head_dim": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}),
         ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {}),
+        ("mistral", {"sliding_window": 4}),
+        ("mistral", {"sliding_window": None, "head_dim": 6, "tie_word_embeddings": True}),
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True, "sliding_window": 4}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}),
+        ("qwen3", {}),
+        ("qwen3", {"head_dim": 6, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "head_dim": 8}),
         ("mixtral", {}),
         ("mixtral", {"sliding_window": 4, "num_experts_per_tok": 3}),
         ("gpt2", {}),
@@ -173,10 +216,15 @@ def test_imported_gpt2_keeps_its_dropout():
         (THEIRS["llama"](hidden_act="gelu"), 'hidden_act: our decoder knows "silu" here, found "gelu"'),
         (THEIRS["llama"](attention_bias=True), "attention_bias: our decoder knows false here, found true"),
         (THEIRS["llama"](rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_parameters.rope_type: .*linear"),
+        (THEIRS["llama"](rope_parameters={"rope_type": "llama3", **LLAMA3_SCALING}), 'rope_parameters.rope_type: our decoder knows "default" .*"llama3"'),
+        (THEIRS["llama"](num_hidden_layers=2000), "num_hidden_layers: 2000 .*less than or equal to 1000"),
+        (THEIRS["qwen2"](use_sliding_window=True, sliding_window=4, max_window_layers=1), 'layer_types: .*"full_attention" .*"sliding_attention"'),
+        (THEIRS["qwen3"](use_sliding_window=True, sliding_window=4, max_window_layers=1), "layer_types: "),
+        (THEIRS["qwen3"](attention_bias=True), "attention_bias: our decoder knows false here, found true"),
         (THEIRS["gpt2"](scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx: our decoder knows false here, found true"),
         (THEIRS["gpt2"](scale_attn_weights=False), "scale_attn_weights"),
         (THEIRS["gpt2"](activation_function="relu"), 'activation_function: .*"relu"'),
-        (transformers.BloomConfig(), "model_type: our decoder cannot be bloom. Choose a model of gpt2, llama, mixtral"),
+        (transformers.BloomConfig(), "model_type: our decoder cannot be bloom. Choose a model of gpt2, llama, mistral, mixtral, qwen2, qwen3"),
     ],
 )
 def test_import_refuses_what_our_decoder_cannot_compute(config, words):
@@ -195,13 +243,13 @@ def test_import_refuses_what_our_decoder_cannot_compute(config, words):
         ({"norm": "layernorm"}, 'model.norm: "layernorm" .* llama, has "rmsnorm"'),
         ({"norm_placement": "post"}, 'model.norm_placement: "post" .* has "pre"'),
         ({"norm_placement": "none"}, 'model.norm_placement: "none"'),
-        ({"qk_norm": True}, "model.qk_norm: true .* has false"),
-        ({"sliding_window": 8}, "model.sliding_window: 8 .* has null"),
+        (GPT2 | {"sliding_window": 8}, "model.sliding_window: 8 .* nearest, gpt2, has null"),
+        ({"qk_norm": True, "moe": MoEConfig()}, "model.qk_norm: true .* mixtral, has false|model.moe: .* qwen3, has null"),
         ({"n_sinks": 2}, "model.n_sinks: 2 .* has 0"),
         ({"ffn": "relu2"}, 'model.ffn: "relu2" .* llama, has "swiglu"'),
-        ({"bias": "qkv"}, 'model.bias: "qkv" .* has "none"'),
+        ({"bias": "qkv", "head_dim": 6}, "model.head_dim: 6 .* nearest, qwen2, has 8|model.bias: "),
         ({"moe": MoEConfig(), "bias": "all"}, 'model.moe: {"n_experts": 8, .* nearest, llama, has null'),
-        ({"n_heads": 5, "head_dim": 8}, "model.d_model: 32 .* has 35"),
+        ({"n_heads": 5, "head_dim": 8, "bias": "all"}, "model.d_model: 32 .* has 35"),
         (GPT2 | {"n_kv_heads": 2}, "model.n_kv_heads: 2 .* nearest, gpt2, has 4"),
         (GPT2 | {"head_dim": 6}, "model.head_dim: 6 .* gpt2, has 8"),
     ],

@@ -3,10 +3,11 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinylm.packing import IGNORE_INDEX, Position, count_rows, document_ids, pack_stream, row_at
+from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document_ids, pack_examples, pack_stream, row_at, row_of_examples
 
 EOS = 0
 
@@ -77,3 +78,44 @@ def test_packing_goes_on_at_any_row_border(documents: list[list[int]], seq_len: 
     for i, (_, place) in enumerate(whole):
         rest = [(row.tolist(), end) for row, end in pack_stream(iter(stream(documents, place)), seq_len)]
         assert rest == whole[i + 1 :]
+
+
+# --- examples of fine-tuning ------------------------------------------------------------------------------------------
+
+lengths_and_room = st.integers(1, 40).flatmap(lambda room: st.tuples(st.lists(st.integers(1, room), max_size=60), st.just(room)))
+
+
+@given(lengths_and_room)
+def test_every_example_is_in_one_row_whole_and_no_row_holds_too_much(case: tuple[list[int], int]) -> None:
+    """And no two rows could be one: an example opens a row only where no other has room for it."""
+    lengths, room = case
+    rows = pack_examples(lengths, room)
+    held = [sum(lengths[number] for number in row) for row in rows]
+    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+    assert all(inputs <= room for inputs in held)
+    assert all(a + b > room for i, a in enumerate(held) for b in held[:i])
+
+
+def test_the_longest_example_goes_where_the_least_room_is_left() -> None:
+    """Room 10: 7 and 6 open rows; 3 fills the first to the brim, 4 the second. First come, first served would take three rows."""
+    assert pack_examples([3, 4, 6, 7], 10) == [[3, 0], [2, 1]]
+
+
+def test_an_example_that_is_longer_than_a_row_is_the_callers_mistake() -> None:
+    with pytest.raises(ValueError, match="example 1 has 11 inputs, and a row has 10"):
+        pack_examples([3, 11], 10)
+
+
+def test_a_row_asks_each_example_for_its_trained_tokens_alone() -> None:
+    """Of 5 6 7 8 the last two are asked for, of 5 9 the last: never an example's first token, which nothing comes before."""
+    examples = [Example(np.array(ids), np.array(trained)) for ids, trained in (([5, 6, 7, 8], [False, False, True, True]), ([5, 9], [False, True]))]
+    inputs, labels, documents = row_of_examples(examples, 6, pad_id=0)
+    assert inputs.tolist() == [5, 6, 7, 5, 0, 0]
+    assert labels.tolist() == [IGNORE_INDEX, 7, 8, 9, IGNORE_INDEX, IGNORE_INDEX]
+    assert documents.tolist() == [0, 0, 0, 1, 2, 2]
+    assert inputs.dtype == labels.dtype == documents.dtype == np.int64
+
+
+def test_a_row_of_nothing_is_padding() -> None:
+    inputs, labels, _ = row_of_examples([], 3, pad_id=7)
+    assert (inputs.tolist(), labels.tolist()) == ([7, 7, 7], [IGNORE_INDEX] * 3)

@@ -5,19 +5,24 @@ imports what it needs, makes one call and prints. Add the first to `main`.
 """
 
 import argparse
+import os
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.errors import UserError, printable
-from tinylm.program import Parser, run_program, say
+from tinylm.errors import UserError, printable, writing
+from tinylm.program import Parser, progress_bar, run_program, say
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
 
-    from tinylm.bpe import Progress
+    from tinylm.encode import Recipe
+    from tinylm.export import Exported
+    from tinylm.tokenfile import TokenFile
 
 # Neighbouring tokens differ; all five are readable on black and on white.
 TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta", "black on white")
@@ -30,6 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True, parser_class=argparse.ArgumentParser)
     add_config_reference(commands)
     add_tokenizer(commands)
+    add_encode(commands)
+    add_export(commands)
+    add_import(commands)
+    add_plot(commands)
+    add_doctor(commands)
+    add_experiments(commands)
     arguments = parser.parse_args(argv)
     return run_program(lambda: arguments.run(arguments), debug=arguments.debug)
 
@@ -117,25 +128,6 @@ def tokenizer_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def progress_bar() -> "Iterator[Progress]":
-    """A bar on stderr for each kind of work that is reported; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total or None)
-
-        yield report
-
-
 def tokenizer_compare(arguments: argparse.Namespace) -> int:
     """Print a table with a row for each tokenizer."""
     from rich.table import Table
@@ -174,6 +166,277 @@ def tokenizer_show(arguments: argparse.Namespace) -> int:
         console.print(Text(divider).join(Text(piece, style) for piece, style in zip(pieces, styles, strict=True)), soft_wrap=True)
     n_bytes = len(arguments.text.encode())
     console.print(f"{len(ids)} tokens, {n_bytes} bytes" + (f", {n_bytes / len(ids):.2f} bytes per token" if ids else ""), highlight=False)
+    return 0
+
+
+def add_encode(commands: Any) -> None:
+    """Declare `encode`."""
+    summary = "Encode a corpus once, into a token file that data.dataset names: by all cores, in document order, resumable."
+    plain = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser("encode", help="make a token file of a corpus", description=summary, epilog=ENCODE_EXAMPLE, formatter_class=plain)
+    kinds = "files, folders or globs of .txt, .jsonl, .parquet, .gz; or hf:owner/name[:config[:split]], streamed from the hub"
+    command.add_argument("--data", nargs="+", required=True, metavar="PATH", help=kinds)
+    command.add_argument("--tokenizer", required=True, metavar="TOKENIZER", help="a folder, a Hugging Face name such as gpt2, or byte")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE.bin", help="the new token file")
+    command.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="the file is the same (default: one a core)")
+    command.add_argument("--docs", type=int, metavar="N", help="stop after so many documents")
+    command.add_argument("--text-field", default="text", metavar="KEY", help="column or key that holds the text (default: text)")
+    command.add_argument("--separator", metavar="TEXT", help="what divides documents in a .txt file (default: each line is one)")
+    command.add_argument("--max-doc-len", type=int, metavar="N", help="tokens after which a document is cut")
+    command.add_argument("--resume", action="store_true", help="go on with what an interrupted run left; without it that is begun again")
+    command.add_argument("--format", choices=("bin", "npy"), default="bin", help="npy: also write a plain NumPy array of the ids, FILE.npy")
+    command.set_defaults(run=encode)
+
+
+ENCODE_EXAMPLE = """\
+for example:
+  python -m tinylm encode --data 'corpus/*.txt' --tokenizer tokenizers/mine --out data/mine-train.bin --processes 8
+  python -m tinylm encode --data hf:allenai/c4:en --docs 1000000 --tokenizer gpt2 --out data/c4.bin
+"""
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    """Write the token file, tell what is in it, and print its path."""
+    from tinylm.encode import encode_file, finished_file
+    from tinylm.tokenfile import NPY, TokenFile, locked, write_npy
+
+    check_encode(arguments)
+    path, array = arguments.out, arguments.out.with_suffix(NPY)
+    if arguments.format == "npy" and os.path.lexists(array):
+        raise UserError(f"{printable(array)}: is there already. Delete it, or choose another --out.")
+    recipe = encode_recipe(arguments)
+    with locked(path, "--out"):
+        file = finished_file(path, recipe)
+        if file is not None:
+            say(f"complete already: {path}")
+        else:
+            say(f"encoding with {arguments.processes} processes, tokenizer {recipe.tokenizer.fingerprint} (vocabulary {recipe.tokenizer.vocab_size})")
+            started = time.monotonic()
+            try:
+                with progress_bar() as progress:
+                    encode_file(path, recipe, processes=arguments.processes, resume=arguments.resume, keep=True, place="--out", progress=progress)
+            except KeyboardInterrupt:
+                say("interrupted; the same command with --resume goes on from here")
+                raise
+            file = TokenFile.open(path)
+            tell_speed(file, time.monotonic() - started)
+        if arguments.format == "npy":
+            write_npy(file, array, "--out")
+    tell_content(file)
+    tokenizer = "tokenizer.kind=byte" if arguments.tokenizer == "byte" else f"tokenizer.path={arguments.tokenizer}"
+    say(f"next: python train.py --config config.yaml data.dataset={path} {tokenizer}")
+    if arguments.format == "npy":
+        print(printable(array))
+    print(printable(path))
+    return 0
+
+
+def check_encode(arguments: argparse.Namespace) -> None:
+    """UserError for arguments that cannot be."""
+    from tinylm.tokenfile import BIN
+
+    for flag, value in (("--processes", arguments.processes), ("--docs", arguments.docs), ("--max-doc-len", arguments.max_doc_len)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag}: {value} is less than 1. Give a whole number from 1 on.")
+    if arguments.separator == "":
+        raise UserError("--separator: is empty. Give the text that divides documents.")
+    if arguments.out.suffix != BIN:
+        raise UserError(f"--out: {printable(arguments.out)}: a token file's name ends with {BIN}. Choose such a name.")
+
+
+def encode_recipe(arguments: argparse.Namespace) -> "Recipe":
+    """What the token file is made from."""
+    from tinylm.corpus import Split, sources_named
+    from tinylm.encode import Recipe
+    from tinylm.tokenizer import named_tokenizer
+
+    source = sources_named(arguments.data, arguments.text_field, arguments.separator)
+    tokenizer = named_tokenizer(arguments.tokenizer)
+    label = f"{printable(source.name)}:"
+    return Recipe(Split("train", source, None, arguments.docs), tokenizer, arguments.text_field, arguments.separator, arguments.max_doc_len, label)
+
+
+def tell_speed(file: "TokenFile", seconds: float) -> None:
+    """How long it took."""
+    say(f"encoded {file.header.text_bytes / 1e6:.1f} MB of text in {seconds:.1f} s, {file.header.text_bytes / 1e6 / seconds:.1f} MB/s")
+
+
+def tell_content(file: "TokenFile") -> None:
+    """What is in a token file."""
+    header = file.header
+    text_tokens = header.count - header.documents  # without the EOS of each document
+    say(f"{header.count:,} tokens ({header.dtype}) of {header.documents:,} documents, {header.text_bytes / max(text_tokens, 1):.3f} bytes per token")
+    say(f"first ten ids: {' '.join(map(str, file.tokens[:10]))}")
+    say(f"last ten ids:  {' '.join(map(str, file.tokens[-10:]))}")
+
+
+def add_export(commands: Any) -> None:
+    """Declare `export`."""
+    summary = "write a checkpoint as a Hugging Face folder or a GGUF file"
+    command = commands.add_parser("export", help=summary, description=f"{summary[0].upper()}{summary[1:]}; its logits are compared with ours first.")
+    command.add_argument("ckpt", type=Path, metavar="CKPT", help="the checkpoint")
+    command.add_argument("out", type=Path, metavar="OUT", help="the new folder for hf, the new file for gguf")
+    command.add_argument("--format", choices=("hf", "gguf"), required=True, help="hf: for transformers; gguf: one file for llama.cpp and its like")
+    command.add_argument("--floats", choices=("f32", "f16"), default="f32", help="for gguf: bits of its matrices (default: f32)")
+    command.set_defaults(run=export)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Write the folder or file; its path is printed."""
+    from tinylm.export import export_hf
+    from tinylm.gguf import export_gguf
+
+    if arguments.format == "hf" and arguments.floats != "f32":
+        raise UserError("--floats: a Hugging Face folder is written in f32. Leave --floats out, or give --format gguf.")
+    written = export_hf(arguments.ckpt, arguments.out) if arguments.format == "hf" else export_gguf(arguments.ckpt, arguments.out, floats=arguments.floats)
+    say(f"{written.model_type}, {arguments.floats}: read back by transformers, its logits differ from ours by {written.difference:.1e}")
+    if written.tokenizer_class != "AutoTokenizer":
+        say(f"note: load its tokenizer with {written.tokenizer_class}; AutoTokenizer cuts words in its own way for every {written.model_type}")
+    say(f"next: python -c {shlex.quote(code_that_loads(written, arguments.format))}")
+    print(printable(written.path))
+    return 0
+
+
+def code_that_loads(written: "Exported", kind: str) -> str:
+    """Python that shows what was written to work."""
+    if kind == "hf" and written.tokenizer_class == "AutoTokenizer":
+        return f'from transformers import pipeline; print(pipeline("text-generation", "{written.path}")("Once"))'
+    if kind == "hf":
+        tokenizer = f'tokenizer=T.from_pretrained("{written.path}")'
+        return f'from transformers import pipeline, {written.tokenizer_class} as T; print(pipeline("text-generation", "{written.path}", {tokenizer})("Once"))'
+    settings = "".join(f", {name}={value}" for name, value in written.needs.items())
+    return f'from transformers import AutoModelForCausalLM as M; print(M.from_pretrained("{written.path.parent}", gguf_file="{written.path.name}"{settings}))'
+
+
+def add_import(commands: Any) -> None:
+    """Declare `import`."""
+    summary = "turn a Hugging Face model into a checkpoint"
+    kinds = "GPT-2, Llama, Mistral, Mixtral, Qwen2 or Qwen3, from safetensors"
+    about = f"{summary[0].upper()}{summary[1:]}: {kinds}; its logits are compared with transformers' first."
+    command = commands.add_parser("import", help=summary, description=about)
+    command.add_argument("name", metavar="NAME_OR_FOLDER", help="a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2")
+    command.add_argument("out", type=Path, metavar="OUT.ckpt", help="the new checkpoint")
+    command.set_defaults(run=import_model)
+
+
+def import_model(arguments: argparse.Namespace) -> int:
+    """Write the checkpoint; its path is printed."""
+    from tinylm.hf_import import import_hf
+
+    imported = import_hf(arguments.name, arguments.out)
+    say(f"{imported.model_type}, {imported.stored_as}, stored as fp32: its logits differ from transformers' by {imported.difference:.1e}")
+    path = shlex.quote(str(arguments.out))
+    say(f"to train it further: training.init_from={path}, in train.py or finetune.py")
+    say(f'next: python infer.py --ckpt {path} --prompt "Once"')
+    print(printable(arguments.out))
+    return 0
+
+
+def add_plot(commands: Any) -> None:
+    """Declare `plot`."""
+    summary = "Curves of runs, or where the heads of a model look, as PNG files."
+    command = commands.add_parser("plot", help="curves of runs, attention maps", description=summary)
+    command.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="searched for metrics.csv and for checkpoints; several runs are overlaid")
+    command.add_argument("--out", type=Path, default=Path("plots"), metavar="FOLDER", help="where the pictures go (default: plots)")
+    command.add_argument("--smooth", type=int, default=1, metavar="N", help="mean of N rows, the raw values behind (default: 1, off)")
+    command.add_argument("--text", action="store_true", help="draw in the terminal, write no file")
+    command.add_argument("--attention", action="store_true", help="attention maps of --ckpt on --prompt, layer by head")
+    command.add_argument("--ckpt", type=Path, metavar="FILE", help="for --attention: the checkpoint")
+    command.add_argument("--prompt", metavar="TEXT", help="for --attention: the text that is read")
+    command.set_defaults(run=plot)
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    """Draw what was asked for; the paths of the pictures are printed."""
+    if arguments.attention:
+        return plot_attention(arguments)
+    from tinylm.plots import QUANTITIES, draw, find_runs, text_plot
+
+    if not arguments.folders:
+        raise UserError("plot: no folder. Give the folders to look in: python -m tinylm plot checkpoints logs.")
+    if arguments.smooth < 1:
+        raise UserError(f"--smooth: {arguments.smooth} is less than 1. Give the number of rows that a mean is over.")
+    runs = find_runs(arguments.folders)
+    say("runs: " + ", ".join(f"{printable(run.name)} ({len(run.steps)} rows)" for run in runs))
+    for quantity in QUANTITIES:
+        if not any(len(run.curve(quantity)[0]) for run in runs):
+            continue
+        if arguments.text:
+            print(text_plot(quantity, runs), end="\n\n")
+        else:
+            save_picture(draw(quantity, runs, smooth=arguments.smooth), arguments.out / f"{quantity}.png")
+    return 0
+
+
+def plot_attention(arguments: argparse.Namespace) -> int:
+    """Write the attention maps of a checkpoint on a text."""
+    if arguments.ckpt is None or arguments.prompt is None:
+        raise UserError("plot --attention: it needs a model and a text. Give --ckpt FILE and --prompt TEXT.")
+    from tinylm.checkpoint import load_model
+    from tinylm.plots import attention_maps, draw_attention
+
+    loaded = load_model(arguments.ckpt)
+    ids = loaded.tokenizer.encode(arguments.prompt)
+    limit = loaded.config.model.max_seq_len
+    if not 1 <= len(ids) <= limit:
+        raise UserError(f"--prompt: {len(ids)} tokens, and this model reads 1 to {limit}. Give another text.")
+    save_picture(draw_attention(attention_maps(loaded.model, ids), [loaded.tokenizer.token_text(id) for id in ids]), arguments.out / "attention.png")
+    return 0
+
+
+def save_picture(figure: "Figure", path: Path) -> None:
+    """Write a figure and print its path."""
+    with writing(path, "--out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    print(printable(path))
+
+
+def add_doctor(commands: Any) -> None:
+    """Declare `doctor`."""
+    summary = "What this machine can do and what it lacks: versions, devices, precisions, disk, the hub, optional extras."
+    commands.add_parser("doctor", help="what this machine can do and what it lacks", description=summary).set_defaults(run=doctor)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print a table of findings; 2 if something is missing that training needs."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from tinylm.doctor import examine
+
+    table, lacking = Table("what", "found", "to mend it"), []
+    for finding in examine():
+        style = "" if finding.mend is None else "red" if finding.needed else "yellow"
+        table.add_row(finding.subject, Text(finding.found, style), finding.mend or "")
+        lacking += [finding.subject] * (finding.mend is not None and finding.needed)
+    results().print(table)
+    if lacking:
+        raise UserError(f"missing: {', '.join(lacking)}. Do what the table says, or: pip install -r requirements.txt.")
+    say("everything that training needs is here; next: python train.py --config config_smoke.yaml")
+    return 0
+
+
+def add_experiments(commands: Any) -> None:
+    """Declare `experiments`."""
+    summary = "Train small models that differ in one setting, compare them, write a report; a step whose result is there is not run again."
+    command = commands.add_parser("experiments", help="compare choices of architecture and training", description=summary)
+    phases = "smoke: a few steps of each path; pretrain, finetune: the runs; eval: tables, pictures and texts of what is there; all: these three"
+    command.add_argument("--phase", choices=("smoke", "pretrain", "finetune", "eval", "all"), required=True, help=phases)
+    command.add_argument("--out", type=Path, default=Path("experiments"), metavar="FOLDER", help="where everything goes (default: experiments)")
+    command.set_defaults(run=experiments)
+
+
+def experiments(arguments: argparse.Namespace) -> int:
+    """Run the steps of a phase, then evaluate if it is asked for; the report's path is printed."""
+    from tinylm.experiments import evaluate, plan_steps, run_steps
+
+    wanted = ("pretrain", "finetune") if arguments.phase == "all" else (arguments.phase,)
+    failed = run_steps([step for step in plan_steps(arguments.out) if step.phase in wanted], arguments.out, say)
+    if arguments.phase in ("eval", "all"):
+        print(printable(evaluate(arguments.out, say)))
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}. What they said is in {printable(arguments.out / 'output')}; the same command goes on from there.")
     return 0
 
 

@@ -25,7 +25,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -37,8 +37,10 @@ import numpy as np
 from filelock import FileLock
 
 from tinylm.config import DataConfig, TokenizerConfig
-from tinylm.corpus import HubDataset, LocalFiles, Source, find_source, find_split, train_documents
+from tinylm.corpus import HubDataset, LocalFiles, Source, find_source
 from tinylm.errors import UserError, printable, reading, require_regular, writing
+from tinylm.mix import training_split
+from tinylm.processes import Progress
 from tinylm.tokenizer import WELL_KNOWN_EOS, Tokenizer, load_hf_tokenizer, make_tokenizer
 from tinylm.words import BYTE_OF_CHARACTER, CUT_BYTES, PATTERNS, FileJob, Job, Rules, TextJob, count_job
 
@@ -60,9 +62,6 @@ WORTH_PROCESSES = 2**24
 # Bytes searched for a place where a part can end.
 WINDOW = 2**13
 VERSION = 1
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is counted ("bytes", "merges"), how much is done, and of how much (0: not known)."""
 
 
 # --- step 1: words ----------------------------------------------------------------------------------------------------
@@ -517,19 +516,23 @@ def texts_of(names: Sequence[str]) -> Iterator[str]:
 
 
 def tokenizer_for(config: TokenizerConfig, data: DataConfig, seed: int, *, progress: Progress | None = None) -> Tokenizer:
-    """The tokenizer that a run's settings ask for: `make_tokenizer`'s, or for bpe one that is learned from the training split.
+    """The tokenizer that a run's settings ask for: `make_tokenizer`'s, or for bpe one that is learned from the training documents.
 
-    What was learned is kept in data.cache_dir, in a folder named by all that it depends on.
+    Of a mixture it is learned from the documents of all sources, whatever their weights. What bpe learned is kept in
+    data.cache_dir, in a folder named by all that it depends on.
 
     Raises:
-        UserError: as `train_documents`, `load_hf_tokenizer` and `check_request`, or a stream without end would be read.
+        UserError: as `training_split`, `load_hf_tokenizer` and `check_request`, or a stream without end would be read.
     """
-    if config.kind != "bpe":
-        return make_tokenizer(config, lambda: train_documents(data, seed))
-    assert config.vocab_size is not None  # TokenizerConfig checks it
-    split, rules = find_split(data, "train", seed), Rules(config.pattern or "gpt2")
+    if config.kind in ("byte", "hf"):
+        return make_tokenizer(config, lambda: ())
+    split = training_split(data, seed)
     if isinstance(split.source, HubDataset) and data.streaming and split.limit is None and config.learn_docs is None:
-        raise UserError("tokenizer.learn_docs: kind bpe would read all of a streamed dataset. Set tokenizer.learn_docs, for example 100000.")
+        raise UserError(f"tokenizer.learn_docs: kind {config.kind} would read all of a streamed dataset. Set tokenizer.learn_docs, for example 100000.")
+    if config.kind == "char":
+        return make_tokenizer(config, lambda: islice(split.documents(), config.learn_docs))
+    assert config.vocab_size is not None  # TokenizerConfig checks it
+    rules = Rules(config.pattern or "gpt2")
     check_request(config.vocab_size, rules)
     text = [split.source.fingerprint(), data.text_field, data.document_separator, split.held_out, split.limit, config.learn_docs]
     key = hashlib.sha256(json.dumps([VERSION, text, config.vocab_size, PATTERNS[rules.pattern], rules.special]).encode()).hexdigest()[:16]

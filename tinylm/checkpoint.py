@@ -25,9 +25,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tinylm.config import Config
+from tinylm.config import Config, LoraConfig, ModelConfig, TokenizerConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError, printable, writing
+from tinylm.foreign import PREFIX, ForeignDecoder, find, rebuild
+from tinylm.lora import merge
 from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
 
 FORMAT = "tinylm"
@@ -38,6 +40,9 @@ _END_SIZE = 22
 _COMMENT_SIZE = len("sha256:") + 64
 _STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
 _NEEDED_KEYS = {"format", "schema", "stage", "step", "tokens", "config", "tokenizer", "weights"}
+# What rebuilding a model takes beside settings and weights: {"path", "fingerprint"} of the base that an adapter belongs to, and
+# the config.json of a Hugging Face model as text. Older checkpoints have neither.
+NO_ROOTS: dict[str, Any] = {"base": None, "hf_config": None}
 
 
 class DamagedError(UserError):
@@ -55,6 +60,7 @@ class CheckpointInfo:
     train_loss: float | None
     val_loss: float | None
     parameters: int
+    """of the adapter alone where there is one"""
     bytes: int
     created: float
     """seconds since 1970 at which it was written"""
@@ -63,9 +69,9 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint ready for use: the model in evaluation mode, and what it was trained with."""
+    """A checkpoint ready for use: the model in evaluation mode, an adapter merged into its base, and what it was trained with."""
 
-    model: Decoder
+    model: Decoder | ForeignDecoder
     tokenizer: Tokenizer
     config: Config
     info: CheckpointInfo
@@ -205,7 +211,7 @@ def read(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{printable(path)}: not a checkpoint of this program. Use a file that train.py wrote.")
     if payload["schema"] > SCHEMA:
         raise UserError(f"{printable(path)}: its schema is {payload['schema']}, and this program knows {SCHEMA}. Update the program.")
-    return payload
+    return NO_ROOTS | payload
 
 
 def verify(path: Path) -> None:
@@ -304,7 +310,10 @@ def describe(path: Path) -> CheckpointInfo:
 
 
 def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
-    model = payload["config"]["model"]
+    # Read as plain values: the settings of another version may be no settings of this one. Older ones have no lora section.
+    model, lora = payload["config"]["model"], payload["config"].get("lora")
+    # A tied matrix stands in the file under two names, of which the second is the first again.
+    weights = {weight.data_ptr(): weight.numel() for name, weight in payload["weights"].items() if name != "head.weight" or not model["tie_embeddings"]}
     return CheckpointInfo(
         path=path,
         stage=payload["stage"],
@@ -312,32 +321,63 @@ def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
         tokens=payload["tokens"],
         train_loss=payload["train_loss"],
         val_loss=payload["val_loss"],
-        parameters=sum(w.numel() for name, w in payload["weights"].items() if name != "head.weight" or not model["tie_embeddings"]),
+        parameters=sum(weights.values()),
         bytes=path.stat().st_size,
         created=payload["created"],
-        shape=f"{model['n_layers']}L {model['d_model']}d {model['n_heads']}h",
+        shape=f"{model['n_layers']}L {model['d_model']}d {model['n_heads']}h" + (f" + r{lora['r']}" if lora else ""),
     )
 
 
 def load_model(path: Path, device: str = "cpu") -> Loaded:
-    """The model, tokenizer and settings of the checkpoint at `path`; it needs no other file."""
+    """The model, tokenizer and settings of the checkpoint at `path`; it needs no other file, but for an adapter its base.
+
+    Raises:
+        UserError: the base is not there any more, or is another one.
+    """
     payload = read(path)
     config = Config.from_plain(payload["config"])
-    model = build_decoder(config, payload["weights"]).to(device).eval()
+    model = (_with_base(path, payload, config.lora) if config.lora else whole_model(config.model, payload)).to(device).eval()
     return Loaded(model, tokenizer_from_plain(payload["tokenizer"]), config, _info(path, payload))
 
 
-def build_decoder(config: Config, weights: dict[str, torch.Tensor]) -> Decoder:
+def whole_model(config: ModelConfig, payload: dict[str, Any]) -> Decoder | ForeignDecoder:
+    """The model of a checkpoint that holds all its weights, with the settings `config`."""
+    if payload["hf_config"] is not None:
+        return rebuild(payload["hf_config"], payload["weights"])
+    return build_decoder(config, payload["weights"])
+
+
+def _with_base(path: Path, payload: dict[str, Any], lora: LoraConfig) -> Decoder | ForeignDecoder:
+    """The base that the adapter at `path` belongs to, with the adapter merged into it."""
+    wanted = payload["base"]
+    try:
+        base = open_base(resolve_base(wanted["path"], path))
+        model = base.build(base.model)
+    except UserError as error:
+        raise UserError(f"{printable(path)}: an adapter of {printable(wanted['path'])}, which cannot be used: {error}") from None
+    if fingerprint_of(model) != wanted["fingerprint"]:
+        found = f"an adapter of {printable(base.name)} as it was with fingerprint {wanted['fingerprint']}, and it has {fingerprint_of(model)} now"
+        raise UserError(f"{printable(path)}: {found}. Put the model back that it was trained on.")
+    merge(model, payload["weights"], lora)
+    return model
+
+
+def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Decoder:
     """A decoder with exactly these weights; a missing, extra or misshapen one is torch's RuntimeError, which names it."""
-    with torch.device("meta"), _NoInit():
-        model = Decoder(config.model)
+    model = empty_decoder(config)
     model.load_state_dict(weights, strict=True, assign=True)
-    if config.model.tie_embeddings:
+    if config.tie_embeddings:
         model.head.weight = model.embedding.weight
     for weight in model.parameters():
         weight.data = weight.data.clone()  # off the mapped file, which may be replaced
         weight.requires_grad_(True)
     return model
+
+
+def empty_decoder(config: ModelConfig) -> Decoder:
+    """A decoder on the meta device: shapes without numbers, for `load_state_dict(..., assign=True)`."""
+    with torch.device("meta"), _NoInit():
+        return Decoder(config)
 
 
 class _NoInit(TorchFunctionMode):
@@ -350,6 +390,72 @@ class _NoInit(TorchFunctionMode):
         if func in self._fillers:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+# --- what a run starts from -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Base:
+    """A whole model that a run starts from, or that an adapter belongs to: a checkpoint of ours or a Hugging Face model."""
+
+    name: str
+    """a path, or hf:NAME"""
+    model: ModelConfig
+    tokenizer_config: TokenizerConfig
+    tokenizer: Tokenizer | None
+    """None: that of a Hugging Face model is read when it is wanted, by `tokenizer_config`"""
+    foreign: bool
+    """whether it is a Hugging Face model, also one that a checkpoint of ours holds"""
+    build: Callable[[ModelConfig], Decoder | ForeignDecoder]
+    """the model with its weights; the settings may change the dropouts of our own decoder"""
+
+
+def open_base(name: str) -> Base:
+    """The model that training.init_from calls `name`, opened; its weights are read when it is built.
+
+    Raises:
+        UserError: it is not there, is damaged, or is an adapter.
+    """
+    if name.startswith(PREFIX):
+        files = find(name.removeprefix(PREFIX))
+        return Base(name, files.sizes, TokenizerConfig(kind="hf", path=name.removeprefix(PREFIX)), None, True, lambda config: files.load())
+    payload = read(Path(name))
+    config = Config.from_plain(payload["config"])
+    if config.lora is not None:
+        holds = f"holds a LoRA adapter of stage {printable(payload['stage'])} and no whole model, as one of stage pretrain or sft without lora does"
+        raise UserError(f"{printable(name)}: {holds}. Start from its base, {printable(payload['base']['path'])}, or from the two merged.")
+    foreign = payload["hf_config"] is not None
+    return Base(name, config.model, config.tokenizer, tokenizer_from_plain(payload["tokenizer"]), foreign, lambda config: whole_model(config, payload))
+
+
+def refer_to(base: Base, model: nn.Module, folder: Path) -> dict[str, str]:
+    """What an adapter's checkpoint in `folder` holds of its base, whose `model` has no adapter yet.
+
+    The path is relative to the folder, so that the two can move together.
+    """
+    path = base.name.removeprefix(PREFIX)
+    if os.path.exists(path):
+        path = os.path.relpath(Path(path).resolve(), folder.resolve())
+    return {"path": f"{PREFIX if base.name.startswith(PREFIX) else ''}{path}", "fingerprint": fingerprint_of(model)}
+
+
+def resolve_base(recorded: str, checkpoint: Path) -> str:
+    """The inverse of `refer_to`'s path: the name of the base for whoever works elsewhere."""
+    path = recorded.removeprefix(PREFIX)
+    beside = os.path.normpath(checkpoint.resolve().parent / path)
+    if recorded.startswith(PREFIX):
+        return f"{PREFIX}{beside}" if os.path.isdir(beside) else recorded
+    return beside
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """16 hex digits that identify the weights of `model`: SHA-256 over their names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def info_row(info: CheckpointInfo) -> dict[str, Any]:

@@ -6,14 +6,15 @@ Settings are frozen: whoever holds one holds what the run was started with. Step
 """
 
 import difflib
+import functools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
@@ -25,6 +26,10 @@ from tinylm.errors import UserError, printable
 COUNT_LIMIT = 2**31 - 1
 CONFIG_BYTES_LIMIT = 100_000  # PyYAML reads this much in half a second, and no honest config comes near
 CONFIG_DEPTH_LIMIT = 12
+MIX_LIMIT = 1_000_000  # so many times the smallest weight may be all weights together: a block of rows has one of each source
+
+# What tinylm/rows.py looks for in a row.
+ROW_COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations")
 
 Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, le=COUNT_LIMIT, strict=True)]
@@ -121,6 +126,10 @@ class ModelConfig(Section):
             raise ValueError(f"head_dim: {self.size_of_head} is odd, and position rope rotates pairs. Choose an even head_dim")
         return self
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a plain dict; peft asks the config of a model for it."""
+        return self.model_dump()
+
     @property
     def size_of_head(self) -> int:
         """Width of one head."""
@@ -157,7 +166,7 @@ class TokenizerConfig(Section):
     pattern: Literal["gpt2", "gpt4"] | None = None
     """for bpe: the words that merges stay within, those of GPT-2 or of GPT-4; null: gpt2"""
     learn_docs: Count | None = None
-    """for bpe: learn from at most so many training documents; null: from all"""
+    """for char, bpe: learn from at most so many training documents, as a stream needs it; null: from all"""
 
     @model_validator(mode="before")
     @classmethod
@@ -176,9 +185,13 @@ class TokenizerConfig(Section):
             raise ValueError(f"unknown: kind {self.kind} knows every text. Take unknown out")
         if self.kind == "bpe" and self.vocab_size is None:
             raise ValueError("vocab_size: kind bpe needs it. Set tokenizer.vocab_size, for example 4096")
-        for name, value in (("vocab_size", self.vocab_size), ("pattern", self.pattern), ("learn_docs", self.learn_docs)):
+        for name, value in (("vocab_size", self.vocab_size), ("pattern", self.pattern)):
             if self.kind != "bpe" and value is not None:
                 raise ValueError(f"{name}: kind {self.kind} learns no merges. Take {name} out, or set kind: bpe")
+        if self.learn_docs is not None and self.kind not in ("char", "bpe"):
+            raise ValueError(f"learn_docs: kind {self.kind} learns nothing. Take learn_docs out, or set kind: bpe or char")
+        if self.learn_docs is not None and self.kind == "char" and self.unknown == "error":
+            raise ValueError("learn_docs: later documents have characters that the first ones lack, and unknown is error. Set unknown: unk")
         return self
 
 
@@ -186,7 +199,7 @@ class MixPart(Section):
     """One source of a mixture."""
 
     dataset: Name
-    """a .txt, .jsonl, .parquet or token file, or a folder or glob of them"""
+    """a .txt, .jsonl, .parquet or token file, a folder or glob of them, or a Hugging Face name (owner/name)"""
     weight: Annotated[Number, Field(gt=0, le=1e6)] = 1.0
     """share of the rows that come from it, relative to the other weights"""
 
@@ -195,11 +208,11 @@ class DataConfig(Section):
     """Which documents are read, which are held out, and how they become rows."""
 
     dataset: Name = "data/tiny_corpus.txt"
-    """a .txt, .jsonl, .parquet or token file, a folder or glob of them, or a Hugging Face name (owner/name)"""
+    """a .txt, .jsonl, .parquet or token file (.bin, .npy, .ds), a folder or glob of texts, or a Hugging Face name (owner/name)"""
     dataset_config: Name | None = None
     """configuration of a Hugging Face dataset (20231101.en)"""
-    mix: tuple[MixPart, ...] | None = None
-    """several sources with weights in place of `dataset`; null: `dataset` alone"""
+    mix: Annotated[tuple[MixPart, ...], Field(min_length=1, max_length=1000)] | None = None
+    """several sources with weights, and then `dataset` is not read; val_fraction is held out of each of them; null: `dataset` alone"""
     token_dtype: Literal["uint16", "uint32"] | None = None
     """type of the ids in a token file that does not say it: a bare .bin; null: the file says it"""
     task: Literal["sst2", "samsum", "gsm8k", "sms", "alpaca"] | None = None
@@ -207,7 +220,7 @@ class DataConfig(Section):
     rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
     """for fine-tuning: what a row is made of; auto: told by its keys"""
     columns: dict[Name, Name] | None = None
-    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages) to the name in the data"""
+    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages, conversations) to the name in the data"""
     template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
     """for fine-tuning: how turns are written (tinylm/prompts.py); chat_template: as the tokenizer's own template says"""
     packing: Literal["packed", "padded"] = "packed"
@@ -253,6 +266,43 @@ class DataConfig(Section):
             raise ValueError("order: random needs an indexed source. Set streaming: false or order: shuffled")
         if self.streaming and self.stride is not None:
             raise ValueError("stride: a stream is packed without overlap. Take stride out, or set streaming: false")
+        return self
+
+    @model_validator(mode="after")
+    def _mix_stands_alone(self) -> "DataConfig":
+        if self.mix is None:
+            return self
+        one_source = {
+            "streaming": self.streaming,
+            "dataset_config": self.dataset_config is not None,
+            "split": self.split != "train",
+            "val_split": self.val_split is not None,
+            "train_docs": self.train_docs is not None,
+        }
+        for name in (name for name, given in one_source.items() if given):
+            raise ValueError(f"{name}: it is for one source, and mix names several. Take {name} or mix out")
+        if self.val_docs is not None and self.val_dataset is None:
+            raise ValueError("val_docs: mix holds val_fraction of each source out. Take val_docs out, or set val_dataset")
+        if self.val_dataset in {part.dataset for part in self.mix}:
+            raise ValueError("val_dataset: it is a source of mix too. Take it out of one of them, and out of both for val_fraction of each source")
+        total = sum(part.weight for part in self.mix)
+        for part in self.mix:
+            if part.weight < total / MIX_LIMIT:
+                raise ValueError(f"mix: weight {part.weight} of {printable(part.dataset)} is less than a millionth of all. Raise it, or take the source out")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_ours(self) -> "DataConfig":
+        for name in self.columns or {}:
+            if name not in ROW_COLUMNS:
+                raise ValueError(f"columns: {printable(name)} is none of our names ({', '.join(ROW_COLUMNS)}). Write our name: name in the data")
+        return self
+
+    @model_validator(mode="after")
+    def _a_task_knows_its_rows(self) -> "DataConfig":
+        for name, given in (("rows", self.rows != "auto"), ("columns", self.columns is not None)):
+            if self.task is not None and given:
+                raise ValueError(f"{name}: task {self.task} says what a row is made of. Take {name} out, or task")
         return self
 
 
@@ -329,7 +379,7 @@ class TrainingConfig(Section):
     auto_resume: Switch = True
     """go on from the newest sound checkpoint in checkpoint_dir"""
     init_from: Name | None = None
-    """checkpoint whose weights, and nothing else, a new run starts from; hf:NAME or hf:FOLDER for a Hugging Face model (finetune.py)"""
+    """a checkpoint, or hf:NAME or hf:FOLDER, whose weights, tokenizer and model settings (but dropout) a new run takes; null: new weights"""
     train_on: Literal["response", "all"] = "response"
     """for fine-tuning: which tokens are targets, those of the responses or all"""
 
@@ -355,6 +405,31 @@ class LoraConfig(Section):
     """dropout on the adapters' input"""
     target_modules: tuple[Name, ...] | None = None
     """ends of the names of the linear layers that get adapters; null: attention and feed-forward of the architecture at hand"""
+
+
+class DpoConfig(Section):
+    """Direct preference optimisation: from pairs of answers, one better than the other (Rafailov et al. 2023)."""
+
+    beta: Annotated[Number, Field(gt=0, le=100)] = 0.1
+    """how strongly the policy is held to its reference"""
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """what is minimised: DPO's, IPO's (Azar et al. 2023) or SLiC's (Zhao et al. 2023)"""
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+    """for sigmoid: share of the pairs that are believed to be the wrong way round"""
+    length_normalised: Switch = False
+    """log-probabilities per token of an answer, so that long answers do not weigh more; ipo always does so"""
+    sft_coef: Annotated[Number, Field(ge=0, le=100)] = 0.0
+    """weight of the chosen answers' cross entropy per token beside the preference loss"""
+    reference: Literal["copy", "adapters_off", "cached"] = "copy"
+    """what the policy is held to: a frozen copy of it, itself with its LoRA switched off, or log-probabilities computed once"""
+
+    @model_validator(mode="after")
+    def _settings_have_a_use(self) -> "DpoConfig":
+        if self.loss != "sigmoid" and self.label_smoothing:
+            raise ValueError(f"label_smoothing: loss {self.loss} has none. Take it out, or set loss: sigmoid")
+        if self.loss == "ipo" and self.length_normalised:
+            raise ValueError("length_normalised: loss ipo is always so. Take it out")
+        return self
 
 
 class HardwareConfig(Section):
@@ -419,16 +494,33 @@ class Config(Section):
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
     lora: LoraConfig | None = None
     """low-rank adapters for fine-tuning; null: every weight is trained"""
+    dpo: DpoConfig | None = None
+    """train on preferences; null: on next tokens"""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         seq_len, positions = self.training.seq_len, self.model.max_seq_len
-        if seq_len > positions:
+        # A run that starts from a trained model has that model's positions, known once it is opened, where the settings say none.
+        known = self.training.init_from is None or "max_seq_len" in self.model.model_fields_set
+        if known and seq_len > positions:
             raise ValueError(f"training.seq_len: {seq_len} is more than model.max_seq_len ({positions}). Raise model.max_seq_len or lower training.seq_len")
         if self.data.stride is not None and self.data.stride > seq_len:
             raise ValueError(f"data.stride: {self.data.stride} is more than training.seq_len ({seq_len}), which would skip tokens. Lower data.stride")
         return self
+
+    def with_model(self, model: ModelConfig, tokenizer: TokenizerConfig) -> "Config":
+        """These settings with another's `model` and `tokenizer` wherever these say nothing.
+
+        A setting of the model counts by itself, the tokenizer as a whole.
+
+        Raises:
+            UserError: the result contradicts itself.
+        """
+        written = {name: value for name, value in self.model if name in self.model.model_fields_set and value is not None}
+        own_tokenizer = self.tokenizer.model_fields_set
+        made = self.model_copy(update={"model": model.model_copy(update=written), "tokenizer": self.tokenizer if own_tokenizer else tokenizer})
+        return _validate(Settings(made.to_plain()))
 
     def to_plain(self) -> dict[str, Any]:
         """The settings as plain dicts, lists and numbers: what a checkpoint stores. `from_plain` is its inverse."""
@@ -559,6 +651,23 @@ def read_yaml(path: Path) -> yaml.Node | None:
     return _parse(text, Place(str(path), 1))
 
 
+def read_list(path: Path) -> list[tuple[Place, dict[str, Any]]]:
+    """The items of a YAML file that is a list of mappings, each with its place.
+
+    Raises:
+        UserError: it is not, or it is empty.
+    """
+    node = read_yaml(path)
+    if not isinstance(node, yaml.SequenceNode) or not node.value:
+        raise UserError(f"{printable(path)}: expected a list of items, and it has none. Begin each item with a dash: - name: ...")
+    places = [Place(str(path), item.start_mark.line + 1) for item in node.value]
+    for place, item in zip(places, node.value, strict=True):
+        if not isinstance(item, yaml.MappingNode):
+            found = _shown(_plain(Settings(), item, "item", place))
+            raise UserError(f"{place}: expected an item with keys, found {found}. Write name: value on lines of their own.")
+    return [(place, _plain(Settings(), item, "item", place)) for place, item in zip(places, node.value, strict=True)]
+
+
 def _parse(text: str, place: Place) -> yaml.Node | None:
     """The one document in `text`, or None if it is empty; the place has a line if `text` is a file."""
     loader = None
@@ -634,15 +743,22 @@ def _put_node(settings: Settings, key: str, node: yaml.Node | None, place: Place
             line = child.start_mark.line + 1 if place.line else None
             _put_node(settings, f"{key}.{child.value}", value, Place(place.file, line))
     else:
-        settings.put(key, None if node is None else _plain(node, key, place), place)
+        if f"{key}[0]" in settings.places:  # a list that this value replaces
+            settings.places = {known: at for known, at in settings.places.items() if not known.startswith(f"{key}[")}
+        settings.put(key, None if node is None else _plain(settings, node, key, place), place)
 
 
-def _plain(node: yaml.Node, key: str, place: Place) -> Any:
-    """A scalar, or a list of scalars or mappings, as Python has it."""
+def _plain(settings: Settings, node: yaml.Node, key: str, place: Place) -> Any:
+    """A scalar, a list of scalars or a list of sections as Python has it; the place of each key in a list is noted."""
+    settings.places[key] = place
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, key, place) for item in node.value]
+        lines = [item.start_mark.line + 1 if place.line else None for item in node.value]
+        return [_plain(settings, item, f"{key}[{i}]", Place(place.file, line)) for i, (item, line) in enumerate(zip(node.value, lines, strict=True))]
     if isinstance(node, yaml.MappingNode):
-        return {child.value: _plain(value, f"{key}.{child.value}", place) for child, value in _pairs(node, place.file, f"{key}.")}
+        if key.endswith("]") and _without_numbers(key) not in _by_key():
+            raise UserError(f"{place}: {key}: expected a plain value, found key: value. Put quotes around text with a colon.")
+        pairs = [(child, value, child.start_mark.line + 1 if place.line else None) for child, value in _pairs(node, place.file, f"{key}.")]
+        return {child.value: _plain(settings, value, f"{key}.{child.value}", Place(place.file, line)) for child, value, line in pairs}
     try:
         return _SCALARS[node.tag](node.value)
     except (ValueError, KeyError):
@@ -668,6 +784,8 @@ _EXPECTED = {
     "string_too_long": "text of at most {max_length} characters",
     "string_pattern_mismatch": "text that matches {pattern}",
     "tuple_type": "a list, [a, b]",
+    "dict_type": "names and values, {{a: b}}",
+    "too_short": "a list that is not empty",
     "too_long": "at most {max_length} items",
     "missing": "more items",
     "greater_than": "more than {gt}",
@@ -679,7 +797,7 @@ _EXPECTED = {
 
 def _explain(error: Any, settings: Settings) -> str:
     """One pydantic error as: place, key, what was found, what would do."""
-    key = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    key = _key_of(error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{settings.place_of(key)}: {key}: no such setting; {_nearest(key)}"
     if error["type"] == "value_error":
@@ -687,9 +805,37 @@ def _explain(error: Any, settings: Settings) -> str:
     where, found = f"{settings.place_of(key)}: {key}", _shown(error["input"])
     if error["type"] == "model_type":
         return f"{where}: expected a section, found {found}. Write its settings indented below it, or take it out."
+    if error["type"] == "missing" and isinstance(error["loc"][-1], str):
+        return f"{where}: missing in {found}. Meaning: {_meaning(key)}."
     expected = _EXPECTED.get(error["type"], error["msg"].removeprefix("Input should be "))
-    section, _, name = key.rpartition(".")
-    return f"{where}: expected {expected.format(**error.get('ctx', {}))}, found {found}. Meaning: {_fields(section)[name].description}."
+    return f"{where}: expected {expected.format(**error.get('ctx', {}))}, found {found}. Meaning: {_meaning(key)}."
+
+
+def _key_of(location: Sequence[str | int]) -> str:
+    """Where pydantic found an error, as the user names it: a list of plain values is one setting, a section in a list has its number.
+
+    >>> _key_of(("training", "betas", 1)), _key_of(("data", "mix", 1, "weight")), _key_of(("data", "mix", 1))
+    ('training.betas', 'data.mix[1].weight', 'data.mix[1]')
+    """
+    key = ""
+    for part in location:
+        if isinstance(part, str):
+            key = f"{key}.{part}".lstrip(".")
+        elif f"{_without_numbers(key)}[]" in _by_key():
+            key = f"{key}[{part}]"
+    return key
+
+
+def _without_numbers(key: str) -> str:
+    """The key as `sections` has it: data.mix[].weight for data.mix[1].weight."""
+    return re.sub(r"\[\d+\]", "[]", key)
+
+
+def _meaning(key: str) -> str | None:
+    """The doc line of a setting, or of the one that it is a part of."""
+    section, _, name = _without_numbers(key).rpartition(".")
+    known = _by_key().get(section)
+    return known.model_fields[name].description if known else _meaning(section)
 
 
 def _explain_disagreement(section: str, message: str, settings: Settings) -> str:
@@ -714,25 +860,32 @@ def _shown(value: Any) -> str:
 
 
 def sections(section: type[Section] = Config, key: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """Every section with its dotted key, from the whole config, whose key is '', downwards.
+    """Every section with its dotted key, from the whole config, whose key is '', downwards; [] marks a list of sections.
 
-    >>> [key for key, section in sections() if key.startswith("m")]
-    ['model', 'model.moe']
+    >>> [key for key, section in sections() if key.startswith(("m", "data"))]
+    ['model', 'model.moe', 'data', 'data.mix[]']
     """
     yield key, section
     for name, info in section.model_fields.items():
-        for kind in _types_in(info.annotation):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                yield from sections(kind, f"{key}.{name}".lstrip("."))
+        for brackets, kind in _sections_in(info.annotation):
+            yield from sections(kind, f"{key}.{name}{brackets}".lstrip("."))
 
 
-def _types_in(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation is made of: MoEConfig | None and tuple[MixPart, ...] hold a section too."""
-    yield annotation
+def _sections_in(annotation: Any) -> Iterator[tuple[str, type[Section]]]:
+    """The section in MoEConfig | None, and the one in tuple[MixPart, ...] with [] before it."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield "", annotation
     for part in get_args(annotation):
-        yield from _types_in(part)
+        for brackets, kind in _sections_in(part):
+            yield ("[]" if get_origin(annotation) is tuple else "") + brackets, kind
 
 
 def _fields(key: str) -> dict[str, FieldInfo]:
     """The fields of the section with that dotted key."""
-    return dict(sections())[key].model_fields
+    return _by_key()[_without_numbers(key)].model_fields
+
+
+@functools.cache
+def _by_key() -> dict[str, type[Section]]:
+    """`sections`, to be looked up in."""
+    return dict(sections())

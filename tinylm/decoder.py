@@ -229,6 +229,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, sight: Sight) -> Tensor:
         B, T, _ = x.shape
+        q, k, v = self._project(x, sight)
+        mixed = F.scaled_dot_product_attention(
+            q.to(v.dtype), k.to(v.dtype), v,
+            attn_mask=sight.mask if sight.mask is None or sight.mask.dtype == torch.bool else sight.mask.to(v.dtype),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=sight.is_causal,
+            enable_gqa=self.n_kv_heads != self.n_heads,
+        )  # fmt: skip
+        return self.out(mixed.transpose(1, 2).reshape(B, T, -1))
+
+    def _project(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, K), and the keys and values (B, G, n_sinks + S, K) of all that they may look at."""
+        B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, self.n_heads + 2 * self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, H+2G, T, K)
         q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -240,14 +253,20 @@ class Attention(nn.Module):
             # A sink has no position: it is neither rotated nor biased, so it looks the same from everywhere.
             k = torch.cat((self.sink_keys.to(k.dtype).expand(B, -1, -1, -1), k), dim=2)
             v = torch.cat((self.sink_values.to(v.dtype).expand(B, -1, -1, -1), v), dim=2)
-        mixed = F.scaled_dot_product_attention(
-            q.to(v.dtype), k.to(v.dtype), v,
-            attn_mask=sight.mask if sight.mask is None or sight.mask.dtype == torch.bool else sight.mask.to(v.dtype),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=sight.is_causal,
-            enable_gqa=self.n_kv_heads != self.n_heads,
-        )  # fmt: skip
-        return self.out(mixed.transpose(1, 2).reshape(B, T, -1))
+        return q, k, v
+
+    def weights(self, x: Tensor, sight: Sight) -> Tensor:
+        """How much each query looks at each key, (B, H, T, n_sinks + S): what the fused kernel of `forward` never shows.
+
+        Without a cache only; softmax(q kᵀ / √K) in fp32 (Vaswani et al. 2017, equation 1).
+        """
+        q, k, _ = self._project(x, sight)
+        scores = q.float() @ k.float().repeat_interleave(self.n_heads // self.n_kv_heads, dim=1).mT / math.sqrt(self.head_dim)
+        mask = sight.mask
+        if mask is None:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(dim=-1)
 
 
 # --- feed-forward -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ is forgotten by the model, though not by the repetition penalty and the forbidde
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -85,16 +85,36 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A prompt and the text wanted after it, as the token ids that the model reads together."""
+
+    ids: tuple[int, ...]
+    n_target: int
+    """how many of the last ids are the target"""
+    truncated: int = 0
+    """tokens of the prompt left out at its front, because the context holds no more"""
+
+
+@dataclass(frozen=True)
 class Score:
     """How well a model expects a given text after a prompt."""
 
-    log_prob: float
-    """sum of the natural log-probabilities of the target's tokens"""
-    n_tokens: int
+    log_probs: tuple[float, ...]
+    """natural log-probability of each of the target's tokens"""
     ranks: tuple[int, ...]
     """of each target token among all tokens, 1 for the most probable one"""
     prompt_perplexity: float | None
     """exp of the mean negative log-probability of the prompt's tokens after its first; None for fewer than two"""
+
+    @property
+    def log_prob(self) -> float:
+        """Log-probability of the whole target."""
+        return sum(self.log_probs)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the target."""
+        return len(self.log_probs)
 
     @property
     def greedy_match(self) -> bool:
@@ -327,26 +347,59 @@ class Engine:
             raise ValueError(f"a prompt of {n} tokens, and the context holds 1 to {room}; use encode_prompt or fit_prompt")
         return Reader(self.model, prompt.ids, vocab_size=self.tokenizer.vocab_size, max_len=n + sampling.max_new_tokens)
 
-    @torch.inference_mode()
-    def score(self, prompt: str, target: str) -> Score:
-        """How well the model expects `target` right after `prompt`; each is encoded by itself, and an empty prompt is EOS.
+    def score(self, prompt: str | Prompt, target: str) -> Score:
+        """How well the model expects `target` right after `prompt`; raises as `encode_pair` does."""
+        return self.score_pairs([self.encode_pair(prompt, target)])[0]
+
+    def encode_pair(self, prompt: str | Prompt, target: str) -> Pair:
+        """Prompt and target, each encoded by itself; an empty prompt is EOS.
 
         Raises:
             UserError: the target has no token, or fills the context.
         """
-        before, wanted = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id], self.tokenizer.encode(target)
-        room, vocab_size = self.model.config.max_seq_len, self.tokenizer.vocab_size
+        prompt = prompt if isinstance(prompt, Prompt) else Prompt(tuple(self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]))
+        pair = self.fit_pair(prompt.ids, self.tokenizer.encode(target))
+        return replace(pair, truncated=pair.truncated + prompt.truncated)
+
+    def fit_pair(self, before: Sequence[int], wanted: Sequence[int]) -> Pair:
+        """The last of the ids of a prompt, at least one, that fit in the context with those of a target; raises as `encode_pair` does."""
+        if not before:
+            raise ValueError("a target is scored after at least one token; take the id of EOS for an empty prompt")
+        room = self.model.config.max_seq_len
         if not 1 <= len(wanted) <= room:
             raise UserError(f"a target of {len(wanted)} tokens, and it needs 1 to {room}. Change the target.")
-        ids = torch.tensor((before + wanted)[-room - 1 :], device=self.model.embedding.weight.device)
-        hidden = self.model.features(ids[None, :-1]).hidden[0]
+        ids = (*before, *wanted)[-room - 1 :]  # the last token is never read
+        return Pair(ids, len(wanted), len(before) + len(wanted) - len(ids))
+
+    @torch.inference_mode()
+    def score_pairs(self, pairs: Sequence[Pair], *, batch_size: int = 16) -> list[Score]:
+        """The scores in the order of `pairs`; those of like length are read together."""
+        order = sorted(range(len(pairs)), key=lambda place: -len(pairs[place].ids))  # what would not fit in memory fails at once
+        scores: dict[int, Score] = {}
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            scores.update(zip(places, self._score_batch([pairs[place] for place in places]), strict=True))
+        return [scores[place] for place in range(len(pairs))]
+
+    def _score_batch(self, pairs: Sequence[Pair]) -> list[Score]:
+        """Rows padded at their end: under causal attention a real token never sees padding."""
+        device, lengths = self.model.embedding.weight.device, torch.tensor([len(pair.ids) - 1 for pair in pairs])
+        rows = [torch.tensor(pair.ids) for pair in pairs]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.eos_id).to(device)
+        real = (torch.arange(ids.size(1) - 1) < lengths[:, None]).to(device)  # (B, T)
+        hidden, labels = self.model.features(ids[:, :-1]).hidden[real], ids[:, 1:][real]
         # The head a few positions at a time: all logits of a long context at once would be the largest tensor by far.
-        chunks = zip(hidden.split(256), ids[1:].split(256), strict=True)
-        parts = [_expected(self.model.head(part)[:, :vocab_size].float(), labels) for part, labels in chunks]
-        log_probs, ranks = (torch.cat(part) for part in zip(*parts, strict=True))
-        of_prompt = log_probs[: -len(wanted)]
-        perplexity = math.exp(-of_prompt.mean().item()) if len(of_prompt) else None
-        return Score(log_probs[-len(wanted) :].sum().item(), len(wanted), tuple(ranks[-len(wanted) :].tolist()), perplexity)
+        chunks = zip(hidden.split(256), labels.split(256), strict=True)
+        parts = [_expected(self.model.head(part)[:, : self.tokenizer.vocab_size].float(), wanted) for part, wanted in chunks]
+        log_probs, ranks = (torch.cat(part).split(lengths.tolist()) for part in zip(*parts, strict=True))
+        return [_score_of(pair, *row) for pair, *row in zip(pairs, log_probs, ranks, strict=True)]
+
+
+def _score_of(pair: Pair, log_probs: Tensor, ranks: Tensor) -> Score:
+    """The score from the log-probability and rank of every token but the first."""
+    of_prompt = log_probs[: -pair.n_target]
+    perplexity = math.exp(-of_prompt.mean().item()) if len(of_prompt) else None
+    return Score(tuple(log_probs[-pair.n_target :].tolist()), tuple(ranks[-pair.n_target :].tolist()), perplexity)
 
 
 def _expected(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

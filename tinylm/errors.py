@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import importlib.util
 import os
 import stat
 import zlib
@@ -64,3 +65,9 @@ def reading(path: object) -> Iterator[None]:
         raise UserError(f"{printable(path)}: damaged or cut-off gzip data ({printable(error)}). Download or compress it again.") from None
     except OSError as error:
         raise UserError(f"{printable(path)}: {reason(error)}. Give a file that can be read.") from None
+
+
+def require_package(name: str) -> None:
+    """Raise a UserError where a package that only some need is not installed."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{name} is not installed, and this needs it. pip install {name}.")

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, cat
+from pydantic import ValidationError
+from torch import Generator, Tensor, cat, no_grad, randint
 
+from tinylm.checkpoint import empty_decoder
 from tinylm.config import ModelConfig, MoEConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError, printable
+from tinylm.foreign import ForeignDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,7 +36,7 @@ class Architecture:
     ours: dict[str, Any]
     """settings of ModelConfig that it fixes"""
     theirs: dict[str, Any]
-    """settings of its config.json that our decoder fixes"""
+    """settings of its config.json that our decoder fixes; `layer_types` is what every layer is"""
     settings: dict[str, str]
     """every other setting: our name, its name"""
     modules: dict[str, str | tuple[str, ...]]
@@ -86,6 +89,50 @@ LLAMA_WITH_BIASES = replace(
     ours=LLAMA.ours | {"bias": "all"},
     theirs=LLAMA.theirs | {"attention_bias": True, "mlp_bias": True},
 )
+
+MISTRAL = replace(
+    LLAMA,
+    model_type="mistral",
+    ours={key: value for key, value in LLAMA.ours.items() if key != "sliding_window"},
+    theirs={"hidden_act": "silu", "rope_parameters.rope_type": "default"},
+    settings=LLAMA.settings | {"sliding_window": "sliding_window"},
+    limits={},
+)
+
+_FULL = {"layer_types": "full_attention", "use_sliding_window": False}
+# Which layers have a window is said three times; transformers reads layer_types, and other programs max_window_layers.
+_WINDOW = {"layer_types": "sliding_attention", "use_sliding_window": True, "max_window_layers": 0}
+
+QWEN2 = replace(
+    LLAMA,
+    model_type="qwen2",
+    ours=LLAMA.ours | {"bias": "qkv"},
+    theirs={"hidden_act": "silu", "rope_parameters.rope_type": "default"} | _FULL,
+    settings={key: value for key, value in LLAMA.settings.items() if key != "head_dim"},
+    limits={"head_dim": lambda config: config.d_model / config.n_heads},
+)
+
+QWEN3 = replace(
+    LLAMA,
+    model_type="qwen3",
+    ours=LLAMA.ours | {"qk_norm": True},
+    theirs={"hidden_act": "silu", "attention_bias": False, "rope_parameters.rope_type": "default"} | _FULL,
+    modules=LLAMA.modules
+    | {
+        "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
+        "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
+    },
+    limits={},
+)
+
+
+def _windowed(architecture: Architecture) -> Architecture:
+    """The same with a window in every layer."""
+    ours = {key: value for key, value in architecture.ours.items() if key != "sliding_window"}
+    return replace(
+        architecture, ours=ours, theirs=architecture.theirs | _WINDOW, settings=architecture.settings | {"sliding_window": "sliding_window"}
+    )
+
 
 MIXTRAL = Architecture(
     "mixtral",
@@ -153,6 +200,11 @@ def _gpt2_with(ours: str, theirs: str) -> Architecture:
 ARCHITECTURES = (
     LLAMA,
     LLAMA_WITH_BIASES,
+    MISTRAL,
+    QWEN2,
+    _windowed(QWEN2),
+    QWEN3,
+    _windowed(QWEN3),
     MIXTRAL,
     GPT2,
     _gpt2_with("silu", "silu"),
@@ -180,6 +232,8 @@ def hf_config(config: ModelConfig) -> PreTrainedConfig:
     settings = architecture.theirs | {theirs: found[ours] for ours, theirs in architecture.settings.items()}
     if architecture.model_type == "gpt2":
         settings["embd_pdrop"] = config.residual_dropout
+    if "layer_types" in settings:
+        settings["layer_types"] = [settings["layer_types"]] * config.n_layers
     made = AutoConfig.for_model(architecture.model_type, bos_token_id=None, eos_token_id=None, **_nested(settings))
     if config.position == "rope":
         made.rope_theta = config.rope_theta  # for readers older than transformers 5, which know no rope_parameters
@@ -193,8 +247,15 @@ def our_config(config: PreTrainedConfig) -> ModelConfig:
         UserError: our decoder cannot; it names the architecture or the setting.
     """
     architecture = _architecture_read(config)
-    found = dict(_dotted(config.to_dict()))
-    return ModelConfig.model_validate(_nested(architecture.ours | {ours: found[theirs] for ours, theirs in architecture.settings.items()}))
+    found = _settings_of(config)
+    settings = architecture.ours | {ours: found[theirs] for ours, theirs in architecture.settings.items()}
+    try:
+        return ModelConfig.model_validate(_nested(settings))
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+        key = ".".join(map(str, error["loc"]))
+        where, value = (architecture.settings[key], _shown(found[architecture.settings[key]])) if key in architecture.settings else ("its settings", "")
+        raise UserError(f"config.json: {where}: {value} {printable(error['msg'])}. Our decoder has no such model; choose another.") from None
 
 
 def _architecture_read(config: PreTrainedConfig) -> Architecture:
@@ -203,13 +264,21 @@ def _architecture_read(config: PreTrainedConfig) -> Architecture:
     if not known:
         names = ", ".join(sorted({architecture.model_type for architecture in ARCHITECTURES}))
         raise UserError(f"config.json: model_type: our decoder cannot be {printable(config.model_type)}. Choose a model of {names}.")
-    found = dict(_dotted(config.to_dict()))
+    found = _settings_of(config)
     misfits = [[key for key, value in architecture.theirs.items() if found[key] != value] for architecture in known]
     architecture, wrong = min(zip(known, misfits, strict=True), key=lambda pair: len(pair[1]))
     if wrong:
         key = wrong[0]
         raise UserError(f"config.json: {key}: our decoder knows {_shown(architecture.theirs[key])} here, found {_shown(found[key])}. Choose another model.")
     return architecture
+
+
+def _settings_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings by dotted name; `layer_types` as one word where all layers are alike."""
+    found = dict(_dotted(config.to_dict()))
+    if "layer_types" in found and len(set(found["layer_types"])) == 1:
+        found["layer_types"] = found["layer_types"][0]
+    return found
 
 
 def _architecture_of(config: ModelConfig) -> Architecture:
@@ -281,12 +350,11 @@ def to_hf(model: Decoder) -> PreTrainedModel:
 
     architecture = _architecture_of(model.config)
     made = AutoModelForCausalLM.from_config(hf_config(model.config), dtype=model.embedding.weight.dtype)
-    shapes = {name: weight.shape for name, weight in made.state_dict().items()}
     weights = model.state_dict()
     theirs: dict[str, Tensor] = {}
     for ours, names, transposed in _pairs(architecture, model.config.n_layers, weights):
-        weight = weights[ours].T if transposed else weights[ours]
-        theirs |= zip(names, weight.split([shapes[name][0] for name in names]), strict=True)
+        parts = weights[ours].split(_rows(model.config, ours, len(weights[ours]), len(names)))
+        theirs |= zip(names, (part.T for part in parts) if transposed else parts, strict=True)
     made.load_state_dict(theirs, strict=True)
     return made.eval()
 
@@ -297,18 +365,76 @@ def from_hf(hf_model: PreTrainedModel) -> Decoder:
     Raises:
         UserError: our decoder cannot compute the same; see `our_config`.
     """
-    config = our_config(hf_model.config)
-    model = Decoder(config)
-    weights = hf_model.state_dict()
+    return from_weights(hf_model.config, hf_model.state_dict().__getitem__)
+
+
+def from_weights(hf_config: PreTrainedConfig, weight: Callable[[str], Tensor]) -> Decoder:
+    """Our decoder for a Hugging Face config, in eval mode, in fp32; `weight` gives their tensors by name, one at a time.
+
+    Raises:
+        UserError: our decoder cannot compute the same; see `our_config`.
+    """
+    config = our_config(hf_config)
+    model = empty_decoder(config)
     ours: dict[str, Tensor] = {}
-    for name, theirs, transposed in _pairs(_architecture_read(hf_model.config), config.n_layers, model.state_dict()):
-        weight = cat([weights[part] for part in theirs])
-        ours[name] = weight.T if transposed else weight
-    model.load_state_dict(ours, strict=True)
+    for name, theirs, transposed in _pairs(_architecture_read(hf_config), config.n_layers, model.state_dict()):
+        if name == "head.weight" and config.tie_embeddings:  # their files need not have it
+            ours[name] = ours["embedding.weight"]
+            continue
+        joined = cat([weight(part) for part in theirs]).float()
+        ours[name] = joined.T.contiguous() if transposed else joined
+    model.load_state_dict(ours, strict=True, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
     return model.eval()
 
 
-def _pairs(architecture: Architecture, n_layers: int, ours: dict[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+def their_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that `from_weights` asks for, and its shape.
+
+    Raises:
+        UserError: as `our_config`.
+    """
+    config = our_config(hf_config)
+    ours = {name: tuple(weight.shape) for name, weight in empty_decoder(config).state_dict().items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, theirs, transposed in _pairs(_architecture_read(hf_config), config.n_layers, ours):
+        if name == "head.weight" and config.tie_embeddings:
+            continue
+        for part, n_rows in zip(theirs, _rows(config, name, ours[name][0], len(theirs)), strict=True):
+            shape = (n_rows, *ours[name][1:])
+            shapes[part] = shape[::-1] if transposed else shape
+    return shapes
+
+
+def stored_names(name: str, present: Container[str], n_experts: int) -> tuple[str, ...]:
+    """The names in the files of a folder, of which `present` are there, that make up their tensor `name`, in its order.
+
+    Files may leave out what stands before the first dot (GPT-2's do), and Mixtral's hold each expert by itself.
+    """
+    if name in present:
+        return (name,)
+    layer, _, part = name.partition("mlp.")
+    older = f"{layer}block_sparse_moe."
+    if part == "gate.weight" and f"{older}{part}" in present:
+        return (f"{older}{part}",)
+    matrices = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}.get(part)
+    if matrices is not None:
+        return tuple(f"{older}experts.{expert}.{matrix}.weight" for expert in range(n_experts) for matrix in matrices)
+    bare = name.partition(".")[2]
+    return (bare,) if bare in present else (name,)
+
+
+def _rows(config: ModelConfig, name: str, n_rows: int, n_parts: int) -> list[int]:
+    """How many rows of our weight `name` each of its parts has: queries, keys and values, or gate and value."""
+    if n_parts == 3:
+        assert ".qkv." in name, name
+        queries, keys = config.n_heads * config.size_of_head, config.kv_heads * config.size_of_head
+        return [queries, keys, keys]
+    return [n_rows // n_parts] * n_parts
+
+
+def _pairs(architecture: Architecture, n_layers: int, ours: Container[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """Each of our weights, the weights of theirs that it holds, and whether they are its transpose."""
     for module, theirs in architecture.modules.items():
         for layer in range(n_layers if "{}" in module else 1):
@@ -318,3 +444,20 @@ def _pairs(architecture: Architecture, n_layers: int, ours: dict[str, Tensor]) -
                     parts = (theirs,) if isinstance(theirs, str) else theirs
                     transposed = suffix == ".weight" and module.endswith(architecture.transposed)
                     yield name, tuple(part.format(layer) + suffix for part in parts), transposed
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+# Of the largest logit. Both sum in another order, and fp32 has 7 digits.
+TOLERANCE = 1e-4
+CHECKED_POSITIONS = 64
+
+
+@no_grad()
+def logit_difference(ours: Decoder | ForeignDecoder, theirs: PreTrainedModel) -> float:
+    """The largest difference of the two models' logits on random ids, in parts of the largest logit (of 1 where all are smaller)."""
+    n_tokens = theirs.config.vocab_size
+    ids = randint(n_tokens, (1, min(ours.config.max_seq_len, CHECKED_POSITIONS)), generator=Generator().manual_seed(0))
+    expected = theirs(ids).logits.float()
+    difference = (ours(ids)[..., :n_tokens] - expected).abs().max() / expected.abs().max().clamp(min=1)
+    return difference.item()

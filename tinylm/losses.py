@@ -6,17 +6,21 @@ out before the next one starts, so that memory does not grow with the number of 
 forward pass is the idea of the Liger kernel (Hsu et al. 2024, "FusedLinearCrossEntropy"); this is plain torch. Under
 autocast the matrix products are in its dtype, everything after them in fp32. Knows nothing of batches and rows: the
 caller flattens them.
+
+After it come the log-probability of whole answers and what direct preference optimisation makes of it.
 """
 
-# N tokens · D model width · V vocabulary · M tokens of one chunk
+# N tokens · D model width · V vocabulary · M tokens of one chunk · B answers · T tokens of one
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
+from tinylm.config import DpoConfig
 from tinylm.packing import IGNORE_INDEX
 
 # Measured with benchmarks/losses.py at vocabularies of 260 to 50,257: fewer tokens at once keep the matrix products
@@ -40,6 +44,24 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoot
         label_smoothing: e, in [0, 1).
     """
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, label_smoothing, torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def score_targets(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum that `cross_entropy` gives without smoothing, and how many targets are the most probable token; two scalars.
+
+    Of equal probabilities the lower id is the most probable one, as greedy decoding has it.
+    """
+    head = weight.to(_product_dtype(weight))
+    total = torch.zeros((), dtype=_softmax_dtype(head), device=hidden.device)
+    n_right = torch.zeros((), dtype=torch.long, device=hidden.device)
+    for tokens in _target_chunks(labels):
+        targets = labels[tokens]
+        log_p = _log_probabilities(hidden[tokens].to(head.dtype), head)
+        total += _losses(log_p, targets, 0.0).sum()
+        n_right += (log_p.argmax(dim=-1) == targets).sum()
+        del log_p
+    return total, n_right
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -120,3 +142,78 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += a @ b
+
+
+# --- preferences ------------------------------------------------------------------------------------------------------
+
+
+def answer_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """log p of each answer, (B,) in fp32: the sum of log p(label) over its target tokens.
+
+    A chunk's logits are worked out again in the backward pass, so that here too they are never all held at once.
+
+    Args:
+        hidden: (B, T, D) the decoder's features.
+        weight: (V, D) the head.
+        labels: (B, T) int64 classes; IGNORE_INDEX marks a token that is not a target.
+    """
+    flat_hidden, flat_labels = hidden.flatten(0, 1), labels.flatten()
+    totals = torch.zeros(labels.size(0), dtype=_softmax_dtype(weight), device=hidden.device)
+    for tokens in _target_chunks(flat_labels):
+        of_label = checkpoint(_label_log_probs, flat_hidden[tokens], weight, flat_labels[tokens], use_reentrant=False)
+        totals = totals.index_add(0, tokens // labels.size(1), of_label)
+    return totals
+
+
+def _label_log_probs(inputs: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log p (M,) of the targets of one chunk."""
+    head = weight.to(_product_dtype(weight))
+    return _log_probabilities(inputs.to(head.dtype), head).gather(1, targets[:, None]).squeeze(1)
+
+
+class Answers(NamedTuple):
+    """The two answers of each preference, as one model sees them."""
+
+    chosen: Tensor
+    """(B,) log p of the better answer"""
+    rejected: Tensor
+    """(B,) log p of the worse one"""
+
+
+class Preferences(NamedTuple):
+    """What a preference loss gives, (B,) each."""
+
+    loss: Tensor
+    chosen_reward: Tensor
+    """beta · (log p - log p of the reference), the reward that the policy stands for (Rafailov et al. 2023, equation 5)"""
+    rejected_reward: Tensor
+
+
+def preference_loss(policy: Answers, reference: Answers, lengths: Answers, dpo: DpoConfig) -> Preferences:
+    """How far the policy is from preferring each chosen answer, (B,): direct preference optimisation.
+
+    With h = (log p - log p of the reference) of the chosen answer minus that of the rejected one:
+
+        sigmoid  -(1 - e) log s(beta h) - e log s(-beta h)    Rafailov et al. 2023, equation 7; e as in Mitchell 2023, cDPO
+        hinge    max(0, 1 - beta h)                           Zhao et al. 2023, SLiC
+        ipo      (h - 1 / (2 beta))^2                         Azar et al. 2023, equation 17
+
+    ipo takes both log-probabilities per token of their answer, as its authors do; the others do so with
+    dpo.length_normalised, which keeps long answers from weighing more.
+
+    Args:
+        policy: log-probabilities under the model that is trained.
+        reference: under the model that it must not leave.
+        lengths: target tokens of the answers.
+        dpo: which loss.
+    """
+    chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    n_chosen, n_rejected = lengths if dpo.loss == "ipo" or dpo.length_normalised else (1, 1)
+    h = chosen / n_chosen - rejected / n_rejected
+    if dpo.loss == "ipo":
+        loss = (h - 1 / (2 * dpo.beta)).square()
+    elif dpo.loss == "hinge":
+        loss = F.relu(1 - dpo.beta * h)
+    else:
+        loss = -(1 - dpo.label_smoothing) * F.logsigmoid(dpo.beta * h) - dpo.label_smoothing * F.logsigmoid(-dpo.beta * h)
+    return Preferences(loss, dpo.beta * chosen.detach(), dpo.beta * rejected.detach())

@@ -11,8 +11,10 @@ that a document's first token is asked for given EOS alone, which is also how sa
 Every token but the very first is a target exactly once (with the default stride); this file knows nothing of text.
 """
 
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -91,3 +93,64 @@ def _take(pieces: deque[tuple[Position, np.ndarray]], n: int) -> np.ndarray:
     while not len(pieces[0][1]):
         pieces.popleft()
     return np.concatenate(taken)
+
+
+# --- examples of fine-tuning ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """The tokens of one example, and which of them it asks for."""
+
+    ids: np.ndarray
+    """(n,) int64"""
+    trained: np.ndarray
+    """(n,) bool: token i is a target"""
+    place: str = ""
+    """where its row stands in the data, for messages"""
+
+
+def pack_examples(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Which examples share a row of `room` inputs: best fit, the longest first; each is in one row, whole.
+
+    The rows are a function of the lengths alone; for many examples there are at most 11/9 of the fewest possible (Johnson et al. 1974).
+
+    >>> pack_examples([3, 5, 2, 4], room=7)
+    [[1, 2], [3, 0]]
+    """
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (inputs that are free, row), sorted
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[number] > room:
+            raise ValueError(f"example {number} has {lengths[number]} inputs, and a row has {room}")
+        fit = bisect_left(spaces, (lengths[number], 0))
+        if fit == len(spaces):
+            rows.append([])
+            free, row = room, len(rows) - 1
+        else:
+            free, row = spaces.pop(fit)
+        rows[row].append(number)
+        insort(spaces, (free - lengths[number], row))
+    return rows
+
+
+def row_of_examples(examples: Sequence[Example], seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, labels and document ids (T,) int64 of examples in one row, which is filled up with padding.
+
+    An example's last token is only a target, so n tokens take n - 1 places; its first is only an input.
+
+    >>> a, b = (Example(np.array(ids), np.array(ids) > 2) for ids in ([1, 2, 3], [1, 4, 5]))
+    >>> [part.tolist() for part in row_of_examples([a, b], 5, pad_id=0)]
+    [[1, 2, 1, 4, 0], [-100, 3, 4, 5, -100], [0, 0, 1, 1, 2]]
+    """
+    inputs = np.full(seq_len, pad_id, dtype=np.int64)
+    labels = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
+    documents = np.full(seq_len, len(examples), dtype=np.int64)
+    start = 0
+    for number, example in enumerate(examples):
+        stop = start + len(example.ids) - 1
+        inputs[start:stop] = example.ids[:-1]
+        labels[start:stop] = np.where(example.trained[1:], example.ids[1:], IGNORE_INDEX)
+        documents[start:stop] = number
+        start = stop
+    return inputs, labels, documents

@@ -368,6 +368,15 @@ class HFTokenizer(Tokenizer):
         """Whether `id` is a single byte in the style of SentencePiece, `<0xE2>`, that only its neighbours make a character."""
         return not self._byte_level and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", self._backend.id_to_token(id)) is not None
 
+    def encode_markup(self, text: str) -> list[int]:
+        """The ids of a text that a template wrote: the special tokens that it spells are those tokens. Never for a user's text."""
+        reject_lone_surrogates(text)
+        self._backend.encode_special_tokens = False
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self._backend.encode_special_tokens = True
+
     def to_plain(self) -> dict[str, Any]:
         return {"kind": self.kind, "tokenizer_json": self._json, "eos": self.eos, "pad": self.pad, "chat_template": self.chat_template}
 

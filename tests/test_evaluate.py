@@ -1,0 +1,252 @@
+"""What a model is worth: scores read together are those read alone, failing cases count, answers are asked as training asks."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import OPTIONS, make_model
+
+from tinylm.engine import Engine, Piece, Prompt, Score
+from tinylm.errors import UserError
+from tinylm.evaluate import Case, CaseScore, CasesSummary, evaluate_cases, evaluate_task, places, read_cases
+from tinylm.prompts import Turn, make_template
+from tinylm.tasks import NAMED, PAIRS
+from tinylm.tasks.task import Example
+from tinylm.tokenizer import ByteTokenizer, CharTokenizer
+
+BYTES = ByteTokenizer()
+
+
+class Parrot(Engine):
+    """An engine that writes fixed answers, and remembers what it was asked to read."""
+
+    def __init__(self, answers: dict[str, bytes | list[int]], model=None):
+        super().__init__(model or make_model(max_seq_len=400), BYTES)
+        self.answers, self.asked = answers, []
+
+    def stream(self, prompt, sampling) -> Iterator[Piece]:
+        assert isinstance(prompt, Prompt) and sampling.temperature == 0
+        text = BYTES.decode(prompt.ids)
+        self.asked.append((list(prompt.ids), sampling))
+        answer = next(answer for question, answer in self.answers.items() if question in text)
+        for id in answer:
+            yield Piece(BYTES.decode([id]), id, 0.0)
+
+
+def example(question: str, target: str, given: str = "") -> Example:
+    return Example(f"rows.jsonl: {question} {given}".strip(), Turn("user", question, given), target)
+
+
+# --- scores read together ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_texts_scored_together_have_the_scores_that_they_have_alone(options):
+    """Rows of 2 to 40 tokens, padded at their end, in batches that divide their number and that do not."""
+    engine = Engine(make_model(**options), BYTES)
+    texts = [("a", "b"), ("a longer prompt, ", "target"), ("", "xyz"), ("x" * 30, "y" * 10), ("the same", " length"), ("the same", " lengtH")]
+    pairs = [engine.encode_pair(*text) for text in texts]
+    alone = [engine.score(*text) for text in texts]
+    for batch_size in (2, 4, 16):
+        for found, expected in zip(engine.score_pairs(pairs, batch_size=batch_size), alone, strict=True):
+            assert found.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+            assert found.ranks == expected.ranks
+            assert found.prompt_perplexity == (None if expected.prompt_perplexity is None else pytest.approx(expected.prompt_perplexity, rel=1e-4))
+
+
+def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt():
+    """48 positions read 48 tokens and ask for a 49th: of 60 + 5 tokens 16 are left out, and of a prompt cut before its own too."""
+    engine = Engine(make_model(), BYTES)
+    pair = engine.encode_pair("p" * 50 + "q" * 10, "tttt" + "u")
+    assert (len(pair.ids), pair.n_target, pair.truncated) == (49, 5, 16)
+    assert engine.encode_pair(Prompt((1, 2), truncated=3), "t").truncated == 3
+    with pytest.raises(ValueError, match="at least one token"):
+        engine.fit_pair([], [1])
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_case_that_cannot_be_asked_is_a_failure_in_its_place():
+    """The vocabulary lacks x: the other cases are scored, and the summary counts it."""
+    engine = Engine(make_model(vocab_size=6), CharTokenizer("abcd", unknown="error"))
+    cases = [Case("first", "ab", "cd"), Case("unknown", "ab", "x"), Case("long", "a", "b" * 49), Case("last", "a", "b")]
+    first, unknown, long, last = evaluate_cases(engine, cases)
+    assert first.score.log_prob == pytest.approx(engine.score("ab", "cd").log_prob, abs=1e-4)
+    assert unknown.score is None and "'x'" in unknown.error
+    assert long.error == "a target of 49 tokens, and it needs 1 to 48. Change the target."
+    summary = CasesSummary.of([first, unknown, long, last])
+    assert (summary.n_cases, summary.n_failed) == (4, 2)
+    assert summary.log_prob == pytest.approx((first.score.log_prob + last.score.log_prob) / 2)
+    assert unknown.row() == {
+        "case": "unknown", "prompt": "ab", "target": "x", "log_prob": None, "first_log_prob": None, "first_rank": None, "n_tokens": None,
+        "greedy_match": None, "prompt_perplexity": None, "error": unknown.error,
+    }  # fmt: skip
+
+
+def test_a_checkpoint_does_not_gain_by_failing_the_hard_cases():
+    """One scores both cases, badly; the other fails the hard one and would have the better mean of what is left."""
+    model = make_model()
+    easy, hard = evaluate_cases(Engine(model, BYTES), [Case("easy", "ab", "c"), Case("hard", "ab", "d" * 40)])
+    assert easy.score.log_prob > hard.score.log_prob
+    both = CasesSummary.of([easy, hard])
+    one = CasesSummary.of([easy, CaseScore(hard.case, None, "why")])
+    neither = CasesSummary.of([CaseScore(case, None, "why") for case in (easy.case, hard.case)])
+    assert one.log_prob > both.log_prob
+    assert places([one.worth, both.worth, neither.worth]) == ["2", "1", "3"]
+    assert (neither.log_prob, neither.first_rank, neither.prompt_perplexity) == (None, None, None)
+
+
+def test_the_summary_by_hand():
+    """Ranks 1, 3 and that of a failure: the median is 3. Perplexities 2 and 8 have the geometric mean 4."""
+    case = Case("c", "p", "t")
+    scores = [CaseScore(case, Score((-1.0, -2.0), (1, 1), 2.0), None), CaseScore(case, Score((-5.0,), (3,), 8.0), None), CaseScore(case, None, "why")]
+    assert CasesSummary.of(scores) == CasesSummary(n_cases=3, n_failed=1, n_greedy=1, log_prob=-4.0, first_rank=3, prompt_perplexity=pytest.approx(4))
+
+
+def test_the_shipped_cases_are_read():
+    """10 to 20 a file; a target that is a word begins with its space, so that it does not run into the prompt."""
+    for path in sorted((Path(__file__).parent.parent / "cases").glob("*.yaml")):
+        cases = read_cases(path)
+        assert 10 <= len(cases) <= 20
+        assert all(case.target.startswith(" ") and not case.prompt.endswith(" ") for case in cases)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", ": expected a list of items, and it has none. Begin each item with a dash: - name: ..."),
+        ("name: a\n", ": expected a list of items, and it has none."),
+        ("- a\n", ':1: expected an item with keys, found "a". Write name: value on lines of their own.'),
+        ("- {name: a, prompt: p}\n", ":1: target: expected text, found nothing. Each case has name, prompt and target; quote a number."),
+        ("- {name: a, prompt: p, target: 4}\n", ":1: target: expected text, found 4."),
+        ("- {name: a, prompt: p, target: ''}\n", ":1: target: it is empty. Write the text that should follow the prompt."),
+        ("- {name: a, prompt: p, target: t}\n- {name: a, prompt: p, target: t}\n", ":2: name: a stands above already. Give each case a name of its own."),
+        ("- {name: a, prompt: p, target: t, weight: 2}\n", ":1: weight: no such key. A case has name, prompt and target."),
+        ("- name: a\n  name: b\n", ":2: item.name: the key stands on line 1 already. Keep one."),
+    ],
+)
+def test_a_mistake_in_a_case_file_is_named_by_line_and_key(tmp_path, text, message):
+    path = tmp_path / "cases.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="^" + re.escape(f"{path}{message}")):
+        read_cases(path)
+
+
+# --- tasks: labels ----------------------------------------------------------------------------------------------------
+
+SST2 = [example("which?", label, given) for label, given in (("positive", "good"), ("negative", "bad"), ("positive", "fine"))]
+
+
+@pytest.mark.parametrize("n_shots", [0, 1])
+def test_the_label_taken_is_the_one_that_the_model_finds_more_probable(n_shots):
+    """Oracle: each label scored after the prompt that a person would write out."""
+    task, engine = NAMED["sst2"], Engine(make_model(max_seq_len=300), BYTES)
+    shots = [example("solved", "negative", "x")][:n_shots]
+    before = "solved\n\nx\nSentiment: negative\n\n" * n_shots
+    chosen = []
+    for item in SST2:
+        prompt = f"{before}which?\n\n{item.question.input}\nSentiment:"
+        chosen.append(max(task.labels, key=lambda label: engine.score(prompt, f" {label}").log_prob))
+    found = evaluate_task(engine, task, SST2, shots=shots, batch_size=2)
+    right = [answer == item.target for answer, item in zip(chosen, SST2, strict=True)]
+    assert found.measures["accuracy"].value == pytest.approx(sum(right) / 3)
+    assert {answer.place: answer.output for answer in found.failed} == {
+        item.place: answer for answer, item, ok in zip(chosen, SST2, right, strict=True) if not ok
+    }
+    assert (found.task, found.shots, found.n_examples, found.n_errors, found.n_truncated) == ("sst2", n_shots, 3, 0, 0)
+
+
+def test_equal_labels_go_to_the_first():
+    """All logits are 0: "negative" and "positive" have 8 bytes each and the same probability."""
+    model = make_model(max_seq_len=100)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    found = evaluate_task(Engine(model, BYTES), NAMED["sst2"], SST2)
+    assert {answer.output for answer in found.failed} == {"negative"}
+    assert found.measures["accuracy"].value == pytest.approx(1 / 3)
+    assert found.chance["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_label_in_a_template_is_scored_with_the_tokens_of_training(monkeypatch):
+    """All tokens of the conversation up to the one that ends the answer; the trained ones are the target."""
+    engine, template, asked = Engine(make_model(max_seq_len=300), BYTES), make_template("instruction", BYTES), []
+    score_pairs = engine.score_pairs
+    monkeypatch.setattr(engine, "score_pairs", lambda pairs, batch_size: asked.extend(pairs) or score_pairs(pairs, batch_size=batch_size))
+    shot = example("solved", "negative", "x")
+    evaluate_task(engine, NAMED["sst2"], SST2, shots=[shot], template=template)
+    expected = []
+    for item, label in itertools.product(SST2, NAMED["sst2"].labels):
+        row = template.encode((shot.question, Turn("assistant", "negative"), item.question, Turn("assistant", label)), BYTES)
+        expected.append((row.ids.tolist(), len(f" {label}\n") + 1))
+        assert row.trained[-1]
+    assert [(list(pair.ids), pair.n_target) for pair in asked] == expected
+
+
+# --- tasks: answers in words ------------------------------------------------------------------------------------------
+
+
+def test_answers_are_graded_and_the_wrong_ones_kept():
+    engine = Parrot({"1 and 1": b" It is 2.\n#### 2", "2 and 2": b"five is 5"})
+    asked = [example("2 and 2", "#### 4"), example("1 and 1", "#### 2")]
+    found = evaluate_task(engine, NAMED["gsm8k"], asked, shots=[example("0 and 0", "#### 0")])
+    assert found.measures["exact_match"].value == 0.5
+    [failed] = found.failed
+    assert (failed.place, failed.question, failed.output, failed.target) == ("rows.jsonl: 2 and 2", "2 and 2", "five is 5", "#### 4")
+    assert BYTES.decode(engine.asked[0][0]) == "Question: 0 and 0\nAnswer: #### 0\n\nQuestion: 2 and 2\nAnswer:"
+    assert engine.asked[0][1].stop == ("Question:",)
+
+
+def test_what_is_not_fully_right_comes_worst_first():
+    engine = Parrot({"a": b"one two", "b": b"nothing", "c": b"one"})
+    found = evaluate_task(engine, PAIRS, [example("a", "one two"), example("c", "one two"), example("b", "one two")])
+    assert [(answer.output, answer.grade["token_f1"]) for answer in found.failed] == [("one", pytest.approx(2 / 3)), ("nothing", 0.0)]
+    assert list(found.measures) == ["exact_match", "token_f1"]
+
+
+def test_in_a_template_the_answer_ends_at_the_token_that_training_puts_there():
+    """And solved examples are turns before the question: token for token what `prompt_ids` gives."""
+    template = make_template("instruction", BYTES)
+    [end, *_] = template.stop_ids(BYTES)
+    assert end != BYTES.eos_id
+    engine = Parrot({"2 and 2": [*b" #### 4\n", end, *b"### Instruction: 9"]})
+    shot = example("0 and 0", "#### 0")
+    found = evaluate_task(engine, NAMED["gsm8k"], [example("2 and 2", "#### 5")], shots=[shot], template=template)
+    assert [answer.output for answer in found.failed] == ["#### 4"]
+    conversation = (shot.question, Turn("assistant", "#### 0"), Turn("user", "2 and 2"))
+    assert engine.asked[0][0] == template.prompt_ids(conversation, BYTES)
+    assert engine.asked[0][1].stop == ()
+
+
+def test_a_question_that_cannot_be_asked_is_answered_wrong():
+    """The vocabulary lacks the euro sign."""
+    characters = sorted(set("which? Sentiment: positive negative Question: Answer:\n"))
+    engine = Engine(make_model(vocab_size=len(characters) + 2, max_seq_len=100), CharTokenizer(characters, unknown="error"))
+    written = evaluate_task(engine, NAMED["gsm8k"], [example("which?", "#### 1"), example("which €?", "#### 1")])
+    labelled = evaluate_task(engine, NAMED["sst2"], [example("which €?", "positive")])
+    for found in (written, labelled):
+        assert found.n_errors == 1
+        [error] = [answer.error for answer in found.failed if answer.question == "which €?"]
+        assert "'€'" in error
+    assert (labelled.measures["accuracy"].value, labelled.measures["macro_f1"].value) == (0.0, 0.0)
+
+
+def test_prompts_that_lose_their_beginning_are_counted():
+    engine = Parrot({"": b"x"}, make_model(max_seq_len=60))
+    found = evaluate_task(engine, NAMED["gsm8k"], [example("short", "#### 1"), example("long " * 20, "#### 1")])
+    assert found.n_truncated == 1
+    assert evaluate_task(engine, NAMED["sst2"], [example("short", "positive"), example("long " * 20, "positive")]).n_truncated == 1
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def test_places_by_their_definition():
+    """One more than the number of better ones; marked where it is shared."""
+    for worths in itertools.product((0.0, 1.0, -math.inf), repeat=4):
+        for worth, place in zip(worths, places(worths), strict=True):
+            assert place == f"{1 + sum(other > worth for other in worths)}{'=' if worths.count(worth) > 1 else ''}"

@@ -1,0 +1,833 @@
+"""Checkpoints out to transformers and GGUF, and Hugging Face folders in: the same text, and nothing trusted (FAULTS: E14, H2, H3, H6).
+
+The oracle is transformers, which reads what is written here. Weights are random and large (std 0.3), so that every token,
+matrix and setting matters; what a folder from a stranger may hold is written by hand.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import infer
+import train
+from tinylm import checkpoint, hf, hf_import
+from tinylm.__main__ import main
+from tinylm.bpe import Bpe
+from tinylm.config import Config, LoraConfig
+from tinylm.decoder import Decoder
+from tinylm.errors import UserError, require_package
+from tinylm.export import CHAT_TEMPLATES, backend_of, export_hf, sampling_settings
+from tinylm.foreign import ForeignDecoder
+from tinylm.gguf import Vocabulary, export_gguf, neighbours, vocabulary_of
+from tinylm.hf_import import import_hf
+from tinylm.lora import adapter_weights, attach
+from tinylm.prompts import Turn, make_template
+from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, load_hf_tokenizer, tokenizer_from_plain
+from tinylm.words import Rules, count_texts
+
+TEXT = "the model reads a token and guesses the next token; it isn't 12345 words, nor naïve 東京 🙂 text, the the the model's guesses\n"
+GPT2 = {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all"}
+SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HFTokenizer]:
+    """A byte-level BPE tokenizer learned from one sentence and a number, with GPT-2's or GPT-4's words."""
+    folder, made = tmp_path_factory.mktemp("tokenizers"), {}
+    for pattern in ("gpt2", "gpt4"):
+        rules = Rules(pattern, SPECIAL)
+        Bpe.learn(count_texts([TEXT + 9 * " 12345"], rules), 300, rules).save(folder / pattern)
+        made[pattern] = load_hf_tokenizer(str(folder / pattern))
+    return made.__getitem__
+
+
+@pytest.fixture
+def save(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[..., Path]:
+    """Writes a checkpoint of a random model; keyword arguments are settings of the model."""
+
+    def write(tokenizer: Tokenizer | None = None, *, stage: str = "pretrain", config: dict | None = None, **model: Any) -> Path:
+        tokenizer = tokenizer or bpe("gpt2")
+        shape = {"vocab_size": tokenizer.vocab_size, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 48, "max_seq_len": 64} | model
+        settings = Config.model_validate({"training": {"seq_len": 32}} | (config or {}) | {"model": shape})
+        path = tmp_path / "a.ckpt"
+        decoder, generator = Decoder(settings.model), torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in decoder.parameters():
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+        weights = checkpoint.NO_ROOTS | {"config": settings.to_plain(), "tokenizer": tokenizer.to_plain(), "weights": decoder.state_dict()}
+        about = {"format": "tinylm", "schema": 1, "stage": stage, "step": 5, "tokens": 640, "train_loss": 2.5, "val_loss": 2.25, "created": 1.0}
+        checkpoint.write(path, about | weights)
+        return path
+
+    return write
+
+
+def quick(cases: Iterable[str], *kept: str) -> list[Any]:
+    """The cases as parameters, of which all but `kept` are for the slow tier: each is fast, and they are many."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in cases]
+
+
+PROMPT = "the model"
+
+
+def text_of_infer(ckpt: Path, capsys: pytest.CaptureFixture) -> tuple[str, list[int]]:
+    """What infer.py writes greedily after the prompt, and its tokens."""
+    capsys.readouterr()
+    assert infer.main(["--ckpt", str(ckpt), "--prompt", PROMPT, "--temperature", "0", "--max-new-tokens", "40", "--device", "cpu", "--json"]) == 0
+    [completion] = json.loads(capsys.readouterr().out)["completions"]
+    return completion["text"], completion["ids"]
+
+
+def text_of_transformers(folder: Path, tokenizer_class: str = "AutoTokenizer", **gguf: Any) -> tuple[str, list[int]]:
+    """What transformers writes greedily after the prompt, with the tokenizer and the generation settings that were exported."""
+    file = {"gguf_file": gguf["gguf_file"]} if gguf else {}
+    tokenizer = getattr(transformers, tokenizer_class).from_pretrained(folder, **file)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **gguf)
+    prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    ids = model.generate(prompt, do_sample=False, max_new_tokens=40)[0, prompt.size(1) :].tolist()
+    return tokenizer.decode(ids, skip_special_tokens=True), ids
+
+
+# --- folders for transformers ------------------------------------------------------------------------------------------
+
+EXPRESSIBLE = {
+    "llama": {"n_kv_heads": 2},
+    "llama, untied": {"tie_embeddings": False, "rope_theta": 500.0},
+    "llama, more rows than tokens": {"vocab_size": 384},
+    "mistral": {"sliding_window": 9},
+    "qwen2": {"bias": "qkv", "n_kv_heads": 1},
+    "qwen3": {"qk_norm": True, "head_dim": 10},
+    "mixtral": {"moe": {"n_experts": 3}},
+    "gpt2": GPT2 | {"tie_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("name", quick(EXPRESSIBLE, "llama", "llama, more rows than tokens", "qwen2", "gpt2"))
+def test_an_exported_folder_writes_the_text_that_infer_writes(name, save, tmp_path, capsys):
+    """The same tokens too, to the end; the rows of an embedding that stand for no token are never chosen."""
+    path = save(**EXPRESSIBLE[name])
+    written = export_hf(path, tmp_path / "out")
+    assert (written.path, written.model_type) == (tmp_path / "out", name.partition(",")[0])
+    assert written.tokenizer_class == ("PreTrainedTokenizerFast" if name == "qwen2" else "AutoTokenizer")
+    assert text_of_transformers(tmp_path / "out", written.tokenizer_class) == text_of_infer(path, capsys)
+
+
+def test_the_card_of_a_qwen2_names_the_class_that_reads_its_tokenizer(save, bpe, tmp_path):
+    """transformers 5 gives every Qwen2 the words of Qwen2, in which each digit stands alone; our 12345 is one token."""
+    export_hf(save(bias="qkv"), tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] != bpe("gpt2").encode(TEXT)
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == bpe("gpt2").encode(TEXT)
+    assert "tokenizer = PreTrainedTokenizerFast.from_pretrained" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer(TEXT, unknown="error"), CharTokenizer(TEXT[:60], unknown="unk")])
+def test_a_model_of_bytes_or_characters_writes_the_same_text_there(tokenizer, save, tmp_path, capsys):
+    path = save(tokenizer)
+    export_hf(path, tmp_path / "out")
+    assert text_of_transformers(tmp_path / "out") == text_of_infer(path, capsys)
+
+
+def test_the_folder_says_what_the_model_is(save, tmp_path):
+    """No token is claimed to end or fill a text but the tokenizer's own; older readers find rope_theta and a class they know."""
+    data = {"dataset": "owner/texts", "template": "plain"}
+    path = save(stage="sft", config={"sampling": {"temperature": 0.5, "top_p": 0.9}, "data": data}, rope_theta=777.0)
+    export_hf(path, tmp_path / "out")
+    files = {file.name: file.read_text(encoding="utf-8") for file in (tmp_path / "out").iterdir() if file.suffix != ".safetensors"}
+    assert sorted(files) == ["README.md", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    config, generation = json.loads(files["config.json"]), json.loads(files["generation_config.json"])
+    tokenizer = checkpoint.load_model(path).tokenizer
+    assert (config["eos_token_id"], config["pad_token_id"], config["rope_theta"]) == (tokenizer.eos_id, tokenizer.pad_id, 777.0)
+    assert {key: generation[key] for key in ("eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "max_new_tokens")} == {
+        "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "do_sample": True, "temperature": 0.5, "top_k": 0, "top_p": 0.9,
+        "max_new_tokens": 200,
+    }  # fmt: skip
+    assert json.loads(files["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
+    for part in ("llama: 2 layers", "| data | owner/texts |", "sft, 5 optimizer steps, 640 tokens", "2.2500 nats", "apply_chat_template"):
+        assert part in files["README.md"]
+
+
+@pytest.mark.slow
+def test_the_example_in_the_model_card_runs(save, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for stage, folder in (("pretrain", "base"), ("sft", "tuned")):
+        export_hf(save(stage=stage), tmp_path / folder)
+        monkeypatch.chdir(tmp_path / folder)
+        code = Path("README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+        capsys.readouterr()
+        exec(compile(code, "README.md", "exec"), {})  # noqa: S102
+        assert capsys.readouterr().out.strip()
+
+
+def test_a_path_of_the_own_machine_is_not_in_the_model_card(save, tmp_path):
+    export_hf(save(config={"data": {"dataset": str(tmp_path / "mine.txt")}}, stage="pretrain"), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| data | mine.txt |" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({"temperature": 0.0}, {"do_sample": False}),
+        ({"n_beams": 3}, {"do_sample": False, "num_beams": 3}),
+        ({"top_k": 7, "min_p": 0.1}, {"do_sample": True, "top_k": 7, "min_p": 0.1, "top_p": 1.0}),
+        ({"repetition_penalty": 1.5, "no_repeat_ngram": 2}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}),
+    ],
+)
+def test_sampling_settings_are_those_of_transformers(sampling, expected):
+    """It refuses to save a temperature without sampling, so those settings are there only where they have a part."""
+    found = sampling_settings(Config.model_validate({"sampling": sampling}).sampling)
+    assert expected.items() <= found.items()
+    assert found["do_sample"] or "temperature" not in found
+
+
+def test_without_padding_of_its_own_no_row_is_called_padding(save, bpe, tmp_path):
+    """transformers keeps the gradient of the row `pad_token_id` at zero: for the EOS that also pads it would never be learned again."""
+    plain = bpe("gpt2").to_plain() | {"pad": None}
+    export_hf(save(tokenizer_from_plain(plain)), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["pad_token_id"] is None
+
+
+def test_a_tokenizer_that_opens_texts_with_a_token_does_not_in_the_export(save, bpe, tmp_path):
+    """Training never showed the model such a token: what infer.py does with a prompt is what the export must do."""
+    plain = bpe("gpt2").to_plain()
+    description = json.loads(plain["tokenizer_json"])
+    bos = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    description["post_processor"] = {
+        "type": "TemplateProcessing", "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [bpe("gpt2").vocab_size - 2], "tokens": ["<|im_start|>"]}},
+    }  # fmt: skip
+    opening = tokenizer_from_plain(plain | {"tokenizer_json": json.dumps(description)})
+    export_hf(save(opening), tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == opening.encode(TEXT)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text())
+def test_bytes_are_the_same_ids_and_text_in_the_other_library(text):
+    tokenizer = ByteTokenizer()
+    backend = backend_of(tokenizer)
+    ids = backend.encode(text).ids if not any(name in text for name in tokenizer.special_names.values()) else tokenizer.encode(text)
+    assert ids == tokenizer.encode(text)
+    assert backend.decode(ids) == text
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(alphabet="ab\r\n \u0301é🙂\0xyz"))
+def test_characters_are_the_same_ids_and_text_in_the_other_library(text):
+    """A combining accent is a character by itself, and so are both halves of a line end; what is not known is <|unk|>."""
+    tokenizer = CharTokenizer("ab\r\n \u0301é🙂\0", unknown="unk")
+    backend = backend_of(tokenizer)
+    assert backend.encode(text).ids == tokenizer.encode(text)
+    assert backend.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+def test_what_cannot_be_said_is_refused_and_leaves_nothing(save, tmp_path):
+    path = save(position="alibi")
+    for write in (export_hf, export_gguf):
+        with pytest.raises(UserError, match='model.position: "alibi" is in no Hugging Face architecture'):
+            write(path, tmp_path / "out.gguf")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_is_taken_is_refused_before_any_work(tmp_path):
+    for work, name in ((export_hf, "out"), (export_gguf, "out.gguf"), (import_hf, "out.ckpt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+        with pytest.raises(UserError, match=f"{name}: is there already. Delete it"):
+            work(tmp_path / "none", tmp_path / name)
+
+
+def test_weights_that_went_wrong_on_the_way_are_found(save, tmp_path, monkeypatch):
+    """One number of one matrix is enough; what was written is removed."""
+    path, write = save(), hf.to_hf
+
+    def swapped(model: Decoder) -> Any:
+        made = write(model)
+        with torch.no_grad():
+            made.model.layers[1].self_attn.k_proj.weight[3, 3] += 0.5
+        return made
+
+    monkeypatch.setattr(hf, "to_hf", swapped)
+    for export in (export_hf, export_gguf):
+        with pytest.raises(UserError, match=r"export: what was written gives logits that differ by 0\.\d+, so it was removed"):
+            export(path, tmp_path / "out.gguf")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(save, tmp_path, monkeypatch):
+    path = save()
+    other = backend_of(ByteTokenizer())
+    monkeypatch.setattr("tinylm.export.backend_of", lambda tokenizer: other)
+    with pytest.raises(UserError, match=r"tokenizer: transformers makes other tokens of a text than this one \(token \d of \d+\), so nothing was exported"):
+        export_hf(path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_said(save, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*args: Any, **more: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    path = save()
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(UserError, match="out: the weights could not be written: .*No space left on device .*Make room"):
+        export_hf(path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_package_that_is_missing_is_named():
+    with pytest.raises(UserError, match="ggufff is not installed, and this needs it. pip install ggufff."):
+        require_package("ggufff")
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+CONVERSATIONS = [
+    [("user", "Name three colours.", "")],
+    [("user", "Translate.", "Guten Tag\nWelt")],
+    [("system", "Be brief.", ""), ("user", "Why is 2 + 2 four?", "")],
+    [("user", "First.", ""), ("assistant", "One.", ""), ("user", "Second?", "x"), ("assistant", "Two\nlines.", ""), ("user", "Third", "")],
+    [("system", "S", ""), ("user", "Ends in space ", ""), ("assistant", "yes", ""), ("user", "q", "")],
+]
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_the_chat_template_asks_as_training_did(name, conversation, save, tmp_path):
+    """`prompt_ids` is the definition; transformers renders our Jinja and encodes the text."""
+    path = save(stage="sft", config={"data": {"template": name}})
+    ours = checkpoint.load_model(path).tokenizer
+    export_hf(path, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": role, "content": text} | ({"input": input} if input else {}) for role, text, input in conversation]
+    found = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    template = make_template(name, ours)
+    assert found == template.prompt_ids(tuple(Turn(*turn) for turn in conversation), ours)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
+    ends = generation["eos_token_id"]
+    assert tuple(ends if isinstance(ends, list) else [ends]) == template.stop_ids(ours)
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_token_that_opens_texts_opens_a_conversation_once(name, save, tmp_path):
+    rules = Rules("gpt2", (*SPECIAL, "<s>"))
+    opening = HFTokenizer(Bpe.learn(count_texts([TEXT], rules), 300, rules).backend(), eos="<|endoftext|>", pad=None)
+    export_hf(save(opening, stage="sft", config={"data": {"template": name}}), tmp_path / "out")
+    turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    found = theirs.apply_chat_template([{"role": turn.role, "content": turn.text} for turn in turns], add_generation_prompt=True)["input_ids"]
+    assert found == make_template(name, opening).prompt_ids(turns, opening)
+    assert found.count(opening.vocab_size - 1) == 1
+
+
+def test_bytes_end_an_answer_with_the_separator(save, tmp_path):
+    path, ours = save(ByteTokenizer(), stage="sft", config={"data": {"template": "instruction"}}), ByteTokenizer()
+    export_hf(path, tmp_path / "out")
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
+    assert generation["eos_token_id"] == [ours.sep_id, ours.eos_id] == list(make_template("instruction", ours).stop_ids(ours))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
+    found = theirs.apply_chat_template([{"role": turn.role, "content": turn.text} for turn in turns], add_generation_prompt=True)["input_ids"]
+    assert found == make_template("instruction", ours).prompt_ids(turns, ours)
+
+
+OWN = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"""
+OWN += """{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tmp_path):
+    """Tuned with the tokenizer's own template, a model ends its answers as that does; untuned, with the end of a text."""
+    export_hf(save(), tmp_path / "base")
+    assert not (tmp_path / "base" / "chat_template.jinja").exists()
+    own = tokenizer_from_plain(bpe("gpt2").to_plain() | {"chat_template": OWN})
+    for stage, data, ends in (("pretrain", {}, own.eos_id), ("sft", {"template": "chat_template"}, [own.vocab_size - 1, own.eos_id])):
+        export_hf(save(own, stage=stage, config={"data": data}), tmp_path / stage)
+        assert (tmp_path / stage / "chat_template.jinja").read_text(encoding="utf-8") == OWN
+        assert json.loads((tmp_path / stage / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == ends
+
+
+# --- other checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_a_tuned_hugging_face_model_goes_out_as_it_is_and_as_gguf(save, tmp_path, capsys):
+    """Such a checkpoint holds transformers' own model (foreign.py), here a Llama; GGUF needs it as our decoder first."""
+    path = save()
+    payload = checkpoint.read(path)
+    inner = hf.to_hf(checkpoint.load_model(path).model)
+    foreign = ForeignDecoder(inner)
+    checkpoint.write(path, payload | {"hf_config": foreign.settings, "weights": foreign.state_dict()})
+    expected = text_of_infer(path, capsys)
+    assert export_hf(path, tmp_path / "out").model_type == "llama"
+    assert text_of_transformers(tmp_path / "out") == expected
+    export_gguf(path, tmp_path / "out.gguf")
+    assert text_of_transformers(tmp_path, gguf_file="out.gguf") == expected
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_out_merged_into_its_base(save, tmp_path, capsys):
+    base = save().rename(tmp_path / "base.ckpt")
+    without = text_of_infer(base, capsys)
+    payload, model = checkpoint.read(base), checkpoint.load_model(base).model
+    root = {"path": str(base), "fingerprint": checkpoint.fingerprint_of(model)}
+    lora = LoraConfig(r=2)
+    attach(model, lora, seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    config = Config.from_plain(payload["config"]).model_copy(update={"lora": lora})
+    adapter = {"config": config.to_plain(), "weights": adapter_weights(model.state_dict()), "base": root}
+    checkpoint.write(tmp_path / "a.ckpt", payload | adapter)
+    export_hf(tmp_path / "a.ckpt", tmp_path / "out")
+    assert text_of_transformers(tmp_path / "out") == text_of_infer(tmp_path / "a.ckpt", capsys) != without
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+IN_GGUF = {
+    "llama": {"n_kv_heads": 2},
+    "llama, untied, wide heads": {"tie_embeddings": False, "head_dim": 10, "rope_theta": 500.0, "norm_eps": 1e-3},
+    "llama, more rows than tokens": {"vocab_size": 384},
+    "qwen2": {"bias": "qkv", "n_kv_heads": 1},
+    "qwen3": {"qk_norm": True, "head_dim": 128, "n_kv_heads": 2},
+    "qwen3, other heads": {"qk_norm": True, "head_dim": 12},
+    "gpt2": GPT2,
+    "gpt2, untied": GPT2 | {"tie_embeddings": False, "d_ff": 128, "max_seq_len": 1024},
+}
+
+
+@pytest.mark.parametrize("name", quick(IN_GGUF, "llama", "qwen3, other heads", "gpt2"))
+def test_a_gguf_file_writes_the_text_that_infer_writes(name, save, tmp_path, capsys):
+    """Read back by transformers. What it does not read from the file, although it stands there, is said."""
+    path = save(**IN_GGUF[name])
+    written = export_gguf(path, tmp_path / "out.gguf")
+    assert written.model_type == name.partition(",")[0]
+    assert written.needs == {"qwen3, other heads": {"head_dim": 12}, "gpt2": {"n_positions": 64, "n_inner": 48}}.get(name, {})
+    assert text_of_transformers(tmp_path, gguf_file="out.gguf", **written.needs) == text_of_infer(path, capsys)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.ckpt", "out.gguf"]
+
+
+def test_the_words_of_gpt4_have_a_name_in_gguf(save, bpe, tmp_path):
+    """There 12345 is 123 and 45, where GPT-2 has one word."""
+    export_gguf(save(bpe("gpt4")), tmp_path / "out.gguf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="out.gguf")
+    assert theirs(TEXT)["input_ids"] == bpe("gpt4").encode(TEXT) != bpe("gpt2").encode(TEXT)
+
+
+def test_f16_halves_the_matrices_and_nothing_else(save, tmp_path):
+    """The logits are those of our decoder with its matrices rounded to 16 bits, checked by the export itself; norms keep 32."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    path = save()
+    exact, halved = export_gguf(path, tmp_path / "a.gguf"), export_gguf(path, tmp_path / "b.gguf", floats="f16")
+    assert max(exact.difference, halved.difference) < 1e-5
+    types = {tensor.name: tensor.tensor_type for tensor in GGUFReader(tmp_path / "b.gguf").tensors}
+    assert types["blk.0.attn_q.weight"] == types["token_embd.weight"] == GGMLQuantizationType.F16
+    assert types["blk.0.attn_norm.weight"] == types["output_norm.weight"] == GGMLQuantizationType.F32
+
+
+def test_a_number_that_16_bits_cannot_hold_is_named(save, tmp_path):
+    path = save()
+    payload = checkpoint.read(path)
+    weights = {name: weight.clone() for name, weight in payload["weights"].items()}
+    weights["blocks.1.ffn.down.weight"][0, 0] = 1e5
+    checkpoint.write(path, payload | {"weights": weights})
+    with pytest.raises(UserError, match=r"blk\.1\.ffn_down\.weight: has numbers that are not finite in 16 bits. Export it as f32."):
+        export_gguf(path, tmp_path / "out.gguf", floats="f16")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"sliding_window": 9}, "model.sliding_window: 9 cannot be written as GGUF and checked; a mistral there has null. Export with --format hf."),
+        ({"moe": {"n_experts": 3}}, "model.moe: .*a mixtral there has null"),
+        ({"bias": "all"}, 'model.bias: "all" .*a llama there has "none"'),
+        (GPT2 | {"ffn": "silu"}, 'model.ffn: "silu" .*a gpt2 there has "gelu"'),
+        ({"n_heads": 5, "head_dim": 8}, "model.d_model: 32 .*has 35"),
+    ],
+)
+def test_what_gguf_has_no_place_for_is_refused_by_name(model, words, save, tmp_path):
+    path = save(**model)
+    with pytest.raises(UserError, match=words):
+        export_gguf(path, tmp_path / "out.gguf")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("ab", unknown="error")])
+def test_gguf_refuses_tokenizers_that_it_cannot_say(tokenizer):
+    with pytest.raises(UserError, match=f"tokenizer.kind: GGUF has no tokenizer of kind {tokenizer.kind}. Export with --format hf"):
+        vocabulary_of(tokenizer)
+
+
+def test_gguf_refuses_other_words_and_a_vocabulary_without_merges(bpe):
+    plain = bpe("gpt4").to_plain()
+    description = json.loads(plain["tokenizer_json"])
+    description["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+"
+    with pytest.raises(UserError, match="tokenizer: GGUF is written for byte-level BPE with the words of GPT-2, GPT-4 or Qwen2, and this is another"):
+        vocabulary_of(tokenizer_from_plain(plain | {"tokenizer_json": json.dumps(description)}))
+    with pytest.raises(UserError, match="tokenizer: it has no merges, and GGUF needs one"):
+        vocabulary_of(HFTokenizer(Bpe((), Rules("gpt2", SPECIAL)).backend(), eos="<|endoftext|>", pad=None))
+
+
+def test_special_tokens_are_marked_in_gguf(bpe):
+    found = vocabulary_of(bpe("gpt2"))
+    assert isinstance(found, Vocabulary)
+    assert (found.pre, found.tokens[-4:], found.types[-5:]) == ("gpt-2", list(SPECIAL), [1, 3, 3, 3, 3])
+    assert len(found.tokens) == bpe("gpt2").vocab_size
+
+
+def test_neighbours_rotate_as_halves_did():
+    """Llama in GGUF turns rows 2i and 2i + 1 together; ours are i and i + K/2. Two heads of four: 0 1 2 3 becomes 0 2 1 3 in each."""
+    assert neighbours(torch.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+# --- Hugging Face folders in ------------------------------------------------------------------------------------------
+
+THEIR_SHAPE = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+THEIRS = {
+    "llama": lambda: transformers.LlamaConfig(**THEIR_SHAPE),
+    "llama, tied": lambda: transformers.LlamaConfig(**THEIR_SHAPE, tie_word_embeddings=True, rope_theta=500.0),
+    "mistral": lambda: transformers.MistralConfig(**THEIR_SHAPE, sliding_window=9),
+    "qwen2": lambda: transformers.Qwen2Config(**THEIR_SHAPE),
+    "qwen3": lambda: transformers.Qwen3Config(**THEIR_SHAPE, head_dim=12),
+    "mixtral": lambda: transformers.MixtralConfig(**THEIR_SHAPE, num_local_experts=3),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+
+
+@pytest.fixture
+def published(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[..., Path]:
+    """Saves a random model with its tokenizer as its authors would, by transformers alone."""
+
+    def write(name: str = "llama", *, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB") -> Path:
+        folder = tmp_path / "published"
+        model = transformers.AutoModelForCausalLM.from_config(THEIRS[name](), dtype=dtype)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        plain = bpe("gpt2").to_plain()
+        (folder / "tokenizer.json").write_text(plain["tokenizer_json"], encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": plain["eos"]}), encoding="utf-8")
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("name", quick(THEIRS, "llama, tied", "mixtral", "gpt2"))
+def test_an_imported_model_writes_the_text_that_transformers_writes(name, published, tmp_path, capsys):
+    folder = published(name)
+    imported = import_hf(str(folder), tmp_path / "in.ckpt")
+    assert (imported.model_type, imported.stored_as) == (name.partition(",")[0], "F32")
+    (folder / "generation_config.json").unlink()  # random tokens end no text there
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    eos = checkpoint.load_model(tmp_path / "in.ckpt").tokenizer.eos_id
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": eos, "pad_token_id": None}), encoding="utf-8")
+    assert text_of_infer(tmp_path / "in.ckpt", capsys) == text_of_transformers(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_model_in_several_files_is_one_model(name, published, tmp_path):
+    whole = checkpoint.load_model(import_hf(str(published(name)), tmp_path / "whole.ckpt").path)
+    for file in (tmp_path / "published").iterdir():
+        file.unlink()
+    folder = published(name, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    parts = checkpoint.load_model(import_hf(str(folder), tmp_path / "parts.ckpt").path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
+def test_half_weights_become_fp32_with_the_same_values(dtype, name, published, tmp_path):
+    folder = published(dtype=dtype)
+    imported = import_hf(str(folder), tmp_path / "in.ckpt")
+    assert imported.stored_as == name
+    weight = checkpoint.load_model(tmp_path / "in.ckpt").model.embedding.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, load_file(folder / "model.safetensors")["model.embed_tokens.weight"].float())
+
+
+def test_older_files_are_read(published, tmp_path):
+    """GPT-2 on the hub has no `transformer.` before its names and holds its causal masks; a tied model may hold its head again."""
+    folder = published("gpt2")
+    weights = {name.removeprefix("transformer."): weight for name, weight in load_file(folder / "model.safetensors").items()}
+    weights |= {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": weights["wte.weight"].clone()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert import_hf(str(folder), tmp_path / "in.ckpt").difference < 1e-5
+
+
+def test_an_imported_checkpoint_is_described_and_says_what_to_type_next(published, tmp_path, capsys):
+    folder = published()
+    assert main(["import", str(folder), str(tmp_path / "in.ckpt")]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'in.ckpt'}\n"
+    assert "llama, F32, stored as fp32: its logits differ from transformers' by " in err
+    assert f"to train it further: training.init_from={tmp_path / 'in.ckpt'}, in train.py or finetune.py\n" in err
+    assert err.endswith(f'next: python infer.py --ckpt {tmp_path / "in.ckpt"} --prompt "Once"\n')
+    info = checkpoint.describe(tmp_path / "in.ckpt")
+    assert (info.stage, info.step, info.tokens, info.train_loss, info.val_loss) == ("pretrain", 0, 0, None, None)
+
+
+def test_a_run_starts_from_an_imported_checkpoint_and_does_not_resume_it(published, make_config, tmp_path):
+    folder = published()
+    import_hf(str(folder), tmp_path / "in.ckpt")
+    with pytest.raises(UserError, match="in.ckpt: an imported model, and not a run that can go on. Start a run from its weights with training.init_from="):
+        train.resumable(tmp_path / "in.ckpt")
+    from tinylm.config import load_config
+
+    config = load_config(make_config(), [f"training.init_from={tmp_path / 'in.ckpt'}", f"tokenizer.path={folder}"])
+    base = train.find_base(config, train.Start())
+    model = base.build(base.model)
+    assert torch.equal(model.embedding.weight, checkpoint.read(tmp_path / "in.ckpt")["weights"]["embedding.weight"])
+
+
+def test_an_exported_import_is_the_model_that_was_published(published, tmp_path):
+    """In and out again: every tensor has the same bits."""
+    folder = published("qwen3")
+    import_hf(str(folder), tmp_path / "in.ckpt")
+    export_hf(tmp_path / "in.ckpt", tmp_path / "out")
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "weights imported from published" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+# --- what a stranger's folder may hold ---------------------------------------------------------------------------------
+
+
+def edit(file: Path, **values: Any) -> None:
+    """Change keys of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def reweight(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Put tensors in place of others, by name with `__` for a dot; None takes one out."""
+    weights = load_file(folder / "model.safetensors") | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file({name: weight for name, weight in weights.items() if weight is not None}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_header(folder: Path, header: Any, data: bytes = b"") -> None:
+    """A safetensors file with a header of one's own."""
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+Q = "model__layers__0__self_attn__q_proj__weight"
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing": (lambda f: reweight(f, **{Q: None}), r"published: model\.layers\.0\.self_attn\.q_proj\.weight: no such tensor in its files"),
+    "extra": (lambda f: reweight(f, x=torch.ones(1), y=torch.ones(1)), r"model\.safetensors: x: not part of a llama, as are 1 more"),
+    "shape": (lambda f: reweight(f, **{Q: torch.ones(8, 128)}), r"q_proj\.weight: its shape is \[8, 128\], and config.json makes it \[32, 32\]"),
+    "transposed": (lambda f: reweight(f, model__norm__weight=torch.ones(32, 1)), r"model\.norm\.weight: its shape is \[32, 1\]"),
+    "type": (lambda f: reweight(f, **{Q: torch.ones(32, 32, dtype=torch.int8)}), r"q_proj\.weight: its type is I8, and F32, F16, BF16 are read"),
+    "NaN": (lambda f: reweight(f, **{Q: torch.full((32, 32), torch.nan)}), r"q_proj\.weight: has numbers that are not finite"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors: not safetensors, or damaged"),
+    "a page": (lambda f: (f / "model.safetensors").write_text("<!doctype html>" * 9), "not safetensors, or damaged: its header of [0-9]+ bytes is more than"),
+    "giant header": (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}"), r"its header of 4611686018427387904 bytes is more"),
+    "overlap": (lambda f: with_header(f, {"a": F32, "b": F32}, bytes(8)), "not safetensors, or damaged: .*nvalid"),
+    "huge shape": (lambda f: with_header(f, {"a": F32 | {"shape": [2**40, 2**40]}}, bytes(8)), "not safetensors, or damaged"),
+    "past the end": (lambda f: with_header(f, {"a": F32 | {"shape": [99], "data_offsets": [0, 396]}}, bytes(8)), "not safetensors, or damaged"),
+    "huge model": (lambda f: edit(f / "config.json", hidden_size=2**30), r"embed_tokens\.weight: its shape is \[300, 32\], and config.json makes it \[300, 10"),
+    "sizes past 64 bits": (lambda f: edit(f / "config.json", hidden_size=2**31 - 4, head_dim=2**31 - 2), "config.json: its sizes make no tensor"),
+    "more layers than any": (lambda f: edit(f / "config.json", num_hidden_layers=10**9), r"num_hidden_layers: 1000000000 Input should be less than"),
+    "sizes in words": (lambda f: edit(f / "config.json", hidden_size="big"), "config.json: transformers refuses it: .*hidden_size"),
+    "no heads": (lambda f: edit(f / "config.json", num_attention_heads=0), "config.json: "),
+    "code": (lambda f: edit(f / "config.json", auto_map={"AutoModel": "evil.Model"}), "config.json: auto_map: the model wants its own code to be run"),
+    "tokenizer code": (lambda f: edit(f / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}), "tokenizer_config.json: auto_map"),
+    "quantized": (lambda f: edit(f / "config.json", quantization_config={"bits": 4}), "quantization_config: its weights are packed"),
+    "another model": (lambda f: edit(f / "config.json", model_type="bloom"), 'model_type: our decoder cannot be "bloom". Choose a model of gpt2, llama'),
+    "no model": (lambda f: edit(f / "config.json", model_type=["llama"]), r'model_type: our decoder cannot be \["llama"\]'),
+    "scaled rope": (lambda f: edit(f / "config.json", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_type: .*linear"),
+    "config cut off": (lambda f: (f / "config.json").write_text('{"model_type"'), "config.json: not JSON, or cut off"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: expected a JSON object, found list"),
+    "config is deep": (lambda f: (f / "config.json").write_text("[" * 200000), "config.json: not JSON, or cut off"),
+    "config is large": (lambda f: (f / "config.json").write_bytes(bytes(1_000_001)), "config.json: 1000001 bytes, and 1000000 are the most"),
+    "no config": (lambda f: (f / "config.json").unlink(), "published: no config.json here. Give the folder of a Hugging Face model"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}'), "adapter_config.json: an adapter, which"),
+    "a pipe": (lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), "config.json: not a regular file"),
+    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only pickled weights here, which can run code and are never read"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "published: no model.safetensors here, and no model.safetensors.index.json"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "published: no tokenizer.json here"),
+    "tokenizer cut off": (lambda f: (f / "tokenizer.json").write_text('{"model"'), "tokenizer.json: not JSON, or cut off"),
+    "a link out": (lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/etc/passwd")), "config.json: a link that leads out of the folder"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_strangers_folder_is_refused_in_one_line_and_nothing_is_written(name, published, tmp_path):
+    """H2, H3, H6 and E14: the message names the file, and the tensor where there is one."""
+    folder = published()
+    spoil, words = FAULTS[name]
+    spoil(folder)
+    with pytest.raises(UserError, match=words) as refused:
+        import_hf(str(folder), tmp_path / "in.ckpt")
+    assert "\n" not in str(refused.value)
+    assert "root:" not in str(refused.value)
+    assert not (tmp_path / "in.ckpt").exists()
+
+
+def test_a_large_header_takes_no_memory(published, tmp_path, monkeypatch):
+    """A sparse file of 50 GB whose header claims 40: refused by its first eight bytes, before the library sees it."""
+    folder = published()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", 40 * 10**9))
+        file.truncate(50 * 10**9)
+    monkeypatch.setattr("safetensors.safe_open", lambda *args, **more: pytest.fail("opened"))
+    with pytest.raises(UserError, match="its header of 40000000000 bytes is more than 10000000"):
+        import_hf(str(folder), tmp_path / "in.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("../secret.safetensors", r"'../secret.safetensors' is not a name such as model-00001-of-00002.safetensors"),
+        ("/etc/passwd", "'/etc/passwd' is not a name"),
+        ("%2e%2e/secret.safetensors", "'%2e%2e/secret.safetensors' is not a name"),
+        ("model-0\0.safetensors", r"'model-0\\x00.safetensors' is not a name"),
+        ("model-00009.safetensors", r"model-00009.safetensors: not found, and model.safetensors.index.json names it"),
+        (7, "weight_map: expected the file of each tensor by name"),
+    ],
+)
+def test_an_index_names_files_of_its_folder_only(place, words, published, tmp_path):
+    folder = published()
+    (folder / "model.safetensors").rename(tmp_path / "secret.safetensors")
+    (folder / hf_import.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": place}}), encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        import_hf(str(folder), tmp_path / "in.ckpt")
+
+
+def test_a_tensor_in_two_files_is_refused(published, tmp_path):
+    folder = published(max_shard_size="20KB")
+    first, second = sorted(folder.glob("model-*"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor}, second, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{second.name}: {name}: {first.name} has a tensor of that name too"):
+        import_hf(str(folder), tmp_path / "in.ckpt")
+
+
+def test_a_head_that_is_not_the_embedding_is_refused(published, tmp_path):
+    folder = published("llama, tied")
+    reweight(folder, lm_head__weight=torch.ones(300, 32))
+    with pytest.raises(UserError, match="lm_head.weight: differs from the embedding, and config.json says tie_word_embeddings"):
+        import_hf(str(folder), tmp_path / "in.ckpt")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused_with_both_numbers(published, bpe, tmp_path):
+    """E14."""
+    folder = published()
+    reweight(folder, model__embed_tokens__weight=torch.ones(290, 32), lm_head__weight=torch.ones(290, 32))
+    edit(folder / "config.json", vocab_size=290)
+    with pytest.raises(UserError, match=f"its tokenizer has {bpe('gpt2').vocab_size} tokens, and its embedding 290 rows"):
+        import_hf(str(folder), tmp_path / "in.ckpt")
+
+
+def test_logits_that_differ_from_transformers_stop_the_import(published, tmp_path, monkeypatch):
+    """As they would for a setting that a config has and no table here knows."""
+    read = hf.from_weights
+    monkeypatch.setattr(hf, "from_weights", lambda config, weight: read(config, lambda name: weight(name) * (1.01 if "o_proj" in name else 1)))
+    with pytest.raises(UserError, match=r"published: our logits differ from transformers' by 0\.\d+, so it computes something that our decoder does not"):
+        import_hf(str(published()), tmp_path / "in.ckpt")
+    assert not (tmp_path / "in.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../../etc", r"\.\./\.\./etc: not found"),
+        ("%2e%2e/etc", "%2e%2e/etc: not found"),
+        ("a\0b", r"a\\x00b: not found"),
+        ("/etc/passwd", "/etc/passwd: is not a folder"),
+        ("/etc", "/etc: no config.json here"),
+    ],
+)
+def test_names_that_lead_elsewhere_are_refused_and_the_hub_is_not_asked(name, words, tmp_path, monkeypatch):
+    """H6."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hf_import, "require_hub", lambda *args: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match=words):
+        import_hf(name, tmp_path / "in.ckpt")
+
+
+def test_a_name_on_the_hub_without_network_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="owner/name: not a folder here, and the Hugging Face hub says: .*Give a local folder with config.json"):
+        import_hf("owner/name", tmp_path / "in.ckpt")
+
+
+def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched_and_links_in_its_cache_are_its_own(published, tmp_path, monkeypatch):
+    """The hub library's cache: snapshots/REVISION/FILE leads to blobs/HASH of the same model."""
+    folder = published()
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "1a2b"
+    blobs = snapshot.parents[1] / "blobs"
+    for made in (snapshot, blobs):
+        made.mkdir(parents=True)
+    for file in folder.iterdir():
+        (snapshot / file.name).symlink_to(file.rename(blobs / file.name))
+    asked: list[list[str]] = []
+    monkeypatch.setattr(hf_import, "require_hub", lambda *args: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or str(snapshot))
+    assert import_hf("owner/name", tmp_path / "in.ckpt").config.tokenizer.path == "owner/name"
+    assert [("model.safetensors" in patterns) for patterns in asked] == [False, True]
+    assert not any("bin" in pattern for patterns in asked for pattern in patterns)
+    asked.clear()
+    edit(blobs / "config.json", model_type="bloom")
+    with pytest.raises(UserError, match="our decoder cannot be"):
+        import_hf("owner/name", tmp_path / "again.ckpt")
+    assert len(asked) == 1
+
+
+# --- the commands ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_which_class_reads_the_tokenizer(save, tmp_path, capsys):
+    assert main(["export", str(save(bias="qkv")), str(tmp_path / "out"), "--format", "hf"]) == 0
+    note, after = capsys.readouterr().err.splitlines()[1:]
+    assert note == "note: load its tokenizer with PreTrainedTokenizerFast; AutoTokenizer cuts words in its own way for every qwen2"
+    assert "import pipeline, PreTrainedTokenizerFast as T; " in after
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_the_command_ends_with_the_path_and_says_what_to_type_next(kind, save, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(save(qk_norm=True)), f"out it.{kind}", "--format", kind]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"out it.{kind}\n"
+    lines = err.splitlines()
+    assert lines[0].startswith("qwen3, f32: read back by transformers, its logits differ from ours by ")
+    assert lines[1].startswith("next: python -c '")
+    code = lines[1].partition("python -c ")[2].strip("'")
+    exec(compile(code, "next", "exec"), {})  # noqa: S102
+    assert len(lines) == 2
+    assert capsys.readouterr().out
+
+
+def test_floats_are_for_gguf(save, tmp_path, capsys):
+    assert main(["export", str(save()), str(tmp_path / "out"), "--format", "hf", "--floats", "f16"]) == 2
+    assert capsys.readouterr().err == "error: --floats: a Hugging Face folder is written in f32. Leave --floats out, or give --format gguf.\n"
+
+
+def test_a_checkpoint_that_is_not_there_and_a_name_that_is_no_checkpoint_are_told(tmp_path, capsys):
+    assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out"), "--format", "hf"]) == 2
+    assert "none.ckpt: not found" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out"), "--format", "gguf"]) == 2
+    assert capsys.readouterr().err.endswith("out: a GGUF file's name ends in .gguf. Give such a name.\n")
+    assert main(["import", "gpt2", str(tmp_path / "out.pt")]) == 2
+    assert capsys.readouterr().err.endswith("out.pt: a checkpoint's name ends in .ckpt. Give such a name.\n")

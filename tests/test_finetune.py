@@ -1,0 +1,523 @@
+"""Fine-tuning end to end on tiny models, whole and by adapters, of our decoder and a Hugging Face model (FAULTS: A3, A12, B14, D8, E14)."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from test_train import Capture, Patch, assert_same_run, bytes_of, curve, elsewhere, interrupt_at, keep_signals  # noqa: F401  (a fixture)
+
+import eval_val
+import finetune
+import infer
+import list as list_program
+import train
+from data import LitExamples
+from tinylm import checkpoint, lora
+from tinylm.config import load_config
+from tinylm.errors import UserError
+from tinylm.foreign import ForeignDecoder
+
+ROOT = Path(__file__).resolve().parent.parent
+Make = Callable[..., Path]
+LORA = {"lora": {"r": 4, "dropout": 0.2}}
+# What is fine-tuned: each must hold for each.
+RUNS: dict[str, dict[str, Any]] = {"whole": {}, "lora": LORA, "foreign": {"foreign": True}, "foreign lora": {"foreign": True, **LORA}}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pretrained base.ckpt, a saved llama, and rows; nothing in it may change."""
+    folder = tmp_path_factory.mktemp("home")
+    rows = [{"instruction": f"say {word}", "output": f"{word} {word}!"} for word in ("one", "two", "red", "blue", "cat", "dog", "sun", "sea", "tea", "ink") * 2]
+    rows = [row | {"instruction": row["instruction"] + " " * (i // 10)} for i, row in enumerate(rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "corpus.txt").write_text("".join(f"say {i} and answer {i * i}\n" for i in range(200)), encoding="utf-8")
+    settings = {
+        "model": {"n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 160, "residual_dropout": 0.2, "attention_dropout": 0.2},
+        "data": {"dataset": str(folder / "corpus.txt"), "cache_dir": str(folder / "cache")},
+        "training": {"seq_len": 32, "micro_batch_size": 4, "max_steps": 2, "checkpoint_dir": str(folder / "base"), "log_dir": str(folder / "logs")},
+        "hardware": {"accelerator": "cpu", "threads": 1},
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert train.main(["--config", str(folder / "base.yaml")]) == 0
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    save_llama(folder / "llama")
+    return folder
+
+
+def save_llama(folder: Path, *, vocab_size: int = 257, seed: int = 0) -> None:
+    """A random llama with dropout and a tokenizer of bytes, as a folder of Hugging Face."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=160,
+        attention_dropout=0.2, bos_token_id=None, eos_token_id=256,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}', encoding="utf-8")
+
+
+@pytest.fixture
+def make(home: Path, tmp_path: Path) -> Iterator[Make]:
+    """Writes a config of a tiny run; at the end not a byte of what it began from has changed."""
+    before = {name: content for name, content in bytes_of(home).items() if "cache" not in name}
+
+    def write(*, foreign: bool = False, **sections: dict[str, Any]) -> Path:
+        settings: dict[str, dict[str, Any]] = {
+            "data": {"dataset": str(home / "rows.jsonl"), "val_fraction": 0.2, "cache_dir": str(tmp_path / "cache")},
+            "training": {
+                "init_from": f"hf:{home / 'llama'}" if foreign else str(home / "base" / "final.ckpt"), "seq_len": 64, "micro_batch_size": 2,
+                "grad_accum_steps": 3, "max_steps": 6, "val_every_steps": 3, "log_every_steps": 1, "save_every_steps": 2, "lr": 1e-2,
+                "checkpoint_dir": str(tmp_path / "checkpoints"), "log_dir": str(tmp_path / "logs"), "run_name": "tiny",
+            },
+            "hardware": {"accelerator": "cpu", "threads": 1},
+        }  # fmt: skip
+        for section, values in sections.items():
+            settings.setdefault(section, {}).update(values)
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return path
+
+    yield write
+    assert {name: content for name, content in bytes_of(home).items() if name in before} == before
+
+
+def run(config: Path, *arguments: str) -> int:
+    """The exit code of finetune.py in this process."""
+    return finetune.main(["--config", str(config), *arguments])
+
+
+def refused(config: Path, tmp_path: Path, capsys: Capture, *arguments: str) -> str:
+    """The one line of a run that exits with 2 and changes no file."""
+    before = bytes_of(tmp_path)
+    capsys.readouterr()
+    assert run(config, *arguments) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    after = bytes_of(tmp_path)
+    assert {name: after.get(name) for name in before} == before
+    return error[0]
+
+
+# --- what a run does --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_learns_and_every_program_reads_what_it_wrote(name: str, make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Stage and template stand in the checkpoint; the loss falls; sampling, listing and evaluating take it as any other."""
+    assert run(make(**RUNS[name])) == 0
+    output = capsys.readouterr()
+    final = tmp_path / "checkpoints" / "final.ckpt"
+    assert output.out == f"{final}\n"
+    assert f'next: python infer.py --ckpt {final} --prompt "Name three primary colours."' in output.err
+    losses = [float.fromhex(loss) for loss in curve(tmp_path).values()]
+    assert losses[-1] < losses[0] - (0.02 if "lora" in name else 0.2)
+    payload = checkpoint.read(final)
+    assert (payload["stage"], payload["config"]["data"]["template"]) == ("sft", "instruction")
+    assert infer.main(["--ckpt", str(final), "--prompt", "say", "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    assert list_program.main(["--dir", str(final.parent)]) == 0
+    assert ("16d 2h + r4" in capsys.readouterr().out) == ("lora" in name)
+    assert eval_val.main(["--ckpt", str(final), "--config", str(home / "base.yaml")]) == 0
+
+
+def test_answers_are_scored_as_in_training_and_before_it(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """eval_val.py --answers gives the val_loss that training wrote, and for the base a higher one; a longer context than the model has is an error."""
+    config = make()
+    assert run(config) == 0
+    losses = []
+    for path in (tmp_path / "checkpoints" / "final.ckpt", home / "base" / "final.ckpt"):
+        capsys.readouterr()
+        assert eval_val.main(["--ckpt", str(path), "--config", str(config), "--answers", "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["val_loss"])
+    assert losses[0] == float.fromhex(curve(tmp_path, "val_loss")[6])
+    assert losses[1] > losses[0] + 0.2
+    assert eval_val.main(["--ckpt", str(path), "--config", str(config), "--answers", "training.seq_len=161"]) == 2
+    assert "training.seq_len: 161 is more than the 160 positions of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+@pytest.mark.parametrize("name", ["whole", "foreign lora"])
+def test_validation_is_the_loss_of_the_answers_alone(name: str, packing: str, make: Make, tmp_path: Path) -> None:
+    """The oracle takes each example by itself, without rows or masks: the mean of -log p over its trained tokens, and how many are argmax.
+
+    So packed and padded rows give the same numbers up to rounding, and the model in the checkpoint is the one that was validated.
+    """
+    config_file = make(**RUNS[name], data={"packing": packing})
+    assert run(config_file) == 0
+    loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
+    data = LitExamples(load_config(config_file), loaded.tokenizer)
+    data.prepare()
+    total, right, count = 0.0, 0, 0
+    for example in data.val_examples:
+        ids = torch.from_numpy(example.ids)
+        with torch.no_grad():
+            log_p = F.log_softmax(loaded.model(ids[None, :-1])[0], dim=-1)[example.trained[1:]]
+        targets = ids[1:][example.trained[1:]]
+        total -= log_p.gather(1, targets[:, None]).sum().item()
+        right += (log_p.argmax(dim=-1) == targets).sum().item()
+        count += len(targets)
+    assert len(data.val_examples) > 1
+    assert float.fromhex(curve(tmp_path, "val_loss")[6]) == pytest.approx(total / count, abs=1e-5)
+    assert float.fromhex(curve(tmp_path, "val_accuracy")[6]) == pytest.approx(right / count, abs=1e-9)
+
+
+def test_packed_and_padded_rows_train_on_the_same_loss(make: Make, tmp_path: Path) -> None:
+    """All training examples in one step: in whatever rows they stand, the mean is over the same targets, so the first step's loss is equal."""
+    first = []
+    for packing in ("packed", "padded"):
+        config = make(data={"packing": packing}, model={"residual_dropout": 0.0, "attention_dropout": 0.0}, training={"seq_len": 160})
+        data = LitExamples(load_config(config), checkpoint.load_model(Path(load_config(config).training.init_from or "")).tokenizer)
+        data.prepare()
+        rows = len(data._rows(data.train_examples))
+        folder = tmp_path / packing
+        assert run(config, *elsewhere(folder), f"training.micro_batch_size={rows}", "training.grad_accum_steps=1", "training.max_steps=1") == 0
+        first.append((rows, float.fromhex(curve(folder)[1])))
+    assert first[0][0] < first[1][0]
+    assert first[0][1] == pytest.approx(first[1][1], abs=1e-5)
+
+
+def test_only_fine_tuning_has_a_column_of_accuracy(make: Make, home: Path, tmp_path: Path) -> None:
+    """The file of a pretraining run is as it was; fine-tuning has one column more, filled at validations."""
+    assert run(make()) == 0
+    before = "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s"
+    assert (home / "logs" / "pretrain" / "metrics.csv").read_text(encoding="utf-8").splitlines()[0] == before
+    assert (tmp_path / "logs" / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines()[0] == f"{before},val_accuracy"
+    assert sorted(curve(tmp_path, "val_accuracy")) == [3, 6]
+
+
+def test_a_sample_is_asked_for_as_the_examples_ask(make: Make, monkeypatch: Patch, capsys: Capture) -> None:
+    """The model continues the template's words and not the bare prompt."""
+    seen = prompts_seen(monkeypatch)
+    assert run(make(sampling={"max_new_tokens": 2}), "training.sample_prompt=say red") == 0
+    assert capsys.readouterr().err.count("sample: say red") == 2
+    assert {bytes(ids).decode() for ids in seen} == {"### Instruction: say red\n### Output:"}
+
+
+def prompts_seen(monkeypatch: Patch) -> list[tuple[int, ...]]:
+    """The ids of every prompt that an engine is given from now on."""
+    import callbacks
+
+    seen: list[tuple[int, ...]] = []
+    original = callbacks.Engine.generate
+
+    def generate(self: Any, prompt: Any, sampling: Any) -> Any:
+        seen.append(prompt.ids)
+        return original(self, prompt, sampling)
+
+    monkeypatch.setattr(callbacks.Engine, "generate", generate)
+    return seen
+
+
+def test_the_model_and_tokenizer_are_those_of_the_base(make: Make, home: Path, tmp_path: Path) -> None:
+    """The config says nothing of either; dropout may be written anew; what is written of the shape or tokenizer may agree."""
+    assert run(make(model={"residual_dropout": 0.0, "d_model": 16, "n_heads": 2}, tokenizer={"kind": "byte"}), "training.max_steps=1") == 0
+    was, now = (checkpoint.read(folder / "final.ckpt")["config"] for folder in (home / "base", tmp_path / "checkpoints"))
+    assert now["model"] == was["model"] | {"residual_dropout": 0.0}
+    assert now["tokenizer"] == was["tokenizer"]
+
+
+def test_pretraining_goes_on_from_a_hugging_face_model_too(make: Make, home: Path, tmp_path: Path) -> None:
+    """train.py with the same settings: another stage, on plain text, here by adapters."""
+    config = make(foreign=True, **LORA)
+    assert train.main(["--config", str(config), f"data.dataset={home / 'corpus.txt'}", "training.max_steps=2"]) == 0
+    info = checkpoint.describe(tmp_path / "checkpoints" / "final.ckpt")
+    assert (info.stage, info.shape) == ("pretrain", "1L 16d 2h + r4")
+
+
+def test_the_rows_of_a_task_are_asked_as_the_task_asks(make: Make, tmp_path: Path) -> None:
+    """data.task says which columns there are and what the question is."""
+    rows = [{"sentence": f"film number {i} , and a good one", "label": 1} for i in range(20)]
+    (tmp_path / "sst2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = make(data={"dataset": str(tmp_path / "sst2.jsonl"), "task": "sst2"}, training={"seq_len": 160, "max_steps": 1})
+    assert run(config) == 0
+    loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
+    data = LitExamples(load_config(config), loaded.tokenizer)
+    data.prepare()
+    text = loaded.tokenizer.decode(data.train_examples[0].ids.tolist())
+    assert text.startswith("### Instruction: Is the sentiment of this review positive or negative?\n### Input: film number ")
+    assert text.endswith("\n### Output: positive\n")
+
+
+def test_gradient_checkpointing_changes_no_number(make: Make, tmp_path: Path) -> None:
+    """Of a Hugging Face model too; dropout is drawn again alike in the second forward."""
+    for name in ("true", "false"):
+        assert run(make(**RUNS["foreign lora"]), f"model.gradient_checkpointing={name}", *elsewhere(tmp_path / name)) == 0
+    assert_same_run(tmp_path / "true", tmp_path / "false")
+
+
+# --- what a checkpoint of adapters holds ------------------------------------------------------------------------------
+
+
+def adapted(make: Make, **sections: Any) -> Path:
+    """The final checkpoint of a run of two steps by adapters."""
+    config = make(**LORA, **sections)
+    assert run(config, "training.max_steps=2") == 0
+    return Path(load_config(config).training.checkpoint_dir) / "final.ckpt"
+
+
+def test_a_checkpoint_holds_the_adapter_alone_and_says_whose_it_is(make: Make, home: Path) -> None:
+    """A and B of four layers; optimizer state for no more; the base by path and by the fingerprint of its weights."""
+    path = adapted(make)
+    payload = checkpoint.read(path)
+    layers = ("attention.qkv", "attention.out", "ffn.up", "ffn.down")
+    assert set(payload["weights"]) == {f"blocks.0.{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
+    assert len(payload["optimizer"]["state"]) == 8
+    base = checkpoint.load_model(home / "base" / "final.ckpt").model
+    assert payload["base"] == {"path": os.path.relpath(home / "base" / "final.ckpt", path.parent), "fingerprint": checkpoint.fingerprint_of(base)}
+    assert checkpoint.describe(path).parameters == sum(weight.numel() for weight in payload["weights"].values())
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_base_that_is_gone_or_another_is_named(foreign: bool, make: Make, home: Path, tmp_path: Path) -> None:
+    """B14, D8: both moved together still belong together; the error names the adapter and its base, and both fingerprints."""
+    shutil.copytree(home, tmp_path / "there" / "home")
+    base = tmp_path / "there" / "home" / ("llama" if foreign else "base/final.ckpt")
+    name = f"hf:{base}" if foreign else str(base)
+    adapted(make, foreign=foreign, training={"init_from": name, "checkpoint_dir": str(tmp_path / "there" / "sft")})
+    (tmp_path / "there").rename(tmp_path / "moved")
+    path = tmp_path / "moved" / "sft" / "final.ckpt"
+    base = tmp_path / "moved" / base.relative_to(tmp_path / "there")
+    wanted = checkpoint.read(path)["base"]["fingerprint"]
+    assert checkpoint.load_model(path).info.stage == "sft"
+    if foreign:
+        save_llama(base, seed=1)
+    else:
+        payload = checkpoint.read(base)
+        payload["weights"]["norm.weight"] = payload["weights"]["norm.weight"] + 1
+        base.unlink()
+        checkpoint.write(base, payload)
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(path)
+    assert f"{path}: an adapter of " in str(error.value) and str(base) in str(error.value)
+    assert f"as it was with fingerprint {wanted}, and it has " in str(error.value)
+    shutil.rmtree(base) if foreign else base.unlink()
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(path)
+    assert f"{path}: an adapter of " in str(error.value) and "which cannot be used: " in str(error.value) and "not found" in str(error.value)
+
+
+def test_a_whole_hugging_face_model_needs_nothing_beside_its_checkpoint(make: Make, home: Path, tmp_path: Path) -> None:
+    """Its config.json travels as text; the folder may be gone. Another run may begin from it, whole or by adapters."""
+    shutil.copytree(home / "llama", tmp_path / "llama")
+    config = make(training={"init_from": f"hf:{tmp_path / 'llama'}"})
+    assert run(config, "training.max_steps=2") == 0
+    shutil.rmtree(tmp_path / "llama")
+    first = tmp_path / "checkpoints" / "final.ckpt"
+    model = checkpoint.load_model(first).model
+    assert isinstance(model, ForeignDecoder)
+    config = make(training={"init_from": str(first), "checkpoint_dir": str(tmp_path / "second")}, **LORA)
+    assert run(config, "training.max_steps=2") == 0
+    assert isinstance(checkpoint.load_model(tmp_path / "second" / "final.ckpt").model, ForeignDecoder)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_plain_peft_loads_a_saved_adapter(foreign: bool, make: Make, home: Path, tmp_path: Path) -> None:
+    """The logits with peft's adapter are those of the merged model; adapter_config.json says which base."""
+    import peft
+    import transformers
+
+    path = adapted(make, foreign=foreign)
+    lora.save_adapter(path, tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    if foreign:
+        base: Any = transformers.AutoModelForCausalLM.from_pretrained(home / "llama")
+    else:
+        base = checkpoint.load_model(home / "base" / "final.ckpt").model
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        merged = checkpoint.load_model(path).model(ids)
+        plain = base(ids).logits if foreign else base(ids)
+        wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+        separate = wrapped(ids).logits if foreign else wrapped(ids)
+    assert torch.allclose(merged, separate, atol=1e-5)
+    assert not torch.allclose(merged, plain, atol=1e-4)
+    described = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert described["base_model_name_or_path"] == str(home / ("llama" if foreign else "base/final.ckpt"))
+
+
+def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> None:
+    """The error names the file."""
+    with pytest.raises(UserError, match="final.ckpt: holds a whole model and no adapter. Give a checkpoint of a run with a lora section."):
+        lora.save_adapter(home / "base" / "final.ckpt", tmp_path)
+
+
+# --- exact resume -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_stopped_run_goes_on_to_the_last_bit(name: str, make: Make, tmp_path: Path, monkeypatch: Patch) -> None:
+    """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; then from step 4, and equal to a run nobody stopped."""
+    config = make(**RUNS[name])
+    assert run(config, *elsewhere(tmp_path / "calm")) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(config) == 143
+    newest = checkpoint.newest_sound(tmp_path / "checkpoints")
+    assert newest is not None and newest.name == "step-000004.ckpt"
+    before = newest.read_bytes()
+    assert run(config, "--resume", str(newest), *elsewhere(tmp_path / "aside")) == 0
+    assert newest.read_bytes() == before
+    assert run(config) == 0
+    assert_same_run(tmp_path / "calm", tmp_path)
+    assert curve(tmp_path / "calm", "val_accuracy") == curve(tmp_path, "val_accuracy")
+    assert run(config) == 0, "complete"
+
+
+def test_without_the_reseeding_of_dropout_a_resumed_run_differs(make: Make, tmp_path: Path, monkeypatch: Patch) -> None:
+    """NEG: the comparison can fail, for the dropout of adapters too."""
+    import model
+
+    config = make(**RUNS["foreign lora"])
+    assert run(config, *elsewhere(tmp_path / "calm")) == 0
+    monkeypatch.setattr(model.LitStage, "_reseed", lambda self, batch_idx: None)
+    torch.manual_seed(5)
+    assert run(config, "--resume", str(tmp_path / "calm" / "checkpoints" / "step-000004.ckpt")) == 0
+    assert curve(tmp_path)[5] != curve(tmp_path / "calm")[5]
+
+
+def test_a_whole_run_goes_on_without_what_it_began_from(make: Make, home: Path, tmp_path: Path) -> None:
+    """Its weights, model settings and tokenizer are in its own checkpoint."""
+    shutil.copytree(home / "llama", tmp_path / "llama")
+    config = make(training={"init_from": f"hf:{tmp_path / 'llama'}"})
+    assert run(config, "training.max_steps=4") == 0
+    shutil.rmtree(tmp_path / "llama")
+    assert run(config) == 0
+    assert checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["whole", "lora", "foreign lora"])
+def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(name: str, make: Make, tmp_path: Path) -> None:
+    """A12: SIGKILL whenever two more steps are logged, twice; the curve and the weights are those of a run nobody killed."""
+    config = make(**RUNS[name], training={"max_steps": 14, "save_every_steps": 1})
+    assert run(config, *elsewhere(tmp_path / "calm")) == 0
+    metrics, kills = tmp_path / "logs" / "tiny" / "metrics.csv", 0
+    while True:
+        process = subprocess.Popen([sys.executable, "finetune.py", "--config", str(config)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        before, began = n_lines(metrics), time.monotonic()
+        while process.poll() is None and (kills == 2 or n_lines(metrics) < before + 2):
+            assert time.monotonic() - began < 300
+            time.sleep(0.005)
+        process.kill()
+        if process.wait() == 0:
+            break
+        kills += 1
+    assert kills == 2
+    assert_same_run(tmp_path / "calm", tmp_path)
+
+
+def n_lines(path: Path) -> int:
+    """Lines of a file that may not be there."""
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_another_stage_is_not_gone_on_with(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """B14: both stages are named, either way round."""
+    shutil.copytree(home / "base", tmp_path / "used")
+    message = refused(make(), tmp_path, capsys, f"training.checkpoint_dir={tmp_path / 'used'}")
+    assert "step-000002.ckpt: a run of stage pretrain, and this run is of stage sft. Choose another training.checkpoint_dir" in message
+    config = make()
+    assert run(config, "training.max_steps=1") == 0
+    assert train.main(["--config", str(config), f"data.dataset={home / 'corpus.txt'}"]) == 2
+    assert "a run of stage sft, and this run is of stage pretrain" in capsys.readouterr().err
+
+
+def test_an_adapter_is_no_base(make: Make, tmp_path: Path, capsys: Capture) -> None:
+    """B14: it holds no whole model; the error names both stages and the base to use."""
+    path = adapted(make)
+    message = refused(make(), tmp_path, capsys, f"training.init_from={path}", f"training.checkpoint_dir={tmp_path / 'x'}")
+    assert f"training.init_from: {path}: holds a LoRA adapter of stage sft and no whole model, as one of stage pretrain or sft without lora does." in message
+    assert "base/final.ckpt, or from the two merged." in message
+
+
+def test_an_adapter_goes_on_only_over_its_own_base(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """D8: as a model, the other base would fit; --allow-changes does not help."""
+    adapted(make, foreign=True)
+    shutil.copytree(home / "llama", tmp_path / "llama")
+    save_llama(tmp_path / "llama", seed=1)
+    was = checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["base"]["fingerprint"]
+    message = refused(make(foreign=True, **LORA), tmp_path, capsys, f"training.init_from=hf:{tmp_path / 'llama'}", "--allow-changes")
+    assert f"step-000002.ckpt: an adapter of hf:{os.path.relpath(home / 'llama', tmp_path / 'checkpoints')} with fingerprint {was}, and " in message
+    assert f"training.init_from, hf:{tmp_path / 'llama'}, has " in message
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("whole", ["training.init_from=null"], "training.init_from: fine-tuning begins with a trained model. Set it to a checkpoint, or to hf:NAME"),
+        ("whole", ["training.init_from=nowhere.ckpt"], "training.init_from: nowhere.ckpt: not found."),
+        ("whole", ["training.init_from=hf:./nowhere"], "training.init_from: ./nowhere: not found. Give a folder with config.json and model.safetensors"),
+        ("whole", ["training.seq_len=161"], "training.seq_len: 161 is more than model.max_seq_len (160). Raise model.max_seq_len or lower"),
+        ("whole", ["model.n_layers=3"], "model.n_layers: 3, and the model of training.init_from ("),
+        ("foreign", ["model.residual_dropout=0.1"], "model.residual_dropout: 0.1, and the model of training.init_from (hf:"),
+        ("whole", ["tokenizer.kind=char"], "final.ckpt was trained with tokenizer "),
+        ("whole", ["tokenizer.kind=bpe", "tokenizer.vocab_size=300"], "this run has one of kind bpe that is not learned yet. Leave the tokenizer section out."),
+        ("foreign", ["training.optimizer=muon"], "training.optimizer: muon knows which matrices of our own decoder it is for"),
+        ("foreign", ["hardware.strategy=fsdp"], "hardware.strategy: fsdp cuts up our own decoder, not a Hugging Face model."),
+        ("lora", ["hardware.strategy=fsdp"], "lora: adapters are too small to be cut in pieces by hardware.strategy fsdp."),
+        ("lora", ["lora.r=17"], "lora.r: a rank of 17 is more than the smaller side of blocks.0.ffn.down, 16."),
+        ("lora", ["lora.target_modules=[q_proj]"], "lora.target_modules: no layer that can have an adapter is called q_proj."),
+        ("foreign", ["tokenizer.kind=byte"], "model.vocab_size: 257 is less than the tokenizer's 260. Use the tokenizer that the model was trained with."),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(name: str, overrides: list[str], words: str, make: Make, tmp_path: Path, capsys: Capture) -> None:
+    """D8, E14: exit code 2 and the setting's name, and nothing is written."""
+    assert words in refused(make(**RUNS[name]), tmp_path, capsys, *overrides)
+
+
+def test_adapters_need_a_trained_model(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """In train.py too, which can begin from nothing."""
+    assert train.main(["--config", str(home / "base.yaml"), *elsewhere(tmp_path), "lora.r=4"]) == 2
+    assert "lora: adapters belong to a trained model. Set training.init_from, or take the lora section out." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "words", "fatal"),
+    [
+        ("lora", "lora.r=2", "lora.r was 4 when it was saved, this run has 2", True),
+        ("lora", "lora=null", "lora was {", True),
+        ("whole", "lora.r=4", "lora was None when it was saved, this run has {", True),
+        ("whole", "model.residual_dropout=0.1", "model.residual_dropout was 0.2 when it was saved, this run has 0.1", True),
+        ("whole", "data.template=plain", "data.template was instruction when it was saved, this run has plain", False),
+        ("whole", "data.packing=padded", "data.packing was packed when it was saved, this run has padded", False),
+        ("whole", "training.train_on=all", "training.train_on was response when it was saved, this run has all", False),
+    ],
+)
+def test_another_run_is_not_resumed(name: str, override: str, words: str, fatal: bool, make: Make, tmp_path: Path, capsys: Capture) -> None:
+    """A10: what decides what a step computes; adapters of another shape cannot be used at all."""
+    config = make(**RUNS[name])
+    assert run(config, "training.max_steps=1") == 0
+    message = refused(config, tmp_path, capsys, override)
+    assert words in message
+    assert ("--allow-changes" in message) == (not fatal)
+
+
+def test_changed_rows_are_refused(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A10: the rows are compared by what they are encoded to."""
+    shutil.copy(home / "rows.jsonl", tmp_path / "rows.jsonl")
+    config = make(data={"dataset": str(tmp_path / "rows.jsonl")})
+    assert run(config, "training.max_steps=1") == 0
+    (tmp_path / "rows.jsonl").write_text((home / "rows.jsonl").read_text(encoding="utf-8").replace("!", "?"), encoding="utf-8")
+    assert f"train data ({tmp_path / 'rows.jsonl'}) was " in refused(config, tmp_path, capsys)

@@ -1,0 +1,166 @@
+"""Curves from what runs have written, attention maps against the formula, and the command that draws them."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from callbacks import COLUMNS
+from tinylm import checkpoint
+from tinylm.__main__ import main
+from tinylm.config import Config, ModelConfig
+from tinylm.decoder import Decoder
+from tinylm.errors import UserError
+from tinylm.plots import QUANTITIES, Run, attention_maps, draw, draw_attention, find_runs, read_metrics, smoothed, text_plot
+from tinylm.tokenizer import ByteTokenizer
+
+TINY = {"vocab_size": 260, "n_layers": 2, "d_model": 16, "n_heads": 4, "max_seq_len": 12}
+
+
+def write_metrics(folder: Path, rows: list[str]) -> Path:
+    """A metrics.csv in `folder` with the columns that training writes."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("\n".join([",".join(COLUMNS), *rows]), encoding="utf-8")
+    return folder / "metrics.csv"
+
+
+def row(step: int, train: str, val: str = "") -> str:
+    """One row of metrics: step, train_loss, val_loss and val_ppl."""
+    cells = {"step": str(step), "train_loss": train, "val_loss": val, "val_ppl": val and repr(math.exp(float(val))), "lr": "0.001"}
+    return ",".join(cells.get(name, "") for name in COLUMNS)
+
+
+def write_checkpoint(path: Path, validations: list[list[float]], **model) -> None:
+    """A checkpoint of a tiny decoder with these validations."""
+    config = Config.model_validate({"model": TINY | model, "training": {"seq_len": 8, "run_name": "from-ckpt"}})
+    torch.manual_seed(0)
+    weights = Decoder(config.model).state_dict()
+    payload = {"format": checkpoint.FORMAT, "schema": checkpoint.SCHEMA, "stage": "pretrain", "step": 3, "tokens": 9, "train_loss": None, "val_loss": None}
+    payload |= {"created": 0.0, "config": config.to_plain(), "tokenizer": ByteTokenizer().to_plain(), "weights": weights}
+    checkpoint.write(path, payload | {"progress": {"validations": validations}})
+
+
+def test_a_curve_has_the_rows_with_a_value_and_a_cut_last_line_is_left_out(tmp_path):
+    run = read_metrics(write_metrics(tmp_path / "smoke", [row(10, "3.5"), row(20, "3.0", "3.25"), "30,2."]))
+    assert run.name == "smoke"
+    assert [part.tolist() for part in run.curve("train_loss")] == [[10, 20], [3.5, 3.0]]
+    assert [part.tolist() for part in run.curve("val_loss")] == [[20], [3.25]]
+    assert [part.tolist() for part in run.curve("no_such_column")] == [[], []]
+
+
+def test_runs_come_from_logs_and_checkpoints_without_logs_give_their_validations(tmp_path):
+    """The perplexity is exp of the loss; a run that both folders know is drawn once, from its metrics."""
+    write_metrics(tmp_path / "logs" / "a", [row(1, "2.0")])
+    write_checkpoint(tmp_path / "checkpoints" / "step-000003.ckpt", [[1, 2.0], [3, 1.0]])
+    named = {run.name: run for run in find_runs([tmp_path / "checkpoints", tmp_path / "logs"])}
+    assert named.keys() == {"a", "from-ckpt"}
+    assert named["from-ckpt"].curve("val_ppl")[1].tolist() == pytest.approx([math.exp(2), math.exp(1)])
+    write_metrics(tmp_path / "logs" / "from-ckpt", [row(1, "2.0")])
+    assert [run.name for run in find_runs([tmp_path / "checkpoints", tmp_path / "logs"])] == ["a", "from-ckpt"]
+
+
+@pytest.mark.parametrize(("name", "message"), [("nowhere", "no such folder"), ("", "no metrics.csv and no checkpoints")])
+def test_nothing_to_draw_is_an_error_that_says_where_to_look(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        find_runs([tmp_path / name])
+
+
+def test_a_smoothed_value_is_the_mean_of_those_up_to_it():
+    values = np.random.default_rng(0).normal(size=50)
+    for window in (1, 3, 50, 80):
+        expected = [values[max(0, i - window + 1) : i + 1].mean() for i in range(50)]
+        np.testing.assert_allclose(smoothed(values, window), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_figure_has_a_labelled_line_a_run_and_says_how_it_was_smoothed():
+    runs = [Run(name, np.arange(1.0, 41), {"train_loss": np.linspace(4, start, 40)}) for name, start in (("one", 2), ("two", 3))]
+    axes = draw("train_loss", runs, smooth=5).axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "nats per target token")
+    assert axes.get_title() == "Training loss (mean of 5 rows; raw values behind)"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
+    assert axes.lines[0].get_ydata().tolist() == runs[0].columns["train_loss"].tolist()
+    assert axes.lines[1].get_ydata().tolist() == smoothed(runs[0].columns["train_loss"], 5).tolist()
+
+
+def test_a_text_plot_puts_the_first_value_left_and_high_and_the_last_one_right_and_low():
+    """A falling line: its mark goes from the top left cell to the bottom right one; the axis ends at the last step."""
+    lines = text_plot("train_loss", [Run("a", np.array([0.0, 50, 100]), {"train_loss": np.array([3.0, 2, 1])})], width=21, height=5).splitlines()
+    assert lines[0] == "Training loss (nats per target token)"
+    assert (lines[1], lines[3], lines[5]) == ("3 |*", "  |" + " " * 10 + "*", "1 |" + " " * 20 + "*")
+    assert lines[7].endswith("step 100") and lines[8] == "* a"
+    assert text_plot("val_loss", [Run("a", np.array([1.0]), {"train_loss": np.array([3.0])})]) == ""
+
+
+OPTIONS = [{}, {"n_kv_heads": 2}, {"n_sinks": 2}, {"position": "alibi"}, {"sliding_window": 3}, {"qk_norm": True}, {"position": "learned"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_attention_maps_are_the_weights_that_the_model_mixes_its_values_with(options):
+    """Weights times values, through the output matrix, must be what each attention layer puts out; future tokens get nothing."""
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(**(TINY | options))).eval()
+    inputs, outputs = [], []
+
+    def note(layer, arguments, output):
+        inputs.append((layer, *arguments))
+        outputs.append(output)
+
+    for block in model.blocks:
+        block.attention.register_forward_hook(note)
+    ids = list(range(7))
+    maps = attention_maps(model, ids)
+    sinks = model.config.n_sinks
+    assert maps.shape == (2, 4, 7, sinks + 7)
+    torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 4, 7))
+    assert not maps[..., sinks:].triu(1).any()
+    for weights, (layer, x, sight), output in zip(maps, inputs, outputs, strict=True):
+        values = layer._project(x, sight)[2].repeat_interleave(4 // model.config.kv_heads, dim=1)
+        torch.testing.assert_close(layer.out((weights @ values).transpose(1, 2).reshape(1, 7, -1)), output, rtol=1e-5, atol=1e-6)
+
+
+def test_too_many_heads_for_a_page_are_refused():
+    with pytest.raises(UserError, match="13 layers of 12 heads are 156 maps, and a page holds 144"):
+        draw_attention(torch.zeros(13, 12, 2, 2), ["a", "b"])
+
+
+def test_the_command_writes_a_picture_of_each_quantity_that_has_values(tmp_path, capsys):
+    """`row` leaves val_bpb empty."""
+    write_metrics(tmp_path / "logs" / "a", [row(step, "2.0", "1.5") for step in (1, 2, 3)])
+    assert main(["plot", str(tmp_path / "logs"), "--out", str(tmp_path / "out"), "--smooth", "2"]) == 0
+    printed = capsys.readouterr().out.split()
+    assert printed == [str(tmp_path / "out" / f"{quantity}.png") for quantity in QUANTITIES if quantity != "val_bpb"]
+    assert all(Image.open(path).size == (960, 540) for path in printed)
+
+
+def test_the_command_draws_in_the_terminal(tmp_path, capsys):
+    write_metrics(tmp_path / "logs" / "a", [row(step, "2.0") for step in (1, 2)])
+    assert main(["plot", str(tmp_path / "logs"), "--text"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Training loss (nats per target token)\n") and "Validation" not in out
+
+
+def test_the_command_draws_attention(tmp_path, capsys):
+    write_checkpoint(tmp_path / "step-000003.ckpt", [])
+    arguments = ["plot", "--attention", "--ckpt", str(tmp_path / "step-000003.ckpt"), "--out", str(tmp_path)]
+    assert main([*arguments, "--prompt", "The cat"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'attention.png'}\n"
+    assert Image.open(tmp_path / "attention.png").width > 500
+    for prompt, message in (("", "0 tokens, and this model reads 1 to 12"), ("x" * 13, "13 tokens, and this model reads 1 to 12")):
+        assert main([*arguments, "--prompt", prompt]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plot"], "plot: no folder"),
+        (["plot", ".", "--smooth", "0"], "--smooth: 0 is less than 1"),
+        (["plot", "--attention", "--prompt", "x"], "Give --ckpt FILE and --prompt TEXT"),
+    ],
+)
+def test_a_mistaken_command_says_what_is_missing(capsys, arguments, message):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""Every preset loads, says what it is for and how it is run, and has as many parameters as it says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinylm.config import Config, load_config
+from tinylm.decoder import Decoder, count_parameters
+
+ROOT = Path(__file__).parent.parent
+PRESETS = sorted(ROOT.glob("configs/*.yaml"))
+# Of tokenizers that are not here: what their authors say.
+PUBLISHED = {"gpt2": 50257}
+
+
+def vocabulary(config: Config) -> int | None:
+    """The rows of the embedding that a run with these settings has; None where only its data say it."""
+    tokenizer = config.tokenizer
+    known = {"byte": 260, "bpe": tokenizer.vocab_size, "hf": PUBLISHED.get(tokenizer.path or ""), "char": None}
+    return config.model.vocab_size or known[tokenizer.kind]
+
+
+def head_of(path: Path) -> str:
+    """The comment that a preset opens with."""
+    return "".join(line for line in re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))[0].splitlines(keepends=True))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_opens_with_the_command_that_runs_it(path):
+    load_config(path)
+    assert f"--config configs/{path.name}" in head_of(path)
+
+
+COUNTED = [path for path in PRESETS if " parameters" in head_of(path) and vocabulary(load_config(path))]
+
+
+@pytest.mark.parametrize("path", COUNTED, ids=lambda path: path.stem)
+def test_a_preset_has_as_many_parameters_as_it_says(path):
+    config = load_config(path)
+    with torch.device("meta"):
+        model = Decoder(config.model.model_copy(update={"vocab_size": vocabulary(config)}))
+    assert f"{count_parameters(model):,} parameters" in head_of(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "seq_len", "layers", "heads", "width", "batch", "accumulation", "lr"),
+    [
+        ("tiny-8g", 256, 6, 8, 512, 32, 1, 3e-4),
+        ("compact-8g", 384, 6, 8, 512, 24, 2, 3e-4),
+        ("small-16g", 512, 8, 8, 640, 32, 1, 2e-4),
+        ("cpu-debug", 128, 2, 4, 256, 8, 1, 5e-4),
+    ],
+)
+def test_the_presets_for_small_graphics_cards_are_those_of_their_table(name, seq_len, layers, heads, width, batch, accumulation, lr):
+    """The table gives the rows of a whole step, and in how many parts they are computed."""
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    model, training = config.model, config.training
+    assert (training.seq_len, model.n_layers, model.n_heads, model.d_model) == (seq_len, layers, heads, width)
+    assert (training.micro_batch_size * training.grad_accum_steps, training.grad_accum_steps, training.lr) == (batch, accumulation, lr)

@@ -1,0 +1,320 @@
+"""Rows of fine-tuning data: every published shape is read, every mistake in them is named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinylm.config import ROW_COLUMNS, DataConfig
+from tinylm.corpus import Which
+from tinylm.errors import UserError
+from tinylm.packing import Example
+from tinylm.prompts import Conversation, Turn, make_template
+from tinylm.rows import COLUMNS, TINY_ROWS, Report, build_corpus_from_sources, conversation_of, examples, records, shared_examples, with_rows
+from tinylm.tokenizer import ByteTokenizer, CharTokenizer
+
+ROOT = Path(__file__).parent.parent
+QUESTION, ANSWER = Turn("user", "2+2?"), Turn("assistant", "4")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str], Path]:
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def lines(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def pairs(n: int) -> list[dict[str, str]]:
+    return [{"prompt": f"{i}+{i}?", "completion": str(2 * i)} for i in range(n)]
+
+
+def both(data: DataConfig) -> tuple[list, list]:
+    return list(records(data, "train", 0)), list(records(data, "val", 0))
+
+
+# --- where rows come from ---------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_known_by_its_file_and_line(write):
+    path = write("mine.jsonl", "\n" + lines(*pairs(2)))
+    read = list(records(DataConfig(dataset=str(path), val_fraction=1e-9), "train", 0))
+    assert read == [(f"{path}:2", pairs(2)[0]), (f"{path}:3", pairs(2)[1])]
+
+
+def test_every_kind_of_file_gives_the_same_rows(write, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = pairs(30)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    files = [write("rows.jsonl", lines(*rows)), write("rows.json", "\ufeff" + json.dumps(rows)), tmp_path / "rows.parquet"]
+    read = [[row for _, row in records(DataConfig(dataset=str(file)), "train", 0)] for file in files]
+    assert read[0] == read[1] == read[2]
+    assert 20 < len(read[0]) < 30
+
+
+def test_no_row_is_in_both_splits(write):
+    """Equal rows go the same way, wherever they stand and however their keys are ordered, and every row is somewhere."""
+    rows = pairs(100)
+    path = write("rows.jsonl", lines(*rows, *[dict(reversed(row.items())) for row in rows]))
+    train, val = (sorted(json.dumps(row, sort_keys=True) for _, row in part) for part in both(DataConfig(dataset=str(path))))
+    assert len(train) + len(val) == 200
+    assert not set(train) & set(val)
+    assert val and train[::2] == train[1::2]
+
+
+def test_limits_and_another_validation_source(write):
+    data = DataConfig(dataset=str(write("a.jsonl", lines(*pairs(9)))), val_dataset=str(write("b.jsonl", lines(*pairs(5)))), train_docs=7, val_docs=3)
+    train, val = both(data)
+    assert [row for _, row in train] == pairs(7)
+    assert [row for _, row in val] == pairs(3)
+
+
+def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr("tinylm.corpus.require_hub", lambda what, mend: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, *, split, streaming: datasets.Dataset.from_list(pairs(3)))
+    data = DataConfig(dataset="owner/pairs", val_split="test")
+    assert list(records(data, "train", 0)) == [(f"owner/pairs (train): row {number}", row) for number, row in enumerate(pairs(3), start=1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt"\n', "a.jsonl:2: not JSON: "),
+        ("a.jsonl", "[1]\n", 'a.jsonl:1: expected an object such as {"instruction": "...", "output": "..."}, found a list. Correct the row.'),
+        ("a.jsonl", "", "a.jsonl: no rows, only blank lines or nothing at all. Give a file with rows."),
+        ("a.jsonl", "\n \n", "a.jsonl: no rows, only blank lines or nothing at all. Give a file with rows."),
+        ("a.json", "{}", "a.json: expected a list of objects, found an object. Write [{...}, {...}], or one object a line as .jsonl."),
+        ("a.json", "[1, 2", "a.json: not JSON: "),
+        ("a.json", "[]", "a.json: no rows"),
+        ("a.json", '[{"a": 1}, null]', "a.json: row 2: expected an object"),
+        ("SMSSpamCollection", "ham hello\n", "SMSSpamCollection:1: expected ham or spam, a tab, and a message; there is no tab. Correct the line."),
+        ("a.csv", "a,b\n", "a.csv: not a kind of file with rows (.jsonl, .json, .parquet, .jsonl.gz, SMSSpamCollection). Convert it, or name it by its kind."),
+    ],
+)
+def test_a_file_that_has_no_rows_is_named(write, name, text, message):
+    data = DataConfig(dataset=str(write(name, text)), val_fraction=1e-9)
+    with pytest.raises(UserError) as refused:
+        list(records(data, "train", 0))
+    assert message in str(refused.value)
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'["\xff"]')
+    with pytest.raises(UserError, match=r"a.json: not UTF-8 text \(byte 2\). Save the file as UTF-8."):
+        list(records(DataConfig(dataset=str(tmp_path / "a.json")), "train", 0))
+
+
+def test_too_few_rows_for_two_splits_are_counted(write):
+    with pytest.raises(UserError, match=r"validation got 0 of 2 rows \(data.val_fraction 1e-09\). Give more rows, another data.val_fraction, or"):
+        list(records(DataConfig(dataset=str(write("a.jsonl", lines(*pairs(2)))), val_fraction=1e-9), "val", 0))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("stride", 4), ("max_doc_len", 4), ("document_separator", "x"), ("token_dtype", "uint16"), ("mix", [{"dataset": "a.txt"}])]
+)
+def test_a_setting_without_a_use_here_is_refused(setting, value):
+    with pytest.raises(UserError, match=f"^data.{setting}: rows of fine-tuning have no use for it. Take it out.$"):
+        with_rows(DataConfig.model_validate({setting: value}))
+
+
+# --- S0's folder ------------------------------------------------------------------------------------------------------
+
+
+def test_messages_and_instructions_in_a_folder_become_triplets(write, tmp_path):
+    """S0's layout: data/raw/sms_spam_collection/SMSSpamCollection beside data/raw/instruction-data.json."""
+    write("raw/sms_spam_collection/SMSSpamCollection", "ham\tOk lar\tfine\nspam\tFree entry!\n")
+    write("raw/instruction-data.json", json.dumps([{"instruction": "Name a colour.", "input": "", "output": "Red."}]))
+    data = DataConfig(dataset=str(tmp_path / "raw"), val_fraction=1e-9)
+    template, tokenizer = make_template("instruction", ByteTokenizer()), ByteTokenizer()
+    made, _ = examples(data, "train", 0, template, tokenizer, 256, train_on="all")
+    sep = tokenizer.sep_id
+    assert [tokenizer.decode(example.ids[:-1]) for example in made] == [
+        "### Instruction: Name a colour.\n### Output: Red.\n",
+        "### Instruction: classify if the SMS is spam or ham\n### Input: Ok lar\tfine\n### Output: ham\n",
+        "### Instruction: classify if the SMS is spam or ham\n### Input: Free entry!\n### Output: spam\n",
+    ]
+    assert [example.ids[-1] for example in made] == [sep, sep, sep]
+    assert all(example.trained.tolist() == [False] + [True] * (len(example.ids) - 1) for example in made)
+
+
+def test_a_folder_without_rows_is_replaced_and_that_is_said(write, tmp_path, monkeypatch):
+    folder = write("empty/readme.md", "nothing").parent
+    name, note = build_corpus_from_sources(str(folder))
+    assert name == TINY_ROWS
+    found = f"data.dataset: {folder} holds neither SMSSpamCollection nor instruction-data.json, nor another file of rows"
+    assert note == f"{found}; the tiny rows in {TINY_ROWS} are used"
+    monkeypatch.chdir(ROOT)
+    tiny = Path(TINY_ROWS).read_text(encoding="utf-8").splitlines()
+    train, val = both(DataConfig(dataset=str(folder)))
+    assert len(train) + len(val) == len(tiny) > 40
+    assert len(val) > 0
+
+
+def test_a_folder_with_rows_is_itself(write):
+    folder = str(write("some/a.jsonl", lines(*pairs(2))).parent)
+    assert build_corpus_from_sources(folder) == (folder, None)
+
+
+# --- what a row says --------------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+SHARED = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"instruction": "2+2?", "input": "", "output": "4"}, (QUESTION, ANSWER)),
+        ({"instruction": "2+2?", "input": None, "output": "4"}, (QUESTION, ANSWER)),
+        ({"instruction": "2+2?", "response": "4"}, (QUESTION, ANSWER)),
+        ({"instruction": "Add.", "input": "2, 2", "output": "4"}, (Turn("user", "Add.", "2, 2"), ANSWER)),
+        ({"prompt": "2+2?", "completion": "4"}, (QUESTION, ANSWER)),
+        ({"prompt": "2+2?", "response": "4"}, (QUESTION, ANSWER)),
+        ({"question": "2+2?", "answer": "4"}, (QUESTION, ANSWER)),
+        ({"messages": CHAT}, (Turn("system", "Be brief."), QUESTION, ANSWER)),
+        ({"conversations": SHARED}, (Turn("system", "Be brief."), QUESTION, ANSWER)),
+        ({"label": "spam", "text": "Free!"}, (Turn("user", "classify if the SMS is spam or ham", "Free!"), Turn("assistant", "spam"))),
+        ({"id": 7, "prompt": "as a chat", "messages": CHAT[1:]}, (QUESTION, ANSWER)),
+    ],
+)
+def test_a_row_is_told_by_its_keys(row: dict, turns: Conversation):
+    assert conversation_of(row, DataConfig()) == turns
+
+
+def test_a_named_kind_wins_over_the_keys():
+    row = {"messages": CHAT, "instruction": "2+2?", "output": "4"}
+    assert conversation_of(row, DataConfig(rows="alpaca")) == (QUESTION, ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ({"prompt": "frage", "completion": "antwort"}, {"frage": "2+2?", "antwort": "4", "text": "x"}),
+        ({"instruction": "task", "output": "text"}, {"task": "2+2?", "text": "4", "input": ""}),
+        ({"messages": "chat"}, {"chat": CHAT[1:]}),
+        ({"conversations": "chat"}, {"chat": SHARED[1:]}),
+    ],
+)
+def test_columns_go_by_the_names_in_the_data(columns, row):
+    assert conversation_of(row, DataConfig(columns=columns)) == (QUESTION, ANSWER)
+
+
+def test_the_settings_know_the_columns_that_rows_have():
+    assert tuple(COLUMNS) == ROW_COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"id": 1, "foo": 2}, {}, "expected instruction and output, prompt and completion, messages, or conversations; the row has id, foo. Name its columns"),
+        ({}, {}, "the row has no keys."),
+        ({"prompt": "a"}, {}, "completion or response or answer: missing; the row has prompt. Add it, or set data.columns: {completion: its name in"),
+        ({"a": "b"}, {"rows": "alpaca"}, "instruction: missing; the row has a."),
+        ({"prompt": "a", "completion": "b"}, {"columns": {"completion": "c"}}, "c: missing; the row has prompt, completion."),
+        ({"instruction": "a", "output": "b"}, {"columns": {"input": "c"}}, "c: missing;"),
+        ({"prompt": "a", "completion": 4}, {}, "completion: expected a string, found a number. Correct the row, or take it out."),
+        ({"prompt": "a", "completion": None}, {}, "completion: expected a string, found null."),
+        ({"prompt": "a", "completion": " \n"}, {}, "completion: it is empty. Write it, or take the row out."),
+        ({"prompt": "", "completion": "a"}, {}, "prompt: it is empty."),
+        ({"instruction": "a", "input": 3, "output": "b"}, {}, "input: expected a string, found a number."),
+        ({"messages": "hello"}, {}, "messages: expected a list of turns, found a string. Correct the row, or set data.rows."),
+        ({"messages": []}, {}, "messages: no turn of the assistant among 0. Add an answer"),
+        ({"messages": CHAT[:2]}, {}, "messages: no turn of the assistant among 2."),
+        ({"messages": [*CHAT, "x"]}, {}, "messages[3]: expected an object with role and content, found a string."),
+        ({"messages": [*CHAT, {"role": "user"}]}, {}, "messages[3].content: missing; the turn has role."),
+        ({"messages": [{"role": "tool", "content": "x"}]}, {}, "messages[0].role: expected system, user, assistant, found tool."),
+        ({"messages": [{"role": 1, "content": "x"}]}, {}, "messages[0].role: expected system, user, assistant, found a number."),
+        ({"messages": [{"role": "user", "content": None}]}, {}, "messages[0].content: expected a string, found null."),
+        ({"messages": [{"role": "user", "content": ""}]}, {}, "messages[0].content: it is empty."),
+        ({"conversations": [{"from": "bing", "value": "x"}]}, {}, "conversations[0].from: expected system, user, assistant, human, gpt, found bing."),
+        ({"conversations": CHAT}, {}, "conversations[0].from: missing; the turn has role, content. Add it, or set data.rows."),
+        ({"label": "maybe", "text": "x"}, {}, "label: expected ham or spam, found maybe."),
+        ({"prompt": "a", "\x1b[31m": 1}, {}, "the row has prompt, \\x1b[31m."),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_named_by_its_key(row, settings, message):
+    with pytest.raises(UserError) as refused:
+        conversation_of(row, DataConfig(**settings))
+    assert message in str(refused.value)
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+def made_of(path: Path, seq_len: int, which: Which = "train", **keywords: Any) -> tuple[list[Example], Report]:
+    data = DataConfig(dataset=str(path), val_fraction=1e-9)
+    return examples(data, which, 0, make_template("plain", ByteTokenizer()), ByteTokenizer(), seq_len, **({"train_on": "response"} | keywords))
+
+
+def test_an_answer_is_cut_and_a_prompt_that_fills_the_context_is_skipped_and_named(write):
+    """D6. In a context of 8, with a line end, n + 1 + m + 1 tokens are a question, an answer and its end; 9 fit, since the last is no input."""
+    rows = [{"prompt": "q" * n, "completion": "a" * m} for n, m in ((4, 3), (4, 9), (8, 1), (9, 1), (20, 1), (30, 1), (40, 1))]
+    made, report = made_of(path := write("a.jsonl", lines(*rows)), 8)
+    assert [len(example.ids) for example in made] == [9, 9, 9]
+    assert [int(example.trained.sum()) for example in made] == [5, 5, 1]
+    assert made[0].ids[-1] == ByteTokenizer().eos_id != made[1].ids[-1]
+    assert (report.kept, report.cut, report.skipped) == (3, 2, 4)
+    assert report.notes() == [
+        f"training: skipped 4 rows whose prompts fill the context of 8 tokens ({path}:4, {path}:5, {path}:6, ...)",
+        "training: 2 of 3 rows lost the end of an answer to the context of 8 tokens",
+    ]
+
+
+def test_nothing_but_skipped_rows_is_an_error(write):
+    """D6: rather that than a loss over no target, which is no number."""
+    path = write("a.jsonl", lines({"prompt": "q" * 20, "completion": "a"}))
+    with pytest.raises(UserError, match=r"^data.dataset: training: nothing is left without 1 rows whose prompts fill the context of 8 tokens \(.*:1\). Raise"):
+        made_of(path, 8)
+
+
+def test_all_tokens_but_the_first_can_be_targets(write):
+    made, report = made_of(write("a.jsonl", lines({"prompt": "q" * 20, "completion": "a"})), 8, train_on="all")
+    assert made[0].trained.tolist() == [False] + [True] * 8
+    assert report.skipped == 0
+
+
+def test_a_task_makes_its_own_conversations(write):
+    """What tinylm/tasks gives: a function from its columns to turns."""
+    path = write("a.jsonl", lines({"sentence": "Lovely.", "label": 1}))
+    made, _ = made_of(path, 32, conversation_of=lambda row: (Turn("user", row["sentence"]), Turn("assistant", ["bad", "good"][row["label"]])))
+    assert ByteTokenizer().decode(made[0].ids) == "Lovely.\ngood"
+    assert made[0].place == f"{path}:1"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": None}, "a.jsonl:2: completion: expected a string, found null."),
+        ({"messages": [*CHAT, CHAT[2]]}, "a.jsonl:2: turn 4: a second assistant turn in a row."),
+        ({"messages": [*CHAT, CHAT[1]]}, "a.jsonl:2: the last turn is not the assistant's"),
+        ({"prompt": "é", "completion": "b"}, "a.jsonl:2: the character 'é'"),
+        ({"prompt": "\ud800", "completion": "b"}, "a.jsonl:2: the text has the lone surrogate"),
+    ],
+)
+def test_a_bad_row_is_named_with_file_line_and_key(write, row, message):
+    """E1, wherever the mistake is found: in the row, in the order of its turns, or by the tokenizer."""
+    data = DataConfig(dataset=str(write("a.jsonl", lines(pairs(1)[0], row))), val_fraction=1e-9)
+    tokenizer = CharTokenizer("0123456789+? aBbe.rif\n", unknown="error")
+    with pytest.raises(UserError) as refused:
+        examples(data, "train", 0, make_template("plain", tokenizer), tokenizer, 32, train_on="response")
+    assert message in str(refused.value)
+
+
+def test_rows_of_both_splits_are_counted(write):
+    """E13."""
+    train, _ = made_of(write("a.jsonl", lines(*pairs(6))), 32)
+    val, _ = made_of(write("b.jsonl", lines(*pairs(9)[4:])), 32)
+    assert shared_examples(train, val) == 2

@@ -1,0 +1,107 @@
+"""The verifier reads both sides and no padding, begins with a decoder's weights, and is judged by known formulas."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from tinylm.config import ModelConfig
+from tinylm.decoder import Decoder
+from tinylm.errors import UserError
+from tinylm.verifier import NUMBER, Verifier, VerifierScore, area_under_curve, calibration_error, corrupted, verifier_loss
+
+TINY = {"vocab_size": 19, "n_layers": 2, "d_model": 16, "n_heads": 2, "max_seq_len": 10}
+SHAPES = [{}, {"position": "learned"}, {"position": "none"}, {"n_kv_heads": 1}, {"n_sinks": 2}, {"norm_placement": "post"}, {"qk_norm": True, "bias": "all"}]
+
+
+def make(**options) -> Verifier:
+    torch.manual_seed(0)
+    return Verifier(ModelConfig(**(TINY | options))).eval()
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_every_token_counts_on_both_sides_and_padding_nowhere(options):
+    """A changed token, first or last, changes the logit; a changed padding token, or more padding, does not."""
+    model = make(**options)
+    ids = torch.tensor([[3, 4, 5, 6, 0, 0]])
+    mask = torch.tensor([[True] * 4 + [False] * 2])
+    logit = model(ids, mask)
+    for place, differs in ((0, True), (3, True), (4, False)):
+        changed = ids.clone()
+        changed[0, place] = 7
+        assert bool((model(changed, mask) - logit).abs() > 1e-6) == differs
+    torch.testing.assert_close(model(ids[:, :4], mask[:, :4]), logit)
+
+
+def test_a_batch_gives_what_each_pair_gives_alone():
+    model = make()
+    ids, mask = torch.randint(19, (3, 8)), torch.arange(8) < torch.tensor([8, 5, 1])[:, None]
+    alone = torch.cat([model(row[None, : keep.sum()], keep[None, : keep.sum()]) for row, keep in zip(ids, mask, strict=True)])
+    torch.testing.assert_close(model(ids, mask), alone)
+
+
+def test_it_begins_with_a_decoders_weights():
+    """Blocks, embedding and last norm are the decoder's afterwards; the score is its own."""
+    decoder, model = Decoder(ModelConfig(**TINY)), make()
+    own = model.score.weight.clone()
+    model.begin_with(decoder)
+    torch.testing.assert_close(model.score.weight, own, rtol=0, atol=0)
+    theirs = decoder.state_dict()
+    shared = [name for name in model.state_dict() if not name.startswith("score")]
+    assert shared and all(torch.equal(model.state_dict()[name], theirs[name]) for name in shared)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"position": "alibi"}, "model.position: alibi looks back only"),
+        ({"sliding_window": 4}, "model.sliding_window: a verifier reads everything"),
+        ({"moe": {}}, "model.moe: a verifier has no experts"),
+    ],
+)
+def test_what_only_a_decoder_can_have_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        make(**options)
+
+
+def test_its_loss_is_the_cross_entropy_of_right_and_wrong():
+    """By hand: s(0) = 1/2 both ways; a logit of ln 3 has probability 3/4, so -ln 3/4 if right and -ln 1/4 if wrong."""
+    logits = torch.tensor([0.0, np.log(3), np.log(3)])
+    assert verifier_loss(logits, torch.tensor([1, 1, 0])).item() == pytest.approx(-np.log(0.5) - np.log(0.75) - np.log(0.25), rel=1e-6)
+
+
+@given(st.text(), st.integers(0, 10**6), st.integers(0, 99))
+def test_one_number_is_another_and_the_rest_is_untouched(text, number, seed):
+    """Between the numbers nothing changes, and of the numbers exactly one does."""
+    answer = f"{text} {number:,} apples"
+    wrong = corrupted(answer, random.Random(seed))
+    assert NUMBER.split(answer) == NUMBER.split(wrong)
+    before, after = NUMBER.findall(answer), NUMBER.findall(wrong)
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+    assert corrupted(answer, random.Random(seed)) == wrong
+
+
+def test_a_number_keeps_its_form_and_text_without_one_has_no_wrong_answer():
+    wrong = {corrupted("$5,234.50", random.Random(seed)) for seed in range(20)}
+    assert all(NUMBER.fullmatch(answer[1:]) and "," in answer and answer[-3] == "." for answer in wrong) and len(wrong) > 5
+    assert corrupted("none", random.Random(0)) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2).filter(lambda rows: len({right for _, right in rows}) == 2))
+def test_the_area_under_the_curve_is_that_of_scikit_learn(rows):
+    scores, right = (np.array(column) for column in zip(*rows, strict=True))
+    assert area_under_curve(scores / 5, right) == pytest.approx(roc_auc_score(right, scores))
+
+
+def test_the_calibration_error_worked_by_hand():
+    """Bin 0.9: two pairs of probability 0.9, one right: |1.8 - 1| = 0.8; bin 0.2: one of 0.2, wrong: 0.2. (0.8 + 0.2) / 3."""
+    assert calibration_error(np.array([0.9, 0.9, 0.2]), np.array([True, False, False])) == pytest.approx(1 / 3)
+
+
+def test_a_score_shows_the_majority_beside_the_accuracy():
+    score = VerifierScore.of(np.array([0.9, 0.8, 0.6, 0.1]), np.array([True, True, False, True]))
+    assert (score.n, score.accuracy, score.majority, score.auc) == (4, 0.5, 0.75, pytest.approx(2 / 3))

@@ -1,0 +1,346 @@
+"""Hugging Face models with our decoder's interface, so that training, evaluation and sampling take them as they are.
+
+    folder or hub name ─▶ config.json, checked ─▶ safetensors, checked ─▶ ForeignDecoder
+
+In reading order: `ForeignCache` and `ForeignDecoder`, the wrapper; `find` and `ForeignFiles`, which read a model's files;
+`rebuild`, which makes one from what a checkpoint of ours holds. Files come from strangers: weights are read from safetensors
+alone, no code of a model's author is ever run, and every name, shape and type is compared with what config.json asks for
+before memory is taken. What is not a decoder-only language model is refused.
+"""
+
+# B batch · T positions · D model width · V vocabulary
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from tinylm.config import ModelConfig
+from tinylm.decoder import Features, positions_in_documents
+from tinylm.errors import UserError, printable, require_package
+from tinylm.tokenizer import OLDER_VOCABULARIES, TOKENIZER_FILES, first_line, hub_errors, is_hub_name, require_hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# What a name in training.init_from begins with if it is a Hugging Face model.
+PREFIX = "hf:"
+MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+JSON_BYTES_LIMIT = 50_000_000  # the index of the largest published models has some megabytes
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+# Keys of config.json that would make transformers run or fetch something else than its own model code.
+REFUSED_KEYS = {
+    "auto_map": "it asks for code of its author to be run, which this program never does",
+    "quantization_config": "its weights are quantized, and training needs them whole",
+}
+
+
+class ForeignCache:
+    """Keys and values of the positions so far, kept by transformers; the part of our `KVCache` that sampling uses."""
+
+    def __init__(self, config: "PreTrainedConfig", max_len: int):
+        from transformers import DynamicCache
+
+        self.inner = DynamicCache(config=config)
+        self.length, self.max_len, self.chunk = 0, max_len, max_len
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows `rows`, in that order, repeats allowed."""
+        self.inner.batch_select_indices(rows)
+
+
+class ForeignDecoder(nn.Module):
+    """A Hugging Face decoder-only language model, used like our `Decoder`.
+
+    `config` holds its sizes in our names and nothing else of it: how it computes is in its own config.
+    """
+
+    def __init__(self, inner: "PreTrainedModel"):
+        super().__init__()
+        self.inner = inner
+        self.config = sizes(inner.config)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The layer that embeds tokens."""
+        return self.inner.get_input_embeddings()
+
+    @property
+    def head(self) -> nn.Linear:
+        """The layer that scores tokens, by its matrix alone (`_check_head`)."""
+        return self.inner.get_output_embeddings()
+
+    @property
+    def settings(self) -> str:
+        """Its config.json: what `rebuild` takes."""
+        return json.dumps(self.inner.config.to_dict())
+
+    def forward(self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: ForeignCache | None = None) -> Tensor:
+        """Logits (B, T, V) of ids (B, T)."""
+        return self.head(self.features(input_ids, document_ids=document_ids, cache=cache).hidden)
+
+    def features(self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: ForeignCache | None = None) -> Features:
+        """Everything but the head; the arguments are those of `Decoder.features`."""
+        length = input_ids.size(1) + (0 if cache is None else cache.length)
+        if length > self.config.max_seq_len:
+            raise ValueError(f"{length} positions are more than max_seq_len ({self.config.max_seq_len})")
+        if cache is not None and document_ids is not None:
+            raise ValueError("a cache holds one document a row: give document_ids or a cache, not both")
+        if document_ids is not None:  # transformers keeps documents apart where positions start again
+            positions = positions_in_documents(document_ids)
+        else:
+            positions = torch.arange(length - input_ids.size(1), length, device=input_ids.device).expand_as(input_ids)
+        past = {"use_cache": False} if cache is None else {"past_key_values": cache.inner, "use_cache": True}
+        hidden = self.inner.base_model(input_ids=input_ids, position_ids=positions, **past).last_hidden_state
+        if cache is not None:
+            cache.length = length
+        return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute each block in the backward pass from now on, as model.gradient_checkpointing does in our decoder."""
+        self.inner.activation_checkpointing_enable({"use_reentrant": False})
+
+    def new_cache(self, batch_size: int, max_len: int | None = None) -> ForeignCache:
+        """An empty cache for `max_len` positions; it takes any batch that is fed first."""
+        return ForeignCache(self.inner.config, max_len or self.config.max_seq_len)
+
+
+def sizes(config: "PreTrainedConfig", where: str = "config.json") -> ModelConfig:
+    """The sizes of a Hugging Face model in our names.
+
+    Raises:
+        UserError: the model does not say how many positions it knows, or another size.
+    """
+    try:
+        width, n_heads = config.hidden_size, config.num_attention_heads  # transformers translates: GPT-2 calls them n_embd and n_head
+        return ModelConfig(
+            vocab_size=config.vocab_size,
+            max_seq_len=config.max_position_embeddings,
+            n_layers=config.num_hidden_layers,
+            d_model=width,
+            n_heads=n_heads,
+            head_dim=config.to_dict().get("head_dim") or width // n_heads,
+            tie_embeddings=config.tie_word_embeddings,
+        )
+    except (AttributeError, ArithmeticError) as error:
+        why = first_line(error)
+    except ValidationError as error:
+        why = f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
+    raise UserError(f"{where}: the sizes of a {printable(config.model_type)} model cannot be told: {why}. Choose a decoder-only model, such as Llama or Qwen2.")
+
+
+# --- a model's files --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ForeignFiles:
+    """A Hugging Face model on disk, its settings read and checked, its weights not read yet."""
+
+    folder: Path
+    config: "PreTrainedConfig"
+
+    @property
+    def sizes(self) -> ModelConfig:
+        """Its sizes in our names."""
+        return sizes(self.config)
+
+    def load(self) -> ForeignDecoder:
+        """The model in fp32.
+
+        Raises:
+            UserError: naming the file and the tensor that is damaged, missing, of another shape or not asked for.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        weights: dict[str, Tensor] = {}
+        for file in self._weight_files():
+            try:
+                _check_types(file)
+                weights |= load_file(file)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{printable(file)}: not sound safetensors: {first_line(error)}. Download it again.") from None
+        return _assemble(self.config, weights, printable(self.folder))
+
+    def _weight_files(self) -> list[Path]:
+        """The files that hold the weights: one, or those that an index names."""
+        single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        if single.is_file():
+            return [single]
+        if not index.is_file():
+            raise UserError(f"{printable(self.folder)}: no model.safetensors here. Weights in another format are not read: convert them to safetensors.")
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise UserError(f"{printable(index)}: weight_map: expected an object from tensor to file. Download it again.")
+        for name in shards.values():
+            if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+                raise UserError(f"{printable(index)}: weight_map: {printable(repr(name))[:80]} is not the name of a safetensors file beside it. Do not use it.")
+        return [self.folder / name for name in sorted(set(shards.values()))]
+
+
+def find(name: str) -> ForeignFiles:
+    """The model in the folder `name` or, where nothing has that name here, of the Hugging Face hub.
+
+    Raises:
+        UserError: it is not there, or not a decoder-only language model that can be read without its author's code.
+    """
+    require_package("transformers")
+    if not os.path.isdir(name) and (os.path.lexists(name) or not is_hub_name(name)):
+        found = "is not a folder" if os.path.lexists(name) else "not found"
+        raise UserError(f"{printable(name)}: {found}. Give a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2.")
+    folder = Path(name) if os.path.isdir(name) else _download(name)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{printable(folder)}: an adapter, not a whole model. Give the model that it belongs to.")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{printable(folder)}: no config.json here. Give the folder of a Hugging Face model.")
+    return ForeignFiles(folder, _read_config(_read_json(file), printable(file)))
+
+
+def rebuild(settings: str, weights: Mapping[str, Tensor]) -> ForeignDecoder:
+    """The model that a checkpoint holds: its `settings`, and its weights by the names that `ForeignDecoder.state_dict` gives."""
+    require_package("transformers")
+    inner = {name.removeprefix("inner."): weight for name, weight in weights.items()}
+    return _assemble(_read_config(json.loads(settings), "the checkpoint's hf_config"), inner, "the checkpoint")
+
+
+def _download(name: str) -> Path:
+    """The folder in the hub library's cache that holds the model `name`."""
+    from huggingface_hub import snapshot_download
+
+    mend = "Give a local folder with config.json and model.safetensors."
+    require_hub(name, mend)
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES, *OLDER_VOCABULARIES]))
+    except (*hub_errors(), ValueError) as error:
+        raise UserError(f"{name}: not a folder here, and the Hugging Face hub says: {first_line(error)}. {mend}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > JSON_BYTES_LIMIT:
+            raise UserError(f"{printable(file)}: larger than any such file is. Download it again.")
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{printable(file)}: not readable JSON: {first_line(error)}. Download it again.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{printable(file)}: expected a JSON object. Download it again.")
+    return values
+
+
+def _read_config(values: dict[str, Any], where: str) -> "PreTrainedConfig":
+    """The settings as transformers has them, of a model that its own code can build."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    for key, why in REFUSED_KEYS.items():
+        if values.get(key) is not None:
+            raise UserError(f"{where}: {key}: {why}. Choose another model.")
+    kind = values.get("model_type")
+    settings = {key: value for key, value in values.items() if key != "model_type"}
+    try:
+        with quiet_transformers():
+            config = AutoConfig.for_model(kind, **settings)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:  # what its classes make of odd values
+        raise UserError(f"{where}: transformers cannot read it: {first_line(error)}. Choose another model, or download it again.") from None
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{where}: model_type: {printable(kind)} is not a decoder-only language model. Choose one, such as GPT-2, Llama or Qwen2.")
+    sizes(config, where)
+    return config
+
+
+# --- from settings and weights to a model -----------------------------------------------------------------------------
+
+
+def _check_types(file: Path) -> None:
+    """Refuse tensors that cannot be weights, from the file's header alone."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  (not a dict)
+            kind = opened.get_slice(name).get_dtype()
+            if kind not in WEIGHT_TYPES:
+                raise UserError(f"{printable(file)}: {printable(name)}: weights are {', '.join(WEIGHT_TYPES)}, found {kind}. Choose another model.")
+
+
+def _assemble(config: "PreTrainedConfig", weights: Mapping[str, Tensor], where: str) -> ForeignDecoder:
+    """The model with exactly these weights, in fp32, in training mode as ours is when it is built."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        try:
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        except (RuntimeError, ValueError, TypeError) as error:  # sizes that make no tensor; no such attention
+            raise UserError(f"{where}: config.json: transformers cannot build it: {first_line(error)}. Choose another model.") from None
+        wanted, found = (sum(weight.numel() for weight in some) for some in (empty.parameters(), weights.values()))
+        if wanted > found:  # else a config.json alone could ask for all memory
+            raise UserError(f"{where}: config.json asks for {wanted:,} weights, and the files hold {found:,}. Download both again.")
+        inner, report = type(empty).from_pretrained(
+            None, config=config, state_dict=dict(weights), attn_implementation="sdpa", dtype=torch.float32,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    for problem, key in (("is not there", "missing_keys"), ("is not asked for", "unexpected_keys"), ("has another shape", "mismatched_keys")):
+        names = [name if isinstance(name, str) else name[0] for name in report[key]]
+        if names:
+            raise UserError(f"{where}: {printable(min(names))}: a weight that {problem} by config.json. Download both again.")
+    for weight in inner.parameters():
+        weight.data = weight.data.clone()  # off the mapped file, which may be replaced
+        weight.requires_grad_(True)
+    model = ForeignDecoder(inner.train())
+    _check_head(model, where)
+    return model
+
+
+def _check_head(model: ForeignDecoder, where: str) -> None:
+    """Refuse a model whose logits are more than its hidden states times a matrix: a bias, a scale or a cap would be left out."""
+    ids = torch.arange(min(8, model.config.max_seq_len))[None] % model.embedding.num_embeddings
+    model.eval()
+    with torch.inference_mode():
+        theirs = model.inner(input_ids=ids, use_cache=False).logits
+        ours = model.features(ids).hidden @ model.head.weight.T
+    model.train()
+    if not torch.allclose(theirs, ours, atol=1e-4, rtol=1e-4):
+        raise UserError(f"{where}: the logits of a {model.inner.config.model_type} model are more than a matrix product. Choose another model.")
+
+
+def check_packing(model: ForeignDecoder) -> None:
+    """Refuse packed rows for a model that would look from one document of a row into another.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    ids = torch.arange(min(8, model.config.max_seq_len))[None] % model.embedding.num_embeddings
+    documents = (torch.arange(ids.size(1)) >= ids.size(1) // 2).long()[None]
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        packed = model.features(ids, document_ids=documents).hidden[:, ids.size(1) // 2 :]
+        alone = model.features(ids[:, ids.size(1) // 2 :]).hidden
+    model.train(was_training)
+    if not torch.allclose(packed, alone, atol=1e-4, rtol=1e-4):
+        kind = printable(model.inner.config.model_type)
+        raise UserError(f"data.packing: a {kind} model does not keep the examples of a packed row apart. Set data.packing: padded.")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the bars and warnings of transformers: what matters of them is an error of ours."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

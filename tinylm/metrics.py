@@ -1,0 +1,150 @@
+"""Scores of texts, and how sure they are: knows nothing of models, tasks or files.
+
+In reading order: what one answer is worth (`exact_match`, `final_number`, `token_f1`, `rouge`), what many are worth together
+(`macro_f1`, `mean`), each with its 95% interval as a `Measure`.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from tinylm.errors import UserError
+
+# The normal distribution holds 95% within so many standard deviations.
+Z95 = 1.959963984540054
+RESAMPLES = 1000
+# A minus sign after a digit or a closing bracket subtracts: the last number of 10-3 is 3.
+_NUMBER = re.compile(r"(?:(?<![0-9)])-\$?|\$-?)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+ROUGE_TYPES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougel": "rougeL"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+# --- one answer -------------------------------------------------------------------------------------------------------
+
+
+def exact_match(output: str, target: str) -> bool:
+    """Whether two texts are the same but for white space around them."""
+    return output.strip() == target.strip()
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after `####`, as GSM8K closes its answers (Cobbe et al. 2021), else the last number in the text.
+
+    Dollar signs, thousands separators and a full stop after it do not count.
+
+    >>> final_number("2 boxes cost $6.\\n#### 1,234"), final_number("That makes $-18.50."), final_number("none")
+    (Decimal('1234'), Decimal('-18.50'), None)
+    """
+    _, _, marked = text.partition("####")
+    found = _NUMBER.match(marked.lstrip()) or next(reversed(list(_NUMBER.finditer(text))), None)
+    return Decimal(re.sub(r"[$,]", "", found[0])) if found else None
+
+
+def same_number(output: str, target: str) -> bool:
+    """Whether both end in the same number; 18 and 18.00 are the same, and no number is never right.
+
+    >>> same_number("It is 18.00.", "#### 18"), same_number("eighteen", "#### 18")
+    (True, False)
+    """
+    number = final_number(output)
+    return number is not None and number == final_number(target)
+
+
+def token_f1(output: str, target: str) -> float:
+    """Harmonic mean of precision and recall of the words, whatever their order, case and punctuation (Rajpurkar et al. 2016).
+
+    >>> token_f1("the cat sat", "The cat sat down."), token_f1("", "x")
+    (0.8571428571428571, 0.0)
+    """
+    given, wanted = (Counter(re.findall(r"\w+", text.casefold())) for text in (output, target))
+    common = (given & wanted).total()
+    return 2 * common / (given.total() + wanted.total()) if common else 0.0
+
+
+def rouge(output: str, target: str) -> dict[str, float]:
+    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), without stemming.
+
+    Raises:
+        UserError: rouge-score is not installed.
+    """
+    scores = _rouge_scorer().score(target, output)
+    return {name: scores[kind].fmeasure for name, kind in ROUGE_TYPES.items()}
+
+
+@cache
+def _rouge_scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise UserError('ROUGE needs rouge-score. Install it: pip install "rouge-score>=0.1.2,<1"') from None
+    return RougeScorer(list(ROUGE_TYPES.values()))
+
+
+# --- many answers -----------------------------------------------------------------------------------------------------
+
+
+def mean(values: Sequence[float], *, seed: int = 0) -> Measure:
+    """The mean of the values of at least one example, each from 0 to 1, and its 95% interval.
+
+    Of values that are 0 or 1 it is Wilson's, which holds near the ends and for few examples too; of others a bootstrap's.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    value = float(array.mean())
+    if set(values) <= {0, 1}:
+        return Measure(value, *wilson(value, len(array)))
+    draw = np.random.default_rng(seed)
+    return Measure(value, *_middle_95([float(draw.choice(array, len(array)).mean()) for _ in range(RESAMPLES)]))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a proportion seen in `n` trials (Wilson 1927).
+
+    >>> [round(end, 4) for end in wilson(0.0, 10)], [round(end, 4) for end in wilson(0.5, 100)]
+    ([0.0, 0.2775], [0.4038, 0.5962])
+    """
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding must not leave the share outside
+
+
+def macro_f1(outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0) -> Measure:
+    """The mean over labels of their F1, each label counting the same, and its bootstrap interval.
+
+    The labels are those that occur among outputs or targets; one that is never given or never right has F1 0.
+    """
+    labels, codes = np.unique([*outputs, *targets], return_inverse=True)
+    given, wanted = np.split(codes, 2)
+    cells = np.bincount(wanted * len(labels) + given, minlength=len(labels) ** 2)  # the confusion matrix, flat
+    # Drawing n examples with replacement is drawing their cells.
+    draws = np.random.default_rng(seed).multinomial(len(targets), cells / len(targets), size=RESAMPLES)
+    return Measure(float(_f1_of_cells(cells[None])[0]), *_middle_95(_f1_of_cells(draws)))
+
+
+def _f1_of_cells(cells: np.ndarray) -> np.ndarray:
+    """Macro-F1 of each flat confusion matrix (R, L * L): targets in rows, outputs in columns."""
+    size = math.isqrt(cells.shape[1])
+    matrices = cells.reshape(-1, size, size)
+    right = matrices.diagonal(axis1=1, axis2=2)
+    seen = matrices.sum(axis=1) + matrices.sum(axis=2)  # a label's share of the outputs and of the targets
+    f1 = np.divide(2 * right, seen, out=np.zeros(seen.shape), where=seen > 0)
+    return f1.sum(axis=1) / (seen > 0).sum(axis=1)
+
+
+def _middle_95(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

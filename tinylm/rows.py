@@ -1,0 +1,337 @@
+r"""Rows of fine-tuning data: where they come from, what conversation each one is, and the examples they become.
+
+    1. records      .jsonl, .json, .parquet, SMSSpamCollection, a folder or glob of them, or a Hugging Face dataset
+                    ─▶ (place, dict), split into training and validation by content                  `records`
+    2. conversation a dict ─▶ turns, told by its keys                                                `conversation_of`
+                        {"instruction", "input", "output"}       alpaca; the input may be missing or empty
+                        {"prompt", "completion"}                 prompt; also question, and response or answer
+                        {"messages": [{"role", "content"}]}      messages
+                        {"conversations": [{"from", "value"}]}   sharegpt
+                        {"label", "text"}                        a line of SMSSpamCollection
+    3. examples     a conversation ─▶ tokens and targets, cut to the context                         `examples`
+
+A row that is none of these is an error that names its file, line and key. A row is held in memory, as are all examples:
+fine-tuning data are small. How turns are written is prompts.py's business, how examples fill rows packing.py's.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tinylm.config import DataConfig
+from tinylm.corpus import HubDataset, Kinds, Which, files_in, find_split, is_blank, jsonl_rows, kind_of, parquet_rows, some_of, text_lines
+from tinylm.errors import UserError, printable, reading, require_regular
+from tinylm.packing import Example
+from tinylm.prompts import Conversation, Role, Template, Turn
+from tinylm.tokenizer import Tokenizer, first_line
+
+Record = tuple[str, dict[str, Any]]
+
+SMS_FILE = "SMSSpamCollection"
+ROW_FILES: Kinds = (".jsonl", ".json", ".parquet", ".jsonl.gz", SMS_FILE)
+# What a folder without rows stands for, as in S0, so that every command can be tried.
+TINY_ROWS = "data/tiny_instructions.jsonl"
+# Places of skipped rows that are named.
+NAMED_PLACES = 3
+
+
+# --- step 1: records --------------------------------------------------------------------------------------------------
+
+
+def build_corpus_from_sources(folder: str) -> tuple[str, str | None]:
+    """What a folder given as data.dataset is read as: itself, or the tiny rows and a note where it holds no file of rows."""
+    if files_in(folder, ROW_FILES):
+        return folder, None
+    found = f"data.dataset: {printable(folder)} holds neither {SMS_FILE} nor instruction-data.json, nor another file of rows"
+    return TINY_ROWS, f"{found}; the tiny rows in {TINY_ROWS} are used"
+
+
+def with_rows(data: DataConfig) -> tuple[DataConfig, str | None]:
+    """The settings with data.dataset as it is read, and a note for the user where that is not what it says.
+
+    Raises:
+        UserError: a setting is given that rows of fine-tuning have no use for.
+    """
+    for setting in ("mix", "token_dtype", "stride", "max_doc_len", "document_separator"):
+        if data.model_dump(include={setting})[setting] is not None:
+            raise UserError(f"data.{setting}: rows of fine-tuning have no use for it. Take it out.")
+    if not os.path.isdir(data.dataset):
+        return data, None
+    name, note = build_corpus_from_sources(data.dataset)
+    return data.model_copy(update={"dataset": name}), note
+
+
+def records(data: DataConfig, which: Which, seed: int) -> Iterator[Record]:
+    """The training or validation rows that `data` describes, each with the place that an error calls it by.
+
+    Equal rows fall on the same side, as equal documents do in corpus.py, whose settings mean the same here.
+
+    Raises:
+        UserError: nothing is there, a row is no object, or no row is in this split.
+    """
+    split = find_split(with_rows(data)[0], which, seed, ROW_FILES)
+    rows = split.source.rows() if isinstance(split.source, HubDataset) else (row for path in split.source.paths for row in _file_rows(path))
+    return split.choose(map(_record, rows), lambda record: json.dumps(record[1], sort_keys=True, default=str), kind="rows")
+
+
+def _record(row: tuple[object, Any]) -> Record:
+    place = str(row[0])
+    if not isinstance(row[1], dict):
+        raise UserError(f"{place}: expected an object such as {{\"instruction\": \"...\", \"output\": \"...\"}}, found {kind_of(row[1])}. Correct the row.")
+    return place, row[1]
+
+
+def _file_rows(path: Path) -> Iterator[tuple[object, Any]]:
+    require_regular(path)
+    if path.name.endswith(".parquet"):
+        return parquet_rows(path)
+    if path.name.endswith(".json"):
+        return _json_rows(path)
+    return _sms_rows(path) if path.name.endswith(SMS_FILE) else jsonl_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The items of the list in a .json file."""
+    with reading(path):
+        raw = path.read_bytes()
+    try:
+        rows = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{printable(path)}: not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{printable(path)}: not JSON: {first_line(error)}. Correct the file; one object a line is .jsonl.") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{printable(path)}: expected a list of objects, found {kind_of(rows)}. Write [{{...}}, {{...}}], or one object a line as .jsonl.")
+    yield from ((f"{printable(path)}: row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _sms_rows(path: Path) -> Iterator[tuple[object, Any]]:
+    """The lines of the SMS Spam Collection (Almeida et al. 2011): ham or spam, a tab, the message."""
+    for place, line in text_lines(path):
+        if is_blank(line):
+            continue
+        label, tab, text = line.partition("\t")
+        if not tab:
+            raise UserError(f"{place}: expected ham or spam, a tab, and a message; there is no tab. Correct the line.")
+        yield place, {"label": label, "text": text}
+
+
+# --- step 2: conversations --------------------------------------------------------------------------------------------
+
+Kind = Literal["alpaca", "prompt", "messages", "sharegpt", "sms"]
+# Our name of each column, and the names that published data have for it.
+COLUMNS = {
+    "instruction": ("instruction",),
+    "input": ("input",),
+    "output": ("output", "response"),
+    "prompt": ("prompt", "question"),
+    "completion": ("completion", "response", "answer"),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+}
+# The column that tells a row's kind, the surest sign first.
+_SIGNS: dict[str, Kind] = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca", "prompt": "prompt"}
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+_SHAREGPT_ROLES: dict[str, Role] = _ROLES | {"human": "user", "gpt": "assistant"}  # type: ignore[assignment]
+SMS_INSTRUCTION = "classify if the SMS is spam or ham"
+
+
+def conversation_of(row: dict[str, Any], data: DataConfig) -> Conversation:
+    """The conversation in a row, of the kind that data.rows says or that its keys tell.
+
+    Raises:
+        UserError: naming the key and what is wrong: it is missing, null, of another type or empty, or a role is unknown.
+    """
+    columns = _Columns(row, data.columns or {})
+    match _kind_of_row(columns) if data.rows == "auto" else data.rows:
+        case "alpaca":
+            return Turn("user", columns.text("instruction"), columns.optional_text("input")), Turn("assistant", columns.text("output"))
+        case "prompt":
+            return Turn("user", columns.text("prompt")), Turn("assistant", columns.text("completion"))
+        case "messages":
+            return _turns(columns, "messages", "role", "content", _ROLES)
+        case "sharegpt":
+            return _turns(columns, "conversations", "from", "value", _SHAREGPT_ROLES)
+        case _:
+            return _sms_conversation(row)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The values of a row by our names of its columns."""
+
+    row: dict[str, Any]
+    names: dict[str, str]
+
+    def find(self, ours: str) -> str | None:
+        """What the row calls this column; None if it has none."""
+        theirs = (self.names[ours],) if ours in self.names else COLUMNS[ours]
+        return next((name for name in theirs if name in self.row), None)
+
+    def value(self, ours: str) -> tuple[str, Any]:
+        """What the row calls this column, and what is in it."""
+        name = self.find(ours)
+        if name is None:
+            wanted = printable(self.names.get(ours, " or ".join(COLUMNS[ours])))
+            raise UserError(f"{wanted}: missing; the row has {some_of(self.row)}. Add it, or set data.columns: {{{ours}: its name in the data}}.")
+        return name, self.row[name]
+
+    def text(self, ours: str) -> str:
+        """A text that is not blank."""
+        return _text(*self.value(ours))
+
+    def optional_text(self, ours: str) -> str:
+        """A text, or nothing where the column is missing, null or blank."""
+        name = self.find(ours)
+        if name is None and ours not in self.names:
+            return ""
+        name, value = self.value(ours)
+        return "" if value is None or (isinstance(value, str) and is_blank(value)) else _text(name, value)
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{printable(key)}: expected a string, found {kind_of(value)}. Correct the row, or take it out.")
+    if is_blank(value):
+        raise UserError(f"{printable(key)}: it is empty. Write it, or take the row out.")
+    return value
+
+
+def _kind_of_row(columns: _Columns) -> Kind:
+    for sign, kind in _SIGNS.items():
+        if columns.find(sign) is not None:
+            return kind
+    if {"label", "text"} <= columns.row.keys():
+        return "sms"
+    known = "instruction and output, prompt and completion, messages, or conversations"
+    raise UserError(f"expected {known}; the row has {some_of(columns.row)}. Name its columns, for example data.columns: {{prompt: question}}.")
+
+
+def _sms_conversation(row: dict[str, Any]) -> Conversation:
+    """S0's triplet of a message."""
+    label = _text("label", row["label"])
+    if label not in ("ham", "spam"):
+        raise UserError(f"label: expected ham or spam, found {printable(label)}. Correct the row, or take it out.")
+    return Turn("user", SMS_INSTRUCTION, _text("text", row["text"])), Turn("assistant", label)
+
+
+def _turns(columns: _Columns, ours: str, role_key: str, text_key: str, roles: dict[str, Role]) -> Conversation:
+    """The turns in a list of objects, at least one of them the assistant's."""
+    name, items = columns.value(ours)
+    if not isinstance(items, list):
+        raise UserError(f"{printable(name)}: expected a list of turns, found {kind_of(items)}. Correct the row, or set data.rows.")
+    turns = tuple(_turn(item, f"{printable(name)}[{number}]", role_key, text_key, roles) for number, item in enumerate(items))
+    if not any(turn.role == "assistant" for turn in turns):
+        raise UserError(f"{printable(name)}: no turn of the assistant among {len(turns)}. Add an answer, or take the row out.")
+    return turns
+
+
+def _turn(item: Any, where: str, role_key: str, text_key: str, roles: dict[str, Role]) -> Turn:
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: expected an object with {role_key} and {text_key}, found {kind_of(item)}. Correct the row.")
+    for key in (role_key, text_key):
+        if key not in item:
+            raise UserError(f"{where}.{key}: missing; the turn has {some_of(item)}. Add it, or set data.rows.")
+    role = item[role_key]
+    if not isinstance(role, str) or role not in roles:
+        found = printable(role) if isinstance(role, str) else kind_of(role)
+        raise UserError(f"{where}.{role_key}: expected {', '.join(roles)}, found {found}. Correct the row, or take it out.")
+    return Turn(roles[role], _text(f"{where}.{text_key}", item[text_key]))
+
+
+# --- step 3: examples -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What became of the rows of a split."""
+
+    which: Which
+    seq_len: int
+    kept: int = 0
+    cut: int = 0
+    """of those kept, how many lost the end of an answer"""
+    skipped: int = 0
+    places: list[str] = field(default_factory=list)
+    """where the first skipped rows stand"""
+
+    @property
+    def skipped_rows(self) -> str:
+        """The skipped rows in words: how many, why, and the first of them by name."""
+        more = ", ..." if self.skipped > len(self.places) else ""
+        return f"{self.skipped} rows whose prompts fill the context of {self.seq_len} tokens ({', '.join(self.places)}{more})"
+
+    @property
+    def name(self) -> str:
+        """The split in words."""
+        return "validation" if self.which == "val" else "training"
+
+    def notes(self) -> list[str]:
+        """What a user should know of it, a line each."""
+        notes = [f"{self.name}: skipped {self.skipped_rows}"] if self.skipped else []
+        return notes + ([f"{self.name}: {self.cut} of {self.kept} rows lost the end of an answer to the context of {self.seq_len} tokens"] if self.cut else [])
+
+
+def examples(
+    data: DataConfig,
+    which: Which,
+    seed: int,
+    template: Template,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    *,
+    train_on: Literal["response", "all"],
+    conversation_of: Callable[[dict[str, Any]], Conversation] | None = None,
+) -> tuple[list[Example], Report]:
+    """The examples of a split in the order of its rows, each of at most seq_len inputs, and what was cut and left out.
+
+    Args:
+        data: where the rows are.
+        which: training or validation.
+        seed: decides which rows are held out.
+        template: how their conversations are written.
+        tokenizer: what they are encoded with.
+        seq_len: inputs that a row of a batch has room for.
+        train_on: the responses, or every token but the first of an example.
+        conversation_of: what makes a conversation of a row; None: its keys tell, or data.rows.
+
+    Raises:
+        UserError: as `records`; a row is no conversation; or the prompt of every row fills the context.
+    """
+    to_conversation = conversation_of or _told_by_keys(data)
+    kept: list[Example] = []
+    report = Report(which, seq_len)
+    for place, row in records(data, which, seed):
+        try:
+            whole = template.encode(to_conversation(row), tokenizer)
+        except UserError as problem:
+            raise UserError(f"{place}: {problem}") from None
+        trained = whole.trained if train_on == "response" else np.arange(len(whole.ids)) > 0
+        # The last token of a row is only a target.
+        example = Example(whole.ids[: seq_len + 1], trained[: seq_len + 1], place)
+        if example.trained.any():
+            kept.append(example)
+            report.cut += len(whole.ids) > len(example.ids)
+        else:
+            report.skipped += 1
+            report.places += [place] * (report.skipped <= NAMED_PLACES)
+    report.kept = len(kept)
+    if not kept:
+        found = f"{report.name}: nothing is left without {report.skipped_rows}"
+        raise UserError(f"data.dataset: {found}. Raise training.seq_len, or shorten the prompts.")
+    return kept, report
+
+
+def _told_by_keys(data: DataConfig) -> Callable[[dict[str, Any]], Conversation]:
+    return lambda row: conversation_of(row, data)
+
+
+def shared_examples(train: list[Example], val: list[Example]) -> int:
+    """How many examples of `val` are in `train` too, token for token."""
+    seen = {example.ids.tobytes() for example in train}
+    return sum(example.ids.tobytes() in seen for example in val)

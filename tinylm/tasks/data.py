@@ -1,0 +1,116 @@
+"""Where a task's examples come from: its rows on the hub, a file or folder on this machine, or the few that it brings."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tinylm.config import DataConfig
+from tinylm.errors import UserError, printable
+from tinylm.rows import ROW_FILES, Record, records
+from tinylm.tasks import NAMED, PAIRS
+from tinylm.tasks.task import Example, Hub, Task, draw_shots
+
+# The names that the files of a folder may begin with, best first: a validation split is for choosing, a test split for the end.
+TRAIN, TEST = ("train",), ("test", "validation", "val")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What is evaluated, and the solved examples that may stand before a question."""
+
+    examples: tuple[Example, ...]
+    shots: tuple[Example, ...]
+
+
+def task_named(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    tasks = {**NAMED, PAIRS.name: PAIRS}
+    if name not in tasks:
+        raise UserError(f"--tasks: {printable(name)}: no such task. There are {', '.join(tasks)}.")
+    return tasks[name]
+
+
+def load_task(task: Task, path: Path | None, *, smoke: bool = False, n_shots: int = 0, limit: int | None = None, seed: int = 0) -> TaskData:
+    """The examples of a task, at most `limit` drawn ones, and `n_shots` others that are not among them.
+
+    Args:
+        path: a file of rows, from which the solved examples are held out, or a folder with files train and test; None: the hub.
+        smoke: take the rows that the task brings.
+
+    Raises:
+        UserError: nothing is there, or a row is not as the task has it; file, line and column are named.
+    """
+    if smoke and path is not None:
+        raise UserError(f"--data: {printable(path)}: --smoke takes the built-in rows. Give one of the two.")
+    if smoke:
+        built_in = [(f"{task.name}: built-in row {number}", dict(row)) for number, row in enumerate(task.smoke, start=1)]
+        return _held_out(task, built_in, n_shots, limit, seed)
+    if path is not None and path.is_dir():
+        train = _whole(str(_split_file(path, TRAIN))) if n_shots else ()
+        return _apart(task, train, _whole(str(_split_file(path, TEST))), n_shots, limit, seed)
+    if path is not None:
+        return _held_out(task, _whole(str(path)), n_shots, limit, seed)
+    if task.hub is None:
+        raise UserError(f"--tasks: {task.name} has no data of its own. Give your rows: --data {task.name}=rows.jsonl")
+    try:
+        return _of_hub(task, task.hub, n_shots, limit, seed)
+    except UserError as problem:
+        raise UserError(f"task {task.name}: {problem} Here that is --data {task.name}=PATH; --smoke needs no data.") from None
+
+
+def _of_hub(task: Task, hub: Hub, n_shots: int, limit: int | None, seed: int) -> TaskData:
+    test = _whole(hub.dataset, hub.config, hub.test)
+    if hub.train == hub.test:
+        return _held_out(task, test, n_shots, limit, seed)
+    return _apart(task, _whole(hub.dataset, hub.config, hub.train) if n_shots else (), test, n_shots, limit, seed)
+
+
+def _whole(dataset: str, config: str | None = None, split: str = "train") -> Iterator[Record]:
+    """All rows of a file or of a split on the hub: with another validation source, nothing is held out of them."""
+    return records(DataConfig(dataset=dataset, dataset_config=config, split=split, val_dataset=dataset), "train", 0)
+
+
+def _split_file(folder: Path, names: tuple[str, ...]) -> Path:
+    """The file of rows in `folder` that begins with one of the names."""
+    for name in names:
+        found = sorted(path for path in folder.glob(f"{name}*") if path.name.endswith(ROW_FILES))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(f"--data: {printable(folder)}: {len(found)} files begin with {name}. Give one of them: {printable(found[0])}")
+    raise UserError(f"--data: {printable(folder)}: no file begins with {' or '.join(names)}. Give a file of rows ({', '.join(ROW_FILES)}).")
+
+
+def _apart(task: Task, train: Iterable[Record], test: Iterable[Record], n_shots: int, limit: int | None, seed: int) -> TaskData:
+    """Solved examples from other rows than those that are evaluated."""
+    examples = _drawn([task.example(*row) for row in test], limit, seed)
+    shots = draw_shots(task, train, n_shots, seed=seed, avoid=(example.question for example in examples))
+    return _checked(task, examples, shots)
+
+
+def _held_out(task: Task, rows: Iterable[Record], n_shots: int, limit: int | None, seed: int) -> TaskData:
+    """Solved examples held out of the rows; every number of shots up to theirs is evaluated on the same others."""
+    rows = list(rows)
+    examples = [task.example(*row) for row in rows]
+    shots = draw_shots(task, rows, n_shots, seed=seed)
+    known = {shot.question for shot in shots}
+    return _checked(task, _drawn([example for example in examples if example.question not in known], limit, seed), shots)
+
+
+def _drawn(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
+    """At most `limit` of the examples, in their order: the first ones of a sorted file would stand for nothing."""
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    return [examples[number] for number in sorted(np.random.default_rng(seed).permutation(len(examples))[:limit])]
+
+
+def _checked(task: Task, examples: Sequence[Example], shots: Sequence[Example]) -> TaskData:
+    if not examples:
+        raise UserError(f"task {task.name}: no examples are left to evaluate beside {len(shots)} solved ones. Lower --shots, or give more rows.")
+    return TaskData(tuple(examples), tuple(shots))

@@ -1,0 +1,33 @@
+"""Rows of a user's own, with a prompt and a target: the target is what follows the prompt, to the character."""
+
+from tinylm.metrics import exact_match, token_f1
+from tinylm.prompts import Turn
+from tinylm.tasks.task import SHOT_SEPARATOR, Task, text_of
+
+
+def grade(output: str, target: str) -> dict[str, float]:
+    """The same text, and the share of words in common."""
+    return {"exact_match": float(exact_match(output, target)), "token_f1": token_f1(output, target)}
+
+
+SMOKE = (
+    ("The opposite of up is", " down."),
+    ("The opposite of left is", " right."),
+    ("The opposite of early is", " late."),
+    ("The opposite of full is", " empty."),
+    ("The opposite of warm is", " cool."),
+    ("The opposite of young is", " old."),
+    ("The opposite of loud is", " quiet."),
+    ("The opposite of open is", " closed."),
+)
+
+PAIRS = Task(
+    name="pairs",
+    hub=None,
+    question=lambda row: Turn("user", text_of(row, "prompt")),
+    target=lambda row: text_of(row, "target"),
+    grade=grade,
+    joint="",
+    stop=(SHOT_SEPARATOR,),
+    smoke=tuple({"prompt": prompt, "target": target} for prompt, target in SMOKE),
+)

@@ -1,0 +1,38 @@
+"""SMS spam: is a text message wanted or not (Almeida et al. 2011)?"""
+
+from tinylm.prompts import Turn
+from tinylm.rows import SMS_INSTRUCTION
+from tinylm.tasks.task import Hub, Row, Task, label_of, text_of
+
+LABELS = ("ham", "spam")  # 0 and 1 on the hub, by name in the file SMSSpamCollection
+
+
+def question(row: Row) -> Turn:
+    """What is asked of a message, which rows.py calls text and the hub sms."""
+    return Turn("user", SMS_INSTRUCTION, text_of(row, "text" if "text" in row else "sms").strip())
+
+
+SMOKE = (
+    ("Running ten minutes late, order me a coffee?", 0),
+    ("WINNER!! You have been picked for a 900 pound voucher. Call 090 5550 0199 now, lines close tonight", 1),
+    ("Mum says dinner is at seven, bring nothing", 0),
+    ("Free ringtones every week! Text TUNE to 80555. 1.50 a message, stop any time", 1),
+    ("did you feed the cat", 0),
+    ("URGENT your account has a bonus of 5000 points waiting, reply CLAIM before midnight", 1),
+    ("Can we move the meeting to Thursday? My train is cancelled", 0),
+    ("Happy birthday old friend, see you at the weekend", 0),
+    ("Singles in your town want to meet you! Send MEET to 61555, adults only", 1),
+    ("I found your blue scarf, it was behind the door", 0),
+    ("Last chance: two nights in Paris for the price of one, ring 0800 555 0123 quoting LUCKY", 1),
+    ("ok thanks, talk tomorrow", 0),
+)
+
+SMS = Task(
+    name="sms",
+    hub=Hub("ucirvine/sms_spam", "plain_text", train="train", test="train"),  # one split: examples are held out of it
+    question=question,
+    target=lambda row: label_of(row, "label", LABELS),
+    labels=LABELS,
+    frame=("", "\nAnswer:"),
+    smoke=tuple({"sms": sms, "label": label} for sms, label in SMOKE),
+)

@@ -237,7 +237,7 @@ def test_any_number_of_processes_gives_the_same_merges(file_in_parts):
 
 def test_a_process_that_counts_loads_little():
     """18 MB instead of 52 each: neither numpy nor pydantic."""
-    code = "import sys, tinylm.words; print([name for name in ('numpy', 'pydantic', 'tinylm.config') if name in sys.modules])"
+    code = "import sys, tinylm.words, tinylm.processes; print([name for name in ('numpy', 'pydantic', 'tinylm.config') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
 
@@ -256,12 +256,12 @@ class Deadly:
 @pytest.mark.slow
 def test_a_killed_process_is_an_error_and_no_hang(monkeypatch):
     monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", 0)
-    with pytest.raises(UserError, match="was ended from outside, perhaps for want of memory. Free some, or use fewer processes.$"):
+    with pytest.raises(UserError, match="a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes.$"):
         count_jobs([Deadly()] * 5, Rules(), processes=2)
 
 
 def test_a_small_text_starts_no_process(file_in_parts, monkeypatch):
-    monkeypatch.setattr(bpe_module, "ProcessPoolExecutor", None)  # calling it would fail
+    monkeypatch.setattr("tinylm.processes.ProcessPoolExecutor", None)  # calling it would fail
     monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", file_in_parts.stat().st_size + 1)
     assert len(learn_bpe(sources_of([str(file_in_parts)]), 300, Rules(), processes=2).merges) == 42
 

@@ -240,10 +240,12 @@ def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
         return
     if command.program == "train.py" and config is not None:
         folders.add(config.training.checkpoint_dir)
-    reads = {"--ckpt": given.get("ckpt") and given["ckpt"].parent, "--dir": given.get("dir"), "--resume": given.get("resume") and given["resume"].parent}
+    reads = {flag: path.parent for flag in ("ckpt", "resume") if isinstance(path := given.get(flag), Path)}
+    if given.get("dir") is not None:
+        reads["dir"] = given["dir"]
     for flag, folder in reads.items():
         if command.fenced and folder is not None and str(folder) not in folders:
-            yield f"{command.program}: {flag}: nothing before it trains into {folder}"
+            yield f"{command.program}: --{flag}: nothing before it trains into {folder}"
 
 
 @pytest.fixture

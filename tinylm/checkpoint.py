@@ -424,7 +424,8 @@ def open_base(name: str) -> Base:
     config = Config.from_plain(payload["config"])
     if config.lora is not None:
         holds = f"holds a LoRA adapter of stage {printable(payload['stage'])} and no whole model, as one of stage pretrain or sft without lora does"
-        raise UserError(f"{printable(name)}: {holds}. Start from its base, {printable(payload['base']['path'])}, or from the two merged.")
+        base = resolve_base(payload["base"]["path"], Path(name))
+        raise UserError(f"{printable(name)}: {holds}. Start from its base, {printable(base)}, or from the two merged.")
     foreign = payload["hf_config"] is not None
     return Base(name, config.model, config.tokenizer, tokenizer_from_plain(payload["tokenizer"]), foreign, lambda config: whole_model(config, payload))
 

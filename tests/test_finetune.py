@@ -139,6 +139,21 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(name: str, make: Mak
     assert eval_val.main(["--ckpt", str(final), "--config", str(home / "base.yaml")]) == 0
 
 
+def test_answers_are_scored_as_in_training_and_before_it(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """eval_val.py --answers gives the val_loss that training wrote, and for the base a higher one; a longer context than the model has is an error."""
+    config = make()
+    assert run(config) == 0
+    losses = []
+    for path in (tmp_path / "checkpoints" / "final.ckpt", home / "base" / "final.ckpt"):
+        capsys.readouterr()
+        assert eval_val.main(["--ckpt", str(path), "--config", str(config), "--answers", "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["val_loss"])
+    assert losses[0] == float.fromhex(curve(tmp_path, "val_loss")[6])
+    assert losses[1] > losses[0] + 0.2
+    assert eval_val.main(["--ckpt", str(path), "--config", str(config), "--answers", "training.seq_len=161"]) == 2
+    assert "training.seq_len: 161 is more than the 160 positions of " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("packing", ["packed", "padded"])
 @pytest.mark.parametrize("name", ["whole", "foreign lora"])
 def test_validation_is_the_loss_of_the_answers_alone(name: str, packing: str, make: Make, tmp_path: Path) -> None:

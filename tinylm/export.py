@@ -25,6 +25,7 @@ from tinylm.checkpoint import Loaded, load_model
 from tinylm.config import SamplingConfig
 from tinylm.decoder import Decoder, count_parameters
 from tinylm.errors import UserError, printable, require_package, writing
+from tinylm.prompts import ANSWERING
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, first_line
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ WELL_KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentenc
 def chat_template(loaded: Loaded) -> str | None:
     """The template that the checkpoint was fine-tuned with, in Jinja; else its tokenizer's own, if it has one."""
     tokenizer, name = loaded.tokenizer, loaded.config.data.template
-    if loaded.info.stage != "sft" or name == "chat_template":
+    if loaded.info.stage not in ANSWERING or name == "chat_template":
         return tokenizer.chat_template if isinstance(tokenizer, HFTokenizer) else None
     names = tokenizer.special_names.values() if isinstance(tokenizer, HFTokenizer) else ()
     opening = next((token for token in WELL_KNOWN_BOS if token in names), "")
@@ -309,7 +310,7 @@ def end_ids(loaded: Loaded) -> list[int]:
     """The tokens that end what the model writes: the one behind each answer it was tuned on, then the end of a text."""
     tokenizer = loaded.tokenizer
     named = {name: id for id, name in tokenizer.special_names.items()}
-    closing = {"instruction": "<|sep|>", "chatml": "<|im_end|>"}.get(loaded.config.data.template, "") if loaded.info.stage == "sft" else ""
+    closing = {"instruction": "<|sep|>", "chatml": "<|im_end|>"}.get(loaded.config.data.template, "") if loaded.info.stage in ANSWERING else ""
     return list(dict.fromkeys((named.get(closing, tokenizer.eos_id), tokenizer.eos_id)))
 
 

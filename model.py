@@ -140,7 +140,10 @@ class LitStage(L.LightningModule):
             keep_freed_memory()
 
     def configure_model(self) -> None:
-        """Under fsdp each block, and the rest, is cut into equal parts that live on one device each (Zhao et al. 2023)."""
+        """Lightning's hook for what has to happen when devices and processes are known: sharding, then compiling.
+
+        Under fsdp each block, and the rest, is cut into equal parts that live on one device each (Zhao et al. 2023).
+        """
         if self.config.hardware.strategy == "fsdp" and self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
             assert isinstance(self.decoder, Decoder), "train.py refuses others"
@@ -148,6 +151,7 @@ class LitStage(L.LightningModule):
                 fully_shard(block, mesh=mesh)
             fully_shard(self.decoder, mesh=mesh)
             register_fsdp_forward_method(self.decoder, "features")
+        self._features = torch.compile(self.decoder.features) if self.config.hardware.compile else self.decoder.features
 
     @property
     def _balance_coef(self) -> float:
@@ -256,11 +260,6 @@ class LitLM(LitStage):
         self.val_measures = ("val_accuracy",) if stage == "sft" else ()
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
 
-    def configure_model(self) -> None:
-        """Lightning's hook for what has to happen when devices and processes are known: sharding, then compiling."""
-        super().configure_model()
-        self._features = torch.compile(self.decoder.features) if self.config.hardware.compile else self.decoder.features
-
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
         """Cross entropy of the target tokens; a mixture of experts adds its balance loss."""
         features = self._features(batch["input_ids"], document_ids=batch.get("document_ids"))
@@ -298,11 +297,6 @@ class LitDPO(LitStage):
         assert config.dpo is not None
         self.dpo, self.full_batch = config.dpo, config.training.micro_batch_size
         self.reference = None if reference is None else reference.requires_grad_(False).eval()
-
-    def configure_model(self) -> None:
-        """Lightning's hook; the reference is not compiled, as it would be compiled a second time with its adapters off."""
-        super().configure_model()
-        self._features = torch.compile(self.decoder.features) if self.config.hardware.compile else self.decoder.features
 
     def train(self, mode: bool = True) -> "LitDPO":
         """Switch dropout on or off, in the policy alone."""

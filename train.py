@@ -522,6 +522,7 @@ def build_trainer(config: "Config", device: str, callbacks: "list[L.Callback]") 
     # Both advise a setting that is the user's choice here (num_workers), or that the design makes moot.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the reference of preferences is to stay there
     hardware = config.hardware
     precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}[hardware.precision]
     # FSDP2; Lightning's older FSDP strategy drops the optimizer's state on resume and flattens the weights.

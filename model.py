@@ -24,7 +24,7 @@ from tinylm.config import Config
 from tinylm.decoder import Decoder
 from tinylm.device import keep_freed_memory
 from tinylm.errors import Diverged
-from tinylm.evaluate import batch_sums, language_score
+from tinylm.evaluate import batch_sums, beside_ids, language_score
 from tinylm.foreign import ForeignDecoder
 from tinylm.lora import adapters_off
 from tinylm.losses import Answers, cross_entropy
@@ -262,7 +262,8 @@ class LitLM(LitStage):
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
         """Cross entropy of the target tokens; a mixture of experts adds its balance loss."""
-        features = self._features(batch["input_ids"], document_ids=batch.get("document_ids"))
+        batch = self.decoder.arranged(batch)
+        features = self._features(batch["input_ids"], **beside_ids(batch))
         labels = batch["labels"].flatten()
         loss = cross_entropy(features.hidden.flatten(0, 1), self.decoder.head.weight, labels, label_smoothing=label_smoothing)
         targets = (labels != IGNORE_INDEX).sum()
@@ -270,7 +271,7 @@ class LitLM(LitStage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """What `tinylm/evaluate.py` counts, so that training and eval_val.py give the same number."""
-        return batch_sums(self._features, self.decoder.head, batch, self.byte_lengths)
+        return batch_sums(self._features, self.decoder.head, self.decoder.arranged(batch), self.byte_lengths)
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
         """Loss, perplexity, bits per byte; of answers also how many of their tokens are the most probable one."""

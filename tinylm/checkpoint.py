@@ -30,6 +30,7 @@ from tinylm.decoder import Decoder
 from tinylm.errors import UserError, printable, writing
 from tinylm.foreign import PREFIX, ForeignDecoder, find, rebuild
 from tinylm.lora import merge
+from tinylm.prompts import ANSWERING
 from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
 
 FORMAT = "tinylm"
@@ -76,6 +77,11 @@ class Loaded:
     tokenizer: Tokenizer
     config: Config
     info: CheckpointInfo
+
+    @property
+    def template(self) -> str | None:
+        """The name of the template that it was taught to answer in (`make_template`); None for a base model."""
+        return self.config.data.template if self.info.stage in ANSWERING else None
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -1,15 +1,22 @@
 """The true validation loss of a checkpoint: every validation row of a config's data, weighted by tokens.
 
 python eval_val.py --ckpt checkpoints/best.ckpt --config config_smoke.yaml
+python eval_val.py --ckpt checkpoints/final.ckpt --config config_finetune.yaml --answers
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tinylm.errors import UserError, printable
 from tinylm.program import Parser, run_program, say
+
+if TYPE_CHECKING:
+    from tinylm.checkpoint import Loaded
+    from tinylm.config import Config
+    from tinylm.tokenizer import Tokenizer
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -22,6 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ckpt", type=Path, required=True, help="the checkpoint")
     parser.add_argument("--config", required=True, help="YAML file: its data, training.seed and hardware are used; model and precision are the checkpoint's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    parser.add_argument("--answers", action="store_true", help="the config's data are questions and answers, as finetune.py takes them: score the answers")
     parser.add_argument("--tokenizer", default="auto", help="auto: the one in the checkpoint; else a Hugging Face name or folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_intermixed_args(argv)
@@ -40,13 +48,11 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     import torch
 
-    from data import RowShape, Share, ValidationBatches
     from infer import choose_tokenizer
     from tinylm.checkpoint import load_model, read
     from tinylm.device import pick_device
     from tinylm.evaluate import byte_table, score_batches
     from tinylm.foreign import ForeignSeq2Seq
-    from tinylm.mix import validation_file
 
     device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
     say(f"device: {device} ({why})")
@@ -56,23 +62,49 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(loaded.model, ForeignSeq2Seq):
         raise UserError(f"{printable(args.ckpt)}: an encoder-decoder, which answers and predicts no plain text. Use evaluate_checkpoints.py --tasks.")
     tokenizer = choose_tokenizer(args.tokenizer, loaded.tokenizer)
-    file = validation_file(config.data, tokenizer, config.training.seed)
+    batches, fingerprint = (answer_batches if args.answers else text_batches)(config, loaded, tokenizer)
     trained_on = read(args.ckpt)["data"]["val"]
-    if file.fingerprint != trained_on:
-        say(f"note: these are not the validation data of the training run ({trained_on}, here {file.fingerprint}); some may have been trained on")
-    # The rows are those of the checkpoint's training, so that the number equals the one that training wrote.
-    shape = RowShape.of(loaded.config.model_copy(update={"data": config.data}), tokenizer)
-    batches = ValidationBatches(file, shape, Share(config.training.micro_batch_size), limit=None)
+    if fingerprint != trained_on:
+        say(f"note: these are not the validation data of the training run ({trained_on}, here {fingerprint}); some may have been trained on")
     half = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[loaded.config.hardware.precision]
     with torch.autocast(device, dtype=half, enabled=half is not None):
         score = score_batches(loaded.model, batches, byte_table(tokenizer, loaded.model.embedding.num_embeddings))
     numbers = {"val_loss": score.loss, "val_ppl": score.perplexity, "val_bpb": score.bits_per_byte, "tokens": score.tokens}
+    if args.answers:
+        numbers["val_accuracy"] = score.accuracy
     if args.json:
         print(json.dumps({"ckpt": str(args.ckpt), "step": loaded.info.step} | numbers))
     else:
         losses = f"val_loss {score.loss:.4f}  val_ppl {score.perplexity:.3f}  val_bpb {score.bits_per_byte:.4f}"
+        losses += f"  val_accuracy {score.accuracy:.3f}" if args.answers else ""
         print(f"{losses}  on {score.tokens:,} tokens ({printable(args.ckpt)}, step {loaded.info.step})")
     return 0
+
+
+def text_batches(config: "Config", loaded: "Loaded", tokenizer: "Tokenizer") -> tuple[Any, str]:
+    """The validation rows of plain text, and the fingerprint of their tokens.
+
+    The rows are those of the checkpoint's training, so that the number equals the one that training wrote.
+    """
+    from data import RowShape, Share, ValidationBatches
+    from tinylm.mix import validation_file
+
+    file = validation_file(config.data, tokenizer, config.training.seed)
+    shape = RowShape.of(loaded.config.model_copy(update={"data": config.data}), tokenizer)
+    return ValidationBatches(file, shape, Share(config.training.micro_batch_size), limit=None), file.fingerprint
+
+
+def answer_batches(config: "Config", loaded: "Loaded", tokenizer: "Tokenizer") -> tuple[Any, str]:
+    """The validation rows of questions and answers, and their fingerprint."""
+    from data import LitExamples
+
+    known = loaded.model.config.max_seq_len
+    if config.training.seq_len > known:
+        raise UserError(f"training.seq_len: {config.training.seq_len} is more than the {known} positions of {printable(loaded.info.path)}. Lower it.")
+    training = config.training.model_copy(update={"val_batches": None})
+    data = LitExamples(config.model_copy(update={"training": training}), tokenizer)
+    data.prepare()
+    return data.val_dataloader(), data.fingerprints()["val"]
 
 
 if __name__ == "__main__":

@@ -297,7 +297,8 @@ def load(arguments: argparse.Namespace, device: str) -> "Loaded":
 
 def newest_answering(folder: Path) -> Path:
     """The newest sound checkpoint of each folder of runs in `folder`, itself included, that was taught to answer; the latest of them."""
-    from tinylm.checkpoint import ANSWERING, describe, newest_sound
+    from tinylm.checkpoint import describe, newest_sound
+    from tinylm.prompts import ANSWERING
 
     below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     newest = [newest_sound(place, lambda error: say(f"passed over: {error}")) for place in (folder, *below)]

@@ -1,11 +1,15 @@
 """Small things that many tests need: a corpus, a config, a run."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+ROOT = Path(__file__).parent.parent
 
 WORDS = ["the", "model", "reads", "a", "token", "and", "guesses", "what", "comes", "next", "from", "all", "it", "has", "seen"]
 
@@ -48,3 +52,49 @@ def make_config(tmp_path: Path, corpus: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, bytes | str], Path]:
+    """Writes a file into the test's folder."""
+
+    def write(name: str, content: bytes | str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def lines(write) -> Path:
+    """1000 documents; the last 200 repeat the first 200."""
+    return write("lines.txt", "".join(f"document {i % 800}\n" for i in range(1000)))
+
+
+CHILD = """
+import resource, sys, time
+from pathlib import Path
+from tinylm import corpus, encode, tokenfile
+from tinylm.config import DataConfig
+from tinylm.errors import UserError
+from tinylm.tokenizer import ByteTokenizer
+BYTES, args = ByteTokenizer(), sys.argv[1:]
+"""
+
+
+@pytest.fixture
+def child() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts code, after `CHILD`, as a Python process in the project's folder; killed at the end of the test."""
+    started: list[subprocess.Popen] = []
+
+    def start(code: str, *arguments: object) -> subprocess.Popen:
+        command = [sys.executable, "-c", CHILD + code, *map(str, arguments)]
+        started.append(subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -17,9 +17,10 @@ ROOT = Path(__file__).parent.parent
 # A file imports only from its own floor or lower ones; a folder (tasks, web) stands on one floor.
 FLOORS = [
     ["errors", "config", "device", "processes"],
-    ["tokenizer", "tokenfile", "corpus", "encode", "mix", "bpe", "words", "packing", "show", "prompts", "sandbox", "rows", "metrics", "reference"],
+    ["words", "fastbpe", "tokenizer", "tokenfile", "corpus", "encode", "mix", "bpe", "packing", "show", "prompts", "sandbox", "rows", "metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],
-    ["checkpoint", "engine", "sampling", "hf", "gguf", "hf_import", "foreign", "lora", "export", "tasks", "evaluate", "harness", "planner", "chat"],
+    ["checkpoint", "engine", "sampling", "chat", "hf", "gguf", "hf_import", "foreign", "lora", "preferences", "export"]
+    + ["tasks", "evaluate", "harness", "planner"],
     ["plots", "doctor", "experiments", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
 ]
 # The library's front door: what parses arguments and speaks to people.

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tinylm.config import CONFIG_BYTES_LIMIT, COUNT_LIMIT, Config, MixPart, load_config, sections
+from tinylm.decoder import Decoder, count_parameters
 from tinylm.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +177,7 @@ NOT_YAML = [
     ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", f"c.yaml:2: not YAML: an alias (*name) is not allowed here. {LOOK}"),
     ("x" * 200_000, f"c.yaml: 200000 bytes, and a config has at most {CONFIG_BYTES_LIMIT}. Is it the right file?"),
     ("data: {text_field: [" + "1" * 90_000 + "x]}", f'c.yaml:1: data.text_field: {TEXT}, found ["{"1" * 75}.... Meaning: {MEANING["data.text_field"]}.'),
-    ("data: {mix: [" + "{}," * 30_000 + "]}", f"c.yaml:1: data.mix[0].dataset: missing in {{}}. Meaning: {MEANING['data.mix[].dataset']}."),
+    ("data: {mix: [" + "{}," * 15_000 + "]}", f"c.yaml:1: data.mix[0].dataset: missing in {{}}. Meaning: {MEANING['data.mix[].dataset']}."),
     ("data: {val_fraction: 0." + "1" * 90_000 + "}", None),
     ("model: {d_model: " + "9" * 90_000 + "}", 'c.yaml:1: model.d_model: "' + "9" * 76 + "... is no int. Write it out, or quote it if it is text."),
 ]
@@ -582,3 +584,18 @@ def test_no_text_makes_anything_but_a_config_or_a_user_error(text):
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("*.yaml"), *ROOT.glob("configs/**/*.yaml")]), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_of_the_project_loads(path):
     assert isinstance(load_config(path), Config)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/c4-char*.yaml")), ids=lambda path: path.stem)
+def test_the_character_presets_say_their_command_and_their_true_size(path):
+    """Their first lines name the command, the parameters beside the vocabulary's, what a character adds, and how much text they read."""
+    config, text = load_config(path), path.read_text(encoding="utf-8")
+    assert f"\n#     python train.py --config configs/{path.name}\n" in text
+    with torch.device("meta"):
+        sizes = [count_parameters(Decoder(config.model.model_copy(update={"vocab_size": n}))) for n in (100, 101)]
+    a_character = sizes[1] - sizes[0]
+    assert f"\n# {sizes[0] - 100 * a_character:,} parameters, and {a_character:,} more for each character " in text
+    training = config.training
+    characters = training.seq_len * training.micro_batch_size * training.grad_accum_steps * training.max_steps
+    assert f" {characters / 1e6:.0f}M characters in {training.max_steps} steps." in text
+    assert config.training.run_name == Path(config.training.checkpoint_dir).name == path.stem, "a run overwrites no other's"

@@ -4,18 +4,10 @@ import gzip
 import io
 import json
 import os
-import pickle
-import signal
-import stat
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import count
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,13 +15,12 @@ from huggingface_hub.utils import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinylm import corpus, encode
+from tinylm import corpus
 from tinylm.config import DataConfig
 from tinylm.corpus import find_split, is_held_out, shared_documents, train_documents, val_documents
-from tinylm.encode import cached_token_file, encode_documents, source_fingerprint
 from tinylm.errors import UserError
-from tinylm.tokenfile import HEADER_BYTES, MAGIC, TokenFile, checked_tokens, is_token_file, token_dtype, write_token_file
-from tinylm.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from tinylm.tokenfile import TokenFile, is_token_file
+from tinylm.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parent.parent
 BYTES = ByteTokenizer()
@@ -47,19 +38,6 @@ def refusal(path: Path | str, **settings) -> str:
         read(path, **settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str, bytes | str], Path]:
-    """Writes a file into the test's folder."""
-
-    def write(name: str, content: bytes | str) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
 
 
 # --- text files -------------------------------------------------------------------------------------------------------
@@ -454,11 +432,6 @@ def test_a_name_that_is_too_long_is_refused_on_one_line(name, monkeypatch):
     assert refusal(name).startswith(f"data.dataset: {name}: {'offline' if name.endswith('name') else 'not found'}. Give a ")
 
 
-def test_a_token_file_whose_name_is_too_long_is_refused_on_one_line():
-    with pytest.raises(UserError, match="x.bin: File name too long. Give the path of a file that can be read."):
-        cached_token_file(DataConfig(dataset="x" * 300 + ".bin"), "train", BYTES, SEED)
-
-
 @pytest.mark.parametrize("name", ["data/tiny_corpu", "data/x.txt", "./owner/name", "wikitext", "owner/name.bin", "a/b/c", "/a/b", "owner/name.jsonl.gz"])
 def test_what_looks_like_a_path_is_not_asked_of_the_hub(name, tmp_path, monkeypatch):
     """`data` is a folder here, so data/tiny_corpu is a path that was typed wrongly."""
@@ -490,12 +463,6 @@ def test_a_missing_library_is_named_with_its_pip_line(write, monkeypatch):
 
 
 # --- the split --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lines(write) -> Path:
-    """1000 documents; the last 200 repeat the first 200."""
-    return write("lines.txt", "".join(f"document {i % 800}\n" for i in range(1000)))
 
 
 def test_no_document_is_in_both_splits_and_none_is_lost(lines):
@@ -566,330 +533,11 @@ def test_a_source_that_is_not_there_is_found_out_before_the_first_document():
         train_documents(DataConfig(dataset="missing.txt"), SEED)
 
 
-# --- ids --------------------------------------------------------------------------------------------------------------
-
-
-def test_each_document_is_cut_and_closed_by_eos():
-    """`abc` is 97 98 99; EOS (258) comes after the cut, so a cut document still ends."""
-    encoded = [tokens.tolist() for tokens in encode_documents(["abc", "é", "z"], BYTES, 2)]
-    assert encoded == [[97, 98, 258], [0xC3, 0xA9, 258], [122, 258]]
-    assert [tokens.tolist() for tokens in encode_documents(["abc"], BYTES, None)] == [[97, 98, 99, 258]]
-
-
-@pytest.mark.parametrize("size", [1, 2, 256])
-def test_a_document_that_cannot_be_encoded_is_named_by_its_number(size, monkeypatch):
-    """The third of them, whatever the batches; a stream that goes on behind 10 documents counts those."""
-    monkeypatch.setattr(encode, "BATCH_DOCUMENTS", size)
-    tokenizer = CharTokenizer("abc", unknown="error")
-    found = "the character 'Q' (U+0051) at position 1 is not among the 3 characters of the tokenizer"
-    for named, place in (({}, "text: document 3"), ({"source": "a.txt: training", "first": 11}, "a.txt: training document 13")):
-        with pytest.raises(UserError) as caught:
-            list(encode_documents(["abc", "b", "aQ", "Q"], tokenizer, None, **named))
-        assert str(caught.value) == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that has it."
-
-
-@pytest.mark.parametrize("which", ["train", "val"])
-def test_a_text_that_cannot_be_encoded_is_named_with_its_split(write, tmp_path, which):
-    path, val = write("a.txt", "ab\nQ\n"), write("b.txt", "ab\nba\nQ\n")
-    data = DataConfig(dataset=str(path), val_dataset=str(val), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError) as caught:
-        cached_token_file(data, which, CharTokenizer("ab", unknown="error"), SEED)
-    place = f"{path}: training document 2" if which == "train" else f"{val}: validation document 3"
-    found = "the character 'Q' (U+0051) at position 0 is not among the 2 characters of the tokenizer"
-    assert str(caught.value) == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that has it."
-    assert not list((tmp_path / "cache").glob("*.bin"))
-
-
-@pytest.mark.parametrize(("documents", "characters"), [(1, 10), (3, 10**6), (256, 5), (256, 10**6)])
-def test_batches_do_not_change_the_tokens(documents, characters, monkeypatch):
-    texts = [f"text {i} é" * (i % 4) for i in range(20)]
-    expected = [[*BYTES.encode(text), BYTES.eos_id] for text in texts]
-    monkeypatch.setattr(encode, "BATCH_DOCUMENTS", documents)
-    monkeypatch.setattr(encode, "BATCH_CHARACTERS", characters)
-    assert [tokens.tolist() for tokens in encode_documents(texts, BYTES, None)] == expected
-
-
-@pytest.mark.parametrize(("text", "read_ahead"), [("short", 256), ("x" * 400_000, 3)])
-def test_encoding_reads_no_more_than_one_batch_ahead(text, read_ahead):
-    """256 documents or a million characters, whichever is first: a stream without end must give its first tokens soon."""
-    read = count()
-    next(encode_documents((text for _ in read), BYTES, None))
-    assert next(read) == read_ahead
-
-
-def test_two_bytes_hold_65536_ids_and_one_more_needs_four():
-    assert [token_dtype(size).name for size in (260, 65536, 65537, 70000)] == ["uint16", "uint16", "uint32", "uint32"]
-
-
-class Wide(Tokenizer):
-    """70000 tokens, of which the first is 69999: cast to two bytes it would be 4463."""
-
-    kind, vocab_size, eos_id, pad_id, special_names = "wide", 70_000, 65_536, 65_536, {65_536: "end"}
-
-    def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.full(len(text), 69_999, dtype=np.int64) for text in texts]
-
-    def token_bytes(self, id: int) -> bytes:
-        return b"x"
-
-    def to_plain(self) -> dict[str, str]:
-        return {"kind": "wide"}
-
-
-def test_ids_beyond_65535_are_kept(tmp_path):
-    write_token_file(tmp_path / "a.bin", encode_documents(["ab", "c"], Wide(), None), Wide(), source="test")
-    file = TokenFile.open(tmp_path / "a.bin")
-    assert (file.header.dtype, file.tokens.tolist()) == ("uint32", [69_999, 69_999, 65_536, 69_999, 65_536])
-
-
-@pytest.mark.parametrize("ids", [[70_000], [-1], [0, 260]])
-def test_an_id_outside_the_vocabulary_is_never_wrapped(ids):
-    with pytest.raises(ValueError, match="are outside the vocabulary of 260"):
-        checked_tokens(np.array(ids), 260)
-    with pytest.raises(ValueError, match="are outside the vocabulary of 70000"):
-        checked_tokens(np.array([-5, 70_001]), 70_000)
-
-
-# --- token files ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def token_file(tmp_path: Path) -> Path:
-    """The documents `ab`, `é` and `c`: 3 + 3 + 2 tokens."""
-    path = tmp_path / "train.bin"
-    write_token_file(path, encode_documents(["ab", "é", "c"], BYTES, None), BYTES, source="test")
-    return path
-
-
-TOKENS = [97, 98, 258, 0xC3, 0xA9, 258, 99, 258]
-
-
-def test_a_token_file_reads_as_it_was_written(token_file):
-    file = TokenFile.open(token_file)
-    assert (len(file), file.tokens.tolist(), file.tokens.ndim) == (8, TOKENS, 1)
-    header = file.header
-    assert (header.count, header.dtype, header.documents, header.text_bytes, header.eos_id, header.vocab_size) == (8, "uint16", 3, 5, 258, 260)
-    assert (header.tokenizer, header.source) == (BYTES.fingerprint, "test")
-    file.verify()
-    file.require_tokenizer(BYTES)
-
-
-def test_the_format_is_a_line_a_json_header_and_raw_numbers(token_file):
-    """Read here with nothing of ours: what another program would do."""
-    data = token_file.read_bytes()
-    assert data.startswith(MAGIC) and data[4095:4096] == b"\n" and len(data) == 4096 + 2 * 8
-    assert json.loads(data[len(MAGIC) : 4096])["count"] == 8
-    assert np.frombuffer(data[4096:], dtype="<u2").tolist() == TOKENS
-
-
-def test_tokens_cannot_be_written_to(token_file):
-    with pytest.raises(ValueError, match="read-only"):
-        TokenFile.open(token_file).tokens[0] = 1
-
-
-def test_the_same_text_gives_the_same_bytes(token_file, tmp_path):
-    write_token_file(tmp_path / "again.bin", encode_documents(["ab", "é", "c"], BYTES, None), BYTES, source="test")
-    assert (tmp_path / "again.bin").read_bytes() == token_file.read_bytes()
-
-
-def test_a_worker_process_gets_the_path_not_the_tokens(tmp_path):
-    write_token_file(tmp_path / "a.bin", encode_documents(["x" * 100_000], BYTES, None), BYTES, source="test")
-    file = TokenFile.open(tmp_path / "a.bin").between(10, 20)
-    packed = pickle.dumps(file)
-    assert len(packed) < 5000
-    back = pickle.loads(packed)  # noqa: S301
-    assert (back.tokens.tolist(), back.fingerprint, back.mend) == (file.tokens.tolist(), file.fingerprint, file.mend)
-
-
-GIVE_TEXT = "Give the text that it was made from as data.dataset."
-
-
-@pytest.mark.parametrize("size", [4096, 4097, 4096 + 15, 4096 + 17, 4096 + 160])
-def test_a_token_file_of_the_wrong_size_is_refused(token_file, size):
-    data = token_file.read_bytes()
-    token_file.write_bytes((data + bytes(size))[:size])
-    with pytest.raises(UserError) as caught:
-        TokenFile.open(token_file)
-    expected = "expected 4112 bytes (8 tokens of uint16 behind 4096 bytes of header)"
-    assert str(caught.value) == f"{token_file}: {expected}, found {size}. {GIVE_TEXT}"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not a token file: it begins with b''."),
-        (pickle.dumps({"x": 1}), "not a token file: it begins with b'"),
-        (b"PK\x03\x04" + bytes(5000), "not a token file: it begins with b'PK"),
-        (MAGIC + b'{"version": 1', "header: JSON: Invalid JSON"),
-        (MAGIC + b"[]" + b" " * 5000, "header: JSON: "),
-        (MAGIC + b"{}" + b" " * 5000, "header: version: Field required"),
-        (MAGIC + b'{"version": 2}' + b" " * 5000, "header: version: Input should be 1. "),
-    ],
-)
-def test_what_is_no_token_file_is_refused(tmp_path, content, message):
-    (tmp_path / "a.bin").write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        TokenFile.open(tmp_path / "a.bin")
-    assert str(caught.value).startswith(f"{tmp_path / 'a.bin'}: {message}")
-    assert str(caught.value).endswith(f". {GIVE_TEXT}")
-
-
-@pytest.mark.parametrize(("key", "value"), [("count", 0), ("count", "8"), ("count", 2.5), ("dtype", "float64"), ("eos_id", -1), ("tokenizer", 3)])
-def test_a_header_with_a_wrong_value_is_refused_and_names_it(token_file, key, value):
-    data = token_file.read_bytes()
-    header = json.loads(data[len(MAGIC) : 4096]) | {key: value}
-    token_file.write_bytes((MAGIC + json.dumps(header).encode()).ljust(4095) + b"\n" + data[4096:])
-    with pytest.raises(UserError, match=f"train.bin: header: {key}: "):
-        TokenFile.open(token_file)
-
-
-def test_a_pickle_named_bin_runs_nothing(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    (tmp_path / "a.bin").write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(UserError, match="not a token file"):
-        TokenFile.open(tmp_path / "a.bin")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("name", ["missing.bin", "pipe.bin", "."])
-def test_a_token_file_that_cannot_be_opened_is_refused_at_once(tmp_path, name):
-    os.mkfifo(tmp_path / "pipe.bin")
-    with pytest.raises(UserError, match="not found|not a regular file"):
-        TokenFile.open(tmp_path / name)
-
-
-def test_every_flipped_bit_is_found(token_file):
-    """In the tokens and in each field of the header; the spaces behind the JSON mean nothing."""
-    data = token_file.read_bytes()
-    for place in [*range(data.index(b"}") + 1), *range(HEADER_BYTES, len(data))]:
-        token_file.write_bytes(data[:place] + bytes((data[place] ^ 1,)) + data[place + 1 :])
-        with pytest.raises(UserError):
-            TokenFile.open(token_file).verify()
-    token_file.write_bytes(data)
-    TokenFile.open(token_file).verify()
-
-
-def test_tokens_of_another_tokenizer_are_refused(token_file):
-    other = CharTokenizer("abc", unknown="error")
-    with pytest.raises(UserError) as caught:
-        TokenFile.open(token_file).require_tokenizer(other)
-    assert str(caught.value) == (
-        f"{token_file} was encoded with tokenizer {BYTES.fingerprint}, this run uses {other.fingerprint}. Set tokenizer to that one, or: {GIVE_TEXT}"
-    )
-
-
-def test_progress_counts_documents(tmp_path):
-    seen: list[int] = []
-    write_token_file(tmp_path / "a.bin", encode_documents(["a", "b", "c"], BYTES, None), BYTES, source="test", progress=seen.append)
-    assert seen == [1, 2, 3]
-
-
-# --- writing goes wrong -----------------------------------------------------------------------------------------------
-
-
-def names(folder: Path) -> list[str]:
-    """What stands in a folder beside locks."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
-
-
-def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(tmp_path, monkeypatch):
-    order: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync file"), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(f"{Path(a).name} -> {Path(b).name}"), replace(a, b)))
-    write_token_file(tmp_path / "a.bin", encode_documents(["a"], BYTES, None), BYTES, source="test")
-    assert order == ["sync file", ".a.bin.tmp -> a.bin", "sync folder"]
-
-
-def broken() -> Iterator[np.ndarray]:
-    yield np.array([97, 258])
-    raise UserError("the source broke")
-
-
-def test_a_source_that_breaks_leaves_no_file_and_keeps_the_old_one(token_file, tmp_path):
-    before = token_file.read_bytes()
-    for path in (token_file, tmp_path / "new.bin"):
-        with pytest.raises(UserError, match="the source broke"):
-            write_token_file(path, broken(), BYTES, source="test")
-    assert (names(tmp_path), token_file.read_bytes()) == (["train.bin"], before)
-
-
-@pytest.mark.parametrize(("call", "reason"), [("fsync", "Input/output error"), ("replace", "Permission denied")])
-def test_a_failed_sync_or_rename_is_a_failed_file(tmp_path, monkeypatch, call, reason):
-    def fail(*args):
-        raise OSError({"fsync": 5, "replace": 13}[call], reason)
-
-    monkeypatch.setattr(os, call, fail)
-    with pytest.raises(UserError) as caught:
-        write_token_file(tmp_path / "a.bin", encode_documents(["a"], BYTES, None), BYTES, source="test")
-    assert str(caught.value) == f"{tmp_path / 'a.bin'}: the token file could not be written: {reason}. Make room, or choose another data.cache_dir."
-    assert names(tmp_path) == []
-
-
-def test_a_cache_folder_that_cannot_be_made_is_an_error(write, lines):
-    data = DataConfig(dataset=str(lines), cache_dir=str(write("file", "x")))
-    with pytest.raises(UserError, match="the token file could not be written: .*choose another data.cache_dir"):
-        cached_token_file(data, "train", BYTES, SEED)
-
-
-def child(code: str, *arguments: object, **options) -> subprocess.Popen:
-    """A Python process in the project's folder, with `data` and `BYTES` at hand."""
-    head = "import sys, resource, time; from pathlib import Path; from tinylm import corpus, encode; from tinylm.config import DataConfig\n"
-    head += "from tinylm.errors import UserError; from tinylm.tokenizer import ByteTokenizer; BYTES = ByteTokenizer(); args = sys.argv[1:]\n"
-    command = [sys.executable, "-c", head + code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(tmp_path, write):
-    """RLIMIT_FSIZE stops any file of the child at 64 KiB, as a full disk would."""
-    source = write("source.txt", "some words and more of them\n" * 10_000)
-    code = """resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-try: encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1)
-except UserError as error: print(error)"""
-    out, err = child(code, source, tmp_path / "cache").communicate(timeout=60)
-    assert (err, "the token file could not be written: File too large. Make room, or choose another data.cache_dir." in out) == ("", True)
-    assert names(tmp_path / "cache") == []
-
-
-def test_after_a_kill_the_file_is_made_again_and_equals_an_undisturbed_one(tmp_path, write):
-    """The child is killed while half a file is written; its name never appears, and its remains are overwritten."""
-    source = write("source.txt", "".join(f"line {i}\n" for i in range(5000)))
-    code = """def slow(n):
-    if n == 3000: print("half", flush=True); time.sleep(60)
-encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=slow)"""
-    process = child(code, source, tmp_path / "cache")
-    assert process.stdout.readline() == "half\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    remains = names(tmp_path / "cache")
-    assert len(remains) == 1 and remains[0].endswith(".bin.tmp")
-    files = [cached_token_file(DataConfig(dataset=str(source), cache_dir=str(tmp_path / name)), "train", BYTES, 1) for name in ("cache", "clean")]
-    assert files[0].path.read_bytes() == files[1].path.read_bytes()
-    assert names(tmp_path / "cache") == [files[0].path.name]
-
-
-@pytest.mark.slow
-def test_two_processes_make_one_file(tmp_path, write):
-    """Both start with an empty cache; one encodes, the other waits and takes the same file."""
-    source = write("source.txt", "".join(f"line {i}\n" for i in range(50_000)))
-    code = """made = []
-file = encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=made.append)
-print(file.fingerprint, bool(made))"""
-    outputs = [process.communicate(timeout=60) for process in [child(code, source, tmp_path / "cache") for _ in range(2)]]
-    assert [err for _, err in outputs] == ["", ""]
-    (first, made_first), (second, made_second) = (out.split() for out, _ in outputs)
-    assert first == second
-    assert {made_first, made_second} == {"True", "False"}
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts other units elsewhere")
 @pytest.mark.parametrize(
     ("name", "content", "n"), [("long.txt", b"x" * 50_000_000, 1), ("empty.txt", b"\n" * 1_000_000 + b"end", 1)], ids=["50 MB line", "1e6 empty lines"]
 )
-def test_odd_files_are_read_in_bounded_memory(write, name, content, n):
+def test_odd_files_are_read_in_bounded_memory(write, name, content, n, child):
     """One document of 50 MB is held a few times (bytes, text, a copy being made): less than 300 MB in all."""
     path = write(name, content)
     code = """before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -899,186 +547,3 @@ print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     documents, megabytes = map(int, out.split())
     assert (err, documents) == ("", n)
     assert megabytes < (300 if name == "long.txt" else 5)
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def data(lines: Path, tmp_path: Path) -> DataConfig:
-    return DataConfig(dataset=str(lines), cache_dir=str(tmp_path / "cache"))
-
-
-def expected_tokens(documents: Iterator[str]) -> list[int]:
-    return [id for document in documents for id in (*BYTES.encode(document), BYTES.eos_id)]
-
-
-@pytest.mark.parametrize("which", ["train", "val"])
-def test_the_cached_file_has_the_tokens_of_its_split(data, which):
-    documents = {"train": train_documents, "val": val_documents}[which](data, SEED)
-    assert cached_token_file(data, which, BYTES, SEED).tokens.tolist() == expected_tokens(documents)
-
-
-def test_a_file_that_is_there_is_used(data, monkeypatch):
-    first = cached_token_file(data, "train", BYTES, SEED)
-    monkeypatch.setattr(encode, "encode_documents", None)
-    again = cached_token_file(data, "train", BYTES, SEED)
-    assert (again.path, again.fingerprint) == (first.path, first.fingerprint)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"val_fraction": 0.2}, {"train_docs": 5}, {"max_doc_len": 3}, {"text_field": "body"}, {"document_separator": "\n1"}, {"val_dataset": "other.txt"}],
-)
-def test_every_setting_that_changes_the_tokens_changes_the_name(data, change):
-    assert cached_token_file(data, "train", BYTES, SEED).path != cached_token_file(data.model_copy(update=change), "train", BYTES, SEED).path
-
-
-def test_seed_text_and_tokenizer_change_the_name_and_the_place_of_the_text_does_not(data, lines, tmp_path):
-    path = cached_token_file(data, "train", BYTES, SEED).path
-    assert cached_token_file(data, "train", BYTES, SEED + 1).path != path
-    assert cached_token_file(data, "train", CharTokenizer("document 0123456789", unknown="error"), SEED).path != path
-    moved = tmp_path / "moved.txt"
-    lines.rename(moved)
-    data = data.model_copy(update={"dataset": str(moved)})
-    assert cached_token_file(data, "train", BYTES, SEED).path == path
-    moved.write_bytes(moved.read_bytes().replace(b"799", b"798"))
-    assert cached_token_file(data, "train", BYTES, SEED).path != path
-
-
-@pytest.mark.parametrize(
-    ("place", "found"), [(5000, "its content is not what was written (checksum)"), (0, "not a token file"), (30, "header: "), (None, "expected ")]
-)
-def test_damage_in_the_cache_is_found_and_mended_by_deleting_the_file(data, place, found):
-    """A byte changed in the tokens, the first line or the header, and a file that is too long."""
-    whole = cached_token_file(data, "train", BYTES, SEED)
-    path, tokens = whole.path, whole.tokens.tolist()
-    with open(path, "ab" if place is None else "r+b") as file:
-        if place is not None:
-            file.seek(place)
-        file.write(b"\x01")
-    with pytest.raises(UserError) as caught:
-        cached_token_file(data, "train", BYTES, SEED)
-    assert str(caught.value).startswith(f"{path}: {found}")
-    assert str(caught.value).endswith(". Delete it: it is made again from the text.")
-    path.unlink()
-    assert cached_token_file(data, "train", BYTES, SEED).tokens.tolist() == tokens
-
-
-def test_a_cache_whose_name_is_too_long_is_refused_on_one_line(data, tmp_path):
-    data = data.model_copy(update={"cache_dir": str(tmp_path / ("x" * 300))})
-    with pytest.raises(UserError, match="the token file could not be written: File name too long. Make room, or choose another data.cache_dir."):
-        cached_token_file(data, "train", BYTES, SEED)
-
-
-def test_a_source_fingerprint_is_its_content(write, tmp_path):
-    def fingerprint(name: str, which: str = "train", **settings) -> str:
-        return source_fingerprint(DataConfig(dataset=str(tmp_path / name), **settings), which)
-
-    write("a.txt", "one\n"), write("b.txt", "one\n"), write("c.txt", "One\n"), write("d.jsonl", "one\n")
-    assert fingerprint("a.txt") == fingerprint("b.txt") == fingerprint("c.txt", "val", val_dataset=str(tmp_path / "b.txt"))
-    assert len({fingerprint(name) for name in ("a.txt", "c.txt", "d.jsonl", "?.txt")}) == 4
-    hub = [DataConfig(dataset="o/n"), DataConfig(dataset="o/m"), DataConfig(dataset="o/n", dataset_config="en"), DataConfig(dataset="o/n", split="test")]
-    assert len({source_fingerprint(data, "train") for data in hub}) == 4
-
-
-# --- a token file as the dataset --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def given_file(tmp_path: Path) -> Path:
-    """100 documents of 1 to 9 letters."""
-    path = tmp_path / "given.bin"
-    write_token_file(path, encode_documents([str(i) * (1 + i % 4) for i in range(100)], BYTES, None), BYTES, source="test")
-    return path
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
-def test_the_end_of_a_token_file_validates_from_the_start_of_a_document_on(given_file, fraction):
-    data = DataConfig(dataset=str(given_file), val_fraction=fraction)
-    train, val = (cached_token_file(data, which, BYTES, SEED) for which in ("train", "val"))
-    whole = TokenFile.open(given_file)
-    assert train.tokens.tolist() + val.tokens.tolist() == whole.tokens.tolist()
-    assert train.tokens[-1] == BYTES.eos_id
-    assert abs(len(val) - fraction * len(whole)) <= 9
-    assert len({train.fingerprint, val.fingerprint, whole.fingerprint}) == 3
-
-
-@pytest.mark.parametrize("block", [1, 2, 7])
-def test_the_border_does_not_depend_on_how_much_is_looked_at_together(given_file, block, monkeypatch):
-    expected = [len(cached_token_file(DataConfig(dataset=str(given_file), val_fraction=f), "val", BYTES, SEED)) for f in (0.001, 0.3, 0.999)]
-    monkeypatch.setattr(encode, "BLOCK", block)
-    assert [len(cached_token_file(DataConfig(dataset=str(given_file), val_fraction=f), "val", BYTES, SEED)) for f in (0.001, 0.3, 0.999)] == expected
-
-
-def test_a_second_token_file_validates_whole(given_file, token_file):
-    data = DataConfig(dataset=str(given_file), val_dataset=str(token_file))
-    assert cached_token_file(data, "val", BYTES, SEED).tokens.tolist() == TOKENS
-    assert len(cached_token_file(data, "train", BYTES, SEED)) == len(TokenFile.open(given_file))
-
-
-def test_text_may_validate_a_token_file_and_the_other_way_round(given_file, lines, tmp_path):
-    settings = {"cache_dir": str(tmp_path / "cache")}
-    data = DataConfig(dataset=str(given_file), val_dataset=str(lines), **settings)
-    assert cached_token_file(data, "val", BYTES, SEED).header.documents == 1000
-    data = DataConfig(dataset=str(lines), val_dataset=str(given_file), max_doc_len=4, **settings)
-    assert cached_token_file(data, "val", BYTES, SEED).header.documents == 100
-    assert cached_token_file(data, "train", BYTES, SEED).header.documents == 1000
-    assert shared_documents(data, SEED) == 0
-
-
-def test_one_document_cannot_be_divided(tmp_path):
-    write_token_file(tmp_path / "a.bin", encode_documents(["only one"], BYTES, None), BYTES, source="test")
-    with pytest.raises(UserError, match="one document only, so none can be held out. Set data.val_dataset to a second token file"):
-        cached_token_file(DataConfig(dataset=str(tmp_path / "a.bin")), "train", BYTES, SEED)
-
-
-TEXT_SETTINGS = {
-    "streaming": True, "dataset_config": "en", "split": "test", "val_split": "test", "train_docs": 3, "max_doc_len": 3,
-    "text_field": "body", "document_separator": "\n\n", "val_docs": 3,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("setting", TEXT_SETTINGS)
-def test_settings_that_a_token_file_cannot_follow_are_refused(given_file, setting):
-    """Whichever split is asked for first, and before a stream is read: training would only say it in its first step."""
-    data = DataConfig(dataset=str(given_file), **{setting: TEXT_SETTINGS[setting]})
-    expected = f"data.{setting}: does not apply to the token file data.dataset. Take it out, or: {GIVE_TEXT}"
-    train, val = (partial(cached_token_file, data, which, BYTES, SEED) for which in ("train", "val"))
-    for ask in (train, val, partial(train_documents, data, SEED)):
-        with pytest.raises(UserError) as caught:
-            ask()
-        assert str(caught.value) == expected
-
-
-def test_settings_of_text_are_refused_for_a_token_file_only_where_no_text_follows_them(given_file, write, tmp_path):
-    """The text that validates a token file has its own key and separator, but is not streamed; a val_dataset is named as such."""
-    text = write("val.jsonl", '{"body": "one"}\n')
-    data = DataConfig(dataset=str(given_file), val_dataset=str(text), text_field="body", val_docs=1, cache_dir=str(tmp_path / "cache"))
-    assert cached_token_file(data, "val", BYTES, SEED).tokens.tolist() == [*b"one", BYTES.eos_id]
-    with pytest.raises(UserError, match="data.streaming: does not apply to the token file data.dataset"):
-        cached_token_file(data.model_copy(update={"streaming": True}), "val", BYTES, SEED)
-    with pytest.raises(UserError) as caught:
-        cached_token_file(DataConfig(dataset=str(text), text_field="body", val_dataset=str(given_file), val_docs=1), "train", BYTES, SEED)
-    mend = "Take it out, or: Give the text that it was made from as data.val_dataset."
-    assert str(caught.value) == f"data.val_docs: does not apply to the token file data.val_dataset. {mend}"
-
-
-def test_a_given_token_file_is_checked_before_use(given_file):
-    with pytest.raises(UserError, match=f"given.bin was encoded with tokenizer {BYTES.fingerprint}, this run uses"):
-        cached_token_file(DataConfig(dataset=str(given_file)), "train", CharTokenizer("ab", unknown="error"), SEED)
-    with open(given_file, "r+b") as file:
-        file.seek(4200)
-        file.write(b"\xff")
-    for key in ("dataset", "val_dataset"):
-        with pytest.raises(UserError) as caught:
-            cached_token_file(DataConfig(**{key: str(given_file)}), "val", BYTES, SEED)
-        mend = f"Give the text that it was made from as data.{key}."
-        assert str(caught.value) == f"{given_file}: its content is not what was written (checksum). {mend}"
-
-
-def test_a_token_file_has_no_documents_to_read_again(given_file):
-    for documents in (train_documents, val_documents):
-        with pytest.raises(UserError, match="data.dataset: .*given.bin is a token file, whose documents cannot be read again"):
-            documents(DataConfig(dataset=str(given_file)), SEED)
-    assert source_fingerprint(DataConfig(dataset=str(given_file)), "train") == TokenFile.open(given_file).header.sha256

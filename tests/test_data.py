@@ -18,7 +18,7 @@ import data as data_program
 import eval_val
 import train
 from data import Batch, Cursor, IndexedBatches, LitData, RowShape, Share, ShownRow, StreamBatches, ValidationBatches, print_rows
-from tinylm import checkpoint
+from tinylm import bpe, checkpoint
 from tinylm.config import Config, load_config
 from tinylm.corpus import train_documents, val_documents
 from tinylm.errors import UserError
@@ -167,6 +167,17 @@ def test_a_mixture_of_one_source_is_the_run_of_that_source(load: Any, corpus: Pa
     assert all(equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("order", ["shuffled", "random"])
+def test_sources_of_equal_length_have_orders_of_their_own(load: Any, corpus: Path, order: str) -> None:
+    """A text mixed with itself: its two copies are not read side by side."""
+    config, tokenizer = load(data={"order": order, "mix": [{"dataset": str(corpus)}, {"dataset": str(corpus)}]})
+    data = prepared(config, tokenizer)
+    batches = IndexedBatches(data.train_files, RowShape.of(config, tokenizer), order, 1, Share(4), [1, 1])
+    origins = [origin for k in range(40) for origin in batches[k]["origin"]]
+    first, second = ([start for source, start in origins if source == wanted] for wanted in (0, 1))
+    assert first[:20] != second[:20]
+
+
 def test_two_ranks_share_the_rows_of_a_mixture(load: Any, mix: dict) -> None:
     """A13: the rows of two ranks are, place by place, those of one."""
     config, tokenizer = load(data=mix)
@@ -306,6 +317,14 @@ def test_a_run_on_a_mixture_resumes_exactly_and_refuses_other_shares(
     assert "--allow-changes" in changed
     assert "this run has 1 " in refusal_of(config, capsys, f"data.mix={json.dumps(parts[:1])}")
     assert "train data (" in refusal_of(config, capsys, "data.mix=null")
+
+
+def test_a_resumed_run_keeps_the_characters_that_it_learned(make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned from the first documents of what may be a stream: the checkpoint has them, and nothing is read to learn them again."""
+    config = make_config(tokenizer={"kind": "char", "unknown": "unk", "learn_docs": 20}, training={"max_steps": 2, "val_every_steps": 2})
+    assert train.main(["--config", str(config)]) == 0
+    monkeypatch.setattr(bpe, "training_split", None)
+    assert train.main(["--config", str(config), "training.max_steps=4"]) == 0
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ import pytest
 
 from tinylm.config import Config, load_config, sections
 from tinylm.errors import UserError
+from tinylm.foreign import PREFIX
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
@@ -36,11 +37,19 @@ TOOL_MODULES = {"pip", "pytest", "venv", "ruff"}
 # The programs that are truly run, and what is put behind their arguments so that each takes a second or two.
 SHORT = {
     "train.py": ["training.max_steps=2", "training.val_every_steps=1", "training.val_batches=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
+    "finetune.py": ["training.max_steps=2", "training.val_every_steps=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
     "infer.py": ["--max-new-tokens=8"],
+    "evaluate_checkpoints.py": ["--limit=2"],
     "data.py": [],
     "eval_val.py": [],
     "list.py": [],
     "-m tinylm": [],
+}
+# What is shown and cannot be run as it stands, and what is done about it.
+SHOWN = {
+    "encode_corpus.py": "docs/SCALING.md gives its text; tests/test_scaling.py writes that into a file and runs it",
+    "sbatch": "needs a Slurm cluster; tests/test_scaling.py starts what it would start, with the variables that Slurm sets",
+    "torchrun": "needs two machines; tests/test_scaling.py has this one play both",
 }
 # Names in the guides that stand for something outside this project.
 OUTSIDE = {"HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTPS_PROXY", "NO_COLOR", "NotImplementedError", "PYTORCH_ENABLE_MPS_FALLBACK"}
@@ -215,8 +224,10 @@ def faults(text: str) -> Iterator[str]:
 
 def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
     """What is wrong with one command; `folders` are those that earlier ones train into, to which it may add its own."""
-    if command.program is None and command.words[0] not in TOOLS:
+    if command.program is None and command.words[0] not in TOOLS | SHOWN.keys():
         yield f"{command.words[0]}: neither of this project nor in TOOLS"
+    if command.program in SHOWN:
+        return
     missing = [word for word in command.words if (name := word.rpartition("=")[2]) and NAMED_FILE.fullmatch(name) and not Path(name).exists()]
     if command.fenced and missing:
         yield f"{missing[0]}: no such file"
@@ -230,10 +241,12 @@ def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
         return
     if command.program == "train.py" and config is not None:
         folders.add(config.training.checkpoint_dir)
-    reads = {"--ckpt": given.get("ckpt") and given["ckpt"].parent, "--dir": given.get("dir"), "--resume": given.get("resume") and given["resume"].parent}
+    reads = {flag: path.parent for flag in ("ckpt", "resume") if isinstance(path := given.get(flag), Path)}
+    if given.get("dir") is not None:
+        reads["dir"] = given["dir"]
     for flag, folder in reads.items():
         if command.fenced and folder is not None and str(folder) not in folders:
-            yield f"{command.program}: {flag}: nothing before it trains into {folder}"
+            yield f"{command.program}: --{flag}: nothing before it trains into {folder}"
 
 
 @pytest.fixture
@@ -314,9 +327,17 @@ def test_commands_are_cut_as_a_shell_cuts_them():
 
 
 def needs_network(command: Command) -> bool:
-    """Whether the command's config names data or a tokenizer that is not here."""
+    """Whether the command's config names data, a tokenizer or a Hugging Face model that is not here, or it imports or asks such a model."""
+    if command.program == "-m tinylm" and command.arguments[:1] == ["import"]:
+        return not Path(command.arguments[1]).exists()
+    if command.program == "evaluate_checkpoints.py":
+        return any(not Path(name).exists() for name in parse(command.program, command.arguments).model)
     config = config_of(command)
-    return config is not None and any(name and not Path(name).exists() for name in (config.data.dataset, config.tokenizer.path))
+    if config is None:
+        return False
+    base = config.training.init_from or ""
+    names = (config.data.dataset, config.tokenizer.path, base.removeprefix(PREFIX) if base.startswith(PREFIX) else None)
+    return any(name and not Path(name).exists() for name in names)
 
 
 def runnable(text: str) -> list[Command]:

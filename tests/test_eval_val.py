@@ -13,6 +13,7 @@ import eval_val
 import train
 from tinylm import checkpoint
 from tinylm.evaluate import LOSS_CAP, language_score
+from tinylm.tokenfile import TokenFile
 
 Make = Callable[..., Path]
 
@@ -45,7 +46,7 @@ def test_the_loss_is_a_mean_over_tokens_however_they_are_batched(trained: Path, 
     found = scores(trained, tmp_path, capsys, "training.micro_batch_size=1")
     loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
     (file,) = (tmp_path / "cache").glob("val-*.bin")
-    tokens = torch.frombuffer(bytearray(file.read_bytes()[4096:]), dtype=torch.uint16).long()
+    tokens = torch.from_numpy(TokenFile.open(file).tokens.astype("int64"))
     losses = []
     for start in range(0, len(tokens) - 1, 16):
         window = tokens[start : start + 17]

@@ -4,7 +4,6 @@ The oracle is transformers, which reads what is written here. Weights are random
 matrix and setting matters; what a folder from a stranger may hold is written by hand.
 """
 
-import importlib.util
 import json
 import os
 import struct
@@ -23,15 +22,18 @@ import infer
 import train
 from tinylm import checkpoint, hf, hf_import
 from tinylm.__main__ import main
-from tinylm.bpe import Bpe, Rules, count_texts
-from tinylm.config import Config, LoraConfig, ModelConfig
+from tinylm.bpe import Bpe
+from tinylm.config import Config, LoraConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError, require_package
 from tinylm.export import CHAT_TEMPLATES, backend_of, export_hf, sampling_settings
+from tinylm.foreign import ForeignDecoder
 from tinylm.gguf import Vocabulary, export_gguf, neighbours, vocabulary_of
 from tinylm.hf_import import import_hf
 from tinylm.lora import target_layers
+from tinylm.prompts import Turn, make_template
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, load_hf_tokenizer, tokenizer_from_plain
+from tinylm.words import Rules, count_texts
 
 TEXT = "the model reads a token and guesses the next token; it isn't 12345 words, nor naïve 東京 🙂 text, the the the model's guesses\n"
 GPT2 = {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all"}
@@ -53,16 +55,16 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HFTokenizer
 def save(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[..., Path]:
     """Writes a checkpoint of a random model; keyword arguments are settings of the model."""
 
-    def write(tokenizer: Tokenizer | None = None, *, stage: str = "sft", config: dict | None = None, **model: Any) -> Path:
+    def write(tokenizer: Tokenizer | None = None, *, stage: str = "pretrain", config: dict | None = None, **model: Any) -> Path:
         tokenizer = tokenizer or bpe("gpt2")
         shape = {"vocab_size": tokenizer.vocab_size, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 48, "max_seq_len": 64} | model
-        settings = Config.model_validate({"training": {"seq_len": 32}, "data": {"template": "plain"}} | (config or {}) | {"model": shape})
+        settings = Config.model_validate({"training": {"seq_len": 32}} | (config or {}) | {"model": shape})
         path = tmp_path / "a.ckpt"
         decoder, generator = Decoder(settings.model), torch.Generator().manual_seed(1)
         with torch.no_grad():
             for weight in decoder.parameters():
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-        weights = {"config": settings.to_plain(), "tokenizer": tokenizer.to_plain(), "weights": decoder.state_dict()}
+        weights = checkpoint.NO_ROOTS | {"config": settings.to_plain(), "tokenizer": tokenizer.to_plain(), "weights": decoder.state_dict()}
         about = {"format": "tinylm", "schema": 1, "stage": stage, "step": 5, "tokens": 640, "train_loss": 2.5, "val_loss": 2.25, "created": 1.0}
         checkpoint.write(path, about | weights)
         return path
@@ -137,7 +139,8 @@ def test_a_model_of_bytes_or_characters_writes_the_same_text_there(tokenizer, sa
 
 def test_the_folder_says_what_the_model_is(save, tmp_path):
     """No token is claimed to end or fill a text but the tokenizer's own; older readers find rope_theta and a class they know."""
-    path = save(config={"sampling": {"temperature": 0.5, "top_p": 0.9}, "data": {"dataset": "owner/texts", "template": "plain"}}, rope_theta=777.0)
+    data = {"dataset": "owner/texts", "template": "plain"}
+    path = save(stage="sft", config={"sampling": {"temperature": 0.5, "top_p": 0.9}, "data": data}, rope_theta=777.0)
     export_hf(path, tmp_path / "out")
     files = {file.name: file.read_text(encoding="utf-8") for file in (tmp_path / "out").iterdir() if file.suffix != ".safetensors"}
     assert sorted(files) == ["README.md", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -300,14 +303,11 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tinylm.prompts") is None, reason="tinylm/prompts.py is not there yet")
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_the_chat_template_asks_as_training_did(name, conversation, save, tmp_path):
     """`prompt_ids` is the definition; transformers renders our Jinja and encodes the text."""
-    from tinylm.prompts import Turn, make_template
-
-    path = save(config={"data": {"template": name}})
+    path = save(stage="sft", config={"data": {"template": name}})
     ours = checkpoint.load_model(path).tokenizer
     export_hf(path, tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -320,14 +320,11 @@ def test_the_chat_template_asks_as_training_did(name, conversation, save, tmp_pa
     assert tuple(ends if isinstance(ends, list) else [ends]) == template.stop_ids(ours)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tinylm.prompts") is None, reason="tinylm/prompts.py is not there yet")
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_token_that_opens_texts_opens_a_conversation_once(name, save, tmp_path):
-    from tinylm.prompts import Turn, make_template
-
     rules = Rules("gpt2", (*SPECIAL, "<s>"))
     opening = HFTokenizer(Bpe.learn(count_texts([TEXT], rules), 300, rules).backend(), eos="<|endoftext|>", pad=None)
-    export_hf(save(opening, config={"data": {"template": name}}), tmp_path / "out")
+    export_hf(save(opening, stage="sft", config={"data": {"template": name}}), tmp_path / "out")
     turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     found = theirs.apply_chat_template([{"role": turn.role, "content": turn.text} for turn in turns], add_generation_prompt=True)["input_ids"]
@@ -335,11 +332,8 @@ def test_a_token_that_opens_texts_opens_a_conversation_once(name, save, tmp_path
     assert found.count(opening.vocab_size - 1) == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tinylm.prompts") is None, reason="tinylm/prompts.py is not there yet")
 def test_bytes_end_an_answer_with_the_separator(save, tmp_path):
-    from tinylm.prompts import Turn, make_template
-
-    path, ours = save(ByteTokenizer(), config={"data": {"template": "instruction"}}), ByteTokenizer()
+    path, ours = save(ByteTokenizer(), stage="sft", config={"data": {"template": "instruction"}}), ByteTokenizer()
     export_hf(path, tmp_path / "out")
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
     assert generation["eos_token_id"] == [ours.sep_id, ours.eos_id] == list(make_template("instruction", ours).stop_ids(ours))
@@ -349,16 +343,36 @@ def test_bytes_end_an_answer_with_the_separator(save, tmp_path):
     assert found == make_template("instruction", ours).prompt_ids(turns, ours)
 
 
+OWN = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"""
+OWN += """{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
 def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tmp_path):
-    export_hf(save(stage="pretrain"), tmp_path / "base")
+    """Tuned with the tokenizer's own template, a model ends its answers as that does; untuned, with the end of a text."""
+    export_hf(save(), tmp_path / "base")
     assert not (tmp_path / "base" / "chat_template.jinja").exists()
-    source = "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    own = tokenizer_from_plain(bpe("gpt2").to_plain() | {"chat_template": source})
-    for stage, data in (("pretrain", {}), ("sft", {"template": "chat_template"})):
+    own = tokenizer_from_plain(bpe("gpt2").to_plain() | {"chat_template": OWN})
+    for stage, data, ends in (("pretrain", {}, own.eos_id), ("sft", {"template": "chat_template"}, [own.vocab_size - 1, own.eos_id])):
         export_hf(save(own, stage=stage, config={"data": data}), tmp_path / stage)
-        assert (tmp_path / stage / "chat_template.jinja").read_text(encoding="utf-8") == source
-        ends = json.loads((tmp_path / stage / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
-        assert ends == (own.eos_id if stage == "pretrain" else [SPECIAL.index("<|im_end|>") + own.encode_markup(SPECIAL[0])[0], own.eos_id])
+        assert (tmp_path / stage / "chat_template.jinja").read_text(encoding="utf-8") == OWN
+        assert json.loads((tmp_path / stage / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == ends
+
+
+# --- other checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_a_tuned_hugging_face_model_goes_out_as_it_is_and_as_gguf(save, tmp_path, capsys):
+    """Such a checkpoint holds transformers' own model (foreign.py), here a Llama; GGUF needs it as our decoder first."""
+    path = save()
+    payload = checkpoint.read(path)
+    inner = hf.to_hf(checkpoint.load_model(path).model)
+    foreign = ForeignDecoder(inner)
+    checkpoint.write(path, payload | {"hf_config": foreign.settings, "weights": foreign.state_dict()})
+    expected = text_of_infer(path, capsys)
+    assert export_hf(path, tmp_path / "out").model_type == "llama"
+    assert text_of_transformers(tmp_path / "out") == expected
+    export_gguf(path, tmp_path / "out.gguf")
+    assert text_of_transformers(tmp_path, gguf_file="out.gguf") == expected
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
@@ -540,19 +554,14 @@ def test_older_files_are_read(published, tmp_path):
     assert import_hf(str(folder), tmp_path / "in.ckpt").difference < 1e-5
 
 
-def test_an_imported_checkpoint_is_described_and_its_settings_are_told(published, tmp_path, capsys):
-    """The last line is the path; the line above it is what `training.init_from` needs beside it."""
+def test_an_imported_checkpoint_is_described_and_says_what_to_type_next(published, tmp_path, capsys):
     folder = published()
     assert main(["import", str(folder), str(tmp_path / "in.ckpt")]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'in.ckpt'}\n"
     assert "llama, F32, stored as fp32: its logits differ from transformers' by " in err
-    overrides = err.partition("training.init_from=")[2].partition("\n")[0].split()[1:]
-    given = dict(override.split("=") for override in overrides)
-    config = checkpoint.load_model(tmp_path / "in.ckpt").config
-    shape = {key.removeprefix("model."): json.loads(value) for key, value in given.items() if key.startswith("model.")}
-    assert ModelConfig.model_validate(shape) == config.model
-    assert given["tokenizer.path"] == config.tokenizer.path == str(folder)
+    assert f"to train it further: training.init_from={tmp_path / 'in.ckpt'}, in train.py or finetune.py\n" in err
+    assert err.endswith(f'next: python infer.py --ckpt {tmp_path / "in.ckpt"} --prompt "Once"\n')
     info = checkpoint.describe(tmp_path / "in.ckpt")
     assert (info.stage, info.step, info.tokens, info.train_loss, info.val_loss) == ("pretrain", 0, 0, None, None)
 
@@ -784,7 +793,7 @@ def ending_at(path: Path, place: int, capsys: pytest.CaptureFixture, eos_id: int
 @pytest.mark.parametrize(("template", "ends"), [("instruction", True), ("alpaca", False), ("chatml", True)])
 def test_an_answer_is_the_one_that_infer_gives(kind, template, ends, save, bpe, tmp_path, capsys):
     """Asked by the chat template that was exported, transformers writes the same tokens, and ends where infer.py does."""
-    path = save(config={"data": {"template": template}}, max_seq_len=200)
+    path = save(stage="sft", config={"data": {"template": template}}, max_seq_len=200)
     if template == "instruction":  # the random model ends by itself in the words of ChatML
         ending_at(path, 7, capsys, bpe("gpt2").eos_id)
     out = tmp_path / f"out.{kind}"

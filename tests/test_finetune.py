@@ -140,6 +140,21 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(name: str, make: Mak
     assert eval_val.main(["--ckpt", str(final), "--config", str(home / "base.yaml")]) == 0
 
 
+def test_answers_are_scored_as_in_training_and_before_it(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """eval_val.py --answers gives the val_loss that training wrote, and for the base a higher one; a longer context than the model has is an error."""
+    config = make()
+    assert run(config) == 0
+    losses = []
+    for path in (tmp_path / "checkpoints" / "final.ckpt", home / "base" / "final.ckpt"):
+        capsys.readouterr()
+        assert eval_val.main(["--ckpt", str(path), "--config", str(config), "--answers", "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["val_loss"])
+    assert losses[0] == float.fromhex(curve(tmp_path, "val_loss")[6])
+    assert losses[1] > losses[0] + 0.2
+    assert eval_val.main(["--ckpt", str(path), "--config", str(config), "--answers", "training.seq_len=161"]) == 2
+    assert "training.seq_len: 161 is more than the 160 positions of " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("packing", ["packed", "padded"])
 @pytest.mark.parametrize("name", ["whole", "foreign lora"])
 def test_validation_is_the_loss_of_the_answers_alone(name: str, packing: str, make: Make, tmp_path: Path) -> None:
@@ -241,6 +256,20 @@ def test_pretraining_goes_on_from_a_hugging_face_model_too(make: Make, home: Pat
     assert train.main(["--config", str(config), f"data.dataset={home / 'corpus.txt'}", "training.max_steps=2"]) == 0
     info = checkpoint.describe(tmp_path / "checkpoints" / "final.ckpt")
     assert (info.stage, info.shape) == ("pretrain", "1L 16d 2h + r4")
+
+
+def test_the_rows_of_a_task_are_asked_as_the_task_asks(make: Make, tmp_path: Path) -> None:
+    """data.task says which columns there are and what the question is."""
+    rows = [{"sentence": f"film number {i} , and a good one", "label": 1} for i in range(20)]
+    (tmp_path / "sst2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = make(data={"dataset": str(tmp_path / "sst2.jsonl"), "task": "sst2"}, training={"seq_len": 160, "max_steps": 1})
+    assert run(config) == 0
+    loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
+    data = LitExamples(load_config(config), loaded.tokenizer)
+    data.prepare()
+    text = loaded.tokenizer.decode(data.train_examples[0].ids.tolist())
+    assert text.startswith("### Instruction: Is the sentiment of this review positive or negative?\n### Input: film number ")
+    assert text.endswith("\n### Output: positive\n")
 
 
 def test_gradient_checkpointing_changes_no_number(make: Make, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import data
 import train
 from tinylm import checkpoint
 from tinylm.bpe import tokenizer_for
@@ -276,13 +277,24 @@ def test_a_stream_without_end_is_not_learned_from(hub, kind, settings):
     assert hub.asked == []
 
 
+def test_the_rows_of_the_character_preset_can_be_looked_at(hub, capsys):
+    """configs/c4-char.yaml as it is, but for the name of the dataset and the window of rows, which two small files do not fill."""
+    fill(hub, "json.gz")
+    preset = str(Path(__file__).parent.parent / "configs" / "c4-char.yaml")
+    assert data.main(["--config", preset, "--rows", "2", "data.dataset=owner/name", "data.dataset_config=null", "data.shuffle_window=16"]) == 0
+    heading, text, counts, *_ = capsys.readouterr().out.splitlines()
+    assert heading == "row 0, micro-batch 0: owner/name"
+    assert re.fullmatch(r"⟦.⟧[documentx0-9 ┊]*(<\|eos\|>[documentx0-9 ]*)?", text)
+    assert counts.startswith("64 tokens, targets: 64, documents: ")
+
+
 @pytest.mark.slow
 def test_a_run_that_loses_the_network_goes_on_where_it_stopped(hub, make_config, tmp_path, capsys):
     """E11 from end to end: exit code 2 and one line when the second file cannot be had; with the network back, the losses of a calm run."""
     name, short = "train-1.jsonl", [f"document {i}" for i in range(1200)]
     hub.files = {"train-0.jsonl": jsonl(short[:600]), name: jsonl(short[600:])}
-    data = {"dataset": "owner/name", "streaming": True, "shuffle_window": 8, "val_fraction": 0.1, "val_docs": 3}
-    config = make_config(data=data, training={"max_steps": 120, "save_every_steps": 20, "val_every_steps": 120, "log_every_steps": 120})
+    streamed = {"dataset": "owner/name", "streaming": True, "shuffle_window": 8, "val_fraction": 0.1, "val_docs": 3}
+    config = make_config(data=streamed, training={"max_steps": 120, "save_every_steps": 20, "val_every_steps": 120, "log_every_steps": 120})
     calm = tmp_path / "calm"
     elsewhere = [f"training.checkpoint_dir={calm / 'checkpoints'}", f"training.log_dir={calm / 'logs'}"]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

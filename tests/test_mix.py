@@ -248,3 +248,10 @@ def test_no_tokenizer_learns_from_a_token_file(tmp_path, write):
     data = mixed(tmp_path, write("a.txt", A), token_file(tmp_path / "b.bin", B))
     with pytest.raises(UserError, match=r"^data.mix\[1\].dataset: .*b.bin is a token file, whose documents cannot be read again"):
         tokenizer_for(TokenizerConfig(kind="char"), data, SEED)
+
+
+def test_a_bare_array_validates_a_mixture_of_texts(tmp_path, write):
+    """Its dtype is that of the settings, though no part of the mixture is such a file."""
+    np.array([97, BYTES.eos_id], dtype=np.uint16).tofile(tmp_path / "val.bin")
+    data = mixed(tmp_path, write("a.txt", A), write("b.txt", B), val_dataset=str(tmp_path / "val.bin"), token_dtype="uint16")  # noqa: S106  (no password)
+    assert validation_file(data, BYTES, SEED).tokens.tolist() == [97, BYTES.eos_id]

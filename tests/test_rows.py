@@ -157,7 +157,7 @@ def test_a_folder_without_rows_is_replaced_and_that_is_said(write, tmp_path, mon
     found = f"data.dataset: {folder} holds neither SMSSpamCollection nor instruction-data.json, nor another file of rows"
     assert note == f"{found}; the tiny rows in {TINY_ROWS} are used"
     monkeypatch.chdir(ROOT)
-    tiny = json.loads(Path(TINY_ROWS).read_text(encoding="utf-8"))
+    tiny = Path(TINY_ROWS).read_text(encoding="utf-8").splitlines()
     train, val = both(DataConfig(dataset=str(folder)))
     assert len(train) + len(val) == len(tiny) > 40
     assert len(val) > 0

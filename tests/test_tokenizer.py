@@ -1,7 +1,9 @@
 """Tokenizers: ids that are known, round trips of any text, text that spells special tokens, damaged files."""
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -138,6 +140,13 @@ def test_any_text_comes_back_from_byte_level_bpe(text):
     assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text
 
 
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BYTE_LEVEL, BYTE_FALLBACK], ids=["byte", "byte_level", "byte_fallback"])
+@pytest.mark.parametrize("text", ["a\r\nb\r", "\0a\0", "a\u2028b\u2029c\x85", "\ufeffa\ufeff", "\x1c\x1d\v\f", "e\u0301 \u00e9", "\U0010ffff\uffff"])
+def test_characters_that_programs_like_to_change_come_back(tokenizer, text):
+    """E3: CRLF, NUL, the line ends of Unicode, a byte-order mark, separators, two ways to write é, and no characters at all."""
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 @given(st.text(alphabet=st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
 def test_any_text_comes_back_from_byte_fallback(text):
     """▁ is that construction's own sign for a space, so it alone cannot come back."""
@@ -219,6 +228,120 @@ def test_no_text_is_no_ids(tokenizer):
 @settings(max_examples=20)
 def test_a_batch_gives_what_its_texts_give(tokenizer, texts):
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+# --- special tokens by name, and streams of text ----------------------------------------------------------------------
+
+
+@every_tokenizer
+@settings(deadline=None)
+@given(parts=st.lists(st.one_of(st.sampled_from(SPECIALS), st.sampled_from(["the model", " ", "<", "|pad|>", "a\n東。"]), st.text(max_size=3)), max_size=8))
+def test_allowed_special_tokens_are_their_ids_and_the_rest_is_text(tokenizer, parts):
+    """By hand: the text is split at the names, and each stretch between is encoded alone."""
+    ids = {name: id for id, name in tokenizer.special_names.items()}
+    text = "".join(parts)
+    expected = []
+    for number, part in enumerate(re.split(f"({'|'.join(map(re.escape, ids))})", text)):
+        expected += [ids[part]] if number % 2 else tokenizer.encode(part)
+    assert tokenizer.encode(text, allowed_special="all") == tokenizer.encode(text, allowed_special=list(ids)) == expected
+    assert list(tokenizer.encode_iterable(parts, allowed_special="all")) == expected
+
+
+@every_tokenizer
+def test_only_the_names_that_are_allowed_are_special(tokenizer):
+    name = tokenizer.special_names[tokenizer.eos_id]
+    text = "the " + "".join(tokenizer.special_names.values())
+    ids = tokenizer.encode(text, allowed_special=[name])
+    assert tokenizer.eos_id in ids and tokenizer.eos_id not in tokenizer.encode(text)
+    assert [id for id in ids if id in tokenizer.special_names and tokenizer.special_names[id] not in (name, "<|unk|>", "[UNK]", "<unk>")] == []
+
+
+def overlapping() -> HFTokenizer:
+    return HFTokenizer(byte_level_backend(), eos="<|endoftext|>", pad=None, special=["<|endoftext|><|endoftext|>", "<|e"])
+
+
+def test_of_special_tokens_that_overlap_the_longest_wins():
+    """CS336's rule: two ends of text behind each other are the token that is both, the third is one; `<|e` is inside and never seen."""
+    tokenizer = overlapping()
+    ids = {name: id for id, name in tokenizer.special_names.items()}
+    eot = "<|endoftext|>"
+    expected = [ids[eot + eot], ids[eot], *tokenizer.encode("a"), ids["<|e"], *tokenizer.encode("nd")]
+    assert tokenizer.encode(f"{eot}{eot}{eot}a<|end", allowed_special="all") == expected
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 20)))
+def test_special_tokens_are_found_wherever_a_stream_is_cut(sizes):
+    tokenizer = overlapping()
+    text = "a <|e<|endoftext|><|endoftext|><|endoftext|>x<|endoftext|><|endoftex<|e"
+    cuts = [0, *itertools.accumulate(sizes)]
+    parts = [text[start:stop] for start, stop in itertools.pairwise(cuts)] + [text[cuts[-1] :]]
+    assert list(tokenizer.encode_iterable(parts, allowed_special="all")) == tokenizer.encode(text, allowed_special="all")
+
+
+@every_tokenizer
+def test_a_name_that_is_no_special_token_is_a_mistake_of_the_caller(tokenizer):
+    """A string is a collection of its characters, which are none."""
+    for allowed in (["<|none|>"], "<|endoftext|>"):
+        with pytest.raises(ValueError, match=f"allowed_special: '{re.escape(allowed[0])}' is no special token of this tokenizer, which has "):
+            tokenizer.encode("a", allowed_special=allowed)
+        with pytest.raises(ValueError, match="is no special token of this tokenizer"):
+            list(tokenizer.encode_iterable([], allowed_special=allowed))
+
+
+@every_tokenizer
+@settings(deadline=None)
+@given(texts=st.lists(st.one_of(texts_with_specials, st.sampled_from(["the model ", " \n", "東京。", "<think>"])), max_size=12))
+def test_a_stream_has_the_ids_of_the_whole_text(tokenizer, texts):
+    """Encoded 4 characters at a time, where that is possible."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinylm.tokenizer.ITERATE_CHARACTERS", 4)
+        assert list(tokenizer.encode_iterable(texts)) == tokenizer.encode("".join(texts))
+
+
+def test_a_tokenizer_whose_words_are_not_known_is_given_the_whole_stream():
+    """Two tokens that strip spaces around them, or have a place to cut inside, would be seen or not by where the text is cut."""
+    assert BYTE_LEVEL.last_cut("a b") == 1
+    assert [tokenizer.last_cut("a b") for tokenizer in (BYTE_FALLBACK, WORDS, UNIGRAM)] == [0, 0, 0]
+    for token in (AddedToken("<x>", lstrip=True, special=False), AddedToken("<x y>", special=False)):
+        backend = byte_level_backend()
+        backend.add_tokens([token])
+        assert HFTokenizer(backend, eos="<|endoftext|>", pad=None).last_cut("a b") == 0
+
+
+MEMORY_OF_A_STREAM = """
+import resource, sys
+from tinylm.tokenizer import named_tokenizer
+
+def bounded(more):
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + more, -1))
+
+tokenizer = named_tokenizer(sys.argv[1])
+with open(sys.argv[2], encoding="utf-8", newline="") as file:
+    bounded(1_000_000)
+    n = digest = 0
+    for id in tokenizer.encode_iterable(file, allowed_special="all"):
+        n, digest = n + 1, (digest * 31 + id) % 2**61
+print(n, digest)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="asks Linux how much memory a process has")
+def test_5_mb_are_encoded_within_1_mb_of_memory(folder, tmp_path):
+    """CS336's rule, measured as there: the process may grow by a megabyte, and the ids are those of the whole."""
+    path = tmp_path / "text.txt"
+    half = TEXT * (2_500_000 // len(TEXT.encode()))
+    text = f"{half}<|endoftext|>{half}"
+    path.write_text(text, encoding="utf-8", newline="")
+    command = [sys.executable, "-c", MEMORY_OF_A_STREAM, str(folder), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    digest = 0
+    ids = load(folder).encode(text, allowed_special="all")
+    for id in ids:
+        digest = (digest * 31 + id) % 2**61
+    assert done.stdout == f"{len(ids)} {digest}\n"
 
 
 def test_post_processing_and_truncation_of_a_published_tokenizer_are_off():
@@ -429,6 +552,19 @@ def test_a_damaged_tokenizer_json_is_named(folder, text, message):
     assert str(caught.value).startswith(f"{folder / 'tokenizer.json'}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("id", [900, 0])
+def test_an_added_token_whose_id_is_not_its_place_is_named(folder, id):
+    """E14, a gap: the library would number it with the next id behind the vocabulary, and the model's row 900 would never be used."""
+    description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    description["added_tokens"].append({**description["added_tokens"][0], "content": "<more>", "id": id})
+    write_json(folder / "tokenizer.json", description)
+    size = len(description["model"]["vocab"])
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    expected = f"added token <more>: id {id}, but with {size + 1} tokens in all its place is {size}. Export the tokenizer again."
+    assert str(caught.value) == f"{folder / 'tokenizer.json'}: {expected}"
 
 
 def test_every_cut_off_tokenizer_json_is_named(folder):

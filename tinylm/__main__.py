@@ -6,23 +6,24 @@ imports what it needs, makes one call and prints. Add the first to `main`.
 
 import argparse
 import json
+import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylm.errors import UserError, printable, writing
-from tinylm.program import Parser, run_program, say
+from tinylm.program import Parser, progress_bar, run_program, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-    from tinylm.bpe import Progress
-    from tinylm.config import Config
+    from tinylm.encode import Recipe
     from tinylm.export import Exported
+    from tinylm.tokenfile import TokenFile
 
 # Neighbouring tokens differ; all five are readable on black and on white.
 TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta", "black on white")
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True, parser_class=argparse.ArgumentParser)
     add_config_reference(commands)
     add_tokenizer(commands)
+    add_encode(commands)
     add_export(commands)
     add_import(commands)
     add_plot(commands)
@@ -127,25 +129,6 @@ def tokenizer_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def progress_bar() -> "Iterator[Progress]":
-    """A bar on stderr for each kind of work that is reported; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total or None)
-
-        yield report
-
-
 def tokenizer_compare(arguments: argparse.Namespace) -> int:
     """Print a table with a row for each tokenizer."""
     from rich.table import Table
@@ -185,6 +168,107 @@ def tokenizer_show(arguments: argparse.Namespace) -> int:
     n_bytes = len(arguments.text.encode())
     console.print(f"{len(ids)} tokens, {n_bytes} bytes" + (f", {n_bytes / len(ids):.2f} bytes per token" if ids else ""), highlight=False)
     return 0
+
+
+def add_encode(commands: Any) -> None:
+    """Declare `encode`."""
+    summary = "Encode a corpus once, into a token file that data.dataset names: by all cores, in document order, resumable."
+    plain = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser("encode", help="make a token file of a corpus", description=summary, epilog=ENCODE_EXAMPLE, formatter_class=plain)
+    kinds = "files, folders or globs of .txt, .jsonl, .parquet, .gz; or hf:owner/name[:config[:split]], streamed from the hub"
+    command.add_argument("--data", nargs="+", required=True, metavar="PATH", help=kinds)
+    command.add_argument("--tokenizer", required=True, metavar="TOKENIZER", help="a folder, a Hugging Face name such as gpt2, or byte")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE.bin", help="the new token file")
+    command.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="the file is the same (default: one a core)")
+    command.add_argument("--docs", type=int, metavar="N", help="stop after so many documents")
+    command.add_argument("--text-field", default="text", metavar="KEY", help="column or key that holds the text (default: text)")
+    command.add_argument("--separator", metavar="TEXT", help="what divides documents in a .txt file (default: each line is one)")
+    command.add_argument("--max-doc-len", type=int, metavar="N", help="tokens after which a document is cut")
+    command.add_argument("--resume", action="store_true", help="go on with what an interrupted run left; without it that is begun again")
+    command.add_argument("--format", choices=("bin", "npy"), default="bin", help="npy: also write a plain NumPy array of the ids, FILE.npy")
+    command.set_defaults(run=encode)
+
+
+ENCODE_EXAMPLE = """\
+for example:
+  python -m tinylm encode --data 'corpus/*.txt' --tokenizer tokenizers/mine --out data/mine-train.bin --processes 8
+  python -m tinylm encode --data hf:allenai/c4:en --docs 1000000 --tokenizer gpt2 --out data/c4.bin
+"""
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    """Write the token file, tell what is in it, and print its path."""
+    from tinylm.encode import encode_file, finished_file
+    from tinylm.tokenfile import NPY, TokenFile, locked, write_npy
+
+    check_encode(arguments)
+    path, array = arguments.out, arguments.out.with_suffix(NPY)
+    if arguments.format == "npy" and os.path.lexists(array):
+        raise UserError(f"{printable(array)}: is there already. Delete it, or choose another --out.")
+    recipe = encode_recipe(arguments)
+    with locked(path, "--out"):
+        file = finished_file(path, recipe)
+        if file is not None:
+            say(f"complete already: {path}")
+        else:
+            say(f"encoding with {arguments.processes} processes, tokenizer {recipe.tokenizer.fingerprint} (vocabulary {recipe.tokenizer.vocab_size})")
+            started = time.monotonic()
+            try:
+                with progress_bar() as progress:
+                    encode_file(path, recipe, processes=arguments.processes, resume=arguments.resume, keep=True, place="--out", progress=progress)
+            except KeyboardInterrupt:
+                say("interrupted; the same command with --resume goes on from here")
+                raise
+            file = TokenFile.open(path)
+            tell_speed(file, time.monotonic() - started)
+        if arguments.format == "npy":
+            write_npy(file, array, "--out")
+    tell_content(file)
+    tokenizer = "tokenizer.kind=byte" if arguments.tokenizer == "byte" else f"tokenizer.path={arguments.tokenizer}"
+    say(f"next: python train.py --config config.yaml data.dataset={path} {tokenizer}")
+    if arguments.format == "npy":
+        print(printable(array))
+    print(printable(path))
+    return 0
+
+
+def check_encode(arguments: argparse.Namespace) -> None:
+    """UserError for arguments that cannot be."""
+    from tinylm.tokenfile import BIN
+
+    for flag, value in (("--processes", arguments.processes), ("--docs", arguments.docs), ("--max-doc-len", arguments.max_doc_len)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag}: {value} is less than 1. Give a whole number from 1 on.")
+    if arguments.separator == "":
+        raise UserError("--separator: is empty. Give the text that divides documents.")
+    if arguments.out.suffix != BIN:
+        raise UserError(f"--out: {printable(arguments.out)}: a token file's name ends with {BIN}. Choose such a name.")
+
+
+def encode_recipe(arguments: argparse.Namespace) -> "Recipe":
+    """What the token file is made from."""
+    from tinylm.corpus import Split, sources_named
+    from tinylm.encode import Recipe
+    from tinylm.tokenizer import named_tokenizer
+
+    source = sources_named(arguments.data, arguments.text_field, arguments.separator)
+    tokenizer = named_tokenizer(arguments.tokenizer)
+    label = f"{printable(source.name)}:"
+    return Recipe(Split("train", source, None, arguments.docs), tokenizer, arguments.text_field, arguments.separator, arguments.max_doc_len, label)
+
+
+def tell_speed(file: "TokenFile", seconds: float) -> None:
+    """How long it took."""
+    say(f"encoded {file.header.text_bytes / 1e6:.1f} MB of text in {seconds:.1f} s, {file.header.text_bytes / 1e6 / seconds:.1f} MB/s")
+
+
+def tell_content(file: "TokenFile") -> None:
+    """What is in a token file."""
+    header = file.header
+    text_tokens = header.count - header.documents  # without the EOS of each document
+    say(f"{header.count:,} tokens ({header.dtype}) of {header.documents:,} documents, {header.text_bytes / max(text_tokens, 1):.3f} bytes per token")
+    say(f"first ten ids: {' '.join(map(str, file.tokens[:10]))}")
+    say(f"last ten ids:  {' '.join(map(str, file.tokens[-10:]))}")
 
 
 def add_export(commands: Any) -> None:
@@ -265,20 +349,12 @@ def import_model(arguments: argparse.Namespace) -> int:
     imported = import_hf(arguments.name, arguments.out)
     say(f"{imported.model_type}, {imported.stored_as}, stored as fp32: its logits differ from transformers' by {imported.difference:.1e}")
     path = shlex.quote(str(arguments.out))
-    say(f"to go on training it: python train.py --config CONFIG training.init_from={path} {shlex.join(overrides_of(imported.config))}")
+    say(f"to train it further: training.init_from={path}, in train.py or finetune.py")
     say(f'next: python infer.py --ckpt {path} --prompt "Once"')
     print(printable(arguments.out))
     return 0
 
 
-def overrides_of(config: "Config") -> list[str]:
-    """The settings of model and tokenizer that are not the defaults, as one writes them on a command line."""
-    from tinylm.config import ModelConfig
-
-    standard = ModelConfig().model_dump()
-    changed = {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items() if value != standard[name]}
-    written = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changed.items()]
-    return [*written, f"tokenizer.path={config.tokenizer.path}"]
 def add_plot(commands: Any) -> None:
     """Declare `plot`."""
     summary = "Curves of runs, or where the heads of a model look, as PNG files."

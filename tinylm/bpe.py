@@ -19,149 +19,48 @@ result depends on the text alone, never on the number of processes. Encoding wit
 import hashlib
 import heapq
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import regex
 from filelock import FileLock
 
 from tinylm.config import DataConfig, TokenizerConfig
 from tinylm.corpus import HubDataset, LocalFiles, Source, find_source
-from tinylm.errors import UserError, printable, writing
+from tinylm.errors import UserError, printable, reading, require_regular, writing
 from tinylm.mix import training_split
-from tinylm.tokenizer import BYTE_OF_CHARACTER, WELL_KNOWN_EOS, Tokenizer, load_hf_tokenizer, make_tokenizer
+from tinylm.processes import Progress, in_order
+from tinylm.tokenizer import WELL_KNOWN_EOS, Tokenizer, load_hf_tokenizer, make_tokenizer
+from tinylm.words import BYTE_OF_CHARACTER, CUT_BYTES, PATTERNS, CountWords, FileJob, Job, Rules, TextJob
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
-# What a merge may not cross: the words of GPT-2 (Radford et al. 2019), and those of GPT-4 as tiktoken's cl100k_base has them,
-# which keep numbers to three digits and ignore the case of contractions.
-PATTERNS = {
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "gpt4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
-SPECIAL = ("<|endoftext|>", "<|pad|>")
 WELL_KNOWN_PAD = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>")
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json")
 CHARACTER_OF_BYTE = {byte[0]: character for character, byte in BYTE_OF_CHARACTER.items()}
 
-# A file is counted in parts of about so many bytes, a stream of documents in batches of so many characters.
-PART = 2**20
+# A file is read in parts of about so many bytes, so that few words are in memory before they are counted.
+PART = 2**16
 # Parts that one process counts before it hands its words over; also a bound on what it holds.
-PARTS_A_JOB = 64
-# A smaller text is counted before processes for it have started (half a second; 10 MB take one core 0.8 s).
-WORTH_PROCESSES = 16 * PART
-# Where a text can be cut and keeps its words under both patterns: behind a single line end, or before a single space.
-CUT = regex.compile(rb"(?<=[!-~]\n)(?=[!-~])|(?<=[!-~])(?= [!-~])")
-# Bytes searched for such a place.
-WINDOW = 2**16
+PARTS_A_JOB = 32
+# Characters of documents that one process is given at a time.
+BATCH = 2**20
+# A smaller text is counted before a process for it has started (half a second; 10 MB take one core 0.8 s).
+WORTH_PROCESSES = 2**24
+# Bytes searched for a place where a part can end.
+WINDOW = 2**13
 VERSION = 1
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is counted ("bytes", "merges"), how much is done, and of how much (0: not known)."""
 
 
 # --- step 1: words ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How a text falls into words: the name of a pattern, and the special tokens, which belong to no word."""
-
-    pattern: str = "gpt2"
-    special: tuple[str, ...] = SPECIAL
-
-    def words(self, text: str) -> Iterator[list[str]]:
-        """The words of each stretch between special tokens; of special tokens that overlap the longest counts.
-
-        >>> list(Rules().words("Hello world's<|endoftext|>  end"))
-        [['Hello', ' world', "'s"], [' ', ' end']]
-        """
-        word, special = _compiled(self)
-        for stretch in special.split(text) if special else (text,):
-            yield word.findall(stretch)
-
-
-@lru_cache
-def _compiled(rules: Rules) -> tuple[regex.Pattern[str], regex.Pattern[str] | None]:
-    longest_first = sorted(rules.special, key=len, reverse=True)
-    special = regex.compile("|".join(map(regex.escape, longest_first))) if rules.special else None
-    return regex.compile(PATTERNS[rules.pattern]), special
-
-
-def count_texts(texts: Iterable[str], rules: Rules) -> Counter[str]:
-    """How often each word stands in `texts`."""
-    counts: Counter[str] = Counter()
-    for text in texts:
-        for words in rules.words(text):
-            counts.update(words)
-    return counts
-
-
-@dataclass(frozen=True)
-class FileJob:
-    """Parts of a .txt file, from one border to the next."""
-
-    path: Path
-    borders: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return self.borders[-1] - self.borders[0]
-
-    def texts(self) -> Iterator[str]:
-        with _readable(self.path), open(self.path, "rb") as file:
-            file.seek(self.borders[0])
-            for start, stop in zip(self.borders, self.borders[1:], strict=False):
-                yield self._text(file.read(stop - start), start)
-
-    def _text(self, raw: bytes, start: int) -> str:
-        mark = 3 if start == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
-        try:
-            return raw[mark:].decode()
-        except UnicodeDecodeError as error:
-            at = start + mark + error.start
-            raise UserError(f"{printable(self.path)}: not UTF-8 text: byte 0x{raw[at - start]:02x} at offset {at}. Save the file as UTF-8.") from None
-
-
-@dataclass(frozen=True)
-class TextJob:
-    """Some documents."""
-
-    documents: list[str]
-
-    @property
-    def size(self) -> int:
-        return sum(map(len, self.documents))
-
-    def texts(self) -> Iterable[str]:
-        return self.documents
-
-
-Job = FileJob | TextJob
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns errors of the operating system while `path` is read into UserErrors that name it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{printable(path)}: {error.strerror}. Give a file that can be read.") from None
 
 
 def file_borders(path: Path) -> list[int]:
@@ -170,15 +69,14 @@ def file_borders(path: Path) -> list[int]:
     Without a good place in the window a part ends behind a line, and without a line end there it goes on into the next.
     The places depend on the file alone, so that any number of processes counts the same words.
     """
-    if not path.is_file():
-        raise UserError(f"{printable(path)}: not a regular file. Give the path of a file on disk.")
+    require_regular(path)
     borders = [0]
-    with _readable(path), open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         size = os.path.getsize(path)
         for wanted in range(PART, size, PART):
             file.seek(wanted)
             window = file.read(WINDOW)
-            found = CUT.search(window)
+            found = CUT_BYTES.search(window)
             place = found.start() if found else window.find(b"\n") + 1
             if place:
                 borders.append(wanted + place)
@@ -211,16 +109,11 @@ def _text_jobs(documents: Iterable[str]) -> Iterator[TextJob]:
     for document in documents:
         batch.append(document)
         characters += len(document)
-        if characters >= PART:
+        if characters >= BATCH:
             yield TextJob(batch)
             batch, characters = [], 0
     if batch:
         yield TextJob(batch)
-
-
-def count_job(job: Job, rules: Rules) -> Counter[str]:
-    """The words of one job: what a process is asked."""
-    return count_texts(job.texts(), rules)
 
 
 def count_jobs(jobs: Iterable[Job], rules: Rules, *, processes: int = 1, progress: Progress | None = None) -> Counter[str]:
@@ -231,14 +124,16 @@ def count_jobs(jobs: Iterable[Job], rules: Rules, *, processes: int = 1, progres
     """
     jobs = iter(jobs)
     first: list[Job] = []
-    while sum(job.size for job in first) < WORTH_PROCESSES and (job := next(jobs, None)) is not None:
+    size = 0
+    while size < WORTH_PROCESSES and (job := next(jobs, None)) is not None:
         first.append(job)
-    if sum(job.size for job in first) < WORTH_PROCESSES:
+        size += job.size
+    if size < WORTH_PROCESSES:
         processes = 1
     total, done = Counter[str](), 0
-    for job, words in _counted(chain(first, jobs), rules, processes):
+    for size, words in in_order(CountWords(rules), chain(first, jobs), processes):
         total.update(words)
-        done += job.size
+        done += size
         if progress is not None:
             progress("bytes", done, 0)
     if not total:
@@ -246,42 +141,16 @@ def count_jobs(jobs: Iterable[Job], rules: Rules, *, processes: int = 1, progres
     return total
 
 
-def _counted(jobs: Iterator[Job], rules: Rules, processes: int) -> Iterator[tuple[Job, Counter[str]]]:
-    """Each job with its words, as they come in; at most twice as many jobs as processes are under way."""
-    if processes == 1:
-        yield from ((job, count_job(job, rules)) for job in jobs)
-        return
-    # spawn: a fork of a process that runs threads (torch's, tokenizers') can stand still for ever.
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interrupts_to_the_parent)
-    running: dict[Future[Counter[str]], Job] = {}
-    try:
-        for job in jobs:
-            running[executor.submit(count_job, job, rules)] = job
-            if len(running) >= 2 * processes:
-                yield from _finished(running)
-        while running:
-            yield from _finished(running)
-    except BrokenProcessPool:
-        raise UserError("a process that counted words was ended from outside, perhaps for want of memory. Free some, or use fewer processes.") from None
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _finished(running: dict[Future[Counter[str]], Job]) -> Iterator[tuple[Job, Counter[str]]]:
-    """Takes out of `running` what is done, at least one job."""
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
-        yield running.pop(future), future.result()
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 # --- step 2: merges ---------------------------------------------------------------------------------------------------
 
 # In `Words.tokens`: between words, and where a token began that is now inside a longer one.
 NONE = -1
+# A byte that UTF-8 never has.
+BETWEEN = 0xFF
+# Only pairs at most so many times rarer than the most frequent one are held in memory, until that one is rarer than they are.
+RARER = 16
+# The table is searched for pairs in so many steps, so that each needs little memory.
+STEPS = 8
 
 
 class Words:
@@ -291,30 +160,39 @@ class Words:
     so that both of its neighbours find it:
 
         tokens   . l 256 256 . l 256 256 e r .           (. is NONE)
+        begins     1   1       1   1     1 1             (where a token begins)
         counts   0 3   3   3 3 1   1   1 1 1 1           (how often the word stands in the text)
 
     Positions are indices into these arrays. A pair is at the position of its left token.
     """
 
     def __init__(self, words: Mapping[str, int], vocab_size: int):
-        spelled = [word.encode() for word in words]
-        sizes = np.fromiter(map(len, spelled), dtype=np.int64, count=len(spelled))
-        counts = np.fromiter(words.values(), dtype=np.int64, count=len(spelled))
-        n_bytes = int(sizes.sum())
-        self.tokens = np.full(n_bytes + len(spelled) + 1, NONE, dtype=np.int32)
-        # One place more for each word before.
-        self.tokens[np.arange(1, n_bytes + 1) + np.repeat(np.arange(len(spelled)), sizes)] = np.frombuffer(b"".join(spelled), dtype=np.uint8)
-        self.counts = np.concatenate([[0], np.repeat(counts, sizes + 1)])
+        raw = bytearray((BETWEEN,))
+        for word in words:
+            raw += word.encode()
+            raw.append(BETWEEN)
+        self.tokens = np.frombuffer(raw, dtype=np.uint8).astype(np.int32)
+        self.begins = self.tokens != BETWEEN
+        borders = np.flatnonzero(~self.begins)
+        self.tokens[borders] = NONE
+        counts = np.fromiter(words.values(), dtype=np.int64, count=len(words))
+        counts = counts.astype(np.min_scalar_type(counts.max(initial=0)))
+        self.counts = np.concatenate([counts[:1], np.repeat(counts, np.diff(borders))])
         self.sizes = np.ones(vocab_size, dtype=np.int32)
         """bytes of each token"""
 
-    def byte_pairs(self) -> Iterator["Pair"]:
-        """The pairs before any merge."""
-        left, right = self.tokens[:-1], self.tokens[1:]
-        positions = np.flatnonzero((left != NONE) & (right != NONE)).astype(np.int32)
-        keys = (left[positions] * 256 + right[positions]).astype(np.uint16)  # NumPy sorts 16 bits in linear time
-        for key, count, places in self._grouped(keys, positions):
-            yield Pair(*divmod(key, 256), count, places)
+    def pairs(self, least: int = 1) -> Iterator["Pair"]:
+        """The pairs that stand in the text `least` times or more."""
+        n = len(self.sizes)
+        for step in range(STEPS):
+            places = np.flatnonzero(self.begins & (self.tokens % STEPS == step)).astype(np.int32)
+            left = self.tokens[places]
+            right = self.tokens[places + self.sizes[left]]
+            inside = right != NONE
+            yield from (
+                Pair(*divmod(key, n), count, positions)
+                for key, count, positions in self._grouped(left[inside] * np.int64(n) + right[inside], places[inside], least)
+            )
 
     def still_there(self, pair: "Pair") -> "Pair":
         """The pair at the positions where later merges left it, with its count now.
@@ -324,36 +202,43 @@ class Words:
         """
         places = pair.positions
         places = places[(self.tokens[places] == pair.left) & (self.tokens[places + self.sizes[pair.left]] == pair.right)]
-        return Pair(pair.left, pair.right, int(self.counts[places].sum()), places)
+        return Pair(pair.left, pair.right, self._count(places), places)
 
-    def merge(self, pair: "Pair", new: int) -> Iterator["Pair"]:
-        """Write the token `new` wherever `pair` is; the pairs that come to be, each with `new` on one side or both."""
+    def merge(self, pair: "Pair", new: int, least: int) -> Iterator["Pair"]:
+        """Write the token `new` wherever `pair` is; the pairs that come to be and stand in the text `least` times.
+
+        Each of them has `new` on one side or on both.
+        """
         tokens, left_size = self.tokens, self.sizes[pair.left]
         self.sizes[new] = left_size + self.sizes[pair.right]
         starts = _without_overlaps(pair.positions, left_size) if pair.left == pair.right else pair.positions
         ends = starts + (self.sizes[new] - 1)
         tokens[starts + left_size] = NONE
         tokens[starts] = tokens[ends] = new
+        self.begins[starts + left_size] = False
         before, after = tokens[starts - 1], tokens[ends + 1]
         has_before = before != NONE
         has_after = (after != NONE) & (after != new)  # `new new` is counted from its right side, once
         n = len(self.sizes)
         keys = np.concatenate([before[has_before], n + after[has_after]])
         positions = np.concatenate([starts[has_before] - self.sizes[before[has_before]], starts[has_after]])
-        for key, count, places in self._grouped(keys, positions):
+        for key, count, places in self._grouped(keys, positions, least):
             yield Pair(key, new, count, places) if key < n else Pair(new, key - n, count, places)
 
-    def _grouped(self, keys: np.ndarray, positions: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Each key, the counts at its positions added up, and the positions in their order."""
+    def _count(self, places: np.ndarray) -> int:
+        return int(self.counts[places].sum(dtype=np.int64))
+
+    def _grouped(self, keys: np.ndarray, positions: np.ndarray, least: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Each key, the counts at its positions added up if that gives `least`, and the positions in their order."""
         if not len(keys):
             return
         order = np.argsort(keys, kind="stable")
         keys, positions = keys[order], positions[order]
-        starts = np.concatenate([[0], np.flatnonzero(keys[1:] != keys[:-1]) + 1])
-        counts = np.add.reduceat(self.counts[positions], starts)
-        borders = [*starts.tolist(), len(keys)]
-        for number, (key, count) in enumerate(zip(keys[starts].tolist(), counts.tolist(), strict=True)):
-            yield key, count, positions[borders[number] : borders[number + 1]]
+        starts = np.concatenate([[0], np.flatnonzero(keys[1:] != keys[:-1]) + 1, [len(keys)]])
+        counts = np.add.reduceat(self.counts[positions], starts[:-1], dtype=np.int64)
+        for group in np.flatnonzero(counts >= least):
+            start, stop = starts[group : group + 2]
+            yield int(keys[start]), int(counts[group]), positions[start:stop].copy()  # a view would keep the positions of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,21 +263,34 @@ def learn_merges(words: Mapping[str, int], n_merges: int, *, progress: Progress 
     """The first `n_merges` merges for words that stand in a text so often, fewer if every word is one token before.
 
     Each merge is the most frequent pair; of equally frequent ones the lexicographically greatest pair of byte strings.
+    """
+    return merge_pairs(Words(words, 256 + n_merges), n_merges, progress=progress)
+
+
+def merge_pairs(table: Words, n_merges: int, *, progress: Progress | None = None) -> list[tuple[bytes, bytes]]:
+    """`learn_merges` of the words in a table, which is used up.
 
     A pair comes into being all at once, when the younger of its tokens does, and from then on it can only become rarer. So
     its count at that time is a bound for ever: the heap holds bounds, and only a pair that reaches the top is counted again.
+
+    Most pairs are too rare to be ever merged. The heap holds those that stand `least` times in the text; when none is left,
+    `least` is lowered and the whole table is searched again, which happens a few times.
     """
-    table = Words(words, 256 + n_merges)
     spelled = [bytes((byte,)) for byte in range(256)]
     mirrored = [_mirrored(token) for token in spelled]
-    heap = [_entry(pair, mirrored) for pair in table.byte_pairs()]
-    heapq.heapify(heap)
+    heap: list[Entry] = []
+    least = max((pair.count for pair in table.pairs()), default=0) + 1
     merges: list[tuple[bytes, bytes]] = []
-    while heap and len(merges) < n_merges:
+    while len(merges) < n_merges and (heap or least > 1):
+        if not heap:
+            least = max(least // RARER, 1)
+            heap = [_entry(pair, mirrored) for pair in table.pairs(least)]
+            heapq.heapify(heap)
+            continue
         bound, _, _, pair = heap[0]
         pair = table.still_there(pair)
         if pair.count < -bound:
-            if pair.count:
+            if pair.count >= least:
                 heapq.heapreplace(heap, _entry(pair, mirrored))
             else:
                 heapq.heappop(heap)
@@ -401,14 +299,17 @@ def learn_merges(words: Mapping[str, int], n_merges: int, *, progress: Progress 
         merges.append((spelled[pair.left], spelled[pair.right]))
         spelled.append(spelled[pair.left] + spelled[pair.right])
         mirrored.append(_mirrored(spelled[-1]))
-        for new in table.merge(pair, len(spelled) - 1):
+        for new in table.merge(pair, len(spelled) - 1, least):
             heapq.heappush(heap, _entry(new, mirrored))
         if progress is not None:
             progress("merges", len(merges), n_merges)
     return merges
 
 
-def _entry(pair: Pair, mirrored: Sequence[str]) -> tuple[int, str, str, Pair]:
+Entry = tuple[int, str, str, Pair]
+
+
+def _entry(pair: Pair, mirrored: Sequence[str]) -> Entry:
     """What the heap, whose top is its least, sorts by: the highest count first, then the greatest bytes."""
     return -pair.count, mirrored[pair.left], mirrored[pair.right], pair
 
@@ -438,6 +339,17 @@ class Bpe:
     def learn(cls, words: Mapping[str, int], vocab_size: int, rules: Rules, *, progress: Progress | None = None) -> "Bpe":
         """The vocabulary of `vocab_size` tokens for these words; it is smaller where they allow no more merges."""
         return cls(tuple(learn_merges(words, vocab_size - smallest_vocabulary(rules), progress=progress)), rules)
+
+    @classmethod
+    def count_and_learn(cls, jobs: Iterable[Job], vocab_size: int, rules: Rules, *, processes: int = 1, progress: Progress | None = None) -> "Bpe":
+        """`learn` from the words of all jobs; they are let go before the merges begin.
+
+        Raises:
+            UserError: as `count_jobs`.
+        """
+        n_merges = vocab_size - smallest_vocabulary(rules)
+        table = Words(count_jobs(jobs, rules, processes=processes, progress=progress), 256 + n_merges)
+        return cls(tuple(merge_pairs(table, n_merges, progress=progress)), rules)
 
     @property
     def vocab_size(self) -> int:
@@ -549,8 +461,7 @@ def learn_bpe(sources: Sequence[Source], vocab_size: int, rules: Rules, *, proce
     """
     check_request(vocab_size, rules)
     jobs = chain.from_iterable(jobs_of(source, processes) for source in sources)
-    words = count_jobs(jobs, rules, processes=processes, progress=progress)
-    return Bpe.learn(words, vocab_size, rules, progress=progress)
+    return Bpe.count_and_learn(jobs, vocab_size, rules, processes=processes, progress=progress)
 
 
 def sources_of(names: Sequence[str]) -> list[Source]:
@@ -601,8 +512,8 @@ def tokenizer_for(config: TokenizerConfig, data: DataConfig, seed: int, *, progr
     try:
         if not folder.exists():
             documents = islice(split.documents(), config.learn_docs)
-            words = count_jobs(_text_jobs(documents), rules, processes=os.cpu_count() or 1, progress=progress)
-            Bpe.learn(words, config.vocab_size, rules, progress=progress).save(folder)
+            processes = os.cpu_count() or 1
+            Bpe.count_and_learn(_text_jobs(documents), config.vocab_size, rules, processes=processes, progress=progress).save(folder)
     finally:
         lock.release()
     return load_hf_tokenizer(str(folder))

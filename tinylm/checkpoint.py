@@ -30,11 +30,10 @@ from tinylm.decoder import Decoder
 from tinylm.errors import UserError, printable, writing
 from tinylm.foreign import PREFIX, ForeignDecoder, find, rebuild
 from tinylm.lora import merge
+from tinylm.prompts import ANSWERING
 from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
 
 FORMAT = "tinylm"
-# Stages that teach a model to answer, written as data.template says.
-ANSWERING = ("sft", "dpo")
 SCHEMA = 1
 # The end-of-central-directory record closes a zip file: 22 bytes, of which the last two are the comment's length.
 _END_RECORD = b"PK\x05\x06"
@@ -43,8 +42,9 @@ _COMMENT_SIZE = len("sha256:") + 64
 _STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
 _NEEDED_KEYS = {"format", "schema", "stage", "step", "tokens", "config", "tokenizer", "weights"}
 # What rebuilding a model takes beside settings and weights: {"path", "fingerprint"} of the base that an adapter belongs to, and
-# the config.json of a Hugging Face model as text. Older checkpoints have neither.
-NO_ROOTS: dict[str, Any] = {"base": None, "hf_config": None}
+# the config.json of a Hugging Face model as text. What going on with preferences takes: the reference, described as a base is.
+# Older checkpoints have none of them.
+NO_ROOTS: dict[str, Any] = {"base": None, "hf_config": None, "reference": None}
 
 
 class DamagedError(UserError):
@@ -317,10 +317,10 @@ def describe(path: Path) -> CheckpointInfo:
 
 
 def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
-    config = Config.from_plain(payload["config"])
-    model, lora = config.model, config.lora
+    # Read as plain values: the settings of another version may be no settings of this one. Older ones have no lora section.
+    model, lora = payload["config"]["model"], payload["config"].get("lora")
     # A tied matrix stands in the file under two names, of which the second is the first again.
-    weights = {weight.data_ptr(): weight.numel() for name, weight in payload["weights"].items() if name != "head.weight" or not model.tie_embeddings}
+    weights = {weight.data_ptr(): weight.numel() for name, weight in payload["weights"].items() if name != "head.weight" or not model["tie_embeddings"]}
     return CheckpointInfo(
         path=path,
         stage=payload["stage"],
@@ -331,7 +331,7 @@ def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
         parameters=sum(weights.values()),
         bytes=path.stat().st_size,
         created=payload["created"],
-        shape=f"{model.n_layers}L {model.d_model}d {model.n_heads}h" + (f" + r{lora.r}" if lora else ""),
+        shape=f"{model['n_layers']}L {model['d_model']}d {model['n_heads']}h" + (f" + r{lora['r']}" if lora else ""),
     )
 
 
@@ -436,7 +436,8 @@ def open_base(name: str) -> Base:
     config = Config.from_plain(payload["config"])
     if config.lora is not None:
         holds = f"holds a LoRA adapter of stage {printable(payload['stage'])} and no whole model, as one of stage pretrain or sft without lora does"
-        raise UserError(f"{printable(name)}: {holds}. Start from its base, {printable(payload['base']['path'])}, or from the two merged.")
+        base = resolve_base(payload["base"]["path"], Path(name))
+        raise UserError(f"{printable(name)}: {holds}. Start from its base, {printable(base)}, or from the two merged.")
     foreign = payload["hf_config"] is not None
     return Base(name, config.model, config.tokenizer, tokenizer_from_plain(payload["tokenizer"]), foreign, lambda config: whole_model(config, payload))
 

@@ -2,6 +2,7 @@ r"""Documents: where they come from, and which are held out.
 
     1. source     .txt, .jsonl, .parquet (also .txt.gz, .jsonl.gz), a folder or glob of them, or a Hugging Face dataset
                                                         ─▶ str, one a document, in a fixed order       `find_source`
+                  plain files also in spans, none of which cuts a document                              `spans_of`
     2. split      training or validation, decided by the text of each document                          `train_documents`
 
 Text is UTF-8. A byte-order mark at the start of a file is dropped, and \r\n ends a line as \n does; every other character
@@ -16,17 +17,17 @@ import gzip
 import hashlib
 import json
 import os
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, TypeVar
 
 from tinylm.config import DataConfig
 from tinylm.errors import UserError, printable, reading, reason, require_regular
-from tinylm.tokenfile import BIN, is_token_file
+from tinylm.tokenfile import BIN, TOKEN_FILES, is_token_file
 from tinylm.tokenizer import first_line, hub_errors, is_hub_name, reject_lone_surrogates, require_hub
 
 Which = Literal["train", "val"]
@@ -40,6 +41,12 @@ LINE_BYTES_LIMIT = 2**30
 # Characters that are held before a text is searched for separators.
 SEARCH_CHARACTERS = 1_000_000
 PARQUET_BATCH_ROWS = 1024
+# Bytes after which the next end of a document ends a span.
+SPAN_BYTES = 2**20
+
+Span = tuple[int, int]
+"""Bytes of a file: from the first offset to before the second."""
+WHOLE: Span = (0, sys.maxsize)
 # What `datasets` lets through where a file of the hub is cut off or not of its kind; pyarrow's and the JSON readers' errors are ValueErrors.
 DAMAGED = (ValueError, EOFError, zlib.error)
 
@@ -59,15 +66,7 @@ class LocalFiles:
     def documents(self) -> Iterator[str]:
         """Every document that is not blank."""
         for path in self.paths:
-            require_regular(path)
-            if path.name.endswith(".parquet"):
-                yield from _texts(parquet_rows(path, self.field), self.field)
-            elif path.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from _texts(jsonl_rows(path), self.field)
-            elif self.separator is not None:
-                yield from _separated_documents(path, self.separator)
-            else:
-                yield from (line for _, line in text_lines(path) if not is_blank(line))
+            yield from file_documents(path, self.field, self.separator)
 
     def fingerprint(self) -> str:
         """SHA-256 over the kinds and contents of the files, read in blocks."""
@@ -128,10 +127,49 @@ class HubDataset:
         return dataset.select_columns([self.field])
 
 
-Source = LocalFiles | HubDataset
+@dataclass(frozen=True)
+class Together:
+    """Several sources, one behind the other."""
+
+    sources: tuple[LocalFiles | HubDataset, ...]
+
+    @property
+    def name(self) -> str:
+        return " ".join(source.name for source in self.sources)
+
+    def documents(self) -> Iterator[str]:
+        """Every document that is not blank."""
+        return chain.from_iterable(source.documents() for source in self.sources)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the fingerprints of the sources."""
+        return hashlib.sha256("\n".join(source.fingerprint() for source in self.sources).encode()).hexdigest()
 
 
-def find_source(data: DataConfig, key: str, name: str, split: str, kinds: Kinds = DOCUMENT_FILES) -> Source:
+Source = LocalFiles | HubDataset | Together
+
+
+def sources_named(names: Sequence[str], field: str, separator: str | None) -> Together:
+    """What a command's --data means: files that are here, or hf:owner/name[:config[:split]], a dataset on the hub that is streamed.
+
+    Raises:
+        UserError: nothing is there, or nothing there is a document file.
+    """
+    return Together(tuple(_source_named(name, field, separator) for name in names))
+
+
+def _source_named(name: str, field: str, separator: str | None) -> LocalFiles | HubDataset:
+    if name.startswith("hf:"):
+        dataset, config, split, *rest = [*name.removeprefix("hf:").split(":"), "", "", ""]
+        if any(rest) or "/" not in dataset or not is_hub_name(dataset):
+            raise UserError(f"--data: {printable(name)}: a dataset on the hub is written hf:owner/name, hf:owner/name:config or hf:owner/name:config:split.")
+        return HubDataset(dataset, config or None, split or "train", True, field)
+    if not os.path.lexists(name) and not glob.has_magic(name):
+        raise UserError(f"--data: {printable(name)}: not found. Give a file, a folder, a glob, or a dataset on the hub written hf:owner/name.")
+    return LocalFiles(name, _find_files(name, "--data", DOCUMENT_FILES), field, separator)
+
+
+def find_source(data: DataConfig, key: str, name: str, split: str, kinds: Kinds = DOCUMENT_FILES) -> LocalFiles | HubDataset:
     """What `name`, the value of the setting data.`key`, means: files of these kinds that are here, or else a dataset on the hub.
 
     data.dataset_config belongs to data.dataset: a val_dataset on the hub is read in its default configuration.
@@ -142,28 +180,28 @@ def find_source(data: DataConfig, key: str, name: str, split: str, kinds: Kinds 
     if os.path.lexists(name) or glob.has_magic(name):
         if key == "dataset" and (data.dataset_config is not None or data.split != "train" or data.val_split is not None):
             raise UserError(f"data.dataset: {printable(name)} is on this machine, where files have no splits. Take split, val_split and dataset_config out.")
-        return LocalFiles(name, _find_files(name, key, kinds), data.text_field, data.document_separator)
-    if not is_hub_name(name) or "/" not in name or _suffix(name, kinds) or name.endswith((BIN, ".json", ".csv")):
+        return LocalFiles(name, _find_files(name, f"data.{key}", kinds), data.text_field, data.document_separator)
+    if not is_hub_name(name) or "/" not in name or _suffix(name, kinds) or name.endswith((*TOKEN_FILES, ".json", ".csv")):
         raise UserError(f"data.{key}: {printable(name)}: not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name.")
     field = data.text_field if kinds is DOCUMENT_FILES else None
     return HubDataset(name, data.dataset_config if key == "dataset" else None, split, data.streaming, field)
 
 
-def _find_files(name: str, key: str, kinds: Kinds) -> tuple[Path, ...]:
-    """The files of these kinds that a path or glob stands for, sorted; folders are searched to their bottom."""
+def _find_files(name: str, setting: str, kinds: Kinds) -> tuple[Path, ...]:
+    """The files of these kinds that a path or glob, the value of `setting`, stands for, sorted; folders are searched to their bottom."""
     wanted = f"{'documents' if kinds is DOCUMENT_FILES else 'rows'} ({', '.join(kinds)})"
     if os.path.isdir(name):
         found, place = files_in(name, kinds), "in this folder"
     elif os.path.lexists(name):
         require_regular(Path(name))
         if not _suffix(name, kinds):
-            raise UserError(f"data.{key}: {printable(name)}: not a kind of file with {wanted}. Convert it, or name it by its kind.")
+            raise UserError(f"{setting}: {printable(name)}: not a kind of file with {wanted}. Convert it, or name it by its kind.")
         return (Path(name),)
     else:
         found = [Path(path) for path in glob.glob(name, recursive=True) if _suffix(path, kinds) and not os.path.isdir(path)]
         place = "matches"
     if not found:
-        raise UserError(f"data.{key}: {printable(name)}: no file of a kind with {wanted} {place}. Give the path of one.")
+        raise UserError(f"{setting}: {printable(name)}: no file of a kind with {wanted} {place}. Give the path of one.")
     return tuple(sorted(found))
 
 
@@ -182,40 +220,110 @@ def _suffix(name: str, kinds: Kinds) -> str | None:
     return next((suffix for suffix in kinds if name.endswith(suffix)), None)
 
 
-def _raw_lines(path: Path) -> Iterator[bytes]:
-    """Lines as they stand in the file, ends included; cut at \\n alone."""
-    with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
-        for number, line in enumerate(iter(partial(file.readline, LINE_BYTES_LIMIT), b""), start=1):
-            if len(line) == LINE_BYTES_LIMIT:
-                raise UserError(f"{printable(path)}:{number}: a line of {LINE_BYTES_LIMIT} bytes and more. Is it text? Cut it into documents.")
-            yield line
+def file_documents(path: Path, field: str, separator: str | None, span: Span = WHOLE) -> Iterator[str]:
+    """Every document of one file, or of a span of it from `spans_of`, that is not blank."""
+    require_regular(path)
+    if path.name.endswith(".parquet"):
+        return _texts(parquet_rows(path, field), field)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _texts(jsonl_rows(path, span), field)
+    if separator is not None:
+        return _separated_documents(path, separator, span)
+    return (line for _, line in text_lines(path, span) if not is_blank(line))
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The number of each line, from 1, and its text without its end."""
-    offset = 0
+def end_of_document(path: Path, separator: str | None) -> bytes | None:
+    """The bytes behind which a document of this file is over for certain; None where only reading from the start can tell.
+
+    That is compressed data, and a separator that has line ends or may overlap itself, as `--` does in `a---b`.
+    """
+    if not path.name.endswith((".txt", ".jsonl")):
+        return None
+    if separator is None or path.name.endswith(".jsonl"):
+        return b"\n"
+    overlaps = any(separator.startswith(separator[place:]) for place in range(1, len(separator)))
+    return None if overlaps or "\n" in separator or "\r" in separator else separator.encode()
+
+
+def spans_of(path: Path, end: bytes) -> Iterator[Span]:
+    """The file in spans of `SPAN_BYTES` and what is left to the next `end`; they depend on the file alone."""
+    with reading(path), open(path, "rb") as file:
+        start, size = 0, os.path.getsize(path)
+        while start < size:
+            stop = min(_behind(file, end, start + SPAN_BYTES), size)
+            yield start, stop
+            start = stop
+
+
+def _behind(file: BinaryIO, end: bytes, place: int) -> int:
+    """Where an `end` at or behind `place` is over, or else the end of the file; one that two blocks share is passed over."""
+    file.seek(place)
+    while block := file.read(SPAN_BYTES):
+        found = block.find(end)
+        if found >= 0:
+            return place + found + len(end)
+        place += len(block)
+    return place
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+
+
+class Line(NamedTuple):
+    """Where a line stands; the lines before its span are counted when an error names it, and not while all goes well."""
+
+    path: Path
+    span_start: int
+    number: int
+    """from 1, in the span"""
+
+    def __str__(self) -> str:
+        before, left = 0, self.span_start
+        with _open(self.path) as file:
+            while left and (block := file.read(min(left, SPAN_BYTES))):
+                before += block.count(b"\n")
+                left -= len(block)
+        return f"{printable(self.path)}:{before + self.number}"
+
+
+def _raw_lines(path: Path, span: Span) -> Iterator[tuple[Line, int, bytes]]:
+    """Lines as they stand in the file, ends included, each with its place and offset; cut at \\n alone."""
+    offset, stop = span
+    number = 0
+    with _open(path) as file:
+        file.seek(offset)
+        while raw := file.readline(min(LINE_BYTES_LIMIT, stop - offset)):
+            line = Line(path, span[0], number := number + 1)
+            if len(raw) == LINE_BYTES_LIMIT:
+                raise UserError(f"{line}: a line of {LINE_BYTES_LIMIT} bytes and more. Is it text? Cut it into documents.")
+            yield line, offset, raw
+            offset += len(raw)
+
+
+def text_lines(path: Path, span: Span = WHOLE) -> Iterator[tuple[Line, str]]:
+    """The place of each line, and its text without its end."""
     with reading(path):
-        for number, raw in enumerate(_raw_lines(path), start=1):
-            line = raw[3:] if number == 1 and raw.startswith(b"\xef\xbb\xbf") else raw
+        for place, offset, raw in _raw_lines(path, span):
+            line = raw[3:] if offset == 0 and raw.startswith(b"\xef\xbb\xbf") else raw
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
                 at = offset + len(raw) - len(line) + error.start
-                raise UserError(f"{printable(path)}:{number}: not UTF-8 text: byte 0x{line[error.start]:02x} at offset {at}. Save the file as UTF-8.") from None
-            yield number, text.removesuffix("\n").removesuffix("\r")
-            offset += len(raw)
+                raise UserError(f"{place}: not UTF-8 text: byte 0x{line[error.start]:02x} at offset {at}. Save the file as UTF-8.") from None
+            yield place, text.removesuffix("\n").removesuffix("\r")
 
 
 def is_blank(text: str) -> bool:
     return not text or text.isspace()
 
 
-def _separated_documents(path: Path, separator: str) -> Iterator[str]:
+def _separated_documents(path: Path, separator: str, span: Span) -> Iterator[str]:
     """The text between separators, without line ends around it."""
     separator = separator.replace("\r\n", "\n")  # as in the lines
     pending: list[str] = []
     held = 0
-    for _, line in text_lines(path):
+    for _, line in text_lines(path, span):
         pending += (line, "\n")
         held += len(line) + 1
         if held > SEARCH_CHARACTERS:
@@ -263,7 +371,7 @@ def kind_of(value: Any) -> str:
     return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
-def _texts(rows: Iterable[tuple[str, Any]], field: str) -> Iterator[str]:
+def _texts(rows: Iterable[tuple[object, Any]], field: str) -> Iterator[str]:
     """The document of each row that has one and is not blank."""
     for place, row in rows:
         try:
@@ -274,17 +382,16 @@ def _texts(rows: Iterable[tuple[str, Any]], field: str) -> Iterator[str]:
             yield text
 
 
-def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """What each line of a .jsonl file holds, with the place that an error calls it by; blank lines are passed over."""
-    name = printable(path)
-    for number, line in text_lines(path):
+def jsonl_rows(path: Path, span: Span = WHOLE) -> Iterator[tuple[Line, Any]]:
+    """What each line of a .jsonl file, or of a span of it, holds, with its place; blank lines are passed over."""
+    for place, line in text_lines(path, span):
         if is_blank(line):
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}:{number}: not JSON: {first_line(error)}. Each line is one object; correct the line.") from None
-        yield f"{name}:{number}", row
+            raise UserError(f"{place}: not JSON: {first_line(error)}. Each line is one object; correct the line.") from None
+        yield place, row
 
 
 def parquet_rows(path: Path, field: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -351,24 +458,30 @@ class Split:
         read = kept = 0
         for item in items:
             read += 1
-            if self.held_out is None or is_held_out(text_of(item), *self.held_out) == (self.which == "val"):
+            if self.has(text_of(item)):
                 kept += 1
                 yield item
                 if kept == self.limit:
                     return
         if not kept:
-            raise UserError(self._nothing(read, kind))
+            raise self.nothing(read, kind)
+
+    def has(self, text: str) -> bool:
+        """Whether a document of the source is in this split, were it not for the limit."""
+        return self.held_out is None or is_held_out(text, *self.held_out) == (self.which == "val")
 
     @property
     def label(self) -> str:
         """What an error calls the split: the source's name, and which of its documents are meant."""
         return f"{printable(self.source.name)}: {'validation' if self.which == 'val' else 'training'}"
 
-    def _nothing(self, read: int, kind: str) -> str:
+    def nothing(self, read: int, kind: str = "documents") -> UserError:
+        """The error to raise where none of the `read` documents, or rows, of the source is in the split."""
+        name = printable(self.source.name)
         if not read or self.held_out is None:
-            return f"{printable(self.source.name)}: no {kind}, only blank lines or nothing at all. Give a file with {'text' if kind == 'documents' else kind}."
+            return UserError(f"{name}: no {kind}, only blank lines or nothing at all. Give a file with {'text' if kind == 'documents' else kind}.")
         counts = f"got 0 of {read} {kind} (data.val_fraction {self.held_out[0]})"
-        return f"{self.label} {counts}. Give more {kind}, another data.val_fraction, or data.val_dataset."
+        return UserError(f"{self.label} {counts}. Give more {kind}, another data.val_fraction, or data.val_dataset.")
 
 
 def is_held_out(text: str, fraction: float, seed: int) -> bool:
@@ -418,7 +531,9 @@ def mix_parts(data: DataConfig) -> tuple[DataConfig, ...]:
         return (data,)
     for_text = {name: DataConfig.model_fields[name].default for name in ("text_field", "document_separator", "max_doc_len")}
     has_text = not all(is_token_file(part.dataset) for part in data.mix)
-    alone = [{"mix": None, "dataset": part.dataset} for part in data.mix]
+    bare_val = (data.val_dataset or "").endswith(BIN)  # its ids have the type that the settings say, whatever the part is
+    dtypes = [data.token_dtype if bare_val or part.dataset.endswith(BIN) else None for part in data.mix]
+    alone = [{"mix": None, "dataset": part.dataset, "token_dtype": dtype} for part, dtype in zip(data.mix, dtypes, strict=True)]
     return tuple(data.model_copy(update=one | (for_text if has_text and is_token_file(one["dataset"]) else {})) for one in alone)
 
 
@@ -470,6 +585,8 @@ def check_token_files(data: DataConfig) -> None:
     key, name = named_source(data, "val")
     if is_token_file(name):
         _refuse_set(data, key, ("val_docs",))
+    if data.token_dtype is not None and not data.dataset.endswith(BIN) and not (data.val_dataset or "").endswith(BIN):
+        raise UserError("data.token_dtype: is for a bare .bin, and neither data.dataset nor data.val_dataset is one. Take it out.")
 
 
 def _refuse_set(data: DataConfig, key: str, settings: Iterable[str]) -> None:

@@ -1,25 +1,70 @@
-"""Documents to the token file of a split: encoded once, kept in data.cache_dir, named by all that its content depends on.
+"""Documents to token files, by several processes, in document order; and the token file of a split.
 
-    ids     (n + 1,) uint16 or uint32 a document: its n tokens, at most max_doc_len, then EOS          `encode_documents`
-    file    the tokens of a split: a file that the settings name, or one that is made from text        `cached_token_file`
+    jobs       a source in portions that cut no document                                       `jobs_of`
+    ids        a portion, encoded by whichever process is free: documents, each closed by EOS    `Encoder`
+    file       written by this process in the order of the portions, and gone on with later      `encode_file`
+    split      a file that the settings name, or one that is made from text                      `cached_token_file`
+
+The bytes of a file depend on its `Recipe`, never on the number of processes or on interruptions. Memory holds a few portions.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from tinylm import corpus
 from tinylm.config import DataConfig
-from tinylm.corpus import Split, Which, check_token_files, find_split, give_text, named_source
-from tinylm.errors import UserError, printable
-from tinylm.tokenfile import BIN, BLOCK, VERSION, TokenFile, checked_tokens, is_token_file, locked, token_dtype, write_locked
-from tinylm.tokenizer import Tokenizer
+from tinylm.corpus import LocalFiles, Source, Span, Split, Together, Which, check_token_files, find_split, named_source
+from tinylm.errors import UserError, printable, require_regular
+from tinylm.processes import Progress, in_order
+from tinylm.tokenfile import BIN, VERSION, Draft, TokenFile, checked_tokens, is_token_file, locked, token_dtype
+from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
 
 # Text is handed to the tokenizer in batches of so many documents or characters, whichever is first.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1_000_000
+# Documents that cannot be read apart from those before them (compressed, streamed) go to the processes in so many characters.
+JOB_CHARACTERS = 2**20
+# A smaller text is encoded before a helper process has started.
+WORTH_PROCESSES = 8 * 2**20
+
+
+# --- documents to ids -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Documents behind each other: their tokens, (N,) in the type of a token file, and where each ends, (D,) int64."""
+
+    tokens: np.ndarray
+    ends: np.ndarray
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The tokens of each document."""
+        return (self.tokens[start:stop] for start, stop in pairwise([0, *self.ends.tolist()]))
+
+    def first(self, documents: int) -> "Chunk":
+        """The first `documents` of them, at least one."""
+        return Chunk(self.tokens[: self.ends[documents - 1]], self.ends[:documents])
+
+    @classmethod
+    def joined(cls, chunks: Iterable["Chunk"]) -> "Chunk":
+        """All chunks as one."""
+        chunks = [cls(np.empty(0, dtype=np.uint16), np.empty(0, dtype=np.int64)), *chunks]
+        starts = np.cumsum([0, *(len(chunk.tokens) for chunk in chunks)])
+        ends = [chunk.ends + start for chunk, start in zip(chunks, starts, strict=False)]
+        return cls(np.concatenate([chunk.tokens for chunk in chunks]), np.concatenate(ends))
+
+
+class CannotEncode(UserError):
+    """Why the tokenizer refused a document; whoever numbers the documents adds which it is."""
 
 
 def encode_documents(documents: Iterable[str], tokenizer: Tokenizer, max_doc_len: int | None, *, source: str = "text:", first: int = 1) -> Iterator[np.ndarray]:
@@ -35,39 +80,306 @@ def encode_documents(documents: Iterable[str], tokenizer: Tokenizer, max_doc_len
     Raises:
         UserError: naming the document that the tokenizer cannot encode.
     """
-    for batch in _batches(documents):
-        arrays = _encode_batch(batch, tokenizer, source, first)
-        first += len(batch)
-        for ids in arrays:
-            tokens = np.empty(min(len(ids), max_doc_len or len(ids)) + 1, dtype=token_dtype(tokenizer.vocab_size))
-            tokens[:-1] = checked_tokens(ids[: len(tokens) - 1], tokenizer.vocab_size)
-            tokens[-1] = tokenizer.eos_id
-            yield tokens
-
-
-def _encode_batch(batch: list[str], tokenizer: Tokenizer, source: str, first: int) -> list[np.ndarray]:
     try:
-        return tokenizer.encode_arrays(batch)
-    except UserError:
-        for number, text in enumerate(batch, start=first):  # the tokenizer does not say which of them it was
-            try:
-                tokenizer.encode(text)
-            except UserError as problem:
-                raise UserError(f"{source} document {number}: {problem}") from None
-        raise
+        for chunk in encoded_chunks(documents, tokenizer, max_doc_len):
+            yield from chunk.documents()
+            first += len(chunk.ends)
+    except CannotEncode as problem:
+        raise UserError(f"{source} document {first}: {problem}") from None
+
+
+def encoded_chunks(documents: Iterable[str], tokenizer: Tokenizer, max_doc_len: int | None) -> Iterator[Chunk]:
+    """The documents in batches, encoded; all before the one that raises come first.
+
+    Raises:
+        CannotEncode: the tokenizer refuses the document behind the last chunk.
+    """
+    for batch in _batches(documents):
+        try:
+            arrays = tokenizer.encode_arrays(batch)
+        except UserError as problem:
+            good, problem = _first_refusal(batch, tokenizer, problem)
+            if good:
+                yield _chunk(good, tokenizer, max_doc_len)
+            raise CannotEncode(str(problem)) from None
+        yield _chunk(arrays, tokenizer, max_doc_len)
+
+
+def _first_refusal(batch: list[str], tokenizer: Tokenizer, problem: UserError) -> tuple[list[np.ndarray], UserError]:
+    """The ids of the documents before the one that the tokenizer refuses, and why: of a batch it does not say which it was."""
+    good: list[np.ndarray] = []
+    try:
+        for text in batch:
+            good += tokenizer.encode_arrays([text])
+    except UserError as first:
+        return good, first
+    raise problem
+
+
+def _chunk(arrays: list[np.ndarray], tokenizer: Tokenizer, max_doc_len: int | None) -> Chunk:
+    if max_doc_len is not None:
+        arrays = [ids[:max_doc_len] for ids in arrays]
+    eos = np.array([tokenizer.eos_id], dtype=token_dtype(tokenizer.vocab_size))
+    tokens = np.concatenate([piece for ids in arrays for piece in (ids, eos)])
+    return Chunk(checked_tokens(tokens, tokenizer.vocab_size), np.cumsum([len(ids) + 1 for ids in arrays]))
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """The documents in lists; those before an error come before it."""
     batch: list[str] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+    try:
+        for document in documents:
+            batch.append(document)
+            characters += len(document)
+            if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    except UserError:
+        if batch:
             yield batch
-            batch, characters = [], 0
+        raise
     if batch:
         yield batch
+
+
+# --- portions, for the processes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """A span of a document file: whoever encodes it reads it."""
+
+    path: Path
+    field: str
+    separator: str | None
+    span: Span
+
+    @property
+    def size(self) -> int:
+        return self.span[1] - self.span[0]
+
+    def documents(self) -> Iterator[str]:
+        return corpus.file_documents(self.path, self.field, self.separator, self.span)
+
+
+@dataclass(frozen=True)
+class TextJob:
+    """Documents that were read already, and the error that ended the reading."""
+
+    texts: list[str]
+    error: UserError | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.texts))
+
+    def documents(self) -> Iterator[str]:
+        yield from self.texts
+        if self.error is not None:
+            raise self.error
+
+
+Job = FileJob | TextJob
+
+
+def jobs_of(source: Source) -> Iterator[Job]:
+    """The source in portions; they depend on the source alone, and an error in reading it is the last of them."""
+    try:
+        yield from _jobs_of(source)
+    except UserError as error:
+        yield TextJob([], error)
+
+
+def _jobs_of(source: Source) -> Iterator[Job]:
+    if isinstance(source, Together):
+        yield from chain.from_iterable(map(_jobs_of, source.sources))
+        return
+    if not isinstance(source, LocalFiles):
+        yield from _text_jobs(source.documents())
+        return
+    for path in source.paths:
+        require_regular(path)
+        end = corpus.end_of_document(path, source.separator)
+        if end is None:
+            yield from _text_jobs(corpus.file_documents(path, source.field, source.separator))
+        else:
+            yield from (FileJob(path, source.field, source.separator, span) for span in corpus.spans_of(path, end))
+
+
+def _text_jobs(documents: Iterable[str]) -> Iterator[TextJob]:
+    texts: list[str] = []
+    held = 0
+    try:
+        for text in documents:
+            texts.append(text)
+            held += len(text)
+            if held >= JOB_CHARACTERS:
+                yield TextJob(texts)
+                texts, held = [], 0
+    except UserError as error:
+        yield TextJob(texts, error)
+        return
+    if texts:
+        yield TextJob(texts)
+
+
+def size_of(source: Source) -> int:
+    """Bytes that the jobs of the source will have; 0 where only reading tells."""
+    if isinstance(source, Together):
+        sizes = [size_of(one) for one in source.sources]
+        return sum(sizes) if all(sizes) else 0
+    if not isinstance(source, LocalFiles) or any(corpus.end_of_document(path, source.separator) is None for path in source.paths):
+        return 0
+    return sum(os.path.getsize(path) for path in source.paths if os.path.exists(path))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a process makes of a job."""
+
+    chunk: Chunk
+    """the documents of the split"""
+    read: int
+    """documents in the job, also those of the other split"""
+    size: int
+    error: UserError | None
+    """what is wrong with the document behind the last one"""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes jobs: what each process is given once."""
+
+    tokenizer: Tokenizer
+    max_doc_len: int | None
+    split: Split
+
+    def __call__(self, job: Job) -> Encoded:
+        read = 0
+
+        def kept() -> Iterator[str]:
+            nonlocal read
+            for text in job.documents():
+                read += 1
+                if self.split.has(text):
+                    yield text
+
+        chunks, error = [], None
+        try:
+            chunks.extend(encoded_chunks(kept(), self.tokenizer, self.max_doc_len))
+        except UserError as problem:
+            error = problem
+        return Encoded(Chunk.joined(chunks), read, job.size, error)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _encoder, (self.tokenizer.to_plain(), self.max_doc_len, self.split)
+
+
+def _encoder(plain: dict[str, Any], max_doc_len: int | None, split: Split) -> Encoder:
+    return Encoder(tokenizer_from_plain(plain), max_doc_len, split)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the bytes of a token file depend on."""
+
+    split: Split
+    tokenizer: Tokenizer
+    text_field: str = "text"
+    separator: str | None = None
+    max_doc_len: int | None = None
+    label: str = "text:"
+    """what an error calls the documents"""
+
+    @cached_property
+    def source(self) -> str:
+        """SHA-256 over the text, or the name of a hub dataset; files are read for it."""
+        return self.split.source.fingerprint()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits."""
+        reading = [self.text_field, self.separator, self.max_doc_len]
+        which = None if self.split.held_out is None else [self.split.which, *self.split.held_out]
+        settings = [VERSION, self.source, reading, which, self.split.limit, self.tokenizer.fingerprint]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def encode_file(
+    path: Path, recipe: Recipe, *, processes: int = 1, resume: bool = True, keep: bool = False, place: str = "data.cache_dir", progress: Progress | None = None
+) -> None:
+    """Write the token file `path`, whole or not at all; the caller holds `locked(path)`.
+
+    Args:
+        path: where the file goes.
+        recipe: what goes into it.
+        processes: how many encode.
+        resume: go on with what an interrupted call left.
+        keep: leave what is done after an error as well, for the next call.
+        place: the setting that decides where the file goes, for errors.
+        progress: called after each portion.
+
+    Raises:
+        UserError: as the source, the tokenizer and `Draft`, or the split has no document.
+    """
+    cut = f"{corpus.SPAN_BYTES} bytes, {JOB_CHARACTERS} characters"
+    with Draft(path, recipe.tokenizer, recipe.fingerprint, cut=cut, resume=resume, keep=keep, place=place) as draft:
+        _fill(draft, recipe, processes, progress)
+        if not draft.state.documents:
+            raise recipe.split.nothing(draft.state.read)
+        draft.finish(recipe.source)
+
+
+def _fill(draft: Draft, recipe: Recipe, processes: int, progress: Progress | None) -> None:
+    """Encode what the draft does not have yet."""
+    jobs, split = jobs_of(recipe.split.source), recipe.split
+    done, total = sum(job.size for job in islice(jobs, draft.state.portions)), size_of(split.source)
+    jobs, processes = _worth(jobs, processes)
+    for encoded in in_order(Encoder(recipe.tokenizer, recipe.max_doc_len, split), jobs, processes):
+        chunk, before = encoded.chunk, draft.state.documents
+        if split.limit is not None and before + len(chunk.ends) >= split.limit:
+            chunk = chunk.first(split.limit - before)
+            draft.append(chunk.tokens, chunk.ends, read=encoded.read)
+            return
+        if isinstance(encoded.error, CannotEncode):
+            raise UserError(f"{recipe.label} document {before + len(chunk.ends) + 1}: {encoded.error}")
+        if encoded.error is not None:
+            raise encoded.error
+        draft.append(chunk.tokens, chunk.ends, read=encoded.read)
+        done += encoded.size
+        if progress is not None:
+            progress("bytes", done, total)
+
+
+def _worth(jobs: Iterator[Job], processes: int) -> tuple[Iterator[Job], int]:
+    """The jobs, and how many processes: one where the text is small."""
+    first: list[Job] = []
+    size = 0
+    while processes > 1 and size < WORTH_PROCESSES and (job := next(jobs, None)) is not None:
+        first.append(job)
+        size += job.size
+    return chain(first, jobs), processes if size >= WORTH_PROCESSES else 1
+
+
+def finished_file(path: Path, recipe: Recipe) -> TokenFile | None:
+    """The token file `path` where it is there and is what `recipe` makes.
+
+    Raises:
+        UserError: something else is there, or it is damaged.
+    """
+    if not os.path.lexists(path):
+        return None
+    mend = "Delete it, or choose another --out."
+    require_regular(path)
+    file = TokenFile.open(path, mend)
+    if file.header.recipe != recipe.fingerprint:
+        raise UserError(f"{printable(path)}: is there already, and was made from other text, with another tokenizer or other settings. {mend}")
+    file.verify()
+    return file
 
 
 # --- the token file of a split ----------------------------------------------------------------------------------------
@@ -78,43 +390,32 @@ _DELETE = "Delete it: it is made again from the text."
 
 
 def source_fingerprint(data: DataConfig, which: Which) -> str:
-    """SHA-256 over what a split is made from: the contents of local files, or the name of a hub dataset."""
-    key, name = named_source(data, which)
-    if is_token_file(name):
-        return TokenFile.open(name, give_text(key)).header.sha256
+    """SHA-256 over the text that a split is made from: the contents of local files, or the name of a hub dataset."""
     return find_split(data, which, seed=0).source.fingerprint()  # the seed decides who is held out, not what is read
 
 
-def cached_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer, seed: int, *, progress: Callable[[int], None] | None = None) -> TokenFile:
+def cached_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer, seed: int, *, progress: Progress | None = None) -> TokenFile:
     """The tokens of a split: data.dataset itself where that is a token file, else a file in data.cache_dir.
 
     The cached file is named by all that its content depends on, made where it is missing, and verified before use.
 
     Raises:
-        UserError: as `train_documents`, `write_token_file` and `TokenFile.verify`, or the tokens are another tokenizer's.
+        UserError: as `train_documents`, `encode_file` and `TokenFile.verify`, or the tokens are another tokenizer's.
     """
     check_token_files(data)
     if is_token_file(named_source(data, which)[1]):
         return _given_token_file(data, which, tokenizer)
     split = find_split(data, which, seed)
-    source = split.source.fingerprint()
-    path = Path(data.cache_dir) / f"{which}-{_cache_key(split, source, data, tokenizer)}{BIN}"
+    recipe = Recipe(split, tokenizer, data.text_field, data.document_separator, data.max_doc_len, split.label)
+    path = Path(data.cache_dir) / f"{which}-{recipe.fingerprint}{BIN}"
     if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         with locked(path):
             if not os.path.exists(path):  # or else another process made it while this one waited
-                write_locked(path, encode_documents(split.documents(), tokenizer, data.max_doc_len, source=split.label), tokenizer, source, progress)
+                encode_file(path, recipe, processes=os.cpu_count() or 1, progress=progress)
     file = TokenFile.open(path, _DELETE)
     file.verify()
     file.require_tokenizer(tokenizer)
     return file
-
-
-def _cache_key(split: Split, source: str, data: DataConfig, tokenizer: Tokenizer) -> str:
-    """16 hex digits of everything that decides which tokens the file holds."""
-    reading = [data.text_field, data.document_separator, data.max_doc_len]
-    which = None if split.held_out is None else [split.which, *split.held_out]
-    settings = [VERSION, source, reading, which, split.limit, tokenizer.fingerprint]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def _given_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer) -> TokenFile:
@@ -123,25 +424,10 @@ def _given_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer) -> T
     Without a val_dataset the last val_fraction of data.dataset, from the start of a document on, is for validation.
     A document that stands in the file twice can then be on both sides; text, split by content, has no such gap.
     """
-    key, name = named_source(data, which)
-    file = TokenFile.open(name, give_text(key))
+    file = TokenFile.open(named_source(data, which)[1], tokenizer=tokenizer, dtype=data.token_dtype)
     file.require_tokenizer(tokenizer)
     file.verify()
     if data.val_dataset is not None:
         return file
-    border = _document_border(file, len(file) - round(len(file) * data.val_fraction))
+    border = file.document_border(len(file) - round(len(file) * data.val_fraction))
     return file.between(0, border) if which == "train" else file.between(border, len(file))
-
-
-def _document_border(file: TokenFile, wanted: int) -> int:
-    """The first start of a document at or behind `wanted`, or else the last one before it."""
-    tokens, eos = file.tokens, file.header.eos_id
-    for start in range(max(wanted - 1, 0), len(tokens) - 1, BLOCK):
-        ends = np.flatnonzero(tokens[start : min(start + BLOCK, len(tokens) - 1)] == eos)
-        if len(ends):
-            return start + int(ends[0]) + 1
-    for stop in range(max(wanted - 1, 0), 0, -BLOCK):
-        ends = np.flatnonzero(tokens[max(stop - BLOCK, 0) : stop] == eos)
-        if len(ends):
-            return max(stop - BLOCK, 0) + int(ends[-1]) + 1
-    raise UserError(f"{printable(file.path)}: one document only, so none can be held out. Set data.val_dataset to a second token file.")

@@ -25,7 +25,7 @@ from tinylm.checkpoint import Loaded, load_model
 from tinylm.config import SamplingConfig
 from tinylm.decoder import Decoder, count_parameters
 from tinylm.errors import UserError, printable, require_package, writing
-from tinylm.foreign import ForeignDecoder, ForeignSeq2Seq
+from tinylm.foreign import PREFIX, ForeignDecoder, ForeignSeq2Seq, quiet_transformers
 from tinylm.lora import save_adapter
 from tinylm.prompts import WELL_KNOWN_BOS, make_template
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, first_line
@@ -53,7 +53,7 @@ class Exported:
 
 
 def export_hf(ckpt: Path, out: Path) -> Exported:
-    """Write the checkpoint `ckpt` as the new Hugging Face folder `out`, whole or not at all.
+    """Write the checkpoint `ckpt` as the new Hugging Face folder `out`, whole or not at all; an adapter is merged into its base.
 
     Raises:
         UserError: no architecture or tokenizer there says the same; `out` is there already; or what was written does not give our logits.
@@ -67,7 +67,7 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
         told = "an encoder-decoder, whose adapters can be exported, and not the whole model"
         raise UserError(f"{printable(ckpt)}: {told}. Tune it with a lora section, and leave --merge out: peft merges what is written.")
     backend, template = backend_of(loaded.tokenizer), chat_template(loaded)
-    with hf.quiet_transformers(), scratch_beside(out) as folder:
+    with quiet_transformers(), scratch_beside(out) as folder:
         # A Hugging Face model is one already, of whatever architecture.
         theirs = with_token_ids(loaded.model.inner if isinstance(loaded.model, ForeignDecoder) else hf.to_hf(loaded.model), loaded)
         model_type = theirs.config.model_type
@@ -231,7 +231,7 @@ def write_tokenizer(folder: Path, backend: Backend, loaded: Loaded, template: st
         "eos_token": eos,
         "pad_token": pad,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": loaded.config.model.max_seq_len,
+        "model_max_length": loaded.model.config.max_seq_len,
     }
     write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
     write_text(folder / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False, indent=2) + "\n")
@@ -336,12 +336,14 @@ def end_ids(loaded: Loaded) -> list[int]:
 
 def model_card(loaded: Loaded, model_type: str, tokenizer_class: str, *, has_template: bool) -> str:
     """README.md: what the model is, what it was trained on, how to load it."""
-    config, info = loaded.config, loaded.info
+    config, shape, info = loaded.config, loaded.model.config, loaded.info
     origin = f"weights imported from {shown(config.tokenizer.path or '')}" if info.step == 0 else f"{info.step:,} optimizer steps, {info.tokens:,} tokens"
+    if config.training.init_from is not None:
+        origin += f", from {shown(config.training.init_from.removeprefix(PREFIX))}"
     rows = {
-        "architecture": f"{model_type}: {config.model.n_layers} layers, width {config.model.d_model}, {config.model.n_heads} heads",
+        "architecture": f"{model_type}: {shape.n_layers} layers, width {shape.d_model}, {shape.n_heads} heads",
         "parameters": f"{count_parameters(loaded.model):,}",
-        "context": f"{config.model.max_seq_len:,} tokens",
+        "context": f"{shape.max_seq_len:,} tokens",
         "tokenizer": f"{loaded.tokenizer.kind}, {loaded.tokenizer.vocab_size:,} tokens",
         "training": f"{info.stage}, {origin}",
         "data": "not known" if info.step == 0 else ", ".join(shown(name) for name in data_names(loaded)),

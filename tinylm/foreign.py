@@ -11,10 +11,10 @@ text is refused.
 
 # B batch · T positions · S positions of a prompt · D model width · V vocabulary
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tinylm.config import ModelConfig
 from tinylm.decoder import Features, positions_in_documents
-from tinylm.errors import UserError, printable
+from tinylm.errors import UserError, printable, require_package
 from tinylm.packing import IGNORE_INDEX, split_answer
 from tinylm.tokenizer import OLDER_VOCABULARIES, TOKENIZER_FILES, first_line, hub_errors, is_hub_name, require_hub
 
@@ -305,6 +305,7 @@ def find(name: str) -> ForeignFiles:
     Raises:
         UserError: it is not there, or not a model that writes text and can be read without its author's code.
     """
+    require_package("transformers")
     if not os.path.isdir(name) and (os.path.lexists(name) or not is_hub_name(name)):
         found = "is not a folder" if os.path.lexists(name) else "not found"
         raise UserError(f"{printable(name)}: {found}. Give a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2.")
@@ -319,6 +320,7 @@ def find(name: str) -> ForeignFiles:
 
 def rebuild(settings: str, weights: Mapping[str, Tensor]) -> ForeignDecoder:
     """The model that a checkpoint holds: its `settings`, and its weights by the names that `ForeignDecoder.state_dict` gives."""
+    require_package("transformers")
     inner = {name.removeprefix("inner."): weight for name, weight in weights.items()}
     return _assemble(_read_config(json.loads(settings), "the checkpoint's hf_config"), inner, "the checkpoint")
 
@@ -358,7 +360,7 @@ def _read_config(values: dict[str, Any], where: str) -> "PreTrainedConfig":
     kind = values.get("model_type")
     settings = {key: value for key, value in values.items() if key != "model_type"}
     try:
-        with _quiet():
+        with quiet_transformers():
             config = AutoConfig.for_model(kind, **settings)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:  # what its classes make of odd values
         raise UserError(f"{where}: transformers cannot read it: {first_line(error)}. Choose another model, or download it again.") from None
@@ -390,7 +392,7 @@ def _assemble(config: "PreTrainedConfig", weights: Mapping[str, Tensor], where: 
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     kind, wrapper = (AutoModelForSeq2SeqLM, ForeignSeq2Seq) if config.is_encoder_decoder else (AutoModelForCausalLM, ForeignDecoder)
-    with _quiet():
+    with quiet_transformers():
         try:
             with torch.device("meta"):
                 empty = kind.from_config(config, attn_implementation="sdpa")
@@ -446,17 +448,17 @@ def check_packing(model: ForeignDecoder) -> None:
         raise UserError(f"data.packing: a {kind} model does not keep the examples of a packed row apart. Set data.packing: padded.")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from printing bars and reports: what is wrong is raised here."""
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the bars and warnings of transformers: what matters of them is an error of ours."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

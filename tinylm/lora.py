@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tinylm.config import LoraConfig
 from tinylm.decoder import Decoder
-from tinylm.errors import UserError, printable, writing
+from tinylm.errors import UserError, printable, require_package, writing
 from tinylm.foreign import PREFIX, ForeignDecoder
 
 # Of our decoder. The router of a mixture decides who computes: it is left alone unless somebody names it.
@@ -31,11 +31,10 @@ def attach(model: Decoder | ForeignDecoder, lora: LoraConfig, *, seed: int) -> N
         UserError: peft is missing, a target matches no layer, or the rank is larger than a layer.
     """
     layers = target_layers(model, lora)
-    try:
-        from peft import LoraConfig as PeftConfig
-        from peft import inject_adapter_in_model
-    except ModuleNotFoundError:
-        raise UserError('lora: peft is not installed. pip install "peft>=0.21,<0.22"') from None
+    require_package("peft")
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
     transposed = not all(isinstance(layer, nn.Linear) for layer in layers.values())
     names = list(lora.target_modules or default_targets(model))
     torch.manual_seed(seed)
@@ -144,6 +143,7 @@ def save_adapter(path: Path, folder: Path) -> None:
     Raises:
         UserError: the checkpoint holds no adapter, or the folder cannot be written.
     """
+    require_package("peft")
     from peft import LoraConfig as PeftConfig
     from safetensors.torch import save_file
 

@@ -21,6 +21,7 @@ from tinylm.config import DataConfig
 from tinylm.corpus import Source, Split, find_split, mix_parts
 from tinylm.encode import cached_token_file
 from tinylm.errors import UserError, printable
+from tinylm.processes import Progress
 from tinylm.tokenfile import TokenFile, is_token_file
 from tinylm.tokenizer import Tokenizer
 
@@ -111,7 +112,7 @@ def _naming(data: DataConfig, number: int) -> Iterator[None]:
         raise UserError(str(error).replace("data.dataset", f"data.mix[{number}].dataset")) from error
 
 
-def training_files(data: DataConfig, tokenizer: Tokenizer, seed: int, *, needed: int) -> tuple[TokenFile, ...]:
+def training_files(data: DataConfig, tokenizer: Tokenizer, seed: int, *, needed: int, progress: Progress | None = None) -> tuple[TokenFile, ...]:
     """The training tokens of each source.
 
     Raises:
@@ -120,7 +121,7 @@ def training_files(data: DataConfig, tokenizer: Tokenizer, seed: int, *, needed:
     files = []
     for number, part in enumerate(mix_parts(data)):
         with _naming(data, number):
-            files.append(cached_token_file(part, "train", tokenizer, seed))
+            files.append(cached_token_file(part, "train", tokenizer, seed, progress=progress))
             if len(files[-1]) < needed:
                 found = f"{printable(part.dataset)} gives {len(files[-1])} training tokens"
                 raise UserError(f"data.dataset: {found}, and one row of training.seq_len needs {needed}. Give more text or lower training.seq_len.")
@@ -168,7 +169,7 @@ class JoinedTokens:
         return np.concatenate([part[max(start - first, 0) : max(stop - first, 0)] for first, part in zip(starts, self.parts, strict=True)])
 
 
-def validation_file(data: DataConfig, tokenizer: Tokenizer, seed: int) -> TokenFile | Joined:
+def validation_file(data: DataConfig, tokenizer: Tokenizer, seed: int, *, progress: Progress | None = None) -> TokenFile | Joined:
     """The validation tokens: those of data.val_dataset, or what is held out of each source, one behind the other.
 
     So a source has as much of val_loss as it has tokens, whatever its weight.
@@ -179,7 +180,7 @@ def validation_file(data: DataConfig, tokenizer: Tokenizer, seed: int) -> TokenF
     files = []
     for number, part in parts:
         with _naming(data, number):
-            files.append(cached_token_file(part, "val", tokenizer, seed))
+            files.append(cached_token_file(part, "val", tokenizer, seed, progress=progress))
     return files[0] if len(files) == 1 else Joined(tuple(files))
 
 

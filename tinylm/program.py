@@ -15,10 +15,12 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 from tinylm.errors import Diverged, UserError, printable
+from tinylm.processes import Progress
 
 # Joiners inside emoji and many scripts: str.isprintable rejects them, and they move nothing.
 JOINERS = "\u200c\u200d"
@@ -102,3 +104,30 @@ def readable(text: str) -> str:
     'a\tb\n\\x1b[31m\\u202e'
     """
     return "".join(c if c in "\n\t" or c in JOINERS or unicodedata.category(c) == "Zs" else printable(c) for c in text)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr for each kind of work that is reported; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn())
+    bars = Bars(*columns, console=console)
+    tasks: dict[str, Any] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if not console.is_terminal:
+            return
+        if what not in tasks:
+            bars.start()  # not before: work that is done already shall leave no empty line
+            tasks[what] = bars.add_task(what)
+        bars.update(tasks[what], completed=done, total=total or None)
+
+    try:
+        yield report
+    finally:
+        if tasks:
+            bars.stop()

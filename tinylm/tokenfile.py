@@ -1,20 +1,30 @@
 """The token file: the tokens of many documents behind each other, on disk, read as a memory map.
 
-    write_token_file   documents (n + 1,), each closed by EOS  ─▶ one file with a header that says what it holds
-    TokenFile          the file ─▶ tokens (N,), read from disk where they are touched
+    Draft              tokens and ends of documents, a portion at a time, also after an interruption  ─▶ one file
+    TokenFile          the file ─▶ tokens (N,) and document_ends (D,), read from disk where they are touched
 
 The file is a line that says what it is; the header as JSON, filled up with spaces and ended by a newline to 4096 bytes;
-then the tokens, raw and little-endian. This file knows nothing of where text comes from.
+the tokens, raw and little-endian; zeros to a multiple of 8 bytes; then for each document where it ends, EOS included, as
+uint64. Other programs' arrays of ids are read too: `.npy`, bare numbers in a `.bin` where the settings say their type, and
+datatrove's `.ds` with its index and metadata beside it.
+This file knows nothing of where text comes from.
 """
 
 import hashlib
+import io
 import json
 import os
+import re
+import shutil
+import time
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from types import TracebackType
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock
@@ -23,12 +33,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tinylm.errors import UserError, printable, reading, reason, require_regular
 from tinylm.tokenizer import Tokenizer
 
-BIN = ".bin"
+BIN, NPY, DATATROVE = ".bin", ".npy", ".ds"
+TOKEN_FILES = (BIN, NPY, DATATROVE)
 # Bytes or tokens that are looked at together.
 BLOCK = 2**20
 MAGIC = b"tinylm token file\n"
 HEADER_BYTES = 4096
-VERSION = 1
+VERSION = 2
+END_BYTES = 8
+ENCODE = "python -m tinylm encode --data TEXT --tokenizer TOKENIZER --out"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -53,7 +66,7 @@ class TokenFileHeader(BaseModel):
     # A later version may add keys.
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
-    version: Literal[1]
+    version: Literal[2]
     count: int = Field(ge=1)
     """tokens, every EOS included"""
     dtype: Literal["uint16", "uint32"]
@@ -65,18 +78,39 @@ class TokenFileHeader(BaseModel):
     text_bytes: int = Field(ge=0)
     """UTF-8 bytes of text that the tokens stand for"""
     source: str
-    """fingerprint of what was encoded"""
+    """fingerprint of the text that was encoded"""
+    recipe: str
+    """fingerprint of everything that the tokens depend on: text, tokenizer and settings"""
     sha256: str
-    """over the tokens and then the other fields of this header"""
+    """over everything behind the header and then the other fields of this header"""
 
     def fields_json(self) -> bytes:
         """The fields that `sha256` covers beside the tokens."""
         return json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True).encode()
 
+    @property
+    def token_dtype(self) -> np.dtype:
+        """The type of the tokens as they stand in the file."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def index_offset(self) -> int:
+        """Where the ends of the documents begin."""
+        stop = HEADER_BYTES + self.count * self.token_dtype.itemsize
+        return stop + -stop % END_BYTES
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.index_offset + self.documents * END_BYTES
+
 
 def is_token_file(name: str) -> bool:
     """Whether a dataset's name is that of a token file; `TokenFile.open` says whether it is a good one."""
-    return name.endswith(BIN)
+    return name.endswith(TOKEN_FILES)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 class TokenFile:
@@ -84,39 +118,77 @@ class TokenFile:
 
     `tokens` is (N,), read-only. A pickled TokenFile is its path: a worker process opens it again. `mend` is what an error
     tells the user to do: a file of the cache is made again, one that the user gave is not.
+
+    Args:
+        part: from which to before which token, where it is not the whole file.
+        offset: where the tokens begin.
+        ends: where the documents end, (D,) uint64, for a file that has no index of its own.
     """
 
-    def __init__(self, path: Path, header: TokenFileHeader, mend: str, part: tuple[int, int] | None = None):
-        self.path, self.header, self.mend, self.part = path, header, mend, part
+    def __init__(
+        self, path: Path, header: TokenFileHeader, mend: str, part: tuple[int, int] | None = None, offset: int = HEADER_BYTES, ends: np.ndarray | None = None
+    ):
+        self.path, self.header, self.mend, self.part, self._offset, self._ends = path, header, mend, part, offset, ends
         start, stop = part or (0, header.count)
-        dtype = np.dtype(header.dtype).newbyteorder("<")
-        self.tokens = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES + start * dtype.itemsize, shape=(stop - start,))
+        dtype = header.token_dtype
+        self.tokens = np.memmap(path, dtype=dtype, mode="r", offset=offset + start * dtype.itemsize, shape=(stop - start,))
 
     @classmethod
-    def open(cls, path: str | Path, mend: str | None = None) -> "TokenFile":
+    def open(cls, path: str | Path, mend: str | None = None, *, tokenizer: Tokenizer | None = None, dtype: str | None = None) -> "TokenFile":
         """The token file at `path`, its header and size checked.
 
+        Args:
+            path: a token file of ours, or an array of ids, .npy, datatrove's .ds, or bare.
+            mend: what to do about a file that is no good; by default, to encode again.
+            tokenizer: what an array of ids was encoded with; its EOS closes the documents. Such a file is read once, whole.
+            dtype: type of the numbers of a bare array, `uint16` or `uint32`.
+
         Raises:
-            UserError: it is not a token file, or not all of it.
+            UserError: it is not a token file, or not all of it; or an id of an array is none of the tokenizer's.
         """
-        path, mend = Path(path), mend or "Give the text that it was made from as data.dataset."
+        path, bare = Path(path), "" if mend else " If it is a bare array of ids, set data.token_dtype."
+        mend = mend or f"Encode again: {ENCODE} {printable(path)}."
         require_regular(path)
         with reading(path):
             with open(path, "rb") as file:
                 head = file.read(HEADER_BYTES)
             found = os.path.getsize(path)
+        if path.suffix == NPY:
+            return _with_scan(path, *_npy_layout(path, head, found, mend), tokenizer, mend)
+        if path.suffix == DATATROVE:
+            return _with_scan(path, *_datatrove_layout(path, found), tokenizer, mend, _datatrove_ends(path))
+        if dtype is not None and not head.startswith(MAGIC):
+            return _with_scan(path, *_bare_layout(path, dtype, found), tokenizer, mend)
+        if not head.startswith(MAGIC):
+            raise UserError(f"{printable(path)}: not a token file: it begins with {head[:16]!r}. {mend}{bare}")
         header = _parse_header(path, head, mend)
-        size = HEADER_BYTES + header.count * np.dtype(header.dtype).itemsize
-        if found != size:
-            expected = f"expected {size} bytes ({header.count} tokens of {header.dtype} behind {HEADER_BYTES} bytes of header)"
-            raise UserError(f"{printable(path)}: {expected}, found {found}. {mend}")
+        if dtype is not None and header.dtype != dtype:
+            raise UserError(f"data.token_dtype: {dtype}, and {printable(path)} says itself that it holds {header.dtype}. Take data.token_dtype out.")
+        if found != header.size:
+            held = f"{header.count} tokens of {header.dtype} behind {HEADER_BYTES} bytes of header, and {header.documents} ends of documents"
+            raise UserError(f"{printable(path)}: expected {header.size} bytes ({held}), found {found}. {mend}")
         return cls(path, header, mend)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenFile, (self.path, self.header, self.mend, self.part)
+        return TokenFile, (self.path, self.header, self.mend, self.part, self._offset, self._ends)
+
+    @property
+    def document_ends(self) -> np.ndarray:
+        """(D,) uint64: for each document that ends in `tokens`, where the next one begins; read from disk if it is the whole file."""
+        ends = self._all_ends()
+        if self.part is None:
+            return ends
+        # A number of another type would make searchsorted convert the whole index.
+        first, last = np.searchsorted(ends, np.array(self.part, dtype=ends.dtype), side="right")
+        return ends[first:last] - ends.dtype.type(self.part[0])
+
+    def _all_ends(self) -> np.ndarray:
+        if self._ends is not None:
+            return self._ends
+        return np.memmap(self.path, dtype="<u8", mode="r", offset=self.header.index_offset, shape=(self.header.documents,))
 
     @property
     def fingerprint(self) -> str:
@@ -127,6 +199,8 @@ class TokenFile:
 
     def verify(self) -> None:
         """Read the whole file; UserError where a single bit of it has changed since it was written."""
+        if self._ends is not None:  # an array says nothing of its content; `open` has just read all of it
+            return
         digest = hashlib.sha256()
         with reading(self.path), open(self.path, "rb") as file:
             file.seek(HEADER_BYTES)
@@ -139,17 +213,26 @@ class TokenFile:
     def require_tokenizer(self, tokenizer: Tokenizer) -> None:
         """UserError where the tokens are those of another tokenizer."""
         if self.header.tokenizer != tokenizer.fingerprint:
-            made = f"{printable(self.path)} was encoded with tokenizer {self.header.tokenizer}"
-            raise UserError(f"{made}, this run uses {tokenizer.fingerprint}. Set tokenizer to that one, or: {self.mend}")
+            made = f"{printable(self.path)} was encoded with tokenizer {self.header.tokenizer} (vocabulary {self.header.vocab_size})"
+            raise UserError(f"{made}, this run uses {tokenizer.fingerprint} ({tokenizer.vocab_size}). Set tokenizer to that one, or: {self.mend}")
 
     def between(self, start: int, stop: int) -> "TokenFile":
         """The tokens from `start` to before `stop` of the whole file, as a token file."""
-        return TokenFile(self.path, self.header, self.mend, (start, stop))
+        return TokenFile(self.path, self.header, self.mend, (start, stop), self._offset, self._ends)
+
+    def document_border(self, wanted: int) -> int:
+        """The first start of a document at or behind `wanted`, or else the last one before it.
+
+        Raises:
+            UserError: there is one document only.
+        """
+        inner = self.document_ends[:-1]
+        if not len(inner):
+            raise UserError(f"{printable(self.path)}: one document only, so none can be held out. Set data.val_dataset to a second token file.")
+        return int(inner[min(int(np.searchsorted(inner, np.uint64(wanted))), len(inner) - 1)])
 
 
 def _parse_header(path: Path, head: bytes, mend: str) -> TokenFileHeader:
-    if not head.startswith(MAGIC):
-        raise UserError(f"{printable(path)}: not a token file: it begins with {head[:16]!r}. {mend}")
     try:
         return TokenFileHeader.model_validate_json(head[len(MAGIC) :])
     except ValidationError as error:
@@ -158,10 +241,114 @@ def _parse_header(path: Path, head: bytes, mend: str) -> TokenFileHeader:
         raise UserError(f"{printable(path)}: header: {printable(key)}: {printable(first['msg'])}. {mend}") from None
 
 
+# --- arrays of ids that other programs wrote --------------------------------------------------------------------------
+
+
+def _bare_layout(path: Path, dtype: str, size: int) -> tuple[str, int, int]:
+    """dtype, offset and number of ids of a bare array."""
+    itemsize = np.dtype(dtype).itemsize
+    if not size or size % itemsize:
+        expected = f"expected a multiple of {itemsize} bytes, since data.token_dtype is {dtype}"
+        raise UserError(f"{printable(path)}: {expected}, found {size}. Give the whole file, or correct data.token_dtype.")
+    return dtype, 0, size // itemsize
+
+
+def _npy_layout(path: Path, head: bytes, size: int, mend: str) -> tuple[str, int, int]:
+    """dtype, offset and number of ids of a NumPy file; what is not a plain array of ids is refused before any of it is read."""
+    file = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):  # np.save writes later ones only for names and types that ids do not need
+            raise ValueError(f"format {version[0]}.{version[1]}")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as error:
+        raise UserError(f"{printable(path)}: not a NumPy file of token ids: {printable(str(error).partition(chr(10))[0])[:200]}. {mend}") from None
+    if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+        found = f"found {printable(dtype.str)} of shape {shape}"
+        raise UserError(f"{printable(path)}: expected one row of uint16 or uint32, {found}. Save the ids so with np.save.")
+    expected = file.tell() + shape[0] * dtype.itemsize
+    if size != expected or not shape[0]:
+        raise UserError(f"{printable(path)}: expected {expected} bytes for {shape[0]} ids of {dtype.name}, and at least one id, found {size}. {mend}")
+    return dtype.name, file.tell(), shape[0]
+
+
+def _datatrove_layout(path: Path, size: int) -> tuple[str, int, int]:
+    """dtype, offset and number of ids of datatrove's NAME.ds, as NAME.ds.metadata says them below the name of the tokenizer."""
+    metadata = _beside(path, ".metadata")
+    with reading(metadata), open(metadata, "rb") as file:
+        head = file.read(HEADER_BYTES)
+    said = re.match(rb"[^\n]*\|([24])\n([1-9][0-9]{0,15})(\n|$)", head)
+    if not said:
+        raise UserError(f"{printable(metadata)}: expected a name with |2 or |4 behind it, then the number of tokens, found {head[:80]!r}. {_DATATROVE_AGAIN}")
+    width, count = int(said[1]), int(said[2])
+    if size != width * count:
+        raise UserError(f"{printable(path)}: expected {width * count} bytes ({count} tokens of {width} bytes), found {size}. {_DATATROVE_AGAIN}")
+    return ("uint16" if width == 2 else "uint32"), 0, count
+
+
+def _datatrove_ends(path: Path) -> np.ndarray:
+    """Where each document ends, from NAME.ds.index."""
+    index = _beside(path, ".index")
+    size = os.path.getsize(index)
+    if not size or size % END_BYTES:
+        raise UserError(f"{printable(index)}: expected {END_BYTES} bytes for each of at least one document, found {size}. {_DATATROVE_AGAIN}")
+    return np.memmap(index, dtype="<u8", mode="r")
+
+
+_DATATROVE_AGAIN = "Run the task of datatrove again that wrote it."
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    beside = path.with_name(f"{path.name}{suffix}")
+    if not os.path.lexists(beside):
+        raise UserError(f"{printable(beside)}: not found. Keep it beside {printable(path.name)}: datatrove writes .ds, .ds.index and .ds.metadata.")
+    require_regular(beside)
+    return beside
+
+
+def _check_ends(path: Path, ends: np.ndarray, closed: np.ndarray, count: int) -> None:
+    """UserError unless the documents of an index fill the file, and each ends behind an EOS; `closed` are the places behind one."""
+    if ends[-1] != count or not ends[0] or (ends[:-1] >= ends[1:]).any():
+        raise UserError(f"{printable(path)}: its index is not that of {count} tokens in {len(ends)} documents. {_DATATROVE_AGAIN}")
+    other = np.flatnonzero(~np.isin(ends, closed.astype(ends.dtype), assume_unique=True))
+    if len(other):
+        told = f"{len(other)} of {len(ends)} documents, the first of them number {other[0] + 1}, do not end with the tokenizer's end of text"
+        raise UserError(f"{printable(path)}: {told}. Set tokenizer to the one that encoded it, or encode with its eos_token and shuffle no chunks.")
+
+
+def _with_scan(path: Path, dtype: str, offset: int, count: int, tokenizer: Tokenizer | None, mend: str, ends: np.ndarray | None = None) -> TokenFile:
+    """An array of ids as a token file: read once, in blocks, for what our own files say in header and index.
+
+    Raises:
+        UserError: an id is none of the tokenizer's, or `ends` are not where documents end.
+    """
+    if tokenizer is None:
+        raise ValueError(f"{path}: an array of ids is opened with the tokenizer it was made with")
+    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset, shape=(count,))
+    tally, found = _Tally(tokenizer), []
+    for start in range(0, count, BLOCK):
+        block = tokens[start : start + BLOCK]
+        if int(block.max()) >= tokenizer.vocab_size:
+            place = start + int(np.argmax(block >= tokenizer.vocab_size))
+            told = f"id {tokens[place]} at position {place}, and the tokenizer of this run has {tokenizer.vocab_size} tokens"
+            raise UserError(f"{printable(path)}: {told}. Set tokenizer to the one that it was encoded with, or correct data.token_dtype.")
+        tally.add_tokens(block)
+        found.append(start + 1 + np.flatnonzero(block == tokenizer.eos_id))
+    if ends is not None:
+        _check_ends(path, ends, np.concatenate(found), count)
+    else:
+        ends = np.concatenate([*found, [count]]).astype("<u8")
+        ends = ends[:-1] if len(ends) > 1 and ends[-2] == count else ends  # or else the last document is not closed
+    return TokenFile(path, tally.header(dtype, count, len(ends), "", ""), mend, offset=offset, ends=ends)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
 def write_token_file(path: Path, documents: Iterable[np.ndarray], tokenizer: Tokenizer, *, source: str, progress: Callable[[int], None] | None = None) -> None:
     """Write the tokens of `documents`, arrays that end with EOS, as the token file `path`, whole or not at all.
 
-    The file is made beside its name, synced, renamed, and the folder synced. A second writer waits for the first.
+    A second writer waits for the first.
 
     Args:
         path: where the file goes; one that is there is replaced.
@@ -173,14 +360,18 @@ def write_token_file(path: Path, documents: Iterable[np.ndarray], tokenizer: Tok
     Raises:
         UserError: the disk is full, or the folder cannot be written; nothing is left behind.
     """
-    with locked(path):
-        write_locked(path, documents, tokenizer, source, progress)
+    with locked(path), Draft(path, tokenizer, source) as draft:
+        for tokens in documents:
+            draft.append(tokens, np.array([len(tokens)]))
+            if progress is not None:
+                progress(draft.state.documents)
+        draft.finish(source)
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Only one process of this machine makes `path` at a time; the lock dies with its process."""
-    with _writing(path):
+def locked(path: Path, place: str = "data.cache_dir") -> Iterator[None]:
+    """Only one process of this machine makes `path`, whose place a setting decides; the lock dies with its process."""
+    with writing_tokens(path, place):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f".{path.name}.lock"))
         lock.acquire()
@@ -191,73 +382,207 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing_tokens(path: Path, place: str) -> Iterator[None]:
     """Turns errors of the operating system into UserErrors that name the file being made."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{printable(path)}: the token file could not be written: {reason(error)}. Make room, or choose another data.cache_dir.") from error
+        raise UserError(f"{printable(path)}: the token file could not be written: {reason(error)}. Make room, or choose another {place}.") from error
 
 
-def write_locked(path: Path, documents: Iterable[np.ndarray], tokenizer: Tokenizer, source: str, progress: Callable[[int], None] | None) -> None:
-    # Under the lock nobody else uses this name: what a killed process left is overwritten.
+class DraftState(BaseModel):
+    """How far a draft has come."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    version: Literal[2] = VERSION
+    recipe: str
+    cut: str
+    """what decides where portions end: numbers of portions mean something only under it"""
+    portions: int = Field(default=0, ge=0)
+    read: int = Field(default=0, ge=0)
+    """documents that were read, also those of the other split"""
+    documents: int = Field(default=0, ge=0)
+    tokens: int = Field(default=0, ge=0)
+
+
+class Draft:
+    """A token file in the making: a folder beside its name with `tokens`, `ends` and `state.json`.
+
+        with Draft(path, tokenizer, recipe, resume=True, keep=True) as draft:
+            for tokens, ends in ...:            from portion `draft.state.portions` on
+                draft.append(tokens, ends)
+            draft.finish(source)
+
+    The state is saved every `SAVE_SECONDS`, behind what it speaks of; what was written after it is cut off when another
+    process goes on. `finish` makes the one file, syncs it, renames it and syncs the folder: a file that has its final
+    name is whole. The caller holds `locked(path)`.
+
+    Args:
+        path: where the file goes.
+        tokenizer: what the tokens are.
+        recipe: fingerprint of all that they depend on.
+        cut: what decides where portions end.
+        resume: go on with a draft that was left, if there is one.
+        keep: leave the draft after an error; an interruption leaves it in any case.
+        place: the setting that decides where the file goes, for errors.
+
+    Raises:
+        UserError: the disk is full, the folder cannot be written, or the draft that was left is another one's.
+    """
+
+    SAVE_SECONDS = 5.0
+
+    def __init__(
+        self, path: Path, tokenizer: Tokenizer, recipe: str, *, cut: str = "", resume: bool = False, keep: bool = False, place: str = "data.cache_dir"
+    ):
+        self.path, self.place, self._keep = path, place, keep
+        self.folder = draft_folder(path)
+        self.state = DraftState(recipe=recipe, cut=cut)
+        self._tally = _Tally(tokenizer)
+        self._saved = time.monotonic()
+        left = self._left(resume)
+        with writing_tokens(path, place), ExitStack() as files:
+            if not left:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+                (self.folder / "tokens").write_bytes(bytes(HEADER_BYTES))
+                (self.folder / "ends").touch()
+            self._tokens, self._ends = (files.enter_context(open(self.folder / name, "r+b")) for name in ("tokens", "ends"))
+            self._go_on()
+            self._files = files.pop_all()
+
+    def _left(self, resume: bool) -> bool:
+        """Whether there is a draft to go on with; its state is taken over."""
+        path = self.folder / "state.json"
+        if not resume or not path.exists():
+            return False
+        mend = f"Delete {printable(self.folder)} to begin again."
+        try:
+            state = DraftState.model_validate_json(path.read_bytes())
+        except (ValidationError, OSError):
+            raise UserError(f"{printable(path)}: not the state of an interrupted encoding. {mend}") from None
+        if (state.recipe, state.cut) != (self.state.recipe, self.state.cut):
+            raise UserError(f"{printable(self.folder)}: was begun with other text, another tokenizer, settings or version. Go on with those, or: {mend}")
+        self.state = state
+        return True
+
+    def _go_on(self) -> None:
+        """Cut off what the state does not know of, and read the rest again for the checksum."""
+        stop = HEADER_BYTES + self.state.tokens * self._tally.dtype.itemsize
+        for file, size in ((self._tokens, stop), (self._ends, self.state.documents * END_BYTES)):
+            if os.fstat(file.fileno()).st_size < size:
+                raise UserError(f"{printable(file.name)}: shorter than when the encoding was interrupted. Delete {printable(self.folder)} to begin again.")
+            file.truncate(size)
+        self._ends.seek(0, os.SEEK_END)
+        self._tokens.seek(HEADER_BYTES)
+        for block in iter(partial(self._tokens.read, BLOCK), b""):
+            self._tally.add_tokens(np.frombuffer(block, dtype=self._tally.dtype))
+
+    def __enter__(self) -> "Draft":
+        return self
+
+    def append(self, tokens: np.ndarray, ends: np.ndarray, *, read: int = 0) -> None:
+        """Add a portion: documents behind each other, and where each ends, counted from the first token of the portion."""
+        state = self.state
+        with writing_tokens(self.path, self.place):
+            for start in range(0, len(tokens), BLOCK):  # a document may be very long
+                block = checked_tokens(tokens[start : start + BLOCK], self._tally.tokenizer.vocab_size)
+                self._tokens.write(block.data)
+                self._tally.add_tokens(block)
+            self._ends.write((ends.astype("<u8") + np.uint64(state.tokens)).data)
+            done = {"portions": state.portions + 1, "read": state.read + read}
+            self.state = state.model_copy(update={**done, "documents": state.documents + len(ends), "tokens": state.tokens + len(tokens)})
+            if time.monotonic() > self._saved + self.SAVE_SECONDS:
+                self.save()
+
+    def save(self) -> None:
+        """Make what there is survive a kill and a power cut."""
+        for file in (self._tokens, self._ends):
+            file.flush()
+            os.fsync(file.fileno())
+        temporary = self.folder / "state.tmp"
+        with open(temporary, "wb") as file:
+            file.write(self.state.model_dump_json().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / "state.json")
+        self._saved = time.monotonic()
+
+    def finish(self, source: str) -> None:
+        """Make the token file of all that was appended; `source` is the fingerprint of the text."""
+        state, digest = self.state, self._tally.digest
+        with writing_tokens(self.path, self.place):
+            padding = bytes(-self._tokens.tell() % END_BYTES)
+            self._ends.seek(0)
+            for block in chain([padding], iter(partial(self._ends.read, BLOCK), b"")):
+                self._tokens.write(block)
+                digest.update(block)
+            header = self._tally.header(self._tally.dtype.name, state.tokens, state.documents, source, state.recipe)
+            self._tokens.seek(0)
+            self._tokens.write((MAGIC + header.model_dump_json().encode()).ljust(HEADER_BYTES - 1) + b"\n")
+            self._tokens.flush()
+            os.fsync(self._tokens.fileno())
+            os.replace(self.folder / "tokens", self.path)
+            _sync_folder(self.path.parent)
+        self._remove()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # A full disk must not hide why the work ended: then the state that was saved before stays.
+        with suppress(OSError), self._files:
+            if kind is not None and (self._keep or not issubclass(kind, Exception)):
+                self.save()
+        if kind is not None and issubclass(kind, Exception) and not self._keep:
+            self._remove()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def draft_folder(path: Path) -> Path:
+    """Where the token file `path` is made."""
+    return path.with_name(f".{path.name}.part")
+
+
+class _Tally:
+    """What the header says of the tokens, gathered while they pass."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.dtype = tokenizer, token_dtype(tokenizer.vocab_size)
+        self.digest = hashlib.sha256()
+        self.text_bytes = 0
+        self._lengths = np.array(tokenizer.byte_lengths(), dtype=np.uint32)
+
+    def add_tokens(self, tokens: np.ndarray) -> None:
+        self.digest.update(tokens.data)
+        self.text_bytes += int(self._lengths[tokens].sum(dtype=np.int64))
+
+    def header(self, dtype: str, count: int, documents: int, source: str, recipe: str) -> TokenFileHeader:
+        """The header of a file whose every byte went through the digest."""
+        tokenizer = self.tokenizer
+        header = TokenFileHeader(
+            version=VERSION, count=count, dtype=dtype, tokenizer=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id, documents=documents, text_bytes=self.text_bytes, source=source, recipe=recipe, sha256="",
+        )  # fmt: skip
+        self.digest.update(header.fields_json())
+        return header.model_copy(update={"sha256": self.digest.hexdigest()})
+
+
+def write_npy(file: TokenFile, path: Path, place: str) -> None:
+    """Write the ids of `file` as a plain NumPy array, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    tally = _Tally(tokenizer)
     try:
-        with _writing(path):
-            with open(temporary, "wb") as file:
-                file.write(bytes(HEADER_BYTES))
-                for tokens in documents:
-                    tally.write(file, tokens)
-                    if progress is not None:
-                        progress(tally.documents)
-                file.seek(0)
-                file.write(tally.header(source))
-                file.flush()
-                os.fsync(file.fileno())
+        with writing_tokens(path, place):
+            with open(temporary, "wb") as out:
+                np.lib.format.write_array_header_1_0(out, {"descr": file.tokens.dtype.str, "fortran_order": False, "shape": file.tokens.shape})
+                for start in range(0, len(file), BLOCK):
+                    out.write(file.tokens[start : start + BLOCK].data)
+                out.flush()
+                os.fsync(out.fileno())
             os.replace(temporary, path)
             _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-class _Tally:
-    """What the header says of the tokens, gathered while they are written."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.documents = self.tokens = self.text_bytes = 0
-        self._lengths = np.array(tokenizer.byte_lengths(), dtype=np.uint32)
-        self._digest = hashlib.sha256()
-
-    def write(self, file: BinaryIO, tokens: np.ndarray) -> None:
-        """Write one document, in blocks: it may be very long."""
-        self.documents += 1
-        self.tokens += len(tokens)
-        for start in range(0, len(tokens), BLOCK):
-            block = checked_tokens(tokens[start : start + BLOCK], self.tokenizer.vocab_size)
-            file.write(block.data)
-            self._digest.update(block.data)
-            self.text_bytes += int(self._lengths[block].sum())
-
-    def header(self, source: str) -> bytes:
-        """The first 4096 bytes of the file."""
-        tokenizer = self.tokenizer
-        header = TokenFileHeader(
-            version=VERSION,
-            count=self.tokens,
-            dtype=token_dtype(tokenizer.vocab_size).name,
-            tokenizer=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            documents=self.documents,
-            text_bytes=self.text_bytes,
-            source=source,
-            sha256="",
-        )
-        self._digest.update(header.fields_json())
-        header = header.model_copy(update={"sha256": self._digest.hexdigest()})
-        return (MAGIC + header.model_dump_json().encode()).ljust(HEADER_BYTES - 1) + b"\n"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,7 +5,8 @@ which give text while its tokens are still coming; `make_tokenizer` and `tokeniz
 a Hugging Face tokenizer are read.
 
 Special tokens (end of text, padding, ...) are put between texts by this program and never come out of a text: a user who
-types `<|endoftext|>` gets the characters. This file knows nothing of documents, rows or models.
+types `<|endoftext|>` gets the characters, unless the caller allows that token by name. This file knows nothing of documents,
+rows or models.
 """
 
 import codecs
@@ -16,17 +17,20 @@ import re
 import socket
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from tinylm.config import TokenizerConfig
 from tinylm.errors import UserError, printable
+from tinylm.fastbpe import FastBpe, fast_bpe, word_pattern
+from tinylm.words import BYTE_OF_CHARACTER, LAST_CUT
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -39,6 +43,10 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_conf
 HUB_TIMEOUT_SECONDS = 5.0
 # Tokens kept as context while a stream is decoded: more than any decoder looks back.
 STREAM_WINDOW = 32
+# Characters of a stream of text that are encoded together.
+ITERATE_CHARACTERS = 2**14
+
+AllowedSpecial = Collection[str] | Literal["all"]
 
 
 class Tokenizer(ABC):
@@ -52,13 +60,55 @@ class Tokenizer(ABC):
     special_names: dict[int, str]
     """special tokens by id: they never come out of a text and never show in one"""
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; text that looks like a special token is text.
+    def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
+        """The ids of `text`; text that looks like a special token is text, but for those that are allowed by name.
+
+        What stands between two special tokens is encoded as a text of its own; of special tokens that overlap the longest
+        counts.
 
         Raises:
             UserError: the text has a lone surrogate, or a character that the vocabulary lacks.
+            ValueError: a name that is no special token.
         """
-        return self.encode_batch([text])[0]
+        special = self._special_ids(allowed_special)
+        if not special:
+            return self.encode_batch([text])[0]
+        ids: list[int] = []
+        for stretch, name in _stretches(text, _pattern_of(special)):
+            ids += self.encode_batch([stretch])[0]
+            ids += [special[name]] if name else []
+        return ids
+
+    def encode_iterable(self, texts: Iterable[str], *, allowed_special: AllowedSpecial = ()) -> Iterator[int]:
+        """The ids of the texts put together, an open file for example, one by one, as `encode` would give them.
+
+        Memory is bounded by the longest stretch that cannot be cut: nothing for bytes and characters, the longest run of text
+        without a space, line end or punctuation for byte-level BPE whose words are known (GPT-2's, GPT-4's, our own). For
+        any other tokenizer it is the whole text, or the stretch between two allowed special tokens, because its ids could
+        depend on everything before.
+        """
+        special = self._special_ids(allowed_special)
+        rest, enough = "", ITERATE_CHARACTERS
+        for stretch, name in _streamed(_pieces(texts), special):
+            rest += stretch
+            if name:
+                yield from self.encode(rest)
+                yield special[name]
+                rest, enough = "", ITERATE_CHARACTERS
+            elif len(rest) >= enough:
+                cut = self.last_cut(rest)
+                yield from self.encode(rest[:cut])
+                rest = rest[cut:]
+                enough = max(ITERATE_CHARACTERS, 2 * len(rest))  # so that a text that cannot be cut is not searched too often
+        yield from self.encode(rest)
+
+    def _special_ids(self, allowed: AllowedSpecial) -> dict[str, int]:
+        ids = {name: id for id, name in self.special_names.items()}
+        names = ids if allowed == "all" else allowed
+        for name in names:
+            if name not in ids:
+                raise ValueError(f"allowed_special: '{printable(name)}' is no special token of this tokenizer, which has {', '.join(ids)}")
+        return {name: ids[name] for name in names}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -69,6 +119,10 @@ class Tokenizer(ABC):
         for text in texts:
             reject_lone_surrogates(text)
         return self._encode(texts)
+
+    def last_cut(self, text: str) -> int:
+        """The last place where `text`, whatever follows it, can be cut so that its parts have its ids; 0 if none is known."""
+        return len(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -109,6 +163,44 @@ class Tokenizer(ABC):
         # Without this a negative id would count from the end of a table.
         if not 0 <= id < self.vocab_size:
             raise ValueError(f"token id {id} is outside the tokenizer's 0 to {self.vocab_size - 1}")
+
+
+def _pattern_of(names: Iterable[str]) -> re.Pattern[str]:
+    return re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})")
+
+
+def _stretches(text: str, special: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    """The text cut at special tokens: what stands before each and its name; at the end what is left and no name."""
+    parts = special.split(text)
+    yield from zip(parts[::2], [*parts[1::2], ""], strict=True)
+
+
+def _streamed(pieces: Iterable[str], names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """`_stretches` of all pieces put together; a stretch may come in several parts, which have no name but the last one.
+
+    >>> [part for part in _streamed(["a<", "1><2", ">b"], ["<1>", "<2>"]) if any(part)]
+    [('a', '<1>'), ('', '<2>'), ('b', '')]
+    """
+    if not names:
+        yield from ((piece, "") for piece in pieces)
+        return
+    special, longest = _pattern_of(names), max(map(len, names))
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        # Nearer to the end a longer special token may have begun than can be seen.
+        while (match := special.search(rest)) and match.start() + longest <= len(rest):
+            yield rest[: match.start()], match[0]
+            rest = rest[match.end() :]
+        sure = max(0, len(rest) - longest + 1)
+        yield rest[:sure], ""
+        rest = rest[sure:]
+    yield from _stretches(rest, special)
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from (text[start : start + ITERATE_CHARACTERS] for start in range(0, len(text), ITERATE_CHARACTERS))
 
 
 def reject_lone_surrogates(text: str) -> None:
@@ -243,6 +335,11 @@ class HFTokenizer(Tokenizer):
         # The unknown token does come out of text: that is what it is for. The end of a text never does.
         forbidden = set(self.special_names) - {_unknown_id(backend, description["model"])} | {self.eos_id, self.pad_id}
         self._forbidden = np.array(sorted(forbidden), dtype=np.uint32)
+        self._in_text = [token for token in backend.get_added_tokens_decoder().values() if not token.special]
+        plain = all(not (token.lstrip or token.rstrip or token.single_word or LAST_CUT.search(token.content)) for token in self._in_text)
+        self._words_known = plain and word_pattern(description) is not None
+        self.fast = fast_bpe(description, forbidden)
+        """tiktoken's encoder, where it gives the same ids"""
 
     def decode(self, ids: Sequence[int]) -> str:
         if self._byte_level:
@@ -283,7 +380,22 @@ class HFTokenizer(Tokenizer):
     def to_plain(self) -> dict[str, Any]:
         return {"kind": self.kind, "tokenizer_json": self._json, "eos": self.eos, "pad": self.pad, "chat_template": self.chat_template}
 
+    def last_cut(self, text: str) -> int:
+        found = LAST_CUT.search(text) if self._words_known else None
+        return found.start() if found else 0
+
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self.fast is None:
+            return self._encode_slowly(texts)
+        return [self._encode_fast(text, self.fast) for text in texts]
+
+    def _encode_fast(self, text: str, fast: FastBpe) -> np.ndarray:
+        if not any(token.content in text for token in self._in_text):
+            with suppress(ValueError):
+                return fast.encode(text)
+        return self._encode_slowly([text])[0]
+
+    def _encode_slowly(self, texts: Sequence[str]) -> list[np.ndarray]:
         batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         arrays = [np.array(encoding.ids, dtype=np.uint32) for encoding in batch]
         return [self._encode_apart(text) if np.isin(ids, self._forbidden).any() else ids for text, ids in zip(texts, arrays, strict=True)]
@@ -300,7 +412,7 @@ class HFTokenizer(Tokenizer):
             character = printable(text[places[0][0]])
             raise UserError(f"the character '{character}' is a special token of this tokenizer, so no text can have it. Choose another tokenizer.")
         cuts = [0, *(start + 1 for start, _ in places), len(text)]
-        return np.concatenate(self._encode([text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]))
+        return np.concatenate(self._encode_slowly([text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]))
 
 
 def _unknown_id(backend: "Backend", model: dict[str, Any]) -> int | None:
@@ -308,19 +420,6 @@ def _unknown_id(backend: "Backend", model: dict[str, Any]) -> int | None:
     if model["type"] == "Unigram":
         return model["unk_id"]
     return None if model["unk_token"] is None else backend.token_to_id(model["unk_token"])
-
-
-def _printable_bytes() -> dict[str, bytes]:
-    """GPT-2's way of writing bytes in a vocabulary file: a character for each byte (Radford et al. 2019).
-
-    The visible characters of Latin-1 stand for themselves, and the other 68 bytes, in their order, for U+0100 and on.
-    """
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): bytes((byte,)) for byte in visible} | {chr(256 + n): bytes((byte,)) for n, byte in enumerate(hidden)}
-
-
-BYTE_OF_CHARACTER = _printable_bytes()
 
 
 # --- text while its tokens are coming ----------------------------------------------------------------------------------
@@ -640,11 +739,17 @@ def _check_ids(vocabulary: dict[str, int], file: Path) -> None:
 def _read_tokenizer_json(file: Path) -> "Backend":
     from tokenizers import Tokenizer as Backend
 
-    _read_object(file)
+    description = _read_object(file)
     try:
-        return Backend.from_str(_read_text(file))
+        backend = Backend.from_str(_read_text(file))
     except Exception as error:  # the library raises plain Exception for whatever it cannot read
         _not_a_tokenizer(file, error)
+    for token in description.get("added_tokens", []):
+        place = backend.token_to_id(token["content"])
+        if token["id"] != place:  # the library gives such a token the next free id and says nothing
+            found = f"id {token['id']}, but with {backend.get_vocab_size()} tokens in all its place is {place}"
+            raise UserError(f"{printable(file)}: added token {printable(token['content'])}: {found}. Export the tokenizer again.")
+    return backend
 
 
 def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":

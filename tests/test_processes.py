@@ -1,0 +1,115 @@
+"""Work shared out over processes: order, memory, and helpers that die, or whose parent does."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from tinylm.errors import UserError
+from tinylm.processes import KEPT, in_order
+
+ROOT = Path(__file__).parent.parent
+
+
+def is_helper() -> bool:
+    return multiprocessing.parent_process() is not None
+
+
+def squared(number: int) -> int:
+    if is_helper():
+        time.sleep(0.01)  # so that the results of this process would overtake
+    return number * number
+
+
+def refuse_seven(number: int) -> int:
+    if number == 7:
+        raise UserError("seven")
+    return number
+
+
+def die_as_a_helper(number: int) -> int:
+    if is_helper():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_results_come_in_the_order_of_the_jobs(processes):
+    assert list(in_order(squared, range(60), processes)) == [number * number for number in range(60)]
+    assert list(in_order(squared, [], processes)) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_job_raises_is_raised(processes):
+    for only in (0, 2):  # with a helper, the first jobs are for it, the third is for this process
+        with pytest.raises(UserError, match="seven"):
+            list(in_order(refuse_seven, [7 if number == only else 1 for number in range(20)], processes))
+
+
+def test_jobs_are_asked_for_as_they_are_needed():
+    """A stream without end has no last job; `KEPT` results a process may wait, and one job more be under way."""
+    jobs = count()
+    results = in_order(squared, jobs, 2)
+    assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
+    assert next(jobs) <= 5 + 2 * KEPT + 1
+    results.close()
+
+
+def test_a_killed_helper_is_an_error():
+    with pytest.raises(UserError, match="a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes."):
+        list(in_order(die_as_a_helper, range(20), 2))
+
+
+@pytest.fixture
+def command(tmp_path) -> Iterator[subprocess.Popen]:
+    """`encode` with a helper, busy with a text that takes it seconds, in a process group of its own."""
+    (tmp_path / "a.txt").write_text("some words\n" * 3_000_000, encoding="utf-8")
+    words = ["encode", "--data", tmp_path / "a.txt", "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--processes", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "tinylm", *words], cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stderr is not None and process.stderr.readline().startswith("encoding with 2 processes")
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says who is running")
+def test_helpers_end_with_a_killed_parent(command):
+    def running() -> list[str]:
+        """Processes of the group that are not dead."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                state, _, group, *_ = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(group) == command.pid and state != "Z":
+                found.append(folder.name)
+        return found
+
+    deadline = time.monotonic() + 20
+    while len(running()) < 3 and time.monotonic() < deadline:  # itself, the helper, and Python's resource tracker
+        time.sleep(0.05)
+    command.kill()
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.4, 0.8])
+def test_ctrl_c_is_three_lines_also_while_helpers_start(command, seconds):
+    """A terminal sends it to the whole group; a helper that is still importing would show a traceback."""
+    time.sleep(seconds)
+    os.killpg(command.pid, signal.SIGINT)
+    _, said = command.communicate(timeout=60)
+    assert (command.returncode, said) == (130, "interrupted; the same command with --resume goes on from here\n\nstopped by Ctrl-C\n")

@@ -25,9 +25,11 @@ import train
 from data import LitExamples
 from tinylm import __main__ as commands
 from tinylm import checkpoint, lora
+from tinylm.bpe import CHARACTER_OF_BYTE
 from tinylm.config import load_config
 from tinylm.errors import UserError
 from tinylm.foreign import ForeignDecoder
+from tinylm.tokenizer import HFTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 Make = Callable[..., Path]
@@ -75,6 +77,18 @@ def save_llama(folder: Path, *, vocab_size: int = 257, seed: int = 0) -> None:
     backend.add_special_tokens(["<|endoftext|>"])
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}', encoding="utf-8")
+
+
+OWN_TEMPLATE = "{% for m in messages %}{{ m.role + ':' + m.content + '<|endoftext|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+
+
+def byte_level() -> HFTokenizer:
+    """A Hugging Face tokenizer of bytes and the end of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    backend = Tokenizer(models.BPE({character: byte for byte, character in CHARACTER_OF_BYTE.items()}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return HFTokenizer(backend, eos="<|endoftext|>", pad=None)
 
 
 @pytest.fixture

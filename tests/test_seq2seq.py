@@ -169,11 +169,14 @@ def test_a_target_is_scored_by_the_decoder_alone(pair: Any) -> None:
 
 
 def test_more_is_written_than_the_positions_hold(home: Path) -> None:
-    """A context shift: the decoder reads the end of its text again, and the encoder the prompt."""
+    """A context shift: the decoder reads the end of its text again, and the encoder the prompt. Texts that have ended leave the others alone."""
     model, tokenizer = find(str(home / "t5")).load().eval(), load_hf_tokenizer(str(home / "t5"))
     model.config = model.config.model_copy(update={"max_seq_len": 8})
-    [completion] = Engine(model, tokenizer).generate("the dog", SamplingConfig(temperature=1, max_new_tokens=30, n_samples=1, seed=1))
-    assert len(completion.ids) == 30 or completion.finish_reason == "eos"
+    engine, settings = Engine(model, tokenizer), {"temperature": 1.0, "max_new_tokens": 30, "seed": 1}
+    four = engine.generate("the dog", SamplingConfig(n_samples=4, **settings), stop_ids=range(20))
+    assert len({len(completion.ids) for completion in four}) > 2
+    assert max(len(completion.ids) for completion in four) > 16
+    assert engine.generate("the dog", SamplingConfig(**settings), stop_ids=range(20))[0].ids == four[0].ids
 
 
 def test_what_an_encoder_cannot_do_is_a_callers_mistake(pair: Any) -> None:

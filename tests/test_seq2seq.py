@@ -179,6 +179,20 @@ def test_more_is_written_than_the_positions_hold(home: Path) -> None:
     assert engine.generate("the dog", SamplingConfig(**settings), stop_ids=range(20))[0].ids == four[0].ids
 
 
+@torch.no_grad()
+def test_rows_that_are_kept_keep_their_prompt(pair: Any) -> None:
+    """Two prompts of unlike lengths behind one cache, of which the shorter one's row goes on, twice: its logits are those it has alone."""
+    model, _ = pair
+    starts, given = model.opening([[1, 2, 3, 4, 5], [6, 7]])
+    _, alone = model.opening([[6, 7]])
+    cache = model.new_cache(2)
+    model.features(torch.tensor(starts), cache=cache, **given)
+    cache.select(torch.tensor([1, 1]))
+    found = model.features(torch.tensor([[9], [9]]), cache=cache, **given).hidden
+    expected = model.features(torch.tensor([[model.start_id, 9]]), **alone).hidden[:, -1:]
+    assert torch.allclose(found, expected.expand_as(found), atol=1e-5)
+
+
 def test_what_an_encoder_cannot_do_is_a_callers_mistake(pair: Any) -> None:
     model, _ = pair
     with pytest.raises(ValueError, match="an encoder-decoder reads one prompt a row"):

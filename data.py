@@ -35,6 +35,7 @@ from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
 from tinylm.prompts import Conversation, Template, make_template
 from tinylm.rows import Pair, PairReport, Record, Report, examples, pairs, shared_examples, with_rows
+from tinylm.tasks import NAMED
 from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
 
@@ -402,7 +403,7 @@ class LitExamples(RunData):
         config: the settings; data.template, data.packing and training.train_on say what an example is.
         tokenizer: what the rows are encoded with.
         template: how conversations are written; None: as data.template says.
-        conversation_of: what makes a conversation of a row; None: its keys tell, or data.rows.
+        conversation_of: what makes a conversation of a row; None: data.task, or data.rows, or its keys.
         built_in: rows in place of those of data.dataset.
     """
 
@@ -418,7 +419,9 @@ class LitExamples(RunData):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.template = template or make_template(config.data.template, tokenizer)
-        self.conversation_of, self.built_in = conversation_of, built_in
+        task = config.data.task
+        self.conversation_of = conversation_of or (None if task is None else NAMED[task].conversation)
+        self.built_in = built_in
         self.first_batch = 0
         self.notes: list[str] = []
         self.train_examples: list[Example] = []

@@ -18,8 +18,9 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tinylm.errors import UserError, printable
 from tinylm.program import run_program
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from tinylm.config import Config, DataConfig
     from tinylm.decoder import Decoder
     from tinylm.foreign import ForeignDecoder
+    from tinylm.rows import Record
     from tinylm.tokenizer import Tokenizer
 
 Module = TypeVar("Module", "LitExamples", "LitPreferences")
@@ -104,16 +106,13 @@ def on_hub(data: "DataConfig") -> bool:
     return hub is not None and data.dataset == hub.dataset and not os.path.exists(hub.dataset)
 
 
-def rows_of_task(data: "DataConfig") -> dict[str, Any]:
-    """What `LitExamples` is told of a task: how its rows are read, and the built-in ones where they are asked for; a file of that name wins."""
+def built_in_rows_of(data: "DataConfig") -> "Sequence[Record]":
+    """The rows that a task brings, where they are asked for; a file of that name wins."""
     from tinylm.tasks import NAMED
     from tinylm.tasks.data import built_in_rows
 
-    if data.task is None:
-        return {}
-    task = NAMED[data.task]
-    built_in = data.dataset == SMOKE and not os.path.exists(SMOKE)
-    return {"conversation_of": task.conversation, "built_in": built_in_rows(task) if built_in else ()}
+    wanted = data.task is not None and data.dataset == SMOKE and not os.path.exists(SMOKE)
+    return built_in_rows(NAMED[data.task]) if wanted else ()
 
 
 def open_examples(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitExamples":
@@ -121,7 +120,7 @@ def open_examples(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitExa
     from data import LitExamples
 
     try:
-        return prepared(LitExamples(config, tokenizer, **rows_of_task(config.data)), say)
+        return prepared(LitExamples(config, tokenizer, built_in=built_in_rows_of(config.data)), say)
     except UserError as problem:
         if not on_hub(config.data):
             raise

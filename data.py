@@ -5,6 +5,7 @@
     token files ─▶ row numbers of micro-batch k, from (seed, k) alone ─▶ rows ─▶ batch       IndexedBatches
     stream     ─▶ rows in document order ─▶ windows of rows, shuffled by (seed, window) ─▶ batch     StreamBatches
     examples   ─▶ packed rows, or one example a row ─▶ row numbers as for a token file ─▶ batch      ExampleBatches
+    preferences ─▶ one pair of answers a row ─▶ the same                                             PairBatches
 
 The whole run is one sequence of micro-batches 0, 1, 2, ...; a pass over the data ends somewhere inside it. A resumed run
 begins at micro-batch k and gets what an uninterrupted one would have got. For token files k is all that takes; a
@@ -33,7 +34,7 @@ from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document
 from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
 from tinylm.prompts import Conversation, Template, make_template
-from tinylm.rows import Report, examples, shared_examples, with_rows
+from tinylm.rows import Pair, PairReport, Report, examples, pairs, shared_examples, with_rows
 from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
 
@@ -349,7 +350,11 @@ class ExampleBatches(Dataset[Batch]):
 
     def __getitem__(self, k: int) -> Batch:
         rows = [self.rows[self._row(place)] for place in self.share.places(k)]
-        return self.batch(rows) | {"origin": [[example.place for example in row] for row in rows]}
+        return self.batch(rows) | {"origin": self.places_of(rows)}
+
+    def places_of(self, rows: Sequence[Any]) -> list[Any]:
+        """Where the rows of a batch were read from, for messages."""
+        return [[example.place for example in row] for row in rows]
 
     def batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
         """`input_ids` and `labels` (B, T) int64; with several examples a row also `document_ids` (B, T)."""
@@ -468,6 +473,106 @@ class LitExamples(RunData):
         if self.config.data.packing == "padded":
             return [[example] for example in made]
         return [[made[number] for number in row] for row in pack_examples([len(example.ids) - 1 for example in made], self.config.training.seq_len)]
+
+
+class PairBatches(ExampleBatches):
+    """Micro-batches of preferences, a pair a row, in the order that examples have; each answer stands behind its prompt."""
+
+    def places_of(self, rows: Sequence[Any]) -> list[Any]:
+        return [pair.chosen.place for pair in rows]
+
+    def batch(self, rows: Sequence[Any]) -> Batch:
+        """Ids and labels (B, T) int64 of both answers, and what is known of them under the reference, (B,); `()` gives padding."""
+        batch: Batch = {}
+        known = self.rows[0].reference is not None
+        for number, name in enumerate(("chosen", "rejected")):
+            inputs, labels, _ = zip(*(row_of_examples(row[number : number + 1], self.seq_len, self.pad_id) for row in rows), strict=True)
+            batch |= {f"{name}_ids": torch.from_numpy(np.stack(inputs)), f"{name}_labels": torch.from_numpy(np.stack(labels))}
+            if known:
+                batch[f"{name}_reference"] = torch.tensor([row.reference[number] if row else 0.0 for row in rows])
+        return batch
+
+
+class ValidationPairs(PairBatches, ValidationExamples):
+    """Pairs in their order, this rank's share of them."""
+
+
+class LitPreferences(RunData):
+    """The batches of one run on preferences, with the interface of `LitExamples`.
+
+    Args:
+        config: the settings; data.template says how prompts and answers are written.
+        tokenizer: what the rows are encoded with.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.template = make_template(config.data.template, tokenizer)
+        self.first_batch = 0
+        self.notes: list[str] = []
+        self.train_pairs: list[Pair] = []
+        self.val_pairs: list[Pair] = []
+
+    def prepare(self) -> None:
+        """Read and encode the rows of both splits.
+
+        Raises:
+            UserError: as `rows.pairs`.
+        """
+        if note := with_rows(self.config.data)[1]:
+            raise UserError(f"{note.partition(';')[0]}. Give a file of preferences, such as data/tiny_preferences.jsonl.")
+        self.train_pairs, train = self._pairs("train")
+        self.val_pairs, val = self._pairs("val")
+        shared = shared_examples([pair.chosen for pair in self.train_pairs], [pair.chosen for pair in self.val_pairs])
+        warning = f"warning: {shared} validation prompts with their chosen answers are training rows too; val_loss will look better than it is"
+        self.notes = [*train.notes(), *val.notes(), *([warning] if shared else [])]
+
+    def describe(self) -> str:
+        """One line on what is trained on and validated on."""
+        targets = [int(example.trained.sum()) for example in _answers(self.train_pairs)]
+        sizes = f"train {len(self.train_pairs)} pairs of answers of {sum(targets) / len(targets):.0f} tokens, validation {len(self.val_pairs)} pairs"
+        return f"data: {printable(self.config.data.dataset)}: {sizes}; template {self.template.name}"
+
+    def start_at(self, batch: int, cursor: list[int] | None) -> None:
+        """Go on at micro-batch `batch`; rows that are all in memory need no cursor."""
+        self.first_batch = batch
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the data: two runs with equal ones see the same tokens and targets."""
+        return {"train": _fingerprint(_answers(self.train_pairs)), "val": _fingerprint(_answers(self.val_pairs))}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The micro-batches from `first_batch` to the end of the run."""
+        training = self.config.training
+        batches = PairBatches(self.train_pairs, self.config, self.tokenizer.pad_id, self._share())
+        return self._loader(batches, range(self.first_batch, training.max_steps * training.grad_accum_steps))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation pairs, at most training.val_batches batches of them."""
+        return DataLoader(ValidationPairs(self.val_pairs, self.config, self.tokenizer.pad_id, self._share()), batch_size=None)
+
+    def all_batches(self) -> Iterator[Batch]:
+        """All pairs in their order, those of validation last; every process sees them all."""
+        made = [*self.train_pairs, *self.val_pairs]
+        size = self.config.training.micro_batch_size
+        batches = PairBatches(made, self.config, self.tokenizer.pad_id, Share(size))
+        return (batches.batch(made[start : start + size]) for start in range(0, len(made), size))
+
+    def add_reference(self, log_probs: np.ndarray) -> None:
+        """Give every pair the log-probabilities (n, 2) of its answers under the reference, in the order of `all_batches`."""
+        known = iter(log_probs.tolist())
+        self.train_pairs = [pair._replace(reference=next(known)) for pair in self.train_pairs]
+        self.val_pairs = [pair._replace(reference=next(known)) for pair in self.val_pairs]
+
+    def _pairs(self, which: Which) -> tuple[list[Pair], PairReport]:
+        training = self.config.training
+        return pairs(self.config.data, which, training.seed, self.template, self.tokenizer, training.seq_len)
+
+
+def _answers(made: list[Pair]) -> list[Example]:
+    """Both examples of each pair."""
+    return [example for pair in made for example in (pair.chosen, pair.rejected)]
 
 
 def _fingerprint(made: list[Example]) -> str:

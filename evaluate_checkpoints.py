@@ -234,13 +234,13 @@ def open_checkpoint(subject: Subject, device: str, tokenizer: str) -> Opened:
     from infer import choose_tokenizer
     from tinylm.checkpoint import load_model
     from tinylm.engine import Engine
-    from tinylm.prompts import make_template
+    from tinylm.prompts import ANSWERING, make_template
 
     loaded = load_model(subject.paths[0], device)
     if not all(weight.isfinite().all() for weight in loaded.model.parameters()):
         raise UserError(f"{printable(subject.paths[0])}: there are weights that are not finite numbers; its training diverged. Use an earlier checkpoint.")
     engine = Engine(loaded.model, choose_tokenizer(tokenizer, loaded.tokenizer))
-    template = make_template(loaded.config.data.template, engine.tokenizer) if loaded.info.stage == "sft" else None
+    template = make_template(loaded.config.data.template, engine.tokenizer) if loaded.info.stage in ANSWERING else None
     return Opened(engine, template, loaded.info.step, loaded.info.val_loss)
 
 

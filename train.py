@@ -25,7 +25,7 @@ from tinylm.program import Parser, run_program
 if TYPE_CHECKING:
     import lightning as L
 
-    from data import LitData, LitExamples
+    from data import LitData, LitExamples, LitPreferences
     from model import LitStage
     from tinylm.checkpoint import Base
     from tinylm.config import Config
@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
     """Pretrain as the command line says."""
     from tinylm.config import load_config
 
-    return run_stage("pretrain", load_config(args.config, args.overrides), args, open_corpus)
+    config = load_config(args.config, args.overrides)
+    if config.dpo is not None:
+        raise UserError("dpo: preferences are learned by finetune.py. Run that program, or take the dpo section out.")
+    return run_stage("pretrain", config, args, open_corpus)
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,29 @@ class Start:
 
 
 Say = Callable[[str], None]
-OpenData = Callable[["Config", "Tokenizer", Say], "LitData | LitExamples"]
+OpenData = Callable[["Config", "Tokenizer", Say], "LitData | LitExamples | LitPreferences"]
 
 
-def run_stage(stage: str, config: "Config", args: argparse.Namespace, open_data: OpenData) -> int:
+@dataclass(frozen=True)
+class Parts:
+    """What a stage is built of."""
+
+    stage: str
+    config: "Config"
+    data: "LitData | LitExamples | LitPreferences"
+    start: Start
+    base: "Base | None"
+    device: str
+    say: Say
+
+
+def run_stage(stage: str, config: "Config", args: argparse.Namespace, open_data: OpenData, build: "Callable[[Parts], LitStage] | None" = None) -> int:
     """Say what will be done, train, say where the result is: what train.py and finetune.py do alike.
 
     Args:
         stage: the name that checkpoints and metrics have it under.
         open_data: makes and prepares the data module, and says what is in it.
+        build: makes what is trained; None: a language model.
     """
     from tinylm.device import pick_device
 
@@ -127,7 +144,8 @@ def run_stage(stage: str, config: "Config", args: argparse.Namespace, open_data:
         if start.payload is not None:
             check_same_data(start, data, say, allow_changes=args.allow_changes)
         check_sample_prompt(config, tokenizer)
-        return fit(build_stage(stage, config, tokenizer, start, base), data, device, start, say)
+        made = (build or build_language_model)(Parts(stage, config, data, start, base, device, say))
+        return fit(made, data, device, start, say)
 
 
 def open_corpus(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitData":
@@ -289,12 +307,12 @@ def settings_of_resumed(config: "Config", payload: dict[str, Any]) -> "Config":
 
 
 def find_base(config: "Config", start: Start) -> "Base | None":
-    """The model that training.init_from names, where a run needs it: to begin, or under its adapters."""
+    """The model that training.init_from names, where a run needs it: to begin, under its adapters, or as the reference of preferences."""
     from tinylm.checkpoint import open_base
 
     if config.training.init_from is None and config.lora is not None:
         raise UserError("lora: adapters belong to a trained model. Set training.init_from, or take the lora section out.")
-    if config.training.init_from is None or (start.payload is not None and config.lora is None):
+    if config.training.init_from is None or (start.payload is not None and config.lora is None and config.dpo is None):
         return None
     try:
         return open_base(config.training.init_from)
@@ -369,17 +387,25 @@ def check_sample_prompt(config: "Config", tokenizer: "Tokenizer") -> None:
         raise UserError(f"training.sample_prompt: {error}") from None
 
 
-def build_stage(stage: str, config: "Config", tokenizer: "Tokenizer", start: Start, base: "Base | None") -> "LitStage":
-    """What is trained, with the weights that the run begins with."""
+def build_language_model(parts: Parts) -> "LitStage":
+    """What is trained on next tokens, with the weights that the run begins with."""
     from model import LitLM
-    from tinylm.checkpoint import NO_ROOTS, refer_to
     from tinylm.evaluate import byte_table
+
+    model, roots = build_model(parts)
+    return LitLM(parts.config, model, byte_table(parts.data.tokenizer, model.embedding.num_embeddings), parts.stage, roots)
+
+
+def build_model(parts: Parts) -> tuple["Decoder | ForeignDecoder", dict[str, Any]]:
+    """The model that is trained, with adapters where the settings ask for them, and the roots of its checkpoints."""
+    from tinylm.checkpoint import NO_ROOTS, refer_to
     from tinylm.foreign import ForeignDecoder, check_packing
 
-    model, roots = build_model(config, start, base), dict(NO_ROOTS)
+    config, base = parts.config, parts.base
+    model, roots = begin_weights(config, parts.start, base), dict(NO_ROOTS)
     if isinstance(model, ForeignDecoder):
         check_foreign(config)
-        if stage == "sft" and config.data.packing == "packed":
+        if parts.stage == "sft" and config.data.packing == "packed":
             check_packing(model)
         if config.model.gradient_checkpointing:
             model.checkpoint_gradients()
@@ -387,45 +413,55 @@ def build_stage(stage: str, config: "Config", tokenizer: "Tokenizer", start: Sta
     if config.lora is not None:
         assert base is not None, "find_base sees to it"
         roots["base"] = refer_to(base, model, Path(config.training.checkpoint_dir))
-        add_adapters(config, model, roots["base"], start)
-    return LitLM(config, model, byte_table(tokenizer, model.embedding.num_embeddings), stage, roots)
+        add_adapters(config, model, roots["base"], parts.start)
+    return model, roots
 
 
-def build_model(config: "Config", start: Start, base: "Base | None") -> "Decoder | ForeignDecoder":
+def begin_weights(config: "Config", start: Start, base: "Base | None") -> "Decoder | ForeignDecoder":
     """A decoder with the weights of the checkpoint to resume, of the base, or new ones, which depend on the seed alone."""
     import torch
 
     from tinylm.checkpoint import whole_model
     from tinylm.decoder import Decoder
 
-    if base is not None:
-        try:
-            return base.build(config.model)
-        except UserError as error:
-            raise UserError(f"training.init_from: {error}") from None
-    if start.payload is not None:
+    if start.payload is not None and config.lora is None:
         return whole_model(config.model, start.payload)
+    if base is not None:
+        return build_base(config, base)
     torch.manual_seed(config.training.seed)
     return Decoder(config.model)
 
 
-def add_adapters(config: "Config", model: "Decoder | ForeignDecoder", reference: dict[str, str], start: Start) -> None:
-    """Put adapters into `model`: new ones, or those of the checkpoint to resume, which belong to no other base.
+def build_base(config: "Config", base: "Base") -> "Decoder | ForeignDecoder":
+    """The model of training.init_from with its weights."""
+    try:
+        return base.build(config.model)
+    except UserError as error:
+        raise UserError(f"training.init_from: {error}") from None
 
-    Raises:
-        UserError: naming both bases.
-    """
+
+def add_adapters(config: "Config", model: "Decoder | ForeignDecoder", reference: dict[str, str], start: Start) -> None:
+    """Put adapters into `model`: new ones, or those of the checkpoint to resume, which belong to no other base."""
     from tinylm.lora import attach, load_adapter
 
     assert config.lora is not None
-    was = None if start.payload is None else start.payload["base"]
-    if was is not None and was["fingerprint"] != reference["fingerprint"]:
-        bases = f"{printable(was['path'])} with fingerprint {was['fingerprint']}"
-        found = f"training.init_from, {printable(config.training.init_from)}, has {reference['fingerprint']}"
-        raise UserError(f"{printable(start.path)}: an adapter of {bases}, and {found}. Set training.init_from to the model it was trained on.")
+    check_root(config, start, "base", reference, "an adapter of")
     attach(model, config.lora, seed=config.training.seed)
     if start.payload is not None:
         load_adapter(model, start.payload["weights"])
+
+
+def check_root(config: "Config", start: Start, root: str, now: dict[str, str], what: str) -> None:
+    """Refuse to go on over another model than the one that the checkpoint refers to.
+
+    Raises:
+        UserError: naming both.
+    """
+    was = None if start.payload is None else start.payload[root]
+    if was is not None and was["fingerprint"] != now["fingerprint"]:
+        models = f"{printable(was['path'])} with fingerprint {was['fingerprint']}"
+        found = f"training.init_from, {printable(config.training.init_from)}, has {now['fingerprint']}"
+        raise UserError(f"{printable(start.path)}: {what} {models}, and {found}. Set training.init_from to the model it was trained on.")
 
 
 def check_foreign(config: "Config") -> None:
@@ -466,13 +502,14 @@ def describe_model(config: "Config", decoder: Any, world_size: int) -> str:
     from tinylm.decoder import Decoder, count_parameters, flops_per_token
 
     training = config.training
-    tokens = training.micro_batch_size * training.grad_accum_steps * training.seq_len * world_size
+    rows = training.micro_batch_size * training.grad_accum_steps * world_size
+    a_step = f"{rows * training.seq_len:,} tokens" if config.dpo is None else f"{rows:,} pairs"
     work = ""
     if config.lora is not None:
         work = f"{sum(weight.numel() for weight in decoder.parameters() if weight.requires_grad):,} of them trained, "
     elif isinstance(decoder, Decoder):
         work = f"{short(flops_per_token(decoder, training.seq_len))} FLOPs a token, "
-    return f"model: {count_parameters(decoder):,} parameters, {work}{tokens:,} tokens a step, {training.max_steps:,} steps"
+    return f"model: {count_parameters(decoder):,} parameters, {work}{a_step} a step, {training.max_steps:,} steps"
 
 
 def build_trainer(config: "Config", device: str, callbacks: "list[L.Callback]") -> "L.Trainer":
@@ -552,7 +589,7 @@ def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Say)
         path = log_folder(config) / "metrics.csv"
         # A run that begins, or leaves another one's track, must not overwrite what that one has logged.
         aside = start.path is None or start.path.resolve().parent != Path(config.training.checkpoint_dir).resolve()
-        metrics.open(between.MetricsFile(path, step, stage=stage.stage, aside=aside), make_loggers(config))
+        metrics.open(between.MetricsFile(path, step, further=(*stage.measures, *stage.val_measures), aside=aside), make_loggers(config))
     began = time.monotonic()
     trainer.fit(stage, datamodule=data)
     return report(stage, saving, signals, time.monotonic() - began, say)
@@ -583,7 +620,7 @@ def report(stage: "LitStage", saving: Any, signals: Any, seconds: float, say: Sa
     say(f"done: {progress.step} steps in {duration(seconds)}, best val_loss {best:.4f}")
     final = path.with_name("final.ckpt")
     print(printable(final))
-    prompt = {"pretrain": "Attention is", "sft": "Name three primary colours."}[stage.stage]
+    prompt = "Attention is" if stage.stage == "pretrain" else "Name three primary colours."
     say(f'next: python infer.py --ckpt {shlex.quote(str(final))} --prompt "{prompt}"')
     return 0
 
@@ -636,6 +673,8 @@ def check_hardware(config: "Config", device: str) -> None:
         raise UserError(f"hardware.devices: {hardware.devices} were asked for, and this machine has {present}. Lower hardware.devices.")
     if hardware.strategy == "fsdp" and hardware.precision == "16":
         raise UserError("hardware.precision: 16 does not go with hardware.strategy fsdp. Set hardware.precision to bf16 or 32.")
+    if hardware.strategy == "fsdp" and config.dpo is not None:
+        raise UserError("dpo: hardware.strategy fsdp does not cut the reference of preferences in pieces. Set hardware.strategy to ddp.")
     if hardware.strategy == "fsdp" and config.lora is not None:
         raise UserError("lora: adapters are too small to be cut in pieces by hardware.strategy fsdp. Set hardware.strategy to ddp.")
     if hardware.strategy == "fsdp" and config.training.optimizer == "muon":

@@ -179,7 +179,7 @@ def interrupt_at(monkeypatch: Patch, micro_batch: int, action: Callable[[], Any]
             seen.append(1)
             if len(seen) == micro_batch:
                 changed = action()
-                return result if changed is None else (result[0] * changed, *result[1:])
+                return result if changed is None else result._replace(loss=result.loss * changed)
         return result
 
     monkeypatch.setattr(model.LitLM, "batch_loss", batch_loss)

@@ -41,8 +41,9 @@ _COMMENT_SIZE = len("sha256:") + 64
 _STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
 _NEEDED_KEYS = {"format", "schema", "stage", "step", "tokens", "config", "tokenizer", "weights"}
 # What rebuilding a model takes beside settings and weights: {"path", "fingerprint"} of the base that an adapter belongs to, and
-# the config.json of a Hugging Face model as text. Older checkpoints have neither.
-NO_ROOTS: dict[str, Any] = {"base": None, "hf_config": None}
+# the config.json of a Hugging Face model as text. What going on with preferences takes: the reference, described as a base is.
+# Older checkpoints have none of them.
+NO_ROOTS: dict[str, Any] = {"base": None, "hf_config": None, "reference": None}
 
 
 class DamagedError(UserError):

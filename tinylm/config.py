@@ -29,7 +29,7 @@ CONFIG_DEPTH_LIMIT = 12
 MIX_LIMIT = 1_000_000  # so many times the smallest weight may be all weights together: a block of rows has one of each source
 
 # What tinylm/rows.py looks for in a row.
-ROW_COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations")
+ROW_COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations", "chosen", "rejected")
 
 Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, le=COUNT_LIMIT, strict=True)]
@@ -220,11 +220,11 @@ class DataConfig(Section):
     rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
     """for fine-tuning: what a row is made of; auto: told by its keys"""
     columns: dict[Name, Name] | None = None
-    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages, conversations) to the name in the data"""
+    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages, conversations, chosen, rejected) to that in the data"""
     template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
     """for fine-tuning: how turns are written (tinylm/prompts.py); chat_template: as the tokenizer's own template says"""
     packing: Literal["packed", "padded"] = "packed"
-    """for fine-tuning: several examples a row behind document masks, or one example a row"""
+    """for fine-tuning: several examples a row behind document masks, or one example a row, as preferences always are"""
     split: Name = "train"
     """split of a Hugging Face dataset to train on"""
     val_dataset: Name | None = None
@@ -507,6 +507,23 @@ class Config(Section):
             raise ValueError(f"training.seq_len: {seq_len} is more than model.max_seq_len ({positions}). Raise model.max_seq_len or lower training.seq_len")
         if self.data.stride is not None and self.data.stride > seq_len:
             raise ValueError(f"data.stride: {self.data.stride} is more than training.seq_len ({seq_len}), which would skip tokens. Lower data.stride")
+        return self
+
+    @model_validator(mode="after")
+    def _preferences_have_no_use_for(self) -> "Config":
+        if self.dpo is None:
+            return self
+        if self.dpo.reference == "adapters_off" and self.lora is None:
+            raise ValueError("dpo.reference: adapters_off needs adapters to switch off. Set dpo.reference to copy or cached, or write a lora section")
+        unused = {
+            "data.task": (self.data.task, None),
+            "data.rows": (self.data.rows, "auto"),
+            "training.train_on": (self.training.train_on, "response"),
+            "training.label_smoothing": (self.training.label_smoothing, 0.0),
+        }
+        for name, (value, default) in unused.items():
+            if value != default:
+                raise ValueError(f"{name}: {value} has no meaning for pairs of answers, which the dpo section asks for. Take it out")
         return self
 
     def with_model(self, model: ModelConfig, tokenizer: TokenizerConfig) -> "Config":

@@ -26,7 +26,7 @@ from tinylm.config import SamplingConfig
 from tinylm.decoder import Decoder, count_parameters
 from tinylm.errors import UserError, printable, require_package, writing
 from tinylm.foreign import PREFIX, ForeignDecoder
-from tinylm.prompts import WELL_KNOWN_BOS, make_template
+from tinylm.prompts import ANSWERING, WELL_KNOWN_BOS, make_template
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, first_line
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ CHAT_TEMPLATES = {
 def chat_template(loaded: Loaded) -> str | None:
     """The template that the checkpoint was fine-tuned with, in Jinja; else its tokenizer's own, if it has one."""
     tokenizer, name = loaded.tokenizer, loaded.config.data.template
-    if loaded.info.stage != "sft" or name == "chat_template":
+    if loaded.info.stage not in ANSWERING or name == "chat_template":
         return tokenizer.chat_template if isinstance(tokenizer, HFTokenizer) else None
     names = tokenizer.special_names.values() if isinstance(tokenizer, HFTokenizer) else ()
     opening = next((token for token in WELL_KNOWN_BOS if token in names), "")
@@ -307,7 +307,7 @@ def chat_template(loaded: Loaded) -> str | None:
 
 def end_ids(loaded: Loaded) -> list[int]:
     """The tokens that end what the model writes: those of its template if it was tuned to answer, else the end of a text."""
-    if loaded.info.stage != "sft":
+    if loaded.info.stage not in ANSWERING:
         return [loaded.tokenizer.eos_id]
     return list(make_template(loaded.config.data.template, loaded.tokenizer).stop_ids(loaded.tokenizer))
 

@@ -326,12 +326,9 @@ class _Asker:
         else:
             prompt = self.engine.fit_prompt(self.template.prompt_ids(self._turns(example), self.engine.tokenizer))
             stop, stop_ids = (), self.template.stop_ids(self.engine.tokenizer)
-        text = ""
-        for piece in self.engine.stream(prompt, SamplingConfig(temperature=0, max_new_tokens=self.task.max_new_tokens, stop=stop)):
-            if piece.token_id in stop_ids:
-                break
-            text += piece.text
-        return _Output(text.strip(), prompt.truncated > 0)
+        sampling = SamplingConfig(temperature=0, max_new_tokens=self.task.max_new_tokens, stop=stop)
+        [completion] = self.engine.generate(prompt, sampling, stop_ids=stop_ids)
+        return _Output(completion.text.strip(), prompt.truncated > 0)
 
     def _plain(self, example: Example) -> Prompt:
         return self.engine.encode_prompt(self.task.text(example, self.shots))

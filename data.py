@@ -18,7 +18,6 @@ device would see as micro-batch k·R + r: sharding happens here alone.
 import argparse
 import hashlib
 import json
-import random
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -608,7 +607,7 @@ class ProblemBatches(ExampleBatches):
         """`input_ids` (B, T) int64, `attention_mask` (B, T) bool and `label` (B,) int64 of every answer; wrong ones are drawn by (seed, place)."""
         ids, labels = [], []
         for problem, place in zip(rows, places, strict=True):
-            for answer in answers_of(problem, n_wrong=self.n_wrong, draw=random.Random(f"{self.seed} {self.split} {place}")):
+            for answer in answers_of(problem, n_wrong=self.n_wrong, seed=f"{self.seed} {self.split} {place}"):
                 ids.append(pair_ids(problem.question.whole, answer.text, self.tokenizer, self.seq_len))
                 labels.append(int(answer.right))
         return pair_batch(ids, self.pad_id) | {"label": torch.tensor(labels, dtype=torch.long)}

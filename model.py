@@ -376,10 +376,8 @@ class LitVerifier(LitStage):
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the losses, then how often each logit occurs among wrong and right pairs."""
         right = batch["label"]
-        if not len(right):  # this rank has no problem left
-            logits = torch.zeros(0, device=right.device)
-        else:
-            logits = self._score(batch["input_ids"], batch["attention_mask"])
+        none = torch.zeros(0, device=right.device)  # what a rank without a problem left makes of its share
+        logits = self._score(batch["input_ids"], batch["attention_mask"]) if len(right) else none
         return torch.cat((verifier_loss(logits, right)[None], logit_counts(logits, right)))
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:

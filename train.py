@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 # Settings that may differ when a run is resumed: they decide how long it runs and what is written, not what a step computes.
 FREE_ON_RESUME = {
-    "data.num_workers", "data.cache_dir", "data.dataset", "data.mix", "data.val_dataset", "tokenizer.path", "verifier.sampled_from",  # their content is compared
+    "data.num_workers", "data.cache_dir", "data.dataset", "data.mix", "data.val_dataset", "tokenizer.path",
+    "verifier.sampled_from",  # the content of these is compared
     "training.max_steps", "training.val_every_steps", "training.val_batches", "training.early_stopping_patience",
     "training.log_every_steps", "training.save_every_steps", "training.keep_last", "training.checkpoint_dir", "training.log_dir",
     "training.run_name", "training.loggers", "training.sample_prompt", "training.auto_resume", "training.init_from",

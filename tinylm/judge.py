@@ -12,10 +12,12 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from tinylm.checkpoint import load_verifier
 from tinylm.config import DataConfig
 from tinylm.corpus import Which
 from tinylm.errors import UserError
@@ -141,8 +143,9 @@ def judged(problem: Problem, texts: Sequence[str]) -> tuple[Judged, ...]:
     return tuple(Judged(text, same_number(text, problem.answer)) for text in different if text and text != problem.answer.strip())
 
 
-def answers_of(problem: Problem, *, n_wrong: int, draw: random.Random) -> list[Judged]:
-    """The right answer, `n_wrong` made of it by changing a number, and what a model answered."""
+def answers_of(problem: Problem, *, n_wrong: int, seed: str) -> list[Judged]:
+    """The right answer, `n_wrong` made of it by changing a number, which depend on the seed alone, and what a model answered."""
+    draw = random.Random(seed)  # noqa: S311  (no secret)
     wrong = [corrupted(problem.answer, draw) for _ in range(n_wrong)]
     return [Judged(problem.answer, True), *(Judged(text, False) for text in wrong if text is not None), *problem.samples]
 
@@ -174,6 +177,12 @@ class Judge:
     tokenizer: Tokenizer
     seq_len: int
     """tokens of a pair that it was trained on"""
+
+    @classmethod
+    def load(cls, path: Path, device: str) -> "Judge":
+        """The verifier of a checkpoint; raises as `load_verifier`."""
+        loaded = load_verifier(path, device)
+        return cls(loaded.model, loaded.tokenizer, loaded.config.training.seq_len)
 
     @torch.inference_mode()
     def probabilities(self, problem: str, answers: Sequence[str]) -> list[float]:

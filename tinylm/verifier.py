@@ -20,10 +20,14 @@ from torch import Tensor, nn
 from tinylm.config import ModelConfig
 from tinylm.decoder import Block, Decoder, Sight, initialise, make_norm, rope_angles
 from tinylm.errors import UserError
+from tinylm.metrics import wilson
 
 # A number as people write it: 1,200 or 3.5; the sign belongs to the sum it stands in.
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)
 CALIBRATION_BINS = 10
+# Scores of many pairs are counted in bins of logits so wide, up to this distance from 0, which is a border of bins: sums of counts
+# can be added over batches and devices, and within a bin a probability moves by 0.0025 at most.
+LOGIT_STEP, LOGIT_LIMIT = 0.02, 20
 
 
 class Verifier(nn.Module):
@@ -117,6 +121,13 @@ def _another_number(text: str, draw: random.Random) -> str:
 # --- how good its scores are ------------------------------------------------------------------------------------------
 
 
+def logit_counts(logits: Tensor, right: Tensor) -> Tensor:
+    """How many wrong and how many right pairs have a logit in each bin, flat (2 · bins,); a logit beyond the limit is in the last bin."""
+    n_bins = round(2 * LOGIT_LIMIT / LOGIT_STEP)
+    bins = ((logits / LOGIT_STEP).floor() + n_bins // 2).clamp(0, n_bins - 1).long()
+    return torch.bincount(bins + n_bins * right.long(), minlength=2 * n_bins).float()
+
+
 @dataclass(frozen=True)
 class VerifierScore:
     """How a verifier does on held-out pairs."""
@@ -137,6 +148,19 @@ class VerifierScore:
         right = right.astype(bool)
         accuracy, majority = float(((probabilities >= 0.5) == right).mean()), float(max(right.mean(), 1 - right.mean()))
         return cls(len(right), accuracy, majority, area_under_curve(probabilities, right), calibration_error(probabilities, right))
+
+    @classmethod
+    def of_counts(cls, counts: np.ndarray) -> "VerifierScore":
+        """From a sum of `logit_counts`: each pair counts as one in the middle of its bin."""
+        counts = counts.reshape(2, -1).astype(int)
+        middles = (np.arange(counts.shape[1]) + 0.5) * LOGIT_STEP - LOGIT_LIMIT
+        probabilities = 1 / (1 + np.exp(-middles))
+        return cls.of(np.concatenate([np.repeat(probabilities, row) for row in counts]), np.repeat([False, True], counts.sum(axis=1)))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the accuracy."""
+        return wilson(self.accuracy, self.n)
 
 
 def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:

@@ -16,8 +16,8 @@ import regex
 from tinylm.errors import UserError, printable, reading
 
 # What a merge may not cross: the words of GPT-2 (Radford et al. 2019), and those of GPT-4 as tiktoken's cl100k_base has them,
-# which keep numbers to three digits and ignore the case of contractions. Both leave no character out, and the three libraries that
-# search for them here (regex, tokenizers', tiktoken's) find the same words.
+# which keep numbers to three digits and ignore the case of contractions. Both leave no character out, and tokenizers and
+# tiktoken find the same words; so does the library regex, but for the letters that Unicode added last.
 PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",

@@ -168,10 +168,12 @@ class Validation(StepCallback):
 
     def _sample(self, stage: LitStage, prompt: str) -> str:
         """What the model makes of `prompt`; one that learns to answer is asked as its examples are."""
-        engine, opening = Engine(stage.decoder, self.tokenizer), self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
-        if stage.stage in ANSWERING:
-            opening = make_template(stage.config.data.template, self.tokenizer).prompt_ids((Turn("user", prompt),), self.tokenizer)
-        return engine.generate(engine.fit_prompt(opening), stage.config.sampling)[0].text
+        engine, sampling = Engine(stage.decoder, self.tokenizer), stage.config.sampling
+        if stage.stage not in ANSWERING:
+            return engine.generate(prompt, sampling)[0].text
+        template = make_template(stage.config.data.template, self.tokenizer)
+        asked = engine.fit_prompt(template.prompt_ids((Turn("user", prompt),), self.tokenizer))
+        return engine.generate(asked, sampling, stop_ids=template.stop_ids(self.tokenizer))[0].text
 
 
 def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:

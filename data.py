@@ -37,7 +37,8 @@ from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document
 from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
 from tinylm.prompts import Conversation, Template, make_template
-from tinylm.rows import Pair, PairReport, Report, examples, pairs, shared_examples, with_rows
+from tinylm.rows import Pair, PairReport, Record, Report, examples, pairs, shared_examples, with_rows
+from tinylm.tasks import NAMED
 from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
 
@@ -405,7 +406,8 @@ class LitExamples(RunData):
         config: the settings; data.template, data.packing and training.train_on say what an example is.
         tokenizer: what the rows are encoded with.
         template: how conversations are written; None: as data.template says.
-        conversation_of: what makes a conversation of a row; None: its keys tell, or data.rows.
+        conversation_of: what makes a conversation of a row; None: data.task, or data.rows, or its keys.
+        built_in: rows in place of those of data.dataset.
     """
 
     def __init__(
@@ -415,11 +417,14 @@ class LitExamples(RunData):
         *,
         template: Template | None = None,
         conversation_of: Callable[[dict[str, Any]], Conversation] | None = None,
+        built_in: Sequence[Record] = (),
     ):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.template = template or make_template(config.data.template, tokenizer)
-        self.conversation_of = conversation_of
+        task = config.data.task
+        self.conversation_of = conversation_of or (None if task is None else NAMED[task].conversation)
+        self.built_in = built_in
         self.first_batch = 0
         self.notes: list[str] = []
         self.train_examples: list[Example] = []
@@ -468,7 +473,7 @@ class LitExamples(RunData):
 
     def _examples(self, which: Which) -> tuple[list[Example], Report]:
         data, training = self.config.data, self.config.training
-        made = {"train_on": training.train_on, "conversation_of": self.conversation_of}
+        made = {"train_on": training.train_on, "conversation_of": self.conversation_of, "built_in": self.built_in}
         return examples(data, which, training.seed, self.template, self.tokenizer, training.seq_len, **made)
 
     def _rows(self, made: list[Example]) -> list[list[Example]]:

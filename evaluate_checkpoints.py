@@ -1,7 +1,8 @@
-"""Rank checkpoints: on prompts with a known continuation, on tasks, on tasks of the lm-evaluation-harness.
+"""Rank checkpoints, and Hugging Face models beside them: on prompts with a known continuation, on tasks, on tasks of the lm-evaluation-harness.
 
     python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --cases cases/wiki_basics.yaml
     python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --tasks gsm8k,sst2 --shots 0,4
+    python evaluate_checkpoints.py --model gpt2 --tasks sst2 --shots 0,4
     python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --tasks gsm8k --best-of 8 --verifier checkpoints/verifier/best.ckpt
 
 The tables go to stdout, everything else to stderr; numbers and failed answers to files under --out. A checkpoint that
@@ -38,13 +39,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint under all its names, the first of which is shown."""
+    """A checkpoint under all its names, the first of which is shown; or a Hugging Face model, by name or folder."""
 
     paths: tuple[Path, ...]
+    is_hf: bool = False
 
     @property
     def label(self) -> str:
-        """The file and, in brackets, its other names."""
+        """The file and, in brackets, its other names; hf: before the name of a Hugging Face model."""
+        if self.is_hf:
+            return printable(f"hf:{self.paths[0]}")
         others = ", ".join(path.stem for path in self.paths[1:])
         return printable(f"{self.paths[0]} ({others})" if others else self.paths[0])
 
@@ -56,7 +60,8 @@ class Opened:
     engine: "Engine"
     template: "Template | None"
     """what it was fine-tuned with; None for a base model"""
-    step: int
+    step: int | None
+    """None, as the loss, for a Hugging Face model: it does not say"""
     val_loss: float | None
 
 
@@ -105,9 +110,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python evaluate_checkpoints.py",
         usage="python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --cases cases/wiki_basics.yaml",
-        description="Rank checkpoints on cases and tasks.",
+        description="Rank checkpoints, and Hugging Face models, on cases and tasks.",
     )
-    parser.add_argument("--checkpoints", nargs="+", default=["checkpoints/*.ckpt"], metavar="PATTERN", help="files or globs (checkpoints/*.ckpt)")
+    parser.add_argument("--checkpoints", nargs="+", metavar="PATTERN", help="files or globs (checkpoints/*.ckpt, where no --model is given)")
+    what = "a Hugging Face name or folder, asked in plain text: a baseline by prompting; may be given several times"
+    parser.add_argument("--model", action="append", default=[], metavar="NAME", help=what)
     parser.add_argument("--cases", nargs="+", type=Path, default=[], metavar="FILE", help="YAML files of cases: name, prompt, target")
     parser.add_argument("--tasks", type=words, default=(), metavar="NAME,...", help="sst2, samsum, gsm8k, sms, alpaca, or pairs (your own rows)")
     parser.add_argument("--shots", type=words, metavar="N,...", help="solved examples before each question (0; for --lm-eval as its tasks say)")
@@ -141,15 +148,16 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Ask every checkpoint, rank, show, and write."""
-    subjects = find_subjects(args.checkpoints)
+    patterns = args.checkpoints or ([] if args.model else ["checkpoints/*.ckpt"])
+    subjects = [*find_subjects(patterns), *(Subject((Path(name),), is_hf=True) for name in dict.fromkeys(args.model))]
     device, why = pick_device(args.device)
     questions = prepare(args, device)  # a mistake in them is told before the seconds that loading takes
     say(f"device: {device} ({why})")
     results = Results()
     for subject in subjects:
         try:
-            opened = open_checkpoint(subject, device, args.tokenizer)
-            say(f"checkpoint: {subject.label}, step {opened.step}")
+            opened = open_model(subject, device) if subject.is_hf else open_checkpoint(subject, device, args.tokenizer)
+            say(f"model: {subject.label}" if subject.is_hf else f"checkpoint: {subject.label}, step {opened.step}")
             results.add(ask(subject, opened, questions, args))
         except UserError as error:
             results.failed.append({"checkpoint": subject.label, "error": str(error)})
@@ -158,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     write(results, args.out)
     say(f"{printable(args.out / 'results.json')} has all numbers, {len(results.answers)} files beside it the answers that are not right")
     if len(results.failed) == len(subjects):
-        raise UserError(f"all {len(subjects)} checkpoints failed. Give others as --checkpoints; `python list.py` shows what there is.")
+        raise UserError(f"all {len(subjects)} checkpoints and models failed. Give others; `python list.py` shows what there is.")
     say("next: python infer.py --ckpt FILE --prompt TEXT, with the checkpoint that suits you")
     return 0
 
@@ -170,7 +178,7 @@ def find_subjects(patterns: Sequence[str]) -> list[Subject]:
     """The checkpoints that the patterns name; names of one file (last, best, final are links) make one subject.
 
     Raises:
-        UserError: there are none.
+        UserError: there are patterns, and none matches.
     """
     files: dict[tuple[int, ...] | Path, list[Path]] = {}
     for pattern in patterns:
@@ -179,7 +187,7 @@ def find_subjects(patterns: Sequence[str]) -> list[Subject]:
             same = files.setdefault(identity(path), [])
             if path not in same:
                 same.append(path)
-    if not files:
+    if patterns and not files:
         raise UserError(f"--checkpoints: {printable(' '.join(patterns))}: nothing matches. Train a model first: python train.py --config config_smoke.yaml")
     return [Subject(tuple(sorted(paths, key=lambda path: (not path.name.startswith("step-"), path)))) for paths in files.values()]
 
@@ -262,14 +270,32 @@ def open_checkpoint(subject: Subject, device: str, tokenizer: str) -> Opened:
     from infer import choose_tokenizer
     from tinylm.checkpoint import load_model
     from tinylm.engine import Engine
-    from tinylm.prompts import ANSWERING, make_template
+    from tinylm.prompts import make_template
 
     loaded = load_model(subject.paths[0], device)
     if not all(weight.isfinite().all() for weight in loaded.model.parameters()):
         raise UserError(f"{printable(subject.paths[0])}: there are weights that are not finite numbers; its training diverged. Use an earlier checkpoint.")
     engine = Engine(loaded.model, choose_tokenizer(tokenizer, loaded.tokenizer))
-    template = make_template(loaded.config.data.template, engine.tokenizer) if loaded.info.stage in ANSWERING else None
+    template = make_template(loaded.template, engine.tokenizer) if loaded.template else None
     return Opened(engine, template, loaded.info.step, loaded.info.val_loss)
+
+
+def open_model(subject: Subject, device: str) -> Opened:
+    """A Hugging Face model, which is asked in plain text.
+
+    Raises:
+        UserError: it is not there, or is none that writes text.
+    """
+    from tinylm.engine import Engine
+    from tinylm.foreign import find
+    from tinylm.tokenizer import load_hf_tokenizer
+
+    name = str(subject.paths[0])
+    model, tokenizer = find(name).load().to(device).eval(), load_hf_tokenizer(name)
+    if model.embedding.num_embeddings < tokenizer.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.embedding.num_embeddings}"
+        raise UserError(f"--model: {printable(name)}: {sizes}. Download both again.")
+    return Opened(Engine(model, tokenizer), None, None, None)
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------

@@ -4,18 +4,23 @@
     python finetune.py --config configs/lora-smollm2.yaml data.dataset=mine.jsonl
     python finetune.py --config configs/dpo.yaml
     python finetune.py --config configs/verifier.yaml
+    python finetune.py --config configs/sst2-gpt2-lora.yaml
+    python finetune.py --config configs/instructions-from-scratch.yaml
 
 It begins with the weights that training.init_from names, a checkpoint of ours or a Hugging Face model (hf:NAME), and is
 otherwise train.py: the same flags, the same steps, the same exact resume. What it eats are rows of questions and answers
-(`LitExamples` in data.py), of which the answers are learned. With a dpo section they have two answers each, and the model
-learns to prefer the first (`LitPreferences`, `LitDPO`). With a verifier section an encoder, new or begun with a decoder's
-weights, learns to tell right answers from wrong ones (`LitProblems`, `LitVerifier`).
+(`LitExamples` in data.py), of which the answers are learned; with training.train_on=all the questions are learned too,
+and then it may also begin with new weights. With a dpo section the rows have two answers each, and the model learns to
+prefer the first (`LitPreferences`, `LitDPO`). With a verifier section an encoder, new or begun with a decoder's weights,
+learns to tell right answers from wrong ones (`LitProblems`, `LitVerifier`).
 """
 
 import argparse
 import hashlib
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,10 +36,11 @@ if TYPE_CHECKING:
 
     from data import LitExamples, LitPreferences, LitProblems
     from model import LitDPO, LitVerifier
-    from tinylm.config import Config
+    from tinylm.config import Config, DataConfig
     from tinylm.decoder import Decoder
     from tinylm.foreign import ForeignDecoder
     from tinylm.judge import Problem
+    from tinylm.rows import Record
     from tinylm.tokenizer import Tokenizer
 
 Module = TypeVar("Module", "LitExamples", "LitPreferences")
@@ -59,18 +65,74 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if config.verifier is not None:
         return run_stage("verifier", config, args, open_problems, build_verifier, learn_from_problems)
-    if config.training.init_from is None:
-        raise UserError("training.init_from: fine-tuning begins with a trained model. Set it to a checkpoint, or to hf:NAME for a Hugging Face model.")
     if config.dpo is not None:
+        if config.training.init_from is None:
+            raise UserError("training.init_from: preferences are learned by a trained model. Set it to a checkpoint, or to hf:NAME for a Hugging Face model.")
         return run_stage("dpo", config, args, open_preferences, build_dpo)
+    config = with_data_of_task(config)
+    check_beginning(config)
     return run_stage("sft", config, args, open_examples)
+
+
+def check_beginning(config: "Config") -> None:
+    """Refuse new weights where they could not learn: without the questions, or with a tokenizer that is learned from documents.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if config.training.init_from is not None:
+        return
+    if config.training.train_on == "response":
+        mend = "Set it to a checkpoint or to hf:NAME, or begin with new weights and training.train_on=all"
+        raise UserError(f"training.init_from: answers alone are learned by a model that was trained before. {mend}.")
+    if config.tokenizer.kind in ("bpe", "char"):
+        learned = f"kind {config.tokenizer.kind} is learned from documents, and these are rows of questions and answers"
+        raise UserError(f"tokenizer.kind: {learned}. Set byte, or tokenizer.path to one learned before (python -m tinylm tokenizer train).")
+
+
+SMOKE = "smoke"  # what data.dataset says for the rows that a task brings
+
+
+def with_data_of_task(config: "Config") -> "Config":
+    """The settings with the task's rows on the hub, where there is a task and data.dataset is left out; it is trained on the training split."""
+    from tinylm.tasks import NAMED
+
+    data = config.data
+    if data.task is None or "dataset" in data.model_fields_set:
+        return config
+    hub = NAMED[data.task].hub
+    assert hub is not None, "only pairs has none, and data.task cannot name it"
+    named = {"dataset": hub.dataset, "dataset_config": data.dataset_config or hub.config, "split": hub.train}
+    return config.model_copy(update={"data": data.model_copy(update=named)})
+
+
+def on_hub(data: "DataConfig") -> bool:
+    """Whether the rows are those of a task on the hub."""
+    from tinylm.tasks import NAMED
+
+    hub = NAMED[data.task].hub if data.task else None
+    return hub is not None and data.dataset == hub.dataset and not os.path.exists(hub.dataset)
+
+
+def built_in_rows_of(data: "DataConfig") -> "Sequence[Record]":
+    """The rows that a task brings, where they are asked for; a file of that name wins."""
+    from tinylm.tasks import NAMED
+    from tinylm.tasks.data import built_in_rows
+
+    wanted = data.task is not None and data.dataset == SMOKE and not os.path.exists(SMOKE)
+    return built_in_rows(NAMED[data.task]) if wanted else ()
 
 
 def open_examples(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitExamples":
     """The questions and answers of a run."""
     from data import LitExamples
 
-    return prepared(LitExamples(config, tokenizer), say)
+    try:
+        return prepared(LitExamples(config, tokenizer, built_in=built_in_rows_of(config.data)), say)
+    except UserError as problem:
+        if not on_hub(config.data):
+            raise
+        raise UserError(f"{problem} For task {config.data.task} that is data.dataset=PATH; data.dataset={SMOKE} takes a few built-in rows.") from None
 
 
 def open_preferences(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitPreferences":

@@ -25,7 +25,7 @@ from tinylm.config import Config
 from tinylm.decoder import Decoder
 from tinylm.device import keep_freed_memory
 from tinylm.errors import Diverged
-from tinylm.evaluate import batch_sums, language_score
+from tinylm.evaluate import batch_sums, beside_ids, language_score
 from tinylm.foreign import ForeignDecoder
 from tinylm.lora import adapters_off
 from tinylm.losses import Answers, cross_entropy
@@ -142,7 +142,10 @@ class LitStage(L.LightningModule):
             keep_freed_memory()
 
     def configure_model(self) -> None:
-        """Under fsdp each block, and the rest, is cut into equal parts that live on one device each (Zhao et al. 2023)."""
+        """Lightning's hook for what has to happen when devices and processes are known: sharding, then compiling.
+
+        Under fsdp each block, and the rest, is cut into equal parts that live on one device each (Zhao et al. 2023).
+        """
         if self.config.hardware.strategy == "fsdp" and self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
             assert isinstance(self.decoder, Decoder), "train.py refuses others"
@@ -150,6 +153,7 @@ class LitStage(L.LightningModule):
                 fully_shard(block, mesh=mesh)
             fully_shard(self.decoder, mesh=mesh)
             register_fsdp_forward_method(self.decoder, "features")
+        self._features = torch.compile(self.decoder.features) if self.config.hardware.compile else self.decoder.features
 
     @property
     def _balance_coef(self) -> float:
@@ -258,14 +262,10 @@ class LitLM(LitStage):
         self.val_measures = ("val_accuracy",) if stage == "sft" else ()
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
 
-    def configure_model(self) -> None:
-        """Lightning's hook for what has to happen when devices and processes are known: sharding, then compiling."""
-        super().configure_model()
-        self._features = torch.compile(self.decoder.features) if self.config.hardware.compile else self.decoder.features
-
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
         """Cross entropy of the target tokens; a mixture of experts adds its balance loss."""
-        features = self._features(batch["input_ids"], document_ids=batch.get("document_ids"))
+        batch = self.decoder.arranged(batch)
+        features = self._features(batch["input_ids"], **beside_ids(batch))
         labels = batch["labels"].flatten()
         loss = cross_entropy(features.hidden.flatten(0, 1), self.decoder.head.weight, labels, label_smoothing=label_smoothing)
         targets = (labels != IGNORE_INDEX).sum()
@@ -273,7 +273,7 @@ class LitLM(LitStage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """What `tinylm/evaluate.py` counts, so that training and eval_val.py give the same number."""
-        return batch_sums(self._features, self.decoder.head, batch, self.byte_lengths)
+        return batch_sums(self._features, self.decoder.head, self.decoder.arranged(batch), self.byte_lengths)
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
         """Loss, perplexity, bits per byte; of answers also how many of their tokens are the most probable one."""
@@ -300,11 +300,6 @@ class LitDPO(LitStage):
         assert config.dpo is not None
         self.dpo, self.full_batch = config.dpo, config.training.micro_batch_size
         self.reference = None if reference is None else reference.requires_grad_(False).eval()
-
-    def configure_model(self) -> None:
-        """Lightning's hook; the reference is not compiled, as it would be compiled a second time with its adapters off."""
-        super().configure_model()
-        self._features = torch.compile(self.decoder.features) if self.config.hardware.compile else self.decoder.features
 
     def train(self, mode: bool = True) -> "LitDPO":
         """Switch dropout on or off, in the policy alone."""

@@ -415,14 +415,12 @@ def build_language_model(parts: Parts) -> "LitStage":
 def build_model(parts: Parts) -> tuple["Decoder | ForeignDecoder", dict[str, Any]]:
     """The model that is trained, with adapters where the settings ask for them, and the roots of its checkpoints."""
     from tinylm.checkpoint import NO_ROOTS, refer_to
-    from tinylm.foreign import ForeignDecoder, check_packing
+    from tinylm.foreign import ForeignDecoder
 
     config, base = parts.config, parts.base
     model, roots = begin_weights(config, parts.start, base), dict(NO_ROOTS)
     if isinstance(model, ForeignDecoder):
-        check_foreign(config)
-        if parts.stage == "sft" and config.data.packing == "packed":
-            check_packing(model)
+        check_foreign(parts.stage, config, model)
         if config.model.gradient_checkpointing:
             model.checkpoint_gradients()
         roots["hf_config"] = model.settings
@@ -480,12 +478,24 @@ def check_root(config: "Config", start: Start, root: str, now: dict[str, str], w
         raise UserError(f"{printable(start.path)}: {what} {models}, and {found}. Set training.init_from to the model it was trained on.")
 
 
-def check_foreign(config: "Config") -> None:
-    """Refuse settings that only our own decoder knows.
+def check_foreign(stage: str, config: "Config", model: "ForeignDecoder") -> None:
+    """Refuse settings that only our own decoder knows, or no model with an encoder.
 
     Raises:
         UserError: naming the setting.
     """
+    from tinylm.foreign import ForeignSeq2Seq, check_packing
+
+    if isinstance(model, ForeignSeq2Seq):
+        kind = f"training.init_from names an encoder-decoder ({printable(model.inner.config.model_type)})"
+        if stage != "sft":
+            raise UserError(f"{kind}, which learns from questions and answers: python finetune.py, or choose a decoder-only model.")
+        if config.data.packing == "packed":
+            raise UserError(f"data.packing: packed puts several examples in a row, and {kind}, which reads one a row. Set data.packing: padded.")
+        if config.training.train_on == "all":
+            raise UserError(f"training.train_on: all trains the questions too, and {kind}, which never writes them. Set training.train_on: response.")
+    elif stage == "sft" and config.data.packing == "packed":
+        check_packing(model)
     if config.training.optimizer == "muon":
         raise UserError("training.optimizer: muon knows which matrices of our own decoder it is for, and none of a Hugging Face model. Set adamw.")
     if config.hardware.strategy == "fsdp":
@@ -540,6 +550,7 @@ def build_trainer(config: "Config", device: str, callbacks: "list[L.Callback]") 
     # Both advise a setting that is the user's choice here (num_workers), or that the design makes moot.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the reference of preferences is to stay there
     hardware = config.hardware
     precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}[hardware.precision]
     # FSDP2; Lightning's older FSDP strategy drops the optimizer's state on resume and flattens the weights.

@@ -20,11 +20,11 @@ BYTE_VOCABULARY = 260
 STEPS = 6
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Print a table: preset, planned and used megabytes, their ratio."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--presets", nargs="+", default=PRESETS, metavar="FILE")
-    presets = parser.parse_args().presets
+    presets = parser.parse_args(argv).presets
     import callbacks  # noqa: F401  what a training process has loaded is part of the plan
     from tinylm.config import load_config
     from tinylm.planner import plan_run
@@ -35,6 +35,7 @@ def main() -> None:
         planned = plan_run(config, config.tokenizer.vocab_size or BYTE_VOCABULARY, "cpu").peak / 1e6
         used = peak_of_run(preset) / 1e6
         print(f"| {preset} | {planned:,.0f} | {used:,.0f} | {planned / used:.2f} |", flush=True)
+    return 0
 
 
 def peak_of_run(preset: str) -> int:
@@ -51,4 +52,4 @@ def peak_of_run(preset: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

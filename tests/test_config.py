@@ -177,7 +177,7 @@ NOT_YAML = [
     ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", f"c.yaml:2: not YAML: an alias (*name) is not allowed here. {LOOK}"),
     ("x" * 200_000, f"c.yaml: 200000 bytes, and a config has at most {CONFIG_BYTES_LIMIT}. Is it the right file?"),
     ("data: {text_field: [" + "1" * 90_000 + "x]}", f'c.yaml:1: data.text_field: {TEXT}, found ["{"1" * 75}.... Meaning: {MEANING["data.text_field"]}.'),
-    ("data: {mix: [" + "{}," * 30_000 + "]}", f"c.yaml:1: data.mix[0].dataset: missing in {{}}. Meaning: {MEANING['data.mix[].dataset']}."),
+    ("data: {mix: [" + "{}," * 15_000 + "]}", f"c.yaml:1: data.mix[0].dataset: missing in {{}}. Meaning: {MEANING['data.mix[].dataset']}."),
     ("data: {val_fraction: 0." + "1" * 90_000 + "}", None),
     ("model: {d_model: " + "9" * 90_000 + "}", 'c.yaml:1: model.d_model: "' + "9" * 76 + "... is no int. Write it out, or quote it if it is text."),
 ]

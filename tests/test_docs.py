@@ -36,7 +36,9 @@ TOOL_MODULES = {"pip", "pytest", "venv", "ruff"}
 # The programs that are truly run, and what is put behind their arguments so that each takes a second or two.
 SHORT = {
     "train.py": ["training.max_steps=2", "training.val_every_steps=1", "training.val_batches=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
+    "finetune.py": ["training.max_steps=2", "training.val_every_steps=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
     "infer.py": ["--max-new-tokens=8"],
+    "evaluate_checkpoints.py": ["--limit=2"],
     "data.py": [],
     "eval_val.py": [],
     "list.py": [],
@@ -238,10 +240,12 @@ def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
         return
     if command.program == "train.py" and config is not None:
         folders.add(config.training.checkpoint_dir)
-    reads = {"--ckpt": given.get("ckpt") and given["ckpt"].parent, "--dir": given.get("dir"), "--resume": given.get("resume") and given["resume"].parent}
+    reads = {flag: path.parent for flag in ("ckpt", "resume") if isinstance(path := given.get(flag), Path)}
+    if given.get("dir") is not None:
+        reads["dir"] = given["dir"]
     for flag, folder in reads.items():
         if command.fenced and folder is not None and str(folder) not in folders:
-            yield f"{command.program}: {flag}: nothing before it trains into {folder}"
+            yield f"{command.program}: --{flag}: nothing before it trains into {folder}"
 
 
 @pytest.fixture

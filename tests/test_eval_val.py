@@ -12,8 +12,8 @@ import torch
 import eval_val
 import train
 from tinylm import checkpoint
-from tinylm.tokenfile import TokenFile
 from tinylm.evaluate import LOSS_CAP, language_score
+from tinylm.tokenfile import TokenFile
 
 Make = Callable[..., Path]
 

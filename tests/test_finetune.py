@@ -219,12 +219,26 @@ def prompts_seen(monkeypatch: Patch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     original = callbacks.Engine.generate
 
-    def generate(self: Any, prompt: Any, sampling: Any) -> Any:
+    def generate(self: Any, prompt: Any, sampling: Any, **more: Any) -> Any:
         seen.append(prompt.ids)
-        return original(self, prompt, sampling)
+        return original(self, prompt, sampling, **more)
 
     monkeypatch.setattr(callbacks.Engine, "generate", generate)
     return seen
+
+
+def test_new_weights_learn_whole_texts(make: Make, tmp_path: Path, capsys: Capture) -> None:
+    """S0: with training.train_on=all a run begins from nothing, on a folder of rows; every token but each example's first is a target."""
+    config = make(data={"dataset": str(tmp_path / "empty")}, model={"n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 160})
+    (tmp_path / "empty").mkdir()
+    assert run(config, "training.init_from=null", "training.train_on=all", "training.max_steps=2", "training.seq_len=160") == 0
+    said = capsys.readouterr().err
+    assert "100% of the tokens trained (train_on all)" in said
+    assert f"{tmp_path / 'empty'} holds neither SMSSpamCollection nor instruction-data.json" in said
+    info = checkpoint.describe(tmp_path / "checkpoints" / "final.ckpt")
+    assert (info.stage, info.shape) == ("sft", "1L 16d 2h")
+    ending = checkpoint.load_model(info.path).tokenizer.special_names
+    assert "<|sep|>" in ending.values()
 
 
 def test_the_model_and_tokenizer_are_those_of_the_base(make: Make, home: Path, tmp_path: Path) -> None:
@@ -241,6 +255,20 @@ def test_pretraining_goes_on_from_a_hugging_face_model_too(make: Make, home: Pat
     assert train.main(["--config", str(config), f"data.dataset={home / 'corpus.txt'}", "training.max_steps=2"]) == 0
     info = checkpoint.describe(tmp_path / "checkpoints" / "final.ckpt")
     assert (info.stage, info.shape) == ("pretrain", "1L 16d 2h + r4")
+
+
+def test_the_rows_of_a_task_are_asked_as_the_task_asks(make: Make, tmp_path: Path) -> None:
+    """data.task says which columns there are and what the question is."""
+    rows = [{"sentence": f"film number {i} , and a good one", "label": 1} for i in range(20)]
+    (tmp_path / "sst2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = make(data={"dataset": str(tmp_path / "sst2.jsonl"), "task": "sst2"}, training={"seq_len": 160, "max_steps": 1})
+    assert run(config) == 0
+    loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
+    data = LitExamples(load_config(config), loaded.tokenizer)
+    data.prepare()
+    text = loaded.tokenizer.decode(data.train_examples[0].ids.tolist())
+    assert text.startswith("### Instruction: Is the sentiment of this review positive or negative?\n### Input: film number ")
+    assert text.endswith("\n### Output: positive\n")
 
 
 def test_gradient_checkpointing_changes_no_number(make: Make, tmp_path: Path) -> None:
@@ -452,7 +480,8 @@ def test_an_adapter_goes_on_only_over_its_own_base(make: Make, home: Path, tmp_p
 @pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [
-        ("whole", ["training.init_from=null"], "training.init_from: fine-tuning begins with a trained model. Set it to a checkpoint, or to hf:NAME"),
+        ("whole", ["training.init_from=null"], "training.init_from: answers alone are learned by a model that was trained before. Set it to a checkpoint"),
+        ("whole", ["training.init_from=null", "training.train_on=all", "tokenizer.kind=char"], "tokenizer.kind: kind char is learned from documents, and"),
         ("whole", ["training.init_from=nowhere.ckpt"], "training.init_from: nowhere.ckpt: not found."),
         ("whole", ["training.init_from=hf:./nowhere"], "training.init_from: ./nowhere: not found. Give a folder with config.json and model.safetensors"),
         ("whole", ["training.seq_len=161"], "training.seq_len: 161 is more than model.max_seq_len (160). Raise model.max_seq_len or lower"),

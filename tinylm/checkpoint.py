@@ -30,6 +30,7 @@ from tinylm.decoder import Decoder
 from tinylm.errors import UserError, printable, writing
 from tinylm.foreign import PREFIX, ForeignDecoder, find, rebuild
 from tinylm.lora import merge
+from tinylm.prompts import ANSWERING
 from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
 from tinylm.verifier import Verifier
 
@@ -77,6 +78,11 @@ class Loaded:
     tokenizer: Tokenizer
     config: Config
     info: CheckpointInfo
+
+    @property
+    def template(self) -> str | None:
+        """The name of the template that it was taught to answer in (`make_template`); None for a base model."""
+        return self.config.data.template if self.info.stage in ANSWERING else None
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -312,10 +318,10 @@ def describe(path: Path) -> CheckpointInfo:
 
 
 def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
-    config = Config.from_plain(payload["config"])
-    model, lora = config.model, config.lora
+    # Read as plain values: the settings of another version may be no settings of this one. Older ones have no lora section.
+    model, lora = payload["config"]["model"], payload["config"].get("lora")
     # A tied matrix stands in the file under two names, of which the second is the first again.
-    weights = {weight.data_ptr(): weight.numel() for name, weight in payload["weights"].items() if name != "head.weight" or not model.tie_embeddings}
+    weights = {weight.data_ptr(): weight.numel() for name, weight in payload["weights"].items() if name != "head.weight" or not model["tie_embeddings"]}
     return CheckpointInfo(
         path=path,
         stage=payload["stage"],
@@ -326,7 +332,7 @@ def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
         parameters=sum(weights.values()),
         bytes=path.stat().st_size,
         created=payload["created"],
-        shape=f"{model.n_layers}L {model.d_model}d {model.n_heads}h" + (f" + r{lora.r}" if lora else ""),
+        shape=f"{model['n_layers']}L {model['d_model']}d {model['n_heads']}h" + (f" + r{lora['r']}" if lora else ""),
     )
 
 
@@ -466,7 +472,8 @@ def open_base(name: str) -> Base:
     config = Config.from_plain(payload["config"])
     if config.lora is not None:
         holds = f"holds a LoRA adapter of stage {printable(payload['stage'])} and no whole model, as one of stage pretrain or sft without lora does"
-        raise UserError(f"{printable(name)}: {holds}. Start from its base, {printable(payload['base']['path'])}, or from the two merged.")
+        base = resolve_base(payload["base"]["path"], Path(name))
+        raise UserError(f"{printable(name)}: {holds}. Start from its base, {printable(base)}, or from the two merged.")
     foreign = payload["hf_config"] is not None
     return Base(name, config.model, config.tokenizer, tokenizer_from_plain(payload["tokenizer"]), foreign, lambda config: whole_model(config, payload))
 

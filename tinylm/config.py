@@ -216,7 +216,7 @@ class DataConfig(Section):
     token_dtype: Literal["uint16", "uint32"] | None = None
     """type of the ids in a token file that does not say it: a bare .bin; null: the file says it"""
     task: Literal["sst2", "samsum", "gsm8k", "sms", "alpaca"] | None = None
-    """for fine-tuning: whose columns and prompts the rows have (tinylm/tasks); null: `rows` says it"""
+    """for fine-tuning: whose columns and prompts the rows have (tinylm/tasks); `dataset` left out is then its own on the hub, smoke its few built-in rows"""
     rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
     """for fine-tuning: what a row is made of; auto: told by its keys"""
     columns: dict[Name, Name] | None = None

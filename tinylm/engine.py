@@ -198,12 +198,13 @@ class _Writer:
 class Reader:
     """Rows of token ids of one length, the cache of what the model has read of them, and the logits of what comes next."""
 
-    def __init__(self, model: Decoder, ids: Sequence[int], *, vocab_size: int, max_len: int):
-        """One row, read at once; `max_len` tokens are the most that will be asked for."""
+    def __init__(self, model: Decoder, prompt_ids: Sequence[int], *, vocab_size: int, max_new_tokens: int):
+        """One row, read at once; `max_new_tokens` are the most that will be added."""
+        [ids], self.given = model.opening([prompt_ids])
         self.model, self.vocab_size = model, vocab_size
-        self.slots = min(model.config.max_seq_len, max_len)
+        self.slots = min(model.config.max_seq_len, len(ids) + max_new_tokens)
         self.buffer = torch.tensor([ids], device=model.embedding.weight.device)  # (B, room), of which `length` are used
-        self.length = len(ids)
+        self.start = self.length = len(ids)
         self.cache = model.new_cache(1, self.slots)
         self._read(self.length)
 
@@ -211,6 +212,11 @@ class Reader:
     def context(self) -> Tensor:
         """All tokens so far, (B, T)."""
         return self.buffer[:, : self.length]
+
+    @property
+    def written(self) -> Tensor:
+        """The tokens that were added, (B, T)."""
+        return self.buffer[:, self.start : self.length]
 
     def append(self, ids: Tensor) -> None:
         """Add one token (B,) to each row and read it."""
@@ -231,7 +237,7 @@ class Reader:
             n_new = max(1, self.slots // 2)
             self.cache = self.model.new_cache(self.buffer.size(0), self.slots)
         for ids in self.context[:, -n_new:].split(self.cache.chunk, dim=1):
-            hidden = self.model.features(ids, cache=self.cache).hidden
+            hidden = self.model.features(ids, cache=self.cache, **self.given).hidden
         # The embedding may have more rows than there are tokens; those beyond stand for nothing.
         self.logits = self.model.head(hidden[:, -1])[:, : self.vocab_size].float()
 
@@ -315,7 +321,7 @@ class Engine:
         for step in range(1, sampling.max_new_tokens + 1):
             rows, ids, totals = self._best_continuations(reader, totals, sampling, sampling.n_beams - len(ended))
             log_probs = torch.cat((log_probs[rows], log_probabilities(reader.logits)[rows, ids, None]), dim=1)
-            texts = torch.cat((reader.context[rows, len(prompt.ids) :], ids[:, None]), dim=1)
+            texts = torch.cat((reader.written[rows], ids[:, None]), dim=1)
             ends = [step == sampling.max_new_tokens or self._ends(text, sampling.stop, end_ids) for text in texts.tolist()]
             for beam in (beam for beam, end in enumerate(ends) if end):
                 ended.append((totals[beam].item() / step, texts[beam].tolist(), log_probs[beam].tolist()))
@@ -349,7 +355,7 @@ class Engine:
         n, room = len(prompt.ids), self.model.config.max_seq_len
         if not 1 <= n <= room:
             raise ValueError(f"a prompt of {n} tokens, and the context holds 1 to {room}; use encode_prompt or fit_prompt")
-        return Reader(self.model, prompt.ids, vocab_size=self.tokenizer.vocab_size, max_len=n + sampling.max_new_tokens)
+        return Reader(self.model, prompt.ids, vocab_size=self.tokenizer.vocab_size, max_new_tokens=sampling.max_new_tokens)
 
     def score(self, prompt: str | Prompt, target: str) -> Score:
         """How well the model expects `target` right after `prompt`; raises as `encode_pair` does."""
@@ -387,11 +393,12 @@ class Engine:
 
     def _score_batch(self, pairs: Sequence[Pair]) -> list[Score]:
         """Rows padded at their end: under causal attention a real token never sees padding."""
-        device, lengths = self.model.embedding.weight.device, torch.tensor([len(pair.ids) - 1 for pair in pairs])
-        rows = [torch.tensor(pair.ids) for pair in pairs]
+        openings, given = self.model.opening([pair.ids[: -pair.n_target] for pair in pairs])
+        rows = [torch.tensor((*opening, *pair.ids[-pair.n_target :])) for opening, pair in zip(openings, pairs, strict=True)]
+        device, lengths = self.model.embedding.weight.device, torch.tensor([len(row) - 1 for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.eos_id).to(device)
         real = (torch.arange(ids.size(1) - 1) < lengths[:, None]).to(device)  # (B, T)
-        hidden, labels = self.model.features(ids[:, :-1]).hidden[real], ids[:, 1:][real]
+        hidden, labels = self.model.features(ids[:, :-1], **given).hidden[real], ids[:, 1:][real]
         # The head a few positions at a time: all logits of a long context at once would be the largest tensor by far.
         chunks = zip(hidden.split(256), labels.split(256), strict=True)
         parts = [_expected(self.model.head(part)[:, : self.tokenizer.vocab_size].float(), wanted) for part, wanted in chunks]

@@ -77,10 +77,15 @@ def batch_sums(features: Callable[..., Features], head: nn.Linear, batch: dict[s
         byte_lengths: (V,) UTF-8 bytes that each token stands for.
     """
     labels = batch["labels"].flatten()
-    hidden = features(batch["input_ids"], document_ids=batch.get("document_ids")).hidden
+    hidden = features(batch["input_ids"], **beside_ids(batch)).hidden
     loss, n_right = score_targets(hidden.flatten(0, 1), head.weight, labels)
     targets = labels[labels != IGNORE_INDEX]
     return torch.stack((loss.float(), loss.new_tensor(len(targets), dtype=torch.float32), byte_lengths[targets].sum().float(), n_right.float()))
+
+
+def beside_ids(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """What `features` is given of a batch beside its ids: to which document each belongs, or what an encoder reads."""
+    return {name: batch[name] for name in ("document_ids", "prompt_ids") if name in batch}
 
 
 def byte_table(tokenizer: Tokenizer, vocab_size: int) -> Tensor:

@@ -25,8 +25,8 @@ from tinylm.checkpoint import Loaded, load_model
 from tinylm.config import SamplingConfig
 from tinylm.decoder import Decoder, count_parameters
 from tinylm.errors import UserError, printable, require_package, writing
-from tinylm.foreign import PREFIX, ForeignDecoder
-from tinylm.prompts import ANSWERING, WELL_KNOWN_BOS, make_template
+from tinylm.foreign import PREFIX, ForeignDecoder, quiet_transformers
+from tinylm.prompts import WELL_KNOWN_BOS, make_template
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, first_line
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
     require_new(out)
     loaded = load_model(ckpt)
     backend, template = backend_of(loaded.tokenizer), chat_template(loaded)
-    with hf.quiet_transformers(), scratch_beside(out) as folder:
+    with quiet_transformers(), scratch_beside(out) as folder:
         theirs = with_token_ids(loaded.model.inner if isinstance(loaded.model, ForeignDecoder) else hf.to_hf(loaded.model), loaded)
         model_type = theirs.config.model_type
         with writing(out, "where it goes"):
@@ -293,23 +293,22 @@ CHAT_TEMPLATES = {
 
 def chat_template(loaded: Loaded) -> str | None:
     """The template that the checkpoint was fine-tuned with, in Jinja; else its tokenizer's own, if it has one."""
-    tokenizer, name = loaded.tokenizer, loaded.config.data.template
-    if loaded.info.stage not in ANSWERING or name == "chat_template":
+    tokenizer = loaded.tokenizer
+    if loaded.template in (None, "chat_template"):
         return tokenizer.chat_template if isinstance(tokenizer, HFTokenizer) else None
     names = tokenizer.special_names.values() if isinstance(tokenizer, HFTokenizer) else ()
     opening = next((token for token in WELL_KNOWN_BOS if token in names), "")
     tokens = {"OPEN": opening, "CLOSE": tokenizer.special_names[end_ids(loaded)[0]]}
-    source = CHAT_TEMPLATES[name]
+    source = CHAT_TEMPLATES[loaded.template]
     for place, token in tokens.items():
         source = source.replace(place, json.dumps(token))
     return source
 
 
 def end_ids(loaded: Loaded) -> list[int]:
-    """The tokens that end what the model writes: those of its template if it was tuned to answer, else the end of a text."""
-    if loaded.info.stage not in ANSWERING:
-        return [loaded.tokenizer.eos_id]
-    return list(make_template(loaded.config.data.template, loaded.tokenizer).stop_ids(loaded.tokenizer))
+    """The tokens that end what the model writes: the one behind each answer it was tuned on, then the end of a text."""
+    tokenizer = loaded.tokenizer
+    return list(make_template(loaded.template, tokenizer).stop_ids(tokenizer)) if loaded.template else [tokenizer.eos_id]
 
 
 # --- the model card ---------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ class FastBpe:
         import tiktoken
 
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        self._encoding = tiktoken.Encoding("tinylm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={NEVER_USED: len(ranks)})
-        self._ids = np.fromiter(ids, dtype=np.uint32, count=len(ranks))
+        self.encoding = tiktoken.Encoding("tinylm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={NEVER_USED: len(ranks)})
+        self.ids = np.fromiter(ids, dtype=np.uint32, count=len(ranks))
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, on one thread.
@@ -38,7 +38,7 @@ class FastBpe:
         Raises:
             ValueError: tiktoken's regex engine gave up, as it does at a million spaces in a row.
         """
-        return self._ids[self._encoding.encode_to_numpy(text, disallowed_special=())]
+        return self.ids[self.encoding.encode_to_numpy(text, disallowed_special=())]
 
 
 def fast_bpe(description: dict[str, Any], never: Collection[int]) -> FastBpe | None:

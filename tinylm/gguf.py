@@ -24,7 +24,7 @@ from tinylm.checkpoint import Loaded, load_model
 from tinylm.config import ModelConfig
 from tinylm.errors import UserError, printable, require_package, writing
 from tinylm.export import Exported, backend_of, chat_template, check_model, check_tokenizer, end_ids, publish, scratch_beside
-from tinylm.foreign import ForeignDecoder
+from tinylm.foreign import ForeignDecoder, quiet_transformers
 from tinylm.tokenizer import HFTokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
         loaded = replace(loaded, model=hf.from_hf(loaded.model.inner))
     config = loaded.model.config
     vocabulary = vocabulary_of(loaded.tokenizer)
-    with hf.quiet_transformers(), scratch_beside(out) as folder:
+    with quiet_transformers(), scratch_beside(out) as folder:
         theirs = hf.to_hf(loaded.model)
         check_expressible(config, theirs.config.model_type)
         model_type = "llama" if theirs.config.model_type == "mistral" else theirs.config.model_type  # without a window they are one

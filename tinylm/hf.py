@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -462,19 +461,3 @@ def logit_difference(ours: Decoder | ForeignDecoder, theirs: PreTrainedModel) ->
     expected = theirs(ids).logits.float()
     difference = (ours(ids)[..., :n_tokens] - expected).abs().max() / expected.abs().max().clamp(min=1)
     return difference.item()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without the bars and warnings of transformers: what matters of them is an error of ours."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -29,6 +29,7 @@ from tinylm.bpe import require_new
 from tinylm.config import Config
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError, printable, reading, require_package
+from tinylm.foreign import quiet_transformers
 from tinylm.tokenizer import (
     OLDER_VOCABULARIES,
     TOKENIZER_FILES,
@@ -82,7 +83,7 @@ def import_hf(name: str, out: Path) -> Imported:
     require_new(out)
     folder = find_folder(name)
     theirs = read_config(folder)
-    with hf.quiet_transformers(), open_tensors(folder) as stored:
+    with quiet_transformers(), open_tensors(folder) as stored:
         model = read_model(folder, theirs, stored)
         stored_as = " and ".join(sorted({tensor.dtype for tensor in stored.values()}))
     tokenizer = read_tokenizer(folder)
@@ -193,7 +194,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         found = printable(json.dumps(values.get("model_type")))[:80]
         raise UserError(f"{printable(file)}: model_type: our decoder cannot be {found}. Choose a model of {', '.join(names)}.")
     try:
-        with hf.quiet_transformers():
+        with quiet_transformers():
             return AutoConfig.for_model(**values)
     except (*NOT_LOADED, StrictDataclassError) as error:
         raise UserError(f"{printable(file)}: transformers refuses it: {printable(' '.join(str(error).split()))[:200]}. {MEND}") from None
@@ -356,7 +357,7 @@ def load_theirs(folder: Path, theirs: PreTrainedConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        with hf.quiet_transformers():
+        with quiet_transformers():
             return AutoModelForCausalLM.from_pretrained(
                 folder, config=theirs, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
             )

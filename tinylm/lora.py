@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tinylm.config import LoraConfig
 from tinylm.decoder import Decoder
-from tinylm.errors import UserError, printable, writing
+from tinylm.errors import UserError, printable, require_package, writing
 from tinylm.foreign import PREFIX, ForeignDecoder
 
 # Of our decoder. The router of a mixture decides who computes: it is left alone unless somebody names it.
@@ -31,11 +31,10 @@ def attach(model: Decoder | ForeignDecoder, lora: LoraConfig, *, seed: int) -> N
         UserError: peft is missing, a target matches no layer, or the rank is larger than a layer.
     """
     layers = target_layers(model, lora)
-    try:
-        from peft import LoraConfig as PeftConfig
-        from peft import inject_adapter_in_model
-    except ModuleNotFoundError:
-        raise UserError('lora: peft is not installed. pip install "peft>=0.21,<0.22"') from None
+    require_package("peft")
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
     transposed = not all(isinstance(layer, nn.Linear) for layer in layers.values())
     names = list(lora.target_modules or default_targets(model))
     torch.manual_seed(seed)
@@ -129,6 +128,13 @@ def merge(model: nn.Module, weights: Mapping[str, Tensor], lora: LoraConfig) -> 
             layer.weight += change if isinstance(layer, nn.Linear) else change.T  # GPT-2 stores (in, out)
 
 
+def _task_type(hf_config: str | None) -> str | None:
+    """What peft calls the kind of a Hugging Face model, which decides how it is wrapped; our decoder has none."""
+    if hf_config is None:
+        return None
+    return "SEQ_2_SEQ_LM" if json.loads(hf_config).get("is_encoder_decoder") else "CAUSAL_LM"
+
+
 def save_adapter(path: Path, folder: Path) -> None:
     """Write the adapter of the checkpoint at `path` as peft has it: adapter_config.json and adapter_model.safetensors.
 
@@ -137,6 +143,7 @@ def save_adapter(path: Path, folder: Path) -> None:
     Raises:
         UserError: the checkpoint holds no adapter, or the folder cannot be written.
     """
+    require_package("peft")
     from peft import LoraConfig as PeftConfig
     from safetensors.torch import save_file
 
@@ -157,7 +164,7 @@ def save_adapter(path: Path, folder: Path) -> None:
         target_modules=list(config.lora.target_modules or targets),
         fan_in_fan_out=foreign and json.loads(payload["hf_config"])["model_type"] == "gpt2",  # it stores (in, out)
         base_model_name_or_path=(config.training.init_from or "").removeprefix(PREFIX),
-        task_type="CAUSAL_LM" if foreign else None,
+        task_type=_task_type(payload["hf_config"]),
         inference_mode=True,
     )
     with writing(folder, "the folder"):

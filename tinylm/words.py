@@ -125,6 +125,11 @@ class TextJob:
 Job = FileJob | TextJob
 
 
-def count_job(job: Job, rules: Rules) -> Counter[str]:
-    """The words of one job: what a process is asked."""
-    return count_texts(job.texts(), rules)
+@dataclass(frozen=True)
+class CountWords:
+    """What a process does with each job: its size and its words."""
+
+    rules: Rules
+
+    def __call__(self, job: Job) -> tuple[int, Counter[str]]:
+        return job.size, count_texts(job.texts(), self.rules)

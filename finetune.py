@@ -62,14 +62,13 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tune as the command line says."""
     from tinylm.config import load_config
 
-    config = load_config(args.config, args.overrides)
+    config = with_data_of_task(load_config(args.config, args.overrides))
     if config.verifier is not None:
         return run_stage("verifier", config, args, open_problems, build_verifier, learn_from_problems)
     if config.dpo is not None:
         if config.training.init_from is None:
             raise UserError("training.init_from: preferences are learned by a trained model. Set it to a checkpoint, or to hf:NAME for a Hugging Face model.")
         return run_stage("dpo", config, args, open_preferences, build_dpo)
-    config = with_data_of_task(config)
     check_beginning(config)
     return run_stage("sft", config, args, open_examples)
 
@@ -203,7 +202,8 @@ def learn_from_problems(config: "Config") -> "Tokenizer":
     from tinylm.judge import problems
 
     def texts() -> "Iterator[str]":
-        return (f"{problem.question.whole}\n{problem.answer}" for problem in problems(config.data, "train", config.training.seed))
+        found = problems(config.data, "train", config.training.seed, built_in_rows_of(config.data))
+        return (f"{problem.question.whole}\n{problem.answer}" for problem in found)
 
     return learned_from(config.tokenizer, texts)
 
@@ -213,7 +213,7 @@ def open_problems(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitPro
     from data import LitProblems
 
     assert config.verifier is not None
-    data = LitProblems(config, tokenizer)
+    data = LitProblems(config, tokenizer, built_in=built_in_rows_of(config.data))
     if config.verifier.sampled_from is None:
         data.prepare()
     else:

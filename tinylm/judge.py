@@ -23,7 +23,7 @@ from tinylm.corpus import Which
 from tinylm.errors import UserError
 from tinylm.metrics import same_number
 from tinylm.prompts import Conversation, Turn
-from tinylm.rows import NAMED_PLACES, conversation_of, records
+from tinylm.rows import NAMED_PLACES, Record, built_in_split, conversation_of, records
 from tinylm.tasks import NAMED
 from tinylm.tokenizer import Tokenizer
 from tinylm.verifier import NUMBER, Verifier, corrupted
@@ -89,15 +89,15 @@ def without_annotations(text: str) -> str:
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 
-def problems(data: DataConfig, which: Which, seed: int) -> list[Problem]:
-    """The problems of a split, one a row; the same problem is never in both splits where one source is divided.
+def problems(data: DataConfig, which: Which, seed: int, built_in: Sequence[Record] = ()) -> list[Problem]:
+    """The problems of a split, one a row, of the rows that `data` names, or of built-in ones in their place.
 
     Raises:
         UserError: as `records`; or a row does not ask one thing and answer it.
     """
     to_conversation = NAMED[data.task].conversation if data.task else lambda row: conversation_of(row, data)
     found = []
-    for place, row in records(data, which, seed):
+    for place, row in built_in_split(built_in, which) if built_in else records(data, which, seed):
         try:
             found.append(problem_of(place, to_conversation(row)))
         except UserError as error:

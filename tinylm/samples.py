@@ -20,7 +20,7 @@ from tinylm.errors import UserError, printable, reading, writing
 from tinylm.evaluate import SAMPLE_TEMPERATURE, draw_answers
 from tinylm.judge import Problem, judged
 from tinylm.processes import Progress
-from tinylm.prompts import ANSWERING, make_template
+from tinylm.prompts import make_template
 from tinylm.tasks import NAMED, PAIRS, Example
 
 
@@ -34,7 +34,7 @@ def with_samples(problems: Sequence[Problem], loaded: Loaded, task_name: str | N
         progress: told of the problems that are answered.
     """
     task, engine = NAMED[task_name] if task_name else PAIRS, Engine(loaded.model, loaded.tokenizer)
-    template = make_template(loaded.config.data.template, loaded.tokenizer) if loaded.info.stage in ANSWERING else None
+    template = make_template(loaded.template, loaded.tokenizer) if loaded.template else None
     how = [fingerprint_of(loaded.model), task.name, template and template.name, task.max_new_tokens, n, seed, SAMPLE_TEMPERATURE]
     what = [problem.question.whole for problem in problems]
     path = folder / f"answers-{hashlib.sha256(json.dumps([how, what]).encode()).hexdigest()[:16]}.jsonl"

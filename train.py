@@ -44,10 +44,20 @@ FREE_ON_RESUME = {
     "hardware.compile", "hardware.threads",
 }  # fmt: skip
 
+# For a small model they are more than enough: a batch is learnt in one or two hundred.
+OVERFIT_STEPS = 300
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line of train.py."""
-    return make_parser("train.py", "config.yaml", "Pretrain a model. The same command again goes on from the newest checkpoint.").parse_intermixed_args(argv)
+    parser = make_parser("train.py", "config.yaml", "Pretrain a model. The same command again goes on from the newest checkpoint.")
+    before = parser.add_argument_group("before a run", "nothing is trained for keeps, nothing saved").add_mutually_exclusive_group()
+    before.add_argument("--plan", action="store_true", help="what the run will cost: work, memory by part, time; exit code 2 where it does not fit")
+    overfit = f"train on micro-batch 0 alone, at most so many steps (default: {OVERFIT_STEPS}); exit code 3 where its loss does not go to nearly zero"
+    before.add_argument("--overfit-one-batch", nargs="?", type=int, const=OVERFIT_STEPS, metavar="STEPS", help=overfit)
+    before.add_argument("--find-lr", action="store_true", help="raise the learning rate until the loss rises too, and suggest one")
+    before.add_argument("--find-batch-size", action="store_true", help="the largest micro-batch that fits, and the speed of each size")
+    return parser.parse_intermixed_args(argv)
 
 
 def make_parser(program: str, config: str, description: str) -> Parser:
@@ -82,7 +92,25 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("dpo: preferences are learned by finetune.py. Run that program, or take the dpo section out.")
     if config.verifier is not None:
         raise UserError("verifier: a verifier is trained by finetune.py. Run that program, or take the verifier section out.")
+    if args.plan or args.find_lr or args.find_batch_size or args.overfit_one_batch is not None:
+        return run_before(config, args)
     return run_stage("pretrain", config, args, open_corpus)
+
+
+def run_before(config: "Config", args: argparse.Namespace) -> int:
+    """Look at a run that has not begun, with the model that it would begin with."""
+    from rehearsal import Rehearsal, rehearse
+
+    say = speaker()
+    device = choose_device(config, say)
+    if config.lora is not None:
+        raise UserError("lora: adapters are not planned, and not tried. Take the lora section out, and the numbers are those of training every weight.")
+    base = find_base(config, Start())
+    if base is not None and base.foreign:
+        raise UserError("training.init_from: a Hugging Face model is not planned, and not tried. Leave it out.")
+    config = config if base is None else settings_on_base(config, base)
+    made = Rehearsal(config, device, say, lambda: prepare_tokenizer(config, Start(), base), lambda config: begin_weights(config, Start(), base))
+    return rehearse(made, args)
 
 
 @dataclass(frozen=True)
@@ -126,13 +154,8 @@ def run_stage(
         build: makes what is trained; None: a language model.
         learn: makes the tokenizer of a run that begins with new weights; None: from the training documents.
     """
-    from tinylm.device import pick_device
-
-    device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
-    check_hardware(config, device)
     say = speaker()
-    say(f"device: {device} ({why}), precision {config.hardware.precision}")
-    set_threads(config.hardware.threads)
+    device = choose_device(config, say)
     folder = Path(config.training.checkpoint_dir)
     with claim(folder, "training.checkpoint_dir"), claim(log_folder(config), "training.run_name"):
         start = find_start(folder, args, config, say)
@@ -157,6 +180,17 @@ def run_stage(
         check_sample_prompt(config, tokenizer)
         made = (build or build_language_model)(Parts(stage, config, data, start, base, device, say))
         return fit(made, data, device, start, say)
+
+
+def choose_device(config: "Config", say: Say) -> str:
+    """The device of a run, checked, said, and given its threads."""
+    from tinylm.device import pick_device
+
+    device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
+    check_hardware(config, device)
+    say(f"device: {device} ({why}), precision {config.hardware.precision}")
+    set_threads(config.hardware.threads)
+    return device
 
 
 def open_corpus(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitData":
@@ -595,6 +629,7 @@ def make_loggers(config: "Config") -> "list[Any]":
 def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Say) -> int:
     """Train `stage` on `data` to the end of the run, from `start`; the exit code comes back."""
     import callbacks as between
+    from tinylm.planner import explaining_memory
 
     config, tokenizer = stage.config, data.tokenizer
     signals = between.StopSignals()
@@ -619,7 +654,8 @@ def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Say)
         aside = start.path is None or start.path.resolve().parent != Path(config.training.checkpoint_dir).resolve()
         metrics.open(between.MetricsFile(path, step, further=(*stage.measures, *stage.val_measures), aside=aside), make_loggers(config))
     began = time.monotonic()
-    trainer.fit(stage, datamodule=data)
+    with explaining_memory(config, f"The checkpoints in {printable(config.training.checkpoint_dir)} are intact"):
+        trainer.fit(stage, datamodule=data)
     return report(stage, saving, signals, time.monotonic() - began, say)
 
 

@@ -20,7 +20,7 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -36,9 +36,10 @@ from tinylm.mix import Allocation, Joined, training_files, training_fingerprint,
 from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document_ids, pack_examples, pack_stream, row_at, row_of_examples
 from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
-from tinylm.prompts import Conversation, Template, make_template
-from tinylm.rows import Pair, PairReport, Record, Report, examples, pairs, shared_examples, with_rows
+from tinylm.prompts import Template, make_template
+from tinylm.rows import Pair, PairReport, Report, examples, pairs, shared_examples, with_rows
 from tinylm.tasks import NAMED
+from tinylm.tasks.data import built_in_where_asked
 from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
 
@@ -403,28 +404,15 @@ class LitExamples(RunData):
     should know stands in `notes`, a line each.
 
     Args:
-        config: the settings; data.template, data.packing and training.train_on say what an example is.
+        config: the settings; data.task, data.template, data.packing and training.train_on say what an example is.
         tokenizer: what the rows are encoded with.
         template: how conversations are written; None: as data.template says.
-        conversation_of: what makes a conversation of a row; None: data.task, or data.rows, or its keys.
-        built_in: rows in place of those of data.dataset.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        tokenizer: Tokenizer,
-        *,
-        template: Template | None = None,
-        conversation_of: Callable[[dict[str, Any]], Conversation] | None = None,
-        built_in: Sequence[Record] = (),
-    ):
+    def __init__(self, config: Config, tokenizer: Tokenizer, *, template: Template | None = None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.template = template or make_template(config.data.template, tokenizer)
-        task = config.data.task
-        self.conversation_of = conversation_of or (None if task is None else NAMED[task].conversation)
-        self.built_in = built_in
         self.first_batch = 0
         self.notes: list[str] = []
         self.train_examples: list[Example] = []
@@ -473,8 +461,8 @@ class LitExamples(RunData):
 
     def _examples(self, which: Which) -> tuple[list[Example], Report]:
         data, training = self.config.data, self.config.training
-        made = {"train_on": training.train_on, "conversation_of": self.conversation_of, "built_in": self.built_in}
-        return examples(data, which, training.seed, self.template, self.tokenizer, training.seq_len, **made)
+        of_task = {"conversation_of": NAMED[data.task].conversation, "built_in": built_in_where_asked(data)} if data.task else {}
+        return examples(data, which, training.seed, self.template, self.tokenizer, training.seq_len, train_on=training.train_on, **of_task)
 
     def _rows(self, made: list[Example]) -> list[list[Example]]:
         """The examples of each row."""

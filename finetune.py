@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from tinylm.decoder import Decoder
     from tinylm.foreign import ForeignDecoder
     from tinylm.judge import Problem
-    from tinylm.rows import Record
     from tinylm.tokenizer import Tokenizer
 
 Module = TypeVar("Module", "LitExamples", "LitPreferences")
@@ -89,9 +87,6 @@ def check_beginning(config: "Config") -> None:
         raise UserError(f"tokenizer.kind: {learned}. Set byte, or tokenizer.path to one learned before (python -m tinylm tokenizer train).")
 
 
-SMOKE = "smoke"  # what data.dataset says for the rows that a task brings
-
-
 def with_data_of_task(config: "Config") -> "Config":
     """The settings with the task's rows on the hub, where there is a task and data.dataset is left out; it is trained on the training split."""
     from tinylm.tasks import NAMED
@@ -113,21 +108,13 @@ def on_hub(data: "DataConfig") -> bool:
     return hub is not None and data.dataset == hub.dataset and not os.path.exists(hub.dataset)
 
 
-def built_in_rows_of(data: "DataConfig") -> "Sequence[Record]":
-    """The rows that a task brings, where they are asked for; a file of that name wins."""
-    from tinylm.tasks import NAMED
-    from tinylm.tasks.data import built_in_rows
-
-    wanted = data.task is not None and data.dataset == SMOKE and not os.path.exists(SMOKE)
-    return built_in_rows(NAMED[data.task]) if wanted else ()
-
-
 def open_examples(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitExamples":
     """The questions and answers of a run."""
     from data import LitExamples
+    from tinylm.tasks.data import SMOKE
 
     try:
-        return prepared(LitExamples(config, tokenizer, built_in=built_in_rows_of(config.data)), say)
+        return prepared(LitExamples(config, tokenizer), say)
     except UserError as problem:
         if not on_hub(config.data):
             raise

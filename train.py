@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,8 @@ def run_before(config: "Config", args: argparse.Namespace) -> int:
     if base is not None and base.foreign:
         raise UserError("training.init_from: a Hugging Face model is not planned, and not tried. Leave it out.")
     config = config if base is None else settings_on_base(config, base)
-    made = Rehearsal(config, device, say, lambda: prepare_tokenizer(config, Start(), base), lambda config: begin_weights(config, Start(), base))
+    tokenizer = partial(prepare_tokenizer, config, Start(), base, learn_from_documents)
+    made = Rehearsal(config, device, say, tokenizer, lambda config: begin_weights(config, Start(), base))
     return rehearse(made, args)
 
 

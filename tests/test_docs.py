@@ -26,6 +26,7 @@ import pytest
 
 from tinylm.config import Config, load_config, sections
 from tinylm.errors import UserError
+from tinylm.foreign import PREFIX
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
@@ -326,11 +327,17 @@ def test_commands_are_cut_as_a_shell_cuts_them():
 
 
 def needs_network(command: Command) -> bool:
-    """Whether the command's config names data or a tokenizer that is not here, or it imports a model that is not."""
+    """Whether the command's config names data, a tokenizer or a Hugging Face model that is not here, or it imports or asks such a model."""
     if command.program == "-m tinylm" and command.arguments[:1] == ["import"]:
         return not Path(command.arguments[1]).exists()
+    if command.program == "evaluate_checkpoints.py":
+        return any(not Path(name).exists() for name in parse(command.program, command.arguments).model)
     config = config_of(command)
-    return config is not None and any(name and not Path(name).exists() for name in (config.data.dataset, config.tokenizer.path))
+    if config is None:
+        return False
+    base = config.training.init_from or ""
+    names = (config.data.dataset, config.tokenizer.path, base.removeprefix(PREFIX) if base.startswith(PREFIX) else None)
+    return any(name and not Path(name).exists() for name in names)
 
 
 def runnable(text: str) -> list[Command]:

@@ -23,10 +23,13 @@ import infer
 import list as list_program
 import train
 from data import LitExamples
+from tinylm import __main__ as commands
 from tinylm import checkpoint, lora
+from tinylm.bpe import CHARACTER_OF_BYTE
 from tinylm.config import load_config
 from tinylm.errors import UserError
 from tinylm.foreign import ForeignDecoder
+from tinylm.tokenizer import HFTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 Make = Callable[..., Path]
@@ -74,6 +77,18 @@ def save_llama(folder: Path, *, vocab_size: int = 257, seed: int = 0) -> None:
     backend.add_special_tokens(["<|endoftext|>"])
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}', encoding="utf-8")
+
+
+OWN_TEMPLATE = "{% for m in messages %}{{ m.role + ':' + m.content + '<|endoftext|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+
+
+def byte_level() -> HFTokenizer:
+    """A Hugging Face tokenizer of bytes and the end of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    backend = Tokenizer(models.BPE({character: byte for byte, character in CHARACTER_OF_BYTE.items()}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return HFTokenizer(backend, eos="<|endoftext|>", pad=None)
 
 
 @pytest.fixture
@@ -366,6 +381,22 @@ def test_plain_peft_loads_a_saved_adapter(foreign: bool, make: Make, home: Path,
     assert not torch.allclose(merged, plain, atol=1e-4)
     described = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert described["base_model_name_or_path"] == str(home / ("llama" if foreign else "base/final.ckpt"))
+
+
+def test_an_adapter_of_a_hugging_face_model_is_exported_alone_or_merged(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """peft's folder names its base; the merged folder has the logits of the checkpoint, and transformers answers as infer.py does."""
+    import transformers
+
+    path = adapted(make, foreign=True)
+    assert commands.main(["export", str(path), str(tmp_path / "alone")]) == 0
+    assert f"of {home / 'llama'}; --merge writes the whole model" in capsys.readouterr().err
+    assert commands.main(["export", str(path), str(tmp_path / "merged"), "--merge"]) == 0
+    model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "say red"}], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    theirs = model.generate(asked, do_sample=False, max_new_tokens=8)[0, asked.size(1) :].tolist()
+    capsys.readouterr()
+    assert infer.main(["--ckpt", str(path), "--prompt", "say red", "--temperature", "0", "--max-new-tokens", "8", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["completions"][0]["ids"] == theirs
 
 
 def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> None:

@@ -308,6 +308,25 @@ def test_a_chat_takes_the_newest_fine_tuned_checkpoint_of_the_folder_or_one_belo
     assert f"checkpoint: {tmp_path / 'b' / 'step-000001.ckpt'}, step 7" in err
 
 
+@pytest.mark.slow
+def test_a_chat_template_that_reaches_out_or_does_not_end_is_one_error(run, tuned, monkeypatch):
+    """H4: it came with a checkpoint; the process lives, and each error is one line. The second is harmless until it is asked something."""
+    from test_finetune import OWN_TEMPLATE, byte_level
+
+    made = payload("x" * 400)["config"]
+    for source, words in (
+        ("{{ ''.__class__.__mro__ }}", "chat template"),
+        (OWN_TEMPLATE + "{% if 'loop' in messages[0].content %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}", ""),
+    ):
+        plain = byte_level().to_plain() | {"chat_template": source}
+        path = tuned(config=made | {"data": made["data"] | {"template": "chat_template"}}, tokenizer=plain)
+        piped(monkeypatch, "loop\nhello\n")
+        code, out, err = run("--ckpt", path, "--chat", "--max-new-tokens", "2")
+        assert code == (2 if words else 0)
+        assert "Traceback" not in err
+        assert words or ("took more than 5 seconds" in err and len(out.splitlines()) == 1)
+
+
 @pytest.mark.parametrize(
     ("stage", "flags", "message"),
     [

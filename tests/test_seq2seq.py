@@ -268,11 +268,10 @@ def test_a_run_learns_and_the_programs_read_what_it_wrote(sections: dict, make: 
 @pytest.mark.parametrize("sections", [{}, LORA], ids=["whole", "lora"])
 def test_a_stopped_run_goes_on_to_the_last_bit(sections: dict, make: Any, tmp_path: Path) -> None:
     """A12."""
-    config = make(**sections)
-    assert finetune.main(["--config", str(config), *elsewhere(tmp_path / "whole")]) == 0
+    command = ["--config", str(make(**sections)), "training.schedule=constant"]  # which does not depend on the number of steps
+    assert finetune.main([*command, *elsewhere(tmp_path / "calm")]) == 0
     for steps in (2, 4):
-        assert finetune.main(["--config", str(config), *elsewhere(tmp_path / "apart"), f"training.max_steps={steps}", "training.schedule=constant"]) in (0, 2)
-    assert finetune.main(["--config", str(config), *elsewhere(tmp_path / "calm"), "training.schedule=constant"]) == 0
+        assert finetune.main([*command, *elsewhere(tmp_path / "apart"), f"training.max_steps={steps}"]) == 0
     assert_same_run(tmp_path / "calm", tmp_path / "apart")
 
 

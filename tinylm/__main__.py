@@ -5,6 +5,7 @@ imports what it needs, makes one call and prints. Add the first to `main`.
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -272,28 +273,50 @@ def tell_content(file: "TokenFile") -> None:
 
 def add_export(commands: Any) -> None:
     """Declare `export`."""
-    summary = "write a checkpoint as a Hugging Face folder or a GGUF file"
-    command = commands.add_parser("export", help=summary, description=f"{summary[0].upper()}{summary[1:]}; its logits are compared with ours first.")
+    summary = "write a checkpoint as a Hugging Face folder or a GGUF file, an adapter as a folder for peft"
+    command = commands.add_parser("export", help=summary, description=f"{summary[0].upper()}{summary[1:]}; a model's logits are compared with ours first.")
     command.add_argument("ckpt", type=Path, metavar="CKPT", help="the checkpoint")
     command.add_argument("out", type=Path, metavar="OUT", help="the new folder for hf, the new file for gguf")
-    command.add_argument("--format", choices=("hf", "gguf"), required=True, help="hf: for transformers; gguf: one file for llama.cpp and its like")
+    kinds = "hf: for transformers, or peft if it is an adapter; gguf: one file for llama.cpp and its like (default: hf)"
+    command.add_argument("--format", choices=("hf", "gguf"), default="hf", help=kinds)
     command.add_argument("--floats", choices=("f32", "f16"), default="f32", help="for gguf: bits of its matrices (default: f32)")
+    command.add_argument("--merge", action="store_true", help="of an adapter: write the whole model that it makes with its base")
     command.set_defaults(run=export)
 
 
 def export(arguments: argparse.Namespace) -> int:
     """Write the folder or file; its path is printed."""
+    from tinylm.checkpoint import holds_adapter
     from tinylm.export import export_hf
     from tinylm.gguf import export_gguf
 
     if arguments.format == "hf" and arguments.floats != "f32":
         raise UserError("--floats: a Hugging Face folder is written in f32. Leave --floats out, or give --format gguf.")
+    adapter = holds_adapter(arguments.ckpt)
+    if arguments.merge and not adapter:
+        raise UserError(f"--merge: {printable(arguments.ckpt)} holds a whole model and no adapter. Leave --merge out.")
+    if adapter and not arguments.merge:
+        return export_adapter_alone(arguments)
     written = export_hf(arguments.ckpt, arguments.out) if arguments.format == "hf" else export_gguf(arguments.ckpt, arguments.out, floats=arguments.floats)
     say(f"{written.model_type}, {arguments.floats}: read back by transformers, its logits differ from ours by {written.difference:.1e}")
     if written.tokenizer_class != "AutoTokenizer":
         say(f"note: load its tokenizer with {written.tokenizer_class}; AutoTokenizer cuts words in its own way for every {written.model_type}")
     say(f"next: python -c {shlex.quote(code_that_loads(written, arguments.format))}")
     print(printable(written.path))
+    return 0
+
+
+def export_adapter_alone(arguments: argparse.Namespace) -> int:
+    """Write the folder for peft; its path is printed."""
+    from tinylm.export import export_adapter
+
+    if arguments.format == "gguf":
+        raise UserError("--format gguf: an adapter alone is written for peft. Give --merge for the whole model, or leave --format out.")
+    out = export_adapter(arguments.ckpt, arguments.out)
+    base = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    say(f"the adapter alone, for peft, of {printable(base)}; --merge writes the whole model")
+    say(f"next: in Python, peft.PeftModel.from_pretrained(model, {str(out)!r}), where model is that one")
+    print(printable(out))
     return 0
 
 

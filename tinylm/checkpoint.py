@@ -336,6 +336,11 @@ def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
     )
 
 
+def holds_adapter(path: Path) -> bool:
+    """Whether the checkpoint at `path` holds an adapter alone, and no whole model."""
+    return Config.from_plain(read(path)["config"]).lora is not None
+
+
 def load_model(path: Path, device: str = "cpu") -> Loaded:
     """The model, tokenizer and settings of the checkpoint at `path`; it needs no other file, but for an adapter its base.
 

@@ -25,7 +25,8 @@ from tinylm.checkpoint import Loaded, load_model
 from tinylm.config import SamplingConfig
 from tinylm.decoder import Decoder, count_parameters
 from tinylm.errors import UserError, printable, require_package, writing
-from tinylm.foreign import PREFIX, ForeignDecoder, quiet_transformers
+from tinylm.foreign import PREFIX, ForeignDecoder, ForeignSeq2Seq, quiet_transformers
+from tinylm.lora import save_adapter
 from tinylm.prompts import WELL_KNOWN_BOS, make_template
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, first_line
 
@@ -62,8 +63,12 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
 
     require_new(out)
     loaded = load_model(ckpt)
+    if isinstance(loaded.model, ForeignSeq2Seq):
+        told = "an encoder-decoder, whose adapters can be exported, and not the whole model"
+        raise UserError(f"{printable(ckpt)}: {told}. Tune it with a lora section, and leave --merge out: peft merges what is written.")
     backend, template = backend_of(loaded.tokenizer), chat_template(loaded)
     with quiet_transformers(), scratch_beside(out) as folder:
+        # A Hugging Face model is one already, of whatever architecture.
         theirs = with_token_ids(loaded.model.inner if isinstance(loaded.model, ForeignDecoder) else hf.to_hf(loaded.model), loaded)
         model_type = theirs.config.model_type
         with writing(out, "where it goes"):
@@ -76,6 +81,20 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
             write_text(folder / "README.md", model_card(loaded, model_type, tokenizer_class, has_template=template is not None))
         publish(folder, out)
     return Exported(out, model_type, difference, tokenizer_class)
+
+
+def export_adapter(ckpt: Path, out: Path) -> Path:
+    """Write the adapter that the checkpoint `ckpt` holds as the new folder `out`, for peft, whole or not at all.
+
+    Raises:
+        UserError: peft is missing, the checkpoint holds no adapter, or `out` is there already.
+    """
+    require_package("peft")
+    require_new(out)
+    with scratch_beside(out) as folder:
+        save_adapter(ckpt, folder)
+        publish(folder, out)
+    return out
 
 
 def save_weights(theirs: PreTrainedModel, folder: Path, out: Path) -> None:
@@ -125,8 +144,9 @@ def with_token_ids(theirs: PreTrainedModel, loaded: Loaded) -> PreTrainedModel:
 
     tokenizer = loaded.tokenizer
     ends = end_ids(loaded)
-    # EOS opens every document here, so an empty prompt is EOS.
-    ids: dict[str, Any] = {"bos_token_id": tokenizer.eos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    # EOS opens every document here, so an empty prompt is EOS; a Hugging Face model keeps what it had.
+    opening = theirs.config.bos_token_id if isinstance(loaded.model, ForeignDecoder) else tokenizer.eos_id
+    ids: dict[str, Any] = {"bos_token_id": opening, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     for name, value in ids.items():
         setattr(theirs.config, name, value)
     if tokenizer.pad_id != tokenizer.eos_id:  # a row called padding gets no gradient from transformers

@@ -1,5 +1,6 @@
 """Where a task's examples come from: its rows on the hub, a file or folder on this machine, or the few that it brings."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from tinylm.rows import ROW_FILES, Record, records
 from tinylm.tasks import NAMED, PAIRS
 from tinylm.tasks.task import Example, Hub, Task, draw_shots
 
+SMOKE = "smoke"  # what data.dataset says for the rows that a task brings
 # The names that the files of a folder may begin with, best first: a validation split is for choosing, a test split for the end.
 TRAIN, TEST = ("train",), ("test", "validation", "val")
 
@@ -66,6 +68,11 @@ def load_task(task: Task, path: Path | None, *, smoke: bool = False, n_shots: in
 def built_in_rows(task: Task) -> list[Record]:
     """The rows that the task brings, each with its place."""
     return [(f"{task.name}: built-in row {number}", dict(row)) for number, row in enumerate(task.smoke, start=1)]
+
+
+def built_in_where_asked(data: DataConfig) -> list[Record]:
+    """The rows that the task of data.task brings, where data.dataset asks for them and no file has that name; else none."""
+    return built_in_rows(NAMED[data.task]) if data.task and data.dataset == SMOKE and not os.path.exists(SMOKE) else []
 
 
 def _of_hub(task: Task, hub: Hub, n_shots: int, limit: int | None, seed: int) -> TaskData:

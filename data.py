@@ -20,7 +20,7 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -621,10 +621,10 @@ class ValidationProblems(ProblemBatches, ValidationExamples):
 class LitProblems(RunData):
     """The batches of one verifier's run, with the interface of `LitExamples`; a row is a problem with all its answers."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, *, built_in: Sequence[Record] = ()):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
         assert config.verifier is not None
-        self.config, self.tokenizer, self.n_wrong, self.built_in = config, tokenizer, config.verifier.n_wrong, built_in
+        self.config, self.tokenizer, self.n_wrong = config, tokenizer, config.verifier.n_wrong
         self.first_batch = 0
         self.notes: list[str] = []
         self.train_problems: list[Problem] = []
@@ -636,7 +636,8 @@ class LitProblems(RunData):
         Raises:
             UserError: as `judge.problems` and `judge.usable`.
         """
-        found = {which: problems(self.config.data, which, self.config.training.seed, self.built_in) for which in ("train", "val")}
+        built_in = built_in_where_asked(self.config.data)
+        found = {which: problems(self.config.data, which, self.config.training.seed, built_in) for which in ("train", "val")}
         held_out = {problem.question for problem in found["val"]}
         apart = [problem for problem in found["train"] if problem.question not in held_out]
         shared = len(found["train"]) - len(apart)

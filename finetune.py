@@ -187,9 +187,10 @@ def learn_from_problems(config: "Config") -> "Tokenizer":
     """The tokenizer of a verifier with new weights: learned from the training problems and their right answers where it is learned at all."""
     from tinylm.bpe import learned_from
     from tinylm.judge import problems
+    from tinylm.tasks.data import built_in_where_asked
 
     def texts() -> "Iterator[str]":
-        found = problems(config.data, "train", config.training.seed, built_in_rows_of(config.data))
+        found = problems(config.data, "train", config.training.seed, built_in_where_asked(config.data))
         return (f"{problem.question.whole}\n{problem.answer}" for problem in found)
 
     return learned_from(config.tokenizer, texts)
@@ -200,7 +201,7 @@ def open_problems(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitPro
     from data import LitProblems
 
     assert config.verifier is not None
-    data = LitProblems(config, tokenizer, built_in=built_in_rows_of(config.data))
+    data = LitProblems(config, tokenizer)
     if config.verifier.sampled_from is None:
         data.prepare()
     else:

@@ -41,7 +41,7 @@ from tinylm.tokenizer import Tokenizer
 
 COLUMNS = ("step", "train_loss", "val_loss", "val_ppl", "val_bpb", "lr", "grad_norm", "tokens", "tokens_per_s")
 # Digits of what validation shows on the terminal; metrics.csv has them all.
-SHOWN = {"val_loss": 4, "val_ppl": 2, "val_bpb": 3, "val_accuracy": 3, "val_margin": 3}
+SHOWN = {"val_loss": 4, "val_ppl": 2, "val_bpb": 3, "val_accuracy": 3, "val_margin": 3, "val_majority": 3, "val_auc": 3, "val_calibration_error": 3}
 Row = dict[str, float | int | None]
 
 

@@ -6,6 +6,7 @@
     stream     ─▶ rows in document order ─▶ windows of rows, shuffled by (seed, window) ─▶ batch     StreamBatches
     examples   ─▶ packed rows, or one example a row ─▶ row numbers as for a token file ─▶ batch      ExampleBatches
     preferences ─▶ one pair of answers a row ─▶ the same                                             PairBatches
+    problems   ─▶ one problem with right and wrong answers a row ─▶ the same                         ProblemBatches
 
 The whole run is one sequence of micro-batches 0, 1, 2, ...; a pass over the data ends somewhere inside it. A resumed run
 begins at micro-batch k and gets what an uninterrupted one would have got. For token files k is all that takes; a
@@ -16,9 +17,10 @@ device would see as micro-batch k·R + r: sharding happens here alone.
 
 import argparse
 import hashlib
+import json
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ from tinylm.config import Config, load_config
 from tinylm.corpus import Which, train_documents
 from tinylm.encode import encode_documents, source_fingerprint
 from tinylm.errors import UserError, printable
+from tinylm.judge import Problem, ProblemReport, answers_of, pair_batch, pair_ids, problems, usable
 from tinylm.mix import Allocation, Joined, training_files, training_fingerprint, validation_file, weights_of
 from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document_ids, pack_examples, pack_stream, row_at, row_of_examples
 from tinylm.processes import Progress
@@ -573,6 +576,110 @@ def _fingerprint(made: list[Example]) -> str:
     for example in made:
         digest.update(b"%d " % len(example.ids) + example.ids.tobytes() + example.trained.tobytes())
     return digest.hexdigest()[:12]
+
+
+# --- problems with right and wrong answers ----------------------------------------------------------------------------
+
+
+class ProblemBatches(ExampleBatches):
+    """Micro-batches of problems, each with all its answers, in the order that examples have; other wrong answers in each pass."""
+
+    split = "train"
+
+    def __init__(self, rows: Sequence[Any], config: Config, tokenizer: Tokenizer, share: Share):
+        super().__init__(rows, config, tokenizer.pad_id, share)
+        assert config.verifier is not None
+        self.tokenizer, self.n_wrong = tokenizer, config.verifier.n_wrong
+
+    def __getitem__(self, k: int) -> Batch:
+        places = self.share.places(k)
+        rows = [self.rows[self._row(place)] for place in places]
+        return self.pairs(rows, places) | {"origin": [problem.place for problem in rows]}
+
+    def pairs(self, rows: Sequence[Problem], places: Iterable[int]) -> Batch:
+        """`input_ids` (B, T) int64, `attention_mask` (B, T) bool and `label` (B,) int64 of every answer; wrong ones are drawn by (seed, place)."""
+        ids, labels = [], []
+        for problem, place in zip(rows, places, strict=True):
+            for answer in answers_of(problem, n_wrong=self.n_wrong, seed=f"{self.seed} {self.split} {place}"):
+                ids.append(pair_ids(problem.question.whole, answer.text, self.tokenizer, self.seq_len))
+                labels.append(int(answer.right))
+        return pair_batch(ids, self.pad_id) | {"label": torch.tensor(labels, dtype=torch.long)}
+
+
+class ValidationProblems(ProblemBatches, ValidationExamples):
+    """Problems in their order, this rank's share of them; the wrong answers are the same in every validation."""
+
+    split = "val"
+
+    def __getitem__(self, k: int) -> Batch:
+        if k >= self.n_batches:
+            raise IndexError(k)  # ends a plain `for batch in batches`
+        places = [place for place in self.share.places(k) if place < len(self.rows)]
+        return self.pairs([self.rows[place] for place in places], places)
+
+
+class LitProblems(RunData):
+    """The batches of one verifier's run, with the interface of `LitExamples`; a row is a problem with all its answers."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        super().__init__()
+        assert config.verifier is not None
+        self.config, self.tokenizer, self.n_wrong = config, tokenizer, config.verifier.n_wrong
+        self.first_batch = 0
+        self.notes: list[str] = []
+        self.train_problems: list[Problem] = []
+        self.val_problems: list[Problem] = []
+
+    def prepare(self, answer: Callable[[list[Problem]], list[Problem]] = list) -> None:
+        """Read the rows of both splits; `answer` adds what a model answers. A problem of validation is none of training.
+
+        Raises:
+            UserError: as `judge.problems` and `judge.usable`.
+        """
+        built_in = built_in_where_asked(self.config.data)
+        found = {which: problems(self.config.data, which, self.config.training.seed, built_in) for which in ("train", "val")}
+        held_out = {problem.question for problem in found["val"]}
+        apart = [problem for problem in found["train"] if problem.question not in held_out]
+        shared = len(found["train"]) - len(apart)
+        self.train_problems, train = self._usable(answer(apart), "train")
+        self.val_problems, val = self._usable(answer(found["val"]), "val")
+        self.notes = [f"training: left out {shared} problems that are validation problems"] * bool(shared) + train.notes() + val.notes()
+
+    def _usable(self, found: list[Problem], which: Which) -> tuple[list[Problem], ProblemReport]:
+        return usable(found, which, self.tokenizer, self.config.training.seq_len, n_wrong=self.n_wrong)
+
+    def describe(self) -> str:
+        """One line on what is trained on and validated on."""
+        train, val = (f"{len(made):,} problems with {self._n_answers(made):,} answers" for made in (self.train_problems, self.val_problems))
+        n_right = sum(1 + sum(sample.right for sample in problem.samples) for problem in self.train_problems)
+        share = f"{n_right / self._n_answers(self.train_problems):.0%} of them right"
+        return f"data: {printable(self.config.data.dataset)}: train {train} ({share}), validation {val}; tokenizer {self.tokenizer.kind}"
+
+    def _n_answers(self, made: list[Problem]) -> int:
+        return sum(1 + self.n_wrong + len(problem.samples) for problem in made)
+
+    def start_at(self, batch: int, cursor: list[int] | None) -> None:
+        """Go on at micro-batch `batch`; rows that are all in memory need no cursor."""
+        self.first_batch = batch
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the data: two runs with equal ones, and equal settings and tokenizers, see the same pairs."""
+        return {"train": _fingerprint_of_problems(self.train_problems), "val": _fingerprint_of_problems(self.val_problems)}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The micro-batches from `first_batch` to the end of the run."""
+        training = self.config.training
+        batches = ProblemBatches(self.train_problems, self.config, self.tokenizer, self._share())
+        return self._loader(batches, range(self.first_batch, training.max_steps * training.grad_accum_steps))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation problems, at most training.val_batches batches of them."""
+        return DataLoader(ValidationProblems(self.val_problems, self.config, self.tokenizer, self._share()), batch_size=None)
+
+
+def _fingerprint_of_problems(made: list[Problem]) -> str:
+    plain = [(problem.question.whole, problem.answer, problem.samples) for problem in made]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]
 
 
 # --- rows as text: python data.py --------------------------------------------------------------------------------------

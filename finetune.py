@@ -1,8 +1,9 @@
-"""Fine-tuning: a trained model learns to answer, or which of two answers is better, whole or by small adapters.
+"""Fine-tuning: a trained model learns to answer, or which of two answers is better, whole or by small adapters; or a verifier to judge.
 
     python finetune.py --config config_finetune.yaml
     python finetune.py --config configs/lora-smollm2.yaml data.dataset=mine.jsonl
     python finetune.py --config configs/dpo.yaml
+    python finetune.py --config configs/verifier.yaml
     python finetune.py --config configs/sst2-gpt2-lora.yaml
     python finetune.py --config configs/instructions-from-scratch.yaml
 
@@ -10,7 +11,8 @@ It begins with the weights that training.init_from names, a checkpoint of ours o
 otherwise train.py: the same flags, the same steps, the same exact resume. What it eats are rows of questions and answers
 (`LitExamples` in data.py), of which the answers are learned; with training.train_on=all the questions are learned too,
 and then it may also begin with new weights. With a dpo section the rows have two answers each, and the model learns to
-prefer the first (`LitPreferences`, `LitDPO`).
+prefer the first (`LitPreferences`, `LitDPO`). With a verifier section an encoder, new or begun with a decoder's weights,
+learns to tell right answers from wrong ones (`LitProblems`, `LitVerifier`).
 """
 
 import argparse
@@ -22,17 +24,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tinylm.errors import UserError, printable
-from tinylm.program import run_program
+from tinylm.processes import Progress
+from tinylm.program import progress_bar, run_program
 from train import Parts, Say, build_base, build_model, check_root, make_parser, run_stage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     import numpy as np
 
-    from data import LitExamples, LitPreferences
-    from model import LitDPO
+    from data import LitExamples, LitPreferences, LitProblems
+    from model import LitDPO, LitVerifier
     from tinylm.config import Config, DataConfig
     from tinylm.decoder import Decoder
     from tinylm.foreign import ForeignDecoder
+    from tinylm.judge import Problem
     from tinylm.tokenizer import Tokenizer
 
 Module = TypeVar("Module", "LitExamples", "LitPreferences")
@@ -54,12 +60,13 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tune as the command line says."""
     from tinylm.config import load_config
 
-    config = load_config(args.config, args.overrides)
+    config = with_data_of_task(load_config(args.config, args.overrides))
+    if config.verifier is not None:
+        return run_stage("verifier", config, args, open_problems, build_verifier, learn_from_problems)
     if config.dpo is not None:
         if config.training.init_from is None:
             raise UserError("training.init_from: preferences are learned by a trained model. Set it to a checkpoint, or to hf:NAME for a Hugging Face model.")
         return run_stage("dpo", config, args, open_preferences, build_dpo)
-    config = with_data_of_task(config)
     check_beginning(config)
     return run_stage("sft", config, args, open_examples)
 
@@ -171,6 +178,83 @@ def add_cached_reference(parts: Parts, reference: "Decoder | ForeignDecoder", fi
         return log_probs_of(reference.to(parts.device), data.all_batches(), half)
 
     data.add_reference(cached_log_probs(path, n_pairs, compute))
+
+
+# --- a verifier --------------------------------------------------------------------------------------------------------
+
+
+def learn_from_problems(config: "Config") -> "Tokenizer":
+    """The tokenizer of a verifier with new weights: learned from the training problems and their right answers where it is learned at all."""
+    from tinylm.bpe import learned_from
+    from tinylm.judge import problems
+    from tinylm.tasks.data import built_in_where_asked
+
+    def texts() -> "Iterator[str]":
+        found = problems(config.data, "train", config.training.seed, built_in_where_asked(config.data))
+        return (f"{problem.question.whole}\n{problem.answer}" for problem in found)
+
+    return learned_from(config.tokenizer, texts)
+
+
+def open_problems(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitProblems":
+    """The problems of a run, with what a model answers to them."""
+    from data import LitProblems
+
+    assert config.verifier is not None
+    data = LitProblems(config, tokenizer)
+    if config.verifier.sampled_from is None:
+        data.prepare()
+    else:
+        with progress_bar() as progress:
+            data.prepare(sampler(config, say, progress))
+    say(data.describe())
+    for note in data.notes:
+        say(note)
+    return data
+
+
+def sampler(config: "Config", say: Say, progress: Progress) -> "Callable[[list[Problem]], list[Problem]]":
+    """What adds to problems the answers of the model that verifier.sampled_from names."""
+    from tinylm.checkpoint import load_model
+    from tinylm.device import pick_device
+    from tinylm.samples import with_samples
+
+    settings, folder = config.verifier, Path(config.data.cache_dir)
+    assert settings is not None and settings.sampled_from is not None
+    device, _ = pick_device(config.hardware.accelerator, key="hardware.accelerator")
+    try:
+        loaded = load_model(Path(settings.sampled_from), device)
+    except UserError as error:
+        raise UserError(f"verifier.sampled_from: {error}") from None
+
+    def answer(found: "list[Problem]") -> "list[Problem]":
+        say(f"answers: {settings.n_sampled} to each of {len(found):,} problems by {printable(settings.sampled_from)}, kept in {printable(folder)}")
+        return with_samples(found, loaded, config.data.task, settings.n_sampled, seed=config.training.seed, folder=folder, progress=progress)
+
+    return answer
+
+
+def build_verifier(parts: Parts) -> "LitVerifier":
+    """The verifier of a checkpoint to resume, one with the weights of training.init_from, or a new one, which depends on the seed alone."""
+    import torch
+
+    from model import LitVerifier
+    from tinylm import checkpoint
+    from tinylm.decoder import Decoder
+    from tinylm.verifier import Verifier
+
+    config = parts.config
+    if parts.start.payload is not None:
+        return LitVerifier(config, checkpoint.build_verifier(config.model, parts.start.payload["weights"]), dict(checkpoint.NO_ROOTS))
+    torch.manual_seed(config.training.seed)
+    verifier = Verifier(config.model)
+    if parts.base is not None:
+        decoder = build_base(config, parts.base)
+        if not isinstance(decoder, Decoder):
+            name = printable(config.training.init_from)
+            raise UserError(f"training.init_from: {name}: a verifier shares our own decoder's blocks, and this is a Hugging Face model. Leave it out.")
+        verifier.begin_with(decoder)
+    return LitVerifier(config, verifier, dict(checkpoint.NO_ROOTS))
 
 
 if __name__ == "__main__":

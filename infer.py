@@ -4,6 +4,7 @@
     echo "Attention is" | python infer.py --temperature 0 --json
     python infer.py --ckpt checkpoints/sft/best.ckpt --prompt "Name three primary colours."
     python infer.py --chat
+    python infer.py --prompt "12 + 7 =" --best-of 8 --verifier checkpoints/verifier/best.ckpt
 
 A fine-tuned checkpoint says how its questions were written, and the prompt is written so; --no-wrap leaves it as it is. A
 base model only ever continues. Results go to stdout, everything else to stderr. No Lightning here, and torch only after --help.
@@ -52,6 +53,7 @@ def infer(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in SamplingConfig.model_fields}
     sampling_settings(given, SamplingConfig())  # a bad flag is told before the seconds that loading takes
     check_chat(arguments, given)
+    check_best_of(arguments, given)
     prompt = None if arguments.chat else read_prompt(arguments.prompt)
     device, reason = pick_device(arguments.device)
     say(f"device: {device} ({reason})")
@@ -78,6 +80,8 @@ def write_texts(
     tokenizer = engine.tokenizer
     encoded, stop_ids = put(prompt, engine, template, arguments.system)
     say_what_is_left_out(encoded, sampling)
+    if arguments.best_of is not None:
+        return write_best(prompt, engine, encoded, sampling, arguments, stop_ids)
     show = Screen(prompt, tokenizer, sampling.n_samples, arguments, answers=template is not None)
     pieces: list[list[Piece]] = [[] for _ in range(sampling.n_samples)]
     start = time.perf_counter()
@@ -186,6 +190,49 @@ def piped_line() -> str:
     return line.decode().rstrip("\r\n")
 
 
+# --- the best of several answers ------------------------------------------------------------------------------------
+
+
+def check_best_of(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Refuse flags that choosing among answers contradicts."""
+    n = arguments.best_of
+    if (n is None) != (arguments.verifier is None):
+        raise UserError("--best-of, --verifier: one needs the other. Give --best-of 8 --verifier FILE, or neither.")
+    if n is None:
+        return
+    if arguments.chat:
+        raise UserError("--best-of: it answers one prompt. Leave --chat or --best-of out.")
+    if not isinstance(n, int) or not 2 <= n <= 1024:
+        raise UserError(f"--best-of: expected a whole number from 2 to 1024, found {printable(n)}.")
+    for name in ("n_samples", "n_beams"):
+        if given.get(name, 1) != 1:
+            raise UserError(f"{flag(name)}: --best-of says how many answers are drawn. Leave one of the two out.")
+    if arguments.show_probs:
+        raise UserError("--show-probs: it shows one text as it is written, and --best-of chooses when all are. Leave one of the two out.")
+
+
+def write_best(
+    prompt: str, engine: "Engine", encoded: "Prompt", sampling: SamplingConfig, arguments: argparse.Namespace, stop_ids: Sequence[int]
+) -> int:
+    """Draw the answers, judge them, write the one that is most likely right; the probabilities of all go to stderr, or into the JSON."""
+    from tinylm.judge import Judge
+
+    if sampling.temperature == 0:
+        raise UserError("--temperature: 0 writes the same answer each time, and --best-of chooses among different ones. Give --temperature 0.7.")
+    judge = Judge.load(arguments.verifier, str(engine.model.embedding.weight.device))
+    completions = engine.generate(encoded, sampling.model_copy(update={"n_samples": arguments.best_of, "n_beams": 1}), stop_ids=stop_ids)
+    probabilities = judge.probabilities(prompt, [completion.text for completion in completions])
+    ranked = sorted(zip(probabilities, completions, strict=True), key=lambda pair: -pair[0])
+    if arguments.json:
+        answers = [{"probability": probability, **dataclasses.asdict(completion)} for probability, completion in ranked]
+        write(json.dumps({"prompt": prompt, "verifier": str(arguments.verifier), "completions": answers}, indent=2) + "\n")
+        return 0
+    for probability, completion in ranked:
+        say(f"verifier: {probability:.3f}  {completion.text.strip()}")
+    write(readable(ranked[0][1].text.strip()) + "\n")
+    return 0
+
+
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
@@ -207,6 +254,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=NAMES, default="auto", help="auto: CUDA, else MPS, else the CPU")
     parser.add_argument("--show-probs", action="store_true", help="colour each token by its probability; without colour: token(probability)")
     parser.add_argument("--json", action="store_true", help="print the completions as JSON when they are finished")
+    parser.add_argument("--best-of", type=number, metavar="N", help="draw N answers and print the one that --verifier finds most likely right")
+    parser.add_argument("--verifier", type=Path, metavar="FILE", help="checkpoint of a verifier (finetune.py --config configs/verifier.yaml)")
     sampling = parser.add_argument_group("sampling", "a default that the checkpoint's config sets replaces the one shown; none switches a setting off")
     for name, field in SamplingConfig.model_fields.items():
         shown = "off" if field.default in (None, ()) else field.default

@@ -1,4 +1,4 @@
-"""What is trained: LitStage, which every training stage shares; LitLM, pretraining and supervised fine-tuning; LitDPO, preferences.
+"""What is trained: LitStage, which every training stage shares; LitLM, pretraining and supervised fine-tuning; LitDPO, preferences; LitVerifier.
 
 A stage knows its loss, and the units that it is a mean over: target tokens, or pairs. LitStage knows the rest of an optimizer
 step, in this order: the loss of each micro-batch, its gradient, the gradient divided by the units of the whole step, the
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -32,6 +33,7 @@ from tinylm.optim import make_optimizer, set_lr
 from tinylm.packing import IGNORE_INDEX
 from tinylm.preferences import MEASURES, Comparison, PairScores, compare, score_pairs
 from tinylm.schedule import multiplier
+from tinylm.verifier import Verifier, VerifierScore, logit_counts, verifier_loss
 
 
 @dataclass
@@ -114,7 +116,7 @@ class LitStage(L.LightningModule):
     val_measures: tuple[str, ...] = ()
     """and of validations"""
 
-    def __init__(self, config: Config, decoder: Decoder | ForeignDecoder, stage: str, roots: dict[str, Any]):
+    def __init__(self, config: Config, decoder: Decoder | ForeignDecoder | Verifier, stage: str, roots: dict[str, Any]):
         super().__init__()
         self.config, self.decoder, self.stage, self.roots = config, decoder, stage, roots
         self.progress = Progress()
@@ -341,3 +343,41 @@ class LitDPO(LitStage):
             log_probs = score_pairs(self.decoder.features, self.decoder.head, batch).log_probs
         self.decoder.train(was_training)
         return log_probs
+
+
+class LitVerifier(LitStage):
+    """An encoder learns to tell right answers from wrong ones (stage `verifier`); it stands where other stages have their decoder."""
+
+    measures = ("accuracy",)
+    val_measures = ("val_accuracy", "val_accuracy_low", "val_accuracy_high", "val_majority", "val_auc", "val_calibration_error")
+
+    def __init__(self, config: Config, verifier: Verifier, roots: dict[str, Any]):
+        super().__init__(config, verifier, "verifier", roots)
+        assert config.verifier is not None
+        self.full_batch = config.training.micro_batch_size * (1 + config.verifier.n_wrong + config.verifier.n_sampled)
+
+    def configure_model(self) -> None:
+        """Lightning's hook."""
+        super().configure_model()
+        self._score = torch.compile(self.decoder) if self.config.hardware.compile else self.decoder
+
+    def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
+        """Cross entropy of right and wrong."""
+        logits, right = self._score(batch["input_ids"], batch["attention_mask"]), batch["label"]
+        n_right = ((logits >= 0) == right.bool()).sum()
+        tokens = batch["attention_mask"].sum()
+        return BatchLoss(verifier_loss(logits, right), torch.tensor(len(right), device=right.device), tokens, logits.new_zeros(()), n_right.float()[None])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The sum of the losses, then how often each logit occurs among wrong and right pairs."""
+        right = batch["label"]
+        none = torch.zeros(0, device=right.device)  # what a rank without a problem left makes of its share
+        logits = self._score(batch["input_ids"], batch["attention_mask"]) if len(right) else none
+        return torch.cat((verifier_loss(logits, right)[None], logit_counts(logits, right)))
+
+    def val_metrics(self, totals: list[float]) -> dict[str, float]:
+        """The mean loss, and `VerifierScore` with the interval of its accuracy."""
+        loss, *counts = totals
+        score = VerifierScore.of_counts(np.array(counts))
+        numbers = (loss / score.n, score.accuracy, *score.interval, score.majority, score.auc, score.calibration_error)
+        return dict(zip(("val_loss", *self.val_measures), numbers, strict=True))

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from tinylm.program import Parser, run_program
 if TYPE_CHECKING:
     import lightning as L
 
-    from data import LitData, LitExamples, LitPreferences
+    from data import LitData, LitExamples, LitPreferences, LitProblems
     from model import LitStage
     from tinylm.checkpoint import Base
     from tinylm.config import Config
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 # Settings that may differ when a run is resumed: they decide how long it runs and what is written, not what a step computes.
 FREE_ON_RESUME = {
-    "data.num_workers", "data.cache_dir", "data.dataset", "data.mix", "data.val_dataset", "tokenizer.path",  # their content is compared
+    "data.num_workers", "data.cache_dir", "data.dataset", "data.mix", "data.val_dataset", "tokenizer.path",
+    "verifier.sampled_from",  # the content of these is compared
     "training.max_steps", "training.val_every_steps", "training.val_batches", "training.early_stopping_patience",
     "training.log_every_steps", "training.save_every_steps", "training.keep_last", "training.checkpoint_dir", "training.log_dir",
     "training.run_name", "training.loggers", "training.sample_prompt", "training.auto_resume", "training.init_from",
@@ -43,10 +45,20 @@ FREE_ON_RESUME = {
     "hardware.compile", "hardware.threads",
 }  # fmt: skip
 
+# For a small model they are more than enough: a batch is learnt in one or two hundred.
+OVERFIT_STEPS = 300
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line of train.py."""
-    return make_parser("train.py", "config.yaml", "Pretrain a model. The same command again goes on from the newest checkpoint.").parse_intermixed_args(argv)
+    parser = make_parser("train.py", "config.yaml", "Pretrain a model. The same command again goes on from the newest checkpoint.")
+    before = parser.add_argument_group("before a run", "nothing is trained for keeps, nothing saved").add_mutually_exclusive_group()
+    before.add_argument("--plan", action="store_true", help="what the run will cost: work, memory by part, time; exit code 2 where it does not fit")
+    overfit = f"train on micro-batch 0 alone, at most so many steps (default: {OVERFIT_STEPS}); exit code 3 where its loss does not go to nearly zero"
+    before.add_argument("--overfit-one-batch", nargs="?", type=int, const=OVERFIT_STEPS, metavar="STEPS", help=overfit)
+    before.add_argument("--find-lr", action="store_true", help="raise the learning rate until the loss rises too, and suggest one")
+    before.add_argument("--find-batch-size", action="store_true", help="the largest micro-batch that fits, and the speed of each size")
+    return parser.parse_intermixed_args(argv)
 
 
 def make_parser(program: str, config: str, description: str) -> Parser:
@@ -79,7 +91,28 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if config.dpo is not None:
         raise UserError("dpo: preferences are learned by finetune.py. Run that program, or take the dpo section out.")
+    if config.verifier is not None:
+        raise UserError("verifier: a verifier is trained by finetune.py. Run that program, or take the verifier section out.")
+    if args.plan or args.find_lr or args.find_batch_size or args.overfit_one_batch is not None:
+        return run_before(config, args)
     return run_stage("pretrain", config, args, open_corpus)
+
+
+def run_before(config: "Config", args: argparse.Namespace) -> int:
+    """Look at a run that has not begun, with the model that it would begin with."""
+    from rehearsal import Rehearsal, rehearse
+
+    say = speaker()
+    device = choose_device(config, say)
+    if config.lora is not None:
+        raise UserError("lora: adapters are not planned, and not tried. Take the lora section out, and the numbers are those of training every weight.")
+    base = find_base(config, Start())
+    if base is not None and base.foreign:
+        raise UserError("training.init_from: a Hugging Face model is not planned, and not tried. Leave it out.")
+    config = config if base is None else settings_on_base(config, base)
+    tokenizer = partial(prepare_tokenizer, config, Start(), base, learn_from_documents)
+    made = Rehearsal(config, device, say, tokenizer, lambda config: begin_weights(config, Start(), base))
+    return rehearse(made, args)
 
 
 @dataclass(frozen=True)
@@ -91,7 +124,7 @@ class Start:
 
 
 Say = Callable[[str], None]
-OpenData = Callable[["Config", "Tokenizer", Say], "LitData | LitExamples | LitPreferences"]
+OpenData = Callable[["Config", "Tokenizer", Say], "LitData | LitExamples | LitPreferences | LitProblems"]
 
 
 @dataclass(frozen=True)
@@ -100,28 +133,31 @@ class Parts:
 
     stage: str
     config: "Config"
-    data: "LitData | LitExamples | LitPreferences"
+    data: "LitData | LitExamples | LitPreferences | LitProblems"
     start: Start
     base: "Base | None"
     device: str
     say: Say
 
 
-def run_stage(stage: str, config: "Config", args: argparse.Namespace, open_data: OpenData, build: "Callable[[Parts], LitStage] | None" = None) -> int:
+def run_stage(
+    stage: str,
+    config: "Config",
+    args: argparse.Namespace,
+    open_data: OpenData,
+    build: "Callable[[Parts], LitStage] | None" = None,
+    learn: "Callable[[Config], Tokenizer] | None" = None,
+) -> int:
     """Say what will be done, train, say where the result is: what train.py and finetune.py do alike.
 
     Args:
         stage: the name that checkpoints and metrics have it under.
         open_data: makes and prepares the data module, and says what is in it.
         build: makes what is trained; None: a language model.
+        learn: makes the tokenizer of a run that begins with new weights; None: from the training documents.
     """
-    from tinylm.device import pick_device
-
-    device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
-    check_hardware(config, device)
     say = speaker()
-    say(f"device: {device} ({why}), precision {config.hardware.precision}")
-    set_threads(config.hardware.threads)
+    device = choose_device(config, say)
     folder = Path(config.training.checkpoint_dir)
     with claim(folder, "training.checkpoint_dir"), claim(log_folder(config), "training.run_name"):
         start = find_start(folder, args, config, say)
@@ -139,13 +175,24 @@ def run_stage(stage: str, config: "Config", args: argparse.Namespace, open_data:
         base = find_base(config, start)
         if base is not None and start.payload is None:
             config = settings_on_base(config, base)
-        tokenizer, config = prepare_tokenizer(config, start, base)
+        tokenizer, config = prepare_tokenizer(config, start, base, learn or learn_from_documents)
         data = open_data(config, tokenizer, say)
         if start.payload is not None:
             check_same_data(start, data, say, allow_changes=args.allow_changes)
         check_sample_prompt(config, tokenizer)
         made = (build or build_language_model)(Parts(stage, config, data, start, base, device, say))
         return fit(made, data, device, start, say)
+
+
+def choose_device(config: "Config", say: Say) -> str:
+    """The device of a run, checked, said, and given its threads."""
+    from tinylm.device import pick_device
+
+    device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
+    check_hardware(config, device)
+    say(f"device: {device} ({why}), precision {config.hardware.precision}")
+    set_threads(config.hardware.threads)
+    return device
 
 
 def open_corpus(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitData":
@@ -339,10 +386,15 @@ def settings_on_base(config: "Config", base: "Base") -> "Config":
     return config.with_model(base.model, base.tokenizer_config)
 
 
-def prepare_tokenizer(config: "Config", start: Start, base: "Base | None") -> tuple["Tokenizer", "Config"]:
-    """The tokenizer, and the settings with the vocabulary's size filled in."""
+def learn_from_documents(config: "Config") -> "Tokenizer":
+    """The tokenizer of a run that begins with new weights."""
     from tinylm.bpe import tokenizer_for
 
+    return tokenizer_for(config.tokenizer, config.data, config.training.seed)
+
+
+def prepare_tokenizer(config: "Config", start: Start, base: "Base | None", learn: "Callable[[Config], Tokenizer]") -> tuple["Tokenizer", "Config"]:
+    """The tokenizer, which `learn` makes where none is given, and the settings with the vocabulary's size filled in."""
     # It was learned, or came with a model, when the run began: the cache may be gone, the stream's first documents far away.
     kept = config.tokenizer.kind == "bpe" or config.tokenizer.learn_docs is not None or config.training.init_from is not None
     if start.payload is not None and start.payload["config"]["tokenizer"] == config.tokenizer.model_dump(mode="json") and kept:
@@ -350,7 +402,7 @@ def prepare_tokenizer(config: "Config", start: Start, base: "Base | None") -> tu
     elif start.payload is None and base is not None and base.tokenizer is not None:
         tokenizer = tokenizer_of_base(config, base)
     else:
-        tokenizer = tokenizer_for(config.tokenizer, config.data, config.training.seed)
+        tokenizer = learn(config)
     wanted = config.model.vocab_size
     if wanted is not None and wanted < tokenizer.vocab_size:
         mend = "Raise it, or leave it out" if config.training.init_from is None else "Use the tokenizer that the model was trained with"
@@ -514,6 +566,7 @@ def describe_model(config: "Config", decoder: Any, world_size: int) -> str:
     training = config.training
     rows = training.micro_batch_size * training.grad_accum_steps * world_size
     a_step = f"{rows * training.seq_len:,} tokens" if config.dpo is None else f"{rows:,} pairs"
+    a_step = a_step if config.verifier is None else f"{rows:,} problems"
     work = ""
     if config.lora is not None:
         work = f"{sum(weight.numel() for weight in decoder.parameters() if weight.requires_grad):,} of them trained, "
@@ -578,6 +631,7 @@ def make_loggers(config: "Config") -> "list[Any]":
 def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Say) -> int:
     """Train `stage` on `data` to the end of the run, from `start`; the exit code comes back."""
     import callbacks as between
+    from tinylm.planner import explaining_memory
 
     config, tokenizer = stage.config, data.tokenizer
     signals = between.StopSignals()
@@ -602,7 +656,8 @@ def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Say)
         aside = start.path is None or start.path.resolve().parent != Path(config.training.checkpoint_dir).resolve()
         metrics.open(between.MetricsFile(path, step, further=(*stage.measures, *stage.val_measures), aside=aside), make_loggers(config))
     began = time.monotonic()
-    trainer.fit(stage, datamodule=data)
+    with explaining_memory(config, f"The checkpoints in {printable(config.training.checkpoint_dir)} are intact"):
+        trainer.fit(stage, datamodule=data)
     return report(stage, saving, signals, time.monotonic() - began, say)
 
 
@@ -631,6 +686,9 @@ def report(stage: "LitStage", saving: Any, signals: Any, seconds: float, say: Sa
     say(f"done: {progress.step} steps in {duration(seconds)}, best val_loss {best:.4f}")
     final = path.with_name("final.ckpt")
     print(printable(final))
+    if stage.stage == "verifier":
+        say(f"next: python infer.py --ckpt MODEL --prompt PROBLEM --best-of 8 --verifier {shlex.quote(str(final))}")
+        return 0
     prompt = "Attention is" if stage.stage == "pretrain" else "Name three primary colours."
     say(f'next: python infer.py --ckpt {shlex.quote(str(final))} --prompt "{prompt}"')
     return 0
@@ -686,6 +744,8 @@ def check_hardware(config: "Config", device: str) -> None:
         raise UserError("hardware.precision: 16 does not go with hardware.strategy fsdp. Set hardware.precision to bf16 or 32.")
     if hardware.strategy == "fsdp" and config.dpo is not None:
         raise UserError("dpo: hardware.strategy fsdp does not cut the reference of preferences in pieces. Set hardware.strategy to ddp.")
+    if hardware.strategy == "fsdp" and config.verifier is not None:
+        raise UserError("verifier: a verifier is too small to be cut in pieces by hardware.strategy fsdp. Set hardware.strategy to ddp.")
     if hardware.strategy == "fsdp" and config.lora is not None:
         raise UserError("lora: adapters are too small to be cut in pieces by hardware.strategy fsdp. Set hardware.strategy to ddp.")
     if hardware.strategy == "fsdp" and config.training.optimizer == "muon":

@@ -395,7 +395,7 @@ def test_rows_of_both_splits_are_said(prefer: Make, tmp_path: Path, capsys: Capt
         ({"data": {"rows": "alpaca"}}, "data.rows: alpaca has no meaning for pairs of answers"),
         ({"data": {"task": "sst2"}}, "data.task: sst2 has no meaning for pairs of answers"),
         ({"hardware": {"strategy": "fsdp"}}, "dpo: hardware.strategy fsdp does not cut the reference of preferences in pieces. Set hardware.strategy to ddp."),
-        ({"training": {"init_from": None}}, "training.init_from: fine-tuning begins with a trained model."),
+        ({"training": {"init_from": None}}, "training.init_from: preferences are learned by a trained model."),
         ({"data": {"mix": [{"dataset": "a"}]}}, "data.mix: rows of fine-tuning have no use for it. Take it out."),
     ],
 )

@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -517,3 +517,19 @@ def tokenizer_for(config: TokenizerConfig, data: DataConfig, seed: int, *, progr
     finally:
         lock.release()
     return load_hf_tokenizer(str(folder))
+
+
+def learned_from(config: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that the settings ask for, learned from texts that are not documents where it is learned at all; kept nowhere.
+
+    Raises:
+        UserError: as `make_tokenizer` and `check_request`.
+    """
+    if config.kind != "bpe":
+        return make_tokenizer(config, lambda: islice(texts(), config.learn_docs))
+    assert config.vocab_size is not None  # TokenizerConfig checks it
+    rules = Rules(config.pattern or "gpt2")
+    check_request(config.vocab_size, rules)
+    with tempfile.TemporaryDirectory() as folder:
+        Bpe.count_and_learn(_text_jobs(islice(texts(), config.learn_docs)), config.vocab_size, rules).save(Path(folder) / "bpe")
+        return load_hf_tokenizer(str(Path(folder) / "bpe"))

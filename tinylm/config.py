@@ -432,6 +432,27 @@ class DpoConfig(Section):
         return self
 
 
+class VerifierConfig(Section):
+    """A verifier: an encoder that reads a problem with an answer and tells right from wrong (Cobbe et al. 2021)."""
+
+    n_wrong: Annotated[CountOrZero, Field(le=64)] = 1
+    """wrong answers made of each right one by changing one of its numbers, other ones in each pass; a row of a batch is a problem with all its answers"""
+    n_sampled: Annotated[CountOrZero, Field(le=64)] = 0
+    """answers to each problem that the model in `sampled_from` writes, right or wrong as the last number in them says"""
+    sampled_from: Name | None = None
+    """checkpoint of the model that writes them"""
+
+    @model_validator(mode="after")
+    def _there_are_wrong_answers(self) -> "VerifierConfig":
+        if self.n_wrong + self.n_sampled == 0:
+            raise ValueError("n_wrong: without wrong answers there is nothing to tell apart. Set n_wrong, or n_sampled and sampled_from")
+        if self.n_sampled and self.sampled_from is None:
+            raise ValueError("sampled_from: n_sampled needs a model that writes the answers. Set sampled_from to its checkpoint")
+        if self.sampled_from is not None and not self.n_sampled:
+            raise ValueError("n_sampled: sampled_from names a model, and n_sampled asks for none of its answers. Set n_sampled, or take sampled_from out")
+        return self
+
+
 class HardwareConfig(Section):
     """Where it runs."""
 
@@ -496,6 +517,8 @@ class Config(Section):
     """low-rank adapters for fine-tuning; null: every weight is trained"""
     dpo: DpoConfig | None = None
     """train on preferences; null: on next tokens"""
+    verifier: VerifierConfig | None = None
+    """train a verifier of answers; null: a language model"""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     @model_validator(mode="after")
@@ -524,6 +547,25 @@ class Config(Section):
         for name, (value, default) in unused.items():
             if value != default:
                 raise ValueError(f"{name}: {value} has no meaning for pairs of answers, which the dpo section asks for. Take it out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_verifier_has_no_use_for(self) -> "Config":
+        if self.verifier is None:
+            return self
+        for name, section in (("lora", self.lora), ("dpo", self.dpo)):
+            if section is not None:
+                raise ValueError(f"{name}: the verifier section asks for a verifier, which has no use for it. Take one of the two out")
+        unused = {
+            "data.template": (self.data.template, "instruction"),
+            "data.packing": (self.data.packing, "packed"),
+            "training.train_on": (self.training.train_on, "response"),
+            "training.label_smoothing": (self.training.label_smoothing, 0.0),
+            "training.sample_prompt": (self.training.sample_prompt, None),
+        }
+        for name, (value, default) in unused.items():
+            if value != default:
+                raise ValueError(f"{name}: {printable(value)} has no meaning for a verifier, which the verifier section asks for. Take it out")
         return self
 
     def with_model(self, model: ModelConfig, tokenizer: TokenizerConfig) -> "Config":

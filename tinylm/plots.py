@@ -172,8 +172,15 @@ def text_plot(quantity: str, runs: Sequence[Run], *, width: int = 72, height: in
     curves = [curve for curve in curves if len(curve[2])]
     if not curves:
         return ""
-    steps, values = (np.concatenate([curve[part] for curve in curves]) for part in (2, 3))
-    low, high, last = values.min(), values.max(), max(steps.max(), 1.0)
+    title, unit = QUANTITIES[quantity]
+    last = max(max(steps.max() for _, _, steps, _ in curves), 1.0)
+    return text_curves(f"{title} ({unit})", curves, "0", f"step {last:.0f}", width=width, height=height)
+
+
+def text_curves(title: str, curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]], left: str, right: str, *, width: int = 72, height: int = 16) -> str:
+    """Curves (mark, name, xs, ys) as lines of text, over an axis from `left`, at 0, to `right`, at the largest x."""
+    xs, ys = (np.concatenate([curve[part] for curve in curves]) for part in (2, 3))
+    low, high, last = ys.min(), ys.max(), max(xs.max(), 1.0)
     cells = [[" "] * width for _ in range(height)]
     for mark, _, xs, ys in curves:
         columns = np.rint(xs / last * (width - 1)).astype(int)
@@ -182,11 +189,10 @@ def text_plot(quantity: str, runs: Sequence[Run], *, width: int = 72, height: in
             cells[row][column] = mark
     labels = [f"{high:.4g}", *[""] * (height - 2), f"{low:.4g}"]
     margin = max(map(len, labels))
-    title, unit = QUANTITIES[quantity]
     body = [f"{label:>{margin}} |{''.join(line).rstrip()}" for label, line in zip(labels, cells, strict=True)]
     axis = f"{'':>{margin}} +{'-' * width}"
     legend = "  ".join(f"{mark} {name}" for mark, name, _, _ in curves)
-    return "\n".join([f"{title} ({unit})", *body, axis, f"{'':>{margin}}  0{f'step {last:.0f}':>{width - 1}}", legend])
+    return "\n".join([title, *body, axis, f"{'':>{margin}}  {left}{right:>{width - len(left)}}", legend])
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

@@ -90,6 +90,8 @@ def write_texts(
         show.now(piece)
     seconds = time.perf_counter() - start
     show.rest(pieces)
+    if template and not any(piece.text.strip() for row in pieces for piece in row):
+        say("the answer is blank: the model ended it at once, or wrote white space; more training may help")
     if arguments.json:
         completions = [describe(Completion.of(encoded, row), row, tokenizer, show_probs=arguments.show_probs) for row in pieces]
         of = {"prompt": prompt, "template": template and template.name, "checkpoint": str(loaded.info.path), "step": loaded.info.step}

@@ -385,7 +385,9 @@ def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_
     results = [run_as_typed(command, copy_of_the_tree) for command in runnable(document.read_text(encoding="utf-8"))]
     assert {program for program, _ in results} == set(SHORT)
     wanted = {"train.py": r"checkpoints\S*/\S+\.ckpt\n", "list.py": r"(?s).*step.*last\.ckpt.*", "eval_val.py": r"val_loss \d+\.\d+ .*"}
-    wanted |= {"data.py": r"row 0, micro-batch 0: .*\n", "infer.py": r"\s*\S", "-m tinylm": r"\s*\S"}
+    wanted |= {"finetune.py": wanted["train.py"], "evaluate_checkpoints.py": r"(place|task) .*"}
+    # An answer may be blank after so few steps.
+    wanted |= {"data.py": r"row 0, micro-batch 0: .*\n", "infer.py": r"(?s).*\n", "-m tinylm": r"\s*\S"}
     for program, out in results:
         assert re.match(wanted[program], out), f"{program} printed {out!r}"
 

@@ -211,6 +211,14 @@ def test_a_fine_tuned_model_is_asked_in_its_template_and_answers_alone(run, tune
     assert parrot.asked[-1] == "### System: Be kind.\n### Instruction: red\n### Output:"
 
 
+def test_a_blank_answer_is_told(run, tuned, monkeypatch):
+    """It would look as if nothing had run."""
+    Parrot(monkeypatch)
+    code, out, err = run("--ckpt", tuned(), "--prompt", "")
+    assert (code, out) == (0, "\n")
+    assert "the answer is blank: the model ended it at once, or wrote white space" in err
+
+
 @pytest.mark.parametrize(("stage", "flags"), [("sft", ["--no-wrap"]), ("pretrain", ["--no-wrap"]), ("pretrain", [])])
 def test_a_base_model_is_never_wrapped_and_no_wrap_leaves_the_prompt_as_it_is(run, tuned, monkeypatch, stage, flags):
     parrot = Parrot(monkeypatch)

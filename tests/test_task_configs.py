@@ -80,7 +80,7 @@ def test_own_rows_on_a_model_with_chat_markers(models: Path, tmp_path: Path, cap
     final = run("lora-smollm2", models, tmp_path)
     capsys.readouterr()
     assert infer.main(["--ckpt", str(final), "--prompt", "Hello", "--max-new-tokens", "3", "--device", "cpu"]) == 0
-    assert "template: chatml" in capsys.readouterr().err
+    assert f"template: {load_config(CONFIGS['lora-smollm2']).data.template}" in capsys.readouterr().err
 
 
 def test_without_a_data_set_the_rows_are_the_tasks_own_on_the_hub() -> None:

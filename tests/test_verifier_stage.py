@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,8 @@ def test_killed_while_a_model_writes_answers_and_while_training_it_goes_on_to_th
     for enough in until:
         process = child(command, "--config", config)
         while process.poll() is None and not enough():
-            pass
+            time.sleep(0.01)
+        assert process.poll() is None, "it must not have ended by itself"
         process.kill()
         process.communicate()
     assert run(config) == 0

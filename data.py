@@ -310,6 +310,8 @@ class LitData(RunData):
             self.val_file = validation_file(data, self.tokenizer, training.seed, progress=progress)
         if not data.streaming:
             self.train_files = training_files(data, self.tokenizer, training.seed, needed=training.seq_len + 1, progress=progress)
+        if self.val_file is not None and self.val_file.fingerprint in {file.fingerprint for file in self.train_files}:
+            raise UserError("data.val_dataset: it has the very tokens that are trained on. Give other data, or take it out and data.val_fraction is held out.")
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         """Go on at micro-batch `batch`; a stream from the place that its checkpoint stored."""

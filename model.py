@@ -357,8 +357,7 @@ class LitVerifier(LitStage):
         self.full_batch = config.training.micro_batch_size * (1 + config.verifier.n_wrong + config.verifier.n_sampled)
 
     def configure_model(self) -> None:
-        """Lightning's hook."""
-        super().configure_model()
+        """Lightning's hook; train.py refuses fsdp."""
         self._score = torch.compile(self.decoder) if self.config.hardware.compile else self.decoder
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:

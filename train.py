@@ -390,7 +390,12 @@ def learn_from_documents(config: "Config") -> "Tokenizer":
     """The tokenizer of a run that begins with new weights."""
     from tinylm.bpe import tokenizer_for
 
-    return tokenizer_for(config.tokenizer, config.data, config.training.seed)
+    with program.progress_bar() as progress:
+        tokenizer = tokenizer_for(config.tokenizer, config.data, config.training.seed, progress=progress)
+    wanted = config.tokenizer.vocab_size
+    if wanted is not None and tokenizer.vocab_size < wanted:
+        program.say(f"tokenizer: {tokenizer.vocab_size} tokens instead of {wanted}: every word of this text is one token already")
+    return tokenizer
 
 
 def prepare_tokenizer(config: "Config", start: Start, base: "Base | None", learn: "Callable[[Config], Tokenizer]") -> tuple["Tokenizer", "Config"]:
@@ -546,7 +551,7 @@ def describe_data(data: "LitData") -> str:
     train = f"{short(sum(map(len, data.train_files)))} tokens" if data.train_files else "a stream"
     val = "none" if data.val_file is None else f"{short(len(data.val_file))} tokens"
     source, tokenizer = name_of(data.config.data), data.tokenizer
-    return f"data: {source}: train {train}, validation {val}; tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size}"
+    return f"data: {source}: train {train}, validation {val}; tokenizer {data.config.tokenizer.kind}, vocabulary {tokenizer.vocab_size}"
 
 
 def warn_of_shared_documents(config: "Config", say: Say) -> None:

@@ -529,3 +529,13 @@ def test_other_kinds_are_made_as_ever(data):
 
 def test_printable_form_is_gpt2s():
     assert gpt2_form(b" a\n\xff") == "ĠaĊÿ"
+
+
+def test_line_ends_from_windows_are_learned_as_they_are_encoded(tmp_path):
+    """Documents lose the \\r of their line ends, so a merge with it would be a token that no text ever has."""
+    text = "hello there\nhow are you\n" * 50
+    learned = []
+    for name, ends in (("unix.txt", "\n"), ("windows.txt", "\r\n")):
+        (tmp_path / name).write_bytes(text.replace("\n", ends).encode())
+        learned.append(learn_bpe(sources_of([str(tmp_path / name)]), 300, Rules()).merges)
+    assert learned[0] == learned[1]

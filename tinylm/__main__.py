@@ -184,7 +184,7 @@ def add_encode(commands: Any) -> None:
     command.add_argument("--text-field", default="text", metavar="KEY", help="column or key that holds the text (default: text)")
     command.add_argument("--separator", metavar="TEXT", help="what divides documents in a .txt file (default: each line is one)")
     command.add_argument("--max-doc-len", type=int, metavar="N", help="tokens after which a document is cut")
-    command.add_argument("--resume", action="store_true", help="go on with what an interrupted run left; without it that is begun again")
+    command.add_argument("--resume", action="store_true", help="go on with what an interrupted run left")
     command.add_argument("--format", choices=("bin", "npy"), default="bin", help="npy: also write a plain NumPy array of the ids, FILE.npy")
     command.set_defaults(run=encode)
 
@@ -199,7 +199,7 @@ for example:
 def encode(arguments: argparse.Namespace) -> int:
     """Write the token file, tell what is in it, and print its path."""
     from tinylm.encode import encode_file, finished_file
-    from tinylm.tokenfile import NPY, TokenFile, locked, write_npy
+    from tinylm.tokenfile import NPY, TokenFile, draft_folder, locked, write_npy
 
     check_encode(arguments)
     path, array = arguments.out, arguments.out.with_suffix(NPY)
@@ -210,6 +210,9 @@ def encode(arguments: argparse.Namespace) -> int:
         file = finished_file(path, recipe)
         if file is not None:
             say(f"complete already: {path}")
+        elif not arguments.resume and (draft_folder(path) / "state.json").exists():
+            left = printable(draft_folder(path))
+            raise UserError(f"{left}: what an interrupted run has done. Go on with it: the same command and --resume; or delete it to begin again.")
         else:
             say(f"encoding with {arguments.processes} processes, tokenizer {recipe.tokenizer.fingerprint} (vocabulary {recipe.tokenizer.vocab_size})")
             started = time.monotonic()
@@ -224,8 +227,8 @@ def encode(arguments: argparse.Namespace) -> int:
         if arguments.format == "npy":
             write_npy(file, array, "--out")
     tell_content(file)
-    tokenizer = "tokenizer.kind=byte" if arguments.tokenizer == "byte" else f"tokenizer.path={arguments.tokenizer}"
-    say(f"next: python train.py --config config.yaml data.dataset={path} {tokenizer}")
+    tokenizer = ["tokenizer.kind=byte", "tokenizer.vocab_size=null"] if arguments.tokenizer == "byte" else [f"tokenizer.path={arguments.tokenizer}"]
+    say(f"next: python train.py --config config_smoke.yaml {shlex.join([f'data.dataset={path}', *tokenizer])}")
     if arguments.format == "npy":
         print(printable(array))
     print(printable(path))

@@ -158,7 +158,7 @@ class TokenizerConfig(Section):
     kind: Literal["byte", "char", "bpe", "hf"] = "byte"
     """byte: 256 bytes and 4 specials; char, bpe: learned from the training split; hf: read from `path`"""
     path: Name | None = None
-    """for hf: a Hugging Face name (gpt2), or a folder with tokenizer.json or vocab.json and merges.txt"""
+    """for hf: a Hugging Face name (gpt2), or a folder with tokenizer.json or vocab.json and merges.txt; on the command line it replaces the others here"""
     unknown: Literal["error", "unk"] = "error"
     """for char: what a character outside the vocabulary is, an error or the token <|unk|>"""
     vocab_size: Annotated[Count, Field(ge=258, le=1_000_000)] | None = None
@@ -689,6 +689,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise UserError(f"{printable(override)}: an override is written section.key=value, such as training.max_steps=100.")
+        if key == "tokenizer.path":  # takes the place of a tokenizer that is learned, with all that says how
+            for name in ("kind", "vocab_size", "pattern", "learn_docs", "unknown"):
+                settings.open("tokenizer", Place("command line")).pop(name, None)
         _put_node(settings, key, _parse(text, Place(f"command line: {key}")), Place("command line"))
     return _validate(settings)
 

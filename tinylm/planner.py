@@ -378,13 +378,17 @@ def advice(config: Config, device: str, room: int, *, program: int = 0) -> tuple
     """
     base: dict[str, Any] = {}
 
-    def fits(changes: dict[str, Any]) -> bool:
-        return plan_run(with_settings(config, base | changes), device, program=program).peak <= room
+    def peak(changes: dict[str, Any]) -> int:
+        return plan_run(with_settings(config, base | changes), device, program=program).peak
 
+    lowest = peak({})
     for ladder in _ladders(config, device):
-        if fits(ladder[-1]):
-            return tuple(f"{key}={_written(value)}" for key, value in (base | ladder[_first(fits, ladder)]).items())
-        base |= ladder[-1]
+        strongest = peak(ladder[-1])
+        if strongest <= room:
+            mildest = ladder[_first(lambda changes: peak(changes) <= room, ladder)]
+            return tuple(f"{key}={_written(value)}" for key, value in (base | mildest).items())
+        if strongest < lowest:  # bf16 costs a copy of the weights, which can be more than it saves
+            base, lowest = base | ladder[-1], strongest
     return ()
 
 

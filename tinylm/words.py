@@ -99,7 +99,7 @@ class FileJob:
     def _text(self, raw: bytes, start: int) -> str:
         mark = 3 if start == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
         try:
-            return raw[mark:].decode()
+            return raw[mark:].decode().replace("\r\n", "\n")  # as in the documents that are encoded
         except UnicodeDecodeError as error:
             at = start + mark + error.start
             raise UserError(f"{printable(self.path)}: not UTF-8 text: byte 0x{raw[at - start]:02x} at offset {at}. Save the file as UTF-8.") from None

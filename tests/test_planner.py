@@ -1,0 +1,335 @@
+"""The plan against what is really there: state_dicts, saved tensors, counted by hand. `benchmarks/planner.py` measures whole runs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinylm import planner
+from tinylm.config import Config
+from tinylm.decoder import Decoder
+from tinylm.errors import UserError
+from tinylm.optim import make_optimizer
+from tinylm.planner import advice, available_bytes, explaining_memory, largest_batch, plan_run, resident_bytes, room, trace_step, with_settings
+from tinylm.trials import autocast, random_batch
+
+# So large a vocabulary that the loss is the peak, where all activations are alive.
+BASE: dict[str, dict[str, Any]] = {
+    "model": {"vocab_size": 3000, "n_layers": 2, "d_model": 32, "n_heads": 4, "max_seq_len": 32},
+    "training": {"seq_len": 16, "micro_batch_size": 2, "max_steps": 10},
+}
+MOE = {"n_experts": 4, "top_k": 2}
+
+
+def settings(changes: dict[str, Any] | None = None) -> Config:
+    """The settings of a tiny run, some changed by dotted key."""
+    return with_settings(Config.model_validate(BASE), changes or {})
+
+
+# --- weights and optimizer --------------------------------------------------------------------------------------------
+
+
+def tensor_bytes(values: Any) -> int:
+    """Bytes of all tensors in a nested state."""
+    if isinstance(values, torch.Tensor):
+        return values.nbytes
+    inner = values.values() if isinstance(values, dict) else values if isinstance(values, list | tuple) else ()
+    return sum(map(tensor_bytes, inner))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_plain", "sgd", "muon"])
+def test_weights_and_optimizer_take_what_their_state_dicts_do(optimizer):
+    config = settings({"training.optimizer": optimizer, "model.moe": MOE})
+    model = Decoder(config.model)
+    real = make_optimizer(model, config.training, fused=True)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    real.step()
+    planned = plan_run(config, "cpu")
+    assert planned.weights == sum(weight.nbytes for weight in model.parameters())
+    assert planned.optimizer == tensor_bytes(real.state_dict()["state"])
+    assert planned.checkpoint_bytes == planned.weights + planned.optimizer
+
+
+def test_only_the_visited_experts_are_active():
+    """Four experts a layer and two visited: half of 2 layers · 4 · (2 · 128 · 32 + 32 · 128) weights of experts is idle."""
+    config = settings({"model.moe": MOE})
+    planned = plan_run(config, "cpu")
+    assert planned.parameters - planned.active_parameters == 2 * 2 * 3 * config.model.hidden * 32
+    assert plan_run(settings(), "cpu").active_parameters == plan_run(settings(), "cpu").parameters
+
+
+def test_work_and_files_are_counted():
+    """10 steps of 3 micro-batches of 2 rows of 16 tokens are 960; keep_last, the best one and the one in the making."""
+    planned = plan_run(settings({"training.grad_accum_steps": 3}), "cpu")
+    assert planned.tokens == 960
+    assert planned.flops == 960 * planned.flops_per_token
+    assert planned.tokens_per_parameter == 960 / planned.parameters
+    assert planned.checkpoint_files == 4
+    assert plan_run(settings({"training.keep_last": None}), "cpu").checkpoint_files is None
+
+
+def test_the_peak_is_the_sum_of_its_parts():
+    planned = plan_run(settings(), "cpu", program=1000)
+    assert planned.parts["program"] == 1000
+    assert planned.peak == sum(planned.parts.values()) == 1000 + plan_run(settings(), "cpu").peak
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+QUICK: list[dict[str, Any]] = [
+    {},
+    {"model.sliding_window": 4, "model.n_sinks": 3, "model.n_kv_heads": 1},
+    {"model.moe": MOE, "model.bias": "all", "model.ffn": "gelu", "model.norm": "layernorm", "hardware.precision": "bf16"},
+    {"model.gradient_checkpointing": True, "training.micro_batch_size": 16, "model.residual_dropout": 0.1},
+]
+OPTIONS: list[dict[str, Any]] = [
+    {"model.ffn": "silu"},
+    {"model.ffn": "gelu"},
+    {"model.ffn": "relu2"},
+    {"model.position": "learned"},
+    {"model.position": "alibi"},
+    {"model.position": "none"},
+    {"model.norm": "layernorm", "model.bias": "all"},
+    {"model.bias": "qkv"},
+    {"model.norm_placement": "post"},
+    {"model.norm_placement": "none"},
+    {"model.qk_norm": True},
+    {"model.n_kv_heads": 1},
+    {"model.n_kv_heads": 2, "model.head_dim": 16},
+    {"model.sliding_window": 4},
+    {"model.sliding_window": 4, "model.n_sinks": 3},
+    {"model.moe": MOE},
+    {"model.moe": MOE, "model.bias": "all", "model.ffn": "gelu"},
+    {"model.residual_dropout": 0.1},
+    {"model.attention_dropout": 0.1},
+    {"model.tie_embeddings": False},
+    {"model.gradient_checkpointing": True, "training.micro_batch_size": 16, "model.moe": MOE},
+    {"data.document_mask": True},
+    {"data.document_mask": True, "model.position": "alibi"},
+    {"hardware.precision": "bf16"},
+    {"hardware.precision": "bf16", "model.moe": MOE},
+]
+
+
+def kept_by_forward(config: Config) -> int:
+    """Bytes of what a real forward pass saves for the backward pass, and of its result; weights left out, shared storage once."""
+    torch.manual_seed(0)
+    model, batch = Decoder(config.model).train(), random_batch(config, config.training.micro_batch_size)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = batch["input_ids"].contiguous()
+    with autocast(config, "cpu"), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        features = model.features(ids, document_ids=batch.get("document_ids"))
+        for tensor in (features.hidden, features.balance_loss, ids):
+            note(tensor)
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        return sum(size for pointer, size in kept.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("changes", [*QUICK, *(pytest.param(changes, marks=pytest.mark.slow) for changes in OPTIONS)], ids=str)
+def test_activations_are_what_a_real_forward_pass_keeps(changes):
+    """A few bytes of scalars and positions that only one of the two sees."""
+    config = settings(changes)
+    assert trace_step(config).at_peak["activations"] == pytest.approx(kept_by_forward(config), rel=0.01, abs=600)
+
+
+def test_the_loss_holds_a_chunk_of_logits_and_two_gradients():
+    """32 tokens of 3000 classes: log-probabilities and the gradient of the head, with products and features of some size beside them."""
+    at_peak = trace_step(settings()).at_peak
+    chunk, head = 32 * 3000 * 4, 3000 * 32 * 4
+    assert chunk + head <= at_peak["logits"] <= 3 * chunk + head
+
+
+def test_a_second_micro_batch_finds_gradients():
+    one, two = (trace_step(settings({"training.grad_accum_steps": parts})).at_peak["gradients"] for parts in (1, 2))
+    assert (one, two) == (0, plan_run(settings(), "cpu").weights)
+
+
+@pytest.mark.slow
+def test_blocks_that_are_computed_again_take_less_by_the_layer():
+    """Without it every block keeps its activations; with it one block's are alive at a time, and the others' inputs."""
+
+    def at_peak(n_layers: int, checkpointing: bool) -> int:
+        changes = {"model.n_layers": n_layers, "model.gradient_checkpointing": checkpointing, "training.micro_batch_size": 64, "model.vocab_size": 300}
+        parts = trace_step(settings(changes)).at_peak
+        return parts["activations"] + parts["scratch"]
+
+    of_input = 64 * 16 * 32 * 4
+    assert at_peak(8, True) - at_peak(4, True) == pytest.approx(4 * of_input, rel=0.1)
+    assert at_peak(8, False) - at_peak(4, False) > 4 * 8 * of_input
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("training.micro_batch_size", (1, 2, 4, 64)),
+        ("training.seq_len", (8, 16, 32)),
+        ("model.n_layers", (1, 2, 3)),
+        ("model.d_model", (16, 32, 64)),
+        ("model.vocab_size", (300, 3000, 6000)),
+    ],
+)
+def test_more_of_anything_takes_more(key, values):
+    peaks = [plan_run(settings({key: value}), "cpu").peak for value in values]
+    assert peaks == sorted(set(peaks))
+
+
+# --- several devices --------------------------------------------------------------------------------------------------
+
+
+def test_ddp_holds_every_gradient_a_second_time():
+    alone, two = plan_run(settings(), "cpu"), plan_run(settings({"hardware.devices": 2}), "cpu")
+    assert two.gradients == alone.gradients + alone.weights
+    assert two.tokens == 2 * alone.tokens
+    assert plan_run(settings({"hardware.devices": 2, "hardware.strategy": "ddp"}), "cpu") == two
+
+
+def test_fsdp_divides_weights_and_optimizer_and_holds_some_blocks_whole():
+    """Each with its gradient: two blocks, and what is no block."""
+    alone = plan_run(settings(), "cpu")
+    four = plan_run(settings({"hardware.devices": 4, "hardware.strategy": "fsdp"}), "cpu")
+    assert (four.weights, four.optimizer) == (alone.weights // 4, alone.optimizer // 4)
+    assert four.scratch - alone.scratch == 2 * alone.weights  # of two layers, two are everything
+
+
+def test_a_graphics_card_keeps_no_mask_of_attention_dropout():
+    dropped = settings({"model.attention_dropout": 0.1})
+    assert plan_run(dropped, "cuda").activations == plan_run(settings(), "cuda").activations
+    assert plan_run(dropped, "cpu").activations > plan_run(settings(), "cpu").activations
+
+
+# --- advice -----------------------------------------------------------------------------------------------------------
+
+
+def follow(config: Config, overrides: tuple[str, ...]) -> Config:
+    """The settings with the overrides, as the command line reads them."""
+    import yaml
+
+    return with_settings(config, {key: yaml.safe_load(value) for key, value in (override.split("=") for override in overrides)})
+
+
+LARGE = {"training.micro_batch_size": 12, "training.seq_len": 32, "model.n_layers": 3, "model.vocab_size": 300, "model.d_model": 128}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("share", "first", "last"),
+    [
+        (0.9, "training.micro_batch_size=", "training.grad_accum_steps="),
+        (0.4, "training.micro_batch_size=1", "model.gradient_checkpointing=true"),
+        (0.25, "training.micro_batch_size=1", "model.n_layers="),
+    ],
+)
+def test_a_run_that_follows_the_advice_fits(share, first, last, monkeypatch):
+    """From what changes nothing to what is another model; the rows of a step stay as many."""
+    monkeypatch.setattr(planner, "CPU_PAGES", 0)  # else it would be all that a model so small takes
+    config = settings(LARGE)
+    limit = round(share * plan_run(config, "cpu").peak)
+    overrides = advice(config, "cpu", limit)
+    changed = follow(config, overrides)
+    assert plan_run(config, "cpu").peak > limit >= plan_run(changed, "cpu").peak
+    assert overrides[0].startswith(first)
+    assert overrides[-1].startswith(last)
+    assert changed.training.micro_batch_size * changed.training.grad_accum_steps == 12
+
+
+def test_the_advice_is_the_mildest_of_its_kind(monkeypatch):
+    """Twelve rows do not fit and six do: 4 x 3, 3 x 4 and so on would be slower for nothing."""
+    monkeypatch.setattr(planner, "CPU_PAGES", 0)
+    config = settings(LARGE)
+    limit = plan_run(with_settings(config, {"training.micro_batch_size": 6, "training.grad_accum_steps": 2}), "cpu").peak
+    assert advice(config, "cpu", limit) == ("training.micro_batch_size=6", "training.grad_accum_steps=2")
+
+
+@pytest.mark.slow
+def test_where_nothing_helps_there_is_no_advice():
+    assert advice(settings(), "cpu", 1000) == ()
+
+
+@pytest.mark.slow
+def test_the_largest_batch_is_the_last_power_of_two_that_fits(monkeypatch):
+    limit = plan_run(settings({"training.micro_batch_size": 9}), "cpu").peak
+    assert largest_batch(settings(), "cpu", limit) == 8
+    assert largest_batch(settings(), "cpu", 1000) == 0
+    monkeypatch.setattr(planner, "LARGEST_BATCH", 4)
+    assert largest_batch(settings(), "cpu", limit) == 4
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+
+def test_processes_on_one_cpu_share_its_memory(monkeypatch):
+    monkeypatch.setattr(planner, "available_bytes", lambda device: 900)
+    assert room(settings(), "cpu", program=100) == 1000
+    assert room(settings({"hardware.devices": 3}), "cpu", program=100) == 400
+    assert room(settings({"hardware.devices": 3}), "cuda") == 900
+    monkeypatch.setattr(planner, "available_bytes", lambda device: None)
+    assert room(settings(), "mps") is None
+
+
+@pytest.fixture
+def cgroups(tmp_path, monkeypatch) -> Iterator[Path]:
+    monkeypatch.setattr(planner, "CGROUPS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "files"),
+    [(".", "memory.max", "memory.current", "inactive_file"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")],
+)
+def test_the_limit_of_a_container_counts(cgroups, folder, limit, used, files):
+    """A megabyte of limit, of which 600,000 bytes are used and 100,000 of these are files that give way."""
+    free = available_bytes("cpu")
+    assert free is not None
+    (cgroups / folder).mkdir(exist_ok=True)
+    (cgroups / folder / limit).write_text("1000000\n")
+    (cgroups / folder / used).write_text("600000\n")
+    (cgroups / folder / "memory.stat").write_text(f"anon 500000\n{files} 100000\n")
+    assert available_bytes("cpu") == 500_000
+    (cgroups / folder / limit).write_text("max\n" if folder == "." else "9223372036854771712\n")
+    assert available_bytes("cpu") == pytest.approx(free, rel=0.5)
+
+
+def test_the_memory_of_this_process_has_what_it_holds():
+    before = resident_bytes()
+    held = bytearray(b"x" * 50_000_000)
+    assert resident_bytes() - before > 0.9 * len(held)
+
+
+# --- when memory ends -------------------------------------------------------------------------------------------------
+
+CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 2621440000 bytes."
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), RuntimeError(CPU_ERROR), RuntimeError("MPS backend out of memory")]
+)
+@pytest.mark.parametrize(
+    ("changes", "mend"),
+    [
+        ({"training.micro_batch_size": 12}, "training.micro_batch_size=6 training.grad_accum_steps=2"),
+        ({"training.micro_batch_size": 3}, "training.micro_batch_size=1 training.grad_accum_steps=3"),
+        ({"training.micro_batch_size": 1}, "model.gradient_checkpointing=true"),
+        ({"training.micro_batch_size": 1, "model.gradient_checkpointing": True}, "training.seq_len=8"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line_with_what_to_lower(error, changes, mend):
+    config = settings(changes)
+    with pytest.raises(UserError) as caught, explaining_memory(config, "All is well"):
+        raise error
+    rows = config.training.micro_batch_size
+    found = f"a micro-batch of {rows} rows (training.micro_batch_size) of 16 tokens (training.seq_len) did not fit: {str(error).rstrip('.')}"
+    assert str(caught.value) == f"out of memory: {found}. Try {mend}; train.py --plan counts what a run needs. All is well."
+
+
+def test_another_error_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"), explaining_memory(settings(), "All is well"):
+        raise RuntimeError("shapes do not match")

@@ -32,6 +32,7 @@ from tinylm.config import DpoConfig, load_config
 from tinylm.losses import Answers, answer_log_probs, preference_loss
 from tinylm.packing import IGNORE_INDEX
 from tinylm.preferences import MEASURES
+from tinylm.tokenizer import load_hf_tokenizer
 
 LORA = {"lora": {"r": 4, "dropout": 0.2}}
 # Every way to hold a policy to its reference; each must hold for each.
@@ -65,7 +66,9 @@ def prefer(make: Make, tmp_path: Path) -> Make:  # noqa: F811
 def pairs_of(config: Path) -> LitPreferences:
     """The data of a run."""
     settings = load_config(config)
-    data = LitPreferences(settings, checkpoint.load_model(Path(settings.training.init_from or "")).tokenizer)
+    base = settings.training.init_from or ""
+    tokenizer = load_hf_tokenizer(base.removeprefix("hf:")) if base.startswith("hf:") else checkpoint.load_model(Path(base)).tokenizer
+    data = LitPreferences(settings, tokenizer)
     data.prepare()
     return data
 
@@ -526,9 +529,11 @@ def fake_trainer(beta: float, settings: dict[str, Any], reference: FakeModel) ->
     """As much of a DPOTrainer as its loss looks at."""
     from collections import defaultdict
 
+    policy = torch.nn.Linear(1, 1)
+    policy.is_gradient_checkpointing = False  # every model of transformers has it
     accelerator = SimpleNamespace(device="cpu", gather=lambda tensor: tensor, gather_for_metrics=lambda tensor: tensor)
     known = {
-        "accelerator": accelerator, "model": torch.nn.Linear(1, 1), "ref_model": reference, "beta": beta, "loss_weights": [1.0], "label_smoothing": 0.0,
+        "accelerator": accelerator, "model": policy, "ref_model": reference, "beta": beta, "loss_weights": [1.0], "label_smoothing": 0.0,
         "ld_alpha": None, "precompute_ref_logps": False, "f_divergence_type": "reverse_kl", "use_weighting": False, "aux_loss_enabled": False,
         "args": SimpleNamespace(gradient_checkpointing_kwargs=None), "_metrics": {"train": defaultdict(list)}, "_total_train_tokens": 0, "_tp_size": 1,
     }  # fmt: skip

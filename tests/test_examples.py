@@ -197,7 +197,7 @@ def tune(config: Config, resume: bool = True) -> int:
     arguments = Namespace(resume=None, no_resume=not resume)
     start = train.find_start(Path(config.training.checkpoint_dir), arguments, config, lambda text: None)
     data = prepared(config)
-    decoder = train.build_model(config, start, None)
+    decoder = train.begin_weights(config, start, None)
     if start.payload is not None:
         train.check_same_data(start, data, lambda text: None, allow_changes=False)
     stage = LitLM(config, decoder, byte_table(TOKENIZER, 260), "sft", dict(NO_ROOTS))

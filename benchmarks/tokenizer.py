@@ -211,6 +211,7 @@ def peak() -> Iterator[list[float]]:
         import psutil  # of requirements-bench.txt; --help does without
 
         this = psutil.Process()
+        held.append(resident(this) / 1e6)  # however short the work is
         while not done.wait(0.02):
             held.append(sum(resident(process) for process in [this, *this.children(recursive=True)]) / 1e6)
 

@@ -181,6 +181,7 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     from torch.utils.data import DataLoader
 
     from model import LitLM
+    from tinylm.checkpoint import NO_ROOTS
     from tinylm.config import Config, HardwareConfig, ModelConfig, TrainingConfig
     from tinylm.decoder import Decoder, count_parameters, flops_per_token
     from train import build_trainer
@@ -202,7 +203,7 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
 
     callback = LambdaCallback(on_train_start=lambda *_: orders.ready(facts), on_train_batch_end=after_step)
     loader = DataLoader(RandomRows(shape), batch_size=None, sampler=range(sys.maxsize))  # type: ignore[arg-type]
-    stage = LitLM(config, decoder, torch.ones(shape.vocab_size, dtype=torch.long))
+    stage = LitLM(config, decoder, torch.ones(shape.vocab_size, dtype=torch.long), "pretrain", dict(NO_ROOTS))
     build_trainer(config, "cpu", [callback]).fit(stage, train_dataloaders=loader)
 
 

@@ -169,13 +169,17 @@ def test_nothing_but_skipped_rows_is_an_error(made_of):
 
 
 def test_a_long_answer_is_cut_and_a_prompt_may_just_leave_room_for_one_token(made_of):
-    """In a context of 8 inputs, 9 tokens: the last is only a target. A prompt of 8 leaves room for one target; of 9, for none."""
-    made, report = made_of(pair_row("q" * 4, "a" * 3, "b" * 9), pair_row("q" * 8, "aa", "bb"), pair_row("q" * 9), pair_row("q" * 2, "a", "b"), seq_len=8)
-    assert [[len(example.ids) for example in pair[:2]] for pair in made] == [[9, 9], [5, 5]]
-    assert [[int(example.trained.sum()) for example in pair[:2]] for pair in made] == [[5, 5], [3, 3]]
+    """In a context of 8 inputs, 9 tokens: the last is only a target. A prompt of 8 leaves room for one target; of 9, for none.
+
+    Behind white space an answer begins without a line end.
+    """
+    rows = [pair_row("q" * 4, "a" * 3, "b" * 9), pair_row("q" * 7 + " ", "aa", "bb"), pair_row("q" * 8 + " "), pair_row("q" * 2, "a", "b")]
+    made, report = made_of(*rows, seq_len=8)
+    assert [[len(example.ids) for example in pair[:2]] for pair in made] == [[9, 9], [9, 9], [5, 5]]
+    assert [[int(example.trained.sum()) for example in pair[:2]] for pair in made] == [[5, 5], [1, 1], [3, 3]]
     assert made[0].rejected.ids[-1] != TOKENIZER.eos_id == made[0].chosen.ids[-1]
-    assert (report.kept, report.cut) == (2, 1)
-    assert report.notes()[1] == "training: in 1 of 2 pairs the context of 8 tokens cut the end of an answer"
+    assert (report.kept, report.cut) == (3, 2)
+    assert report.notes()[1] == "training: in 2 of 3 pairs the context of 8 tokens cut the end of an answer"
 
 
 def test_a_bad_row_is_named_with_file_line_and_key(made_of, tmp_path):
@@ -189,7 +193,7 @@ def test_a_bad_row_is_named_with_file_line_and_key(made_of, tmp_path):
 @pytest.fixture
 def model() -> Decoder:
     torch.manual_seed(0)
-    return Decoder(ModelConfig(vocab_size=260, n_layers=1, d_model=16, n_heads=2, max_seq_len=64, init="trunc_normal")).eval()
+    return Decoder(ModelConfig(vocab_size=260, n_layers=1, d_model=16, n_heads=2, max_seq_len=64, init="trunc_normal", residual_dropout=0.2)).eval()
 
 
 def batch_of(made: list[Any], seq_len: int = 64) -> dict[str, torch.Tensor]:

@@ -108,7 +108,7 @@ def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsy
 
 
 def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(make: Make, tmp_path: Path) -> None:
-    """The oracle reads every pair by itself: the mean of -log of the share of the odds, and the score of the probabilities up to the width of a bin of logits."""
+    """The oracle reads every pair by itself: the mean of -log of the share of the odds, and the score of the probabilities up to the width of a bin."""
     config_file = make()
     assert run(config_file) == 0
     loaded = checkpoint.load_verifier(tmp_path / "checkpoints" / "final.ckpt")

@@ -31,7 +31,7 @@ from tinylm.config import Config, load_config
 from tinylm.corpus import Which, train_documents
 from tinylm.encode import encode_documents, source_fingerprint
 from tinylm.errors import UserError, printable
-from tinylm.judge import Problem, ProblemReport, answers_of, pair_batch, pair_ids, problems, usable
+from tinylm.judge import Problem, ProblemReport, pairs_of, problems, training_batch, usable
 from tinylm.mix import Allocation, Joined, training_files, training_fingerprint, validation_file, weights_of
 from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document_ids, pack_examples, pack_stream, row_at, row_of_examples
 from tinylm.processes import Progress
@@ -599,13 +599,10 @@ class ProblemBatches(ExampleBatches):
         return self.pairs(rows, places) | {"origin": [problem.place for problem in rows]}
 
     def pairs(self, rows: Sequence[Problem], places: Iterable[int]) -> Batch:
-        """`input_ids` (B, T) int64, `attention_mask` (B, T) bool and `label` (B,) int64 of every answer; wrong ones are drawn by (seed, place)."""
-        ids, labels = [], []
-        for problem, place in zip(rows, places, strict=True):
-            for answer in answers_of(problem, n_wrong=self.n_wrong, seed=f"{self.seed} {self.split} {place}"):
-                ids.append(pair_ids(problem.question.whole, answer.text, self.tokenizer, self.seq_len))
-                labels.append(int(answer.right))
-        return pair_batch(ids, self.pad_id) | {"label": torch.tensor(labels, dtype=torch.long)}
+        """`training_batch` of every answer to every problem; wrong ones are drawn by (seed, place)."""
+        drawn = zip(rows, (f"{self.seed} {self.split} {place}" for place in places), strict=True)
+        made = [pair for problem, seed in drawn for pair in pairs_of(problem, self.tokenizer, self.seq_len, n_wrong=self.n_wrong, seed=seed)]
+        return training_batch(made, self.pad_id)
 
 
 class ValidationProblems(ProblemBatches, ValidationExamples):

@@ -358,21 +358,22 @@ class LitVerifier(LitStage):
 
     def configure_model(self) -> None:
         """Lightning's hook; train.py refuses fsdp."""
-        self._score = torch.compile(self.decoder) if self.config.hardware.compile else self.decoder
+        self._places = torch.compile(self.decoder.places) if self.config.hardware.compile else self.decoder.places
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
-        """Cross entropy of right and wrong."""
-        logits, right = self._score(batch["input_ids"], batch["attention_mask"]), batch["label"]
-        n_right = ((logits >= 0) == right.bool()).sum()
-        tokens = batch["attention_mask"].sum()
-        return BatchLoss(verifier_loss(logits, right), torch.tensor(len(right), device=right.device), tokens, logits.new_zeros(()), n_right.float()[None])
+        """Cross entropy of which token is wrong, or none."""
+        places, right = self._places(batch["input_ids"], batch["attention_mask"]), batch["label"]
+        n_right = ((places.logsumexp(dim=1) <= 0) == right.bool()).sum()
+        loss, n_pairs = verifier_loss(places, right, batch["departs"]), torch.tensor(len(right), device=right.device)
+        return BatchLoss(loss, n_pairs, batch["attention_mask"].sum(), places.new_zeros(()), n_right.float()[None])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the losses, then how often each logit occurs among wrong and right pairs."""
         right = batch["label"]
-        none = torch.zeros(0, device=right.device)  # what a rank without a problem left makes of its share
-        logits = self._score(batch["input_ids"], batch["attention_mask"]) if len(right) else none
-        return torch.cat((verifier_loss(logits, right)[None], logit_counts(logits, right)))
+        none = torch.zeros(0, 1, device=right.device)  # what a rank without a problem left makes of its share
+        places = self._places(batch["input_ids"], batch["attention_mask"]) if len(right) else none
+        departs = batch["departs"] if len(right) else none.bool()
+        return torch.cat((verifier_loss(places, right, departs)[None], logit_counts(-places.logsumexp(dim=1), right)))
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
         """The mean loss, and `VerifierScore` with the interval of its accuracy."""

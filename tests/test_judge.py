@@ -13,7 +13,22 @@ from hypothesis import strategies as st
 from data import LitProblems, ProblemBatches, Share, ValidationProblems
 from tinylm.config import Config, DataConfig, ModelConfig
 from tinylm.errors import UserError
-from tinylm.judge import Judge, Judged, Problem, answers_of, judged, pair_batch, pair_ids, problem_of, problems, usable, without_annotations
+from tinylm.judge import (
+    Judge,
+    Judged,
+    Problem,
+    answers_of,
+    departure,
+    judged,
+    pair_batch,
+    pair_ids,
+    pairs_of,
+    problem_of,
+    problems,
+    training_batch,
+    usable,
+    without_annotations,
+)
 from tinylm.prompts import Turn
 from tinylm.samples import kept_answers
 from tinylm.tokenizer import ByteTokenizer
@@ -101,11 +116,34 @@ def test_what_a_model_answers_is_right_by_its_last_number():
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-@given(st.text(max_size=30), st.text(max_size=30), st.integers(1, 80))
+@given(st.lists(st.integers(0, 255), max_size=30), st.lists(st.integers(0, 255), max_size=30), st.integers(1, 80))
 def test_a_pair_is_problem_separator_answer_and_loses_its_beginning(question, answer, seq_len):
-    whole = [*question.encode(errors="replace"), BYTES.eos_id, *answer.encode(errors="replace")]
-    question, answer = (text.encode(errors="replace").decode() for text in (question, answer))
-    assert pair_ids(question, answer, BYTES, seq_len) == whole[-seq_len:]
+    assert pair_ids(question, answer, BYTES, seq_len) == [*question, BYTES.eos_id, *answer][-seq_len:]
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=8), st.lists(st.integers(0, 2), min_size=1, max_size=8))
+def test_a_departure_is_all_that_two_answers_do_not_share_at_their_ends(answer, right):
+    """What stands before it and behind it is in the right answer too, at its beginning and its end; equal answers have one place still."""
+    span = departure(answer, right)
+    assert 0 <= span.start < span.stop <= len(answer)
+    if answer != right:
+        behind = len(answer) - span.stop
+        assert answer[: span.start] == right[: span.start] or span.start == len(answer) - 1
+        assert answer[span.stop :] == right[len(right) - behind :]
+
+
+def test_the_wrong_token_is_marked_also_in_a_pair_that_lost_its_beginning():
+    """ "Q" EOS "1+1=2" is wrong as "1+1=3" in its last byte, a model's "one" in each; of rows of 4 tokens the places move, and go no lower than 0."""
+    given = problem("Q", "1+1=2", (Judged("one", False), Judged("1+1=2.", True)))
+    wrong = Judged("1+1=3", False)
+    pairs = pairs_of(problem("Q", "1+1=2", (wrong, *given.samples)), BYTES, 99, n_wrong=0, seed="")
+    assert [(BYTES.decode(pair.ids[2:]), pair.right, pair.departs) for pair in pairs] == [
+        ("1+1=2", True, ()), ("1+1=3", False, (6,)), ("one", False, (2, 3, 4)), ("1+1=2.", True, ())
+    ]  # fmt: skip
+    assert [pair.departs for pair in pairs_of(problem("Q", "1+1=2", (wrong, Judged("3+1=2", False))), BYTES, 4, n_wrong=0, seed="")] == [(), (3,), (0,)]
+    batch = training_batch(pairs, 0)
+    assert batch["label"].tolist() == [1, 0, 0, 1] and batch["departs"].sum(dim=1).tolist() == [0, 1, 3, 0]
+    assert bool(batch["departs"][1, 6]) and not (batch["departs"] & ~batch["attention_mask"]).any()
 
 
 def test_a_batch_is_padded_on_the_right():
@@ -123,7 +161,7 @@ def test_a_judge_reads_each_answer_as_training_shows_it():
     together = judge.probabilities("How many?", answers)
     assert together == pytest.approx([judge.probabilities("How many?", [answer])[0] for answer in answers], abs=1e-6)
     assert together[1] == together[2] != together[0]
-    ids = torch.tensor([pair_ids("How many?", "7", BYTES, 40)])
+    ids = torch.tensor([pair_ids(BYTES.encode("How many?"), BYTES.encode("7"), BYTES, 40)])
     assert together[0] == pytest.approx(torch.sigmoid(judge.model(ids, torch.ones_like(ids))).item(), abs=1e-6)
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from tinylm.config import ModelConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError
-from tinylm.verifier import NUMBER, Verifier, VerifierScore, area_under_curve, calibration_error, corrupted, logit_counts, soft_minimum, verifier_loss
+from tinylm.verifier import NUMBER, Verifier, VerifierScore, area_under_curve, calibration_error, corrupted, logit_counts, verifier_loss
 
 TINY = {"vocab_size": 19, "n_layers": 2, "d_model": 16, "n_heads": 2, "max_seq_len": 10}
 SHAPES = [{}, {"position": "learned"}, {"position": "none"}, {"n_kv_heads": 1}, {"n_sinks": 2}, {"norm_placement": "post"}, {"qk_norm": True, "bias": "all"}]
@@ -45,13 +45,13 @@ def test_a_batch_gives_what_each_pair_gives_alone():
 
 
 def test_it_begins_with_a_decoders_weights():
-    """Blocks, embedding and last norm are the decoder's afterwards; the score is its own."""
+    """Blocks, embedding and last norm are the decoder's afterwards; the suspicion is its own."""
     decoder, model = Decoder(ModelConfig(**TINY)), make()
-    own = model.score.weight.clone()
+    own = model.suspicion.weight.clone()
     model.begin_with(decoder)
-    torch.testing.assert_close(model.score.weight, own, rtol=0, atol=0)
+    torch.testing.assert_close(model.suspicion.weight, own, rtol=0, atol=0)
     theirs = decoder.state_dict()
-    shared = [name for name in model.state_dict() if not name.startswith("score")]
+    shared = [name for name in model.state_dict() if not name.startswith("suspicion")]
     assert shared and all(torch.equal(model.state_dict()[name], theirs[name]) for name in shared)
 
 
@@ -68,17 +68,60 @@ def test_what_only_a_decoder_can_have_is_refused(options, message):
         make(**options)
 
 
-def test_the_logit_is_a_soft_minimum_over_the_real_tokens():
-    """By hand: scores 0 and ln 3 have the odds 1 and 1/3 of being wrong, in the mean 2/3; a score far below the others decides."""
-    scores = torch.tensor([[0.0, np.log(3), -99.0], [9.0, -50.0, 9.0]])
-    found = soft_minimum(scores, torch.tensor([[True, True, False], [True, True, True]]))
-    torch.testing.assert_close(found, torch.tensor([-np.log(2 / 3), -50 + np.log(3)], dtype=found.dtype))
+def test_the_odds_of_being_wrong_are_the_sum_of_the_tokens():
+    """The logit is minus the log of that sum; before training no token is suspected, and right and wrong are equally likely at any length."""
+    model = make()
+    ids, mask = torch.randint(19, (2, 8)), torch.arange(8) < torch.tensor([8, 3])[:, None]
+    places = model.places(ids, mask)
+    assert places.shape == (2, 8) and bool((places[1, 3:] == -torch.inf).all())
+    torch.testing.assert_close(model(ids, mask), -places.exp().sum(dim=1).log())
+    with torch.no_grad():
+        model.suspicion.weight.zero_()
+    torch.testing.assert_close(model(ids, mask), torch.zeros(2), atol=1e-6, rtol=0)
 
 
-def test_its_loss_is_the_cross_entropy_of_right_and_wrong():
-    """By hand: s(0) = 1/2 both ways; a logit of ln 3 has probability 3/4, so -ln 3/4 if right and -ln 1/4 if wrong."""
-    logits = torch.tensor([0.0, np.log(3), np.log(3)])
-    assert verifier_loss(logits, torch.tensor([1, 1, 0])).item() == pytest.approx(-np.log(0.5) - np.log(0.75) - np.log(0.25), rel=1e-6)
+@pytest.mark.parametrize("n_sinks", [0, 2])
+def test_a_token_does_not_see_itself(n_sinks):
+    """In the first block a token's attention is the others' alone, so that what is at its own place changes nothing; alone it sees itself."""
+    model = make(n_sinks=n_sinks, position="none")
+    block = model.blocks[0]
+    seen = model._seen(torch.tensor([[True, True, True, False], [True, False, False, False]]))
+    assert seen[0, 0, :, n_sinks:].tolist() == [[False, True, True, False], [True, False, True, False], [True, True, False, False], [True, True, True, False]]
+    assert seen[1, 0, 0, n_sinks:].tolist() == [True, False, False, False] and bool(seen[..., :n_sinks].all())
+    assert torch.isfinite(model(torch.tensor([[5]]), torch.tensor([[True]]))).all()
+    assert block.attention.n_sinks == n_sinks
+
+
+@pytest.mark.parametrize("options", [{}, {"n_kv_heads": 1}, {"head_dim": 4, "n_heads": 4, "n_kv_heads": 2}, {"bias": "all"}], ids=str)
+def test_equal_tokens_find_each_other_before_training(options):
+    """Queries begin as keys in the first block: without positions a token that occurs twice has its largest attention on its like, in every head."""
+    model = make(init="trunc_normal", position="none", d_model=64, **options)
+    x = model.blocks[0].attention_norm(model.embedding(torch.tensor([[3, 4, 5, 3, 6]])))
+    from tinylm.decoder import Sight
+
+    sight = Sight(torch.arange(5), None, model._seen(torch.ones(1, 5, dtype=torch.bool)), is_causal=False, cache=None)
+    weights = model.blocks[0].attention.weights(x, sight)[0]  # (H, T, S)
+    assert weights[:, 0].argmax(dim=-1).tolist() == [3] * weights.size(0) and weights[:, 3].argmax(dim=-1).tolist() == [0] * weights.size(0)
+
+
+def test_its_loss_is_the_cross_entropy_of_which_token_is_wrong():
+    """By hand, odds 1 and 3 beside 1 of none: a right answer costs ln 5; a wrong one whose second token departs ln 5/3, one that departs anywhere ln 5/4."""
+    places = torch.tensor([[1.0, 3.0, 0.0]]).log()
+    for right, departs, expected in ((1, [0, 0, 0], 5), (0, [0, 1, 0], 5 / 3), (0, [1, 1, 0], 5 / 4)):
+        found = verifier_loss(places, torch.tensor([right]), torch.tensor([departs]).bool())
+        assert found.item() == pytest.approx(np.log(expected), rel=1e-6)
+
+
+def test_where_a_wrong_answer_is_wrong_anywhere_the_loss_is_that_of_right_and_wrong():
+    """Cross entropy of the logit, and gradients that are numbers for right and wrong in one batch."""
+    places = torch.randn(6, 5).requires_grad_()
+    right, real = torch.tensor([1, 0, 1, 0, 0, 1]), torch.arange(5) < torch.tensor([5, 5, 2, 2, 1, 1])[:, None]
+    odds = places.masked_fill(~real, -torch.inf)
+    found = verifier_loss(odds, right, real & ~right.bool()[:, None])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(-odds.logsumexp(dim=1), right.float(), reduction="sum")
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert torch.isfinite(places.grad).all() and bool((places.grad[~real] == 0).all())
 
 
 @given(st.text(), st.integers(0, 10**6), st.integers(0, 99))

@@ -89,7 +89,7 @@ def refused(config: Path, capsys: Capture, *arguments: str) -> str:
 
 def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsys: Capture) -> None:
     """Nine is right whatever is asked, other numbers are wrong: that is soon learned. Of three pairs one is right, so the majority is 2/3."""
-    config = make(training={"max_steps": 60, "val_every_steps": 30, "micro_batch_size": 8, "grad_accum_steps": 1}, model={"residual_dropout": 0.0})
+    config = make(training={"max_steps": 150, "val_every_steps": 75, "micro_batch_size": 8, "grad_accum_steps": 1}, model={"residual_dropout": 0.0})
     rows = [{"prompt": f"no {i}", "completion": "It is 9."} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert run(config) == 0
@@ -97,7 +97,7 @@ def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsy
     final = tmp_path / "checkpoints" / "final.ckpt"
     assert output.out == f"{final}\n"
     assert output.err.startswith("device: cpu (asked for)")
-    assert "problems with " in output.err and "8 problems a step, 60 steps" in output.err
+    assert "problems with " in output.err and "8 problems a step, 150 steps" in output.err
     assert output.err.splitlines()[-1] == f"next: python infer.py --ckpt MODEL --prompt PROBLEM --best-of 8 --verifier {final}"
     with open(tmp_path / "logs" / "tiny" / "metrics.csv", newline="", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
@@ -108,7 +108,7 @@ def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsy
 
 
 def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(make: Make, tmp_path: Path) -> None:
-    """The oracle reads every pair by itself: the mean cross entropy, and the score of the probabilities up to the width of a bin of logits."""
+    """The oracle reads every pair by itself: the mean of -log of the share of the odds, and the score of the probabilities up to the width of a bin."""
     config_file = make()
     assert run(config_file) == 0
     loaded = checkpoint.load_verifier(tmp_path / "checkpoints" / "final.ckpt")
@@ -117,11 +117,11 @@ def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(make: Ma
     data.prepare()
     losses, probabilities, right = [], [], []
     for batch in ValidationProblems(data.val_problems, config, loaded.tokenizer, data._share()):
-        for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], batch["label"], strict=True):
+        for ids, mask, label, departs in zip(batch["input_ids"], batch["attention_mask"], batch["label"], batch["departs"], strict=True):
             with torch.no_grad():
-                logit = loaded.model(ids[None, mask], mask[None, mask])
-            losses.append(torch.nn.functional.binary_cross_entropy_with_logits(logit[0], label.float()).item())
-            probabilities.append(torch.sigmoid(logit).item())
+                odds = loaded.model.places(ids[None, mask], mask[None, mask])[0].exp()
+            losses.append(torch.log((1 + odds.sum()) / (1 if label else odds[departs[mask]].sum())).item())
+            probabilities.append(1 / (1 + odds.sum().item()))
             right.append(bool(label))
     score = VerifierScore.of(np.array(probabilities), np.array(right))
     assert score.n == 3 * len(data.val_problems) > 6
@@ -153,12 +153,12 @@ def test_its_tokenizer_is_learned_from_problems_and_answers(kind: str, make: Mak
 
 
 def test_it_begins_with_a_decoders_weights(make: Make, writer: Path, tmp_path: Path) -> None:
-    """With a learning rate of next to nothing the blocks are still the decoder's, and so are shape and tokenizer; dropout may be its own."""
+    """With a learning rate of next to nothing the blocks are still the decoder's."""
     config = make(model={"n_layers": 1}, training={"init_from": str(writer), "lr": 1e-30, "max_steps": 1})
     assert run(config) == 0
     loaded, base = checkpoint.load_verifier(tmp_path / "checkpoints" / "final.ckpt"), checkpoint.read(writer)["weights"]
     ours = loaded.model.state_dict()
-    assert all(torch.equal(ours[name], base[name]) for name in ours if not name.startswith("score."))
+    assert all(torch.equal(ours[name], base[name]) for name in ours if not name.startswith("suspicion."))
 
 
 # --- exact resume -----------------------------------------------------------------------------------------------------

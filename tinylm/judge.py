@@ -2,8 +2,8 @@
 
     row ─▶ Problem (its text, the right answer, what a model answered)                         `problems`
     Problem ─▶ answers with the word right or wrong; wrong ones by changing a number             `answers_of`
-    problem and answer ─▶ ids: the end of the problem, a separator, the answer                    `pair_ids`
-    pairs ─▶ a batch ─▶ probabilities of being right                                       `pair_batch`, `Judge`
+    problem and answer ─▶ ids: the end of the problem, a separator, the answer                    `pair_ids`, `pairs_of`
+    pairs ─▶ a batch to train on, or the probabilities of being right                             `training_batch`, `Judge`
 
 The encoder itself, and how one number is changed, is verifier.py's business; how a model is asked is evaluate.py's.
 """
@@ -153,9 +153,41 @@ def answers_of(problem: Problem, *, n_wrong: int, seed: str) -> list[Judged]:
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def pair_ids(problem: str, answer: str, tokenizer: Tokenizer, seq_len: int) -> list[int]:
+class Pair(NamedTuple):
+    """A problem with an answer as tokens."""
+
+    ids: list[int]
+    right: bool
+    departs: tuple[int, ...]
+    """places in which a wrong answer departs from the right one"""
+
+
+def pair_ids(problem: Sequence[int], answer: Sequence[int], tokenizer: Tokenizer, seq_len: int) -> list[int]:
     """Problem, separator (EOS), answer; of what is longer than `seq_len` tokens the last ones."""
-    return [*tokenizer.encode(problem), tokenizer.eos_id, *tokenizer.encode(answer)][-seq_len:]
+    return [*problem, tokenizer.eos_id, *answer][-seq_len:]
+
+
+def departure(answer: Sequence[int], right: Sequence[int]) -> range:
+    """The places of `answer` between what it has in common with the right answer at its beginning and at its end, at least one.
+
+    >>> departure([1, 2, 9, 9, 4], [1, 2, 3, 4]), departure([1, 2], [1, 7, 2])
+    (range(2, 4), range(1, 2))
+    """
+    shorter = min(len(answer), len(right))
+    start = next((i for i in range(shorter) if answer[i] != right[i]), shorter)
+    common = next((i for i in range(shorter - start) if answer[-1 - i] != right[-1 - i]), shorter - start)
+    start = min(start, len(answer) - 1)
+    return range(start, max(len(answer) - common, start + 1))
+
+
+def pairs_of(problem: Problem, tokenizer: Tokenizer, seq_len: int, *, n_wrong: int, seed: str) -> list[Pair]:
+    """All answers of a problem as pairs."""
+    asked, answers = tokenizer.encode(problem.question.whole), answers_of(problem, n_wrong=n_wrong, seed=seed)
+    encoded = [tokenizer.encode(answer.text) for answer in answers]
+    rows = [pair_ids(asked, ids, tokenizer, seq_len) for ids in encoded]
+    # Of an answer that is cut on its left the places move with it; what of them is cut off is at the first place.
+    spans = [[max(len(row) - len(ids) + place, 0) for place in departure(ids, encoded[0])] for row, ids in zip(rows, encoded, strict=True)]
+    return [Pair(row, answer.right, () if answer.right else tuple(span)) for row, answer, span in zip(rows, answers, spans, strict=True)]
 
 
 def pair_batch(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
@@ -166,6 +198,15 @@ def pair_batch(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
         ids[number, : len(row)] = torch.tensor(row)
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.arange(ids.size(1)) < lengths[:, None]}
+
+
+def training_batch(pairs: Sequence[Pair], pad_id: int) -> dict[str, Any]:
+    """`pair_batch` with `label` (B,) int64, 1 for right, and `departs` (B, T) bool."""
+    batch = pair_batch([pair.ids for pair in pairs], pad_id)
+    departs = torch.zeros_like(batch["attention_mask"])
+    for number, pair in enumerate(pairs):
+        departs[number, list(pair.departs)] = True
+    return batch | {"label": torch.tensor([int(pair.right) for pair in pairs], dtype=torch.long), "departs": departs}
 
 
 @dataclass(frozen=True)
@@ -187,7 +228,7 @@ class Judge:
     @torch.inference_mode()
     def probabilities(self, problem: str, answers: Sequence[str]) -> list[float]:
         """How likely each of at least one answer is right."""
-        device = self.model.score.weight.device
-        rows = [pair_ids(problem, without_annotations(answer).strip(), self.tokenizer, self.seq_len) for answer in answers]
+        device, asked = self.model.suspicion.weight.device, self.tokenizer.encode(problem)
+        rows = [pair_ids(asked, self.tokenizer.encode(without_annotations(answer).strip()), self.tokenizer, self.seq_len) for answer in answers]
         batch = pair_batch(rows, self.tokenizer.pad_id)
         return torch.sigmoid(self.model(batch["input_ids"].to(device), batch["attention_mask"].to(device))).tolist()

@@ -1,11 +1,16 @@
 """A verifier: an encoder that reads a problem with an answer and says how likely the answer is right (Cobbe et al. 2021).
 
-    ids of problem and answer ─▶ embedding ─▶ n_layers × [ attention to both sides ─▶ feed-forward ] ─▶ norm ─▶ a score a token ─▶ one logit
+    ids of problem and answer ─▶ embedding ─▶ n_layers × [ attention to the others ─▶ feed-forward ] ─▶ norm ─▶ a suspicion a token ─▶ one logit
 
-Its blocks are the decoder's; only the mask differs, since here every token sees every other. So it can begin with a
-decoder's weights. An answer is as right as its least right token: the logit is a soft minimum of the scores, which learned
-in fewer steps than a mean over the tokens, where one wrong number is one of two hundred (docs/RESULTS.md). After it: wrong
-answers made from right ones, and how a verifier's scores are judged.
+Its blocks are the decoder's; only the mask differs, since here every token sees every other, on both sides. So it can begin
+with a decoder's weights. Three things make it learn in minutes that a number disagrees with the others, which without any
+one of them it does not (docs/RESULTS.md has the numbers):
+
+    the odds of the answer being wrong are the sum of the tokens' odds of being the wrong one, and it is taught which that is;
+    a token does not see itself, so that what it finds when it looks for its like is another one, or none;
+    in the first block it begins by looking for its like: queries are keys there.
+
+After it: wrong answers made from right ones, and how a verifier's scores are judged.
 """
 
 # B pairs · T tokens of one · D model width
@@ -48,11 +53,24 @@ class Verifier(nn.Module):
         self.dropout = nn.Dropout(config.residual_dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config, config.d_model) if config.norm_placement == "pre" else nn.Identity()
-        self.score = nn.Linear(config.d_model, 1)
+        self.suspicion = nn.Linear(config.d_model, 1)
         initialise(self)
+        self._look_for_the_like()
+
+    @torch.no_grad()
+    def _look_for_the_like(self) -> None:
+        """Make the queries of the first block its keys: equal tokens then find each other before anything is learned."""
+        config, weight = self.config, self.blocks[0].attention.qkv.weight
+        queries, keys, _ = weight.split([n * config.size_of_head for n in (config.n_heads, config.kv_heads, config.kv_heads)])
+        of_heads = keys.unflatten(0, (config.kv_heads, config.size_of_head))
+        queries.copy_(of_heads.repeat_interleave(config.n_heads // config.kv_heads, dim=0).flatten(0, 1))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (B,) of ids (B, T), padded on the right where `attention_mask` (B, T) is False."""
+        return -self.places(input_ids, attention_mask).logsumexp(dim=1)
+
+    def places(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) log-odds of each token being the wrong one against none being wrong; -inf for padding."""
         T = input_ids.size(1)
         if self.config.max_seq_len < T:
             raise ValueError(f"{T} positions are more than max_seq_len ({self.config.max_seq_len})")
@@ -62,28 +80,22 @@ class Verifier(nn.Module):
             x = x + self.positions(positions)
         x = self.dropout(x)
         angles = rope_angles(positions, self.config.size_of_head, self.config.rope_theta) if self.config.position == "rope" else None
-        seen = F.pad(attention_mask[:, None, None, :].bool(), (self.config.n_sinks, 0), value=True)  # (B, 1, 1, n_sinks + T)
-        sight = Sight(positions, angles, seen, is_causal=False, cache=None)
+        sight = Sight(positions, angles, self._seen(attention_mask.bool()), is_causal=False, cache=None)
         for block in self.blocks:
             x, _ = block(x, sight)
-        scores = self.score(self.norm(x)).squeeze(-1).float()  # (B, T)
-        return soft_minimum(scores, attention_mask.bool())
+        # In the mean and not in the sum over the tokens, so that before training right and wrong are equally likely at any length.
+        odds = self.suspicion(self.norm(x)).squeeze(-1).float() - attention_mask.sum(dim=1, keepdim=True).log()
+        return odds.masked_fill(~attention_mask.bool(), -math.inf)
+
+    def _seen(self, real: Tensor) -> Tensor:
+        """(B, 1, T, n_sinks + T): the others, no padding; a token that is alone sees itself."""
+        itself = torch.eye(real.size(1), dtype=torch.bool, device=real.device) & (real.sum(dim=1) > 1)[:, None, None]  # (B, T, T)
+        return F.pad((real[:, None, :] & ~itself)[:, None], (self.config.n_sinks, 0), value=True)
 
     def begin_with(self, decoder: Decoder) -> None:
-        """Take over a decoder's weights; only the score has nothing to begin with."""
+        """Take over a decoder's weights; only the suspicion has nothing to begin with."""
         theirs = decoder.state_dict()
         self.load_state_dict({name: theirs.get(name, own) for name, own in self.state_dict().items()}, strict=True)
-
-
-def soft_minimum(scores: Tensor, real: Tensor) -> Tensor:
-    """-log of the mean of exp(-score) over the real tokens, (B,) from (B, T): near the least score where that is far below the others.
-
-    exp(-score) is the odds of a token being wrong, and the odds of the answer are their mean, up to a constant of the number of tokens.
-
-    >>> soft_minimum(torch.tensor([[2.0, 2.0, 9.0]]), torch.tensor([[True, True, False]])).item()
-    2.0
-    """
-    return real.sum(dim=1).log() - (-scores).masked_fill(~real, -math.inf).logsumexp(dim=1)
 
 
 def check_shape(config: ModelConfig) -> None:
@@ -97,9 +109,22 @@ def check_shape(config: ModelConfig) -> None:
             raise UserError(f"model.{name}: {reason} for the verifier.")
 
 
-def verifier_loss(logits: Tensor, right: Tensor) -> Tensor:
-    """The sum of the cross entropies of right (1) and wrong (0) under the logits; both (B,)."""
-    return F.binary_cross_entropy_with_logits(logits, right.to(logits.dtype), reduction="sum")
+def verifier_loss(places: Tensor, right: Tensor, departs: Tensor) -> Tensor:
+    """The sum over pairs of the cross entropy of which token is wrong, or none.
+
+    With the odds o_t of each token, and 1 of none, a right answer costs -log(1 / (1 + sum of o_t)), a wrong one minus the log of
+    what the tokens have, in which it departs from the right one. Where those are all, that is the cross entropy of right and wrong.
+
+    Args:
+        places: (B, T) log-odds, as `Verifier.places` gives them.
+        right: (B,) whether the answer is right.
+        departs: (B, T) the tokens among which a wrong answer's wrong one is; nothing for a right one.
+    """
+    none = F.softplus(places.logsumexp(dim=1))  # -log of the probability that no token is wrong
+    wrong = places.masked_fill(~departs | right.bool()[:, None], -math.inf)
+    # A right answer has no such token: 0 in its place, or the gradient of what is not taken would be no number.
+    taken = torch.where(right.bool()[:, None], torch.zeros_like(wrong), wrong).logsumexp(dim=1)
+    return (none - torch.where(right.bool(), torch.zeros_like(taken), taken)).sum()
 
 
 # --- wrong answers ----------------------------------------------------------------------------------------------------

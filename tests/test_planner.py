@@ -105,7 +105,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"model.moe": MOE, "model.bias": "all", "model.ffn": "gelu"},
     {"model.residual_dropout": 0.1},
     {"model.attention_dropout": 0.1},
-    {"model.tie_embeddings": False},
+    {"model.tie_embeddings": False, "model.init": "trunc_normal"},
     {"model.gradient_checkpointing": True, "training.micro_batch_size": 16, "model.moe": MOE},
     {"data.document_mask": True},
     {"data.document_mask": True, "model.position": "alibi"},

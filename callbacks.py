@@ -33,15 +33,15 @@ from tinylm.checkpoint import FORMAT, SCHEMA
 from tinylm.config import Config
 from tinylm.engine import Engine
 from tinylm.errors import printable, writing
-from tinylm.evaluate import LanguageScore, language_score
 from tinylm.lora import adapter_weights
 from tinylm.program import lead_nowhere, readable
-from tinylm.prompts import Turn, make_template
+from tinylm.prompts import ANSWERING, Turn, make_template
 from tinylm.schedule import should_stop
 from tinylm.tokenizer import Tokenizer
 
 COLUMNS = ("step", "train_loss", "val_loss", "val_ppl", "val_bpb", "lr", "grad_norm", "tokens", "tokens_per_s")
-FURTHER_COLUMNS = {"pretrain": (), "sft": ("val_accuracy",)}  # of each stage
+# Digits of what validation shows on the terminal; metrics.csv has them all.
+SHOWN = {"val_loss": 4, "val_ppl": 2, "val_bpb": 3, "val_accuracy": 3, "val_margin": 3, "val_majority": 3, "val_auc": 3, "val_calibration_error": 3}
 Row = dict[str, float | int | None]
 
 
@@ -137,7 +137,7 @@ class Validation(StepCallback):
 
     def __init__(self, signals: StopSignals, tokenizer: Tokenizer, show: Callable[[str], None]):
         self.signals, self.tokenizer, self.show = signals, tokenizer, show
-        self.score: LanguageScore | None = None
+        self.score: dict[str, float] | None = None
         self.seconds = 0.0
 
     def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
@@ -157,7 +157,7 @@ class Validation(StepCallback):
         self.score = validate(trainer, stage, lambda: trainer.world_size == 1 and self.signals.received is not None)
         if self.score is None:
             return
-        stage.progress.validations.append([step, self.score.loss])
+        stage.progress.validations.append([step, self.score["val_loss"]])
         if training.sample_prompt is not None:  # every rank writes it, since a sharded model takes them all; rank 0 shows it
             stage.decoder.eval()
             text = self._sample(stage, training.sample_prompt)
@@ -168,16 +168,18 @@ class Validation(StepCallback):
 
     def _sample(self, stage: LitStage, prompt: str) -> str:
         """What the model makes of `prompt`; one that learns to answer is asked as its examples are."""
-        engine, opening = Engine(stage.decoder, self.tokenizer), self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
-        if stage.stage == "sft":
-            opening = make_template(stage.config.data.template, self.tokenizer).prompt_ids((Turn("user", prompt),), self.tokenizer)
-        return engine.generate(engine.fit_prompt(opening), stage.config.sampling)[0].text
+        engine, sampling = Engine(stage.decoder, self.tokenizer), stage.config.sampling
+        if stage.stage not in ANSWERING:
+            return engine.generate(prompt, sampling)[0].text
+        template = make_template(stage.config.data.template, self.tokenizer)
+        asked = engine.fit_prompt(template.prompt_ids((Turn("user", prompt),), self.tokenizer))
+        return engine.generate(asked, sampling, stop_ids=template.stop_ids(self.tokenizer))[0].text
 
 
-def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool] = lambda: False) -> LanguageScore | None:
-    """The score of the model on the validation rows, over all ranks; None if it was interrupted."""
+def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+    """val_loss and what else the stage makes of the validation rows, over all ranks; None if it was interrupted."""
     assert trainer.datamodule is not None
-    totals = [0.0] * 4
+    totals: list[float] = []
     stage.eval()
     with torch.no_grad():
         for index, batch in enumerate(trainer.datamodule.val_dataloader()):
@@ -185,9 +187,9 @@ def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool
                 break
             batch = trainer.strategy.batch_to_device(batch)
             sums = trainer.strategy.reduce(trainer.strategy.validation_step(batch, index), reduce_op="sum")
-            totals = [total + part for total, part in zip(totals, sums.tolist(), strict=True)]
+            totals = [total + part for total, part in zip(totals or [0.0] * len(sums), sums.tolist(), strict=True)]
     stage.train()
-    return None if interrupted() else language_score(*totals)
+    return None if interrupted() else stage.val_metrics(totals)
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -196,11 +198,12 @@ def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool
 class MetricsFile:
     """metrics.csv of one run: appended to, continued by a resumed run, no step in it twice.
 
-    `aside` keeps an earlier file under another name: one of another run, or of another branch of this one.
+    `further` are columns that only some stages have. `aside` keeps an earlier file under another name: one of another run, or of
+    another branch of this one.
     """
 
-    def __init__(self, path: Path, resume_step: int, *, stage: str, aside: bool):
-        self.path, self.columns = path, (*COLUMNS, *FURTHER_COLUMNS[stage])
+    def __init__(self, path: Path, resume_step: int, *, further: tuple[str, ...] = (), aside: bool):
+        self.path, self.columns = path, (*COLUMNS, *further)
         with writing(path, "training.log_dir"):
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = self._rows_until(resume_step) if path.exists() else []
@@ -275,9 +278,8 @@ class Metrics(StepCallback):
         log_now = progress.step % training.log_every_steps == 0 or progress.step == training.max_steps
         if not log_now and score is None:
             return
-        if log_now and progress.logged_tokens:
-            progress.train_loss = progress.logged_loss / progress.logged_tokens
-            progress.logged_loss, progress.logged_tokens = 0.0, 0
+        if log_now:
+            progress.close_row()
         now = time.monotonic()
         training_seconds = now - self.since - self.validation.seconds
         speed = (progress.tokens - self.tokens_then) / max(training_seconds, 1e-9)
@@ -288,19 +290,17 @@ class Metrics(StepCallback):
             self._tell(row)
 
     def _row(self, stage: LitStage, speed: float | None) -> Row:
-        progress, score = stage.progress, self.validation.score
-        return {
+        progress = stage.progress
+        known: Row = {
             "step": progress.step,
             "train_loss": progress.train_loss,
-            "val_loss": score.loss if score else None,
-            "val_ppl": score.perplexity if score else None,
-            "val_bpb": score.bits_per_byte if score else None,
-            "val_accuracy": score.accuracy if score and stage.stage == "sft" else None,
             "lr": progress.lr,
             "grad_norm": progress.grad_norm,
             "tokens": progress.tokens,
             "tokens_per_s": speed,
         }
+        measured = zip(stage.measures, progress.train_measures, strict=False)  # no means before the first row of them
+        return dict.fromkeys((*COLUMNS, *stage.measures, *stage.val_measures)) | known | dict(measured) | (self.validation.score or {})
 
     def _tell(self, row: Row) -> None:
         for logger in self.loggers:
@@ -357,7 +357,7 @@ class Checkpoints(StepCallback):
     def _payload(self, trainer: L.Trainer, stage: LitStage) -> dict[str, Any]:
         """Everything that a resumed run and the other programs need, as plain types."""
         whole = trainer.strategy.lightning_module_state_dict()
-        weights = {name.removeprefix("decoder."): weight for name, weight in whole.items()}
+        weights = {name.removeprefix("decoder."): weight for name, weight in whole.items() if name.startswith("decoder.")}  # and no reference
         progress = stage.progress
         return {
             "format": FORMAT,
@@ -434,8 +434,7 @@ class ProgressDisplay(StepCallback):
 
     def row(self, row: Row) -> None:
         """One row of metrics for people."""
-        val = "" if row["val_loss"] is None else f"  val_loss {row['val_loss']:.4f}  val_ppl {row['val_ppl']:.2f}  val_bpb {row['val_bpb']:.3f}"
-        val += "" if row["val_accuracy"] is None else f"  val_accuracy {row['val_accuracy']:.3f}"
+        val = "".join(f"  {name} {value:.{SHOWN[name]}f}" for name, value in row.items() if name in SHOWN and value is not None)
         train = "" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}"
         note = f"{train}  lr {row['lr']:.2e}  {short(row['tokens_per_s'] or 0)} tokens/s"
         self.bar.update(self.task, note=note)

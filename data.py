@@ -5,6 +5,8 @@
     token files ─▶ row numbers of micro-batch k, from (seed, k) alone ─▶ rows ─▶ batch       IndexedBatches
     stream     ─▶ rows in document order ─▶ windows of rows, shuffled by (seed, window) ─▶ batch     StreamBatches
     examples   ─▶ packed rows, or one example a row ─▶ row numbers as for a token file ─▶ batch      ExampleBatches
+    preferences ─▶ one pair of answers a row ─▶ the same                                             PairBatches
+    problems   ─▶ one problem with right and wrong answers a row ─▶ the same                         ProblemBatches
 
 The whole run is one sequence of micro-batches 0, 1, 2, ...; a pass over the data ends somewhere inside it. A resumed run
 begins at micro-batch k and gets what an uninterrupted one would have got. For token files k is all that takes; a
@@ -15,6 +17,7 @@ device would see as micro-batch k·R + r: sharding happens here alone.
 
 import argparse
 import hashlib
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,13 +31,15 @@ from tinylm.config import Config, load_config
 from tinylm.corpus import Which, train_documents
 from tinylm.encode import encode_documents, source_fingerprint
 from tinylm.errors import UserError, printable
+from tinylm.judge import Problem, ProblemReport, answers_of, pair_batch, pair_ids, problems, usable
 from tinylm.mix import Allocation, Joined, training_files, training_fingerprint, validation_file, weights_of
 from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document_ids, pack_examples, pack_stream, row_at, row_of_examples
 from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
-from tinylm.prompts import Conversation, Template, make_template
-from tinylm.rows import Report, examples, shared_examples, with_rows
+from tinylm.prompts import Template, make_template
+from tinylm.rows import Pair, PairReport, Report, examples, pairs, shared_examples, with_rows
 from tinylm.tasks import NAMED
+from tinylm.tasks.data import built_in_where_asked
 from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import Tokenizer
 
@@ -305,6 +310,8 @@ class LitData(RunData):
             self.val_file = validation_file(data, self.tokenizer, training.seed, progress=progress)
         if not data.streaming:
             self.train_files = training_files(data, self.tokenizer, training.seed, needed=training.seq_len + 1, progress=progress)
+        if self.val_file is not None and self.val_file.fingerprint in {file.fingerprint for file in self.train_files}:
+            raise UserError("data.val_dataset: it has the very tokens that are trained on. Give other data, or take it out and data.val_fraction is held out.")
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         """Go on at micro-batch `batch`; a stream from the place that its checkpoint stored."""
@@ -350,7 +357,11 @@ class ExampleBatches(Dataset[Batch]):
 
     def __getitem__(self, k: int) -> Batch:
         rows = [self.rows[self._row(place)] for place in self.share.places(k)]
-        return self.batch(rows) | {"origin": [[example.place for example in row] for row in rows]}
+        return self.batch(rows) | {"origin": self.places_of(rows)}
+
+    def places_of(self, rows: Sequence[Any]) -> list[Any]:
+        """Where the rows of a batch were read from, for messages."""
+        return [[example.place for example in row] for row in rows]
 
     def batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
         """`input_ids` and `labels` (B, T) int64; with several examples a row also `document_ids` (B, T)."""
@@ -395,25 +406,15 @@ class LitExamples(RunData):
     should know stands in `notes`, a line each.
 
     Args:
-        config: the settings; data.template, data.packing and training.train_on say what an example is.
+        config: the settings; data.task, data.template, data.packing and training.train_on say what an example is.
         tokenizer: what the rows are encoded with.
         template: how conversations are written; None: as data.template says.
-        conversation_of: what makes a conversation of a row; None: data.task, or data.rows, or its keys.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        tokenizer: Tokenizer,
-        *,
-        template: Template | None = None,
-        conversation_of: Callable[[dict[str, Any]], Conversation] | None = None,
-    ):
+    def __init__(self, config: Config, tokenizer: Tokenizer, *, template: Template | None = None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.template = template or make_template(config.data.template, tokenizer)
-        task = config.data.task
-        self.conversation_of = conversation_of or (None if task is None else NAMED[task].conversation)
         self.first_batch = 0
         self.notes: list[str] = []
         self.train_examples: list[Example] = []
@@ -462,8 +463,8 @@ class LitExamples(RunData):
 
     def _examples(self, which: Which) -> tuple[list[Example], Report]:
         data, training = self.config.data, self.config.training
-        made = {"train_on": training.train_on, "conversation_of": self.conversation_of}
-        return examples(data, which, training.seed, self.template, self.tokenizer, training.seq_len, **made)
+        of_task = {"conversation_of": NAMED[data.task].conversation, "built_in": built_in_where_asked(data)} if data.task else {}
+        return examples(data, which, training.seed, self.template, self.tokenizer, training.seq_len, train_on=training.train_on, **of_task)
 
     def _rows(self, made: list[Example]) -> list[list[Example]]:
         """The examples of each row."""
@@ -472,11 +473,215 @@ class LitExamples(RunData):
         return [[made[number] for number in row] for row in pack_examples([len(example.ids) - 1 for example in made], self.config.training.seq_len)]
 
 
+class PairBatches(ExampleBatches):
+    """Micro-batches of preferences, a pair a row, in the order that examples have; each answer stands behind its prompt."""
+
+    def places_of(self, rows: Sequence[Any]) -> list[Any]:
+        return [pair.chosen.place for pair in rows]
+
+    def batch(self, rows: Sequence[Any]) -> Batch:
+        """Ids and labels (B, T) int64 of both answers, and what is known of them under the reference, (B,); `()` gives padding."""
+        batch: Batch = {}
+        known = self.rows[0].reference is not None
+        for number, name in enumerate(("chosen", "rejected")):
+            inputs, labels, _ = zip(*(row_of_examples(row[number : number + 1], self.seq_len, self.pad_id) for row in rows), strict=True)
+            batch |= {f"{name}_ids": torch.from_numpy(np.stack(inputs)), f"{name}_labels": torch.from_numpy(np.stack(labels))}
+            if known:
+                batch[f"{name}_reference"] = torch.tensor([row.reference[number] if row else 0.0 for row in rows])
+        return batch
+
+
+class ValidationPairs(PairBatches, ValidationExamples):
+    """Pairs in their order, this rank's share of them."""
+
+
+class LitPreferences(RunData):
+    """The batches of one run on preferences, with the interface of `LitExamples`.
+
+    Args:
+        config: the settings; data.template says how prompts and answers are written.
+        tokenizer: what the rows are encoded with.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.template = make_template(config.data.template, tokenizer)
+        self.first_batch = 0
+        self.notes: list[str] = []
+        self.train_pairs: list[Pair] = []
+        self.val_pairs: list[Pair] = []
+
+    def prepare(self) -> None:
+        """Read and encode the rows of both splits.
+
+        Raises:
+            UserError: as `rows.pairs`.
+        """
+        if note := with_rows(self.config.data)[1]:
+            raise UserError(f"{note.partition(';')[0]}. Give a file of preferences, such as data/tiny_preferences.jsonl.")
+        self.train_pairs, train = self._pairs("train")
+        self.val_pairs, val = self._pairs("val")
+        shared = shared_examples([pair.chosen for pair in self.train_pairs], [pair.chosen for pair in self.val_pairs])
+        warning = f"warning: {shared} validation prompts with their chosen answers are training rows too; val_loss will look better than it is"
+        self.notes = [*train.notes(), *val.notes(), *([warning] if shared else [])]
+
+    def describe(self) -> str:
+        """One line on what is trained on and validated on."""
+        targets = [int(example.trained.sum()) for example in _answers(self.train_pairs)]
+        sizes = f"train {len(self.train_pairs)} pairs of answers of {sum(targets) / len(targets):.0f} tokens, validation {len(self.val_pairs)} pairs"
+        return f"data: {printable(self.config.data.dataset)}: {sizes}; template {self.template.name}"
+
+    def start_at(self, batch: int, cursor: list[int] | None) -> None:
+        """Go on at micro-batch `batch`; rows that are all in memory need no cursor."""
+        self.first_batch = batch
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the data: two runs with equal ones see the same tokens and targets."""
+        return {"train": _fingerprint(_answers(self.train_pairs)), "val": _fingerprint(_answers(self.val_pairs))}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The micro-batches from `first_batch` to the end of the run."""
+        training = self.config.training
+        batches = PairBatches(self.train_pairs, self.config, self.tokenizer.pad_id, self._share())
+        return self._loader(batches, range(self.first_batch, training.max_steps * training.grad_accum_steps))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation pairs, at most training.val_batches batches of them."""
+        return DataLoader(ValidationPairs(self.val_pairs, self.config, self.tokenizer.pad_id, self._share()), batch_size=None)
+
+    def all_batches(self) -> Iterator[Batch]:
+        """All pairs in their order, those of validation last; every process sees them all."""
+        made = [*self.train_pairs, *self.val_pairs]
+        size = self.config.training.micro_batch_size
+        batches = PairBatches(made, self.config, self.tokenizer.pad_id, Share(size))
+        return (batches.batch(made[start : start + size]) for start in range(0, len(made), size))
+
+    def add_reference(self, log_probs: np.ndarray) -> None:
+        """Give every pair the log-probabilities (n, 2) of its answers under the reference, in the order of `all_batches`."""
+        known = iter(log_probs.tolist())
+        self.train_pairs = [pair._replace(reference=next(known)) for pair in self.train_pairs]
+        self.val_pairs = [pair._replace(reference=next(known)) for pair in self.val_pairs]
+
+    def _pairs(self, which: Which) -> tuple[list[Pair], PairReport]:
+        training = self.config.training
+        return pairs(self.config.data, which, training.seed, self.template, self.tokenizer, training.seq_len)
+
+
+def _answers(made: list[Pair]) -> list[Example]:
+    """Both examples of each pair."""
+    return [example for pair in made for example in (pair.chosen, pair.rejected)]
+
+
 def _fingerprint(made: list[Example]) -> str:
     digest = hashlib.sha256()
     for example in made:
         digest.update(b"%d " % len(example.ids) + example.ids.tobytes() + example.trained.tobytes())
     return digest.hexdigest()[:12]
+
+
+# --- problems with right and wrong answers ----------------------------------------------------------------------------
+
+
+class ProblemBatches(ExampleBatches):
+    """Micro-batches of problems, each with all its answers, in the order that examples have; other wrong answers in each pass."""
+
+    split = "train"
+
+    def __init__(self, rows: Sequence[Any], config: Config, tokenizer: Tokenizer, share: Share):
+        super().__init__(rows, config, tokenizer.pad_id, share)
+        assert config.verifier is not None
+        self.tokenizer, self.n_wrong = tokenizer, config.verifier.n_wrong
+
+    def __getitem__(self, k: int) -> Batch:
+        places = self.share.places(k)
+        rows = [self.rows[self._row(place)] for place in places]
+        return self.pairs(rows, places) | {"origin": [problem.place for problem in rows]}
+
+    def pairs(self, rows: Sequence[Problem], places: Iterable[int]) -> Batch:
+        """`input_ids` (B, T) int64, `attention_mask` (B, T) bool and `label` (B,) int64 of every answer; wrong ones are drawn by (seed, place)."""
+        ids, labels = [], []
+        for problem, place in zip(rows, places, strict=True):
+            for answer in answers_of(problem, n_wrong=self.n_wrong, seed=f"{self.seed} {self.split} {place}"):
+                ids.append(pair_ids(problem.question.whole, answer.text, self.tokenizer, self.seq_len))
+                labels.append(int(answer.right))
+        return pair_batch(ids, self.pad_id) | {"label": torch.tensor(labels, dtype=torch.long)}
+
+
+class ValidationProblems(ProblemBatches, ValidationExamples):
+    """Problems in their order, this rank's share of them; the wrong answers are the same in every validation."""
+
+    split = "val"
+
+    def __getitem__(self, k: int) -> Batch:
+        if k >= self.n_batches:
+            raise IndexError(k)  # ends a plain `for batch in batches`
+        places = [place for place in self.share.places(k) if place < len(self.rows)]
+        return self.pairs([self.rows[place] for place in places], places)
+
+
+class LitProblems(RunData):
+    """The batches of one verifier's run, with the interface of `LitExamples`; a row is a problem with all its answers."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        super().__init__()
+        assert config.verifier is not None
+        self.config, self.tokenizer, self.n_wrong = config, tokenizer, config.verifier.n_wrong
+        self.first_batch = 0
+        self.notes: list[str] = []
+        self.train_problems: list[Problem] = []
+        self.val_problems: list[Problem] = []
+
+    def prepare(self, answer: Callable[[list[Problem]], list[Problem]] = list) -> None:
+        """Read the rows of both splits; `answer` adds what a model answers. A problem of validation is none of training.
+
+        Raises:
+            UserError: as `judge.problems` and `judge.usable`.
+        """
+        built_in = built_in_where_asked(self.config.data)
+        found = {which: problems(self.config.data, which, self.config.training.seed, built_in) for which in ("train", "val")}
+        held_out = {problem.question for problem in found["val"]}
+        apart = [problem for problem in found["train"] if problem.question not in held_out]
+        shared = len(found["train"]) - len(apart)
+        self.train_problems, train = self._usable(answer(apart), "train")
+        self.val_problems, val = self._usable(answer(found["val"]), "val")
+        self.notes = [f"training: left out {shared} problems that are validation problems"] * bool(shared) + train.notes() + val.notes()
+
+    def _usable(self, found: list[Problem], which: Which) -> tuple[list[Problem], ProblemReport]:
+        return usable(found, which, self.tokenizer, self.config.training.seq_len, n_wrong=self.n_wrong)
+
+    def describe(self) -> str:
+        """One line on what is trained on and validated on."""
+        train, val = (f"{len(made):,} problems with {self._n_answers(made):,} answers" for made in (self.train_problems, self.val_problems))
+        n_right = sum(1 + sum(sample.right for sample in problem.samples) for problem in self.train_problems)
+        share = f"{n_right / self._n_answers(self.train_problems):.0%} of them right"
+        return f"data: {printable(self.config.data.dataset)}: train {train} ({share}), validation {val}; tokenizer {self.tokenizer.kind}"
+
+    def _n_answers(self, made: list[Problem]) -> int:
+        return sum(1 + self.n_wrong + len(problem.samples) for problem in made)
+
+    def start_at(self, batch: int, cursor: list[int] | None) -> None:
+        """Go on at micro-batch `batch`; rows that are all in memory need no cursor."""
+        self.first_batch = batch
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the data: two runs with equal ones, and equal settings and tokenizers, see the same pairs."""
+        return {"train": _fingerprint_of_problems(self.train_problems), "val": _fingerprint_of_problems(self.val_problems)}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The micro-batches from `first_batch` to the end of the run."""
+        training = self.config.training
+        batches = ProblemBatches(self.train_problems, self.config, self.tokenizer, self._share())
+        return self._loader(batches, range(self.first_batch, training.max_steps * training.grad_accum_steps))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation problems, at most training.val_batches batches of them."""
+        return DataLoader(ValidationProblems(self.val_problems, self.config, self.tokenizer, self._share()), batch_size=None)
+
+
+def _fingerprint_of_problems(made: list[Problem]) -> str:
+    plain = [(problem.question.whole, problem.answer, problem.samples) for problem in made]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]
 
 
 # --- rows as text: python data.py --------------------------------------------------------------------------------------

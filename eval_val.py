@@ -52,12 +52,15 @@ def run(args: argparse.Namespace) -> int:
     from tinylm.checkpoint import load_model, read
     from tinylm.device import pick_device
     from tinylm.evaluate import byte_table, score_batches
+    from tinylm.foreign import ForeignSeq2Seq
 
     device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
     say(f"device: {device} ({why})")
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
     loaded = load_model(args.ckpt, device)
+    if isinstance(loaded.model, ForeignSeq2Seq):
+        raise UserError(f"{printable(args.ckpt)}: an encoder-decoder, which answers and predicts no plain text. Use evaluate_checkpoints.py --tasks.")
     tokenizer = choose_tokenizer(args.tokenizer, loaded.tokenizer)
     batches, fingerprint = (answer_batches if args.answers else text_batches)(config, loaded, tokenizer)
     trained_on = read(args.ckpt)["data"]["val"]

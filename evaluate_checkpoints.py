@@ -1,7 +1,9 @@
-"""Rank checkpoints: on prompts with a known continuation, on tasks, on tasks of the lm-evaluation-harness.
+"""Rank checkpoints, and Hugging Face models beside them: on prompts with a known continuation, on tasks, on tasks of the lm-evaluation-harness.
 
     python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --cases cases/wiki_basics.yaml
     python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --tasks gsm8k,sst2 --shots 0,4
+    python evaluate_checkpoints.py --model gpt2 --tasks sst2 --shots 0,4
+    python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --tasks gsm8k --best-of 8 --verifier checkpoints/verifier/best.ckpt
 
 The tables go to stdout, everything else to stderr; numbers and failed answers to files under --out. A checkpoint that
 cannot be read is named below the tables and counts as a failure.
@@ -25,8 +27,9 @@ from tinylm.program import Parser, run_program, say
 
 if TYPE_CHECKING:
     from tinylm.engine import Engine
-    from tinylm.evaluate import Answer, Case, TaskScore
+    from tinylm.evaluate import Answer, Case, Drawn, TaskScore
     from tinylm.harness import HarnessScore
+    from tinylm.judge import Judge
     from tinylm.prompts import Template
     from tinylm.tasks import Task
     from tinylm.tasks.data import TaskData
@@ -36,13 +39,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint under all its names, the first of which is shown."""
+    """A checkpoint under all its names, the first of which is shown; or a Hugging Face model, by name or folder."""
 
     paths: tuple[Path, ...]
+    is_hf: bool = False
 
     @property
     def label(self) -> str:
-        """The file and, in brackets, its other names."""
+        """The file and, in brackets, its other names; hf: before the name of a Hugging Face model."""
+        if self.is_hf:
+            return printable(f"hf:{self.paths[0]}")
         others = ", ".join(path.stem for path in self.paths[1:])
         return printable(f"{self.paths[0]} ({others})" if others else self.paths[0])
 
@@ -54,7 +60,8 @@ class Opened:
     engine: "Engine"
     template: "Template | None"
     """what it was fine-tuned with; None for a base model"""
-    step: int
+    step: int | None
+    """None, as the loss, for a Hugging Face model: it does not say"""
     val_loss: float | None
 
 
@@ -67,6 +74,8 @@ class Questions:
     tasks: "list[tuple[Task, TaskData]]"
     shots: tuple[int, ...]
     harness: tuple[str, ...]
+    judge: "Judge | None"
+    """the verifier that chooses among --best-of answers"""
 
 
 @dataclass
@@ -76,15 +85,17 @@ class Results:
     cases: list[Row] = field(default_factory=list)
     case_scores: list[Row] = field(default_factory=list)
     measures: list[Row] = field(default_factory=list)
+    best_of: list[Row] = field(default_factory=list)
     failed: list[Row] = field(default_factory=list)
-    answers: "dict[str, Sequence[Answer]]" = field(default_factory=dict)
-    """answers that are not right, by the name of the file for them"""
+    answers: "dict[str, Sequence[Answer | Drawn]]" = field(default_factory=dict)
+    """answers that are not right, and those that one was chosen among, by the name of the file for them"""
 
     def add(self, other: "Results") -> None:
         """Take in what another checkpoint answered."""
         self.cases += other.cases
         self.case_scores += other.case_scores
         self.measures += other.measures
+        self.best_of += other.best_of
         self.answers |= other.answers
 
 
@@ -99,9 +110,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python evaluate_checkpoints.py",
         usage="python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --cases cases/wiki_basics.yaml",
-        description="Rank checkpoints on cases and tasks.",
+        description="Rank checkpoints, and Hugging Face models, on cases and tasks.",
     )
-    parser.add_argument("--checkpoints", nargs="+", default=["checkpoints/*.ckpt"], metavar="PATTERN", help="files or globs (checkpoints/*.ckpt)")
+    parser.add_argument("--checkpoints", nargs="+", metavar="PATTERN", help="files or globs (checkpoints/*.ckpt, where no --model is given)")
+    what = "a Hugging Face name or folder, asked in plain text: a baseline by prompting; may be given several times"
+    parser.add_argument("--model", action="append", default=[], metavar="NAME", help=what)
     parser.add_argument("--cases", nargs="+", type=Path, default=[], metavar="FILE", help="YAML files of cases: name, prompt, target")
     parser.add_argument("--tasks", type=words, default=(), metavar="NAME,...", help="sst2, samsum, gsm8k, sms, alpaca, or pairs (your own rows)")
     parser.add_argument("--shots", type=words, metavar="N,...", help="solved examples before each question (0; for --lm-eval as its tasks say)")
@@ -111,6 +124,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the drawn examples and of the bootstrap (0)")
     parser.add_argument("--lm-eval", type=words, default=(), metavar="NAME,...", help="tasks of the lm-evaluation-harness (pip install lm_eval)")
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="YAML tasks for --lm-eval, in place of its own")
+    parser.add_argument("--best-of", type=positive, metavar="N", help="draw N answers to each question, and choose one at random, by vote, by --verifier")
+    parser.add_argument("--verifier", type=Path, metavar="FILE", help="checkpoint of the verifier that chooses (finetune.py --config configs/verifier.yaml)")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="texts that are scored together (16)")
     parser.add_argument("--tokenizer", default="auto", metavar="NAME", help="auto: the one in the checkpoint; else byte, or a Hugging Face name or folder")
     parser.add_argument("--device", choices=NAMES, default="auto", help="auto: CUDA, else MPS, else the CPU")
@@ -133,15 +148,16 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Ask every checkpoint, rank, show, and write."""
-    subjects = find_subjects(args.checkpoints)
-    questions = prepare(args)  # a mistake in them is told before the seconds that loading takes
+    patterns = args.checkpoints or ([] if args.model else ["checkpoints/*.ckpt"])
+    subjects = [*find_subjects(patterns), *(Subject((Path(name),), is_hf=True) for name in dict.fromkeys(args.model))]
     device, why = pick_device(args.device)
+    questions = prepare(args, device)  # a mistake in them is told before the seconds that loading takes
     say(f"device: {device} ({why})")
     results = Results()
     for subject in subjects:
         try:
-            opened = open_checkpoint(subject, device, args.tokenizer)
-            say(f"checkpoint: {subject.label}, step {opened.step}")
+            opened = open_model(subject, device) if subject.is_hf else open_checkpoint(subject, device, args.tokenizer)
+            say(f"model: {subject.label}" if subject.is_hf else f"checkpoint: {subject.label}, step {opened.step}")
             results.add(ask(subject, opened, questions, args))
         except UserError as error:
             results.failed.append({"checkpoint": subject.label, "error": str(error)})
@@ -150,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     write(results, args.out)
     say(f"{printable(args.out / 'results.json')} has all numbers, {len(results.answers)} files beside it the answers that are not right")
     if len(results.failed) == len(subjects):
-        raise UserError(f"all {len(subjects)} checkpoints failed. Give others as --checkpoints; `python list.py` shows what there is.")
+        raise UserError(f"all {len(subjects)} checkpoints and models failed. Give others; `python list.py` shows what there is.")
     say("next: python infer.py --ckpt FILE --prompt TEXT, with the checkpoint that suits you")
     return 0
 
@@ -162,7 +178,7 @@ def find_subjects(patterns: Sequence[str]) -> list[Subject]:
     """The checkpoints that the patterns name; names of one file (last, best, final are links) make one subject.
 
     Raises:
-        UserError: there are none.
+        UserError: there are patterns, and none matches.
     """
     files: dict[tuple[int, ...] | Path, list[Path]] = {}
     for pattern in patterns:
@@ -171,7 +187,7 @@ def find_subjects(patterns: Sequence[str]) -> list[Subject]:
             same = files.setdefault(identity(path), [])
             if path not in same:
                 same.append(path)
-    if not files:
+    if patterns and not files:
         raise UserError(f"--checkpoints: {printable(' '.join(patterns))}: nothing matches. Train a model first: python train.py --config config_smoke.yaml")
     return [Subject(tuple(sorted(paths, key=lambda path: (not path.name.startswith("step-"), path)))) for paths in files.values()]
 
@@ -185,7 +201,7 @@ def identity(path: Path) -> tuple[int, ...] | Path:
     return status.st_dev, status.st_ino
 
 
-def prepare(args: argparse.Namespace) -> Questions:
+def prepare(args: argparse.Namespace, device: str) -> Questions:
     """All questions, read and checked.
 
     Raises:
@@ -205,7 +221,27 @@ def prepare(args: argparse.Namespace) -> Questions:
     loaded = [(task, load_task(task, paths.get(task.name), smoke=args.smoke, n_shots=max(shots), limit=args.limit, seed=args.seed)) for task in tasks]
     if args.lm_eval:
         check_tasks(args.lm_eval, args.include_path)
-    return Questions({str(path): read_cases(path) for path in args.cases}, loaded, shots, args.lm_eval)
+    return Questions({str(path): read_cases(path) for path in args.cases}, loaded, shots, args.lm_eval, find_judge(args, tasks, device))
+
+
+def find_judge(args: argparse.Namespace, tasks: "Sequence[Task]", device: str) -> "Judge | None":
+    """The verifier that chooses among several answers, if that is asked for.
+
+    Raises:
+        UserError: it is not one, or there is nothing to choose.
+    """
+    from tinylm.evaluate import check_choice
+    from tinylm.judge import Judge
+
+    if (args.best_of is None) != (args.verifier is None):
+        raise UserError("--best-of, --verifier: one needs the other. Give --best-of 8 --verifier FILE, or neither.")
+    if args.verifier is None:
+        return None
+    if not tasks:
+        raise UserError("--best-of: there is no task to answer. Give --tasks gsm8k.")
+    for task in tasks:
+        check_choice(task)
+    return Judge.load(args.verifier, device)
 
 
 def number_of_shots(word: str) -> int:
@@ -240,8 +276,26 @@ def open_checkpoint(subject: Subject, device: str, tokenizer: str) -> Opened:
     if not all(weight.isfinite().all() for weight in loaded.model.parameters()):
         raise UserError(f"{printable(subject.paths[0])}: there are weights that are not finite numbers; its training diverged. Use an earlier checkpoint.")
     engine = Engine(loaded.model, choose_tokenizer(tokenizer, loaded.tokenizer))
-    template = make_template(loaded.config.data.template, engine.tokenizer) if loaded.info.stage == "sft" else None
+    template = make_template(loaded.template, engine.tokenizer) if loaded.template else None
     return Opened(engine, template, loaded.info.step, loaded.info.val_loss)
+
+
+def open_model(subject: Subject, device: str) -> Opened:
+    """A Hugging Face model, which is asked in plain text.
+
+    Raises:
+        UserError: it is not there, or is none that writes text.
+    """
+    from tinylm.engine import Engine
+    from tinylm.foreign import find
+    from tinylm.tokenizer import load_hf_tokenizer
+
+    name = str(subject.paths[0])
+    model, tokenizer = find(name).load().to(device).eval(), load_hf_tokenizer(name)
+    if model.embedding.num_embeddings < tokenizer.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.embedding.num_embeddings}"
+        raise UserError(f"--model: {printable(name)}: {sizes}. Download both again.")
+    return Opened(Engine(model, tokenizer), None, None, None)
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -253,6 +307,7 @@ def ask(subject: Subject, opened: Opened, questions: Questions, args: argparse.N
     results = Results()
     ask_cases(who, opened, questions, args, results)
     ask_tasks(who, subject, opened, questions, args, results)
+    ask_best_of(who, subject, opened, questions, args, results)
     if questions.harness:
         ask_harness(who, opened, questions, args, results)
     return results
@@ -280,6 +335,21 @@ def ask_tasks(who: Row, subject: Subject, opened: Opened, questions: Questions, 
             say_what_was_lost(score)
             results.measures += measure_rows(who, score)
             results.answers[answers_file(subject, score)] = score.failed
+
+
+def ask_best_of(who: Row, subject: Subject, opened: Opened, questions: Questions, args: argparse.Namespace, results: Results) -> None:
+    """Add what each way of choosing among several answers gives."""
+    from tinylm.evaluate import best_of_n
+
+    if questions.judge is None:
+        return
+    for task, data in questions.tasks:
+        score = best_of_n(opened.engine, questions.judge, task, data.examples, args.best_of, template=opened.template, seed=args.seed)
+        if score.n_errors:
+            say(f"{task.name}: {score.n_errors} of {score.n_examples} questions could not be asked and count as wrong")
+        of = {"task": task.name, "n": score.n_samples, **who, "n_examples": score.n_examples}
+        results.best_of += [{**of, "choice": name, **asdict(measure)} for name, measure in score.measures.items()]
+        results.answers[f"best-of-{name_in_file(subject)}-{task.name}.jsonl"] = score.drawn
 
 
 def ask_harness(who: Row, opened: Opened, questions: Questions, args: argparse.Namespace, results: Results) -> None:
@@ -319,8 +389,12 @@ def harness_row(who: Row, shots: int | None, found: "HarnessScore") -> Row:
 
 def answers_file(subject: Subject, score: "TaskScore") -> str:
     """The name of the file for the answers that are not right."""
-    checkpoint = re.sub(r"[^\w.-]+", "_", str(subject.paths[0].with_suffix(""))).strip("_.")
-    return f"failed-{checkpoint}-{score.task}-{score.shots}shots.jsonl"
+    return f"failed-{name_in_file(subject)}-{score.task}-{score.shots}shots.jsonl"
+
+
+def name_in_file(subject: Subject) -> str:
+    """The checkpoint as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", str(subject.paths[0].with_suffix(""))).strip("_.")
 
 
 # --- ranking and showing ----------------------------------------------------------------------------------------------
@@ -368,6 +442,14 @@ def show(results: Results) -> None:
                 for row in results.measures
             ],
         )  # fmt: skip
+    if results.best_of:
+        if results.cases or results.measures:
+            print()
+        names = ("task", "n", "choice", "checkpoint", "step")
+        table(
+            (*names, "right", "95% interval", "examples"),
+            [(*(row[name] for name in names), row["value"], f"{row['low']:.4f} to {row['high']:.4f}", row["n_examples"]) for row in results.best_of],
+        )
     for row in results.failed:
         print(f"{row['checkpoint']}  FAILED: {printable(row['error'])}")
 
@@ -384,7 +466,7 @@ def table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        shown.add_column(name, justify="left" if name in ("place", "checkpoint", "task", "measure", "cases") else "right", no_wrap=True)
+        shown.add_column(name, justify="left" if name in ("place", "checkpoint", "task", "measure", "cases", "choice") else "right", no_wrap=True)
     for row in rows:
         shown.add_row(*map(number, row))
     # Into a pipe nothing is cut: a program or a person with a wide screen reads it.
@@ -398,7 +480,9 @@ def number(value: Any) -> str:
 
 def write(results: Results, folder: Path) -> None:
     """Write results.json, a .csv for each table, and the answers that are not right."""
-    tables = {"cases": results.cases, "case_scores": results.case_scores, "measures": results.measures, "failed": results.failed}
+    tables = {
+        "cases": results.cases, "case_scores": results.case_scores, "measures": results.measures, "best_of": results.best_of, "failed": results.failed,
+    }  # fmt: skip
     with writing(folder, "--out"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")

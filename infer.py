@@ -1,19 +1,26 @@
-"""Continue a prompt with a trained model, to the terminal as it is written.
+"""Continue a prompt with a trained model, or ask one that was taught to answer, to the terminal as it is written.
 
     python infer.py --prompt "Attention is"
     echo "Attention is" | python infer.py --temperature 0 --json
+    python infer.py --ckpt checkpoints/sft/best.ckpt --prompt "Name three primary colours."
+    python infer.py --chat
+    python infer.py --prompt "12 + 7 =" --best-of 8 --verifier checkpoints/verifier/best.ckpt
 
-Results go to stdout, everything else to stderr. No Lightning here, and torch only after --help.
+A fine-tuned checkpoint says how its questions were written, and the prompt is written so; --no-wrap leaves it as it is. A
+base model only ever continues. Results go to stdout, everything else to stderr. No Lightning here, and torch only after --help.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +32,10 @@ from tinylm.errors import UserError, printable
 from tinylm.program import Parser, readable, run_program, say
 
 if TYPE_CHECKING:
+    from tinylm.chat import Chat
     from tinylm.checkpoint import Loaded
-    from tinylm.engine import Completion, Piece, Prompt
+    from tinylm.engine import Completion, Engine, Piece, Prompt
+    from tinylm.prompts import Template
     from tinylm.tokenizer import Tokenizer
 
 # Least probability of a token, and the terminal colour that shows it.
@@ -43,33 +52,186 @@ def infer(arguments: argparse.Namespace) -> int:
     """Load the model, write the text."""
     given = {name: value for name, value in vars(arguments).items() if name in SamplingConfig.model_fields}
     sampling_settings(given, SamplingConfig())  # a bad flag is told before the seconds that loading takes
-    prompt = read_prompt(arguments.prompt)
+    check_chat(arguments, given)
+    check_best_of(arguments, given)
+    prompt = None if arguments.chat else read_prompt(arguments.prompt)
     device, reason = pick_device(arguments.device)
     say(f"device: {device} ({reason})")
     loaded = load(arguments, device)
     say(f"checkpoint: {loaded.info.path}, step {loaded.info.step}")
     sampling = sampling_settings(given, loaded.config.sampling)
 
-    from tinylm.engine import Completion, Engine
+    from tinylm.engine import Engine
 
-    tokenizer = choose_tokenizer(arguments.tokenizer, loaded.tokenizer)
-    engine = Engine(loaded.model, tokenizer)
-    encoded = engine.encode_prompt(prompt)
+    engine = Engine(loaded.model, choose_tokenizer(arguments.tokenizer, loaded.tokenizer))
+    template = find_template(arguments, loaded, engine.tokenizer)
+    if prompt is None:
+        assert template is not None, "find_template sees to it"
+        return chat(engine, template, sampling, arguments.system)
+    return write_texts(prompt, engine, template, sampling, loaded, arguments)
+
+
+def write_texts(
+    prompt: str, engine: "Engine", template: "Template | None", sampling: SamplingConfig, loaded: "Loaded", arguments: argparse.Namespace
+) -> int:
+    """The continuations of one prompt, or the answers to it."""
+    from tinylm.engine import Completion
+
+    tokenizer = engine.tokenizer
+    encoded, stop_ids = put(prompt, engine, template, arguments.system)
     say_what_is_left_out(encoded, sampling)
-
-    show = Screen(prompt, tokenizer, sampling.n_samples, arguments)
+    if arguments.best_of is not None:
+        return write_best(prompt, engine, encoded, sampling, arguments, stop_ids)
+    show = Screen(prompt, tokenizer, sampling.n_samples, arguments, answers=template is not None)
     pieces: list[list[Piece]] = [[] for _ in range(sampling.n_samples)]
     start = time.perf_counter()
-    for piece in engine.stream(encoded, sampling):
+    for piece in engine.stream(encoded, sampling, stop_ids=stop_ids):
         pieces[piece.sample].append(piece)
         show.now(piece)
     seconds = time.perf_counter() - start
     show.rest(pieces)
+    if template and not any(piece.text.strip() for row in pieces for piece in row):
+        say("the answer is blank: the model ended it at once, or wrote white space; more training may help")
     if arguments.json:
         completions = [describe(Completion.of(encoded, row), row, tokenizer, show_probs=arguments.show_probs) for row in pieces]
-        write(json.dumps({"prompt": prompt, "checkpoint": str(loaded.info.path), "step": loaded.info.step, "completions": completions}, indent=2) + "\n")
+        of = {"prompt": prompt, "template": template and template.name, "checkpoint": str(loaded.info.path), "step": loaded.info.step}
+        write(json.dumps({**of, "completions": completions}, indent=2) + "\n")
     n_tokens = sum(map(len, pieces))
     say(f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.0f} tokens/s")
+    return 0
+
+
+def put(prompt: str, engine: "Engine", template: "Template | None", system: str | None) -> "tuple[Prompt, tuple[int, ...]]":
+    """The prompt as the model reads it, and the tokens that end its answer beside EOS."""
+    from tinylm.prompts import Turn
+
+    if template is None:
+        return engine.encode_prompt(prompt), ()
+    before = () if system is None else (Turn("system", system),)
+    return engine.fit_prompt(template.prompt_ids((*before, Turn("user", prompt)), engine.tokenizer)), template.stop_ids(engine.tokenizer)
+
+
+# --- a conversation ---------------------------------------------------------------------------------------------------
+
+
+def chat(engine: "Engine", template: "Template", sampling: SamplingConfig, system: str | None) -> int:
+    """Answer line by line, until the lines end or /exit; what was said before is part of each question."""
+    from tinylm.chat import Chat
+
+    talk, typed = Chat(engine, template, sampling.max_new_tokens, system), sys.stdin.isatty()
+    say("chat: one question a line; /reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer")
+    if typed:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # run_program puts its own back
+    for line in lines_of_stdin(typed):
+        if line == "/exit":
+            break
+        try:
+            obey(line, talk, sampling)
+        except KeyboardInterrupt:
+            if not typed:  # nobody is there to go on
+                raise
+    return 0
+
+
+def obey(line: str, talk: "Chat", sampling: SamplingConfig) -> None:
+    """Answer a question, or do what a command says."""
+    if line == "/reset":
+        talk.forget()
+        say("forgotten")
+    elif re.fullmatch("/[a-z]+", line):
+        say(f"{line}: no such command. There are /reset and /exit.")
+    elif line.strip():
+        try:
+            answer(line, talk, sampling)
+        except UserError as error:  # one question that cannot be asked is not the end
+            say(f"error: {error}")
+
+
+def answer(text: str, talk: "Chat", sampling: SamplingConfig) -> None:
+    """Write the answer to a question as it comes; what was written is remembered, also of one that was stopped."""
+    question = talk.ask(text)
+    if question.forgotten:
+        say(f"the context is full: the oldest {question.forgotten} of the answered questions are forgotten")
+    say_what_is_left_out(question.prompt, sampling)
+    shown, trim = "", Trim()
+    try:
+        for piece in talk.engine.stream(question.prompt, sampling, stop_ids=talk.template.stop_ids(talk.engine.tokenizer)):
+            part = trim(piece.text)
+            shown += part
+            write(readable(part))
+    finally:
+        talk.remember(question, shown)
+        write("\n")
+
+
+def lines_of_stdin(typed: bool) -> Iterator[str]:
+    """The lines that are typed, with a sign that one is waited for, or piped in; one that is no text is told and left out."""
+    if typed:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  (gives `input` its keys)
+    while True:
+        try:
+            line = input("> " if sys.stdout.isatty() else "") if typed else piped_line()
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            say("error: standard input: not UTF-8 text. The line is left out.")
+        except KeyboardInterrupt:
+            if not typed:
+                raise
+            say("")
+        else:
+            yield line
+
+
+def piped_line() -> str:
+    """The next line of a pipe or file, without its end."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return line.decode().rstrip("\r\n")
+
+
+# --- the best of several answers ------------------------------------------------------------------------------------
+
+
+def check_best_of(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Refuse flags that choosing among answers contradicts."""
+    n = arguments.best_of
+    if (n is None) != (arguments.verifier is None):
+        raise UserError("--best-of, --verifier: one needs the other. Give --best-of 8 --verifier FILE, or neither.")
+    if n is None:
+        return
+    if arguments.chat:
+        raise UserError("--best-of: it answers one prompt. Leave --chat or --best-of out.")
+    if not isinstance(n, int) or not 2 <= n <= 1024:
+        raise UserError(f"--best-of: expected a whole number from 2 to 1024, found {printable(n)}.")
+    for name in ("n_samples", "n_beams"):
+        if given.get(name, 1) != 1:
+            raise UserError(f"{flag(name)}: --best-of says how many answers are drawn. Leave one of the two out.")
+    if arguments.show_probs:
+        raise UserError("--show-probs: it shows one text as it is written, and --best-of chooses when all are. Leave one of the two out.")
+
+
+def write_best(
+    prompt: str, engine: "Engine", encoded: "Prompt", sampling: SamplingConfig, arguments: argparse.Namespace, stop_ids: Sequence[int]
+) -> int:
+    """Draw the answers, judge them, write the one that is most likely right; the probabilities of all go to stderr, or into the JSON."""
+    from tinylm.judge import Judge
+
+    if sampling.temperature == 0:
+        raise UserError("--temperature: 0 writes the same answer each time, and --best-of chooses among different ones. Give --temperature 0.7.")
+    judge = Judge.load(arguments.verifier, str(engine.model.embedding.weight.device))
+    completions = engine.generate(encoded, sampling.model_copy(update={"n_samples": arguments.best_of, "n_beams": 1}), stop_ids=stop_ids)
+    probabilities = judge.probabilities(prompt, [completion.text for completion in completions])
+    ranked = sorted(zip(probabilities, completions, strict=True), key=lambda pair: -pair[0])
+    if arguments.json:
+        answers = [{"probability": probability, **dataclasses.asdict(completion)} for probability, completion in ranked]
+        write(json.dumps({"prompt": prompt, "verifier": str(arguments.verifier), "completions": answers}, indent=2) + "\n")
+        return 0
+    for probability, completion in ranked:
+        say(f"verifier: {probability:.3f}  {completion.text.strip()}")
+    write(readable(ranked[0][1].text.strip()) + "\n")
     return 0
 
 
@@ -81,16 +243,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python infer.py",
         usage='python infer.py --prompt "Attention is" [flags]',
-        description="Continue a prompt with a trained model.",
+        description="Continue a prompt with a trained model, or ask one that was fine-tuned.",
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="text to continue; - or no flag: read from standard input, without its last newline")
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue, or question; - or no flag: read from standard input, without its last newline")
+    parser.add_argument("--chat", action="store_true", help="talk with a fine-tuned model: one question a line, the answers are remembered")
+    parser.add_argument("--system", metavar="TEXT", help="what a fine-tuned model is told before the first question")
+    parser.add_argument("--no-wrap", action="store_true", help="continue the prompt as it stands, also with a fine-tuned model")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--ckpt", type=Path, metavar="FILE", help="checkpoint; without it the newest sound one in --dir")
+    where.add_argument("--ckpt", type=Path, metavar="FILE", help="checkpoint; without it the newest sound one in --dir, for --chat of a fine-tuned model")
     where.add_argument("--dir", type=Path, default=Path("checkpoints"), metavar="FOLDER", help="folder of checkpoints (checkpoints)")
     parser.add_argument("--tokenizer", default="auto", metavar="NAME", help="auto: the one in the checkpoint; else byte, or a Hugging Face name or folder")
     parser.add_argument("--device", choices=NAMES, default="auto", help="auto: CUDA, else MPS, else the CPU")
     parser.add_argument("--show-probs", action="store_true", help="colour each token by its probability; without colour: token(probability)")
     parser.add_argument("--json", action="store_true", help="print the completions as JSON when they are finished")
+    parser.add_argument("--best-of", type=number, metavar="N", help="draw N answers and print the one that --verifier finds most likely right")
+    parser.add_argument("--verifier", type=Path, metavar="FILE", help="checkpoint of a verifier (finetune.py --config configs/verifier.yaml)")
     sampling = parser.add_argument_group("sampling", "a default that the checkpoint's config sets replaces the one shown; none switches a setting off")
     for name, field in SamplingConfig.model_fields.items():
         shown = "off" if field.default in (None, ()) else field.default
@@ -136,6 +303,18 @@ def sampling_settings(given: dict[str, Any], base: SamplingConfig) -> SamplingCo
         raise UserError(f"{flag(str(error['loc'][0]))}: {what}, found {printable(repr(error['input']))[:80]}. The flags: python infer.py --help") from None
 
 
+def check_chat(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Refuse flags that have no part in a chat."""
+    if not arguments.chat:
+        return
+    flags = {"--prompt": arguments.prompt is not None, "--json": arguments.json, "--show-probs": arguments.show_probs, "--no-wrap": arguments.no_wrap}
+    flags["--n-samples"] = given.get("n_samples", 1) != 1
+    for name in (name for name, present in flags.items() if present):
+        raise UserError(f"{name}: it has no part in --chat. Leave one of the two out.")
+    if sys.stdin is None:
+        raise UserError("--chat: standard input is closed. Start it in a terminal, or pipe questions into it, one a line.")
+
+
 def read_prompt(argument: str | None) -> str:
     """The text of --prompt, or standard input."""
     if argument is not None and argument != "-":
@@ -159,10 +338,46 @@ def load(arguments: argparse.Namespace, device: str) -> "Loaded":
     """The model of --ckpt, or of the newest sound checkpoint in --dir; damaged ones that were passed over are named."""
     from tinylm.checkpoint import load_model, newest_sound
 
+    if arguments.chat and arguments.ckpt is None:
+        return load_model(newest_answering(arguments.dir), device)
     path = arguments.ckpt or newest_sound(arguments.dir, lambda error: say(f"passed over: {error}"))
     if path is None:
         raise UserError(f"{printable(arguments.dir)}: no checkpoint here. Train one (python train.py --config config_smoke.yaml), or give --ckpt FILE.")
     return load_model(path, device)
+
+
+def newest_answering(folder: Path) -> Path:
+    """The newest sound checkpoint of each folder of runs in `folder`, itself included, that was taught to answer; the latest of them."""
+    from tinylm.checkpoint import describe, newest_sound
+    from tinylm.prompts import ANSWERING
+
+    below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    newest = [newest_sound(place, lambda error: say(f"passed over: {error}")) for place in (folder, *below)]
+    answering = [info for info in (describe(path) for path in newest if path is not None) if info.stage in ANSWERING]
+    if not answering:
+        mend = "Teach a model to answer (python finetune.py --config config_finetune.yaml), or give --ckpt FILE"
+        raise UserError(f"{printable(folder)}: no fine-tuned checkpoint here or in a folder below. {mend}.")
+    return max(answering, key=lambda info: info.created).path
+
+
+def find_template(arguments: argparse.Namespace, loaded: "Loaded", tokenizer: "Tokenizer") -> "Template | None":
+    """How the checkpoint's questions are written, which is said; None for a base model and for --no-wrap.
+
+    Raises:
+        UserError: --chat or --system was given, and there is none.
+    """
+    from tinylm.prompts import make_template
+
+    if loaded.template is not None and not arguments.no_wrap:
+        say(f"template: {loaded.template}, as it was fine-tuned" + ("" if arguments.chat else "; --no-wrap continues the prompt as it stands"))
+        return make_template(loaded.template, tokenizer)
+    if arguments.chat:
+        path = printable(loaded.info.path)
+        mend = "Fine-tune it first (python finetune.py --config config_finetune.yaml), or continue a text: --prompt TEXT"
+        raise UserError(f"--chat: {path} is a base model, which continues texts and was not taught to answer. {mend}.")
+    if arguments.system is not None:
+        raise UserError("--system: only a fine-tuned model that is asked in its template is told something before. Leave it out.")
+    return None
 
 
 def choose_tokenizer(name: str, inside: "Tokenizer") -> "Tokenizer":
@@ -195,15 +410,18 @@ def say_what_is_left_out(prompt: "Prompt", sampling: SamplingConfig) -> None:
 
 
 class Screen:
-    """The texts on stdout: the first as it is written, the others after it, nothing with --json."""
+    """The texts on stdout: the first as it is written, the others after it, nothing with --json.
 
-    def __init__(self, prompt: str, tokenizer: "Tokenizer", n_samples: int, arguments: argparse.Namespace):
-        self.silent, self.n_samples = arguments.json, n_samples
+    Answers stand alone, without the white space of their template; a text that is continued stands before what was written.
+    """
+
+    def __init__(self, prompt: str, tokenizer: "Tokenizer", n_samples: int, arguments: argparse.Namespace, *, answers: bool = False):
+        self.silent, self.n_samples, self.trim = arguments.json, n_samples, Trim()
         coloured = has_colour()
-        self.opening = readable(prompt)
-        if coloured and prompt:
+        self.opening = "" if answers else readable(prompt)
+        if coloured and self.opening:
             self.opening = in_colour("2", self.opening)
-        self.form: Callable[[Piece], str] = lambda piece: readable(piece.text)
+        self.form: Callable[[Piece], str] = lambda piece: readable(self.trim(piece.text) if answers else piece.text)
         if arguments.show_probs and not self.silent:
             if coloured:
                 self.form = Coloured()
@@ -215,6 +433,7 @@ class Screen:
 
     def begin(self, sample: int) -> None:
         """Open the text of a sample."""
+        self.trim = Trim()
         if not self.silent:
             write((f"--- {sample + 1} of {self.n_samples}\n" if self.n_samples > 1 else "") + self.opening)
 
@@ -229,6 +448,25 @@ class Screen:
             if sample and not self.silent:
                 self.begin(sample)
                 write("".join(map(self.form, of_sample)) + "\n")
+
+
+class Trim:
+    """Lets a text through in parts, without the white space at its two ends.
+
+    >>> trim = Trim()
+    >>> [trim(part) for part in (" ", " red,", " ", "blue ", "")]
+    ['', 'red,', '', ' blue', '']
+    """
+
+    def __init__(self) -> None:
+        self.held, self.begun = "", False
+
+    def __call__(self, text: str) -> str:
+        text = self.held + text if self.begun else text.lstrip()
+        shown = text.rstrip()
+        self.begun = self.begun or bool(shown)
+        self.held = text[len(shown) :]
+        return shown
 
 
 class Coloured:

@@ -1,18 +1,20 @@
-"""What is trained: LitStage, which every training stage shares, and LitLM, pretraining and supervised fine-tuning.
+"""What is trained: LitStage, which every training stage shares; LitLM, pretraining and supervised fine-tuning; LitDPO, preferences; LitVerifier.
 
-A stage knows its loss. LitStage knows the rest of an optimizer step, in this order: the loss of each micro-batch, its
-gradient, the gradient divided by the target tokens of the whole step, the guard against numbers that are not finite,
-clipping, the learning rate of this step, the step itself. Everything that a resumed run needs is in `progress` and in the
-optimizer; dropout is seeded anew for each micro-batch, so there is no generator to restore.
+A stage knows its loss, and the units that it is a mean over: target tokens, or pairs. LitStage knows the rest of an optimizer
+step, in this order: the loss of each micro-batch, its gradient, the gradient divided by the units of the whole step, the
+guard against numbers that are not finite, clipping, the learning rate of this step, the step itself. Everything that a
+resumed run needs is in `progress` and in the optimizer; dropout is seeded anew for each micro-batch, so there is no
+generator to restore.
 
 The model itself is `tinylm/decoder.py`; what happens between the steps (validation, metrics, checkpoints) is `callbacks.py`.
 """
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -23,12 +25,15 @@ from tinylm.config import Config
 from tinylm.decoder import Decoder
 from tinylm.device import keep_freed_memory
 from tinylm.errors import Diverged
-from tinylm.evaluate import batch_sums
+from tinylm.evaluate import batch_sums, beside_ids, language_score
 from tinylm.foreign import ForeignDecoder
-from tinylm.losses import cross_entropy
+from tinylm.lora import adapters_off
+from tinylm.losses import Answers, cross_entropy
 from tinylm.optim import make_optimizer, set_lr
 from tinylm.packing import IGNORE_INDEX
+from tinylm.preferences import MEASURES, Comparison, PairScores, compare, score_pairs
 from tinylm.schedule import multiplier
+from tinylm.verifier import Verifier, VerifierScore, logit_counts, verifier_loss
 
 
 @dataclass
@@ -40,11 +45,15 @@ class Progress:
     tokens: int = 0
     """target tokens trained on"""
     logged_loss: float = 0.0
-    """sum of the losses of the tokens since the last row of metrics"""
-    logged_tokens: int = 0
+    """sum of the losses of the units since the last row of metrics"""
+    logged_units: int = 0
     """and their number"""
+    logged_measures: list[float] = field(default_factory=list)
+    """and the sums of what else the stage measures"""
     train_loss: float | None = None
     """mean loss in the last row of metrics"""
+    train_measures: list[float] = field(default_factory=list)
+    """and the means of what else the stage measures"""
     lr: float = 0.0
     """learning rate of the last step"""
     grad_norm: float = 0.0
@@ -61,29 +70,70 @@ class Progress:
         """Whether the validation of `step` was done."""
         return any(int(done) == step for done, _ in self.validations)
 
+    def log(self, loss: float, units: int, measures: list[float]) -> None:
+        """Count a step towards the next row of metrics; all are sums."""
+        self.logged_loss += loss
+        self.logged_units += units
+        self.logged_measures = [before + now for before, now in zip(self.logged_measures or [0.0] * len(measures), measures, strict=True)]
+
+    def close_row(self) -> None:
+        """Take the means of what was logged since the last row."""
+        if self.logged_units:
+            self.train_loss = self.logged_loss / self.logged_units
+            self.train_measures = [total / self.logged_units for total in self.logged_measures]
+            self.logged_loss, self.logged_units, self.logged_measures = 0.0, 0, []
+
     def to_plain(self) -> dict[str, Any]:
         """Plain types for a checkpoint; `Progress(**plain)` is the inverse."""
         return asdict(self)
 
 
+class BatchLoss(NamedTuple):
+    """What a stage makes of one micro-batch."""
+
+    loss: Tensor
+    """sum over the units, a scalar"""
+    units: Tensor
+    """how many targets, or pairs, the loss of a step is the mean over"""
+    tokens: Tensor
+    """target tokens"""
+    regulariser: Tensor
+    """what is minimised beside the loss, per unit"""
+    measures: Tensor | None = None
+    """sums over the units of what the stage's `measures` name"""
+
+
 class LitStage(L.LightningModule):
-    """One optimizer step of any stage; a stage adds `batch_loss`."""
+    """One optimizer step of any stage; a stage adds its loss and what validation makes of it."""
 
     stage: str
     roots: dict[str, Any]
     """what rebuilding the model from a checkpoint takes beside its settings and weights (`tinylm/checkpoint.py`)"""
+    full_batch: int
+    """units of a micro-batch without padding"""
+    measures: tuple[str, ...] = ()
+    """columns of metrics.csv that only this stage has, of training rows"""
+    val_measures: tuple[str, ...] = ()
+    """and of validations"""
 
-    def __init__(self, config: Config, decoder: Decoder | ForeignDecoder, stage: str, roots: dict[str, Any]):
+    def __init__(self, config: Config, decoder: Decoder | ForeignDecoder | Verifier, stage: str, roots: dict[str, Any]):
         super().__init__()
         self.config, self.decoder, self.stage, self.roots = config, decoder, stage, roots
         self.progress = Progress()
         self.cursor: list[int] | None = None
-        self._step_loss: list[Tensor] = []
-        self._step_targets: list[Tensor] = []
+        self._step_parts: list[BatchLoss] = []
         self._step_origin: list[Any] = []
 
-    def batch_loss(self, batch: Batch, *, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of the losses of a batch's targets, the number of targets, and a regulariser per target; all scalars."""
+    def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
+        """The loss of a micro-batch."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Sums over one batch, in eval mode and without smoothing, of which `val_metrics` takes the totals."""
+        raise NotImplementedError
+
+    def val_metrics(self, totals: list[float]) -> dict[str, float]:
+        """val_loss and other columns of metrics.csv, from the sums over all batches and ranks."""
         raise NotImplementedError
 
     def on_fit_start(self) -> None:
@@ -92,7 +142,10 @@ class LitStage(L.LightningModule):
             keep_freed_memory()
 
     def configure_model(self) -> None:
-        """Under fsdp each block, and the rest, is cut into equal parts that live on one device each (Zhao et al. 2023)."""
+        """Lightning's hook for what has to happen when devices and processes are known: sharding, then compiling.
+
+        Under fsdp each block, and the rest, is cut into equal parts that live on one device each (Zhao et al. 2023).
+        """
         if self.config.hardware.strategy == "fsdp" and self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
             assert isinstance(self.decoder, Decoder), "train.py refuses others"
@@ -100,36 +153,33 @@ class LitStage(L.LightningModule):
                 fully_shard(block, mesh=mesh)
             fully_shard(self.decoder, mesh=mesh)
             register_fsdp_forward_method(self.decoder, "features")
+        self._features = torch.compile(self.decoder.features) if self.config.hardware.compile else self.decoder.features
+
+    @property
+    def _balance_coef(self) -> float:
+        """Weight of the balance loss of a mixture of experts."""
+        return 0.0 if self.config.model.moe is None else self.config.model.moe.balance_coef
 
     # --- one micro-batch ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch for the backward pass.
 
-        It is divided by a constant, the tokens of a full micro-batch, because the number of targets in the whole step is
+        It is divided by a constant, the units of a full micro-batch, because the number of units in the whole step is
         only known at its end; `configure_gradient_clipping` then puts the true mean in place of it.
         """
         self._reseed(batch_idx)
-        loss, targets, regulariser = self.batch_loss(batch, label_smoothing=self.config.training.label_smoothing)
-        self._step_loss.append(loss.detach())
-        self._step_targets.append(targets)
+        part = self.batch_loss(batch, label_smoothing=self.config.training.label_smoothing)
+        self._step_parts.append(part._replace(loss=part.loss.detach(), regulariser=part.regulariser.detach()))
         self._step_origin.append(batch["origin"])
         self.cursor = batch.get("cursor")  # only a stream has one
-        return (loss + regulariser * targets) / self._full_batch
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """(loss sum, targets, bytes of the targets' text, targets predicted right) of one batch, in eval mode and without smoothing."""
-        raise NotImplementedError
+        return (part.loss + part.regulariser * part.units) / self.full_batch
 
     def _reseed(self, batch_idx: int) -> None:
         """Make dropout a function of (seed, micro-batch, rank)."""
-        k = self.progress.step * self.config.training.grad_accum_steps + len(self._step_loss)
+        k = self.progress.step * self.config.training.grad_accum_steps + len(self._step_parts)
         # The multipliers only have to keep different (seed, k, rank) apart, modulo the 64 bits that a seed has.
         torch.manual_seed((self.config.training.seed * 1_000_003 + k * 8_191 + self.global_rank + 1) % 2**63)
-
-    @property
-    def _full_batch(self) -> int:
-        return self.config.training.micro_batch_size * self.config.training.seq_len
 
     # --- one optimizer step -------------------------------------------------------------------------------------------
 
@@ -140,19 +190,18 @@ class LitStage(L.LightningModule):
         return make_optimizer(self.decoder, self.config.training, fused=fused)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
-        """Turn the summed gradient into that of the mean over the step's targets, check it, clip it, set the learning rate."""
-        loss, targets = self._step_totals()
-        self._scale_gradient(targets)
+        """Turn the summed gradient into that of the mean over the step's units, check it, clip it, set the learning rate."""
+        loss, units, tokens, measures = self._step_totals()
+        self._scale_gradient(units)
         norm = self._clip()
-        self._guard(loss, targets, norm)
+        self._guard(loss, units, norm)
         self.progress.grad_norm = norm
         training = self.config.training
         share = multiplier(self.progress.step, training, self.progress.val_losses)
         set_lr(optimizer, share)
         self.progress.lr = training.lr * share
-        self.progress.tokens += targets
-        self.progress.logged_loss += loss
-        self.progress.logged_tokens += targets
+        self.progress.tokens += tokens
+        self.progress.log(loss, units, measures)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Take the step and count it."""
@@ -162,22 +211,25 @@ class LitStage(L.LightningModule):
         self._forget_step()
 
     def _forget_step(self) -> None:
-        self._step_loss.clear()
-        self._step_targets.clear()
+        self._step_parts.clear()
         self._step_origin.clear()
 
-    def _step_totals(self) -> tuple[float, int]:
-        """Loss sum and number of targets of this step over all micro-batches and ranks."""
-        reduce = self.trainer.strategy.reduce
-        loss = reduce(torch.stack(self._step_loss).sum(), reduce_op="sum")
-        targets = reduce(torch.stack(self._step_targets).sum(), reduce_op="sum")
-        return float(loss), int(targets)
+    def _step_totals(self) -> tuple[float, int, int, list[float]]:
+        """Loss sum, units, tokens and sums of the measures of this step, over all micro-batches and ranks."""
+        loss = self._total([part.loss for part in self._step_parts])
+        counts = self._total([torch.stack((part.units, part.tokens)) for part in self._step_parts])
+        measures = [part.measures for part in self._step_parts if part.measures is not None]
+        units, tokens = counts.tolist()
+        return float(loss), units, tokens, self._total(measures).tolist() if measures else []
 
-    def _scale_gradient(self, targets: int) -> None:
+    def _total(self, parts: list[Tensor]) -> Tensor:
+        return self.trainer.strategy.reduce(torch.stack(parts).sum(dim=0), reduce_op="sum")
+
+    def _scale_gradient(self, units: int) -> None:
         """The gradient is that of loss sum / full batch, meaned over micro-batches and ranks; make it that of the mean."""
         world = self.trainer.world_size
         parts = self.config.training.grad_accum_steps * world
-        share = targets / (self._full_batch * parts)
+        share = units / (self.full_batch * parts)
         if share not in (0.0, 1.0):
             for weight in self.parameters():
                 if weight.grad is not None:
@@ -189,7 +241,7 @@ class LitStage(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), math.inf if limit is None else limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def _guard(self, loss: float, targets: int, norm: float) -> None:
+    def _guard(self, loss: float, units: int, norm: float) -> None:
         """Stop before a step that would write numbers that are not finite into the weights.
 
         With fp16 an infinite norm alone is not an error: the gradient scaler skips the step and lowers its scale.
@@ -197,7 +249,7 @@ class LitStage(L.LightningModule):
         scaled = self.config.hardware.precision == "16"
         if math.isfinite(loss) and (scaled or math.isfinite(norm)):
             return
-        what = f"the loss is {loss / max(targets, 1)}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        what = f"the loss is {loss / max(units, 1)}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         raise Diverged(f"step {self.progress.step + 1}: {what}; rows at {self._step_origin}. No step was taken. Lower training.lr, or look at these rows")
 
 
@@ -206,22 +258,125 @@ class LitLM(LitStage):
 
     def __init__(self, config: Config, decoder: Decoder | ForeignDecoder, byte_lengths: Tensor, stage: str, roots: dict[str, Any]):
         super().__init__(config, decoder, stage, roots)
+        self.full_batch = config.training.micro_batch_size * config.training.seq_len
+        self.val_measures = ("val_accuracy",) if stage == "sft" else ()
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
 
-    def configure_model(self) -> None:
-        """Lightning's hook for what has to happen when devices and processes are known: sharding, then compiling."""
-        super().configure_model()
-        self._features = torch.compile(self.decoder.features) if self.config.hardware.compile else self.decoder.features
-
-    def batch_loss(self, batch: Batch, *, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross entropy summed over the targets; a mixture of experts adds its balance loss."""
-        features = self._features(batch["input_ids"], document_ids=batch.get("document_ids"))
+    def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
+        """Cross entropy of the target tokens; a mixture of experts adds its balance loss."""
+        batch = self.decoder.arranged(batch)
+        features = self._features(batch["input_ids"], **beside_ids(batch))
         labels = batch["labels"].flatten()
         loss = cross_entropy(features.hidden.flatten(0, 1), self.decoder.head.weight, labels, label_smoothing=label_smoothing)
-        moe = self.config.model.moe
-        regulariser = features.balance_loss * (0.0 if moe is None else moe.balance_coef)
-        return loss, (labels != IGNORE_INDEX).sum(), regulariser
+        targets = (labels != IGNORE_INDEX).sum()
+        return BatchLoss(loss, targets, targets, features.balance_loss * self._balance_coef)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """What `tinylm/evaluate.py` counts, so that training and eval_val.py give the same number."""
-        return batch_sums(self._features, self.decoder.head, batch, self.byte_lengths)
+        return batch_sums(self._features, self.decoder.head, self.decoder.arranged(batch), self.byte_lengths)
+
+    def val_metrics(self, totals: list[float]) -> dict[str, float]:
+        """Loss, perplexity, bits per byte; of answers also how many of their tokens are the most probable one."""
+        score = language_score(*totals)
+        metrics = {"val_loss": score.loss, "val_ppl": score.perplexity, "val_bpb": score.bits_per_byte}
+        return metrics | ({"val_accuracy": score.accuracy} if self.val_measures else {})
+
+
+class LitDPO(LitStage):
+    """Direct preference optimisation: the model learns which of two answers is better, held to a reference (stage `dpo`).
+
+    The reference is the model that the run began with. It is given, frozen; or it is the decoder with its adapters switched off;
+    or only its log-probabilities are known, which then come with each batch. It never has dropout.
+
+    Args:
+        reference: the frozen copy where dpo.reference is `copy`, else None.
+    """
+
+    measures = MEASURES
+    val_measures = tuple(f"val_{name}" for name in MEASURES)
+
+    def __init__(self, config: Config, decoder: Decoder | ForeignDecoder, roots: dict[str, Any], reference: Decoder | ForeignDecoder | None):
+        super().__init__(config, decoder, "dpo", roots)
+        assert config.dpo is not None
+        self.dpo, self.full_batch = config.dpo, config.training.micro_batch_size
+        self.reference = None if reference is None else reference.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "LitDPO":
+        """Switch dropout on or off, in the policy alone."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
+        """The preference loss; beside it dpo.sft_coef times the cross entropy per token of each chosen answer (Pang et al. 2024, equation 1)."""
+        policy, found = self._compare(batch)
+        tokens = policy.lengths.chosen.sum() + policy.lengths.rejected.sum()
+        regulariser = self.dpo.sft_coef * found.cross_entropy.mean() + policy.balance_loss * self._balance_coef
+        return BatchLoss(found.loss.sum(), (policy.lengths.chosen > 0).sum(), tokens, regulariser, found.measures)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """(loss sum, pairs, sums of the measures) of one batch."""
+        policy, found = self._compare(batch)
+        return torch.cat((torch.stack((found.loss.sum(), (policy.lengths.chosen > 0).sum())), found.measures))
+
+    def val_metrics(self, totals: list[float]) -> dict[str, float]:
+        """The means over pairs; a perplexity would say nothing."""
+        loss, n_pairs, *sums = totals
+        return dict(zip(("val_loss", *self.val_measures), (total / n_pairs for total in (loss, *sums)), strict=True))
+
+    def _compare(self, batch: Batch) -> tuple[PairScores, Comparison]:
+        reference = self._reference(batch)
+        policy = score_pairs(self._features, self.decoder.head, batch)
+        return policy, compare(policy, reference, self.dpo)
+
+    @torch.no_grad()
+    def _reference(self, batch: Batch) -> Answers:
+        """The log-probabilities under the reference; no random number is drawn for them."""
+        if self.dpo.reference == "cached":
+            return Answers(batch["chosen_reference"], batch["rejected_reference"])
+        if self.reference is not None:
+            return score_pairs(self.reference.features, self.reference.head, batch).log_probs
+        was_training = self.decoder.training
+        self.decoder.eval()
+        with adapters_off(self.decoder):
+            log_probs = score_pairs(self.decoder.features, self.decoder.head, batch).log_probs
+        self.decoder.train(was_training)
+        return log_probs
+
+
+class LitVerifier(LitStage):
+    """An encoder learns to tell right answers from wrong ones (stage `verifier`); it stands where other stages have their decoder."""
+
+    measures = ("accuracy",)
+    val_measures = ("val_accuracy", "val_accuracy_low", "val_accuracy_high", "val_majority", "val_auc", "val_calibration_error")
+
+    def __init__(self, config: Config, verifier: Verifier, roots: dict[str, Any]):
+        super().__init__(config, verifier, "verifier", roots)
+        assert config.verifier is not None
+        self.full_batch = config.training.micro_batch_size * (1 + config.verifier.n_wrong + config.verifier.n_sampled)
+
+    def configure_model(self) -> None:
+        """Lightning's hook; train.py refuses fsdp."""
+        self._score = torch.compile(self.decoder) if self.config.hardware.compile else self.decoder
+
+    def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
+        """Cross entropy of right and wrong."""
+        logits, right = self._score(batch["input_ids"], batch["attention_mask"]), batch["label"]
+        n_right = ((logits >= 0) == right.bool()).sum()
+        tokens = batch["attention_mask"].sum()
+        return BatchLoss(verifier_loss(logits, right), torch.tensor(len(right), device=right.device), tokens, logits.new_zeros(()), n_right.float()[None])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The sum of the losses, then how often each logit occurs among wrong and right pairs."""
+        right = batch["label"]
+        none = torch.zeros(0, device=right.device)  # what a rank without a problem left makes of its share
+        logits = self._score(batch["input_ids"], batch["attention_mask"]) if len(right) else none
+        return torch.cat((verifier_loss(logits, right)[None], logit_counts(logits, right)))
+
+    def val_metrics(self, totals: list[float]) -> dict[str, float]:
+        """The mean loss, and `VerifierScore` with the interval of its accuracy."""
+        loss, *counts = totals
+        score = VerifierScore.of_counts(np.array(counts))
+        numbers = (loss / score.n, score.accuracy, *score.interval, score.majority, score.auc, score.calibration_error)
+        return dict(zip(("val_loss", *self.val_measures), numbers, strict=True))

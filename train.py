@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from tinylm.program import Parser, run_program
 if TYPE_CHECKING:
     import lightning as L
 
-    from data import LitData, LitExamples
+    from data import LitData, LitExamples, LitPreferences, LitProblems
     from model import LitStage
     from tinylm.checkpoint import Base
     from tinylm.config import Config
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 # Settings that may differ when a run is resumed: they decide how long it runs and what is written, not what a step computes.
 FREE_ON_RESUME = {
-    "data.num_workers", "data.cache_dir", "data.dataset", "data.mix", "data.val_dataset", "tokenizer.path",  # their content is compared
+    "data.num_workers", "data.cache_dir", "data.dataset", "data.mix", "data.val_dataset", "tokenizer.path",
+    "verifier.sampled_from",  # the content of these is compared
     "training.max_steps", "training.val_every_steps", "training.val_batches", "training.early_stopping_patience",
     "training.log_every_steps", "training.save_every_steps", "training.keep_last", "training.checkpoint_dir", "training.log_dir",
     "training.run_name", "training.loggers", "training.sample_prompt", "training.auto_resume", "training.init_from",
@@ -94,6 +96,10 @@ def run(args: argparse.Namespace) -> int:
     from tinylm.config import load_config
 
     config = load_config(args.config, args.overrides)
+    if config.dpo is not None:
+        raise UserError("dpo: preferences are learned by finetune.py. Run that program, or take the dpo section out.")
+    if config.verifier is not None:
+        raise UserError("verifier: a verifier is trained by finetune.py. Run that program, or take the verifier section out.")
     if args.plan or args.find_lr or args.find_batch_size or args.overfit_one_batch is not None:
         return run_before(config, args)
     return run_stage("pretrain", config, args, open_corpus)
@@ -111,7 +117,8 @@ def run_before(config: "Config", args: argparse.Namespace) -> int:
     if base is not None and base.foreign:
         raise UserError("training.init_from: a Hugging Face model is not planned, and not tried. Leave it out.")
     config = config if base is None else settings_on_base(config, base)
-    made = Rehearsal(config, device, say, lambda: prepare_tokenizer(config, Start(), base), lambda config: build_model(config, Start(), base))
+    tokenizer = partial(prepare_tokenizer, config, Start(), base, learn_from_documents)
+    made = Rehearsal(config, device, say, tokenizer, lambda config: begin_weights(config, Start(), base))
     return rehearse(made, args)
 
 
@@ -124,15 +131,37 @@ class Start:
 
 
 Say = Callable[[str], None]
-OpenData = Callable[["Config", "Tokenizer", Say], "LitData | LitExamples"]
+OpenData = Callable[["Config", "Tokenizer", Say], "LitData | LitExamples | LitPreferences | LitProblems"]
 
 
-def run_stage(stage: str, config: "Config", args: argparse.Namespace, open_data: OpenData) -> int:
+@dataclass(frozen=True)
+class Parts:
+    """What a stage is built of."""
+
+    stage: str
+    config: "Config"
+    data: "LitData | LitExamples | LitPreferences | LitProblems"
+    start: Start
+    base: "Base | None"
+    device: str
+    say: Say
+
+
+def run_stage(
+    stage: str,
+    config: "Config",
+    args: argparse.Namespace,
+    open_data: OpenData,
+    build: "Callable[[Parts], LitStage] | None" = None,
+    learn: "Callable[[Config], Tokenizer] | None" = None,
+) -> int:
     """Say what will be done, train, say where the result is: what train.py and finetune.py do alike.
 
     Args:
         stage: the name that checkpoints and metrics have it under.
         open_data: makes and prepares the data module, and says what is in it.
+        build: makes what is trained; None: a language model.
+        learn: makes the tokenizer of a run that begins with new weights; None: from the training documents.
     """
     say = speaker()
     device = choose_device(config, say)
@@ -153,12 +182,13 @@ def run_stage(stage: str, config: "Config", args: argparse.Namespace, open_data:
         base = find_base(config, start)
         if base is not None and start.payload is None:
             config = settings_on_base(config, base)
-        tokenizer, config = prepare_tokenizer(config, start, base)
+        tokenizer, config = prepare_tokenizer(config, start, base, learn or learn_from_documents)
         data = open_data(config, tokenizer, say)
         if start.payload is not None:
             check_same_data(start, data, say, allow_changes=args.allow_changes)
         check_sample_prompt(config, tokenizer)
-        return fit(build_stage(stage, config, tokenizer, start, base), data, device, start, say)
+        made = (build or build_language_model)(Parts(stage, config, data, start, base, device, say))
+        return fit(made, data, device, start, say)
 
 
 def choose_device(config: "Config", say: Say) -> str:
@@ -331,12 +361,12 @@ def settings_of_resumed(config: "Config", payload: dict[str, Any]) -> "Config":
 
 
 def find_base(config: "Config", start: Start) -> "Base | None":
-    """The model that training.init_from names, where a run needs it: to begin, or under its adapters."""
+    """The model that training.init_from names, where a run needs it: to begin, under its adapters, or as the reference of preferences."""
     from tinylm.checkpoint import open_base
 
     if config.training.init_from is None and config.lora is not None:
         raise UserError("lora: adapters belong to a trained model. Set training.init_from, or take the lora section out.")
-    if config.training.init_from is None or (start.payload is not None and config.lora is None):
+    if config.training.init_from is None or (start.payload is not None and config.lora is None and config.dpo is None):
         return None
     try:
         return open_base(config.training.init_from)
@@ -363,10 +393,20 @@ def settings_on_base(config: "Config", base: "Base") -> "Config":
     return config.with_model(base.model, base.tokenizer_config)
 
 
-def prepare_tokenizer(config: "Config", start: Start, base: "Base | None") -> tuple["Tokenizer", "Config"]:
-    """The tokenizer, and the settings with the vocabulary's size filled in."""
+def learn_from_documents(config: "Config") -> "Tokenizer":
+    """The tokenizer of a run that begins with new weights."""
     from tinylm.bpe import tokenizer_for
 
+    with program.progress_bar() as progress:
+        tokenizer = tokenizer_for(config.tokenizer, config.data, config.training.seed, progress=progress)
+    wanted = config.tokenizer.vocab_size
+    if wanted is not None and tokenizer.vocab_size < wanted:
+        program.say(f"tokenizer: {tokenizer.vocab_size} tokens instead of {wanted}: every word of this text is one token already")
+    return tokenizer
+
+
+def prepare_tokenizer(config: "Config", start: Start, base: "Base | None", learn: "Callable[[Config], Tokenizer]") -> tuple["Tokenizer", "Config"]:
+    """The tokenizer, which `learn` makes where none is given, and the settings with the vocabulary's size filled in."""
     # It was learned, or came with a model, when the run began: the cache may be gone, the stream's first documents far away.
     kept = config.tokenizer.kind == "bpe" or config.tokenizer.learn_docs is not None or config.training.init_from is not None
     if start.payload is not None and start.payload["config"]["tokenizer"] == config.tokenizer.model_dump(mode="json") and kept:
@@ -374,7 +414,7 @@ def prepare_tokenizer(config: "Config", start: Start, base: "Base | None") -> tu
     elif start.payload is None and base is not None and base.tokenizer is not None:
         tokenizer = tokenizer_of_base(config, base)
     else:
-        tokenizer = tokenizer_for(config.tokenizer, config.data, config.training.seed)
+        tokenizer = learn(config)
     wanted = config.model.vocab_size
     if wanted is not None and wanted < tokenizer.vocab_size:
         mend = "Raise it, or leave it out" if config.training.init_from is None else "Use the tokenizer that the model was trained with"
@@ -411,71 +451,99 @@ def check_sample_prompt(config: "Config", tokenizer: "Tokenizer") -> None:
         raise UserError(f"training.sample_prompt: {error}") from None
 
 
-def build_stage(stage: str, config: "Config", tokenizer: "Tokenizer", start: Start, base: "Base | None") -> "LitStage":
-    """What is trained, with the weights that the run begins with."""
+def build_language_model(parts: Parts) -> "LitStage":
+    """What is trained on next tokens, with the weights that the run begins with."""
     from model import LitLM
-    from tinylm.checkpoint import NO_ROOTS, refer_to
     from tinylm.evaluate import byte_table
-    from tinylm.foreign import ForeignDecoder, check_packing
 
-    model, roots = build_model(config, start, base), dict(NO_ROOTS)
+    model, roots = build_model(parts)
+    return LitLM(parts.config, model, byte_table(parts.data.tokenizer, model.embedding.num_embeddings), parts.stage, roots)
+
+
+def build_model(parts: Parts) -> tuple["Decoder | ForeignDecoder", dict[str, Any]]:
+    """The model that is trained, with adapters where the settings ask for them, and the roots of its checkpoints."""
+    from tinylm.checkpoint import NO_ROOTS, refer_to
+    from tinylm.foreign import ForeignDecoder
+
+    config, base = parts.config, parts.base
+    model, roots = begin_weights(config, parts.start, base), dict(NO_ROOTS)
     if isinstance(model, ForeignDecoder):
-        check_foreign(config)
-        if stage == "sft" and config.data.packing == "packed":
-            check_packing(model)
+        check_foreign(parts.stage, config, model)
         if config.model.gradient_checkpointing:
             model.checkpoint_gradients()
         roots["hf_config"] = model.settings
     if config.lora is not None:
         assert base is not None, "find_base sees to it"
         roots["base"] = refer_to(base, model, Path(config.training.checkpoint_dir))
-        add_adapters(config, model, roots["base"], start)
-    return LitLM(config, model, byte_table(tokenizer, model.embedding.num_embeddings), stage, roots)
+        add_adapters(config, model, roots["base"], parts.start)
+    return model, roots
 
 
-def build_model(config: "Config", start: Start, base: "Base | None") -> "Decoder | ForeignDecoder":
+def begin_weights(config: "Config", start: Start, base: "Base | None") -> "Decoder | ForeignDecoder":
     """A decoder with the weights of the checkpoint to resume, of the base, or new ones, which depend on the seed alone."""
     import torch
 
     from tinylm.checkpoint import whole_model
     from tinylm.decoder import Decoder
 
-    if base is not None:
-        try:
-            return base.build(config.model)
-        except UserError as error:
-            raise UserError(f"training.init_from: {error}") from None
-    if start.payload is not None:
+    if start.payload is not None and config.lora is None:
         return whole_model(config.model, start.payload)
+    if base is not None:
+        return build_base(config, base)
     torch.manual_seed(config.training.seed)
     return Decoder(config.model)
 
 
-def add_adapters(config: "Config", model: "Decoder | ForeignDecoder", reference: dict[str, str], start: Start) -> None:
-    """Put adapters into `model`: new ones, or those of the checkpoint to resume, which belong to no other base.
+def build_base(config: "Config", base: "Base") -> "Decoder | ForeignDecoder":
+    """The model of training.init_from with its weights."""
+    try:
+        return base.build(config.model)
+    except UserError as error:
+        raise UserError(f"training.init_from: {error}") from None
 
-    Raises:
-        UserError: naming both bases.
-    """
+
+def add_adapters(config: "Config", model: "Decoder | ForeignDecoder", reference: dict[str, str], start: Start) -> None:
+    """Put adapters into `model`: new ones, or those of the checkpoint to resume, which belong to no other base."""
     from tinylm.lora import attach, load_adapter
 
     assert config.lora is not None
-    was = None if start.payload is None else start.payload["base"]
-    if was is not None and was["fingerprint"] != reference["fingerprint"]:
-        bases = f"{printable(was['path'])} with fingerprint {was['fingerprint']}"
-        found = f"training.init_from, {printable(config.training.init_from)}, has {reference['fingerprint']}"
-        raise UserError(f"{printable(start.path)}: an adapter of {bases}, and {found}. Set training.init_from to the model it was trained on.")
+    check_root(config, start, "base", reference, "an adapter of")
     attach(model, config.lora, seed=config.training.seed)
     if start.payload is not None:
         load_adapter(model, start.payload["weights"])
 
 
-def check_foreign(config: "Config") -> None:
-    """Refuse settings that only our own decoder knows.
+def check_root(config: "Config", start: Start, root: str, now: dict[str, str], what: str) -> None:
+    """Refuse to go on over another model than the one that the checkpoint refers to.
+
+    Raises:
+        UserError: naming both.
+    """
+    was = None if start.payload is None else start.payload[root]
+    if was is not None and was["fingerprint"] != now["fingerprint"]:
+        models = f"{printable(was['path'])} with fingerprint {was['fingerprint']}"
+        found = f"training.init_from, {printable(config.training.init_from)}, has {now['fingerprint']}"
+        raise UserError(f"{printable(start.path)}: {what} {models}, and {found}. Set training.init_from to the model it was trained on.")
+
+
+def check_foreign(stage: str, config: "Config", model: "ForeignDecoder") -> None:
+    """Refuse settings that only our own decoder knows, or no model with an encoder.
 
     Raises:
         UserError: naming the setting.
     """
+    from tinylm.foreign import ForeignSeq2Seq, check_packing
+
+    if isinstance(model, ForeignSeq2Seq):
+        kind = f"training.init_from names an encoder-decoder ({printable(model.inner.config.model_type)})"
+        if stage != "sft":
+            raise UserError(f"{kind}, which learns from questions and answers: python finetune.py, or choose a decoder-only model.")
+        if config.data.packing == "packed":
+            raise UserError(f"data.packing: packed puts several examples in a row, and {kind}, which reads one a row. Set data.packing: padded.")
+        if config.training.train_on == "all":
+            raise UserError(f"training.train_on: all trains the questions too, and {kind}, which never writes them. Set training.train_on: response.")
+    elif stage == "sft" and config.data.packing == "packed":
+        check_packing(model)
     if config.training.optimizer == "muon":
         raise UserError("training.optimizer: muon knows which matrices of our own decoder it is for, and none of a Hugging Face model. Set adamw.")
     if config.hardware.strategy == "fsdp":
@@ -490,7 +558,7 @@ def describe_data(data: "LitData") -> str:
     train = f"{short(sum(map(len, data.train_files)))} tokens" if data.train_files else "a stream"
     val = "none" if data.val_file is None else f"{short(len(data.val_file))} tokens"
     source, tokenizer = name_of(data.config.data), data.tokenizer
-    return f"data: {source}: train {train}, validation {val}; tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size}"
+    return f"data: {source}: train {train}, validation {val}; tokenizer {data.config.tokenizer.kind}, vocabulary {tokenizer.vocab_size}"
 
 
 def warn_of_shared_documents(config: "Config", say: Say) -> None:
@@ -508,13 +576,15 @@ def describe_model(config: "Config", decoder: Any, world_size: int) -> str:
     from tinylm.decoder import Decoder, count_parameters, flops_per_token
 
     training = config.training
-    tokens = training.micro_batch_size * training.grad_accum_steps * training.seq_len * world_size
+    rows = training.micro_batch_size * training.grad_accum_steps * world_size
+    a_step = f"{rows * training.seq_len:,} tokens" if config.dpo is None else f"{rows:,} pairs"
+    a_step = a_step if config.verifier is None else f"{rows:,} problems"
     work = ""
     if config.lora is not None:
         work = f"{sum(weight.numel() for weight in decoder.parameters() if weight.requires_grad):,} of them trained, "
     elif isinstance(decoder, Decoder):
         work = f"{short(flops_per_token(decoder, training.seq_len))} FLOPs a token, "
-    return f"model: {count_parameters(decoder):,} parameters, {work}{tokens:,} tokens a step, {training.max_steps:,} steps"
+    return f"model: {count_parameters(decoder):,} parameters, {work}{a_step} a step, {training.max_steps:,} steps"
 
 
 def build_trainer(config: "Config", device: str, callbacks: "list[L.Callback]") -> "L.Trainer":
@@ -528,6 +598,7 @@ def build_trainer(config: "Config", device: str, callbacks: "list[L.Callback]") 
     # Both advise a setting that is the user's choice here (num_workers), or that the design makes moot.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the reference of preferences is to stay there
     hardware = config.hardware
     precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}[hardware.precision]
     # FSDP2; Lightning's older FSDP strategy drops the optimizer's state on resume and flattens the weights.
@@ -595,7 +666,7 @@ def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Say)
         path = log_folder(config) / "metrics.csv"
         # A run that begins, or leaves another one's track, must not overwrite what that one has logged.
         aside = start.path is None or start.path.resolve().parent != Path(config.training.checkpoint_dir).resolve()
-        metrics.open(between.MetricsFile(path, step, stage=stage.stage, aside=aside), make_loggers(config))
+        metrics.open(between.MetricsFile(path, step, further=(*stage.measures, *stage.val_measures), aside=aside), make_loggers(config))
     began = time.monotonic()
     with explaining_memory(config, f"The checkpoints in {printable(config.training.checkpoint_dir)} are intact"):
         trainer.fit(stage, datamodule=data)
@@ -627,7 +698,10 @@ def report(stage: "LitStage", saving: Any, signals: Any, seconds: float, say: Sa
     say(f"done: {progress.step} steps in {duration(seconds)}, best val_loss {best:.4f}")
     final = path.with_name("final.ckpt")
     print(printable(final))
-    prompt = {"pretrain": "Attention is", "sft": "Name three primary colours."}[stage.stage]
+    if stage.stage == "verifier":
+        say(f"next: python infer.py --ckpt MODEL --prompt PROBLEM --best-of 8 --verifier {shlex.quote(str(final))}")
+        return 0
+    prompt = "Attention is" if stage.stage == "pretrain" else "Name three primary colours."
     say(f'next: python infer.py --ckpt {shlex.quote(str(final))} --prompt "{prompt}"')
     return 0
 
@@ -680,6 +754,10 @@ def check_hardware(config: "Config", device: str) -> None:
         raise UserError(f"hardware.devices: {hardware.devices} were asked for, and this machine has {present}. Lower hardware.devices.")
     if hardware.strategy == "fsdp" and hardware.precision == "16":
         raise UserError("hardware.precision: 16 does not go with hardware.strategy fsdp. Set hardware.precision to bf16 or 32.")
+    if hardware.strategy == "fsdp" and config.dpo is not None:
+        raise UserError("dpo: hardware.strategy fsdp does not cut the reference of preferences in pieces. Set hardware.strategy to ddp.")
+    if hardware.strategy == "fsdp" and config.verifier is not None:
+        raise UserError("verifier: a verifier is too small to be cut in pieces by hardware.strategy fsdp. Set hardware.strategy to ddp.")
     if hardware.strategy == "fsdp" and config.lora is not None:
         raise UserError("lora: adapters are too small to be cut in pieces by hardware.strategy fsdp. Set hardware.strategy to ddp.")
     if hardware.strategy == "fsdp" and config.training.optimizer == "muon":

@@ -38,11 +38,11 @@ BYTE_VOCABULARY = 260
 STEPS = 6
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Print a table: run, planned and used megabytes, their ratio."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", nargs="+", default=RUNS, metavar="RUN", help="each in quotes: a config and its overrides")
-    runs = parser.parse_args().runs
+    runs = parser.parse_args(argv).runs
     import callbacks  # noqa: F401  what a training process has loaded is part of the plan
     from tinylm.config import load_config
     from tinylm.planner import plan_run, resident_bytes, with_settings
@@ -56,6 +56,7 @@ def main() -> None:
         planned = plan_run(with_settings(config, {"model.vocab_size": vocabulary}), "cpu", program=program).peak / 1e6
         used = peak_of_run(preset, overrides) / 1e6
         print(f"| {run} | {planned:,.0f} | {used:,.0f} | {planned / used:.2f} |", flush=True)
+    return 0
 
 
 def peak_of_run(preset: str, overrides: list[str]) -> int:
@@ -72,4 +73,4 @@ def peak_of_run(preset: str, overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,15 +1,23 @@
-"""Learning a vocabulary: this project's trainer beside two written in Rust, on the same text with as many processes.
+"""Learning a vocabulary, and encoding with one: this project beside libraries written in Rust, on the same text.
 
     pip install -r requirements-bench.txt
     python benchmarks/tokenizer.py [--megabytes 10 100 --vocab-size 8000 32000 --processes 2 --data TEXT]
+    python benchmarks/tokenizer.py --encode [--tokenizer FOLDER --megabytes 20 --processes 2 --data TEXT]
 
-Contestants: `tokenizers`' BpeTrainer and, where it is installed (pip install rustbpe), `rustbpe`. Each run is a process of its
-own; its time is from the call to the learned vocabulary, without imports, the best of --rounds. Memory is the most that it
-and its workers held together, looked at every 20 ms, so that pages they share count twice. Bytes per token: of the first 5 MB.
-Without --data the text is what installed packages bring along: .py, .md, .rst and .txt files in the order of their paths.
+Learning: `tokenizers`' BpeTrainer and, where it is installed (pip install rustbpe), `rustbpe`. Time is from the call to the
+learned vocabulary. Bytes per token: of the first 5 MB.
+
+Encoding: documents of about 4000 characters, with the tokenizer in a folder (GPT-2's vocab.json and merges.txt will do), or one
+that is learned from the text before. All contestants make the same ids, or it says which did not. `corpus to token file` is all
+that `python -m tinylm encode` does: reading, cutting, encoding, writing, syncing.
+
+Each run is a process of its own, timed without imports, the best of --rounds. Memory is the most that it and its workers
+held together, looked at every 20 ms, so that pages they share count twice. Without --data the text is what installed packages
+bring along: .py, .md, .rst and .txt files in the order of their paths.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -23,13 +31,17 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 EOT = "<|endoftext|>"
 SAMPLE = 5_000_000
+DOCUMENT = 4000
 # Characters that the other trainers are given at a time.
 BLOCK = 2**16
 
@@ -83,8 +95,104 @@ def rustbpe(text: Path, vocab_size: int, processes: int, out: Path) -> float:
 CONTESTANTS = {"tinylm": ours, "tokenizers": tokenizers, "tokenizers, by file": partial(tokenizers, by_file=True), "rustbpe": rustbpe}
 
 
+def encode_arrays(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
+    """Seconds and ids of this project's tokenizer, on one thread."""
+    from tinylm.tokenizer import named_tokenizer
+
+    tokenizer = named_tokenizer(str(options.tokenizer))
+    start = time.perf_counter()
+    ids = tokenizer.encode_arrays(documents)
+    return time.perf_counter() - start, ids
+
+
+def encode_file(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
+    """Seconds and ids of the way from a corpus to a token file."""
+    from tinylm import encode
+    from tinylm.corpus import Split, sources_named
+    from tinylm.tokenfile import TokenFile
+    from tinylm.tokenizer import named_tokenizer
+
+    tokenizer = named_tokenizer(str(options.tokenizer))
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, out = Path(folder) / "corpus.txt", Path(folder) / "corpus.bin"
+        corpus.write_text(EOT.join(documents), encoding="utf-8", newline="")
+        start = time.perf_counter()
+        recipe = encode.Recipe(Split("train", sources_named([str(corpus)], "text", EOT), None, None), tokenizer, separator=EOT)
+        encode.encode_file(out, recipe, processes=options.processes)
+        seconds = time.perf_counter() - start
+        tokens = TokenFile.open(out).tokens
+        return seconds, [tokens[tokens != tokenizer.eos_id]]
+
+
+def encode_tiktoken(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
+    """Seconds and ids of tiktoken's threads."""
+    from tinylm.tokenizer import load_hf_tokenizer
+
+    fast = load_hf_tokenizer(str(options.tokenizer)).fast
+    assert fast is not None, "tiktoken cannot encode with this tokenizer"
+    start = time.perf_counter()
+    ranks = fast.encoding.encode_ordinary_batch(documents, num_threads=options.processes)
+    return time.perf_counter() - start, [fast.ids[document] for document in ranks]
+
+
+def encode_tokenizers(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
+    """Seconds and ids of `tokenizers`, whose threads the environment bounds."""
+    from tokenizers import Tokenizer
+
+    from tinylm.tokenizer import load_hf_tokenizer
+
+    backend = Tokenizer.from_str(load_hf_tokenizer(str(options.tokenizer)).to_plain()["tokenizer_json"])
+    start = time.perf_counter()
+    ids = [encoding.ids for encoding in backend.encode_batch_fast(documents, add_special_tokens=False)]
+    return time.perf_counter() - start, ids
+
+
+def encode_transformers(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
+    """Seconds and ids of transformers, which calls `tokenizers`."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from tinylm.tokenizer import load_hf_tokenizer
+
+    backend = Tokenizer.from_str(load_hf_tokenizer(str(options.tokenizer)).to_plain()["tokenizer_json"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    start = time.perf_counter()
+    ids = tokenizer(documents, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return time.perf_counter() - start, ids
+
+
+ENCODERS = {
+    "tiktoken, encode_ordinary_batch": encode_tiktoken,
+    "tinylm, encode_arrays, one thread": encode_arrays,
+    "tinylm, corpus to token file": encode_file,
+    "tokenizers, encode_batch_fast": encode_tokenizers,
+    "transformers": encode_transformers,
+}
+
+
+def encode_contest(options: argparse.Namespace) -> int:
+    """One run, in the process that was started for it: seconds, peak megabytes, and what tells its ids from others, as JSON."""
+    import numpy as np
+
+    documents = documents_of(options.data)
+    with peak() as megabytes:
+        seconds, ids = ENCODERS[options.contestant](documents, options)
+    digest = hashlib.sha256(np.concatenate([np.asarray(document, dtype="<u4") for document in ids]).tobytes()).hexdigest()
+    print(json.dumps({"seconds": seconds, "megabytes": max(megabytes), "ids": digest}))
+    return 0
+
+
+def documents_of(path: Path) -> list[str]:
+    """The text in pieces that are the same whoever reads them: a corpus drops carriage returns and line ends around a document."""
+    with open(path, encoding="utf-8") as file:
+        pieces = ["".join(lines).replace(EOT, "").strip("\n") for lines in iter(lambda: file.readlines(DOCUMENT), [])]
+    return [piece for piece in pieces if piece.strip()]
+
+
 def contest(options: argparse.Namespace) -> int:
     """One run, in the process that was started for it: seconds, peak megabytes before the encoding, bytes per token, as JSON."""
+    if options.encode:
+        return encode_contest(options)
     (vocab_size,) = options.vocab_size
     with peak() as megabytes:
         seconds = CONTESTANTS[options.contestant](options.data, vocab_size, options.processes, options.out)
@@ -125,19 +233,37 @@ def resident(process: Any) -> int:
         return 0
 
 
-def measure(name: str, text: Path, vocab_size: int, options: argparse.Namespace, folder: Path) -> list[str]:
-    """A row of the table."""
-    out = folder / f"{name}.json"
-    command = [sys.executable, __file__, "--contestant", name, "--data", str(text), "--out", str(out), "--vocab-size", str(vocab_size)]
-    command += ["--processes", str(options.processes)]
+def runs_of(name: str, text: Path, options: argparse.Namespace, *further: str) -> list[dict[str, Any]]:
+    """What the runs of a contestant told."""
+    command = [sys.executable, __file__, "--contestant", name, "--data", str(text), "--processes", str(options.processes), *further]
     threads = {"RAYON_NUM_THREADS": str(options.processes), "OMP_NUM_THREADS": "1"}
     runs = []
     for _ in range(options.rounds):
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **threads})
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **threads})
         runs.append(json.loads(done.stdout))
+    return runs
+
+
+def learning_row(name: str, text: Path, vocab_size: int, options: argparse.Namespace) -> list[str]:
+    """Seconds, megabytes, bytes per token."""
+    out = text.with_name(f"{name}.json")
+    runs = runs_of(name, text, options, "--out", str(out), "--vocab-size", str(vocab_size))
     best = min(run["seconds"] for run in runs)
     fit = runs[0]["fit"]
     return [f"{best:.2f}", f"{max(run['megabytes'] for run in runs):,.0f}", "-" if fit is None else f"{fit:.3f}"]
+
+
+def encoding_rows(text: Path, tokenizer: Path, options: argparse.Namespace) -> Iterator[list[str]]:
+    """Contestant, MB/s, how many times as fast as the first, peak megabytes."""
+    first: dict[str, Any] = {}
+    for name in ENCODERS:
+        runs = runs_of(name, text, options, "--encode", "--tokenizer", str(tokenizer))
+        run = min(runs, key=lambda run: run["seconds"])
+        first = first or run
+        if run["ids"] != first["ids"]:
+            sys.exit(f"{name}: other ids than those of {next(iter(ENCODERS))}")
+        speed = text.stat().st_size / 1e6 / run["seconds"]
+        yield [name, f"{speed:.1f}", f"{first['seconds'] / run['seconds']:.2f}", f"{max(run['megabytes'] for run in runs):,.0f}"]
 
 
 def bytes_per_token(tokenizer: Path, text: Path) -> float:
@@ -172,39 +298,76 @@ def cut_text(source: Path, path: Path, n_bytes: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[8000, 32000])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--data", type=Path, help="a .txt file to take the text from")
-    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--contestant", choices=[*CONTESTANTS, *ENCODERS], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--encode", action="store_true", help="compare encoding, not learning")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="what --encode encodes with (default: one of 32000 tokens, learned before)")
     options = parser.parse_args(argv)
     if options.contestant:
         return contest(options)
     from rich.console import Console
+
+    with tempfile.TemporaryDirectory() as folder:
+        Console().print(encoding_table(Path(folder), options) if options.encode else learning_table(Path(folder), options))
+    return 0
+
+
+def texts_of(folder: Path, options: argparse.Namespace) -> Iterator[Path]:
+    """The text in each size."""
+    text = folder / "text.txt"
+    for megabytes in options.megabytes:
+        if options.data is None:
+            build_text(text, megabytes * 10**6)
+        else:
+            cut_text(options.data, text, megabytes * 10**6)
+        yield text
+
+
+def learning_table(folder: Path, options: argparse.Namespace) -> "Table":
+    """Each trainer on each text with each size of the vocabulary."""
     from rich.table import Table
 
     names = [name for name in CONTESTANTS if name != "rustbpe" or find_spec("rustbpe")]
     table = Table("text", "vocabulary", "trainer", title=f"learning BPE with {options.processes} processes")
     for column in ("seconds", "peak MB", "bytes per token"):
         table.add_column(column, justify="right")
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "text.txt"
-        for megabytes in options.megabytes:
-            if options.data is None:
-                build_text(text, megabytes * 10**6)
-            else:
-                cut_text(options.data, text, megabytes * 10**6)
-            for vocab_size in options.vocab_size:
-                for name in names:
-                    row = measure(name, text, vocab_size, options, Path(folder))
-                    table.add_row(f"{text.stat().st_size / 1e6:.0f} MB", f"{vocab_size:,}", name, *row, end_section=name == names[-1])
-                    sys.stderr.write(f"{megabytes} MB {vocab_size} {name}: {row[0]} s\n")
-    Console().print(table)
-    return 0
+    for text in texts_of(folder, options):
+        size = f"{text.stat().st_size / 1e6:.0f} MB"
+        for vocab_size in options.vocab_size:
+            for name in names:
+                row = learning_row(name, text, vocab_size, options)
+                table.add_row(size, f"{vocab_size:,}", name, *row, end_section=name == names[-1])
+                sys.stderr.write(f"{size} {vocab_size} {name}: {row[0]} s\n")
+    return table
+
+
+def encoding_table(folder: Path, options: argparse.Namespace) -> "Table":
+    """Each way of encoding on each text."""
+    from rich.table import Table
+
+    from tinylm.bpe import Rules, learn_bpe, sources_of
+
+    table = Table("text", "contestant", title=f"encoding on {options.processes} threads or processes")
+    for column in ("MB/s", "times", "peak MB"):
+        table.add_column(column, justify="right")
+    tokenizer = options.tokenizer
+    for text in texts_of(folder, options):
+        if tokenizer is None:
+            tokenizer = folder / "tokenizer"
+            learn_bpe(sources_of([str(text)]), 32000, Rules(special=(EOT,)), processes=options.processes).save(tokenizer)
+        size = f"{text.stat().st_size / 1e6:.0f} MB"
+        for row in encoding_rows(text, tokenizer, options):
+            table.add_row(size, *row)
+            sys.stderr.write(f"{size} {row[0]}: {row[1]} MB/s\n")
+        table.add_section()
+    return table
 
 
 if __name__ == "__main__":

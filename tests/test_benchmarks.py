@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,33 @@ def test_every_installed_contestant_takes_its_steps(tmp_path):
     assert "24,736 parameters each" in done.stdout
     assert "\x1b" not in done.stdout
     assert ("litgpt: not installed, so it is left out." in done.stderr) == ("litgpt" not in here)
+
+
+needs_psutil = pytest.mark.skipif(not importlib.util.find_spec("psutil"), reason="psutil is of requirements-bench.txt")
+
+
+def tokenizer_benchmark(*options: str) -> list[list[str]]:
+    """The cells of the table's rows."""
+    command = [sys.executable, "benchmarks/tokenizer.py", "--data", "data/tiny_corpus.txt", "--rounds", "1", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "160"})
+    assert done.returncode == 0, done.stderr
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if line.startswith("│")]
+
+
+@pytest.mark.slow
+@needs_psutil
+def test_every_way_of_encoding_gives_the_same_ids():
+    """Else the program ends with the name of the one that differs; the first contestant is what the others are compared with."""
+    rows = tokenizer_benchmark("--encode", "--megabytes", "1")
+    assert [row[1].partition(",")[0] for row in rows] == ["tiktoken", "tinylm", "tinylm", "tokenizers", "transformers"]
+    assert rows[0][3] == "1.00" and all(float(row[2]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+@needs_psutil
+def test_every_trainer_learns_the_vocabulary():
+    """And ours within a fifth of a percent of the bytes per token of `tokenizers`."""
+    rows = tokenizer_benchmark("--megabytes", "1", "--vocab-size", "500")
+    ours, theirs = (float(row[5]) for row in rows[:2])
+    assert [row[2] for row in rows[:2]] == ["tinylm", "tokenizers"]
+    assert ours == pytest.approx(theirs, rel=0.002)

@@ -121,9 +121,14 @@ def slow_merges(words: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes
     return merges
 
 
-@given(st.dictionaries(st.text("abé東", min_size=1, max_size=14), st.integers(1, 4), min_size=1, max_size=15))
-def test_merges_equal_those_of_the_slow_rule_until_nothing_is_left(words):
-    merges = learn_merges(words, 300)
+@pytest.mark.parametrize("rarer", [2, 16])
+@settings(deadline=None)
+@given(words=st.dictionaries(st.text("abé東", min_size=1, max_size=14), st.integers(1, 99), min_size=1, max_size=15))
+def test_merges_equal_those_of_the_slow_rule_until_nothing_is_left(rarer, words):
+    """However many rare pairs are left out of the heap, to be found again when they are the most frequent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe_module, "RARER", rarer)
+        merges = learn_merges(words, 300)
     assert merges == slow_merges(words, 300)
     assert len({left + right for left, right in merges}) == len(merges)  # so each is a token of its own
 
@@ -217,12 +222,24 @@ def test_a_text_without_any_good_place_is_cut_behind_lines_or_not_at_all(tmp_pat
     assert file_borders(tmp_path / "b.txt") == [0, 100]
 
 
+def test_a_word_that_stands_four_billion_times_is_counted():
+    """Counts are held in the smallest type that holds each of them, and added up in a larger one."""
+    assert learn_merges({"ab": 2**32 - 1, "cb": 2**32 - 1, "ac": 2**31, "xac": 2**31 + 1}, 1) == [(b"a", b"c")]
+
+
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_merges(file_in_parts):
     sources = sources_of([str(file_in_parts)])
     one, two, four = (learn_bpe(sources, 1000, Rules(), processes=processes) for processes in (1, 2, 4))
     assert len(one.merges) == 742
     assert one.merges == two.merges == four.merges
+
+
+def test_a_process_that_counts_loads_little():
+    """18 MB instead of 52 each: neither numpy nor pydantic."""
+    code = "import sys, tinylm.words, tinylm.processes; print([name for name in ('numpy', 'pydantic', 'tinylm.config') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
 
 
 class Deadly:
@@ -239,12 +256,12 @@ class Deadly:
 @pytest.mark.slow
 def test_a_killed_process_is_an_error_and_no_hang(monkeypatch):
     monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", 0)
-    with pytest.raises(UserError, match="was ended from outside, perhaps for want of memory. Free some, or use fewer processes.$"):
+    with pytest.raises(UserError, match="a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes.$"):
         count_jobs([Deadly()] * 5, Rules(), processes=2)
 
 
 def test_a_small_text_starts_no_process(file_in_parts, monkeypatch):
-    monkeypatch.setattr(bpe_module, "ProcessPoolExecutor", None)  # calling it would fail
+    monkeypatch.setattr("tinylm.processes.ProcessPoolExecutor", None)  # calling it would fail
     monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", file_in_parts.stat().st_size + 1)
     assert len(learn_bpe(sources_of([str(file_in_parts)]), 300, Rules(), processes=2).merges) == 42
 
@@ -512,3 +529,13 @@ def test_other_kinds_are_made_as_ever(data):
 
 def test_printable_form_is_gpt2s():
     assert gpt2_form(b" a\n\xff") == "ĠaĊÿ"
+
+
+def test_line_ends_from_windows_are_learned_as_they_are_encoded(tmp_path):
+    """Documents lose the \\r of their line ends, so a merge with it would be a token that no text ever has."""
+    text = "hello there\nhow are you\n" * 50
+    learned = []
+    for name, ends in (("unix.txt", "\n"), ("windows.txt", "\r\n")):
+        (tmp_path / name).write_bytes(text.replace("\n", ends).encode())
+        learned.append(learn_bpe(sources_of([str(tmp_path / name)]), 300, Rules()).merges)
+    assert learned[0] == learned[1]

@@ -599,3 +599,13 @@ def test_the_character_presets_say_their_command_and_their_true_size(path):
     characters = training.seq_len * training.micro_batch_size * training.grad_accum_steps * training.max_steps
     assert f" {characters / 1e6:.0f}M characters in {training.max_steps} steps." in text
     assert config.training.run_name == Path(config.training.checkpoint_dir).name == path.stem, "a run overwrites no other's"
+
+
+def test_a_tokenizers_path_on_the_command_line_replaces_one_that_is_learned(tmp_path):
+    """kind, vocab_size and pattern belong to the learned one; what comes behind the path still counts."""
+    path = tmp_path / "c.yaml"
+    path.write_text("tokenizer: {kind: bpe, vocab_size: 300, pattern: gpt4}", encoding="utf-8")
+    found = load_config(path, ["tokenizer.path=gpt2"]).tokenizer
+    assert (found.kind, found.path, found.vocab_size, found.pattern) == ("hf", "gpt2", None, None)
+    with pytest.raises(UserError, match="tokenizer.path: kind byte reads no files"):
+        load_config(path, ["tokenizer.path=gpt2", "tokenizer.kind=byte"])

@@ -423,3 +423,12 @@ def test_help_is_printed_before_anything_heavy_is_imported() -> None:
     assert done.stdout.startswith("usage: python data.py --config config_smoke.yaml --rows 3")
     assert "argparse" in done.stderr
     assert not re.search(r"\| +(torch|lightning|datasets|transformers)$", done.stderr, re.MULTILINE)
+
+
+def test_validation_on_the_very_tokens_of_training_is_refused(make_config, tmp_path, capsys):
+    """E13 for a token file: val_loss would be that of training."""
+    assert train.main(["--config", str(make_config(training={"max_steps": 1}))]) == 0
+    (file,) = (tmp_path / "cache").glob("train-*.bin")
+    config = make_config(data={"dataset": str(file), "val_dataset": str(file)}, training={"max_steps": 1})
+    where = [f"training.checkpoint_dir={tmp_path / 'again'}", f"training.log_dir={tmp_path / 'again'}"]
+    assert refusal_of(config, capsys, *where).startswith("error: data.val_dataset: it has the very tokens that are trained on. Give other data")

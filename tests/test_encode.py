@@ -521,7 +521,7 @@ def test_the_command_tells_what_it_made(run, write, tmp_path):
         "14 tokens (uint16) of 2 documents, 1.000 bytes per token",
         "first ten ids: 104 101 108 108 111 258 119 195 182 114",
         "last ten ids:  111 258 119 195 182 114 108 100 33 258",
-        f"next: python train.py --config config.yaml data.dataset={out} tokenizer.kind=byte",
+        f"next: python train.py --config config_smoke.yaml data.dataset={out} tokenizer.kind=byte tokenizer.vocab_size=null",
     ]
     assert documents_in(out) == ["hello", "wörld!"]
 
@@ -660,7 +660,13 @@ def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(interrupted, tmp_path):
     code, err = interrupted(10, signal.SIGINT, "--processes", 1)
     assert (code, names(tmp_path)) == (130, [".a.bin.part", "a.txt"])
     assert err.splitlines()[-3:] == ["interrupted; the same command with --resume goes on from here", "", "stopped by Ctrl-C"]
-    assert json.loads((tmp_path / ".a.bin.part/state.json").read_bytes())["portions"] >= 10
+    state = tmp_path / ".a.bin.part/state.json"
+    assert json.loads(state.read_bytes())["portions"] >= 10
+    code, err = interrupted(0, 0, "--processes", 1)  # hours of work must not go for a flag that was forgotten
+    assert (code, err.strip()) == (
+        2,
+        f"error: {state.parent}: what an interrupted run has done. Go on with it: the same command and --resume; or delete it to begin again.",
+    )
     assert interrupted(0, 0, "--processes", 1, "--resume")[0] == 0
     resumed = (tmp_path / "a.bin").read_bytes()
     (tmp_path / "a.bin").unlink()

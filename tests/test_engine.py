@@ -241,6 +241,19 @@ def test_eos_ends_the_text_and_is_not_seen():
     assert (completion.text, completion.finish_reason, completion.ids) == ("abc", "eos", (*b"abc", BYTES.eos_id))
 
 
+def test_a_stop_id_ends_the_text_as_eos_does():
+    """The token of a template: counted among the ids, not seen, and the text ends before what would follow. One beam is greedy."""
+    engine, sampling = Engine(make_model(), BYTES), greedy(max_new_tokens=8)
+    prompt = engine.encode_prompt("abc")
+    [whole] = engine.generate(prompt, sampling)
+    stop = next(id for id in whole.ids if id != whole.ids[0])
+    n = whole.ids.index(stop) + 1
+    [stopped] = engine.generate(prompt, sampling, stop_ids=[stop])
+    searched = Completion.of(prompt, list(engine.beam_search(prompt, sampling, stop_ids=[stop])))
+    for found in (stopped, searched):
+        assert (found.text, found.finish_reason, found.ids) == (BYTES.decode(whole.ids[: n - 1]), "eos", whole.ids[:n])
+
+
 def test_a_text_that_was_held_back_is_shown_at_eos():
     assert write([*b"ab#", BYTES.eos_id], stop=["##"]).text == "ab#"
 

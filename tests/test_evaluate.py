@@ -28,13 +28,16 @@ class Parrot(Engine):
         super().__init__(model or make_model(max_seq_len=400), BYTES)
         self.answers, self.asked = answers, []
 
-    def stream(self, prompt, sampling) -> Iterator[Piece]:
+    def stream(self, prompt, sampling, *, stop_ids=()) -> Iterator[Piece]:
         assert isinstance(prompt, Prompt) and sampling.temperature == 0
         text = BYTES.decode(prompt.ids)
         self.asked.append((list(prompt.ids), sampling))
         answer = next(answer for question, answer in self.answers.items() if question in text)
-        for id in answer:
-            yield Piece(BYTES.decode([id]), id, 0.0)
+        for place, id in enumerate(answer, start=1):
+            ends = id in stop_ids
+            yield Piece("" if ends else BYTES.decode([id]), id, 0.0, finish_reason="eos" if ends else "length" if place == len(answer) else None)
+            if ends:
+                return
 
 
 def example(question: str, target: str, given: str = "") -> Example:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import test_seq2seq
 import torch
+from test_finetune import save_llama
 from test_infer import payload
 
 import evaluate_checkpoints as program
@@ -122,7 +124,7 @@ def test_when_every_checkpoint_fails_the_exit_code_is_2(tmp_path, run, cases):
         f"{tmp_path}/checkpoints/a.ckpt: damaged: the file is empty. Use another checkpoint.",
         f"{tmp_path}/gone.ckpt: not found. Give a .ckpt file; `python list.py` shows them.",
     ]
-    assert err.splitlines()[-1] == "error: all 2 checkpoints failed. Give others as --checkpoints; `python list.py` shows what there is."
+    assert err.splitlines()[-1] == "error: all 2 checkpoints and models failed. Give others; `python list.py` shows what there is."
     assert len(results(tmp_path)["failed"]) == 2
 
 
@@ -182,6 +184,35 @@ def test_questions_that_cannot_be_asked_are_told(run, save, tmp_path):
     code, _, err = run("--tasks", "sst2", "--smoke")
     assert code == 0
     assert "sst2, 0 shots: 12 of 12 questions could not be asked and count as wrong: a target of 9 tokens, and it needs 1 to 2" in err
+
+
+# --- Hugging Face models ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_hugging_face_model_is_a_baseline_by_the_same_code(kind, tmp_path, run, save):
+    """Zero and few shots in plain text, beside a checkpoint or alone; it has no step and no loss; an answer is graded as any other."""
+    if kind == "llama":
+        save_llama(tmp_path / "llama")
+    else:
+        test_seq2seq.save(tmp_path / "t5", "t5")
+    save("a.ckpt")
+    flags = ["--model", tmp_path / kind, "--tasks", "sms,samsum", "--smoke", "--limit", 2, "--shots", "0,1"]
+    assert run(*flags)[0] == 0
+    both = results(tmp_path)["measures"]
+    assert {row["checkpoint"] for row in both} == {f"hf:{tmp_path / kind}", str(tmp_path / "checkpoints" / "a.ckpt")}
+    assert {(row["step"], row["val_loss"]) for row in both if row["checkpoint"].startswith("hf:")} == {(None, None)}
+    assert program.main([str(flag) for flag in [*flags, "--device", "cpu", "--out", tmp_path / "alone"]]) == 0
+    alone = json.loads((tmp_path / "alone" / "results.json").read_text(encoding="utf-8"))["measures"]
+    assert [row["value"] for row in alone] == [row["value"] for row in both if row["checkpoint"].startswith("hf:")]
+    assert {(row["task"], row["shots"]) for row in alone} == {(task, shots) for task in ("sms", "samsum") for shots in (0, 1)}
+
+
+def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save, cases):
+    save("a.ckpt")
+    code, out, _ = run("--cases", cases, "--model", tmp_path / "gone")
+    assert code == 0
+    assert out.splitlines()[-1].startswith(f"hf:{tmp_path / 'gone'}  FAILED: {tmp_path / 'gone'}: not found. Give a folder with config.json")
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from tinylm.export import CHAT_TEMPLATES, backend_of, export_hf, sampling_settin
 from tinylm.foreign import ForeignDecoder
 from tinylm.gguf import Vocabulary, export_gguf, neighbours, vocabulary_of
 from tinylm.hf_import import import_hf
-from tinylm.lora import adapter_weights, attach
+from tinylm.lora import target_layers
 from tinylm.prompts import Turn, make_template
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, load_hf_tokenizer, tokenizer_from_plain
 from tinylm.words import Rules, count_texts
@@ -373,25 +373,6 @@ def test_a_tuned_hugging_face_model_goes_out_as_it_is_and_as_gguf(save, tmp_path
     assert text_of_transformers(tmp_path / "out") == expected
     export_gguf(path, tmp_path / "out.gguf")
     assert text_of_transformers(tmp_path, gguf_file="out.gguf") == expected
-
-
-@pytest.mark.slow
-def test_an_adapter_goes_out_merged_into_its_base(save, tmp_path, capsys):
-    base = save().rename(tmp_path / "base.ckpt")
-    without = text_of_infer(base, capsys)
-    payload, model = checkpoint.read(base), checkpoint.load_model(base).model
-    root = {"path": str(base), "fingerprint": checkpoint.fingerprint_of(model)}
-    lora = LoraConfig(r=2)
-    attach(model, lora, seed=0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.3)
-    config = Config.from_plain(payload["config"]).model_copy(update={"lora": lora})
-    adapter = {"config": config.to_plain(), "weights": adapter_weights(model.state_dict()), "base": root}
-    checkpoint.write(tmp_path / "a.ckpt", payload | adapter)
-    export_hf(tmp_path / "a.ckpt", tmp_path / "out")
-    assert text_of_transformers(tmp_path / "out") == text_of_infer(tmp_path / "a.ckpt", capsys) != without
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
@@ -794,6 +775,102 @@ def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched_and_links_
     assert len(asked) == 1
 
 
+# --- answers, and adapters ----------------------------------------------------------------------------------------------
+
+
+def ending_at(path: Path, place: int, capsys: pytest.CaptureFixture, eos_id: int) -> None:
+    """Change the model so that its greedy answer ends there: the token that stood there and EOS change their rows of the tied embedding."""
+    [*_, token] = text_of_infer(path, capsys)[1][: place + 1]
+    stored = checkpoint.read(path)
+    for name in ("embedding.weight", "head.weight"):
+        weight = stored["weights"][name].clone()
+        weight[[token, eos_id]] = weight[[eos_id, token]]
+        stored["weights"][name] = weight
+    checkpoint.write(path, stored)
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+@pytest.mark.parametrize(("template", "ends"), [("instruction", True), ("alpaca", False), ("chatml", True)])
+def test_an_answer_is_the_one_that_infer_gives(kind, template, ends, save, bpe, tmp_path, capsys):
+    """Asked by the chat template that was exported, transformers writes the same tokens, and ends where infer.py does."""
+    path = save(stage="sft", config={"data": {"template": template}}, max_seq_len=200)
+    if template == "instruction":  # the random model ends by itself in the words of ChatML
+        ending_at(path, 7, capsys, bpe("gpt2").eos_id)
+    out = tmp_path / f"out.{kind}"
+    assert main(["export", str(path), str(out), "--format", kind]) == 0
+    found = {"gguf_file": out.name} if kind == "gguf" else {}
+    folder = tmp_path if kind == "gguf" else out
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **found)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **found)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    ids = model.generate(prompt, do_sample=False, max_new_tokens=40)[0, prompt.size(1) :].tolist()
+    text, expected = text_of_infer(path, capsys)
+    assert (tokenizer.decode(ids, skip_special_tokens=True), ids) == (text, expected)
+    assert (len(ids) < 40) == ends
+
+
+def adapter_of(base: Path) -> Path:
+    """A checkpoint beside `base` that holds an adapter of it alone."""
+    stored, lora = checkpoint.read(base), LoraConfig(r=2)
+    model = checkpoint.load_model(base).model
+    generator = torch.Generator().manual_seed(2)
+    weights = {}
+    for name, layer in target_layers(model, lora).items():
+        n_out, n_in = layer.weight.shape
+        weights[f"{name}.lora_A.weight"] = torch.randn(lora.r, n_in, generator=generator)
+        weights[f"{name}.lora_B.weight"] = torch.randn(n_out, lora.r, generator=generator)
+    reference = {"path": base.name, "fingerprint": checkpoint.fingerprint_of(model)}
+    settings = Config.from_plain(stored["config"]).model_copy(update={"lora": lora})
+    settings = settings.model_copy(update={"training": settings.training.model_copy(update={"init_from": str(base)})})
+    path = base.with_name("adapter.ckpt")
+    checkpoint.write(path, stored | {"weights": weights, "base": reference, "config": settings.to_plain()})
+    return path
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_a_merged_adapter_writes_the_text_that_infer_writes(kind, save, tmp_path, capsys):
+    base = save()
+    path = adapter_of(base)
+    assert main(["export", str(path), str(tmp_path / f"out.{kind}"), "--format", kind, "--merge"]) == 0
+    text = text_of_infer(path, capsys)
+    found = text_of_transformers(tmp_path, gguf_file="out.gguf") if kind == "gguf" else text_of_transformers(tmp_path / "out.hf")
+    assert found == text != text_of_infer(base, capsys)
+
+
+def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, capsys):
+    """Two files, no more, and the command says of which model; peft's logits with it are those of the merged checkpoint."""
+    import peft
+
+    base = save()
+    path = adapter_of(base)
+    assert main(["export", str(path), str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'out'}\n"
+    assert err.splitlines()[0] == f"the adapter alone, for peft, of {base}; --merge writes the whole model"
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(checkpoint.load_model(base).model, tmp_path / "out").eval()(ids)
+        assert torch.allclose(checkpoint.load_model(path).model(ids), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["adapter.ckpt", "out.gguf", "--format", "gguf"], "--format gguf: an adapter alone is written for peft. Give --merge for the whole model"),
+        (["a.ckpt", "out", "--merge"], "--merge: a.ckpt holds a whole model and no adapter. Leave --merge out."),
+        (["adapter.ckpt", "a.ckpt"], "a.ckpt: is there already."),
+    ],
+)
+def test_what_an_export_of_an_adapter_cannot_be_is_told(flags, words, save, tmp_path, capsys, monkeypatch):
+    adapter_of(save())
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert main(["export", *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 # --- the commands ------------------------------------------------------------------------------------------------------
 
 
@@ -824,10 +901,10 @@ def test_floats_are_for_gguf(save, tmp_path, capsys):
     assert capsys.readouterr().err == "error: --floats: a Hugging Face folder is written in f32. Leave --floats out, or give --format gguf.\n"
 
 
-def test_a_checkpoint_that_is_not_there_and_a_name_that_is_no_checkpoint_are_told(tmp_path, capsys):
+def test_a_checkpoint_that_is_not_there_and_a_name_that_is_no_checkpoint_are_told(save, tmp_path, capsys):
     assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out"), "--format", "hf"]) == 2
     assert "none.ckpt: not found" in capsys.readouterr().err
-    assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out"), "--format", "gguf"]) == 2
+    assert main(["export", str(save()), str(tmp_path / "out"), "--format", "gguf"]) == 2
     assert capsys.readouterr().err.endswith("out: a GGUF file's name ends in .gguf. Give such a name.\n")
     assert main(["import", "gpt2", str(tmp_path / "out.pt")]) == 2
     assert capsys.readouterr().err.endswith("out.pt: a checkpoint's name ends in .ckpt. Give such a name.\n")

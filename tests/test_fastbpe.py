@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 from tinylm.bpe import gpt2_form
 from tinylm.fastbpe import fast_bpe
 from tinylm.tokenizer import HFTokenizer, load_hf_tokenizer
-from tinylm.words import BYTE_OF_CHARACTER, KNOWN_PATTERNS, LAST_CUT
+from tinylm.words import BYTE_OF_CHARACTER, LAST_CUT, PATTERNS
 
 ALPHABET = list(BYTE_OF_CHARACTER)
 EOT = "<|endoftext|>"
@@ -75,7 +75,7 @@ def test_ids_are_the_librarys_for_any_vocabulary_that_is_taken():
     assert sum(taken) > 0.5 * len(taken)
 
 
-@pytest.mark.parametrize("pattern", [None, *sorted(KNOWN_PATTERNS)])
+@pytest.mark.parametrize("pattern", [None, *PATTERNS.values()], ids=["as ByteLevel", *PATTERNS])
 @settings(deadline=None)
 @given(text=texts)
 def test_words_are_the_librarys_for_any_text(pattern, text):
@@ -84,7 +84,7 @@ def test_words_are_the_librarys_for_any_text(pattern, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", sorted(KNOWN_PATTERNS))
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 def test_every_character_is_of_the_same_kind_for_both(pattern):
     """Behind a letter, a digit and a sign that may be joined with what follows, whatever that counts as."""
     characters = [chr(c) for c in range(0x40000) if not 0xD800 <= c < 0xE000]  # beyond are tags and private use
@@ -215,7 +215,7 @@ def test_a_million_spaces_are_left_to_the_library():
 # --- where a text can be cut ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", sorted(KNOWN_PATTERNS))
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 @settings(deadline=None)
 @given(text=texts, rest=texts)
 def test_a_cut_text_has_the_words_of_the_whole_whatever_follows(pattern, text, rest):

@@ -23,10 +23,13 @@ import infer
 import list as list_program
 import train
 from data import LitExamples
+from tinylm import __main__ as commands
 from tinylm import checkpoint, lora
+from tinylm.bpe import CHARACTER_OF_BYTE
 from tinylm.config import load_config
 from tinylm.errors import UserError
 from tinylm.foreign import ForeignDecoder
+from tinylm.tokenizer import HFTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 Make = Callable[..., Path]
@@ -74,6 +77,18 @@ def save_llama(folder: Path, *, vocab_size: int = 257, seed: int = 0) -> None:
     backend.add_special_tokens(["<|endoftext|>"])
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}', encoding="utf-8")
+
+
+OWN_TEMPLATE = "{% for m in messages %}{{ m.role + ':' + m.content + '<|endoftext|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+
+
+def byte_level() -> HFTokenizer:
+    """A Hugging Face tokenizer of bytes and the end of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    backend = Tokenizer(models.BPE({character: byte for byte, character in CHARACTER_OF_BYTE.items()}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return HFTokenizer(backend, eos="<|endoftext|>", pad=None)
 
 
 @pytest.fixture
@@ -219,12 +234,26 @@ def prompts_seen(monkeypatch: Patch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     original = callbacks.Engine.generate
 
-    def generate(self: Any, prompt: Any, sampling: Any) -> Any:
+    def generate(self: Any, prompt: Any, sampling: Any, **more: Any) -> Any:
         seen.append(prompt.ids)
-        return original(self, prompt, sampling)
+        return original(self, prompt, sampling, **more)
 
     monkeypatch.setattr(callbacks.Engine, "generate", generate)
     return seen
+
+
+def test_new_weights_learn_whole_texts(make: Make, tmp_path: Path, capsys: Capture) -> None:
+    """S0: with training.train_on=all a run begins from nothing, on a folder of rows; every token but each example's first is a target."""
+    config = make(data={"dataset": str(tmp_path / "empty")}, model={"n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 160})
+    (tmp_path / "empty").mkdir()
+    assert run(config, "training.init_from=null", "training.train_on=all", "training.max_steps=2", "training.seq_len=160") == 0
+    said = capsys.readouterr().err
+    assert "100% of the tokens trained (train_on all)" in said
+    assert f"{tmp_path / 'empty'} holds neither SMSSpamCollection nor instruction-data.json" in said
+    info = checkpoint.describe(tmp_path / "checkpoints" / "final.ckpt")
+    assert (info.stage, info.shape) == ("sft", "1L 16d 2h")
+    ending = checkpoint.load_model(info.path).tokenizer.special_names
+    assert "<|sep|>" in ending.values()
 
 
 def test_the_model_and_tokenizer_are_those_of_the_base(make: Make, home: Path, tmp_path: Path) -> None:
@@ -354,6 +383,22 @@ def test_plain_peft_loads_a_saved_adapter(foreign: bool, make: Make, home: Path,
     assert described["base_model_name_or_path"] == str(home / ("llama" if foreign else "base/final.ckpt"))
 
 
+def test_an_adapter_of_a_hugging_face_model_is_exported_alone_or_merged(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+    """peft's folder names its base; the merged folder has the logits of the checkpoint, and transformers answers as infer.py does."""
+    import transformers
+
+    path = adapted(make, foreign=True)
+    assert commands.main(["export", str(path), str(tmp_path / "alone")]) == 0
+    assert f"of {home / 'llama'}; --merge writes the whole model" in capsys.readouterr().err
+    assert commands.main(["export", str(path), str(tmp_path / "merged"), "--merge"]) == 0
+    model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "say red"}], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    theirs = model.generate(asked, do_sample=False, max_new_tokens=8)[0, asked.size(1) :].tolist()
+    capsys.readouterr()
+    assert infer.main(["--ckpt", str(path), "--prompt", "say red", "--temperature", "0", "--max-new-tokens", "8", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["completions"][0]["ids"] == theirs
+
+
 def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> None:
     """The error names the file."""
     with pytest.raises(UserError, match="final.ckpt: holds a whole model and no adapter. Give a checkpoint of a run with a lora section."):
@@ -466,7 +511,8 @@ def test_an_adapter_goes_on_only_over_its_own_base(make: Make, home: Path, tmp_p
 @pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [
-        ("whole", ["training.init_from=null"], "training.init_from: fine-tuning begins with a trained model. Set it to a checkpoint, or to hf:NAME"),
+        ("whole", ["training.init_from=null"], "training.init_from: answers alone are learned by a model that was trained before. Set it to a checkpoint"),
+        ("whole", ["training.init_from=null", "training.train_on=all", "tokenizer.kind=char"], "tokenizer.kind: kind char is learned from documents, and"),
         ("whole", ["training.init_from=nowhere.ckpt"], "training.init_from: nowhere.ckpt: not found."),
         ("whole", ["training.init_from=hf:./nowhere"], "training.init_from: ./nowhere: not found. Give a folder with config.json and model.safetensors"),
         ("whole", ["training.seq_len=161"], "training.seq_len: 161 is more than model.max_seq_len (160). Raise model.max_seq_len or lower"),

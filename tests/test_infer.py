@@ -10,7 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ import infer
 from tinylm import checkpoint
 from tinylm.config import Config, SamplingConfig
 from tinylm.decoder import Decoder
-from tinylm.engine import Piece
+from tinylm.engine import Engine, Piece, Prompt
 from tinylm.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +150,240 @@ def test_a_piped_prompt_loses_its_last_newline_only(run, save, monkeypatch, flag
 
 def test_another_tokenizer_of_the_same_size_is_taken(run, save):
     assert run("--ckpt", save(), "--prompt", "x", "--tokenizer", "byte")[1] == "x all you need.\n"
+
+
+# --- a fine-tuned model -----------------------------------------------------------------------------------------------
+
+
+class Parrot:
+    """Every engine writes a fixed answer from now on; what they were asked is kept.
+
+    The answer to "red" is RED, and so on: upper case, between the white space of a template, ended by the template's token.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, endless: bool = False):
+        self.asked: list[str] = []
+        self.endless = endless
+        parrot = self
+
+        def stream(engine: Engine, prompt: Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()) -> Iterator[Piece]:
+            text = engine.tokenizer.decode(prompt.ids)
+            parrot.asked.append(text)
+            assert tuple(stop_ids) == ((259, 258) if "### Output:" in text else ())
+            question = text.removesuffix("\n### Output:").rpartition("Instruction: ")[2]
+            answer = f" {question.upper()}\n"
+            for id in answer.encode():
+                yield Piece(chr(id), id, 0.0)
+                if parrot.endless and id == ord("!"):
+                    raise KeyboardInterrupt
+            yield Piece("", 259, 0.0, finish_reason="eos")
+
+        monkeypatch.setattr(Engine, "stream", stream)
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a checkpoint that was taught to answer."""
+
+    def write(name: str = "sft.ckpt", context: int = 400, **more: object) -> Path:
+        path = tmp_path / name
+        checkpoint.write(path, payload("x" * context) | {"stage": "sft"} | more)
+        return path
+
+    return write
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, text: str | bytes) -> None:
+    """What is on standard input."""
+    raw = text.encode() if isinstance(text, str) else text
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+
+
+def test_a_fine_tuned_model_is_asked_in_its_template_and_answers_alone(run, tuned, monkeypatch):
+    """The byte tokenizer ends an answer with <|sep|>, 259: it is not shown, nor is the template's white space."""
+    parrot = Parrot(monkeypatch)
+    code, out, err = run("--ckpt", tuned(), "--prompt", "red")
+    assert (code, out) == (0, "RED\n")
+    assert parrot.asked == ["### Instruction: red\n### Output:"]
+    assert "template: instruction, as it was fine-tuned; --no-wrap continues the prompt as it stands" in err
+    printed = json.loads(run("--ckpt", tuned(), "--prompt", "red", "--json", "--system", "Be kind.")[1])
+    assert (printed["template"], printed["completions"][0]["text"]) == ("instruction", " RED\n")
+    assert parrot.asked[-1] == "### System: Be kind.\n### Instruction: red\n### Output:"
+
+
+def test_a_blank_answer_is_told(run, tuned, monkeypatch):
+    """It would look as if nothing had run."""
+    Parrot(monkeypatch)
+    code, out, err = run("--ckpt", tuned(), "--prompt", "")
+    assert (code, out) == (0, "\n")
+    assert "the answer is blank: the model ended it at once, or wrote white space" in err
+
+
+@pytest.mark.parametrize(("stage", "flags"), [("sft", ["--no-wrap"]), ("pretrain", ["--no-wrap"]), ("pretrain", [])])
+def test_a_base_model_is_never_wrapped_and_no_wrap_leaves_the_prompt_as_it_is(run, tuned, monkeypatch, stage, flags):
+    parrot = Parrot(monkeypatch)
+    assert run("--ckpt", tuned(stage=stage), "--prompt", "red", *flags)[1] == "red RED\n\n"
+    assert parrot.asked == ["red"]
+
+
+def test_an_answer_ends_at_the_token_of_its_template_and_that_is_not_shown(run, tuned, tmp_path):
+    """No fake: a model that after k positions writes the bytes of " yes", then <|sep|>, then more."""
+    question = "### Instruction: red\n### Output:"
+    ids = [0] * (len(question) - 1) + [*b" yes", 259, *b"never"]
+    made = payload("x" * len(ids))
+    with torch.no_grad():
+        made["weights"]["head.weight"].zero_()
+        made["weights"]["head.weight"][ids, range(len(ids))] = 20.0
+    path = tuned(weights=made["weights"], config=made["config"])
+    assert run("--ckpt", path, "--prompt", "red")[1] == "yes\n"
+    assert run("--ckpt", path, "--prompt", "red", "--n-beams", "2")[1] == "yes\n"
+    assert run("--ckpt", path, "--prompt", question, "--no-wrap", "--max-new-tokens", "10")[1] == f"{question} yesnever\n"
+
+
+# --- a conversation ---------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_answers_each_line_and_remembers(run, tuned, monkeypatch):
+    """The template's own words stand between the turns; /reset begins anew; blank lines, unknown commands and bad bytes are no questions."""
+    parrot = Parrot(monkeypatch)
+    piped(monkeypatch, b"red\nblue\r\n\n/nonsense\n/reset\ngreen" + b"\n\xff\n/exit\nnever\n")
+    code, out, err = run("--ckpt", tuned(), "--chat", "--system", "Be kind.")
+    assert (code, out) == (0, "RED\nBLUE\nGREEN\n")
+    system = "### System: Be kind.\n"
+    red, blue, green = (f"### Instruction: {word}\n### Output:" for word in ("red", "blue", "green"))
+    assert parrot.asked == [f"{system}{red}", f"{system}{red} RED\n{blue}", f"{system}{green}"]
+    said = ["chat: one question a line; /reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer",
+            "/nonsense: no such command. There are /reset and /exit.", "forgotten", "error: standard input: not UTF-8 text. The line is left out."]  # fmt: skip
+    assert err.splitlines()[-4:] == said
+
+
+def test_a_chat_forgets_its_oldest_turns_where_the_context_is_full(run, tuned, monkeypatch):
+    """100 positions, of which 50 are for the answer: 32 bytes for each question, and 5 or so for its answer, so two do not fit."""
+    parrot = Parrot(monkeypatch)
+    piped(monkeypatch, "red\nblue\n" + "long" * 30 + "\n")
+    code, out, err = run("--ckpt", tuned(context=100), "--chat")
+    assert (code, out) == (0, f"RED\nBLUE\n{('long' * 30).upper()[-88:]}\n")
+    assert parrot.asked[1] == "### Instruction: blue\n### Output:"
+    assert err.count("the context is full: the oldest 1 of the answered questions are forgotten") == 2
+    assert "and the context holds 100: the first " in err
+
+
+def test_a_question_that_cannot_be_asked_does_not_end_the_chat(run, tuned, monkeypatch):
+    """The tokenizer has no x."""
+    from tinylm.tokenizer import CharTokenizer
+
+    tokenizer = CharTokenizer("### Instruction: \n### Output:abcd", unknown="error")
+    made = payload("x" * 400)
+    config = made["config"] | {"model": made["config"]["model"] | {"vocab_size": 260}, "tokenizer": {"kind": "char"}}
+    monkeypatch.setattr(Engine, "stream", lambda engine, prompt, sampling, *, stop_ids=(): iter([Piece("!", 0, 0.0, finish_reason="eos")]))
+    piped(monkeypatch, "x\na\n")
+    code, out, err = run("--ckpt", tuned(config=config, tokenizer=tokenizer.to_plain()), "--chat")
+    assert (code, out) == (0, "!\n")
+    assert "error: " in err and "'x'" in err
+
+
+def test_ctrl_c_stops_an_answer_and_what_was_written_is_remembered(run, tuned, monkeypatch):
+    """On a terminal; in a pipe it ends the program, as everywhere."""
+    parrot = Parrot(monkeypatch, endless=True)
+    for typed, expected in ((True, (0, "STOP!\nGO\n")), (False, (130, "STOP!\n"))):
+        piped(monkeypatch, "stop! here\ngo\n")
+        monkeypatch.setattr(infer, "lines_of_stdin", lambda typed: iter(["stop! here", "go"]))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda typed=typed: typed, raising=False)
+        code, out, _ = run("--ckpt", tuned(), "--chat")
+        assert (code, out) == expected
+    assert parrot.asked[1] == "### Instruction: stop! here\n### Output: STOP!\n### Instruction: go\n### Output:"
+
+
+def test_an_answer_cannot_steer_a_terminal(run, tuned, monkeypatch):
+    """J1, in a chat: ESC, OSC 52 and bidi as escapes; they stay in the history as they were."""
+    text = "\x1b[2J\x1b]52;c;eA==\x07\u202e!"
+    monkeypatch.setattr(Engine, "stream", lambda engine, prompt, sampling, *, stop_ids=(): iter([Piece(text, 0, 0.0, finish_reason="eos")]))
+    piped(monkeypatch, "red\x1b\n/\x1b[31m\n")
+    _, out, err = run("--ckpt", tuned(), "--chat")
+    assert out == 2 * "\\x1b[2J\\x1b]52;c;eA==\\x07\\u202e!\n"
+    assert "\x1b" not in out + err
+
+
+def test_a_chat_takes_the_newest_fine_tuned_checkpoint_of_the_folder_or_one_below(run, tuned, save, monkeypatch, tmp_path):
+    """By the time of writing, over runs; base models are passed over."""
+    Parrot(monkeypatch)
+    save(name="step-000900.ckpt")
+    for folder, created in (("a", 5.0), ("b", 9.0), ("c", 7.0)):
+        tuned(f"{folder}/step-000001.ckpt", created=created, stage="dpo" if folder == "b" else "sft")
+    piped(monkeypatch, "red\n")
+    code, out, err = run("--dir", tmp_path, "--chat")
+    assert (code, out) == (0, "RED\n")
+    assert f"checkpoint: {tmp_path / 'b' / 'step-000001.ckpt'}, step 7" in err
+
+
+@pytest.mark.slow
+def test_a_chat_template_that_reaches_out_or_does_not_end_is_one_error(run, tuned, monkeypatch):
+    """H4: it came with a checkpoint; the process lives, and each error is one line. The second is harmless until it is asked something."""
+    from test_finetune import OWN_TEMPLATE, byte_level
+
+    made = payload("x" * 400)["config"]
+    for source, words in (
+        ("{{ ''.__class__.__mro__ }}", "chat template"),
+        (OWN_TEMPLATE + "{% if 'loop' in messages[0].content %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}", ""),
+    ):
+        plain = byte_level().to_plain() | {"chat_template": source}
+        path = tuned(config=made | {"data": made["data"] | {"template": "chat_template"}}, tokenizer=plain)
+        piped(monkeypatch, "loop\nhello\n")
+        code, out, err = run("--ckpt", path, "--chat", "--max-new-tokens", "2")
+        assert code == (2 if words else 0)
+        assert "Traceback" not in err
+        assert words or ("took more than 5 seconds" in err and len(out.splitlines()) == 1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "message"),
+    [
+        ("sft", ["--chat", "--prompt", "x"], "--prompt: it has no part in --chat. Leave one of the two out."),
+        ("sft", ["--chat", "--json"], "--json: it has no part in --chat. Leave one of the two out."),
+        ("sft", ["--chat", "--n-samples", "2"], "--n-samples: it has no part in --chat. Leave one of the two out."),
+        ("sft", ["--prompt", "x", "--system", "y", "--no-wrap"], "--system: only a fine-tuned model that is asked in its template is told something before."),
+        ("pretrain", ["--prompt", "x", "--system", "y"], "--system: only a fine-tuned model that is asked in its template is told something before."),
+        ("pretrain", ["--chat"], "is a base model, which continues texts and was not taught to answer. Fine-tune it first (python finetune.py"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_told(run, tuned, monkeypatch, stage, flags, message):
+    piped(monkeypatch, "red\n")
+    assert message in refused(run("--ckpt", tuned(stage=stage), *flags))
+
+
+def test_a_chat_without_a_fine_tuned_checkpoint_or_input_is_told(run, save, tmp_path, monkeypatch):
+    save()
+    piped(monkeypatch, "red\n")
+    assert refused(run("--dir", tmp_path, "--chat")).startswith(f"{tmp_path}: no fine-tuned checkpoint here or in a folder below. Teach a model")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert refused(run("--chat")) == "--chat: standard input is closed. Start it in a terminal, or pipe questions into it, one a line."
+
+
+@pytest.mark.slow
+def test_a_chat_on_a_terminal_stops_an_answer_and_goes_on(save, tuned, tmp_path):
+    """A true terminal: Ctrl-C while the answer is written, Ctrl-C at the sign, then /exit."""
+    path = tuned(config=payload("x" * 400, max_new_tokens=1_000_000)["config"])
+    ours, theirs = pty.openpty()
+    program = start("--ckpt", path, "--chat", stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "dumb"}, start_new_session=True)
+    os.close(theirs)
+    received = b""
+
+    def wait_for(what: bytes) -> None:
+        nonlocal received
+        while what not in received:
+            received += os.read(ours, 4096)
+        received = received.partition(what)[2]
+
+    wait_for(b"> ")
+    os.write(ours, b"red\n")
+    wait_for(b"xxxxxxxx")
+    program.send_signal(signal.SIGINT)
+    wait_for(b"> ")
+    program.send_signal(signal.SIGINT)
+    wait_for(b"> ")
+    os.write(ours, b"/exit\n")
+    assert program.wait(timeout=30) == 0
+    os.close(ours)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

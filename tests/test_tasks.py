@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from tinylm import rows
-from tinylm.config import DataConfig
+from tinylm.config import Config, DataConfig
 from tinylm.errors import UserError
 from tinylm.prompts import Turn
 from tinylm.tasks import NAMED, PAIRS, data
@@ -135,18 +135,20 @@ def test_the_spam_collection_is_read_as_it_is_published(tmp_path):
         ("sst2", [("nyu-mll/glue", "sst2", "validation"), ("nyu-mll/glue", "sst2", "train")]),
         ("samsum", [("knkarthick/samsum", None, "test"), ("knkarthick/samsum", None, "train")]),
         ("gsm8k", [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "main", "train")]),
-        ("sms", [("ucirvine/sms_spam", "plain_text", "train")]),
-        ("alpaca", [("tatsu-lab/alpaca", None, "train")]),
+        ("sms", 2 * [("ucirvine/sms_spam", "plain_text", "train")]),
+        ("alpaca", 2 * [("tatsu-lab/alpaca", None, "train")]),
     ],
 )
-def test_without_a_path_the_splits_of_the_hub_are_read_whole(monkeypatch, name, asked):
-    """A data set with one split has its solved examples held out; no row is held out for validation."""
-    calls = []
+def test_without_a_path_rows_are_evaluated_that_fine_tuning_does_not_train_on(monkeypatch, name, asked):
+    """Two splits are read whole. Of a single one, the rows that fine-tuning with default settings holds out are evaluated, and the others solved."""
+    calls, one_split = [], name in ("sms", "alpaca")
 
     def records(config, which, seed):
         calls.append((config.dataset, config.dataset_config, config.split))
         split = rows.find_split(config, which, seed, rows.ROW_FILES)
-        assert (which, split.held_out, split.limit) == ("train", None, None)
+        defaults = Config()
+        assert (split.held_out, split.limit) == ((defaults.data.val_fraction, defaults.training.seed) if one_split else None, None)
+        assert which == (["train", "val"][len(calls) - 1] if one_split else "train")
         return ((f"row {i}", row) for i, row in enumerate(NAMED[name].smoke))
 
     monkeypatch.setattr(data, "records", records)

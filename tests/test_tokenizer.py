@@ -140,6 +140,13 @@ def test_any_text_comes_back_from_byte_level_bpe(text):
     assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text
 
 
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BYTE_LEVEL, BYTE_FALLBACK], ids=["byte", "byte_level", "byte_fallback"])
+@pytest.mark.parametrize("text", ["a\r\nb\r", "\0a\0", "a\u2028b\u2029c\x85", "\ufeffa\ufeff", "\x1c\x1d\v\f", "e\u0301 \u00e9", "\U0010ffff\uffff"])
+def test_characters_that_programs_like_to_change_come_back(tokenizer, text):
+    """E3: CRLF, NUL, the line ends of Unicode, a byte-order mark, separators, two ways to write é, and no characters at all."""
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 @given(st.text(alphabet=st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
 def test_any_text_comes_back_from_byte_fallback(text):
     """▁ is that construction's own sign for a space, so it alone cannot come back."""
@@ -545,6 +552,19 @@ def test_a_damaged_tokenizer_json_is_named(folder, text, message):
     assert str(caught.value).startswith(f"{folder / 'tokenizer.json'}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("id", [900, 0])
+def test_an_added_token_whose_id_is_not_its_place_is_named(folder, id):
+    """E14, a gap: the library would number it with the next id behind the vocabulary, and the model's row 900 would never be used."""
+    description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    description["added_tokens"].append({**description["added_tokens"][0], "content": "<more>", "id": id})
+    write_json(folder / "tokenizer.json", description)
+    size = len(description["model"]["vocab"])
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    expected = f"added token <more>: id {id}, but with {size + 1} tokens in all its place is {size}. Export the tokenizer again."
+    assert str(caught.value) == f"{folder / 'tokenizer.json'}: {expected}"
 
 
 def test_every_cut_off_tokenizer_json_is_named(folder):

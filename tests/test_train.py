@@ -169,9 +169,9 @@ def test_a_sample_is_shown_at_each_validation(make_config: Make, capsys: Capture
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
 
-def interrupt_at(monkeypatch: Patch, micro_batch: int, action: Callable[[], Any]) -> None:
+def interrupt_at(monkeypatch: Patch, micro_batch: int, action: Callable[[], Any], stage: type[model.LitStage] = model.LitLM) -> None:
     """Call `action` when the loss of that micro-batch (1, 2, ...) of this process has been worked out."""
-    original, seen = model.LitLM.batch_loss, []
+    original, seen = stage.batch_loss, []
 
     def batch_loss(self: Any, batch: Any, *, label_smoothing: float) -> Any:
         result = original(self, batch, label_smoothing=label_smoothing)
@@ -179,10 +179,10 @@ def interrupt_at(monkeypatch: Patch, micro_batch: int, action: Callable[[], Any]
             seen.append(1)
             if len(seen) == micro_batch:
                 changed = action()
-                return result if changed is None else (result[0] * changed, *result[1:])
+                return result if changed is None else result._replace(loss=result.loss * changed)
         return result
 
-    monkeypatch.setattr(model.LitLM, "batch_loss", batch_loss)
+    monkeypatch.setattr(stage, "batch_loss", batch_loss)
 
 
 @pytest.mark.parametrize(("number", "times", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGINT, 10, 130)])

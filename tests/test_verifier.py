@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from tinylm.config import ModelConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError
-from tinylm.verifier import NUMBER, Verifier, VerifierScore, area_under_curve, calibration_error, corrupted, verifier_loss
+from tinylm.verifier import NUMBER, Verifier, VerifierScore, area_under_curve, calibration_error, corrupted, logit_counts, soft_minimum, verifier_loss
 
 TINY = {"vocab_size": 19, "n_layers": 2, "d_model": 16, "n_heads": 2, "max_seq_len": 10}
 SHAPES = [{}, {"position": "learned"}, {"position": "none"}, {"n_kv_heads": 1}, {"n_sinks": 2}, {"norm_placement": "post"}, {"qk_norm": True, "bias": "all"}]
@@ -68,6 +68,13 @@ def test_what_only_a_decoder_can_have_is_refused(options, message):
         make(**options)
 
 
+def test_the_logit_is_a_soft_minimum_over_the_real_tokens():
+    """By hand: scores 0 and ln 3 have the odds 1 and 1/3 of being wrong, in the mean 2/3; a score far below the others decides."""
+    scores = torch.tensor([[0.0, np.log(3), -99.0], [9.0, -50.0, 9.0]])
+    found = soft_minimum(scores, torch.tensor([[True, True, False], [True, True, True]]))
+    torch.testing.assert_close(found, torch.tensor([-np.log(2 / 3), -50 + np.log(3)], dtype=found.dtype))
+
+
 def test_its_loss_is_the_cross_entropy_of_right_and_wrong():
     """By hand: s(0) = 1/2 both ways; a logit of ln 3 has probability 3/4, so -ln 3/4 if right and -ln 1/4 if wrong."""
     logits = torch.tensor([0.0, np.log(3), np.log(3)])
@@ -105,3 +112,22 @@ def test_the_calibration_error_worked_by_hand():
 def test_a_score_shows_the_majority_beside_the_accuracy():
     score = VerifierScore.of(np.array([0.9, 0.8, 0.6, 0.1]), np.array([True, True, False, True]))
     assert (score.n, score.accuracy, score.majority, score.auc) == (4, 0.5, 0.75, pytest.approx(2 / 3))
+
+
+@given(st.lists(st.tuples(st.floats(-30, 30, width=32), st.booleans()), min_size=2).filter(lambda rows: len({right for _, right in rows}) == 2))
+def test_counted_logits_give_the_score_of_the_logits(rows):
+    """Exact but for the width of a bin: the probability moves by at most 0.0025, and no pair changes sides."""
+    logits, right = torch.tensor([logit for logit, _ in rows]), torch.tensor([right for _, right in rows])
+    counts = sum(logit_counts(*part) for part in ((logits[:1], right[:1]), (logits[1:], right[1:])))
+    found = VerifierScore.of_counts(counts.numpy())
+    exact = VerifierScore.of(torch.sigmoid(logits.double()).numpy(), right.numpy())
+    binned = VerifierScore.of((logits.double() / 0.02).floor().clamp(-1000, 999).numpy(), right.numpy())
+    assert (found.n, found.accuracy, found.majority) == (exact.n, (torch.where(logits >= 0, 1, 0) == right).double().mean().item(), exact.majority)
+    assert found.auc == pytest.approx(binned.auc)
+
+
+def test_the_interval_of_the_accuracy_is_wilsons():
+    """60 of 100 (Wilson 1927): 0.502 to 0.691."""
+    right = np.arange(100) < 50
+    score = VerifierScore.of(np.where(np.arange(100) < 60, right, ~right).astype(float), right)
+    assert score.accuracy == 0.6 and [round(end, 3) for end in score.interval] == [0.502, 0.691]

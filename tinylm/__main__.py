@@ -5,6 +5,7 @@ imports what it needs, makes one call and prints. Add the first to `main`.
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -183,7 +184,7 @@ def add_encode(commands: Any) -> None:
     command.add_argument("--text-field", default="text", metavar="KEY", help="column or key that holds the text (default: text)")
     command.add_argument("--separator", metavar="TEXT", help="what divides documents in a .txt file (default: each line is one)")
     command.add_argument("--max-doc-len", type=int, metavar="N", help="tokens after which a document is cut")
-    command.add_argument("--resume", action="store_true", help="go on with what an interrupted run left; without it that is begun again")
+    command.add_argument("--resume", action="store_true", help="go on with what an interrupted run left")
     command.add_argument("--format", choices=("bin", "npy"), default="bin", help="npy: also write a plain NumPy array of the ids, FILE.npy")
     command.set_defaults(run=encode)
 
@@ -198,7 +199,7 @@ for example:
 def encode(arguments: argparse.Namespace) -> int:
     """Write the token file, tell what is in it, and print its path."""
     from tinylm.encode import encode_file, finished_file
-    from tinylm.tokenfile import NPY, TokenFile, locked, write_npy
+    from tinylm.tokenfile import NPY, TokenFile, draft_folder, locked, write_npy
 
     check_encode(arguments)
     path, array = arguments.out, arguments.out.with_suffix(NPY)
@@ -209,6 +210,9 @@ def encode(arguments: argparse.Namespace) -> int:
         file = finished_file(path, recipe)
         if file is not None:
             say(f"complete already: {path}")
+        elif not arguments.resume and (draft_folder(path) / "state.json").exists():
+            left = printable(draft_folder(path))
+            raise UserError(f"{left}: what an interrupted run has done. Go on with it: the same command and --resume; or delete it to begin again.")
         else:
             say(f"encoding with {arguments.processes} processes, tokenizer {recipe.tokenizer.fingerprint} (vocabulary {recipe.tokenizer.vocab_size})")
             started = time.monotonic()
@@ -223,8 +227,8 @@ def encode(arguments: argparse.Namespace) -> int:
         if arguments.format == "npy":
             write_npy(file, array, "--out")
     tell_content(file)
-    tokenizer = "tokenizer.kind=byte" if arguments.tokenizer == "byte" else f"tokenizer.path={arguments.tokenizer}"
-    say(f"next: python train.py --config config.yaml data.dataset={path} {tokenizer}")
+    tokenizer = ["tokenizer.kind=byte", "tokenizer.vocab_size=null"] if arguments.tokenizer == "byte" else [f"tokenizer.path={arguments.tokenizer}"]
+    say(f"next: python train.py --config config_smoke.yaml {shlex.join([f'data.dataset={path}', *tokenizer])}")
     if arguments.format == "npy":
         print(printable(array))
     print(printable(path))
@@ -272,28 +276,50 @@ def tell_content(file: "TokenFile") -> None:
 
 def add_export(commands: Any) -> None:
     """Declare `export`."""
-    summary = "write a checkpoint as a Hugging Face folder or a GGUF file"
-    command = commands.add_parser("export", help=summary, description=f"{summary[0].upper()}{summary[1:]}; its logits are compared with ours first.")
+    summary = "write a checkpoint as a Hugging Face folder or a GGUF file, an adapter as a folder for peft"
+    command = commands.add_parser("export", help=summary, description=f"{summary[0].upper()}{summary[1:]}; a model's logits are compared with ours first.")
     command.add_argument("ckpt", type=Path, metavar="CKPT", help="the checkpoint")
     command.add_argument("out", type=Path, metavar="OUT", help="the new folder for hf, the new file for gguf")
-    command.add_argument("--format", choices=("hf", "gguf"), required=True, help="hf: for transformers; gguf: one file for llama.cpp and its like")
+    kinds = "hf: for transformers, or peft if it is an adapter; gguf: one file for llama.cpp and its like (default: hf)"
+    command.add_argument("--format", choices=("hf", "gguf"), default="hf", help=kinds)
     command.add_argument("--floats", choices=("f32", "f16"), default="f32", help="for gguf: bits of its matrices (default: f32)")
+    command.add_argument("--merge", action="store_true", help="of an adapter: write the whole model that it makes with its base")
     command.set_defaults(run=export)
 
 
 def export(arguments: argparse.Namespace) -> int:
     """Write the folder or file; its path is printed."""
+    from tinylm.checkpoint import holds_adapter
     from tinylm.export import export_hf
     from tinylm.gguf import export_gguf
 
     if arguments.format == "hf" and arguments.floats != "f32":
         raise UserError("--floats: a Hugging Face folder is written in f32. Leave --floats out, or give --format gguf.")
+    adapter = holds_adapter(arguments.ckpt)
+    if arguments.merge and not adapter:
+        raise UserError(f"--merge: {printable(arguments.ckpt)} holds a whole model and no adapter. Leave --merge out.")
+    if adapter and not arguments.merge:
+        return export_adapter_alone(arguments)
     written = export_hf(arguments.ckpt, arguments.out) if arguments.format == "hf" else export_gguf(arguments.ckpt, arguments.out, floats=arguments.floats)
     say(f"{written.model_type}, {arguments.floats}: read back by transformers, its logits differ from ours by {written.difference:.1e}")
     if written.tokenizer_class != "AutoTokenizer":
         say(f"note: load its tokenizer with {written.tokenizer_class}; AutoTokenizer cuts words in its own way for every {written.model_type}")
     say(f"next: python -c {shlex.quote(code_that_loads(written, arguments.format))}")
     print(printable(written.path))
+    return 0
+
+
+def export_adapter_alone(arguments: argparse.Namespace) -> int:
+    """Write the folder for peft; its path is printed."""
+    from tinylm.export import export_adapter
+
+    if arguments.format == "gguf":
+        raise UserError("--format gguf: an adapter alone is written for peft. Give --merge for the whole model, or leave --format out.")
+    out = export_adapter(arguments.ckpt, arguments.out)
+    base = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    say(f"the adapter alone, for peft, of {printable(base)}; --merge writes the whole model")
+    say(f"next: in Python, peft.PeftModel.from_pretrained(model, {str(out)!r}), where model is that one")
+    print(printable(out))
     return 0
 
 

@@ -19,15 +19,11 @@ result depends on the text alone, never on the number of processes. Encoding wit
 import hashlib
 import heapq
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -40,9 +36,9 @@ from tinylm.config import DataConfig, TokenizerConfig
 from tinylm.corpus import HubDataset, LocalFiles, Source, find_source
 from tinylm.errors import UserError, printable, reading, require_regular, writing
 from tinylm.mix import training_split
-from tinylm.processes import Progress
+from tinylm.processes import Progress, in_order
 from tinylm.tokenizer import WELL_KNOWN_EOS, Tokenizer, load_hf_tokenizer, make_tokenizer
-from tinylm.words import BYTE_OF_CHARACTER, CUT_BYTES, PATTERNS, FileJob, Job, Rules, TextJob, count_job
+from tinylm.words import BYTE_OF_CHARACTER, CUT_BYTES, PATTERNS, CountWords, FileJob, Job, Rules, TextJob
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -135,42 +131,14 @@ def count_jobs(jobs: Iterable[Job], rules: Rules, *, processes: int = 1, progres
     if size < WORTH_PROCESSES:
         processes = 1
     total, done = Counter[str](), 0
-    for job, words in _counted(chain(first, jobs), rules, processes):
+    for size, words in in_order(CountWords(rules), chain(first, jobs), processes):
         total.update(words)
-        done += job.size
+        done += size
         if progress is not None:
             progress("bytes", done, 0)
     if not total:
         raise UserError("the text has no words, so nothing can be learned from it. Give a file with text.")
     return total
-
-
-def _counted(jobs: Iterator[Job], rules: Rules, processes: int) -> Iterator[tuple[Job, Counter[str]]]:
-    """Each job with its words, as they come in; this process counts too, so that one less is started."""
-    if processes == 1:
-        yield from ((job, count_job(job, rules)) for job in jobs)
-        return
-    # spawn: a fork of a process that runs threads (torch's, tokenizers') can stand still for ever.
-    context = multiprocessing.get_context("spawn")
-    # Ctrl-C is this process's to answer. Nothing of this file is named to the others, or they would import all of it.
-    executor = ProcessPoolExecutor(processes - 1, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    running: dict[Future[Counter[str]], Job] = {}
-    try:
-        while True:
-            # One job under way and one waiting for each.
-            running |= {executor.submit(count_job, job, rules): job for job in islice(jobs, 2 * (processes - 1) - len(running))}
-            if (mine := next(jobs, None)) is not None:
-                yield mine, count_job(mine, rules)
-            elif running:
-                wait(running, return_when=FIRST_COMPLETED)
-            else:
-                return
-            for future in [future for future in running if future.done()]:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool:
-        raise UserError("a process that counted words was ended from outside, perhaps for want of memory. Free some, or use fewer processes.") from None
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
 
 
 # --- step 2: merges ---------------------------------------------------------------------------------------------------
@@ -549,3 +517,19 @@ def tokenizer_for(config: TokenizerConfig, data: DataConfig, seed: int, *, progr
     finally:
         lock.release()
     return load_hf_tokenizer(str(folder))
+
+
+def learned_from(config: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that the settings ask for, learned from texts that are not documents where it is learned at all; kept nowhere.
+
+    Raises:
+        UserError: as `make_tokenizer` and `check_request`.
+    """
+    if config.kind != "bpe":
+        return make_tokenizer(config, lambda: islice(texts(), config.learn_docs))
+    assert config.vocab_size is not None  # TokenizerConfig checks it
+    rules = Rules(config.pattern or "gpt2")
+    check_request(config.vocab_size, rules)
+    with tempfile.TemporaryDirectory() as folder:
+        Bpe.count_and_learn(_text_jobs(islice(texts(), config.learn_docs)), config.vocab_size, rules).save(Path(folder) / "bpe")
+        return load_hf_tokenizer(str(Path(folder) / "bpe"))

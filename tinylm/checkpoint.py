@@ -30,7 +30,9 @@ from tinylm.decoder import Decoder
 from tinylm.errors import UserError, printable, writing
 from tinylm.foreign import PREFIX, ForeignDecoder, find, rebuild
 from tinylm.lora import merge
+from tinylm.prompts import ANSWERING
 from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
+from tinylm.verifier import Verifier
 
 FORMAT = "tinylm"
 SCHEMA = 1
@@ -41,8 +43,9 @@ _COMMENT_SIZE = len("sha256:") + 64
 _STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
 _NEEDED_KEYS = {"format", "schema", "stage", "step", "tokens", "config", "tokenizer", "weights"}
 # What rebuilding a model takes beside settings and weights: {"path", "fingerprint"} of the base that an adapter belongs to, and
-# the config.json of a Hugging Face model as text. Older checkpoints have neither.
-NO_ROOTS: dict[str, Any] = {"base": None, "hf_config": None}
+# the config.json of a Hugging Face model as text. What going on with preferences takes: the reference, described as a base is.
+# Older checkpoints have none of them.
+NO_ROOTS: dict[str, Any] = {"base": None, "hf_config": None, "reference": None}
 
 
 class DamagedError(UserError):
@@ -75,6 +78,11 @@ class Loaded:
     tokenizer: Tokenizer
     config: Config
     info: CheckpointInfo
+
+    @property
+    def template(self) -> str | None:
+        """The name of the template that it was taught to answer in (`make_template`); None for a base model."""
+        return self.config.data.template if self.info.stage in ANSWERING else None
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -328,16 +336,60 @@ def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
     )
 
 
+def holds_adapter(path: Path) -> bool:
+    """Whether the checkpoint at `path` holds an adapter alone, and no whole model."""
+    return Config.from_plain(read(path)["config"]).lora is not None
+
+
 def load_model(path: Path, device: str = "cpu") -> Loaded:
     """The model, tokenizer and settings of the checkpoint at `path`; it needs no other file, but for an adapter its base.
 
     Raises:
-        UserError: the base is not there any more, or is another one.
+        UserError: the base is not there any more, or is another one; or it is a verifier.
     """
     payload = read(path)
+    refuse_verifier(path, payload)
     config = Config.from_plain(payload["config"])
     model = (_with_base(path, payload, config.lora) if config.lora else whole_model(config.model, payload)).to(device).eval()
     return Loaded(model, tokenizer_from_plain(payload["tokenizer"]), config, _info(path, payload))
+
+
+@dataclass(frozen=True)
+class LoadedVerifier:
+    """A verifier ready for use, in evaluation mode, and what it was trained with."""
+
+    model: Verifier
+    tokenizer: Tokenizer
+    config: Config
+    info: CheckpointInfo
+
+
+def load_verifier(path: Path, device: str = "cpu") -> LoadedVerifier:
+    """The verifier, tokenizer and settings of the checkpoint at `path`.
+
+    Raises:
+        UserError: it holds a model that writes.
+    """
+    payload = read(path)
+    if payload["stage"] != "verifier":
+        holds = f"a model of stage {printable(payload['stage'])}, which writes and does not judge"
+        raise UserError(f"{printable(path)}: {holds}. Train a verifier: python finetune.py --config configs/verifier.yaml")
+    config = Config.from_plain(payload["config"])
+    model = build_verifier(config.model, payload["weights"]).to(device).eval()
+    return LoadedVerifier(model, tokenizer_from_plain(payload["tokenizer"]), config, _info(path, payload))
+
+
+def build_verifier(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Verifier:
+    """A verifier with exactly these weights; a missing, extra or misshapen one is torch's RuntimeError, which names it."""
+    model = Verifier(config)
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+def refuse_verifier(path: Path, payload: dict[str, Any]) -> None:
+    """UserError for a checkpoint that judges where one is wanted that writes."""
+    if payload["stage"] == "verifier":
+        raise UserError(f"{printable(path)}: a verifier, which judges answers and writes none. Give a model that writes; this one is for --verifier.")
 
 
 def whole_model(config: ModelConfig, payload: dict[str, Any]) -> Decoder | ForeignDecoder:
@@ -421,10 +473,12 @@ def open_base(name: str) -> Base:
         files = find(name.removeprefix(PREFIX))
         return Base(name, files.sizes, TokenizerConfig(kind="hf", path=name.removeprefix(PREFIX)), None, True, lambda config: files.load())
     payload = read(Path(name))
+    refuse_verifier(Path(name), payload)
     config = Config.from_plain(payload["config"])
     if config.lora is not None:
         holds = f"holds a LoRA adapter of stage {printable(payload['stage'])} and no whole model, as one of stage pretrain or sft without lora does"
-        raise UserError(f"{printable(name)}: {holds}. Start from its base, {printable(payload['base']['path'])}, or from the two merged.")
+        base = resolve_base(payload["base"]["path"], Path(name))
+        raise UserError(f"{printable(name)}: {holds}. Start from its base, {printable(base)}, or from the two merged.")
     foreign = payload["hf_config"] is not None
     return Base(name, config.model, config.tokenizer, tokenizer_from_plain(payload["tokenizer"]), foreign, lambda config: whole_model(config, payload))
 

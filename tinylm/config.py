@@ -29,7 +29,7 @@ CONFIG_DEPTH_LIMIT = 12
 MIX_LIMIT = 1_000_000  # so many times the smallest weight may be all weights together: a block of rows has one of each source
 
 # What tinylm/rows.py looks for in a row.
-ROW_COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations")
+ROW_COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "conversations", "chosen", "rejected")
 
 Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, le=COUNT_LIMIT, strict=True)]
@@ -158,7 +158,7 @@ class TokenizerConfig(Section):
     kind: Literal["byte", "char", "bpe", "hf"] = "byte"
     """byte: 256 bytes and 4 specials; char, bpe: learned from the training split; hf: read from `path`"""
     path: Name | None = None
-    """for hf: a Hugging Face name (gpt2), or a folder with tokenizer.json or vocab.json and merges.txt"""
+    """for hf: a Hugging Face name (gpt2), or a folder with tokenizer.json or vocab.json and merges.txt; on the command line it replaces the others here"""
     unknown: Literal["error", "unk"] = "error"
     """for char: what a character outside the vocabulary is, an error or the token <|unk|>"""
     vocab_size: Annotated[Count, Field(ge=258, le=1_000_000)] | None = None
@@ -216,15 +216,15 @@ class DataConfig(Section):
     token_dtype: Literal["uint16", "uint32"] | None = None
     """type of the ids in a token file that does not say it: a bare .bin; null: the file says it"""
     task: Literal["sst2", "samsum", "gsm8k", "sms", "alpaca"] | None = None
-    """for fine-tuning: whose columns and prompts the rows have (tinylm/tasks); null: `rows` says it"""
+    """for fine-tuning: whose columns and prompts the rows have (tinylm/tasks); `dataset` left out is then its own on the hub, smoke its few built-in rows"""
     rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
     """for fine-tuning: what a row is made of; auto: told by its keys"""
     columns: dict[Name, Name] | None = None
-    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages, conversations) to the name in the data"""
+    """for fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages, conversations, chosen, rejected) to that in the data"""
     template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
     """for fine-tuning: how turns are written (tinylm/prompts.py); chat_template: as the tokenizer's own template says"""
     packing: Literal["packed", "padded"] = "packed"
-    """for fine-tuning: several examples a row behind document masks, or one example a row"""
+    """for fine-tuning: several examples a row behind document masks, or one example a row, as preferences always are"""
     split: Name = "train"
     """split of a Hugging Face dataset to train on"""
     val_dataset: Name | None = None
@@ -432,6 +432,27 @@ class DpoConfig(Section):
         return self
 
 
+class VerifierConfig(Section):
+    """A verifier: an encoder that reads a problem with an answer and tells right from wrong (Cobbe et al. 2021)."""
+
+    n_wrong: Annotated[CountOrZero, Field(le=64)] = 1
+    """wrong answers made of each right one by changing one of its numbers, other ones in each pass; a row of a batch is a problem with all its answers"""
+    n_sampled: Annotated[CountOrZero, Field(le=64)] = 0
+    """answers to each problem that the model in `sampled_from` writes, right or wrong as the last number in them says"""
+    sampled_from: Name | None = None
+    """checkpoint of the model that writes them"""
+
+    @model_validator(mode="after")
+    def _there_are_wrong_answers(self) -> "VerifierConfig":
+        if self.n_wrong + self.n_sampled == 0:
+            raise ValueError("n_wrong: without wrong answers there is nothing to tell apart. Set n_wrong, or n_sampled and sampled_from")
+        if self.n_sampled and self.sampled_from is None:
+            raise ValueError("sampled_from: n_sampled needs a model that writes the answers. Set sampled_from to its checkpoint")
+        if self.sampled_from is not None and not self.n_sampled:
+            raise ValueError("n_sampled: sampled_from names a model, and n_sampled asks for none of its answers. Set n_sampled, or take sampled_from out")
+        return self
+
+
 class HardwareConfig(Section):
     """Where it runs."""
 
@@ -496,6 +517,8 @@ class Config(Section):
     """low-rank adapters for fine-tuning; null: every weight is trained"""
     dpo: DpoConfig | None = None
     """train on preferences; null: on next tokens"""
+    verifier: VerifierConfig | None = None
+    """train a verifier of answers; null: a language model"""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     @model_validator(mode="after")
@@ -507,6 +530,42 @@ class Config(Section):
             raise ValueError(f"training.seq_len: {seq_len} is more than model.max_seq_len ({positions}). Raise model.max_seq_len or lower training.seq_len")
         if self.data.stride is not None and self.data.stride > seq_len:
             raise ValueError(f"data.stride: {self.data.stride} is more than training.seq_len ({seq_len}), which would skip tokens. Lower data.stride")
+        return self
+
+    @model_validator(mode="after")
+    def _preferences_have_no_use_for(self) -> "Config":
+        if self.dpo is None:
+            return self
+        if self.dpo.reference == "adapters_off" and self.lora is None:
+            raise ValueError("dpo.reference: adapters_off needs adapters to switch off. Set dpo.reference to copy or cached, or write a lora section")
+        unused = {
+            "data.task": (self.data.task, None),
+            "data.rows": (self.data.rows, "auto"),
+            "training.train_on": (self.training.train_on, "response"),
+            "training.label_smoothing": (self.training.label_smoothing, 0.0),
+        }
+        for name, (value, default) in unused.items():
+            if value != default:
+                raise ValueError(f"{name}: {value} has no meaning for pairs of answers, which the dpo section asks for. Take it out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_verifier_has_no_use_for(self) -> "Config":
+        if self.verifier is None:
+            return self
+        for name, section in (("lora", self.lora), ("dpo", self.dpo)):
+            if section is not None:
+                raise ValueError(f"{name}: the verifier section asks for a verifier, which has no use for it. Take one of the two out")
+        unused = {
+            "data.template": (self.data.template, "instruction"),
+            "data.packing": (self.data.packing, "packed"),
+            "training.train_on": (self.training.train_on, "response"),
+            "training.label_smoothing": (self.training.label_smoothing, 0.0),
+            "training.sample_prompt": (self.training.sample_prompt, None),
+        }
+        for name, (value, default) in unused.items():
+            if value != default:
+                raise ValueError(f"{name}: {printable(value)} has no meaning for a verifier, which the verifier section asks for. Take it out")
         return self
 
     def with_model(self, model: ModelConfig, tokenizer: TokenizerConfig) -> "Config":
@@ -630,6 +689,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise UserError(f"{printable(override)}: an override is written section.key=value, such as training.max_steps=100.")
+        if key == "tokenizer.path":  # takes the place of a tokenizer that is learned, with all that says how
+            for name in ("kind", "vocab_size", "pattern", "learn_docs", "unknown"):
+                settings.open("tokenizer", Place("command line")).pop(name, None)
         _put_node(settings, key, _parse(text, Place(f"command line: {key}")), Place("command line"))
     return _validate(settings)
 

@@ -498,7 +498,8 @@ def find_split(data: DataConfig, which: Which, seed: int, kinds: Kinds = DOCUMEN
     key, name = named_source(data, which)
     if is_token_file(name):
         check_token_files(data)
-        raise UserError(f"data.{key}: {printable(name)} is a token file, whose documents cannot be read again. Give the text that it was made from.")
+        found = f"{printable(name)} is a token file, whose documents cannot be read again"
+        raise UserError(f"data.{key}: {found}. Set tokenizer.path to the tokenizer that it was encoded with.")
     limit = data.train_docs if which == "train" else data.val_docs
     source = find_source(data, key, name, data.split, kinds)
     if data.val_dataset is None and data.val_split is None:

@@ -23,6 +23,7 @@ Queries, keys and values are stored as one matrix, and so are gate and value of 
 # F feed-forward width · E experts · A experts a token · V vocabulary · N tokens = B*T
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -432,6 +433,17 @@ class Decoder(nn.Module):
                 x, block_balance = block(x, sight)
             balance = balance + block_balance / len(self.blocks)
         return Features(self.norm(x), balance)
+
+    def opening(self, prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], dict[str, Tensor]]:
+        """The ids that stand before what is written after each prompt, and what `features` takes beside ids: here the prompts, and nothing.
+
+        For a model that has an encoder the two are others (foreign.py).
+        """
+        return prompts, {}
+
+    def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of rows as the model takes it: here as it is."""
+        return batch
 
     def new_cache(self, batch_size: int, max_len: int | None = None, *, dtype: torch.dtype | None = None, chunk: int = 256) -> KVCache:
         """An empty cache for `max_len` positions (max_seq_len if None), fed at most `chunk` at a time under a window."""

@@ -15,7 +15,7 @@ is forgotten by the model, though not by the repetition penalty and the forbidde
 # B rows (samples or beams) · T tokens · V vocabulary
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -170,8 +170,8 @@ def find_stop(text: str, stops: Iterable[str]) -> int | None:
 class _Writer:
     """One text being written: turns its tokens into pieces and knows when it ends."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str], sample: int = 0):
-        self.eos_id = tokenizer.eos_id
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str], end_ids: Collection[int], sample: int = 0):
+        self.end_ids = end_ids
         self.decoder = tokenizer.stream()
         self.gate = StopGate(stops)
         self.sample = sample
@@ -179,15 +179,15 @@ class _Writer:
 
     def write(self, token_id: int, log_prob: float, *, last: bool) -> Piece:
         """The piece of the next token; `last` ends the text for its length."""
-        is_eos = token_id == self.eos_id
-        text = "" if is_eos else self.decoder.feed(token_id)
-        if is_eos or last:
+        ends = token_id in self.end_ids
+        text = "" if ends else self.decoder.feed(token_id)
+        if ends or last:
             text += self.decoder.finish()
         shown = self.gate.feed(text)
         if self.gate.stopped:
             self.finish_reason = "stop"
-        elif is_eos or last:
-            self.finish_reason = "eos" if is_eos else "length"
+        elif ends or last:
+            self.finish_reason = "eos" if ends else "length"
             shown += self.gate.rest()
         return Piece(shown, token_id, log_prob, self.sample, self.finish_reason)
 
@@ -198,12 +198,13 @@ class _Writer:
 class Reader:
     """Rows of token ids of one length, the cache of what the model has read of them, and the logits of what comes next."""
 
-    def __init__(self, model: Decoder, ids: Sequence[int], *, vocab_size: int, max_len: int):
-        """One row, read at once; `max_len` tokens are the most that will be asked for."""
+    def __init__(self, model: Decoder, prompt_ids: Sequence[int], *, vocab_size: int, max_new_tokens: int):
+        """One row, read at once; `max_new_tokens` are the most that will be added."""
+        [ids], self.given = model.opening([prompt_ids])
         self.model, self.vocab_size = model, vocab_size
-        self.slots = min(model.config.max_seq_len, max_len)
+        self.slots = min(model.config.max_seq_len, len(ids) + max_new_tokens)
         self.buffer = torch.tensor([ids], device=model.embedding.weight.device)  # (B, room), of which `length` are used
-        self.length = len(ids)
+        self.start = self.length = len(ids)
         self.cache = model.new_cache(1, self.slots)
         self._read(self.length)
 
@@ -211,6 +212,11 @@ class Reader:
     def context(self) -> Tensor:
         """All tokens so far, (B, T)."""
         return self.buffer[:, : self.length]
+
+    @property
+    def written(self) -> Tensor:
+        """The tokens that were added, (B, T)."""
+        return self.buffer[:, self.start : self.length]
 
     def append(self, ids: Tensor) -> None:
         """Add one token (B,) to each row and read it."""
@@ -231,7 +237,7 @@ class Reader:
             n_new = max(1, self.slots // 2)
             self.cache = self.model.new_cache(self.buffer.size(0), self.slots)
         for ids in self.context[:, -n_new:].split(self.cache.chunk, dim=1):
-            hidden = self.model.features(ids, cache=self.cache).hidden
+            hidden = self.model.features(ids, cache=self.cache, **self.given).hidden
         # The embedding may have more rows than there are tokens; those beyond stand for nothing.
         self.logits = self.model.head(hidden[:, -1])[:, : self.vocab_size].float()
 
@@ -256,27 +262,31 @@ class Engine:
         truncated = max(0, len(ids) - self.model.config.max_seq_len)
         return Prompt(tuple(ids[truncated:]), truncated)
 
-    def stream(self, prompt: str | Prompt, sampling: SamplingConfig) -> Iterator[Piece]:
+    def stream(self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()) -> Iterator[Piece]:
         """The tokens of all samples as they are written, sample by sample at each step; each sample's last piece says why it ends.
 
         Sample s depends on (prompt, seed, s) and not on the number of samples. With n_beams > 1 all pieces come at the end.
+
+        Args:
+            stop_ids: tokens that end a text as EOS always does, and show as little: those of a template.
         """
         prompt = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        return self.beam_search(prompt, sampling) if sampling.n_beams > 1 else self._decode(prompt, sampling)
+        write = self.beam_search if sampling.n_beams > 1 else self._decode
+        return write(prompt, sampling, stop_ids=stop_ids)
 
-    def generate(self, prompt: str | Prompt, sampling: SamplingConfig) -> list[Completion]:
-        """The finished texts, `n_samples` of them."""
+    def generate(self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()) -> list[Completion]:
+        """The finished texts, `n_samples` of them; arguments as those of `stream`."""
         prompt = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         pieces: list[list[Piece]] = [[] for _ in range(sampling.n_samples)]
-        for piece in self.stream(prompt, sampling):
+        for piece in self.stream(prompt, sampling, stop_ids=stop_ids):
             pieces[piece.sample].append(piece)
         return [Completion.of(prompt, of_sample) for of_sample in pieces]
 
     @torch.inference_mode()
-    def _decode(self, prompt: Prompt, sampling: SamplingConfig) -> Iterator[Piece]:
+    def _decode(self, prompt: Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int]) -> Iterator[Piece]:
         """The decode loop: choose a token for every text that goes on, show it, read it."""
-        reader = self._reader(prompt, sampling)
-        writers = [_Writer(self.tokenizer, sampling.stop, sample) for sample in range(sampling.n_samples)]
+        reader, end_ids = self._reader(prompt, sampling), {self.tokenizer.eos_id, *stop_ids}
+        writers = [_Writer(self.tokenizer, sampling.stop, end_ids, sample) for sample in range(sampling.n_samples)]
         generators = [make_generator(sampling.seed, sample, reader.logits.device) for sample in range(sampling.n_samples)]
         reader.select(torch.zeros(sampling.n_samples, dtype=torch.long, device=reader.logits.device))
         for step in range(1, sampling.max_new_tokens + 1):
@@ -294,16 +304,16 @@ class Engine:
             reader.append(ids)
 
     @torch.inference_mode()
-    def beam_search(self, prompt: Prompt, sampling: SamplingConfig) -> Iterator[Piece]:
+    def beam_search(self, prompt: Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()) -> Iterator[Piece]:
         """The text of the highest mean log-probability a token that `n_beams` beams find (Sutskever et al. 2014, section 3.2).
 
-        Each step keeps the `n_beams` most probable continuations of the live texts. One that ends (EOS, stop string, or
+        Each step keeps the `n_beams` most probable continuations of the live texts. One that ends (EOS, stop id or string, or
         max_new_tokens) is put aside and leaves its place empty, until no place is left; of those put aside the best mean
         wins, so that a short text is not preferred for being short. EOS counts as a token. One beam is greedy decoding.
         The repetition penalty and forbidden n-grams apply and the search ranks by what they leave; temperature, top_k,
         top_p, min_p and seed have no part.
         """
-        reader = self._reader(prompt, sampling)
+        reader, end_ids = self._reader(prompt, sampling), {self.tokenizer.eos_id, *stop_ids}
         device = reader.logits.device
         totals = torch.zeros(1, device=device)  # log-probability of each live text
         log_probs = torch.zeros(1, 0, device=device)  # of its tokens, by the model itself
@@ -311,8 +321,8 @@ class Engine:
         for step in range(1, sampling.max_new_tokens + 1):
             rows, ids, totals = self._best_continuations(reader, totals, sampling, sampling.n_beams - len(ended))
             log_probs = torch.cat((log_probs[rows], log_probabilities(reader.logits)[rows, ids, None]), dim=1)
-            texts = torch.cat((reader.context[rows, len(prompt.ids) :], ids[:, None]), dim=1)
-            ends = [step == sampling.max_new_tokens or self._ends(text, sampling.stop) for text in texts.tolist()]
+            texts = torch.cat((reader.written[rows], ids[:, None]), dim=1)
+            ends = [step == sampling.max_new_tokens or self._ends(text, sampling.stop, end_ids) for text in texts.tolist()]
             for beam in (beam for beam, end in enumerate(ends) if end):
                 ended.append((totals[beam].item() / step, texts[beam].tolist(), log_probs[beam].tolist()))
             live = torch.tensor([beam for beam, end in enumerate(ends) if not end], dtype=torch.long, device=device)
@@ -322,7 +332,7 @@ class Engine:
             reader.select(rows[live])
             reader.append(ids[live])
         _, text, text_log_probs = max(ended, key=lambda found: found[0])
-        writer = _Writer(self.tokenizer, sampling.stop)
+        writer = _Writer(self.tokenizer, sampling.stop, end_ids)
         for place, (token_id, log_prob) in enumerate(zip(text, text_log_probs, strict=True), start=1):
             yield writer.write(token_id, log_prob, last=place == len(text))
 
@@ -335,8 +345,8 @@ class Engine:
         places = places[possible]
         return places // scores.size(1), places % scores.size(1), best[possible]
 
-    def _ends(self, ids: list[int], stops: tuple[str, ...]) -> bool:
-        return ids[-1] == self.tokenizer.eos_id or (bool(stops) and find_stop(self.tokenizer.decode(ids), stops) is not None)
+    def _ends(self, ids: list[int], stops: tuple[str, ...], end_ids: Collection[int]) -> bool:
+        return ids[-1] in end_ids or (bool(stops) and find_stop(self.tokenizer.decode(ids), stops) is not None)
 
     def _reader(self, prompt: Prompt, sampling: SamplingConfig) -> Reader:
         """A reader that has read the prompt."""
@@ -345,7 +355,7 @@ class Engine:
         n, room = len(prompt.ids), self.model.config.max_seq_len
         if not 1 <= n <= room:
             raise ValueError(f"a prompt of {n} tokens, and the context holds 1 to {room}; use encode_prompt or fit_prompt")
-        return Reader(self.model, prompt.ids, vocab_size=self.tokenizer.vocab_size, max_len=n + sampling.max_new_tokens)
+        return Reader(self.model, prompt.ids, vocab_size=self.tokenizer.vocab_size, max_new_tokens=sampling.max_new_tokens)
 
     def score(self, prompt: str | Prompt, target: str) -> Score:
         """How well the model expects `target` right after `prompt`; raises as `encode_pair` does."""
@@ -383,11 +393,12 @@ class Engine:
 
     def _score_batch(self, pairs: Sequence[Pair]) -> list[Score]:
         """Rows padded at their end: under causal attention a real token never sees padding."""
-        device, lengths = self.model.embedding.weight.device, torch.tensor([len(pair.ids) - 1 for pair in pairs])
-        rows = [torch.tensor(pair.ids) for pair in pairs]
+        openings, given = self.model.opening([pair.ids[: -pair.n_target] for pair in pairs])
+        rows = [torch.tensor((*opening, *pair.ids[-pair.n_target :])) for opening, pair in zip(openings, pairs, strict=True)]
+        device, lengths = self.model.embedding.weight.device, torch.tensor([len(row) - 1 for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.eos_id).to(device)
         real = (torch.arange(ids.size(1) - 1) < lengths[:, None]).to(device)  # (B, T)
-        hidden, labels = self.model.features(ids[:, :-1]).hidden[real], ids[:, 1:][real]
+        hidden, labels = self.model.features(ids[:, :-1], **given).hidden[real], ids[:, 1:][real]
         # The head a few positions at a time: all logits of a long context at once would be the largest tensor by far.
         chunks = zip(hidden.split(256), labels.split(256), strict=True)
         parts = [_expected(self.model.head(part)[:, : self.tokenizer.vocab_size].float(), wanted) for part, wanted in chunks]

@@ -1,12 +1,13 @@
 """What a model is worth: on held-out text, on prompts with a known continuation, on tasks.
 
 In reading order: `LanguageScore` (loss, perplexity, bits per byte, accuracy), `evaluate_cases` (how probable is the right
-continuation?), `evaluate_task` (how many answers are right, with 0 or more solved examples before the question?), and
-`places`, which ranks.
+continuation?), `evaluate_task` (how many answers are right, with 0 or more solved examples before the question?),
+`best_of_n` (what is a verifier's choice among several answers worth?), and `places`, which ranks.
 """
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 
 from tinylm.config import SamplingConfig, read_list
 from tinylm.decoder import Decoder, Features
-from tinylm.engine import Engine, Pair, Prompt, Score
+from tinylm.engine import Completion, Engine, Pair, Prompt, Score
 from tinylm.errors import UserError, printable
+from tinylm.judge import Judge
 from tinylm.losses import score_targets
-from tinylm.metrics import Measure
+from tinylm.metrics import Measure, final_number, mean
 from tinylm.packing import IGNORE_INDEX
 from tinylm.prompts import Conversation, Template, Turn
 from tinylm.tasks import Example, Task
@@ -30,6 +32,8 @@ T = TypeVar("T")
 
 # exp(20) is 4.9e8, far beyond a uniform guess over any vocabulary; above it a perplexity says nothing, and exp overflows at 710.
 LOSS_CAP = 20.0
+# What several answers to one question are drawn with (Cobbe et al. 2021, section 4.2).
+SAMPLE_TEMPERATURE = 0.7
 
 
 # --- held-out text ----------------------------------------------------------------------------------------------------
@@ -73,10 +77,15 @@ def batch_sums(features: Callable[..., Features], head: nn.Linear, batch: dict[s
         byte_lengths: (V,) UTF-8 bytes that each token stands for.
     """
     labels = batch["labels"].flatten()
-    hidden = features(batch["input_ids"], document_ids=batch.get("document_ids")).hidden
+    hidden = features(batch["input_ids"], **beside_ids(batch)).hidden
     loss, n_right = score_targets(hidden.flatten(0, 1), head.weight, labels)
     targets = labels[labels != IGNORE_INDEX]
     return torch.stack((loss.float(), loss.new_tensor(len(targets), dtype=torch.float32), byte_lengths[targets].sum().float(), n_right.float()))
+
+
+def beside_ids(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """What `features` is given of a batch beside its ids: to which document each belongs, or what an encoder reads."""
+    return {name: batch[name] for name in ("document_ids", "prompt_ids") if name in batch}
 
 
 def byte_table(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
@@ -321,17 +330,21 @@ class _Asker:
 
     def write(self, example: Example) -> _Output:
         """What the model answers, greedily."""
+        prompt, completions = self._answers(example, temperature=0)
+        return _Output(completions[0].text.strip(), prompt.truncated > 0)
+
+    def draw(self, example: Example, n: int, seed: int) -> list[str]:
+        """`n` answers, drawn."""
+        return [completion.text.strip() for completion in self._answers(example, temperature=SAMPLE_TEMPERATURE, n_samples=n, seed=seed)[1]]
+
+    def _answers(self, example: Example, **sampling: Any) -> tuple[Prompt, list[Completion]]:
         if self.template is None:
             prompt, stop, stop_ids = self._plain(example), self.task.stop, ()
         else:
             prompt = self.engine.fit_prompt(self.template.prompt_ids(self._turns(example), self.engine.tokenizer))
             stop, stop_ids = (), self.template.stop_ids(self.engine.tokenizer)
-        text = ""
-        for piece in self.engine.stream(prompt, SamplingConfig(temperature=0, max_new_tokens=self.task.max_new_tokens, stop=stop)):
-            if piece.token_id in stop_ids:
-                break
-            text += piece.text
-        return _Output(text.strip(), prompt.truncated > 0)
+        settings = SamplingConfig(max_new_tokens=self.task.max_new_tokens, stop=stop, **sampling)
+        return prompt, self.engine.generate(prompt, settings, stop_ids=stop_ids)
 
     def _plain(self, example: Example) -> Prompt:
         return self.engine.encode_prompt(self.task.text(example, self.shots))
@@ -354,6 +367,99 @@ def _choose(asker: _Asker, examples: Sequence[Example], batch_size: int) -> list
             log_probs = [next(scores).log_prob for _ in labels]
             outputs.append(_Output(labels[log_probs.index(max(log_probs))], any(pair.truncated for pair in row)))
     return outputs
+
+
+# --- several answers to a question ------------------------------------------------------------------------------------
+
+
+def draw_answers(engine: Engine, task: Task, example: Example, n: int, *, template: Template | None = None, seed: int = 0) -> list[str]:
+    """`n` answers to a question, drawn at SAMPLE_TEMPERATURE; the question is put as `evaluate_task` puts it, without solved ones before it."""
+    return _Asker(engine, task, (), template).draw(example, n, seed)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The answers to one question, and how each method of choosing one fares."""
+
+    place: str
+    question: str
+    target: str
+    answers: tuple[str, ...]
+    right: tuple[bool, ...]
+    probabilities: tuple[float, ...]
+    """of being right, by the verifier"""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """How likely each method gives a right answer; all choose among the same ones.
+
+        >>> Drawn("", "", "2", ("a 1", "b 2", "c 1", "no"), (False, True, False, False), (0.1, 0.9, 0.3, 0.2)).shares
+        {'random choice': 0.25, 'majority vote': 0.0, 'verifier': 1.0, 'oracle': 1.0}
+        """
+        return {
+            "random choice": statistics.fmean(self.right),
+            "majority vote": float(self.right[vote(self.answers)]),
+            "verifier": float(self.right[self.probabilities.index(max(self.probabilities))]),
+            "oracle": float(any(self.right)),
+        }
+
+
+def vote(answers: Sequence[str]) -> int:
+    """The first of the answers that end in the number which most of them end in (Wang et al. 2022); of equally frequent ones in the first.
+
+    >>> vote(["so 3", "so 4", "it is 4.0"]), vote(["none", "so 5"]), vote(["none", "nothing"])
+    (1, 1, 0)
+    """
+    numbers = [final_number(answer) for answer in answers]
+    counts = Counter(number for number in numbers if number is not None)
+    return numbers.index(counts.most_common(1)[0][0]) if counts else 0
+
+
+@dataclass(frozen=True)
+class BestOfScore:
+    """How well one of n answers is chosen, by each method."""
+
+    task: str
+    n_samples: int
+    n_examples: int
+    measures: dict[str, Measure]
+    """share of right answers by random choice (expected), majority vote, verifier and oracle"""
+    drawn: tuple[Drawn, ...]
+    n_errors: int
+    """questions that the model could not be asked; they count as answered wrong by all"""
+
+
+def best_of_n(engine: Engine, judge: Judge, task: Task, examples: Sequence[Example], n: int, *, template: Template | None = None, seed: int = 0) -> BestOfScore:
+    """What a verifier's choice among `n` answers is worth on at least one example, beside other choices among the same answers.
+
+    An answer is right where the task's first measure is 1. Raises as `check_choice`.
+
+    Args:
+        judge: the verifier.
+        template: what the model was fine-tuned with; None for a base model.
+        seed: of the draws and of the intervals.
+    """
+    check_choice(task)
+    found = [_or_error(lambda example=example: _drawn(engine, judge, task, example, n, template, seed)) for example in examples]
+    drawn = [item for item in found if isinstance(item, Drawn)]
+    if not drawn:
+        raise UserError(f"task {task.name}: none of {len(examples)} questions could be asked: {next(map(str, found))}")
+    lost = [0.0] * (len(found) - len(drawn))
+    measures = {name: mean([item.shares[name] for item in drawn] + lost, seed=seed) for name in drawn[0].shares}
+    return BestOfScore(task.name, n, len(examples), measures, tuple(drawn), len(lost))
+
+
+def check_choice(task: Task) -> None:
+    """UserError for a task whose answers are no texts to choose from."""
+    if task.labels:
+        raise UserError(f"--best-of: task {task.name} is answered by a label, of which the most probable one is taken. Give a task that is answered in words.")
+
+
+def _drawn(engine: Engine, judge: Judge, task: Task, example: Example, n: int, template: Template | None, seed: int) -> Drawn:
+    answers = draw_answers(engine, task, example, n, template=template, seed=seed)
+    right = tuple(_first(task.grade(answer, example.target)) == 1 for answer in answers)
+    question = example.question.whole
+    return Drawn(example.place, question, example.target, tuple(answers), right, tuple(judge.probabilities(question, answers)))
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------

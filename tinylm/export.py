@@ -25,7 +25,8 @@ from tinylm.checkpoint import Loaded, load_model
 from tinylm.config import SamplingConfig
 from tinylm.decoder import Decoder, count_parameters
 from tinylm.errors import UserError, printable, require_package, writing
-from tinylm.foreign import PREFIX, ForeignDecoder, quiet_transformers
+from tinylm.foreign import PREFIX, ForeignDecoder, ForeignSeq2Seq, quiet_transformers
+from tinylm.lora import save_adapter
 from tinylm.prompts import WELL_KNOWN_BOS, make_template
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, first_line
 
@@ -62,8 +63,12 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
 
     require_new(out)
     loaded = load_model(ckpt)
+    if isinstance(loaded.model, ForeignSeq2Seq):
+        told = "an encoder-decoder, whose adapters can be exported, and not the whole model"
+        raise UserError(f"{printable(ckpt)}: {told}. Tune it with a lora section, and leave --merge out: peft merges what is written.")
     backend, template = backend_of(loaded.tokenizer), chat_template(loaded)
     with quiet_transformers(), scratch_beside(out) as folder:
+        # A Hugging Face model is one already, of whatever architecture.
         theirs = with_token_ids(loaded.model.inner if isinstance(loaded.model, ForeignDecoder) else hf.to_hf(loaded.model), loaded)
         model_type = theirs.config.model_type
         with writing(out, "where it goes"):
@@ -76,6 +81,20 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
             write_text(folder / "README.md", model_card(loaded, model_type, tokenizer_class, has_template=template is not None))
         publish(folder, out)
     return Exported(out, model_type, difference, tokenizer_class)
+
+
+def export_adapter(ckpt: Path, out: Path) -> Path:
+    """Write the adapter that the checkpoint `ckpt` holds as the new folder `out`, for peft, whole or not at all.
+
+    Raises:
+        UserError: peft is missing, the checkpoint holds no adapter, or `out` is there already.
+    """
+    require_package("peft")
+    require_new(out)
+    with scratch_beside(out) as folder:
+        save_adapter(ckpt, folder)
+        publish(folder, out)
+    return out
 
 
 def save_weights(theirs: PreTrainedModel, folder: Path, out: Path) -> None:
@@ -125,8 +144,9 @@ def with_token_ids(theirs: PreTrainedModel, loaded: Loaded) -> PreTrainedModel:
 
     tokenizer = loaded.tokenizer
     ends = end_ids(loaded)
-    # EOS opens every document here, so an empty prompt is EOS.
-    ids: dict[str, Any] = {"bos_token_id": tokenizer.eos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    # EOS opens every document here, so an empty prompt is EOS; a Hugging Face model keeps what it had.
+    opening = theirs.config.bos_token_id if isinstance(loaded.model, ForeignDecoder) else tokenizer.eos_id
+    ids: dict[str, Any] = {"bos_token_id": opening, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     for name, value in ids.items():
         setattr(theirs.config, name, value)
     if tokenizer.pad_id != tokenizer.eos_id:  # a row called padding gets no gradient from transformers
@@ -293,23 +313,22 @@ CHAT_TEMPLATES = {
 
 def chat_template(loaded: Loaded) -> str | None:
     """The template that the checkpoint was fine-tuned with, in Jinja; else its tokenizer's own, if it has one."""
-    tokenizer, name = loaded.tokenizer, loaded.config.data.template
-    if loaded.info.stage != "sft" or name == "chat_template":
+    tokenizer = loaded.tokenizer
+    if loaded.template in (None, "chat_template"):
         return tokenizer.chat_template if isinstance(tokenizer, HFTokenizer) else None
     names = tokenizer.special_names.values() if isinstance(tokenizer, HFTokenizer) else ()
     opening = next((token for token in WELL_KNOWN_BOS if token in names), "")
     tokens = {"OPEN": opening, "CLOSE": tokenizer.special_names[end_ids(loaded)[0]]}
-    source = CHAT_TEMPLATES[name]
+    source = CHAT_TEMPLATES[loaded.template]
     for place, token in tokens.items():
         source = source.replace(place, json.dumps(token))
     return source
 
 
 def end_ids(loaded: Loaded) -> list[int]:
-    """The tokens that end what the model writes: those of its template if it was tuned to answer, else the end of a text."""
-    if loaded.info.stage != "sft":
-        return [loaded.tokenizer.eos_id]
-    return list(make_template(loaded.config.data.template, loaded.tokenizer).stop_ids(loaded.tokenizer))
+    """The tokens that end what the model writes: the one behind each answer it was tuned on, then the end of a text."""
+    tokenizer = loaded.tokenizer
+    return list(make_template(loaded.template, tokenizer).stop_ids(tokenizer)) if loaded.template else [tokenizer.eos_id]
 
 
 # --- the model card ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ at every step. For let tiktoken join A and B to the token T. Inside the bytes of
 does to these bytes alone, because nothing was joined across their ends. There it goes on from A and B to T, so it has a merge
 for the two. And a token that it does not make of its own bytes it makes nowhere.
 
-What remains is to split a text into the same words, which is known for the patterns of `KNOWN_PATTERNS`.
+What remains is to split a text into the same words, which is known for `PATTERNS`, GPT-2's and GPT-4's.
 """
 
 from collections.abc import Collection
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.words import BYTE_OF_CHARACTER, KNOWN_PATTERNS, PATTERNS
+from tinylm.words import BYTE_OF_CHARACTER, PATTERNS
 
 # tiktoken searches a text for special tokens before all else. With none it looks at every place (12 MB/s instead of 19).
 NEVER_USED = "\0\0\0"
@@ -29,8 +29,8 @@ class FastBpe:
         import tiktoken
 
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        self._encoding = tiktoken.Encoding("tinylm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={NEVER_USED: len(ranks)})
-        self._ids = np.fromiter(ids, dtype=np.uint32, count=len(ranks))
+        self.encoding = tiktoken.Encoding("tinylm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={NEVER_USED: len(ranks)})
+        self.ids = np.fromiter(ids, dtype=np.uint32, count=len(ranks))
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, on one thread.
@@ -38,7 +38,7 @@ class FastBpe:
         Raises:
             ValueError: tiktoken's regex engine gave up, as it does at a million spaces in a row.
         """
-        return self._ids[self._encoding.encode_to_numpy(text, disallowed_special=())]
+        return self.ids[self.encoding.encode_to_numpy(text, disallowed_special=())]
 
 
 def fast_bpe(description: dict[str, Any], never: Collection[int]) -> FastBpe | None:
@@ -71,7 +71,7 @@ def word_pattern(description: dict[str, Any]) -> str | None:
                 {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
-        } if pattern in KNOWN_PATTERNS:
+        } if pattern in PATTERNS.values():
             return pattern
     return None
 

@@ -1,18 +1,19 @@
 """Hugging Face models with our decoder's interface, so that training, evaluation and sampling take them as they are.
 
-    folder or hub name ─▶ config.json, checked ─▶ safetensors, checked ─▶ ForeignDecoder
+    folder or hub name ─▶ config.json, checked ─▶ safetensors, checked ─▶ ForeignDecoder, or ForeignSeq2Seq for T5 and its like
 
-In reading order: `ForeignCache` and `ForeignDecoder`, the wrapper; `find` and `ForeignFiles`, which read a model's files;
-`rebuild`, which makes one from what a checkpoint of ours holds. Files come from strangers: weights are read from safetensors
-alone, no code of a model's author is ever run, and every name, shape and type is compared with what config.json asks for
-before memory is taken. What is not a decoder-only language model is refused.
+In reading order: `ForeignCache` and `ForeignDecoder`, the wrapper, and `ForeignSeq2Seq`, which has an encoder before the
+decoder; `find` and `ForeignFiles`, which read a model's files; `rebuild`, which makes one from what a checkpoint of ours
+holds. Files come from strangers: weights are read from safetensors alone, no code of a model's author is ever run, and
+every name, shape and type is compared with what config.json asks for before memory is taken. What is no model that writes
+text is refused.
 """
 
-# B batch · T positions · D model width · V vocabulary
+# B batch · T positions · S positions of a prompt · D model width · V vocabulary
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from tinylm.config import ModelConfig
 from tinylm.decoder import Features, positions_in_documents
 from tinylm.errors import UserError, printable, require_package
+from tinylm.packing import IGNORE_INDEX, split_answer
 from tinylm.tokenizer import OLDER_VOCABULARIES, TOKENIZER_FILES, first_line, hub_errors, is_hub_name, require_hub
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ PREFIX = "hf:"
 MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 JSON_BYTES_LIMIT = 50_000_000  # the index of the largest published models has some megabytes
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+# T5's positions are relative and have no end; this many it was trained on (Raffel et al. 2020, section 3.1.2).
+T5_POSITIONS = 512
 # Keys of config.json that would make transformers run or fetch something else than its own model code.
 REFUSED_KEYS = {
     "auto_map": "it asks for code of its author to be run, which this program never does",
@@ -103,6 +107,18 @@ class ForeignDecoder(nn.Module):
             cache.length = length
         return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
 
+    def opening(self, prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], dict[str, Tensor]]:
+        """As in our `Decoder`."""
+        return prompts, {}
+
+    def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """As in our `Decoder`."""
+        return batch
+
+    def compared(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) by transformers' own forward, and our hidden states (B, T, D), to be held against each other."""
+        return self.inner(input_ids=ids, use_cache=False).logits, self.features(ids).hidden
+
     def checkpoint_gradients(self) -> None:
         """Recompute each block in the backward pass from now on, as model.gradient_checkpointing does in our decoder."""
         self.inner.activation_checkpointing_enable({"use_reentrant": False})
@@ -112,28 +128,126 @@ class ForeignDecoder(nn.Module):
         return ForeignCache(self.inner.config, max_len or self.config.max_seq_len)
 
 
+class Seq2SeqCache(ForeignCache):
+    """The same for a decoder behind an encoder, with what the encoder has made of the prompt."""
+
+    def __init__(self, max_len: int):
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        self.inner = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self.length, self.max_len, self.chunk = 0, max_len, max_len
+        self.memory: tuple[Tensor, Tensor] | None = None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows `rows`, in that order, repeats allowed."""
+        super().select(rows)
+        if self.memory is not None:
+            encoded, real = self.memory
+            self.memory = encoded[rows], real[rows]
+
+
+class ForeignSeq2Seq(ForeignDecoder):
+    """A Hugging Face encoder-decoder, such as T5: its encoder reads the prompt, closed by EOS, its decoder writes the answer.
+
+    `features` takes the decoder's ids and, as `prompt_ids`, the encoder's; `opening` and `arranged` make them of prompts and
+    of rows, so that who writes or trains need not know the difference.
+    """
+
+    def __init__(self, inner: "PreTrainedModel"):
+        super().__init__(inner)
+        settings = inner.config.to_dict()
+        self.start_id: int = settings["decoder_start_token_id"]
+        ends = settings["eos_token_id"]
+        self.end_id: int = ends[0] if isinstance(ends, list) else ends
+        # The first T5 scales what it hands to the head; v1.1 and FLAN-T5 do not.
+        self.scale = self.config.d_model**-0.5 if settings.get("scale_decoder_outputs") else 1.0
+
+    def forward(self, input_ids: Tensor, *, prompt_ids: Tensor, cache: ForeignCache | None = None) -> Tensor:  # type: ignore[override]
+        """Logits (B, T, V) of the decoder's ids (B, T) after prompts (B, S)."""
+        return self.head(self.features(input_ids, prompt_ids=prompt_ids, cache=cache).hidden)
+
+    def features(  # type: ignore[override]
+        self, input_ids: Tensor, *, prompt_ids: Tensor | None = None, document_ids: Tensor | None = None, cache: ForeignCache | None = None
+    ) -> Features:
+        """Everything but the head, of the decoder's ids (B, T).
+
+        Args:
+            prompt_ids: (B, S), or (1, S) for one prompt of all rows; IGNORE_INDEX behind the end of a shorter one.
+            document_ids: must be None: an encoder reads one prompt a row.
+            cache: what was read before; the prompt is read the first time.
+        """
+        length = input_ids.size(1) + (0 if cache is None else cache.length)
+        if length > self.config.max_seq_len:
+            raise ValueError(f"{length} positions are more than max_seq_len ({self.config.max_seq_len})")
+        if prompt_ids is None or document_ids is not None:
+            raise ValueError("an encoder-decoder reads one prompt a row: give prompt_ids, and no document_ids")
+        assert cache is None or isinstance(cache, Seq2SeqCache)
+        memory = None if cache is None else cache.memory
+        encoded, real = memory or self._encode(prompt_ids.expand(len(input_ids), -1))
+        past = {"use_cache": False} if cache is None else {"past_key_values": cache.inner, "use_cache": True}
+        decoder = self.inner.get_decoder()
+        hidden = decoder(input_ids=input_ids, encoder_hidden_states=encoded, encoder_attention_mask=real, **past).last_hidden_state
+        if cache is not None:
+            cache.length, cache.memory = length, (encoded, real)
+        return Features(hidden * self.scale, hidden.new_zeros((), dtype=torch.float32))
+
+    def opening(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], dict[str, Tensor]]:
+        """The decoder's start for each prompt, and the prompts as `features` takes them."""
+        rows = [torch.tensor([*prompt, self.end_id]) for prompt in prompts]
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
+        return [[self.start_id] for _ in prompts], {"prompt_ids": padded.to(self.embedding.weight.device)}
+
+    def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Padded rows of one example as the two sides take them; of several answers in a row the last is learned."""
+        pairs = [split_answer(*row) for row in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)]
+        starts, given = self.opening([prompt for prompt, _ in pairs])
+        answers = [torch.tensor(answer or [IGNORE_INDEX]) for _, answer in pairs]
+        labels = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORE_INDEX)
+        inputs = torch.cat((torch.tensor(starts), labels[:, :-1]), dim=1)
+        inputs = inputs.masked_fill(inputs == IGNORE_INDEX, self.end_id)  # behind the end of an answer, where nothing is asked
+        device = batch["input_ids"].device
+        return batch | given | {"input_ids": inputs.to(device), "labels": labels.to(device)}
+
+    def compared(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `ForeignDecoder`, with `ids` for both sides."""
+        theirs = self.inner(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits
+        return theirs, self.features(ids, prompt_ids=ids).hidden
+
+    def new_cache(self, batch_size: int, max_len: int | None = None) -> Seq2SeqCache:
+        """An empty cache for `max_len` positions of the decoder."""
+        return Seq2SeqCache(max_len or self.config.max_seq_len)
+
+    def _encode(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder makes of prompts (B, S), (B, S, D), and where they are real, (B, S)."""
+        real = prompt_ids != IGNORE_INDEX
+        ids = prompt_ids.masked_fill(~real, self.end_id)
+        return self.inner.get_encoder()(input_ids=ids, attention_mask=real.long()).last_hidden_state, real.long()
+
+
 def sizes(config: "PreTrainedConfig", where: str = "config.json") -> ModelConfig:
     """The sizes of a Hugging Face model in our names.
 
     Raises:
         UserError: the model does not say how many positions it knows, or another size.
     """
+    settings = config.to_dict()
     try:
         width, n_heads = config.hidden_size, config.num_attention_heads  # transformers translates: GPT-2 calls them n_embd and n_head
+        relative = settings.get("max_position_embeddings", settings.get("n_positions", T5_POSITIONS))
         return ModelConfig(
             vocab_size=config.vocab_size,
-            max_seq_len=config.max_position_embeddings,
+            max_seq_len=relative if config.is_encoder_decoder else config.max_position_embeddings,
             n_layers=config.num_hidden_layers,
             d_model=width,
             n_heads=n_heads,
-            head_dim=config.to_dict().get("head_dim") or width // n_heads,
+            head_dim=settings.get("head_dim") or settings.get("d_kv") or width // n_heads,
             tie_embeddings=config.tie_word_embeddings,
         )
     except (AttributeError, ArithmeticError) as error:
         why = first_line(error)
     except ValidationError as error:
         why = f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
-    raise UserError(f"{where}: the sizes of a {printable(config.model_type)} model cannot be told: {why}. Choose a decoder-only model, such as Llama or Qwen2.")
+    raise UserError(f"{where}: the sizes of a {printable(config.model_type)} model cannot be told: {why}. Choose another model, such as Llama, Qwen2 or T5.")
 
 
 # --- a model's files --------------------------------------------------------------------------------------------------
@@ -189,7 +303,7 @@ def find(name: str) -> ForeignFiles:
     """The model in the folder `name` or, where nothing has that name here, of the Hugging Face hub.
 
     Raises:
-        UserError: it is not there, or not a decoder-only language model that can be read without its author's code.
+        UserError: it is not there, or not a model that writes text and can be read without its author's code.
     """
     require_package("transformers")
     if not os.path.isdir(name) and (os.path.lexists(name) or not is_hub_name(name)):
@@ -238,7 +352,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _read_config(values: dict[str, Any], where: str) -> "PreTrainedConfig":
     """The settings as transformers has them, of a model that its own code can build."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig
 
     for key, why in REFUSED_KEYS.items():
         if values.get(key) is not None:
@@ -250,8 +364,11 @@ def _read_config(values: dict[str, Any], where: str) -> "PreTrainedConfig":
             config = AutoConfig.for_model(kind, **settings)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:  # what its classes make of odd values
         raise UserError(f"{where}: transformers cannot read it: {first_line(error)}. Choose another model, or download it again.") from None
-    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{where}: model_type: {printable(kind)} is not a decoder-only language model. Choose one, such as GPT-2, Llama or Qwen2.")
+    if type(config) not in (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise UserError(f"{where}: model_type: {printable(kind)} is no model that writes text. Choose one, such as GPT-2, Llama, Qwen2 or T5.")
+    for key in ("decoder_start_token_id", "eos_token_id") if config.is_encoder_decoder else ():
+        if config.to_dict().get(key) is None:
+            raise UserError(f"{where}: {key}: missing, and an encoder-decoder needs it. Download it again.")
     sizes(config, where)
     return config
 
@@ -272,12 +389,13 @@ def _check_types(file: Path) -> None:
 
 def _assemble(config: "PreTrainedConfig", weights: Mapping[str, Tensor], where: str) -> ForeignDecoder:
     """The model with exactly these weights, in fp32, in training mode as ours is when it is built."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    kind, wrapper = (AutoModelForSeq2SeqLM, ForeignSeq2Seq) if config.is_encoder_decoder else (AutoModelForCausalLM, ForeignDecoder)
     with quiet_transformers():
         try:
             with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+                empty = kind.from_config(config, attn_implementation="sdpa")
         except (RuntimeError, ValueError, TypeError) as error:  # sizes that make no tensor; no such attention
             raise UserError(f"{where}: config.json: transformers cannot build it: {first_line(error)}. Choose another model.") from None
         wanted, found = (sum(weight.numel() for weight in some) for some in (empty.parameters(), weights.values()))
@@ -294,7 +412,7 @@ def _assemble(config: "PreTrainedConfig", weights: Mapping[str, Tensor], where: 
     for weight in inner.parameters():
         weight.data = weight.data.clone()  # off the mapped file, which may be replaced
         weight.requires_grad_(True)
-    model = ForeignDecoder(inner.train())
+    model = wrapper(inner.train())
     _check_head(model, where)
     return model
 
@@ -304,8 +422,8 @@ def _check_head(model: ForeignDecoder, where: str) -> None:
     ids = torch.arange(min(8, model.config.max_seq_len))[None] % model.embedding.num_embeddings
     model.eval()
     with torch.inference_mode():
-        theirs = model.inner(input_ids=ids, use_cache=False).logits
-        ours = model.features(ids).hidden @ model.head.weight.T
+        theirs, hidden = model.compared(ids)
+        ours = hidden @ model.head.weight.T
     model.train()
     if not torch.allclose(theirs, ours, atol=1e-4, rtol=1e-4):
         raise UserError(f"{where}: the logits of a {model.inner.config.model_type} model are more than a matrix product. Choose another model.")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+
 @dataclass(frozen=True)
 class Architecture:
     """One Hugging Face architecture; dotted names lead into a section, `{}` stands for the number of the layer."""

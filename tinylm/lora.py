@@ -128,6 +128,13 @@ def merge(model: nn.Module, weights: Mapping[str, Tensor], lora: LoraConfig) -> 
             layer.weight += change if isinstance(layer, nn.Linear) else change.T  # GPT-2 stores (in, out)
 
 
+def _task_type(hf_config: str | None) -> str | None:
+    """What peft calls the kind of a Hugging Face model, which decides how it is wrapped; our decoder has none."""
+    if hf_config is None:
+        return None
+    return "SEQ_2_SEQ_LM" if json.loads(hf_config).get("is_encoder_decoder") else "CAUSAL_LM"
+
+
 def save_adapter(path: Path, folder: Path) -> None:
     """Write the adapter of the checkpoint at `path` as peft has it: adapter_config.json and adapter_model.safetensors.
 
@@ -157,7 +164,7 @@ def save_adapter(path: Path, folder: Path) -> None:
         target_modules=list(config.lora.target_modules or targets),
         fan_in_fan_out=foreign and json.loads(payload["hf_config"])["model_type"] == "gpt2",  # it stores (in, out)
         base_model_name_or_path=(config.training.init_from or "").removeprefix(PREFIX),
-        task_type="CAUSAL_LM" if foreign else None,
+        task_type=_task_type(payload["hf_config"]),
         inference_mode=True,
     )
     with writing(folder, "the folder"):

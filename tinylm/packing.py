@@ -134,6 +134,21 @@ def pack_examples(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
+def split_answer(inputs: Sequence[int], labels: Sequence[int]) -> tuple[list[int], list[int]]:
+    """What stands before the last answer of a row, and that answer: what an encoder reads, and what its decoder writes.
+
+    >>> split_answer([1, 2, 3, 4, 0], [-100, -100, 4, 5, -100]), split_answer([0], [-100])
+    (([1, 2, 3], [4, 5]), ([], []))
+    """
+    end = len(labels)
+    while end and labels[end - 1] == IGNORE_INDEX:
+        end -= 1
+    start = end
+    while start and labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    return (list(inputs[: start + 1]), list(labels[start:end])) if end else ([], [])
+
+
 def row_of_examples(examples: Sequence[Example], seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inputs, labels and document ids (T,) int64 of examples in one row, which is filled up with padding.
 

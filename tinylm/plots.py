@@ -31,6 +31,8 @@ QUANTITIES = {
     "val_loss": ("Validation loss", "nats per target token"),
     "val_ppl": ("Validation perplexity", "exp of the loss"),
     "val_bpb": ("Validation bits per byte", "bits per byte of text"),
+    "val_accuracy": ("Validation accuracy", "share of target tokens, or of pairs"),
+    "val_margin": ("Validation margin", "reward of the chosen answer less that of the rejected one"),
     "lr": ("Learning rate", "after warm-up and decay"),
 }
 # Far apart on any screen and for most eyes (Okabe and Ito 2008).

@@ -47,6 +47,8 @@ class Turn:
 
 
 Conversation = tuple[Turn, ...]
+# Stages of training after which a model is asked in the template that its config names.
+ANSWERING = ("sft", "dpo")
 
 
 @dataclass(frozen=True)

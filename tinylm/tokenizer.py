@@ -739,11 +739,17 @@ def _check_ids(vocabulary: dict[str, int], file: Path) -> None:
 def _read_tokenizer_json(file: Path) -> "Backend":
     from tokenizers import Tokenizer as Backend
 
-    _read_object(file)
+    description = _read_object(file)
     try:
-        return Backend.from_str(_read_text(file))
+        backend = Backend.from_str(_read_text(file))
     except Exception as error:  # the library raises plain Exception for whatever it cannot read
         _not_a_tokenizer(file, error)
+    for token in description.get("added_tokens", []):
+        place = backend.token_to_id(token["content"])
+        if token["id"] != place:  # the library gives such a token the next free id and says nothing
+            found = f"id {token['id']}, but with {backend.get_vocab_size()} tokens in all its place is {place}"
+            raise UserError(f"{printable(file)}: added token {printable(token['content'])}: {found}. Export the tokenizer again.")
+    return backend
 
 
 def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":

@@ -16,17 +16,14 @@ import regex
 from tinylm.errors import UserError, printable, reading
 
 # What a merge may not cross: the words of GPT-2 (Radford et al. 2019), and those of GPT-4 as tiktoken's cl100k_base has them,
-# which keep numbers to three digits and ignore the case of contractions.
+# which keep numbers to three digits and ignore the case of contractions. Both leave no character out, and tokenizers and
+# tiktoken find the same words; so does the library regex, but for the letters that Unicode added last.
 PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-# GPT-4's with single digits, as Qwen's models have them.
-QWEN_PATTERN = PATTERNS["gpt4"].replace("{1,3}", "")
-# The patterns that are known to find the same words with every regex library here and to leave no character out.
-KNOWN_PATTERNS = frozenset((*PATTERNS.values(), QWEN_PATTERN))
 
-# Where a text can be cut and keeps its words under all known patterns: before a space behind a word, behind a single line end,
+# Where a text can be cut and keeps its words under both patterns: before a space behind a word, behind a single line end,
 # and before punctuation behind a letter. Letters are named one by one, because libraries differ in the newest ones.
 _CUT = r"(?<=\S)(?=[ \t])|(?<=\S\n)(?=\S)|(?<=[a-z\u4e00-\u9fa5])(?=[!-/\u3001\u3002\uff0c])"
 LAST_CUT = regex.compile(f"(?r){_CUT}")
@@ -102,7 +99,7 @@ class FileJob:
     def _text(self, raw: bytes, start: int) -> str:
         mark = 3 if start == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
         try:
-            return raw[mark:].decode()
+            return raw[mark:].decode().replace("\r\n", "\n")  # as in the documents that are encoded
         except UnicodeDecodeError as error:
             at = start + mark + error.start
             raise UserError(f"{printable(self.path)}: not UTF-8 text: byte 0x{raw[at - start]:02x} at offset {at}. Save the file as UTF-8.") from None
@@ -125,6 +122,11 @@ class TextJob:
 Job = FileJob | TextJob
 
 
-def count_job(job: Job, rules: Rules) -> Counter[str]:
-    """The words of one job: what a process is asked."""
-    return count_texts(job.texts(), rules)
+@dataclass(frozen=True)
+class CountWords:
+    """What a process does with each job: its size and its words."""
+
+    rules: Rules
+
+    def __call__(self, job: Job) -> tuple[int, Counter[str]]:
+        return job.size, count_texts(job.texts(), self.rules)

@@ -1,17 +1,19 @@
 """Where a task's examples come from: its rows on the hub, a file or folder on this machine, or the few that it brings."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tinylm.config import DataConfig
+from tinylm.config import DataConfig, TrainingConfig
 from tinylm.errors import UserError, printable
 from tinylm.rows import ROW_FILES, Record, records
 from tinylm.tasks import NAMED, PAIRS
 from tinylm.tasks.task import Example, Hub, Task, draw_shots
 
+SMOKE = "smoke"  # what data.dataset says for the rows that a task brings
 # The names that the files of a folder may begin with, best first: a validation split is for choosing, a test split for the end.
 TRAIN, TEST = ("train",), ("test", "validation", "val")
 
@@ -49,8 +51,7 @@ def load_task(task: Task, path: Path | None, *, smoke: bool = False, n_shots: in
     if smoke and path is not None:
         raise UserError(f"--data: {printable(path)}: --smoke takes the built-in rows. Give one of the two.")
     if smoke:
-        built_in = [(f"{task.name}: built-in row {number}", dict(row)) for number, row in enumerate(task.smoke, start=1)]
-        return _held_out(task, built_in, n_shots, limit, seed)
+        return _held_out(task, built_in_rows(task), n_shots, limit, seed)
     if path is not None and path.is_dir():
         train = _whole(str(_split_file(path, TRAIN))) if n_shots else ()
         return _apart(task, train, _whole(str(_split_file(path, TEST))), n_shots, limit, seed)
@@ -64,10 +65,22 @@ def load_task(task: Task, path: Path | None, *, smoke: bool = False, n_shots: in
         raise UserError(f"task {task.name}: {problem} Here that is --data {task.name}=PATH; --smoke needs no data.") from None
 
 
+def built_in_rows(task: Task) -> list[Record]:
+    """The rows that the task brings, each with its place."""
+    return [(f"{task.name}: built-in row {number}", dict(row)) for number, row in enumerate(task.smoke, start=1)]
+
+
+def built_in_where_asked(data: DataConfig) -> list[Record]:
+    """The rows that the task of data.task brings, where data.dataset asks for them and no file has that name; else none."""
+    return built_in_rows(NAMED[data.task]) if data.task and data.dataset == SMOKE and not os.path.exists(SMOKE) else []
+
+
 def _of_hub(task: Task, hub: Hub, n_shots: int, limit: int | None, seed: int) -> TaskData:
+    if hub.train == hub.test:  # of one split, what fine-tuning holds out for validation where its settings say nothing else
+        both = DataConfig(dataset=hub.dataset, dataset_config=hub.config, split=hub.train)
+        train, held_out = (records(both, which, TrainingConfig().seed) for which in ("train", "val"))
+        return _apart(task, train if n_shots else (), held_out, n_shots, limit, seed)
     test = _whole(hub.dataset, hub.config, hub.test)
-    if hub.train == hub.test:
-        return _held_out(task, test, n_shots, limit, seed)
     return _apart(task, _whole(hub.dataset, hub.config, hub.train) if n_shots else (), test, n_shots, limit, seed)
 
 

@@ -1,0 +1,217 @@
+"""Problems with right and wrong answers: how they are read, made wrong, written as pairs, sampled, and judged."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import LitProblems, ProblemBatches, Share, ValidationProblems
+from tinylm.config import Config, DataConfig, ModelConfig
+from tinylm.errors import UserError
+from tinylm.judge import Judge, Judged, Problem, answers_of, judged, pair_batch, pair_ids, problem_of, problems, usable, without_annotations
+from tinylm.prompts import Turn
+from tinylm.samples import kept_answers
+from tinylm.tokenizer import ByteTokenizer
+from tinylm.verifier import Verifier, corrupted
+
+BYTES = ByteTokenizer()
+
+
+def problem(question: str = "How many?", answer: str = "It is 7.", samples: tuple[Judged, ...] = ()) -> Problem:
+    return Problem(f"rows.jsonl: {question}", Turn("user", question), answer, samples)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# --- rows to problems -------------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_gsm8k_is_a_problem_without_the_calculators_notes(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"question": "How many eggs? ", "answer": "4*6=<<4*6=24>>24 eggs.\n#### 24"}])
+    assert problems(DataConfig(dataset=str(path), val_dataset="other.jsonl", task="gsm8k"), "train", 0) == [
+        Problem(f"{path}:1", Turn("user", "How many eggs?"), "4*6=24 eggs.\n#### 24")
+    ]
+
+
+@pytest.mark.parametrize("text", ["a << b, c >> d", "x <<1=\n1>>", "<<>>"])
+def test_other_angles_are_no_notes(text):
+    assert without_annotations(text) == text
+
+
+def test_all_before_the_last_answer_is_the_problem():
+    found = problem_of("here", (Turn("system", "Be brief."), Turn("user", "1+1?", "in words"), Turn("assistant", "2")))
+    assert (found.question, found.answer) == (Turn("user", "Be brief.\n\n1+1?\n\nin words"), "2")
+
+
+def test_a_row_that_ends_with_a_question_is_named(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "assistant", "content": "2"}]}])
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the last turn is not the assistant's answer to a question. Add the answer"):
+        problems(DataConfig(dataset=str(path), val_dataset="other.jsonl"), "train", 0)
+
+
+def test_what_does_not_fit_or_cannot_be_made_wrong_is_left_out_and_said():
+    """Rows of 12 bytes: an answer of 10 leaves room for the separator and one byte of the problem, one of 11 does not."""
+    found = [problem("0123456", "1234567890"), problem("b", "12345678901"), problem("c", "none"), problem("d", "3"), problem("e", "no number")]
+    kept, report = usable(found, "train", BYTES, 12, n_wrong=1)
+    assert [item.question.text for item in kept] == ["0123456", "d"]
+    assert report.notes() == [
+        "training: 1 of 2 problems lost their beginning to rows of 12 tokens",
+        "training: skipped 1 rows whose answers fill a row of 12 tokens (rows.jsonl: b)",
+        "training: skipped 2 rows without a number to change in the answer (rows.jsonl: c, rows.jsonl: e)",
+    ]
+    assert len(usable(found, "train", BYTES, 12, n_wrong=0)[0]) == 4
+    with pytest.raises(UserError, match=r"data.dataset: no problem is left: validation: skipped 1 rows without a number .* Raise training.seq_len"):
+        usable(found[2:3], "val", BYTES, 12, n_wrong=1)
+
+
+def test_samples_that_do_not_fit_are_left_out():
+    long, short = Judged("12345678901", False), Judged("4", False)
+    [kept], _ = usable([problem("d", "3", (long, short))], "train", BYTES, 12, n_wrong=1)
+    assert kept.samples == (short,)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_answers_depend_on_the_seed_alone():
+    """The right one first, then as many corruptions as asked for, then what a model answered."""
+    given = problem(answer="3 and 4 are 7", samples=(Judged("it is 8", False),))
+    first, again, other = (answers_of(given, n_wrong=3, seed=seed) for seed in ("a", "a", "b"))
+    assert first == again != other
+    assert first[0] == Judged("3 and 4 are 7", True) and first[-1] == Judged("it is 8", False)
+    draw = random.Random("a")
+    assert [answer.text for answer in first[1:4]] == [corrupted("3 and 4 are 7", draw) for _ in range(3)]
+    assert not any(answer.right for answer in first[1:])
+
+
+def test_what_a_model_answers_is_right_by_its_last_number():
+    """Once each; the right answer itself is there already; a blank one says nothing."""
+    found = judged(problem(answer="2+5=7\n#### 7"), ["so 7.0", "it is 8 ", "it is 8", "", "2+5=<<2+5=7>>7\n#### 7", "no idea"])
+    assert found == (Judged("so 7.0", True), Judged("it is 8", False), Judged("no idea", False))
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=30), st.text(max_size=30), st.integers(1, 80))
+def test_a_pair_is_problem_separator_answer_and_loses_its_beginning(question, answer, seq_len):
+    whole = [*question.encode(errors="replace"), BYTES.eos_id, *answer.encode(errors="replace")]
+    question, answer = (text.encode(errors="replace").decode() for text in (question, answer))
+    assert pair_ids(question, answer, BYTES, seq_len) == whole[-seq_len:]
+
+
+def test_a_batch_is_padded_on_the_right():
+    batch = pair_batch([[5, 6, 7], [8]], 9)
+    assert batch["input_ids"].shape == (2, 32) and batch["input_ids"].dtype == torch.int64
+    assert batch["input_ids"][:, :4].tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 1] and batch["attention_mask"][1].tolist()[:2] == [True, False]
+
+
+def test_a_judge_reads_each_answer_as_training_shows_it():
+    """A batch gives what each answer gives alone; the calculator's notes are taken out of what a model wrote."""
+    torch.manual_seed(0)
+    judge = Judge(Verifier(ModelConfig(vocab_size=260, n_layers=1, d_model=16, n_heads=2, max_seq_len=40)).eval(), BYTES, 40)
+    answers = ["7", "it is 12", "it is <<5+7=12>>12 "]
+    together = judge.probabilities("How many?", answers)
+    assert together == pytest.approx([judge.probabilities("How many?", [answer])[0] for answer in answers], abs=1e-6)
+    assert together[1] == together[2] != together[0]
+    ids = torch.tensor([pair_ids("How many?", "7", BYTES, 40)])
+    assert together[0] == pytest.approx(torch.sigmoid(judge.model(ids, torch.ones_like(ids))).item(), abs=1e-6)
+
+
+# --- batches of a run -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    """40 problems, 8 of which stand twice; a fifth is held out."""
+    rows = [{"prompt": f"What is {i % 32} and 1?", "completion": f"{i % 32} + 1 = {i % 32 + 1}" + "." * (i // 32)} for i in range(40)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    training = {"seq_len": 48, "micro_batch_size": 4}
+    return Config.model_validate({"data": {"dataset": str(path), "val_fraction": 0.3}, "training": training, "verifier": {"n_wrong": 2}})
+
+
+@pytest.fixture
+def data(config) -> LitProblems:
+    made = LitProblems(config, BYTES)
+    made.prepare()
+    return made
+
+
+def test_no_problem_is_in_both_splits(data):
+    """A problem that stands twice with answers that differ falls on both sides by content: training gives way, and says so."""
+    train, val = ({problem.question for problem in made} for made in (data.train_problems, data.val_problems))
+    assert train and val and not train & val
+    assert data.notes == [f"training: left out {40 - len(data.train_problems) - len(data.val_problems)} problems that are validation problems"]
+    assert f"train {len(data.train_problems)} problems with {3 * len(data.train_problems)} answers (33% of them right), validation" in data.describe()
+
+
+def decoded(batch: dict[str, Any]) -> list[tuple[str, int]]:
+    """Each pair as text, with its label."""
+    rows = zip(batch["input_ids"], batch["attention_mask"], batch["label"], strict=True)
+    return [(BYTES.decode([i for i in ids[mask].tolist() if i != BYTES.eos_id]), int(label)) for ids, mask, label in rows]
+
+
+def test_a_batch_is_a_function_of_its_number_and_wrong_answers_differ_between_passes(data, config):
+    """Right answers come back in each pass, wrong ones are drawn anew; a second object gives the same batch."""
+    n = len(data.train_problems)
+    one, other = (ProblemBatches(data.train_problems, config, BYTES, Share(n)) for _ in range(2))
+    first, second = decoded(one[0]), decoded(one[1])
+    assert decoded(other[1]) == second
+    assert [label for _, label in first] == [1, 0, 0] * n
+    rights = [sorted(text for text, label in batch if label) for batch in (first, second)]
+    wrongs = [sorted(text for text, label in batch if not label) for batch in (first, second)]
+    assert rights[0] == rights[1] and wrongs[0] != wrongs[1]
+    assert one[0]["origin"] and len(one[0]["origin"]) == n
+
+
+def test_two_ranks_see_what_one_device_sees(data, config):
+    alone = ProblemBatches(data.train_problems, config, BYTES, Share(4))
+    ranks = [ProblemBatches(data.train_problems, config, BYTES, Share(2, rank, 2)) for rank in range(2)]
+    assert decoded(alone[3]) == decoded(ranks[0][3]) + decoded(ranks[1][3])
+
+
+def test_validation_asks_every_problem_once_and_is_the_same_each_time(data, config):
+    """The last batch may be short, and a rank may have none left: then its share is empty."""
+    n = len(data.val_problems)
+    batches = ValidationProblems(data.val_problems, config, BYTES, Share(4))
+    pairs = [pair for batch in batches for pair in decoded(batch)]
+    assert len(pairs) == 3 * n and pairs == [pair for batch in batches for pair in decoded(batch)]
+    size = n - 1
+    ranks = [ValidationProblems(data.val_problems, config, BYTES, Share(size, rank, 2)) for rank in range(2)]
+    assert [len(rank) for rank in ranks] == [1, 1]
+    assert [len(rank[0]["label"]) for rank in ranks] == [3 * size, 3]
+    assert len(ValidationProblems(data.val_problems[:1], config, BYTES, Share(1, 1, 2))[0]["label"]) == 0
+
+
+# --- answers that are kept ---------------------------------------------------------------------------------------------
+
+
+def test_answers_that_were_written_are_not_written_again(tmp_path):
+    """A process killed in the middle of a line leaves its beginning: the next goes on behind the whole lines, and the file is the same."""
+    drawn: list[int] = []
+
+    def draw(number: int) -> list[str]:
+        drawn.append(number)
+        return [f"answer {number}", "ü\n"]
+
+    seen: list[tuple[str, int, int]] = []
+    path = tmp_path / "cache" / "answers.jsonl"
+    expected = list(kept_answers(path, 4, draw, lambda *progress: seen.append(progress)))
+    assert expected == [[f"answer {i}", "ü\n"] for i in range(4)] and drawn == [0, 1, 2, 3] and seen[-1] == ("answered problems", 4, 4)
+    whole = path.read_bytes()
+    assert list(kept_answers(path, 4, draw, lambda *progress: None)) == expected and len(drawn) == 4
+    path.write_bytes(whole[: whole.rindex(b"answer 3") + 3])
+    assert list(kept_answers(path, 4, draw, lambda *progress: None)) == expected and drawn[4:] == [3]
+    assert path.read_bytes() == whole
+    path.write_bytes(b"[]\nx\n")
+    with pytest.raises(UserError, match="answers.jsonl: damaged: not the lines that were written. Delete it: it is made again."):
+        list(kept_answers(path, 4, draw, lambda *progress: None))

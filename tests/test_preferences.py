@@ -1,0 +1,316 @@
+"""Rows with two answers, what becomes of the odd ones (FAULTS: D9), and the numbers that are made of a batch of them."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinylm import preferences
+from tinylm.config import DataConfig, DpoConfig, ModelConfig
+from tinylm.decoder import Decoder
+from tinylm.errors import UserError
+from tinylm.losses import Answers
+from tinylm.packing import IGNORE_INDEX, row_of_examples
+from tinylm.preferences import MEASURES, cached_log_probs, compare, log_probs_of, score_pairs
+from tinylm.prompts import Turn, make_template
+from tinylm.rows import Pair, PairReport, Preference, pairs, preference_of
+from tinylm.tokenizer import ByteTokenizer
+
+ROOT = Path(__file__).parent.parent
+TOKENIZER = ByteTokenizer()
+QUESTION = Turn("user", "2+2?")
+EXPECTED = Preference((QUESTION,), "4", "5")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, {}),
+        ({"question": "2+2?", "chosen": "4", "rejected": "5", "id": 7}, {}),
+        ({"instruction": "2+2?", "input": "", "output": "4", "chosen": "4", "rejected": "5"}, {}),
+        ({"frage": "2+2?", "gut": "4", "schlecht": "5"}, {"columns": {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"}}),
+        ({"prompt": [user("2+2?")], "chosen": "4", "rejected": "5"}, {}),
+        ({"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]}, {}),
+        ({"prompt": "2+2?", "chosen": [assistant("4")], "rejected": [assistant("5")]}, {}),
+        ({"prompt": "2+2?", "chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]}, {}),
+        ({"chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]}, {}),
+        ({"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"}, {}),
+    ],
+)
+def test_every_published_shape_gives_the_same_preference(row, settings):
+    assert preference_of(row, DataConfig(**settings)) == EXPECTED
+
+
+def test_an_input_stays_apart_from_its_instruction():
+    row = {"instruction": "add", "input": "2 and 2", "chosen": "4", "rejected": "5"}
+    assert preference_of(row, DataConfig()).prompt == (Turn("user", "add", "2 and 2"),)
+
+
+def test_dialogues_are_divided_behind_all_that_they_share_up_to_an_answer():
+    """Both answers begin alike, which is no part of the prompt; two turns of one side are one; what an answer says of the form stays text."""
+    told = "\n\nHuman: hi\n\nHuman: there\n\nAssistant: hello\n\nHuman: sum?\n\nAssistant: "
+    preference = preference_of({"chosen": f"{told}It is 4. Assistant: ok", "rejected": f"{told}It is 5.\n"}, DataConfig())
+    assert preference.prompt == (Turn("user", "hi\n\nthere"), Turn("assistant", "hello"), Turn("user", "sum?"))
+    assert (preference.chosen, preference.rejected) == ("It is 4. Assistant: ok", "It is 5.")
+
+
+def test_a_dialogue_without_a_last_answer_has_an_empty_one():
+    """Both of hh-rlhf's ways to leave it out: the shorter dialogue ends within what is common."""
+    told = "\n\nHuman: sum?\n\nAssistant:"
+    assert preference_of({"chosen": f"{told} 4", "rejected": told}, DataConfig()) == Preference((Turn("user", "sum?"),), "4", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "rejected: missing; the row has prompt, chosen. Add it, or set data.columns: {rejected: its name in the data}."),
+        ({"prompt": "a", "chosen": 1, "rejected": "b"}, "chosen: expected a string, found a number. Correct the row, or take it out."),
+        ({"prompt": "", "chosen": "b", "rejected": "c"}, "prompt: it is empty."),
+        ({"prompt": None, "chosen": "b", "rejected": "c"}, "prompt: expected a string, found null."),
+        ({"prompt": [], "chosen": "b", "rejected": "c"}, "prompt: the answer follows on no turn of the user. Add the question, or take the row out."),
+        ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "prompt or question: missing; the row has chosen, rejected."),
+        ({"chosen": [user("a"), assistant("b")], "rejected": "c"}, "rejected: expected a list of turns, found a string. Write both answers as text, or both"),
+        ({"chosen": [], "rejected": []}, "chosen: expected a list of turns, found no turn."),
+        ({"chosen": [user("a")], "rejected": [user("a")]}, "chosen[0].role: the last turn is the user's, and it should be an answer."),
+        ({"chosen": [user(""), assistant("b")], "rejected": [user(""), assistant("c")]}, "chosen[0].content: it is empty."),
+        ({"chosen": ["b"], "rejected": ["c"]}, "chosen[0]: expected an object with role and content, found a string."),
+        ({"chosen": [assistant("a"), assistant("b")], "rejected": [assistant("a"), assistant("c")]}, "chosen: the answer follows on no turn of the user."),
+        ({"chosen": "b", "rejected": "c"}, 'no prompt beside them, and as dialogues ("\\n\\nHuman: ...\\n\\nAssistant: ...") they have no question in common.'),
+        ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}, "chosen: the answer follows on no turn of the user."),
+    ],
+)
+def test_a_row_that_is_no_preference_is_named_by_its_key(row, message):
+    with pytest.raises(UserError) as refused:
+        preference_of(row, DataConfig())
+    assert message in str(refused.value)
+
+
+def test_the_tiny_preferences_of_this_project_are_all_read():
+    """40 rows of four shapes, none of them skipped."""
+    data = DataConfig(dataset=str(ROOT / "data" / "tiny_preferences.jsonl"))
+    read = [pairs(data, which, 0, make_template("instruction", TOKENIZER), TOKENIZER, 256) for which in ("train", "val")]
+    assert sum(len(made) for made, _ in read) == 40
+    assert [report.notes() for _, report in read] == [[], []]
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_of(tmp_path: Path) -> Callable[..., tuple[list[Pair], PairReport]]:
+    """The pairs of rows that stand in p.jsonl, in the template plain, whose answers begin with a line end."""
+
+    def made_of(*rows: Any, seq_len: int = 64) -> tuple[list[Pair], PairReport]:
+        path = tmp_path / "p.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        data = DataConfig(dataset=str(path), val_fraction=1e-9)
+        return pairs(data, "train", 0, make_template("plain", TOKENIZER), TOKENIZER, seq_len)
+
+    return made_of
+
+
+def pair_row(prompt: str = "q", chosen: str = "good", rejected: str = "bad") -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_the_answer_and_the_token_that_ends_it_are_trained_and_nothing_else(made_of):
+    [pair], _ = made_of(pair_row("q?", "yes", "no"))
+    for example, answer in ((pair.chosen, b"\nyes"), (pair.rejected, b"\nno")):
+        assert bytes(example.ids[:-1].tolist()) == b"q?" + answer
+        assert example.ids[-1] == TOKENIZER.eos_id
+        assert example.trained.tolist() == [False] * 2 + [True] * (len(answer) + 1)
+
+
+def test_answers_that_were_given_before_are_not_compared(made_of):
+    """In fine-tuning they are trained; here they belong to the prompt."""
+    told = [user("a"), assistant("b"), user("c")]
+    [pair], _ = made_of({"chosen": [*told, assistant("yes")], "rejected": [*told, assistant("no")]})
+    assert TOKENIZER.decode(pair.chosen.ids[pair.chosen.trained]) == "\nyes"
+    assert TOKENIZER.decode(pair.rejected.ids[pair.rejected.trained]) == "\nno"
+
+
+def test_odd_rows_are_skipped_with_their_places_and_a_warning(made_of, tmp_path):
+    """D9: equal answers, empty ones, null; and rows whose prompt leaves no room, or that part before the answer. What is left is learned."""
+    parted = {"chosen": [user("a"), assistant("x")], "rejected": [user("b"), assistant("y")]}
+    dialogues = {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: e"}
+    rows = [pair_row(), pair_row(chosen="bad"), pair_row(rejected=" \n"), {"prompt": "q", "chosen": None, "rejected": "a"}, parted, dialogues]
+    rows += [pair_row("q" * 100), pair_row(chosen="a" * 90, rejected="a" * 91), *[pair_row(chosen="bad")] * 3]
+    made, report = made_of(*rows)
+    assert [pair.chosen.place for pair in made] == [f"{tmp_path / 'p.jsonl'}:1"]
+    at = [f"{tmp_path / 'p.jsonl'}:{line}" for line in range(12)]
+    assert report.notes() == [
+        f"warning: training: skipped 4 rows with two equal answers ({at[2]}, {at[9]}, {at[10]}, ...), 2 rows with an empty answer ({at[3]}, {at[4]}), "
+        f"2 rows with conversations that part before the last answer ({at[5]}, {at[6]}), 1 rows with a prompt that fills the context of 64 tokens ({at[7]}), "
+        f"1 rows with answers that differ only behind the context of 64 tokens ({at[8]})"
+    ]
+
+
+def test_nothing_but_skipped_rows_is_an_error(made_of):
+    """D9: rather that than a run without a gradient."""
+    with pytest.raises(UserError, match=r"^data.dataset: training: nothing is left without 2 rows with two equal answers \(.*:1, .*:2\). Give pairs of which"):
+        made_of(pair_row(chosen="bad"), pair_row(chosen="bad"))
+
+
+def test_a_long_answer_is_cut_and_a_prompt_may_just_leave_room_for_one_token(made_of):
+    """In a context of 8 inputs, 9 tokens: the last is only a target. A prompt of 8 leaves room for one target; of 9, for none."""
+    made, report = made_of(pair_row("q" * 4, "a" * 3, "b" * 9), pair_row("q" * 8, "aa", "bb"), pair_row("q" * 9), pair_row("q" * 2, "a", "b"), seq_len=8)
+    assert [[len(example.ids) for example in pair[:2]] for pair in made] == [[9, 9], [5, 5]]
+    assert [[int(example.trained.sum()) for example in pair[:2]] for pair in made] == [[5, 5], [3, 3]]
+    assert made[0].rejected.ids[-1] != TOKENIZER.eos_id == made[0].chosen.ids[-1]
+    assert (report.kept, report.cut) == (2, 1)
+    assert report.notes()[1] == "training: in 1 of 2 pairs the context of 8 tokens cut the end of an answer"
+
+
+def test_a_bad_row_is_named_with_file_line_and_key(made_of, tmp_path):
+    with pytest.raises(UserError, match=r"p.jsonl:2: chosen: expected a string, found a number"):
+        made_of(pair_row(), {"prompt": "a", "chosen": 1, "rejected": "b"})
+
+
+# --- the numbers of a batch -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(ModelConfig(vocab_size=260, n_layers=1, d_model=16, n_heads=2, max_seq_len=64, init="trunc_normal")).eval()
+
+
+def batch_of(made: list[Any], seq_len: int = 64) -> dict[str, torch.Tensor]:
+    """A batch as ARCHITECTURE has it; `()` is a row of padding."""
+    batch = {}
+    for number, name in enumerate(("chosen", "rejected")):
+        inputs, labels, _ = zip(*(row_of_examples(pair[number : number + 1], seq_len, TOKENIZER.pad_id) for pair in made), strict=True)
+        batch |= {f"{name}_ids": torch.from_numpy(np.stack(inputs)), f"{name}_labels": torch.from_numpy(np.stack(labels))}
+    return batch
+
+
+def alone(model: Decoder, example: Any) -> float:
+    """log p of an answer by itself: no padding, no other row, all logits."""
+    ids = torch.from_numpy(example.ids)
+    with torch.no_grad():
+        log_p = F.log_softmax(model(ids[None, :-1])[0].double(), dim=-1)
+    return log_p.gather(1, ids[1:, None]).squeeze(1)[torch.from_numpy(example.trained[1:])].sum().item()
+
+
+ROWS = [pair_row("q" * n, "good" * (n % 3 + 1), "bad" * (n % 4 + 1)) for n in range(1, 6)]
+
+
+def test_answers_in_a_batch_have_the_log_probability_that_they_have_alone(made_of, model):
+    made, _ = made_of(*ROWS)
+    scores = score_pairs(model.features, model.head, batch_of(made))
+    assert scores.log_probs.chosen.tolist() == pytest.approx([alone(model, pair.chosen) for pair in made], abs=1e-4)
+    assert scores.log_probs.rejected.tolist() == pytest.approx([alone(model, pair.rejected) for pair in made], abs=1e-4)
+    assert scores.lengths.chosen.tolist() == [int(pair.chosen.trained.sum()) for pair in made]
+    assert scores.lengths.rejected.tolist() == [int(pair.rejected.trained.sum()) for pair in made]
+
+
+@pytest.mark.parametrize("dpo", [DpoConfig(beta=0.5), DpoConfig(beta=0.5, loss="ipo"), DpoConfig(beta=0.5, length_normalised=True)])
+def test_what_is_measured_is_the_sum_over_pairs_and_padding_counts_nowhere(made_of, model, dpo):
+    """By hand from log-probabilities: the reference is -20 and -30 for every pair, so beta 0.5 gives rewards (log p + 20) / 2 and (log p + 30) / 2."""
+    made, _ = made_of(*ROWS)
+    chosen, rejected = ([alone(model, pair[number]) for pair in made] for number in (0, 1))
+    rewards = [[(c + 20) / 2 for c in chosen], [(r + 30) / 2 for r in rejected]]
+    right = sum(a > b for a, b in zip(*rewards, strict=True))
+    expected = [sum(rewards[0]), sum(rewards[1]), sum(rewards[0]) - sum(rewards[1]), right, sum(chosen), sum(rejected)]
+    for rows in (made, [*made[:2], (), *made[2:], ()]):
+        policy = score_pairs(model.features, model.head, batch_of(rows))
+        found = compare(policy, Answers(torch.full((len(rows),), -20.0), torch.full((len(rows),), -30.0)), dpo)
+        assert len(found.loss) == 5
+        assert found.loss.isfinite().all()
+        assert dict(zip(MEASURES, found.measures.tolist(), strict=True)) == pytest.approx(dict(zip(MEASURES, expected, strict=True)), abs=1e-3)
+        per_token = [-c / int(pair.chosen.trained.sum()) for c, pair in zip(chosen, made, strict=True)]
+        assert found.cross_entropy.tolist() == pytest.approx(per_token, abs=1e-5)
+
+
+def test_a_batch_of_padding_alone_gives_zero(made_of, model):
+    """What a rank without validation pairs adds to the sums."""
+    policy = score_pairs(model.features, model.head, batch_of([(), ()]))
+    found = compare(policy, Answers(torch.zeros(2), torch.zeros(2)), DpoConfig())
+    assert found.loss.sum() == 0
+    assert found.measures.tolist() == [0.0] * len(MEASURES)
+
+
+def test_log_probabilities_for_the_cache_are_those_of_the_batches(made_of, model):
+    """In the order of the pairs, without padding, dropout or gradients, whatever mode the model was in."""
+    made, _ = made_of(*ROWS)
+    whole = score_pairs(model.features, model.head, batch_of(made)).log_probs
+    found = log_probs_of(model.train(), (batch_of(rows) for rows in (made[:2], made[2:4], [made[4], ()])), None)
+    assert found.dtype == np.float32
+    assert found.shape == (5, 2)
+    np.testing.assert_allclose(found, torch.stack(whole, dim=1).detach().numpy(), atol=1e-4)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+VALUES = np.array([[-1.25, -2.5], [-3.0, -4.125]], dtype=np.float32)
+
+
+def test_log_probabilities_are_worked_out_once_and_come_back_to_the_last_bit(tmp_path):
+    calls = []
+    first = cached_log_probs(tmp_path / "c" / "r.bin", 2, lambda: calls.append(1) or VALUES)
+    second = cached_log_probs(tmp_path / "c" / "r.bin", 2, lambda: calls.append(1) or VALUES)
+    assert calls == [1]
+    assert np.array_equal(first, VALUES) and np.array_equal(second, VALUES)
+
+
+@pytest.mark.parametrize("seam", ["compute", "fsync", "replace"])
+def test_what_is_killed_halfway_leaves_no_file(seam, tmp_path, monkeypatch):
+    """A12: at each seam; the next run works it out again and has the same numbers."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args: Any) -> Any:
+        raise Killed
+
+    path = tmp_path / "r.bin"
+    with monkeypatch.context() as patch:
+        if seam != "compute":
+            patch.setattr(os, seam, die)
+        with pytest.raises(Killed):
+            cached_log_probs(path, 2, die if seam == "compute" else lambda: VALUES)
+    assert not path.exists()
+    assert np.array_equal(cached_log_probs(path, 2, lambda: VALUES), VALUES)
+    assert [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"] == ["r.bin"]
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: raw[:40] + bytes([raw[40] ^ 1]) + raw[41:], lambda raw: b"", lambda raw: raw + b"1"])
+def test_a_damaged_file_is_named(damage, tmp_path):
+    path = tmp_path / "r.bin"
+    cached_log_probs(path, 2, lambda: VALUES)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"r.bin: its content is not what was written \(checksum\). Delete it: it is made again."):
+        cached_log_probs(path, 2, lambda: VALUES)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"r.bin: cannot be written: .*. Make room or change data.cache_dir."):
+        cached_log_probs(tmp_path / "file" / "r.bin", 2, lambda: VALUES)
+
+
+def test_a_label_that_is_no_target_is_no_part_of_an_answer(made_of, model):
+    """The count of targets, and so what padding is, is read from the labels alone."""
+    made, _ = made_of(*ROWS)
+    batch = batch_of(made)
+    batch["chosen_labels"][0] = IGNORE_INDEX
+    scores = score_pairs(model.features, model.head, batch)
+    assert (scores.lengths.chosen[0].item(), scores.log_probs.chosen[0].item()) == (0, 0.0)
+    assert preferences.compare(scores, Answers(torch.zeros(5), torch.zeros(5)), DpoConfig()).loss.shape == (4,)

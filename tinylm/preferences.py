@@ -1,0 +1,125 @@
+"""What preference training makes of batches of pairs: the log-probabilities of their answers, and the numbers that tell how it goes.
+
+    batch ─▶ both answers in one forward pass ─▶ log p of each           `score_pairs`       under the policy, and under the reference
+    both ─▶ loss of each pair, and the sums of MEASURES                  `compare`
+    log p of all pairs under a reference, worked out once and kept       `cached_log_probs`
+
+The losses themselves are in losses.py; how a row becomes a pair is rows.py's business.
+"""
+
+# B pairs · T positions
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from tinylm.config import DpoConfig
+from tinylm.decoder import Decoder, Features
+from tinylm.errors import UserError, printable, reading, writing
+from tinylm.foreign import ForeignDecoder
+from tinylm.losses import Answers, answer_log_probs, preference_loss
+from tinylm.packing import IGNORE_INDEX
+
+# Means over pairs, of which metrics.csv has columns; rewards as in `losses.Preferences`, accuracy: share of the pairs whose chosen reward is higher.
+MEASURES = ("rewards_chosen", "rewards_rejected", "margin", "accuracy", "logp_chosen", "logp_rejected")
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class PairScores(NamedTuple):
+    """What a model makes of a batch of pairs."""
+
+    log_probs: Answers
+    lengths: Answers
+    """(B,) target tokens of each answer; 0 in a row of padding"""
+    balance_loss: Tensor
+    """of a mixture of experts; else 0"""
+
+
+def score_pairs(features: Callable[..., Features], head: nn.Linear, batch: dict[str, Any]) -> PairScores:
+    """The log-probabilities of the answers of `batch`, chosen and rejected in one forward pass.
+
+    Args:
+        features: `Decoder.features`, compiled or not.
+        head: the layer that scores tokens.
+        batch: `chosen_ids`, `chosen_labels`, `rejected_ids`, `rejected_labels` (B, T).
+    """
+    labels = torch.cat((batch["chosen_labels"], batch["rejected_labels"]))
+    found = features(torch.cat((batch["chosen_ids"], batch["rejected_ids"])))
+    log_probs = answer_log_probs(found.hidden, head.weight, labels)
+    lengths = (labels != IGNORE_INDEX).sum(dim=1)
+    return PairScores(Answers(*log_probs.chunk(2)), Answers(*lengths.chunk(2)), found.balance_loss)
+
+
+class Comparison(NamedTuple):
+    """How a policy stands to its reference on the pairs of a batch that are not padding."""
+
+    loss: Tensor
+    """(n,)"""
+    cross_entropy: Tensor
+    """(n,) of the chosen answer, per token"""
+    measures: Tensor
+    """sums of MEASURES"""
+
+
+def compare(policy: PairScores, reference: Answers, dpo: DpoConfig) -> Comparison:
+    """The preference loss of each pair, and what metrics.csv has beside it."""
+    real = policy.lengths.chosen > 0
+    own, theirs, lengths = (Answers(*(part[real] for part in answers)) for answers in (policy.log_probs, reference, policy.lengths))
+    loss, chosen, rejected = preference_loss(own, theirs, lengths, dpo)
+    sums = [part.detach().float().sum() for part in (chosen, rejected, chosen - rejected, chosen > rejected, *own)]
+    return Comparison(loss, -own.chosen / lengths.chosen, torch.stack(sums))
+
+
+def log_probs_of(model: Decoder | ForeignDecoder, batches: Iterable[dict[str, Any]], precision: torch.dtype | None) -> np.ndarray:
+    """(n, 2) float32: log p of the chosen and of the rejected answer of every pair in `batches`, under `model` in evaluation mode.
+
+    Args:
+        precision: what the products are in, under autocast; None: fp32.
+    """
+    device = model.embedding.weight.device
+    found = []
+    model.eval()
+    with torch.no_grad(), torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+        for batch in batches:
+            scores = score_pairs(model.features, model.head, {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)})
+            found.append(torch.stack(scores.log_probs, dim=1)[scores.lengths.chosen > 0].float().cpu().numpy())
+    return np.concatenate(found)
+
+
+def cached_log_probs(path: Path, n_pairs: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """The (n_pairs, 2) array in the file `path`, which `compute` makes where there is none.
+
+    The file is there whole or not at all, whenever the process is killed; a second process that wants it waits for the first.
+
+    Raises:
+        UserError: the file is damaged, or cannot be written.
+    """
+    with writing(path, "data.cache_dir"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not path.exists():
+                _write(path, compute())
+    with reading(path):
+        raw = path.read_bytes()
+    digest, content = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest or len(content) != n_pairs * 2 * 4:
+        raise UserError(f"{printable(path)}: its content is not what was written (checksum). Delete it: it is made again.")
+    return np.frombuffer(content, dtype="<f4").reshape(n_pairs, 2)
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    """SHA-256, then the numbers, little-endian; under the lock nobody else uses the name beside."""
+    content = values.astype("<f4").tobytes()
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(hashlib.sha256(content).digest() + content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -55,10 +55,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     before = parser.add_argument_group("before a run", "nothing is trained for keeps, nothing saved").add_mutually_exclusive_group()
     before.add_argument("--plan", action="store_true", help="what the run will cost: work, memory by part, time; exit code 2 where it does not fit")
     overfit = f"train on micro-batch 0 alone, at most so many steps (default: {OVERFIT_STEPS}); exit code 3 where its loss does not go to nearly zero"
-    before.add_argument("--overfit-one-batch", nargs="?", type=int, const=OVERFIT_STEPS, metavar="STEPS", help=overfit)
+    before.add_argument("--overfit-one-batch", nargs="?", type=number_of_steps, const=OVERFIT_STEPS, metavar="STEPS", help=overfit)
     before.add_argument("--find-lr", action="store_true", help="raise the learning rate until the loss rises too, and suggest one")
     before.add_argument("--find-batch-size", action="store_true", help="the largest micro-batch that fits, and the speed of each size")
     return parser.parse_intermixed_args(argv)
+
+
+def number_of_steps(text: str) -> int:
+    """The number behind --overfit-one-batch, which may be left out; but what stands there then must not be a setting."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no number of steps. Write settings before the flag, or a number of steps behind it")
+    return int(text)
 
 
 def make_parser(program: str, config: str, description: str) -> Parser:

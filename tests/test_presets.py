@@ -1,4 +1,4 @@
-"""Every preset loads, says what it is for and how it is run, and has as many parameters as it says."""
+"""Every preset loads, says what it is for and how it is run, and has as many parameters, and takes as much memory, as it says."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 from tinylm.config import Config, load_config
 from tinylm.decoder import Decoder, count_parameters
+from tinylm.planner import plan_run, with_settings
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted(ROOT.glob("configs/*.yaml"))
@@ -42,6 +43,29 @@ def test_a_preset_has_as_many_parameters_as_it_says(path):
     with torch.device("meta"):
         model = Decoder(config.model.model_copy(update={"vocab_size": vocabulary(config)}))
     assert f"{count_parameters(model):,} parameters" in head_of(path)
+
+
+# For a vocabulary that only the data say: what the presets that have one plan with.
+CHARACTERS = 1000
+PLANNED = re.compile(r"Planned(?:, not measured)?: (?P<number>[\d.]+) (?P<unit>[MG])B (?P<where>on the GPU|on each GPU|beside the program)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in PRESETS if PLANNED.search(head_of(path))], ids=lambda path: path.stem)
+def test_a_preset_is_planned_with_as_much_memory_as_it_says(path):
+    """The program's own memory left out, which is another one with each version of each library."""
+    config = load_config(path)
+    said = PLANNED.search(head_of(path))
+    assert ("1,000 characters" in head_of(path)) == (vocabulary(config) is None)
+    config = with_settings(config, {"model.vocab_size": vocabulary(config) or CHARACTERS})
+    planned = plan_run(config, "cpu" if said["where"] == "beside the program" else "cuda")
+    assert planned.peak == pytest.approx(float(said["number"]) * {"M": 1e6, "G": 1e9}[said["unit"]], rel=0.05)  # said to two digits
+
+
+def test_every_preset_for_pretraining_says_its_memory():
+    """But those whose vocabulary and text are the user's."""
+    silent = {path.stem for path in PRESETS if not PLANNED.search(head_of(path))}
+    assert silent == {"corpus", "lora-smollm2"}
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,8 @@ def trace_step(config: Config) -> Step:
 
     training = config.training
     with FakeTensorMode(), Meter() as meter:
-        model = Decoder(config.model).train()
+        # How weights begin takes no memory afterwards, and truncating would look at contents.
+        model = Decoder(config.model.model_copy(update={"init": "normal"})).train()
         optimizer = make_optimizer(model, training, fused=config.hardware.precision != "16")
         for weight in model.parameters():
             weight.register_post_accumulate_grad_hook(lambda weight: meter.hand_over(weight.grad, "gradients"))

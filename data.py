@@ -31,9 +31,9 @@ from tinylm.config import Config, load_config
 from tinylm.corpus import Which, train_documents
 from tinylm.encode import encode_documents, source_fingerprint
 from tinylm.errors import UserError, printable
-from tinylm.judge import Problem, ProblemReport, pairs_of, problems, training_batch, usable
 from tinylm.mix import Allocation, Joined, training_files, training_fingerprint, validation_file, weights_of
 from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document_ids, pack_examples, pack_stream, row_at, row_of_examples
+from tinylm.problems import Problem, ProblemReport, pairs_of, problems, usable
 from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
 from tinylm.prompts import Template, make_template
@@ -68,6 +68,8 @@ if __name__ == "__main__":
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info  # noqa: E402
+
+from tinylm.judge import training_batch  # noqa: E402
 
 Batch = dict[str, Any]
 

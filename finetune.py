@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tinylm.config import Config, DataConfig
     from tinylm.decoder import Decoder
     from tinylm.foreign import ForeignDecoder
-    from tinylm.judge import Problem
+    from tinylm.problems import Problem
     from tinylm.tokenizer import Tokenizer
 
 Module = TypeVar("Module", "LitExamples", "LitPreferences")
@@ -186,7 +186,7 @@ def add_cached_reference(parts: Parts, reference: "Decoder | ForeignDecoder", fi
 def learn_from_problems(config: "Config") -> "Tokenizer":
     """The tokenizer of a verifier with new weights: learned from the training problems and their right answers where it is learned at all."""
     from tinylm.bpe import learned_from
-    from tinylm.judge import problems
+    from tinylm.problems import problems
     from tinylm.tasks.data import built_in_where_asked
 
     def texts() -> "Iterator[str]":

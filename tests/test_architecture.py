@@ -19,7 +19,7 @@ FLOORS = [
     ["errors", "config", "device", "processes"],
     ["words", "fastbpe", "tokenizer", "tokenfile", "corpus", "encode", "mix", "bpe", "packing", "show", "prompts", "sandbox", "rows", "metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],
-    ["checkpoint", "engine", "sampling", "chat", "hf", "gguf", "hf_import", "foreign", "lora", "preferences", "judge", "samples", "export"]
+    ["checkpoint", "engine", "sampling", "chat", "hf", "gguf", "hf_import", "foreign", "lora", "preferences", "problems", "judge", "samples", "export"]
     + ["tasks", "evaluate", "harness", "planner", "trials"],
     ["plots", "doctor", "experiments", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
 ]

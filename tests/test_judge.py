@@ -13,26 +13,12 @@ from hypothesis import strategies as st
 from data import LitProblems, ProblemBatches, Share, ValidationProblems
 from tinylm.config import Config, DataConfig, ModelConfig
 from tinylm.errors import UserError
-from tinylm.judge import (
-    Judge,
-    Judged,
-    Problem,
-    answers_of,
-    departure,
-    judged,
-    pair_batch,
-    pair_ids,
-    pairs_of,
-    problem_of,
-    problems,
-    training_batch,
-    usable,
-    without_annotations,
-)
+from tinylm.judge import Judge, pair_batch, training_batch
+from tinylm.problems import Judged, Problem, answers_of, corrupted, departure, judged, pair_ids, pairs_of, problem_of, problems, usable, without_annotations
 from tinylm.prompts import Turn
 from tinylm.samples import kept_answers
 from tinylm.tokenizer import ByteTokenizer
-from tinylm.verifier import Verifier, corrupted
+from tinylm.verifier import Verifier
 
 BYTES = ByteTokenizer()
 

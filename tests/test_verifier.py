@@ -12,7 +12,8 @@ from sklearn.metrics import roc_auc_score
 from tinylm.config import ModelConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError
-from tinylm.verifier import NUMBER, Verifier, VerifierScore, area_under_curve, calibration_error, corrupted, logit_counts, verifier_loss
+from tinylm.problems import NUMBER, corrupted
+from tinylm.verifier import Verifier, VerifierScore, area_under_curve, calibration_error, logit_counts, verifier_loss
 
 TINY = {"vocab_size": 19, "n_layers": 2, "d_model": 16, "n_heads": 2, "max_seq_len": 10}
 SHAPES = [{}, {"position": "learned"}, {"position": "none"}, {"n_kv_heads": 1}, {"n_sinks": 2}, {"norm_placement": "post"}, {"qk_norm": True, "bias": "all"}]

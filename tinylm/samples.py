@@ -18,7 +18,7 @@ from tinylm.checkpoint import Loaded, fingerprint_of
 from tinylm.engine import Engine
 from tinylm.errors import UserError, printable, reading, writing
 from tinylm.evaluate import SAMPLE_TEMPERATURE, draw_answers
-from tinylm.judge import Problem, judged
+from tinylm.problems import Problem, judged
 from tinylm.processes import Progress
 from tinylm.prompts import make_template
 from tinylm.tasks import NAMED, PAIRS, Example

@@ -10,14 +10,12 @@ one of them it does not (docs/RESULTS.md has the numbers):
     a token does not see itself, so that what it finds when it looks for its like is another one, or none;
     in the first block it begins by looking for its like: queries are keys there.
 
-After it: wrong answers made from right ones, and how a verifier's scores are judged.
+After it: how a verifier's scores are judged.
 """
 
 # B pairs · T tokens of one · D model width
 
 import math
-import random
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +28,6 @@ from tinylm.decoder import Block, Decoder, Sight, initialise, make_norm, rope_an
 from tinylm.errors import UserError
 from tinylm.metrics import wilson
 
-# A number as people write it: 1,200 or 3.5; the sign belongs to the sum it stands in.
-NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)
 CALIBRATION_BINS = 10
 # Scores of many pairs are counted in bins of logits so wide, up to this distance from 0, which is a border of bins: sums of counts
 # can be added over batches and devices, and within a bin a probability moves by 0.0025 at most.
@@ -125,35 +121,6 @@ def verifier_loss(places: Tensor, right: Tensor, departs: Tensor) -> Tensor:
     # A right answer has no such token: 0 in its place, or the gradient of what is not taken would be no number.
     taken = torch.where(right.bool()[:, None], torch.zeros_like(wrong), wrong).logsumexp(dim=1)
     return (none - torch.where(right.bool(), torch.zeros_like(taken), taken)).sum()
-
-
-# --- wrong answers ----------------------------------------------------------------------------------------------------
-
-
-def corrupted(answer: str, draw: random.Random) -> str | None:
-    """The answer with one of its numbers changed at one place; None where it has no number.
-
-    >>> corrupted("48 / 2 = 24", random.Random(0))
-    '48 / 5 = 24'
-    """
-    places = list(NUMBER.finditer(answer))
-    if not places:
-        return None
-    place = draw.choice(places)
-    return answer[: place.start()] + _another_number(place[0], draw) + answer[place.end() :]
-
-
-def _another_number(text: str, draw: random.Random) -> str:
-    """A number near the one in `text`, written as it is: same decimals, commas where it had some."""
-    decimals = len(text.partition(".")[2])
-    value = float(text.replace(",", ""))
-    step = 10.0**-decimals
-    spread = max(3, int(abs(value) / step / 5))
-    while True:
-        other = value + step * draw.randint(-spread, spread)
-        shown = f"{other:,.{decimals}f}" if "," in text else f"{other:.{decimals}f}"
-        if other >= 0 and shown != text:
-            return shown
 
 
 # --- how good its scores are ------------------------------------------------------------------------------------------

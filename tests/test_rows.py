@@ -215,6 +215,7 @@ SHARED = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "
         ({"prompt": "2+2?", "target": "4"}, (QUESTION, ANSWER)),
         ({"conversations": CHAT[1:]}, (QUESTION, ANSWER)),
         ({"messages": SHARED[1:]}, (QUESTION, ANSWER)),
+        ({"messages": [turn | {"from": None} for turn in CHAT[1:]]}, (QUESTION, ANSWER)),
         ({"messages": None, "instruction": "2+2?", "output": "4"}, (QUESTION, ANSWER)),
     ],
 )

@@ -279,7 +279,7 @@ def _turns_in(name: str, items: list[Any]) -> Conversation:
 
 def _keys_of_turn(item: dict[str, Any]) -> tuple[str, str]:
     """What a turn calls its side and its text: ShareGPT's words or OpenAI's, whatever the column is called."""
-    return ("from", "value") if "from" in item else ("role", "content")
+    return ("from", "value") if item.get("role") is None and "from" in item else ("role", "content")
 
 
 def _turn(item: Any, where: str) -> Turn:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import yaml
 from test_train import Capture, Patch, assert_same_run, bytes_of, curve, elsewhere, interrupt_at, keep_signals  # noqa: F401  (a fixture)
 
+import data as data_program
 import eval_val
 import finetune
 import infer
@@ -134,6 +135,19 @@ def refused(config: Path, tmp_path: Path, capsys: Capture, *arguments: str) -> s
 
 
 # --- what a run does --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("packing", "n_examples"), [("packed", 2), ("padded", 1)])
+def test_rows_are_shown_with_their_questions_in_brackets(packing: str, n_examples: int, make: Make, home: Path, capsys: Capture) -> None:
+    """In the tokens of the base. An example has about 50 bytes: in a context of 120 there is room for two, and padding is no document."""
+    config = make(foreign=True, data={"packing": packing}, training={"seq_len": 120})
+    assert data_program.main(["--config", str(config), "--rows", "1", "--answers"]) == 0
+    heading, text, counts, _ = capsys.readouterr().out.split("\n", 3)
+    rows = (home / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(rows[int(place.rpartition(":")[2]) - 1]) for place in heading.removeprefix("row 0, micro-batch 0: ").split(", ")]
+    asked = [f"⟦### Instruction: {row['instruction']}\\n### Output:⟧ {row['output']}\\n<|endoftext|>" for row in found]
+    assert text.partition("⟦<|endoftext|>")[0] == "".join(f"┃{number}┃{part}" for number, part in enumerate(asked))
+    assert counts.endswith(f", documents: {n_examples}")
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -38,7 +38,7 @@ from tinylm.problems import Problem, ProblemReport, pairs_of, problems, usable
 from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
 from tinylm.prompts import Template, make_template
-from tinylm.rows import Pair, PairReport, Report, examples, pairs, shared_examples, with_rows
+from tinylm.rows import Pair, PairReport, Report, examples, pairs, shared_examples, shared_questions, with_rows
 from tinylm.tasks import NAMED
 from tinylm.tasks.data import built_in_where_asked
 from tinylm.tokenfile import TokenFile
@@ -436,6 +436,10 @@ class LitExamples(RunData):
         shared = shared_examples(self.train_examples, self.val_examples)
         warning = f"warning: {shared} validation rows are training rows too; val_loss will look better than it is"
         self.notes = [*([note] if note else []), *train.notes(), *val.notes(), *([warning] if shared else [])]
+        # With train_on all no target says where a question ends.
+        asked = shared_questions(self.train_examples, self.val_examples) if self.config.training.train_on == "response" else 0
+        if asked > shared:
+            self.notes.append(f"warning: {asked} validation rows ask what training rows ask; val_loss will look better than on new questions")
 
     def describe(self) -> str:
         """One line on what is trained on and validated on."""

@@ -12,7 +12,19 @@ from tinylm.corpus import Which
 from tinylm.errors import UserError
 from tinylm.packing import Example
 from tinylm.prompts import Conversation, Turn, make_template
-from tinylm.rows import COLUMNS, TINY_ROWS, Report, build_corpus_from_sources, conversation_of, examples, records, shared_examples, texts_left_out, with_rows
+from tinylm.rows import (
+    COLUMNS,
+    TINY_ROWS,
+    Report,
+    build_corpus_from_sources,
+    conversation_of,
+    examples,
+    records,
+    shared_examples,
+    shared_questions,
+    texts_left_out,
+    with_rows,
+)
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -355,5 +367,6 @@ def test_a_bad_row_is_named_with_file_line_and_key(write, row, message):
 def test_rows_of_both_splits_are_counted(write):
     """E13."""
     train, _ = made_of(write("a.jsonl", lines(*pairs(6))), 32)
-    val, _ = made_of(write("b.jsonl", lines(*pairs(9)[4:])), 32)
+    val, _ = made_of(write("b.jsonl", lines({"prompt": "0+0?", "completion": "none"}, *pairs(9)[4:])), 32)
     assert shared_examples(train, val) == 2
+    assert shared_questions(train, val) == 3

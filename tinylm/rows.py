@@ -397,6 +397,16 @@ def shared_examples(train: list[Example], val: list[Example]) -> int:
     return sum(example.ids.tobytes() in seen for example in val)
 
 
+def shared_questions(train: list[Example], val: list[Example]) -> int:
+    """How many examples of `val` ask what one of `train` asks, whatever the answers: all before the first target is equal."""
+    seen = {_asked(example) for example in train}
+    return sum(_asked(example) in seen for example in val)
+
+
+def _asked(example: Example) -> bytes:
+    return example.ids[: int(example.trained.argmax())].tobytes()
+
+
 # --- step 4: pairs of answers -----------------------------------------------------------------------------------------
 
 # How Anthropic's hh-rlhf writes its turns.

@@ -1,6 +1,7 @@
 """What training eats: Lightning data modules that turn documents into micro-batches, in an order that is a function.
 
-    python data.py --config config_smoke.yaml --rows 3          rows as training sees them, printed as text
+    python data.py --config config_smoke.yaml --rows 3                  rows as training sees them, printed as text
+    python data.py --config config_finetune.yaml --rows 3 --answers     the same of fine-tuning
 
     token files ─▶ row numbers of micro-batch k, from (seed, k) alone ─▶ rows ─▶ batch       IndexedBatches
     stream     ─▶ rows in document order ─▶ windows of rows, shuffled by (seed, window) ─▶ batch     StreamBatches
@@ -37,7 +38,7 @@ from tinylm.problems import Problem, ProblemReport, pairs_of, problems, usable
 from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
 from tinylm.prompts import Template, make_template
-from tinylm.rows import Pair, PairReport, Report, examples, pairs, shared_examples, with_rows
+from tinylm.rows import Pair, PairReport, Report, examples, pairs, shared_examples, shared_questions, with_rows
 from tinylm.tasks import NAMED
 from tinylm.tasks.data import built_in_where_asked
 from tinylm.tokenfile import TokenFile
@@ -58,6 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file with the settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    parser.add_argument("--answers", action="store_true", help="the config's data are questions and answers, as finetune.py takes them")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows (default: 3)")
     return parser.parse_intermixed_args(argv)
 
@@ -434,6 +436,10 @@ class LitExamples(RunData):
         shared = shared_examples(self.train_examples, self.val_examples)
         warning = f"warning: {shared} validation rows are training rows too; val_loss will look better than it is"
         self.notes = [*([note] if note else []), *train.notes(), *val.notes(), *([warning] if shared else [])]
+        # With train_on all no target says where a question ends.
+        asked = shared_questions(self.train_examples, self.val_examples) if self.config.training.train_on == "response" else 0
+        if asked > shared:
+            self.notes.append(f"warning: {asked} validation rows ask what training rows ask; val_loss will look better than on new questions")
 
     def describe(self) -> str:
         """One line on what is trained on and validated on."""
@@ -704,31 +710,59 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Print the first rows of the run that a config describes."""
-    from tinylm.bpe import tokenizer_for
-
     if args.rows < 1:
         raise UserError(f"--rows: {args.rows} is less than 1. Give the number of rows to print.")
     config = load_config(args.config, [*args.overrides, "data.num_workers=0"])  # for a few rows a process is not worth its start
-    tokenizer = tokenizer_for(config.tokenizer, config.data, config.training.seed)
-    data = LitData(config, tokenizer)
-    data.prepare(validation=False)
-    print_rows(islice(first_rows(data), args.rows), tokenizer)
+    data = open_answers(config) if args.answers else open_documents(config)
+    print_rows(islice(first_rows(data), args.rows), data.tokenizer)
     return 0
 
 
-def first_rows(data: LitData) -> Iterator[ShownRow]:
+def open_documents(config: Config) -> LitData:
+    """The training documents of a run of train.py."""
+    from tinylm.bpe import tokenizer_for
+
+    data = LitData(config, tokenizer_for(config.tokenizer, config.data, config.training.seed))
+    data.prepare(validation=False)
+    return data
+
+
+def open_answers(config: Config) -> LitExamples:
+    """The examples of a run of finetune.py, in the tokens of the model that it begins with."""
+    from finetune import with_data_of_task
+    from train import Start, find_base, learn_from_documents, prepare_tokenizer, settings_on_base
+
+    config = with_data_of_task(config)
+    base = find_base(config, Start())
+    config = config if base is None else settings_on_base(config, base)
+    tokenizer, config = prepare_tokenizer(config, Start(), base, learn_from_documents)
+    data = LitExamples(config, tokenizer)
+    data.prepare()
+    return data
+
+
+def first_rows(data: LitData | LitExamples) -> Iterator[ShownRow]:
     """The rows of the run from micro-batch 0 on, in their order."""
     place = 0
     for k, batch in enumerate(data.train_dataloader()):
         for i in range(len(batch["input_ids"])):
-            documents = batch["document_ids"][i].tolist() if "document_ids" in batch else None
             heading = f"row {place}, micro-batch {k}: {source_of_row(data, batch, i)}"
-            yield ShownRow(heading, batch["input_ids"][i].tolist(), batch["labels"][i].tolist(), documents)
+            yield ShownRow(heading, batch["input_ids"][i].tolist(), batch["labels"][i].tolist(), documents_of_row(data, batch, i))
             place += 1
 
 
-def source_of_row(data: LitData, batch: Batch, i: int) -> str:
+def documents_of_row(data: LitData | LitExamples, batch: Batch, i: int) -> list[int] | None:
+    """The document of each input of row `i`; None where attention goes on from one to the next."""
+    if isinstance(data, LitExamples):
+        documents = batch["document_ids"][i].tolist() if "document_ids" in batch else [0] * len(batch["input_ids"][i])
+        return [min(document, len(batch["origin"][i]) - 1) for document in documents]  # padding is an example to the mask alone
+    return batch["document_ids"][i].tolist() if "document_ids" in batch else None
+
+
+def source_of_row(data: LitData | LitExamples, batch: Batch, i: int) -> str:
     """What row `i` of a batch was read from, and where in it."""
+    if isinstance(data, LitExamples):
+        return ", ".join(batch["origin"][i])
     settings = data.config.data
     if not data.train_files:
         return printable(settings.dataset)  # a stream knows where a window of rows began, and not each row

@@ -35,6 +35,13 @@ def test_a_preset_opens_with_the_command_that_runs_it(path):
     assert f"--config configs/{path.name}" in head_of(path)
 
 
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_the_data_that_a_preset_brings_are_there(path):
+    data = load_config(path).data
+    own = [name for name in (data.dataset, data.val_dataset) if name is not None and name.startswith("data/")]
+    assert [name for name in own if not (ROOT / name).is_file()] == []
+
+
 COUNTED = [path for path in PRESETS if " parameters" in head_of(path) and vocabulary(load_config(path))]
 
 

@@ -78,7 +78,7 @@ def test_a_smoothed_value_is_the_mean_of_those_up_to_it():
 def test_a_figure_has_a_labelled_line_a_run_and_says_how_it_was_smoothed():
     runs = [Run(name, np.arange(1.0, 41), {"train_loss": np.linspace(4, start, 40)}) for name, start in (("one", 2), ("two", 3))]
     axes = draw("train_loss", runs, smooth=5).axes[0]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "nats per target token")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "nats per token, pair or answer")
     assert axes.get_title() == "Training loss (mean of 5 rows; raw values behind)"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
     assert axes.lines[0].get_ydata().tolist() == runs[0].columns["train_loss"].tolist()
@@ -88,7 +88,7 @@ def test_a_figure_has_a_labelled_line_a_run_and_says_how_it_was_smoothed():
 def test_a_text_plot_puts_the_first_value_left_and_high_and_the_last_one_right_and_low():
     """A falling line: its mark goes from the top left cell to the bottom right one; the axis ends at the last step."""
     lines = text_plot("train_loss", [Run("a", np.array([0.0, 50, 100]), {"train_loss": np.array([3.0, 2, 1])})], width=21, height=5).splitlines()
-    assert lines[0] == "Training loss (nats per target token)"
+    assert lines[0] == "Training loss (nats per token, pair or answer)"
     assert (lines[1], lines[3], lines[5]) == ("3 |*", "  |" + " " * 10 + "*", "1 |" + " " * 20 + "*")
     assert lines[7].endswith("step 100") and lines[8] == "* a"
     assert text_plot("val_loss", [Run("a", np.array([1.0]), {"train_loss": np.array([3.0])})]) == ""
@@ -139,7 +139,7 @@ def test_the_command_draws_in_the_terminal(tmp_path, capsys):
     write_metrics(tmp_path / "logs" / "a", [row(step, "2.0") for step in (1, 2)])
     assert main(["plot", str(tmp_path / "logs"), "--text"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Training loss (nats per target token)\n") and "Validation" not in out
+    assert out.startswith("Training loss (nats per token, pair or answer)\n") and "Validation" not in out
 
 
 def test_the_command_draws_attention(tmp_path, capsys):

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # What is drawn: a column of metrics.csv, the picture's title, and the unit on its axis.
 QUANTITIES = {
-    "train_loss": ("Training loss", "nats per target token"),
-    "val_loss": ("Validation loss", "nats per target token"),
+    "train_loss": ("Training loss", "nats per token, pair or answer"),
+    "val_loss": ("Validation loss", "nats per token, pair or answer"),
     "val_ppl": ("Validation perplexity", "exp of the loss"),
     "val_bpb": ("Validation bits per byte", "bits per byte of text"),
     "val_accuracy": ("Validation accuracy", "share of target tokens, or of pairs"),

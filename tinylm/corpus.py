@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -41,6 +42,8 @@ LINE_BYTES_LIMIT = 2**30
 # Characters that are held before a text is searched for separators.
 SEARCH_CHARACTERS = 1_000_000
 PARQUET_BATCH_ROWS = 1024
+# Bytes that are read at once where lines do not matter.
+BLOCK_BYTES = 2**20
 # Bytes after which the next end of a document ends a span.
 SPAN_BYTES = 2**20
 
@@ -320,18 +323,34 @@ def is_blank(text: str) -> bool:
 
 def _separated_documents(path: Path, separator: str, span: Span) -> Iterator[str]:
     """The text between separators, without line ends around it."""
-    separator = separator.replace("\r\n", "\n")  # as in the lines
+    separator = separator.replace("\r\n", "\n")  # as in the text
     pending: list[str] = []
     held = 0
-    for _, line in text_lines(path, span):
-        pending += (line, "\n")
-        held += len(line) + 1
+    for text in _text_blocks(path, span):
+        pending.append(text)
+        held += len(text)
         if held > SEARCH_CHARACTERS:
             *whole, rest = "".join(pending).split(separator)
             yield from _trimmed(whole)
             # A longer document is searched again when it has doubled, so that the work stays linear.
             pending, held = [rest], 0 if whole or len(rest) < SEARCH_CHARACTERS else SEARCH_CHARACTERS - len(rest)
     yield from _trimmed("".join(pending).split(separator))
+
+
+def _text_blocks(path: Path, span: Span) -> Iterator[str]:
+    """The text of `text_lines` in blocks of whole lines, several times as fast: each line ends in \\n, the last one too."""
+    start, stop = span
+    with reading(path), _open(path) as file:
+        file.seek(start)
+        while block := file.read(min(BLOCK_BYTES, stop - start)):
+            block += file.readline(min(LINE_BYTES_LIMIT, stop - start - len(block)))
+            try:
+                text = block.decode("utf-8-sig" if start == 0 else "utf-8").replace("\r\n", "\n")
+            except UnicodeDecodeError:
+                deque(text_lines(path, (start, start + len(block))), maxlen=0)  # raises it as well, and knows the line
+                raise
+            start += len(block)
+            yield text if text.endswith("\n") else text.removesuffix("\r") + "\n"
 
 
 def _trimmed(texts: Iterable[str]) -> Iterator[str]:

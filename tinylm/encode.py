@@ -32,8 +32,8 @@ from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1_000_000
 # Documents that cannot be read apart from those before them (compressed, streamed) go to the processes in so many characters.
 JOB_CHARACTERS = 2**20
-# A smaller text is encoded before a helper process has started.
-WORTH_PROCESSES = 8 * 2**20
+# A smaller text is encoded sooner without helpers, which take most of a second to start.
+WORTH_PROCESSES = 24 * 2**20
 
 
 # --- documents to ids -------------------------------------------------------------------------------------------------

@@ -28,10 +28,10 @@ from tinylm.bpe import (
     jobs_of,
     learn_bpe,
     learn_merges,
-    sources_of,
     tokenizer_for,
 )
 from tinylm.config import DataConfig, TokenizerConfig
+from tinylm.corpus import sources_named
 from tinylm.errors import UserError
 from tinylm.tokenizer import Fit, load_hf_tokenizer, make_tokenizer, tokenizer_from_plain
 from tinylm.words import PATTERNS, Rules, count_texts
@@ -210,7 +210,7 @@ def test_a_file_is_cut_where_no_word_is(file_in_parts, small_text):
     assert borders[0] == 0 and borders[-1] == file_in_parts.stat().st_size
     for pattern in PATTERNS:
         rules = Rules(pattern)
-        assert count_jobs(jobs_of(sources_of([str(file_in_parts)])[0], 1), rules) == count_texts([small_text], rules)
+        assert count_jobs(jobs_of(sources_named([str(file_in_parts)])), rules) == count_texts([small_text], rules)
 
 
 def test_a_text_without_any_good_place_is_cut_behind_lines_or_not_at_all(tmp_path, monkeypatch):
@@ -229,8 +229,8 @@ def test_a_word_that_stands_four_billion_times_is_counted():
 
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_merges(file_in_parts):
-    sources = sources_of([str(file_in_parts)])
-    one, two, four = (learn_bpe(sources, 1000, Rules(), processes=processes) for processes in (1, 2, 4))
+    source = sources_named([str(file_in_parts)])
+    one, two, four = (learn_bpe(source, 1000, Rules(), processes=processes) for processes in (1, 2, 4))
     assert len(one.merges) == 742
     assert one.merges == two.merges == four.merges
 
@@ -263,18 +263,18 @@ def test_a_killed_process_is_an_error_and_no_hang(monkeypatch):
 def test_a_small_text_starts_no_process(file_in_parts, monkeypatch):
     monkeypatch.setattr("tinylm.processes.ProcessPoolExecutor", None)  # calling it would fail
     monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", file_in_parts.stat().st_size + 1)
-    assert len(learn_bpe(sources_of([str(file_in_parts)]), 300, Rules(), processes=2).merges) == 42
+    assert len(learn_bpe(sources_named([str(file_in_parts)]), 300, Rules(), processes=2).merges) == 42
 
 
 def test_other_kinds_of_files_are_read_by_document(tmp_path):
     """The words of `low low`, without the JSON around it."""
     (tmp_path / "a.jsonl").write_text('{"text": "low low"}\n{"text": "low"}\n', encoding="utf-8")
-    assert count_jobs(jobs_of(sources_of([str(tmp_path)])[0], 1), Rules()) == {"low": 2, " low": 1}
+    assert count_jobs(jobs_of(sources_named([str(tmp_path)])), Rules()) == {"low": 2, " low": 1}
 
 
 def test_a_byte_order_mark_is_no_word(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbflow")
-    assert count_jobs(jobs_of(sources_of([str(tmp_path)])[0], 1), Rules()) == {"low": 1}
+    assert count_jobs(jobs_of(sources_named([str(tmp_path)])), Rules()) == {"low": 1}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("vocab_size", "special", "message"),
     [
-        (257, ("<|a|>", "<|b|>"), "vocabulary size: 257 is less than 256 bytes and 2 special tokens. Ask for 258 or more."),
+        (257, ("<|a|>", "<|b|>"), "tokenizer.vocab_size: 257 is less than 256 bytes and 2 special tokens. Ask for 258 or more."),
         (300, (), "special tokens: none, and one has to end a text. Name one, such as <|endoftext|>."),
         (300, ("a",), "special token 'a': expected two or more visible characters. Choose another, such as <|endoftext|>."),
         (300, ("<a b>",), "special token '<a b>': expected two or more visible characters. Choose another, such as <|endoftext|>."),
@@ -358,7 +358,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
 )
 def test_a_vocabulary_that_cannot_be_is_refused_before_the_text_is_read(vocab_size, special, message):
     with pytest.raises(UserError) as caught:
-        learn_bpe([], vocab_size, Rules(special=special))
+        learn_bpe(sources_named([]), vocab_size, Rules(special=special))
     assert str(caught.value) == message
 
 
@@ -373,14 +373,14 @@ def test_a_special_token_that_is_written_like_another_is_refused():
 def test_a_text_without_words_is_an_error(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match="^the text has no words, so nothing can be learned from it. Give a file with text.$"):
-        learn_bpe(sources_of([str(tmp_path / "a.txt")]), 300, Rules())
+        learn_bpe(sources_named([str(tmp_path / "a.txt")]), 300, Rules())
 
 
 def test_bytes_that_are_not_utf8_are_named_with_their_place(tmp_path):
     """E3: the offset counts from the start of the file, across its parts."""
     (tmp_path / "a.txt").write_bytes(b"a b\n" * 500_000 + b"a\xffb")
     with pytest.raises(UserError, match="a.txt: not UTF-8 text: byte 0xff at offset 2000001. Save the file as UTF-8.$"):
-        learn_bpe(sources_of([str(tmp_path / "a.txt")]), 300, Rules())
+        learn_bpe(sources_named([str(tmp_path / "a.txt")]), 300, Rules())
 
 
 def test_a_text_with_too_few_words_gives_a_smaller_vocabulary(tmp_path, capsys):
@@ -398,7 +398,7 @@ def test_a_pipe_that_a_glob_matches_is_not_read(tmp_path):
     """E8: reading it would wait for ever."""
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(UserError, match="a.txt: not a regular file. Give the path of a file on disk.$"):
-        learn_bpe(sources_of([str(tmp_path / "*.txt")]), 300, Rules())
+        learn_bpe(sources_named([str(tmp_path / "*.txt")]), 300, Rules())
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -414,9 +414,9 @@ def test_train_does_not_replace_what_is_there(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--processes", "0"], "error: --processes: 0 is less than 1. Give the number of processor cores to use.\n"),
-        (["--vocab-size", "9"], "error: vocabulary size: 9 is less than 256 bytes and 1 special tokens. Ask for 257 or more.\n"),
-        (["--data", "no.txt"], "error: data.dataset: no.txt: not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name.\n"),
+        (["--processes", "0"], "error: --processes: 0 is less than 1. Give a whole number from 1 on.\n"),
+        (["--vocab-size", "9"], "error: --vocab-size: 9 is less than 256 bytes and 1 special tokens. Ask for 257 or more.\n"),
+        (["--data", "no.txt"], "error: --data: no.txt: not found. Give a file, a folder, a glob, or a dataset on the hub written hf:owner/name.\n"),
     ],
 )
 def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
@@ -537,5 +537,5 @@ def test_line_ends_from_windows_are_learned_as_they_are_encoded(tmp_path):
     learned = []
     for name, ends in (("unix.txt", "\n"), ("windows.txt", "\r\n")):
         (tmp_path / name).write_bytes(text.replace("\n", ends).encode())
-        learned.append(learn_bpe(sources_of([str(tmp_path / name)]), 300, Rules()).merges)
+        learned.append(learn_bpe(sources_named([str(tmp_path / name)]), 300, Rules()).merges)
     assert learned[0] == learned[1]

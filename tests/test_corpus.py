@@ -12,13 +12,14 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import val_documents
 from huggingface_hub.utils import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinylm import corpus
 from tinylm.config import DataConfig
-from tinylm.corpus import find_split, is_held_out, shared_documents, train_documents, val_documents
+from tinylm.corpus import find_split, is_held_out, shared_documents, train_documents
 from tinylm.errors import UserError
 from tinylm.tokenfile import TokenFile, is_token_file
 from tinylm.tokenizer import ByteTokenizer

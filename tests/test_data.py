@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import val_documents
 
 import data as data_program
 import eval_val
@@ -20,7 +21,7 @@ import train
 from data import Batch, Cursor, IndexedBatches, LitData, RowShape, Share, ShownRow, StreamBatches, ValidationBatches, print_rows
 from tinylm import bpe, checkpoint
 from tinylm.config import Config, load_config
-from tinylm.corpus import train_documents, val_documents
+from tinylm.corpus import train_documents
 from tinylm.errors import UserError
 from tinylm.mix import weights_of
 from tinylm.packing import IGNORE_INDEX

@@ -10,7 +10,7 @@ rows come from it, not how many tokens it has. This file knows nothing of batche
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, zip_longest
@@ -20,7 +20,7 @@ import numpy as np
 from tinylm.config import DataConfig
 from tinylm.corpus import Source, Split, find_split, mix_parts
 from tinylm.encode import cached_token_file
-from tinylm.errors import UserError, printable
+from tinylm.errors import UserError, calling, printable
 from tinylm.processes import Progress
 from tinylm.tokenfile import TokenFile, is_token_file
 from tinylm.tokenizer import Tokenizer
@@ -101,15 +101,9 @@ def name_of(data: DataConfig) -> str:
     return "mix of " + ", ".join(f"{printable(part.dataset)} ({float(share):.1%})" for part, share in zip(data.mix, shares, strict=True))
 
 
-@contextmanager
-def _naming(data: DataConfig, number: int) -> Iterator[None]:
+def _naming(data: DataConfig, number: int) -> AbstractContextManager[None]:
     """Turns what an error says of data.dataset, when a source of a mixture is read as the data of a run, into the setting that named it."""
-    try:
-        yield
-    except UserError as error:
-        if data.mix is None:
-            raise
-        raise UserError(str(error).replace("data.dataset", f"data.mix[{number}].dataset")) from error
+    return nullcontext() if data.mix is None else calling({"data.dataset": f"data.mix[{number}].dataset"})
 
 
 def training_files(data: DataConfig, tokenizer: Tokenizer, seed: int, *, needed: int, progress: Progress | None = None) -> tuple[TokenFile, ...]:

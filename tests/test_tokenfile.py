@@ -288,6 +288,23 @@ def drafted(path: Path, portions: list, **options) -> Draft:
     return draft
 
 
+def test_what_a_header_says_of_the_text_is_checked_and_left_out_where_it_is_nothing(tmp_path):
+    """Files that were written before these fields are whole; a flipped bit in one of their names is found."""
+    for name, spelled, unseparated in (("plain.bin", 0, False), ("told.bin", 2, True)):
+        with drafted(tmp_path / name, PORTIONS[:1]) as draft:
+            draft.append(np.array([5, 258], dtype=np.uint16), np.array([2]), spelled=spelled)
+            draft.finish("source", unseparated=unseparated)
+    assert b"spelled_eos" not in (tmp_path / "plain.bin").read_bytes()
+    told = TokenFile.open(tmp_path / "told.bin")
+    told.verify()
+    assert (told.header.spelled_eos, told.header.unseparated) == (2, True)
+    data = (tmp_path / "told.bin").read_bytes()
+    for name in (b"spelled_eos", b"unseparated"):
+        (tmp_path / "told.bin").write_bytes(data.replace(name, name.upper()))
+        with pytest.raises(UserError, match="its content is not what was written"):
+            TokenFile.open(tmp_path / "told.bin").verify()
+
+
 @pytest.fixture
 def whole(tmp_path: Path) -> bytes:
     """The file of all portions, made in one go."""

@@ -518,7 +518,7 @@ class Draft:
             text = {"spelled_eos": state.spelled_eos, "unseparated": unseparated}
             header = self._tally.header(self._tally.dtype.name, state.tokens, state.documents, source, state.recipe, **text)
             self._tokens.seek(0)
-            self._tokens.write((MAGIC + header.model_dump_json().encode()).ljust(HEADER_BYTES - 1) + b"\n")
+            self._tokens.write((MAGIC + header.model_dump_json(exclude_defaults=True).encode()).ljust(HEADER_BYTES - 1) + b"\n")
             self._tokens.flush()
             os.fsync(self._tokens.fileno())
             os.replace(self.folder / "tokens", self.path)

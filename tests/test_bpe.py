@@ -426,6 +426,99 @@ def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--vocab-size", "100000000000"], "--vocab-size: 100000000000 is more than 2147483647, the largest that is possible. Ask for less, such as 32000."),
+        (["--special", "a"], "--special 'a': expected two or more visible characters. Choose another, such as <|endoftext|>."),
+        (["--docs", "0"], "--docs: 0 is less than 1. Give a whole number from 1 on."),
+        (["--separator", ""], "--separator: is empty. Give the text that divides documents."),
+        (["--text-field", "body"], "a.jsonl:1: body: missing; the row has text. Correct the row, or set --text-field to the key that holds the text."),
+        (["--out", "a.jsonl/mine"], "a.jsonl/mine: cannot be written: File exists. Make room or change --out."),
+        (["--out", "a.jsonl/b/mine"], "a.jsonl/b/mine: cannot be written: Not a directory. Make room or change --out."),
+    ],
+)
+def test_train_names_the_flag_before_it_learns(tmp_path, capsys, monkeypatch, change, message):
+    """All but the row are known before any word is counted: with a count that fails the messages are the same."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "low low"}\n', encoding="utf-8")
+    if "--text-field" not in change:
+        monkeypatch.setattr(bpe_module, "count_jobs", None)
+    given = ["--data", "a.jsonl", "--out", "mine", "--vocab-size", "300"]
+    assert main(["tokenizer", "train", *given, *change]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_size_that_no_text_allows_takes_no_memory():
+    """Two billion tokens would be 8 GB of sizes; `low` has two merges."""
+    assert Bpe.learn({"low": 2}, 2**31 - 1, Rules()).vocab_size == 260
+
+
+def learned(tmp_path: Path, *flags: str) -> list[str]:
+    """The merges that `tokenizer train` writes, `l ow` for example."""
+    assert main(["tokenizer", "train", "--out", str(tmp_path / "mine"), "--vocab-size", "270", *flags]) == 0
+    return (tmp_path / "mine" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+
+
+def test_train_reads_documents_as_encode_does(tmp_path, monkeypatch):
+    """A column of another name; the first documents alone; texts between separators, whose letters are in no merge."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"body": "low"}\n{"body": "abab"}\n', encoding="utf-8")
+    assert learned(tmp_path / "1", "--data", "a.jsonl", "--text-field", "body", "--docs", "1") == ["o w", "l ow"]
+    Path("a.txt").write_text("low##low##abab", encoding="utf-8")
+    assert learned(tmp_path / "2", "--data", "a.txt", "--separator", "##", "--docs", "2") == ["o w", "l ow"]
+    assert learned(tmp_path / "3", "--data", "a.txt", "--separator", "##") == ["o w", "l ow", "a b", "ab ab"]
+    assert "# #" in learned(tmp_path / "4", "--data", "a.txt")
+
+
+@pytest.fixture
+def stream(monkeypatch) -> list[tuple]:
+    """A dataset on the hub with documents without end in `body`; what was asked for."""
+    asked: list[tuple] = []
+
+    class Stream:
+        column_names = None
+
+        def __iter__(self):
+            yield {"body": "low"}
+            while True:
+                yield {"body": "abab"}
+
+    def serve(name: str, config: str | None, *, split: str, streaming: bool) -> Stream:
+        asked.append((name, config, split, streaming))
+        return Stream()
+
+    monkeypatch.setattr("datasets.load_dataset", serve)
+    monkeypatch.setattr("tinylm.corpus.require_hub", lambda what, mend: None)
+    return asked
+
+
+def test_train_and_compare_take_a_dataset_on_the_hub(tmp_path, stream, capsys):
+    """Three documents: `low` and `abab` twice, 11 bytes."""
+    given = ("--data", "hf:owner/name:en:validation", "--text-field", "body", "--docs", "3")
+    assert learned(tmp_path, *given) == ["a b", "ab ab", "o w", "l ow"]
+    assert main(["tokenizer", "compare", "byte", *given]) == 0
+    assert [line.split("│")[3].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")] == ["11"]
+    assert stream == [("owner/name", "en", "validation", True)] * 2
+
+
+def test_a_stream_that_breaks_off_while_learning_is_to_be_tried_again(tmp_path, monkeypatch, capsys):
+    """Nothing is kept, so that nothing is said of going on."""
+
+    def broken(*args, **kwargs):
+        yield {"text": "low"}
+        raise OSError("cable")
+
+    class Stream:
+        column_names, __iter__ = None, broken
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Stream())
+    monkeypatch.setattr("tinylm.corpus.require_hub", lambda what, mend: None)
+    assert main(["tokenizer", "train", "--data", "hf:owner/name", "--out", str(tmp_path / "mine"), "--vocab-size", "300"]) == 2
+    assert capsys.readouterr().err == "error: owner/name (train): reading stopped: cable. Try again.\n"
+
+
 def test_show_prints_tokens_and_ids_and_no_escape(tmp_path, capsys):
     r"""`low` is token 257 (o w, then l ow); `é` two bytes; the escape of the user's text is shown, not sent."""
     Bpe.learn({"low": 2}, 260, Rules()).save(tmp_path / "mine")
@@ -440,6 +533,22 @@ def test_compare_prints_a_table(tmp_path, capsys):
     assert main(["tokenizer", "compare", str(tmp_path / "mine"), "byte", "--data", str(tmp_path / "a.txt")]) == 0
     rows = [[cell.strip() for cell in line.split("│")[2:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert rows == [["260", "3", "2.333", "2 (1%)", "'low'  ' '"], ["260", "7", "1.000", "4 (2%)", "' '  'l'  'o'"]]
+
+
+def test_compare_shows_those_it_has_and_names_each_that_it_has_not(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("low low", encoding="utf-8")
+    assert main(["tokenizer", "compare", "./none", "byte", "./nor", "--data", str(tmp_path / "a.txt")]) == 2
+    shown = capsys.readouterr()
+    assert [line.split("│")[1].strip() for line in shown.out.splitlines() if line.startswith("│")] == ["byte"]
+    mend = "not found. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."
+    assert shown.err == f"error: TOKENIZER: ./none: {mend}\nerror: TOKENIZER: ./nor: {mend}\n"
+    assert main(["tokenizer", "compare", "./none", "--data", str(tmp_path / "a.txt")]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_show_names_its_argument(capsys):
+    assert main(["tokenizer", "show", "./none", "text"]) == 2
+    assert capsys.readouterr().err.startswith("error: TOKENIZER: ./none: not found. Give a folder")
 
 
 def test_compare_without_text_is_an_error(tmp_path, capsys):

@@ -324,6 +324,21 @@ def test_a_given_token_file_is_checked_before_use(given_file):
         assert str(caught.value) == f"{given_file}: its content is not what was written (checksum). {mend}"
 
 
+@pytest.mark.parametrize("name", ["given.bin", "given.npy"])
+def test_a_token_file_is_read_once_for_both_splits_and_again_when_it_changes(given_file, tmp_path, monkeypatch, name):
+    np.save(tmp_path / "given.npy", TokenFile.open(given_file).tokens)
+    opened: list[Path] = []
+    verify = TokenFile.verify
+    monkeypatch.setattr(TokenFile, "verify", lambda file: (opened.append(file.path), verify(file)))
+    data = DataConfig(dataset=str(tmp_path / name))
+    for which in ("train", "val", "train"):
+        cached_token_file(data, which, BYTES, SEED)
+    assert opened == [tmp_path / name]
+    os.utime(tmp_path / name, ns=(1, 1))
+    cached_token_file(data, "val", BYTES, SEED)
+    assert opened == [tmp_path / name] * 2
+
+
 def test_a_token_file_has_no_documents_to_read_again(given_file):
     for documents in (train_documents, val_documents):
         with pytest.raises(UserError, match="data.dataset: .*given.bin is a token file, whose documents cannot be read again"):
@@ -596,8 +611,8 @@ def test_documents_that_spell_the_end_of_text_are_counted_and_said(run, write, t
     path = write("a.txt", "".join(f"text {i}{'<|eos|>' if i % 10 == 0 else ''}\n" for i in range(200)))
     command = ("--data", path, "--tokenizer", "byte", "--processes", processes)
     for _ in range(2):
-        assert f"warning: 20 of 200 {SPELLED}" in run(*command, "--out", tmp_path / "a.bin")[2].splitlines()
-    assert f"warning: 2 of 11 {SPELLED}" in run(*command, "--docs", 11, "--out", tmp_path / "b.bin")[2].splitlines()
+        assert f"warning: {path}: 20 of 200 {SPELLED}" in run(*command, "--out", tmp_path / "a.bin")[2].splitlines()
+    assert f"warning: {path}: 2 of 11 {SPELLED}" in run(*command, "--docs", 11, "--out", tmp_path / "b.bin")[2].splitlines()
     assert "warning" not in run(*command, "--separator", "<|eos|>", "--out", tmp_path / "c.bin")[2]
 
 
@@ -617,7 +632,7 @@ def test_a_count_of_spelled_ends_survives_an_interruption(write, tmp_path, small
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
-NEVER = "warning: --separator '{}' does not occur in the text, so that each .txt file is one document"
+NEVER = "warning: {}: --separator '{}' does not occur in it, so that each .txt file is one document"
 
 
 @pytest.mark.parametrize(
@@ -639,7 +654,7 @@ def test_a_separator_that_never_occurs_is_said(run, write, tmp_path, monkeypatch
     path = write(name, gzip.compress(content.encode()) if name.endswith(".gz") else content)
     stderr = run("--data", path, "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--separator", separator)[2]
     said = [line for line in stderr.splitlines() if line.startswith("warning")]
-    assert said == ([] if met else [NEVER.format(separator.replace("\n", "\\n"))])
+    assert said == ([] if met else [NEVER.format(path, separator.replace("\n", "\\n"))])
 
 
 def test_a_second_command_says_that_it_waits(run, write, tmp_path, monkeypatch):

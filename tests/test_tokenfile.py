@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tinylm import tokenfile
 from tinylm.errors import UserError
-from tinylm.tokenfile import HEADER_BYTES, MAGIC, Draft, TokenFile, checked_tokens, draft_folder, token_dtype, write_npy
+from tinylm.tokenfile import HEADER_BYTES, MAGIC, Draft, TokenFile, checked_tokens, draft_folder, shared_documents, token_dtype, write_npy
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 BYTES = ByteTokenizer()
@@ -272,6 +272,35 @@ def test_a_failed_sync_or_rename_is_a_failed_file(tmp_path, monkeypatch, call, r
         write_token_file(tmp_path / "a.bin", ["a"], BYTES)
     assert str(caught.value) == f"{tmp_path / 'a.bin'}: the token file could not be written: {reason}. Make room, or choose another data.cache_dir."
     assert names(tmp_path) == []
+
+
+# --- documents on both sides ------------------------------------------------------------------------------------------
+
+
+DOCUMENTS = st.lists(st.sampled_from(["", "a", "b", "ab", "abc", "é", "x" * 9]), max_size=12)
+
+
+@pytest.mark.parametrize("block", [1, 3, 2**16])
+@given(train=st.lists(DOCUMENTS, min_size=1, max_size=3), val=DOCUMENTS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+def test_documents_on_both_sides_are_those_of_both_sets(tmp_path, block, train, val):
+    """Oracle: Python's sets. Documents of EOS alone say nothing; ids of two and of four bytes are the same documents."""
+    files = []
+    for number, documents in enumerate([*train, val]):
+        write_token_file(tmp_path / f"{number}.bin", [*documents, ""], BYTES)
+        np.save(tmp_path / f"{number}.npy", TokenFile.open(tmp_path / f"{number}.bin").tokens.astype(np.uint32))
+        files.append(TokenFile.open(tmp_path / f"{number}.{'npy' if number == 0 else 'bin'}", tokenizer=BYTES))
+    *sides, wanted = [{text for text in documents if text} for documents in [*train, val]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenfile, "DIGESTS", block)
+        assert shared_documents(files[:-1], files[-1:]) == (len(wanted & set().union(*sides)), len(wanted))
+
+
+def test_documents_on_both_sides_of_a_border_are_counted(tmp_path):
+    """b and c of b, c, d; the border is behind `aa`, `b` and `c`, 3 + 2 + 2 tokens."""
+    write_token_file(tmp_path / "a.bin", ["aa", "b", "c", "b", "c", "d", "b"], BYTES)
+    file = TokenFile.open(tmp_path / "a.bin")
+    assert shared_documents([file.between(0, 7)], [file.between(7, len(file))]) == (2, 3)
 
 
 # --- a draft that goes on ---------------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def encode(arguments: argparse.Namespace) -> int:
         if arguments.format == "npy" and not array_is_there(array, file):
             write_npy(file, array, "--out")
     tell_content(file)
-    for note in notes_on_text(file, recipe.tokenizer, recipe.separator, "--separator"):
+    for note in notes_on_text(recipe.split.source.name, file, recipe.tokenizer, recipe.separator, "--separator"):
         say(note)
     tokenizer = ["tokenizer.kind=byte", "tokenizer.vocab_size=null"] if arguments.tokenizer == "byte" else [f"tokenizer.path={arguments.tokenizer}"]
     say(f"next: python train.py --config config_smoke.yaml {shlex.join([f'data.dataset={path}', *tokenizer])}")

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -338,10 +338,11 @@ def name_of_eos(tokenizer: Tokenizer) -> str:
     return tokenizer.special_names[tokenizer.eos_id]
 
 
-def notes_on_text(file: TokenFile, tokenizer: Tokenizer, separator: str | None, setting: str) -> list[str]:
+def notes_on_text(name: str, file: TokenFile, tokenizer: Tokenizer, separator: str | None, setting: str) -> list[str]:
     """What a user should know of the text that became `file`, a line each.
 
     Args:
+        name: what the text is called.
         file: what `encode_file` wrote.
         tokenizer: what it was encoded with.
         separator: what divides documents in a .txt file.
@@ -350,9 +351,9 @@ def notes_on_text(file: TokenFile, tokenizer: Tokenizer, separator: str | None, 
     header, eos, notes = file.header, name_of_eos(tokenizer), []
     if header.spelled_eos:
         found = f"{header.spelled_eos:,} of {header.documents:,} documents have {printable(eos)} in their text, where it is characters and ends nothing"
-        notes.append(f"warning: {found}. If it divides documents of a .txt file, set {setting} to '{printable(eos)}'")
+        notes.append(f"warning: {printable(name)}: {found}. If it divides documents of a .txt file, set {setting} to '{printable(eos)}'")
     if header.unseparated:
-        notes.append(f"warning: {setting} '{printable(separator)}' does not occur in the text, so that each .txt file is one document")
+        notes.append(f"warning: {printable(name)}: {setting} '{printable(separator)}' does not occur in it, so that each .txt file is one document")
     return notes
 
 
@@ -396,12 +397,22 @@ def _given_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer) -> T
     """The token file that the settings name, or the part of it that is for `which`.
 
     Without a val_dataset the last val_fraction of data.dataset, from the start of a document on, is for validation.
-    A document that stands in the file twice can then be on both sides; text, split by content, has no such gap.
+    A document that stands in the file twice can then be on both sides, which `mix.shared_in_token_files` counts.
     """
-    file = TokenFile.open(named_source(data, which)[1], tokenizer=tokenizer, dtype=data.token_dtype)
-    file.require_tokenizer(tokenizer)
-    file.verify()
+    path = named_source(data, which)[1]
+    require_regular(path)
+    found = os.stat(path)
+    file = _verified(path, tokenizer, data.token_dtype, (found.st_ino, found.st_size, found.st_mtime_ns))
     if data.val_dataset is not None:
         return file
     border = file.document_border(len(file) - round(len(file) * data.val_fraction))
     return file.between(0, border) if which == "train" else file.between(border, len(file))
+
+
+@lru_cache(maxsize=1024)
+def _verified(path: str, tokenizer: Tokenizer, dtype: str | None, stamp: tuple[int, ...]) -> TokenFile:
+    """A token file that the user gave, read whole: once, although both splits ask for it; again where `stamp` says that it has changed."""
+    file = TokenFile.open(path, tokenizer=tokenizer, dtype=dtype)
+    file.require_tokenizer(tokenizer)
+    file.verify()
+    return file

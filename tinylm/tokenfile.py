@@ -18,13 +18,13 @@ import re
 import shutil
 import time
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -37,6 +37,8 @@ BIN, NPY, DATATROVE = ".bin", ".npy", ".ds"
 TOKEN_FILES = (BIN, NPY, DATATROVE)
 # Bytes or tokens that are looked at together.
 BLOCK = 2**20
+# Documents whose hashes are worked out together.
+DIGESTS = 2**16
 MAGIC = b"tinylm token file\n"
 HEADER_BYTES = 4096
 VERSION = 2
@@ -182,12 +184,28 @@ class TokenFile:
     @property
     def document_ends(self) -> np.ndarray:
         """(D,) uint64: for each document that ends in `tokens`, where the next one begins; read from disk if it is the whole file."""
+        ends, start = self._ends_in_file()
+        return ends if self.part is None else ends - ends.dtype.type(start)
+
+    def _ends_in_file(self) -> tuple[np.ndarray, int]:
+        """`document_ends` counted from the start of the whole file, read from disk, and where `tokens` begin there."""
         ends = self._all_ends()
         if self.part is None:
-            return ends
+            return ends, 0
         # A number of another type would make searchsorted convert the whole index.
         first, last = np.searchsorted(ends, np.array(self.part, dtype=ends.dtype), side="right")
-        return ends[first:last] - ends.dtype.type(self.part[0])
+        return ends[first:last], self.part[0]
+
+    def document_digests(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """A hash of the tokens, as `dtype`, of each document that has more than EOS: uint64, so many documents at a time."""
+        tokens = np.asarray(self.tokens)  # a slice of a memory map takes several times as long
+        ends, first = self._ends_in_file()
+        start = 0
+        for block in range(0, len(ends), DIGESTS):
+            stops = [end - first for end in ends[block : block + DIGESTS].tolist()]
+            documents = (tokens[a:b].astype(dtype, copy=False) for a, b in zip([start, *stops], stops, strict=False) if b > a + 1)
+            yield np.frombuffer(b"".join(hashlib.blake2b(document, digest_size=8).digest() for document in documents), dtype="<u8")
+            start = stops[-1]
 
     def _all_ends(self) -> np.ndarray:
         if self._ends is not None:
@@ -243,6 +261,27 @@ def _parse_header(path: Path, head: bytes, mend: str) -> TokenFileHeader:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "JSON"
         raise UserError(f"{printable(path)}: header: {printable(key)}: {printable(first['msg'])}. {mend}") from None
+
+
+class Shared(NamedTuple):
+    """How many different documents validate, and how many of them are training documents too."""
+
+    found: int
+    of: int
+
+
+def shared_documents(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Shared:
+    """Which documents of token files of one tokenizer are on both sides, told by their tokens.
+
+    Memory holds 8 bytes a validation document, and a block of the others.
+    """
+    dtype = np.result_type(*(file.header.token_dtype for file in (*train, *val)))
+    wanted = np.unique(np.concatenate([np.empty(0, "<u8"), *chain.from_iterable(file.document_digests(dtype) for file in val)]))
+    found = np.zeros(len(wanted), dtype=bool)
+    for digests in chain.from_iterable(file.document_digests(dtype) for file in train) if len(wanted) else ():
+        places = np.searchsorted(wanted, digests) % len(wanted)  # behind the last one: any other place, where it is not
+        found[places[wanted[places] == digests]] = True
+    return Shared(int(found.sum()), len(wanted))
 
 
 # --- arrays of ids that other programs wrote --------------------------------------------------------------------------

@@ -367,6 +367,7 @@ def test_a_dtype_without_a_bare_file_is_refused(data, tmp_path):
             cached_token_file(data.model_copy(update={"token_dtype": "uint16", "dataset": name}), "val", BYTES, SEED)
         assert str(caught.value) == "data.token_dtype: is for a bare .bin, and neither data.dataset nor data.val_dataset is one. Take it out."
 
+
 def test_a_token_file_whose_name_is_too_long_is_refused_on_one_line():
     with pytest.raises(UserError, match="x.bin: File name too long. Give the path of a file that can be read."):
         cached_token_file(DataConfig(dataset="x" * 300 + ".bin"), "train", BYTES, SEED)

@@ -1,7 +1,7 @@
 r"""Byte-pair encoding from scratch: which byte strings become tokens is learned from how often they stand in a text.
 
-    1. words     text ─▶ words, never across a special token ─▶ {word: how often}                    `count_texts`, `count_corpus`
-    2. merges    the pair of neighbours that is most frequent becomes a token; again and again       `learn_merges`
+    1. words     text ─▶ words, never across a special token ─▶ {word: how often}                    `count_jobs`
+    2. merges    the pair of neighbours that is most frequent becomes a token; again and again       `learn_merges`, `merge_pairs`
     3. files     vocab.json, merges.txt, tokenizer.json, tokenizer_config.json                       `Bpe`
 
 The method is Sennrich et al. 2016 on bytes (Radford et al. 2019): the 256 bytes are the first tokens, so that every text can
@@ -452,9 +452,7 @@ def require_writable(folder: Path, setting: str) -> None:
         _folder_beside(folder).rmdir()
 
 
-def learn_bpe(
-    source: Source, vocab_size: int, rules: Rules, *, docs: int | None = None, processes: int = 1, progress: Progress | None = None
-) -> Bpe:
+def learn_bpe(source: Source, vocab_size: int, rules: Rules, *, docs: int | None = None, processes: int = 1, progress: Progress | None = None) -> Bpe:
     """The vocabulary learned from a source, or from its first `docs` documents, the same for any number of processes.
 
     Raises:

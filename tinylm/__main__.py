@@ -290,9 +290,9 @@ def finished_or_encoded(arguments: argparse.Namespace, recipe: "Recipe") -> "Tok
     if not arguments.resume and (draft_folder(path) / "state.json").exists():
         left = printable(draft_folder(path))
         raise UserError(f"{left}: what an interrupted run has done. Go on with it: the same command and --resume; or delete it to begin again.")
-    say(f"encoding with {arguments.processes} processes, tokenizer {recipe.tokenizer.fingerprint} (vocabulary {recipe.tokenizer.vocab_size})")
     started = time.monotonic()
     try:
+        say(f"encoding with {arguments.processes} processes, tokenizer {recipe.tokenizer.fingerprint} (vocabulary {recipe.tokenizer.vocab_size})")
         with progress_bar() as progress:
             encode_file(path, recipe, processes=arguments.processes, resume=arguments.resume, keep=True, place="--out", progress=progress)
     except KeyboardInterrupt:

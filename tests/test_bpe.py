@@ -22,6 +22,7 @@ from tinylm.__main__ import main
 from tinylm.bpe import (
     FILES,
     Bpe,
+    Words,
     count_jobs,
     file_borders,
     gpt2_form,
@@ -451,8 +452,9 @@ def test_train_names_the_flag_before_it_learns(tmp_path, capsys, monkeypatch, ch
 
 
 def test_a_size_that_no_text_allows_takes_no_memory():
-    """Two billion tokens would be 8 GB of sizes; `low` has two merges."""
-    assert Bpe.learn({"low": 2}, 2**31 - 1, Rules()).vocab_size == 260
+    """The sizes of two billion tokens would be 8 GB; `low` and the borders of it are five bytes, and allow two merges."""
+    assert len(Words({"low": 2}, 2**31 - 1).sizes) == 256 + 5
+    assert len(learn_merges({"low": 2}, 2**31 - 300)) == 2
 
 
 def learned(tmp_path: Path, *flags: str) -> list[str]:

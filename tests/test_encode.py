@@ -606,13 +606,14 @@ SPELLED = "documents have <|eos|> in their text, where it is characters and ends
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_documents_that_spell_the_end_of_text_are_counted_and_said(run, write, tmp_path, monkeypatch, processes):
-    """Documents 0, 10, ... 190 of 200, in portions of 50 bytes; of the first eleven 0 and 10. A file that is there says it again."""
+    """Documents 0, 10, ... 190 of 200, in portions of 50 bytes; 0 and 10 of the first eleven in a portion of all. A file that is there says it again."""
     monkeypatch.setattr(corpus, "SPAN_BYTES", 50)
     monkeypatch.setattr(encode, "WORTH_PROCESSES", 1)
     path = write("a.txt", "".join(f"text {i}{'<|eos|>' if i % 10 == 0 else ''}\n" for i in range(200)))
     command = ("--data", path, "--tokenizer", "byte", "--processes", processes)
     for _ in range(2):
         assert f"warning: {path}: 20 of 200 {SPELLED}" in run(*command, "--out", tmp_path / "a.bin")[2].splitlines()
+    monkeypatch.setattr(corpus, "SPAN_BYTES", 2**20)
     assert f"warning: {path}: 2 of 11 {SPELLED}" in run(*command, "--docs", 11, "--out", tmp_path / "b.bin")[2].splitlines()
     assert "warning" not in run(*command, "--separator", "<|eos|>", "--out", tmp_path / "c.bin")[2]
 

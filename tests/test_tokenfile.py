@@ -282,7 +282,7 @@ DOCUMENTS = st.lists(st.sampled_from(["", "a", "b", "ab", "abc", "é", "x" * 9])
 
 @pytest.mark.parametrize("block", [1, 3, 2**16])
 @given(train=st.lists(DOCUMENTS, min_size=1, max_size=3), val=DOCUMENTS)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8, deadline=None)
 def test_documents_on_both_sides_are_those_of_both_sets(tmp_path, block, train, val):
     """Oracle: Python's sets. Documents of EOS alone say nothing; ids of two and of four bytes are the same documents."""
     files = []

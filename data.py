@@ -38,7 +38,7 @@ from tinylm.problems import Problem, ProblemReport, pairs_of, problems, usable
 from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
 from tinylm.prompts import Template, make_template
-from tinylm.rows import NAMED_PLACES, Pair, PairReport, Report, examples, pairs, shared_examples, with_rows
+from tinylm.rows import NAMED_PLACES, Pair, PairReport, Report, examples, pairs, shared_examples, shared_questions, with_rows
 from tinylm.tasks import NAMED
 from tinylm.tasks.data import built_in_where_asked
 from tinylm.tokenfile import TokenFile
@@ -58,10 +58,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Print the first rows of a run of train.py or finetune.py as training sees them: the text, where documents meet, and which "
         "tokens are targets; of preferences both answers, of a verifier's problems every answer and where it departs from the right one.",
         epilog="A config of finetune.py is known by what train.py has no use for: dpo, verifier, training.train_on, data.task, rows, columns, "
-        "template, packing. Where it has none of them, add data.template=instruction.",
+        "template, packing.",
     )
     parser.add_argument("--config", required=True, help="YAML file with the settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    parser.add_argument("--answers", action="store_true", help="the config's data are for finetune.py, though no setting says so")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows (default: 3)")
     return parser.parse_intermixed_args(argv)
 
@@ -449,6 +450,10 @@ class LitExamples(RunData):
         shared = shared_examples(self.train_examples, self.val_examples)
         warning = f"warning: {shared} validation rows are training rows too; val_loss will look better than it is"
         self.notes = [*([note] if note else []), *train.notes(), *val.notes(), *([warning] if shared else [])]
+        # With train_on all no target says where a question ends.
+        asked = shared_questions(self.train_examples, self.val_examples) if self.config.training.train_on == "response" else 0
+        if asked > shared:
+            self.notes.append(f"warning: {asked} validation rows ask what training rows ask; val_loss will look better than on new questions")
 
     def describe(self) -> str:
         """One line on what is trained on and validated on."""
@@ -737,7 +742,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rows < 1:
         raise UserError(f"--rows: {args.rows} is less than 1. Give the number of rows to print.")
     config = load_config(args.config, [*args.overrides, "data.num_workers=0"])  # for a few rows a process is not worth its start
-    rows, tokenizer = rows_of_finetuning(config) if is_for_finetuning(config) else rows_of_pretraining(config)
+    rows, tokenizer = rows_of_finetuning(config) if args.answers or is_for_finetuning(config) else rows_of_pretraining(config)
     n_rows = config.training.max_steps * config.training.grad_accum_steps * config.training.micro_batch_size
     print_rows(chain.from_iterable(islice(rows, min(args.rows, n_rows))), tokenizer, "target" if config.verifier is None else "departure")
     return 0

@@ -149,7 +149,7 @@ def positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Ask every checkpoint, rank, show, and write."""
     patterns = args.checkpoints or ([] if args.model else ["checkpoints/*.ckpt"])
-    subjects = [*find_subjects(patterns), *(Subject((Path(name),), is_hf=True) for name in dict.fromkeys(args.model))]
+    subjects = [*find_subjects(patterns), *(Subject((Path(name),), is_hf=True) for name in hf_names(args.model))]
     device, why = pick_device(args.device)
     questions = prepare(args, device)  # a mistake in them is told before the seconds that loading takes
     say(f"device: {device} ({why})")
@@ -172,6 +172,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 # --- what is asked, and who -------------------------------------------------------------------------------------------
+
+
+def hf_names(given: Sequence[str]) -> list[str]:
+    """The names of --model, each once; with hf: before them, as training.init_from has them, they are the same."""
+    return list(dict.fromkeys(name.removeprefix("hf:") for name in given))
 
 
 def find_subjects(patterns: Sequence[str]) -> list[Subject]:
@@ -487,6 +492,7 @@ def write(results: Results, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
         for name, rows in tables.items():
+            (folder / f"{name}.csv").unlink(missing_ok=True)  # of an evaluation before this one
             if rows:
                 with open(folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
                     lines = csv.DictWriter(file, list(rows[0]))

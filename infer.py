@@ -369,7 +369,8 @@ def find_template(arguments: argparse.Namespace, loaded: "Loaded", tokenizer: "T
     from tinylm.prompts import make_template
 
     if loaded.template is not None and not arguments.no_wrap:
-        say(f"template: {loaded.template}, as it was fine-tuned" + ("" if arguments.chat else "; --no-wrap continues the prompt as it stands"))
+        otherwise = "" if arguments.chat else "; --no-wrap continues the prompt as it stands"
+        say(f"template: {loaded.template}, as it was fine-tuned{otherwise}")
         return make_template(loaded.template, tokenizer)
     if arguments.chat:
         path = printable(loaded.info.path)

@@ -390,6 +390,9 @@ def settings_on_base(config: "Config", base: "Base") -> "Config":
         if name in config.model.model_fields_set - free and value is not None and value != theirs[name]:
             found = f"{printable(value)}, and the model of training.init_from ({printable(base.name)}) has {printable(theirs[name])}"
             raise UserError(f"model.{name}: {found}. Take it out: the model is the one that is begun from.")
+    if config.training.seq_len > base.model.max_seq_len:
+        found = f"{config.training.seq_len}, and the model of training.init_from ({printable(base.name)}) has {base.model.max_seq_len} positions"
+        raise UserError(f"training.seq_len: {found}. Lower training.seq_len.")
     return config.with_model(base.model, base.tokenizer_config)
 
 
@@ -463,12 +466,14 @@ def build_language_model(parts: Parts) -> "LitStage":
 def build_model(parts: Parts) -> tuple["Decoder | ForeignDecoder", dict[str, Any]]:
     """The model that is trained, with adapters where the settings ask for them, and the roots of its checkpoints."""
     from tinylm.checkpoint import NO_ROOTS, refer_to
-    from tinylm.foreign import ForeignDecoder
+    from tinylm.foreign import ForeignDecoder, ForeignSeq2Seq
 
     config, base = parts.config, parts.base
     model, roots = begin_weights(config, parts.start, base), dict(NO_ROOTS)
     if isinstance(model, ForeignDecoder):
         check_foreign(parts.stage, config, model)
+        if isinstance(model, ForeignSeq2Seq):
+            say_what_an_encoder_reads(parts)
         if config.model.gradient_checkpointing:
             model.checkpoint_gradients()
         roots["hf_config"] = model.settings
@@ -548,6 +553,15 @@ def check_foreign(stage: str, config: "Config", model: "ForeignDecoder") -> None
         raise UserError("training.optimizer: muon knows which matrices of our own decoder it is for, and none of a Hugging Face model. Set adamw.")
     if config.hardware.strategy == "fsdp":
         raise UserError("hardware.strategy: fsdp cuts up our own decoder, not a Hugging Face model. Set hardware.strategy to ddp.")
+
+
+def say_what_an_encoder_reads(parts: Parts) -> None:
+    """Tell of conversations with several answers, of which an encoder-decoder writes one."""
+    from tinylm.packing import n_answers
+
+    several = sum(n_answers(example) > 1 for example in parts.data.train_examples)
+    if several:
+        parts.say(f"{several} rows have more than one answer: an encoder-decoder learns the last, and reads the others")
 
 
 def describe_data(data: "LitData") -> str:

@@ -210,9 +210,10 @@ def test_a_hugging_face_model_is_a_baseline_by_the_same_code(kind, tmp_path, run
 
 def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save, cases):
     save("a.ckpt")
-    code, out, _ = run("--cases", cases, "--model", tmp_path / "gone")
+    code, out, _ = run("--cases", cases, "--model", f"hf:{tmp_path / 'gone'}", "--model", tmp_path / "gone")
     assert code == 0
-    assert out.splitlines()[-1].startswith(f"hf:{tmp_path / 'gone'}  FAILED: {tmp_path / 'gone'}: not found. Give a folder with config.json")
+    [failed] = [line for line in out.splitlines() if "FAILED" in line]  # with hf: and without it is the same name
+    assert failed.startswith(f"hf:{tmp_path / 'gone'}  FAILED: {tmp_path / 'gone'}: not found. Give a folder with config.json")
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -253,6 +254,15 @@ def test_without_lm_eval_the_program_says_what_to_install(run, save, monkeypatch
     save("a.ckpt")
     code, _, err = run("--lm-eval", "x")
     assert (code, err) == (2, 'error: --lm-eval needs lm_eval. Install it: pip install "lm_eval>=0.4.13,<0.5"\n')
+
+
+def test_no_table_of_an_earlier_evaluation_stays(tmp_path, run, save, cases):
+    """results.json is written anew, and a table beside it that it has no rows of would be taken for its own."""
+    save("a.ckpt")
+    assert run("--cases", cases)[0] == 0
+    assert (tmp_path / "results" / "cases.csv").exists()
+    assert run("--tasks", "sst2", "--smoke", "--limit", 1)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "results").glob("*.csv")) == ["measures.csv"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, run, save, cases):

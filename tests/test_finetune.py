@@ -138,6 +138,20 @@ def refused(config: Path, tmp_path: Path, capsys: Capture, *arguments: str) -> s
 # --- what a run does --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_rows_are_shown_with_their_questions_in_brackets(packing: str, make: Make, home: Path, capsys: Capture) -> None:
+    """In the tokens of the base. An example has about 50 bytes: in a context of 160 there is room for several, and padding is no document."""
+    config = make(foreign=True, data={"packing": packing}, training={"seq_len": 160})
+    assert data_program.main(["--config", str(config), "--rows", "1", "--answers"]) == 0
+    heading, text, counts, _ = capsys.readouterr().out.split("\n", 3)
+    rows = (home / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(rows[int(place.rpartition(":")[2]) - 1]) for place in heading.removeprefix("row 0, micro-batch 0: ").split(", ")]
+    asked = [f"⟦### Instruction: {row['instruction']}\\n### Output:⟧ {row['output']}\\n<|endoftext|>" for row in found]
+    assert text.partition("⟦<|endoftext|>")[0] == "".join(f"┃{number}┃{part}" for number, part in enumerate(asked))
+    assert counts.endswith(f", documents: {len(found)}")
+    assert (len(found) > 1) == (packing == "packed")
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_learns_and_every_program_reads_what_it_wrote(name: str, make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
     """Stage and template stand in the checkpoint; the loss falls; sampling, listing and evaluating take it as any other."""
@@ -517,7 +531,8 @@ def test_an_adapter_goes_on_only_over_its_own_base(make: Make, home: Path, tmp_p
         ("whole", ["training.init_from=null", "training.train_on=all", "tokenizer.kind=char"], "tokenizer.kind: kind char is learned from documents, and"),
         ("whole", ["training.init_from=nowhere.ckpt"], "training.init_from: nowhere.ckpt: not found."),
         ("whole", ["training.init_from=hf:./nowhere"], "training.init_from: ./nowhere: not found. Give a folder with config.json and model.safetensors"),
-        ("whole", ["training.seq_len=161"], "training.seq_len: 161 is more than model.max_seq_len (160). Raise model.max_seq_len or lower"),
+        ("whole", ["training.seq_len=161"], "final.ckpt) has 160 positions. Lower training.seq_len."),
+        ("lora", ["lora.target_modules=[]"], "lora.target_modules: expected a list that is not empty, found []."),
         ("whole", ["model.n_layers=3"], "model.n_layers: 3, and the model of training.init_from ("),
         ("foreign", ["model.residual_dropout=0.1"], "model.residual_dropout: 0.1, and the model of training.init_from (hf:"),
         ("whole", ["tokenizer.kind=char"], "final.ckpt was trained with tokenizer "),
@@ -560,6 +575,17 @@ def test_another_run_is_not_resumed(name: str, override: str, words: str, fatal:
     message = refused(config, tmp_path, capsys, override)
     assert words in message
     assert ("--allow-changes" in message) == (not fatal)
+
+
+@pytest.mark.parametrize(("train_on", "said"), [("response", True), ("all", False)])
+def test_questions_of_both_splits_are_told(train_on: str, said: bool, make: Make, tmp_path: Path, capsys: Capture) -> None:
+    """Ten of ten, with other answers; a row of which every token is trained has no question apart."""
+    for name, answer in (("train", "yes"), ("val", "no")):
+        rows = "".join(json.dumps({"prompt": f"{n}?", "completion": answer}) + "\n" for n in range(10))
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    config = make(data={"dataset": str(tmp_path / "train.jsonl"), "val_dataset": str(tmp_path / "val.jsonl")})
+    assert run(config, "training.max_steps=1", f"training.train_on={train_on}") == 0
+    assert ("10 validation rows ask what training rows ask; val_loss will look better than on new questions" in capsys.readouterr().err) == said
 
 
 def test_changed_rows_are_refused(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:

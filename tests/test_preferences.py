@@ -36,6 +36,10 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+def shared(side: str, text: str | None) -> dict[str, str | None]:
+    return {"from": side, "value": text}
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -51,11 +55,17 @@ def assistant(text: str) -> dict[str, str]:
         ({"prompt": "2+2?", "chosen": [assistant("4")], "rejected": [assistant("5")]}, {}),
         ({"prompt": "2+2?", "chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]}, {}),
         ({"chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]}, {}),
+        ({"chosen": [shared("human", "2+2?"), shared("gpt", "4")], "rejected": [shared("human", "2+2?"), shared("gpt", "5")]}, {}),
         ({"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"}, {}),
     ],
 )
 def test_every_published_shape_gives_the_same_preference(row, settings):
     assert preference_of(row, DataConfig(**settings)) == EXPECTED
+
+
+def test_an_answer_that_is_null_is_empty_whatever_its_key_is_called():
+    for turns in ([user("2+2?"), {"role": "assistant", "content": None}], [shared("human", "2+2?"), shared("gpt", None)]):
+        assert preference_of({"chosen": turns, "rejected": turns}, DataConfig()).chosen == ""
 
 
 def test_an_input_stays_apart_from_its_instruction():

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CONFIGS
 
 from tinylm.config import Config, load_config
 from tinylm.decoder import Decoder, count_parameters
 from tinylm.planner import plan_run, with_settings
 
 ROOT = Path(__file__).parent.parent
-PRESETS = sorted(ROOT.glob("configs/*.yaml"))
+PRESETS = [path for path in CONFIGS if path.parent.name == "configs"]
 # Of tokenizers that are not here: what their authors say.
 PUBLISHED = {"gpt2": 50257}
 
@@ -32,6 +33,13 @@ def head_of(path: Path) -> str:
 def test_a_preset_opens_with_the_command_that_runs_it(path):
     load_config(path)
     assert f"--config configs/{path.name}" in head_of(path)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_the_data_that_a_preset_brings_are_there(path):
+    data = load_config(path).data
+    own = [name for name in (data.dataset, data.val_dataset) if name is not None and name.startswith("data/")]
+    assert [name for name in own if not (ROOT / name).is_file()] == []
 
 
 COUNTED = [path for path in PRESETS if " parameters" in head_of(path) and vocabulary(load_config(path))]

@@ -274,9 +274,10 @@ def test_chatml_without_its_tokens_is_refused():
         make_template("chatml", ByteTokenizer())
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), hf_tokenizer()])
-def test_a_missing_chat_template_is_named(tokenizer):
-    with pytest.raises(UserError, match=f"data.template: chat_template: the tokenizer .{tokenizer.kind}. has no chat template. Set data.template to chatml"):
+@pytest.mark.parametrize(("tokenizer", "mend"), [(ByteTokenizer(), "instruction."), (hf_tokenizer(), "instruction or chatml, or tokenizer.path to a folder")])
+def test_a_missing_chat_template_is_named(tokenizer, mend):
+    """Bytes have no markers of ChatML either, and no files that could bring a template."""
+    with pytest.raises(UserError, match=f"data.template: chat_template: the tokenizer .{tokenizer.kind}. has no chat template. Set data.template to {mend}"):
         make_template("chat_template", tokenizer)
 
 

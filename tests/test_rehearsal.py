@@ -86,7 +86,7 @@ def test_a_run_that_does_not_fit_is_not_measured_and_told_what_to_change(make_co
     assert run(path, "--plan") == 2
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].split(maxsplit=1)[1].strip() == "not measured, because the run does not fit"
-    error = re.search(r"error: memory: a step needs \S+ MB, and \S+ MB are there\. It fits with: (.+)\.\n", err)
+    error = re.search(r"error: memory: a step needs \S+ [MG]B, and \S+ [MG]B are there\. It fits with: (.+)\.\n", err)
     assert error is not None
     assert error[1].split() == ["training.micro_batch_size=32", "training.grad_accum_steps=2"]
     assert left(tmp_path) == set()
@@ -257,7 +257,7 @@ def test_a_single_row_that_does_not_fit_is_an_error(make_config: Make, capsys: C
     assert refused(make_config(), capsys, "--find-batch-size").startswith("error: out of memory: a micro-batch of 1 rows (training.micro_batch_size) of 16")
     monkeypatch.setattr(planner, "available_bytes", lambda device: 1)
     message = refused(make_config(), capsys, "--find-batch-size")
-    assert re.match(r"error: memory: not even one row fits into \S+ MB\. Type --plan in place of --find-batch-size: it says what to change\.", message)
+    assert re.match(r"error: memory: not even one row fits into \S+ [MG]B\. Type --plan in place of --find-batch-size: it says what to change\.", message)
     monkeypatch.setattr(planner, "available_bytes", lambda device: None)
     message = refused(make_config(), capsys, "--find-batch-size")
     assert message == "error: --find-batch-size: nobody says how much memory cpu has here. Try training.micro_batch_size by hand."

@@ -12,7 +12,19 @@ from tinylm.corpus import Which
 from tinylm.errors import UserError
 from tinylm.packing import Example
 from tinylm.prompts import Conversation, Turn, make_template
-from tinylm.rows import COLUMNS, TINY_ROWS, Report, build_corpus_from_sources, conversation_of, examples, records, shared_examples, with_rows
+from tinylm.rows import (
+    COLUMNS,
+    TINY_ROWS,
+    Report,
+    build_corpus_from_sources,
+    conversation_of,
+    examples,
+    records,
+    shared_examples,
+    shared_questions,
+    texts_left_out,
+    with_rows,
+)
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +135,16 @@ def test_too_few_rows_for_two_splits_are_counted(write):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("stride", 4), ("max_doc_len", 4), ("document_separator", "x"), ("token_dtype", "uint16"), ("mix", [{"dataset": "a.txt"}])]
+    ("setting", "value"),
+    [
+        ("stride", 4),
+        ("max_doc_len", 4),
+        ("document_separator", "x"),
+        ("token_dtype", "uint16"),
+        ("mix", [{"dataset": "a.txt"}]),
+        ("text_field", "answer"),
+        ("shuffle_window", 9),
+    ],
 )
 def test_a_setting_without_a_use_here_is_refused(setting, value):
     with pytest.raises(UserError, match=f"^data.{setting}: rows of fine-tuning have no use for it. Take it out.$"):
@@ -163,6 +184,21 @@ def test_a_folder_without_rows_is_replaced_and_that_is_said(write, tmp_path, mon
     assert len(val) > 0
 
 
+def test_a_folder_of_several_splits_is_not_trained_on_whole(write, tmp_path):
+    """A test split that is read with the training split would be measured on what was learned."""
+    for name in ("test.jsonl", "validation.jsonl"):
+        write(name, lines(*pairs(2)))
+    assert with_rows(DataConfig(dataset=str(tmp_path)))[1] is None
+    write("train-1.jsonl", lines(*pairs(2)))
+    with pytest.raises(UserError) as refused:
+        with_rows(DataConfig(dataset=str(tmp_path)))
+    found = f"data.dataset: {tmp_path} holds train-1.jsonl and validation.jsonl, and every file of a folder is trained on"
+    assert str(refused.value) == f"{found}. Set data.dataset={tmp_path}/train-1.jsonl, and data.val_dataset={tmp_path}/validation.jsonl to validate on that."
+    write("train-2.jsonl", lines(*pairs(2)))
+    with pytest.raises(UserError, match=r"Set data.dataset=.*/train\*, and "):
+        with_rows(DataConfig(dataset=str(tmp_path)))
+
+
 def test_a_folder_with_rows_is_itself(write):
     folder = str(write("some/a.jsonl", lines(*pairs(2))).parent)
     assert build_corpus_from_sources(folder) == (folder, None)
@@ -188,6 +224,11 @@ SHARED = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "
         ({"conversations": SHARED}, (Turn("system", "Be brief."), QUESTION, ANSWER)),
         ({"label": "spam", "text": "Free!"}, (Turn("user", "classify if the SMS is spam or ham", "Free!"), Turn("assistant", "spam"))),
         ({"id": 7, "prompt": "as a chat", "messages": CHAT[1:]}, (QUESTION, ANSWER)),
+        ({"prompt": "2+2?", "target": "4"}, (QUESTION, ANSWER)),
+        ({"conversations": CHAT[1:]}, (QUESTION, ANSWER)),
+        ({"messages": SHARED[1:]}, (QUESTION, ANSWER)),
+        ({"messages": [turn | {"from": None} for turn in CHAT[1:]]}, (QUESTION, ANSWER)),
+        ({"messages": None, "instruction": "2+2?", "output": "4"}, (QUESTION, ANSWER)),
     ],
 )
 def test_a_row_is_told_by_its_keys(row: dict, turns: Conversation):
@@ -221,7 +262,7 @@ def test_the_settings_know_the_columns_that_rows_have():
     [
         ({"id": 1, "foo": 2}, {}, "expected instruction and output, prompt and completion, messages, or conversations; the row has id, foo. Name its columns"),
         ({}, {}, "the row has no keys."),
-        ({"prompt": "a"}, {}, "completion or response or answer: missing; the row has prompt. Add it, or set data.columns: {completion: its name in"),
+        ({"prompt": "a"}, {}, "completion or response or answer or target: missing; the row has prompt. Add it, or set data.columns: {completion: its name in"),
         ({"a": "b"}, {"rows": "alpaca"}, "instruction: missing; the row has a."),
         ({"prompt": "a", "completion": "b"}, {"columns": {"completion": "c"}}, "c: missing; the row has prompt, completion."),
         ({"instruction": "a", "output": "b"}, {"columns": {"input": "c"}}, "c: missing;"),
@@ -235,12 +276,12 @@ def test_the_settings_know_the_columns_that_rows_have():
         ({"messages": CHAT[:2]}, {}, "messages: no turn of the assistant among 2."),
         ({"messages": [*CHAT, "x"]}, {}, "messages[3]: expected an object with role and content, found a string."),
         ({"messages": [*CHAT, {"role": "user"}]}, {}, "messages[3].content: missing; the turn has role."),
-        ({"messages": [{"role": "tool", "content": "x"}]}, {}, "messages[0].role: expected system, user, assistant, found tool."),
-        ({"messages": [{"role": 1, "content": "x"}]}, {}, "messages[0].role: expected system, user, assistant, found a number."),
+        ({"messages": [{"role": "tool", "content": "x"}]}, {}, "messages[0].role: expected system, user, assistant, human, gpt, found tool."),
+        ({"messages": [{"role": 1, "content": "x"}]}, {}, "messages[0].role: expected system, user, assistant, human, gpt, found a number."),
         ({"messages": [{"role": "user", "content": None}]}, {}, "messages[0].content: expected a string, found null."),
         ({"messages": [{"role": "user", "content": ""}]}, {}, "messages[0].content: it is empty."),
         ({"conversations": [{"from": "bing", "value": "x"}]}, {}, "conversations[0].from: expected system, user, assistant, human, gpt, found bing."),
-        ({"conversations": CHAT}, {}, "conversations[0].from: missing; the turn has role, content. Add it, or set data.rows."),
+        ({"conversations": [{"speaker": "user"}]}, {}, "conversations[0].role: missing; the turn has speaker. Add it, or take the row out."),
         ({"label": "maybe", "text": "x"}, {}, "label: expected ham or spam, found maybe."),
         ({"prompt": "a", "\x1b[31m": 1}, {}, "the row has prompt, \\x1b[31m."),
     ],
@@ -294,6 +335,16 @@ def test_a_task_makes_its_own_conversations(write):
     assert made[0].place == f"{path}:1"
 
 
+def test_columns_with_text_that_no_turn_has_are_named(write):
+    """Dolly's context belongs to the question: without the note its answers would be learned as if out of nothing."""
+    rows = [{"id": "", "instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "n": 1}, {"instruction": "Why?", "response": "So.", "by": "me"}]
+    path = write("a.jsonl", lines(*rows))
+    assert made_of(path, 64)[1].notes() == ["training: columns that are not read: context, by; data.columns names those that are"]
+    data = DataConfig(dataset=str(path), val_fraction=1e-9, columns={"input": "context"})
+    assert texts_left_out(rows[0], data) == []
+    assert made_of(path, 64, conversation_of=lambda row: (QUESTION, ANSWER))[1].notes() == []
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -316,5 +367,6 @@ def test_a_bad_row_is_named_with_file_line_and_key(write, row, message):
 def test_rows_of_both_splits_are_counted(write):
     """E13."""
     train, _ = made_of(write("a.jsonl", lines(*pairs(6))), 32)
-    val, _ = made_of(write("b.jsonl", lines(*pairs(9)[4:])), 32)
+    val, _ = made_of(write("b.jsonl", lines({"prompt": "0+0?", "completion": "none"}, *pairs(9)[4:])), 32)
     assert shared_examples(train, val) == 2
+    assert shared_questions(train, val) == 3

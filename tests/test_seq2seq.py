@@ -281,6 +281,16 @@ def test_a_run_learns_and_the_programs_read_what_it_wrote(sections: dict, make: 
     assert "rouge1" in capsys.readouterr().out
 
 
+def test_conversations_of_several_answers_are_told(make: Any, tmp_path: Path, capsys: Capture) -> None:
+    """Three of the four training rows have two answers, and a decoder that reads one prompt can learn one of them."""
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"n": n, "messages": turns[: 4 if n else 2]}) + "\n" for n in range(4)), encoding="utf-8")
+    settings = {"task": None, "dataset": str(path), "val_dataset": str(path)}
+    assert finetune.main(["--config", str(make(data=settings)), "training.max_steps=1"]) == 0
+    assert "3 rows have more than one answer: an encoder-decoder learns the last, and reads the others" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, LORA], ids=["whole", "lora"])
 def test_a_stopped_run_goes_on_to_the_last_bit(sections: dict, make: Any, tmp_path: Path) -> None:

@@ -403,7 +403,7 @@ class LoraConfig(Section):
     """the adapters' output is multiplied by alpha / r"""
     dropout: Fraction = 0.0
     """dropout on the adapters' input"""
-    target_modules: tuple[Name, ...] | None = None
+    target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """ends of the names of the linear layers that get adapters; null: attention and feed-forward of the architecture at hand"""
 
 

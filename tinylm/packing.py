@@ -110,6 +110,15 @@ class Example:
     """where its row stands in the data, for messages"""
 
 
+def n_answers(example: Example) -> int:
+    """How many runs of targets an example has.
+
+    >>> n_answers(Example(np.zeros(5), np.array([False, True, True, False, True])))
+    2
+    """
+    return int(np.count_nonzero(np.diff(example.trained.astype(np.int8), prepend=0) > 0))
+
+
 def pack_examples(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Which examples share a row of `room` inputs: best fit, the longest first; each is in one row, whole.
 

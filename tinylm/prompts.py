@@ -286,7 +286,9 @@ class ChatTemplate(Template):
     def __init__(self, tokenizer: Tokenizer):
         source = tokenizer.chat_template if isinstance(tokenizer, HFTokenizer) else None
         if source is None:
-            mend = "Set data.template to chatml or instruction, or tokenizer.path to a folder whose tokenizer_config.json or chat_template.jinja has one"
+            mend = "Set data.template to instruction"
+            if isinstance(tokenizer, HFTokenizer):
+                mend += " or chatml, or tokenizer.path to a folder whose tokenizer_config.json or chat_template.jinja has one"
             raise UserError(f"data.template: chat_template: the tokenizer ({tokenizer.kind}) has no chat template. {mend}.")
         assert isinstance(tokenizer, HFTokenizer)
         opening = _opening(tokenizer)

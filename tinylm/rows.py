@@ -4,9 +4,9 @@ r"""Rows of fine-tuning data: where they come from, what conversation each one i
                     ─▶ (place, dict), split into training and validation by content                  `records`
     2. conversation a dict ─▶ turns, told by its keys                                                `conversation_of`
                         {"instruction", "input", "output"}       alpaca; the input may be missing or empty
-                        {"prompt", "completion"}                 prompt; also question, and response or answer
+                        {"prompt", "completion"}                 prompt; also question, and response, answer or target
                         {"messages": [{"role", "content"}]}      messages
-                        {"conversations": [{"from", "value"}]}   sharegpt
+                        {"conversations": [{"from", "value"}]}   sharegpt; the turns may have either pair of keys
                         {"label", "text"}                        a line of SMSSpamCollection
     3. examples     a conversation ─▶ tokens and targets, cut to the context                         `examples`
     4. pairs        for preferences, in place of 2 and 3: a dict ─▶ a prompt and two answers         `preference_of`
@@ -38,6 +38,11 @@ Record = tuple[str, dict[str, Any]]
 
 SMS_FILE = "SMSSpamCollection"
 ROW_FILES: Kinds = (".jsonl", ".json", ".parquet", ".jsonl.gz", SMS_FILE)
+# Settings of documents that rows have no use for.
+UNUSED = {"mix", "token_dtype", "stride", "max_doc_len", "document_separator", "text_field", "shuffle_window"}
+# How the names of files begin that are for training, and of those that are not; for an evaluation the best first: a validation split
+# is for choosing, a test split for the end.
+TRAIN_FILES, TEST_FILES = ("train",), ("test", "validation", "val")
 # What a folder without rows stands for, as in S0, so that every command can be tried.
 TINY_ROWS = "data/tiny_instructions.jsonl"
 # Places of skipped rows that are named.
@@ -49,20 +54,31 @@ NAMED_PLACES = 3
 
 def build_corpus_from_sources(folder: str) -> tuple[str, str | None]:
     """What a folder given as data.dataset is read as: itself, or the tiny rows and a note where it holds no file of rows."""
-    if files_in(folder, ROW_FILES):
+    if files := files_in(folder, ROW_FILES):
+        _refuse_splits(folder, files)
         return folder, None
     found = f"data.dataset: {printable(folder)} holds neither {SMS_FILE} nor instruction-data.json, nor another file of rows"
     return TINY_ROWS, f"{found}; the tiny rows in {TINY_ROWS} are used"
+
+
+def _refuse_splits(folder: str, files: list[Path]) -> None:
+    """Refuse a folder that has a test split beside the training split: it would be trained on whole."""
+    train, other = (sorted(path for path in files if path.name.startswith(names)) for names in (TRAIN_FILES, TEST_FILES))
+    if train and other:
+        given = train[0] if len(train) == 1 else train[0].with_name("train*")
+        apart = min(other, key=lambda path: path.name.startswith("test"))  # which is for the end, where there is a validation split
+        found = f"{printable(folder)} holds {printable(given.name)} and {printable(apart.name)}, and every file of a folder is trained on"
+        raise UserError(f"data.dataset: {found}. Set data.dataset={printable(given)}, and data.val_dataset={printable(apart)} to validate on that.")
 
 
 def with_rows(data: DataConfig) -> tuple[DataConfig, str | None]:
     """The settings with data.dataset as it is read, and a note for the user where that is not what it says.
 
     Raises:
-        UserError: a setting is given that rows of fine-tuning have no use for.
+        UserError: a setting is given that rows of fine-tuning have no use for, or a folder has files of several splits.
     """
-    for setting in ("mix", "token_dtype", "stride", "max_doc_len", "document_separator"):
-        if data.model_dump(include={setting})[setting] is not None:
+    for setting, value in data.model_dump(include=UNUSED).items():
+        if value != DataConfig.model_fields[setting].default:
             raise UserError(f"data.{setting}: rows of fine-tuning have no use for it. Take it out.")
     if not os.path.isdir(data.dataset):
         return data, None
@@ -91,7 +107,7 @@ def built_in_split(built_in: Sequence[Record], which: Which) -> list[Record]:
 def _record(row: tuple[object, Any]) -> Record:
     place = str(row[0])
     if not isinstance(row[1], dict):
-        raise UserError(f"{place}: expected an object such as {{\"instruction\": \"...\", \"output\": \"...\"}}, found {kind_of(row[1])}. Correct the row.")
+        raise UserError(f'{place}: expected an object such as {{"instruction": "...", "output": "..."}}, found {kind_of(row[1])}. Correct the row.')
     return place, row[1]
 
 
@@ -139,16 +155,22 @@ COLUMNS = {
     "input": ("input",),
     "output": ("output", "response"),
     "prompt": ("prompt", "question"),
-    "completion": ("completion", "response", "answer"),
+    "completion": ("completion", "response", "answer", "target"),
     "messages": ("messages",),
     "conversations": ("conversations",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
 }
+# What a row of each kind is made of.
+_READ: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input", "output"),
+    "prompt": ("prompt", "completion"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+}
 # The column that tells a row's kind, the surest sign first.
 _SIGNS: dict[str, Kind] = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca", "prompt": "prompt"}
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-_SHAREGPT_ROLES: dict[str, Role] = _ROLES | {"human": "user", "gpt": "assistant"}  # type: ignore[assignment]
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 SMS_INSTRUCTION = "classify if the SMS is spam or ham"
 
 
@@ -165,11 +187,19 @@ def conversation_of(row: dict[str, Any], data: DataConfig) -> Conversation:
         case "prompt":
             return Turn("user", columns.text("prompt")), Turn("assistant", columns.text("completion"))
         case "messages":
-            return _turns(columns, "messages", "role", "content", _ROLES)
+            return _turns(columns, "messages")
         case "sharegpt":
-            return _turns(columns, "conversations", "from", "value", _SHAREGPT_ROLES)
+            return _turns(columns, "conversations")
         case _:
             return _sms_conversation(row)
+
+
+def texts_left_out(row: dict[str, Any], data: DataConfig) -> list[str]:
+    """The columns with text that `conversation_of` makes no turn of: perhaps a question lacks what stands there."""
+    columns = _Columns(row, data.columns or {})
+    kind = _kind_of_row(columns) if data.rows == "auto" else data.rows
+    read = {"label", "text"} if kind == "sms" else {columns.find(ours) for ours in _READ[kind]}
+    return [name for name, value in row.items() if name not in read and isinstance(value, str) and not is_blank(value)]
 
 
 @dataclass(frozen=True)
@@ -214,9 +244,10 @@ def _text(key: str, value: Any) -> str:
 
 
 def _kind_of_row(columns: _Columns) -> Kind:
-    for sign, kind in _SIGNS.items():
-        if columns.find(sign) is not None:
-            return kind
+    present = [sign for sign in _SIGNS if columns.find(sign) is not None]
+    # A table has every column in every row: what another kind of row would have is null.
+    if present:
+        return _SIGNS[min(present, key=lambda sign: columns.value(sign)[1] is None)]
     if {"label", "text"} <= columns.row.keys():
         return "sms"
     known = "instruction and output, prompt and completion, messages, or conversations"
@@ -231,28 +262,38 @@ def _sms_conversation(row: dict[str, Any]) -> Conversation:
     return Turn("user", SMS_INSTRUCTION, _text("text", row["text"])), Turn("assistant", label)
 
 
-def _turns(columns: _Columns, ours: str, role_key: str, text_key: str, roles: dict[str, Role]) -> Conversation:
+def _turns(columns: _Columns, ours: str) -> Conversation:
     """The turns in a list of objects, at least one of them the assistant's."""
     name, items = columns.value(ours)
     if not isinstance(items, list):
         raise UserError(f"{printable(name)}: expected a list of turns, found {kind_of(items)}. Correct the row, or set data.rows.")
-    turns = tuple(_turn(item, f"{printable(name)}[{number}]", role_key, text_key, roles) for number, item in enumerate(items))
+    turns = _turns_in(name, items)
     if not any(turn.role == "assistant" for turn in turns):
         raise UserError(f"{printable(name)}: no turn of the assistant among {len(turns)}. Add an answer, or take the row out.")
     return turns
 
 
-def _turn(item: Any, where: str, role_key: str, text_key: str, roles: dict[str, Role]) -> Turn:
+def _turns_in(name: str, items: list[Any]) -> Conversation:
+    return tuple(_turn(item, f"{printable(name)}[{number}]") for number, item in enumerate(items))
+
+
+def _keys_of_turn(item: dict[str, Any]) -> tuple[str, str]:
+    """What a turn calls its side and its text: ShareGPT's words or OpenAI's, whatever the column is called."""
+    return ("from", "value") if item.get("role") is None and "from" in item else ("role", "content")
+
+
+def _turn(item: Any, where: str) -> Turn:
     if not isinstance(item, dict):
-        raise UserError(f"{where}: expected an object with {role_key} and {text_key}, found {kind_of(item)}. Correct the row.")
+        raise UserError(f"{where}: expected an object with role and content, found {kind_of(item)}. Correct the row.")
+    role_key, text_key = _keys_of_turn(item)
     for key in (role_key, text_key):
         if key not in item:
-            raise UserError(f"{where}.{key}: missing; the turn has {some_of(item)}. Add it, or set data.rows.")
+            raise UserError(f"{where}.{key}: missing; the turn has {some_of(item)}. Add it, or take the row out.")
     role = item[role_key]
-    if not isinstance(role, str) or role not in roles:
+    if not isinstance(role, str) or role not in _ROLES:
         found = printable(role) if isinstance(role, str) else kind_of(role)
-        raise UserError(f"{where}.{role_key}: expected {', '.join(roles)}, found {found}. Correct the row, or take it out.")
-    return Turn(roles[role], _text(f"{where}.{text_key}", item[text_key]))
+        raise UserError(f"{where}.{role_key}: expected {', '.join(_ROLES)}, found {found}. Correct the row, or take it out.")
+    return Turn(_ROLES[role], _text(f"{where}.{text_key}", item[text_key]))
 
 
 # --- step 3: examples -------------------------------------------------------------------------------------------------
@@ -270,6 +311,8 @@ class Report:
     skipped: int = 0
     places: list[str] = field(default_factory=list)
     """where the first skipped rows stand"""
+    left_out: dict[str, None] = field(default_factory=dict)
+    """columns with text that is in no turn, in their order"""
 
     @property
     def skipped_rows(self) -> str:
@@ -285,6 +328,8 @@ class Report:
     def notes(self) -> list[str]:
         """What a user should know of it, a line each."""
         notes = [f"{self.name}: skipped {self.skipped_rows}"] if self.skipped else []
+        if self.left_out:
+            notes.append(f"{self.name}: columns that are not read: {some_of(self.left_out)}; data.columns names those that are")
         return notes + ([f"{self.name}: {self.cut} of {self.kept} rows lost the end of an answer to the context of {self.seq_len} tokens"] if self.cut else [])
 
 
@@ -325,6 +370,8 @@ def examples(
         except UserError as problem:
             raise UserError(f"{place}: {problem}") from None
         trained = whole.trained if train_on == "response" else np.arange(len(whole.ids)) > 0
+        if conversation_of is None:
+            report.left_out |= dict.fromkeys(texts_left_out(row, data))
         # The last token of a row is only a target.
         example = Example(whole.ids[: seq_len + 1], trained[: seq_len + 1], place)
         if example.trained.any():
@@ -348,6 +395,16 @@ def shared_examples(train: list[Example], val: list[Example]) -> int:
     """How many examples of `val` are in `train` too, token for token."""
     seen = {example.ids.tobytes() for example in train}
     return sum(example.ids.tobytes() in seen for example in val)
+
+
+def shared_questions(train: list[Example], val: list[Example]) -> int:
+    """How many examples of `val` ask what one of `train` asks, whatever the answers: all before the first target is equal."""
+    seen = {_asked(example) for example in train}
+    return sum(_asked(example) in seen for example in val)
+
+
+def _asked(example: Example) -> bytes:
+    return example.ids[: int(example.trained.argmax())].tobytes()
 
 
 # --- step 4: pairs of answers -----------------------------------------------------------------------------------------
@@ -404,8 +461,7 @@ def _prompt_of(columns: _Columns) -> Conversation:
     name, prompt = columns.value("prompt")
     if not isinstance(prompt, list):
         return (Turn("user", _text(name, prompt)),)
-    turns = tuple(_turn(item, f"{printable(name)}[{number}]", "role", "content", _ROLES) for number, item in enumerate(prompt))
-    return _ends_with_question(name, turns)
+    return _ends_with_question(name, _turns_in(name, prompt))
 
 
 def _told_and_answer(name: str, items: Any) -> tuple[Conversation, str]:
@@ -415,11 +471,12 @@ def _told_and_answer(name: str, items: Any) -> tuple[Conversation, str]:
         raise UserError(f"{printable(name)}: expected a list of turns, found {found}. Write both answers as text, or both as lists of turns.")
     where = f"{printable(name)}[{len(items) - 1}]"
     last = items[-1]
-    empty = isinstance(last, dict) and (last.get("content") is None or is_blank(str(last["content"])))
-    answer = _turn({**last, "content": "-"} if empty else last, where, "role", "content", _ROLES)
+    text_key = _keys_of_turn(last)[1] if isinstance(last, dict) else ""
+    empty = isinstance(last, dict) and (last.get(text_key) is None or is_blank(str(last[text_key])))
+    answer = _turn({**last, text_key: "-"} if empty else last, where)
     if answer.role != "assistant":
         raise UserError(f"{where}.role: the last turn is the {answer.role}'s, and it should be an answer. Add it, or take the row out.")
-    told = tuple(_turn(item, f"{printable(name)}[{number}]", "role", "content", _ROLES) for number, item in enumerate(items[:-1]))
+    told = _turns_in(name, items[:-1])
     return (_ends_with_question(name, told) if told else told), "" if empty else answer.text
 
 

@@ -9,13 +9,11 @@ import numpy as np
 
 from tinylm.config import DataConfig, TrainingConfig
 from tinylm.errors import UserError, printable
-from tinylm.rows import ROW_FILES, Record, records
+from tinylm.rows import ROW_FILES, TEST_FILES, TRAIN_FILES, Record, records
 from tinylm.tasks import NAMED, PAIRS
 from tinylm.tasks.task import Example, Hub, Task, draw_shots
 
 SMOKE = "smoke"  # what data.dataset says for the rows that a task brings
-# The names that the files of a folder may begin with, best first: a validation split is for choosing, a test split for the end.
-TRAIN, TEST = ("train",), ("test", "validation", "val")
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ def load_task(task: Task, path: Path | None, *, smoke: bool = False, n_shots: in
     if smoke:
         return _held_out(task, built_in_rows(task), n_shots, limit, seed)
     if path is not None and path.is_dir():
-        train = _whole(str(_split_file(path, TRAIN))) if n_shots else ()
-        return _apart(task, train, _whole(str(_split_file(path, TEST))), n_shots, limit, seed)
+        train = _whole(str(_split_file(path, TRAIN_FILES))) if n_shots else ()
+        return _apart(task, train, _whole(str(_split_file(path, TEST_FILES))), n_shots, limit, seed)
     if path is not None:
         return _held_out(task, _whole(str(path)), n_shots, limit, seed)
     if task.hub is None:

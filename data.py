@@ -1,7 +1,7 @@
 """What training eats: Lightning data modules that turn documents into micro-batches, in an order that is a function.
 
-    python data.py --config config_smoke.yaml --rows 3                  rows as training sees them, printed as text
-    python data.py --config config_finetune.yaml --rows 3 --answers     the same of fine-tuning
+    python data.py --config config_smoke.yaml --rows 3          rows as training sees them, printed as text
+    python data.py --config config_finetune.yaml --rows 3       those of finetune.py: which tokens of the answers are trained
 
     token files ─▶ row numbers of micro-batch k, from (seed, k) alone ─▶ rows ─▶ batch       IndexedBatches
     stream     ─▶ rows in document order ─▶ windows of rows, shuffled by (seed, window) ─▶ batch     StreamBatches
@@ -23,7 +23,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from tinylm.problems import Problem, ProblemReport, pairs_of, problems, usable
 from tinylm.processes import Progress
 from tinylm.program import Parser, run_program, say
 from tinylm.prompts import Template, make_template
-from tinylm.rows import Pair, PairReport, Report, examples, pairs, shared_examples, shared_questions, with_rows
+from tinylm.rows import NAMED_PLACES, Pair, PairReport, Report, examples, pairs, shared_examples, shared_questions, with_rows
 from tinylm.tasks import NAMED
 from tinylm.tasks.data import built_in_where_asked
 from tinylm.tokenfile import TokenFile
@@ -55,11 +55,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python data.py",
         usage="python data.py --config config_smoke.yaml --rows 3 [section.key=value ...]",
-        description="Print the first rows of a run as training sees them: the text, where documents meet, and which tokens are targets.",
+        description="Print the first rows of a run of train.py or finetune.py as training sees them: the text, where documents meet, and which "
+        "tokens are targets; of preferences both answers, of a verifier's problems every answer and where it departs from the right one.",
+        epilog="A config of finetune.py is known by what train.py has no use for: dpo, verifier, training.train_on, data.task, rows, columns, "
+        "template, packing.",
     )
     parser.add_argument("--config", required=True, help="YAML file with the settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
-    parser.add_argument("--answers", action="store_true", help="the config's data are questions and answers, as finetune.py takes them")
+    parser.add_argument("--answers", action="store_true", help="the config's data are for finetune.py, though no setting says so")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows (default: 3)")
     return parser.parse_intermixed_args(argv)
 
@@ -373,6 +376,17 @@ class ExampleBatches(Dataset[Batch]):
         batch = {"input_ids": torch.from_numpy(np.stack(inputs)), "labels": torch.from_numpy(np.stack(labels))}
         return batch | ({"document_ids": torch.from_numpy(np.stack(documents))} if self.packed else {})
 
+    def shown_rows(self) -> Iterator[list["ShownRow"]]:
+        """The rows of the run in their order, for people: what stands in each, under one heading or several."""
+        for place in count():
+            yield self.shown(f"row {place}, micro-batch {place // self.share.size}", self.rows[self._row(place)], place)
+
+    def shown(self, heading: str, row: Any, place: int) -> list["ShownRow"]:
+        """The row at `place`, for people."""
+        inputs, labels, documents = (part.tolist() for part in row_of_examples(row, self.seq_len, self.pad_id))
+        last = len(row) - 1  # padding counts as a document of its own
+        return [ShownRow(f"{heading}: {_named([example.place for example in row])}", inputs, labels, [min(number, last) for number in documents])]
+
     def _row(self, place: int) -> int:
         """The row that stands at `place` in the sequence of all rows of the run."""
         if self.order == "random":
@@ -498,6 +512,10 @@ class PairBatches(ExampleBatches):
                 batch[f"{name}_reference"] = torch.tensor([row.reference[number] if row else 0.0 for row in rows])
         return batch
 
+    def shown(self, heading: str, row: Any, place: int) -> list["ShownRow"]:
+        chosen, rejected = (super(PairBatches, self).shown(f"{heading}, {name}", [answer], place) for name, answer in zip(Pair._fields, row[:2], strict=False))
+        return [*chosen, *rejected]
+
 
 class ValidationPairs(PairBatches, ValidationExamples):
     """Pairs in their order, this rank's share of them."""
@@ -612,6 +630,17 @@ class ProblemBatches(ExampleBatches):
         made = [pair for problem, seed in drawn for pair in pairs_of(problem, self.tokenizer, self.seq_len, n_wrong=self.n_wrong, seed=seed)]
         return training_batch(made, self.pad_id)
 
+    def shown(self, heading: str, row: Any, place: int) -> list["ShownRow"]:
+        """Each answer; as a target counts where a wrong one departs from the right one."""
+        batch = self.pairs([row], [place])
+        rows = []
+        for number, (ids, seen, departs) in enumerate(zip(batch["input_ids"], batch["attention_mask"], batch["departs"], strict=True), start=1):
+            ids, departs = ids[seen], departs[seen]
+            labels = torch.where(departs, ids, IGNORE_INDEX).roll(-1)
+            right = "right" if batch["label"][number - 1] else "wrong"
+            rows.append(ShownRow(f"{heading}, answer {number}, {right}: {row.place}", ids.tolist(), labels.tolist(), None))
+        return rows
+
 
 class ValidationProblems(ProblemBatches, ValidationExamples):
     """Problems in their order, this rank's share of them; the wrong answers are the same in every validation."""
@@ -713,56 +742,74 @@ def run(args: argparse.Namespace) -> int:
     if args.rows < 1:
         raise UserError(f"--rows: {args.rows} is less than 1. Give the number of rows to print.")
     config = load_config(args.config, [*args.overrides, "data.num_workers=0"])  # for a few rows a process is not worth its start
-    data = open_answers(config) if args.answers else open_documents(config)
-    print_rows(islice(first_rows(data), args.rows), data.tokenizer)
+    rows, tokenizer = rows_of_finetuning(config) if args.answers or is_for_finetuning(config) else rows_of_pretraining(config)
+    n_rows = config.training.max_steps * config.training.grad_accum_steps * config.training.micro_batch_size
+    print_rows(chain.from_iterable(islice(rows, min(args.rows, n_rows))), tokenizer, "target" if config.verifier is None else "departure")
     return 0
 
 
-def open_documents(config: Config) -> LitData:
-    """The training documents of a run of train.py."""
-    from tinylm.bpe import tokenizer_for
+# Settings that only finetune.py reads.
+FOR_FINETUNING = {"task", "rows", "columns", "template", "packing"}
 
-    data = LitData(config, tokenizer_for(config.tokenizer, config.data, config.training.seed))
+
+def is_for_finetuning(config: Config) -> bool:
+    """Whether a config is one of finetune.py: it has a section or a setting that train.py has no use for."""
+    asked = "train_on" in config.training.model_fields_set or not FOR_FINETUNING.isdisjoint(config.data.model_fields_set)
+    return asked or config.dpo is not None or config.verifier is not None
+
+
+def rows_of_pretraining(config: Config) -> "tuple[Iterator[list[ShownRow]], Tokenizer]":
+    """The rows as train.py has them, and the tokenizer."""
+    from train import learn_from_documents
+
+    config, tokenizer = with_tokenizer(config, learn_from_documents)
+    data = LitData(config, tokenizer)
     data.prepare(validation=False)
-    return data
+    return ([row] for row in first_rows(data)), tokenizer
 
 
-def open_answers(config: Config) -> LitExamples:
-    """The examples of a run of finetune.py, in the tokens of the model that it begins with."""
-    from finetune import with_data_of_task
-    from train import Start, find_base, learn_from_documents, prepare_tokenizer, settings_on_base
+def rows_of_finetuning(config: Config) -> "tuple[Iterator[list[ShownRow]], Tokenizer]":
+    """The rows as finetune.py has them, and the tokenizer."""
+    from finetune import check_beginning, learn_from_problems, open_examples, open_preferences, open_problems, with_data_of_task
+    from train import learn_from_documents
 
     config = with_data_of_task(config)
+    if config.verifier is None and config.dpo is None:
+        check_beginning(config)
+    config, tokenizer = with_tokenizer(config, learn_from_documents if config.verifier is None else learn_from_problems)
+    open_data = open_examples if config.dpo is None else open_preferences
+    data = (open_data if config.verifier is None else open_problems)(config, tokenizer, say)
+    return data.train_dataloader().dataset.shown_rows(), tokenizer
+
+
+def with_tokenizer(config: Config, learn: Callable[[Config], Tokenizer]) -> tuple[Config, Tokenizer]:
+    """The tokenizer of a run: that of the model it begins with, or as `learn` makes it; and the settings of that run."""
+    from train import Start, find_base, prepare_tokenizer, settings_on_base
+
     base = find_base(config, Start())
-    config = config if base is None else settings_on_base(config, base)
-    tokenizer, config = prepare_tokenizer(config, Start(), base, learn_from_documents)
-    data = LitExamples(config, tokenizer)
-    data.prepare()
-    return data
+    tokenizer, config = prepare_tokenizer(config if base is None else settings_on_base(config, base), Start(), base, learn)
+    return config, tokenizer
 
 
-def first_rows(data: LitData | LitExamples) -> Iterator[ShownRow]:
+def first_rows(data: LitData) -> Iterator[ShownRow]:
     """The rows of the run from micro-batch 0 on, in their order."""
     place = 0
     for k, batch in enumerate(data.train_dataloader()):
         for i in range(len(batch["input_ids"])):
+            documents = batch["document_ids"][i].tolist() if "document_ids" in batch else None
             heading = f"row {place}, micro-batch {k}: {source_of_row(data, batch, i)}"
-            yield ShownRow(heading, batch["input_ids"][i].tolist(), batch["labels"][i].tolist(), documents_of_row(data, batch, i))
+            yield ShownRow(heading, batch["input_ids"][i].tolist(), batch["labels"][i].tolist(), documents)
             place += 1
 
 
-def documents_of_row(data: LitData | LitExamples, batch: Batch, i: int) -> list[int] | None:
-    """The document of each input of row `i`; None where attention goes on from one to the next."""
-    if isinstance(data, LitExamples):
-        documents = batch["document_ids"][i].tolist() if "document_ids" in batch else [0] * len(batch["input_ids"][i])
-        return [min(document, len(batch["origin"][i]) - 1) for document in documents]  # padding is an example to the mask alone
-    return batch["document_ids"][i].tolist() if "document_ids" in batch else None
+def _named(places: Sequence[str]) -> str:
+    """The places of the examples in a row, on one line."""
+    more = f" and {len(places) - NAMED_PLACES} more" if len(places) > NAMED_PLACES else ""
+    return ", ".join(places[:NAMED_PLACES]) + more
 
 
-def source_of_row(data: LitData | LitExamples, batch: Batch, i: int) -> str:
+def source_of_row(data: LitData, batch: Batch, i: int) -> str:
     """What row `i` of a batch was read from, and where in it."""
-    if isinstance(data, LitExamples):
-        return ", ".join(batch["origin"][i])
     settings = data.config.data
     if not data.train_files:
         return printable(settings.dataset)  # a stream knows where a window of rows began, and not each row
@@ -771,8 +818,11 @@ def source_of_row(data: LitData | LitExamples, batch: Batch, i: int) -> str:
     return f"{printable(name)} from token {start}"
 
 
-def print_rows(rows: Iterable[ShownRow], tokenizer: Tokenizer) -> None:
-    """Print rows on stdout: in colours on a terminal that has them, with marks elsewhere; the legend goes to stderr."""
+def print_rows(rows: Iterable[ShownRow], tokenizer: Tokenizer, marked: str = "target") -> None:
+    """Print rows on stdout: in colours on a terminal that has them, with marks elsewhere; the legend goes to stderr.
+
+    `marked` is what the labels of the rows stand for.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -780,14 +830,14 @@ def print_rows(rows: Iterable[ShownRow], tokenizer: Tokenizer) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 400, highlight=False, markup=False)
     coloured = console.is_terminal and not console.no_color
-    targets = "dim: no target; another colour: another document" if coloured else f"{OPEN}no target{CLOSE}"
+    targets = f"dim: no {marked}; another colour: another document" if coloured else f"{OPEN}no {marked}{CLOSE}"
     say(f"{SEAM} documents meet, {WALL}2{WALL} attention stops and document 2 begins, {targets}")
     for row in rows:
         pieces, masked = row_pieces(tokenizer, row.input_ids, row.labels, row.document_ids), row.document_ids is not None
         console.print(Text(row.heading, "bold"), soft_wrap=True)
         console.print(coloured_row(pieces, masked=masked) if coloured else Text(plain_row(pieces, masked=masked)), soft_wrap=True)
         asked = sum(label != IGNORE_INDEX for label in row.labels)
-        console.print(f"{len(row.input_ids)} tokens, targets: {asked}, documents: {len({piece.document for piece in pieces})}\n", soft_wrap=True)
+        console.print(f"{len(row.input_ids)} tokens, {marked}s: {asked}, documents: {len({piece.document for piece in pieces})}\n", soft_wrap=True)
 
 
 def coloured_row(pieces: "list[Piece]", *, masked: bool) -> "Text":

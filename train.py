@@ -210,7 +210,7 @@ def open_corpus(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitData"
     with program.progress_bar() as progress:
         data.prepare(progress)
     say(describe_data(data))
-    warn_of_shared_documents(config, say)
+    check_documents(data, say)
     return data
 
 
@@ -575,13 +575,30 @@ def describe_data(data: "LitData") -> str:
     return f"data: {source}: train {train}, validation {val}; tokenizer {data.config.tokenizer.kind}, vocabulary {tokenizer.vocab_size}"
 
 
-def warn_of_shared_documents(config: "Config", say: Say) -> None:
-    """Say so where validation documents are training documents too: val_loss would flatter the model."""
-    from tinylm.corpus import shared_documents
+def check_documents(data: "LitData", say: Say) -> None:
+    """Say so where documents are not divided as they seem to be, or are in validation and training: val_loss would flatter the model.
 
-    shared = shared_documents(config.data, config.training.seed)
-    if shared:
-        say(f"warning: {shared} documents of data.val_dataset are training documents too; val_loss will look better than it is")
+    Raises:
+        UserError: at the end of a token file, which validates, nothing is new.
+    """
+    from tinylm.corpus import shared_documents
+    from tinylm.mix import notes_on_texts, shared_in_token_files
+
+    config, val = data.config, data.val_file
+    assert val is not None, "prepare() makes the validation file"
+    for note in notes_on_texts(config.data, data.train_files, val, data.tokenizer):
+        say(note)
+    texts, files = shared_documents(config.data, config.training.seed), shared_in_token_files(config.data, data.train_files, val)
+    better = "are training documents too; val_loss will look better than it is"
+    if config.data.val_dataset is not None:
+        if texts or files.found:
+            say(f"warning: {texts or files.found} documents of data.val_dataset {better}")
+    elif files.found:
+        setting = "data.dataset" if config.data.mix is None else "data.mix"
+        if files.found == files.of:
+            found = f"all {files.of} documents at its end, which validate (data.val_fraction {config.data.val_fraction}), are training documents too"
+            raise UserError(f"{setting}: {found}. Encode it again without repeated documents, or set data.val_dataset.")
+        say(f"warning: {files.found} of {files.of} documents at the end of {setting}, which validate, {better}")
 
 
 def describe_model(config: "Config", decoder: Any, world_size: int) -> str:

@@ -48,10 +48,11 @@ BLOCK = 2**16
 
 def ours(text: Path, vocab_size: int, processes: int, out: Path) -> float:
     """Seconds of this project's trainer."""
-    from tinylm.bpe import Rules, learn_bpe, sources_of
+    from tinylm.bpe import Rules, learn_bpe
+    from tinylm.corpus import sources_named
 
     start = time.perf_counter()
-    learned = learn_bpe(sources_of([str(text)]), vocab_size, Rules(special=(EOT,)), processes=processes)
+    learned = learn_bpe(sources_named([str(text)]), vocab_size, Rules(special=(EOT,)), processes=processes)
     seconds = time.perf_counter() - start
     learned.backend().save(str(out))
     return seconds
@@ -353,7 +354,8 @@ def encoding_table(folder: Path, options: argparse.Namespace) -> "Table":
     """Each way of encoding on each text."""
     from rich.table import Table
 
-    from tinylm.bpe import Rules, learn_bpe, sources_of
+    from tinylm.bpe import Rules, learn_bpe
+    from tinylm.corpus import sources_named
 
     table = Table("text", "contestant", title=f"encoding on {options.processes} threads or processes")
     for column in ("MB/s", "times", "peak MB"):
@@ -362,7 +364,7 @@ def encoding_table(folder: Path, options: argparse.Namespace) -> "Table":
     for text in texts_of(folder, options):
         if tokenizer is None:
             tokenizer = folder / "tokenizer"
-            learn_bpe(sources_of([str(text)]), 32000, Rules(special=(EOT,)), processes=options.processes).save(tokenizer)
+            learn_bpe(sources_named([str(text)]), 32000, Rules(special=(EOT,)), processes=options.processes).save(tokenizer)
         size = f"{text.stat().st_size / 1e6:.0f} MB"
         for row in encoding_rows(text, tokenizer, options):
             table.add_row(size, *row)

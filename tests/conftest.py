@@ -2,18 +2,43 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+
+from tinylm.config import DataConfig
+from tinylm.corpus import find_split
+from tinylm.encode import encode_documents
+from tinylm.tokenfile import Draft, locked
+from tinylm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 # Every shipped YAML file that is the settings of a run; the others are lists of stages, for align.py.
 CONFIGS = sorted(path for path in (*ROOT.glob("*.yaml"), *ROOT.glob("configs/**/*.yaml")) if path.stem not in ("align", "align-smoke"))
 
 WORDS = ["the", "model", "reads", "a", "token", "and", "guesses", "what", "comes", "next", "from", "all", "it", "has", "seen"]
+
+
+def write_token_file(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> None:
+    """Writes documents as a token file, a document a portion."""
+    write_portions(path, encode_documents(documents, tokenizer, None), tokenizer)
+
+
+def write_portions(path: Path, portions: Iterable[np.ndarray], tokenizer: Tokenizer) -> None:
+    """Writes the tokens of documents, each closed by EOS, as a token file."""
+    with locked(path), Draft(path, tokenizer, "test") as draft:
+        for tokens in portions:
+            draft.append(tokens, np.array([len(tokens)]))
+        draft.finish("test")
+
+
+def val_documents(data: DataConfig, seed: int) -> Iterator[str]:
+    """The validation documents in their order."""
+    return find_split(data, "val", seed).documents()
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 # A file imports only from its own floor or lower ones; a folder (tasks, web) stands on one floor.
 FLOORS = [
     ["errors", "config", "device", "processes"],
-    ["words", "fastbpe", "tokenizer", "tokenfile", "corpus", "encode", "mix", "bpe", "packing", "show", "prompts", "sandbox", "rows", "metrics", "reference"],
+    ["portions", "words", "fastbpe", "tokenizer", "tokenfile", "corpus", "encode", "mix", "bpe", "packing", "show", "prompts", "sandbox", "rows"]
+    + ["metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],
     ["checkpoint", "engine", "sampling", "chat", "hf", "gguf", "hf_import", "foreign", "lora", "preferences", "problems", "judge", "samples", "export"]
     + ["tasks", "evaluate", "harness", "planner", "trials"],

@@ -22,16 +22,17 @@ from tinylm.__main__ import main
 from tinylm.bpe import (
     FILES,
     Bpe,
+    Words,
     count_jobs,
     file_borders,
     gpt2_form,
     jobs_of,
     learn_bpe,
     learn_merges,
-    sources_of,
     tokenizer_for,
 )
 from tinylm.config import DataConfig, TokenizerConfig
+from tinylm.corpus import sources_named
 from tinylm.errors import UserError
 from tinylm.tokenizer import Fit, load_hf_tokenizer, make_tokenizer, tokenizer_from_plain
 from tinylm.words import PATTERNS, Rules, count_texts
@@ -210,7 +211,7 @@ def test_a_file_is_cut_where_no_word_is(file_in_parts, small_text):
     assert borders[0] == 0 and borders[-1] == file_in_parts.stat().st_size
     for pattern in PATTERNS:
         rules = Rules(pattern)
-        assert count_jobs(jobs_of(sources_of([str(file_in_parts)])[0], 1), rules) == count_texts([small_text], rules)
+        assert count_jobs(jobs_of(sources_named([str(file_in_parts)])), rules) == count_texts([small_text], rules)
 
 
 def test_a_text_without_any_good_place_is_cut_behind_lines_or_not_at_all(tmp_path, monkeypatch):
@@ -229,8 +230,8 @@ def test_a_word_that_stands_four_billion_times_is_counted():
 
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_merges(file_in_parts):
-    sources = sources_of([str(file_in_parts)])
-    one, two, four = (learn_bpe(sources, 1000, Rules(), processes=processes) for processes in (1, 2, 4))
+    source = sources_named([str(file_in_parts)])
+    one, two, four = (learn_bpe(source, 1000, Rules(), processes=processes) for processes in (1, 2, 4))
     assert len(one.merges) == 742
     assert one.merges == two.merges == four.merges
 
@@ -263,18 +264,18 @@ def test_a_killed_process_is_an_error_and_no_hang(monkeypatch):
 def test_a_small_text_starts_no_process(file_in_parts, monkeypatch):
     monkeypatch.setattr("tinylm.processes.ProcessPoolExecutor", None)  # calling it would fail
     monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", file_in_parts.stat().st_size + 1)
-    assert len(learn_bpe(sources_of([str(file_in_parts)]), 300, Rules(), processes=2).merges) == 42
+    assert len(learn_bpe(sources_named([str(file_in_parts)]), 300, Rules(), processes=2).merges) == 42
 
 
 def test_other_kinds_of_files_are_read_by_document(tmp_path):
     """The words of `low low`, without the JSON around it."""
     (tmp_path / "a.jsonl").write_text('{"text": "low low"}\n{"text": "low"}\n', encoding="utf-8")
-    assert count_jobs(jobs_of(sources_of([str(tmp_path)])[0], 1), Rules()) == {"low": 2, " low": 1}
+    assert count_jobs(jobs_of(sources_named([str(tmp_path)])), Rules()) == {"low": 2, " low": 1}
 
 
 def test_a_byte_order_mark_is_no_word(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbflow")
-    assert count_jobs(jobs_of(sources_of([str(tmp_path)])[0], 1), Rules()) == {"low": 1}
+    assert count_jobs(jobs_of(sources_named([str(tmp_path)])), Rules()) == {"low": 1}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -348,7 +349,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("vocab_size", "special", "message"),
     [
-        (257, ("<|a|>", "<|b|>"), "vocabulary size: 257 is less than 256 bytes and 2 special tokens. Ask for 258 or more."),
+        (257, ("<|a|>", "<|b|>"), "tokenizer.vocab_size: 257 is less than 256 bytes and 2 special tokens. Ask for 258 or more."),
         (300, (), "special tokens: none, and one has to end a text. Name one, such as <|endoftext|>."),
         (300, ("a",), "special token 'a': expected two or more visible characters. Choose another, such as <|endoftext|>."),
         (300, ("<a b>",), "special token '<a b>': expected two or more visible characters. Choose another, such as <|endoftext|>."),
@@ -358,7 +359,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
 )
 def test_a_vocabulary_that_cannot_be_is_refused_before_the_text_is_read(vocab_size, special, message):
     with pytest.raises(UserError) as caught:
-        learn_bpe([], vocab_size, Rules(special=special))
+        learn_bpe(sources_named([]), vocab_size, Rules(special=special))
     assert str(caught.value) == message
 
 
@@ -373,14 +374,14 @@ def test_a_special_token_that_is_written_like_another_is_refused():
 def test_a_text_without_words_is_an_error(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match="^the text has no words, so nothing can be learned from it. Give a file with text.$"):
-        learn_bpe(sources_of([str(tmp_path / "a.txt")]), 300, Rules())
+        learn_bpe(sources_named([str(tmp_path / "a.txt")]), 300, Rules())
 
 
 def test_bytes_that_are_not_utf8_are_named_with_their_place(tmp_path):
     """E3: the offset counts from the start of the file, across its parts."""
     (tmp_path / "a.txt").write_bytes(b"a b\n" * 500_000 + b"a\xffb")
     with pytest.raises(UserError, match="a.txt: not UTF-8 text: byte 0xff at offset 2000001. Save the file as UTF-8.$"):
-        learn_bpe(sources_of([str(tmp_path / "a.txt")]), 300, Rules())
+        learn_bpe(sources_named([str(tmp_path / "a.txt")]), 300, Rules())
 
 
 def test_a_text_with_too_few_words_gives_a_smaller_vocabulary(tmp_path, capsys):
@@ -398,7 +399,7 @@ def test_a_pipe_that_a_glob_matches_is_not_read(tmp_path):
     """E8: reading it would wait for ever."""
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(UserError, match="a.txt: not a regular file. Give the path of a file on disk.$"):
-        learn_bpe(sources_of([str(tmp_path / "*.txt")]), 300, Rules())
+        learn_bpe(sources_named([str(tmp_path / "*.txt")]), 300, Rules())
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -414,9 +415,9 @@ def test_train_does_not_replace_what_is_there(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--processes", "0"], "error: --processes: 0 is less than 1. Give the number of processor cores to use.\n"),
-        (["--vocab-size", "9"], "error: vocabulary size: 9 is less than 256 bytes and 1 special tokens. Ask for 257 or more.\n"),
-        (["--data", "no.txt"], "error: data.dataset: no.txt: not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name.\n"),
+        (["--processes", "0"], "error: --processes: 0 is less than 1. Give a whole number from 1 on.\n"),
+        (["--vocab-size", "9"], "error: --vocab-size: 9 is less than 256 bytes and 1 special tokens. Ask for 257 or more.\n"),
+        (["--data", "no.txt"], "error: --data: no.txt: not found. Give a file, a folder, a glob, or a dataset on the hub written hf:owner/name.\n"),
     ],
 )
 def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
@@ -424,6 +425,100 @@ def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
     assert main(["tokenizer", "train", *given, *change]) == 2
     assert capsys.readouterr().err == message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--vocab-size", "100000000000"], "--vocab-size: 100000000000 is more than 2147483647, the largest that is possible. Ask for less, such as 32000."),
+        (["--special", "a"], "--special 'a': expected two or more visible characters. Choose another, such as <|endoftext|>."),
+        (["--docs", "0"], "--docs: 0 is less than 1. Give a whole number from 1 on."),
+        (["--separator", ""], "--separator: is empty. Give the text that divides documents."),
+        (["--text-field", "body"], "a.jsonl:1: body: missing; the row has text. Correct the row, or set --text-field to the key that holds the text."),
+        (["--out", "a.jsonl/mine"], "a.jsonl/mine: cannot be written: File exists. Make room or change --out."),
+        (["--out", "a.jsonl/b/mine"], "a.jsonl/b/mine: cannot be written: Not a directory. Make room or change --out."),
+    ],
+)
+def test_train_names_the_flag_before_it_learns(tmp_path, capsys, monkeypatch, change, message):
+    """All but the row are known before any word is counted: with a count that fails the messages are the same."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "low low"}\n', encoding="utf-8")
+    if "--text-field" not in change:
+        monkeypatch.setattr(bpe_module, "count_jobs", None)
+    given = ["--data", "a.jsonl", "--out", "mine", "--vocab-size", "300"]
+    assert main(["tokenizer", "train", *given, *change]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_size_that_no_text_allows_takes_no_memory():
+    """The sizes of two billion tokens would be 8 GB; `low` and the borders of it are five bytes, and allow two merges."""
+    assert len(Words({"low": 2}, 2**31 - 1).sizes) == 256 + 5
+    assert len(learn_merges({"low": 2}, 2**31 - 300)) == 2
+
+
+def learned(tmp_path: Path, *flags: str) -> list[str]:
+    """The merges that `tokenizer train` writes, `l ow` for example."""
+    assert main(["tokenizer", "train", "--out", str(tmp_path / "mine"), "--vocab-size", "270", *flags]) == 0
+    return (tmp_path / "mine" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+
+
+def test_train_reads_documents_as_encode_does(tmp_path, monkeypatch):
+    """A column of another name; the first documents alone; texts between separators, whose letters are in no merge."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"body": "low"}\n{"body": "abab"}\n', encoding="utf-8")
+    assert learned(tmp_path / "1", "--data", "a.jsonl", "--text-field", "body", "--docs", "1") == ["o w", "l ow"]
+    Path("a.txt").write_text("low##low##abab", encoding="utf-8")
+    assert learned(tmp_path / "2", "--data", "a.txt", "--separator", "##", "--docs", "2") == ["o w", "l ow"]
+    assert learned(tmp_path / "3", "--data", "a.txt", "--separator", "##") == ["o w", "l ow", "a b", "ab ab"]
+    assert "# #" in learned(tmp_path / "4", "--data", "a.txt")
+
+
+@pytest.fixture
+def stream(monkeypatch) -> list[tuple]:
+    """A dataset on the hub with documents without end in `body`; what was asked for."""
+    asked: list[tuple] = []
+
+    class Stream:
+        column_names = None
+
+        def __iter__(self):
+            yield {"body": "low"}
+            while True:
+                yield {"body": "abab"}
+
+    def serve(name: str, config: str | None, *, split: str, streaming: bool) -> Stream:
+        asked.append((name, config, split, streaming))
+        return Stream()
+
+    monkeypatch.setattr("datasets.load_dataset", serve)
+    monkeypatch.setattr("tinylm.corpus.require_hub", lambda what, mend: None)
+    return asked
+
+
+def test_train_and_compare_take_a_dataset_on_the_hub(tmp_path, stream, capsys):
+    """Three documents: `low` and `abab` twice, 11 bytes."""
+    given = ("--data", "hf:owner/name:en:validation", "--text-field", "body", "--docs", "3")
+    assert learned(tmp_path, *given) == ["a b", "ab ab", "o w", "l ow"]
+    assert main(["tokenizer", "compare", "byte", *given]) == 0
+    assert [line.split("│")[3].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")] == ["11"]
+    assert stream == [("owner/name", "en", "validation", True)] * 2
+
+
+def test_a_stream_that_breaks_off_while_learning_is_to_be_tried_again(tmp_path, monkeypatch, capsys):
+    """Nothing is kept, so that nothing is said of going on."""
+
+    def broken(*args, **kwargs):
+        yield {"text": "low"}
+        raise OSError("cable")
+
+    class Stream:
+        column_names, __iter__ = None, broken
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Stream())
+    monkeypatch.setattr("tinylm.corpus.require_hub", lambda what, mend: None)
+    assert main(["tokenizer", "train", "--data", "hf:owner/name", "--out", str(tmp_path / "mine"), "--vocab-size", "300"]) == 2
+    assert capsys.readouterr().err == "error: owner/name (train): reading stopped: cable. Try again.\n"
 
 
 def test_show_prints_tokens_and_ids_and_no_escape(tmp_path, capsys):
@@ -440,6 +535,22 @@ def test_compare_prints_a_table(tmp_path, capsys):
     assert main(["tokenizer", "compare", str(tmp_path / "mine"), "byte", "--data", str(tmp_path / "a.txt")]) == 0
     rows = [[cell.strip() for cell in line.split("│")[2:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert rows == [["260", "3", "2.333", "2 (1%)", "'low'  ' '"], ["260", "7", "1.000", "4 (2%)", "' '  'l'  'o'"]]
+
+
+def test_compare_shows_those_it_has_and_names_each_that_it_has_not(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("low low", encoding="utf-8")
+    assert main(["tokenizer", "compare", "./none", "byte", "./nor", "--data", str(tmp_path / "a.txt")]) == 2
+    shown = capsys.readouterr()
+    assert [line.split("│")[1].strip() for line in shown.out.splitlines() if line.startswith("│")] == ["byte"]
+    mend = "not found. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."
+    assert shown.err == f"error: TOKENIZER: ./none: {mend}\nerror: TOKENIZER: ./nor: {mend}\n"
+    assert main(["tokenizer", "compare", "./none", "--data", str(tmp_path / "a.txt")]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_show_names_its_argument(capsys):
+    assert main(["tokenizer", "show", "./none", "text"]) == 2
+    assert capsys.readouterr().err.startswith("error: TOKENIZER: ./none: not found. Give a folder")
 
 
 def test_compare_without_text_is_an_error(tmp_path, capsys):
@@ -537,5 +648,5 @@ def test_line_ends_from_windows_are_learned_as_they_are_encoded(tmp_path):
     learned = []
     for name, ends in (("unix.txt", "\n"), ("windows.txt", "\r\n")):
         (tmp_path / name).write_bytes(text.replace("\n", ends).encode())
-        learned.append(learn_bpe(sources_of([str(tmp_path / name)]), 300, Rules()).merges)
+        learned.append(learn_bpe(sources_named([str(tmp_path / name)]), 300, Rules()).merges)
     assert learned[0] == learned[1]

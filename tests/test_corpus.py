@@ -7,17 +7,19 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import val_documents
 from huggingface_hub.utils import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinylm import corpus
 from tinylm.config import DataConfig
-from tinylm.corpus import find_split, is_held_out, shared_documents, train_documents, val_documents
+from tinylm.corpus import find_split, is_held_out, shared_documents, train_documents
 from tinylm.errors import UserError
 from tinylm.tokenfile import TokenFile, is_token_file
 from tinylm.tokenizer import ByteTokenizer
@@ -82,11 +84,8 @@ def test_a_separator_is_found_wherever_reading_pauses(tmp_path, texts, separator
     text = separator.join(texts)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     expected = [part.strip("\n") for part in (text if text.endswith("\n") or not text else text + "\n").split(separator) if part.strip()]
-    limit, corpus.SEARCH_CHARACTERS = corpus.SEARCH_CHARACTERS, size
-    try:
+    with mock.patch.object(corpus, "SEARCH_CHARACTERS", size), mock.patch.object(corpus, "BLOCK_BYTES", size):
         assert read(tmp_path / "a.txt", document_separator=separator) == expected
-    finally:
-        corpus.SEARCH_CHARACTERS = limit
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,18 @@ def test_a_separator_is_found_wherever_reading_pauses(tmp_path, texts, separator
 def test_bytes_that_are_not_utf8_are_named_with_their_offset(write, content, line, byte, offset):
     """Offsets count from the start of the file, its byte-order mark included; a surrogate in UTF-8 is no UTF-8."""
     path = write("a.txt", content)
-    assert refusal(path) == f"{path}:{line}: not UTF-8 text: byte 0x{byte} at offset {offset}. Save the file as UTF-8."
+    expected = f"{path}:{line}: not UTF-8 text: byte 0x{byte} at offset {offset}. Save the file as UTF-8."
+    assert refusal(path) == expected
+    for size in (1, 2, 3, 100):
+        with mock.patch.object(corpus, "BLOCK_BYTES", size):
+            assert refusal(path, document_separator="--") == expected
+
+
+def test_text_between_separators_has_neither_a_byte_order_mark_nor_carriage_returns(write):
+    path = write("a.txt", b"\xef\xbb\xbfone\r\nmore\r\r\n--two\xef\xbb\xbf\r--three\r")
+    for size in (1, 4, 5, 100):
+        with mock.patch.object(corpus, "BLOCK_BYTES", size):
+            assert read(path, document_separator="--") == ["one\nmore\r", "two\ufeff\r", "three"]
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(write, monkeypatch):

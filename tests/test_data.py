@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import val_documents
 
 import data as data_program
 import eval_val
@@ -20,7 +22,7 @@ import train
 from data import Batch, Cursor, IndexedBatches, LitData, RowShape, Share, ShownRow, StreamBatches, ValidationBatches, print_rows
 from tinylm import bpe, checkpoint
 from tinylm.config import Config, load_config
-from tinylm.corpus import train_documents, val_documents
+from tinylm.corpus import train_documents
 from tinylm.errors import UserError
 from tinylm.mix import weights_of
 from tinylm.packing import IGNORE_INDEX
@@ -383,6 +385,39 @@ def test_the_program_needs_no_validation_data(make_config: Callable[..., Path], 
     """Of a stream on the hub it would read thousands of documents to hold some out; here the file is not even there."""
     assert shown(make_config(data={"val_dataset": str(tmp_path / "none.txt")}), capsys, "--rows", "1")[0].startswith("row 0, ")
     assert not list((tmp_path / "cache").glob("val-*"))
+
+
+def test_problems_are_shown_with_the_places_where_an_answer_departs(make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """The right answer departs nowhere; the wrong one is the right one outside of the marked places. One problem is one row."""
+    sections = {"data": {"task": "gsm8k", "dataset": "smoke", "val_fraction": 0.25}, "verifier": {"n_wrong": 2}, "tokenizer": {"kind": "byte"}}
+    model = {"max_seq_len": 256}
+    lines = shown(make_config(**sections, model=model, training={"seq_len": 256}), capsys, "--rows", "2")
+    assert len(lines) == 2 * 3 * 4
+    for place in range(2):
+        right, *wrong = (lines[4 * (3 * place + number) :][:3] for number in range(3))
+        assert right[0].startswith(f"row {place}, micro-batch 0, answer 1, right: gsm8k: built-in row ")
+        assert re.fullmatch(r"⟦.*⟧┊⟦<\|eos\|>.*⟧", right[1]) and right[2].endswith(" tokens, departures: 0, documents: 2")
+        for number, (heading, text, counts) in enumerate(wrong, start=2):
+            assert heading == right[0].replace("answer 1, right", f"answer {number}, wrong")
+            before, departs, after = re.fullmatch(r"(⟦.*⟧┊⟦<\|eos\|>.*)⟧([\d,.]+)⟦(.*⟧)", text).groups()
+            assert right[1].startswith(before) and right[1].endswith(after)
+            assert f" tokens, departures: {len(departs)}, " in counts
+
+
+def test_the_tokenizer_is_that_of_the_model_that_a_run_begins_with(
+    make_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The config of the second run says nothing of characters."""
+    assert train.main(["--config", str(make_config(tokenizer={"kind": "char"}, training={"max_steps": 1, "val_every_steps": 1}))]) == 0
+    config = make_config("second.yaml", training={"init_from": str(tmp_path / "checkpoints" / "final.ckpt")})
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    config.write_text(yaml.safe_dump({name: section for name, section in settings.items() if name not in ("tokenizer", "model")}), encoding="utf-8")
+    loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
+    data = prepared(load_config(config), loaded.tokenizer)
+    _, text, _, _ = shown(config, capsys, "--rows", "1")
+    inputs = batches_of(data)[0]["input_ids"][0].tolist()
+    assert loaded.tokenizer.kind == "char"
+    assert re.sub(r"[┊⟦⟧]|<\|eos\|>", "", text)[:10] == loaded.tokenizer.decode(inputs)[:10]
 
 
 def test_no_row_to_print_is_refused(make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

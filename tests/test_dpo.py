@@ -22,6 +22,7 @@ from test_preferences import alone
 from test_train import Capture, Patch, assert_same_run, curve, elsewhere, interrupt_at, keep_signals  # noqa: F401  (a fixture)
 
 import callbacks
+import data as data_program
 import finetune
 import infer
 import list as list_program
@@ -539,3 +540,19 @@ def fake_trainer(beta: float, settings: dict[str, Any], reference: FakeModel) ->
         "args": SimpleNamespace(gradient_checkpointing_kwargs=None), "_metrics": {"train": defaultdict(list)}, "_total_train_tokens": 0, "_tp_size": 1,
     }  # fmt: skip
     return SimpleNamespace(**known | settings)
+
+
+def test_both_answers_of_a_pair_are_shown(prefer: Make, tmp_path: Path, capsys: Capture) -> None:
+    """The prompt is the same, and no target; the chosen answer says the word twice, the rejected one no and its first letter."""
+    assert data_program.main(["--config", str(prefer(data={"template": "plain"})), "--rows", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 2 * 4
+    for place in range(2):
+        chosen, rejected = lines[8 * place : 8 * place + 4], lines[8 * place + 4 : 8 * place + 8]
+        start = f"row {place}, micro-batch 0"
+        assert chosen[0].startswith(f"{start}, chosen: {tmp_path / 'pairs.jsonl'}:")
+        assert rejected[0] == chosen[0].replace("chosen", "rejected")
+        found = re.match(r"┃0┃⟦say (\w+)!?⟧\\n(\w+) (\w+)<\|eos\|>", chosen[1])
+        assert found and found[1] == found[2] == found[3]
+        assert re.match(rf"┃0┃⟦say {found[1]}!?⟧\\nno, {found[1][0]}<\|eos\|>", rejected[1])
+        assert rejected[2].endswith(" tokens, targets: 7, documents: 1")

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -15,16 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import val_documents, write_token_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinylm import corpus, encode
+from tinylm import __main__ as main_module
+from tinylm import corpus, encode, portions
 from tinylm.__main__ import main
 from tinylm.config import DataConfig
-from tinylm.corpus import Split, shared_documents, sources_named, train_documents, val_documents
+from tinylm.corpus import Split, shared_documents, sources_named, train_documents
 from tinylm.encode import Recipe, cached_token_file, encode_documents, encode_file, jobs_of, source_fingerprint
 from tinylm.errors import UserError
-from tinylm.tokenfile import TokenFile, write_token_file
+from tinylm.tokenfile import TokenFile, locked
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -244,7 +247,7 @@ def test_a_source_fingerprint_is_its_content(write, tmp_path):
 def given_file(tmp_path: Path) -> Path:
     """100 documents of 1 to 9 letters."""
     path = tmp_path / "given.bin"
-    write_token_file(path, encode_documents([str(i) * (1 + i % 4) for i in range(100)], BYTES, None), BYTES, source="test")
+    write_token_file(path, [str(i) * (1 + i % 4) for i in range(100)], BYTES)
     return path
 
 
@@ -260,7 +263,7 @@ def test_the_end_of_a_token_file_validates_from_the_start_of_a_document_on(given
 
 
 def test_a_second_token_file_validates_whole(given_file, tmp_path):
-    write_token_file(tmp_path / "val.bin", encode_documents(["ab", "c"], BYTES, None), BYTES, source="test")
+    write_token_file(tmp_path / "val.bin", ["ab", "c"], BYTES)
     data = DataConfig(dataset=str(given_file), val_dataset=str(tmp_path / "val.bin"))
     assert cached_token_file(data, "val", BYTES, SEED).tokens.tolist() == [97, 98, 258, 99, 258]
     assert len(cached_token_file(data, "train", BYTES, SEED)) == len(TokenFile.open(given_file))
@@ -321,6 +324,21 @@ def test_a_given_token_file_is_checked_before_use(given_file):
         assert str(caught.value) == f"{given_file}: its content is not what was written (checksum). {mend}"
 
 
+@pytest.mark.parametrize("name", ["given.bin", "given.npy"])
+def test_a_token_file_is_read_once_for_both_splits_and_again_when_it_changes(given_file, tmp_path, monkeypatch, name):
+    np.save(tmp_path / "given.npy", TokenFile.open(given_file).tokens)
+    opened: list[Path] = []
+    verify = TokenFile.verify
+    monkeypatch.setattr(TokenFile, "verify", lambda file: (opened.append(file.path), verify(file)))
+    data = DataConfig(dataset=str(tmp_path / name))
+    for which in ("train", "val", "train"):
+        cached_token_file(data, which, BYTES, SEED)
+    assert opened == [tmp_path / name]
+    os.utime(tmp_path / name, ns=(1, 1))
+    cached_token_file(data, "val", BYTES, SEED)
+    assert opened == [tmp_path / name] * 2
+
+
 def test_a_token_file_has_no_documents_to_read_again(given_file):
     for documents in (train_documents, val_documents):
         with pytest.raises(UserError, match="data.dataset: .*given.bin is a token file, whose documents cannot be read again"):
@@ -349,6 +367,7 @@ def test_a_dtype_without_a_bare_file_is_refused(data, tmp_path):
             cached_token_file(data.model_copy(update={"token_dtype": "uint16", "dataset": name}), "val", BYTES, SEED)
         assert str(caught.value) == "data.token_dtype: is for a bare .bin, and neither data.dataset nor data.val_dataset is one. Take it out."
 
+
 def test_a_token_file_whose_name_is_too_long_is_refused_on_one_line():
     with pytest.raises(UserError, match="x.bin: File name too long. Give the path of a file that can be read."):
         cached_token_file(DataConfig(dataset="x" * 300 + ".bin"), "train", BYTES, SEED)
@@ -361,7 +380,7 @@ def test_a_token_file_whose_name_is_too_long_is_refused_on_one_line():
 def small_portions(monkeypatch) -> None:
     """Files are cut behind each 40 bytes, and text is handed over in 40 characters."""
     monkeypatch.setattr(corpus, "SPAN_BYTES", 40)
-    monkeypatch.setattr(encode, "JOB_CHARACTERS", 40)
+    monkeypatch.setattr(portions, "JOB_CHARACTERS", 40)
 
 
 @given(
@@ -378,7 +397,7 @@ def test_no_portion_cuts_a_document(tmp_path, texts, separator, size):
     try:
         for name in ("a.txt", "a.jsonl"):
             source = sources_named([str(tmp_path / name)], "text", separator)
-            assert [text for job in jobs_of(source) for text in job.documents()] == list(source.documents())
+            assert [text for job in jobs_of(source) for text in job.texts()] == list(source.documents())
     finally:
         corpus.SPAN_BYTES = before
 
@@ -545,7 +564,164 @@ def test_a_plain_array_beside_the_token_file(run, write, tmp_path):
     code, stdout, _ = run(*command)
     assert (code, stdout) == (0, f"{tmp_path / 'a.npy'}\n{tmp_path / 'a.bin'}\n")
     assert np.load(tmp_path / "a.npy").tolist() == TokenFile.open(tmp_path / "a.bin").tokens.tolist()
-    assert run(*command)[2] == f"error: {tmp_path / 'a.npy'}: is there already. Delete it, or choose another --out.\n"
+    code, stdout, stderr = run(*command)
+    complete = [f"complete already: {tmp_path / name}" for name in ("a.bin", "a.npy")]
+    assert (code, stdout, stderr.splitlines()[:2]) == (0, f"{tmp_path / 'a.npy'}\n{tmp_path / 'a.bin'}\n", complete)
+
+
+def other_ids(array: Path) -> None:
+    np.save(array, np.load(array) + np.uint16(1))
+
+
+def fewer_ids(array: Path) -> None:
+    np.save(array, np.load(array)[:-1])
+
+
+def no_array(array: Path) -> None:
+    array.write_bytes(b"mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_ids, "a.npy: is there already, and has other ids than {bin}. Delete it, or choose another --out."),
+        (fewer_ids, "a.npy: is there already, and has other ids than {bin}. Delete it, or choose another --out."),
+        (no_array, "a.npy: not a NumPy file of token ids: EOF: reading magic string, expected 8 bytes got 4. Delete it."),
+        (lambda array: array.with_suffix(".bin").unlink(), "a.npy: is there already, without {bin}. Delete it, or choose another --out."),
+    ],
+    ids=["other ids", "fewer ids", "no array", "alone"],
+)
+def test_an_array_that_is_not_that_of_the_token_file_is_kept_and_named(run, write, tmp_path, change, message):
+    command = ("--data", write("a.txt", "one\ntwo\n"), "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--format", "npy")
+    assert run(*command)[0] == 0
+    change(tmp_path / "a.npy")
+    before = (tmp_path / "a.npy").read_bytes()
+    code, _, stderr = run(*command)
+    assert (code, stderr.splitlines()[-1]) == (2, f"error: {tmp_path}/{message.format(bin=tmp_path / 'a.bin')}")
+    assert (tmp_path / "a.npy").read_bytes() == before
+
+
+SPELLED = "documents have <|eos|> in their text, where it is characters and ends nothing. If it divides documents of a .txt file, set --separator to '<|eos|>'"
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_documents_that_spell_the_end_of_text_are_counted_and_said(run, write, tmp_path, monkeypatch, processes):
+    """Documents 0, 10, ... 190 of 200, in portions of 50 bytes; 0 and 10 of the first eleven in a portion of all. A file that is there says it again."""
+    monkeypatch.setattr(corpus, "SPAN_BYTES", 50)
+    monkeypatch.setattr(encode, "WORTH_PROCESSES", 1)
+    path = write("a.txt", "".join(f"text {i}{'<|eos|>' if i % 10 == 0 else ''}\n" for i in range(200)))
+    command = ("--data", path, "--tokenizer", "byte", "--processes", processes)
+    for _ in range(2):
+        assert f"warning: {path}: 20 of 200 {SPELLED}" in run(*command, "--out", tmp_path / "a.bin")[2].splitlines()
+    monkeypatch.setattr(corpus, "SPAN_BYTES", 2**20)
+    assert f"warning: {path}: 2 of 11 {SPELLED}" in run(*command, "--docs", 11, "--out", tmp_path / "b.bin")[2].splitlines()
+    assert "warning" not in run(*command, "--separator", "<|eos|>", "--out", tmp_path / "c.bin")[2]
+
+
+def test_a_count_of_spelled_ends_survives_an_interruption(write, tmp_path, small_portions):
+    """Of ten portions of five lines, three are encoded before the interruption; each of them has one such document."""
+    path = write("a.txt", "".join("<|eos|>..\n" if i % 5 == 0 else "123456789\n" for i in range(50)))
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_file(tmp_path / "a.bin", recipe_of(path), progress=stop)
+    encode_file(tmp_path / "a.bin", recipe_of(path))
+    assert TokenFile.open(tmp_path / "a.bin").header.spelled_eos == 10
+    encode_file(tmp_path / "b.bin", recipe_of(path))
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
+NEVER = "warning: {}: --separator '{}' does not occur in it, so that each .txt file is one document"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "separator", "met"),
+    [
+        ("a.txt", "one\ntwo\n", "<|x|>", False),
+        ("a.txt", "one\ntwo\n", "\n\n", False),
+        ("a.txt", "one\n\ntwo\n", "\n\n", True),
+        ("a.txt", "one<|x|>", "<|x|>", True),
+        ("a.txt", "one\n" * 30 + "<|x|>", "<|x|>", True),
+        ("a.txt.gz", "one<|x|>two", "<|x|>", True),
+        ("a.txt.gz", "one two", "<|x|>", False),
+        ("a.jsonl", '{"text": "one<|x|>"}', "<|x|>", False),
+    ],
+)
+def test_a_separator_that_never_occurs_is_said(run, write, tmp_path, monkeypatch, name, content, separator, met):
+    """Also one that only ends a file, or that a portion of its own ends with, was met; a row of a .jsonl is not divided."""
+    monkeypatch.setattr(corpus, "SPAN_BYTES", 50)
+    path = write(name, gzip.compress(content.encode()) if name.endswith(".gz") else content)
+    stderr = run("--data", path, "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--separator", separator)[2]
+    said = [line for line in stderr.splitlines() if line.startswith("warning")]
+    assert said == ([] if met else [NEVER.format(path, separator.replace("\n", "\\n"))])
+
+
+def test_a_second_command_says_that_it_waits(run, write, tmp_path, monkeypatch):
+    """A thread holds the lock until the waiting has been said."""
+    out, held, said = tmp_path / "a.bin", threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked(out):
+            held.set()
+            said.wait(10)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(10)
+    say = main_module.say
+    monkeypatch.setattr(main_module, "say", lambda line: (say(line), said.set() if line.startswith("waiting") else None))
+    code, _, stderr = run("--data", write("a.txt", "one\n"), "--tokenizer", "byte", "--out", out)
+    holder.join()
+    assert (code, stderr.splitlines()[0]) == (0, f"waiting: another process is making {out}")
+
+
+def test_errors_of_the_text_name_flags(run, write, tmp_path):
+    """The setting of the same meaning is data.text_field. Nothing was done yet, so that the next command need not say --resume."""
+    command = ("--tokenizer", "byte", "--out", tmp_path / "out.bin")
+    path = write("a.jsonl", '{"body": "one"}\n')
+    found = "text: missing; the row has body. Correct the row, or set --text-field to the key that holds the text."
+    assert run("--data", path, *command)[2].splitlines()[-1] == f"error: {path}:1: {found}"
+    pq.write_table(pa.table({"body": ["one"]}), tmp_path / "a.parquet")
+    found = "text: no such column; there are body. Set --text-field to the one that holds the text."
+    assert run("--data", tmp_path / "a.parquet", *command)[2].splitlines()[-1] == f"error: {tmp_path / 'a.parquet'}: {found}"
+
+
+def test_a_hub_that_refuses_a_dataset_is_told_in_flags(run, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
+    stderr = run("--data", "hf:owner/name", "--tokenizer", "byte", "--out", tmp_path / "a.bin")[2]
+    mend = "Check the configuration and the split in --data, or: Give a local file or folder as --data."
+    assert stderr.splitlines()[-1] == f"error: --data: owner/name: no route. {mend}"
+
+
+def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_names(run, tmp_path, monkeypatch):
+    """`Try again` alone would begin anew: the command without --resume refuses what an interrupted one has left."""
+    broken = [True]
+
+    class Stream:
+        column_names = None
+
+        def __iter__(self) -> Iterator[dict]:
+            yield from ({"text": f"document {i}"} for i in range(30))
+            if broken:
+                raise OSError("cable")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Stream())
+    monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(portions, "JOB_CHARACTERS", 100)
+    command = ("--data", "hf:owner/name", "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--processes", 1)
+    code, _, stderr = run(*command)
+    mend = "The same command with --resume goes on from there."
+    assert (code, stderr.splitlines()[-1]) == (2, f"error: owner/name (train): reading stopped: cable. {mend}")
+    broken.clear()
+    assert (run(*command)[0], run(*command, "--resume")[0]) == (2, 0)
+    assert documents_in(tmp_path / "a.bin") == [f"document {i}" for i in range(30)]
 
 
 HUB_NAME = "a dataset on the hub is written hf:owner/name, hf:owner/name:config or hf:owner/name:config:split."
@@ -571,7 +747,7 @@ KINDS = ".txt, .jsonl, .parquet, .txt.gz, .jsonl.gz"
         (("--out", "pipe.bin"), "pipe.bin: not a regular file. Give the path of a file on disk."),
         (("--out", "folder.bin"), "folder.bin: not a regular file. Give the path of a file on disk."),
         (("--out", "a.txt/b.bin"), "a.txt/b.bin: the token file could not be written: File exists. Make room, or choose another --out."),
-        (("--tokenizer", "./none"), "tokenizer.path: ./none: not found. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."),
+        (("--tokenizer", "./none"), "--tokenizer: ./none: not found. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(run, tmp_path, monkeypatch, flags, message):
@@ -607,7 +783,7 @@ def test_a_dataset_of_the_hub_is_streamed_and_no_more_of_it_read_than_asked_for(
 
     monkeypatch.setattr("datasets.load_dataset", serve)
     monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
-    monkeypatch.setattr(encode, "JOB_CHARACTERS", 100)
+    monkeypatch.setattr(portions, "JOB_CHARACTERS", 100)
     command = ("--data", "hf:owner/name:en:validation", "--text-field", "body", "--docs", 7, "--tokenizer", "byte", "--out", tmp_path / "a.bin")
     assert run(*command, "--processes", 1)[0] == 0
     assert calls == [("owner/name", "en", "validation", True)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from tinylm.bpe import CHARACTER_OF_BYTE
 from tinylm.config import load_config
 from tinylm.errors import UserError
 from tinylm.foreign import ForeignDecoder
-from tinylm.tokenizer import HFTokenizer
+from tinylm.tokenizer import ByteTokenizer, HFTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 Make = Callable[..., Path]
@@ -594,3 +595,47 @@ def test_changed_rows_are_refused(make: Make, home: Path, tmp_path: Path, capsys
     assert run(config, "training.max_steps=1") == 0
     (tmp_path / "rows.jsonl").write_text((home / "rows.jsonl").read_text(encoding="utf-8").replace("!", "?"), encoding="utf-8")
     assert f"train data ({tmp_path / 'rows.jsonl'}) was " in refused(config, tmp_path, capsys)
+
+
+# --- rows as text -----------------------------------------------------------------------------------------------------
+
+
+def shown(config: Path, capsys: Capture, *arguments: str) -> tuple[list[str], str]:
+    """What data.py prints on stdout, a line each, and on stderr."""
+    capsys.readouterr()
+    code = data_program.main(["--config", str(config), *arguments])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    return printed.out.splitlines(), printed.err
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_the_rows_of_examples_are_shown_with_what_is_trained(make: Make, home: Path, capsys: Capture, packing: str) -> None:
+    """`say one` is answered `one one!`: the answer and its end are targets, the question is not. Behind a question without a space stands a line end."""
+    lines, err = shown(make(data={"template": "plain", "packing": packing}), capsys, "--rows", "3")
+    data = LitExamples(load_config(make(data={"template": "plain", "packing": packing})), ByteTokenizer())
+    data.prepare()
+    batches = data.train_dataloader().dataset
+    assert "validation" in err and len(lines) == 3 * 4
+    for place in range(3):
+        heading, text, counts, _ = lines[4 * place : 4 * place + 4]
+        batch = batches[place // 2]
+        places, labels = batch["origin"][place % 2], batch["labels"][place % 2]
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        assert heading == f"row {place}, micro-batch {place // 2}: {', '.join(places[:3])}{more}"
+        parts = [re.sub(r"⟦<\|pad\|>.*⟧$", "", part) for part in re.split(r"┃\d+┃", text)[1:]]
+        answers = [re.fullmatch(r"⟦say (\w+) *⟧(?:\\n)?(\w+) (\w+)!<\|eos\|>", part) for part in parts]
+        assert len(answers) == len(places) and all(found and len(set(found.groups())) == 1 for found in answers), parts
+        assert counts == f"64 tokens, targets: {int((labels != -100).sum())}, documents: {len(places)}"
+
+
+def test_rows_are_those_of_the_run_and_no_more(make: Make, capsys: Capture) -> None:
+    """Three steps of two micro-batches of two rows; the second pass over 16 or so rows has another order."""
+    config = make(data={"template": "plain", "packing": "padded"}, training={"max_steps": 3, "grad_accum_steps": 2})
+    lines, _ = shown(config, capsys, "--rows", "100")
+    assert [line.split(":")[0] for line in lines[::4]] == [f"row {i}, micro-batch {i // 2}" for i in range(12)]
+
+
+def test_what_finetune_refuses_is_refused_here_too(make: Make, capsys: Capture) -> None:
+    assert data_program.main(["--config", str(make(data={"template": "plain"}, training={"init_from": None}))]) == 2
+    assert "error: training.init_from: answers alone are learned by a model that was trained before." in capsys.readouterr().err

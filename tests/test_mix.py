@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import write_token_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm.bpe import tokenizer_for
 from tinylm.config import DataConfig, MixPart, TokenizerConfig
 from tinylm.corpus import is_held_out, shared_documents
-from tinylm.encode import encode_documents
 from tinylm.errors import UserError
 from tinylm.mix import Allocation, Joined, JoinedTokens, name_of, shares_of, training_files, training_fingerprint, training_split, validation_file
-from tinylm.tokenfile import TokenFile, write_token_file
+from tinylm.tokenfile import TokenFile
 from tinylm.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -111,7 +111,7 @@ def write(tmp_path: Path) -> Callable[[str, list[str]], str]:
 
 def token_file(path: Path, documents: list[str]) -> str:
     """A token file of these documents, as `python -m tinylm encode` makes one."""
-    write_token_file(path, encode_documents(documents, BYTES, None), BYTES, source="test")
+    write_token_file(path, documents, BYTES)
     return str(path)
 
 

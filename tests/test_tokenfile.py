@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_portions, write_token_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinylm import tokenfile
-from tinylm.encode import encode_documents
 from tinylm.errors import UserError
-from tinylm.tokenfile import HEADER_BYTES, MAGIC, Draft, TokenFile, checked_tokens, draft_folder, token_dtype, write_npy, write_token_file
+from tinylm.tokenfile import HEADER_BYTES, MAGIC, Draft, TokenFile, checked_tokens, draft_folder, shared_documents, token_dtype, write_npy
 from tinylm.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 BYTES = ByteTokenizer()
@@ -47,7 +47,7 @@ class Wide(Tokenizer):
 
 
 def test_ids_beyond_65535_are_kept(tmp_path):
-    write_token_file(tmp_path / "a.bin", encode_documents(["ab", "c"], Wide(), None), Wide(), source="test")
+    write_token_file(tmp_path / "a.bin", ["ab", "c"], Wide())
     file = TokenFile.open(tmp_path / "a.bin")
     assert (file.header.dtype, file.tokens.tolist()) == ("uint32", [69_999, 69_999, 65_536, 69_999, 65_536])
 
@@ -67,7 +67,7 @@ def test_an_id_outside_the_vocabulary_is_never_wrapped(ids):
 def token_file(tmp_path: Path) -> Path:
     """The documents `ab`, `é` and `c`: 3 + 3 + 2 tokens."""
     path = tmp_path / "train.bin"
-    write_token_file(path, encode_documents(["ab", "é", "c"], BYTES, None), BYTES, source="test")
+    write_token_file(path, ["ab", "é", "c"], BYTES)
     return path
 
 
@@ -97,7 +97,7 @@ def test_the_format_is_a_line_a_json_header_and_raw_numbers(token_file):
 @pytest.mark.parametrize("n", range(1, 6))
 def test_the_index_stands_behind_zeros_at_a_multiple_of_8_bytes(tmp_path, n):
     """n letters and EOS are n + 1 tokens of 2 bytes."""
-    write_token_file(tmp_path / "a.bin", encode_documents(["x" * n], BYTES, None), BYTES, source="test")
+    write_token_file(tmp_path / "a.bin", ["x" * n], BYTES)
     data = (tmp_path / "a.bin").read_bytes()[4096:]
     assert len(data) == -(-2 * (n + 1) // 8) * 8 + 8
     assert data[2 * (n + 1) :] == bytes(len(data) - 8 - 2 * (n + 1)) + (n + 1).to_bytes(8, "little")
@@ -107,7 +107,7 @@ def test_the_index_stands_behind_zeros_at_a_multiple_of_8_bytes(tmp_path, n):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 def test_documents_come_back_by_the_index(tmp_path, texts, data):
     """Of the whole file, and of a part between two borders."""
-    write_token_file(tmp_path / "a.bin", encode_documents(texts, BYTES, None), BYTES, source="test")
+    write_token_file(tmp_path / "a.bin", texts, BYTES)
     file = TokenFile.open(tmp_path / "a.bin")
     file.verify()
     ends = [0, *file.document_ends.tolist()]
@@ -122,7 +122,7 @@ def test_documents_come_back_by_the_index(tmp_path, texts, data):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 def test_the_border_is_the_first_start_of_a_document_from_there_on(tmp_path, lengths, data):
     """Oracle: a search through all tokens. The start of the file and its end divide nothing."""
-    write_token_file(tmp_path / "a.bin", encode_documents(["x" * n for n in lengths], BYTES, None), BYTES, source="test")
+    write_token_file(tmp_path / "a.bin", ["x" * n for n in lengths], BYTES)
     file = TokenFile.open(tmp_path / "a.bin")
     starts = [place for place in range(1, len(file)) if file.tokens[place - 1] == BYTES.eos_id]
     wanted = data.draw(st.integers(0, len(file)))
@@ -130,7 +130,7 @@ def test_the_border_is_the_first_start_of_a_document_from_there_on(tmp_path, len
 
 
 def test_one_document_has_no_border(tmp_path):
-    write_token_file(tmp_path / "a.bin", encode_documents(["only one"], BYTES, None), BYTES, source="test")
+    write_token_file(tmp_path / "a.bin", ["only one"], BYTES)
     with pytest.raises(UserError, match="a.bin: one document only, so none can be held out. Set data.val_dataset to a second token file."):
         TokenFile.open(tmp_path / "a.bin").document_border(3)
 
@@ -141,12 +141,12 @@ def test_tokens_cannot_be_written_to(token_file):
 
 
 def test_the_same_text_gives_the_same_bytes(token_file, tmp_path):
-    write_token_file(tmp_path / "again.bin", encode_documents(["ab", "é", "c"], BYTES, None), BYTES, source="test")
+    write_token_file(tmp_path / "again.bin", ["ab", "é", "c"], BYTES)
     assert (tmp_path / "again.bin").read_bytes() == token_file.read_bytes()
 
 
 def test_a_worker_process_gets_the_path_not_the_tokens(tmp_path):
-    write_token_file(tmp_path / "a.bin", encode_documents(["x" * 100_000], BYTES, None), BYTES, source="test")
+    write_token_file(tmp_path / "a.bin", ["x" * 100_000], BYTES)
     file = TokenFile.open(tmp_path / "a.bin").between(10, 20)
     packed = pickle.dumps(file)
     assert len(packed) < 5000
@@ -237,12 +237,6 @@ def test_tokens_of_another_tokenizer_are_refused(token_file):
     )
 
 
-def test_progress_counts_documents(tmp_path):
-    seen: list[int] = []
-    write_token_file(tmp_path / "a.bin", encode_documents(["a", "b", "c"], BYTES, None), BYTES, source="test", progress=seen.append)
-    assert seen == [1, 2, 3]
-
-
 # --- writing goes wrong -----------------------------------------------------------------------------------------------
 
 
@@ -251,7 +245,7 @@ def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(tmp_pat
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync file"), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append(f"{Path(a).name} -> {Path(b).name}"), replace(a, b)))
-    write_token_file(tmp_path / "a.bin", encode_documents(["a"], BYTES, None), BYTES, source="test")
+    write_token_file(tmp_path / "a.bin", ["a"], BYTES)
     assert order == ["sync file", "tokens -> a.bin", "sync folder"]
 
 
@@ -264,7 +258,7 @@ def test_a_source_that_breaks_leaves_no_file_and_keeps_the_old_one(token_file, t
     before = token_file.read_bytes()
     for path in (token_file, tmp_path / "new.bin"):
         with pytest.raises(UserError, match="the source broke"):
-            write_token_file(path, broken(), BYTES, source="test")
+            write_portions(path, broken(), BYTES)
     assert (names(tmp_path), token_file.read_bytes()) == (["train.bin"], before)
 
 
@@ -275,9 +269,38 @@ def test_a_failed_sync_or_rename_is_a_failed_file(tmp_path, monkeypatch, call, r
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(UserError) as caught:
-        write_token_file(tmp_path / "a.bin", encode_documents(["a"], BYTES, None), BYTES, source="test")
+        write_token_file(tmp_path / "a.bin", ["a"], BYTES)
     assert str(caught.value) == f"{tmp_path / 'a.bin'}: the token file could not be written: {reason}. Make room, or choose another data.cache_dir."
     assert names(tmp_path) == []
+
+
+# --- documents on both sides ------------------------------------------------------------------------------------------
+
+
+DOCUMENTS = st.lists(st.sampled_from(["", "a", "b", "ab", "abc", "é", "x" * 9]), max_size=12)
+
+
+@pytest.mark.parametrize("block", [1, 3, 2**16])
+@given(train=st.lists(DOCUMENTS, min_size=1, max_size=3), val=DOCUMENTS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8, deadline=None)
+def test_documents_on_both_sides_are_those_of_both_sets(tmp_path, block, train, val):
+    """Oracle: Python's sets. Documents of EOS alone say nothing; ids of two and of four bytes are the same documents."""
+    files = []
+    for number, documents in enumerate([*train, val]):
+        write_token_file(tmp_path / f"{number}.bin", [*documents, ""], BYTES)
+        np.save(tmp_path / f"{number}.npy", TokenFile.open(tmp_path / f"{number}.bin").tokens.astype(np.uint32))
+        files.append(TokenFile.open(tmp_path / f"{number}.{'npy' if number == 0 else 'bin'}", tokenizer=BYTES))
+    *sides, wanted = [{text for text in documents if text} for documents in [*train, val]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenfile, "DIGESTS", block)
+        assert shared_documents(files[:-1], files[-1:]) == (len(wanted & set().union(*sides)), len(wanted))
+
+
+def test_documents_on_both_sides_of_a_border_are_counted(tmp_path):
+    """b and c of b, c, d; the border is behind `aa`, `b` and `c`, 3 + 2 + 2 tokens."""
+    write_token_file(tmp_path / "a.bin", ["aa", "b", "c", "b", "c", "d", "b"], BYTES)
+    file = TokenFile.open(tmp_path / "a.bin")
+    assert shared_documents([file.between(0, 7)], [file.between(7, len(file))]) == (2, 3)
 
 
 # --- a draft that goes on ---------------------------------------------------------------------------------------------
@@ -292,6 +315,23 @@ def drafted(path: Path, portions: list, **options) -> Draft:
     for tokens, ends in portions:
         draft.append(np.array(tokens, dtype=np.uint16), np.array(ends, dtype=np.int64), read=2)
     return draft
+
+
+def test_what_a_header_says_of_the_text_is_checked_and_left_out_where_it_is_nothing(tmp_path):
+    """Files that were written before these fields are whole; a flipped bit in one of their names is found."""
+    for name, spelled, unseparated in (("plain.bin", 0, False), ("told.bin", 2, True)):
+        with drafted(tmp_path / name, PORTIONS[:1]) as draft:
+            draft.append(np.array([5, 258], dtype=np.uint16), np.array([2]), spelled=spelled)
+            draft.finish("source", unseparated=unseparated)
+    assert b"spelled_eos" not in (tmp_path / "plain.bin").read_bytes()
+    told = TokenFile.open(tmp_path / "told.bin")
+    told.verify()
+    assert (told.header.spelled_eos, told.header.unseparated) == (2, True)
+    data = (tmp_path / "told.bin").read_bytes()
+    for name in (b"spelled_eos", b"unseparated"):
+        (tmp_path / "told.bin").write_bytes(data.replace(name, name.upper()))
+        with pytest.raises(UserError, match="its content is not what was written"):
+            TokenFile.open(tmp_path / "told.bin").verify()
 
 
 @pytest.fixture

@@ -14,10 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_token_file
 
 import model
 import train
 from tinylm import bpe, checkpoint
+from tinylm.config import load_config
+from tinylm.errors import UserError
+from tinylm.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HARD = {"model": {"residual_dropout": 0.2, "attention_dropout": 0.2}, "training": {"grad_accum_steps": 3}}
@@ -306,6 +310,50 @@ def test_shared_documents_are_counted_and_said(make_config: Make, corpus: Path, 
     val.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:20]), encoding="utf-8")
     assert run(make_config(data={"val_dataset": str(val)})) == 0
     assert "warning: 20 documents of data.val_dataset are training documents too" in capsys.readouterr().err
+
+
+def said_of_data(config: Path) -> list[str]:
+    """What train.py says of the data of a run, but for the first line."""
+    said: list[str] = []
+    train.open_corpus(load_config(config), ByteTokenizer(), said.append)
+    return said[1:]
+
+
+def test_documents_at_the_end_of_a_token_file_that_are_trained_on_are_counted(make_config: Make, tmp_path: Path) -> None:
+    """E13: of 60 documents of ten tokens the last six validate; none, three or all of those stand further up as well."""
+    for repeated in (0, 3, 6):
+        documents = [f"{i:09}" for i in range(60 - repeated)]
+        write_token_file(tmp_path / f"{repeated}.bin", [*documents, *documents[:repeated]], ByteTokenizer())
+    none, three, all_six = (make_config(f"{n}.yaml", data={"dataset": str(tmp_path / f"{n}.bin"), "val_fraction": 0.1}) for n in (0, 3, 6))
+    assert said_of_data(none) == []
+    end = "documents at the end of data.dataset, which validate, are training documents too; val_loss will look better than it is"
+    assert said_of_data(three) == [f"warning: 3 of 6 {end}"]
+    with pytest.raises(UserError) as caught:
+        said_of_data(all_six)
+    found = "all 6 documents at its end, which validate (data.val_fraction 0.1), are training documents too"
+    assert str(caught.value) == f"data.dataset: {found}. Encode it again without repeated documents, or set data.val_dataset."
+    both = {"dataset": str(tmp_path / "0.bin"), "val_dataset": str(tmp_path / "3.bin")}
+    better = "are training documents too; val_loss will look better than it is"
+    assert said_of_data(make_config(data=both)) == [f"warning: 57 documents of data.val_dataset {better}"]
+    mix = {"mix": [{"dataset": str(tmp_path / "0.bin")}, {"dataset": str(tmp_path / "3.bin")}], "val_fraction": 0.1}
+    # 54 to 59 validate the first source, 54 to 56 and 0 to 2 the second; both are trained on 0 to 53.
+    assert said_of_data(make_config(data=mix)) == [f"warning: 3 of 9 {end.replace('dataset', 'mix')}"]
+
+
+def test_a_run_says_what_its_text_is_not_divided_by(make_config: Make, write: Callable[..., Path]) -> None:
+    """Both warnings, also from the cached files of an earlier run, and neither from a run that reads the file right."""
+    path = write("a.txt", "".join(f"one {i} and some more words<|eos|>" for i in range(60)))
+    lines, other = write("b.txt", path.read_text(encoding="utf-8").replace("<|eos|>", "<|eos|>\n")), write("c.txt", "other words\n" * 9)
+    assert said_of_data(make_config(data={"dataset": str(path), "document_separator": "<|eos|>"})) == []
+    config = make_config(data={"dataset": str(lines), "document_separator": "##", "val_dataset": str(other)})
+    spelled = "1 of 1 documents have <|eos|> in their text, where it is characters and ends nothing"
+    never = "data.document_separator '##' does not occur in it, so that each .txt file is one document"
+    for _ in range(2):
+        assert said_of_data(config) == [
+            f"warning: {lines}: {spelled}. If it divides documents of a .txt file, set data.document_separator to '<|eos|>'",
+            f"warning: {lines}: {never}",
+            f"warning: {other}: {never}",
+        ]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -14,16 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.errors import UserError, printable, writing
+from tinylm.errors import UserError, calling, printable, writing
 from tinylm.program import Parser, progress_bar, run_program, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
+    from tinylm.corpus import Together
     from tinylm.encode import Recipe
     from tinylm.export import Exported
     from tinylm.tokenfile import TokenFile
+    from tinylm.tokenizer import Tokenizer
 
 # Neighbouring tokens differ; all five are readable on black and on white.
 TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta", "black on white")
@@ -82,8 +84,7 @@ def add_tokenizer(commands: Any) -> None:
     summary = "Learn byte-level BPE from text and write the files that transformers opens too."
     plain = argparse.RawDescriptionHelpFormatter
     train = actions.add_parser("train", help="learn one from text", description=summary, epilog=TRAIN_EXAMPLE, formatter_class=plain)
-    kinds = "files, folders or globs: .txt as it stands; .jsonl, .parquet and .gz by document"
-    train.add_argument("--data", nargs="+", required=True, metavar="PATH", help=kinds)
+    add_text_flags(train, separator="what divides documents in a .txt file (default: it is read as it stands)")
     train.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new folder for the tokenizer")
     train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, among them 256 bytes and the special ones")
     special = "special tokens: the text is cut at them and no merge has one; the end of a text is the first, or one known for it (default: <|endoftext|>)"
@@ -95,7 +96,7 @@ def add_tokenizer(commands: Any) -> None:
     summary = "How several tokenizers fit a text: bytes per token, how much of the vocabulary it uses, the longest tokens in it."
     compare = actions.add_parser("compare", help="how several fit a text", description=summary)
     compare.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help="a folder, a Hugging Face name such as gpt2, or byte")
-    compare.add_argument("--data", nargs="+", required=True, metavar="PATH", help="the text: files, folders or globs")
+    add_text_flags(compare, separator="what divides documents in a .txt file (default: it is read as it stands)")
     compare.set_defaults(run=tokenizer_compare)
 
     show = actions.add_parser("show", help="the tokens of a text", description="The tokens of a text, and their ids below.")
@@ -110,17 +111,55 @@ for example:
 """
 
 
+def add_text_flags(command: argparse.ArgumentParser, *, separator: str) -> None:
+    """Declare the flags that say which text a command reads."""
+    kinds = "files, folders or globs of .txt, .jsonl, .parquet, .gz; or hf:owner/name[:config[:split]], streamed from the hub"
+    command.add_argument("--data", nargs="+", required=True, metavar="PATH", help=kinds)
+    command.add_argument("--docs", type=int, metavar="N", help="stop after so many documents")
+    command.add_argument("--text-field", default="text", metavar="KEY", help="column or key that holds the text (default: text)")
+    command.add_argument("--separator", metavar="TEXT", help=separator)
+
+
+# What errors call by a setting's name, and the commands by a flag.
+TEXT_FLAGS = {
+    "data.dataset": "--data", "data.text_field": "--text-field", "data.dataset_config": "the configuration", "data.split": "the split in --data",
+}  # fmt: skip
+TRAIN_FLAGS = TEXT_FLAGS | {"tokenizer.vocab_size": "--vocab-size", "special token": "--special"}
+ENCODE_FLAGS = TEXT_FLAGS | {"tokenizer.path": "--tokenizer"}
+SHOW_FLAGS = {"tokenizer.path": "TOKENIZER"}
+
+
+def text_named(arguments: argparse.Namespace, *, again: str = "Try again.") -> "Together":
+    """The text that the flags mean; `again` is what to do where the network fails."""
+    from tinylm.corpus import sources_named
+
+    require_counts(arguments, "docs")
+    if arguments.separator == "":
+        raise UserError("--separator: is empty. Give the text that divides documents.")
+    return sources_named(arguments.data, arguments.text_field, arguments.separator, again=again)
+
+
+def require_counts(arguments: argparse.Namespace, *names: str) -> None:
+    """UserError for a flag whose number is less than 1."""
+    for name in names:
+        value = vars(arguments)[name]
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {value} is less than 1. Give a whole number from 1 on.")
+
+
+@calling(TRAIN_FLAGS)
 def tokenizer_train(arguments: argparse.Namespace) -> int:
     """Learn merges and write the tokenizer's files; their folder is printed."""
-    from tinylm.bpe import Rules, learn_bpe, require_new, sources_of
+    from tinylm.bpe import Rules, check_request, learn_bpe, require_writable
 
-    if arguments.processes < 1:
-        raise UserError(f"--processes: {arguments.processes} is less than 1. Give the number of processor cores to use.")
-    require_new(arguments.out)
+    require_counts(arguments, "processes")
     rules = Rules(arguments.pattern, tuple(arguments.special))
+    check_request(arguments.vocab_size, rules)
+    require_writable(arguments.out, "--out")
+    source = text_named(arguments)
     with progress_bar() as progress:
-        bpe = learn_bpe(sources_of(arguments.data), arguments.vocab_size, rules, processes=arguments.processes, progress=progress)
-    bpe.save(arguments.out)
+        bpe = learn_bpe(source, arguments.vocab_size, rules, docs=arguments.docs, processes=arguments.processes, progress=progress)
+    bpe.save(arguments.out, "--out")
     if bpe.vocab_size < arguments.vocab_size:
         say(f"vocabulary: {bpe.vocab_size} tokens instead of {arguments.vocab_size}: every word of this text is one token already")
     say(f"learned {len(bpe.merges)} merges; end of text {bpe.eos}, padding {bpe.pad or bpe.eos}")
@@ -129,30 +168,50 @@ def tokenizer_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@calling(TEXT_FLAGS)
 def tokenizer_compare(arguments: argparse.Namespace) -> int:
-    """Print a table with a row for each tokenizer."""
+    """Print a table with a row for each tokenizer that can be had; 2 if one cannot."""
     from rich.table import Table
     from rich.text import Text
 
-    from tinylm.bpe import texts_of
-    from tinylm.tokenizer import Fit, named_tokenizer
+    from tinylm.bpe import jobs_of
+    from tinylm.tokenizer import Fit
 
-    table = Table("tokenizer", title=Text(printable(" ".join(arguments.data))))
+    source = text_named(arguments)
+    table = Table("tokenizer", title=Text(printable(source.name)))
     for column in ("vocabulary", "tokens", "bytes per token", "used"):
         table.add_column(column, justify="right")
     table.add_column("longest tokens", overflow="fold")
-    for name in arguments.tokenizers:
-        tokenizer = named_tokenizer(name)
-        fit = Fit.of(tokenizer, texts_of(arguments.data))
+    found, problems = tokenizers_named(arguments.tokenizers)
+    for name, tokenizer in found.items():
+        fit = Fit.of(tokenizer, (text for job in jobs_of(source, docs=arguments.docs) for text in job.texts()))
         if not fit.n_tokens:
-            raise UserError(f"{printable(' '.join(arguments.data))}: no text. Give a file with text.")
+            raise UserError(f"{printable(source.name)}: no text. Give a file with text.")
         used = f"{fit.n_used:,} ({fit.n_used / tokenizer.vocab_size:.0%})"
         longest = Text("  ".join(f"'{tokenizer.token_text(id)}'" for id in fit.longest))
         table.add_row(Text(printable(name)), f"{tokenizer.vocab_size:,}", f"{fit.n_tokens:,}", f"{fit.n_bytes / fit.n_tokens:.3f}", used, longest)
-    results().print(table)
-    return 0
+    if found:
+        results().print(table)
+    for problem in problems:
+        say(f"error: {problem}")
+    return 2 if problems else 0
 
 
+def tokenizers_named(names: Sequence[str]) -> tuple[dict[str, "Tokenizer"], list[str]]:
+    """The tokenizers that could be opened, by name, and what was wrong with each of the others."""
+    from tinylm.tokenizer import named_tokenizer
+
+    found, problems = {}, []
+    for name in names:
+        try:
+            with calling(SHOW_FLAGS):
+                found[name] = named_tokenizer(name)
+        except UserError as problem:
+            problems.append(str(problem))
+    return found, problems
+
+
+@calling(SHOW_FLAGS)
 def tokenizer_show(arguments: argparse.Namespace) -> int:
     """Print the tokens of a text with a bar between them, their ids, and how many they are."""
     from rich.text import Text
@@ -175,14 +234,10 @@ def add_encode(commands: Any) -> None:
     summary = "Encode a corpus once, into a token file that data.dataset names: by all cores, in document order, resumable."
     plain = argparse.RawDescriptionHelpFormatter
     command = commands.add_parser("encode", help="make a token file of a corpus", description=summary, epilog=ENCODE_EXAMPLE, formatter_class=plain)
-    kinds = "files, folders or globs of .txt, .jsonl, .parquet, .gz; or hf:owner/name[:config[:split]], streamed from the hub"
-    command.add_argument("--data", nargs="+", required=True, metavar="PATH", help=kinds)
+    add_text_flags(command, separator="what divides documents in a .txt file (default: each line is one)")
     command.add_argument("--tokenizer", required=True, metavar="TOKENIZER", help="a folder, a Hugging Face name such as gpt2, or byte")
     command.add_argument("--out", type=Path, required=True, metavar="FILE.bin", help="the new token file")
     command.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="the file is the same (default: one a core)")
-    command.add_argument("--docs", type=int, metavar="N", help="stop after so many documents")
-    command.add_argument("--text-field", default="text", metavar="KEY", help="column or key that holds the text (default: text)")
-    command.add_argument("--separator", metavar="TEXT", help="what divides documents in a .txt file (default: each line is one)")
     command.add_argument("--max-doc-len", type=int, metavar="N", help="tokens after which a document is cut")
     command.add_argument("--resume", action="store_true", help="go on with what an interrupted run left")
     command.add_argument("--format", choices=("bin", "npy"), default="bin", help="npy: also write a plain NumPy array of the ids, FILE.npy")
@@ -196,37 +251,22 @@ for example:
 """
 
 
+@calling(ENCODE_FLAGS)
 def encode(arguments: argparse.Namespace) -> int:
     """Write the token file, tell what is in it, and print its path."""
-    from tinylm.encode import encode_file, finished_file
-    from tinylm.tokenfile import NPY, TokenFile, draft_folder, locked, write_npy
+    from tinylm.encode import notes_on_text
+    from tinylm.tokenfile import NPY, locked, write_npy
 
     check_encode(arguments)
     path, array = arguments.out, arguments.out.with_suffix(NPY)
-    if arguments.format == "npy" and os.path.lexists(array):
-        raise UserError(f"{printable(array)}: is there already. Delete it, or choose another --out.")
     recipe = encode_recipe(arguments)
-    with locked(path, "--out"):
-        file = finished_file(path, recipe)
-        if file is not None:
-            say(f"complete already: {path}")
-        elif not arguments.resume and (draft_folder(path) / "state.json").exists():
-            left = printable(draft_folder(path))
-            raise UserError(f"{left}: what an interrupted run has done. Go on with it: the same command and --resume; or delete it to begin again.")
-        else:
-            say(f"encoding with {arguments.processes} processes, tokenizer {recipe.tokenizer.fingerprint} (vocabulary {recipe.tokenizer.vocab_size})")
-            started = time.monotonic()
-            try:
-                with progress_bar() as progress:
-                    encode_file(path, recipe, processes=arguments.processes, resume=arguments.resume, keep=True, place="--out", progress=progress)
-            except KeyboardInterrupt:
-                say("interrupted; the same command with --resume goes on from here")
-                raise
-            file = TokenFile.open(path)
-            tell_speed(file, time.monotonic() - started)
-        if arguments.format == "npy":
+    with locked(path, "--out", lambda: say(f"waiting: another process is making {printable(path)}")):
+        file = finished_or_encoded(arguments, recipe)
+        if arguments.format == "npy" and not array_is_there(array, file):
             write_npy(file, array, "--out")
     tell_content(file)
+    for note in notes_on_text(recipe.split.source.name, file, recipe.tokenizer, recipe.separator, "--separator"):
+        say(note)
     tokenizer = ["tokenizer.kind=byte", "tokenizer.vocab_size=null"] if arguments.tokenizer == "byte" else [f"tokenizer.path={arguments.tokenizer}"]
     say(f"next: python train.py --config config_smoke.yaml {shlex.join([f'data.dataset={path}', *tokenizer])}")
     if arguments.format == "npy":
@@ -235,26 +275,66 @@ def encode(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def finished_or_encoded(arguments: argparse.Namespace, recipe: "Recipe") -> "TokenFile":
+    """The token file at --out: the one that is there, where it is what was asked for, or a new one."""
+    from tinylm.encode import encode_file, finished_file
+    from tinylm.tokenfile import NPY, TokenFile, draft_folder
+
+    path = arguments.out
+    file = finished_file(path, recipe)
+    if file is not None:
+        say(f"complete already: {printable(path)}")
+        return file
+    if arguments.format == "npy" and os.path.lexists(path.with_suffix(NPY)):  # said before the hours of work, not after them
+        raise UserError(f"{printable(path.with_suffix(NPY))}: is there already, without {printable(path)}. Delete it, or choose another --out.")
+    if not arguments.resume and (draft_folder(path) / "state.json").exists():
+        left = printable(draft_folder(path))
+        raise UserError(f"{left}: what an interrupted run has done. Go on with it: the same command and --resume; or delete it to begin again.")
+    started = time.monotonic()
+    try:
+        say(f"encoding with {arguments.processes} processes, tokenizer {recipe.tokenizer.fingerprint} (vocabulary {recipe.tokenizer.vocab_size})")
+        with progress_bar() as progress:
+            encode_file(path, recipe, processes=arguments.processes, resume=arguments.resume, keep=True, place="--out", progress=progress)
+    except KeyboardInterrupt:
+        say("interrupted; the same command with --resume goes on from here")
+        raise
+    file = TokenFile.open(path)
+    tell_speed(file, time.monotonic() - started)
+    return file
+
+
+def array_is_there(array: Path, file: "TokenFile") -> bool:
+    """Whether FILE.npy is there and has the ids of the token file.
+
+    Raises:
+        UserError: something else is there.
+    """
+    from tinylm.tokenfile import holds_ids
+
+    if not os.path.lexists(array):
+        return False
+    if not holds_ids(array, file):
+        raise UserError(f"{printable(array)}: is there already, and has other ids than {printable(file.path)}. Delete it, or choose another --out.")
+    say(f"complete already: {printable(array)}")
+    return True
+
+
 def check_encode(arguments: argparse.Namespace) -> None:
     """UserError for arguments that cannot be."""
     from tinylm.tokenfile import BIN
 
-    for flag, value in (("--processes", arguments.processes), ("--docs", arguments.docs), ("--max-doc-len", arguments.max_doc_len)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag}: {value} is less than 1. Give a whole number from 1 on.")
-    if arguments.separator == "":
-        raise UserError("--separator: is empty. Give the text that divides documents.")
+    require_counts(arguments, "processes", "docs", "max_doc_len")
     if arguments.out.suffix != BIN:
         raise UserError(f"--out: {printable(arguments.out)}: a token file's name ends with {BIN}. Choose such a name.")
 
 
 def encode_recipe(arguments: argparse.Namespace) -> "Recipe":
     """What the token file is made from."""
-    from tinylm.corpus import Split, sources_named
+    from tinylm.corpus import Split
     from tinylm.encode import Recipe
     from tinylm.tokenizer import named_tokenizer
 
-    source = sources_named(arguments.data, arguments.text_field, arguments.separator)
+    source = text_named(arguments, again="The same command with --resume goes on from there.")
     tokenizer = named_tokenizer(arguments.tokenizer)
     label = f"{printable(source.name)}:"
     return Recipe(Split("train", source, None, arguments.docs), tokenizer, arguments.text_field, arguments.separator, arguments.max_doc_len, label)

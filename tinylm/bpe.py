@@ -1,7 +1,7 @@
 r"""Byte-pair encoding from scratch: which byte strings become tokens is learned from how often they stand in a text.
 
-    1. words     text ─▶ words, never across a special token ─▶ {word: how often}                    `count_texts`, `count_corpus`
-    2. merges    the pair of neighbours that is most frequent becomes a token; again and again       `learn_merges`
+    1. words     text ─▶ words, never across a special token ─▶ {word: how often}                    `count_jobs`
+    2. merges    the pair of neighbours that is most frequent becomes a token; again and again       `learn_merges`, `merge_pairs`
     3. files     vocab.json, merges.txt, tokenizer.json, tokenizer_config.json                       `Bpe`
 
 The method is Sennrich et al. 2016 on bytes (Radford et al. 2019): the 256 bytes are the first tokens, so that every text can
@@ -32,13 +32,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from filelock import FileLock
 
-from tinylm.config import DataConfig, TokenizerConfig
-from tinylm.corpus import HubDataset, LocalFiles, Source, find_source
+from tinylm.config import COUNT_LIMIT, DataConfig, TokenizerConfig
+from tinylm.corpus import HubDataset, LocalFiles, Source, Together, file_documents
 from tinylm.errors import UserError, printable, reading, require_regular, writing
 from tinylm.mix import training_split
+from tinylm.portions import PartJob, TextJob, text_jobs, worth_processes
 from tinylm.processes import Progress, in_order
 from tinylm.tokenizer import WELL_KNOWN_EOS, Tokenizer, load_hf_tokenizer, make_tokenizer
-from tinylm.words import BYTE_OF_CHARACTER, CUT_BYTES, PATTERNS, CountWords, FileJob, Job, Rules, TextJob
+from tinylm.words import BYTE_OF_CHARACTER, CUT_BYTES, PATTERNS, CountWords, Rules
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -51,8 +52,6 @@ CHARACTER_OF_BYTE = {byte[0]: character for character, byte in BYTE_OF_CHARACTER
 PART = 2**16
 # Parts that one process counts before it hands its words over; also a bound on what it holds.
 PARTS_A_JOB = 32
-# Characters of documents that one process is given at a time.
-BATCH = 2**20
 # A smaller text is counted before a process for it has started (half a second; 10 MB take one core 0.8 s).
 WORTH_PROCESSES = 2**24
 # Bytes searched for a place where a part can end.
@@ -83,55 +82,38 @@ def file_borders(path: Path) -> list[int]:
     return [*borders, size]
 
 
-def jobs_of(source: Source, processes: int) -> Iterator[Job]:
-    """The source in portions for the processes: plain .txt files as they stand, other kinds by their documents."""
-    if isinstance(source, HubDataset):
-        yield from _text_jobs(source.documents())
+def jobs_of(source: Source, processes: int = 1, docs: int | None = None) -> Iterator[PartJob | TextJob]:
+    """The source, or its first `docs` documents, in portions: plain .txt files as they stand, other kinds by their documents."""
+    if docs is not None or not isinstance(source, LocalFiles | Together):
+        yield from text_jobs(islice(source.documents(), docs))
+        return
+    if isinstance(source, Together):
+        yield from chain.from_iterable(jobs_of(one, processes) for one in source.sources)
         return
     for path in source.paths:
         if path.name.endswith(".txt") and source.separator is None:
-            yield from _file_jobs(path, processes)
+            yield from _part_jobs(path, processes)
         else:
-            yield from _text_jobs(LocalFiles(str(path), (path,), source.field, source.separator).documents())
+            yield from text_jobs(file_documents(path, source.field, source.separator))
 
 
-def _file_jobs(path: Path, processes: int) -> Iterator[FileJob]:
+def _part_jobs(path: Path, processes: int) -> Iterator[PartJob]:
     borders = file_borders(path)
     # Four portions a process, so that none waits long for the last one.
     parts = min(PARTS_A_JOB, max(1, (len(borders) - 1) // (4 * processes)))
     for start in range(0, len(borders) - 1, parts):
-        yield FileJob(path, tuple(borders[start : start + parts + 1]))
+        yield PartJob(path, tuple(borders[start : start + parts + 1]))
 
 
-def _text_jobs(documents: Iterable[str]) -> Iterator[TextJob]:
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= BATCH:
-            yield TextJob(batch)
-            batch, characters = [], 0
-    if batch:
-        yield TextJob(batch)
-
-
-def count_jobs(jobs: Iterable[Job], rules: Rules, *, processes: int = 1, progress: Progress | None = None) -> Counter[str]:
+def count_jobs(jobs: Iterable[PartJob | TextJob], rules: Rules, *, processes: int = 1, progress: Progress | None = None) -> Counter[str]:
     """The words of all jobs, counted by `processes`, or by this one alone where the text is small.
 
     Raises:
         UserError: a file cannot be read or is not UTF-8, a process was killed, or there is no word at all.
     """
-    jobs = iter(jobs)
-    first: list[Job] = []
-    size = 0
-    while size < WORTH_PROCESSES and (job := next(jobs, None)) is not None:
-        first.append(job)
-        size += job.size
-    if size < WORTH_PROCESSES:
-        processes = 1
+    jobs, processes = worth_processes(jobs, processes, WORTH_PROCESSES)
     total, done = Counter[str](), 0
-    for size, words in in_order(CountWords(rules), chain(first, jobs), processes):
+    for size, words in in_order(CountWords(rules), jobs, processes):
         total.update(words)
         done += size
         if progress is not None:
@@ -178,7 +160,8 @@ class Words:
         counts = np.fromiter(words.values(), dtype=np.int64, count=len(words))
         counts = counts.astype(np.min_scalar_type(counts.max(initial=0)))
         self.counts = np.concatenate([counts[:1], np.repeat(counts, np.diff(borders))])
-        self.sizes = np.ones(vocab_size, dtype=np.int32)
+        # Each merge takes a token away, so that there are fewer new ones than bytes, whatever was asked for.
+        self.sizes = np.ones(min(vocab_size, 256 + len(raw)), dtype=np.int32)
         """bytes of each token"""
 
     def pairs(self, least: int = 1) -> Iterator["Pair"]:
@@ -341,7 +324,9 @@ class Bpe:
         return cls(tuple(learn_merges(words, vocab_size - smallest_vocabulary(rules), progress=progress)), rules)
 
     @classmethod
-    def count_and_learn(cls, jobs: Iterable[Job], vocab_size: int, rules: Rules, *, processes: int = 1, progress: Progress | None = None) -> "Bpe":
+    def count_and_learn(
+        cls, jobs: Iterable[PartJob | TextJob], vocab_size: int, rules: Rules, *, processes: int = 1, progress: Progress | None = None
+    ) -> "Bpe":
         """`learn` from the words of all jobs; they are let go before the merges begin.
 
         Raises:
@@ -391,8 +376,8 @@ class Bpe:
         backend.add_special_tokens(list(self.rules.special))
         return backend
 
-    def save(self, folder: Path) -> None:
-        """Write `FILES` into the new folder `folder`, whole or not at all.
+    def save(self, folder: Path, setting: str = "where it goes") -> None:
+        """Write `FILES` into the new folder `folder`, whole or not at all; an error calls its place `setting`.
 
         `load_hf_tokenizer` and transformers' AutoTokenizer open it.
         """
@@ -404,9 +389,8 @@ class Bpe:
             json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
             self.backend().to_str(pretty=True),
         )
-        with writing(folder, "where it goes"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        with writing(folder, setting):
+            temporary = _folder_beside(folder)
             try:
                 for name, text in zip(FILES, texts, strict=True):
                     with open(temporary / name, "w", encoding="utf-8", newline="\n") as file:
@@ -417,6 +401,12 @@ class Bpe:
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _folder_beside(folder: Path) -> Path:
+    """A new folder where what shall become `folder` is made."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
 
 
 def gpt2_form(token: bytes) -> str:
@@ -444,7 +434,9 @@ def check_request(vocab_size: int, rules: Rules) -> None:
             raise UserError(f"special token {printable(name)}: named twice. Name it once.")
     least = smallest_vocabulary(rules)
     if vocab_size < least:
-        raise UserError(f"vocabulary size: {vocab_size} is less than 256 bytes and {len(rules.special)} special tokens. Ask for {least} or more.")
+        raise UserError(f"tokenizer.vocab_size: {vocab_size} is less than 256 bytes and {len(rules.special)} special tokens. Ask for {least} or more.")
+    if vocab_size > COUNT_LIMIT:
+        raise UserError(f"tokenizer.vocab_size: {vocab_size} is more than {COUNT_LIMIT}, the largest that is possible. Ask for less, such as 32000.")
 
 
 def require_new(folder: Path) -> None:
@@ -453,31 +445,21 @@ def require_new(folder: Path) -> None:
         raise UserError(f"{printable(folder)}: is there already. Delete it, or choose another folder.")
 
 
-def learn_bpe(sources: Sequence[Source], vocab_size: int, rules: Rules, *, processes: int = 1, progress: Progress | None = None) -> Bpe:
-    """The vocabulary learned from all of `sources`, the same for any number of processes.
+def require_writable(folder: Path, setting: str) -> None:
+    """`require_new`, and UserError where the operating system lets nobody write there: it is tried before the learning."""
+    require_new(folder)
+    with writing(folder, setting):
+        _folder_beside(folder).rmdir()
+
+
+def learn_bpe(source: Source, vocab_size: int, rules: Rules, *, docs: int | None = None, processes: int = 1, progress: Progress | None = None) -> Bpe:
+    """The vocabulary learned from a source, or from its first `docs` documents, the same for any number of processes.
 
     Raises:
         UserError: as `check_request` and `count_jobs`.
     """
     check_request(vocab_size, rules)
-    jobs = chain.from_iterable(jobs_of(source, processes) for source in sources)
-    return Bpe.count_and_learn(jobs, vocab_size, rules, processes=processes, progress=progress)
-
-
-def sources_of(names: Sequence[str]) -> list[Source]:
-    """What each name stands for: a file, a folder, a glob, or a dataset on the hub.
-
-    Raises:
-        UserError: as `find_source`.
-    """
-    return [find_source(DataConfig(), "dataset", name, "train") for name in names]
-
-
-def texts_of(names: Sequence[str]) -> Iterator[str]:
-    """The text behind the names in pieces, cut where no word is."""
-    for source in sources_of(names):
-        for job in jobs_of(source, processes=1):
-            yield from job.texts()
+    return Bpe.count_and_learn(jobs_of(source, processes, docs), vocab_size, rules, processes=processes, progress=progress)
 
 
 # --- the tokenizer of a run -------------------------------------------------------------------------------------------
@@ -513,7 +495,7 @@ def tokenizer_for(config: TokenizerConfig, data: DataConfig, seed: int, *, progr
         if not folder.exists():
             documents = islice(split.documents(), config.learn_docs)
             processes = os.cpu_count() or 1
-            Bpe.count_and_learn(_text_jobs(documents), config.vocab_size, rules, processes=processes, progress=progress).save(folder)
+            Bpe.count_and_learn(text_jobs(documents), config.vocab_size, rules, processes=processes, progress=progress).save(folder)
     finally:
         lock.release()
     return load_hf_tokenizer(str(folder))
@@ -531,5 +513,5 @@ def learned_from(config: TokenizerConfig, texts: Callable[[], Iterable[str]]) ->
     rules = Rules(config.pattern or "gpt2")
     check_request(config.vocab_size, rules)
     with tempfile.TemporaryDirectory() as folder:
-        Bpe.count_and_learn(_text_jobs(islice(texts(), config.learn_docs)), config.vocab_size, rules).save(Path(folder) / "bpe")
+        Bpe.count_and_learn(text_jobs(islice(texts(), config.learn_docs)), config.vocab_size, rules).save(Path(folder) / "bpe")
         return load_hf_tokenizer(str(Path(folder) / "bpe"))

@@ -13,27 +13,26 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tinylm import corpus
+from tinylm import corpus, portions
 from tinylm.config import DataConfig
-from tinylm.corpus import LocalFiles, Source, Span, Split, Together, Which, check_token_files, find_split, named_source
+from tinylm.corpus import LocalFiles, Met, Source, Split, Together, Which, check_token_files, find_split, named_source
 from tinylm.errors import UserError, printable, require_regular
+from tinylm.portions import SpanJob, TextJob, text_jobs, worth_processes
 from tinylm.processes import Progress, in_order
 from tinylm.tokenfile import BIN, VERSION, Draft, TokenFile, checked_tokens, is_token_file, locked, token_dtype
 from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
 
 # Text is handed to the tokenizer in batches of so many documents or characters, whichever is first.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1_000_000
-# Documents that cannot be read apart from those before them (compressed, streamed) go to the processes in so many characters.
-JOB_CHARACTERS = 2**20
-# A smaller text is encoded before a helper process has started.
-WORTH_PROCESSES = 8 * 2**20
+# A smaller text is encoded sooner without helpers, which take most of a second to start.
+WORTH_PROCESSES = 24 * 2**20
 
 
 # --- documents to ids -------------------------------------------------------------------------------------------------
@@ -146,44 +145,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 # --- portions, for the processes --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FileJob:
-    """A span of a document file: whoever encodes it reads it."""
-
-    path: Path
-    field: str
-    separator: str | None
-    span: Span
-
-    @property
-    def size(self) -> int:
-        return self.span[1] - self.span[0]
-
-    def documents(self) -> Iterator[str]:
-        return corpus.file_documents(self.path, self.field, self.separator, self.span)
-
-
-@dataclass(frozen=True)
-class TextJob:
-    """Documents that were read already, and the error that ended the reading."""
-
-    texts: list[str]
-    error: UserError | None = None
-
-    @property
-    def size(self) -> int:
-        return sum(map(len, self.texts))
-
-    def documents(self) -> Iterator[str]:
-        yield from self.texts
-        if self.error is not None:
-            raise self.error
-
-
-Job = FileJob | TextJob
-
-
-def jobs_of(source: Source) -> Iterator[Job]:
+def jobs_of(source: Source) -> Iterator[SpanJob | TextJob]:
     """The source in portions; they depend on the source alone, and an error in reading it is the last of them."""
     try:
         yield from _jobs_of(source)
@@ -191,37 +153,21 @@ def jobs_of(source: Source) -> Iterator[Job]:
         yield TextJob([], error)
 
 
-def _jobs_of(source: Source) -> Iterator[Job]:
+def _jobs_of(source: Source) -> Iterator[SpanJob | TextJob]:
     if isinstance(source, Together):
         yield from chain.from_iterable(map(_jobs_of, source.sources))
         return
     if not isinstance(source, LocalFiles):
-        yield from _text_jobs(source.documents())
+        yield from text_jobs(source.documents())
         return
     for path in source.paths:
         require_regular(path)
         end = corpus.end_of_document(path, source.separator)
         if end is None:
-            yield from _text_jobs(corpus.file_documents(path, source.field, source.separator))
+            met = Met()
+            yield from text_jobs(corpus.file_documents(path, source.field, source.separator, met=met), met)
         else:
-            yield from (FileJob(path, source.field, source.separator, span) for span in corpus.spans_of(path, end))
-
-
-def _text_jobs(documents: Iterable[str]) -> Iterator[TextJob]:
-    texts: list[str] = []
-    held = 0
-    try:
-        for text in documents:
-            texts.append(text)
-            held += len(text)
-            if held >= JOB_CHARACTERS:
-                yield TextJob(texts)
-                texts, held = [], 0
-    except UserError as error:
-        yield TextJob(texts, error)
-        return
-    if texts:
-        yield TextJob(texts)
+            yield from (SpanJob(path, source.field, source.separator, span) for span in corpus.spans_of(path, end))
 
 
 def size_of(source: Source) -> int:
@@ -243,6 +189,10 @@ class Encoded:
     read: int
     """documents in the job, also those of the other split"""
     size: int
+    spelled: list[int]
+    """numbers of documents of the chunk that spell the tokenizer's end of text"""
+    separated: bool
+    """whether a separator was met"""
     error: UserError | None
     """what is wrong with the document behind the last one"""
 
@@ -255,22 +205,27 @@ class Encoder:
     max_doc_len: int | None
     split: Split
 
-    def __call__(self, job: Job) -> Encoded:
-        read = 0
+    def __call__(self, job: SpanJob | TextJob) -> Encoded:
+        read = kept = 0
+        spelled, met = [], Met()
+        end_of_text = name_of_eos(self.tokenizer)
 
-        def kept() -> Iterator[str]:
-            nonlocal read
-            for text in job.documents():
+        def of_split() -> Iterator[str]:
+            nonlocal read, kept
+            for text in job.texts(met):
                 read += 1
                 if self.split.has(text):
+                    if end_of_text in text:
+                        spelled.append(kept)
+                    kept += 1
                     yield text
 
         chunks, error = [], None
         try:
-            chunks.extend(encoded_chunks(kept(), self.tokenizer, self.max_doc_len))
+            chunks.extend(encoded_chunks(of_split(), self.tokenizer, self.max_doc_len))
         except UserError as problem:
             error = problem
-        return Encoded(Chunk.joined(chunks), read, job.size, error)
+        return Encoded(Chunk.joined(chunks), read, job.size, spelled, met.separator, error)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _encoder, (self.tokenizer.to_plain(), self.max_doc_len, self.split)
@@ -326,43 +281,39 @@ def encode_file(
     Raises:
         UserError: as the source, the tokenizer and `Draft`, or the split has no document.
     """
-    cut = f"{corpus.SPAN_BYTES} bytes, {JOB_CHARACTERS} characters"
+    cut = f"{corpus.SPAN_BYTES} bytes, {portions.JOB_CHARACTERS} characters"
     with Draft(path, recipe.tokenizer, recipe.fingerprint, cut=cut, resume=resume, keep=keep, place=place) as draft:
         _fill(draft, recipe, processes, progress)
         if not draft.state.documents:
             raise recipe.split.nothing(draft.state.read)
-        draft.finish(recipe.source)
+        all_read = draft.state.documents != recipe.split.limit
+        draft.finish(recipe.source, unseparated=recipe.separator is not None and not draft.state.separated and all_read)
 
 
 def _fill(draft: Draft, recipe: Recipe, processes: int, progress: Progress | None) -> None:
     """Encode what the draft does not have yet."""
     jobs, split = jobs_of(recipe.split.source), recipe.split
     done, total = sum(job.size for job in islice(jobs, draft.state.portions)), size_of(split.source)
-    jobs, processes = _worth(jobs, processes)
+    jobs, processes = worth_processes(jobs, processes, WORTH_PROCESSES)
     for encoded in in_order(Encoder(recipe.tokenizer, recipe.max_doc_len, split), jobs, processes):
         chunk, before = encoded.chunk, draft.state.documents
         if split.limit is not None and before + len(chunk.ends) >= split.limit:
             chunk = chunk.first(split.limit - before)
-            draft.append(chunk.tokens, chunk.ends, read=encoded.read)
+            _append(draft, chunk, encoded)
             return
         if isinstance(encoded.error, CannotEncode):
             raise UserError(f"{recipe.label} document {before + len(chunk.ends) + 1}: {encoded.error}")
         if encoded.error is not None:
             raise encoded.error
-        draft.append(chunk.tokens, chunk.ends, read=encoded.read)
+        _append(draft, chunk, encoded)
         done += encoded.size
         if progress is not None:
             progress("bytes", done, total)
 
 
-def _worth(jobs: Iterator[Job], processes: int) -> tuple[Iterator[Job], int]:
-    """The jobs, and how many processes: one where the text is small."""
-    first: list[Job] = []
-    size = 0
-    while processes > 1 and size < WORTH_PROCESSES and (job := next(jobs, None)) is not None:
-        first.append(job)
-        size += job.size
-    return chain(first, jobs), processes if size >= WORTH_PROCESSES else 1
+def _append(draft: Draft, chunk: Chunk, encoded: Encoded) -> None:
+    spelled = sum(number < len(chunk.ends) for number in encoded.spelled)
+    draft.append(chunk.tokens, chunk.ends, read=encoded.read, spelled=spelled, separated=encoded.separated)
 
 
 def finished_file(path: Path, recipe: Recipe) -> TokenFile | None:
@@ -380,6 +331,30 @@ def finished_file(path: Path, recipe: Recipe) -> TokenFile | None:
         raise UserError(f"{printable(path)}: is there already, and was made from other text, with another tokenizer or other settings. {mend}")
     file.verify()
     return file
+
+
+def name_of_eos(tokenizer: Tokenizer) -> str:
+    """How a text would spell the tokenizer's end of text."""
+    return tokenizer.special_names[tokenizer.eos_id]
+
+
+def notes_on_text(name: str, file: TokenFile, tokenizer: Tokenizer, separator: str | None, setting: str) -> list[str]:
+    """What a user should know of the text that became `file`, a line each.
+
+    Args:
+        name: what the text is called.
+        file: what `encode_file` wrote.
+        tokenizer: what it was encoded with.
+        separator: what divides documents in a .txt file.
+        setting: what says so: a setting or a flag.
+    """
+    header, eos, notes = file.header, name_of_eos(tokenizer), []
+    if header.spelled_eos:
+        found = f"{header.spelled_eos:,} of {header.documents:,} documents have {printable(eos)} in their text, where it is characters and ends nothing"
+        notes.append(f"warning: {printable(name)}: {found}. If it divides documents of a .txt file, set {setting} to '{printable(eos)}'")
+    if header.unseparated:
+        notes.append(f"warning: {printable(name)}: {setting} '{printable(separator)}' does not occur in it, so that each .txt file is one document")
+    return notes
 
 
 # --- the token file of a split ----------------------------------------------------------------------------------------
@@ -422,12 +397,22 @@ def _given_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer) -> T
     """The token file that the settings name, or the part of it that is for `which`.
 
     Without a val_dataset the last val_fraction of data.dataset, from the start of a document on, is for validation.
-    A document that stands in the file twice can then be on both sides; text, split by content, has no such gap.
+    A document that stands in the file twice can then be on both sides, which `mix.shared_in_token_files` counts.
     """
-    file = TokenFile.open(named_source(data, which)[1], tokenizer=tokenizer, dtype=data.token_dtype)
-    file.require_tokenizer(tokenizer)
-    file.verify()
+    path = named_source(data, which)[1]
+    require_regular(path)
+    found = os.stat(path)
+    file = _verified(path, tokenizer, data.token_dtype, (found.st_ino, found.st_size, found.st_mtime_ns))
     if data.val_dataset is not None:
         return file
     border = file.document_border(len(file) - round(len(file) * data.val_fraction))
     return file.between(0, border) if which == "train" else file.between(border, len(file))
+
+
+@lru_cache(maxsize=1024)
+def _verified(path: str, tokenizer: Tokenizer, dtype: str | None, stamp: tuple[int, ...]) -> TokenFile:
+    """A token file that the user gave, read whole: once, although both splits ask for it; again where `stamp` says that it has changed."""
+    file = TokenFile.open(path, tokenizer=tokenizer, dtype=dtype)
+    file.require_tokenizer(tokenizer)
+    file.verify()
+    return file

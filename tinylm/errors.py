@@ -4,9 +4,10 @@ import contextlib
 import gzip
 import importlib.util
 import os
+import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 
 class UserError(Exception):
@@ -30,6 +31,22 @@ def printable(text: object) -> str:
     'a\\nb\\x1b[31m'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+@contextlib.contextmanager
+def calling(names: Mapping[str, str]) -> Iterator[None]:
+    """Turns the settings that an error names into what its user typed: the flags of a command, a part of a mixture.
+
+    >>> with calling({"data.dataset": "--data"}):
+    ...     raise UserError("data.dataset: a/b: not found. Check data.dataset_config.")
+    Traceback (most recent call last):
+    tinylm.errors.UserError: --data: a/b: not found. Check data.dataset_config.
+    """
+    try:
+        yield
+    except UserError as error:
+        setting = re.compile(rf"(?<![\w./])({'|'.join(map(re.escape, names))})(?!\w)")
+        raise UserError(setting.sub(lambda found: names[found[0]], str(error))) from error
 
 
 @contextlib.contextmanager

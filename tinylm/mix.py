@@ -10,19 +10,19 @@ rows come from it, not how many tokens it has. This file knows nothing of batche
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate, zip_longest
+from itertools import accumulate, compress, zip_longest
 
 import numpy as np
 
 from tinylm.config import DataConfig
 from tinylm.corpus import Source, Split, find_split, mix_parts
-from tinylm.encode import cached_token_file
-from tinylm.errors import UserError, printable
+from tinylm.encode import cached_token_file, notes_on_text
+from tinylm.errors import UserError, calling, printable
 from tinylm.processes import Progress
-from tinylm.tokenfile import TokenFile, is_token_file
+from tinylm.tokenfile import Shared, TokenFile, is_token_file, shared_documents
 from tinylm.tokenizer import Tokenizer
 
 # Rows that are dealt to the sources together: enough to mix a batch well.
@@ -101,15 +101,9 @@ def name_of(data: DataConfig) -> str:
     return "mix of " + ", ".join(f"{printable(part.dataset)} ({float(share):.1%})" for part, share in zip(data.mix, shares, strict=True))
 
 
-@contextmanager
-def _naming(data: DataConfig, number: int) -> Iterator[None]:
+def _naming(data: DataConfig, number: int) -> AbstractContextManager[None]:
     """Turns what an error says of data.dataset, when a source of a mixture is read as the data of a run, into the setting that named it."""
-    try:
-        yield
-    except UserError as error:
-        if data.mix is None:
-            raise
-        raise UserError(str(error).replace("data.dataset", f"data.mix[{number}].dataset")) from error
+    return nullcontext() if data.mix is None else calling({"data.dataset": f"data.mix[{number}].dataset"})
 
 
 def training_files(data: DataConfig, tokenizer: Tokenizer, seed: int, *, needed: int, progress: Progress | None = None) -> tuple[TokenFile, ...]:
@@ -182,6 +176,24 @@ def validation_file(data: DataConfig, tokenizer: Tokenizer, seed: int, *, progre
         with _naming(data, number):
             files.append(cached_token_file(part, "val", tokenizer, seed, progress=progress))
     return files[0] if len(files) == 1 else Joined(tuple(files))
+
+
+def shared_in_token_files(data: DataConfig, train: Sequence[TokenFile], val: TokenFile | Joined) -> Shared:
+    """`shared_documents` of the token files that the settings name on both sides; their texts are `corpus.shared_documents`' business."""
+    vals = val.files if isinstance(val, Joined) else (val,)
+    parts = [is_token_file(part.dataset) for part in mix_parts(data)]
+    given = parts if data.val_dataset is None else [is_token_file(data.val_dataset)]
+    sides = [list(compress(files, named)) for files, named in ((train, parts), (vals, given))]
+    return shared_documents(*sides) if all(sides) else Shared(0, 0)
+
+
+def notes_on_texts(data: DataConfig, train: Sequence[TokenFile], val: TokenFile | Joined, tokenizer: Tokenizer) -> list[str]:
+    """What a user should know of the texts that were encoded for a run, a line each; token files that the settings name were not."""
+    made = [(part.dataset, file) for part, file in zip(mix_parts(data), train, strict=False)]
+    if data.val_dataset is not None or not train:  # or else it was divided, and encoded, as the training text was
+        made += [(data.val_dataset or data.dataset, file) for file in (val.files if isinstance(val, Joined) else (val,))]
+    texts = [(name, file) for name, file in made if not is_token_file(name)]
+    return [note for name, file in texts for note in notes_on_text(name, file, tokenizer, data.document_separator, "data.document_separator")]
 
 
 def training_fingerprint(data: DataConfig, files: Sequence[TokenFile]) -> str:

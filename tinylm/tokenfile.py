@@ -18,16 +18,16 @@ import re
 import shutil
 import time
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinylm.errors import UserError, printable, reading, reason, require_regular
@@ -37,6 +37,8 @@ BIN, NPY, DATATROVE = ".bin", ".npy", ".ds"
 TOKEN_FILES = (BIN, NPY, DATATROVE)
 # Bytes or tokens that are looked at together.
 BLOCK = 2**20
+# Documents whose hashes are worked out together.
+DIGESTS = 2**16
 MAGIC = b"tinylm token file\n"
 HEADER_BYTES = 4096
 VERSION = 2
@@ -77,6 +79,10 @@ class TokenFileHeader(BaseModel):
     documents: int = Field(ge=1)
     text_bytes: int = Field(ge=0)
     """UTF-8 bytes of text that the tokens stand for"""
+    spelled_eos: int = Field(default=0, ge=0)
+    """documents whose text has the tokenizer's end of text in characters"""
+    unseparated: bool = False
+    """whether a separator was given that the text does not have"""
     source: str
     """fingerprint of the text that was encoded"""
     recipe: str
@@ -85,8 +91,8 @@ class TokenFileHeader(BaseModel):
     """over everything behind the header and then the other fields of this header"""
 
     def fields_json(self) -> bytes:
-        """The fields that `sha256` covers beside the tokens."""
-        return json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True).encode()
+        """The fields that `sha256` covers beside the tokens; without those that older files lack, where they say nothing."""
+        return json.dumps(self.model_dump(exclude={"sha256"}, exclude_defaults=True), sort_keys=True).encode()
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -178,12 +184,28 @@ class TokenFile:
     @property
     def document_ends(self) -> np.ndarray:
         """(D,) uint64: for each document that ends in `tokens`, where the next one begins; read from disk if it is the whole file."""
+        ends, start = self._ends_in_file()
+        return ends if self.part is None else ends - ends.dtype.type(start)
+
+    def _ends_in_file(self) -> tuple[np.ndarray, int]:
+        """`document_ends` counted from the start of the whole file, read from disk, and where `tokens` begin there."""
         ends = self._all_ends()
         if self.part is None:
-            return ends
+            return ends, 0
         # A number of another type would make searchsorted convert the whole index.
         first, last = np.searchsorted(ends, np.array(self.part, dtype=ends.dtype), side="right")
-        return ends[first:last] - ends.dtype.type(self.part[0])
+        return ends[first:last], self.part[0]
+
+    def document_digests(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """A hash of the tokens, as `dtype`, of each document that has more than EOS: uint64, so many documents at a time."""
+        tokens = np.asarray(self.tokens)  # a slice of a memory map takes several times as long
+        ends, first = self._ends_in_file()
+        start = 0
+        for block in range(0, len(ends), DIGESTS):
+            stops = [end - first for end in ends[block : block + DIGESTS].tolist()]
+            documents = (tokens[a:b].astype(dtype, copy=False) for a, b in zip([start, *stops], stops, strict=False) if b > a + 1)
+            yield np.frombuffer(b"".join(hashlib.blake2b(document, digest_size=8).digest() for document in documents), dtype="<u8")
+            start = stops[-1]
 
     def _all_ends(self) -> np.ndarray:
         if self._ends is not None:
@@ -239,6 +261,27 @@ def _parse_header(path: Path, head: bytes, mend: str) -> TokenFileHeader:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "JSON"
         raise UserError(f"{printable(path)}: header: {printable(key)}: {printable(first['msg'])}. {mend}") from None
+
+
+class Shared(NamedTuple):
+    """How many different documents validate, and how many of them are training documents too."""
+
+    found: int
+    of: int
+
+
+def shared_documents(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Shared:
+    """Which documents of token files of one tokenizer are on both sides, told by their tokens.
+
+    Memory holds 8 bytes a validation document, and a block of the others.
+    """
+    dtype = np.result_type(*(file.header.token_dtype for file in (*train, *val)))
+    wanted = np.unique(np.concatenate([np.empty(0, "<u8"), *chain.from_iterable(file.document_digests(dtype) for file in val)]))
+    found = np.zeros(len(wanted), dtype=bool)
+    for digests in chain.from_iterable(file.document_digests(dtype) for file in train) if len(wanted) else ():
+        places = np.searchsorted(wanted, digests) % len(wanted)  # behind the last one: any other place, where it is not
+        found[places[wanted[places] == digests]] = True
+    return Shared(int(found.sum()), len(wanted))
 
 
 # --- arrays of ids that other programs wrote --------------------------------------------------------------------------
@@ -345,36 +388,21 @@ def _with_scan(path: Path, dtype: str, offset: int, count: int, tokenizer: Token
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_token_file(path: Path, documents: Iterable[np.ndarray], tokenizer: Tokenizer, *, source: str, progress: Callable[[int], None] | None = None) -> None:
-    """Write the tokens of `documents`, arrays that end with EOS, as the token file `path`, whole or not at all.
-
-    A second writer waits for the first.
-
-    Args:
-        path: where the file goes; one that is there is replaced.
-        documents: what `encode_documents` gives.
-        tokenizer: what they were encoded with.
-        source: fingerprint of the text.
-        progress: called with the number of documents written so far.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written; nothing is left behind.
-    """
-    with locked(path), Draft(path, tokenizer, source) as draft:
-        for tokens in documents:
-            draft.append(tokens, np.array([len(tokens)]))
-            if progress is not None:
-                progress(draft.state.documents)
-        draft.finish(source)
-
-
 @contextmanager
-def locked(path: Path, place: str = "data.cache_dir") -> Iterator[None]:
-    """Only one process of this machine makes `path`, whose place a setting decides; the lock dies with its process."""
+def locked(path: Path, place: str = "data.cache_dir", waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Only one process of this machine makes `path`, whose place a setting decides; the lock dies with its process.
+
+    `waiting` is called where another process has it, before the wait.
+    """
     with writing_tokens(path, place):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f".{path.name}.lock"))
-        lock.acquire()
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if waiting is not None:
+                waiting()
+            lock.acquire()
     try:
         yield
     finally:
@@ -404,6 +432,10 @@ class DraftState(BaseModel):
     """documents that were read, also those of the other split"""
     documents: int = Field(default=0, ge=0)
     tokens: int = Field(default=0, ge=0)
+    spelled_eos: int = Field(default=0, ge=0)
+    """documents whose text has the tokenizer's end of text in characters"""
+    separated: bool = False
+    """whether a separator was met"""
 
 
 class Draft:
@@ -424,7 +456,7 @@ class Draft:
         recipe: fingerprint of all that they depend on.
         cut: what decides where portions end.
         resume: go on with a draft that was left, if there is one.
-        keep: leave the draft after an error; an interruption leaves it in any case.
+        keep: leave what was appended after an error; an interruption leaves it in any case.
         place: the setting that decides where the file goes, for errors.
 
     Raises:
@@ -482,8 +514,11 @@ class Draft:
     def __enter__(self) -> "Draft":
         return self
 
-    def append(self, tokens: np.ndarray, ends: np.ndarray, *, read: int = 0) -> None:
-        """Add a portion: documents behind each other, and where each ends, counted from the first token of the portion."""
+    def append(self, tokens: np.ndarray, ends: np.ndarray, *, read: int = 0, spelled: int = 0, separated: bool = False) -> None:
+        """Add a portion: documents behind each other, and where each ends, counted from the first token of the portion.
+
+        `spelled` of them have the end of text in characters; `separated` says whether a separator was met.
+        """
         state = self.state
         with writing_tokens(self.path, self.place):
             for start in range(0, len(tokens), BLOCK):  # a document may be very long
@@ -492,6 +527,7 @@ class Draft:
                 self._tally.add_tokens(block)
             self._ends.write((ends.astype("<u8") + np.uint64(state.tokens)).data)
             done = {"portions": state.portions + 1, "read": state.read + read}
+            done |= {"spelled_eos": state.spelled_eos + spelled, "separated": state.separated or separated}
             self.state = state.model_copy(update={**done, "documents": state.documents + len(ends), "tokens": state.tokens + len(tokens)})
             if time.monotonic() > self._saved + self.SAVE_SECONDS:
                 self.save()
@@ -509,8 +545,8 @@ class Draft:
         os.replace(temporary, self.folder / "state.json")
         self._saved = time.monotonic()
 
-    def finish(self, source: str) -> None:
-        """Make the token file of all that was appended; `source` is the fingerprint of the text."""
+    def finish(self, source: str, *, unseparated: bool = False) -> None:
+        """Make the token file of all that was appended; `source` is the fingerprint of the text, `unseparated` goes into the header."""
         state, digest = self.state, self._tally.digest
         with writing_tokens(self.path, self.place):
             padding = bytes(-self._tokens.tell() % END_BYTES)
@@ -518,9 +554,10 @@ class Draft:
             for block in chain([padding], iter(partial(self._ends.read, BLOCK), b"")):
                 self._tokens.write(block)
                 digest.update(block)
-            header = self._tally.header(self._tally.dtype.name, state.tokens, state.documents, source, state.recipe)
+            text = {"spelled_eos": state.spelled_eos, "unseparated": unseparated}
+            header = self._tally.header(self._tally.dtype.name, state.tokens, state.documents, source, state.recipe, **text)
             self._tokens.seek(0)
-            self._tokens.write((MAGIC + header.model_dump_json().encode()).ljust(HEADER_BYTES - 1) + b"\n")
+            self._tokens.write((MAGIC + header.model_dump_json(exclude_defaults=True).encode()).ljust(HEADER_BYTES - 1) + b"\n")
             self._tokens.flush()
             os.fsync(self._tokens.fileno())
             os.replace(self.folder / "tokens", self.path)
@@ -528,11 +565,15 @@ class Draft:
         self._remove()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._files.close()
+            return
+        worth = self.state.portions > 0 and (self._keep or not issubclass(kind, Exception))
         # A full disk must not hide why the work ended: then the state that was saved before stays.
         with suppress(OSError), self._files:
-            if kind is not None and (self._keep or not issubclass(kind, Exception)):
+            if worth:
                 self.save()
-        if kind is not None and issubclass(kind, Exception) and not self._keep:
+        if not worth:
             self._remove()
 
     def _remove(self) -> None:
@@ -557,15 +598,32 @@ class _Tally:
         self.digest.update(tokens.data)
         self.text_bytes += int(self._lengths[tokens].sum(dtype=np.int64))
 
-    def header(self, dtype: str, count: int, documents: int, source: str, recipe: str) -> TokenFileHeader:
-        """The header of a file whose every byte went through the digest."""
+    def header(self, dtype: str, count: int, documents: int, source: str, recipe: str, **text: Any) -> TokenFileHeader:
+        """The header of a file whose every byte went through the digest; `text` are the fields with a default."""
         tokenizer = self.tokenizer
         header = TokenFileHeader(
             version=VERSION, count=count, dtype=dtype, tokenizer=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id, documents=documents, text_bytes=self.text_bytes, source=source, recipe=recipe, sha256="",
+            eos_id=tokenizer.eos_id, documents=documents, text_bytes=self.text_bytes, source=source, recipe=recipe, sha256="", **text,
         )  # fmt: skip
         self.digest.update(header.fields_json())
         return header.model_copy(update={"sha256": self.digest.hexdigest()})
+
+
+def holds_ids(path: Path, file: TokenFile) -> bool:
+    """Whether the NumPy array `path` has the ids of `file`, as `write_npy` writes them.
+
+    Raises:
+        UserError: it is no array of ids, or cannot be read.
+    """
+    require_regular(path)
+    with reading(path):
+        with open(path, "rb") as array:
+            head = array.read(HEADER_BYTES)
+        dtype, offset, count = _npy_layout(path, head, os.path.getsize(path), "Delete it.")
+    if (dtype, count) != (file.header.dtype, len(file)):
+        return False
+    ids = np.memmap(path, dtype=file.tokens.dtype, mode="r", offset=offset, shape=(count,))
+    return all(np.array_equal(ids[start : start + BLOCK], file.tokens[start : start + BLOCK]) for start in range(0, count, BLOCK))
 
 
 def write_npy(file: TokenFile, path: Path, place: str) -> None:

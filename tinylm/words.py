@@ -1,7 +1,7 @@
 r"""What byte-pair encoding sees of a text: words, which no token crosses, and bytes, written as visible characters.
 
-Reading order: the patterns of words; where a text can be cut and keeps its words; `Rules` and `count_texts`; the jobs that a
-process is given when a corpus is counted. This file knows nothing of merges or ids, and it imports little on purpose:
+Reading order: the patterns of words; where a text can be cut and keeps its words; `Rules` and `count_texts`; what a
+process does when a corpus is counted. This file knows nothing of merges or ids, and it imports little on purpose:
 it is all that a counting process loads.
 """
 
@@ -9,11 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import regex
 
-from tinylm.errors import UserError, printable, reading
+from tinylm.portions import PartJob, TextJob
 
 # What a merge may not cross: the words of GPT-2 (Radford et al. 2019), and those of GPT-4 as tiktoken's cl100k_base has them,
 # which keep numbers to three digits and ignore the case of contractions. Both leave no character out, and tokenizers and
@@ -80,53 +79,10 @@ def count_texts(texts: Iterable[str], rules: Rules) -> Counter[str]:
 
 
 @dataclass(frozen=True)
-class FileJob:
-    """Parts of a .txt file, from one border to the next."""
-
-    path: Path
-    borders: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return self.borders[-1] - self.borders[0]
-
-    def texts(self) -> Iterator[str]:
-        with reading(self.path), open(self.path, "rb") as file:
-            file.seek(self.borders[0])
-            for start, stop in zip(self.borders, self.borders[1:], strict=False):
-                yield self._text(file.read(stop - start), start)
-
-    def _text(self, raw: bytes, start: int) -> str:
-        mark = 3 if start == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
-        try:
-            return raw[mark:].decode().replace("\r\n", "\n")  # as in the documents that are encoded
-        except UnicodeDecodeError as error:
-            at = start + mark + error.start
-            raise UserError(f"{printable(self.path)}: not UTF-8 text: byte 0x{raw[at - start]:02x} at offset {at}. Save the file as UTF-8.") from None
-
-
-@dataclass(frozen=True)
-class TextJob:
-    """Some documents."""
-
-    documents: list[str]
-
-    @property
-    def size(self) -> int:
-        return sum(map(len, self.documents))
-
-    def texts(self) -> Iterable[str]:
-        return self.documents
-
-
-Job = FileJob | TextJob
-
-
-@dataclass(frozen=True)
 class CountWords:
     """What a process does with each job: its size and its words."""
 
     rules: Rules
 
-    def __call__(self, job: Job) -> tuple[int, Counter[str]]:
+    def __call__(self, job: PartJob | TextJob) -> tuple[int, Counter[str]]:
         return job.size, count_texts(job.texts(), self.rules)

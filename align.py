@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from tinylm.checkpoint import Loaded
     from tinylm.config import Config
+    from tinylm.decoder import Decoder
+    from tinylm.foreign import ForeignDecoder
     from tinylm.verifier import VerifierScore
 
 # The stages there are, and the program that each is of.
@@ -48,6 +50,8 @@ MEASURES = {
     "verifier_auc": "probability that a right answer has the higher score of two; one half is chance",
 }
 SAMPLE_TOKENS = 60
+# Exit codes of a stage that ends so again: a mistake, and a loss that diverged.
+NOT_BY_ITSELF = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,18 @@ def run(args: argparse.Namespace) -> int:
 
     stages = read_stages(args.config, args.overrides)
     out = args.out or Path("checkpoints") / args.config.stem
+    for stage in stages:
+        if stage.folder.resolve() == out.resolve():
+            raise UserError(f"--out: {printable(out)} is training.checkpoint_dir of {printable(stage.file)}. Choose another --out.")
     with claimed(out, "--out"):
         state = State.read(out / "state.json")
         code = run_stages(stages, state)
         if code:
             return code
-        results = known_results(out, state)
+        made_from = state.digest(stage.name for stage in stages)
+        results = known_results(out, made_from)
         if results is None:
-            results = compare(stages) | {"made_from": state.digest()}
+            results = compare(stages) | {"made_from": made_from}
             write_results(out, results, stages)
     show(results, stages)
     print(f"report: {printable(out / 'report.md')}")
@@ -140,18 +148,29 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
             raise UserError(f"{place}: stage: {printable(name)}: no such stage. There are {', '.join(PROGRAMS)}.")
         if name in stages:
             raise UserError(f"{place}: stage: {name} stands above already. Each stage comes once.")
-        check_kind(name, config, f"{place}: {printable(item['config'])}")
+        check_kind(name, config, f"{place}: {printable(item['config'])}", overrides)
         stages[name] = Stage(name, item["config"], config, tuple(overrides), Path(config.training.checkpoint_dir) / "best.ckpt")
     check_chain(list(stages.values()))
     return [begun_with(stage, stages.values()) for stage in stages.values()]
 
 
-def check_kind(name: str, config: "Config", place: str) -> None:
-    """Refuse a config that is another stage's."""
-    for section in ("dpo", "verifier"):
-        if (getattr(config, section) is not None) != (name == section):
-            problem = "has no" if name == section else "has a"
-            raise UserError(f"{place}: {problem} {section} section, and is given as stage {name}. Give another config, or another stage.")
+def check_kind(name: str, config: "Config", place: str, overrides: Sequence[str]) -> None:
+    """Refuse a config that is another stage's, or that its program would refuse when its turn comes."""
+    from finetune import check_beginning
+
+    for section, there in (("dpo", config.dpo is not None), ("verifier", config.verifier is not None)):
+        if there == (name == section):
+            continue
+        mend = "Give another config, or another stage"
+        if any(override.startswith(f"{section}.") for override in overrides):
+            mend = "Settings on the command line are for every stage: put this one into the config of its stage"
+        problem = "has no" if name == section else "has a"
+        raise UserError(f"{place}: {problem} {section} section, and is given as stage {name}. {mend}.")
+    if name in ("sft", "dpo"):
+        try:
+            check_beginning(config)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
 
 
 def check_chain(stages: list[Stage]) -> None:
@@ -165,6 +184,7 @@ def check_chain(stages: list[Stage]) -> None:
             if other.folder.resolve() == stage.folder.resolve():
                 raise UserError(f"{printable(stage.file)}: training.checkpoint_dir: {printable(stage.folder)} is that of {other.name} too. Give each its own.")
         before, after = stages[:number], stages[number:]
+        check_base(stage, before)
         for base in stage.bases:
             if base.startswith("hf:") or any(lies_in(base, other) for other in before):
                 continue
@@ -173,6 +193,26 @@ def check_chain(stages: list[Stage]) -> None:
             if not os.path.exists(base):
                 found = f"{printable(base)}: not found, and no stage before {stage.name} writes there"
                 raise UserError(f"{printable(stage.file)}: {found}. Add the stage that does.")
+
+
+def check_base(stage: Stage, before: list[Stage]) -> None:
+    """Refuse to begin with a model that a stage cannot begin with, or that cannot be compared.
+
+    Raises:
+        UserError: naming the stage and the model.
+    """
+    from tinylm.foreign import PREFIX, find
+
+    base = stage.config.training.init_from
+    if base is None:
+        return
+    begins = f"{printable(stage.file)}: training.init_from: {printable(base)}"
+    if base.startswith(PREFIX) and find(base.removeprefix(PREFIX)).config.is_encoder_decoder:
+        raise UserError(f"{begins} is an encoder-decoder, which predicts no plain text to be compared by. Run finetune.py by itself, or choose another model.")
+    for other in before:
+        if other.config.lora is not None and lies_in(base, other):
+            adapter = f"is an adapter, since {printable(other.file)} has a lora section, and stage {stage.name} begins with a whole model"
+            raise UserError(f"{begins} {adapter}. Take the section out there, and give one to the last stage if memory is short.")
 
 
 def lies_in(base: str, stage: Stage) -> bool:
@@ -230,14 +270,14 @@ class State:
     def put(self, name: str, done: Done) -> None:
         """Remember a stage."""
         self.stages[name] = done
-        write_whole(self.path, self._text())
+        write_whole(self.path, self._text(self.stages))
 
-    def digest(self) -> str:
-        """What a comparison of all stages was made from."""
-        return hashlib.sha256(self._text().encode()).hexdigest()
+    def digest(self, names: Iterable[str]) -> str:
+        """What a comparison of these stages is made from; the file may also know of stages that were in the list before."""
+        return hashlib.sha256(self._text(names).encode()).hexdigest()
 
-    def _text(self) -> str:
-        return json.dumps({name: vars(done) for name, done in self.stages.items()}, indent=2)
+    def _text(self, names: Iterable[str]) -> str:
+        return json.dumps({name: vars(self.stages[name]) for name in names}, indent=2)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -252,20 +292,33 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def run_stages(stages: list[Stage], state: State) -> int:
-    """Run each stage that is not done; the exit code of the one that failed comes back, or 0."""
+    """Run each stage that is not done; the exit code of the one that failed comes back, or 0.
+
+    Raises:
+        UserError: as `is_done`; or a stage is complete, and the model that was to be taken from it is lost.
+    """
+    from tinylm.checkpoint import candidates
+
     for number, stage in enumerate(stages, start=1):
         title = f"stage {number} of {len(stages)}, {stage.name}"
         begun = Done(stage.config.to_plain(), {base: fingerprint(base) for base in stage.bases if not base.startswith("hf:")}, None)
         if is_done(stage, begun, state):
             say(f"{title}: done before ({printable(stage.model)})")
             continue
+        if stage.name not in state.stages and begun.bases and candidates(stage.folder):
+            bases = " and ".join(map(printable, begun.bases))
+            say(f"note: {printable(stage.folder)} has checkpoints from before: that they began with {bases} as it is now, is taken for granted")
         state.put(stage.name, begun)
         say(f"{title}: {' '.join(stage.command)}")
         code = run_child([sys.executable, str(HERE / PROGRAMS[stage.name]), *stage.command[2:]], stdout=2)
         if code:
-            say(f"{title}: ended with exit code {code}. What it saved stays; the same command goes on there")
+            when = "once that is mended, " if code in NOT_BY_ITSELF else ""
+            say(f"{title}: ended with exit code {code}. What it saved stays; {when}the same command goes on there")
             return code
-        state.put(stage.name, Done(begun.settings, begun.bases, fingerprint(str(existing(stage.model)))))
+        if not stage.model.exists():
+            lost = f"{printable(stage.model)}: not there, though stage {stage.name} is complete"
+            raise UserError(f"{lost}. Put it back, or remove {printable(stage.folder)}, and the stage is run again.")
+        state.put(stage.name, Done(begun.settings, begun.bases, fingerprint(str(stage.model))))
     return 0
 
 
@@ -286,8 +339,7 @@ def is_done(stage: Stage, begun: Done, state: State) -> bool:
             raise UserError(f"{found}. Put it back, or remove {printable(stage.folder)}, and the stage is run again.")
     if known.settings != begun.settings or known.bases != begun.bases or known.result is None:
         return False
-    model = existing(stage.model)
-    return model.exists() and fingerprint(str(model)) == known.result
+    return stage.model.exists() and fingerprint(str(stage.model)) == known.result
 
 
 def fingerprint(path: str) -> str:
@@ -297,29 +349,24 @@ def fingerprint(path: str) -> str:
     return weights_fingerprint(Path(path))
 
 
-def existing(model: Path) -> Path:
-    """The checkpoint, or final.ckpt beside it: without validation there is no best one."""
-    return model if model.exists() else model.with_name("final.ckpt")
-
-
 # --- side by side -----------------------------------------------------------------------------------------------------
 
 
-def known_results(out: Path, state: State) -> dict[str, Any] | None:
-    """The results in results.json, if they are of the weights that are there now."""
+def known_results(out: Path, made_from: str) -> dict[str, Any] | None:
+    """The results in results.json, if they are of the stages and weights that are there now."""
     path = out / "results.json"
     if not path.exists():
         return None
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # cut off: it is made again
+        return results if results["made_from"] == made_from else None
+    except (ValueError, TypeError, KeyError):  # cut off, or not what was written: it is made again
         return None
-    return results if results["made_from"] == state.digest() else None
 
 
 def compare(stages: list[Stage]) -> dict[str, Any]:
     """`models`: a row of MEASURES for each stage; `samples`: what each model writes on each prompt, likeliest token by token."""
-    from tinylm.checkpoint import load_model
+    from tinylm.checkpoint import load_model, open_base
     from tinylm.device import pick_device
 
     models: list[dict[str, Any]] = []
@@ -327,15 +374,18 @@ def compare(stages: list[Stage]) -> dict[str, Any]:
     log_probs: dict[str, np.ndarray] = {}
     for stage in stages:
         device, _ = pick_device(stage.config.hardware.accelerator, key="hardware.accelerator")
-        path = existing(stage.model)
+        path = stage.model
         say(f"compare: {printable(path)}")
         row: dict[str, Any] = {"stage": stage.name, "checkpoint": str(path)}
         if stage.name == "verifier":
             row |= measures_of_verifier(stage, path, device)
         else:
             loaded = load_model(path, device)
-            row |= measures_of_text(loaded, stages, device)
-            log_probs[str(path)] = preferences_of(loaded, stages, device)
+            row |= {"tokenizer": loaded.tokenizer.fingerprint} | measures_of_text(loaded, stages, device)
+            log_probs[str(path)] = preferences_of(loaded, loaded.model, stages)
+            if (reference := reference_of(stage)) is not None and reference not in log_probs:
+                base = open_base(reference)
+                log_probs[reference] = preferences_of(loaded, base.build(base.model).to(device), stages)
             row |= measures_of_preferences(stage, log_probs, str(path))
             samples += [{"stage": stage.name, "prompt": prompt, "text": sample(loaded, prompt)} for prompt in prompts_of(stages)]
         models.append(row)
@@ -373,8 +423,17 @@ def measures_of_text(loaded: "Loaded", stages: list[Stage], device: str) -> dict
     return row
 
 
-def preferences_of(loaded: "Loaded", stages: list[Stage], device: str) -> "np.ndarray":
-    """(n, 2): log p of the chosen and the rejected answer of every held-out pair of stage dpo; no rows where there is no such stage."""
+def reference_of(stage: Stage) -> str | None:
+    """The model that preferences were held to; None in another stage."""
+    begun_with = stage.config.training.init_from
+    return None if stage.config.dpo is None or begun_with is None else str(Path(begun_with))
+
+
+def preferences_of(loaded: "Loaded", model: "Decoder | ForeignDecoder", stages: list[Stage]) -> "np.ndarray":
+    """(n, 2): log p under `model` of the chosen and the rejected answer of every held-out pair of stage dpo; no rows where there is no such stage.
+
+    The tokens and the precision are those of `loaded`.
+    """
     import numpy as np
 
     from finetune import open_preferences
@@ -385,7 +444,7 @@ def preferences_of(loaded: "Loaded", stages: list[Stage], device: str) -> "np.nd
     if config is None:
         return np.empty((0, 2))
     data = open_preferences(config, loaded.tokenizer, silently)
-    return log_probs_of(loaded.model, data.val_dataloader(), half_of(loaded.config.hardware.precision))
+    return log_probs_of(model, data.val_dataloader(), half_of(loaded.config.hardware.precision))
 
 
 def measures_of_preferences(stage: Stage, log_probs: "dict[str, np.ndarray]", path: str) -> dict[str, Any]:
@@ -396,9 +455,8 @@ def measures_of_preferences(stage: Stage, log_probs: "dict[str, np.ndarray]", pa
         return row
     row["preference_accuracy"] = float((own[:, 0] > own[:, 1]).mean())
     row["n_pairs"] = len(own)
-    reference = None if stage.config.dpo is None else log_probs.get(str(Path(stage.config.training.init_from or "")))
-    if stage.config.dpo is not None and reference is not None:
-        margin = (own - reference)[:, 0] - (own - reference)[:, 1]
+    if stage.config.dpo is not None and (reference := reference_of(stage)) is not None:
+        margin = (own - log_probs[reference]) @ (1, -1)
         row |= {"reward_accuracy": float((margin > 0).mean()), "reward_margin": float(stage.config.dpo.beta * margin.mean())}
     return row
 
@@ -458,12 +516,20 @@ def measures_in(results: dict[str, Any]) -> list[str]:
     return [name for name in MEASURES if any(name in row for row in results["models"])]
 
 
+def notes_on(results: dict[str, Any]) -> Iterator[str]:
+    """What keeps numbers of the table from being compared."""
+    if len({row["tokenizer"] for row in results["models"] if "tokenizer" in row}) > 1:
+        yield "note: these models have different tokenizers: val_ppl, response_loss and response_accuracy are by the token, and say nothing between two of them"
+
+
 def show(results: dict[str, Any], stages: list[Stage]) -> None:
     """Print the table and the samples."""
     from evaluate_checkpoints import table
 
     models = results["models"]
     table(("measure", *(row["stage"] for row in models)), [(name, *(row.get(name) for row in models)) for name in measures_in(results)])
+    for note in notes_on(results):
+        print(note)
     for prompt in prompts_of(stages):
         print(f"\n{printable(prompt)}")
         for found in results["samples"]:
@@ -491,12 +557,16 @@ def write_report(results: dict[str, Any], stages: list[Stage]) -> Iterator[str]:
     yield "\nAll models on the same held-out data:\n"
     for name in measures_in(results):
         yield f"- {name}: {MEASURES[name]}"
+    for note in notes_on(results):
+        yield f"\n{note}"
     for row in models:
         if row["stage"] == "dpo":
             yield f"\n{row['n_pairs']} pairs of answers were held out."
         if row["stage"] == "verifier":
             interval = f"95% interval of its accuracy {row['verifier_low']:.3f} to {row['verifier_high']:.3f}"
             yield f"\nThe verifier judged {row['n_answers']} held-out answers: {interval}; always saying the same gives {row['majority']:.3f}."
+    if not results["samples"]:
+        return
     yield "\n## The same prompts\n"
     yield f"The likeliest token each time, at most {SAMPLE_TOKENS}; the base continues the bare prompt, the others are asked in their template."
     for prompt in prompts_of(stages):

@@ -63,22 +63,22 @@ def run(args: argparse.Namespace) -> int:
     config = with_data_of_task(load_config(args.config, args.overrides))
     if config.verifier is not None:
         return run_stage("verifier", config, args, open_problems, build_verifier, learn_from_problems)
-    if config.dpo is not None:
-        if config.training.init_from is None:
-            raise UserError("training.init_from: preferences are learned by a trained model. Set it to a checkpoint, or to hf:NAME for a Hugging Face model.")
-        return run_stage("dpo", config, args, open_preferences, build_dpo)
     check_beginning(config)
+    if config.dpo is not None:
+        return run_stage("dpo", config, args, open_preferences, build_dpo)
     return run_stage("sft", config, args, open_examples)
 
 
 def check_beginning(config: "Config") -> None:
-    """Refuse new weights where they could not learn: without the questions, or with a tokenizer that is learned from documents.
+    """Refuse new weights where they could not learn: from preferences, without the questions, or with a tokenizer that is learned from documents.
 
     Raises:
         UserError: naming the setting.
     """
     if config.training.init_from is not None:
         return
+    if config.dpo is not None:
+        raise UserError("training.init_from: preferences are learned by a trained model. Set it to a checkpoint, or to hf:NAME for a Hugging Face model.")
     if config.training.train_on == "response":
         mend = "Set it to a checkpoint or to hf:NAME, or begin with new weights and training.train_on=all"
         raise UserError(f"training.init_from: answers alone are learned by a model that was trained before. {mend}.")

@@ -153,7 +153,7 @@ def test_changed_settings_are_for_the_stages_program_to_judge(here, ran, capsys)
     assert align.main(["--config", str(write_pipeline(here, sft={"training": {"lr": 0.5}}))]) == 2
     err = capsys.readouterr().err
     assert "training.lr was 0.01 when it was saved, this run has 0.5" in err
-    assert "stage 2 of 4, sft: ended with exit code 2. What it saved stays; the same command goes on there\n" in err
+    assert "stage 2 of 4, sft: ended with exit code 2. What it saved stays; once that is mended, the same command goes on there\n" in err
 
 
 def test_a_stage_is_not_gone_on_with_over_another_base(here, ran, capsys):

@@ -1,18 +1,24 @@
 """Experiments in one command: small models that differ in one setting, trained alike, compared in tables and pictures.
 
-    STEPS      what is run, phase by phase; a step whose result is there is not run again
-    evaluate   the checkpoints that came out ─▶ evaluation.csv, positions.csv, generations.json, pictures, report.md
+    plan_steps  what is run, phase by phase: each step is one command, as a user would type it, and the file it leaves
+    run_steps   steps without a result ─▶ results; a result that was made with other settings is not taken for this one
+    evaluate    the checkpoints of the runs ─▶ evaluation.csv, positions.csv, generations.json, pictures, report.md
 
 The questions stand in `QUESTIONS`; each run is a config in configs/experiments that can also be run by itself. The programs are
-run as a user would, in the folder that holds train.py.
+run in the folder that holds train.py.
 """
 
 import csv
+import hashlib
 import json
+import os
+import signal
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +26,17 @@ import numpy as np
 import torch
 
 from tinylm import checkpoint
-from tinylm.config import SamplingConfig
-from tinylm.decoder import count_parameters
+from tinylm.config import SamplingConfig, load_config
+from tinylm.decoder import Decoder, MixtureOfExperts, count_parameters
 from tinylm.encode import cached_token_file
 from tinylm.engine import Engine
-from tinylm.errors import UserError, printable, writing
-from tinylm.evaluate import byte_table, score_batches
-from tinylm.packing import count_rows, row_at
-from tinylm.plots import draw, draw_lines, find_runs
+from tinylm.errors import UserError, printable, reading, writing
+from tinylm.evaluate import LOSS_CAP, byte_table, score_batches
+from tinylm.packing import IGNORE_INDEX, row_at
+from tinylm.plots import attention_maps, draw, draw_lines, find_runs, smoothed
+from tinylm.streaming import streaming
+
+Say = Callable[[str], None]
 
 PHASES = ("smoke", "pretrain", "finetune", "eval", "all")
 CONFIGS = Path("configs/experiments")
@@ -51,13 +60,48 @@ QUESTIONS = (
     Question("Optimizers: Muon for the matrices, or AdamW for all", ("base", "adamw")),
     Question("Sinks: a place to look at when nothing is worth looking at", ("base", "sinks", "window", "window-sinks")),
 )
-# Positions beyond those of training are where sinks are said to help.
-FAR_RUNS = ("base", "sinks", "window", "window-sinks", "learned", "alibi")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A way in which a model reads a text longer than any it was trained on."""
+
+    run: str
+    window: int | None = None
+    """last positions that are kept; None: as the model was built, up to its max_seq_len"""
+    first: int = 0
+    """first positions that are kept beside them"""
+
+    @property
+    def name(self) -> str:
+        """The run, and what is kept of the text."""
+        if self.window is None:
+            return f"{self.run}, as built"
+        return f"{self.run}, " + (f"first {self.first} + " if self.first else "") + f"last {self.window}"
+
+
+# The caches of 128 positions are as large as the rows of training: Xiao et al. 2023, table 1, in small.
+READINGS = (
+    Reading("base"), Reading("base", 128), Reading("base", 124, 4),
+    Reading("sinks"), Reading("sinks", 128), Reading("sinks", 124, 4),
+    Reading("window"), Reading("window", 60, 4), Reading("window-sinks"), Reading("window-sinks", 64),
+    Reading("learned"), Reading("alibi"),
+)  # fmt: skip
+# How far a cache that forgets is followed. A row begins every so many tokens, so that each position is asked of much the same text;
+# what is left of the text in a curve returns after as many positions, and a mean over them has none of it.
+FAR, ROW_STRIDE = 4096, 64
 # Borders of the bands of positions in the table; training saw the first 128.
-BANDS = (0, 32, 128, 256, 512, 1024)
+BANDS = (0, 32, 128, 256, 512, 1024, 2048, FAR)
+# Where heads look is taken from rows of the length of training, at positions that have much to look at.
+MAP_ROWS, MAP_FROM, MAP_FIRST = 8, 64, 4
 PROMPTS = ("Attention is", "The loss", "A token")
 FAR_PROMPT, FAR_TOKENS = "Attention is", 600
+FAR_PART = 200
 BATCH_ROWS = 8
+SAMPLING = {"temperature": 0.7, "seed": 1}
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,69 +113,240 @@ class Step:
     command: tuple[str, ...]
     """a program of this folder and its arguments"""
     result: Path
+    output: Path
+    """the file for what the command says"""
+    reads: tuple[Path, ...] = ()
+    """results of earlier steps that it begins with"""
+
+    @property
+    def record(self) -> Path:
+        """The file that says what the result was made from."""
+        return self.result.parent / "made-from.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of running steps."""
+
+    failed: tuple[str, ...] = ()
+    """names of steps"""
+    stopped: int = 0
+    """130 or 143 where a signal ended it, else 0"""
 
 
 def runs_of_questions() -> list[str]:
-    """The names of all runs, each once."""
+    """The names of all configs, each once."""
     return list(dict.fromkeys(name for question in QUESTIONS for name in question.runs))
 
 
-def plan_steps(out: Path) -> list[Step]:
+def seeded(name: str, seed: int) -> str:
+    """The name of a run with the config's own seed, 1, or a later one.
+
+    >>> seeded("base", 1), seeded("base", 2)
+    ('base', 'base-seed2')
+    """
+    return name if seed == 1 else f"{name}-seed{seed}"
+
+
+def plan_steps(out: Path, seeds: int = 1) -> list[Step]:
     """Every step, in order; what they write is below `out`."""
     smoke = out / "smoke"
-    short = (f"training.max_steps={SMOKE_STEPS}", f"training.val_every_steps={SMOKE_STEPS}")
-    steps = [_pretrain("smoke", name, smoke, short) for name in ("base", "window-sinks")]
+    short = (f"training.max_steps={SMOKE_STEPS}", f"training.val_every_steps={SMOKE_STEPS // 2}", f"training.save_every_steps={SMOKE_STEPS // 2}")
+    steps = [_pretrain("smoke", name, smoke, 1, short) for name in ("base", "window-sinks")]
     steps.append(_finetune("smoke", "config_finetune.yaml", smoke, short))
-    steps += [_pretrain("pretrain", name, out, ()) for name in runs_of_questions()]
-    steps.append(_finetune("finetune", "config_finetune.yaml", out, ()))
-    steps += [_finetune("finetune", f"configs/{name}.yaml", out, ()) for name in ("sst2-gpt2-lora", "samsum-t5-lora", "gsm8k-gpt2-lora")]
+    steps += [_pretrain("pretrain", name, out, seed) for seed in range(1, seeds + 1) for name in runs_of_questions()]
+    steps.append(_finetune("finetune", "config_finetune.yaml", out))
+    for task, kind, model in (("sst2", "gpt2", "gpt2"), ("samsum", "t5", "google/flan-t5-small"), ("gsm8k", "gpt2", "gpt2")):
+        tuned = _finetune("finetune", f"configs/{task}-{kind}-lora.yaml", out)
+        steps += [tuned, _ask(task, model, tuned, out)]
     return steps
 
 
-def _pretrain(phase: str, name: str, out: Path, settings: Sequence[str]) -> Step:
-    folder = out / "runs" / name
-    command = ("train.py", "--config", str(CONFIGS / f"{name}.yaml"), *_places(folder, out, name), *settings)
-    return Step(f"{phase}: {name}", phase, command, folder / "final.ckpt")
+def _pretrain(phase: str, config: str, out: Path, seed: int, settings: Sequence[str] = ()) -> Step:
+    name, path = seeded(config, seed), CONFIGS / f"{config}.yaml"
+    # Another seed draws other weights, another order, and other documents to hold out.
+    other = (f"training.seed={load_config(path).training.seed + seed - 1}",) if seed > 1 else ()
+    command = ("train.py", "--config", str(path), *_places(out, name), *other, *settings)
+    return Step(f"{phase}: {name}", phase, command, out / "runs" / name / "final.ckpt", _output(out, name))
 
 
-def _finetune(phase: str, config: str, out: Path, settings: Sequence[str]) -> Step:
+def _finetune(phase: str, config: str, out: Path, settings: Sequence[str] = ()) -> Step:
     name = Path(config).stem.removeprefix("config_")
-    folder = out / "runs" / name
-    base = () if config.startswith("configs/") else (f"training.init_from={out / 'runs' / 'base' / 'final.ckpt'}",)
-    command = ("finetune.py", "--config", config, *_places(folder, out, name), *base, *settings)
-    return Step(f"{phase}: {name}", phase, command, folder / "final.ckpt")
+    base = () if config.startswith("configs/") else (out / "runs" / "base" / "final.ckpt",)
+    begins = tuple(f"training.init_from={path}" for path in base)
+    command = ("finetune.py", "--config", config, *_places(out, name), *begins, *settings)
+    return Step(f"{phase}: {name}", phase, command, out / "runs" / name / "final.ckpt", _output(out, name), base)
 
 
-def _places(folder: Path, out: Path, name: str) -> tuple[str, ...]:
-    return (f"training.checkpoint_dir={folder}", f"training.log_dir={out / 'logs'}", f"training.run_name={name}")
+def _ask(task: str, model: str, tuned: Step, out: Path) -> Step:
+    """The questions of a task, for the fine-tuned model and for the one it began as, which is also shown solved examples."""
+    folder = out / "tasks" / task
+    command = ("evaluate_checkpoints.py", "--checkpoints", str(tuned.result), "--model", model, "--tasks", task, "--shots", "0,4", "--limit", "200")
+    name, command = f"{task}-asked", (*command, "--out", str(folder))
+    return Step(f"finetune: {name}", "finetune", command, folder / "results.json", _output(out, name), (tuned.result,))
 
 
-def run_steps(steps: Iterable[Step], out: Path, say: Callable[[str], None]) -> list[str]:
-    """Run what has no result yet, each with its output in a file; the names of those that failed come back."""
+def _output(out: Path, name: str) -> Path:
+    return out / "output" / f"{name}.txt"
+
+
+def _places(out: Path, name: str) -> tuple[str, ...]:
+    return (f"training.checkpoint_dir={out / 'runs' / name}", f"training.log_dir={out / 'logs'}", f"training.run_name={name}")
+
+
+# --- what a result was made from --------------------------------------------------------------------------------------
+
+
+def made_from(step: Step) -> dict[str, str]:
+    """What decides a step's result: its settings, or its command, and the content of the files that it reads.
+
+    Raises:
+        UserError: its config is not as it should be, or a file cannot be read.
+    """
+    program, *arguments = step.command
+    if program == "evaluate_checkpoints.py":
+        settings, files = {"command": " ".join(arguments)}, list(step.reads)
+    else:
+        config = load_config(arguments[1], arguments[2:])
+        # Where it writes, and the path of what it begins with, which is compared by its content.
+        settings = {key: value for key, value in _flat(config.to_plain()) if key not in PLACES}
+        files = [*step.reads, *(Path(name) for name in (config.data.dataset, config.data.val_dataset) if name is not None)]
+    return settings | {f"content of {path.name}": _digest(path) for path in files if path.is_file()}
+
+
+PLACES = {"training.checkpoint_dir", "training.log_dir", "training.run_name", "training.init_from", "data.cache_dir"}
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)
+
+
+def _digest(path: Path) -> str:
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def is_done(step: Step) -> bool:
+    """Whether the step's result is there.
+
+    Raises:
+        UserError: it is, and was made from something else than the step has now.
+    """
+    if not (step.result.exists() and step.record.exists()):
+        return False
+    with reading(step.record):
+        was = json.loads(step.record.read_text(encoding="utf-8"))
+    now = made_from(step)
+    changed = next((key for key in [*now, *was] if now.get(key) != was.get(key)), None)  # either may lack what the other has
+    if changed is None:
+        return True
+    found = f"{changed} was {was.get(changed, 'not there')} when it was made and is {now.get(changed, 'not there')}"
+    raise UserError(f"{printable(step.result)}: {printable(found)}. Set it back, or remove {printable(step.result.parent)} to make it anew.")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that its name never stands for half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path, "--out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Children:
+    """The one process that runs now, and the signal that came, which is handed on to it."""
+
+    running: subprocess.Popen[bytes] | None = None
+    received: int | None = None
+
+    def note(self, number: int, frame: Any) -> None:
+        """Take a signal; the process that gets it saves and ends by itself, and at a second one it ends at once."""
+        again, self.received = self.received is not None, self.received or number
+        if self.running is not None:
+            self._end(self.running, signal.SIGKILL if again else self.received)
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes], number: int) -> None:
+        # The programs save at SIGINT and SIGTERM.
+        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    def run(self, command: Sequence[str], output: Any) -> int:
+        """The exit code of a command; as a shell says it where a signal ended it."""
+        # In a session of its own: a terminal's Ctrl-C goes to the whole group, and would reach it twice.
+        self.running = subprocess.Popen([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, start_new_session=True)  # noqa: S603
+        if self.received is not None:  # it came while the process was being made
+            self._end(self.running, self.received)
+        code = self.running.wait()
+        self.running = None
+        return 128 - code if code < 0 else code
+
+
+@contextmanager
+def signals_to(children: Children) -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and a closed terminal end the process that runs, and us after it; what is ignored (nohup) stays so."""
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, children.note) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_steps(steps: Iterable[Step], say: Say) -> Outcome:
+    """Run what has no result yet, each with its output in a file; a step that fails does not keep the next from running.
+
+    Raises:
+        UserError: this is not the project's folder, or an output cannot be written.
+    """
     if not Path("train.py").is_file():
         raise UserError("train.py: not found here. Run experiments in the project's folder.")
-    failed = []
-    for step in steps:
-        if step.result.exists():
-            say(f"{step.name}: done before ({printable(step.result)})")
-            continue
-        log = out / "output" / f"{step.name.replace(': ', '-')}.txt"
-        with writing(log, "--out"):
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, "w", encoding="utf-8") as output:
-                code = subprocess.run([sys.executable, *step.command], stdout=output, stderr=output, check=False).returncode  # noqa: S603
-        if code == 0:
-            say(f"{step.name}: done")
-        else:
-            failed.append(step.name)
-            say(f"{step.name}: exit code {code}: {_last_line(log)}")
-        if code in (130, 143):  # somebody stopped it, and so all of it
-            break
-    return failed
+    failed, children = [], Children()
+    with signals_to(children):
+        for step in steps:
+            try:
+                code = None if is_done(step) else _run(step, children)
+            except UserError as error:
+                failed.append(step.name)
+                say(f"{step.name}: {error}")
+                continue
+            if children.received is not None or code in (130, 143):
+                say(f"{step.name}: stopped; the same command goes on from there")
+                return Outcome(tuple(failed), code or 128 + (children.received or 0))
+            failed += [step.name] * bool(code)
+            say(f"{step.name}: {_told(step, code)}")
+    return Outcome(tuple(failed))
 
 
-def _last_line(path: Path) -> str:
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def _told(step: Step, code: int | None) -> str:
+    if code is None:
+        return f"done before ({step.result})"
+    return "done" if code == 0 else f"exit code {code}: {last_line(step.output)}"
+
+
+def _run(step: Step, children: Children) -> int:
+    with writing(step.output, "--out"):
+        step.output.parent.mkdir(parents=True, exist_ok=True)
+        output = open(step.output, "wb")  # noqa: SIM115  (closed below; what the process raises is not of this file)
+    with output:
+        code = children.run(step.command, output)
+    if code == 0:
+        write_whole(step.record, json.dumps(made_from(step), indent=1) + "\n")
+    return code
+
+
+def last_line(path: Path) -> str:
+    """The end of what a step said, which for an error is the error."""
+    with reading(path):
+        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return printable(lines[-1]) if lines else "no output"
 
 
@@ -143,73 +358,148 @@ class Result:
     """What one checkpoint does on its validation data."""
 
     run: str
+    seed: int
+    stage: str
     step: int
-    val_loss: float
-    val_ppl: float
-    val_bpb: float
+    val_loss: float | None
+    """of a fine-tuned model, what its run measured on the answers; None where it did not at this step"""
+    val_ppl: float | None
+    val_bpb: float | None
+    """of a pretrained model"""
     parameters: int
-    cache_bytes: int
-    """keys and values of one token, in all layers"""
+    active: int | None = None
+    """parameters that a token meets: of the experts of a layer only those it is sent to"""
+    cache_bytes: int | None = None
+    """keys and values of one token in all layers, in fp32"""
 
 
-def evaluate(out: Path, say: Callable[[str], None]) -> Path:
-    """Score every run's final checkpoint, write tables, texts and pictures; the path of the report comes back.
+@dataclass(frozen=True)
+class Found:
+    """All that was measured of one run."""
+
+    results: list[Result]
+    """one a checkpoint, in the order of the steps"""
+    positions: dict[str, list[float]] = field(default_factory=dict)
+    """by the name of a reading, the mean loss at each position"""
+    looks: dict[str, float] = field(default_factory=dict)
+    """where heads look"""
+    texts: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "Found":
+        """What `asdict` gave."""
+        return cls(**plain | {"results": [Result(**result) for result in plain["results"]]})
+
+
+def evaluate(steps: Iterable[Step], out: Path, say: Say) -> Path:
+    """Measure every checkpoint of the training steps among `steps`, write tables, texts and pictures; the path of the report comes back.
+
+    What was measured of a run is kept, and measured anew where its checkpoints are others.
 
     Raises:
-        UserError: no run has finished.
+        UserError: no run has finished, or a file cannot be written.
     """
-    finals = {name: path for name in runs_of_questions() if (path := out / "runs" / name / "final.ckpt").exists()}
-    if not finals:
+    found, left_out = {}, {}
+    for step in steps:
+        run = step.result.parent.name
+        if step.result.suffix != ".ckpt":
+            continue
+        try:
+            if is_done(step):
+                found[run] = kept_measure(run, step, out)
+                say(f"{run}: {'; '.join(f'step {result.step} {_number(result.val_loss)}' for result in found[run].results)}")
+            else:
+                left_out[run] = f"its output ends: {last_line(step.output)}" if step.output.exists() else "not run"
+        except UserError as error:
+            left_out[run] = str(error)
+        if run in left_out:
+            say(f"{run}: left out: {left_out[run]}")
+    if not any(result.stage == "pretrain" for one in found.values() for result in one.results):
         raise UserError(f"{printable(out)}: no finished run. Run: python -m tinylm experiments --phase pretrain.")
-    results, positions, texts = {}, {}, []
-    for name, path in finals.items():
-        loaded = checkpoint.load_model(path)
-        results[name] = score(name, loaded)
-        texts += generations(name, loaded)
-        if name in FAR_RUNS:
-            positions[name] = loss_by_position(loaded)
-        say(f"{name}: val_loss {results[name].val_loss:.4f}")
-    _write_csv(out / "evaluation.csv", [vars(result) for result in results.values()])
-    _write_csv(out / "positions.csv", [{"run": name, **banded(losses)} for name, losses in positions.items()])
-    with writing(out / "generations.json", "--out"):
-        (out / "generations.json").write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _draw(out, positions)
-        report = out / "report.md"
-        report.write_text(write_report(results, positions, texts), encoding="utf-8")
-    return report
+    return write_findings(Findings(found, left_out, out))
 
 
-def _validation_rows(loaded: checkpoint.Loaded, seq_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def kept_measure(run: str, step: Step, out: Path) -> Found:
+    """What was measured of a run, from a file if that is of these checkpoints and these measures."""
+    name, _, seed = run.partition("-seed")
+    paths = [path for path in reversed(checkpoint.candidates(step.result.parent)) if checkpoint.step_of(path) >= 0]
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    readings = [reading.name for reading in READINGS if reading.run == name]
+    key = json.loads(json.dumps([files, readings, FAR, ROW_STRIDE, MAP_ROWS, MAP_FROM, MAP_FIRST, PROMPTS, FAR_PROMPT, FAR_TOKENS, SAMPLING]))
+    kept = out / "measured" / f"{run}.json"
+    if kept.exists():
+        with reading(kept):
+            was = json.loads(kept.read_text(encoding="utf-8"))
+        if was["of"] == key:
+            return Found.from_plain(was["found"])
+    measured = measure(name, int(seed or 1), paths)
+    write_whole(kept, json.dumps({"of": key, "found": asdict(measured)}) + "\n")
+    return measured
+
+
+def measure(name: str, seed: int, paths: Sequence[Path]) -> Found:
+    """Measure one run; `paths` are its checkpoints, the last one last."""
+    if checkpoint.describe(paths[-1]).stage != "pretrain":
+        return Found([told(name, checkpoint.describe(path)) for path in paths])
+    results = [score(name, seed, checkpoint.load_model(path)) for path in paths]
+    last = checkpoint.load_model(paths[-1])
+    positions = {reading.name: loss_by_position(last, reading).tolist() for reading in READINGS if reading.run == name}
+    looks = where_heads_look(last) if name in QUESTIONS[-1].runs else {}
+    return Found(results, positions, looks, generations(name, last, far=bool(positions)) if seed == 1 else [])
+
+
+def told(name: str, info: checkpoint.CheckpointInfo) -> Result:
+    """What a fine-tuned checkpoint says of itself."""
+    perplexity = None if info.val_loss is None else float(np.exp(min(info.val_loss, LOSS_CAP)))
+    return Result(name, 1, info.stage, info.step, info.val_loss, perplexity, None, info.parameters)
+
+
+def score(name: str, seed: int, loaded: checkpoint.Loaded) -> Result:
+    """The checkpoint's score on every validation row of the length it was trained on."""
+    config, model, length = loaded.config.model, loaded.model, loaded.config.training.seq_len
+    lengths = byte_table(loaded.tokenizer, model.embedding.num_embeddings)
+    found = score_batches(model, _batches(loaded, length, length, whole=False), lengths)
+    cache = 2 * config.n_layers * config.kv_heads * config.size_of_head * 4
+    numbers = (found.loss, found.perplexity, found.bits_per_byte, count_parameters(model), active_parameters(model), cache)
+    return Result(name, seed, loaded.info.stage, loaded.info.step, *numbers)
+
+
+def active_parameters(model: torch.nn.Module) -> int:
+    """The parameters that one token meets: all but those of the experts it is not sent to."""
+    idle = 0
+    for layer in model.modules():
+        if isinstance(layer, MixtureOfExperts):
+            weights = [layer.up, layer.down, layer.up_bias, layer.down_bias]
+            idle += sum(w.numel() for w in weights if w is not None) * (layer.n_experts - layer.top_k) // layer.n_experts
+    return count_parameters(model) - idle
+
+
+def _batches(loaded: checkpoint.Loaded, length: int, stride: int, *, whole: bool) -> Iterator[dict[str, torch.Tensor]]:
+    """Validation rows that begin every `stride` tokens; `whole` leaves out those that the text's end cuts short, but never all."""
     config, tokenizer = loaded.config, loaded.tokenizer
-    file = cached_token_file(config.data, "val", tokenizer, config.training.seed)
-    return [row_at(file.tokens, start, seq_len, tokenizer.pad_id) for start in range(0, count_rows(len(file), seq_len, seq_len) * seq_len, seq_len)]
-
-
-def _batches(rows: list[tuple[np.ndarray, np.ndarray]]) -> Iterable[dict[str, Any]]:
-    for start in range(0, len(rows), BATCH_ROWS):
-        inputs, labels = zip(*rows[start : start + BATCH_ROWS], strict=True)
+    tokens = cached_token_file(config.data, "val", tokenizer, config.training.seed).tokens
+    starts = range(0, max(1, len(tokens) - (length if whole else 1)), stride)
+    for first in range(0, len(starts), BATCH_ROWS):
+        inputs, labels = zip(*(row_at(tokens, start, length, tokenizer.pad_id) for start in starts[first : first + BATCH_ROWS]), strict=True)
         yield {"input_ids": torch.from_numpy(np.stack(inputs)), "labels": torch.from_numpy(np.stack(labels))}
 
 
-def score(name: str, loaded: checkpoint.Loaded) -> Result:
-    """The checkpoint's score on every validation row of the length it was trained on."""
-    config, model = loaded.config.model, loaded.model
-    lengths = byte_table(loaded.tokenizer, model.embedding.num_embeddings)
-    found = score_batches(model, _batches(_validation_rows(loaded, loaded.config.training.seq_len)), lengths)
-    cache = 2 * config.n_layers * config.kv_heads * config.size_of_head * 4
-    return Result(name, loaded.info.step, found.loss, found.perplexity, found.bits_per_byte, count_parameters(model), cache)
-
-
 @torch.no_grad()
-def loss_by_position(loaded: checkpoint.Loaded) -> np.ndarray:
-    """The mean loss at each position (max_seq_len,) of rows as long as the model can read; NaN where no row has a target."""
-    length = loaded.config.model.max_seq_len
+def loss_by_position(loaded: checkpoint.Loaded, reading: Reading) -> np.ndarray:
+    """The mean loss at each position of validation rows, read in one way; NaN where no row has a target.
+
+    As built a model reads as far as max_seq_len says, and `FAR` positions through a cache that forgets.
+    """
+    model, length = loaded.model, loaded.config.model.max_seq_len
+    if reading.window is not None:
+        assert isinstance(model, Decoder)  # our own configs
+        model, length = streaming(model, window=reading.window, first=reading.first), FAR
     total, n = np.zeros(length), np.zeros(length)
-    for batch in _batches(_validation_rows(loaded, length)):
-        logits, labels = loaded.model(batch["input_ids"]), batch["labels"]
+    for batch in _batches(loaded, length, ROW_STRIDE, whole=True):
+        logits, labels = model(batch["input_ids"]), batch["labels"]
         losses = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")  # 0 where nothing is asked
         total += losses.sum(dim=0).double().numpy()
-        n += (labels >= 0).sum(dim=0).numpy()
+        n += (labels != IGNORE_INDEX).sum(dim=0).numpy()
     return np.divide(total, n, out=np.full(length, np.nan), where=n > 0)
 
 
@@ -219,61 +509,193 @@ def banded(losses: np.ndarray) -> dict[str, float]:
     >>> banded(np.repeat([4.0, 3.0], [32, 96]))
     {'0-31': 4.0, '32-127': 3.0}
     """
-    bands = [(start, stop) for start, stop in zip(BANDS, BANDS[1:], strict=False) if start < len(losses)]
+    bands = [(start, stop) for start, stop in zip(BANDS, BANDS[1:], strict=False) if np.isfinite(losses[start:stop]).any()]
     return {f"{start}-{stop - 1}": float(np.nanmean(losses[start:stop])) for start, stop in bands}
 
 
-def generations(name: str, loaded: checkpoint.Loaded) -> list[dict[str, Any]]:
-    """What a model writes on the fixed prompts, and, if it was built for it, far beyond the positions of its training."""
+def where_heads_look(loaded: checkpoint.Loaded) -> dict[str, float]:
+    """Shares of attention on the learned sinks and on a row's first tokens, from MAP_FROM on: the mean head, and the one with most."""
+    model, n_sinks = loaded.model, loaded.config.model.n_sinks
+    assert isinstance(model, Decoder)  # our own configs
+    rows = next(_batches(loaded, loaded.config.training.seq_len, ROW_STRIDE, whole=True))["input_ids"][:MAP_ROWS]
+    maps = torch.stack([attention_maps(model, row.tolist()) for row in rows])[:, :, :, MAP_FROM:]  # (rows, layers, heads, T, n_sinks + T)
+    shares = {}
+    for name, part in (("sinks", maps[..., :n_sinks]), ("first", maps[..., n_sinks : n_sinks + MAP_FIRST])):
+        of_head = part.sum(dim=-1).mean(dim=(0, 3))  # (layers, heads)
+        shares |= {name: of_head.mean().item(), f"{name}, most": of_head.max().item()}
+    return shares
+
+
+def generations(name: str, loaded: checkpoint.Loaded, *, far: bool) -> list[dict[str, Any]]:
+    """What a model writes on the fixed prompts and, with `far`, many times beyond the positions of its training."""
     engine = Engine(loaded.model, loaded.tokenizer)
-    asked = [(prompt, 80) for prompt in PROMPTS] + [(FAR_PROMPT, FAR_TOKENS)] * (name in FAR_RUNS)
+    asked = [(prompt, 80) for prompt in PROMPTS] + [(FAR_PROMPT, FAR_TOKENS)] * far
     return [
-        {"run": name, "prompt": prompt, "max_new_tokens": n, "text": engine.generate(prompt, SamplingConfig(max_new_tokens=n, temperature=0.7, seed=1))[0].text}
+        {"run": name, "prompt": prompt, "max_new_tokens": n, "text": engine.generate(prompt, SamplingConfig(max_new_tokens=n, **SAMPLING))[0].text}
         for prompt, n in asked
     ]
 
 
+def repeated(text: str, n: int = 12) -> float:
+    """The share of the strings of `n` characters in a text that have stood in it before.
+
+    >>> round(repeated("abcabcabc", 3), 3), repeated("abcdefgh", 3)
+    (0.571, 0.0)
+    """
+    strings = [text[i : i + n] for i in range(len(text) - n + 1)]
+    return 1 - len(set(strings)) / len(strings) if strings else 0.0
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of all runs, and where it is written."""
+
+    found: dict[str, Found]
+    """by the name of a run"""
+    left_out: dict[str, str]
+    """runs that are not compared, and why"""
+    out: Path
+
+    def seeds(self, name: str) -> list[Found]:
+        """The runs of a config, by seed."""
+        return [one for one in self.found.values() if one.results[-1].run == name]
+
+    def last(self, name: str) -> dict[int, Result]:
+        """What the last checkpoints of a config's runs do, by seed."""
+        return {one.results[-1].seed: one.results[-1] for one in self.seeds(name)}
+
+    def position_losses(self) -> dict[str, np.ndarray]:
+        """By the name of a reading, the mean loss at each position, over the seeds too."""
+        runs = {reading.name: self.seeds(reading.run) for reading in READINGS}
+        return {name: np.mean([one.positions[name] for one in found], axis=0) for name, found in runs.items() if found}
+
+
+def write_findings(findings: Findings) -> Path:
+    """Write the tables, the texts, the pictures and the report, whose path comes back."""
+    out = findings.out
+    results = [result for one in findings.found.values() for result in one.results]
+    bands = {name: banded(losses) for name, losses in findings.position_losses().items()}
+    texts = [text for one in findings.found.values() for text in one.texts]
+    _write_csv(out / "evaluation.csv", [asdict(result) for result in results])
+    _write_csv(out / "positions.csv", [{"reading": name, **of} for name, of in bands.items()])
+    write_whole(out / "generations.json", json.dumps(texts, indent=2, ensure_ascii=False) + "\n")
+    _draw(findings)
+    write_whole(out / "report.md", write_report(findings, bands, texts))
+    return out / "report.md"
+
+
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with writing(path, "--out"), open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _draw(out: Path, positions: dict[str, np.ndarray]) -> None:
-    by_name = {run.name: run for run in find_runs([out / "logs"])}
+def _draw(findings: Findings) -> None:
+    out, by_name = findings.out, {run.name: run for run in find_runs([findings.out / "logs"])}
+    pictures = {}
     for number, question in enumerate(QUESTIONS, start=1):
-        runs = [by_name[name] for name in question.runs if name in by_name]
-        draw("val_loss", runs).savefig(out / f"question-{number}.png")
-    lines = {name: _running_mean(losses) for name, losses in positions.items()}
-    title = "Validation loss by position (mean of 32 positions); training saw 128"
-    draw_lines(lines, title=title, xlabel="position", ylabel="nats per token").savefig(out / "positions.png")
+        runs = [by_name[name] for name in question.runs if name in findings.found]
+        if len(runs) > 1:
+            pictures[f"question-{number}.png"] = draw("val_loss", runs)
+    losses = {name: smoothed(of, ROW_STRIDE) for name, of in findings.position_losses().items()}
+    built = {reading.name for reading in READINGS if reading.window is None}
+    title = f"Validation loss by position (mean of the {ROW_STRIDE} up to it)"
+    for name, chosen in (("positions", losses.keys() & built), ("streams", losses.keys() - built)):
+        lines = {name: of for name, of in losses.items() if name in chosen}
+        pictures[f"{name}.png"] = draw_lines(lines, title=title, xlabel="position", ylabel="nats per token", mark=(128, "training saw 0-127"))
+    for name, figure in pictures.items():
+        with writing(out / name, "--out"):
+            figure.savefig(out / name)
 
 
-def _running_mean(losses: np.ndarray, window: int = 32) -> np.ndarray:
-    return np.convolve(losses, np.full(window, 1 / window), mode="valid")
-
-
-def write_report(results: dict[str, Result], positions: dict[str, np.ndarray], texts: list[dict[str, Any]]) -> str:
-    """The comparison as Markdown: a table and a picture a question, losses by position, and what the models write."""
-    parts = ["# Experiments\n", "One seed, one text, one number of steps; the runs of a question differ in one setting (configs/experiments).\n"]
+def write_report(findings: Findings, bands: dict[str, dict[str, float]], texts: list[dict[str, Any]]) -> str:
+    """The comparison as Markdown: a table and a picture a question, losses by position, where heads look, and what the models write."""
+    seeds = max(result.seed for one in findings.found.values() for result in one.results)
+    told = "One seed: small differences are chance." if seeds == 1 else f"{seeds} seeds: val_loss is their mean, and the last column has each by itself."
+    parts = ["# Experiments\n", f"One text, one number of steps; the runs of a question differ in one setting (configs/experiments). {told}\n"]
+    if findings.left_out:
+        parts += ["Left out:\n", *(f"- {run}: {printable(why)}" for run, why in findings.left_out.items()), ""]
     for number, question in enumerate(QUESTIONS, start=1):
-        rows = [results[name] for name in question.runs if name in results]
-        parts.append(f"## {question.title}\n")
-        parts += ["| run | parameters | cache bytes a token | val_loss | val_bpb | beside the first |", "|---|---:|---:|---:|---:|---:|"]
-        parts += [_row(row, rows[0]) for row in rows]
-        parts.append(f"\n![validation loss](question-{number}.png)\n")
-    if positions:
-        bands = list(banded(next(iter(positions.values()))))
-        parts += ["## Beyond the positions of training\n", "Mean loss in bands of positions of the validation text; training saw 0-127.\n"]
-        parts += [f"| run | {' | '.join(bands)} |", f"|---|{'---:|' * len(bands)}"]
-        parts += [f"| {name} | {' | '.join(f'{loss:.3f}' for loss in banded(losses).values())} |" for name, losses in positions.items()]
-        parts.append("\n![loss by position](positions.png)\n")
-    parts.append("## What they write\n")
-    parts += [f"**{text['run']}**, {text['max_new_tokens']} tokens after `{text['prompt']}`: {printable(text['text'])}\n" for text in texts]
+        parts += _answer(findings, question, number)
+    parts += [*_beyond(bands), *_looks(findings), *_written(texts), *_tasks(findings.out)]
     return "\n".join(parts)
 
 
-def _row(row: Result, first: Result) -> str:
-    difference = row.val_loss - first.val_loss
-    return f"| {row.run} | {row.parameters:,} | {row.cache_bytes:,} | {row.val_loss:.4f} | {row.val_bpb:.4f} | {difference:+.4f} |"
+def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown, names to the left and numbers to the right, and an empty line."""
+    return [f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _answer(findings: Findings, question: Question, number: int) -> list[str]:
+    first = findings.last(question.runs[0])
+    rows = [_row(of, first) for name in question.runs if (of := findings.last(name))]
+    if len(rows) < 2:
+        return []
+    names = ("run", "parameters", "of them active", "cache bytes a token", "val_loss", "val_bpb", f"val_loss beside {question.runs[0]}")
+    return [f"## {question.title}\n", *table(names, rows), f"![validation loss, first seed](question-{number}.png)\n"]
+
+
+def _row(of: dict[int, Result], first: dict[int, Result]) -> list[str]:
+    """The row of a run: means over its seeds, and its differences from the run of the same seed that it is held against."""
+    [one, *_] = of.values()
+    losses = {seed: result.val_loss for seed, result in of.items() if result.val_loss is not None}
+    beside = [f"{loss - first[seed].val_loss:+.4f}" for seed, loss in losses.items() if seed in first and first[seed].val_loss is not None]
+    bpb = statistics.fmean(result.val_bpb for result in of.values() if result.val_bpb is not None)
+    sizes = (f"{one.parameters:,}", f"{one.active:,}", f"{one.cache_bytes:,}")
+    return [one.run, *sizes, _number(statistics.fmean(losses.values())), _number(bpb), " ".join(beside)]
+
+
+def _beyond(bands: dict[str, dict[str, float]]) -> list[str]:
+    names = [f"{start}-{stop - 1}" for start, stop in zip(BANDS, BANDS[1:], strict=False)]
+    about = (
+        "Mean validation loss in bands of positions; training saw 0-127. A cache of the last positions alone is what sinks are to mend: "
+        "with the first few kept beside them, or with learned sinks (Xiao et al. 2023). A dash: as built, a model has no more positions. "
+        "Of a learned table the rows from 128 on were never trained.\n"
+    )
+    rows = [[name, *(f"{of[band]:.3f}" if band in of else "-" for band in names)] for name, of in bands.items()]
+    pictures = ["![loss by position, as built](positions.png)\n", "![loss by position, through caches](streams.png)\n"]
+    return ["## Beyond the positions of training\n", about, *table(("what is read", *names), rows), *pictures] if rows else []
+
+
+def _looks(findings: Findings) -> list[str]:
+    rows = []
+    for name in QUESTIONS[-1].runs:
+        shares = [one.looks for one in findings.seeds(name)]
+        rows += [[name, *(f"{statistics.fmean(of[key] for of in shares):.1%}" for key in shares[0])]] if shares else []
+    evenly = statistics.fmean(MAP_FIRST / (t + 1) for t in range(MAP_FROM, 128))
+    about = (
+        f"Shares of attention at positions {MAP_FROM}-127. A head that looks evenly at all before it gives the first {MAP_FIRST} tokens {evenly:.1%}; "
+        "where a sink has formed it is most of all.\n"
+    )
+    names = ("run", "learned sinks, mean head", "most", f"first {MAP_FIRST} tokens, mean head", "most")
+    return ["## Where heads look\n", about, *table(names, rows)] if rows else []
+
+
+def _written(texts: list[dict[str, Any]]) -> list[str]:
+    far = [(text["run"], text["text"]) for text in texts if text["max_new_tokens"] == FAR_TOKENS]
+    about = f"Of {FAR_TOKENS} tokens, the share of strings of 12 characters that stood there before, in the first and the last {FAR_PART} characters:\n"
+    rows = [[run, *(f"{repeated(part):.1%}" for part in (text[:FAR_PART], text[-FAR_PART:]))] for run, text in far]
+    parts = ["## What they write\n", about, *table(("run", "first", "last"), rows)]
+    for text in texts:
+        parts += [f"**{text['run']}**, {text['max_new_tokens']} tokens after `{text['prompt']}`:\n", f"    {printable(text['text'])}\n"]
+    return parts
+
+
+def _tasks(out: Path) -> list[str]:
+    """The scores of the fine-tuned models, and of those they began as, where they were asked."""
+    rows = []
+    for path in sorted(out.glob("tasks/*/results.json")):
+        with reading(path):
+            measures = json.loads(path.read_text(encoding="utf-8"))["measures"]
+        for row in measures:
+            interval = f"{_number(row['low'])} to {_number(row['high'])}"
+            rows.append([row["task"], printable(row["checkpoint"]), str(row["shots"]), row["measure"], _number(row["value"]), interval])
+    return ["## Tasks\n", *table(("task", "model", "shots", "measure", "value", "95% interval"), rows)] if rows else []

@@ -456,7 +456,7 @@ def add_experiments(commands: Any) -> None:
 
 def experiments(arguments: argparse.Namespace) -> int:
     """Run the steps of a phase, then evaluate if it is asked for; the report's path is printed."""
-    from tinylm.experiments import evaluate, plan_steps, run_steps
+    from tinylm.experiments import plan_steps, run_steps
 
     if not 1 <= arguments.seeds <= 100:
         raise UserError(f"--seeds: {arguments.seeds} is not from 1 to 100. Give the number of runs of each model.")
@@ -469,6 +469,8 @@ def experiments(arguments: argparse.Namespace) -> int:
         return outcome.stopped
     out = arguments.out / "smoke" if smoke else arguments.out
     if arguments.phase in ("smoke", "eval", "all"):
+        from tinylm.comparison import evaluate
+
         print(printable(evaluate([step for step in steps if (step.phase == "smoke") == smoke], out, say)))
     else:
         print(printable(arguments.out))

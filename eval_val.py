@@ -14,8 +14,11 @@ from tinylm.errors import UserError, printable
 from tinylm.program import Parser, run_program, say
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from tinylm.checkpoint import Loaded
     from tinylm.config import Config
+    from tinylm.evaluate import LanguageScore
     from tinylm.tokenizer import Tokenizer
 
 
@@ -51,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
     from infer import choose_tokenizer
     from tinylm.checkpoint import load_model, read
     from tinylm.device import pick_device
-    from tinylm.evaluate import byte_table, score_batches
     from tinylm.foreign import ForeignSeq2Seq
 
     device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
@@ -66,9 +68,7 @@ def run(args: argparse.Namespace) -> int:
     trained_on = read(args.ckpt)["data"]["val"]
     if fingerprint != trained_on:
         say(f"note: these are not the validation data of the training run ({trained_on}, here {fingerprint}); some may have been trained on")
-    half = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[loaded.config.hardware.precision]
-    with torch.autocast(device, dtype=half, enabled=half is not None):
-        score = score_batches(loaded.model, batches, byte_table(tokenizer, loaded.model.embedding.num_embeddings))
+    score = score_of(loaded, tokenizer, batches, device)
     numbers = {"val_loss": score.loss, "val_ppl": score.perplexity, "val_bpb": score.bits_per_byte, "tokens": score.tokens}
     if args.answers:
         numbers["val_accuracy"] = score.accuracy
@@ -81,16 +81,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def text_batches(config: "Config", loaded: "Loaded", tokenizer: "Tokenizer") -> tuple[Any, str]:
+def score_of(loaded: "Loaded", tokenizer: "Tokenizer", batches: "Iterable[dict[str, Any]]", device: str) -> "LanguageScore":
+    """The model's score on all batches, in the precision it was trained in."""
+    import torch
+
+    from tinylm.device import half_of
+    from tinylm.evaluate import byte_table, score_batches
+
+    half = half_of(loaded.config.hardware.precision)
+    with torch.autocast(device, dtype=half, enabled=half is not None):
+        return score_batches(loaded.model, batches, byte_table(tokenizer, loaded.model.embedding.num_embeddings))
+
+
+def text_batches(config: "Config", loaded: "Loaded", tokenizer: "Tokenizer", *, seq_len: int | None = None) -> tuple[Any, str]:
     """The validation rows of plain text, and the fingerprint of their tokens.
 
-    The rows are those of the checkpoint's training, so that the number equals the one that training wrote.
+    The rows are as long as those of the checkpoint's training, so that the number equals the one that training wrote; or `seq_len`.
     """
     from data import RowShape, Share, ValidationBatches
     from tinylm.mix import validation_file
 
     file = validation_file(config.data, tokenizer, config.training.seed)
-    shape = RowShape.of(loaded.config.model_copy(update={"data": config.data}), tokenizer)
+    training = loaded.config.training.model_copy(update={} if seq_len is None else {"seq_len": seq_len})
+    shape = RowShape.of(loaded.config.model_copy(update={"data": config.data, "training": training}), tokenizer)
     return ValidationBatches(file, shape, Share(config.training.micro_batch_size), limit=None), file.fingerprint
 
 

@@ -163,8 +163,7 @@ def build_dpo(parts: Parts) -> "LitDPO":
 
 def add_cached_reference(parts: Parts, reference: "Decoder | ForeignDecoder", fingerprint: str) -> None:
     """Give the data the log-probabilities under `reference`, from the cache or worked out now."""
-    import torch
-
+    from tinylm.device import half_of
     from tinylm.preferences import cached_log_probs, log_probs_of
 
     config, data = parts.config, parts.data
@@ -174,8 +173,7 @@ def add_cached_reference(parts: Parts, reference: "Decoder | ForeignDecoder", fi
 
     def compute() -> "np.ndarray":
         parts.say(f"reference: working out the log-probabilities of {n_pairs} pairs, to be kept in {printable(path)}")
-        half = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[config.hardware.precision]
-        return log_probs_of(reference.to(parts.device), data.all_batches(), half)
+        return log_probs_of(reference.to(parts.device), data.all_batches(), half_of(config.hardware.precision))
 
     data.add_reference(cached_log_probs(path, n_pairs, compute))
 

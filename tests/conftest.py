@@ -10,6 +10,8 @@ import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
+# Every shipped YAML file that is the settings of a run; the others are lists of stages, for align.py.
+CONFIGS = sorted(path for path in (*ROOT.glob("*.yaml"), *ROOT.glob("configs/**/*.yaml")) if path.stem not in ("align", "align-smoke"))
 
 WORDS = ["the", "model", "reads", "a", "token", "and", "guesses", "what", "comes", "next", "from", "all", "it", "has", "seen"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CONFIGS
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -581,7 +582,7 @@ def test_no_text_makes_anything_but_a_config_or_a_user_error(text):
         assert str(error).isprintable()
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.yaml"), *ROOT.glob("configs/**/*.yaml")]), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_of_the_project_loads(path):
     assert isinstance(load_config(path), Config)
 

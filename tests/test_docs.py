@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from align import read_stages
 from tinylm.config import Config, load_config, sections
 from tinylm.errors import UserError
 from tinylm.foreign import PREFIX
@@ -38,6 +39,7 @@ TOOL_MODULES = {"pip", "pytest", "venv", "ruff"}
 SHORT = {
     "train.py": ["training.max_steps=2", "training.val_every_steps=1", "training.val_batches=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
     "finetune.py": ["training.max_steps=2", "training.val_every_steps=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
+    "align.py": ["training.max_steps=2", "training.val_every_steps=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
     "infer.py": ["--max-new-tokens=8"],
     "evaluate_checkpoints.py": ["--limit=2"],
     "data.py": [],
@@ -208,11 +210,13 @@ def main_of(program: str) -> Any:
         raise ValueError(f"no such program ({error})") from None
 
 
-def config_of(command: Command) -> Config | None:
+def configs_of(command: Command) -> list[Config]:
     """The settings that a command runs with, if it takes a config; as `load_config` says them, errors too."""
     assert command.program is not None
     given = vars(parse(command.program, command.arguments))
-    return load_config(given["config"], given["overrides"]) if "config" in given and "overrides" in given else None
+    if command.program == "align.py":
+        return [stage.config for stage in read_stages(given["config"], given["overrides"])]
+    return [load_config(given["config"], given["overrides"])] if "config" in given and "overrides" in given else []
 
 
 def faults(text: str) -> Iterator[str]:
@@ -235,12 +239,12 @@ def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
         return
     try:
         given = vars(parse(command.program, command.arguments))
-        config = config_of(command)
+        configs = configs_of(command)
     except (ValueError, UserError) as error:
         yield f"{command.program}: {error}"
         return
-    if command.program == "train.py" and config is not None:
-        folders.add(config.training.checkpoint_dir)
+    if command.program in ("train.py", "align.py"):
+        folders.update(config.training.checkpoint_dir for config in configs)
     reads = {flag: path.parent for flag in ("ckpt", "resume") if isinstance(path := given.get(flag), Path)}
     if given.get("dir") is not None:
         reads["dir"] = given["dir"]
@@ -332,9 +336,11 @@ def needs_network(command: Command) -> bool:
         return not Path(command.arguments[1]).exists()
     if command.program == "evaluate_checkpoints.py":
         return any(not Path(name).exists() for name in parse(command.program, command.arguments).model)
-    config = config_of(command)
-    if config is None:
-        return False
+    return any(map(is_elsewhere, configs_of(command)))
+
+
+def is_elsewhere(config: Config) -> bool:
+    """Whether a run's data, tokenizer or Hugging Face model is not on this machine."""
     base = config.training.init_from or ""
     names = (config.data.dataset, config.tokenizer.path, base.removeprefix(PREFIX) if base.startswith(PREFIX) else None)
     return any(name and not Path(name).exists() for name in names)
@@ -387,7 +393,7 @@ def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_
     wanted = {"train.py": r"checkpoints\S*/\S+\.ckpt\n", "list.py": r"(?s).*step.*last\.ckpt.*", "eval_val.py": r"val_loss \d+\.\d+ .*"}
     wanted |= {"finetune.py": wanted["train.py"], "evaluate_checkpoints.py": r"(place|task) .*"}
     # An answer may be blank after so few steps.
-    wanted |= {"data.py": r"row 0, micro-batch 0: .*\n", "infer.py": r"(?s).*\n", "-m tinylm": r"\s*\S"}
+    wanted |= {"align.py": r"measure .*\n", "data.py": r"row 0, micro-batch 0: .*\n", "infer.py": r"(?s).*\n", "-m tinylm": r"\s*\S"}
     for program, out in results:
         assert re.match(wanted[program], out), f"{program} printed {out!r}"
 
@@ -395,7 +401,7 @@ def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_
 def run_as_typed(command: Command, folder: Path) -> tuple[str, str]:
     """The program and what it printed on stdout."""
     assert command.program is not None
-    more = ["training.max_steps=20", "training.val_batches=2"] if command.program == "train.py" else []
+    more = ["training.max_steps=20", "training.val_batches=2"] if command.program in ("train.py", "align.py") else []
     # One thread: with several, a machine that has other work to do takes many times as long.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CONFIGS
 
 from tinylm.config import Config, load_config
 from tinylm.decoder import Decoder, count_parameters
 from tinylm.planner import plan_run, with_settings
 
 ROOT = Path(__file__).parent.parent
-PRESETS = sorted(ROOT.glob("configs/*.yaml"))
+PRESETS = [path for path in CONFIGS if path.parent.name == "configs"]
 # Of tokenizers that are not here: what their authors say.
 PUBLISHED = {"gpt2": 50257}
 

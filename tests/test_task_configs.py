@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import test_finetune
 import test_seq2seq
+from conftest import CONFIGS as ALL
 from test_train import keep_signals  # noqa: F401  (a fixture)
 
 import evaluate_checkpoints
@@ -19,7 +20,7 @@ from tinylm.prompts import IM_END, IM_START
 from tinylm.tasks import NAMED
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = {path.stem: path for path in sorted(ROOT.glob("configs/*.yaml")) if (load_config(path).training.init_from or "").startswith(PREFIX)}
+CONFIGS = {path.stem: path for path in ALL if (load_config(path).training.init_from or "").startswith(PREFIX)}
 OF_TASKS = {name: load_config(path).data.task for name, path in CONFIGS.items() if load_config(path).data.task}
 QUICK = "sst2-gpt2-lora"
 

@@ -15,7 +15,7 @@ import re
 import socket
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -505,8 +505,17 @@ def resolve_base(recorded: str, checkpoint: Path) -> str:
 
 def fingerprint_of(model: nn.Module) -> str:
     """16 hex digits that identify the weights of `model`: SHA-256 over their names, types, shapes and bytes."""
+    return _fingerprint(model.state_dict())
+
+
+def weights_fingerprint(path: Path) -> str:
+    """`fingerprint_of` the model or adapter that the checkpoint at `path` holds, without building it."""
+    return _fingerprint(read(path)["weights"])
+
+
+def _fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

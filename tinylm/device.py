@@ -2,10 +2,21 @@
 
 import ctypes
 import platform
+from typing import TYPE_CHECKING
 
 from tinylm.errors import UserError, printable
 
+if TYPE_CHECKING:
+    import torch
+
 NAMES = ("auto", "cpu", "cuda", "mps")
+
+
+def half_of(precision: str) -> "torch.dtype | None":
+    """What hardware.precision makes products in under autocast: torch's type, None for 32."""
+    import torch
+
+    return {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 def pick_device(name: str, *, key: str = "--device") -> tuple[str, str]:

@@ -1,12 +1,14 @@
-"""Work shared out over processes, its results in order: for whatever reads a whole corpus."""
+"""Other processes: work shared out over several, its results in order; and a program run as a child of this one."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -102,3 +104,35 @@ def _end_with_the_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+# --- a program as a child ---------------------------------------------------------------------------------------------
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def run_child(command: Sequence[str], *, stdout: int | None = None, stderr: int | None = None) -> int:
+    """Run a command to its end; its exit code comes back, 128 + n where signal n ended it.
+
+    Ctrl-C and SIGTERM are passed on and the command waited for, since it may save first. It has a process group of its own: a
+    terminal sends Ctrl-C to a whole group, and together with the one passed on from here that would be two, which mean "at once".
+    When this process is killed, Linux ends the command by SIGTERM.
+
+    Args:
+        command: the program and its arguments.
+        stdout: the file descriptor that it writes to; None: this process's.
+        stderr: likewise.
+    """
+    preexec = _end_with_this_process if sys.platform.startswith("linux") else None
+    with subprocess.Popen(command, stdout=stdout, stderr=stderr, process_group=0, preexec_fn=preexec) as child:  # noqa: S603, PLW1509  (one thread)
+        before = {number: signal.signal(number, lambda number, frame: child.send_signal(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _end_with_this_process() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

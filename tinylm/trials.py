@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tinylm.config import Config
 from tinylm.decoder import Decoder, Features
+from tinylm.device import half_of
 from tinylm.errors import Diverged
 from tinylm.losses import cross_entropy
 from tinylm.optim import make_optimizer, set_lr
@@ -28,12 +29,10 @@ from tinylm.packing import IGNORE_INDEX
 Batch = dict[str, Any]
 """`input_ids` and `labels` (B, T), maybe `document_ids` (B, T), as data.py makes them"""
 
-DTYPES = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
-
 
 def autocast(config: Config, device: str) -> Any:
     """The arithmetic that hardware.precision asks for, as a context."""
-    dtype = DTYPES[config.hardware.precision]
+    dtype = half_of(config.hardware.precision)
     return nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
 
 
@@ -225,5 +224,5 @@ def _timed(work: Any) -> float:
 
 def matrix_rate(config: Config, device: str, *, side: int = 1024, rounds: int = 8) -> float:
     """Floating-point operations a second of the best of some square matrix products in the run's arithmetic."""
-    matrix = torch.randn(side, side, device=device, dtype=DTYPES[config.hardware.precision] or torch.float32)
+    matrix = torch.randn(side, side, device=device, dtype=half_of(config.hardware.precision) or torch.float32)
     return 2 * side**3 / min(_timed(lambda: matrix @ matrix) for _ in range(rounds))

@@ -1,0 +1,318 @@
+"""All stages in one command: what they are measured by, what is done again and what not, and what a kill leaves (FAULTS A12)."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import align
+import finetune
+import train
+from tinylm import checkpoint
+from tinylm.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "max_seq_len": 64}
+TEXT = "One day a small model read a text, and it learned to go on.\nTwo words are a pair; three are a crowd.\n"
+
+
+def rows(*made: dict[str, str]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in made)
+
+
+def write_pipeline(folder: Path, max_steps: int = 6, **changes: dict[str, Any]) -> Path:
+    """Four tiny configs and the list of them, all files under `folder`; `changes` are sections of single stages."""
+    (folder / "text.txt").write_text("".join(f"{number} {TEXT}" for number in range(60)), encoding="utf-8")
+    (folder / "answers.jsonl").write_text(rows(*({"instruction": f"Double {i}.", "output": f"It is {2 * i}."} for i in range(24))), encoding="utf-8")
+    pairs = ({"prompt": f"Double {i}.", "chosen": f"It is {2 * i}.", "rejected": f"Who cares for {i}?"} for i in range(24))
+    (folder / "pairs.jsonl").write_text(rows(*pairs), encoding="utf-8")
+    problems = ({"prompt": f"{i} + {i % 5} =", "completion": f" {i + i % 5}"} for i in range(24))
+    (folder / "problems.jsonl").write_text(rows(*problems), encoding="utf-8")
+    stages = {
+        "pretrain": {"model": TINY, "data": {"dataset": "text.txt"}},
+        "sft": {"data": {"dataset": "answers.jsonl"}, "training": {"init_from": "runs/pretrain/final.ckpt", "sample_prompt": "Double 4."}},
+        "dpo": {"data": {"dataset": "pairs.jsonl"}, "training": {"init_from": "runs/sft/best.ckpt"}, "dpo": {"beta": 0.5}},
+        "verifier": {"model": TINY, "data": {"dataset": "problems.jsonl"}, "verifier": {"n_wrong": 1}},
+    }
+    for name, settings in stages.items():
+        training = {
+            "seq_len": 48, "micro_batch_size": 4, "max_steps": max_steps, "val_every_steps": max_steps // 2, "log_every_steps": 1, "save_every_steps": 2,
+            "lr": 1e-2, "checkpoint_dir": f"runs/{name}", "log_dir": "logs", "run_name": name,
+        }  # fmt: skip
+        settings["data"] |= {"val_fraction": 0.25, "cache_dir": "cache"}
+        settings["training"] = training | settings.get("training", {}) | changes.get(name, {}).pop("training", {})
+        settings["hardware"] = {"accelerator": "cpu", "threads": 1}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings | changes.get(name, {})), encoding="utf-8")
+    return write_list(folder, *stages)
+
+
+def write_list(folder: Path, *stages: str) -> Path:
+    """The list of these stages, each with the config of its name."""
+    (folder / "all.yaml").write_text(yaml.safe_dump([{"stage": name, "config": f"{name}.yaml"} for name in stages]), encoding="utf-8")
+    return folder / "all.yaml"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stages run in this process, which is quicker; the programs' arguments, in order."""
+    commands: list[str] = []
+
+    def run_here(command: list[str], **_: Any) -> int:
+        program, *arguments = command[1:]
+        commands.append(arguments[1])
+        return {"train.py": train, "finetune.py": finetune}[Path(program).name].main(arguments)
+
+    monkeypatch.setattr(align, "run_child", run_here)
+    return commands
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """What is compared: without the digest, which also knows of fingerprints."""
+    found = json.loads((folder / "checkpoints" / "all" / "results.json").read_text(encoding="utf-8"))
+    return {name: found[name] for name in ("models", "samples")}
+
+
+def last_validation(name: str) -> dict[str, float]:
+    """The row of metrics.csv with the best val_loss, whose checkpoint is compared."""
+    with open(f"logs/{name}/metrics.csv", encoding="utf-8", newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["val_loss"]]
+    best = min(found, key=lambda row: float(row["val_loss"])) if name != "pretrain" else found[-1]  # sft begins with final.ckpt
+    return {key: float(value) for key, value in best.items() if value}
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def test_every_number_of_the_table_is_the_one_that_its_stage_validated_with(here, ran, capsys):
+    """The oracle is each stage's own metrics.csv: validation in training, by Lightning, in other batches."""
+    assert align.main(["--config", str(write_pipeline(here))]) == 0
+    assert ran == ["pretrain.yaml", "sft.yaml", "dpo.yaml", "verifier.yaml"]
+    rows = {row["stage"]: row for row in results_of(here)["models"]}
+    seen = {name: last_validation(name) for name in rows}
+    assert rows["pretrain"]["val_ppl"] == pytest.approx(seen["pretrain"]["val_ppl"], rel=1e-6)
+    assert rows["sft"]["response_loss"] == pytest.approx(seen["sft"]["val_loss"], rel=1e-6)
+    assert rows["sft"]["response_accuracy"] == pytest.approx(seen["sft"]["val_accuracy"], rel=1e-6)
+    assert rows["dpo"]["reward_accuracy"] == pytest.approx(seen["dpo"]["val_accuracy"], abs=1e-6)
+    assert rows["dpo"]["reward_margin"] == pytest.approx(seen["dpo"]["val_margin"], rel=1e-3)
+    assert rows["verifier"]["verifier_accuracy"] == pytest.approx(seen["verifier"]["val_accuracy"], abs=1e-6)
+    for measure in ("val_ppl", "response_loss", "preference_accuracy"):
+        assert {name for name, row in rows.items() if measure in row} == {"pretrain", "sft", "dpo"}
+    report = Path("checkpoints/all/report.md").read_text(encoding="utf-8")
+    assert f"| val_ppl | {rows['pretrain']['val_ppl']:.4f} | {rows['sft']['val_ppl']:.4f} | {rows['dpo']['val_ppl']:.4f} | - |" in report
+    assert "- sft: `python finetune.py --config sft.yaml` wrote runs/sft/best.ckpt" in report
+    assert [found["stage"] for found in results_of(here)["samples"]] == ["pretrain", "sft", "dpo"]
+    out = capsys.readouterr().out
+    assert "measure" in out and "Double 4." in out and out.endswith("report: checkpoints/all/report.md\n")
+
+
+def test_what_is_done_is_not_done_again(here, ran, capsys, monkeypatch):
+    path = str(write_pipeline(here))
+    assert align.main(["--config", path]) == 0
+    first = capsys.readouterr().out
+    ran.clear()
+    monkeypatch.setattr(align, "compare", lambda stages: pytest.fail("compared again"))
+    assert align.main(["--config", path]) == 0
+    captured = capsys.readouterr()
+    assert ran == [] and first.endswith(captured.out)
+    assert captured.out.startswith("measure")
+    assert "stage 3 of 4, dpo: done before (runs/dpo/best.ckpt)" in captured.err
+
+
+def test_results_that_were_cut_off_are_made_again(here, ran):
+    path = str(write_pipeline(here))
+    assert align.main(["--config", path]) == 0
+    before = results_of(here)
+    Path("checkpoints/all/results.json").write_text('{"models": [', encoding="utf-8")
+    assert align.main(["--config", path]) == 0
+    assert results_of(here) == before
+
+
+def test_changed_settings_are_for_the_stages_program_to_judge(here, ran, capsys):
+    """More steps go on; another learning rate is refused by finetune.py in its own words, and its exit code comes through."""
+    align.main(["--config", str(write_pipeline(here))])
+    ran.clear()
+    assert align.main(["--config", str(write_pipeline(here, verifier={"training": {"max_steps": 8}}))]) == 0
+    assert ran == ["verifier.yaml"]
+    assert checkpoint.describe(Path("runs/verifier/final.ckpt")).step == 8
+    capsys.readouterr()
+    assert align.main(["--config", str(write_pipeline(here, sft={"training": {"lr": 0.5}}))]) == 2
+    err = capsys.readouterr().err
+    assert "training.lr was 0.01 when it was saved, this run has 0.5" in err
+    assert "stage 2 of 4, sft: ended with exit code 2. What it saved stays; the same command goes on there\n" in err
+
+
+def test_a_stage_is_not_gone_on_with_over_another_base(here, ran, capsys):
+    """The base is trained anew with another seed; of what began with the old one nothing is kept without a word."""
+    path = str(write_pipeline(here))
+    align.main(["--config", path])
+    old = checkpoint.weights_fingerprint(Path("runs/pretrain/final.ckpt"))
+    for file in Path("runs/pretrain").glob("*.ckpt"):
+        file.unlink()
+    write_pipeline(here, pretrain={"training": {"seed": 5}})
+    capsys.readouterr()
+    assert align.main(["--config", path]) == 2
+    new = checkpoint.weights_fingerprint(Path("runs/pretrain/final.ckpt"))
+    found = f"error: runs/pretrain/final.ckpt has weights {new} now, and had {old} when stage sft began with it"
+    assert f"{found}. Put it back, or remove runs/sft, and the stage is run again.\n" in capsys.readouterr().err
+    for name in ("sft", "dpo"):
+        for file in Path(f"runs/{name}").glob("*.ckpt"):
+            file.unlink()
+    ran.clear()
+    assert align.main(["--config", path]) == 0
+    assert ran == ["sft.yaml", "dpo.yaml"]
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+def begin(path: Path) -> subprocess.Popen[str]:
+    """The command, as a user gives it."""
+    command = [sys.executable, str(ROOT / "align.py"), "--config", path.name]
+    return subprocess.Popen(command, cwd=path.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+
+
+def wait_for(what: Any, process: subprocess.Popen[str]) -> bool:
+    """Whether it came while the process lived."""
+    while process.poll() is None:
+        if what():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
+def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path, monkeypatch, ran):
+    """In each stage, after its first checkpoint, the stage and the pipeline are killed; in the last one the pipeline alone."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    steps = 40
+    monkeypatch.chdir(tmp_path / "whole")
+    assert align.main(["--config", str(write_pipeline(tmp_path / "whole", steps))]) == 0
+    path = write_pipeline(tmp_path / "killed", steps)
+    for stage in align.PROGRAMS:
+        process = begin(path)
+        folder = tmp_path / "killed" / "runs" / stage
+        assert wait_for(lambda folder=folder: any(folder.glob("step-*.ckpt")), process)
+        children = children_of(process.pid)
+        process.kill()
+        if stage != "verifier":
+            os.kill(children[0], signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+        end = time.monotonic() + 60
+        while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < end:  # Linux ends it, after it saved
+            time.sleep(0.05)
+        assert not (folder / "final.ckpt").exists()
+    process = begin(path)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert err.count("done before") == 3
+    assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_reaches_the_stage_which_saves(tmp_path, number, code):
+    path = write_pipeline(tmp_path, 2000)
+    process = begin(path)
+    assert wait_for(lambda: any((tmp_path / "runs" / "pretrain").glob("step-*.ckpt")), process)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == code
+    assert f"stage 1 of 4, pretrain: ended with exit code {code}. What it saved stays; the same command goes on there" in err
+    assert "saved" in err and "Traceback" not in err
+
+
+# --- the list ---------------------------------------------------------------------------------------------------------
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        align.read_stages(path)
+    return str(caught.value)
+
+
+def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
+    path = write_pipeline(here)
+    assert [stage.name for stage in align.read_stages(path)] == list(align.PROGRAMS)
+    assert [str(stage.model) for stage in align.read_stages(path)] == [
+        "runs/pretrain/final.ckpt", "runs/sft/best.ckpt", "runs/dpo/best.ckpt", "runs/verifier/best.ckpt",
+    ]  # fmt: skip
+    path.write_text("- {stage: base, config: pretrain.yaml}\n", encoding="utf-8")
+    assert refusal(path) == f"{path}:1: stage: base: no such stage. There are pretrain, sft, dpo, verifier."
+    path.write_text("- stage: pretrain\n", encoding="utf-8")
+    assert refusal(path) == f"{path}:1: config: expected text, found nothing. Each stage has stage and config."
+    path.write_text("- {stage: pretrain, config: pretrain.yaml, steps: 3}\n", encoding="utf-8")
+    assert refusal(path) == f"{path}:1: steps: no such key. A stage has stage and config; settings stand in the config."
+    write_list(here, "pretrain", "pretrain")
+    assert refusal(path).endswith("stage: pretrain stands above already. Each stage comes once.")
+    path.write_text("- {stage: dpo, config: sft.yaml}\n", encoding="utf-8")
+    assert refusal(path) == f"{path}:1: sft.yaml: has no dpo section, and is given as stage dpo. Give another config, or another stage."
+    path.write_text("- {stage: sft, config: verifier.yaml}\n", encoding="utf-8")
+    assert refusal(path) == f"{path}:1: verifier.yaml: has a verifier section, and is given as stage sft. Give another config, or another stage."
+    write_list(here, "sft", "pretrain")
+    assert refusal(path) == "sft.yaml: runs/pretrain/final.ckpt comes from this stage or a later one. Put the stages in another order."
+    write_list(here, "sft", "dpo")
+    assert refusal(path) == "sft.yaml: runs/pretrain/final.ckpt: not found, and no stage before sft writes there. Add the stage that does."
+    write_pipeline(here, sft={"training": {"checkpoint_dir": "runs/pretrain"}})
+    write_list(here, "pretrain", "sft")
+    assert refusal(path) == "sft.yaml: training.checkpoint_dir: runs/pretrain is that of pretrain too. Give each its own."
+
+
+def test_settings_on_the_command_line_are_for_every_stage(here, ran):
+    assert align.main(["--config", str(write_pipeline(here)), "training.max_steps=2", "training.val_every_steps=1"]) == 0
+    assert {checkpoint.describe(Path(f"runs/{name}/final.ckpt")).step for name in align.PROGRAMS} == {2}
+
+
+def test_a_state_that_is_none_is_refused(here, ran, capsys):
+    path = write_pipeline(here)
+    Path("checkpoints/all").mkdir(parents=True)
+    for text in ("[1]", '{"sft": 1}', '{"sft": {"steps": 1}}', "{"):
+        Path("checkpoints/all/state.json").write_text(text, encoding="utf-8")
+        assert align.main(["--config", str(path)]) == 2
+        message = "error: checkpoints/all/state.json: not what align.py wrote. Delete it: finished stages are found again by their checkpoints.\n"
+        assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("name", ["align", "align-smoke"])
+def test_the_lists_that_are_shipped_are_sound(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    stages = align.read_stages(Path(f"configs/{name}.yaml"))
+    assert [stage.name for stage in stages] == list(align.PROGRAMS)
+
+
+# --- preferences ------------------------------------------------------------------------------------------------------
+
+
+def test_preferences_beside_a_reference_are_worked_out_by_hand(here):
+    """Own: chosen likelier in 2 of 4 pairs, level in 1. Beside the reference: +2, -1, 0, +3, of which 2 are above; beta 0.5 makes of the mean 1 0.5."""
+    write_pipeline(here)
+    stages = {stage.name: stage for stage in align.read_stages(here / "all.yaml")}
+    own = np.array([[-1.0, -3.0], [-2.0, -1.0], [-2.0, -2.0], [-1.0, -5.0]])
+    reference = np.array([[-2.0, -2.0], [-2.0, -2.0], [-2.0, -2.0], [-2.0, -3.0]])
+    log_probs = {"runs/dpo/best.ckpt": own, "runs/sft/best.ckpt": reference}
+    assert align.measures_of_preferences(stages["dpo"], log_probs, "runs/dpo/best.ckpt") == {
+        "preference_accuracy": 0.5, "n_pairs": 4, "reward_accuracy": 0.5, "reward_margin": 0.5,
+    }  # fmt: skip
+    assert align.measures_of_preferences(stages["sft"], log_probs, "runs/sft/best.ckpt") == {"preference_accuracy": 0.25, "n_pairs": 4}

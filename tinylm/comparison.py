@@ -58,9 +58,9 @@ READINGS = (
 )  # fmt: skip
 # How far a cache that forgets is followed. A row begins every so many tokens, so that each position is asked of much the same text;
 # what is left of the text in a curve returns after as many positions, and a mean over them has none of it.
-FAR, ROW_STRIDE = 4096, 128
+FAR, ROW_STRIDE = 2048, 128
 # Borders of the bands of positions in the table; training saw the first 128.
-BANDS = (0, 32, 128, 256, 512, 1024, 2048, FAR)
+BANDS = (0, 32, 128, 256, 512, 1024, FAR)
 # Where heads look is taken from rows of the length of training, at positions that have much to look at.
 MAP_ROWS, MAP_FROM, MAP_FIRST = 8, 64, 4
 PROMPTS = ("Attention is", "The loss", "A token")

@@ -98,7 +98,7 @@ def plan_steps(out: Path, seeds: int = 1) -> list[Step]:
     """Every step, in order; what they write is below `out`."""
     smoke = out / "smoke"
     short = (f"training.max_steps={SMOKE_STEPS}", f"training.val_every_steps={SMOKE_STEPS // 2}", f"training.save_every_steps={SMOKE_STEPS // 2}")
-    steps = [_pretrain("smoke", name, smoke, 1, short) for name in ("base", "window-sinks")]
+    steps = [_pretrain("smoke", name, smoke, 1, (*short, "data.val_docs=6")) for name in ("base", "window-sinks")]
     steps.append(_finetune("smoke", "config_finetune.yaml", smoke, short))
     steps += [_pretrain("pretrain", name, out, seed) for seed in range(1, seeds + 1) for name in runs_of_questions()]
     steps.append(_finetune("finetune", "config_finetune.yaml", out))

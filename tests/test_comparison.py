@@ -19,7 +19,6 @@ from tinylm.comparison import (
     evaluate,
     kept_measure,
     loss_by_position,
-    repeated,
     score,
     where_heads_look,
     write_report,
@@ -118,10 +117,33 @@ def test_bands_are_means_of_what_is_there():
     assert banded(losses) == {"0-31": 4.0, "32-127": 3.0, "128-255": 2.0}
 
 
-def test_what_repeats_is_counted_in_strings():
-    """abab abab in strings of 2: ab ba ab ba ab ba ab, 2 of 7 are new. A text shorter than a string repeats nothing."""
-    assert repeated("abababab", 2) == pytest.approx(5 / 7)
-    assert repeated("ab", 3) == 0.0
+def test_words_are_known_from_the_training_text(loaded):
+    """Its lines are numbered; 'guesses' stands in it and 'gesses' does not. A word at the edge may be cut, and does not count."""
+    known = comparison.known_words(loaded)
+    assert "guesses" in known
+    assert comparison.share_known("odel guesses gesses 7x the toke", known) == pytest.approx(2 / 4)
+    assert comparison.share_known("the model", known) == 0.0
+
+
+def test_a_long_text_has_as_many_tokens_as_were_asked_for_across_the_ends_of_texts(loaded):
+    """A head that finds EOS likely ends a text often; each further text begins a line."""
+    eos, writes = loaded.tokenizer.eos_id, []
+    engine = comparison.Engine(loaded.model, loaded.tokenizer)
+    generate = engine.generate
+
+    def count(*given: object) -> list:
+        [written] = generate(*given)
+        writes.append(written.ids)
+        return [written]
+
+    engine.generate = count
+    with torch.no_grad():
+        loaded.model.embedding.weight[eos] += 0.3
+    text = comparison.long_text(engine, "the", 200, 1)
+    assert sum(map(len, writes)) == 200
+    assert len(writes) > 1
+    assert all(ids[-1] == eos for ids in writes[:-1])
+    assert text.count("\n") >= len(writes) - 1
 
 
 def test_a_reading_says_what_it_keeps():
@@ -157,19 +179,22 @@ def test_the_report_says_what_is_left_out_and_that_one_seed_decides_little(tmp_p
 
 
 def test_the_report_shows_a_dash_where_a_model_has_no_positions(tmp_path):
-    bands = {"base, as built": {"0-31": 1.5, "32-127": 1.25}, "base, last 128": {"0-31": 1.5, "32-127": 1.25, "2048-4095": 3.0}}
+    bands = {"base, as built": {"0-31": 1.5, "32-127": 1.25}, "base, last 128": {"0-31": 1.5, "32-127": 1.25, "1024-2047": 3.0}}
     report = write_report(Findings(found_of(("base", 1, 2.0)), {}, tmp_path), bands, [])
-    assert "| base, as built | 1.500 | 1.250 | - | - | - | - | - |\n" in report
-    assert "| base, last 128 | 1.500 | 1.250 | - | - | - | - | 3.000 |\n" in report
+    assert "| base, as built | 1.500 | 1.250 | - | - | - | - |\n" in report
+    assert "| base, last 128 | 1.500 | 1.250 | - | - | - | 3.000 |\n" in report
 
 
-def test_the_report_shows_where_heads_look_and_what_repeats(tmp_path):
+def test_the_report_shows_where_heads_look_and_how_far_words_hold(tmp_path):
+    """The means over texts, 0.8 and 0.4 are 60%; the first text alone is shown."""
     found = found_of(("base", 1, 2.0), looks={"sinks": 0.0, "sinks, most": 0.0, "first": 0.5, "first, most": 0.75})
-    text = {"run": "base", "prompt": "Attention is", "max_new_tokens": 600, "text": "no string stands here twice" + " " * 400}
-    report = write_report(Findings(found, {}, tmp_path), {}, [text])
+    text = {"run": "base", "seed": 1, "prompt": "Attention is", "max_new_tokens": 600, "words_known_first": 0.9}
+    texts = [text | {"sample": 1, "text": "one\ntwo", "words_known_last": 0.8}, text | {"sample": 2, "text": "three", "words_known_last": 0.4}]
+    report = write_report(Findings(found, {}, tmp_path), {}, texts)
     assert "| base | 0.0% | 0.0% | 50.0% | 75.0% |\n" in report
-    # 189 strings in 200 blanks, one of them new.
-    assert f"| {188 / 189:.1%} |\n" in report
+    assert "| base | 90% | 60% |\n" in report
+    assert "    one\\ntwo\n" in report
+    assert "three" not in report
 
 
 def test_the_report_has_the_scores_of_tasks(tmp_path):

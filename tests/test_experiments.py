@@ -249,11 +249,12 @@ def test_a_second_signal_ends_a_program_that_does_not_end(project):
 
 
 def start_apart(project: Path, steps: list[Step]) -> subprocess.Popen:
-    """`run_steps` in a process of its own, which ends as the command does."""
+    """`run_steps` in a process of its own, which ends as the command does; signals are heard, though jobs in the background ignore some."""
     code = f"""
-import sys
+import signal, sys
 from pathlib import PosixPath
 from tinylm.experiments import Step, run_steps
+signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.exit(run_steps({steps!r}, print).stopped)
 """
     return subprocess.Popen([sys.executable, "-c", code], cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)})

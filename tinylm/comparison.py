@@ -9,6 +9,7 @@ A model reads beyond the positions of its training in several ways: `READINGS`.
 
 import csv
 import json
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -64,10 +65,11 @@ BANDS = (0, 32, 128, 256, 512, 1024, FAR)
 # Where heads look is taken from rows of the length of training, at positions that have much to look at.
 MAP_ROWS, MAP_FROM, MAP_FIRST = 8, 64, 4
 PROMPTS = ("Attention is", "The loss", "A token")
-FAR_PROMPT, FAR_TOKENS = "Attention is", 600
+FAR_PROMPT, FAR_TOKENS, FAR_SAMPLES = "Attention is", 600, 4
+# Characters of its beginning and of its end that are compared.
 FAR_PART = 200
 BATCH_ROWS = 8
-SAMPLING = {"temperature": 0.7, "seed": 1}
+TEMPERATURE = 0.7
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -145,7 +147,8 @@ def kept_measure(run: str, step: Step, out: Path) -> Found:
     paths = [path for path in reversed(checkpoint.candidates(step.result.parent)) if checkpoint.step_of(path) >= 0]
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     readings = [reading.name for reading in READINGS if reading.run == name]
-    key = json.loads(json.dumps([files, readings, FAR, ROW_STRIDE, MAP_ROWS, MAP_FROM, MAP_FIRST, PROMPTS, FAR_PROMPT, FAR_TOKENS, SAMPLING]))
+    texts = [PROMPTS, FAR_PROMPT, FAR_TOKENS, FAR_SAMPLES, FAR_PART, TEMPERATURE]
+    key = json.loads(json.dumps([files, readings, FAR, ROW_STRIDE, MAP_ROWS, MAP_FROM, MAP_FIRST, texts]))
     kept = out / "measured" / f"{run}.json"
     if kept.exists():
         with reading(kept):
@@ -165,7 +168,7 @@ def measure(name: str, seed: int, paths: Sequence[Path]) -> Found:
     last = checkpoint.load_model(paths[-1])
     positions = {reading.name: loss_by_position(last, reading).tolist() for reading in READINGS if reading.run == name}
     looks = where_heads_look(last) if name in QUESTIONS[-1].runs else {}
-    return Found(results, positions, looks, generations(name, last, far=bool(positions)) if seed == 1 else [])
+    return Found(results, positions, looks, generations(name, seed, last, far=bool(positions)))
 
 
 def told(name: str, info: checkpoint.CheckpointInfo) -> Result:
@@ -246,24 +249,43 @@ def where_heads_look(loaded: checkpoint.Loaded) -> dict[str, float]:
     return shares
 
 
-def generations(name: str, loaded: checkpoint.Loaded, *, far: bool) -> list[dict[str, Any]]:
-    """What a model writes on the fixed prompts and, with `far`, many times beyond the positions of its training."""
+def generations(name: str, seed: int, loaded: checkpoint.Loaded, *, far: bool) -> list[dict[str, Any]]:
+    """What a model writes on the fixed prompts and, with `far`, at several times the length of its training."""
     engine = Engine(loaded.model, loaded.tokenizer)
-    asked = [(prompt, 80) for prompt in PROMPTS] + [(FAR_PROMPT, FAR_TOKENS)] * far
-    return [
-        {"run": name, "prompt": prompt, "max_new_tokens": n, "text": engine.generate(prompt, SamplingConfig(max_new_tokens=n, **SAMPLING))[0].text}
-        for prompt, n in asked
-    ]
+    known = known_words(loaded)
+    asked = [(prompt, 80, 1) for prompt in PROMPTS] + [(FAR_PROMPT, FAR_TOKENS, sample) for sample in range(1, FAR_SAMPLES + 1)] * far
+    texts = []
+    for prompt, n, sample in asked:
+        text = long_text(engine, prompt, n, sample)
+        shares = {"words_known_first": share_known(text[:FAR_PART], known), "words_known_last": share_known(text[-FAR_PART:], known)}
+        texts.append({"run": name, "seed": seed, "sample": sample, "prompt": prompt, "max_new_tokens": n, "text": text} | (shares if n == FAR_TOKENS else {}))
+    return texts
 
 
-def repeated(text: str, n: int = 12) -> float:
-    """The share of the strings of `n` characters in a text that have stood in it before.
+def long_text(engine: Engine, prompt: str, n: int, seed: int) -> str:
+    """What a model writes in `n` tokens after a prompt; where it ends a text it goes on with the next, on a new line."""
+    ids, texts = engine.tokenizer.encode(prompt), []
+    while n > 0:
+        [written] = engine.generate(engine.fit_prompt(ids), SamplingConfig(max_new_tokens=n, temperature=TEMPERATURE, seed=100 * seed + len(texts)))
+        ids, n = [*ids, *written.ids], n - len(written.ids)
+        texts.append(written.text)
+    return "\n".join(texts)
 
-    >>> round(repeated("abcabcabc", 3), 3), repeated("abcdefgh", 3)
-    (0.571, 0.0)
+
+def known_words(loaded: checkpoint.Loaded) -> set[str]:
+    """The words of the training text."""
+    file = cached_token_file(loaded.config.data, "train", loaded.tokenizer, loaded.config.training.seed)
+    return set(re.findall(r"\w+", loaded.tokenizer.decode(file.tokens[:].tolist())))
+
+
+def share_known(text: str, known: set[str]) -> float:
+    """The share of a text's words that are among `known`; its first and last one may be cut, and do not count.
+
+    >>> share_known("ost in the modle and", {"in", "the", "model"})
+    0.6666666666666666
     """
-    strings = [text[i : i + n] for i in range(len(text) - n + 1)]
-    return 1 - len(set(strings)) / len(strings) if strings else 0.0
+    words = re.findall(r"\w+", text)[1:-1]
+    return sum(word in known for word in words) / len(words) if words else 0.0
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -322,6 +344,8 @@ def _draw(findings: Findings) -> None:
         if len(runs) > 1:
             pictures[f"question-{number}.png"] = draw("val_loss", runs)
     losses = {name: smoothed(of, ROW_STRIDE) for name, of in findings.position_losses().items()}
+    for of in losses.values():
+        of[:16] = np.nan  # whoever has read next to nothing knows nothing, and all else would look flat
     built = {reading.name for reading in READINGS if reading.window is None}
     title = f"Validation loss by position (mean of the {ROW_STRIDE} up to it)"
     for name, chosen in (("positions", losses.keys() & built), ("streams", losses.keys() - built)):
@@ -400,12 +424,20 @@ def _looks(findings: Findings) -> list[str]:
 
 
 def _written(texts: list[dict[str, Any]]) -> list[str]:
-    far = [(text["run"], text["text"]) for text in texts if text["max_new_tokens"] == FAR_TOKENS]
-    about = f"Of {FAR_TOKENS} tokens, the share of strings of 12 characters that stood there before, in the first and the last {FAR_PART} characters:\n"
-    rows = [[run, *(f"{repeated(part):.1%}" for part in (text[:FAR_PART], text[-FAR_PART:]))] for run, text in far]
+    """How far words hold, and the first text of each run and prompt."""
+    far: dict[str, list[dict[str, Any]]] = {}
+    for text in texts:
+        if text["max_new_tokens"] == FAR_TOKENS:
+            far.setdefault(text["run"], []).append(text)
+    about = (
+        f"Of {FAR_TOKENS} tokens written as built, the share of words that stand in the training text, among the first and the last {FAR_PART} characters; "
+        f"{FAR_SAMPLES} texts a seed. All texts: generations.json.\n"
+    )
+    rows = [[run, *(f"{statistics.fmean(text[key] for text in of):.0%}" for key in ("words_known_first", "words_known_last"))] for run, of in far.items()]
     parts = ["## What they write\n", about, *table(("run", "first", "last"), rows)]
     for text in texts:
-        parts += [f"**{text['run']}**, {text['max_new_tokens']} tokens after `{text['prompt']}`:\n", f"    {printable(text['text'])}\n"]
+        if (text["seed"], text["sample"]) == (1, 1):
+            parts += [f"**{text['run']}**, {text['max_new_tokens']} tokens after `{text['prompt']}`:\n", f"    {printable(text['text'])}\n"]
     return parts
 
 

@@ -40,11 +40,12 @@ def test_every_config_is_asked_about_and_says_its_command():
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "base"], ids=lambda path: path.stem)
 def test_a_run_differs_from_the_base_in_one_thing(path):
-    """moe: experts of half the width, two of which are as wide as the base; window-sinks: two things, held against either alone."""
+    """adamw: with the rate that suits it; moe: experts of half the width, two of which are as wide as the base; window-sinks: held against either alone."""
     base, run = (dict(experiments._flat(load_config(file).to_plain())) for file in (path.with_name("base.yaml"), path))
     places = {"training.checkpoint_dir", "training.run_name"}
     changed = {key for key in base.keys() | run.keys() if base.get(key) != run.get(key)} - places
     expected = {
+        "adamw": {"training.optimizer", "training.lr"},
         "moe": {"model.d_ff", "model.moe", "model.moe.n_experts", "model.moe.top_k", "model.moe.balance_coef"},
         "window-sinks": {"model.sliding_window", "model.n_sinks"},
     }

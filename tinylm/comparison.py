@@ -360,7 +360,7 @@ def write_report(findings: Findings, bands: dict[str, dict[str, float]], texts: 
     """The comparison as Markdown: a table and a picture a question, losses by position, where heads look, and what the models write."""
     seeds = max(result.seed for one in findings.found.values() for result in one.results)
     told = "One seed: small differences are chance." if seeds == 1 else f"{seeds} seeds: val_loss is their mean, and the last column has each by itself."
-    parts = ["# Experiments\n", f"One text, one number of steps; the runs of a question differ in one setting (configs/experiments). {told}\n"]
+    parts = ["# Experiments\n", f"One text, one number of steps; the runs of a question differ in one thing (configs/experiments). {told}\n"]
     if findings.left_out:
         parts += ["Left out:\n", *(f"- {run}: {printable(why)}" for run, why in findings.left_out.items()), ""]
     for number, question in enumerate(QUESTIONS, start=1):

@@ -21,8 +21,8 @@ FLOORS = [
     + ["metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],
     ["checkpoint", "engine", "sampling", "chat", "hf", "gguf", "hf_import", "foreign", "lora", "preferences", "problems", "judge", "samples", "export"]
-    + ["tasks", "evaluate", "harness", "planner", "trials"],
-    ["plots", "doctor", "experiments", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
+    + ["tasks", "evaluate", "harness", "planner", "trials", "streaming"],
+    ["plots", "doctor", "experiments", "comparison", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
 ]
 # The library's front door: what parses arguments and speaks to people.
 FRONT = ("program", "__main__")

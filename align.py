@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.errors import UserError, printable, reading, writing
-from tinylm.processes import run_child
+from tinylm.errors import UserError, printable, reading
+from tinylm.files import write_whole
+from tinylm.processes import Children, signals_to
 from tinylm.program import Parser, run_program, say
 
 if TYPE_CHECKING:
@@ -105,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("checkpoints") / args.config.stem
     with claimed(out, "--out"):
         state = State.read(out / "state.json")
-        code = run_stages(stages, state)
+        children = Children()
+        with signals_to(children):
+            code = run_stages(stages, state, children)
         if code:
             return code
         results = known_results(out, state)
@@ -230,28 +233,17 @@ class State:
     def put(self, name: str, done: Done) -> None:
         """Remember a stage."""
         self.stages[name] = done
-        write_whole(self.path, self._text())
+        write_whole(self.path, self._text(), "--out")
 
     def digest(self) -> str:
         """What a comparison of all stages was made from."""
         return hashlib.sha256(self._text().encode()).hexdigest()
 
     def _text(self) -> str:
-        return json.dumps({name: vars(done) for name, done in self.stages.items()}, indent=2)
+        return json.dumps({name: vars(done) for name, done in self.stages.items()}, indent=2) + "\n"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text under `path`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path, "--out"):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
-def run_stages(stages: list[Stage], state: State) -> int:
+def run_stages(stages: list[Stage], state: State, children: Children) -> int:
     """Run each stage that is not done; the exit code of the one that failed comes back, or 0."""
     for number, stage in enumerate(stages, start=1):
         title = f"stage {number} of {len(stages)}, {stage.name}"
@@ -261,11 +253,14 @@ def run_stages(stages: list[Stage], state: State) -> int:
             continue
         state.put(stage.name, begun)
         say(f"{title}: {' '.join(stage.command)}")
-        code = run_child([sys.executable, str(HERE / PROGRAMS[stage.name]), *stage.command[2:]], stdout=2)
+        code = children.run([sys.executable, str(HERE / PROGRAMS[stage.name]), *stage.command[2:]], stdout=2, stderr=None)
+        if code == 0:
+            state.put(stage.name, Done(begun.settings, begun.bases, fingerprint(str(existing(stage.model)))))
+        if children.received is not None and code == 0:
+            code = 128 + children.received
         if code:
             say(f"{title}: ended with exit code {code}. What it saved stays; the same command goes on there")
             return code
-        state.put(stage.name, Done(begun.settings, begun.bases, fingerprint(str(existing(stage.model)))))
     return 0
 
 
@@ -474,8 +469,8 @@ def show(results: dict[str, Any], stages: list[Stage]) -> None:
 
 def write_results(out: Path, results: dict[str, Any], stages: list[Stage]) -> None:
     """results.json for programs, report.md for people."""
-    write_whole(out / "report.md", "\n".join(write_report(results, stages)))
-    write_whole(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False))
+    write_whole(out / "report.md", "".join(f"{line}\n" for line in write_report(results, stages)), "--out")
+    write_whole(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n", "--out")
 
 
 def write_report(results: dict[str, Any], stages: list[Stage]) -> Iterator[str]:

@@ -19,6 +19,7 @@ import finetune
 import train
 from tinylm import checkpoint
 from tinylm.errors import UserError
+from tinylm.processes import Children
 
 ROOT = Path(__file__).parent.parent
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "max_seq_len": 64}
@@ -72,12 +73,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stages run in this process, which is quicker; the programs' arguments, in order."""
     commands: list[str] = []
 
-    def run_here(command: list[str], **_: Any) -> int:
+    def run_here(self: Children, command: list[str], **_: Any) -> int:
         program, *arguments = command[1:]
         commands.append(arguments[1])
         return {"train.py": train, "finetune.py": finetune}[Path(program).name].main(arguments)
 
-    monkeypatch.setattr(align, "run_child", run_here)
+    monkeypatch.setattr(Children, "run", run_here)
     return commands
 
 

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 # A file imports only from its own floor or lower ones; a folder (tasks, web) stands on one floor.
 FLOORS = [
-    ["errors", "config", "device", "processes"],
+    ["errors", "files", "config", "device", "processes"],
     ["portions", "words", "fastbpe", "tokenizer", "tokenfile", "corpus", "encode", "mix", "bpe", "packing", "show", "prompts", "sandbox", "rows"]
     + ["metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],

@@ -26,7 +26,8 @@ from tinylm.encode import cached_token_file
 from tinylm.engine import Engine
 from tinylm.errors import UserError, printable, reading, writing
 from tinylm.evaluate import LOSS_CAP, byte_table, score_batches
-from tinylm.experiments import QUESTIONS, Question, Say, Step, is_done, last_line, write_whole
+from tinylm.experiments import QUESTIONS, Question, Say, Step, is_done, last_line
+from tinylm.files import write_whole
 from tinylm.packing import IGNORE_INDEX, row_at
 from tinylm.plots import attention_maps, draw, draw_lines, find_runs, smoothed
 from tinylm.streaming import streaming
@@ -156,7 +157,7 @@ def kept_measure(run: str, step: Step, out: Path) -> Found:
         if was["of"] == key:
             return Found.from_plain(was["found"])
     measured = measure(name, int(seed or 1), paths)
-    write_whole(kept, json.dumps({"of": key, "found": asdict(measured)}) + "\n")
+    write_whole(kept, json.dumps({"of": key, "found": asdict(measured)}) + "\n", "--out")
     return measured
 
 
@@ -323,9 +324,9 @@ def write_findings(findings: Findings) -> Path:
     texts = [text for one in findings.found.values() for text in one.texts]
     _write_csv(out / "evaluation.csv", [asdict(result) for result in results])
     _write_csv(out / "positions.csv", [{"reading": name, **of} for name, of in bands.items()])
-    write_whole(out / "generations.json", json.dumps(texts, indent=2, ensure_ascii=False) + "\n")
+    write_whole(out / "generations.json", json.dumps(texts, indent=2, ensure_ascii=False) + "\n", "--out")
     _draw(findings)
-    write_whole(out / "report.md", write_report(findings, bands, texts))
+    write_whole(out / "report.md", write_report(findings, bands, texts), "--out")
     return out / "report.md"
 
 

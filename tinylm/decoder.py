@@ -251,7 +251,7 @@ class Attention(nn.Module):
         if sight.cache is not None:
             k, v = sight.cache.write(self.layer, sight.positions, k, v)
         if self.n_sinks:
-            # A sink has no position: it is neither rotated nor biased, so it looks the same from everywhere.
+            # A sink is neither rotated nor biased: under ALiBi it is equally near to all, under RoPE it stands at position 0.
             k = torch.cat((self.sink_keys.to(k.dtype).expand(B, -1, -1, -1), k), dim=2)
             v = torch.cat((self.sink_values.to(v.dtype).expand(B, -1, -1, -1), v), dim=2)
         return q, k, v

@@ -9,18 +9,17 @@ run in the folder that holds train.py. What comes of it is measured and told by 
 
 import hashlib
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tinylm.config import load_config
 from tinylm.errors import UserError, printable, reading, writing
+from tinylm.files import write_whole
+from tinylm.processes import Children, signals_to
 
 Say = Callable[[str], None]
 
@@ -194,57 +193,7 @@ def is_done(step: Step) -> bool:
     raise UserError(f"{printable(step.result)}: {printable(found)}. Set it back, or remove {printable(step.result.parent)} to make it anew.")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that its name never stands for half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path, "--out"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-
-
 # --- running ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Children:
-    """The one process that runs now, and the signal that came, which is handed on to it."""
-
-    running: subprocess.Popen[bytes] | None = None
-    received: int | None = None
-
-    def note(self, number: int, frame: Any) -> None:
-        """Take a signal; the process that gets it saves and ends by itself, and at a second one it ends at once."""
-        again, self.received = self.received is not None, self.received or number
-        if self.running is not None:
-            self._end(self.running, signal.SIGKILL if again else self.received)
-
-    @staticmethod
-    def _end(process: subprocess.Popen[bytes], number: int) -> None:
-        # The programs save at SIGINT and SIGTERM.
-        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-
-    def run(self, command: Sequence[str], output: Any) -> int:
-        """The exit code of a command; as a shell says it where a signal ended it."""
-        # In a session of its own: a terminal's Ctrl-C goes to the whole group, and would reach it twice.
-        self.running = subprocess.Popen([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, start_new_session=True)  # noqa: S603
-        if self.received is not None:  # it came while the process was being made
-            self._end(self.running, self.received)
-        code = self.running.wait()
-        self.running = None
-        return 128 - code if code < 0 else code
-
-
-@contextmanager
-def signals_to(children: Children) -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and a closed terminal end the process that runs, and us after it; what is ignored (nohup) stays so."""
-    heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, children.note) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_steps(steps: Iterable[Step], say: Say) -> Outcome:
@@ -283,9 +232,9 @@ def _run(step: Step, children: Children) -> int:
         step.output.parent.mkdir(parents=True, exist_ok=True)
         output = open(step.output, "wb")  # noqa: SIM115  (closed below; what the process raises is not of this file)
     with output:
-        code = children.run(step.command, output)
+        code = children.run([sys.executable, *step.command], stdout=output, stderr=subprocess.STDOUT)
     if code == 0:
-        write_whole(step.record, json.dumps(made_from(step), indent=1) + "\n")
+        write_whole(step.record, json.dumps(made_from(step), indent=1) + "\n", "--out")
     return code
 
 

@@ -134,6 +134,7 @@ def test_what_is_done_is_not_done_again(here, ran, capsys, monkeypatch):
     assert "stage 3 of 4, dpo: done before (runs/dpo/best.ckpt)" in captured.err
 
 
+@pytest.mark.slow
 def test_results_that_were_cut_off_are_made_again(here, ran):
     path = str(write_pipeline(here))
     assert align.main(["--config", path]) == 0
@@ -143,6 +144,7 @@ def test_results_that_were_cut_off_are_made_again(here, ran):
     assert results_of(here) == before
 
 
+@pytest.mark.slow
 def test_changed_settings_are_for_the_stages_program_to_judge(here, ran, capsys):
     """More steps go on; another learning rate is refused by finetune.py in its own words, and its exit code comes through."""
     align.main(["--config", str(write_pipeline(here))])

@@ -228,6 +228,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code", "got"), [(signal.SIGINT, 130, "2 "), (signal.SIGTERM, 143, "15 "), (signal.SIGHUP, 143, "15 ")])
 def test_a_signal_goes_to_the_program_once_and_ends_everything(project, number, code, got):
     """Sent to the whole group, as a terminal does; SIGHUP, of a closed terminal, arrives as SIGTERM, at which the programs save."""

@@ -244,6 +244,7 @@ def test_a_run_that_follows_the_advice_fits(share, first, last, monkeypatch):
     assert changed.training.micro_batch_size * changed.training.grad_accum_steps == 12
 
 
+@pytest.mark.slow
 def test_the_advice_is_the_mildest_of_its_kind(monkeypatch):
     """Twelve rows do not fit and six do: 4 x 3, 3 x 4 and so on would be slower for nothing."""
     monkeypatch.setattr(planner, "CPU_PAGES", 0)

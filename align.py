@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.errors import UserError, printable, reading, writing
-from tinylm.processes import run_child
+from tinylm.errors import UserError, printable, reading
+from tinylm.files import write_whole
+from tinylm.processes import Children, signals_to
 from tinylm.program import Parser, run_program, say
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--out: {printable(out)} is training.checkpoint_dir of {printable(stage.file)}. Choose another --out.")
     with claimed(out, "--out"):
         state = State.read(out / "state.json")
-        code = run_stages(stages, state)
+        children = Children()
+        with signals_to(children):
+            code = run_stages(stages, state, children)
         if code:
             return code
         made_from = state.digest(stage.name for stage in stages)
@@ -270,28 +273,17 @@ class State:
     def put(self, name: str, done: Done) -> None:
         """Remember a stage."""
         self.stages[name] = done
-        write_whole(self.path, self._text(self.stages))
+        write_whole(self.path, self._text(self.stages), "--out")
 
     def digest(self, names: Iterable[str]) -> str:
         """What a comparison of these stages is made from; the file may also know of stages that were in the list before."""
         return hashlib.sha256(self._text(names).encode()).hexdigest()
 
     def _text(self, names: Iterable[str]) -> str:
-        return json.dumps({name: vars(self.stages[name]) for name in names}, indent=2)
+        return json.dumps({name: vars(self.stages[name]) for name in names}, indent=2) + "\n"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text under `path`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path, "--out"):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
-def run_stages(stages: list[Stage], state: State) -> int:
+def run_stages(stages: list[Stage], state: State, children: Children) -> int:
     """Run each stage that is not done; the exit code of the one that failed comes back, or 0.
 
     Raises:
@@ -300,6 +292,8 @@ def run_stages(stages: list[Stage], state: State) -> int:
     from tinylm.checkpoint import candidates
 
     for number, stage in enumerate(stages, start=1):
+        if children.received is not None:
+            break
         title = f"stage {number} of {len(stages)}, {stage.name}"
         begun = Done(stage.config.to_plain(), {base: fingerprint(base) for base in stage.bases if not base.startswith("hf:")}, None)
         if is_done(stage, begun, state):
@@ -310,7 +304,7 @@ def run_stages(stages: list[Stage], state: State) -> int:
             say(f"note: {printable(stage.folder)} has checkpoints from before: that they began with {bases} as it is now, is taken for granted")
         state.put(stage.name, begun)
         say(f"{title}: {' '.join(stage.command)}")
-        code = run_child([sys.executable, str(HERE / PROGRAMS[stage.name]), *stage.command[2:]], stdout=2)
+        code = children.run([sys.executable, str(HERE / PROGRAMS[stage.name]), *stage.command[2:]], stdout=2, stderr=None)
         if code:
             when = "once that is mended, " if code in NOT_BY_ITSELF else ""
             say(f"{title}: ended with exit code {code}. What it saved stays; {when}the same command goes on there")
@@ -319,6 +313,9 @@ def run_stages(stages: list[Stage], state: State) -> int:
             lost = f"{printable(stage.model)}: not there, though stage {stage.name} is complete"
             raise UserError(f"{lost}. Put it back, or remove {printable(stage.folder)}, and the stage is run again.")
         state.put(stage.name, Done(begun.settings, begun.bases, fingerprint(str(stage.model))))
+    if children.received is not None:
+        say(f"stopped by signal {children.received} between two stages; the same command goes on there")
+        return 128 + children.received
     return 0
 
 
@@ -540,8 +537,8 @@ def show(results: dict[str, Any], stages: list[Stage]) -> None:
 
 def write_results(out: Path, results: dict[str, Any], stages: list[Stage]) -> None:
     """results.json for programs, report.md for people."""
-    write_whole(out / "report.md", "\n".join(write_report(results, stages)))
-    write_whole(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False))
+    write_whole(out / "report.md", "".join(f"{line}\n" for line in write_report(results, stages)), "--out")
+    write_whole(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n", "--out")
 
 
 def write_report(results: dict[str, Any], stages: list[Stage]) -> Iterator[str]:

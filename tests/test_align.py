@@ -19,6 +19,7 @@ import finetune
 import train
 from tinylm import checkpoint
 from tinylm.errors import UserError
+from tinylm.processes import Children
 
 ROOT = Path(__file__).parent.parent
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "max_seq_len": 64}
@@ -72,12 +73,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stages run in this process, which is quicker; the programs' arguments, in order."""
     commands: list[str] = []
 
-    def run_here(command: list[str], **_: Any) -> int:
+    def run_here(self: Children, command: list[str], **_: Any) -> int:
         program, *arguments = command[1:]
         commands.append(arguments[1])
         return {"train.py": train, "finetune.py": finetune}[Path(program).name].main(arguments)
 
-    monkeypatch.setattr(align, "run_child", run_here)
+    monkeypatch.setattr(Children, "run", run_here)
     return commands
 
 
@@ -133,6 +134,7 @@ def test_what_is_done_is_not_done_again(here, ran, capsys, monkeypatch):
     assert "stage 3 of 4, dpo: done before (runs/dpo/best.ckpt)" in captured.err
 
 
+@pytest.mark.slow
 def test_results_that_were_cut_off_are_made_again(here, ran):
     path = str(write_pipeline(here))
     assert align.main(["--config", path]) == 0
@@ -142,6 +144,7 @@ def test_results_that_were_cut_off_are_made_again(here, ran):
     assert results_of(here) == before
 
 
+@pytest.mark.slow
 def test_changed_settings_are_for_the_stages_program_to_judge(here, ran, capsys):
     """More steps go on; another learning rate is refused by finetune.py in its own words, and its exit code comes through."""
     align.main(["--config", str(write_pipeline(here))])

@@ -16,13 +16,13 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 # A file imports only from its own floor or lower ones; a folder (tasks, web) stands on one floor.
 FLOORS = [
-    ["errors", "config", "device", "processes"],
+    ["errors", "files", "config", "device", "processes"],
     ["portions", "words", "fastbpe", "tokenizer", "tokenfile", "corpus", "encode", "mix", "bpe", "packing", "show", "prompts", "sandbox", "rows"]
     + ["metrics", "reference"],
     ["decoder", "verifier", "optim", "schedule", "losses"],
     ["checkpoint", "engine", "sampling", "chat", "hf", "gguf", "hf_import", "foreign", "lora", "preferences", "problems", "judge", "samples", "export"]
-    + ["tasks", "evaluate", "harness", "planner", "trials"],
-    ["plots", "doctor", "experiments", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
+    + ["tasks", "evaluate", "harness", "planner", "trials", "streaming"],
+    ["plots", "doctor", "experiments", "comparison", "server", "web", "program", "__main__"],  # program: what __main__ and the programs outside do alike
 ]
 # The library's front door: what parses arguments and speaks to people.
 FRONT = ("program", "__main__")

@@ -134,6 +134,7 @@ def test_an_empty_folder_has_no_newest(tmp_path: Path) -> None:
     assert checkpoint.newest_sound(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file_and_no_half_one(saved: Path) -> None:
     """B5: a child that may write at most 4096 bytes to a file tries to replace a checkpoint."""
     before = saved.read_bytes()

@@ -543,6 +543,7 @@ def test_a_source_that_is_not_there_is_found_out_before_the_first_document():
         train_documents(DataConfig(dataset="missing.txt"), SEED)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts other units elsewhere")
 @pytest.mark.parametrize(
     ("name", "content", "n"), [("long.txt", b"x" * 50_000_000, 1), ("empty.txt", b"\n" * 1_000_000 + b"end", 1)], ids=["50 MB line", "1e6 empty lines"]

@@ -441,6 +441,7 @@ def test_any_documents_come_back_from_the_file_in_their_order(tmp_path, small_po
         (tmp_path / "out.bin").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"limit": 117, "max_doc_len": 4}], ids=str)
 def test_any_number_of_processes_makes_the_same_bytes(tmp_path, small_portions, options, monkeypatch):
     """130 documents in some 60 portions, which two helpers and this process share; without them the bytes are the same."""
@@ -832,6 +833,7 @@ def interrupted(write, tmp_path, child) -> Callable[..., tuple[int, str]]:
     return start
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(interrupted, tmp_path):
     code, err = interrupted(10, signal.SIGINT, "--processes", 1)
     assert (code, names(tmp_path)) == (130, [".a.bin.part", "a.txt"])

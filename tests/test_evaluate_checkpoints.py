@@ -189,6 +189,7 @@ def test_questions_that_cannot_be_asked_are_told(run, save, tmp_path):
 # --- Hugging Face models ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_a_hugging_face_model_is_a_baseline_by_the_same_code(kind, tmp_path, run, save):
     """Zero and few shots in plain text, beside a checkpoint or alone; it has no step and no loss; an answer is graded as any other."""

@@ -326,6 +326,7 @@ def test_a_hostile_template_is_refused(source, message, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_template_that_does_not_end_is_ended(monkeypatch):
     """10^10 turns of a nested loop: the process is killed, this one lives, and another template renders after it."""
     monkeypatch.setattr("tinylm.sandbox.RENDER_SECONDS", 0.5)

@@ -105,6 +105,7 @@ def test_where_nobody_knows_how_much_memory_there_is_the_plan_says_so(make_confi
     assert "without hardware.compile, which is faster and mostly needs less memory\n" in err
 
 
+@pytest.mark.slow
 def test_the_vocabulary_is_known_before_there_is_a_tokenizer(make_config: Make, tmp_path: Path, capsys: Capture, fast: None) -> None:
     """A bpe's size is a setting, a char's the number of characters; of a mixture of experts the active weights are told."""
     path = make_config(data={"dataset": str(tmp_path / "not_there_yet.txt")}, tokenizer={"kind": "bpe", "vocab_size": 300})
@@ -220,6 +221,7 @@ def speeds_of(monkeypatch: Patch, speeds: dict[int, float], limit: int) -> list[
     return measured
 
 
+@pytest.mark.slow
 def test_sizes_are_measured_until_they_do_not_pay(make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     """8 and 16 rows are not 5% faster than 4, so that 32 are not tried; a step of 6 rows is not four and a bit more: parts of 2."""
     measured = speeds_of(monkeypatch, {1: 100.0, 2: 180.0, 4: 240.0, 8: 245.0, 16: 250.0}, 1000)
@@ -252,6 +254,7 @@ def test_a_size_that_does_not_fit_after_all_is_left_out(make_config: Make, monke
     assert said == ["4 rows do not fit after all"]
 
 
+@pytest.mark.slow
 def test_a_single_row_that_does_not_fit_is_an_error(make_config: Make, capsys: Capture, monkeypatch: Patch) -> None:
     speeds_of(monkeypatch, {}, 0)
     assert refused(make_config(), capsys, "--find-batch-size").startswith("error: out of memory: a micro-batch of 1 rows (training.micro_batch_size) of 16")

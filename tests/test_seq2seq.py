@@ -262,6 +262,7 @@ def make(home: Path, tmp_path: Path) -> Iterator[Callable[..., Path]]:
     assert bytes_of(home) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, LORA], ids=["whole", "lora"])
 def test_a_run_learns_and_the_programs_read_what_it_wrote(sections: dict, make: Any, tmp_path: Path, capsys: Capture) -> None:
     """Fewer steps than the quick tier has time for would show no fall of the loss; ROUGE comes from the same code as for others."""

@@ -327,6 +327,7 @@ print(n, digest)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="asks Linux how much memory a process has")
 def test_5_mb_are_encoded_within_1_mb_of_memory(folder, tmp_path):
     """CS336's rule, measured as there: the process may grow by a megabyte, and the ids are those of the whole."""

@@ -224,6 +224,7 @@ def test_other_rows_are_another_run(make: Make, tmp_path: Path, capsys: Capture)
 # --- answers of a model -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_is_asked_once(make: Make, writer: Path, tmp_path: Path, capsys: Capture) -> None:
     """The base writes three answers to each problem, kept in the cache: a second run asks nothing and sees the same pairs."""
     config = make(verifier={"n_wrong": 0, "n_sampled": 3, "sampled_from": str(writer)}, training={"max_steps": 1, "seq_len": 64}, data=FEW)

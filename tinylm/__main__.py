@@ -527,22 +527,36 @@ def add_experiments(commands: Any) -> None:
     """Declare `experiments`."""
     summary = "Train small models that differ in one setting, compare them, write a report; a step whose result is there is not run again."
     command = commands.add_parser("experiments", help="compare choices of architecture and training", description=summary)
-    phases = "smoke: a few steps of each path; pretrain, finetune: the runs; eval: tables, pictures and texts of what is there; all: these three"
+    phases = "smoke: a few steps of each path, and a report; pretrain, finetune: the runs; eval: tables, pictures and texts of them; all: these three"
     command.add_argument("--phase", choices=("smoke", "pretrain", "finetune", "eval", "all"), required=True, help=phases)
+    command.add_argument("--seeds", type=int, default=1, metavar="N", help="train each of the compared models N times (default: 1)")
     command.add_argument("--out", type=Path, default=Path("experiments"), metavar="FOLDER", help="where everything goes (default: experiments)")
     command.set_defaults(run=experiments)
 
 
 def experiments(arguments: argparse.Namespace) -> int:
     """Run the steps of a phase, then evaluate if it is asked for; the report's path is printed."""
-    from tinylm.experiments import evaluate, plan_steps, run_steps
+    from tinylm.experiments import plan_steps, run_steps
 
-    wanted = ("pretrain", "finetune") if arguments.phase == "all" else (arguments.phase,)
-    failed = run_steps([step for step in plan_steps(arguments.out) if step.phase in wanted], arguments.out, say)
-    if arguments.phase in ("eval", "all"):
-        print(printable(evaluate(arguments.out, say)))
-    if failed:
-        raise UserError(f"failed: {', '.join(failed)}. What they said is in {printable(arguments.out / 'output')}; the same command goes on from there.")
+    if not 1 <= arguments.seeds <= 100:
+        raise UserError(f"--seeds: {arguments.seeds} is not from 1 to 100. Give the number of runs of each model.")
+    smoke = arguments.phase == "smoke"
+    wanted = {"all": ("pretrain", "finetune"), "eval": ()}.get(arguments.phase, (arguments.phase,))
+    steps = plan_steps(arguments.out, arguments.seeds)
+    say("device: each run says its own in its output; evaluation is on the cpu (the models are small)")
+    outcome = run_steps([step for step in steps if step.phase in wanted], say)
+    if outcome.stopped:
+        return outcome.stopped
+    out = arguments.out / "smoke" if smoke else arguments.out
+    if arguments.phase in ("smoke", "eval", "all"):
+        from tinylm.comparison import evaluate
+
+        print(printable(evaluate([step for step in steps if (step.phase == "smoke") == smoke], out, say)))
+    else:
+        print(printable(arguments.out))
+        say(f"next: python -m tinylm experiments --phase eval --seeds {arguments.seeds} --out {shlex.quote(str(arguments.out))}")
+    if outcome.failed:
+        raise UserError(f"failed: {', '.join(outcome.failed)}. What they said is in {printable(out / 'output')}; the same command goes on from there.")
     return 0
 
 

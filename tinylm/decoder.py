@@ -230,7 +230,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, sight: Sight) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = self._project(x, sight)
+        q, k, v = self.project(x, sight)
         mixed = F.scaled_dot_product_attention(
             q.to(v.dtype), k.to(v.dtype), v,
             attn_mask=sight.mask if sight.mask is None or sight.mask.dtype == torch.bool else sight.mask.to(v.dtype),
@@ -240,7 +240,7 @@ class Attention(nn.Module):
         )  # fmt: skip
         return self.out(mixed.transpose(1, 2).reshape(B, T, -1))
 
-    def _project(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, K), and the keys and values (B, G, n_sinks + S, K) of all that they may look at."""
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, self.n_heads + 2 * self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, H+2G, T, K)
@@ -251,7 +251,7 @@ class Attention(nn.Module):
         if sight.cache is not None:
             k, v = sight.cache.write(self.layer, sight.positions, k, v)
         if self.n_sinks:
-            # A sink has no position: it is neither rotated nor biased, so it looks the same from everywhere.
+            # A sink is neither rotated nor biased: under ALiBi it is equally near to all, under RoPE it stands at position 0.
             k = torch.cat((self.sink_keys.to(k.dtype).expand(B, -1, -1, -1), k), dim=2)
             v = torch.cat((self.sink_values.to(v.dtype).expand(B, -1, -1, -1), v), dim=2)
         return q, k, v
@@ -261,7 +261,7 @@ class Attention(nn.Module):
 
         Without a cache only; softmax(q kᵀ / √K) in fp32 (Vaswani et al. 2017, equation 1).
         """
-        q, k, _ = self._project(x, sight)
+        q, k, _ = self.project(x, sight)
         scores = q.float() @ k.float().repeat_interleave(self.n_heads // self.n_kv_heads, dim=1).mT / math.sqrt(self.head_dim)
         mask = sight.mask
         if mask is None:

@@ -145,11 +145,13 @@ def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
     return figure
 
 
-def draw_lines(lines: dict[str, np.ndarray], *, title: str, xlabel: str, ylabel: str) -> "Figure":
-    """Values over their index, a line a name."""
+def draw_lines(lines: dict[str, np.ndarray], *, title: str, xlabel: str, ylabel: str, mark: tuple[int, str]) -> "Figure":
+    """Values over their index, a line a name; `mark` is an index at which something changes, and what."""
     figure, axes = _new_figure()
     for number, (name, values) in enumerate(lines.items()):
-        axes.plot(values, color=COLOURS[number % len(COLOURS)], label=name, linewidth=1.2)
+        # The later the thinner: a line that lies on another one hides none.
+        axes.plot(values, color=COLOURS[number % len(COLOURS)], label=name, linewidth=3.0 - 2.0 * number / len(lines))
+    axes.axvline(mark[0], color="grey", linewidth=0.8, label=mark[1])
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(True, alpha=0.3)
     axes.legend()

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -111,28 +113,50 @@ def _end_with_the_parent() -> None:
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-def run_child(command: Sequence[str], *, stdout: int | None = None, stderr: int | None = None) -> int:
-    """Run a command to its end; its exit code comes back, 128 + n where signal n ended it.
+@dataclass
+class Children:
+    """The one program that runs now, and the signal that came, which is handed on to it."""
 
-    Ctrl-C and SIGTERM are passed on and the command waited for, since it may save first. It has a process group of its own: a
-    terminal sends Ctrl-C to a whole group, and together with the one passed on from here that would be two, which mean "at once".
-    When this process is killed, Linux ends the command by SIGTERM.
+    running: subprocess.Popen[bytes] | None = None
+    received: int | None = None
 
-    Args:
-        command: the program and its arguments.
-        stdout: the file descriptor that it writes to; None: this process's.
-        stderr: likewise.
-    """
-    preexec = _end_with_this_process if sys.platform.startswith("linux") else None
-    with subprocess.Popen(command, stdout=stdout, stderr=stderr, process_group=0, preexec_fn=preexec) as child:  # noqa: S603, PLW1509  (one thread)
-        before = {number: signal.signal(number, lambda number, frame: child.send_signal(number)) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            code = child.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
+    def note(self, number: int, frame: Any) -> None:
+        """Take a signal; the program that gets it saves and ends by itself, and at a second one it ends at once."""
+        again, self.received = self.received is not None, self.received or number
+        if self.running is not None:
+            self._end(self.running, signal.SIGKILL if again else self.received)
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes], number: int) -> None:
+        # The programs save at SIGINT and SIGTERM.
+        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    def run(self, command: Sequence[str], *, stdout: Any, stderr: Any) -> int:
+        """The exit code of a command; as a shell says it where a signal ended it.
+
+        It has a session of its own: a terminal's Ctrl-C goes to the whole group, and would reach it twice. Where this process is
+        killed, Linux ends the command by SIGTERM.
+        """
+        bind = _end_with_this_process if sys.platform.startswith("linux") else None
+        self.running = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=bind)  # noqa: S603, PLW1509
+        if self.received is not None:  # it came while the process was being made
+            self._end(self.running, self.received)
+        code = self.running.wait()
+        self.running = None
+        return 128 - code if code < 0 else code
 
 
 def _end_with_this_process() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def signals_to(children: Children) -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and a closed terminal end the program that runs, and us after it; what is ignored (nohup) stays so."""
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, children.note) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

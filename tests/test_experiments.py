@@ -1,0 +1,324 @@
+"""Experiments: what is run, what is not run again, and how it is stopped."""
+
+import csv
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tinylm import checkpoint, experiments
+from tinylm.__main__ import main
+from tinylm.comparison import active_parameters
+from tinylm.config import load_config
+from tinylm.decoder import Decoder, count_parameters
+from tinylm.errors import UserError
+from tinylm.experiments import Outcome, Step, is_done, made_from, plan_steps, run_steps, runs_of_questions
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(ROOT.glob("configs/experiments/*.yaml"))
+
+
+# --- the configs ------------------------------------------------------------------------------------------------------
+
+
+def built(name: str) -> Decoder:
+    config = load_config(ROOT / "configs/experiments" / f"{name}.yaml")
+    return Decoder(config.model.model_copy(update={"vocab_size": 260}))
+
+
+def test_every_config_is_asked_about_and_says_its_command():
+    assert {path.stem for path in CONFIGS} == set(runs_of_questions())
+    for path in CONFIGS:
+        assert f"python train.py --config configs/experiments/{path.name}" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "base"], ids=lambda path: path.stem)
+def test_a_run_differs_from_the_base_in_one_thing(path):
+    """adamw: with the rate that suits it; moe: experts of half the width, two of which are as wide as the base; window-sinks: held against either alone."""
+    base, run = (dict(experiments._flat(load_config(file).to_plain())) for file in (path.with_name("base.yaml"), path))
+    places = {"training.checkpoint_dir", "training.run_name"}
+    changed = {key for key in base.keys() | run.keys() if base.get(key) != run.get(key)} - places
+    expected = {
+        "adamw": {"training.optimizer", "training.lr"},
+        "moe": {"model.d_ff", "model.moe", "model.moe.n_experts", "model.moe.top_k", "model.moe.balance_coef"},
+        "window-sinks": {"model.sliding_window", "model.n_sinks"},
+    }
+    assert changed == expected[path.stem] if path.stem in expected else len(changed) == 1
+
+
+def test_a_token_meets_as_many_parameters_in_experts_as_in_the_dense_model():
+    """Equal but for the router: 4 layers of 8 experts, each with a weight for each of 128 features."""
+    dense, moe = built("base"), built("moe")
+    assert active_parameters(dense) == count_parameters(dense)
+    assert active_parameters(moe) == count_parameters(dense) + 4 * 8 * 128
+    assert count_parameters(moe) > 2 * count_parameters(dense)
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_run_is_a_step_and_another_seed_is_another_run():
+    steps = {step.name: step for step in plan_steps(Path("out"), seeds=2)}
+    assert {f"pretrain: {name}" for name in runs_of_questions()} < steps.keys()
+    first, second = steps["pretrain: gqa"], steps["pretrain: gqa-seed2"]
+    assert second.command[-1] == f"training.seed={load_config(ROOT / 'configs/learn.yaml').training.seed + 1}"
+    assert not any(word.startswith("training.seed") for word in first.command)
+    assert (first.result, second.result) == (Path("out/runs/gqa/final.ckpt"), Path("out/runs/gqa-seed2/final.ckpt"))
+
+
+def test_every_step_is_a_command_that_its_program_takes(monkeypatch):
+    """As far as its settings and its tasks go: what it begins with is not there yet."""
+    monkeypatch.chdir(ROOT)
+    for step in plan_steps(Path("out"), seeds=2):
+        assert made_from(step)
+        assert Path(step.command[0]).is_file()
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A folder whose train.py is what a test writes into it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("one\ntwo\n", encoding="utf-8")
+    (tmp_path / "a.yaml").write_text("data:\n  dataset: text.txt\ntraining:\n  lr: 1e-3\n", encoding="utf-8")
+    return tmp_path
+
+
+def step_of(project: Path, name: str = "a", code: str = "", config: str = "a.yaml") -> Step:
+    """A step whose program counts its runs, does `code`, and leaves a result."""
+    (project / "train.py").write_text("", encoding="utf-8")
+    program = f"import sys, time, signal, pathlib\nopen({name + '.ran'!r}, 'a').write('x')\n{code}\nf = pathlib.Path('runs/{name}')\n"
+    (project / f"{name}.py").write_text(program + "f.mkdir(parents=True, exist_ok=True); (f / 'final.ckpt').write_text('x')\n", encoding="utf-8")
+    folder = Path("runs") / name
+    return Step(f"pretrain: {name}", "pretrain", (f"{name}.py", "--config", config), folder / "final.ckpt", Path("output") / f"{name}.txt")
+
+
+def runs_of(name: str = "a") -> int:
+    path = Path(f"{name}.ran")
+    return len(path.read_text(encoding="utf-8")) if path.exists() else 0
+
+
+def run_all(*steps: Step) -> tuple[Outcome, list[str]]:
+    said: list[str] = []
+    return run_steps(steps, said.append), said
+
+
+def test_a_step_whose_result_is_there_is_not_run_again(project):
+    step = step_of(project)
+    assert run_all(step) == (Outcome(), ["pretrain: a: done"])
+    assert run_all(step) == (Outcome(), ["pretrain: a: done before (runs/a/final.ckpt)"])
+    assert runs_of() == 1
+
+
+def test_a_result_without_a_record_is_given_to_its_program_which_knows(project):
+    """A run that was killed after its last checkpoint: train.py says that it is complete, or goes on."""
+    step = step_of(project)
+    run_all(step)
+    step.record.unlink()
+    assert run_all(step)[1] == ["pretrain: a: done"]
+    assert runs_of() == 2
+
+
+def test_a_result_made_with_other_settings_is_an_error_and_stays(project):
+    step = step_of(project)
+    run_all(step)
+    (project / "a.yaml").write_text("data:\n  dataset: text.txt\ntraining:\n  lr: 2e-3\n", encoding="utf-8")
+    outcome, said = run_all(step)
+    assert outcome == Outcome(("pretrain: a",))
+    wanted = "pretrain: a: runs/a/final.ckpt: training.lr was 0.001 when it was made and is 0.002. Set it back, or remove runs/a to make it anew."
+    assert said == [wanted]
+    assert runs_of() == 1
+
+
+def test_a_result_made_from_another_text_is_an_error(project):
+    step = step_of(project)
+    run_all(step)
+    (project / "text.txt").write_text("one\nthree\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"runs/a/final.ckpt: content of text.txt was \w{16} when it was made and is \w{16}"):
+        is_done(step)
+
+
+def test_where_a_run_writes_is_no_part_of_what_it_is(project):
+    step = step_of(project)
+    moved = dataclasses.replace(step, command=(*step.command, "training.checkpoint_dir=elsewhere", "training.run_name=b"))
+    assert made_from(step) == made_from(moved)
+
+
+def test_a_result_that_another_step_began_with_counts_by_its_content(project):
+    step = dataclasses.replace(step_of(project), reads=(Path("base.ckpt"),))
+    Path("base.ckpt").write_text("one", encoding="utf-8")
+    run_all(step)
+    assert is_done(step)
+    Path("base.ckpt").write_text("two", encoding="utf-8")
+    with pytest.raises(UserError, match=r"content of base.ckpt was"):
+        is_done(step)
+
+
+def test_a_step_that_fails_is_named_with_what_it_said_and_the_next_is_run(project):
+    first = step_of(project, "a", "sys.exit('error: no such thing.')")
+    outcome, said = run_all(first, step_of(project, "b"))
+    assert outcome == Outcome(("pretrain: a",))
+    assert said == ["pretrain: a: exit code 1: error: no such thing.", "pretrain: b: done"]
+    assert not first.record.exists()
+
+
+def test_a_step_that_is_killed_is_a_failure_and_no_wish_to_stop(project):
+    """Killed for want of memory, say: 128 + 9."""
+    outcome, said = run_all(step_of(project, "a", "import os; os.kill(os.getpid(), signal.SIGKILL)"), step_of(project, "b"))
+    assert outcome == Outcome(("pretrain: a",))
+    assert said == ["pretrain: a: exit code 137: no output", "pretrain: b: done"]
+
+
+def test_a_step_with_a_wrong_config_is_named(project):
+    step = step_of(project)
+    run_all(step)
+    (project / "a.yaml").write_text("training:\n  rate: 1\n", encoding="utf-8")
+    outcome, [said] = run_all(step)
+    assert outcome.failed == ("pretrain: a",)
+    assert said.startswith("pretrain: a: a.yaml:2: training.rate:")
+
+
+def test_a_program_that_was_stopped_stops_all(project):
+    outcome, said = run_all(step_of(project, "a", "sys.exit(143)"), step_of(project, "b"))
+    assert outcome == Outcome((), 143)
+    assert said == ["pretrain: a: stopped; the same command goes on from there"]
+    assert runs_of("b") == 0
+
+
+def test_an_output_that_cannot_be_written_is_one_line(project):
+    (project / "output").write_text("a file", encoding="utf-8")
+    outcome, [said] = run_all(step_of(project))
+    assert outcome.failed == ("pretrain: a",)
+    assert said == "pretrain: a: output/a.txt: cannot be written: File exists. Make room or change --out."
+
+
+def test_a_full_disk_is_one_line(project, monkeypatch):
+    """The record is what comes after the run."""
+
+    def full(*paths: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    outcome, [said] = run_all(step_of(project))
+    assert outcome.failed == ("pretrain: a",)
+    assert said == "pretrain: a: runs/a/made-from.json: cannot be written: No space left on device. Make room or change --out."
+
+
+def test_outside_the_project_nothing_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"train\.py: not found here\. Run experiments in the project's folder\."):
+        run_all()
+
+
+WAITS = """
+def stop(number, frame):
+    with open('signals', 'a') as file:
+        file.write(f'{number} ')
+    time.sleep(0.2)  # for a second one, if it comes
+    sys.exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
+open('waiting', 'w').close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code", "got"), [(signal.SIGINT, 130, "2 "), (signal.SIGTERM, 143, "15 "), (signal.SIGHUP, 143, "15 ")])
+def test_a_signal_goes_to_the_program_once_and_ends_everything(project, number, code, got):
+    """Sent to the whole group, as a terminal does; SIGHUP, of a closed terminal, arrives as SIGTERM, at which the programs save."""
+    steps = [step_of(project, "a", WAITS), step_of(project, "b")]
+    process = start_apart(project, steps)
+    wait_for(project / "waiting")
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=20) == code
+    assert (project / "signals").read_text(encoding="utf-8") == got
+    assert runs_of("b") == 0
+    assert not (project / "runs/a/made-from.json").exists()
+
+
+def test_a_second_signal_ends_a_program_that_does_not_end(project):
+    stubborn = WAITS.replace("    sys.exit(128 + number)\n", "")
+    process = start_apart(project, [step_of(project, "a", stubborn + "time.sleep(60)")])
+    wait_for(project / "waiting")
+    process.send_signal(signal.SIGINT)
+    wait_for(project / "signals")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 137
+
+
+def start_apart(project: Path, steps: list[Step]) -> subprocess.Popen:
+    """`run_steps` in a process of its own, which ends as the command does; signals are heard, though jobs in the background ignore some."""
+    code = f"""
+import signal, sys
+from pathlib import PosixPath
+from tinylm.experiments import Step, run_steps
+signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
+sys.exit(run_steps({steps!r}, print).stopped)
+"""
+    return subprocess.Popen([sys.executable, "-c", code], cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() or (path.name == "signals" and not path.read_text(encoding="utf-8")):
+        assert time.monotonic() < deadline, f"{path.name} never came"
+        time.sleep(0.02)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", ["0", "101"])
+def test_a_number_of_seeds_that_makes_no_sense_is_refused(seeds, capsys):
+    assert main(["experiments", "--phase", "eval", "--seeds", seeds]) == 2
+    assert capsys.readouterr().err == f"error: --seeds: {seeds} is not from 1 to 100. Give the number of runs of each model.\n"
+
+
+@pytest.mark.slow
+def test_smoke_runs_every_path_and_a_second_time_nothing(tmp_path):
+    """Two small models for 8 steps, one of them fine-tuned, all measured: every file of a report."""
+    command = [sys.executable, "-m", "tinylm", "experiments", "--phase", "smoke", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "smoke"
+    assert done.stdout == f"{out / 'report.md'}\n"
+    names = {"report.md", "evaluation.csv", "positions.csv", "generations.json", "question-6.png", "positions.png", "streams.png"}
+    assert names < {path.name for path in out.iterdir()}
+    with open(out / "evaluation.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    checkpoints = [("base", "4"), ("base", "8"), ("window-sinks", "4"), ("window-sinks", "8"), ("finetune", "4"), ("finetune", "8")]
+    assert [(row["run"], row["step"]) for row in rows] == checkpoints
+    assert all(float(row["val_ppl"]) == pytest.approx(math.exp(float(row["val_loss"]))) for row in rows)
+    for picture in ("question-6.png", "positions.png", "streams.png"):
+        assert f"]({picture})" in (out / "report.md").read_text(encoding="utf-8")
+    # What training said of its validation is what evaluation finds of the same rows.
+    metrics = list(csv.DictReader((out / "logs/base/metrics.csv").read_text(encoding="utf-8").splitlines()))
+    assert float(metrics[-1]["val_loss"]) == pytest.approx(float(rows[1]["val_loss"]), rel=1e-4)
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert again.stderr.count(": done before (") == 3
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+
+
+@pytest.mark.slow
+def test_a_stopped_command_saves_and_goes_on_from_there(tmp_path):
+    """SIGTERM in the first run of pretraining: exit 143, a checkpoint, no process left; the folder's lock is free for the next."""
+    command = [sys.executable, "-m", "tinylm", "experiments", "--phase", "pretrain", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    output, deadline = tmp_path / "output/base.txt", time.monotonic() + 120
+    while not (output.exists() and "step " in output.read_text(encoding="utf-8")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.endswith("pretrain: base: stopped; the same command goes on from there\n")
+    assert checkpoint.newest_sound(tmp_path / "runs/base") is not None
+    with checkpoint.claimed(tmp_path / "runs/base"):
+        pass

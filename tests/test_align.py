@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from test_seq2seq import save
 
 import align
 import finetune
@@ -139,9 +140,66 @@ def test_results_that_were_cut_off_are_made_again(here, ran):
     path = str(write_pipeline(here))
     assert align.main(["--config", path]) == 0
     before = results_of(here)
-    Path("checkpoints/all/results.json").write_text('{"models": [', encoding="utf-8")
+    for text in ('{"models": [', "[]", "{}"):
+        Path("checkpoints/all/results.json").write_text(text, encoding="utf-8")
+        assert align.main(["--config", path]) == 0
+        assert results_of(here) == before
+
+
+def test_a_stage_that_left_the_list_leaves_the_table(here, ran):
+    """state.json still knows of the verifier; the results of four stages are not those of three."""
+    align.main(["--config", str(write_pipeline(here))])
+    assert align.main(["--config", str(write_list(here, "pretrain", "sft", "dpo"))]) == 0
+    assert [row["stage"] for row in results_of(here)["models"]] == ["pretrain", "sft", "dpo"]
+    assert len(ran) == 4
+
+
+def test_rewards_are_measured_also_where_the_reference_is_in_no_row(here, ran):
+    """The oracle is the stage's own validation; the model that it began with was trained before, by another list."""
+    write_pipeline(here)
+    align.main(["--config", str(write_list(here, "pretrain", "sft"))])
+    assert align.main(["--config", str(write_list(here, "dpo"))]) == 0
+    (row,) = results_of(here)["models"]
+    seen = last_validation("dpo")
+    assert (row["reward_accuracy"], row["reward_margin"]) == (pytest.approx(seen["val_accuracy"]), pytest.approx(seen["val_margin"], rel=1e-3))
+
+
+def test_a_model_that_is_lost_is_named_and_no_other_takes_its_place(here, ran, capsys):
+    """best.ckpt of sft is its last step, which finetune.py names again; what was best of dpo, at step 3 of 6, is gone for good."""
+    path = str(write_pipeline(here))
+    align.main(["--config", path])
+    before = results_of(here)
+    Path("runs/sft/best.ckpt").unlink()
     assert align.main(["--config", path]) == 0
-    assert results_of(here) == before
+    assert ran[4:] == ["sft.yaml"] and results_of(here) == before
+    Path("runs/dpo/best.ckpt").unlink()
+    capsys.readouterr()
+    assert align.main(["--config", path]) == 2
+    message = "error: runs/dpo/best.ckpt: not there, though stage dpo is complete. Put it back, or remove runs/dpo, and the stage is run again.\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_of_checkpoints_that_were_there_before_it_is_said_what_is_not_known(here, ran, capsys):
+    path = str(write_pipeline(here))
+    align.main(["--config", path])
+    assert "note:" not in capsys.readouterr().err
+    Path("checkpoints/all/state.json").unlink()
+    assert align.main(["--config", path]) == 0
+    note = "note: runs/sft has checkpoints from before: that they began with runs/pretrain/final.ckpt as it is now, is taken for granted\n"
+    assert note in capsys.readouterr().err
+
+
+def test_models_with_different_tokenizers_are_not_compared_by_the_token():
+    rows = [{"stage": "pretrain", "tokenizer": "a"}, {"stage": "sft", "tokenizer": "a"}, {"stage": "verifier"}]
+    assert list(align.notes_on({"models": rows})) == []
+    found = "note: these models have different tokenizers: val_ppl, response_loss and response_accuracy are by the token, and say nothing between two of them"
+    assert list(align.notes_on({"models": [*rows, {"stage": "dpo", "tokenizer": "b"}]})) == [found]
+
+
+def test_a_stop_between_two_stages_begins_no_other(here, ran, capsys):
+    stages = align.read_stages(write_pipeline(here))
+    assert align.run_stages(stages, align.State(here / "state.json", {}), Children(received=signal.SIGINT)) == 130
+    assert ran == [] and capsys.readouterr().err == "stopped by signal 2 between two stages; the same command goes on there\n"
 
 
 @pytest.mark.slow
@@ -283,9 +341,35 @@ def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
     assert refusal(path) == "sft.yaml: training.checkpoint_dir: runs/pretrain is that of pretrain too. Give each its own."
 
 
-def test_settings_on_the_command_line_are_for_every_stage(here, ran):
+def test_what_a_stage_would_refuse_in_its_turn_is_refused_before_the_first_one(here):
+    path = write_pipeline(here, dpo={"training": {"init_from": None}})
+    preferences = "dpo.yaml: training.init_from: preferences are learned by a trained model."
+    assert refusal(path) == f"{path}:5: {preferences} Set it to a checkpoint, or to hf:NAME for a Hugging Face model."
+    path.write_text("- {stage: sft, config: pretrain.yaml}\n", encoding="utf-8")
+    assert refusal(path).startswith(f"{path}:1: pretrain.yaml: training.init_from: answers alone are learned by a model that was trained before.")
+    path = write_pipeline(here, sft={"lora": {"r": 2}})
+    adapter = "runs/sft/best.ckpt is an adapter, since sft.yaml has a lora section, and stage dpo begins with a whole model"
+    mend = "Take the section out there, and give one to the last stage if memory is short"
+    assert refusal(path) == f"dpo.yaml: training.init_from: {adapter}. {mend}."
+    path = write_pipeline(here, sft={"training": {"init_from": "hf:t5"}})
+    save(here / "t5", "t5")
+    reads = "hf:t5 is an encoder-decoder, which predicts no plain text to be compared by"
+    assert refusal(path) == f"sft.yaml: training.init_from: {reads}. Run finetune.py by itself, or choose another model."
+
+
+def test_a_folder_is_a_stages_or_the_lists(here, capsys):
+    """Both would be locked, the stage's by the list's own process, and it would wait for itself."""
+    assert align.main(["--config", str(write_pipeline(here)), "--out", "runs/../runs/sft"]) == 2
+    assert capsys.readouterr().err == "error: --out: runs/../runs/sft is training.checkpoint_dir of sft.yaml. Choose another --out.\n"
+
+
+def test_settings_on_the_command_line_are_for_every_stage(here, ran, capsys):
     assert align.main(["--config", str(write_pipeline(here)), "training.max_steps=2", "training.val_every_steps=1"]) == 0
     assert {checkpoint.describe(Path(f"runs/{name}/final.ckpt")).step for name in align.PROGRAMS} == {2}
+    capsys.readouterr()
+    assert align.main(["--config", "all.yaml", "dpo.beta=0.2"]) == 2
+    mend = "Settings on the command line are for every stage: put this one into the config of its stage"
+    assert capsys.readouterr().err == f"error: all.yaml:1: pretrain.yaml: has a dpo section, and is given as stage pretrain. {mend}.\n"
 
 
 def test_a_state_that_is_none_is_refused(here, ran, capsys):

@@ -454,9 +454,11 @@ class ProgressDisplay(StepCallback):
 def short(number: float) -> str:
     """A number for people.
 
-    >>> short(1_350_000), short(742), short(15_300)
-    ('1.35M', '742', '15.3k')
+    >>> short(1_350_000), short(742), short(15_300), short(5.94e18)
+    ('1.35M', '742', '15.3k', '5.94e+18')
     """
+    if number >= 1e15:  # of the FLOPs of a run: peta and exa are not how papers write them
+        return f"{number:.3g}"
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:.3g}{unit}"

@@ -689,7 +689,8 @@ class LitProblems(RunData):
         train, val = (f"{len(made):,} problems with {self._n_answers(made):,} answers" for made in (self.train_problems, self.val_problems))
         n_right = sum(1 + sum(sample.right for sample in problem.samples) for problem in self.train_problems)
         share = f"{n_right / self._n_answers(self.train_problems):.0%} of them right"
-        return f"data: {printable(self.config.data.dataset)}: train {train} ({share}), validation {val}; tokenizer {self.tokenizer.kind}"
+        tokenizer = f"tokenizer {self.config.tokenizer.kind}, vocabulary {self.tokenizer.vocab_size}"
+        return f"data: {printable(self.config.data.dataset)}: train {train} ({share}), validation {val}; {tokenizer}"
 
     def _n_answers(self, made: list[Problem]) -> int:
         return sum(1 + self.n_wrong + len(problem.samples) for problem in made)

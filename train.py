@@ -178,6 +178,7 @@ def run_stage(
         if complete:
             say(f"already complete at step {start.payload['step']}: {start.path}")
             print(printable(start.path))
+            say(next_command(stage, start.path))
             return 0
         base = find_base(config, start)
         if base is not None and start.payload is None:
@@ -729,12 +730,17 @@ def report(stage: "LitStage", saving: Any, signals: Any, seconds: float, say: Sa
     say(f"done: {progress.step} steps in {duration(seconds)}, best val_loss {best:.4f}")
     final = path.with_name("final.ckpt")
     print(printable(final))
-    if stage.stage == "verifier":
-        say(f"next: python infer.py --ckpt MODEL --prompt PROBLEM --best-of 8 --verifier {shlex.quote(str(final))}")
-        return 0
-    prompt = "Attention is" if stage.stage == "pretrain" else "Name three primary colours."
-    say(f'next: python infer.py --ckpt {shlex.quote(str(final))} --prompt "{prompt}"')
+    say(next_command(stage.stage, final))
     return 0
+
+
+def next_command(stage: str, path: Path) -> str:
+    """What to type when a run of that stage has left its model at `path`."""
+    model = shlex.quote(str(path))
+    if stage == "verifier":
+        return f"next: python infer.py --ckpt MODEL --prompt PROBLEM --best-of 8 --verifier {model}"
+    prompt = "Attention is" if stage == "pretrain" else "Name three primary colours."
+    return f'next: python infer.py --ckpt {model} --prompt "{prompt}"'
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

@@ -172,6 +172,7 @@ def test_a_model_that_is_lost_is_named_and_no_other_takes_its_place(here, ran, c
     Path("runs/sft/best.ckpt").unlink()
     assert align.main(["--config", path]) == 0
     assert ran[4:] == ["sft.yaml"] and results_of(here) == before
+    assert "note:" not in capsys.readouterr().err
     Path("runs/dpo/best.ckpt").unlink()
     capsys.readouterr()
     assert align.main(["--config", path]) == 2

@@ -541,7 +541,8 @@ def test_the_command_tells_what_it_made(run, write, tmp_path):
         "14 tokens (uint16) of 2 documents, 1.000 bytes per token",
         "first ten ids: 104 101 108 108 111 258 119 195 182 114",
         "last ten ids:  111 258 119 195 182 114 108 100 33 258",
-        f"next: python train.py --config config_smoke.yaml data.dataset={out} tokenizer.kind=byte tokenizer.vocab_size=null",
+        f"next: python train.py --config config_smoke.yaml data.dataset={out} tokenizer.kind=byte tokenizer.vocab_size=null "
+        f"training.checkpoint_dir=checkpoints/{out.stem}",
     ]
     assert documents_in(out) == ["hello", "wörld!"]
 

@@ -121,6 +121,16 @@ def test_attention_maps_are_the_weights_that_the_model_mixes_its_values_with(opt
         torch.testing.assert_close(layer.out((weights @ values).transpose(1, 2).reshape(1, 7, -1)), output, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("values", "marks"), [([153.0, 64.0], ["70", "100", "150"]), ([9.0, 2.5], ["3", "5", "7"])])
+def test_perplexities_within_a_power_of_ten_have_marks_to_be_read_by(values, marks):
+    """Powers of ten alone would leave one mark, or none."""
+    figure = draw("val_ppl", [Run("a", np.arange(2.0), {"val_ppl": np.array(values)})])
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    assert [tick.label1.get_text() for tick in axis.get_major_ticks() if min(values) <= tick.get_loc() <= max(values)] == marks
+    assert axis.get_minorticklocs().size == 0
+
+
 def test_too_many_heads_for_a_page_are_refused():
     with pytest.raises(UserError, match="13 layers of 12 heads are 156 maps, and a page holds 144"):
         draw_attention(torch.zeros(13, 12, 2, 2), ["a", "b"])

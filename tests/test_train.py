@@ -140,7 +140,9 @@ def test_early_stopping_ends_the_run_and_is_final(make_config: Make, tmp_path: P
     assert run(config) == 0
     assert checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 3
     assert run(config) == 0
-    assert "already complete at step 3" in capsys.readouterr().err
+    path = tmp_path / "checkpoints" / "step-000003.ckpt"
+    said = f'already complete at step 3: {path}\nnext: python infer.py --ckpt {path} --prompt "Attention is"\n'
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_init_from_takes_the_weights_and_nothing_else(make_config: Make, uninterrupted: Path, tmp_path: Path) -> None:

@@ -142,13 +142,14 @@ def test_the_loss_does_not_depend_on_how_a_step_is_divided(make: Make, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
-def test_its_tokenizer_is_learned_from_problems_and_answers(kind: str, make: Make, tmp_path: Path) -> None:
+def test_its_tokenizer_is_learned_from_problems_and_answers(kind: str, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And is in the checkpoint; a second start finds the run complete with it."""
     config = make(tokenizer={"kind": kind} | ({"vocab_size": 262} if kind == "bpe" else {}), training={"max_steps": 1})
     assert run(config) == 0
     tokenizer = checkpoint.load_verifier(tmp_path / "checkpoints" / "final.ckpt").tokenizer
     text = "3 + 3 = 6"
     assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.vocab_size == {"byte": 260, "char": 16, "bpe": 262}[kind]
+    assert f"; tokenizer {kind}, vocabulary {tokenizer.vocab_size}\n" in capsys.readouterr().err
     assert run(config, "training.max_steps=2") == 0
 
 

@@ -268,7 +268,8 @@ def encode(arguments: argparse.Namespace) -> int:
     for note in notes_on_text(recipe.split.source.name, file, recipe.tokenizer, recipe.separator, "--separator"):
         say(note)
     tokenizer = ["tokenizer.kind=byte", "tokenizer.vocab_size=null"] if arguments.tokenizer == "byte" else [f"tokenizer.path={arguments.tokenizer}"]
-    say(f"next: python train.py --config config_smoke.yaml {shlex.join([f'data.dataset={path}', *tokenizer])}")
+    settings = [f"data.dataset={path}", *tokenizer, f"training.checkpoint_dir=checkpoints/{path.stem}"]  # beside a model with another tokenizer
+    say(f"next: python train.py --config config_smoke.yaml {shlex.join(settings)}")
     if arguments.format == "npy":
         print(printable(array))
     print(printable(path))

@@ -138,8 +138,9 @@ def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
     axes.set(title=title + (f" (mean of {smooth} rows; raw values behind)" if smooth > 1 else ""), xlabel="optimizer step", ylabel=unit)
     if quantity == "val_ppl":
         axes.set_yscale("log")
-        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            ticks("{x:g}")
+        axes.yaxis.get_major_locator().set_params(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     axes.grid(True, alpha=0.3)
     axes.legend()
     return figure

@@ -209,8 +209,13 @@ def check_base(stage: Stage, before: list[Stage]) -> None:
     base = stage.config.training.init_from
     if base is None:
         return
-    begins = f"{printable(stage.file)}: training.init_from: {printable(base)}"
-    if base.startswith(PREFIX) and find(base.removeprefix(PREFIX)).config.is_encoder_decoder:
+    where = f"{printable(stage.file)}: training.init_from"
+    begins = f"{where}: {printable(base)}"
+    try:
+        answers_only = base.startswith(PREFIX) and find(base.removeprefix(PREFIX)).config.is_encoder_decoder
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if answers_only:
         raise UserError(f"{begins} is an encoder-decoder, which predicts no plain text to be compared by. Run finetune.py by itself, or choose another model.")
     for other in before:
         if other.config.lora is not None and lies_in(base, other):

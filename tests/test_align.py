@@ -354,6 +354,10 @@ def test_what_a_stage_would_refuse_in_its_turn_is_refused_before_the_first_one(h
     assert refusal(path) == f"dpo.yaml: training.init_from: {adapter}. {mend}."
     path = write_pipeline(here, sft={"training": {"init_from": "hf:t5"}})
     save(here / "t5", "t5")
+    other = write_pipeline(here, sft={"training": {"init_from": "hf:./nowhere"}})
+    mend = "Give a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2"
+    assert refusal(other) == f"sft.yaml: training.init_from: ./nowhere: not found. {mend}."
+    path = write_pipeline(here, sft={"training": {"init_from": "hf:t5"}})
     reads = "hf:t5 is an encoder-decoder, which predicts no plain text to be compared by"
     assert refusal(path) == f"sft.yaml: training.init_from: {reads}. Run finetune.py by itself, or choose another model."
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tinylm.errors import UserError
-from tinylm.processes import KEPT, in_order
+from tinylm.processes import KEPT, Children, in_order
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,3 +113,14 @@ def test_ctrl_c_is_three_lines_also_while_helpers_start(command, seconds):
     os.killpg(command.pid, signal.SIGINT)
     _, said = command.communicate(timeout=60)
     assert (command.returncode, said) == (130, "interrupted; the same command with --resume goes on from here\n\nstopped by Ctrl-C\n")
+
+
+# --- a program as a child ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the signal is put off in the child alone there")
+def test_ctrl_c_waits_for_a_program_that_is_still_starting(tmp_path, capfd):
+    """It comes before the interpreter has read a line, and would be a traceback of its imports; SIGINT's exit code is 128 + 2."""
+    program = "from tinylm.program import run_program; import time; run_program(lambda: time.sleep(60), debug=False) == 130 or exit(1); exit(130)"
+    code = Children(received=signal.SIGINT).run([sys.executable, "-c", program], stdout=None, stderr=None)
+    assert (code, capfd.readouterr().err) == (130, "\nstopped by Ctrl-C\n")

@@ -132,12 +132,12 @@ class Children:
         process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def run(self, command: Sequence[str], *, stdout: Any, stderr: Any) -> int:
-        """The exit code of a command; as a shell says it where a signal ended it.
+        """The exit code of one of our programs; as a shell says it where a signal ended it.
 
         It has a session of its own: a terminal's Ctrl-C goes to the whole group, and would reach it twice. Where this process is
         killed, Linux ends the command by SIGTERM.
         """
-        bind = _end_with_this_process if sys.platform.startswith("linux") else None
+        bind = _bind_to_this_process if sys.platform.startswith("linux") else None
         self.running = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=bind)  # noqa: S603, PLW1509
         if self.received is not None:  # it came while the process was being made
             self._end(self.running, self.received)
@@ -146,7 +146,9 @@ class Children:
         return 128 - code if code < 0 else code
 
 
-def _end_with_this_process() -> None:
+def _bind_to_this_process() -> None:
+    # Ctrl-C waits until the program can take it (`run_program`): an interpreter that is still starting would die of it with a traceback.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

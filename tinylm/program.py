@@ -49,6 +49,8 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     before = signal.signal(signal.SIGINT, stop_once)
     try:
+        if sys.platform != "win32":  # what started this program may have put Ctrl-C off until now (`Children`)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return body()
     except (UserError, Diverged) as error:
         if debug:

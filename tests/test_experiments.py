@@ -223,6 +223,7 @@ def stop(number, frame):
     sys.exit(128 + number)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as run_program does
 open('waiting', 'w').close()
 time.sleep(60)
 """

@@ -68,6 +68,9 @@ def run(args: argparse.Namespace) -> int:
     trained_on = read(args.ckpt)["data"]["val"]
     if fingerprint != trained_on:
         say(f"note: these are not the validation data of the training run ({trained_on}, here {fingerprint}); some may have been trained on")
+    rows, asked = loaded.config.training.seq_len, config.training.seq_len
+    if rows != asked and not args.answers:
+        say(f"note: rows of {rows} tokens, as the checkpoint was trained on, and not of {asked}, as in {printable(args.config)}; numbers of both differ")
     score = score_of(loaded, tokenizer, batches, device)
     numbers = {"val_loss": score.loss, "val_ppl": score.perplexity, "val_bpb": score.bits_per_byte, "tokens": score.tokens}
     if args.answers:

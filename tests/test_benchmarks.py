@@ -4,6 +4,7 @@ import importlib.util
 import json
 import mmap
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,22 @@ def test_every_installed_contestant_takes_its_steps(tmp_path):
     assert "24,736 parameters each" in done.stdout
     assert "\x1b" not in done.stdout
     assert ("litgpt: not installed, so it is left out." in done.stderr) == ("litgpt" not in here)
+
+
+def test_word_problems_come_out_right_and_those_for_the_test_are_others(tmp_path):
+    """Every line says a sum of the question's numbers, which Python works out again."""
+    spec = importlib.util.spec_from_file_location("word_problems", ROOT / "benchmarks" / "word_problems.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert made.main(["--out", str(tmp_path), "--train", "60", "--test", "20", "--largest", "9"]) == 0
+    files = {name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()] for name in ("text", "rows", "test")}
+    problems = [(row["question"], row["answer"]) for row in files["rows"] + files["test"]]
+    assert (len(files["rows"]), len(files["test"]), len(set(problems))) == (60, 20, 80)
+    for question, answer in problems:
+        first, gain, loss = map(int, re.findall(r"\d+", question))
+        assert [int(number) for number in re.findall(r"\d+", answer)] == [first, gain, first + gain, first + gain, loss, *[first + gain - loss] * 2]
+        assert 0 < loss < first + gain and max(first, gain) <= 9
+    assert files["text"] == [{"text": f"Question: {row['question']}\nAnswer: {row['answer']}"} for row in files["rows"]]
 
 
 needs_psutil = pytest.mark.skipif(not importlib.util.find_spec("psutil"), reason="psutil is of requirements-bench.txt")

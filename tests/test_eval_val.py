@@ -72,6 +72,16 @@ def test_other_data_than_the_runs_own_is_said(trained: Path, tmp_path: Path, cap
     assert "note: these are not the validation data of the training run" in capsys.readouterr().err
 
 
+def test_rows_of_another_length_than_the_configs_are_said(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two stages that were trained on rows of different lengths are scored on different rows."""
+    command = ["--ckpt", str(tmp_path / "checkpoints" / "final.ckpt"), "--config", str(trained)]
+    assert eval_val.main(command) == 0
+    assert "rows of" not in capsys.readouterr().err
+    assert eval_val.main([*command, "training.seq_len=8"]) == 0
+    expected = f"note: rows of 16 tokens, as the checkpoint was trained on, and not of 8, as in {trained}; numbers of both differ\n"
+    assert expected in capsys.readouterr().err
+
+
 def test_perplexity_is_capped() -> None:
     """S0: exp of at most LOSS_CAP; the loss itself is never changed."""
     score = language_score(loss_sum=1000.0, tokens=1, n_bytes=1, n_right=0)

@@ -73,6 +73,14 @@ def test_what_does_not_fit_or_cannot_be_made_wrong_is_left_out_and_said():
         usable(found[2:3], "val", BYTES, 12, n_wrong=1)
 
 
+def test_training_problems_that_are_all_validation_problems_too_are_told_of(tmp_path):
+    """One question with answers that differ: whatever is held out of it, training has nothing else."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "How many?", "completion": f"It is {i}."} for i in range(12)])
+    config = Config.model_validate({"data": {"dataset": str(path), "val_fraction": 0.3}, "verifier": {}})
+    with pytest.raises(UserError, match=r"data.dataset: every problem for training is a validation problem too. Give other rows to one of the two."):
+        LitProblems(config, BYTES).prepare()
+
+
 def test_samples_that_do_not_fit_are_left_out():
     long, short = Judged("12345678901", False), Judged("4", False)
     [kept], _ = usable([problem("d", "3", (long, short))], "train", BYTES, 12, n_wrong=1)

@@ -112,8 +112,10 @@ def usable(found: Sequence[Problem], which: Which, tokenizer: Tokenizer, seq_len
     """The problems that fit into rows of `seq_len` tokens and have wrong answers, and what became of the others.
 
     Raises:
-        UserError: none is left.
+        UserError: none is left, or there was none: those of training that are validation problems too were taken out before.
     """
+    if not found:
+        raise UserError("data.dataset: every problem for training is a validation problem too. Give other rows to one of the two.")
     report, kept = ProblemReport(which, seq_len), []
     for problem in found:
         sizes = [len(tokenizer.encode(text)) for text in (problem.answer, *(sample.text for sample in problem.samples))]

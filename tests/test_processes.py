@@ -115,6 +115,18 @@ def test_ctrl_c_is_three_lines_also_while_helpers_start(command, seconds):
     assert (command.returncode, said) == (130, "interrupted; the same command with --resume goes on from here\n\nstopped by Ctrl-C\n")
 
 
+def test_ctrl_c_in_the_run_of_a_text_is_exit_code_130_too(tmp_path):
+    """As in an import that makes a dataclass; begun with -m, CPython would end the program by the signal: -2."""
+    program = """import sys
+from tinylm.program import run_program
+sys.exit(run_program(lambda: exec("raise KeyboardInterrupt"), debug=False))
+"""
+    (tmp_path / "stopped.py").write_text(program, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "\nstopped by Ctrl-C\n")
+
+
 # --- a program as a child ---------------------------------------------------------------------------------------------
 
 

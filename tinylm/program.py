@@ -58,6 +58,9 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
         say(f"error: {' '.join(str(error).split())}")
         return 2 if isinstance(error, UserError) else 3
     except KeyboardInterrupt:
+        # Where Ctrl-C met the run of a text (an import that makes a dataclass), CPython remembers it as not handled and ends a program
+        # begun with -m by the signal, whatever its exit code; the run of another text lets it forget.
+        exec("")  # noqa: S102
         sys.stderr.write("\nstopped by Ctrl-C\n")
         return 130
     except BrokenPipeError:

@@ -21,6 +21,7 @@ import hashlib
 import json
 import signal
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
@@ -417,11 +418,41 @@ class ValidationExamples(ExampleBatches):
         return self.batch([self.rows[place] if place < len(self.rows) else () for place in self.share.places(k)])
 
 
-class LitExamples(RunData):
-    """The batches of one run of supervised fine-tuning, with the interface of `LitData`.
+class RowsInMemory(RunData):
+    """The data of a run whose rows are all in memory, with the interface of `LitData`; `notes` is what a user should know of them, a line each."""
 
-    `prepare` reads, encodes and packs all rows, and must be called before the loaders are; what it found that a user
-    should know stands in `notes`, a line each.
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.first_batch = 0
+        self.notes: list[str] = []
+
+    @abstractmethod
+    def train_batches(self) -> "ExampleBatches":
+        """The micro-batches of the run, by their number."""
+
+    @abstractmethod
+    def val_batches(self) -> "ExampleBatches":
+        """The validation rows, at most training.val_batches batches of them."""
+
+    def start_at(self, batch: int, cursor: list[int] | None) -> None:
+        """Go on at micro-batch `batch`; rows that are all in memory need no cursor."""
+        self.first_batch = batch
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The micro-batches from `first_batch` to the end of the run."""
+        training = self.config.training
+        return self._loader(self.train_batches(), range(self.first_batch, training.max_steps * training.grad_accum_steps))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The batches of `val_batches`, in this process."""
+        return DataLoader(self.val_batches(), batch_size=None)
+
+
+class LitExamples(RowsInMemory):
+    """The batches of one run of supervised fine-tuning.
+
+    `prepare` reads, encodes and packs all rows, and must be called before the loaders are.
 
     Args:
         config: the settings; data.task, data.template, data.packing and training.train_on say what an example is.
@@ -430,11 +461,8 @@ class LitExamples(RunData):
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, *, template: Template | None = None):
-        super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        super().__init__(config, tokenizer)
         self.template = template or make_template(config.data.template, tokenizer)
-        self.first_batch = 0
-        self.notes: list[str] = []
         self.train_examples: list[Example] = []
         self.val_examples: list[Example] = []
 
@@ -465,23 +493,15 @@ class LitExamples(RunData):
         learned = f"{targets / inputs:.0%} of the tokens trained (train_on {training.train_on})"
         return f"data: {printable(data.dataset)}: {sizes}, {learned}, validation {len(self.val_examples)} examples; template {self.template.name}"
 
-    def start_at(self, batch: int, cursor: list[int] | None) -> None:
-        """Go on at micro-batch `batch`; rows that are all in memory need no cursor."""
-        self.first_batch = batch
-
     def fingerprints(self) -> dict[str, str]:
         """What identifies the data: two runs with equal ones see the same tokens and targets."""
         return {"train": _fingerprint(self.train_examples), "val": _fingerprint(self.val_examples)}
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """The micro-batches from `first_batch` to the end of the run."""
-        training = self.config.training
-        batches = ExampleBatches(self._rows(self.train_examples), self.config, self.tokenizer.pad_id, self._share())
-        return self._loader(batches, range(self.first_batch, training.max_steps * training.grad_accum_steps))
+    def train_batches(self) -> ExampleBatches:
+        return ExampleBatches(self._rows(self.train_examples), self.config, self.tokenizer.pad_id, self._share())
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation rows, at most training.val_batches batches of them."""
-        return DataLoader(ValidationExamples(self._rows(self.val_examples), self.config, self.tokenizer.pad_id, self._share()), batch_size=None)
+    def val_batches(self) -> ExampleBatches:
+        return ValidationExamples(self._rows(self.val_examples), self.config, self.tokenizer.pad_id, self._share())
 
     def _examples(self, which: Which) -> tuple[list[Example], Report]:
         data, training = self.config.data, self.config.training
@@ -521,8 +541,8 @@ class ValidationPairs(PairBatches, ValidationExamples):
     """Pairs in their order, this rank's share of them."""
 
 
-class LitPreferences(RunData):
-    """The batches of one run on preferences, with the interface of `LitExamples`.
+class LitPreferences(RowsInMemory):
+    """The batches of one run on preferences.
 
     Args:
         config: the settings; data.template says how prompts and answers are written.
@@ -530,11 +550,8 @@ class LitPreferences(RunData):
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
-        super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        super().__init__(config, tokenizer)
         self.template = make_template(config.data.template, tokenizer)
-        self.first_batch = 0
-        self.notes: list[str] = []
         self.train_pairs: list[Pair] = []
         self.val_pairs: list[Pair] = []
 
@@ -558,23 +575,15 @@ class LitPreferences(RunData):
         sizes = f"train {len(self.train_pairs)} pairs of answers of {sum(targets) / len(targets):.0f} tokens, validation {len(self.val_pairs)} pairs"
         return f"data: {printable(self.config.data.dataset)}: {sizes}; template {self.template.name}"
 
-    def start_at(self, batch: int, cursor: list[int] | None) -> None:
-        """Go on at micro-batch `batch`; rows that are all in memory need no cursor."""
-        self.first_batch = batch
-
     def fingerprints(self) -> dict[str, str]:
         """What identifies the data: two runs with equal ones see the same tokens and targets."""
         return {"train": _fingerprint(_answers(self.train_pairs)), "val": _fingerprint(_answers(self.val_pairs))}
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """The micro-batches from `first_batch` to the end of the run."""
-        training = self.config.training
-        batches = PairBatches(self.train_pairs, self.config, self.tokenizer.pad_id, self._share())
-        return self._loader(batches, range(self.first_batch, training.max_steps * training.grad_accum_steps))
+    def train_batches(self) -> ExampleBatches:
+        return PairBatches(self.train_pairs, self.config, self.tokenizer.pad_id, self._share())
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation pairs, at most training.val_batches batches of them."""
-        return DataLoader(ValidationPairs(self.val_pairs, self.config, self.tokenizer.pad_id, self._share()), batch_size=None)
+    def val_batches(self) -> ExampleBatches:
+        return ValidationPairs(self.val_pairs, self.config, self.tokenizer.pad_id, self._share())
 
     def all_batches(self) -> Iterator[Batch]:
         """All pairs in their order, those of validation last; every process sees them all."""
@@ -654,15 +663,13 @@ class ValidationProblems(ProblemBatches, ValidationExamples):
         return self.pairs([self.rows[place] for place in places], places)
 
 
-class LitProblems(RunData):
-    """The batches of one verifier's run, with the interface of `LitExamples`; a row is a problem with all its answers."""
+class LitProblems(RowsInMemory):
+    """The batches of one verifier's run; a row is a problem with all its answers."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
-        super().__init__()
+        super().__init__(config, tokenizer)
         assert config.verifier is not None
-        self.config, self.tokenizer, self.n_wrong = config, tokenizer, config.verifier.n_wrong
-        self.first_batch = 0
-        self.notes: list[str] = []
+        self.n_wrong = config.verifier.n_wrong
         self.train_problems: list[Problem] = []
         self.val_problems: list[Problem] = []
 
@@ -670,7 +677,7 @@ class LitProblems(RunData):
         """Read the rows of both splits; `answer` adds what a model answers. A problem of validation is none of training.
 
         Raises:
-            UserError: as `judge.problems` and `judge.usable`.
+            UserError: as `problems.problems` and `problems.usable`.
         """
         built_in = built_in_where_asked(self.config.data)
         found = {which: problems(self.config.data, which, self.config.training.seed, built_in) for which in ("train", "val")}
@@ -695,23 +702,15 @@ class LitProblems(RunData):
     def _n_answers(self, made: list[Problem]) -> int:
         return sum(1 + self.n_wrong + len(problem.samples) for problem in made)
 
-    def start_at(self, batch: int, cursor: list[int] | None) -> None:
-        """Go on at micro-batch `batch`; rows that are all in memory need no cursor."""
-        self.first_batch = batch
-
     def fingerprints(self) -> dict[str, str]:
         """What identifies the data: two runs with equal ones, and equal settings and tokenizers, see the same pairs."""
         return {"train": _fingerprint_of_problems(self.train_problems), "val": _fingerprint_of_problems(self.val_problems)}
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """The micro-batches from `first_batch` to the end of the run."""
-        training = self.config.training
-        batches = ProblemBatches(self.train_problems, self.config, self.tokenizer, self._share())
-        return self._loader(batches, range(self.first_batch, training.max_steps * training.grad_accum_steps))
+    def train_batches(self) -> ExampleBatches:
+        return ProblemBatches(self.train_problems, self.config, self.tokenizer, self._share())
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation problems, at most training.val_batches batches of them."""
-        return DataLoader(ValidationProblems(self.val_problems, self.config, self.tokenizer, self._share()), batch_size=None)
+    def val_batches(self) -> ExampleBatches:
+        return ValidationProblems(self.val_problems, self.config, self.tokenizer, self._share())
 
 
 def _fingerprint_of_problems(made: list[Problem]) -> str:

@@ -122,6 +122,7 @@ def test_every_number_of_the_table_is_the_one_that_its_stage_validated_with(here
     assert "measure" in out and "Double 4." in out and out.endswith("report: checkpoints/all/report.md\n")
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(here, ran, capsys, monkeypatch):
     path = str(write_pipeline(here))
     assert align.main(["--config", path]) == 0
@@ -368,6 +369,7 @@ def test_a_folder_is_a_stages_or_the_lists(here, capsys):
     assert capsys.readouterr().err == "error: --out: runs/../runs/sft is training.checkpoint_dir of sft.yaml. Choose another --out.\n"
 
 
+@pytest.mark.slow
 def test_settings_on_the_command_line_are_for_every_stage(here, ran, capsys):
     assert align.main(["--config", str(write_pipeline(here)), "training.max_steps=2", "training.val_every_steps=1"]) == 0
     assert {checkpoint.describe(Path(f"runs/{name}/final.ckpt")).step for name in align.PROGRAMS} == {2}

@@ -135,6 +135,7 @@ def test_steps_that_are_logged_together_are_meaned_over_their_pairs(prefer: Make
         assert double.get(3) == double[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [{}, {"loss": "ipo", "beta": 0.5}, {"loss": "hinge"}, {"label_smoothing": 0.1}, {"length_normalised": True, "beta": 2.0}])
 def test_validation_is_what_each_answer_alone_makes_of_it(loss: dict, prefer: Make, home: Path, tmp_path: Path) -> None:  # noqa: F811
     """The oracle takes log-probabilities from both checkpoints, each answer by itself, and writes the losses out as the papers have them."""

@@ -105,6 +105,7 @@ def test_a_prompt_longer_than_the_ring_is_read_in_chunks(options):
     assert list(completion.ids) == greedy_by_full_forward(model, prompt.encode(), 5, 260)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [OPTIONS["rope"], OPTIONS["alibi window"], OPTIONS["window and sinks"], OPTIONS["experts"]], ids=str)
 def test_half_precision_models_write(dtype, options):
@@ -349,6 +350,7 @@ def best_by_exhaustion(engine: Engine, prompt: list[int], length: int, stop: str
     return max(scored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", ["bb", "never"])
 @pytest.mark.parametrize("seed", [1, 2, 5, 7, 9, 11])
 def test_enough_beams_are_an_exhaustive_search(seed, stop):

@@ -243,6 +243,7 @@ def test_a_signal_goes_to_the_program_once_and_ends_everything(project, number, 
     assert not (project / "runs/a/made-from.json").exists()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_program_that_does_not_end(project):
     stubborn = WAITS.replace("    sys.exit(128 + number)\n", "")
     process = start_apart(project, [step_of(project, "a", stubborn + "time.sleep(60)")])

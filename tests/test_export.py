@@ -112,6 +112,7 @@ EXPRESSIBLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(EXPRESSIBLE, "llama", "llama, more rows than tokens", "qwen2", "gpt2"))
 def test_an_exported_folder_writes_the_text_that_infer_writes(name, save, tmp_path, capsys):
     """The same tokens too, to the end; the rows of an embedding that stand for no token are never chosen."""
@@ -303,6 +304,7 @@ CONVERSATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_the_chat_template_asks_as_training_did(name, conversation, save, tmp_path):
@@ -389,6 +391,7 @@ IN_GGUF = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(IN_GGUF, "llama", "qwen3, other heads", "gpt2"))
 def test_a_gguf_file_writes_the_text_that_infer_writes(name, save, tmp_path, capsys):
     """Read back by transformers. What it does not read from the file, although it stands there, is said."""
@@ -789,6 +792,7 @@ def ending_at(path: Path, place: int, capsys: pytest.CaptureFixture, eos_id: int
     checkpoint.write(path, stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
 @pytest.mark.parametrize(("template", "ends"), [("instruction", True), ("alpaca", False), ("chatml", True)])
 def test_an_answer_is_the_one_that_infer_gives(kind, template, ends, save, bpe, tmp_path, capsys):
@@ -827,6 +831,7 @@ def adapter_of(base: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
 def test_a_merged_adapter_writes_the_text_that_infer_writes(kind, save, tmp_path, capsys):
     base = save()

@@ -59,6 +59,7 @@ def vocabularies(draw: st.DrawFn) -> Backend:
     return byte_level(tokens, merges, ignore_merges=draw(st.booleans()))
 
 
+@pytest.mark.slow
 def test_ids_are_the_librarys_for_any_vocabulary_that_is_taken():
     """And most are taken, else this would show nothing: of the 200 that are drawn some 160."""
     taken = []
@@ -75,6 +76,7 @@ def test_ids_are_the_librarys_for_any_vocabulary_that_is_taken():
     assert sum(taken) > 0.5 * len(taken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [None, *PATTERNS.values()], ids=["as ByteLevel", *PATTERNS])
 @settings(deadline=None)
 @given(text=texts)
@@ -215,6 +217,7 @@ def test_a_million_spaces_are_left_to_the_library():
 # --- where a text can be cut ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 @settings(deadline=None)
 @given(text=texts, rest=texts)

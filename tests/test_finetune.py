@@ -424,6 +424,7 @@ def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> Non
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_stopped_run_goes_on_to_the_last_bit(name: str, make: Make, tmp_path: Path, monkeypatch: Patch) -> None:
     """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; then from step 4, and equal to a run nobody stopped."""

@@ -200,6 +200,7 @@ def test_a_dataset_of_the_hub_is_read_in_its_order(hub, kind, streaming):
 WAYS: list[list[Fault]] = [[("drop", 500)], [("stall", 500)], [("drop", 0)], [429, 429], [500], [503, 504, 502], [("drop", 9), 429, ("stall", 99), 500]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONE_KIND)
 @pytest.mark.parametrize("faults", WAYS, ids=str)
 def test_a_network_that_recovers_costs_no_row_and_repeats_none(hub, kind, faults):

@@ -65,6 +65,7 @@ def weights_like(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
 # --- the equations ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize(("betas", "eps"), [((0.9, 0.95), 1e-8), ((0.9, 0.999), 1e-8), ((0.0, 0.5), 1e-3)])

@@ -40,6 +40,7 @@ def tensor_bytes(values: Any) -> int:
     return sum(map(tensor_bytes, inner))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_plain", "sgd", "muon"])
 def test_weights_and_optimizer_take_what_their_state_dicts_do(optimizer):
     config = settings({"training.optimizer": optimizer, "model.moe": MOE})

@@ -41,6 +41,7 @@ def die_as_a_helper(number: int) -> int:
     return number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_results_come_in_the_order_of_the_jobs(processes):
     assert list(in_order(squared, range(60), processes)) == [number * number for number in range(60)]

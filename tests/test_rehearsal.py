@@ -92,6 +92,7 @@ def test_a_run_that_does_not_fit_is_not_measured_and_told_what_to_change(make_co
     assert left(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_model_is_at_fault(make_config: Make, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(planner, "available_bytes", lambda device: 1)
     assert refused(make_config(), capsys, "--plan").endswith("are there. Take a much smaller model: lower model.d_model and model.vocab_size.")
@@ -236,6 +237,7 @@ def test_sizes_are_measured_until_they_do_not_pay(make_config: Make, tmp_path: P
     assert left(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_the_plan_bounds_what_is_tried(make_config: Make, capsys: Capture, monkeypatch: Patch) -> None:
     measured = speeds_of(monkeypatch, {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}, 1000)
     path = make_config()

@@ -126,6 +126,7 @@ def test_the_loss_is_that_of_transformers(pair: Any) -> None:
 PROMPTS = ("the dog", "a", "Summarize this dialogue.\n\nIda: Is the library open today?")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_texts_are_those_of_transformers(pair: Any, prompt: str) -> None:
     """Its `generate` on what its own tokenizer makes of the prompt; ours through the cache, and the tokens are equal, EOS too.

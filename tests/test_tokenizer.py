@@ -233,6 +233,7 @@ def test_a_batch_gives_what_its_texts_give(tokenizer, texts):
 # --- special tokens by name, and streams of text ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_tokenizer
 @settings(deadline=None)
 @given(parts=st.lists(st.one_of(st.sampled_from(SPECIALS), st.sampled_from(["the model", " ", "<", "|pad|>", "a\n東。"]), st.text(max_size=3)), max_size=8))
@@ -289,6 +290,7 @@ def test_a_name_that_is_no_special_token_is_a_mistake_of_the_caller(tokenizer):
             list(tokenizer.encode_iterable([], allowed_special=allowed))
 
 
+@pytest.mark.slow
 @every_tokenizer
 @settings(deadline=None)
 @given(texts=st.lists(st.one_of(texts_with_specials, st.sampled_from(["the model ", " \n", "東京。", "<think>"])), max_size=12))
@@ -357,6 +359,7 @@ def test_post_processing_and_truncation_of_a_published_tokenizer_are_off():
 # --- ids back to text -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_tokenizer
 @given(data=st.data())
 def test_a_stream_gives_what_decode_gives(tokenizer, data):

@@ -87,6 +87,7 @@ def refused(config: Path, capsys: Capture, *arguments: str) -> str:
 # --- what a run does --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsys: Capture) -> None:
     """Nine is right whatever is asked, other numbers are wrong: that is soon learned. Of three pairs one is right, so the majority is 2/3."""
     config = make(training={"max_steps": 150, "val_every_steps": 75, "micro_batch_size": 8, "grad_accum_steps": 1}, model={"residual_dropout": 0.0})

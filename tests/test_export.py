@@ -410,6 +410,16 @@ def test_the_words_of_gpt4_have_a_name_in_gguf(save, bpe, tmp_path):
     assert theirs(TEXT)["input_ids"] == bpe("gpt4").encode(TEXT) != bpe("gpt2").encode(TEXT)
 
 
+def test_both_formats_go_into_one_folder(save, tmp_path, capsys):
+    """The file is called as the checkpoint is, and transformers reads either."""
+    path, out = save(), tmp_path / "out"
+    assert main(["export", str(path), str(out), "--format", "hf"]) == 0
+    assert main(["export", str(path), str(out), "--format", "gguf"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(out), str(out / "a.gguf")]
+    assert main(["export", str(path), str(out), "--format", "gguf"]) == 2
+    assert f"{out / 'a.gguf'}: is there already" in capsys.readouterr().err
+
+
 def test_f16_halves_the_matrices_and_nothing_else(save, tmp_path):
     """The logits are those of our decoder with its matrices rounded to 16 bits, checked by the export itself; norms keep 32."""
     from gguf import GGMLQuantizationType, GGUFReader
@@ -909,7 +919,7 @@ def test_floats_are_for_gguf(save, tmp_path, capsys):
 def test_a_checkpoint_that_is_not_there_and_a_name_that_is_no_checkpoint_are_told(save, tmp_path, capsys):
     assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out"), "--format", "hf"]) == 2
     assert "none.ckpt: not found" in capsys.readouterr().err
-    assert main(["export", str(save()), str(tmp_path / "out"), "--format", "gguf"]) == 2
-    assert capsys.readouterr().err.endswith("out: a GGUF file's name ends in .gguf. Give such a name.\n")
+    with pytest.raises(UserError, match="out: a GGUF file's name ends in .gguf. Give such a name."):
+        export_gguf(save(), tmp_path / "out")
     assert main(["import", "gpt2", str(tmp_path / "out.pt")]) == 2
     assert capsys.readouterr().err.endswith("out.pt: a checkpoint's name ends in .ckpt. Give such a name.\n")

@@ -360,7 +360,7 @@ def add_export(commands: Any) -> None:
     summary = "write a checkpoint as a Hugging Face folder or a GGUF file, an adapter as a folder for peft"
     command = commands.add_parser("export", help=summary, description=f"{summary[0].upper()}{summary[1:]}; a model's logits are compared with ours first.")
     command.add_argument("ckpt", type=Path, metavar="CKPT", help="the checkpoint")
-    command.add_argument("out", type=Path, metavar="OUT", help="the new folder for hf, the new file for gguf")
+    command.add_argument("out", type=Path, metavar="OUT", help="the new folder for hf; for gguf the new file NAME.gguf, or a folder for it")
     kinds = "hf: for transformers, or peft if it is an adapter; gguf: one file for llama.cpp and its like (default: hf)"
     command.add_argument("--format", choices=("hf", "gguf"), default="hf", help=kinds)
     command.add_argument("--floats", choices=("f32", "f16"), default="f32", help="for gguf: bits of its matrices (default: f32)")
@@ -381,13 +381,21 @@ def export(arguments: argparse.Namespace) -> int:
         raise UserError(f"--merge: {printable(arguments.ckpt)} holds a whole model and no adapter. Leave --merge out.")
     if adapter and not arguments.merge:
         return export_adapter_alone(arguments)
-    written = export_hf(arguments.ckpt, arguments.out) if arguments.format == "hf" else export_gguf(arguments.ckpt, arguments.out, floats=arguments.floats)
+    if arguments.format == "hf":
+        written = export_hf(arguments.ckpt, arguments.out)
+    else:
+        written = export_gguf(arguments.ckpt, gguf_file(arguments.ckpt, arguments.out), floats=arguments.floats)
     say(f"{written.model_type}, {arguments.floats}: read back by transformers, its logits differ from ours by {written.difference:.1e}")
     if written.tokenizer_class != "AutoTokenizer":
         say(f"note: load its tokenizer with {written.tokenizer_class}; AutoTokenizer cuts words in its own way for every {written.model_type}")
     say(f"next: python -c {shlex.quote(code_that_loads(written, arguments.format))}")
     print(printable(written.path))
     return 0
+
+
+def gguf_file(ckpt: Path, out: Path) -> Path:
+    """OUT, or in the folder OUT, which a name without .gguf means, a file that is called as the checkpoint is."""
+    return out if out.suffix == ".gguf" else out / f"{ckpt.stem}.gguf"
 
 
 def export_adapter_alone(arguments: argparse.Namespace) -> int:

@@ -152,7 +152,8 @@ def test_the_most_probable_token_survives_every_filter(values, sampling):
     narrowed = narrow(torch.tensor([values]), sampling)
     assert not narrowed.isnan().any()
     assert narrowed[0, narrowed.argmax()] == 0
-    assert values[narrowed.argmax()] == max(values)
+    # 1e-45 apart, divided by a temperature above 1, is 0: such two are equally probable.
+    assert values[narrowed.argmax()] >= max(values) - 1e-40
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------

@@ -367,7 +367,7 @@ def test_a_kill_while_the_file_is_finished_loses_nothing(tmp_path, whole, monkey
     path = tmp_path / "a.bin"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), drafted(path, PORTIONS, keep=True) as draft:
         draft.save()
-        patch.setattr(tokenfile, "_sync_folder", None)
+        patch.setattr(tokenfile, "sync_folder", None)
         patch.setattr(os, "replace", interrupt)
         draft.finish("source")
     with Draft(path, BYTES, "recipe", resume=True) as again:

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from tinylm.config import Config, LoraConfig, ModelConfig, TokenizerConfig
 from tinylm.decoder import Decoder
 from tinylm.errors import UserError, printable, writing
+from tinylm.files import sync_folder
 from tinylm.foreign import PREFIX, ForeignDecoder, find, rebuild
 from tinylm.lora import merge
 from tinylm.prompts import ANSWERING
@@ -103,7 +104,7 @@ def write(path: Path, payload: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         _remove(temporary)
         # torch.save turns a write that failed inside its zip writer into a RuntimeError that does not say why.
@@ -121,7 +122,7 @@ def link(source: Path, name: str) -> Path:
         _remove(temporary)
         os.link(source, temporary)
         os.replace(temporary, target)
-        _sync_folder(source.parent)
+        sync_folder(source.parent)
     except OSError as error:
         _remove(temporary)
         raise UserError(
@@ -142,15 +143,6 @@ def _append_digest(file: Any) -> None:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     file.seek(0, os.SEEK_END)
     file.write(f"sha256:{digest}".encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -10,7 +10,6 @@ The losses themselves are in losses.py; how a row becomes a pair is rows.py's bu
 # B pairs · T positions
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from tinylm.config import DpoConfig
 from tinylm.decoder import Decoder, Features
 from tinylm.errors import UserError, printable, reading, writing
+from tinylm.files import replace_file
 from tinylm.foreign import ForeignDecoder
 from tinylm.losses import Answers, answer_log_probs, preference_loss
 from tinylm.packing import IGNORE_INDEX
@@ -105,21 +105,11 @@ def cached_log_probs(path: Path, n_pairs: int, compute: Callable[[], np.ndarray]
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             if not path.exists():
-                _write(path, compute())
+                content = compute().astype("<f4").tobytes()
+                replace_file(path, hashlib.sha256(content).digest() + content)  # under the lock nobody else uses the name beside
     with reading(path):
         raw = path.read_bytes()
     digest, content = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest or len(content) != n_pairs * 2 * 4:
         raise UserError(f"{printable(path)}: its content is not what was written (checksum). Delete it: it is made again.")
     return np.frombuffer(content, dtype="<f4").reshape(n_pairs, 2)
-
-
-def _write(path: Path, values: np.ndarray) -> None:
-    """SHA-256, then the numbers, little-endian; under the lock nobody else uses the name beside."""
-    content = values.astype("<f4").tobytes()
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(hashlib.sha256(content).digest() + content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

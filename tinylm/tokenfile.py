@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinylm.errors import UserError, printable, reading, reason, require_regular
+from tinylm.files import replace_file, sync_folder
 from tinylm.tokenizer import Tokenizer
 
 BIN, NPY, DATATROVE = ".bin", ".npy", ".ds"
@@ -537,12 +538,7 @@ class Draft:
         for file in (self._tokens, self._ends):
             file.flush()
             os.fsync(file.fileno())
-        temporary = self.folder / "state.tmp"
-        with open(temporary, "wb") as file:
-            file.write(self.state.model_dump_json().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / "state.json")
+        replace_file(self.folder / "state.json", self.state.model_dump_json().encode())
         self._saved = time.monotonic()
 
     def finish(self, source: str, *, unseparated: bool = False) -> None:
@@ -561,7 +557,7 @@ class Draft:
             self._tokens.flush()
             os.fsync(self._tokens.fileno())
             os.replace(self.folder / "tokens", self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         self._remove()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -638,15 +634,6 @@ def write_npy(file: TokenFile, path: Path, place: str) -> None:
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -79,7 +79,7 @@ class Stage:
 
     @property
     def bases(self) -> tuple[str, ...]:
-        """The models that it needs: files, or Hugging Face models (hf:NAME)."""
+        """The checkpoints that it needs."""
         return bases_of(self.config)
 
 
@@ -189,7 +189,7 @@ def check_chain(stages: list[Stage]) -> None:
         before, after = stages[:number], stages[number:]
         check_base(stage, before)
         for base in stage.bases:
-            if base.startswith("hf:") or any(lies_in(base, other) for other in before):
+            if any(lies_in(base, other) for other in before):
                 continue
             if any(lies_in(base, other) for other in after):
                 raise UserError(f"{printable(stage.file)}: {printable(base)} comes from this stage or a later one. Put the stages in another order.")
@@ -229,14 +229,16 @@ def lies_in(base: str, stage: Stage) -> bool:
 
 
 def bases_of(config: "Config") -> tuple[str, ...]:
-    """The models that a run with these settings needs."""
+    """The checkpoints that a run with these settings needs; a Hugging Face model is none."""
+    from tinylm.foreign import PREFIX
+
     sampled_from = None if config.verifier is None else config.verifier.sampled_from
-    return tuple(name for name in (config.training.init_from, sampled_from) if name is not None)
+    return tuple(name for name in (config.training.init_from, sampled_from) if name is not None and not name.startswith(PREFIX))
 
 
 def begun_with(stage: Stage, stages: Iterable[Stage]) -> Stage:
     """The stage, with the model that a later stage takes from it, if one does."""
-    taken = [base for other in stages for base in other.bases if not base.startswith("hf:") and lies_in(base, stage)]
+    taken = [base for other in stages for base in other.bases if lies_in(base, stage)]
     return replace(stage, model=Path(taken[0])) if taken else stage
 
 
@@ -300,7 +302,7 @@ def run_stages(stages: list[Stage], state: State, children: Children) -> int:
         if children.received is not None:
             break
         title = f"stage {number} of {len(stages)}, {stage.name}"
-        begun = Done(stage.config.to_plain(), {base: fingerprint(base) for base in stage.bases if not base.startswith("hf:")}, None)
+        begun = Done(stage.config.to_plain(), {base: fingerprint(base) for base in stage.bases}, None)
         if is_done(stage, begun, state):
             say(f"{title}: done before ({printable(stage.model)})")
             continue

@@ -230,7 +230,14 @@ def test_no_file_names_a_path_of_one_machine():
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("at /hom" + "e/me/x", True), ('"/wor' + "k/main", True), ("docs/work/x", False), ("a/home/b", False), ("/work", False), ("~/home/x", False)],
+    [
+        ("at /hom" + "e/me/x", True),
+        ('"/wor' + "k/main", True),
+        ("docs/wor" + "k/x", False),
+        ("a/hom" + "e/b", False),
+        ("/wor" + "k", False),
+        ("~/hom" + "e/x", False),
+    ],
 )
 def test_a_path_of_one_machine_is_recognised(text, found):
     assert bool(MACHINE_PATH.search(text)) == found

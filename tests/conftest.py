@@ -1,5 +1,6 @@
 """Small things that many tests need: a corpus, a config, a run."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -48,6 +49,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def keep_signals() -> Iterator[None]:
+    """Training takes SIGINT and SIGTERM over for the life of its process, which here is pytest's."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -3,10 +3,9 @@
 import io
 import json
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,6 @@ from tinylm.errors import UserError
 from tinylm.mix import weights_of
 from tinylm.packing import IGNORE_INDEX
 from tinylm.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def keep_signals() -> Iterator[None]:
-    """Training takes SIGINT and SIGTERM over; pytest wants them back."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -361,17 +360,8 @@ def copy_of_the_tree(tmp_path, monkeypatch) -> Path:
     return tree
 
 
-@pytest.fixture
-def signals_put_back() -> Iterator[None]:
-    """Programs take the signals over for the life of their process, which here is pytest's."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.slow
-def test_the_commands_of_the_guides_run(copy_of_the_tree, signals_put_back, monkeypatch, capfd):
+def test_the_commands_of_the_guides_run(copy_of_the_tree, monkeypatch, capfd):
     """In this process, because 30 processes would spend their time on imports; each guide begins without checkpoints."""
     for guide in GUIDES:
         shutil.rmtree("checkpoints", ignore_errors=True)

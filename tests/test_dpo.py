@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from test_finetune import ROOT, Make, home, make, n_lines, refused, run  # noqa: F401  (fixtures)
 from test_preferences import alone
-from test_train import Capture, Patch, assert_same_run, curve, elsewhere, interrupt_at, keep_signals  # noqa: F401  (a fixture)
+from test_train import Capture, Patch, assert_same_run, curve, elsewhere, interrupt_at
 
 import callbacks
 import data as data_program

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from test_train import Capture, Patch, assert_same_run, bytes_of, curve, elsewhere, interrupt_at, keep_signals  # noqa: F401  (a fixture)
+from test_train import Capture, Patch, assert_same_run, bytes_of, curve, elsewhere, interrupt_at
 
 import data as data_program
 import eval_val

@@ -1,7 +1,6 @@
 """What train.py does before a run: --plan, --overfit-one-batch, --find-lr, --find-batch-size; and a run whose memory ends (FAULTS: C7)."""
 
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,15 +21,6 @@ from tinylm.planner import plan_run, with_settings
 Make = Callable[..., Path]
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True)
-def keep_signals() -> Any:
-    """Training takes SIGINT and SIGTERM over; pytest wants them back."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
 
 
 @pytest.fixture

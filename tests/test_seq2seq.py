@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from test_train import Capture, assert_same_run, bytes_of, curve, elsewhere, keep_signals  # noqa: F401  (a fixture)
+from test_train import Capture, assert_same_run, bytes_of, curve, elsewhere
 
 import eval_val
 import evaluate_checkpoints

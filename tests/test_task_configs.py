@@ -8,7 +8,6 @@ import pytest
 import test_finetune
 import test_seq2seq
 from conftest import CONFIGS as ALL
-from test_train import keep_signals  # noqa: F401  (a fixture)
 
 import evaluate_checkpoints
 import finetune

@@ -30,15 +30,6 @@ Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def keep_signals() -> Any:
-    """Training takes SIGINT and SIGTERM over; pytest wants them back."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
-
-
 def run(config: Path, *arguments: str) -> int:
     """The exit code of train.py in this process."""
     return train.main(["--config", str(config), *arguments])

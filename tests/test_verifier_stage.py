@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_train import Capture, Patch, assert_same_run, bytes_of, curve, elsewhere, interrupt_at, keep_signals  # noqa: F401  (a fixture)
+from test_train import Capture, Patch, assert_same_run, bytes_of, curve, elsewhere, interrupt_at
 
 import finetune
 import infer

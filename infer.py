@@ -216,21 +216,29 @@ def check_best_of(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
 def write_best(
     prompt: str, engine: "Engine", encoded: "Prompt", sampling: SamplingConfig, arguments: argparse.Namespace, stop_ids: Sequence[int]
 ) -> int:
-    """Draw the answers, judge them, write the one that is most likely right; the probabilities of all go to stderr, or into the JSON."""
+    """Draw the answers, judge them, write the one that is most likely right; all, and how else one could be chosen, go to stderr, or into the JSON.
+
+    The first that was drawn is a random choice. What an oracle would choose only a task with known answers tells: evaluate_checkpoints.py.
+    """
+    from tinylm.evaluate import vote
     from tinylm.judge import Judge
 
     if sampling.temperature == 0:
         raise UserError("--temperature: 0 writes the same answer each time, and --best-of chooses among different ones. Give --temperature 0.7.")
     judge = Judge.load(arguments.verifier, str(engine.model.embedding.weight.device))
     completions = engine.generate(encoded, sampling.model_copy(update={"n_samples": arguments.best_of, "n_beams": 1}), stop_ids=stop_ids)
-    probabilities = judge.probabilities(prompt, [completion.text for completion in completions])
+    texts = [completion.text for completion in completions]
+    probabilities = judge.probabilities(prompt, texts)
+    others = {"majority_vote": texts[vote(texts)], "random_choice": texts[0]}
     ranked = sorted(zip(probabilities, completions, strict=True), key=lambda pair: -pair[0])
     if arguments.json:
         answers = [{"probability": probability, **dataclasses.asdict(completion)} for probability, completion in ranked]
-        write(json.dumps({"prompt": prompt, "verifier": str(arguments.verifier), "completions": answers}, indent=2) + "\n")
+        write(json.dumps({"prompt": prompt, "verifier": str(arguments.verifier), "completions": answers, **others}, indent=2) + "\n")
         return 0
     for probability, completion in ranked:
         say(f"verifier: {probability:.3f}  {completion.text.strip()}")
+    for choice, text in others.items():
+        say(f"{choice.replace('_', ' ')}: {text.strip()}")
     write(readable(ranked[0][1].text.strip()) + "\n")
     return 0
 

@@ -16,7 +16,7 @@ import infer
 from tinylm import checkpoint
 from tinylm.config import Config, SamplingConfig
 from tinylm.engine import Engine, Piece
-from tinylm.errors import UserError
+from tinylm.errors import UserError, printable
 from tinylm.evaluate import BestOfScore, best_of_n, vote
 from tinylm.judge import Judge
 from tinylm.metrics import wilson
@@ -157,6 +157,17 @@ def test_the_likeliest_answer_is_written_and_all_are_scored(ask: Callable[..., A
     assert code == 0 and out.strip() == infer.readable(texts[0]).strip()
     said = [line for line in err.splitlines() if line.startswith("verifier: ")]
     assert [line.split()[1] for line in said] == [f"{completion['probability']:.3f}" for completion in found]
+
+
+def test_the_other_ways_to_choose_stand_beside_the_verifiers(ask: Callable[..., Any], files: tuple[Path, Path]) -> None:
+    """On the same answers: the first that was drawn, and one whose last number most of them have."""
+    flags = ("--best-of", 5, "--verifier", files[1])
+    drawn = [completion["text"] for completion in json.loads(ask("--n-samples", 5, "--json")[1])["completions"]]
+    found = json.loads(ask(*flags, "--json")[1])
+    assert (found["random_choice"], found["majority_vote"]) == (drawn[0], drawn[vote(drawn)])
+    lines = ask(*flags)[2].splitlines()
+    for name, text in (("random choice", drawn[0]), ("majority vote", drawn[vote(drawn)])):
+        assert printable(f"{name}: {text.strip()}") in lines
 
 
 @pytest.mark.parametrize(

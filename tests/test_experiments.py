@@ -14,9 +14,8 @@ import pytest
 
 from tinylm import checkpoint, experiments
 from tinylm.__main__ import main
-from tinylm.comparison import active_parameters
 from tinylm.config import load_config
-from tinylm.decoder import Decoder, count_parameters
+from tinylm.decoder import Decoder, active_parameters, count_parameters
 from tinylm.errors import UserError
 from tinylm.experiments import Outcome, Step, is_done, made_from, plan_steps, run_steps, runs_of_questions
 

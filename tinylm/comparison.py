@@ -21,7 +21,7 @@ import torch
 
 from tinylm import checkpoint
 from tinylm.config import SamplingConfig
-from tinylm.decoder import Decoder, MixtureOfExperts, count_parameters
+from tinylm.decoder import Decoder, active_parameters, count_parameters
 from tinylm.encode import cached_token_file
 from tinylm.engine import Engine
 from tinylm.errors import UserError, printable, reading, writing
@@ -186,16 +186,6 @@ def score(name: str, seed: int, loaded: checkpoint.Loaded) -> Result:
     cache = 2 * config.n_layers * config.kv_heads * config.size_of_head * 4
     numbers = (found.loss, found.perplexity, found.bits_per_byte, count_parameters(model), active_parameters(model), cache)
     return Result(name, seed, loaded.info.stage, loaded.info.step, *numbers)
-
-
-def active_parameters(model: torch.nn.Module) -> int:
-    """The parameters that one token meets: all but those of the experts it is not sent to."""
-    idle = 0
-    for layer in model.modules():
-        if isinstance(layer, MixtureOfExperts):
-            weights = [layer.up, layer.down, layer.up_bias, layer.down_bias]
-            idle += sum(w.numel() for w in weights if w is not None) * (layer.n_experts - layer.top_k) // layer.n_experts
-    return count_parameters(model) - idle
 
 
 def _batches(loaded: checkpoint.Loaded, length: int, stride: int, *, whole: bool) -> Iterator[dict[str, torch.Tensor]]:

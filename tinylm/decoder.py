@@ -539,6 +539,16 @@ def count_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
+def active_parameters(model: nn.Module) -> int:
+    """The weights that one token meets: all but those of the experts it is not sent to."""
+    idle = 0
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            of_experts = sum(weight.numel() for name, weight in module.named_parameters() if not name.startswith("router"))
+            idle += of_experts * (module.n_experts - module.top_k) // module.n_experts
+    return count_parameters(model) - idle
+
+
 def flops_per_token(model: Decoder, seq_len: int) -> int:
     """Floating-point operations of one training token, forward and backward (Chowdhery et al. 2022, appendix B).
 

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinylm.config import Config
-from tinylm.decoder import Decoder, MixtureOfExperts, count_parameters, flops_per_token
+from tinylm.decoder import Decoder, active_parameters, count_parameters, flops_per_token
 from tinylm.errors import UserError, printable
 from tinylm.optim import make_optimizer
 from tinylm.trials import autocast, batch_loss
@@ -123,7 +123,7 @@ def plan_run(config: Config, device: str, *, program: int = 0) -> Plan:
         at_peak["gradients"] += n * FLOAT_BYTES  # the buckets that are sent to the other processes
     return Plan(
         parameters=n,
-        active_parameters=n - _idle_parameters(model),
+        active_parameters=active_parameters(model),
         flops_per_token=flops_per_token(model, training.seq_len),
         tokens=training.max_steps * training.grad_accum_steps * training.micro_batch_size * training.seq_len * processes,
         checkpoint_bytes=n * FLOAT_BYTES + state,
@@ -131,16 +131,6 @@ def plan_run(config: Config, device: str, *, program: int = 0) -> Plan:
         checkpoint_files=None if training.keep_last is None else training.keep_last + 2,
         **at_peak | {"program": program},
     )
-
-
-def _idle_parameters(model: Decoder) -> int:
-    """Of the experts that a token is not sent to."""
-    idle = 0
-    for module in model.modules():
-        if isinstance(module, MixtureOfExperts):
-            of_experts = sum(weight.numel() for name, weight in module.named_parameters() if not name.startswith("router"))
-            idle += of_experts * (module.n_experts - module.top_k) // module.n_experts
-    return idle
 
 
 def _gathered_bytes(model: Decoder) -> int:

@@ -22,22 +22,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.errors import UserError, printable, reading
-from tinylm.files import write_whole
-from tinylm.processes import Children, signals_to
-from tinylm.program import Parser, run_program, say
+from tinylm.cli.program import Parser, run_program
+from tinylm.common.console import say
+from tinylm.common.errors import UserError, printable, reading
+from tinylm.common.files import write_whole
+from tinylm.common.processes import Children, signals_to
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tinylm.checkpoint import Loaded
-    from tinylm.config import Config
-    from tinylm.decoder import Decoder
-    from tinylm.foreign import ForeignDecoder
-    from tinylm.verifier import VerifierScore
+    from tinylm.checkpoint.load import Loaded
+    from tinylm.config.schema import Config
+    from tinylm.model.decoder import Decoder
+    from tinylm.model.hf_model import ForeignDecoder
+    from tinylm.objectives.verifier import VerifierScore
 
 # The stages there are, and the program that each is of.
-PROGRAMS = {"pretrain": "train.py", "sft": "finetune.py", "dpo": "finetune.py", "verifier": "finetune.py"}
+PROGRAMS = {
+    "pretrain": "train.py",
+    "sft": "finetune.py",
+    "dpo": "finetune.py",
+    "verifier": "finetune.py",
+}
 HERE = Path(__file__).parent
 # What the table shows of each model, in this order, and what it is.
 MEASURES = {
@@ -90,9 +96,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         usage="python align.py --config configs/align-smoke.yaml [section.key=value ...]",
         description="Run all stages of alignment and compare their models. The same command again goes on where it stopped.",
     )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file: a list of stages, each with stage and config")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the configs of all stages")
-    parser.add_argument("--out", type=Path, help="folder for state.json, results.json and report.md (checkpoints/ and the name of the config)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        help="YAML file: a list of stages, each with stage and config",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings that win over the configs of all stages",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for state.json, results.json and report.md (checkpoints/ and the name of the config)",
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -104,13 +124,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run what is not done yet, compare, report."""
-    from tinylm.checkpoint import claimed
+    from tinylm.checkpoint.format import claimed
 
     stages = read_stages(args.config, args.overrides)
     out = args.out or Path("checkpoints") / args.config.stem
     for stage in stages:
         if stage.folder.resolve() == out.resolve():
-            raise UserError(f"--out: {printable(out)} is training.checkpoint_dir of {printable(stage.file)}. Choose another --out.")
+            raise UserError(
+                f"--out: {printable(out)} is training.checkpoint_dir of {printable(stage.file)}. Choose another --out."
+            )
     with claimed(out, "--out"):
         state = State.read(out / "state.json")
         children = Children()
@@ -137,22 +159,34 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
     Raises:
         UserError: naming the file, the line and what is wrong; or as `load_config` of a stage's config.
     """
-    from tinylm.config import load_config, read_list
+    from tinylm.config.loader import load_config, read_list
 
     stages: dict[str, Stage] = {}
     for place, item in read_list(path):
         for key in ("stage", "config"):
             if not isinstance(item.get(key), str):
-                raise UserError(f"{place}: {key}: expected text, found {printable(item.get(key, 'nothing'))}. Each stage has stage and config.")
+                raise UserError(
+                    f"{place}: {key}: expected text, found {printable(item.get(key, 'nothing'))}. Each stage has stage and config."
+                )
         if unknown := item.keys() - {"stage", "config"}:
-            raise UserError(f"{place}: {printable(min(unknown))}: no such key. A stage has stage and config; settings stand in the config.")
+            raise UserError(
+                f"{place}: {printable(min(unknown))}: no such key. A stage has stage and config; settings stand in the config."
+            )
         name, config = item["stage"], load_config(item["config"], overrides)
         if name not in PROGRAMS:
-            raise UserError(f"{place}: stage: {printable(name)}: no such stage. There are {', '.join(PROGRAMS)}.")
+            raise UserError(
+                f"{place}: stage: {printable(name)}: no such stage. There are {', '.join(PROGRAMS)}."
+            )
         if name in stages:
             raise UserError(f"{place}: stage: {name} stands above already. Each stage comes once.")
         check_kind(name, config, f"{place}: {printable(item['config'])}", overrides)
-        stages[name] = Stage(name, item["config"], config, tuple(overrides), Path(config.training.checkpoint_dir) / "best.ckpt")
+        stages[name] = Stage(
+            name,
+            item["config"],
+            config,
+            tuple(overrides),
+            Path(config.training.checkpoint_dir) / "best.ckpt",
+        )
     check_chain(list(stages.values()))
     return [begun_with(stage, stages.values()) for stage in stages.values()]
 
@@ -161,14 +195,19 @@ def check_kind(name: str, config: "Config", place: str, overrides: Sequence[str]
     """Refuse a config that is another stage's, or that its program would refuse when its turn comes."""
     from finetune import check_beginning
 
-    for section, there in (("dpo", config.dpo is not None), ("verifier", config.verifier is not None)):
+    for section, there in (
+        ("dpo", config.dpo is not None),
+        ("verifier", config.verifier is not None),
+    ):
         if there == (name == section):
             continue
         mend = "Give another config, or another stage"
         if any(override.startswith(f"{section}.") for override in overrides):
             mend = "Settings on the command line are for every stage: put this one into the config of its stage"
         problem = "has no" if name == section else "has a"
-        raise UserError(f"{place}: {problem} {section} section, and is given as stage {name}. {mend}.")
+        raise UserError(
+            f"{place}: {problem} {section} section, and is given as stage {name}. {mend}."
+        )
     if name in ("sft", "dpo"):
         try:
             check_beginning(config)
@@ -185,16 +224,22 @@ def check_chain(stages: list[Stage]) -> None:
     for number, stage in enumerate(stages):
         for other in stages[:number]:
             if other.folder.resolve() == stage.folder.resolve():
-                raise UserError(f"{printable(stage.file)}: training.checkpoint_dir: {printable(stage.folder)} is that of {other.name} too. Give each its own.")
+                raise UserError(
+                    f"{printable(stage.file)}: training.checkpoint_dir: {printable(stage.folder)} is that of {other.name} too. Give each its own."
+                )
         before, after = stages[:number], stages[number:]
         check_base(stage, before)
         for base in stage.bases:
             if any(lies_in(base, other) for other in before):
                 continue
             if any(lies_in(base, other) for other in after):
-                raise UserError(f"{printable(stage.file)}: {printable(base)} comes from this stage or a later one. Put the stages in another order.")
+                raise UserError(
+                    f"{printable(stage.file)}: {printable(base)} comes from this stage or a later one. Put the stages in another order."
+                )
             if not os.path.exists(base):
-                found = f"{printable(base)}: not found, and no stage before {stage.name} writes there"
+                found = (
+                    f"{printable(base)}: not found, and no stage before {stage.name} writes there"
+                )
                 raise UserError(f"{printable(stage.file)}: {found}. Add the stage that does.")
 
 
@@ -204,7 +249,7 @@ def check_base(stage: Stage, before: list[Stage]) -> None:
     Raises:
         UserError: naming the stage and the model.
     """
-    from tinylm.foreign import PREFIX, find
+    from tinylm.model.hf_model import PREFIX, find
 
     base = stage.config.training.init_from
     if base is None:
@@ -212,15 +257,21 @@ def check_base(stage: Stage, before: list[Stage]) -> None:
     where = f"{printable(stage.file)}: training.init_from"
     begins = f"{where}: {printable(base)}"
     try:
-        answers_only = base.startswith(PREFIX) and find(base.removeprefix(PREFIX)).config.is_encoder_decoder
+        answers_only = (
+            base.startswith(PREFIX) and find(base.removeprefix(PREFIX)).config.is_encoder_decoder
+        )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if answers_only:
-        raise UserError(f"{begins} is an encoder-decoder, which predicts no plain text to be compared by. Run finetune.py by itself, or choose another model.")
+        raise UserError(
+            f"{begins} is an encoder-decoder, which predicts no plain text to be compared by. Run finetune.py by itself, or choose another model."
+        )
     for other in before:
         if other.config.lora is not None and lies_in(base, other):
             adapter = f"is an adapter, since {printable(other.file)} has a lora section, and stage {stage.name} begins with a whole model"
-            raise UserError(f"{begins} {adapter}. Take the section out there, and give one to the last stage if memory is short.")
+            raise UserError(
+                f"{begins} {adapter}. Take the section out there, and give one to the last stage if memory is short."
+            )
 
 
 def lies_in(base: str, stage: Stage) -> bool:
@@ -230,10 +281,14 @@ def lies_in(base: str, stage: Stage) -> bool:
 
 def bases_of(config: "Config") -> tuple[str, ...]:
     """The checkpoints that a run with these settings needs; a Hugging Face model is none."""
-    from tinylm.foreign import PREFIX
+    from tinylm.model.hf_model import PREFIX
 
     sampled_from = None if config.verifier is None else config.verifier.sampled_from
-    return tuple(name for name in (config.training.init_from, sampled_from) if name is not None and not name.startswith(PREFIX))
+    return tuple(
+        name
+        for name in (config.training.init_from, sampled_from)
+        if name is not None and not name.startswith(PREFIX)
+    )
 
 
 def begun_with(stage: Stage, stages: Iterable[Stage]) -> Stage:
@@ -273,9 +328,17 @@ class State:
             return cls(path, {})
         try:
             with reading(path):
-                return cls(path, {name: Done(**done) for name, done in json.loads(path.read_text(encoding="utf-8")).items()})
+                return cls(
+                    path,
+                    {
+                        name: Done(**done)
+                        for name, done in json.loads(path.read_text(encoding="utf-8")).items()
+                    },
+                )
         except (ValueError, TypeError, AttributeError):
-            raise UserError(f"{printable(path)}: not what align.py wrote. Delete it: finished stages are found again by their checkpoints.") from None
+            raise UserError(
+                f"{printable(path)}: not what align.py wrote. Delete it: finished stages are found again by their checkpoints."
+            ) from None
 
     def put(self, name: str, done: Done) -> None:
         """Remember a stage."""
@@ -296,32 +359,46 @@ def run_stages(stages: list[Stage], state: State, children: Children) -> int:
     Raises:
         UserError: as `is_done`; or a stage is complete, and the model that was to be taken from it is lost.
     """
-    from tinylm.checkpoint import candidates
+    from tinylm.checkpoint.format import candidates
 
     for number, stage in enumerate(stages, start=1):
         if children.received is not None:
             break
         title = f"stage {number} of {len(stages)}, {stage.name}"
-        begun = Done(stage.config.to_plain(), {base: fingerprint(base) for base in stage.bases}, None)
+        begun = Done(
+            stage.config.to_plain(), {base: fingerprint(base) for base in stage.bases}, None
+        )
         if is_done(stage, begun, state):
             say(f"{title}: done before ({printable(stage.model)})")
             continue
         if stage.name not in state.stages and begun.bases and candidates(stage.folder):
             bases = " and ".join(map(printable, begun.bases))
-            say(f"note: {printable(stage.folder)} has checkpoints from before: that they began with {bases} as it is now, is taken for granted")
+            say(
+                f"note: {printable(stage.folder)} has checkpoints from before: that they began with {bases} as it is now, is taken for granted"
+            )
         state.put(stage.name, begun)
         say(f"{title}: {' '.join(stage.command)}")
-        code = children.run([sys.executable, str(HERE / PROGRAMS[stage.name]), *stage.command[2:]], stdout=2, stderr=None)
+        code = children.run(
+            [sys.executable, str(HERE / PROGRAMS[stage.name]), *stage.command[2:]],
+            stdout=2,
+            stderr=None,
+        )
         if code:
             when = "once that is mended, " if code in NOT_BY_ITSELF else ""
-            say(f"{title}: ended with exit code {code}. What it saved stays; {when}the same command goes on there")
+            say(
+                f"{title}: ended with exit code {code}. What it saved stays; {when}the same command goes on there"
+            )
             return code
         if not stage.model.exists():
             lost = f"{printable(stage.model)}: not there, though stage {stage.name} is complete"
-            raise UserError(f"{lost}. Put it back, or remove {printable(stage.folder)}, and the stage is run again.")
+            raise UserError(
+                f"{lost}. Put it back, or remove {printable(stage.folder)}, and the stage is run again."
+            )
         state.put(stage.name, Done(begun.settings, begun.bases, fingerprint(str(stage.model))))
     if children.received is not None:
-        say(f"stopped by signal {children.received} between two stages; the same command goes on there")
+        say(
+            f"stopped by signal {children.received} between two stages; the same command goes on there"
+        )
         return 128 + children.received
     return 0
 
@@ -332,7 +409,7 @@ def is_done(stage: Stage, begun: Done, state: State) -> bool:
     Raises:
         UserError: it has begun with other weights than those that are there now.
     """
-    from tinylm.checkpoint import candidates
+    from tinylm.checkpoint.format import candidates
 
     known = state.stages.get(stage.name)
     if known is None or not candidates(stage.folder):
@@ -340,7 +417,9 @@ def is_done(stage: Stage, begun: Done, state: State) -> bool:
     for base, now in begun.bases.items():
         if known.bases.get(base, now) != now:
             found = f"{printable(base)} has weights {now} now, and had {known.bases[base]} when stage {stage.name} began with it"
-            raise UserError(f"{found}. Put it back, or remove {printable(stage.folder)}, and the stage is run again.")
+            raise UserError(
+                f"{found}. Put it back, or remove {printable(stage.folder)}, and the stage is run again."
+            )
     if known.settings != begun.settings or known.bases != begun.bases or known.result is None:
         return False
     return stage.model.exists() and fingerprint(str(stage.model)) == known.result
@@ -348,7 +427,7 @@ def is_done(stage: Stage, begun: Done, state: State) -> bool:
 
 def fingerprint(path: str) -> str:
     """What identifies the weights of a checkpoint."""
-    from tinylm.checkpoint import weights_fingerprint
+    from tinylm.checkpoint.load import weights_fingerprint
 
     return weights_fingerprint(Path(path))
 
@@ -370,8 +449,8 @@ def known_results(out: Path, made_from: str) -> dict[str, Any] | None:
 
 def compare(stages: list[Stage]) -> dict[str, Any]:
     """`models`: a row of MEASURES for each stage; `samples`: what each model writes on each prompt, likeliest token by token."""
-    from tinylm.checkpoint import load_model, open_base
-    from tinylm.device import pick_device
+    from tinylm.checkpoint.load import load_model, open_base
+    from tinylm.common.device import pick_device
 
     models: list[dict[str, Any]] = []
     samples: list[dict[str, str]] = []
@@ -385,20 +464,33 @@ def compare(stages: list[Stage]) -> dict[str, Any]:
             row |= measures_of_verifier(stage, path, device)
         else:
             loaded = load_model(path, device)
-            row |= {"tokenizer": loaded.tokenizer.fingerprint} | measures_of_text(loaded, stages, device)
+            row |= {"tokenizer": loaded.tokenizer.fingerprint} | measures_of_text(
+                loaded, stages, device
+            )
             log_probs[str(path)] = preferences_of(loaded, loaded.model, stages)
             if (reference := reference_of(stage)) is not None and reference not in log_probs:
                 base = open_base(reference)
-                log_probs[reference] = preferences_of(loaded, base.build(base.model).to(device), stages)
+                log_probs[reference] = preferences_of(
+                    loaded, base.build(base.model).to(device), stages
+                )
             row |= measures_of_preferences(stage, log_probs, str(path))
-            samples += [{"stage": stage.name, "prompt": prompt, "text": sample(loaded, prompt)} for prompt in prompts_of(stages)]
+            samples += [
+                {"stage": stage.name, "prompt": prompt, "text": sample(loaded, prompt)}
+                for prompt in prompts_of(stages)
+            ]
         models.append(row)
     return {"models": models, "samples": samples}
 
 
 def prompts_of(stages: list[Stage]) -> list[str]:
     """The sample prompts of all stages."""
-    return list(dict.fromkeys(stage.config.training.sample_prompt for stage in stages if stage.config.training.sample_prompt is not None))
+    return list(
+        dict.fromkeys(
+            stage.config.training.sample_prompt
+            for stage in stages
+            if stage.config.training.sample_prompt is not None
+        )
+    )
 
 
 def data_of(name: str, stages: list[Stage]) -> "Config | None":
@@ -409,7 +501,9 @@ def data_of(name: str, stages: list[Stage]) -> "Config | None":
     if not found:
         return None
     config = with_data_of_task(found[0])
-    return config.model_copy(update={"training": config.training.model_copy(update={"val_batches": None})})
+    return config.model_copy(
+        update={"training": config.training.model_copy(update={"val_batches": None})}
+    )
 
 
 def measures_of_text(loaded: "Loaded", stages: list[Stage], device: str) -> dict[str, Any]:
@@ -433,7 +527,9 @@ def reference_of(stage: Stage) -> str | None:
     return None if stage.config.dpo is None or begun_with is None else str(Path(begun_with))
 
 
-def preferences_of(loaded: "Loaded", model: "Decoder | ForeignDecoder", stages: list[Stage]) -> "np.ndarray":
+def preferences_of(
+    loaded: "Loaded", model: "Decoder | ForeignDecoder", stages: list[Stage]
+) -> "np.ndarray":
     """(n, 2): log p under `model` of the chosen and the rejected answer of every held-out pair of stage dpo; no rows where there is no such stage.
 
     The tokens and the precision are those of `loaded`.
@@ -441,8 +537,8 @@ def preferences_of(loaded: "Loaded", model: "Decoder | ForeignDecoder", stages: 
     import numpy as np
 
     from finetune import open_preferences
-    from tinylm.device import half_of
-    from tinylm.preferences import log_probs_of
+    from tinylm.common.device import half_of
+    from tinylm.objectives.preferences import log_probs_of
 
     config = data_of("dpo", stages)
     if config is None:
@@ -451,7 +547,9 @@ def preferences_of(loaded: "Loaded", model: "Decoder | ForeignDecoder", stages: 
     return log_probs_of(model, data.val_dataloader(), half_of(loaded.config.hardware.precision))
 
 
-def measures_of_preferences(stage: Stage, log_probs: "dict[str, np.ndarray]", path: str) -> dict[str, Any]:
+def measures_of_preferences(
+    stage: Stage, log_probs: "dict[str, np.ndarray]", path: str
+) -> dict[str, Any]:
     """Which answers a model prefers by itself and, if preferences were learned, beside the model that this began with."""
     row: dict[str, Any] = {}
     own = log_probs[path]
@@ -461,7 +559,10 @@ def measures_of_preferences(stage: Stage, log_probs: "dict[str, np.ndarray]", pa
     row["n_pairs"] = len(own)
     if stage.config.dpo is not None and (reference := reference_of(stage)) is not None:
         margin = (own - log_probs[reference]) @ (1, -1)
-        row |= {"reward_accuracy": float((margin > 0).mean()), "reward_margin": float(stage.config.dpo.beta * margin.mean())}
+        row |= {
+            "reward_accuracy": float((margin > 0).mean()),
+            "reward_margin": float(stage.config.dpo.beta * margin.mean()),
+        }
     return row
 
 
@@ -469,7 +570,12 @@ def measures_of_verifier(stage: Stage, path: Path, device: str) -> dict[str, Any
     """On the problems of its own validation split."""
     score = verifier_score(stage, path, device)
     low, high = score.interval
-    row = {"verifier_accuracy": score.accuracy, "verifier_auc": score.auc, "verifier_low": low, "verifier_high": high}
+    row = {
+        "verifier_accuracy": score.accuracy,
+        "verifier_auc": score.auc,
+        "verifier_low": low,
+        "verifier_high": high,
+    }
     return row | {"majority": score.majority, "n_answers": score.n}
 
 
@@ -479,8 +585,8 @@ def verifier_score(stage: Stage, path: Path, device: str) -> "VerifierScore":
     import torch
 
     from finetune import open_problems
-    from tinylm.checkpoint import load_verifier
-    from tinylm.verifier import VerifierScore
+    from tinylm.checkpoint.load import load_verifier
+    from tinylm.objectives.verifier import VerifierScore
 
     config = data_of("verifier", [stage])
     assert config is not None
@@ -498,14 +604,16 @@ def verifier_score(stage: Stage, path: Path, device: str) -> "VerifierScore":
 def sample(loaded: "Loaded", prompt: str) -> str:
     """What the model writes on a prompt, in its template if it was taught one, as infer.py does."""
     from infer import put
-    from tinylm.config import SamplingConfig
-    from tinylm.engine import Engine
-    from tinylm.prompts import make_template
+    from tinylm.config.schema import SamplingConfig
+    from tinylm.generate.engine import Engine
+    from tinylm.rows.templates import make_template
 
     engine = Engine(loaded.model, loaded.tokenizer)
     template = None if loaded.template is None else make_template(loaded.template, loaded.tokenizer)
     asked, stop_ids = put(prompt, engine, template, None)
-    return engine.generate(asked, SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0), stop_ids=stop_ids)[0].text
+    return engine.generate(
+        asked, SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0), stop_ids=stop_ids
+    )[0].text
 
 
 def silently(line: str) -> None:
@@ -531,7 +639,10 @@ def show(results: dict[str, Any], stages: list[Stage]) -> None:
     from evaluate_checkpoints import table
 
     models = results["models"]
-    table(("measure", *(row["stage"] for row in models)), [(name, *(row.get(name) for row in models)) for name in measures_in(results)])
+    table(
+        ("measure", *(row["stage"] for row in models)),
+        [(name, *(row.get(name) for row in models)) for name in measures_in(results)],
+    )
     for note in notes_on(results):
         print(note)
     for prompt in prompts_of(stages):
@@ -544,8 +655,12 @@ def show(results: dict[str, Any], stages: list[Stage]) -> None:
 
 def write_results(out: Path, results: dict[str, Any], stages: list[Stage]) -> None:
     """results.json for programs, report.md for people."""
-    write_whole(out / "report.md", "".join(f"{line}\n" for line in write_report(results, stages)), "--out")
-    write_whole(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n", "--out")
+    write_whole(
+        out / "report.md", "".join(f"{line}\n" for line in write_report(results, stages)), "--out"
+    )
+    write_whole(
+        out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n", "--out"
+    )
 
 
 def write_report(results: dict[str, Any], stages: list[Stage]) -> Iterator[str]:

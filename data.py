@@ -29,26 +29,47 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinylm.config import Config, load_config
-from tinylm.corpus import Which, train_documents
-from tinylm.encode import encode_documents, source_fingerprint
-from tinylm.errors import UserError, printable
-from tinylm.mix import Allocation, Joined, training_files, training_fingerprint, validation_file, weights_of
-from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document_ids, pack_examples, pack_stream, row_at, row_of_examples
-from tinylm.problems import Problem, ProblemReport, pairs_of, problems, usable
-from tinylm.processes import Progress
-from tinylm.program import Parser, run_program, say
-from tinylm.prompts import Template, make_template
-from tinylm.rows import NAMED_PLACES, Pair, PairReport, Report, examples, pairs, shared_examples, shared_questions, with_rows
-from tinylm.tasks import NAMED
-from tinylm.tasks.data import built_in_where_asked
-from tinylm.tokenfile import TokenFile
-from tinylm.tokenizer import Tokenizer
+from tinylm.cli.program import Parser, run_program
+from tinylm.common.console import say
+from tinylm.common.errors import UserError, printable
+from tinylm.common.processes import Progress
+from tinylm.config.loader import load_config
+from tinylm.config.schema import Config
+from tinylm.eval.tasks import NAMED
+from tinylm.eval.tasks.data import built_in_where_asked
+from tinylm.rows.preferences import Pair, PairReport, pairs
+from tinylm.rows.row_files import NAMED_PLACES, with_rows
+from tinylm.rows.sft import Report, examples, shared_examples, shared_questions
+from tinylm.rows.templates import Template, make_template
+from tinylm.rows.verifier_data import Problem, ProblemReport, pairs_of, problems, usable
+from tinylm.text.splits import Which, train_documents
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokens.encode import encode_documents, source_fingerprint
+from tinylm.tokens.mixture import (
+    Allocation,
+    Joined,
+    training_files,
+    training_fingerprint,
+    validation_file,
+    weights_of,
+)
+from tinylm.tokens.packing import (
+    IGNORE_INDEX,
+    Example,
+    Position,
+    count_rows,
+    document_ids,
+    pack_examples,
+    pack_stream,
+    row_at,
+    row_of_examples,
+)
+from tinylm.tokens.token_file import TokenFile
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from tinylm.show import Piece
+    from tinylm.rows.inspect import Piece
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -62,9 +83,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "template, packing.",
     )
     parser.add_argument("--config", required=True, help="YAML file with the settings")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
-    parser.add_argument("--answers", action="store_true", help="the config's data are for finetune.py, though no setting says so")
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows (default: 3)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
+    )
+    parser.add_argument(
+        "--answers",
+        action="store_true",
+        help="the config's data are for finetune.py, though no setting says so",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=3, metavar="N", help="how many rows (default: 3)"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -75,7 +104,7 @@ import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info  # noqa: E402
 
-from tinylm.judge import training_batch  # noqa: E402
+from tinylm.eval.verifier_scoring import training_batch  # noqa: E402
 
 Batch = dict[str, Any]
 
@@ -99,13 +128,22 @@ class RowShape:
     def of(cls, config: Config, tokenizer: Tokenizer) -> "RowShape":
         """The rows that `config` asks for."""
         seq_len = config.training.seq_len
-        return cls(seq_len, config.data.stride or seq_len, tokenizer.pad_id, tokenizer.eos_id, config.data.document_mask)
+        return cls(
+            seq_len,
+            config.data.stride or seq_len,
+            tokenizer.pad_id,
+            tokenizer.eos_id,
+            config.data.document_mask,
+        )
 
 
 def make_batch(rows: list[tuple[np.ndarray, np.ndarray]], shape: RowShape) -> Batch:
     """`input_ids` and `labels` (B, T) int64; with a document mask also `document_ids` (B, T)."""
     inputs = np.stack([row[0] for row in rows])
-    batch: Batch = {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(np.stack([row[1] for row in rows]))}
+    batch: Batch = {
+        "input_ids": torch.from_numpy(inputs),
+        "labels": torch.from_numpy(np.stack([row[1] for row in rows])),
+    }
     if shape.document_mask:
         batch["document_ids"] = torch.from_numpy(document_ids(inputs, shape.eos_id))
     return batch
@@ -143,9 +181,15 @@ class FileRows:
     def start(self, n: int) -> int:
         """The first token of row `n`."""
         if self.order == "random":
-            return int(np.random.default_rng((self.seed, _WINDOWS, n, self.source)).integers(len(self.file) - self.shape.seq_len))
+            return int(
+                np.random.default_rng((self.seed, _WINDOWS, n, self.source)).integers(
+                    len(self.file) - self.shape.seq_len
+                )
+            )
         passes, row = divmod(n, self.n_rows)
-        return self.shape.stride * int(self._row_order(passes)[row] if self.order == "shuffled" else row)
+        return self.shape.stride * int(
+            self._row_order(passes)[row] if self.order == "shuffled" else row
+        )
 
     def at(self, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and labels (T,) of the row that begins with token `start`."""
@@ -154,15 +198,30 @@ class FileRows:
     def _row_order(self, passes: int) -> np.ndarray:
         """The permutation of the rows in this pass, kept until the next pass."""
         if self._permutation[0] != passes:
-            self._permutation = (passes, np.random.default_rng((self.seed, _SHUFFLE, passes, self.source)).permutation(self.n_rows))
+            self._permutation = (
+                passes,
+                np.random.default_rng((self.seed, _SHUFFLE, passes, self.source)).permutation(
+                    self.n_rows
+                ),
+            )
         return self._permutation[1]
 
 
 class IndexedBatches(Dataset[Batch]):
     """Micro-batches of token files; item k depends on (seed, k), the files and their weights, and on nothing that happened before."""
 
-    def __init__(self, files: Sequence[TokenFile], shape: RowShape, order: str, seed: int, share: Share, weights: Sequence[float] = (1.0,)):
-        self.sources = [FileRows(file, shape, order, seed, source) for source, file in enumerate(files)]
+    def __init__(
+        self,
+        files: Sequence[TokenFile],
+        shape: RowShape,
+        order: str,
+        seed: int,
+        share: Share,
+        weights: Sequence[float] = (1.0,),
+    ):
+        self.sources = [
+            FileRows(file, shape, order, seed, source) for source, file in enumerate(files)
+        ]
         self.shape, self.share, self.allocation = shape, share, Allocation(weights, seed)
 
     def __getitem__(self, k: int) -> Batch:
@@ -194,7 +253,13 @@ class ValidationBatches(Dataset[Batch]):
             raise IndexError(k)  # ends a plain `for batch in batches`
         # A place beyond the last row gives a row of padding, so that all ranks do the same number of batches.
         starts = [place * self.shape.seq_len for place in self.share.places(k)]
-        return make_batch([row_at(self.file.tokens, start, self.shape.seq_len, self.shape.pad_id) for start in starts], self.shape)
+        return make_batch(
+            [
+                row_at(self.file.tokens, start, self.shape.seq_len, self.shape.pad_id)
+                for start in starts
+            ],
+            self.shape,
+        )
 
 
 @dataclass(frozen=True)
@@ -221,8 +286,16 @@ class StreamBatches(IterableDataset[Batch]):
     One process reads the stream, whatever `num_workers`: a second one would only read the same documents again.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, share: Share, steps: range, cursor: Cursor):
-        self.config, self.tokenizer, self.share, self.steps, self.cursor = config, tokenizer, share, steps, cursor
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, share: Share, steps: range, cursor: Cursor
+    ):
+        self.config, self.tokenizer, self.share, self.steps, self.cursor = (
+            config,
+            tokenizer,
+            share,
+            steps,
+            cursor,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -231,11 +304,16 @@ class StreamBatches(IterableDataset[Batch]):
         shape, rows = RowShape.of(self.config, self.tokenizer), self._shuffled_rows()
         for k in self.steps:
             mine, cursor = [], self.cursor
-            for place in range(k * self.share.world * self.share.size, (k + 1) * self.share.world * self.share.size):
+            for place in range(
+                k * self.share.world * self.share.size, (k + 1) * self.share.world * self.share.size
+            ):
                 row, cursor = next(rows)
                 if place in self.share.places(k):
                     mine.append((row[:-1], row[1:]))
-            yield make_batch(mine, shape) | {"cursor": cursor.to_plain(), "origin": cursor.to_plain()}
+            yield make_batch(mine, shape) | {
+                "cursor": cursor.to_plain(),
+                "origin": cursor.to_plain(),
+            }
 
     def _shuffled_rows(self) -> Iterator[tuple[np.ndarray, Cursor]]:
         """Each row with the cursor after it; windows of rows are filled in order and shuffled by (seed, window)."""
@@ -247,7 +325,11 @@ class StreamBatches(IterableDataset[Batch]):
             for _ in range(size):
                 row, end = next(rows)
                 window.append(row.astype(np.int64))
-            order = range(size) if self.config.data.order == "sequential" else np.random.default_rng((seed, _STREAM, number)).permutation(size)
+            order = (
+                range(size)
+                if self.config.data.order == "sequential"
+                else np.random.default_rng((seed, _STREAM, number)).permutation(size)
+            )
             for i in range(used, size):
                 yield window[order[i]], Cursor(number, i + 1, start)
             number, used, start = number + 1, 0, end
@@ -255,9 +337,17 @@ class StreamBatches(IterableDataset[Batch]):
     def _documents(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
         """Every document from `start` on, pass after pass without end, each with the place of its first token."""
         while True:
-            documents = train_documents(self.config.data, self.config.training.seed, skip=start.document)
+            documents = train_documents(
+                self.config.data, self.config.training.seed, skip=start.document
+            )
             label = f"{printable(self.config.data.dataset)}: training"
-            encoded = encode_documents(documents, self.tokenizer, self.config.data.max_doc_len, source=label, first=start.document + 1)
+            encoded = encode_documents(
+                documents,
+                self.tokenizer,
+                self.config.data.max_doc_len,
+                source=label,
+                first=start.document + 1,
+            )
             for number, ids in enumerate(encoded, start.document):
                 offset = start.token if number == start.document else 0
                 if offset < len(ids):
@@ -278,7 +368,11 @@ class RunData(L.LightningDataModule):
 
     def _share(self) -> Share:
         size = self.config.training.micro_batch_size
-        return Share(size) if self.trainer is None else Share(size, self.trainer.global_rank, self.trainer.world_size)
+        return (
+            Share(size)
+            if self.trainer is None
+            else Share(size, self.trainer.global_rank, self.trainer.world_size)
+        )
 
     def _loader(self, batches: Any, steps: range | None = None) -> DataLoader[Batch]:
         workers = self.config.data.num_workers
@@ -317,9 +411,15 @@ class LitData(RunData):
         if validation:
             self.val_file = validation_file(data, self.tokenizer, training.seed, progress=progress)
         if not data.streaming:
-            self.train_files = training_files(data, self.tokenizer, training.seed, needed=training.seq_len + 1, progress=progress)
-        if self.val_file is not None and self.val_file.fingerprint in {file.fingerprint for file in self.train_files}:
-            raise UserError("data.val_dataset: it has the very tokens that are trained on. Give other data, or take it out and data.val_fraction is held out.")
+            self.train_files = training_files(
+                data, self.tokenizer, training.seed, needed=training.seq_len + 1, progress=progress
+            )
+        if self.val_file is not None and self.val_file.fingerprint in {
+            file.fingerprint for file in self.train_files
+        }:
+            raise UserError(
+                "data.val_dataset: it has the very tokens that are trained on. Give other data, or take it out and data.val_fraction is held out."
+            )
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         """Go on at micro-batch `batch`; a stream from the place that its checkpoint stored."""
@@ -331,7 +431,11 @@ class LitData(RunData):
         """What identifies the data: two runs with equal ones see the same tokens. A hub dataset is known by its name alone."""
         assert self.val_file is not None, "prepare() makes the validation file"
         data = self.config.data
-        train = training_fingerprint(data, self.train_files) if self.train_files else source_fingerprint(data, "train")[:12]
+        train = (
+            training_fingerprint(data, self.train_files)
+            if self.train_files
+            else source_fingerprint(data, "train")[:12]
+        )
         return {"train": train, "val": self.val_file.fingerprint}
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -339,15 +443,24 @@ class LitData(RunData):
         training = self.config.training
         steps = range(self.first_batch, training.max_steps * training.grad_accum_steps)
         if not self.train_files:
-            return self._loader(StreamBatches(self.config, self.tokenizer, self._share(), steps, self.cursor))
+            return self._loader(
+                StreamBatches(self.config, self.tokenizer, self._share(), steps, self.cursor)
+            )
         shape, data = RowShape.of(self.config, self.tokenizer), self.config.data
-        return self._loader(IndexedBatches(self.train_files, shape, data.order, training.seed, self._share(), weights_of(data)), steps)
+        return self._loader(
+            IndexedBatches(
+                self.train_files, shape, data.order, training.seed, self._share(), weights_of(data)
+            ),
+            steps,
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation rows, at most training.val_batches batches of them."""
         assert self.val_file is not None, "prepare() makes the validation file"
         shape = RowShape.of(self.config, self.tokenizer)
-        batches = ValidationBatches(self.val_file, shape, self._share(), self.config.training.val_batches)
+        batches = ValidationBatches(
+            self.val_file, shape, self._share(), self.config.training.val_batches
+        )
         return DataLoader(batches, batch_size=None)
 
 
@@ -357,7 +470,9 @@ class LitData(RunData):
 class ExampleBatches(Dataset[Batch]):
     """Micro-batches of examples that were packed into rows once; item k depends on (seed, k) and the rows, and on nothing else."""
 
-    def __init__(self, rows: Sequence[Sequence[Example]], config: Config, pad_id: int, share: Share):
+    def __init__(
+        self, rows: Sequence[Sequence[Example]], config: Config, pad_id: int, share: Share
+    ):
         self.rows, self.pad_id, self.share = rows, pad_id, share
         self.seq_len, self.packed = config.training.seq_len, config.data.packing == "packed"
         self.order, self.seed = config.data.order, config.training.seed
@@ -373,20 +488,40 @@ class ExampleBatches(Dataset[Batch]):
 
     def batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
         """`input_ids` and `labels` (B, T) int64; with several examples a row also `document_ids` (B, T)."""
-        inputs, labels, documents = zip(*(row_of_examples(row, self.seq_len, self.pad_id) for row in rows), strict=True)
-        batch = {"input_ids": torch.from_numpy(np.stack(inputs)), "labels": torch.from_numpy(np.stack(labels))}
-        return batch | ({"document_ids": torch.from_numpy(np.stack(documents))} if self.packed else {})
+        inputs, labels, documents = zip(
+            *(row_of_examples(row, self.seq_len, self.pad_id) for row in rows), strict=True
+        )
+        batch = {
+            "input_ids": torch.from_numpy(np.stack(inputs)),
+            "labels": torch.from_numpy(np.stack(labels)),
+        }
+        return batch | (
+            {"document_ids": torch.from_numpy(np.stack(documents))} if self.packed else {}
+        )
 
     def shown_rows(self) -> Iterator[list["ShownRow"]]:
         """The rows of the run in their order, for people: what stands in each, under one heading or several."""
         for place in count():
-            yield self.shown(f"row {place}, micro-batch {place // self.share.size}", self.rows[self._row(place)], place)
+            yield self.shown(
+                f"row {place}, micro-batch {place // self.share.size}",
+                self.rows[self._row(place)],
+                place,
+            )
 
     def shown(self, heading: str, row: Any, place: int) -> list["ShownRow"]:
         """The row at `place`, for people."""
-        inputs, labels, documents = (part.tolist() for part in row_of_examples(row, self.seq_len, self.pad_id))
+        inputs, labels, documents = (
+            part.tolist() for part in row_of_examples(row, self.seq_len, self.pad_id)
+        )
         last = len(row) - 1  # padding counts as a document of its own
-        return [ShownRow(f"{heading}: {_named([example.place for example in row])}", inputs, labels, [min(number, last) for number in documents])]
+        return [
+            ShownRow(
+                f"{heading}: {_named([example.place for example in row])}",
+                inputs,
+                labels,
+                [min(number, last) for number in documents],
+            )
+        ]
 
     def _row(self, place: int) -> int:
         """The row that stands at `place` in the sequence of all rows of the run."""
@@ -396,14 +531,19 @@ class ExampleBatches(Dataset[Batch]):
         if self.order == "sequential":
             return row
         if self._permutation[0] != passes:
-            self._permutation = (passes, np.random.default_rng((self.seed, _SHUFFLE, passes)).permutation(len(self.rows)))
+            self._permutation = (
+                passes,
+                np.random.default_rng((self.seed, _SHUFFLE, passes)).permutation(len(self.rows)),
+            )
         return int(self._permutation[1][row])
 
 
 class ValidationExamples(ExampleBatches):
     """The validation rows in their order, this rank's share of them."""
 
-    def __init__(self, rows: Sequence[Sequence[Example]], config: Config, pad_id: int, share: Share):
+    def __init__(
+        self, rows: Sequence[Sequence[Example]], config: Config, pad_id: int, share: Share
+    ):
         super().__init__(rows, config, pad_id, share)
         batches, limit = -(-len(rows) // (share.size * share.world)), config.training.val_batches
         self.n_batches = batches if limit is None else min(limit, batches)
@@ -415,7 +555,9 @@ class ValidationExamples(ExampleBatches):
         if k >= self.n_batches:
             raise IndexError(k)  # ends a plain `for batch in batches`
         # A place beyond the last row gives a row of padding, so that all ranks do the same number of batches.
-        return self.batch([self.rows[place] if place < len(self.rows) else () for place in self.share.places(k)])
+        return self.batch(
+            [self.rows[place] if place < len(self.rows) else () for place in self.share.places(k)]
+        )
 
 
 class RowsInMemory(RunData):
@@ -442,7 +584,10 @@ class RowsInMemory(RunData):
     def train_dataloader(self) -> DataLoader[Batch]:
         """The micro-batches from `first_batch` to the end of the run."""
         training = self.config.training
-        return self._loader(self.train_batches(), range(self.first_batch, training.max_steps * training.grad_accum_steps))
+        return self._loader(
+            self.train_batches(),
+            range(self.first_batch, training.max_steps * training.grad_accum_steps),
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The batches of `val_batches`, in this process."""
@@ -477,11 +622,22 @@ class LitExamples(RowsInMemory):
         self.val_examples, val = self._examples("val")
         shared = shared_examples(self.train_examples, self.val_examples)
         warning = f"warning: {shared} validation rows are training rows too; val_loss will look better than it is"
-        self.notes = [*([note] if note else []), *train.notes(), *val.notes(), *([warning] if shared else [])]
+        self.notes = [
+            *([note] if note else []),
+            *train.notes(),
+            *val.notes(),
+            *([warning] if shared else []),
+        ]
         # With train_on all no target says where a question ends.
-        asked = shared_questions(self.train_examples, self.val_examples) if self.config.training.train_on == "response" else 0
+        asked = (
+            shared_questions(self.train_examples, self.val_examples)
+            if self.config.training.train_on == "response"
+            else 0
+        )
         if asked > shared:
-            self.notes.append(f"warning: {asked} validation rows ask what training rows ask; val_loss will look better than on new questions")
+            self.notes.append(
+                f"warning: {asked} validation rows ask what training rows ask; val_loss will look better than on new questions"
+            )
 
     def describe(self) -> str:
         """One line on what is trained on and validated on."""
@@ -498,21 +654,46 @@ class LitExamples(RowsInMemory):
         return {"train": _fingerprint(self.train_examples), "val": _fingerprint(self.val_examples)}
 
     def train_batches(self) -> ExampleBatches:
-        return ExampleBatches(self._rows(self.train_examples), self.config, self.tokenizer.pad_id, self._share())
+        return ExampleBatches(
+            self._rows(self.train_examples), self.config, self.tokenizer.pad_id, self._share()
+        )
 
     def val_batches(self) -> ExampleBatches:
-        return ValidationExamples(self._rows(self.val_examples), self.config, self.tokenizer.pad_id, self._share())
+        return ValidationExamples(
+            self._rows(self.val_examples), self.config, self.tokenizer.pad_id, self._share()
+        )
 
     def _examples(self, which: Which) -> tuple[list[Example], Report]:
         data, training = self.config.data, self.config.training
-        of_task = {"conversation_of": NAMED[data.task].conversation, "built_in": built_in_where_asked(data)} if data.task else {}
-        return examples(data, which, training.seed, self.template, self.tokenizer, training.seq_len, train_on=training.train_on, **of_task)
+        of_task = (
+            {
+                "conversation_of": NAMED[data.task].conversation,
+                "built_in": built_in_where_asked(data),
+            }
+            if data.task
+            else {}
+        )
+        return examples(
+            data,
+            which,
+            training.seed,
+            self.template,
+            self.tokenizer,
+            training.seq_len,
+            train_on=training.train_on,
+            **of_task,
+        )
 
     def _rows(self, made: list[Example]) -> list[list[Example]]:
         """The examples of each row."""
         if self.config.data.packing == "padded":
             return [[example] for example in made]
-        return [[made[number] for number in row] for row in pack_examples([len(example.ids) - 1 for example in made], self.config.training.seq_len)]
+        return [
+            [made[number] for number in row]
+            for row in pack_examples(
+                [len(example.ids) - 1 for example in made], self.config.training.seq_len
+            )
+        ]
 
 
 class PairBatches(ExampleBatches):
@@ -526,14 +707,28 @@ class PairBatches(ExampleBatches):
         batch: Batch = {}
         known = self.rows[0].reference is not None
         for number, name in enumerate(("chosen", "rejected")):
-            inputs, labels, _ = zip(*(row_of_examples(row[number : number + 1], self.seq_len, self.pad_id) for row in rows), strict=True)
-            batch |= {f"{name}_ids": torch.from_numpy(np.stack(inputs)), f"{name}_labels": torch.from_numpy(np.stack(labels))}
+            inputs, labels, _ = zip(
+                *(
+                    row_of_examples(row[number : number + 1], self.seq_len, self.pad_id)
+                    for row in rows
+                ),
+                strict=True,
+            )
+            batch |= {
+                f"{name}_ids": torch.from_numpy(np.stack(inputs)),
+                f"{name}_labels": torch.from_numpy(np.stack(labels)),
+            }
             if known:
-                batch[f"{name}_reference"] = torch.tensor([row.reference[number] if row else 0.0 for row in rows])
+                batch[f"{name}_reference"] = torch.tensor(
+                    [row.reference[number] if row else 0.0 for row in rows]
+                )
         return batch
 
     def shown(self, heading: str, row: Any, place: int) -> list["ShownRow"]:
-        chosen, rejected = (super(PairBatches, self).shown(f"{heading}, {name}", [answer], place) for name, answer in zip(Pair._fields, row[:2], strict=False))
+        chosen, rejected = (
+            super(PairBatches, self).shown(f"{heading}, {name}", [answer], place)
+            for name, answer in zip(Pair._fields, row[:2], strict=False)
+        )
         return [*chosen, *rejected]
 
 
@@ -562,10 +757,14 @@ class LitPreferences(RowsInMemory):
             UserError: as `rows.pairs`.
         """
         if note := with_rows(self.config.data)[1]:
-            raise UserError(f"{note.partition(';')[0]}. Give a file of preferences, such as data/tiny_preferences.jsonl.")
+            raise UserError(
+                f"{note.partition(';')[0]}. Give a file of preferences, such as data/tiny_preferences.jsonl."
+            )
         self.train_pairs, train = self._pairs("train")
         self.val_pairs, val = self._pairs("val")
-        shared = shared_examples([pair.chosen for pair in self.train_pairs], [pair.chosen for pair in self.val_pairs])
+        shared = shared_examples(
+            [pair.chosen for pair in self.train_pairs], [pair.chosen for pair in self.val_pairs]
+        )
         warning = f"warning: {shared} validation prompts with their chosen answers are training rows too; val_loss will look better than it is"
         self.notes = [*train.notes(), *val.notes(), *([warning] if shared else [])]
 
@@ -573,11 +772,16 @@ class LitPreferences(RowsInMemory):
         """One line on what is trained on and validated on."""
         targets = [int(example.trained.sum()) for example in _answers(self.train_pairs)]
         sizes = f"train {len(self.train_pairs)} pairs of answers of {sum(targets) / len(targets):.0f} tokens, validation {len(self.val_pairs)} pairs"
-        return f"data: {printable(self.config.data.dataset)}: {sizes}; template {self.template.name}"
+        return (
+            f"data: {printable(self.config.data.dataset)}: {sizes}; template {self.template.name}"
+        )
 
     def fingerprints(self) -> dict[str, str]:
         """What identifies the data: two runs with equal ones see the same tokens and targets."""
-        return {"train": _fingerprint(_answers(self.train_pairs)), "val": _fingerprint(_answers(self.val_pairs))}
+        return {
+            "train": _fingerprint(_answers(self.train_pairs)),
+            "val": _fingerprint(_answers(self.val_pairs)),
+        }
 
     def train_batches(self) -> ExampleBatches:
         return PairBatches(self.train_pairs, self.config, self.tokenizer.pad_id, self._share())
@@ -600,7 +804,9 @@ class LitPreferences(RowsInMemory):
 
     def _pairs(self, which: Which) -> tuple[list[Pair], PairReport]:
         training = self.config.training
-        return pairs(self.config.data, which, training.seed, self.template, self.tokenizer, training.seq_len)
+        return pairs(
+            self.config.data, which, training.seed, self.template, self.tokenizer, training.seq_len
+        )
 
 
 def _answers(made: list[Pair]) -> list[Example]:
@@ -636,18 +842,33 @@ class ProblemBatches(ExampleBatches):
     def pairs(self, rows: Sequence[Problem], places: Iterable[int]) -> Batch:
         """`training_batch` of every answer to every problem; wrong ones are drawn by (seed, place)."""
         drawn = zip(rows, (f"{self.seed} {self.split} {place}" for place in places), strict=True)
-        made = [pair for problem, seed in drawn for pair in pairs_of(problem, self.tokenizer, self.seq_len, n_wrong=self.n_wrong, seed=seed)]
+        made = [
+            pair
+            for problem, seed in drawn
+            for pair in pairs_of(
+                problem, self.tokenizer, self.seq_len, n_wrong=self.n_wrong, seed=seed
+            )
+        ]
         return training_batch(made, self.pad_id)
 
     def shown(self, heading: str, row: Any, place: int) -> list["ShownRow"]:
         """Each answer; as a target counts where a wrong one departs from the right one."""
         batch = self.pairs([row], [place])
         rows = []
-        for number, (ids, seen, departs) in enumerate(zip(batch["input_ids"], batch["attention_mask"], batch["departs"], strict=True), start=1):
+        for number, (ids, seen, departs) in enumerate(
+            zip(batch["input_ids"], batch["attention_mask"], batch["departs"], strict=True), start=1
+        ):
             ids, departs = ids[seen], departs[seen]
             labels = torch.where(departs, ids, IGNORE_INDEX).roll(-1)
             right = "right" if batch["label"][number - 1] else "wrong"
-            rows.append(ShownRow(f"{heading}, answer {number}, {right}: {row.place}", ids.tolist(), labels.tolist(), None))
+            rows.append(
+                ShownRow(
+                    f"{heading}, answer {number}, {right}: {row.place}",
+                    ids.tolist(),
+                    labels.tolist(),
+                    None,
+                )
+            )
         return rows
 
 
@@ -680,23 +901,39 @@ class LitProblems(RowsInMemory):
             UserError: as `problems.problems` and `problems.usable`.
         """
         built_in = built_in_where_asked(self.config.data)
-        found = {which: problems(self.config.data, which, self.config.training.seed, built_in) for which in ("train", "val")}
+        found = {
+            which: problems(self.config.data, which, self.config.training.seed, built_in)
+            for which in ("train", "val")
+        }
         held_out = {problem.question for problem in found["val"]}
         apart = [problem for problem in found["train"] if problem.question not in held_out]
         shared = len(found["train"]) - len(apart)
         self.train_problems, train = self._usable(answer(apart), "train")
         self.val_problems, val = self._usable(answer(found["val"]), "val")
-        self.notes = [f"training: left out {shared} problems that are validation problems"] * bool(shared) + train.notes() + val.notes()
+        self.notes = (
+            [f"training: left out {shared} problems that are validation problems"] * bool(shared)
+            + train.notes()
+            + val.notes()
+        )
 
     def _usable(self, found: list[Problem], which: Which) -> tuple[list[Problem], ProblemReport]:
-        return usable(found, which, self.tokenizer, self.config.training.seq_len, n_wrong=self.n_wrong)
+        return usable(
+            found, which, self.tokenizer, self.config.training.seq_len, n_wrong=self.n_wrong
+        )
 
     def describe(self) -> str:
         """One line on what is trained on and validated on."""
-        train, val = (f"{len(made):,} problems with {self._n_answers(made):,} answers" for made in (self.train_problems, self.val_problems))
-        n_right = sum(1 + sum(sample.right for sample in problem.samples) for problem in self.train_problems)
+        train, val = (
+            f"{len(made):,} problems with {self._n_answers(made):,} answers"
+            for made in (self.train_problems, self.val_problems)
+        )
+        n_right = sum(
+            1 + sum(sample.right for sample in problem.samples) for problem in self.train_problems
+        )
         share = f"{n_right / self._n_answers(self.train_problems):.0%} of them right"
-        tokenizer = f"tokenizer {self.config.tokenizer.kind}, vocabulary {self.tokenizer.vocab_size}"
+        tokenizer = (
+            f"tokenizer {self.config.tokenizer.kind}, vocabulary {self.tokenizer.vocab_size}"
+        )
         return f"data: {printable(self.config.data.dataset)}: train {train} ({share}), validation {val}; {tokenizer}"
 
     def _n_answers(self, made: list[Problem]) -> int:
@@ -704,7 +941,10 @@ class LitProblems(RowsInMemory):
 
     def fingerprints(self) -> dict[str, str]:
         """What identifies the data: two runs with equal ones, and equal settings and tokenizers, see the same pairs."""
-        return {"train": _fingerprint_of_problems(self.train_problems), "val": _fingerprint_of_problems(self.val_problems)}
+        return {
+            "train": _fingerprint_of_problems(self.train_problems),
+            "val": _fingerprint_of_problems(self.val_problems),
+        }
 
     def train_batches(self) -> ExampleBatches:
         return ProblemBatches(self.train_problems, self.config, self.tokenizer, self._share())
@@ -741,10 +981,24 @@ def run(args: argparse.Namespace) -> int:
     """Print the first rows of the run that a config describes."""
     if args.rows < 1:
         raise UserError(f"--rows: {args.rows} is less than 1. Give the number of rows to print.")
-    config = load_config(args.config, [*args.overrides, "data.num_workers=0"])  # for a few rows a process is not worth its start
-    rows, tokenizer = rows_of_finetuning(config) if args.answers or is_for_finetuning(config) else rows_of_pretraining(config)
-    n_rows = config.training.max_steps * config.training.grad_accum_steps * config.training.micro_batch_size
-    print_rows(chain.from_iterable(islice(rows, min(args.rows, n_rows))), tokenizer, "target" if config.verifier is None else "departure")
+    config = load_config(
+        args.config, [*args.overrides, "data.num_workers=0"]
+    )  # for a few rows a process is not worth its start
+    rows, tokenizer = (
+        rows_of_finetuning(config)
+        if args.answers or is_for_finetuning(config)
+        else rows_of_pretraining(config)
+    )
+    n_rows = (
+        config.training.max_steps
+        * config.training.grad_accum_steps
+        * config.training.micro_batch_size
+    )
+    print_rows(
+        chain.from_iterable(islice(rows, min(args.rows, n_rows))),
+        tokenizer,
+        "target" if config.verifier is None else "departure",
+    )
     return 0
 
 
@@ -754,7 +1008,9 @@ FOR_FINETUNING = {"task", "rows", "columns", "template", "packing"}
 
 def is_for_finetuning(config: Config) -> bool:
     """Whether a config is one of finetune.py: it has a section or a setting that train.py has no use for."""
-    asked = "train_on" in config.training.model_fields_set or not FOR_FINETUNING.isdisjoint(config.data.model_fields_set)
+    asked = "train_on" in config.training.model_fields_set or not FOR_FINETUNING.isdisjoint(
+        config.data.model_fields_set
+    )
     return asked or config.dpo is not None or config.verifier is not None
 
 
@@ -770,24 +1026,37 @@ def rows_of_pretraining(config: Config) -> "tuple[Iterator[list[ShownRow]], Toke
 
 def rows_of_finetuning(config: Config) -> "tuple[Iterator[list[ShownRow]], Tokenizer]":
     """The rows as finetune.py has them, and the tokenizer."""
-    from finetune import check_beginning, learn_from_problems, open_examples, open_preferences, open_problems, with_data_of_task
+    from finetune import (
+        check_beginning,
+        learn_from_problems,
+        open_examples,
+        open_preferences,
+        open_problems,
+        with_data_of_task,
+    )
     from train import learn_from_documents
 
     config = with_data_of_task(config)
     if config.verifier is None and config.dpo is None:
         check_beginning(config)
-    config, tokenizer = with_tokenizer(config, learn_from_documents if config.verifier is None else learn_from_problems)
+    config, tokenizer = with_tokenizer(
+        config, learn_from_documents if config.verifier is None else learn_from_problems
+    )
     open_data = open_examples if config.dpo is None else open_preferences
     data = (open_data if config.verifier is None else open_problems)(config, tokenizer, say)
     return data.train_dataloader().dataset.shown_rows(), tokenizer
 
 
-def with_tokenizer(config: Config, learn: Callable[[Config], Tokenizer]) -> tuple[Config, Tokenizer]:
+def with_tokenizer(
+    config: Config, learn: Callable[[Config], Tokenizer]
+) -> tuple[Config, Tokenizer]:
     """The tokenizer of a run: that of the model it begins with, or as `learn` makes it; and the settings of that run."""
     from train import Start, find_base, prepare_tokenizer, settings_on_base
 
     base = find_base(config, Start())
-    tokenizer, config = prepare_tokenizer(config if base is None else settings_on_base(config, base), Start(), base, learn)
+    tokenizer, config = prepare_tokenizer(
+        config if base is None else settings_on_base(config, base), Start(), base, learn
+    )
     return config, tokenizer
 
 
@@ -798,7 +1067,9 @@ def first_rows(data: LitData) -> Iterator[ShownRow]:
         for i in range(len(batch["input_ids"])):
             documents = batch["document_ids"][i].tolist() if "document_ids" in batch else None
             heading = f"row {place}, micro-batch {k}: {source_of_row(data, batch, i)}"
-            yield ShownRow(heading, batch["input_ids"][i].tolist(), batch["labels"][i].tolist(), documents)
+            yield ShownRow(
+                heading, batch["input_ids"][i].tolist(), batch["labels"][i].tolist(), documents
+            )
             place += 1
 
 
@@ -812,7 +1083,9 @@ def source_of_row(data: LitData, batch: Batch, i: int) -> str:
     """What row `i` of a batch was read from, and where in it."""
     settings = data.config.data
     if not data.train_files:
-        return printable(settings.dataset)  # a stream knows where a window of rows began, and not each row
+        return printable(
+            settings.dataset
+        )  # a stream knows where a window of rows began, and not each row
     source, start = batch["origin"][i] if len(data.train_files) > 1 else (0, batch["origin"][i])
     name = settings.dataset if settings.mix is None else settings.mix[source].dataset
     return f"{printable(name)} from token {start}"
@@ -826,30 +1099,49 @@ def print_rows(rows: Iterable[ShownRow], tokenizer: Tokenizer, marked: str = "ta
     from rich.console import Console
     from rich.text import Text
 
-    from tinylm.show import CLOSE, OPEN, SEAM, WALL, plain_row, row_pieces
+    from tinylm.rows.inspect import CLOSE, OPEN, SEAM, WALL, plain_row, row_pieces
 
     console = Console(width=None if sys.stdout.isatty() else 400, highlight=False, markup=False)
     coloured = console.is_terminal and not console.no_color
-    targets = f"dim: no {marked}; another colour: another document" if coloured else f"{OPEN}no {marked}{CLOSE}"
+    targets = (
+        f"dim: no {marked}; another colour: another document"
+        if coloured
+        else f"{OPEN}no {marked}{CLOSE}"
+    )
     say(f"{SEAM} documents meet, {WALL}2{WALL} attention stops and document 2 begins, {targets}")
     for row in rows:
-        pieces, masked = row_pieces(tokenizer, row.input_ids, row.labels, row.document_ids), row.document_ids is not None
+        pieces, masked = (
+            row_pieces(tokenizer, row.input_ids, row.labels, row.document_ids),
+            row.document_ids is not None,
+        )
         console.print(Text(row.heading, "bold"), soft_wrap=True)
-        console.print(coloured_row(pieces, masked=masked) if coloured else Text(plain_row(pieces, masked=masked)), soft_wrap=True)
+        console.print(
+            coloured_row(pieces, masked=masked)
+            if coloured
+            else Text(plain_row(pieces, masked=masked)),
+            soft_wrap=True,
+        )
         asked = sum(label != IGNORE_INDEX for label in row.labels)
-        console.print(f"{len(row.input_ids)} tokens, {marked}s: {asked}, documents: {len({piece.document for piece in pieces})}\n", soft_wrap=True)
+        console.print(
+            f"{len(row.input_ids)} tokens, {marked}s: {asked}, documents: {len({piece.document for piece in pieces})}\n",
+            soft_wrap=True,
+        )
 
 
 def coloured_row(pieces: "list[Piece]", *, masked: bool) -> "Text":
     """A row in the colours of its documents, dim where it is no target."""
     from rich.text import Text
 
-    from tinylm.show import with_borders
+    from tinylm.rows.inspect import with_borders
 
     text = Text()
     for border, piece in with_borders(pieces, masked=masked):
         text.append(border, "bold red")
-        text.append(piece.text, ("" if piece.target else "dim ") + DOCUMENT_COLOURS[piece.document % len(DOCUMENT_COLOURS)])
+        text.append(
+            piece.text,
+            ("" if piece.target else "dim ")
+            + DOCUMENT_COLOURS[piece.document % len(DOCUMENT_COLOURS)],
+        )
     return text
 
 

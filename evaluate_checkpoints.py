@@ -21,18 +21,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.device import NAMES, pick_device
-from tinylm.errors import UserError, printable, writing
-from tinylm.program import Parser, run_program, say
+from tinylm.cli.program import Parser, run_program
+from tinylm.common.console import say
+from tinylm.common.device import NAMES, pick_device
+from tinylm.common.errors import UserError, printable, writing
 
 if TYPE_CHECKING:
-    from tinylm.engine import Engine
-    from tinylm.evaluate import Answer, Case, Drawn, TaskScore
-    from tinylm.harness import HarnessScore
-    from tinylm.judge import Judge
-    from tinylm.prompts import Template
-    from tinylm.tasks import Task
-    from tinylm.tasks.data import TaskData
+    from tinylm.eval.best_of_n import Drawn
+    from tinylm.eval.cases import Case
+    from tinylm.eval.lm_eval import HarnessScore
+    from tinylm.eval.task_scores import Answer, TaskScore
+    from tinylm.eval.tasks import Task
+    from tinylm.eval.tasks.data import TaskData
+    from tinylm.eval.verifier_scoring import Judge
+    from tinylm.generate.engine import Engine
+    from tinylm.rows.templates import Template
 
 Row = dict[str, Any]
 
@@ -112,24 +115,103 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         usage="python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --cases cases/wiki_basics.yaml",
         description="Rank checkpoints, and Hugging Face models, on cases and tasks.",
     )
-    parser.add_argument("--checkpoints", nargs="+", metavar="PATTERN", help="files or globs (checkpoints/*.ckpt, where no --model is given)")
+    parser.add_argument(
+        "--checkpoints",
+        nargs="+",
+        metavar="PATTERN",
+        help="files or globs (checkpoints/*.ckpt, where no --model is given)",
+    )
     what = "a Hugging Face name or folder, asked in plain text: a baseline by prompting; may be given several times"
     parser.add_argument("--model", action="append", default=[], metavar="NAME", help=what)
-    parser.add_argument("--cases", nargs="+", type=Path, default=[], metavar="FILE", help="YAML files of cases: name, prompt, target")
-    parser.add_argument("--tasks", type=words, default=(), metavar="NAME,...", help="sst2, samsum, gsm8k, sms, alpaca, or pairs (your own rows)")
-    parser.add_argument("--shots", type=words, metavar="N,...", help="solved examples before each question (0; for --lm-eval as its tasks say)")
-    parser.add_argument("--data", action="append", default=[], metavar="NAME=PATH", help="a task's rows: a file, or a folder with train and test")
-    parser.add_argument("--smoke", action="store_true", help="a dozen built-in rows a task, to try it without data")
-    parser.add_argument("--limit", type=positive, metavar="N", help="at most N examples a task, drawn by --seed")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the drawn examples and of the bootstrap (0)")
-    parser.add_argument("--lm-eval", type=words, default=(), metavar="NAME,...", help="tasks of the lm-evaluation-harness (pip install lm_eval)")
-    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="YAML tasks for --lm-eval, in place of its own")
-    parser.add_argument("--best-of", type=positive, metavar="N", help="draw N answers to each question, and choose one at random, by vote, by --verifier")
-    parser.add_argument("--verifier", type=Path, metavar="FILE", help="checkpoint of the verifier that chooses (finetune.py --config configs/verifier.yaml)")
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="texts that are scored together (16)")
-    parser.add_argument("--tokenizer", default="auto", metavar="NAME", help="auto: the one in the checkpoint; else byte, or a Hugging Face name or folder")
-    parser.add_argument("--device", choices=NAMES, default="auto", help="auto: CUDA, else MPS, else the CPU")
-    parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER", help="folder for the numbers and the failed answers (results)")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="YAML files of cases: name, prompt, target",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=words,
+        default=(),
+        metavar="NAME,...",
+        help="sst2, samsum, gsm8k, sms, alpaca, or pairs (your own rows)",
+    )
+    parser.add_argument(
+        "--shots",
+        type=words,
+        metavar="N,...",
+        help="solved examples before each question (0; for --lm-eval as its tasks say)",
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a task's rows: a file, or a folder with train and test",
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="a dozen built-in rows a task, to try it without data"
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="at most N examples a task, drawn by --seed"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the drawn examples and of the bootstrap (0)",
+    )
+    parser.add_argument(
+        "--lm-eval",
+        type=words,
+        default=(),
+        metavar="NAME,...",
+        help="tasks of the lm-evaluation-harness (pip install lm_eval)",
+    )
+    parser.add_argument(
+        "--include-path",
+        type=Path,
+        metavar="FOLDER",
+        help="YAML tasks for --lm-eval, in place of its own",
+    )
+    parser.add_argument(
+        "--best-of",
+        type=positive,
+        metavar="N",
+        help="draw N answers to each question, and choose one at random, by vote, by --verifier",
+    )
+    parser.add_argument(
+        "--verifier",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint of the verifier that chooses (finetune.py --config configs/verifier.yaml)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="texts that are scored together (16)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="auto",
+        metavar="NAME",
+        help="auto: the one in the checkpoint; else byte, or a Hugging Face name or folder",
+    )
+    parser.add_argument(
+        "--device", choices=NAMES, default="auto", help="auto: CUDA, else MPS, else the CPU"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        metavar="FOLDER",
+        help="folder for the numbers and the failed answers (results)",
+    )
     return parser.parse_args(argv)
 
 
@@ -149,24 +231,41 @@ def positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Ask every checkpoint, rank, show, and write."""
     patterns = args.checkpoints or ([] if args.model else ["checkpoints/*.ckpt"])
-    subjects = [*find_subjects(patterns), *(Subject((Path(name),), is_hf=True) for name in hf_names(args.model))]
+    subjects = [
+        *find_subjects(patterns),
+        *(Subject((Path(name),), is_hf=True) for name in hf_names(args.model)),
+    ]
     device, why = pick_device(args.device)
-    questions = prepare(args, device)  # a mistake in them is told before the seconds that loading takes
+    questions = prepare(
+        args, device
+    )  # a mistake in them is told before the seconds that loading takes
     say(f"device: {device} ({why})")
     results = Results()
     for subject in subjects:
         try:
-            opened = open_model(subject, device) if subject.is_hf else open_checkpoint(subject, device, args.tokenizer)
-            say(f"model: {subject.label}" if subject.is_hf else f"checkpoint: {subject.label}, step {opened.step}")
+            opened = (
+                open_model(subject, device)
+                if subject.is_hf
+                else open_checkpoint(subject, device, args.tokenizer)
+            )
+            say(
+                f"model: {subject.label}"
+                if subject.is_hf
+                else f"checkpoint: {subject.label}, step {opened.step}"
+            )
             results.add(ask(subject, opened, questions, args))
         except UserError as error:
             results.failed.append({"checkpoint": subject.label, "error": str(error)})
     rank(results)
     show(results)
     write(results, args.out)
-    say(f"{printable(args.out / 'results.json')} has all numbers, {len(results.answers)} files beside it the answers that are not right")
+    say(
+        f"{printable(args.out / 'results.json')} has all numbers, {len(results.answers)} files beside it the answers that are not right"
+    )
     if len(results.failed) == len(subjects):
-        raise UserError(f"all {len(subjects)} checkpoints and models failed. Give others; `python list.py` shows what there is.")
+        raise UserError(
+            f"all {len(subjects)} checkpoints and models failed. Give others; `python list.py` shows what there is."
+        )
     say("next: python infer.py --ckpt FILE --prompt TEXT, with the checkpoint that suits you")
     return 0
 
@@ -193,8 +292,13 @@ def find_subjects(patterns: Sequence[str]) -> list[Subject]:
             if path not in same:
                 same.append(path)
     if patterns and not files:
-        raise UserError(f"--checkpoints: {printable(' '.join(patterns))}: nothing matches. Train a model first: python train.py --config config_smoke.yaml")
-    return [Subject(tuple(sorted(paths, key=lambda path: (not path.name.startswith("step-"), path)))) for paths in files.values()]
+        raise UserError(
+            f"--checkpoints: {printable(' '.join(patterns))}: nothing matches. Train a model first: python train.py --config config_smoke.yaml"
+        )
+    return [
+        Subject(tuple(sorted(paths, key=lambda path: (not path.name.startswith("step-"), path))))
+        for paths in files.values()
+    ]
 
 
 def identity(path: Path) -> tuple[int, ...] | Path:
@@ -212,21 +316,44 @@ def prepare(args: argparse.Namespace, device: str) -> Questions:
     Raises:
         UserError: there are none, or one is not as it should be.
     """
-    from tinylm.evaluate import read_cases
-    from tinylm.harness import check_tasks
-    from tinylm.tasks.data import load_task, task_named
+    from tinylm.eval.cases import read_cases
+    from tinylm.eval.lm_eval import check_tasks
+    from tinylm.eval.tasks.data import load_task, task_named
 
     if not (args.cases or args.tasks or args.lm_eval):
-        raise UserError("nothing to evaluate. Give --cases cases/wiki_basics.yaml, --tasks gsm8k --smoke, or --lm-eval NAME.")
+        raise UserError(
+            "nothing to evaluate. Give --cases cases/wiki_basics.yaml, --tasks gsm8k --smoke, or --lm-eval NAME."
+        )
     if args.include_path is not None and not args.include_path.is_dir():
-        raise UserError(f"--include-path: {printable(args.include_path)}: no such folder. Give the one with the YAML files of the tasks.")
+        raise UserError(
+            f"--include-path: {printable(args.include_path)}: no such folder. Give the one with the YAML files of the tasks."
+        )
     shots = tuple(sorted({number_of_shots(word) for word in args.shots or ("0",)}))
     paths = dict(source_of(text, args.tasks) for text in args.data)
     tasks = [task_named(name) for name in args.tasks]
-    loaded = [(task, load_task(task, paths.get(task.name), smoke=args.smoke, n_shots=max(shots), limit=args.limit, seed=args.seed)) for task in tasks]
+    loaded = [
+        (
+            task,
+            load_task(
+                task,
+                paths.get(task.name),
+                smoke=args.smoke,
+                n_shots=max(shots),
+                limit=args.limit,
+                seed=args.seed,
+            ),
+        )
+        for task in tasks
+    ]
     if args.lm_eval:
         check_tasks(args.lm_eval, args.include_path)
-    return Questions({str(path): read_cases(path) for path in args.cases}, loaded, shots, args.lm_eval, find_judge(args, tasks, device))
+    return Questions(
+        {str(path): read_cases(path) for path in args.cases},
+        loaded,
+        shots,
+        args.lm_eval,
+        find_judge(args, tasks, device),
+    )
 
 
 def find_judge(args: argparse.Namespace, tasks: "Sequence[Task]", device: str) -> "Judge | None":
@@ -235,11 +362,13 @@ def find_judge(args: argparse.Namespace, tasks: "Sequence[Task]", device: str) -
     Raises:
         UserError: it is not one, or there is nothing to choose.
     """
-    from tinylm.evaluate import check_choice
-    from tinylm.judge import Judge
+    from tinylm.eval.best_of_n import check_choice
+    from tinylm.eval.verifier_scoring import Judge
 
     if (args.best_of is None) != (args.verifier is None):
-        raise UserError("--best-of, --verifier: one needs the other. Give --best-of 8 --verifier FILE, or neither.")
+        raise UserError(
+            "--best-of, --verifier: one needs the other. Give --best-of 8 --verifier FILE, or neither."
+        )
     if args.verifier is None:
         return None
     if not tasks:
@@ -260,9 +389,13 @@ def source_of(text: str, tasks: Sequence[str]) -> tuple[str, Path]:
     """The task and the path of one --data."""
     name, equals, path = text.partition("=")
     if not equals or name not in tasks:
-        raise UserError(f"--data: {printable(text)}: expected NAME=PATH with a name that --tasks has ({', '.join(tasks) or 'none'}).")
+        raise UserError(
+            f"--data: {printable(text)}: expected NAME=PATH with a name that --tasks has ({', '.join(tasks) or 'none'})."
+        )
     if not os.path.exists(path):
-        raise UserError(f"--data: {printable(path)}: not found. Give a file of rows, or a folder with train and test.")
+        raise UserError(
+            f"--data: {printable(path)}: not found. Give a file of rows, or a folder with train and test."
+        )
     return name, Path(path)
 
 
@@ -273,13 +406,15 @@ def open_checkpoint(subject: Subject, device: str, tokenizer: str) -> Opened:
         UserError: it is damaged, or its weights are no numbers.
     """
     from infer import choose_tokenizer
-    from tinylm.checkpoint import load_model
-    from tinylm.engine import Engine
-    from tinylm.prompts import make_template
+    from tinylm.checkpoint.load import load_model
+    from tinylm.generate.engine import Engine
+    from tinylm.rows.templates import make_template
 
     loaded = load_model(subject.paths[0], device)
     if not all(weight.isfinite().all() for weight in loaded.model.parameters()):
-        raise UserError(f"{printable(subject.paths[0])}: there are weights that are not finite numbers; its training diverged. Use an earlier checkpoint.")
+        raise UserError(
+            f"{printable(subject.paths[0])}: there are weights that are not finite numbers; its training diverged. Use an earlier checkpoint."
+        )
     engine = Engine(loaded.model, choose_tokenizer(tokenizer, loaded.tokenizer))
     template = make_template(loaded.template, engine.tokenizer) if loaded.template else None
     return Opened(engine, template, loaded.info.step, loaded.info.val_loss)
@@ -291,9 +426,9 @@ def open_model(subject: Subject, device: str) -> Opened:
     Raises:
         UserError: it is not there, or is none that writes text.
     """
-    from tinylm.engine import Engine
-    from tinylm.foreign import find
-    from tinylm.tokenizer import load_hf_tokenizer
+    from tinylm.generate.engine import Engine
+    from tinylm.model.hf_model import find
+    from tinylm.tokenizer.hf import load_hf_tokenizer
 
     name = str(subject.paths[0])
     model, tokenizer = find(name).load().to(device).eval(), load_hf_tokenizer(name)
@@ -306,7 +441,9 @@ def open_model(subject: Subject, device: str) -> Opened:
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
-def ask(subject: Subject, opened: Opened, questions: Questions, args: argparse.Namespace) -> Results:
+def ask(
+    subject: Subject, opened: Opened, questions: Questions, args: argparse.Namespace
+) -> Results:
     """What one checkpoint answers to everything."""
     who = {"checkpoint": subject.label, "step": opened.step, "val_loss": opened.val_loss}
     results = Results()
@@ -318,9 +455,11 @@ def ask(subject: Subject, opened: Opened, questions: Questions, args: argparse.N
     return results
 
 
-def ask_cases(who: Row, opened: Opened, questions: Questions, args: argparse.Namespace, results: Results) -> None:
+def ask_cases(
+    who: Row, opened: Opened, questions: Questions, args: argparse.Namespace, results: Results
+) -> None:
     """Add the scores of the cases of each file."""
-    from tinylm.evaluate import CasesSummary, evaluate_cases
+    from tinylm.eval.cases import CasesSummary, evaluate_cases
 
     for file, cases in questions.cases.items():
         scores = evaluate_cases(opened.engine, cases, batch_size=args.batch_size)
@@ -329,39 +468,73 @@ def ask_cases(who: Row, opened: Opened, questions: Questions, args: argparse.Nam
         results.case_scores += [{"file": file, **who, **score.row()} for score in scores]
 
 
-def ask_tasks(who: Row, subject: Subject, opened: Opened, questions: Questions, args: argparse.Namespace, results: Results) -> None:
+def ask_tasks(
+    who: Row,
+    subject: Subject,
+    opened: Opened,
+    questions: Questions,
+    args: argparse.Namespace,
+    results: Results,
+) -> None:
     """Add the scores of our own tasks, at each number of shots."""
-    from tinylm.evaluate import evaluate_task
+    from tinylm.eval.task_scores import evaluate_task
 
     settings: Row = {"template": opened.template, "batch_size": args.batch_size, "seed": args.seed}
     for task, data in questions.tasks:
         for n in questions.shots:
-            score = evaluate_task(opened.engine, task, data.examples, shots=data.shots[:n], **settings)
+            score = evaluate_task(
+                opened.engine, task, data.examples, shots=data.shots[:n], **settings
+            )
             say_what_was_lost(score)
             results.measures += measure_rows(who, score)
             results.answers[answers_file(subject, score)] = score.failed
 
 
-def ask_best_of(who: Row, subject: Subject, opened: Opened, questions: Questions, args: argparse.Namespace, results: Results) -> None:
+def ask_best_of(
+    who: Row,
+    subject: Subject,
+    opened: Opened,
+    questions: Questions,
+    args: argparse.Namespace,
+    results: Results,
+) -> None:
     """Add what each way of choosing among several answers gives."""
-    from tinylm.evaluate import best_of_n
+    from tinylm.eval.best_of_n import best_of_n
 
     if questions.judge is None:
         return
     for task, data in questions.tasks:
-        score = best_of_n(opened.engine, questions.judge, task, data.examples, args.best_of, template=opened.template, seed=args.seed)
+        score = best_of_n(
+            opened.engine,
+            questions.judge,
+            task,
+            data.examples,
+            args.best_of,
+            template=opened.template,
+            seed=args.seed,
+        )
         if score.n_errors:
-            say(f"{task.name}: {score.n_errors} of {score.n_examples} questions could not be asked and count as wrong")
+            say(
+                f"{task.name}: {score.n_errors} of {score.n_examples} questions could not be asked and count as wrong"
+            )
         of = {"task": task.name, "n": score.n_samples, **who, "n_examples": score.n_examples}
-        results.best_of += [{**of, "choice": name, **asdict(measure)} for name, measure in score.measures.items()]
+        results.best_of += [
+            {**of, "choice": name, **asdict(measure)} for name, measure in score.measures.items()
+        ]
         results.answers[f"best-of-{name_in_file(subject)}-{task.name}.jsonl"] = score.drawn
 
 
-def ask_harness(who: Row, opened: Opened, questions: Questions, args: argparse.Namespace, results: Results) -> None:
+def ask_harness(
+    who: Row, opened: Opened, questions: Questions, args: argparse.Namespace, results: Results
+) -> None:
     """Add the scores of the harness's tasks; without --shots each has as many as it says."""
-    from tinylm.harness import run_harness
+    from tinylm.eval.lm_eval import run_harness
 
-    settings: Row = {"include_path": args.include_path, "limit": args.limit, "batch_size": args.batch_size}
+    settings: Row = {
+        "include_path": args.include_path,
+        "limit": args.limit,
+        "batch_size": args.batch_size,
+    }
     for shots in questions.shots if args.shots else (None,):
         scores = run_harness(opened.engine, questions.harness, shots=shots, **settings)
         results.measures += [harness_row(who, shots, score) for score in scores]
@@ -371,16 +544,28 @@ def say_what_was_lost(score: "TaskScore") -> None:
     """Tell of prompts that were cut and of questions that could not be asked."""
     where = f"{score.task}, {score.shots} shots"
     if score.n_truncated:
-        say(f"{where}: {score.n_truncated} of {score.n_examples} prompts are longer than the context and lost their beginning")
+        say(
+            f"{where}: {score.n_truncated} of {score.n_examples} prompts are longer than the context and lost their beginning"
+        )
     if score.n_errors:
-        say(f"{where}: {score.n_errors} of {score.n_examples} questions could not be asked and count as wrong: {score.failed[0].error}")
+        say(
+            f"{where}: {score.n_errors} of {score.n_examples} questions could not be asked and count as wrong: {score.failed[0].error}"
+        )
 
 
 def measure_rows(who: Row, score: "TaskScore") -> list[Row]:
     """One row for each measure of a task."""
     what = {"task": score.task, "shots": score.shots}
     return [
-        {**what, "measure": name, **who, **asdict(measure), "chance": score.chance.get(name), "n_examples": score.n_examples, "worth": round(measure.value, 4)}
+        {
+            **what,
+            "measure": name,
+            **who,
+            **asdict(measure),
+            "chance": score.chance.get(name),
+            "n_examples": score.n_examples,
+            "worth": round(measure.value, 4),
+        }
         for name, measure in score.measures.items()
     ]
 
@@ -389,7 +574,16 @@ def harness_row(who: Row, shots: int | None, found: "HarnessScore") -> Row:
     """The row of a measure of the harness; None shots: as its task says."""
     low, high = found.interval
     what = {"task": found.task, "shots": shots, "measure": found.measure}
-    return {**what, **who, "value": found.value, "low": low, "high": high, "chance": None, "n_examples": found.n_examples, "worth": found.worth}
+    return {
+        **what,
+        **who,
+        "value": found.value,
+        "low": low,
+        "high": high,
+        "chance": None,
+        "n_examples": found.n_examples,
+        "worth": found.worth,
+    }
 
 
 def answers_file(subject: Subject, score: "TaskScore") -> str:
@@ -408,12 +602,14 @@ def name_in_file(subject: Subject) -> str:
 def rank(results: Results) -> None:
     """Sort the rows of each table, the best first, and give each its place; what ties shares one."""
     results.cases = ranked(results.cases, lambda row: (row["file"],))
-    results.measures = ranked(results.measures, lambda row: (row["task"], str(row["shots"]), row["measure"]))
+    results.measures = ranked(
+        results.measures, lambda row: (row["task"], str(row["shots"]), row["measure"])
+    )
 
 
 def ranked(rows: Iterable[Row], kind: Callable[[Row], tuple[str, ...]]) -> list[Row]:
     """The rows of each kind with their `worth` turned into a place among them."""
-    from tinylm.evaluate import places
+    from tinylm.eval.task_scores import places
 
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -421,7 +617,10 @@ def ranked(rows: Iterable[Row], kind: Callable[[Row], tuple[str, ...]]) -> list[
     found = []
     for group in groups.values():
         group.sort(key=lambda row: row["worth"], reverse=True)
-        found += [{"place": place, **row} for place, row in zip(places([row["worth"] for row in group]), group, strict=True)]
+        found += [
+            {"place": place, **row}
+            for place, row in zip(places([row["worth"] for row in group]), group, strict=True)
+        ]
     return [{name: value for name, value in row.items() if name != "worth"} for row in found]
 
 
@@ -453,7 +652,15 @@ def show(results: Results) -> None:
         names = ("task", "n", "choice", "checkpoint", "step")
         table(
             (*names, "right", "95% interval", "examples"),
-            [(*(row[name] for name in names), row["value"], f"{row['low']:.4f} to {row['high']:.4f}", row["n_examples"]) for row in results.best_of],
+            [
+                (
+                    *(row[name] for name in names),
+                    row["value"],
+                    f"{row['low']:.4f} to {row['high']:.4f}",
+                    row["n_examples"],
+                )
+                for row in results.best_of
+            ],
         )
     for row in results.failed:
         print(f"{row['checkpoint']}  FAILED: {printable(row['error'])}")
@@ -471,7 +678,13 @@ def table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        shown.add_column(name, justify="left" if name in ("place", "checkpoint", "task", "measure", "cases", "choice") else "right", no_wrap=True)
+        shown.add_column(
+            name,
+            justify="left"
+            if name in ("place", "checkpoint", "task", "measure", "cases", "choice")
+            else "right",
+            no_wrap=True,
+        )
     for row in rows:
         shown.add_row(*map(number, row))
     # Into a pipe nothing is cut: a program or a person with a wide screen reads it.
@@ -480,7 +693,9 @@ def table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 def number(value: Any) -> str:
     """A value for people: four digits behind the point, a dash for none."""
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else printable(value)
+    return (
+        "-" if value is None else f"{value:.4f}" if isinstance(value, float) else printable(value)
+    )
 
 
 def write(results: Results, folder: Path) -> None:

@@ -23,9 +23,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from tinylm.errors import UserError, printable
-from tinylm.processes import Progress
-from tinylm.program import progress_bar, run_program
+from tinylm.cli.program import run_program
+from tinylm.common.console import progress_bar
+from tinylm.common.errors import UserError, printable
+from tinylm.common.processes import Progress
 from train import Parts, Say, build_base, build_model, check_root, make_parser, run_stage
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 
     from data import LitExamples, LitPreferences, LitProblems
     from model import LitDPO, LitVerifier
-    from tinylm.config import Config, DataConfig
-    from tinylm.decoder import Decoder
-    from tinylm.foreign import ForeignDecoder
-    from tinylm.problems import Problem
-    from tinylm.tokenizer import Tokenizer
+    from tinylm.config.schema import Config, DataConfig
+    from tinylm.model.decoder import Decoder
+    from tinylm.model.hf_model import ForeignDecoder
+    from tinylm.rows.verifier_data import Problem
+    from tinylm.tokenizer.base import Tokenizer
 
 Module = TypeVar("Module", "LitExamples", "LitPreferences")
 
@@ -47,7 +48,9 @@ Module = TypeVar("Module", "LitExamples", "LitPreferences")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     description = "Teach a trained model to answer, or which answer is better. The same command again goes on from the newest checkpoint."
-    return make_parser("finetune.py", "config_finetune.yaml", description).parse_intermixed_args(argv)
+    return make_parser("finetune.py", "config_finetune.yaml", description).parse_intermixed_args(
+        argv
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,11 +61,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune as the command line says."""
-    from tinylm.config import load_config
+    from tinylm.config.loader import load_config
 
     config = with_data_of_task(load_config(args.config, args.overrides))
     if config.verifier is not None:
-        return run_stage("verifier", config, args, open_problems, build_verifier, learn_from_problems)
+        return run_stage(
+            "verifier", config, args, open_problems, build_verifier, learn_from_problems
+        )
     check_beginning(config)
     if config.dpo is not None:
         return run_stage("dpo", config, args, open_preferences, build_dpo)
@@ -78,31 +83,41 @@ def check_beginning(config: "Config") -> None:
     if config.training.init_from is not None:
         return
     if config.dpo is not None:
-        raise UserError("training.init_from: preferences are learned by a trained model. Set it to a checkpoint, or to hf:NAME for a Hugging Face model.")
+        raise UserError(
+            "training.init_from: preferences are learned by a trained model. Set it to a checkpoint, or to hf:NAME for a Hugging Face model."
+        )
     if config.training.train_on == "response":
         mend = "Set it to a checkpoint or to hf:NAME, or begin with new weights and training.train_on=all"
-        raise UserError(f"training.init_from: answers alone are learned by a model that was trained before. {mend}.")
+        raise UserError(
+            f"training.init_from: answers alone are learned by a model that was trained before. {mend}."
+        )
     if config.tokenizer.kind in ("bpe", "char"):
         learned = f"kind {config.tokenizer.kind} is learned from documents, and these are rows of questions and answers"
-        raise UserError(f"tokenizer.kind: {learned}. Set byte, or tokenizer.path to one learned before (python -m tinylm tokenizer train).")
+        raise UserError(
+            f"tokenizer.kind: {learned}. Set byte, or tokenizer.path to one learned before (python -m tinylm tokenizer train)."
+        )
 
 
 def with_data_of_task(config: "Config") -> "Config":
     """The settings with the task's rows on the hub, where there is a task and data.dataset is left out; it is trained on the training split."""
-    from tinylm.tasks import NAMED
+    from tinylm.eval.tasks import NAMED
 
     data = config.data
     if data.task is None or "dataset" in data.model_fields_set:
         return config
     hub = NAMED[data.task].hub
     assert hub is not None, "only pairs has none, and data.task cannot name it"
-    named = {"dataset": hub.dataset, "dataset_config": data.dataset_config or hub.config, "split": hub.train}
+    named = {
+        "dataset": hub.dataset,
+        "dataset_config": data.dataset_config or hub.config,
+        "split": hub.train,
+    }
     return config.model_copy(update={"data": data.model_copy(update=named)})
 
 
 def on_hub(data: "DataConfig") -> bool:
     """Whether the rows are those of a task on the hub."""
-    from tinylm.tasks import NAMED
+    from tinylm.eval.tasks import NAMED
 
     hub = NAMED[data.task].hub if data.task else None
     return hub is not None and data.dataset == hub.dataset and not os.path.exists(hub.dataset)
@@ -111,14 +126,16 @@ def on_hub(data: "DataConfig") -> bool:
 def open_examples(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitExamples":
     """The questions and answers of a run."""
     from data import LitExamples
-    from tinylm.tasks.data import SMOKE
+    from tinylm.eval.tasks.data import SMOKE
 
     try:
         return prepared(LitExamples(config, tokenizer), say)
     except UserError as problem:
         if not on_hub(config.data):
             raise
-        raise UserError(f"{problem} For task {config.data.task} that is data.dataset=PATH; data.dataset={SMOKE} takes a few built-in rows.") from None
+        raise UserError(
+            f"{problem} For task {config.data.task} that is data.dataset=PATH; data.dataset={SMOKE} takes a few built-in rows."
+        ) from None
 
 
 def open_preferences(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitPreferences":
@@ -143,7 +160,7 @@ def prepared(data: Module, say: Say) -> Module:
 def build_dpo(parts: Parts) -> "LitDPO":
     """The policy, and what it is held to: the model that the run began with, also where it goes on."""
     from model import LitDPO
-    from tinylm.checkpoint import refer_to
+    from tinylm.checkpoint.load import refer_to
 
     config = parts.config
     assert config.dpo is not None and parts.base is not None, "run() and find_base see to it"
@@ -152,7 +169,9 @@ def build_dpo(parts: Parts) -> "LitDPO":
         return LitDPO(config, policy, roots, None)
     reference = build_base(config, parts.base)
     root = refer_to(parts.base, reference, Path(config.training.checkpoint_dir))
-    if config.lora is None:  # else the base of the adapters is the reference, and they are compared already
+    if (
+        config.lora is None
+    ):  # else the base of the adapters is the reference, and they are compared already
         roots["reference"] = root
         check_root(config, parts.start, "reference", root, "preferences held to")
     if config.dpo.reference == "copy":
@@ -161,19 +180,34 @@ def build_dpo(parts: Parts) -> "LitDPO":
     return LitDPO(config, policy, roots, None)
 
 
-def add_cached_reference(parts: Parts, reference: "Decoder | ForeignDecoder", fingerprint: str) -> None:
+def add_cached_reference(
+    parts: Parts, reference: "Decoder | ForeignDecoder", fingerprint: str
+) -> None:
     """Give the data the log-probabilities under `reference`, from the cache or worked out now."""
-    from tinylm.device import half_of
-    from tinylm.preferences import cached_log_probs, log_probs_of
+    from tinylm.common.device import half_of
+    from tinylm.objectives.preferences import cached_log_probs, log_probs_of
 
     config, data = parts.config, parts.data
     n_pairs = len(data.train_pairs) + len(data.val_pairs)
-    depends = [data.fingerprints(), fingerprint, config.data.template, config.training.seq_len, config.hardware.precision]
-    path = Path(config.data.cache_dir) / f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}.bin"
+    depends = [
+        data.fingerprints(),
+        fingerprint,
+        config.data.template,
+        config.training.seq_len,
+        config.hardware.precision,
+    ]
+    path = (
+        Path(config.data.cache_dir)
+        / f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}.bin"
+    )
 
     def compute() -> "np.ndarray":
-        parts.say(f"reference: working out the log-probabilities of {n_pairs} pairs, to be kept in {printable(path)}")
-        return log_probs_of(reference.to(parts.device), data.all_batches(), half_of(config.hardware.precision))
+        parts.say(
+            f"reference: working out the log-probabilities of {n_pairs} pairs, to be kept in {printable(path)}"
+        )
+        return log_probs_of(
+            reference.to(parts.device), data.all_batches(), half_of(config.hardware.precision)
+        )
 
     data.add_reference(cached_log_probs(path, n_pairs, compute))
 
@@ -183,12 +217,14 @@ def add_cached_reference(parts: Parts, reference: "Decoder | ForeignDecoder", fi
 
 def learn_from_problems(config: "Config") -> "Tokenizer":
     """The tokenizer of a verifier with new weights: learned from the training problems and their right answers where it is learned at all."""
-    from tinylm.bpe import learned_from
-    from tinylm.problems import problems
-    from tinylm.tasks.data import built_in_where_asked
+    from tinylm.eval.tasks.data import built_in_where_asked
+    from tinylm.rows.verifier_data import problems
+    from tinylm.tokenizer.bpe import learned_from
 
     def texts() -> "Iterator[str]":
-        found = problems(config.data, "train", config.training.seed, built_in_where_asked(config.data))
+        found = problems(
+            config.data, "train", config.training.seed, built_in_where_asked(config.data)
+        )
         return (f"{problem.question.whole}\n{problem.answer}" for problem in found)
 
     return learned_from(config.tokenizer, texts)
@@ -211,11 +247,13 @@ def open_problems(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitPro
     return data
 
 
-def sampler(config: "Config", say: Say, progress: Progress) -> "Callable[[list[Problem]], list[Problem]]":
+def sampler(
+    config: "Config", say: Say, progress: Progress
+) -> "Callable[[list[Problem]], list[Problem]]":
     """What adds to problems the answers of the model that verifier.sampled_from names."""
-    from tinylm.checkpoint import load_model
-    from tinylm.device import pick_device
-    from tinylm.samples import with_samples
+    from tinylm.checkpoint.load import load_model
+    from tinylm.common.device import pick_device
+    from tinylm.eval.sampled_answers import with_samples
 
     settings, folder = config.verifier, Path(config.data.cache_dir)
     assert settings is not None and settings.sampled_from is not None
@@ -226,8 +264,18 @@ def sampler(config: "Config", say: Say, progress: Progress) -> "Callable[[list[P
         raise UserError(f"verifier.sampled_from: {error}") from None
 
     def answer(found: "list[Problem]") -> "list[Problem]":
-        say(f"answers: {settings.n_sampled} to each of {len(found):,} problems by {printable(settings.sampled_from)}, kept in {printable(folder)}")
-        return with_samples(found, loaded, config.data.task, settings.n_sampled, seed=config.training.seed, folder=folder, progress=progress)
+        say(
+            f"answers: {settings.n_sampled} to each of {len(found):,} problems by {printable(settings.sampled_from)}, kept in {printable(folder)}"
+        )
+        return with_samples(
+            found,
+            loaded,
+            config.data.task,
+            settings.n_sampled,
+            seed=config.training.seed,
+            folder=folder,
+            progress=progress,
+        )
 
     return answer
 
@@ -237,22 +285,29 @@ def build_verifier(parts: Parts) -> "LitVerifier":
     import torch
 
     from model import LitVerifier
-    from tinylm import checkpoint
-    from tinylm.decoder import Decoder
-    from tinylm.verifier import Verifier
+    from tinylm.checkpoint import format as checkpoint_format
+    from tinylm.checkpoint import load as checkpoint_load
+    from tinylm.model.decoder import Decoder
+    from tinylm.model.verifier import Verifier
 
     config = parts.config
     if parts.start.payload is not None:
-        return LitVerifier(config, checkpoint.build_verifier(config.model, parts.start.payload["weights"]), dict(checkpoint.NO_ROOTS))
+        return LitVerifier(
+            config,
+            checkpoint_load.build_verifier(config.model, parts.start.payload["weights"]),
+            dict(checkpoint_format.NO_ROOTS),
+        )
     torch.manual_seed(config.training.seed)
     verifier = Verifier(config.model)
     if parts.base is not None:
         decoder = build_base(config, parts.base)
         if not isinstance(decoder, Decoder):
             name = printable(config.training.init_from)
-            raise UserError(f"training.init_from: {name}: a verifier shares our own decoder's blocks, and this is a Hugging Face model. Leave it out.")
+            raise UserError(
+                f"training.init_from: {name}: a verifier shares our own decoder's blocks, and this is a Hugging Face model. Leave it out."
+            )
         verifier.begin_with(decoder)
-    return LitVerifier(config, verifier, dict(checkpoint.NO_ROOTS))
+    return LitVerifier(config, verifier, dict(checkpoint_format.NO_ROOTS))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.errors import UserError, printable
-from tinylm.program import Parser, run_program
+from tinylm.cli.program import Parser, run_program
+from tinylm.common.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from tinylm.checkpoint import CheckpointInfo
+    from tinylm.checkpoint.format import CheckpointInfo
 
 SORT_KEYS = ("step", "tokens", "train_loss", "val_loss", "parameters", "bytes", "created", "path")
 
@@ -24,10 +24,19 @@ SORT_KEYS = ("step", "tokens", "train_loss", "val_loss", "parameters", "bytes", 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(
-        prog="python list.py", usage="python list.py [--dir checkpoints] [--sort val_loss] [--json]", description="List checkpoints and what they hold."
+        prog="python list.py",
+        usage="python list.py [--dir checkpoints] [--sort val_loss] [--json]",
+        description="List checkpoints and what they hold.",
     )
-    parser.add_argument("--dir", type=Path, default=Path("checkpoints"), help="folder to look in (default: checkpoints)")
-    parser.add_argument("--sort", choices=SORT_KEYS, default="step", help="column to sort by (default: step)")
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=Path("checkpoints"),
+        help="folder to look in (default: checkpoints)",
+    )
+    parser.add_argument(
+        "--sort", choices=SORT_KEYS, default="step", help="column to sort by (default: step)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 
@@ -40,10 +49,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Read every checkpoint in the folder and show it; a damaged one is a row that says so."""
-    from tinylm.checkpoint import describe
+    from tinylm.checkpoint.format import describe
 
-    if not os.path.isdir(args.dir):  # os.path, unlike pathlib, has an answer for a name that is too long
-        raise UserError(f"{printable(args.dir)}: no such folder. Train a model first: python train.py --config config_smoke.yaml")
+    if not os.path.isdir(
+        args.dir
+    ):  # os.path, unlike pathlib, has an answer for a name that is too long
+        raise UserError(
+            f"{printable(args.dir)}: no such folder. Train a model first: python train.py --config config_smoke.yaml"
+        )
     sound: list[CheckpointInfo] = []
     damaged: list[tuple[Path, str]] = []
     for path in sorted(args.dir.glob("*.ckpt")):
@@ -53,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
             damaged.append((path, str(error).removeprefix(f"{printable(path)}: ")))
     sound.sort(key=lambda info: sort_key(as_row(info)[args.sort]))
     if args.json:
-        rows: list[dict[str, Any]] = [as_row(info) for info in sound] + [{"path": str(path), "damaged": why} for path, why in damaged]
+        rows: list[dict[str, Any]] = [as_row(info) for info in sound] + [
+            {"path": str(path), "damaged": why} for path, why in damaged
+        ]
         print(json.dumps(rows, indent=2))
     elif not sound and not damaged:
         print(f"no checkpoints in {printable(args.dir)}")
@@ -69,7 +84,7 @@ def sort_key(value: Any) -> tuple[bool, Any]:
 
 def as_row(info: "CheckpointInfo") -> dict[str, Any]:
     """The columns as plain values."""
-    from tinylm.checkpoint import info_row
+    from tinylm.checkpoint.format import info_row
 
     return info_row(info)
 
@@ -85,8 +100,18 @@ def show(sound: "list[CheckpointInfo]", damaged: list[tuple[Path, str]]) -> None
     for name in ("step", "tokens", "train_loss", "val_loss", "parameters", "shape", "size", "age"):
         table.add_column(name, justify="right", no_wrap=True)
     for info in sound:
-        losses = ["-" if value is None else f"{value:.4f}" for value in (info.train_loss, info.val_loss)]
-        numbers = [f"{info.step}", f"{info.tokens:,}", *losses, f"{info.parameters:,}", info.shape, size(info.bytes), age(info.created)]
+        losses = [
+            "-" if value is None else f"{value:.4f}" for value in (info.train_loss, info.val_loss)
+        ]
+        numbers = [
+            f"{info.step}",
+            f"{info.tokens:,}",
+            *losses,
+            f"{info.parameters:,}",
+            info.shape,
+            size(info.bytes),
+            age(info.created),
+        ]
         table.add_row(printable(info.path.name), info.stage, *numbers)
     # Into a pipe nothing is cut: a program or a person with a wide screen reads it.
     console = Console(width=None if sys.stdout.isatty() else 400)

@@ -6,7 +6,7 @@ guard against numbers that are not finite, clipping, the learning rate of this s
 resumed run needs is in `progress` and in the optimizer; dropout is seeded anew for each micro-batch, so there is no
 generator to restore.
 
-The model itself is `tinylm/decoder.py`; what happens between the steps (validation, metrics, checkpoints) is `callbacks.py`.
+The model itself is `tinylm/model/decoder.py`; what happens between the steps (validation, metrics, checkpoints) is `callbacks.py`.
 """
 
 import math
@@ -21,19 +21,27 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from data import Batch
-from tinylm.config import Config
-from tinylm.decoder import Decoder
-from tinylm.device import keep_freed_memory
-from tinylm.errors import Diverged
-from tinylm.evaluate import batch_sums, beside_ids, language_score
-from tinylm.foreign import ForeignDecoder
-from tinylm.lora import adapters_off
-from tinylm.losses import Answers, cross_entropy
-from tinylm.optim import make_optimizer, set_lr
-from tinylm.packing import IGNORE_INDEX
-from tinylm.preferences import MEASURES, Comparison, PairScores, compare, score_pairs
-from tinylm.schedule import multiplier
-from tinylm.verifier import Verifier, VerifierScore, logit_counts, verifier_loss
+from tinylm.common.device import keep_freed_memory
+from tinylm.common.errors import Diverged
+from tinylm.config.schema import Config
+from tinylm.eval.perplexity import batch_sums, beside_ids, language_score
+from tinylm.model.decoder import Decoder
+from tinylm.model.hf_model import ForeignDecoder
+from tinylm.model.lora import adapters_off
+from tinylm.model.verifier import Verifier
+from tinylm.objectives.cross_entropy import cross_entropy
+from tinylm.objectives.preferences import (
+    MEASURES,
+    Answers,
+    Comparison,
+    PairScores,
+    compare,
+    score_pairs,
+)
+from tinylm.objectives.verifier import VerifierScore, logit_counts, verifier_loss
+from tinylm.optim.optimizers import make_optimizer, set_lr
+from tinylm.optim.schedule import multiplier
+from tinylm.tokens.packing import IGNORE_INDEX
 
 
 @dataclass
@@ -74,7 +82,12 @@ class Progress:
         """Count a step towards the next row of metrics; all are sums."""
         self.logged_loss += loss
         self.logged_units += units
-        self.logged_measures = [before + now for before, now in zip(self.logged_measures or [0.0] * len(measures), measures, strict=True)]
+        self.logged_measures = [
+            before + now
+            for before, now in zip(
+                self.logged_measures or [0.0] * len(measures), measures, strict=True
+            )
+        ]
 
     def close_row(self) -> None:
         """Take the means of what was logged since the last row."""
@@ -108,7 +121,7 @@ class LitStage(L.LightningModule):
 
     stage: str
     roots: dict[str, Any]
-    """what rebuilding the model from a checkpoint takes beside its settings and weights (`tinylm/checkpoint.py`)"""
+    """what rebuilding the model from a checkpoint takes beside its settings and weights (`tinylm/checkpoint/format.py`)"""
     full_batch: int
     """units of a micro-batch without padding"""
     measures: tuple[str, ...] = ()
@@ -116,7 +129,13 @@ class LitStage(L.LightningModule):
     val_measures: tuple[str, ...] = ()
     """and of validations"""
 
-    def __init__(self, config: Config, decoder: Decoder | ForeignDecoder | Verifier, stage: str, roots: dict[str, Any]):
+    def __init__(
+        self,
+        config: Config,
+        decoder: Decoder | ForeignDecoder | Verifier,
+        stage: str,
+        roots: dict[str, Any],
+    ):
         super().__init__()
         self.config, self.decoder, self.stage, self.roots = config, decoder, stage, roots
         self.progress = Progress()
@@ -153,7 +172,11 @@ class LitStage(L.LightningModule):
                 fully_shard(block, mesh=mesh)
             fully_shard(self.decoder, mesh=mesh)
             register_fsdp_forward_method(self.decoder, "features")
-        self._features = torch.compile(self.decoder.features) if self.config.hardware.compile else self.decoder.features
+        self._features = (
+            torch.compile(self.decoder.features)
+            if self.config.hardware.compile
+            else self.decoder.features
+        )
 
     @property
     def _balance_coef(self) -> float:
@@ -170,7 +193,9 @@ class LitStage(L.LightningModule):
         """
         self._reseed(batch_idx)
         part = self.batch_loss(batch, label_smoothing=self.config.training.label_smoothing)
-        self._step_parts.append(part._replace(loss=part.loss.detach(), regulariser=part.regulariser.detach()))
+        self._step_parts.append(
+            part._replace(loss=part.loss.detach(), regulariser=part.regulariser.detach())
+        )
         self._step_origin.append(batch["origin"])
         self.cursor = batch.get("cursor")  # only a stream has one
         return (part.loss + part.regulariser * part.units) / self.full_batch
@@ -179,7 +204,9 @@ class LitStage(L.LightningModule):
         """Make dropout a function of (seed, micro-batch, rank)."""
         k = self.progress.step * self.config.training.grad_accum_steps + len(self._step_parts)
         # The multipliers only have to keep different (seed, k, rank) apart, modulo the 64 bits that a seed has.
-        torch.manual_seed((self.config.training.seed * 1_000_003 + k * 8_191 + self.global_rank + 1) % 2**63)
+        torch.manual_seed(
+            (self.config.training.seed * 1_000_003 + k * 8_191 + self.global_rank + 1) % 2**63
+        )
 
     # --- one optimizer step -------------------------------------------------------------------------------------------
 
@@ -189,7 +216,12 @@ class LitStage(L.LightningModule):
         fused = self.config.hardware.precision != "16"
         return make_optimizer(self.decoder, self.config.training, fused=fused)
 
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: Any = None,
+        gradient_clip_algorithm: Any = None,
+    ) -> None:
         """Turn the summed gradient into that of the mean over the step's units, check it, clip it, set the learning rate."""
         loss, units, tokens, measures = self._step_totals()
         self._scale_gradient(units)
@@ -203,7 +235,9 @@ class LitStage(L.LightningModule):
         self.progress.tokens += tokens
         self.progress.log(loss, units, measures)
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Take the step and count it."""
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         optimizer.zero_grad()  # Lightning would do it after the next forward pass, which then holds both
@@ -238,7 +272,9 @@ class LitStage(L.LightningModule):
     def _clip(self) -> float:
         """The norm of the whole gradient before it was clipped to training.grad_clip."""
         limit = self.config.training.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), math.inf if limit is None else limit)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters(), math.inf if limit is None else limit
+        )
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _guard(self, loss: float, units: int, norm: float) -> None:
@@ -249,14 +285,27 @@ class LitStage(L.LightningModule):
         scaled = self.config.hardware.precision == "16"
         if math.isfinite(loss) and (scaled or math.isfinite(norm)):
             return
-        what = f"the loss is {loss / max(units, 1)}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        raise Diverged(f"step {self.progress.step + 1}: {what}; rows at {self._step_origin}. No step was taken. Lower training.lr, or look at these rows")
+        what = (
+            f"the loss is {loss / max(units, 1)}"
+            if not math.isfinite(loss)
+            else f"the gradient's norm is {norm}"
+        )
+        raise Diverged(
+            f"step {self.progress.step + 1}: {what}; rows at {self._step_origin}. No step was taken. Lower training.lr, or look at these rows"
+        )
 
 
 class LitLM(LitStage):
     """Next-token prediction: pretraining (stage `pretrain`), and supervised fine-tuning (stage `sft`), whose labels leave out the prompts."""
 
-    def __init__(self, config: Config, decoder: Decoder | ForeignDecoder, byte_lengths: Tensor, stage: str, roots: dict[str, Any]):
+    def __init__(
+        self,
+        config: Config,
+        decoder: Decoder | ForeignDecoder,
+        byte_lengths: Tensor,
+        stage: str,
+        roots: dict[str, Any],
+    ):
         super().__init__(config, decoder, stage, roots)
         self.full_batch = config.training.micro_batch_size * config.training.seq_len
         self.val_measures = ("val_accuracy",) if stage == "sft" else ()
@@ -267,18 +316,29 @@ class LitLM(LitStage):
         batch = self.decoder.arranged(batch)
         features = self._features(batch["input_ids"], **beside_ids(batch))
         labels = batch["labels"].flatten()
-        loss = cross_entropy(features.hidden.flatten(0, 1), self.decoder.head.weight, labels, label_smoothing=label_smoothing)
+        loss = cross_entropy(
+            features.hidden.flatten(0, 1),
+            self.decoder.head.weight,
+            labels,
+            label_smoothing=label_smoothing,
+        )
         targets = (labels != IGNORE_INDEX).sum()
         return BatchLoss(loss, targets, targets, features.balance_loss * self._balance_coef)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """What `tinylm/evaluate.py` counts, so that training and eval_val.py give the same number."""
-        return batch_sums(self._features, self.decoder.head, self.decoder.arranged(batch), self.byte_lengths)
+        """What `tinylm/eval/task_scores.py` counts, so that training and eval_val.py give the same number."""
+        return batch_sums(
+            self._features, self.decoder.head, self.decoder.arranged(batch), self.byte_lengths
+        )
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
         """Loss, perplexity, bits per byte; of answers also how many of their tokens are the most probable one."""
         score = language_score(*totals)
-        metrics = {"val_loss": score.loss, "val_ppl": score.perplexity, "val_bpb": score.bits_per_byte}
+        metrics = {
+            "val_loss": score.loss,
+            "val_ppl": score.perplexity,
+            "val_bpb": score.bits_per_byte,
+        }
         return metrics | ({"val_accuracy": score.accuracy} if self.val_measures else {})
 
 
@@ -295,7 +355,13 @@ class LitDPO(LitStage):
     measures = MEASURES
     val_measures = tuple(f"val_{name}" for name in MEASURES)
 
-    def __init__(self, config: Config, decoder: Decoder | ForeignDecoder, roots: dict[str, Any], reference: Decoder | ForeignDecoder | None):
+    def __init__(
+        self,
+        config: Config,
+        decoder: Decoder | ForeignDecoder,
+        roots: dict[str, Any],
+        reference: Decoder | ForeignDecoder | None,
+    ):
         super().__init__(config, decoder, "dpo", roots)
         assert config.dpo is not None
         self.dpo, self.full_batch = config.dpo, config.training.micro_batch_size
@@ -312,18 +378,31 @@ class LitDPO(LitStage):
         """The preference loss; beside it dpo.sft_coef times the cross entropy per token of each chosen answer (Pang et al. 2024, equation 1)."""
         policy, found = self._compare(batch)
         tokens = policy.lengths.chosen.sum() + policy.lengths.rejected.sum()
-        regulariser = self.dpo.sft_coef * found.cross_entropy.mean() + policy.balance_loss * self._balance_coef
-        return BatchLoss(found.loss.sum(), (policy.lengths.chosen > 0).sum(), tokens, regulariser, found.measures)
+        regulariser = (
+            self.dpo.sft_coef * found.cross_entropy.mean()
+            + policy.balance_loss * self._balance_coef
+        )
+        return BatchLoss(
+            found.loss.sum(), (policy.lengths.chosen > 0).sum(), tokens, regulariser, found.measures
+        )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """(loss sum, pairs, sums of the measures) of one batch."""
         policy, found = self._compare(batch)
-        return torch.cat((torch.stack((found.loss.sum(), (policy.lengths.chosen > 0).sum())), found.measures))
+        return torch.cat(
+            (torch.stack((found.loss.sum(), (policy.lengths.chosen > 0).sum())), found.measures)
+        )
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
         """The means over pairs; a perplexity would say nothing."""
         loss, n_pairs, *sums = totals
-        return dict(zip(("val_loss", *self.val_measures), (total / n_pairs for total in (loss, *sums)), strict=True))
+        return dict(
+            zip(
+                ("val_loss", *self.val_measures),
+                (total / n_pairs for total in (loss, *sums)),
+                strict=True,
+            )
+        )
 
     def _compare(self, batch: Batch) -> tuple[PairScores, Comparison]:
         reference = self._reference(batch)
@@ -349,35 +428,71 @@ class LitVerifier(LitStage):
     """An encoder learns to tell right answers from wrong ones (stage `verifier`); it stands where other stages have their decoder."""
 
     measures = ("accuracy",)
-    val_measures = ("val_accuracy", "val_accuracy_low", "val_accuracy_high", "val_majority", "val_auc", "val_calibration_error")
+    val_measures = (
+        "val_accuracy",
+        "val_accuracy_low",
+        "val_accuracy_high",
+        "val_majority",
+        "val_auc",
+        "val_calibration_error",
+    )
 
     def __init__(self, config: Config, verifier: Verifier, roots: dict[str, Any]):
         super().__init__(config, verifier, "verifier", roots)
         assert config.verifier is not None
-        self.full_batch = config.training.micro_batch_size * (1 + config.verifier.n_wrong + config.verifier.n_sampled)
+        self.full_batch = config.training.micro_batch_size * (
+            1 + config.verifier.n_wrong + config.verifier.n_sampled
+        )
 
     def configure_model(self) -> None:
         """Lightning's hook; train.py refuses fsdp."""
-        self._places = torch.compile(self.decoder.places) if self.config.hardware.compile else self.decoder.places
+        self._places = (
+            torch.compile(self.decoder.places)
+            if self.config.hardware.compile
+            else self.decoder.places
+        )
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
         """Cross entropy of which token is wrong, or none."""
         places, right = self._places(batch["input_ids"], batch["attention_mask"]), batch["label"]
         n_right = ((places.logsumexp(dim=1) <= 0) == right.bool()).sum()
-        loss, n_pairs = verifier_loss(places, right, batch["departs"]), torch.tensor(len(right), device=right.device)
-        return BatchLoss(loss, n_pairs, batch["attention_mask"].sum(), places.new_zeros(()), n_right.float()[None])
+        loss, n_pairs = (
+            verifier_loss(places, right, batch["departs"]),
+            torch.tensor(len(right), device=right.device),
+        )
+        return BatchLoss(
+            loss,
+            n_pairs,
+            batch["attention_mask"].sum(),
+            places.new_zeros(()),
+            n_right.float()[None],
+        )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the losses, then how often each logit occurs among wrong and right pairs."""
         right = batch["label"]
-        none = torch.zeros(0, 1, device=right.device)  # what a rank without a problem left makes of its share
+        none = torch.zeros(
+            0, 1, device=right.device
+        )  # what a rank without a problem left makes of its share
         places = self._places(batch["input_ids"], batch["attention_mask"]) if len(right) else none
         departs = batch["departs"] if len(right) else none.bool()
-        return torch.cat((verifier_loss(places, right, departs)[None], logit_counts(-places.logsumexp(dim=1), right)))
+        return torch.cat(
+            (
+                verifier_loss(places, right, departs)[None],
+                logit_counts(-places.logsumexp(dim=1), right),
+            )
+        )
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
         """The mean loss, and `VerifierScore` with the interval of its accuracy."""
         loss, *counts = totals
         score = VerifierScore.of_counts(np.array(counts))
-        numbers = (loss / score.n, score.accuracy, *score.interval, score.majority, score.auc, score.calibration_error)
+        numbers = (
+            loss / score.n,
+            score.accuracy,
+            *score.interval,
+            score.majority,
+            score.auc,
+            score.calibration_error,
+        )
         return dict(zip(("val_loss", *self.val_measures), numbers, strict=True))

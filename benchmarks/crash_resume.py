@@ -33,14 +33,32 @@ hardware: {{accelerator: cpu, threads: 1}}
 
 def main(argv: list[str] | None = None) -> int:
     """Run both and compare; 0 if they are equal to the last bit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often the run is killed (default: 5)")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of the run (default: 60)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="how often the run is killed (default: 5)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=60, help="optimizer steps of the run (default: 60)"
+    )
     parser.add_argument("--workers", type=int, default=1, help="worker processes (default: 1)")
-    parser.add_argument("--stream", action="store_true", help="read the documents as a stream instead of a token file")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments at which the run is killed")
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "tiny_corpus.txt", help="text to train on")
-    parser.add_argument("--break-resume", action="store_true", help="resume with another seed; the comparison must fail")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="read the documents as a stream instead of a token file",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the moments at which the run is killed"
+    )
+    parser.add_argument(
+        "--dataset", type=Path, default=ROOT / "data" / "tiny_corpus.txt", help="text to train on"
+    )
+    parser.add_argument(
+        "--break-resume",
+        action="store_true",
+        help="resume with another seed; the comparison must fail",
+    )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         calm, crashed = (write_config(Path(name) / kind, args) for kind in ("calm", "crashed"))
@@ -49,8 +67,14 @@ def main(argv: list[str] | None = None) -> int:
         train(crashed, *resume_flags(args)).wait()
         differences = compare(calm.parent, crashed.parent)
     source = "stream" if args.stream else "token file"
-    print(f"killed {len(kills)} times, after steps {kills}; {args.steps} steps, accumulation 4, dropout 0.1, {args.workers} workers, {source}")
-    print("EQUAL to the last bit: every metric, every weight, every optimizer state" if not differences else f"DIFFERENT: {'; '.join(differences[:5])}")
+    print(
+        f"killed {len(kills)} times, after steps {kills}; {args.steps} steps, accumulation 4, dropout 0.1, {args.workers} workers, {source}"
+    )
+    print(
+        "EQUAL to the last bit: every metric, every weight, every optimizer state"
+        if not differences
+        else f"DIFFERENT: {'; '.join(differences[:5])}"
+    )
     return 1 if differences else 0
 
 
@@ -58,7 +82,12 @@ def write_config(folder: Path, args: argparse.Namespace) -> Path:
     """The config of one of the two runs, in a folder of its own."""
     folder.mkdir(parents=True)
     path = folder / "config.yaml"
-    values = {"dataset": args.dataset.resolve(), "workers": args.workers, "stream": str(args.stream).lower(), "steps": args.steps}
+    values = {
+        "dataset": args.dataset.resolve(),
+        "workers": args.workers,
+        "stream": str(args.stream).lower(),
+        "steps": args.steps,
+    }
     path.write_text(CONFIG.format(folder=folder, **values), encoding="utf-8")
     return path
 
@@ -66,7 +95,12 @@ def write_config(folder: Path, args: argparse.Namespace) -> Path:
 def train(config: Path, *flags: str) -> "subprocess.Popen[bytes]":
     """Start train.py on `config`; what it says goes to a file beside it."""
     with open(config.with_name("output.txt"), "ab") as output:
-        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--config", str(config), *flags], stdout=output, stderr=output, cwd=ROOT)
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), "--config", str(config), *flags],
+            stdout=output,
+            stderr=output,
+            cwd=ROOT,
+        )
 
 
 def resume_flags(args: argparse.Namespace) -> list[str]:
@@ -99,26 +133,40 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def last_step(folder: Path) -> int:
     """The last step in the run's metrics."""
-    return max((int(row["step"]) for row in rows(folder) if (row["step"] or "").isdigit()), default=0)
+    return max(
+        (int(row["step"]) for row in rows(folder) if (row["step"] or "").isdigit()), default=0
+    )
 
 
 def compare(calm: Path, crashed: Path) -> list[str]:
     """What differs between the two runs, in words."""
     sys.path.insert(0, str(ROOT))
-    from tinylm import checkpoint
+    from tinylm.checkpoint import format as checkpoint_format
 
     curves = [[bits(row) for row in rows(folder)] for folder in (calm, crashed)]
-    differences = [f"metrics of step {float.fromhex(a['step']):.0f}" for a, b in zip(*curves, strict=False) if a != b]
+    differences = [
+        f"metrics of step {float.fromhex(a['step']):.0f}"
+        for a, b in zip(*curves, strict=False)
+        if a != b
+    ]
     if len(curves[0]) != len(curves[1]) or not curves[0]:
         differences.append(f"{len(curves[0])} rows of metrics and {len(curves[1])}")
-    finals = [checkpoint.read(folder / "checkpoints" / "final.ckpt") for folder in (calm, crashed)]
-    differences += [f"{part} of the last checkpoint" for part in ("weights", "optimizer", "progress", "cursor") if not same(finals[0][part], finals[1][part])]
+    finals = [
+        checkpoint_format.read(folder / "checkpoints" / "final.ckpt") for folder in (calm, crashed)
+    ]
+    differences += [
+        f"{part} of the last checkpoint"
+        for part in ("weights", "optimizer", "progress", "cursor")
+        if not same(finals[0][part], finals[1][part])
+    ]
     return differences
 
 
 def bits(row: dict[str, str]) -> dict[str, str]:
     """The numbers of a row of metrics, exactly; the speed is a matter of luck."""
-    return {name: float(value).hex() for name, value in row.items() if value and name != "tokens_per_s"}
+    return {
+        name: float(value).hex() for name, value in row.items() if value and name != "tokens_per_s"
+    }
 
 
 def same(a: Any, b: Any) -> bool:

@@ -41,11 +41,17 @@ STEPS = 6
 def main(argv: list[str] | None = None) -> int:
     """Print a table: run, planned and used megabytes, their ratio."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", nargs="+", default=RUNS, metavar="RUN", help="each in quotes: a config and its overrides")
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=RUNS,
+        metavar="RUN",
+        help="each in quotes: a config and its overrides",
+    )
     runs = parser.parse_args(argv).runs
-    import callbacks  # noqa: F401  what a training process has loaded is part of the plan
-    from tinylm.config import load_config
-    from tinylm.planner import plan_run, resident_bytes, with_settings
+    from tinylm.config.loader import load_config
+    from tinylm.planning.memory_plan import plan_run, resident_bytes, with_settings
+    from training import callbacks  # noqa: F401  what a training process has loaded is part of the plan
 
     program = resident_bytes()
     print("| run | planned MB | used MB | planned / used |\n|---|---:|---:|---:|")
@@ -53,7 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         preset, *overrides = shlex.split(run)
         config = load_config(ROOT / preset, overrides)
         vocabulary = config.model.vocab_size or config.tokenizer.vocab_size or BYTE_VOCABULARY
-        planned = plan_run(with_settings(config, {"model.vocab_size": vocabulary}), "cpu", program=program).peak / 1e6
+        planned = (
+            plan_run(
+                with_settings(config, {"model.vocab_size": vocabulary}), "cpu", program=program
+            ).peak
+            / 1e6
+        )
         used = peak_of_run(preset, overrides) / 1e6
         print(f"| {run} | {planned:,.0f} | {used:,.0f} | {planned / used:.2f} |", flush=True)
     return 0
@@ -62,13 +73,29 @@ def main(argv: list[str] | None = None) -> int:
 def peak_of_run(preset: str, overrides: list[str]) -> int:
     """Bytes that a short run of train.py holds at most."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = [f"training.max_steps={STEPS}", f"training.val_every_steps={STEPS}", "training.val_batches=2", f"training.checkpoint_dir={folder}/c"]
+        settings = [
+            f"training.max_steps={STEPS}",
+            f"training.val_every_steps={STEPS}",
+            "training.val_batches=2",
+            f"training.checkpoint_dir={folder}/c",
+        ]
         settings += [f"training.log_dir={folder}/l", f"data.cache_dir={folder}/d"]
-        command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / preset), *overrides, *settings]
-        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--config",
+            str(ROOT / preset),
+            *overrides,
+            *settings,
+        ]
+        child = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         _, status, usage = os.wait4(child.pid, 0)
         if status:
-            raise SystemExit(f"{preset}: the run failed with status {os.waitstatus_to_exitcode(status)}")
+            raise SystemExit(
+                f"{preset}: the run failed with status {os.waitstatus_to_exitcode(status)}"
+            )
         return usage.ru_maxrss * 1024
 
 

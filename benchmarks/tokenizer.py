@@ -48,17 +48,21 @@ BLOCK = 2**16
 
 def ours(text: Path, vocab_size: int, processes: int, out: Path) -> float:
     """Seconds of this project's trainer."""
-    from tinylm.bpe import Rules, learn_bpe
-    from tinylm.corpus import sources_named
+    from tinylm.text.sources import sources_named
+    from tinylm.tokenizer.bpe import Rules, learn_bpe
 
     start = time.perf_counter()
-    learned = learn_bpe(sources_named([str(text)]), vocab_size, Rules(special=(EOT,)), processes=processes)
+    learned = learn_bpe(
+        sources_named([str(text)]), vocab_size, Rules(special=(EOT,)), processes=processes
+    )
     seconds = time.perf_counter() - start
     learned.backend().save(str(out))
     return seconds
 
 
-def tokenizers(text: Path, vocab_size: int, processes: int, out: Path, *, by_file: bool = False) -> float:
+def tokenizers(
+    text: Path, vocab_size: int, processes: int, out: Path, *, by_file: bool = False
+) -> float:
     """Seconds of `tokenizers`' trainer, whose threads the environment bounds.
 
     By file it learns from single lines, the shorter way to call it: their ends are then in no token with what follows.
@@ -68,7 +72,9 @@ def tokenizers(text: Path, vocab_size: int, processes: int, out: Path, *, by_fil
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
+    )
     start = time.perf_counter()
     if by_file:
         backend.train([str(text)], trainer)
@@ -84,21 +90,28 @@ def rustbpe(text: Path, vocab_size: int, processes: int, out: Path) -> float:
     """Seconds of `rustbpe`."""
     import rustbpe
 
-    from tinylm.bpe import PATTERNS
+    from tinylm.tokenizer.bpe import PATTERNS
 
     start = time.perf_counter()
     with open(text, encoding="utf-8", newline="\n") as file:
         blocks = iter(lambda: "".join(file.readlines(BLOCK)), "")
-        rustbpe.Tokenizer().train_from_iterator(blocks, vocab_size - 1, buffer_size=256, pattern=PATTERNS["gpt2"])
+        rustbpe.Tokenizer().train_from_iterator(
+            blocks, vocab_size - 1, buffer_size=256, pattern=PATTERNS["gpt2"]
+        )
     return time.perf_counter() - start
 
 
-CONTESTANTS = {"tinylm": ours, "tokenizers": tokenizers, "tokenizers, by file": partial(tokenizers, by_file=True), "rustbpe": rustbpe}
+CONTESTANTS = {
+    "tinylm": ours,
+    "tokenizers": tokenizers,
+    "tokenizers, by file": partial(tokenizers, by_file=True),
+    "rustbpe": rustbpe,
+}
 
 
 def encode_arrays(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
     """Seconds and ids of this project's tokenizer, on one thread."""
-    from tinylm.tokenizer import named_tokenizer
+    from tinylm.tokenizer.factory import named_tokenizer
 
     tokenizer = named_tokenizer(str(options.tokenizer))
     start = time.perf_counter()
@@ -108,17 +121,22 @@ def encode_arrays(documents: list[str], options: argparse.Namespace) -> tuple[fl
 
 def encode_file(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
     """Seconds and ids of the way from a corpus to a token file."""
-    from tinylm import encode
-    from tinylm.corpus import Split, sources_named
-    from tinylm.tokenfile import TokenFile
-    from tinylm.tokenizer import named_tokenizer
+    from tinylm.text.sources import sources_named
+    from tinylm.text.splits import Split
+    from tinylm.tokenizer.factory import named_tokenizer
+    from tinylm.tokens import encode
+    from tinylm.tokens.token_file import TokenFile
 
     tokenizer = named_tokenizer(str(options.tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         corpus, out = Path(folder) / "corpus.txt", Path(folder) / "corpus.bin"
         corpus.write_text(EOT.join(documents), encoding="utf-8", newline="")
         start = time.perf_counter()
-        recipe = encode.Recipe(Split("train", sources_named([str(corpus)], "text", EOT), None, None), tokenizer, separator=EOT)
+        recipe = encode.Recipe(
+            Split("train", sources_named([str(corpus)], "text", EOT), None, None),
+            tokenizer,
+            separator=EOT,
+        )
         encode.encode_file(out, recipe, processes=options.processes)
         seconds = time.perf_counter() - start
         tokens = TokenFile.open(out).tokens
@@ -127,7 +145,7 @@ def encode_file(documents: list[str], options: argparse.Namespace) -> tuple[floa
 
 def encode_tiktoken(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
     """Seconds and ids of tiktoken's threads."""
-    from tinylm.tokenizer import load_hf_tokenizer
+    from tinylm.tokenizer.hf import load_hf_tokenizer
 
     fast = load_hf_tokenizer(str(options.tokenizer)).fast
     assert fast is not None, "tiktoken cannot encode with this tokenizer"
@@ -140,11 +158,15 @@ def encode_tokenizers(documents: list[str], options: argparse.Namespace) -> tupl
     """Seconds and ids of `tokenizers`, whose threads the environment bounds."""
     from tokenizers import Tokenizer
 
-    from tinylm.tokenizer import load_hf_tokenizer
+    from tinylm.tokenizer.hf import load_hf_tokenizer
 
-    backend = Tokenizer.from_str(load_hf_tokenizer(str(options.tokenizer)).to_plain()["tokenizer_json"])
+    backend = Tokenizer.from_str(
+        load_hf_tokenizer(str(options.tokenizer)).to_plain()["tokenizer_json"]
+    )
     start = time.perf_counter()
-    ids = [encoding.ids for encoding in backend.encode_batch_fast(documents, add_special_tokens=False)]
+    ids = [
+        encoding.ids for encoding in backend.encode_batch_fast(documents, add_special_tokens=False)
+    ]
     return time.perf_counter() - start, ids
 
 
@@ -153,9 +175,11 @@ def encode_transformers(documents: list[str], options: argparse.Namespace) -> tu
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from tinylm.tokenizer import load_hf_tokenizer
+    from tinylm.tokenizer.hf import load_hf_tokenizer
 
-    backend = Tokenizer.from_str(load_hf_tokenizer(str(options.tokenizer)).to_plain()["tokenizer_json"])
+    backend = Tokenizer.from_str(
+        load_hf_tokenizer(str(options.tokenizer)).to_plain()["tokenizer_json"]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     start = time.perf_counter()
     ids = tokenizer(documents, add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -178,7 +202,9 @@ def encode_contest(options: argparse.Namespace) -> int:
     documents = documents_of(options.data)
     with peak() as megabytes:
         seconds, ids = ENCODERS[options.contestant](documents, options)
-    digest = hashlib.sha256(np.concatenate([np.asarray(document, dtype="<u4") for document in ids]).tobytes()).hexdigest()
+    digest = hashlib.sha256(
+        np.concatenate([np.asarray(document, dtype="<u4") for document in ids]).tobytes()
+    ).hexdigest()
     print(json.dumps({"seconds": seconds, "megabytes": max(megabytes), "ids": digest}))
     return 0
 
@@ -186,7 +212,10 @@ def encode_contest(options: argparse.Namespace) -> int:
 def documents_of(path: Path) -> list[str]:
     """The text in pieces that are the same whoever reads them: a corpus drops carriage returns and line ends around a document."""
     with open(path, encoding="utf-8") as file:
-        pieces = ["".join(lines).replace(EOT, "").strip("\n") for lines in iter(lambda: file.readlines(DOCUMENT), [])]
+        pieces = [
+            "".join(lines).replace(EOT, "").strip("\n")
+            for lines in iter(lambda: file.readlines(DOCUMENT), [])
+        ]
     return [piece for piece in pieces if piece.strip()]
 
 
@@ -196,7 +225,9 @@ def contest(options: argparse.Namespace) -> int:
         return encode_contest(options)
     (vocab_size,) = options.vocab_size
     with peak() as megabytes:
-        seconds = CONTESTANTS[options.contestant](options.data, vocab_size, options.processes, options.out)
+        seconds = CONTESTANTS[options.contestant](
+            options.data, vocab_size, options.processes, options.out
+        )
     fit = bytes_per_token(options.out, options.data) if options.out.exists() else None
     print(json.dumps({"seconds": seconds, "megabytes": max(megabytes), "fit": fit}))
     return 0
@@ -214,7 +245,9 @@ def peak() -> Iterator[list[float]]:
         this = psutil.Process()
         held.append(resident(this) / 1e6)  # however short the work is
         while not done.wait(0.02):
-            held.append(sum(resident(process) for process in [this, *this.children(recursive=True)]) / 1e6)
+            held.append(
+                sum(resident(process) for process in [this, *this.children(recursive=True)]) / 1e6
+            )
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -235,13 +268,27 @@ def resident(process: Any) -> int:
         return 0
 
 
-def runs_of(name: str, text: Path, options: argparse.Namespace, *further: str) -> list[dict[str, Any]]:
+def runs_of(
+    name: str, text: Path, options: argparse.Namespace, *further: str
+) -> list[dict[str, Any]]:
     """What the runs of a contestant told."""
-    command = [sys.executable, __file__, "--contestant", name, "--data", str(text), "--processes", str(options.processes), *further]
+    command = [
+        sys.executable,
+        __file__,
+        "--contestant",
+        name,
+        "--data",
+        str(text),
+        "--processes",
+        str(options.processes),
+        *further,
+    ]
     threads = {"RAYON_NUM_THREADS": str(options.processes), "OMP_NUM_THREADS": "1"}
     runs = []
     for _ in range(options.rounds):
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **threads})
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **threads}
+        )
         runs.append(json.loads(done.stdout))
     return runs
 
@@ -252,7 +299,11 @@ def learning_row(name: str, text: Path, vocab_size: int, options: argparse.Names
     runs = runs_of(name, text, options, "--out", str(out), "--vocab-size", str(vocab_size))
     best = min(run["seconds"] for run in runs)
     fit = runs[0]["fit"]
-    return [f"{best:.2f}", f"{max(run['megabytes'] for run in runs):,.0f}", "-" if fit is None else f"{fit:.3f}"]
+    return [
+        f"{best:.2f}",
+        f"{max(run['megabytes'] for run in runs):,.0f}",
+        "-" if fit is None else f"{fit:.3f}",
+    ]
 
 
 def encoding_rows(text: Path, tokenizer: Path, options: argparse.Namespace) -> Iterator[list[str]]:
@@ -265,7 +316,12 @@ def encoding_rows(text: Path, tokenizer: Path, options: argparse.Namespace) -> I
         if run["ids"] != first["ids"]:
             sys.exit(f"{name}: other ids than those of {next(iter(ENCODERS))}")
         speed = text.stat().st_size / 1e6 / run["seconds"]
-        yield [name, f"{speed:.1f}", f"{first['seconds'] / run['seconds']:.2f}", f"{max(run['megabytes'] for run in runs):,.0f}"]
+        yield [
+            name,
+            f"{speed:.1f}",
+            f"{first['seconds'] / run['seconds']:.2f}",
+            f"{max(run['megabytes'] for run in runs):,.0f}",
+        ]
 
 
 def bytes_per_token(tokenizer: Path, text: Path) -> float:
@@ -274,7 +330,9 @@ def bytes_per_token(tokenizer: Path, text: Path) -> float:
 
     with open(text, "rb") as file:
         sample = file.read(SAMPLE)
-    encoding = Tokenizer.from_file(str(tokenizer)).encode(sample.decode("utf-8", "ignore"), add_special_tokens=False)
+    encoding = Tokenizer.from_file(str(tokenizer)).encode(
+        sample.decode("utf-8", "ignore"), add_special_tokens=False
+    )
     return len(sample) / len(encoding.ids)
 
 
@@ -301,7 +359,9 @@ def cut_text(source: Path, path: Path, n_bytes: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[8000, 32000])
     parser.add_argument("--processes", type=int, default=2)
@@ -310,14 +370,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--contestant", choices=[*CONTESTANTS, *ENCODERS], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--encode", action="store_true", help="compare encoding, not learning")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="what --encode encodes with (default: one of 32000 tokens, learned before)")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="what --encode encodes with (default: one of 32000 tokens, learned before)",
+    )
     options = parser.parse_args(argv)
     if options.contestant:
         return contest(options)
     from rich.console import Console
 
     with tempfile.TemporaryDirectory() as folder:
-        Console().print(encoding_table(Path(folder), options) if options.encode else learning_table(Path(folder), options))
+        Console().print(
+            encoding_table(Path(folder), options)
+            if options.encode
+            else learning_table(Path(folder), options)
+        )
     return 0
 
 
@@ -337,7 +406,9 @@ def learning_table(folder: Path, options: argparse.Namespace) -> "Table":
     from rich.table import Table
 
     names = [name for name in CONTESTANTS if name != "rustbpe" or find_spec("rustbpe")]
-    table = Table("text", "vocabulary", "trainer", title=f"learning BPE with {options.processes} processes")
+    table = Table(
+        "text", "vocabulary", "trainer", title=f"learning BPE with {options.processes} processes"
+    )
     for column in ("seconds", "peak MB", "bytes per token"):
         table.add_column(column, justify="right")
     for text in texts_of(folder, options):
@@ -354,17 +425,24 @@ def encoding_table(folder: Path, options: argparse.Namespace) -> "Table":
     """Each way of encoding on each text."""
     from rich.table import Table
 
-    from tinylm.bpe import Rules, learn_bpe
-    from tinylm.corpus import sources_named
+    from tinylm.text.sources import sources_named
+    from tinylm.tokenizer.bpe import Rules, learn_bpe
 
-    table = Table("text", "contestant", title=f"encoding on {options.processes} threads or processes")
+    table = Table(
+        "text", "contestant", title=f"encoding on {options.processes} threads or processes"
+    )
     for column in ("MB/s", "times", "peak MB"):
         table.add_column(column, justify="right")
     tokenizer = options.tokenizer
     for text in texts_of(folder, options):
         if tokenizer is None:
             tokenizer = folder / "tokenizer"
-            learn_bpe(sources_named([str(text)]), 32000, Rules(special=(EOT,)), processes=options.processes).save(tokenizer)
+            learn_bpe(
+                sources_named([str(text)]),
+                32000,
+                Rules(special=(EOT,)),
+                processes=options.processes,
+            ).save(tokenizer)
         size = f"{text.stat().st_size / 1e6:.0f} MB"
         for row in encoding_rows(text, tokenizer, options):
             table.add_row(size, *row)

@@ -10,7 +10,7 @@ Every contestant is a process of its own, told over a pipe to take some steps wh
 a noisy moment of the machine meets all of them. A ratio is what this project takes divided by what the other takes in
 the same round, so below 1 the other is slower; what is shown is the median over the rounds. CPU s is the processor time
 of a step, all threads together, which tells more than the clock where other programs run.
-OpenMP's threads sleep while they wait, in all of them, as in our programs (`tinylm/program.py`).
+OpenMP's threads sleep while they wait, in all of them, as in our programs (`tinylm/cli/program.py`).
 Peak memory is the most that the process ever held, beyond what it held after its imports and a step of a toy model. MFU is
 the share of the speed of a large matrix product in the same dtype, which has its turn in each round. CPU, and Linux for its /proc.
 
@@ -37,13 +37,16 @@ from typing import TYPE_CHECKING, Any
 
 # Before this folder, where `train` is this very file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tinylm.errors import UserError, writing  # noqa: E402
-from tinylm.program import Parser, run_program, say  # noqa: E402
+from tinylm.cli.program import Parser, run_program
+from tinylm.common.console import say  # noqa: E402
+from tinylm.common.errors import UserError, writing  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
 
-WARM_UP_STEPS = 2  # the first compiles and makes the optimizer's state, the second settles the allocator
+WARM_UP_STEPS = (
+    2  # the first compiles and makes the optimizer's state, the second settles the allocator
+)
 INSTALL = "pip install -r requirements-bench.txt && pip install --no-deps litgpt==0.5.13"
 
 
@@ -67,7 +70,9 @@ class Shape:
         return self.batch_size * self.seq_len
 
 
-QUICK = Shape(n_layers=2, d_model=32, n_heads=2, d_ff=64, vocab_size=128, seq_len=16, batch_size=2, gemm=64)
+QUICK = Shape(
+    n_layers=2, d_model=32, n_heads=2, d_ff=64, vocab_size=128, seq_len=16, batch_size=2, gemm=64
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,13 @@ class Orders:
         """Count a step, report and wait if it was the last of the order; whether there is another one to take."""
         self.left -= 1
         if self.left == 0:
-            self.pipe.send(Report(time.perf_counter() - self.began, time.process_time() - self.cpu_began, memory_mb("VmHWM") - self.idle_mb))
+            self.pipe.send(
+                Report(
+                    time.perf_counter() - self.began,
+                    time.process_time() - self.cpu_began,
+                    memory_mb("VmHWM") - self.idle_mb,
+                )
+            )
             self._wait()
         return self.left > 0
 
@@ -149,7 +160,11 @@ class Orders:
 
 def memory_mb(name: str) -> float:
     """Memory of this process in units of 10^6 bytes: what it holds (VmRSS), or the most it ever held (VmHWM)."""
-    match = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    match = re.search(
+        rf"^{name}:\s+(\d+) kB$",
+        Path("/proc/self/status").read_text(encoding="ascii"),
+        re.MULTILINE,
+    )
     assert match is not None
     return int(match[1]) * 1024 / 1e6
 
@@ -171,7 +186,11 @@ class RandomRows:
         import torch
 
         rows = torch.randint(self.shape.vocab_size, (self.shape.batch_size, self.shape.seq_len + 1))
-        return {"input_ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "origin": k}
+        return {
+            "input_ids": rows[:, :-1].contiguous(),
+            "labels": rows[:, 1:].contiguous(),
+            "origin": k,
+        }
 
 
 def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) -> None:
@@ -181,19 +200,28 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     from torch.utils.data import DataLoader
 
     from model import LitLM
-    from tinylm.checkpoint import NO_ROOTS
-    from tinylm.config import Config, HardwareConfig, ModelConfig, TrainingConfig
-    from tinylm.decoder import Decoder, count_parameters, flops_per_token
+    from tinylm.checkpoint.format import NO_ROOTS
+    from tinylm.config.schema import Config, HardwareConfig, ModelConfig, TrainingConfig
+    from tinylm.model.decoder import Decoder, count_parameters, flops_per_token
     from train import build_trainer
 
     warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")  # on purpose
     orders.settle(mode, threads)
     config = Config(
         model=ModelConfig(
-            vocab_size=shape.vocab_size, max_seq_len=shape.seq_len, n_layers=shape.n_layers, d_model=shape.d_model, n_heads=shape.n_heads, d_ff=shape.d_ff
+            vocab_size=shape.vocab_size,
+            max_seq_len=shape.seq_len,
+            n_layers=shape.n_layers,
+            d_model=shape.d_model,
+            n_heads=shape.n_heads,
+            d_ff=shape.d_ff,
         ),
-        training=TrainingConfig(seq_len=shape.seq_len, micro_batch_size=shape.batch_size, schedule="constant"),
-        hardware=HardwareConfig(accelerator="cpu", precision="bf16" if mode.bf16 else "32", compile=mode.compiled),
+        training=TrainingConfig(
+            seq_len=shape.seq_len, micro_batch_size=shape.batch_size, schedule="constant"
+        ),
+        hardware=HardwareConfig(
+            accelerator="cpu", precision="bf16" if mode.bf16 else "32", compile=mode.compiled
+        ),
     )
     decoder = Decoder(config.model)
     facts = Facts(count_parameters(decoder), shape.tokens * flops_per_token(decoder, shape.seq_len))
@@ -201,9 +229,13 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     def after_step(trainer: Any, *_: Any) -> None:
         trainer.should_stop = not orders.step_done()
 
-    callback = LambdaCallback(on_train_start=lambda *_: orders.ready(facts), on_train_batch_end=after_step)
+    callback = LambdaCallback(
+        on_train_start=lambda *_: orders.ready(facts), on_train_batch_end=after_step
+    )
     loader = DataLoader(RandomRows(shape), batch_size=None, sampler=range(sys.maxsize))  # type: ignore[arg-type]
-    stage = LitLM(config, decoder, torch.ones(shape.vocab_size, dtype=torch.long), "pretrain", dict(NO_ROOTS))
+    stage = LitLM(
+        config, decoder, torch.ones(shape.vocab_size, dtype=torch.long), "pretrain", dict(NO_ROOTS)
+    )
     build_trainer(config, "cpu", [callback]).fit(stage, train_dataloaders=loader)
 
 
@@ -219,7 +251,13 @@ def run_transformers(orders: Orders, shape: Shape, mode: Mode, threads: int | No
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     forward = torch.compile(model) if mode.compiled else model
-    plain_loop(orders, model, lambda batch: forward(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss, shape, mode)
+    plain_loop(
+        orders,
+        model,
+        lambda batch: forward(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss,
+        shape,
+        mode,
+    )
 
 
 def run_litgpt(orders: Orders, shape: Shape, mode: Mode, threads: int | None) -> None:
@@ -240,14 +278,28 @@ def run_litgpt(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     model.transformer.wte.weight = model.lm_head.weight
     model.apply(model._init_weights)
     forward = torch.compile(model) if mode.compiled else model
-    plain_loop(orders, model, lambda batch: chunked_cross_entropy(forward(batch["input_ids"]), batch["labels"]), shape, mode)
+    plain_loop(
+        orders,
+        model,
+        lambda batch: chunked_cross_entropy(forward(batch["input_ids"]), batch["labels"]),
+        shape,
+        mode,
+    )
 
 
-def plain_loop(orders: Orders, model: "torch.nn.Module", loss_of: "Callable[[dict[str, Any]], torch.Tensor]", shape: Shape, mode: Mode) -> None:
+def plain_loop(
+    orders: Orders,
+    model: "torch.nn.Module",
+    loss_of: "Callable[[dict[str, Any]], torch.Tensor]",
+    shape: Shape,
+    mode: Mode,
+) -> None:
     """The training loop that people write, with the settings of our TrainingConfig."""
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     rows = RandomRows(shape)
     orders.ready(Facts(sum(p.numel() for p in model.parameters()), 0.0))
     going = True
@@ -266,7 +318,10 @@ def run_gemm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) -> N
     import torch
 
     orders.settle(mode, threads)
-    a, b = (torch.randn(shape.gemm, shape.gemm, dtype=torch.bfloat16 if mode.bf16 else torch.float32) for _ in range(2))
+    a, b = (
+        torch.randn(shape.gemm, shape.gemm, dtype=torch.bfloat16 if mode.bf16 else torch.float32)
+        for _ in range(2)
+    )
     repeats = 4  # about as long as a step
     orders.ready(Facts(0, repeats * 2.0 * shape.gemm**3))
     going = True
@@ -329,14 +384,18 @@ class Contestant:
 
 
 @contextlib.contextmanager
-def contestants(names: list[str], shape: Shape, mode: Mode, threads: int | None) -> Iterator[list[Contestant]]:
+def contestants(
+    names: list[str], shape: Shape, mode: Mode, threads: int | None
+) -> Iterator[list[Contestant]]:
     """A fresh process for each name."""
     context = multiprocessing.get_context("spawn")
     running: list[Contestant] = []
     try:
         for name in names:
             ours, theirs = context.Pipe()
-            process = context.Process(target=CONTESTANTS[name], args=(Orders(theirs), shape, mode, threads), daemon=True)
+            process = context.Process(
+                target=CONTESTANTS[name], args=(Orders(theirs), shape, mode, threads), daemon=True
+            )
             process.start()
             theirs.close()  # or the end of the process would go unnoticed
             running.append(Contestant(name, process, ours))
@@ -375,13 +434,25 @@ def compare(names: list[str], shape: Shape, mode: str, args: argparse.Namespace)
             say(f"{mode}: round {number + 1} of {args.rounds}")
             for contestant in running:
                 contestant.take_steps(args.steps)
-    return [sum_up(mode, contestant, running[0], running[-1], facts, shape) for contestant in running[:-1]]
+    return [
+        sum_up(mode, contestant, running[0], running[-1], facts, shape)
+        for contestant in running[:-1]
+    ]
 
 
-def sum_up(mode: str, contestant: Contestant, ours: Contestant, gemm: Contestant, facts: dict[str, Facts], shape: Shape) -> Result:
+def sum_up(
+    mode: str,
+    contestant: Contestant,
+    ours: Contestant,
+    gemm: Contestant,
+    facts: dict[str, Facts],
+    shape: Shape,
+) -> Result:
     """The result of one contestant."""
     ratios = by_round(ours.seconds, contestant.seconds)
-    gemms_a_step = facts["tinylm"].flops / facts["gemm"].flops  # by the operations that a step needs
+    gemms_a_step = (
+        facts["tinylm"].flops / facts["gemm"].flops
+    )  # by the operations that a step needs
     return Result(
         mode=mode,
         name=contestant.name,
@@ -406,14 +477,19 @@ def check_parameters(counts: dict[str, int]) -> None:
     """Refuse to compare models of different sizes."""
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{name} has {count:,} parameters" for name, count in counts.items())
-        raise UserError(f"the contestants differ in size: {found}. Compare the shapes that they are given.")
+        raise UserError(
+            f"the contestants differ in size: {found}. Compare the shapes that they are given."
+        )
 
 
 def installed(names: list[str]) -> list[str]:
     """Those of `names` that can be imported; of the others, how to install them is said on stderr."""
     found = []
     for name in names:
-        if all(importlib.util.find_spec(module) for module in ([name, "psutil"] if name == "litgpt" else [name])):
+        if all(
+            importlib.util.find_spec(module)
+            for module in ([name, "psutil"] if name == "litgpt" else [name])
+        ):
             found.append(name)
         else:
             say(f"{name}: not installed, so it is left out. {INSTALL}")
@@ -427,7 +503,9 @@ def show(results: list[Result]) -> None:
 
     table = Table(title=f"whole training steps, {results[0].parameters:,} parameters each")
     for column in ("mode", "", "tokens/s", "ratio", "CPU s", "ratio", "peak MB", "MFU"):
-        table.add_column(column, justify="left" if column in ("mode", "") else "right", no_wrap=True)
+        table.add_column(
+            column, justify="left" if column in ("mode", "") else "right", no_wrap=True
+        )
     for result in results:
         table.add_row(
             result.mode, result.name, f"{result.tokens_per_s:,.0f}", f"{result.ratio:.3f}", f"{result.cpu_seconds:.2f}", f"{result.cpu_ratio:.3f}",
@@ -439,11 +517,20 @@ def show(results: list[Result]) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="default: all")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds in which each contestant has a turn (default: 10)")
+    parser.add_argument(
+        "--modes", nargs="+", choices=list(MODES), default=list(MODES), help="default: all"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=10,
+        help="rounds in which each contestant has a turn (default: 10)",
+    )
     parser.add_argument("--steps", type=int, default=2, help="steps in a turn (default: 2)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and one round, to see that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model and one round, to see that it works"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     return parser.parse_args(argv)
 
@@ -451,14 +538,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Compare in each mode, then print."""
     if not Path("/proc/self/status").exists():
-        raise UserError("benchmarks/train.py: reads memory from /proc, which this system does not have. Run it on Linux.")
+        raise UserError(
+            "benchmarks/train.py: reads memory from /proc, which this system does not have. Run it on Linux."
+        )
     if args.quick:
         args.rounds = args.steps = 1
     shape = QUICK if args.quick else Shape()
     names = ["tinylm", *installed(["transformers", "litgpt"])]
     results = [result for mode in args.modes for result in compare(names, shape, mode, args)]
     if args.json is not None:
-        numbers = {"shape": asdict(shape), "rounds": args.rounds, "steps": args.steps, "results": [asdict(result) for result in results]}
+        numbers = {
+            "shape": asdict(shape),
+            "rounds": args.rounds,
+            "steps": args.steps,
+            "results": [asdict(result) for result in results],
+        }
         with writing(args.json, "--json"):
             args.json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     show(results)

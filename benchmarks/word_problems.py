@@ -33,7 +33,10 @@ def row_of(name: str, thing: str, verbs: tuple[str, str], numbers: tuple[int, in
     first, gain, loss = numbers
     question = f"{name} has {first} {thing}, {verbs[0]} {gain} and {verbs[1]} {loss}. How many {thing} has {name} now?"
     both, left = first + gain, first + gain - loss
-    return Row(question, f"First {name} has {first} + {gain} = {both} {thing}.\nThen {name} has {both} - {loss} = {left} {thing}.\n#### {left}")
+    return Row(
+        question,
+        f"First {name} has {first} + {gain} = {both} {thing}.\nThen {name} has {both} - {loss} = {left} {thing}.\n#### {left}",
+    )
 
 
 def rows(n: int, *, largest: int, seed: int) -> list[Row]:
@@ -43,13 +46,22 @@ def rows(n: int, *, largest: int, seed: int) -> list[Row]:
     while len(found) < n:
         first, gain = draw.randint(2, largest), draw.randint(2, largest)
         verbs = (draw.choice(GAINS), draw.choice(LOSSES))
-        found[row_of(draw.choice(NAMES), draw.choice(THINGS), verbs, (first, gain, draw.randint(1, first + gain - 1)))] = None
+        found[
+            row_of(
+                draw.choice(NAMES),
+                draw.choice(THINGS),
+                verbs,
+                (first, gain, draw.randint(1, first + gain - 1)),
+            )
+        ] = None
     return list(found)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the three files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     for name, default in (("train", 4000), ("test", 400), ("largest", 12), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -57,10 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     made = rows(options.train + options.test, largest=options.largest, seed=options.seed)
     train, test = made[: options.train], made[options.train :]
     files = {"text": [{"text": f"Question: {row.question}\nAnswer: {row.answer}"} for row in train]}
-    files |= {name: [row._asdict() for row in part] for name, part in (("rows", train), ("test", test))}
+    files |= {
+        name: [row._asdict() for row in part] for name, part in (("rows", train), ("test", test))
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (options.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+        (options.out / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in content), encoding="utf-8"
+        )
     return 0
 
 

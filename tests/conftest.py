@@ -11,17 +11,37 @@ import pytest
 import torch
 import yaml
 
-from tinylm.config import DataConfig
-from tinylm.corpus import find_split
-from tinylm.encode import encode_documents
-from tinylm.tokenfile import Draft, locked
-from tinylm.tokenizer import Tokenizer
+from tinylm.config.schema import DataConfig
+from tinylm.text.splits import find_split
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokens.encode import encode_documents
+from tinylm.tokens.token_file_writer import Draft, locked
 
 ROOT = Path(__file__).parent.parent
 # Every shipped YAML file that is the settings of a run; the others are lists of stages, for align.py.
-CONFIGS = sorted(path for path in (*ROOT.glob("*.yaml"), *ROOT.glob("configs/**/*.yaml")) if path.stem not in ("align", "align-smoke"))
+CONFIGS = sorted(
+    path
+    for path in (*ROOT.glob("*.yaml"), *ROOT.glob("configs/**/*.yaml"))
+    if path.stem not in ("align", "align-smoke")
+)
 
-WORDS = ["the", "model", "reads", "a", "token", "and", "guesses", "what", "comes", "next", "from", "all", "it", "has", "seen"]
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "token",
+    "and",
+    "guesses",
+    "what",
+    "comes",
+    "next",
+    "from",
+    "all",
+    "it",
+    "has",
+    "seen",
+]
 
 
 def write_token_file(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> None:
@@ -64,7 +84,15 @@ def keep_signals() -> Iterator[None]:
 def corpus(tmp_path: Path) -> Path:
     """121 different one-line documents."""
     path = tmp_path / "corpus.txt"
-    path.write_text("".join(f"{i} " + " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(8 + i % 5)) + ".\n" for i in range(121)), encoding="utf-8")
+    path.write_text(
+        "".join(
+            f"{i} "
+            + " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(8 + i % 5))
+            + ".\n"
+            for i in range(121)
+        ),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -115,7 +143,7 @@ import resource, sys, time
 from pathlib import Path
 from tinylm import corpus, encode, tokenfile
 from tinylm.config import DataConfig
-from tinylm.errors import UserError
+from tinylm.common.errors import UserError
 from tinylm.tokenizer import ByteTokenizer
 BYTES, args = ByteTokenizer(), sys.argv[1:]
 """
@@ -128,7 +156,11 @@ def child() -> Iterator[Callable[..., subprocess.Popen]]:
 
     def start(code: str, *arguments: object) -> subprocess.Popen:
         command = [sys.executable, "-c", CHILD + code, *map(str, arguments)]
-        started.append(subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        started.append(
+            subprocess.Popen(
+                command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        )
         return started[-1]
 
     yield start

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from tinylm.errors import UserError
+from tinylm.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
     """benchmarks/train.py, which is not on the path, and whose name train.py has."""
-    spec = importlib.util.spec_from_file_location("benchmark_of_training", ROOT / "benchmarks" / "train.py")
+    spec = importlib.util.spec_from_file_location(
+        "benchmark_of_training", ROOT / "benchmarks" / "train.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     path = list(sys.path)
@@ -55,7 +57,9 @@ def test_the_line_that_installs_litgpt_is_in_the_requirements_too(benchmark):
 def test_memory_that_was_let_go_still_counts_in_the_peak(benchmark):
     """120 MB that are written to and let go: the peak has them, what is held now has not."""
     before = benchmark.memory_mb("VmRSS")
-    with mmap.mmap(-1, 120_000_000) as held:  # not from the allocator, which a run before may have told to keep what is let go
+    with mmap.mmap(
+        -1, 120_000_000
+    ) as held:  # not from the allocator, which a run before may have told to keep what is let go
         for _ in range(120):
             held.write(b"x" * 1_000_000)
     assert benchmark.memory_mb("VmHWM") > before + 100
@@ -66,13 +70,31 @@ def test_memory_that_was_let_go_still_counts_in_the_peak(benchmark):
 def test_every_installed_contestant_takes_its_steps(tmp_path):
     """24,736 = embedding 128·32, tied; 2 layers of 4·32·32 + 3·32·64 + 2·32; a last norm of 32."""
     assert 128 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 == 24736
-    command = [sys.executable, "benchmarks/train.py", "--quick", "--modes", "fp32", "bf16", "--threads", "1", "--json", str(tmp_path / "speed.json")]
+    command = [
+        sys.executable,
+        "benchmarks/train.py",
+        "--quick",
+        "--modes",
+        "fp32",
+        "bf16",
+        "--threads",
+        "1",
+        "--json",
+        str(tmp_path / "speed.json"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))["results"]
-    here = ["tinylm", "transformers"] + ["litgpt"] * all(importlib.util.find_spec(name) for name in ("litgpt", "psutil"))
-    assert [(r["mode"], r["name"], r["parameters"]) for r in results] == [(mode, name, 24736) for mode in ("fp32", "bf16") for name in here]
-    assert all(r["tokens_per_s"] > 0 and r["peak_mb"] > 0 and r["mfu"] > 0 and r["cpu_seconds"] > 0 for r in results)
+    here = ["tinylm", "transformers"] + ["litgpt"] * all(
+        importlib.util.find_spec(name) for name in ("litgpt", "psutil")
+    )
+    assert [(r["mode"], r["name"], r["parameters"]) for r in results] == [
+        (mode, name, 24736) for mode in ("fp32", "bf16") for name in here
+    ]
+    assert all(
+        r["tokens_per_s"] > 0 and r["peak_mb"] > 0 and r["mfu"] > 0 and r["cpu_seconds"] > 0
+        for r in results
+    )
     assert all(r["ratio"] == r["cpu_ratio"] == 1 for r in results if r["name"] == "tinylm")
     assert "24,736 parameters each" in done.stdout
     assert "\x1b" not in done.stdout
@@ -81,29 +103,69 @@ def test_every_installed_contestant_takes_its_steps(tmp_path):
 
 def test_word_problems_come_out_right_and_those_for_the_test_are_others(tmp_path):
     """Every line says a sum of the question's numbers, which Python works out again."""
-    spec = importlib.util.spec_from_file_location("word_problems", ROOT / "benchmarks" / "word_problems.py")
+    spec = importlib.util.spec_from_file_location(
+        "word_problems", ROOT / "benchmarks" / "word_problems.py"
+    )
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
-    assert made.main(["--out", str(tmp_path), "--train", "60", "--test", "20", "--largest", "9"]) == 0
-    files = {name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()] for name in ("text", "rows", "test")}
+    assert (
+        made.main(["--out", str(tmp_path), "--train", "60", "--test", "20", "--largest", "9"]) == 0
+    )
+    files = {
+        name: [
+            json.loads(line)
+            for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        for name in ("text", "rows", "test")
+    }
     problems = [(row["question"], row["answer"]) for row in files["rows"] + files["test"]]
     assert (len(files["rows"]), len(files["test"]), len(set(problems))) == (60, 20, 80)
     for question, answer in problems:
         first, gain, loss = map(int, re.findall(r"\d+", question))
-        assert [int(number) for number in re.findall(r"\d+", answer)] == [first, gain, first + gain, first + gain, loss, *[first + gain - loss] * 2]
+        assert [int(number) for number in re.findall(r"\d+", answer)] == [
+            first,
+            gain,
+            first + gain,
+            first + gain,
+            loss,
+            *[first + gain - loss] * 2,
+        ]
         assert 0 < loss < first + gain and max(first, gain) <= 9
-    assert files["text"] == [{"text": f"Question: {row['question']}\nAnswer: {row['answer']}"} for row in files["rows"]]
+    assert files["text"] == [
+        {"text": f"Question: {row['question']}\nAnswer: {row['answer']}"} for row in files["rows"]
+    ]
 
 
-needs_psutil = pytest.mark.skipif(not importlib.util.find_spec("psutil"), reason="psutil is of requirements-bench.txt")
+needs_psutil = pytest.mark.skipif(
+    not importlib.util.find_spec("psutil"), reason="psutil is of requirements-bench.txt"
+)
 
 
 def tokenizer_benchmark(*options: str) -> list[list[str]]:
     """The cells of the table's rows."""
-    command = [sys.executable, "benchmarks/tokenizer.py", "--data", "data/tiny_corpus.txt", "--rounds", "1", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "160"})
+    command = [
+        sys.executable,
+        "benchmarks/tokenizer.py",
+        "--data",
+        "data/tiny_corpus.txt",
+        "--rounds",
+        "1",
+        *options,
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "160"},
+    )
     assert done.returncode == 0, done.stderr
-    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if line.startswith("│")]
+    return [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in done.stdout.splitlines()
+        if line.startswith("│")
+    ]
 
 
 @pytest.mark.slow
@@ -111,7 +173,13 @@ def tokenizer_benchmark(*options: str) -> list[list[str]]:
 def test_every_way_of_encoding_gives_the_same_ids():
     """Else the program ends with the name of the one that differs; the first contestant is what the others are compared with."""
     rows = tokenizer_benchmark("--encode", "--megabytes", "1")
-    assert [row[1].partition(",")[0] for row in rows] == ["tiktoken", "tinylm", "tinylm", "tokenizers", "transformers"]
+    assert [row[1].partition(",")[0] for row in rows] == [
+        "tiktoken",
+        "tinylm",
+        "tinylm",
+        "tokenizers",
+        "transformers",
+    ]
     assert rows[0][3] == "1.00" and all(float(row[2]) > 0 for row in rows)
 
 

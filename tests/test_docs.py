@@ -24,21 +24,56 @@ from typing import Any, NamedTuple
 import pytest
 
 from align import read_stages
-from tinylm.config import Config, load_config, sections
-from tinylm.errors import UserError
-from tinylm.foreign import PREFIX
+from tinylm.common.errors import UserError
+from tinylm.config.loader import load_config, sections
+from tinylm.config.schema import Config
+from tinylm.model.hf_model import PREFIX
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+DOCUMENTS = [
+    path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()
+]
 GUIDES = [path for path in DOCUMENTS if path.name in ("LEARNING_PATH.md", "TROUBLESHOOTING.md")]
 # What a reader has beside this project; those commands are recognised, and run elsewhere if at all.
-TOOLS = {"cd", "echo", "export", "git", "kill", "nvidia-smi", "pip", "pytest", "python", "python3", "ruff", "sleep", "source", "tensorboard", "wandb"}
+TOOLS = {
+    "cd",
+    "echo",
+    "export",
+    "git",
+    "kill",
+    "nvidia-smi",
+    "pip",
+    "pytest",
+    "python",
+    "python3",
+    "ruff",
+    "sleep",
+    "source",
+    "tensorboard",
+    "wandb",
+}
 TOOL_MODULES = {"pip", "pytest", "venv", "ruff"}
 # The programs that are truly run, and what is put behind their arguments so that each takes a second or two.
 SHORT = {
-    "train.py": ["training.max_steps=2", "training.val_every_steps=1", "training.val_batches=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
-    "finetune.py": ["training.max_steps=2", "training.val_every_steps=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
-    "align.py": ["training.max_steps=2", "training.val_every_steps=1", "training.save_every_steps=1", "training.micro_batch_size=2"],
+    "train.py": [
+        "training.max_steps=2",
+        "training.val_every_steps=1",
+        "training.val_batches=1",
+        "training.save_every_steps=1",
+        "training.micro_batch_size=2",
+    ],
+    "finetune.py": [
+        "training.max_steps=2",
+        "training.val_every_steps=1",
+        "training.save_every_steps=1",
+        "training.micro_batch_size=2",
+    ],
+    "align.py": [
+        "training.max_steps=2",
+        "training.val_every_steps=1",
+        "training.save_every_steps=1",
+        "training.micro_batch_size=2",
+    ],
     "infer.py": ["--max-new-tokens=8"],
     "evaluate_checkpoints.py": ["--limit=2"],
     "data.py": [],
@@ -53,8 +88,17 @@ SHOWN = {
     "torchrun": "needs two machines; tests/test_scaling.py has this one play both",
 }
 # Names in the guides that stand for something outside this project.
-OUTSIDE = {"HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTPS_PROXY", "NO_COLOR", "NotImplementedError", "PYTORCH_ENABLE_MPS_FALLBACK"}
-NAMED_FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|yaml|toml)|(?:data|tests|cases|configs|benchmarks|docs)/[\w./-]+|requirements[\w-]*\.txt")
+OUTSIDE = {
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HTTPS_PROXY",
+    "NO_COLOR",
+    "NotImplementedError",
+    "PYTORCH_ENABLE_MPS_FALLBACK",
+}
+NAMED_FILE = re.compile(
+    r"(?:[\w.-]+/)*[\w.-]+\.(?:py|yaml|toml)|(?:data|tests|cases|configs|benchmarks|docs)/[\w./-]+|requirements[\w-]*\.txt"
+)
 
 
 # --- finding commands -------------------------------------------------------------------------------------------------
@@ -113,11 +157,19 @@ def blocks(text: str) -> Iterator[Block]:
 
 def commands(text: str) -> list[Command]:
     """The commands of a document, in order."""
-    found = [command for block in blocks(text) if block.language == "bash" for command in commands_of_block(block)]
+    found = [
+        command
+        for block in blocks(text)
+        if block.language == "bash"
+        for command in commands_of_block(block)
+    ]
     fenced_lines = {block.line + i for block in blocks(text) for i in range(len(block.lines))}
     for number, line in enumerate(text.split("\n"), start=1):
         if number not in fenced_lines:
-            found += [Command(tuple(shlex.split(code)), number, fenced=False) for code in re.findall(r"`(python3? [^`]+)`", line)]
+            found += [
+                Command(tuple(shlex.split(code)), number, fenced=False)
+                for code in re.findall(r"`(python3? [^`]+)`", line)
+            ]
     return sorted(found, key=lambda command: command.line)
 
 
@@ -186,9 +238,15 @@ def parse(program: str, arguments: list[str]) -> argparse.Namespace:
         return stop
 
     said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(said),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         for name in ("parse_args", "parse_intermixed_args"):
-            patch.setattr(argparse.ArgumentParser, name, stop_after(getattr(argparse.ArgumentParser, name)))
+            patch.setattr(
+                argparse.ArgumentParser, name, stop_after(getattr(argparse.ArgumentParser, name))
+            )
         try:
             main_of(program)(arguments)
         except Parsed as parsed:
@@ -196,13 +254,19 @@ def parse(program: str, arguments: list[str]) -> argparse.Namespace:
         except SystemExit as end:
             if end.code == 0:  # --help
                 return argparse.Namespace()
-            raise ValueError(said.getvalue().strip().splitlines()[-1].partition("error: ")[2]) from None
+            raise ValueError(
+                said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+            ) from None
     raise ValueError("its main() parses no arguments")
 
 
 def main_of(program: str) -> Any:
     """The `main` of a program; ValueError if it has none."""
-    name = f"{program.removeprefix('-m ')}.__main__" if program.startswith("-m ") else program.removesuffix(".py").replace("/", ".")
+    name = (
+        f"{program.removeprefix('-m ')}.__main__"
+        if program.startswith("-m ")
+        else program.removesuffix(".py").replace("/", ".")
+    )
     try:
         return importlib.import_module(name).main
     except (ModuleNotFoundError, AttributeError) as error:
@@ -215,7 +279,11 @@ def configs_of(command: Command) -> list[Config]:
     given = vars(parse(command.program, command.arguments))
     if command.program == "align.py":
         return [stage.config for stage in read_stages(given["config"], given["overrides"])]
-    return [load_config(given["config"], given["overrides"])] if "config" in given and "overrides" in given else []
+    return (
+        [load_config(given["config"], given["overrides"])]
+        if "config" in given and "overrides" in given
+        else []
+    )
 
 
 def faults(text: str) -> Iterator[str]:
@@ -231,7 +299,13 @@ def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
         yield f"{command.words[0]}: neither of this project nor in TOOLS"
     if command.program in SHOWN:
         return
-    missing = [word for word in command.words if (name := word.rpartition("=")[2]) and NAMED_FILE.fullmatch(name) and not Path(name).exists()]
+    missing = [
+        word
+        for word in command.words
+        if (name := word.rpartition("=")[2])
+        and NAMED_FILE.fullmatch(name)
+        and not Path(name).exists()
+    ]
     if command.fenced and missing:
         yield f"{missing[0]}: no such file"
     if command.program is None or missing:
@@ -244,7 +318,11 @@ def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
         return
     if command.program in ("train.py", "align.py"):
         folders.update(config.training.checkpoint_dir for config in configs)
-    reads = {flag: path.parent for flag in ("ckpt", "resume") if isinstance(path := given.get(flag), Path)}
+    reads = {
+        flag: path.parent
+        for flag in ("ckpt", "resume")
+        if isinstance(path := given.get(flag), Path)
+    }
     if given.get("dir") is not None:
         reads["dir"] = given["dir"]
     for flag, folder in reads.items():
@@ -265,27 +343,57 @@ def test_every_command_in_the_docs_is_one_that_the_programs_take(document, in_ro
 def test_the_guides_have_commands():
     """Or the test above would hold of an empty list: a fence that is not closed, a language that is spelled otherwise."""
     for guide in GUIDES:
-        assert len([command for command in commands(guide.read_text(encoding="utf-8")) if command.program]) >= 5
+        assert (
+            len(
+                [
+                    command
+                    for command in commands(guide.read_text(encoding="utf-8"))
+                    if command.program
+                ]
+            )
+            >= 5
+        )
 
 
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("python train.py --config config_smoke.yaml --fast", "2: train.py: unrecognized arguments: --fast"),
+        (
+            "python train.py --config config_smoke.yaml --fast",
+            "2: train.py: unrecognized arguments: --fast",
+        ),
         ("python train.py", "2: train.py: the following arguments are required: --config"),
-        ("python infer.py --temprature 0", "2: infer.py: unrecognized arguments: --temprature 0. The flags: python infer.py --help"),
+        (
+            "python infer.py --temprature 0",
+            "2: infer.py: unrecognized arguments: --temprature 0. The flags: python infer.py --help",
+        ),
         ("python list.py --sort size | echo", "2: list.py: argument --sort: invalid choice"),
-        ("python train.py --config config_smoke.yaml training.lrr=1", "2: train.py: command line: training.lrr: no such setting; did you mean lr?"),
-        ("python train.py --config config_smoke.yaml training.lr=high", "2: train.py: command line: training.lr: expected a number"),
+        (
+            "python train.py --config config_smoke.yaml training.lrr=1",
+            "2: train.py: command line: training.lrr: no such setting; did you mean lr?",
+        ),
+        (
+            "python train.py --config config_smoke.yaml training.lr=high",
+            "2: train.py: command line: training.lr: expected a number",
+        ),
         ("python train.py --config config_huge.yaml", "2: config_huge.yaml: no such file"),
-        ("python train.py --config config_smoke.yaml data.dataset=data/none.txt", "2: data.dataset=data/none.txt: no such file"),
+        (
+            "python train.py --config config_smoke.yaml data.dataset=data/none.txt",
+            "2: data.dataset=data/none.txt: no such file",
+        ),
         ("python trane.py --config config_smoke.yaml", "2: trane.py: no such file"),
         ("python -m tinylm config-refrence", "2: -m tinylm: argument command: invalid choice"),
         ("python -m tinylmm", "2: -m tinylmm: no such program"),
         ("pip install -r requirements-all.txt", "2: requirements-all.txt: no such file"),
         ("conda activate tiny", "2: conda: neither of this project nor in TOOLS"),
-        ("NO_COLOR=1 python list.py --dir checkpoints/none", "2: list.py: --dir: nothing before it trains into checkpoints/none"),
-        ("python eval_val.py --ckpt x/best.ckpt \\\n  --config config_smoke.yaml", "2: eval_val.py: --ckpt: nothing before it trains into x"),
+        (
+            "NO_COLOR=1 python list.py --dir checkpoints/none",
+            "2: list.py: --dir: nothing before it trains into checkpoints/none",
+        ),
+        (
+            "python eval_val.py --ckpt x/best.ckpt \\\n  --config config_smoke.yaml",
+            "2: eval_val.py: --ckpt: nothing before it trains into x",
+        ),
     ],
 )
 def test_a_command_that_would_fail_is_found(line, fault, in_root):
@@ -295,7 +403,9 @@ def test_a_command_that_would_fail_is_found(line, fault, in_root):
 
 
 def test_a_wrong_flag_in_inline_code_is_found(in_root):
-    assert list(faults("Type `python list.py --jsn`.")) == ["1: list.py: unrecognized arguments: --jsn. The flags: python list.py --help"]
+    assert list(faults("Type `python list.py --jsn`.")) == [
+        "1: list.py: unrecognized arguments: --jsn. The flags: python list.py --help"
+    ]
 
 
 def test_a_right_document_has_no_faults(in_root):
@@ -334,26 +444,48 @@ def needs_network(command: Command) -> bool:
     if command.program == "-m tinylm" and command.arguments[:1] == ["import"]:
         return not Path(command.arguments[1]).exists()
     if command.program == "evaluate_checkpoints.py":
-        return any(not Path(name).exists() for name in parse(command.program, command.arguments).model)
+        return any(
+            not Path(name).exists() for name in parse(command.program, command.arguments).model
+        )
     return any(map(is_elsewhere, configs_of(command)))
 
 
 def is_elsewhere(config: Config) -> bool:
     """Whether a run's data, tokenizer or Hugging Face model is not on this machine."""
     base = config.training.init_from or ""
-    names = (config.data.dataset, config.tokenizer.path, base.removeprefix(PREFIX) if base.startswith(PREFIX) else None)
+    names = (
+        config.data.dataset,
+        config.tokenizer.path,
+        base.removeprefix(PREFIX) if base.startswith(PREFIX) else None,
+    )
     return any(name and not Path(name).exists() for name in names)
 
 
 def runnable(text: str) -> list[Command]:
     """The fenced commands of a document that can be run here."""
-    return [command for command in commands(text) if command.fenced and command.program in SHORT and not needs_network(command)]
+    return [
+        command
+        for command in commands(text)
+        if command.fenced and command.program in SHORT and not needs_network(command)
+    ]
 
 
 @pytest.fixture
 def copy_of_the_tree(tmp_path, monkeypatch) -> Path:
     """A copy of this project without what runs and tools left in it, as the working directory."""
-    left = (".*", "__pycache__", "venv", "env", "checkpoints", "logs", "tokenizers", "wandb", "build", "dist", "*.egg-info")
+    left = (
+        ".*",
+        "__pycache__",
+        "venv",
+        "env",
+        "checkpoints",
+        "logs",
+        "tokenizers",
+        "wandb",
+        "build",
+        "dist",
+        "*.egg-info",
+    )
     tree = tmp_path / "project"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*left))
     monkeypatch.chdir(tree)
@@ -366,7 +498,9 @@ def test_the_commands_of_the_guides_run(copy_of_the_tree, monkeypatch, capfd):
     for guide in GUIDES:
         shutil.rmtree("checkpoints", ignore_errors=True)
         for command in runnable(guide.read_text(encoding="utf-8")):
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(command.stdin.encode()), encoding="utf-8"))
+            monkeypatch.setattr(
+                sys, "stdin", io.TextIOWrapper(io.BytesIO(command.stdin.encode()), encoding="utf-8")
+            )
             assert command.program is not None
             code = main_of(command.program)([*command.arguments, *SHORT[command.program]])
             out, err = capfd.readouterr()
@@ -375,15 +509,29 @@ def test_the_commands_of_the_guides_run(copy_of_the_tree, monkeypatch, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.name == "README.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path.name == "README.md"], ids=lambda path: path.name
+)
 def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_tree):
     """Each in a process of its own, in their order; training for 20 steps."""
-    results = [run_as_typed(command, copy_of_the_tree) for command in runnable(document.read_text(encoding="utf-8"))]
+    results = [
+        run_as_typed(command, copy_of_the_tree)
+        for command in runnable(document.read_text(encoding="utf-8"))
+    ]
     assert {program for program, _ in results} == set(SHORT)
-    wanted = {"train.py": r"checkpoints\S*/\S+\.ckpt\n", "list.py": r"(?s).*step.*last\.ckpt.*", "eval_val.py": r"val_loss \d+\.\d+ .*"}
+    wanted = {
+        "train.py": r"checkpoints\S*/\S+\.ckpt\n",
+        "list.py": r"(?s).*step.*last\.ckpt.*",
+        "eval_val.py": r"val_loss \d+\.\d+ .*",
+    }
     wanted |= {"finetune.py": wanted["train.py"], "evaluate_checkpoints.py": r"(place|task) .*"}
     # An answer may be blank after so few steps.
-    wanted |= {"align.py": r"measure .*\n", "data.py": r"row 0, micro-batch 0: .*\n", "infer.py": r"(?s).*\n", "-m tinylm": r"\s*\S"}
+    wanted |= {
+        "align.py": r"measure .*\n",
+        "data.py": r"row 0, micro-batch 0: .*\n",
+        "infer.py": r"(?s).*\n",
+        "-m tinylm": r"\s*\S",
+    }
     for program, out in results:
         assert re.match(wanted[program], out), f"{program} printed {out!r}"
 
@@ -391,9 +539,15 @@ def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_
 def run_as_typed(command: Command, folder: Path) -> tuple[str, str]:
     """The program and what it printed on stdout."""
     assert command.program is not None
-    more = ["training.max_steps=20", "training.val_batches=2"] if command.program in ("train.py", "align.py") else []
+    more = (
+        ["training.max_steps=20", "training.val_batches=2"]
+        if command.program in ("train.py", "align.py")
+        else []
+    )
     # One thread: with several, a machine that has other work to do takes many times as long.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("PYTEST")
+    } | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command.program.split(), *command.arguments, *more],
         cwd=folder, env=environment, input=command.stdin, capture_output=True, text=True, timeout=300, check=False,
@@ -403,11 +557,18 @@ def run_as_typed(command: Command, folder: Path) -> tuple[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guide", [path for path in GUIDES if path.name == "LEARNING_PATH.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "guide",
+    [path for path in GUIDES if path.name == "LEARNING_PATH.md"],
+    ids=lambda path: path.name,
+)
 def test_the_first_losses_of_the_learning_path_are_those_it_promises(guide, tmp_path):
     """Ten steps of its first run: another split, order, initialisation or optimizer would show, and all its numbers be stale."""
     promised = re.search(r"^step +10/200  loss (\S+)", guide.read_text(encoding="utf-8"), re.M)
-    folders = [f"{setting}={tmp_path}" for setting in ("training.checkpoint_dir", "training.log_dir", "data.cache_dir")]
+    folders = [
+        f"{setting}={tmp_path}"
+        for setting in ("training.checkpoint_dir", "training.log_dir", "data.cache_dir")
+    ]
     command = [sys.executable, "train.py", "--config", "configs/learn.yaml", *folders]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert promised is not None and process.stderr is not None
@@ -428,8 +589,12 @@ def test_the_python_examples_in_the_docs_give_what_they_show(document, in_root):
     runner = doctest.DocTestRunner(verbose=False)
     report = io.StringIO()
     for block in blocks(document.read_text(encoding="utf-8")):
-        if block.language == "python" and any(line.lstrip().startswith(">>>") for line in block.lines):
-            test = doctest.DocTestParser().get_doctest("\n".join(block.lines) + "\n", names, document.name, document.name, block.line - 1)
+        if block.language == "python" and any(
+            line.lstrip().startswith(">>>") for line in block.lines
+        ):
+            test = doctest.DocTestParser().get_doctest(
+                "\n".join(block.lines) + "\n", names, document.name, document.name, block.line - 1
+            )
             runner.run(test, out=report.write, clear_globs=False)
             names = test.globs
     assert runner.failures == 0, report.getvalue()
@@ -438,41 +603,77 @@ def test_the_python_examples_in_the_docs_give_what_they_show(document, in_root):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_link_within_the_project_leads_somewhere(document):
     text = document.read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
-    own = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
-    broken = [link for link in links if (link[1:] not in own if link.startswith("#") else not (document.parent / link.partition("#")[0]).exists())]
+    links = [
+        link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)
+    ]
+    own = {
+        re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", text, re.M)
+    }
+    broken = [
+        link
+        for link in links
+        if (
+            link[1:] not in own
+            if link.startswith("#")
+            else not (document.parent / link.partition("#")[0]).exists()
+        )
+    ]
     assert broken == []
 
 
 def sources() -> dict[Path, str]:
     """The code that the guides speak of."""
-    return {path: path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *(ROOT / "tinylm").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]}
+    return {
+        path: path.read_text(encoding="utf-8")
+        for path in [
+            *ROOT.glob("*.py"),
+            *(ROOT / "tinylm").rglob("*.py"),
+            *(ROOT / "benchmarks").glob("*.py"),
+        ]
+    }
 
 
 def unknown_names(text: str, code: str) -> Iterator[str]:
     """Inline code that names a setting, a file or a word of the code that is not there."""
-    settings = {f"{key}.{name}".lstrip(".") for key, section in sections() for name in section.model_fields}
-    # A file may be named as its neighbours name it: `decoder.py` after `tinylm/decoder.py`.
+    settings = {
+        f"{key}.{name}".lstrip(".") for key, section in sections() for name in section.model_fields
+    }
+    # A file may be named as its neighbours name it: `decoder.py` after `tinylm/model/decoder.py`.
     prose = re.sub(r"(?ms)^\s*```.*?^\s*```", "", text)
     for word in re.findall(r"`([A-Za-z_][\w./]*)`", prose):
         if re.search(r"\.(py|md|yaml)$", word):
-            if not any((ROOT / folder / word).exists() for folder in ("", "tinylm", "docs", "tests")):
+            if not any(
+                (ROOT / folder / word).exists() for folder in ("", "tinylm", "docs", "tests")
+            ):
                 yield word
-        elif "." in word and word.split(".")[0] in Config.model_fields and not word.endswith(".json"):
+        elif (
+            "." in word and word.split(".")[0] in Config.model_fields and not word.endswith(".json")
+        ):
             if word not in settings:
                 yield word
-        elif word not in OUTSIDE and "/" not in word and not all(re.search(rf"\b{part}\b", code) for part in word.split(".")):
+        elif (
+            word not in OUTSIDE
+            and "/" not in word
+            and not all(re.search(rf"\b{part}\b", code) for part in word.split("."))
+        ):
             yield word
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
 def test_what_the_guides_name_exists(guide):
-    assert list(unknown_names(guide.read_text(encoding="utf-8"), "\n".join(sources().values()))) == []
+    assert (
+        list(unknown_names(guide.read_text(encoding="utf-8"), "\n".join(sources().values()))) == []
+    )
 
 
 def test_a_name_that_is_gone_is_found():
-    text = "`training.lr` `training.lrr` `tinylm/decoder.py` `decoder.py` `decodr.py` `rope_angles` `rope_angels` `a b`\n```text\n`not_this`\n```\n"
-    assert list(unknown_names(text, "def rope_angles(): ...")) == ["training.lrr", "decodr.py", "rope_angels"]
+    text = "`training.lr` `training.lrr` `tinylm/model/decoder.py` `decoder.py` `decodr.py` `rope_angles` `rope_angels` `a b`\n```text\n`not_this`\n```\n"
+    assert list(unknown_names(text, "def rope_angles(): ...")) == [
+        "training.lrr",
+        "decodr.py",
+        "rope_angels",
+    ]
 
 
 def printed_patterns(sources: Iterable[str]) -> list[re.Pattern[str]]:
@@ -481,27 +682,59 @@ def printed_patterns(sources: Iterable[str]) -> list[re.Pattern[str]]:
     for source in sources:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+                parts = [
+                    part.value if isinstance(part, ast.Constant) else None for part in node.values
+                ]
                 if sum(len(part) for part in parts if part) >= 12:
-                    found.append(re.compile("".join(".*" if part is None else re.escape(part.rstrip("\n")) for part in parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= 12:
+                    found.append(
+                        re.compile(
+                            "".join(
+                                ".*" if part is None else re.escape(part.rstrip("\n"))
+                                for part in parts
+                            )
+                        )
+                    )
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and len(node.value) >= 12
+            ):
                 found.append(re.compile(re.escape(node.value)))
     return found
 
 
 def unsaid(text: str, patterns: list[re.Pattern[str]]) -> list[str]:
     """Lines of the document's `text` blocks that no text in the code can have made; programs may add the last full stop."""
-    lines = [line.strip() for block in blocks(text) if block.language == "text" for line in block.lines if line.strip()]
+    lines = [
+        line.strip()
+        for block in blocks(text)
+        if block.language == "text"
+        for line in block.lines
+        if line.strip()
+    ]
     messages = {line: line.removeprefix("error: ") for line in lines}
-    return [line for line, message in messages.items() if not any(p.fullmatch(message) or p.fullmatch(message.removesuffix(".")) for p in patterns)]
+    return [
+        line
+        for line, message in messages.items()
+        if not any(p.fullmatch(message) or p.fullmatch(message.removesuffix(".")) for p in patterns)
+    ]
 
 
-@pytest.mark.parametrize("guide", [path for path in GUIDES if path.name == "TROUBLESHOOTING.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "guide",
+    [path for path in GUIDES if path.name == "TROUBLESHOOTING.md"],
+    ids=lambda path: path.name,
+)
 def test_every_message_in_the_troubleshooting_is_one_that_the_code_prints(guide):
     assert unsaid(guide.read_text(encoding="utf-8"), printed_patterns(sources().values())) == []
 
 
 def test_a_message_that_the_code_no_longer_prints_is_found():
-    patterns = printed_patterns(['raise UserError(f"{path}: not found. Give a file; {other}")', "short = 'a'"])
+    patterns = printed_patterns(
+        ['raise UserError(f"{path}: not found. Give a file; {other}")', "short = 'a'"]
+    )
     text = "```text\nerror: x.yaml: not found. Give a file; y\nerror: x.yaml: missing. Give a file; y\nerror: x.yaml: not found\n```\n"
-    assert unsaid(text, patterns) == ["error: x.yaml: missing. Give a file; y", "error: x.yaml: not found"]
+    assert unsaid(text, patterns) == [
+        "error: x.yaml: missing. Give a file; y",
+        "error: x.yaml: not found",
+    ]

@@ -28,20 +28,39 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import OptimStateKeyType
 
 from model import LitStage, Progress
-from tinylm import checkpoint
-from tinylm.checkpoint import FORMAT, SCHEMA
-from tinylm.config import Config
-from tinylm.engine import Engine
-from tinylm.errors import printable, writing
-from tinylm.lora import adapter_weights
-from tinylm.program import lead_nowhere, readable
-from tinylm.prompts import ANSWERING, Turn, make_template
-from tinylm.schedule import should_stop
-from tinylm.tokenizer import Tokenizer
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint.format import FORMAT, SCHEMA
+from tinylm.common.console import lead_nowhere, readable
+from tinylm.common.errors import printable, writing
+from tinylm.config.schema import Config
+from tinylm.generate.engine import Engine
+from tinylm.model.lora import adapter_weights
+from tinylm.optim.schedule import should_stop
+from tinylm.rows.templates import ANSWERING, Turn, make_template
+from tinylm.tokenizer.base import Tokenizer
 
-COLUMNS = ("step", "train_loss", "val_loss", "val_ppl", "val_bpb", "lr", "grad_norm", "tokens", "tokens_per_s")
+COLUMNS = (
+    "step",
+    "train_loss",
+    "val_loss",
+    "val_ppl",
+    "val_bpb",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "tokens_per_s",
+)
 # Digits of what validation shows on the terminal; metrics.csv has them all.
-SHOWN = {"val_loss": 4, "val_ppl": 2, "val_bpb": 3, "val_accuracy": 3, "val_margin": 3, "val_majority": 3, "val_auc": 3, "val_calibration_error": 3}
+SHOWN = {
+    "val_loss": 4,
+    "val_ppl": 2,
+    "val_bpb": 3,
+    "val_accuracy": 3,
+    "val_margin": 3,
+    "val_majority": 3,
+    "val_auc": 3,
+    "val_calibration_error": 3,
+}
 Row = dict[str, float | int | None]
 
 
@@ -52,7 +71,9 @@ class StepCallback(L.Callback):
         """What the callback is for."""
         raise NotImplementedError
 
-    def on_train_batch_end(self, trainer: L.Trainer, stage: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, stage: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Lightning's hook after every micro-batch."""
         assert isinstance(stage, LitStage)
         if (batch_idx + 1) % stage.config.training.grad_accum_steps == 0:
@@ -80,20 +101,29 @@ class Restore(L.Callback):
         """Restore, and let go of the file's contents."""
         if self.payload is not None:
             groups = trainer.optimizers[0].param_groups
-            settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+            settings = [
+                {name: value for name, value in group.items() if name != "params"}
+                for group in groups
+            ]
             self._load_optimizer(trainer, stage, self.payload["optimizer"])
             for group, own in zip(trainer.optimizers[0].param_groups, settings, strict=True):
-                group.update(own)  # the settings are the config's, which --allow-changes may have changed
+                group.update(
+                    own
+                )  # the settings are the config's, which --allow-changes may have changed
             trainer.precision_plugin.load_state_dict(self.payload["precision"])
             self.payload = None
 
-    def _load_optimizer(self, trainer: L.Trainer, stage: L.LightningModule, state: dict[str, Any]) -> None:
+    def _load_optimizer(
+        self, trainer: L.Trainer, stage: L.LightningModule, state: dict[str, Any]
+    ) -> None:
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             trainer.strategy.load_optimizer_state_dict({"optimizer_states": [state]})
             return
         # The checkpoint has whole tensors by number; torch cuts them up by the names of their weights.
         named = FSDP.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, stage)
-        set_optimizer_state_dict(stage, trainer.optimizers[0], named, options=StateDictOptions(full_state_dict=True))
+        set_optimizer_state_dict(
+            stage, trainer.optimizers[0], named, options=StateDictOptions(full_state_dict=True)
+        )
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -126,7 +156,9 @@ class StopSignals(L.Callback):
 def wishes_to_stop(trainer: L.Trainer, stage: LitStage, signals: StopSignals) -> bool:
     """Whether a signal came, on any rank, or validation has stopped improving."""
     early = should_stop(stage.progress.val_losses, stage.config.training.early_stopping_patience)
-    return early or trainer.strategy.reduce_boolean_decision(signals.received is not None, all=False)
+    return early or trainer.strategy.reduce_boolean_decision(
+        signals.received is not None, all=False
+    )
 
 
 # --- validation -------------------------------------------------------------------------------------------------------
@@ -154,11 +186,15 @@ class Validation(StepCallback):
         if not due or stage.progress.validated(step):
             return
         # Ranks see a signal at different moments, and one that leaves early would leave the others waiting.
-        self.score = validate(trainer, stage, lambda: trainer.world_size == 1 and self.signals.received is not None)
+        self.score = validate(
+            trainer, stage, lambda: trainer.world_size == 1 and self.signals.received is not None
+        )
         if self.score is None:
             return
         stage.progress.validations.append([step, self.score["val_loss"]])
-        if training.sample_prompt is not None:  # every rank writes it, since a sharded model takes them all; rank 0 shows it
+        if (
+            training.sample_prompt is not None
+        ):  # every rank writes it, since a sharded model takes them all; rank 0 shows it
             stage.decoder.eval()
             text = self._sample(stage, training.sample_prompt)
             stage.decoder.train()
@@ -176,7 +212,9 @@ class Validation(StepCallback):
         return engine.generate(asked, sampling, stop_ids=template.stop_ids(self.tokenizer))[0].text
 
 
-def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+def validate(
+    trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
     """val_loss and what else the stage makes of the validation rows, over all ranks; None if it was interrupted."""
     assert trainer.datamodule is not None
     totals: list[float] = []
@@ -186,8 +224,13 @@ def validate(trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool
             if interrupted():
                 break
             batch = trainer.strategy.batch_to_device(batch)
-            sums = trainer.strategy.reduce(trainer.strategy.validation_step(batch, index), reduce_op="sum")
-            totals = [total + part for total, part in zip(totals or [0.0] * len(sums), sums.tolist(), strict=True)]
+            sums = trainer.strategy.reduce(
+                trainer.strategy.validation_step(batch, index), reduce_op="sum"
+            )
+            totals = [
+                total + part
+                for total, part in zip(totals or [0.0] * len(sums), sums.tolist(), strict=True)
+            ]
     stage.train()
     return None if interrupted() else stage.val_metrics(totals)
 
@@ -221,7 +264,14 @@ class MetricsFile:
         """The whole rows up to `step`; what a killed run wrote after its last checkpoint will be written again."""
         with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
             rows = list(csv.DictReader(line.replace("\0", "") for line in file))
-        return [row for row in rows if set(row) == set(self.columns) and None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+        return [
+            row
+            for row in rows
+            if set(row) == set(self.columns)
+            and None not in row.values()
+            and row["step"].isdigit()
+            and int(row["step"]) <= step
+        ]
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         temporary = self.path.with_suffix(".tmp")
@@ -233,7 +283,10 @@ class MetricsFile:
 
     def append(self, row: Row) -> None:
         """One more row; numbers are written so that reading them gives the same bits."""
-        with writing(self.path, "training.log_dir"), open(self.path, "a", newline="", encoding="utf-8") as file:
+        with (
+            writing(self.path, "training.log_dir"),
+            open(self.path, "a", newline="", encoding="utf-8") as file,
+        ):
             csv.DictWriter(file, self.columns).writerow(_as_text(row, self.columns))
 
     def complete(self, row: Row) -> None:
@@ -242,7 +295,17 @@ class MetricsFile:
         with writing(self.path, "training.log_dir"):
             rows = self._rows_until(step)
             old = rows.pop() if rows and rows[-1]["step"] == str(step) else {}
-            self._write([*rows, old | {name: text for name, text in _as_text(row, self.columns).items() if text or name not in old}])
+            self._write(
+                [
+                    *rows,
+                    old
+                    | {
+                        name: text
+                        for name, text in _as_text(row, self.columns).items()
+                        if text or name not in old
+                    },
+                ]
+            )
 
 
 def _as_text(row: Row, columns: tuple[str, ...]) -> dict[str, str]:
@@ -275,7 +338,9 @@ class Metrics(StepCallback):
         """Write a row if it is time; only rank 0 does."""
         progress, training = stage.progress, stage.config.training
         score = self.validation.score
-        log_now = progress.step % training.log_every_steps == 0 or progress.step == training.max_steps
+        log_now = (
+            progress.step % training.log_every_steps == 0 or progress.step == training.max_steps
+        )
         if not log_now and score is None:
             return
         if log_now:
@@ -299,12 +364,22 @@ class Metrics(StepCallback):
             "tokens": progress.tokens,
             "tokens_per_s": speed,
         }
-        measured = zip(stage.measures, progress.train_measures, strict=False)  # no means before the first row of them
-        return dict.fromkeys((*COLUMNS, *stage.measures, *stage.val_measures)) | known | dict(measured) | (self.validation.score or {})
+        measured = zip(
+            stage.measures, progress.train_measures, strict=False
+        )  # no means before the first row of them
+        return (
+            dict.fromkeys((*COLUMNS, *stage.measures, *stage.val_measures))
+            | known
+            | dict(measured)
+            | (self.validation.score or {})
+        )
 
     def _tell(self, row: Row) -> None:
         for logger in self.loggers:
-            logger.log_metrics({k: v for k, v in row.items() if v is not None and k != "step"}, step=int(row["step"] or 0))
+            logger.log_metrics(
+                {k: v for k, v in row.items() if v is not None and k != "step"},
+                step=int(row["step"] or 0),
+            )
         self.show(row)
 
 
@@ -321,10 +396,22 @@ class Checkpoints(StepCallback):
     """Saves every training.save_every_steps steps, when validation is best, and at the end, which a signal may bring on."""
 
     def __init__(
-        self, config: Config, tokenizer: Tokenizer, validation: Validation, signals: StopSignals, warn: Callable[[str], None], fingerprints: dict[str, str]
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        validation: Validation,
+        signals: StopSignals,
+        warn: Callable[[str], None],
+        fingerprints: dict[str, str],
     ):
         self.folder = Path(config.training.checkpoint_dir)
-        self.config, self.tokenizer, self.validation, self.signals, self.warn = config, tokenizer, validation, signals, warn
+        self.config, self.tokenizer, self.validation, self.signals, self.warn = (
+            config,
+            tokenizer,
+            validation,
+            signals,
+            warn,
+        )
         self.fingerprints = fingerprints
         self.newest: Path | None = None
 
@@ -341,23 +428,29 @@ class Checkpoints(StepCallback):
         final = progress.step == training.max_steps or (stop and self.signals.received is None)
         names = names_due(progress, final=final)
         if stop or final or "best.ckpt" in names or progress.step % training.save_every_steps == 0:
-            payload = self._payload(trainer, stage)  # on every rank: gathering shards takes them all
+            payload = self._payload(
+                trainer, stage
+            )  # on every rank: gathering shards takes them all
             if trainer.is_global_zero:
                 self._save(payload, names)
         trainer.should_stop = stop
 
     def _save(self, payload: dict[str, Any], names: list[str]) -> None:
         path = self.folder / f"step-{payload['step']:06d}.ckpt"
-        checkpoint.write(path, payload)
+        checkpoint_format.write(path, payload)
         self.newest = path
         for name in names:
-            checkpoint.link(path, name)
+            checkpoint_format.link(path, name)
         self._prune()
 
     def _payload(self, trainer: L.Trainer, stage: LitStage) -> dict[str, Any]:
         """Everything that a resumed run and the other programs need, as plain types."""
         whole = trainer.strategy.lightning_module_state_dict()
-        weights = {name.removeprefix("decoder."): weight for name, weight in whole.items() if name.startswith("decoder.")}  # and no reference
+        weights = {
+            name.removeprefix("decoder."): weight
+            for name, weight in whole.items()
+            if name.startswith("decoder.")
+        }  # and no reference
         progress = stage.progress
         return {
             "format": FORMAT,
@@ -385,7 +478,13 @@ class Checkpoints(StepCallback):
     def _prune(self) -> None:
         """Remove the oldest step files beyond training.keep_last; one that cannot be removed is no reason to stop."""
         keep = self.config.training.keep_last
-        for path in [] if keep is None else [p for p in checkpoint.candidates(self.folder) if p.name.startswith("step-")][keep:]:
+        for path in (
+            []
+            if keep is None
+            else [
+                p for p in checkpoint_format.candidates(self.folder) if p.name.startswith("step-")
+            ][keep:]
+        ):
             try:
                 os.unlink(path)
             except OSError as error:
@@ -408,7 +507,13 @@ class ProgressDisplay(StepCallback):
 
     def __init__(self, console: Console, max_steps: int):
         self.console, self.max_steps = console, max_steps
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         self.bar = Bar(*columns, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("training", total=max_steps, note="")
         self.started, self.first = time.monotonic(), 0
@@ -428,18 +533,26 @@ class ProgressDisplay(StepCallback):
         """Leave the bar as it stands."""
         self.bar.stop()
 
-    def on_exception(self, trainer: L.Trainer, stage: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, stage: L.LightningModule, exception: BaseException
+    ) -> None:
         """Give the terminal back before an error is printed."""
         self.bar.stop()
 
     def row(self, row: Row) -> None:
         """One row of metrics for people."""
-        val = "".join(f"  {name} {value:.{SHOWN[name]}f}" for name, value in row.items() if name in SHOWN and value is not None)
+        val = "".join(
+            f"  {name} {value:.{SHOWN[name]}f}"
+            for name, value in row.items()
+            if name in SHOWN and value is not None
+        )
         train = "" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}"
         note = f"{train}  lr {row['lr']:.2e}  {short(row['tokens_per_s'] or 0)} tokens/s"
         self.bar.update(self.task, note=note)
         if val or not self.console.is_terminal:
-            self.line(f"step {row['step']:>6}/{self.max_steps}  {note}{val}{'' if self.console.is_terminal else self._eta(row)}")
+            self.line(
+                f"step {row['step']:>6}/{self.max_steps}  {note}{val}{'' if self.console.is_terminal else self._eta(row)}"
+            )
 
     def line(self, text: str) -> None:
         """A line above the bar, never interpreted as markup."""
@@ -447,7 +560,11 @@ class ProgressDisplay(StepCallback):
 
     def _eta(self, row: Row) -> str:
         done = (row["step"] or 0) - self.first
-        left = (time.monotonic() - self.started) / done * (self.max_steps - (row["step"] or 0)) if done else 0.0
+        left = (
+            (time.monotonic() - self.started) / done * (self.max_steps - (row["step"] or 0))
+            if done
+            else 0.0
+        )
         return f"  ETA {duration(left)}"
 
 

@@ -11,20 +11,23 @@ from typing import Any
 import pytest
 import torch
 
-from tinylm import checkpoint
-from tinylm.checkpoint import DamagedError
-from tinylm.config import Config
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError
-from tinylm.tokenizer import make_tokenizer
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import load as checkpoint_load
+from tinylm.checkpoint.format import DamagedError
+from tinylm.common.errors import UserError
+from tinylm.config.schema import Config
+from tinylm.model.decoder import Decoder
+from tinylm.tokenizer.factory import make_tokenizer
 
 
 def payload(step: int = 3, **changes: Any) -> dict[str, Any]:
     """A small true payload: a decoder of one layer."""
-    config = Config.model_validate({"model": {"vocab_size": 260, "n_layers": 1, "d_model": 8, "n_heads": 2}})
+    config = Config.model_validate(
+        {"model": {"vocab_size": 260, "n_layers": 1, "d_model": 8, "n_heads": 2}}
+    )
     torch.manual_seed(step)
     return {
-        "format": checkpoint.FORMAT, "schema": checkpoint.SCHEMA, "stage": "pretrain", "step": step, "tokens": 10 * step,
+        "format": checkpoint_format.FORMAT, "schema": checkpoint_format.SCHEMA, "stage": "pretrain", "step": step, "tokens": 10 * step,
         "train_loss": 2.5, "val_loss": None, "created": 1.0, "config": config.to_plain(),
         "tokenizer": make_tokenizer(config.tokenizer, lambda: []).to_plain(), "weights": Decoder(config.model).state_dict(),
     } | changes  # fmt: skip
@@ -34,18 +37,25 @@ def payload(step: int = 3, **changes: Any) -> dict[str, Any]:
 def saved(tmp_path: Path) -> Path:
     """A sound checkpoint of step 3."""
     path = tmp_path / "step-000003.ckpt"
-    checkpoint.write(path, payload())
+    checkpoint_format.write(path, payload())
     return path
 
 
 def test_what_was_written_is_read(saved: Path) -> None:
     """Round trip: every weight has the same bits, and the model computes with them; what older files lack is filled in."""
-    before, after = checkpoint.NO_ROOTS | payload(), checkpoint.read(saved)
+    before, after = checkpoint_format.NO_ROOTS | payload(), checkpoint_format.read(saved)
     assert before.keys() == after.keys()
-    assert all(torch.equal(before["weights"][name], after["weights"][name]) for name in before["weights"])
-    loaded = checkpoint.load_model(saved)
+    assert all(
+        torch.equal(before["weights"][name], after["weights"][name]) for name in before["weights"]
+    )
+    loaded = checkpoint_load.load_model(saved)
     assert loaded.model.head.weight is loaded.model.embedding.weight
-    assert (loaded.info.step, loaded.info.tokens, loaded.info.train_loss, loaded.info.val_loss) == (3, 30, 2.5, None)
+    assert (loaded.info.step, loaded.info.tokens, loaded.info.train_loss, loaded.info.val_loss) == (
+        3,
+        30,
+        2.5,
+        None,
+    )
     # embedding 260*8, qkv 8*24, out 8*8, swiglu 64 wide: up 8*128 and down 64*8, three norms of 8; the tied head counts once
     assert loaded.info.parameters == 260 * 8 + 8 * 24 + 8 * 8 + 8 * 128 + 64 * 8 + 3 * 8
 
@@ -64,7 +74,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(saved: Path) -> None:
         bad[place] ^= 1 << bit
         saved.write_bytes(bad)
         with pytest.raises(DamagedError, match=r"step-000003\.ckpt: damaged: "):
-            checkpoint.read(saved)
+            checkpoint_format.read(saved)
 
 
 def test_a_flip_that_torch_would_load_as_a_wrong_number_is_why(saved: Path) -> None:
@@ -74,17 +84,20 @@ def test_a_flip_that_torch_would_load_as_a_wrong_number_is_why(saved: Path) -> N
     bad = bytearray(good)
     bad[good.index(weight) + 2] ^= 1
     saved.write_bytes(bad)
-    assert not torch.equal(torch.load(saved, weights_only=True)["weights"]["embedding.weight"], payload()["weights"]["embedding.weight"])
+    assert not torch.equal(
+        torch.load(saved, weights_only=True)["weights"]["embedding.weight"],
+        payload()["weights"]["embedding.weight"],
+    )
 
 
 @pytest.mark.parametrize("eighths", range(8))
 def test_a_cut_file_is_passed_over_for_the_one_before(saved: Path, eighths: int) -> None:
     """B1: the newest is cut to each eighth of its length, down to nothing."""
     newer = saved.with_name("step-000004.ckpt")
-    checkpoint.write(newer, payload(4))
+    checkpoint_format.write(newer, payload(4))
     newer.write_bytes(newer.read_bytes()[: newer.stat().st_size * eighths // 8])
     told: list[DamagedError] = []
-    assert checkpoint.newest_sound(saved.parent, told.append) == saved
+    assert checkpoint_format.newest_sound(saved.parent, told.append) == saved
     assert "step-000004.ckpt: damaged" in str(told[0])
 
 
@@ -101,7 +114,7 @@ def test_the_error_says_what_the_file_looks_like(saved: Path, content: bytes, wo
     """B3."""
     saved.write_bytes(content)
     with pytest.raises(DamagedError, match=words):
-        checkpoint.read(saved)
+        checkpoint_format.read(saved)
 
 
 def test_a_zeroed_tail_is_found(saved: Path) -> None:
@@ -109,7 +122,7 @@ def test_a_zeroed_tail_is_found(saved: Path) -> None:
     good = saved.read_bytes()
     saved.write_bytes(good[:-300] + b"\0" * 300)
     with pytest.raises(DamagedError):
-        checkpoint.read(saved)
+        checkpoint_format.read(saved)
 
 
 def test_all_damaged_is_an_error_that_lists_each(saved: Path) -> None:
@@ -117,21 +130,24 @@ def test_all_damaged_is_an_error_that_lists_each(saved: Path) -> None:
     other = saved.with_name("step-000002.ckpt")
     for path in (saved, other):
         path.write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"every checkpoint is damaged: .*step-000003.*step-000002.*choose another training\.checkpoint_dir"):
-        checkpoint.newest_sound(saved.parent)
+    with pytest.raises(
+        UserError,
+        match=r"every checkpoint is damaged: .*step-000003.*step-000002.*choose another training\.checkpoint_dir",
+    ):
+        checkpoint_format.newest_sound(saved.parent)
 
 
 def test_newest_is_by_step_and_not_by_the_clock(saved: Path) -> None:
     """C8: the older step was touched last; 10 is more than 9 although its name sorts before it."""
     for step in (10, 9):
-        checkpoint.write(saved.with_name(f"step-{step}.ckpt"), payload(step))
+        checkpoint_format.write(saved.with_name(f"step-{step}.ckpt"), payload(step))
     os.utime(saved, (4e9, 4e9))
-    assert checkpoint.newest_sound(saved.parent) == saved.with_name("step-10.ckpt")
+    assert checkpoint_format.newest_sound(saved.parent) == saved.with_name("step-10.ckpt")
 
 
 def test_an_empty_folder_has_no_newest(tmp_path: Path) -> None:
     """No checkpoint is not an error: a run starts there."""
-    assert checkpoint.newest_sound(tmp_path) is None
+    assert checkpoint_format.newest_sound(tmp_path) is None
 
 
 @pytest.mark.slow
@@ -142,9 +158,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_one(saved: Path) -> None:
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_checkpoint import payload
+from tests.checkpoint.test_checkpoint import payload
 from tinylm import checkpoint
-from tinylm.errors import UserError
+from tinylm.common.errors import UserError
 data = payload()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -153,7 +169,13 @@ try:
 except UserError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
     assert "could not be saved: File too large" in result.stdout
     assert "bytes needed" in result.stdout and "free" in result.stdout
     assert saved.read_bytes() == before
@@ -161,7 +183,9 @@ except UserError as error:
 
 
 @pytest.mark.parametrize("function", ["replace", "fsync"])
-def test_a_refused_rename_or_sync_keeps_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+def test_a_refused_rename_or_sync_keeps_the_old_file(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
     """B6, B7: the save failed, says so, and is not tried again blindly."""
     before, calls = saved.read_bytes(), []
 
@@ -170,33 +194,46 @@ def test_a_refused_rename_or_sync_keeps_the_old_file(saved: Path, monkeypatch: p
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, function, refuse)
-    with pytest.raises(UserError, match=r"could not be saved: Permission denied .*older checkpoints are untouched"):
-        checkpoint.write(saved, payload(4))
+    with pytest.raises(
+        UserError, match=r"could not be saved: Permission denied .*older checkpoints are untouched"
+    ):
+        checkpoint_format.write(saved, payload(4))
     assert saved.read_bytes() == before
     assert len(calls) == 1
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
-def test_the_order_is_sync_rename_sync_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_is_sync_rename_sync_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """B9: the file is on the disk before it has its name, and the name before the call returns."""
     calls: list[str] = []
     true_sync, true_replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file"), true_sync(handle))[1])
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (
+            calls.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file"),
+            true_sync(handle),
+        )[1],
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), true_replace(a, b))[1])
-    checkpoint.write(tmp_path / "step-000001.ckpt", payload())
+    checkpoint_format.write(tmp_path / "step-000001.ckpt", payload())
     assert calls == ["file", "rename", "folder"]
 
 
-def test_the_temporary_folder_of_the_system_plays_no_part(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_temporary_folder_of_the_system_plays_no_part(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """B8: TMPDIR may be missing or full."""
     monkeypatch.setenv("TMPDIR", "/nowhere")
-    checkpoint.write(saved, payload(5))
-    assert checkpoint.read(saved)["step"] == 5
+    checkpoint_format.write(saved, payload(5))
+    assert checkpoint_format.read(saved)["step"] == 5
 
 
 def test_a_second_name_is_the_same_file(saved: Path) -> None:
     """last.ckpt costs no second copy on the disk."""
-    assert checkpoint.link(saved, "last.ckpt").samefile(saved)
+    assert checkpoint_format.link(saved, "last.ckpt").samefile(saved)
 
 
 class Payload:
@@ -211,50 +248,59 @@ class Payload:
 
 @pytest.mark.parametrize("force", ["0", "1"])
 @pytest.mark.parametrize("signed", [False, True])
-def test_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: str, signed: bool) -> None:
+def test_a_pickle_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: str, signed: bool
+) -> None:
     """H1: bare pickle and torch file, with and without a valid digest, with the variable that switches torch's guard off."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
     path, target = tmp_path / "step-000001.ckpt", tmp_path / "touched"
     if signed:
-        checkpoint.write(path, {"format": checkpoint.FORMAT, "bad": Payload(target)})
+        checkpoint_format.write(path, {"format": checkpoint_format.FORMAT, "bad": Payload(target)})
     else:
         path.write_bytes(pickle.dumps(Payload(target)) + b"x" * 200)
     with pytest.raises(DamagedError):
-        checkpoint.read(path)
+        checkpoint_format.read(path)
     assert not target.exists()
 
 
 def test_a_newer_schema_is_an_error_that_names_both(saved: Path) -> None:
     """B14."""
-    checkpoint.write(saved, payload(schema=99))
-    with pytest.raises(UserError, match="its schema is 99, and this program knows 1. Update the program"):
-        checkpoint.read(saved)
+    checkpoint_format.write(saved, payload(schema=99))
+    with pytest.raises(
+        UserError, match="its schema is 99, and this program knows 1. Update the program"
+    ):
+        checkpoint_format.read(saved)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "folder.ckpt", "nothing.ckpt"])
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str) -> None:
     """E8: a name that is too long, a folder, nothing."""
     (tmp_path / "folder.ckpt").mkdir()
-    with pytest.raises(DamagedError, match=r"(not found|a folder, not a file)\. Give a \.ckpt file"):
-        checkpoint.read(tmp_path / name)
-    assert checkpoint.newest_sound(tmp_path / ("x" * 300)) is None
+    with pytest.raises(
+        DamagedError, match=r"(not found|a folder, not a file)\. Give a \.ckpt file"
+    ):
+        checkpoint_format.read(tmp_path / name)
+    assert checkpoint_format.newest_sound(tmp_path / ("x" * 300)) is None
 
 
 def test_another_programs_torch_file_is_refused(tmp_path: Path) -> None:
     """A file of plain tensors, sound as a zip, is no checkpoint of ours."""
     path = tmp_path / "model.ckpt"
-    checkpoint.write(path, {"weights": torch.zeros(2)})
+    checkpoint_format.write(path, {"weights": torch.zeros(2)})
     with pytest.raises(DamagedError, match="not a checkpoint of this program"):
-        checkpoint.read(path)
+        checkpoint_format.read(path)
 
 
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     """G1: the second one is told who holds it; G2: afterwards it is free at once; leftovers of a killed run are gone."""
     leftover = tmp_path / ".step-000001.ckpt.1.tmp"
     leftover.write_bytes(b"half")
-    with checkpoint.claimed(tmp_path):
+    with checkpoint_format.claimed(tmp_path):
         assert not leftover.exists()
-        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is training into it"), checkpoint.claimed(tmp_path):
+        with (
+            pytest.raises(UserError, match=f"process {os.getpid()} on .* is training into it"),
+            checkpoint_format.claimed(tmp_path),
+        ):
             pass
-    with checkpoint.claimed(tmp_path):
+    with checkpoint_format.claimed(tmp_path):
         pass

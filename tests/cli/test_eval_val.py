@@ -11,9 +11,10 @@ import torch
 
 import eval_val
 import train
-from tinylm import checkpoint
-from tinylm.evaluate import LOSS_CAP, language_score
-from tinylm.tokenfile import TokenFile
+from tinylm.checkpoint import load as checkpoint_load
+from tinylm.eval.cases import LOSS_CAP
+from tinylm.eval.perplexity import language_score
+from tinylm.tokens.token_file import TokenFile
 
 Make = Callable[..., Path]
 
@@ -26,25 +27,45 @@ def trained(make_config: Make, tmp_path: Path) -> Path:
     return config
 
 
-def scores(config: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, float]:
+def scores(
+    config: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more: str
+) -> dict[str, float]:
     """What eval_val.py prints as JSON."""
     capsys.readouterr()
-    assert eval_val.main(["--ckpt", str(folder / "checkpoints" / "final.ckpt"), "--config", str(config), "--json", *more]) == 0
+    assert (
+        eval_val.main(
+            [
+                "--ckpt",
+                str(folder / "checkpoints" / "final.ckpt"),
+                "--config",
+                str(config),
+                "--json",
+                *more,
+            ]
+        )
+        == 0
+    )
     return json.loads(capsys.readouterr().out)
 
 
-def test_it_gives_what_training_wrote(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_gives_what_training_wrote(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The last row of metrics.csv, to the last digit, for the same rows in the same batches."""
     with open(tmp_path / "logs" / "tiny" / "metrics.csv", newline="", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
     found = scores(trained, tmp_path, capsys)
-    assert [found[name] for name in ("val_loss", "val_ppl", "val_bpb")] == [float(last[name]) for name in ("val_loss", "val_ppl", "val_bpb")]
+    assert [found[name] for name in ("val_loss", "val_ppl", "val_bpb")] == [
+        float(last[name]) for name in ("val_loss", "val_ppl", "val_bpb")
+    ]
 
 
-def test_the_loss_is_a_mean_over_tokens_however_they_are_batched(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_loss_is_a_mean_over_tokens_however_they_are_batched(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """575 validation tokens, of which the first is no target; the oracle asks for each token by a row of its own."""
     found = scores(trained, tmp_path, capsys, "training.micro_batch_size=1")
-    loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
+    loaded = checkpoint_load.load_model(tmp_path / "checkpoints" / "final.ckpt")
     (file,) = (tmp_path / "cache").glob("val-*.bin")
     tokens = torch.from_numpy(TokenFile.open(file).tokens.astype("int64"))
     losses = []
@@ -58,21 +79,48 @@ def test_the_loss_is_a_mean_over_tokens_however_they_are_batched(trained: Path, 
     assert found["val_bpb"] == pytest.approx(sum(losses) / math.log(2) / n_bytes, rel=1e-6)
 
 
-def test_people_get_a_line_with_the_token_count(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_people_get_a_line_with_the_token_count(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """val_loss, val_ppl and val_bpb, on so many tokens."""
     capsys.readouterr()
-    assert eval_val.main(["--ckpt", str(tmp_path / "checkpoints" / "best.ckpt"), "--config", str(trained)]) == 0
+    assert (
+        eval_val.main(
+            ["--ckpt", str(tmp_path / "checkpoints" / "best.ckpt"), "--config", str(trained)]
+        )
+        == 0
+    )
     line = capsys.readouterr().out
-    assert line.startswith("val_loss ") and " val_ppl " in line and " val_bpb " in line and " tokens (" in line
+    assert (
+        line.startswith("val_loss ")
+        and " val_ppl " in line
+        and " val_bpb " in line
+        and " tokens (" in line
+    )
 
 
-def test_other_data_than_the_runs_own_is_said(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_than_the_runs_own_is_said(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Another seed holds other documents out, some of which were trained on."""
-    assert eval_val.main(["--ckpt", str(tmp_path / "checkpoints" / "final.ckpt"), "--config", str(trained), "training.seed=2"]) == 0
+    assert (
+        eval_val.main(
+            [
+                "--ckpt",
+                str(tmp_path / "checkpoints" / "final.ckpt"),
+                "--config",
+                str(trained),
+                "training.seed=2",
+            ]
+        )
+        == 0
+    )
     assert "note: these are not the validation data of the training run" in capsys.readouterr().err
 
 
-def test_rows_of_another_length_than_the_configs_are_said(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_another_length_than_the_configs_are_said(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two stages that were trained on rows of different lengths are scored on different rows."""
     command = ["--ckpt", str(tmp_path / "checkpoints" / "final.ckpt"), "--config", str(trained)]
     assert eval_val.main(command) == 0
@@ -91,10 +139,17 @@ def test_perplexity_is_capped() -> None:
 def test_a_nan_loss_stays_nan() -> None:
     """STYLE's bug: a bad number is never replaced by a good-looking one."""
     score = language_score(loss_sum=math.nan, tokens=5, n_bytes=5, n_right=0)
-    assert math.isnan(score.loss) and math.isnan(score.perplexity) and math.isnan(score.bits_per_byte)
+    assert (
+        math.isnan(score.loss) and math.isnan(score.perplexity) and math.isnan(score.bits_per_byte)
+    )
 
 
-def test_a_missing_checkpoint_is_one_line(make_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_checkpoint_is_one_line(
+    make_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It names the file and the program that lists them."""
     assert eval_val.main(["--ckpt", str(tmp_path / "no.ckpt"), "--config", str(make_config())]) == 2
-    assert "no.ckpt: not found. Give a .ckpt file; `python list.py` shows them." in capsys.readouterr().err
+    assert (
+        "no.ckpt: not found. Give a .ckpt file; `python list.py` shows them."
+        in capsys.readouterr().err
+    )

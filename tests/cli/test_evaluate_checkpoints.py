@@ -8,17 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_seq2seq
 import torch
-from test_finetune import save_llama
-from test_infer import payload
 
 import evaluate_checkpoints as program
-from tinylm import checkpoint
-from tinylm.evaluate import evaluate_task
+from tests.cli.test_infer import payload
+from tests.model import test_seq2seq
+from tests.training.test_finetune import save_llama
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.eval.task_scores import evaluate_task
 
 TEXT = " all you need."
-CASES = "- {name: known, prompt: x, target: ' all'}\n- {name: unknown, prompt: x, target: ' nothing'}\n"
+CASES = (
+    "- {name: known, prompt: x, target: ' all'}\n- {name: unknown, prompt: x, target: ' nothing'}\n"
+)
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
     def write(name: str, text: str = TEXT, **changes: object) -> Path:
         path = tmp_path / "checkpoints" / name
-        checkpoint.write(path, payload(text) | changes)
+        checkpoint_format.write(path, payload(text) | changes)
         return path
 
     return write
@@ -38,7 +40,14 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., tuple[in
     """Runs the program on the checkpoints of the test: exit code, stdout, stderr."""
 
     def start(*flags: object) -> tuple[int, str, str]:
-        where = ["--checkpoints", tmp_path / "checkpoints" / "*.ckpt", "--device", "cpu", "--out", tmp_path / "results"]
+        where = [
+            "--checkpoints",
+            tmp_path / "checkpoints" / "*.ckpt",
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "results",
+        ]
         code = program.main([str(flag) for flag in [*where, *flags]])
         return (code, *capsys.readouterr())
 
@@ -68,15 +77,31 @@ def test_checkpoints_are_ranked_with_ties_and_failures(tmp_path, run, save, case
     code, out, err = run("--cases", cases)
     assert code == 0
     header, *rows, failed = out.splitlines()
-    assert header.split() == ["place", "checkpoint", "step", "val_loss", "log_prob", "first_rank", "greedy", "failed", "prompt_ppl", "cases"]
+    assert header.split() == [
+        "place",
+        "checkpoint",
+        "step",
+        "val_loss",
+        "log_prob",
+        "first_rank",
+        "greedy",
+        "failed",
+        "prompt_ppl",
+        "cases",
+    ]
     fields = [row.split() for row in rows]
     assert [row[0] for row in fields] == ["1=", "1=", "3"]
     assert [Path(row[1]).name for row in fields] == ["a.ckpt", "b.ckpt", "c.ckpt"]
     assert [row[2:4] for row in fields] == [["7", "1.2500"], ["9", "-"], ["7", "-"]]
     assert [row[6:8] for row in fields] == [["1/2", "0"], ["1/2", "0"], ["0/2", "0"]]
-    assert failed.partition("  FAILED: ")[2].endswith("d.ckpt: damaged: not a checkpoint file. Use another checkpoint.")
+    assert failed.partition("  FAILED: ")[2].endswith(
+        "d.ckpt: damaged: not a checkpoint file. Use another checkpoint."
+    )
     assert err.splitlines()[0] == "device: cpu (asked for)"
-    assert err.splitlines()[-2] == f"{tmp_path / 'results' / 'results.json'} has all numbers, 0 files beside it the answers that are not right"
+    assert (
+        err.splitlines()[-2]
+        == f"{tmp_path / 'results' / 'results.json'} has all numbers, 0 files beside it the answers that are not right"
+    )
     assert err.splitlines()[-1].startswith("next: python infer.py --ckpt")
 
 
@@ -84,7 +109,7 @@ def test_the_names_of_one_file_are_one_line(run, save, cases):
     """last, best and final are hard links, another is a symbolic one; the step file comes first, also when it is given again."""
     path = save("step-000007.ckpt")
     for name in ("last.ckpt", "best.ckpt"):
-        checkpoint.link(path, name)
+        checkpoint_format.link(path, name)
     os.symlink(path, path.with_name("final.ckpt"))
     code, out, _ = run("--cases", cases, "--checkpoints", path.parent / "*.ckpt", path)
     assert code == 0
@@ -99,48 +124,89 @@ def test_a_case_that_fails_counts_and_ranks_below(tmp_path, run, save, cases):
     code, out, _ = run("--cases", cases)
     assert code == 0
     a, b = (line.split() for line in out.splitlines()[1:])
-    assert (Path(a[1]).name, a[6:8], Path(b[1]).name, b[6:8]) == ("a.ckpt", ["1/2", "0"], "b.ckpt", ["1/2", "1"])
+    assert (Path(a[1]).name, a[6:8], Path(b[1]).name, b[6:8]) == (
+        "a.ckpt",
+        ["1/2", "0"],
+        "b.ckpt",
+        ["1/2", "1"],
+    )
     assert float(b[4]) > float(a[4])
-    rows = {(Path(row["checkpoint"]).name, row["case"]): row for row in results(tmp_path)["case_scores"]}
-    assert rows["b.ckpt", "unknown"]["error"] == "a target of 8 tokens, and it needs 1 to 4. Change the target."
+    rows = {
+        (Path(row["checkpoint"]).name, row["case"]): row for row in results(tmp_path)["case_scores"]
+    }
+    assert (
+        rows["b.ckpt", "unknown"]["error"]
+        == "a target of 8 tokens, and it needs 1 to 4. Change the target."
+    )
     assert rows["a.ckpt", "known"]["greedy_match"] is True
 
 
 def test_diverged_weights_are_a_failure(run, save, cases):
-    weights = payload(TEXT)["weights"] | {"head.weight": torch.full_like(payload(TEXT)["weights"]["head.weight"], torch.nan)}
+    weights = payload(TEXT)["weights"] | {
+        "head.weight": torch.full_like(payload(TEXT)["weights"]["head.weight"], torch.nan)
+    }
     save("a.ckpt")
     save("b.ckpt", weights=weights)
     code, out, _ = run("--cases", cases)
     assert code == 0
-    assert out.splitlines()[-1].endswith("b.ckpt: there are weights that are not finite numbers; its training diverged. Use an earlier checkpoint.")
+    assert out.splitlines()[-1].endswith(
+        "b.ckpt: there are weights that are not finite numbers; its training diverged. Use an earlier checkpoint."
+    )
 
 
 def test_when_every_checkpoint_fails_the_exit_code_is_2(tmp_path, run, cases):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "a.ckpt").write_bytes(b"")
-    code, out, err = run("--cases", cases, "--checkpoints", tmp_path / "checkpoints" / "a.ckpt", tmp_path / "gone.ckpt")
+    code, out, err = run(
+        "--cases",
+        cases,
+        "--checkpoints",
+        tmp_path / "checkpoints" / "a.ckpt",
+        tmp_path / "gone.ckpt",
+    )
     assert code == 2
     assert [line.partition(": ")[2] for line in out.splitlines()] == [
         f"{tmp_path}/checkpoints/a.ckpt: damaged: the file is empty. Use another checkpoint.",
         f"{tmp_path}/gone.ckpt: not found. Give a .ckpt file; `python list.py` shows them.",
     ]
-    assert err.splitlines()[-1] == "error: all 2 checkpoints and models failed. Give others; `python list.py` shows what there is."
+    assert (
+        err.splitlines()[-1]
+        == "error: all 2 checkpoints and models failed. Give others; `python list.py` shows what there is."
+    )
     assert len(results(tmp_path)["failed"]) == 2
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_tasks_are_ranked_with_intervals_chance_and_the_failed_answers_in_a_file(tmp_path, run, save):
+def test_tasks_are_ranked_with_intervals_chance_and_the_failed_answers_in_a_file(
+    tmp_path, run, save
+):
     """Of two rows the model of a answers one right; b writes something else. Chance: each is compared with the other's target."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "x", "target": " all you"}\n{"prompt": "y", "target": " nothing"}\n', encoding="utf-8")
+    rows.write_text(
+        '{"prompt": "x", "target": " all you"}\n{"prompt": "y", "target": " nothing"}\n',
+        encoding="utf-8",
+    )
     save("a.ckpt", " all you\n\n")
     save("b.ckpt", " one one\n\n")
     code, out, _ = run("--tasks", "pairs", "--data", f"pairs={rows}")
     assert code == 0
     header, first, second, *_ = out.splitlines()
-    assert header.split() == ["task", "shots", "measure", "place", "checkpoint", "step", "val_loss", "value", "95%", "interval", "chance", "examples"]
+    assert header.split() == [
+        "task",
+        "shots",
+        "measure",
+        "place",
+        "checkpoint",
+        "step",
+        "val_loss",
+        "value",
+        "95%",
+        "interval",
+        "chance",
+        "examples",
+    ]
     assert [first.split()[place] for place in (0, 1, 2, 3)] == ["pairs", "0", "exact_match", "1"]
     assert Path(first.split()[4]).name == "a.ckpt" and Path(second.split()[4]).name == "b.ckpt"
     found = results(tmp_path)["measures"][0]
@@ -159,13 +225,20 @@ def test_each_number_of_shots_has_its_lines_and_what_is_cut_is_said(run, save):
     code, out, err = run("--tasks", "sms,sst2", "--shots", "2,0,2", "--smoke", "--limit", 3)
     assert code == 0
     assert [line.split()[:4] for line in out.splitlines()[1:]] == [
-        [task, shots, measure, "1"] for task in ("sms", "sst2") for shots in "02" for measure in ("accuracy", "macro_f1")
+        [task, shots, measure, "1"]
+        for task in ("sms", "sst2")
+        for shots in "02"
+        for measure in ("accuracy", "macro_f1")
     ]
-    assert "sst2, 2 shots: 3 of 3 prompts are longer than the context and lost their beginning" in err
+    assert (
+        "sst2, 2 shots: 3 of 3 prompts are longer than the context and lost their beginning" in err
+    )
 
 
 @pytest.mark.parametrize(("stage", "name"), [("sft", "instruction"), ("pretrain", None)])
-def test_a_fine_tuned_model_is_asked_in_its_template_and_a_base_model_in_none(run, save, monkeypatch, stage, name):
+def test_a_fine_tuned_model_is_asked_in_its_template_and_a_base_model_in_none(
+    run, save, monkeypatch, stage, name
+):
     save("a.ckpt", stage=stage)
     seen = []
 
@@ -173,7 +246,7 @@ def test_a_fine_tuned_model_is_asked_in_its_template_and_a_base_model_in_none(ru
         seen.append(template.name if template else None)
         return evaluate_task(*args, template=template, **more)
 
-    monkeypatch.setattr("tinylm.evaluate.evaluate_task", spy)
+    monkeypatch.setattr("tinylm.eval.task_scores.evaluate_task", spy)
     assert run("--tasks", "sst2", "--smoke")[0] == 0
     assert seen == [name]
 
@@ -183,7 +256,10 @@ def test_questions_that_cannot_be_asked_are_told(run, save, tmp_path):
     save("a.ckpt", "ab")
     code, _, err = run("--tasks", "sst2", "--smoke")
     assert code == 0
-    assert "sst2, 0 shots: 12 of 12 questions could not be asked and count as wrong: a target of 9 tokens, and it needs 1 to 2" in err
+    assert (
+        "sst2, 0 shots: 12 of 12 questions could not be asked and count as wrong: a target of 9 tokens, and it needs 1 to 2"
+        in err
+    )
 
 
 # --- Hugging Face models ----------------------------------------------------------------------------------------------
@@ -198,23 +274,55 @@ def test_a_hugging_face_model_is_a_baseline_by_the_same_code(kind, tmp_path, run
     else:
         test_seq2seq.save(tmp_path / "t5", "t5")
     save("a.ckpt")
-    flags = ["--model", tmp_path / kind, "--tasks", "sms,samsum", "--smoke", "--limit", 2, "--shots", "0,1"]
+    flags = [
+        "--model",
+        tmp_path / kind,
+        "--tasks",
+        "sms,samsum",
+        "--smoke",
+        "--limit",
+        2,
+        "--shots",
+        "0,1",
+    ]
     assert run(*flags)[0] == 0
     both = results(tmp_path)["measures"]
-    assert {row["checkpoint"] for row in both} == {f"hf:{tmp_path / kind}", str(tmp_path / "checkpoints" / "a.ckpt")}
-    assert {(row["step"], row["val_loss"]) for row in both if row["checkpoint"].startswith("hf:")} == {(None, None)}
-    assert program.main([str(flag) for flag in [*flags, "--device", "cpu", "--out", tmp_path / "alone"]]) == 0
-    alone = json.loads((tmp_path / "alone" / "results.json").read_text(encoding="utf-8"))["measures"]
-    assert [row["value"] for row in alone] == [row["value"] for row in both if row["checkpoint"].startswith("hf:")]
-    assert {(row["task"], row["shots"]) for row in alone} == {(task, shots) for task in ("sms", "samsum") for shots in (0, 1)}
+    assert {row["checkpoint"] for row in both} == {
+        f"hf:{tmp_path / kind}",
+        str(tmp_path / "checkpoints" / "a.ckpt"),
+    }
+    assert {
+        (row["step"], row["val_loss"]) for row in both if row["checkpoint"].startswith("hf:")
+    } == {(None, None)}
+    assert (
+        program.main(
+            [str(flag) for flag in [*flags, "--device", "cpu", "--out", tmp_path / "alone"]]
+        )
+        == 0
+    )
+    alone = json.loads((tmp_path / "alone" / "results.json").read_text(encoding="utf-8"))[
+        "measures"
+    ]
+    assert [row["value"] for row in alone] == [
+        row["value"] for row in both if row["checkpoint"].startswith("hf:")
+    ]
+    assert {(row["task"], row["shots"]) for row in alone} == {
+        (task, shots) for task in ("sms", "samsum") for shots in (0, 1)
+    }
 
 
 def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save, cases):
     save("a.ckpt")
-    code, out, _ = run("--cases", cases, "--model", f"hf:{tmp_path / 'gone'}", "--model", tmp_path / "gone")
+    code, out, _ = run(
+        "--cases", cases, "--model", f"hf:{tmp_path / 'gone'}", "--model", tmp_path / "gone"
+    )
     assert code == 0
-    [failed] = [line for line in out.splitlines() if "FAILED" in line]  # with hf: and without it is the same name
-    assert failed.startswith(f"hf:{tmp_path / 'gone'}  FAILED: {tmp_path / 'gone'}: not found. Give a folder with config.json")
+    [failed] = [
+        line for line in out.splitlines() if "FAILED" in line
+    ]  # with hf: and without it is the same name
+    assert failed.startswith(
+        f"hf:{tmp_path / 'gone'}  FAILED: {tmp_path / 'gone'}: not found. Give a folder with config.json"
+    )
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -223,15 +331,39 @@ def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "nothing to evaluate. Give --cases cases/wiki_basics.yaml, --tasks gsm8k --smoke, or --lm-eval NAME."),
-        (["--tasks", "gsm9k"], "--tasks: gsm9k: no such task. There are sst2, samsum, gsm8k, sms, alpaca, pairs."),
-        (["--tasks", "sst2", "--smoke", "--shots", "0,-1"], "--shots: -1: expected whole numbers, such as 0,4."),
-        (["--tasks", "sst2", "--smoke", "--shots", "12"], "task sst2: no examples are left to evaluate beside 12 solved ones."),
-        (["--tasks", "sst2", "--data", "gsm8k=x"], "--data: gsm8k=x: expected NAME=PATH with a name that --tasks has (sst2)."),
-        (["--tasks", "sst2", "--data", "sst2=gone.jsonl"], "--data: gone.jsonl: not found. Give a file of rows, or a folder with train and test."),
+        (
+            [],
+            "nothing to evaluate. Give --cases cases/wiki_basics.yaml, --tasks gsm8k --smoke, or --lm-eval NAME.",
+        ),
+        (
+            ["--tasks", "gsm9k"],
+            "--tasks: gsm9k: no such task. There are sst2, samsum, gsm8k, sms, alpaca, pairs.",
+        ),
+        (
+            ["--tasks", "sst2", "--smoke", "--shots", "0,-1"],
+            "--shots: -1: expected whole numbers, such as 0,4.",
+        ),
+        (
+            ["--tasks", "sst2", "--smoke", "--shots", "12"],
+            "task sst2: no examples are left to evaluate beside 12 solved ones.",
+        ),
+        (
+            ["--tasks", "sst2", "--data", "gsm8k=x"],
+            "--data: gsm8k=x: expected NAME=PATH with a name that --tasks has (sst2).",
+        ),
+        (
+            ["--tasks", "sst2", "--data", "sst2=gone.jsonl"],
+            "--data: gone.jsonl: not found. Give a file of rows, or a folder with train and test.",
+        ),
         (["--cases", "gone.yaml"], "gone.yaml: not found. Give the path of a YAML file."),
-        (["--lm-eval", "x", "--include-path", "gone"], "--include-path: gone: no such folder. Give the one with the YAML files of the tasks."),
-        (["--checkpoints", "gone/*.ckpt", "--tasks", "sst2", "--smoke"], "--checkpoints: gone/*.ckpt: nothing matches. Train a model first: python train.py"),
+        (
+            ["--lm-eval", "x", "--include-path", "gone"],
+            "--include-path: gone: no such folder. Give the one with the YAML files of the tasks.",
+        ),
+        (
+            ["--checkpoints", "gone/*.ckpt", "--tasks", "sst2", "--smoke"],
+            "--checkpoints: gone/*.ckpt: nothing matches. Train a model first: python train.py",
+        ),
     ],
 )
 def test_a_mistake_in_the_flags_is_one_line_before_anything_is_loaded(run, save, flags, message):
@@ -254,7 +386,10 @@ def test_without_lm_eval_the_program_says_what_to_install(run, save, monkeypatch
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     save("a.ckpt")
     code, _, err = run("--lm-eval", "x")
-    assert (code, err) == (2, 'error: --lm-eval needs lm_eval. Install it: pip install "lm_eval>=0.4.13,<0.5"\n')
+    assert (code, err) == (
+        2,
+        'error: --lm-eval needs lm_eval. Install it: pip install "lm_eval>=0.4.13,<0.5"\n',
+    )
 
 
 def test_no_table_of_an_earlier_evaluation_stays(tmp_path, run, save, cases):
@@ -271,4 +406,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, run, save, cases):
     (tmp_path / "results").write_text("a file", encoding="utf-8")
     code, _, err = run("--cases", cases)
     assert code == 2
-    assert err.splitlines()[-1] == f"error: {tmp_path / 'results'}: cannot be written: File exists. Make room or change --out."
+    assert (
+        err.splitlines()[-1]
+        == f"error: {tmp_path / 'results'}: cannot be written: File exists. Make room or change --out."
+    )

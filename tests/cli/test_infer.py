@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import infer
-from tinylm import checkpoint
-from tinylm.config import Config, SamplingConfig
-from tinylm.decoder import Decoder
-from tinylm.engine import Engine, Piece, Prompt
-from tinylm.tokenizer import ByteTokenizer
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.config.schema import Config, SamplingConfig
+from tinylm.generate.engine import Engine, Piece, Prompt
+from tinylm.model.decoder import Decoder
+from tinylm.tokenizer.byte_char import ByteTokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HELP = "The flags: python infer.py --help"
 
 
@@ -34,16 +34,35 @@ def payload(text: str, *, step: int = 7, **sampling: object) -> dict:
     token number p of the text.
     """
     ids = text.encode()
-    shape = {"vocab_size": 260, "max_seq_len": len(ids), "d_model": len(ids), "n_heads": 1, "n_layers": 1, "position": "learned", "tie_embeddings": False}
-    config = Config.model_validate({"model": shape, "training": {"seq_len": len(ids)}, "sampling": {"max_new_tokens": len(ids), **sampling}})
+    shape = {
+        "vocab_size": 260,
+        "max_seq_len": len(ids),
+        "d_model": len(ids),
+        "n_heads": 1,
+        "n_layers": 1,
+        "position": "learned",
+        "tie_embeddings": False,
+    }
+    config = Config.model_validate(
+        {
+            "model": shape,
+            "training": {"seq_len": len(ids)},
+            "sampling": {"max_new_tokens": len(ids), **sampling},
+        }
+    )
     model = Decoder(config.model)
     with torch.no_grad():
-        for weight in (model.embedding.weight, model.blocks[0].attention.out.weight, model.blocks[0].ffn.down.weight, model.head.weight):
+        for weight in (
+            model.embedding.weight,
+            model.blocks[0].attention.out.weight,
+            model.blocks[0].ffn.down.weight,
+            model.head.weight,
+        ):
             weight.zero_()
         model.positions.weight.copy_(torch.eye(len(ids)))
         model.head.weight[list(ids), range(len(ids))] = 20.0
     return {
-        "format": checkpoint.FORMAT, "schema": checkpoint.SCHEMA, "stage": "pretrain", "step": step, "tokens": 1, "train_loss": 2.5, "val_loss": None,
+        "format": checkpoint_format.FORMAT, "schema": checkpoint_format.SCHEMA, "stage": "pretrain", "step": step, "tokens": 1, "train_loss": 2.5, "val_loss": None,
         "created": 1.0, "config": config.to_plain(), "tokenizer": ByteTokenizer().to_plain(), "weights": model.state_dict(),
     }  # fmt: skip
 
@@ -54,7 +73,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
     def write(text: str = " all you need.", name: str = "step-000007.ckpt", **more: object) -> Path:
         path = tmp_path / name
-        checkpoint.write(path, payload(text, **more))
+        checkpoint_format.write(path, payload(text, **more))
         return path
 
     return write
@@ -73,7 +92,11 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
 
 def start(*flags: object, **more: object) -> subprocess.Popen:
     """Starts the program as a user does."""
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
+    streams = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    } | more
     return subprocess.Popen([sys.executable, ROOT / "infer.py", *map(str, flags)], **streams)
 
 
@@ -101,13 +124,24 @@ def test_the_newest_sound_checkpoint_is_the_default_and_a_damaged_one_is_named(r
 
 def test_json_has_each_completion_with_its_tokens(run, save):
     path = save()
-    code, out, _ = run("--ckpt", path, "--prompt", "x", "--n-samples", 2, "--stop", "you", "--json", "--show-probs")
+    code, out, _ = run(
+        "--ckpt", path, "--prompt", "x", "--n-samples", 2, "--stop", "you", "--json", "--show-probs"
+    )
     assert code == 0
     printed = json.loads(out)
-    assert {key: printed[key] for key in ("prompt", "checkpoint", "step")} == {"prompt": "x", "checkpoint": str(path), "step": 7}
+    assert {key: printed[key] for key in ("prompt", "checkpoint", "step")} == {
+        "prompt": "x",
+        "checkpoint": str(path),
+        "step": 7,
+    }
     assert len(printed["completions"]) == 2
     first = printed["completions"][0]
-    assert (first["text"], first["finish_reason"], first["prompt_tokens"], first["truncated"]) == (" all ", "stop", 1, 0)
+    assert (first["text"], first["finish_reason"], first["prompt_tokens"], first["truncated"]) == (
+        " all ",
+        "stop",
+        1,
+        0,
+    )
     assert bytes(first["ids"]) == b" all you"
     assert [token["token"] for token in first["tokens"]] == list(" all you")
     assert all(0.99 < token["probability"] <= 1 for token in first["tokens"])
@@ -127,7 +161,10 @@ def test_probabilities_without_colour_stand_behind_each_token(run, save):
 def test_defaults_are_the_checkpoints_and_flags_go_on_top(run, save):
     path = save("one two three", stop=["two"], top_k=1)
     assert run("--ckpt", path, "--prompt", "x")[1] == "xone \n"
-    assert run("--ckpt", path, "--prompt", "x", "--stop", "three", "--top-k", "none")[1] == "xone two \n"
+    assert (
+        run("--ckpt", path, "--prompt", "x", "--stop", "three", "--top-k", "none")[1]
+        == "xone two \n"
+    )
 
 
 def test_beam_search_says_what_it_does_not_use(run, save):
@@ -143,7 +180,9 @@ def test_a_prompt_longer_than_the_context_is_reported(run, save):
 
 @pytest.mark.parametrize("flags", [["--prompt", "-"], []])
 def test_a_piped_prompt_loses_its_last_newline_only(run, save, monkeypatch, flags):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\n\n".encode()), encoding="utf-8"))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO("é\n\n".encode()), encoding="utf-8")
+    )
     code, out, _ = run("--ckpt", save("0123"), "--json", "--max-new-tokens", 1, *flags)
     assert (code, json.loads(out)["prompt"]) == (0, "é\n")
 
@@ -166,7 +205,13 @@ class Parrot:
         self.endless = endless
         parrot = self
 
-        def stream(engine: Engine, prompt: Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()) -> Iterator[Piece]:
+        def stream(
+            engine: Engine,
+            prompt: Prompt,
+            sampling: SamplingConfig,
+            *,
+            stop_ids: Iterable[int] = (),
+        ) -> Iterator[Piece]:
             text = engine.tokenizer.decode(prompt.ids)
             parrot.asked.append(text)
             assert tuple(stop_ids) == ((259, 258) if "### Output:" in text else ())
@@ -187,7 +232,7 @@ def tuned(tmp_path: Path) -> Callable[..., Path]:
 
     def write(name: str = "sft.ckpt", context: int = 400, **more: object) -> Path:
         path = tmp_path / name
-        checkpoint.write(path, payload("x" * context) | {"stage": "sft"} | more)
+        checkpoint_format.write(path, payload("x" * context) | {"stage": "sft"} | more)
         return path
 
     return write
@@ -205,8 +250,13 @@ def test_a_fine_tuned_model_is_asked_in_its_template_and_answers_alone(run, tune
     code, out, err = run("--ckpt", tuned(), "--prompt", "red")
     assert (code, out) == (0, "RED\n")
     assert parrot.asked == ["### Instruction: red\n### Output:"]
-    assert "template: instruction, as it was fine-tuned; --no-wrap continues the prompt as it stands" in err
-    printed = json.loads(run("--ckpt", tuned(), "--prompt", "red", "--json", "--system", "Be kind.")[1])
+    assert (
+        "template: instruction, as it was fine-tuned; --no-wrap continues the prompt as it stands"
+        in err
+    )
+    printed = json.loads(
+        run("--ckpt", tuned(), "--prompt", "red", "--json", "--system", "Be kind.")[1]
+    )
     assert (printed["template"], printed["completions"][0]["text"]) == ("instruction", " RED\n")
     assert parrot.asked[-1] == "### System: Be kind.\n### Instruction: red\n### Output:"
 
@@ -219,8 +269,12 @@ def test_a_blank_answer_is_told(run, tuned, monkeypatch):
     assert "the answer is blank: the model ended it at once, or wrote white space" in err
 
 
-@pytest.mark.parametrize(("stage", "flags"), [("sft", ["--no-wrap"]), ("pretrain", ["--no-wrap"]), ("pretrain", [])])
-def test_a_base_model_is_never_wrapped_and_no_wrap_leaves_the_prompt_as_it_is(run, tuned, monkeypatch, stage, flags):
+@pytest.mark.parametrize(
+    ("stage", "flags"), [("sft", ["--no-wrap"]), ("pretrain", ["--no-wrap"]), ("pretrain", [])]
+)
+def test_a_base_model_is_never_wrapped_and_no_wrap_leaves_the_prompt_as_it_is(
+    run, tuned, monkeypatch, stage, flags
+):
     parrot = Parrot(monkeypatch)
     assert run("--ckpt", tuned(stage=stage), "--prompt", "red", *flags)[1] == "red RED\n\n"
     assert parrot.asked == ["red"]
@@ -237,7 +291,10 @@ def test_an_answer_ends_at_the_token_of_its_template_and_that_is_not_shown(run, 
     path = tuned(weights=made["weights"], config=made["config"])
     assert run("--ckpt", path, "--prompt", "red")[1] == "yes\n"
     assert run("--ckpt", path, "--prompt", "red", "--n-beams", "2")[1] == "yes\n"
-    assert run("--ckpt", path, "--prompt", question, "--no-wrap", "--max-new-tokens", "10")[1] == f"{question} yesnever\n"
+    assert (
+        run("--ckpt", path, "--prompt", question, "--no-wrap", "--max-new-tokens", "10")[1]
+        == f"{question} yesnever\n"
+    )
 
 
 # --- a conversation ---------------------------------------------------------------------------------------------------
@@ -250,7 +307,9 @@ def test_a_chat_answers_each_line_and_remembers(run, tuned, monkeypatch):
     code, out, err = run("--ckpt", tuned(), "--chat", "--system", "Be kind.")
     assert (code, out) == (0, "RED\nBLUE\nGREEN\n")
     system = "### System: Be kind.\n"
-    red, blue, green = (f"### Instruction: {word}\n### Output:" for word in ("red", "blue", "green"))
+    red, blue, green = (
+        f"### Instruction: {word}\n### Output:" for word in ("red", "blue", "green")
+    )
     assert parrot.asked == [f"{system}{red}", f"{system}{red} RED\n{blue}", f"{system}{green}"]
     said = ["chat: one question a line; /reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer",
             "/nonsense: no such command. There are /reset and /exit.", "forgotten", "error: standard input: not UTF-8 text. The line is left out."]  # fmt: skip
@@ -264,18 +323,29 @@ def test_a_chat_forgets_its_oldest_turns_where_the_context_is_full(run, tuned, m
     code, out, err = run("--ckpt", tuned(context=100), "--chat")
     assert (code, out) == (0, f"RED\nBLUE\n{('long' * 30).upper()[-88:]}\n")
     assert parrot.asked[1] == "### Instruction: blue\n### Output:"
-    assert err.count("the context is full: the oldest 1 of the answered questions are forgotten") == 2
+    assert (
+        err.count("the context is full: the oldest 1 of the answered questions are forgotten") == 2
+    )
     assert "and the context holds 100: the first " in err
 
 
 def test_a_question_that_cannot_be_asked_does_not_end_the_chat(run, tuned, monkeypatch):
     """The tokenizer has no x."""
-    from tinylm.tokenizer import CharTokenizer
+    from tinylm.tokenizer.byte_char import CharTokenizer
 
     tokenizer = CharTokenizer("### Instruction: \n### Output:abcd", unknown="error")
     made = payload("x" * 400)
-    config = made["config"] | {"model": made["config"]["model"] | {"vocab_size": 260}, "tokenizer": {"kind": "char"}}
-    monkeypatch.setattr(Engine, "stream", lambda engine, prompt, sampling, *, stop_ids=(): iter([Piece("!", 0, 0.0, finish_reason="eos")]))
+    config = made["config"] | {
+        "model": made["config"]["model"] | {"vocab_size": 260},
+        "tokenizer": {"kind": "char"},
+    }
+    monkeypatch.setattr(
+        Engine,
+        "stream",
+        lambda engine, prompt, sampling, *, stop_ids=(): iter(
+            [Piece("!", 0, 0.0, finish_reason="eos")]
+        ),
+    )
     piped(monkeypatch, "x\na\n")
     code, out, err = run("--ckpt", tuned(config=config, tokenizer=tokenizer.to_plain()), "--chat")
     assert (code, out) == (0, "!\n")
@@ -291,25 +361,38 @@ def test_ctrl_c_stops_an_answer_and_what_was_written_is_remembered(run, tuned, m
         monkeypatch.setattr(sys.stdin, "isatty", lambda typed=typed: typed, raising=False)
         code, out, _ = run("--ckpt", tuned(), "--chat")
         assert (code, out) == expected
-    assert parrot.asked[1] == "### Instruction: stop! here\n### Output: STOP!\n### Instruction: go\n### Output:"
+    assert (
+        parrot.asked[1]
+        == "### Instruction: stop! here\n### Output: STOP!\n### Instruction: go\n### Output:"
+    )
 
 
 def test_an_answer_cannot_steer_a_terminal(run, tuned, monkeypatch):
     """J1, in a chat: ESC, OSC 52 and bidi as escapes; they stay in the history as they were."""
     text = "\x1b[2J\x1b]52;c;eA==\x07\u202e!"
-    monkeypatch.setattr(Engine, "stream", lambda engine, prompt, sampling, *, stop_ids=(): iter([Piece(text, 0, 0.0, finish_reason="eos")]))
+    monkeypatch.setattr(
+        Engine,
+        "stream",
+        lambda engine, prompt, sampling, *, stop_ids=(): iter(
+            [Piece(text, 0, 0.0, finish_reason="eos")]
+        ),
+    )
     piped(monkeypatch, "red\x1b\n/\x1b[31m\n")
     _, out, err = run("--ckpt", tuned(), "--chat")
     assert out == 2 * "\\x1b[2J\\x1b]52;c;eA==\\x07\\u202e!\n"
     assert "\x1b" not in out + err
 
 
-def test_a_chat_takes_the_newest_fine_tuned_checkpoint_of_the_folder_or_one_below(run, tuned, save, monkeypatch, tmp_path):
+def test_a_chat_takes_the_newest_fine_tuned_checkpoint_of_the_folder_or_one_below(
+    run, tuned, save, monkeypatch, tmp_path
+):
     """By the time of writing, over runs; base models are passed over."""
     Parrot(monkeypatch)
     save(name="step-000900.ckpt")
     for folder, created in (("a", 5.0), ("b", 9.0), ("c", 7.0)):
-        tuned(f"{folder}/step-000001.ckpt", created=created, stage="dpo" if folder == "b" else "sft")
+        tuned(
+            f"{folder}/step-000001.ckpt", created=created, stage="dpo" if folder == "b" else "sft"
+        )
     piped(monkeypatch, "red\n")
     code, out, err = run("--dir", tmp_path, "--chat")
     assert (code, out) == (0, "RED\n")
@@ -324,10 +407,16 @@ def test_a_chat_template_that_reaches_out_or_does_not_end_is_one_error(run, tune
     made = payload("x" * 400)["config"]
     for source, words in (
         ("{{ ''.__class__.__mro__ }}", "chat template"),
-        (OWN_TEMPLATE + "{% if 'loop' in messages[0].content %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}", ""),
+        (
+            OWN_TEMPLATE
+            + "{% if 'loop' in messages[0].content %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
+            "",
+        ),
     ):
         plain = byte_level().to_plain() | {"chat_template": source}
-        path = tuned(config=made | {"data": made["data"] | {"template": "chat_template"}}, tokenizer=plain)
+        path = tuned(
+            config=made | {"data": made["data"] | {"template": "chat_template"}}, tokenizer=plain
+        )
         piped(monkeypatch, "loop\nhello\n")
         code, out, err = run("--ckpt", path, "--chat", "--max-new-tokens", "2")
         assert code == (2 if words else 0)
@@ -338,12 +427,36 @@ def test_a_chat_template_that_reaches_out_or_does_not_end_is_one_error(run, tune
 @pytest.mark.parametrize(
     ("stage", "flags", "message"),
     [
-        ("sft", ["--chat", "--prompt", "x"], "--prompt: it has no part in --chat. Leave one of the two out."),
-        ("sft", ["--chat", "--json"], "--json: it has no part in --chat. Leave one of the two out."),
-        ("sft", ["--chat", "--n-samples", "2"], "--n-samples: it has no part in --chat. Leave one of the two out."),
-        ("sft", ["--prompt", "x", "--system", "y", "--no-wrap"], "--system: only a fine-tuned model that is asked in its template is told something before."),
-        ("pretrain", ["--prompt", "x", "--system", "y"], "--system: only a fine-tuned model that is asked in its template is told something before."),
-        ("pretrain", ["--chat"], "is a base model, which continues texts and was not taught to answer. Fine-tune it first (python finetune.py"),
+        (
+            "sft",
+            ["--chat", "--prompt", "x"],
+            "--prompt: it has no part in --chat. Leave one of the two out.",
+        ),
+        (
+            "sft",
+            ["--chat", "--json"],
+            "--json: it has no part in --chat. Leave one of the two out.",
+        ),
+        (
+            "sft",
+            ["--chat", "--n-samples", "2"],
+            "--n-samples: it has no part in --chat. Leave one of the two out.",
+        ),
+        (
+            "sft",
+            ["--prompt", "x", "--system", "y", "--no-wrap"],
+            "--system: only a fine-tuned model that is asked in its template is told something before.",
+        ),
+        (
+            "pretrain",
+            ["--prompt", "x", "--system", "y"],
+            "--system: only a fine-tuned model that is asked in its template is told something before.",
+        ),
+        (
+            "pretrain",
+            ["--chat"],
+            "is a base model, which continues texts and was not taught to answer. Fine-tune it first (python finetune.py",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together_are_told(run, tuned, monkeypatch, stage, flags, message):
@@ -354,9 +467,14 @@ def test_flags_that_do_not_go_together_are_told(run, tuned, monkeypatch, stage, 
 def test_a_chat_without_a_fine_tuned_checkpoint_or_input_is_told(run, save, tmp_path, monkeypatch):
     save()
     piped(monkeypatch, "red\n")
-    assert refused(run("--dir", tmp_path, "--chat")).startswith(f"{tmp_path}: no fine-tuned checkpoint here or in a folder below. Teach a model")
+    assert refused(run("--dir", tmp_path, "--chat")).startswith(
+        f"{tmp_path}: no fine-tuned checkpoint here or in a folder below. Teach a model"
+    )
     monkeypatch.setattr(sys, "stdin", None)
-    assert refused(run("--chat")) == "--chat: standard input is closed. Start it in a terminal, or pipe questions into it, one a line."
+    assert (
+        refused(run("--chat"))
+        == "--chat: standard input is closed. Start it in a terminal, or pipe questions into it, one a line."
+    )
 
 
 @pytest.mark.slow
@@ -364,7 +482,16 @@ def test_a_chat_on_a_terminal_stops_an_answer_and_goes_on(save, tuned, tmp_path)
     """A true terminal: Ctrl-C while the answer is written, Ctrl-C at the sign, then /exit."""
     path = tuned(config=payload("x" * 400, max_new_tokens=1_000_000)["config"])
     ours, theirs = pty.openpty()
-    program = start("--ckpt", path, "--chat", stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "dumb"}, start_new_session=True)
+    program = start(
+        "--ckpt",
+        path,
+        "--chat",
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "dumb"},
+        start_new_session=True,
+    )
     os.close(theirs)
     received = b""
 
@@ -400,17 +527,29 @@ def refused(result: tuple[int, str, str]) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature", "-1"], f"--temperature: should be greater than or equal to 0, found -1. {HELP}"),
+        (
+            ["--temperature", "-1"],
+            f"--temperature: should be greater than or equal to 0, found -1. {HELP}",
+        ),
         (["--temperature", "nan"], f"--temperature: should be a finite number, found nan. {HELP}"),
-        (["--temperature", "warm"], f"--temperature: should be a valid number, found 'warm'. {HELP}"),
+        (
+            ["--temperature", "warm"],
+            f"--temperature: should be a valid number, found 'warm'. {HELP}",
+        ),
         (["--temperature", "none"], f"--temperature: should be a valid number, found None. {HELP}"),
         (["--top-k", "0"], f"--top-k: should be greater than or equal to 1, found 0. {HELP}"),
         (["--top-k", "2.5"], f"--top-k: should be a valid integer, found 2.5. {HELP}"),
         (["--top-p", "1.1"], f"--top-p: should be less than or equal to 1, found 1.1. {HELP}"),
-        (["--max-new-tokens", "9" * 5000], f"--max-new-tokens: should be a valid integer, found inf. {HELP}"),
+        (
+            ["--max-new-tokens", "9" * 5000],
+            f"--max-new-tokens: should be a valid integer, found inf. {HELP}",
+        ),
         (["--seed", "\x1b[31m"], f"--seed: should be a valid integer, found '\\x1b[31m'. {HELP}"),
         (["--stop", ""], f"--stop: should have at least 1 character, found ''. {HELP}"),
-        (["--n-beams", "2", "--n-samples", "2"], "--n-samples: beam search gives one text. Set n_beams or n_samples to 1."),
+        (
+            ["--n-beams", "2", "--n-samples", "2"],
+            "--n-samples: beam search gives one text. Set n_beams or n_samples to 1.",
+        ),
     ],
 )
 def test_a_flag_out_of_bounds_is_named(run, flags, message):
@@ -422,16 +561,33 @@ def test_a_flag_out_of_bounds_is_named(run, flags, message):
 @pytest.mark.parametrize("value", ["0", "-1", "1e308", "nan", "", "none", "[1]"])
 def test_no_value_of_a_sampling_flag_is_a_traceback(run, save, name, value):
     """F7: it runs, or one line says what is wrong."""
-    code, _, err = run("--ckpt", save("abc"), "--prompt", "x", "--max-new-tokens", "3", f"{infer.flag(name)}={value}")
+    code, _, err = run(
+        "--ckpt",
+        save("abc"),
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "3",
+        f"{infer.flag(name)}={value}",
+    )
     assert (code == 0) != err.splitlines()[-1].startswith("error: --")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dir", "nowhere"], "nowhere: no checkpoint here. Train one (python train.py --config config_smoke.yaml), or give --ckpt FILE."),
-        (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt: not found. Give a .ckpt file; `python list.py` shows them."),
-        (["--prompt", "\udcff"], "--prompt: not UTF-8 text. Type it in a UTF-8 terminal, or pipe a UTF-8 file into the program."),
+        (
+            ["--dir", "nowhere"],
+            "nowhere: no checkpoint here. Train one (python train.py --config config_smoke.yaml), or give --ckpt FILE.",
+        ),
+        (
+            ["--ckpt", "nowhere.ckpt"],
+            "nowhere.ckpt: not found. Give a .ckpt file; `python list.py` shows them.",
+        ),
+        (
+            ["--prompt", "\udcff"],
+            "--prompt: not UTF-8 text. Type it in a UTF-8 terminal, or pipe a UTF-8 file into the program.",
+        ),
     ],
 )
 def test_what_is_missing_is_said(run, tmp_path, monkeypatch, flags, message):
@@ -452,7 +608,9 @@ def test_piped_bytes_that_are_no_text_are_an_error(run, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_an_absent_device_is_an_error(run, save):
     """F6."""
-    assert refused(run("--ckpt", save(), "--prompt", "x", "--device", "cuda")).startswith("--device: cuda was asked for, and PyTorch")
+    assert refused(run("--ckpt", save(), "--prompt", "x", "--device", "cuda")).startswith(
+        "--device: cuda was asked for, and PyTorch"
+    )
 
 
 def test_a_tokenizer_of_another_size_is_refused(run, save, tmp_path):
@@ -461,12 +619,18 @@ def test_a_tokenizer_of_another_size_is_refused(run, save, tmp_path):
     Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, "a")).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}', encoding="utf-8")
     message = refused(run("--ckpt", save(), "--prompt", "x", "--tokenizer", tmp_path))
-    assert message == f"--tokenizer: {tmp_path} has 2 tokens, and this model was trained with 260. Leave --tokenizer out."
+    assert (
+        message
+        == f"--tokenizer: {tmp_path} has 2 tokens, and this model was trained with 260. Leave --tokenizer out."
+    )
 
 
 def test_an_empty_tokenizer_name_is_refused(run, save):
     message = refused(run("--ckpt", save(), "--prompt", "x", "--tokenizer", ""))
-    assert message == "--tokenizer: '' is no name or folder. Give auto, byte, or a Hugging Face name or folder."
+    assert (
+        message
+        == "--tokenizer: '' is no name or folder. Give auto, byte, or a Hugging Face name or folder."
+    )
 
 
 def test_a_pickle_is_refused_and_not_run(run, tmp_path):
@@ -487,7 +651,15 @@ def test_debug_shows_the_traceback(tmp_path):
         infer.main(["--debug", "--prompt", "x", "--dir", str(tmp_path)])
 
 
-@pytest.mark.parametrize("flags", [["--nonsense\x1b]52;c;x\n"], ["--device", "tpu\n"], ["--ckpt", "a", "--dir", "b"], ["--temp", "1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--nonsense\x1b]52;c;x\n"],
+        ["--device", "tpu\n"],
+        ["--ckpt", "a", "--dir", "b"],
+        ["--temp", "1"],
+    ],
+)
 def test_a_wrong_command_line_is_one_line_without_escapes(capsys, flags):
     """J1, J2: argparse would print an unknown flag as it is; abbreviations are refused, lest a new flag changes their meaning."""
     with pytest.raises(SystemExit) as stopped:
@@ -525,7 +697,13 @@ def test_a_token_is_coloured_by_its_probability_and_a_split_character_by_all_its
     """0.8 is green; the two halves of é have 0.8 * 0.5 = 0.4, which is yellow; what ends with nothing shown is forgotten."""
     form = infer.Coloured()
     log = {p: torch.tensor(p, dtype=torch.float64).log().item() for p in (0.8, 0.5)}
-    pieces = [("a", 0.8, None), ("", 0.8, None), ("é", 0.5, None), ("", 0.5, "stop"), ("\x1b", 0.8, None)]
+    pieces = [
+        ("a", 0.8, None),
+        ("", 0.8, None),
+        ("é", 0.5, None),
+        ("", 0.5, "stop"),
+        ("\x1b", 0.8, None),
+    ]
     shown = [form(Piece(text, 0, log[p], 0, end)) for text, p, end in pieces]
     assert shown == ["\x1b[32ma\x1b[0m", "", "\x1b[33mé\x1b[0m", "", "\x1b[32m\\x1b\x1b[0m"]
 
@@ -534,7 +712,15 @@ def on_terminal(path: Path, *flags: str, **env: str) -> str:
     """What a terminal receives as stdout."""
     ours, theirs = pty.openpty()
     clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM")}
-    program = start("--ckpt", path, "--prompt", "x", *flags, stdout=theirs, env={**clean, "TERM": "xterm", **env})
+    program = start(
+        "--ckpt",
+        path,
+        "--prompt",
+        "x",
+        *flags,
+        stdout=theirs,
+        env={**clean, "TERM": "xterm", **env},
+    )
     os.close(theirs)
     received = b""
     try:
@@ -551,7 +737,10 @@ def on_terminal(path: Path, *flags: str, **env: str) -> str:
 def test_a_terminal_gets_colour_unless_it_says_no(save):
     """The prompt is dim, sure tokens bright green; with NO_COLOR neither; text is escaped on both."""
     path = save("a\x1b")
-    assert on_terminal(path, "--show-probs") == "\x1b[2mx\x1b[0m\x1b[92ma\x1b[0m\x1b[92m\\x1b\x1b[0m\r\n"
+    assert (
+        on_terminal(path, "--show-probs")
+        == "\x1b[2mx\x1b[0m\x1b[92ma\x1b[0m\x1b[92m\\x1b\x1b[0m\r\n"
+    )
     assert on_terminal(path, "--show-probs", NO_COLOR="1") == "a(1.00) \\x1b(1.00) \r\n"
 
 
@@ -561,7 +750,12 @@ def test_a_terminal_gets_colour_unless_it_says_no(save):
 def test_help_is_quick_and_opens_with_the_command():
     """Under 0.5 s, counted in processor time, which other programs do not lengthen; and no torch, which alone takes longer."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "infer.py", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "infer.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.startswith('usage: python infer.py --prompt "Attention is"')
     assert not re.search(r"\| +(torch|numpy|lightning|transformers)$", done.stderr, re.MULTILINE)
@@ -577,10 +771,21 @@ def test_help_shows_every_sampling_setting(capsys):
 
 @pytest.mark.slow
 def test_lightning_is_not_imported(save):
-    command = [sys.executable, "-X", "importtime", ROOT / "infer.py", "--ckpt", save(), "--prompt", "x"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        ROOT / "infer.py",
+        "--ckpt",
+        save(),
+        "--prompt",
+        "x",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"\| +torch$", done.stderr, re.MULTILINE)
-    assert not re.search(r"\| +(lightning|transformers|tokenizers|rich)$", done.stderr, re.MULTILINE)
+    assert not re.search(
+        r"\| +(lightning|transformers|tokenizers|rich)$", done.stderr, re.MULTILINE
+    )
 
 
 @pytest.mark.slow
@@ -612,21 +817,45 @@ def test_a_reader_that_leaves_is_no_error(save):
 def test_closed_streams_are_no_error_and_reports_never_go_to_stdout(save, closed, out):
     """C4: Python has None for a stream that was closed at the start."""
     command = f'exec "$0" "$1" --ckpt "$2" --prompt x {closed}'
-    done = subprocess.run(["bash", "-c", command, sys.executable, ROOT / "infer.py", save("ab")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, ROOT / "infer.py", save("ab")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, out)
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 def test_a_terminal_that_is_not_utf8_gets_escapes(save):
-    program = start("--ckpt", save("é"), "--prompt", "x", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    program = start(
+        "--ckpt", save("é"), "--prompt", "x", env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
     assert program.communicate()[0] == b"x\\xe9\n"
 
 
 def test_all_options_of_the_model_load_and_write(run, tmp_path):
     """A buffer that is not in the file (ALiBi's slopes) must be there after loading, too."""
     for position in ("alibi", "rope"):
-        config = Config.model_validate({"model": {"vocab_size": 260, "n_layers": 1, "d_model": 8, "n_heads": 2, "position": position}})
-        checkpoint.write(tmp_path / "a.ckpt", {**payload("x"), "config": config.to_plain(), "weights": Decoder(config.model).state_dict()})
+        config = Config.model_validate(
+            {
+                "model": {
+                    "vocab_size": 260,
+                    "n_layers": 1,
+                    "d_model": 8,
+                    "n_heads": 2,
+                    "position": position,
+                }
+            }
+        )
+        checkpoint_format.write(
+            tmp_path / "a.ckpt",
+            {
+                **payload("x"),
+                "config": config.to_plain(),
+                "weights": Decoder(config.model).state_dict(),
+            },
+        )
         code, out, _ = run("--ckpt", tmp_path / "a.ckpt", "--prompt", "x", "--max-new-tokens", 5)
         assert (code, out[0]) == (0, "x")

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from tinylm.device import pick_device
-from tinylm.errors import UserError
+from tinylm.common.device import pick_device
+from tinylm.common.errors import UserError
 
 
 @pytest.fixture
@@ -41,7 +41,9 @@ def test_the_device_asked_for_is_taken_where_a_better_one_is(machine):
     assert pick_device("mps") == ("mps", "asked for")
 
 
-@pytest.mark.parametrize(("name", "has", "available"), [("cuda", {"mps": True}, "mps, cpu"), ("mps", {}, "cpu")])
+@pytest.mark.parametrize(
+    ("name", "has", "available"), [("cuda", {"mps": True}, "mps, cpu"), ("mps", {}, "cpu")]
+)
 def test_an_absent_device_is_an_error_that_says_what_is_available(machine, name, has, available):
     machine(**has)
     with pytest.raises(UserError) as error:
@@ -56,12 +58,14 @@ def test_a_name_that_is_no_device_is_a_callers_mistake():
         pick_device("gpu")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's malloc is left alone")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="another C library's malloc is left alone"
+)
 def test_memory_that_was_let_go_is_taken_again_without_page_faults():
     """64 MB are 15,625 pages of 4 kB. Left alone, glibc maps a block of that size anew each time; kept, its pages are there."""
     code = """
 import resource
-from tinylm.device import keep_freed_memory
+from tinylm.common.device import keep_freed_memory
 keep_freed_memory()
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

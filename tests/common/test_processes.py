@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tinylm.errors import UserError
-from tinylm.processes import KEPT, Children, in_order
+from tinylm.common.errors import UserError
+from tinylm.common.processes import KEPT, Children, in_order
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def is_helper() -> bool:
@@ -44,7 +44,9 @@ def die_as_a_helper(number: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_results_come_in_the_order_of_the_jobs(processes):
-    assert list(in_order(squared, range(60), processes)) == [number * number for number in range(60)]
+    assert list(in_order(squared, range(60), processes)) == [
+        number * number for number in range(60)
+    ]
     assert list(in_order(squared, [], processes)) == []
 
 
@@ -52,7 +54,11 @@ def test_results_come_in_the_order_of_the_jobs(processes):
 def test_what_a_job_raises_is_raised(processes):
     for only in (0, 2):  # with a helper, the first jobs are for it, the third is for this process
         with pytest.raises(UserError, match="seven"):
-            list(in_order(refuse_seven, [7 if number == only else 1 for number in range(20)], processes))
+            list(
+                in_order(
+                    refuse_seven, [7 if number == only else 1 for number in range(20)], processes
+                )
+            )
 
 
 def test_jobs_are_asked_for_as_they_are_needed():
@@ -65,7 +71,10 @@ def test_jobs_are_asked_for_as_they_are_needed():
 
 
 def test_a_killed_helper_is_an_error():
-    with pytest.raises(UserError, match="a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes."):
+    with pytest.raises(
+        UserError,
+        match="a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes.",
+    ):
         list(in_order(die_as_a_helper, range(20), 2))
 
 
@@ -73,9 +82,27 @@ def test_a_killed_helper_is_an_error():
 def command(tmp_path) -> Iterator[subprocess.Popen]:
     """`encode` with a helper, busy with a text that takes it seconds, in a process group of its own."""
     (tmp_path / "a.txt").write_text("some words\n" * 3_000_000, encoding="utf-8")
-    words = ["encode", "--data", tmp_path / "a.txt", "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--processes", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "tinylm", *words], cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True)
-    assert process.stderr is not None and process.stderr.readline().startswith("encoding with 2 processes")
+    words = [
+        "encode",
+        "--data",
+        tmp_path / "a.txt",
+        "--tokenizer",
+        "byte",
+        "--out",
+        tmp_path / "a.bin",
+        "--processes",
+        "2",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinylm", *words],
+        cwd=ROOT,
+        text=True,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stderr is not None and process.stderr.readline().startswith(
+        "encoding with 2 processes"
+    )
     yield process
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -90,7 +117,9 @@ def test_helpers_end_with_a_killed_parent(command):
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                state, _, group, *_ = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+                state, _, group, *_ = (
+                    (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+                )
             except (FileNotFoundError, ProcessLookupError):
                 continue
             if int(group) == command.pid and state != "Z":
@@ -98,7 +127,9 @@ def test_helpers_end_with_a_killed_parent(command):
         return found
 
     deadline = time.monotonic() + 20
-    while len(running()) < 3 and time.monotonic() < deadline:  # itself, the helper, and Python's resource tracker
+    while (
+        len(running()) < 3 and time.monotonic() < deadline
+    ):  # itself, the helper, and Python's resource tracker
         time.sleep(0.05)
     command.kill()
     while running() and time.monotonic() < deadline:
@@ -113,27 +144,41 @@ def test_ctrl_c_is_three_lines_also_while_helpers_start(command, seconds):
     time.sleep(seconds)
     os.killpg(command.pid, signal.SIGINT)
     _, said = command.communicate(timeout=60)
-    assert (command.returncode, said) == (130, "interrupted; the same command with --resume goes on from here\n\nstopped by Ctrl-C\n")
+    assert (command.returncode, said) == (
+        130,
+        "interrupted; the same command with --resume goes on from here\n\nstopped by Ctrl-C\n",
+    )
 
 
 def test_ctrl_c_in_the_run_of_a_text_is_exit_code_130_too(tmp_path):
     """As in an import that makes a dataclass; begun with -m, CPython would end the program by the signal: -2."""
     program = """import sys
-from tinylm.program import run_program
+from tinylm.cli.program import run_program
 sys.exit(run_program(lambda: exec("raise KeyboardInterrupt"), debug=False))
 """
     (tmp_path / "stopped.py").write_text(program, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "stopped"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (130, "\nstopped by Ctrl-C\n")
 
 
 # --- a program as a child ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the signal is put off in the child alone there")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the signal is put off in the child alone there"
+)
 def test_ctrl_c_waits_for_a_program_that_is_still_starting(tmp_path, capfd):
     """It comes before the interpreter has read a line, and would be a traceback of its imports; SIGINT's exit code is 128 + 2."""
-    program = "from tinylm.program import run_program; import time; run_program(lambda: time.sleep(60), debug=False) == 130 or exit(1); exit(130)"
-    code = Children(received=signal.SIGINT).run([sys.executable, "-c", program], stdout=None, stderr=None)
+    program = "from tinylm.cli.program import run_program; import time; run_program(lambda: time.sleep(60), debug=False) == 130 or exit(1); exit(130)"
+    code = Children(received=signal.SIGINT).run(
+        [sys.executable, "-c", program], stdout=None, stderr=None
+    )
     assert (code, capfd.readouterr().err) == (130, "\nstopped by Ctrl-C\n")

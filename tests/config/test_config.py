@@ -9,18 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tinylm.config import CONFIG_BYTES_LIMIT, COUNT_LIMIT, Config, MixPart, load_config, sections
-from tinylm.decoder import Decoder, count_parameters
-from tinylm.errors import UserError
+from tests.conftest import CONFIGS
+from tinylm.common.errors import UserError
+from tinylm.config.loader import CONFIG_BYTES_LIMIT, load_config, sections
+from tinylm.config.schema import COUNT_LIMIT, Config, MixPart
+from tinylm.model.decoder import Decoder, count_parameters
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SECTIONS = ", ".join(Config.model_fields)
-MEANING = {f"{key}.{name}": info.description for key, section in sections() for name, info in section.model_fields.items()}
+MEANING = {
+    f"{key}.{name}": info.description
+    for key, section in sections()
+    for name, info in section.model_fields.items()
+}
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +82,12 @@ def error_of(text: str | bytes, *overrides: str) -> str:
 )
 def test_yaml_values_read_as_people_mean_them(text, key, expected):
     """Floats need no dot (YAML 1.1 wants one), 1e5 is a count, and what YAML 1.1 takes for dates and base 60 stays text."""
-    found = getattr(load(f"training: {{{text}}}" if not text.endswith(":") else f"training:\n  {text}").training, key)
+    found = getattr(
+        load(
+            f"training: {{{text}}}" if not text.endswith(":") else f"training:\n  {text}"
+        ).training,
+        key,
+    )
     assert found == expected
     assert type(found) is type(expected)
 
@@ -104,15 +114,30 @@ def test_a_tokenizer_path_means_hf():
 LOOK = "Look at this line and the one above."
 TEXT = "expected text (in quotes, if YAML reads it as something else)"
 UNKNOWN = [
-    ("training:\n  seed: 1\n  lrr: 3e-4\n", "c.yaml:3: training.lrr: no such setting; did you mean lr?"),
-    ("model:\n  moe:\n    n_expert: 4\n", "c.yaml:3: model.moe.n_expert: no such setting; did you mean n_experts?"),
+    (
+        "training:\n  seed: 1\n  lrr: 3e-4\n",
+        "c.yaml:3: training.lrr: no such setting; did you mean lr?",
+    ),
+    (
+        "model:\n  moe:\n    n_expert: 4\n",
+        "c.yaml:3: model.moe.n_expert: no such setting; did you mean n_experts?",
+    ),
     ("trainig:\n  lr: 1\n", "c.yaml:1: trainig: no such setting; did you mean training?"),
-    ("model: {seq_len: 64}", "c.yaml:1: model.seq_len: no such setting; did you mean training.seq_len?"),
+    (
+        "model: {seq_len: 64}",
+        "c.yaml:1: model.seq_len: no such setting; did you mean training.seq_len?",
+    ),
     ("lr: 1", "c.yaml:1: lr: no such setting; did you mean training.lr?"),
-    ("model: {top_k: 1}", "c.yaml:1: model.top_k: no such setting; did you mean model.moe.top_k or sampling.top_k?"),
+    (
+        "model: {top_k: 1}",
+        "c.yaml:1: model.top_k: no such setting; did you mean model.moe.top_k or sampling.top_k?",
+    ),
     ("nonsense: 1", f"c.yaml:1: nonsense: no such setting; the settings here are {SECTIONS}."),
     ("7: 1", f"c.yaml:1: 7: no such setting; the settings here are {SECTIONS}."),
-    ("model: {moe: {<<: {top_k: 1}}}", "c.yaml:1: model.moe.<<: no such setting; the settings here are n_experts, top_k, balance_coef."),
+    (
+        "model: {moe: {<<: {top_k: 1}}}",
+        "c.yaml:1: model.moe.<<: no such setting; the settings here are n_experts, top_k, balance_coef.",
+    ),
 ]
 WRONG = [  # what is meant follows in each message
     ("lr: fast", 'training.lr: expected a number, found "fast".'),
@@ -137,50 +162,142 @@ WRONG = [  # what is meant follows in each message
     ("betas: [0.9, 0.9, 0.9]", "training.betas: expected at most 2 items, found [0.9, 0.9, 0.9]."),
     ("betas: 0.9", "training.betas: expected a list, [a, b], found 0.9."),
     ("betas: [0.9, 1]", "training.betas: expected less than 1.0, found 1."),
-    ("optimizer: adam", "training.optimizer: expected 'adamw', 'adamw_plain', 'sgd' or 'muon', found \"adam\"."),
+    (
+        "optimizer: adam",
+        "training.optimizer: expected 'adamw', 'adamw_plain', 'sgd' or 'muon', found \"adam\".",
+    ),
     ("loggers: [csv]", "training.loggers: expected 'tensorboard' or 'wandb', found \"csv\"."),
     ("sample_prompt: no", f"training.sample_prompt: {TEXT}, found false."),
     ("checkpoint_dir: ''", 'training.checkpoint_dir: expected text that is not empty, found "".'),
     ("checkpoint_dir: 'x\u202e'", None),
-    ('checkpoint_dir: "a\\0b"', r'training.checkpoint_dir: expected text that matches ^[^\x00]*$, found "a\u0000b".'),
-    ('checkpoint_dir: "\\ud800"', r'training.checkpoint_dir: expected text without lone surrogates, found "\ud800".'),
-    (f"checkpoint_dir: {'x' * 5000}", f'training.checkpoint_dir: expected text of at most 4096 characters, found "{"x" * 76}....'),
-    ("run_name: ../up", 'training.run_name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$, found "../up".'),
+    (
+        'checkpoint_dir: "a\\0b"',
+        r'training.checkpoint_dir: expected text that matches ^[^\x00]*$, found "a\u0000b".',
+    ),
+    (
+        'checkpoint_dir: "\\ud800"',
+        r'training.checkpoint_dir: expected text without lone surrogates, found "\ud800".',
+    ),
+    (
+        f"checkpoint_dir: {'x' * 5000}",
+        f'training.checkpoint_dir: expected text of at most 4096 characters, found "{"x" * 76}....',
+    ),
+    (
+        "run_name: ../up",
+        'training.run_name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$, found "../up".',
+    ),
 ]
 ELSEWHERE = [
-    ("training:", "c.yaml:1: training: expected a section, found null. Write its settings indented below it, or take it out."),
-    ("model:\n  moe: 3", "c.yaml:2: model.moe: expected a section, found 3. Write its settings indented below it, or take it out."),
-    ("training:\n  lr: 3\n  seed: 1\n  lr: 4\n", "c.yaml:4: training.lr: the key stands on line 2 already. Keep one."),
-    ("model: {}\ndata: {}\nmodel: {}\n", "c.yaml:3: model: the key stands on line 1 already. Keep one."),
-    ("training.lr: 3", 'c.yaml:1: expected one plain name as key, found "training.lr". Write section: and, indented below it, name: value.'),
-    ('"\\ud800": 3', r'c.yaml:1: expected one plain name as key, found "\ud800". Write section: and, indented below it, name: value.'),
-    ("? [a]\n: 3", "c.yaml:1: expected one plain name as key, found a list or mapping. Write section: and, indented below it, name: value."),
-    ("training: {lr: !!int fast}", 'c.yaml:1: training.lr: "fast" is no int. Write it out, or quote it if it is text.'),
-    ("training: {lr: !!bool fast}", 'c.yaml:1: training.lr: "fast" is no bool. Write it out, or quote it if it is text.'),
-    ("training: {lr: 1__0}", 'c.yaml:1: training.lr: "1__0" is no int. Write it out, or quote it if it is text.'),
-    ("sampling: {stop: [a: b]}", "c.yaml:1: sampling.stop[0]: expected a plain value, found key: value. Put quotes around text with a colon."),
-    ("training: {betas: [0.9, !!float fast]}", 'c.yaml:1: training.betas[1]: "fast" is no float. Write it out, or quote it if it is text.'),
+    (
+        "training:",
+        "c.yaml:1: training: expected a section, found null. Write its settings indented below it, or take it out.",
+    ),
+    (
+        "model:\n  moe: 3",
+        "c.yaml:2: model.moe: expected a section, found 3. Write its settings indented below it, or take it out.",
+    ),
+    (
+        "training:\n  lr: 3\n  seed: 1\n  lr: 4\n",
+        "c.yaml:4: training.lr: the key stands on line 2 already. Keep one.",
+    ),
+    (
+        "model: {}\ndata: {}\nmodel: {}\n",
+        "c.yaml:3: model: the key stands on line 1 already. Keep one.",
+    ),
+    (
+        "training.lr: 3",
+        'c.yaml:1: expected one plain name as key, found "training.lr". Write section: and, indented below it, name: value.',
+    ),
+    (
+        '"\\ud800": 3',
+        r'c.yaml:1: expected one plain name as key, found "\ud800". Write section: and, indented below it, name: value.',
+    ),
+    (
+        "? [a]\n: 3",
+        "c.yaml:1: expected one plain name as key, found a list or mapping. Write section: and, indented below it, name: value.",
+    ),
+    (
+        "training: {lr: !!int fast}",
+        'c.yaml:1: training.lr: "fast" is no int. Write it out, or quote it if it is text.',
+    ),
+    (
+        "training: {lr: !!bool fast}",
+        'c.yaml:1: training.lr: "fast" is no bool. Write it out, or quote it if it is text.',
+    ),
+    (
+        "training: {lr: 1__0}",
+        'c.yaml:1: training.lr: "1__0" is no int. Write it out, or quote it if it is text.',
+    ),
+    (
+        "sampling: {stop: [a: b]}",
+        "c.yaml:1: sampling.stop[0]: expected a plain value, found key: value. Put quotes around text with a colon.",
+    ),
+    (
+        "training: {betas: [0.9, !!float fast]}",
+        'c.yaml:1: training.betas[1]: "fast" is no float. Write it out, or quote it if it is text.',
+    ),
 ]
 NOT_YAML = [
-    ("training:\n\tlr: 3\n", f"c.yaml:2: not YAML: a tab indents this line, and YAML wants spaces. {LOOK}"),
-    ("training:\n  lr: 3\n seed: 3\n", f"c.yaml:3: not YAML: expected <block end>, but found '<block mapping start>'. {LOOK}"),
+    (
+        "training:\n\tlr: 3\n",
+        f"c.yaml:2: not YAML: a tab indents this line, and YAML wants spaces. {LOOK}",
+    ),
+    (
+        "training:\n  lr: 3\n seed: 3\n",
+        f"c.yaml:3: not YAML: expected <block end>, but found '<block mapping start>'. {LOOK}",
+    ),
     ("model: {}\n---\nmodel: {}\n", f"c.yaml:2: not YAML: but found another document. {LOOK}"),
-    ("training: {lr: 3", f"c.yaml:1: not YAML: expected ',' or '}}', but got '<stream end>'. {LOOK}"),
+    (
+        "training: {lr: 3",
+        f"c.yaml:1: not YAML: expected ',' or '}}', but got '<stream end>'. {LOOK}",
+    ),
     ("\n\nmodel: \x07", f"c.yaml:3: not YAML: the character '\\x07' is not allowed. {LOOK}"),
     ("\0" * 9000, f"c.yaml:1: not YAML: the character '\\x00' is not allowed. {LOOK}"),
-    ("", "c.yaml: the file is empty. Write the settings that differ from the defaults, for example model: {n_layers: 4}."),
-    ("# nothing yet\n", "c.yaml: the file is empty. Write the settings that differ from the defaults, for example model: {n_layers: 4}."),
-    ("# a list\n- model\n", f"c.yaml:2: expected a config with sections ({SECTIONS}). Write name: and its settings indented below."),
-    ("model", f"c.yaml:1: expected a config with sections ({SECTIONS}). Write name: and its settings indented below."),
+    (
+        "",
+        "c.yaml: the file is empty. Write the settings that differ from the defaults, for example model: {n_layers: 4}.",
+    ),
+    (
+        "# nothing yet\n",
+        "c.yaml: the file is empty. Write the settings that differ from the defaults, for example model: {n_layers: 4}.",
+    ),
+    (
+        "# a list\n- model\n",
+        f"c.yaml:2: expected a config with sections ({SECTIONS}). Write name: and its settings indented below.",
+    ),
+    (
+        "model",
+        f"c.yaml:1: expected a config with sections ({SECTIONS}). Write name: and its settings indented below.",
+    ),
     (b"\x89PNG\r\n\x1a\n\xff", "c.yaml: not UTF-8 text (byte 0). Save it as UTF-8."),
     ("[" * 10_000, f"c.yaml:1: not YAML: nested deeper than 12 levels. {LOOK}"),
-    ("".join(f"{' ' * depth}a:\n" for depth in range(400)), f"c.yaml:13: not YAML: nested deeper than 12 levels. {LOOK}"),
-    ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", f"c.yaml:2: not YAML: an alias (*name) is not allowed here. {LOOK}"),
-    ("x" * 200_000, f"c.yaml: 200000 bytes, and a config has at most {CONFIG_BYTES_LIMIT}. Is it the right file?"),
-    ("data: {text_field: [" + "1" * 90_000 + "x]}", f'c.yaml:1: data.text_field: {TEXT}, found ["{"1" * 75}.... Meaning: {MEANING["data.text_field"]}.'),
-    ("data: {mix: [" + "{}," * 15_000 + "]}", f"c.yaml:1: data.mix[0].dataset: missing in {{}}. Meaning: {MEANING['data.mix[].dataset']}."),
+    (
+        "".join(f"{' ' * depth}a:\n" for depth in range(400)),
+        f"c.yaml:13: not YAML: nested deeper than 12 levels. {LOOK}",
+    ),
+    (
+        "a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n",
+        f"c.yaml:2: not YAML: an alias (*name) is not allowed here. {LOOK}",
+    ),
+    (
+        "x" * 200_000,
+        f"c.yaml: 200000 bytes, and a config has at most {CONFIG_BYTES_LIMIT}. Is it the right file?",
+    ),
+    (
+        "data: {text_field: [" + "1" * 90_000 + "x]}",
+        f'c.yaml:1: data.text_field: {TEXT}, found ["{"1" * 75}.... Meaning: {MEANING["data.text_field"]}.',
+    ),
+    (
+        "data: {mix: [" + "{}," * 15_000 + "]}",
+        f"c.yaml:1: data.mix[0].dataset: missing in {{}}. Meaning: {MEANING['data.mix[].dataset']}.",
+    ),
     ("data: {val_fraction: 0." + "1" * 90_000 + "}", None),
-    ("model: {d_model: " + "9" * 90_000 + "}", 'c.yaml:1: model.d_model: "' + "9" * 76 + "... is no int. Write it out, or quote it if it is text."),
+    (
+        "model: {d_model: " + "9" * 90_000 + "}",
+        'c.yaml:1: model.d_model: "'
+        + "9" * 76
+        + "... is no int. Write it out, or quote it if it is text.",
+    ),
 ]
 
 
@@ -217,13 +334,21 @@ def test_a_100_mb_file_is_refused_unread():
     start = time.process_time()
     with pytest.raises(UserError) as caught:
         load_config("c.yaml")
-    assert str(caught.value) == f"c.yaml: 100000000 bytes, and a config has at most {CONFIG_BYTES_LIMIT}. Is it the right file?"
+    assert (
+        str(caught.value)
+        == f"c.yaml: 100000000 bytes, and a config has at most {CONFIG_BYTES_LIMIT}. Is it the right file?"
+    )
     assert time.process_time() - start < 0.1
 
 
 @pytest.mark.parametrize(
     ("make", "found"),
-    [(lambda path: None, "not found"), (os.mkdir, "a directory"), (os.mkfifo, "not a regular file"), (lambda path: os.symlink(path, path), "not found")],
+    [
+        (lambda path: None, "not found"),
+        (os.mkdir, "a directory"),
+        (os.mkfifo, "not a regular file"),
+        (lambda path: os.symlink(path, path), "not found"),
+    ],
     ids=["missing", "directory", "pipe", "circular link"],
 )
 def test_a_path_that_is_no_file_is_named(make, found):
@@ -239,24 +364,43 @@ def test_control_characters_in_a_path_are_shown_as_escapes():
 
 
 def test_a_path_too_long_is_a_user_error():
-    with pytest.raises(UserError, match=": File name too long. Give the path of a readable YAML file.$"):
+    with pytest.raises(
+        UserError, match=": File name too long. Give the path of a readable YAML file.$"
+    ):
         load_config("x" * 5000)
 
 
 @pytest.mark.parametrize(
     "place",
-    ["training: {{run_name: {}}}", "training: {{loggers: {}}}", "model: {}", "{}", "extends: {}", "{} : 3"],
+    [
+        "training: {{run_name: {}}}",
+        "training: {{loggers: {}}}",
+        "model: {}",
+        "{}",
+        "extends: {}",
+        "{} : 3",
+    ],
 )
-@pytest.mark.parametrize("shape", ["{tag} 'touch harmed'", "{tag} ['touch harmed']", "{tag} {{args: ['touch harmed']}}"])
+@pytest.mark.parametrize(
+    "shape", ["{tag} 'touch harmed'", "{tag} ['touch harmed']", "{tag} {{args: ['touch harmed']}}"]
+)
 def test_a_python_tag_is_refused_and_nothing_runs(place, shape):
     tag = "!!python/object/apply:os.system"
-    assert error_of(place.format(shape.format(tag=tag))) == f"c.yaml:1: not YAML: the tag {tag} is not allowed here. {LOOK}"
+    assert (
+        error_of(place.format(shape.format(tag=tag)))
+        == f"c.yaml:1: not YAML: the tag {tag} is not allowed here. {LOOK}"
+    )
     assert not Path("harmed").exists()
 
 
-@pytest.mark.parametrize("tag", ["!local", "!!set", "!!timestamp", "!!binary", "!!python/name:os.system"])
+@pytest.mark.parametrize(
+    "tag", ["!local", "!!set", "!!timestamp", "!!binary", "!!python/name:os.system"]
+)
 def test_other_tags_are_refused(tag):
-    assert error_of(f"training: {{run_name: {tag} x}}") == f"c.yaml:1: not YAML: the tag {tag} is not allowed here. {LOOK}"
+    assert (
+        error_of(f"training: {{run_name: {tag} x}}")
+        == f"c.yaml:1: not YAML: the tag {tag} is not allowed here. {LOOK}"
+    )
 
 
 # --- settings that disagree --------------------------------------------------------------------------------------------
@@ -265,31 +409,82 @@ def test_other_tags_are_refused(tag):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model:\n  d_model: 100\n  n_heads: 3\n", "3: model.n_heads: 3 does not divide d_model (100). Change one, or set head_dim."),
-        ("model:\n  d_model: 100\n", "2: model.n_heads: 6 does not divide d_model (100). Change one, or set head_dim."),
-        ("model:\n  n_kv_heads: 4\n", "2: model.n_kv_heads: 4 does not divide n_heads (6). Change one."),
-        ("model:\n  head_dim: 5\n", "2: model.head_dim: 5 is odd, and position rope rotates pairs. Choose an even head_dim."),
-        ("model: {d_model: 18}", "1: model.head_dim: 3 is odd, and position rope rotates pairs. Choose an even head_dim."),
-        ("model:\n  moe:\n    top_k: 9\n", "3: model.moe.top_k: 9 is more than n_experts (8). Lower top_k."),
-        ("tokenizer:\n  kind: hf\n", "2: tokenizer.path: kind hf needs a name or folder. Set tokenizer.path."),
-        ("tokenizer: {kind: byte, path: gpt2}", "1: tokenizer.path: kind byte reads no files. Take path out, or set kind: hf."),
-        ("tokenizer: {unknown: unk}", "1: tokenizer.unknown: kind byte knows every text. Take unknown out."),
-        ("tokenizer: {kind: bpe}", "1: tokenizer.vocab_size: kind bpe needs it. Set tokenizer.vocab_size, for example 4096."),
-        ("tokenizer: {vocab_size: 300}", "1: tokenizer.vocab_size: kind byte learns no merges. Take vocab_size out, or set kind: bpe."),
-        ("tokenizer: {pattern: gpt4}", "1: tokenizer.pattern: kind byte learns no merges. Take pattern out, or set kind: bpe."),
-        ("tokenizer: {learn_docs: 3}", "1: tokenizer.learn_docs: kind byte learns nothing. Take learn_docs out, or set kind: bpe or char."),
+        (
+            "model:\n  d_model: 100\n  n_heads: 3\n",
+            "3: model.n_heads: 3 does not divide d_model (100). Change one, or set head_dim.",
+        ),
+        (
+            "model:\n  d_model: 100\n",
+            "2: model.n_heads: 6 does not divide d_model (100). Change one, or set head_dim.",
+        ),
+        (
+            "model:\n  n_kv_heads: 4\n",
+            "2: model.n_kv_heads: 4 does not divide n_heads (6). Change one.",
+        ),
+        (
+            "model:\n  head_dim: 5\n",
+            "2: model.head_dim: 5 is odd, and position rope rotates pairs. Choose an even head_dim.",
+        ),
+        (
+            "model: {d_model: 18}",
+            "1: model.head_dim: 3 is odd, and position rope rotates pairs. Choose an even head_dim.",
+        ),
+        (
+            "model:\n  moe:\n    top_k: 9\n",
+            "3: model.moe.top_k: 9 is more than n_experts (8). Lower top_k.",
+        ),
+        (
+            "tokenizer:\n  kind: hf\n",
+            "2: tokenizer.path: kind hf needs a name or folder. Set tokenizer.path.",
+        ),
+        (
+            "tokenizer: {kind: byte, path: gpt2}",
+            "1: tokenizer.path: kind byte reads no files. Take path out, or set kind: hf.",
+        ),
+        (
+            "tokenizer: {unknown: unk}",
+            "1: tokenizer.unknown: kind byte knows every text. Take unknown out.",
+        ),
+        (
+            "tokenizer: {kind: bpe}",
+            "1: tokenizer.vocab_size: kind bpe needs it. Set tokenizer.vocab_size, for example 4096.",
+        ),
+        (
+            "tokenizer: {vocab_size: 300}",
+            "1: tokenizer.vocab_size: kind byte learns no merges. Take vocab_size out, or set kind: bpe.",
+        ),
+        (
+            "tokenizer: {pattern: gpt4}",
+            "1: tokenizer.pattern: kind byte learns no merges. Take pattern out, or set kind: bpe.",
+        ),
+        (
+            "tokenizer: {learn_docs: 3}",
+            "1: tokenizer.learn_docs: kind byte learns nothing. Take learn_docs out, or set kind: bpe or char.",
+        ),
         (
             "tokenizer: {kind: char, learn_docs: 3}",
             "1: tokenizer.learn_docs: later documents have characters that the first ones lack, and unknown is error. Set unknown: unk.",
         ),
-        ("data: {val_dataset: a, val_split: b}", "1: data.val_split: val_dataset is set too. Keep one of them."),
-        ("data:\n  streaming: yes\n  order: random", "3: data.order: random needs an indexed source. Set streaming: false or order: shuffled."),
+        (
+            "data: {val_dataset: a, val_split: b}",
+            "1: data.val_split: val_dataset is set too. Keep one of them.",
+        ),
+        (
+            "data:\n  streaming: yes\n  order: random",
+            "3: data.order: random needs an indexed source. Set streaming: false or order: shuffled.",
+        ),
         *(
             (
                 f"data:\n  {setting}\n  mix: [dataset: a]\n",
                 f"2: data.{name}: it is for one source, and mix names several. Take {name} or mix out.",
             )
-            for setting in ("streaming: yes", "dataset_config: a", "split: test", "val_split: test", "train_docs: 3")
+            for setting in (
+                "streaming: yes",
+                "dataset_config: a",
+                "split: test",
+                "val_split: test",
+                "train_docs: 3",
+            )
             if (name := setting.partition(":")[0])
         ),
         (
@@ -300,7 +495,10 @@ def test_other_tags_are_refused(tag):
             "data:\n  mix: [{dataset: a, weight: 1e6}, {dataset: b, weight: 0.5}]\n",
             "2: data.mix: weight 0.5 of b is less than a millionth of all. Raise it, or take the source out.",
         ),
-        ("data: {streaming: yes, stride: 1}", "1: data.stride: a stream is packed without overlap. Take stride out, or set streaming: false."),
+        (
+            "data: {streaming: yes, stride: 1}",
+            "1: data.stride: a stream is packed without overlap. Take stride out, or set streaming: false.",
+        ),
         (
             "training: {schedule: wsd, decay_ratio: 0.7, warmup_ratio: 0.5}",
             "1: training.decay_ratio: 0.7 and warmup_ratio 0.5 sum to more than 1. Lower one.",
@@ -309,7 +507,10 @@ def test_other_tags_are_refused(tag):
             "training: {schedule: plateau, max_steps: 10}",
             "1: training.val_every_steps: 200 is more than max_steps (10), so plateau never sees a validation. Lower it.",
         ),
-        ("sampling: {n_beams: 2, n_samples: 2}", "1: sampling.n_samples: beam search gives one text. Set n_beams or n_samples to 1."),
+        (
+            "sampling: {n_beams: 2, n_samples: 2}",
+            "1: sampling.n_samples: beam search gives one text. Set n_beams or n_samples to 1.",
+        ),
         (
             "training:\n  seq_len: 4096\n",
             "2: training.seq_len: 4096 is more than model.max_seq_len (1024). Raise model.max_seq_len or lower training.seq_len.",
@@ -318,7 +519,10 @@ def test_other_tags_are_refused(tag):
             "model:\n  max_seq_len: 16\n",
             "2: training.seq_len: 256 is more than model.max_seq_len (16). Raise model.max_seq_len or lower training.seq_len.",
         ),
-        ("data:\n  stride: 512\n", "2: data.stride: 512 is more than training.seq_len (256), which would skip tokens. Lower data.stride."),
+        (
+            "data:\n  stride: 512\n",
+            "2: data.stride: 512 is more than training.seq_len (256), which would skip tokens. Lower data.stride.",
+        ),
     ],
 )
 def test_settings_that_disagree_are_named_together_where_one_was_written(text, message):
@@ -335,7 +539,9 @@ def test_a_list_of_sections_is_read_with_the_types_and_defaults_of_its_fields():
     parts = load(MIX).data.mix
     assert parts is not None
     assert [(part.dataset, part.weight) for part in parts] == [("a.txt", 3.0), ("b.txt", 1.0)]
-    assert load("data: {}", "data.mix=[{dataset: c, weight: 1e-1}]").data.mix == (MixPart(dataset="c", weight=0.1),)
+    assert load("data: {}", "data.mix=[{dataset: c, weight: 1e-1}]").data.mix == (
+        MixPart(dataset="c", weight=0.1),
+    )
     assert load(MIX, "data.mix=null").data.mix is None
 
 
@@ -344,17 +550,50 @@ def test_a_list_of_sections_is_read_with_the_types_and_defaults_of_its_fields():
     [
         (MIX + "      weigth: 2\n", "6: data.mix[1].weigth: no such setting; did you mean weight?"),
         (MIX + "      lr: 2\n", "6: data.mix[1].lr: no such setting; did you mean training.lr?"),
-        (MIX + "      x: [a: b]\n", "6: data.mix[1].x[0]: expected a plain value, found key: value. Put quotes around text with a colon."),
-        (MIX + "      dataset: c.txt\n", "6: data.mix[1].dataset: the key stands on line 5 already. Keep one."),
-        (MIX + "      weight: high\n", f'6: data.mix[1].weight: expected a number, found "high". Meaning: {MEANING["data.mix[].weight"]}.'),
-        (MIX + "      weight: !!int x\n", '6: data.mix[1].weight: "x" is no int. Write it out, or quote it if it is text.'),
-        (MIX + "    - weight: 2\n", f'6: data.mix[2].dataset: missing in {{"weight": 2}}. Meaning: {MEANING["data.mix[].dataset"]}.'),
-        (MIX + "    - c.txt\n", '6: data.mix[2]: expected a section, found "c.txt". Write its settings indented below it, or take it out.'),
-        (MIX + "    - [dataset: c.txt]\n", "6: data.mix[2][0]: expected a plain value, found key: value. Put quotes around text with a colon."),
-        ("data:\n  mix: a.txt\n", f'2: data.mix: expected a list, [a, b], found "a.txt". Meaning: {MEANING["data.mix"]}.'),
-        ("data:\n  mix: []\n", f"2: data.mix: expected a list that is not empty, found []. Meaning: {MEANING['data.mix']}."),
-        ("data:\n  mix:\n    weight: 1\n", f'2: data.mix: expected a list, [a, b], found {{"weight": 1}}. Meaning: {MEANING["data.mix"]}.'),
-        ("data:\n  weight: 1\n", "2: data.weight: no such setting; did you mean data.mix[].weight?"),
+        (
+            MIX + "      x: [a: b]\n",
+            "6: data.mix[1].x[0]: expected a plain value, found key: value. Put quotes around text with a colon.",
+        ),
+        (
+            MIX + "      dataset: c.txt\n",
+            "6: data.mix[1].dataset: the key stands on line 5 already. Keep one.",
+        ),
+        (
+            MIX + "      weight: high\n",
+            f'6: data.mix[1].weight: expected a number, found "high". Meaning: {MEANING["data.mix[].weight"]}.',
+        ),
+        (
+            MIX + "      weight: !!int x\n",
+            '6: data.mix[1].weight: "x" is no int. Write it out, or quote it if it is text.',
+        ),
+        (
+            MIX + "    - weight: 2\n",
+            f'6: data.mix[2].dataset: missing in {{"weight": 2}}. Meaning: {MEANING["data.mix[].dataset"]}.',
+        ),
+        (
+            MIX + "    - c.txt\n",
+            '6: data.mix[2]: expected a section, found "c.txt". Write its settings indented below it, or take it out.',
+        ),
+        (
+            MIX + "    - [dataset: c.txt]\n",
+            "6: data.mix[2][0]: expected a plain value, found key: value. Put quotes around text with a colon.",
+        ),
+        (
+            "data:\n  mix: a.txt\n",
+            f'2: data.mix: expected a list, [a, b], found "a.txt". Meaning: {MEANING["data.mix"]}.',
+        ),
+        (
+            "data:\n  mix: []\n",
+            f"2: data.mix: expected a list that is not empty, found []. Meaning: {MEANING['data.mix']}.",
+        ),
+        (
+            "data:\n  mix:\n    weight: 1\n",
+            f'2: data.mix: expected a list, [a, b], found {{"weight": 1}}. Meaning: {MEANING["data.mix"]}.',
+        ),
+        (
+            "data:\n  weight: 1\n",
+            "2: data.weight: no such setting; did you mean data.mix[].weight?",
+        ),
     ],
 )
 def test_a_mistake_in_a_list_of_sections_names_its_number_and_line(text, message):
@@ -365,17 +604,32 @@ def test_a_mistake_in_a_list_of_sections_names_its_number_and_line(text, message
 def test_a_list_of_sections_replaces_one_and_its_lines_are_its_own():
     """The parent's second source has a line; the child's, which lacks the dataset, must not be told that one."""
     write(MIX, "parent.yaml")
-    assert [part.dataset for part in load("extends: parent.yaml\ndata:\n  mix: [dataset: c]\n").data.mix or ()] == ["c"]
+    assert [
+        part.dataset
+        for part in load("extends: parent.yaml\ndata:\n  mix: [dataset: c]\n").data.mix or ()
+    ] == ["c"]
     message = error_of("extends: parent.yaml\ndata:\n  mix: [dataset: c, {}]\n")
-    assert message == f"c.yaml:3: data.mix[1].dataset: missing in {{}}. Meaning: {MEANING['data.mix[].dataset']}."
+    assert (
+        message
+        == f"c.yaml:3: data.mix[1].dataset: missing in {{}}. Meaning: {MEANING['data.mix[].dataset']}."
+    )
 
 
 def test_a_mistake_in_a_mapping_of_names_is_one_line():
     """data.columns has names of the user's own; what one of them means is what the setting means."""
     meaning = MEANING["data.columns"]
-    assert error_of("data:\n  columns:\n    prompt: 3\n") == f"c.yaml:3: data.columns.prompt: {TEXT}, found 3. Meaning: {meaning}."
-    assert error_of("data: {columns: {a: {b: c}}}") == f'c.yaml:1: data.columns.a: {TEXT}, found {{"b": "c"}}. Meaning: {meaning}.'
-    assert error_of("data: {columns: [a]}") == f'c.yaml:1: data.columns: expected names and values, {{a: b}}, found ["a"]. Meaning: {meaning}.'
+    assert (
+        error_of("data:\n  columns:\n    prompt: 3\n")
+        == f"c.yaml:3: data.columns.prompt: {TEXT}, found 3. Meaning: {meaning}."
+    )
+    assert (
+        error_of("data: {columns: {a: {b: c}}}")
+        == f'c.yaml:1: data.columns.a: {TEXT}, found {{"b": "c"}}. Meaning: {meaning}.'
+    )
+    assert (
+        error_of("data: {columns: [a]}")
+        == f'c.yaml:1: data.columns: expected names and values, {{a: b}}, found ["a"]. Meaning: {meaning}.'
+    )
 
 
 # --- every numeric setting against every odd value ---------------------------------------------------------------------
@@ -383,14 +637,27 @@ def test_a_mistake_in_a_mapping_of_names_is_one_line():
 
 def _bounds(setting: dict[str, Any]) -> list[dict[str, Any]]:
     """The numeric alternatives in the schema of a setting."""
-    return [choice for choice in (setting, *setting.get("anyOf", ()), *setting.get("prefixItems", ())) if choice.get("type") in ("integer", "number")]
+    return [
+        choice
+        for choice in (setting, *setting.get("anyOf", ()), *setting.get("prefixItems", ()))
+        if choice.get("type") in ("integer", "number")
+    ]
 
 
 def _schema_of(key: str, section: Any) -> dict[str, dict[str, Any]]:
-    return {f"{key}.{name}": setting for name, setting in section.model_json_schema()["properties"].items() if _bounds(setting)}
+    return {
+        f"{key}.{name}": setting
+        for name, setting in section.model_json_schema()["properties"].items()
+        if _bounds(setting)
+    }
 
 
-NUMERIC = {setting: schema for key, section in sections() if key for setting, schema in _schema_of(key, section).items()}
+NUMERIC = {
+    setting: schema
+    for key, section in sections()
+    if key
+    for setting, schema in _schema_of(key, section).items()
+}
 
 
 def _allows(schema: dict[str, Any], value: str) -> bool:
@@ -402,23 +669,39 @@ def _allows(schema: dict[str, Any], value: str) -> bool:
     bound, number = _bounds(schema)[0], float(value)
     return (
         bound.get("minimum", number) <= number <= bound.get("maximum", number)
-        and bound.get("exclusiveMinimum", number - 1) < number < bound.get("exclusiveMaximum", float("inf"))
+        and bound.get("exclusiveMinimum", number - 1)
+        < number
+        < bound.get("exclusiveMaximum", float("inf"))
         and (bound["type"] == "number" or number <= COUNT_LIMIT)
     )
 
 
 def test_the_list_of_numeric_settings_is_not_empty_by_mistake():
-    assert {"model.moe.top_k", "training.lr", "training.betas", "data.stride", "data.mix[].weight", "hardware.threads", "sampling.min_p"} <= set(NUMERIC)
+    assert {
+        "model.moe.top_k",
+        "training.lr",
+        "training.betas",
+        "data.stride",
+        "data.mix[].weight",
+        "hardware.threads",
+        "sampling.min_p",
+    } <= set(NUMERIC)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "1e308", ".nan", "nan", '""', "null", "[1, 2, 3]", "true", "{a: 1}"])
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "1e308", ".nan", "nan", '""', "null", "[1, 2, 3]", "true", "{a: 1}"]
+)
 @pytest.mark.parametrize("key", NUMERIC)
 def test_a_numeric_setting_takes_what_its_schema_says_and_refuses_the_rest_by_name(key, value):
     """A value within its bounds may still disagree with another setting, and then the message does not say `expected`."""
     *sections_above, name = key.split(".")
     text = f"{name}: {value}"
     for section in reversed(sections_above):
-        text = f"{section[:-2]}: [{{dataset: a, {text}}}]" if section.endswith("[]") else f"{section}: {{{text}}}"
+        text = (
+            f"{section[:-2]}: [{{dataset: a, {text}}}]"
+            if section.endswith("[]")
+            else f"{section}: {{{text}}}"
+        )
     shown = key.replace("[]", "[0]")
     if _allows(NUMERIC[key], value):
         try:
@@ -427,7 +710,10 @@ def test_a_numeric_setting_takes_what_its_schema_says_and_refuses_the_rest_by_na
             assert "expected" not in str(error)
             assert name in str(error)
     else:
-        assert re.fullmatch(rf"c\.yaml:1: {re.escape(shown)}: expected .+, found .+\. Meaning: {re.escape(MEANING[key])}\.", error_of(text))
+        assert re.fullmatch(
+            rf"c\.yaml:1: {re.escape(shown)}: expected .+, found .+\. Meaning: {re.escape(MEANING[key])}\.",
+            error_of(text),
+        )
 
 
 # --- one file extends another ------------------------------------------------------------------------------------------
@@ -435,11 +721,22 @@ def test_a_numeric_setting_takes_what_its_schema_says_and_refuses_the_rest_by_na
 
 def test_settings_come_from_defaults_then_parents_then_the_file_then_the_command_line():
     """Each level sets one thing more than the one above leaves standing."""
-    write("training: {lr: 1, seed: 1, max_steps: 1, seq_len: 1}\nmodel: {moe: {top_k: 1, n_experts: 2}}", "base/grand.yaml")
+    write(
+        "training: {lr: 1, seed: 1, max_steps: 1, seq_len: 1}\nmodel: {moe: {top_k: 1, n_experts: 2}}",
+        "base/grand.yaml",
+    )
     write("extends: grand.yaml\ntraining: {seed: 2, max_steps: 2, seq_len: 2}", "base/parent.yaml")
-    child = write("training: {max_steps: 3, seq_len: 3}\nmodel: {moe: {n_experts: 3}}\nextends: ../base/parent.yaml", "runs/child.yaml")
+    child = write(
+        "training: {max_steps: 3, seq_len: 3}\nmodel: {moe: {n_experts: 3}}\nextends: ../base/parent.yaml",
+        "runs/child.yaml",
+    )
     config = load_config(child, ["training.seq_len=4", "training.seq_len=5"])
-    assert (config.training.lr, config.training.seed, config.training.max_steps, config.training.seq_len) == (1.0, 2, 3, 5)
+    assert (
+        config.training.lr,
+        config.training.seed,
+        config.training.max_steps,
+        config.training.seq_len,
+    ) == (1.0, 2, 3, 5)
     assert (config.model.moe.top_k, config.model.moe.n_experts) == (1, 3)
     assert config.training.weight_decay == Config().training.weight_decay
 
@@ -453,7 +750,10 @@ def test_a_list_replaces_a_list_and_null_takes_a_section_out():
 
 def test_an_error_in_a_parent_names_the_parent_and_its_line():
     write("\ntraining:\n  lrr: 1\n", "base/parent.yaml")
-    assert error_of("extends: base/parent.yaml\ntraining: {lr: 1}") == "base/parent.yaml:3: training.lrr: no such setting; did you mean lr?"
+    assert (
+        error_of("extends: base/parent.yaml\ntraining: {lr: 1}")
+        == "base/parent.yaml:3: training.lrr: no such setting; did you mean lr?"
+    )
 
 
 def test_a_value_that_a_child_mends_is_no_error():
@@ -463,7 +763,9 @@ def test_a_value_that_a_child_mends_is_no_error():
 
 def test_settings_of_two_files_that_disagree_are_placed_where_the_first_named_one_is():
     write("\n\nmodel:\n  d_model: 100\n", "parent.yaml")
-    assert error_of("extends: parent.yaml\nmodel: {n_layers: 2}").startswith("parent.yaml:4: model.n_heads: 6 does not divide d_model (100).")
+    assert error_of("extends: parent.yaml\nmodel: {n_layers: 2}").startswith(
+        "parent.yaml:4: model.n_heads: 6 does not divide d_model (100)."
+    )
 
 
 @pytest.mark.parametrize(
@@ -487,7 +789,10 @@ def test_a_circle_of_files_is_found():
     write("extends: ./b.yaml\n", "a.yaml")
     write("extends: sub/../a.yaml\n", "b.yaml")
     Path("sub").mkdir()
-    assert error_of("extends: a.yaml") == "b.yaml:1: extends: sub/../a.yaml extends this file in turn, a circle. Take one extends: out."
+    assert (
+        error_of("extends: a.yaml")
+        == "b.yaml:1: extends: sub/../a.yaml extends this file in turn, a circle. Take one extends: out."
+    )
 
 
 # --- the command line --------------------------------------------------------------------------------------------------
@@ -495,10 +800,21 @@ def test_a_circle_of_files_is_found():
 
 def test_overrides_have_the_types_of_yaml():
     config = load(
-        "model: {}", "training.lr=1e-3", "training.auto_resume=no", "training.grad_clip=null", "training.sample_prompt='no'", "training.loggers=[tensorboard]"
+        "model: {}",
+        "training.lr=1e-3",
+        "training.auto_resume=no",
+        "training.grad_clip=null",
+        "training.sample_prompt='no'",
+        "training.loggers=[tensorboard]",
     )
     training = config.training
-    assert (training.lr, training.auto_resume, training.grad_clip, training.sample_prompt, training.loggers) == (0.001, False, None, "no", ("tensorboard",))
+    assert (
+        training.lr,
+        training.auto_resume,
+        training.grad_clip,
+        training.sample_prompt,
+        training.loggers,
+    ) == (0.001, False, None, "no", ("tensorboard",))
 
 
 def test_an_override_makes_the_sections_on_its_way():
@@ -522,15 +838,36 @@ WRITTEN = "an override is written section.key=value, such as training.max_steps=
         ("training..lr=3", f"training..lr=3: {WRITTEN}"),
         ("--lr=3", f"--lr=3: {WRITTEN}"),
         ("a\x1b=3", rf"a\x1b=3: {WRITTEN}"),
-        ("max_steps=3", "command line: max_steps: no such setting; did you mean training.max_steps?"),
+        (
+            "max_steps=3",
+            "command line: max_steps: no such setting; did you mean training.max_steps?",
+        ),
         ("Training.lr=3", "command line: Training: no such setting; did you mean training?"),
         ("training.lrr=3", "command line: training.lrr: no such setting; did you mean lr?"),
-        ("training.lr=", f"command line: training.lr: expected a number, found null. Meaning: {MEANING['training.lr']}."),
-        ("training.lr=@", "command line: training.lr: not YAML: found character '@' that cannot start any token. Put quotes around the value."),
-        ("training.lr.x=3", f'command line: training.lr: expected a number, found {{"x": 3}}. Meaning: {MEANING["training.lr"]}.'),
-        ("model=3", "command line: model: expected a section, found 3. Write its settings indented below it, or take it out."),
-        ("model.d_model=100", "command line: model.n_heads: 6 does not divide d_model (100). Change one, or set head_dim."),
-        ("extends=b.yaml", f"command line: extends: no such setting; the settings here are {SECTIONS}."),
+        (
+            "training.lr=",
+            f"command line: training.lr: expected a number, found null. Meaning: {MEANING['training.lr']}.",
+        ),
+        (
+            "training.lr=@",
+            "command line: training.lr: not YAML: found character '@' that cannot start any token. Put quotes around the value.",
+        ),
+        (
+            "training.lr.x=3",
+            f'command line: training.lr: expected a number, found {{"x": 3}}. Meaning: {MEANING["training.lr"]}.',
+        ),
+        (
+            "model=3",
+            "command line: model: expected a section, found 3. Write its settings indented below it, or take it out.",
+        ),
+        (
+            "model.d_model=100",
+            "command line: model.n_heads: 6 does not divide d_model (100). Change one, or set head_dim.",
+        ),
+        (
+            "extends=b.yaml",
+            f"command line: extends: no such setting; the settings here are {SECTIONS}.",
+        ),
     ],
 )
 def test_a_mistaken_override_is_named(override, message):
@@ -551,7 +888,12 @@ def test_settings_are_frozen():
 @given(
     st.fixed_dictionaries(
         {
-            "model": st.fixed_dictionaries({"d_model": st.sampled_from([12, 24, 384]), "moe": st.none() | st.just({"top_k": 1})}),
+            "model": st.fixed_dictionaries(
+                {
+                    "d_model": st.sampled_from([12, 24, 384]),
+                    "moe": st.none() | st.just({"top_k": 1}),
+                }
+            ),
             "training": st.fixed_dictionaries(
                 {
                     "lr": st.floats(1e-300, 1e300),
@@ -561,7 +903,9 @@ def test_settings_are_frozen():
                     "loggers": st.lists(st.sampled_from(["tensorboard", "wandb"]), unique=True),
                 }
             ),
-            "hardware": st.fixed_dictionaries({"precision": st.sampled_from(["32", "16", "bf16", 32, 16])}),
+            "hardware": st.fixed_dictionaries(
+                {"precision": st.sampled_from(["32", "16", "bf16", 32, 16])}
+            ),
             "sampling": st.fixed_dictionaries({"stop": st.lists(st.text(min_size=1))}),
         }
     )
@@ -571,13 +915,30 @@ def test_from_plain_is_the_inverse_of_to_plain_through_json(values):
     assert Config.from_plain(json.loads(json.dumps(config.to_plain()))) == config
 
 
-WORDS = ["\n  ", "training", "lr", "model", "moe", "top_k", "extends", "c.yaml", "1e9", "!!python/name:os", "\ud800", "0" * 5000]
+WORDS = [
+    "\n  ",
+    "training",
+    "lr",
+    "model",
+    "moe",
+    "top_k",
+    "extends",
+    "c.yaml",
+    "1e9",
+    "!!python/name:os",
+    "\ud800",
+    "0" * 5000,
+]
 
 
-@given(st.lists(st.sampled_from([*WORDS, *"[]{}:,-?&*!|>'\"#%@`\n\t =~\0"]), max_size=40).map("".join))
+@given(
+    st.lists(st.sampled_from([*WORDS, *"[]{}:,-?&*!|>'\"#%@`\n\t =~\0"]), max_size=40).map("".join)
+)
 def test_no_text_makes_anything_but_a_config_or_a_user_error(text):
     try:
-        assert isinstance(load(text.encode("utf-8", "surrogatepass"), f"training.sample_prompt={text}"), Config)
+        assert isinstance(
+            load(text.encode("utf-8", "surrogatepass"), f"training.sample_prompt={text}"), Config
+        )
     except UserError as error:
         assert str(error).isprintable()
 
@@ -587,19 +948,34 @@ def test_every_config_of_the_project_loads(path):
     assert isinstance(load_config(path), Config)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/c4-char*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("configs/c4-char*.yaml")), ids=lambda path: path.stem
+)
 def test_the_character_presets_say_their_command_and_their_true_size(path):
     """Their first lines name the command, the parameters beside the vocabulary's, what a character adds, and how much text they read."""
     config, text = load_config(path), path.read_text(encoding="utf-8")
     assert f"\n#     python train.py --config configs/{path.name}\n" in text
     with torch.device("meta"):
-        sizes = [count_parameters(Decoder(config.model.model_copy(update={"vocab_size": n}))) for n in (100, 101)]
+        sizes = [
+            count_parameters(Decoder(config.model.model_copy(update={"vocab_size": n})))
+            for n in (100, 101)
+        ]
     a_character = sizes[1] - sizes[0]
-    assert f"\n# {sizes[0] - 100 * a_character:,} parameters, and {a_character:,} more for each character " in text
+    assert (
+        f"\n# {sizes[0] - 100 * a_character:,} parameters, and {a_character:,} more for each character "
+        in text
+    )
     training = config.training
-    characters = training.seq_len * training.micro_batch_size * training.grad_accum_steps * training.max_steps
+    characters = (
+        training.seq_len
+        * training.micro_batch_size
+        * training.grad_accum_steps
+        * training.max_steps
+    )
     assert f" {characters / 1e6:.0f}M characters in {training.max_steps} steps." in text
-    assert config.training.run_name == Path(config.training.checkpoint_dir).name == path.stem, "a run overwrites no other's"
+    assert config.training.run_name == Path(config.training.checkpoint_dir).name == path.stem, (
+        "a run overwrites no other's"
+    )
 
 
 def test_a_tokenizers_path_on_the_command_line_replaces_one_that_is_learned(tmp_path):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tinylm import reference
 from tinylm.__main__ import main
-from tinylm.config import Config, load_config, sections
+from tinylm.config import docs
+from tinylm.config.loader import load_config, sections
+from tinylm.config.schema import Config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_files_in_docs_match_the_settings(monkeypatch):
@@ -37,7 +38,7 @@ def test_one_changed_byte_is_stale_and_left_alone(tmp_path, capsys, name):
     stale.write_bytes(stale.read_bytes().replace(b"384", b"385", 1))
     before = stale.read_bytes()
     assert main(["config-reference", "--folder", str(tmp_path), "--check"]) == 2
-    expected = f"error: {stale}: does not match the settings in tinylm/config.py. Write it again: python -m tinylm config-reference.\n"
+    expected = f"error: {stale}: does not match the settings in tinylm/config/schema.py. Write it again: python -m tinylm config-reference.\n"
     assert capsys.readouterr().err == expected
     assert stale.read_bytes() == before
 
@@ -47,11 +48,14 @@ def test_a_folder_that_cannot_be_is_a_user_error(tmp_path, capsys, arguments):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "docs"
     assert main(["config-reference", "--folder", str(folder), *arguments]) == 2
-    assert capsys.readouterr().err == f"error: {folder}/CONFIG_REFERENCE.md: Not a directory. Give the folder of the reference with --folder.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {folder}/CONFIG_REFERENCE.md: Not a directory. Give the folder of the reference with --folder.\n"
+    )
 
 
 def test_the_page_has_a_row_with_the_doc_line_of_every_setting():
-    page = reference.reference_files()["CONFIG_REFERENCE.md"]
+    page = docs.reference_files()["CONFIG_REFERENCE.md"]
     for key, section in sections():
         if section is not Config:
             table = page.partition(f"\n## {key}\n")[2].partition("\n## ")[0]
@@ -61,32 +65,44 @@ def test_the_page_has_a_row_with_the_doc_line_of_every_setting():
 
 def test_every_row_has_four_columns():
     """A bare `|` in a doc line would add a fifth."""
-    rows = [line for line in reference.reference_files()["CONFIG_REFERENCE.md"].splitlines() if line.startswith("|")]
+    rows = [
+        line
+        for line in docs.reference_files()["CONFIG_REFERENCE.md"].splitlines()
+        if line.startswith("|")
+    ]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
 
 
-def test_the_examples_of_the_page_load_and_its_errors_are_what_a_program_prints(tmp_path, monkeypatch):
+def test_the_examples_of_the_page_load_and_its_errors_are_what_a_program_prints(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    page = reference.reference_files()["CONFIG_REFERENCE.md"]
+    page = docs.reference_files()["CONFIG_REFERENCE.md"]
     first, second = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     Path("config.yaml").write_text(first, encoding="utf-8")
     Path("child.yaml").write_text(second, encoding="utf-8")
     overrides = ["training.max_steps=100", "model.moe.top_k=1", "training.loggers=[tensorboard]"]
     assert " ".join(overrides) in page.replace("'", "")
     child = load_config("child.yaml", overrides)
-    assert (child.model.n_layers, child.model.moe.n_experts, child.model.moe.top_k, child.training.lr, child.training.max_steps) == (4, 4, 1, 3e-4, 100)
+    assert (
+        child.model.n_layers,
+        child.model.moe.n_experts,
+        child.model.moe.top_k,
+        child.training.lr,
+        child.training.max_steps,
+    ) == (4, 4, 1, 3e-4, 100)
     assert "\nerror: config.yaml:5: training.lrr: no such setting; did you mean lr?\n" in page
     assert str(tmp_path.parent) not in page
 
 
 def test_a_slip_that_is_no_mistake_stops_the_writing():
     with pytest.raises(ValueError, match="no mistake in"):
-        reference._error_of(reference.EXAMPLE)
+        docs._error_of(docs.EXAMPLE)
 
 
 def test_the_schema_names_every_setting_and_nothing_else():
     """An editor completes these names and underlines the others; `extends` is the one key that is no field of Config."""
-    schema = json.loads(reference.reference_files()["config.schema.json"])
+    schema = json.loads(docs.reference_files()["config.schema.json"])
     assert schema["additionalProperties"] is False
     assert list(schema["properties"]) == ["extends", *Config.model_fields]
     for key, section in sections():
@@ -94,23 +110,34 @@ def test_the_schema_names_every_setting_and_nothing_else():
             described = schema["$defs"][section.__name__]
             assert described["additionalProperties"] is False
             assert list(described["properties"]) == list(section.model_fields)
-            assert described.get("required", []) == [name for name, info in section.model_fields.items() if info.is_required()]
+            assert described.get("required", []) == [
+                name for name, info in section.model_fields.items() if info.is_required()
+            ]
 
 
 def test_the_defaults_in_the_schema_are_those_of_the_settings():
-    schema, plain = reference.config_schema(), Config().to_plain()
+    schema, plain = docs.config_schema(), Config().to_plain()
     for key, section in sections():
         if plain.get(key) is not None:  # neither a section inside another nor one that is off
-            assert {name: setting["default"] for name, setting in schema["$defs"][section.__name__]["properties"].items()} == plain[key]
+            assert {
+                name: setting["default"]
+                for name, setting in schema["$defs"][section.__name__]["properties"].items()
+            } == plain[key]
 
 
 def test_precision_may_be_a_number_in_an_editor_too():
-    assert reference.config_schema()["$defs"]["HardwareConfig"]["properties"]["precision"]["enum"] == ["32", "16", "bf16", 32, 16]
+    assert docs.config_schema()["$defs"]["HardwareConfig"]["properties"]["precision"]["enum"] == [
+        "32",
+        "16",
+        "bf16",
+        32,
+        16,
+    ]
 
 
 def test_bounds_of_the_schema_are_those_that_hold():
     """n_layers narrows Count: both the page and the check must have the narrower bound."""
-    assert reference.config_schema()["$defs"]["ModelConfig"]["properties"]["n_layers"]["maximum"] == 1000
+    assert docs.config_schema()["$defs"]["ModelConfig"]["properties"]["n_layers"]["maximum"] == 1000
     with pytest.raises(ValueError, match="less than or equal to 1000"):
         Config.model_validate({"model": {"n_layers": 1001}})
 
@@ -125,18 +152,27 @@ def test_help_names_the_commands(capsys):
     assert "config-reference" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["config-reference", "--no-such-option"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["no-such-command"], ["config-reference", "--no-such-option"]]
+)
 def test_a_wrong_call_exits_with_2_and_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert re.fullmatch(r"error: .*\. The flags: python -m tinylm --help\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"error: .*\. The flags: python -m tinylm --help\n", capsys.readouterr().err
+    )
 
 
 def test_help_starts_without_what_the_commands_need():
     """Not a timed test: what takes the time must not be imported."""
     code = "import sys, tinylm.__main__; print([name for name in ('torch', 'pydantic', 'yaml', 'numpy') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 def test_it_runs_without_home_locale_or_working_directory(tmp_path):
@@ -145,6 +181,13 @@ def test_it_runs_without_home_locale_or_working_directory(tmp_path):
     gone.mkdir()
     program = "import os, sys; os.rmdir(os.getcwd()); from tinylm.__main__ import main; sys.exit(main(['config-reference', '--check']))"
     environment = {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PATH": os.environ["PATH"]}
-    done = subprocess.run([sys.executable, "-c", program], cwd=gone, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=gone,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     message = "error: docs/CONFIG_REFERENCE.md: No such file or directory. Give the folder of the reference with --folder.\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)

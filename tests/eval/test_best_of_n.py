@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import make_model
-from test_infer import payload
 
 import evaluate_checkpoints
 import infer
-from tinylm import checkpoint
-from tinylm.config import Config, SamplingConfig
-from tinylm.engine import Engine, Piece
-from tinylm.errors import UserError, printable
-from tinylm.evaluate import BestOfScore, best_of_n, vote
-from tinylm.judge import Judge
-from tinylm.metrics import wilson
-from tinylm.prompts import Turn
-from tinylm.tasks import NAMED
-from tinylm.tasks.task import Example
-from tinylm.tokenizer import ByteTokenizer
-from tinylm.verifier import Verifier
+from tests.cli.test_infer import payload
+from tests.generate.test_engine import make_model
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.errors import UserError, printable
+from tinylm.common.statistics import wilson
+from tinylm.config.schema import Config, SamplingConfig
+from tinylm.eval.best_of_n import BestOfScore, best_of_n, vote
+from tinylm.eval.tasks import NAMED
+from tinylm.eval.tasks.task import Example
+from tinylm.eval.verifier_scoring import Judge
+from tinylm.generate.engine import Engine, Piece
+from tinylm.model.verifier import Verifier
+from tinylm.rows.templates import Turn
+from tinylm.tokenizer.byte_char import ByteTokenizer
 
 BYTES = ByteTokenizer()
 GSM8K = NAMED["gsm8k"]
@@ -38,7 +38,9 @@ class Choir(Engine):
         self.answers = answers
         self.asked: list[SamplingConfig] = []
 
-    def stream(self, prompt: Any, sampling: SamplingConfig, *, stop_ids: Sequence[int] = ()) -> Iterator[Piece]:
+    def stream(
+        self, prompt: Any, sampling: SamplingConfig, *, stop_ids: Sequence[int] = ()
+    ) -> Iterator[Piece]:
         self.asked.append(sampling)
         text = BYTES.decode(prompt.ids)
         answers = next(answers for question, answers in self.answers.items() if question in text)
@@ -79,9 +81,17 @@ def test_every_method_chooses_among_the_same_answers() -> None:
     )
     oracle = score.measures["oracle"]
     assert (oracle.low, oracle.high) == wilson(2 / 3, 3)
-    assert [drawn.right for drawn in score.drawn] == [(False, True, False, False), (True, False, True, True), (False,) * 4]
-    assert [drawn.shares["verifier"] for drawn in score.drawn] == [1, 0, 0] and [drawn.shares["majority vote"] for drawn in score.drawn] == [0, 1, 0]
-    assert {(sampling.temperature, sampling.n_samples, sampling.seed) for sampling in engine.asked} == {(0.7, 4, 5)}
+    assert [drawn.right for drawn in score.drawn] == [
+        (False, True, False, False),
+        (True, False, True, True),
+        (False,) * 4,
+    ]
+    assert [drawn.shares["verifier"] for drawn in score.drawn] == [1, 0, 0] and [
+        drawn.shares["majority vote"] for drawn in score.drawn
+    ] == [0, 1, 0]
+    assert {
+        (sampling.temperature, sampling.n_samples, sampling.seed) for sampling in engine.asked
+    } == {(0.7, 4, 5)}
     assert (score.n_examples, score.n_samples, score.n_errors) == (3, 4, 0)
 
 
@@ -100,13 +110,20 @@ def test_a_question_that_cannot_be_asked_is_wrong_for_all(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(engine, "encode_prompt", encode)
     score: BestOfScore = best_of_n(engine, Oracle(), GSM8K, EXAMPLES, 4)
-    assert (score.n_examples, score.n_errors, score.measures["oracle"].value) == (3, 1, pytest.approx(1 / 3))
+    assert (score.n_examples, score.n_errors, score.measures["oracle"].value) == (
+        3,
+        1,
+        pytest.approx(1 / 3),
+    )
     with pytest.raises(UserError, match="task gsm8k: none of 1 questions could be asked: no"):
         best_of_n(engine, Oracle(), GSM8K, EXAMPLES[:1], 4)
 
 
 def test_labels_leave_nothing_to_choose() -> None:
-    with pytest.raises(UserError, match="--best-of: task sst2 is answered by a label, of which the most probable one is taken. Give a task"):
+    with pytest.raises(
+        UserError,
+        match="--best-of: task sst2 is answered by a label, of which the most probable one is taken. Give a task",
+    ):
         best_of_n(Choir({}), Oracle(), NAMED["sst2"], EXAMPLES, 4)
 
 
@@ -116,32 +133,49 @@ def test_labels_leave_nothing_to_choose() -> None:
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     """The checkpoints of a model that writes random bytes, and of a random verifier."""
-    shape = {"vocab_size": 260, "n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 64, "tie_embeddings": False}
+    shape = {
+        "vocab_size": 260,
+        "n_layers": 1,
+        "d_model": 16,
+        "n_heads": 2,
+        "max_seq_len": 64,
+        "tie_embeddings": False,
+    }
     model = make_model(**shape)
-    config = Config.model_validate({"model": shape, "training": {"seq_len": 32}, "sampling": {"max_new_tokens": 8}})
+    config = Config.model_validate(
+        {"model": shape, "training": {"seq_len": 32}, "sampling": {"max_new_tokens": 8}}
+    )
     torch.manual_seed(1)
     verifier = Verifier(config.model)
     with torch.no_grad():
         for weight in verifier.parameters():
             weight.mul_(5)
     made = payload("x") | {"config": config.to_plain()}
-    checkpoint.write(tmp_path / "writer.ckpt", made | {"weights": model.state_dict()})
-    checkpoint.write(tmp_path / "verifier.ckpt", made | {"weights": verifier.state_dict(), "stage": "verifier"})
+    checkpoint_format.write(tmp_path / "writer.ckpt", made | {"weights": model.state_dict()})
+    checkpoint_format.write(
+        tmp_path / "verifier.ckpt", made | {"weights": verifier.state_dict(), "stage": "verifier"}
+    )
     return tmp_path / "writer.ckpt", tmp_path / "verifier.ckpt"
 
 
 @pytest.fixture
-def ask(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def ask(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """infer.py with the model: exit code, stdout, stderr."""
 
     def start(*flags: object) -> tuple[int, str, str]:
-        code = infer.main(["--ckpt", str(files[0]), "--device", "cpu", "--prompt", "1 + 2 =", *map(str, flags)])
+        code = infer.main(
+            ["--ckpt", str(files[0]), "--device", "cpu", "--prompt", "1 + 2 =", *map(str, flags)]
+        )
         return (code, *capsys.readouterr())
 
     return start
 
 
-def test_the_likeliest_answer_is_written_and_all_are_scored(ask: Callable[..., Any], files: tuple[Path, Path]) -> None:
+def test_the_likeliest_answer_is_written_and_all_are_scored(
+    ask: Callable[..., Any], files: tuple[Path, Path]
+) -> None:
     """The JSON has every answer with its probability, the likeliest first; they are those that the verifier gives, and the samples infer.py draws."""
     flags = ("--best-of", 5, "--verifier", files[1])
     code, out, _ = ask(*flags, "--json")
@@ -149,20 +183,31 @@ def test_the_likeliest_answer_is_written_and_all_are_scored(ask: Callable[..., A
     texts = [completion["text"] for completion in found]
     assert code == 0 and len(set(texts)) == 5
     judge = Judge.load(files[1], "cpu")
-    assert [completion["probability"] for completion in found] == pytest.approx(judge.probabilities("1 + 2 =", texts), abs=1e-6)
-    assert [completion["probability"] for completion in found] == sorted((completion["probability"] for completion in found), reverse=True)
+    assert [completion["probability"] for completion in found] == pytest.approx(
+        judge.probabilities("1 + 2 =", texts), abs=1e-6
+    )
+    assert [completion["probability"] for completion in found] == sorted(
+        (completion["probability"] for completion in found), reverse=True
+    )
     drawn = json.loads(ask("--n-samples", 5, "--json")[1])["completions"]
     assert {completion["text"] for completion in drawn} == set(texts)
     code, out, err = ask(*flags)
     assert code == 0 and out.strip() == infer.readable(texts[0]).strip()
     said = [line for line in err.splitlines() if line.startswith("verifier: ")]
-    assert [line.split()[1] for line in said] == [f"{completion['probability']:.3f}" for completion in found]
+    assert [line.split()[1] for line in said] == [
+        f"{completion['probability']:.3f}" for completion in found
+    ]
 
 
-def test_the_other_ways_to_choose_stand_beside_the_verifiers(ask: Callable[..., Any], files: tuple[Path, Path]) -> None:
+def test_the_other_ways_to_choose_stand_beside_the_verifiers(
+    ask: Callable[..., Any], files: tuple[Path, Path]
+) -> None:
     """On the same answers: the first that was drawn, and one whose last number most of them have."""
     flags = ("--best-of", 5, "--verifier", files[1])
-    drawn = [completion["text"] for completion in json.loads(ask("--n-samples", 5, "--json")[1])["completions"]]
+    drawn = [
+        completion["text"]
+        for completion in json.loads(ask("--n-samples", 5, "--json")[1])["completions"]
+    ]
     found = json.loads(ask(*flags, "--json")[1])
     assert (found["random_choice"], found["majority_vote"]) == (drawn[0], drawn[vote(drawn)])
     lines = ask(*flags)[2].splitlines()
@@ -173,52 +218,130 @@ def test_the_other_ways_to_choose_stand_beside_the_verifiers(ask: Callable[..., 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--best-of", 4), "--best-of, --verifier: one needs the other. Give --best-of 8 --verifier FILE, or neither."),
+        (
+            ("--best-of", 4),
+            "--best-of, --verifier: one needs the other. Give --best-of 8 --verifier FILE, or neither.",
+        ),
         (("--verifier", "x.ckpt"), "--best-of, --verifier: one needs the other."),
-        (("--best-of", 1, "--verifier", "x.ckpt"), "--best-of: expected a whole number from 2 to 1024, found 1."),
-        (("--best-of", "many", "--verifier", "x.ckpt"), "--best-of: expected a whole number from 2 to 1024, found many."),
-        (("--best-of", 4, "--verifier", "x.ckpt", "--n-samples", 2), "--n-samples: --best-of says how many answers are drawn."),
-        (("--best-of", 4, "--verifier", "x.ckpt", "--n-beams", 2), "--n-beams: --best-of says how many answers are drawn."),
-        (("--best-of", 4, "--verifier", "x.ckpt", "--show-probs"), "--show-probs: it shows one text as it is written"),
-        (("--best-of", 4, "--verifier", "x.ckpt", "--temperature", 0), "--temperature: 0 writes the same answer each time"),
+        (
+            ("--best-of", 1, "--verifier", "x.ckpt"),
+            "--best-of: expected a whole number from 2 to 1024, found 1.",
+        ),
+        (
+            ("--best-of", "many", "--verifier", "x.ckpt"),
+            "--best-of: expected a whole number from 2 to 1024, found many.",
+        ),
+        (
+            ("--best-of", 4, "--verifier", "x.ckpt", "--n-samples", 2),
+            "--n-samples: --best-of says how many answers are drawn.",
+        ),
+        (
+            ("--best-of", 4, "--verifier", "x.ckpt", "--n-beams", 2),
+            "--n-beams: --best-of says how many answers are drawn.",
+        ),
+        (
+            ("--best-of", 4, "--verifier", "x.ckpt", "--show-probs"),
+            "--show-probs: it shows one text as it is written",
+        ),
+        (
+            ("--best-of", 4, "--verifier", "x.ckpt", "--temperature", 0),
+            "--temperature: 0 writes the same answer each time",
+        ),
         (("--best-of", 4, "--verifier", "x.ckpt"), "x.ckpt: not found"),
     ],
 )
-def test_flags_that_contradict_the_best_of_several_are_refused(flags: tuple[object, ...], message: str, ask: Callable[..., Any]) -> None:
+def test_flags_that_contradict_the_best_of_several_are_refused(
+    flags: tuple[object, ...], message: str, ask: Callable[..., Any]
+) -> None:
     code, out, err = ask(*flags)
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]
 
 
-def test_the_table_shows_all_methods_side_by_side(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_all_methods_side_by_side(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Random bytes are never right: every method has 0, whose interval says how little two examples prove; the answers are kept in a file."""
     out = tmp_path / "results"
-    where = ["--checkpoints", str(files[0]), "--tasks", "gsm8k", "--smoke", "--limit", "2", "--device", "cpu", "--out", str(out)]
+    where = [
+        "--checkpoints",
+        str(files[0]),
+        "--tasks",
+        "gsm8k",
+        "--smoke",
+        "--limit",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
     assert evaluate_checkpoints.main([*where, "--best-of", "3", "--verifier", str(files[1])]) == 0
     lines = capsys.readouterr().out.splitlines()
-    header = next(number for number, line in enumerate(lines) if line.startswith("task") and "choice" in line)
-    assert [line.split()[2] for line in lines[header + 1 :]] == ["random", "majority", "verifier", "oracle"]
+    header = next(
+        number for number, line in enumerate(lines) if line.startswith("task") and "choice" in line
+    )
+    assert [line.split()[2] for line in lines[header + 1 :]] == [
+        "random",
+        "majority",
+        "verifier",
+        "oracle",
+    ]
     high = wilson(0.0, 2)[1]
-    assert all(f"0.0000 to {high:.4f}" in line and line.split()[-1] == "2" for line in lines[header + 1 :])
+    assert all(
+        f"0.0000 to {high:.4f}" in line and line.split()[-1] == "2" for line in lines[header + 1 :]
+    )
     with open(out / "best_of.csv", encoding="utf-8", newline="") as file:
-        assert [row["choice"] for row in csv.DictReader(file)] == ["random choice", "majority vote", "verifier", "oracle"]
+        assert [row["choice"] for row in csv.DictReader(file)] == [
+            "random choice",
+            "majority vote",
+            "verifier",
+            "oracle",
+        ]
     [kept] = out.glob("best-of-*.jsonl")
     rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 2 and all(len(row["answers"]) == 3 == len(row["probabilities"]) for row in rows)
+    assert len(rows) == 2 and all(
+        len(row["answers"]) == 3 == len(row["probabilities"]) for row in rows
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--tasks", "gsm8k", "--smoke", "--best-of", "3"), "--best-of, --verifier: one needs the other."),
-        (("--tasks", "sms", "--smoke", "--best-of", "3", "--verifier", "x"), "--best-of: task sms is answered by a label"),
-        (("--cases", "cases/facts.yaml", "--best-of", "3", "--verifier", "x"), "--best-of: there is no task to answer. Give --tasks gsm8k."),
-        (("--tasks", "gsm8k", "--smoke", "--best-of", "3", "--verifier", "WRITER"), "which writes and does not judge. Train a verifier"),
+        (
+            ("--tasks", "gsm8k", "--smoke", "--best-of", "3"),
+            "--best-of, --verifier: one needs the other.",
+        ),
+        (
+            ("--tasks", "sms", "--smoke", "--best-of", "3", "--verifier", "x"),
+            "--best-of: task sms is answered by a label",
+        ),
+        (
+            ("--cases", "cases/facts.yaml", "--best-of", "3", "--verifier", "x"),
+            "--best-of: there is no task to answer. Give --tasks gsm8k.",
+        ),
+        (
+            ("--tasks", "gsm8k", "--smoke", "--best-of", "3", "--verifier", "WRITER"),
+            "which writes and does not judge. Train a verifier",
+        ),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_told_before_the_work(
-    flags: tuple[str, ...], message: str, files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...],
+    message: str,
+    files: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    assert evaluate_checkpoints.main(["--checkpoints", str(files[0]), *(str(files[0]) if flag == "WRITER" else flag for flag in flags)]) == 2
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert (
+        evaluate_checkpoints.main(
+            [
+                "--checkpoints",
+                str(files[0]),
+                *(str(files[0]) if flag == "WRITER" else flag for flag in flags),
+            ]
+        )
+        == 2
+    )
     assert message in capsys.readouterr().err.splitlines()[-1]

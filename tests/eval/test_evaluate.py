@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import OPTIONS, make_model
 
-from tinylm.engine import Engine, Piece, Prompt, Score
-from tinylm.errors import UserError
-from tinylm.evaluate import Case, CaseScore, CasesSummary, evaluate_cases, evaluate_task, places, read_cases
-from tinylm.prompts import Turn, make_template
-from tinylm.tasks import NAMED, PAIRS
-from tinylm.tasks.task import Example
-from tinylm.tokenizer import ByteTokenizer, CharTokenizer
+from tests.generate.test_engine import OPTIONS, make_model
+from tinylm.common.errors import UserError
+from tinylm.eval.cases import Case, CaseScore, CasesSummary, evaluate_cases, read_cases
+from tinylm.eval.task_scores import evaluate_task, places
+from tinylm.eval.tasks import NAMED, PAIRS
+from tinylm.eval.tasks.task import Example
+from tinylm.generate.engine import Engine, Piece, Prompt, Score
+from tinylm.rows.templates import Turn, make_template
+from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 
 BYTES = ByteTokenizer()
 
@@ -35,7 +36,12 @@ class Parrot(Engine):
         answer = next(answer for question, answer in self.answers.items() if question in text)
         for place, id in enumerate(answer, start=1):
             ends = id in stop_ids
-            yield Piece("" if ends else BYTES.decode([id]), id, 0.0, finish_reason="eos" if ends else "length" if place == len(answer) else None)
+            yield Piece(
+                "" if ends else BYTES.decode([id]),
+                id,
+                0.0,
+                finish_reason="eos" if ends else "length" if place == len(answer) else None,
+            )
             if ends:
                 return
 
@@ -51,14 +57,27 @@ def example(question: str, target: str, given: str = "") -> Example:
 def test_texts_scored_together_have_the_scores_that_they_have_alone(options):
     """Rows of 2 to 40 tokens, padded at their end, in batches that divide their number and that do not."""
     engine = Engine(make_model(**options), BYTES)
-    texts = [("a", "b"), ("a longer prompt, ", "target"), ("", "xyz"), ("x" * 30, "y" * 10), ("the same", " length"), ("the same", " lengtH")]
+    texts = [
+        ("a", "b"),
+        ("a longer prompt, ", "target"),
+        ("", "xyz"),
+        ("x" * 30, "y" * 10),
+        ("the same", " length"),
+        ("the same", " lengtH"),
+    ]
     pairs = [engine.encode_pair(*text) for text in texts]
     alone = [engine.score(*text) for text in texts]
     for batch_size in (2, 4, 16):
-        for found, expected in zip(engine.score_pairs(pairs, batch_size=batch_size), alone, strict=True):
+        for found, expected in zip(
+            engine.score_pairs(pairs, batch_size=batch_size), alone, strict=True
+        ):
             assert found.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
             assert found.ranks == expected.ranks
-            assert found.prompt_perplexity == (None if expected.prompt_perplexity is None else pytest.approx(expected.prompt_perplexity, rel=1e-4))
+            assert found.prompt_perplexity == (
+                None
+                if expected.prompt_perplexity is None
+                else pytest.approx(expected.prompt_perplexity, rel=1e-4)
+            )
 
 
 def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt():
@@ -77,7 +96,12 @@ def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt():
 def test_a_case_that_cannot_be_asked_is_a_failure_in_its_place():
     """The vocabulary lacks x: the other cases are scored, and the summary counts it."""
     engine = Engine(make_model(vocab_size=6), CharTokenizer("abcd", unknown="error"))
-    cases = [Case("first", "ab", "cd"), Case("unknown", "ab", "x"), Case("long", "a", "b" * 49), Case("last", "a", "b")]
+    cases = [
+        Case("first", "ab", "cd"),
+        Case("unknown", "ab", "x"),
+        Case("long", "a", "b" * 49),
+        Case("last", "a", "b"),
+    ]
     first, unknown, long, last = evaluate_cases(engine, cases)
     assert first.score.log_prob == pytest.approx(engine.score("ab", "cd").log_prob, abs=1e-4)
     assert unknown.score is None and "'x'" in unknown.error
@@ -94,7 +118,9 @@ def test_a_case_that_cannot_be_asked_is_a_failure_in_its_place():
 def test_a_checkpoint_does_not_gain_by_failing_the_hard_cases():
     """One scores both cases, badly; the other fails the hard one and would have the better mean of what is left."""
     model = make_model()
-    easy, hard = evaluate_cases(Engine(model, BYTES), [Case("easy", "ab", "c"), Case("hard", "ab", "d" * 40)])
+    easy, hard = evaluate_cases(
+        Engine(model, BYTES), [Case("easy", "ab", "c"), Case("hard", "ab", "d" * 40)]
+    )
     assert easy.score.log_prob > hard.score.log_prob
     both = CasesSummary.of([easy, hard])
     one = CasesSummary.of([easy, CaseScore(hard.case, None, "why")])
@@ -107,13 +133,24 @@ def test_a_checkpoint_does_not_gain_by_failing_the_hard_cases():
 def test_the_summary_by_hand():
     """Ranks 1, 3 and that of a failure: the median is 3. Perplexities 2 and 8 have the geometric mean 4."""
     case = Case("c", "p", "t")
-    scores = [CaseScore(case, Score((-1.0, -2.0), (1, 1), 2.0), None), CaseScore(case, Score((-5.0,), (3,), 8.0), None), CaseScore(case, None, "why")]
-    assert CasesSummary.of(scores) == CasesSummary(n_cases=3, n_failed=1, n_greedy=1, log_prob=-4.0, first_rank=3, prompt_perplexity=pytest.approx(4))
+    scores = [
+        CaseScore(case, Score((-1.0, -2.0), (1, 1), 2.0), None),
+        CaseScore(case, Score((-5.0,), (3,), 8.0), None),
+        CaseScore(case, None, "why"),
+    ]
+    assert CasesSummary.of(scores) == CasesSummary(
+        n_cases=3,
+        n_failed=1,
+        n_greedy=1,
+        log_prob=-4.0,
+        first_rank=3,
+        prompt_perplexity=pytest.approx(4),
+    )
 
 
 def test_the_shipped_cases_are_read():
     """10 to 20 a file; a target that is a word begins with its space, so that it does not run into the prompt."""
-    for path in sorted((Path(__file__).parent.parent / "cases").glob("*.yaml")):
+    for path in sorted((Path(__file__).parents[2] / "cases").glob("*.yaml")):
         cases = read_cases(path)
         assert 10 <= len(cases) <= 20
         assert all(case.target.startswith(" ") and not case.prompt.endswith(" ") for case in cases)
@@ -122,14 +159,32 @@ def test_the_shipped_cases_are_read():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", ": expected a list of items, and it has none. Begin each item with a dash: - name: ..."),
+        (
+            "",
+            ": expected a list of items, and it has none. Begin each item with a dash: - name: ...",
+        ),
         ("name: a\n", ": expected a list of items, and it has none."),
-        ("- a\n", ':1: expected an item with keys, found "a". Write name: value on lines of their own.'),
-        ("- {name: a, prompt: p}\n", ":1: target: expected text, found nothing. Each case has name, prompt and target; quote a number."),
+        (
+            "- a\n",
+            ':1: expected an item with keys, found "a". Write name: value on lines of their own.',
+        ),
+        (
+            "- {name: a, prompt: p}\n",
+            ":1: target: expected text, found nothing. Each case has name, prompt and target; quote a number.",
+        ),
         ("- {name: a, prompt: p, target: 4}\n", ":1: target: expected text, found 4."),
-        ("- {name: a, prompt: p, target: ''}\n", ":1: target: it is empty. Write the text that should follow the prompt."),
-        ("- {name: a, prompt: p, target: t}\n- {name: a, prompt: p, target: t}\n", ":2: name: a stands above already. Give each case a name of its own."),
-        ("- {name: a, prompt: p, target: t, weight: 2}\n", ":1: weight: no such key. A case has name, prompt and target."),
+        (
+            "- {name: a, prompt: p, target: ''}\n",
+            ":1: target: it is empty. Write the text that should follow the prompt.",
+        ),
+        (
+            "- {name: a, prompt: p, target: t}\n- {name: a, prompt: p, target: t}\n",
+            ":2: name: a stands above already. Give each case a name of its own.",
+        ),
+        (
+            "- {name: a, prompt: p, target: t, weight: 2}\n",
+            ":1: weight: no such key. A case has name, prompt and target.",
+        ),
         ("- name: a\n  name: b\n", ":2: item.name: the key stands on line 1 already. Keep one."),
     ],
 )
@@ -142,7 +197,10 @@ def test_a_mistake_in_a_case_file_is_named_by_line_and_key(tmp_path, text, messa
 
 # --- tasks: labels ----------------------------------------------------------------------------------------------------
 
-SST2 = [example("which?", label, given) for label, given in (("positive", "good"), ("negative", "bad"), ("positive", "fine"))]
+SST2 = [
+    example("which?", label, given)
+    for label, given in (("positive", "good"), ("negative", "bad"), ("positive", "fine"))
+]
 
 
 @pytest.mark.parametrize("n_shots", [0, 1])
@@ -154,14 +212,22 @@ def test_the_label_taken_is_the_one_that_the_model_finds_more_probable(n_shots):
     chosen = []
     for item in SST2:
         prompt = f"{before}which?\n\n{item.question.input}\nSentiment:"
-        chosen.append(max(task.labels, key=lambda label: engine.score(prompt, f" {label}").log_prob))
+        chosen.append(
+            max(task.labels, key=lambda label: engine.score(prompt, f" {label}").log_prob)
+        )
     found = evaluate_task(engine, task, SST2, shots=shots, batch_size=2)
     right = [answer == item.target for answer, item in zip(chosen, SST2, strict=True)]
     assert found.measures["accuracy"].value == pytest.approx(sum(right) / 3)
     assert {answer.place: answer.output for answer in found.failed} == {
         item.place: answer for answer, item, ok in zip(chosen, SST2, right, strict=True) if not ok
     }
-    assert (found.task, found.shots, found.n_examples, found.n_errors, found.n_truncated) == ("sst2", n_shots, 3, 0, 0)
+    assert (found.task, found.shots, found.n_examples, found.n_errors, found.n_truncated) == (
+        "sst2",
+        n_shots,
+        3,
+        0,
+        0,
+    )
 
 
 def test_equal_labels_go_to_the_first():
@@ -177,14 +243,25 @@ def test_equal_labels_go_to_the_first():
 
 def test_a_label_in_a_template_is_scored_with_the_tokens_of_training(monkeypatch):
     """All tokens of the conversation up to the one that ends the answer; the trained ones are the target."""
-    engine, template, asked = Engine(make_model(max_seq_len=300), BYTES), make_template("instruction", BYTES), []
+    engine, template, asked = (
+        Engine(make_model(max_seq_len=300), BYTES),
+        make_template("instruction", BYTES),
+        [],
+    )
     score_pairs = engine.score_pairs
-    monkeypatch.setattr(engine, "score_pairs", lambda pairs, batch_size: asked.extend(pairs) or score_pairs(pairs, batch_size=batch_size))
+    monkeypatch.setattr(
+        engine,
+        "score_pairs",
+        lambda pairs, batch_size: asked.extend(pairs) or score_pairs(pairs, batch_size=batch_size),
+    )
     shot = example("solved", "negative", "x")
     evaluate_task(engine, NAMED["sst2"], SST2, shots=[shot], template=template)
     expected = []
     for item, label in itertools.product(SST2, NAMED["sst2"].labels):
-        row = template.encode((shot.question, Turn("assistant", "negative"), item.question, Turn("assistant", label)), BYTES)
+        row = template.encode(
+            (shot.question, Turn("assistant", "negative"), item.question, Turn("assistant", label)),
+            BYTES,
+        )
         expected.append((row.ids.tolist(), len(f" {label}\n") + 1))
         assert row.trained[-1]
     assert [(list(pair.ids), pair.n_target) for pair in asked] == expected
@@ -199,15 +276,28 @@ def test_answers_are_graded_and_the_wrong_ones_kept():
     found = evaluate_task(engine, NAMED["gsm8k"], asked, shots=[example("0 and 0", "#### 0")])
     assert found.measures["exact_match"].value == 0.5
     [failed] = found.failed
-    assert (failed.place, failed.question, failed.output, failed.target) == ("rows.jsonl: 2 and 2", "2 and 2", "five is 5", "#### 4")
-    assert BYTES.decode(engine.asked[0][0]) == "Question: 0 and 0\nAnswer: #### 0\n\nQuestion: 2 and 2\nAnswer:"
+    assert (failed.place, failed.question, failed.output, failed.target) == (
+        "rows.jsonl: 2 and 2",
+        "2 and 2",
+        "five is 5",
+        "#### 4",
+    )
+    assert (
+        BYTES.decode(engine.asked[0][0])
+        == "Question: 0 and 0\nAnswer: #### 0\n\nQuestion: 2 and 2\nAnswer:"
+    )
     assert engine.asked[0][1].stop == ("Question:",)
 
 
 def test_what_is_not_fully_right_comes_worst_first():
     engine = Parrot({"a": b"one two", "b": b"nothing", "c": b"one"})
-    found = evaluate_task(engine, PAIRS, [example("a", "one two"), example("c", "one two"), example("b", "one two")])
-    assert [(answer.output, answer.grade["token_f1"]) for answer in found.failed] == [("one", pytest.approx(2 / 3)), ("nothing", 0.0)]
+    found = evaluate_task(
+        engine, PAIRS, [example("a", "one two"), example("c", "one two"), example("b", "one two")]
+    )
+    assert [(answer.output, answer.grade["token_f1"]) for answer in found.failed] == [
+        ("one", pytest.approx(2 / 3)),
+        ("nothing", 0.0),
+    ]
     assert list(found.measures) == ["exact_match", "token_f1"]
 
 
@@ -218,7 +308,9 @@ def test_in_a_template_the_answer_ends_at_the_token_that_training_puts_there():
     assert end != BYTES.eos_id
     engine = Parrot({"2 and 2": [*b" #### 4\n", end, *b"### Instruction: 9"]})
     shot = example("0 and 0", "#### 0")
-    found = evaluate_task(engine, NAMED["gsm8k"], [example("2 and 2", "#### 5")], shots=[shot], template=template)
+    found = evaluate_task(
+        engine, NAMED["gsm8k"], [example("2 and 2", "#### 5")], shots=[shot], template=template
+    )
     assert [answer.output for answer in found.failed] == ["#### 4"]
     conversation = (shot.question, Turn("assistant", "#### 0"), Turn("user", "2 and 2"))
     assert engine.asked[0][0] == template.prompt_ids(conversation, BYTES)
@@ -228,8 +320,13 @@ def test_in_a_template_the_answer_ends_at_the_token_that_training_puts_there():
 def test_a_question_that_cannot_be_asked_is_answered_wrong():
     """The vocabulary lacks the euro sign."""
     characters = sorted(set("which? Sentiment: positive negative Question: Answer:\n"))
-    engine = Engine(make_model(vocab_size=len(characters) + 2, max_seq_len=100), CharTokenizer(characters, unknown="error"))
-    written = evaluate_task(engine, NAMED["gsm8k"], [example("which?", "#### 1"), example("which €?", "#### 1")])
+    engine = Engine(
+        make_model(vocab_size=len(characters) + 2, max_seq_len=100),
+        CharTokenizer(characters, unknown="error"),
+    )
+    written = evaluate_task(
+        engine, NAMED["gsm8k"], [example("which?", "#### 1"), example("which €?", "#### 1")]
+    )
     labelled = evaluate_task(engine, NAMED["sst2"], [example("which €?", "positive")])
     for found in (written, labelled):
         assert found.n_errors == 1
@@ -240,9 +337,16 @@ def test_a_question_that_cannot_be_asked_is_answered_wrong():
 
 def test_prompts_that_lose_their_beginning_are_counted():
     engine = Parrot({"": b"x"}, make_model(max_seq_len=60))
-    found = evaluate_task(engine, NAMED["gsm8k"], [example("short", "#### 1"), example("long " * 20, "#### 1")])
+    found = evaluate_task(
+        engine, NAMED["gsm8k"], [example("short", "#### 1"), example("long " * 20, "#### 1")]
+    )
     assert found.n_truncated == 1
-    assert evaluate_task(engine, NAMED["sst2"], [example("short", "positive"), example("long " * 20, "positive")]).n_truncated == 1
+    assert (
+        evaluate_task(
+            engine, NAMED["sst2"], [example("short", "positive"), example("long " * 20, "positive")]
+        ).n_truncated
+        == 1
+    )
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
@@ -252,4 +356,7 @@ def test_places_by_their_definition():
     """One more than the number of better ones; marked where it is shared."""
     for worths in itertools.product((0.0, 1.0, -math.inf), repeat=4):
         for worth, place in zip(worths, places(worths), strict=True):
-            assert place == f"{1 + sum(other > worth for other in worths)}{'=' if worths.count(worth) > 1 else ''}"
+            assert (
+                place
+                == f"{1 + sum(other > worth for other in worths)}{'=' if worths.count(worth) > 1 else ''}"
+            )

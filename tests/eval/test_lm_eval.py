@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import make_model
 
-from tinylm.config import SamplingConfig
-from tinylm.engine import Engine
-from tinylm.errors import UserError
-from tinylm.harness import HarnessScore, check_tasks, harness_model, run_harness, sampling_of
-from tinylm.metrics import wilson
-from tinylm.tokenizer import ByteTokenizer
+from tests.generate.test_engine import make_model
+from tinylm.common.errors import UserError
+from tinylm.common.statistics import wilson
+from tinylm.config.schema import SamplingConfig
+from tinylm.eval.lm_eval import HarnessScore, check_tasks, harness_model, run_harness, sampling_of
+from tinylm.generate.engine import Engine
+from tinylm.tokenizer.byte_char import ByteTokenizer
 
 BYTES = ByteTokenizer()
 
@@ -34,9 +34,13 @@ def engine() -> Engine:
 def test_log_likelihood_is_the_engines_score(engine):
     """A space at the end of the context belongs to the continuation, as for every model of the harness; no context is EOS."""
     model = harness_model(engine, batch_size=2)
-    found = model.loglikelihood([Request("ab", " cd"), Request("ab ", "cd"), Request("", "cd")], disable_tqdm=True)
+    found = model.loglikelihood(
+        [Request("ab", " cd"), Request("ab ", "cd"), Request("", "cd")], disable_tqdm=True
+    )
     expected = [engine.score("ab", " cd"), engine.score("ab", " cd"), engine.score("", "cd")]
-    assert [log_prob for log_prob, _ in found] == pytest.approx([score.log_prob for score in expected], abs=1e-4)
+    assert [log_prob for log_prob, _ in found] == pytest.approx(
+        [score.log_prob for score in expected], abs=1e-4
+    )
     assert [greedy for _, greedy in found] == [score.greedy_match for score in expected]
 
 
@@ -54,22 +58,35 @@ def test_rolling_log_likelihood_predicts_each_token_once_with_all_the_context_th
     for start, first, last in starts:
         with torch.no_grad():
             log_probs = engine.model(torch.tensor([ids[start : last - 1]]))[0].log_softmax(-1)
-        total += sum(log_probs[place - 1 - start, ids[place]].item() for place in range(first, last))
+        total += sum(
+            log_probs[place - 1 - start, ids[place]].item() for place in range(first, last)
+        )
     assert found == pytest.approx(total, abs=1e-2)
 
 
 def test_generation_is_the_engines_greedy_text_up_to_the_stop_strings(engine):
-    [whole] = harness_model(engine).generate_until([Request("ab", {"until": [], "max_gen_toks": 12})])
+    [whole] = harness_model(engine).generate_until(
+        [Request("ab", {"until": [], "max_gen_toks": 12})]
+    )
     assert whole == engine.generate("ab", SamplingConfig(temperature=0, max_new_tokens=12))[0].text
-    [cut] = harness_model(engine).generate_until([Request("ab", {"until": whole[3:5], "max_gen_toks": 12, "do_sample": False})])
+    [cut] = harness_model(engine).generate_until(
+        [Request("ab", {"until": whole[3:5], "max_gen_toks": 12, "do_sample": False})]
+    )
     assert cut == whole[: whole.index(whole[3:5])]
 
 
 def test_the_harness_settings_are_ours():
-    assert sampling_of({"until": ["a", "b"], "do_sample": False, "temperature": 0.7}) == SamplingConfig(temperature=0, max_new_tokens=256, stop=("a", "b"))
-    drawn = sampling_of({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": None, "max_gen_toks": 5})
+    assert sampling_of(
+        {"until": ["a", "b"], "do_sample": False, "temperature": 0.7}
+    ) == SamplingConfig(temperature=0, max_new_tokens=256, stop=("a", "b"))
+    drawn = sampling_of(
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": None, "max_gen_toks": 5}
+    )
     assert drawn == SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=5)
-    with pytest.raises(UserError, match=r"^--lm-eval: generation_kwargs: penalty_alpha is not known here, but max_gen_toks, .*\. Take it out of the task\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"^--lm-eval: generation_kwargs: penalty_alpha is not known here, but max_gen_toks, .*\. Take it out of the task\.$",
+    ):
         sampling_of({"penalty_alpha": 0.6})
 
 
@@ -77,7 +94,10 @@ def test_intervals_and_ranks_of_the_harness_measures():
     """A share has Wilson's interval; another measure value and standard error; one that should be low ranks by its negative."""
     right = HarnessScore("t", "acc (strict)", 0.0, 0.0, 10, True)
     assert right.interval == wilson(0.0, 10)
-    f1, perplexity = HarnessScore("t", "f1", 0.5, 0.1, 10, True), HarnessScore("t", "word_perplexity", 9.0, None, 10, False)
+    f1, perplexity = (
+        HarnessScore("t", "f1", 0.5, 0.1, 10, True),
+        HarnessScore("t", "word_perplexity", 9.0, None, 10, False),
+    )
     assert f1.interval == pytest.approx((0.304, 0.696), abs=1e-4)
     assert perplexity.interval == (None, None)
     assert (f1.worth, perplexity.worth) == (0.5, -9.0)
@@ -85,7 +105,10 @@ def test_intervals_and_ranks_of_the_harness_measures():
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r'^--lm-eval needs lm_eval\. Install it: pip install "lm_eval>=0\.4\.13,<0\.5"$'):
+    with pytest.raises(
+        UserError,
+        match=r'^--lm-eval needs lm_eval\. Install it: pip install "lm_eval>=0\.4\.13,<0\.5"$',
+    ):
         check_tasks(["x"], None)
 
 
@@ -95,9 +118,19 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch):
 @pytest.fixture
 def own_tasks(tmp_path: Path) -> Path:
     """A folder with a task of two choices, one of writing, and one of perplexity, over three rows."""
-    rows = [("The opposite of up is", ["down", "left"], 0), ("A young dog is a", ["kitten", "puppy"], 1), ("Two plus two is", ["four", "nine"], 0)]
+    rows = [
+        ("The opposite of up is", ["down", "left"], 0),
+        ("A young dog is a", ["kitten", "puppy"], 1),
+        ("Two plus two is", ["four", "nine"], 0),
+    ]
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"q": q, "choices": choices, "answer": answer}) + "\n" for q, choices, answer in rows), encoding="utf-8")
+    file.write_text(
+        "".join(
+            json.dumps({"q": q, "choices": choices, "answer": answer}) + "\n"
+            for q, choices, answer in rows
+        ),
+        encoding="utf-8",
+    )
     source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {tmp_path / 'cache'}}}\ntest_split: test\n"
     asked = 'doc_to_text: "{{q}}"\n'
     texts = {
@@ -119,16 +152,24 @@ def test_the_harness_runs_local_tasks_without_network(engine, own_tasks):
     names = ["own_choice", "own_words", "own_text"]
     check_tasks(names, own_tasks)
     found = {score.task: score for score in run_harness(engine, names, include_path=own_tasks)}
-    rows = [json.loads(line) for line in (own_tasks / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (own_tasks / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     right = 0
     for row in rows:
         log_probs = [engine.score(row["q"], f" {choice}").log_prob for choice in row["choices"]]
         right += log_probs.index(max(log_probs)) == row["answer"]
-    assert found["own_choice"] == HarnessScore("own_choice", "acc", pytest.approx(right / 3), found["own_choice"].stderr, 3, True)
+    assert found["own_choice"] == HarnessScore(
+        "own_choice", "acc", pytest.approx(right / 3), found["own_choice"].stderr, 3, True
+    )
     assert found["own_words"].value == 0
     nats = sum(-engine.score("", row["q"]).log_prob for row in rows)
     bits = nats / torch.tensor(2.0).log().item() / sum(len(row["q"]) for row in rows)
-    assert (found["own_text"].value, found["own_text"].higher_is_better) == (pytest.approx(bits, rel=1e-4), False)
+    assert (found["own_text"].value, found["own_text"].higher_is_better) == (
+        pytest.approx(bits, rel=1e-4),
+        False,
+    )
     [limited] = run_harness(engine, ["own_choice"], include_path=own_tasks, limit=2)
     assert limited.n_examples == 2
 

@@ -9,11 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinylm import metrics
-from tinylm.errors import UserError
-from tinylm.metrics import Z95, final_number, macro_f1, mean, rouge, same_number, token_f1, wilson
+from tinylm.common import statistics
+from tinylm.common.errors import UserError
+from tinylm.common.statistics import Z95, mean, wilson
+from tinylm.eval import metrics
+from tinylm.eval.metrics import final_number, macro_f1, rouge, same_number, token_f1
 
-LABELS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=1, max_size=30)
+LABELS = st.lists(
+    st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=1, max_size=30
+)
 
 
 # --- one answer -------------------------------------------------------------------------------------------------------
@@ -49,7 +53,12 @@ def test_a_text_without_a_number_has_none_and_is_never_right(text):
     assert not same_number(text, "#### 3")
 
 
-@given(st.integers(-(10**9), 10**9), st.sampled_from(["{:,}", "{}", "${:,}", "{:,}.", "{}.00", "so it is {:,} in all", "x\n#### {:,}"]))
+@given(
+    st.integers(-(10**9), 10**9),
+    st.sampled_from(
+        ["{:,}", "{}", "${:,}", "{:,}.", "{}.00", "so it is {:,} in all", "x\n#### {:,}"]
+    ),
+)
 def test_a_number_is_the_same_however_it_is_written(n, form):
     assert same_number(form.format(n), f"#### {n}")
     assert not same_number(form.format(n), f"#### {n + 1}")
@@ -79,7 +88,10 @@ def test_rouge_does_not_stem():
 def test_rouge_without_its_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     metrics._rouge_scorer.cache_clear()
-    with pytest.raises(UserError, match=r'^ROUGE needs rouge-score\. Install it: pip install "rouge-score>=0\.1\.2,<1"$'):
+    with pytest.raises(
+        UserError,
+        match=r'^ROUGE needs rouge-score\. Install it: pip install "rouge-score>=0\.1\.2,<1"$',
+    ):
         rouge("a", "a")
 
 
@@ -90,7 +102,9 @@ def test_rouge_without_its_library_says_what_to_install(monkeypatch):
 def test_macro_f1_is_that_of_scikit_learn(pairs):
     sklearn = pytest.importorskip("sklearn.metrics")
     outputs, targets = zip(*pairs, strict=True)
-    assert macro_f1(outputs, targets).value == pytest.approx(sklearn.f1_score(targets, outputs, average="macro", zero_division=0))
+    assert macro_f1(outputs, targets).value == pytest.approx(
+        sklearn.f1_score(targets, outputs, average="macro", zero_division=0)
+    )
 
 
 def test_macro_f1_by_hand():
@@ -107,15 +121,19 @@ def test_wilsons_interval_is_where_the_normal_test_stops_rejecting(right, more):
     assert 0 <= low <= right / n <= high <= 1
     for end in (low, high):
         if 0 < end < 1:
-            assert abs(right / n - end) == pytest.approx(Z95 * math.sqrt(end * (1 - end) / n), abs=1e-6)
+            assert abs(right / n - end) == pytest.approx(
+                Z95 * math.sqrt(end * (1 - end) / n), abs=1e-6
+            )
 
 
 def test_the_interval_of_right_and_wrong_is_wilsons_and_of_other_values_a_bootstraps():
-    assert mean([1.0, 0.0, 1.0, 1.0]) == metrics.Measure(0.75, *wilson(0.75, 4))
+    assert mean([1.0, 0.0, 1.0, 1.0]) == statistics.Measure(0.75, *wilson(0.75, 4))
     values = np.random.default_rng(1).random(400)
     found = mean(values)
     half = Z95 * values.std() / math.sqrt(400)
-    assert (found.value, found.low, found.high) == pytest.approx((values.mean(), values.mean() - half, values.mean() + half), abs=half / 8)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (values.mean(), values.mean() - half, values.mean() + half), abs=half / 8
+    )
 
 
 def test_the_bootstrap_of_macro_f1_is_that_of_examples():
@@ -126,7 +144,9 @@ def test_the_bootstrap_of_macro_f1_is_that_of_examples():
     found = macro_f1(outputs.tolist(), targets.tolist())
     chosen = [draw.integers(300, size=300) for _ in range(300)]
     values = [macro_f1(outputs[rows].tolist(), targets[rows].tolist()).value for rows in chosen]
-    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])), abs=0.02)
+    assert (found.low, found.high) == pytest.approx(
+        tuple(np.percentile(values, [2.5, 97.5])), abs=0.02
+    )
     assert found.low < found.value < found.high
 
 

@@ -7,33 +7,43 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from tinylm import rows
-from tinylm.config import Config, DataConfig
-from tinylm.errors import UserError
-from tinylm.prompts import Turn
-from tinylm.tasks import NAMED, PAIRS, data
-from tinylm.tasks.data import load_task, task_named
-from tinylm.tasks.task import draw_shots
+from tinylm.common.errors import UserError
+from tinylm.config.schema import Config, DataConfig
+from tinylm.eval.tasks import NAMED, PAIRS, data
+from tinylm.eval.tasks.data import load_task, task_named
+from tinylm.eval.tasks.task import draw_shots
+from tinylm.rows import columns, row_files
+from tinylm.rows.templates import Turn
 
 TASKS = [*NAMED.values(), PAIRS]
 
 
 def write_rows(path: Path, items: list) -> Path:
     """One row a line; text stands as it is."""
-    path.write_text("".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in items), encoding="utf-8")
+    path.write_text(
+        "".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in items),
+        encoding="utf-8",
+    )
     return path
 
 
 def problems(n: int, start: int = 0) -> list[dict]:
     """GSM8K rows that all differ."""
-    return [{"question": f"What is {i} and 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(start, start + n)]
+    return [
+        {"question": f"What is {i} and 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"}
+        for i in range(start, start + n)
+    ]
 
 
 # --- every task -------------------------------------------------------------------------------------------------------
 
 
 def test_the_names_are_those_of_the_setting():
-    names = [name for kind in get_args(DataConfig.model_fields["task"].annotation) for name in get_args(kind)]
+    names = [
+        name
+        for kind in get_args(DataConfig.model_fields["task"].annotation)
+        for name in get_args(kind)
+    ]
     assert sorted(NAMED) == sorted(names)
 
 
@@ -66,15 +76,24 @@ def test_the_sums_of_the_built_in_problems_are_right():
 def test_a_few_shot_prompt_is_solved_examples_and_then_the_question():
     task = NAMED["gsm8k"]
     first, second = (task.example("here", row) for row in problems(2))
-    assert task.text(second, [first]) == "Question: What is 0 and 1?\nAnswer: It is 1.\n#### 1\n\nQuestion: What is 1 and 1?\nAnswer:"
+    assert (
+        task.text(second, [first])
+        == "Question: What is 0 and 1?\nAnswer: It is 1.\n#### 1\n\nQuestion: What is 1 and 1?\nAnswer:"
+    )
     assert PAIRS.text(PAIRS.example("here", {"prompt": "2+2=", "target": "4"})) == "2+2="
 
 
 def test_chance_is_the_most_frequent_label_or_another_examples_target():
     """ham 3 of 4: accuracy 3/4, F1 of ham 6/7, of spam 0. Numbers: each is compared with the next one's, 7 with 7, 7 with 8, 8 with 7."""
-    assert NAMED["sms"].chance(["ham", "spam", "ham", "ham"]) == pytest.approx({"accuracy": 0.75, "macro_f1": 3 / 7})
-    assert NAMED["sms"].chance(["spam", "ham", "spam", "spam"]) == pytest.approx({"accuracy": 0.75, "macro_f1": 3 / 7})
-    assert NAMED["gsm8k"].chance(["#### 7", "#### 7", "#### 8"]) == pytest.approx({"exact_match": 1 / 3})
+    assert NAMED["sms"].chance(["ham", "spam", "ham", "ham"]) == pytest.approx(
+        {"accuracy": 0.75, "macro_f1": 3 / 7}
+    )
+    assert NAMED["sms"].chance(["spam", "ham", "spam", "spam"]) == pytest.approx(
+        {"accuracy": 0.75, "macro_f1": 3 / 7}
+    )
+    assert NAMED["gsm8k"].chance(["#### 7", "#### 7", "#### 8"]) == pytest.approx(
+        {"exact_match": 1 / 3}
+    )
     assert NAMED["gsm8k"].chance(["#### 7"]) == {}
 
 
@@ -84,19 +103,43 @@ def test_chance_is_the_most_frequent_label_or_another_examples_target():
 @pytest.mark.parametrize(
     ("task", "row", "problem"),
     [
-        ("gsm8k", {"question": "q"}, "answer: missing; the row has question. Correct the row, or give the data of this task."),
-        ("gsm8k", {"question": None, "answer": "#### 1"}, "question: expected a string, found null. Correct the row, or take it out."),
-        ("gsm8k", {"question": "q", "answer": 1}, "answer: expected a string, found a number. Correct the row, or take it out."),
-        ("gsm8k", {"question": "q", "answer": " "}, "the answer is blank. Correct the row, or take it out."),
+        (
+            "gsm8k",
+            {"question": "q"},
+            "answer: missing; the row has question. Correct the row, or give the data of this task.",
+        ),
+        (
+            "gsm8k",
+            {"question": None, "answer": "#### 1"},
+            "question: expected a string, found null. Correct the row, or take it out.",
+        ),
+        (
+            "gsm8k",
+            {"question": "q", "answer": 1},
+            "answer: expected a string, found a number. Correct the row, or take it out.",
+        ),
+        (
+            "gsm8k",
+            {"question": "q", "answer": " "},
+            "the answer is blank. Correct the row, or take it out.",
+        ),
         (
             "sst2",
             {"sentence": "s", "label": -1},
             "label: expected 0 (negative), 1 (positive), found -1. Correct the row, or take another split.",
         ),
-        ("sst2", {"sentence": "s", "label": True}, "label: expected 0 (negative), 1 (positive), found True."),
+        (
+            "sst2",
+            {"sentence": "s", "label": True},
+            "label: expected 0 (negative), 1 (positive), found True.",
+        ),
         ("sms", {"label": "eggs", "text": "s"}, "label: expected 0 (ham), 1 (spam), found 'eggs'."),
         ("sms", {"label": "ham"}, "sms: missing; the row has label."),
-        ("alpaca", {"instruction": "i", "input": 3, "output": "o"}, "input: expected a string, found a number."),
+        (
+            "alpaca",
+            {"instruction": "i", "input": 3, "output": "o"},
+            "input: expected a string, found a number.",
+        ),
         ("gsm8k", "{", "not JSON"),
         ("gsm8k", ["q"], "expected an object"),
     ],
@@ -113,20 +156,27 @@ def test_a_task_and_rows_py_make_the_same_conversation_of_a_row():
     """Or a model would be evaluated on other words than it was fine-tuned on."""
     alpaca = {"instruction": "Add. ", "input": "1 and 2\n", "output": "3"}
     sms = {"label": "ham", "text": "see you"}
-    assert NAMED["alpaca"].conversation(alpaca) == rows.conversation_of(alpaca, DataConfig())
-    assert NAMED["sms"].conversation(sms) == rows.conversation_of(sms, DataConfig())
-    assert NAMED["sms"].conversation({"label": 0, "sms": "see you\n"}) == NAMED["sms"].conversation(sms)
+    assert NAMED["alpaca"].conversation(alpaca) == columns.conversation_of(alpaca, DataConfig())
+    assert NAMED["sms"].conversation(sms) == columns.conversation_of(sms, DataConfig())
+    assert NAMED["sms"].conversation({"label": 0, "sms": "see you\n"}) == NAMED["sms"].conversation(
+        sms
+    )
 
 
 def test_the_lines_of_a_chat_end_without_carriage_returns():
-    question, answer = NAMED["samsum"].conversation({"dialogue": "A: hi\r\nB: hello", "summary": "They meet."})
+    question, answer = NAMED["samsum"].conversation(
+        {"dialogue": "A: hi\r\nB: hello", "summary": "They meet."}
+    )
     assert (question.input, answer) == ("A: hi\nB: hello", Turn("assistant", "They meet."))
 
 
 def test_the_spam_collection_is_read_as_it_is_published(tmp_path):
     path = tmp_path / "SMSSpamCollection"
     path.write_text("ham\tsee you\nspam\tWIN a prize\n", encoding="utf-8")
-    assert [(e.question.input, e.target) for e in load_task(NAMED["sms"], path).examples] == [("see you", "ham"), ("WIN a prize", "spam")]
+    assert [(e.question.input, e.target) for e in load_task(NAMED["sms"], path).examples] == [
+        ("see you", "ham"),
+        ("WIN a prize", "spam"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -139,20 +189,27 @@ def test_the_spam_collection_is_read_as_it_is_published(tmp_path):
         ("alpaca", 2 * [("tatsu-lab/alpaca", None, "train")]),
     ],
 )
-def test_without_a_path_rows_are_evaluated_that_fine_tuning_does_not_train_on(monkeypatch, name, asked):
+def test_without_a_path_rows_are_evaluated_that_fine_tuning_does_not_train_on(
+    monkeypatch, name, asked
+):
     """Two splits are read whole. Of a single one, the rows that fine-tuning with default settings holds out are evaluated, and the others solved."""
     calls, one_split = [], name in ("sms", "alpaca")
 
     def records(config, which, seed):
         calls.append((config.dataset, config.dataset_config, config.split))
-        split = rows.find_split(config, which, seed, rows.ROW_FILES)
+        split = row_files.find_split(config, which, seed, row_files.ROW_FILES)
         defaults = Config()
-        assert (split.held_out, split.limit) == ((defaults.data.val_fraction, defaults.training.seed) if one_split else None, None)
+        assert (split.held_out, split.limit) == (
+            (defaults.data.val_fraction, defaults.training.seed) if one_split else None,
+            None,
+        )
         assert which == (["train", "val"][len(calls) - 1] if one_split else "train")
         return ((f"row {i}", row) for i, row in enumerate(NAMED[name].smoke))
 
     monkeypatch.setattr(data, "records", records)
-    monkeypatch.setattr(data, "draw_shots", lambda task, rows, n, **more: [task.example(*row) for row in rows][:n])
+    monkeypatch.setattr(
+        data, "draw_shots", lambda task, rows, n, **more: [task.example(*row) for row in rows][:n]
+    )
     load_task(NAMED[name], None, n_shots=1)
     assert calls == asked
 
@@ -162,13 +219,19 @@ def test_a_hub_that_cannot_be_reached_names_the_flags_that_do_without(monkeypatc
         raise UserError("x: not reached.")
 
     monkeypatch.setattr(data, "records", records)
-    with pytest.raises(UserError, match=r"^task sst2: x: not reached\. Here that is --data sst2=PATH; --smoke needs no data\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"^task sst2: x: not reached\. Here that is --data sst2=PATH; --smoke needs no data\.$",
+    ):
         load_task(NAMED["sst2"], None)
 
 
 @pytest.mark.parametrize(("name", "value"), [("rows", "alpaca"), ("columns", {"prompt": "q"})])
 def test_a_task_and_another_word_on_its_rows_contradict_each_other(name, value):
-    with pytest.raises(ValidationError, match=f"{name}: task sst2 says what a row is made of. Take {name} out, or task"):
+    with pytest.raises(
+        ValidationError,
+        match=f"{name}: task sst2 says what a row is made of. Take {name} out, or task",
+    ):
         DataConfig.model_validate({"task": "sst2", name: value})
 
 
@@ -184,7 +247,9 @@ def test_solved_examples_of_one_file_are_never_asked(tmp_path):
         solved = {shot.question for shot in loaded.shots}
         assert len(solved) == 3
         assert solved.isdisjoint(example.question for example in loaded.examples)
-        assert len(loaded.examples) == (5 - 2 if Turn("user", "What is 0 and 1?") in solved else 8 - 3)
+        assert len(loaded.examples) == (
+            5 - 2 if Turn("user", "What is 0 and 1?") in solved else 8 - 3
+        )
         assert loaded == load_task(NAMED["gsm8k"], path, n_shots=3, seed=seed)
         seen.add(frozenset(solved))
     assert len(seen) > 1
@@ -197,13 +262,22 @@ def test_solved_examples_of_a_folder_are_training_rows_that_are_not_asked(tmp_pa
     loaded = load_task(NAMED["gsm8k"], tmp_path, n_shots=2)
     assert {shot.question.text for shot in loaded.shots} == {"What is 5 and 1?", "What is 6 and 1?"}
     assert len(loaded.examples) == 5
-    with pytest.raises(UserError, match=r"^task gsm8k: 3 examples were asked for, and there are 2 to take\. Lower --shots or give more rows\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"^task gsm8k: 3 examples were asked for, and there are 2 to take\. Lower --shots or give more rows\.$",
+    ):
         load_task(NAMED["gsm8k"], tmp_path, n_shots=3)
 
 
 def test_a_limit_draws_examples_by_the_seed_and_keeps_their_order(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", problems(50))
-    places = [[int(e.place.rpartition(":")[2]) for e in load_task(NAMED["gsm8k"], path, limit=10, seed=seed).examples] for seed in (0, 0, 1)]
+    places = [
+        [
+            int(e.place.rpartition(":")[2])
+            for e in load_task(NAMED["gsm8k"], path, limit=10, seed=seed).examples
+        ]
+        for seed in (0, 0, 1)
+    ]
     assert places[0] == places[1] != places[2]
     assert all(len(set(found)) == 10 and found == sorted(found) for found in places)
     assert max(places[0]) > 10
@@ -218,12 +292,20 @@ def test_no_solved_examples_need_no_training_rows(tmp_path):
 def test_what_is_wrong_with_the_data_is_said(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", problems(2))
     wanted = {
-        "--tasks: no\\x1b: no such task. There are sst2, samsum, gsm8k, sms, alpaca, pairs.": lambda: task_named("no\x1b"),
-        "--tasks: pairs has no data of its own. Give your rows: --data pairs=rows.jsonl": lambda: load_task(PAIRS, None),
-        f"--data: {path}: --smoke takes the built-in rows. Give one of the two.": lambda: load_task(PAIRS, path, smoke=True),
-        f"--data: {tmp_path}: no file begins with test or validation or val. Give a file of rows": lambda: load_task(NAMED["gsm8k"], tmp_path),
-        "task gsm8k: no examples are left to evaluate beside 2 solved ones. Lower --shots, or give more rows.": lambda: load_task(
-            NAMED["gsm8k"], path, n_shots=2
+        "--tasks: no\\x1b: no such task. There are sst2, samsum, gsm8k, sms, alpaca, pairs.": lambda: (
+            task_named("no\x1b")
+        ),
+        "--tasks: pairs has no data of its own. Give your rows: --data pairs=rows.jsonl": lambda: (
+            load_task(PAIRS, None)
+        ),
+        f"--data: {path}: --smoke takes the built-in rows. Give one of the two.": lambda: load_task(
+            PAIRS, path, smoke=True
+        ),
+        f"--data: {tmp_path}: no file begins with test or validation or val. Give a file of rows": lambda: (
+            load_task(NAMED["gsm8k"], tmp_path)
+        ),
+        "task gsm8k: no examples are left to evaluate beside 2 solved ones. Lower --shots, or give more rows.": lambda: (
+            load_task(NAMED["gsm8k"], path, n_shots=2)
         ),
     }
     for message, load in wanted.items():
@@ -232,5 +314,7 @@ def test_what_is_wrong_with_the_data_is_said(tmp_path):
         assert str(error.value).startswith(message)
     for name in ("test.jsonl", "test2.jsonl"):
         write_rows(tmp_path / name, problems(2))
-    with pytest.raises(UserError, match=r"2 files begin with test\. Give one of them: .*test\.jsonl$"):
+    with pytest.raises(
+        UserError, match=r"2 files begin with test\. Give one of them: .*test\.jsonl$"
+    ):
         load_task(NAMED["gsm8k"], tmp_path)

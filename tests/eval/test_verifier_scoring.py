@@ -11,19 +11,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import LitProblems, ProblemBatches, Share, ValidationProblems
-from tinylm.config import Config, DataConfig, ModelConfig
-from tinylm.errors import UserError
-from tinylm.judge import Judge, pair_batch, training_batch
-from tinylm.problems import Judged, Problem, answers_of, corrupted, departure, judged, pair_ids, pairs_of, problem_of, problems, usable, without_annotations
-from tinylm.prompts import Turn
-from tinylm.samples import kept_answers
-from tinylm.tokenizer import ByteTokenizer
-from tinylm.verifier import Verifier
+from tinylm.common.errors import UserError
+from tinylm.config.schema import Config, DataConfig, ModelConfig
+from tinylm.eval.sampled_answers import kept_answers
+from tinylm.eval.verifier_scoring import Judge, pair_batch, training_batch
+from tinylm.model.verifier import Verifier
+from tinylm.rows.templates import Turn
+from tinylm.rows.verifier_data import (
+    Judged,
+    Problem,
+    answers_of,
+    corrupted,
+    departure,
+    judged,
+    pair_ids,
+    pairs_of,
+    problem_of,
+    problems,
+    usable,
+    without_annotations,
+)
+from tinylm.tokenizer.byte_char import ByteTokenizer
 
 BYTES = ByteTokenizer()
 
 
-def problem(question: str = "How many?", answer: str = "It is 7.", samples: tuple[Judged, ...] = ()) -> Problem:
+def problem(
+    question: str = "How many?", answer: str = "It is 7.", samples: tuple[Judged, ...] = ()
+) -> Problem:
     return Problem(f"rows.jsonl: {question}", Turn("user", question), answer, samples)
 
 
@@ -36,10 +51,13 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_a_row_of_gsm8k_is_a_problem_without_the_calculators_notes(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [{"question": "How many eggs? ", "answer": "4*6=<<4*6=24>>24 eggs.\n#### 24"}])
-    assert problems(DataConfig(dataset=str(path), val_dataset="other.jsonl", task="gsm8k"), "train", 0) == [
-        Problem(f"{path}:1", Turn("user", "How many eggs?"), "4*6=24 eggs.\n#### 24")
-    ]
+    path = write_rows(
+        tmp_path / "rows.jsonl",
+        [{"question": "How many eggs? ", "answer": "4*6=<<4*6=24>>24 eggs.\n#### 24"}],
+    )
+    assert problems(
+        DataConfig(dataset=str(path), val_dataset="other.jsonl", task="gsm8k"), "train", 0
+    ) == [Problem(f"{path}:1", Turn("user", "How many eggs?"), "4*6=24 eggs.\n#### 24")]
 
 
 @pytest.mark.parametrize("text", ["a << b, c >> d", "x <<1=\n1>>", "<<>>"])
@@ -48,19 +66,33 @@ def test_other_angles_are_no_notes(text):
 
 
 def test_all_before_the_last_answer_is_the_problem():
-    found = problem_of("here", (Turn("system", "Be brief."), Turn("user", "1+1?", "in words"), Turn("assistant", "2")))
+    found = problem_of(
+        "here",
+        (Turn("system", "Be brief."), Turn("user", "1+1?", "in words"), Turn("assistant", "2")),
+    )
     assert (found.question, found.answer) == (Turn("user", "Be brief.\n\n1+1?\n\nin words"), "2")
 
 
 def test_a_row_that_ends_with_a_question_is_named(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "assistant", "content": "2"}]}])
-    with pytest.raises(UserError, match=r"rows.jsonl:1: the last turn is not the assistant's answer to a question. Add the answer"):
+    path = write_rows(
+        tmp_path / "rows.jsonl", [{"messages": [{"role": "assistant", "content": "2"}]}]
+    )
+    with pytest.raises(
+        UserError,
+        match=r"rows.jsonl:1: the last turn is not the assistant's answer to a question. Add the answer",
+    ):
         problems(DataConfig(dataset=str(path), val_dataset="other.jsonl"), "train", 0)
 
 
 def test_what_does_not_fit_or_cannot_be_made_wrong_is_left_out_and_said():
     """Rows of 12 bytes: an answer of 10 leaves room for the separator and one byte of the problem, one of 11 does not."""
-    found = [problem("0123456", "1234567890"), problem("b", "12345678901"), problem("c", "none"), problem("d", "3"), problem("e", "no number")]
+    found = [
+        problem("0123456", "1234567890"),
+        problem("b", "12345678901"),
+        problem("c", "none"),
+        problem("d", "3"),
+        problem("e", "no number"),
+    ]
     kept, report = usable(found, "train", BYTES, 12, n_wrong=1)
     assert [item.question.text for item in kept] == ["0123456", "d"]
     assert report.notes() == [
@@ -69,15 +101,26 @@ def test_what_does_not_fit_or_cannot_be_made_wrong_is_left_out_and_said():
         "training: skipped 2 rows without a number to change in the answer (rows.jsonl: c, rows.jsonl: e)",
     ]
     assert len(usable(found, "train", BYTES, 12, n_wrong=0)[0]) == 4
-    with pytest.raises(UserError, match=r"data.dataset: no problem is left: validation: skipped 1 rows without a number .* Raise training.seq_len"):
+    with pytest.raises(
+        UserError,
+        match=r"data.dataset: no problem is left: validation: skipped 1 rows without a number .* Raise training.seq_len",
+    ):
         usable(found[2:3], "val", BYTES, 12, n_wrong=1)
 
 
 def test_training_problems_that_are_all_validation_problems_too_are_told_of(tmp_path):
     """One question with answers that differ: whatever is held out of it, training has nothing else."""
-    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "How many?", "completion": f"It is {i}."} for i in range(12)])
-    config = Config.model_validate({"data": {"dataset": str(path), "val_fraction": 0.3}, "verifier": {}})
-    with pytest.raises(UserError, match=r"data.dataset: every problem for training is a validation problem too. Give other rows to one of the two."):
+    path = write_rows(
+        tmp_path / "rows.jsonl",
+        [{"prompt": "How many?", "completion": f"It is {i}."} for i in range(12)],
+    )
+    config = Config.model_validate(
+        {"data": {"dataset": str(path), "val_fraction": 0.3}, "verifier": {}}
+    )
+    with pytest.raises(
+        UserError,
+        match=r"data.dataset: every problem for training is a validation problem too. Give other rows to one of the two.",
+    ):
         LitProblems(config, BYTES).prepare()
 
 
@@ -97,25 +140,39 @@ def test_wrong_answers_depend_on_the_seed_alone():
     assert first == again != other
     assert first[0] == Judged("3 and 4 are 7", True) and first[-1] == Judged("it is 8", False)
     draw = random.Random("a")
-    assert [answer.text for answer in first[1:4]] == [corrupted("3 and 4 are 7", draw) for _ in range(3)]
+    assert [answer.text for answer in first[1:4]] == [
+        corrupted("3 and 4 are 7", draw) for _ in range(3)
+    ]
     assert not any(answer.right for answer in first[1:])
 
 
 def test_what_a_model_answers_is_right_by_its_last_number():
     """Once each; the right answer itself is there already; a blank one says nothing."""
-    found = judged(problem(answer="2+5=7\n#### 7"), ["so 7.0", "it is 8 ", "it is 8", "", "2+5=<<2+5=7>>7\n#### 7", "no idea"])
+    found = judged(
+        problem(answer="2+5=7\n#### 7"),
+        ["so 7.0", "it is 8 ", "it is 8", "", "2+5=<<2+5=7>>7\n#### 7", "no idea"],
+    )
     assert found == (Judged("so 7.0", True), Judged("it is 8", False), Judged("no idea", False))
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(0, 255), max_size=30), st.lists(st.integers(0, 255), max_size=30), st.integers(1, 80))
+@given(
+    st.lists(st.integers(0, 255), max_size=30),
+    st.lists(st.integers(0, 255), max_size=30),
+    st.integers(1, 80),
+)
 def test_a_pair_is_problem_separator_answer_and_loses_its_beginning(question, answer, seq_len):
-    assert pair_ids(question, answer, BYTES, seq_len) == [*question, BYTES.eos_id, *answer][-seq_len:]
+    assert (
+        pair_ids(question, answer, BYTES, seq_len) == [*question, BYTES.eos_id, *answer][-seq_len:]
+    )
 
 
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=8), st.lists(st.integers(0, 2), min_size=1, max_size=8))
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=8),
+    st.lists(st.integers(0, 2), min_size=1, max_size=8),
+)
 def test_a_departure_is_all_that_two_answers_do_not_share_at_their_ends(answer, right):
     """What stands before it and behind it is in the right answer too, at its beginning and its end; equal answers have one place still."""
     span = departure(answer, right)
@@ -134,9 +191,19 @@ def test_the_wrong_token_is_marked_also_in_a_pair_that_lost_its_beginning():
     assert [(BYTES.decode(pair.ids[2:]), pair.right, pair.departs) for pair in pairs] == [
         ("1+1=2", True, ()), ("1+1=3", False, (6,)), ("one", False, (2, 3, 4)), ("1+1=2.", True, ())
     ]  # fmt: skip
-    assert [pair.departs for pair in pairs_of(problem("Q", "1+1=2", (wrong, Judged("3+1=2", False))), BYTES, 4, n_wrong=0, seed="")] == [(), (3,), (0,)]
+    assert [
+        pair.departs
+        for pair in pairs_of(
+            problem("Q", "1+1=2", (wrong, Judged("3+1=2", False))), BYTES, 4, n_wrong=0, seed=""
+        )
+    ] == [(), (3,), (0,)]
     batch = training_batch(pairs, 0)
-    assert batch["label"].tolist() == [1, 0, 0, 1] and batch["departs"].sum(dim=1).tolist() == [0, 1, 3, 0]
+    assert batch["label"].tolist() == [1, 0, 0, 1] and batch["departs"].sum(dim=1).tolist() == [
+        0,
+        1,
+        3,
+        0,
+    ]
     assert bool(batch["departs"][1, 6]) and not (batch["departs"] & ~batch["attention_mask"]).any()
 
 
@@ -144,19 +211,31 @@ def test_a_batch_is_padded_on_the_right():
     batch = pair_batch([[5, 6, 7], [8]], 9)
     assert batch["input_ids"].shape == (2, 32) and batch["input_ids"].dtype == torch.int64
     assert batch["input_ids"][:, :4].tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 1] and batch["attention_mask"][1].tolist()[:2] == [True, False]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 1] and batch["attention_mask"][
+        1
+    ].tolist()[:2] == [True, False]
 
 
 def test_a_judge_reads_each_answer_as_training_shows_it():
     """A batch gives what each answer gives alone; the calculator's notes are taken out of what a model wrote."""
     torch.manual_seed(0)
-    judge = Judge(Verifier(ModelConfig(vocab_size=260, n_layers=1, d_model=16, n_heads=2, max_seq_len=40)).eval(), BYTES, 40)
+    judge = Judge(
+        Verifier(
+            ModelConfig(vocab_size=260, n_layers=1, d_model=16, n_heads=2, max_seq_len=40)
+        ).eval(),
+        BYTES,
+        40,
+    )
     answers = ["7", "it is 12", "it is <<5+7=12>>12 "]
     together = judge.probabilities("How many?", answers)
-    assert together == pytest.approx([judge.probabilities("How many?", [answer])[0] for answer in answers], abs=1e-6)
+    assert together == pytest.approx(
+        [judge.probabilities("How many?", [answer])[0] for answer in answers], abs=1e-6
+    )
     assert together[1] == together[2] != together[0]
     ids = torch.tensor([pair_ids(BYTES.encode("How many?"), BYTES.encode("7"), BYTES, 40)])
-    assert together[0] == pytest.approx(torch.sigmoid(judge.model(ids, torch.ones_like(ids))).item(), abs=1e-6)
+    assert together[0] == pytest.approx(
+        torch.sigmoid(judge.model(ids, torch.ones_like(ids))).item(), abs=1e-6
+    )
 
 
 # --- batches of a run -------------------------------------------------------------------------------------------------
@@ -165,10 +244,22 @@ def test_a_judge_reads_each_answer_as_training_shows_it():
 @pytest.fixture
 def config(tmp_path) -> Config:
     """40 problems, 8 of which stand twice; a fifth is held out."""
-    rows = [{"prompt": f"What is {i % 32} and 1?", "completion": f"{i % 32} + 1 = {i % 32 + 1}" + "." * (i // 32)} for i in range(40)]
+    rows = [
+        {
+            "prompt": f"What is {i % 32} and 1?",
+            "completion": f"{i % 32} + 1 = {i % 32 + 1}" + "." * (i // 32),
+        }
+        for i in range(40)
+    ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     training = {"seq_len": 48, "micro_batch_size": 4}
-    return Config.model_validate({"data": {"dataset": str(path), "val_fraction": 0.3}, "training": training, "verifier": {"n_wrong": 2}})
+    return Config.model_validate(
+        {
+            "data": {"dataset": str(path), "val_fraction": 0.3},
+            "training": training,
+            "verifier": {"n_wrong": 2},
+        }
+    )
 
 
 @pytest.fixture
@@ -180,16 +271,26 @@ def data(config) -> LitProblems:
 
 def test_no_problem_is_in_both_splits(data):
     """A problem that stands twice with answers that differ falls on both sides by content: training gives way, and says so."""
-    train, val = ({problem.question for problem in made} for made in (data.train_problems, data.val_problems))
+    train, val = (
+        {problem.question for problem in made} for made in (data.train_problems, data.val_problems)
+    )
     assert train and val and not train & val
-    assert data.notes == [f"training: left out {40 - len(data.train_problems) - len(data.val_problems)} problems that are validation problems"]
-    assert f"train {len(data.train_problems)} problems with {3 * len(data.train_problems)} answers (33% of them right), validation" in data.describe()
+    assert data.notes == [
+        f"training: left out {40 - len(data.train_problems) - len(data.val_problems)} problems that are validation problems"
+    ]
+    assert (
+        f"train {len(data.train_problems)} problems with {3 * len(data.train_problems)} answers (33% of them right), validation"
+        in data.describe()
+    )
 
 
 def decoded(batch: dict[str, Any]) -> list[tuple[str, int]]:
     """Each pair as text, with its label."""
     rows = zip(batch["input_ids"], batch["attention_mask"], batch["label"], strict=True)
-    return [(BYTES.decode([i for i in ids[mask].tolist() if i != BYTES.eos_id]), int(label)) for ids, mask, label in rows]
+    return [
+        (BYTES.decode([i for i in ids[mask].tolist() if i != BYTES.eos_id]), int(label))
+        for ids, mask, label in rows
+    ]
 
 
 def test_a_batch_is_a_function_of_its_number_and_wrong_answers_differ_between_passes(data, config):
@@ -207,7 +308,9 @@ def test_a_batch_is_a_function_of_its_number_and_wrong_answers_differ_between_pa
 
 def test_two_ranks_see_what_one_device_sees(data, config):
     alone = ProblemBatches(data.train_problems, config, BYTES, Share(4))
-    ranks = [ProblemBatches(data.train_problems, config, BYTES, Share(2, rank, 2)) for rank in range(2)]
+    ranks = [
+        ProblemBatches(data.train_problems, config, BYTES, Share(2, rank, 2)) for rank in range(2)
+    ]
     assert decoded(alone[3]) == decoded(ranks[0][3]) + decoded(ranks[1][3])
 
 
@@ -218,10 +321,16 @@ def test_validation_asks_every_problem_once_and_is_the_same_each_time(data, conf
     pairs = [pair for batch in batches for pair in decoded(batch)]
     assert len(pairs) == 3 * n and pairs == [pair for batch in batches for pair in decoded(batch)]
     size = n - 1
-    ranks = [ValidationProblems(data.val_problems, config, BYTES, Share(size, rank, 2)) for rank in range(2)]
+    ranks = [
+        ValidationProblems(data.val_problems, config, BYTES, Share(size, rank, 2))
+        for rank in range(2)
+    ]
     assert [len(rank) for rank in ranks] == [1, 1]
     assert [len(rank[0]["label"]) for rank in ranks] == [3 * size, 3]
-    assert len(ValidationProblems(data.val_problems[:1], config, BYTES, Share(1, 1, 2))[0]["label"]) == 0
+    assert (
+        len(ValidationProblems(data.val_problems[:1], config, BYTES, Share(1, 1, 2))[0]["label"])
+        == 0
+    )
 
 
 # --- answers that are kept ---------------------------------------------------------------------------------------------
@@ -238,12 +347,21 @@ def test_answers_that_were_written_are_not_written_again(tmp_path):
     seen: list[tuple[str, int, int]] = []
     path = tmp_path / "cache" / "answers.jsonl"
     expected = list(kept_answers(path, 4, draw, lambda *progress: seen.append(progress)))
-    assert expected == [[f"answer {i}", "ü\n"] for i in range(4)] and drawn == [0, 1, 2, 3] and seen[-1] == ("answered problems", 4, 4)
+    assert (
+        expected == [[f"answer {i}", "ü\n"] for i in range(4)]
+        and drawn == [0, 1, 2, 3]
+        and seen[-1] == ("answered problems", 4, 4)
+    )
     whole = path.read_bytes()
     assert list(kept_answers(path, 4, draw, lambda *progress: None)) == expected and len(drawn) == 4
     path.write_bytes(whole[: whole.rindex(b"answer 3") + 3])
-    assert list(kept_answers(path, 4, draw, lambda *progress: None)) == expected and drawn[4:] == [3]
+    assert list(kept_answers(path, 4, draw, lambda *progress: None)) == expected and drawn[4:] == [
+        3
+    ]
     assert path.read_bytes() == whole
     path.write_bytes(b"[]\nx\n")
-    with pytest.raises(UserError, match="answers.jsonl: damaged: not the lines that were written. Delete it: it is made again."):
+    with pytest.raises(
+        UserError,
+        match="answers.jsonl: damaged: not the lines that were written. Delete it: it is made again.",
+    ):
         list(kept_answers(path, 4, draw, lambda *progress: None))

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tinylm.config import ModelConfig, SamplingConfig
-from tinylm.decoder import Decoder, Features
-from tinylm.engine import Completion, Engine, Piece, Prompt, StopGate
-from tinylm.errors import UserError
-from tinylm.sampling import make_generator, next_token
-from tinylm.tokenizer import ByteTokenizer, CharTokenizer
+from tinylm.common.errors import UserError
+from tinylm.config.schema import ModelConfig, SamplingConfig
+from tinylm.generate.engine import Completion, Engine, Piece, Prompt, StopGate
+from tinylm.generate.sampling import make_generator, next_token
+from tinylm.model.decoder import Decoder, Features
+from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 
 BYTES = ByteTokenizer()
 OPTIONS = {
@@ -36,13 +36,22 @@ OPTIONS = {
 def make_model(seed: int = 0, **options: object) -> Decoder:
     """A tiny random decoder whose logits are far enough apart for rounding not to decide."""
     torch.manual_seed(seed)
-    shape = {"vocab_size": 260, "max_seq_len": 48, "n_layers": 2, "d_model": 32, "n_heads": 4, "tie_embeddings": False} | options
+    shape = {
+        "vocab_size": 260,
+        "max_seq_len": 48,
+        "n_layers": 2,
+        "d_model": 32,
+        "n_heads": 4,
+        "tie_embeddings": False,
+    } | options
     model = Decoder(ModelConfig.model_validate(shape)).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.mul_(6)
-        model.head.weight[BYTES.eos_id :] = 0  # with bytes, EOS has the logit 0 and a greedy text never ends by it
+        model.head.weight[BYTES.eos_id :] = (
+            0  # with bytes, EOS has the logit 0 and a greedy text never ends by it
+        )
     return model
 
 
@@ -51,7 +60,9 @@ def greedy(**settings: object) -> SamplingConfig:
 
 
 @torch.no_grad()
-def greedy_by_full_forward(model: Decoder, ids: Sequence[int], n: int, vocab_size: int) -> list[int]:
+def greedy_by_full_forward(
+    model: Decoder, ids: Sequence[int], n: int, vocab_size: int
+) -> list[int]:
     """No cache: the whole visible context again for each token; when it is full, its last half stays."""
     visible, written = list(ids), []
     for _ in range(n):
@@ -66,12 +77,17 @@ class Scripted(Decoder):
     """A model that writes given ids, whatever it reads, after a prompt of one token."""
 
     def __init__(self, ids: Sequence[int]):
-        super().__init__(ModelConfig(vocab_size=260, max_seq_len=len(ids) + 1, n_layers=1, d_model=8, n_heads=1))
+        super().__init__(
+            ModelConfig(vocab_size=260, max_seq_len=len(ids) + 1, n_layers=1, d_model=8, n_heads=1)
+        )
         self.script = nn.functional.one_hot(torch.tensor([*ids, 0]), 260) * 50.0
         self.head = nn.Identity()
 
     def features(self, input_ids, *, document_ids=None, cache=None):
-        return Features(self.script[cache.advance(input_ids.size(1))].expand(input_ids.size(0), -1, -1), torch.zeros(()))
+        return Features(
+            self.script[cache.advance(input_ids.size(1))].expand(input_ids.size(0), -1, -1),
+            torch.zeros(()),
+        )
 
 
 def scripted(ids: Sequence[int] | str) -> Engine:
@@ -79,7 +95,10 @@ def scripted(ids: Sequence[int] | str) -> Engine:
 
 
 def write(ids: Sequence[int] | str, **settings: object) -> Completion:
-    [completion] = scripted(ids).generate("x", greedy(**{"max_new_tokens": len(ids.encode() if isinstance(ids, str) else ids)} | settings))
+    [completion] = scripted(ids).generate(
+        "x",
+        greedy(**{"max_new_tokens": len(ids.encode() if isinstance(ids, str) else ids)} | settings),
+    )
     return completion
 
 
@@ -96,7 +115,9 @@ def test_greedy_with_cache_equals_greedy_by_full_forward(options):
     assert len(set(expected)) > 5
 
 
-@pytest.mark.parametrize("options", [OPTIONS["window"], OPTIONS["window and sinks"], OPTIONS["alibi window"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [OPTIONS["window"], OPTIONS["window and sinks"], OPTIONS["alibi window"]], ids=str
+)
 def test_a_prompt_longer_than_the_ring_is_read_in_chunks(options):
     """Window 5 and chunks of 256 make a ring of 260 slots; the prompt has 600 tokens."""
     model = make_model(max_seq_len=1000, **options)
@@ -107,20 +128,38 @@ def test_a_prompt_longer_than_the_ring_is_read_in_chunks(options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [OPTIONS["rope"], OPTIONS["alibi window"], OPTIONS["window and sinks"], OPTIONS["experts"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [OPTIONS["rope"], OPTIONS["alibi window"], OPTIONS["window and sinks"], OPTIONS["experts"]],
+    ids=str,
+)
 def test_half_precision_models_write(dtype, options):
     model = make_model(**options).to(dtype)
-    completions = Engine(model, BYTES).generate("a prompt", SamplingConfig(max_new_tokens=60, n_samples=2, top_p=0.9, seed=1))
-    assert all(math.isfinite(completion.log_prob) and completion.log_prob < 0 for completion in completions)
+    completions = Engine(model, BYTES).generate(
+        "a prompt", SamplingConfig(max_new_tokens=60, n_samples=2, top_p=0.9, seed=1)
+    )
+    assert all(
+        math.isfinite(completion.log_prob) and completion.log_prob < 0 for completion in completions
+    )
 
 
-def test_the_prompt_is_read_once_for_all_samples_and_only_last_positions_reach_the_head(monkeypatch):
+def test_the_prompt_is_read_once_for_all_samples_and_only_last_positions_reach_the_head(
+    monkeypatch,
+):
     model = make_model()
     read, scored = [], []
     features, head = model.features, model.head.forward
-    monkeypatch.setattr(model, "features", lambda ids, **more: read.append(tuple(ids.shape)) or features(ids, **more))
-    monkeypatch.setattr(model.head, "forward", lambda hidden: scored.append(tuple(hidden.shape)) or head(hidden))
-    Engine(model, BYTES).generate("ten tokens", SamplingConfig(n_samples=3, max_new_tokens=5, seed=3))
+    monkeypatch.setattr(
+        model,
+        "features",
+        lambda ids, **more: read.append(tuple(ids.shape)) or features(ids, **more),
+    )
+    monkeypatch.setattr(
+        model.head, "forward", lambda hidden: scored.append(tuple(hidden.shape)) or head(hidden)
+    )
+    Engine(model, BYTES).generate(
+        "ten tokens", SamplingConfig(n_samples=3, max_new_tokens=5, seed=3)
+    )
     assert read == [(1, 10), (3, 1), (3, 1), (3, 1), (3, 1)]
     assert scored == [(1, 32), (3, 32), (3, 32), (3, 32), (3, 32)]
 
@@ -143,7 +182,9 @@ def test_ids_beyond_the_tokenizer_are_never_written():
 def test_writing_goes_on_past_the_last_position(position, length):
     """8 positions, 40 tokens: when they are full the last 4 are read again, as a fresh forward over these would."""
     model = make_model(max_seq_len=8, position=position)
-    completions = Engine(model, BYTES).generate("x" * length, greedy(max_new_tokens=40, n_samples=2))
+    completions = Engine(model, BYTES).generate(
+        "x" * length, greedy(max_new_tokens=40, n_samples=2)
+    )
     expected = greedy_by_full_forward(model, b"x" * length, 40, 260)
     for completion in completions:
         assert (list(completion.ids), completion.finish_reason) == (expected, "length")
@@ -169,7 +210,9 @@ def test_an_empty_prompt_starts_from_eos():
     """EOS opens every document in training."""
     engine = Engine(make_model(), BYTES)
     assert engine.encode_prompt("") == Prompt((BYTES.eos_id,))
-    assert engine.generate("", greedy(max_new_tokens=4)) == engine.generate(Prompt((BYTES.eos_id,)), greedy(max_new_tokens=4))
+    assert engine.generate("", greedy(max_new_tokens=4)) == engine.generate(
+        Prompt((BYTES.eos_id,)), greedy(max_new_tokens=4)
+    )
 
 
 def test_fit_prompt_is_for_callers_with_ids():
@@ -199,7 +242,11 @@ def test_a_character_cut_off_by_the_length_is_what_decode_gives():
     [
         (["\n\n"], "one ##", "stop"),  # straddles two tokens
         (["##"], "one ", "stop"),
-        (["# #"], "one ##\n\ntwo###", "length"),  # never comes; what was held back is shown at the end
+        (
+            ["# #"],
+            "one ##\n\ntwo###",
+            "length",
+        ),  # never comes; what was held back is shown at the end
         (["####"], "one ##\n\ntwo###", "length"),
         (["two", "###"], "one ##\n\n", "stop"),
         (["o"], "", "stop"),
@@ -218,10 +265,19 @@ def test_nothing_that_could_begin_a_stop_string_is_shown_before_it_is_certain():
     assert [piece.finish_reason for piece in pieces] == [None] * 6 + ["stop"]
 
 
-@given(st.text("ab#", max_size=30), st.lists(st.text("ab#", min_size=1, max_size=4), max_size=3), st.data())
+@given(
+    st.text("ab#", max_size=30),
+    st.lists(st.text("ab#", min_size=1, max_size=4), max_size=3),
+    st.data(),
+)
 def test_stopping_does_not_depend_on_how_the_text_is_cut(text, stops, data):
     """Oracle: the stop string whose last character comes first, and of those that end there the longest."""
-    ends = [(end, -len(stop)) for stop in stops for end in range(len(stop), len(text) + 1) if text[:end].endswith(stop)]
+    ends = [
+        (end, -len(stop))
+        for stop in stops
+        for end in range(len(stop), len(text) + 1)
+        if text[:end].endswith(stop)
+    ]
     expected = text[: min(ends)[0] + min(ends)[1]] if ends else text
     gate, shown, rest = StopGate(stops), "", text
     while rest:
@@ -239,7 +295,11 @@ def test_the_stop_string_that_is_complete_first_counts_also_within_one_token():
 
 def test_eos_ends_the_text_and_is_not_seen():
     completion = write([*b"abc", BYTES.eos_id, *b"def"])
-    assert (completion.text, completion.finish_reason, completion.ids) == ("abc", "eos", (*b"abc", BYTES.eos_id))
+    assert (completion.text, completion.finish_reason, completion.ids) == (
+        "abc",
+        "eos",
+        (*b"abc", BYTES.eos_id),
+    )
 
 
 def test_a_stop_id_ends_the_text_as_eos_does():
@@ -252,7 +312,11 @@ def test_a_stop_id_ends_the_text_as_eos_does():
     [stopped] = engine.generate(prompt, sampling, stop_ids=[stop])
     searched = Completion.of(prompt, list(engine.beam_search(prompt, sampling, stop_ids=[stop])))
     for found in (stopped, searched):
-        assert (found.text, found.finish_reason, found.ids) == (BYTES.decode(whole.ids[: n - 1]), "eos", whole.ids[:n])
+        assert (found.text, found.finish_reason, found.ids) == (
+            BYTES.decode(whole.ids[: n - 1]),
+            "eos",
+            whole.ids[:n],
+        )
 
 
 def test_a_text_that_was_held_back_is_shown_at_eos():
@@ -265,25 +329,36 @@ def test_max_new_tokens_is_exact():
 
 
 def test_stream_and_generate_are_the_same_text():
-    engine, sampling = Engine(make_model(), BYTES), SamplingConfig(max_new_tokens=20, n_samples=3, stop=("e", "t"), seed=4)
+    engine, sampling = (
+        Engine(make_model(), BYTES),
+        SamplingConfig(max_new_tokens=20, n_samples=3, stop=("e", "t"), seed=4),
+    )
     pieces: list[list[Piece]] = [[], [], []]
     for piece in engine.stream("abc", sampling):
         pieces[piece.sample].append(piece)
-    assert [Completion.of(engine.encode_prompt("abc"), of_sample) for of_sample in pieces] == engine.generate("abc", sampling)
+    assert [
+        Completion.of(engine.encode_prompt("abc"), of_sample) for of_sample in pieces
+    ] == engine.generate("abc", sampling)
 
 
 def test_log_prob_is_the_sum_over_the_tokens_of_a_full_forward():
     """The model's own numbers, though the draw was from others."""
     model = make_model()
-    [completion] = Engine(model, BYTES).generate("abcd", SamplingConfig(max_new_tokens=12, temperature=2.0, top_k=7, repetition_penalty=1.5))
+    [completion] = Engine(model, BYTES).generate(
+        "abcd", SamplingConfig(max_new_tokens=12, temperature=2.0, top_k=7, repetition_penalty=1.5)
+    )
     ids = torch.tensor([[*b"abcd", *completion.ids]])
     with torch.no_grad():
         log_probs = model(ids)[0, 3:-1].log_softmax(-1)
-    assert completion.log_prob == pytest.approx(log_probs.gather(1, ids[0, 4:, None]).sum().item(), abs=1e-3)
+    assert completion.log_prob == pytest.approx(
+        log_probs.gather(1, ids[0, 4:, None]).sum().item(), abs=1e-3
+    )
 
 
 def test_forbidden_ngrams_hold_for_prompt_and_text_and_across_a_context_shift():
-    [completion] = Engine(make_model(max_seq_len=16), BYTES).generate("abab", SamplingConfig(max_new_tokens=100, no_repeat_ngram=2, temperature=0.3))
+    [completion] = Engine(make_model(max_seq_len=16), BYTES).generate(
+        "abab", SamplingConfig(max_new_tokens=100, no_repeat_ngram=2, temperature=0.3)
+    )
     ids = [*b"abab"[2:], *completion.ids]  # "abab" itself repeats "ab"
     pairs = list(itertools.pairwise(ids))
     assert len(pairs) == len(set(pairs)) > 30
@@ -294,7 +369,9 @@ def test_forbidden_ngrams_hold_for_prompt_and_text_and_across_a_context_shift():
 
 def ending_engine(seed: int = 0) -> Engine:
     """Four tokens, one of them EOS, so that samples end at different steps."""
-    return Engine(make_model(seed, vocab_size=4, max_seq_len=32), CharTokenizer("ab", unknown="error"))
+    return Engine(
+        make_model(seed, vocab_size=4, max_seq_len=32), CharTokenizer("ab", unknown="error")
+    )
 
 
 def test_the_same_seed_gives_the_same_text_alone_and_among_others():
@@ -312,17 +389,30 @@ def test_the_same_seed_gives_the_same_text_alone_and_among_others():
 @torch.no_grad()
 def test_each_sample_draws_from_its_own_stream_to_its_end():
     """Oracle: each sample by itself, the whole text again for each token, with the generator of (seed, sample)."""
-    engine, sampling = ending_engine(), SamplingConfig(max_new_tokens=20, temperature=3.0, seed=7, n_samples=8)
+    engine, sampling = (
+        ending_engine(),
+        SamplingConfig(max_new_tokens=20, temperature=3.0, seed=7, n_samples=8),
+    )
     for number, completion in enumerate(engine.generate("ab", sampling)):
         ids, generator = [0, 1], make_generator(7, number)
         while len(ids) < 22 and engine.tokenizer.eos_id not in ids:
-            ids.append(next_token(engine.model(torch.tensor([ids]))[:, -1], torch.tensor([ids]), sampling, [generator]).ids.item())
+            ids.append(
+                next_token(
+                    engine.model(torch.tensor([ids]))[:, -1],
+                    torch.tensor([ids]),
+                    sampling,
+                    [generator],
+                ).ids.item()
+            )
         assert list(completion.ids) == ids[2:]
 
 
 def test_another_seed_gives_another_text():
     engine = Engine(make_model(), BYTES)
-    texts = {engine.generate("ab", SamplingConfig(seed=seed, temperature=2.0))[0].ids for seed in range(5)}
+    texts = {
+        engine.generate("ab", SamplingConfig(seed=seed, temperature=2.0))[0].ids
+        for seed in range(5)
+    }
     assert len(texts) == 5
 
 
@@ -337,15 +427,27 @@ def test_the_global_generator_is_left_alone():
 
 
 @torch.no_grad()
-def best_by_exhaustion(engine: Engine, prompt: list[int], length: int, stop: str) -> tuple[float, list[int]]:
+def best_by_exhaustion(
+    engine: Engine, prompt: list[int], length: int, stop: str
+) -> tuple[float, list[int]]:
     """Every text of `length` tokens, or fewer and then EOS or the stop string, scored by its mean log-probability in a full forward."""
 
     def end(text: tuple[int, ...]) -> int:
-        return next((n for n in range(1, length) if text[n - 1] == engine.tokenizer.eos_id or stop in engine.tokenizer.decode(text[:n])), length)
+        return next(
+            (
+                n
+                for n in range(1, length)
+                if text[n - 1] == engine.tokenizer.eos_id
+                or stop in engine.tokenizer.decode(text[:n])
+            ),
+            length,
+        )
 
     scored = []
     for text in {text[: end(text)] for text in itertools.product(range(4), repeat=length)}:
-        log_probs = engine.model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        log_probs = engine.model(torch.tensor([[*prompt, *text]]))[
+            0, len(prompt) - 1 : -1
+        ].log_softmax(-1)
         scored.append((log_probs.gather(1, torch.tensor(text)[:, None]).mean().item(), list(text)))
     return max(scored)
 
@@ -355,7 +457,9 @@ def best_by_exhaustion(engine: Engine, prompt: list[int], length: int, stop: str
 @pytest.mark.parametrize("seed", [1, 2, 5, 7, 9, 11])
 def test_enough_beams_are_an_exhaustive_search(seed, stop):
     """4 tokens, at most 4 long, without a stop string 1 + 3·(1 + 3·(1 + 3·4)) = 121 texts, so 121 beams never drop one."""
-    engine = Engine(make_model(seed, vocab_size=4, max_seq_len=32), CharTokenizer("ab", unknown="error"))
+    engine = Engine(
+        make_model(seed, vocab_size=4, max_seq_len=32), CharTokenizer("ab", unknown="error")
+    )
     [found] = engine.generate("ab", SamplingConfig(n_beams=121, max_new_tokens=4, stop=(stop,)))
     score, text = best_by_exhaustion(engine, [0, 1], 4, stop)
     assert list(found.ids) == text
@@ -364,7 +468,9 @@ def test_enough_beams_are_an_exhaustive_search(seed, stop):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_one_beam_is_greedy(seed):
-    engine = Engine(make_model(seed, vocab_size=4, max_seq_len=16), CharTokenizer("ab", unknown="error"))
+    engine = Engine(
+        make_model(seed, vocab_size=4, max_seq_len=16), CharTokenizer("ab", unknown="error")
+    )
     prompt = engine.encode_prompt("ab")
     pieces = list(engine.beam_search(prompt, SamplingConfig(max_new_tokens=30, n_beams=1)))
     [expected] = engine.generate(prompt, greedy(max_new_tokens=30))
@@ -373,7 +479,9 @@ def test_one_beam_is_greedy(seed):
 
 
 def test_beams_go_past_the_context():
-    [completion] = Engine(make_model(max_seq_len=12), BYTES).generate("abc", SamplingConfig(n_beams=4, max_new_tokens=30))
+    [completion] = Engine(make_model(max_seq_len=12), BYTES).generate(
+        "abc", SamplingConfig(n_beams=4, max_new_tokens=30)
+    )
     assert (len(completion.ids), completion.finish_reason) == (30, "length")
 
 
@@ -382,7 +490,9 @@ def test_beams_obey_forbidden_ngrams():
     engine = ending_engine(seed=1)
     [free] = engine.generate("ab", SamplingConfig(n_beams=5, max_new_tokens=2))
     assert set(free.ids) == {0, 1}
-    [completion] = engine.generate("ab", SamplingConfig(n_beams=5, max_new_tokens=2, no_repeat_ngram=1))
+    [completion] = engine.generate(
+        "ab", SamplingConfig(n_beams=5, max_new_tokens=2, no_repeat_ngram=1)
+    )
     assert set(completion.ids) <= {engine.tokenizer.pad_id, engine.tokenizer.eos_id}
 
 
@@ -397,8 +507,13 @@ def test_score_is_the_full_forward_read_by_hand():
         log_probs = model(torch.tensor([list(b"abcde")]))[0].log_softmax(-1)
     expected = log_probs[2, ord("d")] + log_probs[3, ord("e")]
     assert score.log_prob == pytest.approx(expected.item(), abs=1e-4)
-    assert score.ranks == (1 + (log_probs[2] > log_probs[2, ord("d")]).sum().item(), 1 + (log_probs[3] > log_probs[3, ord("e")]).sum().item())
-    assert score.prompt_perplexity == pytest.approx(math.exp(-(log_probs[0, ord("b")] + log_probs[1, ord("c")]).item() / 2), rel=1e-4)
+    assert score.ranks == (
+        1 + (log_probs[2] > log_probs[2, ord("d")]).sum().item(),
+        1 + (log_probs[3] > log_probs[3, ord("e")]).sum().item(),
+    )
+    assert score.prompt_perplexity == pytest.approx(
+        math.exp(-(log_probs[0, ord("b")] + log_probs[1, ord("c")]).item() / 2), rel=1e-4
+    )
     assert score.n_tokens == 2
 
 
@@ -425,10 +540,15 @@ def test_score_at_the_edges():
     """No prompt: EOS; a prompt of one token has nothing to be surprised at; a long one keeps what fits with the target."""
     engine = Engine(make_model(), BYTES)
     assert engine.score("", "ab").prompt_perplexity is None
-    assert engine.score("x" * 100 + "y" * 46, "abc").log_prob == pytest.approx(engine.score("y" * 46, "abc").log_prob, abs=1e-4)
+    assert engine.score("x" * 100 + "y" * 46, "abc").log_prob == pytest.approx(
+        engine.score("y" * 46, "abc").log_prob, abs=1e-4
+    )
     assert engine.score("x", "a" * 48).n_tokens == 48
     for target, n in (("", 0), ("a" * 49, 49)):
-        with pytest.raises(UserError, match=rf"^a target of {n} tokens, and it needs 1 to 48\. Change the target\.$"):
+        with pytest.raises(
+            UserError,
+            match=rf"^a target of {n} tokens, and it needs 1 to 48\. Change the target\.$",
+        ):
             engine.score("x", target)
 
 

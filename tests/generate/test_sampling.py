@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.config import SamplingConfig
-from tinylm.errors import UserError
-from tinylm.sampling import (
+from tinylm.common.errors import UserError
+from tinylm.config.schema import SamplingConfig
+from tinylm.generate.sampling import (
     constrain,
     divide_by_temperature,
     forbid_repeated_ngrams,
@@ -37,7 +37,9 @@ def kept(logits: torch.Tensor) -> list[int]:
     return logits[0].isfinite().nonzero().flatten().tolist()
 
 
-def draw(logits: torch.Tensor, context: torch.Tensor = NOTHING, sample: int = 0, **settings: object) -> int:
+def draw(
+    logits: torch.Tensor, context: torch.Tensor = NOTHING, sample: int = 0, **settings: object
+) -> int:
     sampling = SamplingConfig(**settings)
     return next_token(logits, context, sampling, [make_generator(sampling.seed, sample)]).ids.item()
 
@@ -48,10 +50,16 @@ def draw(logits: torch.Tensor, context: torch.Tensor = NOTHING, sample: int = 0,
 def test_penalty_divides_positive_and_multiplies_negative_logits():
     """Penalty 2 with tokens 0, 1, 1, 3 seen: 4/2, -4*2 (once, though seen twice), 1 stays, 0 stays 0."""
     logits = torch.tensor([[4.0, -4.0, 1.0, 0.0]])
-    assert penalise_repetition(logits, torch.tensor([[0, 1, 1, 3]]), 2.0).tolist() == [[2.0, -8.0, 1.0, 0.0]]
+    assert penalise_repetition(logits, torch.tensor([[0, 1, 1, 3]]), 2.0).tolist() == [
+        [2.0, -8.0, 1.0, 0.0]
+    ]
 
 
-@given(st.lists(st.floats(-50, 50, width=32), min_size=5, max_size=5), st.lists(st.integers(0, 4), max_size=8), st.floats(1, 100))
+@given(
+    st.lists(st.floats(-50, 50, width=32), min_size=5, max_size=5),
+    st.lists(st.integers(0, 4), max_size=8),
+    st.floats(1, 100),
+)
 def test_penalty_never_rewards(values, seen, penalty):
     """STYLE.md's bug: dividing a negative logit makes its token more probable."""
     logits = torch.tensor([values])
@@ -61,25 +69,38 @@ def test_penalty_never_rewards(values, seen, penalty):
     assert penalised[0, unseen].tolist() == logits[0, unseen].tolist()
 
 
-@given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=3), st.integers(1, 11))
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=3),
+    st.integers(1, 11),
+)
 def test_forbidden_tokens_are_those_that_would_repeat_an_ngram(rows, n):
     """Oracle: every n-gram as a tuple in a set, row by row."""
     expected = [{tuple(row[i : i + n]) for i in range(len(row) - n + 1)} for row in rows]
     found = forbid_repeated_ngrams(torch.zeros(len(rows), 4), torch.tensor(rows), n)
     for row, ngrams, logits in zip(rows, expected, found, strict=True):
         opening = row[len(row) - n + 1 :] if n > 1 else []
-        assert [math.isinf(x) for x in logits.tolist()] == [(*opening, token) in ngrams for token in range(4)]
+        assert [math.isinf(x) for x in logits.tolist()] == [
+            (*opening, token) in ngrams for token in range(4)
+        ]
 
 
 def test_inputs_are_left_as_they_were():
     logits, context = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1, 2, 1]])
-    next_token(logits, context, SamplingConfig(repetition_penalty=2.0, no_repeat_ngram=1, top_k=1, top_p=0.5, min_p=0.5), [make_generator(0, 0)])
+    next_token(
+        logits,
+        context,
+        SamplingConfig(repetition_penalty=2.0, no_repeat_ngram=1, top_k=1, top_p=0.5, min_p=0.5),
+        [make_generator(0, 0)],
+    )
     assert logits.tolist() == [[1.0, 2.0, 3.0]]
 
 
 def test_no_token_left_is_an_error_that_names_the_setting():
     """A vocabulary of two, both seen, and no token may occur twice."""
-    with pytest.raises(UserError, match=r"^no_repeat_ngram: 1 leaves no token to go on with after 2\. Raise it or lower max_new_tokens\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"^no_repeat_ngram: 1 leaves no token to go on with after 2\. Raise it or lower max_new_tokens\.$",
+    ):
         constrain(torch.zeros(1, 2), torch.tensor([[0, 1]]), SamplingConfig(no_repeat_ngram=1))
 
 
@@ -88,20 +109,26 @@ def test_no_token_left_is_an_error_that_names_the_setting():
 
 def test_temperature_two_takes_the_root_of_the_odds():
     """Probabilities 0.9 and 0.1: exp(log p / 2) gives odds 3 to 1."""
-    assert divide_by_temperature(logits_of(0.9, 0.1), 2.0).softmax(-1)[0].tolist() == pytest.approx([0.75, 0.25])
+    assert divide_by_temperature(logits_of(0.9, 0.1), 2.0).softmax(-1)[0].tolist() == pytest.approx(
+        [0.75, 0.25]
+    )
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-300, 5e-324])
 def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature):
     """In float32 100/1e-300 is inf and inf - inf is NaN."""
-    probabilities = divide_by_temperature(torch.tensor([[100.0, 99.0, -100.0]]), temperature).softmax(-1)
+    probabilities = divide_by_temperature(
+        torch.tensor([[100.0, 99.0, -100.0]]), temperature
+    ).softmax(-1)
     assert probabilities.tolist() == [[1.0, 0.0, 0.0]]
     assert draw(torch.tensor([[-5.0, 99.0, 98.0]]), temperature=temperature) == 1
 
 
 def test_temperature_zero_takes_the_most_probable_token_whatever_the_seed():
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
-    assert {draw(logits, temperature=0, seed=seed) for seed in range(20)} == {logits.argmax().item()}
+    assert {draw(logits, temperature=0, seed=seed) for seed in range(20)} == {
+        logits.argmax().item()
+    }
 
 
 def test_top_k_keeps_exactly_k_also_among_equals():
@@ -163,7 +190,9 @@ def test_draws_follow_the_probabilities():
     """4000 draws of p = 0.5, 0.3, 0.2: each count within 4 standard deviations, sqrt(n p (1-p)) < 32."""
     logits = logits_of(0.5, 0.3, 0.2).expand(4000, -1)
     generators = [make_generator(0, sample) for sample in range(4000)]
-    ids = next_token(logits, NOTHING.expand(4000, -1), SamplingConfig(temperature=1.0), generators).ids
+    ids = next_token(
+        logits, NOTHING.expand(4000, -1), SamplingConfig(temperature=1.0), generators
+    ).ids
     counts = ids.bincount(minlength=3).tolist()
     assert counts == pytest.approx([2000, 1200, 800], abs=128)
 
@@ -171,10 +200,16 @@ def test_draws_follow_the_probabilities():
 def test_a_draw_depends_on_seed_sample_and_step_and_not_on_the_batch():
     """I18: ten steps of three samples together, and of each alone, are the same tokens."""
     logits, sampling = torch.zeros(3, 1000), SamplingConfig(temperature=1.0, seed=5)
-    together, alone = [make_generator(5, s) for s in range(3)], [make_generator(5, s) for s in range(3)]
+    together, alone = (
+        [make_generator(5, s) for s in range(3)],
+        [make_generator(5, s) for s in range(3)],
+    )
     context = NOTHING.expand(3, -1)
     batch = [next_token(logits, context, sampling, together).ids.tolist() for _ in range(10)]
-    single = [[next_token(logits[:1], NOTHING, sampling, [g]).ids.item() for g in alone] for _ in range(10)]
+    single = [
+        [next_token(logits[:1], NOTHING, sampling, [g]).ids.item() for g in alone]
+        for _ in range(10)
+    ]
     assert batch == single
     assert len({token for step in batch for token in step}) > 25  # the samples and the steps differ
 
@@ -182,12 +217,22 @@ def test_a_draw_depends_on_seed_sample_and_step_and_not_on_the_batch():
 def test_samples_and_seeds_have_streams_of_their_own():
     """torch's CPU generator keeps 32 bits of its seed; none of these may fall on another."""
     places = [(seed, sample) for seed in (0, 1, 2**16, 2**31 - 1) for sample in range(64)]
-    assert len({torch.rand((), generator=make_generator(*place), dtype=torch.float64).item() for place in places}) == len(places)
+    assert len(
+        {
+            torch.rand((), generator=make_generator(*place), dtype=torch.float64).item()
+            for place in places
+        }
+    ) == len(places)
 
 
 def test_the_log_probability_is_the_models_own():
     """Token 1 has probability 0.2 by the model, also when penalties, temperature and filters leave nothing else."""
-    choice = next_token(logits_of(0.5, 0.2, 0.3), torch.tensor([[0, 2]]), SamplingConfig(no_repeat_ngram=1, temperature=0.1), [make_generator(0, 0)])
+    choice = next_token(
+        logits_of(0.5, 0.2, 0.3),
+        torch.tensor([[0, 2]]),
+        SamplingConfig(no_repeat_ngram=1, temperature=0.1),
+        [make_generator(0, 0)],
+    )
     assert choice.ids.tolist() == [1]
     assert choice.log_probs.exp().tolist() == pytest.approx([0.2])
 
@@ -217,7 +262,14 @@ def test_each_step_equals_transformers():
         context = torch.randint(0, 40, (3, 60), generator=generator)
         penalty, p, temperature = (torch.rand(3, generator=generator) + 0.05).tolist()
         n, k = torch.randint(1, 6, (2,), generator=generator).tolist()
-        sampling = SamplingConfig(temperature=temperature, top_k=4 * k, top_p=min(p, 1.0), min_p=0.02, repetition_penalty=1 + penalty, no_repeat_ngram=n)
+        sampling = SamplingConfig(
+            temperature=temperature,
+            top_k=4 * k,
+            top_p=min(p, 1.0),
+            min_p=0.02,
+            repetition_penalty=1 + penalty,
+            no_repeat_ngram=n,
+        )
         processors = hf.LogitsProcessorList(
             [
                 hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
@@ -229,4 +281,6 @@ def test_each_step_equals_transformers():
             ]
         )
         expected = processors(context, logits).softmax(-1)
-        assert torch.allclose(narrow(constrain(logits, context, sampling), sampling).softmax(-1), expected, atol=1e-6)
+        assert torch.allclose(
+            narrow(constrain(logits, context, sampling), sampling).softmax(-1), expected, atol=1e-6
+        )

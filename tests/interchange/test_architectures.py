@@ -10,12 +10,19 @@ import pytest
 import torch
 import transformers
 
-from tinylm import hf
-from tinylm.config import ModelConfig, MoEConfig
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError
+from tinylm.common.errors import UserError
+from tinylm.config.schema import ModelConfig, MoEConfig
+from tinylm.interchange import architectures
+from tinylm.model.decoder import Decoder
 
-SHAPE = {"vocab_size": 97, "max_seq_len": 32, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 48}
+SHAPE = {
+    "vocab_size": 97,
+    "max_seq_len": 32,
+    "n_layers": 2,
+    "d_model": 32,
+    "n_heads": 4,
+    "d_ff": 48,
+}
 GPT2 = {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all"}
 EXPRESSIBLE = {
     "llama": ("llama", {}),
@@ -25,16 +32,25 @@ EXPRESSIBLE = {
     "llama, wide heads": ("llama", {"head_dim": 14, "n_kv_heads": 2, "norm_eps": 1e-3}),
     "llama, biases": ("llama", {"bias": "all"}),
     "mistral": ("mistral", {"sliding_window": 5, "n_kv_heads": 2}),
-    "mistral, untied": ("mistral", {"sliding_window": 8, "tie_embeddings": False, "n_heads": 5, "head_dim": 8, "d_model": 36}),
+    "mistral, untied": (
+        "mistral",
+        {"sliding_window": 8, "tie_embeddings": False, "n_heads": 5, "head_dim": 8, "d_model": 36},
+    ),
     "mistral, odd width": ("mistral", {"n_heads": 5, "head_dim": 8}),
     "qwen2": ("qwen2", {"bias": "qkv", "n_kv_heads": 2}),
     "qwen2, untied": ("qwen2", {"bias": "qkv", "tie_embeddings": False, "rope_theta": 1e6}),
     "qwen2, window": ("qwen2", {"bias": "qkv", "sliding_window": 6, "n_kv_heads": 1}),
     "qwen3": ("qwen3", {"qk_norm": True, "n_kv_heads": 2, "head_dim": 10}),
-    "qwen3, untied": ("qwen3", {"qk_norm": True, "tie_embeddings": False, "norm_eps": 1e-2, "d_model": 34, "head_dim": 8}),
+    "qwen3, untied": (
+        "qwen3",
+        {"qk_norm": True, "tie_embeddings": False, "norm_eps": 1e-2, "d_model": 34, "head_dim": 8},
+    ),
     "qwen3, window": ("qwen3", {"qk_norm": True, "sliding_window": 3}),
     "mixtral": ("mixtral", {"moe": MoEConfig(n_experts=4, top_k=2), "n_kv_heads": 2}),
-    "mixtral, one of three": ("mixtral", {"moe": MoEConfig(n_experts=3, top_k=1), "tie_embeddings": False}),
+    "mixtral, one of three": (
+        "mixtral",
+        {"moe": MoEConfig(n_experts=3, top_k=1), "tie_embeddings": False},
+    ),
     "mixtral, window": ("mixtral", {"moe": MoEConfig(n_experts=4, top_k=4), "sliding_window": 5}),
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied": ("gpt2", GPT2 | {"tie_embeddings": False, "norm_eps": 1e-3}),
@@ -74,7 +90,7 @@ def largest_difference(ours: Decoder, theirs: torch.nn.Module, ids: torch.Tensor
 @pytest.mark.parametrize(("architecture", "settings"), EXPRESSIBLE.values(), ids=EXPRESSIBLE)
 def test_exported_model_gives_the_same_logits(architecture, settings, ids):
     model = random_decoder(settings)
-    exported = hf.to_hf(model)
+    exported = architectures.to_hf(model)
     assert exported.config.model_type == architecture
     assert largest_difference(model, exported, ids) < 1e-4
 
@@ -89,44 +105,57 @@ def greedy(model: Decoder, ids: torch.Tensor, n_new: int) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("key", ["llama, grouped heads", "mistral", "qwen2", "qwen2, window", "qwen3", "mixtral", "gpt2"])
+@pytest.mark.parametrize(
+    "key", ["llama, grouped heads", "mistral", "qwen2", "qwen2, window", "qwen3", "mixtral", "gpt2"]
+)
 def test_exported_model_writes_the_same_text_from_its_cache(key, ids):
     """Both caches, ours and transformers', hold a window's last positions only: 8 tokens of prompt and 20 more go past every one."""
     model = random_decoder(EXPRESSIBLE[key][1])
-    theirs = hf.to_hf(model).generate(ids[:, :8], max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
+    theirs = architectures.to_hf(model).generate(
+        ids[:, :8], max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
     assert torch.equal(greedy(model, ids[:, :8], 20), theirs)
 
 
-@pytest.mark.parametrize("settings", [settings for _, settings in EXPRESSIBLE.values()], ids=EXPRESSIBLE)
+@pytest.mark.parametrize(
+    "settings", [settings for _, settings in EXPRESSIBLE.values()], ids=EXPRESSIBLE
+)
 def test_round_trip_gives_back_settings_and_every_bit_of_the_weights(settings):
     """Copying, joining, splitting and transposing do no arithmetic, so nothing may change."""
     model = random_decoder(settings)
-    back = hf.from_hf(hf.to_hf(model))
+    back = architectures.from_hf(architectures.to_hf(model))
     assert set(back.state_dict()) == set(model.state_dict())
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, back.state_dict()[name]), name
-    assert hf._flat(back.config) == hf._flat(model.config)
+    assert architectures._flat(back.config) == architectures._flat(model.config)
 
 
 def test_a_tied_head_stays_tied_both_ways():
-    exported = hf.to_hf(random_decoder({"tie_embeddings": True}))
+    exported = architectures.to_hf(random_decoder({"tie_embeddings": True}))
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
-    back = hf.from_hf(exported)
+    back = architectures.from_hf(exported)
     assert back.head.weight is back.embedding.weight
 
 
-@pytest.mark.parametrize("key", ["llama", "mistral", "qwen2", "qwen2, window", "qwen3", "mixtral", "gpt2"])
+@pytest.mark.parametrize(
+    "key", ["llama", "mistral", "qwen2", "qwen2, window", "qwen3", "mixtral", "gpt2"]
+)
 def test_saved_folder_gives_the_same_logits_after_transformers_reads_it(key, ids, tmp_path):
     """transformers renames weights on their way to the disk (Mixtral's experts); the reader must find all of them."""
     model = random_decoder(EXPRESSIBLE[key][1])
-    hf.to_hf(model).save_pretrained(tmp_path)
-    assert largest_difference(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path), ids) < 1e-4
+    architectures.to_hf(model).save_pretrained(tmp_path)
+    assert (
+        largest_difference(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path), ids)
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("key", ["llama", "mistral", "qwen2", "qwen3", "mixtral"])
 def test_config_json_has_rope_theta_for_old_readers_and_rope_parameters_for_new_ones(key, tmp_path):
     """transformers 5 writes rope_parameters only; a reader that knows rope_theta would take its default of 10000."""
-    hf.hf_config(ModelConfig(**SHAPE, **EXPRESSIBLE[key][1], rope_theta=777.0)).save_pretrained(tmp_path)
+    architectures.hf_config(
+        ModelConfig(**SHAPE, **EXPRESSIBLE[key][1], rope_theta=777.0)
+    ).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert written["rope_theta"] == 777.0
     assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": 777.0}
@@ -134,18 +163,20 @@ def test_config_json_has_rope_theta_for_old_readers_and_rope_parameters_for_new_
 
 def test_config_json_claims_no_special_tokens():
     """Llama's defaults, 1 and 2, are ordinary tokens of our tokenizers: generation would stop at the byte 0x02."""
-    config = hf.hf_config(ModelConfig(**SHAPE))
+    config = architectures.hf_config(ModelConfig(**SHAPE))
     assert (config.bos_token_id, config.eos_token_id) == (None, None)
 
 
 def test_dropout_goes_where_gpt2_has_it():
-    config = hf.hf_config(ModelConfig(**SHAPE, **GPT2, attention_dropout=0.2, residual_dropout=0.3))
+    config = architectures.hf_config(
+        ModelConfig(**SHAPE, **GPT2, attention_dropout=0.2, residual_dropout=0.3)
+    )
     assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.2, 0.3, 0.3)
 
 
 def test_export_keeps_the_precision_of_the_weights():
     model = random_decoder({}).to(torch.bfloat16)
-    assert hf.to_hf(model).lm_head.weight.dtype == torch.bfloat16
+    assert architectures.to_hf(model).lm_head.weight.dtype == torch.bfloat16
 
 
 # --- theirs becomes ours ----------------------------------------------------------------------------------------------
@@ -159,8 +190,12 @@ THEIRS = {
     "mistral": lambda **more: transformers.MistralConfig(**GROUPED | more),
     "qwen2": lambda **more: transformers.Qwen2Config(**GROUPED | more),
     "qwen3": lambda **more: transformers.Qwen3Config(**GROUPED | more),
-    "mixtral": lambda **more: transformers.MixtralConfig(**GROUPED | {"num_local_experts": 4} | more),
-    "gpt2": lambda **more: transformers.GPT2Config(**{"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32} | more),
+    "mixtral": lambda **more: transformers.MixtralConfig(
+        **GROUPED | {"num_local_experts": 4} | more
+    ),
+    "gpt2": lambda **more: transformers.GPT2Config(
+        **{"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32} | more
+    ),
 }
 
 
@@ -174,7 +209,10 @@ LLAMA3_SCALING = {
     [
         ("llama", {}),
         ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
-        ("llama", {"head_dim": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}),
+        (
+            "llama",
+            {"head_dim": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+        ),
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("mistral", {}),
         ("mistral", {"sliding_window": 4}),
@@ -184,7 +222,15 @@ LLAMA3_SCALING = {
         ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}),
         ("qwen3", {}),
         ("qwen3", {"head_dim": 6, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "head_dim": 8}),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "max_window_layers": 0,
+                "head_dim": 8,
+            },
+        ),
         ("mixtral", {}),
         ("mixtral", {"sliding_window": 4, "num_experts_per_tok": 3}),
         ("gpt2", {}),
@@ -194,42 +240,78 @@ LLAMA3_SCALING = {
 )
 def test_imported_model_gives_the_same_logits(architecture, settings, ids):
     """transformers' own defaults decide what we do not name: rms_norm_eps 1e-6, Mixtral's rope_theta of a million."""
-    theirs = scrambled(transformers.AutoModelForCausalLM.from_config(THEIRS[architecture](**settings)))
-    assert largest_difference(hf.from_hf(theirs), theirs, ids) < 1e-4
+    theirs = scrambled(
+        transformers.AutoModelForCausalLM.from_config(THEIRS[architecture](**settings))
+    )
+    assert largest_difference(architectures.from_hf(theirs), theirs, ids) < 1e-4
 
 
 def test_import_of_bf16_weights_is_an_fp32_decoder_with_their_values():
-    theirs = scrambled(transformers.AutoModelForCausalLM.from_config(THEIRS["llama"]())).to(torch.bfloat16)
-    weight = hf.from_hf(theirs).embedding.weight
+    theirs = scrambled(transformers.AutoModelForCausalLM.from_config(THEIRS["llama"]())).to(
+        torch.bfloat16
+    )
+    weight = architectures.from_hf(theirs).embedding.weight
     assert weight.dtype == torch.float32
     assert torch.equal(weight, theirs.model.embed_tokens.weight.float())
 
 
 def test_imported_gpt2_keeps_its_dropout():
-    config = hf.our_config(THEIRS["gpt2"](attn_pdrop=0.2, resid_pdrop=0.3))
+    config = architectures.our_config(THEIRS["gpt2"](attn_pdrop=0.2, resid_pdrop=0.3))
     assert (config.attention_dropout, config.residual_dropout) == (0.2, 0.3)
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (THEIRS["llama"](hidden_act="gelu"), 'hidden_act: our decoder knows "silu" here, found "gelu"'),
-        (THEIRS["llama"](attention_bias=True), "attention_bias: our decoder knows false here, found true"),
-        (THEIRS["llama"](rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_parameters.rope_type: .*linear"),
-        (THEIRS["llama"](rope_parameters={"rope_type": "llama3", **LLAMA3_SCALING}), 'rope_parameters.rope_type: our decoder knows "default" .*"llama3"'),
-        (THEIRS["llama"](num_hidden_layers=2000), "num_hidden_layers: 2000 .*less than or equal to 1000"),
-        (THEIRS["qwen2"](use_sliding_window=True, sliding_window=4, max_window_layers=1), 'layer_types: .*"full_attention" .*"sliding_attention"'),
-        (THEIRS["qwen3"](use_sliding_window=True, sliding_window=4, max_window_layers=1), "layer_types: "),
-        (THEIRS["qwen3"](attention_bias=True), "attention_bias: our decoder knows false here, found true"),
-        (THEIRS["gpt2"](scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx: our decoder knows false here, found true"),
+        (
+            THEIRS["llama"](hidden_act="gelu"),
+            'hidden_act: our decoder knows "silu" here, found "gelu"',
+        ),
+        (
+            THEIRS["llama"](attention_bias=True),
+            "attention_bias: our decoder knows false here, found true",
+        ),
+        (
+            THEIRS["llama"](
+                rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+            ),
+            "rope_parameters.rope_type: .*linear",
+        ),
+        (
+            THEIRS["llama"](rope_parameters={"rope_type": "llama3", **LLAMA3_SCALING}),
+            'rope_parameters.rope_type: our decoder knows "default" .*"llama3"',
+        ),
+        (
+            THEIRS["llama"](num_hidden_layers=2000),
+            "num_hidden_layers: 2000 .*less than or equal to 1000",
+        ),
+        (
+            THEIRS["qwen2"](use_sliding_window=True, sliding_window=4, max_window_layers=1),
+            'layer_types: .*"full_attention" .*"sliding_attention"',
+        ),
+        (
+            THEIRS["qwen3"](use_sliding_window=True, sliding_window=4, max_window_layers=1),
+            "layer_types: ",
+        ),
+        (
+            THEIRS["qwen3"](attention_bias=True),
+            "attention_bias: our decoder knows false here, found true",
+        ),
+        (
+            THEIRS["gpt2"](scale_attn_by_inverse_layer_idx=True),
+            "scale_attn_by_inverse_layer_idx: our decoder knows false here, found true",
+        ),
         (THEIRS["gpt2"](scale_attn_weights=False), "scale_attn_weights"),
         (THEIRS["gpt2"](activation_function="relu"), 'activation_function: .*"relu"'),
-        (transformers.BloomConfig(), "model_type: our decoder cannot be bloom. Choose a model of gpt2, llama, mistral, mixtral, qwen2, qwen3"),
+        (
+            transformers.BloomConfig(),
+            "model_type: our decoder cannot be bloom. Choose a model of gpt2, llama, mistral, mixtral, qwen2, qwen3",
+        ),
     ],
 )
 def test_import_refuses_what_our_decoder_cannot_compute(config, words):
     with pytest.raises(UserError, match=words):
-        hf.our_config(config)
+        architectures.our_config(config)
 
 
 # --- what no architecture says ----------------------------------------------------------------------------------------
@@ -244,11 +326,17 @@ def test_import_refuses_what_our_decoder_cannot_compute(config, words):
         ({"norm_placement": "post"}, 'model.norm_placement: "post" .* has "pre"'),
         ({"norm_placement": "none"}, 'model.norm_placement: "none"'),
         (GPT2 | {"sliding_window": 8}, "model.sliding_window: 8 .* nearest, gpt2, has null"),
-        ({"qk_norm": True, "moe": MoEConfig()}, "model.qk_norm: true .* mixtral, has false|model.moe: .* qwen3, has null"),
+        (
+            {"qk_norm": True, "moe": MoEConfig()},
+            "model.qk_norm: true .* mixtral, has false|model.moe: .* qwen3, has null",
+        ),
         ({"n_sinks": 2}, "model.n_sinks: 2 .* has 0"),
         ({"ffn": "relu2"}, 'model.ffn: "relu2" .* llama, has "swiglu"'),
         ({"bias": "qkv", "head_dim": 6}, "model.head_dim: 6 .* nearest, qwen2, has 8|model.bias: "),
-        ({"moe": MoEConfig(), "bias": "all"}, 'model.moe: {"n_experts": 8, .* nearest, llama, has null'),
+        (
+            {"moe": MoEConfig(), "bias": "all"},
+            'model.moe: {"n_experts": 8, .* nearest, llama, has null',
+        ),
         ({"n_heads": 5, "head_dim": 8, "bias": "all"}, "model.d_model: 32 .* has 35"),
         (GPT2 | {"n_kv_heads": 2}, "model.n_kv_heads: 2 .* nearest, gpt2, has 4"),
         (GPT2 | {"head_dim": 6}, "model.head_dim: 6 .* gpt2, has 8"),
@@ -256,12 +344,16 @@ def test_import_refuses_what_our_decoder_cannot_compute(config, words):
 )
 def test_export_refuses_what_no_architecture_computes_and_names_the_setting(settings, words):
     with pytest.raises(UserError, match=words):
-        hf.hf_config(ModelConfig(**SHAPE | settings))
+        architectures.hf_config(ModelConfig(**SHAPE | settings))
     with pytest.raises(UserError, match=words):
-        hf.to_hf(Decoder(ModelConfig(**SHAPE | settings)))
+        architectures.to_hf(Decoder(ModelConfig(**SHAPE | settings)))
 
 
-@pytest.mark.parametrize("architecture", hf.ARCHITECTURES, ids=lambda a: f"{a.model_type}-{a.ours['ffn']}-{a.ours['bias']}")
+@pytest.mark.parametrize(
+    "architecture",
+    architectures.ARCHITECTURES,
+    ids=lambda a: f"{a.model_type}-{a.ours['ffn']}-{a.ours['bias']}",
+)
 def test_every_setting_that_changes_the_logits_has_a_place_in_each_architecture(architecture):
     """A setting forgotten in a table would be exported as transformers' default, with other logits and no word.
 
@@ -269,5 +361,7 @@ def test_every_setting_that_changes_the_logits_has_a_place_in_each_architecture(
     """
     placed = set(architecture.ours) | set(architecture.settings) | set(architecture.limits)
     placed |= {key.partition(".")[0] for key in placed}
-    left = {"init", "gradient_checkpointing", "residual_dropout"} | ({"rope_theta"} if architecture.ours["position"] != "rope" else set())
+    left = {"init", "gradient_checkpointing", "residual_dropout"} | (
+        {"rope_theta"} if architecture.ours["position"] != "rope" else set()
+    )
     assert set(ModelConfig.model_fields) - placed <= left

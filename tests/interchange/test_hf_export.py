@@ -20,20 +20,25 @@ from safetensors.torch import load_file, save_file
 
 import infer
 import train
-from tinylm import checkpoint, hf, hf_import
 from tinylm.__main__ import main
-from tinylm.bpe import Bpe
-from tinylm.config import Config, LoraConfig
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError, require_package
-from tinylm.export import CHAT_TEMPLATES, backend_of, export_hf, sampling_settings
-from tinylm.foreign import ForeignDecoder
-from tinylm.gguf import Vocabulary, export_gguf, neighbours, vocabulary_of
-from tinylm.hf_import import import_hf
-from tinylm.lora import target_layers
-from tinylm.prompts import Turn, make_template
-from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, load_hf_tokenizer, tokenizer_from_plain
-from tinylm.words import Rules, count_texts
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import load as checkpoint_load
+from tinylm.common.errors import UserError, require_package
+from tinylm.config.schema import Config, LoraConfig
+from tinylm.interchange import architectures, hf_import
+from tinylm.interchange.gguf import Vocabulary, export_gguf, neighbours, vocabulary_of
+from tinylm.interchange.hf_export import CHAT_TEMPLATES, backend_of, export_hf, sampling_settings
+from tinylm.interchange.hf_import import import_hf
+from tinylm.model.decoder import Decoder
+from tinylm.model.hf_model import ForeignDecoder
+from tinylm.model.lora import target_layers
+from tinylm.rows.templates import Turn, make_template
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.bpe import Bpe
+from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
+from tinylm.tokenizer.factory import tokenizer_from_plain
+from tinylm.tokenizer.hf import HFTokenizer, load_hf_tokenizer
+from tinylm.tokenizer.pretokenize import Rules, count_texts
 
 TEXT = "the model reads a token and guesses the next token; it isn't 12345 words, nor naïve 東京 🙂 text, the the the model's guesses\n"
 GPT2 = {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all"}
@@ -55,18 +60,46 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HFTokenizer
 def save(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[..., Path]:
     """Writes a checkpoint of a random model; keyword arguments are settings of the model."""
 
-    def write(tokenizer: Tokenizer | None = None, *, stage: str = "pretrain", config: dict | None = None, **model: Any) -> Path:
+    def write(
+        tokenizer: Tokenizer | None = None,
+        *,
+        stage: str = "pretrain",
+        config: dict | None = None,
+        **model: Any,
+    ) -> Path:
         tokenizer = tokenizer or bpe("gpt2")
-        shape = {"vocab_size": tokenizer.vocab_size, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 48, "max_seq_len": 64} | model
-        settings = Config.model_validate({"training": {"seq_len": 32}} | (config or {}) | {"model": shape})
+        shape = {
+            "vocab_size": tokenizer.vocab_size,
+            "n_layers": 2,
+            "d_model": 32,
+            "n_heads": 4,
+            "d_ff": 48,
+            "max_seq_len": 64,
+        } | model
+        settings = Config.model_validate(
+            {"training": {"seq_len": 32}} | (config or {}) | {"model": shape}
+        )
         path = tmp_path / "a.ckpt"
         decoder, generator = Decoder(settings.model), torch.Generator().manual_seed(1)
         with torch.no_grad():
             for weight in decoder.parameters():
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-        weights = checkpoint.NO_ROOTS | {"config": settings.to_plain(), "tokenizer": tokenizer.to_plain(), "weights": decoder.state_dict()}
-        about = {"format": "tinylm", "schema": 1, "stage": stage, "step": 5, "tokens": 640, "train_loss": 2.5, "val_loss": 2.25, "created": 1.0}
-        checkpoint.write(path, about | weights)
+        weights = checkpoint_format.NO_ROOTS | {
+            "config": settings.to_plain(),
+            "tokenizer": tokenizer.to_plain(),
+            "weights": decoder.state_dict(),
+        }
+        about = {
+            "format": "tinylm",
+            "schema": 1,
+            "stage": stage,
+            "step": 5,
+            "tokens": 640,
+            "train_loss": 2.5,
+            "val_loss": 2.25,
+            "created": 1.0,
+        }
+        checkpoint_format.write(path, about | weights)
         return path
 
     return write
@@ -83,12 +116,31 @@ PROMPT = "the model"
 def text_of_infer(ckpt: Path, capsys: pytest.CaptureFixture) -> tuple[str, list[int]]:
     """What infer.py writes greedily after the prompt, and its tokens."""
     capsys.readouterr()
-    assert infer.main(["--ckpt", str(ckpt), "--prompt", PROMPT, "--temperature", "0", "--max-new-tokens", "40", "--device", "cpu", "--json"]) == 0
+    assert (
+        infer.main(
+            [
+                "--ckpt",
+                str(ckpt),
+                "--prompt",
+                PROMPT,
+                "--temperature",
+                "0",
+                "--max-new-tokens",
+                "40",
+                "--device",
+                "cpu",
+                "--json",
+            ]
+        )
+        == 0
+    )
     [completion] = json.loads(capsys.readouterr().out)["completions"]
     return completion["text"], completion["ids"]
 
 
-def text_of_transformers(folder: Path, tokenizer_class: str = "AutoTokenizer", **gguf: Any) -> tuple[str, list[int]]:
+def text_of_transformers(
+    folder: Path, tokenizer_class: str = "AutoTokenizer", **gguf: Any
+) -> tuple[str, list[int]]:
     """What transformers writes greedily after the prompt, with the tokenizer and the generation settings that were exported."""
     file = {"gguf_file": gguf["gguf_file"]} if gguf else {}
     tokenizer = getattr(transformers, tokenizer_class).from_pretrained(folder, **file)
@@ -113,26 +165,47 @@ EXPRESSIBLE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", quick(EXPRESSIBLE, "llama", "llama, more rows than tokens", "qwen2", "gpt2"))
+@pytest.mark.parametrize(
+    "name", quick(EXPRESSIBLE, "llama", "llama, more rows than tokens", "qwen2", "gpt2")
+)
 def test_an_exported_folder_writes_the_text_that_infer_writes(name, save, tmp_path, capsys):
     """The same tokens too, to the end; the rows of an embedding that stand for no token are never chosen."""
     path = save(**EXPRESSIBLE[name])
     written = export_hf(path, tmp_path / "out")
     assert (written.path, written.model_type) == (tmp_path / "out", name.partition(",")[0])
-    assert written.tokenizer_class == ("PreTrainedTokenizerFast" if name == "qwen2" else "AutoTokenizer")
-    assert text_of_transformers(tmp_path / "out", written.tokenizer_class) == text_of_infer(path, capsys)
+    assert written.tokenizer_class == (
+        "PreTrainedTokenizerFast" if name == "qwen2" else "AutoTokenizer"
+    )
+    assert text_of_transformers(tmp_path / "out", written.tokenizer_class) == text_of_infer(
+        path, capsys
+    )
 
 
 def test_the_card_of_a_qwen2_names_the_class_that_reads_its_tokenizer(save, bpe, tmp_path):
     """transformers 5 gives every Qwen2 the words of Qwen2, in which each digit stands alone; our 12345 is one token."""
     export_hf(save(bias="qkv"), tmp_path / "out")
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] != bpe("gpt2").encode(TEXT)
-    assert transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == bpe("gpt2").encode(TEXT)
-    assert "tokenizer = PreTrainedTokenizerFast.from_pretrained" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] != bpe(
+        "gpt2"
+    ).encode(TEXT)
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")(TEXT)[
+        "input_ids"
+    ] == bpe("gpt2").encode(TEXT)
+    assert "tokenizer = PreTrainedTokenizerFast.from_pretrained" in (
+        tmp_path / "out" / "README.md"
+    ).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer(TEXT, unknown="error"), CharTokenizer(TEXT[:60], unknown="unk")])
-def test_a_model_of_bytes_or_characters_writes_the_same_text_there(tokenizer, save, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        ByteTokenizer(),
+        CharTokenizer(TEXT, unknown="error"),
+        CharTokenizer(TEXT[:60], unknown="unk"),
+    ],
+)
+def test_a_model_of_bytes_or_characters_writes_the_same_text_there(
+    tokenizer, save, tmp_path, capsys
+):
     path = save(tokenizer)
     export_hf(path, tmp_path / "out")
     assert text_of_transformers(tmp_path / "out") == text_of_infer(path, capsys)
@@ -141,19 +214,49 @@ def test_a_model_of_bytes_or_characters_writes_the_same_text_there(tokenizer, sa
 def test_the_folder_says_what_the_model_is(save, tmp_path):
     """No token is claimed to end or fill a text but the tokenizer's own; older readers find rope_theta and a class they know."""
     data = {"dataset": "owner/texts", "template": "plain"}
-    path = save(stage="sft", config={"sampling": {"temperature": 0.5, "top_p": 0.9}, "data": data}, rope_theta=777.0)
+    path = save(
+        stage="sft",
+        config={"sampling": {"temperature": 0.5, "top_p": 0.9}, "data": data},
+        rope_theta=777.0,
+    )
     export_hf(path, tmp_path / "out")
-    files = {file.name: file.read_text(encoding="utf-8") for file in (tmp_path / "out").iterdir() if file.suffix != ".safetensors"}
-    assert sorted(files) == ["README.md", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-    config, generation = json.loads(files["config.json"]), json.loads(files["generation_config.json"])
-    tokenizer = checkpoint.load_model(path).tokenizer
-    assert (config["eos_token_id"], config["pad_token_id"], config["rope_theta"]) == (tokenizer.eos_id, tokenizer.pad_id, 777.0)
+    files = {
+        file.name: file.read_text(encoding="utf-8")
+        for file in (tmp_path / "out").iterdir()
+        if file.suffix != ".safetensors"
+    }
+    assert sorted(files) == [
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    config, generation = (
+        json.loads(files["config.json"]),
+        json.loads(files["generation_config.json"]),
+    )
+    tokenizer = checkpoint_load.load_model(path).tokenizer
+    assert (config["eos_token_id"], config["pad_token_id"], config["rope_theta"]) == (
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        777.0,
+    )
     assert {key: generation[key] for key in ("eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "max_new_tokens")} == {
         "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "do_sample": True, "temperature": 0.5, "top_k": 0, "top_p": 0.9,
         "max_new_tokens": 200,
     }  # fmt: skip
-    assert json.loads(files["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
-    for part in ("llama: 2 layers", "| data | owner/texts |", "sft, 5 optimizer steps, 640 tokens", "2.2500 nats", "apply_chat_template"):
+    assert (
+        json.loads(files["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
+    )
+    for part in (
+        "llama: 2 layers",
+        "| data | owner/texts |",
+        "sft, 5 optimizer steps, 640 tokens",
+        "2.2500 nats",
+        "apply_chat_template",
+    ):
         assert part in files["README.md"]
 
 
@@ -163,14 +266,22 @@ def test_the_example_in_the_model_card_runs(save, tmp_path, monkeypatch, capsys)
     for stage, folder in (("pretrain", "base"), ("sft", "tuned")):
         export_hf(save(stage=stage), tmp_path / folder)
         monkeypatch.chdir(tmp_path / folder)
-        code = Path("README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+        code = (
+            Path("README.md")
+            .read_text(encoding="utf-8")
+            .partition("```python\n")[2]
+            .partition("```")[0]
+        )
         capsys.readouterr()
         exec(compile(code, "README.md", "exec"), {})  # noqa: S102
         assert capsys.readouterr().out.strip()
 
 
 def test_a_path_of_the_own_machine_is_not_in_the_model_card(save, tmp_path):
-    export_hf(save(config={"data": {"dataset": str(tmp_path / "mine.txt")}}, stage="pretrain"), tmp_path / "out")
+    export_hf(
+        save(config={"data": {"dataset": str(tmp_path / "mine.txt")}}, stage="pretrain"),
+        tmp_path / "out",
+    )
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| data | mine.txt |" in card
     assert str(tmp_path) not in card
@@ -182,7 +293,10 @@ def test_a_path_of_the_own_machine_is_not_in_the_model_card(save, tmp_path):
         ({"temperature": 0.0}, {"do_sample": False}),
         ({"n_beams": 3}, {"do_sample": False, "num_beams": 3}),
         ({"top_k": 7, "min_p": 0.1}, {"do_sample": True, "top_k": 7, "min_p": 0.1, "top_p": 1.0}),
-        ({"repetition_penalty": 1.5, "no_repeat_ngram": 2}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}),
+        (
+            {"repetition_penalty": 1.5, "no_repeat_ngram": 2},
+            {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        ),
     ],
 )
 def test_sampling_settings_are_those_of_transformers(sampling, expected):
@@ -196,7 +310,10 @@ def test_without_padding_of_its_own_no_row_is_called_padding(save, bpe, tmp_path
     """transformers keeps the gradient of the row `pad_token_id` at zero: for the EOS that also pads it would never be learned again."""
     plain = bpe("gpt2").to_plain() | {"pad": None}
     export_hf(save(tokenizer_from_plain(plain)), tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["pad_token_id"] is None
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["pad_token_id"]
+        is None
+    )
 
 
 def test_a_tokenizer_that_opens_texts_with_a_token_does_not_in_the_export(save, bpe, tmp_path):
@@ -210,7 +327,9 @@ def test_a_tokenizer_that_opens_texts_with_a_token_does_not_in_the_export(save, 
     }  # fmt: skip
     opening = tokenizer_from_plain(plain | {"tokenizer_json": json.dumps(description)})
     export_hf(save(opening), tmp_path / "out")
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == opening.encode(TEXT)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)[
+        "input_ids"
+    ] == opening.encode(TEXT)
 
 
 @settings(deadline=None, max_examples=50)
@@ -218,7 +337,11 @@ def test_a_tokenizer_that_opens_texts_with_a_token_does_not_in_the_export(save, 
 def test_bytes_are_the_same_ids_and_text_in_the_other_library(text):
     tokenizer = ByteTokenizer()
     backend = backend_of(tokenizer)
-    ids = backend.encode(text).ids if not any(name in text for name in tokenizer.special_names.values()) else tokenizer.encode(text)
+    ids = (
+        backend.encode(text).ids
+        if not any(name in text for name in tokenizer.special_names.values())
+        else tokenizer.encode(text)
+    )
     assert ids == tokenizer.encode(text)
     assert backend.decode(ids) == text
 
@@ -236,7 +359,9 @@ def test_characters_are_the_same_ids_and_text_in_the_other_library(text):
 def test_what_cannot_be_said_is_refused_and_leaves_nothing(save, tmp_path):
     path = save(position="alibi")
     for write in (export_hf, export_gguf):
-        with pytest.raises(UserError, match='model.position: "alibi" is in no Hugging Face architecture'):
+        with pytest.raises(
+            UserError, match='model.position: "alibi" is in no Hugging Face architecture'
+        ):
             write(path, tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -251,7 +376,7 @@ def test_a_place_that_is_taken_is_refused_before_any_work(tmp_path):
 
 def test_weights_that_went_wrong_on_the_way_are_found(save, tmp_path, monkeypatch):
     """One number of one matrix is enough; what was written is removed."""
-    path, write = save(), hf.to_hf
+    path, write = save(), architectures.to_hf
 
     def swapped(model: Decoder) -> Any:
         made = write(model)
@@ -259,9 +384,12 @@ def test_weights_that_went_wrong_on_the_way_are_found(save, tmp_path, monkeypatc
             made.model.layers[1].self_attn.k_proj.weight[3, 3] += 0.5
         return made
 
-    monkeypatch.setattr(hf, "to_hf", swapped)
+    monkeypatch.setattr(architectures, "to_hf", swapped)
     for export in (export_hf, export_gguf):
-        with pytest.raises(UserError, match=r"export: what was written gives logits that differ by 0\.\d+, so it was removed"):
+        with pytest.raises(
+            UserError,
+            match=r"export: what was written gives logits that differ by 0\.\d+, so it was removed",
+        ):
             export(path, tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -269,8 +397,11 @@ def test_weights_that_went_wrong_on_the_way_are_found(save, tmp_path, monkeypatc
 def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(save, tmp_path, monkeypatch):
     path = save()
     other = backend_of(ByteTokenizer())
-    monkeypatch.setattr("tinylm.export.backend_of", lambda tokenizer: other)
-    with pytest.raises(UserError, match=r"tokenizer: transformers makes other tokens of a text than this one \(token \d of \d+\), so nothing was exported"):
+    monkeypatch.setattr("tinylm.interchange.hf_export.backend_of", lambda tokenizer: other)
+    with pytest.raises(
+        UserError,
+        match=r"tokenizer: transformers makes other tokens of a text than this one \(token \d of \d+\), so nothing was exported",
+    ):
         export_hf(path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -279,17 +410,24 @@ def test_a_full_disk_is_said(save, tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
     def full(*args: Any, **more: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     path = save()
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(UserError, match="out: the weights could not be written: .*No space left on device .*Make room"):
+    with pytest.raises(
+        UserError,
+        match="out: the weights could not be written: .*No space left on device .*Make room",
+    ):
         export_hf(path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_package_that_is_missing_is_named():
-    with pytest.raises(UserError, match="ggufff is not installed, and this needs it. pip install ggufff."):
+    with pytest.raises(
+        UserError, match="ggufff is not installed, and this needs it. pip install ggufff."
+    ):
         require_package("ggufff")
 
 
@@ -299,8 +437,19 @@ CONVERSATIONS = [
     [("user", "Name three colours.", "")],
     [("user", "Translate.", "Guten Tag\nWelt")],
     [("system", "Be brief.", ""), ("user", "Why is 2 + 2 four?", "")],
-    [("user", "First.", ""), ("assistant", "One.", ""), ("user", "Second?", "x"), ("assistant", "Two\nlines.", ""), ("user", "Third", "")],
-    [("system", "S", ""), ("user", "Ends in space ", ""), ("assistant", "yes", ""), ("user", "q", "")],
+    [
+        ("user", "First.", ""),
+        ("assistant", "One.", ""),
+        ("user", "Second?", "x"),
+        ("assistant", "Two\nlines.", ""),
+        ("user", "Third", ""),
+    ],
+    [
+        ("system", "S", ""),
+        ("user", "Ends in space ", ""),
+        ("assistant", "yes", ""),
+        ("user", "q", ""),
+    ],
 ]
 
 
@@ -310,14 +459,19 @@ CONVERSATIONS = [
 def test_the_chat_template_asks_as_training_did(name, conversation, save, tmp_path):
     """`prompt_ids` is the definition; transformers renders our Jinja and encodes the text."""
     path = save(stage="sft", config={"data": {"template": name}})
-    ours = checkpoint.load_model(path).tokenizer
+    ours = checkpoint_load.load_model(path).tokenizer
     export_hf(path, tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    messages = [{"role": role, "content": text} | ({"input": input} if input else {}) for role, text, input in conversation]
+    messages = [
+        {"role": role, "content": text} | ({"input": input} if input else {})
+        for role, text, input in conversation
+    ]
     found = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     template = make_template(name, ours)
     assert found == template.prompt_ids(tuple(Turn(*turn) for turn in conversation), ours)
-    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
+    generation = json.loads(
+        (tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8")
+    )
     ends = generation["eos_token_id"]
     assert tuple(ends if isinstance(ends, list) else [ends]) == template.stop_ids(ours)
 
@@ -325,23 +479,38 @@ def test_the_chat_template_asks_as_training_did(name, conversation, save, tmp_pa
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_token_that_opens_texts_opens_a_conversation_once(name, save, tmp_path):
     rules = Rules("gpt2", (*SPECIAL, "<s>"))
-    opening = HFTokenizer(Bpe.learn(count_texts([TEXT], rules), 300, rules).backend(), eos="<|endoftext|>", pad=None)
+    opening = HFTokenizer(
+        Bpe.learn(count_texts([TEXT], rules), 300, rules).backend(), eos="<|endoftext|>", pad=None
+    )
     export_hf(save(opening, stage="sft", config={"data": {"template": name}}), tmp_path / "out")
     turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    found = theirs.apply_chat_template([{"role": turn.role, "content": turn.text} for turn in turns], add_generation_prompt=True)["input_ids"]
+    found = theirs.apply_chat_template(
+        [{"role": turn.role, "content": turn.text} for turn in turns], add_generation_prompt=True
+    )["input_ids"]
     assert found == make_template(name, opening).prompt_ids(turns, opening)
     assert found.count(opening.vocab_size - 1) == 1
 
 
 def test_bytes_end_an_answer_with_the_separator(save, tmp_path):
-    path, ours = save(ByteTokenizer(), stage="sft", config={"data": {"template": "instruction"}}), ByteTokenizer()
+    path, ours = (
+        save(ByteTokenizer(), stage="sft", config={"data": {"template": "instruction"}}),
+        ByteTokenizer(),
+    )
     export_hf(path, tmp_path / "out")
-    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
-    assert generation["eos_token_id"] == [ours.sep_id, ours.eos_id] == list(make_template("instruction", ours).stop_ids(ours))
+    generation = json.loads(
+        (tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8")
+    )
+    assert (
+        generation["eos_token_id"]
+        == [ours.sep_id, ours.eos_id]
+        == list(make_template("instruction", ours).stop_ids(ours))
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
-    found = theirs.apply_chat_template([{"role": turn.role, "content": turn.text} for turn in turns], add_generation_prompt=True)["input_ids"]
+    found = theirs.apply_chat_template(
+        [{"role": turn.role, "content": turn.text} for turn in turns], add_generation_prompt=True
+    )["input_ids"]
     assert found == make_template("instruction", ours).prompt_ids(turns, ours)
 
 
@@ -354,10 +523,18 @@ def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tm
     export_hf(save(), tmp_path / "base")
     assert not (tmp_path / "base" / "chat_template.jinja").exists()
     own = tokenizer_from_plain(bpe("gpt2").to_plain() | {"chat_template": OWN})
-    for stage, data, ends in (("pretrain", {}, own.eos_id), ("sft", {"template": "chat_template"}, [own.vocab_size - 1, own.eos_id])):
+    for stage, data, ends in (
+        ("pretrain", {}, own.eos_id),
+        ("sft", {"template": "chat_template"}, [own.vocab_size - 1, own.eos_id]),
+    ):
         export_hf(save(own, stage=stage, config={"data": data}), tmp_path / stage)
         assert (tmp_path / stage / "chat_template.jinja").read_text(encoding="utf-8") == OWN
-        assert json.loads((tmp_path / stage / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == ends
+        assert (
+            json.loads((tmp_path / stage / "generation_config.json").read_text(encoding="utf-8"))[
+                "eos_token_id"
+            ]
+            == ends
+        )
 
 
 # --- other checkpoints -------------------------------------------------------------------------------------------------
@@ -366,10 +543,12 @@ def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tm
 def test_a_tuned_hugging_face_model_goes_out_as_it_is_and_as_gguf(save, tmp_path, capsys):
     """Such a checkpoint holds transformers' own model (foreign.py), here a Llama; GGUF needs it as our decoder first."""
     path = save()
-    payload = checkpoint.read(path)
-    inner = hf.to_hf(checkpoint.load_model(path).model)
+    payload = checkpoint_format.read(path)
+    inner = architectures.to_hf(checkpoint_load.load_model(path).model)
     foreign = ForeignDecoder(inner)
-    checkpoint.write(path, payload | {"hf_config": foreign.settings, "weights": foreign.state_dict()})
+    checkpoint_format.write(
+        path, payload | {"hf_config": foreign.settings, "weights": foreign.state_dict()}
+    )
     expected = text_of_infer(path, capsys)
     assert export_hf(path, tmp_path / "out").model_type == "llama"
     assert text_of_transformers(tmp_path / "out") == expected
@@ -381,7 +560,12 @@ def test_a_tuned_hugging_face_model_goes_out_as_it_is_and_as_gguf(save, tmp_path
 
 IN_GGUF = {
     "llama": {"n_kv_heads": 2},
-    "llama, untied, wide heads": {"tie_embeddings": False, "head_dim": 10, "rope_theta": 500.0, "norm_eps": 1e-3},
+    "llama, untied, wide heads": {
+        "tie_embeddings": False,
+        "head_dim": 10,
+        "rope_theta": 500.0,
+        "norm_eps": 1e-3,
+    },
     "llama, more rows than tokens": {"vocab_size": 384},
     "qwen2": {"bias": "qkv", "n_kv_heads": 1},
     "qwen3": {"qk_norm": True, "head_dim": 128, "n_kv_heads": 2},
@@ -398,8 +582,13 @@ def test_a_gguf_file_writes_the_text_that_infer_writes(name, save, tmp_path, cap
     path = save(**IN_GGUF[name])
     written = export_gguf(path, tmp_path / "out.gguf")
     assert written.model_type == name.partition(",")[0]
-    assert written.needs == {"qwen3, other heads": {"head_dim": 12}, "gpt2": {"n_positions": 64, "n_inner": 48}}.get(name, {})
-    assert text_of_transformers(tmp_path, gguf_file="out.gguf", **written.needs) == text_of_infer(path, capsys)
+    assert written.needs == {
+        "qwen3, other heads": {"head_dim": 12},
+        "gpt2": {"n_positions": 64, "n_inner": 48},
+    }.get(name, {})
+    assert text_of_transformers(tmp_path, gguf_file="out.gguf", **written.needs) == text_of_infer(
+        path, capsys
+    )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.ckpt", "out.gguf"]
 
 
@@ -425,20 +614,28 @@ def test_f16_halves_the_matrices_and_nothing_else(save, tmp_path):
     from gguf import GGMLQuantizationType, GGUFReader
 
     path = save()
-    exact, halved = export_gguf(path, tmp_path / "a.gguf"), export_gguf(path, tmp_path / "b.gguf", floats="f16")
+    exact, halved = (
+        export_gguf(path, tmp_path / "a.gguf"),
+        export_gguf(path, tmp_path / "b.gguf", floats="f16"),
+    )
     assert max(exact.difference, halved.difference) < 1e-5
     types = {tensor.name: tensor.tensor_type for tensor in GGUFReader(tmp_path / "b.gguf").tensors}
     assert types["blk.0.attn_q.weight"] == types["token_embd.weight"] == GGMLQuantizationType.F16
-    assert types["blk.0.attn_norm.weight"] == types["output_norm.weight"] == GGMLQuantizationType.F32
+    assert (
+        types["blk.0.attn_norm.weight"] == types["output_norm.weight"] == GGMLQuantizationType.F32
+    )
 
 
 def test_a_number_that_16_bits_cannot_hold_is_named(save, tmp_path):
     path = save()
-    payload = checkpoint.read(path)
+    payload = checkpoint_format.read(path)
     weights = {name: weight.clone() for name, weight in payload["weights"].items()}
     weights["blocks.1.ffn.down.weight"][0, 0] = 1e5
-    checkpoint.write(path, payload | {"weights": weights})
-    with pytest.raises(UserError, match=r"blk\.1\.ffn_down\.weight: has numbers that are not finite in 16 bits. Export it as f32."):
+    checkpoint_format.write(path, payload | {"weights": weights})
+    with pytest.raises(
+        UserError,
+        match=r"blk\.1\.ffn_down\.weight: has numbers that are not finite in 16 bits. Export it as f32.",
+    ):
         export_gguf(path, tmp_path / "out.gguf", floats="f16")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -446,7 +643,10 @@ def test_a_number_that_16_bits_cannot_hold_is_named(save, tmp_path):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ({"sliding_window": 9}, "model.sliding_window: 9 cannot be written as GGUF and checked; a mistral there has null. Export with --format hf."),
+        (
+            {"sliding_window": 9},
+            "model.sliding_window: 9 cannot be written as GGUF and checked; a mistral there has null. Export with --format hf.",
+        ),
         ({"moe": {"n_experts": 3}}, "model.moe: .*a mixtral there has null"),
         ({"bias": "all"}, 'model.bias: "all" .*a llama there has "none"'),
         (GPT2 | {"ffn": "silu"}, 'model.ffn: "silu" .*a gpt2 there has "gelu"'),
@@ -462,7 +662,10 @@ def test_what_gguf_has_no_place_for_is_refused_by_name(model, words, save, tmp_p
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("ab", unknown="error")])
 def test_gguf_refuses_tokenizers_that_it_cannot_say(tokenizer):
-    with pytest.raises(UserError, match=f"tokenizer.kind: GGUF has no tokenizer of kind {tokenizer.kind}. Export with --format hf"):
+    with pytest.raises(
+        UserError,
+        match=f"tokenizer.kind: GGUF has no tokenizer of kind {tokenizer.kind}. Export with --format hf",
+    ):
         vocabulary_of(tokenizer)
 
 
@@ -470,16 +673,25 @@ def test_gguf_refuses_other_words_and_a_vocabulary_without_merges(bpe):
     plain = bpe("gpt4").to_plain()
     description = json.loads(plain["tokenizer_json"])
     description["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+"
-    with pytest.raises(UserError, match="tokenizer: GGUF is written for byte-level BPE with the words of GPT-2, GPT-4 or Qwen2, and this is another"):
+    with pytest.raises(
+        UserError,
+        match="tokenizer: GGUF is written for byte-level BPE with the words of GPT-2, GPT-4 or Qwen2, and this is another",
+    ):
         vocabulary_of(tokenizer_from_plain(plain | {"tokenizer_json": json.dumps(description)}))
     with pytest.raises(UserError, match="tokenizer: it has no merges, and GGUF needs one"):
-        vocabulary_of(HFTokenizer(Bpe((), Rules("gpt2", SPECIAL)).backend(), eos="<|endoftext|>", pad=None))
+        vocabulary_of(
+            HFTokenizer(Bpe((), Rules("gpt2", SPECIAL)).backend(), eos="<|endoftext|>", pad=None)
+        )
 
 
 def test_special_tokens_are_marked_in_gguf(bpe):
     found = vocabulary_of(bpe("gpt2"))
     assert isinstance(found, Vocabulary)
-    assert (found.pre, found.tokens[-4:], found.types[-5:]) == ("gpt-2", list(SPECIAL), [1, 3, 3, 3, 3])
+    assert (found.pre, found.tokens[-4:], found.types[-5:]) == (
+        "gpt-2",
+        list(SPECIAL),
+        [1, 3, 3, 3, 3],
+    )
     assert len(found.tokens) == bpe("gpt2").vocab_size
 
 
@@ -496,12 +708,16 @@ THEIR_SHAPE = {
 }  # fmt: skip
 THEIRS = {
     "llama": lambda: transformers.LlamaConfig(**THEIR_SHAPE),
-    "llama, tied": lambda: transformers.LlamaConfig(**THEIR_SHAPE, tie_word_embeddings=True, rope_theta=500.0),
+    "llama, tied": lambda: transformers.LlamaConfig(
+        **THEIR_SHAPE, tie_word_embeddings=True, rope_theta=500.0
+    ),
     "mistral": lambda: transformers.MistralConfig(**THEIR_SHAPE, sliding_window=9),
     "qwen2": lambda: transformers.Qwen2Config(**THEIR_SHAPE),
     "qwen3": lambda: transformers.Qwen3Config(**THEIR_SHAPE, head_dim=12),
     "mixtral": lambda: transformers.MixtralConfig(**THEIR_SHAPE, num_local_experts=3),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64
+    ),
 }
 
 
@@ -509,7 +725,9 @@ THEIRS = {
 def published(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[..., Path]:
     """Saves a random model with its tokenizer as its authors would, by transformers alone."""
 
-    def write(name: str = "llama", *, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB") -> Path:
+    def write(
+        name: str = "llama", *, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB"
+    ) -> Path:
         folder = tmp_path / "published"
         model = transformers.AutoModelForCausalLM.from_config(THEIRS[name](), dtype=dtype)
         generator = torch.Generator().manual_seed(1)
@@ -519,33 +737,44 @@ def published(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[...
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         plain = bpe("gpt2").to_plain()
         (folder / "tokenizer.json").write_text(plain["tokenizer_json"], encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": plain["eos"]}), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"eos_token": plain["eos"]}), encoding="utf-8"
+        )
         return folder
 
     return write
 
 
 @pytest.mark.parametrize("name", quick(THEIRS, "llama, tied", "mixtral", "gpt2"))
-def test_an_imported_model_writes_the_text_that_transformers_writes(name, published, tmp_path, capsys):
+def test_an_imported_model_writes_the_text_that_transformers_writes(
+    name, published, tmp_path, capsys
+):
     folder = published(name)
     imported = import_hf(str(folder), tmp_path / "in.ckpt")
     assert (imported.model_type, imported.stored_as) == (name.partition(",")[0], "F32")
     (folder / "generation_config.json").unlink()  # random tokens end no text there
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    eos = checkpoint.load_model(tmp_path / "in.ckpt").tokenizer.eos_id
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": eos, "pad_token_id": None}), encoding="utf-8")
+    eos = checkpoint_load.load_model(tmp_path / "in.ckpt").tokenizer.eos_id
+    (folder / "config.json").write_text(
+        json.dumps(config | {"eos_token_id": eos, "pad_token_id": None}), encoding="utf-8"
+    )
     assert text_of_infer(tmp_path / "in.ckpt", capsys) == text_of_transformers(folder)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_a_model_in_several_files_is_one_model(name, published, tmp_path):
-    whole = checkpoint.load_model(import_hf(str(published(name)), tmp_path / "whole.ckpt").path)
+    whole = checkpoint_load.load_model(
+        import_hf(str(published(name)), tmp_path / "whole.ckpt").path
+    )
     for file in (tmp_path / "published").iterdir():
         file.unlink()
     folder = published(name, max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
-    parts = checkpoint.load_model(import_hf(str(folder), tmp_path / "parts.ckpt").path)
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+    parts = checkpoint_load.load_model(import_hf(str(folder), tmp_path / "parts.ckpt").path)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
@@ -553,43 +782,73 @@ def test_half_weights_become_fp32_with_the_same_values(dtype, name, published, t
     folder = published(dtype=dtype)
     imported = import_hf(str(folder), tmp_path / "in.ckpt")
     assert imported.stored_as == name
-    weight = checkpoint.load_model(tmp_path / "in.ckpt").model.embedding.weight
+    weight = checkpoint_load.load_model(tmp_path / "in.ckpt").model.embedding.weight
     assert weight.dtype == torch.float32
-    assert torch.equal(weight, load_file(folder / "model.safetensors")["model.embed_tokens.weight"].float())
+    assert torch.equal(
+        weight, load_file(folder / "model.safetensors")["model.embed_tokens.weight"].float()
+    )
 
 
 def test_older_files_are_read(published, tmp_path):
     """GPT-2 on the hub has no `transformer.` before its names and holds its causal masks; a tied model may hold its head again."""
     folder = published("gpt2")
-    weights = {name.removeprefix("transformer."): weight for name, weight in load_file(folder / "model.safetensors").items()}
-    weights |= {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": weights["wte.weight"].clone()}
+    weights = {
+        name.removeprefix("transformer."): weight
+        for name, weight in load_file(folder / "model.safetensors").items()
+    }
+    weights |= {
+        "h.0.attn.bias": torch.ones(1, 1, 64, 64),
+        "h.1.attn.masked_bias": torch.tensor(-1e4),
+        "lm_head.weight": weights["wte.weight"].clone(),
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert import_hf(str(folder), tmp_path / "in.ckpt").difference < 1e-5
 
 
-def test_an_imported_checkpoint_is_described_and_says_what_to_type_next(published, tmp_path, capsys):
+def test_an_imported_checkpoint_is_described_and_says_what_to_type_next(
+    published, tmp_path, capsys
+):
     folder = published()
     assert main(["import", str(folder), str(tmp_path / "in.ckpt")]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'in.ckpt'}\n"
     assert "llama, F32, stored as fp32: its logits differ from transformers' by " in err
-    assert f"to train it further: training.init_from={tmp_path / 'in.ckpt'}, in train.py or finetune.py\n" in err
+    assert (
+        f"to train it further: training.init_from={tmp_path / 'in.ckpt'}, in train.py or finetune.py\n"
+        in err
+    )
     assert err.endswith(f'next: python infer.py --ckpt {tmp_path / "in.ckpt"} --prompt "Once"\n')
-    info = checkpoint.describe(tmp_path / "in.ckpt")
-    assert (info.stage, info.step, info.tokens, info.train_loss, info.val_loss) == ("pretrain", 0, 0, None, None)
+    info = checkpoint_format.describe(tmp_path / "in.ckpt")
+    assert (info.stage, info.step, info.tokens, info.train_loss, info.val_loss) == (
+        "pretrain",
+        0,
+        0,
+        None,
+        None,
+    )
 
 
-def test_a_run_starts_from_an_imported_checkpoint_and_does_not_resume_it(published, make_config, tmp_path):
+def test_a_run_starts_from_an_imported_checkpoint_and_does_not_resume_it(
+    published, make_config, tmp_path
+):
     folder = published()
     import_hf(str(folder), tmp_path / "in.ckpt")
-    with pytest.raises(UserError, match="in.ckpt: an imported model, and not a run that can go on. Start a run from its weights with training.init_from="):
+    with pytest.raises(
+        UserError,
+        match="in.ckpt: an imported model, and not a run that can go on. Start a run from its weights with training.init_from=",
+    ):
         train.resumable(tmp_path / "in.ckpt")
-    from tinylm.config import load_config
+    from tinylm.config.loader import load_config
 
-    config = load_config(make_config(), [f"training.init_from={tmp_path / 'in.ckpt'}", f"tokenizer.path={folder}"])
+    config = load_config(
+        make_config(), [f"training.init_from={tmp_path / 'in.ckpt'}", f"tokenizer.path={folder}"]
+    )
     base = train.find_base(config, train.Start())
     model = base.build(base.model)
-    assert torch.equal(model.embedding.weight, checkpoint.read(tmp_path / "in.ckpt")["weights"]["embedding.weight"])
+    assert torch.equal(
+        model.embedding.weight,
+        checkpoint_format.read(tmp_path / "in.ckpt")["weights"]["embedding.weight"],
+    )
 
 
 def test_an_exported_import_is_the_model_that_was_published(published, tmp_path):
@@ -597,10 +856,15 @@ def test_an_exported_import_is_the_model_that_was_published(published, tmp_path)
     folder = published("qwen3")
     import_hf(str(folder), tmp_path / "in.ckpt")
     export_hf(tmp_path / "in.ckpt", tmp_path / "out")
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert "weights imported from published" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "weights imported from published" in (tmp_path / "out" / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 # --- what a stranger's folder may hold ---------------------------------------------------------------------------------
@@ -608,13 +872,21 @@ def test_an_exported_import_is_the_model_that_was_published(published, tmp_path)
 
 def edit(file: Path, **values: Any) -> None:
     """Change keys of a JSON file."""
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8"
+    )
 
 
 def reweight(folder: Path, **tensors: torch.Tensor | None) -> None:
     """Put tensors in place of others, by name with `__` for a dot; None takes one out."""
-    weights = load_file(folder / "model.safetensors") | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
-    save_file({name: weight for name, weight in weights.items() if weight is not None}, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(folder / "model.safetensors") | {
+        name.replace("__", "."): tensor for name, tensor in tensors.items()
+    }
+    save_file(
+        {name: weight for name, weight in weights.items() if weight is not None},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def with_header(folder: Path, header: Any, data: bytes = b"") -> None:
@@ -626,46 +898,153 @@ def with_header(folder: Path, header: Any, data: bytes = b"") -> None:
 Q = "model__layers__0__self_attn__q_proj__weight"
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "missing": (lambda f: reweight(f, **{Q: None}), r"published: model\.layers\.0\.self_attn\.q_proj\.weight: no such tensor in its files"),
-    "extra": (lambda f: reweight(f, x=torch.ones(1), y=torch.ones(1)), r"model\.safetensors: x: not part of a llama, as are 1 more"),
-    "shape": (lambda f: reweight(f, **{Q: torch.ones(8, 128)}), r"q_proj\.weight: its shape is \[8, 128\], and config.json makes it \[32, 32\]"),
-    "transposed": (lambda f: reweight(f, model__norm__weight=torch.ones(32, 1)), r"model\.norm\.weight: its shape is \[32, 1\]"),
-    "type": (lambda f: reweight(f, **{Q: torch.ones(32, 32, dtype=torch.int8)}), r"q_proj\.weight: its type is I8, and F32, F16, BF16 are read"),
-    "NaN": (lambda f: reweight(f, **{Q: torch.full((32, 32), torch.nan)}), r"q_proj\.weight: has numbers that are not finite"),
-    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors: not safetensors, or damaged"),
-    "a page": (lambda f: (f / "model.safetensors").write_text("<!doctype html>" * 9), "not safetensors, or damaged: its header of [0-9]+ bytes is more than"),
-    "giant header": (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}"), r"its header of 4611686018427387904 bytes is more"),
-    "overlap": (lambda f: with_header(f, {"a": F32, "b": F32}, bytes(8)), "not safetensors, or damaged: .*nvalid"),
-    "huge shape": (lambda f: with_header(f, {"a": F32 | {"shape": [2**40, 2**40]}}, bytes(8)), "not safetensors, or damaged"),
-    "past the end": (lambda f: with_header(f, {"a": F32 | {"shape": [99], "data_offsets": [0, 396]}}, bytes(8)), "not safetensors, or damaged"),
-    "huge model": (lambda f: edit(f / "config.json", hidden_size=2**30), r"embed_tokens\.weight: its shape is \[300, 32\], and config.json makes it \[300, 10"),
-    "sizes past 64 bits": (lambda f: edit(f / "config.json", hidden_size=2**31 - 4, head_dim=2**31 - 2), "config.json: its sizes make no tensor"),
-    "more layers than any": (lambda f: edit(f / "config.json", num_hidden_layers=10**9), r"num_hidden_layers: 1000000000 Input should be less than"),
-    "sizes in words": (lambda f: edit(f / "config.json", hidden_size="big"), "config.json: transformers refuses it: .*hidden_size"),
+    "missing": (
+        lambda f: reweight(f, **{Q: None}),
+        r"published: model\.layers\.0\.self_attn\.q_proj\.weight: no such tensor in its files",
+    ),
+    "extra": (
+        lambda f: reweight(f, x=torch.ones(1), y=torch.ones(1)),
+        r"model\.safetensors: x: not part of a llama, as are 1 more",
+    ),
+    "shape": (
+        lambda f: reweight(f, **{Q: torch.ones(8, 128)}),
+        r"q_proj\.weight: its shape is \[8, 128\], and config.json makes it \[32, 32\]",
+    ),
+    "transposed": (
+        lambda f: reweight(f, model__norm__weight=torch.ones(32, 1)),
+        r"model\.norm\.weight: its shape is \[32, 1\]",
+    ),
+    "type": (
+        lambda f: reweight(f, **{Q: torch.ones(32, 32, dtype=torch.int8)}),
+        r"q_proj\.weight: its type is I8, and F32, F16, BF16 are read",
+    ),
+    "NaN": (
+        lambda f: reweight(f, **{Q: torch.full((32, 32), torch.nan)}),
+        r"q_proj\.weight: has numbers that are not finite",
+    ),
+    "empty": (
+        lambda f: (f / "model.safetensors").write_bytes(b""),
+        r"model\.safetensors: not safetensors, or damaged",
+    ),
+    "a page": (
+        lambda f: (f / "model.safetensors").write_text("<!doctype html>" * 9),
+        "not safetensors, or damaged: its header of [0-9]+ bytes is more than",
+    ),
+    "giant header": (
+        lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}"),
+        r"its header of 4611686018427387904 bytes is more",
+    ),
+    "overlap": (
+        lambda f: with_header(f, {"a": F32, "b": F32}, bytes(8)),
+        "not safetensors, or damaged: .*nvalid",
+    ),
+    "huge shape": (
+        lambda f: with_header(f, {"a": F32 | {"shape": [2**40, 2**40]}}, bytes(8)),
+        "not safetensors, or damaged",
+    ),
+    "past the end": (
+        lambda f: with_header(f, {"a": F32 | {"shape": [99], "data_offsets": [0, 396]}}, bytes(8)),
+        "not safetensors, or damaged",
+    ),
+    "huge model": (
+        lambda f: edit(f / "config.json", hidden_size=2**30),
+        r"embed_tokens\.weight: its shape is \[300, 32\], and config.json makes it \[300, 10",
+    ),
+    "sizes past 64 bits": (
+        lambda f: edit(f / "config.json", hidden_size=2**31 - 4, head_dim=2**31 - 2),
+        "config.json: its sizes make no tensor",
+    ),
+    "more layers than any": (
+        lambda f: edit(f / "config.json", num_hidden_layers=10**9),
+        r"num_hidden_layers: 1000000000 Input should be less than",
+    ),
+    "sizes in words": (
+        lambda f: edit(f / "config.json", hidden_size="big"),
+        "config.json: transformers refuses it: .*hidden_size",
+    ),
     "no heads": (lambda f: edit(f / "config.json", num_attention_heads=0), "config.json: "),
-    "code": (lambda f: edit(f / "config.json", auto_map={"AutoModel": "evil.Model"}), "config.json: auto_map: the model wants its own code to be run"),
-    "tokenizer code": (lambda f: edit(f / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}), "tokenizer_config.json: auto_map"),
-    "quantized": (lambda f: edit(f / "config.json", quantization_config={"bits": 4}), "quantization_config: its weights are packed"),
-    "another model": (lambda f: edit(f / "config.json", model_type="bloom"), 'model_type: our decoder cannot be "bloom". Choose a model of gpt2, llama'),
-    "no model": (lambda f: edit(f / "config.json", model_type=["llama"]), r'model_type: our decoder cannot be \["llama"\]'),
-    "scaled rope": (lambda f: edit(f / "config.json", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_type: .*linear"),
-    "config cut off": (lambda f: (f / "config.json").write_text('{"model_type"'), "config.json: not JSON, or cut off"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: expected a JSON object, found list"),
-    "config is deep": (lambda f: (f / "config.json").write_text("[" * 200000), "config.json: not JSON, or cut off"),
-    "config is large": (lambda f: (f / "config.json").write_bytes(bytes(1_000_001)), "config.json: 1000001 bytes, and 1000000 are the most"),
-    "no config": (lambda f: (f / "config.json").unlink(), "published: no config.json here. Give the folder of a Hugging Face model"),
-    "an adapter": (lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}'), "adapter_config.json: an adapter, which"),
-    "a pipe": (lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), "config.json: not a regular file"),
-    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only pickled weights here, which can run code and are never read"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "published: no model.safetensors here, and no model.safetensors.index.json"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "published: no tokenizer.json here"),
-    "tokenizer cut off": (lambda f: (f / "tokenizer.json").write_text('{"model"'), "tokenizer.json: not JSON, or cut off"),
-    "a link out": (lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/etc/passwd")), "config.json: a link that leads out of the folder"),
+    "code": (
+        lambda f: edit(f / "config.json", auto_map={"AutoModel": "evil.Model"}),
+        "config.json: auto_map: the model wants its own code to be run",
+    ),
+    "tokenizer code": (
+        lambda f: edit(f / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}),
+        "tokenizer_config.json: auto_map",
+    ),
+    "quantized": (
+        lambda f: edit(f / "config.json", quantization_config={"bits": 4}),
+        "quantization_config: its weights are packed",
+    ),
+    "another model": (
+        lambda f: edit(f / "config.json", model_type="bloom"),
+        'model_type: our decoder cannot be "bloom". Choose a model of gpt2, llama',
+    ),
+    "no model": (
+        lambda f: edit(f / "config.json", model_type=["llama"]),
+        r'model_type: our decoder cannot be \["llama"\]',
+    ),
+    "scaled rope": (
+        lambda f: edit(
+            f / "config.json",
+            rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+        ),
+        "rope_type: .*linear",
+    ),
+    "config cut off": (
+        lambda f: (f / "config.json").write_text('{"model_type"'),
+        "config.json: not JSON, or cut off",
+    ),
+    "config is a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "config.json: expected a JSON object, found list",
+    ),
+    "config is deep": (
+        lambda f: (f / "config.json").write_text("[" * 200000),
+        "config.json: not JSON, or cut off",
+    ),
+    "config is large": (
+        lambda f: (f / "config.json").write_bytes(bytes(1_000_001)),
+        "config.json: 1000001 bytes, and 1000000 are the most",
+    ),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        "published: no config.json here. Give the folder of a Hugging Face model",
+    ),
+    "an adapter": (
+        lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}'),
+        "adapter_config.json: an adapter, which",
+    ),
+    "a pipe": (
+        lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
+        "config.json: not a regular file",
+    ),
+    "pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "only pickled weights here, which can run code and are never read",
+    ),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "published: no model.safetensors here, and no model.safetensors.index.json",
+    ),
+    "no tokenizer": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        "published: no tokenizer.json here",
+    ),
+    "tokenizer cut off": (
+        lambda f: (f / "tokenizer.json").write_text('{"model"'),
+        "tokenizer.json: not JSON, or cut off",
+    ),
+    "a link out": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/etc/passwd")),
+        "config.json: a link that leads out of the folder",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_strangers_folder_is_refused_in_one_line_and_nothing_is_written(name, published, tmp_path):
+def test_a_strangers_folder_is_refused_in_one_line_and_nothing_is_written(
+    name, published, tmp_path
+):
     """H2, H3, H6 and E14: the message names the file, and the tensor where there is one."""
     folder = published()
     spoil, words = FAULTS[name]
@@ -691,18 +1070,26 @@ def test_a_large_header_takes_no_memory(published, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("../secret.safetensors", r"'../secret.safetensors' is not a name such as model-00001-of-00002.safetensors"),
+        (
+            "../secret.safetensors",
+            r"'../secret.safetensors' is not a name such as model-00001-of-00002.safetensors",
+        ),
         ("/etc/passwd", "'/etc/passwd' is not a name"),
         ("%2e%2e/secret.safetensors", "'%2e%2e/secret.safetensors' is not a name"),
         ("model-0\0.safetensors", r"'model-0\\x00.safetensors' is not a name"),
-        ("model-00009.safetensors", r"model-00009.safetensors: not found, and model.safetensors.index.json names it"),
+        (
+            "model-00009.safetensors",
+            r"model-00009.safetensors: not found, and model.safetensors.index.json names it",
+        ),
         (7, "weight_map: expected the file of each tensor by name"),
     ],
 )
 def test_an_index_names_files_of_its_folder_only(place, words, published, tmp_path):
     folder = published()
     (folder / "model.safetensors").rename(tmp_path / "secret.safetensors")
-    (folder / hf_import.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": place}}), encoding="utf-8")
+    (folder / hf_import.INDEX).write_text(
+        json.dumps({"weight_map": {"model.norm.weight": place}}), encoding="utf-8"
+    )
     with pytest.raises(UserError, match=words):
         import_hf(str(folder), tmp_path / "in.ckpt")
 
@@ -712,31 +1099,52 @@ def test_a_tensor_in_two_files_is_refused(published, tmp_path):
     first, second = sorted(folder.glob("model-*"))[:2]
     name, tensor = next(iter(load_file(first).items()))
     save_file(load_file(second) | {name: tensor}, second, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{second.name}: {name}: {first.name} has a tensor of that name too"):
+    with pytest.raises(
+        UserError, match=f"{second.name}: {name}: {first.name} has a tensor of that name too"
+    ):
         import_hf(str(folder), tmp_path / "in.ckpt")
 
 
 def test_a_head_that_is_not_the_embedding_is_refused(published, tmp_path):
     folder = published("llama, tied")
     reweight(folder, lm_head__weight=torch.ones(300, 32))
-    with pytest.raises(UserError, match="lm_head.weight: differs from the embedding, and config.json says tie_word_embeddings"):
+    with pytest.raises(
+        UserError,
+        match="lm_head.weight: differs from the embedding, and config.json says tie_word_embeddings",
+    ):
         import_hf(str(folder), tmp_path / "in.ckpt")
 
 
-def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused_with_both_numbers(published, bpe, tmp_path):
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused_with_both_numbers(
+    published, bpe, tmp_path
+):
     """E14."""
     folder = published()
-    reweight(folder, model__embed_tokens__weight=torch.ones(290, 32), lm_head__weight=torch.ones(290, 32))
+    reweight(
+        folder, model__embed_tokens__weight=torch.ones(290, 32), lm_head__weight=torch.ones(290, 32)
+    )
     edit(folder / "config.json", vocab_size=290)
-    with pytest.raises(UserError, match=f"its tokenizer has {bpe('gpt2').vocab_size} tokens, and its embedding 290 rows"):
+    with pytest.raises(
+        UserError,
+        match=f"its tokenizer has {bpe('gpt2').vocab_size} tokens, and its embedding 290 rows",
+    ):
         import_hf(str(folder), tmp_path / "in.ckpt")
 
 
 def test_logits_that_differ_from_transformers_stop_the_import(published, tmp_path, monkeypatch):
     """As they would for a setting that a config has and no table here knows."""
-    read = hf.from_weights
-    monkeypatch.setattr(hf, "from_weights", lambda config, weight: read(config, lambda name: weight(name) * (1.01 if "o_proj" in name else 1)))
-    with pytest.raises(UserError, match=r"published: our logits differ from transformers' by 0\.\d+, so it computes something that our decoder does not"):
+    read = architectures.from_weights
+    monkeypatch.setattr(
+        architectures,
+        "from_weights",
+        lambda config, weight: read(
+            config, lambda name: weight(name) * (1.01 if "o_proj" in name else 1)
+        ),
+    )
+    with pytest.raises(
+        UserError,
+        match=r"published: our logits differ from transformers' by 0\.\d+, so it computes something that our decoder does not",
+    ):
         import_hf(str(published()), tmp_path / "in.ckpt")
     assert not (tmp_path / "in.ckpt").exists()
 
@@ -751,7 +1159,9 @@ def test_logits_that_differ_from_transformers_stop_the_import(published, tmp_pat
         ("/etc", "/etc: no config.json here"),
     ],
 )
-def test_names_that_lead_elsewhere_are_refused_and_the_hub_is_not_asked(name, words, tmp_path, monkeypatch):
+def test_names_that_lead_elsewhere_are_refused_and_the_hub_is_not_asked(
+    name, words, tmp_path, monkeypatch
+):
     """H6."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hf_import, "require_hub", lambda *args: pytest.fail("the hub was asked"))
@@ -762,11 +1172,16 @@ def test_names_that_lead_elsewhere_are_refused_and_the_hub_is_not_asked(name, wo
 def test_a_name_on_the_hub_without_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="owner/name: not a folder here, and the Hugging Face hub says: .*Give a local folder with config.json"):
+    with pytest.raises(
+        UserError,
+        match="owner/name: not a folder here, and the Hugging Face hub says: .*Give a local folder with config.json",
+    ):
         import_hf("owner/name", tmp_path / "in.ckpt")
 
 
-def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched_and_links_in_its_cache_are_its_own(published, tmp_path, monkeypatch):
+def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched_and_links_in_its_cache_are_its_own(
+    published, tmp_path, monkeypatch
+):
     """The hub library's cache: snapshots/REVISION/FILE leads to blobs/HASH of the same model."""
     folder = published()
     snapshot = tmp_path / "models--owner--name" / "snapshots" / "1a2b"
@@ -777,7 +1192,10 @@ def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched_and_links_
         (snapshot / file.name).symlink_to(file.rename(blobs / file.name))
     asked: list[list[str]] = []
     monkeypatch.setattr(hf_import, "require_hub", lambda *args: None)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or str(snapshot))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, allow_patterns: asked.append(allow_patterns) or str(snapshot),
+    )
     assert import_hf("owner/name", tmp_path / "in.ckpt").config.tokenizer.path == "owner/name"
     assert [("model.safetensors" in patterns) for patterns in asked] == [False, True]
     assert not any("bin" in pattern for patterns in asked for pattern in patterns)
@@ -794,17 +1212,19 @@ def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched_and_links_
 def ending_at(path: Path, place: int, capsys: pytest.CaptureFixture, eos_id: int) -> None:
     """Change the model so that its greedy answer ends there: the token that stood there and EOS change their rows of the tied embedding."""
     [*_, token] = text_of_infer(path, capsys)[1][: place + 1]
-    stored = checkpoint.read(path)
+    stored = checkpoint_format.read(path)
     for name in ("embedding.weight", "head.weight"):
         weight = stored["weights"][name].clone()
         weight[[token, eos_id]] = weight[[eos_id, token]]
         stored["weights"][name] = weight
-    checkpoint.write(path, stored)
+    checkpoint_format.write(path, stored)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
-@pytest.mark.parametrize(("template", "ends"), [("instruction", True), ("alpaca", False), ("chatml", True)])
+@pytest.mark.parametrize(
+    ("template", "ends"), [("instruction", True), ("alpaca", False), ("chatml", True)]
+)
 def test_an_answer_is_the_one_that_infer_gives(kind, template, ends, save, bpe, tmp_path, capsys):
     """Asked by the chat template that was exported, transformers writes the same tokens, and ends where infer.py does."""
     path = save(stage="sft", config={"data": {"template": template}}, max_seq_len=200)
@@ -816,7 +1236,9 @@ def test_an_answer_is_the_one_that_infer_gives(kind, template, ends, save, bpe, 
     folder = tmp_path if kind == "gguf" else out
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **found)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **found)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
     ids = model.generate(prompt, do_sample=False, max_new_tokens=40)[0, prompt.size(1) :].tolist()
     text, expected = text_of_infer(path, capsys)
     assert (tokenizer.decode(ids, skip_special_tokens=True), ids) == (text, expected)
@@ -825,19 +1247,23 @@ def test_an_answer_is_the_one_that_infer_gives(kind, template, ends, save, bpe, 
 
 def adapter_of(base: Path) -> Path:
     """A checkpoint beside `base` that holds an adapter of it alone."""
-    stored, lora = checkpoint.read(base), LoraConfig(r=2)
-    model = checkpoint.load_model(base).model
+    stored, lora = checkpoint_format.read(base), LoraConfig(r=2)
+    model = checkpoint_load.load_model(base).model
     generator = torch.Generator().manual_seed(2)
     weights = {}
     for name, layer in target_layers(model, lora).items():
         n_out, n_in = layer.weight.shape
         weights[f"{name}.lora_A.weight"] = torch.randn(lora.r, n_in, generator=generator)
         weights[f"{name}.lora_B.weight"] = torch.randn(n_out, lora.r, generator=generator)
-    reference = {"path": base.name, "fingerprint": checkpoint.fingerprint_of(model)}
+    reference = {"path": base.name, "fingerprint": checkpoint_load.fingerprint_of(model)}
     settings = Config.from_plain(stored["config"]).model_copy(update={"lora": lora})
-    settings = settings.model_copy(update={"training": settings.training.model_copy(update={"init_from": str(base)})})
+    settings = settings.model_copy(
+        update={"training": settings.training.model_copy(update={"init_from": str(base)})}
+    )
     path = base.with_name("adapter.ckpt")
-    checkpoint.write(path, stored | {"weights": weights, "base": reference, "config": settings.to_plain()})
+    checkpoint_format.write(
+        path, stored | {"weights": weights, "base": reference, "config": settings.to_plain()}
+    )
     return path
 
 
@@ -846,9 +1272,15 @@ def adapter_of(base: Path) -> Path:
 def test_a_merged_adapter_writes_the_text_that_infer_writes(kind, save, tmp_path, capsys):
     base = save()
     path = adapter_of(base)
-    assert main(["export", str(path), str(tmp_path / f"out.{kind}"), "--format", kind, "--merge"]) == 0
+    assert (
+        main(["export", str(path), str(tmp_path / f"out.{kind}"), "--format", kind, "--merge"]) == 0
+    )
     text = text_of_infer(path, capsys)
-    found = text_of_transformers(tmp_path, gguf_file="out.gguf") if kind == "gguf" else text_of_transformers(tmp_path / "out.hf")
+    found = (
+        text_of_transformers(tmp_path, gguf_file="out.gguf")
+        if kind == "gguf"
+        else text_of_transformers(tmp_path / "out.hf")
+    )
     assert found == text != text_of_infer(base, capsys)
 
 
@@ -861,23 +1293,39 @@ def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, capsys):
     assert main(["export", str(path), str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'out'}\n"
-    assert err.splitlines()[0] == f"the adapter alone, for peft, of {base}; --merge writes the whole model"
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert (
+        err.splitlines()[0]
+        == f"the adapter alone, for peft, of {base}; --merge writes the whole model"
+    )
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        theirs = peft.PeftModel.from_pretrained(checkpoint.load_model(base).model, tmp_path / "out").eval()(ids)
-        assert torch.allclose(checkpoint.load_model(path).model(ids), theirs, atol=1e-4)
+        theirs = peft.PeftModel.from_pretrained(
+            checkpoint_load.load_model(base).model, tmp_path / "out"
+        ).eval()(ids)
+        assert torch.allclose(checkpoint_load.load_model(path).model(ids), theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["adapter.ckpt", "out.gguf", "--format", "gguf"], "--format gguf: an adapter alone is written for peft. Give --merge for the whole model"),
-        (["a.ckpt", "out", "--merge"], "--merge: a.ckpt holds a whole model and no adapter. Leave --merge out."),
+        (
+            ["adapter.ckpt", "out.gguf", "--format", "gguf"],
+            "--format gguf: an adapter alone is written for peft. Give --merge for the whole model",
+        ),
+        (
+            ["a.ckpt", "out", "--merge"],
+            "--merge: a.ckpt holds a whole model and no adapter. Leave --merge out.",
+        ),
         (["adapter.ckpt", "a.ckpt"], "a.ckpt: is there already."),
     ],
 )
-def test_what_an_export_of_an_adapter_cannot_be_is_told(flags, words, save, tmp_path, capsys, monkeypatch):
+def test_what_an_export_of_an_adapter_cannot_be_is_told(
+    flags, words, save, tmp_path, capsys, monkeypatch
+):
     adapter_of(save())
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
@@ -892,18 +1340,25 @@ def test_what_an_export_of_an_adapter_cannot_be_is_told(flags, words, save, tmp_
 def test_the_command_says_which_class_reads_the_tokenizer(save, tmp_path, capsys):
     assert main(["export", str(save(bias="qkv")), str(tmp_path / "out"), "--format", "hf"]) == 0
     note, after = capsys.readouterr().err.splitlines()[1:]
-    assert note == "note: load its tokenizer with PreTrainedTokenizerFast; AutoTokenizer cuts words in its own way for every qwen2"
+    assert (
+        note
+        == "note: load its tokenizer with PreTrainedTokenizerFast; AutoTokenizer cuts words in its own way for every qwen2"
+    )
     assert "import pipeline, PreTrainedTokenizerFast as T; " in after
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
-def test_the_command_ends_with_the_path_and_says_what_to_type_next(kind, save, tmp_path, capsys, monkeypatch):
+def test_the_command_ends_with_the_path_and_says_what_to_type_next(
+    kind, save, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(save(qk_norm=True)), f"out it.{kind}", "--format", kind]) == 0
     out, err = capsys.readouterr()
     assert out == f"out it.{kind}\n"
     lines = err.splitlines()
-    assert lines[0].startswith("qwen3, f32: read back by transformers, its logits differ from ours by ")
+    assert lines[0].startswith(
+        "qwen3, f32: read back by transformers, its logits differ from ours by "
+    )
     assert lines[1].startswith("next: python -c '")
     code = lines[1].partition("python -c ")[2].strip("'")
     exec(compile(code, "next", "exec"), {})  # noqa: S102
@@ -912,14 +1367,26 @@ def test_the_command_ends_with_the_path_and_says_what_to_type_next(kind, save, t
 
 
 def test_floats_are_for_gguf(save, tmp_path, capsys):
-    assert main(["export", str(save()), str(tmp_path / "out"), "--format", "hf", "--floats", "f16"]) == 2
-    assert capsys.readouterr().err == "error: --floats: a Hugging Face folder is written in f32. Leave --floats out, or give --format gguf.\n"
+    assert (
+        main(["export", str(save()), str(tmp_path / "out"), "--format", "hf", "--floats", "f16"])
+        == 2
+    )
+    assert (
+        capsys.readouterr().err
+        == "error: --floats: a Hugging Face folder is written in f32. Leave --floats out, or give --format gguf.\n"
+    )
 
 
-def test_a_checkpoint_that_is_not_there_and_a_name_that_is_no_checkpoint_are_told(save, tmp_path, capsys):
-    assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out"), "--format", "hf"]) == 2
+def test_a_checkpoint_that_is_not_there_and_a_name_that_is_no_checkpoint_are_told(
+    save, tmp_path, capsys
+):
+    assert (
+        main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out"), "--format", "hf"]) == 2
+    )
     assert "none.ckpt: not found" in capsys.readouterr().err
     with pytest.raises(UserError, match="out: a GGUF file's name ends in .gguf. Give such a name."):
         export_gguf(save(), tmp_path / "out")
     assert main(["import", "gpt2", str(tmp_path / "out.pt")]) == 2
-    assert capsys.readouterr().err.endswith("out.pt: a checkpoint's name ends in .ckpt. Give such a name.\n")
+    assert capsys.readouterr().err.endswith(
+        "out.pt: a checkpoint's name ends in .ckpt. Give such a name.\n"
+    )

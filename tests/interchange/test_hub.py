@@ -30,12 +30,12 @@ import torch
 
 import data
 import train
-from tinylm import checkpoint
-from tinylm.bpe import tokenizer_for
-from tinylm.config import DataConfig, TokenizerConfig
-from tinylm.corpus import train_documents
-from tinylm.errors import UserError
-from tinylm.tokenizer import CharTokenizer
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.errors import UserError
+from tinylm.config.schema import DataConfig, TokenizerConfig
+from tinylm.text.splits import train_documents
+from tinylm.tokenizer.bpe import tokenizer_for
+from tinylm.tokenizer.byte_char import CharTokenizer
 
 SEED = 1
 COMMIT = "c" * 40
@@ -56,7 +56,12 @@ class Hub:
     """what the libraries logged"""
 
     def listed(self, path: str) -> dict[str, Any]:
-        return {"type": "file", "path": path, "size": len(self.files[path]), "oid": hashlib.sha256(self.files[path]).hexdigest()[:40]}
+        return {
+            "type": "file",
+            "path": path,
+            "size": len(self.files[path]),
+            "oid": hashlib.sha256(self.files[path]).hexdigest()[:40],
+        }
 
 
 def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -64,7 +69,9 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's acknowledgement
+        disable_nagle_algorithm = (
+            True  # or each answer waits 40 ms for the client's acknowledgement
+        )
 
         def log_message(self, *arguments: Any) -> None:
             pass
@@ -76,22 +83,50 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.do_GET()
 
         def do_GET(self) -> None:
-            path, body = self.path.partition("?")[0], self.rfile.read(int(self.headers["Content-Length"] or 0))
+            path, body = (
+                self.path.partition("?")[0],
+                self.rfile.read(int(self.headers["Content-Length"] or 0)),
+            )
             if re.fullmatch(r"/api/datasets/owner/name(/revision/\w+)?", path):
-                self.answer_json({"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in hub.files], "tags": [], "private": False})
+                self.answer_json(
+                    {
+                        "id": "owner/name",
+                        "sha": COMMIT,
+                        "siblings": [{"rfilename": name} for name in hub.files],
+                        "tags": [],
+                        "private": False,
+                    }
+                )
             elif re.fullmatch(r"/api/datasets/owner/name/tree/\w+", path):
                 self.answer_json([hub.listed(name) for name in hub.files])
             elif re.fullmatch(r"/api/datasets/owner/name/paths-info/\w+", path):
-                self.answer_json([hub.listed(name) for name in parse_qs(body.decode())["paths"] if name in hub.files])
-            elif (match := re.fullmatch(r"/datasets/owner/name/resolve/\w+/(.*)", path)) and match[1] in hub.files:
+                self.answer_json(
+                    [
+                        hub.listed(name)
+                        for name in parse_qs(body.decode())["paths"]
+                        if name in hub.files
+                    ]
+                )
+            elif (match := re.fullmatch(r"/datasets/owner/name/resolve/\w+/(.*)", path)) and match[
+                1
+            ] in hub.files:
                 self.answer_file(match[1])
             else:
-                self.answer(404, b"", {"X-Error-Code": "EntryNotFound" if "owner/name" in path else "RepoNotFound", "X-Repo-Commit": COMMIT})
+                self.answer(
+                    404,
+                    b"",
+                    {
+                        "X-Error-Code": "EntryNotFound" if "owner/name" in path else "RepoNotFound",
+                        "X-Repo-Commit": COMMIT,
+                    },
+                )
 
         def answer_json(self, value: Any) -> None:
             self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-        def answer(self, status: int, body: bytes, headers: dict[str, str], *, sent: int | None = None) -> None:
+        def answer(
+            self, status: int, body: bytes, headers: dict[str, str], *, sent: int | None = None
+        ) -> None:
             """A whole answer, or the first `sent` bytes of its body."""
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(body))}).items():
@@ -102,10 +137,21 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def answer_file(self, name: str) -> None:
             data = hub.files[name]
-            status, headers = 200, {"ETag": f'"{hub.listed(name)["oid"]}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            status, headers = (
+                200,
+                {
+                    "ETag": f'"{hub.listed(name)["oid"]}"',
+                    "X-Repo-Commit": COMMIT,
+                    "Accept-Ranges": "bytes",
+                },
+            )
             if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or ""):
                 start, stop = int(wanted[1]), min(int(wanted[2]) + 1, len(data))
-                status, headers, data = 206, headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}, data[start:stop]
+                status, headers, data = (
+                    206,
+                    headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"},
+                    data[start:stop],
+                )
             if self.command == "HEAD":
                 return self.answer(200, data, headers)
             hub.asked.append(name)
@@ -142,8 +188,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    ours = {"ENDPOINT": endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}"}
-    ours |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": False, "HF_HUB_DOWNLOAD_TIMEOUT": 0.3}
+    ours = {
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    }
+    ours |= {
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 0.3,
+    }
     for name, value in ours.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
@@ -169,24 +222,37 @@ def texts(start: int, stop: int) -> list[str]:
 
 
 def jsonl(documents: list[str]) -> bytes:
-    return "".join(json.dumps({"id": i, "text": document}) + "\n" for i, document in enumerate(documents)).encode()
+    return "".join(
+        json.dumps({"id": i, "text": document}) + "\n" for i, document in enumerate(documents)
+    ).encode()
 
 
 def parquet(documents: list[str]) -> bytes:
     file = io.BytesIO()
-    pq.write_table(pa.table({"id": list(range(len(documents))), "text": documents}), file, row_group_size=40)
+    pq.write_table(
+        pa.table({"id": list(range(len(documents))), "text": documents}), file, row_group_size=40
+    )
     return file.getvalue()
 
 
-KINDS: dict[str, Callable[[list[str]], bytes]] = {"jsonl": jsonl, "json.gz": lambda documents: gzip.compress(jsonl(documents)), "parquet": parquet}
+KINDS: dict[str, Callable[[list[str]], bytes]] = {
+    "jsonl": jsonl,
+    "json.gz": lambda documents: gzip.compress(jsonl(documents)),
+    "parquet": parquet,
+}
 # What a network does has nothing to do with the kind of file, or so the slow tier makes sure.
-ONE_KIND = ["jsonl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "jsonl")]
+ONE_KIND = [
+    "jsonl",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "jsonl"),
+]
 FIRST, SECOND = texts(0, 100), texts(100, 200)
 
 
 def fill(hub: Hub, kind: str) -> str:
     """Two files of a hundred documents each; the name of the second, which is not looked at before the first is read."""
-    hub.files |= {f"train-{i}.{kind}": KINDS[kind](documents) for i, documents in enumerate((FIRST, SECOND))}
+    hub.files |= {
+        f"train-{i}.{kind}": KINDS[kind](documents) for i, documents in enumerate((FIRST, SECOND))
+    }
     return f"train-1.{kind}"
 
 
@@ -194,10 +260,21 @@ def fill(hub: Hub, kind: str) -> str:
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_dataset_of_the_hub_is_read_in_its_order(hub, kind, streaming):
     fill(hub, kind)
-    assert list(train_documents(DATASET.model_copy(update={"streaming": streaming}), SEED)) == FIRST + SECOND
+    assert (
+        list(train_documents(DATASET.model_copy(update={"streaming": streaming}), SEED))
+        == FIRST + SECOND
+    )
 
 
-WAYS: list[list[Fault]] = [[("drop", 500)], [("stall", 500)], [("drop", 0)], [429, 429], [500], [503, 504, 502], [("drop", 9), 429, ("stall", 99), 500]]
+WAYS: list[list[Fault]] = [
+    [("drop", 500)],
+    [("stall", 500)],
+    [("drop", 0)],
+    [429, 429],
+    [500],
+    [503, 504, 502],
+    [("drop", 9), 429, ("stall", 99), 500],
+]
 
 
 @pytest.mark.slow
@@ -218,10 +295,14 @@ def test_a_network_that_recovers_costs_no_row_and_repeats_none(hub, kind, faults
     [
         (500, "Server error '500 Internal Server Error' for url "),
         (404, "Client error '404 Not Found' for url "),
-        pytest.param(("drop", 50), "Server Disconnected", marks=pytest.mark.slow),  # 20 times 6 requests, each of 2 libraries tries its own number of times
+        pytest.param(
+            ("drop", 50), "Server Disconnected", marks=pytest.mark.slow
+        ),  # 20 times 6 requests, each of 2 libraries tries its own number of times
     ],
 )
-def test_a_network_that_does_not_recover_is_one_line_and_a_resumed_stream_goes_on(hub, kind, fault, words):
+def test_a_network_that_does_not_recover_is_one_line_and_a_resumed_stream_goes_on(
+    hub, kind, fault, words
+):
     """E11: the documents before the failure are the first ones; with the network back, the rest follows, each once."""
     name = fill(hub, kind)
     hub.faults[name] = [fault] * FOREVER
@@ -240,7 +321,12 @@ def test_a_network_that_does_not_recover_is_one_line_and_a_resumed_stream_goes_o
 
 @pytest.mark.parametrize(
     ("kind", "damaged"),
-    [("jsonl", b'{"id": 1, "text": "cut o'), ("jsonl", b"<html></html>"), ("json.gz", gzip.compress(jsonl(SECOND))[:-20]), ("parquet", parquet(SECOND)[:-20])],
+    [
+        ("jsonl", b'{"id": 1, "text": "cut o'),
+        ("jsonl", b"<html></html>"),
+        ("json.gz", gzip.compress(jsonl(SECOND))[:-20]),
+        ("parquet", parquet(SECOND)[:-20]),
+    ],
     ids=["cut line", "no json", "cut gz", "cut parquet"],
 )
 @pytest.mark.parametrize("first", [pytest.param(True, marks=pytest.mark.slow), False])
@@ -256,24 +342,34 @@ def test_a_damaged_file_of_the_hub_is_one_line(hub, kind, damaged, first):
 
 def test_a_name_that_the_hub_does_not_have_is_one_line(hub):
     fill(hub, "jsonl")
-    with pytest.raises(UserError, match=r"^data.dataset: owner/other: .*doesn't exist on the Hub.* Check data.dataset_config and data.split"):
+    with pytest.raises(
+        UserError,
+        match=r"^data.dataset: owner/other: .*doesn't exist on the Hub.* Check data.dataset_config and data.split",
+    ):
         list(train_documents(DATASET.model_copy(update={"dataset": "owner/other"}), SEED))
 
 
 def test_a_char_tokenizer_learns_from_the_first_documents_of_a_stream(hub):
     """The first file has no capital; the second one is not even asked for, as the eighth document is in the first."""
     hub.files = {"train-0.jsonl": jsonl(FIRST), "train-1.jsonl": jsonl(["CAPITALS"])}
-    tokenizer = tokenizer_for(TokenizerConfig(kind="char", unknown="unk", learn_docs=8), DATASET, SEED)
+    tokenizer = tokenizer_for(
+        TokenizerConfig(kind="char", unknown="unk", learn_docs=8), DATASET, SEED
+    )
     assert isinstance(tokenizer, CharTokenizer)
     assert tokenizer.characters == " 01234567cdemnotux"
     assert "train-1.jsonl" not in hub.asked
     assert tokenizer.decode(tokenizer.encode("documenT 8")) == "documen\ufffd \ufffd"
 
 
-@pytest.mark.parametrize(("kind", "settings"), [("char", {"unknown": "unk"}), ("bpe", {"vocab_size": 300})])
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("char", {"unknown": "unk"}), ("bpe", {"vocab_size": 300})]
+)
 def test_a_stream_without_end_is_not_learned_from(hub, kind, settings):
     fill(hub, "jsonl")
-    with pytest.raises(UserError, match=f"^tokenizer.learn_docs: kind {kind} would read all of a streamed dataset. Set tokenizer.learn_docs, for "):
+    with pytest.raises(
+        UserError,
+        match=f"^tokenizer.learn_docs: kind {kind} would read all of a streamed dataset. Set tokenizer.learn_docs, for ",
+    ):
         tokenizer_for(TokenizerConfig(kind=kind, **settings), DATASET, SEED)
     assert hub.asked == []
 
@@ -281,8 +377,21 @@ def test_a_stream_without_end_is_not_learned_from(hub, kind, settings):
 def test_the_rows_of_the_character_preset_can_be_looked_at(hub, capsys):
     """configs/c4-char.yaml as it is, but for the name of the dataset and the window of rows, which two small files do not fill."""
     fill(hub, "json.gz")
-    preset = str(Path(__file__).parent.parent / "configs" / "c4-char.yaml")
-    assert data.main(["--config", preset, "--rows", "2", "data.dataset=owner/name", "data.dataset_config=null", "data.shuffle_window=16"]) == 0
+    preset = str(Path(__file__).parents[2] / "configs" / "c4-char.yaml")
+    assert (
+        data.main(
+            [
+                "--config",
+                preset,
+                "--rows",
+                "2",
+                "data.dataset=owner/name",
+                "data.dataset_config=null",
+                "data.shuffle_window=16",
+            ]
+        )
+        == 0
+    )
     heading, text, counts, *_ = capsys.readouterr().out.splitlines()
     assert heading == "row 0, micro-batch 0: owner/name"
     assert re.fullmatch(r"⟦.⟧[documentx0-9 ┊]*(<\|eos\|>[documentx0-9 ]*)?", text)
@@ -294,10 +403,27 @@ def test_a_run_that_loses_the_network_goes_on_where_it_stopped(hub, make_config,
     """E11 from end to end: exit code 2 and one line when the second file cannot be had; with the network back, the losses of a calm run."""
     name, short = "train-1.jsonl", [f"document {i}" for i in range(1200)]
     hub.files = {"train-0.jsonl": jsonl(short[:600]), name: jsonl(short[600:])}
-    streamed = {"dataset": "owner/name", "streaming": True, "shuffle_window": 8, "val_fraction": 0.1, "val_docs": 3}
-    config = make_config(data=streamed, training={"max_steps": 120, "save_every_steps": 20, "val_every_steps": 120, "log_every_steps": 120})
+    streamed = {
+        "dataset": "owner/name",
+        "streaming": True,
+        "shuffle_window": 8,
+        "val_fraction": 0.1,
+        "val_docs": 3,
+    }
+    config = make_config(
+        data=streamed,
+        training={
+            "max_steps": 120,
+            "save_every_steps": 20,
+            "val_every_steps": 120,
+            "log_every_steps": 120,
+        },
+    )
     calm = tmp_path / "calm"
-    elsewhere = [f"training.checkpoint_dir={calm / 'checkpoints'}", f"training.log_dir={calm / 'logs'}"]
+    elsewhere = [
+        f"training.checkpoint_dir={calm / 'checkpoints'}",
+        f"training.log_dir={calm / 'logs'}",
+    ]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     assert train.main(["--config", str(config), *elsewhere]) == 0
     hub.faults[name] = [500] * FOREVER
@@ -305,13 +431,19 @@ def test_a_run_that_loses_the_network_goes_on_where_it_stopped(hub, make_config,
     assert train.main(["--config", str(config)]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert errors[0].startswith("error: owner/name (train): reading stopped: Server error '500 Internal Server Error' for url ")
+    assert errors[0].startswith(
+        "error: owner/name (train): reading stopped: Server error '500 Internal Server Error' for url "
+    )
     hub.faults.clear()
     assert train.main(["--config", str(config)]) == 0
     # Documents are encoded 256 at a time: those of the first file that are for training give two such batches, about 6500 tokens, 64 a step.
     assert re.search(r"resuming .*/step-000(080|100).ckpt at step ", capsys.readouterr().err)
     for number, handler in before.items():
         signal.signal(number, handler)
-    runs = [checkpoint.read(folder / "checkpoints" / "final.ckpt") for folder in (calm, tmp_path)]
-    assert all(torch.equal(runs[0]["weights"][key], runs[1]["weights"][key]) for key in runs[0]["weights"])
+    runs = [
+        checkpoint_format.read(folder / "checkpoints" / "final.ckpt") for folder in (calm, tmp_path)
+    ]
+    assert all(
+        torch.equal(runs[0]["weights"][key], runs[1]["weights"][key]) for key in runs[0]["weights"]
+    )
     assert runs[0]["progress"]["validations"] == runs[1]["progress"]["validations"]

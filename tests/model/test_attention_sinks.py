@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from tinylm.config import ModelConfig
-from tinylm.decoder import Decoder
-from tinylm.streaming import BLOCK, streaming
+from tinylm.config.schema import ModelConfig
+from tinylm.model.attention_sinks import BLOCK, streaming
+from tinylm.model.decoder import Decoder
 
-SMALL = {"vocab_size": 30, "max_seq_len": 64, "n_layers": 1, "d_model": 24, "n_heads": 4, "n_kv_heads": 2}
+SMALL = {
+    "vocab_size": 30,
+    "max_seq_len": 64,
+    "n_layers": 1,
+    "d_model": 24,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+}
 
 
 def make(**options) -> Decoder:
@@ -41,7 +48,9 @@ def test_one_layer_reads_at_each_position_what_is_kept_as_a_text_of_its_own(wind
 @pytest.mark.parametrize("options", [{}, {"n_sinks": 2}, {"norm_placement": "post"}])
 def test_nothing_changes_until_something_is_forgotten(options):
     model, ids = make(n_layers=3, **options), some_ids(20)
-    torch.testing.assert_close(streaming(model, window=17, first=3)(ids), model(ids), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        streaming(model, window=17, first=3)(ids), model(ids), rtol=1e-4, atol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -51,7 +60,9 @@ def test_without_first_tokens_it_is_a_sliding_window_across_blocks_too():
     model = make(n_layers=2, max_seq_len=BLOCK + 30)
     windowed = Decoder(model.config.model_copy(update={"sliding_window": 7})).eval()
     windowed.load_state_dict(model.state_dict())
-    torch.testing.assert_close(streaming(model, window=7, first=0)(ids), windowed(ids), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        streaming(model, window=7, first=0)(ids), windowed(ids), rtol=1e-3, atol=1e-3
+    )
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tinylm.config import ModelConfig, MoEConfig
-from tinylm.decoder import (
+from tinylm.config.schema import ModelConfig, MoEConfig
+from tinylm.model.decoder import (
     Decoder,
     MixtureOfExperts,
     Sight,
@@ -32,7 +32,14 @@ from tinylm.decoder import (
 )
 
 T = 12
-SMALL = {"vocab_size": 31, "max_seq_len": 64, "n_layers": 2, "d_model": 24, "n_heads": 4, "d_ff": 20}
+SMALL = {
+    "vocab_size": 31,
+    "max_seq_len": 64,
+    "n_layers": 2,
+    "d_model": 24,
+    "n_heads": 4,
+    "d_ff": 20,
+}
 AXES = {
     "position": ("rope", "learned", "alibi", "none"),
     "ffn": ("swiglu", "silu", "gelu", "relu2"),
@@ -51,18 +58,32 @@ AXES = {
 def single_options() -> list[dict]:
     """Each value of each option alone, the rest at its default; two more that are no axis."""
     alone = [{name: value} for name, values in AXES.items() for value in values[1:]]
-    return [{}, *alone, {"head_dim": 10}, {"n_heads": 6}, {"n_heads": 6, "position": "alibi"}, {"moe": MoEConfig(n_experts=3, top_k=3)}]
+    return [
+        {},
+        *alone,
+        {"head_dim": 10},
+        {"n_heads": 6},
+        {"n_heads": 6, "position": "alibi"},
+        {"moe": MoEConfig(n_experts=3, top_k=3)},
+    ]
 
 
 def pairwise() -> list[dict]:
     """Few combinations in which every two values of two options meet: each takes what meets most new pairs."""
-    wanted = {pair for a, b in itertools.combinations(AXES, 2) for pair in itertools.product([(a, v) for v in AXES[a]], [(b, v) for v in AXES[b]])}
+    wanted = {
+        pair
+        for a, b in itertools.combinations(AXES, 2)
+        for pair in itertools.product([(a, v) for v in AXES[a]], [(b, v) for v in AXES[b]])
+    }
     rows = []
     while wanted:
         row: dict = dict(min(wanted, key=repr))
         for name in AXES:
             if name not in row:
-                row[name] = max(AXES[name], key=lambda value, name=name: len(wanted & pairs_of(row | {name: value})))
+                row[name] = max(
+                    AXES[name],
+                    key=lambda value, name=name: len(wanted & pairs_of(row | {name: value})),
+                )
         wanted -= pairs_of(row)
         rows.append(row)
     return rows
@@ -74,7 +95,13 @@ def pairs_of(row: dict) -> set:
 
 
 def label(options: dict) -> str:
-    return "-".join(f"{name}={'yes' if name == 'moe' and value else value}" for name, value in options.items()) or "default"
+    return (
+        "-".join(
+            f"{name}={'yes' if name == 'moe' and value else value}"
+            for name, value in options.items()
+        )
+        or "default"
+    )
 
 
 EACH = pytest.mark.parametrize("options", single_options(), ids=label)
@@ -92,7 +119,9 @@ def make(spread: float = 0.3, **options) -> Decoder:
 
 
 def some_ids(batch: int = 2, length: int = T, seed: int = 0) -> Tensor:
-    return torch.randint(SMALL["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        SMALL["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -117,10 +146,14 @@ def slow_row(model: Decoder, ids: Tensor) -> Tensor:
         x = x + model.positions.weight[: len(ids)]
     for block in model.blocks:
         if config.norm_placement == "post":
-            x = slow_norm(block.attention_norm, x + slow_attention(block.attention, x, config), config)
+            x = slow_norm(
+                block.attention_norm, x + slow_attention(block.attention, x, config), config
+            )
             x = slow_norm(block.ffn_norm, x + slow_feed(block.ffn, x, config), config)
         elif config.norm_placement == "pre":
-            x = x + slow_attention(block.attention, slow_norm(block.attention_norm, x, config), config)
+            x = x + slow_attention(
+                block.attention, slow_norm(block.attention_norm, x, config), config
+            )
             x = x + slow_feed(block.ffn, slow_norm(block.ffn_norm, x, config), config)
         else:
             x = x + slow_attention(block.attention, x, config)
@@ -138,7 +171,11 @@ def slow_norm(norm: torch.nn.Module, x: Tensor, config: ModelConfig) -> Tensor:
 
 
 def slow_attention(attention: torch.nn.Module, x: Tensor, config: ModelConfig) -> Tensor:
-    H, G, K = config.n_heads, config.n_kv_heads or config.n_heads, config.head_dim or config.d_model // config.n_heads
+    H, G, K = (
+        config.n_heads,
+        config.n_kv_heads or config.n_heads,
+        config.head_dim or config.d_model // config.n_heads,
+    )
     q, k, v = attention.qkv(x).split((H * K, G * K, G * K), dim=-1)
     window = config.sliding_window or len(x)
     rows = []
@@ -155,7 +192,9 @@ def slow_attention(attention: torch.nn.Module, x: Tensor, config: ModelConfig) -
             for s in range(max(0, t - window + 1), t + 1):
                 score = query @ slow_query(k[s, kv_part], s, attention.k_norm, config)
                 if config.position == "alibi":
-                    score = score - SLOPES[H][head] * (t - s) * math.sqrt(K)  # the bias is not divided by sqrt(K)
+                    score = score - SLOPES[H][head] * (t - s) * math.sqrt(
+                        K
+                    )  # the bias is not divided by sqrt(K)
                 scores.append(score)
                 values.append(v[s, kv_part])
             heads.append((torch.stack(scores) / math.sqrt(K)).softmax(0) @ torch.stack(values))
@@ -173,25 +212,51 @@ def slow_query(x: Tensor, position: int, norm: torch.nn.Module, config: ModelCon
     if config.position != "rope":
         return x
     half = len(x) // 2
-    turned = [complex(x[i], x[i + half]) * cmath.exp(1j * position * config.rope_theta ** (-2 * i / len(x))) for i in range(half)]
+    turned = [
+        complex(x[i], x[i + half])
+        * cmath.exp(1j * position * config.rope_theta ** (-2 * i / len(x)))
+        for i in range(half)
+    ]
     return torch.tensor([z.real for z in turned] + [z.imag for z in turned])
 
 
 def slow_feed(ffn: torch.nn.Module, x: Tensor, config: ModelConfig) -> Tensor:
     if config.moe is None:
-        return torch.stack([slow_expert(row, ffn.up.weight, ffn.up.bias, ffn.down.weight, ffn.down.bias, config) for row in x])
+        return torch.stack(
+            [
+                slow_expert(row, ffn.up.weight, ffn.up.bias, ffn.down.weight, ffn.down.bias, config)
+                for row in x
+            ]
+        )
     rows = []
     for row in x:
         probabilities = (ffn.router.weight @ row).softmax(0)
-        best = sorted(range(config.moe.n_experts), key=lambda e, p=probabilities: -p[e])[: config.moe.top_k]
+        best = sorted(range(config.moe.n_experts), key=lambda e, p=probabilities: -p[e])[
+            : config.moe.top_k
+        ]
         total = sum(probabilities[e] for e in best)
-        biases = [(None, None) if ffn.up_bias is None else (ffn.up_bias[e], ffn.down_bias[e]) for e in best]
-        outputs = [slow_expert(row, ffn.up[e], up_bias, ffn.down[e], down_bias, config) for e, (up_bias, down_bias) in zip(best, biases, strict=True)]
-        rows.append(sum(probabilities[e] / total * output for e, output in zip(best, outputs, strict=True)))
+        biases = [
+            (None, None) if ffn.up_bias is None else (ffn.up_bias[e], ffn.down_bias[e])
+            for e in best
+        ]
+        outputs = [
+            slow_expert(row, ffn.up[e], up_bias, ffn.down[e], down_bias, config)
+            for e, (up_bias, down_bias) in zip(best, biases, strict=True)
+        ]
+        rows.append(
+            sum(probabilities[e] / total * output for e, output in zip(best, outputs, strict=True))
+        )
     return torch.stack(rows)
 
 
-def slow_expert(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, config: ModelConfig) -> Tensor:
+def slow_expert(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    config: ModelConfig,
+) -> Tensor:
     hidden = up @ x + (0 if up_bias is None else up_bias)
     if config.ffn == "swiglu":
         gate, value = hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :]
@@ -199,7 +264,11 @@ def slow_expert(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, dow
     elif config.ffn == "silu":
         hidden = hidden * hidden.sigmoid()
     elif config.ffn == "gelu":
-        hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        hidden = (
+            0.5
+            * hidden
+            * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        )
     else:
         hidden = hidden.clamp(min=0) ** 2
     return down @ hidden + (0 if down_bias is None else down_bias)
@@ -225,11 +294,15 @@ def test_logits_equal_the_ones_written_out_in_loops(options):
 def gradients_of_positions(model: Decoder, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
     """For each t, the size (T,) of d logits[t] / d embedding of each token, summed over the batch."""
     kept: list[Tensor] = []
-    handle = model.embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    handle = model.embedding.register_forward_hook(
+        lambda module, inputs, output: kept.append(output)
+    )
     logits = model(ids)
     handle.remove()
     for t in range(ids.size(1)):
-        (gradient,) = torch.autograd.grad((logits[:, t] * torch.randn_like(logits[:, t])).sum(), kept[0], retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            (logits[:, t] * torch.randn_like(logits[:, t])).sum(), kept[0], retain_graph=True
+        )
         yield t, gradient.abs().sum(dim=(0, 2))
 
 
@@ -241,11 +314,17 @@ def test_no_logit_depends_on_a_later_token(options):
         assert size[t] > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"n_sinks": 2}, {"position": "alibi"}, {"position": "learned", "norm_placement": "post"}], ids=label)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"n_sinks": 2}, {"position": "alibi"}, {"position": "learned", "norm_placement": "post"}],
+    ids=label,
+)
 @pytest.mark.parametrize("window", [1, 2, 5, T, T + 3])
 def test_a_window_admits_exactly_that_many_positions_itself_included(options, window):
     """In one layer, logits[t] depends on tokens t-W+1 ... t. The old bug was W+1 of them."""
-    for t, size in gradients_of_positions(make(n_layers=1, sliding_window=window, **options), some_ids()):
+    for t, size in gradients_of_positions(
+        make(n_layers=1, sliding_window=window, **options), some_ids()
+    ):
         assert size.gt(0).tolist() == [t - window < s <= t for s in range(T)]
 
 
@@ -266,7 +345,15 @@ def test_padding_on_the_right_changes_no_real_token(options):
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def cached_logits(model: Decoder, ids: Tensor, chunks: list[int], *, chunk: int, max_len: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def cached_logits(
+    model: Decoder,
+    ids: Tensor,
+    chunks: list[int],
+    *,
+    chunk: int,
+    max_len: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Logits of `ids` fed through a cache in pieces of these sizes, then token by token."""
     cache = model.new_cache(ids.size(0), max_len or ids.size(1), chunk=chunk, dtype=dtype)
     chunks = chunks + [1] * (ids.size(1) - sum(chunks))
@@ -281,13 +368,18 @@ def test_cached_logits_equal_full_forward(options):
     expected = model(ids)
     for chunks in ([], [13], [3, 4, 1, 1, 4, 2, 4]):
         assert_same(cached_logits(model, ids, chunks, chunk=max(chunks, default=1)), expected)
-        assert_same(cached_logits(model, ids, chunks, chunk=max(chunks, default=1) + 3, max_len=64), expected)
+        assert_same(
+            cached_logits(model, ids, chunks, chunk=max(chunks, default=1) + 3, max_len=64),
+            expected,
+        )
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 7), st.data())
 @torch.no_grad()
-def test_a_ring_of_any_size_fed_in_any_chunks_gives_the_logits_of_the_full_forward(window, chunk, data):
+def test_a_ring_of_any_size_fed_in_any_chunks_gives_the_logits_of_the_full_forward(
+    window, chunk, data
+):
     length = data.draw(st.integers(1, 30))
     chunks: list[int] = []
     while sum(chunks) < length:
@@ -364,7 +456,9 @@ def test_more_than_max_seq_len_positions_are_an_error(position):
 
 def turned(x: Tensor, position: int, theta: float = 10000.0) -> Tensor:
     """A vector (K,) as a query at that position."""
-    return rotate(x[None, None, None], *rope_angles(torch.tensor([position]), len(x), theta))[0, 0, 0]
+    return rotate(x[None, None, None], *rope_angles(torch.tensor([position]), len(x), theta))[
+        0, 0, 0
+    ]
 
 
 def test_rope_turns_pairs_as_complex_numbers():
@@ -373,9 +467,13 @@ def test_rope_turns_pairs_as_complex_numbers():
     Taking neighbours (2i, 2i + 1) as pairs, or angles laid out for neighbours, gives other numbers: the old bug.
     """
     x, half = torch.randn(8, generator=torch.Generator().manual_seed(0)), 4
-    expected = [complex(x[i], x[i + half]) * cmath.exp(1j * 5 * 100.0 ** (-2 * i / 8)) for i in range(half)]
+    expected = [
+        complex(x[i], x[i + half]) * cmath.exp(1j * 5 * 100.0 ** (-2 * i / 8)) for i in range(half)
+    ]
     actual = turned(x, 5, theta=100.0)
-    torch.testing.assert_close(actual, torch.tensor([z.real for z in expected] + [z.imag for z in expected]))
+    torch.testing.assert_close(
+        actual, torch.tensor([z.real for z in expected] + [z.imag for z in expected])
+    )
 
 
 def test_rope_at_position_0_changes_nothing():
@@ -388,7 +486,12 @@ def test_rope_at_position_0_changes_nothing():
 def test_rope_scores_depend_on_distance_only_and_keep_lengths(p, q, shift):
     """<R(p)x, R(q)y> = <R(p+s)x, R(q+s)y>; a mixture of two layouts is no rotation and fails both."""
     x, y = torch.randn(2, 16, generator=torch.Generator().manual_seed(p))
-    torch.testing.assert_close(turned(x, p) @ turned(y, q), turned(x, p + shift) @ turned(y, q + shift), rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(
+        turned(x, p) @ turned(y, q),
+        turned(x, p + shift) @ turned(y, q + shift),
+        rtol=1e-3,
+        atol=2e-3,
+    )
     torch.testing.assert_close(turned(x, p).norm(), x.norm())
 
 
@@ -423,7 +526,9 @@ def test_without_positions_a_single_layer_takes_the_past_as_a_set():
     model, ids = make(n_layers=1, position="none"), some_ids()
     shuffled = torch.cat((ids[:, :-1].flip(1), ids[:, -1:]), dim=1)
     assert_same(model(shuffled)[:, -1], model(ids)[:, -1])
-    assert not torch.allclose(make(n_layers=1)(shuffled)[:, -1], make(n_layers=1)(ids)[:, -1], atol=1e-3)
+    assert not torch.allclose(
+        make(n_layers=1)(shuffled)[:, -1], make(n_layers=1)(ids)[:, -1], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -468,7 +573,9 @@ def test_plain_causal_attention_needs_no_mask():
 
 
 def test_visible_counts_a_window_from_the_token_itself():
-    assert visible(torch.tensor([5]), torch.arange(8), 3).int().tolist() == [[0, 0, 0, 1, 1, 1, 0, 0]]
+    assert visible(torch.tensor([5]), torch.arange(8), 3).int().tolist() == [
+        [0, 0, 0, 1, 1, 1, 0, 0]
+    ]
     assert visible(torch.tensor([2]), torch.arange(5), None).int().tolist() == [[1, 1, 1, 0, 0]]
 
 
@@ -480,7 +587,17 @@ def test_positions_start_again_in_each_document():
     assert positions_in_documents(ids).tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 0, 1, 2]]
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"n_sinks": 2}, {"sliding_window": 3, "n_sinks": 2}, {"n_kv_heads": 2}], ids=label)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sliding_window": 3},
+        {"n_sinks": 2},
+        {"sliding_window": 3, "n_sinks": 2},
+        {"n_kv_heads": 2},
+    ],
+    ids=label,
+)
 @pytest.mark.parametrize("position", AXES["position"])
 @torch.no_grad()
 def test_packed_documents_give_the_logits_of_each_alone(position, options):
@@ -488,7 +605,12 @@ def test_packed_documents_give_the_logits_of_each_alone(position, options):
     model, ids = make(position=position, **options), some_ids()
     lengths, numbers = ([5, 1, 6], [2, 7, 3]), ([5, 6, 5], [1, 1, 0])
     numbers[1][:2] = [1, 4]
-    document_ids = torch.stack([torch.tensor(n).repeat_interleave(torch.tensor(size)) for n, size in zip(numbers, lengths, strict=True)])
+    document_ids = torch.stack(
+        [
+            torch.tensor(n).repeat_interleave(torch.tensor(size))
+            for n, size in zip(numbers, lengths, strict=True)
+        ]
+    )
     packed = model(ids, document_ids=document_ids)
     for row, sizes in enumerate(lengths):
         alone = torch.cat([model(document[None])[0] for document in ids[row].split(sizes)])
@@ -531,7 +653,11 @@ def test_every_position_sees_the_sinks_also_outside_the_window():
     model = make(n_layers=1, n_sinks=2, sliding_window=2)
     attention, logits = model.blocks[0].attention, model(some_ids(batch=1))
     for t in range(T):
-        for gradient in torch.autograd.grad(logits[0, t].square().sum(), [attention.sink_keys, attention.sink_values], retain_graph=True):
+        for gradient in torch.autograd.grad(
+            logits[0, t].square().sum(),
+            [attention.sink_keys, attention.sink_values],
+            retain_graph=True,
+        ):
             assert gradient.ne(0).all()
 
 
@@ -557,7 +683,10 @@ def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values(groups):
     weights = grouped.state_dict()
     for name in [name for name in weights if "qkv" in name]:
         q, k, v = weights[name].split((4 * K, groups * K, groups * K))
-        k, v = (part.view(groups, K, -1).repeat_interleave(repeats, dim=0).flatten(0, 1) for part in (k, v))
+        k, v = (
+            part.view(groups, K, -1).repeat_interleave(repeats, dim=0).flatten(0, 1)
+            for part in (k, v)
+        )
         weights[name] = torch.cat((q, k, v))
     full.load_state_dict(weights)
     assert_same(grouped(ids), full(ids))
@@ -602,7 +731,9 @@ def test_balance_loss_of_the_model_is_the_mean_over_layers():
 def test_gradients_reach_the_router_and_every_expert_that_was_visited(source):
     model = make(moe=MoEConfig(n_experts=3, top_k=2))
     features = model.features(some_ids())
-    (model.head(features.hidden).square().mean() if source == "logits" else features.balance_loss).backward()
+    (
+        model.head(features.hidden).square().mean() if source == "logits" else features.balance_loss
+    ).backward()
     for block in model.blocks:
         assert block.ffn.router.weight.grad.norm() > 0
         if source == "logits":
@@ -630,13 +761,24 @@ def gradients(model: Decoder, ids: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("options", [{}, {"moe": MoEConfig(n_experts=3, top_k=2)}, {"sliding_window": 4, "n_sinks": 2}, {"position": "alibi"}], ids=label)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"moe": MoEConfig(n_experts=3, top_k=2)},
+        {"sliding_window": 4, "n_sinks": 2},
+        {"position": "alibi"},
+    ],
+    ids=label,
+)
 def test_gradient_checkpointing_gives_the_same_gradients_to_the_last_bit(options, dropout):
     """The recomputed block draws the same dropout, because torch puts the generator back."""
     options = options | {"attention_dropout": dropout, "residual_dropout": dropout}
     expected = gradients(make(**options).train(), some_ids())
     actual = gradients(make(**options, gradient_checkpointing=True).train(), some_ids())
-    assert {name: torch.equal(actual[name], gradient) for name, gradient in expected.items()} == dict.fromkeys(expected, True)
+    assert {
+        name: torch.equal(actual[name], gradient) for name, gradient in expected.items()
+    } == dict.fromkeys(expected, True)
 
 
 def test_gradient_checkpointing_keeps_fewer_tensors_for_the_backward_pass():
@@ -667,7 +809,11 @@ def test_dropout_acts_in_training_only(setting):
 @EACH
 def test_every_weight_gets_a_gradient(options):
     model = make(**options)
-    missing = {name for name, gradient in gradients(model, some_ids()).items() if gradient is None or not gradient.norm() > 0}
+    missing = {
+        name
+        for name, gradient in gradients(model, some_ids()).items()
+        if gradient is None or not gradient.norm() > 0
+    }
     assert missing == set()
 
 
@@ -689,18 +835,47 @@ def test_weights_depend_on_the_seed_alone():
 
     first = weights(5)
     assert all(map(torch.equal, first, weights(5)))
-    assert all(map(torch.equal, first, weights(5, attention_dropout=0.1, residual_dropout=0.1, gradient_checkpointing=True, sliding_window=3)))
+    assert all(
+        map(
+            torch.equal,
+            first,
+            weights(
+                5,
+                attention_dropout=0.1,
+                residual_dropout=0.1,
+                gradient_checkpointing=True,
+                sliding_window=3,
+            ),
+        )
+    )
     assert not torch.equal(first[0], weights(6)[0])
 
 
-BIG = {"vocab_size": 300, "max_seq_len": 200, "n_layers": 1, "d_model": 120, "n_heads": 6, "n_kv_heads": 2, "d_ff": 200, "bias": "all"}
+BIG = {
+    "vocab_size": 300,
+    "max_seq_len": 200,
+    "n_layers": 1,
+    "d_model": 120,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "d_ff": 200,
+    "bias": "all",
+}
 CUT = 0.98658  # std of a standard normal cut at 3: sqrt(1 - 6 phi(3) / (2 Phi(3) - 1))
 
 
 def test_normal_initialisation_is_std_002_everywhere():
     """GPT-2: N(0, 0.02²) for matrices and embeddings; norms 1; biases 0. Not cut: of 36,000 numbers about 97 lie beyond 3 std."""
     torch.manual_seed(0)
-    model = Decoder(ModelConfig(**BIG, position="learned", norm="layernorm", tie_embeddings=False, moe=MoEConfig(n_experts=3)))
+    model = Decoder(
+        ModelConfig(
+            **BIG,
+            position="learned",
+            norm="layernorm",
+            tie_embeddings=False,
+            moe=MoEConfig(n_experts=3),
+        )
+    )
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
             assert weight.eq(0).all(), name
@@ -720,10 +895,14 @@ def test_truncated_initialisation_is_sqrt_2_over_in_plus_out_cut_at_3_std(tied, 
     An embedding is N(0, 1); tied, it is also the head, and 1/sqrt(120) keeps the logits of a normalised stream near 1.
     """
     torch.manual_seed(0)
-    model = Decoder(ModelConfig(**BIG, init="trunc_normal", position="learned", tie_embeddings=tied, moe=moe))
+    model = Decoder(
+        ModelConfig(**BIG, init="trunc_normal", position="learned", tie_embeddings=tied, moe=moe)
+    )
     block = model.blocks[0]
     query, key, value = block.attention.qkv.weight.split((120, 40, 40))
-    up, down = (block.ffn.up, block.ffn.down) if moe else (block.ffn.up.weight, block.ffn.down.weight)
+    up, down = (
+        (block.ffn.up, block.ffn.down) if moe else (block.ffn.up.weight, block.ffn.down.weight)
+    )
     gate, gated = up.chunk(2, dim=-2)
     embedding_std = 120**-0.5 if tied else 1.0
     expected = [
@@ -754,7 +933,9 @@ def test_first_logits_are_finite_and_not_sure_of_anything(init, options):
     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
     if init == "normal":
         assert loss == pytest.approx(math.log(31), abs=0.05)
-    elif options.get("norm_placement") != "none":  # without norms, embeddings of std 1 meet squared activations
+    elif (
+        options.get("norm_placement") != "none"
+    ):  # without norms, embeddings of std 1 meet squared activations
         assert math.log(31) - 0.5 < loss < math.log(31) + 2.5
 
 
@@ -774,8 +955,25 @@ def test_gpt2_small_has_124439808_parameters():
         a layer    (768 · 2304 + 2304) + (768 · 768 + 768) + (768 · 3072 + 3072) + (3072 · 768 + 768) + 2 · 2 · 768 = 7,087,872
         all        39,383,808 + 12 · 7,087,872 + 2 · 768 = 124,439,808
     """
-    gpt2 = {"vocab_size": 50257, "max_seq_len": 1024, "n_layers": 12, "d_model": 768, "n_heads": 12, "d_ff": 3072}
-    assert parameters(**gpt2, position="learned", norm="layernorm", ffn="gelu", bias="all", tie_embeddings=True) == 124_439_808
+    gpt2 = {
+        "vocab_size": 50257,
+        "max_seq_len": 1024,
+        "n_layers": 12,
+        "d_model": 768,
+        "n_heads": 12,
+        "d_ff": 3072,
+    }
+    assert (
+        parameters(
+            **gpt2,
+            position="learned",
+            norm="layernorm",
+            ffn="gelu",
+            bias="all",
+            tie_embeddings=True,
+        )
+        == 124_439_808
+    )
 
 
 def test_the_gpt2_style_code_that_s4_lists_has_162148608_parameters():
@@ -783,8 +981,20 @@ def test_the_gpt2_style_code_that_s4_lists_has_162148608_parameters():
 
     2 · 50257 · 768 + 12 · (4 · 768² + 2 · 768 · 3072 + 2 · 768) + 768 = 162,148,608
     """
-    listed = {"vocab_size": 50257, "max_seq_len": 1024, "n_layers": 12, "d_model": 768, "n_heads": 12, "d_ff": 3072}
-    assert parameters(**listed, position="none", norm="rmsnorm", ffn="silu", bias="none", tie_embeddings=False) == 162_148_608
+    listed = {
+        "vocab_size": 50257,
+        "max_seq_len": 1024,
+        "n_layers": 12,
+        "d_model": 768,
+        "n_heads": 12,
+        "d_ff": 3072,
+    }
+    assert (
+        parameters(
+            **listed, position="none", norm="rmsnorm", ffn="silu", bias="none", tie_embeddings=False
+        )
+        == 162_148_608
+    )
 
 
 def test_the_modern_configuration_of_s4_has_6738415616_parameters():
@@ -793,8 +1003,18 @@ def test_the_modern_configuration_of_s4_has_6738415616_parameters():
         2 · 32000 · 4096 + 32 · (4 · 4096² + 3 · 4096 · 11008 + 2 · 4096) + 4096 = 6,738,415,616
     Built on the meta device, which holds shapes and no numbers.
     """
-    modern = {"vocab_size": 32000, "max_seq_len": 2048, "n_layers": 32, "d_model": 4096, "n_heads": 32, "d_ff": 11008}
-    assert parameters(**modern, rope_theta=10000.0, ffn="swiglu", tie_embeddings=False) == 6_738_415_616
+    modern = {
+        "vocab_size": 32000,
+        "max_seq_len": 2048,
+        "n_layers": 32,
+        "d_model": 4096,
+        "n_heads": 32,
+        "d_ff": 11008,
+    }
+    assert (
+        parameters(**modern, rope_theta=10000.0, ffn="swiglu", tie_embeddings=False)
+        == 6_738_415_616
+    )
 
 
 @EACH
@@ -860,7 +1080,9 @@ def test_bf16_autocast_reaches_attention_with_and_without_a_cache(options, atten
     assert torch.isfinite(pieces).all()
 
 
-@pytest.mark.parametrize("options", [options for options in single_options() if "moe" not in options], ids=label)
+@pytest.mark.parametrize(
+    "options", [options for options in single_options() if "moe" not in options], ids=label
+)
 @torch.no_grad()
 def test_bf16_weights_give_nearly_the_logits_of_fp32(options):
     """8 bits are 0.4 % an operation. Experts are left out: rounding may send a token to another one."""
@@ -872,14 +1094,21 @@ def test_bf16_weights_give_nearly_the_logits_of_fp32(options):
         assert (actual.float() - expected).norm() < 0.05 * expected.norm()
 
 
-@pytest.mark.parametrize("options", [{}, {"init": "trunc_normal", "n_kv_heads": 2, "moe": MoEConfig(n_experts=3)}], ids=label)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"init": "trunc_normal", "n_kv_heads": 2, "moe": MoEConfig(n_experts=3)}],
+    ids=label,
+)
 def test_bf16_autocast_trains(options):
     model = make(**options).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = model.features(some_ids())
         loss = model.head(features.hidden).float().square().mean() + features.balance_loss
     loss.backward()
-    assert all(weight.grad.isfinite().all() and weight.grad.dtype == torch.float32 for weight in model.parameters())
+    assert all(
+        weight.grad.isfinite().all() and weight.grad.dtype == torch.float32
+        for weight in model.parameters()
+    )
 
 
 @pytest.mark.slow
@@ -897,7 +1126,11 @@ def test_compiled_features_equal_eager_ones(backend, options):
     torch._dynamo.reset()
     plain, compiled = make(n_layers=1, **options), make(n_layers=1, **options)
     compiled.features = torch.compile(compiled.features, backend=backend)
-    assert_same(compiled.features(some_ids()).hidden.detach(), plain.features(some_ids()).hidden.detach())
+    assert_same(
+        compiled.features(some_ids()).hidden.detach(), plain.features(some_ids()).hidden.detach()
+    )
     expected = gradients(plain, some_ids())
     for name, gradient in gradients(compiled, some_ids()).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4 * expected[name].abs().max().item())
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=1e-3, atol=1e-4 * expected[name].abs().max().item()
+        )

@@ -12,14 +12,20 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinylm import foreign
-from tinylm.config import SamplingConfig
-from tinylm.engine import Engine
-from tinylm.errors import UserError
-from tinylm.foreign import ForeignDecoder, check_packing, find, rebuild
-from tinylm.tokenizer import ByteTokenizer
+from tinylm.common.errors import UserError
+from tinylm.config.schema import SamplingConfig
+from tinylm.generate.engine import Engine
+from tinylm.model import hf_model
+from tinylm.model.hf_model import ForeignDecoder, check_packing, find, rebuild
+from tinylm.tokenizer.byte_char import ByteTokenizer
 
-SIZES = {"vocab_size": 260, "max_position_embeddings": 64, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": 260,
+    "max_position_embeddings": 64,
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": {"intermediate_size": 48, "num_key_value_heads": 2},
@@ -32,7 +38,9 @@ KINDS: dict[str, dict[str, Any]] = {
 def random_model(kind: str, **settings: Any) -> transformers.PreTrainedModel:
     """A model of random weights, large enough that logits vary."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, bos_token_id=None, eos_token_id=None, **SIZES | KINDS.get(kind, {}) | settings)
+    config = transformers.AutoConfig.for_model(
+        kind, bos_token_id=None, eos_token_id=None, **SIZES | KINDS.get(kind, {}) | settings
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
         for weight in model.parameters():
@@ -56,12 +64,20 @@ def ids() -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_sizes_and_cache_are_those_of_the_model(kind: str, ids: Tensor, tmp_path: Path) -> None:
+def test_logits_sizes_and_cache_are_those_of_the_model(
+    kind: str, ids: Tensor, tmp_path: Path
+) -> None:
     """Read from disk; all at once, and in pieces of 7, 1 and 12 through the cache, whose rows were put in another order."""
     theirs = random_model(kind)
     theirs.save_pretrained(tmp_path)
     model = find(str(tmp_path)).load().eval()
-    assert (model.config.n_layers, model.config.d_model, model.config.n_heads, model.config.max_seq_len, model.config.vocab_size) == (2, 32, 4, 64, 260)
+    assert (
+        model.config.n_layers,
+        model.config.d_model,
+        model.config.n_heads,
+        model.config.max_seq_len,
+        model.config.vocab_size,
+    ) == (2, 32, 4, 64, 260)
     with torch.no_grad():
         expected = theirs(ids).logits
         assert expected.std() > 0.1
@@ -80,9 +96,17 @@ def test_greedy_text_is_that_of_generate(kind: str) -> None:
     """The oracle is transformers' own decoding; 30 tokens from 6."""
     theirs = random_model(kind)
     prompt = torch.tensor([[84, 104, 101, 32, 99, 97]])
-    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False, pad_token_id=0)[0, 6:].tolist()
+    expected = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=30,
+        do_sample=False,
+        pad_token_id=0,
+    )[0, 6:].tolist()
     engine = Engine(ForeignDecoder(theirs).eval(), ByteTokenizer())
-    actual = engine.generate(engine.fit_prompt(prompt[0].tolist()), SamplingConfig(max_new_tokens=30, temperature=0))[0].ids
+    actual = engine.generate(
+        engine.fit_prompt(prompt[0].tolist()), SamplingConfig(max_new_tokens=30, temperature=0)
+    )[0].ids
     assert list(actual) == expected[: len(actual)]
     assert len(set(expected)) >= 3, "a text of one token would compare little"
     assert len(actual) == 30 or actual[-1] == ByteTokenizer().eos_id
@@ -96,18 +120,27 @@ def test_documents_of_a_packed_row_do_not_see_each_other(kind: str, ids: Tensor)
     with torch.no_grad():
         packed = model.features(ids, document_ids=documents).hidden
         for start, stop in ((0, 9), (9, 10), (10, 20)):
-            assert torch.allclose(packed[:, start:stop], model.features(ids[:, start:stop]).hidden, atol=1e-5)
-        assert not torch.allclose(packed[:, 9:], model.features(ids).hidden[:, 9:], atol=1e-2), "else the comparison cannot fail"
+            assert torch.allclose(
+                packed[:, start:stop], model.features(ids[:, start:stop]).hidden, atol=1e-5
+            )
+        assert not torch.allclose(packed[:, 9:], model.features(ids).hidden[:, 9:], atol=1e-2), (
+            "else the comparison cannot fail"
+        )
     check_packing(model)
     assert not model.training
 
 
-def test_a_model_that_mixes_documents_is_refused_for_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_mixes_documents_is_refused_for_packed_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As one whose attention knows nothing of positions would."""
     model = ForeignDecoder(random_model("llama"))
     alone = model.features
     monkeypatch.setattr(model, "features", lambda ids, document_ids=None: alone(ids))
-    with pytest.raises(UserError, match="data.packing: a llama model does not keep the examples of a packed row apart. Set data.packing: padded."):
+    with pytest.raises(
+        UserError,
+        match="data.packing: a llama model does not keep the examples of a packed row apart. Set data.packing: padded.",
+    ):
         check_packing(model)
 
 
@@ -115,10 +148,16 @@ def test_what_a_checkpoint_holds_is_enough(ids: Tensor) -> None:
     """Settings as text and weights by name; tied weights are one again."""
     for kind in KINDS:
         model = ForeignDecoder(random_model(kind)).eval()
-        again = rebuild(model.settings, {name: weight.clone() for name, weight in model.state_dict().items()}).eval()
+        again = rebuild(
+            model.settings, {name: weight.clone() for name, weight in model.state_dict().items()}
+        ).eval()
         with torch.no_grad():
             assert torch.equal(again(ids), model(ids))
-        assert (again.head.weight is again.embedding.weight) == model.config.tie_embeddings == (kind in ("gpt2", "qwen2"))
+        assert (
+            (again.head.weight is again.embedding.weight)
+            == model.config.tie_embeddings
+            == (kind in ("gpt2", "qwen2"))
+        )
 
 
 def test_misuse_is_an_error() -> None:
@@ -127,7 +166,11 @@ def test_misuse_is_an_error() -> None:
     with pytest.raises(ValueError, match="65 positions are more than max_seq_len"):
         model(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="document_ids or a cache"):
-        model(torch.zeros(1, 2, dtype=torch.long), document_ids=torch.zeros(1, 2), cache=model.new_cache(1))
+        model(
+            torch.zeros(1, 2, dtype=torch.long),
+            document_ids=torch.zeros(1, 2),
+            cache=model.new_cache(1),
+        )
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -140,10 +183,16 @@ def test_files_as_published_models_have_them(tmp_path: Path, ids: Tensor) -> Non
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     (tmp_path / "old").mkdir()
     save_file(
-        {name.removeprefix("transformer."): weight.clone() for name, weight in theirs.state_dict().items() if name != "lm_head.weight"},
+        {
+            name.removeprefix("transformer."): weight.clone()
+            for name, weight in theirs.state_dict().items()
+            if name != "lm_head.weight"
+        },
         tmp_path / "old" / "model.safetensors",
     )
-    (tmp_path / "old" / "config.json").write_bytes((tmp_path / "shards" / "config.json").read_bytes())
+    (tmp_path / "old" / "config.json").write_bytes(
+        (tmp_path / "shards" / "config.json").read_bytes()
+    )
     expected = theirs.float()(ids).logits
     for name in ("shards", "old"):
         model = find(str(tmp_path / name)).load().eval()
@@ -175,7 +224,12 @@ def weights_with(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path],
 def header(text: str, length: int | None = None) -> Callable[[Path], None]:
     """Writes a safetensors file of this header and 16 bytes of data."""
     raw = text.encode()
-    return lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + bytes(16)) and None
+    return lambda folder: (
+        (folder / "model.safetensors").write_bytes(
+            struct.pack("<Q", len(raw) if length is None else length) + raw + bytes(16)
+        )
+        and None
+    )
 
 
 def index_with(name: str) -> Callable[[Path], None]:
@@ -183,7 +237,9 @@ def index_with(name: str) -> Callable[[Path], None]:
 
     def act(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"lm_head.weight": name}})
+        )
 
     return act
 
@@ -193,38 +249,106 @@ FAULTS = {
     "a header of 2^62 bytes": (header("{}", 2**62), "model.safetensors: not sound safetensors: "),
     "a header that is no JSON": (header("{"), "model.safetensors: not sound safetensors: "),
     "overlapping tensors": (
-        header('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'),
+        header(
+            '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
+        ),
         "model.safetensors: not sound safetensors: ",
     ),
-    "a shape beyond the file": (header('{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,16]}}'), "not sound safetensors: "),
-    "a file cut short": (
-        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5]),
+    "a shape beyond the file": (
+        header('{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,16]}}'),
         "not sound safetensors: ",
     ),
-    "an integer tensor": (weights_with(lambda w: w.update({NORM: torch.ones(32, dtype=torch.int64)})), f"{NORM}: weights are F64, F32, F16, BF16, found I64."),
-    "another shape": (weights_with(lambda w: w.update({NORM: torch.ones(64)})), f"{NORM}: a weight that has another shape by config.json."),
-    "a missing tensor": (weights_with(lambda w: w.update({"x": w.pop(NORM)})), f"{NORM}: a weight that is not there by config.json."),
-    "an extra tensor": (weights_with(lambda w: w.update(x=torch.ones(3))), "x: a weight that is not asked for by config.json."),
-    "a config that asks for all memory": (config_with(vocab_size=2**31 - 1), "config.json asks for 137,438,96"),
-    "a config beyond all bounds": (config_with(vocab_size=2**62), "a llama model cannot be told: vocab_size: Input should be less than"),
-    "code of its author": (config_with(auto_map={"AutoModelForCausalLM": "evil.Model"}), "config.json: auto_map: it asks for code of its author to be run"),
-    "quantized": (config_with(quantization_config={"quant_method": "bitsandbytes"}), "config.json: quantization_config: its weights are quantized"),
-    "an unknown architecture": (config_with(model_type="nonsense"), "config.json: transformers cannot read it: "),
+    "a file cut short": (
+        lambda folder: (folder / "model.safetensors").write_bytes(
+            (folder / "model.safetensors").read_bytes()[:-5]
+        ),
+        "not sound safetensors: ",
+    ),
+    "an integer tensor": (
+        weights_with(lambda w: w.update({NORM: torch.ones(32, dtype=torch.int64)})),
+        f"{NORM}: weights are F64, F32, F16, BF16, found I64.",
+    ),
+    "another shape": (
+        weights_with(lambda w: w.update({NORM: torch.ones(64)})),
+        f"{NORM}: a weight that has another shape by config.json.",
+    ),
+    "a missing tensor": (
+        weights_with(lambda w: w.update({"x": w.pop(NORM)})),
+        f"{NORM}: a weight that is not there by config.json.",
+    ),
+    "an extra tensor": (
+        weights_with(lambda w: w.update(x=torch.ones(3))),
+        "x: a weight that is not asked for by config.json.",
+    ),
+    "a config that asks for all memory": (
+        config_with(vocab_size=2**31 - 1),
+        "config.json asks for 137,438,96",
+    ),
+    "a config beyond all bounds": (
+        config_with(vocab_size=2**62),
+        "a llama model cannot be told: vocab_size: Input should be less than",
+    ),
+    "code of its author": (
+        config_with(auto_map={"AutoModelForCausalLM": "evil.Model"}),
+        "config.json: auto_map: it asks for code of its author to be run",
+    ),
+    "quantized": (
+        config_with(quantization_config={"quant_method": "bitsandbytes"}),
+        "config.json: quantization_config: its weights are quantized",
+    ),
+    "an unknown architecture": (
+        config_with(model_type="nonsense"),
+        "config.json: transformers cannot read it: ",
+    ),
     "no architecture": (config_with(model_type=None), "config.json: transformers cannot read it: "),
-    "an encoder-decoder without a start": (config_with(model_type="t5"), "config.json: decoder_start_token_id: missing, and an encoder-decoder needs it."),
-    "no language model": (config_with(model_type="vit"), "config.json: model_type: vit is no model that writes text."),
-    "a size that is text": (config_with(hidden_size="wide"), "config.json: transformers cannot read it: "),
+    "an encoder-decoder without a start": (
+        config_with(model_type="t5"),
+        "config.json: decoder_start_token_id: missing, and an encoder-decoder needs it.",
+    ),
+    "no language model": (
+        config_with(model_type="vit"),
+        "config.json: model_type: vit is no model that writes text.",
+    ),
+    "a size that is text": (
+        config_with(hidden_size="wide"),
+        "config.json: transformers cannot read it: ",
+    ),
     "heads of no size": (config_with(num_attention_heads=0), "config.json: "),
-    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable JSON: "),
-    "a JSON list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json: expected a JSON object."),
+    "no JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "config.json: not readable JSON: ",
+    ),
+    "a JSON list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "config.json: expected a JSON object.",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json here."),
-    "no weights": (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "no model.safetensors here."),
-    "an adapter": (lambda folder: (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}'), "an adapter, not a whole model."),
-    "a shard elsewhere": (index_with("../model.safetensors"), "weight_map: '../model.safetensors' is not the name of a safetensors file beside it."),
-    "a shard that is a pickle": (index_with("pytorch_model.bin"), "weight_map: 'pytorch_model.bin' is not the name of a safetensors file"),
-    "a shard that is not there": (index_with("model-2.safetensors"), "model-2.safetensors: not sound safetensors: "),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "no model.safetensors here.",
+    ),
+    "an adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text(
+            '{"base_model_name_or_path": "../other"}'
+        ),
+        "an adapter, not a whole model.",
+    ),
+    "a shard elsewhere": (
+        index_with("../model.safetensors"),
+        "weight_map: '../model.safetensors' is not the name of a safetensors file beside it.",
+    ),
+    "a shard that is a pickle": (
+        index_with("pytorch_model.bin"),
+        "weight_map: 'pytorch_model.bin' is not the name of a safetensors file",
+    ),
+    "a shard that is not there": (
+        index_with("model-2.safetensors"),
+        "model-2.safetensors: not sound safetensors: ",
+    ),
     "an index of nothing": (
-        lambda folder: index_with("x")(folder) or (folder / "model.safetensors.index.json").write_text("{}"),
+        lambda folder: (
+            index_with("x")(folder) or (folder / "model.safetensors.index.json").write_text("{}")
+        ),
         "weight_map: expected an object",
     ),
 }
@@ -244,11 +368,15 @@ def test_a_bad_file_is_named_and_nothing_is_taken(name: str, folder: Path) -> No
 def test_scaled_logits_are_refused() -> None:
     """The loss multiplies by the head's matrix alone; Granite divides the logits by logits_scaling afterwards."""
     model = ForeignDecoder(random_model("granite", intermediate_size=48, logits_scaling=8.0))
-    with pytest.raises(UserError, match="the logits of a granite model are more than a matrix product"):
-        foreign._check_head(model, "x")
+    with pytest.raises(
+        UserError, match="the logits of a granite model are more than a matrix product"
+    ):
+        hf_model._check_head(model, "x")
 
 
-@pytest.mark.parametrize("name", ["../../etc", "/etc/passwd", "nowhere/at/all", "%2e%2e/x", "a\0b", "", "."])
+@pytest.mark.parametrize(
+    "name", ["../../etc", "/etc/passwd", "nowhere/at/all", "%2e%2e/x", "a\0b", "", "."]
+)
 def test_a_name_that_is_no_model_is_refused(name: str) -> None:
     """H6: paths out of here, files, and what is no name at all."""
     with pytest.raises(UserError, match="Give "):
@@ -261,6 +389,9 @@ def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     def unreachable(what: str, mend: str) -> None:
         raise UserError(f"{what}: cannot be reached. {mend}")
 
-    monkeypatch.setattr(foreign, "require_hub", unreachable)
-    with pytest.raises(UserError, match="someone/model: cannot be reached. Give a local folder with config.json and model.safetensors."):
+    monkeypatch.setattr(hf_model, "require_hub", unreachable)
+    with pytest.raises(
+        UserError,
+        match="someone/model: cannot be reached. Give a local folder with config.json and model.safetensors.",
+    ):
         find("someone/model")

@@ -8,15 +8,30 @@ import pytest
 import torch
 from torch import nn
 
-from tinylm.checkpoint import fingerprint_of
-from tinylm.config import LoraConfig, ModelConfig, MoEConfig, TrainingConfig
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError
-from tinylm.foreign import ForeignDecoder
-from tinylm.lora import adapter_weights, adapters_off, attach, default_targets, load_adapter, merge, target_layers
-from tinylm.optim import make_optimizer
+from tinylm.checkpoint.load import fingerprint_of
+from tinylm.common.errors import UserError
+from tinylm.config.schema import LoraConfig, ModelConfig, MoEConfig, TrainingConfig
+from tinylm.model.decoder import Decoder
+from tinylm.model.hf_model import ForeignDecoder
+from tinylm.model.lora import (
+    adapter_weights,
+    adapters_off,
+    attach,
+    default_targets,
+    load_adapter,
+    merge,
+    target_layers,
+)
+from tinylm.optim.optimizers import make_optimizer
 
-SHAPE = {"vocab_size": 97, "max_seq_len": 32, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 48}
+SHAPE = {
+    "vocab_size": 97,
+    "max_seq_len": 32,
+    "n_layers": 2,
+    "d_model": 32,
+    "n_heads": 4,
+    "d_ff": 48,
+}
 LORA = LoraConfig(r=4, alpha=8.0)
 
 
@@ -31,15 +46,27 @@ def theirs(kind: str) -> ForeignDecoder:
     import transformers
 
     torch.manual_seed(0)
-    names = {"vocab_size": 97, "max_position_embeddings": 32, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
-    extra = {"bos_token_id": None, "eos_token_id": None} | ({"intermediate_size": 48, "num_key_value_heads": 2} if kind == "llama" else {})
+    names = {
+        "vocab_size": 97,
+        "max_position_embeddings": 32,
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+    }
+    extra = {"bos_token_id": None, "eos_token_id": None} | (
+        {"intermediate_size": 48, "num_key_value_heads": 2} if kind == "llama" else {}
+    )
     config = transformers.AutoConfig.for_model(kind, **names, **extra)
-    return ForeignDecoder(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval())
+    return ForeignDecoder(
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    )
 
 
 MODELS = {
     "ours": lambda: ours(),
-    "ours with biases and few kv heads": lambda: ours(bias="all", n_kv_heads=2, ffn="gelu", tie_embeddings=False),
+    "ours with biases and few kv heads": lambda: ours(
+        bias="all", n_kv_heads=2, ffn="gelu", tie_embeddings=False
+    ),
     "ours with experts": lambda: ours(moe=MoEConfig(n_experts=3, top_k=2)),
     "gpt2": lambda: theirs("gpt2"),
     "llama": lambda: theirs("llama"),
@@ -49,7 +76,10 @@ MODELS = {
 def stirred(model: nn.Module) -> dict[str, torch.Tensor]:
     """Adapters as after training: B is not zero any more. They are put into the model and given back."""
     generator = torch.Generator().manual_seed(1)
-    made = {name: 0.3 * torch.randn(weight.shape, generator=generator) for name, weight in adapter_weights(dict(model.named_parameters())).items()}
+    made = {
+        name: 0.3 * torch.randn(weight.shape, generator=generator)
+        for name, weight in adapter_weights(dict(model.named_parameters())).items()
+    }
     load_adapter(model, made)
     return made
 
@@ -61,7 +91,9 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_merged_and_separate_adapters_give_the_same_logits_and_switched_off_ones_the_base(name: str) -> None:
+def test_merged_and_separate_adapters_give_the_same_logits_and_switched_off_ones_the_base(
+    name: str,
+) -> None:
     """D8: off equals the base to the last bit, new adapters (B = 0) too; merged equals separate up to rounding, and both differ from the base."""
     base, model, merged = (MODELS[name]() for _ in range(3))
     before = logits(base)
@@ -91,7 +123,9 @@ def test_only_adapters_are_trained_and_the_base_stays_bitwise(name: str) -> None
     model.train()
     model(torch.arange(16)[None]).square().mean().backward()
     optimizer.step()
-    moved = {key for key, weight in model.state_dict().items() if not torch.equal(weight, before[key])}
+    moved = {
+        key for key, weight in model.state_dict().items() if not torch.equal(weight, before[key])
+    }
     assert moved == {key for key in before if ".lora_" in key}
     assert len(moved) == len(adapters) > 0
     with adapters_off(model):
@@ -124,7 +158,9 @@ def test_the_defaults_fit_each_architecture(name: str, expected: tuple[str, ...]
     assert default_targets(model) == expected
     layers = target_layers(model, LORA)
     assert {layer.rpartition(".")[2] for layer in layers} == set(expected)
-    assert len(layers) == 2 * len(expected) + (2 if name == "gpt2" else 0), "GPT-2 has a c_proj in attention and one in the feed-forward"
+    assert len(layers) == 2 * len(expected) + (2 if name == "gpt2" else 0), (
+        "GPT-2 has a c_proj in attention and one in the feed-forward"
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,10 +172,26 @@ def test_the_defaults_fit_each_architecture(name: str, expected: tuple[str, ...]
             "lora.target_modules: no layer that can have an adapter is called q_proj. There are down, out, qkv, up.",
         ),
         ("ours", {"target_modules": ("head",)}, "no layer that can have an adapter is called head"),
-        ("ours", {"target_modules": ("embedding",)}, "no layer that can have an adapter is called embedding"),
-        ("ours with experts", {"target_modules": ("up",)}, "no layer that can have an adapter is called up. There are out, qkv, router."),
-        ("llama", {"target_modules": ("lm_head",)}, "no layer that can have an adapter is called lm_head"),
-        ("ours", {"r": 33}, "lora.r: a rank of 33 is more than the smaller side of blocks.0.ffn.down, 32. Lower lora.r."),
+        (
+            "ours",
+            {"target_modules": ("embedding",)},
+            "no layer that can have an adapter is called embedding",
+        ),
+        (
+            "ours with experts",
+            {"target_modules": ("up",)},
+            "no layer that can have an adapter is called up. There are out, qkv, router.",
+        ),
+        (
+            "llama",
+            {"target_modules": ("lm_head",)},
+            "no layer that can have an adapter is called lm_head",
+        ),
+        (
+            "ours",
+            {"r": 33},
+            "lora.r: a rank of 33 is more than the smaller side of blocks.0.ffn.down, 32. Lower lora.r.",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(name: str, settings: dict[str, Any], words: str) -> None:
@@ -152,13 +204,18 @@ def test_what_does_not_fit_is_refused(name: str, settings: dict[str, Any], words
 def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """F8."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="peft is not installed, and this needs it. pip install peft."):
+    with pytest.raises(
+        UserError, match="peft is not installed, and this needs it. pip install peft."
+    ):
         attach(ours(), LORA, seed=0)
 
 
 def test_merging_needs_no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     """What infer.py does with an adapter of our own decoder starts in a second instead of five."""
-    weights = {"blocks.0.attention.qkv.lora_A.weight": torch.ones(1, 32), "blocks.0.attention.qkv.lora_B.weight": torch.ones(96, 1)}
+    weights = {
+        "blocks.0.attention.qkv.lora_A.weight": torch.ones(1, 32),
+        "blocks.0.attention.qkv.lora_B.weight": torch.ones(96, 1),
+    }
     monkeypatch.setitem(sys.modules, "peft", None)
     model = ours()
     before = model.blocks[0].attention.qkv.weight.clone()

@@ -9,24 +9,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from test_train import Capture, assert_same_run, bytes_of, curve, elsewhere
 
 import eval_val
 import evaluate_checkpoints
 import finetune
 import infer
 import train
-from tinylm import checkpoint, foreign
-from tinylm.bpe import CHARACTER_OF_BYTE
-from tinylm.config import LoraConfig, SamplingConfig
-from tinylm.engine import Engine
-from tinylm.errors import UserError
-from tinylm.evaluate import batch_sums, beside_ids
-from tinylm.foreign import ForeignSeq2Seq, find
-from tinylm.lora import adapter_weights, adapters_off, attach, default_targets, load_adapter, merge, save_adapter
-from tinylm.losses import cross_entropy
-from tinylm.packing import IGNORE_INDEX
-from tinylm.tokenizer import HFTokenizer, load_hf_tokenizer
+from tests.training.test_train import Capture, assert_same_run, bytes_of, curve, elsewhere
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import load as checkpoint_load
+from tinylm.common.errors import UserError
+from tinylm.config.schema import LoraConfig, SamplingConfig
+from tinylm.eval.perplexity import batch_sums, beside_ids
+from tinylm.generate.engine import Engine
+from tinylm.interchange.peft import save_adapter
+from tinylm.model import hf_model
+from tinylm.model.hf_model import ForeignSeq2Seq, find
+from tinylm.model.lora import (
+    adapter_weights,
+    adapters_off,
+    attach,
+    default_targets,
+    load_adapter,
+    merge,
+)
+from tinylm.objectives.cross_entropy import cross_entropy
+from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE
+from tinylm.tokenizer.hf import HFTokenizer, load_hf_tokenizer
+from tinylm.tokens.packing import IGNORE_INDEX
 
 EOS, PAD = 256, 257
 # The first T5, whose head is the embedding and whose logits are scaled; v1.1 and FLAN, whose head is its own; another family.
@@ -43,16 +53,27 @@ def random_model(kind: str, **more: Any) -> Any:
     """A model of random weights, large enough that every token matters."""
     import transformers
 
-    settings = {"vocab_size": 258, "d_model": 32, "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD, "d_ff": 48}
+    settings = {
+        "vocab_size": 258,
+        "d_model": 32,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "decoder_start_token_id": PAD,
+        "d_ff": 48,
+    }
     settings |= {key: value for key, value in KINDS[kind].items() if key != "model_type"} | more
-    model = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(KINDS[kind]["model_type"], **settings))
+    model = transformers.AutoModelForSeq2SeqLM.from_config(
+        transformers.AutoConfig.for_model(KINDS[kind]["model_type"], **settings)
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.copy_(0.4 * torch.randn(weight.shape, generator=generator))
         if kind == "flan":
-            model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(model.lm_head.weight.shape, generator=generator))
+            model.lm_head.weight = torch.nn.Parameter(
+                0.3 * torch.randn(model.lm_head.weight.shape, generator=generator)
+            )
     return model.eval()
 
 
@@ -61,12 +82,21 @@ def save(folder: Path, kind: str, **more: Any) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     random_model(kind, **more).save_pretrained(folder)
-    backend = Tokenizer(models.BPE({character: byte for byte, character in CHARACTER_OF_BYTE.items()}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend = Tokenizer(
+        models.BPE({character: byte for byte, character in CHARACTER_OF_BYTE.items()}, [])
+    )
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     backend.add_special_tokens(["</s>", "<pad>"])
-    backend.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", EOS)])
+    backend.post_processor = processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", EOS)]
+    )
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": "<pad>"}', encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        '{"eos_token": "</s>", "pad_token": "<pad>"}', encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +133,11 @@ def test_rows_become_what_each_side_reads(pair: Any) -> None:
     """By hand: prompts closed by EOS, -100 behind a shorter one; the decoder begins with its start and is asked for answer and end."""
     model, _ = pair
     batch = model.arranged(rows())
-    assert batch["prompt_ids"].tolist() == [[10, 11, 12, EOS, -100, -100], [30, 31, 32, 33, 34, EOS], [EOS] + [-100] * 5]
+    assert batch["prompt_ids"].tolist() == [
+        [10, 11, 12, EOS, -100, -100],
+        [30, 31, 32, 33, 34, EOS],
+        [EOS] + [-100] * 5,
+    ]
     assert batch["labels"].tolist() == [[20, EOS, -100, -100], [40, 41, 42, EOS], [-100] * 4]
     assert batch["input_ids"][:2].tolist() == [[PAD, 20, EOS, EOS], [PAD, 40, 41, 42]]
 
@@ -113,7 +147,11 @@ def test_the_loss_is_that_of_transformers(pair: Any) -> None:
     model, _ = pair
     batch = model.arranged(rows())
     real = batch["prompt_ids"] != IGNORE_INDEX
-    theirs = model.inner(input_ids=batch["prompt_ids"].masked_fill(~real, PAD), attention_mask=real.long(), labels=batch["labels"]).loss
+    theirs = model.inner(
+        input_ids=batch["prompt_ids"].masked_fill(~real, PAD),
+        attention_mask=real.long(),
+        labels=batch["labels"],
+    ).loss
     expected = torch.autograd.grad(theirs, model.embedding.weight)[0]
     hidden = model.features(batch["input_ids"], **beside_ids(batch)).hidden
     ours = cross_entropy(hidden.flatten(0, 1), model.head.weight, batch["labels"].flatten()) / 6
@@ -135,8 +173,17 @@ def test_greedy_texts_are_those_of_transformers(pair: Any, prompt: str) -> None:
     """
     model, tokenizer = pair
     ids = torch.tensor([[*prompt.encode(), EOS]])
-    theirs = model.inner.generate(ids, do_sample=False, max_new_tokens=30, eos_token_id=EOS, num_beams=1, no_repeat_ngram_size=2)[0, 1:].tolist()
-    [ours] = Engine(model, tokenizer).generate(prompt, SamplingConfig(temperature=0, max_new_tokens=30, no_repeat_ngram=2))
+    theirs = model.inner.generate(
+        ids,
+        do_sample=False,
+        max_new_tokens=30,
+        eos_token_id=EOS,
+        num_beams=1,
+        no_repeat_ngram_size=2,
+    )[0, 1:].tolist()
+    [ours] = Engine(model, tokenizer).generate(
+        prompt, SamplingConfig(temperature=0, max_new_tokens=30, no_repeat_ngram=2)
+    )
     assert list(ours.ids) == theirs
     assert len(set(theirs)) > 3
 
@@ -147,7 +194,10 @@ def test_beams_and_samples_share_one_prompt(pair: Any) -> None:
     engine = Engine(model, tokenizer)
     prompt = engine.encode_prompt("the dog")
     greedy = engine.generate(prompt, SamplingConfig(temperature=0, max_new_tokens=6))[0]
-    beam = tuple(piece.token_id for piece in engine.beam_search(prompt, SamplingConfig(max_new_tokens=6, n_beams=1)))
+    beam = tuple(
+        piece.token_id
+        for piece in engine.beam_search(prompt, SamplingConfig(max_new_tokens=6, n_beams=1))
+    )
     assert beam == greedy.ids
     [best] = engine.generate(prompt, SamplingConfig(max_new_tokens=6, n_beams=8))
     assert best.log_prob / len(best.ids) >= greedy.log_prob / len(greedy.ids) - 1e-5
@@ -163,7 +213,9 @@ def test_a_target_is_scored_by_the_decoder_alone(pair: Any) -> None:
     scores = engine.score_pairs([engine.encode_pair(*text) for text in texts], batch_size=2)
     for (prompt, target), score in zip(texts, scores, strict=True):
         wanted = torch.tensor([list(target.encode())])
-        logits = model.inner(input_ids=torch.tensor([[*prompt.encode(), EOS]]), labels=wanted).logits[..., : tokenizer.vocab_size]
+        logits = model.inner(
+            input_ids=torch.tensor([[*prompt.encode(), EOS]]), labels=wanted
+        ).logits[..., : tokenizer.vocab_size]
         log_p = F.log_softmax(logits, dim=-1)[0].gather(1, wanted.T).sum()
         assert score.log_prob == pytest.approx(log_p.item(), abs=1e-3)
         assert score.prompt_perplexity is None
@@ -173,11 +225,17 @@ def test_more_is_written_than_the_positions_hold(home: Path) -> None:
     """A context shift: the decoder reads the end of its text again, and the encoder the prompt. Texts that have ended leave the others alone."""
     model, tokenizer = find(str(home / "t5")).load().eval(), load_hf_tokenizer(str(home / "t5"))
     model.config = model.config.model_copy(update={"max_seq_len": 8})
-    engine, settings = Engine(model, tokenizer), {"temperature": 1.0, "max_new_tokens": 30, "seed": 1}
+    engine, settings = (
+        Engine(model, tokenizer),
+        {"temperature": 1.0, "max_new_tokens": 30, "seed": 1},
+    )
     four = engine.generate("the dog", SamplingConfig(n_samples=4, **settings), stop_ids=range(20))
     assert len({len(completion.ids) for completion in four}) > 2
     assert max(len(completion.ids) for completion in four) > 16
-    assert engine.generate("the dog", SamplingConfig(**settings), stop_ids=range(20))[0].ids == four[0].ids
+    assert (
+        engine.generate("the dog", SamplingConfig(**settings), stop_ids=range(20))[0].ids
+        == four[0].ids
+    )
 
 
 @torch.no_grad()
@@ -203,11 +261,15 @@ def test_what_an_encoder_cannot_do_is_a_callers_mistake(pair: Any) -> None:
 def test_a_checkpoint_gives_the_model_back(pair: Any) -> None:
     """Settings and weights as a checkpoint has them: equal weights and logits, and the head is tied or not as it was."""
     model, _ = pair
-    again = foreign.rebuild(model.settings, model.state_dict()).eval()
+    again = hf_model.rebuild(model.settings, model.state_dict()).eval()
     batch = model.arranged(rows())
-    assert checkpoint.fingerprint_of(again) == checkpoint.fingerprint_of(model)
-    assert torch.allclose(*(each(batch["input_ids"], **beside_ids(batch)) for each in (model, again)), atol=1e-5)
-    assert (again.head.weight is again.embedding.weight) == (model.head.weight is model.embedding.weight)
+    assert checkpoint_load.fingerprint_of(again) == checkpoint_load.fingerprint_of(model)
+    assert torch.allclose(
+        *(each(batch["input_ids"], **beside_ids(batch)) for each in (model, again)), atol=1e-5
+    )
+    assert (again.head.weight is again.embedding.weight) == (
+        model.head.weight is model.embedding.weight
+    )
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------------
@@ -222,14 +284,19 @@ def test_adapters_merge_switch_off_and_fit_the_architecture(home: Path) -> None:
     before = model(batch["input_ids"], **beside_ids(batch))
     attach(model, lora, seed=0)
     generator = torch.Generator().manual_seed(1)
-    weights = {name: 0.1 * torch.randn(weight.shape, generator=generator) for name, weight in adapter_weights(dict(model.named_parameters())).items()}
+    weights = {
+        name: 0.1 * torch.randn(weight.shape, generator=generator)
+        for name, weight in adapter_weights(dict(model.named_parameters())).items()
+    }
     load_adapter(model, weights)
     separate = model.eval()(batch["input_ids"], **beside_ids(batch))
     assert (separate - before).abs().max() > 0.01
     with adapters_off(model):
         assert torch.equal(model(batch["input_ids"], **beside_ids(batch)), before)
     merge(merged, weights, lora)
-    assert torch.allclose(merged(batch["input_ids"], **beside_ids(batch)), separate, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(
+        merged(batch["input_ids"], **beside_ids(batch)), separate, atol=1e-5, rtol=1e-5
+    )
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------
@@ -265,42 +332,92 @@ def make(home: Path, tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, LORA], ids=["whole", "lora"])
-def test_a_run_learns_and_the_programs_read_what_it_wrote(sections: dict, make: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_learns_and_the_programs_read_what_it_wrote(
+    sections: dict, make: Any, tmp_path: Path, capsys: Capture
+) -> None:
     """Fewer steps than the quick tier has time for would show no fall of the loss; ROUGE comes from the same code as for others."""
     assert finetune.main(["--config", str(make(**sections))]) == 0
     final = tmp_path / "checkpoints" / "final.ckpt"
     losses = [float.fromhex(loss) for loss in curve(tmp_path).values()]
     assert losses[-1] < losses[0]
-    assert checkpoint.describe(final).shape == "2L 32d 4h" + (" + r4" if sections else "")
+    assert checkpoint_format.describe(final).shape == "2L 32d 4h" + (" + r4" if sections else "")
     capsys.readouterr()
-    assert infer.main(["--ckpt", str(final), "--prompt", "hello", "--temperature", "0", "--max-new-tokens", "4", "--device", "cpu", "--json"]) == 0
+    assert (
+        infer.main(
+            [
+                "--ckpt",
+                str(final),
+                "--prompt",
+                "hello",
+                "--temperature",
+                "0",
+                "--max-new-tokens",
+                "4",
+                "--device",
+                "cpu",
+                "--json",
+            ]
+        )
+        == 0
+    )
     [completion] = json.loads(capsys.readouterr().out)["completions"]
-    loaded = checkpoint.load_model(final)
-    theirs = loaded.model.inner.generate(torch.tensor([[*b"hello", EOS]]), do_sample=False, max_new_tokens=4, eos_token_id=EOS, num_beams=1)
+    loaded = checkpoint_load.load_model(final)
+    theirs = loaded.model.inner.generate(
+        torch.tensor([[*b"hello", EOS]]),
+        do_sample=False,
+        max_new_tokens=4,
+        eos_token_id=EOS,
+        num_beams=1,
+    )
     assert completion["ids"] == theirs[0, 1:].tolist()
-    flags = ["--tasks", "samsum", "--smoke", "--limit", "1", "--out", str(tmp_path / "results"), "--device", "cpu"]
+    flags = [
+        "--tasks",
+        "samsum",
+        "--smoke",
+        "--limit",
+        "1",
+        "--out",
+        str(tmp_path / "results"),
+        "--device",
+        "cpu",
+    ]
     assert evaluate_checkpoints.main(["--checkpoints", str(final), *flags]) == 0
     assert "rouge1" in capsys.readouterr().out
 
 
-def test_conversations_of_several_answers_are_told(make: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_conversations_of_several_answers_are_told(
+    make: Any, tmp_path: Path, capsys: Capture
+) -> None:
     """Three of the four training rows have two answers, and a decoder that reads one prompt can learn one of them."""
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"n": n, "messages": turns[: 4 if n else 2]}) + "\n" for n in range(4)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"n": n, "messages": turns[: 4 if n else 2]}) + "\n" for n in range(4)),
+        encoding="utf-8",
+    )
     settings = {"task": None, "dataset": str(path), "val_dataset": str(path)}
     assert finetune.main(["--config", str(make(data=settings)), "training.max_steps=1"]) == 0
-    assert "3 rows have more than one answer: an encoder-decoder learns the last, and reads the others" in capsys.readouterr().err
+    assert (
+        "3 rows have more than one answer: an encoder-decoder learns the last, and reads the others"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, LORA], ids=["whole", "lora"])
 def test_a_stopped_run_goes_on_to_the_last_bit(sections: dict, make: Any, tmp_path: Path) -> None:
     """A12."""
-    command = ["--config", str(make(**sections)), "training.schedule=constant"]  # which does not depend on the number of steps
+    command = [
+        "--config",
+        str(make(**sections)),
+        "training.schedule=constant",
+    ]  # which does not depend on the number of steps
     assert finetune.main([*command, *elsewhere(tmp_path / "calm")]) == 0
     for steps in (2, 4):
-        assert finetune.main([*command, *elsewhere(tmp_path / "apart"), f"training.max_steps={steps}"]) == 0
+        assert (
+            finetune.main([*command, *elsewhere(tmp_path / "apart"), f"training.max_steps={steps}"])
+            == 0
+        )
     assert_same_run(tmp_path / "calm", tmp_path / "apart")
 
 
@@ -311,9 +428,11 @@ def test_the_adapter_that_is_saved_is_pefts(make: Any, home: Path, tmp_path: Pat
 
     assert finetune.main(["--config", str(make(**LORA)), "training.max_steps=2"]) == 0
     save_adapter(tmp_path / "checkpoints" / "final.ckpt", tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForSeq2SeqLM.from_pretrained(home / "t5"), tmp_path / "adapter").eval()
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForSeq2SeqLM.from_pretrained(home / "t5"), tmp_path / "adapter"
+    ).eval()
     assert theirs.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
-    ours = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt").model
+    ours = checkpoint_load.load_model(tmp_path / "checkpoints" / "final.ckpt").model
     ids = torch.tensor([[1, 2, 3, EOS]])
     expected = theirs(input_ids=ids, decoder_input_ids=ids).logits
     assert torch.allclose(ours(ids, prompt_ids=ids), expected, atol=1e-4)
@@ -322,28 +441,64 @@ def test_the_adapter_that_is_saved_is_pefts(make: Any, home: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.packing=packed", "data.packing: packed puts several examples in a row, and training.init_from names an encoder-decoder (t5)"),
-        ("training.train_on=all", "training.train_on: all trains the questions too, and training.init_from names an encoder-decoder (t5)"),
-        ("lora.target_modules=[qkv]", "no layer that can have an adapter is called qkv. There are k, o, q, v, wi, wo."),
+        (
+            "data.packing=packed",
+            "data.packing: packed puts several examples in a row, and training.init_from names an encoder-decoder (t5)",
+        ),
+        (
+            "training.train_on=all",
+            "training.train_on: all trains the questions too, and training.init_from names an encoder-decoder (t5)",
+        ),
+        (
+            "lora.target_modules=[qkv]",
+            "no layer that can have an adapter is called qkv. There are k, o, q, v, wi, wo.",
+        ),
     ],
 )
-def test_what_does_not_go_with_an_encoder_is_refused_by_name(override: str, words: str, make: Any, capsys: Capture) -> None:
-    assert finetune.main(["--config", str(make(**(LORA if "lora" in override else {}))), override]) == 2
+def test_what_does_not_go_with_an_encoder_is_refused_by_name(
+    override: str, words: str, make: Any, capsys: Capture
+) -> None:
+    assert (
+        finetune.main(["--config", str(make(**(LORA if "lora" in override else {}))), override])
+        == 2
+    )
     assert words in capsys.readouterr().err
 
 
 def test_plain_text_is_refused(make: Any, tmp_path: Path, capsys: Capture) -> None:
     """Pretraining and its validation ask for the next token of a text, which an encoder-decoder does not predict."""
-    (tmp_path / "corpus.txt").write_text("".join(f"a line of text, number {i}\n" for i in range(300)), encoding="utf-8")
-    config = str(make(data={"task": None, "dataset": str(tmp_path / "corpus.txt"), "cache_dir": str(tmp_path / "cache")}))
+    (tmp_path / "corpus.txt").write_text(
+        "".join(f"a line of text, number {i}\n" for i in range(300)), encoding="utf-8"
+    )
+    config = str(
+        make(
+            data={
+                "task": None,
+                "dataset": str(tmp_path / "corpus.txt"),
+                "cache_dir": str(tmp_path / "cache"),
+            }
+        )
+    )
     assert train.main(["--config", config, "training.seq_len=32"]) == 2
-    assert "training.init_from names an encoder-decoder (t5), which learns from questions and answers: python finetune.py" in capsys.readouterr().err
+    assert (
+        "training.init_from names an encoder-decoder (t5), which learns from questions and answers: python finetune.py"
+        in capsys.readouterr().err
+    )
     assert finetune.main(["--config", str(make()), "training.max_steps=1"]) == 0
-    assert eval_val.main(["--ckpt", str(tmp_path / "checkpoints" / "final.ckpt"), "--config", config]) == 2
-    assert "an encoder-decoder, which answers and predicts no plain text. Use evaluate_checkpoints.py --tasks." in capsys.readouterr().err
+    assert (
+        eval_val.main(["--ckpt", str(tmp_path / "checkpoints" / "final.ckpt"), "--config", config])
+        == 2
+    )
+    assert (
+        "an encoder-decoder, which answers and predicts no plain text. Use evaluate_checkpoints.py --tasks."
+        in capsys.readouterr().err
+    )
 
 
 def test_an_encoder_decoder_without_its_start_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "t5", "t5", decoder_start_token_id=None)
-    with pytest.raises(UserError, match=r"decoder_start_token_id: missing, and an encoder-decoder needs it\. Download it again\."):
+    with pytest.raises(
+        UserError,
+        match=r"decoder_start_token_id: missing, and an encoder-decoder needs it\. Download it again\.",
+    ):
         find(str(tmp_path / "t5"))

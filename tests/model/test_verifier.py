@@ -9,14 +9,29 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from tinylm.config import ModelConfig
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError
-from tinylm.problems import NUMBER, corrupted
-from tinylm.verifier import Verifier, VerifierScore, area_under_curve, calibration_error, logit_counts, verifier_loss
+from tinylm.common.errors import UserError
+from tinylm.config.schema import ModelConfig
+from tinylm.model.decoder import Decoder
+from tinylm.model.verifier import Verifier
+from tinylm.objectives.verifier import (
+    VerifierScore,
+    area_under_curve,
+    calibration_error,
+    logit_counts,
+    verifier_loss,
+)
+from tinylm.rows.verifier_data import NUMBER, corrupted
 
 TINY = {"vocab_size": 19, "n_layers": 2, "d_model": 16, "n_heads": 2, "max_seq_len": 10}
-SHAPES = [{}, {"position": "learned"}, {"position": "none"}, {"n_kv_heads": 1}, {"n_sinks": 2}, {"norm_placement": "post"}, {"qk_norm": True, "bias": "all"}]
+SHAPES = [
+    {},
+    {"position": "learned"},
+    {"position": "none"},
+    {"n_kv_heads": 1},
+    {"n_sinks": 2},
+    {"norm_placement": "post"},
+    {"qk_norm": True, "bias": "all"},
+]
 
 
 def make(**options) -> Verifier:
@@ -41,7 +56,12 @@ def test_every_token_counts_on_both_sides_and_padding_nowhere(options):
 def test_a_batch_gives_what_each_pair_gives_alone():
     model = make()
     ids, mask = torch.randint(19, (3, 8)), torch.arange(8) < torch.tensor([8, 5, 1])[:, None]
-    alone = torch.cat([model(row[None, : keep.sum()], keep[None, : keep.sum()]) for row, keep in zip(ids, mask, strict=True)])
+    alone = torch.cat(
+        [
+            model(row[None, : keep.sum()], keep[None, : keep.sum()])
+            for row, keep in zip(ids, mask, strict=True)
+        ]
+    )
     torch.testing.assert_close(model(ids, mask), alone)
 
 
@@ -87,28 +107,51 @@ def test_a_token_does_not_see_itself(n_sinks):
     model = make(n_sinks=n_sinks, position="none")
     block = model.blocks[0]
     seen = model._seen(torch.tensor([[True, True, True, False], [True, False, False, False]]))
-    assert seen[0, 0, :, n_sinks:].tolist() == [[False, True, True, False], [True, False, True, False], [True, True, False, False], [True, True, True, False]]
-    assert seen[1, 0, 0, n_sinks:].tolist() == [True, False, False, False] and bool(seen[..., :n_sinks].all())
+    assert seen[0, 0, :, n_sinks:].tolist() == [
+        [False, True, True, False],
+        [True, False, True, False],
+        [True, True, False, False],
+        [True, True, True, False],
+    ]
+    assert seen[1, 0, 0, n_sinks:].tolist() == [True, False, False, False] and bool(
+        seen[..., :n_sinks].all()
+    )
     assert torch.isfinite(model(torch.tensor([[5]]), torch.tensor([[True]]))).all()
     assert block.attention.n_sinks == n_sinks
 
 
-@pytest.mark.parametrize("options", [{}, {"n_kv_heads": 1}, {"head_dim": 4, "n_heads": 4, "n_kv_heads": 2}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"n_kv_heads": 1}, {"head_dim": 4, "n_heads": 4, "n_kv_heads": 2}, {"bias": "all"}],
+    ids=str,
+)
 def test_equal_tokens_find_each_other_before_training(options):
     """Queries begin as keys in the first block: without positions a token that occurs twice has its largest attention on its like, in every head."""
     model = make(init="trunc_normal", position="none", d_model=64, **options)
     x = model.blocks[0].attention_norm(model.embedding(torch.tensor([[3, 4, 5, 3, 6]])))
-    from tinylm.decoder import Sight
+    from tinylm.model.decoder import Sight
 
-    sight = Sight(torch.arange(5), None, model._seen(torch.ones(1, 5, dtype=torch.bool)), is_causal=False, cache=None)
+    sight = Sight(
+        torch.arange(5),
+        None,
+        model._seen(torch.ones(1, 5, dtype=torch.bool)),
+        is_causal=False,
+        cache=None,
+    )
     weights = model.blocks[0].attention.weights(x, sight)[0]  # (H, T, S)
-    assert weights[:, 0].argmax(dim=-1).tolist() == [3] * weights.size(0) and weights[:, 3].argmax(dim=-1).tolist() == [0] * weights.size(0)
+    assert weights[:, 0].argmax(dim=-1).tolist() == [3] * weights.size(0) and weights[:, 3].argmax(
+        dim=-1
+    ).tolist() == [0] * weights.size(0)
 
 
 def test_its_loss_is_the_cross_entropy_of_which_token_is_wrong():
     """By hand, odds 1 and 3 beside 1 of none: a right answer costs ln 5; a wrong one whose second token departs ln 5/3, one that departs anywhere ln 5/4."""
     places = torch.tensor([[1.0, 3.0, 0.0]]).log()
-    for right, departs, expected in ((1, [0, 0, 0], 5), (0, [0, 1, 0], 5 / 3), (0, [1, 1, 0], 5 / 4)):
+    for right, departs, expected in (
+        (1, [0, 0, 0], 5),
+        (0, [0, 1, 0], 5 / 3),
+        (0, [1, 1, 0], 5 / 4),
+    ):
         found = verifier_loss(places, torch.tensor([right]), torch.tensor([departs]).bool())
         assert found.item() == pytest.approx(np.log(expected), rel=1e-6)
 
@@ -116,10 +159,15 @@ def test_its_loss_is_the_cross_entropy_of_which_token_is_wrong():
 def test_where_a_wrong_answer_is_wrong_anywhere_the_loss_is_that_of_right_and_wrong():
     """Cross entropy of the logit, and gradients that are numbers for right and wrong in one batch."""
     places = torch.randn(6, 5).requires_grad_()
-    right, real = torch.tensor([1, 0, 1, 0, 0, 1]), torch.arange(5) < torch.tensor([5, 5, 2, 2, 1, 1])[:, None]
+    right, real = (
+        torch.tensor([1, 0, 1, 0, 0, 1]),
+        torch.arange(5) < torch.tensor([5, 5, 2, 2, 1, 1])[:, None],
+    )
     odds = places.masked_fill(~real, -torch.inf)
     found = verifier_loss(odds, right, real & ~right.bool()[:, None])
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(-odds.logsumexp(dim=1), right.float(), reduction="sum")
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        -odds.logsumexp(dim=1), right.float(), reduction="sum"
+    )
     torch.testing.assert_close(found, expected)
     found.backward()
     assert torch.isfinite(places.grad).all() and bool((places.grad[~real] == 0).all())
@@ -138,11 +186,20 @@ def test_one_number_is_another_and_the_rest_is_untouched(text, number, seed):
 
 def test_a_number_keeps_its_form_and_text_without_one_has_no_wrong_answer():
     wrong = {corrupted("$5,234.50", random.Random(seed)) for seed in range(20)}
-    assert all(NUMBER.fullmatch(answer[1:]) and "," in answer and answer[-3] == "." for answer in wrong) and len(wrong) > 5
+    assert (
+        all(
+            NUMBER.fullmatch(answer[1:]) and "," in answer and answer[-3] == "." for answer in wrong
+        )
+        and len(wrong) > 5
+    )
     assert corrupted("none", random.Random(0)) is None
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2).filter(lambda rows: len({right for _, right in rows}) == 2))
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2).filter(
+        lambda rows: len({right for _, right in rows}) == 2
+    )
+)
 def test_the_area_under_the_curve_is_that_of_scikit_learn(rows):
     scores, right = (np.array(column) for column in zip(*rows, strict=True))
     assert area_under_curve(scores / 5, right) == pytest.approx(roc_auc_score(right, scores))
@@ -150,25 +207,43 @@ def test_the_area_under_the_curve_is_that_of_scikit_learn(rows):
 
 def test_the_calibration_error_worked_by_hand():
     """Bin 0.9: two pairs of probability 0.9, one right: |1.8 - 1| = 0.8; bin 0.2: one of 0.2, wrong: 0.2. (0.8 + 0.2) / 3."""
-    assert calibration_error(np.array([0.9, 0.9, 0.2]), np.array([True, False, False])) == pytest.approx(1 / 3)
+    assert calibration_error(
+        np.array([0.9, 0.9, 0.2]), np.array([True, False, False])
+    ) == pytest.approx(1 / 3)
 
 
 def test_a_score_shows_the_majority_beside_the_accuracy():
     score = VerifierScore.of(np.array([0.9, 0.8, 0.6, 0.1]), np.array([True, True, False, True]))
-    assert (score.n, score.accuracy, score.majority, score.auc) == (4, 0.5, 0.75, pytest.approx(2 / 3))
+    assert (score.n, score.accuracy, score.majority, score.auc) == (
+        4,
+        0.5,
+        0.75,
+        pytest.approx(2 / 3),
+    )
 
 
 @example([(0.0, False), (0.019999999552965164, True)])
-@given(st.lists(st.tuples(st.floats(-30, 30, width=32), st.booleans()), min_size=2).filter(lambda rows: len({right for _, right in rows}) == 2))
+@given(
+    st.lists(st.tuples(st.floats(-30, 30, width=32), st.booleans()), min_size=2).filter(
+        lambda rows: len({right for _, right in rows}) == 2
+    )
+)
 def test_counted_logits_give_the_score_of_the_logits(rows):
     """Exact but for the width of a bin: the probability moves by at most 0.0025, and no pair changes sides."""
-    logits, right = torch.tensor([logit for logit, _ in rows]), torch.tensor([right for _, right in rows])
+    logits, right = (
+        torch.tensor([logit for logit, _ in rows]),
+        torch.tensor([right for _, right in rows]),
+    )
     counts = sum(logit_counts(*part) for part in ((logits[:1], right[:1]), (logits[1:], right[1:])))
     found = VerifierScore.of_counts(counts.numpy())
     exact = VerifierScore.of(torch.sigmoid(logits.double()).numpy(), right.numpy())
     # In the logits' own precision: 0.02 in fp32 is a border of bins, and below it in fp64.
     binned = VerifierScore.of((logits / 0.02).floor().clamp(-1000, 999).numpy(), right.numpy())
-    assert (found.n, found.accuracy, found.majority) == (exact.n, (torch.where(logits >= 0, 1, 0) == right).double().mean().item(), exact.majority)
+    assert (found.n, found.accuracy, found.majority) == (
+        exact.n,
+        (torch.where(logits >= 0, 1, 0) == right).double().mean().item(),
+        exact.majority,
+    )
     assert found.auc == pytest.approx(binned.auc)
 
 

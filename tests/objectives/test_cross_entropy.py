@@ -10,14 +10,21 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tinylm import losses
-from tinylm.config import DpoConfig
-from tinylm.losses import Answers, answer_log_probs, cross_entropy, preference_loss, score_targets
-from tinylm.packing import IGNORE_INDEX
+from tinylm.config.schema import DpoConfig
+from tinylm.objectives import cross_entropy as losses
+from tinylm.objectives.cross_entropy import cross_entropy, score_targets
+from tinylm.objectives.preferences import Answers, answer_log_probs, preference_loss
+from tinylm.tokens.packing import IGNORE_INDEX
 
 
 def example(
-    n: int = 37, width: int = 8, vocab: int = 29, *, ignored: float = 0.3, dtype: torch.dtype = torch.float32, seed: int = 0
+    n: int = 37,
+    width: int = 8,
+    vocab: int = 29,
+    *,
+    ignored: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states and a head that want gradients, and labels, a share of them ignored."""
     generator = torch.Generator().manual_seed(seed)
@@ -31,7 +38,12 @@ def example(
 def oracle(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """torch's cross entropy over all logits."""
     logits = hidden @ weight.T
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum", label_smoothing=label_smoothing)
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        labels,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
 
 
 @pytest.fixture
@@ -42,14 +54,18 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
-def test_value_and_gradients_are_those_of_the_full_logits(smoothing: float, ignored: float, small_chunks: None) -> None:
+def test_value_and_gradients_are_those_of_the_full_logits(
+    smoothing: float, ignored: float, small_chunks: None
+) -> None:
     """In fp64, where the two can only differ in the order of sums; scaled by 0.7, so that the backward pass is too."""
     hidden, weight, labels = example(ignored=ignored, dtype=torch.float64)
     expected = oracle(hidden, weight, labels, smoothing)
     expected_grads = torch.autograd.grad(0.7 * expected, (hidden, weight))
     actual = cross_entropy(hidden, weight, labels, label_smoothing=smoothing)
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(0.7 * actual, (hidden, weight)), expected_grads, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        torch.autograd.grad(0.7 * actual, (hidden, weight)), expected_grads, rtol=1e-12, atol=1e-13
+    )
 
 
 def test_gradients_are_the_slopes_of_the_value(small_chunks: None) -> None:
@@ -59,9 +75,16 @@ def test_gradients_are_the_slopes_of_the_value(small_chunks: None) -> None:
     for tensor in (hidden, weight):
         direction, h = torch.randn_like(tensor), 1e-5
         ahead, behind = (
-            cross_entropy(*(t + shift * direction if t is tensor else t for t in (hidden, weight)), labels, label_smoothing=0.1).item() for shift in (h, -h)
+            cross_entropy(
+                *(t + shift * direction if t is tensor else t for t in (hidden, weight)),
+                labels,
+                label_smoothing=0.1,
+            ).item()
+            for shift in (h, -h)
         )
-        assert (ahead - behind) / (2 * h) == pytest.approx((tensor.grad * direction).sum().item(), rel=1e-7)
+        assert (ahead - behind) / (2 * h) == pytest.approx(
+            (tensor.grad * direction).sum().item(), rel=1e-7
+        )
 
 
 def test_smoothing_mixes_the_label_with_the_uniform_distribution() -> None:
@@ -71,7 +94,9 @@ def test_smoothing_mixes_the_label_with_the_uniform_distribution() -> None:
     """
     hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [2.0], [5.0]]).log()
     expected = -(0.1 * math.log(1 / 8) + 0.1 * math.log(2 / 8) + 0.8 * math.log(5 / 8))
-    assert cross_entropy(hidden, weight, torch.tensor([2]), label_smoothing=0.3).item() == pytest.approx(expected, rel=1e-6)
+    assert cross_entropy(
+        hidden, weight, torch.tensor([2]), label_smoothing=0.3
+    ).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_equal_logits_cost_log_vocabulary() -> None:
@@ -83,7 +108,12 @@ def test_equal_logits_cost_log_vocabulary() -> None:
 
 
 @hypothesis_settings(max_examples=30, deadline=None)
-@given(chunk=st.integers(1, 50), n=st.integers(0, 40), ignored=st.sampled_from([0.0, 0.5, 1.0]), seed=st.integers(0, 1000))
+@given(
+    chunk=st.integers(1, 50),
+    n=st.integers(0, 40),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
 def test_chunk_borders_do_not_show(chunk: int, n: int, ignored: float, seed: int) -> None:
     """The same loss and gradients for any chunk size, down to no tokens at all."""
     hidden, weight, labels = example(n, ignored=ignored, dtype=torch.float64, seed=seed)
@@ -92,7 +122,12 @@ def test_chunk_borders_do_not_show(chunk: int, n: int, ignored: float, seed: int
         patch.setattr(losses, "CHUNK_TOKENS", chunk)
         parts = cross_entropy(hidden, weight, labels)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(parts, (hidden, weight)), torch.autograd.grad(whole, (hidden, weight)), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(parts, (hidden, weight)),
+        torch.autograd.grad(whole, (hidden, weight)),
+        rtol=1e-11,
+        atol=1e-12,
+    )
 
 
 def test_sums_of_parts_add_up_and_the_sum_is_the_mean_times_the_targets() -> None:
@@ -100,7 +135,9 @@ def test_sums_of_parts_add_up_and_the_sum_is_the_mean_times_the_targets() -> Non
     hidden, weight, labels = example()
     labels[:10] = IGNORE_INDEX
     whole = cross_entropy(hidden, weight, labels)
-    parts = sum(cross_entropy(hidden[rows], weight, labels[rows]) for rows in (slice(0, 12), slice(12, 37)))
+    parts = sum(
+        cross_entropy(hidden[rows], weight, labels[rows]) for rows in (slice(0, 12), slice(12, 37))
+    )
     mean = F.cross_entropy(hidden @ weight.T, labels)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(mean * (labels != IGNORE_INDEX).sum(), whole)
@@ -150,7 +187,9 @@ def test_a_number_that_is_not_finite_shows_in_the_loss() -> None:
 def test_only_wanted_gradients_are_computed(wants: str) -> None:
     """A frozen head, or features that need none: the other gradient is right and nothing fails."""
     hidden, weight, labels = example(dtype=torch.float64)
-    expected = torch.autograd.grad(oracle(hidden, weight, labels), hidden if wants == "hidden" else weight)[0]
+    expected = torch.autograd.grad(
+        oracle(hidden, weight, labels), hidden if wants == "hidden" else weight
+    )[0]
     (weight if wants == "hidden" else hidden).requires_grad_(False)
     cross_entropy(hidden, weight, labels).backward()
     torch.testing.assert_close((hidden if wants == "hidden" else weight).grad, expected)
@@ -189,12 +228,16 @@ def test_tied_head_gets_both_its_gradients() -> None:
     _, weight, labels = example(ignored=0.0, dtype=torch.float64)
     ids = labels.roll(1)
     expected = torch.autograd.grad(oracle(F.embedding(ids, weight).tanh(), weight, labels), weight)
-    actual = torch.autograd.grad(cross_entropy(F.embedding(ids, weight).tanh(), weight, labels), weight)
+    actual = torch.autograd.grad(
+        cross_entropy(F.embedding(ids, weight).tanh(), weight, labels), weight
+    )
     torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_multiplies_in_bf16_and_keeps_the_rest_in_fp32(hidden_dtype: torch.dtype, small_chunks: None) -> None:
+def test_autocast_multiplies_in_bf16_and_keeps_the_rest_in_fp32(
+    hidden_dtype: torch.dtype, small_chunks: None
+) -> None:
     """As near to the exact value as torch's own autocast comes, or nearer, times 2; gradients in their tensors' dtypes."""
     hidden, weight, labels = example(200, 64, 300)
     exact = oracle(hidden, weight, labels)
@@ -207,8 +250,12 @@ def test_autocast_multiplies_in_bf16_and_keeps_the_rest_in_fp32(hidden_dtype: to
     assert ours.dtype == torch.float32
     assert [grad.dtype for grad in ours_grads] == [hidden_dtype, torch.float32]
     assert ours.item() == pytest.approx(exact.item(), rel=1e-3)
-    for ours_grad, torchs_grad, exact_grad in zip(ours_grads, torchs_grads, exact_grads, strict=True):
-        assert 0 < (ours_grad - exact_grad).norm() < 2 * (torchs_grad - exact_grad).norm()  # 0: it was not in bf16
+    for ours_grad, torchs_grad, exact_grad in zip(
+        ours_grads, torchs_grads, exact_grads, strict=True
+    ):
+        assert (
+            0 < (ours_grad - exact_grad).norm() < 2 * (torchs_grad - exact_grad).norm()
+        )  # 0: it was not in bf16
 
 
 def test_gradient_of_the_head_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,8 +275,14 @@ def test_weights_in_bf16_get_gradients_in_bf16() -> None:
     hidden, weight, labels = example(dtype=torch.bfloat16)
     loss = cross_entropy(hidden, weight, labels)
     loss.backward()
-    assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
-    assert loss.item() == pytest.approx(oracle(hidden.float(), weight.float(), labels).item(), rel=1e-2)
+    assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (
+        torch.float32,
+        torch.bfloat16,
+        torch.bfloat16,
+    )
+    assert loss.item() == pytest.approx(
+        oracle(hidden.float(), weight.float(), labels).item(), rel=1e-2
+    )
 
 
 def test_all_logits_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,26 +322,44 @@ def test_a_label_outside_the_vocabulary_is_an_error() -> None:
 def answers(seed: int = 0) -> tuple[Answers, Answers, Answers]:
     """Log-probabilities of five pairs under a policy that wants gradients, under its reference, and their lengths; in fp64."""
     generator = torch.Generator().manual_seed(seed)
-    policy = Answers(*(-20 * torch.rand(5, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)))
-    reference = Answers(*(-20 * torch.rand(5, generator=generator, dtype=torch.float64) for _ in range(2)))
+    policy = Answers(
+        *(
+            -20 * torch.rand(5, generator=generator, dtype=torch.float64).requires_grad_()
+            for _ in range(2)
+        )
+    )
+    reference = Answers(
+        *(-20 * torch.rand(5, generator=generator, dtype=torch.float64) for _ in range(2))
+    )
     lengths = Answers(*(torch.randint(1, 9, (5,), generator=generator) for _ in range(2)))
     return policy, reference, lengths
 
 
-def test_the_log_probability_of_an_answer_is_that_of_its_targets_with_gradients(small_chunks: None) -> None:
+def test_the_log_probability_of_an_answer_is_that_of_its_targets_with_gradients(
+    small_chunks: None,
+) -> None:
     """Against torch's log_softmax over all logits; an answer without any target has log p 0."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 9, 8, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(29, 8, generator=generator, dtype=torch.float64).requires_grad_()
     labels = torch.randint(29, (4, 9), generator=generator)
     labels[0, :5] = labels[1, 3:] = labels[2] = IGNORE_INDEX
-    log_p = F.log_softmax(hidden @ weight.T, dim=-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
+    log_p = (
+        F.log_softmax(hidden @ weight.T, dim=-1)
+        .gather(2, labels.clamp(min=0)[..., None])
+        .squeeze(2)
+    )
     expected = (log_p * (labels != IGNORE_INDEX)).sum(dim=1)
     actual = answer_log_probs(hidden, weight, labels)
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
     share = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
     wanted = torch.autograd.grad((share * expected).sum(), (hidden, weight))
-    torch.testing.assert_close(torch.autograd.grad((share * actual).sum(), (hidden, weight)), wanted, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        torch.autograd.grad((share * actual).sum(), (hidden, weight)),
+        wanted,
+        rtol=1e-12,
+        atol=1e-13,
+    )
     assert actual[2].item() == 0
 
 
@@ -298,10 +369,14 @@ def test_the_dpo_loss_of_one_pair_worked_by_hand() -> None:
     sigmoid: ln(1 + e^-3); smoothed by 0.1: 0.9 ln(1 + e^-3) + 0.1 ln(1 + e^3); hinge: max(0, 1 - 3) = 0; with lengths 2
     and 5, h is 1/2 + 0.5/5 = 0.6 per token: ipo (0.6 - 1/4)^2 = 0.1225, sigmoid ln(1 + e^-1.2). Rewards: 2 · 1 and 2 · -0.5.
     """
-    policy, reference, lengths = (Answers(torch.tensor([a]), torch.tensor([b])) for a, b in ((-2.0, -4.0), (-3.0, -3.5), (2, 5)))
+    policy, reference, lengths = (
+        Answers(torch.tensor([a]), torch.tensor([b]))
+        for a, b in ((-2.0, -4.0), (-3.0, -3.5), (2, 5))
+    )
     expected = {
         DpoConfig(beta=2.0): math.log(1 + math.exp(-3)),
-        DpoConfig(beta=2.0, label_smoothing=0.1): 0.9 * math.log(1 + math.exp(-3)) + 0.1 * math.log(1 + math.exp(3)),
+        DpoConfig(beta=2.0, label_smoothing=0.1): 0.9 * math.log(1 + math.exp(-3))
+        + 0.1 * math.log(1 + math.exp(3)),
         DpoConfig(beta=2.0, loss="hinge"): 0.0,
         DpoConfig(beta=2.0, loss="ipo"): 0.1225,
         DpoConfig(beta=2.0, length_normalised=True): math.log(1 + math.exp(-1.2)),
@@ -325,7 +400,11 @@ def test_the_gradient_of_the_dpo_loss_is_that_of_the_paper() -> None:
 def test_a_policy_that_is_its_reference_costs_log_two() -> None:
     """h is 0, so -log s(0) = ln 2, whatever beta and smoothing; there are no rewards yet."""
     policy, _, lengths = answers()
-    for dpo in (DpoConfig(), DpoConfig(beta=3.0, label_smoothing=0.2), DpoConfig(length_normalised=True)):
+    for dpo in (
+        DpoConfig(),
+        DpoConfig(beta=3.0, label_smoothing=0.2),
+        DpoConfig(length_normalised=True),
+    ):
         result = preference_loss(policy, Answers(*(part.detach() for part in policy)), lengths, dpo)
         torch.testing.assert_close(result.loss, torch.full((5,), math.log(2), dtype=torch.float64))
         assert not result.chosen_reward.any() and not result.rejected_reward.any()
@@ -336,7 +415,11 @@ def test_scoring_is_the_same_loss_and_counts_what_argmax_finds(n_tokens):
     """Bit for bit the sum that training minimises, in several chunks too; torch's argmax over all logits at once counts; what is masked counts nowhere."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(n_tokens, 16), torch.randn(50, 16)
-    labels = torch.where(torch.rand(n_tokens) < 0.4, (hidden @ weight.T).argmax(dim=-1), torch.randint(50, (n_tokens,)))
+    labels = torch.where(
+        torch.rand(n_tokens) < 0.4,
+        (hidden @ weight.T).argmax(dim=-1),
+        torch.randint(50, (n_tokens,)),
+    )
     labels[::3] = IGNORE_INDEX
     loss, n_right = score_targets(hidden, weight, labels)
     assert torch.equal(loss, cross_entropy(hidden, weight, labels))

@@ -11,18 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylm import preferences
-from tinylm.config import DataConfig, DpoConfig, ModelConfig
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError
-from tinylm.losses import Answers
-from tinylm.packing import IGNORE_INDEX, row_of_examples
-from tinylm.preferences import MEASURES, cached_log_probs, compare, log_probs_of, score_pairs
-from tinylm.prompts import Turn, make_template
-from tinylm.rows import Pair, PairReport, Preference, pairs, preference_of
-from tinylm.tokenizer import ByteTokenizer
+from tinylm.common.errors import UserError
+from tinylm.config.schema import DataConfig, DpoConfig, ModelConfig
+from tinylm.model.decoder import Decoder
+from tinylm.objectives import preferences
+from tinylm.objectives.preferences import (
+    MEASURES,
+    Answers,
+    cached_log_probs,
+    compare,
+    log_probs_of,
+    score_pairs,
+)
+from tinylm.rows.preferences import Pair, PairReport, Preference, pairs, preference_of
+from tinylm.rows.templates import Turn, make_template
+from tinylm.tokenizer.byte_char import ByteTokenizer
+from tinylm.tokens.packing import IGNORE_INDEX, row_of_examples
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOKENIZER = ByteTokenizer()
 QUESTION = Turn("user", "2+2?")
 EXPECTED = Preference((QUESTION,), "4", "5")
@@ -49,14 +55,39 @@ def shared(side: str, text: str | None) -> dict[str, str | None]:
         ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, {}),
         ({"question": "2+2?", "chosen": "4", "rejected": "5", "id": 7}, {}),
         ({"instruction": "2+2?", "input": "", "output": "4", "chosen": "4", "rejected": "5"}, {}),
-        ({"frage": "2+2?", "gut": "4", "schlecht": "5"}, {"columns": {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"}}),
+        (
+            {"frage": "2+2?", "gut": "4", "schlecht": "5"},
+            {"columns": {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"}},
+        ),
         ({"prompt": [user("2+2?")], "chosen": "4", "rejected": "5"}, {}),
         ({"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]}, {}),
         ({"prompt": "2+2?", "chosen": [assistant("4")], "rejected": [assistant("5")]}, {}),
-        ({"prompt": "2+2?", "chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]}, {}),
-        ({"chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]}, {}),
-        ({"chosen": [shared("human", "2+2?"), shared("gpt", "4")], "rejected": [shared("human", "2+2?"), shared("gpt", "5")]}, {}),
-        ({"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"}, {}),
+        (
+            {
+                "prompt": "2+2?",
+                "chosen": [user("2+2?"), assistant("4")],
+                "rejected": [user("2+2?"), assistant("5")],
+            },
+            {},
+        ),
+        (
+            {"chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]},
+            {},
+        ),
+        (
+            {
+                "chosen": [shared("human", "2+2?"), shared("gpt", "4")],
+                "rejected": [shared("human", "2+2?"), shared("gpt", "5")],
+            },
+            {},
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: 2+2?\n\nAssistant: 4",
+                "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5",
+            },
+            {},
+        ),
     ],
 )
 def test_every_published_shape_gives_the_same_preference(row, settings):
@@ -64,7 +95,10 @@ def test_every_published_shape_gives_the_same_preference(row, settings):
 
 
 def test_an_answer_that_is_null_is_empty_whatever_its_key_is_called():
-    for turns in ([user("2+2?"), {"role": "assistant", "content": None}], [shared("human", "2+2?"), shared("gpt", None)]):
+    for turns in (
+        [user("2+2?"), {"role": "assistant", "content": None}],
+        [shared("human", "2+2?"), shared("gpt", None)],
+    ):
         assert preference_of({"chosen": turns, "rejected": turns}, DataConfig()).chosen == ""
 
 
@@ -76,34 +110,81 @@ def test_an_input_stays_apart_from_its_instruction():
 def test_dialogues_are_divided_behind_all_that_they_share_up_to_an_answer():
     """Both answers begin alike, which is no part of the prompt; two turns of one side are one; what an answer says of the form stays text."""
     told = "\n\nHuman: hi\n\nHuman: there\n\nAssistant: hello\n\nHuman: sum?\n\nAssistant: "
-    preference = preference_of({"chosen": f"{told}It is 4. Assistant: ok", "rejected": f"{told}It is 5.\n"}, DataConfig())
-    assert preference.prompt == (Turn("user", "hi\n\nthere"), Turn("assistant", "hello"), Turn("user", "sum?"))
+    preference = preference_of(
+        {"chosen": f"{told}It is 4. Assistant: ok", "rejected": f"{told}It is 5.\n"}, DataConfig()
+    )
+    assert preference.prompt == (
+        Turn("user", "hi\n\nthere"),
+        Turn("assistant", "hello"),
+        Turn("user", "sum?"),
+    )
     assert (preference.chosen, preference.rejected) == ("It is 4. Assistant: ok", "It is 5.")
 
 
 def test_a_dialogue_without_a_last_answer_has_an_empty_one():
     """Both of hh-rlhf's ways to leave it out: the shorter dialogue ends within what is common."""
     told = "\n\nHuman: sum?\n\nAssistant:"
-    assert preference_of({"chosen": f"{told} 4", "rejected": told}, DataConfig()) == Preference((Turn("user", "sum?"),), "4", "")
+    assert preference_of({"chosen": f"{told} 4", "rejected": told}, DataConfig()) == Preference(
+        (Turn("user", "sum?"),), "4", ""
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, "rejected: missing; the row has prompt, chosen. Add it, or set data.columns: {rejected: its name in the data}."),
-        ({"prompt": "a", "chosen": 1, "rejected": "b"}, "chosen: expected a string, found a number. Correct the row, or take it out."),
+        (
+            {"prompt": "a", "chosen": "b"},
+            "rejected: missing; the row has prompt, chosen. Add it, or set data.columns: {rejected: its name in the data}.",
+        ),
+        (
+            {"prompt": "a", "chosen": 1, "rejected": "b"},
+            "chosen: expected a string, found a number. Correct the row, or take it out.",
+        ),
         ({"prompt": "", "chosen": "b", "rejected": "c"}, "prompt: it is empty."),
-        ({"prompt": None, "chosen": "b", "rejected": "c"}, "prompt: expected a string, found null."),
-        ({"prompt": [], "chosen": "b", "rejected": "c"}, "prompt: the answer follows on no turn of the user. Add the question, or take the row out."),
-        ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "prompt or question: missing; the row has chosen, rejected."),
-        ({"chosen": [user("a"), assistant("b")], "rejected": "c"}, "rejected: expected a list of turns, found a string. Write both answers as text, or both"),
+        (
+            {"prompt": None, "chosen": "b", "rejected": "c"},
+            "prompt: expected a string, found null.",
+        ),
+        (
+            {"prompt": [], "chosen": "b", "rejected": "c"},
+            "prompt: the answer follows on no turn of the user. Add the question, or take the row out.",
+        ),
+        (
+            {"chosen": [assistant("b")], "rejected": [assistant("c")]},
+            "prompt or question: missing; the row has chosen, rejected.",
+        ),
+        (
+            {"chosen": [user("a"), assistant("b")], "rejected": "c"},
+            "rejected: expected a list of turns, found a string. Write both answers as text, or both",
+        ),
         ({"chosen": [], "rejected": []}, "chosen: expected a list of turns, found no turn."),
-        ({"chosen": [user("a")], "rejected": [user("a")]}, "chosen[0].role: the last turn is the user's, and it should be an answer."),
-        ({"chosen": [user(""), assistant("b")], "rejected": [user(""), assistant("c")]}, "chosen[0].content: it is empty."),
-        ({"chosen": ["b"], "rejected": ["c"]}, "chosen[0]: expected an object with role and content, found a string."),
-        ({"chosen": [assistant("a"), assistant("b")], "rejected": [assistant("a"), assistant("c")]}, "chosen: the answer follows on no turn of the user."),
-        ({"chosen": "b", "rejected": "c"}, 'no prompt beside them, and as dialogues ("\\n\\nHuman: ...\\n\\nAssistant: ...") they have no question in common.'),
-        ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}, "chosen: the answer follows on no turn of the user."),
+        (
+            {"chosen": [user("a")], "rejected": [user("a")]},
+            "chosen[0].role: the last turn is the user's, and it should be an answer.",
+        ),
+        (
+            {"chosen": [user(""), assistant("b")], "rejected": [user(""), assistant("c")]},
+            "chosen[0].content: it is empty.",
+        ),
+        (
+            {"chosen": ["b"], "rejected": ["c"]},
+            "chosen[0]: expected an object with role and content, found a string.",
+        ),
+        (
+            {
+                "chosen": [assistant("a"), assistant("b")],
+                "rejected": [assistant("a"), assistant("c")],
+            },
+            "chosen: the answer follows on no turn of the user.",
+        ),
+        (
+            {"chosen": "b", "rejected": "c"},
+            'no prompt beside them, and as dialogues ("\\n\\nHuman: ...\\n\\nAssistant: ...") they have no question in common.',
+        ),
+        (
+            {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
+            "chosen: the answer follows on no turn of the user.",
+        ),
     ],
 )
 def test_a_row_that_is_no_preference_is_named_by_its_key(row, message):
@@ -115,7 +196,10 @@ def test_a_row_that_is_no_preference_is_named_by_its_key(row, message):
 def test_the_tiny_preferences_of_this_project_are_all_read():
     """40 rows of four shapes, none of them skipped."""
     data = DataConfig(dataset=str(ROOT / "data" / "tiny_preferences.jsonl"))
-    read = [pairs(data, which, 0, make_template("instruction", TOKENIZER), TOKENIZER, 256) for which in ("train", "val")]
+    read = [
+        pairs(data, which, 0, make_template("instruction", TOKENIZER), TOKENIZER, 256)
+        for which in ("train", "val")
+    ]
     assert sum(len(made) for made, _ in read) == 40
     assert [report.notes() for _, report in read] == [[], []]
 
@@ -159,9 +243,23 @@ def test_answers_that_were_given_before_are_not_compared(made_of):
 def test_odd_rows_are_skipped_with_their_places_and_a_warning(made_of, tmp_path):
     """D9: equal answers, empty ones, null; and rows whose prompt leaves no room, or that part before the answer. What is left is learned."""
     parted = {"chosen": [user("a"), assistant("x")], "rejected": [user("b"), assistant("y")]}
-    dialogues = {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: e"}
-    rows = [pair_row(), pair_row(chosen="bad"), pair_row(rejected=" \n"), {"prompt": "q", "chosen": None, "rejected": "a"}, parted, dialogues]
-    rows += [pair_row("q" * 100), pair_row(chosen="a" * 90, rejected="a" * 91), *[pair_row(chosen="bad")] * 3]
+    dialogues = {
+        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+        "rejected": "\n\nHuman: a\n\nAssistant: e",
+    }
+    rows = [
+        pair_row(),
+        pair_row(chosen="bad"),
+        pair_row(rejected=" \n"),
+        {"prompt": "q", "chosen": None, "rejected": "a"},
+        parted,
+        dialogues,
+    ]
+    rows += [
+        pair_row("q" * 100),
+        pair_row(chosen="a" * 90, rejected="a" * 91),
+        *[pair_row(chosen="bad")] * 3,
+    ]
     made, report = made_of(*rows)
     assert [pair.chosen.place for pair in made] == [f"{tmp_path / 'p.jsonl'}:1"]
     at = [f"{tmp_path / 'p.jsonl'}:{line}" for line in range(12)]
@@ -174,7 +272,10 @@ def test_odd_rows_are_skipped_with_their_places_and_a_warning(made_of, tmp_path)
 
 def test_nothing_but_skipped_rows_is_an_error(made_of):
     """D9: rather that than a run without a gradient."""
-    with pytest.raises(UserError, match=r"^data.dataset: training: nothing is left without 2 rows with two equal answers \(.*:1, .*:2\). Give pairs of which"):
+    with pytest.raises(
+        UserError,
+        match=r"^data.dataset: training: nothing is left without 2 rows with two equal answers \(.*:1, .*:2\). Give pairs of which",
+    ):
         made_of(pair_row(chosen="bad"), pair_row(chosen="bad"))
 
 
@@ -183,13 +284,25 @@ def test_a_long_answer_is_cut_and_a_prompt_may_just_leave_room_for_one_token(mad
 
     Behind white space an answer begins without a line end.
     """
-    rows = [pair_row("q" * 4, "a" * 3, "b" * 9), pair_row("q" * 7 + " ", "aa", "bb"), pair_row("q" * 8 + " "), pair_row("q" * 2, "a", "b")]
+    rows = [
+        pair_row("q" * 4, "a" * 3, "b" * 9),
+        pair_row("q" * 7 + " ", "aa", "bb"),
+        pair_row("q" * 8 + " "),
+        pair_row("q" * 2, "a", "b"),
+    ]
     made, report = made_of(*rows, seq_len=8)
     assert [[len(example.ids) for example in pair[:2]] for pair in made] == [[9, 9], [9, 9], [5, 5]]
-    assert [[int(example.trained.sum()) for example in pair[:2]] for pair in made] == [[5, 5], [1, 1], [3, 3]]
+    assert [[int(example.trained.sum()) for example in pair[:2]] for pair in made] == [
+        [5, 5],
+        [1, 1],
+        [3, 3],
+    ]
     assert made[0].rejected.ids[-1] != TOKENIZER.eos_id == made[0].chosen.ids[-1]
     assert (report.kept, report.cut) == (3, 2)
-    assert report.notes()[1] == "training: in 2 of 3 pairs the context of 8 tokens cut the end of an answer"
+    assert (
+        report.notes()[1]
+        == "training: in 2 of 3 pairs the context of 8 tokens cut the end of an answer"
+    )
 
 
 def test_a_bad_row_is_named_with_file_line_and_key(made_of, tmp_path):
@@ -203,15 +316,34 @@ def test_a_bad_row_is_named_with_file_line_and_key(made_of, tmp_path):
 @pytest.fixture
 def model() -> Decoder:
     torch.manual_seed(0)
-    return Decoder(ModelConfig(vocab_size=260, n_layers=1, d_model=16, n_heads=2, max_seq_len=64, init="trunc_normal", residual_dropout=0.2)).eval()
+    return Decoder(
+        ModelConfig(
+            vocab_size=260,
+            n_layers=1,
+            d_model=16,
+            n_heads=2,
+            max_seq_len=64,
+            init="trunc_normal",
+            residual_dropout=0.2,
+        )
+    ).eval()
 
 
 def batch_of(made: list[Any], seq_len: int = 64) -> dict[str, torch.Tensor]:
     """A batch as ARCHITECTURE has it; `()` is a row of padding."""
     batch = {}
     for number, name in enumerate(("chosen", "rejected")):
-        inputs, labels, _ = zip(*(row_of_examples(pair[number : number + 1], seq_len, TOKENIZER.pad_id) for pair in made), strict=True)
-        batch |= {f"{name}_ids": torch.from_numpy(np.stack(inputs)), f"{name}_labels": torch.from_numpy(np.stack(labels))}
+        inputs, labels, _ = zip(
+            *(
+                row_of_examples(pair[number : number + 1], seq_len, TOKENIZER.pad_id)
+                for pair in made
+            ),
+            strict=True,
+        )
+        batch |= {
+            f"{name}_ids": torch.from_numpy(np.stack(inputs)),
+            f"{name}_labels": torch.from_numpy(np.stack(labels)),
+        }
     return batch
 
 
@@ -220,7 +352,12 @@ def alone(model: Decoder, example: Any) -> float:
     ids = torch.from_numpy(example.ids)
     with torch.no_grad():
         log_p = F.log_softmax(model(ids[None, :-1])[0].double(), dim=-1)
-    return log_p.gather(1, ids[1:, None]).squeeze(1)[torch.from_numpy(example.trained[1:])].sum().item()
+    return (
+        log_p.gather(1, ids[1:, None])
+        .squeeze(1)[torch.from_numpy(example.trained[1:])]
+        .sum()
+        .item()
+    )
 
 
 ROWS = [pair_row("q" * n, "good" * (n % 3 + 1), "bad" * (n % 4 + 1)) for n in range(1, 6)]
@@ -229,27 +366,51 @@ ROWS = [pair_row("q" * n, "good" * (n % 3 + 1), "bad" * (n % 4 + 1)) for n in ra
 def test_answers_in_a_batch_have_the_log_probability_that_they_have_alone(made_of, model):
     made, _ = made_of(*ROWS)
     scores = score_pairs(model.features, model.head, batch_of(made))
-    assert scores.log_probs.chosen.tolist() == pytest.approx([alone(model, pair.chosen) for pair in made], abs=1e-4)
-    assert scores.log_probs.rejected.tolist() == pytest.approx([alone(model, pair.rejected) for pair in made], abs=1e-4)
+    assert scores.log_probs.chosen.tolist() == pytest.approx(
+        [alone(model, pair.chosen) for pair in made], abs=1e-4
+    )
+    assert scores.log_probs.rejected.tolist() == pytest.approx(
+        [alone(model, pair.rejected) for pair in made], abs=1e-4
+    )
     assert scores.lengths.chosen.tolist() == [int(pair.chosen.trained.sum()) for pair in made]
     assert scores.lengths.rejected.tolist() == [int(pair.rejected.trained.sum()) for pair in made]
 
 
-@pytest.mark.parametrize("dpo", [DpoConfig(beta=0.5), DpoConfig(beta=0.5, loss="ipo"), DpoConfig(beta=0.5, length_normalised=True)])
+@pytest.mark.parametrize(
+    "dpo",
+    [
+        DpoConfig(beta=0.5),
+        DpoConfig(beta=0.5, loss="ipo"),
+        DpoConfig(beta=0.5, length_normalised=True),
+    ],
+)
 def test_what_is_measured_is_the_sum_over_pairs_and_padding_counts_nowhere(made_of, model, dpo):
     """By hand from log-probabilities: the reference is -20 and -30 for every pair, so beta 0.5 gives rewards (log p + 20) / 2 and (log p + 30) / 2."""
     made, _ = made_of(*ROWS)
     chosen, rejected = ([alone(model, pair[number]) for pair in made] for number in (0, 1))
     rewards = [[(c + 20) / 2 for c in chosen], [(r + 30) / 2 for r in rejected]]
     right = sum(a > b for a, b in zip(*rewards, strict=True))
-    expected = [sum(rewards[0]), sum(rewards[1]), sum(rewards[0]) - sum(rewards[1]), right, sum(chosen), sum(rejected)]
+    expected = [
+        sum(rewards[0]),
+        sum(rewards[1]),
+        sum(rewards[0]) - sum(rewards[1]),
+        right,
+        sum(chosen),
+        sum(rejected),
+    ]
     for rows in (made, [*made[:2], (), *made[2:], ()]):
         policy = score_pairs(model.features, model.head, batch_of(rows))
-        found = compare(policy, Answers(torch.full((len(rows),), -20.0), torch.full((len(rows),), -30.0)), dpo)
+        found = compare(
+            policy, Answers(torch.full((len(rows),), -20.0), torch.full((len(rows),), -30.0)), dpo
+        )
         assert len(found.loss) == 5
         assert found.loss.isfinite().all()
-        assert dict(zip(MEASURES, found.measures.tolist(), strict=True)) == pytest.approx(dict(zip(MEASURES, expected, strict=True)), abs=1e-3)
-        per_token = [-c / int(pair.chosen.trained.sum()) for c, pair in zip(chosen, made, strict=True)]
+        assert dict(zip(MEASURES, found.measures.tolist(), strict=True)) == pytest.approx(
+            dict(zip(MEASURES, expected, strict=True)), abs=1e-3
+        )
+        per_token = [
+            -c / int(pair.chosen.trained.sum()) for c, pair in zip(chosen, made, strict=True)
+        ]
         assert found.cross_entropy.tolist() == pytest.approx(per_token, abs=1e-5)
 
 
@@ -265,7 +426,9 @@ def test_log_probabilities_for_the_cache_are_those_of_the_batches(made_of, model
     """In the order of the pairs, without padding, dropout or gradients, whatever mode the model was in."""
     made, _ = made_of(*ROWS)
     whole = score_pairs(model.features, model.head, batch_of(made)).log_probs
-    found = log_probs_of(model.train(), (batch_of(rows) for rows in (made[:2], made[2:4], [made[4], ()])), None)
+    found = log_probs_of(
+        model.train(), (batch_of(rows) for rows in (made[:2], made[2:4], [made[4], ()])), None
+    )
     assert found.dtype == np.float32
     assert found.shape == (5, 2)
     np.testing.assert_allclose(found, torch.stack(whole, dim=1).detach().numpy(), atol=1e-4)
@@ -305,18 +468,31 @@ def test_what_is_killed_halfway_leaves_no_file(seam, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"] == ["r.bin"]
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: raw[:40] + bytes([raw[40] ^ 1]) + raw[41:], lambda raw: b"", lambda raw: raw + b"1"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-1],
+        lambda raw: raw[:40] + bytes([raw[40] ^ 1]) + raw[41:],
+        lambda raw: b"",
+        lambda raw: raw + b"1",
+    ],
+)
 def test_a_damaged_file_is_named(damage, tmp_path):
     path = tmp_path / "r.bin"
     cached_log_probs(path, 2, lambda: VALUES)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"r.bin: its content is not what was written \(checksum\). Delete it: it is made again."):
+    with pytest.raises(
+        UserError,
+        match=r"r.bin: its content is not what was written \(checksum\). Delete it: it is made again.",
+    ):
         cached_log_probs(path, 2, lambda: VALUES)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"r.bin: cannot be written: .*. Make room or change data.cache_dir."):
+    with pytest.raises(
+        UserError, match=r"r.bin: cannot be written: .*. Make room or change data.cache_dir."
+    ):
         cached_log_probs(tmp_path / "file" / "r.bin", 2, lambda: VALUES)
 
 
@@ -327,4 +503,6 @@ def test_a_label_that_is_no_target_is_no_part_of_an_answer(made_of, model):
     batch["chosen_labels"][0] = IGNORE_INDEX
     scores = score_pairs(model.features, model.head, batch)
     assert (scores.lengths.chosen[0].item(), scores.log_probs.chosen[0].item()) == (0, 0.0)
-    assert preferences.compare(scores, Answers(torch.zeros(5), torch.zeros(5)), DpoConfig()).loss.shape == (4,)
+    assert preferences.compare(
+        scores, Answers(torch.zeros(5), torch.zeros(5)), DpoConfig()
+    ).loss.shape == (4,)

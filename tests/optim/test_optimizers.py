@@ -10,19 +10,50 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinylm.config import ModelConfig, MoEConfig, TrainingConfig
-from tinylm.decoder import Decoder
-from tinylm.optim import SGD, AdamW, make_optimizer, muon_update, orthogonal, parameter_groups, set_lr
+from tinylm.config.schema import ModelConfig, MoEConfig, TrainingConfig
+from tinylm.model.decoder import Decoder
+from tinylm.optim.optimizers import (
+    SGD,
+    AdamW,
+    make_optimizer,
+    muon_update,
+    orthogonal,
+    parameter_groups,
+    set_lr,
+)
 
 KINDS = ["adamw", "adamw_plain", "sgd", "muon"]
-BLOCK_MATRICES = {"attention.qkv.weight", "attention.out.weight", "ffn.router.weight", "ffn.up", "ffn.down"}
+BLOCK_MATRICES = {
+    "attention.qkv.weight",
+    "attention.out.weight",
+    "ffn.router.weight",
+    "ffn.up",
+    "ffn.down",
+}
 
 
 def tiny_decoder(**settings: Any) -> Decoder:
     """A decoder with one weight of every kind: sinks, biases, experts and their biases, layer norms, learned positions."""
     torch.manual_seed(0)
-    every_kind = {"n_sinks": 2, "bias": "all", "norm": "layernorm", "moe": MoEConfig(n_experts=3, top_k=1), "position": "learned", "qk_norm": True}
-    return Decoder(ModelConfig(vocab_size=31, max_seq_len=8, n_layers=2, d_model=8, n_heads=2, d_ff=12, **{**every_kind, **settings}))
+    every_kind = {
+        "n_sinks": 2,
+        "bias": "all",
+        "norm": "layernorm",
+        "moe": MoEConfig(n_experts=3, top_k=1),
+        "position": "learned",
+        "qk_norm": True,
+    }
+    return Decoder(
+        ModelConfig(
+            vocab_size=31,
+            max_seq_len=8,
+            n_layers=2,
+            d_model=8,
+            n_heads=2,
+            d_ff=12,
+            **{**every_kind, **settings},
+        )
+    )
 
 
 def train(model: Decoder, optimizer: torch.optim.Optimizer, steps: range) -> list[str]:
@@ -42,10 +73,15 @@ def train(model: Decoder, optimizer: torch.optim.Optimizer, steps: range) -> lis
 def random_gradients(shapes: list[tuple[int, ...]], steps: int) -> list[list[Tensor]]:
     """A gradient for each weight and step, of sizes from 1e-4 to 10."""
     generator = torch.Generator().manual_seed(1)
-    return [[torch.randn(shape, generator=generator) * 10.0 ** (step % 6 - 4) for shape in shapes] for step in range(steps)]
+    return [
+        [torch.randn(shape, generator=generator) * 10.0 ** (step % 6 - 4) for shape in shapes]
+        for step in range(steps)
+    ]
 
 
-def follow(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], gradients: list[list[Tensor]]) -> list[list[Tensor]]:
+def follow(
+    optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], gradients: list[list[Tensor]]
+) -> list[list[Tensor]]:
     """The weights after each step with the given gradients."""
     path = []
     for step in gradients:
@@ -68,8 +104,12 @@ def weights_like(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize(("betas", "eps"), [((0.9, 0.95), 1e-8), ((0.9, 0.999), 1e-8), ((0.0, 0.5), 1e-3)])
-def test_adamw_is_torchs_over_many_steps(fused: bool, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
+@pytest.mark.parametrize(
+    ("betas", "eps"), [((0.9, 0.95), 1e-8), ((0.9, 0.999), 1e-8), ((0.0, 0.5), 1e-3)]
+)
+def test_adamw_is_torchs_over_many_steps(
+    fused: bool, weight_decay: float, betas: tuple[float, float], eps: float
+) -> None:
     """300 steps, gradients over five orders of magnitude: equal but for the rounding of fp32."""
     shapes = [(7, 5), (5,), (3, 2, 4)]
     gradients = random_gradients(shapes, 300)
@@ -102,7 +142,9 @@ def test_adamws_first_step_moves_by_the_learning_rate() -> None:
     optimizer = AdamW([weight], lr=0.25)
     weight.grad = torch.tensor([1e-3, -7.0, 200.0])
     optimizer.step()
-    torch.testing.assert_close(weight.detach(), torch.tensor([-0.25, 0.25, -0.25]), rtol=2e-5, atol=0)
+    torch.testing.assert_close(
+        weight.detach(), torch.tensor([-0.25, 0.25, -0.25]), rtol=2e-5, atol=0
+    )
 
 
 def test_sgd_divides_the_learning_rate_by_the_root_of_the_step() -> None:
@@ -135,7 +177,9 @@ def test_muon_is_torchs_with_its_original_scale(shape: tuple[int, int]) -> None:
     """
     gradients = random_gradients([shape], 20)
     ours, torchs = weights_like([shape]), weights_like([shape])
-    reference = torch.optim.Muon(torchs, lr=0.1, weight_decay=0.3, momentum=0.9, adjust_lr_fn="original")
+    reference = torch.optim.Muon(
+        torchs, lr=0.1, weight_decay=0.3, momentum=0.9, adjust_lr_fn="original"
+    )
     state: dict[str, Any] = {}
     for ((grad,),) in zip(gradients, strict=True):
         before = torchs[0].detach().clone()
@@ -150,7 +194,9 @@ def test_muon_is_torchs_with_its_original_scale(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (9, 4), (4, 9), (3, 8, 5)])
-def test_newton_schulz_bends_the_singular_values_and_keeps_the_vectors(shape: tuple[int, ...]) -> None:
+def test_newton_schulz_bends_the_singular_values_and_keeps_the_vectors(
+    shape: tuple[int, ...],
+) -> None:
     """Oracle: the decomposition. Each singular value s / |M| goes five times through 3.4445 s - 4.775 s³ + 2.0315 s⁵."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -162,7 +208,10 @@ def test_newton_schulz_bends_the_singular_values_and_keeps_the_vectors(shape: tu
 
 def test_newton_schulz_brings_singular_values_near_one() -> None:
     """From 0.01 to 1 all land between 0.65 and 1.25, whatever the scale of the matrix."""
-    q1, q2 = (torch.linalg.qr(torch.randn(30, 30, generator=torch.Generator().manual_seed(i)))[0] for i in (4, 5))
+    q1, q2 = (
+        torch.linalg.qr(torch.randn(30, 30, generator=torch.Generator().manual_seed(i)))[0]
+        for i in (4, 5)
+    )
     for scale in (1e-6, 1.0, 1e6):
         s = torch.linalg.svdvals(orthogonal(scale * (q1 * torch.logspace(-1.3, 0, 30)) @ q2))
         assert 0.65 < s.min() < s.max() < 1.25
@@ -200,15 +249,24 @@ def test_every_trained_weight_is_in_one_group_once(tied: bool, muon: bool) -> No
     """As a set and as a count; a tied matrix is one weight, and a frozen one is in no group."""
     model = tiny_decoder(tie_embeddings=tied)
     model.norm.weight.requires_grad_(False)
-    grouped = [id(weight) for group in parameter_groups(model, 0.1, muon=muon) for weight in group["params"]]
+    grouped = [
+        id(weight)
+        for group in parameter_groups(model, 0.1, muon=muon)
+        for weight in group["params"]
+    ]
     trained = [id(weight) for weight in model.parameters() if weight.requires_grad]
     assert len(grouped) == len(set(grouped)) == len(trained)
     assert set(grouped) == set(trained)
 
 
-def group_names(model: nn.Module, groups: list[dict[str, Any]], chosen: Callable[[dict[str, Any]], bool]) -> set[str]:
+def group_names(
+    model: nn.Module, groups: list[dict[str, Any]], chosen: Callable[[dict[str, Any]], bool]
+) -> set[str]:
     """The names of the weights in the groups that `chosen` takes, without the block's number."""
-    names = {id(weight): name.replace("blocks.0.", "").replace("blocks.1.", "") for name, weight in model.named_parameters()}
+    names = {
+        id(weight): name.replace("blocks.0.", "").replace("blocks.1.", "")
+        for name, weight in model.named_parameters()
+    }
     return {names[id(weight)] for group in groups if chosen(group) for weight in group["params"]}
 
 
@@ -219,23 +277,38 @@ def test_matrices_decay_and_nothing_else() -> None:
     decayed = group_names(model, groups, lambda group: group["weight_decay"] == 0.1)
     assert decayed == BLOCK_MATRICES | {"embedding.weight", "positions.weight", "head.weight"}
     rest = group_names(model, groups, lambda group: group["weight_decay"] == 0.0)
-    assert {"attention.sink_keys", "attention.sink_values", "ffn.up_bias", "ffn.down_bias", "attention.qkv.bias", "attention.q_norm.weight", "norm.bias"} < rest
+    assert {
+        "attention.sink_keys",
+        "attention.sink_values",
+        "ffn.up_bias",
+        "ffn.down_bias",
+        "attention.qkv.bias",
+        "attention.q_norm.weight",
+        "norm.bias",
+    } < rest
 
 
 def test_muon_takes_the_matrices_of_the_blocks() -> None:
     """Embeddings and head are matrices too, and stay with AdamW (Jordan 2024)."""
     model = tiny_decoder(tie_embeddings=False)
-    optimizer = make_optimizer(model, TrainingConfig(optimizer="muon", lr=3e-4, muon_lr=0.02), fused=False)
+    optimizer = make_optimizer(
+        model, TrainingConfig(optimizer="muon", lr=3e-4, muon_lr=0.02), fused=False
+    )
     by_muon = group_names(model, optimizer.param_groups, lambda group: group["muon"])
     assert by_muon == BLOCK_MATRICES
-    marks = [(group["muon"], group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    marks = [
+        (group["muon"], group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups
+    ]
     assert marks == [(True, 0.02, 0.1), (False, 3e-4, 0.1), (False, 3e-4, 0.0)]
 
 
 # --- the optimizer that training uses ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("adamw", "AdamW"), ("adamw_plain", "AdamW"), ("sgd", "SGD"), ("muon", "MuonAdamW")])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("adamw", "AdamW"), ("adamw_plain", "AdamW"), ("sgd", "SGD"), ("muon", "MuonAdamW")],
+)
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_setting_names_the_optimizer(kind: Any, expected: str, fused: bool) -> None:
     """Only torch's AdamW has a fused form; betas, eps and the peak arrive as set, as plain numbers."""
@@ -253,7 +326,9 @@ def test_the_setting_names_the_optimizer(kind: Any, expected: str, fused: bool) 
 
 def test_set_lr_multiplies_each_groups_own_peak() -> None:
     """Muon's matrices and AdamW's weights keep their ratio; setting twice does not multiply twice."""
-    optimizer = make_optimizer(tiny_decoder(), TrainingConfig(optimizer="muon", lr=0.25, muon_lr=0.5), fused=False)
+    optimizer = make_optimizer(
+        tiny_decoder(), TrainingConfig(optimizer="muon", lr=0.25, muon_lr=0.5), fused=False
+    )
     set_lr(optimizer, 0.5)
     set_lr(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.0625, 0.0625]
@@ -281,11 +356,16 @@ def test_resume_is_exact(kind: Any) -> None:
     losses += train(second, resumed, range(3, 5))
 
     assert losses == expected
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), second.parameters(), strict=True)
+    )
 
     # What proves that the state matters: without it the fourth update, and so the fifth loss, is another.
     forgetful = copy.deepcopy(first)
-    assert train(forgetful, make_optimizer(forgetful, training, fused=True), range(3, 5))[1] != expected[4]
+    assert (
+        train(forgetful, make_optimizer(forgetful, training, fused=True), range(3, 5))[1]
+        != expected[4]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -297,7 +377,13 @@ def test_state_holds_plain_types_and_tensors(kind: Any) -> None:
 
     def check(value: object) -> None:
         assert type(value) in (dict, list, tuple, str, int, float, bool, type(None), Tensor)
-        for inner in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else []:
+        for inner in (
+            [*value, *value.values()]
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, list | tuple)
+            else []
+        ):
             check(inner)
 
     check(optimizer.state_dict())
@@ -351,7 +437,9 @@ def test_a_weight_without_gradient_stays(kind: Any) -> None:
 def test_an_absurd_learning_rate_shows_in_the_loss(kind: Any) -> None:
     """Fault D7: lr 1e20 raises nothing here and hides nothing, so that the guard on loss and gradient trips."""
     model = tiny_decoder()
-    optimizer = make_optimizer(model, TrainingConfig(optimizer=kind, lr=1e20, muon_lr=1e20), fused=True)
+    optimizer = make_optimizer(
+        model, TrainingConfig(optimizer=kind, lr=1e20, muon_lr=1e20), fused=True
+    )
     losses = [float.fromhex(loss) for loss in train(model, optimizer, range(4))]
     assert not all(loss < 1e3 for loss in losses)
 
@@ -360,7 +448,11 @@ def test_an_absurd_learning_rate_shows_in_the_loss(kind: Any) -> None:
 def test_each_optimizer_learns(kind: Any) -> None:
     """A batch by heart: 40 steps take the loss from ln 31 = 3.4 to under half of it."""
     model = tiny_decoder(moe=None, n_sinks=0)
-    optimizer = make_optimizer(model, TrainingConfig(optimizer=kind, lr=3.0 if kind == "sgd" else 0.02, weight_decay=0.0), fused=True)
+    optimizer = make_optimizer(
+        model,
+        TrainingConfig(optimizer=kind, lr=3.0 if kind == "sgd" else 0.02, weight_decay=0.0),
+        fused=True,
+    )
     ids = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
     for _ in range(40):
         loss = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinylm.config import TrainingConfig
-from tinylm.schedule import improvements, multiplier, should_stop
+from tinylm.config.schema import TrainingConfig
+from tinylm.optim.schedule import improvements, multiplier, should_stop
 
 INF, NAN = math.inf, math.nan
 
@@ -17,13 +17,21 @@ def settings(**values: object) -> TrainingConfig:
     return TrainingConfig(**{"val_every_steps": 1, **values})
 
 
-def s4_learning_rate_cosine(t: int, max_learning_rate: float, min_learning_rate: float, warmup_iters: int, cosine_cycle_iters: int) -> float:
+def s4_learning_rate_cosine(
+    t: int,
+    max_learning_rate: float,
+    min_learning_rate: float,
+    warmup_iters: int,
+    cosine_cycle_iters: int,
+) -> float:
     """The three phases as the seed S4 states them, written down from its text."""
     if t < warmup_iters:
         return t * max_learning_rate / warmup_iters
     if t <= cosine_cycle_iters:
         progress = (t - warmup_iters) / (cosine_cycle_iters - warmup_iters)
-        return min_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * (max_learning_rate - min_learning_rate)
+        return min_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * (
+            max_learning_rate - min_learning_rate
+        )
     return min_learning_rate
 
 
@@ -31,7 +39,9 @@ def test_warmup_cosine_is_s4s_example_at_every_step() -> None:
     """S4's own numbers, a tenth as long: 6e-4 to 6e-5, warm-up 200 of 10,000, and on past the end."""
     training = settings(max_steps=10_000, warmup_ratio=0.02, min_lr_ratio=0.1, lr=6e-4)
     for t in range(0, 10_100, 7):
-        assert training.lr * multiplier(t, training) == pytest.approx(s4_learning_rate_cosine(t, 6e-4, 6e-5, 200, 10_000), rel=1e-12, abs=0)
+        assert training.lr * multiplier(t, training) == pytest.approx(
+            s4_learning_rate_cosine(t, 6e-4, 6e-5, 200, 10_000), rel=1e-12, abs=0
+        )
 
 
 @pytest.mark.parametrize(
@@ -56,17 +66,32 @@ def test_warmup_cosine_by_hand(step: int, expected: float) -> None:
 
 @pytest.mark.parametrize(
     ("step", "expected"),
-    [(0, 0.0), (5, 0.5), (10, 1.0), (50, 1.0), (80, 1.0), (85, 0.8), (90, 0.6), (99, 0.24), (100, 0.2), (101, 0.2)],
+    [
+        (0, 0.0),
+        (5, 0.5),
+        (10, 1.0),
+        (50, 1.0),
+        (80, 1.0),
+        (85, 0.8),
+        (90, 0.6),
+        (99, 0.24),
+        (100, 0.2),
+        (101, 0.2),
+    ],
 )
 def test_wsd_by_hand(step: int, expected: float) -> None:
     """Warm-up 10, decay over the last 20 of 100 steps from 1 to 0.2: 0.04 a step."""
-    training = settings(schedule="wsd", max_steps=100, warmup_ratio=0.1, decay_ratio=0.2, min_lr_ratio=0.2)
+    training = settings(
+        schedule="wsd", max_steps=100, warmup_ratio=0.1, decay_ratio=0.2, min_lr_ratio=0.2
+    )
     assert multiplier(step, training) == pytest.approx(expected, abs=1e-15)
 
 
 def test_wsd_reaches_the_peak_where_rounding_makes_the_phases_overlap() -> None:
     """3 steps, half of them each phase: 1.5 rounds to 2 twice. The warm-up keeps its 2, the decay has 1."""
-    training = settings(schedule="wsd", max_steps=3, warmup_ratio=0.5, decay_ratio=0.5, min_lr_ratio=0.0)
+    training = settings(
+        schedule="wsd", max_steps=3, warmup_ratio=0.5, decay_ratio=0.5, min_lr_ratio=0.0
+    )
     assert [multiplier(step, training) for step in range(5)] == [0.0, 0.5, 1.0, 0.0, 0.0]
 
 
@@ -92,9 +117,18 @@ def test_constant_is_the_peak_from_the_first_step(step: int) -> None:
         ([3] * 20, 0.1),  # 0.5^9 is below the lowest
     ],
 )
-def test_plateau_cuts_by_the_factor_for_each_patience_without_improvement(losses: list[float], expected: float) -> None:
+def test_plateau_cuts_by_the_factor_for_each_patience_without_improvement(
+    losses: list[float], expected: float
+) -> None:
     """Patience 2, factor 0.5, lowest 0.1; after the warm-up the step itself does not matter."""
-    training = settings(schedule="plateau", max_steps=100, warmup_ratio=0.1, plateau_patience=2, plateau_factor=0.5, min_lr_ratio=0.1)
+    training = settings(
+        schedule="plateau",
+        max_steps=100,
+        warmup_ratio=0.1,
+        plateau_patience=2,
+        plateau_factor=0.5,
+        min_lr_ratio=0.1,
+    )
     assert [multiplier(step, training, losses) for step in (10, 50, 500)] == [expected] * 3
     assert multiplier(5, training, losses) == 0.5
 
@@ -104,12 +138,22 @@ def test_plateau_counts_as_torchs_reduce_on_plateau_does() -> None:
     import torch
 
     losses = torch.rand(200, generator=torch.Generator().manual_seed(0)).sqrt().tolist()
-    training = settings(schedule="plateau", warmup_ratio=0.0, plateau_patience=4, plateau_factor=0.9, min_lr_ratio=0.05)
+    training = settings(
+        schedule="plateau",
+        warmup_ratio=0.0,
+        plateau_patience=4,
+        plateau_factor=0.9,
+        min_lr_ratio=0.05,
+    )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    oracle = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.9, patience=3, threshold=0.0, min_lr=0.05, eps=0.0)
+    oracle = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.9, patience=3, threshold=0.0, min_lr=0.05, eps=0.0
+    )
     for n, loss in enumerate(losses, 1):
         oracle.step(loss)
-        assert multiplier(n, training, losses[:n]) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert multiplier(n, training, losses[:n]) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-12
+        )
 
 
 schedules = st.builds(
@@ -153,7 +197,9 @@ def test_no_step_jumps_further_than_its_phases_slope(training: TrainingConfig) -
 @given(training=schedules)
 def test_rises_in_the_warmup_and_never_after_it(training: TrainingConfig) -> None:
     """One peak, at the end of the warm-up, if the run is longer than that."""
-    warmup = 0 if training.schedule == "constant" else round(training.warmup_ratio * training.max_steps)
+    warmup = (
+        0 if training.schedule == "constant" else round(training.warmup_ratio * training.max_steps)
+    )
     shares = [multiplier(step, training) for step in range(training.max_steps + 2)]
     rise, fall = shares[: warmup + 1], shares[warmup:]
     if warmup < training.max_steps:
@@ -184,7 +230,9 @@ def test_plateau_never_rises_again(losses: list[float], later: list[float], step
         ([NAN, 1.0], False),
     ],
 )
-def test_stops_after_patience_validations_in_a_row_without_improvement(losses: list[float], stop: bool) -> None:
+def test_stops_after_patience_validations_in_a_row_without_improvement(
+    losses: list[float], stop: bool
+) -> None:
     """Patience 2."""
     assert should_stop(losses, 2) is stop
 
@@ -201,4 +249,6 @@ def test_never_stops_without_patience_or_after_an_improvement(losses: list[float
 @given(losses=st.lists(st.floats(-10, 10), max_size=30))
 def test_improvements_are_the_strict_running_minima(losses: list[float]) -> None:
     """The definition, in quadratic time."""
-    assert improvements(losses) == [all(loss < before for before in losses[:i]) for i, loss in enumerate(losses)]
+    assert improvements(losses) == [
+        all(loss < before for before in losses[:i]) for i, loss in enumerate(losses)
+    ]

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from tinylm import doctor
 from tinylm.__main__ import main
-from tinylm.errors import UserError
+from tinylm.common.errors import UserError
+from tinylm.planning import doctor
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,9 @@ def no_network(monkeypatch):
     """The hub is never asked in a test."""
 
     def unreachable(what, mend):
-        raise UserError(f"{what}: nothing here has that name, and the hub cannot be reached (timed out). {mend}")
+        raise UserError(
+            f"{what}: nothing here has that name, and the hub cannot be reached (timed out). {mend}"
+        )
 
     monkeypatch.setattr(doctor, "require_hub", unreachable)
 
@@ -25,13 +27,26 @@ def test_every_subject_is_looked_at_and_versions_are_those_installed(capsys):
     assert main(["doctor"]) == 0
     out, err = capsys.readouterr()
     assert re.search(rf"torch +│ {re.escape(torch.__version__)}", out)
-    for subject in ("python", "lightning", "peft", "cpu", "mps", "precision bf16", "hardware.compile", "disk", "writing", "Hugging Face hub"):
+    for subject in (
+        "python",
+        "lightning",
+        "peft",
+        "cpu",
+        "mps",
+        "precision bf16",
+        "hardware.compile",
+        "disk",
+        "writing",
+        "Hugging Face hub",
+    ):
         assert f"│ {subject} " in out
     assert "the hub cannot be reached (timed out)" in out
     assert "everything that training needs is here" in err
 
 
-def test_a_missing_library_that_training_needs_fails_and_an_optional_one_does_not(monkeypatch, capsys):
+def test_a_missing_library_that_training_needs_fails_and_an_optional_one_does_not(
+    monkeypatch, capsys
+):
     real = importlib.metadata.version
     missing = {"wandb"}
 
@@ -47,7 +62,10 @@ def test_a_missing_library_that_training_needs_fails_and_an_optional_one_does_no
     assert main(["doctor"]) == 2
     out, err = capsys.readouterr()
     assert "pip install lightning" in out and "pip install wandb" in out
-    assert err == "error: missing: lightning. Do what the table says, or: pip install -r requirements.txt.\n"
+    assert (
+        err
+        == "error: missing: lightning. Do what the table says, or: pip install -r requirements.txt.\n"
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_found(monkeypatch):
@@ -56,4 +74,7 @@ def test_a_folder_that_cannot_be_written_is_found(monkeypatch):
 
     monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
     found = {finding.subject: finding for finding in doctor.room()}
-    assert found["writing"].found == "this folder cannot be written: Permission denied" and found["writing"].needed
+    assert (
+        found["writing"].found == "this folder cannot be written: Permission denied"
+        and found["writing"].needed
+    )

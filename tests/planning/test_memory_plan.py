@@ -8,13 +8,23 @@ from typing import Any
 import pytest
 import torch
 
-from tinylm import planner
-from tinylm.config import Config
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError
-from tinylm.optim import make_optimizer
-from tinylm.planner import advice, available_bytes, explaining_memory, largest_batch, plan_run, resident_bytes, room, trace_step, with_settings
-from tinylm.trials import autocast, random_batch
+from tinylm.common.errors import UserError
+from tinylm.config.schema import Config
+from tinylm.model.decoder import Decoder
+from tinylm.optim.optimizers import make_optimizer
+from tinylm.planning import memory_plan
+from tinylm.planning.memory_plan import (
+    advice,
+    available_bytes,
+    explaining_memory,
+    largest_batch,
+    plan_run,
+    resident_bytes,
+    room,
+    trace_step,
+    with_settings,
+)
+from tinylm.planning.probes import autocast, random_batch
 
 # So large a vocabulary that the loss is the peak, where all activations are alive.
 BASE: dict[str, dict[str, Any]] = {
@@ -36,7 +46,13 @@ def tensor_bytes(values: Any) -> int:
     """Bytes of all tensors in a nested state."""
     if isinstance(values, torch.Tensor):
         return values.nbytes
-    inner = values.values() if isinstance(values, dict) else values if isinstance(values, list | tuple) else ()
+    inner = (
+        values.values()
+        if isinstance(values, dict)
+        else values
+        if isinstance(values, list | tuple)
+        else ()
+    )
     return sum(map(tensor_bytes, inner))
 
 
@@ -84,8 +100,18 @@ def test_the_peak_is_the_sum_of_its_parts():
 QUICK: list[dict[str, Any]] = [
     {},
     {"model.sliding_window": 4, "model.n_sinks": 3, "model.n_kv_heads": 1},
-    {"model.moe": MOE, "model.bias": "all", "model.ffn": "gelu", "model.norm": "layernorm", "hardware.precision": "bf16"},
-    {"model.gradient_checkpointing": True, "training.micro_batch_size": 16, "model.residual_dropout": 0.1},
+    {
+        "model.moe": MOE,
+        "model.bias": "all",
+        "model.ffn": "gelu",
+        "model.norm": "layernorm",
+        "hardware.precision": "bf16",
+    },
+    {
+        "model.gradient_checkpointing": True,
+        "training.micro_batch_size": 16,
+        "model.residual_dropout": 0.1,
+    },
 ]
 OPTIONS: list[dict[str, Any]] = [
     {"model.ffn": "silu"},
@@ -119,7 +145,10 @@ OPTIONS: list[dict[str, Any]] = [
 def kept_by_forward(config: Config) -> int:
     """Bytes of what a real forward pass saves for the backward pass, and of its result; weights left out, shared storage once."""
     torch.manual_seed(0)
-    model, batch = Decoder(config.model).train(), random_batch(config, config.training.micro_batch_size)
+    model, batch = (
+        Decoder(config.model).train(),
+        random_batch(config, config.training.micro_batch_size),
+    )
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -127,7 +156,10 @@ def kept_by_forward(config: Config) -> int:
         return tensor
 
     ids = batch["input_ids"].contiguous()
-    with autocast(config, "cpu"), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with (
+        autocast(config, "cpu"),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
         features = model.features(ids, document_ids=batch.get("document_ids"))
         for tensor in (features.hidden, features.balance_loss, ids):
             note(tensor)
@@ -135,11 +167,17 @@ def kept_by_forward(config: Config) -> int:
         return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
-@pytest.mark.parametrize("changes", [*QUICK, *(pytest.param(changes, marks=pytest.mark.slow) for changes in OPTIONS)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [*QUICK, *(pytest.param(changes, marks=pytest.mark.slow) for changes in OPTIONS)],
+    ids=str,
+)
 def test_activations_are_what_a_real_forward_pass_keeps(changes):
     """A few bytes of scalars and positions that only one of the two sees."""
     config = settings(changes)
-    assert trace_step(config).at_peak["activations"] == pytest.approx(kept_by_forward(config), rel=0.01, abs=600)
+    assert trace_step(config).at_peak["activations"] == pytest.approx(
+        kept_by_forward(config), rel=0.01, abs=600
+    )
 
 
 def test_the_loss_holds_a_chunk_of_logits_and_two_gradients():
@@ -150,7 +188,10 @@ def test_the_loss_holds_a_chunk_of_logits_and_two_gradients():
 
 
 def test_a_second_micro_batch_finds_gradients():
-    one, two = (trace_step(settings({"training.grad_accum_steps": parts})).at_peak["gradients"] for parts in (1, 2))
+    one, two = (
+        trace_step(settings({"training.grad_accum_steps": parts})).at_peak["gradients"]
+        for parts in (1, 2)
+    )
     assert (one, two) == (0, plan_run(settings(), "cpu").weights)
 
 
@@ -159,12 +200,27 @@ def test_blocks_that_are_computed_again_take_less_by_the_layer():
     """Without it every block keeps its activations; with it one block's are alive at a time, and the others' inputs."""
 
     def at_peak(n_layers: int, checkpointing: bool) -> int:
-        changes = {"model.n_layers": n_layers, "model.gradient_checkpointing": checkpointing, "training.micro_batch_size": 64, "model.vocab_size": 300}
+        changes = {
+            "model.n_layers": n_layers,
+            "model.gradient_checkpointing": checkpointing,
+            "training.micro_batch_size": 64,
+            "model.vocab_size": 300,
+        }
         parts = trace_step(settings(changes)).at_peak
         return parts["activations"] + parts["scratch"]
 
-    recomputed = trace_step(settings({"model.gradient_checkpointing": True, "training.micro_batch_size": 64, "model.vocab_size": 300})).at_peak
-    assert recomputed["activations"] > recomputed["scratch"]  # those of the block that is computed again are activations
+    recomputed = trace_step(
+        settings(
+            {
+                "model.gradient_checkpointing": True,
+                "training.micro_batch_size": 64,
+                "model.vocab_size": 300,
+            }
+        )
+    ).at_peak
+    assert (
+        recomputed["activations"] > recomputed["scratch"]
+    )  # those of the block that is computed again are activations
     of_input = 64 * 16 * 32 * 4
     assert at_peak(8, True) - at_peak(4, True) == pytest.approx(4 * of_input, rel=0.1)
     assert at_peak(8, False) - at_peak(4, False) > 4 * 8 * of_input
@@ -217,10 +273,22 @@ def follow(config: Config, overrides: tuple[str, ...]) -> Config:
     """The settings with the overrides, as the command line reads them."""
     import yaml
 
-    return with_settings(config, {key: yaml.safe_load(value) for key, value in (override.split("=") for override in overrides)})
+    return with_settings(
+        config,
+        {
+            key: yaml.safe_load(value)
+            for key, value in (override.split("=") for override in overrides)
+        },
+    )
 
 
-LARGE = {"training.micro_batch_size": 12, "training.seq_len": 32, "model.n_layers": 3, "model.vocab_size": 300, "model.d_model": 128}
+LARGE = {
+    "training.micro_batch_size": 12,
+    "training.seq_len": 32,
+    "model.n_layers": 3,
+    "model.vocab_size": 300,
+    "model.d_model": 128,
+}
 
 
 @pytest.mark.slow
@@ -234,7 +302,9 @@ LARGE = {"training.micro_batch_size": 12, "training.seq_len": 32, "model.n_layer
 )
 def test_a_run_that_follows_the_advice_fits(share, first, last, monkeypatch):
     """From what changes nothing to what is another model; the rows of a step stay as many."""
-    monkeypatch.setattr(planner, "CPU_PAGES", 0)  # else it would be all that a model so small takes
+    monkeypatch.setattr(
+        memory_plan, "CPU_PAGES", 0
+    )  # else it would be all that a model so small takes
     config = settings(LARGE)
     limit = round(share * plan_run(config, "cpu").peak)
     overrides = advice(config, "cpu", limit)
@@ -248,10 +318,16 @@ def test_a_run_that_follows_the_advice_fits(share, first, last, monkeypatch):
 @pytest.mark.slow
 def test_the_advice_is_the_mildest_of_its_kind(monkeypatch):
     """Twelve rows do not fit and six do: 4 x 3, 3 x 4 and so on would be slower for nothing."""
-    monkeypatch.setattr(planner, "CPU_PAGES", 0)
+    monkeypatch.setattr(memory_plan, "CPU_PAGES", 0)
     config = settings(LARGE)
-    limit = plan_run(with_settings(config, {"training.micro_batch_size": 6, "training.grad_accum_steps": 2}), "cpu").peak
-    assert advice(config, "cpu", limit) == ("training.micro_batch_size=6", "training.grad_accum_steps=2")
+    limit = plan_run(
+        with_settings(config, {"training.micro_batch_size": 6, "training.grad_accum_steps": 2}),
+        "cpu",
+    ).peak
+    assert advice(config, "cpu", limit) == (
+        "training.micro_batch_size=6",
+        "training.grad_accum_steps=2",
+    )
 
 
 @pytest.mark.slow
@@ -264,7 +340,7 @@ def test_the_largest_batch_is_the_last_power_of_two_that_fits(monkeypatch):
     limit = plan_run(settings({"training.micro_batch_size": 9}), "cpu").peak
     assert largest_batch(settings(), "cpu", limit) == 8
     assert largest_batch(settings(), "cpu", 1000) == 0
-    monkeypatch.setattr(planner, "LARGEST_BATCH", 4)
+    monkeypatch.setattr(memory_plan, "LARGEST_BATCH", 4)
     assert largest_batch(settings(), "cpu", limit) == 4
 
 
@@ -272,23 +348,26 @@ def test_the_largest_batch_is_the_last_power_of_two_that_fits(monkeypatch):
 
 
 def test_processes_on_one_cpu_share_its_memory(monkeypatch):
-    monkeypatch.setattr(planner, "available_bytes", lambda device: 900)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 900)
     assert room(settings(), "cpu", program=100) == 1000
     assert room(settings({"hardware.devices": 3}), "cpu", program=100) == 400
     assert room(settings({"hardware.devices": 3}), "cuda") == 900
-    monkeypatch.setattr(planner, "available_bytes", lambda device: None)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: None)
     assert room(settings(), "mps") is None
 
 
 @pytest.fixture
 def cgroups(tmp_path, monkeypatch) -> Iterator[Path]:
-    monkeypatch.setattr(planner, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory_plan, "CGROUPS", tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize(
     ("folder", "limit", "used", "files"),
-    [(".", "memory.max", "memory.current", "inactive_file"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")],
+    [
+        (".", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
 )
 def test_the_limit_of_a_container_counts(cgroups, folder, limit, used, files):
     """A megabyte of limit, of which 600,000 bytes are used and 100,000 of these are files that give way."""
@@ -305,7 +384,9 @@ def test_the_limit_of_a_container_counts(cgroups, folder, limit, used, files):
 
 def test_the_memory_of_this_process_has_what_it_holds():
     before = resident_bytes()
-    with mmap.mmap(-1, 50_000_000) as held:  # pages of its own: a bytearray may get what this process has freed before
+    with mmap.mmap(
+        -1, 50_000_000
+    ) as held:  # pages of its own: a bytearray may get what this process has freed before
         for _ in range(50):
             held.write(b"x" * 1_000_000)
         assert resident_bytes() - before > 0.9 * len(held)
@@ -317,15 +398,29 @@ CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: 
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), RuntimeError(CPU_ERROR), RuntimeError("MPS backend out of memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError(CPU_ERROR),
+        RuntimeError("MPS backend out of memory"),
+    ],
 )
 @pytest.mark.parametrize(
     ("changes", "mend"),
     [
-        ({"training.micro_batch_size": 12}, "training.micro_batch_size=6 training.grad_accum_steps=2"),
-        ({"training.micro_batch_size": 3}, "training.micro_batch_size=1 training.grad_accum_steps=3"),
+        (
+            {"training.micro_batch_size": 12},
+            "training.micro_batch_size=6 training.grad_accum_steps=2",
+        ),
+        (
+            {"training.micro_batch_size": 3},
+            "training.micro_batch_size=1 training.grad_accum_steps=3",
+        ),
         ({"training.micro_batch_size": 1}, "model.gradient_checkpointing=true"),
-        ({"training.micro_batch_size": 1, "model.gradient_checkpointing": True}, "training.seq_len=8"),
+        (
+            {"training.micro_batch_size": 1, "model.gradient_checkpointing": True},
+            "training.seq_len=8",
+        ),
     ],
 )
 def test_a_lack_of_memory_is_one_line_with_what_to_lower(error, changes, mend):
@@ -334,7 +429,10 @@ def test_a_lack_of_memory_is_one_line_with_what_to_lower(error, changes, mend):
         raise error
     rows = config.training.micro_batch_size
     found = f"a micro-batch of {rows} rows (training.micro_batch_size) of 16 tokens (training.seq_len) did not fit: {str(error).rstrip('.')}"
-    assert str(caught.value) == f"out of memory: {found}. Try {mend}; train.py --plan counts what a run needs. All is well."
+    assert (
+        str(caught.value)
+        == f"out of memory: {found}. Try {mend}; train.py --plan counts what a run needs. All is well."
+    )
 
 
 def test_another_error_keeps_its_traceback():

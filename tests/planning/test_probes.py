@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from tinylm import trials
-from tinylm.config import Config
-from tinylm.decoder import Decoder
-from tinylm.errors import Diverged
-from tinylm.planner import with_settings
-from tinylm.trials import Trial, lr_range_test, matrix_rate, measure_speed, overfit, random_batch, range_lr, suggested_lr, without_noise
+from tinylm.common.errors import Diverged
+from tinylm.config.schema import Config
+from tinylm.model.decoder import Decoder
+from tinylm.planning import probes
+from tinylm.planning.memory_plan import with_settings
+from tinylm.planning.probes import (
+    Trial,
+    lr_range_test,
+    matrix_rate,
+    measure_speed,
+    overfit,
+    random_batch,
+    range_lr,
+    suggested_lr,
+    without_noise,
+)
 
 BASE = {
     "model": {"vocab_size": 50, "n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 16},
@@ -39,14 +49,18 @@ def test_a_micro_batch_gives_the_mean_loss_of_its_targets(precision):
     batch["labels"] = batch["labels"].masked_fill(torch.arange(8) < 3, -100)
     logits = trial.model(batch["input_ids"]).flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, batch["labels"].flatten())
-    assert trial.micro_batch(batch) == pytest.approx(expected.item(), rel=1e-6 if precision == "32" else 1e-2)
+    assert trial.micro_batch(batch) == pytest.approx(
+        expected.item(), rel=1e-6 if precision == "32" else 1e-2
+    )
 
 
 def test_a_step_of_two_micro_batches_is_a_step_of_both_together():
     config = settings({"training.optimizer": "sgd"})
     two, one = tiny_trial(config), tiny_trial(config)
     rows = random_batch(config, 4)
-    parts = [{name: value[part] for name, value in rows.items()} for part in (slice(0, 2), slice(2, 4))]
+    parts = [
+        {name: value[part] for name, value in rows.items()} for part in (slice(0, 2), slice(2, 4))
+    ]
     assert two.step(parts, 0.5) == pytest.approx(one.step([rows], 0.5), rel=1e-5)
     for a, b in zip(two.model.parameters(), one.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-7)
@@ -69,24 +83,36 @@ def test_a_batch_is_learnt_by_heart_and_then_the_trial_ends():
     config = settings()
     losses = list(overfit(tiny_trial(config), random_batch(config, 1), 300))
     assert losses[0] == pytest.approx(math.log(50), rel=0.05)
-    assert losses[-1] < trials.LEARNT * losses[0] <= min(losses[:-1])
+    assert losses[-1] < probes.LEARNT * losses[0] <= min(losses[:-1])
     assert len(losses) < 300
 
 
 def test_a_rate_of_nothing_learns_nothing():
-    losses = list(overfit(tiny_trial(settings({"training.lr": 1e-12})), random_batch(settings(), 1), 5))
+    losses = list(
+        overfit(tiny_trial(settings({"training.lr": 1e-12})), random_batch(settings(), 1), 5)
+    )
     assert len(losses) == 5
     assert losses[-1] == pytest.approx(losses[0])
 
 
 def test_what_is_not_a_number_ends_it():
-    config = settings({"training.lr": 1e30, "training.grad_clip": None, "training.optimizer": "sgd"})
+    config = settings(
+        {"training.lr": 1e30, "training.grad_clip": None, "training.optimizer": "sgd"}
+    )
     with pytest.raises(Diverged, match=r"step \d+: the loss is (nan|inf)\. Lower training\.lr"):
         list(overfit(tiny_trial(config), random_batch(config, 1), 20))
 
 
 def test_dropout_and_smoothing_are_left_out():
-    quiet = without_noise(settings({"model.residual_dropout": 0.5, "model.attention_dropout": 0.5, "training.label_smoothing": 0.5}))
+    quiet = without_noise(
+        settings(
+            {
+                "model.residual_dropout": 0.5,
+                "model.attention_dropout": 0.5,
+                "training.label_smoothing": 0.5,
+            }
+        )
+    )
     assert quiet == settings()
 
 
@@ -133,7 +159,10 @@ def test_the_range_test_ends_at_what_is_not_a_number():
 
 def test_the_suggestion_is_a_third_of_the_first_rate_that_is_good_enough():
     """A fall from 6 to 2, after which 2.1 is within a twentieth: means of five are so flat that the first of them is the tenth."""
-    curve = [(10.0**-n, loss) for n, loss in zip(range(15, 0, -1), [6.0] * 5 + [2.1] * 5 + [2.0] * 5, strict=True)]
+    curve = [
+        (10.0**-n, loss)
+        for n, loss in zip(range(15, 0, -1), [6.0] * 5 + [2.1] * 5 + [2.0] * 5, strict=True)
+    ]
     assert suggested_lr(curve) == pytest.approx(1e-6 / 3)
 
 
@@ -153,7 +182,7 @@ class Clock:
 def test_speed_is_tokens_over_the_time_of_a_whole_step(monkeypatch):
     """16 rows in two micro-batches, a second a row, and four seconds of optimizer: 16 · 8 tokens in 20 s. 8 rows fit into LONGEST_SECONDS."""
     clock = Clock()
-    monkeypatch.setattr(trials, "time", clock)
+    monkeypatch.setattr(probes, "time", clock)
     seen: list[int] = []
 
     def micro_batch(self: Trial, batch: Any, parts: int = 1) -> float:

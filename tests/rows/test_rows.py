@@ -7,27 +7,17 @@ from typing import Any
 
 import pytest
 
-from tinylm.config import ROW_COLUMNS, DataConfig
-from tinylm.corpus import Which
-from tinylm.errors import UserError
-from tinylm.packing import Example
-from tinylm.prompts import Conversation, Turn, make_template
-from tinylm.rows import (
-    COLUMNS,
-    TINY_ROWS,
-    Report,
-    build_corpus_from_sources,
-    conversation_of,
-    examples,
-    records,
-    shared_examples,
-    shared_questions,
-    texts_left_out,
-    with_rows,
-)
-from tinylm.tokenizer import ByteTokenizer, CharTokenizer
+from tinylm.common.errors import UserError
+from tinylm.config.schema import ROW_COLUMNS, DataConfig
+from tinylm.rows.columns import COLUMNS, conversation_of, texts_left_out
+from tinylm.rows.row_files import TINY_ROWS, build_corpus_from_sources, records, with_rows
+from tinylm.rows.sft import Report, examples, shared_examples, shared_questions
+from tinylm.rows.templates import Conversation, Turn, make_template
+from tinylm.text.splits import Which
+from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
+from tinylm.tokens.packing import Example
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUESTION, ANSWER = Turn("user", "2+2?"), Turn("assistant", "4")
 
 
@@ -69,8 +59,14 @@ def test_every_kind_of_file_gives_the_same_rows(write, tmp_path):
 
     rows = pairs(30)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    files = [write("rows.jsonl", lines(*rows)), write("rows.json", "\ufeff" + json.dumps(rows)), tmp_path / "rows.parquet"]
-    read = [[row for _, row in records(DataConfig(dataset=str(file)), "train", 0)] for file in files]
+    files = [
+        write("rows.jsonl", lines(*rows)),
+        write("rows.json", "\ufeff" + json.dumps(rows)),
+        tmp_path / "rows.parquet",
+    ]
+    read = [
+        [row for _, row in records(DataConfig(dataset=str(file)), "train", 0)] for file in files
+    ]
     assert read[0] == read[1] == read[2]
     assert 20 < len(read[0]) < 30
 
@@ -79,14 +75,22 @@ def test_no_row_is_in_both_splits(write):
     """Equal rows go the same way, wherever they stand and however their keys are ordered, and every row is somewhere."""
     rows = pairs(100)
     path = write("rows.jsonl", lines(*rows, *[dict(reversed(row.items())) for row in rows]))
-    train, val = (sorted(json.dumps(row, sort_keys=True) for _, row in part) for part in both(DataConfig(dataset=str(path))))
+    train, val = (
+        sorted(json.dumps(row, sort_keys=True) for _, row in part)
+        for part in both(DataConfig(dataset=str(path)))
+    )
     assert len(train) + len(val) == 200
     assert not set(train) & set(val)
     assert val and train[::2] == train[1::2]
 
 
 def test_limits_and_another_validation_source(write):
-    data = DataConfig(dataset=str(write("a.jsonl", lines(*pairs(9)))), val_dataset=str(write("b.jsonl", lines(*pairs(5)))), train_docs=7, val_docs=3)
+    data = DataConfig(
+        dataset=str(write("a.jsonl", lines(*pairs(9)))),
+        val_dataset=str(write("b.jsonl", lines(*pairs(5)))),
+        train_docs=7,
+        val_docs=3,
+    )
     train, val = both(data)
     assert [row for _, row in train] == pairs(7)
     assert [row for _, row in val] == pairs(3)
@@ -95,25 +99,55 @@ def test_limits_and_another_validation_source(write):
 def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
     import datasets
 
-    monkeypatch.setattr("tinylm.corpus.require_hub", lambda what, mend: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, *, split, streaming: datasets.Dataset.from_list(pairs(3)))
+    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda what, mend: None)
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, config, *, split, streaming: datasets.Dataset.from_list(pairs(3)),
+    )
     data = DataConfig(dataset="owner/pairs", val_split="test")
-    assert list(records(data, "train", 0)) == [(f"owner/pairs (train): row {number}", row) for number, row in enumerate(pairs(3), start=1)]
+    assert list(records(data, "train", 0)) == [
+        (f"owner/pairs (train): row {number}", row) for number, row in enumerate(pairs(3), start=1)
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt"\n', "a.jsonl:2: not JSON: "),
-        ("a.jsonl", "[1]\n", 'a.jsonl:1: expected an object such as {"instruction": "...", "output": "..."}, found a list. Correct the row.'),
-        ("a.jsonl", "", "a.jsonl: no rows, only blank lines or nothing at all. Give a file with rows."),
-        ("a.jsonl", "\n \n", "a.jsonl: no rows, only blank lines or nothing at all. Give a file with rows."),
-        ("a.json", "{}", "a.json: expected a list of objects, found an object. Write [{...}, {...}], or one object a line as .jsonl."),
+        (
+            "a.jsonl",
+            "[1]\n",
+            'a.jsonl:1: expected an object such as {"instruction": "...", "output": "..."}, found a list. Correct the row.',
+        ),
+        (
+            "a.jsonl",
+            "",
+            "a.jsonl: no rows, only blank lines or nothing at all. Give a file with rows.",
+        ),
+        (
+            "a.jsonl",
+            "\n \n",
+            "a.jsonl: no rows, only blank lines or nothing at all. Give a file with rows.",
+        ),
+        (
+            "a.json",
+            "{}",
+            "a.json: expected a list of objects, found an object. Write [{...}, {...}], or one object a line as .jsonl.",
+        ),
         ("a.json", "[1, 2", "a.json: not JSON: "),
         ("a.json", "[]", "a.json: no rows"),
         ("a.json", '[{"a": 1}, null]', "a.json: row 2: expected an object"),
-        ("SMSSpamCollection", "ham hello\n", "SMSSpamCollection:1: expected ham or spam, a tab, and a message; there is no tab. Correct the line."),
-        ("a.csv", "a,b\n", "a.csv: not a kind of file with rows (.jsonl, .json, .parquet, .jsonl.gz, SMSSpamCollection). Convert it, or name it by its kind."),
+        (
+            "SMSSpamCollection",
+            "ham hello\n",
+            "SMSSpamCollection:1: expected ham or spam, a tab, and a message; there is no tab. Correct the line.",
+        ),
+        (
+            "a.csv",
+            "a,b\n",
+            "a.csv: not a kind of file with rows (.jsonl, .json, .parquet, .jsonl.gz, SMSSpamCollection). Convert it, or name it by its kind.",
+        ),
     ],
 )
 def test_a_file_that_has_no_rows_is_named(write, name, text, message):
@@ -125,13 +159,24 @@ def test_a_file_that_has_no_rows_is_named(write, name, text, message):
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
     (tmp_path / "a.json").write_bytes(b'["\xff"]')
-    with pytest.raises(UserError, match=r"a.json: not UTF-8 text \(byte 2\). Save the file as UTF-8."):
+    with pytest.raises(
+        UserError, match=r"a.json: not UTF-8 text \(byte 2\). Save the file as UTF-8."
+    ):
         list(records(DataConfig(dataset=str(tmp_path / "a.json")), "train", 0))
 
 
 def test_too_few_rows_for_two_splits_are_counted(write):
-    with pytest.raises(UserError, match=r"validation got 0 of 2 rows \(data.val_fraction 1e-09\). Give more rows, another data.val_fraction, or"):
-        list(records(DataConfig(dataset=str(write("a.jsonl", lines(*pairs(2)))), val_fraction=1e-9), "val", 0))
+    with pytest.raises(
+        UserError,
+        match=r"validation got 0 of 2 rows \(data.val_fraction 1e-09\). Give more rows, another data.val_fraction, or",
+    ):
+        list(
+            records(
+                DataConfig(dataset=str(write("a.jsonl", lines(*pairs(2)))), val_fraction=1e-9),
+                "val",
+                0,
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +192,9 @@ def test_too_few_rows_for_two_splits_are_counted(write):
     ],
 )
 def test_a_setting_without_a_use_here_is_refused(setting, value):
-    with pytest.raises(UserError, match=f"^data.{setting}: rows of fine-tuning have no use for it. Take it out.$"):
+    with pytest.raises(
+        UserError, match=f"^data.{setting}: rows of fine-tuning have no use for it. Take it out.$"
+    ):
         with_rows(DataConfig.model_validate({setting: value}))
 
 
@@ -157,7 +204,10 @@ def test_a_setting_without_a_use_here_is_refused(setting, value):
 def test_messages_and_instructions_in_a_folder_become_triplets(write, tmp_path):
     """S0's layout: data/raw/sms_spam_collection/SMSSpamCollection beside data/raw/instruction-data.json."""
     write("raw/sms_spam_collection/SMSSpamCollection", "ham\tOk lar\tfine\nspam\tFree entry!\n")
-    write("raw/instruction-data.json", json.dumps([{"instruction": "Name a colour.", "input": "", "output": "Red."}]))
+    write(
+        "raw/instruction-data.json",
+        json.dumps([{"instruction": "Name a colour.", "input": "", "output": "Red."}]),
+    )
     data = DataConfig(dataset=str(tmp_path / "raw"), val_fraction=1e-9)
     template, tokenizer = make_template("instruction", ByteTokenizer()), ByteTokenizer()
     made, _ = examples(data, "train", 0, template, tokenizer, 256, train_on="all")
@@ -168,7 +218,9 @@ def test_messages_and_instructions_in_a_folder_become_triplets(write, tmp_path):
         "### Instruction: classify if the SMS is spam or ham\n### Input: Free entry!\n### Output: spam\n",
     ]
     assert [example.ids[-1] for example in made] == [sep, sep, sep]
-    assert all(example.trained.tolist() == [False] + [True] * (len(example.ids) - 1) for example in made)
+    assert all(
+        example.trained.tolist() == [False] + [True] * (len(example.ids) - 1) for example in made
+    )
 
 
 def test_a_folder_without_rows_is_replaced_and_that_is_said(write, tmp_path, monkeypatch):
@@ -193,7 +245,10 @@ def test_a_folder_of_several_splits_is_not_trained_on_whole(write, tmp_path):
     with pytest.raises(UserError) as refused:
         with_rows(DataConfig(dataset=str(tmp_path)))
     found = f"data.dataset: {tmp_path} holds train-1.jsonl and validation.jsonl, and every file of a folder is trained on"
-    assert str(refused.value) == f"{found}. Set data.dataset={tmp_path}/train-1.jsonl, and data.val_dataset={tmp_path}/validation.jsonl to validate on that."
+    assert (
+        str(refused.value)
+        == f"{found}. Set data.dataset={tmp_path}/train-1.jsonl, and data.val_dataset={tmp_path}/validation.jsonl to validate on that."
+    )
     write("train-2.jsonl", lines(*pairs(2)))
     with pytest.raises(UserError, match=r"Set data.dataset=.*/train\*, and "):
         with_rows(DataConfig(dataset=str(tmp_path)))
@@ -206,8 +261,16 @@ def test_a_folder_with_rows_is_itself(write):
 
 # --- what a row says --------------------------------------------------------------------------------------------------
 
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
-SHARED = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+SHARED = [
+    {"from": "system", "value": "Be brief."},
+    {"from": "human", "value": "2+2?"},
+    {"from": "gpt", "value": "4"},
+]
 
 
 @pytest.mark.parametrize(
@@ -216,13 +279,22 @@ SHARED = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "
         ({"instruction": "2+2?", "input": "", "output": "4"}, (QUESTION, ANSWER)),
         ({"instruction": "2+2?", "input": None, "output": "4"}, (QUESTION, ANSWER)),
         ({"instruction": "2+2?", "response": "4"}, (QUESTION, ANSWER)),
-        ({"instruction": "Add.", "input": "2, 2", "output": "4"}, (Turn("user", "Add.", "2, 2"), ANSWER)),
+        (
+            {"instruction": "Add.", "input": "2, 2", "output": "4"},
+            (Turn("user", "Add.", "2, 2"), ANSWER),
+        ),
         ({"prompt": "2+2?", "completion": "4"}, (QUESTION, ANSWER)),
         ({"prompt": "2+2?", "response": "4"}, (QUESTION, ANSWER)),
         ({"question": "2+2?", "answer": "4"}, (QUESTION, ANSWER)),
         ({"messages": CHAT}, (Turn("system", "Be brief."), QUESTION, ANSWER)),
         ({"conversations": SHARED}, (Turn("system", "Be brief."), QUESTION, ANSWER)),
-        ({"label": "spam", "text": "Free!"}, (Turn("user", "classify if the SMS is spam or ham", "Free!"), Turn("assistant", "spam"))),
+        (
+            {"label": "spam", "text": "Free!"},
+            (
+                Turn("user", "classify if the SMS is spam or ham", "Free!"),
+                Turn("assistant", "spam"),
+            ),
+        ),
         ({"id": 7, "prompt": "as a chat", "messages": CHAT[1:]}, (QUESTION, ANSWER)),
         ({"prompt": "2+2?", "target": "4"}, (QUESTION, ANSWER)),
         ({"conversations": CHAT[1:]}, (QUESTION, ANSWER)),
@@ -243,7 +315,10 @@ def test_a_named_kind_wins_over_the_keys():
 @pytest.mark.parametrize(
     ("columns", "row"),
     [
-        ({"prompt": "frage", "completion": "antwort"}, {"frage": "2+2?", "antwort": "4", "text": "x"}),
+        (
+            {"prompt": "frage", "completion": "antwort"},
+            {"frage": "2+2?", "antwort": "4", "text": "x"},
+        ),
         ({"instruction": "task", "output": "text"}, {"task": "2+2?", "text": "4", "input": ""}),
         ({"messages": "chat"}, {"chat": CHAT[1:]}),
         ({"conversations": "chat"}, {"chat": SHARED[1:]}),
@@ -260,28 +335,84 @@ def test_the_settings_know_the_columns_that_rows_have():
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        ({"id": 1, "foo": 2}, {}, "expected instruction and output, prompt and completion, messages, or conversations; the row has id, foo. Name its columns"),
+        (
+            {"id": 1, "foo": 2},
+            {},
+            "expected instruction and output, prompt and completion, messages, or conversations; the row has id, foo. Name its columns",
+        ),
         ({}, {}, "the row has no keys."),
-        ({"prompt": "a"}, {}, "completion or response or answer or target: missing; the row has prompt. Add it, or set data.columns: {completion: its name in"),
+        (
+            {"prompt": "a"},
+            {},
+            "completion or response or answer or target: missing; the row has prompt. Add it, or set data.columns: {completion: its name in",
+        ),
         ({"a": "b"}, {"rows": "alpaca"}, "instruction: missing; the row has a."),
-        ({"prompt": "a", "completion": "b"}, {"columns": {"completion": "c"}}, "c: missing; the row has prompt, completion."),
+        (
+            {"prompt": "a", "completion": "b"},
+            {"columns": {"completion": "c"}},
+            "c: missing; the row has prompt, completion.",
+        ),
         ({"instruction": "a", "output": "b"}, {"columns": {"input": "c"}}, "c: missing;"),
-        ({"prompt": "a", "completion": 4}, {}, "completion: expected a string, found a number. Correct the row, or take it out."),
+        (
+            {"prompt": "a", "completion": 4},
+            {},
+            "completion: expected a string, found a number. Correct the row, or take it out.",
+        ),
         ({"prompt": "a", "completion": None}, {}, "completion: expected a string, found null."),
-        ({"prompt": "a", "completion": " \n"}, {}, "completion: it is empty. Write it, or take the row out."),
+        (
+            {"prompt": "a", "completion": " \n"},
+            {},
+            "completion: it is empty. Write it, or take the row out.",
+        ),
         ({"prompt": "", "completion": "a"}, {}, "prompt: it is empty."),
-        ({"instruction": "a", "input": 3, "output": "b"}, {}, "input: expected a string, found a number."),
-        ({"messages": "hello"}, {}, "messages: expected a list of turns, found a string. Correct the row, or set data.rows."),
+        (
+            {"instruction": "a", "input": 3, "output": "b"},
+            {},
+            "input: expected a string, found a number.",
+        ),
+        (
+            {"messages": "hello"},
+            {},
+            "messages: expected a list of turns, found a string. Correct the row, or set data.rows.",
+        ),
         ({"messages": []}, {}, "messages: no turn of the assistant among 0. Add an answer"),
         ({"messages": CHAT[:2]}, {}, "messages: no turn of the assistant among 2."),
-        ({"messages": [*CHAT, "x"]}, {}, "messages[3]: expected an object with role and content, found a string."),
-        ({"messages": [*CHAT, {"role": "user"}]}, {}, "messages[3].content: missing; the turn has role."),
-        ({"messages": [{"role": "tool", "content": "x"}]}, {}, "messages[0].role: expected system, user, assistant, human, gpt, found tool."),
-        ({"messages": [{"role": 1, "content": "x"}]}, {}, "messages[0].role: expected system, user, assistant, human, gpt, found a number."),
-        ({"messages": [{"role": "user", "content": None}]}, {}, "messages[0].content: expected a string, found null."),
+        (
+            {"messages": [*CHAT, "x"]},
+            {},
+            "messages[3]: expected an object with role and content, found a string.",
+        ),
+        (
+            {"messages": [*CHAT, {"role": "user"}]},
+            {},
+            "messages[3].content: missing; the turn has role.",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            {},
+            "messages[0].role: expected system, user, assistant, human, gpt, found tool.",
+        ),
+        (
+            {"messages": [{"role": 1, "content": "x"}]},
+            {},
+            "messages[0].role: expected system, user, assistant, human, gpt, found a number.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            {},
+            "messages[0].content: expected a string, found null.",
+        ),
         ({"messages": [{"role": "user", "content": ""}]}, {}, "messages[0].content: it is empty."),
-        ({"conversations": [{"from": "bing", "value": "x"}]}, {}, "conversations[0].from: expected system, user, assistant, human, gpt, found bing."),
-        ({"conversations": [{"speaker": "user"}]}, {}, "conversations[0].role: missing; the turn has speaker. Add it, or take the row out."),
+        (
+            {"conversations": [{"from": "bing", "value": "x"}]},
+            {},
+            "conversations[0].from: expected system, user, assistant, human, gpt, found bing.",
+        ),
+        (
+            {"conversations": [{"speaker": "user"}]},
+            {},
+            "conversations[0].role: missing; the turn has speaker. Add it, or take the row out.",
+        ),
         ({"label": "maybe", "text": "x"}, {}, "label: expected ham or spam, found maybe."),
         ({"prompt": "a", "\x1b[31m": 1}, {}, "the row has prompt, \\x1b[31m."),
     ],
@@ -295,14 +426,27 @@ def test_a_row_that_is_no_conversation_is_named_by_its_key(row, settings, messag
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
-def made_of(path: Path, seq_len: int, which: Which = "train", **keywords: Any) -> tuple[list[Example], Report]:
+def made_of(
+    path: Path, seq_len: int, which: Which = "train", **keywords: Any
+) -> tuple[list[Example], Report]:
     data = DataConfig(dataset=str(path), val_fraction=1e-9)
-    return examples(data, which, 0, make_template("plain", ByteTokenizer()), ByteTokenizer(), seq_len, **({"train_on": "response"} | keywords))
+    return examples(
+        data,
+        which,
+        0,
+        make_template("plain", ByteTokenizer()),
+        ByteTokenizer(),
+        seq_len,
+        **({"train_on": "response"} | keywords),
+    )
 
 
 def test_an_answer_is_cut_and_a_prompt_that_fills_the_context_is_skipped_and_named(write):
     """D6. In a context of 8, with a line end, n + 1 + m + 1 tokens are a question, an answer and its end; 9 fit, since the last is no input."""
-    rows = [{"prompt": "q" * n, "completion": "a" * m} for n, m in ((4, 3), (4, 9), (8, 1), (9, 1), (20, 1), (30, 1), (40, 1))]
+    rows = [
+        {"prompt": "q" * n, "completion": "a" * m}
+        for n, m in ((4, 3), (4, 9), (8, 1), (9, 1), (20, 1), (30, 1), (40, 1))
+    ]
     made, report = made_of(path := write("a.jsonl", lines(*rows)), 8)
     assert [len(example.ids) for example in made] == [9, 9, 9]
     assert [int(example.trained.sum()) for example in made] == [5, 5, 1]
@@ -317,12 +461,17 @@ def test_an_answer_is_cut_and_a_prompt_that_fills_the_context_is_skipped_and_nam
 def test_nothing_but_skipped_rows_is_an_error(write):
     """D6: rather that than a loss over no target, which is no number."""
     path = write("a.jsonl", lines({"prompt": "q" * 20, "completion": "a"}))
-    with pytest.raises(UserError, match=r"^data.dataset: training: nothing is left without 1 rows whose prompts fill the context of 8 tokens \(.*:1\). Raise"):
+    with pytest.raises(
+        UserError,
+        match=r"^data.dataset: training: nothing is left without 1 rows whose prompts fill the context of 8 tokens \(.*:1\). Raise",
+    ):
         made_of(path, 8)
 
 
 def test_all_tokens_but_the_first_can_be_targets(write):
-    made, report = made_of(write("a.jsonl", lines({"prompt": "q" * 20, "completion": "a"})), 8, train_on="all")
+    made, report = made_of(
+        write("a.jsonl", lines({"prompt": "q" * 20, "completion": "a"})), 8, train_on="all"
+    )
     assert made[0].trained.tolist() == [False] + [True] * 8
     assert report.skipped == 0
 
@@ -330,16 +479,28 @@ def test_all_tokens_but_the_first_can_be_targets(write):
 def test_a_task_makes_its_own_conversations(write):
     """What tinylm/tasks gives: a function from its columns to turns."""
     path = write("a.jsonl", lines({"sentence": "Lovely.", "label": 1}))
-    made, _ = made_of(path, 32, conversation_of=lambda row: (Turn("user", row["sentence"]), Turn("assistant", ["bad", "good"][row["label"]])))
+    made, _ = made_of(
+        path,
+        32,
+        conversation_of=lambda row: (
+            Turn("user", row["sentence"]),
+            Turn("assistant", ["bad", "good"][row["label"]]),
+        ),
+    )
     assert ByteTokenizer().decode(made[0].ids) == "Lovely.\ngood"
     assert made[0].place == f"{path}:1"
 
 
 def test_columns_with_text_that_no_turn_has_are_named(write):
     """Dolly's context belongs to the question: without the note its answers would be learned as if out of nothing."""
-    rows = [{"id": "", "instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "n": 1}, {"instruction": "Why?", "response": "So.", "by": "me"}]
+    rows = [
+        {"id": "", "instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "n": 1},
+        {"instruction": "Why?", "response": "So.", "by": "me"},
+    ]
     path = write("a.jsonl", lines(*rows))
-    assert made_of(path, 64)[1].notes() == ["training: columns that are not read: context, by; data.columns names those that are"]
+    assert made_of(path, 64)[1].notes() == [
+        "training: columns that are not read: context, by; data.columns names those that are"
+    ]
     data = DataConfig(dataset=str(path), val_fraction=1e-9, columns={"input": "context"})
     assert texts_left_out(rows[0], data) == []
     assert made_of(path, 64, conversation_of=lambda row: (QUESTION, ANSWER))[1].notes() == []
@@ -348,7 +509,10 @@ def test_columns_with_text_that_no_turn_has_are_named(write):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "completion": None}, "a.jsonl:2: completion: expected a string, found null."),
+        (
+            {"prompt": "a", "completion": None},
+            "a.jsonl:2: completion: expected a string, found null.",
+        ),
         ({"messages": [*CHAT, CHAT[2]]}, "a.jsonl:2: turn 4: a second assistant turn in a row."),
         ({"messages": [*CHAT, CHAT[1]]}, "a.jsonl:2: the last turn is not the assistant's"),
         ({"prompt": "é", "completion": "b"}, "a.jsonl:2: the character 'é'"),
@@ -360,13 +524,17 @@ def test_a_bad_row_is_named_with_file_line_and_key(write, row, message):
     data = DataConfig(dataset=str(write("a.jsonl", lines(pairs(1)[0], row))), val_fraction=1e-9)
     tokenizer = CharTokenizer("0123456789+? aBbe.rif\n", unknown="error")
     with pytest.raises(UserError) as refused:
-        examples(data, "train", 0, make_template("plain", tokenizer), tokenizer, 32, train_on="response")
+        examples(
+            data, "train", 0, make_template("plain", tokenizer), tokenizer, 32, train_on="response"
+        )
     assert message in str(refused.value)
 
 
 def test_rows_of_both_splits_are_counted(write):
     """E13."""
     train, _ = made_of(write("a.jsonl", lines(*pairs(6))), 32)
-    val, _ = made_of(write("b.jsonl", lines({"prompt": "0+0?", "completion": "none"}, *pairs(9)[4:])), 32)
+    val, _ = made_of(
+        write("b.jsonl", lines({"prompt": "0+0?", "completion": "none"}, *pairs(9)[4:])), 32
+    )
     assert shared_examples(train, val) == 2
     assert shared_questions(train, val) == 3

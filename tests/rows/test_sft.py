@@ -13,14 +13,15 @@ import torch
 import train
 from data import Batch, ExampleBatches, LitExamples, Share, ValidationExamples
 from model import LitLM
-from tinylm.checkpoint import NO_ROOTS
-from tinylm.config import Config, load_config
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError
-from tinylm.evaluate import byte_table, score_batches
-from tinylm.losses import cross_entropy
-from tinylm.packing import IGNORE_INDEX
-from tinylm.tokenizer import ByteTokenizer
+from tinylm.checkpoint.format import NO_ROOTS
+from tinylm.common.errors import UserError
+from tinylm.config.loader import load_config
+from tinylm.config.schema import Config
+from tinylm.eval.perplexity import byte_table, score_batches
+from tinylm.model.decoder import Decoder
+from tinylm.objectives.cross_entropy import cross_entropy
+from tinylm.tokenizer.byte_char import ByteTokenizer
+from tinylm.tokens.packing import IGNORE_INDEX
 
 TOKENIZER = ByteTokenizer()
 
@@ -28,7 +29,10 @@ TOKENIZER = ByteTokenizer()
 @pytest.fixture
 def load(make_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Config]:
     """A config over 61 rows of 8 to 26 tokens, in rows of 32."""
-    rows = [{"prompt": f"say {'a' * (i % 9)}{i}", "completion": f"{i}{'a' * (i % 7)}"} for i in range(61)]
+    rows = [
+        {"prompt": f"say {'a' * (i % 9)}{i}", "completion": f"{i}{'a' * (i % 7)}"}
+        for i in range(61)
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -52,13 +56,17 @@ def batches_of(config: Config, first: int = 0) -> list[Batch]:
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+    )
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [{}, {"packing": "padded"}, {"order": "sequential"}, {"order": "random"}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"packing": "padded"}, {"order": "sequential"}, {"order": "random"}]
+)
 def test_a_resumed_loader_gives_what_the_uninterrupted_one_gave(load: Any, kind: dict) -> None:
     config = load(data=kind, training={"max_steps": 12})
     whole = batches_of(config)
@@ -69,7 +77,10 @@ def test_a_resumed_loader_gives_what_the_uninterrupted_one_gave(load: Any, kind:
 @pytest.mark.slow
 def test_the_number_of_workers_does_not_matter(load: Any) -> None:
     """A6."""
-    runs = [batches_of(load(data={"num_workers": workers}, training={"max_steps": 9})) for workers in (0, 1, 2)]
+    runs = [
+        batches_of(load(data={"num_workers": workers}, training={"max_steps": 9}))
+        for workers in (0, 1, 2)
+    ]
     assert all(equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
@@ -80,20 +91,31 @@ def test_each_pass_takes_every_example_once_in_another_order(load: Any, packing:
     data = prepared(config)
     places = [row for batch in data.train_dataloader() for row in batch["origin"]]
     rows = len({tuple(row) for row in places})
-    passes = [[place for row in places[start : start + rows] for place in row] for start in (0, rows)]
-    assert sorted(passes[0]) == sorted(passes[1]) == sorted(example.place for example in data.train_examples)
+    passes = [
+        [place for row in places[start : start + rows] for place in row] for start in (0, rows)
+    ]
+    assert (
+        sorted(passes[0])
+        == sorted(passes[1])
+        == sorted(example.place for example in data.train_examples)
+    )
     assert passes[0] != passes[1]
 
 
 def test_another_seed_is_another_order(load: Any) -> None:
     """The same rows held out (seed decides that too), so the rows themselves are given."""
     rows = [[example] for example in prepared(load()).train_examples]
-    first, second = (ExampleBatches(rows, load(training={"seed": seed}), 0, Share(4))[0]["origin"] for seed in (1, 2))
+    first, second = (
+        ExampleBatches(rows, load(training={"seed": seed}), 0, Share(4))[0]["origin"]
+        for seed in (1, 2)
+    )
     assert first != second
 
 
 @pytest.mark.parametrize("kind", [ExampleBatches, ValidationExamples])
-def test_ranks_share_the_rows_that_one_device_would_see(load: Any, kind: type[ExampleBatches]) -> None:
+def test_ranks_share_the_rows_that_one_device_would_see(
+    load: Any, kind: type[ExampleBatches]
+) -> None:
     """Micro-batch k of rank r of 2 is micro-batch 2k + r of one device; validation may end with rows of padding."""
     config = load(data={"packing": "padded"})
     rows = [[example] for example in prepared(config).train_examples]
@@ -109,7 +131,16 @@ def test_validation_takes_every_example_once_and_fills_up_with_padding(load: Any
     targets = sum(int(example.trained.sum()) for example in data.val_examples)
     assert all(batch["labels"].shape == (4, 32) for batch in batches)
     assert sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches) == targets
-    assert len(list(prepared(load(data={"val_fraction": 0.3}, training={"val_batches": 1})).val_dataloader())) == 1
+    assert (
+        len(
+            list(
+                prepared(
+                    load(data={"val_fraction": 0.3}, training={"val_batches": 1})
+                ).val_dataloader()
+            )
+        )
+        == 1
+    )
 
 
 # --- what the loss sees -----------------------------------------------------------------------------------------------
@@ -122,9 +153,15 @@ def loss_of(config: Config, decoder: Decoder) -> tuple[float, int, torch.Tensor]
     batch = ExampleBatches(rows, config, TOKENIZER.pad_id, Share(1)).batch(rows)
     decoder.zero_grad()
     features = decoder.features(batch["input_ids"], document_ids=batch.get("document_ids"))
-    loss = cross_entropy(features.hidden.flatten(0, 1), decoder.head.weight, batch["labels"].flatten())
+    loss = cross_entropy(
+        features.hidden.flatten(0, 1), decoder.head.weight, batch["labels"].flatten()
+    )
     loss.backward()
-    return loss.item(), int((batch["labels"] != IGNORE_INDEX).sum()), decoder.embedding.weight.grad.clone()
+    return (
+        loss.item(),
+        int((batch["labels"] != IGNORE_INDEX).sum()),
+        decoder.embedding.weight.grad.clone(),
+    )
 
 
 @pytest.mark.parametrize("position", ["rope", "learned", "alibi"])
@@ -134,7 +171,12 @@ def test_packed_and_padded_rows_have_the_same_loss(load: Any, position: str, tra
     settings = {"model": {"position": position, "vocab_size": 260}}
     torch.manual_seed(0)
     decoder = Decoder(load(**settings).model).double()
-    packed, padded = (loss_of(load(**settings, data={"packing": packing}, training={"train_on": train_on}), decoder) for packing in ("packed", "padded"))
+    packed, padded = (
+        loss_of(
+            load(**settings, data={"packing": packing}, training={"train_on": train_on}), decoder
+        )
+        for packing in ("packed", "padded")
+    )
     assert packed[1] == padded[1] > 100
     assert packed[0] == pytest.approx(padded[0], rel=1e-12)
     torch.testing.assert_close(packed[2], padded[2], rtol=1e-9, atol=1e-12)
@@ -147,7 +189,10 @@ def test_without_the_document_mask_the_loss_would_differ(load: Any) -> None:
     decoder = Decoder(load(**settings).model).eval()
     data = prepared(load(**settings))
     batch = next(iter(data.val_dataloader()))
-    scores = [score_batches(decoder, [part], byte_table(TOKENIZER, 260)).loss for part in (batch, {k: v for k, v in batch.items() if k != "document_ids"})]
+    scores = [
+        score_batches(decoder, [part], byte_table(TOKENIZER, 260)).loss
+        for part in (batch, {k: v for k, v in batch.items() if k != "document_ids"})
+    ]
     assert abs(scores[0] - scores[1]) > 1e-5
 
 
@@ -164,8 +209,12 @@ def test_one_line_describes_the_data(load: Any, tmp_path: Path) -> None:
     n, m = len(data.train_examples), len(data.val_examples)
     assert n + m == 61
     line = data.describe()
-    assert line.startswith(f"data: {tmp_path / 'rows.jsonl'}: train {n} examples in {n} rows of 32 (")
-    assert line.endswith(f"% of the tokens trained (train_on response), validation {m} examples; template plain")
+    assert line.startswith(
+        f"data: {tmp_path / 'rows.jsonl'}: train {n} examples in {n} rows of 32 ("
+    )
+    assert line.endswith(
+        f"% of the tokens trained (train_on response), validation {m} examples; template plain"
+    )
     assert data.notes == []
 
 
@@ -181,7 +230,14 @@ def test_what_a_user_should_know_is_noted(load: Any, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("change", [{"data": {"val_fraction": 0.2}}, {"training": {"seq_len": 14}}, {"training": {"train_on": "all"}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"val_fraction": 0.2}},
+        {"training": {"seq_len": 14}},
+        {"training": {"train_on": "all"}},
+    ],
+)
 def test_fingerprints_tell_what_is_trained_on(load: Any, change: dict) -> None:
     same, other = prepared(load()).fingerprints(), prepared(load(**change)).fingerprints()
     assert same == prepared(load()).fingerprints()
@@ -195,7 +251,9 @@ def test_fingerprints_tell_what_is_trained_on(load: Any, change: dict) -> None:
 def tune(config: Config, resume: bool = True) -> int:
     """What a program of fine-tuning does, through the pieces of train.py."""
     arguments = Namespace(resume=None, no_resume=not resume)
-    start = train.find_start(Path(config.training.checkpoint_dir), arguments, config, lambda text: None)
+    start = train.find_start(
+        Path(config.training.checkpoint_dir), arguments, config, lambda text: None
+    )
     data = prepared(config)
     decoder = train.begin_weights(config, start, None)
     if start.payload is not None:
@@ -207,21 +265,34 @@ def tune(config: Config, resume: bool = True) -> int:
 def metrics(config: Config) -> list[dict[str, str]]:
     path = Path(config.training.log_dir) / config.training.run_name / "metrics.csv"
     with open(path, encoding="utf-8") as file:
-        return [{key: row[key] for key in ("step", "train_loss", "val_loss", "tokens")} for row in csv.DictReader(file)]
+        return [
+            {key: row[key] for key in ("step", "train_loss", "val_loss", "tokens")}
+            for row in csv.DictReader(file)
+        ]
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_a_resumed_one_is_the_same_to_the_last_bit(load: Any, tmp_path: Path) -> None:
+def test_a_run_learns_and_a_resumed_one_is_the_same_to_the_last_bit(
+    load: Any, tmp_path: Path
+) -> None:
     """A12 for the data: 20 steps at once, and 9 and then 11, have equal losses; the model has learned to copy something."""
     settings = {"model": {"vocab_size": 260}}
-    training = {"max_steps": 20, "val_every_steps": 10, "save_every_steps": 3, "schedule": "constant", "grad_accum_steps": 2}
+    training = {
+        "max_steps": 20,
+        "val_every_steps": 10,
+        "save_every_steps": 3,
+        "schedule": "constant",
+        "grad_accum_steps": 2,
+    }
     whole = load(**settings, training=training)
     assert tune(whole) == 0
     apart = {"checkpoint_dir": str(tmp_path / "apart"), "log_dir": str(tmp_path / "apart_logs")}
     assert tune(load(**settings, training=training | apart | {"max_steps": 9})) == 0
     assert tune(load(**settings, training=training | apart)) == 0
     rows, resumed = metrics(whole), metrics(load(**settings, training=training | apart))
-    assert [row for row in rows if row["step"] not in ("9",)] == [row for row in resumed if row["step"] not in ("9",)]
+    assert [row for row in rows if row["step"] not in ("9",)] == [
+        row for row in resumed if row["step"] not in ("9",)
+    ]
     losses = [float(row["train_loss"]) for row in rows]
     assert losses[-1] < 0.8 * losses[0]
 

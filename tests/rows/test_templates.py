@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from tinylm.errors import UserError
-from tinylm.prompts import Conversation, Template, Turn, make_template
-from tinylm.sandbox import Sandbox
-from tinylm.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
+from tinylm.common.errors import UserError
+from tinylm.rows.sandbox import Sandbox
+from tinylm.rows.templates import Conversation, Template, Turn, make_template
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.byte_char import ByteTokenizer
+from tinylm.tokenizer.hf import HFTokenizer
 
 # In the manner of Qwen: the answer's end is a special token, and a line end stands behind it.
 CHATML = (
@@ -59,9 +61,16 @@ CASES = {
     "chatml": case("chatml", hf_tokenizer()),
     "plain": case("plain", hf_tokenizer()),
 }
-LAZY = {"chat_template, compared": CHATML, "chat_template, without an opening": INST, "chat_template, marked": MARKED, "chat_template, marked short": SHORT}
+LAZY = {
+    "chat_template, compared": CHATML,
+    "chat_template, without an opening": INST,
+    "chat_template, marked": MARKED,
+    "chat_template, marked short": SHORT,
+}
 # Each starts a process that imports transformers: one of them is enough for the quick tier.
-LAZY_NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (number > 0)) for number, name in enumerate(LAZY)]
+LAZY_NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] * (number > 0)) for number, name in enumerate(LAZY)
+]
 every_template = pytest.mark.parametrize("name", [*CASES, *LAZY_NAMES])
 
 
@@ -75,7 +84,9 @@ def template_of(name: str) -> tuple[Template, Tokenizer]:
 def shown(ids: list[int], tokenizer: Tokenizer) -> str:
     """Tokens as text, special ones by their names."""
     names = tokenizer.special_names
-    return b"".join(names[id].encode() if id in names else tokenizer.token_bytes(id) for id in ids).decode()
+    return b"".join(
+        names[id].encode() if id in names else tokenizer.token_bytes(id) for id in ids
+    ).decode()
 
 
 def written(name: str, *turns: Turn) -> tuple[str, list[str]]:
@@ -88,7 +99,9 @@ def written(name: str, *turns: Turn) -> tuple[str, list[str]]:
             stretches.append([])
         if trained:
             stretches[-1].append(id)
-    return shown(example.ids.tolist(), tokenizer), [shown(stretch, tokenizer) for stretch in stretches]
+    return shown(example.ids.tolist(), tokenizer), [
+        shown(stretch, tokenizer) for stretch in stretches
+    ]
 
 
 SYSTEM, QUESTION, ANSWER = Turn("system", "Be brief."), Turn("user", "2+2?"), Turn("assistant", "4")
@@ -100,8 +113,15 @@ AGAIN = (QUESTION, ANSWER, Turn("user", "Sure?"), Turn("assistant", "Yes"))
 
 def test_instruction_is_the_layout_of_s0():
     """Instruction, input and output, each on its line, and <|sep|> on the last one."""
-    text, trained = written("instruction, bytes", Turn("user", "classify if the SMS is spam or ham", "Free entry!"), Turn("assistant", "spam"))
-    assert text == "### Instruction: classify if the SMS is spam or ham\n### Input: Free entry!\n### Output: spam\n<|sep|>"
+    text, trained = written(
+        "instruction, bytes",
+        Turn("user", "classify if the SMS is spam or ham", "Free entry!"),
+        Turn("assistant", "spam"),
+    )
+    assert (
+        text
+        == "### Instruction: classify if the SMS is spam or ham\n### Input: Free entry!\n### Output: spam\n<|sep|>"
+    )
     assert trained == [" spam\n<|sep|>"]
 
 
@@ -120,7 +140,9 @@ def test_alpaca_is_the_published_prompt():
         "### Instruction:\nCorrect it.\n\n### Input:\nteh\n\n### Response:\nthe<|eos|>"
     )
     assert trained == ["the<|eos|>"]
-    assert written("alpaca", QUESTION, ANSWER)[0].startswith("Below is an instruction that describes a task. Write a response")
+    assert written("alpaca", QUESTION, ANSWER)[0].startswith(
+        "Below is an instruction that describes a task. Write a response"
+    )
 
 
 def test_chatml_closes_every_turn():
@@ -132,14 +154,25 @@ def test_chatml_closes_every_turn():
     assert trained == ["4<|im_end|>", "Yes<|im_end|>"]
 
 
-@pytest.mark.parametrize(("question", "answer", "text"), [("2+2?", "4", "<s>2+2?\n4</s>"), ("2+2=", " 4", "<s>2+2= 4</s>"), ("A:\n", "4", "<s>A:\n4</s>")])
+@pytest.mark.parametrize(
+    ("question", "answer", "text"),
+    [
+        ("2+2?", "4", "<s>2+2?\n4</s>"),
+        ("2+2=", " 4", "<s>2+2= 4</s>"),
+        ("A:\n", "4", "<s>A:\n4</s>"),
+    ],
+)
 def test_plain_puts_a_line_end_where_the_data_have_no_white_space(question, answer, text):
     assert written("plain", Turn("user", question), Turn("assistant", answer))[0] == text
 
 
 def test_the_systems_words_stand_first():
-    assert written("instruction, bytes", SYSTEM, QUESTION, ANSWER)[0].startswith("### System: Be brief.\n### Instruction: 2+2?")
-    assert written("alpaca", SYSTEM, QUESTION, ANSWER)[0].startswith("Be brief.\n\n### Instruction:")
+    assert written("instruction, bytes", SYSTEM, QUESTION, ANSWER)[0].startswith(
+        "### System: Be brief.\n### Instruction: 2+2?"
+    )
+    assert written("alpaca", SYSTEM, QUESTION, ANSWER)[0].startswith(
+        "Be brief.\n\n### Instruction:"
+    )
     assert written("plain", SYSTEM, QUESTION, ANSWER)[0] == "<s>Be brief.\n2+2?\n4</s>"
 
 
@@ -150,11 +183,20 @@ def test_a_chat_template_writes_what_transformers_writes():
 
     for name, source in LAZY.items():
         template, tokenizer = template_of(name)
-        backend, ends = Backend.from_str(tokenizer.to_plain()["tokenizer_json"]), {"bos_token": "<s>", "eos_token": "</s>"}
+        backend, ends = (
+            Backend.from_str(tokenizer.to_plain()["tokenizer_json"]),
+            {"bos_token": "<s>", "eos_token": "</s>"},
+        )
         theirs = PreTrainedTokenizerFast(tokenizer_object=backend, **ends)
         messages = [{"role": turn.role, "content": turn.text} for turn in (SYSTEM, *AGAIN)]
-        asked = theirs.apply_chat_template(messages[:2], chat_template=source, add_generation_prompt=True, return_dict=False)
-        assert template.encode((SYSTEM, *AGAIN), tokenizer).ids.tolist() == theirs.apply_chat_template(messages, chat_template=source, return_dict=False)
+        asked = theirs.apply_chat_template(
+            messages[:2], chat_template=source, add_generation_prompt=True, return_dict=False
+        )
+        assert template.encode(
+            (SYSTEM, *AGAIN), tokenizer
+        ).ids.tolist() == theirs.apply_chat_template(
+            messages, chat_template=source, return_dict=False
+        )
         assert template.prompt_ids((SYSTEM, QUESTION), tokenizer) == asked
 
 
@@ -177,12 +219,21 @@ def test_an_answer_ends_by_one_token_that_stands_nowhere_in_it(name):
     template, tokenizer = template_of(name)
     example = template.encode((QUESTION, ANSWER), tokenizer)
     answer = example.ids[example.trained].tolist()
-    assert [place for place, id in enumerate(answer, start=1) if id in template.stop_ids(tokenizer)] == [len(answer)]
+    assert [
+        place for place, id in enumerate(answer, start=1) if id in template.stop_ids(tokenizer)
+    ] == [len(answer)]
 
 
-texts = st.text(st.sampled_from("ab \n<|im_end|>é#") | st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(lambda text: text.strip())
+texts = st.text(
+    st.sampled_from("ab \n<|im_end|>é#") | st.characters(exclude_categories=("Cs",)),
+    min_size=1,
+    max_size=12,
+).filter(lambda text: text.strip())
 conversations = st.builds(
-    lambda system, pairs: tuple([Turn("system", system)] * bool(system) + [turn for q, a in pairs for turn in (Turn("user", q), Turn("assistant", a))]),
+    lambda system, pairs: tuple(
+        [Turn("system", system)] * bool(system)
+        + [turn for q, a in pairs for turn in (Turn("user", q), Turn("assistant", a))]
+    ),
     st.none() | texts,
     st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
 )
@@ -194,7 +245,10 @@ conversations = st.builds(
 def test_a_prompt_is_what_training_showed_before_the_answer(name: str, conversation: Conversation):
     """Token for token: the ids of the prompt open those of prompt and answer, and there the last trained stretch begins."""
     template, tokenizer = template_of(name)
-    prompt, example = template.prompt_ids(conversation[:-1], tokenizer), template.encode(conversation, tokenizer)
+    prompt, example = (
+        template.prompt_ids(conversation[:-1], tokenizer),
+        template.encode(conversation, tokenizer),
+    )
     assert example.ids[: len(prompt)].tolist() == prompt
     assert not example.trained[len(prompt) - 1]
     last = example.trained[len(prompt) :]
@@ -205,17 +259,29 @@ def test_a_prompt_is_what_training_showed_before_the_answer(name: str, conversat
 
 
 @every_template
-@given(text=st.lists(st.sampled_from([*SPECIALS, "<|sep|>", "<|eos|>", "a", " ", "<", "|>", "im_end"]), min_size=1, max_size=5).map("".join))
+@given(
+    text=st.lists(
+        st.sampled_from([*SPECIALS, "<|sep|>", "<|eos|>", "a", " ", "<", "|>", "im_end"]),
+        min_size=1,
+        max_size=5,
+    ).map("".join)
+)
 @settings(max_examples=15, deadline=None)
 def test_a_user_who_types_special_tokens_types_characters(name: str, text: str):
     """The special tokens are those of the same conversation about nothing in particular, and the text is all there."""
     template, tokenizer = template_of(name)
 
     def special(*turns: Turn) -> list[int]:
-        return [id for id in template.encode(turns, tokenizer).ids.tolist() if id in tokenizer.special_names]
+        return [
+            id
+            for id in template.encode(turns, tokenizer).ids.tolist()
+            if id in tokenizer.special_names
+        ]
 
     text = f".{text}."
-    assert special(Turn("system", text), Turn("user", text), Turn("assistant", text)) == special(SYSTEM, QUESTION, ANSWER)
+    assert special(Turn("system", text), Turn("user", text), Turn("assistant", text)) == special(
+        SYSTEM, QUESTION, ANSWER
+    )
     assert written(name, Turn("user", text), Turn("assistant", "a"))[0].count(text) == 1
 
 
@@ -225,17 +291,28 @@ def test_the_guard_is_needed():
     assert isinstance(tokenizer, HFTokenizer)
     ends = tokenizer.encode_markup("<|im_end|>")
     assert len(ends) == 1 and ends[0] in tokenizer.special_names
-    assert tokenizer.encode("<|im_end|>") == [tokenizer.encode(character)[0] for character in "<|im_end|>"], "and is plain again afterwards"
+    assert tokenizer.encode("<|im_end|>") == [
+        tokenizer.encode(character)[0] for character in "<|im_end|>"
+    ], "and is plain again afterwards"
 
 
 @pytest.mark.parametrize(("specials", "opening"), [(["</s>"], []), (["<s>", "</s>"], ["<s>"])])
-def test_only_the_first_text_of_a_conversation_gets_a_space_of_its_own(specials: list[str], opening: list[str]):
+def test_only_the_first_text_of_a_conversation_gets_a_space_of_its_own(
+    specials: list[str], opening: list[str]
+):
     """Tokenizers in SentencePiece's manner put a space before a text, the first behind <s> too; the pieces of a conversation are one text."""
     tokens = ["<unk>", *specials, "▁", "\n", "a", "b"]
     backend = Backend(models.BPE({token: id for id, token in enumerate(tokens)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.Metaspace(prepend_scheme="first"),
+        decoders.Metaspace(),
+    )
     tokenizer = HFTokenizer(backend, eos="</s>", pad=None, special=specials)
-    ids = make_template("plain", tokenizer).encode((Turn("user", "a"), Turn("assistant", "b")), tokenizer).ids.tolist()
+    ids = (
+        make_template("plain", tokenizer)
+        .encode((Turn("user", "a"), Turn("assistant", "b")), tokenizer)
+        .ids.tolist()
+    )
     assert [tokens[id] for id in ids] == [*opening, "▁", "a", "\n", "b", "</s>"]
 
 
@@ -270,14 +347,26 @@ def test_a_prompt_without_a_question_is_the_callers_mistake(name):
 
 def test_chatml_without_its_tokens_is_refused():
     """Spelled out as text, the user could write them too."""
-    with pytest.raises(UserError, match=r"data.template: chatml needs the special token <\|im_start\|>, and the tokenizer \(byte\) has none. Set"):
+    with pytest.raises(
+        UserError,
+        match=r"data.template: chatml needs the special token <\|im_start\|>, and the tokenizer \(byte\) has none. Set",
+    ):
         make_template("chatml", ByteTokenizer())
 
 
-@pytest.mark.parametrize(("tokenizer", "mend"), [(ByteTokenizer(), "instruction."), (hf_tokenizer(), "instruction or chatml, or tokenizer.path to a folder")])
+@pytest.mark.parametrize(
+    ("tokenizer", "mend"),
+    [
+        (ByteTokenizer(), "instruction."),
+        (hf_tokenizer(), "instruction or chatml, or tokenizer.path to a folder"),
+    ],
+)
 def test_a_missing_chat_template_is_named(tokenizer, mend):
     """Bytes have no markers of ChatML either, and no files that could bring a template."""
-    with pytest.raises(UserError, match=f"data.template: chat_template: the tokenizer .{tokenizer.kind}. has no chat template. Set data.template to {mend}"):
+    with pytest.raises(
+        UserError,
+        match=f"data.template: chat_template: the tokenizer .{tokenizer.kind}. has no chat template. Set data.template to {mend}",
+    ):
         make_template("chat_template", tokenizer)
 
 
@@ -285,12 +374,27 @@ def test_a_missing_chat_template_is_named(tokenizer, mend):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "puts no special token behind an answer"),
-        ("{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}", "writes earlier turns in another way when more follow"),
-        ("{% for m in messages %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endfor %}", "marks 2 answers in a conversation"),
-        (f"{{{{ '>' }}}}{SHORT.replace('{% generation %}', '> {% generation %}')}", "begins an answer elsewhere than its prompt ends"),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+            "puts no special token behind an answer",
+        ),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
+            "writes earlier turns in another way when more follow",
+        ),
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endfor %}",
+            "marks 2 answers in a conversation",
+        ),
+        (
+            f"{{{{ '>' }}}}{SHORT.replace('{% generation %}', '> {% generation %}')}",
+            "begins an answer elsewhere than its prompt ends",
+        ),
         ("{% if %}", "Expected an expression, got 'end of statement block'"),
-        ("{{ raise_exception('roles must\n alternate') }}", "roles must. Correct it, or set data.template"),
+        (
+            "{{ raise_exception('roles must\n alternate') }}",
+            "roles must. Correct it, or set data.template",
+        ),
     ],
 )
 def test_a_chat_template_that_cannot_be_trained_with_is_refused(source, message):
@@ -313,11 +417,25 @@ def attack(source: str) -> str:
     ("source", "message"),
     [
         ("{{ 'x' * 1000000000 }}", "it needs too much memory"),
-        pytest.param("{{ ''.__class__.__mro__[1].__subclasses__() }}", "access to attribute '__class__' of 'str' object is unsafe", marks=pytest.mark.slow),
-        pytest.param("{{ cycler.__init__.__globals__.os.system('touch it') }}", "access to attribute '__init__' of 'type' object is", marks=pytest.mark.slow),
-        pytest.param("{{ '%1000000000d' % 1 }}", "it needs too much memory", marks=pytest.mark.slow),
-        pytest.param("{{ 'x' * 10000000 }}", "it makes 10000000 characters of 5", marks=pytest.mark.slow),
-        pytest.param("{% for a in range(9999999) %}{% endfor %}", "Range too big", marks=pytest.mark.slow),
+        pytest.param(
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "access to attribute '__class__' of 'str' object is unsafe",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "{{ cycler.__init__.__globals__.os.system('touch it') }}",
+            "access to attribute '__init__' of 'type' object is",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "{{ '%1000000000d' % 1 }}", "it needs too much memory", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "{{ 'x' * 10000000 }}", "it makes 10000000 characters of 5", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "{% for a in range(9999999) %}{% endfor %}", "Range too big", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_hostile_template_is_refused(source, message, tmp_path, monkeypatch):
@@ -329,9 +447,12 @@ def test_a_hostile_template_is_refused(source, message, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_template_that_does_not_end_is_ended(monkeypatch):
     """10^10 turns of a nested loop: the process is killed, this one lives, and another template renders after it."""
-    monkeypatch.setattr("tinylm.sandbox.RENDER_SECONDS", 0.5)
+    monkeypatch.setattr("tinylm.rows.sandbox.RENDER_SECONDS", 0.5)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    sandbox = Sandbox("{% if messages[0].content == 'loop' %}" + loops + "{% endif %}{{ messages[0].content }}", {})
+    sandbox = Sandbox(
+        "{% if messages[0].content == 'loop' %}" + loops + "{% endif %}{{ messages[0].content }}",
+        {},
+    )
     with pytest.raises(UserError, match="chat template took more than 0.5 seconds. Correct it"):
         sandbox.render([([{"role": "user", "content": "loop"}], True)])
     assert sandbox.render([([{"role": "user", "content": "hello"}], True)]) == [("hello", [])]

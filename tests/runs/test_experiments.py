@@ -12,14 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from tinylm import checkpoint, experiments
 from tinylm.__main__ import main
-from tinylm.config import load_config
-from tinylm.decoder import Decoder, active_parameters, count_parameters
-from tinylm.errors import UserError
-from tinylm.experiments import Outcome, Step, is_done, made_from, plan_steps, run_steps, runs_of_questions
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.errors import UserError
+from tinylm.config.loader import load_config
+from tinylm.model.decoder import Decoder, active_parameters, count_parameters
+from tinylm.runs import experiments
+from tinylm.runs.experiments import (
+    Outcome,
+    Step,
+    is_done,
+    made_from,
+    plan_steps,
+    run_steps,
+    runs_of_questions,
+)
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/experiments/*.yaml"))
 
 
@@ -34,18 +43,31 @@ def built(name: str) -> Decoder:
 def test_every_config_is_asked_about_and_says_its_command():
     assert {path.stem for path in CONFIGS} == set(runs_of_questions())
     for path in CONFIGS:
-        assert f"python train.py --config configs/experiments/{path.name}" in path.read_text(encoding="utf-8")
+        assert f"python train.py --config configs/experiments/{path.name}" in path.read_text(
+            encoding="utf-8"
+        )
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "base"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem != "base"], ids=lambda path: path.stem
+)
 def test_a_run_differs_from_the_base_in_one_thing(path):
     """adamw: with the rate that suits it; moe: experts of half the width, two of which are as wide as the base; window-sinks: held against either alone."""
-    base, run = (dict(experiments._flat(load_config(file).to_plain())) for file in (path.with_name("base.yaml"), path))
+    base, run = (
+        dict(experiments._flat(load_config(file).to_plain()))
+        for file in (path.with_name("base.yaml"), path)
+    )
     places = {"training.checkpoint_dir", "training.run_name"}
     changed = {key for key in base.keys() | run.keys() if base.get(key) != run.get(key)} - places
     expected = {
         "adamw": {"training.optimizer", "training.lr"},
-        "moe": {"model.d_ff", "model.moe", "model.moe.n_experts", "model.moe.top_k", "model.moe.balance_coef"},
+        "moe": {
+            "model.d_ff",
+            "model.moe",
+            "model.moe.n_experts",
+            "model.moe.top_k",
+            "model.moe.balance_coef",
+        },
         "window-sinks": {"model.sliding_window", "model.n_sinks"},
     }
     assert changed == expected[path.stem] if path.stem in expected else len(changed) == 1
@@ -66,9 +88,15 @@ def test_every_run_is_a_step_and_another_seed_is_another_run():
     steps = {step.name: step for step in plan_steps(Path("out"), seeds=2)}
     assert {f"pretrain: {name}" for name in runs_of_questions()} < steps.keys()
     first, second = steps["pretrain: gqa"], steps["pretrain: gqa-seed2"]
-    assert second.command[-1] == f"training.seed={load_config(ROOT / 'configs/learn.yaml').training.seed + 1}"
+    assert (
+        second.command[-1]
+        == f"training.seed={load_config(ROOT / 'configs/learn.yaml').training.seed + 1}"
+    )
     assert not any(word.startswith("training.seed") for word in first.command)
-    assert (first.result, second.result) == (Path("out/runs/gqa/final.ckpt"), Path("out/runs/gqa-seed2/final.ckpt"))
+    assert (first.result, second.result) == (
+        Path("out/runs/gqa/final.ckpt"),
+        Path("out/runs/gqa-seed2/final.ckpt"),
+    )
 
 
 def test_every_step_is_a_command_that_its_program_takes(monkeypatch):
@@ -84,7 +112,9 @@ def project(tmp_path, monkeypatch) -> Path:
     """A folder whose train.py is what a test writes into it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("one\ntwo\n", encoding="utf-8")
-    (tmp_path / "a.yaml").write_text("data:\n  dataset: text.txt\ntraining:\n  lr: 1e-3\n", encoding="utf-8")
+    (tmp_path / "a.yaml").write_text(
+        "data:\n  dataset: text.txt\ntraining:\n  lr: 1e-3\n", encoding="utf-8"
+    )
     return tmp_path
 
 
@@ -92,9 +122,18 @@ def step_of(project: Path, name: str = "a", code: str = "", config: str = "a.yam
     """A step whose program counts its runs, does `code`, and leaves a result."""
     (project / "train.py").write_text("", encoding="utf-8")
     program = f"import sys, time, signal, pathlib\nopen({name + '.ran'!r}, 'a').write('x')\n{code}\nf = pathlib.Path('runs/{name}')\n"
-    (project / f"{name}.py").write_text(program + "f.mkdir(parents=True, exist_ok=True); (f / 'final.ckpt').write_text('x')\n", encoding="utf-8")
+    (project / f"{name}.py").write_text(
+        program + "f.mkdir(parents=True, exist_ok=True); (f / 'final.ckpt').write_text('x')\n",
+        encoding="utf-8",
+    )
     folder = Path("runs") / name
-    return Step(f"pretrain: {name}", "pretrain", (f"{name}.py", "--config", config), folder / "final.ckpt", Path("output") / f"{name}.txt")
+    return Step(
+        f"pretrain: {name}",
+        "pretrain",
+        (f"{name}.py", "--config", config),
+        folder / "final.ckpt",
+        Path("output") / f"{name}.txt",
+    )
 
 
 def runs_of(name: str = "a") -> int:
@@ -126,7 +165,9 @@ def test_a_result_without_a_record_is_given_to_its_program_which_knows(project):
 def test_a_result_made_with_other_settings_is_an_error_and_stays(project):
     step = step_of(project)
     run_all(step)
-    (project / "a.yaml").write_text("data:\n  dataset: text.txt\ntraining:\n  lr: 2e-3\n", encoding="utf-8")
+    (project / "a.yaml").write_text(
+        "data:\n  dataset: text.txt\ntraining:\n  lr: 2e-3\n", encoding="utf-8"
+    )
     outcome, said = run_all(step)
     assert outcome == Outcome(("pretrain: a",))
     wanted = "pretrain: a: runs/a/final.ckpt: training.lr was 0.001 when it was made and is 0.002. Set it back, or remove runs/a to make it anew."
@@ -138,13 +179,18 @@ def test_a_result_made_from_another_text_is_an_error(project):
     step = step_of(project)
     run_all(step)
     (project / "text.txt").write_text("one\nthree\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"runs/a/final.ckpt: content of text.txt was \w{16} when it was made and is \w{16}"):
+    with pytest.raises(
+        UserError,
+        match=r"runs/a/final.ckpt: content of text.txt was \w{16} when it was made and is \w{16}",
+    ):
         is_done(step)
 
 
 def test_where_a_run_writes_is_no_part_of_what_it_is(project):
     step = step_of(project)
-    moved = dataclasses.replace(step, command=(*step.command, "training.checkpoint_dir=elsewhere", "training.run_name=b"))
+    moved = dataclasses.replace(
+        step, command=(*step.command, "training.checkpoint_dir=elsewhere", "training.run_name=b")
+    )
     assert made_from(step) == made_from(moved)
 
 
@@ -168,7 +214,10 @@ def test_a_step_that_fails_is_named_with_what_it_said_and_the_next_is_run(projec
 
 def test_a_step_that_is_killed_is_a_failure_and_no_wish_to_stop(project):
     """Killed for want of memory, say: 128 + 9."""
-    outcome, said = run_all(step_of(project, "a", "import os; os.kill(os.getpid(), signal.SIGKILL)"), step_of(project, "b"))
+    outcome, said = run_all(
+        step_of(project, "a", "import os; os.kill(os.getpid(), signal.SIGKILL)"),
+        step_of(project, "b"),
+    )
     assert outcome == Outcome(("pretrain: a",))
     assert said == ["pretrain: a: exit code 137: no output", "pretrain: b: done"]
 
@@ -193,7 +242,10 @@ def test_an_output_that_cannot_be_written_is_one_line(project):
     (project / "output").write_text("a file", encoding="utf-8")
     outcome, [said] = run_all(step_of(project))
     assert outcome.failed == ("pretrain: a",)
-    assert said == "pretrain: a: output/a.txt: cannot be written: File exists. Make room or change --out."
+    assert (
+        said
+        == "pretrain: a: output/a.txt: cannot be written: File exists. Make room or change --out."
+    )
 
 
 def test_a_full_disk_is_one_line(project, monkeypatch):
@@ -205,12 +257,17 @@ def test_a_full_disk_is_one_line(project, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     outcome, [said] = run_all(step_of(project))
     assert outcome.failed == ("pretrain: a",)
-    assert said == "pretrain: a: runs/a/made-from.json: cannot be written: No space left on device. Make room or change --out."
+    assert (
+        said
+        == "pretrain: a: runs/a/made-from.json: cannot be written: No space left on device. Make room or change --out."
+    )
 
 
 def test_outside_the_project_nothing_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"train\.py: not found here\. Run experiments in the project's folder\."):
+    with pytest.raises(
+        UserError, match=r"train\.py: not found here\. Run experiments in the project's folder\."
+    ):
         run_all()
 
 
@@ -229,7 +286,10 @@ time.sleep(60)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code", "got"), [(signal.SIGINT, 130, "2 "), (signal.SIGTERM, 143, "15 "), (signal.SIGHUP, 143, "15 ")])
+@pytest.mark.parametrize(
+    ("number", "code", "got"),
+    [(signal.SIGINT, 130, "2 "), (signal.SIGTERM, 143, "15 "), (signal.SIGHUP, 143, "15 ")],
+)
 def test_a_signal_goes_to_the_program_once_and_ends_everything(project, number, code, got):
     """Sent to the whole group, as a terminal does; SIGHUP, of a closed terminal, arrives as SIGTERM, at which the programs save."""
     steps = [step_of(project, "a", WAITS), step_of(project, "b")]
@@ -262,7 +322,12 @@ from tinylm.experiments import Step, run_steps
 signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.exit(run_steps({steps!r}, print).stopped)
 """
-    return subprocess.Popen([sys.executable, "-c", code], cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
 
 
 def wait_for(path: Path) -> None:
@@ -278,31 +343,66 @@ def wait_for(path: Path) -> None:
 @pytest.mark.parametrize("seeds", ["0", "101"])
 def test_a_number_of_seeds_that_makes_no_sense_is_refused(seeds, capsys):
     assert main(["experiments", "--phase", "eval", "--seeds", seeds]) == 2
-    assert capsys.readouterr().err == f"error: --seeds: {seeds} is not from 1 to 100. Give the number of runs of each model.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: --seeds: {seeds} is not from 1 to 100. Give the number of runs of each model.\n"
+    )
 
 
 @pytest.mark.slow
 def test_smoke_runs_every_path_and_a_second_time_nothing(tmp_path):
     """Two small models for 8 steps, one of them fine-tuned, all measured: every file of a report."""
-    command = [sys.executable, "-m", "tinylm", "experiments", "--phase", "smoke", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "tinylm",
+        "experiments",
+        "--phase",
+        "smoke",
+        "--out",
+        str(tmp_path),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "smoke"
     assert done.stdout == f"{out / 'report.md'}\n"
-    names = {"report.md", "evaluation.csv", "positions.csv", "generations.json", "question-6.png", "positions.png", "streams.png"}
+    names = {
+        "report.md",
+        "evaluation.csv",
+        "positions.csv",
+        "generations.json",
+        "question-6.png",
+        "positions.png",
+        "streams.png",
+    }
     assert names < {path.name for path in out.iterdir()}
     with open(out / "evaluation.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    checkpoints = [("base", "4"), ("base", "8"), ("window-sinks", "4"), ("window-sinks", "8"), ("finetune", "4"), ("finetune", "8")]
+    checkpoints = [
+        ("base", "4"),
+        ("base", "8"),
+        ("window-sinks", "4"),
+        ("window-sinks", "8"),
+        ("finetune", "4"),
+        ("finetune", "8"),
+    ]
     assert [(row["run"], row["step"]) for row in rows] == checkpoints
-    assert all(float(row["val_ppl"]) == pytest.approx(math.exp(float(row["val_loss"]))) for row in rows)
+    assert all(
+        float(row["val_ppl"]) == pytest.approx(math.exp(float(row["val_loss"]))) for row in rows
+    )
     for picture in ("question-6.png", "positions.png", "streams.png"):
         assert f"]({picture})" in (out / "report.md").read_text(encoding="utf-8")
     # What training said of its validation is what evaluation finds of the same rows.
-    metrics = list(csv.DictReader((out / "logs/base/metrics.csv").read_text(encoding="utf-8").splitlines()))
+    metrics = list(
+        csv.DictReader((out / "logs/base/metrics.csv").read_text(encoding="utf-8").splitlines())
+    )
     assert float(metrics[-1]["val_loss"]) == pytest.approx(float(rows[1]["val_loss"]), rel=1e-4)
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    again = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert again.stderr.count(": done before (") == 3
     assert (again.returncode, again.stdout) == (0, done.stdout)
 
@@ -310,8 +410,23 @@ def test_smoke_runs_every_path_and_a_second_time_nothing(tmp_path):
 @pytest.mark.slow
 def test_a_stopped_command_saves_and_goes_on_from_there(tmp_path):
     """SIGTERM in the first run of pretraining: exit 143, a checkpoint, no process left; the folder's lock is free for the next."""
-    command = [sys.executable, "-m", "tinylm", "experiments", "--phase", "pretrain", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "tinylm",
+        "experiments",
+        "--phase",
+        "pretrain",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     output, deadline = tmp_path / "output/base.txt", time.monotonic() + 120
     while not (output.exists() and "step " in output.read_text(encoding="utf-8")):
         assert time.monotonic() < deadline
@@ -320,6 +435,6 @@ def test_a_stopped_command_saves_and_goes_on_from_there(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143
     assert said.endswith("pretrain: base: stopped; the same command goes on from there\n")
-    assert checkpoint.newest_sound(tmp_path / "runs/base") is not None
-    with checkpoint.claimed(tmp_path / "runs/base"):
+    assert checkpoint_format.newest_sound(tmp_path / "runs/base") is not None
+    with checkpoint_format.claimed(tmp_path / "runs/base"):
         pass

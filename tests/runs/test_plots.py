@@ -8,14 +8,24 @@ import pytest
 import torch
 from PIL import Image
 
-from callbacks import COLUMNS
-from tinylm import checkpoint
 from tinylm.__main__ import main
-from tinylm.config import Config, ModelConfig
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError
-from tinylm.plots import QUANTITIES, Run, attention_maps, draw, draw_attention, find_runs, read_metrics, smoothed, text_plot
-from tinylm.tokenizer import ByteTokenizer
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.errors import UserError
+from tinylm.config.schema import Config, ModelConfig
+from tinylm.model.decoder import Decoder
+from tinylm.runs.plots import (
+    QUANTITIES,
+    Run,
+    attention_maps,
+    draw,
+    draw_attention,
+    find_runs,
+    read_metrics,
+    smoothed,
+    text_plot,
+)
+from tinylm.tokenizer.byte_char import ByteTokenizer
+from training.callbacks import COLUMNS
 
 TINY = {"vocab_size": 260, "n_layers": 2, "d_model": 16, "n_heads": 4, "max_seq_len": 12}
 
@@ -29,22 +39,45 @@ def write_metrics(folder: Path, rows: list[str]) -> Path:
 
 def row(step: int, train: str, val: str = "") -> str:
     """One row of metrics: step, train_loss, val_loss and val_ppl."""
-    cells = {"step": str(step), "train_loss": train, "val_loss": val, "val_ppl": val and repr(math.exp(float(val))), "lr": "0.001"}
+    cells = {
+        "step": str(step),
+        "train_loss": train,
+        "val_loss": val,
+        "val_ppl": val and repr(math.exp(float(val))),
+        "lr": "0.001",
+    }
     return ",".join(cells.get(name, "") for name in COLUMNS)
 
 
 def write_checkpoint(path: Path, validations: list[list[float]], **model) -> None:
     """A checkpoint of a tiny decoder with these validations."""
-    config = Config.model_validate({"model": TINY | model, "training": {"seq_len": 8, "run_name": "from-ckpt"}})
+    config = Config.model_validate(
+        {"model": TINY | model, "training": {"seq_len": 8, "run_name": "from-ckpt"}}
+    )
     torch.manual_seed(0)
     weights = Decoder(config.model).state_dict()
-    payload = {"format": checkpoint.FORMAT, "schema": checkpoint.SCHEMA, "stage": "pretrain", "step": 3, "tokens": 9, "train_loss": None, "val_loss": None}
-    payload |= {"created": 0.0, "config": config.to_plain(), "tokenizer": ByteTokenizer().to_plain(), "weights": weights}
-    checkpoint.write(path, payload | {"progress": {"validations": validations}})
+    payload = {
+        "format": checkpoint_format.FORMAT,
+        "schema": checkpoint_format.SCHEMA,
+        "stage": "pretrain",
+        "step": 3,
+        "tokens": 9,
+        "train_loss": None,
+        "val_loss": None,
+    }
+    payload |= {
+        "created": 0.0,
+        "config": config.to_plain(),
+        "tokenizer": ByteTokenizer().to_plain(),
+        "weights": weights,
+    }
+    checkpoint_format.write(path, payload | {"progress": {"validations": validations}})
 
 
 def test_a_curve_has_the_rows_with_a_value_and_a_cut_last_line_is_left_out(tmp_path):
-    run = read_metrics(write_metrics(tmp_path / "smoke", [row(10, "3.5"), row(20, "3.0", "3.25"), "30,2."]))
+    run = read_metrics(
+        write_metrics(tmp_path / "smoke", [row(10, "3.5"), row(20, "3.0", "3.25"), "30,2."])
+    )
     assert run.name == "smoke"
     assert [part.tolist() for part in run.curve("train_loss")] == [[10, 20], [3.5, 3.0]]
     assert [part.tolist() for part in run.curve("val_loss")] == [[20], [3.25]]
@@ -57,12 +90,19 @@ def test_runs_come_from_logs_and_checkpoints_without_logs_give_their_validations
     write_checkpoint(tmp_path / "checkpoints" / "step-000003.ckpt", [[1, 2.0], [3, 1.0]])
     named = {run.name: run for run in find_runs([tmp_path / "checkpoints", tmp_path / "logs"])}
     assert named.keys() == {"a", "from-ckpt"}
-    assert named["from-ckpt"].curve("val_ppl")[1].tolist() == pytest.approx([math.exp(2), math.exp(1)])
+    assert named["from-ckpt"].curve("val_ppl")[1].tolist() == pytest.approx(
+        [math.exp(2), math.exp(1)]
+    )
     write_metrics(tmp_path / "logs" / "from-ckpt", [row(1, "2.0")])
-    assert [run.name for run in find_runs([tmp_path / "checkpoints", tmp_path / "logs"])] == ["a", "from-ckpt"]
+    assert [run.name for run in find_runs([tmp_path / "checkpoints", tmp_path / "logs"])] == [
+        "a",
+        "from-ckpt",
+    ]
 
 
-@pytest.mark.parametrize(("name", "message"), [("nowhere", "no such folder"), ("", "no metrics.csv and no checkpoints")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("nowhere", "no such folder"), ("", "no metrics.csv and no checkpoints")]
+)
 def test_nothing_to_draw_is_an_error_that_says_where_to_look(tmp_path, name, message):
     with pytest.raises(UserError, match=message):
         find_runs([tmp_path / name])
@@ -76,9 +116,15 @@ def test_a_smoothed_value_is_the_mean_of_those_up_to_it():
 
 
 def test_a_figure_has_a_labelled_line_a_run_and_says_how_it_was_smoothed():
-    runs = [Run(name, np.arange(1.0, 41), {"train_loss": np.linspace(4, start, 40)}) for name, start in (("one", 2), ("two", 3))]
+    runs = [
+        Run(name, np.arange(1.0, 41), {"train_loss": np.linspace(4, start, 40)})
+        for name, start in (("one", 2), ("two", 3))
+    ]
     axes = draw("train_loss", runs, smooth=5).axes[0]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "nats per token, pair or answer")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (
+        "optimizer step",
+        "nats per token, pair or answer",
+    )
     assert axes.get_title() == "Training loss (mean of 5 rows; raw values behind)"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
     assert axes.lines[0].get_ydata().tolist() == runs[0].columns["train_loss"].tolist()
@@ -87,14 +133,31 @@ def test_a_figure_has_a_labelled_line_a_run_and_says_how_it_was_smoothed():
 
 def test_a_text_plot_puts_the_first_value_left_and_high_and_the_last_one_right_and_low():
     """A falling line: its mark goes from the top left cell to the bottom right one; the axis ends at the last step."""
-    lines = text_plot("train_loss", [Run("a", np.array([0.0, 50, 100]), {"train_loss": np.array([3.0, 2, 1])})], width=21, height=5).splitlines()
+    lines = text_plot(
+        "train_loss",
+        [Run("a", np.array([0.0, 50, 100]), {"train_loss": np.array([3.0, 2, 1])})],
+        width=21,
+        height=5,
+    ).splitlines()
     assert lines[0] == "Training loss (nats per token, pair or answer)"
-    assert (lines[1], lines[3], lines[5]) == ("3 |*", "  |" + " " * 10 + "*", "1 |" + " " * 20 + "*")
+    assert (lines[1], lines[3], lines[5]) == (
+        "3 |*",
+        "  |" + " " * 10 + "*",
+        "1 |" + " " * 20 + "*",
+    )
     assert lines[7].endswith("step 100") and lines[8] == "* a"
     assert text_plot("val_loss", [Run("a", np.array([1.0]), {"train_loss": np.array([3.0])})]) == ""
 
 
-OPTIONS = [{}, {"n_kv_heads": 2}, {"n_sinks": 2}, {"position": "alibi"}, {"sliding_window": 3}, {"qk_norm": True}, {"position": "learned"}]
+OPTIONS = [
+    {},
+    {"n_kv_heads": 2},
+    {"n_sinks": 2},
+    {"position": "alibi"},
+    {"sliding_window": 3},
+    {"qk_norm": True},
+    {"position": "learned"},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -118,16 +181,27 @@ def test_attention_maps_are_the_weights_that_the_model_mixes_its_values_with(opt
     assert not maps[..., sinks:].triu(1).any()
     for weights, (layer, x, sight), output in zip(maps, inputs, outputs, strict=True):
         values = layer.project(x, sight)[2].repeat_interleave(4 // model.config.kv_heads, dim=1)
-        torch.testing.assert_close(layer.out((weights @ values).transpose(1, 2).reshape(1, 7, -1)), output, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            layer.out((weights @ values).transpose(1, 2).reshape(1, 7, -1)),
+            output,
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
-@pytest.mark.parametrize(("values", "marks"), [([153.0, 64.0], ["70", "100", "150"]), ([9.0, 2.5], ["3", "5", "7"])])
+@pytest.mark.parametrize(
+    ("values", "marks"), [([153.0, 64.0], ["70", "100", "150"]), ([9.0, 2.5], ["3", "5", "7"])]
+)
 def test_perplexities_within_a_power_of_ten_have_marks_to_be_read_by(values, marks):
     """Powers of ten alone would leave one mark, or none."""
     figure = draw("val_ppl", [Run("a", np.arange(2.0), {"val_ppl": np.array(values)})])
     figure.draw_without_rendering()
     axis = figure.axes[0].yaxis
-    assert [tick.label1.get_text() for tick in axis.get_major_ticks() if min(values) <= tick.get_loc() <= max(values)] == marks
+    assert [
+        tick.label1.get_text()
+        for tick in axis.get_major_ticks()
+        if min(values) <= tick.get_loc() <= max(values)
+    ] == marks
     assert axis.get_minorticklocs().size == 0
 
 
@@ -139,9 +213,15 @@ def test_too_many_heads_for_a_page_are_refused():
 def test_the_command_writes_a_picture_of_each_quantity_that_has_values(tmp_path, capsys):
     """`row` leaves val_bpb empty."""
     write_metrics(tmp_path / "logs" / "a", [row(step, "2.0", "1.5") for step in (1, 2, 3)])
-    assert main(["plot", str(tmp_path / "logs"), "--out", str(tmp_path / "out"), "--smooth", "2"]) == 0
+    assert (
+        main(["plot", str(tmp_path / "logs"), "--out", str(tmp_path / "out"), "--smooth", "2"]) == 0
+    )
     printed = capsys.readouterr().out.split()
-    assert printed == [str(tmp_path / "out" / f"{quantity}.png") for quantity in QUANTITIES if quantity not in ("val_bpb", "val_accuracy", "val_margin")]
+    assert printed == [
+        str(tmp_path / "out" / f"{quantity}.png")
+        for quantity in QUANTITIES
+        if quantity not in ("val_bpb", "val_accuracy", "val_margin")
+    ]
     assert all(Image.open(path).size == (960, 540) for path in printed)
 
 
@@ -149,16 +229,29 @@ def test_the_command_draws_in_the_terminal(tmp_path, capsys):
     write_metrics(tmp_path / "logs" / "a", [row(step, "2.0") for step in (1, 2)])
     assert main(["plot", str(tmp_path / "logs"), "--text"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Training loss (nats per token, pair or answer)\n") and "Validation" not in out
+    assert (
+        out.startswith("Training loss (nats per token, pair or answer)\n")
+        and "Validation" not in out
+    )
 
 
 def test_the_command_draws_attention(tmp_path, capsys):
     write_checkpoint(tmp_path / "step-000003.ckpt", [])
-    arguments = ["plot", "--attention", "--ckpt", str(tmp_path / "step-000003.ckpt"), "--out", str(tmp_path)]
+    arguments = [
+        "plot",
+        "--attention",
+        "--ckpt",
+        str(tmp_path / "step-000003.ckpt"),
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*arguments, "--prompt", "The cat"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'attention.png'}\n"
     assert Image.open(tmp_path / "attention.png").width > 500
-    for prompt, message in (("", "0 tokens, and this model reads 1 to 12"), ("x" * 13, "13 tokens, and this model reads 1 to 12")):
+    for prompt, message in (
+        ("", "0 tokens, and this model reads 1 to 12"),
+        ("x" * 13, "13 tokens, and this model reads 1 to 12"),
+    ):
         assert main([*arguments, "--prompt", prompt]) == 2
         assert message in capsys.readouterr().err
 

@@ -12,26 +12,29 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import val_documents
 from huggingface_hub.utils import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinylm import corpus
-from tinylm.config import DataConfig
-from tinylm.corpus import find_split, is_held_out, shared_documents, train_documents
-from tinylm.errors import UserError
-from tinylm.tokenfile import TokenFile, is_token_file
-from tinylm.tokenizer import ByteTokenizer
+from tests.conftest import val_documents
+from tinylm.common.errors import UserError
+from tinylm.config.schema import DataConfig
+from tinylm.text import documents, sources
+from tinylm.text.sources import is_token_file
+from tinylm.text.splits import find_split, is_held_out, shared_documents, train_documents
+from tinylm.tokenizer.byte_char import ByteTokenizer
+from tinylm.tokens.token_file import TokenFile
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BYTES = ByteTokenizer()
 SEED = 1
 
 
 def read(path: Path | str, **settings) -> list[str]:
     """Every document of a source, training and validation alike."""
-    return list(find_split(DataConfig(dataset=str(path), **settings), "train", SEED).source.documents())
+    return list(
+        find_split(DataConfig(dataset=str(path), **settings), "train", SEED).source.documents()
+    )
 
 
 def refusal(path: Path | str, **settings) -> str:
@@ -51,7 +54,11 @@ def test_each_line_of_a_text_file_is_a_document_and_blank_lines_are_none(write):
 
 def test_a_byte_order_mark_and_carriage_returns_are_no_text(write):
     """Only the pair \\r\\n ends a line; a \\r inside stays."""
-    assert read(write("a.txt", b"\xef\xbb\xbfone\r\ntw\ro\r\n\r\nthree\r")) == ["one", "tw\ro", "three"]
+    assert read(write("a.txt", b"\xef\xbb\xbfone\r\ntw\ro\r\n\r\nthree\r")) == [
+        "one",
+        "tw\ro",
+        "three",
+    ]
 
 
 def test_only_a_newline_ends_a_line(write):
@@ -60,7 +67,11 @@ def test_only_a_newline_ends_a_line(write):
     assert read(write("a.txt", line + "\n")) == [line]
 
 
-@given(lines=st.lists(st.text(alphabet=st.characters(exclude_characters="\n\r\ufeff", exclude_categories=["Cs"]))))
+@given(
+    lines=st.lists(
+        st.text(alphabet=st.characters(exclude_characters="\n\r\ufeff", exclude_categories=["Cs"]))
+    )
+)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_lines_come_back(tmp_path, lines):
     (tmp_path / "a.txt").write_bytes("\n".join(lines).encode())
@@ -74,17 +85,32 @@ def test_a_separator_divides_documents_of_many_lines(write):
 
 def test_a_separator_of_line_ends_works_in_a_file_from_windows(write):
     path = write("a.txt", b"one\r\nmore\r\n\r\ntwo\r\n")
-    assert read(path, document_separator="\n\n") == read(path, document_separator="\r\n\r\n") == ["one\nmore", "two"]
+    assert (
+        read(path, document_separator="\n\n")
+        == read(path, document_separator="\r\n\r\n")
+        == ["one\nmore", "two"]
+    )
 
 
-@given(texts=st.lists(st.text(alphabet="ab\n-", max_size=6), max_size=8), separator=st.text(alphabet="-\n", min_size=1, max_size=3), size=st.integers(1, 9))
+@given(
+    texts=st.lists(st.text(alphabet="ab\n-", max_size=6), max_size=8),
+    separator=st.text(alphabet="-\n", min_size=1, max_size=3),
+    size=st.integers(1, 9),
+)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_separator_is_found_wherever_reading_pauses(tmp_path, texts, separator, size):
     """Oracle: the whole text split at once. The file counts as ended by a newline, as each of its lines is."""
     text = separator.join(texts)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    expected = [part.strip("\n") for part in (text if text.endswith("\n") or not text else text + "\n").split(separator) if part.strip()]
-    with mock.patch.object(corpus, "SEARCH_CHARACTERS", size), mock.patch.object(corpus, "BLOCK_BYTES", size):
+    expected = [
+        part.strip("\n")
+        for part in (text if text.endswith("\n") or not text else text + "\n").split(separator)
+        if part.strip()
+    ]
+    with (
+        mock.patch.object(documents, "SEARCH_CHARACTERS", size),
+        mock.patch.object(documents, "BLOCK_BYTES", size),
+    ):
         assert read(tmp_path / "a.txt", document_separator=separator) == expected
 
 
@@ -101,31 +127,42 @@ def test_a_separator_is_found_wherever_reading_pauses(tmp_path, texts, separator
 def test_bytes_that_are_not_utf8_are_named_with_their_offset(write, content, line, byte, offset):
     """Offsets count from the start of the file, its byte-order mark included; a surrogate in UTF-8 is no UTF-8."""
     path = write("a.txt", content)
-    expected = f"{path}:{line}: not UTF-8 text: byte 0x{byte} at offset {offset}. Save the file as UTF-8."
+    expected = (
+        f"{path}:{line}: not UTF-8 text: byte 0x{byte} at offset {offset}. Save the file as UTF-8."
+    )
     assert refusal(path) == expected
     for size in (1, 2, 3, 100):
-        with mock.patch.object(corpus, "BLOCK_BYTES", size):
+        with mock.patch.object(documents, "BLOCK_BYTES", size):
             assert refusal(path, document_separator="--") == expected
 
 
 def test_text_between_separators_has_neither_a_byte_order_mark_nor_carriage_returns(write):
     path = write("a.txt", b"\xef\xbb\xbfone\r\nmore\r\r\n--two\xef\xbb\xbf\r--three\r")
     for size in (1, 4, 5, 100):
-        with mock.patch.object(corpus, "BLOCK_BYTES", size):
+        with mock.patch.object(documents, "BLOCK_BYTES", size):
             assert read(path, document_separator="--") == ["one\nmore\r", "two\ufeff\r", "three"]
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(write, monkeypatch):
-    monkeypatch.setattr(corpus, "LINE_BYTES_LIMIT", 100)
+    monkeypatch.setattr(documents, "LINE_BYTES_LIMIT", 100)
     path = write("a.txt", "ok\n" + "x" * 1000)
-    assert refusal(path) == f"{path}:2: a line of 100 bytes and more. Is it text? Cut it into documents."
+    assert (
+        refusal(path)
+        == f"{path}:2: a line of 100 bytes and more. Is it text? Cut it into documents."
+    )
 
 
 # --- jsonl ------------------------------------------------------------------------------------------------------------
 
 
 def test_jsonl_gives_the_text_field_of_each_row(write):
-    rows = [{"text": "one", "n": 1}, {"text": "two\nlines"}, {"text": " "}, {"text": ""}, {"text": "é\x00"}]
+    rows = [
+        {"text": "one", "n": 1},
+        {"text": "two\nlines"},
+        {"text": " "},
+        {"text": ""},
+        {"text": "é\x00"},
+    ]
     path = write("a.jsonl", "\r\n".join(json.dumps(row) for row in rows) + "\n\n")
     assert read(path) == ["one", "two\nlines", "é\x00"]
     body = write("b.jsonl", '{"body": "x", "text": 3}')
@@ -147,8 +184,14 @@ MEND = "Correct the row, or set data.text_field to the key that holds the text."
         ('{"body": "a", "n": 1}', f"text: missing; the row has body, n. {MEND}"),
         ("{}", f"text: missing; the row has no keys. {MEND}"),
         ('"text"', f'expected an object such as {{"text": "..."}}, found a string. {MEND}'),
-        ('{"text": "a', "not JSON: Unterminated string starting at: line 1 column 10 (char 9). Each line is one object; correct the line."),
-        ('{"text": "a"} {"text": "b"}', "not JSON: Extra data: line 1 column 15 (char 14). Each line is one object; correct the line."),
+        (
+            '{"text": "a',
+            "not JSON: Unterminated string starting at: line 1 column 10 (char 9). Each line is one object; correct the line.",
+        ),
+        (
+            '{"text": "a"} {"text": "b"}',
+            "not JSON: Extra data: line 1 column 15 (char 14). Each line is one object; correct the line.",
+        ),
         (
             '{"text": "a\\ud800"}',
             "text: the text has the lone surrogate \\ud800 at position 1, which is half a character. Take it out, or write the whole character.",
@@ -163,7 +206,9 @@ def test_a_bad_row_is_named_with_file_line_and_key(write, row, message):
 
 
 def test_the_rows_before_a_bad_one_are_read(write):
-    documents = find_split(DataConfig(dataset=str(write("a.jsonl", '{"text": "good"}\n3\n'))), "train", SEED).source.documents()
+    documents = find_split(
+        DataConfig(dataset=str(write("a.jsonl", '{"text": "good"}\n3\n'))), "train", SEED
+    ).source.documents()
     assert next(documents) == "good"
     with pytest.raises(UserError, match="a.jsonl:2: "):
         next(documents)
@@ -178,10 +223,19 @@ def test_compressed_files_read_as_their_content(write):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-20], lambda data: data[:30] + b"\xff\xff\xff" + data[33:], lambda data: b"<html>"], ids=["cut", "changed", "other"]
+    "damage",
+    [
+        lambda data: data[:-20],
+        lambda data: data[:30] + b"\xff\xff\xff" + data[33:],
+        lambda data: b"<html>",
+    ],
+    ids=["cut", "changed", "other"],
 )
 def test_damaged_gzip_data_name_their_file(write, damage):
-    path = write("a.txt.gz", damage(gzip.compress(b"".join(b"line %d of the text\n" % (i * i) for i in range(99)))))
+    path = write(
+        "a.txt.gz",
+        damage(gzip.compress(b"".join(b"line %d of the text\n" % (i * i) for i in range(99)))),
+    )
     assert refusal(path).startswith(f"{path}: damaged or cut-off gzip data (")
 
 
@@ -195,18 +249,25 @@ def test_parquet_gives_its_column_in_order(write):
     texts = ["one", "two\nlines", " ", "é\x00", "five"]
     path = write("a.parquet", parquet({"n": range(5), "text": texts}))
     assert read(path) == ["one", "two\nlines", "é\x00", "five"]
-    assert read(write("b.parquet", parquet({"body": pa.array(texts, pa.large_string())})), text_field="body") == read(path)
+    assert read(
+        write("b.parquet", parquet({"body": pa.array(texts, pa.large_string())})), text_field="body"
+    ) == read(path)
 
 
 def test_parquet_is_read_in_batches(write, monkeypatch):
-    monkeypatch.setattr(corpus, "PARQUET_BATCH_ROWS", 3)
-    assert read(write("a.parquet", parquet({"text": [str(i) for i in range(10)]}))) == [str(i) for i in range(10)]
+    monkeypatch.setattr(documents, "PARQUET_BATCH_ROWS", 3)
+    assert read(write("a.parquet", parquet({"text": [str(i) for i in range(10)]}))) == [
+        str(i) for i in range(10)
+    ]
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"body": ["a"], "n": [1]}, "text: no such column; there are body, n. Set data.text_field to the one that holds the text."),
+        (
+            {"body": ["a"], "n": [1]},
+            "text: no such column; there are body, n. Set data.text_field to the one that holds the text.",
+        ),
         ({"text": ["a", None]}, f"row 2: text: expected a string, found null. {MEND}"),
         ({"text": [7]}, f"row 1: text: expected a string, found a number. {MEND}"),
         ({"text": [["a"]]}, f"row 1: text: expected a string, found a list. {MEND}"),
@@ -233,7 +294,14 @@ def test_damage_inside_a_parquet_file_is_named(write):
 
 
 def test_a_folder_is_read_to_its_bottom_in_sorted_order(write, tmp_path):
-    for name, content in (("c/b.txt", "3"), ("c/a/x.jsonl", '{"text": "2"}'), ("a.txt", "1"), ("README.md", "no"), (".git/x.txt", "no"), ("c/.x.txt", "no")):
+    for name, content in (
+        ("c/b.txt", "3"),
+        ("c/a/x.jsonl", '{"text": "2"}'),
+        ("a.txt", "1"),
+        ("README.md", "no"),
+        (".git/x.txt", "no"),
+        ("c/.x.txt", "no"),
+    ):
         write(f"corpus/{name}", content)
     assert read(tmp_path / "corpus") == ["1", "2", "3"]
     assert read(tmp_path / "corpus/**/*.txt") == ["1", "3"]
@@ -253,16 +321,37 @@ def special_files(folder: Path) -> dict[str, tuple[str, str]]:
     (folder / "empty").mkdir()
     (folder / "notes.md").write_text("x", encoding="utf-8")
     return {
-        "missing.txt": ("data.dataset: ", "not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name."),
-        "no/such/folder": ("data.dataset: ", "not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name."),
-        "*.jsonl": ("data.dataset: ", "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) matches. Give the path of one."),
-        "empty": ("data.dataset: ", "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) in this folder. Give the path of one."),
-        "notes.md": ("data.dataset: ", "not a kind of file with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz). Convert it, or name it by its kind."),
+        "missing.txt": (
+            "data.dataset: ",
+            "not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name.",
+        ),
+        "no/such/folder": (
+            "data.dataset: ",
+            "not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name.",
+        ),
+        "*.jsonl": (
+            "data.dataset: ",
+            "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) matches. Give the path of one.",
+        ),
+        "empty": (
+            "data.dataset: ",
+            "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) in this folder. Give the path of one.",
+        ),
+        "notes.md": (
+            "data.dataset: ",
+            "not a kind of file with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz). Convert it, or name it by its kind.",
+        ),
         "pipe.txt": ("", "not a regular file. Give the path of a file on disk."),
         "zero.txt": ("", "not a regular file. Give the path of a file on disk."),
-        "loop.txt": ("", "Too many levels of symbolic links. Give the path of a file that can be read."),
+        "loop.txt": (
+            "",
+            "Too many levels of symbolic links. Give the path of a file that can be read.",
+        ),
         "dangling.txt": ("", "not found. Give the path of a file that can be read."),
-        "x" * 300 + ".txt": ("data.dataset: ", "not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name."),
+        "x" * 300 + ".txt": (
+            "data.dataset: ",
+            "not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name.",
+        ),
     }
 
 
@@ -276,7 +365,10 @@ def test_what_cannot_be_read_to_its_end_is_refused_at_once(tmp_path):
 
 def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
-    assert refusal(tmp_path) == f"{tmp_path / 'pipe.txt'}: not a regular file. Give the path of a file on disk."
+    assert (
+        refusal(tmp_path)
+        == f"{tmp_path / 'pipe.txt'}: not a regular file. Give the path of a file on disk."
+    )
 
 
 def test_a_folder_that_cannot_be_listed_is_not_passed_over(write, tmp_path, monkeypatch):
@@ -291,7 +383,10 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(write, tmp_path, monk
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", closed)
-    assert refusal(tmp_path / "corpus") == f"{tmp_path / 'corpus/closed'}: Permission denied. Give a folder that can be read."
+    assert (
+        refusal(tmp_path / "corpus")
+        == f"{tmp_path / 'corpus/closed'}: Permission denied. Give a folder that can be read."
+    )
 
 
 def test_a_folder_that_links_to_itself_ends(tmp_path, write):
@@ -312,16 +407,28 @@ def hub(write, monkeypatch) -> list[tuple]:
     """The hub, played by a local file that is read through `datasets`; gives the calls."""
     import datasets
 
-    path = write("served/train.jsonl", "".join(json.dumps({"id": i, "text": f"document {i}" if i != 3 else " "}) + "\n" for i in range(50)))
+    path = write(
+        "served/train.jsonl",
+        "".join(
+            json.dumps({"id": i, "text": f"document {i}" if i != 3 else " "}) + "\n"
+            for i in range(50)
+        ),
+    )
     calls: list[tuple] = []
     load = datasets.load_dataset
 
     def serve(name: str, config: str | None, *, split: str, streaming: bool):
         calls.append((name, config, split, streaming))
-        return load("json", data_files={split: str(path)}, split=split, streaming=streaming, cache_dir=str(path.parent / "cache"))
+        return load(
+            "json",
+            data_files={split: str(path)},
+            split=split,
+            streaming=streaming,
+            cache_dir=str(path.parent / "cache"),
+        )
 
     monkeypatch.setattr("datasets.load_dataset", serve)
-    monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
     return calls
 
 
@@ -330,7 +437,10 @@ HUB_TEXTS = [f"document {i}" for i in range(50) if i != 3]
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hub_dataset_is_read_in_its_order(hub, streaming):
-    assert read("owner/name", dataset_config="en", split="validation", streaming=streaming) == HUB_TEXTS
+    assert (
+        read("owner/name", dataset_config="en", split="validation", streaming=streaming)
+        == HUB_TEXTS
+    )
     assert hub == [("owner/name", "en", "validation", streaming)]
 
 
@@ -354,27 +464,40 @@ def test_validation_from_another_split_of_the_hub(hub):
     ("same", "mend"),
     [
         ({"val_split": "train"}, "Set data.val_split to another split, or leave it out."),
-        ({"val_dataset": "owner/name"}, "Give another dataset, or set data.val_split in its place."),
+        (
+            {"val_dataset": "owner/name"},
+            "Give another dataset, or set data.val_split in its place.",
+        ),
     ],
 )
 def test_the_split_that_is_trained_on_does_not_validate(hub, same, mend):
     """The error is headed by the setting that the user gave."""
     with pytest.raises(UserError) as caught:
         val_documents(DataConfig(dataset="owner/name", **same), SEED)
-    assert str(caught.value) == f"data.{next(iter(same))}: validation would be the training documents themselves. {mend}"
+    assert (
+        str(caught.value)
+        == f"data.{next(iter(same))}: validation would be the training documents themselves. {mend}"
+    )
 
 
 def test_holding_out_of_a_stream_needs_a_number_of_documents(hub):
     with pytest.raises(
-        UserError, match="data.val_docs: holding documents out of a streamed dataset would read all of it. Set data.val_docs, for example 1000."
+        UserError,
+        match="data.val_docs: holding documents out of a streamed dataset would read all of it. Set data.val_docs, for example 1000.",
     ):
         val_documents(DataConfig(dataset="owner/name", streaming=True), SEED)
-    assert len(list(val_documents(DataConfig(dataset="owner/name", streaming=True, val_docs=2), SEED))) == 2
+    assert (
+        len(list(val_documents(DataConfig(dataset="owner/name", streaming=True, val_docs=2), SEED)))
+        == 2
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_bad_row_of_the_hub_is_named(hub, streaming):
-    assert refusal("owner/name", text_field="id", streaming=streaming) == f"owner/name (train): row 1: id: expected a string, found a number. {MEND}"
+    assert (
+        refusal("owner/name", text_field="id", streaming=streaming)
+        == f"owner/name (train): row 1: id: expected a string, found a number. {MEND}"
+    )
     assert "owner/name (train): " in refusal("owner/name", text_field="body", streaming=streaming)
 
 
@@ -386,7 +509,9 @@ def test_without_a_network_a_hub_name_fails_at_once_and_says_how_to_go_on(monkey
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     message = refusal("owner/name")
-    assert message.startswith("data.dataset: owner/name: nothing here has that name, and huggingface.co cannot be reached (Network is unreachable).")
+    assert message.startswith(
+        "data.dataset: owner/name: nothing here has that name, and huggingface.co cannot be reached (Network is unreachable)."
+    )
     assert "Give a local file or folder as data.dataset." in message
 
 
@@ -395,11 +520,17 @@ def test_what_the_library_says_of_a_hub_dataset_is_passed_on(monkeypatch):
         raise FileNotFoundError("Dataset 'owner/name' doesn't exist on the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
-    assert refusal("owner/name").startswith("data.dataset: owner/name: Dataset 'owner/name' doesn't exist on the Hub. Check data.dataset_config")
+    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    assert refusal("owner/name").startswith(
+        "data.dataset: owner/name: Dataset 'owner/name' doesn't exist on the Hub. Check data.dataset_config"
+    )
 
 
-NETWORK_ERRORS = [ConnectionResetError(104, "Connection reset by peer"), httpx.ReadTimeout("timed out"), httpx.RemoteProtocolError("server disconnected")]
+NETWORK_ERRORS = [
+    ConnectionResetError(104, "Connection reset by peer"),
+    httpx.ReadTimeout("timed out"),
+    httpx.RemoteProtocolError("server disconnected"),
+]
 
 
 @pytest.mark.parametrize("error", NETWORK_ERRORS, ids=lambda error: type(error).__name__)
@@ -414,12 +545,17 @@ def test_a_network_that_fails_inside_a_stream_is_one_line(monkeypatch, error):
             raise error
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Broken())
-    monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
-    documents = find_split(DataConfig(dataset="owner/name", streaming=True), "train", SEED).source.documents()
+    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    documents = find_split(
+        DataConfig(dataset="owner/name", streaming=True), "train", SEED
+    ).source.documents()
     assert next(documents) == "one"
     with pytest.raises(UserError) as caught:
         next(documents)
-    assert str(caught.value) == f"owner/name (train): reading stopped: {error}. Try again: a run resumes where it stopped."
+    assert (
+        str(caught.value)
+        == f"owner/name (train): reading stopped: {error}. Try again: a run resumes where it stopped."
+    )
 
 
 def test_a_network_that_fails_before_the_first_row_is_one_line(monkeypatch):
@@ -427,8 +563,10 @@ def test_a_network_that_fails_before_the_first_row_is_one_line(monkeypatch):
         raise httpx.ConnectError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
-    assert refusal("owner/name").startswith("data.dataset: owner/name: no route. Check data.dataset_config and data.split")
+    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    assert refusal("owner/name").startswith(
+        "data.dataset: owner/name: no route. Check data.dataset_config and data.split"
+    )
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/name", "owner/" + "x" * 300 + ".txt"])
@@ -438,16 +576,30 @@ def test_a_name_that_is_too_long_is_refused_on_one_line(name, monkeypatch):
     def offline(what: str, mend: str) -> None:
         raise UserError(f"{what}: offline. {mend}")
 
-    monkeypatch.setattr(corpus, "require_hub", offline)
-    assert refusal(name).startswith(f"data.dataset: {name}: {'offline' if name.endswith('name') else 'not found'}. Give a ")
+    monkeypatch.setattr(sources, "require_hub", offline)
+    assert refusal(name).startswith(
+        f"data.dataset: {name}: {'offline' if name.endswith('name') else 'not found'}. Give a "
+    )
 
 
-@pytest.mark.parametrize("name", ["data/tiny_corpu", "data/x.txt", "./owner/name", "wikitext", "owner/name.bin", "a/b/c", "/a/b", "owner/name.jsonl.gz"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/tiny_corpu",
+        "data/x.txt",
+        "./owner/name",
+        "wikitext",
+        "owner/name.bin",
+        "a/b/c",
+        "/a/b",
+        "owner/name.jsonl.gz",
+    ],
+)
 def test_what_looks_like_a_path_is_not_asked_of_the_hub(name, tmp_path, monkeypatch):
     """`data` is a folder here, so data/tiny_corpu is a path that was typed wrongly."""
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(corpus, "require_hub", None)
+    monkeypatch.setattr(sources, "require_hub", None)
     if is_token_file(name):
         with pytest.raises(UserError, match="owner/name.bin: not found"):
             TokenFile.open(name)
@@ -458,18 +610,25 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(name, tmp_path, monkeypa
 def test_what_is_here_is_never_asked_of_the_hub(write, tmp_path, monkeypatch):
     write("owner/name/a.txt", "one")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(corpus, "require_hub", None)
+    monkeypatch.setattr(sources, "require_hub", None)
     assert read("owner/name") == ["one"]
 
 
-@pytest.mark.parametrize("settings", [{"val_split": "test"}, {"split": "test"}, {"dataset_config": "en"}])
+@pytest.mark.parametrize(
+    "settings", [{"val_split": "test"}, {"split": "test"}, {"dataset_config": "en"}]
+)
 def test_files_here_have_no_splits(write, settings):
-    assert "is on this machine, where files have no splits. Take split, val_split and dataset_config out." in refusal(write("a.txt", "x"), **settings)
+    assert (
+        "is on this machine, where files have no splits. Take split, val_split and dataset_config out."
+        in refusal(write("a.txt", "x"), **settings)
+    )
 
 
 def test_a_missing_library_is_named_with_its_pip_line(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert refusal(write("a.parquet", b"")).endswith("a.parquet: reading it needs pyarrow. Install it: pip install datasets")
+    assert refusal(write("a.parquet", b"")).endswith(
+        "a.parquet: reading it needs pyarrow. Install it: pip install datasets"
+    )
 
 
 # --- the split --------------------------------------------------------------------------------------------------------
@@ -506,13 +665,19 @@ def test_limits_count_documents_of_their_split(lines):
 def test_a_second_source_validates_and_the_first_is_all_for_training(write, lines):
     other = write("other.txt", "alpha\nbeta\n")
     data = DataConfig(dataset=str(lines), val_dataset=str(other))
-    assert (len(list(train_documents(data, SEED))), list(val_documents(data, SEED))) == (1000, ["alpha", "beta"])
+    assert (len(list(train_documents(data, SEED))), list(val_documents(data, SEED))) == (
+        1000,
+        ["alpha", "beta"],
+    )
 
 
 def test_documents_in_both_sources_are_counted(write):
     """Of the validation documents b (twice), c and x, the training source has b and c."""
     data = DataConfig(
-        dataset=str(write("a.txt", "a\nb\nb\nc\n")), val_dataset=str(write("b.jsonl", '{"text": "b"}\n{"text": "b"}\n{"text": "c"}\n{"text": "x"}\n'))
+        dataset=str(write("a.txt", "a\nb\nb\nc\n")),
+        val_dataset=str(
+            write("b.jsonl", '{"text": "b"}\n{"text": "b"}\n{"text": "c"}\n{"text": "x"}\n')
+        ),
     )
     assert shared_documents(data, SEED) == 2
     assert shared_documents(data.model_copy(update={"val_dataset": None}), SEED) == 0
@@ -521,10 +686,13 @@ def test_documents_in_both_sources_are_counted(write):
 @pytest.mark.parametrize("content", ["", "\n\n \n\t\n", "\n" * 1000])
 def test_a_file_without_documents_is_an_error(write, content):
     path = write("a.txt", content)
-    for documents in (train_documents, val_documents):
+    for read in (train_documents, val_documents):
         with pytest.raises(UserError) as caught:
-            list(documents(DataConfig(dataset=str(path)), SEED))
-        assert str(caught.value) == f"{path}: no documents, only blank lines or nothing at all. Give a file with text."
+            list(read(DataConfig(dataset=str(path)), SEED))
+        assert (
+            str(caught.value)
+            == f"{path}: no documents, only blank lines or nothing at all. Give a file with text."
+        )
 
 
 def test_a_split_without_documents_is_an_error_with_counts(write):
@@ -535,7 +703,10 @@ def test_a_split_without_documents_is_an_error_with_counts(write):
     with pytest.raises(UserError) as caught:
         list(val_documents(data, SEED))
     counts = "validation got 0 of 2 documents (data.val_fraction 0.5)"
-    assert str(caught.value) == f"{data.dataset}: {counts}. Give more documents, another data.val_fraction, or data.val_dataset."
+    assert (
+        str(caught.value)
+        == f"{data.dataset}: {counts}. Give more documents, another data.val_fraction, or data.val_dataset."
+    )
 
 
 def test_a_source_that_is_not_there_is_found_out_before_the_first_document():
@@ -546,7 +717,9 @@ def test_a_source_that_is_not_there_is_found_out_before_the_first_document():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts other units elsewhere")
 @pytest.mark.parametrize(
-    ("name", "content", "n"), [("long.txt", b"x" * 50_000_000, 1), ("empty.txt", b"\n" * 1_000_000 + b"end", 1)], ids=["50 MB line", "1e6 empty lines"]
+    ("name", "content", "n"),
+    [("long.txt", b"x" * 50_000_000, 1), ("empty.txt", b"\n" * 1_000_000 + b"end", 1)],
+    ids=["50 MB line", "1e6 empty lines"],
 )
 def test_odd_files_are_read_in_bounded_memory(write, name, content, n, child):
     """One document of 50 MB is held a few times (bytes, text, a copy being made): less than 300 MB in all."""

@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from tinylm import bpe as bpe_module
 from tinylm.__main__ import main
-from tinylm.bpe import (
+from tinylm.common.errors import UserError
+from tinylm.config.schema import DataConfig, TokenizerConfig
+from tinylm.text.sources import sources_named
+from tinylm.tokenizer import bpe
+from tinylm.tokenizer.bpe import (
     FILES,
     Bpe,
     Words,
@@ -31,13 +34,11 @@ from tinylm.bpe import (
     learn_merges,
     tokenizer_for,
 )
-from tinylm.config import DataConfig, TokenizerConfig
-from tinylm.corpus import sources_named
-from tinylm.errors import UserError
-from tinylm.tokenizer import Fit, load_hf_tokenizer, make_tokenizer, tokenizer_from_plain
-from tinylm.words import PATTERNS, Rules, count_texts
+from tinylm.tokenizer.factory import make_tokenizer, tokenizer_from_plain
+from tinylm.tokenizer.hf import Fit, load_hf_tokenizer
+from tinylm.tokenizer.pretokenize import PATTERNS, Rules, count_texts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EOT = "<|endoftext|>"
 
 
@@ -50,7 +51,9 @@ def text_of(n_bytes: int, seed: int = 1) -> str:
     pieces: list[str] = []
     size = 0
     while size < n_bytes:
-        line = " ".join(draw.choices(words, weights, k=draw.randint(3, 12))) + draw.choice([".\n", ", 12 and 345\n", "!\n\n", "  \n", f"{EOT}\n"])
+        line = " ".join(draw.choices(words, weights, k=draw.randint(3, 12))) + draw.choice(
+            [".\n", ", 12 and 345\n", "!\n\n", "  \n", f"{EOT}\n"]
+        )
         pieces.append(line)
         size += len(line.encode())
     return "".join(pieces).encode()[:n_bytes].decode("utf-8", "ignore")
@@ -64,9 +67,9 @@ def small_text() -> str:
 @pytest.fixture
 def file_in_parts(tmp_path, small_text, monkeypatch) -> Path:
     """More parts than four processes, so that all have something to do."""
-    monkeypatch.setattr(bpe_module, "PART", 13_001)
-    monkeypatch.setattr(bpe_module, "WINDOW", 200)
-    monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", 0)
+    monkeypatch.setattr(bpe, "PART", 13_001)
+    monkeypatch.setattr(bpe, "WINDOW", 200)
+    monkeypatch.setattr(bpe, "WORTH_PROCESSES", 0)
     path = tmp_path / "parts.txt"
     path.write_text(small_text, encoding="utf-8", newline="")
     return path
@@ -124,14 +127,20 @@ def slow_merges(words: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes
 
 @pytest.mark.parametrize("rarer", [2, 16])
 @settings(deadline=None)
-@given(words=st.dictionaries(st.text("abé東", min_size=1, max_size=14), st.integers(1, 99), min_size=1, max_size=15))
+@given(
+    words=st.dictionaries(
+        st.text("abé東", min_size=1, max_size=14), st.integers(1, 99), min_size=1, max_size=15
+    )
+)
 def test_merges_equal_those_of_the_slow_rule_until_nothing_is_left(rarer, words):
     """However many rare pairs are left out of the heap, to be found again when they are the most frequent."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_module, "RARER", rarer)
+        patch.setattr(bpe, "RARER", rarer)
         merges = learn_merges(words, 300)
     assert merges == slow_merges(words, 300)
-    assert len({left + right for left, right in merges}) == len(merges)  # so each is a token of its own
+    assert len({left + right for left, right in merges}) == len(
+        merges
+    )  # so each is a token of its own
 
 
 def test_merges_of_a_real_text_equal_those_of_the_slow_rule(small_text):
@@ -142,8 +151,15 @@ def test_merges_of_a_real_text_equal_those_of_the_slow_rule(small_text):
 def learned_by_the_library(text: str, vocab_size: int, pattern: str) -> Backend:
     backend = Backend(models.BPE())
     words = pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     backend.train_from_iterator([piece for piece in text.split(EOT) if piece], trainer)
     return backend
 
@@ -154,16 +170,25 @@ def test_merges_equal_those_of_another_library_where_no_counts_are_equal():
     text = EOT.join(word for power, word in enumerate(words) for _ in range(2**power))
     theirs = json.loads(learned_by_the_library(text, 264, "gpt2").to_str())["model"]["merges"]
     ours = learn_merges(count_texts([text], Rules(special=(EOT,))), 7)
-    assert [[left.decode(), right.decode()] for left, right in ours] == theirs == [list(word) for word in reversed(words)]
+    assert (
+        [[left.decode(), right.decode()] for left, right in ours]
+        == theirs
+        == [list(word) for word in reversed(words)]
+    )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_bytes_per_token_are_those_of_another_library_within_a_fifth_of_a_percent(small_text, pattern):
+def test_bytes_per_token_are_those_of_another_library_within_a_fifth_of_a_percent(
+    small_text, pattern
+):
     rules = Rules(pattern, (EOT,))
     ours = Bpe.learn(count_texts([small_text], rules), 1000, rules).backend()
     theirs = learned_by_the_library(small_text, 1000, pattern)
     pieces = small_text.split(EOT)
-    counts = [sum(len(encoding.ids) for encoding in backend.encode_batch(pieces)) for backend in (ours, theirs)]
+    counts = [
+        sum(len(encoding.ids) for encoding in backend.encode_batch(pieces))
+        for backend in (ours, theirs)
+    ]
     assert ours.get_vocab_size() == theirs.get_vocab_size() == 1000
     assert counts[0] == pytest.approx(counts[1], rel=0.002)
 
@@ -179,7 +204,14 @@ def test_130_kb_and_500_tokens_take_well_under_a_second_and_a_half(small_text):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@given(text=st.text(st.one_of(st.characters(exclude_categories=["Cn", "Cs"]), st.sampled_from(" \n\r\t'.a1\u3000\x1c")), max_size=40))
+@given(
+    text=st.text(
+        st.one_of(
+            st.characters(exclude_categories=["Cn", "Cs"]), st.sampled_from(" \n\r\t'.a1\u3000\x1c")
+        ),
+        max_size=40,
+    )
+)
 def test_words_are_those_of_the_library_that_will_encode(pattern, text):
     """Else merges would be learned that no text can use. The words, put together, are the text.
 
@@ -199,7 +231,11 @@ def test_words_end_at_special_tokens_and_the_longest_of_overlapping_ones_counts(
 def test_no_special_token_or_part_across_one_is_in_a_merge(small_text):
     """`<|endoftext|>` is as frequent as a common word here: without the rule its letters would be merged (E16)."""
     learned = Bpe.learn(count_texts([small_text], Rules()), 2000, Rules())
-    assert not [token for token in learned.vocabulary() if ("<|" in token or "|>" in token) and token not in learned.rules.special]
+    assert not [
+        token
+        for token in learned.vocabulary()
+        if ("<|" in token or "|>" in token) and token not in learned.rules.special
+    ]
     without = Bpe.learn(count_texts([small_text], Rules(special=("<|none|>",))), 2000, Rules())
     assert [token for token in without.vocabulary() if "endoftext" in token and token != EOT]
 
@@ -211,12 +247,14 @@ def test_a_file_is_cut_where_no_word_is(file_in_parts, small_text):
     assert borders[0] == 0 and borders[-1] == file_in_parts.stat().st_size
     for pattern in PATTERNS:
         rules = Rules(pattern)
-        assert count_jobs(jobs_of(sources_named([str(file_in_parts)])), rules) == count_texts([small_text], rules)
+        assert count_jobs(jobs_of(sources_named([str(file_in_parts)])), rules) == count_texts(
+            [small_text], rules
+        )
 
 
 def test_a_text_without_any_good_place_is_cut_behind_lines_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(bpe_module, "PART", 10)
-    monkeypatch.setattr(bpe_module, "WINDOW", 8)
+    monkeypatch.setattr(bpe, "PART", 10)
+    monkeypatch.setattr(bpe, "WINDOW", 8)
     (tmp_path / "a.txt").write_text("東京東京\n" * 3, encoding="utf-8", newline="")
     assert file_borders(tmp_path / "a.txt") == [0, 13, 26, 39]
     (tmp_path / "b.txt").write_text("x" * 100, encoding="utf-8", newline="")
@@ -225,21 +263,27 @@ def test_a_text_without_any_good_place_is_cut_behind_lines_or_not_at_all(tmp_pat
 
 def test_a_word_that_stands_four_billion_times_is_counted():
     """Counts are held in the smallest type that holds each of them, and added up in a larger one."""
-    assert learn_merges({"ab": 2**32 - 1, "cb": 2**32 - 1, "ac": 2**31, "xac": 2**31 + 1}, 1) == [(b"a", b"c")]
+    assert learn_merges({"ab": 2**32 - 1, "cb": 2**32 - 1, "ac": 2**31, "xac": 2**31 + 1}, 1) == [
+        (b"a", b"c")
+    ]
 
 
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_merges(file_in_parts):
     source = sources_named([str(file_in_parts)])
-    one, two, four = (learn_bpe(source, 1000, Rules(), processes=processes) for processes in (1, 2, 4))
+    one, two, four = (
+        learn_bpe(source, 1000, Rules(), processes=processes) for processes in (1, 2, 4)
+    )
     assert len(one.merges) == 742
     assert one.merges == two.merges == four.merges
 
 
 def test_a_process_that_counts_loads_little():
     """18 MB instead of 52 each: neither numpy nor pydantic."""
-    code = "import sys, tinylm.words, tinylm.processes; print([name for name in ('numpy', 'pydantic', 'tinylm.config') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    code = "import sys, tinylm.tokenizer.pretokenize, tinylm.common.processes; print([name for name in ('numpy', 'pydantic', 'tinylm.config.schema') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert done.stdout == "[]\n"
 
 
@@ -256,15 +300,22 @@ class Deadly:
 
 @pytest.mark.slow
 def test_a_killed_process_is_an_error_and_no_hang(monkeypatch):
-    monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", 0)
-    with pytest.raises(UserError, match="a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes.$"):
+    monkeypatch.setattr(bpe, "WORTH_PROCESSES", 0)
+    with pytest.raises(
+        UserError,
+        match="a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes.$",
+    ):
         count_jobs([Deadly()] * 5, Rules(), processes=2)
 
 
 def test_a_small_text_starts_no_process(file_in_parts, monkeypatch):
-    monkeypatch.setattr("tinylm.processes.ProcessPoolExecutor", None)  # calling it would fail
-    monkeypatch.setattr(bpe_module, "WORTH_PROCESSES", file_in_parts.stat().st_size + 1)
-    assert len(learn_bpe(sources_named([str(file_in_parts)]), 300, Rules(), processes=2).merges) == 42
+    monkeypatch.setattr(
+        "tinylm.common.processes.ProcessPoolExecutor", None
+    )  # calling it would fail
+    monkeypatch.setattr(bpe, "WORTH_PROCESSES", file_in_parts.stat().st_size + 1)
+    assert (
+        len(learn_bpe(sources_named([str(file_in_parts)]), 300, Rules(), processes=2).merges) == 42
+    )
 
 
 def test_other_kinds_of_files_are_read_by_document(tmp_path):
@@ -317,7 +368,11 @@ def test_our_reader_and_transformers_agree_on_every_id(folder, small_text):
     ours, theirs = load_hf_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
     for text in (small_text, "naïve 東京 🙂\r\n\r\n  x\t12345's I'LL <|pad|>", ""):
         assert ours.encode(text) == theirs.encode(text, split_special_tokens=True)
-    assert (ours.eos_id, ours.pad_id, ours.vocab_size) == (598, 599, 600) == (theirs.eos_token_id, theirs.pad_token_id, len(theirs))
+    assert (
+        (ours.eos_id, ours.pad_id, ours.vocab_size)
+        == (598, 599, 600)
+        == (theirs.eos_token_id, theirs.pad_token_id, len(theirs))
+    )
 
 
 def test_vocab_and_merges_alone_give_the_same_ids(tmp_path, small_text):
@@ -329,8 +384,14 @@ def test_vocab_and_merges_alone_give_the_same_ids(tmp_path, small_text):
 
 
 def test_the_end_of_a_text_is_the_special_token_known_for_it_or_the_first():
-    assert (Bpe((), Rules(special=("<pad>", "</s>"))).eos, Bpe((), Rules(special=("<pad>", "</s>"))).pad) == ("</s>", "<pad>")
-    assert (Bpe((), Rules(special=("<x>", "<y>"))).eos, Bpe((), Rules(special=("<x>", "<y>"))).pad) == ("<x>", None)
+    assert (
+        Bpe((), Rules(special=("<pad>", "</s>"))).eos,
+        Bpe((), Rules(special=("<pad>", "</s>"))).pad,
+    ) == ("</s>", "<pad>")
+    assert (
+        Bpe((), Rules(special=("<x>", "<y>"))).eos,
+        Bpe((), Rules(special=("<x>", "<y>"))).pad,
+    ) == ("<x>", None)
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -338,7 +399,10 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_disk)
-    with pytest.raises(UserError, match="mine: cannot be written: No space left on device. Make room or change where it goes."):
+    with pytest.raises(
+        UserError,
+        match="mine: cannot be written: No space left on device. Make room or change where it goes.",
+    ):
         Bpe((), Rules()).save(tmp_path / "mine")
     assert list(tmp_path.iterdir()) == []
 
@@ -349,15 +413,37 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("vocab_size", "special", "message"),
     [
-        (257, ("<|a|>", "<|b|>"), "tokenizer.vocab_size: 257 is less than 256 bytes and 2 special tokens. Ask for 258 or more."),
-        (300, (), "special tokens: none, and one has to end a text. Name one, such as <|endoftext|>."),
-        (300, ("a",), "special token 'a': expected two or more visible characters. Choose another, such as <|endoftext|>."),
-        (300, ("<a b>",), "special token '<a b>': expected two or more visible characters. Choose another, such as <|endoftext|>."),
-        (300, ("<\x1b>",), r"special token '<\x1b>': expected two or more visible characters. Choose another, such as <|endoftext|>."),
+        (
+            257,
+            ("<|a|>", "<|b|>"),
+            "tokenizer.vocab_size: 257 is less than 256 bytes and 2 special tokens. Ask for 258 or more.",
+        ),
+        (
+            300,
+            (),
+            "special tokens: none, and one has to end a text. Name one, such as <|endoftext|>.",
+        ),
+        (
+            300,
+            ("a",),
+            "special token 'a': expected two or more visible characters. Choose another, such as <|endoftext|>.",
+        ),
+        (
+            300,
+            ("<a b>",),
+            "special token '<a b>': expected two or more visible characters. Choose another, such as <|endoftext|>.",
+        ),
+        (
+            300,
+            ("<\x1b>",),
+            r"special token '<\x1b>': expected two or more visible characters. Choose another, such as <|endoftext|>.",
+        ),
         (300, ("<a>", "<a>"), "special token <a>: named twice. Name it once."),
     ],
 )
-def test_a_vocabulary_that_cannot_be_is_refused_before_the_text_is_read(vocab_size, special, message):
+def test_a_vocabulary_that_cannot_be_is_refused_before_the_text_is_read(
+    vocab_size, special, message
+):
     with pytest.raises(UserError) as caught:
         learn_bpe(sources_named([]), vocab_size, Rules(special=special))
     assert str(caught.value) == message
@@ -366,31 +452,57 @@ def test_a_vocabulary_that_cannot_be_is_refused_before_the_text_is_read(vocab_si
 def test_a_special_token_that_is_written_like_another_is_refused():
     """` the` is written Ġthe, so no other token may be."""
     rules = Rules(special=("Ġthe",))
-    with pytest.raises(UserError, match="^special token Ġthe: the files write another token so. Choose another name for it.$"):
+    with pytest.raises(
+        UserError,
+        match="^special token Ġthe: the files write another token so. Choose another name for it.$",
+    ):
         Bpe.learn({" the": 1}, 260, rules).vocabulary()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", EOT.encode()])
 def test_a_text_without_words_is_an_error(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(UserError, match="^the text has no words, so nothing can be learned from it. Give a file with text.$"):
+    with pytest.raises(
+        UserError,
+        match="^the text has no words, so nothing can be learned from it. Give a file with text.$",
+    ):
         learn_bpe(sources_named([str(tmp_path / "a.txt")]), 300, Rules())
 
 
 def test_bytes_that_are_not_utf8_are_named_with_their_place(tmp_path):
     """E3: the offset counts from the start of the file, across its parts."""
     (tmp_path / "a.txt").write_bytes(b"a b\n" * 500_000 + b"a\xffb")
-    with pytest.raises(UserError, match="a.txt: not UTF-8 text: byte 0xff at offset 2000001. Save the file as UTF-8.$"):
+    with pytest.raises(
+        UserError,
+        match="a.txt: not UTF-8 text: byte 0xff at offset 2000001. Save the file as UTF-8.$",
+    ):
         learn_bpe(sources_named([str(tmp_path / "a.txt")]), 300, Rules())
 
 
 def test_a_text_with_too_few_words_gives_a_smaller_vocabulary(tmp_path, capsys):
     """E15: `low` allows two merges, `a` none."""
     (tmp_path / "a.txt").write_text("low low", encoding="utf-8")
-    assert main(["tokenizer", "train", "--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "mine"), "--vocab-size", "1000"]) == 0
+    assert (
+        main(
+            [
+                "tokenizer",
+                "train",
+                "--data",
+                str(tmp_path / "a.txt"),
+                "--out",
+                str(tmp_path / "mine"),
+                "--vocab-size",
+                "1000",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     assert shown.out == f"{tmp_path}/mine\n"
-    assert "vocabulary: 260 tokens instead of 1000: every word of this text is one token already\n" in shown.err
+    assert (
+        "vocabulary: 260 tokens instead of 1000: every word of this text is one token already\n"
+        in shown.err
+    )
     assert load_hf_tokenizer(str(tmp_path / "mine")).vocab_size == 260
     assert learn_merges({"a": 5}, 10) == []
 
@@ -398,7 +510,9 @@ def test_a_text_with_too_few_words_gives_a_smaller_vocabulary(tmp_path, capsys):
 def test_a_pipe_that_a_glob_matches_is_not_read(tmp_path):
     """E8: reading it would wait for ever."""
     os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(UserError, match="a.txt: not a regular file. Give the path of a file on disk.$"):
+    with pytest.raises(
+        UserError, match="a.txt: not a regular file. Give the path of a file on disk.$"
+    ):
         learn_bpe(sources_named([str(tmp_path / "*.txt")]), 300, Rules())
 
 
@@ -408,20 +522,53 @@ def test_a_pipe_that_a_glob_matches_is_not_read(tmp_path):
 def test_train_does_not_replace_what_is_there(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "vocab.json").write_text("{}", encoding="utf-8")
-    assert main(["tokenizer", "train", "--data", "nowhere.txt", "--out", str(tmp_path / "mine"), "--vocab-size", "1000"]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}/mine: is there already. Delete it, or choose another folder.\n"
+    assert (
+        main(
+            [
+                "tokenizer",
+                "train",
+                "--data",
+                "nowhere.txt",
+                "--out",
+                str(tmp_path / "mine"),
+                "--vocab-size",
+                "1000",
+            ]
+        )
+        == 2
+    )
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path}/mine: is there already. Delete it, or choose another folder.\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--processes", "0"], "error: --processes: 0 is less than 1. Give a whole number from 1 on.\n"),
-        (["--vocab-size", "9"], "error: --vocab-size: 9 is less than 256 bytes and 1 special tokens. Ask for 257 or more.\n"),
-        (["--data", "no.txt"], "error: --data: no.txt: not found. Give a file, a folder, a glob, or a dataset on the hub written hf:owner/name.\n"),
+        (
+            ["--processes", "0"],
+            "error: --processes: 0 is less than 1. Give a whole number from 1 on.\n",
+        ),
+        (
+            ["--vocab-size", "9"],
+            "error: --vocab-size: 9 is less than 256 bytes and 1 special tokens. Ask for 257 or more.\n",
+        ),
+        (
+            ["--data", "no.txt"],
+            "error: --data: no.txt: not found. Give a file, a folder, a glob, or a dataset on the hub written hf:owner/name.\n",
+        ),
     ],
 )
 def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
-    given = ["--data", str(ROOT / "data/tiny_corpus.txt"), "--out", str(tmp_path / "mine"), "--vocab-size", "300"]
+    given = [
+        "--data",
+        str(ROOT / "data/tiny_corpus.txt"),
+        "--out",
+        str(tmp_path / "mine"),
+        "--vocab-size",
+        "300",
+    ]
     assert main(["tokenizer", "train", *given, *change]) == 2
     assert capsys.readouterr().err == message
     assert list(tmp_path.iterdir()) == []
@@ -430,13 +577,28 @@ def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--vocab-size", "100000000000"], "--vocab-size: 100000000000 is more than 2147483647, the largest that is possible. Ask for less, such as 32000."),
-        (["--special", "a"], "--special 'a': expected two or more visible characters. Choose another, such as <|endoftext|>."),
+        (
+            ["--vocab-size", "100000000000"],
+            "--vocab-size: 100000000000 is more than 2147483647, the largest that is possible. Ask for less, such as 32000.",
+        ),
+        (
+            ["--special", "a"],
+            "--special 'a': expected two or more visible characters. Choose another, such as <|endoftext|>.",
+        ),
         (["--docs", "0"], "--docs: 0 is less than 1. Give a whole number from 1 on."),
         (["--separator", ""], "--separator: is empty. Give the text that divides documents."),
-        (["--text-field", "body"], "a.jsonl:1: body: missing; the row has text. Correct the row, or set --text-field to the key that holds the text."),
-        (["--out", "a.jsonl/mine"], "a.jsonl/mine: cannot be written: File exists. Make room or change --out."),
-        (["--out", "a.jsonl/b/mine"], "a.jsonl/b/mine: cannot be written: Not a directory. Make room or change --out."),
+        (
+            ["--text-field", "body"],
+            "a.jsonl:1: body: missing; the row has text. Correct the row, or set --text-field to the key that holds the text.",
+        ),
+        (
+            ["--out", "a.jsonl/mine"],
+            "a.jsonl/mine: cannot be written: File exists. Make room or change --out.",
+        ),
+        (
+            ["--out", "a.jsonl/b/mine"],
+            "a.jsonl/b/mine: cannot be written: Not a directory. Make room or change --out.",
+        ),
     ],
 )
 def test_train_names_the_flag_before_it_learns(tmp_path, capsys, monkeypatch, change, message):
@@ -444,7 +606,7 @@ def test_train_names_the_flag_before_it_learns(tmp_path, capsys, monkeypatch, ch
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"text": "low low"}\n', encoding="utf-8")
     if "--text-field" not in change:
-        monkeypatch.setattr(bpe_module, "count_jobs", None)
+        monkeypatch.setattr(bpe, "count_jobs", None)
     given = ["--data", "a.jsonl", "--out", "mine", "--vocab-size", "300"]
     assert main(["tokenizer", "train", *given, *change]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
@@ -459,7 +621,10 @@ def test_a_size_that_no_text_allows_takes_no_memory():
 
 def learned(tmp_path: Path, *flags: str) -> list[str]:
     """The merges that `tokenizer train` writes, `l ow` for example."""
-    assert main(["tokenizer", "train", "--out", str(tmp_path / "mine"), "--vocab-size", "270", *flags]) == 0
+    assert (
+        main(["tokenizer", "train", "--out", str(tmp_path / "mine"), "--vocab-size", "270", *flags])
+        == 0
+    )
     return (tmp_path / "mine" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
 
 
@@ -467,10 +632,21 @@ def test_train_reads_documents_as_encode_does(tmp_path, monkeypatch):
     """A column of another name; the first documents alone; texts between separators, whose letters are in no merge."""
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"body": "low"}\n{"body": "abab"}\n', encoding="utf-8")
-    assert learned(tmp_path / "1", "--data", "a.jsonl", "--text-field", "body", "--docs", "1") == ["o w", "l ow"]
+    assert learned(tmp_path / "1", "--data", "a.jsonl", "--text-field", "body", "--docs", "1") == [
+        "o w",
+        "l ow",
+    ]
     Path("a.txt").write_text("low##low##abab", encoding="utf-8")
-    assert learned(tmp_path / "2", "--data", "a.txt", "--separator", "##", "--docs", "2") == ["o w", "l ow"]
-    assert learned(tmp_path / "3", "--data", "a.txt", "--separator", "##") == ["o w", "l ow", "a b", "ab ab"]
+    assert learned(tmp_path / "2", "--data", "a.txt", "--separator", "##", "--docs", "2") == [
+        "o w",
+        "l ow",
+    ]
+    assert learned(tmp_path / "3", "--data", "a.txt", "--separator", "##") == [
+        "o w",
+        "l ow",
+        "a b",
+        "ab ab",
+    ]
     assert "# #" in learned(tmp_path / "4", "--data", "a.txt")
 
 
@@ -492,7 +668,7 @@ def stream(monkeypatch) -> list[tuple]:
         return Stream()
 
     monkeypatch.setattr("datasets.load_dataset", serve)
-    monkeypatch.setattr("tinylm.corpus.require_hub", lambda what, mend: None)
+    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda what, mend: None)
     return asked
 
 
@@ -501,11 +677,17 @@ def test_train_and_compare_take_a_dataset_on_the_hub(tmp_path, stream, capsys):
     given = ("--data", "hf:owner/name:en:validation", "--text-field", "body", "--docs", "3")
     assert learned(tmp_path, *given) == ["a b", "ab ab", "o w", "l ow"]
     assert main(["tokenizer", "compare", "byte", *given]) == 0
-    assert [line.split("│")[3].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")] == ["11"]
+    assert [
+        line.split("│")[3].strip()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("│")
+    ] == ["11"]
     assert stream == [("owner/name", "en", "validation", True)] * 2
 
 
-def test_a_stream_that_breaks_off_while_learning_is_to_be_tried_again(tmp_path, monkeypatch, capsys):
+def test_a_stream_that_breaks_off_while_learning_is_to_be_tried_again(
+    tmp_path, monkeypatch, capsys
+):
     """Nothing is kept, so that nothing is said of going on."""
 
     def broken(*args, **kwargs):
@@ -516,32 +698,75 @@ def test_a_stream_that_breaks_off_while_learning_is_to_be_tried_again(tmp_path, 
         column_names, __iter__ = None, broken
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Stream())
-    monkeypatch.setattr("tinylm.corpus.require_hub", lambda what, mend: None)
-    assert main(["tokenizer", "train", "--data", "hf:owner/name", "--out", str(tmp_path / "mine"), "--vocab-size", "300"]) == 2
-    assert capsys.readouterr().err == "error: owner/name (train): reading stopped: cable. Try again.\n"
+    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda what, mend: None)
+    assert (
+        main(
+            [
+                "tokenizer",
+                "train",
+                "--data",
+                "hf:owner/name",
+                "--out",
+                str(tmp_path / "mine"),
+                "--vocab-size",
+                "300",
+            ]
+        )
+        == 2
+    )
+    assert (
+        capsys.readouterr().err == "error: owner/name (train): reading stopped: cable. Try again.\n"
+    )
 
 
 def test_show_prints_tokens_and_ids_and_no_escape(tmp_path, capsys):
     r"""`low` is token 257 (o w, then l ow); `é` two bytes; the escape of the user's text is shown, not sent."""
     Bpe.learn({"low": 2}, 260, Rules()).save(tmp_path / "mine")
     assert main(["tokenizer", "show", str(tmp_path / "mine"), "lowé[b]\x1b"]) == 0
-    assert capsys.readouterr().out == "low|\\xc3|\\xa9|[|b|]|\\x1b\n257 195 169 91 98 93 27\n7 tokens, 9 bytes, 1.29 bytes per token\n"
+    assert (
+        capsys.readouterr().out
+        == "low|\\xc3|\\xa9|[|b|]|\\x1b\n257 195 169 91 98 93 27\n7 tokens, 9 bytes, 1.29 bytes per token\n"
+    )
 
 
 def test_compare_prints_a_table(tmp_path, capsys):
     """`low low`: 7 bytes in 3 tokens (low, space, low); 2 of 260 are used."""
     Bpe.learn({"low": 2}, 260, Rules()).save(tmp_path / "mine")
     (tmp_path / "a.txt").write_text("low low", encoding="utf-8")
-    assert main(["tokenizer", "compare", str(tmp_path / "mine"), "byte", "--data", str(tmp_path / "a.txt")]) == 0
-    rows = [[cell.strip() for cell in line.split("│")[2:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    assert rows == [["260", "3", "2.333", "2 (1%)", "'low'  ' '"], ["260", "7", "1.000", "4 (2%)", "' '  'l'  'o'"]]
+    assert (
+        main(
+            [
+                "tokenizer",
+                "compare",
+                str(tmp_path / "mine"),
+                "byte",
+                "--data",
+                str(tmp_path / "a.txt"),
+            ]
+        )
+        == 0
+    )
+    rows = [
+        [cell.strip() for cell in line.split("│")[2:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("│")
+    ]
+    assert rows == [
+        ["260", "3", "2.333", "2 (1%)", "'low'  ' '"],
+        ["260", "7", "1.000", "4 (2%)", "' '  'l'  'o'"],
+    ]
 
 
 def test_compare_shows_those_it_has_and_names_each_that_it_has_not(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("low low", encoding="utf-8")
-    assert main(["tokenizer", "compare", "./none", "byte", "./nor", "--data", str(tmp_path / "a.txt")]) == 2
+    assert (
+        main(["tokenizer", "compare", "./none", "byte", "./nor", "--data", str(tmp_path / "a.txt")])
+        == 2
+    )
     shown = capsys.readouterr()
-    assert [line.split("│")[1].strip() for line in shown.out.splitlines() if line.startswith("│")] == ["byte"]
+    assert [
+        line.split("│")[1].strip() for line in shown.out.splitlines() if line.startswith("│")
+    ] == ["byte"]
     mend = "not found. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."
     assert shown.err == f"error: TOKENIZER: ./none: {mend}\nerror: TOKENIZER: ./nor: {mend}\n"
     assert main(["tokenizer", "compare", "./none", "--data", str(tmp_path / "a.txt")]) == 2
@@ -569,13 +794,27 @@ def test_fit_counts_bytes_tokens_and_used_ones():
 def test_ctrl_c_leaves_nothing(small_text, tmp_path, processes):
     """Of a corpus of half a gigabyte: no half folder; the program says what stopped it."""
     (tmp_path / "text.txt").write_text(small_text * 40, encoding="utf-8", newline="")
-    command = [sys.executable, "-m", "tinylm", "tokenizer", "train", "--data", *[str(tmp_path / "text.txt")] * 100]
+    command = [
+        sys.executable,
+        "-m",
+        "tinylm",
+        "tokenizer",
+        "train",
+        "--data",
+        *[str(tmp_path / "text.txt")] * 100,
+    ]
     command += ["--out", str(tmp_path / "mine"), "--vocab-size", "30000", "--processes", processes]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as program:
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as program:
         time.sleep(2.5)
         os.killpg(program.pid, signal.SIGINT)
         error = program.communicate(timeout=30)[1]
-    assert (program.returncode, error, [path.name for path in tmp_path.iterdir()]) == (130, "\nstopped by Ctrl-C\n", ["text.txt"])
+    assert (program.returncode, error, [path.name for path in tmp_path.iterdir()]) == (
+        130,
+        "\nstopped by Ctrl-C\n",
+        ["text.txt"],
+    )
 
 
 # --- the tokenizer of a run -------------------------------------------------------------------------------------------
@@ -583,7 +822,10 @@ def test_ctrl_c_leaves_nothing(small_text, tmp_path, processes):
 
 @pytest.fixture
 def data(tmp_path) -> DataConfig:
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"the newest widest lowest {n}"}) + "\n" for n in range(200)), encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"the newest widest lowest {n}"}) + "\n" for n in range(200)),
+        encoding="utf-8",
+    )
     return DataConfig(dataset=str(tmp_path / "text.jsonl"), cache_dir=str(tmp_path / "cache"))
 
 
@@ -595,7 +837,7 @@ def test_a_run_learns_from_its_training_split_once(data, monkeypatch):
     config = TokenizerConfig(kind="bpe", vocab_size=280)
     first = tokenizer_for(config, data, seed=1)
     assert first.vocab_size == 280
-    monkeypatch.setattr(bpe_module, "count_jobs", None)  # a second learning would fail
+    monkeypatch.setattr(bpe, "count_jobs", None)  # a second learning would fail
     assert tokenizer_for(config, data, seed=1).fingerprint == first.fingerprint
     assert tokenizer_from_plain(first.to_plain()).encode("the lowest") == first.encode("the lowest")
 
@@ -619,15 +861,33 @@ def test_what_was_learned_is_kept_by_the_content_and_the_settings(data):
 
 def test_learn_docs_bounds_what_is_read(tmp_path):
     """Of `ab` ten times and `cd` after it, the first ten documents know `ab` alone: one merge."""
-    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n' * 10 + '{"text": "cd"}\n' * 90, encoding="utf-8")
-    data = DataConfig(dataset=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"), val_dataset=str(tmp_path / "a.jsonl"))
-    assert tokenizer_for(TokenizerConfig(kind="bpe", vocab_size=300, learn_docs=10), data, seed=1).vocab_size == 259
-    assert tokenizer_for(TokenizerConfig(kind="bpe", vocab_size=300), data, seed=1).vocab_size == 260
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "ab"}\n' * 10 + '{"text": "cd"}\n' * 90, encoding="utf-8"
+    )
+    data = DataConfig(
+        dataset=str(tmp_path / "a.jsonl"),
+        cache_dir=str(tmp_path / "cache"),
+        val_dataset=str(tmp_path / "a.jsonl"),
+    )
+    assert (
+        tokenizer_for(
+            TokenizerConfig(kind="bpe", vocab_size=300, learn_docs=10), data, seed=1
+        ).vocab_size
+        == 259
+    )
+    assert (
+        tokenizer_for(TokenizerConfig(kind="bpe", vocab_size=300), data, seed=1).vocab_size == 260
+    )
 
 
 def test_a_stream_without_end_is_not_read_for_its_words():
-    data = DataConfig(dataset="nobody/nothing", streaming=True, val_docs=10, val_dataset="nobody/else")
-    with pytest.raises(UserError, match="^tokenizer.learn_docs: kind bpe would read all of a streamed dataset. Set tokenizer.learn_docs, for example 100000.$"):
+    data = DataConfig(
+        dataset="nobody/nothing", streaming=True, val_docs=10, val_dataset="nobody/else"
+    )
+    with pytest.raises(
+        UserError,
+        match="^tokenizer.learn_docs: kind bpe would read all of a streamed dataset. Set tokenizer.learn_docs, for example 100000.$",
+    ):
         tokenizer_for(TokenizerConfig(kind="bpe", vocab_size=300), data, seed=1)
 
 

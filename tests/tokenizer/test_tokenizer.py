@@ -13,12 +13,24 @@ import pytest
 from huggingface_hub.utils import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import Tokenizer as Backend
 
-from tinylm.config import TokenizerConfig
-from tinylm.errors import UserError
-from tinylm.tokenizer import BYTE_OF_CHARACTER, ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, is_hub_name, make_tokenizer, tokenizer_from_plain
+from tinylm.common.errors import UserError
+from tinylm.common.hub import is_hub_name
+from tinylm.config.schema import TokenizerConfig
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
+from tinylm.tokenizer.factory import make_tokenizer, tokenizer_from_plain
+from tinylm.tokenizer.hf import BYTE_OF_CHARACTER, HFTokenizer
 
 TEXT = "the model reads a token and guesses the next token; naïve 東京 🙂 text, the the the model's guesses\n"
 
@@ -37,18 +49,47 @@ def byte_level_backend() -> Backend:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     specials, alphabet = ["<|endoftext|>", "<|pad|>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator([TEXT], trainer)
     return backend
 
 
 def byte_fallback_backend() -> Backend:
     """Llama's construction: ▁ for a space, and bytes such as <0xE2> for characters that have no token."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdeghlmnoprstux", "th", "the", "▁the", "é"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdeghlmnoprstux",
+        "th",
+        "the",
+        "▁the",
+        "é",
+    ]
     merges = [("t", "h"), ("th", "e"), ("▁", "the")]
-    backend = Backend(models.BPE({piece: id for id, piece in enumerate(pieces)}, merges, unk_token=pieces[0], byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend = Backend(
+        models.BPE(
+            {piece: id for id, piece in enumerate(pieces)},
+            merges,
+            unk_token=pieces[0],
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return backend
 
@@ -75,11 +116,36 @@ BYTE_FALLBACK = HFTokenizer(byte_fallback_backend(), eos="</s>", pad=None)
 WORDS = HFTokenizer(word_backend(), eos="[EOS]", pad=None)
 UNIGRAM = HFTokenizer(unigram_backend(), eos="</s>", pad=None)
 CHARACTERS = CharTokenizer(TEXT, unknown="unk")
-ALL = {"byte": ByteTokenizer(), "char": CHARACTERS, "byte_level": BYTE_LEVEL, "byte_fallback": BYTE_FALLBACK, "words": WORDS, "unigram": UNIGRAM}
+ALL = {
+    "byte": ByteTokenizer(),
+    "char": CHARACTERS,
+    "byte_level": BYTE_LEVEL,
+    "byte_fallback": BYTE_FALLBACK,
+    "words": WORDS,
+    "unigram": UNIGRAM,
+}
 every_tokenizer = pytest.mark.parametrize("tokenizer", ALL.values(), ids=ALL.keys())
 
-SPECIALS = ["<|endoftext|>", "<|pad|>", "<|eos|>", "<|bos|>", "<|sep|>", "<|unk|>", "</s>", "<s>", "<unk>", "[EOS]", "[UNK]"]
-texts_with_specials = st.lists(st.one_of(st.sampled_from(SPECIALS), st.sampled_from([" ", "the", "<", "|", "/s>"]), st.text(max_size=3))).map("".join)
+SPECIALS = [
+    "<|endoftext|>",
+    "<|pad|>",
+    "<|eos|>",
+    "<|bos|>",
+    "<|sep|>",
+    "<|unk|>",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "[EOS]",
+    "[UNK]",
+]
+texts_with_specials = st.lists(
+    st.one_of(
+        st.sampled_from(SPECIALS),
+        st.sampled_from([" ", "the", "<", "|", "/s>"]),
+        st.text(max_size=3),
+    )
+).map("".join)
 
 
 # --- known ids --------------------------------------------------------------------------------------------------------
@@ -87,7 +153,13 @@ texts_with_specials = st.lists(st.one_of(st.sampled_from(SPECIALS), st.sampled_f
 
 def test_bytes_are_ids_and_four_specials_follow():
     tokenizer = ByteTokenizer()
-    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id) == (260, 256, 257, 258, 259)
+    assert (
+        tokenizer.vocab_size,
+        tokenizer.pad_id,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.sep_id,
+    ) == (260, 256, 257, 258, 259)
     assert tokenizer.encode("Aé") == [0x41, 0xC3, 0xA9]
     assert tokenizer.decode([256, 257, 0x41, 258, 0xC3, 0xA9, 259]) == "Aé"
 
@@ -112,17 +184,28 @@ def test_an_unknown_character_is_an_error_that_names_it_and_its_place():
 def test_an_unknown_character_is_unk_where_that_was_asked_for():
     tokenizer = make_tokenizer(TokenizerConfig(kind="char", unknown="unk"), lambda: ["abc"])
     assert tokenizer.encode("axb") == [0, 5, 1]
-    assert (tokenizer.decode([0, 5, 1]), tokenizer.token_text(5), tokenizer.byte_lengths()) == ("a\ufffdb", "<|unk|>", [1, 1, 1, 0, 0, 0])
+    assert (tokenizer.decode([0, 5, 1]), tokenizer.token_text(5), tokenizer.byte_lengths()) == (
+        "a\ufffdb",
+        "<|unk|>",
+        [1, 1, 1, 0, 0, 0],
+    )
 
 
 def test_a_character_vocabulary_of_nothing_is_an_error():
-    with pytest.raises(UserError, match="tokenizer.kind: char learns its vocabulary from the training documents, and they have no character"):
+    with pytest.raises(
+        UserError,
+        match="tokenizer.kind: char learns its vocabulary from the training documents, and they have no character",
+    ):
         make_tokenizer(TokenizerConfig(kind="char"), lambda: [])
 
 
 def test_the_printable_form_of_bytes_is_gpt2s():
     """Known from GPT-2's vocab.json: Ġ is a space, Ċ a newline, and all 256 bytes have one character each."""
-    assert (BYTE_OF_CHARACTER["Ġ"], BYTE_OF_CHARACTER["Ċ"], BYTE_OF_CHARACTER["a"]) == (b" ", b"\n", b"a")
+    assert (BYTE_OF_CHARACTER["Ġ"], BYTE_OF_CHARACTER["Ċ"], BYTE_OF_CHARACTER["a"]) == (
+        b" ",
+        b"\n",
+        b"a",
+    )
     assert set(BYTE_OF_CHARACTER) == set(pre_tokenizers.ByteLevel.alphabet())
     assert sorted(BYTE_OF_CHARACTER.values()) == [bytes((byte,)) for byte in range(256)]
 
@@ -140,8 +223,23 @@ def test_any_text_comes_back_from_byte_level_bpe(text):
     assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BYTE_LEVEL, BYTE_FALLBACK], ids=["byte", "byte_level", "byte_fallback"])
-@pytest.mark.parametrize("text", ["a\r\nb\r", "\0a\0", "a\u2028b\u2029c\x85", "\ufeffa\ufeff", "\x1c\x1d\v\f", "e\u0301 \u00e9", "\U0010ffff\uffff"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [ByteTokenizer(), BYTE_LEVEL, BYTE_FALLBACK],
+    ids=["byte", "byte_level", "byte_fallback"],
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\r\nb\r",
+        "\0a\0",
+        "a\u2028b\u2029c\x85",
+        "\ufeffa\ufeff",
+        "\x1c\x1d\v\f",
+        "e\u0301 \u00e9",
+        "\U0010ffff\uffff",
+    ],
+)
 def test_characters_that_programs_like_to_change_come_back(tokenizer, text):
     """E3: CRLF, NUL, the line ends of Unicode, a byte-order mark, separators, two ways to write é, and no characters at all."""
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -164,7 +262,11 @@ def test_any_text_comes_back_from_its_own_characters(text):
 def test_text_never_becomes_a_special_token(tokenizer, text):
     """An unknown word or character may become the unknown token: that is what it stands for."""
     unknown = {"<|unk|>", "[UNK]", "<unk>"}
-    assert [tokenizer.special_names[id] for id in tokenizer.encode(text) if id in tokenizer.special_names and tokenizer.special_names[id] not in unknown] == []
+    assert [
+        tokenizer.special_names[id]
+        for id in tokenizer.encode(text)
+        if id in tokenizer.special_names and tokenizer.special_names[id] not in unknown
+    ] == []
 
 
 @given(texts_with_specials)
@@ -182,9 +284,15 @@ def test_the_backend_alone_would_let_text_become_the_end():
 def test_text_that_spells_a_special_token_is_encoded_as_any_text(tmp_path):
     """`<|` is a merge here: cutting the text behind its first character, as only lookup models need, would lose it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    write_json(tmp_path / "vocab.json", {token: id for id, token in enumerate([*alphabet, "<|", "<|endoftext|>"])})
+    write_json(
+        tmp_path / "vocab.json",
+        {token: id for id, token in enumerate([*alphabet, "<|", "<|endoftext|>"])},
+    )
     (tmp_path / "merges.txt").write_text("< |\n", encoding="utf-8")
-    assert load(tmp_path).encode("<|endoftext|>") == [256, *(alphabet.index(c) for c in "endoftext|>")]
+    assert load(tmp_path).encode("<|endoftext|>") == [
+        256,
+        *(alphabet.index(c) for c in "endoftext|>"),
+    ]
 
 
 def test_an_added_token_that_is_not_special_stays_part_of_the_text():
@@ -214,7 +322,9 @@ def test_a_special_token_of_one_character_that_a_text_has_is_an_error():
 
 @every_tokenizer
 def test_a_lone_surrogate_is_an_error(tokenizer):
-    with pytest.raises(UserError, match=r"the lone surrogate \\ud800 at position 2, which is half a character"):
+    with pytest.raises(
+        UserError, match=r"the lone surrogate \\ud800 at position 2, which is half a character"
+    ):
         tokenizer.encode("ab\ud800")
 
 
@@ -236,7 +346,16 @@ def test_a_batch_gives_what_its_texts_give(tokenizer, texts):
 @pytest.mark.slow
 @every_tokenizer
 @settings(deadline=None)
-@given(parts=st.lists(st.one_of(st.sampled_from(SPECIALS), st.sampled_from(["the model", " ", "<", "|pad|>", "a\n東。"]), st.text(max_size=3)), max_size=8))
+@given(
+    parts=st.lists(
+        st.one_of(
+            st.sampled_from(SPECIALS),
+            st.sampled_from(["the model", " ", "<", "|pad|>", "a\n東。"]),
+            st.text(max_size=3),
+        ),
+        max_size=8,
+    )
+)
 def test_allowed_special_tokens_are_their_ids_and_the_rest_is_text(tokenizer, parts):
     """By hand: the text is split at the names, and each stretch between is encoded alone."""
     ids = {name: id for id, name in tokenizer.special_names.items()}
@@ -244,7 +363,11 @@ def test_allowed_special_tokens_are_their_ids_and_the_rest_is_text(tokenizer, pa
     expected = []
     for number, part in enumerate(re.split(f"({'|'.join(map(re.escape, ids))})", text)):
         expected += [ids[part]] if number % 2 else tokenizer.encode(part)
-    assert tokenizer.encode(text, allowed_special="all") == tokenizer.encode(text, allowed_special=list(ids)) == expected
+    assert (
+        tokenizer.encode(text, allowed_special="all")
+        == tokenizer.encode(text, allowed_special=list(ids))
+        == expected
+    )
     assert list(tokenizer.encode_iterable(parts, allowed_special="all")) == expected
 
 
@@ -254,11 +377,21 @@ def test_only_the_names_that_are_allowed_are_special(tokenizer):
     text = "the " + "".join(tokenizer.special_names.values())
     ids = tokenizer.encode(text, allowed_special=[name])
     assert tokenizer.eos_id in ids and tokenizer.eos_id not in tokenizer.encode(text)
-    assert [id for id in ids if id in tokenizer.special_names and tokenizer.special_names[id] not in (name, "<|unk|>", "[UNK]", "<unk>")] == []
+    assert [
+        id
+        for id in ids
+        if id in tokenizer.special_names
+        and tokenizer.special_names[id] not in (name, "<|unk|>", "[UNK]", "<unk>")
+    ] == []
 
 
 def overlapping() -> HFTokenizer:
-    return HFTokenizer(byte_level_backend(), eos="<|endoftext|>", pad=None, special=["<|endoftext|><|endoftext|>", "<|e"])
+    return HFTokenizer(
+        byte_level_backend(),
+        eos="<|endoftext|>",
+        pad=None,
+        special=["<|endoftext|><|endoftext|>", "<|e"],
+    )
 
 
 def test_of_special_tokens_that_overlap_the_longest_wins():
@@ -266,7 +399,13 @@ def test_of_special_tokens_that_overlap_the_longest_wins():
     tokenizer = overlapping()
     ids = {name: id for id, name in tokenizer.special_names.items()}
     eot = "<|endoftext|>"
-    expected = [ids[eot + eot], ids[eot], *tokenizer.encode("a"), ids["<|e"], *tokenizer.encode("nd")]
+    expected = [
+        ids[eot + eot],
+        ids[eot],
+        *tokenizer.encode("a"),
+        ids["<|e"],
+        *tokenizer.encode("nd"),
+    ]
     assert tokenizer.encode(f"{eot}{eot}{eot}a<|end", allowed_special="all") == expected
 
 
@@ -277,14 +416,19 @@ def test_special_tokens_are_found_wherever_a_stream_is_cut(sizes):
     text = "a <|e<|endoftext|><|endoftext|><|endoftext|>x<|endoftext|><|endoftex<|e"
     cuts = [0, *itertools.accumulate(sizes)]
     parts = [text[start:stop] for start, stop in itertools.pairwise(cuts)] + [text[cuts[-1] :]]
-    assert list(tokenizer.encode_iterable(parts, allowed_special="all")) == tokenizer.encode(text, allowed_special="all")
+    assert list(tokenizer.encode_iterable(parts, allowed_special="all")) == tokenizer.encode(
+        text, allowed_special="all"
+    )
 
 
 @every_tokenizer
 def test_a_name_that_is_no_special_token_is_a_mistake_of_the_caller(tokenizer):
     """A string is a collection of its characters, which are none."""
     for allowed in (["<|none|>"], "<|endoftext|>"):
-        with pytest.raises(ValueError, match=f"allowed_special: '{re.escape(allowed[0])}' is no special token of this tokenizer, which has "):
+        with pytest.raises(
+            ValueError,
+            match=f"allowed_special: '{re.escape(allowed[0])}' is no special token of this tokenizer, which has ",
+        ):
             tokenizer.encode("a", allowed_special=allowed)
         with pytest.raises(ValueError, match="is no special token of this tokenizer"):
             list(tokenizer.encode_iterable([], allowed_special=allowed))
@@ -293,11 +437,16 @@ def test_a_name_that_is_no_special_token_is_a_mistake_of_the_caller(tokenizer):
 @pytest.mark.slow
 @every_tokenizer
 @settings(deadline=None)
-@given(texts=st.lists(st.one_of(texts_with_specials, st.sampled_from(["the model ", " \n", "東京。", "<think>"])), max_size=12))
+@given(
+    texts=st.lists(
+        st.one_of(texts_with_specials, st.sampled_from(["the model ", " \n", "東京。", "<think>"])),
+        max_size=12,
+    )
+)
 def test_a_stream_has_the_ids_of_the_whole_text(tokenizer, texts):
     """Encoded 4 characters at a time, where that is possible."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinylm.tokenizer.ITERATE_CHARACTERS", 4)
+        patch.setattr("tinylm.tokenizer.base.ITERATE_CHARACTERS", 4)
         assert list(tokenizer.encode_iterable(texts)) == tokenizer.encode("".join(texts))
 
 
@@ -305,7 +454,10 @@ def test_a_tokenizer_whose_words_are_not_known_is_given_the_whole_stream():
     """Two tokens that strip spaces around them, or have a place to cut inside, would be seen or not by where the text is cut."""
     assert BYTE_LEVEL.last_cut("a b") == 1
     assert [tokenizer.last_cut("a b") for tokenizer in (BYTE_FALLBACK, WORDS, UNIGRAM)] == [0, 0, 0]
-    for token in (AddedToken("<x>", lstrip=True, special=False), AddedToken("<x y>", special=False)):
+    for token in (
+        AddedToken("<x>", lstrip=True, special=False),
+        AddedToken("<x y>", special=False),
+    ):
         backend = byte_level_backend()
         backend.add_tokens([token])
         assert HFTokenizer(backend, eos="<|endoftext|>", pad=None).last_cut("a b") == 0
@@ -330,7 +482,9 @@ print(n, digest)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="asks Linux how much memory a process has")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"), reason="asks Linux how much memory a process has"
+)
 def test_5_mb_are_encoded_within_1_mb_of_memory(folder, tmp_path):
     """CS336's rule, measured as there: the process may grow by a megabyte, and the ids are those of the whole."""
     path = tmp_path / "text.txt"
@@ -338,7 +492,9 @@ def test_5_mb_are_encoded_within_1_mb_of_memory(folder, tmp_path):
     text = f"{half}<|endoftext|>{half}"
     path.write_text(text, encoding="utf-8", newline="")
     command = [sys.executable, "-c", MEMORY_OF_A_STREAM, str(folder), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
     assert done.returncode == 0, done.stderr
     digest = 0
     ids = load(folder).encode(text, allowed_special="all")
@@ -352,8 +508,12 @@ def test_post_processing_and_truncation_of_a_published_tokenizer_are_off():
     backend = byte_level_backend()
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
-    backend.post_processor = processors.TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", 1)])
-    assert HFTokenizer(backend, eos="<|endoftext|>", pad=None).encode(TEXT) == BYTE_LEVEL.encode(TEXT)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", 1)]
+    )
+    assert HFTokenizer(backend, eos="<|endoftext|>", pad=None).encode(TEXT) == BYTE_LEVEL.encode(
+        TEXT
+    )
 
 
 # --- ids back to text -------------------------------------------------------------------------------------------------
@@ -369,7 +529,11 @@ def test_a_stream_gives_what_decode_gives(tokenizer, data):
     assert "".join([*map(stream.feed, ids), stream.finish()]) == tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BYTE_LEVEL, BYTE_FALLBACK], ids=["byte", "byte_level", "byte_fallback"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [ByteTokenizer(), BYTE_LEVEL, BYTE_FALLBACK],
+    ids=["byte", "byte_level", "byte_fallback"],
+)
 @given(text=st.text(alphabet=st.sampled_from("the é東🙂👩\u200d ")))
 def test_a_stream_never_shows_half_a_character(tokenizer, text):
     stream = tokenizer.stream()
@@ -386,12 +550,17 @@ def test_a_stream_shows_each_character_with_its_last_byte():
 
 
 def test_a_cut_off_stream_ends_in_the_replacement_character():
-    for tokenizer, ids in ((ByteTokenizer(), [0x61, 0xE2, 0x82]), (BYTE_FALLBACK, [*BYTE_FALLBACK.encode("a"), 3 + 0xE2])):
+    for tokenizer, ids in (
+        (ByteTokenizer(), [0x61, 0xE2, 0x82]),
+        (BYTE_FALLBACK, [*BYTE_FALLBACK.encode("a"), 3 + 0xE2]),
+    ):
         stream = tokenizer.stream()
         assert ("".join(map(stream.feed, ids)), stream.finish()) == ("a", "\ufffd")
 
 
-@pytest.mark.parametrize("tokenizer", [BYTE_FALLBACK, UNIGRAM, WORDS], ids=["byte_fallback", "unigram", "words"])
+@pytest.mark.parametrize(
+    "tokenizer", [BYTE_FALLBACK, UNIGRAM, WORDS], ids=["byte_fallback", "unigram", "words"]
+)
 def test_a_long_stream_forgets_its_beginning_and_stays_right(tokenizer):
     """Every fourth id is one of the last three, so that runs of bytes end."""
     n = tokenizer.vocab_size
@@ -439,7 +608,13 @@ def test_special_tokens_have_no_bytes(tokenizer):
 
 def test_a_token_is_shown_to_people_on_one_line():
     tokenizer = ByteTokenizer()
-    assert [tokenizer.token_text(id) for id in (0x41, 0x0A, 0x1B, 0xC3, 258)] == ["A", r"\n", r"\x1b", r"\xc3", "<|eos|>"]
+    assert [tokenizer.token_text(id) for id in (0x41, 0x0A, 0x1B, 0xC3, 258)] == [
+        "A",
+        r"\n",
+        r"\x1b",
+        r"\xc3",
+        "<|eos|>",
+    ]
     assert BYTE_LEVEL.token_text(BYTE_LEVEL.encode(" the")[-1]) in (" the", "the")
     assert BYTE_FALLBACK.token_text(BYTE_FALLBACK.encode("the")[0]) == " the"
     assert BYTE_FALLBACK.token_text(3 + 0xE2) == r"\xe2"
@@ -453,21 +628,32 @@ def test_a_tokenizer_comes_back_from_plain_types(tokenizer):
     plain = tokenizer.to_plain()
     back = tokenizer_from_plain(json.loads(json.dumps(plain)))
     assert back.to_plain() == plain
-    assert (back.fingerprint, back.vocab_size, back.eos_id, back.pad_id) == (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
+    assert (back.fingerprint, back.vocab_size, back.eos_id, back.pad_id) == (
+        tokenizer.fingerprint,
+        tokenizer.vocab_size,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+    )
     assert back.special_names == tokenizer.special_names
     text = "the </s>model [EOS] <|endoftext|>"
     assert back.encode(text) == tokenizer.encode(text)
 
 
 def test_fingerprints_tell_tokenizers_apart():
-    other = [CharTokenizer("abc", unknown="error"), CharTokenizer("abc", unknown="unk"), CharTokenizer("abd", unknown="error")]
+    other = [
+        CharTokenizer("abc", unknown="error"),
+        CharTokenizer("abc", unknown="unk"),
+        CharTokenizer("abd", unknown="error"),
+    ]
     fingerprints = [tokenizer.fingerprint for tokenizer in [*ALL.values(), *other]]
     assert len(set(fingerprints)) == len(fingerprints)
     assert all(len(fingerprint) == 12 and int(fingerprint, 16) >= 0 for fingerprint in fingerprints)
 
 
 def test_a_kind_from_the_future_is_an_error():
-    with pytest.raises(UserError, match="tokenizer kind trie: this version knows byte, char and hf"):
+    with pytest.raises(
+        UserError, match="tokenizer kind trie: this version knows byte, char and hf"
+    ):
         tokenizer_from_plain({"kind": "trie"})
 
 
@@ -503,10 +689,24 @@ def test_a_folder_with_tokenizer_json_needs_no_more(folder):
 
 
 def test_settings_beside_it_name_the_end_the_padding_and_the_template(folder):
-    write_json(folder / "special_tokens_map.json", {"eos_token": "<|endoftext|>", "pad_token": {"content": "<|pad|>"}})
-    write_json(folder / "tokenizer_config.json", {"add_bos_token": False, "bos_token": None, "eos_token": "the", "chat_template": "{{ messages }}"})
+    write_json(
+        folder / "special_tokens_map.json",
+        {"eos_token": "<|endoftext|>", "pad_token": {"content": "<|pad|>"}},
+    )
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_bos_token": False,
+            "bos_token": None,
+            "eos_token": "the",
+            "chat_template": "{{ messages }}",
+        },
+    )
     tokenizer = load(folder)
-    assert (tokenizer.special_names[tokenizer.eos_id], tokenizer.special_names[tokenizer.pad_id]) == ("the", "<|pad|>")
+    assert (
+        tokenizer.special_names[tokenizer.eos_id],
+        tokenizer.special_names[tokenizer.pad_id],
+    ) == ("the", "<|pad|>")
     assert tokenizer.chat_template == "{{ messages }}"
     assert tokenizer.eos_id not in tokenizer.encode("the the")
     assert tokenizer_from_plain(tokenizer.to_plain()).chat_template == "{{ messages }}"
@@ -562,7 +762,9 @@ def test_a_damaged_tokenizer_json_is_named(folder, text, message):
 def test_an_added_token_whose_id_is_not_its_place_is_named(folder, id):
     """E14, a gap: the library would number it with the next id behind the vocabulary, and the model's row 900 would never be used."""
     description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    description["added_tokens"].append({**description["added_tokens"][0], "content": "<more>", "id": id})
+    description["added_tokens"].append(
+        {**description["added_tokens"][0], "content": "<more>", "id": id}
+    )
     write_json(folder / "tokenizer.json", description)
     size = len(description["model"]["vocab"])
     with pytest.raises(UserError) as caught:
@@ -583,10 +785,26 @@ def test_every_cut_off_tokenizer_json_is_named(folder):
     ("name", "text", "message"),
     [
         ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON, or cut off"),
-        ("tokenizer_config.json", '{"eos_token": 3}', "tokenizer_config.json: eos_token: expected a token's text, found 3. Write the text of one token."),
-        ("tokenizer_config.json", '{"eos_token": "<end>"}', "tokenizer_config.json: eos_token: the tokenizer in "),
-        ("special_tokens_map.json", '{"pad_token": "<fill>"}', "special_tokens_map.json: pad_token: the tokenizer in "),
-        ("special_tokens_map.json", '{"additional_special_tokens": "x"}', 'additional_special_tokens: expected a list of tokens, found "x"'),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": 3}',
+            "tokenizer_config.json: eos_token: expected a token's text, found 3. Write the text of one token.",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<end>"}',
+            "tokenizer_config.json: eos_token: the tokenizer in ",
+        ),
+        (
+            "special_tokens_map.json",
+            '{"pad_token": "<fill>"}',
+            "special_tokens_map.json: pad_token: the tokenizer in ",
+        ),
+        (
+            "special_tokens_map.json",
+            '{"additional_special_tokens": "x"}',
+            'additional_special_tokens: expected a list of tokens, found "x"',
+        ),
     ],
 )
 def test_damaged_settings_are_named(folder, name, text, message):
@@ -604,8 +822,16 @@ def test_damaged_settings_are_named(folder, name, text, message):
         ("vocab.json", b'{"a": "0"}', 'vocab.json: a: expected an id from 0 on, found "0"'),
         ("vocab.json", b'{"a": true}', "vocab.json: a: expected an id from 0 on, found true"),
         ("vocab.json", b'{"a": -1}', "vocab.json: a: expected an id from 0 on, found -1"),
-        ("vocab.json", b'{"a": 99999999999999999999}', "vocab.json: its 1 tokens need the ids from 0 to 0"),
-        ("merges.txt", b"t h\nth\n", 'merges.txt:2: expected two tokens and a space between, found "th"'),
+        (
+            "vocab.json",
+            b'{"a": 99999999999999999999}',
+            "vocab.json: its 1 tokens need the ids from 0 to 0",
+        ),
+        (
+            "merges.txt",
+            b"t h\nth\n",
+            'merges.txt:2: expected two tokens and a space between, found "th"',
+        ),
         ("merges.txt", b"t h\nth q\n", "merges.txt: not a tokenizer: "),
     ],
 )
@@ -629,19 +855,31 @@ def test_a_vocabulary_without_an_end_says_where_to_name_one(gpt2_folder):
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("nothing/here/at/all", "not found"), ("../gpt2", "not found"), ("a b", "not found"), ("x" * 300 + "/y/z", "not found"), (__file__, "is not a folder")],
+    [
+        ("nothing/here/at/all", "not found"),
+        ("../gpt2", "not found"),
+        ("a b", "not found"),
+        ("x" * 300 + "/y/z", "not found"),
+        (__file__, "is not a folder"),
+    ],
 )
 def test_a_path_without_a_tokenizer_is_not_asked_of_the_hub(path, message, monkeypatch):
     monkeypatch.setattr("socket.create_connection", None)
     with pytest.raises(UserError) as caught:
         load(path)
-    assert f"{message}. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2." in str(caught.value)
+    assert (
+        f"{message}. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."
+        in str(caught.value)
+    )
 
 
 @pytest.mark.parametrize("file", ["README.md", "tokenizer_config.json"])
 def test_a_folder_without_a_vocabulary_says_what_is_missing(tmp_path, file):
     (tmp_path / file).write_text('{"tokenizer_class": "LlamaTokenizer"}', encoding="utf-8")
-    with pytest.raises(UserError, match="no tokenizer.json here, and no vocab.json with merges.txt. Give the folder that holds a tokenizer"):
+    with pytest.raises(
+        UserError,
+        match="no tokenizer.json here, and no vocab.json with merges.txt. Give the folder that holds a tokenizer",
+    ):
         load(tmp_path)
 
 
@@ -657,8 +895,13 @@ def test_without_a_network_a_name_fails_at_once_and_says_how_to_go_on(monkeypatc
     with pytest.raises(UserError) as caught:
         load("some-owner/some-model")
     assert time.monotonic() - start < 2
-    assert "some-owner/some-model: nothing here has that name, and huggingface.co cannot be reached (Network is unreachable)." in str(caught.value)
-    assert "Give a local folder with tokenizer.json, or vocab.json and merges.txt." in str(caught.value)
+    assert (
+        "some-owner/some-model: nothing here has that name, and huggingface.co cannot be reached (Network is unreachable)."
+        in str(caught.value)
+    )
+    assert "Give a local folder with tokenizer.json, or vocab.json and merges.txt." in str(
+        caught.value
+    )
     assert "HF_HUB_OFFLINE=1" in str(caught.value)
 
 
@@ -676,8 +919,11 @@ def test_a_download_that_breaks_off_is_one_line(monkeypatch):
         raise httpx.ReadError("connection lost")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    monkeypatch.setattr("tinylm.tokenizer.require_hub", lambda what, mend: None)
-    with pytest.raises(UserError, match="tokenizer.path: owner/name: not a folder here, and the Hugging Face hub says: connection lost. Give a local folder"):
+    monkeypatch.setattr("tinylm.common.hub.require_hub", lambda what, mend: None)
+    with pytest.raises(
+        UserError,
+        match="tokenizer.path: owner/name: not a folder here, and the Hugging Face hub says: connection lost. Give a local folder",
+    ):
         load("owner/name")
 
 
@@ -687,16 +933,24 @@ def test_a_name_that_is_too_long_is_no_folder():
 
 
 def test_a_name_on_the_hub_is_read_from_the_downloaded_folder(folder, monkeypatch):
-    monkeypatch.setattr("tinylm.tokenizer.require_hub", lambda what, mend: None)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder))
+    monkeypatch.setattr("tinylm.common.hub.require_hub", lambda what, mend: None)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder)
+    )
     assert load("some-owner/some-model").encode(TEXT) == BYTE_LEVEL.encode(TEXT)
 
 
 @pytest.mark.slow
 def test_an_older_format_is_converted_by_transformers(tmp_path):
     """BERT's vocab.txt: one token a line, its line number the id."""
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "model", "##s"]), encoding="utf-8")
-    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]", "pad_token": "[PAD]"})
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "model", "##s"]),
+        encoding="utf-8",
+    )
+    write_json(
+        tmp_path / "tokenizer_config.json",
+        {"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]", "pad_token": "[PAD]"},
+    )
     tokenizer = load(tmp_path)
     assert tokenizer.encode("the models [SEP]")[:3] == [5, 6, 7]
     assert tokenizer.eos_id == 3 and 3 not in tokenizer.encode("the models [SEP]")
@@ -711,7 +965,10 @@ def test_what_transformers_cannot_convert_is_an_error(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.skipif("GPT2_BPE" not in os.environ, reason="GPT2_BPE names a folder with GPT-2's vocab.json and merges.txt")
+@pytest.mark.skipif(
+    "GPT2_BPE" not in os.environ,
+    reason="GPT2_BPE names a folder with GPT-2's vocab.json and merges.txt",
+)
 def test_gpt2s_own_files_give_gpt2s_ids():
     """Known answers: "Hello world" is 15496 995; the letters of <|endoftext|> are seven tokens and never 50256."""
     tokenizer = load(Path(os.environ["GPT2_BPE"]))
@@ -723,6 +980,12 @@ def test_gpt2s_own_files_give_gpt2s_ids():
 
 
 def test_importing_brings_neither_torch_nor_a_tokenizer_library():
-    code = "import sys, tinylm.tokenizer, tinylm.corpus; print([m for m in ('torch', 'tokenizers', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    code = "import sys, tinylm.tokenizer.hf, tinylm.text.sources; print([m for m in ('torch', 'tokenizers', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.stdout == "[]\n"

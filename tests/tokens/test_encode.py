@@ -16,21 +16,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import val_documents, write_token_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import val_documents, write_token_file
 from tinylm import __main__ as main_module
-from tinylm import corpus, encode, portions
 from tinylm.__main__ import main
-from tinylm.config import DataConfig
-from tinylm.corpus import Split, shared_documents, sources_named, train_documents
-from tinylm.encode import Recipe, cached_token_file, encode_documents, encode_file, jobs_of, source_fingerprint
-from tinylm.errors import UserError
-from tinylm.tokenfile import TokenFile, locked
-from tinylm.tokenizer import ByteTokenizer, CharTokenizer
+from tinylm.common.errors import UserError
+from tinylm.config.schema import DataConfig
+from tinylm.text import chunks, documents, sources
+from tinylm.text.sources import sources_named
+from tinylm.text.splits import Split, shared_documents, train_documents
+from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
+from tinylm.tokens import encode
+from tinylm.tokens.encode import (
+    Recipe,
+    cached_token_file,
+    encode_documents,
+    encode_file,
+    jobs_of,
+    source_fingerprint,
+)
+from tinylm.tokens.token_file import TokenFile
+from tinylm.tokens.token_file_writer import locked
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BYTES = ByteTokenizer()
 SEED = 1
 
@@ -42,7 +52,12 @@ def names(folder: Path) -> list[str]:
 
 def recipe_of(*paths: Path, **options) -> Recipe:
     """All documents of some files."""
-    split = Split("train", sources_named([str(path) for path in paths], "text", options.get("separator")), None, options.pop("limit", None))
+    split = Split(
+        "train",
+        sources_named([str(path) for path in paths], "text", options.get("separator")),
+        None,
+        options.pop("limit", None),
+    )
     return Recipe(split, BYTES, **options)
 
 
@@ -61,7 +76,9 @@ def test_each_document_is_cut_and_closed_by_eos():
     """`abc` is 97 98 99; EOS (258) comes after the cut, so a cut document still ends."""
     encoded = [tokens.tolist() for tokens in encode_documents(["abc", "é", "z"], BYTES, 2)]
     assert encoded == [[97, 98, 258], [0xC3, 0xA9, 258], [122, 258]]
-    assert [tokens.tolist() for tokens in encode_documents(["abc"], BYTES, None)] == [[97, 98, 99, 258]]
+    assert [tokens.tolist() for tokens in encode_documents(["abc"], BYTES, None)] == [
+        [97, 98, 99, 258]
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 256])
@@ -69,11 +86,19 @@ def test_a_document_that_cannot_be_encoded_is_named_by_its_number(size, monkeypa
     """The third of them, whatever the batches; a stream that goes on behind 10 documents counts those."""
     monkeypatch.setattr(encode, "BATCH_DOCUMENTS", size)
     tokenizer = CharTokenizer("abc", unknown="error")
-    found = "the character 'Q' (U+0051) at position 1 is not among the 3 characters of the tokenizer"
-    for named, place in (({}, "text: document 3"), ({"source": "a.txt: training", "first": 11}, "a.txt: training document 13")):
+    found = (
+        "the character 'Q' (U+0051) at position 1 is not among the 3 characters of the tokenizer"
+    )
+    for named, place in (
+        ({}, "text: document 3"),
+        ({"source": "a.txt: training", "first": 11}, "a.txt: training document 13"),
+    ):
         with pytest.raises(UserError) as caught:
             list(encode_documents(["abc", "b", "aQ", "Q"], tokenizer, None, **named))
-        assert str(caught.value) == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that has it."
+        assert (
+            str(caught.value)
+            == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that has it."
+        )
 
 
 @pytest.mark.parametrize("which", ["train", "val"])
@@ -83,8 +108,13 @@ def test_a_text_that_cannot_be_encoded_is_named_with_its_split(write, tmp_path, 
     with pytest.raises(UserError) as caught:
         cached_token_file(data, which, CharTokenizer("ab", unknown="error"), SEED)
     place = f"{path}: training document 2" if which == "train" else f"{val}: validation document 3"
-    found = "the character 'Q' (U+0051) at position 0 is not among the 2 characters of the tokenizer"
-    assert str(caught.value) == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that has it."
+    found = (
+        "the character 'Q' (U+0051) at position 0 is not among the 2 characters of the tokenizer"
+    )
+    assert (
+        str(caught.value)
+        == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that has it."
+    )
     assert not list((tmp_path / "cache").glob("*.bin"))
 
 
@@ -107,7 +137,9 @@ def test_encoding_reads_no_more_than_one_batch_ahead(text, read_ahead):
 
 def test_a_cache_folder_that_cannot_be_made_is_an_error(write, lines):
     data = DataConfig(dataset=str(lines), cache_dir=str(write("file", "x")))
-    with pytest.raises(UserError, match="the token file could not be written: .*choose another data.cache_dir"):
+    with pytest.raises(
+        UserError, match="the token file could not be written: .*choose another data.cache_dir"
+    ):
         cached_token_file(data, "train", BYTES, SEED)
 
 
@@ -118,11 +150,17 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(tmp_path
 try: encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1)
 except UserError as error: print(error)"""
     out, err = child(code, source, tmp_path / "cache").communicate(timeout=60)
-    assert (err, "the token file could not be written: File too large. Make room, or choose another data.cache_dir." in out) == ("", True)
+    assert (
+        err,
+        "the token file could not be written: File too large. Make room, or choose another data.cache_dir."
+        in out,
+    ) == ("", True)
     assert names(tmp_path / "cache") == []
 
 
-def test_after_a_kill_the_cached_file_is_gone_on_with_and_equals_an_undisturbed_one(tmp_path, write, child, monkeypatch):
+def test_after_a_kill_the_cached_file_is_gone_on_with_and_equals_an_undisturbed_one(
+    tmp_path, write, child, monkeypatch
+):
     """The child is killed when portions of 1 KB were saved; the name never appears before the file is whole."""
     source = write("source.txt", "".join(f"line {i}\n" for i in range(5000)))
     code = """corpus.SPAN_BYTES, tokenfile.Draft.SAVE_SECONDS = 1000, -1
@@ -135,12 +173,16 @@ encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train"
     process.communicate(timeout=60)
     remains = names(tmp_path / "cache")
     assert len(remains) == 1 and remains[0].endswith(".bin.part")
-    monkeypatch.setattr(corpus, "SPAN_BYTES", 1000)
+    monkeypatch.setattr(documents, "SPAN_BYTES", 1000)
     seen: list[int] = []
     data = DataConfig(dataset=str(source), cache_dir=str(tmp_path / "cache"))
-    first = cached_token_file(data, "train", BYTES, 1, progress=lambda what, done, total: seen.append(done))
+    first = cached_token_file(
+        data, "train", BYTES, 1, progress=lambda what, done, total: seen.append(done)
+    )
     assert min(seen) > 30_000
-    clean = cached_token_file(DataConfig(dataset=str(source), cache_dir=str(tmp_path / "clean")), "train", BYTES, 1)
+    clean = cached_token_file(
+        DataConfig(dataset=str(source), cache_dir=str(tmp_path / "clean")), "train", BYTES, 1
+    )
     assert first.path.read_bytes() == clean.path.read_bytes()
     assert names(tmp_path / "cache") == [first.path.name]
 
@@ -152,7 +194,10 @@ def test_two_processes_make_one_file(tmp_path, write, child):
     code = """made = []
 file = encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=lambda *at: made.append(at))
 print(file.fingerprint, bool(made))"""
-    outputs = [process.communicate(timeout=60) for process in [child(code, source, tmp_path / "cache") for _ in range(2)]]
+    outputs = [
+        process.communicate(timeout=60)
+        for process in [child(code, source, tmp_path / "cache") for _ in range(2)]
+    ]
     assert [err for _, err in outputs] == ["", ""]
     (first, made_first), (second, made_second) = (out.split() for out, _ in outputs)
     assert first == second
@@ -186,16 +231,33 @@ def test_a_file_that_is_there_is_used(data, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"val_fraction": 0.2}, {"train_docs": 5}, {"max_doc_len": 3}, {"text_field": "body"}, {"document_separator": "\n1"}, {"val_dataset": "other.txt"}],
+    [
+        {"val_fraction": 0.2},
+        {"train_docs": 5},
+        {"max_doc_len": 3},
+        {"text_field": "body"},
+        {"document_separator": "\n1"},
+        {"val_dataset": "other.txt"},
+    ],
 )
 def test_every_setting_that_changes_the_tokens_changes_the_name(data, change):
-    assert cached_token_file(data, "train", BYTES, SEED).path != cached_token_file(data.model_copy(update=change), "train", BYTES, SEED).path
+    assert (
+        cached_token_file(data, "train", BYTES, SEED).path
+        != cached_token_file(data.model_copy(update=change), "train", BYTES, SEED).path
+    )
 
 
-def test_seed_text_and_tokenizer_change_the_name_and_the_place_of_the_text_does_not(data, lines, tmp_path):
+def test_seed_text_and_tokenizer_change_the_name_and_the_place_of_the_text_does_not(
+    data, lines, tmp_path
+):
     path = cached_token_file(data, "train", BYTES, SEED).path
     assert cached_token_file(data, "train", BYTES, SEED + 1).path != path
-    assert cached_token_file(data, "train", CharTokenizer("document 0123456789", unknown="error"), SEED).path != path
+    assert (
+        cached_token_file(
+            data, "train", CharTokenizer("document 0123456789", unknown="error"), SEED
+        ).path
+        != path
+    )
     moved = tmp_path / "moved.txt"
     lines.rename(moved)
     data = data.model_copy(update={"dataset": str(moved)})
@@ -205,7 +267,13 @@ def test_seed_text_and_tokenizer_change_the_name_and_the_place_of_the_text_does_
 
 
 @pytest.mark.parametrize(
-    ("place", "found"), [(5000, "its content is not what was written (checksum)"), (0, "not a token file"), (30, "header: "), (None, "expected ")]
+    ("place", "found"),
+    [
+        (5000, "its content is not what was written (checksum)"),
+        (0, "not a token file"),
+        (30, "header: "),
+        (None, "expected "),
+    ],
 )
 def test_damage_in_the_cache_is_found_and_mended_by_deleting_the_file(data, place, found):
     """A byte changed in the tokens, the first line or the header, and a file that is too long."""
@@ -225,7 +293,10 @@ def test_damage_in_the_cache_is_found_and_mended_by_deleting_the_file(data, plac
 
 def test_a_cache_whose_name_is_too_long_is_refused_on_one_line(data, tmp_path):
     data = data.model_copy(update={"cache_dir": str(tmp_path / ("x" * 300))})
-    with pytest.raises(UserError, match="the token file could not be written: File name too long. Make room, or choose another data.cache_dir."):
+    with pytest.raises(
+        UserError,
+        match="the token file could not be written: File name too long. Make room, or choose another data.cache_dir.",
+    ):
         cached_token_file(data, "train", BYTES, SEED)
 
 
@@ -233,10 +304,24 @@ def test_a_source_fingerprint_is_its_content(write, tmp_path):
     def fingerprint(name: str, which: str = "train", **settings) -> str:
         return source_fingerprint(DataConfig(dataset=str(tmp_path / name), **settings), which)
 
-    write("a.txt", "one\n"), write("b.txt", "one\n"), write("c.txt", "One\n"), write("d.jsonl", "one\n")
-    assert fingerprint("a.txt") == fingerprint("b.txt") == fingerprint("c.txt", "val", val_dataset=str(tmp_path / "b.txt"))
+    (
+        write("a.txt", "one\n"),
+        write("b.txt", "one\n"),
+        write("c.txt", "One\n"),
+        write("d.jsonl", "one\n"),
+    )
+    assert (
+        fingerprint("a.txt")
+        == fingerprint("b.txt")
+        == fingerprint("c.txt", "val", val_dataset=str(tmp_path / "b.txt"))
+    )
     assert len({fingerprint(name) for name in ("a.txt", "c.txt", "d.jsonl", "?.txt")}) == 4
-    hub = [DataConfig(dataset="o/n"), DataConfig(dataset="o/m"), DataConfig(dataset="o/n", dataset_config="en"), DataConfig(dataset="o/n", split="test")]
+    hub = [
+        DataConfig(dataset="o/n"),
+        DataConfig(dataset="o/m"),
+        DataConfig(dataset="o/n", dataset_config="en"),
+        DataConfig(dataset="o/n", split="test"),
+    ]
     assert len({source_fingerprint(data, "train") for data in hub}) == 4
 
 
@@ -291,29 +376,56 @@ def test_settings_that_a_token_file_cannot_follow_are_refused(given_file, settin
     data = DataConfig(dataset=str(given_file), **{setting: TEXT_SETTINGS[setting]})
     give_text = "Give the text that it was made from as data.dataset."
     expected = f"data.{setting}: does not apply to the token file data.dataset. Take it out, or: {give_text}"
-    train, val = (partial(cached_token_file, data, which, BYTES, SEED) for which in ("train", "val"))
+    train, val = (
+        partial(cached_token_file, data, which, BYTES, SEED) for which in ("train", "val")
+    )
     for ask in (train, val, partial(train_documents, data, SEED)):
         with pytest.raises(UserError) as caught:
             ask()
         assert str(caught.value) == expected
 
 
-def test_settings_of_text_are_refused_for_a_token_file_only_where_no_text_follows_them(given_file, write, tmp_path):
+def test_settings_of_text_are_refused_for_a_token_file_only_where_no_text_follows_them(
+    given_file, write, tmp_path
+):
     """The text that validates a token file has its own key and separator, but is not streamed; a val_dataset is named as such."""
     text = write("val.jsonl", '{"body": "one"}\n')
-    data = DataConfig(dataset=str(given_file), val_dataset=str(text), text_field="body", val_docs=1, cache_dir=str(tmp_path / "cache"))
+    data = DataConfig(
+        dataset=str(given_file),
+        val_dataset=str(text),
+        text_field="body",
+        val_docs=1,
+        cache_dir=str(tmp_path / "cache"),
+    )
     assert cached_token_file(data, "val", BYTES, SEED).tokens.tolist() == [*b"one", BYTES.eos_id]
-    with pytest.raises(UserError, match="data.streaming: does not apply to the token file data.dataset"):
+    with pytest.raises(
+        UserError, match="data.streaming: does not apply to the token file data.dataset"
+    ):
         cached_token_file(data.model_copy(update={"streaming": True}), "val", BYTES, SEED)
     with pytest.raises(UserError) as caught:
-        cached_token_file(DataConfig(dataset=str(text), text_field="body", val_dataset=str(given_file), val_docs=1), "train", BYTES, SEED)
+        cached_token_file(
+            DataConfig(
+                dataset=str(text), text_field="body", val_dataset=str(given_file), val_docs=1
+            ),
+            "train",
+            BYTES,
+            SEED,
+        )
     mend = "Take it out, or: Give the text that it was made from as data.val_dataset."
-    assert str(caught.value) == f"data.val_docs: does not apply to the token file data.val_dataset. {mend}"
+    assert (
+        str(caught.value)
+        == f"data.val_docs: does not apply to the token file data.val_dataset. {mend}"
+    )
 
 
 def test_a_given_token_file_is_checked_before_use(given_file):
-    with pytest.raises(UserError, match=rf"given.bin was encoded with tokenizer {BYTES.fingerprint} \(vocabulary 260\), this run uses"):
-        cached_token_file(DataConfig(dataset=str(given_file)), "train", CharTokenizer("ab", unknown="error"), SEED)
+    with pytest.raises(
+        UserError,
+        match=rf"given.bin was encoded with tokenizer {BYTES.fingerprint} \(vocabulary 260\), this run uses",
+    ):
+        cached_token_file(
+            DataConfig(dataset=str(given_file)), "train", CharTokenizer("ab", unknown="error"), SEED
+        )
     with open(given_file, "r+b") as file:
         file.seek(4200)
         file.write(b"\xff")
@@ -321,11 +433,16 @@ def test_a_given_token_file_is_checked_before_use(given_file):
         with pytest.raises(UserError) as caught:
             cached_token_file(DataConfig(**{key: str(given_file)}), "val", BYTES, SEED)
         mend = f"Encode again: python -m tinylm encode --data TEXT --tokenizer TOKENIZER --out {given_file}."
-        assert str(caught.value) == f"{given_file}: its content is not what was written (checksum). {mend}"
+        assert (
+            str(caught.value)
+            == f"{given_file}: its content is not what was written (checksum). {mend}"
+        )
 
 
 @pytest.mark.parametrize("name", ["given.bin", "given.npy"])
-def test_a_token_file_is_read_once_for_both_splits_and_again_when_it_changes(given_file, tmp_path, monkeypatch, name):
+def test_a_token_file_is_read_once_for_both_splits_and_again_when_it_changes(
+    given_file, tmp_path, monkeypatch, name
+):
     np.save(tmp_path / "given.npy", TokenFile.open(given_file).tokens)
     opened: list[Path] = []
     verify = TokenFile.verify
@@ -340,9 +457,12 @@ def test_a_token_file_is_read_once_for_both_splits_and_again_when_it_changes(giv
 
 
 def test_a_token_file_has_no_documents_to_read_again(given_file):
-    for documents in (train_documents, val_documents):
-        with pytest.raises(UserError, match="data.dataset: .*given.bin is a token file, whose documents cannot be read again"):
-            documents(DataConfig(dataset=str(given_file)), SEED)
+    for read in (train_documents, val_documents):
+        with pytest.raises(
+            UserError,
+            match="data.dataset: .*given.bin is a token file, whose documents cannot be read again",
+        ):
+            read(DataConfig(dataset=str(given_file)), SEED)
 
 
 @pytest.mark.parametrize("name", ["given.npy", "bare.bin"])
@@ -350,11 +470,19 @@ def test_an_array_of_ids_is_divided_and_trained_on_like_a_token_file(given_file,
     tokens = TokenFile.open(given_file).tokens
     np.save(tmp_path / "given.npy", tokens)
     np.array(tokens).tofile(tmp_path / "bare.bin")
-    for whole, array in (({"dataset": str(given_file)}, "dataset"), ({"dataset": str(given_file), "val_dataset": str(given_file)}, "val_dataset")):
+    for whole, array in (
+        ({"dataset": str(given_file)}, "dataset"),
+        ({"dataset": str(given_file), "val_dataset": str(given_file)}, "val_dataset"),
+    ):
         ours = DataConfig(**whole)
-        theirs = DataConfig(**whole | {array: str(tmp_path / name)}, token_dtype="uint16" if name == "bare.bin" else None)
+        theirs = DataConfig(
+            **whole | {array: str(tmp_path / name)},
+            token_dtype="uint16" if name == "bare.bin" else None,
+        )
         for which in ("train", "val"):
-            expected, found = (cached_token_file(data, which, BYTES, SEED) for data in (ours, theirs))
+            expected, found = (
+                cached_token_file(data, which, BYTES, SEED) for data in (ours, theirs)
+            )
             assert found.tokens.tolist() == expected.tokens.tolist()
             assert found.document_ends.tolist() == expected.document_ends.tolist()
 
@@ -364,12 +492,22 @@ def test_a_dtype_without_a_bare_file_is_refused(data, tmp_path):
     np.save(tmp_path / "a.npy", np.array([1, 258], dtype=np.uint16))
     for name in (data.dataset, str(tmp_path / "a.npy")):
         with pytest.raises(UserError) as caught:
-            cached_token_file(data.model_copy(update={"token_dtype": "uint16", "dataset": name}), "val", BYTES, SEED)
-        assert str(caught.value) == "data.token_dtype: is for a bare .bin, and neither data.dataset nor data.val_dataset is one. Take it out."
+            cached_token_file(
+                data.model_copy(update={"token_dtype": "uint16", "dataset": name}),
+                "val",
+                BYTES,
+                SEED,
+            )
+        assert (
+            str(caught.value)
+            == "data.token_dtype: is for a bare .bin, and neither data.dataset nor data.val_dataset is one. Take it out."
+        )
 
 
 def test_a_token_file_whose_name_is_too_long_is_refused_on_one_line():
-    with pytest.raises(UserError, match="x.bin: File name too long. Give the path of a file that can be read."):
+    with pytest.raises(
+        UserError, match="x.bin: File name too long. Give the path of a file that can be read."
+    ):
         cached_token_file(DataConfig(dataset="x" * 300 + ".bin"), "train", BYTES, SEED)
 
 
@@ -379,8 +517,8 @@ def test_a_token_file_whose_name_is_too_long_is_refused_on_one_line():
 @pytest.fixture
 def small_portions(monkeypatch) -> None:
     """Files are cut behind each 40 bytes, and text is handed over in 40 characters."""
-    monkeypatch.setattr(corpus, "SPAN_BYTES", 40)
-    monkeypatch.setattr(portions, "JOB_CHARACTERS", 40)
+    monkeypatch.setattr(documents, "SPAN_BYTES", 40)
+    monkeypatch.setattr(chunks, "JOB_CHARACTERS", 40)
 
 
 @given(
@@ -388,22 +526,33 @@ def small_portions(monkeypatch) -> None:
     separator=st.sampled_from([None, "-", "--", "-é-", "\n\n", "<|end|>"]),
     size=st.integers(1, 30),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None
+)
 def test_no_portion_cuts_a_document(tmp_path, texts, separator, size):
     """Oracle: the file read from its start to its end. Separators that overlap themselves, or have line ends, are among them."""
     (tmp_path / "a.txt").write_bytes((separator or "\n").join(texts).encode())
-    (tmp_path / "a.jsonl").write_bytes("".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" * (len(text) % 3) + "\n" for text in texts).encode())
-    before, corpus.SPAN_BYTES = corpus.SPAN_BYTES, size
+    (tmp_path / "a.jsonl").write_bytes(
+        "".join(
+            json.dumps({"text": text}, ensure_ascii=False) + "\r\n" * (len(text) % 3) + "\n"
+            for text in texts
+        ).encode()
+    )
+    before, documents.SPAN_BYTES = documents.SPAN_BYTES, size
     try:
         for name in ("a.txt", "a.jsonl"):
             source = sources_named([str(tmp_path / name)], "text", separator)
-            assert [text for job in jobs_of(source) for text in job.texts()] == list(source.documents())
+            assert [text for job in jobs_of(source) for text in job.texts()] == list(
+                source.documents()
+            )
     finally:
-        corpus.SPAN_BYTES = before
+        documents.SPAN_BYTES = before
 
 
 @pytest.mark.parametrize(("separator", "parts"), [(None, 2), ("<|end|>", 2), ("--", 1), ("a\n", 1)])
-def test_a_plain_file_is_cut_where_an_end_of_a_document_shows_by_itself(write, small_portions, separator, parts):
+def test_a_plain_file_is_cut_where_an_end_of_a_document_shows_by_itself(
+    write, small_portions, separator, parts
+):
     path = write("a.txt", "x" * 45 + "<|end|>\n" + "y" * 30)
     assert len(list(jobs_of(sources_named([str(path)], "text", separator)))) == parts
 
@@ -424,12 +573,25 @@ def corpus_of_all_kinds(folder: Path, texts: list[str]) -> list[Path]:
     (folder / "a.jsonl").write_text(rows, encoding="utf-8")
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
     pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / "c.parquet")
-    (folder / "d.txt").write_text("".join(text.replace("\n", " ") + "\n" for text in texts), encoding="utf-8")
+    (folder / "d.txt").write_text(
+        "".join(text.replace("\n", " ") + "\n" for text in texts), encoding="utf-8"
+    )
     return [folder / name for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.txt")]
 
 
-@given(texts=st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\r\ufeff"), max_size=9), min_size=1, max_size=9))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None)
+@given(
+    texts=st.lists(
+        st.text(
+            alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\r\ufeff"),
+            max_size=9,
+        ),
+        min_size=1,
+        max_size=9,
+    )
+)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None
+)
 def test_any_documents_come_back_from_the_file_in_their_order(tmp_path, small_portions, texts):
     paths = corpus_of_all_kinds(tmp_path, texts)
     expected = [text for text in texts if text and not text.isspace()]
@@ -443,9 +605,13 @@ def test_any_documents_come_back_from_the_file_in_their_order(tmp_path, small_po
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"limit": 117, "max_doc_len": 4}], ids=str)
-def test_any_number_of_processes_makes_the_same_bytes(tmp_path, small_portions, options, monkeypatch):
+def test_any_number_of_processes_makes_the_same_bytes(
+    tmp_path, small_portions, options, monkeypatch
+):
     """130 documents in some 60 portions, which two helpers and this process share; without them the bytes are the same."""
-    paths = corpus_of_all_kinds(tmp_path, [f"document {i} " + "x" * (i % 13) + "\né" for i in range(30)])
+    paths = corpus_of_all_kinds(
+        tmp_path, [f"document {i} " + "x" * (i % 13) + "\né" for i in range(30)]
+    )
     encode_file(tmp_path / "1.bin", recipe_of(*paths, **dict(options)))
     monkeypatch.setattr(encode, "WORTH_PROCESSES", 1)
     encode_file(tmp_path / "3.bin", recipe_of(*paths, **dict(options)), processes=3)
@@ -457,7 +623,12 @@ def test_a_split_is_the_same_with_helpers(data, tmp_path, monkeypatch, small_por
     one = cached_token_file(data, "val", BYTES, SEED).path.read_bytes()
     monkeypatch.setattr(encode, "WORTH_PROCESSES", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert cached_token_file(data.model_copy(update={"cache_dir": str(tmp_path / "two")}), "val", BYTES, SEED).path.read_bytes() == one
+    assert (
+        cached_token_file(
+            data.model_copy(update={"cache_dir": str(tmp_path / "two")}), "val", BYTES, SEED
+        ).path.read_bytes()
+        == one
+    )
 
 
 @pytest.mark.parametrize(("processes", "name"), [(1, "a.jsonl"), (1, "a.jsonl.gz"), (2, "a.jsonl")])
@@ -472,10 +643,19 @@ def test_an_error_behind_the_limit_is_not_met(write, tmp_path, processes, name, 
         encode_file(tmp_path / "b.bin", recipe_of(path, limit=3), processes=processes)
 
 
-def test_a_document_that_cannot_be_encoded_is_counted_from_the_first_of_the_source(write, small_portions):
+def test_a_document_that_cannot_be_encoded_is_counted_from_the_first_of_the_source(
+    write, small_portions
+):
     path = write("a.txt", "ab\n" * 50 + "aQ\n")
-    recipe = Recipe(Split("train", sources_named([str(path)], "text", None), None, None), CharTokenizer("ab", unknown="error"), label="a.txt:")
-    with pytest.raises(UserError, match=r"a.txt: document 51: the character 'Q' \(U\+0051\) at position 1 is not among"):
+    recipe = Recipe(
+        Split("train", sources_named([str(path)], "text", None), None, None),
+        CharTokenizer("ab", unknown="error"),
+        label="a.txt:",
+    )
+    with pytest.raises(
+        UserError,
+        match=r"a.txt: document 51: the character 'Q' \(U\+0051\) at position 1 is not among",
+    ):
         encode_file(path.with_suffix(".bin"), recipe)
 
 
@@ -483,7 +663,10 @@ def test_nothing_to_encode_is_an_error_and_no_file(write, tmp_path):
     path = write("corpus/a.txt", "\n \n")
     with pytest.raises(UserError) as caught:
         encode_file(tmp_path / "a.bin", recipe_of(path))
-    assert str(caught.value) == f"{path}: no documents, only blank lines or nothing at all. Give a file with text."
+    assert (
+        str(caught.value)
+        == f"{path}: no documents, only blank lines or nothing at all. Give a file with text."
+    )
     assert names(tmp_path) == ["corpus"]
 
 
@@ -498,7 +681,11 @@ def test_progress_counts_bytes_of_the_text(write, tmp_path, small_portions):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "n", "limit"),
-    [(b"x" * 50_000_000, 1, 400), (b"\n" * 1_000_000 + b"end", 1, 10), (b"some words\n" * 2_000_000, 2_000_000, 50)],
+    [
+        (b"x" * 50_000_000, 1, 400),
+        (b"\n" * 1_000_000 + b"end", 1, 10),
+        (b"some words\n" * 2_000_000, 2_000_000, 50),
+    ],
     ids=["50 MB line", "1e6 empty lines", "22 MB of short lines"],
 )
 def test_odd_files_are_encoded_in_bounded_memory(write, tmp_path, child, content, n, limit):
@@ -531,8 +718,13 @@ def run(capsys) -> Callable[..., tuple[int, str, str]]:
 
 def test_the_command_tells_what_it_made(run, write, tmp_path):
     """Two documents of 5 and 7 bytes: 12 bytes in 12 tokens beside two EOS."""
-    path, out = write("a.txt", "hello\nworld é\n".replace("world é", "wörld!")), tmp_path / "data" / "a.bin"
-    code, stdout, stderr = run("--data", path, "--tokenizer", "byte", "--out", out, "--processes", 1)
+    path, out = (
+        write("a.txt", "hello\nworld é\n".replace("world é", "wörld!")),
+        tmp_path / "data" / "a.bin",
+    )
+    code, stdout, stderr = run(
+        "--data", path, "--tokenizer", "byte", "--out", out, "--processes", 1
+    )
     assert (code, stdout) == (0, f"{out}\n")
     said = stderr.splitlines()
     assert said[0] == f"encoding with 1 processes, tokenizer {BYTES.fingerprint} (vocabulary 260)"
@@ -548,27 +740,57 @@ def test_the_command_tells_what_it_made(run, write, tmp_path):
 
 
 def test_the_same_command_again_finds_its_file_complete(run, write, tmp_path):
-    command = ("--data", write("a.txt", "one\ntwo\n"), "--tokenizer", "byte", "--out", tmp_path / "a.bin")
+    command = (
+        "--data",
+        write("a.txt", "one\ntwo\n"),
+        "--tokenizer",
+        "byte",
+        "--out",
+        tmp_path / "a.bin",
+    )
     assert run(*command)[0] == 0
     made = os.stat(tmp_path / "a.bin").st_mtime_ns
     for more in ((), ("--resume",)):
         code, stdout, stderr = run(*command, *more)
-        assert (code, stdout, stderr.splitlines()[0]) == (0, f"{tmp_path / 'a.bin'}\n", f"complete already: {tmp_path / 'a.bin'}")
+        assert (code, stdout, stderr.splitlines()[0]) == (
+            0,
+            f"{tmp_path / 'a.bin'}\n",
+            f"complete already: {tmp_path / 'a.bin'}",
+        )
     assert os.stat(tmp_path / "a.bin").st_mtime_ns == made
     for more in (("--docs", 1), ("--max-doc-len", 2), ("--separator", "o")):
         code, stdout, stderr = run(*command, *more)
         found = "is there already, and was made from other text, with another tokenizer or other settings"
-        assert (code, stdout, stderr) == (2, "", f"error: {tmp_path / 'a.bin'}: {found}. Delete it, or choose another --out.\n")
+        assert (code, stdout, stderr) == (
+            2,
+            "",
+            f"error: {tmp_path / 'a.bin'}: {found}. Delete it, or choose another --out.\n",
+        )
 
 
 def test_a_plain_array_beside_the_token_file(run, write, tmp_path):
-    command = ("--data", write("a.txt", "one\ntwo\n"), "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--format", "npy")
+    command = (
+        "--data",
+        write("a.txt", "one\ntwo\n"),
+        "--tokenizer",
+        "byte",
+        "--out",
+        tmp_path / "a.bin",
+        "--format",
+        "npy",
+    )
     code, stdout, _ = run(*command)
     assert (code, stdout) == (0, f"{tmp_path / 'a.npy'}\n{tmp_path / 'a.bin'}\n")
-    assert np.load(tmp_path / "a.npy").tolist() == TokenFile.open(tmp_path / "a.bin").tokens.tolist()
+    assert (
+        np.load(tmp_path / "a.npy").tolist() == TokenFile.open(tmp_path / "a.bin").tokens.tolist()
+    )
     code, stdout, stderr = run(*command)
     complete = [f"complete already: {tmp_path / name}" for name in ("a.bin", "a.npy")]
-    assert (code, stdout, stderr.splitlines()[:2]) == (0, f"{tmp_path / 'a.npy'}\n{tmp_path / 'a.bin'}\n", complete)
+    assert (code, stdout, stderr.splitlines()[:2]) == (
+        0,
+        f"{tmp_path / 'a.npy'}\n{tmp_path / 'a.bin'}\n",
+        complete,
+    )
 
 
 def other_ids(array: Path) -> None:
@@ -586,20 +808,46 @@ def no_array(array: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_ids, "a.npy: is there already, and has other ids than {bin}. Delete it, or choose another --out."),
-        (fewer_ids, "a.npy: is there already, and has other ids than {bin}. Delete it, or choose another --out."),
-        (no_array, "a.npy: not a NumPy file of token ids: EOF: reading magic string, expected 8 bytes got 4. Delete it."),
-        (lambda array: array.with_suffix(".bin").unlink(), "a.npy: is there already, without {bin}. Delete it, or choose another --out."),
+        (
+            other_ids,
+            "a.npy: is there already, and has other ids than {bin}. Delete it, or choose another --out.",
+        ),
+        (
+            fewer_ids,
+            "a.npy: is there already, and has other ids than {bin}. Delete it, or choose another --out.",
+        ),
+        (
+            no_array,
+            "a.npy: not a NumPy file of token ids: EOF: reading magic string, expected 8 bytes got 4. Delete it.",
+        ),
+        (
+            lambda array: array.with_suffix(".bin").unlink(),
+            "a.npy: is there already, without {bin}. Delete it, or choose another --out.",
+        ),
     ],
     ids=["other ids", "fewer ids", "no array", "alone"],
 )
-def test_an_array_that_is_not_that_of_the_token_file_is_kept_and_named(run, write, tmp_path, change, message):
-    command = ("--data", write("a.txt", "one\ntwo\n"), "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--format", "npy")
+def test_an_array_that_is_not_that_of_the_token_file_is_kept_and_named(
+    run, write, tmp_path, change, message
+):
+    command = (
+        "--data",
+        write("a.txt", "one\ntwo\n"),
+        "--tokenizer",
+        "byte",
+        "--out",
+        tmp_path / "a.bin",
+        "--format",
+        "npy",
+    )
     assert run(*command)[0] == 0
     change(tmp_path / "a.npy")
     before = (tmp_path / "a.npy").read_bytes()
     code, _, stderr = run(*command)
-    assert (code, stderr.splitlines()[-1]) == (2, f"error: {tmp_path}/{message.format(bin=tmp_path / 'a.bin')}")
+    assert (code, stderr.splitlines()[-1]) == (
+        2,
+        f"error: {tmp_path}/{message.format(bin=tmp_path / 'a.bin')}",
+    )
     assert (tmp_path / "a.npy").read_bytes() == before
 
 
@@ -607,22 +855,34 @@ SPELLED = "documents have <|eos|> in their text, where it is characters and ends
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_documents_that_spell_the_end_of_text_are_counted_and_said(run, write, tmp_path, monkeypatch, processes):
+def test_documents_that_spell_the_end_of_text_are_counted_and_said(
+    run, write, tmp_path, monkeypatch, processes
+):
     """Documents 0, 10, ... 190 of 200, in portions of 50 bytes; 0 and 10 of the first eleven in a portion of all. A file that is there says it again."""
-    monkeypatch.setattr(corpus, "SPAN_BYTES", 50)
+    monkeypatch.setattr(documents, "SPAN_BYTES", 50)
     monkeypatch.setattr(encode, "WORTH_PROCESSES", 1)
-    path = write("a.txt", "".join(f"text {i}{'<|eos|>' if i % 10 == 0 else ''}\n" for i in range(200)))
+    path = write(
+        "a.txt", "".join(f"text {i}{'<|eos|>' if i % 10 == 0 else ''}\n" for i in range(200))
+    )
     command = ("--data", path, "--tokenizer", "byte", "--processes", processes)
     for _ in range(2):
-        assert f"warning: {path}: 20 of 200 {SPELLED}" in run(*command, "--out", tmp_path / "a.bin")[2].splitlines()
-    monkeypatch.setattr(corpus, "SPAN_BYTES", 2**20)
-    assert f"warning: {path}: 2 of 11 {SPELLED}" in run(*command, "--docs", 11, "--out", tmp_path / "b.bin")[2].splitlines()
+        assert (
+            f"warning: {path}: 20 of 200 {SPELLED}"
+            in run(*command, "--out", tmp_path / "a.bin")[2].splitlines()
+        )
+    monkeypatch.setattr(documents, "SPAN_BYTES", 2**20)
+    assert (
+        f"warning: {path}: 2 of 11 {SPELLED}"
+        in run(*command, "--docs", 11, "--out", tmp_path / "b.bin")[2].splitlines()
+    )
     assert "warning" not in run(*command, "--separator", "<|eos|>", "--out", tmp_path / "c.bin")[2]
 
 
 def test_a_count_of_spelled_ends_survives_an_interruption(write, tmp_path, small_portions):
     """Of ten portions of five lines, three are encoded before the interruption; each of them has one such document."""
-    path = write("a.txt", "".join("<|eos|>..\n" if i % 5 == 0 else "123456789\n" for i in range(50)))
+    path = write(
+        "a.txt", "".join("<|eos|>..\n" if i % 5 == 0 else "123456789\n" for i in range(50))
+    )
 
     def stop(what: str, done: int, total: int) -> None:
         if done > 100:
@@ -652,11 +912,15 @@ NEVER = "warning: {}: --separator '{}' does not occur in it, so that each .txt f
         ("a.jsonl", '{"text": "one<|x|>"}', "<|x|>", False),
     ],
 )
-def test_a_separator_that_never_occurs_is_said(run, write, tmp_path, monkeypatch, name, content, separator, met):
+def test_a_separator_that_never_occurs_is_said(
+    run, write, tmp_path, monkeypatch, name, content, separator, met
+):
     """Also one that only ends a file, or that a portion of its own ends with, was met; a row of a .jsonl is not divided."""
-    monkeypatch.setattr(corpus, "SPAN_BYTES", 50)
+    monkeypatch.setattr(documents, "SPAN_BYTES", 50)
     path = write(name, gzip.compress(content.encode()) if name.endswith(".gz") else content)
-    stderr = run("--data", path, "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--separator", separator)[2]
+    stderr = run(
+        "--data", path, "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--separator", separator
+    )[2]
     said = [line for line in stderr.splitlines() if line.startswith("warning")]
     assert said == ([] if met else [NEVER.format(path, separator.replace("\n", "\\n"))])
 
@@ -674,7 +938,11 @@ def test_a_second_command_says_that_it_waits(run, write, tmp_path, monkeypatch):
     holder.start()
     held.wait(10)
     say = main_module.say
-    monkeypatch.setattr(main_module, "say", lambda line: (say(line), said.set() if line.startswith("waiting") else None))
+    monkeypatch.setattr(
+        main_module,
+        "say",
+        lambda line: (say(line), said.set() if line.startswith("waiting") else None),
+    )
     code, _, stderr = run("--data", write("a.txt", "one\n"), "--tokenizer", "byte", "--out", out)
     holder.join()
     assert (code, stderr.splitlines()[0]) == (0, f"waiting: another process is making {out}")
@@ -688,7 +956,10 @@ def test_errors_of_the_text_name_flags(run, write, tmp_path):
     assert run("--data", path, *command)[2].splitlines()[-1] == f"error: {path}:1: {found}"
     pq.write_table(pa.table({"body": ["one"]}), tmp_path / "a.parquet")
     found = "text: no such column; there are body. Set --text-field to the one that holds the text."
-    assert run("--data", tmp_path / "a.parquet", *command)[2].splitlines()[-1] == f"error: {tmp_path / 'a.parquet'}: {found}"
+    assert (
+        run("--data", tmp_path / "a.parquet", *command)[2].splitlines()[-1]
+        == f"error: {tmp_path / 'a.parquet'}: {found}"
+    )
 
 
 def test_a_hub_that_refuses_a_dataset_is_told_in_flags(run, tmp_path, monkeypatch):
@@ -696,13 +967,15 @@ def test_a_hub_that_refuses_a_dataset_is_told_in_flags(run, tmp_path, monkeypatc
         raise OSError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
     stderr = run("--data", "hf:owner/name", "--tokenizer", "byte", "--out", tmp_path / "a.bin")[2]
     mend = "Check the configuration and the split in --data, or: Give a local file or folder as --data."
     assert stderr.splitlines()[-1] == f"error: --data: owner/name: no route. {mend}"
 
 
-def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_names(run, tmp_path, monkeypatch):
+def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_names(
+    run, tmp_path, monkeypatch
+):
     """`Try again` alone would begin anew: the command without --resume refuses what an interrupted one has left."""
     broken = [True]
 
@@ -715,12 +988,24 @@ def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_nam
                 raise OSError("cable")
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Stream())
-    monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
-    monkeypatch.setattr(portions, "JOB_CHARACTERS", 100)
-    command = ("--data", "hf:owner/name", "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--processes", 1)
+    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(chunks, "JOB_CHARACTERS", 100)
+    command = (
+        "--data",
+        "hf:owner/name",
+        "--tokenizer",
+        "byte",
+        "--out",
+        tmp_path / "a.bin",
+        "--processes",
+        1,
+    )
     code, _, stderr = run(*command)
     mend = "The same command with --resume goes on from there."
-    assert (code, stderr.splitlines()[-1]) == (2, f"error: owner/name (train): reading stopped: cable. {mend}")
+    assert (code, stderr.splitlines()[-1]) == (
+        2,
+        f"error: owner/name (train): reading stopped: cable. {mend}",
+    )
     broken.clear()
     assert (run(*command)[0], run(*command, "--resume")[0]) == (2, 0)
     assert documents_in(tmp_path / "a.bin") == [f"document {i}" for i in range(30)]
@@ -735,40 +1020,83 @@ KINDS = ".txt, .jsonl, .parquet, .txt.gz, .jsonl.gz"
     [
         (("--processes", "0"), "--processes: 0 is less than 1. Give a whole number from 1 on."),
         (("--docs", "0"), "--docs: 0 is less than 1. Give a whole number from 1 on."),
-        (("--max-doc-len", "-3"), "--max-doc-len: -3 is less than 1. Give a whole number from 1 on."),
+        (
+            ("--max-doc-len", "-3"),
+            "--max-doc-len: -3 is less than 1. Give a whole number from 1 on.",
+        ),
         (("--separator", ""), "--separator: is empty. Give the text that divides documents."),
-        (("--out", "a.txt"), "--out: a.txt: a token file's name ends with .bin. Choose such a name."),
-        (("--data", "no.txt"), "--data: no.txt: not found. Give a file, a folder, a glob, or a dataset on the hub written hf:owner/name."),
+        (
+            ("--out", "a.txt"),
+            "--out: a.txt: a token file's name ends with .bin. Choose such a name.",
+        ),
+        (
+            ("--data", "no.txt"),
+            "--data: no.txt: not found. Give a file, a folder, a glob, or a dataset on the hub written hf:owner/name.",
+        ),
         (("--data", "hf:c4"), f"--data: hf:c4: {HUB_NAME}"),
         (("--data", "hf:a/b:c:d:e"), f"--data: hf:a/b:c:d:e: {HUB_NAME}"),
-        (("--data", "a.bin"), f"--data: a.bin: not a kind of file with documents ({KINDS}). Convert it, or name it by its kind."),
-        (("--data", "/dev/zero"), "/dev/zero: not a regular file. Give the path of a file on disk."),
+        (
+            ("--data", "a.bin"),
+            f"--data: a.bin: not a kind of file with documents ({KINDS}). Convert it, or name it by its kind.",
+        ),
+        (
+            ("--data", "/dev/zero"),
+            "/dev/zero: not a regular file. Give the path of a file on disk.",
+        ),
         (("--data", "pipe.txt"), "pipe.txt: not a regular file. Give the path of a file on disk."),
-        (("--data", "loop.txt"), "loop.txt: Too many levels of symbolic links. Give the path of a file that can be read."),
-        (("--data", "empty"), f"--data: empty: no file of a kind with documents ({KINDS}) in this folder. Give the path of one."),
+        (
+            ("--data", "loop.txt"),
+            "loop.txt: Too many levels of symbolic links. Give the path of a file that can be read.",
+        ),
+        (
+            ("--data", "empty"),
+            f"--data: empty: no file of a kind with documents ({KINDS}) in this folder. Give the path of one.",
+        ),
         (("--out", "pipe.bin"), "pipe.bin: not a regular file. Give the path of a file on disk."),
-        (("--out", "folder.bin"), "folder.bin: not a regular file. Give the path of a file on disk."),
-        (("--out", "a.txt/b.bin"), "a.txt/b.bin: the token file could not be written: File exists. Make room, or choose another --out."),
-        (("--tokenizer", "./none"), "--tokenizer: ./none: not found. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."),
+        (
+            ("--out", "folder.bin"),
+            "folder.bin: not a regular file. Give the path of a file on disk.",
+        ),
+        (
+            ("--out", "a.txt/b.bin"),
+            "a.txt/b.bin: the token file could not be written: File exists. Make room, or choose another --out.",
+        ),
+        (
+            ("--tokenizer", "./none"),
+            "--tokenizer: ./none: not found. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2.",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(run, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("one\n", encoding="utf-8")
     Path("a.bin").write_text("one\n", encoding="utf-8")
-    os.mkfifo("pipe.txt"), os.mkfifo("pipe.bin"), os.mkdir("folder.bin"), os.mkdir("empty"), os.symlink("loop.txt", "loop.txt")
+    (
+        os.mkfifo("pipe.txt"),
+        os.mkfifo("pipe.bin"),
+        os.mkdir("folder.bin"),
+        os.mkdir("empty"),
+        os.symlink("loop.txt", "loop.txt"),
+    )
     given = {"--data": "a.txt", "--tokenizer": "byte", "--out": "out.bin"} | dict([flags])
     code, stdout, stderr = run(*(word for pair in given.items() for word in pair))
     assert (code, stdout, stderr) == (2, "", f"error: {message}\n")
 
 
 def test_a_file_of_another_kind_at_the_place_is_not_replaced(run, write, tmp_path):
-    code, _, stderr = run("--data", write("a.txt", "one\n"), "--tokenizer", "byte", "--out", write("a.bin", "mine"))
+    code, _, stderr = run(
+        "--data", write("a.txt", "one\n"), "--tokenizer", "byte", "--out", write("a.bin", "mine")
+    )
     assert (code, (tmp_path / "a.bin").read_text(encoding="utf-8")) == (2, "mine")
-    assert "a.bin: not a token file: it begins with b'mine'. Delete it, or choose another --out." in stderr
+    assert (
+        "a.bin: not a token file: it begins with b'mine'. Delete it, or choose another --out."
+        in stderr
+    )
 
 
-def test_a_dataset_of_the_hub_is_streamed_and_no_more_of_it_read_than_asked_for(run, tmp_path, monkeypatch):
+def test_a_dataset_of_the_hub_is_streamed_and_no_more_of_it_read_than_asked_for(
+    run, tmp_path, monkeypatch
+):
     """`hf:owner/name:config:split`; of a million rows a few batches are read for seven documents."""
     calls: list[tuple] = []
     rows = count()
@@ -784,17 +1112,37 @@ def test_a_dataset_of_the_hub_is_streamed_and_no_more_of_it_read_than_asked_for(
         return Stream()
 
     monkeypatch.setattr("datasets.load_dataset", serve)
-    monkeypatch.setattr(corpus, "require_hub", lambda what, mend: None)
-    monkeypatch.setattr(portions, "JOB_CHARACTERS", 100)
-    command = ("--data", "hf:owner/name:en:validation", "--text-field", "body", "--docs", 7, "--tokenizer", "byte", "--out", tmp_path / "a.bin")
+    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(chunks, "JOB_CHARACTERS", 100)
+    command = (
+        "--data",
+        "hf:owner/name:en:validation",
+        "--text-field",
+        "body",
+        "--docs",
+        7,
+        "--tokenizer",
+        "byte",
+        "--out",
+        tmp_path / "a.bin",
+    )
     assert run(*command, "--processes", 1)[0] == 0
     assert calls == [("owner/name", "en", "validation", True)]
     assert documents_in(tmp_path / "a.bin") == [f"document {i}" for i in range(7)]
     assert next(rows) < 100
-    names = {"hf:a/b": (None, "train"), "hf:a/b:en": ("en", "train"), "hf:a/b::test": (None, "test")}
+    names = {
+        "hf:a/b": (None, "train"),
+        "hf:a/b:en": ("en", "train"),
+        "hf:a/b::test": (None, "test"),
+    }
     for name, (config, split) in names.items():
         (source,) = sources_named([name], "text", None).sources
-        assert (source.name, source.config, source.split, source.streaming) == ("a/b", config, split, True)
+        assert (source.name, source.config, source.split, source.streaming) == (
+            "a/b",
+            config,
+            split,
+            True,
+        )
 
 
 # --- interruptions of the command -------------------------------------------------------------------------------------
@@ -838,10 +1186,16 @@ def interrupted(write, tmp_path, child) -> Callable[..., tuple[int, str]]:
 def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(interrupted, tmp_path):
     code, err = interrupted(10, signal.SIGINT, "--processes", 1)
     assert (code, names(tmp_path)) == (130, [".a.bin.part", "a.txt"])
-    assert err.splitlines()[-3:] == ["interrupted; the same command with --resume goes on from here", "", "stopped by Ctrl-C"]
+    assert err.splitlines()[-3:] == [
+        "interrupted; the same command with --resume goes on from here",
+        "",
+        "stopped by Ctrl-C",
+    ]
     state = tmp_path / ".a.bin.part/state.json"
     assert json.loads(state.read_bytes())["portions"] >= 10
-    code, err = interrupted(0, 0, "--processes", 1)  # hours of work must not go for a flag that was forgotten
+    code, err = interrupted(
+        0, 0, "--processes", 1
+    )  # hours of work must not go for a flag that was forgotten
     assert (code, err.strip()) == (
         2,
         f"error: {state.parent}: what an interrupted run has done. Go on with it: the same command and --resume; or delete it to begin again.",
@@ -855,10 +1209,15 @@ def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(interrupted, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_five_times_and_resumed_the_file_is_that_of_one_run(interrupted, tmp_path, processes):
+def test_killed_five_times_and_resumed_the_file_is_that_of_one_run(
+    interrupted, tmp_path, processes
+):
     """Each time a dozen portions further, with SIGKILL; the final name does not appear before the end."""
     for _ in range(5):
-        assert interrupted(12, signal.SIGKILL, "--processes", processes, "--resume")[0] == -signal.SIGKILL
+        assert (
+            interrupted(12, signal.SIGKILL, "--processes", processes, "--resume")[0]
+            == -signal.SIGKILL
+        )
         assert not (tmp_path / "a.bin").exists()
     assert json.loads((tmp_path / ".a.bin.part/state.json").read_bytes())["portions"] > 20
     assert interrupted(0, 0, "--processes", processes, "--resume")[0] == 0
@@ -877,10 +1236,16 @@ sys.exit(main(["encode", *args]))"""
     process = child(code, *command)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert err.splitlines()[-1] == f"error: {tmp_path / 'a.bin'}: the token file could not be written: File too large. Make room, or choose another --out."
+    assert (
+        err.splitlines()[-1]
+        == f"error: {tmp_path / 'a.bin'}: the token file could not be written: File too large. Make room, or choose another --out."
+    )
     assert names(tmp_path) == [".a.bin.part", "a.txt"]
     assert json.loads((tmp_path / ".a.bin.part/state.json").read_bytes())["portions"] > 3
-    assert "was begun with other text, another tokenizer, settings or version" in run(*command, "--resume")[2]
-    monkeypatch.setattr(corpus, "SPAN_BYTES", 5000)
+    assert (
+        "was begun with other text, another tokenizer, settings or version"
+        in run(*command, "--resume")[2]
+    )
+    monkeypatch.setattr(documents, "SPAN_BYTES", 5000)
     assert run(*command, "--resume")[0] == 0
     assert documents_in(tmp_path / "a.bin") == ["some words and more of them"] * 5000

@@ -6,17 +6,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_token_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.bpe import tokenizer_for
-from tinylm.config import DataConfig, MixPart, TokenizerConfig
-from tinylm.corpus import is_held_out, shared_documents
-from tinylm.errors import UserError
-from tinylm.mix import Allocation, Joined, JoinedTokens, name_of, shares_of, training_files, training_fingerprint, training_split, validation_file
-from tinylm.tokenfile import TokenFile
-from tinylm.tokenizer import ByteTokenizer
+from tests.conftest import write_token_file
+from tinylm.common.errors import UserError
+from tinylm.config.schema import DataConfig, MixPart, TokenizerConfig
+from tinylm.text.splits import is_held_out, shared_documents
+from tinylm.tokenizer.bpe import tokenizer_for
+from tinylm.tokenizer.byte_char import ByteTokenizer
+from tinylm.tokens.mixture import (
+    Allocation,
+    Joined,
+    JoinedTokens,
+    name_of,
+    shares_of,
+    training_files,
+    training_fingerprint,
+    training_split,
+    validation_file,
+)
+from tinylm.tokens.token_file import TokenFile
 
 BYTES = ByteTokenizer()
 SEED = 1
@@ -35,7 +45,10 @@ def test_at_each_border_of_blocks_a_source_is_less_than_a_row_from_its_share(wei
         n = block * allocation.block_rows
         counts, later = allocation.counts(n), allocation.counts(n + allocation.block_rows)
         assert sum(counts) == n
-        assert all(abs(count - share * n) < 1 for count, share in zip(counts, shares_of(weights), strict=True))
+        assert all(
+            abs(count - share * n) < 1
+            for count, share in zip(counts, shares_of(weights), strict=True)
+        )
         assert all(count <= more for count, more in zip(counts, later, strict=True))
 
 
@@ -55,7 +68,9 @@ def test_the_rows_of_a_source_are_numbered_without_gap_or_repetition(weights, se
 @settings(deadline=None, max_examples=30)
 def test_a_place_has_its_row_whoever_asks_and_in_whatever_order(weights, places):
     asked = Allocation(weights, SEED)
-    assert [asked.row(place) for place in places] == [Allocation(weights, SEED).row(place) for place in places]
+    assert [asked.row(place) for place in places] == [
+        Allocation(weights, SEED).row(place) for place in places
+    ]
 
 
 def test_other_seeds_mix_in_another_order():
@@ -82,7 +97,11 @@ def test_a_source_of_a_millionth_is_in_every_block():
 # --- tokens behind each other -----------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.lists(st.integers(0, 99), max_size=5), min_size=1, max_size=5), st.integers(-30, 30) | st.none(), st.integers(-30, 30) | st.none())
+@given(
+    st.lists(st.lists(st.integers(0, 99), max_size=5), min_size=1, max_size=5),
+    st.integers(-30, 30) | st.none(),
+    st.integers(-30, 30) | st.none(),
+)
 def test_joined_tokens_are_sliced_as_one_array_would_be(parts, start, stop):
     arrays = [np.array(part, dtype=np.uint16) for part in parts]
     found = JoinedTokens(tuple(arrays))[start:stop]
@@ -103,7 +122,9 @@ def write(tmp_path: Path) -> Callable[[str, list[str]], str]:
     """Writes a text of one-line documents into the test's folder and gives its path."""
 
     def write(name: str, documents: list[str]) -> str:
-        (tmp_path / name).write_text("".join(f"{document}\n" for document in documents), encoding="utf-8")
+        (tmp_path / name).write_text(
+            "".join(f"{document}\n" for document in documents), encoding="utf-8"
+        )
         return str(tmp_path / name)
 
     return write
@@ -117,13 +138,18 @@ def token_file(path: Path, documents: list[str]) -> str:
 
 def mixed(tmp_path: Path, *datasets: str, **more: Any) -> DataConfig:
     """Settings that mix these sources, the first with weight 3."""
-    parts = tuple(MixPart(dataset=dataset, weight=1 if number else 3) for number, dataset in enumerate(datasets))
+    parts = tuple(
+        MixPart(dataset=dataset, weight=1 if number else 3)
+        for number, dataset in enumerate(datasets)
+    )
     return DataConfig(mix=parts, cache_dir=str(tmp_path / "cache"), **more)
 
 
 def text_of(file: TokenFile | Joined) -> list[str]:
     """The documents in the tokens of a file."""
-    return BYTES.decode([10 if id == BYTES.eos_id else id for id in np.asarray(file.tokens[:]).tolist()]).splitlines()
+    return BYTES.decode(
+        [10 if id == BYTES.eos_id else id for id in np.asarray(file.tokens[:]).tolist()]
+    ).splitlines()
 
 
 A, B = [f"first {i}" for i in range(40)], [f"second {i}" for i in range(30)]
@@ -135,7 +161,9 @@ def test_each_source_is_a_file_and_what_is_held_out_of_each_is_validated_togethe
     train, val = training_files(data, BYTES, SEED, needed=2), validation_file(data, BYTES, SEED)
     held = [[text for text in texts if is_held_out(text, 0.3, SEED)] for texts in (A, B)]
     assert all(held)
-    assert [text_of(file) for file in train] == [[text for text in texts if text not in out] for texts, out in zip((A, B), held, strict=True)]
+    assert [text_of(file) for file in train] == [
+        [text for text in texts if text not in out] for texts, out in zip((A, B), held, strict=True)
+    ]
     assert text_of(val) == held[0] + held[1]
     assert len(val) == sum(len(text) + 1 for out in held for text in out)
 
@@ -149,17 +177,32 @@ def test_token_files_are_mixed_and_held_out_at_their_ends(tmp_path, write):
 
 
 def test_settings_for_text_are_refused_where_all_sources_are_token_files(tmp_path):
-    data = mixed(tmp_path, token_file(tmp_path / "a.bin", A), token_file(tmp_path / "b.bin", B), max_doc_len=6)
-    message = "data.max_doc_len: does not apply to the token file data.mix[0].dataset. Take it out, or: "
+    data = mixed(
+        tmp_path,
+        token_file(tmp_path / "a.bin", A),
+        token_file(tmp_path / "b.bin", B),
+        max_doc_len=6,
+    )
+    message = (
+        "data.max_doc_len: does not apply to the token file data.mix[0].dataset. Take it out, or: "
+    )
     with pytest.raises(UserError) as caught:
         training_files(data, BYTES, SEED, needed=2)
-    assert str(caught.value) == message + "Give the text that it was made from as data.mix[0].dataset."
+    assert (
+        str(caught.value) == message + "Give the text that it was made from as data.mix[0].dataset."
+    )
 
 
 def test_a_validation_source_of_its_own_leaves_the_sources_whole(tmp_path, write):
     """Its text is read by the settings for text, also where the first source is a token file and has no use for them."""
     (tmp_path / "val.txt").write_text("one|two", encoding="utf-8")
-    data = mixed(tmp_path, token_file(tmp_path / "a.bin", A), write("b.txt", B), val_dataset=str(tmp_path / "val.txt"), document_separator="|")
+    data = mixed(
+        tmp_path,
+        token_file(tmp_path / "a.bin", A),
+        write("b.txt", B),
+        val_dataset=str(tmp_path / "val.txt"),
+        document_separator="|",
+    )
     assert text_of(validation_file(data, BYTES, SEED)) == ["one", "two"]
     assert text_of(training_files(data, BYTES, SEED, needed=2)[0]) == A
 
@@ -167,14 +210,22 @@ def test_a_validation_source_of_its_own_leaves_the_sources_whole(tmp_path, write
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ("none.txt", "data.mix[1].dataset: none.txt: not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name."),
+        (
+            "none.txt",
+            "data.mix[1].dataset: none.txt: not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name.",
+        ),
         ("none.bin", "none.bin: not found. Give the path of a file that can be read."),
     ],
 )
-def test_a_source_that_is_not_there_is_named_with_its_number(tmp_path, write, second, message, monkeypatch):
+def test_a_source_that_is_not_there_is_named_with_its_number(
+    tmp_path, write, second, message, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     data = mixed(tmp_path, write("a.txt", A), second)
-    for read in (lambda: training_files(data, BYTES, SEED, needed=2), lambda: validation_file(data, BYTES, SEED)):
+    for read in (
+        lambda: training_files(data, BYTES, SEED, needed=2),
+        lambda: validation_file(data, BYTES, SEED),
+    ):
         with pytest.raises(UserError) as caught:
             read()
         assert str(caught.value) == message
@@ -183,7 +234,10 @@ def test_a_source_that_is_not_there_is_named_with_its_number(tmp_path, write, se
 def test_a_source_shorter_than_a_row_is_named_with_both_counts(tmp_path, write):
     """E2: 30 documents of 9 or 10 characters and an EOS each are fewer than 1000 tokens."""
     data = mixed(tmp_path, write("a.txt", A * 10), write("b.txt", B))
-    with pytest.raises(UserError, match=r"^data.mix\[1\].dataset: .*b.txt gives \d+ training tokens, and one row of training.seq_len needs 1000. Give "):
+    with pytest.raises(
+        UserError,
+        match=r"^data.mix\[1\].dataset: .*b.txt gives \d+ training tokens, and one row of training.seq_len needs 1000. Give ",
+    ):
         training_files(data, BYTES, SEED, needed=1000)
 
 
@@ -192,14 +246,23 @@ def test_sources_and_shares_are_in_the_fingerprint(tmp_path, write):
     a, b = write("a.txt", A), write("b.txt", B)
 
     def fingerprint(*parts: tuple[str, float]) -> str:
-        data = DataConfig(mix=tuple(MixPart(dataset=dataset, weight=weight) for dataset, weight in parts), cache_dir=str(tmp_path / "cache"))
+        data = DataConfig(
+            mix=tuple(MixPart(dataset=dataset, weight=weight) for dataset, weight in parts),
+            cache_dir=str(tmp_path / "cache"),
+        )
         return training_fingerprint(data, training_files(data, BYTES, SEED, needed=2))
 
     one = fingerprint((a, 3), (b, 1))
     assert one.startswith("3/4 ") and " + 1/4 " in one
     assert one == fingerprint((a, 0.3), (b, 0.1))
     write("c.txt", [*A[:-1], "other"])
-    others = {fingerprint((a, 2), (b, 1)), fingerprint((b, 3), (a, 1)), fingerprint((str(tmp_path / "c.txt"), 3), (b, 1)), fingerprint((a, 3)), one}
+    others = {
+        fingerprint((a, 2), (b, 1)),
+        fingerprint((b, 3), (a, 1)),
+        fingerprint((str(tmp_path / "c.txt"), 3), (b, 1)),
+        fingerprint((a, 3)),
+        one,
+    }
     assert len(others) == 5
 
 
@@ -215,10 +278,23 @@ def test_a_message_calls_a_mixture_by_its_sources_and_shares():
 def test_a_document_that_is_in_validation_and_in_any_source_is_counted_once(tmp_path, write):
     """E13: of the five validation documents one is in both sources, one in the first, one in the second."""
     val = write("val.txt", ["first 0", "both", "second 0", "alone", "too"])
-    data = mixed(tmp_path, write("a.txt", [*A, "both"]), write("b.txt", [*B, "both"]), val_dataset=val)
+    data = mixed(
+        tmp_path, write("a.txt", [*A, "both"]), write("b.txt", [*B, "both"]), val_dataset=val
+    )
     assert shared_documents(data, SEED) == 3
-    assert shared_documents(mixed(tmp_path, token_file(tmp_path / "a.bin", A), val_dataset=val), SEED) == 0, "a token file has no documents to compare"
-    assert shared_documents(mixed(tmp_path, token_file(tmp_path / "a.bin", A), data.mix[1].dataset, val_dataset=val), SEED) == 2
+    assert (
+        shared_documents(mixed(tmp_path, token_file(tmp_path / "a.bin", A), val_dataset=val), SEED)
+        == 0
+    ), "a token file has no documents to compare"
+    assert (
+        shared_documents(
+            mixed(
+                tmp_path, token_file(tmp_path / "a.bin", A), data.mix[1].dataset, val_dataset=val
+            ),
+            SEED,
+        )
+        == 2
+    )
 
 
 def test_documents_in_several_sources_are_on_one_side_of_the_split(tmp_path, write):
@@ -246,12 +322,21 @@ def test_tokenizers_learn_from_all_sources_in_turn(tmp_path, write):
 
 def test_no_tokenizer_learns_from_a_token_file(tmp_path, write):
     data = mixed(tmp_path, write("a.txt", A), token_file(tmp_path / "b.bin", B))
-    with pytest.raises(UserError, match=r"^data.mix\[1\].dataset: .*b.bin is a token file, whose documents cannot be read again"):
+    with pytest.raises(
+        UserError,
+        match=r"^data.mix\[1\].dataset: .*b.bin is a token file, whose documents cannot be read again",
+    ):
         tokenizer_for(TokenizerConfig(kind="char"), data, SEED)
 
 
 def test_a_bare_array_validates_a_mixture_of_texts(tmp_path, write):
     """Its dtype is that of the settings, though no part of the mixture is such a file."""
     np.array([97, BYTES.eos_id], dtype=np.uint16).tofile(tmp_path / "val.bin")
-    data = mixed(tmp_path, write("a.txt", A), write("b.txt", B), val_dataset=str(tmp_path / "val.bin"), token_dtype="uint16")  # noqa: S106  (no password)
+    data = mixed(
+        tmp_path,
+        write("a.txt", A),
+        write("b.txt", B),
+        val_dataset=str(tmp_path / "val.bin"),
+        token_dtype="uint16",  # noqa: S106  (no password)
+    )
     assert validation_file(data, BYTES, SEED).tokens.tolist() == [97, BYTES.eos_id]

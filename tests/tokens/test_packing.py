@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinylm.packing import IGNORE_INDEX, Example, Position, count_rows, document_ids, pack_examples, pack_stream, row_at, row_of_examples
+from tinylm.tokens.packing import (
+    IGNORE_INDEX,
+    Example,
+    Position,
+    count_rows,
+    document_ids,
+    pack_examples,
+    pack_stream,
+    row_at,
+    row_of_examples,
+)
 
 EOS = 0
 
@@ -24,13 +34,18 @@ def test_labels_are_the_inputs_one_place_further_on() -> None:
 def test_rows_ask_for_every_token_but_the_first_exactly_once(n_tokens: int, seq_len: int) -> None:
     """Labels that are not padding, row after row, are tokens 1..n-1 in order."""
     tokens = np.arange(n_tokens)
-    rows = [row_at(tokens, row * seq_len, seq_len, pad_id=0)[1] for row in range(count_rows(n_tokens, seq_len, seq_len))]
+    rows = [
+        row_at(tokens, row * seq_len, seq_len, pad_id=0)[1]
+        for row in range(count_rows(n_tokens, seq_len, seq_len))
+    ]
     asked = np.concatenate(rows)
     assert asked[asked != IGNORE_INDEX].tolist() == list(range(1, n_tokens))
 
 
 @given(n_tokens=st.integers(3, 100), seq_len=st.integers(2, 10), data=st.data())
-def test_overlapping_windows_start_every_stride_tokens_and_reach_the_end(n_tokens: int, seq_len: int, data: st.DataObject) -> None:
+def test_overlapping_windows_start_every_stride_tokens_and_reach_the_end(
+    n_tokens: int, seq_len: int, data: st.DataObject
+) -> None:
     """S0's sliding window: the last row asks for the last token, and one row fewer would not."""
     stride = data.draw(st.integers(1, seq_len))
     rows = count_rows(n_tokens, seq_len, stride)
@@ -42,13 +57,17 @@ def test_overlapping_windows_start_every_stride_tokens_and_reach_the_end(n_token
 
 def test_eos_opens_the_next_document() -> None:
     """The EOS that closes 7 7 is the first input of the document 8 8, which is asked for 8 given EOS alone."""
-    assert document_ids(np.array([[7, 7, EOS, 8, 8, EOS, 9]]), EOS).tolist() == [[0, 0, 1, 1, 1, 2, 2]]
+    assert document_ids(np.array([[7, 7, EOS, 8, 8, EOS, 9]]), EOS).tolist() == [
+        [0, 0, 1, 1, 1, 2, 2]
+    ]
 
 
 START = Position(0, 0, 0)
 
 
-def stream(documents: list[list[int]], start: Position = START) -> list[tuple[Position, np.ndarray]]:
+def stream(
+    documents: list[list[int]], start: Position = START
+) -> list[tuple[Position, np.ndarray]]:
     """Documents as `pack_stream` takes them, from `start` on."""
     pieces = []
     for number, ids in enumerate(documents[start.document :], start.document):
@@ -58,7 +77,9 @@ def stream(documents: list[list[int]], start: Position = START) -> list[tuple[Po
     return pieces
 
 
-documents_of_tokens = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=30), min_size=1, max_size=12)
+documents_of_tokens = st.lists(
+    st.lists(st.integers(0, 99), min_size=1, max_size=30), min_size=1, max_size=12
+)
 
 
 @given(documents_of_tokens, st.integers(1, 8))
@@ -76,17 +97,23 @@ def test_packing_goes_on_at_any_row_border(documents: list[list[int]], seq_len: 
     """From the place that comes with row i, rows i+1, i+2, ... follow unchanged: what an exact resume rests on."""
     whole = [(row.tolist(), place) for row, place in pack_stream(iter(stream(documents)), seq_len)]
     for i, (_, place) in enumerate(whole):
-        rest = [(row.tolist(), end) for row, end in pack_stream(iter(stream(documents, place)), seq_len)]
+        rest = [
+            (row.tolist(), end) for row, end in pack_stream(iter(stream(documents, place)), seq_len)
+        ]
         assert rest == whole[i + 1 :]
 
 
 # --- examples of fine-tuning ------------------------------------------------------------------------------------------
 
-lengths_and_room = st.integers(1, 40).flatmap(lambda room: st.tuples(st.lists(st.integers(1, room), max_size=60), st.just(room)))
+lengths_and_room = st.integers(1, 40).flatmap(
+    lambda room: st.tuples(st.lists(st.integers(1, room), max_size=60), st.just(room))
+)
 
 
 @given(lengths_and_room)
-def test_every_example_is_in_one_row_whole_and_no_row_holds_too_much(case: tuple[list[int], int]) -> None:
+def test_every_example_is_in_one_row_whole_and_no_row_holds_too_much(
+    case: tuple[list[int], int],
+) -> None:
     """And no two rows could be one: an example opens a row only where no other has room for it."""
     lengths, room = case
     rows = pack_examples(lengths, room)
@@ -108,7 +135,10 @@ def test_an_example_that_is_longer_than_a_row_is_the_callers_mistake() -> None:
 
 def test_a_row_asks_each_example_for_its_trained_tokens_alone() -> None:
     """Of 5 6 7 8 the last two are asked for, of 5 9 the last: never an example's first token, which nothing comes before."""
-    examples = [Example(np.array(ids), np.array(trained)) for ids, trained in (([5, 6, 7, 8], [False, False, True, True]), ([5, 9], [False, True]))]
+    examples = [
+        Example(np.array(ids), np.array(trained))
+        for ids, trained in (([5, 6, 7, 8], [False, False, True, True]), ([5, 9], [False, True]))
+    ]
     inputs, labels, documents = row_of_examples(examples, 6, pad_id=0)
     assert inputs.tolist() == [5, 6, 7, 5, 0, 0]
     assert labels.tolist() == [IGNORE_INDEX, 7, 8, 9, IGNORE_INDEX, IGNORE_INDEX]

@@ -10,14 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_portions, write_token_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinylm import tokenfile
-from tinylm.errors import UserError
-from tinylm.tokenfile import HEADER_BYTES, MAGIC, Draft, TokenFile, checked_tokens, draft_folder, shared_documents, token_dtype, write_npy
-from tinylm.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from tests.conftest import write_portions, write_token_file
+from tinylm.common.errors import UserError
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
+from tinylm.tokens import token_file as token_files
+from tinylm.tokens import token_file_writer
+from tinylm.tokens.token_file import (
+    HEADER_BYTES,
+    MAGIC,
+    TokenFile,
+    checked_tokens,
+    shared_documents,
+    token_dtype,
+)
+from tinylm.tokens.token_file_writer import Draft, draft_folder, write_npy
 
 BYTES = ByteTokenizer()
 
@@ -28,13 +38,24 @@ def names(folder: Path) -> list[str]:
 
 
 def test_two_bytes_hold_65536_ids_and_one_more_needs_four():
-    assert [token_dtype(size).name for size in (260, 65536, 65537, 70000)] == ["uint16", "uint16", "uint32", "uint32"]
+    assert [token_dtype(size).name for size in (260, 65536, 65537, 70000)] == [
+        "uint16",
+        "uint16",
+        "uint32",
+        "uint32",
+    ]
 
 
 class Wide(Tokenizer):
     """70000 tokens, of which the first is 69999: cast to two bytes it would be 4463."""
 
-    kind, vocab_size, eos_id, pad_id, special_names = "wide", 70_000, 65_536, 65_536, {65_536: "end"}
+    kind, vocab_size, eos_id, pad_id, special_names = (
+        "wide",
+        70_000,
+        65_536,
+        65_536,
+        {65_536: "end"},
+    )
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         return [np.full(len(text), 69_999, dtype=np.int64) for text in texts]
@@ -49,7 +70,10 @@ class Wide(Tokenizer):
 def test_ids_beyond_65535_are_kept(tmp_path):
     write_token_file(tmp_path / "a.bin", ["ab", "c"], Wide())
     file = TokenFile.open(tmp_path / "a.bin")
-    assert (file.header.dtype, file.tokens.tolist()) == ("uint32", [69_999, 69_999, 65_536, 69_999, 65_536])
+    assert (file.header.dtype, file.tokens.tolist()) == (
+        "uint32",
+        [69_999, 69_999, 65_536, 69_999, 65_536],
+    )
 
 
 @pytest.mark.parametrize("ids", [[70_000], [-1], [0, 260]])
@@ -78,7 +102,14 @@ def test_a_token_file_reads_as_it_was_written(token_file):
     file = TokenFile.open(token_file)
     assert (len(file), file.tokens.tolist(), file.tokens.ndim) == (8, TOKENS, 1)
     header = file.header
-    assert (header.count, header.dtype, header.documents, header.text_bytes, header.eos_id, header.vocab_size) == (8, "uint16", 3, 5, 258, 260)
+    assert (
+        header.count,
+        header.dtype,
+        header.documents,
+        header.text_bytes,
+        header.eos_id,
+        header.vocab_size,
+    ) == (8, "uint16", 3, 5, 258, 260)
     assert (header.tokenizer, header.source) == (BYTES.fingerprint, "test")
     file.verify()
     file.require_tokenizer(BYTES)
@@ -103,8 +134,17 @@ def test_the_index_stands_behind_zeros_at_a_multiple_of_8_bytes(tmp_path, n):
     assert data[2 * (n + 1) :] == bytes(len(data) - 8 - 2 * (n + 1)) + (n + 1).to_bytes(8, "little")
 
 
-@given(texts=st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=5), min_size=1, max_size=9), data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@given(
+    texts=st.lists(
+        st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=5),
+        min_size=1,
+        max_size=9,
+    ),
+    data=st.data(),
+)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None
+)
 def test_documents_come_back_by_the_index(tmp_path, texts, data):
     """Of the whole file, and of a part between two borders."""
     write_token_file(tmp_path / "a.bin", texts, BYTES)
@@ -119,19 +159,26 @@ def test_documents_come_back_by_the_index(tmp_path, texts, data):
 
 
 @given(lengths=st.lists(st.integers(0, 3), min_size=2, max_size=9), data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None
+)
 def test_the_border_is_the_first_start_of_a_document_from_there_on(tmp_path, lengths, data):
     """Oracle: a search through all tokens. The start of the file and its end divide nothing."""
     write_token_file(tmp_path / "a.bin", ["x" * n for n in lengths], BYTES)
     file = TokenFile.open(tmp_path / "a.bin")
     starts = [place for place in range(1, len(file)) if file.tokens[place - 1] == BYTES.eos_id]
     wanted = data.draw(st.integers(0, len(file)))
-    assert file.document_border(wanted) == next((start for start in starts if start >= wanted), starts[-1])
+    assert file.document_border(wanted) == next(
+        (start for start in starts if start >= wanted), starts[-1]
+    )
 
 
 def test_one_document_has_no_border(tmp_path):
     write_token_file(tmp_path / "a.bin", ["only one"], BYTES)
-    with pytest.raises(UserError, match="a.bin: one document only, so none can be held out. Set data.val_dataset to a second token file."):
+    with pytest.raises(
+        UserError,
+        match="a.bin: one document only, so none can be held out. Set data.val_dataset to a second token file.",
+    ):
         TokenFile.open(tmp_path / "a.bin").document_border(3)
 
 
@@ -151,7 +198,11 @@ def test_a_worker_process_gets_the_path_not_the_tokens(tmp_path):
     packed = pickle.dumps(file)
     assert len(packed) < 5000
     back = pickle.loads(packed)  # noqa: S301
-    assert (back.tokens.tolist(), back.fingerprint, back.mend) == (file.tokens.tolist(), file.fingerprint, file.mend)
+    assert (back.tokens.tolist(), back.fingerprint, back.mend) == (
+        file.tokens.tolist(),
+        file.fingerprint,
+        file.mend,
+    )
 
 
 def encode_again(path: Path) -> str:
@@ -165,7 +216,9 @@ def test_a_token_file_of_the_wrong_size_is_refused(token_file, size):
     with pytest.raises(UserError) as caught:
         TokenFile.open(token_file)
     expected = "expected 4136 bytes (8 tokens of uint16 behind 4096 bytes of header, and 3 ends of documents)"
-    assert str(caught.value) == f"{token_file}: {expected}, found {size}. {encode_again(token_file)}"
+    assert (
+        str(caught.value) == f"{token_file}: {expected}, found {size}. {encode_again(token_file)}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,10 +239,22 @@ def test_what_is_no_token_file_is_refused(tmp_path, content, message):
         TokenFile.open(tmp_path / "a.bin")
     assert str(caught.value).startswith(f"{tmp_path / 'a.bin'}: {message}")
     assert encode_again(tmp_path / "a.bin") in str(caught.value)
-    assert str(caught.value).endswith(" If it is a bare array of ids, set data.token_dtype.") == ("not a token file" in message)
+    assert str(caught.value).endswith(" If it is a bare array of ids, set data.token_dtype.") == (
+        "not a token file" in message
+    )
 
 
-@pytest.mark.parametrize(("key", "value"), [("count", 0), ("count", "8"), ("count", 2.5), ("dtype", "float64"), ("eos_id", -1), ("tokenizer", 3)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("count", 0),
+        ("count", "8"),
+        ("count", 2.5),
+        ("dtype", "float64"),
+        ("eos_id", -1),
+        ("tokenizer", 3),
+    ],
+)
 def test_a_header_with_a_wrong_value_is_refused_and_names_it(token_file, key, value):
     data = token_file.read_bytes()
     header = json.loads(data[len(MAGIC) : 4096]) | {key: value}
@@ -243,8 +308,19 @@ def test_tokens_of_another_tokenizer_are_refused(token_file):
 def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(tmp_path, monkeypatch):
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync file"), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(f"{Path(a).name} -> {Path(b).name}"), replace(a, b)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (
+            order.append("sync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync file"),
+            fsync(fd),
+        ),
+    )
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda a, b: (order.append(f"{Path(a).name} -> {Path(b).name}"), replace(a, b)),
+    )
     write_token_file(tmp_path / "a.bin", ["a"], BYTES)
     assert order == ["sync file", "tokens -> a.bin", "sync folder"]
 
@@ -262,7 +338,9 @@ def test_a_source_that_breaks_leaves_no_file_and_keeps_the_old_one(token_file, t
     assert (names(tmp_path), token_file.read_bytes()) == (["train.bin"], before)
 
 
-@pytest.mark.parametrize(("call", "reason"), [("fsync", "Input/output error"), ("replace", "Permission denied")])
+@pytest.mark.parametrize(
+    ("call", "reason"), [("fsync", "Input/output error"), ("replace", "Permission denied")]
+)
 def test_a_failed_sync_or_rename_is_a_failed_file(tmp_path, monkeypatch, call, reason):
     def fail(*args):
         raise OSError({"fsync": 5, "replace": 13}[call], reason)
@@ -270,7 +348,10 @@ def test_a_failed_sync_or_rename_is_a_failed_file(tmp_path, monkeypatch, call, r
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(UserError) as caught:
         write_token_file(tmp_path / "a.bin", ["a"], BYTES)
-    assert str(caught.value) == f"{tmp_path / 'a.bin'}: the token file could not be written: {reason}. Make room, or choose another data.cache_dir."
+    assert (
+        str(caught.value)
+        == f"{tmp_path / 'a.bin'}: the token file could not be written: {reason}. Make room, or choose another data.cache_dir."
+    )
     assert names(tmp_path) == []
 
 
@@ -282,18 +363,30 @@ DOCUMENTS = st.lists(st.sampled_from(["", "a", "b", "ab", "abc", "é", "x" * 9])
 
 @pytest.mark.parametrize("block", [1, 3, 2**16])
 @given(train=st.lists(DOCUMENTS, min_size=1, max_size=3), val=DOCUMENTS)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8, deadline=None
+)
 def test_documents_on_both_sides_are_those_of_both_sets(tmp_path, block, train, val):
     """Oracle: Python's sets. Documents of EOS alone say nothing; ids of two and of four bytes are the same documents."""
     files = []
     for number, documents in enumerate([*train, val]):
         write_token_file(tmp_path / f"{number}.bin", [*documents, ""], BYTES)
-        np.save(tmp_path / f"{number}.npy", TokenFile.open(tmp_path / f"{number}.bin").tokens.astype(np.uint32))
-        files.append(TokenFile.open(tmp_path / f"{number}.{'npy' if number == 0 else 'bin'}", tokenizer=BYTES))
+        np.save(
+            tmp_path / f"{number}.npy",
+            TokenFile.open(tmp_path / f"{number}.bin").tokens.astype(np.uint32),
+        )
+        files.append(
+            TokenFile.open(
+                tmp_path / f"{number}.{'npy' if number == 0 else 'bin'}", tokenizer=BYTES
+            )
+        )
     *sides, wanted = [{text for text in documents if text} for documents in [*train, val]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenfile, "DIGESTS", block)
-        assert shared_documents(files[:-1], files[-1:]) == (len(wanted & set().union(*sides)), len(wanted))
+        patch.setattr(token_files, "DIGESTS", block)
+        assert shared_documents(files[:-1], files[-1:]) == (
+            len(wanted & set().union(*sides)),
+            len(wanted),
+        )
 
 
 def test_documents_on_both_sides_of_a_border_are_counted(tmp_path):
@@ -339,7 +432,16 @@ def whole(tmp_path: Path) -> bytes:
     """The file of all portions, made in one go."""
     with drafted(tmp_path / "whole.bin", PORTIONS) as draft:
         draft.finish("source")
-    assert TokenFile.open(tmp_path / "whole.bin").tokens.tolist() == [1, 2, 258, 3, 258, 258, 4, 258]
+    assert TokenFile.open(tmp_path / "whole.bin").tokens.tolist() == [
+        1,
+        2,
+        258,
+        3,
+        258,
+        258,
+        4,
+        258,
+    ]
     return (tmp_path / "whole.bin").read_bytes()
 
 
@@ -365,9 +467,13 @@ def test_a_draft_goes_on_from_what_was_saved(tmp_path, whole, saved, lost):
 def test_a_kill_while_the_file_is_finished_loses_nothing(tmp_path, whole, monkeypatch):
     """The index is written already when the rename does not come."""
     path = tmp_path / "a.bin"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), drafted(path, PORTIONS, keep=True) as draft:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+        drafted(path, PORTIONS, keep=True) as draft,
+    ):
         draft.save()
-        patch.setattr(tokenfile, "sync_folder", None)
+        patch.setattr(token_file_writer, "sync_folder", None)
         patch.setattr(os, "replace", interrupt)
         draft.finish("source")
     with Draft(path, BYTES, "recipe", resume=True) as again:
@@ -380,12 +486,19 @@ def interrupt(*arguments: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("keep", "error", "left"), [(False, UserError, False), (True, UserError, True), (False, KeyboardInterrupt, True)])
-def test_an_interruption_leaves_the_draft_and_an_error_only_where_that_is_wished(tmp_path, keep, error, left):
+@pytest.mark.parametrize(
+    ("keep", "error", "left"),
+    [(False, UserError, False), (True, UserError, True), (False, KeyboardInterrupt, True)],
+)
+def test_an_interruption_leaves_the_draft_and_an_error_only_where_that_is_wished(
+    tmp_path, keep, error, left
+):
     with pytest.raises(error), drafted(tmp_path / "a.bin", PORTIONS[:2], keep=keep):
-        raise error
+        raise error("interrupted")
     assert names(tmp_path) == ([".a.bin.part"] if left else [])
-    assert Draft(tmp_path / "a.bin", BYTES, "recipe", resume=True).state.portions == (2 if left else 0)
+    assert Draft(tmp_path / "a.bin", BYTES, "recipe", resume=True).state.portions == (
+        2 if left else 0
+    )
 
 
 def test_without_resume_a_draft_is_begun_again(tmp_path):
@@ -406,12 +519,19 @@ def test_the_draft_of_something_else_is_not_gone_on_with(tmp_path):
         with pytest.raises(UserError) as caught:
             Draft(tmp_path / "a.bin", BYTES, recipe, cut=cut, resume=True)
         found = "was begun with other text, another tokenizer, settings or version"
-        assert str(caught.value) == f"{folder}: {found}. Go on with those, or: Delete {folder} to begin again."
+        assert (
+            str(caught.value)
+            == f"{folder}: {found}. Go on with those, or: Delete {folder} to begin again."
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("tokens", bytes(100), "tokens: shorter than"), ("ends", b"", "ends: shorter than"), ("state.json", b"{", "state.json: not the state of")],
+    [
+        ("tokens", bytes(100), "tokens: shorter than"),
+        ("ends", b"", "ends: shorter than"),
+        ("state.json", b"{", "state.json: not the state of"),
+    ],
 )
 def test_a_damaged_draft_is_refused(tmp_path, name, content, message):
     drafted(tmp_path / "a.bin", PORTIONS).save()
@@ -439,16 +559,25 @@ def array_refusal(path: Path, **options) -> str:
 
 @pytest.mark.parametrize("block", [1, 2, 3, 2**20])
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_an_array_reads_as_the_token_file_with_its_ids(token_file, tmp_path, dtype, block, monkeypatch):
-    monkeypatch.setattr(tokenfile, "BLOCK", block)
+def test_an_array_reads_as_the_token_file_with_its_ids(
+    token_file, tmp_path, dtype, block, monkeypatch
+):
+    monkeypatch.setattr(token_files, "BLOCK", block)
     ids, ours = np.array(TOKENS, dtype=dtype), TokenFile.open(token_file)
     np.save(tmp_path / "a.npy", ids)
     ids.tofile(tmp_path / "bare.bin")
     for file in (opened(tmp_path / "a.npy"), opened(tmp_path / "bare.bin", dtype=dtype)):
         file.verify()
         file.require_tokenizer(BYTES)
-        assert (file.tokens.tolist(), file.document_ends.tolist(), file.header.dtype) == (TOKENS, [3, 6, 8], dtype)
-        assert (file.header.documents, file.header.text_bytes) == (ours.header.documents, ours.header.text_bytes)
+        assert (file.tokens.tolist(), file.document_ends.tolist(), file.header.dtype) == (
+            TOKENS,
+            [3, 6, 8],
+            dtype,
+        )
+        assert (file.header.documents, file.header.text_bytes) == (
+            ours.header.documents,
+            ours.header.text_bytes,
+        )
         assert file.between(3, 8).document_ends.tolist() == [3, 5]
         assert len(file.fingerprint) == 12
 
@@ -470,7 +599,7 @@ def test_the_fingerprint_of_an_array_is_its_content(tmp_path):
 def test_a_worker_process_gets_an_array_without_reading_it_again(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", np.array(TOKENS, dtype=np.uint16))
     packed = pickle.dumps(opened(tmp_path / "a.npy").between(3, 8))
-    monkeypatch.setattr(tokenfile, "_with_scan", None)
+    monkeypatch.setattr(token_files, "_with_scan", None)
     back = pickle.loads(packed)  # noqa: S301
     assert (back.tokens.tolist(), back.document_ends.tolist()) == (TOKENS[3:], [3, 5])
 
@@ -482,7 +611,10 @@ def test_an_id_that_the_tokenizer_lacks_is_named_with_its_place(tmp_path):
     ids.tofile(tmp_path / "a.bin")
     for path, options in ((tmp_path / "a.npy", {}), (tmp_path / "a.bin", {"dtype": "uint16"})):
         found = "id 260 at position 3, and the tokenizer of this run has 260 tokens"
-        assert array_refusal(path, **options) == f"{path}: {found}. Set tokenizer to the one that it was encoded with, or correct data.token_dtype."
+        assert (
+            array_refusal(path, **options)
+            == f"{path}: {found}. Set tokenizer to the one that it was encoded with, or correct data.token_dtype."
+        )
 
 
 @pytest.mark.parametrize("size", [0, 1, 7])
@@ -495,7 +627,9 @@ def test_a_bare_array_of_an_odd_size_is_refused(tmp_path, size):
 
 def test_a_bare_array_needs_its_dtype(tmp_path):
     np.array(TOKENS, dtype=np.uint16).tofile(tmp_path / "a.bin")
-    assert array_refusal(tmp_path / "a.bin").endswith(" If it is a bare array of ids, set data.token_dtype.")
+    assert array_refusal(tmp_path / "a.bin").endswith(
+        " If it is a bare array of ids, set data.token_dtype."
+    )
 
 
 def test_a_dtype_that_the_file_denies_is_refused(token_file):
@@ -505,14 +639,19 @@ def test_a_dtype_that_the_file_denies_is_refused(token_file):
 
 
 def npy_header(shape: str, descr: str = "'<u2'") -> bytes:
-    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    text = (
+        f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117)
+        + b"\n"
+    )
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
 
 
 @pytest.mark.parametrize("shape", [10**12, 2**63, 10**300])
 def test_an_absurd_shape_is_refused_before_anything_is_made(tmp_path, shape):
     (tmp_path / "a.npy").write_bytes(npy_header(f"({shape},)") + bytes(8))
-    assert f"for {shape} ids of uint16, and at least one id, found " in array_refusal(tmp_path / "a.npy")
+    assert f"for {shape} ids of uint16, and at least one id, found " in array_refusal(
+        tmp_path / "a.npy"
+    )
 
 
 @pytest.mark.parametrize("descr", ["'<i8'", "'<f4'", "'>u2'", "'|u1'", "'|O'", "[('a', '<u2')]"])
@@ -541,8 +680,15 @@ def test_an_array_of_python_objects_runs_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@given(data=st.one_of(st.binary(max_size=300), st.binary(max_size=120).map(lambda tail: npy_header("(4,)")[:20] + tail)))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@given(
+    data=st.one_of(
+        st.binary(max_size=300),
+        st.binary(max_size=120).map(lambda tail: npy_header("(4,)")[:20] + tail),
+    )
+)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None
+)
 def test_no_bytes_named_npy_do_more_than_a_refusal(tmp_path, data):
     (tmp_path / "a.npy").write_bytes(data)
     array_refusal(tmp_path / "a.npy")
@@ -574,6 +720,9 @@ def test_an_array_that_cannot_be_written_leaves_nothing(token_file, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="a.npy: the token file could not be written: No space left on device. Make room, or choose another --out."):
+    with pytest.raises(
+        UserError,
+        match="a.npy: the token file could not be written: No space left on device. Make room, or choose another --out.",
+    ):
         write_npy(TokenFile.open(token_file), tmp_path / "a.npy", "--out")
     assert names(tmp_path) == ["train.bin"]

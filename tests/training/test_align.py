@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from test_seq2seq import save
 
 import align
 import finetune
 import train
-from tinylm import checkpoint
-from tinylm.errors import UserError
-from tinylm.processes import Children
+from tests.model.test_seq2seq import save
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import load as checkpoint_load
+from tinylm.common.errors import UserError
+from tinylm.common.processes import Children
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "max_seq_len": 64}
 TEXT = "One day a small model read a text, and it learned to go on.\nTwo words are a pair; three are a crowd.\n"
 
@@ -33,17 +34,36 @@ def rows(*made: dict[str, str]) -> str:
 
 def write_pipeline(folder: Path, max_steps: int = 6, **changes: dict[str, Any]) -> Path:
     """Four tiny configs and the list of them, all files under `folder`; `changes` are sections of single stages."""
-    (folder / "text.txt").write_text("".join(f"{number} {TEXT}" for number in range(60)), encoding="utf-8")
-    (folder / "answers.jsonl").write_text(rows(*({"instruction": f"Double {i}.", "output": f"It is {2 * i}."} for i in range(24))), encoding="utf-8")
-    pairs = ({"prompt": f"Double {i}.", "chosen": f"It is {2 * i}.", "rejected": f"Who cares for {i}?"} for i in range(24))
+    (folder / "text.txt").write_text(
+        "".join(f"{number} {TEXT}" for number in range(60)), encoding="utf-8"
+    )
+    (folder / "answers.jsonl").write_text(
+        rows(*({"instruction": f"Double {i}.", "output": f"It is {2 * i}."} for i in range(24))),
+        encoding="utf-8",
+    )
+    pairs = (
+        {"prompt": f"Double {i}.", "chosen": f"It is {2 * i}.", "rejected": f"Who cares for {i}?"}
+        for i in range(24)
+    )
     (folder / "pairs.jsonl").write_text(rows(*pairs), encoding="utf-8")
     problems = ({"prompt": f"{i} + {i % 5} =", "completion": f" {i + i % 5}"} for i in range(24))
     (folder / "problems.jsonl").write_text(rows(*problems), encoding="utf-8")
     stages = {
         "pretrain": {"model": TINY, "data": {"dataset": "text.txt"}},
-        "sft": {"data": {"dataset": "answers.jsonl"}, "training": {"init_from": "runs/pretrain/final.ckpt", "sample_prompt": "Double 4."}},
-        "dpo": {"data": {"dataset": "pairs.jsonl"}, "training": {"init_from": "runs/sft/best.ckpt"}, "dpo": {"beta": 0.5}},
-        "verifier": {"model": TINY, "data": {"dataset": "problems.jsonl"}, "verifier": {"n_wrong": 1}},
+        "sft": {
+            "data": {"dataset": "answers.jsonl"},
+            "training": {"init_from": "runs/pretrain/final.ckpt", "sample_prompt": "Double 4."},
+        },
+        "dpo": {
+            "data": {"dataset": "pairs.jsonl"},
+            "training": {"init_from": "runs/sft/best.ckpt"},
+            "dpo": {"beta": 0.5},
+        },
+        "verifier": {
+            "model": TINY,
+            "data": {"dataset": "problems.jsonl"},
+            "verifier": {"n_wrong": 1},
+        },
     }
     for name, settings in stages.items():
         training = {
@@ -51,15 +71,22 @@ def write_pipeline(folder: Path, max_steps: int = 6, **changes: dict[str, Any]) 
             "lr": 1e-2, "checkpoint_dir": f"runs/{name}", "log_dir": "logs", "run_name": name,
         }  # fmt: skip
         settings["data"] |= {"val_fraction": 0.25, "cache_dir": "cache"}
-        settings["training"] = training | settings.get("training", {}) | changes.get(name, {}).pop("training", {})
+        settings["training"] = (
+            training | settings.get("training", {}) | changes.get(name, {}).pop("training", {})
+        )
         settings["hardware"] = {"accelerator": "cpu", "threads": 1}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings | changes.get(name, {})), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(
+            yaml.safe_dump(settings | changes.get(name, {})), encoding="utf-8"
+        )
     return write_list(folder, *stages)
 
 
 def write_list(folder: Path, *stages: str) -> Path:
     """The list of these stages, each with the config of its name."""
-    (folder / "all.yaml").write_text(yaml.safe_dump([{"stage": name, "config": f"{name}.yaml"} for name in stages]), encoding="utf-8")
+    (folder / "all.yaml").write_text(
+        yaml.safe_dump([{"stage": name, "config": f"{name}.yaml"} for name in stages]),
+        encoding="utf-8",
+    )
     return folder / "all.yaml"
 
 
@@ -85,7 +112,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def results_of(folder: Path) -> dict[str, Any]:
     """What is compared: without the digest, which also knows of fingerprints."""
-    found = json.loads((folder / "checkpoints" / "all" / "results.json").read_text(encoding="utf-8"))
+    found = json.loads(
+        (folder / "checkpoints" / "all" / "results.json").read_text(encoding="utf-8")
+    )
     return {name: found[name] for name in ("models", "samples")}
 
 
@@ -93,7 +122,9 @@ def last_validation(name: str) -> dict[str, float]:
     """The row of metrics.csv with the best val_loss, whose checkpoint is compared."""
     with open(f"logs/{name}/metrics.csv", encoding="utf-8", newline="") as file:
         found = [row for row in csv.DictReader(file) if row["val_loss"]]
-    best = min(found, key=lambda row: float(row["val_loss"])) if name != "pretrain" else found[-1]  # sft begins with final.ckpt
+    best = (
+        min(found, key=lambda row: float(row["val_loss"])) if name != "pretrain" else found[-1]
+    )  # sft begins with final.ckpt
     return {key: float(value) for key, value in best.items() if value}
 
 
@@ -111,15 +142,24 @@ def test_every_number_of_the_table_is_the_one_that_its_stage_validated_with(here
     assert rows["sft"]["response_accuracy"] == pytest.approx(seen["sft"]["val_accuracy"], rel=1e-6)
     assert rows["dpo"]["reward_accuracy"] == pytest.approx(seen["dpo"]["val_accuracy"], abs=1e-6)
     assert rows["dpo"]["reward_margin"] == pytest.approx(seen["dpo"]["val_margin"], rel=1e-3)
-    assert rows["verifier"]["verifier_accuracy"] == pytest.approx(seen["verifier"]["val_accuracy"], abs=1e-6)
+    assert rows["verifier"]["verifier_accuracy"] == pytest.approx(
+        seen["verifier"]["val_accuracy"], abs=1e-6
+    )
     for measure in ("val_ppl", "response_loss", "preference_accuracy"):
         assert {name for name, row in rows.items() if measure in row} == {"pretrain", "sft", "dpo"}
     report = Path("checkpoints/all/report.md").read_text(encoding="utf-8")
-    assert f"| val_ppl | {rows['pretrain']['val_ppl']:.4f} | {rows['sft']['val_ppl']:.4f} | {rows['dpo']['val_ppl']:.4f} | - |" in report
+    assert (
+        f"| val_ppl | {rows['pretrain']['val_ppl']:.4f} | {rows['sft']['val_ppl']:.4f} | {rows['dpo']['val_ppl']:.4f} | - |"
+        in report
+    )
     assert "- sft: `python finetune.py --config sft.yaml` wrote runs/sft/best.ckpt" in report
     assert [found["stage"] for found in results_of(here)["samples"]] == ["pretrain", "sft", "dpo"]
     out = capsys.readouterr().out
-    assert "measure" in out and "Double 4." in out and out.endswith("report: checkpoints/all/report.md\n")
+    assert (
+        "measure" in out
+        and "Double 4." in out
+        and out.endswith("report: checkpoints/all/report.md\n")
+    )
 
 
 @pytest.mark.slow
@@ -162,7 +202,10 @@ def test_rewards_are_measured_also_where_the_reference_is_in_no_row(here, ran):
     assert align.main(["--config", str(write_list(here, "dpo"))]) == 0
     (row,) = results_of(here)["models"]
     seen = last_validation("dpo")
-    assert (row["reward_accuracy"], row["reward_margin"]) == (pytest.approx(seen["val_accuracy"]), pytest.approx(seen["val_margin"], rel=1e-3))
+    assert (row["reward_accuracy"], row["reward_margin"]) == (
+        pytest.approx(seen["val_accuracy"]),
+        pytest.approx(seen["val_margin"], rel=1e-3),
+    )
 
 
 def test_a_model_that_is_lost_is_named_and_no_other_takes_its_place(here, ran, capsys):
@@ -192,7 +235,11 @@ def test_of_checkpoints_that_were_there_before_it_is_said_what_is_not_known(here
 
 
 def test_models_with_different_tokenizers_are_not_compared_by_the_token():
-    rows = [{"stage": "pretrain", "tokenizer": "a"}, {"stage": "sft", "tokenizer": "a"}, {"stage": "verifier"}]
+    rows = [
+        {"stage": "pretrain", "tokenizer": "a"},
+        {"stage": "sft", "tokenizer": "a"},
+        {"stage": "verifier"},
+    ]
     assert list(align.notes_on({"models": rows})) == []
     found = "note: these models have different tokenizers: val_ppl, response_loss and response_accuracy are by the token, and say nothing between two of them"
     assert list(align.notes_on({"models": [*rows, {"stage": "dpo", "tokenizer": "b"}]})) == [found]
@@ -200,8 +247,17 @@ def test_models_with_different_tokenizers_are_not_compared_by_the_token():
 
 def test_a_stop_between_two_stages_begins_no_other(here, ran, capsys):
     stages = align.read_stages(write_pipeline(here))
-    assert align.run_stages(stages, align.State(here / "state.json", {}), Children(received=signal.SIGINT)) == 130
-    assert ran == [] and capsys.readouterr().err == "stopped by signal 2 between two stages; the same command goes on there\n"
+    assert (
+        align.run_stages(
+            stages, align.State(here / "state.json", {}), Children(received=signal.SIGINT)
+        )
+        == 130
+    )
+    assert (
+        ran == []
+        and capsys.readouterr().err
+        == "stopped by signal 2 between two stages; the same command goes on there\n"
+    )
 
 
 @pytest.mark.slow
@@ -209,29 +265,38 @@ def test_changed_settings_are_for_the_stages_program_to_judge(here, ran, capsys)
     """More steps go on; another learning rate is refused by finetune.py in its own words, and its exit code comes through."""
     align.main(["--config", str(write_pipeline(here))])
     ran.clear()
-    assert align.main(["--config", str(write_pipeline(here, verifier={"training": {"max_steps": 8}}))]) == 0
+    assert (
+        align.main(["--config", str(write_pipeline(here, verifier={"training": {"max_steps": 8}}))])
+        == 0
+    )
     assert ran == ["verifier.yaml"]
-    assert checkpoint.describe(Path("runs/verifier/final.ckpt")).step == 8
+    assert checkpoint_format.describe(Path("runs/verifier/final.ckpt")).step == 8
     capsys.readouterr()
     assert align.main(["--config", str(write_pipeline(here, sft={"training": {"lr": 0.5}}))]) == 2
     err = capsys.readouterr().err
     assert "training.lr was 0.01 when it was saved, this run has 0.5" in err
-    assert "stage 2 of 4, sft: ended with exit code 2. What it saved stays; once that is mended, the same command goes on there\n" in err
+    assert (
+        "stage 2 of 4, sft: ended with exit code 2. What it saved stays; once that is mended, the same command goes on there\n"
+        in err
+    )
 
 
 def test_a_stage_is_not_gone_on_with_over_another_base(here, ran, capsys):
     """The base is trained anew with another seed; of what began with the old one nothing is kept without a word."""
     path = str(write_pipeline(here))
     align.main(["--config", path])
-    old = checkpoint.weights_fingerprint(Path("runs/pretrain/final.ckpt"))
+    old = checkpoint_load.weights_fingerprint(Path("runs/pretrain/final.ckpt"))
     for file in Path("runs/pretrain").glob("*.ckpt"):
         file.unlink()
     write_pipeline(here, pretrain={"training": {"seed": 5}})
     capsys.readouterr()
     assert align.main(["--config", path]) == 2
-    new = checkpoint.weights_fingerprint(Path("runs/pretrain/final.ckpt"))
+    new = checkpoint_load.weights_fingerprint(Path("runs/pretrain/final.ckpt"))
     found = f"error: runs/pretrain/final.ckpt has weights {new} now, and had {old} when stage sft began with it"
-    assert f"{found}. Put it back, or remove runs/sft, and the stage is run again.\n" in capsys.readouterr().err
+    assert (
+        f"{found}. Put it back, or remove runs/sft, and the stage is run again.\n"
+        in capsys.readouterr().err
+    )
     for name in ("sft", "dpo"):
         for file in Path(f"runs/{name}").glob("*.ckpt"):
             file.unlink()
@@ -246,11 +311,16 @@ def test_a_stage_is_not_gone_on_with_over_another_base(here, ran, capsys):
 def begin(path: Path) -> subprocess.Popen[str]:
     """The command, as a user gives it."""
     command = [sys.executable, str(ROOT / "align.py"), "--config", path.name]
-    return subprocess.Popen(command, cwd=path.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=path.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    return [
+        int(child)
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    ]
 
 
 def wait_for(what: Any, process: subprocess.Popen[str]) -> bool:
@@ -284,7 +354,9 @@ def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path, monkeypat
         process.stdout.close()
         process.stderr.close()
         end = time.monotonic() + 60
-        while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < end:  # Linux ends it, after it saved
+        while (
+            any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < end
+        ):  # Linux ends it, after it saved
             time.sleep(0.05)
         assert not (folder / "final.ckpt").exists()
     process = begin(path)
@@ -303,7 +375,10 @@ def test_a_stop_reaches_the_stage_which_saves(tmp_path, number, code):
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == code
-    assert f"stage 1 of 4, pretrain: ended with exit code {code}. What it saved stays; the same command goes on there" in err
+    assert (
+        f"stage 1 of 4, pretrain: ended with exit code {code}. What it saved stays; the same command goes on there"
+        in err
+    )
     assert "saved" in err and "Traceback" not in err
 
 
@@ -323,32 +398,61 @@ def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
         "runs/pretrain/final.ckpt", "runs/sft/best.ckpt", "runs/dpo/best.ckpt", "runs/verifier/best.ckpt",
     ]  # fmt: skip
     path.write_text("- {stage: base, config: pretrain.yaml}\n", encoding="utf-8")
-    assert refusal(path) == f"{path}:1: stage: base: no such stage. There are pretrain, sft, dpo, verifier."
+    assert (
+        refusal(path)
+        == f"{path}:1: stage: base: no such stage. There are pretrain, sft, dpo, verifier."
+    )
     path.write_text("- stage: pretrain\n", encoding="utf-8")
-    assert refusal(path) == f"{path}:1: config: expected text, found nothing. Each stage has stage and config."
+    assert (
+        refusal(path)
+        == f"{path}:1: config: expected text, found nothing. Each stage has stage and config."
+    )
     path.write_text("- {stage: pretrain, config: pretrain.yaml, steps: 3}\n", encoding="utf-8")
-    assert refusal(path) == f"{path}:1: steps: no such key. A stage has stage and config; settings stand in the config."
+    assert (
+        refusal(path)
+        == f"{path}:1: steps: no such key. A stage has stage and config; settings stand in the config."
+    )
     write_list(here, "pretrain", "pretrain")
     assert refusal(path).endswith("stage: pretrain stands above already. Each stage comes once.")
     path.write_text("- {stage: dpo, config: sft.yaml}\n", encoding="utf-8")
-    assert refusal(path) == f"{path}:1: sft.yaml: has no dpo section, and is given as stage dpo. Give another config, or another stage."
+    assert (
+        refusal(path)
+        == f"{path}:1: sft.yaml: has no dpo section, and is given as stage dpo. Give another config, or another stage."
+    )
     path.write_text("- {stage: sft, config: verifier.yaml}\n", encoding="utf-8")
-    assert refusal(path) == f"{path}:1: verifier.yaml: has a verifier section, and is given as stage sft. Give another config, or another stage."
+    assert (
+        refusal(path)
+        == f"{path}:1: verifier.yaml: has a verifier section, and is given as stage sft. Give another config, or another stage."
+    )
     write_list(here, "sft", "pretrain")
-    assert refusal(path) == "sft.yaml: runs/pretrain/final.ckpt comes from this stage or a later one. Put the stages in another order."
+    assert (
+        refusal(path)
+        == "sft.yaml: runs/pretrain/final.ckpt comes from this stage or a later one. Put the stages in another order."
+    )
     write_list(here, "sft", "dpo")
-    assert refusal(path) == "sft.yaml: runs/pretrain/final.ckpt: not found, and no stage before sft writes there. Add the stage that does."
+    assert (
+        refusal(path)
+        == "sft.yaml: runs/pretrain/final.ckpt: not found, and no stage before sft writes there. Add the stage that does."
+    )
     write_pipeline(here, sft={"training": {"checkpoint_dir": "runs/pretrain"}})
     write_list(here, "pretrain", "sft")
-    assert refusal(path) == "sft.yaml: training.checkpoint_dir: runs/pretrain is that of pretrain too. Give each its own."
+    assert (
+        refusal(path)
+        == "sft.yaml: training.checkpoint_dir: runs/pretrain is that of pretrain too. Give each its own."
+    )
 
 
 def test_what_a_stage_would_refuse_in_its_turn_is_refused_before_the_first_one(here):
     path = write_pipeline(here, dpo={"training": {"init_from": None}})
     preferences = "dpo.yaml: training.init_from: preferences are learned by a trained model."
-    assert refusal(path) == f"{path}:5: {preferences} Set it to a checkpoint, or to hf:NAME for a Hugging Face model."
+    assert (
+        refusal(path)
+        == f"{path}:5: {preferences} Set it to a checkpoint, or to hf:NAME for a Hugging Face model."
+    )
     path.write_text("- {stage: sft, config: pretrain.yaml}\n", encoding="utf-8")
-    assert refusal(path).startswith(f"{path}:1: pretrain.yaml: training.init_from: answers alone are learned by a model that was trained before.")
+    assert refusal(path).startswith(
+        f"{path}:1: pretrain.yaml: training.init_from: answers alone are learned by a model that was trained before."
+    )
     path = write_pipeline(here, sft={"lora": {"r": 2}})
     adapter = "runs/sft/best.ckpt is an adapter, since sft.yaml has a lora section, and stage dpo begins with a whole model"
     mend = "Take the section out there, and give one to the last stage if memory is short"
@@ -356,27 +460,50 @@ def test_what_a_stage_would_refuse_in_its_turn_is_refused_before_the_first_one(h
     path = write_pipeline(here, sft={"training": {"init_from": "hf:t5"}})
     save(here / "t5", "t5")
     other = write_pipeline(here, sft={"training": {"init_from": "hf:./nowhere"}})
-    mend = "Give a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2"
+    mend = (
+        "Give a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2"
+    )
     assert refusal(other) == f"sft.yaml: training.init_from: ./nowhere: not found. {mend}."
     path = write_pipeline(here, sft={"training": {"init_from": "hf:t5"}})
     reads = "hf:t5 is an encoder-decoder, which predicts no plain text to be compared by"
-    assert refusal(path) == f"sft.yaml: training.init_from: {reads}. Run finetune.py by itself, or choose another model."
+    assert (
+        refusal(path)
+        == f"sft.yaml: training.init_from: {reads}. Run finetune.py by itself, or choose another model."
+    )
 
 
 def test_a_folder_is_a_stages_or_the_lists(here, capsys):
     """Both would be locked, the stage's by the list's own process, and it would wait for itself."""
     assert align.main(["--config", str(write_pipeline(here)), "--out", "runs/../runs/sft"]) == 2
-    assert capsys.readouterr().err == "error: --out: runs/../runs/sft is training.checkpoint_dir of sft.yaml. Choose another --out.\n"
+    assert (
+        capsys.readouterr().err
+        == "error: --out: runs/../runs/sft is training.checkpoint_dir of sft.yaml. Choose another --out.\n"
+    )
 
 
 @pytest.mark.slow
 def test_settings_on_the_command_line_are_for_every_stage(here, ran, capsys):
-    assert align.main(["--config", str(write_pipeline(here)), "training.max_steps=2", "training.val_every_steps=1"]) == 0
-    assert {checkpoint.describe(Path(f"runs/{name}/final.ckpt")).step for name in align.PROGRAMS} == {2}
+    assert (
+        align.main(
+            [
+                "--config",
+                str(write_pipeline(here)),
+                "training.max_steps=2",
+                "training.val_every_steps=1",
+            ]
+        )
+        == 0
+    )
+    assert {
+        checkpoint_format.describe(Path(f"runs/{name}/final.ckpt")).step for name in align.PROGRAMS
+    } == {2}
     capsys.readouterr()
     assert align.main(["--config", "all.yaml", "dpo.beta=0.2"]) == 2
     mend = "Settings on the command line are for every stage: put this one into the config of its stage"
-    assert capsys.readouterr().err == f"error: all.yaml:1: pretrain.yaml: has a dpo section, and is given as stage pretrain. {mend}.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: all.yaml:1: pretrain.yaml: has a dpo section, and is given as stage pretrain. {mend}.\n"
+    )
 
 
 def test_a_state_that_is_none_is_refused(here, ran, capsys):
@@ -409,4 +536,7 @@ def test_preferences_beside_a_reference_are_worked_out_by_hand(here):
     assert align.measures_of_preferences(stages["dpo"], log_probs, "runs/dpo/best.ckpt") == {
         "preference_accuracy": 0.5, "n_pairs": 4, "reward_accuracy": 0.5, "reward_margin": 0.5,
     }  # fmt: skip
-    assert align.measures_of_preferences(stages["sft"], log_probs, "runs/sft/best.ckpt") == {"preference_accuracy": 0.25, "n_pairs": 4}
+    assert align.measures_of_preferences(stages["sft"], log_probs, "runs/sft/best.ckpt") == {
+        "preference_accuracy": 0.25,
+        "n_pairs": 4,
+    }

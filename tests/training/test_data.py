@@ -13,19 +13,35 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import val_documents
 
 import data as data_program
 import eval_val
 import train
-from data import Batch, Cursor, IndexedBatches, LitData, RowShape, Share, ShownRow, StreamBatches, ValidationBatches, print_rows
-from tinylm import bpe, checkpoint
-from tinylm.config import Config, load_config
-from tinylm.corpus import train_documents
-from tinylm.errors import UserError
-from tinylm.mix import weights_of
-from tinylm.packing import IGNORE_INDEX
-from tinylm.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
+from data import (
+    Batch,
+    Cursor,
+    IndexedBatches,
+    LitData,
+    RowShape,
+    Share,
+    ShownRow,
+    StreamBatches,
+    ValidationBatches,
+    print_rows,
+)
+from tests.conftest import val_documents
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import load as checkpoint_load
+from tinylm.common.errors import UserError
+from tinylm.config.loader import load_config
+from tinylm.config.schema import Config
+from tinylm.text.splits import train_documents
+from tinylm.tokenizer import bpe
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.byte_char import ByteTokenizer
+from tinylm.tokenizer.factory import make_tokenizer
+from tinylm.tokens.mixture import weights_of
+from tinylm.tokens.packing import IGNORE_INDEX
 
 
 @pytest.fixture
@@ -39,7 +55,9 @@ def load(make_config: Callable[..., Path]) -> Callable[..., tuple[Config, Tokeni
     return load
 
 
-def prepared(config: Config, tokenizer: Tokenizer, first: int = 0, cursor: list[int] | None = None) -> LitData:
+def prepared(
+    config: Config, tokenizer: Tokenizer, first: int = 0, cursor: list[int] | None = None
+) -> LitData:
     """The data of a run that begins at micro-batch `first`."""
     data = LitData(config, tokenizer)
     data.prepare()
@@ -54,23 +72,39 @@ def batches_of(data: LitData) -> list[Batch]:
 
 def equal(a: Batch, b: Batch) -> bool:
     """Whether two batches hold the same numbers."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+    )
 
 
 @pytest.fixture
 def mix(tmp_path: Path, corpus: Path) -> dict[str, Any]:
     """Settings of a mixture: the corpus with weight 1, and a second text, of other characters, with weight 2."""
     other = tmp_path / "other.txt"
-    other.write_text("".join(f"{i} {'XYZ'[i % 3] * (i % 17)}\n" for i in range(90)), encoding="utf-8")
+    other.write_text(
+        "".join(f"{i} {'XYZ'[i % 3] * (i % 17)}\n" for i in range(90)), encoding="utf-8"
+    )
     return {"mix": [{"dataset": str(corpus)}, {"dataset": str(other), "weight": 2}]}
 
 
 STREAM = {"streaming": True, "shuffle_window": 8}
 
 
-@pytest.mark.parametrize("kind", [{}, {"order": "random"}, {"order": "sequential"}, {"stride": 5}, STREAM, STREAM | {"order": "sequential"}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"order": "random"},
+        {"order": "sequential"},
+        {"stride": 5},
+        STREAM,
+        STREAM | {"order": "sequential"},
+    ],
+)
 @pytest.mark.parametrize("first", [1, 5])
-def test_a_resumed_loader_gives_what_the_uninterrupted_one_gave(load: Any, kind: dict, first: int) -> None:
+def test_a_resumed_loader_gives_what_the_uninterrupted_one_gave(
+    load: Any, kind: dict, first: int
+) -> None:
     """From micro-batch `first` on, for a token file by its number alone, for a stream by the cursor of the batch before."""
     config, tokenizer = load(data=kind, training={"max_steps": 12})
     whole = batches_of(prepared(config, tokenizer))
@@ -83,10 +117,15 @@ def test_a_resumed_loader_gives_what_the_uninterrupted_one_gave(load: Any, kind:
 
 @pytest.mark.parametrize("order", ["shuffled", "random", "sequential"])
 @pytest.mark.parametrize("first", [1, 300])
-def test_a_resumed_mixture_gives_what_the_uninterrupted_one_gave(load: Any, mix: dict, order: str, first: int) -> None:
+def test_a_resumed_mixture_gives_what_the_uninterrupted_one_gave(
+    load: Any, mix: dict, order: str, first: int
+) -> None:
     """Also from behind the first block of 1024 rows, which is 256 micro-batches of 4."""
     config, tokenizer = load(data=mix | {"order": order}, training={"max_steps": 301})
-    whole, resumed = batches_of(prepared(config, tokenizer)), batches_of(prepared(config, tokenizer, first))
+    whole, resumed = (
+        batches_of(prepared(config, tokenizer)),
+        batches_of(prepared(config, tokenizer, first)),
+    )
     assert len(whole) == 301
     assert len(resumed) == 301 - first
     assert all(equal(a, b) for a, b in zip(whole[first:], resumed, strict=True))
@@ -112,7 +151,9 @@ def test_each_pass_is_a_permutation_of_all_rows(load: Any, order: str) -> None:
     config, tokenizer = load(data={"order": order})
     data = prepared(config, tokenizer)
     assert data.train_files
-    batches = IndexedBatches(data.train_files, RowShape.of(config, tokenizer), order, seed=1, share=Share(4))
+    batches = IndexedBatches(
+        data.train_files, RowShape.of(config, tokenizer), order, seed=1, share=Share(4)
+    )
     rows = batches.sources[0].n_rows
     assert rows % 4, "a pass must end inside a batch, or the test proves less"
     origins = [start // 16 for k in range(3 * rows // 4 + 1) for start in batches[k]["origin"]]
@@ -122,11 +163,20 @@ def test_each_pass_is_a_permutation_of_all_rows(load: Any, order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
-def test_each_source_of_a_mixture_goes_through_its_own_passes(load: Any, mix: dict, order: str) -> None:
+def test_each_source_of_a_mixture_goes_through_its_own_passes(
+    load: Any, mix: dict, order: str
+) -> None:
     """A4, A5: of 4096 rows each third is of the first source, to less than a row a block; the R rows of a source are all there in its every pass."""
     config, tokenizer = load(data=mix | {"order": order})
     data = prepared(config, tokenizer)
-    batches = IndexedBatches(data.train_files, RowShape.of(config, tokenizer), order, 1, Share(4), weights_of(config.data))
+    batches = IndexedBatches(
+        data.train_files,
+        RowShape.of(config, tokenizer),
+        order,
+        1,
+        Share(4),
+        weights_of(config.data),
+    )
     origins = [origin for k in range(1024) for origin in batches[k]["origin"]]
     taken = [[start // 16 for source, start in origins if source == wanted] for wanted in (0, 1)]
     assert [len(rows) for rows in taken] == [1365, 4096 - 1365]  # 4096 / 3 = 1365.33
@@ -144,13 +194,17 @@ def test_the_rows_of_a_mixture_are_those_of_the_source_that_is_said(load: Any, m
     batches = batches_of(prepared(config, tokenizer))
     for batch in batches:
         for ids, (source, _) in zip(batch["input_ids"], batch["origin"], strict=True):
-            letters = [character for character in tokenizer.decode(ids.tolist()) if character.isalpha()]
+            letters = [
+                character for character in tokenizer.decode(ids.tolist()) if character.isalpha()
+            ]
             assert not letters or all(character.isupper() == (source == 1) for character in letters)
     assert {source for batch in batches for source, _ in batch["origin"]} == {0, 1}
 
 
 @pytest.mark.parametrize("order", ["shuffled", "random", "sequential"])
-def test_a_mixture_of_one_source_is_the_run_of_that_source(load: Any, corpus: Path, order: str) -> None:
+def test_a_mixture_of_one_source_is_the_run_of_that_source(
+    load: Any, corpus: Path, order: str
+) -> None:
     """So runs from before there were mixtures go on exactly: a single source is dealt every place, and draws the same numbers."""
     runs = []
     for kind in ({}, {"mix": [{"dataset": str(corpus), "weight": 7}]}):
@@ -160,11 +214,17 @@ def test_a_mixture_of_one_source_is_the_run_of_that_source(load: Any, corpus: Pa
 
 
 @pytest.mark.parametrize("order", ["shuffled", "random"])
-def test_sources_of_equal_length_have_orders_of_their_own(load: Any, corpus: Path, order: str) -> None:
+def test_sources_of_equal_length_have_orders_of_their_own(
+    load: Any, corpus: Path, order: str
+) -> None:
     """A text mixed with itself: its two copies are not read side by side."""
-    config, tokenizer = load(data={"order": order, "mix": [{"dataset": str(corpus)}, {"dataset": str(corpus)}]})
+    config, tokenizer = load(
+        data={"order": order, "mix": [{"dataset": str(corpus)}, {"dataset": str(corpus)}]}
+    )
     data = prepared(config, tokenizer)
-    batches = IndexedBatches(data.train_files, RowShape.of(config, tokenizer), order, 1, Share(4), [1, 1])
+    batches = IndexedBatches(
+        data.train_files, RowShape.of(config, tokenizer), order, 1, Share(4), [1, 1]
+    )
     origins = [origin for k in range(40) for origin in batches[k]["origin"]]
     first, second = ([start for source, start in origins if source == wanted] for wanted in (0, 1))
     assert first[:20] != second[:20]
@@ -174,7 +234,10 @@ def test_two_ranks_share_the_rows_of_a_mixture(load: Any, mix: dict) -> None:
     """A13: the rows of two ranks are, place by place, those of one."""
     config, tokenizer = load(data=mix)
     data, shape = prepared(config, tokenizer), RowShape.of(config, tokenizer)
-    one, *two = (IndexedBatches(data.train_files, shape, "shuffled", 1, share, [1, 2]) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2)))
+    one, *two = (
+        IndexedBatches(data.train_files, shape, "shuffled", 1, share, [1, 2])
+        for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2))
+    )
     for k in range(3):
         assert all(equal(two[rank][k], one[2 * k + rank]) for rank in (0, 1))
 
@@ -185,7 +248,8 @@ def test_two_ranks_share_the_rows_of_one(load: Any) -> None:
     data = prepared(config, tokenizer)
     assert data.train_files
     one, first, second = (
-        IndexedBatches(data.train_files, RowShape.of(config, tokenizer), "shuffled", 1, share) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2))
+        IndexedBatches(data.train_files, RowShape.of(config, tokenizer), "shuffled", 1, share)
+        for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2))
     )
     for k in range(3):
         assert equal(first[k], one[2 * k])
@@ -206,8 +270,17 @@ def test_two_ranks_share_the_rows_of_one_stream(load: Any) -> None:
 def test_a_stream_loses_no_token(load: Any) -> None:
     """The rows of sequential order, end to end, are the documents with EOS between them, pass after pass."""
     config, tokenizer = load(data=STREAM | {"order": "sequential"}, training={"max_steps": 200})
-    inputs = torch.cat([batch["input_ids"].flatten() for batch in StreamBatches(config, tokenizer, Share(4), range(200), Cursor())])
-    text = [token for document in train_documents(config.data, config.training.seed) for token in [*tokenizer.encode(document), tokenizer.eos_id]]
+    inputs = torch.cat(
+        [
+            batch["input_ids"].flatten()
+            for batch in StreamBatches(config, tokenizer, Share(4), range(200), Cursor())
+        ]
+    )
+    text = [
+        token
+        for document in train_documents(config.data, config.training.seed)
+        for token in [*tokenizer.encode(document), tokenizer.eos_id]
+    ]
     assert len(inputs) > len(text), "the test must see the second pass begin"
     assert inputs.tolist() == (text * 3)[: len(inputs)]
 
@@ -217,7 +290,12 @@ def test_windows_of_a_stream_are_shuffled_but_lose_no_row(load: Any) -> None:
     rows = {}
     for order in ("sequential", "shuffled"):
         config, tokenizer = load(data=STREAM | {"order": order})
-        rows[order] = torch.cat([batch["input_ids"] for batch in StreamBatches(config, tokenizer, Share(4), range(4), Cursor())]).tolist()
+        rows[order] = torch.cat(
+            [
+                batch["input_ids"]
+                for batch in StreamBatches(config, tokenizer, Share(4), range(4), Cursor())
+            ]
+        ).tolist()
     assert rows["sequential"][:8] != rows["shuffled"][:8]
     assert sorted(rows["sequential"][:8]) == sorted(rows["shuffled"][:8])
     assert sorted(rows["sequential"][8:]) == sorted(rows["shuffled"][8:])
@@ -241,7 +319,10 @@ def test_validation_is_shared_by_ranks_in_equal_numbers_of_batches(load: Any) ->
     one = ValidationBatches(data.val_file, shape, Share(3), None)
     ranks = [ValidationBatches(data.val_file, shape, Share(3, rank, 2), None) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1]) == -(-len(one) // 2)
-    counts = [sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches) for batches in (one, *ranks)]
+    counts = [
+        sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
+        for batches in (one, *ranks)
+    ]
     assert counts[0] == counts[1] + counts[2]
 
 
@@ -266,8 +347,12 @@ def test_document_masks_count_documents(load: Any) -> None:
 def test_text_shorter_than_a_row_is_an_error_with_both_counts(load: Any, tmp_path: Path) -> None:
     """E2."""
     (tmp_path / "short.txt").write_text("ab\ncd\nef\ngh\nij\nkl\n", encoding="utf-8")
-    config, tokenizer = load(data={"dataset": str(tmp_path / "short.txt"), "val_fraction": 0.5}, training={"seq_len": 32})
-    with pytest.raises(UserError, match=r"gives \d+ training tokens, and one row of training.seq_len needs 33"):
+    config, tokenizer = load(
+        data={"dataset": str(tmp_path / "short.txt"), "val_fraction": 0.5}, training={"seq_len": 32}
+    )
+    with pytest.raises(
+        UserError, match=r"gives \d+ training tokens, and one row of training.seq_len needs 33"
+    ):
         prepared(config, tokenizer)
 
 
@@ -289,31 +374,65 @@ def test_a_run_on_a_mixture_resumes_exactly_and_refuses_other_shares(
     said = capsys.readouterr().err
     assert "corpus.txt (33.3%), " in said and "other.txt (66.7%): train " in said
     source = tmp_path / "checkpoints" / "step-000004.ckpt"
-    elsewhere = [f"training.checkpoint_dir={tmp_path / 'again'}", f"training.log_dir={tmp_path / 'again'}", "data.num_workers=2"]
+    elsewhere = [
+        f"training.checkpoint_dir={tmp_path / 'again'}",
+        f"training.log_dir={tmp_path / 'again'}",
+        "data.num_workers=2",
+    ]
     assert train.main(["--config", str(config), "--resume", str(source), *elsewhere]) == 0
-    rows = [(tmp_path / folder / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines() for folder in ("logs", "again")]
-    columns = [rows[0][0].split(",").index(name) for name in ("step", "train_loss", "val_loss", "grad_norm")]
+    rows = [
+        (tmp_path / folder / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+        for folder in ("logs", "again")
+    ]
+    columns = [
+        rows[0][0].split(",").index(name)
+        for name in ("step", "train_loss", "val_loss", "grad_norm")
+    ]
     numbers = [[[row.split(",")[column] for column in columns] for row in run] for run in rows]
     assert numbers[0][-2:] == numbers[1][-2:]
-    weights = [checkpoint.read(tmp_path / folder / "final.ckpt")["weights"] for folder in ("checkpoints", "again")]
+    weights = [
+        checkpoint_format.read(tmp_path / folder / "final.ckpt")["weights"]
+        for folder in ("checkpoints", "again")
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
     capsys.readouterr()
-    assert eval_val.main(["--ckpt", str(tmp_path / "checkpoints" / "final.ckpt"), "--config", str(config), "--json"]) == 0
+    assert (
+        eval_val.main(
+            [
+                "--ckpt",
+                str(tmp_path / "checkpoints" / "final.ckpt"),
+                "--config",
+                str(config),
+                "--json",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["val_loss"] == float(numbers[0][-1][2])
 
     config = make_config(data=mix, training={"max_steps": 8, "grad_accum_steps": 2})
     parts = mix["mix"]
-    changed = refusal_of(config, capsys, f"data.mix={json.dumps([parts[0], parts[1] | {'weight': 3}])}")
-    assert re.search(r"train data \(mix of .*corpus.txt \(25.0%\), .*\) was 1/3 \w+ \+ 2/3 \w+ when it was saved, this run has 1/4 \w+ \+ 3/4 \w+\.", changed)
+    changed = refusal_of(
+        config, capsys, f"data.mix={json.dumps([parts[0], parts[1] | {'weight': 3}])}"
+    )
+    assert re.search(
+        r"train data \(mix of .*corpus.txt \(25.0%\), .*\) was 1/3 \w+ \+ 2/3 \w+ when it was saved, this run has 1/4 \w+ \+ 3/4 \w+\.",
+        changed,
+    )
     assert "--allow-changes" in changed
     assert "this run has 1 " in refusal_of(config, capsys, f"data.mix={json.dumps(parts[:1])}")
     assert "train data (" in refusal_of(config, capsys, "data.mix=null")
 
 
-def test_a_resumed_run_keeps_the_characters_that_it_learned(make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_the_characters_that_it_learned(
+    make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Learned from the first documents of what may be a stream: the checkpoint has them, and nothing is read to learn them again."""
-    config = make_config(tokenizer={"kind": "char", "unknown": "unk", "learn_docs": 20}, training={"max_steps": 2, "val_every_steps": 2})
+    config = make_config(
+        tokenizer={"kind": "char", "unknown": "unk", "learn_docs": 20},
+        training={"max_steps": 2, "val_every_steps": 2},
+    )
     assert train.main(["--config", str(config)]) == 0
     monkeypatch.setattr(bpe, "training_split", None)
     assert train.main(["--config", str(config), "training.max_steps=4"]) == 0
@@ -321,14 +440,26 @@ def test_a_resumed_run_keeps_the_characters_that_it_learned(make_config: Callabl
 
 @pytest.mark.slow
 def test_documents_of_a_mixture_that_validate_too_are_counted_and_said(
-    make_config: Callable[..., Path], mix: dict, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_config: Callable[..., Path],
+    mix: dict,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """E13: the validation file is 20 lines of the first source and 10 of the second."""
     lines = [Path(part["dataset"]).read_text(encoding="utf-8").splitlines() for part in mix["mix"]]
-    (tmp_path / "val.txt").write_text("\n".join([*lines[0][:20], *lines[1][-10:], "alone"]), encoding="utf-8")
-    config = make_config(data=mix | {"val_dataset": str(tmp_path / "val.txt")}, training={"max_steps": 1, "val_every_steps": 1})
+    (tmp_path / "val.txt").write_text(
+        "\n".join([*lines[0][:20], *lines[1][-10:], "alone"]), encoding="utf-8"
+    )
+    config = make_config(
+        data=mix | {"val_dataset": str(tmp_path / "val.txt")},
+        training={"max_steps": 1, "val_every_steps": 1},
+    )
     assert train.main(["--config", str(config)]) == 0
-    assert "warning: 30 documents of data.val_dataset are training documents too" in capsys.readouterr().err
+    assert (
+        "warning: 30 documents of data.val_dataset are training documents too"
+        in capsys.readouterr().err
+    )
 
 
 # --- python data.py ---------------------------------------------------------------------------------------------------
@@ -343,14 +474,22 @@ def shown(config: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> 
 
 @pytest.mark.parametrize("kind", [{}, {"document_mask": True}, {"order": "random"}, STREAM, "mix"])
 def test_the_program_prints_the_first_rows_of_the_run(
-    make_config: Callable[..., Path], load: Any, mix: dict, kind: Any, capsys: pytest.CaptureFixture[str]
+    make_config: Callable[..., Path],
+    load: Any,
+    mix: dict,
+    kind: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Five rows are micro-batch 0 and one of micro-batch 1. A byte of this text is a character, so the text without marks is what training decodes."""
     data = mix if kind == "mix" else kind
     config, tokenizer = load(data=data)
     lines = shown(make_config(data=data), capsys, "--rows", "5")
     batches = batches_of(prepared(config, tokenizer))
-    rows = [(k, ids.tolist(), labels.tolist()) for k in (0, 1) for ids, labels in zip(batches[k]["input_ids"], batches[k]["labels"], strict=True)]
+    rows = [
+        (k, ids.tolist(), labels.tolist())
+        for k in (0, 1)
+        for ids, labels in zip(batches[k]["input_ids"], batches[k]["labels"], strict=True)
+    ]
     assert len(lines) == 5 * 4
     for place, (k, ids, labels) in enumerate(rows[:5]):
         heading, text, counts, _ = lines[4 * place : 4 * place + 4]
@@ -361,35 +500,57 @@ def test_the_program_prints_the_first_rows_of_the_run(
         assert counts.startswith("16 tokens, targets: 16, documents: ")
 
 
-def test_the_program_names_the_source_of_each_row_of_a_mixture(make_config: Callable[..., Path], mix: dict, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_names_the_source_of_each_row_of_a_mixture(
+    make_config: Callable[..., Path], mix: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The second source has capitals, the first has none."""
     lines = shown(make_config(data=mix), capsys, "--rows", "12")
     headings, texts = lines[::4], [re.sub(r"<\|\w+\|>", "", text) for text in lines[1::4]]
     assert {"other.txt" in heading for heading in headings} == {True, False}
     for heading, text in zip(headings, texts, strict=True):
         letters = [character for character in text if character.isalpha()]
-        assert not letters or all(character.isupper() == ("other.txt from token " in heading) for character in letters)
+        assert not letters or all(
+            character.isupper() == ("other.txt from token " in heading) for character in letters
+        )
 
 
-def test_the_program_needs_no_validation_data(make_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_needs_no_validation_data(
+    make_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of a stream on the hub it would read thousands of documents to hold some out; here the file is not even there."""
-    assert shown(make_config(data={"val_dataset": str(tmp_path / "none.txt")}), capsys, "--rows", "1")[0].startswith("row 0, ")
+    assert shown(
+        make_config(data={"val_dataset": str(tmp_path / "none.txt")}), capsys, "--rows", "1"
+    )[0].startswith("row 0, ")
     assert not list((tmp_path / "cache").glob("val-*"))
 
 
-def test_problems_are_shown_with_the_places_where_an_answer_departs(make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_are_shown_with_the_places_where_an_answer_departs(
+    make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The right answer departs nowhere; the wrong one is the right one outside of the marked places. One problem is one row."""
-    sections = {"data": {"task": "gsm8k", "dataset": "smoke", "val_fraction": 0.25}, "verifier": {"n_wrong": 2}, "tokenizer": {"kind": "byte"}}
+    sections = {
+        "data": {"task": "gsm8k", "dataset": "smoke", "val_fraction": 0.25},
+        "verifier": {"n_wrong": 2},
+        "tokenizer": {"kind": "byte"},
+    }
     model = {"max_seq_len": 256}
-    lines = shown(make_config(**sections, model=model, training={"seq_len": 256}), capsys, "--rows", "2")
+    lines = shown(
+        make_config(**sections, model=model, training={"seq_len": 256}), capsys, "--rows", "2"
+    )
     assert len(lines) == 2 * 3 * 4
     for place in range(2):
         right, *wrong = (lines[4 * (3 * place + number) :][:3] for number in range(3))
-        assert right[0].startswith(f"row {place}, micro-batch 0, answer 1, right: gsm8k: built-in row ")
-        assert re.fullmatch(r"⟦.*⟧┊⟦<\|eos\|>.*⟧", right[1]) and right[2].endswith(" tokens, departures: 0, documents: 2")
+        assert right[0].startswith(
+            f"row {place}, micro-batch 0, answer 1, right: gsm8k: built-in row "
+        )
+        assert re.fullmatch(r"⟦.*⟧┊⟦<\|eos\|>.*⟧", right[1]) and right[2].endswith(
+            " tokens, departures: 0, documents: 2"
+        )
         for number, (heading, text, counts) in enumerate(wrong, start=2):
             assert heading == right[0].replace("answer 1, right", f"answer {number}, wrong")
-            before, departs, after = re.fullmatch(r"(⟦.*⟧┊⟦<\|eos\|>.*)⟧([\d,.]+)⟦(.*⟧)", text).groups()
+            before, departs, after = re.fullmatch(
+                r"(⟦.*⟧┊⟦<\|eos\|>.*)⟧([\d,.]+)⟦(.*⟧)", text
+            ).groups()
             assert right[1].startswith(before) and right[1].endswith(after)
             assert f" tokens, departures: {len(departs)}, " in counts
 
@@ -398,11 +559,34 @@ def test_the_tokenizer_is_that_of_the_model_that_a_run_begins_with(
     make_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The config of the second run says nothing of characters."""
-    assert train.main(["--config", str(make_config(tokenizer={"kind": "char"}, training={"max_steps": 1, "val_every_steps": 1}))]) == 0
-    config = make_config("second.yaml", training={"init_from": str(tmp_path / "checkpoints" / "final.ckpt")})
+    assert (
+        train.main(
+            [
+                "--config",
+                str(
+                    make_config(
+                        tokenizer={"kind": "char"}, training={"max_steps": 1, "val_every_steps": 1}
+                    )
+                ),
+            ]
+        )
+        == 0
+    )
+    config = make_config(
+        "second.yaml", training={"init_from": str(tmp_path / "checkpoints" / "final.ckpt")}
+    )
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    config.write_text(yaml.safe_dump({name: section for name, section in settings.items() if name not in ("tokenizer", "model")}), encoding="utf-8")
-    loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
+    config.write_text(
+        yaml.safe_dump(
+            {
+                name: section
+                for name, section in settings.items()
+                if name not in ("tokenizer", "model")
+            }
+        ),
+        encoding="utf-8",
+    )
+    loaded = checkpoint_load.load_model(tmp_path / "checkpoints" / "final.ckpt")
     data = prepared(load_config(config), loaded.tokenizer)
     _, text, _, _ = shown(config, capsys, "--rows", "1")
     inputs = batches_of(data)[0]["input_ids"][0].tolist()
@@ -410,9 +594,14 @@ def test_the_tokenizer_is_that_of_the_model_that_a_run_begins_with(
     assert re.sub(r"[┊⟦⟧]|<\|eos\|>", "", text)[:10] == loaded.tokenizer.decode(inputs)[:10]
 
 
-def test_no_row_to_print_is_refused(make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_row_to_print_is_refused(
+    make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert data_program.main(["--config", str(make_config()), "--rows", "0"]) == 2
-    assert capsys.readouterr().err == "error: --rows: 0 is less than 1. Give the number of rows to print.\n"
+    assert (
+        capsys.readouterr().err
+        == "error: --rows: 0 is less than 1. Give the number of rows to print.\n"
+    )
 
 
 class Screen(io.StringIO):
@@ -423,13 +612,20 @@ class Screen(io.StringIO):
 
 
 @pytest.mark.parametrize("no_color", [False, True])
-def test_a_terminal_gets_colours_unless_it_wants_none(monkeypatch: pytest.MonkeyPatch, no_color: bool) -> None:
+def test_a_terminal_gets_colours_unless_it_wants_none(
+    monkeypatch: pytest.MonkeyPatch, no_color: bool
+) -> None:
     """Two documents in two colours, and dim where there is no target; with NO_COLOR the marks of a pipe, and no colour's code."""
     screen = Screen()
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
-    print_rows([ShownRow("a row\x1b", [97, 98, 258, 99], [98, -100, 99, -100], [0, 0, 1, 1])], ByteTokenizer())
+    monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv(
+        "NO_COLOR", raising=False
+    )
+    print_rows(
+        [ShownRow("a row\x1b", [97, 98, 258, 99], [98, -100, 99, -100], [0, 0, 1, 1])],
+        ByteTokenizer(),
+    )
     text = screen.getvalue()
     if no_color:
         assert "┃0┃⟦a⟧b┃1┃⟦<|eos|>⟧c\n" in text
@@ -444,7 +640,9 @@ def test_a_terminal_gets_colours_unless_it_wants_none(monkeypatch: pytest.Monkey
 def test_help_is_printed_before_anything_heavy_is_imported() -> None:
     """Not a timed test: `python -X importtime` lists what --help imported."""
     command = [sys.executable, "-X", "importtime", "data.py", "--help"]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("usage: python data.py --config config_smoke.yaml --rows 3")
     assert "argparse" in done.stderr
     assert not re.search(r"\| +(torch|lightning|datasets|transformers)$", done.stderr, re.MULTILINE)
@@ -454,6 +652,13 @@ def test_validation_on_the_very_tokens_of_training_is_refused(make_config, tmp_p
     """E13 for a token file: val_loss would be that of training."""
     assert train.main(["--config", str(make_config(training={"max_steps": 1}))]) == 0
     (file,) = (tmp_path / "cache").glob("train-*.bin")
-    config = make_config(data={"dataset": str(file), "val_dataset": str(file)}, training={"max_steps": 1})
-    where = [f"training.checkpoint_dir={tmp_path / 'again'}", f"training.log_dir={tmp_path / 'again'}"]
-    assert refusal_of(config, capsys, *where).startswith("error: data.val_dataset: it has the very tokens that are trained on. Give other data")
+    config = make_config(
+        data={"dataset": str(file), "val_dataset": str(file)}, training={"max_steps": 1}
+    )
+    where = [
+        f"training.checkpoint_dir={tmp_path / 'again'}",
+        f"training.log_dir={tmp_path / 'again'}",
+    ]
+    assert refusal_of(config, capsys, *where).startswith(
+        "error: data.val_dataset: it has the very tokens that are trained on. Give other data"
+    )

@@ -17,11 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_finetune import ROOT, Make, home, make, n_lines, refused, run  # noqa: F401  (fixtures)
-from test_preferences import alone
-from test_train import Capture, Patch, assert_same_run, curve, elsewhere, interrupt_at
 
-import callbacks
 import data as data_program
 import finetune
 import infer
@@ -29,12 +25,25 @@ import list as list_program
 import train
 from data import LitPreferences, PairBatches, Share
 from model import LitDPO
-from tinylm import checkpoint, preferences
-from tinylm.config import DpoConfig, load_config
-from tinylm.losses import Answers, answer_log_probs, preference_loss
-from tinylm.packing import IGNORE_INDEX
-from tinylm.preferences import MEASURES
-from tinylm.tokenizer import load_hf_tokenizer
+from tests.objectives.test_preferences import alone
+from tests.training.test_finetune import ROOT, Make, home, make, n_lines, refused, run  # noqa: F401  (fixtures)
+from tests.training.test_train import (
+    Capture,
+    Patch,
+    assert_same_run,
+    curve,
+    elsewhere,
+    interrupt_at,
+)
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import load as checkpoint_load
+from tinylm.config.loader import load_config
+from tinylm.config.schema import DpoConfig
+from tinylm.objectives import preferences
+from tinylm.objectives.preferences import MEASURES, Answers, answer_log_probs, preference_loss
+from tinylm.tokenizer.hf import load_hf_tokenizer
+from tinylm.tokens.packing import IGNORE_INDEX
+from training import callbacks
 
 LORA = {"lora": {"r": 4, "dropout": 0.2}}
 # Every way to hold a policy to its reference; each must hold for each.
@@ -54,7 +63,11 @@ STILL = {"model": {"residual_dropout": 0.0, "attention_dropout": 0.0}}
 def prefer(make: Make, tmp_path: Path) -> Make:  # noqa: F811
     """Writes a config of a tiny run over 24 preferences, of which some are held out; the base has dropout 0.2."""
     words = ["one", "two", "red", "blue", "cat", "dog", "sun", "sea", "tea", "ink", "owl", "elm"]
-    rows = [{"prompt": f"say {word}{mark}", "chosen": f"{word} {word}", "rejected": f"no, {word[0]}"} for mark in ("", "!") for word in words]
+    rows = [
+        {"prompt": f"say {word}{mark}", "chosen": f"{word} {word}", "rejected": f"no, {word[0]}"}
+        for mark in ("", "!")
+        for word in words
+    ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -69,7 +82,11 @@ def pairs_of(config: Path) -> LitPreferences:
     """The data of a run."""
     settings = load_config(config)
     base = settings.training.init_from or ""
-    tokenizer = load_hf_tokenizer(base.removeprefix("hf:")) if base.startswith("hf:") else checkpoint.load_model(Path(base)).tokenizer
+    tokenizer = (
+        load_hf_tokenizer(base.removeprefix("hf:"))
+        if base.startswith("hf:")
+        else checkpoint_load.load_model(Path(base)).tokenizer
+    )
     data = LitPreferences(settings, tokenizer)
     data.prepare()
     return data
@@ -78,15 +95,29 @@ def pairs_of(config: Path) -> LitPreferences:
 # --- what a run does --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in ("copy", "lora off") else pytest.mark.slow) for name in RUNS])
-def test_a_run_learns_and_every_program_reads_what_it_wrote(name: str, prefer: Make, tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("copy", "lora off") else pytest.mark.slow)
+        for name in RUNS
+    ],
+)
+def test_a_run_learns_and_every_program_reads_what_it_wrote(
+    name: str, prefer: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """Stage and template stand in the checkpoint; the margin grows; sampling and listing take it as any other, without the reference."""
     config = prefer(**RUNS[name], sampling={"max_new_tokens": 2})
-    assert run(config, "training.max_steps=12", "training.lr=3e-2", "training.sample_prompt=say red") == 0
+    assert (
+        run(config, "training.max_steps=12", "training.lr=3e-2", "training.sample_prompt=say red")
+        == 0
+    )
     output = capsys.readouterr()
     final = tmp_path / "checkpoints" / "final.ckpt"
     assert output.out == f"{final}\n"
-    assert re.search(r": train \d+ pairs of answers of \d+ tokens, validation \d+ pairs; template instruction\n", output.err)
+    assert re.search(
+        r": train \d+ pairs of answers of \d+ tokens, validation \d+ pairs; template instruction\n",
+        output.err,
+    )
     assert "Warning" not in output.err
     assert " 6 pairs a step, 12 steps" in output.err
     assert "val_margin" in output.err and "val_ppl" not in output.err
@@ -94,10 +125,15 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(name: str, prefer: M
     margins = [float.fromhex(margin) for margin in curve(tmp_path, "val_margin").values()]
     assert margins[-1] > max(0.02, margins[0])
     assert float.fromhex(curve(tmp_path, "val_accuracy")[12]) > 0.5
-    payload = checkpoint.read(final)
+    payload = checkpoint_format.read(final)
     assert (payload["stage"], payload["config"]["data"]["template"]) == ("dpo", "instruction")
     assert not [weight for weight in payload["weights"] if "reference" in weight]
-    assert infer.main(["--ckpt", str(final), "--prompt", "say", "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    assert (
+        infer.main(
+            ["--ckpt", str(final), "--prompt", "say", "--max-new-tokens", "4", "--device", "cpu"]
+        )
+        == 0
+    )
     assert list_program.main(["--dir", str(final.parent)]) == 0
     assert " dpo " in capsys.readouterr().out
 
@@ -114,40 +150,74 @@ def test_metrics_have_a_column_for_each_measure(prefer: Make, home: Path, tmp_pa
     """Of training rows at every row, of validation at validations; val_ppl and val_bpb would say nothing. Pretraining's file is as it was."""
     assert run(prefer()) == 0
     before = "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s"
-    assert (home / "logs" / "pretrain" / "metrics.csv").read_text(encoding="utf-8").splitlines()[0] == before
+    assert (home / "logs" / "pretrain" / "metrics.csv").read_text(encoding="utf-8").splitlines()[
+        0
+    ] == before
     names = [*MEASURES, *(f"val_{name}" for name in MEASURES)]
-    assert (tmp_path / "logs" / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines()[0] == ",".join([before, *names])
+    assert (tmp_path / "logs" / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines()[
+        0
+    ] == ",".join([before, *names])
     for name in MEASURES:
         assert sorted(curve(tmp_path, name)) == [1, 2, 3, 4, 5, 6]
         assert sorted(curve(tmp_path, f"val_{name}")) == [3, 6]
     assert curve(tmp_path, "val_ppl") == curve(tmp_path, "val_bpb") == {}
 
 
-def test_steps_that_are_logged_together_are_meaned_over_their_pairs(prefer: Make, tmp_path: Path) -> None:
+def test_steps_that_are_logged_together_are_meaned_over_their_pairs(
+    prefer: Make, tmp_path: Path
+) -> None:
     """The row of two steps of equally many pairs is the mean of theirs, for the loss and each measure."""
     config = prefer()
     for every in (1, 2):
-        assert run(config, *elsewhere(tmp_path / str(every)), f"training.log_every_steps={every}") == 0
+        assert (
+            run(config, *elsewhere(tmp_path / str(every)), f"training.log_every_steps={every}") == 0
+        )
     for name in ("train_loss", *MEASURES):
-        single, double = ({step: float.fromhex(x) for step, x in curve(tmp_path / str(every), name).items()} for every in (1, 2))
+        single, double = (
+            {step: float.fromhex(x) for step, x in curve(tmp_path / str(every), name).items()}
+            for every in (1, 2)
+        )
         # step 3 is validated, and its row repeats the last means
-        assert [double[step] for step in (2, 4, 6)] == pytest.approx([(single[step - 1] + single[step]) / 2 for step in (2, 4, 6)], rel=1e-12)
+        assert [double[step] for step in (2, 4, 6)] == pytest.approx(
+            [(single[step - 1] + single[step]) / 2 for step in (2, 4, 6)], rel=1e-12
+        )
         assert double.get(3) == double[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [{}, {"loss": "ipo", "beta": 0.5}, {"loss": "hinge"}, {"label_smoothing": 0.1}, {"length_normalised": True, "beta": 2.0}])
-def test_validation_is_what_each_answer_alone_makes_of_it(loss: dict, prefer: Make, home: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"loss": "ipo", "beta": 0.5},
+        {"loss": "hinge"},
+        {"label_smoothing": 0.1},
+        {"length_normalised": True, "beta": 2.0},
+    ],
+)
+def test_validation_is_what_each_answer_alone_makes_of_it(
+    loss: dict, prefer: Make, home: Path, tmp_path: Path
+) -> None:  # noqa: F811
     """The oracle takes log-probabilities from both checkpoints, each answer by itself, and writes the losses out as the papers have them."""
     config = prefer(dpo=loss, training={"micro_batch_size": 4})
     assert run(config, "training.lr=3e-2") == 0
     data, dpo = pairs_of(config), DpoConfig(**loss)
     assert len(data.val_pairs) % 4, "the last batch has padding"
-    policy, reference = (checkpoint.load_model(path).model for path in (tmp_path / "checkpoints" / "final.ckpt", home / "base" / "final.ckpt"))
+    policy, reference = (
+        checkpoint_load.load_model(path).model
+        for path in (tmp_path / "checkpoints" / "final.ckpt", home / "base" / "final.ckpt")
+    )
     rows = []
     for pair in data.val_pairs:
-        c, r, ref_c, ref_r = (alone(model, answer) for model in (policy, reference) for answer in pair[:2])
-        n_c, n_r = (int(answer.trained.sum()) if loss.get("loss") == "ipo" or loss.get("length_normalised") else 1 for answer in pair[:2])
+        c, r, ref_c, ref_r = (
+            alone(model, answer) for model in (policy, reference) for answer in pair[:2]
+        )
+        n_c, n_r = (
+            int(answer.trained.sum())
+            if loss.get("loss") == "ipo" or loss.get("length_normalised")
+            else 1
+            for answer in pair[:2]
+        )
         h = torch.tensor((c - ref_c) / n_c - (r - ref_r) / n_r, dtype=torch.float64)
         e = dpo.label_smoothing
         costs = {
@@ -156,9 +226,21 @@ def test_validation_is_what_each_answer_alone_makes_of_it(loss: dict, prefer: Ma
             "hinge": F.relu(1 - dpo.beta * h),
         }
         rewards = dpo.beta * (c - ref_c), dpo.beta * (r - ref_r)
-        rows.append([costs[dpo.loss].item(), *rewards, rewards[0] - rewards[1], float(rewards[0] > rewards[1]), c, r])
+        rows.append(
+            [
+                costs[dpo.loss].item(),
+                *rewards,
+                rewards[0] - rewards[1],
+                float(rewards[0] > rewards[1]),
+                c,
+                r,
+            ]
+        )
     expected = np.mean(rows, axis=0).tolist()
-    found = [float.fromhex(curve(tmp_path, name)[6]) for name in ("val_loss", *(f"val_{name}" for name in MEASURES))]
+    found = [
+        float.fromhex(curve(tmp_path, name)[6])
+        for name in ("val_loss", *(f"val_{name}" for name in MEASURES))
+    ]
     assert found == pytest.approx(expected, abs=2e-4)
 
 
@@ -167,9 +249,18 @@ def test_the_loss_does_not_depend_on_how_a_step_is_divided(prefer: Make, tmp_pat
     curves = []
     for size, parts in ((6, 1), (2, 3), (3, 2)):
         folder = tmp_path / f"{size}x{parts}"
-        config = prefer(**STILL, dpo={"sft_coef": 0.5}, training={"micro_batch_size": size, "grad_accum_steps": parts})
+        config = prefer(
+            **STILL,
+            dpo={"sft_coef": 0.5},
+            training={"micro_batch_size": size, "grad_accum_steps": parts},
+        )
         assert run(config, *elsewhere(folder)) == 0
-        curves.append([[float.fromhex(x) for x in curve(folder, name).values()] for name in ("train_loss", "grad_norm", "margin", "val_loss")])
+        curves.append(
+            [
+                [float.fromhex(x) for x in curve(folder, name).values()]
+                for name in ("train_loss", "grad_norm", "margin", "val_loss")
+            ]
+        )
     for other in curves[1:]:
         for ours, theirs in zip(curves[0], other, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
@@ -186,9 +277,13 @@ def stage_of(config: Path, monkeypatch: Patch) -> tuple[LitDPO, LitPreferences]:
 
 
 @pytest.mark.parametrize("reference", ["copy", "adapters_off", "cached"])
-def test_the_gradient_is_that_of_the_mean_with_the_sft_term(reference: str, prefer: Make, monkeypatch: Patch) -> None:
+def test_the_gradient_is_that_of_the_mean_with_the_sft_term(
+    reference: str, prefer: Make, monkeypatch: Patch
+) -> None:
     """Against plain torch over all logits, pair by pair: mean of (-ln s(beta h) + c · cross entropy per token of the chosen answer)."""
-    config = prefer(**STILL, lora={"r": 4}, dpo={"reference": reference, "sft_coef": 0.3, "beta": 0.7})
+    config = prefer(
+        **STILL, lora={"r": 4}, dpo={"reference": reference, "sft_coef": 0.3, "beta": 0.7}
+    )
     stage, data = stage_of(config, monkeypatch)
     batch = PairBatches(data.train_pairs, stage.config, data.tokenizer.pad_id, Share(5))[0]
     torch.manual_seed(1)
@@ -197,9 +292,13 @@ def test_the_gradient_is_that_of_the_mean_with_the_sft_term(reference: str, pref
             torch.nn.init.normal_(weight, std=0.3)
     part = stage.batch_loss(batch, label_smoothing=0.0)
     ((part.loss + part.regulariser * part.units) / part.units).backward()
-    found = {name: weight.grad.clone() for name, weight in stage.decoder.named_parameters() if weight.requires_grad}
+    found = {
+        name: weight.grad.clone()
+        for name, weight in stage.decoder.named_parameters()
+        if weight.requires_grad
+    }
     stage.decoder.zero_grad()
-    base = checkpoint.load_model(Path(stage.config.training.init_from or "")).model
+    base = checkpoint_load.load_model(Path(stage.config.training.init_from or "")).model
     total = torch.zeros(())
     for i in range(5):
         sums = {}
@@ -208,11 +307,20 @@ def test_the_gradient_is_that_of_the_mean_with_the_sft_term(reference: str, pref
             for who, model in (("policy", stage.decoder), ("base", base)):
                 log_p = F.log_softmax(model(ids)[0], dim=-1)[labels != IGNORE_INDEX]
                 sums[side, who] = log_p.gather(1, labels[labels != IGNORE_INDEX][:, None]).sum()
-        h = sums["chosen", "policy"] - sums["chosen", "base"].detach() - sums["rejected", "policy"] + sums["rejected", "base"].detach()
+        h = (
+            sums["chosen", "policy"]
+            - sums["chosen", "base"].detach()
+            - sums["rejected", "policy"]
+            + sums["rejected", "base"].detach()
+        )
         length = (batch["chosen_labels"][i] != IGNORE_INDEX).sum()
         total = total - F.logsigmoid(0.7 * h) - 0.3 * sums["chosen", "policy"] / length
     (total / 5).backward()
-    expected = {name: weight.grad for name, weight in stage.decoder.named_parameters() if weight.requires_grad}
+    expected = {
+        name: weight.grad
+        for name, weight in stage.decoder.named_parameters()
+        if weight.requires_grad
+    }
     assert any(grad.abs().max() > 1e-3 for grad in expected.values())
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
@@ -225,15 +333,24 @@ def test_the_three_references_give_the_same_losses(prefer: Make, tmp_path: Path)
     """To 1e-6 over six steps, with dropout in the base's layers and in the adapters: the reference has none, the policy draws the same in each."""
     found = {}
     for reference in ("copy", "adapters_off", "cached"):
-        assert run(prefer(**LORA, dpo={"reference": reference}), *elsewhere(tmp_path / reference)) == 0
-        found[reference] = [[float.fromhex(x) for x in curve(tmp_path / reference, name).values()] for name in ("train_loss", "val_loss")]
+        assert (
+            run(prefer(**LORA, dpo={"reference": reference}), *elsewhere(tmp_path / reference)) == 0
+        )
+        found[reference] = [
+            [float.fromhex(x) for x in curve(tmp_path / reference, name).values()]
+            for name in ("train_loss", "val_loss")
+        ]
     for reference in ("adapters_off", "cached"):
         for ours, theirs in zip(found["copy"], found[reference], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-6)
-    assert abs(found["copy"][0][0] - 0.693147) > 1e-4, "dropout has made the policy another model than its reference"
+    assert abs(found["copy"][0][0] - 0.693147) > 1e-4, (
+        "dropout has made the policy another model than its reference"
+    )
 
 
-def test_the_reference_has_no_dropout_whatever_the_trainer_asks(prefer: Make, monkeypatch: Patch) -> None:
+def test_the_reference_has_no_dropout_whatever_the_trainer_asks(
+    prefer: Make, monkeypatch: Patch
+) -> None:
     """Switching the stage to training leaves it alone; none of its weights wants a gradient or belongs to the optimizer."""
     stage, _ = stage_of(prefer(), monkeypatch)
     stage.eval().train()
@@ -241,7 +358,11 @@ def test_the_reference_has_no_dropout_whatever_the_trainer_asks(prefer: Make, mo
     assert stage.reference is not None
     assert not any(module.training for module in stage.reference.modules())
     assert not any(weight.requires_grad for weight in stage.reference.parameters())
-    optimised = {id(weight) for group in stage.configure_optimizers().param_groups for weight in group["params"]}
+    optimised = {
+        id(weight)
+        for group in stage.configure_optimizers().param_groups
+        for weight in group["params"]
+    }
     assert optimised == {id(weight) for weight in stage.decoder.parameters()}
 
 
@@ -249,17 +370,26 @@ def cached_files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache").glob("reference-*.bin"))
 
 
-def test_cached_log_probabilities_are_worked_out_once_for_each_data_and_base(prefer: Make, home: Path, tmp_path: Path, monkeypatch: Patch) -> None:  # noqa: F811
+def test_cached_log_probabilities_are_worked_out_once_for_each_data_and_base(
+    prefer: Make, home: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:  # noqa: F811
     """Another run of the same settings reads them; another template, context, base or row is another file. No model is kept beside the policy."""
     calls = []
     original = preferences.log_probs_of
-    monkeypatch.setattr(preferences, "log_probs_of", lambda *given: calls.append(1) or original(*given))
+    monkeypatch.setattr(
+        preferences, "log_probs_of", lambda *given: calls.append(1) or original(*given)
+    )
     config = prefer(dpo={"reference": "cached"})
     for folder in ("a", "b"):
         assert run(config, *elsewhere(tmp_path / folder), "training.max_steps=1") == 0
     assert (len(calls), len(cached_files(tmp_path))) == (1, 1)
     assert_same_run(tmp_path / "a", tmp_path / "b")
-    others = ["data.template=plain", "training.seq_len=48", f"training.init_from={tmp_path / 'a' / 'checkpoints' / 'final.ckpt'}", "data.train_docs=9"]
+    others = [
+        "data.template=plain",
+        "training.seq_len=48",
+        f"training.init_from={tmp_path / 'a' / 'checkpoints' / 'final.ckpt'}",
+        "data.train_docs=9",
+    ]
     for number, other in enumerate(others, start=2):
         assert run(config, *elsewhere(tmp_path / f"c{number}"), "training.max_steps=1", other) == 0
         assert (len(calls), len(cached_files(tmp_path))) == (number, number)
@@ -268,14 +398,18 @@ def test_cached_log_probabilities_are_worked_out_once_for_each_data_and_base(pre
     assert all(pair.reference is not None for pair in [*data.train_pairs, *data.val_pairs])
 
 
-def test_a_run_goes_on_with_the_reference_it_began_with(prefer: Make, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_run_goes_on_with_the_reference_it_began_with(
+    prefer: Make, tmp_path: Path, monkeypatch: Patch
+) -> None:
     """NEG: were the reference taken from the resumed weights, h would begin at 0 again, and the curve would be another one."""
     config = prefer(**STILL)
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     step4 = tmp_path / "calm" / "checkpoints" / "step-000004.ckpt"
     assert run(config, "--resume", str(step4), *elsewhere(tmp_path / "right")) == 0
     assert curve(tmp_path / "right")[5] == curve(tmp_path / "calm")[5]
-    monkeypatch.setattr(finetune, "build_base", lambda config, base: checkpoint.load_model(step4).model)
+    monkeypatch.setattr(
+        finetune, "build_base", lambda config, base: checkpoint_load.load_model(step4).model
+    )
     monkeypatch.setattr(finetune, "check_root", lambda *given: None)
     assert run(config, "--resume", str(step4), *elsewhere(tmp_path / "wrong")) == 0
     assert float.fromhex(curve(tmp_path / "wrong")[5]) == pytest.approx(0.693147, abs=1e-5)
@@ -285,15 +419,23 @@ def test_a_run_goes_on_with_the_reference_it_began_with(prefer: Make, tmp_path: 
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in ("copy", "lora off", "cached") else pytest.mark.slow) for name in RUNS])
-def test_a_stopped_run_goes_on_to_the_last_bit(name: str, prefer: Make, tmp_path: Path, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("copy", "lora off", "cached") else pytest.mark.slow)
+        for name in RUNS
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_last_bit(
+    name: str, prefer: Make, tmp_path: Path, monkeypatch: Patch
+) -> None:
     """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; then from step 4, equal to a run nobody stopped."""
     config = prefer(**RUNS[name])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM), LitDPO)
         assert run(config) == 143
-    newest = checkpoint.newest_sound(tmp_path / "checkpoints")
+    newest = checkpoint_format.newest_sound(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000004.ckpt"
     for file in cached_files(tmp_path):
         file.unlink()  # what it held comes from the base again
@@ -306,21 +448,31 @@ def test_a_stopped_run_goes_on_to_the_last_bit(name: str, prefer: Make, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["copy", "lora off", "cached"])
-def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(name: str, prefer: Make, tmp_path: Path) -> None:
+def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
+    name: str, prefer: Make, tmp_path: Path
+) -> None:
     """A12: SIGKILL once before the first step, for `cached` while the log-probabilities are worked out, and twice later."""
     config = prefer(**RUNS[name], training={"max_steps": 14, "save_every_steps": 1})
     calm = [*elsewhere(tmp_path / "calm"), f"data.cache_dir={tmp_path / 'calm' / 'cache'}"]
     assert run(config, *calm) == 0
     metrics, kills = tmp_path / "logs" / "tiny" / "metrics.csv", 0
     command = [sys.executable, "finetune.py", "--config", str(config)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     assert process.stderr is not None
-    next(line for line in process.stderr if line.startswith("reference: " if name == "cached" else "data: "))
+    next(
+        line
+        for line in process.stderr
+        if line.startswith("reference: " if name == "cached" else "data: ")
+    )
     process.kill()
     process.communicate()
     assert cached_files(tmp_path) == []
     while True:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         before, began = n_lines(metrics), time.monotonic()
         while process.poll() is None and (kills == 2 or n_lines(metrics) < before + 2):
             assert time.monotonic() - began < 300
@@ -341,27 +493,46 @@ def test_two_processes_share_the_pairs(prefer: Make, tmp_path: Path) -> None:
     assert run(config, *elsewhere(single), "training.micro_batch_size=6") == 0
     for file in cached_files(tmp_path):
         file.unlink()
-    command = [sys.executable, "finetune.py", "--config", str(config), *elsewhere(double), "training.micro_batch_size=3", "hardware.devices=2"]
-    done = subprocess.run([*command, "hardware.strategy=ddp"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "finetune.py",
+        "--config",
+        str(config),
+        *elsewhere(double),
+        "training.micro_batch_size=3",
+        "hardware.devices=2",
+    ]
+    done = subprocess.run(
+        [*command, "hardware.strategy=ddp"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert len(cached_files(tmp_path)) == 1
     for name in ("train_loss", "grad_norm", "val_loss", "margin", "val_accuracy", "tokens"):
-        ours, theirs = ([float.fromhex(x) for x in curve(folder, name).values()] for folder in (single, double))
+        ours, theirs = (
+            [float.fromhex(x) for x in curve(folder, name).values()] for folder in (single, double)
+        )
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5), name
 
 
 # --- numbers that are not finite --------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_stops_the_run(prefer: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(
+    prefer: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
     """D1: in the second step; exit code 3, the step and its rows are named, and what is saved is sound."""
     interrupt_at(monkeypatch, 3 + 2, lambda: float("nan"), LitDPO)
     assert run(prefer()) == 3
-    assert f"step 2: the loss is nan; rows at [['{tmp_path / 'pairs.jsonl'}:" in capsys.readouterr().err
-    assert checkpoint.candidates(tmp_path / "checkpoints") == []
+    assert (
+        f"step 2: the loss is nan; rows at [['{tmp_path / 'pairs.jsonl'}:"
+        in capsys.readouterr().err
+    )
+    assert checkpoint_format.candidates(tmp_path / "checkpoints") == []
 
 
-def test_an_infinite_gradient_stops_the_run(prefer: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_an_infinite_gradient_stops_the_run(
+    prefer: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
     """D2: the loss is finite, one gradient is not."""
     original = LitDPO.configure_gradient_clipping
 
@@ -383,73 +554,133 @@ def test_skipped_pairs_are_said(prefer: Make, tmp_path: Path, capsys: Capture) -
     with open(tmp_path / "pairs.jsonl", "a", encoding="utf-8") as file:
         file.write('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
     assert run(config, "training.max_steps=1") == 0
-    assert f"skipped 1 rows with two equal answers ({tmp_path / 'pairs.jsonl'}:25)" in capsys.readouterr().err
+    assert (
+        f"skipped 1 rows with two equal answers ({tmp_path / 'pairs.jsonl'}:25)"
+        in capsys.readouterr().err
+    )
 
 
 def test_rows_of_both_splits_are_said(prefer: Make, tmp_path: Path, capsys: Capture) -> None:
     """E13."""
-    assert run(prefer(data={"val_dataset": str(shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "val.jsonl"))}), "training.max_steps=1") == 0
-    assert "warning: 24 validation prompts with their chosen answers are training rows too" in capsys.readouterr().err
+    assert (
+        run(
+            prefer(
+                data={
+                    "val_dataset": str(
+                        shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "val.jsonl")
+                    )
+                }
+            ),
+            "training.max_steps=1",
+        )
+        == 0
+    )
+    assert (
+        "warning: 24 validation prompts with their chosen answers are training rows too"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"dpo": {"reference": "adapters_off"}}, "dpo.reference: adapters_off needs adapters to switch off. Set dpo.reference to copy or cached"),
-        ({"training": {"train_on": "all"}}, "training.train_on: all has no meaning for pairs of answers, which the dpo section asks for. Take it out."),
-        ({"training": {"label_smoothing": 0.1}}, "training.label_smoothing: 0.1 has no meaning for pairs of answers"),
+        (
+            {"dpo": {"reference": "adapters_off"}},
+            "dpo.reference: adapters_off needs adapters to switch off. Set dpo.reference to copy or cached",
+        ),
+        (
+            {"training": {"train_on": "all"}},
+            "training.train_on: all has no meaning for pairs of answers, which the dpo section asks for. Take it out.",
+        ),
+        (
+            {"training": {"label_smoothing": 0.1}},
+            "training.label_smoothing: 0.1 has no meaning for pairs of answers",
+        ),
         ({"data": {"rows": "alpaca"}}, "data.rows: alpaca has no meaning for pairs of answers"),
         ({"data": {"task": "sst2"}}, "data.task: sst2 has no meaning for pairs of answers"),
-        ({"hardware": {"strategy": "fsdp"}}, "dpo: hardware.strategy fsdp does not cut the reference of preferences in pieces. Set hardware.strategy to ddp."),
-        ({"training": {"init_from": None}}, "training.init_from: preferences are learned by a trained model."),
-        ({"data": {"mix": [{"dataset": "a"}]}}, "data.mix: rows of fine-tuning have no use for it. Take it out."),
+        (
+            {"hardware": {"strategy": "fsdp"}},
+            "dpo: hardware.strategy fsdp does not cut the reference of preferences in pieces. Set hardware.strategy to ddp.",
+        ),
+        (
+            {"training": {"init_from": None}},
+            "training.init_from: preferences are learned by a trained model.",
+        ),
+        (
+            {"data": {"mix": [{"dataset": "a"}]}},
+            "data.mix: rows of fine-tuning have no use for it. Take it out.",
+        ),
     ],
 )
-def test_what_cannot_be_done_is_one_line(sections: dict, words: str, prefer: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_what_cannot_be_done_is_one_line(
+    sections: dict, words: str, prefer: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """Exit code 2 and the setting's name, and nothing is written."""
     assert words in refused(prefer(**sections), tmp_path, capsys)
 
 
-def test_a_folder_without_rows_is_not_replaced_by_other_rows(prefer: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_a_folder_without_rows_is_not_replaced_by_other_rows(
+    prefer: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """The tiny rows that stand in for missing ones elsewhere have no second answers."""
     (tmp_path / "empty").mkdir()
     message = refused(prefer(data={"dataset": str(tmp_path / "empty")}), tmp_path, capsys)
-    assert "nor another file of rows. Give a file of preferences, such as data/tiny_preferences.jsonl." in message
+    assert (
+        "nor another file of rows. Give a file of preferences, such as data/tiny_preferences.jsonl."
+        in message
+    )
 
 
 def test_pretraining_knows_no_preferences(prefer: Make, capsys: Capture) -> None:
     """A section that a program would not look at is refused."""
     assert train.main(["--config", str(prefer())]) == 2
-    assert "error: dpo: preferences are learned by finetune.py. Run that program, or take the dpo section out." in capsys.readouterr().err
+    assert (
+        "error: dpo: preferences are learned by finetune.py. Run that program, or take the dpo section out."
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", ["copy", "cached", "lora off"])
-def test_a_run_goes_on_only_with_its_own_reference(name: str, prefer: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:  # noqa: F811
+def test_a_run_goes_on_only_with_its_own_reference(
+    name: str, prefer: Make, home: Path, tmp_path: Path, capsys: Capture
+) -> None:  # noqa: F811
     """Another model would fit by shape; the error names both fingerprints, and --allow-changes does not help."""
     config = prefer(**RUNS[name])
     assert run(config, "training.max_steps=2") == 0
-    payload = checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")
+    payload = checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")
     was = payload["base" if "lora" in name else "reference"]
     assert payload["reference"] is None or "lora" not in name
-    assert checkpoint.resolve_base(was["path"], tmp_path / "checkpoints" / "final.ckpt") == str((home / "base" / "final.ckpt").resolve())
+    assert checkpoint_load.resolve_base(
+        was["path"], tmp_path / "checkpoints" / "final.ckpt"
+    ) == str((home / "base" / "final.ckpt").resolve())
     other = home / "base" / "final.ckpt"
-    changed = dict(checkpoint.read(other))
+    changed = dict(checkpoint_format.read(other))
     changed["weights"] = {weight: tensor + 1e-3 for weight, tensor in changed["weights"].items()}
-    checkpoint.write(tmp_path / "other.ckpt", changed)
-    message = refused(config, tmp_path, capsys, f"training.init_from={tmp_path / 'other.ckpt'}", "--allow-changes")
+    checkpoint_format.write(tmp_path / "other.ckpt", changed)
+    message = refused(
+        config, tmp_path, capsys, f"training.init_from={tmp_path / 'other.ckpt'}", "--allow-changes"
+    )
     assert f"{'an adapter of' if 'lora' in name else 'preferences held to'} " in message
-    assert f"with fingerprint {was['fingerprint']}, and training.init_from, {tmp_path / 'other.ckpt'}, has " in message
+    assert (
+        f"with fingerprint {was['fingerprint']}, and training.init_from, {tmp_path / 'other.ckpt'}, has "
+        in message
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("dpo.beta=0.2", "dpo.beta was 0.1 when it was saved, this run has 0.2. Set it back, choose another training.checkpoint_dir, or pass --allow-changes"),
+        (
+            "dpo.beta=0.2",
+            "dpo.beta was 0.1 when it was saved, this run has 0.2. Set it back, choose another training.checkpoint_dir, or pass --allow-changes",
+        ),
         ("dpo.reference=cached", "dpo.reference was copy when it was saved, this run has cached."),
         ("dpo=null", "a run of stage dpo, and this run is of stage sft."),
     ],
 )
-def test_another_run_is_not_resumed(override: str, words: str, prefer: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_another_run_is_not_resumed(
+    override: str, words: str, prefer: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """A10, B14."""
     config = prefer()
     assert run(config, "training.max_steps=1") == 0
@@ -461,7 +692,14 @@ def test_what_a_sample_is_asked_in_is_the_template(prefer: Make, monkeypatch: Pa
     from test_finetune import prompts_seen
 
     seen = prompts_seen(monkeypatch)
-    assert run(prefer(sampling={"max_new_tokens": 2}), "training.sample_prompt=say red", "training.max_steps=1") == 0
+    assert (
+        run(
+            prefer(sampling={"max_new_tokens": 2}),
+            "training.sample_prompt=say red",
+            "training.max_steps=1",
+        )
+        == 0
+    )
     assert {bytes(ids).decode() for ids in seen} == {"### Instruction: say red\n### Output:"}
     assert callbacks.ANSWERING == ("sft", "dpo")
 
@@ -491,16 +729,30 @@ def test_loss_and_gradient_by_the_logits_are_those_of_trl(ours: dict, theirs: di
 
     generator = torch.Generator().manual_seed(0)
     for pair in range(4):
-        logits, reference = (torch.randn(2, 12, 7, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+        logits, reference = (
+            torch.randn(2, 12, 7, generator=generator, dtype=torch.float64) * 2 for _ in range(2)
+        )
         ids = torch.randint(7, (2, 12), generator=generator)
         mask = torch.zeros(2, 12, dtype=torch.long)
         mask[0, 3 : 5 + pair] = mask[1, 3 : 11 - pair] = 1
         leaf = logits.clone().requires_grad_()
         trainer = fake_trainer(DpoConfig(beta=0.4, **ours).beta, theirs, FakeModel(reference))
-        loss = DPOTrainer._compute_loss(trainer, FakeModel(leaf), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}, False)
+        loss = DPOTrainer._compute_loss(
+            trainer,
+            FakeModel(leaf),
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask},
+            False,
+        )
         (expected,) = torch.autograd.grad(loss, leaf)
         labels = torch.where(mask.bool(), ids, IGNORE_INDEX)[:, 1:]
-        log_p = [Answers(*answer_log_probs(scores[:, :-1], torch.eye(7, dtype=torch.float64), labels).split(1)) for scores in (leaf, reference)]
+        log_p = [
+            Answers(
+                *answer_log_probs(scores[:, :-1], torch.eye(7, dtype=torch.float64), labels).split(
+                    1
+                )
+            )
+            for scores in (leaf, reference)
+        ]
         lengths = Answers(*(labels != IGNORE_INDEX).sum(dim=1).split(1))
         found = preference_loss(*log_p, lengths, DpoConfig(beta=0.4, **ours))
         (gradient,) = torch.autograd.grad(found.loss.mean(), leaf)
@@ -509,7 +761,9 @@ def test_loss_and_gradient_by_the_logits_are_those_of_trl(ours: dict, theirs: di
         assert expected.abs().max() > 1e-3 or ours.get("loss") == "hinge"
         logged = trainer._metrics["train"]
         assert found.chosen_reward.item() == pytest.approx(logged["rewards/chosen"][0], rel=1e-5)
-        assert found.rejected_reward.item() == pytest.approx(logged["rewards/rejected"][0], rel=1e-5)
+        assert found.rejected_reward.item() == pytest.approx(
+            logged["rewards/rejected"][0], rel=1e-5
+        )
 
 
 class FakeModel:
@@ -522,10 +776,16 @@ class FakeModel:
 
     def __call__(self, *, input_ids: torch.Tensor, labels: torch.Tensor, **rest: Any) -> Namespace:
         shifted = labels[:, 1:]
-        log_p = F.log_softmax(self.logits[:, :-1], dim=-1).gather(2, shifted.clamp(min=0)[..., None]).squeeze(2)
+        log_p = (
+            F.log_softmax(self.logits[:, :-1], dim=-1)
+            .gather(2, shifted.clamp(min=0)[..., None])
+            .squeeze(2)
+        )
         log_p = log_p * (shifted != IGNORE_INDEX)
         nothing = torch.zeros_like(log_p)
-        return Namespace(log_probs=log_p, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+        return Namespace(
+            log_probs=log_p, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
+        )
 
 
 def fake_trainer(beta: float, settings: dict[str, Any], reference: FakeModel) -> SimpleNamespace:
@@ -534,7 +794,9 @@ def fake_trainer(beta: float, settings: dict[str, Any], reference: FakeModel) ->
 
     policy = torch.nn.Linear(1, 1)
     policy.is_gradient_checkpointing = False  # every model of transformers has it
-    accelerator = SimpleNamespace(device="cpu", gather=lambda tensor: tensor, gather_for_metrics=lambda tensor: tensor)
+    accelerator = SimpleNamespace(
+        device="cpu", gather=lambda tensor: tensor, gather_for_metrics=lambda tensor: tensor
+    )
     known = {
         "accelerator": accelerator, "model": policy, "ref_model": reference, "beta": beta, "loss_weights": [1.0], "label_smoothing": 0.0,
         "ld_alpha": None, "precompute_ref_logps": False, "f_divergence_type": "reverse_kl", "use_weighting": False, "aux_loss_enabled": False,
@@ -545,7 +807,9 @@ def fake_trainer(beta: float, settings: dict[str, Any], reference: FakeModel) ->
 
 def test_both_answers_of_a_pair_are_shown(prefer: Make, tmp_path: Path, capsys: Capture) -> None:
     """The prompt is the same, and no target; the chosen answer says the word twice, the rejected one no and its first letter."""
-    assert data_program.main(["--config", str(prefer(data={"template": "plain"})), "--rows", "2"]) == 0
+    assert (
+        data_program.main(["--config", str(prefer(data={"template": "plain"})), "--rows", "2"]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * 2 * 4
     for place in range(2):

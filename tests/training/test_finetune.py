@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from test_train import Capture, Patch, assert_same_run, bytes_of, curve, elsewhere, interrupt_at
 
 import data as data_program
 import eval_val
@@ -25,33 +24,72 @@ import infer
 import list as list_program
 import train
 from data import LitExamples
+from tests.training.test_train import (
+    Capture,
+    Patch,
+    assert_same_run,
+    bytes_of,
+    curve,
+    elsewhere,
+    interrupt_at,
+)
 from tinylm import __main__ as commands
-from tinylm import checkpoint, lora
-from tinylm.bpe import CHARACTER_OF_BYTE
-from tinylm.config import load_config
-from tinylm.errors import UserError
-from tinylm.foreign import ForeignDecoder
-from tinylm.tokenizer import ByteTokenizer, HFTokenizer
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import load as checkpoint_load
+from tinylm.common.errors import UserError
+from tinylm.config.loader import load_config
+from tinylm.interchange import peft
+from tinylm.model.hf_model import ForeignDecoder
+from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE
+from tinylm.tokenizer.byte_char import ByteTokenizer
+from tinylm.tokenizer.hf import HFTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 Make = Callable[..., Path]
 LORA = {"lora": {"r": 4, "dropout": 0.2}}
 # What is fine-tuned: each must hold for each.
-RUNS: dict[str, dict[str, Any]] = {"whole": {}, "lora": LORA, "foreign": {"foreign": True}, "foreign lora": {"foreign": True, **LORA}}
+RUNS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "lora": LORA,
+    "foreign": {"foreign": True},
+    "foreign lora": {"foreign": True, **LORA},
+}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pretrained base.ckpt, a saved llama, and rows; nothing in it may change."""
     folder = tmp_path_factory.mktemp("home")
-    rows = [{"instruction": f"say {word}", "output": f"{word} {word}!"} for word in ("one", "two", "red", "blue", "cat", "dog", "sun", "sea", "tea", "ink") * 2]
-    rows = [row | {"instruction": row["instruction"] + " " * (i // 10)} for i, row in enumerate(rows)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "corpus.txt").write_text("".join(f"say {i} and answer {i * i}\n" for i in range(200)), encoding="utf-8")
+    rows = [
+        {"instruction": f"say {word}", "output": f"{word} {word}!"}
+        for word in ("one", "two", "red", "blue", "cat", "dog", "sun", "sea", "tea", "ink") * 2
+    ]
+    rows = [
+        row | {"instruction": row["instruction"] + " " * (i // 10)} for i, row in enumerate(rows)
+    ]
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    (folder / "corpus.txt").write_text(
+        "".join(f"say {i} and answer {i * i}\n" for i in range(200)), encoding="utf-8"
+    )
     settings = {
-        "model": {"n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 160, "residual_dropout": 0.2, "attention_dropout": 0.2},
+        "model": {
+            "n_layers": 1,
+            "d_model": 16,
+            "n_heads": 2,
+            "max_seq_len": 160,
+            "residual_dropout": 0.2,
+            "attention_dropout": 0.2,
+        },
         "data": {"dataset": str(folder / "corpus.txt"), "cache_dir": str(folder / "cache")},
-        "training": {"seq_len": 32, "micro_batch_size": 4, "max_steps": 2, "checkpoint_dir": str(folder / "base"), "log_dir": str(folder / "logs")},
+        "training": {
+            "seq_len": 32,
+            "micro_batch_size": 4,
+            "max_steps": 2,
+            "checkpoint_dir": str(folder / "base"),
+            "log_dir": str(folder / "logs"),
+        },
         "hardware": {"accelerator": "cpu", "threads": 1},
     }
     (folder / "base.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -74,11 +112,20 @@ def save_llama(folder: Path, *, vocab_size: int = 257, seed: int = 0) -> None:
         attention_dropout=0.2, bos_token_id=None, eos_token_id=256,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend = Tokenizer(
+        models.BPE(
+            {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []
+        )
+    )
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     backend.add_special_tokens(["<|endoftext|>"])
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}', encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|endoftext|>"}', encoding="utf-8"
+    )
 
 
 OWN_TEMPLATE = "{% for m in messages %}{{ m.role + ':' + m.content + '<|endoftext|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -88,8 +135,13 @@ def byte_level() -> HFTokenizer:
     """A Hugging Face tokenizer of bytes and the end of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    backend = Tokenizer(models.BPE({character: byte for byte, character in CHARACTER_OF_BYTE.items()}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend = Tokenizer(
+        models.BPE({character: byte for byte, character in CHARACTER_OF_BYTE.items()}, [])
+    )
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     return HFTokenizer(backend, eos="<|endoftext|>", pad=None)
 
 
@@ -139,62 +191,93 @@ def refused(config: Path, tmp_path: Path, capsys: Capture, *arguments: str) -> s
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])
-def test_rows_are_shown_with_their_questions_in_brackets(packing: str, make: Make, home: Path, capsys: Capture) -> None:
+def test_rows_are_shown_with_their_questions_in_brackets(
+    packing: str, make: Make, home: Path, capsys: Capture
+) -> None:
     """In the tokens of the base. An example has about 50 bytes: in a context of 160 there is room for several, and padding is no document."""
     config = make(foreign=True, data={"packing": packing}, training={"seq_len": 160})
     assert data_program.main(["--config", str(config), "--rows", "1", "--answers"]) == 0
     heading, text, counts, _ = capsys.readouterr().out.split("\n", 3)
     rows = (home / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [json.loads(rows[int(place.rpartition(":")[2]) - 1]) for place in heading.removeprefix("row 0, micro-batch 0: ").split(", ")]
-    asked = [f"⟦### Instruction: {row['instruction']}\\n### Output:⟧ {row['output']}\\n<|endoftext|>" for row in found]
-    assert text.partition("⟦<|endoftext|>")[0] == "".join(f"┃{number}┃{part}" for number, part in enumerate(asked))
+    found = [
+        json.loads(rows[int(place.rpartition(":")[2]) - 1])
+        for place in heading.removeprefix("row 0, micro-batch 0: ").split(", ")
+    ]
+    asked = [
+        f"⟦### Instruction: {row['instruction']}\\n### Output:⟧ {row['output']}\\n<|endoftext|>"
+        for row in found
+    ]
+    assert text.partition("⟦<|endoftext|>")[0] == "".join(
+        f"┃{number}┃{part}" for number, part in enumerate(asked)
+    )
     assert counts.endswith(f", documents: {len(found)}")
     assert (len(found) > 1) == (packing == "packed")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_learns_and_every_program_reads_what_it_wrote(name: str, make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_learns_and_every_program_reads_what_it_wrote(
+    name: str, make: Make, home: Path, tmp_path: Path, capsys: Capture
+) -> None:
     """Stage and template stand in the checkpoint; the loss falls; sampling, listing and evaluating take it as any other."""
     assert run(make(**RUNS[name])) == 0
     output = capsys.readouterr()
     final = tmp_path / "checkpoints" / "final.ckpt"
     assert output.out == f"{final}\n"
-    assert f'next: python infer.py --ckpt {final} --prompt "Name three primary colours."' in output.err
+    assert (
+        f'next: python infer.py --ckpt {final} --prompt "Name three primary colours."' in output.err
+    )
     losses = [float.fromhex(loss) for loss in curve(tmp_path).values()]
     assert losses[-1] < losses[0] - (0.02 if "lora" in name else 0.2)
-    payload = checkpoint.read(final)
+    payload = checkpoint_format.read(final)
     assert (payload["stage"], payload["config"]["data"]["template"]) == ("sft", "instruction")
-    assert infer.main(["--ckpt", str(final), "--prompt", "say", "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    assert (
+        infer.main(
+            ["--ckpt", str(final), "--prompt", "say", "--max-new-tokens", "4", "--device", "cpu"]
+        )
+        == 0
+    )
     assert list_program.main(["--dir", str(final.parent)]) == 0
     assert ("16d 2h + r4" in capsys.readouterr().out) == ("lora" in name)
     assert eval_val.main(["--ckpt", str(final), "--config", str(home / "base.yaml")]) == 0
 
 
-def test_answers_are_scored_as_in_training_and_before_it(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_answers_are_scored_as_in_training_and_before_it(
+    make: Make, home: Path, tmp_path: Path, capsys: Capture
+) -> None:
     """eval_val.py --answers gives the val_loss that training wrote, and for the base a higher one; a longer context than the model has is an error."""
     config = make()
     assert run(config) == 0
     losses = []
     for path in (tmp_path / "checkpoints" / "final.ckpt", home / "base" / "final.ckpt"):
         capsys.readouterr()
-        assert eval_val.main(["--ckpt", str(path), "--config", str(config), "--answers", "--json"]) == 0
+        assert (
+            eval_val.main(["--ckpt", str(path), "--config", str(config), "--answers", "--json"])
+            == 0
+        )
         losses.append(json.loads(capsys.readouterr().out)["val_loss"])
     assert losses[0] == float.fromhex(curve(tmp_path, "val_loss")[6])
     assert losses[1] > losses[0] + 0.2
-    assert eval_val.main(["--ckpt", str(path), "--config", str(config), "--answers", "training.seq_len=161"]) == 2
+    assert (
+        eval_val.main(
+            ["--ckpt", str(path), "--config", str(config), "--answers", "training.seq_len=161"]
+        )
+        == 2
+    )
     assert "training.seq_len: 161 is more than the 160 positions of " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])
 @pytest.mark.parametrize("name", ["whole", "foreign lora"])
-def test_validation_is_the_loss_of_the_answers_alone(name: str, packing: str, make: Make, tmp_path: Path) -> None:
+def test_validation_is_the_loss_of_the_answers_alone(
+    name: str, packing: str, make: Make, tmp_path: Path
+) -> None:
     """The oracle takes each example by itself, without rows or masks: the mean of -log p over its trained tokens, and how many are argmax.
 
     So packed and padded rows give the same numbers up to rounding, and the model in the checkpoint is the one that was validated.
     """
     config_file = make(**RUNS[name], data={"packing": packing})
     assert run(config_file) == 0
-    loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
+    loaded = checkpoint_load.load_model(tmp_path / "checkpoints" / "final.ckpt")
     data = LitExamples(load_config(config_file), loaded.tokenizer)
     data.prepare()
     total, right, count = 0.0, 0, 0
@@ -208,19 +291,39 @@ def test_validation_is_the_loss_of_the_answers_alone(name: str, packing: str, ma
         count += len(targets)
     assert len(data.val_examples) > 1
     assert float.fromhex(curve(tmp_path, "val_loss")[6]) == pytest.approx(total / count, abs=1e-5)
-    assert float.fromhex(curve(tmp_path, "val_accuracy")[6]) == pytest.approx(right / count, abs=1e-9)
+    assert float.fromhex(curve(tmp_path, "val_accuracy")[6]) == pytest.approx(
+        right / count, abs=1e-9
+    )
 
 
 def test_packed_and_padded_rows_train_on_the_same_loss(make: Make, tmp_path: Path) -> None:
     """All training examples in one step: in whatever rows they stand, the mean is over the same targets, so the first step's loss is equal."""
     first = []
     for packing in ("packed", "padded"):
-        config = make(data={"packing": packing}, model={"residual_dropout": 0.0, "attention_dropout": 0.0}, training={"seq_len": 160})
-        data = LitExamples(load_config(config), checkpoint.load_model(Path(load_config(config).training.init_from or "")).tokenizer)
+        config = make(
+            data={"packing": packing},
+            model={"residual_dropout": 0.0, "attention_dropout": 0.0},
+            training={"seq_len": 160},
+        )
+        data = LitExamples(
+            load_config(config),
+            checkpoint_load.load_model(
+                Path(load_config(config).training.init_from or "")
+            ).tokenizer,
+        )
         data.prepare()
         rows = len(data._rows(data.train_examples))
         folder = tmp_path / packing
-        assert run(config, *elsewhere(folder), f"training.micro_batch_size={rows}", "training.grad_accum_steps=1", "training.max_steps=1") == 0
+        assert (
+            run(
+                config,
+                *elsewhere(folder),
+                f"training.micro_batch_size={rows}",
+                "training.grad_accum_steps=1",
+                "training.max_steps=1",
+            )
+            == 0
+        )
         first.append((rows, float.fromhex(curve(folder)[1])))
     assert first[0][0] < first[1][0]
     assert first[0][1] == pytest.approx(first[1][1], abs=1e-5)
@@ -230,12 +333,18 @@ def test_only_fine_tuning_has_a_column_of_accuracy(make: Make, home: Path, tmp_p
     """The file of a pretraining run is as it was; fine-tuning has one column more, filled at validations."""
     assert run(make()) == 0
     before = "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s"
-    assert (home / "logs" / "pretrain" / "metrics.csv").read_text(encoding="utf-8").splitlines()[0] == before
-    assert (tmp_path / "logs" / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines()[0] == f"{before},val_accuracy"
+    assert (home / "logs" / "pretrain" / "metrics.csv").read_text(encoding="utf-8").splitlines()[
+        0
+    ] == before
+    assert (tmp_path / "logs" / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines()[
+        0
+    ] == f"{before},val_accuracy"
     assert sorted(curve(tmp_path, "val_accuracy")) == [3, 6]
 
 
-def test_a_sample_is_asked_for_as_the_examples_ask(make: Make, monkeypatch: Patch, capsys: Capture) -> None:
+def test_a_sample_is_asked_for_as_the_examples_ask(
+    make: Make, monkeypatch: Patch, capsys: Capture
+) -> None:
     """The model continues the template's words and not the bare prompt."""
     seen = prompts_seen(monkeypatch)
     assert run(make(sampling={"max_new_tokens": 2}), "training.sample_prompt=say red") == 0
@@ -245,7 +354,7 @@ def test_a_sample_is_asked_for_as_the_examples_ask(make: Make, monkeypatch: Patc
 
 def prompts_seen(monkeypatch: Patch) -> list[tuple[int, ...]]:
     """The ids of every prompt that an engine is given from now on."""
-    import callbacks
+    from training import callbacks
 
     seen: list[tuple[int, ...]] = []
     original = callbacks.Engine.generate
@@ -260,52 +369,99 @@ def prompts_seen(monkeypatch: Patch) -> list[tuple[int, ...]]:
 
 def test_new_weights_learn_whole_texts(make: Make, tmp_path: Path, capsys: Capture) -> None:
     """S0: with training.train_on=all a run begins from nothing, on a folder of rows; every token but each example's first is a target."""
-    config = make(data={"dataset": str(tmp_path / "empty")}, model={"n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 160})
+    config = make(
+        data={"dataset": str(tmp_path / "empty")},
+        model={"n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 160},
+    )
     (tmp_path / "empty").mkdir()
-    assert run(config, "training.init_from=null", "training.train_on=all", "training.max_steps=2", "training.seq_len=160") == 0
+    assert (
+        run(
+            config,
+            "training.init_from=null",
+            "training.train_on=all",
+            "training.max_steps=2",
+            "training.seq_len=160",
+        )
+        == 0
+    )
     said = capsys.readouterr().err
     assert "100% of the tokens trained (train_on all)" in said
     assert f"{tmp_path / 'empty'} holds neither SMSSpamCollection nor instruction-data.json" in said
-    info = checkpoint.describe(tmp_path / "checkpoints" / "final.ckpt")
+    info = checkpoint_format.describe(tmp_path / "checkpoints" / "final.ckpt")
     assert (info.stage, info.shape) == ("sft", "1L 16d 2h")
-    ending = checkpoint.load_model(info.path).tokenizer.special_names
+    ending = checkpoint_load.load_model(info.path).tokenizer.special_names
     assert "<|sep|>" in ending.values()
 
 
-def test_the_model_and_tokenizer_are_those_of_the_base(make: Make, home: Path, tmp_path: Path) -> None:
+def test_the_model_and_tokenizer_are_those_of_the_base(
+    make: Make, home: Path, tmp_path: Path
+) -> None:
     """The config says nothing of either; dropout may be written anew; what is written of the shape or tokenizer may agree."""
-    assert run(make(model={"residual_dropout": 0.0, "d_model": 16, "n_heads": 2}, tokenizer={"kind": "byte"}), "training.max_steps=1") == 0
-    was, now = (checkpoint.read(folder / "final.ckpt")["config"] for folder in (home / "base", tmp_path / "checkpoints"))
+    assert (
+        run(
+            make(
+                model={"residual_dropout": 0.0, "d_model": 16, "n_heads": 2},
+                tokenizer={"kind": "byte"},
+            ),
+            "training.max_steps=1",
+        )
+        == 0
+    )
+    was, now = (
+        checkpoint_format.read(folder / "final.ckpt")["config"]
+        for folder in (home / "base", tmp_path / "checkpoints")
+    )
     assert now["model"] == was["model"] | {"residual_dropout": 0.0}
     assert now["tokenizer"] == was["tokenizer"]
 
 
-def test_pretraining_goes_on_from_a_hugging_face_model_too(make: Make, home: Path, tmp_path: Path) -> None:
+def test_pretraining_goes_on_from_a_hugging_face_model_too(
+    make: Make, home: Path, tmp_path: Path
+) -> None:
     """train.py with the same settings: another stage, on plain text, here by adapters."""
     config = make(foreign=True, **LORA)
-    assert train.main(["--config", str(config), f"data.dataset={home / 'corpus.txt'}", "training.max_steps=2"]) == 0
-    info = checkpoint.describe(tmp_path / "checkpoints" / "final.ckpt")
+    assert (
+        train.main(
+            ["--config", str(config), f"data.dataset={home / 'corpus.txt'}", "training.max_steps=2"]
+        )
+        == 0
+    )
+    info = checkpoint_format.describe(tmp_path / "checkpoints" / "final.ckpt")
     assert (info.stage, info.shape) == ("pretrain", "1L 16d 2h + r4")
 
 
 def test_the_rows_of_a_task_are_asked_as_the_task_asks(make: Make, tmp_path: Path) -> None:
     """data.task says which columns there are and what the question is."""
     rows = [{"sentence": f"film number {i} , and a good one", "label": 1} for i in range(20)]
-    (tmp_path / "sst2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    config = make(data={"dataset": str(tmp_path / "sst2.jsonl"), "task": "sst2"}, training={"seq_len": 160, "max_steps": 1})
+    (tmp_path / "sst2.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    config = make(
+        data={"dataset": str(tmp_path / "sst2.jsonl"), "task": "sst2"},
+        training={"seq_len": 160, "max_steps": 1},
+    )
     assert run(config) == 0
-    loaded = checkpoint.load_model(tmp_path / "checkpoints" / "final.ckpt")
+    loaded = checkpoint_load.load_model(tmp_path / "checkpoints" / "final.ckpt")
     data = LitExamples(load_config(config), loaded.tokenizer)
     data.prepare()
     text = loaded.tokenizer.decode(data.train_examples[0].ids.tolist())
-    assert text.startswith("### Instruction: Is the sentiment of this review positive or negative?\n### Input: film number ")
+    assert text.startswith(
+        "### Instruction: Is the sentiment of this review positive or negative?\n### Input: film number "
+    )
     assert text.endswith("\n### Output: positive\n")
 
 
 def test_gradient_checkpointing_changes_no_number(make: Make, tmp_path: Path) -> None:
     """Of a Hugging Face model too; dropout is drawn again alike in the second forward."""
     for name in ("true", "false"):
-        assert run(make(**RUNS["foreign lora"]), f"model.gradient_checkpointing={name}", *elsewhere(tmp_path / name)) == 0
+        assert (
+            run(
+                make(**RUNS["foreign lora"]),
+                f"model.gradient_checkpointing={name}",
+                *elsewhere(tmp_path / name),
+            )
+            == 0
+        )
     assert_same_run(tmp_path / "true", tmp_path / "false")
 
 
@@ -322,84 +478,116 @@ def adapted(make: Make, **sections: Any) -> Path:
 def test_a_checkpoint_holds_the_adapter_alone_and_says_whose_it_is(make: Make, home: Path) -> None:
     """A and B of four layers; optimizer state for no more; the base by path and by the fingerprint of its weights."""
     path = adapted(make)
-    payload = checkpoint.read(path)
+    payload = checkpoint_format.read(path)
     layers = ("attention.qkv", "attention.out", "ffn.up", "ffn.down")
-    assert set(payload["weights"]) == {f"blocks.0.{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
+    assert set(payload["weights"]) == {
+        f"blocks.0.{layer}.lora_{side}.weight" for layer in layers for side in "AB"
+    }
     assert len(payload["optimizer"]["state"]) == 8
-    base = checkpoint.load_model(home / "base" / "final.ckpt").model
-    assert payload["base"] == {"path": os.path.relpath(home / "base" / "final.ckpt", path.parent), "fingerprint": checkpoint.fingerprint_of(base)}
-    assert checkpoint.describe(path).parameters == sum(weight.numel() for weight in payload["weights"].values())
+    base = checkpoint_load.load_model(home / "base" / "final.ckpt").model
+    assert payload["base"] == {
+        "path": os.path.relpath(home / "base" / "final.ckpt", path.parent),
+        "fingerprint": checkpoint_load.fingerprint_of(base),
+    }
+    assert checkpoint_format.describe(path).parameters == sum(
+        weight.numel() for weight in payload["weights"].values()
+    )
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-def test_a_base_that_is_gone_or_another_is_named(foreign: bool, make: Make, home: Path, tmp_path: Path) -> None:
+def test_a_base_that_is_gone_or_another_is_named(
+    foreign: bool, make: Make, home: Path, tmp_path: Path
+) -> None:
     """B14, D8: both moved together still belong together; the error names the adapter and its base, and both fingerprints."""
     shutil.copytree(home, tmp_path / "there" / "home")
     base = tmp_path / "there" / "home" / ("llama" if foreign else "base/final.ckpt")
     name = f"hf:{base}" if foreign else str(base)
-    adapted(make, foreign=foreign, training={"init_from": name, "checkpoint_dir": str(tmp_path / "there" / "sft")})
+    adapted(
+        make,
+        foreign=foreign,
+        training={"init_from": name, "checkpoint_dir": str(tmp_path / "there" / "sft")},
+    )
     (tmp_path / "there").rename(tmp_path / "moved")
     path = tmp_path / "moved" / "sft" / "final.ckpt"
     base = tmp_path / "moved" / base.relative_to(tmp_path / "there")
-    wanted = checkpoint.read(path)["base"]["fingerprint"]
-    assert checkpoint.load_model(path).info.stage == "sft"
+    wanted = checkpoint_format.read(path)["base"]["fingerprint"]
+    assert checkpoint_load.load_model(path).info.stage == "sft"
     if foreign:
         save_llama(base, seed=1)
     else:
-        payload = checkpoint.read(base)
+        payload = checkpoint_format.read(base)
         payload["weights"]["norm.weight"] = payload["weights"]["norm.weight"] + 1
         base.unlink()
-        checkpoint.write(base, payload)
+        checkpoint_format.write(base, payload)
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(path)
+        checkpoint_load.load_model(path)
     assert f"{path}: an adapter of " in str(error.value) and str(base) in str(error.value)
     assert f"as it was with fingerprint {wanted}, and it has " in str(error.value)
     shutil.rmtree(base) if foreign else base.unlink()
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(path)
-    assert f"{path}: an adapter of " in str(error.value) and "which cannot be used: " in str(error.value) and "not found" in str(error.value)
+        checkpoint_load.load_model(path)
+    assert (
+        f"{path}: an adapter of " in str(error.value)
+        and "which cannot be used: " in str(error.value)
+        and "not found" in str(error.value)
+    )
 
 
-def test_a_whole_hugging_face_model_needs_nothing_beside_its_checkpoint(make: Make, home: Path, tmp_path: Path) -> None:
+def test_a_whole_hugging_face_model_needs_nothing_beside_its_checkpoint(
+    make: Make, home: Path, tmp_path: Path
+) -> None:
     """Its config.json travels as text; the folder may be gone. Another run may begin from it, whole or by adapters."""
     shutil.copytree(home / "llama", tmp_path / "llama")
     config = make(training={"init_from": f"hf:{tmp_path / 'llama'}"})
     assert run(config, "training.max_steps=2") == 0
     shutil.rmtree(tmp_path / "llama")
     first = tmp_path / "checkpoints" / "final.ckpt"
-    model = checkpoint.load_model(first).model
+    model = checkpoint_load.load_model(first).model
     assert isinstance(model, ForeignDecoder)
-    config = make(training={"init_from": str(first), "checkpoint_dir": str(tmp_path / "second")}, **LORA)
+    config = make(
+        training={"init_from": str(first), "checkpoint_dir": str(tmp_path / "second")}, **LORA
+    )
     assert run(config, "training.max_steps=2") == 0
-    assert isinstance(checkpoint.load_model(tmp_path / "second" / "final.ckpt").model, ForeignDecoder)
+    assert isinstance(
+        checkpoint_load.load_model(tmp_path / "second" / "final.ckpt").model, ForeignDecoder
+    )
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-def test_plain_peft_loads_a_saved_adapter(foreign: bool, make: Make, home: Path, tmp_path: Path) -> None:
+def test_plain_peft_loads_a_saved_adapter(
+    foreign: bool, make: Make, home: Path, tmp_path: Path
+) -> None:
     """The logits with peft's adapter are those of the merged model; adapter_config.json says which base."""
     import peft
     import transformers
 
     path = adapted(make, foreign=foreign)
-    lora.save_adapter(path, tmp_path / "out")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    peft.save_adapter(path, tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     if foreign:
         base: Any = transformers.AutoModelForCausalLM.from_pretrained(home / "llama")
     else:
-        base = checkpoint.load_model(home / "base" / "final.ckpt").model
+        base = checkpoint_load.load_model(home / "base" / "final.ckpt").model
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        merged = checkpoint.load_model(path).model(ids)
+        merged = checkpoint_load.load_model(path).model(ids)
         plain = base(ids).logits if foreign else base(ids)
         wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
         separate = wrapped(ids).logits if foreign else wrapped(ids)
     assert torch.allclose(merged, separate, atol=1e-5)
     assert not torch.allclose(merged, plain, atol=1e-4)
     described = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert described["base_model_name_or_path"] == str(home / ("llama" if foreign else "base/final.ckpt"))
+    assert described["base_model_name_or_path"] == str(
+        home / ("llama" if foreign else "base/final.ckpt")
+    )
 
 
-def test_an_adapter_of_a_hugging_face_model_is_exported_alone_or_merged(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_an_adapter_of_a_hugging_face_model_is_exported_alone_or_merged(
+    make: Make, home: Path, tmp_path: Path, capsys: Capture
+) -> None:
     """peft's folder names its base; the merged folder has the logits of the checkpoint, and transformers answers as infer.py does."""
     import transformers
 
@@ -407,18 +595,43 @@ def test_an_adapter_of_a_hugging_face_model_is_exported_alone_or_merged(make: Ma
     assert commands.main(["export", str(path), str(tmp_path / "alone")]) == 0
     assert f"of {home / 'llama'}; --merge writes the whole model" in capsys.readouterr().err
     assert commands.main(["export", str(path), str(tmp_path / "merged"), "--merge"]) == 0
-    model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
-    asked = tokenizer.apply_chat_template([{"role": "user", "content": "say red"}], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    model, tokenizer = (
+        kind.from_pretrained(tmp_path / "merged")
+        for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say red"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
     theirs = model.generate(asked, do_sample=False, max_new_tokens=8)[0, asked.size(1) :].tolist()
     capsys.readouterr()
-    assert infer.main(["--ckpt", str(path), "--prompt", "say red", "--temperature", "0", "--max-new-tokens", "8", "--device", "cpu", "--json"]) == 0
+    assert (
+        infer.main(
+            [
+                "--ckpt",
+                str(path),
+                "--prompt",
+                "say red",
+                "--temperature",
+                "0",
+                "--max-new-tokens",
+                "8",
+                "--device",
+                "cpu",
+                "--json",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["completions"][0]["ids"] == theirs
 
 
 def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> None:
     """The error names the file."""
-    with pytest.raises(UserError, match="final.ckpt: holds a whole model and no adapter. Give a checkpoint of a run with a lora section."):
-        lora.save_adapter(home / "base" / "final.ckpt", tmp_path)
+    with pytest.raises(
+        UserError,
+        match="final.ckpt: holds a whole model and no adapter. Give a checkpoint of a run with a lora section.",
+    ):
+        peft.save_adapter(home / "base" / "final.ckpt", tmp_path)
 
 
 # --- exact resume -----------------------------------------------------------------------------------------------------
@@ -426,14 +639,16 @@ def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_a_stopped_run_goes_on_to_the_last_bit(name: str, make: Make, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_stopped_run_goes_on_to_the_last_bit(
+    name: str, make: Make, tmp_path: Path, monkeypatch: Patch
+) -> None:
     """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; then from step 4, and equal to a run nobody stopped."""
     config = make(**RUNS[name])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run(config) == 143
-    newest = checkpoint.newest_sound(tmp_path / "checkpoints")
+    newest = checkpoint_format.newest_sound(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000004.ckpt"
     before = newest.read_bytes()
     assert run(config, "--resume", str(newest), *elsewhere(tmp_path / "aside")) == 0
@@ -444,7 +659,9 @@ def test_a_stopped_run_goes_on_to_the_last_bit(name: str, make: Make, tmp_path: 
     assert run(config) == 0, "complete"
 
 
-def test_without_the_reseeding_of_dropout_a_resumed_run_differs(make: Make, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_without_the_reseeding_of_dropout_a_resumed_run_differs(
+    make: Make, tmp_path: Path, monkeypatch: Patch
+) -> None:
     """NEG: the comparison can fail, for the dropout of adapters too."""
     import model
 
@@ -456,25 +673,34 @@ def test_without_the_reseeding_of_dropout_a_resumed_run_differs(make: Make, tmp_
     assert curve(tmp_path)[5] != curve(tmp_path / "calm")[5]
 
 
-def test_a_whole_run_goes_on_without_what_it_began_from(make: Make, home: Path, tmp_path: Path) -> None:
+def test_a_whole_run_goes_on_without_what_it_began_from(
+    make: Make, home: Path, tmp_path: Path
+) -> None:
     """Its weights, model settings and tokenizer are in its own checkpoint."""
     shutil.copytree(home / "llama", tmp_path / "llama")
     config = make(training={"init_from": f"hf:{tmp_path / 'llama'}"})
     assert run(config, "training.max_steps=4") == 0
     shutil.rmtree(tmp_path / "llama")
     assert run(config) == 0
-    assert checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 6
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["whole", "lora", "foreign lora"])
-def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(name: str, make: Make, tmp_path: Path) -> None:
+def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
+    name: str, make: Make, tmp_path: Path
+) -> None:
     """A12: SIGKILL whenever two more steps are logged, twice; the curve and the weights are those of a run nobody killed."""
     config = make(**RUNS[name], training={"max_steps": 14, "save_every_steps": 1})
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     metrics, kills = tmp_path / "logs" / "tiny" / "metrics.csv", 0
     while True:
-        process = subprocess.Popen([sys.executable, "finetune.py", "--config", str(config)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "finetune.py", "--config", str(config)],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         before, began = n_lines(metrics), time.monotonic()
         while process.poll() is None and (kills == 2 or n_lines(metrics) < before + 2):
             assert time.monotonic() - began < 300
@@ -495,11 +721,16 @@ def n_lines(path: Path) -> int:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_of_another_stage_is_not_gone_on_with(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_of_another_stage_is_not_gone_on_with(
+    make: Make, home: Path, tmp_path: Path, capsys: Capture
+) -> None:
     """B14: both stages are named, either way round."""
     shutil.copytree(home / "base", tmp_path / "used")
     message = refused(make(), tmp_path, capsys, f"training.checkpoint_dir={tmp_path / 'used'}")
-    assert "step-000002.ckpt: a run of stage pretrain, and this run is of stage sft. Choose another training.checkpoint_dir" in message
+    assert (
+        "step-000002.ckpt: a run of stage pretrain, and this run is of stage sft. Choose another training.checkpoint_dir"
+        in message
+    )
     config = make()
     assert run(config, "training.max_steps=1") == 0
     assert train.main(["--config", str(config), f"data.dataset={home / 'corpus.txt'}"]) == 2
@@ -509,44 +740,122 @@ def test_a_run_of_another_stage_is_not_gone_on_with(make: Make, home: Path, tmp_
 def test_an_adapter_is_no_base(make: Make, tmp_path: Path, capsys: Capture) -> None:
     """B14: it holds no whole model; the error names both stages and the base to use."""
     path = adapted(make)
-    message = refused(make(), tmp_path, capsys, f"training.init_from={path}", f"training.checkpoint_dir={tmp_path / 'x'}")
-    assert f"training.init_from: {path}: holds a LoRA adapter of stage sft and no whole model, as one of stage pretrain or sft without lora does." in message
+    message = refused(
+        make(),
+        tmp_path,
+        capsys,
+        f"training.init_from={path}",
+        f"training.checkpoint_dir={tmp_path / 'x'}",
+    )
+    assert (
+        f"training.init_from: {path}: holds a LoRA adapter of stage sft and no whole model, as one of stage pretrain or sft without lora does."
+        in message
+    )
     assert "base/final.ckpt, or from the two merged." in message
 
 
-def test_an_adapter_goes_on_only_over_its_own_base(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_an_adapter_goes_on_only_over_its_own_base(
+    make: Make, home: Path, tmp_path: Path, capsys: Capture
+) -> None:
     """D8: as a model, the other base would fit; --allow-changes does not help."""
     adapted(make, foreign=True)
     shutil.copytree(home / "llama", tmp_path / "llama")
     save_llama(tmp_path / "llama", seed=1)
-    was = checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["base"]["fingerprint"]
-    message = refused(make(foreign=True, **LORA), tmp_path, capsys, f"training.init_from=hf:{tmp_path / 'llama'}", "--allow-changes")
-    assert f"step-000002.ckpt: an adapter of hf:{os.path.relpath(home / 'llama', tmp_path / 'checkpoints')} with fingerprint {was}, and " in message
+    was = checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["base"]["fingerprint"]
+    message = refused(
+        make(foreign=True, **LORA),
+        tmp_path,
+        capsys,
+        f"training.init_from=hf:{tmp_path / 'llama'}",
+        "--allow-changes",
+    )
+    assert (
+        f"step-000002.ckpt: an adapter of hf:{os.path.relpath(home / 'llama', tmp_path / 'checkpoints')} with fingerprint {was}, and "
+        in message
+    )
     assert f"training.init_from, hf:{tmp_path / 'llama'}, has " in message
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [
-        ("whole", ["training.init_from=null"], "training.init_from: answers alone are learned by a model that was trained before. Set it to a checkpoint"),
-        ("whole", ["training.init_from=null", "training.train_on=all", "tokenizer.kind=char"], "tokenizer.kind: kind char is learned from documents, and"),
-        ("whole", ["training.init_from=nowhere.ckpt"], "training.init_from: nowhere.ckpt: not found."),
-        ("whole", ["training.init_from=hf:./nowhere"], "training.init_from: ./nowhere: not found. Give a folder with config.json and model.safetensors"),
-        ("whole", ["training.seq_len=161"], "final.ckpt) has 160 positions. Lower training.seq_len."),
-        ("lora", ["lora.target_modules=[]"], "lora.target_modules: expected a list that is not empty, found []."),
+        (
+            "whole",
+            ["training.init_from=null"],
+            "training.init_from: answers alone are learned by a model that was trained before. Set it to a checkpoint",
+        ),
+        (
+            "whole",
+            ["training.init_from=null", "training.train_on=all", "tokenizer.kind=char"],
+            "tokenizer.kind: kind char is learned from documents, and",
+        ),
+        (
+            "whole",
+            ["training.init_from=nowhere.ckpt"],
+            "training.init_from: nowhere.ckpt: not found.",
+        ),
+        (
+            "whole",
+            ["training.init_from=hf:./nowhere"],
+            "training.init_from: ./nowhere: not found. Give a folder with config.json and model.safetensors",
+        ),
+        (
+            "whole",
+            ["training.seq_len=161"],
+            "final.ckpt) has 160 positions. Lower training.seq_len.",
+        ),
+        (
+            "lora",
+            ["lora.target_modules=[]"],
+            "lora.target_modules: expected a list that is not empty, found [].",
+        ),
         ("whole", ["model.n_layers=3"], "model.n_layers: 3, and the model of training.init_from ("),
-        ("foreign", ["model.residual_dropout=0.1"], "model.residual_dropout: 0.1, and the model of training.init_from (hf:"),
+        (
+            "foreign",
+            ["model.residual_dropout=0.1"],
+            "model.residual_dropout: 0.1, and the model of training.init_from (hf:",
+        ),
         ("whole", ["tokenizer.kind=char"], "final.ckpt was trained with tokenizer "),
-        ("whole", ["tokenizer.kind=bpe", "tokenizer.vocab_size=300"], "this run has one of kind bpe that is not learned yet. Leave the tokenizer section out."),
-        ("foreign", ["training.optimizer=muon"], "training.optimizer: muon knows which matrices of our own decoder it is for"),
-        ("foreign", ["hardware.strategy=fsdp"], "hardware.strategy: fsdp cuts up our own decoder, not a Hugging Face model."),
-        ("lora", ["hardware.strategy=fsdp"], "lora: adapters are too small to be cut in pieces by hardware.strategy fsdp."),
-        ("lora", ["lora.r=17"], "lora.r: a rank of 17 is more than the smaller side of blocks.0.ffn.down, 16."),
-        ("lora", ["lora.target_modules=[q_proj]"], "lora.target_modules: no layer that can have an adapter is called q_proj."),
-        ("foreign", ["tokenizer.kind=byte"], "model.vocab_size: 257 is less than the tokenizer's 260. Use the tokenizer that the model was trained with."),
+        (
+            "whole",
+            ["tokenizer.kind=bpe", "tokenizer.vocab_size=300"],
+            "this run has one of kind bpe that is not learned yet. Leave the tokenizer section out.",
+        ),
+        (
+            "foreign",
+            ["training.optimizer=muon"],
+            "training.optimizer: muon knows which matrices of our own decoder it is for",
+        ),
+        (
+            "foreign",
+            ["hardware.strategy=fsdp"],
+            "hardware.strategy: fsdp cuts up our own decoder, not a Hugging Face model.",
+        ),
+        (
+            "lora",
+            ["hardware.strategy=fsdp"],
+            "lora: adapters are too small to be cut in pieces by hardware.strategy fsdp.",
+        ),
+        (
+            "lora",
+            ["lora.r=17"],
+            "lora.r: a rank of 17 is more than the smaller side of blocks.0.ffn.down, 16.",
+        ),
+        (
+            "lora",
+            ["lora.target_modules=[q_proj]"],
+            "lora.target_modules: no layer that can have an adapter is called q_proj.",
+        ),
+        (
+            "foreign",
+            ["tokenizer.kind=byte"],
+            "model.vocab_size: 257 is less than the tokenizer's 260. Use the tokenizer that the model was trained with.",
+        ),
     ],
 )
-def test_what_cannot_be_done_is_one_line(name: str, overrides: list[str], words: str, make: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_what_cannot_be_done_is_one_line(
+    name: str, overrides: list[str], words: str, make: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """D8, E14: exit code 2 and the setting's name, and nothing is written."""
     assert words in refused(make(**RUNS[name]), tmp_path, capsys, *overrides)
 
@@ -554,7 +863,10 @@ def test_what_cannot_be_done_is_one_line(name: str, overrides: list[str], words:
 def test_adapters_need_a_trained_model(home: Path, tmp_path: Path, capsys: Capture) -> None:
     """In train.py too, which can begin from nothing."""
     assert train.main(["--config", str(home / "base.yaml"), *elsewhere(tmp_path), "lora.r=4"]) == 2
-    assert "lora: adapters belong to a trained model. Set training.init_from, or take the lora section out." in capsys.readouterr().err
+    assert (
+        "lora: adapters belong to a trained model. Set training.init_from, or take the lora section out."
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -563,13 +875,35 @@ def test_adapters_need_a_trained_model(home: Path, tmp_path: Path, capsys: Captu
         ("lora", "lora.r=2", "lora.r was 4 when it was saved, this run has 2", True),
         ("lora", "lora=null", "lora was {", True),
         ("whole", "lora.r=4", "lora was None when it was saved, this run has {", True),
-        ("whole", "model.residual_dropout=0.1", "model.residual_dropout was 0.2 when it was saved, this run has 0.1", True),
-        ("whole", "data.template=plain", "data.template was instruction when it was saved, this run has plain", False),
-        ("whole", "data.packing=padded", "data.packing was packed when it was saved, this run has padded", False),
-        ("whole", "training.train_on=all", "training.train_on was response when it was saved, this run has all", False),
+        (
+            "whole",
+            "model.residual_dropout=0.1",
+            "model.residual_dropout was 0.2 when it was saved, this run has 0.1",
+            True,
+        ),
+        (
+            "whole",
+            "data.template=plain",
+            "data.template was instruction when it was saved, this run has plain",
+            False,
+        ),
+        (
+            "whole",
+            "data.packing=padded",
+            "data.packing was packed when it was saved, this run has padded",
+            False,
+        ),
+        (
+            "whole",
+            "training.train_on=all",
+            "training.train_on was response when it was saved, this run has all",
+            False,
+        ),
     ],
 )
-def test_another_run_is_not_resumed(name: str, override: str, words: str, fatal: bool, make: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_another_run_is_not_resumed(
+    name: str, override: str, words: str, fatal: bool, make: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """A10: what decides what a step computes; adapters of another shape cannot be used at all."""
     config = make(**RUNS[name])
     assert run(config, "training.max_steps=1") == 0
@@ -579,14 +913,23 @@ def test_another_run_is_not_resumed(name: str, override: str, words: str, fatal:
 
 
 @pytest.mark.parametrize(("train_on", "said"), [("response", True), ("all", False)])
-def test_questions_of_both_splits_are_told(train_on: str, said: bool, make: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_questions_of_both_splits_are_told(
+    train_on: str, said: bool, make: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """Ten of ten, with other answers; a row of which every token is trained has no question apart."""
     for name, answer in (("train", "yes"), ("val", "no")):
-        rows = "".join(json.dumps({"prompt": f"{n}?", "completion": answer}) + "\n" for n in range(10))
+        rows = "".join(
+            json.dumps({"prompt": f"{n}?", "completion": answer}) + "\n" for n in range(10)
+        )
         (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
-    config = make(data={"dataset": str(tmp_path / "train.jsonl"), "val_dataset": str(tmp_path / "val.jsonl")})
+    config = make(
+        data={"dataset": str(tmp_path / "train.jsonl"), "val_dataset": str(tmp_path / "val.jsonl")}
+    )
     assert run(config, "training.max_steps=1", f"training.train_on={train_on}") == 0
-    assert ("10 validation rows ask what training rows ask; val_loss will look better than on new questions" in capsys.readouterr().err) == said
+    assert (
+        "10 validation rows ask what training rows ask; val_loss will look better than on new questions"
+        in capsys.readouterr().err
+    ) == said
 
 
 def test_changed_rows_are_refused(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -594,7 +937,9 @@ def test_changed_rows_are_refused(make: Make, home: Path, tmp_path: Path, capsys
     shutil.copy(home / "rows.jsonl", tmp_path / "rows.jsonl")
     config = make(data={"dataset": str(tmp_path / "rows.jsonl")})
     assert run(config, "training.max_steps=1") == 0
-    (tmp_path / "rows.jsonl").write_text((home / "rows.jsonl").read_text(encoding="utf-8").replace("!", "?"), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        (home / "rows.jsonl").read_text(encoding="utf-8").replace("!", "?"), encoding="utf-8"
+    )
     assert f"train data ({tmp_path / 'rows.jsonl'}) was " in refused(config, tmp_path, capsys)
 
 
@@ -611,10 +956,14 @@ def shown(config: Path, capsys: Capture, *arguments: str) -> tuple[list[str], st
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])
-def test_the_rows_of_examples_are_shown_with_what_is_trained(make: Make, home: Path, capsys: Capture, packing: str) -> None:
+def test_the_rows_of_examples_are_shown_with_what_is_trained(
+    make: Make, home: Path, capsys: Capture, packing: str
+) -> None:
     """`say one` is answered `one one!`: the answer and its end are targets, the question is not. Behind a question without a space stands a line end."""
     lines, err = shown(make(data={"template": "plain", "packing": packing}), capsys, "--rows", "3")
-    data = LitExamples(load_config(make(data={"template": "plain", "packing": packing})), ByteTokenizer())
+    data = LitExamples(
+        load_config(make(data={"template": "plain", "packing": packing})), ByteTokenizer()
+    )
     data.prepare()
     batches = data.train_dataloader().dataset
     assert "validation" in err and len(lines) == 3 * 4
@@ -625,18 +974,37 @@ def test_the_rows_of_examples_are_shown_with_what_is_trained(make: Make, home: P
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
         assert heading == f"row {place}, micro-batch {place // 2}: {', '.join(places[:3])}{more}"
         parts = [re.sub(r"⟦<\|pad\|>.*⟧$", "", part) for part in re.split(r"┃\d+┃", text)[1:]]
-        answers = [re.fullmatch(r"⟦say (\w+) *⟧(?:\\n)?(\w+) (\w+)!<\|eos\|>", part) for part in parts]
-        assert len(answers) == len(places) and all(found and len(set(found.groups())) == 1 for found in answers), parts
-        assert counts == f"64 tokens, targets: {int((labels != -100).sum())}, documents: {len(places)}"
+        answers = [
+            re.fullmatch(r"⟦say (\w+) *⟧(?:\\n)?(\w+) (\w+)!<\|eos\|>", part) for part in parts
+        ]
+        assert len(answers) == len(places) and all(
+            found and len(set(found.groups())) == 1 for found in answers
+        ), parts
+        assert (
+            counts == f"64 tokens, targets: {int((labels != -100).sum())}, documents: {len(places)}"
+        )
 
 
 def test_rows_are_those_of_the_run_and_no_more(make: Make, capsys: Capture) -> None:
     """Three steps of two micro-batches of two rows; the second pass over 16 or so rows has another order."""
-    config = make(data={"template": "plain", "packing": "padded"}, training={"max_steps": 3, "grad_accum_steps": 2})
+    config = make(
+        data={"template": "plain", "packing": "padded"},
+        training={"max_steps": 3, "grad_accum_steps": 2},
+    )
     lines, _ = shown(config, capsys, "--rows", "100")
-    assert [line.split(":")[0] for line in lines[::4]] == [f"row {i}, micro-batch {i // 2}" for i in range(12)]
+    assert [line.split(":")[0] for line in lines[::4]] == [
+        f"row {i}, micro-batch {i // 2}" for i in range(12)
+    ]
 
 
 def test_what_finetune_refuses_is_refused_here_too(make: Make, capsys: Capture) -> None:
-    assert data_program.main(["--config", str(make(data={"template": "plain"}, training={"init_from": None}))]) == 2
-    assert "error: training.init_from: answers alone are learned by a model that was trained before." in capsys.readouterr().err
+    assert (
+        data_program.main(
+            ["--config", str(make(data={"template": "plain"}, training={"init_from": None}))]
+        )
+        == 2
+    )
+    assert (
+        "error: training.init_from: answers alone are learned by a model that was trained before."
+        in capsys.readouterr().err
+    )

@@ -11,12 +11,13 @@ import torch
 
 import model
 import train
-from rehearsal import measure_sizes
-from tinylm import checkpoint, planner, trials
-from tinylm.config import load_config
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError
-from tinylm.planner import plan_run, with_settings
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.errors import UserError
+from tinylm.config.loader import load_config
+from tinylm.model.decoder import Decoder
+from tinylm.planning import memory_plan, probes
+from tinylm.planning.memory_plan import plan_run, with_settings
+from training.preflight import measure_sizes
 
 Make = Callable[..., Path]
 Patch = pytest.MonkeyPatch
@@ -26,7 +27,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def fast(monkeypatch: Patch) -> None:
     """A second of measuring is not waited for."""
-    monkeypatch.setattr(trials, "MEASURED_SECONDS", 0.01)
+    monkeypatch.setattr(probes, "MEASURED_SECONDS", 0.01)
 
 
 def run(config: Path, *arguments: str) -> int:
@@ -48,7 +49,9 @@ def left(folder: Path) -> set[str]:
 # --- --plan -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_is_printed_and_nothing_written(make_config: Make, tmp_path: Path, capsys: Capture, fast: None) -> None:
+def test_the_plan_is_printed_and_nothing_written(
+    make_config: Make, tmp_path: Path, capsys: Capture, fast: None
+) -> None:
     """8,304 parameters (derived in test_train.py) and 6 steps of 4 rows of 16 tokens: 384 tokens, and 20 a parameter would be 166k."""
     path = make_config()
     assert run(path, "--plan") == 0
@@ -58,38 +61,64 @@ def test_the_plan_is_printed_and_nothing_written(make_config: Make, tmp_path: Pa
     assert list(rows) == ["parameters", "FLOPs", "tokens", "checkpoints", "memory", *parts, "time"]
     assert rows["parameters"] == "8,304"
     assert rows["FLOPs"] == "52.6k a token, 20.2M the whole run"
-    assert rows["tokens"] == "384 the whole run, 0.0462 a parameter (a given amount of work is spent best at about 20: 166k)"
-    assert rows["checkpoints"] == "99.7 kB each, at most 4 at a time, 398.7 kB (training.keep_last 2)"
+    assert (
+        rows["tokens"]
+        == "384 the whole run, 0.0462 a parameter (a given amount of work is spent best at about 20: 166k)"
+    )
+    assert (
+        rows["checkpoints"] == "99.7 kB each, at most 4 at a time, 398.7 kB (training.keep_last 2)"
+    )
     assert re.fullmatch(r"\d+\.\d [MG]B at the peak, \d+\.\d GB are there", rows["memory"])
     assert rows["weights"] == "33.2 kB"
-    assert re.fullmatch(r"\d+s of steps, validation not counted \(\S+ tokens/s measured, \d+% of the FLOPs of bare matrix products\)", rows["time"])
+    assert re.fullmatch(
+        r"\d+s of steps, validation not counted \(\S+ tokens/s measured, \d+% of the FLOPs of bare matrix products\)",
+        rows["time"],
+    )
     assert err.startswith("device: cpu (asked for)")
     assert left(tmp_path) == set()
 
 
-def test_a_run_that_does_not_fit_is_not_measured_and_told_what_to_change(make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+def test_a_run_that_does_not_fit_is_not_measured_and_told_what_to_change(
+    make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
     """64 rows, and memory for 32 in two parts; the overrides of the message make it fit."""
     path = make_config(training={"micro_batch_size": 64})
     config = with_settings(load_config(path), {"model.vocab_size": 260})
     half = {"training.micro_batch_size": 32, "training.grad_accum_steps": 2}
-    monkeypatch.setattr(planner, "available_bytes", lambda device: plan_run(with_settings(config, half), "cpu").peak)
+    monkeypatch.setattr(
+        memory_plan,
+        "available_bytes",
+        lambda device: plan_run(with_settings(config, half), "cpu").peak,
+    )
     assert run(path, "--plan") == 2
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1].split(maxsplit=1)[1].strip() == "not measured, because the run does not fit"
-    error = re.search(r"error: memory: a step needs \S+ [MG]B, and \S+ [MG]B are there\. It fits with: (.+)\.\n", err)
+    assert (
+        out.splitlines()[-1].split(maxsplit=1)[1].strip()
+        == "not measured, because the run does not fit"
+    )
+    error = re.search(
+        r"error: memory: a step needs \S+ [MG]B, and \S+ [MG]B are there\. It fits with: (.+)\.\n",
+        err,
+    )
     assert error is not None
     assert error[1].split() == ["training.micro_batch_size=32", "training.grad_accum_steps=2"]
     assert left(tmp_path) == set()
 
 
 @pytest.mark.slow
-def test_where_nothing_fits_the_model_is_at_fault(make_config: Make, capsys: Capture, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(planner, "available_bytes", lambda device: 1)
-    assert refused(make_config(), capsys, "--plan").endswith("are there. Take a much smaller model: lower model.d_model and model.vocab_size.")
+def test_where_nothing_fits_the_model_is_at_fault(
+    make_config: Make, capsys: Capture, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1)
+    assert refused(make_config(), capsys, "--plan").endswith(
+        "are there. Take a much smaller model: lower model.d_model and model.vocab_size."
+    )
 
 
-def test_where_nobody_knows_how_much_memory_there_is_the_plan_says_so(make_config: Make, capsys: Capture, monkeypatch: Patch, fast: None) -> None:
-    monkeypatch.setattr(planner, "available_bytes", lambda device: None)
+def test_where_nobody_knows_how_much_memory_there_is_the_plan_says_so(
+    make_config: Make, capsys: Capture, monkeypatch: Patch, fast: None
+) -> None:
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: None)
     assert run(make_config(), "--plan", "hardware.compile=true") == 0
     out, err = capsys.readouterr()
     assert "at the peak, how much is there is not known here" in out
@@ -97,9 +126,14 @@ def test_where_nobody_knows_how_much_memory_there_is_the_plan_says_so(make_confi
 
 
 @pytest.mark.slow
-def test_the_vocabulary_is_known_before_there_is_a_tokenizer(make_config: Make, tmp_path: Path, capsys: Capture, fast: None) -> None:
+def test_the_vocabulary_is_known_before_there_is_a_tokenizer(
+    make_config: Make, tmp_path: Path, capsys: Capture, fast: None
+) -> None:
     """A bpe's size is a setting, a char's the number of characters; of a mixture of experts the active weights are told."""
-    path = make_config(data={"dataset": str(tmp_path / "not_there_yet.txt")}, tokenizer={"kind": "bpe", "vocab_size": 300})
+    path = make_config(
+        data={"dataset": str(tmp_path / "not_there_yet.txt")},
+        tokenizer={"kind": "bpe", "vocab_size": 300},
+    )
     assert run(path, "--plan") == 0
     assert capsys.readouterr().out.split()[1] == f"{8304 + 40 * 16:,}"
     path = make_config(data={"dataset": str(tmp_path / "corpus.txt")}, tokenizer={"kind": "char"})
@@ -107,11 +141,15 @@ def test_the_vocabulary_is_known_before_there_is_a_tokenizer(make_config: Make, 
     characters = len(set((tmp_path / "corpus.txt").read_text()) - {"\n"})
     assert capsys.readouterr().out.split()[1] == f"{8304 - 260 * 16 + (characters + 2) * 16:,}"
     assert run(path, "--plan", "model.moe={n_experts: 4, top_k: 1}") == 0
-    assert re.match(r"parameters +[\d,]+, [\d,]+ of them active for a token", capsys.readouterr().out)
+    assert re.match(
+        r"parameters +[\d,]+, [\d,]+ of them active for a token", capsys.readouterr().out
+    )
     assert left(tmp_path) == set()
 
 
-def test_without_its_tokenizer_a_run_is_planned_by_the_size_of_it(make_config: Make, capsys: Capture, monkeypatch: Patch, fast: None) -> None:
+def test_without_its_tokenizer_a_run_is_planned_by_the_size_of_it(
+    make_config: Make, capsys: Capture, monkeypatch: Patch, fast: None
+) -> None:
     def unreachable(*_: Any) -> None:
         raise UserError("tokenizer.path: gpt2: cannot be reached.")
 
@@ -122,11 +160,18 @@ def test_without_its_tokenizer_a_run_is_planned_by_the_size_of_it(make_config: M
     assert run(path, "--plan", "model.vocab_size=50257") == 0
 
 
-def test_what_cannot_be_planned_is_refused(make_config: Make, capsys: Capture, monkeypatch: Patch) -> None:
-    assert refused(make_config(), capsys, "--plan", "lora={r: 2}").startswith("error: lora: adapters are not planned, and not tried. Take the lora section out")
+def test_what_cannot_be_planned_is_refused(
+    make_config: Make, capsys: Capture, monkeypatch: Patch
+) -> None:
+    assert refused(make_config(), capsys, "--plan", "lora={r: 2}").startswith(
+        "error: lora: adapters are not planned, and not tried. Take the lora section out"
+    )
     monkeypatch.setattr(train, "find_base", lambda *_: SimpleNamespace(foreign=True))
     message = refused(make_config(), capsys, "--plan", "training.init_from=hf:gpt2")
-    assert message == "error: training.init_from: a Hugging Face model is not planned, and not tried. Leave it out."
+    assert (
+        message
+        == "error: training.init_from: a Hugging Face model is not planned, and not tried. Leave it out."
+    )
 
 
 def test_only_one_thing_is_asked_for_at_a_time(make_config: Make, capsys: Capture) -> None:
@@ -138,16 +183,23 @@ def test_only_one_thing_is_asked_for_at_a_time(make_config: Make, capsys: Captur
 # --- --overfit-one-batch ----------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_can_learn_learns_one_batch(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_a_model_that_can_learn_learns_one_batch(
+    make_config: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """Nothing is left but the encoded text in the cache."""
     assert run(make_config(), "--overfit-one-batch", "200", "model.residual_dropout=0.5") == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"step     1  loss 5\.\d{4}", lines[0])
-    assert re.fullmatch(r"learnt: the loss of one batch fell from 5\.\d{4} to 0\.\d{4} in \d+ steps, below 10% of the first", lines[-1])
+    assert re.fullmatch(
+        r"learnt: the loss of one batch fell from 5\.\d{4} to 0\.\d{4} in \d+ steps, below 10% of the first",
+        lines[-1],
+    )
     assert left(tmp_path) == {"cache"}
 
 
-def test_a_trained_model_is_what_the_trial_begins_with(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_a_trained_model_is_what_the_trial_begins_with(
+    make_config: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """After 60 steps on the whole text the first loss is far below ln 260 = 5.56; a shape that it has not is refused, as in a run."""
     path = make_config(training={"max_steps": 60, "val_every_steps": 60})
     assert run(path) == 0
@@ -155,7 +207,9 @@ def test_a_trained_model_is_what_the_trial_begins_with(make_config: Make, tmp_pa
     base = f"training.init_from={tmp_path / 'checkpoints' / 'final.ckpt'}"
     run(path, "--overfit-one-batch", "1", base)
     assert float(capsys.readouterr().out.split()[3]) < 4.5
-    assert refused(path, capsys, "--plan", base, "model.n_layers=3").startswith("error: model.n_layers: 3, and the model of training.init_from (")
+    assert refused(path, capsys, "--plan", base, "model.n_layers=3").startswith(
+        "error: model.n_layers: 3, and the model of training.init_from ("
+    )
 
 
 def test_a_batch_that_is_not_learnt_ends_with_3(make_config: Make, capsys: Capture) -> None:
@@ -165,7 +219,9 @@ def test_a_batch_that_is_not_learnt_ends_with_3(make_config: Make, capsys: Captu
 
 
 @pytest.mark.parametrize("behind", ["0", "-3", "training.lr=1e-3"])
-def test_what_is_no_number_of_steps_is_refused(make_config: Make, capsys: Capture, behind: str) -> None:
+def test_what_is_no_number_of_steps_is_refused(
+    make_config: Make, capsys: Capture, behind: str
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(make_config(), f"--overfit-one-batch={behind}")
     expected = f"error: argument --overfit-one-batch: {behind} is no number of steps. Write settings before the flag, or a number of steps behind it"
@@ -175,9 +231,14 @@ def test_what_is_no_number_of_steps_is_refused(make_config: Make, capsys: Captur
 # --- --find-lr --------------------------------------------------------------------------------------------------------
 
 
-def test_the_learning_rate_is_read_from_a_curve(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_the_learning_rate_is_read_from_a_curve(
+    make_config: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """More steps than the run has; Muon's own rate keeps its ratio."""
-    assert run(make_config(training={"optimizer": "muon", "muon_lr": 0.02, "lr": 0.01}), "--find-lr") == 0
+    assert (
+        run(make_config(training={"optimizer": "muon", "muon_lr": 0.02, "lr": 0.01}), "--find-lr")
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Loss over the learning rate"
     assert re.fullmatch(r" +1e-05 +\d\S*", lines[-3])
@@ -188,10 +249,15 @@ def test_the_learning_rate_is_read_from_a_curve(make_config: Make, tmp_path: Pat
     assert left(tmp_path) == {"cache"}
 
 
-def test_a_loss_that_is_no_number_gives_no_learning_rate(make_config: Make, capsys: Capture, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(trials.Trial, "step", lambda self, batches, share: float("nan"))
+def test_a_loss_that_is_no_number_gives_no_learning_rate(
+    make_config: Make, capsys: Capture, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(probes.Trial, "step", lambda self, batches, share: float("nan"))
     assert run(make_config(), "--find-lr") == 3
-    assert "error: the first loss is not a finite number. Look at the data: python data.py --config ..." in capsys.readouterr().err
+    assert (
+        "error: the first loss is not a finite number. Look at the data: python data.py --config ..."
+        in capsys.readouterr().err
+    )
 
 
 # --- --find-batch-size ------------------------------------------------------------------------------------------------
@@ -201,19 +267,21 @@ def speeds_of(monkeypatch: Patch, speeds: dict[int, float], limit: int) -> list[
     """Give each number of rows a speed, and memory for `limit` of them; the sizes that are measured come back."""
     measured: list[int] = []
 
-    def measure(decoder: Decoder, config: Any, device: str) -> trials.Speed:
+    def measure(decoder: Decoder, config: Any, device: str) -> probes.Speed:
         rows = config.training.micro_batch_size
         measured.append(rows)
         if rows > limit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return trials.Speed(speeds[rows], rows)
+        return probes.Speed(speeds[rows], rows)
 
-    monkeypatch.setattr(trials, "measure_speed", measure)
+    monkeypatch.setattr(probes, "measure_speed", measure)
     return measured
 
 
 @pytest.mark.slow
-def test_sizes_are_measured_until_they_do_not_pay(make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+def test_sizes_are_measured_until_they_do_not_pay(
+    make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
     """8 and 16 rows are not 5% faster than 4, so that 32 are not tried; a step of 6 rows is not four and a bit more: parts of 2."""
     measured = speeds_of(monkeypatch, {1: 100.0, 2: 180.0, 4: 240.0, 8: 245.0, 16: 250.0}, 1000)
     assert run(make_config(training={"micro_batch_size": 6}), "--find-batch-size") == 0
@@ -221,41 +289,66 @@ def test_sizes_are_measured_until_they_do_not_pay(make_config: Make, tmp_path: P
     assert measured == [1, 2, 4, 8, 16]
     table = [line.split() for line in out.splitlines()]
     assert table[0] == ["rows", "planned", "memory", "tokens/s"]
-    assert [(row[0], row[-1]) for row in table[1:-1]] == [("1", "100"), ("2", "180"), ("4", "240"), ("8", "245"), ("16", "250")]
+    assert [(row[0], row[-1]) for row in table[1:-1]] == [
+        ("1", "100"),
+        ("2", "180"),
+        ("4", "240"),
+        ("8", "245"),
+        ("16", "250"),
+    ]
     assert out.splitlines()[-1] == "training.micro_batch_size=2 training.grad_accum_steps=3"
     assert "more than 4 rows are not 5% faster; for a step of 6 rows, as it is:\n" in err
     assert left(tmp_path) == set()
 
 
 @pytest.mark.slow
-def test_the_plan_bounds_what_is_tried(make_config: Make, capsys: Capture, monkeypatch: Patch) -> None:
+def test_the_plan_bounds_what_is_tried(
+    make_config: Make, capsys: Capture, monkeypatch: Patch
+) -> None:
     measured = speeds_of(monkeypatch, {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}, 1000)
     path = make_config()
-    config = with_settings(load_config(path), {"model.vocab_size": 260, "training.micro_batch_size": 6})
-    monkeypatch.setattr(planner, "available_bytes", lambda device: plan_run(config, "cpu").peak)
+    config = with_settings(
+        load_config(path), {"model.vocab_size": 260, "training.micro_batch_size": 6}
+    )
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: plan_run(config, "cpu").peak)
     assert run(path, "--find-batch-size") == 0
     assert measured == [1, 2, 4]
     assert "by the plan: 4 rows\n" in capsys.readouterr().err
 
 
-def test_a_size_that_does_not_fit_after_all_is_left_out(make_config: Make, monkeypatch: Patch) -> None:
+def test_a_size_that_does_not_fit_after_all_is_left_out(
+    make_config: Make, monkeypatch: Patch
+) -> None:
     speeds_of(monkeypatch, {1: 1.0, 2: 2.0}, 2)
     said: list[str] = []
     config = with_settings(load_config(make_config()), {"model.vocab_size": 260})
-    assert measure_sizes(SimpleNamespace(device="cpu", say=said.append), config, 64) == {1: 1.0, 2: 2.0}
+    assert measure_sizes(SimpleNamespace(device="cpu", say=said.append), config, 64) == {
+        1: 1.0,
+        2: 2.0,
+    }
     assert said == ["4 rows do not fit after all"]
 
 
 @pytest.mark.slow
-def test_a_single_row_that_does_not_fit_is_an_error(make_config: Make, capsys: Capture, monkeypatch: Patch) -> None:
+def test_a_single_row_that_does_not_fit_is_an_error(
+    make_config: Make, capsys: Capture, monkeypatch: Patch
+) -> None:
     speeds_of(monkeypatch, {}, 0)
-    assert refused(make_config(), capsys, "--find-batch-size").startswith("error: out of memory: a micro-batch of 1 rows (training.micro_batch_size) of 16")
-    monkeypatch.setattr(planner, "available_bytes", lambda device: 1)
+    assert refused(make_config(), capsys, "--find-batch-size").startswith(
+        "error: out of memory: a micro-batch of 1 rows (training.micro_batch_size) of 16"
+    )
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1)
     message = refused(make_config(), capsys, "--find-batch-size")
-    assert re.match(r"error: memory: not even one row fits into \S+ [MG]B\. Type --plan in place of --find-batch-size: it says what to change\.", message)
-    monkeypatch.setattr(planner, "available_bytes", lambda device: None)
+    assert re.match(
+        r"error: memory: not even one row fits into \S+ [MG]B\. Type --plan in place of --find-batch-size: it says what to change\.",
+        message,
+    )
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: None)
     message = refused(make_config(), capsys, "--find-batch-size")
-    assert message == "error: --find-batch-size: nobody says how much memory cpu has here. Try training.micro_batch_size by hand."
+    assert (
+        message
+        == "error: --find-batch-size: nobody says how much memory cpu has here. Try training.micro_batch_size by hand."
+    )
 
 
 # --- a run whose memory ends ------------------------------------------------------------------------------------------
@@ -263,7 +356,14 @@ def test_a_single_row_that_does_not_fit_is_an_error(make_config: Make, capsys: C
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 2621440000 bytes."
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.44 GiB."), RuntimeError(CPU_ERROR)], ids=["cuda", "cpu"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.44 GiB."),
+        RuntimeError(CPU_ERROR),
+    ],
+    ids=["cuda", "cpu"],
+)
 def test_a_run_out_of_memory_ends_with_one_line_and_its_checkpoint_goes_on(
     make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch, error: RuntimeError
 ) -> None:
@@ -278,10 +378,14 @@ def test_a_run_out_of_memory_ends_with_one_line_and_its_checkpoint_goes_on(
 
     monkeypatch.setattr(model.LitLM, "batch_loss", batch_loss)
     message = refused(path, capsys)
-    assert message.startswith("error: out of memory: a micro-batch of 4 rows (training.micro_batch_size) of 16 tokens (training.seq_len) did not fit: ")
+    assert message.startswith(
+        "error: out of memory: a micro-batch of 4 rows (training.micro_batch_size) of 16 tokens (training.seq_len) did not fit: "
+    )
     intact = f"The checkpoints in {tmp_path / 'checkpoints'} are intact."
-    assert message.endswith(f"Try training.micro_batch_size=2 training.grad_accum_steps=2; train.py --plan counts what a run needs. {intact}")
-    assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["step"] in (2, 3)
+    assert message.endswith(
+        f"Try training.micro_batch_size=2 training.grad_accum_steps=2; train.py --plan counts what a run needs. {intact}"
+    )
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "last.ckpt")["step"] in (2, 3)
     monkeypatch.undo()
     assert run(path) == 0
-    assert checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 6
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 6

@@ -13,16 +13,19 @@ from types import ModuleType
 import numpy as np
 import orjson
 import pytest
-from test_docs import SHOWN, Command, blocks, commands
 
-from tinylm import checkpoint
-from tinylm.config import DataConfig, load_config
-from tinylm.encode import cached_token_file, encode_documents
-from tinylm.errors import UserError
-from tinylm.tokenfile import TokenFile
-from tinylm.tokenizer import ByteTokenizer, Tokenizer, load_hf_tokenizer
+from tests.test_docs import SHOWN, Command, blocks, commands
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.errors import UserError
+from tinylm.config.loader import load_config
+from tinylm.config.schema import DataConfig
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.byte_char import ByteTokenizer
+from tinylm.tokenizer.hf import load_hf_tokenizer
+from tinylm.tokens.encode import cached_token_file, encode_documents
+from tinylm.tokens.token_file import TokenFile
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "SCALING.md").read_text(encoding="utf-8")
 BYTES = ByteTokenizer()
 EOS = BYTES.eos_id
@@ -35,14 +38,21 @@ Write = Callable[..., Path]
 def write(tmp_path: Path) -> Write:
     """Writes datatrove's three files from the ids of documents."""
 
-    def write(documents: Sequence[Sequence[int]], dtype: str = "<u2", ends: Sequence[int] | None = None, metadata: str | None = None) -> Path:
+    def write(
+        documents: Sequence[Sequence[int]],
+        dtype: str = "<u2",
+        ends: Sequence[int] | None = None,
+        metadata: str | None = None,
+    ) -> Path:
         path = tmp_path / "a.ds"
         ids = np.concatenate([*documents, []]).astype(dtype)
         path.write_bytes(ids.tobytes())
         ends = np.cumsum([len(document) for document in documents]) if ends is None else ends
         (tmp_path / "a.ds.index").write_bytes(np.array(ends, dtype="<u8").tobytes())
         said = f"tokenizers/a|b/tokenizer.json|{ids.itemsize}\n{len(ids)}\n{len(ids)} T"
-        (tmp_path / "a.ds.metadata").write_text(said if metadata is None else metadata, encoding="utf-8")
+        (tmp_path / "a.ds.metadata").write_text(
+            said if metadata is None else metadata, encoding="utf-8"
+        )
         return path
 
     return write
@@ -55,7 +65,10 @@ DOCUMENTS = [[97, 98, EOS], [EOS], [99, EOS, 99, EOS]]
 def test_a_file_of_datatrove_reads_as_its_ids_and_ends(write, dtype):
     """An EOS inside a document ends none: the index decides. 3 + 1 + 4 tokens, 97 and 98 and twice 99 being bytes of text."""
     file = TokenFile.open(write(DOCUMENTS, dtype), tokenizer=BYTES)
-    assert (file.tokens.dtype, file.tokens.tolist()) == (np.dtype(dtype), [97, 98, EOS, EOS, 99, EOS, 99, EOS])
+    assert (file.tokens.dtype, file.tokens.tolist()) == (
+        np.dtype(dtype),
+        [97, 98, EOS, EOS, 99, EOS, 99, EOS],
+    )
     assert file.document_ends.tolist() == [3, 4, 8]
     assert (file.header.documents, file.header.text_bytes, file.header.eos_id) == (3, 4, EOS)
     file.require_tokenizer(BYTES)
@@ -71,7 +84,10 @@ def test_a_run_trains_on_the_first_documents_and_validates_on_the_last(write):
 def test_a_changed_id_changes_the_fingerprint(write):
     """A10: a resumed run must see that its data are others."""
     before = TokenFile.open(write(DOCUMENTS), tokenizer=BYTES).fingerprint
-    assert TokenFile.open(write([[96, 98, EOS], *DOCUMENTS[1:]]), tokenizer=BYTES).fingerprint != before
+    assert (
+        TokenFile.open(write([[96, 98, EOS], *DOCUMENTS[1:]]), tokenizer=BYTES).fingerprint
+        != before
+    )
     assert TokenFile.open(write(DOCUMENTS), tokenizer=BYTES).fingerprint == before
 
 
@@ -81,22 +97,51 @@ AGAIN = "Run the task of datatrove again that wrote it."
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metadata": ""}, "a.ds.metadata: expected a name with |2 or |4 behind it, then the number of tokens, found b''. " + AGAIN),
-        ({"metadata": "x|3\n8\n8 T"}, "a.ds.metadata: expected a name with |2 or |4 behind it, then the number of tokens, found b'x|3\\n8\\n8 T'. " + AGAIN),
-        ({"metadata": "x|2\n" + "9" * 5000}, "a.ds.metadata: expected a name with |2 or |4 behind it"),
-        ({"metadata": "x|2\n9\n9 T"}, "a.ds: expected 18 bytes (9 tokens of 2 bytes), found 16. " + AGAIN),
-        ({"metadata": "x|4\n8\n8 T"}, "a.ds: expected 32 bytes (8 tokens of 4 bytes), found 16. " + AGAIN),
-        ({"ends": []}, "a.ds.index: expected 8 bytes for each of at least one document, found 0. " + AGAIN),
+        (
+            {"metadata": ""},
+            "a.ds.metadata: expected a name with |2 or |4 behind it, then the number of tokens, found b''. "
+            + AGAIN,
+        ),
+        (
+            {"metadata": "x|3\n8\n8 T"},
+            "a.ds.metadata: expected a name with |2 or |4 behind it, then the number of tokens, found b'x|3\\n8\\n8 T'. "
+            + AGAIN,
+        ),
+        (
+            {"metadata": "x|2\n" + "9" * 5000},
+            "a.ds.metadata: expected a name with |2 or |4 behind it",
+        ),
+        (
+            {"metadata": "x|2\n9\n9 T"},
+            "a.ds: expected 18 bytes (9 tokens of 2 bytes), found 16. " + AGAIN,
+        ),
+        (
+            {"metadata": "x|4\n8\n8 T"},
+            "a.ds: expected 32 bytes (8 tokens of 4 bytes), found 16. " + AGAIN,
+        ),
+        (
+            {"ends": []},
+            "a.ds.index: expected 8 bytes for each of at least one document, found 0. " + AGAIN,
+        ),
         ({"ends": [3, 4]}, "a.ds: its index is not that of 8 tokens in 2 documents. " + AGAIN),
         ({"ends": [4, 3, 8]}, "a.ds: its index is not that of 8 tokens in 3 documents. " + AGAIN),
-        ({"ends": [0, 3, 4, 8]}, "a.ds: its index is not that of 8 tokens in 4 documents. " + AGAIN),
-        ({"ends": [3, 4, 2**64 - 1]}, "a.ds: its index is not that of 8 tokens in 3 documents. " + AGAIN),
+        (
+            {"ends": [0, 3, 4, 8]},
+            "a.ds: its index is not that of 8 tokens in 4 documents. " + AGAIN,
+        ),
+        (
+            {"ends": [3, 4, 2**64 - 1]},
+            "a.ds: its index is not that of 8 tokens in 3 documents. " + AGAIN,
+        ),
         (
             {"ends": [3, 5, 8]},
             "a.ds: 1 of 3 documents, the first of them number 2, do not end with the tokenizer's end of text. "
             "Set tokenizer to the one that encoded it, or encode with its eos_token and shuffle no chunks.",
         ),
-        ({"documents": [[97, EOS], [260, EOS]]}, "a.ds: id 260 at position 2, and the tokenizer of this run has 260 tokens. Set tokenizer to the one that"),
+        (
+            {"documents": [[97, EOS], [260, EOS]]},
+            "a.ds: id 260 at position 2, and the tokenizer of this run has 260 tokens. Set tokenizer to the one that",
+        ),
     ],
 )
 def test_what_is_no_whole_file_of_this_tokenizer_is_refused(write, changes, message):
@@ -112,14 +157,20 @@ def test_a_file_without_its_index_or_metadata_is_refused(write):
         path.with_name(f"a.ds{suffix}").unlink()
         with pytest.raises(UserError) as caught:
             TokenFile.open(path, tokenizer=BYTES)
-        assert str(caught.value) == f"{path}{suffix}: not found. Keep it beside a.ds: datatrove writes .ds, .ds.index and .ds.metadata."
+        assert (
+            str(caught.value)
+            == f"{path}{suffix}: not found. Keep it beside a.ds: datatrove writes .ds, .ds.index and .ds.metadata."
+        )
 
 
 def test_an_index_that_is_cut_off_is_refused(write):
     path = write(DOCUMENTS)
     index = path.with_name("a.ds.index")
     index.write_bytes(index.read_bytes()[:-1])
-    with pytest.raises(UserError, match="a.ds.index: expected 8 bytes for each of at least one document, found 23. "):
+    with pytest.raises(
+        UserError,
+        match="a.ds.index: expected 8 bytes for each of at least one document, found 23. ",
+    ):
         TokenFile.open(path, tokenizer=BYTES)
 
 
@@ -136,7 +187,11 @@ SMALL = [
 
 def script(executor: str) -> str:
     """`encode_corpus.py` with the last lines that the guide has for an executor."""
-    code = ["\n".join(block.lines) + "\n" for block in blocks(GUIDE) if block.language == "python" and not block.lines[0].startswith(">>>")]
+    code = [
+        "\n".join(block.lines) + "\n"
+        for block in blocks(GUIDE)
+        if block.language == "python" and not block.lines[0].startswith(">>>")
+    ]
     last = [lines for lines in code if f"{executor}PipelineExecutor(" in lines]
     assert len(last) == 1
     return code[0] + "\n\n" + last[0]
@@ -144,7 +199,11 @@ def script(executor: str) -> str:
 
 def typed(start: str) -> Command:
     """The one command of the guide that begins so."""
-    found = [command for command in commands(GUIDE) if command.fenced and " ".join(command.words).startswith(start)]
+    found = [
+        command
+        for command in commands(GUIDE)
+        if command.fenced and " ".join(command.words).startswith(start)
+    ]
     assert len(found) == 1
     return found[0]
 
@@ -152,10 +211,18 @@ def typed(start: str) -> Command:
 def started(folder: Path, words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
     """A command of the guide in `folder`, with the programs and configs of this project."""
     words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words]
-    words = [sys.executable, *words[1:]] if words[0] == "python" else [str(Path(sys.executable).with_name(words[0])), *words[1:]]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "SLURM"))}
+    words = (
+        [sys.executable, *words[1:]]
+        if words[0] == "python"
+        else [str(Path(sys.executable).with_name(words[0])), *words[1:]]
+    )
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "SLURM"))
+    }
     kept |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(words, cwd=folder, env=kept, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, cwd=folder, env=kept, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -168,7 +235,11 @@ def ended(process: subprocess.Popen[str]) -> str:
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     paragraphs = (ROOT / "data" / "tiny_corpus.txt").read_text(encoding="utf-8").split("\n")
-    return [text for text in paragraphs if text] + ["A text that spells <|endoftext|> in its middle.", "naïve 東京 🙂 and so on, at length", "short"]
+    return [text for text in paragraphs if text] + [
+        "A text that spells <|endoftext|> in its middle.",
+        "naïve 東京 🙂 and so on, at length",
+        "short",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +248,18 @@ def corpus_folder(texts: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("scaling")
     (folder / "corpus").mkdir()
     for number in range(4):
-        (folder / "corpus" / f"part-{number:05}.jsonl").write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts[number::4]))
-    ended(started(folder, [word.replace("32000", "600") for word in typed("python -m tinylm tokenizer train").words]))
+        (folder / "corpus" / f"part-{number:05}.jsonl").write_bytes(
+            b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts[number::4])
+        )
+    ended(
+        started(
+            folder,
+            [
+                word.replace("32000", "600")
+                for word in typed("python -m tinylm tokenizer train").words
+            ],
+        )
+    )
     return folder
 
 
@@ -196,7 +277,9 @@ def tokenizer(corpus_folder: Path) -> Tokenizer:
 
 
 @pytest.mark.slow
-def test_two_tasks_of_datatrove_give_the_tokens_of_our_own_encoding(encoded: Path, texts: list[str], tokenizer: Tokenizer) -> None:
+def test_two_tasks_of_datatrove_give_the_tokens_of_our_own_encoding(
+    encoded: Path, texts: list[str], tokenizer: Tokenizer
+) -> None:
     """The order is datatrove's: what its documents decode to, encoded by us in that order, is the same file to the last token.
 
     No document is lost or twice there but the one that the filter drops, and none is cut by the special token it spells.
@@ -204,10 +287,16 @@ def test_two_tasks_of_datatrove_give_the_tokens_of_our_own_encoding(encoded: Pat
     assert len(list((encoded / "encoded" / "shards").glob("*.ds"))) == 2
     file = TokenFile.open(encoded / "encoded" / "000_corpus.ds", tokenizer=tokenizer)
     ends = file.document_ends.tolist()
-    theirs = [tokenizer.decode(file.tokens[start : end - 1].tolist()) for start, end in zip([0, *ends], ends, strict=False)]
+    theirs = [
+        tokenizer.decode(file.tokens[start : end - 1].tolist())
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
     assert Counter(theirs) == Counter(texts) - Counter(["short"])
     assert theirs != [text for text in texts if text != "short"]  # shuffled
-    assert file.tokens.tolist() == np.concatenate(list(encode_documents(theirs, tokenizer, None))).tolist()
+    assert (
+        file.tokens.tolist()
+        == np.concatenate(list(encode_documents(theirs, tokenizer, None))).tolist()
+    )
     assert int((file.tokens == tokenizer.eos_id).sum()) == file.header.documents == len(texts) - 1
 
 
@@ -239,9 +328,13 @@ def test_the_slurm_executor_gives_the_same_file(encoded: Path, tmp_path: Path) -
         (tmp_path / name).symlink_to(encoded / name)
     code = script("Slurm").replace("tasks=1000", "tasks=2").replace('"venv/bin/activate"', "None")
     (tmp_path / "encode_corpus.py").write_text(code, encoding="utf-8")
-    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join(
+        [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+    )
     ended(started(tmp_path, typed("python encode_corpus.py").words, PATH=path))
-    assert filecmp.cmp(tmp_path / "encoded" / "000_corpus.ds", encoded / "encoded" / "000_corpus.ds", shallow=False), (tmp_path / "slurm.log").read_text()
+    assert filecmp.cmp(
+        tmp_path / "encoded" / "000_corpus.ds", encoded / "encoded" / "000_corpus.ds", shallow=False
+    ), (tmp_path / "slurm.log").read_text()
 
 
 @pytest.mark.slow
@@ -258,7 +351,11 @@ def test_the_ray_executors_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyP
     exec(compile(script("Ray"), "encode_corpus.py", "exec"), {"__name__": "__main__"})  # noqa: S102
     (merge,) = built
     assert (merge.tasks, merge.depends.tasks, merge.depends.workers) == (1, 1000, 200)
-    assert [type(step).__name__ for step in merge.depends.pipeline] == ["JsonlReader", "LambdaFilter", "PlainDocumentTokenizer"]
+    assert [type(step).__name__ for step in merge.depends.pipeline] == [
+        "JsonlReader",
+        "LambdaFilter",
+        "PlainDocumentTokenizer",
+    ]
 
 
 def run_of(folder: Path, name: str) -> list[str]:
@@ -273,7 +370,7 @@ def test_a_model_trains_from_the_merged_file_and_goes_on(encoded: Path, tmp_path
     said = ended(started(encoded, [*words, "training.max_steps=10"]))
     assert "data: encoded/000_corpus.ds: train " in said
     assert "resuming" in ended(started(encoded, [*words, "training.max_steps=20"]))
-    validations = checkpoint.read(tmp_path / "run" / "final.ckpt")["progress"]["validations"]
+    validations = checkpoint_format.read(tmp_path / "run" / "final.ckpt")["progress"]["validations"]
     assert [step for step, _ in validations] == list(range(2, 21, 2))
     assert validations[-1][1] < validations[0][1] < 6.5
 
@@ -286,14 +383,27 @@ def by_torchrun(node: int, port: int) -> tuple[list[str], dict[str, str]]:
 
 def by_slurm(node: int, port: int) -> tuple[list[str], dict[str, str]]:
     """The line behind srun in the guide's job script, with the variables that srun sets on one of two such machines."""
-    values = {"NTASKS": 2, "NTASKS_PER_NODE": 1, "NNODES": 2, "PROCID": node, "LOCALID": 0, "NODEID": node, "NODELIST": "127.0.0.1", "JOB_ID": 7}
+    values = {
+        "NTASKS": 2,
+        "NTASKS_PER_NODE": 1,
+        "NNODES": 2,
+        "PROCID": node,
+        "LOCALID": 0,
+        "NODEID": node,
+        "NODELIST": "127.0.0.1",
+        "JOB_ID": 7,
+    }
     line = next(line for line in GUIDE.splitlines() if line.startswith("srun python "))
-    return line.split()[1:], {f"SLURM_{name}": str(value) for name, value in values.items()} | {"MASTER_PORT": str(port)}
+    return line.split()[1:], {f"SLURM_{name}": str(value) for name, value in values.items()} | {
+        "MASTER_PORT": str(port)
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [by_torchrun, by_slurm])
-def test_two_machines_train_one_model(encoded: Path, tmp_path: Path, start: Callable[[int, int], tuple[list[str], dict[str, str]]]) -> None:
+def test_two_machines_train_one_model(
+    encoded: Path, tmp_path: Path, start: Callable[[int, int], tuple[list[str], dict[str, str]]]
+) -> None:
     """This machine plays both. Two ranks with 2 rows each: 2 x 2 x 64 tokens a step; rank 0 alone speaks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -301,20 +411,32 @@ def test_two_machines_train_one_model(encoded: Path, tmp_path: Path, start: Call
     processes = []
     for node in range(2):
         words, environment = start(node, port)
-        processes.append(started(encoded, [*words, *run_of(tmp_path, "run"), "training.max_steps=2"], **environment))
+        processes.append(
+            started(
+                encoded, [*words, *run_of(tmp_path, "run"), "training.max_steps=2"], **environment
+            )
+        )
     said = "".join([ended(process) for process in processes])
     assert said.count("256 tokens a step, 2 steps") == 1
-    assert checkpoint.read(tmp_path / "run" / "final.ckpt")["world_size"] == 2
+    assert checkpoint_format.read(tmp_path / "run" / "final.ckpt")["world_size"] == 2
 
 
 def test_the_job_script_asks_for_what_the_config_says():
     hardware = load_config(ROOT / "configs" / "corpus.yaml").hardware
-    for line in (f"#SBATCH --nodes={hardware.num_nodes}", f"#SBATCH --ntasks-per-node={hardware.devices}", f"#SBATCH --gpus-per-node={hardware.devices}"):
+    for line in (
+        f"#SBATCH --nodes={hardware.num_nodes}",
+        f"#SBATCH --ntasks-per-node={hardware.devices}",
+        f"#SBATCH --gpus-per-node={hardware.devices}",
+    ):
         assert line in GUIDE.splitlines()
     assert f"torchrun --nnodes {hardware.num_nodes} --nproc-per-node {hardware.devices} " in GUIDE
 
 
 def test_every_command_of_the_guide_is_done_here_or_said_why_not():
     done = ("python -m tinylm tokenizer train", "python train.py", "pip install")
-    left = [command for command in commands(GUIDE) if command.fenced and not " ".join(command.words).startswith(done)]
+    left = [
+        command
+        for command in commands(GUIDE)
+        if command.fenced and not " ".join(command.words).startswith(done)
+    ]
     assert all(command.words[0] in SHOWN or command.program in SHOWN for command in left)

@@ -14,17 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_token_file
 
 import model
 import train
-from tinylm import bpe, checkpoint
-from tinylm.config import load_config
-from tinylm.errors import UserError
-from tinylm.tokenizer import ByteTokenizer
+from tests.conftest import write_token_file
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.errors import UserError
+from tinylm.config.loader import load_config
+from tinylm.tokenizer import bpe
+from tinylm.tokenizer.byte_char import ByteTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-HARD = {"model": {"residual_dropout": 0.2, "attention_dropout": 0.2}, "training": {"grad_accum_steps": 3}}
+ROOT = Path(__file__).resolve().parents[2]
+HARD = {
+    "model": {"residual_dropout": 0.2, "attention_dropout": 0.2},
+    "training": {"grad_accum_steps": 3},
+}
 Make = Callable[..., Path]
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -38,12 +42,14 @@ def run(config: Path, *arguments: str) -> int:
 def curve(folder: Path, name: str = "train_loss") -> dict[int, str]:
     """The exact bits of one column of metrics.csv, by step."""
     with open(folder / "logs" / "tiny" / "metrics.csv", newline="", encoding="utf-8") as file:
-        return {int(row["step"]): float(row[name]).hex() for row in csv.DictReader(file) if row[name]}
+        return {
+            int(row["step"]): float(row[name]).hex() for row in csv.DictReader(file) if row[name]
+        }
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The weights at the end of a run."""
-    return checkpoint.read(folder / "checkpoints" / "final.ckpt")["weights"]
+    return checkpoint_format.read(folder / "checkpoints" / "final.ckpt")["weights"]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -57,7 +63,10 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def elsewhere(folder: Path) -> list[str]:
     """Overrides that put a run's files into another folder."""
-    return [f"training.checkpoint_dir={folder / 'checkpoints'}", f"training.log_dir={folder / 'logs'}"]
+    return [
+        f"training.checkpoint_dir={folder / 'checkpoints'}",
+        f"training.log_dir={folder / 'logs'}",
+    ]
 
 
 @pytest.fixture
@@ -71,11 +80,19 @@ def uninterrupted(make_config: Make, tmp_path: Path) -> Path:
 # --- what a run writes ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_checkpoints_metrics_and_says_what_is_next(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_leaves_checkpoints_metrics_and_says_what_is_next(
+    make_config: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """Steps 2, 4, 6 are saved, step 2 is pruned (keep_last 2); the loss falls from ln 260 = 5.56 of a uniform guess."""
     assert run(make_config()) == 0
     folder = tmp_path / "checkpoints"
-    assert {path.name for path in folder.glob("*.ckpt")} == {"step-000004.ckpt", "step-000006.ckpt", "last.ckpt", "best.ckpt", "final.ckpt"}
+    assert {path.name for path in folder.glob("*.ckpt")} == {
+        "step-000004.ckpt",
+        "step-000006.ckpt",
+        "last.ckpt",
+        "best.ckpt",
+        "final.ckpt",
+    }
     losses = {step: float.fromhex(loss) for step, loss in curve(tmp_path).items()}
     assert sorted(losses) == [1, 2, 3, 4, 5, 6]
     assert abs(losses[1] - math.log(260)) < 0.1
@@ -94,78 +111,144 @@ def test_perplexity_is_exp_of_the_token_weighted_mean(make_config: Make, tmp_pat
     """STYLE's bug: not a mean of the perplexities of batches. bpb is nats / ln 2 / bytes; here a token is a byte or an EOS."""
     run(make_config())
     losses, ppl = curve(tmp_path, "val_loss"), curve(tmp_path, "val_ppl")
-    assert all(math.isclose(float.fromhex(ppl[step]), math.exp(float.fromhex(losses[step])), rel_tol=1e-12) for step in losses)
+    assert all(
+        math.isclose(float.fromhex(ppl[step]), math.exp(float.fromhex(losses[step])), rel_tol=1e-12)
+        for step in losses
+    )
 
 
-def test_the_loss_does_not_depend_on_how_a_step_is_divided(make_config: Make, tmp_path: Path) -> None:
+def test_the_loss_does_not_depend_on_how_a_step_is_divided(
+    make_config: Make, tmp_path: Path
+) -> None:
     """12 rows a step as 1 x 12, 3 x 4 and 4 x 3: the same mean over the same targets, so the same curve up to rounding."""
     curves = []
     for rows, parts in ((12, 1), (4, 3), (3, 4)):
         folder = tmp_path / f"{rows}x{parts}"
-        assert run(make_config(training={"micro_batch_size": rows, "grad_accum_steps": parts}), *elsewhere(folder)) == 0
-        curves.append([[float.fromhex(x) for x in curve(folder, name).values()] for name in ("train_loss", "grad_norm", "val_loss")])
+        assert (
+            run(
+                make_config(training={"micro_batch_size": rows, "grad_accum_steps": parts}),
+                *elsewhere(folder),
+            )
+            == 0
+        )
+        curves.append(
+            [
+                [float.fromhex(x) for x in curve(folder, name).values()]
+                for name in ("train_loss", "grad_norm", "val_loss")
+            ]
+        )
     for other in curves[1:]:
         for ours, theirs in zip(curves[0], other, strict=True):
             assert ours == pytest.approx(theirs, rel=2e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_plain", "sgd", "muon"])
-def test_clipping_works_with_every_optimizer(make_config: Make, tmp_path: Path, optimizer: str, monkeypatch: Patch) -> None:
+def test_clipping_works_with_every_optimizer(
+    make_config: Make, tmp_path: Path, optimizer: str, monkeypatch: Patch
+) -> None:
     """STYLE's bug: fused AdamW switched clipping off. What reaches the step has a norm of at most grad_clip."""
     clipped, true_set_lr = [], model.set_lr
-    monkeypatch.setattr(model, "set_lr", lambda optimizer, share: (clipped.append(_norm_of(optimizer)), true_set_lr(optimizer, share))[1])
-    assert run(make_config(training={"optimizer": optimizer, "grad_clip": 0.01, "max_steps": 2})) == 0
+    monkeypatch.setattr(
+        model,
+        "set_lr",
+        lambda optimizer, share: (
+            clipped.append(_norm_of(optimizer)),
+            true_set_lr(optimizer, share),
+        )[1],
+    )
+    assert (
+        run(make_config(training={"optimizer": optimizer, "grad_clip": 0.01, "max_steps": 2})) == 0
+    )
     assert len(clipped) == 2
     assert all(norm <= 0.01 * (1 + 1e-4) for norm in clipped)
-    assert all(float.fromhex(norm) > 0.01 for norm in curve(tmp_path, "grad_norm").values()), "the norm that is logged is the one before clipping"
+    assert all(float.fromhex(norm) > 0.01 for norm in curve(tmp_path, "grad_norm").values()), (
+        "the norm that is logged is the one before clipping"
+    )
 
 
 def _norm_of(optimizer: torch.optim.Optimizer) -> float:
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads = [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
     return float(torch.nn.utils.get_total_norm(grads))
 
 
-def test_early_stopping_ends_the_run_and_is_final(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_early_stopping_ends_the_run_and_is_final(
+    make_config: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """With a learning rate that does next to nothing validation soon fails to improve; a rerun has nothing to do."""
-    config = make_config(training={"lr": 1e-30, "val_every_steps": 1, "early_stopping_patience": 2, "max_steps": 50})
+    config = make_config(
+        training={"lr": 1e-30, "val_every_steps": 1, "early_stopping_patience": 2, "max_steps": 50}
+    )
     assert run(config) == 0
-    assert checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 3
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 3
     assert run(config) == 0
     path = tmp_path / "checkpoints" / "step-000003.ckpt"
     said = f'already complete at step 3: {path}\nnext: python infer.py --ckpt {path} --prompt "Attention is"\n'
     assert capsys.readouterr().err.endswith(said)
 
 
-def test_init_from_takes_the_weights_and_nothing_else(make_config: Make, uninterrupted: Path, tmp_path: Path) -> None:
+def test_init_from_takes_the_weights_and_nothing_else(
+    make_config: Make, uninterrupted: Path, tmp_path: Path
+) -> None:
     """The new run begins at step 0 with the old run's weights: its first loss is far below that of a random model."""
-    assert run(make_config(training={"init_from": str(uninterrupted / "checkpoints" / "final.ckpt"), "max_steps": 1, "val_every_steps": 1})) == 0
+    assert (
+        run(
+            make_config(
+                training={
+                    "init_from": str(uninterrupted / "checkpoints" / "final.ckpt"),
+                    "max_steps": 1,
+                    "val_every_steps": 1,
+                }
+            )
+        )
+        == 0
+    )
     first = float.fromhex(curve(tmp_path)[1])
     assert first < float.fromhex(curve(uninterrupted)[1]) - 0.05
 
 
-def test_init_from_needs_the_same_tokenizer(make_config: Make, uninterrupted: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_init_from_needs_the_same_tokenizer(
+    make_config: Make, uninterrupted: Path, tmp_path: Path, capsys: Capture
+) -> None:
     """Or each row of the embedding would stand for another character; a missing file is named with the setting."""
     model = f"training.init_from={uninterrupted / 'checkpoints' / 'final.ckpt'}"
-    assert "final.ckpt was trained with tokenizer " in refused(make_config(), tmp_path, capsys, model, "tokenizer.kind=char", "model.vocab_size=260")
-    assert "error: training.init_from: nowhere.ckpt: not found" in refused(make_config(), tmp_path, capsys, "training.init_from=nowhere.ckpt")
+    assert "final.ckpt was trained with tokenizer " in refused(
+        make_config(), tmp_path, capsys, model, "tokenizer.kind=char", "model.vocab_size=260"
+    )
+    assert "error: training.init_from: nowhere.ckpt: not found" in refused(
+        make_config(), tmp_path, capsys, "training.init_from=nowhere.ckpt"
+    )
 
 
-def test_a_prompt_that_cannot_be_encoded_is_found_before_training(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_a_prompt_that_cannot_be_encoded_is_found_before_training(
+    make_config: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """The first validation would be too late."""
-    message = refused(make_config(), tmp_path, capsys, "tokenizer.kind=char", "training.sample_prompt=€")
+    message = refused(
+        make_config(), tmp_path, capsys, "tokenizer.kind=char", "training.sample_prompt=€"
+    )
     assert message.startswith("error: training.sample_prompt: the character '€'")
 
 
 def test_a_sample_is_shown_at_each_validation(make_config: Make, capsys: Capture) -> None:
     """Two validations, two samples that begin with the prompt."""
-    assert run(make_config(training={"sample_prompt": "the model"}, sampling={"max_new_tokens": 5})) == 0
+    assert (
+        run(make_config(training={"sample_prompt": "the model"}, sampling={"max_new_tokens": 5}))
+        == 0
+    )
     assert capsys.readouterr().err.count("sample: the model") == 2
 
 
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
 
-def interrupt_at(monkeypatch: Patch, micro_batch: int, action: Callable[[], Any], stage: type[model.LitStage] = model.LitLM) -> None:
+def interrupt_at(
+    monkeypatch: Patch,
+    micro_batch: int,
+    action: Callable[[], Any],
+    stage: type[model.LitStage] = model.LitLM,
+) -> None:
     """Call `action` when the loss of that micro-batch (1, 2, ...) of this process has been worked out."""
     original, seen = stage.batch_loss, []
 
@@ -181,22 +264,35 @@ def interrupt_at(monkeypatch: Patch, micro_batch: int, action: Callable[[], Any]
     monkeypatch.setattr(stage, "batch_loss", batch_loss)
 
 
-@pytest.mark.parametrize(("number", "times", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGINT, 10, 130)])
+@pytest.mark.parametrize(
+    ("number", "times", "code"),
+    [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGINT, 10, 130)],
+)
 def test_a_signal_inside_an_accumulation_finishes_the_step_saves_and_resumes(
-    make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch, number: int, times: int, code: int
+    make_config: Make,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: Patch,
+    number: int,
+    times: int,
+    code: int,
 ) -> None:
     """C1, C2: the signal comes in the second of three micro-batches of step 3; validation of step 3 is owed and made up."""
     config = make_config(**HARD)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 3 * 2 + 2, lambda: [os.kill(os.getpid(), number) for _ in range(times)] and None)
+        interrupt_at(
+            patch, 3 * 2 + 2, lambda: [os.kill(os.getpid(), number) for _ in range(times)] and None
+        )
         assert run(config) == code
-    newest = checkpoint.newest_sound(tmp_path / "checkpoints")
+    newest = checkpoint_format.newest_sound(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000003.ckpt"
     assert run(config) == 0
     assert_same_run(uninterrupted, tmp_path)
 
 
-def test_resuming_twice_from_one_checkpoint_gives_the_same_and_leaves_it_alone(make_config: Make, uninterrupted: Path, tmp_path: Path) -> None:
+def test_resuming_twice_from_one_checkpoint_gives_the_same_and_leaves_it_alone(
+    make_config: Make, uninterrupted: Path, tmp_path: Path
+) -> None:
     """A3: from step 4 of the undisturbed run, twice."""
     source = uninterrupted / "checkpoints" / "step-000004.ckpt"
     before = source.read_bytes()
@@ -205,45 +301,77 @@ def test_resuming_twice_from_one_checkpoint_gives_the_same_and_leaves_it_alone(m
         assert run(make_config(**HARD), "--resume", str(source), *elsewhere(folder)) == 0
         whole = curve(uninterrupted)
         assert curve(folder) == {step: whole[step] for step in (5, 6)}
-        assert all(torch.equal(a, b) for a, b in zip(final_weights(uninterrupted).values(), final_weights(folder).values(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(
+                final_weights(uninterrupted).values(), final_weights(folder).values(), strict=True
+            )
+        )
     assert source.read_bytes() == before
 
 
-def test_without_the_reseeding_of_dropout_a_resumed_run_differs(make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_without_the_reseeding_of_dropout_a_resumed_run_differs(
+    make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
     """NEG for A1: the comparison can fail."""
     monkeypatch.setattr(model.LitStage, "_reseed", lambda self, batch_idx: None)
     torch.manual_seed(5)
-    assert run(make_config(**HARD), "--resume", str(uninterrupted / "checkpoints" / "step-000004.ckpt")) == 0
+    assert (
+        run(
+            make_config(**HARD), "--resume", str(uninterrupted / "checkpoints" / "step-000004.ckpt")
+        )
+        == 0
+    )
     assert curve(tmp_path)[5] != curve(uninterrupted)[5]
 
 
-def test_validation_and_samples_do_not_touch_training(make_config: Make, uninterrupted: Path, tmp_path: Path) -> None:
+def test_validation_and_samples_do_not_touch_training(
+    make_config: Make, uninterrupted: Path, tmp_path: Path
+) -> None:
     """A7: validating and sampling at every step instead of every third gives the same training losses."""
-    settings = {"model": HARD["model"], "training": HARD["training"] | {"val_every_steps": 1, "sample_prompt": "a"}, "sampling": {"max_new_tokens": 3}}
+    settings = {
+        "model": HARD["model"],
+        "training": HARD["training"] | {"val_every_steps": 1, "sample_prompt": "a"},
+        "sampling": {"max_new_tokens": 3},
+    }
     assert run(make_config(**settings)) == 0
     assert curve(tmp_path) == curve(uninterrupted)
     assert sorted(curve(tmp_path, "val_loss")) == [1, 2, 3, 4, 5, 6]
 
 
-def test_another_number_of_threads_is_said(make_config: Make, uninterrupted: Path, capsys: Capture) -> None:
+def test_another_number_of_threads_is_said(
+    make_config: Make, uninterrupted: Path, capsys: Capture
+) -> None:
     """A8: one line that names both numbers."""
     resume = ["--resume", str(uninterrupted / "checkpoints" / "step-000004.ckpt")]
     assert run(make_config(**HARD), *resume, "hardware.threads=2") == 0
-    assert capsys.readouterr().err.count("CPU threads were 1 and are 2: results may differ in the last bits") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "CPU threads were 1 and are 2: results may differ in the last bits"
+        )
+        == 1
+    )
 
 
 def test_max_steps_can_be_raised(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
     """A9: the run goes on to the new end and says that the schedule is another one now."""
     assert run(make_config()) == 0
     assert run(make_config(), "training.max_steps=8") == 0
-    assert "training.max_steps was 6 and is 8: the learning rate now follows the schedule of 8 steps" in capsys.readouterr().err
+    assert (
+        "training.max_steps was 6 and is 8: the learning rate now follows the schedule of 8 steps"
+        in capsys.readouterr().err
+    )
     assert sorted(curve(tmp_path)) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 8
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 8
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """Every file under `folder` but the lock's owner."""
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in (".owner", ".lock")}
+    return {
+        str(path): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (".owner", ".lock")
+    }
 
 
 def test_a_finished_run_is_left_alone(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
@@ -267,21 +395,28 @@ def refused(config: Path, tmp_path: Path, capsys: Capture, *arguments: str) -> s
     return error[0]
 
 
-def test_changed_data_is_refused_unless_allowed(make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_changed_data_is_refused_unless_allowed(
+    make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
     """A10: one byte of the text changed; the error names the checkpoint, the file, both fingerprints and the flag."""
     assert run(make_config(training={"max_steps": 4})) == 0
-    was = checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["data"]
+    was = checkpoint_format.read(tmp_path / "checkpoints" / "last.ckpt")["data"]
     corpus.write_bytes(corpus.read_bytes().replace(b"token", b"tokem", 1))
     config = make_config(training={"max_steps": 6})
     # one byte is in one document, which is either a training or a validation one
     message = refused(config, tmp_path, capsys)
-    assert f"step-000004.ckpt: {'train' if was['train'] in message else 'val'} data ({corpus}) was " in message
+    assert (
+        f"step-000004.ckpt: {'train' if was['train'] in message else 'val'} data ({corpus}) was "
+        in message
+    )
     assert any(fingerprint in message for fingerprint in was.values())
     assert "--allow-changes" in message
     assert run(config, "--allow-changes") == 0
 
 
-def test_a_run_learns_its_own_tokenizer_and_goes_on_with_it(make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_a_run_learns_its_own_tokenizer_and_goes_on_with_it(
+    make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
     """The checkpoint holds the merges: the run goes on exactly though the cache is gone, and though nothing could be learned."""
     config = make_config(**HARD, tokenizer={"kind": "bpe", "vocab_size": 300})
     calm, broken = tmp_path / "calm", tmp_path / "broken"
@@ -297,12 +432,19 @@ def test_a_run_learns_its_own_tokenizer_and_goes_on_with_it(make_config: Make, t
     assert_same_run(calm, broken)
 
 
-def test_shared_documents_are_counted_and_said(make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_shared_documents_are_counted_and_said(
+    make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
     """E13: the validation file is the first 20 lines of the training file."""
     val = tmp_path / "val.txt"
-    val.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:20]), encoding="utf-8")
+    val.write_text(
+        "\n".join(corpus.read_text(encoding="utf-8").splitlines()[:20]), encoding="utf-8"
+    )
     assert run(make_config(data={"val_dataset": str(val)})) == 0
-    assert "warning: 20 documents of data.val_dataset are training documents too" in capsys.readouterr().err
+    assert (
+        "warning: 20 documents of data.val_dataset are training documents too"
+        in capsys.readouterr().err
+    )
 
 
 def said_of_data(config: Path) -> list[str]:
@@ -312,35 +454,64 @@ def said_of_data(config: Path) -> list[str]:
     return said[1:]
 
 
-def test_documents_at_the_end_of_a_token_file_that_are_trained_on_are_counted(make_config: Make, tmp_path: Path) -> None:
+def test_documents_at_the_end_of_a_token_file_that_are_trained_on_are_counted(
+    make_config: Make, tmp_path: Path
+) -> None:
     """E13: of 60 documents of ten tokens the last six validate; none, three or all of those stand further up as well."""
     for repeated in (0, 3, 6):
         documents = [f"{i:09}" for i in range(60 - repeated)]
-        write_token_file(tmp_path / f"{repeated}.bin", [*documents, *documents[:repeated]], ByteTokenizer())
-    none, three, all_six = (make_config(f"{n}.yaml", data={"dataset": str(tmp_path / f"{n}.bin"), "val_fraction": 0.1}) for n in (0, 3, 6))
+        write_token_file(
+            tmp_path / f"{repeated}.bin", [*documents, *documents[:repeated]], ByteTokenizer()
+        )
+    none, three, all_six = (
+        make_config(f"{n}.yaml", data={"dataset": str(tmp_path / f"{n}.bin"), "val_fraction": 0.1})
+        for n in (0, 3, 6)
+    )
     assert said_of_data(none) == []
     end = "documents at the end of data.dataset, which validate, are training documents too; val_loss will look better than it is"
     assert said_of_data(three) == [f"warning: 3 of 6 {end}"]
     with pytest.raises(UserError) as caught:
         said_of_data(all_six)
     found = "all 6 documents at its end, which validate (data.val_fraction 0.1), are training documents too"
-    assert str(caught.value) == f"data.dataset: {found}. Encode it again without repeated documents, or set data.val_dataset."
+    assert (
+        str(caught.value)
+        == f"data.dataset: {found}. Encode it again without repeated documents, or set data.val_dataset."
+    )
     both = {"dataset": str(tmp_path / "0.bin"), "val_dataset": str(tmp_path / "3.bin")}
     better = "are training documents too; val_loss will look better than it is"
-    assert said_of_data(make_config(data=both)) == [f"warning: 57 documents of data.val_dataset {better}"]
-    mix = {"mix": [{"dataset": str(tmp_path / "0.bin")}, {"dataset": str(tmp_path / "3.bin")}], "val_fraction": 0.1}
+    assert said_of_data(make_config(data=both)) == [
+        f"warning: 57 documents of data.val_dataset {better}"
+    ]
+    mix = {
+        "mix": [{"dataset": str(tmp_path / "0.bin")}, {"dataset": str(tmp_path / "3.bin")}],
+        "val_fraction": 0.1,
+    }
     # 54 to 59 validate the first source, 54 to 56 and 0 to 2 the second; both are trained on 0 to 53.
-    assert said_of_data(make_config(data=mix)) == [f"warning: 3 of 9 {end.replace('dataset', 'mix')}"]
+    assert said_of_data(make_config(data=mix)) == [
+        f"warning: 3 of 9 {end.replace('dataset', 'mix')}"
+    ]
 
 
-def test_a_run_says_what_its_text_is_not_divided_by(make_config: Make, write: Callable[..., Path]) -> None:
+def test_a_run_says_what_its_text_is_not_divided_by(
+    make_config: Make, write: Callable[..., Path]
+) -> None:
     """Both warnings, also from the cached files of an earlier run, and neither from a run that reads the file right."""
     path = write("a.txt", "".join(f"one {i} and some more words<|eos|>" for i in range(60)))
-    lines, other = write("b.txt", path.read_text(encoding="utf-8").replace("<|eos|>", "<|eos|>\n")), write("c.txt", "other words\n" * 9)
-    assert said_of_data(make_config(data={"dataset": str(path), "document_separator": "<|eos|>"})) == []
-    config = make_config(data={"dataset": str(lines), "document_separator": "##", "val_dataset": str(other)})
+    lines, other = (
+        write("b.txt", path.read_text(encoding="utf-8").replace("<|eos|>", "<|eos|>\n")),
+        write("c.txt", "other words\n" * 9),
+    )
+    assert (
+        said_of_data(make_config(data={"dataset": str(path), "document_separator": "<|eos|>"}))
+        == []
+    )
+    config = make_config(
+        data={"dataset": str(lines), "document_separator": "##", "val_dataset": str(other)}
+    )
     spelled = "1 of 1 documents have <|eos|> in their text, where it is characters and ends nothing"
-    never = "data.document_separator '##' does not occur in it, so that each .txt file is one document"
+    never = (
+        "data.document_separator '##' does not occur in it, so that each .txt file is one document"
+    )
     for _ in range(2):
         assert said_of_data(config) == [
             f"warning: {lines}: {spelled}. If it divides documents of a .txt file, set data.document_separator to '<|eos|>'",
@@ -350,7 +521,9 @@ def test_a_run_says_what_its_text_is_not_divided_by(make_config: Make, write: Ca
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_changed_streamed_text_is_refused_too(make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture, stream: bool) -> None:
+def test_changed_streamed_text_is_refused_too(
+    make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture, stream: bool
+) -> None:
     """A10 for both ways of reading: a document is added at the end."""
     data = {"streaming": stream, "shuffle_window": 4, "val_docs": 5}
     assert run(make_config(data=data, training={"max_steps": 4})) == 0
@@ -362,9 +535,18 @@ def test_changed_streamed_text_is_refused_too(make_config: Make, corpus: Path, t
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.d_model=32", r"model.d_model was 16 when it was saved, this run has 32. Set it back, or choose another training.checkpoint_dir."),
-        ("tokenizer.kind=char", "tokenizer.kind was byte when it was saved, this run has char. Set it back, or choose"),
-        ("training.optimizer=muon", "training.optimizer was adamw when it was saved, this run has muon. Set it back, or choose"),
+        (
+            "model.d_model=32",
+            r"model.d_model was 16 when it was saved, this run has 32. Set it back, or choose another training.checkpoint_dir.",
+        ),
+        (
+            "tokenizer.kind=char",
+            "tokenizer.kind was byte when it was saved, this run has char. Set it back, or choose",
+        ),
+        (
+            "training.optimizer=muon",
+            "training.optimizer was adamw when it was saved, this run has muon. Set it back, or choose",
+        ),
         (
             "training.seed=1",
             "training.seed was 1337 when it was saved, this run has 1. Set it back, choose another training.checkpoint_dir, or pass --allow-changes",
@@ -372,50 +554,80 @@ def test_changed_streamed_text_is_refused_too(make_config: Make, corpus: Path, t
         ("training.micro_batch_size=2", "training.micro_batch_size was 4"),
     ],
 )
-def test_another_run_is_not_resumed(make_config: Make, tmp_path: Path, capsys: Capture, override: str, words: str) -> None:
+def test_another_run_is_not_resumed(
+    make_config: Make, tmp_path: Path, capsys: Capture, override: str, words: str
+) -> None:
     """A10: model, tokenizer and settings that decide what a step computes."""
     assert run(make_config(training={"max_steps": 4})) == 0
     message = refused(make_config(), tmp_path, capsys, override)
     assert "step-000004.ckpt: " in message and words in message
 
 
-def test_an_allowed_change_of_the_learning_rate_takes_effect(make_config: Make, tmp_path: Path) -> None:
+def test_an_allowed_change_of_the_learning_rate_takes_effect(
+    make_config: Make, tmp_path: Path
+) -> None:
     """The optimizer's state comes from the checkpoint, its settings from the config: half the rate is half the rate."""
     assert run(make_config(training={"max_steps": 4, "schedule": "constant"})) == 0
-    assert run(make_config(training={"max_steps": 6, "schedule": "constant", "lr": 5e-3}), "--allow-changes") == 0
+    assert (
+        run(
+            make_config(training={"max_steps": 6, "schedule": "constant", "lr": 5e-3}),
+            "--allow-changes",
+        )
+        == 0
+    )
     rates = {step: float.fromhex(lr) for step, lr in curve(tmp_path, "lr").items()}
     assert rates == {1: 1e-2, 2: 1e-2, 3: 1e-2, 4: 1e-2, 5: 5e-3, 6: 5e-3}
-    state = checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["optimizer"]
+    state = checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["optimizer"]
     assert {group["lr"] for group in state["param_groups"]} == {5e-3}
 
 
-def test_another_optimizer_is_refused_even_if_changes_are_allowed(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_another_optimizer_is_refused_even_if_changes_are_allowed(
+    make_config: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """Its state would mean nothing to the new one; a change that is allowed is said."""
     assert run(make_config(training={"max_steps": 4})) == 0
-    assert "training.optimizer was adamw" in refused(make_config(), tmp_path, capsys, "training.optimizer=sgd", "--allow-changes")
+    assert "training.optimizer was adamw" in refused(
+        make_config(), tmp_path, capsys, "training.optimizer=sgd", "--allow-changes"
+    )
     assert run(make_config(), "training.lr=0.001", "--allow-changes") == 0
     assert "allowed: training.lr was 0.01 and is 0.001" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_compared_before_it_is_called_complete(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_a_finished_run_is_compared_before_it_is_called_complete(
+    make_config: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """Another learning rate is another run, and not the one that is complete."""
     assert run(make_config()) == 0
     assert "training.lr was 0.01" in refused(make_config(), tmp_path, capsys, "training.lr=1")
 
 
-def test_going_back_needs_a_folder_of_its_own(make_config: Make, uninterrupted: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_going_back_needs_a_folder_of_its_own(
+    make_config: Make, uninterrupted: Path, tmp_path: Path, capsys: Capture
+) -> None:
     """Both branches stay: newer checkpoints of the old one are neither pruned nor mixed with the new one's, and its metrics are kept."""
     source = uninterrupted / "checkpoints" / "step-000004.ckpt"
-    message = refused(make_config(**HARD), tmp_path, capsys, "--resume", str(source), *elsewhere(uninterrupted))
-    assert "step-000006.ckpt is newer than step 4, where --resume goes on. Choose another training.checkpoint_dir" in message
+    message = refused(
+        make_config(**HARD), tmp_path, capsys, "--resume", str(source), *elsewhere(uninterrupted)
+    )
+    assert (
+        "step-000006.ckpt is newer than step 4, where --resume goes on. Choose another training.checkpoint_dir"
+        in message
+    )
     old = (uninterrupted / "logs" / "tiny" / "metrics.csv").read_bytes()
-    arguments = ["--resume", str(source), f"training.checkpoint_dir={tmp_path / 'branch'}", f"training.log_dir={uninterrupted / 'logs'}"]
+    arguments = [
+        "--resume",
+        str(source),
+        f"training.checkpoint_dir={tmp_path / 'branch'}",
+        f"training.log_dir={uninterrupted / 'logs'}",
+    ]
     assert run(make_config(**HARD), *arguments) == 0
     assert (uninterrupted / "logs" / "tiny" / "metrics.1.csv").read_bytes() == old
     assert sorted(curve(uninterrupted)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_no_step_stands_twice_in_the_metrics(make_config: Make, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_no_step_stands_twice_in_the_metrics(
+    make_config: Make, tmp_path: Path, monkeypatch: Patch
+) -> None:
     """G4: a validation that is owed completes the row of its step; damaged and half-written rows are dropped."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -430,7 +642,9 @@ def test_no_step_stands_twice_in_the_metrics(make_config: Make, tmp_path: Path, 
     assert sorted(curve(tmp_path, "val_loss")) == [3, 6]
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(make_config: Make, uninterrupted: Path, capsys: Capture) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    make_config: Make, uninterrupted: Path, capsys: Capture
+) -> None:
     """B1: one bit of step 6 is flipped; the run goes on from step 4 and ends with the same numbers."""
     whole = curve(uninterrupted)
     newest = uninterrupted / "checkpoints" / "step-000006.ckpt"
@@ -439,19 +653,28 @@ def test_a_damaged_newest_checkpoint_is_passed_over(make_config: Make, uninterru
     newest.write_bytes(damaged)
     assert run(make_config(**HARD), *elsewhere(uninterrupted)) == 0
     error = capsys.readouterr().err
-    assert "passed over: " in error and "step-000006.ckpt: damaged" in error and "at step 4" in error
+    assert (
+        "passed over: " in error and "step-000006.ckpt: damaged" in error and "at step 4" in error
+    )
     assert curve(uninterrupted) == whole
 
 
-def test_a_new_run_does_not_take_a_used_folder(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_a_new_run_does_not_take_a_used_folder(
+    make_config: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """G3: --no-resume and auto_resume: false refuse a folder with checkpoints."""
     assert run(make_config()) == 0
     for argument in ("--no-resume", "training.auto_resume=false"):
         message = refused(make_config(), tmp_path, capsys, argument)
-        assert "holds checkpoints already (newest step-000006.ckpt). Resume, or choose another training.checkpoint_dir." in message
+        assert (
+            "holds checkpoints already (newest step-000006.ckpt). Resume, or choose another training.checkpoint_dir."
+            in message
+        )
 
 
-def test_metrics_of_an_earlier_run_are_kept_under_another_name(make_config: Make, tmp_path: Path) -> None:
+def test_metrics_of_an_earlier_run_are_kept_under_another_name(
+    make_config: Make, tmp_path: Path
+) -> None:
     """G3: same run_name, other checkpoint folder."""
     assert run(make_config()) == 0
     before = (tmp_path / "logs" / "tiny" / "metrics.csv").read_bytes()
@@ -461,26 +684,30 @@ def test_metrics_of_an_earlier_run_are_kept_under_another_name(make_config: Make
 
 def test_two_runs_in_one_folder(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
     """G1: the second one exits with 2 and names the first."""
-    with checkpoint.claimed(tmp_path / "checkpoints"):
+    with checkpoint_format.claimed(tmp_path / "checkpoints"):
         assert f"process {os.getpid()} on" in refused(make_config(), tmp_path, capsys)
 
 
 # --- numbers that are not finite --------------------------------------------------------------------------------------
 
 
-def test_a_nan_loss_stops_before_the_step(make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_a_nan_loss_stops_before_the_step(
+    make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
     """D1: exit 3 at step 5, named with its rows; the newest checkpoint is that of step 4, and its numbers are finite."""
     interrupt_at(monkeypatch, 5, lambda: math.nan)
     assert run(make_config()) == 3
     assert "error: step 5: the loss is nan; rows at [[" in capsys.readouterr().err
-    newest = checkpoint.newest_sound(tmp_path / "checkpoints")
+    newest = checkpoint_format.newest_sound(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000004.ckpt"
-    payload = checkpoint.read(newest)
+    payload = checkpoint_format.read(newest)
     assert all(weight.isfinite().all() for weight in payload["weights"].values())
     assert sorted(curve(tmp_path)) == [1, 2, 3, 4]
 
 
-def test_one_infinite_gradient_stops_before_the_step(make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_one_infinite_gradient_stops_before_the_step(
+    make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
     """D2: the loss is finite, one element of one gradient is not; clipping by its norm would poison every weight."""
     original = model.LitStage._scale_gradient
 
@@ -492,7 +719,7 @@ def test_one_infinite_gradient_stops_before_the_step(make_config: Make, tmp_path
     monkeypatch.setattr(model.LitStage, "_scale_gradient", poison)
     assert run(make_config()) == 3
     assert "error: step 3: the gradient's norm is " in capsys.readouterr().err
-    assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["step"] == 2
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "last.ckpt")["step"] == 2
 
 
 # --- bad settings -----------------------------------------------------------------------------------------------------
@@ -502,14 +729,22 @@ def test_one_infinite_gradient_stops_before_the_step(make_config: Make, tmp_path
     ("override", "words"),
     [
         ("hardware.accelerator=cuda", "hardware.accelerator: cuda was asked for"),
-        ("hardware.precision=16", "hardware.precision: 16 needs CUDA, and this run is on cpu. Set hardware.precision to 32 or bf16."),
-        ("model.vocab_size=100", "model.vocab_size: 100 is less than the tokenizer's 260. Raise it, or leave it out."),
+        (
+            "hardware.precision=16",
+            "hardware.precision: 16 needs CUDA, and this run is on cpu. Set hardware.precision to 32 or bf16.",
+        ),
+        (
+            "model.vocab_size=100",
+            "model.vocab_size: 100 is less than the tokenizer's 260. Raise it, or leave it out.",
+        ),
         ("data.dataset=nowhere.txt", "nowhere.txt"),
         ("training.checkpoint_dir=/dev/null/x", "/dev/null/x"),
         ("training.log_dir=/dev/null/x", "/dev/null/x"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(make_config: Make, tmp_path: Path, capsys: Capture, override: str, words: str) -> None:
+def test_what_cannot_be_done_is_one_line(
+    make_config: Make, tmp_path: Path, capsys: Capture, override: str, words: str
+) -> None:
     """F6, E8, B11: exit code 2 and the setting's name."""
     if override.endswith("cuda") and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -521,10 +756,16 @@ def test_what_cannot_be_done_is_one_line(make_config: Make, tmp_path: Path, caps
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--stream"]])
-def test_killed_at_random_moments_the_curve_is_equal_to_the_last_bit(flags: list[str], capfd: Capture) -> None:
+def test_killed_at_random_moments_the_curve_is_equal_to_the_last_bit(
+    flags: list[str], capfd: Capture
+) -> None:
     """A1: kill -9 three times, accumulation 4, dropout, one worker; the script a user can run."""
     result = subprocess.run(
-        [sys.executable, "benchmarks/crash_resume.py", "--rounds", "3", "--steps", "24", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "benchmarks/crash_resume.py", "--rounds", "3", "--steps", "24", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "EQUAL to the last bit" in result.stdout
@@ -553,7 +794,9 @@ def run_and_die(arguments: list[str], at: int) -> int:
 
 
 @pytest.mark.slow
-def test_killed_at_every_seam_of_a_save_the_run_resumes_exactly(make_config: Make, uninterrupted: Path, tmp_path: Path) -> None:
+def test_killed_at_every_seam_of_a_save_the_run_resumes_exactly(
+    make_config: Make, uninterrupted: Path, tmp_path: Path
+) -> None:
     """A2, B15: for n = 1, 2, ... until no seam is left; no half-written file outlives the next start."""
     config, n = make_config(**HARD), 0
     while True:
@@ -566,7 +809,9 @@ def test_killed_at_every_seam_of_a_save_the_run_resumes_exactly(make_config: Mak
         assert run(config, *elsewhere(folder)) == 0
         assert_same_run(uninterrupted, folder)
         assert not list((folder / "checkpoints").glob(".*.tmp"))
-        assert {"last.ckpt", "best.ckpt", "final.ckpt"} <= {path.name for path in (folder / "checkpoints").iterdir()}
+        assert {"last.ckpt", "best.ckpt", "final.ckpt"} <= {
+            path.name for path in (folder / "checkpoints").iterdir()
+        }
     assert n > 30, "four saves have more seams than that"
 
 
@@ -575,10 +820,17 @@ START = "import os, sys; os.setpgid(0, 0); import train; sys.exit(train.main(sys
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_the_whole_group_saves_too(make_config: Make, tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_to_the_whole_group_saves_too(
+    make_config: Make, tmp_path: Path, number: int, code: int
+) -> None:
     """C2: Ctrl-C in a terminal reaches the worker processes as well; the run needs them to finish its step."""
-    config = make_config(training={"max_steps": 100000, "val_every_steps": 100000, "save_every_steps": 100000}, data={"num_workers": 2})
-    process = subprocess.Popen([sys.executable, "-c", START, "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE)
+    config = make_config(
+        training={"max_steps": 100000, "val_every_steps": 100000, "save_every_steps": 100000},
+        data={"num_workers": 2},
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE
+    )
     metrics, began = tmp_path / "logs" / "tiny" / "metrics.csv", time.monotonic()
     while not (metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) > 5):
         assert process.poll() is None and time.monotonic() - began < 120
@@ -586,7 +838,7 @@ def test_a_signal_to_the_whole_group_saves_too(make_config: Make, tmp_path: Path
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, b"Traceback" in error) == (code, False), error.decode()
-    assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["step"] >= 5
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "last.ckpt")["step"] >= 5
 
 
 @pytest.mark.slow
@@ -594,38 +846,70 @@ def test_a_reader_that_leaves_does_not_end_the_run(make_config: Make, tmp_path: 
     """C4: 2>&1 | head -2 reads two lines and closes the pipe; the run ends well all the same."""
     command = f"{sys.executable} train.py --config {make_config()} 2>&1 | head -2"
     subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=True, timeout=120)
-    assert checkpoint.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 6
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_the_same_as_one(make_config: Make, tmp_path: Path, strategy: str) -> None:
+def test_two_processes_train_the_same_as_one(
+    make_config: Make, tmp_path: Path, strategy: str
+) -> None:
     """Two gloo ranks with 2 rows each are one process with 2 x 2 rows: the same rows, the same mean, up to rounding.
 
     They stop at step 4 and resume, so that what each strategy saves and restores is in the comparison.
     """
     one, two = tmp_path / "one", tmp_path / "two"
-    base = {"training": {"micro_batch_size": 2, "schedule": "constant", "sample_prompt": "the", "val_every_steps": 2}, "sampling": {"max_new_tokens": 3}}
+    base = {
+        "training": {
+            "micro_batch_size": 2,
+            "schedule": "constant",
+            "sample_prompt": "the",
+            "val_every_steps": 2,
+        },
+        "sampling": {"max_new_tokens": 3},
+    }
     assert run(make_config(**base), "training.grad_accum_steps=2", *elsewhere(one)) == 0
     config = make_config(**base)
     flags = ["hardware.devices=2", f"hardware.strategy={strategy}", *elsewhere(two)]
     for steps in (4, 6):
-        command = [sys.executable, "train.py", "--config", str(config), *flags, f"training.max_steps={steps}"]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+        command = [
+            sys.executable,
+            "train.py",
+            "--config",
+            str(config),
+            *flags,
+            f"training.max_steps={steps}",
+        ]
+        result = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+        )
         assert result.returncode == 0, result.stderr
     for name in ("train_loss", "val_loss", "grad_norm"):
-        ours, theirs = ([float.fromhex(x) for x in curve(folder, name).values()] for folder in (one, two))
+        ours, theirs = (
+            [float.fromhex(x) for x in curve(folder, name).values()] for folder in (one, two)
+        )
         assert ours == pytest.approx(theirs, rel=1e-4), name
     assert result.stderr.count("device: cpu") == 1, "only rank 0 speaks"
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_does_not_change_a_run(make_config: Make, uninterrupted: Path, tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_change_a_run(
+    make_config: Make, uninterrupted: Path, tmp_path: Path
+) -> None:
     """A6: also when it changes in the middle."""
     for workers in (1, 2):
         folder = tmp_path / f"workers{workers}"
         assert run(make_config(**HARD), f"data.num_workers={workers}", *elsewhere(folder)) == 0
         assert_same_run(uninterrupted, folder)
     source = uninterrupted / "checkpoints" / "step-000004.ckpt"
-    assert run(make_config(**HARD), "data.num_workers=2", "--resume", str(source), *elsewhere(tmp_path / "mixed")) == 0
+    assert (
+        run(
+            make_config(**HARD),
+            "data.num_workers=2",
+            "--resume",
+            str(source),
+            *elsewhere(tmp_path / "mixed"),
+        )
+        == 0
+    )
     assert curve(tmp_path / "mixed")[6] == curve(uninterrupted)[6]

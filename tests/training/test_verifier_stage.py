@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_train import Capture, Patch, assert_same_run, bytes_of, curve, elsewhere, interrupt_at
 
 import finetune
 import infer
@@ -21,13 +20,26 @@ import list as list_program
 import model
 import train
 from data import LitProblems, ValidationProblems
-from tinylm import checkpoint
-from tinylm.config import load_config
-from tinylm.errors import UserError
-from tinylm.verifier import VerifierScore
+from tests.training.test_train import (
+    Capture,
+    Patch,
+    assert_same_run,
+    bytes_of,
+    curve,
+    elsewhere,
+    interrupt_at,
+)
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import load as checkpoint_load
+from tinylm.common.errors import UserError
+from tinylm.config.loader import load_config
+from tinylm.objectives.verifier import VerifierScore
 
 Make = Callable[..., Path]
-FEW = {"train_docs": 6, "val_docs": 2}  # problems, as each answer of an untrained model is 256 tokens long
+FEW = {
+    "train_docs": 6,
+    "val_docs": 2,
+}  # problems, as each answer of an untrained model is 256 tokens long
 TINY = {"n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 64}
 
 
@@ -52,10 +64,14 @@ def settings_of(folder: Path, **sections: Any) -> dict[str, Any]:
 def make(tmp_path: Path) -> Make:
     """Writes 24 sums as rows, and a config."""
     rows = [{"prompt": f"{i} + {i % 5} =", "completion": f" {i + i % 5}"} for i in range(24)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
 
     def write(name: str = "config.yaml", **sections: Any) -> Path:
-        (tmp_path / name).write_text(yaml.safe_dump(settings_of(tmp_path, **sections)), encoding="utf-8")
+        (tmp_path / name).write_text(
+            yaml.safe_dump(settings_of(tmp_path, **sections)), encoding="utf-8"
+        )
         return tmp_path / name
 
     return write
@@ -64,10 +80,20 @@ def make(tmp_path: Path) -> Make:
 @pytest.fixture
 def writer(tmp_path: Path, make: Make) -> Path:
     """The checkpoint of a decoder that writes, of the verifier's shape."""
-    (tmp_path / "corpus.txt").write_text("".join(f"{i} + {i % 5} = {i + i % 5}\n" for i in range(40)), encoding="utf-8")
+    (tmp_path / "corpus.txt").write_text(
+        "".join(f"{i} + {i % 5} = {i + i % 5}\n" for i in range(40)), encoding="utf-8"
+    )
     data = {"dataset": str(tmp_path / "corpus.txt")}
-    files = {"checkpoint_dir": str(tmp_path / "base"), "run_name": "base", "max_steps": 2, "grad_accum_steps": 1}
-    assert train.main(["--config", str(make("base.yaml", verifier=None, data=data, training=files))]) == 0
+    files = {
+        "checkpoint_dir": str(tmp_path / "base"),
+        "run_name": "base",
+        "max_steps": 2,
+        "grad_accum_steps": 1,
+    }
+    assert (
+        train.main(["--config", str(make("base.yaml", verifier=None, data=data, training=files))])
+        == 0
+    )
     return tmp_path / "base" / "final.ckpt"
 
 
@@ -90,88 +116,161 @@ def refused(config: Path, capsys: Capture, *arguments: str) -> str:
 @pytest.mark.slow
 def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsys: Capture) -> None:
     """Nine is right whatever is asked, other numbers are wrong: that is soon learned. Of three pairs one is right, so the majority is 2/3."""
-    config = make(training={"max_steps": 150, "val_every_steps": 75, "micro_batch_size": 8, "grad_accum_steps": 1}, model={"residual_dropout": 0.0})
+    config = make(
+        training={
+            "max_steps": 150,
+            "val_every_steps": 75,
+            "micro_batch_size": 8,
+            "grad_accum_steps": 1,
+        },
+        model={"residual_dropout": 0.0},
+    )
     rows = [{"prompt": f"no {i}", "completion": "It is 9."} for i in range(24)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     assert run(config) == 0
     output = capsys.readouterr()
     final = tmp_path / "checkpoints" / "final.ckpt"
     assert output.out == f"{final}\n"
     assert output.err.startswith("device: cpu (asked for)")
     assert "problems with " in output.err and "8 problems a step, 150 steps" in output.err
-    assert output.err.splitlines()[-1] == f"next: python infer.py --ckpt MODEL --prompt PROBLEM --best-of 8 --verifier {final}"
+    assert (
+        output.err.splitlines()[-1]
+        == f"next: python infer.py --ckpt MODEL --prompt PROBLEM --best-of 8 --verifier {final}"
+    )
     with open(tmp_path / "logs" / "tiny" / "metrics.csv", newline="", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
-    numbers = {name: float(last[name]) for name in ("val_accuracy", "val_accuracy_low", "val_accuracy_high", "val_majority", "val_auc", "accuracy")}
+    numbers = {
+        name: float(last[name])
+        for name in (
+            "val_accuracy",
+            "val_accuracy_low",
+            "val_accuracy_high",
+            "val_majority",
+            "val_auc",
+            "accuracy",
+        )
+    }
     assert numbers["val_accuracy"] == 1 == numbers["val_auc"] and numbers["accuracy"] == 1
-    assert numbers["val_majority"] == pytest.approx(2 / 3) and numbers["val_majority"] < numbers["val_accuracy_low"] < 1
+    assert (
+        numbers["val_majority"] == pytest.approx(2 / 3)
+        and numbers["val_majority"] < numbers["val_accuracy_low"] < 1
+    )
     assert (last["val_ppl"], last["val_bpb"]) == ("", "")
 
 
-def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(make: Make, tmp_path: Path) -> None:
+def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(
+    make: Make, tmp_path: Path
+) -> None:
     """The oracle reads every pair by itself: the mean of -log of the share of the odds, and the score of the probabilities up to the width of a bin."""
     config_file = make()
     assert run(config_file) == 0
-    loaded = checkpoint.load_verifier(tmp_path / "checkpoints" / "final.ckpt")
+    loaded = checkpoint_load.load_verifier(tmp_path / "checkpoints" / "final.ckpt")
     config = load_config(config_file)
     data = LitProblems(config, loaded.tokenizer)
     data.prepare()
     losses, probabilities, right = [], [], []
     for batch in ValidationProblems(data.val_problems, config, loaded.tokenizer, data._share()):
-        for ids, mask, label, departs in zip(batch["input_ids"], batch["attention_mask"], batch["label"], batch["departs"], strict=True):
+        for ids, mask, label, departs in zip(
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["label"],
+            batch["departs"],
+            strict=True,
+        ):
             with torch.no_grad():
                 odds = loaded.model.places(ids[None, mask], mask[None, mask])[0].exp()
-            losses.append(torch.log((1 + odds.sum()) / (1 if label else odds[departs[mask]].sum())).item())
+            losses.append(
+                torch.log((1 + odds.sum()) / (1 if label else odds[departs[mask]].sum())).item()
+            )
             probabilities.append(1 / (1 + odds.sum().item()))
             right.append(bool(label))
     score = VerifierScore.of(np.array(probabilities), np.array(right))
     assert score.n == 3 * len(data.val_problems) > 6
     assert float.fromhex(curve(tmp_path, "val_loss")[6]) == pytest.approx(np.mean(losses), abs=1e-5)
-    assert float.fromhex(curve(tmp_path, "val_accuracy")[6]) == pytest.approx(score.accuracy, abs=1e-9)
-    assert float.fromhex(curve(tmp_path, "val_calibration_error")[6]) == pytest.approx(score.calibration_error, abs=0.01)
+    assert float.fromhex(curve(tmp_path, "val_accuracy")[6]) == pytest.approx(
+        score.accuracy, abs=1e-9
+    )
+    assert float.fromhex(curve(tmp_path, "val_calibration_error")[6]) == pytest.approx(
+        score.calibration_error, abs=0.01
+    )
 
 
 def test_the_loss_does_not_depend_on_how_a_step_is_divided(make: Make, tmp_path: Path) -> None:
     """6 problems a step as 1 x 6 and 3 x 2: the same pairs in the same step, so the same means up to rounding."""
     curves = []
     for rows, parts in ((6, 1), (2, 3)):
-        folder, shape = tmp_path / f"{rows}x{parts}", {"residual_dropout": 0.0, "attention_dropout": 0.0}
-        assert run(make(model=shape, training={"micro_batch_size": rows, "grad_accum_steps": parts}), *elsewhere(folder)) == 0
-        curves.append([[float.fromhex(x) for x in curve(folder, name).values()] for name in ("train_loss", "grad_norm", "val_loss", "accuracy")])
+        folder, shape = (
+            tmp_path / f"{rows}x{parts}",
+            {"residual_dropout": 0.0, "attention_dropout": 0.0},
+        )
+        assert (
+            run(
+                make(model=shape, training={"micro_batch_size": rows, "grad_accum_steps": parts}),
+                *elsewhere(folder),
+            )
+            == 0
+        )
+        curves.append(
+            [
+                [float.fromhex(x) for x in curve(folder, name).values()]
+                for name in ("train_loss", "grad_norm", "val_loss", "accuracy")
+            ]
+        )
     for ours, theirs in zip(*curves, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
-def test_its_tokenizer_is_learned_from_problems_and_answers(kind: str, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_tokenizer_is_learned_from_problems_and_answers(
+    kind: str, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And is in the checkpoint; a second start finds the run complete with it."""
-    config = make(tokenizer={"kind": kind} | ({"vocab_size": 262} if kind == "bpe" else {}), training={"max_steps": 1})
+    config = make(
+        tokenizer={"kind": kind} | ({"vocab_size": 262} if kind == "bpe" else {}),
+        training={"max_steps": 1},
+    )
     assert run(config) == 0
-    tokenizer = checkpoint.load_verifier(tmp_path / "checkpoints" / "final.ckpt").tokenizer
+    tokenizer = checkpoint_load.load_verifier(tmp_path / "checkpoints" / "final.ckpt").tokenizer
     text = "3 + 3 = 6"
-    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.vocab_size == {"byte": 260, "char": 16, "bpe": 262}[kind]
+    assert (
+        tokenizer.decode(tokenizer.encode(text)) == text
+        and tokenizer.vocab_size == {"byte": 260, "char": 16, "bpe": 262}[kind]
+    )
     assert f"; tokenizer {kind}, vocabulary {tokenizer.vocab_size}\n" in capsys.readouterr().err
     assert run(config, "training.max_steps=2") == 0
 
 
 def test_it_begins_with_a_decoders_weights(make: Make, writer: Path, tmp_path: Path) -> None:
     """With a learning rate of next to nothing the blocks are still the decoder's."""
-    config = make(model={"n_layers": 1}, training={"init_from": str(writer), "lr": 1e-30, "max_steps": 1})
+    config = make(
+        model={"n_layers": 1}, training={"init_from": str(writer), "lr": 1e-30, "max_steps": 1}
+    )
     assert run(config) == 0
-    loaded, base = checkpoint.load_verifier(tmp_path / "checkpoints" / "final.ckpt"), checkpoint.read(writer)["weights"]
+    loaded, base = (
+        checkpoint_load.load_verifier(tmp_path / "checkpoints" / "final.ckpt"),
+        checkpoint_format.read(writer)["weights"],
+    )
     ours = loaded.model.state_dict()
-    assert all(torch.equal(ours[name], base[name]) for name in ours if not name.startswith("suspicion."))
+    assert all(
+        torch.equal(ours[name], base[name]) for name in ours if not name.startswith("suspicion.")
+    )
 
 
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_run_goes_on_to_the_last_bit(make: Make, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_stopped_run_goes_on_to_the_last_bit(
+    make: Make, tmp_path: Path, monkeypatch: Patch
+) -> None:
     """A12, C1: SIGTERM in the second of three micro-batches of step 4, with dropout; then equal to a run nobody stopped."""
     config = make()
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM), model.LitVerifier)
+        interrupt_at(
+            patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM), model.LitVerifier
+        )
         assert run(config) == 143
     assert run(config) == 0
     assert_same_run(tmp_path / "calm", tmp_path)
@@ -181,13 +280,22 @@ def test_a_stopped_run_goes_on_to_the_last_bit(make: Make, tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_killed_while_a_model_writes_answers_and_while_training_it_goes_on_to_the_last_bit(make: Make, writer: Path, tmp_path: Path, child: Any) -> None:
+def test_killed_while_a_model_writes_answers_and_while_training_it_goes_on_to_the_last_bit(
+    make: Make, writer: Path, tmp_path: Path, child: Any
+) -> None:
     """A12: SIGKILL when a few problems are answered, then at two steps; the answers, the curve and the weights are those of a calm run."""
     config = make(verifier={"n_wrong": 1, "n_sampled": 3, "sampled_from": str(writer)}, data=FEW)
-    assert run(config, *elsewhere(tmp_path / "calm"), f"data.cache_dir={tmp_path / 'calm' / 'cache'}") == 0
+    assert (
+        run(config, *elsewhere(tmp_path / "calm"), f"data.cache_dir={tmp_path / 'calm' / 'cache'}")
+        == 0
+    )
     command = "import finetune; sys.exit(finetune.main(args))"
     metrics = tmp_path / "logs" / "tiny" / "metrics.csv"
-    until = (lambda: sum(size(path) for path in (tmp_path / "cache").glob("answers-*")) > 400, lambda: size(metrics) > 500, lambda: size(metrics) > 900)
+    until = (
+        lambda: sum(size(path) for path in (tmp_path / "cache").glob("answers-*")) > 400,
+        lambda: size(metrics) > 500,
+        lambda: size(metrics) > 900,
+    )
     for enough in until:
         process = child(command, "--config", config)
         while process.poll() is None and not enough():
@@ -197,7 +305,10 @@ def test_killed_while_a_model_writes_answers_and_while_training_it_goes_on_to_th
         process.communicate()
     assert run(config) == 0
     assert_same_run(tmp_path / "calm", tmp_path)
-    answers = [sorted(path.read_bytes() for path in (folder / "cache").glob("answers-*")) for folder in (tmp_path / "calm", tmp_path)]
+    answers = [
+        sorted(path.read_bytes() for path in (folder / "cache").glob("answers-*"))
+        for folder in (tmp_path / "calm", tmp_path)
+    ]
     assert answers[0] == answers[1] and len(answers[0]) == 2
 
 
@@ -205,13 +316,15 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(make: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(
+    make: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
     """D1: exit code 3, the step and its problems named, and nothing of it saved."""
     interrupt_at(monkeypatch, 3 * 2 + 1, lambda: float("nan"), model.LitVerifier)
     assert run(make()) == 3
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: step 3: the loss is nan; rows at [[") and "rows.jsonl:" in error
-    assert checkpoint.newest_sound(tmp_path / "checkpoints").name == "step-000002.ckpt"
+    assert checkpoint_format.newest_sound(tmp_path / "checkpoints").name == "step-000002.ckpt"
 
 
 def test_other_rows_are_another_run(make: Make, tmp_path: Path, capsys: Capture) -> None:
@@ -220,7 +333,9 @@ def test_other_rows_are_another_run(make: Make, tmp_path: Path, capsys: Capture)
     path = tmp_path / "rows.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace("0 =", "0 -"), encoding="utf-8")
     assert " data (" in refused(config, capsys) and "when it was saved" in refused(config, capsys)
-    assert "verifier.n_wrong was 2 when it was saved, this run has 3" in refused(config, capsys, "verifier.n_wrong=3")
+    assert "verifier.n_wrong was 2 when it was saved, this run has 3" in refused(
+        config, capsys, "verifier.n_wrong=3"
+    )
 
 
 # --- answers of a model -------------------------------------------------------------------------------------------------
@@ -229,7 +344,11 @@ def test_other_rows_are_another_run(make: Make, tmp_path: Path, capsys: Capture)
 @pytest.mark.slow
 def test_a_model_is_asked_once(make: Make, writer: Path, tmp_path: Path, capsys: Capture) -> None:
     """The base writes three answers to each problem, kept in the cache: a second run asks nothing and sees the same pairs."""
-    config = make(verifier={"n_wrong": 0, "n_sampled": 3, "sampled_from": str(writer)}, training={"max_steps": 1, "seq_len": 64}, data=FEW)
+    config = make(
+        verifier={"n_wrong": 0, "n_sampled": 3, "sampled_from": str(writer)},
+        training={"max_steps": 1, "seq_len": 64},
+        data=FEW,
+    )
     assert run(config) == 0
     assert "answers: 3 to each of " in capsys.readouterr().err
     before = bytes_of(tmp_path / "cache")
@@ -246,7 +365,9 @@ def test_a_model_that_cannot_be_asked_is_named(make: Make, tmp_path: Path, capsy
 # --- what it is not for ---------------------------------------------------------------------------------------------------
 
 
-def test_every_other_program_says_that_it_is_no_model(make: Make, writer: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_every_other_program_says_that_it_is_no_model(
+    make: Make, writer: Path, tmp_path: Path, capsys: Capture
+) -> None:
     """infer.py and training.init_from want one that writes; a verifier is listed with its stage, and a model that writes is no verifier."""
     config = make(training={"max_steps": 1})
     assert run(config) == 0
@@ -255,11 +376,16 @@ def test_every_other_program_says_that_it_is_no_model(make: Make, writer: Path, 
     assert infer.main(["--ckpt", str(final), "--prompt", "1 + 1 ="]) == 2
     said = f"{final}: a verifier, which judges answers and writes none. Give a model that writes; this one is for --verifier."
     assert f"error: {said}" in capsys.readouterr().err
-    assert f"training.init_from: {said}" in refused(make(training={"init_from": str(final), "checkpoint_dir": str(tmp_path / "b")}), capsys)
+    assert f"training.init_from: {said}" in refused(
+        make(training={"init_from": str(final), "checkpoint_dir": str(tmp_path / "b")}), capsys
+    )
     assert list_program.main(["--dir", str(final.parent)]) == 0
     assert "final.ckpt" in (out := capsys.readouterr().out) and " verifier " in out
-    with pytest.raises(UserError, match=r"a model of stage pretrain, which writes and does not judge. Train a verifier: python finetune.py"):
-        checkpoint.load_verifier(writer)
+    with pytest.raises(
+        UserError,
+        match=r"a model of stage pretrain, which writes and does not judge. Train a verifier: python finetune.py",
+    ):
+        checkpoint_load.load_verifier(writer)
 
 
 def test_a_hugging_face_model_has_other_blocks(make: Make, tmp_path: Path, capsys: Capture) -> None:
@@ -268,27 +394,62 @@ def test_a_hugging_face_model_has_other_blocks(make: Make, tmp_path: Path, capsy
     save_llama(tmp_path / "llama")
     config = make(model=None, training={"init_from": f"hf:{tmp_path / 'llama'}"})
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    config.write_text(yaml.safe_dump({name: values for name, values in settings.items() if values is not None}), encoding="utf-8")
-    assert "a verifier shares our own decoder's blocks, and this is a Hugging Face model. Leave it out." in refused(config, capsys)
+    config.write_text(
+        yaml.safe_dump({name: values for name, values in settings.items() if values is not None}),
+        encoding="utf-8",
+    )
+    assert (
+        "a verifier shares our own decoder's blocks, and this is a Hugging Face model. Leave it out."
+        in refused(config, capsys)
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("verifier.n_wrong=0", "verifier.n_wrong: without wrong answers there is nothing to tell apart. Set n_wrong, or n_sampled and sampled_from."),
-        ("verifier.n_sampled=2", "verifier.sampled_from: n_sampled needs a model that writes the answers. Set sampled_from to its checkpoint."),
-        ("verifier.sampled_from=x", "verifier.n_sampled: sampled_from names a model, and n_sampled asks for none of its answers."),
-        ("lora.r=4", "lora: the verifier section asks for a verifier, which has no use for it. Take one of the two out."),
-        ("dpo.beta=1", "dpo: the verifier section asks for a verifier, which has no use for it. Take one of the two out."),
-        ("data.packing=padded", "data.packing: padded has no meaning for a verifier, which the verifier section asks for. Take it out."),
-        ("training.sample_prompt=x", "training.sample_prompt: x has no meaning for a verifier, which the verifier section asks for. Take it out."),
-        ("model.position=alibi", "model.position: alibi looks back only; use rope, learned or none for the verifier."),
+        (
+            "verifier.n_wrong=0",
+            "verifier.n_wrong: without wrong answers there is nothing to tell apart. Set n_wrong, or n_sampled and sampled_from.",
+        ),
+        (
+            "verifier.n_sampled=2",
+            "verifier.sampled_from: n_sampled needs a model that writes the answers. Set sampled_from to its checkpoint.",
+        ),
+        (
+            "verifier.sampled_from=x",
+            "verifier.n_sampled: sampled_from names a model, and n_sampled asks for none of its answers.",
+        ),
+        (
+            "lora.r=4",
+            "lora: the verifier section asks for a verifier, which has no use for it. Take one of the two out.",
+        ),
+        (
+            "dpo.beta=1",
+            "dpo: the verifier section asks for a verifier, which has no use for it. Take one of the two out.",
+        ),
+        (
+            "data.packing=padded",
+            "data.packing: padded has no meaning for a verifier, which the verifier section asks for. Take it out.",
+        ),
+        (
+            "training.sample_prompt=x",
+            "training.sample_prompt: x has no meaning for a verifier, which the verifier section asks for. Take it out.",
+        ),
+        (
+            "model.position=alibi",
+            "model.position: alibi looks back only; use rope, learned or none for the verifier.",
+        ),
     ],
 )
-def test_settings_that_a_verifier_has_no_use_for_are_refused(override: str, message: str, make: Make, capsys: Capture) -> None:
+def test_settings_that_a_verifier_has_no_use_for_are_refused(
+    override: str, message: str, make: Make, capsys: Capture
+) -> None:
     assert message in refused(make(), capsys, override)
 
 
 def test_pretraining_has_no_verifier(make: Make, capsys: Capture) -> None:
     assert train.main(["--config", str(make())]) == 2
-    assert "verifier: a verifier is trained by finetune.py. Run that program, or take the verifier section out." in capsys.readouterr().err
+    assert (
+        "verifier: a verifier is trained by finetune.py. Run that program, or take the verifier section out."
+        in capsys.readouterr().err
+    )

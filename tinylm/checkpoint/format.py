@@ -15,25 +15,17 @@ import re
 import socket
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from tinylm.config import Config, LoraConfig, ModelConfig, TokenizerConfig
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError, printable, writing
-from tinylm.files import sync_folder
-from tinylm.foreign import PREFIX, ForeignDecoder, find, rebuild
-from tinylm.lora import merge
-from tinylm.prompts import ANSWERING
-from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
-from tinylm.verifier import Verifier
+from tinylm.common.errors import UserError, printable, writing
+from tinylm.common.files import sync_folder
+from tinylm.config.schema import Config
 
 FORMAT = "tinylm"
 SCHEMA = 1
@@ -71,24 +63,6 @@ class CheckpointInfo:
     shape: str
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A checkpoint ready for use: the model in evaluation mode, an adapter merged into its base, and what it was trained with."""
-
-    model: Decoder | ForeignDecoder
-    tokenizer: Tokenizer
-    config: Config
-    info: CheckpointInfo
-
-    @property
-    def template(self) -> str | None:
-        """The name of the template that it was taught to answer in (`make_template`); None for a base model."""
-        return self.config.data.template if self.info.stage in ANSWERING else None
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
 def write(path: Path, payload: dict[str, Any]) -> None:
     """Write `payload` under `path`, whole or not at all; an older file under that name stays until the new one is safe.
 
@@ -108,7 +82,11 @@ def write(path: Path, payload: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:
         _remove(temporary)
         # torch.save turns a write that failed inside its zip writer into a RuntimeError that does not say why.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk did not take all of it"
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else "the disk did not take all of it"
+        )
         raise UserError(
             f"{printable(path)}: the checkpoint could not be saved: {printable(reason)} ({_space(path.parent, payload)}). "
             "Make room or choose another training.checkpoint_dir; older checkpoints are untouched."
@@ -170,7 +148,9 @@ def claimed(folder: Path, setting: str = "training.checkpoint_dir") -> Iterator[
         yield
     except filelock.Timeout:
         holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-        raise UserError(f"{printable(folder)}: {printable(holder)} is training into it. Wait for it, or choose another {setting}.") from None
+        raise UserError(
+            f"{printable(folder)}: {printable(holder)} is training into it. Wait for it, or choose another {setting}."
+        ) from None
     finally:
         lock.release()
 
@@ -191,9 +171,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 def read(path: Path) -> dict[str, Any]:
     """The payload that `write` stored: verified, plain types only, tensors on the CPU and mapped from the file.
 
@@ -204,13 +181,30 @@ def read(path: Path) -> dict[str, Any]:
     verify(path)
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, torch.serialization.pickle.UnpicklingError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+        torch.serialization.pickle.UnpicklingError,
+    ) as error:
         problem = printable(str(error).splitlines()[0][:120])
-        raise DamagedError(f"{printable(path)}: not a checkpoint of this program: {problem}. Use another checkpoint.") from None
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT or _NEEDED_KEYS - payload.keys():
-        raise DamagedError(f"{printable(path)}: not a checkpoint of this program. Use a file that train.py wrote.")
+        raise DamagedError(
+            f"{printable(path)}: not a checkpoint of this program: {problem}. Use another checkpoint."
+        ) from None
+    if (
+        not isinstance(payload, dict)
+        or payload.get("format") != FORMAT
+        or _NEEDED_KEYS - payload.keys()
+    ):
+        raise DamagedError(
+            f"{printable(path)}: not a checkpoint of this program. Use a file that train.py wrote."
+        )
     if payload["schema"] > SCHEMA:
-        raise UserError(f"{printable(path)}: its schema is {payload['schema']}, and this program knows {SCHEMA}. Update the program.")
+        raise UserError(
+            f"{printable(path)}: its schema is {payload['schema']}, and this program knows {SCHEMA}. Update the program."
+        )
     return NO_ROOTS | payload
 
 
@@ -223,11 +217,15 @@ def verify(path: Path) -> None:
     # os.path, unlike pathlib, has an answer for a name that is too long.
     if not os.path.isfile(path):
         found = "a folder, not a file" if os.path.isdir(path) else "not found"
-        raise DamagedError(f"{printable(path)}: {found}. Give a .ckpt file; `python list.py` shows them.")
+        raise DamagedError(
+            f"{printable(path)}: {found}. Give a .ckpt file; `python list.py` shows them."
+        )
     try:
         _check_digest(path)
     except OSError as error:
-        raise DamagedError(f"{printable(path)}: cannot be read: {error.strerror}. Use another checkpoint.") from None
+        raise DamagedError(
+            f"{printable(path)}: cannot be read: {error.strerror}. Use another checkpoint."
+        ) from None
 
 
 def _check_digest(path: Path) -> None:
@@ -237,17 +235,23 @@ def _check_digest(path: Path) -> None:
         comment = file.read()
         if size <= _COMMENT_SIZE or not comment.startswith(b"sha256:"):
             file.seek(0)
-            raise DamagedError(f"{printable(path)}: damaged: {_looks_like(file.read(200), size)}. Use another checkpoint.")
+            raise DamagedError(
+                f"{printable(path)}: damaged: {_looks_like(file.read(200), size)}. Use another checkpoint."
+            )
         file.seek(0)
         digest, left = hashlib.sha256(), size - _COMMENT_SIZE
         while left:
             block = file.read(min(left, 1 << 20))
             if not block:
-                raise DamagedError(f"{printable(path)}: damaged: it shrank while it was read. Use another checkpoint.")
+                raise DamagedError(
+                    f"{printable(path)}: damaged: it shrank while it was read. Use another checkpoint."
+                )
             digest.update(block)
             left -= len(block)
     if comment != f"sha256:{digest.hexdigest()}".encode():
-        raise DamagedError(f"{printable(path)}: damaged: its SHA-256 is not the one written in it. Use another checkpoint.")
+        raise DamagedError(
+            f"{printable(path)}: damaged: its SHA-256 is not the one written in it. Use another checkpoint."
+        )
 
 
 def _looks_like(start: bytes, size: int) -> str:
@@ -280,7 +284,9 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def newest_sound(folder: Path, passed_over: Callable[[DamagedError], None] = lambda error: None) -> Path | None:
+def newest_sound(
+    folder: Path, passed_over: Callable[[DamagedError], None] = lambda error: None
+) -> Path | None:
     """The newest checkpoint in `folder` that verifies; None where there is none at all.
 
     `passed_over` is told of each damaged one.
@@ -313,7 +319,11 @@ def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
     # Read as plain values: the settings of another version may be no settings of this one. Older ones have no lora section.
     model, lora = payload["config"]["model"], payload["config"].get("lora")
     # A tied matrix stands in the file under two names, of which the second is the first again.
-    weights = {weight.data_ptr(): weight.numel() for name, weight in payload["weights"].items() if name != "head.weight" or not model["tie_embeddings"]}
+    weights = {
+        weight.data_ptr(): weight.numel()
+        for name, weight in payload["weights"].items()
+        if name != "head.weight" or not model["tie_embeddings"]
+    }
     return CheckpointInfo(
         path=path,
         stage=payload["stage"],
@@ -324,193 +334,14 @@ def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
         parameters=sum(weights.values()),
         bytes=path.stat().st_size,
         created=payload["created"],
-        shape=f"{model['n_layers']}L {model['d_model']}d {model['n_heads']}h" + (f" + r{lora['r']}" if lora else ""),
+        shape=f"{model['n_layers']}L {model['d_model']}d {model['n_heads']}h"
+        + (f" + r{lora['r']}" if lora else ""),
     )
 
 
 def holds_adapter(path: Path) -> bool:
     """Whether the checkpoint at `path` holds an adapter alone, and no whole model."""
     return Config.from_plain(read(path)["config"]).lora is not None
-
-
-def load_model(path: Path, device: str = "cpu") -> Loaded:
-    """The model, tokenizer and settings of the checkpoint at `path`; it needs no other file, but for an adapter its base.
-
-    Raises:
-        UserError: the base is not there any more, or is another one; or it is a verifier.
-    """
-    payload = read(path)
-    refuse_verifier(path, payload)
-    config = Config.from_plain(payload["config"])
-    model = (_with_base(path, payload, config.lora) if config.lora else whole_model(config.model, payload)).to(device).eval()
-    return Loaded(model, tokenizer_from_plain(payload["tokenizer"]), config, _info(path, payload))
-
-
-@dataclass(frozen=True)
-class LoadedVerifier:
-    """A verifier ready for use, in evaluation mode, and what it was trained with."""
-
-    model: Verifier
-    tokenizer: Tokenizer
-    config: Config
-    info: CheckpointInfo
-
-
-def load_verifier(path: Path, device: str = "cpu") -> LoadedVerifier:
-    """The verifier, tokenizer and settings of the checkpoint at `path`.
-
-    Raises:
-        UserError: it holds a model that writes.
-    """
-    payload = read(path)
-    if payload["stage"] != "verifier":
-        holds = f"a model of stage {printable(payload['stage'])}, which writes and does not judge"
-        raise UserError(f"{printable(path)}: {holds}. Train a verifier: python finetune.py --config configs/verifier.yaml")
-    config = Config.from_plain(payload["config"])
-    model = build_verifier(config.model, payload["weights"]).to(device).eval()
-    return LoadedVerifier(model, tokenizer_from_plain(payload["tokenizer"]), config, _info(path, payload))
-
-
-def build_verifier(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Verifier:
-    """A verifier with exactly these weights; a missing, extra or misshapen one is torch's RuntimeError, which names it."""
-    model = Verifier(config)
-    model.load_state_dict(weights, strict=True)
-    return model
-
-
-def refuse_verifier(path: Path, payload: dict[str, Any]) -> None:
-    """UserError for a checkpoint that judges where one is wanted that writes."""
-    if payload["stage"] == "verifier":
-        raise UserError(f"{printable(path)}: a verifier, which judges answers and writes none. Give a model that writes; this one is for --verifier.")
-
-
-def whole_model(config: ModelConfig, payload: dict[str, Any]) -> Decoder | ForeignDecoder:
-    """The model of a checkpoint that holds all its weights, with the settings `config`."""
-    if payload["hf_config"] is not None:
-        return rebuild(payload["hf_config"], payload["weights"])
-    return build_decoder(config, payload["weights"])
-
-
-def _with_base(path: Path, payload: dict[str, Any], lora: LoraConfig) -> Decoder | ForeignDecoder:
-    """The base that the adapter at `path` belongs to, with the adapter merged into it."""
-    wanted = payload["base"]
-    try:
-        base = open_base(resolve_base(wanted["path"], path))
-        model = base.build(base.model)
-    except UserError as error:
-        raise UserError(f"{printable(path)}: an adapter of {printable(wanted['path'])}, which cannot be used: {error}") from None
-    if fingerprint_of(model) != wanted["fingerprint"]:
-        found = f"an adapter of {printable(base.name)} as it was with fingerprint {wanted['fingerprint']}, and it has {fingerprint_of(model)} now"
-        raise UserError(f"{printable(path)}: {found}. Put the model back that it was trained on.")
-    merge(model, payload["weights"], lora)
-    return model
-
-
-def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Decoder:
-    """A decoder with exactly these weights; a missing, extra or misshapen one is torch's RuntimeError, which names it."""
-    model = empty_decoder(config)
-    model.load_state_dict(weights, strict=True, assign=True)
-    if config.tie_embeddings:
-        model.head.weight = model.embedding.weight
-    for weight in model.parameters():
-        weight.data = weight.data.clone()  # off the mapped file, which may be replaced
-        weight.requires_grad_(True)
-    return model
-
-
-def empty_decoder(config: ModelConfig) -> Decoder:
-    """A decoder on the meta device: shapes without numbers, for `load_state_dict(..., assign=True)`."""
-    with torch.device("meta"), _NoInit():
-        return Decoder(config)
-
-
-class _NoInit(TorchFunctionMode):
-    """Leaves new weights unfilled: on the meta device filling them imports torch's compiler, which takes two seconds."""
-
-    _fillers = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.trunc_normal_, torch.Tensor.normal_, torch.Tensor.uniform_)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self._fillers:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-# --- what a run starts from -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Base:
-    """A whole model that a run starts from, or that an adapter belongs to: a checkpoint of ours or a Hugging Face model."""
-
-    name: str
-    """a path, or hf:NAME"""
-    model: ModelConfig
-    tokenizer_config: TokenizerConfig
-    tokenizer: Tokenizer | None
-    """None: that of a Hugging Face model is read when it is wanted, by `tokenizer_config`"""
-    foreign: bool
-    """whether it is a Hugging Face model, also one that a checkpoint of ours holds"""
-    build: Callable[[ModelConfig], Decoder | ForeignDecoder]
-    """the model with its weights; the settings may change the dropouts of our own decoder"""
-
-
-def open_base(name: str) -> Base:
-    """The model that training.init_from calls `name`, opened; its weights are read when it is built.
-
-    Raises:
-        UserError: it is not there, is damaged, or is an adapter.
-    """
-    if name.startswith(PREFIX):
-        files = find(name.removeprefix(PREFIX))
-        return Base(name, files.sizes, TokenizerConfig(kind="hf", path=name.removeprefix(PREFIX)), None, True, lambda config: files.load())
-    payload = read(Path(name))
-    refuse_verifier(Path(name), payload)
-    config = Config.from_plain(payload["config"])
-    if config.lora is not None:
-        holds = f"holds a LoRA adapter of stage {printable(payload['stage'])} and no whole model, as one of stage pretrain or sft without lora does"
-        base = resolve_base(payload["base"]["path"], Path(name))
-        raise UserError(f"{printable(name)}: {holds}. Start from its base, {printable(base)}, or from the two merged.")
-    foreign = payload["hf_config"] is not None
-    return Base(name, config.model, config.tokenizer, tokenizer_from_plain(payload["tokenizer"]), foreign, lambda config: whole_model(config, payload))
-
-
-def refer_to(base: Base, model: nn.Module, folder: Path) -> dict[str, str]:
-    """What an adapter's checkpoint in `folder` holds of its base, whose `model` has no adapter yet.
-
-    The path is relative to the folder, so that the two can move together.
-    """
-    path = base.name.removeprefix(PREFIX)
-    if os.path.exists(path):
-        path = os.path.relpath(Path(path).resolve(), folder.resolve())
-    return {"path": f"{PREFIX if base.name.startswith(PREFIX) else ''}{path}", "fingerprint": fingerprint_of(model)}
-
-
-def resolve_base(recorded: str, checkpoint: Path) -> str:
-    """The inverse of `refer_to`'s path: the name of the base for whoever works elsewhere."""
-    path = recorded.removeprefix(PREFIX)
-    beside = os.path.normpath(checkpoint.resolve().parent / path)
-    if recorded.startswith(PREFIX):
-        return f"{PREFIX}{beside}" if os.path.isdir(beside) else recorded
-    return beside
-
-
-def fingerprint_of(model: nn.Module) -> str:
-    """16 hex digits that identify the weights of `model`: SHA-256 over their names, types, shapes and bytes."""
-    return _fingerprint(model.state_dict())
-
-
-def weights_fingerprint(path: Path) -> str:
-    """`fingerprint_of` the model or adapter that the checkpoint at `path` holds, without building it."""
-    return _fingerprint(read(path)["weights"])
-
-
-def _fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def info_row(info: CheckpointInfo) -> dict[str, Any]:

@@ -4,10 +4,11 @@ import ctypes
 import platform
 from typing import TYPE_CHECKING
 
-from tinylm.errors import UserError, printable
+from tinylm.common.errors import UserError, printable
 
 if TYPE_CHECKING:
     import torch
+
 
 NAMES = ("auto", "cpu", "cuda", "mps")
 
@@ -33,11 +34,19 @@ def pick_device(name: str, *, key: str = "--device") -> tuple[str, str]:
         raise ValueError(f"device {printable(name)} is not one of {', '.join(NAMES)}")
     import torch  # late: it costs a second, and --help must not pay it
 
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     available = [device for device, there in found.items() if there]
     if name == "auto":
         device = available[0]
-        return device, {"cuda": "CUDA is available", "mps": "MPS is available, CUDA is not", "cpu": "neither CUDA nor MPS here"}[device]
+        return device, {
+            "cuda": "CUDA is available",
+            "mps": "MPS is available, CUDA is not",
+            "cpu": "neither CUDA nor MPS here",
+        }[device]
     if name not in available:
         raise UserError(
             f"{key}: {name} was asked for, and PyTorch {torch.__version__} finds none here. Available: {', '.join(available)}. Take one of these, or auto."

@@ -10,18 +10,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 
 
-class UserError(Exception):
-    """A mistake in a config, a data file, a checkpoint or the machine's set-up that its user can mend.
-
-    The message says where, what was expected, what was found and what to do next. Programs print it as one line
-    ``error: ...`` and exit with 2; every other exception keeps its traceback, because it is a bug of ours.
-    """
-
-
-class Diverged(Exception):
-    """The loss or the gradient stopped being a finite number; programs exit with 3."""
-
-
 def printable(text: object) -> str:
     r"""`text` on one line, with control, bidirectional and unencodable characters shown as escapes.
 
@@ -30,7 +18,59 @@ def printable(text: object) -> str:
     >>> printable("a\nb\x1b[31m")
     'a\\nb\\x1b[31m'
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in str(text)
+    )
+
+
+class UserError(Exception):
+    r"""A mistake in a config, a data file, a checkpoint or the machine's set-up that its user can correct.
+
+    Programs print it as one line, ``error: WHERE: PROBLEM. FIX.``, and exit with 2; every other exception
+    keeps its traceback, because it is a bug of ours. Code reads the fields, never the message. Control
+    characters are escaped here, so callers pass paths and values as they are.
+
+    Args:
+        where: the file, `file:line`, setting or flag; a tuple of parts is joined with ": ".
+        problem: what was found and what was expected, without a final period.
+        fix: what to do about it, without a final period.
+
+    >>> str(UserError("training.lr", "must be above 0, got -1", "Set it to 3e-4"))
+    'training.lr: must be above 0, got -1. Set it to 3e-4.'
+    >>> str(UserError(("a\n.yaml:2", "training.lrr"), "no such setting", "Did you mean lr?"))
+    'a\\n.yaml:2: training.lrr: no such setting. Did you mean lr?'
+    """
+
+    def __init__(self, where: object, problem: object = None, fix: str = ""):
+        super().__init__(where, problem, fix)  # args: what an error takes through a worker process
+        parts = where if isinstance(where, tuple) else (where,)
+        self.where = tuple(printable(part) for part in parts)
+        self.problem = None if problem is None else printable(problem)
+        self.fix = printable(fix)
+
+    def __str__(self) -> str:
+        if self.problem is None:  # a whole message in one argument
+            return ": ".join(self.where)
+        return " ".join(
+            [_sentence(": ".join((*self.where, self.problem))), _sentence(self.fix)]
+        ).strip()
+
+    def within(self, *where: object, fix: str = "") -> "UserError":
+        """The same error with more context: `where` before its own, and `fix`, if given, in place of its own.
+
+        >>> str(UserError("a.ckpt", "not found", "Give a file").within("training.init_from"))
+        'training.init_from: a.ckpt: not found. Give a file.'
+        """
+        return type(self)((*where, *self.where), self.problem, fix or self.fix)
+
+
+def _sentence(text: str) -> str:
+    return text if not text or text[-1] in ".?!…" else f"{text}."
+
+
+class Diverged(Exception):
+    """The loss or the gradient stopped being a finite number; programs exit with 3."""
 
 
 @contextlib.contextmanager
@@ -40,7 +80,7 @@ def calling(names: Mapping[str, str]) -> Iterator[None]:
     >>> with calling({"data.dataset": "--data"}):
     ...     raise UserError("data.dataset: a/b: not found. Check data.dataset_config.")
     Traceback (most recent call last):
-    tinylm.errors.UserError: --data: a/b: not found. Check data.dataset_config.
+    tinylm.common.errors.UserError: --data: a/b: not found. Check data.dataset_config.
     """
     try:
         yield
@@ -55,12 +95,16 @@ def writing(path: object, setting: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be written: {error.strerror}. Make room or change {setting}.") from None
+        raise UserError(
+            f"{printable(path)}: cannot be written: {error.strerror}. Make room or change {setting}."
+        ) from None
 
 
 def reason(error: OSError) -> str:
     """Why the operating system refused, in few words."""
-    return "not found" if isinstance(error, FileNotFoundError) else printable(error.strerror or error)
+    return (
+        "not found" if isinstance(error, FileNotFoundError) else printable(error.strerror or error)
+    )
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
@@ -68,7 +112,9 @@ def require_regular(path: str | os.PathLike[str]) -> None:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise UserError(f"{printable(path)}: {reason(error)}. Give the path of a file that can be read.") from None
+        raise UserError(
+            f"{printable(path)}: {reason(error)}. Give the path of a file that can be read."
+        ) from None
     if not stat.S_ISREG(mode):
         raise UserError(f"{printable(path)}: not a regular file. Give the path of a file on disk.")
 
@@ -79,9 +125,13 @@ def reading(path: object) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{printable(path)}: damaged or cut-off gzip data ({printable(error)}). Download or compress it again.") from None
+        raise UserError(
+            f"{printable(path)}: damaged or cut-off gzip data ({printable(error)}). Download or compress it again."
+        ) from None
     except OSError as error:
-        raise UserError(f"{printable(path)}: {reason(error)}. Give a file that can be read.") from None
+        raise UserError(
+            f"{printable(path)}: {reason(error)}. Give a file that can be read."
+        ) from None
 
 
 def require_package(name: str) -> None:

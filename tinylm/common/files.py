@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from tinylm.errors import writing
+from tinylm.common.errors import writing
 
 
 def write_whole(path: Path, text: str, setting: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-from tinylm.errors import UserError
+from tinylm.common.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -29,7 +29,9 @@ AHEAD = 2
 KEPT = 8
 
 
-def in_order(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int) -> Iterator[Result]:
+def in_order(
+    work: Callable[[Job], Result], jobs: Iterable[Job], processes: int
+) -> Iterator[Result]:
     """`work(job)` for each job, in the order of the jobs.
 
     This process works too, from the first moment on: the `processes` - 1 helpers take half a second to start. `work` is sent
@@ -43,7 +45,9 @@ def in_order(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int)
         yield from map(work, jobs)
         return
     # spawn: a fork of a process that runs threads (torch's, tokenizers') can stand still for ever.
-    executor = ProcessPoolExecutor(processes - 1, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(work,))
+    executor = ProcessPoolExecutor(
+        processes - 1, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(work,)
+    )
     jobs, waiting = iter(jobs), deque[Future[Any]]()
     try:
         while True:
@@ -58,7 +62,9 @@ def in_order(work: Callable[[Job], Result], jobs: Iterable[Job], processes: int)
                     continue
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes.") from None
+        raise UserError(
+            "a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes."
+        ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -138,7 +144,9 @@ class Children:
         killed, Linux ends the command by SIGTERM.
         """
         bind = _bind_to_this_process if sys.platform.startswith("linux") else None
-        self.running = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=bind)  # noqa: S603, PLW1509
+        self.running = subprocess.Popen(  # noqa: S603, PLW1509
+            command, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=bind
+        )
         if self.received is not None:  # it came while the process was being made
             self._end(self.running, self.received)
         code = self.running.wait()
@@ -155,7 +163,11 @@ def _bind_to_this_process() -> None:
 @contextmanager
 def signals_to(children: Children) -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and a closed terminal end the program that runs, and us after it; what is ignored (nohup) stays so."""
-    heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, children.note) for number in heard}
     try:
         yield

@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tinylm.config import COUNT_LIMIT, Config, load_config, sections
-from tinylm.errors import UserError
+from tinylm.common.errors import UserError
+from tinylm.config.loader import load_config, sections
+from tinylm.config.schema import COUNT_LIMIT, Config
 
 EXAMPLE = """\
 # yaml-language-server: $schema=docs/config.schema.json
@@ -27,12 +28,16 @@ model:
     n_experts: 4
 """
 # Each is the example with one slip of the pen: what it was, what it became.
-SLIPS = (("  lr: 3e-4", "  lrr: 3e-4"), ("  lr: 3e-4", "  lr: fast"), ("  n_layers: 4", "  n_heads: 5"))
+SLIPS = (
+    ("  lr: 3e-4", "  lrr: 3e-4"),
+    ("  lr: 3e-4", "  lr: fast"),
+    ("  n_layers: 4", "  n_heads: 5"),
+)
 
 INTRODUCTION = """\
 # Settings
 
-Written by `python -m tinylm config-reference` from the fields in `tinylm/config.py`; change them there.
+Written by `python -m tinylm config-reference` from the fields in `tinylm/config/schema.py`; change them there.
 
 A config is a YAML file with the sections below. Every setting has a default, so a file says only what differs:
 
@@ -65,7 +70,10 @@ exits with 2 before it does anything else. For example, from the first file abov
 def reference_files() -> dict[str, str]:
     """The name and the text of each generated file."""
     schema = config_schema()
-    return {"CONFIG_REFERENCE.md": reference_page(schema), "config.schema.json": json.dumps(schema, indent=2, ensure_ascii=False) + "\n"}
+    return {
+        "CONFIG_REFERENCE.md": reference_page(schema),
+        "config.schema.json": json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
+    }
 
 
 def config_schema() -> dict[str, Any]:
@@ -75,9 +83,16 @@ def config_schema() -> dict[str, Any]:
         section.pop("title")  # pydantic's titles repeat the names
         for setting in section["properties"].values():
             setting.pop("title", None)
-    extends = {"type": "string", "description": "path of a config file, relative to this one, whose settings this file's come on top of"}
+    extends = {
+        "type": "string",
+        "description": "path of a config file, relative to this one, whose settings this file's come on top of",
+    }
     schema["properties"] = {"extends": extends, **schema["properties"]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Tiny Transformer config", **schema}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Tiny Transformer config",
+        **schema,
+    }
 
 
 def reference_page(schema: dict[str, Any]) -> str:
@@ -91,10 +106,21 @@ def reference_page(schema: dict[str, Any]) -> str:
 
 
 def _section_table(key: str, section: dict[str, Any]) -> str:
-    lines = [f"## {key}", "", section["description"], "", "| setting | value | default | meaning |", "|---|---|---|---|"]
+    lines = [
+        f"## {key}",
+        "",
+        section["description"],
+        "",
+        "| setting | value | default | meaning |",
+        "|---|---|---|---|",
+    ]
     for name, setting in section["properties"].items():
-        meaning = setting["description"].replace("<", "&lt;").replace("|", "\\|")  # neither HTML nor a column
-        lines.append(f"| `{name}` | {_type(setting, f'{key}.{name}')} | {_default(setting)} | {meaning} |")
+        meaning = (
+            setting["description"].replace("<", "&lt;").replace("|", "\\|")
+        )  # neither HTML nor a column
+        lines.append(
+            f"| `{name}` | {_type(setting, f'{key}.{name}')} | {_default(setting)} | {meaning} |"
+        )
     return "\n".join([*lines, ""])
 
 
@@ -126,13 +152,23 @@ def _type(setting: dict[str, Any], key: str) -> str:
         return "mapping of text to text"
     if "items" in setting:
         return f"list of {_type(setting['items'], key)}"
-    words = {"integer": "whole number", "number": "number", "boolean": "`true`, `false`", "string": "text", "null": "`null`"}
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "`true`, `false`",
+        "string": "text",
+        "null": "`null`",
+    }
     return " ".join([words[setting["type"]], _bounds(setting)]).strip()
 
 
 def _bounds(setting: dict[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    return ", ".join(f"{sign} {setting[name]:.12g}" for name, sign in signs.items() if name in setting and setting[name] != COUNT_LIMIT)
+    return ", ".join(
+        f"{sign} {setting[name]:.12g}"
+        for name, sign in signs.items()
+        if name in setting and setting[name] != COUNT_LIMIT
+    )
 
 
 def _error_of(text: str) -> str:

@@ -9,19 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.config import SamplingConfig
-from tinylm.engine import Engine
-from tinylm.errors import UserError, printable
-from tinylm.metrics import Z95, wilson
+from tinylm.common.errors import UserError, printable
+from tinylm.common.statistics import Z95, wilson
+from tinylm.config.schema import SamplingConfig
+from tinylm.generate.engine import Engine
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
+
 # What the harness calls a setting of SamplingConfig.
-SAMPLING_NAMES = {"max_gen_toks": "max_new_tokens", "until": "stop", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "num_beams": "n_beams"}
-SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # measures of the harness that count right answers
+SAMPLING_NAMES = {
+    "max_gen_toks": "max_new_tokens",
+    "until": "stop",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "num_beams": "n_beams",
+}
+SHARES = (
+    "acc",
+    "acc_norm",
+    "acc_bytes",
+    "acc_mutual_info",
+    "exact_match",
+)  # measures of the harness that count right answers
 DEFAULT_NEW_TOKENS = 256  # the harness's own
 
 
@@ -41,7 +55,11 @@ class HarnessScore:
         """The ends of the 95% interval: Wilson's for a share, else by the harness's standard error, where it has one."""
         if self.measure.partition(" ")[0] in SHARES:
             return wilson(self.value, self.n_examples)
-        return (None, None) if self.stderr is None else (self.value - Z95 * self.stderr, self.value + Z95 * self.stderr)
+        return (
+            (None, None)
+            if self.stderr is None
+            else (self.value - Z95 * self.stderr, self.value + Z95 * self.stderr)
+        )
 
     @property
     def worth(self) -> float:
@@ -50,7 +68,13 @@ class HarnessScore:
 
 
 def run_harness(
-    engine: Engine, tasks: Sequence[str], *, include_path: Path | None = None, shots: int | None = None, limit: int | None = None, batch_size: int = 16
+    engine: Engine,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
 ) -> list[HarnessScore]:
     """The scores of the named tasks.
 
@@ -63,7 +87,14 @@ def run_harness(
 
     model = harness_model(engine, batch_size=batch_size)
     manager = _task_manager(include_path)
-    found = simple_evaluate(model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False)
+    found = simple_evaluate(
+        model,
+        tasks=list(tasks),
+        num_fewshot=shots,
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+    )
     return [score for task in found["results"] for score in _scores(found, task)]
 
 
@@ -72,13 +103,21 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise UserError('--lm-eval needs lm_eval. Install it: pip install "lm_eval>=0.4.13,<0.5"') from None
+        raise UserError(
+            '--lm-eval needs lm_eval. Install it: pip install "lm_eval>=0.4.13,<0.5"'
+        ) from None
     manager = _task_manager(include_path)
     for task in tasks:
         if not manager.match_tasks([task]):
             there = ", ".join(map(printable, manager.all_tasks)) or "none"
-            known = f"{printable(include_path)} has {there}" if include_path else "`lm-eval ls tasks` shows them"
-            raise UserError(f"--lm-eval: {printable(task)}: no such task; {known}. Name one that there is, or give its folder by --include-path.")
+            known = (
+                f"{printable(include_path)} has {there}"
+                if include_path
+                else "`lm-eval ls tasks` shows them"
+            )
+            raise UserError(
+                f"--lm-eval: {printable(task)}: no such task; {known}. Name one that there is, or give its folder by --include-path."
+            )
 
 
 def _task_manager(include_path: Path | None) -> "TaskManager":
@@ -97,7 +136,16 @@ def _scores(found: dict[str, Any], task: str) -> list[HarnessScore]:
             name = measure if kind == "none" else f"{measure} ({kind})"
             n = found["n-samples"][task]["effective"]
             higher = found["higher_is_better"][task][measure] is not False
-            scores.append(HarnessScore(task, name, float(value), stderr if isinstance(stderr, float) and math.isfinite(stderr) else None, n, higher))
+            scores.append(
+                HarnessScore(
+                    task,
+                    name,
+                    float(value),
+                    stderr if isinstance(stderr, float) and math.isfinite(stderr) else None,
+                    n,
+                    higher,
+                )
+            )
     return scores
 
 
@@ -113,25 +161,47 @@ def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
         def eot_token_id(self) -> int:
             return engine.tokenizer.eos_id
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+        ) -> list[int]:
             return engine.tokenizer.encode(string)
 
-        def _loglikelihood_tokens(self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any) -> list[tuple[float, bool]]:
-            scores = engine.score_pairs([engine.fit_pair(context, wanted) for _, context, wanted in requests], batch_size=batch_size)
+        def _loglikelihood_tokens(
+            self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+        ) -> list[tuple[float, bool]]:
+            scores = engine.score_pairs(
+                [engine.fit_pair(context, wanted) for _, context, wanted in requests],
+                batch_size=batch_size,
+            )
             return [(score.log_prob, score.greedy_match) for score in scores]
 
-        def loglikelihood_rolling(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[float]:
+        def loglikelihood_rolling(
+            self, requests: "list[Instance]", disable_tqdm: bool = False
+        ) -> list[float]:
             return [self._rolling(request.args[0]) for request in requests]
 
         def _rolling(self, text: str) -> float:
             """Log-probability of a text of any length, each token after as many before it as the windows hold."""
-            windows = get_rolling_token_windows(engine.tokenizer.encode(text), engine.tokenizer.eos_id, engine.model.config.max_seq_len, 1)
+            windows = get_rolling_token_windows(
+                engine.tokenizer.encode(text),
+                engine.tokenizer.eos_id,
+                engine.model.config.max_seq_len,
+                1,
+            )
             # Read and wanted tokens overlap in all but one: the context is what stands before the wanted ones.
-            pairs = [engine.fit_pair(read[: len(read) - len(wanted) + 1], wanted) for read, wanted in windows]
+            pairs = [
+                engine.fit_pair(read[: len(read) - len(wanted) + 1], wanted)
+                for read, wanted in windows
+            ]
             return sum(score.log_prob for score in engine.score_pairs(pairs, batch_size=batch_size))
 
-        def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
-            return [engine.generate(request.args[0], sampling_of(request.args[1]))[0].text for request in requests]
+        def generate_until(
+            self, requests: "list[Instance]", disable_tqdm: bool = False
+        ) -> list[str]:
+            return [
+                engine.generate(request.args[0], sampling_of(request.args[1]))[0].text
+                for request in requests
+            ]
 
     return EngineLM()
 
@@ -142,9 +212,13 @@ def sampling_of(settings: dict[str, Any]) -> SamplingConfig:
     Raises:
         UserError: a setting that we do not have.
     """
-    given = {name: value for name, value in settings.items() if name != "do_sample" and value is not None}
+    given = {
+        name: value for name, value in settings.items() if name != "do_sample" and value is not None
+    }
     if unknown := given.keys() - SAMPLING_NAMES.keys():
-        raise UserError(f"--lm-eval: generation_kwargs: {printable(min(unknown))} is not known here, but {', '.join(SAMPLING_NAMES)}. Take it out of the task.")
+        raise UserError(
+            f"--lm-eval: generation_kwargs: {printable(min(unknown))} is not known here, but {', '.join(SAMPLING_NAMES)}. Take it out of the task."
+        )
     ours = {SAMPLING_NAMES[name]: value for name, value in given.items()}
     until = ours.get("stop", ())
     ours["stop"] = (until,) if isinstance(until, str) else tuple(until)

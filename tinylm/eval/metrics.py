@@ -8,33 +8,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from tinylm.errors import UserError
+from tinylm.common.errors import UserError
+from tinylm.common.statistics import RESAMPLES, Measure, _middle_95
 
-# The normal distribution holds 95% within so many standard deviations.
-Z95 = 1.959963984540054
-RESAMPLES = 1000
 # A minus sign after a digit or a closing bracket subtracts: the last number of 10-3 is 3.
 _NUMBER = re.compile(r"(?:(?<![0-9)])-\$?|\$-?)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 ROUGE_TYPES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougel": "rougeL"}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number and its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-# --- one answer -------------------------------------------------------------------------------------------------------
 
 
 def exact_match(output: str, target: str) -> bool:
@@ -91,35 +76,10 @@ def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise UserError('ROUGE needs rouge-score. Install it: pip install "rouge-score>=0.1.2,<1"') from None
+        raise UserError(
+            'ROUGE needs rouge-score. Install it: pip install "rouge-score>=0.1.2,<1"'
+        ) from None
     return RougeScorer(list(ROUGE_TYPES.values()))
-
-
-# --- many answers -----------------------------------------------------------------------------------------------------
-
-
-def mean(values: Sequence[float], *, seed: int = 0) -> Measure:
-    """The mean of the values of at least one example, each from 0 to 1, and its 95% interval.
-
-    Of values that are 0 or 1 it is Wilson's, which holds near the ends and for few examples too; of others a bootstrap's.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    value = float(array.mean())
-    if set(values) <= {0, 1}:
-        return Measure(value, *wilson(value, len(array)))
-    draw = np.random.default_rng(seed)
-    return Measure(value, *_middle_95([float(draw.choice(array, len(array)).mean()) for _ in range(RESAMPLES)]))
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a proportion seen in `n` trials (Wilson 1927).
-
-    >>> [round(end, 4) for end in wilson(0.0, 10)], [round(end, 4) for end in wilson(0.5, 100)]
-    ([0.0, 0.2775], [0.4038, 0.5962])
-    """
-    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding must not leave the share outside
 
 
 def macro_f1(outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0) -> Measure:
@@ -129,9 +89,13 @@ def macro_f1(outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0) -
     """
     labels, codes = np.unique([*outputs, *targets], return_inverse=True)
     given, wanted = np.split(codes, 2)
-    cells = np.bincount(wanted * len(labels) + given, minlength=len(labels) ** 2)  # the confusion matrix, flat
+    cells = np.bincount(
+        wanted * len(labels) + given, minlength=len(labels) ** 2
+    )  # the confusion matrix, flat
     # Drawing n examples with replacement is drawing their cells.
-    draws = np.random.default_rng(seed).multinomial(len(targets), cells / len(targets), size=RESAMPLES)
+    draws = np.random.default_rng(seed).multinomial(
+        len(targets), cells / len(targets), size=RESAMPLES
+    )
     return Measure(float(_f1_of_cells(cells[None])[0]), *_middle_95(_f1_of_cells(draws)))
 
 
@@ -140,11 +104,8 @@ def _f1_of_cells(cells: np.ndarray) -> np.ndarray:
     size = math.isqrt(cells.shape[1])
     matrices = cells.reshape(-1, size, size)
     right = matrices.diagonal(axis1=1, axis2=2)
-    seen = matrices.sum(axis=1) + matrices.sum(axis=2)  # a label's share of the outputs and of the targets
+    seen = matrices.sum(axis=1) + matrices.sum(
+        axis=2
+    )  # a label's share of the outputs and of the targets
     f1 = np.divide(2 * right, seen, out=np.zeros(seen.shape), where=seen > 0)
     return f1.sum(axis=1) / (seen > 0).sum(axis=1)
-
-
-def _middle_95(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)

@@ -14,17 +14,27 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from tinylm.checkpoint import Loaded, fingerprint_of
-from tinylm.engine import Engine
-from tinylm.errors import UserError, printable, reading, writing
-from tinylm.evaluate import SAMPLE_TEMPERATURE, draw_answers
-from tinylm.problems import Problem, judged
-from tinylm.processes import Progress
-from tinylm.prompts import make_template
-from tinylm.tasks import NAMED, PAIRS, Example
+from tinylm.checkpoint.load import Loaded, fingerprint_of
+from tinylm.common.errors import UserError, printable, reading, writing
+from tinylm.common.processes import Progress
+from tinylm.eval.best_of_n import draw_answers
+from tinylm.eval.task_scores import SAMPLE_TEMPERATURE
+from tinylm.eval.tasks import NAMED, PAIRS, Example
+from tinylm.generate.engine import Engine
+from tinylm.rows.templates import make_template
+from tinylm.rows.verifier_data import Problem, judged
 
 
-def with_samples(problems: Sequence[Problem], loaded: Loaded, task_name: str | None, n: int, *, seed: int, folder: Path, progress: Progress) -> list[Problem]:
+def with_samples(
+    problems: Sequence[Problem],
+    loaded: Loaded,
+    task_name: str | None,
+    n: int,
+    *,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> list[Problem]:
     """The problems with `n` answers of a model to each, repetitions left out, from a file in `folder` as far as they are there.
 
     Args:
@@ -35,19 +45,42 @@ def with_samples(problems: Sequence[Problem], loaded: Loaded, task_name: str | N
     """
     task, engine = NAMED[task_name] if task_name else PAIRS, Engine(loaded.model, loaded.tokenizer)
     template = make_template(loaded.template, loaded.tokenizer) if loaded.template else None
-    how = [fingerprint_of(loaded.model), task.name, template and template.name, task.max_new_tokens, n, seed, SAMPLE_TEMPERATURE]
+    how = [
+        fingerprint_of(loaded.model),
+        task.name,
+        template and template.name,
+        task.max_new_tokens,
+        n,
+        seed,
+        SAMPLE_TEMPERATURE,
+    ]
     what = [problem.question.whole for problem in problems]
-    path = folder / f"answers-{hashlib.sha256(json.dumps([how, what]).encode()).hexdigest()[:16]}.jsonl"
+    path = (
+        folder
+        / f"answers-{hashlib.sha256(json.dumps([how, what]).encode()).hexdigest()[:16]}.jsonl"
+    )
 
     def draw(number: int) -> list[str]:
         problem = problems[number]
-        return draw_answers(engine, task, Example(problem.place, problem.question, problem.answer), n, template=template, seed=seed)
+        return draw_answers(
+            engine,
+            task,
+            Example(problem.place, problem.question, problem.answer),
+            n,
+            template=template,
+            seed=seed,
+        )
 
     answers = kept_answers(path, len(problems), draw, progress)
-    return [replace(problem, samples=judged(problem, texts)) for problem, texts in zip(problems, answers, strict=True)]
+    return [
+        replace(problem, samples=judged(problem, texts))
+        for problem, texts in zip(problems, answers, strict=True)
+    ]
 
 
-def kept_answers(path: Path, n_problems: int, draw: Callable[[int], list[str]], progress: Progress) -> Iterator[list[str]]:
+def kept_answers(
+    path: Path, n_problems: int, draw: Callable[[int], list[str]], progress: Progress
+) -> Iterator[list[str]]:
     """The answers to problems 0 to n_problems - 1: those in the file `path`, then those that `draw` gives, which are added to it.
 
     A second process that wants the file waits for the first.
@@ -79,4 +112,6 @@ def _whole_lines(path: Path) -> list[list[str]]:
     try:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError:
-        raise UserError(f"{printable(path)}: damaged: not the lines that were written. Delete it: it is made again.") from None
+        raise UserError(
+            f"{printable(path)}: damaged: not the lines that were written. Delete it: it is made again."
+        ) from None

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from tinylm.checkpoint import load_verifier
-from tinylm.problems import JudgedPair, pair_ids, without_annotations
-from tinylm.tokenizer import Tokenizer
-from tinylm.verifier import Verifier
+from tinylm.checkpoint.load import load_verifier
+from tinylm.model.verifier import Verifier
+from tinylm.rows.verifier_data import JudgedPair, pair_ids, without_annotations
+from tinylm.tokenizer.base import Tokenizer
 
 # Padding is masked, so that any id does; a batch is padded to a multiple of this, so that fewer shapes are met.
 LENGTH_STEP = 32
@@ -19,7 +19,9 @@ LENGTH_STEP = 32
 def pair_batch(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
     """`input_ids` (B, T) int64 and `attention_mask` (B, T) bool of rows of ids, padded on the right to the longest of them."""
     longest = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), -(-longest // LENGTH_STEP) * LENGTH_STEP), pad_id, dtype=torch.long)
+    ids = torch.full(
+        (len(rows), -(-longest // LENGTH_STEP) * LENGTH_STEP), pad_id, dtype=torch.long
+    )
     for number, row in enumerate(rows):
         ids[number, : len(row)] = torch.tensor(row)
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
@@ -32,7 +34,10 @@ def training_batch(pairs: Sequence[JudgedPair], pad_id: int) -> dict[str, Any]:
     departs = torch.zeros_like(batch["attention_mask"])
     for number, pair in enumerate(pairs):
         departs[number, list(pair.departs)] = True
-    return batch | {"label": torch.tensor([int(pair.right) for pair in pairs], dtype=torch.long), "departs": departs}
+    return batch | {
+        "label": torch.tensor([int(pair.right) for pair in pairs], dtype=torch.long),
+        "departs": departs,
+    }
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,16 @@ class Judge:
     def probabilities(self, problem: str, answers: Sequence[str]) -> list[float]:
         """How likely each of at least one answer is right."""
         device, asked = self.model.suspicion.weight.device, self.tokenizer.encode(problem)
-        rows = [pair_ids(asked, self.tokenizer.encode(without_annotations(answer).strip()), self.tokenizer, self.seq_len) for answer in answers]
+        rows = [
+            pair_ids(
+                asked,
+                self.tokenizer.encode(without_annotations(answer).strip()),
+                self.tokenizer,
+                self.seq_len,
+            )
+            for answer in answers
+        ]
         batch = pair_batch(rows, self.tokenizer.pad_id)
-        return torch.sigmoid(self.model(batch["input_ids"].to(device), batch["attention_mask"].to(device))).tolist()
+        return torch.sigmoid(
+            self.model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+        ).tolist()

@@ -5,8 +5,8 @@ Knows nothing of terminals and pages: `infer.py --chat` and others show what an 
 
 from dataclasses import dataclass, field
 
-from tinylm.engine import Engine, Prompt
-from tinylm.prompts import Conversation, Template, Turn
+from tinylm.generate.engine import Engine, Prompt
+from tinylm.rows.templates import Conversation, Template, Turn
 
 # At least this share of the context is kept free for an answer, unless fewer tokens are wanted.
 ROOM_FOR_ANSWER = 0.5
@@ -60,4 +60,8 @@ class Chat:
 
     def _turns(self, start: int, question: Turn) -> Conversation:
         system = () if self.system is None else (Turn("system", self.system),)
-        return (*system, *(turn for exchange in self.exchanges[start:] for turn in exchange), question)
+        return (
+            *system,
+            *(turn for exchange in self.exchanges[start:] for turn in exchange),
+            question,
+        )

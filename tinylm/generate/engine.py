@@ -12,6 +12,7 @@ again from position 0 and writing goes on (a context shift), so max_new_tokens m
 is forgotten by the model, though not by the repetition penalty and the forbidden n-grams.
 """
 
+
 # B rows (samples or beams) · T tokens · V vocabulary
 
 import math
@@ -23,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.config import SamplingConfig
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError
-from tinylm.sampling import constrain, log_probabilities, make_generator, next_token
-from tinylm.tokenizer import Tokenizer
+from tinylm.common.errors import UserError
+from tinylm.config.schema import SamplingConfig
+from tinylm.generate.sampling import constrain, log_probabilities, make_generator, next_token
+from tinylm.model.decoder import Decoder
+from tinylm.tokenizer.base import Tokenizer
 
 FinishReason = Literal["stop", "length", "eos"]
 
@@ -80,8 +81,18 @@ class Completion:
         """The completion that the pieces of one sample make up."""
         reason = pieces[-1].finish_reason
         assert reason is not None  # noqa: S101  (our own invariant: the decode loop closes every text)
-        text, ids = "".join(piece.text for piece in pieces), tuple(piece.token_id for piece in pieces)
-        return cls(text, ids, sum(piece.log_prob for piece in pieces), reason, len(prompt.ids), prompt.truncated)
+        text, ids = (
+            "".join(piece.text for piece in pieces),
+            tuple(piece.token_id for piece in pieces),
+        )
+        return cls(
+            text,
+            ids,
+            sum(piece.log_prob for piece in pieces),
+            reason,
+            len(prompt.ids),
+            prompt.truncated,
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,15 @@ class StopGate:
         start = find_stop(self.held, self.stops)
         self.stopped = start is not None
         if start is None:
-            start = len(self.held) - max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+            start = len(self.held) - max(
+                (
+                    n
+                    for stop in self.stops
+                    for n in range(1, len(stop))
+                    if self.held.endswith(stop[:n])
+                ),
+                default=0,
+            )
         shown, self.held = self.held[:start], self.held[start:]
         return shown
 
@@ -170,7 +189,9 @@ def find_stop(text: str, stops: Iterable[str]) -> int | None:
 class _Writer:
     """One text being written: turns its tokens into pieces and knows when it ends."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str], end_ids: Collection[int], sample: int = 0):
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Iterable[str], end_ids: Collection[int], sample: int = 0
+    ):
         self.end_ids = end_ids
         self.decoder = tokenizer.stream()
         self.gate = StopGate(stops)
@@ -198,12 +219,16 @@ class _Writer:
 class Reader:
     """Rows of token ids of one length, the cache of what the model has read of them, and the logits of what comes next."""
 
-    def __init__(self, model: Decoder, prompt_ids: Sequence[int], *, vocab_size: int, max_new_tokens: int):
+    def __init__(
+        self, model: Decoder, prompt_ids: Sequence[int], *, vocab_size: int, max_new_tokens: int
+    ):
         """One row, read at once; `max_new_tokens` are the most that will be added."""
         [ids], self.given = model.opening([prompt_ids])
         self.model, self.vocab_size = model, vocab_size
         self.slots = min(model.config.max_seq_len, len(ids) + max_new_tokens)
-        self.buffer = torch.tensor([ids], device=model.embedding.weight.device)  # (B, room), of which `length` are used
+        self.buffer = torch.tensor(
+            [ids], device=model.embedding.weight.device
+        )  # (B, room), of which `length` are used
         self.start = self.length = len(ids)
         self.cache = model.new_cache(1, self.slots)
         self._read(self.length)
@@ -250,7 +275,9 @@ class Engine:
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer):
         if model.embedding.num_embeddings < tokenizer.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.embedding.num_embeddings}")
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.embedding.num_embeddings}"
+            )
         self.model, self.tokenizer = model, tokenizer
 
     def encode_prompt(self, text: str) -> Prompt:
@@ -262,7 +289,9 @@ class Engine:
         truncated = max(0, len(ids) - self.model.config.max_seq_len)
         return Prompt(tuple(ids[truncated:]), truncated)
 
-    def stream(self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()) -> Iterator[Piece]:
+    def stream(
+        self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()
+    ) -> Iterator[Piece]:
         """The tokens of all samples as they are written, sample by sample at each step; each sample's last piece says why it ends.
 
         Sample s depends on (prompt, seed, s) and not on the number of samples. With n_beams > 1 all pieces come at the end.
@@ -274,7 +303,9 @@ class Engine:
         write = self.beam_search if sampling.n_beams > 1 else self._decode
         return write(prompt, sampling, stop_ids=stop_ids)
 
-    def generate(self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()) -> list[Completion]:
+    def generate(
+        self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()
+    ) -> list[Completion]:
         """The finished texts, `n_samples` of them; arguments as those of `stream`."""
         prompt = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         pieces: list[list[Piece]] = [[] for _ in range(sampling.n_samples)]
@@ -283,28 +314,45 @@ class Engine:
         return [Completion.of(prompt, of_sample) for of_sample in pieces]
 
     @torch.inference_mode()
-    def _decode(self, prompt: Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int]) -> Iterator[Piece]:
+    def _decode(
+        self, prompt: Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int]
+    ) -> Iterator[Piece]:
         """The decode loop: choose a token for every text that goes on, show it, read it."""
         reader, end_ids = self._reader(prompt, sampling), {self.tokenizer.eos_id, *stop_ids}
-        writers = [_Writer(self.tokenizer, sampling.stop, end_ids, sample) for sample in range(sampling.n_samples)]
-        generators = [make_generator(sampling.seed, sample, reader.logits.device) for sample in range(sampling.n_samples)]
-        reader.select(torch.zeros(sampling.n_samples, dtype=torch.long, device=reader.logits.device))
+        writers = [
+            _Writer(self.tokenizer, sampling.stop, end_ids, sample)
+            for sample in range(sampling.n_samples)
+        ]
+        generators = [
+            make_generator(sampling.seed, sample, reader.logits.device)
+            for sample in range(sampling.n_samples)
+        ]
+        reader.select(
+            torch.zeros(sampling.n_samples, dtype=torch.long, device=reader.logits.device)
+        )
         for step in range(1, sampling.max_new_tokens + 1):
             ids, log_probs = next_token(reader.logits, reader.context, sampling, generators)
-            for writer, token_id, log_prob in zip(writers, ids.tolist(), log_probs.tolist(), strict=True):
+            for writer, token_id, log_prob in zip(
+                writers, ids.tolist(), log_probs.tolist(), strict=True
+            ):
                 yield writer.write(token_id, log_prob, last=step == sampling.max_new_tokens)
             going_on = [row for row, writer in enumerate(writers) if writer.finish_reason is None]
             if not going_on:
                 return
             if len(going_on) < len(writers):
-                writers, generators = [writers[row] for row in going_on], [generators[row] for row in going_on]
+                writers, generators = (
+                    [writers[row] for row in going_on],
+                    [generators[row] for row in going_on],
+                )
                 rows = torch.tensor(going_on, device=ids.device)
                 reader.select(rows)
                 ids = ids[rows]
             reader.append(ids)
 
     @torch.inference_mode()
-    def beam_search(self, prompt: Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()) -> Iterator[Piece]:
+    def beam_search(
+        self, prompt: Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()
+    ) -> Iterator[Piece]:
         """The text of the highest mean log-probability a token that `n_beams` beams find (Sutskever et al. 2014, section 3.2).
 
         Each step keeps the `n_beams` most probable continuations of the live texts. One that ends (EOS, stop id or string, or
@@ -319,13 +367,24 @@ class Engine:
         log_probs = torch.zeros(1, 0, device=device)  # of its tokens, by the model itself
         ended: list[tuple[float, list[int], list[float]]] = []
         for step in range(1, sampling.max_new_tokens + 1):
-            rows, ids, totals = self._best_continuations(reader, totals, sampling, sampling.n_beams - len(ended))
-            log_probs = torch.cat((log_probs[rows], log_probabilities(reader.logits)[rows, ids, None]), dim=1)
+            rows, ids, totals = self._best_continuations(
+                reader, totals, sampling, sampling.n_beams - len(ended)
+            )
+            log_probs = torch.cat(
+                (log_probs[rows], log_probabilities(reader.logits)[rows, ids, None]), dim=1
+            )
             texts = torch.cat((reader.written[rows], ids[:, None]), dim=1)
-            ends = [step == sampling.max_new_tokens or self._ends(text, sampling.stop, end_ids) for text in texts.tolist()]
+            ends = [
+                step == sampling.max_new_tokens or self._ends(text, sampling.stop, end_ids)
+                for text in texts.tolist()
+            ]
             for beam in (beam for beam, end in enumerate(ends) if end):
-                ended.append((totals[beam].item() / step, texts[beam].tolist(), log_probs[beam].tolist()))
-            live = torch.tensor([beam for beam, end in enumerate(ends) if not end], dtype=torch.long, device=device)
+                ended.append(
+                    (totals[beam].item() / step, texts[beam].tolist(), log_probs[beam].tolist())
+                )
+            live = torch.tensor(
+                [beam for beam, end in enumerate(ends) if not end], dtype=torch.long, device=device
+            )
             if not len(live):
                 break
             totals, log_probs = totals[live], log_probs[live]
@@ -333,29 +392,46 @@ class Engine:
             reader.append(ids[live])
         _, text, text_log_probs = max(ended, key=lambda found: found[0])
         writer = _Writer(self.tokenizer, sampling.stop, end_ids)
-        for place, (token_id, log_prob) in enumerate(zip(text, text_log_probs, strict=True), start=1):
+        for place, (token_id, log_prob) in enumerate(
+            zip(text, text_log_probs, strict=True), start=1
+        ):
             yield writer.write(token_id, log_prob, last=place == len(text))
 
     @staticmethod
-    def _best_continuations(reader: Reader, totals: Tensor, sampling: SamplingConfig, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _best_continuations(
+        reader: Reader, totals: Tensor, sampling: SamplingConfig, n: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Row, token and total log-probability of the `n` most probable continuations; fewer if there are not so many."""
-        scores = totals[:, None] + constrain(reader.logits, reader.context, sampling).log_softmax(dim=-1)  # (B, V)
+        scores = totals[:, None] + constrain(reader.logits, reader.context, sampling).log_softmax(
+            dim=-1
+        )  # (B, V)
         best, places = scores.flatten().topk(min(n, scores.numel()))
         possible = best > -math.inf
         places = places[possible]
         return places // scores.size(1), places % scores.size(1), best[possible]
 
     def _ends(self, ids: list[int], stops: tuple[str, ...], end_ids: Collection[int]) -> bool:
-        return ids[-1] in end_ids or (bool(stops) and find_stop(self.tokenizer.decode(ids), stops) is not None)
+        return ids[-1] in end_ids or (
+            bool(stops) and find_stop(self.tokenizer.decode(ids), stops) is not None
+        )
 
     def _reader(self, prompt: Prompt, sampling: SamplingConfig) -> Reader:
         """A reader that has read the prompt."""
         if self.model.training:
-            raise ValueError("the model is in training mode, and dropout would disturb the text; call model.eval() first")
+            raise ValueError(
+                "the model is in training mode, and dropout would disturb the text; call model.eval() first"
+            )
         n, room = len(prompt.ids), self.model.config.max_seq_len
         if not 1 <= n <= room:
-            raise ValueError(f"a prompt of {n} tokens, and the context holds 1 to {room}; use encode_prompt or fit_prompt")
-        return Reader(self.model, prompt.ids, vocab_size=self.tokenizer.vocab_size, max_new_tokens=sampling.max_new_tokens)
+            raise ValueError(
+                f"a prompt of {n} tokens, and the context holds 1 to {room}; use encode_prompt or fit_prompt"
+            )
+        return Reader(
+            self.model,
+            prompt.ids,
+            vocab_size=self.tokenizer.vocab_size,
+            max_new_tokens=sampling.max_new_tokens,
+        )
 
     def score(self, prompt: str | Prompt, target: str) -> Score:
         """How well the model expects `target` right after `prompt`; raises as `encode_pair` does."""
@@ -367,42 +443,67 @@ class Engine:
         Raises:
             UserError: the target has no token, or fills the context.
         """
-        prompt = prompt if isinstance(prompt, Prompt) else Prompt(tuple(self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]))
+        prompt = (
+            prompt
+            if isinstance(prompt, Prompt)
+            else Prompt(tuple(self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]))
+        )
         pair = self.fit_pair(prompt.ids, self.tokenizer.encode(target))
         return replace(pair, truncated=pair.truncated + prompt.truncated)
 
     def fit_pair(self, before: Sequence[int], wanted: Sequence[int]) -> Pair:
         """The last of the ids of a prompt, at least one, that fit in the context with those of a target; raises as `encode_pair` does."""
         if not before:
-            raise ValueError("a target is scored after at least one token; take the id of EOS for an empty prompt")
+            raise ValueError(
+                "a target is scored after at least one token; take the id of EOS for an empty prompt"
+            )
         room = self.model.config.max_seq_len
         if not 1 <= len(wanted) <= room:
-            raise UserError(f"a target of {len(wanted)} tokens, and it needs 1 to {room}. Change the target.")
+            raise UserError(
+                f"a target of {len(wanted)} tokens, and it needs 1 to {room}. Change the target."
+            )
         ids = (*before, *wanted)[-room - 1 :]  # the last token is never read
         return Pair(ids, len(wanted), len(before) + len(wanted) - len(ids))
 
     @torch.inference_mode()
     def score_pairs(self, pairs: Sequence[Pair], *, batch_size: int = 16) -> list[Score]:
         """The scores in the order of `pairs`; those of like length are read together."""
-        order = sorted(range(len(pairs)), key=lambda place: -len(pairs[place].ids))  # what would not fit in memory fails at once
+        order = sorted(
+            range(len(pairs)), key=lambda place: -len(pairs[place].ids)
+        )  # what would not fit in memory fails at once
         scores: dict[int, Score] = {}
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            scores.update(zip(places, self._score_batch([pairs[place] for place in places]), strict=True))
+            scores.update(
+                zip(places, self._score_batch([pairs[place] for place in places]), strict=True)
+            )
         return [scores[place] for place in range(len(pairs))]
 
     def _score_batch(self, pairs: Sequence[Pair]) -> list[Score]:
         """Rows padded at their end: under causal attention a real token never sees padding."""
         openings, given = self.model.opening([pair.ids[: -pair.n_target] for pair in pairs])
-        rows = [torch.tensor((*opening, *pair.ids[-pair.n_target :])) for opening, pair in zip(openings, pairs, strict=True)]
-        device, lengths = self.model.embedding.weight.device, torch.tensor([len(row) - 1 for row in rows])
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.eos_id).to(device)
+        rows = [
+            torch.tensor((*opening, *pair.ids[-pair.n_target :]))
+            for opening, pair in zip(openings, pairs, strict=True)
+        ]
+        device, lengths = (
+            self.model.embedding.weight.device,
+            torch.tensor([len(row) - 1 for row in rows]),
+        )
+        ids = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=self.tokenizer.eos_id
+        ).to(device)
         real = (torch.arange(ids.size(1) - 1) < lengths[:, None]).to(device)  # (B, T)
         hidden, labels = self.model.features(ids[:, :-1], **given).hidden[real], ids[:, 1:][real]
         # The head a few positions at a time: all logits of a long context at once would be the largest tensor by far.
         chunks = zip(hidden.split(256), labels.split(256), strict=True)
-        parts = [_expected(self.model.head(part)[:, : self.tokenizer.vocab_size].float(), wanted) for part, wanted in chunks]
-        log_probs, ranks = (torch.cat(part).split(lengths.tolist()) for part in zip(*parts, strict=True))
+        parts = [
+            _expected(self.model.head(part)[:, : self.tokenizer.vocab_size].float(), wanted)
+            for part, wanted in chunks
+        ]
+        log_probs, ranks = (
+            torch.cat(part).split(lengths.tolist()) for part in zip(*parts, strict=True)
+        )
         return [_score_of(pair, *row) for pair, *row in zip(pairs, log_probs, ranks, strict=True)]
 
 
@@ -410,7 +511,11 @@ def _score_of(pair: Pair, log_probs: Tensor, ranks: Tensor) -> Score:
     """The score from the log-probability and rank of every token but the first."""
     of_prompt = log_probs[: -pair.n_target]
     perplexity = math.exp(-of_prompt.mean().item()) if len(of_prompt) else None
-    return Score(tuple(log_probs[-pair.n_target :].tolist()), tuple(ranks[-pair.n_target :].tolist()), perplexity)
+    return Score(
+        tuple(log_probs[-pair.n_target :].tolist()),
+        tuple(ranks[-pair.n_target :].tolist()),
+        perplexity,
+    )
 
 
 def _expected(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

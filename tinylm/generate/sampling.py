@@ -6,6 +6,7 @@ The first two depend on what has been written, the others only on the numbers. A
 Knows nothing of text or of models.
 """
 
+
 # B batch · T tokens so far · V vocabulary · n length of an n-gram
 
 import hashlib
@@ -16,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinylm.config import SamplingConfig
-from tinylm.errors import UserError
+from tinylm.common.errors import UserError
+from tinylm.config.schema import SamplingConfig
 
 # The smallest temperature that float32 divides by: below about 1e-38 it would become 0, and 0/0 is not a number.
 LEAST_TEMPERATURE = 1e-30
@@ -30,7 +31,9 @@ class Choice(NamedTuple):
     log_probs: Tensor
 
 
-def next_token(logits: Tensor, context: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]) -> Choice:
+def next_token(
+    logits: Tensor, context: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]
+) -> Choice:
     """The next token of each row: the most probable one at temperature 0, else drawn.
 
     Args:
@@ -49,7 +52,12 @@ def next_token(logits: Tensor, context: Tensor, sampling: SamplingConfig, genera
         ids = logits.argmax(dim=-1)
     else:
         probabilities = narrow(logits, sampling).softmax(dim=-1)
-        ids = torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators, strict=True)])
+        ids = torch.cat(
+            [
+                torch.multinomial(row, 1, generator=generator)
+                for row, generator in zip(probabilities, generators, strict=True)
+            ]
+        )
     return Choice(ids, log_probs.gather(1, ids[:, None]).squeeze(1))
 
 
@@ -60,7 +68,9 @@ def log_probabilities(logits: Tensor) -> Tensor:
         ValueError: a row has a NaN or a positive infinite logit, or nothing but negative infinite ones.
     """
     if not logits.amax(dim=-1).isfinite().all():
-        raise ValueError("the model gave logits that are not finite numbers; its weights are damaged or it diverged in training")
+        raise ValueError(
+            "the model gave logits that are not finite numbers; its weights are damaged or it diverged in training"
+        )
     return logits.log_softmax(dim=-1)
 
 
@@ -82,7 +92,9 @@ def constrain(logits: Tensor, context: Tensor, sampling: SamplingConfig) -> Tens
         logits = forbid_repeated_ngrams(logits, context, sampling.no_repeat_ngram)
         if logits.amax(dim=-1).isneginf().any():
             n, length = sampling.no_repeat_ngram, context.size(1)
-            raise UserError(f"no_repeat_ngram: {n} leaves no token to go on with after {length}. Raise it or lower max_new_tokens.")
+            raise UserError(
+                f"no_repeat_ngram: {n} leaves no token to go on with after {length}. Raise it or lower max_new_tokens."
+            )
     return logits
 
 
@@ -170,4 +182,6 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     >>> keep_min_p(torch.tensor([[0.5, 0.2, 0.3]]).log(), 0.5).softmax(-1).tolist()
     [[0.625, 0.0, 0.375]]
     """
-    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), -math.inf)
+    return logits.masked_fill(
+        logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), -math.inf
+    )

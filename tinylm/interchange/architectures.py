@@ -18,15 +18,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from torch import Generator, Tensor, cat, no_grad, randint
 
-from tinylm.checkpoint import empty_decoder
-from tinylm.config import ModelConfig, MoEConfig
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError, printable
-from tinylm.foreign import ForeignDecoder
+from tinylm.checkpoint.load import empty_decoder
+from tinylm.common.errors import UserError, printable
+from tinylm.config.schema import ModelConfig, MoEConfig
+from tinylm.model.decoder import Decoder
+from tinylm.model.hf_model import ForeignDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,21 @@ _NO_EXTRAS = {"norm_placement": "pre", "qk_norm": False, "n_sinks": 0}
 
 LLAMA = Architecture(
     "llama",
-    ours=_NO_EXTRAS | {"position": "rope", "norm": "rmsnorm", "ffn": "swiglu", "bias": "none", "sliding_window": None, "moe": None},
-    theirs={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_parameters.rope_type": "default"},
+    ours=_NO_EXTRAS
+    | {
+        "position": "rope",
+        "norm": "rmsnorm",
+        "ffn": "swiglu",
+        "bias": "none",
+        "sliding_window": None,
+        "moe": None,
+    },
+    theirs={
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters.rope_type": "default",
+    },
     settings={
         "vocab_size": "vocab_size",
         "max_seq_len": "max_position_embeddings",
@@ -73,7 +85,11 @@ LLAMA = Architecture(
     modules={
         "embedding": "model.embed_tokens",
         "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
-        "blocks.{}.attention.qkv": ("model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.k_proj", "model.layers.{}.self_attn.v_proj"),
+        "blocks.{}.attention.qkv": (
+            "model.layers.{}.self_attn.q_proj",
+            "model.layers.{}.self_attn.k_proj",
+            "model.layers.{}.self_attn.v_proj",
+        ),
         "blocks.{}.attention.out": "model.layers.{}.self_attn.o_proj",
         "blocks.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
         "blocks.{}.ffn.up": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
@@ -117,7 +133,8 @@ QWEN3 = replace(
     LLAMA,
     model_type="qwen3",
     ours=LLAMA.ours | {"qk_norm": True},
-    theirs={"hidden_act": "silu", "attention_bias": False, "rope_parameters.rope_type": "default"} | _FULL,
+    theirs={"hidden_act": "silu", "attention_bias": False, "rope_parameters.rope_type": "default"}
+    | _FULL,
     modules=LLAMA.modules
     | {
         "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
@@ -131,7 +148,10 @@ def _windowed(architecture: Architecture) -> Architecture:
     """The same with a window in every layer."""
     ours = {key: value for key, value in architecture.ours.items() if key != "sliding_window"}
     return replace(
-        architecture, ours=ours, theirs=architecture.theirs | _WINDOW, settings=architecture.settings | {"sliding_window": "sliding_window"}
+        architecture,
+        ours=ours,
+        theirs=architecture.theirs | _WINDOW,
+        settings=architecture.settings | {"sliding_window": "sliding_window"},
     )
 
 
@@ -157,7 +177,15 @@ MIXTRAL = Architecture(
 
 GPT2 = Architecture(
     "gpt2",
-    ours=_NO_EXTRAS | {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all", "sliding_window": None, "moe": None},
+    ours=_NO_EXTRAS
+    | {
+        "position": "learned",
+        "norm": "layernorm",
+        "ffn": "gelu",
+        "bias": "all",
+        "sliding_window": None,
+        "moe": None,
+    },
     theirs={
         "activation_function": "gelu_new",
         "scale_attn_weights": True,
@@ -189,12 +217,17 @@ GPT2 = Architecture(
         "head": "lm_head",
     },
     transposed=("attention.qkv", "attention.out", "ffn.up", "ffn.down"),
-    limits={"n_kv_heads": lambda config: config.n_heads, "head_dim": lambda config: config.d_model / config.n_heads},
+    limits={
+        "n_kv_heads": lambda config: config.n_heads,
+        "head_dim": lambda config: config.d_model / config.n_heads,
+    },
 )
 
 
 def _gpt2_with(ours: str, theirs: str) -> Architecture:
-    return replace(GPT2, ours=GPT2.ours | {"ffn": ours}, theirs=GPT2.theirs | {"activation_function": theirs})
+    return replace(
+        GPT2, ours=GPT2.ours | {"ffn": ours}, theirs=GPT2.theirs | {"activation_function": theirs}
+    )
 
 
 # Where two say the same, the first is written and each is read.
@@ -230,14 +263,20 @@ def hf_config(config: ModelConfig) -> PreTrainedConfig:
 
     architecture = _architecture_of(config)
     found = _flat(config)
-    settings = architecture.theirs | {theirs: found[ours] for ours, theirs in architecture.settings.items()}
+    settings = architecture.theirs | {
+        theirs: found[ours] for ours, theirs in architecture.settings.items()
+    }
     if architecture.model_type == "gpt2":
         settings["embd_pdrop"] = config.residual_dropout
     if "layer_types" in settings:
         settings["layer_types"] = [settings["layer_types"]] * config.n_layers
-    made = AutoConfig.for_model(architecture.model_type, bos_token_id=None, eos_token_id=None, **_nested(settings))
+    made = AutoConfig.for_model(
+        architecture.model_type, bos_token_id=None, eos_token_id=None, **_nested(settings)
+    )
     if config.position == "rope":
-        made.rope_theta = config.rope_theta  # for readers older than transformers 5, which know no rope_parameters
+        made.rope_theta = (
+            config.rope_theta
+        )  # for readers older than transformers 5, which know no rope_parameters
     return made
 
 
@@ -249,28 +288,47 @@ def our_config(config: PreTrainedConfig) -> ModelConfig:
     """
     architecture = _architecture_read(config)
     found = _settings_of(config)
-    settings = architecture.ours | {ours: found[theirs] for ours, theirs in architecture.settings.items()}
+    settings = architecture.ours | {
+        ours: found[theirs] for ours, theirs in architecture.settings.items()
+    }
     try:
         return ModelConfig.model_validate(_nested(settings))
     except ValidationError as invalid:
         error = invalid.errors()[0]
         key = ".".join(map(str, error["loc"]))
-        where, value = (architecture.settings[key], _shown(found[architecture.settings[key]])) if key in architecture.settings else ("its settings", "")
-        raise UserError(f"config.json: {where}: {value} {printable(error['msg'])}. Our decoder has no such model; choose another.") from None
+        where, value = (
+            (architecture.settings[key], _shown(found[architecture.settings[key]]))
+            if key in architecture.settings
+            else ("its settings", "")
+        )
+        raise UserError(
+            f"config.json: {where}: {value} {printable(error['msg'])}. Our decoder has no such model; choose another."
+        ) from None
 
 
 def _architecture_read(config: PreTrainedConfig) -> Architecture:
     """The architecture that a Hugging Face config describes."""
-    known = [architecture for architecture in ARCHITECTURES if architecture.model_type == config.model_type]
+    known = [
+        architecture
+        for architecture in ARCHITECTURES
+        if architecture.model_type == config.model_type
+    ]
     if not known:
         names = ", ".join(sorted({architecture.model_type for architecture in ARCHITECTURES}))
-        raise UserError(f"config.json: model_type: our decoder cannot be {printable(config.model_type)}. Choose a model of {names}.")
+        raise UserError(
+            f"config.json: model_type: our decoder cannot be {printable(config.model_type)}. Choose a model of {names}."
+        )
     found = _settings_of(config)
-    misfits = [[key for key, value in architecture.theirs.items() if found[key] != value] for architecture in known]
+    misfits = [
+        [key for key, value in architecture.theirs.items() if found[key] != value]
+        for architecture in known
+    ]
     architecture, wrong = min(zip(known, misfits, strict=True), key=lambda pair: len(pair[1]))
     if wrong:
         key = wrong[0]
-        raise UserError(f"config.json: {key}: our decoder knows {_shown(architecture.theirs[key])} here, found {_shown(found[key])}. Choose another model.")
+        raise UserError(
+            f"config.json: {key}: our decoder knows {_shown(architecture.theirs[key])} here, found {_shown(found[key])}. Choose another model."
+        )
     return architecture
 
 
@@ -285,7 +343,9 @@ def _settings_of(config: PreTrainedConfig) -> dict[str, Any]:
 def _architecture_of(config: ModelConfig) -> Architecture:
     """The architecture that has all settings of this decoder."""
     misfits = [list(_misfits(config, architecture)) for architecture in ARCHITECTURES]
-    architecture, wrong = min(zip(ARCHITECTURES, misfits, strict=True), key=lambda pair: len(pair[1]))
+    architecture, wrong = min(
+        zip(ARCHITECTURES, misfits, strict=True), key=lambda pair: len(pair[1])
+    )
     if not wrong:
         return architecture
     key, found, has = wrong[0]
@@ -306,7 +366,13 @@ def _misfits(config: ModelConfig, architecture: Architecture) -> Iterator[tuple[
 
 def _flat(config: ModelConfig) -> dict[str, Any]:
     """The settings by dotted name, with those that null leaves to others worked out; `moe` is a section if there is one."""
-    resolved = config.model_copy(update={"n_kv_heads": config.kv_heads, "head_dim": config.size_of_head, "d_ff": config.hidden})
+    resolved = config.model_copy(
+        update={
+            "n_kv_heads": config.kv_heads,
+            "head_dim": config.size_of_head,
+            "d_ff": config.hidden,
+        }
+    )
     values = resolved.model_dump()
     return values | dict(_dotted(values))
 
@@ -350,7 +416,9 @@ def to_hf(model: Decoder) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     architecture = _architecture_of(model.config)
-    made = AutoModelForCausalLM.from_config(hf_config(model.config), dtype=model.embedding.weight.dtype)
+    made = AutoModelForCausalLM.from_config(
+        hf_config(model.config), dtype=model.embedding.weight.dtype
+    )
     weights = model.state_dict()
     theirs: dict[str, Tensor] = {}
     for ours, names, transposed in _pairs(architecture, model.config.n_layers, weights):
@@ -378,7 +446,9 @@ def from_weights(hf_config: PreTrainedConfig, weight: Callable[[str], Tensor]) -
     config = our_config(hf_config)
     model = empty_decoder(config)
     ours: dict[str, Tensor] = {}
-    for name, theirs, transposed in _pairs(_architecture_read(hf_config), config.n_layers, model.state_dict()):
+    for name, theirs, transposed in _pairs(
+        _architecture_read(hf_config), config.n_layers, model.state_dict()
+    ):
         if name == "head.weight" and config.tie_embeddings:  # their files need not have it
             ours[name] = ours["embedding.weight"]
             continue
@@ -397,12 +467,16 @@ def their_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         UserError: as `our_config`.
     """
     config = our_config(hf_config)
-    ours = {name: tuple(weight.shape) for name, weight in empty_decoder(config).state_dict().items()}
+    ours = {
+        name: tuple(weight.shape) for name, weight in empty_decoder(config).state_dict().items()
+    }
     shapes: dict[str, tuple[int, ...]] = {}
     for name, theirs, transposed in _pairs(_architecture_read(hf_config), config.n_layers, ours):
         if name == "head.weight" and config.tie_embeddings:
             continue
-        for part, n_rows in zip(theirs, _rows(config, name, ours[name][0], len(theirs)), strict=True):
+        for part, n_rows in zip(
+            theirs, _rows(config, name, ours[name][0], len(theirs)), strict=True
+        ):
             shape = (n_rows, *ours[name][1:])
             shapes[part] = shape[::-1] if transposed else shape
     return shapes
@@ -421,7 +495,11 @@ def stored_names(name: str, present: Container[str], n_experts: int) -> tuple[st
         return (f"{older}{part}",)
     matrices = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}.get(part)
     if matrices is not None:
-        return tuple(f"{older}experts.{expert}.{matrix}.weight" for expert in range(n_experts) for matrix in matrices)
+        return tuple(
+            f"{older}experts.{expert}.{matrix}.weight"
+            for expert in range(n_experts)
+            for matrix in matrices
+        )
     bare = name.partition(".")[2]
     return (bare,) if bare in present else (name,)
 
@@ -435,11 +513,17 @@ def _rows(config: ModelConfig, name: str, n_rows: int, n_parts: int) -> list[int
     return [n_rows // n_parts] * n_parts
 
 
-def _pairs(architecture: Architecture, n_layers: int, ours: Container[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+def _pairs(
+    architecture: Architecture, n_layers: int, ours: Container[str]
+) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """Each of our weights, the weights of theirs that it holds, and whether they are its transpose."""
     for module, theirs in architecture.modules.items():
         for layer in range(n_layers if "{}" in module else 1):
-            for suffix in ("", ".weight", ".bias"):  # "": the experts are one parameter, not a module
+            for suffix in (
+                "",
+                ".weight",
+                ".bias",
+            ):  # "": the experts are one parameter, not a module
                 name = module.format(layer) + suffix
                 if name in ours:
                     parts = (theirs,) if isinstance(theirs, str) else theirs
@@ -458,7 +542,13 @@ CHECKED_POSITIONS = 64
 def logit_difference(ours: Decoder | ForeignDecoder, theirs: PreTrainedModel) -> float:
     """The largest difference of the two models' logits on random ids, in parts of the largest logit (of 1 where all are smaller)."""
     n_tokens = theirs.config.vocab_size
-    ids = randint(n_tokens, (1, min(ours.config.max_seq_len, CHECKED_POSITIONS)), generator=Generator().manual_seed(0))
+    ids = randint(
+        n_tokens,
+        (1, min(ours.config.max_seq_len, CHECKED_POSITIONS)),
+        generator=Generator().manual_seed(0),
+    )
     expected = theirs(ids).logits.float()
-    difference = (ours(ids)[..., :n_tokens] - expected).abs().max() / expected.abs().max().clamp(min=1)
+    difference = (ours(ids)[..., :n_tokens] - expected).abs().max() / expected.abs().max().clamp(
+        min=1
+    )
     return difference.item()

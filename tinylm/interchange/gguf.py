@@ -18,24 +18,37 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from tinylm import hf
-from tinylm.bpe import PATTERNS, require_new
-from tinylm.checkpoint import Loaded, load_model
-from tinylm.config import ModelConfig
-from tinylm.errors import UserError, printable, require_package, writing
-from tinylm.export import Exported, backend_of, chat_template, check_model, check_tokenizer, end_ids, publish, scratch_beside
-from tinylm.foreign import ForeignDecoder, quiet_transformers
-from tinylm.tokenizer import HFTokenizer, Tokenizer
+from tinylm.checkpoint.load import Loaded, load_model
+from tinylm.common.errors import UserError, printable, require_package, writing
+from tinylm.config.schema import ModelConfig
+from tinylm.interchange import architectures
+from tinylm.interchange.hf_export import (
+    Exported,
+    backend_of,
+    chat_template,
+    check_model,
+    check_tokenizer,
+    end_ids,
+    publish,
+    scratch_beside,
+)
+from tinylm.model.hf_model import ForeignDecoder, quiet_transformers
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.bpe import PATTERNS, require_new
+from tinylm.tokenizer.hf import HFTokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
 
 Floats = Literal["f32", "f16"]
 _CONTRACTIONS, _, _REST = PATTERNS["gpt4"].partition(r"\p{N}{1,3}")
 # How text falls into words, and the name that GGUF has for it.
 PRE_TOKENIZERS = {
     PATTERNS["gpt2"]: "gpt-2",
-    PATTERNS["gpt4"]: "dbrx",  # "llama-bpe" has these words too, and takes a whole word as a token before any merge
+    PATTERNS[
+        "gpt4"
+    ]: "dbrx",  # "llama-bpe" has these words too, and takes a whole word as a token before any merge
     f"{_CONTRACTIONS}\\p{{N}}{_REST}": "qwen2",
 }
 TOKEN_TYPES = {"normal": 1, "control": 3, "user_defined": 4}
@@ -63,14 +76,18 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
         raise UserError(f"{printable(out)}: a GGUF file's name ends in .gguf. Give such a name.")
     require_new(out)
     loaded = load_model(ckpt)
-    if isinstance(loaded.model, ForeignDecoder):  # of those our decoder can be, the file is the same
-        loaded = replace(loaded, model=hf.from_hf(loaded.model.inner))
+    if isinstance(
+        loaded.model, ForeignDecoder
+    ):  # of those our decoder can be, the file is the same
+        loaded = replace(loaded, model=architectures.from_hf(loaded.model.inner))
     config = loaded.model.config
     vocabulary = vocabulary_of(loaded.tokenizer)
     with quiet_transformers(), scratch_beside(out) as folder:
-        theirs = hf.to_hf(loaded.model)
+        theirs = architectures.to_hf(loaded.model)
         check_expressible(config, theirs.config.model_type)
-        model_type = "llama" if theirs.config.model_type == "mistral" else theirs.config.model_type  # without a window they are one
+        model_type = (
+            "llama" if theirs.config.model_type == "mistral" else theirs.config.model_type
+        )  # without a window they are one
         weights = dict(renamed(theirs.state_dict(), config, model_type))
         del theirs
         with writing(out, "where it goes"):
@@ -85,9 +102,17 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
 def check_expressible(config: ModelConfig, model_type: str) -> None:
     """UserError for a setting that GGUF has no place for, or that transformers does not read from it."""
     must: dict[str, Any] = {"moe": None, "sliding_window": None}
-    must |= {"ffn": "gelu"} if model_type == "gpt2" else {"bias": "qkv" if model_type == "qwen2" else "none"}
+    must |= (
+        {"ffn": "gelu"}
+        if model_type == "gpt2"
+        else {"bias": "qkv" if model_type == "qwen2" else "none"}
+    )
     # A Mistral without a window is written as a Llama, of which transformers wants a width that its heads divide.
-    must |= {key: limit(config) for key, limit in hf.LLAMA.limits.items()} if model_type == "mistral" else {}
+    must |= (
+        {key: limit(config) for key, limit in architectures.LLAMA.limits.items()}
+        if model_type == "mistral"
+        else {}
+    )
     for name, value in must.items():
         found = config.model_dump()[name]
         if found != value:
@@ -98,11 +123,15 @@ def check_expressible(config: ModelConfig, model_type: str) -> None:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def renamed(weights: dict[str, Tensor], config: ModelConfig, model_type: str) -> Iterator[tuple[str, Tensor]]:
+def renamed(
+    weights: dict[str, Tensor], config: ModelConfig, model_type: str
+) -> Iterator[tuple[str, Tensor]]:
     """The weights of a Hugging Face model under GGUF's names and in its layout."""
     import gguf
 
-    architecture = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == model_type)
+    architecture = next(
+        number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == model_type
+    )
     names = gguf.get_tensor_name_map(architecture, config.n_layers)
     for name, weight in weights.items():
         if name == "lm_head.weight" and config.tie_embeddings:
@@ -135,7 +164,14 @@ def is_halved(name: str, weight: Tensor) -> bool:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: Path, model_type: str, weights: dict[str, Tensor], loaded: Loaded, vocabulary: Vocabulary, floats: Floats) -> None:
+def write_file(
+    path: Path,
+    model_type: str,
+    weights: dict[str, Tensor],
+    loaded: Loaded,
+    vocabulary: Vocabulary,
+    floats: Floats,
+) -> None:
     """Settings, tokenizer and weights as one file."""
     from gguf import GGUFWriter, LlamaFileType
 
@@ -145,13 +181,22 @@ def write_file(path: Path, model_type: str, weights: dict[str, Tensor], loaded: 
     add_settings(writer, loaded.model.config, model_type, n_tokens=len(vocabulary.tokens))
     add_vocabulary(writer, vocabulary, loaded)
     for name, weight in weights.items():
-        if name in ("token_embd.weight", "output.weight"):  # further rows stand for nothing, and readers count the tokens
+        if name in (
+            "token_embd.weight",
+            "output.weight",
+        ):  # further rows stand for nothing, and readers count the tokens
             weight = weight[: len(vocabulary.tokens)]
         halved = floats == "f16" and is_halved(name, weight)
         values = weight.half() if halved else weight.float()
         if not values.isfinite().all():
-            mend = "Export it as f32." if halved and weight.isfinite().all() else "Export another checkpoint."
-            raise UserError(f"{name}: has numbers that are not finite{' in 16 bits' if halved else ''}. {mend}")
+            mend = (
+                "Export it as f32."
+                if halved and weight.isfinite().all()
+                else "Export another checkpoint."
+            )
+            raise UserError(
+                f"{name}: has numbers that are not finite{' in 16 bits' if halved else ''}. {mend}"
+            )
         writer.add_tensor(name, values.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -159,7 +204,9 @@ def write_file(path: Path, model_type: str, weights: dict[str, Tensor], loaded: 
     writer.close()
 
 
-def add_settings(writer: GGUFWriter, config: ModelConfig, model_type: str, *, n_tokens: int) -> None:
+def add_settings(
+    writer: GGUFWriter, config: ModelConfig, model_type: str, *, n_tokens: int
+) -> None:
     """The shape of the decoder."""
     writer.add_vocab_size(n_tokens)
     writer.add_context_length(config.max_seq_len)
@@ -202,27 +249,48 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
         UserError: it is not byte-level BPE, has no merge, or cuts words in a way that has no name there.
     """
     if not isinstance(tokenizer, HFTokenizer):
-        raise UserError(f"tokenizer.kind: GGUF has no tokenizer of kind {tokenizer.kind}. Export with --format hf, or train with tokenizer.kind: bpe.")
+        raise UserError(
+            f"tokenizer.kind: GGUF has no tokenizer of kind {tokenizer.kind}. Export with --format hf, or train with tokenizer.kind: bpe."
+        )
     backend = backend_of(tokenizer)
     description = json.loads(backend.to_str())
     pre = PRE_TOKENIZERS.get(words_of(description))
     if pre is None:
-        raise UserError("tokenizer: GGUF is written for byte-level BPE with the words of GPT-2, GPT-4 or Qwen2, and this is another. Export with --format hf.")
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in description["model"]["merges"]]
+        raise UserError(
+            "tokenizer: GGUF is written for byte-level BPE with the words of GPT-2, GPT-4 or Qwen2, and this is another. Export with --format hf."
+        )
+    merges = [
+        merge if isinstance(merge, str) else " ".join(merge)
+        for merge in description["model"]["merges"]
+    ]
     if not merges:
-        raise UserError("tokenizer: it has no merges, and GGUF needs one. Export with --format hf, or train with a larger tokenizer.vocab_size.")
+        raise UserError(
+            "tokenizer: it has no merges, and GGUF needs one. Export with --format hf, or train with a larger tokenizer.vocab_size."
+        )
     added = backend.get_added_tokens_decoder()
-    kinds = {id: TOKEN_TYPES["control" if token.special else "user_defined"] for id, token in added.items()}
+    kinds = {
+        id: TOKEN_TYPES["control" if token.special else "user_defined"]
+        for id, token in added.items()
+    }
     tokens = [backend.id_to_token(id) for id in range(tokenizer.vocab_size)]
-    return Vocabulary(pre, tokens, [kinds.get(id, TOKEN_TYPES["normal"]) for id in range(len(tokens))], merges)
+    return Vocabulary(
+        pre, tokens, [kinds.get(id, TOKEN_TYPES["normal"]) for id in range(len(tokens))], merges
+    )
 
 
 def words_of(description: dict[str, Any]) -> str | None:
     """The pattern by which a byte-level BPE tokenizer cuts words; None where it is another kind of tokenizer."""
     normalizer, pieces = description["normalizer"], description["pre_tokenizer"]
-    if description["model"]["type"] != "BPE" or description["model"]["byte_fallback"] or pieces is None:
+    if (
+        description["model"]["type"] != "BPE"
+        or description["model"]["byte_fallback"]
+        or pieces is None
+    ):
         return None
-    if normalizer not in (None, {"type": "NFC"}):  # Qwen2's: text on disk is nearly always in that form already
+    if normalizer not in (
+        None,
+        {"type": "NFC"},
+    ):  # Qwen2's: text on disk is nearly always in that form already
         return None
     match pieces:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
@@ -230,7 +298,12 @@ def words_of(description: dict[str, Any]) -> str | None:
         case {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": pattern},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         }:
@@ -244,8 +317,15 @@ def words_of(description: dict[str, Any]) -> str | None:
 def what_transformers_needs(config: ModelConfig, model_type: str) -> dict[str, int]:
     """Settings that stand in the file and that transformers does not read from it, where they are not its defaults."""
     theirs = {"qwen3": {"head_dim": (config.size_of_head, 128)}}
-    theirs["gpt2"] = {"n_positions": (config.max_seq_len, 1024), "n_inner": (config.hidden, 4 * config.d_model)}
-    return {name: value for name, (value, default) in theirs.get(model_type, {}).items() if value != default}
+    theirs["gpt2"] = {
+        "n_positions": (config.max_seq_len, 1024),
+        "n_inner": (config.hidden, 4 * config.d_model),
+    }
+    return {
+        name: value
+        for name, (value, default) in theirs.get(model_type, {}).items()
+        if value != default
+    }
 
 
 def check_file(path: Path, loaded: Loaded, floats: Floats, needs: dict[str, int]) -> float:
@@ -256,12 +336,20 @@ def check_file(path: Path, loaded: Loaded, floats: Floats, needs: dict[str, int]
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, local_files_only=True
+    )
     check_tokenizer(tokenizer, loaded.tokenizer)
-    if words_of(json.loads(tokenizer.backend_tokenizer.to_str())) != words_of(json.loads(backend_of(loaded.tokenizer).to_str())):
-        raise UserError("tokenizer: transformers cuts words in another way when it reads GGUF, so nothing was exported. Export with --format hf.")
+    if words_of(json.loads(tokenizer.backend_tokenizer.to_str())) != words_of(
+        json.loads(backend_of(loaded.tokenizer).to_str())
+    ):
+        raise UserError(
+            "tokenizer: transformers cuts words in another way when it reads GGUF, so nothing was exported. Export with --format hf."
+        )
     with contextlib.redirect_stderr(io.StringIO()):  # its bar asks nobody
-        theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, **needs)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, **needs
+        )
     if floats == "f16":
         for name, weight in loaded.model.named_parameters():
             if weight.dim() > 1 and name != "positions.weight":

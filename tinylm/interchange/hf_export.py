@@ -19,20 +19,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tinylm import hf
-from tinylm.bpe import CHARACTER_OF_BYTE, require_new
-from tinylm.checkpoint import Loaded, load_model
-from tinylm.config import SamplingConfig
-from tinylm.decoder import Decoder, count_parameters
-from tinylm.errors import UserError, printable, require_package, writing
-from tinylm.foreign import PREFIX, ForeignDecoder, ForeignSeq2Seq, quiet_transformers
-from tinylm.lora import save_adapter
-from tinylm.prompts import WELL_KNOWN_BOS, make_template
-from tinylm.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer, first_line
+from tinylm.checkpoint.load import Loaded, load_model
+from tinylm.common.errors import UserError, printable, require_package, writing
+from tinylm.common.hub import first_line
+from tinylm.config.schema import SamplingConfig
+from tinylm.interchange import architectures
+from tinylm.interchange.peft import save_adapter
+from tinylm.model.decoder import Decoder, count_parameters
+from tinylm.model.hf_model import PREFIX, ForeignDecoder, ForeignSeq2Seq, quiet_transformers
+from tinylm.rows.templates import WELL_KNOWN_BOS, make_template
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE, require_new
+from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
+from tinylm.tokenizer.hf import HFTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedModel
+
 
 # Letters of several scripts, digits, runs of white space, half a word: what tokenizers disagree on.
 SAMPLE = "The model's 3 tokens aren't 12345 words:\n\n\tnaïve Ünïcode, Ελληνικά, 東京 🙂  two  spaces \r\nand<|x|> an end"
@@ -65,20 +69,35 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
     loaded = load_model(ckpt)
     if isinstance(loaded.model, ForeignSeq2Seq):
         told = "an encoder-decoder, whose adapters can be exported, and not the whole model"
-        raise UserError(f"{printable(ckpt)}: {told}. Tune it with a lora section, and leave --merge out: peft merges what is written.")
+        raise UserError(
+            f"{printable(ckpt)}: {told}. Tune it with a lora section, and leave --merge out: peft merges what is written."
+        )
     backend, template = backend_of(loaded.tokenizer), chat_template(loaded)
     with quiet_transformers(), scratch_beside(out) as folder:
         # A Hugging Face model is one already, of whatever architecture.
-        theirs = with_token_ids(loaded.model.inner if isinstance(loaded.model, ForeignDecoder) else hf.to_hf(loaded.model), loaded)
+        theirs = with_token_ids(
+            loaded.model.inner
+            if isinstance(loaded.model, ForeignDecoder)
+            else architectures.to_hf(loaded.model),
+            loaded,
+        )
         model_type = theirs.config.model_type
         with writing(out, "where it goes"):
             save_weights(theirs, folder, out)
             write_tokenizer(folder, backend, loaded, template)
         del theirs
         tokenizer_class = check_folder_tokenizer(folder, backend, loaded.tokenizer)
-        difference = check_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True), loaded.model)
+        difference = check_model(
+            AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            ),
+            loaded.model,
+        )
         with writing(out, "where it goes"):
-            write_text(folder / "README.md", model_card(loaded, model_type, tokenizer_class, has_template=template is not None))
+            write_text(
+                folder / "README.md",
+                model_card(loaded, model_type, tokenizer_class, has_template=template is not None),
+            )
         publish(folder, out)
     return Exported(out, model_type, difference, tokenizer_class)
 
@@ -104,7 +123,9 @@ def save_weights(theirs: PreTrainedModel, folder: Path, out: Path) -> None:
     try:
         theirs.save_pretrained(folder, max_shard_size="1000GB")
     except SafetensorError as error:  # a full disk, among others
-        raise UserError(f"{printable(out)}: the weights could not be written: {first_line(error)}. Make room, or choose another folder.") from None
+        raise UserError(
+            f"{printable(out)}: the weights could not be written: {first_line(error)}. Make room, or choose another folder."
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -131,7 +152,9 @@ def publish(made: Path, out: Path) -> None:
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-            path.chmod(0o755 if path.is_dir() else 0o644)  # what tempfile and safetensors make is for its owner alone
+            path.chmod(
+                0o755 if path.is_dir() else 0o644
+            )  # what tempfile and safetensors make is for its owner alone
         made.rename(out)
 
 
@@ -145,14 +168,25 @@ def with_token_ids(theirs: PreTrainedModel, loaded: Loaded) -> PreTrainedModel:
     tokenizer = loaded.tokenizer
     ends = end_ids(loaded)
     # EOS opens every document here, so an empty prompt is EOS; a Hugging Face model keeps what it had.
-    opening = theirs.config.bos_token_id if isinstance(loaded.model, ForeignDecoder) else tokenizer.eos_id
-    ids: dict[str, Any] = {"bos_token_id": opening, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    opening = (
+        theirs.config.bos_token_id if isinstance(loaded.model, ForeignDecoder) else tokenizer.eos_id
+    )
+    ids: dict[str, Any] = {
+        "bos_token_id": opening,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+    }
     for name, value in ids.items():
         setattr(theirs.config, name, value)
-    if tokenizer.pad_id != tokenizer.eos_id:  # a row called padding gets no gradient from transformers
+    if (
+        tokenizer.pad_id != tokenizer.eos_id
+    ):  # a row called padding gets no gradient from transformers
         theirs.config.pad_token_id = tokenizer.pad_id
-    beyond = list(range(tokenizer.vocab_size, loaded.model.embedding.num_embeddings))  # rows that stand for nothing
-    settings = sampling_settings(loaded.config.sampling) | ({"suppress_tokens": beyond} if beyond else {})
+    beyond = list(
+        range(tokenizer.vocab_size, loaded.model.embedding.num_embeddings)
+    )  # rows that stand for nothing
+    settings = sampling_settings(loaded.config.sampling) | (
+        {"suppress_tokens": beyond} if beyond else {}
+    )
     theirs.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.pad_id, **settings)
     return theirs
 
@@ -168,7 +202,11 @@ def sampling_settings(sampling: SamplingConfig) -> dict[str, Any]:
     }
     if settings["do_sample"]:
         # top_k 0 is off; left out it would be 50
-        settings |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
+        settings |= {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k or 0,
+            "top_p": sampling.top_p or 1.0,
+        }
         settings |= {"min_p": sampling.min_p} if sampling.min_p else {}
     return settings
 
@@ -187,7 +225,9 @@ def backend_of(tokenizer: Tokenizer) -> Backend:
     assert isinstance(tokenizer, HFTokenizer), tokenizer.kind
     description = json.loads(tokenizer.to_plain()["tokenizer_json"])
     if Backend.from_str(json.dumps(description)).num_special_tokens_to_add(False):
-        description["post_processor"] = None  # it would open each text with a token that training has not shown the model
+        description["post_processor"] = (
+            None  # it would open each text with a token that training has not shown the model
+        )
     return Backend.from_str(json.dumps(description))
 
 
@@ -196,7 +236,9 @@ def byte_backend(tokenizer: ByteTokenizer) -> Backend:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
-    backend = Backend(models.BPE({character: byte for byte, character in CHARACTER_OF_BYTE.items()}, []))
+    backend = Backend(
+        models.BPE({character: byte for byte, character in CHARACTER_OF_BYTE.items()}, [])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([name for _, name in sorted(tokenizer.special_names.items())])
@@ -209,7 +251,9 @@ def char_backend(tokenizer: CharTokenizer) -> Backend:
     from tokenizers import Tokenizer as Backend
 
     vocabulary = {character: id for id, character in enumerate(tokenizer.characters)}
-    special = [name for id, name in sorted(tokenizer.special_names.items()) if id != tokenizer.unk_id]
+    special = [
+        name for id, name in sorted(tokenizer.special_names.items()) if id != tokenizer.unk_id
+    ]
     vocabulary |= {name: len(vocabulary) + place for place, name in enumerate(special)}
     unknown = "<|unk|>"  # where it is no token of ours, a character that is not known is an error there too
     if tokenizer.unk_id is not None:
@@ -234,7 +278,9 @@ def write_tokenizer(folder: Path, backend: Backend, loaded: Loaded, template: st
         "model_max_length": loaded.model.config.max_seq_len,
     }
     write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
-    write_text(folder / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False, indent=2) + "\n")
+    write_text(
+        folder / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
+    )
     if template is not None:
         write_text(folder / "chat_template.jinja", template)
 
@@ -328,7 +374,11 @@ def chat_template(loaded: Loaded) -> str | None:
 def end_ids(loaded: Loaded) -> list[int]:
     """The tokens that end what the model writes: the one behind each answer it was tuned on, then the end of a text."""
     tokenizer = loaded.tokenizer
-    return list(make_template(loaded.template, tokenizer).stop_ids(tokenizer)) if loaded.template else [tokenizer.eos_id]
+    return (
+        list(make_template(loaded.template, tokenizer).stop_ids(tokenizer))
+        if loaded.template
+        else [tokenizer.eos_id]
+    )
 
 
 # --- the model card ---------------------------------------------------------------------------------------------------
@@ -337,7 +387,11 @@ def end_ids(loaded: Loaded) -> list[int]:
 def model_card(loaded: Loaded, model_type: str, tokenizer_class: str, *, has_template: bool) -> str:
     """README.md: what the model is, what it was trained on, how to load it."""
     config, shape, info = loaded.config, loaded.model.config, loaded.info
-    origin = f"weights imported from {shown(config.tokenizer.path or '')}" if info.step == 0 else f"{info.step:,} optimizer steps, {info.tokens:,} tokens"
+    origin = (
+        f"weights imported from {shown(config.tokenizer.path or '')}"
+        if info.step == 0
+        else f"{info.step:,} optimizer steps, {info.tokens:,} tokens"
+    )
     if config.training.init_from is not None:
         origin += f", from {shown(config.training.init_from.removeprefix(PREFIX))}"
     rows = {
@@ -346,8 +400,12 @@ def model_card(loaded: Loaded, model_type: str, tokenizer_class: str, *, has_tem
         "context": f"{shape.max_seq_len:,} tokens",
         "tokenizer": f"{loaded.tokenizer.kind}, {loaded.tokenizer.vocab_size:,} tokens",
         "training": f"{info.stage}, {origin}",
-        "data": "not known" if info.step == 0 else ", ".join(shown(name) for name in data_names(loaded)),
-        "validation loss": "not measured" if info.val_loss is None else f"{info.val_loss:.4f} nats a token",
+        "data": "not known"
+        if info.step == 0
+        else ", ".join(shown(name) for name in data_names(loaded)),
+        "validation loss": "not measured"
+        if info.val_loss is None
+        else f"{info.val_loss:.4f} nats a token",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     ask = (
@@ -389,7 +447,9 @@ def data_names(loaded: Loaded) -> list[str]:
 
 def shown(name: str) -> str:
     """A data set or model as a stranger may see it: a name on the hub as it is, of a path the last part alone."""
-    return printable(Path(name).name if Path(name).is_absolute() or Path(name).exists() else name).replace("|", "\\|")
+    return printable(
+        Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    ).replace("|", "\\|")
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
@@ -408,7 +468,10 @@ def check_folder_tokenizer(folder: Path, backend: Backend, ours: Tokenizer) -> s
     found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     name = "AutoTokenizer"
     if pieces_of(found.backend_tokenizer) != pieces_of(backend):
-        found, name = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), "PreTrainedTokenizerFast"
+        found, name = (
+            PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True),
+            "PreTrainedTokenizerFast",
+        )
     check_tokenizer(found, ours)
     return name
 
@@ -416,15 +479,25 @@ def check_folder_tokenizer(folder: Path, backend: Backend, ours: Tokenizer) -> s
 def pieces_of(backend: Backend) -> tuple[Any, ...]:
     """What decides how a tokenizer cuts a text: two that agree on a sample may differ on the next text."""
     description = json.loads(backend.to_str())
-    words = json.dumps(description["pre_tokenizer"]).replace('"trim_offsets": false', '"trim_offsets": true')  # says nothing of ids
-    return description["normalizer"], words, description["model"]["type"], description["model"]["vocab"], description["model"].get("merges")
+    words = json.dumps(description["pre_tokenizer"]).replace(
+        '"trim_offsets": false', '"trim_offsets": true'
+    )  # says nothing of ids
+    return (
+        description["normalizer"],
+        words,
+        description["model"]["type"],
+        description["model"]["vocab"],
+        description["model"].get("merges"),
+    )
 
 
 def check_model(theirs: PreTrainedModel, ours: Decoder | ForeignDecoder) -> float:
     """The largest difference of logits; UserError where it is too large."""
-    difference = hf.logit_difference(ours, theirs)
-    if not difference <= hf.TOLERANCE:  # NaN is not
-        raise UserError(f"export: what was written gives logits that differ by {difference:.2g}, so it was removed. Please report this model's settings.")
+    difference = architectures.logit_difference(ours, theirs)
+    if not difference <= architectures.TOLERANCE:  # NaN is not
+        raise UserError(
+            f"export: what was written gives logits that differ by {difference:.2g}, so it was removed. Please report this model's settings."
+        )
     return difference
 
 
@@ -434,17 +507,24 @@ def check_tokenizer(theirs: Any, ours: Tokenizer) -> None:
     expected = ours.encode(text)
     found = theirs(text)["input_ids"]
     if found != expected:
-        place = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+        place = next(
+            (n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+            min(len(found), len(expected)),
+        )
         raise UserError(
             f"tokenizer: transformers makes other tokens of a text than this one (token {place} of {len(expected)}), so nothing was exported. "
             "Train with another tokenizer."
         )
     if theirs.decode(found, skip_special_tokens=True) != ours.decode(expected):
-        raise UserError("tokenizer: transformers makes another text of the same tokens, so nothing was exported. Train with another tokenizer.")
+        raise UserError(
+            "tokenizer: transformers makes another text of the same tokens, so nothing was exported. Train with another tokenizer."
+        )
 
 
 def sample_text(tokenizer: Tokenizer) -> str:
     """A text that shows how a tokenizer works; for one of characters, all that it has."""
     if not isinstance(tokenizer, CharTokenizer):
         return SAMPLE
-    return tokenizer.characters + "".join(c for c in SAMPLE if tokenizer.unk_id is not None or c in tokenizer.characters)
+    return tokenizer.characters + "".join(
+        c for c in SAMPLE if tokenizer.unk_id is not None or c in tokenizer.characters
+    )

@@ -24,25 +24,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinylm import checkpoint, hf
-from tinylm.bpe import require_new
-from tinylm.config import Config
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError, printable, reading, require_package
-from tinylm.foreign import quiet_transformers
-from tinylm.tokenizer import (
-    OLDER_VOCABULARIES,
-    TOKENIZER_FILES,
-    HFTokenizer,
-    first_line,
-    hub_errors,
-    is_hub_name,
-    load_hf_tokenizer,
-    require_hub,
-)
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.errors import UserError, printable, reading, require_package
+from tinylm.common.hub import first_line, hub_errors, is_hub_name, require_hub
+from tinylm.config.schema import Config
+from tinylm.interchange import architectures
+from tinylm.model.decoder import Decoder
+from tinylm.model.hf_model import quiet_transformers
+from tinylm.tokenizer.bpe import require_new
+from tinylm.tokenizer.hf import OLDER_VOCABULARIES, TOKENIZER_FILES, HFTokenizer, load_hf_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = ("model.safetensors", INDEX, "model-*.safetensors")
@@ -54,7 +48,15 @@ FLOATS = ("F32", "F16", "BF16")
 # Tables that older versions of transformers stored and that follow from the settings.
 NOT_WEIGHTS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
 # What transformers raises for settings and files that it cannot use, beside StrictDataclassError.
-NOT_LOADED = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError)
+NOT_LOADED = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ZeroDivisionError,
+)
 MEND = "Give another model, or download it again."
 
 
@@ -89,9 +91,11 @@ def import_hf(name: str, out: Path) -> Imported:
     tokenizer = read_tokenizer(folder)
     rows = model.embedding.num_embeddings
     if tokenizer.vocab_size > rows:
-        raise UserError(f"{printable(folder)}: its tokenizer has {tokenizer.vocab_size} tokens, and its embedding {rows} rows. {MEND}")
-    difference = hf.logit_difference(model, load_theirs(folder, theirs))
-    if not difference <= hf.TOLERANCE:  # NaN is not
+        raise UserError(
+            f"{printable(folder)}: its tokenizer has {tokenizer.vocab_size} tokens, and its embedding {rows} rows. {MEND}"
+        )
+    difference = architectures.logit_difference(model, load_theirs(folder, theirs))
+    if not difference <= architectures.TOLERANCE:  # NaN is not
         raise UserError(
             f"{printable(folder)}: our logits differ from transformers' by {difference:.2g}, so it computes something that our decoder does not. "
             "Nothing was written. Choose another model."
@@ -103,17 +107,19 @@ def import_hf(name: str, out: Path) -> Imported:
             "training": {"seq_len": min(Config().training.seq_len, model.config.max_seq_len)},
         }
     )
-    checkpoint.write(out, payload_of(config, tokenizer, model.state_dict()))
+    checkpoint_format.write(out, payload_of(config, tokenizer, model.state_dict()))
     return Imported(out, theirs.model_type, stored_as, difference, config)
 
 
-def payload_of(config: Config, tokenizer: HFTokenizer, weights: dict[str, Tensor]) -> dict[str, Any]:
+def payload_of(
+    config: Config, tokenizer: HFTokenizer, weights: dict[str, Tensor]
+) -> dict[str, Any]:
     """A checkpoint of step 0: all that sampling, scoring, listing and `training.init_from` need, and no optimizer to resume with."""
     import transformers
 
     return {
-        "format": checkpoint.FORMAT,
-        "schema": checkpoint.SCHEMA,
+        "format": checkpoint_format.FORMAT,
+        "schema": checkpoint_format.SCHEMA,
         "stage": "pretrain",
         "step": 0,
         "tokens": 0,
@@ -141,9 +147,13 @@ def find_folder(name: str) -> Path:
         folder = Path(name)
     elif os.path.lexists(name) or not is_hub_name(name):
         found = "is not a folder" if os.path.lexists(name) else "not found"
-        raise UserError(f"{printable(name)}: {found}. Give a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2.")
+        raise UserError(
+            f"{printable(name)}: {found}. Give a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2."
+        )
     else:
-        read_config(_download(name, ["*.json"]))  # what cannot be used is refused before its weights are fetched
+        read_config(
+            _download(name, ["*.json"])
+        )  # what cannot be used is refused before its weights are fetched
         folder = _download(name, list(FILES))
     refuse_links_out(folder)
     return folder
@@ -157,15 +167,25 @@ def _download(name: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (*hub_errors(), ValueError) as error:
-        raise UserError(f"{name}: not a folder here, and the Hugging Face hub says: {first_line(error)}. {mend}") from error
+        raise UserError(
+            f"{name}: not a folder here, and the Hugging Face hub says: {first_line(error)}. {mend}"
+        ) from error
 
 
 def refuse_links_out(folder: Path) -> None:
     """UserError where a file that would be read is a link to somewhere else; the hub library's own cache links within a model."""
-    within = (folder.resolve().parents[1] if folder.resolve().parent.name == "snapshots" else folder).resolve()
+    within = (
+        folder.resolve().parents[1] if folder.resolve().parent.name == "snapshots" else folder
+    ).resolve()
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and any(fnmatch(path.name, pattern) for pattern in FILES) and not path.resolve().is_relative_to(within):
-            raise UserError(f"{printable(path)}: a link that leads out of the folder. Put the file itself there.")
+        if (
+            path.is_symlink()
+            and any(fnmatch(path.name, pattern) for pattern in FILES)
+            and not path.resolve().is_relative_to(within)
+        ):
+            raise UserError(
+                f"{printable(path)}: a link that leads out of the folder. Put the file itself there."
+            )
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -182,22 +202,32 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
     refuse_code(folder)
     if (folder / "adapter_config.json").exists():
-        raise UserError(f"{printable(folder)}: adapter_config.json: an adapter, which changes another model. Merge it into its base first.")
+        raise UserError(
+            f"{printable(folder)}: adapter_config.json: an adapter, which changes another model. Merge it into its base first."
+        )
     file = folder / "config.json"
     if not file.exists():
-        raise UserError(f"{printable(folder)}: no config.json here. Give the folder of a Hugging Face model.")
+        raise UserError(
+            f"{printable(folder)}: no config.json here. Give the folder of a Hugging Face model."
+        )
     values = read_json(file, CONFIG_BYTES)
     if values.get("quantization_config") is not None:
-        raise UserError(f"{printable(file)}: quantization_config: its weights are packed, and only fp32, fp16 and bf16 are read. {MEND}")
-    names = sorted({architecture.model_type for architecture in hf.ARCHITECTURES})
+        raise UserError(
+            f"{printable(file)}: quantization_config: its weights are packed, and only fp32, fp16 and bf16 are read. {MEND}"
+        )
+    names = sorted({architecture.model_type for architecture in architectures.ARCHITECTURES})
     if values.get("model_type") not in names:
         found = printable(json.dumps(values.get("model_type")))[:80]
-        raise UserError(f"{printable(file)}: model_type: our decoder cannot be {found}. Choose a model of {', '.join(names)}.")
+        raise UserError(
+            f"{printable(file)}: model_type: our decoder cannot be {found}. Choose a model of {', '.join(names)}."
+        )
     try:
         with quiet_transformers():
             return AutoConfig.for_model(**values)
     except (*NOT_LOADED, StrictDataclassError) as error:
-        raise UserError(f"{printable(file)}: transformers refuses it: {printable(' '.join(str(error).split()))[:200]}. {MEND}") from None
+        raise UserError(
+            f"{printable(file)}: transformers refuses it: {printable(' '.join(str(error).split()))[:200]}. {MEND}"
+        ) from None
 
 
 def refuse_code(folder: Path) -> None:
@@ -205,7 +235,9 @@ def refuse_code(folder: Path) -> None:
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         file = folder / name
         if file.exists() and "auto_map" in read_json(file, CONFIG_BYTES):
-            raise UserError(f"{printable(file)}: auto_map: the model wants its own code to be run, which is never done. Choose a model without.")
+            raise UserError(
+                f"{printable(file)}: auto_map: the model wants its own code to be run, which is never done. Choose a model without."
+            )
 
 
 def read_json(file: Path, limit: int) -> dict[str, Any]:
@@ -218,14 +250,20 @@ def read_json(file: Path, limit: int) -> dict[str, Any]:
         if not file.is_file():
             raise UserError(f"{printable(file)}: not a regular file. {MEND}")
         if file.stat().st_size > limit:
-            raise UserError(f"{printable(file)}: {file.stat().st_size} bytes, and {limit} are the most that such a file has. {MEND}")
+            raise UserError(
+                f"{printable(file)}: {file.stat().st_size} bytes, and {limit} are the most that such a file has. {MEND}"
+            )
         text = file.read_bytes()
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{printable(file)}: not JSON, or cut off: {first_line(error)}. {MEND}") from None
+        raise UserError(
+            f"{printable(file)}: not JSON, or cut off: {first_line(error)}. {MEND}"
+        ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{printable(file)}: expected a JSON object, found {type(value).__name__}. {MEND}")
+        raise UserError(
+            f"{printable(file)}: expected a JSON object, found {type(value).__name__}. {MEND}"
+        )
     return value
 
 
@@ -255,11 +293,20 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Stored]]:
                 tensors = opened.enter_context(safe_open(file, framework="pt"))
                 found = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  (not a dict)
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{printable(file)}: not safetensors, or damaged: {first_line(error)}. {MEND}") from None
+                raise UserError(
+                    f"{printable(file)}: not safetensors, or damaged: {first_line(error)}. {MEND}"
+                ) from None
             for name, part in found.items():
                 if name in stored:
-                    raise UserError(f"{printable(file)}: {printable(name)}: {stored[name].file.name} has a tensor of that name too. {MEND}")
-                stored[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()), partial(tensors.get_tensor, name))
+                    raise UserError(
+                        f"{printable(file)}: {printable(name)}: {stored[name].file.name} has a tensor of that name too. {MEND}"
+                    )
+                stored[name] = Stored(
+                    file,
+                    part.get_dtype(),
+                    tuple(part.get_shape()),
+                    partial(tensors.get_tensor, name),
+                )
         yield stored
 
 
@@ -269,16 +316,24 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     if not (folder / INDEX).exists():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        found = "only pickled weights here, which can run code and are never read" if pickled else f"no model.safetensors here, and no {INDEX}"
+        found = (
+            "only pickled weights here, which can run code and are never read"
+            if pickled
+            else f"no model.safetensors here, and no {INDEX}"
+        )
         raise UserError(f"{printable(folder)}: {found}. Give a model with safetensors.")
     index = folder / INDEX
     places = read_json(index, INDEX_BYTES).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"{printable(index)}: weight_map: expected the file of each tensor by name. {MEND}")
+        raise UserError(
+            f"{printable(index)}: weight_map: expected the file of each tensor by name. {MEND}"
+        )
     names = sorted(set(places.values()))
     for name in names:
         if not re.fullmatch(r"model-[\w-]+\.safetensors", name, re.ASCII):
-            raise UserError(f"{printable(index)}: weight_map: '{printable(name)[:80]}' is not a name such as model-00001-of-00002.safetensors. {MEND}")
+            raise UserError(
+                f"{printable(index)}: weight_map: '{printable(name)[:80]}' is not a name such as model-00001-of-00002.safetensors. {MEND}"
+            )
         if not (folder / name).exists():
             raise UserError(f"{printable(folder / name)}: not found, and {INDEX} names it. {MEND}")
     return [folder / name for name in names]
@@ -293,7 +348,9 @@ def check_header(file: Path) -> None:
             claimed = int.from_bytes(opened.read(8), "little")
         size = file.stat().st_size
     if claimed > min(size, HEADER_BYTES):
-        raise UserError(f"{printable(file)}: not safetensors, or damaged: its header of {claimed} bytes is more than {min(size, HEADER_BYTES)}. {MEND}")
+        raise UserError(
+            f"{printable(file)}: not safetensors, or damaged: its header of {claimed} bytes is more than {min(size, HEADER_BYTES)}. {MEND}"
+        )
 
 
 def read_model(folder: Path, theirs: PreTrainedConfig, stored: dict[str, Stored]) -> Decoder:
@@ -302,13 +359,15 @@ def read_model(folder: Path, theirs: PreTrainedConfig, stored: dict[str, Stored]
     Raises:
         UserError: naming the tensor that is missing, too many, of another shape or type than the settings say, or not finite.
     """
-    model = hf.our_config(theirs)
+    model = architectures.our_config(theirs)
     n_experts = model.moe.n_experts if model.moe else 0
     try:
-        shapes = hf.their_shapes(theirs)
+        shapes = architectures.their_shapes(theirs)
     except RuntimeError as error:  # torch, where a product of sizes passes 64 bits
-        raise UserError(f"{printable(folder / 'config.json')}: its sizes make no tensor: {first_line(error)}. {MEND}") from None
-    names = {name: hf.stored_names(name, stored, n_experts) for name in shapes}
+        raise UserError(
+            f"{printable(folder / 'config.json')}: its sizes make no tensor: {first_line(error)}. {MEND}"
+        ) from None
+    names = {name: architectures.stored_names(name, stored, n_experts) for name in shapes}
     for name, shape in shapes.items():
         # Where experts are stored one by one, (experts, rows, columns) is several times (rows, columns) in the files.
         by_expert = len(shape) == 3 and names[name] != (name,)
@@ -322,33 +381,52 @@ def read_model(folder: Path, theirs: PreTrainedConfig, stored: dict[str, Stored]
         check_tied(stored["lm_head.weight"], stored[embedding[0]])
     elif extra:
         more = f", as are {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise UserError(f"{printable(stored[extra[0]].file)}: {printable(extra[0])}: not part of a {theirs.model_type}{more}. {MEND}")
-    return hf.from_weights(theirs, lambda name: torch.cat([read_finite(part, stored[part]) for part in names[name]]).view(shapes[name]))
+        raise UserError(
+            f"{printable(stored[extra[0]].file)}: {printable(extra[0])}: not part of a {theirs.model_type}{more}. {MEND}"
+        )
+    return architectures.from_weights(
+        theirs,
+        lambda name: torch.cat([read_finite(part, stored[part]) for part in names[name]]).view(
+            shapes[name]
+        ),
+    )
 
 
-def check_tensor(folder: Path, name: str, shape: tuple[int, ...], stored: dict[str, Stored]) -> None:
+def check_tensor(
+    folder: Path, name: str, shape: tuple[int, ...], stored: dict[str, Stored]
+) -> None:
     """UserError unless the tensor is there, of this shape and of a type that is read."""
     if name not in stored:
-        raise UserError(f"{printable(folder)}: {printable(name)}: no such tensor in its files. {MEND}")
+        raise UserError(
+            f"{printable(folder)}: {printable(name)}: no such tensor in its files. {MEND}"
+        )
     tensor = stored[name]
     where = f"{printable(tensor.file)}: {printable(name)}"
     if tensor.shape != shape:
-        raise UserError(f"{where}: its shape is {list(tensor.shape)}, and config.json makes it {list(shape)}. {MEND}")
+        raise UserError(
+            f"{where}: its shape is {list(tensor.shape)}, and config.json makes it {list(shape)}. {MEND}"
+        )
     if tensor.dtype not in FLOATS:
-        raise UserError(f"{where}: its type is {printable(tensor.dtype)}, and {', '.join(FLOATS)} are read. {MEND}")
+        raise UserError(
+            f"{where}: its type is {printable(tensor.dtype)}, and {', '.join(FLOATS)} are read. {MEND}"
+        )
 
 
 def check_tied(head: Stored, embedding: Stored) -> None:
     """UserError where a head that config.json calls the embedding is another matrix."""
     if head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
-        raise UserError(f"{printable(head.file)}: lm_head.weight: differs from the embedding, and config.json says tie_word_embeddings. {MEND}")
+        raise UserError(
+            f"{printable(head.file)}: lm_head.weight: differs from the embedding, and config.json says tie_word_embeddings. {MEND}"
+        )
 
 
 def read_finite(name: str, tensor: Stored) -> Tensor:
     """The tensor in fp32; UserError where a number is not finite."""
     values = tensor.read().float()
     if not values.isfinite().all():
-        raise UserError(f"{printable(tensor.file)}: {printable(name)}: has numbers that are not finite. {MEND}")
+        raise UserError(
+            f"{printable(tensor.file)}: {printable(name)}: has numbers that are not finite. {MEND}"
+        )
     return values
 
 
@@ -359,10 +437,17 @@ def load_theirs(folder: Path, theirs: PreTrainedConfig) -> Any:
     try:
         with quiet_transformers():
             return AutoModelForCausalLM.from_pretrained(
-                folder, config=theirs, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                folder,
+                config=theirs,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except NOT_LOADED as error:
-        raise UserError(f"{printable(folder)}: transformers cannot load it: {first_line(error)}. {MEND}") from error
+        raise UserError(
+            f"{printable(folder)}: transformers cannot load it: {first_line(error)}. {MEND}"
+        ) from error
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------

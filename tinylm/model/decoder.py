@@ -19,6 +19,7 @@ Initialisation (`ModelConfig.init`):
 Queries, keys and values are stored as one matrix, and so are gate and value of swiglu; each is drawn by its own size.
 """
 
+
 # B batch · T query positions · S key positions · D model width · H query heads · G key/value heads · K head width
 # F feed-forward width · E experts · A experts a token · V vocabulary · N tokens = B*T
 
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinylm.config import ModelConfig, MoEConfig
+from tinylm.config.schema import ModelConfig, MoEConfig
 
 
 class Features(NamedTuple):
@@ -62,7 +63,10 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
     """
     # fp32: in bf16 neighbouring positions beyond 256 would get the same angle
     # exp and not a power: the CPU compiler keeps what comes of an exp, and would work the angles out anew in each layer
-    frequencies = torch.exp(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) * (-math.log(theta) / head_dim))
+    frequencies = torch.exp(
+        torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+        * (-math.log(theta) / head_dim)
+    )
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
@@ -122,7 +126,16 @@ class KVCache:
     looks back, and a position that no query can see any more is overwritten.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device, chunk: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_len: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        chunk: int,
+    ):
         window = config.sliding_window
         self.slots = max_len if window is None else min(max_len, window + chunk - 1)
         self.chunk = chunk if self.slots < max_len else max_len
@@ -131,7 +144,9 @@ class KVCache:
         shape = (config.n_layers, batch_size, config.kv_heads, self.slots, config.size_of_head)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.positions = torch.zeros(self.slots, dtype=torch.long, device=device)  # which one each filled slot holds
+        self.positions = torch.zeros(
+            self.slots, dtype=torch.long, device=device
+        )  # which one each filled slot holds
 
     def advance(self, n_new: int) -> Tensor:
         """Positions (T,) of `n_new` tokens that are about to be written.
@@ -140,15 +155,21 @@ class KVCache:
             ValueError: they do not fit, or are more at once than the ring was made for.
         """
         if self.length + n_new > self.max_len:
-            raise ValueError(f"{self.length} + {n_new} positions do not fit in a cache of {self.max_len}")
+            raise ValueError(
+                f"{self.length} + {n_new} positions do not fit in a cache of {self.max_len}"
+            )
         if n_new > self.chunk:
-            raise ValueError(f"{n_new} positions at once, and this ring takes chunks of {self.chunk}")
+            raise ValueError(
+                f"{n_new} positions at once, and this ring takes chunks of {self.chunk}"
+            )
         positions = torch.arange(self.length, self.length + n_new, device=self.positions.device)
         self.length += n_new
         self.positions[positions % self.slots] = positions
         return positions
 
-    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def write(
+        self, layer: int, positions: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, G, T, K); all that are filled (B, G, S, K) come back."""
         slots = positions % self.slots
         self.keys[layer, :, :, slots] = keys.to(self.keys.dtype)
@@ -216,16 +237,28 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.size_of_head
+        self.n_heads, self.n_kv_heads, self.head_dim = (
+            config.n_heads,
+            config.kv_heads,
+            config.size_of_head,
+        )
         self.dropout = config.attention_dropout
         queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         self.qkv = nn.Linear(config.d_model, queries + 2 * keys, bias=config.bias != "none")
         self.out = nn.Linear(queries, config.d_model, bias=config.bias == "all")
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = (
+            nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        )
+        self.k_norm = (
+            nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        )
         if config.n_sinks:
-            self.sink_keys = nn.Parameter(torch.empty(self.n_kv_heads, config.n_sinks, self.head_dim))
-            self.sink_values = nn.Parameter(torch.empty(self.n_kv_heads, config.n_sinks, self.head_dim))
+            self.sink_keys = nn.Parameter(
+                torch.empty(self.n_kv_heads, config.n_sinks, self.head_dim)
+            )
+            self.sink_values = nn.Parameter(
+                torch.empty(self.n_kv_heads, config.n_sinks, self.head_dim)
+            )
         self.n_sinks = config.n_sinks
 
     def forward(self, x: Tensor, sight: Sight) -> Tensor:
@@ -243,7 +276,11 @@ class Attention(nn.Module):
     def project(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, K), and the keys and values (B, G, n_sinks + S, K) of all that they may look at."""
         B, T, _ = x.shape
-        heads = self.qkv(x).view(B, T, self.n_heads + 2 * self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, H+2G, T, K)
+        heads = (
+            self.qkv(x)
+            .view(B, T, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
+            .transpose(1, 2)
+        )  # (B, H+2G, T, K)
         q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if sight.angles is not None:
@@ -262,7 +299,11 @@ class Attention(nn.Module):
         Without a cache only; softmax(q kᵀ / √K) in fp32 (Vaswani et al. 2017, equation 1).
         """
         q, k, _ = self.project(x, sight)
-        scores = q.float() @ k.float().repeat_interleave(self.n_heads // self.n_kv_heads, dim=1).mT / math.sqrt(self.head_dim)
+        scores = (
+            q.float()
+            @ k.float().repeat_interleave(self.n_heads // self.n_kv_heads, dim=1).mT
+            / math.sqrt(self.head_dim)
+        )
         mask = sight.mask
         if mask is None:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
@@ -288,7 +329,9 @@ class FeedForward(nn.Module):
         self.kind = config.ffn
         bias = config.bias == "all"
         # The gate and the value of swiglu are one matrix: one large product is faster than two small ones.
-        self.up = nn.Linear(config.d_model, config.hidden * (2 if self.kind == "swiglu" else 1), bias=bias)
+        self.up = nn.Linear(
+            config.d_model, config.hidden * (2 if self.kind == "swiglu" else 1), bias=bias
+        )
         self.down = nn.Linear(config.hidden, config.d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -312,8 +355,14 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(config.d_model, moe.n_experts, bias=False)
         self.up = nn.Parameter(torch.empty(moe.n_experts, width, config.d_model))
         self.down = nn.Parameter(torch.empty(moe.n_experts, config.d_model, config.hidden))
-        self.up_bias = nn.Parameter(torch.zeros(moe.n_experts, width)) if config.bias == "all" else None
-        self.down_bias = nn.Parameter(torch.zeros(moe.n_experts, config.d_model)) if config.bias == "all" else None
+        self.up_bias = (
+            nn.Parameter(torch.zeros(moe.n_experts, width)) if config.bias == "all" else None
+        )
+        self.down_bias = (
+            nn.Parameter(torch.zeros(moe.n_experts, config.d_model))
+            if config.bias == "all"
+            else None
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mixed output (B, T, D) and the load-balance loss, a scalar that is 1 when all experts are used alike."""
@@ -352,7 +401,9 @@ def grouped_linear(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     A loop over experts, never over tokens.
     """
     groups = x.split(counts.tolist())
-    return torch.cat([F.linear(group, weight) for group, weight in zip(groups, weights, strict=True)])
+    return torch.cat(
+        [F.linear(group, weight) for group, weight in zip(groups, weights, strict=True)]
+    )
 
 
 # --- the block and the decoder ----------------------------------------------------------------------------------------
@@ -368,7 +419,9 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, config.d_model) if normed else nn.Identity()
         self.attention = Attention(config, layer)
         self.ffn_norm = make_norm(config, config.d_model) if normed else nn.Identity()
-        self.ffn = FeedForward(config) if config.moe is None else MixtureOfExperts(config, config.moe)
+        self.ffn = (
+            FeedForward(config) if config.moe is None else MixtureOfExperts(config, config.moe)
+        )
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
@@ -393,7 +446,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         if config.vocab_size is None:
-            raise ValueError("the decoder needs model.vocab_size; build it from a config whose vocabulary is known")
+            raise ValueError(
+                "the decoder needs model.vocab_size; build it from a config whose vocabulary is known"
+            )
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
@@ -401,17 +456,23 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.residual_dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         # After pre-norm blocks the stream has never been normalised as a whole; after post-norm it just was.
-        self.norm = make_norm(config, config.d_model) if config.norm_placement == "pre" else nn.Identity()
+        self.norm = (
+            make_norm(config, config.d_model) if config.norm_placement == "pre" else nn.Identity()
+        )
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         initialise(self)
 
-    def forward(self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Logits (B, T, V) of ids (B, T)."""
         return self.head(self.features(input_ids, document_ids=document_ids, cache=cache).hidden)
 
-    def features(self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Features:
+    def features(
+        self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Features:
         """Everything but the head, so that a loss can take the vocabulary in chunks and sampling only the last position.
 
         Args:
@@ -434,7 +495,9 @@ class Decoder(nn.Module):
             balance = balance + block_balance / len(self.blocks)
         return Features(self.norm(x), balance)
 
-    def opening(self, prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], dict[str, Tensor]]:
+    def opening(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> tuple[Sequence[Sequence[int]], dict[str, Tensor]]:
         """The ids that stand before what is written after each prompt, and what `features` takes beside ids: here the prompts, and nothing.
 
         For a model that has an encoder the two are others (foreign.py).
@@ -445,27 +508,53 @@ class Decoder(nn.Module):
         """A batch of rows as the model takes it: here as it is."""
         return batch
 
-    def new_cache(self, batch_size: int, max_len: int | None = None, *, dtype: torch.dtype | None = None, chunk: int = 256) -> KVCache:
+    def new_cache(
+        self,
+        batch_size: int,
+        max_len: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        chunk: int = 256,
+    ) -> KVCache:
         """An empty cache for `max_len` positions (max_seq_len if None), fed at most `chunk` at a time under a window."""
         weight = self.embedding.weight
-        return KVCache(self.config, batch_size, max_len or self.config.max_seq_len, dtype=dtype or weight.dtype, device=weight.device, chunk=chunk)
+        return KVCache(
+            self.config,
+            batch_size,
+            max_len or self.config.max_seq_len,
+            dtype=dtype or weight.dtype,
+            device=weight.device,
+            chunk=chunk,
+        )
 
-    def _positions(self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> Tensor:
+    def _positions(
+        self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         """The position of each new token: (T,), or (B, T) if they restart in each document."""
         T = input_ids.size(1)
         length = T if cache is None else cache.length + T
         if length > self.config.max_seq_len:
-            raise ValueError(f"{length} positions are more than max_seq_len ({self.config.max_seq_len})")
+            raise ValueError(
+                f"{length} positions are more than max_seq_len ({self.config.max_seq_len})"
+            )
         if cache is None:
-            return torch.arange(T, device=input_ids.device) if document_ids is None else positions_in_documents(document_ids)
+            return (
+                torch.arange(T, device=input_ids.device)
+                if document_ids is None
+                else positions_in_documents(document_ids)
+            )
         if document_ids is not None:
-            raise ValueError("a cache holds one document a row: give document_ids or a cache, not both")
+            raise ValueError(
+                "a cache holds one document a row: give document_ids or a cache, not both"
+            )
         return cache.advance(T)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.position != "rope":
             return None
-        cos, sin = rope_angles(positions, self.config.size_of_head, self.config.rope_theta)  # ([B,] T, K)
+        cos, sin = rope_angles(
+            positions, self.config.size_of_head, self.config.rope_theta
+        )  # ([B,] T, K)
         return (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
 
     def _sight(self, positions: Tensor, cache: KVCache | None) -> Sight:
@@ -482,14 +571,21 @@ class Decoder(nn.Module):
     def _mask(self, positions: Tensor, keys: Tensor) -> Tensor:
         """What queries at `positions` see of keys at `keys`: booleans or an additive bias, (..., T, n_sinks + S)."""
         config = self.config
-        seen, distance = visible(positions, keys, config.sliding_window), positions[..., :, None] - keys[..., None, :]
+        seen, distance = (
+            visible(positions, keys, config.sliding_window),
+            positions[..., :, None] - keys[..., None, :],
+        )
         if positions.dim() == 2:
-            starts = torch.arange(positions.size(1), device=positions.device) - positions  # where each token's document begins
+            starts = (
+                torch.arange(positions.size(1), device=positions.device) - positions
+            )  # where each token's document begins
             seen = (seen & (starts[:, :, None] == starts[:, None, :]))[:, None]  # (B, 1, T, S)
             distance = distance[:, None]
         if config.position == "alibi":
             slopes = alibi_slopes(config.n_heads).to(distance.device)
-            seen = (-slopes[:, None, None] * distance).masked_fill(~seen, -math.inf)  # (..., H, T, S)
+            seen = (-slopes[:, None, None] * distance).masked_fill(
+                ~seen, -math.inf
+            )  # (..., H, T, S)
         if config.n_sinks:
             seen = F.pad(seen, (config.n_sinks, 0), value=True if seen.dtype == torch.bool else 0.0)
         return seen
@@ -527,7 +623,9 @@ def _matrices(name: str, weight: Tensor, config: ModelConfig) -> tuple[Tensor, .
 def _truncated_std(name: str, weight: Tensor, *, tied: bool) -> float:
     """sqrt(2 / (in + out)) for a linear layer, 1 for an embedding."""
     if name in ("embedding.weight", "positions.weight"):
-        return weight.size(1) ** -0.5 if tied else 1.0  # as a head, std 1 would give logits of size sqrt(D)
+        return (
+            weight.size(1) ** -0.5 if tied else 1.0
+        )  # as a head, std 1 would give logits of size sqrt(D)
     return math.sqrt(2 / (weight.size(-1) + weight.size(-2)))
 
 
@@ -544,7 +642,11 @@ def active_parameters(model: nn.Module) -> int:
     idle = 0
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
-            of_experts = sum(weight.numel() for name, weight in module.named_parameters() if not name.startswith("router"))
+            of_experts = sum(
+                weight.numel()
+                for name, weight in module.named_parameters()
+                if not name.startswith("router")
+            )
             idle += of_experts * (module.n_experts - module.top_k) // module.n_experts
     return count_parameters(model) - idle
 
@@ -555,7 +657,13 @@ def flops_per_token(model: Decoder, seq_len: int) -> int:
     6 for each weight that multiplies, only the visited experts of a mixture, plus 12 · L · H · K · S for attention.
     """
     config = model.config
-    weights = sum(w.numel() for m in model.modules() if isinstance(m, nn.Linear) for n, w in m.named_parameters(recurse=False) if n == "weight")
+    weights = sum(
+        w.numel()
+        for m in model.modules()
+        if isinstance(m, nn.Linear)
+        for n, w in m.named_parameters(recurse=False)
+        if n == "weight"
+    )
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
             weights += (module.up.numel() + module.down.numel()) * module.top_k // module.n_experts

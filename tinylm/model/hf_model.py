@@ -9,6 +9,7 @@ every name, shape and type is compared with what config.json asks for before mem
 text is refused.
 """
 
+
 # B batch · T positions · S positions of a prompt · D model width · V vocabulary
 
 import json
@@ -23,14 +24,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from tinylm.config import ModelConfig
-from tinylm.decoder import Features, positions_in_documents
-from tinylm.errors import UserError, printable, require_package
-from tinylm.packing import IGNORE_INDEX, split_answer
-from tinylm.tokenizer import OLDER_VOCABULARIES, TOKENIZER_FILES, first_line, hub_errors, is_hub_name, require_hub
+from tinylm.common.errors import UserError, printable, require_package
+from tinylm.common.hub import first_line, hub_errors, is_hub_name, require_hub
+from tinylm.config.schema import ModelConfig
+from tinylm.model.decoder import Features, positions_in_documents
+from tinylm.tokenizer.hf import OLDER_VOCABULARIES, TOKENIZER_FILES
+from tinylm.tokens.packing import IGNORE_INDEX, split_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
 
 # What a name in training.init_from begins with if it is a Hugging Face model.
 PREFIX = "hf:"
@@ -86,28 +89,56 @@ class ForeignDecoder(nn.Module):
         """Its config.json: what `rebuild` takes."""
         return json.dumps(self.inner.config.to_dict())
 
-    def forward(self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: ForeignCache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        cache: ForeignCache | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) of ids (B, T)."""
         return self.head(self.features(input_ids, document_ids=document_ids, cache=cache).hidden)
 
-    def features(self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: ForeignCache | None = None) -> Features:
+    def features(
+        self,
+        input_ids: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        cache: ForeignCache | None = None,
+    ) -> Features:
         """Everything but the head; the arguments are those of `Decoder.features`."""
         length = input_ids.size(1) + (0 if cache is None else cache.length)
         if length > self.config.max_seq_len:
-            raise ValueError(f"{length} positions are more than max_seq_len ({self.config.max_seq_len})")
+            raise ValueError(
+                f"{length} positions are more than max_seq_len ({self.config.max_seq_len})"
+            )
         if cache is not None and document_ids is not None:
-            raise ValueError("a cache holds one document a row: give document_ids or a cache, not both")
-        if document_ids is not None:  # transformers keeps documents apart where positions start again
+            raise ValueError(
+                "a cache holds one document a row: give document_ids or a cache, not both"
+            )
+        if (
+            document_ids is not None
+        ):  # transformers keeps documents apart where positions start again
             positions = positions_in_documents(document_ids)
         else:
-            positions = torch.arange(length - input_ids.size(1), length, device=input_ids.device).expand_as(input_ids)
-        past = {"use_cache": False} if cache is None else {"past_key_values": cache.inner, "use_cache": True}
-        hidden = self.inner.base_model(input_ids=input_ids, position_ids=positions, **past).last_hidden_state
+            positions = torch.arange(
+                length - input_ids.size(1), length, device=input_ids.device
+            ).expand_as(input_ids)
+        past = (
+            {"use_cache": False}
+            if cache is None
+            else {"past_key_values": cache.inner, "use_cache": True}
+        )
+        hidden = self.inner.base_model(
+            input_ids=input_ids, position_ids=positions, **past
+        ).last_hidden_state
         if cache is not None:
             cache.length = length
         return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
 
-    def opening(self, prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], dict[str, Tensor]]:
+    def opening(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> tuple[Sequence[Sequence[int]], dict[str, Tensor]]:
         """As in our `Decoder`."""
         return prompts, {}
 
@@ -162,12 +193,19 @@ class ForeignSeq2Seq(ForeignDecoder):
         # The first T5 scales what it hands to the head; v1.1 and FLAN-T5 do not.
         self.scale = self.config.d_model**-0.5 if settings.get("scale_decoder_outputs") else 1.0
 
-    def forward(self, input_ids: Tensor, *, prompt_ids: Tensor, cache: ForeignCache | None = None) -> Tensor:  # type: ignore[override]
+    def forward(
+        self, input_ids: Tensor, *, prompt_ids: Tensor, cache: ForeignCache | None = None
+    ) -> Tensor:  # type: ignore[override]
         """Logits (B, T, V) of the decoder's ids (B, T) after prompts (B, S)."""
         return self.head(self.features(input_ids, prompt_ids=prompt_ids, cache=cache).hidden)
 
     def features(  # type: ignore[override]
-        self, input_ids: Tensor, *, prompt_ids: Tensor | None = None, document_ids: Tensor | None = None, cache: ForeignCache | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        prompt_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: ForeignCache | None = None,
     ) -> Features:
         """Everything but the head, of the decoder's ids (B, T).
 
@@ -178,33 +216,52 @@ class ForeignSeq2Seq(ForeignDecoder):
         """
         length = input_ids.size(1) + (0 if cache is None else cache.length)
         if length > self.config.max_seq_len:
-            raise ValueError(f"{length} positions are more than max_seq_len ({self.config.max_seq_len})")
+            raise ValueError(
+                f"{length} positions are more than max_seq_len ({self.config.max_seq_len})"
+            )
         if prompt_ids is None or document_ids is not None:
-            raise ValueError("an encoder-decoder reads one prompt a row: give prompt_ids, and no document_ids")
+            raise ValueError(
+                "an encoder-decoder reads one prompt a row: give prompt_ids, and no document_ids"
+            )
         assert cache is None or isinstance(cache, Seq2SeqCache)
         memory = None if cache is None else cache.memory
         encoded, real = memory or self._encode(prompt_ids.expand(len(input_ids), -1))
-        past = {"use_cache": False} if cache is None else {"past_key_values": cache.inner, "use_cache": True}
+        past = (
+            {"use_cache": False}
+            if cache is None
+            else {"past_key_values": cache.inner, "use_cache": True}
+        )
         decoder = self.inner.get_decoder()
-        hidden = decoder(input_ids=input_ids, encoder_hidden_states=encoded, encoder_attention_mask=real, **past).last_hidden_state
+        hidden = decoder(
+            input_ids=input_ids, encoder_hidden_states=encoded, encoder_attention_mask=real, **past
+        ).last_hidden_state
         if cache is not None:
             cache.length, cache.memory = length, (encoded, real)
         return Features(hidden * self.scale, hidden.new_zeros((), dtype=torch.float32))
 
-    def opening(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], dict[str, Tensor]]:
+    def opening(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> tuple[list[list[int]], dict[str, Tensor]]:
         """The decoder's start for each prompt, and the prompts as `features` takes them."""
         rows = [torch.tensor([*prompt, self.end_id]) for prompt in prompts]
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
-        return [[self.start_id] for _ in prompts], {"prompt_ids": padded.to(self.embedding.weight.device)}
+        return [[self.start_id] for _ in prompts], {
+            "prompt_ids": padded.to(self.embedding.weight.device)
+        }
 
     def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Padded rows of one example as the two sides take them; of several answers in a row the last is learned."""
-        pairs = [split_answer(*row) for row in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)]
+        pairs = [
+            split_answer(*row)
+            for row in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+        ]
         starts, given = self.opening([prompt for prompt, _ in pairs])
         answers = [torch.tensor(answer or [IGNORE_INDEX]) for _, answer in pairs]
         labels = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORE_INDEX)
         inputs = torch.cat((torch.tensor(starts), labels[:, :-1]), dim=1)
-        inputs = inputs.masked_fill(inputs == IGNORE_INDEX, self.end_id)  # behind the end of an answer, where nothing is asked
+        inputs = inputs.masked_fill(
+            inputs == IGNORE_INDEX, self.end_id
+        )  # behind the end of an answer, where nothing is asked
         device = batch["input_ids"].device
         return batch | given | {"input_ids": inputs.to(device), "labels": labels.to(device)}
 
@@ -221,7 +278,9 @@ class ForeignSeq2Seq(ForeignDecoder):
         """What the encoder makes of prompts (B, S), (B, S, D), and where they are real, (B, S)."""
         real = prompt_ids != IGNORE_INDEX
         ids = prompt_ids.masked_fill(~real, self.end_id)
-        return self.inner.get_encoder()(input_ids=ids, attention_mask=real.long()).last_hidden_state, real.long()
+        return self.inner.get_encoder()(
+            input_ids=ids, attention_mask=real.long()
+        ).last_hidden_state, real.long()
 
 
 def sizes(config: "PreTrainedConfig", where: str = "config.json") -> ModelConfig:
@@ -232,8 +291,13 @@ def sizes(config: "PreTrainedConfig", where: str = "config.json") -> ModelConfig
     """
     settings = config.to_dict()
     try:
-        width, n_heads = config.hidden_size, config.num_attention_heads  # transformers translates: GPT-2 calls them n_embd and n_head
-        relative = settings.get("max_position_embeddings", settings.get("n_positions", T5_POSITIONS))
+        width, n_heads = (
+            config.hidden_size,
+            config.num_attention_heads,
+        )  # transformers translates: GPT-2 calls them n_embd and n_head
+        relative = settings.get(
+            "max_position_embeddings", settings.get("n_positions", T5_POSITIONS)
+        )
         return ModelConfig(
             vocab_size=config.vocab_size,
             max_seq_len=relative if config.is_encoder_decoder else config.max_position_embeddings,
@@ -247,7 +311,9 @@ def sizes(config: "PreTrainedConfig", where: str = "config.json") -> ModelConfig
         why = first_line(error)
     except ValidationError as error:
         why = f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
-    raise UserError(f"{where}: the sizes of a {printable(config.model_type)} model cannot be told: {why}. Choose another model, such as Llama, Qwen2 or T5.")
+    raise UserError(
+        f"{where}: the sizes of a {printable(config.model_type)} model cannot be told: {why}. Choose another model, such as Llama, Qwen2 or T5."
+    )
 
 
 # --- a model's files --------------------------------------------------------------------------------------------------
@@ -280,22 +346,37 @@ class ForeignFiles:
                 _check_types(file)
                 weights |= load_file(file)
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{printable(file)}: not sound safetensors: {first_line(error)}. Download it again.") from None
+                raise UserError(
+                    f"{printable(file)}: not sound safetensors: {first_line(error)}. Download it again."
+                ) from None
         return _assemble(self.config, weights, printable(self.folder))
 
     def _weight_files(self) -> list[Path]:
         """The files that hold the weights: one, or those that an index names."""
-        single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        single, index = (
+            self.folder / "model.safetensors",
+            self.folder / "model.safetensors.index.json",
+        )
         if single.is_file():
             return [single]
         if not index.is_file():
-            raise UserError(f"{printable(self.folder)}: no model.safetensors here. Weights in another format are not read: convert them to safetensors.")
+            raise UserError(
+                f"{printable(self.folder)}: no model.safetensors here. Weights in another format are not read: convert them to safetensors."
+            )
         shards = _read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
-            raise UserError(f"{printable(index)}: weight_map: expected an object from tensor to file. Download it again.")
+            raise UserError(
+                f"{printable(index)}: weight_map: expected an object from tensor to file. Download it again."
+            )
         for name in shards.values():
-            if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
-                raise UserError(f"{printable(index)}: weight_map: {printable(repr(name))[:80]} is not the name of a safetensors file beside it. Do not use it.")
+            if (
+                not isinstance(name, str)
+                or not name.endswith(".safetensors")
+                or Path(name).name != name
+            ):
+                raise UserError(
+                    f"{printable(index)}: weight_map: {printable(repr(name))[:80]} is not the name of a safetensors file beside it. Do not use it."
+                )
         return [self.folder / name for name in sorted(set(shards.values()))]
 
 
@@ -308,13 +389,19 @@ def find(name: str) -> ForeignFiles:
     require_package("transformers")
     if not os.path.isdir(name) and (os.path.lexists(name) or not is_hub_name(name)):
         found = "is not a folder" if os.path.lexists(name) else "not found"
-        raise UserError(f"{printable(name)}: {found}. Give a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2.")
+        raise UserError(
+            f"{printable(name)}: {found}. Give a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2."
+        )
     folder = Path(name) if os.path.isdir(name) else _download(name)
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{printable(folder)}: an adapter, not a whole model. Give the model that it belongs to.")
+        raise UserError(
+            f"{printable(folder)}: an adapter, not a whole model. Give the model that it belongs to."
+        )
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"{printable(folder)}: no config.json here. Give the folder of a Hugging Face model.")
+        raise UserError(
+            f"{printable(folder)}: no config.json here. Give the folder of a Hugging Face model."
+        )
     return ForeignFiles(folder, _read_config(_read_json(file), printable(file)))
 
 
@@ -322,7 +409,9 @@ def rebuild(settings: str, weights: Mapping[str, Tensor]) -> ForeignDecoder:
     """The model that a checkpoint holds: its `settings`, and its weights by the names that `ForeignDecoder.state_dict` gives."""
     require_package("transformers")
     inner = {name.removeprefix("inner."): weight for name, weight in weights.items()}
-    return _assemble(_read_config(json.loads(settings), "the checkpoint's hf_config"), inner, "the checkpoint")
+    return _assemble(
+        _read_config(json.loads(settings), "the checkpoint's hf_config"), inner, "the checkpoint"
+    )
 
 
 def _download(name: str) -> Path:
@@ -332,9 +421,15 @@ def _download(name: str) -> Path:
     mend = "Give a local folder with config.json and model.safetensors."
     require_hub(name, mend)
     try:
-        return Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES, *OLDER_VOCABULARIES]))
+        return Path(
+            snapshot_download(
+                name, allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES, *OLDER_VOCABULARIES]
+            )
+        )
     except (*hub_errors(), ValueError) as error:
-        raise UserError(f"{name}: not a folder here, and the Hugging Face hub says: {first_line(error)}. {mend}") from error
+        raise UserError(
+            f"{name}: not a folder here, and the Hugging Face hub says: {first_line(error)}. {mend}"
+        ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -343,7 +438,9 @@ def _read_json(file: Path) -> dict[str, Any]:
             raise UserError(f"{printable(file)}: larger than any such file is. Download it again.")
         values = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{printable(file)}: not readable JSON: {first_line(error)}. Download it again.") from None
+        raise UserError(
+            f"{printable(file)}: not readable JSON: {first_line(error)}. Download it again."
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"{printable(file)}: expected a JSON object. Download it again.")
     return values
@@ -352,7 +449,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _read_config(values: dict[str, Any], where: str) -> "PreTrainedConfig":
     """The settings as transformers has them, of a model that its own code can build."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        AutoConfig,
+    )
 
     for key, why in REFUSED_KEYS.items():
         if values.get(key) is not None:
@@ -362,13 +463,30 @@ def _read_config(values: dict[str, Any], where: str) -> "PreTrainedConfig":
     try:
         with quiet_transformers():
             config = AutoConfig.for_model(kind, **settings)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:  # what its classes make of odd values
-        raise UserError(f"{where}: transformers cannot read it: {first_line(error)}. Choose another model, or download it again.") from None
-    if type(config) not in (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING):
-        raise UserError(f"{where}: model_type: {printable(kind)} is no model that writes text. Choose one, such as GPT-2, Llama, Qwen2 or T5.")
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # what its classes make of odd values
+        raise UserError(
+            f"{where}: transformers cannot read it: {first_line(error)}. Choose another model, or download it again."
+        ) from None
+    if type(config) not in (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        if config.is_encoder_decoder
+        else MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        raise UserError(
+            f"{where}: model_type: {printable(kind)} is no model that writes text. Choose one, such as GPT-2, Llama, Qwen2 or T5."
+        )
     for key in ("decoder_start_token_id", "eos_token_id") if config.is_encoder_decoder else ():
         if config.to_dict().get(key) is None:
-            raise UserError(f"{where}: {key}: missing, and an encoder-decoder needs it. Download it again.")
+            raise UserError(
+                f"{where}: {key}: missing, and an encoder-decoder needs it. Download it again."
+            )
     sizes(config, where)
     return config
 
@@ -384,31 +502,56 @@ def _check_types(file: Path) -> None:
         for name in opened.keys():  # noqa: SIM118  (not a dict)
             kind = opened.get_slice(name).get_dtype()
             if kind not in WEIGHT_TYPES:
-                raise UserError(f"{printable(file)}: {printable(name)}: weights are {', '.join(WEIGHT_TYPES)}, found {kind}. Choose another model.")
+                raise UserError(
+                    f"{printable(file)}: {printable(name)}: weights are {', '.join(WEIGHT_TYPES)}, found {kind}. Choose another model."
+                )
 
 
-def _assemble(config: "PreTrainedConfig", weights: Mapping[str, Tensor], where: str) -> ForeignDecoder:
+def _assemble(
+    config: "PreTrainedConfig", weights: Mapping[str, Tensor], where: str
+) -> ForeignDecoder:
     """The model with exactly these weights, in fp32, in training mode as ours is when it is built."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    kind, wrapper = (AutoModelForSeq2SeqLM, ForeignSeq2Seq) if config.is_encoder_decoder else (AutoModelForCausalLM, ForeignDecoder)
+    kind, wrapper = (
+        (AutoModelForSeq2SeqLM, ForeignSeq2Seq)
+        if config.is_encoder_decoder
+        else (AutoModelForCausalLM, ForeignDecoder)
+    )
     with quiet_transformers():
         try:
             with torch.device("meta"):
                 empty = kind.from_config(config, attn_implementation="sdpa")
-        except (RuntimeError, ValueError, TypeError) as error:  # sizes that make no tensor; no such attention
-            raise UserError(f"{where}: config.json: transformers cannot build it: {first_line(error)}. Choose another model.") from None
-        wanted, found = (sum(weight.numel() for weight in some) for some in (empty.parameters(), weights.values()))
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+        ) as error:  # sizes that make no tensor; no such attention
+            raise UserError(
+                f"{where}: config.json: transformers cannot build it: {first_line(error)}. Choose another model."
+            ) from None
+        wanted, found = (
+            sum(weight.numel() for weight in some)
+            for some in (empty.parameters(), weights.values())
+        )
         if wanted > found:  # else a config.json alone could ask for all memory
-            raise UserError(f"{where}: config.json asks for {wanted:,} weights, and the files hold {found:,}. Download both again.")
+            raise UserError(
+                f"{where}: config.json asks for {wanted:,} weights, and the files hold {found:,}. Download both again."
+            )
         inner, report = type(empty).from_pretrained(
             None, config=config, state_dict=dict(weights), attn_implementation="sdpa", dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    for problem, key in (("is not there", "missing_keys"), ("is not asked for", "unexpected_keys"), ("has another shape", "mismatched_keys")):
+    for problem, key in (
+        ("is not there", "missing_keys"),
+        ("is not asked for", "unexpected_keys"),
+        ("has another shape", "mismatched_keys"),
+    ):
         names = [name if isinstance(name, str) else name[0] for name in report[key]]
         if names:
-            raise UserError(f"{where}: {printable(min(names))}: a weight that {problem} by config.json. Download both again.")
+            raise UserError(
+                f"{where}: {printable(min(names))}: a weight that {problem} by config.json. Download both again."
+            )
     for weight in inner.parameters():
         weight.data = weight.data.clone()  # off the mapped file, which may be replaced
         weight.requires_grad_(True)
@@ -426,7 +569,9 @@ def _check_head(model: ForeignDecoder, where: str) -> None:
         ours = hidden @ model.head.weight.T
     model.train()
     if not torch.allclose(theirs, ours, atol=1e-4, rtol=1e-4):
-        raise UserError(f"{where}: the logits of a {model.inner.config.model_type} model are more than a matrix product. Choose another model.")
+        raise UserError(
+            f"{where}: the logits of a {model.inner.config.model_type} model are more than a matrix product. Choose another model."
+        )
 
 
 def check_packing(model: ForeignDecoder) -> None:
@@ -445,7 +590,9 @@ def check_packing(model: ForeignDecoder) -> None:
     model.train(was_training)
     if not torch.allclose(packed, alone, atol=1e-4, rtol=1e-4):
         kind = printable(model.inner.config.model_type)
-        raise UserError(f"data.packing: a {kind} model does not keep the examples of a packed row apart. Set data.packing: padded.")
+        raise UserError(
+            f"data.packing: a {kind} model does not keep the examples of a packed row apart. Set data.packing: padded."
+        )
 
 
 @contextmanager

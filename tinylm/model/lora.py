@@ -8,17 +8,15 @@ files a matrix is called as peft's files call it: `blocks.0.attention.qkv.lora_A
 """
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tinylm.config import LoraConfig
-from tinylm.decoder import Decoder
-from tinylm.errors import UserError, printable, require_package, writing
-from tinylm.foreign import PREFIX, ForeignDecoder
+from tinylm.common.errors import UserError, printable, require_package
+from tinylm.config.schema import LoraConfig
+from tinylm.model.decoder import Decoder
+from tinylm.model.hf_model import ForeignDecoder
 
 # Of our decoder. The router of a mixture decides who computes: it is left alone unless somebody names it.
 TARGETS = ("qkv", "out", "up", "down")
@@ -39,7 +37,13 @@ def attach(model: Decoder | ForeignDecoder, lora: LoraConfig, *, seed: int) -> N
     names = list(lora.target_modules or default_targets(model))
     torch.manual_seed(seed)
     inject_adapter_in_model(
-        PeftConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, fan_in_fan_out=transposed),
+        PeftConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=names,
+            fan_in_fan_out=transposed,
+        ),
         model.inner if isinstance(model, ForeignDecoder) else model,
     )
 
@@ -56,10 +60,18 @@ def linear_layers(model: Decoder | ForeignDecoder) -> dict[str, nn.Module]:
     The names are those within the model that peft sees.
     """
     if isinstance(model, Decoder):
-        return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not model.head}
+        return {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and layer is not model.head
+        }
     from transformers.pytorch_utils import Conv1D
 
-    return {name: layer for name, layer in model.inner.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not model.head}
+    return {
+        name: layer
+        for name, layer in model.inner.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not model.head
+    }
 
 
 def target_layers(model: Decoder | ForeignDecoder, lora: LoraConfig) -> dict[str, nn.Module]:
@@ -71,15 +83,23 @@ def target_layers(model: Decoder | ForeignDecoder, lora: LoraConfig) -> dict[str
     layers = linear_layers(model)
     chosen: dict[str, nn.Module] = {}
     for target in lora.target_modules or default_targets(model):
-        found = {name: layer for name, layer in layers.items() if name == target or name.endswith(f".{target}")}
+        found = {
+            name: layer
+            for name, layer in layers.items()
+            if name == target or name.endswith(f".{target}")
+        }
         if not found:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise UserError(f"lora.target_modules: no layer that can have an adapter is called {printable(target)}. There are {known}.")
+            raise UserError(
+                f"lora.target_modules: no layer that can have an adapter is called {printable(target)}. There are {known}."
+            )
         chosen |= found
     for name, layer in chosen.items():
         assert isinstance(layer.weight, Tensor)
         if lora.r > min(layer.weight.shape):
-            raise UserError(f"lora.r: a rank of {lora.r} is more than the smaller side of {name}, {min(layer.weight.shape)}. Lower lora.r.")
+            raise UserError(
+                f"lora.r: a rank of {lora.r} is more than the smaller side of {name}, {min(layer.weight.shape)}. Lower lora.r."
+            )
     return chosen
 
 
@@ -89,13 +109,19 @@ def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     >>> adapter_weights({"a.base_layer.weight": torch.ones(1), "a.lora_A.default.weight": torch.ones(1)})
     {'a.lora_A.weight': tensor([1.])}
     """
-    return {name.replace(".default.", "."): weight for name, weight in weights.items() if ".lora_A." in name or ".lora_B." in name}
+    return {
+        name.replace(".default.", "."): weight
+        for name, weight in weights.items()
+        if ".lora_A." in name or ".lora_B." in name
+    }
 
 
 def load_adapter(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Fill the adapters that `attach` made with those of a checkpoint, which must be the same ones."""
     own = adapter_weights(dict(model.named_parameters()))
-    if {name: weight.shape for name, weight in own.items()} != {name: weight.shape for name, weight in weights.items()}:
+    if {name: weight.shape for name, weight in own.items()} != {
+        name: weight.shape for name, weight in weights.items()
+    }:
         raise ValueError("these adapters are of another model or rank; compare the settings first")
     with torch.no_grad():
         for name, weight in own.items():
@@ -124,50 +150,9 @@ def merge(model: nn.Module, weights: Mapping[str, Tensor], lora: LoraConfig) -> 
         layer_name, is_first, _ = name.partition(".lora_A.")
         if is_first:
             layer = model.get_submodule(layer_name)
-            change = (weights[f"{layer_name}.lora_B.weight"].float() @ down.float()) * (lora.alpha / lora.r)
-            layer.weight += change if isinstance(layer, nn.Linear) else change.T  # GPT-2 stores (in, out)
-
-
-def _task_type(hf_config: str | None) -> str | None:
-    """What peft calls the kind of a Hugging Face model, which decides how it is wrapped; our decoder has none."""
-    if hf_config is None:
-        return None
-    return "SEQ_2_SEQ_LM" if json.loads(hf_config).get("is_encoder_decoder") else "CAUSAL_LM"
-
-
-def save_adapter(path: Path, folder: Path) -> None:
-    """Write the adapter of the checkpoint at `path` as peft has it: adapter_config.json and adapter_model.safetensors.
-
-    `peft.PeftModel.from_pretrained(base, folder)` loads it, on the Hugging Face model or on our decoder.
-
-    Raises:
-        UserError: the checkpoint holds no adapter, or the folder cannot be written.
-    """
-    require_package("peft")
-    from peft import LoraConfig as PeftConfig
-    from safetensors.torch import save_file
-
-    from tinylm.checkpoint import read
-    from tinylm.config import Config
-
-    payload = read(path)
-    config = Config.from_plain(payload["config"])
-    if config.lora is None:
-        raise UserError(f"{printable(path)}: holds a whole model and no adapter. Give a checkpoint of a run with a lora section.")
-    foreign = payload["hf_config"] is not None
-    weights = {f"base_model.model.{name.removeprefix('inner.')}": weight.contiguous() for name, weight in payload["weights"].items()}
-    targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in weights})
-    described = PeftConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=list(config.lora.target_modules or targets),
-        fan_in_fan_out=foreign and json.loads(payload["hf_config"])["model_type"] == "gpt2",  # it stores (in, out)
-        base_model_name_or_path=(config.training.init_from or "").removeprefix(PREFIX),
-        task_type=_task_type(payload["hf_config"]),
-        inference_mode=True,
-    )
-    with writing(folder, "the folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        described.save_pretrained(str(folder))
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            change = (weights[f"{layer_name}.lora_B.weight"].float() @ down.float()) * (
+                lora.alpha / lora.r
+            )
+            layer.weight += (
+                change if isinstance(layer, nn.Linear) else change.T
+            )  # GPT-2 stores (in, out)

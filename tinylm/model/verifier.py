@@ -13,22 +13,19 @@ one of them it does not (docs/RESULTS.md has the numbers):
 After it: how a verifier's scores are judged.
 """
 
+
 # B pairs · T tokens of one · D model width
 
 import math
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.config import ModelConfig
-from tinylm.decoder import Block, Decoder, Sight, initialise, make_norm, rope_angles
-from tinylm.errors import UserError
-from tinylm.metrics import wilson
+from tinylm.common.errors import UserError
+from tinylm.config.schema import ModelConfig
+from tinylm.model.decoder import Block, Decoder, Sight, initialise, make_norm, rope_angles
 
-CALIBRATION_BINS = 10
 # Scores of many pairs are counted in bins of logits so wide, up to this distance from 0, which is a border of bins: sums of counts
 # can be added over batches and devices, and within a bin a probability moves by 0.0025 at most.
 LOGIT_STEP, LOGIT_LIMIT = 0.02, 20
@@ -40,7 +37,9 @@ class Verifier(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         if config.vocab_size is None:
-            raise ValueError("the verifier needs model.vocab_size; build it from a config whose vocabulary is known")
+            raise ValueError(
+                "the verifier needs model.vocab_size; build it from a config whose vocabulary is known"
+            )
         check_shape(config)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -48,7 +47,9 @@ class Verifier(nn.Module):
             self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = make_norm(config, config.d_model) if config.norm_placement == "pre" else nn.Identity()
+        self.norm = (
+            make_norm(config, config.d_model) if config.norm_placement == "pre" else nn.Identity()
+        )
         self.suspicion = nn.Linear(config.d_model, 1)
         initialise(self)
         self._look_for_the_like()
@@ -57,9 +58,13 @@ class Verifier(nn.Module):
     def _look_for_the_like(self) -> None:
         """Make the queries of the first block its keys: equal tokens then find each other before anything is learned."""
         config, weight = self.config, self.blocks[0].attention.qkv.weight
-        queries, keys, _ = weight.split([n * config.size_of_head for n in (config.n_heads, config.kv_heads, config.kv_heads)])
+        queries, keys, _ = weight.split(
+            [n * config.size_of_head for n in (config.n_heads, config.kv_heads, config.kv_heads)]
+        )
         of_heads = keys.unflatten(0, (config.kv_heads, config.size_of_head))
-        queries.copy_(of_heads.repeat_interleave(config.n_heads // config.kv_heads, dim=0).flatten(0, 1))
+        queries.copy_(
+            of_heads.repeat_interleave(config.n_heads // config.kv_heads, dim=0).flatten(0, 1)
+        )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (B,) of ids (B, T), padded on the right where `attention_mask` (B, T) is False."""
@@ -75,115 +80,53 @@ class Verifier(nn.Module):
         if self.config.position == "learned":
             x = x + self.positions(positions)
         x = self.dropout(x)
-        angles = rope_angles(positions, self.config.size_of_head, self.config.rope_theta) if self.config.position == "rope" else None
-        sight = Sight(positions, angles, self._seen(attention_mask.bool()), is_causal=False, cache=None)
+        angles = (
+            rope_angles(positions, self.config.size_of_head, self.config.rope_theta)
+            if self.config.position == "rope"
+            else None
+        )
+        sight = Sight(
+            positions, angles, self._seen(attention_mask.bool()), is_causal=False, cache=None
+        )
         for block in self.blocks:
             x, _ = block(x, sight)
         # In the mean and not in the sum over the tokens, so that before training right and wrong are equally likely at any length.
-        odds = self.suspicion(self.norm(x)).squeeze(-1).float() - attention_mask.sum(dim=1, keepdim=True).log()
+        odds = (
+            self.suspicion(self.norm(x)).squeeze(-1).float()
+            - attention_mask.sum(dim=1, keepdim=True).log()
+        )
         return odds.masked_fill(~attention_mask.bool(), -math.inf)
 
     def _seen(self, real: Tensor) -> Tensor:
         """(B, 1, T, n_sinks + T): the others, no padding; a token that is alone sees itself."""
-        itself = torch.eye(real.size(1), dtype=torch.bool, device=real.device) & (real.sum(dim=1) > 1)[:, None, None]  # (B, T, T)
+        itself = (
+            torch.eye(real.size(1), dtype=torch.bool, device=real.device)
+            & (real.sum(dim=1) > 1)[:, None, None]
+        )  # (B, T, T)
         return F.pad((real[:, None, :] & ~itself)[:, None], (self.config.n_sinks, 0), value=True)
 
     def begin_with(self, decoder: Decoder) -> None:
         """Take over a decoder's weights; only the suspicion has nothing to begin with."""
         theirs = decoder.state_dict()
-        self.load_state_dict({name: theirs.get(name, own) for name, own in self.state_dict().items()}, strict=True)
+        self.load_state_dict(
+            {name: theirs.get(name, own) for name, own in self.state_dict().items()}, strict=True
+        )
 
 
 def check_shape(config: ModelConfig) -> None:
     """UserError for settings that only a decoder can have."""
     for name, value, reason in (
-        ("position", config.position == "alibi", "alibi looks back only; use rope, learned or none"),
-        ("sliding_window", config.sliding_window is not None, "a verifier reads everything; take it out"),
+        (
+            "position",
+            config.position == "alibi",
+            "alibi looks back only; use rope, learned or none",
+        ),
+        (
+            "sliding_window",
+            config.sliding_window is not None,
+            "a verifier reads everything; take it out",
+        ),
         ("moe", config.moe is not None, "a verifier has no experts; take it out"),
     ):
         if value:
             raise UserError(f"model.{name}: {reason} for the verifier.")
-
-
-def verifier_loss(places: Tensor, right: Tensor, departs: Tensor) -> Tensor:
-    """The sum over pairs of the cross entropy of which token is wrong, or none.
-
-    With the odds o_t of each token, and 1 of none, a right answer costs -log(1 / (1 + sum of o_t)), a wrong one minus the log of
-    what the tokens have, in which it departs from the right one. Where those are all, that is the cross entropy of right and wrong.
-
-    Args:
-        places: (B, T) log-odds, as `Verifier.places` gives them.
-        right: (B,) whether the answer is right.
-        departs: (B, T) the tokens among which a wrong answer's wrong one is; nothing for a right one.
-    """
-    none = F.softplus(places.logsumexp(dim=1))  # -log of the probability that no token is wrong
-    wrong = places.masked_fill(~departs | right.bool()[:, None], -math.inf)
-    # A right answer has no such token: 0 in its place, or the gradient of what is not taken would be no number.
-    taken = torch.where(right.bool()[:, None], torch.zeros_like(wrong), wrong).logsumexp(dim=1)
-    return (none - torch.where(right.bool(), torch.zeros_like(taken), taken)).sum()
-
-
-# --- how good its scores are ------------------------------------------------------------------------------------------
-
-
-def logit_counts(logits: Tensor, right: Tensor) -> Tensor:
-    """How many wrong and how many right pairs have a logit in each bin, flat (2 · bins,); a logit beyond the limit is in the last bin."""
-    n_bins = round(2 * LOGIT_LIMIT / LOGIT_STEP)
-    bins = ((logits / LOGIT_STEP).floor() + n_bins // 2).clamp(0, n_bins - 1).long()
-    return torch.bincount(bins + n_bins * right.long(), minlength=2 * n_bins).float()
-
-
-@dataclass(frozen=True)
-class VerifierScore:
-    """How a verifier does on held-out pairs."""
-
-    n: int
-    accuracy: float
-    """share of pairs on the right side of one half"""
-    majority: float
-    """accuracy of always saying what is more frequent"""
-    auc: float
-    """probability that a right answer has a higher score than a wrong one; one half is chance"""
-    calibration_error: float
-    """mean distance between probability and share of right answers, over ten bins (Guo et al. 2017)"""
-
-    @classmethod
-    def of(cls, probabilities: np.ndarray, right: np.ndarray) -> "VerifierScore":
-        """From the probabilities (N,) of being right and whether they were (N,) bool."""
-        right = right.astype(bool)
-        accuracy, majority = float(((probabilities >= 0.5) == right).mean()), float(max(right.mean(), 1 - right.mean()))
-        return cls(len(right), accuracy, majority, area_under_curve(probabilities, right), calibration_error(probabilities, right))
-
-    @classmethod
-    def of_counts(cls, counts: np.ndarray) -> "VerifierScore":
-        """From a sum of `logit_counts`: each pair counts as one in the middle of its bin."""
-        counts = counts.reshape(2, -1).astype(int)
-        middles = (np.arange(counts.shape[1]) + 0.5) * LOGIT_STEP - LOGIT_LIMIT
-        probabilities = 1 / (1 + np.exp(-middles))
-        return cls.of(np.concatenate([np.repeat(probabilities, row) for row in counts]), np.repeat([False, True], counts.sum(axis=1)))
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% interval of the accuracy."""
-        return wilson(self.accuracy, self.n)
-
-
-def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:
-    """The share of (right, wrong) pairs in which the right one has the higher score, ties counted half; NaN without both.
-
-    >>> area_under_curve(np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False]))
-    0.875
-    """
-    n_right, n_wrong = int(right.sum()), int((~right).sum())
-    if not n_right or not n_wrong:
-        return float("nan")
-    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # equal scores share the mean of their ranks
-    return float((ranks[right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
-
-
-def calibration_error(probabilities: np.ndarray, right: np.ndarray) -> float:
-    """The mean over all pairs of |probability - share of right answers| of their bin; 0 is perfect."""
-    bins = np.minimum((probabilities * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    total = sum(abs(probabilities[bins == b].sum() - right[bins == b].sum()) for b in range(CALIBRATION_BINS))
-    return float(total / len(right))

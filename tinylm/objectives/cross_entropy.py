@@ -10,25 +10,26 @@ caller flattens them.
 After it come the log-probability of whole answers and what direct preference optimisation makes of it.
 """
 
+
 # N tokens · D model width · V vocabulary · M tokens of one chunk · B answers · T tokens of one
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from tinylm.config import DpoConfig
-from tinylm.packing import IGNORE_INDEX
+from tinylm.tokens.packing import IGNORE_INDEX
 
 # Measured with benchmarks/losses.py at vocabularies of 260 to 50,257: fewer tokens at once keep the matrix products
 # waiting for memory, more take memory and time out of the cache.
 CHUNK_TOKENS = 512
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
     """The sum over target tokens of -log p(label), a scalar in fp32, differentiable in `hidden` and `weight`.
 
     With smoothing e the target is 1 - e on the label and e / V on each of the V classes, the label among them (Szegedy
@@ -43,7 +44,9 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoot
         labels: (N,) int64 classes; IGNORE_INDEX marks a token that is not a target.
         label_smoothing: e, in [0, 1).
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, label_smoothing, torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(
+        hidden, weight, labels, label_smoothing, torch.is_grad_enabled()
+    )
 
 
 @torch.no_grad()
@@ -68,9 +71,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The loss and at once, where autograd will ask for them, its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, grad_enabled: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        smoothing: float,
+        grad_enabled: bool,
+    ) -> Tensor:
         # `needs_input_grad` knows nothing of no_grad, and validation should not pay for gradients.
-        wants_hidden, wants_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        wants_hidden, wants_weight = (
+            grad_enabled and needed for needed in ctx.needs_input_grad[:2]
+        )
         head = weight.to(_product_dtype(weight))
         total = torch.zeros((), dtype=_softmax_dtype(head), device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
@@ -96,7 +108,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         # In place, because here training holds the most memory. A second backward finds the saved tensors changed, and
         # torch raises. Autograd casts each gradient to the dtype of its tensor.
-        grad_hidden, grad_weight = (None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors)
+        grad_hidden, grad_weight = (
+            None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors
+        )
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -124,7 +138,9 @@ def _log_probabilities(inputs: Tensor, head: Tensor) -> Tensor:
 def _losses(log_p: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """The loss (M,) of each token."""
     of_label = log_p.gather(1, targets[:, None]).squeeze(1)
-    return -of_label if smoothing == 0 else -(1 - smoothing) * of_label - smoothing * log_p.mean(dim=1)
+    return (
+        -of_label if smoothing == 0 else -(1 - smoothing) * of_label - smoothing * log_p.mean(dim=1)
+    )
 
 
 def _logit_gradient_(log_p: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -142,78 +158,3 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += a @ b
-
-
-# --- preferences ------------------------------------------------------------------------------------------------------
-
-
-def answer_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """log p of each answer, (B,) in fp32: the sum of log p(label) over its target tokens.
-
-    A chunk's logits are worked out again in the backward pass, so that here too they are never all held at once.
-
-    Args:
-        hidden: (B, T, D) the decoder's features.
-        weight: (V, D) the head.
-        labels: (B, T) int64 classes; IGNORE_INDEX marks a token that is not a target.
-    """
-    flat_hidden, flat_labels = hidden.flatten(0, 1), labels.flatten()
-    totals = torch.zeros(labels.size(0), dtype=_softmax_dtype(weight), device=hidden.device)
-    for tokens in _target_chunks(flat_labels):
-        of_label = checkpoint(_label_log_probs, flat_hidden[tokens], weight, flat_labels[tokens], use_reentrant=False)
-        totals = totals.index_add(0, tokens // labels.size(1), of_label)
-    return totals
-
-
-def _label_log_probs(inputs: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """log p (M,) of the targets of one chunk."""
-    head = weight.to(_product_dtype(weight))
-    return _log_probabilities(inputs.to(head.dtype), head).gather(1, targets[:, None]).squeeze(1)
-
-
-class Answers(NamedTuple):
-    """The two answers of each preference, as one model sees them."""
-
-    chosen: Tensor
-    """(B,) log p of the better answer"""
-    rejected: Tensor
-    """(B,) log p of the worse one"""
-
-
-class Preferences(NamedTuple):
-    """What a preference loss gives, (B,) each."""
-
-    loss: Tensor
-    chosen_reward: Tensor
-    """beta · (log p - log p of the reference), the reward that the policy stands for (Rafailov et al. 2023, equation 5)"""
-    rejected_reward: Tensor
-
-
-def preference_loss(policy: Answers, reference: Answers, lengths: Answers, dpo: DpoConfig) -> Preferences:
-    """How far the policy is from preferring each chosen answer, (B,): direct preference optimisation.
-
-    With h = (log p - log p of the reference) of the chosen answer minus that of the rejected one:
-
-        sigmoid  -(1 - e) log s(beta h) - e log s(-beta h)    Rafailov et al. 2023, equation 7; e as in Mitchell 2023, cDPO
-        hinge    max(0, 1 - beta h)                           Zhao et al. 2023, SLiC
-        ipo      (h - 1 / (2 beta))^2                         Azar et al. 2023, equation 17
-
-    ipo takes both log-probabilities per token of their answer, as its authors do; the others do so with
-    dpo.length_normalised, which keeps long answers from weighing more.
-
-    Args:
-        policy: log-probabilities under the model that is trained.
-        reference: under the model that it must not leave.
-        lengths: target tokens of the answers.
-        dpo: which loss.
-    """
-    chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
-    n_chosen, n_rejected = lengths if dpo.loss == "ipo" or dpo.length_normalised else (1, 1)
-    h = chosen / n_chosen - rejected / n_rejected
-    if dpo.loss == "ipo":
-        loss = (h - 1 / (2 * dpo.beta)).square()
-    elif dpo.loss == "hinge":
-        loss = F.relu(1 - dpo.beta * h)
-    else:
-        loss = -(1 - dpo.label_smoothing) * F.logsigmoid(dpo.beta * h) - dpo.label_smoothing * F.logsigmoid(-dpo.beta * h)
-    return Preferences(loss, dpo.beta * chosen.detach(), dpo.beta * rejected.detach())

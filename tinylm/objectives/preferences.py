@@ -7,8 +7,10 @@
 The losses themselves are in losses.py; how a row becomes a pair is rows.py's business.
 """
 
-# B pairs · T positions
 
+# N tokens · D model width · V vocabulary · M tokens of one chunk · B answers · T tokens of one
+
+# B pairs · T positions
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,19 +18,114 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tinylm.config import DpoConfig
-from tinylm.decoder import Decoder, Features
-from tinylm.errors import UserError, printable, reading, writing
-from tinylm.files import replace_file
-from tinylm.foreign import ForeignDecoder
-from tinylm.losses import Answers, answer_log_probs, preference_loss
-from tinylm.packing import IGNORE_INDEX
+from tinylm.common.errors import UserError, printable, reading, writing
+from tinylm.common.files import replace_file
+from tinylm.config.schema import DpoConfig
+from tinylm.model.decoder import Decoder, Features
+from tinylm.model.hf_model import ForeignDecoder
+from tinylm.objectives.cross_entropy import (
+    _log_probabilities,
+    _product_dtype,
+    _softmax_dtype,
+    _target_chunks,
+)
+from tinylm.tokens.packing import IGNORE_INDEX
+
+pass
+
+
+def answer_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """log p of each answer, (B,) in fp32: the sum of log p(label) over its target tokens.
+
+    A chunk's logits are worked out again in the backward pass, so that here too they are never all held at once.
+
+    Args:
+        hidden: (B, T, D) the decoder's features.
+        weight: (V, D) the head.
+        labels: (B, T) int64 classes; IGNORE_INDEX marks a token that is not a target.
+    """
+    flat_hidden, flat_labels = hidden.flatten(0, 1), labels.flatten()
+    totals = torch.zeros(labels.size(0), dtype=_softmax_dtype(weight), device=hidden.device)
+    for tokens in _target_chunks(flat_labels):
+        of_label = checkpoint(
+            _label_log_probs, flat_hidden[tokens], weight, flat_labels[tokens], use_reentrant=False
+        )
+        totals = totals.index_add(0, tokens // labels.size(1), of_label)
+    return totals
+
+
+def _label_log_probs(inputs: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log p (M,) of the targets of one chunk."""
+    head = weight.to(_product_dtype(weight))
+    return _log_probabilities(inputs.to(head.dtype), head).gather(1, targets[:, None]).squeeze(1)
+
+
+class Answers(NamedTuple):
+    """The two answers of each preference, as one model sees them."""
+
+    chosen: Tensor
+    """(B,) log p of the better answer"""
+    rejected: Tensor
+    """(B,) log p of the worse one"""
+
+
+class Preferences(NamedTuple):
+    """What a preference loss gives, (B,) each."""
+
+    loss: Tensor
+    chosen_reward: Tensor
+    """beta · (log p - log p of the reference), the reward that the policy stands for (Rafailov et al. 2023, equation 5)"""
+    rejected_reward: Tensor
+
+
+def preference_loss(
+    policy: Answers, reference: Answers, lengths: Answers, dpo: DpoConfig
+) -> Preferences:
+    """How far the policy is from preferring each chosen answer, (B,): direct preference optimisation.
+
+    With h = (log p - log p of the reference) of the chosen answer minus that of the rejected one:
+
+        sigmoid  -(1 - e) log s(beta h) - e log s(-beta h)    Rafailov et al. 2023, equation 7; e as in Mitchell 2023, cDPO
+        hinge    max(0, 1 - beta h)                           Zhao et al. 2023, SLiC
+        ipo      (h - 1 / (2 beta))^2                         Azar et al. 2023, equation 17
+
+    ipo takes both log-probabilities per token of their answer, as its authors do; the others do so with
+    dpo.length_normalised, which keeps long answers from weighing more.
+
+    Args:
+        policy: log-probabilities under the model that is trained.
+        reference: under the model that it must not leave.
+        lengths: target tokens of the answers.
+        dpo: which loss.
+    """
+    chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    n_chosen, n_rejected = lengths if dpo.loss == "ipo" or dpo.length_normalised else (1, 1)
+    h = chosen / n_chosen - rejected / n_rejected
+    if dpo.loss == "ipo":
+        loss = (h - 1 / (2 * dpo.beta)).square()
+    elif dpo.loss == "hinge":
+        loss = F.relu(1 - dpo.beta * h)
+    else:
+        loss = -(1 - dpo.label_smoothing) * F.logsigmoid(
+            dpo.beta * h
+        ) - dpo.label_smoothing * F.logsigmoid(-dpo.beta * h)
+    return Preferences(loss, dpo.beta * chosen.detach(), dpo.beta * rejected.detach())
+
 
 # Means over pairs, of which metrics.csv has columns; rewards as in `losses.Preferences`, accuracy: share of the pairs whose chosen reward is higher.
-MEASURES = ("rewards_chosen", "rewards_rejected", "margin", "accuracy", "logp_chosen", "logp_rejected")
+MEASURES = (
+    "rewards_chosen",
+    "rewards_rejected",
+    "margin",
+    "accuracy",
+    "logp_chosen",
+    "logp_rejected",
+)
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -42,7 +139,9 @@ class PairScores(NamedTuple):
     """of a mixture of experts; else 0"""
 
 
-def score_pairs(features: Callable[..., Features], head: nn.Linear, batch: dict[str, Any]) -> PairScores:
+def score_pairs(
+    features: Callable[..., Features], head: nn.Linear, batch: dict[str, Any]
+) -> PairScores:
     """The log-probabilities of the answers of `batch`, chosen and rejected in one forward pass.
 
     Args:
@@ -71,13 +170,23 @@ class Comparison(NamedTuple):
 def compare(policy: PairScores, reference: Answers, dpo: DpoConfig) -> Comparison:
     """The preference loss of each pair, and what metrics.csv has beside it."""
     real = policy.lengths.chosen > 0
-    own, theirs, lengths = (Answers(*(part[real] for part in answers)) for answers in (policy.log_probs, reference, policy.lengths))
+    own, theirs, lengths = (
+        Answers(*(part[real] for part in answers))
+        for answers in (policy.log_probs, reference, policy.lengths)
+    )
     loss, chosen, rejected = preference_loss(own, theirs, lengths, dpo)
-    sums = [part.detach().float().sum() for part in (chosen, rejected, chosen - rejected, chosen > rejected, *own)]
+    sums = [
+        part.detach().float().sum()
+        for part in (chosen, rejected, chosen - rejected, chosen > rejected, *own)
+    ]
     return Comparison(loss, -own.chosen / lengths.chosen, torch.stack(sums))
 
 
-def log_probs_of(model: Decoder | ForeignDecoder, batches: Iterable[dict[str, Any]], precision: torch.dtype | None) -> np.ndarray:
+def log_probs_of(
+    model: Decoder | ForeignDecoder,
+    batches: Iterable[dict[str, Any]],
+    precision: torch.dtype | None,
+) -> np.ndarray:
     """(n, 2) float32: log p of the chosen and of the rejected answer of every pair in `batches`, under `model` in evaluation mode.
 
     Args:
@@ -86,10 +195,26 @@ def log_probs_of(model: Decoder | ForeignDecoder, batches: Iterable[dict[str, An
     device = model.embedding.weight.device
     found = []
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, dtype=precision, enabled=precision is not None),
+    ):
         for batch in batches:
-            scores = score_pairs(model.features, model.head, {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)})
-            found.append(torch.stack(scores.log_probs, dim=1)[scores.lengths.chosen > 0].float().cpu().numpy())
+            scores = score_pairs(
+                model.features,
+                model.head,
+                {
+                    name: value.to(device)
+                    for name, value in batch.items()
+                    if isinstance(value, Tensor)
+                },
+            )
+            found.append(
+                torch.stack(scores.log_probs, dim=1)[scores.lengths.chosen > 0]
+                .float()
+                .cpu()
+                .numpy()
+            )
     return np.concatenate(found)
 
 
@@ -106,10 +231,14 @@ def cached_log_probs(path: Path, n_pairs: int, compute: Callable[[], np.ndarray]
         with FileLock(path.with_name(f".{path.name}.lock")):
             if not path.exists():
                 content = compute().astype("<f4").tobytes()
-                replace_file(path, hashlib.sha256(content).digest() + content)  # under the lock nobody else uses the name beside
+                replace_file(
+                    path, hashlib.sha256(content).digest() + content
+                )  # under the lock nobody else uses the name beside
     with reading(path):
         raw = path.read_bytes()
     digest, content = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest or len(content) != n_pairs * 2 * 4:
-        raise UserError(f"{printable(path)}: its content is not what was written (checksum). Delete it: it is made again.")
+        raise UserError(
+            f"{printable(path)}: its content is not what was written (checksum). Delete it: it is made again."
+        )
     return np.frombuffer(content, dtype="<f4").reshape(n_pairs, 2)

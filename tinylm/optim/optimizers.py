@@ -2,7 +2,7 @@
 
 In reading order: `make_optimizer` and `set_lr`, which training uses; `parameter_groups`, which weights decay; then the
 optimizers, each a single `update` of one weight. All keep numbers, strings and tensors only in `state_dict()`, and
-going on from one gives the same bits as never having stopped. The schedule lives in `tinylm/schedule.py`; clipping and
+going on from one gives the same bits as never having stopped. The schedule lives in `tinylm/optim/schedule.py`; clipping and
 the check for finite gradients belong to whoever calls `step`, and must come before it.
 """
 
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinylm.config import TrainingConfig
+from tinylm.config.schema import TrainingConfig
 
 
-def make_optimizer(model: nn.Module, training: TrainingConfig, *, fused: bool) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, training: TrainingConfig, *, fused: bool
+) -> torch.optim.Optimizer:
     """The optimizer that `training.optimizer` names, over every weight of `model` that is trained.
 
     `fused` takes torch's one-kernel AdamW where the optimizer is torch's own; those written out here have no such form.
@@ -48,7 +50,9 @@ def set_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
 # --- which weights decay, and which are Muon's ------------------------------------------------------------------------
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, *, muon: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, muon: bool = False
+) -> list[dict[str, Any]]:
     """The trained weights of `model` as optimizer groups, each weight once, also where two modules share it.
 
     Matrices decay: linear layers, experts, and the embeddings too, as in GPT-2's training and nanoGPT's. Norms, biases
@@ -98,7 +102,9 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
         return loss
 
     @abstractmethod
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
         """Change `weight` in place; `state` is what this optimizer remembers of it, empty at first."""
 
 
@@ -108,7 +114,9 @@ class SGD(WeightwiseOptimizer):
     def __init__(self, params: Iterable[Any], *, lr: float):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
         """One step, with the same decoupled decay as AdamW's."""
         t = state.setdefault("t", 0)
         lr = group["lr"] / math.sqrt(t + 1)
@@ -119,22 +127,36 @@ class SGD(WeightwiseOptimizer):
 class AdamW(WeightwiseOptimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
 
-    def __init__(self, params: Iterable[Any], *, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
         """One step of `adamw_update`."""
         adamw_update(weight, grad, state, group)
 
 
-def adamw_update(weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+def adamw_update(
+    weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> None:
     """One step of AdamW.
 
-        m ← β₁ m + (1 - β₁) g            running mean of the gradient
-        v ← β₂ v + (1 - β₂) g²           running mean of its square
-        m̂ = m / (1 - β₁ᵗ)                both means start at 0: without this the first
-        v̂ = v / (1 - β₂ᵗ)                steps would divide small by small
-        θ ← θ - lr · m̂ / (√v̂ + ε) - lr · λ · θ
+    m ← β₁ m + (1 - β₁) g            running mean of the gradient
+    v ← β₂ v + (1 - β₂) g²           running mean of its square
+    m̂ = m / (1 - β₁ᵗ)                both means start at 0: without this the first
+    v̂ = v / (1 - β₂ᵗ)                steps would divide small by small
+    θ ← θ - lr · m̂ / (√v̂ + ε) - lr · λ · θ
     """
     if not state:
         state.update(t=0, m=torch.zeros_like(weight), v=torch.zeros_like(weight))
@@ -166,9 +188,14 @@ class MuonAdamW(WeightwiseOptimizer):
         eps: float = 1e-8,
     ):
         groups = [{"lr": muon_lr if group["muon"] else lr, **group} for group in params]
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "weight_decay": 0.0})
+        super().__init__(
+            groups,
+            {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "weight_decay": 0.0},
+        )
 
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(
+        self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
         """One step of Muon or of AdamW, as the group is marked."""
         if group["muon"]:
             muon_update(weight, grad, state, group)
@@ -179,9 +206,9 @@ class MuonAdamW(WeightwiseOptimizer):
 def muon_update(weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     """One step of Muon for a matrix, or for each matrix (E, rows, columns) of a stack.
 
-        b ← μ b + (1 - μ) g                                  momentum
-        o = orthogonal(μ b + (1 - μ) g)                      one step ahead, as Nesterov looks
-        θ ← θ - lr · λ · θ - lr · √max(1, rows / columns) · o
+    b ← μ b + (1 - μ) g                                  momentum
+    o = orthogonal(μ b + (1 - μ) g)                      one step ahead, as Nesterov looks
+    θ ← θ - lr · λ · θ - lr · √max(1, rows / columns) · o
     """
     if not state:
         state["momentum"] = torch.zeros_like(weight)
@@ -191,7 +218,9 @@ def muon_update(weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict
     # On a GPU bf16 is several times faster, and the update need not be exact; not every CPU has it in hardware.
     update = orthogonal(ahead.to(torch.bfloat16) if ahead.is_cuda else ahead)
     rows, columns = weight.shape[-2:]
-    weight.mul_(1 - lr * group["weight_decay"]).sub_(update.to(weight.dtype), alpha=lr * math.sqrt(max(1, rows / columns)))
+    weight.mul_(1 - lr * group["weight_decay"]).sub_(
+        update.to(weight.dtype), alpha=lr * math.sqrt(max(1, rows / columns))
+    )
 
 
 # The quintic a x + b x³ + c x⁵ of Jordan 2024: steepest at 0 among those that settle near 1, so that five rounds bring
@@ -208,7 +237,9 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """
     tall = matrix.size(-2) > matrix.size(-1)
     x = matrix.mT if tall else matrix  # the product with its own transpose is then the smaller one
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1, where the quintic diverges
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(
+        min=1e-7
+    )  # no singular value above 1, where the quintic diverges
     a, b, c = QUINTIC
     for _ in range(ROUNDS):
         gram = x @ x.mT

@@ -2,14 +2,14 @@
 
 `multiplier` says which share of its peak the learning rate has at a step; `should_stop` says when validation has
 stopped improving. Both are worked out from the step and the whole history of validation losses, so a resumed run has
-nothing to restore. Knows nothing of optimizers: `tinylm.optim.set_lr` applies the number.
+nothing to restore. Knows nothing of optimizers: `tinylm.optim.optimizers.set_lr` applies the number.
 """
 
 import math
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 
-from tinylm.config import TrainingConfig
+from tinylm.config.schema import TrainingConfig
 
 
 def multiplier(step: int, training: TrainingConfig, val_losses: Sequence[float] = ()) -> float:
@@ -28,13 +28,20 @@ def multiplier(step: int, training: TrainingConfig, val_losses: Sequence[float] 
     if step < warmup_steps:
         return step / warmup_steps
     if training.schedule == "plateau":
-        return plateau(val_losses, training.plateau_patience, training.plateau_factor, training.min_lr_ratio)
+        return plateau(
+            val_losses, training.plateau_patience, training.plateau_factor, training.min_lr_ratio
+        )
     if step >= training.max_steps:
         return training.min_lr_ratio
     if training.schedule == "wsd":
         decay_steps = round(training.decay_ratio * training.max_steps)
         # Rounding both shares may make them overlap by a step.
-        return linear(step, max(warmup_steps, training.max_steps - decay_steps), training.max_steps, training.min_lr_ratio)
+        return linear(
+            step,
+            max(warmup_steps, training.max_steps - decay_steps),
+            training.max_steps,
+            training.min_lr_ratio,
+        )
     return cosine(step, warmup_steps, training.max_steps, training.min_lr_ratio)
 
 
@@ -65,7 +72,11 @@ def should_stop(val_losses: Sequence[float], patience: int | None) -> bool:
     >>> should_stop([3.0, 2.0, 2.1, 2.0], 2), should_stop([3.0, 2.0, 2.1, 1.9], 2)
     (True, False)
     """
-    return patience is not None and len(val_losses) >= patience and not any(improvements(val_losses)[-patience:])
+    return (
+        patience is not None
+        and len(val_losses) >= patience
+        and not any(improvements(val_losses)[-patience:])
+    )
 
 
 def improvements(val_losses: Sequence[float]) -> list[bool]:
@@ -74,5 +85,7 @@ def improvements(val_losses: Sequence[float]) -> list[bool]:
     >>> improvements([math.nan, 3.0, 3.0, math.nan, 2.0])
     [False, True, False, False, True]
     """
-    best_before = accumulate(val_losses, lambda best, loss: loss if loss < best else best, initial=math.inf)
+    best_before = accumulate(
+        val_losses, lambda best, loss: loss if loss < best else best, initial=math.inf
+    )
     return [loss < best for loss, best in zip(val_losses, best_before, strict=False)]

@@ -5,7 +5,7 @@
     advice          settings that are too large ─▶ the mildest overrides of them with which the run fits
     largest_batch   settings ─▶ the largest micro-batch that fits
 
-Knows nothing of data: what a batch is made of costs little. How fast this machine is, `tinylm/trials.py` finds out.
+Knows nothing of data: what a batch is made of costs little. How fast this machine is, `tinylm/planning/probes.py` finds out.
 """
 
 import os
@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinylm.config import Config
-from tinylm.decoder import Decoder, active_parameters, count_parameters, flops_per_token
-from tinylm.errors import UserError, printable
-from tinylm.optim import make_optimizer
-from tinylm.trials import autocast, batch_loss
+from tinylm.common.errors import UserError, printable
+from tinylm.config.schema import Config
+from tinylm.model.decoder import Decoder, active_parameters, count_parameters, flops_per_token
+from tinylm.optim.optimizers import make_optimizer
+from tinylm.planning.probes import autocast, batch_loss
 
 FLOAT_BYTES = 4
 # Hoffmann et al. 2022: about so many tokens a parameter train the best model that a given amount of work can buy.
@@ -112,12 +112,17 @@ def plan_run(config: Config, device: str, *, program: int = 0) -> Plan:
         model = Decoder(config.model)
     n = count_parameters(model)
     # On a graphics card attention keeps no dropout mask; the tensors are traced with the CPU's operations, where it does.
-    step = trace_step(with_settings(config, {"model.attention_dropout": 0.0}) if device == "cuda" else config)
+    step = trace_step(
+        with_settings(config, {"model.attention_dropout": 0.0}) if device == "cuda" else config
+    )
     at_peak = dict.fromkeys(PARTS, 0) | step.at_peak
     state = step.state
     at_peak["scratch"] += _lost_to_allocator(step, device)
     if hardware.strategy == "fsdp":
-        at_peak = {name: size // processes if name in ("weights", "gradients", "optimizer") else size for name, size in at_peak.items()}
+        at_peak = {
+            name: size // processes if name in ("weights", "gradients", "optimizer") else size
+            for name, size in at_peak.items()
+        }
         at_peak["scratch"] += _gathered_bytes(model)
     elif processes > 1 or hardware.strategy == "ddp":
         at_peak["gradients"] += n * FLOAT_BYTES  # the buckets that are sent to the other processes
@@ -125,7 +130,11 @@ def plan_run(config: Config, device: str, *, program: int = 0) -> Plan:
         parameters=n,
         active_parameters=active_parameters(model),
         flops_per_token=flops_per_token(model, training.seq_len),
-        tokens=training.max_steps * training.grad_accum_steps * training.micro_batch_size * training.seq_len * processes,
+        tokens=training.max_steps
+        * training.grad_accum_steps
+        * training.micro_batch_size
+        * training.seq_len
+        * processes,
         checkpoint_bytes=n * FLOAT_BYTES + state,
         # Beside those that stay: an older one that is best, and the one that is being written.
         checkpoint_files=None if training.keep_last is None else training.keep_last + 2,
@@ -143,7 +152,10 @@ def _gathered_bytes(model: Decoder) -> int:
 def _lost_to_allocator(step: "Step", device: str) -> int:
     if device == "cpu":
         return round(CPU_PAGES + CPU_GAPS * step.largest + CPU_SPLINTERS * step.allocated)
-    return round(GPU_GAPS * sum(size for name, size in step.at_peak.items() if name not in ("weights", "optimizer")))
+    return round(
+        GPU_GAPS
+        * sum(size for name, size in step.at_peak.items() if name not in ("weights", "optimizer"))
+    )
 
 
 # --- a step without contents ------------------------------------------------------------------------------------------
@@ -207,9 +219,13 @@ class Meter(TorchDispatchMode):
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         if func is aten.bincount.default:  # (expert of each visit, no weights, number of experts)
             visits, n_experts = args[0].numel(), args[2]
-            self._visits = deque(visits // n_experts + (n < visits % n_experts) for n in range(n_experts))
+            self._visits = deque(
+                visits // n_experts + (n < visits % n_experts) for n in range(n_experts)
+            )
             return args[0].new_empty((n_experts,), dtype=torch.int64)
-        if func is aten._local_scalar_dense.default:  # the sizes of the experts' groups are asked for in turn, twice
+        if (
+            func is aten._local_scalar_dense.default
+        ):  # the sizes of the experts' groups are asked for in turn, twice
             self._visits.rotate(-1)
             return self._visits[-1]
         return None
@@ -245,7 +261,9 @@ def trace_step(config: Config) -> Step:
         model = Decoder(config.model.model_copy(update={"init": "normal"})).train()
         optimizer = make_optimizer(model, training, fused=config.hardware.precision != "16")
         for weight in model.parameters():
-            weight.register_post_accumulate_grad_hook(lambda weight: meter.hand_over(weight.grad, "gradients"))
+            weight.register_post_accumulate_grad_hook(
+                lambda weight: meter.hand_over(weight.grad, "gradients")
+            )
         meter.part = "gradients"
         for weight in model.parameters():
             weight.grad = torch.zeros_like(weight)
@@ -254,7 +272,9 @@ def trace_step(config: Config) -> Step:
         optimizer.zero_grad()
         state = meter.alive["optimizer"]
         meter.start_anew()
-        for _ in range(min(2, training.grad_accum_steps)):  # the second one finds gradients there, and so do all others
+        for _ in range(
+            min(2, training.grad_accum_steps)
+        ):  # the second one finds gradients there, and so do all others
             _trace_micro_batch(model, config, meter)
         meter.part = "scratch"
         optimizer.step()
@@ -303,11 +323,25 @@ def _left_in_container() -> Iterator[int]:
     """What the limit of a container leaves; nothing where there is no limit. Files in memory give way, and do not count."""
     for limit, used, files in (
         ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),  # of the older version
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "total_inactive_file",
+        ),  # of the older version
     ):
-        if (CGROUPS / limit).is_file() and (text := (CGROUPS / limit).read_text(encoding="ascii").strip()) != "max":
-            details = dict(line.split() for line in (CGROUPS / limit).with_name("memory.stat").read_text(encoding="ascii").splitlines())
-            yield int(text) - int((CGROUPS / used).read_text(encoding="ascii")) + int(details[files])
+        if (CGROUPS / limit).is_file() and (
+            text := (CGROUPS / limit).read_text(encoding="ascii").strip()
+        ) != "max":
+            details = dict(
+                line.split()
+                for line in (CGROUPS / limit)
+                .with_name("memory.stat")
+                .read_text(encoding="ascii")
+                .splitlines()
+            )
+            yield (
+                int(text) - int((CGROUPS / used).read_text(encoding="ascii")) + int(details[files])
+            )
 
 
 def room(config: Config, device: str, *, program: int = 0) -> int | None:
@@ -333,12 +367,18 @@ def explaining_memory(config: Config, saved: str) -> Iterator[None]:
         training = config.training
         found = f"a micro-batch of {training.micro_batch_size} rows (training.micro_batch_size) of {training.seq_len} tokens (training.seq_len) did not fit"
         why = printable(str(error).strip().partition("\n")[0]).rstrip(".")
-        raise UserError(f"out of memory: {found}: {why}. Try {' '.join(_smaller(config))}; train.py --plan counts what a run needs. {saved}.") from None
+        raise UserError(
+            f"out of memory: {found}: {why}. Try {' '.join(_smaller(config))}; train.py --plan counts what a run needs. {saved}."
+        ) from None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether the device had no more memory to give."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "backend out of memory" in str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "can't allocate memory" in str(error)
+        or "backend out of memory" in str(error)
+    )
 
 
 def _smaller(config: Config) -> Iterator[str]:
@@ -389,12 +429,20 @@ def _ladders(config: Config, device: str) -> Iterator[list[dict[str, Any]]]:
     size, rows = training.micro_batch_size, training.micro_batch_size * training.grad_accum_steps
     divisors = [n for n in range(size - 1, 0, -1) if size % n == 0]
     if divisors:
-        yield [{"training.micro_batch_size": n, "training.grad_accum_steps": rows // n} for n in divisors]
+        yield [
+            {"training.micro_batch_size": n, "training.grad_accum_steps": rows // n}
+            for n in divisors
+        ]
     if not model.gradient_checkpointing:
         yield [{"model.gradient_checkpointing": True}]
-    if config.hardware.precision == "32" and (device == "cpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))):
+    if config.hardware.precision == "32" and (
+        device == "cpu"
+        or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    ):
         yield [{"hardware.precision": "bf16"}]
-    lengths = [training.seq_len // n for n in (2, 4) if training.seq_len // n >= (config.data.stride or 1)]
+    lengths = [
+        training.seq_len // n for n in (2, 4) if training.seq_len // n >= (config.data.stride or 1)
+    ]
     if lengths:
         yield [{"training.seq_len": length} for length in lengths]
     if model.n_layers > 1:
@@ -413,7 +461,13 @@ def _first(fits: Callable[[dict[str, Any]], bool], ladder: list[dict[str, Any]])
 def largest_batch(config: Config, device: str, room: int, *, program: int = 0) -> int:
     """The largest power of two that training.micro_batch_size can be within `room` bytes; 0 if a single row is too much."""
     size = 1
-    while size <= LARGEST_BATCH and plan_run(with_settings(config, {"training.micro_batch_size": size}), device, program=program).peak <= room:
+    while (
+        size <= LARGEST_BATCH
+        and plan_run(
+            with_settings(config, {"training.micro_batch_size": size}), device, program=program
+        ).peak
+        <= room
+    ):
         size *= 2
     return size // 2
 

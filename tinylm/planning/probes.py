@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylm.config import Config
-from tinylm.decoder import Decoder, Features
-from tinylm.device import half_of
-from tinylm.errors import Diverged
-from tinylm.losses import cross_entropy
-from tinylm.optim import make_optimizer, set_lr
-from tinylm.packing import IGNORE_INDEX
+from tinylm.common.device import half_of
+from tinylm.common.errors import Diverged
+from tinylm.config.schema import Config
+from tinylm.model.decoder import Decoder, Features
+from tinylm.objectives.cross_entropy import cross_entropy
+from tinylm.optim.optimizers import make_optimizer, set_lr
+from tinylm.tokens.packing import IGNORE_INDEX
 
 Batch = dict[str, Any]
 """`input_ids` and `labels` (B, T), maybe `document_ids` (B, T), as data.py makes them"""
@@ -39,7 +39,12 @@ def autocast(config: Config, device: str) -> Any:
 def batch_loss(model: Decoder, features: Features, labels: Tensor, config: Config) -> Tensor:
     """What pretraining minimises, a mean over the targets: cross entropy, and the balance loss of a mixture of experts."""
     flat = labels.flatten()
-    loss = cross_entropy(features.hidden.flatten(0, 1), model.head.weight, flat, label_smoothing=config.training.label_smoothing)
+    loss = cross_entropy(
+        features.hidden.flatten(0, 1),
+        model.head.weight,
+        flat,
+        label_smoothing=config.training.label_smoothing,
+    )
     moe = config.model.moe
     balance = 0.0 if moe is None else moe.balance_coef
     return loss / (flat != IGNORE_INDEX).sum().clamp(min=1) + balance * features.balance_loss
@@ -57,9 +62,15 @@ class Trial:
 
     def micro_batch(self, batch: Batch, parts: int = 1) -> float:
         """Add the gradient of one of `parts` micro-batches of a step; its loss comes back."""
-        on_device = {name: value.to(self.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        on_device = {
+            name: value.to(self.device)
+            for name, value in batch.items()
+            if isinstance(value, Tensor)
+        }
         with autocast(self.config, self.device):
-            features = self.model.features(on_device["input_ids"], document_ids=on_device.get("document_ids"))
+            features = self.model.features(
+                on_device["input_ids"], document_ids=on_device.get("document_ids")
+            )
             loss = batch_loss(self.model, features, on_device["labels"], self.config)
         self.scaler.scale(loss / parts).backward()
         return loss.item()  # waits for the device
@@ -69,7 +80,9 @@ class Trial:
         set_lr(self.optimizer, share)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.training.grad_clip
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), math.inf if limit is None else limit
+        )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -91,7 +104,12 @@ WARM_UP = 10
 def without_noise(config: Config) -> Config:
     """The settings without what keeps a loss from zero: dropout and label smoothing."""
     model = config.model.model_copy(update={"attention_dropout": 0.0, "residual_dropout": 0.0})
-    return config.model_copy(update={"model": model, "training": config.training.model_copy(update={"label_smoothing": 0.0})})
+    return config.model_copy(
+        update={
+            "model": model,
+            "training": config.training.model_copy(update={"label_smoothing": 0.0}),
+        }
+    )
 
 
 def overfit(trial: Trial, batch: Batch, steps: int) -> Iterator[float]:
@@ -128,7 +146,9 @@ def range_lr(n: int, steps: int) -> float:
     return LOWEST_LR * (HIGHEST_LR / LOWEST_LR) ** (n / (steps - 1))
 
 
-def lr_range_test(trial: Trial, batches: Iterable[Batch], steps: int = RANGE_STEPS) -> Iterator[tuple[float, float]]:
+def lr_range_test(
+    trial: Trial, batches: Iterable[Batch], steps: int = RANGE_STEPS
+) -> Iterator[tuple[float, float]]:
     """(training.lr, loss) of each step of a test that ends when the loss has risen (Smith 2017, section 3.3).
 
     Other learning rates, such as training.muon_lr, keep their ratio to training.lr.
@@ -198,12 +218,19 @@ def measure_speed(model: Decoder, config: Config, device: str) -> Speed:
         rows = min(training.micro_batch_size, int(LONGEST_SECONDS / seconds))
         batch = random_batch(config, rows)
         warm = _timed(lambda: trial.micro_batch(batch))
-        times = [_timed(lambda: trial.micro_batch(batch)) for _ in range(max(1, min(100, int(MEASURED_SECONDS / warm))))]
+        times = [
+            _timed(lambda: trial.micro_batch(batch))
+            for _ in range(max(1, min(100, int(MEASURED_SECONDS / warm))))
+        ]
         seconds = sum(times) / len(times)
     _timed(trial.take_step)  # makes the optimizer's state
     trial.micro_batch(one_row)
-    of_step = training.grad_accum_steps * seconds * training.micro_batch_size / rows + _timed(trial.take_step)
-    return Speed(training.grad_accum_steps * training.micro_batch_size * training.seq_len / of_step, rows)
+    of_step = training.grad_accum_steps * seconds * training.micro_batch_size / rows + _timed(
+        trial.take_step
+    )
+    return Speed(
+        training.grad_accum_steps * training.micro_batch_size * training.seq_len / of_step, rows
+    )
 
 
 def random_batch(config: Config, rows: int) -> Batch:
@@ -224,5 +251,7 @@ def _timed(work: Any) -> float:
 
 def matrix_rate(config: Config, device: str, *, side: int = 1024, rounds: int = 8) -> float:
     """Floating-point operations a second of the best of some square matrix products in the run's arithmetic."""
-    matrix = torch.randn(side, side, device=device, dtype=half_of(config.hardware.precision) or torch.float32)
+    matrix = torch.randn(
+        side, side, device=device, dtype=half_of(config.hardware.precision) or torch.float32
+    )
     return 2 * side**3 / min(_timed(lambda: matrix @ matrix) for _ in range(rounds))

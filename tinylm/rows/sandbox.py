@@ -13,7 +13,7 @@ import weakref
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tinylm.errors import UserError, printable
+from tinylm.common.errors import UserError, printable
 
 RENDER_SECONDS = 5.0
 # Importing transformers takes a second, on a busy machine many.
@@ -51,7 +51,11 @@ class Sandbox:
         # spawn: a fork of a process that runs threads can stand still for ever.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._template, self._variables, self.marks_answers), daemon=True)
+        self._process = context.Process(
+            target=_serve,
+            args=(theirs, self._template, self._variables, self.marks_answers),
+            daemon=True,
+        )
         self._process.start()
         theirs.close()
         weakref.finalize(self, self._process.kill)
@@ -67,15 +71,21 @@ class Sandbox:
                 answer = json.loads(self._connection.recv_bytes(ANSWER_BYTES))
                 if "error" not in answer:
                     return answer["done"]
-                raise UserError(f"data.template: the tokenizer's chat template: {printable(answer['error'])}. Correct it, or set data.template to another.")
+                raise UserError(
+                    f"data.template: the tokenizer's chat template: {printable(answer['error'])}. Correct it, or set data.template to another."
+                )
         except (EOFError, OSError):
             problem = "ended its process, perhaps for want of memory"
         self._process.kill()
         self._connection = None
-        raise UserError(f"data.template: the tokenizer's chat template {problem}. Correct it, or set data.template to another.")
+        raise UserError(
+            f"data.template: the tokenizer's chat template {problem}. Correct it, or set data.template to another."
+        )
 
 
-def _serve(connection: Connection, template: str, variables: dict[str, str], marks_answers: bool) -> None:
+def _serve(
+    connection: Connection, template: str, variables: dict[str, str], marks_answers: bool
+) -> None:
     """Render what comes in until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the program's to answer
     try:
@@ -83,7 +93,11 @@ def _serve(connection: Connection, template: str, variables: dict[str, str], mar
     except ImportError:
         _send(connection, {"error": "reading it needs transformers: pip install transformers"})
         return
-    settings = {"chat_template": template, "return_assistant_tokens_mask": marks_answers, **variables}
+    settings = {
+        "chat_template": template,
+        "return_assistant_tokens_mask": marks_answers,
+        **variables,
+    }
     _limit_memory()
     while True:
         try:
@@ -98,9 +112,13 @@ def _rendered(render: Any, requests: list[Any], settings: dict[str, Any]) -> dic
     try:
         done = []
         for messages, prompt in requests:
-            [text], spans = render(conversations=[messages], add_generation_prompt=prompt, **settings)
+            [text], spans = render(
+                conversations=[messages], add_generation_prompt=prompt, **settings
+            )
             if len(text) > ANSWER_BYTES // 16:  # characters escaped as JSON take up to 12 bytes
-                return {"error": f"it makes {len(text)} characters of {sum(len(message['content']) for message in messages)}"}
+                return {
+                    "error": f"it makes {len(text)} characters of {sum(len(message['content']) for message in messages)}"
+                }
             done.append((text, spans[0] if spans else []))
         return {"done": done}
     except MemoryError:

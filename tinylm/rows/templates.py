@@ -21,10 +21,11 @@ from typing import Literal
 
 import numpy as np
 
-from tinylm.errors import UserError
-from tinylm.packing import Example
-from tinylm.sandbox import Sandbox
-from tinylm.tokenizer import HFTokenizer, Tokenizer
+from tinylm.common.errors import UserError
+from tinylm.rows.sandbox import Sandbox
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.hf import HFTokenizer
+from tinylm.tokens.packing import Example
 
 Role = Literal["system", "user", "assistant"]
 # How published tokenizers spell the token that opens a text; their files' bos_token is not kept, these names are.
@@ -70,11 +71,17 @@ def exchanges(conversation: Conversation) -> Iterator[Exchange]:
     for place, turn in enumerate(conversation):
         before = conversation[place - 1].role if place else None
         if turn.role == "system" and place:
-            raise UserError(f"turn {place + 1}: system: only the first turn can be the system's. Move it to the start, or take it out.")
+            raise UserError(
+                f"turn {place + 1}: system: only the first turn can be the system's. Move it to the start, or take it out."
+            )
         if turn.role == before:
-            raise UserError(f"turn {place + 1}: a second {turn.role} turn in a row. Join the two, or take the row out.")
+            raise UserError(
+                f"turn {place + 1}: a second {turn.role} turn in a row. Join the two, or take the row out."
+            )
         if turn.role == "assistant" and before != "user":
-            raise UserError(f"turn {place + 1}: assistant: no user turn stands before it. Begin with the user's, or take the row out.")
+            raise UserError(
+                f"turn {place + 1}: assistant: no user turn stands before it. Begin with the user's, or take the row out."
+            )
         if turn.role == "assistant":
             yield Exchange(conversation[start:place], turn, first=start == 0)
             start = place + 1
@@ -138,7 +145,10 @@ class WrittenTemplate(Template):
         for exchange in exchanges(conversation):
             assert exchange.answer is not None, "only the last question can be without an answer"
             question = self._question_ids(exchange, tokenizer)
-            answer = [*_text_ids(self.answer(exchange, exchange.answer), tokenizer), self.close(tokenizer)]
+            answer = [
+                *_text_ids(self.answer(exchange, exchange.answer), tokenizer),
+                self.close(tokenizer),
+            ]
             ids += question + answer
             trained += [False] * len(question) + [True] * len(answer)
         return Example(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
@@ -146,7 +156,9 @@ class WrittenTemplate(Template):
     def prompt_ids(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         _require_question(conversation)
         *told, last = exchanges(conversation)
-        before = self.encode(conversation[: -len(last.question)], tokenizer).ids.tolist() if told else []
+        before = (
+            self.encode(conversation[: -len(last.question)], tokenizer).ids.tolist() if told else []
+        )
         return before + self._question_ids(last, tokenizer)
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -155,7 +167,11 @@ class WrittenTemplate(Template):
     def _question_ids(self, exchange: Exchange, tokenizer: Tokenizer) -> list[int]:
         ids = _opening(tokenizer) if exchange.first else []
         for number, piece in enumerate(self.question(exchange, tokenizer)):
-            ids += [piece] if isinstance(piece, int) else _text_ids(piece, tokenizer, opens=exchange.first and number == 0)
+            ids += (
+                [piece]
+                if isinstance(piece, int)
+                else _text_ids(piece, tokenizer, opens=exchange.first and number == 0)
+            )
         return ids
 
 
@@ -166,18 +182,28 @@ def _require_question(conversation: Conversation) -> None:
 
 def _require_answer(conversation: Conversation) -> None:
     if not conversation or conversation[-1].role != "assistant":
-        raise UserError("the last turn is not the assistant's, so there is nothing to learn from it. Add the answer, or take the turn out.")
+        raise UserError(
+            "the last turn is not the assistant's, so there is nothing to learn from it. Add the answer, or take the turn out."
+        )
 
 
 def _opening(tokenizer: Tokenizer) -> list[int]:
     """The token that published tokenizers want at the start of a text, if this is one of those."""
-    names = {name: id for id, name in tokenizer.special_names.items()} if isinstance(tokenizer, HFTokenizer) else {}
+    names = (
+        {name: id for id, name in tokenizer.special_names.items()}
+        if isinstance(tokenizer, HFTokenizer)
+        else {}
+    )
     return next(([names[name]] for name in WELL_KNOWN_BOS if name in names), [])
 
 
 def _text_ids(text: str, tokenizer: Tokenizer, *, opens: bool = False) -> list[int]:
     """The ids of a text; where it does not open the conversation, without the space that some tokenizers put before a text."""
-    return tokenizer.encode(text) if opens or not _opens_with_space(tokenizer) else _without_opening_space(text, tokenizer.encode)
+    return (
+        tokenizer.encode(text)
+        if opens or not _opens_with_space(tokenizer)
+        else _without_opening_space(text, tokenizer.encode)
+    )
 
 
 @lru_cache(maxsize=8)
@@ -201,7 +227,9 @@ def _marker(tokenizer: Tokenizer, name: str) -> int:
         if special == name:
             return id
     mend = "Set data.template to instruction, or use a tokenizer that has it"
-    raise UserError(f"data.template: chatml needs the special token {name}, and the tokenizer ({tokenizer.kind}) has none. {mend}.")
+    raise UserError(
+        f"data.template: chatml needs the special token {name}, and the tokenizer ({tokenizer.kind}) has none. {mend}."
+    )
 
 
 def _eos(tokenizer: Tokenizer) -> int:
@@ -210,7 +238,9 @@ def _eos(tokenizer: Tokenizer) -> int:
 
 def _sep(tokenizer: Tokenizer) -> int:
     """The token between examples that S0's byte tokenizer has; the end of a text where there is none."""
-    return next((id for id, name in tokenizer.special_names.items() if name == "<|sep|>"), tokenizer.eos_id)
+    return next(
+        (id for id, name in tokenizer.special_names.items() if name == "<|sep|>"), tokenizer.eos_id
+    )
 
 
 def _instruction(exchange: Exchange, tokenizer: Tokenizer) -> list[str | int]:
@@ -262,9 +292,16 @@ def _plain_answer(exchange: Exchange, answer: Turn) -> str:
 WRITTEN = {
     template.name: template
     for template in (
-        WrittenTemplate("instruction", _instruction, lambda exchange, answer: f" {answer.text}\n", _sep),
+        WrittenTemplate(
+            "instruction", _instruction, lambda exchange, answer: f" {answer.text}\n", _sep
+        ),
         WrittenTemplate("alpaca", _alpaca, lambda exchange, answer: answer.text, _eos),
-        WrittenTemplate("chatml", _chatml, lambda exchange, answer: answer.text, lambda tokenizer: _marker(tokenizer, IM_END)),
+        WrittenTemplate(
+            "chatml",
+            _chatml,
+            lambda exchange, answer: answer.text,
+            lambda tokenizer: _marker(tokenizer, IM_END),
+        ),
         WrittenTemplate("plain", _plain, _plain_answer, _eos),
     )
 }
@@ -289,21 +326,39 @@ class ChatTemplate(Template):
             mend = "Set data.template to instruction"
             if isinstance(tokenizer, HFTokenizer):
                 mend += " or chatml, or tokenizer.path to a folder whose tokenizer_config.json or chat_template.jinja has one"
-            raise UserError(f"data.template: chat_template: the tokenizer ({tokenizer.kind}) has no chat template. {mend}.")
+            raise UserError(
+                f"data.template: chat_template: the tokenizer ({tokenizer.kind}) has no chat template. {mend}."
+            )
         assert isinstance(tokenizer, HFTokenizer)
         opening = _opening(tokenizer)
-        variables = {"eos_token": tokenizer.eos, "pad_token": tokenizer.pad, "bos_token": tokenizer.special_names[opening[0]] if opening else None}
-        self._sandbox = Sandbox(source, {name: value for name, value in variables.items() if value is not None})
-        self._special = "|".join(re.escape(name) for name in sorted(tokenizer.special_names.values(), key=len, reverse=True))
+        variables = {
+            "eos_token": tokenizer.eos,
+            "pad_token": tokenizer.pad,
+            "bos_token": tokenizer.special_names[opening[0]] if opening else None,
+        }
+        self._sandbox = Sandbox(
+            source, {name: value for name, value in variables.items() if value is not None}
+        )
+        self._special = "|".join(
+            re.escape(name)
+            for name in sorted(tokenizer.special_names.values(), key=len, reverse=True)
+        )
         question, answer = Turn("user", "1"), Turn("assistant", "2")
-        probe, prompt = self.encode((question, answer), tokenizer), self.prompt_ids((question,), tokenizer)
+        probe, prompt = (
+            self.encode((question, answer), tokenizer),
+            self.prompt_ids((question,), tokenizer),
+        )
         if probe.ids[: len(prompt)].tolist() != prompt or probe.trained.argmax() != len(prompt):
-            raise UserError(f"{_THE_TEMPLATE} begins an answer elsewhere than its prompt ends. {_OTHER_TEMPLATE}.")
+            raise UserError(
+                f"{_THE_TEMPLATE} begins an answer elsewhere than its prompt ends. {_OTHER_TEMPLATE}."
+            )
         self._close = int(probe.ids[np.flatnonzero(probe.trained)[-1]])
 
     def encode(self, conversation: Conversation, tokenizer: Tokenizer) -> Example:
         _require_answer(conversation)
-        list(exchanges(conversation))  # a template would say stranger things about turns in another order
+        list(
+            exchanges(conversation)
+        )  # a template would say stranger things about turns in another order
         ids, trained = self._tokens(conversation, tokenizer, prompt=False)
         return Example(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
 
@@ -315,12 +370,20 @@ class ChatTemplate(Template):
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         return tuple(dict.fromkeys((self._close, tokenizer.eos_id)))
 
-    def _tokens(self, conversation: Conversation, tokenizer: Tokenizer, *, prompt: bool) -> tuple[list[int], list[bool]]:
+    def _tokens(
+        self, conversation: Conversation, tokenizer: Tokenizer, *, prompt: bool
+    ) -> tuple[list[int], list[bool]]:
         """The tokens of the conversation, with the opening of an answer behind it for a prompt, and which are trained."""
         assert isinstance(tokenizer, HFTokenizer)
         guard = _Guard(self._special, [turn.whole for turn in conversation])
-        messages = [{"role": turn.role, "content": guard.enclose(turn.whole)} for turn in conversation]
-        text, answers = self._marked(messages, prompt) if self._sandbox.marks_answers else self._compared(messages, prompt)
+        messages = [
+            {"role": turn.role, "content": guard.enclose(turn.whole)} for turn in conversation
+        ]
+        text, answers = (
+            self._marked(messages, prompt)
+            if self._sandbox.marks_answers
+            else self._compared(messages, prompt)
+        )
         ids: list[int] = []
         trained: list[bool] = []
         place = 0
@@ -329,32 +392,50 @@ class ChatTemplate(Template):
             answer = guard.encode(text[start:end], tokenizer)
             learned = _closed(answer, tokenizer)
             ids += question + answer
-            trained += [False] * len(question) + [True] * learned + [False] * (len(answer) - learned)
+            trained += (
+                [False] * len(question) + [True] * learned + [False] * (len(answer) - learned)
+            )
             place = end
         rest = guard.encode(text[place:], tokenizer, opens=place == 0)
         return ids + rest, trained + [False] * len(rest)
 
-    def _marked(self, messages: list[dict[str, str]], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _marked(
+        self, messages: list[dict[str, str]], prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The rendered text and where its answers stand, as the template itself says."""
         [(text, marked)] = self._sandbox.render([(messages, prompt)])
         answers = []
         for start, end in marked:
             closed = re.search(rf"(?:{self._special})\s*\Z", text[start:end])
-            behind = re.compile(self._special).match(text, end)  # the mark may stop short of what ends the answer
+            behind = re.compile(self._special).match(
+                text, end
+            )  # the mark may stop short of what ends the answer
             answers.append((start, end if closed or not behind else behind.end()))
         if len(answers) != sum(message["role"] == "assistant" for message in messages):
-            raise UserError(f"{_THE_TEMPLATE} marks {len(answers)} answers in a conversation that has another number. {_OTHER_TEMPLATE}.")
+            raise UserError(
+                f"{_THE_TEMPLATE} marks {len(answers)} answers in a conversation that has another number. {_OTHER_TEMPLATE}."
+            )
         return text, answers
 
-    def _compared(self, messages: list[dict[str, str]], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _compared(
+        self, messages: list[dict[str, str]], prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The rendered text and where its answers stand, found by rendering the conversation up to each answer and with it."""
-        answered = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        requests = [request for place in answered for request in ((messages[:place], True), (messages[: place + 1], False))]
+        answered = [
+            place for place, message in enumerate(messages) if message["role"] == "assistant"
+        ]
+        requests = [
+            request
+            for place in answered
+            for request in ((messages[:place], True), (messages[: place + 1], False))
+        ]
         parts = [text for text, _ in self._sandbox.render(requests + [(messages, True)] * prompt)]
         text = parts[-1]
         if not all(text.startswith(part) for part in parts):
             mend = "Mark the answers in it with {% generation %}, or set data.template: chatml"
-            raise UserError(f"{_THE_TEMPLATE} writes earlier turns in another way when more follow, so their answers cannot be found. {mend}.")
+            raise UserError(
+                f"{_THE_TEMPLATE} writes earlier turns in another way when more follow, so their answers cannot be found. {mend}."
+            )
         ends = [len(part) for part in parts[: 2 * len(answered)]]
         return text, list(zip(ends[::2], ends[1::2], strict=True))
 
@@ -367,7 +448,9 @@ def _closed(answer: list[int], tokenizer: Tokenizer) -> int:
     """How many tokens of an answer are trained: up to the special token that ends it, not the line end behind that."""
     places = [place for place, id in enumerate(answer, start=1) if id in tokenizer.special_names]
     if not places:
-        raise UserError(f"{_THE_TEMPLATE} puts no special token behind an answer, and a model tuned with it would not stop. {_OTHER_TEMPLATE}.")
+        raise UserError(
+            f"{_THE_TEMPLATE} puts no special token behind an answer, and a model tuned with it would not stop. {_OTHER_TEMPLATE}."
+        )
     return places[-1]
 
 
@@ -377,9 +460,13 @@ class _Guard:
     def __init__(self, special: str, texts: list[str]):
         used = set("".join(texts))
         # The private use plane has more characters than any text uses.
-        self._open, self._close = islice((c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in used), 2)
+        self._open, self._close = islice(
+            (c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in used), 2
+        )
         self._names = re.compile(special)
-        self._pieces = re.compile(f"{self._open}({special}){self._close}|[{self._open}{self._close}]")
+        self._pieces = re.compile(
+            f"{self._open}({special}){self._close}|[{self._open}{self._close}]"
+        )
 
     def enclose(self, text: str) -> str:
         return self._names.sub(lambda name: f"{self._open}{name.group()}{self._close}", text)

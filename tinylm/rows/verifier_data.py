@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from tinylm.config import DataConfig
-from tinylm.corpus import Which
-from tinylm.errors import UserError
-from tinylm.metrics import same_number
-from tinylm.prompts import Conversation, Turn
-from tinylm.rows import NAMED_PLACES, Record, built_in_split, conversation_of, records
-from tinylm.tasks import NAMED
-from tinylm.tokenizer import Tokenizer
+from tinylm.common.errors import UserError
+from tinylm.config.schema import DataConfig
+from tinylm.eval.metrics import same_number
+from tinylm.eval.tasks import NAMED
+from tinylm.rows.columns import conversation_of
+from tinylm.rows.row_files import NAMED_PLACES, Record, built_in_split, records
+from tinylm.rows.templates import Conversation, Turn
+from tinylm.text.splits import Which
+from tinylm.tokenizer.base import Tokenizer
 
 # A number as people write it: 1,200 or 3.5; the sign belongs to the sum it stands in.
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)
@@ -62,9 +63,22 @@ class ProblemReport:
     def notes(self) -> list[str]:
         """What a user should know of it, a line each."""
         name = "validation" if self.which == "val" else "training"
-        notes = [f"{name}: {self.cut} of {self.kept} problems lost their beginning to rows of {self.seq_len} tokens"] if self.cut else []
-        reasons = ((self.too_long, f"whose answers fill a row of {self.seq_len} tokens"), (self.numberless, "without a number to change in the answer"))
-        return notes + [f"{name}: skipped {len(places)} rows {why} ({_some(places)})" for places, why in reasons if places]
+        notes = (
+            [
+                f"{name}: {self.cut} of {self.kept} problems lost their beginning to rows of {self.seq_len} tokens"
+            ]
+            if self.cut
+            else []
+        )
+        reasons = (
+            (self.too_long, f"whose answers fill a row of {self.seq_len} tokens"),
+            (self.numberless, "without a number to change in the answer"),
+        )
+        return notes + [
+            f"{name}: skipped {len(places)} rows {why} ({_some(places)})"
+            for places, why in reasons
+            if places
+        ]
 
 
 def _some(places: Sequence[str]) -> str:
@@ -83,13 +97,17 @@ def without_annotations(text: str) -> str:
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 
-def problems(data: DataConfig, which: Which, seed: int, built_in: Sequence[Record] = ()) -> list[Problem]:
+def problems(
+    data: DataConfig, which: Which, seed: int, built_in: Sequence[Record] = ()
+) -> list[Problem]:
     """The problems of a split, one a row, of the rows that `data` names, or of built-in ones in their place.
 
     Raises:
         UserError: as `records`; or a row does not ask one thing and answer it.
     """
-    to_conversation = NAMED[data.task].conversation if data.task else lambda row: conversation_of(row, data)
+    to_conversation = (
+        NAMED[data.task].conversation if data.task else lambda row: conversation_of(row, data)
+    )
     found = []
     for place, row in built_in_split(built_in, which) if built_in else records(data, which, seed):
         try:
@@ -103,47 +121,77 @@ def problem_of(place: str, conversation: Conversation) -> Problem:
     """The last answer of a conversation, and all that was said before it."""
     *before, answer = conversation
     if answer.role != "assistant" or not before:
-        raise UserError("the last turn is not the assistant's answer to a question. Add the answer, or take the row out.")
-    question = before[0] if len(before) == 1 else Turn("user", "\n\n".join(turn.whole for turn in before))
+        raise UserError(
+            "the last turn is not the assistant's answer to a question. Add the answer, or take the row out."
+        )
+    question = (
+        before[0] if len(before) == 1 else Turn("user", "\n\n".join(turn.whole for turn in before))
+    )
     return Problem(place, question, without_annotations(answer.text))
 
 
-def usable(found: Sequence[Problem], which: Which, tokenizer: Tokenizer, seq_len: int, *, n_wrong: int) -> tuple[list[Problem], ProblemReport]:
+def usable(
+    found: Sequence[Problem], which: Which, tokenizer: Tokenizer, seq_len: int, *, n_wrong: int
+) -> tuple[list[Problem], ProblemReport]:
     """The problems that fit into rows of `seq_len` tokens and have wrong answers, and what became of the others.
 
     Raises:
         UserError: none is left, or there was none: those of training that are validation problems too were taken out before.
     """
     if not found:
-        raise UserError("data.dataset: every problem for training is a validation problem too. Give other rows to one of the two.")
+        raise UserError(
+            "data.dataset: every problem for training is a validation problem too. Give other rows to one of the two."
+        )
     report, kept = ProblemReport(which, seq_len), []
     for problem in found:
-        sizes = [len(tokenizer.encode(text)) for text in (problem.answer, *(sample.text for sample in problem.samples))]
-        fits = [size < seq_len - 1 for size in sizes]  # beside the separator one token of the problem
+        sizes = [
+            len(tokenizer.encode(text))
+            for text in (problem.answer, *(sample.text for sample in problem.samples))
+        ]
+        fits = [
+            size < seq_len - 1 for size in sizes
+        ]  # beside the separator one token of the problem
         if not fits[0]:
             report.too_long.append(problem.place)
         elif n_wrong and NUMBER.search(problem.answer) is None:
             report.numberless.append(problem.place)
         else:
-            kept.append(replace(problem, samples=tuple(sample for sample, fit in zip(problem.samples, fits[1:], strict=True) if fit)))
+            kept.append(
+                replace(
+                    problem,
+                    samples=tuple(
+                        sample for sample, fit in zip(problem.samples, fits[1:], strict=True) if fit
+                    ),
+                )
+            )
             report.cut += len(tokenizer.encode(problem.question.whole)) + 1 + sizes[0] > seq_len
     report.kept = len(kept)
     if not kept:
-        raise UserError(f"data.dataset: no problem is left: {'; '.join(report.notes())}. Raise training.seq_len, or give other rows.")
+        raise UserError(
+            f"data.dataset: no problem is left: {'; '.join(report.notes())}. Raise training.seq_len, or give other rows."
+        )
     return kept, report
 
 
 def judged(problem: Problem, texts: Sequence[str]) -> tuple[Judged, ...]:
     """What a model answered, without repetitions: right where its last number is that of the right answer."""
     different = dict.fromkeys(without_annotations(text).strip() for text in texts)
-    return tuple(Judged(text, same_number(text, problem.answer)) for text in different if text and text != problem.answer.strip())
+    return tuple(
+        Judged(text, same_number(text, problem.answer))
+        for text in different
+        if text and text != problem.answer.strip()
+    )
 
 
 def answers_of(problem: Problem, *, n_wrong: int, seed: str) -> list[Judged]:
     """The right answer, `n_wrong` made of it by changing a number, which depend on the seed alone, and what a model answered."""
     draw = random.Random(seed)  # noqa: S311  (no secret)
     wrong = [corrupted(problem.answer, draw) for _ in range(n_wrong)]
-    return [Judged(problem.answer, True), *(Judged(text, False) for text in wrong if text is not None), *problem.samples]
+    return [
+        Judged(problem.answer, True),
+        *(Judged(text, False) for text in wrong if text is not None),
+        *problem.samples,
+    ]
 
 
 # --- wrong answers ----------------------------------------------------------------------------------------------------
@@ -187,7 +235,9 @@ class JudgedPair(NamedTuple):
     """places in which a wrong answer departs from the right one"""
 
 
-def pair_ids(problem: Sequence[int], answer: Sequence[int], tokenizer: Tokenizer, seq_len: int) -> list[int]:
+def pair_ids(
+    problem: Sequence[int], answer: Sequence[int], tokenizer: Tokenizer, seq_len: int
+) -> list[int]:
     """Problem, separator (EOS), answer; of what is longer than `seq_len` tokens the last ones."""
     return [*problem, tokenizer.eos_id, *answer][-seq_len:]
 
@@ -200,16 +250,29 @@ def departure(answer: Sequence[int], right: Sequence[int]) -> range:
     """
     shorter = min(len(answer), len(right))
     start = next((i for i in range(shorter) if answer[i] != right[i]), shorter)
-    common = next((i for i in range(shorter - start) if answer[-1 - i] != right[-1 - i]), shorter - start)
+    common = next(
+        (i for i in range(shorter - start) if answer[-1 - i] != right[-1 - i]), shorter - start
+    )
     start = min(start, len(answer) - 1)
     return range(start, max(len(answer) - common, start + 1))
 
 
-def pairs_of(problem: Problem, tokenizer: Tokenizer, seq_len: int, *, n_wrong: int, seed: str) -> list[JudgedPair]:
+def pairs_of(
+    problem: Problem, tokenizer: Tokenizer, seq_len: int, *, n_wrong: int, seed: str
+) -> list[JudgedPair]:
     """All answers of a problem as pairs."""
-    asked, answers = tokenizer.encode(problem.question.whole), answers_of(problem, n_wrong=n_wrong, seed=seed)
+    asked, answers = (
+        tokenizer.encode(problem.question.whole),
+        answers_of(problem, n_wrong=n_wrong, seed=seed),
+    )
     encoded = [tokenizer.encode(answer.text) for answer in answers]
     rows = [pair_ids(asked, ids, tokenizer, seq_len) for ids in encoded]
     # Of an answer that is cut on its left the places move with it; what of them is cut off is at the first place.
-    spans = [[max(len(row) - len(ids) + place, 0) for place in departure(ids, encoded[0])] for row, ids in zip(rows, encoded, strict=True)]
-    return [JudgedPair(row, answer.right, () if answer.right else tuple(span)) for row, answer, span in zip(rows, answers, spans, strict=True)]
+    spans = [
+        [max(len(row) - len(ids) + place, 0) for place in departure(ids, encoded[0])]
+        for row, ids in zip(rows, encoded, strict=True)
+    ]
+    return [
+        JudgedPair(row, answer.right, () if answer.right else tuple(span))
+        for row, answer, span in zip(rows, answers, spans, strict=True)
+    ]

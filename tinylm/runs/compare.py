@@ -19,18 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinylm import checkpoint
-from tinylm.config import SamplingConfig
-from tinylm.decoder import Decoder, active_parameters, count_parameters
-from tinylm.encode import cached_token_file
-from tinylm.engine import Engine
-from tinylm.errors import UserError, printable, reading, writing
-from tinylm.evaluate import LOSS_CAP, byte_table, score_batches
-from tinylm.experiments import QUESTIONS, Question, Say, Step, is_done, last_line
-from tinylm.files import write_whole
-from tinylm.packing import IGNORE_INDEX, row_at
-from tinylm.plots import attention_maps, draw, draw_lines, find_runs, smoothed
-from tinylm.streaming import streaming
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import load as checkpoint_load
+from tinylm.common.errors import UserError, printable, reading, writing
+from tinylm.common.files import write_whole
+from tinylm.config.schema import SamplingConfig
+from tinylm.eval.cases import LOSS_CAP
+from tinylm.eval.perplexity import byte_table, score_batches
+from tinylm.generate.engine import Engine
+from tinylm.model.attention_sinks import streaming
+from tinylm.model.decoder import Decoder, active_parameters, count_parameters
+from tinylm.runs.experiments import QUESTIONS, Question, Say, Step, is_done, last_line
+from tinylm.runs.plots import attention_maps, draw, draw_lines, find_runs, smoothed
+from tinylm.tokens.encode import cached_token_file
+from tinylm.tokens.packing import IGNORE_INDEX, row_at
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,11 @@ class Reading:
         """The run, and what is kept of the text."""
         if self.window is None:
             return f"{self.run}, as built"
-        return f"{self.run}, " + (f"first {self.first} + " if self.first else "") + f"last {self.window}"
+        return (
+            f"{self.run}, "
+            + (f"first {self.first} + " if self.first else "")
+            + f"last {self.window}"
+        )
 
 
 # The caches of 128 positions are as large as the rows of training: Xiao et al. 2023, table 1, in small.
@@ -130,26 +136,40 @@ def evaluate(steps: Iterable[Step], out: Path, say: Say) -> Path:
         try:
             if is_done(step):
                 found[run] = kept_measure(run, step, out)
-                say(f"{run}: {'; '.join(f'step {result.step} {_number(result.val_loss)}' for result in found[run].results)}")
+                say(
+                    f"{run}: {'; '.join(f'step {result.step} {_number(result.val_loss)}' for result in found[run].results)}"
+                )
             else:
-                left_out[run] = f"its output ends: {last_line(step.output)}" if step.output.exists() else "not run"
+                left_out[run] = (
+                    f"its output ends: {last_line(step.output)}"
+                    if step.output.exists()
+                    else "not run"
+                )
         except UserError as error:
             left_out[run] = str(error)
         if run in left_out:
             say(f"{run}: left out: {left_out[run]}")
     if not any(result.stage == "pretrain" for one in found.values() for result in one.results):
-        raise UserError(f"{printable(out)}: no finished run. Run: python -m tinylm experiments --phase pretrain.")
+        raise UserError(
+            f"{printable(out)}: no finished run. Run: python -m tinylm experiments --phase pretrain."
+        )
     return write_findings(Findings(found, left_out, out))
 
 
 def kept_measure(run: str, step: Step, out: Path) -> Found:
     """What was measured of a run, from a file if that is of these checkpoints and these measures."""
     name, _, seed = run.partition("-seed")
-    paths = [path for path in reversed(checkpoint.candidates(step.result.parent)) if checkpoint.step_of(path) >= 0]
+    paths = [
+        path
+        for path in reversed(checkpoint_format.candidates(step.result.parent))
+        if checkpoint_format.step_of(path) >= 0
+    ]
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     readings = [reading.name for reading in READINGS if reading.run == name]
     texts = [PROMPTS, FAR_PROMPT, FAR_TOKENS, FAR_SAMPLES, FAR_PART, TEMPERATURE]
-    key = json.loads(json.dumps([files, readings, FAR, ROW_STRIDE, MAP_ROWS, MAP_FROM, MAP_FIRST, texts]))
+    key = json.loads(
+        json.dumps([files, readings, FAR, ROW_STRIDE, MAP_ROWS, MAP_FROM, MAP_FIRST, texts])
+    )
     kept = out / "measured" / f"{run}.json"
     if kept.exists():
         with reading(kept):
@@ -163,43 +183,65 @@ def kept_measure(run: str, step: Step, out: Path) -> Found:
 
 def measure(name: str, seed: int, paths: Sequence[Path]) -> Found:
     """Measure one run; `paths` are its checkpoints, the last one last."""
-    if checkpoint.describe(paths[-1]).stage != "pretrain":
-        return Found([told(name, checkpoint.describe(path)) for path in paths])
-    results = [score(name, seed, checkpoint.load_model(path)) for path in paths]
-    last = checkpoint.load_model(paths[-1])
-    positions = {reading.name: loss_by_position(last, reading).tolist() for reading in READINGS if reading.run == name}
+    if checkpoint_format.describe(paths[-1]).stage != "pretrain":
+        return Found([told(name, checkpoint_format.describe(path)) for path in paths])
+    results = [score(name, seed, checkpoint_load.load_model(path)) for path in paths]
+    last = checkpoint_load.load_model(paths[-1])
+    positions = {
+        reading.name: loss_by_position(last, reading).tolist()
+        for reading in READINGS
+        if reading.run == name
+    }
     looks = where_heads_look(last) if name in QUESTIONS[-1].runs else {}
     return Found(results, positions, looks, generations(name, seed, last, far=bool(positions)))
 
 
-def told(name: str, info: checkpoint.CheckpointInfo) -> Result:
+def told(name: str, info: checkpoint_format.CheckpointInfo) -> Result:
     """What a fine-tuned checkpoint says of itself."""
     perplexity = None if info.val_loss is None else float(np.exp(min(info.val_loss, LOSS_CAP)))
     return Result(name, 1, info.stage, info.step, info.val_loss, perplexity, None, info.parameters)
 
 
-def score(name: str, seed: int, loaded: checkpoint.Loaded) -> Result:
+def score(name: str, seed: int, loaded: checkpoint_load.Loaded) -> Result:
     """The checkpoint's score on every validation row of the length it was trained on."""
     config, model, length = loaded.config.model, loaded.model, loaded.config.training.seq_len
     lengths = byte_table(loaded.tokenizer, model.embedding.num_embeddings)
     found = score_batches(model, _batches(loaded, length, length, whole=False), lengths)
     cache = 2 * config.n_layers * config.kv_heads * config.size_of_head * 4
-    numbers = (found.loss, found.perplexity, found.bits_per_byte, count_parameters(model), active_parameters(model), cache)
+    numbers = (
+        found.loss,
+        found.perplexity,
+        found.bits_per_byte,
+        count_parameters(model),
+        active_parameters(model),
+        cache,
+    )
     return Result(name, seed, loaded.info.stage, loaded.info.step, *numbers)
 
 
-def _batches(loaded: checkpoint.Loaded, length: int, stride: int, *, whole: bool) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(
+    loaded: checkpoint_load.Loaded, length: int, stride: int, *, whole: bool
+) -> Iterator[dict[str, torch.Tensor]]:
     """Validation rows that begin every `stride` tokens; `whole` leaves out those that the text's end cuts short, but never all."""
     config, tokenizer = loaded.config, loaded.tokenizer
     tokens = cached_token_file(config.data, "val", tokenizer, config.training.seed).tokens
     starts = range(0, max(1, len(tokens) - (length if whole else 1)), stride)
     for first in range(0, len(starts), BATCH_ROWS):
-        inputs, labels = zip(*(row_at(tokens, start, length, tokenizer.pad_id) for start in starts[first : first + BATCH_ROWS]), strict=True)
-        yield {"input_ids": torch.from_numpy(np.stack(inputs)), "labels": torch.from_numpy(np.stack(labels))}
+        inputs, labels = zip(
+            *(
+                row_at(tokens, start, length, tokenizer.pad_id)
+                for start in starts[first : first + BATCH_ROWS]
+            ),
+            strict=True,
+        )
+        yield {
+            "input_ids": torch.from_numpy(np.stack(inputs)),
+            "labels": torch.from_numpy(np.stack(labels)),
+        }
 
 
 @torch.no_grad()
-def loss_by_position(loaded: checkpoint.Loaded, reading: Reading) -> np.ndarray:
+def loss_by_position(loaded: checkpoint_load.Loaded, reading: Reading) -> np.ndarray:
     """The mean loss at each position of validation rows, read in one way; NaN where no row has a target.
 
     As built a model reads as far as max_seq_len says, and `FAR` positions through a cache that forgets.
@@ -211,7 +253,9 @@ def loss_by_position(loaded: checkpoint.Loaded, reading: Reading) -> np.ndarray:
     total, n = np.zeros(length), np.zeros(length)
     for batch in _batches(loaded, length, ROW_STRIDE, whole=True):
         logits, labels = model(batch["input_ids"]), batch["labels"]
-        losses = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")  # 0 where nothing is asked
+        losses = torch.nn.functional.cross_entropy(
+            logits.mT, labels, reduction="none"
+        )  # 0 where nothing is asked
         total += losses.sum(dim=0).double().numpy()
         n += (labels != IGNORE_INDEX).sum(dim=0).numpy()
     return np.divide(total, n, out=np.full(length, np.nan), where=n > 0)
@@ -223,33 +267,61 @@ def banded(losses: np.ndarray) -> dict[str, float]:
     >>> banded(np.repeat([4.0, 3.0], [32, 96]))
     {'0-31': 4.0, '32-127': 3.0}
     """
-    bands = [(start, stop) for start, stop in zip(BANDS, BANDS[1:], strict=False) if np.isfinite(losses[start:stop]).any()]
+    bands = [
+        (start, stop)
+        for start, stop in zip(BANDS, BANDS[1:], strict=False)
+        if np.isfinite(losses[start:stop]).any()
+    ]
     return {f"{start}-{stop - 1}": float(np.nanmean(losses[start:stop])) for start, stop in bands}
 
 
-def where_heads_look(loaded: checkpoint.Loaded) -> dict[str, float]:
+def where_heads_look(loaded: checkpoint_load.Loaded) -> dict[str, float]:
     """Shares of attention on the learned sinks and on a row's first tokens, from MAP_FROM on: the mean head, and the one with most."""
     model, n_sinks = loaded.model, loaded.config.model.n_sinks
     assert isinstance(model, Decoder)  # our own configs
-    rows = next(_batches(loaded, loaded.config.training.seq_len, ROW_STRIDE, whole=True))["input_ids"][:MAP_ROWS]
-    maps = torch.stack([attention_maps(model, row.tolist()) for row in rows])[:, :, :, MAP_FROM:]  # (rows, layers, heads, T, n_sinks + T)
+    rows = next(_batches(loaded, loaded.config.training.seq_len, ROW_STRIDE, whole=True))[
+        "input_ids"
+    ][:MAP_ROWS]
+    maps = torch.stack([attention_maps(model, row.tolist()) for row in rows])[
+        :, :, :, MAP_FROM:
+    ]  # (rows, layers, heads, T, n_sinks + T)
     shares = {}
-    for name, part in (("sinks", maps[..., :n_sinks]), ("first", maps[..., n_sinks : n_sinks + MAP_FIRST])):
+    for name, part in (
+        ("sinks", maps[..., :n_sinks]),
+        ("first", maps[..., n_sinks : n_sinks + MAP_FIRST]),
+    ):
         of_head = part.sum(dim=-1).mean(dim=(0, 3))  # (layers, heads)
         shares |= {name: of_head.mean().item(), f"{name}, most": of_head.max().item()}
     return shares
 
 
-def generations(name: str, seed: int, loaded: checkpoint.Loaded, *, far: bool) -> list[dict[str, Any]]:
+def generations(
+    name: str, seed: int, loaded: checkpoint_load.Loaded, *, far: bool
+) -> list[dict[str, Any]]:
     """What a model writes on the fixed prompts and, with `far`, at several times the length of its training."""
     engine = Engine(loaded.model, loaded.tokenizer)
     known = known_words(loaded)
-    asked = [(prompt, 80, 1) for prompt in PROMPTS] + [(FAR_PROMPT, FAR_TOKENS, sample) for sample in range(1, FAR_SAMPLES + 1)] * far
+    asked = [(prompt, 80, 1) for prompt in PROMPTS] + [
+        (FAR_PROMPT, FAR_TOKENS, sample) for sample in range(1, FAR_SAMPLES + 1)
+    ] * far
     texts = []
     for prompt, n, sample in asked:
         text = long_text(engine, prompt, n, sample)
-        shares = {"words_known_first": share_known(text[:FAR_PART], known), "words_known_last": share_known(text[-FAR_PART:], known)}
-        texts.append({"run": name, "seed": seed, "sample": sample, "prompt": prompt, "max_new_tokens": n, "text": text} | (shares if n == FAR_TOKENS else {}))
+        shares = {
+            "words_known_first": share_known(text[:FAR_PART], known),
+            "words_known_last": share_known(text[-FAR_PART:], known),
+        }
+        texts.append(
+            {
+                "run": name,
+                "seed": seed,
+                "sample": sample,
+                "prompt": prompt,
+                "max_new_tokens": n,
+                "text": text,
+            }
+            | (shares if n == FAR_TOKENS else {})
+        )
     return texts
 
 
@@ -257,15 +329,20 @@ def long_text(engine: Engine, prompt: str, n: int, seed: int) -> str:
     """What a model writes in `n` tokens after a prompt; where it ends a text it goes on with the next, on a new line."""
     ids, texts = engine.tokenizer.encode(prompt), []
     while n > 0:
-        [written] = engine.generate(engine.fit_prompt(ids), SamplingConfig(max_new_tokens=n, temperature=TEMPERATURE, seed=100 * seed + len(texts)))
+        [written] = engine.generate(
+            engine.fit_prompt(ids),
+            SamplingConfig(max_new_tokens=n, temperature=TEMPERATURE, seed=100 * seed + len(texts)),
+        )
         ids, n = [*ids, *written.ids], n - len(written.ids)
         texts.append(written.text)
     return "\n".join(texts)
 
 
-def known_words(loaded: checkpoint.Loaded) -> set[str]:
+def known_words(loaded: checkpoint_load.Loaded) -> set[str]:
     """The words of the training text."""
-    file = cached_token_file(loaded.config.data, "train", loaded.tokenizer, loaded.config.training.seed)
+    file = cached_token_file(
+        loaded.config.data, "train", loaded.tokenizer, loaded.config.training.seed
+    )
     return set(re.findall(r"\w+", loaded.tokenizer.decode(file.tokens[:].tolist())))
 
 
@@ -303,7 +380,11 @@ class Findings:
     def position_losses(self) -> dict[str, np.ndarray]:
         """By the name of a reading, the mean loss at each position, over the seeds too."""
         runs = {reading.name: self.seeds(reading.run) for reading in READINGS}
-        return {name: np.mean([one.positions[name] for one in found], axis=0) for name, found in runs.items() if found}
+        return {
+            name: np.mean([one.positions[name] for one in found], axis=0)
+            for name, found in runs.items()
+            if found
+        }
 
 
 def write_findings(findings: Findings) -> Path:
@@ -314,7 +395,9 @@ def write_findings(findings: Findings) -> Path:
     texts = [text for one in findings.found.values() for text in one.texts]
     _write_csv(out / "evaluation.csv", [asdict(result) for result in results])
     _write_csv(out / "positions.csv", [{"reading": name, **of} for name, of in bands.items()])
-    write_whole(out / "generations.json", json.dumps(texts, indent=2, ensure_ascii=False) + "\n", "--out")
+    write_whole(
+        out / "generations.json", json.dumps(texts, indent=2, ensure_ascii=False) + "\n", "--out"
+    )
     _draw(findings)
     write_whole(out / "report.md", write_report(findings, bands, texts), "--out")
     return out / "report.md"
@@ -336,24 +419,45 @@ def _draw(findings: Findings) -> None:
             pictures[f"question-{number}.png"] = draw("val_loss", runs)
     losses = {name: smoothed(of, ROW_STRIDE) for name, of in findings.position_losses().items()}
     for of in losses.values():
-        of[:16] = np.nan  # whoever has read next to nothing knows nothing, and all else would look flat
+        of[:16] = (
+            np.nan
+        )  # whoever has read next to nothing knows nothing, and all else would look flat
     built = {reading.name for reading in READINGS if reading.window is None}
     title = f"Validation loss by position (mean of the {ROW_STRIDE} up to it)"
     for name, chosen in (("positions", losses.keys() & built), ("streams", losses.keys() - built)):
         lines = {name: of for name, of in losses.items() if name in chosen}
-        pictures[f"{name}.png"] = draw_lines(lines, title=title, xlabel="position", ylabel="nats per token", mark=(128, "training saw 0-127"))
+        pictures[f"{name}.png"] = draw_lines(
+            lines,
+            title=title,
+            xlabel="position",
+            ylabel="nats per token",
+            mark=(128, "training saw 0-127"),
+        )
     for name, figure in pictures.items():
         with writing(out / name, "--out"):
             figure.savefig(out / name)
 
 
-def write_report(findings: Findings, bands: dict[str, dict[str, float]], texts: list[dict[str, Any]]) -> str:
+def write_report(
+    findings: Findings, bands: dict[str, dict[str, float]], texts: list[dict[str, Any]]
+) -> str:
     """The comparison as Markdown: a table and a picture a question, losses by position, where heads look, and what the models write."""
     seeds = max(result.seed for one in findings.found.values() for result in one.results)
-    told = "One seed: small differences are chance." if seeds == 1 else f"{seeds} seeds: val_loss is their mean, and the last column has each by itself."
-    parts = ["# Experiments\n", f"One text, one number of steps; the runs of a question differ in one thing (configs/experiments). {told}\n"]
+    told = (
+        "One seed: small differences are chance."
+        if seeds == 1
+        else f"{seeds} seeds: val_loss is their mean, and the last column has each by itself."
+    )
+    parts = [
+        "# Experiments\n",
+        f"One text, one number of steps; the runs of a question differ in one thing (configs/experiments). {told}\n",
+    ]
     if findings.left_out:
-        parts += ["Left out:\n", *(f"- {run}: {printable(why)}" for run, why in findings.left_out.items()), ""]
+        parts += [
+            "Left out:\n",
+            *(f"- {run}: {printable(why)}" for run, why in findings.left_out.items()),
+            "",
+        ]
     for number, question in enumerate(QUESTIONS, start=1):
         parts += _answer(findings, question, number)
     parts += [*_beyond(bands), *_looks(findings), *_written(texts), *_tasks(findings.out)]
@@ -362,7 +466,12 @@ def write_report(findings: Findings, bands: dict[str, dict[str, float]], texts: 
 
 def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table in Markdown, names to the left and numbers to the right, and an empty line."""
-    return [f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    return [
+        f"| {' | '.join(names)} |",
+        f"|---|{'---:|' * (len(names) - 1)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
 
 
 def _number(value: float | None) -> str:
@@ -374,18 +483,40 @@ def _answer(findings: Findings, question: Question, number: int) -> list[str]:
     rows = [_row(of, first) for name in question.runs if (of := findings.last(name))]
     if len(rows) < 2:
         return []
-    names = ("run", "parameters", "of them active", "cache bytes a token", "val_loss", "val_bpb", f"val_loss beside {question.runs[0]}")
-    return [f"## {question.title}\n", *table(names, rows), f"![validation loss, first seed](question-{number}.png)\n"]
+    names = (
+        "run",
+        "parameters",
+        "of them active",
+        "cache bytes a token",
+        "val_loss",
+        "val_bpb",
+        f"val_loss beside {question.runs[0]}",
+    )
+    return [
+        f"## {question.title}\n",
+        *table(names, rows),
+        f"![validation loss, first seed](question-{number}.png)\n",
+    ]
 
 
 def _row(of: dict[int, Result], first: dict[int, Result]) -> list[str]:
     """The row of a run: means over its seeds, and its differences from the run of the same seed that it is held against."""
     [one, *_] = of.values()
     losses = {seed: result.val_loss for seed, result in of.items() if result.val_loss is not None}
-    beside = [f"{loss - first[seed].val_loss:+.4f}" for seed, loss in losses.items() if seed in first and first[seed].val_loss is not None]
+    beside = [
+        f"{loss - first[seed].val_loss:+.4f}"
+        for seed, loss in losses.items()
+        if seed in first and first[seed].val_loss is not None
+    ]
     bpb = statistics.fmean(result.val_bpb for result in of.values() if result.val_bpb is not None)
     sizes = (f"{one.parameters:,}", f"{one.active:,}", f"{one.cache_bytes:,}")
-    return [one.run, *sizes, _number(statistics.fmean(losses.values())), _number(bpb), " ".join(beside)]
+    return [
+        one.run,
+        *sizes,
+        _number(statistics.fmean(losses.values())),
+        _number(bpb),
+        " ".join(beside),
+    ]
 
 
 def _beyond(bands: dict[str, dict[str, float]]) -> list[str]:
@@ -395,22 +526,47 @@ def _beyond(bands: dict[str, dict[str, float]]) -> list[str]:
         "with the first few kept beside them, or with learned sinks (Xiao et al. 2023). A dash: as built, a model has no more positions. "
         "Of a learned table the rows from 128 on were never trained.\n"
     )
-    rows = [[name, *(f"{of[band]:.3f}" if band in of else "-" for band in names)] for name, of in bands.items()]
-    pictures = ["![loss by position, as built](positions.png)\n", "![loss by position, through caches](streams.png)\n"]
-    return ["## Beyond the positions of training\n", about, *table(("what is read", *names), rows), *pictures] if rows else []
+    rows = [
+        [name, *(f"{of[band]:.3f}" if band in of else "-" for band in names)]
+        for name, of in bands.items()
+    ]
+    pictures = [
+        "![loss by position, as built](positions.png)\n",
+        "![loss by position, through caches](streams.png)\n",
+    ]
+    return (
+        [
+            "## Beyond the positions of training\n",
+            about,
+            *table(("what is read", *names), rows),
+            *pictures,
+        ]
+        if rows
+        else []
+    )
 
 
 def _looks(findings: Findings) -> list[str]:
     rows = []
     for name in QUESTIONS[-1].runs:
         shares = [one.looks for one in findings.seeds(name) if one.looks]
-        rows += [[name, *(f"{statistics.fmean(of[key] for of in shares):.1%}" for key in shares[0])]] if shares else []
+        rows += (
+            [[name, *(f"{statistics.fmean(of[key] for of in shares):.1%}" for key in shares[0])]]
+            if shares
+            else []
+        )
     evenly = statistics.fmean(MAP_FIRST / (t + 1) for t in range(MAP_FROM, 128))
     about = (
         f"Shares of attention at positions {MAP_FROM}-127. A head that looks evenly at all before it gives the first {MAP_FIRST} tokens {evenly:.1%}; "
         "where a sink has formed it is most of all.\n"
     )
-    names = ("run", "learned sinks, mean head", "most", f"first {MAP_FIRST} tokens, mean head", "most")
+    names = (
+        "run",
+        "learned sinks, mean head",
+        "most",
+        f"first {MAP_FIRST} tokens, mean head",
+        "most",
+    )
     return ["## Where heads look\n", about, *table(names, rows)] if rows else []
 
 
@@ -424,11 +580,23 @@ def _written(texts: list[dict[str, Any]]) -> list[str]:
         f"Of {FAR_TOKENS} tokens written as built, the share of words that stand in the training text, among the first and the last {FAR_PART} characters; "
         f"{FAR_SAMPLES} texts a seed. All texts: generations.json.\n"
     )
-    rows = [[run, *(f"{statistics.fmean(text[key] for text in of):.0%}" for key in ("words_known_first", "words_known_last"))] for run, of in far.items()]
+    rows = [
+        [
+            run,
+            *(
+                f"{statistics.fmean(text[key] for text in of):.0%}"
+                for key in ("words_known_first", "words_known_last")
+            ),
+        ]
+        for run, of in far.items()
+    ]
     parts = ["## What they write\n", about, *table(("run", "first", "last"), rows)]
     for text in texts:
         if (text["seed"], text["sample"]) == (1, 1):
-            parts += [f"**{text['run']}**, {text['max_new_tokens']} tokens after `{text['prompt']}`:\n", f"    {printable(text['text'])}\n"]
+            parts += [
+                f"**{text['run']}**, {text['max_new_tokens']} tokens after `{text['prompt']}`:\n",
+                f"    {printable(text['text'])}\n",
+            ]
     return parts
 
 
@@ -440,5 +608,18 @@ def _tasks(out: Path) -> list[str]:
             measures = json.loads(path.read_text(encoding="utf-8"))["measures"]
         for row in measures:
             interval = f"{_number(row['low'])} to {_number(row['high'])}"
-            rows.append([row["task"], printable(row["checkpoint"]), str(row["shots"]), row["measure"], _number(row["value"]), interval])
-    return ["## Tasks\n", *table(("task", "model", "shots", "measure", "value", "95% interval"), rows)] if rows else []
+            rows.append(
+                [
+                    row["task"],
+                    printable(row["checkpoint"]),
+                    str(row["shots"]),
+                    row["measure"],
+                    _number(row["value"]),
+                    interval,
+                ]
+            )
+    return (
+        ["## Tasks\n", *table(("task", "model", "shots", "measure", "value", "95% interval"), rows)]
+        if rows
+        else []
+    )

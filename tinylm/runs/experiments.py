@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinylm.config import load_config
-from tinylm.errors import UserError, printable, reading, writing
-from tinylm.files import write_whole
-from tinylm.processes import Children, signals_to
+from tinylm.common.errors import UserError, printable, reading, writing
+from tinylm.common.files import write_whole
+from tinylm.common.processes import Children, signals_to
+from tinylm.config.loader import load_config
 
 Say = Callable[[str], None]
 
@@ -39,10 +39,18 @@ class Question:
 QUESTIONS = (
     Question("Grouped queries: what do fewer key/value heads cost?", ("base", "gqa", "mqa")),
     Question("Experts: more parameters at the same work a token", ("base", "moe")),
-    Question("Norms: before each sub-layer, after each sum, or nowhere", ("base", "post-norm", "no-norm")),
-    Question("Positions: rotations, a learned table, or a bias that grows with distance", ("base", "learned", "alibi")),
+    Question(
+        "Norms: before each sub-layer, after each sum, or nowhere", ("base", "post-norm", "no-norm")
+    ),
+    Question(
+        "Positions: rotations, a learned table, or a bias that grows with distance",
+        ("base", "learned", "alibi"),
+    ),
     Question("Optimizers: Muon for the matrices, or AdamW for all", ("base", "adamw")),
-    Question("Sinks: a place to look at when nothing is worth looking at", ("base", "sinks", "window", "window-sinks")),
+    Question(
+        "Sinks: a place to look at when nothing is worth looking at",
+        ("base", "sinks", "window", "window-sinks"),
+    ),
 )
 
 
@@ -96,12 +104,27 @@ def seeded(name: str, seed: int) -> str:
 def plan_steps(out: Path, seeds: int = 1) -> list[Step]:
     """Every step, in order; what they write is below `out`."""
     smoke = out / "smoke"
-    short = (f"training.max_steps={SMOKE_STEPS}", f"training.val_every_steps={SMOKE_STEPS // 2}", f"training.save_every_steps={SMOKE_STEPS // 2}")
-    steps = [_pretrain("smoke", name, smoke, 1, (*short, "data.val_docs=6")) for name in ("base", "window-sinks")]
+    short = (
+        f"training.max_steps={SMOKE_STEPS}",
+        f"training.val_every_steps={SMOKE_STEPS // 2}",
+        f"training.save_every_steps={SMOKE_STEPS // 2}",
+    )
+    steps = [
+        _pretrain("smoke", name, smoke, 1, (*short, "data.val_docs=6"))
+        for name in ("base", "window-sinks")
+    ]
     steps.append(_finetune("smoke", "config_finetune.yaml", smoke, short))
-    steps += [_pretrain("pretrain", name, out, seed) for seed in range(1, seeds + 1) for name in runs_of_questions()]
+    steps += [
+        _pretrain("pretrain", name, out, seed)
+        for seed in range(1, seeds + 1)
+        for name in runs_of_questions()
+    ]
     steps.append(_finetune("finetune", "config_finetune.yaml", out))
-    for task, kind, model in (("sst2", "gpt2", "gpt2"), ("samsum", "t5", "google/flan-t5-small"), ("gsm8k", "gpt2", "gpt2")):
+    for task, kind, model in (
+        ("sst2", "gpt2", "gpt2"),
+        ("samsum", "t5", "google/flan-t5-small"),
+        ("gsm8k", "gpt2", "gpt2"),
+    ):
         tuned = _finetune("finetune", f"configs/{task}-{kind}-lora.yaml", out)
         steps += [tuned, _ask(task, model, tuned, out)]
     return steps
@@ -112,7 +135,9 @@ def _pretrain(phase: str, config: str, out: Path, seed: int, settings: Sequence[
     # Another seed draws other weights, another order, and other documents to hold out.
     other = (f"training.seed={load_config(path).training.seed + seed - 1}",) if seed > 1 else ()
     command = ("train.py", "--config", str(path), *_places(out, name), *other, *settings)
-    return Step(f"{phase}: {name}", phase, command, out / "runs" / name / "final.ckpt", _output(out, name))
+    return Step(
+        f"{phase}: {name}", phase, command, out / "runs" / name / "final.ckpt", _output(out, name)
+    )
 
 
 def _finetune(phase: str, config: str, out: Path, settings: Sequence[str] = ()) -> Step:
@@ -120,15 +145,41 @@ def _finetune(phase: str, config: str, out: Path, settings: Sequence[str] = ()) 
     base = () if config.startswith("configs/") else (out / "runs" / "base" / "final.ckpt",)
     begins = tuple(f"training.init_from={path}" for path in base)
     command = ("finetune.py", "--config", config, *_places(out, name), *begins, *settings)
-    return Step(f"{phase}: {name}", phase, command, out / "runs" / name / "final.ckpt", _output(out, name), base)
+    return Step(
+        f"{phase}: {name}",
+        phase,
+        command,
+        out / "runs" / name / "final.ckpt",
+        _output(out, name),
+        base,
+    )
 
 
 def _ask(task: str, model: str, tuned: Step, out: Path) -> Step:
     """The questions of a task, for the fine-tuned model and for the one it began as, which is also shown solved examples."""
     folder = out / "tasks" / task
-    command = ("evaluate_checkpoints.py", "--checkpoints", str(tuned.result), "--model", model, "--tasks", task, "--shots", "0,4", "--limit", "200")
+    command = (
+        "evaluate_checkpoints.py",
+        "--checkpoints",
+        str(tuned.result),
+        "--model",
+        model,
+        "--tasks",
+        task,
+        "--shots",
+        "0,4",
+        "--limit",
+        "200",
+    )
     name, command = f"{task}-asked", (*command, "--out", str(folder))
-    return Step(f"finetune: {name}", "finetune", command, folder / "results.json", _output(out, name), (tuned.result,))
+    return Step(
+        f"finetune: {name}",
+        "finetune",
+        command,
+        folder / "results.json",
+        _output(out, name),
+        (tuned.result,),
+    )
 
 
 def _output(out: Path, name: str) -> Path:
@@ -136,7 +187,11 @@ def _output(out: Path, name: str) -> Path:
 
 
 def _places(out: Path, name: str) -> tuple[str, ...]:
-    return (f"training.checkpoint_dir={out / 'runs' / name}", f"training.log_dir={out / 'logs'}", f"training.run_name={name}")
+    return (
+        f"training.checkpoint_dir={out / 'runs' / name}",
+        f"training.log_dir={out / 'logs'}",
+        f"training.run_name={name}",
+    )
 
 
 # --- what a result was made from --------------------------------------------------------------------------------------
@@ -155,11 +210,24 @@ def made_from(step: Step) -> dict[str, str]:
         config = load_config(arguments[1], arguments[2:])
         # Where it writes, and the path of what it begins with, which is compared by its content.
         settings = {key: value for key, value in _flat(config.to_plain()) if key not in PLACES}
-        files = [*step.reads, *(Path(name) for name in (config.data.dataset, config.data.val_dataset) if name is not None)]
+        files = [
+            *step.reads,
+            *(
+                Path(name)
+                for name in (config.data.dataset, config.data.val_dataset)
+                if name is not None
+            ),
+        ]
     return settings | {f"content of {path.name}": _digest(path) for path in files if path.is_file()}
 
 
-PLACES = {"training.checkpoint_dir", "training.log_dir", "training.run_name", "training.init_from", "data.cache_dir"}
+PLACES = {
+    "training.checkpoint_dir",
+    "training.log_dir",
+    "training.run_name",
+    "training.init_from",
+    "data.cache_dir",
+}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -186,11 +254,15 @@ def is_done(step: Step) -> bool:
     with reading(step.record):
         was = json.loads(step.record.read_text(encoding="utf-8"))
     now = made_from(step)
-    changed = next((key for key in [*now, *was] if now.get(key) != was.get(key)), None)  # either may lack what the other has
+    changed = next(
+        (key for key in [*now, *was] if now.get(key) != was.get(key)), None
+    )  # either may lack what the other has
     if changed is None:
         return True
     found = f"{changed} was {was.get(changed, 'not there')} when it was made and is {now.get(changed, 'not there')}"
-    raise UserError(f"{printable(step.result)}: {printable(found)}. Set it back, or remove {printable(step.result.parent)} to make it anew.")
+    raise UserError(
+        f"{printable(step.result)}: {printable(found)}. Set it back, or remove {printable(step.result.parent)} to make it anew."
+    )
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -232,7 +304,9 @@ def _run(step: Step, children: Children) -> int:
         step.output.parent.mkdir(parents=True, exist_ok=True)
         output = open(step.output, "wb")  # noqa: SIM115  (closed below; what the process raises is not of this file)
     with output:
-        code = children.run([sys.executable, *step.command], stdout=output, stderr=subprocess.STDOUT)
+        code = children.run(
+            [sys.executable, *step.command], stdout=output, stderr=subprocess.STDOUT
+        )
     if code == 0:
         write_whole(step.record, json.dumps(made_from(step), indent=1) + "\n", "--out")
     return code
@@ -241,5 +315,9 @@ def _run(step: Step, children: Children) -> int:
 def last_line(path: Path) -> str:
     """The end of what a step said, which for an error is the error."""
     with reading(path):
-        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
     return printable(lines[-1]) if lines else "no output"

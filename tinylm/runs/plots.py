@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinylm import checkpoint
-from tinylm.decoder import Attention, Decoder
-from tinylm.errors import UserError, printable, reading
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.errors import UserError, printable, reading
+from tinylm.model.decoder import Attention, Decoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 # What is drawn: a column of metrics.csv, the picture's title, and the unit on its axis.
 QUANTITIES = {
@@ -32,7 +33,10 @@ QUANTITIES = {
     "val_ppl": ("Validation perplexity", "exp of the loss"),
     "val_bpb": ("Validation bits per byte", "bits per byte of text"),
     "val_accuracy": ("Validation accuracy", "share of target tokens, or of pairs"),
-    "val_margin": ("Validation margin", "reward of the chosen answer less that of the rejected one"),
+    "val_margin": (
+        "Validation margin",
+        "reward of the chosen answer less that of the rejected one",
+    ),
     "lr": ("Learning rate", "after warm-up and decay"),
 }
 # Far apart on any screen and for most eyes (Okabe and Ito 2008).
@@ -69,21 +73,29 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     folders = list(folders)
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{printable(folder)}: no such folder. Give folders with metrics.csv (logs) or with checkpoints.")
+            raise UserError(
+                f"{printable(folder)}: no such folder. Give folders with metrics.csv (logs) or with checkpoints."
+            )
         runs += [read_metrics(path) for path in sorted(folder.rglob("metrics.csv"))]
     drawn = {run.name for run in runs}
     for folder in folders:
         holders = sorted({path.parent for path in folder.rglob("step-*.ckpt")})
         runs += [run for holder in holders if (run := read_checkpoints(holder)).name not in drawn]
     if not runs:
-        raise UserError(f"{', '.join(map(printable, folders))}: no metrics.csv and no checkpoints. Train first, or give the folder in training.log_dir.")
+        raise UserError(
+            f"{', '.join(map(printable, folders))}: no metrics.csv and no checkpoints. Train first, or give the folder in training.log_dir."
+        )
     return runs
 
 
 def read_metrics(path: Path) -> Run:
     """The run that wrote `path`; a half-written last line is left out."""
     with reading(path), open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values() and (row.get("step") or "").isdigit()]
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if None not in row.values() and (row.get("step") or "").isdigit()
+        ]
     if not rows:
         return Run(path.parent.name, np.empty(0))
     columns = {name: np.array([_number(row[name]) for row in rows]) for name in rows[0]}
@@ -99,13 +111,15 @@ def _number(text: str) -> float:
 
 def read_checkpoints(folder: Path) -> Run:
     """The run whose checkpoints are in `folder`: what the newest sound one says of every validation, and of its loss."""
-    path = checkpoint.newest_sound(folder)
+    path = checkpoint_format.newest_sound(folder)
     assert path is not None  # the caller found one
-    payload = checkpoint.read(path)
+    payload = checkpoint_format.read(path)
     validations = np.array(payload["progress"]["validations"], dtype=float).reshape(-1, 2)
     losses = validations[:, 1]
     name = payload["config"]["training"]["run_name"]
-    return Run(name, validations[:, 0], {"val_loss": losses, "val_ppl": np.exp(np.minimum(losses, 20.0))})
+    return Run(
+        name, validations[:, 0], {"val_loss": losses, "val_ppl": np.exp(np.minimum(losses, 20.0))}
+    )
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
@@ -134,8 +148,19 @@ def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(steps, smoothed(values, smooth), color=colour, label=run.name)
         elif len(values):
-            axes.plot(steps, values, color=colour, label=run.name, marker="o" if len(values) < 30 else None, markersize=3)
-    axes.set(title=title + (f" (mean of {smooth} rows; raw values behind)" if smooth > 1 else ""), xlabel="optimizer step", ylabel=unit)
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                label=run.name,
+                marker="o" if len(values) < 30 else None,
+                markersize=3,
+            )
+    axes.set(
+        title=title + (f" (mean of {smooth} rows; raw values behind)" if smooth > 1 else ""),
+        xlabel="optimizer step",
+        ylabel=unit,
+    )
     if quantity == "val_ppl":
         axes.set_yscale("log")
         axes.yaxis.get_major_locator().set_params(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
@@ -146,12 +171,19 @@ def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
     return figure
 
 
-def draw_lines(lines: dict[str, np.ndarray], *, title: str, xlabel: str, ylabel: str, mark: tuple[int, str]) -> "Figure":
+def draw_lines(
+    lines: dict[str, np.ndarray], *, title: str, xlabel: str, ylabel: str, mark: tuple[int, str]
+) -> "Figure":
     """Values over their index, a line a name; `mark` is an index at which something changes, and what."""
     figure, axes = _new_figure()
     for number, (name, values) in enumerate(lines.items()):
         # The later the thinner: a line that lies on another one hides none.
-        axes.plot(values, color=COLOURS[number % len(COLOURS)], label=name, linewidth=3.0 - 2.0 * number / len(lines))
+        axes.plot(
+            values,
+            color=COLOURS[number % len(COLOURS)],
+            label=name,
+            linewidth=3.0 - 2.0 * number / len(lines),
+        )
     axes.axvline(mark[0], color="grey", linewidth=0.8, label=mark[1])
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(True, alpha=0.3)
@@ -164,23 +196,38 @@ def _new_figure(size: tuple[float, float] = INCHES) -> tuple["Figure", Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("drawing needs matplotlib. Install it: pip install matplotlib; or use --text.") from None
+        raise UserError(
+            "drawing needs matplotlib. Install it: pip install matplotlib; or use --text."
+        ) from None
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     return figure, figure.subplots()
 
 
 def text_plot(quantity: str, runs: Sequence[Run], *, width: int = 72, height: int = 16) -> str:
     """One quantity over the optimizer steps as lines of text, a mark a run; empty where no run has the quantity."""
-    curves = [(mark, run.name, *run.curve(quantity)) for mark, run in zip(MARKS * (len(runs) // len(MARKS) + 1), runs, strict=False)]
+    curves = [
+        (mark, run.name, *run.curve(quantity))
+        for mark, run in zip(MARKS * (len(runs) // len(MARKS) + 1), runs, strict=False)
+    ]
     curves = [curve for curve in curves if len(curve[2])]
     if not curves:
         return ""
     title, unit = QUANTITIES[quantity]
     last = max(max(steps.max() for _, _, steps, _ in curves), 1.0)
-    return text_curves(f"{title} ({unit})", curves, "0", f"step {last:.0f}", width=width, height=height)
+    return text_curves(
+        f"{title} ({unit})", curves, "0", f"step {last:.0f}", width=width, height=height
+    )
 
 
-def text_curves(title: str, curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]], left: str, right: str, *, width: int = 72, height: int = 16) -> str:
+def text_curves(
+    title: str,
+    curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]],
+    left: str,
+    right: str,
+    *,
+    width: int = 72,
+    height: int = 16,
+) -> str:
     """Curves (mark, name, xs, ys) as lines of text, over an axis from `left`, at 0, to `right`, at the largest x."""
     xs, ys = (np.concatenate([curve[part] for curve in curves]) for part in (2, 3))
     low, high, last = ys.min(), ys.max(), max(xs.max(), 1.0)
@@ -192,10 +239,15 @@ def text_curves(title: str, curves: Sequence[tuple[str, str, np.ndarray, np.ndar
             cells[row][column] = mark
     labels = [f"{high:.4g}", *[""] * (height - 2), f"{low:.4g}"]
     margin = max(map(len, labels))
-    body = [f"{label:>{margin}} |{''.join(line).rstrip()}" for label, line in zip(labels, cells, strict=True)]
+    body = [
+        f"{label:>{margin}} |{''.join(line).rstrip()}"
+        for label, line in zip(labels, cells, strict=True)
+    ]
     axis = f"{'':>{margin}} +{'-' * width}"
     legend = "  ".join(f"{mark} {name}" for mark, name, _, _ in curves)
-    return "\n".join([title, *body, axis, f"{'':>{margin}}  {left}{right:>{width - len(left)}}", legend])
+    return "\n".join(
+        [title, *body, axis, f"{'':>{margin}}  {left}{right:>{width - len(left)}}", legend]
+    )
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -226,19 +278,25 @@ def draw_attention(maps: Tensor, tokens: Sequence[str]) -> "Figure":
     """
     layers, heads, T, S = maps.shape
     if layers * heads > MAX_HEADS_DRAWN:
-        raise UserError(f"{layers} layers of {heads} heads are {layers * heads} maps, and a page holds {MAX_HEADS_DRAWN}. Choose a smaller model.")
+        raise UserError(
+            f"{layers} layers of {heads} heads are {layers * heads} maps, and a page holds {MAX_HEADS_DRAWN}. Choose a smaller model."
+        )
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("drawing needs matplotlib. Install it: pip install matplotlib.") from None
     side = max(1.6, 0.16 * S)
-    figure = Figure(figsize=(side * heads + 1.5, side * layers + 1.0), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = Figure(
+        figsize=(side * heads + 1.5, side * layers + 1.0), dpi=DOTS_PER_INCH, layout="constrained"
+    )
     grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
     columns = [f"sink {n + 1}" for n in range(S - T)] + list(tokens)
     for layer in range(layers):
         for head in range(heads):
             axes = grid[layer][head]
-            image = axes.imshow(maps[layer, head].numpy(), cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+            image = axes.imshow(
+                maps[layer, head].numpy(), cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto"
+            )
             axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=7)
             axes.set_xticks(range(S), columns, rotation=90, fontsize=6)
             axes.set_yticks(range(T), list(tokens), fontsize=6)

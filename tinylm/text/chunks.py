@@ -14,10 +14,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from tinylm.errors import UserError, printable, reading
+from tinylm.common.errors import UserError, printable, reading
 
 if TYPE_CHECKING:
-    from tinylm.corpus import Met, Span
+    from tinylm.text.documents import Met, Span
+
 
 # Documents that were read already go to the processes in so many characters.
 JOB_CHARACTERS = 2**20
@@ -60,7 +61,9 @@ class SpanJob:
 
     def texts(self, met: "Met | None" = None) -> Iterator[str]:
         """The documents; `met` is told of separators."""
-        from tinylm.corpus import file_documents  # here, because a process that counts words shall not load it
+        from tinylm.text.documents import (
+            file_documents,
+        )  # here, because a process that counts words shall not load it
 
         return file_documents(self.path, self.field, self.separator, self.span, met)
 
@@ -89,7 +92,9 @@ class PartJob:
             return raw[mark:].decode().replace("\r\n", "\n")  # as in the documents that are encoded
         except UnicodeDecodeError as error:
             at = start + mark + error.start
-            raise UserError(f"{printable(self.path)}: not UTF-8 text: byte 0x{raw[at - start]:02x} at offset {at}. Save the file as UTF-8.") from None
+            raise UserError(
+                f"{printable(self.path)}: not UTF-8 text: byte 0x{raw[at - start]:02x} at offset {at}. Save the file as UTF-8."
+            ) from None
 
 
 Job = TypeVar("Job", bound=TextJob | SpanJob | PartJob)

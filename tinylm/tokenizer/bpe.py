@@ -32,17 +32,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 from filelock import FileLock
 
-from tinylm.config import COUNT_LIMIT, DataConfig, TokenizerConfig
-from tinylm.corpus import HubDataset, LocalFiles, Source, Together, file_documents
-from tinylm.errors import UserError, printable, reading, require_regular, writing
-from tinylm.mix import training_split
-from tinylm.portions import PartJob, TextJob, text_jobs, worth_processes
-from tinylm.processes import Progress, in_order
-from tinylm.tokenizer import WELL_KNOWN_EOS, Tokenizer, load_hf_tokenizer, make_tokenizer
-from tinylm.words import BYTE_OF_CHARACTER, CUT_BYTES, PATTERNS, CountWords, Rules
+from tinylm.common.errors import UserError, printable, reading, require_regular, writing
+from tinylm.common.processes import Progress, in_order
+from tinylm.config.schema import COUNT_LIMIT, DataConfig, TokenizerConfig
+from tinylm.text.chunks import PartJob, TextJob, text_jobs, worth_processes
+from tinylm.text.documents import file_documents
+from tinylm.text.sources import HubDataset, LocalFiles, Source, Together
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.factory import make_tokenizer
+from tinylm.tokenizer.hf import WELL_KNOWN_EOS, load_hf_tokenizer
+from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, CUT_BYTES, PATTERNS, CountWords, Rules
+from tinylm.tokens.mixture import training_split
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+
 
 WELL_KNOWN_PAD = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>")
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json")
@@ -82,7 +86,9 @@ def file_borders(path: Path) -> list[int]:
     return [*borders, size]
 
 
-def jobs_of(source: Source, processes: int = 1, docs: int | None = None) -> Iterator[PartJob | TextJob]:
+def jobs_of(
+    source: Source, processes: int = 1, docs: int | None = None
+) -> Iterator[PartJob | TextJob]:
     """The source, or its first `docs` documents, in portions: plain .txt files as they stand, other kinds by their documents."""
     if docs is not None or not isinstance(source, LocalFiles | Together):
         yield from text_jobs(islice(source.documents(), docs))
@@ -105,7 +111,13 @@ def _part_jobs(path: Path, processes: int) -> Iterator[PartJob]:
         yield PartJob(path, tuple(borders[start : start + parts + 1]))
 
 
-def count_jobs(jobs: Iterable[PartJob | TextJob], rules: Rules, *, processes: int = 1, progress: Progress | None = None) -> Counter[str]:
+def count_jobs(
+    jobs: Iterable[PartJob | TextJob],
+    rules: Rules,
+    *,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> Counter[str]:
     """The words of all jobs, counted by `processes`, or by this one alone where the text is small.
 
     Raises:
@@ -119,7 +131,9 @@ def count_jobs(jobs: Iterable[PartJob | TextJob], rules: Rules, *, processes: in
         if progress is not None:
             progress("bytes", done, 0)
     if not total:
-        raise UserError("the text has no words, so nothing can be learned from it. Give a file with text.")
+        raise UserError(
+            "the text has no words, so nothing can be learned from it. Give a file with text."
+        )
     return total
 
 
@@ -174,7 +188,9 @@ class Words:
             inside = right != NONE
             yield from (
                 Pair(*divmod(key, n), count, positions)
-                for key, count, positions in self._grouped(left[inside] * np.int64(n) + right[inside], places[inside], least)
+                for key, count, positions in self._grouped(
+                    left[inside] * np.int64(n) + right[inside], places[inside], least
+                )
             )
 
     def still_there(self, pair: "Pair") -> "Pair":
@@ -184,7 +200,10 @@ class Words:
         none.
         """
         places = pair.positions
-        places = places[(self.tokens[places] == pair.left) & (self.tokens[places + self.sizes[pair.left]] == pair.right)]
+        places = places[
+            (self.tokens[places] == pair.left)
+            & (self.tokens[places + self.sizes[pair.left]] == pair.right)
+        ]
         return Pair(pair.left, pair.right, self._count(places), places)
 
     def merge(self, pair: "Pair", new: int, least: int) -> Iterator["Pair"]:
@@ -194,24 +213,34 @@ class Words:
         """
         tokens, left_size = self.tokens, self.sizes[pair.left]
         self.sizes[new] = left_size + self.sizes[pair.right]
-        starts = _without_overlaps(pair.positions, left_size) if pair.left == pair.right else pair.positions
+        starts = (
+            _without_overlaps(pair.positions, left_size)
+            if pair.left == pair.right
+            else pair.positions
+        )
         ends = starts + (self.sizes[new] - 1)
         tokens[starts + left_size] = NONE
         tokens[starts] = tokens[ends] = new
         self.begins[starts + left_size] = False
         before, after = tokens[starts - 1], tokens[ends + 1]
         has_before = before != NONE
-        has_after = (after != NONE) & (after != new)  # `new new` is counted from its right side, once
+        has_after = (after != NONE) & (
+            after != new
+        )  # `new new` is counted from its right side, once
         n = len(self.sizes)
         keys = np.concatenate([before[has_before], n + after[has_after]])
-        positions = np.concatenate([starts[has_before] - self.sizes[before[has_before]], starts[has_after]])
+        positions = np.concatenate(
+            [starts[has_before] - self.sizes[before[has_before]], starts[has_after]]
+        )
         for key, count, places in self._grouped(keys, positions, least):
             yield Pair(key, new, count, places) if key < n else Pair(new, key - n, count, places)
 
     def _count(self, places: np.ndarray) -> int:
         return int(self.counts[places].sum(dtype=np.int64))
 
-    def _grouped(self, keys: np.ndarray, positions: np.ndarray, least: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    def _grouped(
+        self, keys: np.ndarray, positions: np.ndarray, least: int
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
         """Each key, the counts at its positions added up if that gives `least`, and the positions in their order."""
         if not len(keys):
             return
@@ -221,7 +250,11 @@ class Words:
         counts = np.add.reduceat(self.counts[positions], starts[:-1], dtype=np.int64)
         for group in np.flatnonzero(counts >= least):
             start, stop = starts[group : group + 2]
-            yield int(keys[start]), int(counts[group]), positions[start:stop].copy()  # a view would keep the positions of all
+            yield (
+                int(keys[start]),
+                int(counts[group]),
+                positions[start:stop].copy(),
+            )  # a view would keep the positions of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +275,9 @@ def _without_overlaps(positions: np.ndarray, size: int) -> np.ndarray:
     return positions[(number - run_start) % 2 == 0]
 
 
-def learn_merges(words: Mapping[str, int], n_merges: int, *, progress: Progress | None = None) -> list[tuple[bytes, bytes]]:
+def learn_merges(
+    words: Mapping[str, int], n_merges: int, *, progress: Progress | None = None
+) -> list[tuple[bytes, bytes]]:
     """The first `n_merges` merges for words that stand in a text so often, fewer if every word is one token before.
 
     Each merge is the most frequent pair; of equally frequent ones the lexicographically greatest pair of byte strings.
@@ -250,7 +285,9 @@ def learn_merges(words: Mapping[str, int], n_merges: int, *, progress: Progress 
     return merge_pairs(Words(words, 256 + n_merges), n_merges, progress=progress)
 
 
-def merge_pairs(table: Words, n_merges: int, *, progress: Progress | None = None) -> list[tuple[bytes, bytes]]:
+def merge_pairs(
+    table: Words, n_merges: int, *, progress: Progress | None = None
+) -> list[tuple[bytes, bytes]]:
     """`learn_merges` of the words in a table, which is used up.
 
     A pair comes into being all at once, when the younger of its tokens does, and from then on it can only become rarer. So
@@ -319,13 +356,29 @@ class Bpe:
     rules: Rules
 
     @classmethod
-    def learn(cls, words: Mapping[str, int], vocab_size: int, rules: Rules, *, progress: Progress | None = None) -> "Bpe":
+    def learn(
+        cls,
+        words: Mapping[str, int],
+        vocab_size: int,
+        rules: Rules,
+        *,
+        progress: Progress | None = None,
+    ) -> "Bpe":
         """The vocabulary of `vocab_size` tokens for these words; it is smaller where they allow no more merges."""
-        return cls(tuple(learn_merges(words, vocab_size - smallest_vocabulary(rules), progress=progress)), rules)
+        return cls(
+            tuple(learn_merges(words, vocab_size - smallest_vocabulary(rules), progress=progress)),
+            rules,
+        )
 
     @classmethod
     def count_and_learn(
-        cls, jobs: Iterable[PartJob | TextJob], vocab_size: int, rules: Rules, *, processes: int = 1, progress: Progress | None = None
+        cls,
+        jobs: Iterable[PartJob | TextJob],
+        vocab_size: int,
+        rules: Rules,
+        *,
+        processes: int = 1,
+        progress: Progress | None = None,
     ) -> "Bpe":
         """`learn` from the words of all jobs; they are let go before the merges begin.
 
@@ -333,7 +386,9 @@ class Bpe:
             UserError: as `count_jobs`.
         """
         n_merges = vocab_size - smallest_vocabulary(rules)
-        table = Words(count_jobs(jobs, rules, processes=processes, progress=progress), 256 + n_merges)
+        table = Words(
+            count_jobs(jobs, rules, processes=processes, progress=progress), 256 + n_merges
+        )
         return cls(tuple(merge_pairs(table, n_merges, progress=progress)), rules)
 
     @property
@@ -343,7 +398,9 @@ class Bpe:
     @property
     def eos(self) -> str:
         """The special token that ends a text: one that is known for it, else the first."""
-        return next((name for name in WELL_KNOWN_EOS if name in self.rules.special), self.rules.special[0])
+        return next(
+            (name for name in WELL_KNOWN_EOS if name in self.rules.special), self.rules.special[0]
+        )
 
     @property
     def pad(self) -> str | None:
@@ -353,10 +410,15 @@ class Bpe:
     def vocabulary(self) -> dict[str, int]:
         """The tokens in GPT-2's printable form, and their ids."""
         learned = [left + right for left, right in self.merges]
-        ids = {gpt2_form(token): id for id, token in enumerate([*(bytes((byte,)) for byte in range(256)), *learned])}
+        ids = {
+            gpt2_form(token): id
+            for id, token in enumerate([*(bytes((byte,)) for byte in range(256)), *learned])
+        }
         for name in self.rules.special:
             if name in ids:
-                raise UserError(f"special token {printable(name)}: the files write another token so. Choose another name for it.")
+                raise UserError(
+                    f"special token {printable(name)}: the files write another token so. Choose another name for it."
+                )
             ids[name] = len(ids)
         return ids
 
@@ -371,7 +433,9 @@ class Bpe:
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         else:
             words = pre_tokenizers.Split(Regex(PATTERNS[self.rules.pattern]), "isolated")
-            backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+            backend.pre_tokenizer = pre_tokenizers.Sequence(
+                [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            )
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens(list(self.rules.special))
         return backend
@@ -381,11 +445,20 @@ class Bpe:
 
         `load_hf_tokenizer` and transformers' AutoTokenizer open it.
         """
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "clean_up_tokenization_spaces": False}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos,
+            "clean_up_tokenization_spaces": False,
+        }
         settings |= {"pad_token": self.pad} if self.pad else {}
         texts = (
             json.dumps(self.vocabulary(), ensure_ascii=False),
-            "".join(["#version: 0.2\n", *(f"{gpt2_form(left)} {gpt2_form(right)}\n" for left, right in self.merges)]),
+            "".join(
+                [
+                    "#version: 0.2\n",
+                    *(f"{gpt2_form(left)} {gpt2_form(right)}\n" for left, right in self.merges),
+                ]
+            ),
             json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
             self.backend().to_str(pretty=True),
         )
@@ -426,23 +499,37 @@ def smallest_vocabulary(rules: Rules) -> int:
 def check_request(vocab_size: int, rules: Rules) -> None:
     """UserError for a vocabulary that cannot be, before any time is spent on it."""
     if not rules.special:
-        raise UserError("special tokens: none, and one has to end a text. Name one, such as <|endoftext|>.")
+        raise UserError(
+            "special tokens: none, and one has to end a text. Name one, such as <|endoftext|>."
+        )
     for name in rules.special:
-        if len(name) < 2 or any(character.isspace() for character in name) or not name.isprintable():
-            raise UserError(f"special token '{printable(name)}': expected two or more visible characters. Choose another, such as <|endoftext|>.")
+        if (
+            len(name) < 2
+            or any(character.isspace() for character in name)
+            or not name.isprintable()
+        ):
+            raise UserError(
+                f"special token '{printable(name)}': expected two or more visible characters. Choose another, such as <|endoftext|>."
+            )
         if rules.special.count(name) > 1:
             raise UserError(f"special token {printable(name)}: named twice. Name it once.")
     least = smallest_vocabulary(rules)
     if vocab_size < least:
-        raise UserError(f"tokenizer.vocab_size: {vocab_size} is less than 256 bytes and {len(rules.special)} special tokens. Ask for {least} or more.")
+        raise UserError(
+            f"tokenizer.vocab_size: {vocab_size} is less than 256 bytes and {len(rules.special)} special tokens. Ask for {least} or more."
+        )
     if vocab_size > COUNT_LIMIT:
-        raise UserError(f"tokenizer.vocab_size: {vocab_size} is more than {COUNT_LIMIT}, the largest that is possible. Ask for less, such as 32000.")
+        raise UserError(
+            f"tokenizer.vocab_size: {vocab_size} is more than {COUNT_LIMIT}, the largest that is possible. Ask for less, such as 32000."
+        )
 
 
 def require_new(folder: Path) -> None:
     """UserError where `Bpe.save` would have to replace something: said before the learning, not after it."""
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{printable(folder)}: is there already. Delete it, or choose another folder.")
+        raise UserError(
+            f"{printable(folder)}: is there already. Delete it, or choose another folder."
+        )
 
 
 def require_writable(folder: Path, setting: str) -> None:
@@ -452,20 +539,32 @@ def require_writable(folder: Path, setting: str) -> None:
         _folder_beside(folder).rmdir()
 
 
-def learn_bpe(source: Source, vocab_size: int, rules: Rules, *, docs: int | None = None, processes: int = 1, progress: Progress | None = None) -> Bpe:
+def learn_bpe(
+    source: Source,
+    vocab_size: int,
+    rules: Rules,
+    *,
+    docs: int | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> Bpe:
     """The vocabulary learned from a source, or from its first `docs` documents, the same for any number of processes.
 
     Raises:
         UserError: as `check_request` and `count_jobs`.
     """
     check_request(vocab_size, rules)
-    return Bpe.count_and_learn(jobs_of(source, processes, docs), vocab_size, rules, processes=processes, progress=progress)
+    return Bpe.count_and_learn(
+        jobs_of(source, processes, docs), vocab_size, rules, processes=processes, progress=progress
+    )
 
 
 # --- the tokenizer of a run -------------------------------------------------------------------------------------------
 
 
-def tokenizer_for(config: TokenizerConfig, data: DataConfig, seed: int, *, progress: Progress | None = None) -> Tokenizer:
+def tokenizer_for(
+    config: TokenizerConfig, data: DataConfig, seed: int, *, progress: Progress | None = None
+) -> Tokenizer:
     """The tokenizer that a run's settings ask for: `make_tokenizer`'s, or for bpe one that is learned from the training documents.
 
     Of a mixture it is learned from the documents of all sources, whatever their weights. What bpe learned is kept in
@@ -477,15 +576,33 @@ def tokenizer_for(config: TokenizerConfig, data: DataConfig, seed: int, *, progr
     if config.kind in ("byte", "hf"):
         return make_tokenizer(config, lambda: ())
     split = training_split(data, seed)
-    if isinstance(split.source, HubDataset) and data.streaming and split.limit is None and config.learn_docs is None:
-        raise UserError(f"tokenizer.learn_docs: kind {config.kind} would read all of a streamed dataset. Set tokenizer.learn_docs, for example 100000.")
+    if (
+        isinstance(split.source, HubDataset)
+        and data.streaming
+        and split.limit is None
+        and config.learn_docs is None
+    ):
+        raise UserError(
+            f"tokenizer.learn_docs: kind {config.kind} would read all of a streamed dataset. Set tokenizer.learn_docs, for example 100000."
+        )
     if config.kind == "char":
         return make_tokenizer(config, lambda: islice(split.documents(), config.learn_docs))
     assert config.vocab_size is not None  # TokenizerConfig checks it
     rules = Rules(config.pattern or "gpt2")
     check_request(config.vocab_size, rules)
-    text = [split.source.fingerprint(), data.text_field, data.document_separator, split.held_out, split.limit, config.learn_docs]
-    key = hashlib.sha256(json.dumps([VERSION, text, config.vocab_size, PATTERNS[rules.pattern], rules.special]).encode()).hexdigest()[:16]
+    text = [
+        split.source.fingerprint(),
+        data.text_field,
+        data.document_separator,
+        split.held_out,
+        split.limit,
+        config.learn_docs,
+    ]
+    key = hashlib.sha256(
+        json.dumps(
+            [VERSION, text, config.vocab_size, PATTERNS[rules.pattern], rules.special]
+        ).encode()
+    ).hexdigest()[:16]
     folder = Path(data.cache_dir) / f"bpe-{key}"
     with writing(folder, "data.cache_dir"):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -495,7 +612,13 @@ def tokenizer_for(config: TokenizerConfig, data: DataConfig, seed: int, *, progr
         if not folder.exists():
             documents = islice(split.documents(), config.learn_docs)
             processes = os.cpu_count() or 1
-            Bpe.count_and_learn(text_jobs(documents), config.vocab_size, rules, processes=processes, progress=progress).save(folder)
+            Bpe.count_and_learn(
+                text_jobs(documents),
+                config.vocab_size,
+                rules,
+                processes=processes,
+                progress=progress,
+            ).save(folder)
     finally:
         lock.release()
     return load_hf_tokenizer(str(folder))
@@ -513,5 +636,7 @@ def learned_from(config: TokenizerConfig, texts: Callable[[], Iterable[str]]) ->
     rules = Rules(config.pattern or "gpt2")
     check_request(config.vocab_size, rules)
     with tempfile.TemporaryDirectory() as folder:
-        Bpe.count_and_learn(text_jobs(islice(texts(), config.learn_docs)), config.vocab_size, rules).save(Path(folder) / "bpe")
+        Bpe.count_and_learn(
+            text_jobs(islice(texts(), config.learn_docs)), config.vocab_size, rules
+        ).save(Path(folder) / "bpe")
         return load_hf_tokenizer(str(Path(folder) / "bpe"))

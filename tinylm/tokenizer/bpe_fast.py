@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.words import BYTE_OF_CHARACTER, PATTERNS
+from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, PATTERNS
 
 # tiktoken searches a text for special tokens before all else. With none it looks at every place (12 MB/s instead of 19).
 NEVER_USED = "\0\0\0"
@@ -29,7 +29,12 @@ class FastBpe:
         import tiktoken
 
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        self.encoding = tiktoken.Encoding("tinylm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={NEVER_USED: len(ranks)})
+        self.encoding = tiktoken.Encoding(
+            "tinylm",
+            pat_str=pattern,
+            mergeable_ranks=ranks,
+            special_tokens={NEVER_USED: len(ranks)},
+        )
         self.ids = np.fromiter(ids, dtype=np.uint32, count=len(ranks))
 
     def encode(self, text: str) -> np.ndarray:
@@ -49,13 +54,24 @@ def fast_bpe(description: dict[str, Any], never: Collection[int]) -> FastBpe | N
         never: ids that no text may become.
     """
     pattern, model = word_pattern(description), description["model"]
-    if pattern is None or model["dropout"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+    if (
+        pattern is None
+        or model["dropout"]
+        or model["continuing_subword_prefix"]
+        or model["end_of_word_suffix"]
+    ):
         return None
     vocabulary = model["vocab"]
-    ranked = _ranked(vocabulary, [tuple(pair) for pair in model["merges"]], whole_words=model["ignore_merges"])
+    ranked = _ranked(
+        vocabulary, [tuple(pair) for pair in model["merges"]], whole_words=model["ignore_merges"]
+    )
     if ranked is None or any(vocabulary[token] in never for token in ranked):
         return None
-    return FastBpe(pattern, [b"".join(map(BYTE_OF_CHARACTER.__getitem__, token)) for token in ranked], [vocabulary[token] for token in ranked])
+    return FastBpe(
+        pattern,
+        [b"".join(map(BYTE_OF_CHARACTER.__getitem__, token)) for token in ranked],
+        [vocabulary[token] for token in ranked],
+    )
 
 
 def word_pattern(description: dict[str, Any]) -> str | None:
@@ -68,7 +84,12 @@ def word_pattern(description: dict[str, Any]) -> str | None:
         case {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": pattern},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         } if pattern in PATTERNS.values():
@@ -76,7 +97,9 @@ def word_pattern(description: dict[str, Any]) -> str | None:
     return None
 
 
-def _ranked(vocabulary: dict[str, int], merges: list[tuple[str, str]], *, whole_words: bool) -> list[str] | None:
+def _ranked(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], *, whole_words: bool
+) -> list[str] | None:
     """The tokens that come out of text: the 256 bytes, the others in the order of their merges. None where tiktoken's could differ.
 
     Args:
@@ -89,10 +112,16 @@ def _ranked(vocabulary: dict[str, int], merges: list[tuple[str, str]], *, whole_
     results = [left + right for left, right in merges]
     # A token with several merges, as converted tiktoken files have them, has one rank if these stand together.
     in_order = [result for before, result in pairwise(["", *results]) if before != result]
-    if not vocabulary.keys() >= BYTE_OF_CHARACTER.keys() or len({*BYTE_OF_CHARACTER, *in_order}) < 256 + len(in_order):
+    if not vocabulary.keys() >= BYTE_OF_CHARACTER.keys() or len(
+        {*BYTE_OF_CHARACTER, *in_order}
+    ) < 256 + len(in_order):
         return None
     alone = models.BPE(vocabulary, merges)
-    parts = {token: len(alone.tokenize(token)) for token in vocabulary if BYTE_OF_CHARACTER.keys() >= set(token)}
+    parts = {
+        token: len(alone.tokenize(token))
+        for token in vocabulary
+        if BYTE_OF_CHARACTER.keys() >= set(token)
+    }
     ranked = [*BYTE_OF_CHARACTER, *(token for token in in_order if parts.get(token) == 1)]
     if whole_words:
         # tiktoken looks whole words up too. It would also join two tokens to such a word where `tokenizers` has no merge for them.

@@ -9,295 +9,41 @@ types `<|endoftext|>` gets the characters, unless the caller allows that token b
 rows or models.
 """
 
-import codecs
-import hashlib
 import json
 import os
 import re
-import socket
-import urllib.request
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from tinylm.config import TokenizerConfig
-from tinylm.errors import UserError, printable
-from tinylm.fastbpe import FastBpe, fast_bpe, word_pattern
-from tinylm.words import BYTE_OF_CHARACTER, LAST_CUT
+from tinylm.common.errors import UserError, printable
+from tinylm.common.hub import first_line, hub_errors, is_hub_name, require_hub
+from tinylm.text.documents import reject_lone_surrogates
+from tinylm.tokenizer.base import BytesStream, StreamDecoder, Tokenizer
+from tinylm.tokenizer.bpe_fast import FastBpe, fast_bpe, word_pattern
+from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, LAST_CUT
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+
 
 # Ends of text that published tokenizers use, tried where a tokenizer's files do not name one.
 WELL_KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 # Vocabularies that transformers can turn into a tokenizer.json: SentencePiece's, WordPiece's and tiktoken's.
 OLDER_VOCABULARIES = ("*.model", "vocab.txt", "*.tiktoken")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json")
-HUB_TIMEOUT_SECONDS = 5.0
-# Tokens kept as context while a stream is decoded: more than any decoder looks back.
-STREAM_WINDOW = 32
-# Characters of a stream of text that are encoded together.
-ITERATE_CHARACTERS = 2**14
-
-AllowedSpecial = Collection[str] | Literal["all"]
-
-
-class Tokenizer(ABC):
-    """What turns text into ids from 0 to `vocab_size` - 1, and back."""
-
-    kind: str
-    vocab_size: int
-    eos_id: int
-    pad_id: int
-    """the eos id where a tokenizer has no token for padding"""
-    special_names: dict[int, str]
-    """special tokens by id: they never come out of a text and never show in one"""
-
-    def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
-        """The ids of `text`; text that looks like a special token is text, but for those that are allowed by name.
-
-        What stands between two special tokens is encoded as a text of its own; of special tokens that overlap the longest
-        counts.
-
-        Raises:
-            UserError: the text has a lone surrogate, or a character that the vocabulary lacks.
-            ValueError: a name that is no special token.
-        """
-        special = self._special_ids(allowed_special)
-        if not special:
-            return self.encode_batch([text])[0]
-        ids: list[int] = []
-        for stretch, name in _stretches(text, _pattern_of(special)):
-            ids += self.encode_batch([stretch])[0]
-            ids += [special[name]] if name else []
-        return ids
-
-    def encode_iterable(self, texts: Iterable[str], *, allowed_special: AllowedSpecial = ()) -> Iterator[int]:
-        """The ids of the texts put together, an open file for example, one by one, as `encode` would give them.
-
-        Memory is bounded by the longest stretch that cannot be cut: nothing for bytes and characters, the longest run of text
-        without a space, line end or punctuation for byte-level BPE whose words are known (GPT-2's, GPT-4's, our own). For
-        any other tokenizer it is the whole text, or the stretch between two allowed special tokens, because its ids could
-        depend on everything before.
-        """
-        special = self._special_ids(allowed_special)
-        rest, enough = "", ITERATE_CHARACTERS
-        for stretch, name in _streamed(_pieces(texts), special):
-            rest += stretch
-            if name:
-                yield from self.encode(rest)
-                yield special[name]
-                rest, enough = "", ITERATE_CHARACTERS
-            elif len(rest) >= enough:
-                cut = self.last_cut(rest)
-                yield from self.encode(rest[:cut])
-                rest = rest[cut:]
-                enough = max(ITERATE_CHARACTERS, 2 * len(rest))  # so that a text that cannot be cut is not searched too often
-        yield from self.encode(rest)
-
-    def _special_ids(self, allowed: AllowedSpecial) -> dict[str, int]:
-        ids = {name: id for id, name in self.special_names.items()}
-        names = ids if allowed == "all" else allowed
-        for name in names:
-            if name not in ids:
-                raise ValueError(f"allowed_special: '{printable(name)}' is no special token of this tokenizer, which has {', '.join(ids)}")
-        return {name: ids[name] for name in names}
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
-        return [ids.tolist() for ids in self.encode_arrays(texts)]
-
-    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text as a 1-D array of an unsigned type: what a corpus is encoded with."""
-        for text in texts:
-            reject_lone_surrogates(text)
-        return self._encode(texts)
-
-    def last_cut(self, text: str) -> int:
-        """The last place where `text`, whatever follows it, can be cut so that its parts have its ids; 0 if none is known."""
-        return len(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self.token_bytes(id) for id in ids).decode("utf-8", "replace")
-
-    def stream(self) -> "StreamDecoder":
-        """A decoder that is fed one id at a time; the pieces together are what `decode` gives."""
-        return BytesStream(self)
-
-    def byte_lengths(self) -> list[int]:
-        """UTF-8 bytes of text that each id stands for, 0 for special tokens."""
-        return [0 if id in self.special_names else len(self.token_bytes(id)) for id in range(self.vocab_size)]
-
-    def token_text(self, id: int) -> str:
-        r"""How one token is shown to people, on one line: a special token by its name, half a character as `\xe2`."""
-        if id in self.special_names:
-            return printable(self.special_names[id])
-        return printable(self.token_bytes(id).decode("utf-8", "backslashreplace"))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """12 hex digits that identify this tokenizer: SHA-256 over `to_plain`."""
-        return hashlib.sha256(json.dumps(self.to_plain(), sort_keys=True).encode()).hexdigest()[:12]
-
-    @abstractmethod
-    def token_bytes(self, id: int) -> bytes:
-        """The bytes that a token puts into a text, none for a special token; ValueError for an id that does not exist."""
-
-    @abstractmethod
-    def to_plain(self) -> dict[str, Any]:
-        """The tokenizer as plain types, for a checkpoint; `tokenizer_from_plain` is its inverse."""
-
-    @abstractmethod
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode_arrays` of texts that are known to be free of lone surrogates."""
-
-    def _check_id(self, id: int) -> None:
-        # Without this a negative id would count from the end of a table.
-        if not 0 <= id < self.vocab_size:
-            raise ValueError(f"token id {id} is outside the tokenizer's 0 to {self.vocab_size - 1}")
-
-
-def _pattern_of(names: Iterable[str]) -> re.Pattern[str]:
-    return re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})")
-
-
-def _stretches(text: str, special: re.Pattern[str]) -> Iterator[tuple[str, str]]:
-    """The text cut at special tokens: what stands before each and its name; at the end what is left and no name."""
-    parts = special.split(text)
-    yield from zip(parts[::2], [*parts[1::2], ""], strict=True)
-
-
-def _streamed(pieces: Iterable[str], names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """`_stretches` of all pieces put together; a stretch may come in several parts, which have no name but the last one.
-
-    >>> [part for part in _streamed(["a<", "1><2", ">b"], ["<1>", "<2>"]) if any(part)]
-    [('a', '<1>'), ('', '<2>'), ('b', '')]
-    """
-    if not names:
-        yield from ((piece, "") for piece in pieces)
-        return
-    special, longest = _pattern_of(names), max(map(len, names))
-    rest = ""
-    for piece in pieces:
-        rest += piece
-        # Nearer to the end a longer special token may have begun than can be seen.
-        while (match := special.search(rest)) and match.start() + longest <= len(rest):
-            yield rest[: match.start()], match[0]
-            rest = rest[match.end() :]
-        sure = max(0, len(rest) - longest + 1)
-        yield rest[:sure], ""
-        rest = rest[sure:]
-    yield from _stretches(rest, special)
-
-
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        yield from (text[start : start + ITERATE_CHARACTERS] for start in range(0, len(text), ITERATE_CHARACTERS))
-
-
-def reject_lone_surrogates(text: str) -> None:
-    """Raise a UserError where `text` has half a UTF-16 pair, which no file in UTF-8 can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        found = f"the lone surrogate {printable(text[error.start])} at position {error.start}"
-        raise UserError(f"the text has {found}, which is half a character. Take it out, or write the whole character.") from None
-
-
-class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8 and four special tokens: no training, no unknown text, long sequences.
-
-    >>> ByteTokenizer().encode("aé")
-    [97, 195, 169]
-    """
-
-    kind = "byte"
-    vocab_size = 260
-
-    def __init__(self) -> None:
-        self.pad_id, self.bos_id, self.eos_id, self.sep_id = 256, 257, 258, 259
-        self.special_names = {256: "<|pad|>", 257: "<|bos|>", 258: "<|eos|>", 259: "<|sep|>"}
-
-    def token_bytes(self, id: int) -> bytes:
-        self._check_id(id)
-        return bytes((id,)) if id < 256 else b""
-
-    def to_plain(self) -> dict[str, Any]:
-        return {"kind": self.kind}
-
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
-
-
-class CharTokenizer(Tokenizer):
-    """The characters of a text in code-point order, then `<|pad|>`, `<|eos|>` and, if asked for, `<|unk|>`.
-
-    >>> tokenizer = CharTokenizer("abn", unknown="error")
-    >>> tokenizer.encode("banana"), tokenizer.eos_id
-    ([1, 0, 2, 0, 2, 0], 4)
-    """
-
-    kind = "char"
-
-    def __init__(self, characters: Iterable[str], *, unknown: str):
-        self.characters = "".join(sorted(set(characters)))
-        self.unknown = unknown
-        n = len(self.characters)
-        self.pad_id, self.eos_id = n, n + 1
-        self.unk_id = n + 2 if unknown == "unk" else None
-        self.special_names = {n: "<|pad|>", n + 1: "<|eos|>"} | ({n + 2: "<|unk|>"} if unknown == "unk" else {})
-        self.vocab_size = n + len(self.special_names)
-        self._code_points = _code_points(self.characters)
-
-    @classmethod
-    def of_documents(cls, documents: Iterable[str], *, unknown: str) -> "CharTokenizer":
-        """The tokenizer whose vocabulary is every character in `documents`."""
-        characters: set[str] = set()
-        for document in documents:
-            characters.update(document)
-        if not characters:
-            raise UserError("tokenizer.kind: char learns its vocabulary from the training documents, and they have no character. Give data.dataset text.")
-        return cls(characters, unknown=unknown)
-
-    def token_bytes(self, id: int) -> bytes:
-        self._check_id(id)
-        if id == self.unk_id:
-            return "\ufffd".encode()  # it stood for a character: nothing at all would be a different text
-        return b"" if id in self.special_names else self.characters[id].encode()
-
-    def to_plain(self) -> dict[str, Any]:
-        return {"kind": self.kind, "characters": self.characters, "unknown": self.unknown}
-
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self._encode_one(text) for text in texts]
-
-    def _encode_one(self, text: str) -> np.ndarray:
-        points = _code_points(text)
-        # The vocabulary is sorted, so a character's place in it is its id.
-        ids = np.searchsorted(self._code_points, points).astype(np.uint32)
-        known = self._code_points[np.minimum(ids, len(self._code_points) - 1)] == points
-        if known.all():
-            return ids
-        if self.unk_id is None:
-            position = int(np.argmin(known))
-            raise UserError(
-                f"the character '{printable(text[position])}' (U+{ord(text[position]):04X}) at position {position} is not among the "
-                f"{len(self.characters)} characters of the tokenizer. Set tokenizer.unknown: unk, or train on text that has it."
-            )
-        ids[~known] = self.unk_id
-        return ids
-
-
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "config.json",
+)
 
 
 class HFTokenizer(Tokenizer):
@@ -317,7 +63,15 @@ class HFTokenizer(Tokenizer):
 
     kind = "hf"
 
-    def __init__(self, backend: "Backend", *, eos: str, pad: str | None, special: Iterable[str] = (), chat_template: str | None = None):
+    def __init__(
+        self,
+        backend: "Backend",
+        *,
+        eos: str,
+        pad: str | None,
+        special: Iterable[str] = (),
+        chat_template: str | None = None,
+    ):
         backend.no_truncation()
         backend.no_padding()
         backend.add_special_tokens(sorted({eos, *special} | ({pad} if pad else set())))
@@ -328,15 +82,31 @@ class HFTokenizer(Tokenizer):
         self.vocab_size = backend.get_vocab_size()
         self.eos_id = backend.token_to_id(eos)
         self.pad_id = self.eos_id if pad is None else backend.token_to_id(pad)
-        self._added = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
-        self.special_names = {id: token.content for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._added = {
+            id: token.content for id, token in backend.get_added_tokens_decoder().items()
+        }
+        self.special_names = {
+            id: token.content
+            for id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
         description = json.loads(self._json)
         self._byte_level = (description["decoder"] or {}).get("type") == "ByteLevel"
         # The unknown token does come out of text: that is what it is for. The end of a text never does.
-        forbidden = set(self.special_names) - {_unknown_id(backend, description["model"])} | {self.eos_id, self.pad_id}
+        forbidden = set(self.special_names) - {_unknown_id(backend, description["model"])} | {
+            self.eos_id,
+            self.pad_id,
+        }
         self._forbidden = np.array(sorted(forbidden), dtype=np.uint32)
-        self._in_text = [token for token in backend.get_added_tokens_decoder().values() if not token.special]
-        plain = all(not (token.lstrip or token.rstrip or token.single_word or LAST_CUT.search(token.content)) for token in self._in_text)
+        self._in_text = [
+            token for token in backend.get_added_tokens_decoder().values() if not token.special
+        ]
+        plain = all(
+            not (
+                token.lstrip or token.rstrip or token.single_word or LAST_CUT.search(token.content)
+            )
+            for token in self._in_text
+        )
         self._words_known = plain and word_pattern(description) is not None
         self.fast = fast_bpe(description, forbidden)
         """tiktoken's encoder, where it gives the same ids"""
@@ -360,13 +130,18 @@ class HFTokenizer(Tokenizer):
         if self._byte_level and id in self._added:
             return self._added[id].encode()
         if self._byte_level:
-            return b"".join(BYTE_OF_CHARACTER.get(c) or c.encode() for c in self._backend.id_to_token(id))
+            return b"".join(
+                BYTE_OF_CHARACTER.get(c) or c.encode() for c in self._backend.id_to_token(id)
+            )
         # What a token adds after another: at the very start of a text some decoders drop its space.
         return self._backend.decode([id, id])[len(self._backend.decode([id])) :].encode()
 
     def is_byte_token(self, id: int) -> bool:
         """Whether `id` is a single byte in the style of SentencePiece, `<0xE2>`, that only its neighbours make a character."""
-        return not self._byte_level and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", self._backend.id_to_token(id)) is not None
+        return (
+            not self._byte_level
+            and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", self._backend.id_to_token(id)) is not None
+        )
 
     def encode_markup(self, text: str) -> list[int]:
         """The ids of a text that a template wrote: the special tokens that it spells are those tokens. Never for a user's text."""
@@ -378,7 +153,13 @@ class HFTokenizer(Tokenizer):
             self._backend.encode_special_tokens = True
 
     def to_plain(self) -> dict[str, Any]:
-        return {"kind": self.kind, "tokenizer_json": self._json, "eos": self.eos, "pad": self.pad, "chat_template": self.chat_template}
+        return {
+            "kind": self.kind,
+            "tokenizer_json": self._json,
+            "eos": self.eos,
+            "pad": self.pad,
+            "chat_template": self.chat_template,
+        }
 
     def last_cut(self, text: str) -> int:
         found = LAST_CUT.search(text) if self._words_known else None
@@ -398,7 +179,10 @@ class HFTokenizer(Tokenizer):
     def _encode_slowly(self, texts: Sequence[str]) -> list[np.ndarray]:
         batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         arrays = [np.array(encoding.ids, dtype=np.uint32) for encoding in batch]
-        return [self._encode_apart(text) if np.isin(ids, self._forbidden).any() else ids for text, ids in zip(texts, arrays, strict=True)]
+        return [
+            self._encode_apart(text) if np.isin(ids, self._forbidden).any() else ids
+            for text, ids in zip(texts, arrays, strict=True)
+        ]
 
     def _encode_apart(self, text: str) -> np.ndarray:
         """The ids of a text that spells special tokens, each cut behind its first character.
@@ -407,12 +191,20 @@ class HFTokenizer(Tokenizer):
         still finds `</s>` in its vocabulary. A tokenizer that opens each text with a space then has one more at the cut.
         """
         encoding = self._backend.encode(text, add_special_tokens=False)
-        places = [place for id, place in zip(encoding.ids, encoding.offsets, strict=True) if id in self._forbidden]
+        places = [
+            place
+            for id, place in zip(encoding.ids, encoding.offsets, strict=True)
+            if id in self._forbidden
+        ]
         if any(end - start < 2 for start, end in places):
             character = printable(text[places[0][0]])
-            raise UserError(f"the character '{character}' is a special token of this tokenizer, so no text can have it. Choose another tokenizer.")
+            raise UserError(
+                f"the character '{character}' is a special token of this tokenizer, so no text can have it. Choose another tokenizer."
+            )
         cuts = [0, *(start + 1 for start, _ in places), len(text)]
-        return np.concatenate(self._encode_slowly([text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]))
+        return np.concatenate(
+            self._encode_slowly([text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)])
+        )
 
 
 def _unknown_id(backend: "Backend", model: dict[str, Any]) -> int | None:
@@ -420,117 +212,6 @@ def _unknown_id(backend: "Backend", model: dict[str, Any]) -> int | None:
     if model["type"] == "Unigram":
         return model["unk_id"]
     return None if model["unk_token"] is None else backend.token_to_id(model["unk_token"])
-
-
-# --- text while its tokens are coming ----------------------------------------------------------------------------------
-
-
-class StreamDecoder(ABC):
-    """Turns ids into text one at a time: all that `feed` and then `finish` gave is what `decode` gives for all ids."""
-
-    @abstractmethod
-    def feed(self, id: int) -> str:
-        """The text that is complete now; nothing while a character is half there."""
-
-    @abstractmethod
-    def finish(self) -> str:
-        """What was held back; half a character is U+FFFD now."""
-
-
-class BytesStream(StreamDecoder):
-    """For tokenizers whose tokens are bytes: an incremental UTF-8 decoder holds back half characters.
-
-    >>> stream = ByteTokenizer().stream()
-    >>> [stream.feed(byte) for byte in "é!".encode()]
-    ['', 'é', '!']
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, id: int) -> str:
-        return self._decoder.decode(self._tokenizer.token_bytes(id))
-
-    def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
-
-
-class WindowStream(StreamDecoder):
-    """For tokenizers that only decode whole texts: decodes the last tokens again and gives what is new.
-
-    A run of byte tokens is decoded as a whole (one bad byte spoils all of it), so it is held until it ends.
-    """
-
-    def __init__(self, tokenizer: HFTokenizer):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0  # characters of decode(self._ids) that were given out
-
-    def feed(self, id: int) -> str:
-        self._tokenizer._check_id(id)
-        if id in self._tokenizer.special_names:
-            return ""
-        self._ids.append(id)
-        if self._tokenizer.is_byte_token(id):
-            return ""
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd"):
-            return ""
-        new, self._shown = text[self._shown :], len(text)
-        if len(self._ids) > 2 * STREAM_WINDOW:
-            self._ids = self._ids[-STREAM_WINDOW:]
-            self._shown = len(self._tokenizer.decode(self._ids))
-        return new
-
-    def finish(self) -> str:
-        rest = self._tokenizer.decode(self._ids)[self._shown :]
-        self._shown += len(rest)
-        return rest
-
-
-# --- making one -------------------------------------------------------------------------------------------------------
-
-
-def make_tokenizer(config: TokenizerConfig, documents: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that `config` asks for; `documents` gives the training split, which only `char` reads.
-
-    Kind bpe, which keeps what it learned, is `bpe.tokenizer_for`.
-    """
-    if config.kind == "byte":
-        return ByteTokenizer()
-    if config.kind == "char":
-        return CharTokenizer.of_documents(documents(), unknown=config.unknown)
-    if config.path is None:
-        raise ValueError("kind hf needs a path, which TokenizerConfig checks; kind bpe is made by bpe.tokenizer_for")
-    return load_hf_tokenizer(config.path)
-
-
-def tokenizer_from_plain(plain: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_plain` described.
-
-    Raises:
-        UserError: it is of a kind that this version does not know.
-    """
-    match plain["kind"]:
-        case "byte":
-            return ByteTokenizer()
-        case "char":
-            return CharTokenizer(plain["characters"], unknown=plain["unknown"])
-        case "hf":
-            from tokenizers import Tokenizer as Backend
-
-            backend = Backend.from_str(plain["tokenizer_json"])
-            return HFTokenizer(backend, eos=plain["eos"], pad=plain["pad"], chat_template=plain["chat_template"])
-    raise UserError(f"tokenizer kind {printable(plain['kind'])}: this version knows byte, char and hf. Use the version that wrote it.")
-
-
-def named_tokenizer(name: str) -> Tokenizer:
-    """`byte`, or the tokenizer in a folder or of a Hugging Face model."""
-    return ByteTokenizer() if name == "byte" else load_hf_tokenizer(name)
-
-
-# --- how a tokenizer fits a text --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -557,9 +238,6 @@ class Fit:
         return cls(n_bytes, int(uses.sum()), len(used), used[:n_longest])
 
 
-# --- files of a Hugging Face tokenizer --------------------------------------------------------------------------------
-
-
 def load_hf_tokenizer(path: str) -> HFTokenizer:
     """The tokenizer in the folder `path` or, where nothing has that name here, of the Hugging Face model `path`.
 
@@ -573,44 +251,10 @@ def load_hf_tokenizer(path: str) -> HFTokenizer:
         return _read_folder(Path(path))
     if os.path.lexists(path) or not is_hub_name(path):
         found = "is not a folder" if os.path.lexists(path) else "not found"
-        raise UserError(f"tokenizer.path: {printable(path)}: {found}. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2.")
+        raise UserError(
+            f"tokenizer.path: {printable(path)}: {found}. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."
+        )
     return _read_folder(_download(path))
-
-
-def is_hub_name(text: str) -> bool:
-    """Whether `text` can be a name on the Hugging Face hub (gpt2, owner/name) and is not a path into a folder that exists.
-
-    >>> is_hub_name("gpt2"), is_hub_name("../gpt2"), is_hub_name("a/b/c")
-    (True, False, False)
-    """
-    owner, slash, _ = text.partition("/")
-    # os.path, because Path.is_dir raises for a name that is too long.
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text, re.ASCII) is not None and not (slash and os.path.isdir(owner))
-
-
-def require_hub(what: str, mend: str) -> None:
-    """Raise a UserError at once where the Hugging Face hub cannot be reached; its library would try for half a minute.
-
-    With HF_HUB_OFFLINE=1 the library reads its cache alone, and with a proxy only the library knows the way: then
-    nothing is checked here.
-    """
-    from huggingface_hub import constants
-
-    endpoint = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
-        return
-    try:
-        socket.create_connection((endpoint.hostname or "", endpoint.port or (443 if endpoint.scheme == "https" else 80)), HUB_TIMEOUT_SECONDS).close()
-    except OSError as error:
-        found = f"nothing here has that name, and {endpoint.hostname} cannot be reached ({error.strerror or error})"
-        raise UserError(f"{what}: {found}. {mend} What was downloaded before is used with HF_HUB_OFFLINE=1.") from None
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What the Hugging Face libraries raise where the network fails: an OSError, or one of their HTTP library that is none."""
-    from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version of it uses
-
-    return OSError, HTTPError
 
 
 def _download(name: str) -> Path:
@@ -622,12 +266,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*TOKENIZER_FILES, *OLDER_VOCABULARIES]))
     except (*hub_errors(), ValueError) as error:
-        raise UserError(f"tokenizer.path: {name}: not a folder here, and the Hugging Face hub says: {first_line(error)}. {mend}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, to stand in one of ours."""
-    return printable(str(error).strip().partition("\n")[0]).rstrip(".") or type(error).__name__
+        raise UserError(
+            f"tokenizer.path: {name}: not a folder here, and the Hugging Face hub says: {first_line(error)}. {mend}"
+        ) from error
 
 
 def _read_folder(folder: Path) -> HFTokenizer:
@@ -638,12 +279,22 @@ def _read_folder(folder: Path) -> HFTokenizer:
     _check_named(settings, vocabulary, folder)
     special = {name for name in settings.special if name in vocabulary}
     # vocab.json does not tell special tokens from others, but no merge makes these names.
-    added = vocabulary.keys() if file.name == "vocab.json" else {token.content for token in backend.get_added_tokens_decoder().values()}
-    eos = settings.eos or next((name for name in WELL_KNOWN_EOS if name in special or name in added), None)
+    added = (
+        vocabulary.keys()
+        if file.name == "vocab.json"
+        else {token.content for token in backend.get_added_tokens_decoder().values()}
+    )
+    eos = settings.eos or next(
+        (name for name in WELL_KNOWN_EOS if name in special or name in added), None
+    )
     if eos is None:
         where = printable(folder / "tokenizer_config.json")
-        raise UserError(f'{printable(file)}: no end-of-text token. Name one of its tokens in {where}: {{"eos_token": "..."}}.')
-    return HFTokenizer(backend, eos=eos, pad=settings.pad, special=special, chat_template=settings.chat_template)
+        raise UserError(
+            f'{printable(file)}: no end-of-text token. Name one of its tokens in {where}: {{"eos_token": "..."}}.'
+        )
+    return HFTokenizer(
+        backend, eos=eos, pad=settings.pad, special=special, chat_template=settings.chat_template
+    )
 
 
 def _read_backend(folder: Path) -> tuple[Path, "Backend"]:
@@ -656,7 +307,9 @@ def _read_backend(folder: Path) -> tuple[Path, "Backend"]:
     if older:  # without one, transformers would make a tokenizer that knows no text
         return older[0], _convert(folder)
     found = "no tokenizer.json here, and no vocab.json with merges.txt"
-    raise UserError(f"tokenizer.path: {printable(folder)}: {found}. Give the folder that holds a tokenizer.")
+    raise UserError(
+        f"tokenizer.path: {printable(folder)}: {found}. Give the folder that holds a tokenizer."
+    )
 
 
 @dataclass
@@ -695,12 +348,16 @@ def _read_settings(folder: Path) -> _Settings:
 def _add_settings(settings: _Settings, file: Path) -> None:
     values = _read_object(file)
     for key, value in values.items():
-        if key.endswith("_token") and value is not None and not isinstance(value, bool):  # add_bos_token is a switch
+        if (
+            key.endswith("_token") and value is not None and not isinstance(value, bool)
+        ):  # add_bos_token is a switch
             settings.named[key] = _token_name(value, file, key)
             settings.files[key] = file
     further = values.get("additional_special_tokens") or []
     if not isinstance(further, list):
-        raise UserError(f"{printable(file)}: additional_special_tokens: expected a list of tokens, found {_shown(further)}. Write a list.")
+        raise UserError(
+            f"{printable(file)}: additional_special_tokens: expected a list of tokens, found {_shown(further)}. Write a list."
+        )
     settings.special |= {_token_name(token, file, "additional_special_tokens") for token in further}
     if isinstance(values.get("chat_template"), str):
         settings.chat_template = values["chat_template"]
@@ -715,7 +372,9 @@ def _token_name(value: Any, file: Path, key: str) -> str:
     """The text of a token, which the files give as a string or as an object with `content`."""
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) or not content:
-        raise UserError(f"{printable(file)}: {printable(key)}: expected a token's text, found {_shown(value)}. Write the text of one token.")
+        raise UserError(
+            f"{printable(file)}: {printable(key)}: expected a token's text, found {_shown(value)}. Write the text of one token."
+        )
     return content
 
 
@@ -723,7 +382,9 @@ def _check_named(settings: _Settings, vocabulary: dict[str, int], folder: Path) 
     for key, token in (("eos_token", settings.eos), ("pad_token", settings.pad)):
         if token is not None and token not in vocabulary:
             found = f"the tokenizer in {printable(folder)} has no token {printable(token)}"
-            raise UserError(f"{printable(settings.files[key])}: {key}: {found}. Name one that it has, or add it.")
+            raise UserError(
+                f"{printable(settings.files[key])}: {key}: {found}. Name one that it has, or add it."
+            )
 
 
 def _check_ids(vocabulary: dict[str, int], file: Path) -> None:
@@ -732,7 +393,9 @@ def _check_ids(vocabulary: dict[str, int], file: Path) -> None:
     if missing or not vocabulary:
         highest = max(vocabulary.values(), default=None)
         expected = f"its {len(vocabulary)} tokens need the ids from 0 to {len(vocabulary) - 1}"
-        found = f"{missing[0]} is missing (the highest is {highest})" if missing else "there are none"
+        found = (
+            f"{missing[0]} is missing (the highest is {highest})" if missing else "there are none"
+        )
         raise UserError(f"{printable(file)}: {expected}, and {found}. Export the tokenizer again.")
 
 
@@ -748,7 +411,9 @@ def _read_tokenizer_json(file: Path) -> "Backend":
         place = backend.token_to_id(token["content"])
         if token["id"] != place:  # the library gives such a token the next free id and says nothing
             found = f"id {token['id']}, but with {backend.get_vocab_size()} tokens in all its place is {place}"
-            raise UserError(f"{printable(file)}: added token {printable(token['content'])}: {found}. Export the tokenizer again.")
+            raise UserError(
+                f"{printable(file)}: added token {printable(token['content'])}: {found}. Export the tokenizer again."
+            )
     return backend
 
 
@@ -760,7 +425,9 @@ def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":
     vocabulary = _read_object(vocab_file)
     for token, id in vocabulary.items():
         if type(id) is not int or id < 0:
-            raise UserError(f"{printable(vocab_file)}: {printable(token)}: expected an id from 0 on, found {_shown(id)}. Export the tokenizer again.")
+            raise UserError(
+                f"{printable(vocab_file)}: {printable(token)}: expected an id from 0 on, found {_shown(id)}. Export the tokenizer again."
+            )
     _check_ids(vocabulary, vocab_file)
     merges = []
     for number, line in enumerate(_read_text(merges_file).split("\n"), start=1):
@@ -768,11 +435,15 @@ def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":
         if line.startswith("#version") or pair == [""]:
             continue
         if len(pair) != 2:
-            raise UserError(f"{printable(merges_file)}:{number}: expected two tokens and a space between, found {_shown(line)}. Export it again.")
+            raise UserError(
+                f"{printable(merges_file)}:{number}: expected two tokens and a space between, found {_shown(line)}. Export it again."
+            )
         merges.append((pair[0], pair[1]))
     try:
         backend = Backend(models.BPE(vocabulary, merges))
-    except Exception as error:  # the library raises plain Exception, as for a merge whose result is no token
+    except (
+        Exception
+    ) as error:  # the library raises plain Exception, as for a merge whose result is no token
         _not_a_tokenizer(merges_file, error)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -780,7 +451,9 @@ def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":
 
 
 def _not_a_tokenizer(file: Path, error: Exception) -> NoReturn:
-    raise UserError(f"{printable(file)}: not a tokenizer: {first_line(error)}. Export the tokenizer again.") from error
+    raise UserError(
+        f"{printable(file)}: not a tokenizer: {first_line(error)}. Export the tokenizer again."
+    ) from error
 
 
 def _convert(folder: Path) -> "Backend":
@@ -788,26 +461,80 @@ def _convert(folder: Path) -> "Backend":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
-    except (OSError, ValueError, ImportError, AttributeError) as error:  # AttributeError: transformers knows it in Python only
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        AttributeError,
+    ) as error:  # AttributeError: transformers knows it in Python only
         found = f"no tokenizer.json, and transformers cannot make one: {first_line(error)}"
-        raise UserError(f"tokenizer.path: {printable(folder)}: {found}. Export the tokenizer with tokenizer.json.") from error
+        raise UserError(
+            f"tokenizer.path: {printable(folder)}: {found}. Export the tokenizer with tokenizer.json."
+        ) from error
 
 
 def _read_text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{printable(file)}: not UTF-8 text (byte {error.start}). Export the tokenizer again.") from None
+        raise UserError(
+            f"{printable(file)}: not UTF-8 text (byte {error.start}). Export the tokenizer again."
+        ) from None
     except OSError as error:
-        raise UserError(f"{printable(file)}: {error.strerror}. Give a folder whose files can be read.") from None
+        raise UserError(
+            f"{printable(file)}: {error.strerror}. Give a folder whose files can be read."
+        ) from None
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(file))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{printable(file)}: not JSON, or cut off: {first_line(error)}. Export the tokenizer again.") from None
+        raise UserError(
+            f"{printable(file)}: not JSON, or cut off: {first_line(error)}. Export the tokenizer again."
+        ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{printable(file)}: expected a JSON object, found {type(value).__name__}. Export the tokenizer again.")
+        raise UserError(
+            f"{printable(file)}: expected a JSON object, found {type(value).__name__}. Export the tokenizer again."
+        )
     return value
+
+
+# Tokens kept as context while a stream is decoded: more than any decoder looks back.
+STREAM_WINDOW = 32
+
+
+class WindowStream(StreamDecoder):
+    """For tokenizers that only decode whole texts: decodes the last tokens again and gives what is new.
+
+    A run of byte tokens is decoded as a whole (one bad byte spoils all of it), so it is held until it ends.
+    """
+
+    def __init__(self, tokenizer: HFTokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0  # characters of decode(self._ids) that were given out
+
+    def feed(self, id: int) -> str:
+        self._tokenizer._check_id(id)
+        if id in self._tokenizer.special_names:
+            return ""
+        self._ids.append(id)
+        if self._tokenizer.is_byte_token(id):
+            return ""
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd"):
+            return ""
+        new, self._shown = text[self._shown :], len(text)
+        if len(self._ids) > 2 * STREAM_WINDOW:
+            self._ids = self._ids[-STREAM_WINDOW:]
+            self._shown = len(self._tokenizer.decode(self._ids))
+        return new
+
+    def finish(self) -> str:
+        rest = self._tokenizer.decode(self._ids)[self._shown :]
+        self._shown += len(rest)
+        return rest

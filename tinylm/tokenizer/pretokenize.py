@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import regex
 
-from tinylm.portions import PartJob, TextJob
+from tinylm.text.chunks import PartJob, TextJob
 
 # What a merge may not cross: the words of GPT-2 (Radford et al. 2019), and those of GPT-4 as tiktoken's cl100k_base has them,
 # which keep numbers to three digits and ignore the case of contractions. Both leave no character out, and tokenizers and
@@ -35,9 +35,15 @@ def _printable_bytes() -> dict[str, bytes]:
 
     The visible characters of Latin-1 stand for themselves, and the other 68 bytes, in their order, for U+0100 and on.
     """
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    visible = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): bytes((byte,)) for byte in visible} | {chr(256 + n): bytes((byte,)) for n, byte in enumerate(hidden)}
+    return {chr(byte): bytes((byte,)) for byte in visible} | {
+        chr(256 + n): bytes((byte,)) for n, byte in enumerate(hidden)
+    }
 
 
 BYTE_OF_CHARACTER = _printable_bytes()

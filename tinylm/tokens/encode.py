@@ -20,14 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from tinylm import corpus, portions
-from tinylm.config import DataConfig
-from tinylm.corpus import LocalFiles, Met, Source, Split, Together, Which, check_token_files, find_split, named_source
-from tinylm.errors import UserError, printable, require_regular
-from tinylm.portions import SpanJob, TextJob, text_jobs, worth_processes
-from tinylm.processes import Progress, in_order
-from tinylm.tokenfile import BIN, VERSION, Draft, TokenFile, checked_tokens, is_token_file, locked, token_dtype
-from tinylm.tokenizer import Tokenizer, tokenizer_from_plain
+from tinylm.common.errors import UserError, printable, require_regular
+from tinylm.common.processes import Progress, in_order
+from tinylm.config.schema import DataConfig
+from tinylm.text import chunks, documents
+from tinylm.text.chunks import SpanJob, TextJob, text_jobs, worth_processes
+from tinylm.text.documents import Met
+from tinylm.text.sources import BIN, LocalFiles, Source, Together, is_token_file
+from tinylm.text.splits import Split, Which, check_token_files, find_split, named_source
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.factory import tokenizer_from_plain
+from tinylm.tokens.token_file import VERSION, TokenFile, checked_tokens, token_dtype
+from tinylm.tokens.token_file_writer import Draft, locked
 
 # Text is handed to the tokenizer in batches of so many documents or characters, whichever is first.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1_000_000
@@ -66,7 +70,14 @@ class CannotEncode(UserError):
     """Why the tokenizer refused a document; whoever numbers the documents adds which it is."""
 
 
-def encode_documents(documents: Iterable[str], tokenizer: Tokenizer, max_doc_len: int | None, *, source: str = "text:", first: int = 1) -> Iterator[np.ndarray]:
+def encode_documents(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    max_doc_len: int | None,
+    *,
+    source: str = "text:",
+    first: int = 1,
+) -> Iterator[np.ndarray]:
     """The tokens of each document, cut to `max_doc_len` and closed by EOS: (n + 1,) in the type of a token file.
 
     Args:
@@ -87,7 +98,9 @@ def encode_documents(documents: Iterable[str], tokenizer: Tokenizer, max_doc_len
         raise UserError(f"{source} document {first}: {problem}") from None
 
 
-def encoded_chunks(documents: Iterable[str], tokenizer: Tokenizer, max_doc_len: int | None) -> Iterator[Chunk]:
+def encoded_chunks(
+    documents: Iterable[str], tokenizer: Tokenizer, max_doc_len: int | None
+) -> Iterator[Chunk]:
     """The documents in batches, encoded; all before the one that raises come first.
 
     Raises:
@@ -104,7 +117,9 @@ def encoded_chunks(documents: Iterable[str], tokenizer: Tokenizer, max_doc_len: 
         yield _chunk(arrays, tokenizer, max_doc_len)
 
 
-def _first_refusal(batch: list[str], tokenizer: Tokenizer, problem: UserError) -> tuple[list[np.ndarray], UserError]:
+def _first_refusal(
+    batch: list[str], tokenizer: Tokenizer, problem: UserError
+) -> tuple[list[np.ndarray], UserError]:
     """The ids of the documents before the one that the tokenizer refuses, and why: of a batch it does not say which it was."""
     good: list[np.ndarray] = []
     try:
@@ -120,7 +135,9 @@ def _chunk(arrays: list[np.ndarray], tokenizer: Tokenizer, max_doc_len: int | No
         arrays = [ids[:max_doc_len] for ids in arrays]
     eos = np.array([tokenizer.eos_id], dtype=token_dtype(tokenizer.vocab_size))
     tokens = np.concatenate([piece for ids in arrays for piece in (ids, eos)])
-    return Chunk(checked_tokens(tokens, tokenizer.vocab_size), np.cumsum([len(ids) + 1 for ids in arrays]))
+    return Chunk(
+        checked_tokens(tokens, tokenizer.vocab_size), np.cumsum([len(ids) + 1 for ids in arrays])
+    )
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -162,12 +179,17 @@ def _jobs_of(source: Source) -> Iterator[SpanJob | TextJob]:
         return
     for path in source.paths:
         require_regular(path)
-        end = corpus.end_of_document(path, source.separator)
+        end = documents.end_of_document(path, source.separator)
         if end is None:
             met = Met()
-            yield from text_jobs(corpus.file_documents(path, source.field, source.separator, met=met), met)
+            yield from text_jobs(
+                documents.file_documents(path, source.field, source.separator, met=met), met
+            )
         else:
-            yield from (SpanJob(path, source.field, source.separator, span) for span in corpus.spans_of(path, end))
+            yield from (
+                SpanJob(path, source.field, source.separator, span)
+                for span in documents.spans_of(path, end)
+            )
 
 
 def size_of(source: Source) -> int:
@@ -175,7 +197,9 @@ def size_of(source: Source) -> int:
     if isinstance(source, Together):
         sizes = [size_of(one) for one in source.sources]
         return sum(sizes) if all(sizes) else 0
-    if not isinstance(source, LocalFiles) or any(corpus.end_of_document(path, source.separator) is None for path in source.paths):
+    if not isinstance(source, LocalFiles) or any(
+        documents.end_of_document(path, source.separator) is None for path in source.paths
+    ):
         return 0
     return sum(os.path.getsize(path) for path in source.paths if os.path.exists(path))
 
@@ -260,12 +284,26 @@ class Recipe:
         """16 hex digits."""
         reading = [self.text_field, self.separator, self.max_doc_len]
         which = None if self.split.held_out is None else [self.split.which, *self.split.held_out]
-        settings = [VERSION, self.source, reading, which, self.split.limit, self.tokenizer.fingerprint]
+        settings = [
+            VERSION,
+            self.source,
+            reading,
+            which,
+            self.split.limit,
+            self.tokenizer.fingerprint,
+        ]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def encode_file(
-    path: Path, recipe: Recipe, *, processes: int = 1, resume: bool = True, keep: bool = False, place: str = "data.cache_dir", progress: Progress | None = None
+    path: Path,
+    recipe: Recipe,
+    *,
+    processes: int = 1,
+    resume: bool = True,
+    keep: bool = False,
+    place: str = "data.cache_dir",
+    progress: Progress | None = None,
 ) -> None:
     """Write the token file `path`, whole or not at all; the caller holds `locked(path)`.
 
@@ -281,13 +319,18 @@ def encode_file(
     Raises:
         UserError: as the source, the tokenizer and `Draft`, or the split has no document.
     """
-    cut = f"{corpus.SPAN_BYTES} bytes, {portions.JOB_CHARACTERS} characters"
-    with Draft(path, recipe.tokenizer, recipe.fingerprint, cut=cut, resume=resume, keep=keep, place=place) as draft:
+    cut = f"{documents.SPAN_BYTES} bytes, {chunks.JOB_CHARACTERS} characters"
+    with Draft(
+        path, recipe.tokenizer, recipe.fingerprint, cut=cut, resume=resume, keep=keep, place=place
+    ) as draft:
         _fill(draft, recipe, processes, progress)
         if not draft.state.documents:
             raise recipe.split.nothing(draft.state.read)
         all_read = draft.state.documents != recipe.split.limit
-        draft.finish(recipe.source, unseparated=recipe.separator is not None and not draft.state.separated and all_read)
+        draft.finish(
+            recipe.source,
+            unseparated=recipe.separator is not None and not draft.state.separated and all_read,
+        )
 
 
 def _fill(draft: Draft, recipe: Recipe, processes: int, progress: Progress | None) -> None:
@@ -302,7 +345,9 @@ def _fill(draft: Draft, recipe: Recipe, processes: int, progress: Progress | Non
             _append(draft, chunk, encoded)
             return
         if isinstance(encoded.error, CannotEncode):
-            raise UserError(f"{recipe.label} document {before + len(chunk.ends) + 1}: {encoded.error}")
+            raise UserError(
+                f"{recipe.label} document {before + len(chunk.ends) + 1}: {encoded.error}"
+            )
         if encoded.error is not None:
             raise encoded.error
         _append(draft, chunk, encoded)
@@ -313,7 +358,9 @@ def _fill(draft: Draft, recipe: Recipe, processes: int, progress: Progress | Non
 
 def _append(draft: Draft, chunk: Chunk, encoded: Encoded) -> None:
     spelled = sum(number < len(chunk.ends) for number in encoded.spelled)
-    draft.append(chunk.tokens, chunk.ends, read=encoded.read, spelled=spelled, separated=encoded.separated)
+    draft.append(
+        chunk.tokens, chunk.ends, read=encoded.read, spelled=spelled, separated=encoded.separated
+    )
 
 
 def finished_file(path: Path, recipe: Recipe) -> TokenFile | None:
@@ -328,7 +375,9 @@ def finished_file(path: Path, recipe: Recipe) -> TokenFile | None:
     require_regular(path)
     file = TokenFile.open(path, mend)
     if file.header.recipe != recipe.fingerprint:
-        raise UserError(f"{printable(path)}: is there already, and was made from other text, with another tokenizer or other settings. {mend}")
+        raise UserError(
+            f"{printable(path)}: is there already, and was made from other text, with another tokenizer or other settings. {mend}"
+        )
     file.verify()
     return file
 
@@ -338,7 +387,9 @@ def name_of_eos(tokenizer: Tokenizer) -> str:
     return tokenizer.special_names[tokenizer.eos_id]
 
 
-def notes_on_text(name: str, file: TokenFile, tokenizer: Tokenizer, separator: str | None, setting: str) -> list[str]:
+def notes_on_text(
+    name: str, file: TokenFile, tokenizer: Tokenizer, separator: str | None, setting: str
+) -> list[str]:
     """What a user should know of the text that became `file`, a line each.
 
     Args:
@@ -351,9 +402,13 @@ def notes_on_text(name: str, file: TokenFile, tokenizer: Tokenizer, separator: s
     header, eos, notes = file.header, name_of_eos(tokenizer), []
     if header.spelled_eos:
         found = f"{header.spelled_eos:,} of {header.documents:,} documents have {printable(eos)} in their text, where it is characters and ends nothing"
-        notes.append(f"warning: {printable(name)}: {found}. If it divides documents of a .txt file, set {setting} to '{printable(eos)}'")
+        notes.append(
+            f"warning: {printable(name)}: {found}. If it divides documents of a .txt file, set {setting} to '{printable(eos)}'"
+        )
     if header.unseparated:
-        notes.append(f"warning: {printable(name)}: {setting} '{printable(separator)}' does not occur in it, so that each .txt file is one document")
+        notes.append(
+            f"warning: {printable(name)}: {setting} '{printable(separator)}' does not occur in it, so that each .txt file is one document"
+        )
     return notes
 
 
@@ -366,10 +421,19 @@ _DELETE = "Delete it: it is made again from the text."
 
 def source_fingerprint(data: DataConfig, which: Which) -> str:
     """SHA-256 over the text that a split is made from: the contents of local files, or the name of a hub dataset."""
-    return find_split(data, which, seed=0).source.fingerprint()  # the seed decides who is held out, not what is read
+    return find_split(
+        data, which, seed=0
+    ).source.fingerprint()  # the seed decides who is held out, not what is read
 
 
-def cached_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer, seed: int, *, progress: Progress | None = None) -> TokenFile:
+def cached_token_file(
+    data: DataConfig,
+    which: Which,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    progress: Progress | None = None,
+) -> TokenFile:
     """The tokens of a split: data.dataset itself where that is a token file, else a file in data.cache_dir.
 
     The cached file is named by all that its content depends on, made where it is missing, and verified before use.
@@ -381,7 +445,9 @@ def cached_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer, seed
     if is_token_file(named_source(data, which)[1]):
         return _given_token_file(data, which, tokenizer)
     split = find_split(data, which, seed)
-    recipe = Recipe(split, tokenizer, data.text_field, data.document_separator, data.max_doc_len, split.label)
+    recipe = Recipe(
+        split, tokenizer, data.text_field, data.document_separator, data.max_doc_len, split.label
+    )
     path = Path(data.cache_dir) / f"{which}-{recipe.fingerprint}{BIN}"
     if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         with locked(path):
@@ -402,7 +468,9 @@ def _given_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer) -> T
     path = named_source(data, which)[1]
     require_regular(path)
     found = os.stat(path)
-    file = _verified(path, tokenizer, data.token_dtype, (found.st_ino, found.st_size, found.st_mtime_ns))
+    file = _verified(
+        path, tokenizer, data.token_dtype, (found.st_ino, found.st_size, found.st_mtime_ns)
+    )
     if data.val_dataset is not None:
         return file
     border = file.document_border(len(file) - round(len(file) * data.val_fraction))
@@ -410,7 +478,9 @@ def _given_token_file(data: DataConfig, which: Which, tokenizer: Tokenizer) -> T
 
 
 @lru_cache(maxsize=1024)
-def _verified(path: str, tokenizer: Tokenizer, dtype: str | None, stamp: tuple[int, ...]) -> TokenFile:
+def _verified(
+    path: str, tokenizer: Tokenizer, dtype: str | None, stamp: tuple[int, ...]
+) -> TokenFile:
     """A token file that the user gave, read whole: once, although both splits ask for it; again where `stamp` says that it has changed."""
     file = TokenFile.open(path, tokenizer=tokenizer, dtype=dtype)
     file.require_tokenizer(tokenizer)

@@ -17,13 +17,14 @@ from itertools import accumulate, compress, zip_longest
 
 import numpy as np
 
-from tinylm.config import DataConfig
-from tinylm.corpus import Source, Split, find_split, mix_parts
-from tinylm.encode import cached_token_file, notes_on_text
-from tinylm.errors import UserError, calling, printable
-from tinylm.processes import Progress
-from tinylm.tokenfile import Shared, TokenFile, is_token_file, shared_documents
-from tinylm.tokenizer import Tokenizer
+from tinylm.common.errors import UserError, calling, printable
+from tinylm.common.processes import Progress
+from tinylm.config.schema import DataConfig
+from tinylm.text.sources import Source, is_token_file
+from tinylm.text.splits import Split, find_split, mix_parts
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokens.encode import cached_token_file, notes_on_text
+from tinylm.tokens.token_file import Shared, TokenFile, shared_documents
 
 # Rows that are dealt to the sources together: enough to mix a batch well.
 BLOCK_ROWS = 1024
@@ -39,7 +40,9 @@ def shares_of(weights: Sequence[float]) -> list[Fraction]:
     >>> [str(share) for share in shares_of([0.3, 0.1])]
     ['3/4', '1/4']
     """
-    exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, and not the binary number next to it
+    exact = [
+        Fraction(str(weight)) for weight in weights
+    ]  # 0.1 is a tenth, and not the binary number next to it
     return [weight / sum(exact) for weight in exact]
 
 
@@ -76,7 +79,10 @@ class Allocation:
 
     def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The sources of the rows of a block, and their numbers."""
-        before, after = self.counts(block * self.block_rows), self.counts((block + 1) * self.block_rows)
+        before, after = (
+            self.counts(block * self.block_rows),
+            self.counts((block + 1) * self.block_rows),
+        )
         in_turn = np.repeat(np.arange(len(before)), np.subtract(after, before))
         sources = np.random.default_rng((self.seed, _BLOCKS, block)).permutation(in_turn)
         numbers = np.empty(self.block_rows, dtype=np.int64)
@@ -98,15 +104,29 @@ def name_of(data: DataConfig) -> str:
     if data.mix is None:
         return printable(data.dataset)
     shares = shares_of(weights_of(data))
-    return "mix of " + ", ".join(f"{printable(part.dataset)} ({float(share):.1%})" for part, share in zip(data.mix, shares, strict=True))
+    return "mix of " + ", ".join(
+        f"{printable(part.dataset)} ({float(share):.1%})"
+        for part, share in zip(data.mix, shares, strict=True)
+    )
 
 
 def _naming(data: DataConfig, number: int) -> AbstractContextManager[None]:
     """Turns what an error says of data.dataset, when a source of a mixture is read as the data of a run, into the setting that named it."""
-    return nullcontext() if data.mix is None else calling({"data.dataset": f"data.mix[{number}].dataset"})
+    return (
+        nullcontext()
+        if data.mix is None
+        else calling({"data.dataset": f"data.mix[{number}].dataset"})
+    )
 
 
-def training_files(data: DataConfig, tokenizer: Tokenizer, seed: int, *, needed: int, progress: Progress | None = None) -> tuple[TokenFile, ...]:
+def training_files(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    needed: int,
+    progress: Progress | None = None,
+) -> tuple[TokenFile, ...]:
     """The training tokens of each source.
 
     Raises:
@@ -118,7 +138,9 @@ def training_files(data: DataConfig, tokenizer: Tokenizer, seed: int, *, needed:
             files.append(cached_token_file(part, "train", tokenizer, seed, progress=progress))
             if len(files[-1]) < needed:
                 found = f"{printable(part.dataset)} gives {len(files[-1])} training tokens"
-                raise UserError(f"data.dataset: {found}, and one row of training.seq_len needs {needed}. Give more text or lower training.seq_len.")
+                raise UserError(
+                    f"data.dataset: {found}, and one row of training.seq_len needs {needed}. Give more text or lower training.seq_len."
+                )
     return tuple(files)
 
 
@@ -139,7 +161,9 @@ class Joined:
     @property
     def fingerprint(self) -> str:
         """12 hex digits that identify the tokens."""
-        return hashlib.sha256(" ".join(file.fingerprint for file in self.files).encode()).hexdigest()[:12]
+        return hashlib.sha256(
+            " ".join(file.fingerprint for file in self.files).encode()
+        ).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -160,16 +184,25 @@ class JoinedTokens:
         if step != 1:
             raise ValueError(f"a step of {step}: joined tokens are read as they stand")
         starts = accumulate(map(len, self.parts[:-1]), initial=0)
-        return np.concatenate([part[max(start - first, 0) : max(stop - first, 0)] for first, part in zip(starts, self.parts, strict=True)])
+        return np.concatenate(
+            [
+                part[max(start - first, 0) : max(stop - first, 0)]
+                for first, part in zip(starts, self.parts, strict=True)
+            ]
+        )
 
 
-def validation_file(data: DataConfig, tokenizer: Tokenizer, seed: int, *, progress: Progress | None = None) -> TokenFile | Joined:
+def validation_file(
+    data: DataConfig, tokenizer: Tokenizer, seed: int, *, progress: Progress | None = None
+) -> TokenFile | Joined:
     """The validation tokens: those of data.val_dataset, or what is held out of each source, one behind the other.
 
     So a source has as much of val_loss as it has tokens, whatever its weight.
     """
     parts = list(enumerate(mix_parts(data)))
-    if data.val_dataset is not None:  # the same for all of them; the settings for its text are those of a source that is text
+    if (
+        data.val_dataset is not None
+    ):  # the same for all of them; the settings for its text are those of a source that is text
         parts = sorted(parts, key=lambda part: is_token_file(part[1].dataset))[:1]
     files = []
     for number, part in parts:
@@ -178,7 +211,9 @@ def validation_file(data: DataConfig, tokenizer: Tokenizer, seed: int, *, progre
     return files[0] if len(files) == 1 else Joined(tuple(files))
 
 
-def shared_in_token_files(data: DataConfig, train: Sequence[TokenFile], val: TokenFile | Joined) -> Shared:
+def shared_in_token_files(
+    data: DataConfig, train: Sequence[TokenFile], val: TokenFile | Joined
+) -> Shared:
     """`shared_documents` of the token files that the settings name on both sides; their texts are `corpus.shared_documents`' business."""
     vals = val.files if isinstance(val, Joined) else (val,)
     parts = [is_token_file(part.dataset) for part in mix_parts(data)]
@@ -187,13 +222,26 @@ def shared_in_token_files(data: DataConfig, train: Sequence[TokenFile], val: Tok
     return shared_documents(*sides) if all(sides) else Shared(0, 0)
 
 
-def notes_on_texts(data: DataConfig, train: Sequence[TokenFile], val: TokenFile | Joined, tokenizer: Tokenizer) -> list[str]:
+def notes_on_texts(
+    data: DataConfig, train: Sequence[TokenFile], val: TokenFile | Joined, tokenizer: Tokenizer
+) -> list[str]:
     """What a user should know of the texts that were encoded for a run, a line each; token files that the settings name were not."""
     made = [(part.dataset, file) for part, file in zip(mix_parts(data), train, strict=False)]
-    if data.val_dataset is not None or not train:  # or else it was divided, and encoded, as the training text was
-        made += [(data.val_dataset or data.dataset, file) for file in (val.files if isinstance(val, Joined) else (val,))]
+    if (
+        data.val_dataset is not None or not train
+    ):  # or else it was divided, and encoded, as the training text was
+        made += [
+            (data.val_dataset or data.dataset, file)
+            for file in (val.files if isinstance(val, Joined) else (val,))
+        ]
     texts = [(name, file) for name, file in made if not is_token_file(name)]
-    return [note for name, file in texts for note in notes_on_text(name, file, tokenizer, data.document_separator, "data.document_separator")]
+    return [
+        note
+        for name, file in texts
+        for note in notes_on_text(
+            name, file, tokenizer, data.document_separator, "data.document_separator"
+        )
+    ]
 
 
 def training_fingerprint(data: DataConfig, files: Sequence[TokenFile]) -> str:
@@ -203,7 +251,10 @@ def training_fingerprint(data: DataConfig, files: Sequence[TokenFile]) -> str:
     """
     if data.mix is None:
         return files[0].fingerprint
-    return " + ".join(f"{share} {file.fingerprint}" for share, file in zip(shares_of(weights_of(data)), files, strict=True))
+    return " + ".join(
+        f"{share} {file.fingerprint}"
+        for share, file in zip(shares_of(weights_of(data)), files, strict=True)
+    )
 
 
 # --- what tokenizers learn from ---------------------------------------------------------------------------------------
@@ -226,7 +277,9 @@ class Mixture:
 
     def fingerprint(self) -> str:
         """SHA-256 over the fingerprints of the sources."""
-        return hashlib.sha256(" ".join(source.fingerprint() for source in self.sources).encode()).hexdigest()
+        return hashlib.sha256(
+            " ".join(source.fingerprint() for source in self.sources).encode()
+        ).hexdigest()
 
 
 def training_split(data: DataConfig, seed: int) -> Split:
@@ -237,4 +290,6 @@ def training_split(data: DataConfig, seed: int) -> Split:
             splits.append(find_split(part, "train", seed))
     if data.mix is None:
         return splits[0]
-    return Split("train", Mixture(tuple(split.source for split in splits)), splits[0].held_out, None)
+    return Split(
+        "train", Mixture(tuple(split.source for split in splits)), splits[0].held_out, None
+    )

@@ -33,7 +33,9 @@ def count_rows(n_tokens: int, seq_len: int, stride: int) -> int:
     return 1 + max(0, -(-(targets - seq_len) // stride))
 
 
-def row_at(tokens: np.ndarray, start: int, seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def row_at(
+    tokens: np.ndarray, start: int, seq_len: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels (T,) int64 of the row at `start`; what lies beyond the last token is padding, never a target.
 
     >>> [part.tolist() for part in row_at(np.array([5, 6, 7, 8]), 2, 3, pad_id=0)]
@@ -63,7 +65,9 @@ class Position(NamedTuple):
     token: int
 
 
-def pack_stream(documents: Iterator[tuple[Position, np.ndarray]], seq_len: int) -> Iterator[tuple[np.ndarray, Position]]:
+def pack_stream(
+    documents: Iterator[tuple[Position, np.ndarray]], seq_len: int
+) -> Iterator[tuple[np.ndarray, Position]]:
     """Rows (T+1,) of a stream in its order, each with the place where the next row starts.
 
     `documents` gives the place of each document's first token and the tokens from there. A row has T inputs; its last
@@ -158,7 +162,9 @@ def split_answer(inputs: Sequence[int], labels: Sequence[int]) -> tuple[list[int
     return (list(inputs[: start + 1]), list(labels[start:end])) if end else ([], [])
 
 
-def row_of_examples(examples: Sequence[Example], seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def row_of_examples(
+    examples: Sequence[Example], seq_len: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inputs, labels and document ids (T,) int64 of examples in one row, which is filled up with padding.
 
     An example's last token is only a target, so n tokens take n - 1 places; its first is only an input.

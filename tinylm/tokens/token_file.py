@@ -15,27 +15,20 @@ import io
 import json
 import os
 import re
-import shutil
-import time
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinylm.errors import UserError, printable, reading, reason, require_regular
-from tinylm.files import replace_file, sync_folder
-from tinylm.tokenizer import Tokenizer
+from tinylm.common.errors import UserError, printable, reading, require_regular
+from tinylm.text.sources import DATATROVE, NPY
+from tinylm.tokenizer.base import Tokenizer
 
-BIN, NPY, DATATROVE = ".bin", ".npy", ".ds"
-TOKEN_FILES = (BIN, NPY, DATATROVE)
 # Bytes or tokens that are looked at together.
 BLOCK = 2**20
 # Documents whose hashes are worked out together.
@@ -59,7 +52,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def checked_tokens(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     """`ids` in the type of a token file; ValueError for an id outside the vocabulary, which numpy would wrap silently."""
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise ValueError(f"token ids from {ids.min()} to {ids.max()} are outside the vocabulary of {vocab_size}")
+        raise ValueError(
+            f"token ids from {ids.min()} to {ids.max()} are outside the vocabulary of {vocab_size}"
+        )
     return ids.astype(token_dtype(vocab_size), copy=False)
 
 
@@ -93,7 +88,9 @@ class TokenFileHeader(BaseModel):
 
     def fields_json(self) -> bytes:
         """The fields that `sha256` covers beside the tokens; without those that older files lack, where they say nothing."""
-        return json.dumps(self.model_dump(exclude={"sha256"}, exclude_defaults=True), sort_keys=True).encode()
+        return json.dumps(
+            self.model_dump(exclude={"sha256"}, exclude_defaults=True), sort_keys=True
+        ).encode()
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -112,14 +109,6 @@ class TokenFileHeader(BaseModel):
         return self.index_offset + self.documents * END_BYTES
 
 
-def is_token_file(name: str) -> bool:
-    """Whether a dataset's name is that of a token file; `TokenFile.open` says whether it is a good one."""
-    return name.endswith(TOKEN_FILES)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 class TokenFile:
     """The tokens of many documents, each closed by EOS, read from disk where they are touched.
 
@@ -133,15 +122,41 @@ class TokenFile:
     """
 
     def __init__(
-        self, path: Path, header: TokenFileHeader, mend: str, part: tuple[int, int] | None = None, offset: int = HEADER_BYTES, ends: np.ndarray | None = None
+        self,
+        path: Path,
+        header: TokenFileHeader,
+        mend: str,
+        part: tuple[int, int] | None = None,
+        offset: int = HEADER_BYTES,
+        ends: np.ndarray | None = None,
     ):
-        self.path, self.header, self.mend, self.part, self._offset, self._ends = path, header, mend, part, offset, ends
+        self.path, self.header, self.mend, self.part, self._offset, self._ends = (
+            path,
+            header,
+            mend,
+            part,
+            offset,
+            ends,
+        )
         start, stop = part or (0, header.count)
         dtype = header.token_dtype
-        self.tokens = np.memmap(path, dtype=dtype, mode="r", offset=offset + start * dtype.itemsize, shape=(stop - start,))
+        self.tokens = np.memmap(
+            path,
+            dtype=dtype,
+            mode="r",
+            offset=offset + start * dtype.itemsize,
+            shape=(stop - start,),
+        )
 
     @classmethod
-    def open(cls, path: str | Path, mend: str | None = None, *, tokenizer: Tokenizer | None = None, dtype: str | None = None) -> "TokenFile":
+    def open(
+        cls,
+        path: str | Path,
+        mend: str | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        dtype: str | None = None,
+    ) -> "TokenFile":
         """The token file at `path`, its header and size checked.
 
         Args:
@@ -153,7 +168,10 @@ class TokenFile:
         Raises:
             UserError: it is not a token file, or not all of it; or an id of an array is none of the tokenizer's.
         """
-        path, bare = Path(path), "" if mend else " If it is a bare array of ids, set data.token_dtype."
+        path, bare = (
+            Path(path),
+            "" if mend else " If it is a bare array of ids, set data.token_dtype.",
+        )
         mend = mend or f"Encode again: {ENCODE} {printable(path)}."
         require_regular(path)
         with reading(path):
@@ -163,17 +181,25 @@ class TokenFile:
         if path.suffix == NPY:
             return _with_scan(path, *_npy_layout(path, head, found, mend), tokenizer, mend)
         if path.suffix == DATATROVE:
-            return _with_scan(path, *_datatrove_layout(path, found), tokenizer, mend, _datatrove_ends(path))
+            return _with_scan(
+                path, *_datatrove_layout(path, found), tokenizer, mend, _datatrove_ends(path)
+            )
         if dtype is not None and not head.startswith(MAGIC):
             return _with_scan(path, *_bare_layout(path, dtype, found), tokenizer, mend)
         if not head.startswith(MAGIC):
-            raise UserError(f"{printable(path)}: not a token file: it begins with {head[:16]!r}. {mend}{bare}")
+            raise UserError(
+                f"{printable(path)}: not a token file: it begins with {head[:16]!r}. {mend}{bare}"
+            )
         header = _parse_header(path, head, mend)
         if dtype is not None and header.dtype != dtype:
-            raise UserError(f"data.token_dtype: {dtype}, and {printable(path)} says itself that it holds {header.dtype}. Take data.token_dtype out.")
+            raise UserError(
+                f"data.token_dtype: {dtype}, and {printable(path)} says itself that it holds {header.dtype}. Take data.token_dtype out."
+            )
         if found != header.size:
             held = f"{header.count} tokens of {header.dtype} behind {HEADER_BYTES} bytes of header, and {header.documents} ends of documents"
-            raise UserError(f"{printable(path)}: expected {header.size} bytes ({held}), found {found}. {mend}")
+            raise UserError(
+                f"{printable(path)}: expected {header.size} bytes ({held}), found {found}. {mend}"
+            )
         return cls(path, header, mend)
 
     def __len__(self) -> int:
@@ -204,14 +230,29 @@ class TokenFile:
         start = 0
         for block in range(0, len(ends), DIGESTS):
             stops = [end - first for end in ends[block : block + DIGESTS].tolist()]
-            documents = (tokens[a:b].astype(dtype, copy=False) for a, b in zip([start, *stops], stops, strict=False) if b > a + 1)
-            yield np.frombuffer(b"".join(hashlib.blake2b(document, digest_size=8).digest() for document in documents), dtype="<u8")
+            documents = (
+                tokens[a:b].astype(dtype, copy=False)
+                for a, b in zip([start, *stops], stops, strict=False)
+                if b > a + 1
+            )
+            yield np.frombuffer(
+                b"".join(
+                    hashlib.blake2b(document, digest_size=8).digest() for document in documents
+                ),
+                dtype="<u8",
+            )
             start = stops[-1]
 
     def _all_ends(self) -> np.ndarray:
         if self._ends is not None:
             return self._ends
-        return np.memmap(self.path, dtype="<u8", mode="r", offset=self.header.index_offset, shape=(self.header.documents,))
+        return np.memmap(
+            self.path,
+            dtype="<u8",
+            mode="r",
+            offset=self.header.index_offset,
+            shape=(self.header.documents,),
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -222,7 +263,9 @@ class TokenFile:
 
     def verify(self) -> None:
         """Read the whole file; UserError where a single bit of it has changed since it was written."""
-        if self._ends is not None:  # an array says nothing of its content; `open` has just read all of it
+        if (
+            self._ends is not None
+        ):  # an array says nothing of its content; `open` has just read all of it
             return
         digest = hashlib.sha256()
         with reading(self.path), open(self.path, "rb") as file:
@@ -231,13 +274,17 @@ class TokenFile:
                 digest.update(block)
         digest.update(self.header.fields_json())
         if digest.hexdigest() != self.header.sha256:
-            raise UserError(f"{printable(self.path)}: its content is not what was written (checksum). {self.mend}")
+            raise UserError(
+                f"{printable(self.path)}: its content is not what was written (checksum). {self.mend}"
+            )
 
     def require_tokenizer(self, tokenizer: Tokenizer) -> None:
         """UserError where the tokens are those of another tokenizer."""
         if self.header.tokenizer != tokenizer.fingerprint:
             made = f"{printable(self.path)} was encoded with tokenizer {self.header.tokenizer} (vocabulary {self.header.vocab_size})"
-            raise UserError(f"{made}, this run uses {tokenizer.fingerprint} ({tokenizer.vocab_size}). Set tokenizer to that one, or: {self.mend}")
+            raise UserError(
+                f"{made}, this run uses {tokenizer.fingerprint} ({tokenizer.vocab_size}). Set tokenizer to that one, or: {self.mend}"
+            )
 
     def between(self, start: int, stop: int) -> "TokenFile":
         """The tokens from `start` to before `stop` of the whole file, as a token file."""
@@ -251,7 +298,9 @@ class TokenFile:
         """
         inner = self.document_ends[:-1]
         if not len(inner):
-            raise UserError(f"{printable(self.path)}: one document only, so none can be held out. Set data.val_dataset to a second token file.")
+            raise UserError(
+                f"{printable(self.path)}: one document only, so none can be held out. Set data.val_dataset to a second token file."
+            )
         return int(inner[min(int(np.searchsorted(inner, np.uint64(wanted))), len(inner) - 1)])
 
 
@@ -261,7 +310,9 @@ def _parse_header(path: Path, head: bytes, mend: str) -> TokenFileHeader:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "JSON"
-        raise UserError(f"{printable(path)}: header: {printable(key)}: {printable(first['msg'])}. {mend}") from None
+        raise UserError(
+            f"{printable(path)}: header: {printable(key)}: {printable(first['msg'])}. {mend}"
+        ) from None
 
 
 class Shared(NamedTuple):
@@ -277,15 +328,20 @@ def shared_documents(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Sh
     Memory holds 8 bytes a validation document, and a block of the others.
     """
     dtype = np.result_type(*(file.header.token_dtype for file in (*train, *val)))
-    wanted = np.unique(np.concatenate([np.empty(0, "<u8"), *chain.from_iterable(file.document_digests(dtype) for file in val)]))
+    wanted = np.unique(
+        np.concatenate(
+            [np.empty(0, "<u8"), *chain.from_iterable(file.document_digests(dtype) for file in val)]
+        )
+    )
     found = np.zeros(len(wanted), dtype=bool)
-    for digests in chain.from_iterable(file.document_digests(dtype) for file in train) if len(wanted) else ():
-        places = np.searchsorted(wanted, digests) % len(wanted)  # behind the last one: any other place, where it is not
+    for digests in (
+        chain.from_iterable(file.document_digests(dtype) for file in train) if len(wanted) else ()
+    ):
+        places = np.searchsorted(wanted, digests) % len(
+            wanted
+        )  # behind the last one: any other place, where it is not
         found[places[wanted[places] == digests]] = True
     return Shared(int(found.sum()), len(wanted))
-
-
-# --- arrays of ids that other programs wrote --------------------------------------------------------------------------
 
 
 def _bare_layout(path: Path, dtype: str, size: int) -> tuple[str, int, int]:
@@ -293,7 +349,9 @@ def _bare_layout(path: Path, dtype: str, size: int) -> tuple[str, int, int]:
     itemsize = np.dtype(dtype).itemsize
     if not size or size % itemsize:
         expected = f"expected a multiple of {itemsize} bytes, since data.token_dtype is {dtype}"
-        raise UserError(f"{printable(path)}: {expected}, found {size}. Give the whole file, or correct data.token_dtype.")
+        raise UserError(
+            f"{printable(path)}: {expected}, found {size}. Give the whole file, or correct data.token_dtype."
+        )
     return dtype, 0, size // itemsize
 
 
@@ -302,17 +360,26 @@ def _npy_layout(path: Path, head: bytes, size: int, mend: str) -> tuple[str, int
     file = io.BytesIO(head)
     try:
         version = np.lib.format.read_magic(file)
-        if version != (1, 0):  # np.save writes later ones only for names and types that ids do not need
+        if version != (
+            1,
+            0,
+        ):  # np.save writes later ones only for names and types that ids do not need
             raise ValueError(f"format {version[0]}.{version[1]}")
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as error:
-        raise UserError(f"{printable(path)}: not a NumPy file of token ids: {printable(str(error).partition(chr(10))[0])[:200]}. {mend}") from None
+        raise UserError(
+            f"{printable(path)}: not a NumPy file of token ids: {printable(str(error).partition(chr(10))[0])[:200]}. {mend}"
+        ) from None
     if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         found = f"found {printable(dtype.str)} of shape {shape}"
-        raise UserError(f"{printable(path)}: expected one row of uint16 or uint32, {found}. Save the ids so with np.save.")
+        raise UserError(
+            f"{printable(path)}: expected one row of uint16 or uint32, {found}. Save the ids so with np.save."
+        )
     expected = file.tell() + shape[0] * dtype.itemsize
     if size != expected or not shape[0]:
-        raise UserError(f"{printable(path)}: expected {expected} bytes for {shape[0]} ids of {dtype.name}, and at least one id, found {size}. {mend}")
+        raise UserError(
+            f"{printable(path)}: expected {expected} bytes for {shape[0]} ids of {dtype.name}, and at least one id, found {size}. {mend}"
+        )
     return dtype.name, file.tell(), shape[0]
 
 
@@ -323,10 +390,14 @@ def _datatrove_layout(path: Path, size: int) -> tuple[str, int, int]:
         head = file.read(HEADER_BYTES)
     said = re.match(rb"[^\n]*\|([24])\n([1-9][0-9]{0,15})(\n|$)", head)
     if not said:
-        raise UserError(f"{printable(metadata)}: expected a name with |2 or |4 behind it, then the number of tokens, found {head[:80]!r}. {_DATATROVE_AGAIN}")
+        raise UserError(
+            f"{printable(metadata)}: expected a name with |2 or |4 behind it, then the number of tokens, found {head[:80]!r}. {_DATATROVE_AGAIN}"
+        )
     width, count = int(said[1]), int(said[2])
     if size != width * count:
-        raise UserError(f"{printable(path)}: expected {width * count} bytes ({count} tokens of {width} bytes), found {size}. {_DATATROVE_AGAIN}")
+        raise UserError(
+            f"{printable(path)}: expected {width * count} bytes ({count} tokens of {width} bytes), found {size}. {_DATATROVE_AGAIN}"
+        )
     return ("uint16" if width == 2 else "uint32"), 0, count
 
 
@@ -335,7 +406,9 @@ def _datatrove_ends(path: Path) -> np.ndarray:
     index = _beside(path, ".index")
     size = os.path.getsize(index)
     if not size or size % END_BYTES:
-        raise UserError(f"{printable(index)}: expected {END_BYTES} bytes for each of at least one document, found {size}. {_DATATROVE_AGAIN}")
+        raise UserError(
+            f"{printable(index)}: expected {END_BYTES} bytes for each of at least one document, found {size}. {_DATATROVE_AGAIN}"
+        )
     return np.memmap(index, dtype="<u8", mode="r")
 
 
@@ -345,7 +418,9 @@ _DATATROVE_AGAIN = "Run the task of datatrove again that wrote it."
 def _beside(path: Path, suffix: str) -> Path:
     beside = path.with_name(f"{path.name}{suffix}")
     if not os.path.lexists(beside):
-        raise UserError(f"{printable(beside)}: not found. Keep it beside {printable(path.name)}: datatrove writes .ds, .ds.index and .ds.metadata.")
+        raise UserError(
+            f"{printable(beside)}: not found. Keep it beside {printable(path.name)}: datatrove writes .ds, .ds.index and .ds.metadata."
+        )
     require_regular(beside)
     return beside
 
@@ -353,14 +428,26 @@ def _beside(path: Path, suffix: str) -> Path:
 def _check_ends(path: Path, ends: np.ndarray, closed: np.ndarray, count: int) -> None:
     """UserError unless the documents of an index fill the file, and each ends behind an EOS; `closed` are the places behind one."""
     if ends[-1] != count or not ends[0] or (ends[:-1] >= ends[1:]).any():
-        raise UserError(f"{printable(path)}: its index is not that of {count} tokens in {len(ends)} documents. {_DATATROVE_AGAIN}")
+        raise UserError(
+            f"{printable(path)}: its index is not that of {count} tokens in {len(ends)} documents. {_DATATROVE_AGAIN}"
+        )
     other = np.flatnonzero(~np.isin(ends, closed.astype(ends.dtype), assume_unique=True))
     if len(other):
         told = f"{len(other)} of {len(ends)} documents, the first of them number {other[0] + 1}, do not end with the tokenizer's end of text"
-        raise UserError(f"{printable(path)}: {told}. Set tokenizer to the one that encoded it, or encode with its eos_token and shuffle no chunks.")
+        raise UserError(
+            f"{printable(path)}: {told}. Set tokenizer to the one that encoded it, or encode with its eos_token and shuffle no chunks."
+        )
 
 
-def _with_scan(path: Path, dtype: str, offset: int, count: int, tokenizer: Tokenizer | None, mend: str, ends: np.ndarray | None = None) -> TokenFile:
+def _with_scan(
+    path: Path,
+    dtype: str,
+    offset: int,
+    count: int,
+    tokenizer: Tokenizer | None,
+    mend: str,
+    ends: np.ndarray | None = None,
+) -> TokenFile:
     """An array of ids as a token file: read once, in blocks, for what our own files say in header and index.
 
     Raises:
@@ -368,217 +455,30 @@ def _with_scan(path: Path, dtype: str, offset: int, count: int, tokenizer: Token
     """
     if tokenizer is None:
         raise ValueError(f"{path}: an array of ids is opened with the tokenizer it was made with")
-    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset, shape=(count,))
+    tokens = np.memmap(
+        path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset, shape=(count,)
+    )
     tally, found = _Tally(tokenizer), []
     for start in range(0, count, BLOCK):
         block = tokens[start : start + BLOCK]
         if int(block.max()) >= tokenizer.vocab_size:
             place = start + int(np.argmax(block >= tokenizer.vocab_size))
             told = f"id {tokens[place]} at position {place}, and the tokenizer of this run has {tokenizer.vocab_size} tokens"
-            raise UserError(f"{printable(path)}: {told}. Set tokenizer to the one that it was encoded with, or correct data.token_dtype.")
+            raise UserError(
+                f"{printable(path)}: {told}. Set tokenizer to the one that it was encoded with, or correct data.token_dtype."
+            )
         tally.add_tokens(block)
         found.append(start + 1 + np.flatnonzero(block == tokenizer.eos_id))
     if ends is not None:
         _check_ends(path, ends, np.concatenate(found), count)
     else:
         ends = np.concatenate([*found, [count]]).astype("<u8")
-        ends = ends[:-1] if len(ends) > 1 and ends[-2] == count else ends  # or else the last document is not closed
-    return TokenFile(path, tally.header(dtype, count, len(ends), "", ""), mend, offset=offset, ends=ends)
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(path: Path, place: str = "data.cache_dir", waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Only one process of this machine makes `path`, whose place a setting decides; the lock dies with its process.
-
-    `waiting` is called where another process has it, before the wait.
-    """
-    with writing_tokens(path, place):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"))
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            if waiting is not None:
-                waiting()
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def writing_tokens(path: Path, place: str) -> Iterator[None]:
-    """Turns errors of the operating system into UserErrors that name the file being made."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{printable(path)}: the token file could not be written: {reason(error)}. Make room, or choose another {place}.") from error
-
-
-class DraftState(BaseModel):
-    """How far a draft has come."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-    version: Literal[2] = VERSION
-    recipe: str
-    cut: str
-    """what decides where portions end: numbers of portions mean something only under it"""
-    portions: int = Field(default=0, ge=0)
-    read: int = Field(default=0, ge=0)
-    """documents that were read, also those of the other split"""
-    documents: int = Field(default=0, ge=0)
-    tokens: int = Field(default=0, ge=0)
-    spelled_eos: int = Field(default=0, ge=0)
-    """documents whose text has the tokenizer's end of text in characters"""
-    separated: bool = False
-    """whether a separator was met"""
-
-
-class Draft:
-    """A token file in the making: a folder beside its name with `tokens`, `ends` and `state.json`.
-
-        with Draft(path, tokenizer, recipe, resume=True, keep=True) as draft:
-            for tokens, ends in ...:            from portion `draft.state.portions` on
-                draft.append(tokens, ends)
-            draft.finish(source)
-
-    The state is saved every `SAVE_SECONDS`, behind what it speaks of; what was written after it is cut off when another
-    process goes on. `finish` makes the one file, syncs it, renames it and syncs the folder: a file that has its final
-    name is whole. The caller holds `locked(path)`.
-
-    Args:
-        path: where the file goes.
-        tokenizer: what the tokens are.
-        recipe: fingerprint of all that they depend on.
-        cut: what decides where portions end.
-        resume: go on with a draft that was left, if there is one.
-        keep: leave what was appended after an error; an interruption leaves it in any case.
-        place: the setting that decides where the file goes, for errors.
-
-    Raises:
-        UserError: the disk is full, the folder cannot be written, or the draft that was left is another one's.
-    """
-
-    SAVE_SECONDS = 5.0
-
-    def __init__(
-        self, path: Path, tokenizer: Tokenizer, recipe: str, *, cut: str = "", resume: bool = False, keep: bool = False, place: str = "data.cache_dir"
-    ):
-        self.path, self.place, self._keep = path, place, keep
-        self.folder = draft_folder(path)
-        self.state = DraftState(recipe=recipe, cut=cut)
-        self._tally = _Tally(tokenizer)
-        self._saved = time.monotonic()
-        left = self._left(resume)
-        with writing_tokens(path, place), ExitStack() as files:
-            if not left:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir(parents=True)
-                (self.folder / "tokens").write_bytes(bytes(HEADER_BYTES))
-                (self.folder / "ends").touch()
-            self._tokens, self._ends = (files.enter_context(open(self.folder / name, "r+b")) for name in ("tokens", "ends"))
-            self._go_on()
-            self._files = files.pop_all()
-
-    def _left(self, resume: bool) -> bool:
-        """Whether there is a draft to go on with; its state is taken over."""
-        path = self.folder / "state.json"
-        if not resume or not path.exists():
-            return False
-        mend = f"Delete {printable(self.folder)} to begin again."
-        try:
-            state = DraftState.model_validate_json(path.read_bytes())
-        except (ValidationError, OSError):
-            raise UserError(f"{printable(path)}: not the state of an interrupted encoding. {mend}") from None
-        if (state.recipe, state.cut) != (self.state.recipe, self.state.cut):
-            raise UserError(f"{printable(self.folder)}: was begun with other text, another tokenizer, settings or version. Go on with those, or: {mend}")
-        self.state = state
-        return True
-
-    def _go_on(self) -> None:
-        """Cut off what the state does not know of, and read the rest again for the checksum."""
-        stop = HEADER_BYTES + self.state.tokens * self._tally.dtype.itemsize
-        for file, size in ((self._tokens, stop), (self._ends, self.state.documents * END_BYTES)):
-            if os.fstat(file.fileno()).st_size < size:
-                raise UserError(f"{printable(file.name)}: shorter than when the encoding was interrupted. Delete {printable(self.folder)} to begin again.")
-            file.truncate(size)
-        self._ends.seek(0, os.SEEK_END)
-        self._tokens.seek(HEADER_BYTES)
-        for block in iter(partial(self._tokens.read, BLOCK), b""):
-            self._tally.add_tokens(np.frombuffer(block, dtype=self._tally.dtype))
-
-    def __enter__(self) -> "Draft":
-        return self
-
-    def append(self, tokens: np.ndarray, ends: np.ndarray, *, read: int = 0, spelled: int = 0, separated: bool = False) -> None:
-        """Add a portion: documents behind each other, and where each ends, counted from the first token of the portion.
-
-        `spelled` of them have the end of text in characters; `separated` says whether a separator was met.
-        """
-        state = self.state
-        with writing_tokens(self.path, self.place):
-            for start in range(0, len(tokens), BLOCK):  # a document may be very long
-                block = checked_tokens(tokens[start : start + BLOCK], self._tally.tokenizer.vocab_size)
-                self._tokens.write(block.data)
-                self._tally.add_tokens(block)
-            self._ends.write((ends.astype("<u8") + np.uint64(state.tokens)).data)
-            done = {"portions": state.portions + 1, "read": state.read + read}
-            done |= {"spelled_eos": state.spelled_eos + spelled, "separated": state.separated or separated}
-            self.state = state.model_copy(update={**done, "documents": state.documents + len(ends), "tokens": state.tokens + len(tokens)})
-            if time.monotonic() > self._saved + self.SAVE_SECONDS:
-                self.save()
-
-    def save(self) -> None:
-        """Make what there is survive a kill and a power cut."""
-        for file in (self._tokens, self._ends):
-            file.flush()
-            os.fsync(file.fileno())
-        replace_file(self.folder / "state.json", self.state.model_dump_json().encode())
-        self._saved = time.monotonic()
-
-    def finish(self, source: str, *, unseparated: bool = False) -> None:
-        """Make the token file of all that was appended; `source` is the fingerprint of the text, `unseparated` goes into the header."""
-        state, digest = self.state, self._tally.digest
-        with writing_tokens(self.path, self.place):
-            padding = bytes(-self._tokens.tell() % END_BYTES)
-            self._ends.seek(0)
-            for block in chain([padding], iter(partial(self._ends.read, BLOCK), b"")):
-                self._tokens.write(block)
-                digest.update(block)
-            text = {"spelled_eos": state.spelled_eos, "unseparated": unseparated}
-            header = self._tally.header(self._tally.dtype.name, state.tokens, state.documents, source, state.recipe, **text)
-            self._tokens.seek(0)
-            self._tokens.write((MAGIC + header.model_dump_json(exclude_defaults=True).encode()).ljust(HEADER_BYTES - 1) + b"\n")
-            self._tokens.flush()
-            os.fsync(self._tokens.fileno())
-            os.replace(self.folder / "tokens", self.path)
-            sync_folder(self.path.parent)
-        self._remove()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self._files.close()
-            return
-        worth = self.state.portions > 0 and (self._keep or not issubclass(kind, Exception))
-        # A full disk must not hide why the work ended: then the state that was saved before stays.
-        with suppress(OSError), self._files:
-            if worth:
-                self.save()
-        if not worth:
-            self._remove()
-
-    def _remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def draft_folder(path: Path) -> Path:
-    """Where the token file `path` is made."""
-    return path.with_name(f".{path.name}.part")
+        ends = (
+            ends[:-1] if len(ends) > 1 and ends[-2] == count else ends
+        )  # or else the last document is not closed
+    return TokenFile(
+        path, tally.header(dtype, count, len(ends), "", ""), mend, offset=offset, ends=ends
+    )
 
 
 class _Tally:
@@ -594,7 +494,9 @@ class _Tally:
         self.digest.update(tokens.data)
         self.text_bytes += int(self._lengths[tokens].sum(dtype=np.int64))
 
-    def header(self, dtype: str, count: int, documents: int, source: str, recipe: str, **text: Any) -> TokenFileHeader:
+    def header(
+        self, dtype: str, count: int, documents: int, source: str, recipe: str, **text: Any
+    ) -> TokenFileHeader:
         """The header of a file whose every byte went through the digest; `text` are the fields with a default."""
         tokenizer = self.tokenizer
         header = TokenFileHeader(
@@ -603,37 +505,3 @@ class _Tally:
         )  # fmt: skip
         self.digest.update(header.fields_json())
         return header.model_copy(update={"sha256": self.digest.hexdigest()})
-
-
-def holds_ids(path: Path, file: TokenFile) -> bool:
-    """Whether the NumPy array `path` has the ids of `file`, as `write_npy` writes them.
-
-    Raises:
-        UserError: it is no array of ids, or cannot be read.
-    """
-    require_regular(path)
-    with reading(path):
-        with open(path, "rb") as array:
-            head = array.read(HEADER_BYTES)
-        dtype, offset, count = _npy_layout(path, head, os.path.getsize(path), "Delete it.")
-    if (dtype, count) != (file.header.dtype, len(file)):
-        return False
-    ids = np.memmap(path, dtype=file.tokens.dtype, mode="r", offset=offset, shape=(count,))
-    return all(np.array_equal(ids[start : start + BLOCK], file.tokens[start : start + BLOCK]) for start in range(0, count, BLOCK))
-
-
-def write_npy(file: TokenFile, path: Path, place: str) -> None:
-    """Write the ids of `file` as a plain NumPy array, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with writing_tokens(path, place):
-            with open(temporary, "wb") as out:
-                np.lib.format.write_array_header_1_0(out, {"descr": file.tokens.dtype.str, "fortran_order": False, "shape": file.tokens.shape})
-                for start in range(0, len(file), BLOCK):
-                    out.write(file.tokens[start : start + BLOCK].data)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

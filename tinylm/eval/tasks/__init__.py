@@ -1,12 +1,12 @@
 """The tasks by name; task.py says what one is."""
 
-from tinylm.tasks.alpaca import ALPACA
-from tinylm.tasks.gsm8k import GSM8K
-from tinylm.tasks.pairs import PAIRS
-from tinylm.tasks.samsum import SAMSUM
-from tinylm.tasks.sms import SMS
-from tinylm.tasks.sst2 import SST2
-from tinylm.tasks.task import Example, Task
+from tinylm.eval.tasks.alpaca import ALPACA
+from tinylm.eval.tasks.gsm8k import GSM8K
+from tinylm.eval.tasks.pairs import PAIRS
+from tinylm.eval.tasks.samsum import SAMSUM
+from tinylm.eval.tasks.sms import SMS
+from tinylm.eval.tasks.sst2 import SST2
+from tinylm.eval.tasks.task import Example, Task
 
 __all__ = ["NAMED", "PAIRS", "Example", "Task"]
 

@@ -1,8 +1,8 @@
 """Alpaca: instructions, some with an input, and model answers (Taori et al. 2023); instruction-data.json has the same columns."""
 
-from tinylm.metrics import token_f1
-from tinylm.prompts import Turn
-from tinylm.tasks.task import Hub, Row, Task, text_of
+from tinylm.eval.metrics import token_f1
+from tinylm.eval.tasks.task import Hub, Row, Task, text_of
+from tinylm.rows.templates import Turn
 
 
 def question(row: Row) -> Turn:
@@ -21,17 +21,26 @@ SMOKE = (
     ("Convert to metres.", "3 kilometres", "3 kilometres are 3000 metres."),
     ("Name a mammal that can fly.", "", "The bat is a mammal that can fly."),
     ("Say it in the past tense.", "I write a letter.", "I wrote a letter."),
-    ("Shorten the sentence.", "Due to the fact that it rained, we stayed.", "Because it rained, we stayed."),
+    (
+        "Shorten the sentence.",
+        "Due to the fact that it rained, we stayed.",
+        "Because it rained, we stayed.",
+    ),
 )
 
 ALPACA = Task(
     name="alpaca",
-    hub=Hub("tatsu-lab/alpaca", None, train="train", test="train"),  # one split: examples are held out of it
+    hub=Hub(
+        "tatsu-lab/alpaca", None, train="train", test="train"
+    ),  # one split: examples are held out of it
     question=question,
     target=lambda row: text_of(row, "output"),
     grade=lambda output, target: {"token_f1": token_f1(output, target)},
     frame=("Instruction: ", "\nResponse:"),
     stop=("Instruction:",),
     max_new_tokens=200,
-    smoke=tuple({"instruction": instruction, "input": given, "output": output} for instruction, given, output in SMOKE),
+    smoke=tuple(
+        {"instruction": instruction, "input": given, "output": output}
+        for instruction, given, output in SMOKE
+    ),
 )

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm.config import DataConfig, TrainingConfig
-from tinylm.errors import UserError, printable
-from tinylm.rows import ROW_FILES, TEST_FILES, TRAIN_FILES, Record, records
-from tinylm.tasks import NAMED, PAIRS
-from tinylm.tasks.task import Example, Hub, Task, draw_shots
+from tinylm.common.errors import UserError, printable
+from tinylm.config.schema import DataConfig, TrainingConfig
+from tinylm.eval.tasks import NAMED, PAIRS
+from tinylm.eval.tasks.task import Example, Hub, Task, draw_shots
+from tinylm.rows.row_files import ROW_FILES, TEST_FILES, TRAIN_FILES, Record, records
 
 SMOKE = "smoke"  # what data.dataset says for the rows that a task brings
 
@@ -36,7 +36,15 @@ def task_named(name: str) -> Task:
     return tasks[name]
 
 
-def load_task(task: Task, path: Path | None, *, smoke: bool = False, n_shots: int = 0, limit: int | None = None, seed: int = 0) -> TaskData:
+def load_task(
+    task: Task,
+    path: Path | None,
+    *,
+    smoke: bool = False,
+    n_shots: int = 0,
+    limit: int | None = None,
+    seed: int = 0,
+) -> TaskData:
     """The examples of a task, at most `limit` drawn ones, and `n_shots` others that are not among them.
 
     Args:
@@ -47,7 +55,9 @@ def load_task(task: Task, path: Path | None, *, smoke: bool = False, n_shots: in
         UserError: nothing is there, or a row is not as the task has it; file, line and column are named.
     """
     if smoke and path is not None:
-        raise UserError(f"--data: {printable(path)}: --smoke takes the built-in rows. Give one of the two.")
+        raise UserError(
+            f"--data: {printable(path)}: --smoke takes the built-in rows. Give one of the two."
+        )
     if smoke:
         return _held_out(task, built_in_rows(task), n_shots, limit, seed)
     if path is not None and path.is_dir():
@@ -56,35 +66,61 @@ def load_task(task: Task, path: Path | None, *, smoke: bool = False, n_shots: in
     if path is not None:
         return _held_out(task, _whole(str(path)), n_shots, limit, seed)
     if task.hub is None:
-        raise UserError(f"--tasks: {task.name} has no data of its own. Give your rows: --data {task.name}=rows.jsonl")
+        raise UserError(
+            f"--tasks: {task.name} has no data of its own. Give your rows: --data {task.name}=rows.jsonl"
+        )
     try:
         return _of_hub(task, task.hub, n_shots, limit, seed)
     except UserError as problem:
-        raise UserError(f"task {task.name}: {problem} Here that is --data {task.name}=PATH; --smoke needs no data.") from None
+        raise UserError(
+            f"task {task.name}: {problem} Here that is --data {task.name}=PATH; --smoke needs no data."
+        ) from None
 
 
 def built_in_rows(task: Task) -> list[Record]:
     """The rows that the task brings, each with its place."""
-    return [(f"{task.name}: built-in row {number}", dict(row)) for number, row in enumerate(task.smoke, start=1)]
+    return [
+        (f"{task.name}: built-in row {number}", dict(row))
+        for number, row in enumerate(task.smoke, start=1)
+    ]
 
 
 def built_in_where_asked(data: DataConfig) -> list[Record]:
     """The rows that the task of data.task brings, where data.dataset asks for them and no file has that name; else none."""
-    return built_in_rows(NAMED[data.task]) if data.task and data.dataset == SMOKE and not os.path.exists(SMOKE) else []
+    return (
+        built_in_rows(NAMED[data.task])
+        if data.task and data.dataset == SMOKE and not os.path.exists(SMOKE)
+        else []
+    )
 
 
 def _of_hub(task: Task, hub: Hub, n_shots: int, limit: int | None, seed: int) -> TaskData:
-    if hub.train == hub.test:  # of one split, what fine-tuning holds out for validation where its settings say nothing else
+    if (
+        hub.train == hub.test
+    ):  # of one split, what fine-tuning holds out for validation where its settings say nothing else
         both = DataConfig(dataset=hub.dataset, dataset_config=hub.config, split=hub.train)
-        train, held_out = (records(both, which, TrainingConfig().seed) for which in ("train", "val"))
+        train, held_out = (
+            records(both, which, TrainingConfig().seed) for which in ("train", "val")
+        )
         return _apart(task, train if n_shots else (), held_out, n_shots, limit, seed)
     test = _whole(hub.dataset, hub.config, hub.test)
-    return _apart(task, _whole(hub.dataset, hub.config, hub.train) if n_shots else (), test, n_shots, limit, seed)
+    return _apart(
+        task,
+        _whole(hub.dataset, hub.config, hub.train) if n_shots else (),
+        test,
+        n_shots,
+        limit,
+        seed,
+    )
 
 
 def _whole(dataset: str, config: str | None = None, split: str = "train") -> Iterator[Record]:
     """All rows of a file or of a split on the hub: with another validation source, nothing is held out of them."""
-    return records(DataConfig(dataset=dataset, dataset_config=config, split=split, val_dataset=dataset), "train", 0)
+    return records(
+        DataConfig(dataset=dataset, dataset_config=config, split=split, val_dataset=dataset),
+        "train",
+        0,
+    )
 
 
 def _split_file(folder: Path, names: tuple[str, ...]) -> Path:
@@ -94,34 +130,58 @@ def _split_file(folder: Path, names: tuple[str, ...]) -> Path:
         if len(found) == 1:
             return found[0]
         if found:
-            raise UserError(f"--data: {printable(folder)}: {len(found)} files begin with {name}. Give one of them: {printable(found[0])}")
-    raise UserError(f"--data: {printable(folder)}: no file begins with {' or '.join(names)}. Give a file of rows ({', '.join(ROW_FILES)}).")
+            raise UserError(
+                f"--data: {printable(folder)}: {len(found)} files begin with {name}. Give one of them: {printable(found[0])}"
+            )
+    raise UserError(
+        f"--data: {printable(folder)}: no file begins with {' or '.join(names)}. Give a file of rows ({', '.join(ROW_FILES)})."
+    )
 
 
-def _apart(task: Task, train: Iterable[Record], test: Iterable[Record], n_shots: int, limit: int | None, seed: int) -> TaskData:
+def _apart(
+    task: Task,
+    train: Iterable[Record],
+    test: Iterable[Record],
+    n_shots: int,
+    limit: int | None,
+    seed: int,
+) -> TaskData:
     """Solved examples from other rows than those that are evaluated."""
     examples = _drawn([task.example(*row) for row in test], limit, seed)
-    shots = draw_shots(task, train, n_shots, seed=seed, avoid=(example.question for example in examples))
+    shots = draw_shots(
+        task, train, n_shots, seed=seed, avoid=(example.question for example in examples)
+    )
     return _checked(task, examples, shots)
 
 
-def _held_out(task: Task, rows: Iterable[Record], n_shots: int, limit: int | None, seed: int) -> TaskData:
+def _held_out(
+    task: Task, rows: Iterable[Record], n_shots: int, limit: int | None, seed: int
+) -> TaskData:
     """Solved examples held out of the rows; every number of shots up to theirs is evaluated on the same others."""
     rows = list(rows)
     examples = [task.example(*row) for row in rows]
     shots = draw_shots(task, rows, n_shots, seed=seed)
     known = {shot.question for shot in shots}
-    return _checked(task, _drawn([example for example in examples if example.question not in known], limit, seed), shots)
+    return _checked(
+        task,
+        _drawn([example for example in examples if example.question not in known], limit, seed),
+        shots,
+    )
 
 
 def _drawn(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
     """At most `limit` of the examples, in their order: the first ones of a sorted file would stand for nothing."""
     if limit is None or limit >= len(examples):
         return list(examples)
-    return [examples[number] for number in sorted(np.random.default_rng(seed).permutation(len(examples))[:limit])]
+    return [
+        examples[number]
+        for number in sorted(np.random.default_rng(seed).permutation(len(examples))[:limit])
+    ]
 
 
 def _checked(task: Task, examples: Sequence[Example], shots: Sequence[Example]) -> TaskData:
     if not examples:
-        raise UserError(f"task {task.name}: no examples are left to evaluate beside {len(shots)} solved ones. Lower --shots, or give more rows.")
+        raise UserError(
+            f"task {task.name}: no examples are left to evaluate beside {len(shots)} solved ones. Lower --shots, or give more rows."
+        )
     return TaskData(tuple(examples), tuple(shots))

@@ -1,8 +1,8 @@
 """Rows of a user's own, with a prompt and a target: the target is what follows the prompt, to the character."""
 
-from tinylm.metrics import exact_match, token_f1
-from tinylm.prompts import Turn
-from tinylm.tasks.task import SHOT_SEPARATOR, Task, text_of
+from tinylm.eval.metrics import exact_match, token_f1
+from tinylm.eval.tasks.task import SHOT_SEPARATOR, Task, text_of
+from tinylm.rows.templates import Turn
 
 
 def grade(output: str, target: str) -> dict[str, float]:

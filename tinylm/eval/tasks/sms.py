@@ -1,8 +1,8 @@
 """SMS spam: is a text message wanted or not (Almeida et al. 2011)?"""
 
-from tinylm.prompts import Turn
-from tinylm.rows import SMS_INSTRUCTION
-from tinylm.tasks.task import Hub, Row, Task, label_of, text_of
+from tinylm.eval.tasks.task import Hub, Row, Task, label_of, text_of
+from tinylm.rows.columns import SMS_INSTRUCTION
+from tinylm.rows.templates import Turn
 
 LABELS = ("ham", "spam")  # 0 and 1 on the hub, by name in the file SMSSpamCollection
 
@@ -14,7 +14,10 @@ def question(row: Row) -> Turn:
 
 SMOKE = (
     ("Running ten minutes late, order me a coffee?", 0),
-    ("WINNER!! You have been picked for a 900 pound voucher. Call 090 5550 0199 now, lines close tonight", 1),
+    (
+        "WINNER!! You have been picked for a 900 pound voucher. Call 090 5550 0199 now, lines close tonight",
+        1,
+    ),
     ("Mum says dinner is at seven, bring nothing", 0),
     ("Free ringtones every week! Text TUNE to 80555. 1.50 a message, stop any time", 1),
     ("did you feed the cat", 0),
@@ -29,7 +32,9 @@ SMOKE = (
 
 SMS = Task(
     name="sms",
-    hub=Hub("ucirvine/sms_spam", "plain_text", train="train", test="train"),  # one split: examples are held out of it
+    hub=Hub(
+        "ucirvine/sms_spam", "plain_text", train="train", test="train"
+    ),  # one split: examples are held out of it
     question=question,
     target=lambda row: label_of(row, "label", LABELS),
     labels=LABELS,

@@ -1,14 +1,18 @@
 """SST-2: is a sentence of a film review positive or negative (Socher et al. 2013; as in GLUE, Wang et al. 2018)?"""
 
-from tinylm.prompts import Turn
-from tinylm.tasks.task import Hub, Row, Task, label_of, text_of
+from tinylm.eval.tasks.task import Hub, Row, Task, label_of, text_of
+from tinylm.rows.templates import Turn
 
 LABELS = ("negative", "positive")  # 0 and 1 in the data
 
 
 def question(row: Row) -> Turn:
     """What is asked of a sentence."""
-    return Turn("user", "Is the sentiment of this review positive or negative?", text_of(row, "sentence").strip())
+    return Turn(
+        "user",
+        "Is the sentiment of this review positive or negative?",
+        text_of(row, "sentence").strip(),
+    )
 
 
 SMOKE = (
@@ -28,7 +32,9 @@ SMOKE = (
 
 SST2 = Task(
     name="sst2",
-    hub=Hub("nyu-mll/glue", "sst2", train="train", test="validation"),  # the test split's labels are hidden
+    hub=Hub(
+        "nyu-mll/glue", "sst2", train="train", test="validation"
+    ),  # the test split's labels are hidden
     question=question,
     target=lambda row: label_of(row, "label", LABELS),
     labels=LABELS,

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.corpus import kind_of, some_of
-from tinylm.errors import UserError, printable
-from tinylm.metrics import Measure, exact_match, macro_f1, mean
-from tinylm.prompts import Conversation, Turn
+from tinylm.common.errors import UserError, printable
+from tinylm.common.statistics import Measure, mean
+from tinylm.eval.metrics import exact_match, macro_f1
+from tinylm.rows.templates import Conversation, Turn
+from tinylm.text.documents import kind_of, some_of
 
 Row = Mapping[str, Any]
 # What stands between the examples of a few-shot prompt.
@@ -94,14 +95,22 @@ class Task:
     def text(self, example: Example, shots: Sequence[Example] = ()) -> str:
         """The prompt of an example after solved ones, for a model without a template."""
         before, after = self.frame
-        solved = [f"{before}{shot.question.whole}{after}{self.joint}{shot.target}" for shot in shots]
+        solved = [
+            f"{before}{shot.question.whole}{after}{self.joint}{shot.target}" for shot in shots
+        ]
         return SHOT_SEPARATOR.join([*solved, f"{before}{example.question.whole}{after}"])
 
-    def score(self, outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0) -> dict[str, Measure]:
+    def score(
+        self, outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0
+    ) -> dict[str, Measure]:
         """What at least one answer is worth by each measure; the seed is that of the intervals."""
-        grades = [self.grade(output, target) for output, target in zip(outputs, targets, strict=True)]
+        grades = [
+            self.grade(output, target) for output, target in zip(outputs, targets, strict=True)
+        ]
         measures = {name: mean([grade[name] for grade in grades], seed=seed) for name in grades[0]}
-        return measures | ({"macro_f1": macro_f1(outputs, targets, seed=seed)} if self.labels else {})
+        return measures | (
+            {"macro_f1": macro_f1(outputs, targets, seed=seed)} if self.labels else {}
+        )
 
     def chance(self, targets: Sequence[str]) -> dict[str, float]:
         """The scores of answers that do not look at their prompt: the most frequent label, or else the target of another example.
@@ -122,14 +131,18 @@ def text_of(row: Row, column: str) -> str:
     """The text in a column."""
     value = value_of(row, column)
     if not isinstance(value, str):
-        raise UserError(f"{column}: expected a string, found {kind_of(value)}. Correct the row, or take it out.")
+        raise UserError(
+            f"{column}: expected a string, found {kind_of(value)}. Correct the row, or take it out."
+        )
     return value
 
 
 def value_of(row: Row, column: str) -> Any:
     """What is in a column."""
     if column not in row:
-        raise UserError(f"{column}: missing; the row has {some_of(row)}. Correct the row, or give the data of this task.")
+        raise UserError(
+            f"{column}: missing; the row has {some_of(row)}. Correct the row, or give the data of this task."
+        )
     return row[column]
 
 
@@ -140,19 +153,25 @@ def label_of(row: Row, column: str, labels: Sequence[str]) -> str:
     ('spam', 'ham')
     """
     value = value_of(row, column)
-    by_number = {form: label for number, label in enumerate(labels) for form in (number, str(number))}
+    by_number = {
+        form: label for number, label in enumerate(labels) for form in (number, str(number))
+    }
     if isinstance(value, int | str) and not isinstance(value, bool):
         label = by_number.get(value, value)
         if label in labels:
             return str(label)
     choices = ", ".join(f"{number} ({label})" for number, label in enumerate(labels))
-    raise UserError(f"{column}: expected {choices}, found {printable(repr(value))[:60]}. Correct the row, or take another split.")
+    raise UserError(
+        f"{column}: expected {choices}, found {printable(repr(value))[:60]}. Correct the row, or take another split."
+    )
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
-def draw_shots(task: Task, rows: Iterable[tuple[str, Any]], n: int, *, seed: int, avoid: Iterable[Turn] = ()) -> list[Example]:
+def draw_shots(
+    task: Task, rows: Iterable[tuple[str, Any]], n: int, *, seed: int, avoid: Iterable[Turn] = ()
+) -> list[Example]:
     """`n` examples to stand solved in a prompt, drawn from `rows`; rows that are none, and the questions to avoid, are passed over.
 
     Raises:
@@ -173,5 +192,7 @@ def draw_shots(task: Task, rows: Iterable[tuple[str, Any]], n: int, *, seed: int
             avoided.add(shot.question)
             shots.append(shot)
     if len(shots) < n:
-        raise UserError(f"task {task.name}: {n} examples were asked for, and there are {len(shots)} to take. Lower --shots or give more rows.")
+        raise UserError(
+            f"task {task.name}: {n} examples were asked for, and there are {len(shots)} to take. Lower --shots or give more rows."
+        )
     return shots

@@ -1,0 +1,104 @@
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinylm.common.errors import UserError, printable
+from tinylm.tokenizer.base import Tokenizer
+
+if TYPE_CHECKING:
+    pass
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8 and four special tokens: no training, no unknown text, long sequences.
+
+    >>> ByteTokenizer().encode("aé")
+    [97, 195, 169]
+    """
+
+    kind = "byte"
+    vocab_size = 260
+
+    def __init__(self) -> None:
+        self.pad_id, self.bos_id, self.eos_id, self.sep_id = 256, 257, 258, 259
+        self.special_names = {256: "<|pad|>", 257: "<|bos|>", 258: "<|eos|>", 259: "<|sep|>"}
+
+    def token_bytes(self, id: int) -> bytes:
+        self._check_id(id)
+        return bytes((id,)) if id < 256 else b""
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+
+class CharTokenizer(Tokenizer):
+    """The characters of a text in code-point order, then `<|pad|>`, `<|eos|>` and, if asked for, `<|unk|>`.
+
+    >>> tokenizer = CharTokenizer("abn", unknown="error")
+    >>> tokenizer.encode("banana"), tokenizer.eos_id
+    ([1, 0, 2, 0, 2, 0], 4)
+    """
+
+    kind = "char"
+
+    def __init__(self, characters: Iterable[str], *, unknown: str):
+        self.characters = "".join(sorted(set(characters)))
+        self.unknown = unknown
+        n = len(self.characters)
+        self.pad_id, self.eos_id = n, n + 1
+        self.unk_id = n + 2 if unknown == "unk" else None
+        self.special_names = {n: "<|pad|>", n + 1: "<|eos|>"} | (
+            {n + 2: "<|unk|>"} if unknown == "unk" else {}
+        )
+        self.vocab_size = n + len(self.special_names)
+        self._code_points = _code_points(self.characters)
+
+    @classmethod
+    def of_documents(cls, documents: Iterable[str], *, unknown: str) -> "CharTokenizer":
+        """The tokenizer whose vocabulary is every character in `documents`."""
+        characters: set[str] = set()
+        for document in documents:
+            characters.update(document)
+        if not characters:
+            raise UserError(
+                "tokenizer.kind: char learns its vocabulary from the training documents, and they have no character. Give data.dataset text."
+            )
+        return cls(characters, unknown=unknown)
+
+    def token_bytes(self, id: int) -> bytes:
+        self._check_id(id)
+        if id == self.unk_id:
+            return (
+                "\ufffd".encode()
+            )  # it stood for a character: nothing at all would be a different text
+        return b"" if id in self.special_names else self.characters[id].encode()
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"kind": self.kind, "characters": self.characters, "unknown": self.unknown}
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._encode_one(text) for text in texts]
+
+    def _encode_one(self, text: str) -> np.ndarray:
+        points = _code_points(text)
+        # The vocabulary is sorted, so a character's place in it is its id.
+        ids = np.searchsorted(self._code_points, points).astype(np.uint32)
+        known = self._code_points[np.minimum(ids, len(self._code_points) - 1)] == points
+        if known.all():
+            return ids
+        if self.unk_id is None:
+            position = int(np.argmin(known))
+            raise UserError(
+                f"the character '{printable(text[position])}' (U+{ord(text[position]):04X}) at position {position} is not among the "
+                f"{len(self.characters)} characters of the tokenizer. Set tokenizer.unknown: unk, or train on text that has it."
+            )
+        ids[~known] = self.unk_id
+        return ids
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from data import LitData, LitExamples, LitPreferences, LitProblems
     from model import LitStage
     from tinylm.checkpoint.load import Base
-    from tinylm.config.loader import with_model
     from tinylm.config.schema import Config
     from tinylm.model.decoder import Decoder
     from tinylm.model.hf_model import ForeignDecoder
@@ -441,6 +440,7 @@ def _tokenizer_of(payload: dict[str, Any]) -> "Tokenizer":
 
 def settings_of_resumed(config: "Config", payload: dict[str, Any]) -> "Config":
     """The settings of a resumed run that had begun from a trained model: where they say nothing of the model, its own."""
+    from tinylm.config.loader import with_model
     from tinylm.config.schema import Config
 
     if config.training.init_from is None:

@@ -141,10 +141,11 @@ def lines(write) -> Path:
 CHILD = """
 import resource, sys, time
 from pathlib import Path
-from tinylm import corpus, encode, tokenfile
-from tinylm.config import DataConfig
 from tinylm.common.errors import UserError
-from tinylm.tokenizer import ByteTokenizer
+from tinylm.config.schema import DataConfig
+from tinylm.text import documents, splits
+from tinylm.tokenizer.byte_char import ByteTokenizer
+from tinylm.tokens import encode, token_file_writer
 BYTES, args = ByteTokenizer(), sys.argv[1:]
 """
 

@@ -643,9 +643,11 @@ def unknown_names(text: str, code: str) -> Iterator[str]:
     prose = re.sub(r"(?ms)^\s*```.*?^\s*```", "", text)
     for word in re.findall(r"`([A-Za-z_][\w./]*)`", prose):
         if re.search(r"\.(py|md|yaml)$", word):
-            if not any(
-                (ROOT / folder / word).exists() for folder in ("", "tinylm", "docs", "tests")
-            ):
+            folders = ("", "docs", "tests")
+            inside = (
+                found for room in ("tinylm", "training") for found in (ROOT / room).rglob(word)
+            )
+            if not any((ROOT / folder / word).exists() for folder in folders) and not any(inside):
                 yield word
         elif (
             "." in word and word.split(".")[0] in Config.model_fields and not word.endswith(".json")

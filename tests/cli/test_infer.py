@@ -402,7 +402,7 @@ def test_a_chat_takes_the_newest_fine_tuned_checkpoint_of_the_folder_or_one_belo
 @pytest.mark.slow
 def test_a_chat_template_that_reaches_out_or_does_not_end_is_one_error(run, tuned, monkeypatch):
     """H4: it came with a checkpoint; the process lives, and each error is one line. The second is harmless until it is asked something."""
-    from test_finetune import OWN_TEMPLATE, byte_level
+    from tests.training.test_finetune import OWN_TEMPLATE, byte_level
 
     made = payload("x" * 400)["config"]
     for source, words in (

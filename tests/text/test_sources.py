@@ -725,7 +725,7 @@ def test_odd_files_are_read_in_bounded_memory(write, name, content, n, child):
     """One document of 50 MB is held a few times (bytes, text, a copy being made): less than 300 MB in all."""
     path = write(name, content)
     code = """before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-n = sum(1 for _ in corpus.find_split(DataConfig(dataset=args[0]), "train", 1).source.documents())
+n = sum(1 for _ in splits.find_split(DataConfig(dataset=args[0]), "train", 1).source.documents())
 print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
     out, err = child(code, path).communicate(timeout=60)
     documents, megabytes = map(int, out.split())

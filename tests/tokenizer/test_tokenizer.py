@@ -919,7 +919,7 @@ def test_a_download_that_breaks_off_is_one_line(monkeypatch):
         raise httpx.ReadError("connection lost")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    monkeypatch.setattr("tinylm.common.hub.require_hub", lambda what, mend: None)
+    monkeypatch.setattr("tinylm.tokenizer.hf.require_hub", lambda what, mend: None)
     with pytest.raises(
         UserError,
         match="tokenizer.path: owner/name: not a folder here, and the Hugging Face hub says: connection lost. Give a local folder",
@@ -933,7 +933,7 @@ def test_a_name_that_is_too_long_is_no_folder():
 
 
 def test_a_name_on_the_hub_is_read_from_the_downloaded_folder(folder, monkeypatch):
-    monkeypatch.setattr("tinylm.common.hub.require_hub", lambda what, mend: None)
+    monkeypatch.setattr("tinylm.tokenizer.hf.require_hub", lambda what, mend: None)
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder)
     )

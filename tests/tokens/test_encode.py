@@ -163,7 +163,7 @@ def test_after_a_kill_the_cached_file_is_gone_on_with_and_equals_an_undisturbed_
 ):
     """The child is killed when portions of 1 KB were saved; the name never appears before the file is whole."""
     source = write("source.txt", "".join(f"line {i}\n" for i in range(5000)))
-    code = """corpus.SPAN_BYTES, tokenfile.Draft.SAVE_SECONDS = 1000, -1
+    code = """documents.SPAN_BYTES, token_file_writer.Draft.SAVE_SECONDS = 1000, -1
 def slow(what, done, total):
     if done > 30_000: print("half", flush=True); time.sleep(60)
 encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=slow)"""
@@ -694,7 +694,7 @@ def test_odd_files_are_encoded_in_bounded_memory(write, tmp_path, child, content
     code = """before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 split = corpus.Split("train", corpus.sources_named([args[0]], "text", None), None, None)
 encode.encode_file(Path(args[1]), encode.Recipe(split, BYTES))
-print(tokenfile.TokenFile.open(args[1]).header.documents, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
+print(token_file_writer.TokenFile.open(args[1]).header.documents, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
     out, err = child(code, path, tmp_path / "a.bin").communicate(timeout=120)
     assert err == ""
     documents, megabytes = map(int, out.split())
@@ -1150,13 +1150,13 @@ def test_a_dataset_of_the_hub_is_streamed_and_no_more_of_it_read_than_asked_for(
 
 SLOW_COMMAND = """
 from tinylm.__main__ import main
-corpus.SPAN_BYTES, encode.WORTH_PROCESSES, tokenfile.Draft.SAVE_SECONDS = 2000, 1, 0.02
-append, wait = tokenfile.Draft.append, float(args.pop(0))
+documents.SPAN_BYTES, encode.WORTH_PROCESSES, token_file_writer.Draft.SAVE_SECONDS = 2000, 1, 0.02
+append, wait = token_file_writer.Draft.append, float(args.pop(0))
 def slow(self, *portion, **read):
     append(self, *portion, **read)
     print(self.state.portions, flush=True)
     time.sleep(wait)
-tokenfile.Draft.append = slow
+token_file_writer.Draft.append = slow
 if __name__ == "__main__":
     sys.exit(main(["encode", *args]))
 """
@@ -1230,7 +1230,7 @@ def test_a_full_disk_keeps_what_was_done_for_a_resume(write, tmp_path, child, ru
     """RLIMIT_FSIZE stops the file at 64 KiB; no file has the final name, and with room the command goes on."""
     path = write("a.txt", "some words and more of them\n" * 5000)
     command = ("--data", path, "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--processes", 1)
-    code = """resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); corpus.SPAN_BYTES, tokenfile.Draft.SAVE_SECONDS = 5000, -1
+    code = """resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); documents.SPAN_BYTES, token_file_writer.Draft.SAVE_SECONDS = 5000, -1
 from tinylm.__main__ import main
 sys.exit(main(["encode", *args]))"""
     process = child(code, *command)

@@ -689,7 +689,7 @@ def test_another_run_is_not_resumed(
 
 def test_what_a_sample_is_asked_in_is_the_template(prefer: Make, monkeypatch: Patch) -> None:
     """As in fine-tuning; the bytes of the prompt are those that training has shown."""
-    from test_finetune import prompts_seen
+    from tests.training.test_finetune import prompts_seen
 
     seen = prompts_seen(monkeypatch)
     assert (

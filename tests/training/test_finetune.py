@@ -38,7 +38,7 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
-from tinylm.interchange import peft
+from tinylm.interchange.peft import save_adapter
 from tinylm.model.hf_model import ForeignDecoder
 from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE
 from tinylm.tokenizer.byte_char import ByteTokenizer
@@ -562,7 +562,7 @@ def test_plain_peft_loads_a_saved_adapter(
     import transformers
 
     path = adapted(make, foreign=foreign)
-    peft.save_adapter(path, tmp_path / "out")
+    save_adapter(path, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -631,7 +631,7 @@ def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> Non
         UserError,
         match="final.ckpt: holds a whole model and no adapter. Give a checkpoint of a run with a lora section.",
     ):
-        peft.save_adapter(home / "base" / "final.ckpt", tmp_path)
+        save_adapter(home / "base" / "final.ckpt", tmp_path)
 
 
 # --- exact resume -----------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_give(
     def unreachable(*arguments: Any, **more: Any) -> None:
         raise UserError("nyu-mll/glue: not reached.")
 
-    monkeypatch.setattr("tinylm.rows.sft.find_split", unreachable)
+    monkeypatch.setattr("tinylm.rows.row_files.find_split", unreachable)
     places = [
         f"training.checkpoint_dir={tmp_path}/ckpt",
         f"training.log_dir={tmp_path}/logs",

@@ -389,7 +389,7 @@ def test_every_other_program_says_that_it_is_no_model(
 
 
 def test_a_hugging_face_model_has_other_blocks(make: Make, tmp_path: Path, capsys: Capture) -> None:
-    from test_finetune import save_llama
+    from tests.training.test_finetune import save_llama
 
     save_llama(tmp_path / "llama")
     config = make(model=None, training={"init_from": f"hf:{tmp_path / 'llama'}"})

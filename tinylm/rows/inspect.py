@@ -40,7 +40,7 @@ def row_pieces(
         labels: (T,) what it is asked for, IGNORE_INDEX where nothing is trained.
         document_ids: (T,) the document of each input, where attention stops between them.
 
-    >>> from tinylm.tokenizer.hf import ByteTokenizer
+    >>> from tinylm.tokenizer.byte_char import ByteTokenizer
     >>> [piece.text for piece in row_pieces(ByteTokenizer(), [97, 98, 256, 256], [98, -100, -100, -100])]
     ['a', 'b', '<|pad|> x2']
     """
@@ -91,7 +91,7 @@ def runs(pieces: Iterable[Piece]) -> list[Piece]:
 def plain_row(pieces: Sequence[Piece], *, masked: bool) -> str:
     """A row without colours: what is no target in brackets, and a mark where documents meet, with the new one's number behind a wall.
 
-    >>> from tinylm.tokenizer.hf import ByteTokenizer
+    >>> from tinylm.tokenizer.byte_char import ByteTokenizer
     >>> ids, labels = [97, 98, 258, 99], [98, 258, 99, -100]
     >>> plain_row(row_pieces(ByteTokenizer(), ids, labels), masked=False)
     '⟦a⟧b┊<|eos|>c'

@@ -201,6 +201,7 @@ class StreamDecoder(ABC):
 class BytesStream(StreamDecoder):
     """For tokenizers whose tokens are bytes: an incremental UTF-8 decoder holds back half characters.
 
+    >>> from tinylm.tokenizer.byte_char import ByteTokenizer
     >>> stream = ByteTokenizer().stream()
     >>> [stream.feed(byte) for byte in "é!".encode()]
     ['', 'é', '!']

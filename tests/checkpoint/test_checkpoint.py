@@ -159,7 +159,7 @@ import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from tests.checkpoint.test_checkpoint import payload
-from tinylm import checkpoint
+from tinylm.checkpoint import format as checkpoint
 from tinylm.common.errors import UserError
 data = payload()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

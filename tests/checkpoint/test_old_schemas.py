@@ -1,0 +1,87 @@
+"""Checkpoints of earlier schemas stay usable: they load, resume to the numbers of their time, sample and export.
+
+`data/schema1` holds three runs saved in the middle, between two rows of metrics: pretraining, LoRA on it, and DPO on it.
+Beside each are its settings and the rows of metrics that the code of its time wrote when it resumed from it. The text
+that the code of its time sampled from each is `SAMPLES`.
+"""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+import finetune
+import train
+from tinylm.checkpoint.load import load_model
+from tinylm.config.schema import SamplingConfig
+from tinylm.generate.engine import Engine
+from tinylm.interchange.hf_export import export_hf
+
+ROOT = Path(__file__).parents[2]
+SCHEMA_1 = Path(__file__).parent / "data" / "schema1"
+SAMPLES = {
+    "pretrain": "dpyn.  wrbywrhnr",
+    "lora": "dpyn.  wrbywrhnr",
+    "dpo": "dpyna  wrbywrhnr",
+}
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file as numbers, without the speed, which no two runs share."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {name: float(text) for name, text in row.items() if text and name != "tokens_per_s"}
+            for row in csv.DictReader(file)
+        ]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_old_run_resumes_to_the_metrics_that_the_old_code_wrote(
+    name: str, tmp_path: Path
+) -> None:
+    """Equal to the last bit on the kind of machine that wrote them; another CPU may round the last digits otherwise."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    step = 5 if name == "pretrain" else 3
+    shutil.copy(SCHEMA_1 / f"{name}.ckpt", folder / f"step-{step:06d}.ckpt")
+    settings = [
+        f"training.checkpoint_dir={folder}",
+        f"training.log_dir={tmp_path / 'logs'}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]
+    if name == "pretrain":
+        settings.append(f"data.dataset={ROOT / 'data' / 'tiny_corpus.txt'}")
+    else:
+        # A reference to another checkpoint is relative to the folder: the base moves with the run.
+        shutil.copy(SCHEMA_1 / "pretrain.ckpt", folder / "pretrain.ckpt")
+        rows_file = "tiny_instructions.jsonl" if name == "lora" else "tiny_preferences.jsonl"
+        settings += [
+            f"training.init_from={folder / 'pretrain.ckpt'}",
+            f"data.dataset={ROOT / 'data' / rows_file}",
+        ]
+    program = train if name == "pretrain" else finetune
+    assert program.main(["--config", str(SCHEMA_1 / f"{name}.yaml"), *settings]) == 0
+    found = rows(tmp_path / "logs" / name / "metrics.csv")
+    expected = rows(SCHEMA_1 / f"{name}.csv")
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for found_row, expected_row in zip(found, expected, strict=True):
+        assert found_row == pytest.approx(expected_row, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_old_checkpoint_samples_the_text_that_the_old_code_sampled(name: str) -> None:
+    """The adapter finds its base by the path that is relative to its folder."""
+    loaded = load_model(SCHEMA_1 / f"{name}.ckpt")
+    sampling = SamplingConfig(max_new_tokens=16, temperature=1.0, top_k=20, seed=0)
+    completions = Engine(loaded.model, loaded.tokenizer).generate("The", sampling)
+    assert completions[0].text == SAMPLES[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_old_checkpoint_exports(name: str, tmp_path: Path) -> None:
+    """`export_hf` compares the logits of what it wrote with ours before it returns."""
+    exported = export_hf(SCHEMA_1 / f"{name}.ckpt", tmp_path / "exported")
+    assert exported.model_type == "llama"
+    assert exported.difference < 1e-4

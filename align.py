@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tinylm.cli.program import Parser, run_program
 from tinylm.common.console import say
 from tinylm.common.errors import UserError, printable, reading
-from tinylm.common.files import write_whole
+from tinylm.common.files import write_atomic
 from tinylm.common.processes import Children, signals_to
 
 if TYPE_CHECKING:
@@ -343,7 +343,7 @@ class State:
     def put(self, name: str, done: Done) -> None:
         """Remember a stage."""
         self.stages[name] = done
-        write_whole(self.path, self._text(self.stages), "--out")
+        write_atomic(self.path, self._text(self.stages), "--out")
 
     def digest(self, names: Iterable[str]) -> str:
         """What a comparison of these stages is made from; the file may also know of stages that were in the list before."""
@@ -655,10 +655,10 @@ def show(results: dict[str, Any], stages: list[Stage]) -> None:
 
 def write_results(out: Path, results: dict[str, Any], stages: list[Stage]) -> None:
     """results.json for programs, report.md for people."""
-    write_whole(
+    write_atomic(
         out / "report.md", "".join(f"{line}\n" for line in write_report(results, stages)), "--out"
     )
-    write_whole(
+    write_atomic(
         out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n", "--out"
     )
 

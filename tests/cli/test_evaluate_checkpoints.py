@@ -408,5 +408,5 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, run, save, cases):
     assert code == 2
     assert (
         err.splitlines()[-1]
-        == f"error: {tmp_path / 'results'}: cannot be written: File exists. Make room or change --out."
+        == f"error: {tmp_path / 'results'}: cannot be written: File exists. Free disk space or change --out."
     )

@@ -244,7 +244,7 @@ def test_an_output_that_cannot_be_written_is_one_line(project):
     assert outcome.failed == ("pretrain: a",)
     assert (
         said
-        == "pretrain: a: output/a.txt: cannot be written: File exists. Make room or change --out."
+        == "pretrain: a: output/a.txt: cannot be written: File exists. Free disk space or change --out."
     )
 
 
@@ -259,7 +259,7 @@ def test_a_full_disk_is_one_line(project, monkeypatch):
     assert outcome.failed == ("pretrain: a",)
     assert (
         said
-        == "pretrain: a: runs/a/made-from.json: cannot be written: No space left on device. Make room or change --out."
+        == "pretrain: a: runs/a/made-from.json: cannot be written: No space left on device. Free disk space or change --out."
     )
 
 

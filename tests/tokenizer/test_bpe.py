@@ -401,7 +401,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", no_disk)
     with pytest.raises(
         UserError,
-        match="mine: cannot be written: No space left on device. Make room or change where it goes.",
+        match="mine: cannot be written: No space left on device. Free disk space or change where it goes.",
     ):
         Bpe((), Rules()).save(tmp_path / "mine")
     assert list(tmp_path.iterdir()) == []
@@ -593,11 +593,11 @@ def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
         ),
         (
             ["--out", "a.jsonl/mine"],
-            "a.jsonl/mine: cannot be written: File exists. Make room or change --out.",
+            "a.jsonl/mine: cannot be written: File exists. Free disk space or change --out.",
         ),
         (
             ["--out", "a.jsonl/b/mine"],
-            "a.jsonl/b/mine: cannot be written: Not a directory. Make room or change --out.",
+            "a.jsonl/b/mine: cannot be written: Not a directory. Free disk space or change --out.",
         ),
     ],
 )

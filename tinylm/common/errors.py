@@ -91,13 +91,15 @@ def calling(names: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: object, setting: str) -> Iterator[None]:
-    """Turn a refusal of the operating system to write `path` into a UserError that names the setting it came from."""
+    """Turn an operating system's refusal to write `path` into a UserError that names the setting it comes from."""
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the operating system's, for example a failed download
+            raise
         raise UserError(
-            f"{printable(path)}: cannot be written: {error.strerror}. Make room or change {setting}."
-        ) from None
+            path, f"cannot be written: {error.strerror}", f"Free disk space or change {setting}"
+        ) from error
 
 
 def reason(error: OSError) -> str:

@@ -1,36 +1,147 @@
-"""Files that are there whole or not at all, also after a kill or a power cut."""
+"""Files that exist whole or not at all, also after a kill or a power cut.
+
+    a small file, replaced at once             `write_atomic`
+    a large file or a folder, step by step     `atomic_path`, or `publish` for one that is made elsewhere
+    a cache that several processes may want    `make_once`, or `locked` around work that is not one file
+
+Every one of them writes beside the final name, syncs, renames and syncs the folder: a reader sees the old content
+or the new one, never a part. Knows nothing of what is in the files.
+"""
 
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from tinylm.common.errors import writing
 
 
-def write_whole(path: Path, text: str, setting: str) -> None:
-    """Write a text file so that its name never stands for half of it; its folder is made where there is none.
+def write_atomic(path: Path, content: str | bytes, setting: str) -> None:
+    """Replace the file `path` by `content` (text as UTF-8, line ends as they are); missing folders are created.
 
     Raises:
-        UserError: it cannot be written; the message names `setting`, which its place came from.
+        UserError: the file cannot be written; the message names `setting`, which the path comes from.
+    """
+    with writing(path, setting), atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or folder at; it becomes `path` at the end of the block.
+
+    If the block raises, what it wrote is removed and the old `path` is unchanged. A file replaces the file `path`;
+    a folder is created by the block (`temporary.mkdir()`) and cannot replace one that has content. Only one process
+    may write `path` at a time, see `locked`.
+
+        with writing(path, "data.cache_dir"), atomic_path(path) as temporary:
+            np.save(temporary, ids)
+
+    Raises:
+        OSError: `path` cannot be written; `writing` around the block turns it into a UserError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove(temporary)  # left by a process that was killed
+    try:
+        yield temporary
+        publish(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # must not hide the error that ended the block
+            remove(temporary)
+        raise
+
+
+def publish(made: Path, path: Path) -> None:
+    """Rename a finished file or folder to `path`, on the same file system, so that a power cut loses neither."""
+    for part in sorted(made.rglob("*")) if made.is_dir() else ():
+        sync(part)
+    sync(made)
+    os.replace(made, path)
+    sync(path.parent)
+
+
+def make_once(
+    path: Path,
+    make: Callable[[Path], object],
+    *,
+    setting: str,
+    on_wait: Callable[[], object] | None = None,
+) -> None:
+    """Make the file or folder `path` unless it exists, whole or not at all, by one process while others wait.
+
+        make_once(path, lambda temporary: temporary.write_bytes(compute()), setting="data.cache_dir")
+
+    Args:
+        path: its final place.
+        make: called with a temporary path beside `path` to write the file at, or to create the folder at.
+        setting: what decides where `path` is, for errors.
+        on_wait: called before waiting for another process that is making it.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    with locked(path, setting, on_wait=on_wait), writing(path, setting):
+        if not path.exists():
+            with atomic_path(path) as temporary:
+                make(temporary)
+
+
+@contextmanager
+def locked(
+    path: Path, setting: str, *, on_wait: Callable[[], object] | None = None
+) -> Iterator[None]:
+    """Hold the lock on making `path`, for one process of this machine; it is released when the process dies.
+
+    Args:
+        path: the file or folder to be made; the lock is a file beside it, `.NAME.lock`.
+        setting: what decides where `path` is, for errors.
+        on_wait: called before waiting for another process that holds the lock.
+
+    Raises:
+        UserError: the folder of `path` cannot be written.
     """
     with writing(path, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text.encode())
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if on_wait is not None:
+                on_wait()
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Give the name `path` to these bytes once they are on the disk; nobody else may write it at the same time."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in it survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with its content; nothing happens if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """`write_atomic` without the UserError; its last callers move to `write_atomic` or `make_once`."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def sync_folder(folder: Path) -> None:
+    """`sync`; its last callers move to `atomic_path` or `publish`."""
+    sync(folder)

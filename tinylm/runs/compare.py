@@ -22,7 +22,7 @@ import torch
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError, printable, reading, writing
-from tinylm.common.files import write_whole
+from tinylm.common.files import write_atomic
 from tinylm.config.schema import SamplingConfig
 from tinylm.eval.cases import LOSS_CAP
 from tinylm.eval.perplexity import byte_table, score_batches
@@ -177,7 +177,7 @@ def kept_measure(run: str, step: Step, out: Path) -> Found:
         if was["of"] == key:
             return Found.from_plain(was["found"])
     measured = measure(name, int(seed or 1), paths)
-    write_whole(kept, json.dumps({"of": key, "found": asdict(measured)}) + "\n", "--out")
+    write_atomic(kept, json.dumps({"of": key, "found": asdict(measured)}) + "\n", "--out")
     return measured
 
 
@@ -395,11 +395,11 @@ def write_findings(findings: Findings) -> Path:
     texts = [text for one in findings.found.values() for text in one.texts]
     _write_csv(out / "evaluation.csv", [asdict(result) for result in results])
     _write_csv(out / "positions.csv", [{"reading": name, **of} for name, of in bands.items()])
-    write_whole(
+    write_atomic(
         out / "generations.json", json.dumps(texts, indent=2, ensure_ascii=False) + "\n", "--out"
     )
     _draw(findings)
-    write_whole(out / "report.md", write_report(findings, bands, texts), "--out")
+    write_atomic(out / "report.md", write_report(findings, bands, texts), "--out")
     return out / "report.md"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.common.errors import UserError, printable, reading, writing
-from tinylm.common.files import write_whole
+from tinylm.common.files import write_atomic
 from tinylm.common.processes import Children, signals_to
 from tinylm.config.loader import load_config
 
@@ -308,7 +308,7 @@ def _run(step: Step, children: Children) -> int:
             [sys.executable, *step.command], stdout=output, stderr=subprocess.STDOUT
         )
     if code == 0:
-        write_whole(step.record, json.dumps(made_from(step), indent=1) + "\n", "--out")
+        write_atomic(step.record, json.dumps(made_from(step), indent=1) + "\n", "--out")
     return code
 
 

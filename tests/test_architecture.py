@@ -83,7 +83,6 @@ LATE_IMPORTS = {
     "data: finetune",
     "training.preflight: tinylm.model.decoder",
     "training.preflight: tinylm.runs.plots",
-    "tinylm.text.chunks: tinylm.text.documents",
     "training.preflight: list",
     "tinylm.interchange.peft: tinylm.checkpoint.format",
     "training.preflight: data",

@@ -260,7 +260,7 @@ def tokenizer_compare(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from tinylm.tokenizer.bpe import jobs_of
+    from tinylm.text.source_chunks import word_chunks
     from tinylm.tokenizer.hf import Fit
 
     source = text_named(arguments)
@@ -272,7 +272,7 @@ def tokenizer_compare(arguments: argparse.Namespace) -> int:
     for name, tokenizer in found.items():
         fit = Fit.of(
             tokenizer,
-            (text for job in jobs_of(source, docs=arguments.docs) for text in job.texts()),
+            (text for chunk in word_chunks(source, docs=arguments.docs) for text in chunk.texts()),
         )
         if not fit.n_tokens:
             raise UserError(f"{printable(source.name)}: no text. Give a file with text.")

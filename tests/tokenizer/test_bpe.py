@@ -20,6 +20,9 @@ from tokenizers import Tokenizer as Backend
 from tinylm.__main__ import main
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig, TokenizerConfig
+from tinylm.text import chunks
+from tinylm.text.chunks import part_borders
+from tinylm.text.source_chunks import word_chunks
 from tinylm.text.sources import sources_named
 from tinylm.tokenizer import bpe
 from tinylm.tokenizer.bpe import (
@@ -27,9 +30,7 @@ from tinylm.tokenizer.bpe import (
     Bpe,
     Words,
     count_jobs,
-    file_borders,
     gpt2_form,
-    jobs_of,
     learn_bpe,
     learn_merges,
     tokenizer_for,
@@ -67,8 +68,8 @@ def small_text() -> str:
 @pytest.fixture
 def file_in_parts(tmp_path, small_text, monkeypatch) -> Path:
     """More parts than four processes, so that all have something to do."""
-    monkeypatch.setattr(bpe, "PART", 13_001)
-    monkeypatch.setattr(bpe, "WINDOW", 200)
+    monkeypatch.setattr(chunks, "PART_BYTES", 13_001)
+    monkeypatch.setattr(chunks, "WINDOW_BYTES", 200)
     monkeypatch.setattr(bpe, "WORTH_PROCESSES", 0)
     path = tmp_path / "parts.txt"
     path.write_text(small_text, encoding="utf-8", newline="")
@@ -242,23 +243,23 @@ def test_no_special_token_or_part_across_one_is_in_a_merge(small_text):
 
 def test_a_file_is_cut_where_no_word_is(file_in_parts, small_text):
     """The words of the parts, 9 whole ones and a rest, are the words of the whole, for both patterns."""
-    borders = file_borders(file_in_parts)
+    borders = part_borders(file_in_parts)
     assert len(borders) == 11
     assert borders[0] == 0 and borders[-1] == file_in_parts.stat().st_size
     for pattern in PATTERNS:
         rules = Rules(pattern)
-        assert count_jobs(jobs_of(sources_named([str(file_in_parts)])), rules) == count_texts(
+        assert count_jobs(word_chunks(sources_named([str(file_in_parts)])), rules) == count_texts(
             [small_text], rules
         )
 
 
 def test_a_text_without_any_good_place_is_cut_behind_lines_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(bpe, "PART", 10)
-    monkeypatch.setattr(bpe, "WINDOW", 8)
+    monkeypatch.setattr(chunks, "PART_BYTES", 10)
+    monkeypatch.setattr(chunks, "WINDOW_BYTES", 8)
     (tmp_path / "a.txt").write_text("東京東京\n" * 3, encoding="utf-8", newline="")
-    assert file_borders(tmp_path / "a.txt") == [0, 13, 26, 39]
+    assert part_borders(tmp_path / "a.txt") == [0, 13, 26, 39]
     (tmp_path / "b.txt").write_text("x" * 100, encoding="utf-8", newline="")
-    assert file_borders(tmp_path / "b.txt") == [0, 100]
+    assert part_borders(tmp_path / "b.txt") == [0, 100]
 
 
 def test_a_word_that_stands_four_billion_times_is_counted():
@@ -321,12 +322,12 @@ def test_a_small_text_starts_no_process(file_in_parts, monkeypatch):
 def test_other_kinds_of_files_are_read_by_document(tmp_path):
     """The words of `low low`, without the JSON around it."""
     (tmp_path / "a.jsonl").write_text('{"text": "low low"}\n{"text": "low"}\n', encoding="utf-8")
-    assert count_jobs(jobs_of(sources_named([str(tmp_path)])), Rules()) == {"low": 2, " low": 1}
+    assert count_jobs(word_chunks(sources_named([str(tmp_path)])), Rules()) == {"low": 2, " low": 1}
 
 
 def test_a_byte_order_mark_is_no_word(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbflow")
-    assert count_jobs(jobs_of(sources_named([str(tmp_path)])), Rules()) == {"low": 1}
+    assert count_jobs(word_chunks(sources_named([str(tmp_path)])), Rules()) == {"low": 1}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -518,7 +518,7 @@ def test_a_token_file_whose_name_is_too_long_is_refused_on_one_line():
 def small_portions(monkeypatch) -> None:
     """Files are cut behind each 40 bytes, and text is handed over in 40 characters."""
     monkeypatch.setattr(documents, "SPAN_BYTES", 40)
-    monkeypatch.setattr(chunks, "JOB_CHARACTERS", 40)
+    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 40)
 
 
 @given(
@@ -989,7 +989,7 @@ def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_nam
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Stream())
     monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
-    monkeypatch.setattr(chunks, "JOB_CHARACTERS", 100)
+    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
     command = (
         "--data",
         "hf:owner/name",
@@ -1113,7 +1113,7 @@ def test_a_dataset_of_the_hub_is_streamed_and_no_more_of_it_read_than_asked_for(
 
     monkeypatch.setattr("datasets.load_dataset", serve)
     monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
-    monkeypatch.setattr(chunks, "JOB_CHARACTERS", 100)
+    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
     command = (
         "--data",
         "hf:owner/name:en:validation",

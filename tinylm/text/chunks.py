@@ -1,32 +1,39 @@
-"""A corpus in portions, for processes that share the work on it (processes.py).
+r"""A corpus in chunks, for the processes that share the work on it (common/processes.py).
 
-    TextJob   documents that this process has read already: compressed, streamed, or divided so that only reading tells
-    SpanJob   the documents of a span of a file: whoever works on it reads them
-    PartJob   a .txt file as it stands, in parts that are cut where no word is: what words are counted in
+    TextChunk   documents that this process has already read: compressed, streamed, or only divisible by reading them
+    SpanChunk   the documents of a byte range of a file: the process that works on it reads them
+    RawChunk    a byte range of a .txt file, not divided into documents and cut between words: for counting words
 
-All of them have a `size` in bytes or characters and give `texts`. This file imports little on purpose, as words.py does: a
-counting process loads it. How sources are cut is told where they are: `jobs_of` in encode.py and in bpe.py.
+Each has a `size` in bytes or characters, and `texts()`. A worker process imports this file, so it needs neither torch,
+numpy nor pydantic. How a source is cut into chunks: `word_chunks` in text/source_chunks.py, `jobs_of` in encode.py.
 """
 
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from tinylm.common.errors import UserError, printable, reading
+from tinylm.common.errors import UserError, reading, require_regular
+from tinylm.text.documents import Met, Span, file_documents
 
-if TYPE_CHECKING:
-    from tinylm.text.documents import Met, Span
-
-
-# Documents that were read already go to the processes in so many characters.
-JOB_CHARACTERS = 2**20
+# Characters of the documents in a TextChunk.
+CHUNK_CHARACTERS = 2**20
+# A raw file is read in parts of about this many bytes, so that few words are in memory before they are counted.
+PART_BYTES = 2**16
+# Parts of a RawChunk: the work that one process does before it returns its words, and a bound on its memory.
+PARTS_PER_CHUNK = 32
+# Bytes that are searched for a place where a part can end.
+WINDOW_BYTES = 2**13
+# Where undecoded text can be cut without dividing a word of either pattern: after a line end or before a space.
+BETWEEN_WORDS = re.compile(rb"(?<=[!-~]\n)(?=[!-~])|(?<=[!-~])(?= [!-~])")
 
 
 @dataclass(frozen=True)
-class TextJob:
-    """Documents that were read already, and the error that ended the reading."""
+class TextChunk:
+    """Documents that were already read, and the error that ended the reading."""
 
     documents: list[str]
     error: UserError | None = None
@@ -35,10 +42,11 @@ class TextJob:
 
     @property
     def size(self) -> int:
+        """Characters."""
         return sum(map(len, self.documents))
 
-    def texts(self, met: "Met | None" = None) -> Iterator[str]:
-        """The documents, then the error; `met` is told of separators."""
+    def texts(self, met: Met | None = None) -> Iterator[str]:
+        """The documents, then the error; a separator is noted in `met`."""
         if met is not None:
             met.separator |= self.separated
         yield from self.documents
@@ -47,81 +55,133 @@ class TextJob:
 
 
 @dataclass(frozen=True)
-class SpanJob:
-    """A span of a document file."""
+class SpanChunk:
+    """The documents of a byte range of a file."""
 
     path: Path
     field: str
     separator: str | None
-    span: "Span"
+    span: Span
 
     @property
     def size(self) -> int:
+        """Bytes."""
         return self.span[1] - self.span[0]
 
-    def texts(self, met: "Met | None" = None) -> Iterator[str]:
-        """The documents; `met` is told of separators."""
-        from tinylm.text.documents import (
-            file_documents,
-        )  # here, because a process that counts words shall not load it
-
+    def texts(self, met: Met | None = None) -> Iterator[str]:
+        """The documents; a separator is noted in `met`."""
         return file_documents(self.path, self.field, self.separator, self.span, met)
 
 
 @dataclass(frozen=True)
-class PartJob:
-    """Parts of a .txt file, from one border to the next."""
+class RawChunk:
+    """A byte range of a .txt file in parts, each from one border to the next."""
 
     path: Path
     borders: tuple[int, ...]
 
     @property
     def size(self) -> int:
+        """Bytes."""
         return self.borders[-1] - self.borders[0]
 
     def texts(self) -> Iterator[str]:
-        """The parts."""
+        """The parts.
+
+        Raises:
+            UserError: the file cannot be read, or is not UTF-8.
+        """
         with reading(self.path), open(self.path, "rb") as file:
             file.seek(self.borders[0])
-            for start, stop in zip(self.borders, self.borders[1:], strict=False):
-                yield self._text(file.read(stop - start), start)
+            for start, stop in pairwise(self.borders):
+                yield self._decode(file.read(stop - start), start)
 
-    def _text(self, raw: bytes, start: int) -> str:
+    def _decode(self, raw: bytes, start: int) -> str:
         mark = 3 if start == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
         try:
-            return raw[mark:].decode().replace("\r\n", "\n")  # as in the documents that are encoded
+            text = raw[mark:].decode()
         except UnicodeDecodeError as error:
-            at = start + mark + error.start
+            at = mark + error.start
             raise UserError(
-                f"{printable(self.path)}: not UTF-8 text: byte 0x{raw[at - start]:02x} at offset {at}. Save the file as UTF-8."
+                self.path,
+                f"not UTF-8 text: byte 0x{raw[at]:02x} at offset {start + at}",
+                "Save the file as UTF-8",
             ) from None
+        return text.replace("\r\n", "\n")  # as in documents, which are what is encoded later
 
 
-Job = TypeVar("Job", bound=TextJob | SpanJob | PartJob)
+Chunk = TypeVar("Chunk", bound=TextChunk | SpanChunk | RawChunk)
 
 
-def text_jobs(documents: Iterable[str], met: "Met | None" = None) -> Iterator[TextJob]:
-    """Documents in portions, and an error in reading them as the last of these; `met` is what their reader tells of separators."""
+def text_chunks(documents: Iterable[str], met: Met | None = None) -> Iterator[TextChunk]:
+    """Documents in chunks of about `CHUNK_CHARACTERS`; an error in reading them is in the last chunk.
+
+    Args:
+        documents: their texts.
+        met: what the reader of the documents noted about separators.
+    """
     texts: list[str] = []
-    held = 0
+    n_characters = 0
     error = None
     try:
         for text in documents:
             texts.append(text)
-            held += len(text)
-            if held >= JOB_CHARACTERS:
-                yield TextJob(texts, None, met is not None and met.separator)
-                texts, held = [], 0
+            n_characters += len(text)
+            if n_characters >= CHUNK_CHARACTERS:
+                yield TextChunk(texts, None, met is not None and met.separator)
+                texts = []
+                n_characters = 0
     except UserError as problem:
         error = problem
     if texts or error is not None:
-        yield TextJob(texts, error, met is not None and met.separator)
+        yield TextChunk(texts, error, met is not None and met.separator)
 
 
-def worth_processes(jobs: Iterable[Job], processes: int, least: int) -> tuple[Iterator[Job], int]:
-    """The jobs, and how many processes to share them out to: one where they are smaller than `least` together."""
-    jobs, first, size = iter(jobs), [], 0
-    while processes > 1 and size < least and (job := next(jobs, None)) is not None:
-        first.append(job)
-        size += job.size
-    return chain(first, jobs), processes if size >= least else 1
+def raw_chunks(path: Path, processes: int = 1) -> Iterator[RawChunk]:
+    """A .txt file in chunks that are cut between words; at least four for each process, if the file is long enough."""
+    borders = part_borders(path)
+    n_parts = len(borders) - 1
+    # Four chunks per process: no process waits long for the last one.
+    per_chunk = min(PARTS_PER_CHUNK, max(1, n_parts // (4 * processes)))
+    for start in range(0, n_parts, per_chunk):
+        yield RawChunk(path, tuple(borders[start : start + per_chunk + 1]))
+
+
+def part_borders(path: Path) -> list[int]:
+    """The offsets that divide a file into parts, 0 and its size included.
+
+    A part ends at the first place between words after each `PART_BYTES`. Without one in `WINDOW_BYTES` it ends after a
+    line, and without a line end it continues into the next part. The borders depend on the file alone, so any number of
+    processes counts the same words.
+
+    Raises:
+        UserError: the file cannot be read, or is not a regular file.
+    """
+    require_regular(path)
+    borders = [0]
+    with reading(path), open(path, "rb") as file:
+        size = os.path.getsize(path)
+        for wanted in range(PART_BYTES, size, PART_BYTES):
+            file.seek(wanted)
+            window = file.read(WINDOW_BYTES)
+            found = BETWEEN_WORDS.search(window)
+            place = found.start() if found else window.find(b"\n") + 1
+            if place:
+                borders.append(wanted + place)
+    return [*borders, size]
+
+
+def limit_processes(
+    chunks: Iterable[Chunk], processes: int, min_size: int
+) -> tuple[Iterator[Chunk], int]:
+    """The chunks, and the number of processes to use: 1 if the chunks together are smaller than `min_size`."""
+    chunks = iter(chunks)
+    first: list[Chunk] = []
+    size = 0
+    while processes > 1 and size < min_size:
+        chunk = next(chunks, None)
+        if chunk is None:
+            break
+        first.append(chunk)
+        size += chunk.size
+    return chain(first, chunks), processes if size >= min_size else 1

@@ -25,23 +25,23 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock
 
-from tinylm.common.errors import UserError, printable, reading, require_regular, writing
+from tinylm.common.errors import UserError, printable, writing
 from tinylm.common.processes import Progress, in_order
 from tinylm.config.schema import COUNT_LIMIT, DataConfig, TokenizerConfig
-from tinylm.text.chunks import PartJob, TextJob, text_jobs, worth_processes
-from tinylm.text.documents import file_documents
-from tinylm.text.sources import HubDataset, LocalFiles, Source, Together
+from tinylm.text.chunks import RawChunk, TextChunk, limit_processes, text_chunks
+from tinylm.text.source_chunks import word_chunks
+from tinylm.text.sources import HubDataset, Source
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.factory import make_tokenizer
 from tinylm.tokenizer.hf import WELL_KNOWN_EOS, load_hf_tokenizer
-from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, CUT_BYTES, PATTERNS, CountWords, Rules
+from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, PATTERNS, CountWords, Rules
 from tinylm.tokens.mixture import training_split
 
 if TYPE_CHECKING:
@@ -52,67 +52,16 @@ WELL_KNOWN_PAD = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>")
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json")
 CHARACTER_OF_BYTE = {byte[0]: character for character, byte in BYTE_OF_CHARACTER.items()}
 
-# A file is read in parts of about so many bytes, so that few words are in memory before they are counted.
-PART = 2**16
-# Parts that one process counts before it hands its words over; also a bound on what it holds.
-PARTS_A_JOB = 32
 # A smaller text is counted before a process for it has started (half a second; 10 MB take one core 0.8 s).
 WORTH_PROCESSES = 2**24
-# Bytes searched for a place where a part can end.
-WINDOW = 2**13
 VERSION = 1
 
 
 # --- step 1: words ----------------------------------------------------------------------------------------------------
 
 
-def file_borders(path: Path) -> list[int]:
-    """Where a file is cut, its start and end included: at the first good place behind each `PART` bytes.
-
-    Without a good place in the window a part ends behind a line, and without a line end there it goes on into the next.
-    The places depend on the file alone, so that any number of processes counts the same words.
-    """
-    require_regular(path)
-    borders = [0]
-    with reading(path), open(path, "rb") as file:
-        size = os.path.getsize(path)
-        for wanted in range(PART, size, PART):
-            file.seek(wanted)
-            window = file.read(WINDOW)
-            found = CUT_BYTES.search(window)
-            place = found.start() if found else window.find(b"\n") + 1
-            if place:
-                borders.append(wanted + place)
-    return [*borders, size]
-
-
-def jobs_of(
-    source: Source, processes: int = 1, docs: int | None = None
-) -> Iterator[PartJob | TextJob]:
-    """The source, or its first `docs` documents, in portions: plain .txt files as they stand, other kinds by their documents."""
-    if docs is not None or not isinstance(source, LocalFiles | Together):
-        yield from text_jobs(islice(source.documents(), docs))
-        return
-    if isinstance(source, Together):
-        yield from chain.from_iterable(jobs_of(one, processes) for one in source.sources)
-        return
-    for path in source.paths:
-        if path.name.endswith(".txt") and source.separator is None:
-            yield from _part_jobs(path, processes)
-        else:
-            yield from text_jobs(file_documents(path, source.field, source.separator))
-
-
-def _part_jobs(path: Path, processes: int) -> Iterator[PartJob]:
-    borders = file_borders(path)
-    # Four portions a process, so that none waits long for the last one.
-    parts = min(PARTS_A_JOB, max(1, (len(borders) - 1) // (4 * processes)))
-    for start in range(0, len(borders) - 1, parts):
-        yield PartJob(path, tuple(borders[start : start + parts + 1]))
-
-
 def count_jobs(
-    jobs: Iterable[PartJob | TextJob],
+    jobs: Iterable[RawChunk | TextChunk],
     rules: Rules,
     *,
     processes: int = 1,
@@ -123,7 +72,7 @@ def count_jobs(
     Raises:
         UserError: a file cannot be read or is not UTF-8, a process was killed, or there is no word at all.
     """
-    jobs, processes = worth_processes(jobs, processes, WORTH_PROCESSES)
+    jobs, processes = limit_processes(jobs, processes, WORTH_PROCESSES)
     total, done = Counter[str](), 0
     for size, words in in_order(CountWords(rules), jobs, processes):
         total.update(words)
@@ -373,7 +322,7 @@ class Bpe:
     @classmethod
     def count_and_learn(
         cls,
-        jobs: Iterable[PartJob | TextJob],
+        jobs: Iterable[RawChunk | TextChunk],
         vocab_size: int,
         rules: Rules,
         *,
@@ -555,7 +504,11 @@ def learn_bpe(
     """
     check_request(vocab_size, rules)
     return Bpe.count_and_learn(
-        jobs_of(source, processes, docs), vocab_size, rules, processes=processes, progress=progress
+        word_chunks(source, processes, docs),
+        vocab_size,
+        rules,
+        processes=processes,
+        progress=progress,
     )
 
 
@@ -613,7 +566,7 @@ def tokenizer_for(
             documents = islice(split.documents(), config.learn_docs)
             processes = os.cpu_count() or 1
             Bpe.count_and_learn(
-                text_jobs(documents),
+                text_chunks(documents),
                 config.vocab_size,
                 rules,
                 processes=processes,
@@ -637,6 +590,6 @@ def learned_from(config: TokenizerConfig, texts: Callable[[], Iterable[str]]) ->
     check_request(config.vocab_size, rules)
     with tempfile.TemporaryDirectory() as folder:
         Bpe.count_and_learn(
-            text_jobs(islice(texts(), config.learn_docs)), config.vocab_size, rules
+            text_chunks(islice(texts(), config.learn_docs)), config.vocab_size, rules
         ).save(Path(folder) / "bpe")
         return load_hf_tokenizer(str(Path(folder) / "bpe"))

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import regex
 
-from tinylm.text.chunks import PartJob, TextJob
+from tinylm.text.chunks import RawChunk, TextChunk
 
 # What a merge may not cross: the words of GPT-2 (Radford et al. 2019), and those of GPT-4 as tiktoken's cl100k_base has them,
 # which keep numbers to three digits and ignore the case of contractions. Both leave no character out, and tokenizers and
@@ -26,8 +26,6 @@ PATTERNS = {
 # and before punctuation behind a letter. Letters are named one by one, because libraries differ in the newest ones.
 _CUT = r"(?<=\S)(?=[ \t])|(?<=\S\n)(?=\S)|(?<=[a-z\u4e00-\u9fa5])(?=[!-/\u3001\u3002\uff0c])"
 LAST_CUT = regex.compile(f"(?r){_CUT}")
-# The same in undecoded text.
-CUT_BYTES = regex.compile(rb"(?<=[!-~]\n)(?=[!-~])|(?<=[!-~])(?= [!-~])")
 
 
 def _printable_bytes() -> dict[str, bytes]:
@@ -90,5 +88,5 @@ class CountWords:
 
     rules: Rules
 
-    def __call__(self, job: PartJob | TextJob) -> tuple[int, Counter[str]]:
+    def __call__(self, job: RawChunk | TextChunk) -> tuple[int, Counter[str]]:
         return job.size, count_texts(job.texts(), self.rules)

@@ -24,7 +24,7 @@ from tinylm.common.errors import UserError, printable, require_regular
 from tinylm.common.processes import Progress, in_order
 from tinylm.config.schema import DataConfig
 from tinylm.text import chunks, documents
-from tinylm.text.chunks import SpanJob, TextJob, text_jobs, worth_processes
+from tinylm.text.chunks import SpanChunk, TextChunk, limit_processes, text_chunks
 from tinylm.text.documents import Met
 from tinylm.text.sources import BIN, LocalFiles, Source, Together, is_token_file
 from tinylm.text.splits import Split, Which, check_token_files, find_split, named_source
@@ -162,32 +162,32 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 # --- portions, for the processes --------------------------------------------------------------------------------------
 
 
-def jobs_of(source: Source) -> Iterator[SpanJob | TextJob]:
+def jobs_of(source: Source) -> Iterator[SpanChunk | TextChunk]:
     """The source in portions; they depend on the source alone, and an error in reading it is the last of them."""
     try:
         yield from _jobs_of(source)
     except UserError as error:
-        yield TextJob([], error)
+        yield TextChunk([], error)
 
 
-def _jobs_of(source: Source) -> Iterator[SpanJob | TextJob]:
+def _jobs_of(source: Source) -> Iterator[SpanChunk | TextChunk]:
     if isinstance(source, Together):
         yield from chain.from_iterable(map(_jobs_of, source.sources))
         return
     if not isinstance(source, LocalFiles):
-        yield from text_jobs(source.documents())
+        yield from text_chunks(source.documents())
         return
     for path in source.paths:
         require_regular(path)
         end = documents.end_of_document(path, source.separator)
         if end is None:
             met = Met()
-            yield from text_jobs(
+            yield from text_chunks(
                 documents.file_documents(path, source.field, source.separator, met=met), met
             )
         else:
             yield from (
-                SpanJob(path, source.field, source.separator, span)
+                SpanChunk(path, source.field, source.separator, span)
                 for span in documents.spans_of(path, end)
             )
 
@@ -229,7 +229,7 @@ class Encoder:
     max_doc_len: int | None
     split: Split
 
-    def __call__(self, job: SpanJob | TextJob) -> Encoded:
+    def __call__(self, job: SpanChunk | TextChunk) -> Encoded:
         read = kept = 0
         spelled, met = [], Met()
         end_of_text = name_of_eos(self.tokenizer)
@@ -319,7 +319,7 @@ def encode_file(
     Raises:
         UserError: as the source, the tokenizer and `Draft`, or the split has no document.
     """
-    cut = f"{documents.SPAN_BYTES} bytes, {chunks.JOB_CHARACTERS} characters"
+    cut = f"{documents.SPAN_BYTES} bytes, {chunks.CHUNK_CHARACTERS} characters"
     with Draft(
         path, recipe.tokenizer, recipe.fingerprint, cut=cut, resume=resume, keep=keep, place=place
     ) as draft:
@@ -337,7 +337,7 @@ def _fill(draft: Draft, recipe: Recipe, processes: int, progress: Progress | Non
     """Encode what the draft does not have yet."""
     jobs, split = jobs_of(recipe.split.source), recipe.split
     done, total = sum(job.size for job in islice(jobs, draft.state.portions)), size_of(split.source)
-    jobs, processes = worth_processes(jobs, processes, WORTH_PROCESSES)
+    jobs, processes = limit_processes(jobs, processes, WORTH_PROCESSES)
     for encoded in in_order(Encoder(recipe.tokenizer, recipe.max_doc_len, split), jobs, processes):
         chunk, before = encoded.chunk, draft.state.documents
         if split.limit is not None and before + len(chunk.ends) >= split.limit:

@@ -1,13 +1,8 @@
 """What training eats: Lightning data modules that turn documents into micro-batches, in an order that is a function.
 
-    python data.py --config config_smoke.yaml --rows 3          rows as training sees them, printed as text
-    python data.py --config config_finetune.yaml --rows 3       those of finetune.py: which tokens of the answers are trained
-
     token files ─▶ row numbers of micro-batch k, from (seed, k) alone ─▶ rows ─▶ batch       IndexedBatches
     stream     ─▶ rows in document order ─▶ windows of rows, shuffled by (seed, window) ─▶ batch     StreamBatches
     examples   ─▶ packed rows, or one example a row ─▶ row numbers as for a token file ─▶ batch      ExampleBatches
-    preferences ─▶ one pair of answers a row ─▶ the same                                             PairBatches
-    problems   ─▶ one problem with right and wrong answers a row ─▶ the same                         ProblemBatches
 
 The whole run is one sequence of micro-batches 0, 1, 2, ...; a pass over the data ends somewhere inside it. A resumed run
 begins at micro-batch k and gets what an uninterrupted one would have got. For token files k is all that takes; a
@@ -16,32 +11,29 @@ does not depend on the number of worker processes. With R ranks, micro-batch k o
 device would see as micro-batch k·R + r: sharding happens here alone.
 """
 
-import argparse
 import hashlib
-import json
 import signal
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, count, islice
-from typing import TYPE_CHECKING, Any
+from itertools import count
+from typing import Any
 
+import lightning as L
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from tinylm.cli.program import Parser, run_program
-from tinylm.common.console import say
 from tinylm.common.errors import UserError, printable
 from tinylm.common.processes import Progress
-from tinylm.config.loader import load_config
 from tinylm.config.schema import Config
 from tinylm.eval.tasks import NAMED
 from tinylm.eval.tasks.data import built_in_where_asked
-from tinylm.rows.preferences import Pair, PairReport, pairs
+from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.row_files import NAMED_PLACES, with_rows
 from tinylm.rows.sft import Report, examples, shared_examples, shared_questions
 from tinylm.rows.templates import Template, make_template
-from tinylm.rows.verifier_data import Problem, ProblemReport, pairs_of, problems, usable
 from tinylm.text.splits import Which, train_documents
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import encode_documents, source_fingerprint
@@ -54,7 +46,6 @@ from tinylm.tokens.mixture import (
     weights_of,
 )
 from tinylm.tokens.packing import (
-    IGNORE_INDEX,
     Example,
     Position,
     count_rows,
@@ -66,52 +57,12 @@ from tinylm.tokens.packing import (
 )
 from tinylm.tokens.token_file import TokenFile
 
-if TYPE_CHECKING:
-    from rich.text import Text
-
-    from tinylm.rows.inspect import Piece
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line of `python data.py`; what it does stands at the end of this file."""
-    parser = Parser(
-        prog="python data.py",
-        usage="python data.py --config config_smoke.yaml --rows 3 [section.key=value ...]",
-        description="Print the first rows of a run of train.py or finetune.py as training sees them: the text, where documents meet, and which "
-        "tokens are targets; of preferences both answers, of a verifier's problems every answer and where it departs from the right one.",
-        epilog="A config of finetune.py is known by what train.py has no use for: dpo, verifier, training.train_on, data.task, rows, columns, "
-        "template, packing.",
-    )
-    parser.add_argument("--config", required=True, help="YAML file with the settings")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
-    )
-    parser.add_argument(
-        "--answers",
-        action="store_true",
-        help="the config's data are for finetune.py, though no setting says so",
-    )
-    parser.add_argument(
-        "--rows", type=int, default=3, metavar="N", help="how many rows (default: 3)"
-    )
-    return parser.parse_intermixed_args(argv)
-
-
-if __name__ == "__main__":
-    parse(None)  # --help and mistakes are answered now: the next lines take five seconds
-
-import lightning as L  # noqa: E402
-import torch  # noqa: E402
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info  # noqa: E402
-
-from tinylm.eval.verifier_scoring import training_batch  # noqa: E402
-
 Batch = dict[str, Any]
+
+MOVED = "data.py only holds the data modules: use `python train.py --config ... --show-rows N` or `python finetune.py --config ... --show-rows N`"
 
 # Numbers that keep the random streams of different uses apart.
 _SHUFFLE, _WINDOWS, _STREAM = 1, 2, 3
-# Of documents that follow each other in a row that is shown.
-DOCUMENT_COLOURS = ("default", "cyan", "yellow")
 
 
 @dataclass(frozen=True)
@@ -365,6 +316,11 @@ class RunData(L.LightningDataModule):
     """What the data of every run have: a share of each micro-batch for this rank, and a loader that prepares batches."""
 
     config: Config
+    tokenizer: Tokenizer
+
+    @abstractmethod
+    def inspect_rows(self) -> Iterator[list[InspectedRow]]:
+        """The rows of the run in order, each as one row to print or several (`training/show_rows.py`)."""
 
     def _share(self) -> Share:
         size = self.config.training.micro_batch_size
@@ -387,7 +343,7 @@ class RunData(L.LightningDataModule):
         )
 
 
-class LitData(RunData):
+class PretrainData(RunData):
     """The batches of one pretraining run.
 
     `prepare` makes the token files, and must be called before the loaders are; `start_at` says where a resumed run goes on.
@@ -463,8 +419,27 @@ class LitData(RunData):
         )
         return DataLoader(batches, batch_size=None)
 
+    def inspect_rows(self) -> Iterator[list[InspectedRow]]:
+        """The rows of the run in order, one at a time, each with its source and the micro-batch that it is in."""
+        place = 0
+        for k, batch in enumerate(self.train_dataloader()):
+            for i in range(len(batch["input_ids"])):
+                documents = batch["document_ids"][i].tolist() if "document_ids" in batch else None
+                heading = f"row {place}, micro-batch {k}: {self._source_of_row(batch, i)}"
+                inputs, labels = batch["input_ids"][i].tolist(), batch["labels"][i].tolist()
+                yield [InspectedRow(heading, inputs, labels, documents)]
+                place += 1
 
-# --- fine-tuning ------------------------------------------------------------------------------------------------------
+    def _source_of_row(self, batch: Batch, i: int) -> str:
+        """The dataset that row `i` of a batch was read from, and its first token there."""
+        settings = self.config.data
+        if not self.train_files:
+            return printable(
+                settings.dataset
+            )  # a stream records where a window of rows began, not each row
+        source, start = batch["origin"][i] if len(self.train_files) > 1 else (0, batch["origin"][i])
+        name = settings.dataset if settings.mix is None else settings.mix[source].dataset
+        return f"{printable(name)} from token {start}"
 
 
 class ExampleBatches(Dataset[Batch]):
@@ -499,7 +474,7 @@ class ExampleBatches(Dataset[Batch]):
             {"document_ids": torch.from_numpy(np.stack(documents))} if self.packed else {}
         )
 
-    def shown_rows(self) -> Iterator[list["ShownRow"]]:
+    def shown_rows(self) -> Iterator[list["InspectedRow"]]:
         """The rows of the run in their order, for people: what stands in each, under one heading or several."""
         for place in count():
             yield self.shown(
@@ -508,14 +483,14 @@ class ExampleBatches(Dataset[Batch]):
                 place,
             )
 
-    def shown(self, heading: str, row: Any, place: int) -> list["ShownRow"]:
+    def shown(self, heading: str, row: Any, place: int) -> list["InspectedRow"]:
         """The row at `place`, for people."""
         inputs, labels, documents = (
             part.tolist() for part in row_of_examples(row, self.seq_len, self.pad_id)
         )
         last = len(row) - 1  # padding counts as a document of its own
         return [
-            ShownRow(
+            InspectedRow(
                 f"{heading}: {_named([example.place for example in row])}",
                 inputs,
                 labels,
@@ -561,7 +536,7 @@ class ValidationExamples(ExampleBatches):
 
 
 class RowsInMemory(RunData):
-    """The data of a run whose rows are all in memory, with the interface of `LitData`; `notes` is what a user should know of them, a line each."""
+    """The data of a run whose rows are all in memory, with the interface of `PretrainData`; `notes` is what a user should know of them, a line each."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
@@ -593,8 +568,12 @@ class RowsInMemory(RunData):
         """The batches of `val_batches`, in this process."""
         return DataLoader(self.val_batches(), batch_size=None)
 
+    def inspect_rows(self) -> Iterator[list[InspectedRow]]:
+        """The rows of the run in order, each as one row to print or several."""
+        return self.train_batches().shown_rows()
 
-class LitExamples(RowsInMemory):
+
+class SFTData(RowsInMemory):
     """The batches of one run of supervised fine-tuning.
 
     `prepare` reads, encodes and packs all rows, and must be called before the loaders are.
@@ -651,7 +630,10 @@ class LitExamples(RowsInMemory):
 
     def fingerprints(self) -> dict[str, str]:
         """What identifies the data: two runs with equal ones see the same tokens and targets."""
-        return {"train": _fingerprint(self.train_examples), "val": _fingerprint(self.val_examples)}
+        return {
+            "train": fingerprint_of_examples(self.train_examples),
+            "val": fingerprint_of_examples(self.val_examples),
+        }
 
     def train_batches(self) -> ExampleBatches:
         return ExampleBatches(
@@ -696,381 +678,11 @@ class LitExamples(RowsInMemory):
         ]
 
 
-class PairBatches(ExampleBatches):
-    """Micro-batches of preferences, a pair a row, in the order that examples have; each answer stands behind its prompt."""
-
-    def places_of(self, rows: Sequence[Any]) -> list[Any]:
-        return [pair.chosen.place for pair in rows]
-
-    def batch(self, rows: Sequence[Any]) -> Batch:
-        """Ids and labels (B, T) int64 of both answers, and what is known of them under the reference, (B,); `()` gives padding."""
-        batch: Batch = {}
-        known = self.rows[0].reference is not None
-        for number, name in enumerate(("chosen", "rejected")):
-            inputs, labels, _ = zip(
-                *(
-                    row_of_examples(row[number : number + 1], self.seq_len, self.pad_id)
-                    for row in rows
-                ),
-                strict=True,
-            )
-            batch |= {
-                f"{name}_ids": torch.from_numpy(np.stack(inputs)),
-                f"{name}_labels": torch.from_numpy(np.stack(labels)),
-            }
-            if known:
-                batch[f"{name}_reference"] = torch.tensor(
-                    [row.reference[number] if row else 0.0 for row in rows]
-                )
-        return batch
-
-    def shown(self, heading: str, row: Any, place: int) -> list["ShownRow"]:
-        chosen, rejected = (
-            super(PairBatches, self).shown(f"{heading}, {name}", [answer], place)
-            for name, answer in zip(Pair._fields, row[:2], strict=False)
-        )
-        return [*chosen, *rejected]
-
-
-class ValidationPairs(PairBatches, ValidationExamples):
-    """Pairs in their order, this rank's share of them."""
-
-
-class LitPreferences(RowsInMemory):
-    """The batches of one run on preferences.
-
-    Args:
-        config: the settings; data.template says how prompts and answers are written.
-        tokenizer: what the rows are encoded with.
-    """
-
-    def __init__(self, config: Config, tokenizer: Tokenizer):
-        super().__init__(config, tokenizer)
-        self.template = make_template(config.data.template, tokenizer)
-        self.train_pairs: list[Pair] = []
-        self.val_pairs: list[Pair] = []
-
-    def prepare(self) -> None:
-        """Read and encode the rows of both splits.
-
-        Raises:
-            UserError: as `rows.pairs`.
-        """
-        if note := with_rows(self.config.data)[1]:
-            raise UserError(
-                f"{note.partition(';')[0]}. Give a file of preferences, such as data/tiny_preferences.jsonl."
-            )
-        self.train_pairs, train = self._pairs("train")
-        self.val_pairs, val = self._pairs("val")
-        shared = shared_examples(
-            [pair.chosen for pair in self.train_pairs], [pair.chosen for pair in self.val_pairs]
-        )
-        warning = f"warning: {shared} validation prompts with their chosen answers are training rows too; val_loss will look better than it is"
-        self.notes = [*train.notes(), *val.notes(), *([warning] if shared else [])]
-
-    def describe(self) -> str:
-        """One line on what is trained on and validated on."""
-        targets = [int(example.trained.sum()) for example in _answers(self.train_pairs)]
-        sizes = f"train {len(self.train_pairs)} pairs of answers of {sum(targets) / len(targets):.0f} tokens, validation {len(self.val_pairs)} pairs"
-        return (
-            f"data: {printable(self.config.data.dataset)}: {sizes}; template {self.template.name}"
-        )
-
-    def fingerprints(self) -> dict[str, str]:
-        """What identifies the data: two runs with equal ones see the same tokens and targets."""
-        return {
-            "train": _fingerprint(_answers(self.train_pairs)),
-            "val": _fingerprint(_answers(self.val_pairs)),
-        }
-
-    def train_batches(self) -> ExampleBatches:
-        return PairBatches(self.train_pairs, self.config, self.tokenizer.pad_id, self._share())
-
-    def val_batches(self) -> ExampleBatches:
-        return ValidationPairs(self.val_pairs, self.config, self.tokenizer.pad_id, self._share())
-
-    def all_batches(self) -> Iterator[Batch]:
-        """All pairs in their order, those of validation last; every process sees them all."""
-        made = [*self.train_pairs, *self.val_pairs]
-        size = self.config.training.micro_batch_size
-        batches = PairBatches(made, self.config, self.tokenizer.pad_id, Share(size))
-        return (batches.batch(made[start : start + size]) for start in range(0, len(made), size))
-
-    def add_reference(self, log_probs: np.ndarray) -> None:
-        """Give every pair the log-probabilities (n, 2) of its answers under the reference, in the order of `all_batches`."""
-        known = iter(log_probs.tolist())
-        self.train_pairs = [pair._replace(reference=next(known)) for pair in self.train_pairs]
-        self.val_pairs = [pair._replace(reference=next(known)) for pair in self.val_pairs]
-
-    def _pairs(self, which: Which) -> tuple[list[Pair], PairReport]:
-        training = self.config.training
-        return pairs(
-            self.config.data, which, training.seed, self.template, self.tokenizer, training.seq_len
-        )
-
-
-def _answers(made: list[Pair]) -> list[Example]:
-    """Both examples of each pair."""
-    return [example for pair in made for example in (pair.chosen, pair.rejected)]
-
-
-def _fingerprint(made: list[Example]) -> str:
+def fingerprint_of_examples(made: list[Example]) -> str:
     digest = hashlib.sha256()
     for example in made:
         digest.update(b"%d " % len(example.ids) + example.ids.tobytes() + example.trained.tobytes())
     return digest.hexdigest()[:12]
-
-
-# --- problems with right and wrong answers ----------------------------------------------------------------------------
-
-
-class ProblemBatches(ExampleBatches):
-    """Micro-batches of problems, each with all its answers, in the order that examples have; other wrong answers in each pass."""
-
-    split = "train"
-
-    def __init__(self, rows: Sequence[Any], config: Config, tokenizer: Tokenizer, share: Share):
-        super().__init__(rows, config, tokenizer.pad_id, share)
-        assert config.verifier is not None
-        self.tokenizer, self.n_wrong = tokenizer, config.verifier.n_wrong
-
-    def __getitem__(self, k: int) -> Batch:
-        places = self.share.places(k)
-        rows = [self.rows[self._row(place)] for place in places]
-        return self.pairs(rows, places) | {"origin": [problem.place for problem in rows]}
-
-    def pairs(self, rows: Sequence[Problem], places: Iterable[int]) -> Batch:
-        """`training_batch` of every answer to every problem; wrong ones are drawn by (seed, place)."""
-        drawn = zip(rows, (f"{self.seed} {self.split} {place}" for place in places), strict=True)
-        made = [
-            pair
-            for problem, seed in drawn
-            for pair in pairs_of(
-                problem, self.tokenizer, self.seq_len, n_wrong=self.n_wrong, seed=seed
-            )
-        ]
-        return training_batch(made, self.pad_id)
-
-    def shown(self, heading: str, row: Any, place: int) -> list["ShownRow"]:
-        """Each answer; as a target counts where a wrong one departs from the right one."""
-        batch = self.pairs([row], [place])
-        rows = []
-        for number, (ids, seen, departs) in enumerate(
-            zip(batch["input_ids"], batch["attention_mask"], batch["departs"], strict=True), start=1
-        ):
-            ids, departs = ids[seen], departs[seen]
-            labels = torch.where(departs, ids, IGNORE_INDEX).roll(-1)
-            right = "right" if batch["label"][number - 1] else "wrong"
-            rows.append(
-                ShownRow(
-                    f"{heading}, answer {number}, {right}: {row.place}",
-                    ids.tolist(),
-                    labels.tolist(),
-                    None,
-                )
-            )
-        return rows
-
-
-class ValidationProblems(ProblemBatches, ValidationExamples):
-    """Problems in their order, this rank's share of them; the wrong answers are the same in every validation."""
-
-    split = "val"
-
-    def __getitem__(self, k: int) -> Batch:
-        if k >= self.n_batches:
-            raise IndexError(k)  # ends a plain `for batch in batches`
-        places = [place for place in self.share.places(k) if place < len(self.rows)]
-        return self.pairs([self.rows[place] for place in places], places)
-
-
-class LitProblems(RowsInMemory):
-    """The batches of one verifier's run; a row is a problem with all its answers."""
-
-    def __init__(self, config: Config, tokenizer: Tokenizer):
-        super().__init__(config, tokenizer)
-        assert config.verifier is not None
-        self.n_wrong = config.verifier.n_wrong
-        self.train_problems: list[Problem] = []
-        self.val_problems: list[Problem] = []
-
-    def prepare(self, answer: Callable[[list[Problem]], list[Problem]] = list) -> None:
-        """Read the rows of both splits; `answer` adds what a model answers. A problem of validation is none of training.
-
-        Raises:
-            UserError: as `problems.problems` and `problems.usable`.
-        """
-        built_in = built_in_where_asked(self.config.data)
-        found = {
-            which: problems(self.config.data, which, self.config.training.seed, built_in)
-            for which in ("train", "val")
-        }
-        held_out = {problem.question for problem in found["val"]}
-        apart = [problem for problem in found["train"] if problem.question not in held_out]
-        shared = len(found["train"]) - len(apart)
-        self.train_problems, train = self._usable(answer(apart), "train")
-        self.val_problems, val = self._usable(answer(found["val"]), "val")
-        self.notes = (
-            [f"training: left out {shared} problems that are validation problems"] * bool(shared)
-            + train.notes()
-            + val.notes()
-        )
-
-    def _usable(self, found: list[Problem], which: Which) -> tuple[list[Problem], ProblemReport]:
-        return usable(
-            found, which, self.tokenizer, self.config.training.seq_len, n_wrong=self.n_wrong
-        )
-
-    def describe(self) -> str:
-        """One line on what is trained on and validated on."""
-        train, val = (
-            f"{len(made):,} problems with {self._n_answers(made):,} answers"
-            for made in (self.train_problems, self.val_problems)
-        )
-        n_right = sum(
-            1 + sum(sample.right for sample in problem.samples) for problem in self.train_problems
-        )
-        share = f"{n_right / self._n_answers(self.train_problems):.0%} of them right"
-        tokenizer = (
-            f"tokenizer {self.config.tokenizer.kind}, vocabulary {self.tokenizer.vocab_size}"
-        )
-        return f"data: {printable(self.config.data.dataset)}: train {train} ({share}), validation {val}; {tokenizer}"
-
-    def _n_answers(self, made: list[Problem]) -> int:
-        return sum(1 + self.n_wrong + len(problem.samples) for problem in made)
-
-    def fingerprints(self) -> dict[str, str]:
-        """What identifies the data: two runs with equal ones, and equal settings and tokenizers, see the same pairs."""
-        return {
-            "train": _fingerprint_of_problems(self.train_problems),
-            "val": _fingerprint_of_problems(self.val_problems),
-        }
-
-    def train_batches(self) -> ExampleBatches:
-        return ProblemBatches(self.train_problems, self.config, self.tokenizer, self._share())
-
-    def val_batches(self) -> ExampleBatches:
-        return ValidationProblems(self.val_problems, self.config, self.tokenizer, self._share())
-
-
-def _fingerprint_of_problems(made: list[Problem]) -> str:
-    plain = [(problem.question.whole, problem.answer, problem.samples) for problem in made]
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]
-
-
-# --- rows as text: python data.py --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ShownRow:
-    """A row and what it is called."""
-
-    heading: str
-    input_ids: list[int]
-    labels: list[int]
-    document_ids: list[int] | None
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program; the exit code comes back."""
-    args = parse(argv)
-    return run_program(lambda: run(args), debug=args.debug)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the first rows of the run that a config describes."""
-    if args.rows < 1:
-        raise UserError(f"--rows: {args.rows} is less than 1. Give the number of rows to print.")
-    config = load_config(
-        args.config, [*args.overrides, "data.num_workers=0"]
-    )  # for a few rows a process is not worth its start
-    rows, tokenizer = (
-        rows_of_finetuning(config)
-        if args.answers or is_for_finetuning(config)
-        else rows_of_pretraining(config)
-    )
-    n_rows = (
-        config.training.max_steps
-        * config.training.grad_accum_steps
-        * config.training.micro_batch_size
-    )
-    print_rows(
-        chain.from_iterable(islice(rows, min(args.rows, n_rows))),
-        tokenizer,
-        "target" if config.verifier is None else "departure",
-    )
-    return 0
-
-
-# Settings that only finetune.py reads.
-FOR_FINETUNING = {"task", "rows", "columns", "template", "packing"}
-
-
-def is_for_finetuning(config: Config) -> bool:
-    """Whether a config is one of finetune.py: it has a section or a setting that train.py has no use for."""
-    asked = "train_on" in config.training.model_fields_set or not FOR_FINETUNING.isdisjoint(
-        config.data.model_fields_set
-    )
-    return asked or config.dpo is not None or config.verifier is not None
-
-
-def rows_of_pretraining(config: Config) -> "tuple[Iterator[list[ShownRow]], Tokenizer]":
-    """The rows as train.py has them, and the tokenizer."""
-    from train import learn_from_documents
-
-    config, tokenizer = with_tokenizer(config, learn_from_documents)
-    data = LitData(config, tokenizer)
-    data.prepare(validation=False)
-    return ([row] for row in first_rows(data)), tokenizer
-
-
-def rows_of_finetuning(config: Config) -> "tuple[Iterator[list[ShownRow]], Tokenizer]":
-    """The rows as finetune.py has them, and the tokenizer."""
-    from finetune import (
-        check_beginning,
-        learn_from_problems,
-        open_examples,
-        open_preferences,
-        open_problems,
-        with_data_of_task,
-    )
-    from train import learn_from_documents
-
-    config = with_data_of_task(config)
-    if config.verifier is None and config.dpo is None:
-        check_beginning(config)
-    config, tokenizer = with_tokenizer(
-        config, learn_from_documents if config.verifier is None else learn_from_problems
-    )
-    open_data = open_examples if config.dpo is None else open_preferences
-    data = (open_data if config.verifier is None else open_problems)(config, tokenizer, say)
-    return data.train_dataloader().dataset.shown_rows(), tokenizer
-
-
-def with_tokenizer(
-    config: Config, learn: Callable[[Config], Tokenizer]
-) -> tuple[Config, Tokenizer]:
-    """The tokenizer of a run: that of the model it begins with, or as `learn` makes it; and the settings of that run."""
-    from train import Start, find_base, prepare_tokenizer, settings_on_base
-
-    base = find_base(config, Start())
-    tokenizer, config = prepare_tokenizer(
-        config if base is None else settings_on_base(config, base), Start(), base, learn
-    )
-    return config, tokenizer
-
-
-def first_rows(data: LitData) -> Iterator[ShownRow]:
-    """The rows of the run from micro-batch 0 on, in their order."""
-    place = 0
-    for k, batch in enumerate(data.train_dataloader()):
-        for i in range(len(batch["input_ids"])):
-            documents = batch["document_ids"][i].tolist() if "document_ids" in batch else None
-            heading = f"row {place}, micro-batch {k}: {source_of_row(data, batch, i)}"
-            yield ShownRow(
-                heading, batch["input_ids"][i].tolist(), batch["labels"][i].tolist(), documents
-            )
-            place += 1
 
 
 def _named(places: Sequence[str]) -> str:
@@ -1079,71 +691,6 @@ def _named(places: Sequence[str]) -> str:
     return ", ".join(places[:NAMED_PLACES]) + more
 
 
-def source_of_row(data: LitData, batch: Batch, i: int) -> str:
-    """What row `i` of a batch was read from, and where in it."""
-    settings = data.config.data
-    if not data.train_files:
-        return printable(
-            settings.dataset
-        )  # a stream knows where a window of rows began, and not each row
-    source, start = batch["origin"][i] if len(data.train_files) > 1 else (0, batch["origin"][i])
-    name = settings.dataset if settings.mix is None else settings.mix[source].dataset
-    return f"{printable(name)} from token {start}"
-
-
-def print_rows(rows: Iterable[ShownRow], tokenizer: Tokenizer, marked: str = "target") -> None:
-    """Print rows on stdout: in colours on a terminal that has them, with marks elsewhere; the legend goes to stderr.
-
-    `marked` is what the labels of the rows stand for.
-    """
-    from rich.console import Console
-    from rich.text import Text
-
-    from tinylm.rows.inspect import CLOSE, OPEN, SEAM, WALL, plain_row, row_pieces
-
-    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False, markup=False)
-    coloured = console.is_terminal and not console.no_color
-    targets = (
-        f"dim: no {marked}; another colour: another document"
-        if coloured
-        else f"{OPEN}no {marked}{CLOSE}"
-    )
-    say(f"{SEAM} documents meet, {WALL}2{WALL} attention stops and document 2 begins, {targets}")
-    for row in rows:
-        pieces, masked = (
-            row_pieces(tokenizer, row.input_ids, row.labels, row.document_ids),
-            row.document_ids is not None,
-        )
-        console.print(Text(row.heading, "bold"), soft_wrap=True)
-        console.print(
-            coloured_row(pieces, masked=masked)
-            if coloured
-            else Text(plain_row(pieces, masked=masked)),
-            soft_wrap=True,
-        )
-        asked = sum(label != IGNORE_INDEX for label in row.labels)
-        console.print(
-            f"{len(row.input_ids)} tokens, {marked}s: {asked}, documents: {len({piece.document for piece in pieces})}\n",
-            soft_wrap=True,
-        )
-
-
-def coloured_row(pieces: "list[Piece]", *, masked: bool) -> "Text":
-    """A row in the colours of its documents, dim where it is no target."""
-    from rich.text import Text
-
-    from tinylm.rows.inspect import with_borders
-
-    text = Text()
-    for border, piece in with_borders(pieces, masked=masked):
-        text.append(border, "bold red")
-        text.append(
-            piece.text,
-            ("" if piece.target else "dim ")
-            + DOCUMENT_COLOURS[piece.document % len(DOCUMENT_COLOURS)],
-        )
-    return text
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(f"error: {MOVED}", file=sys.stderr)
+    sys.exit(2)

@@ -155,7 +155,7 @@ def text_batches(
 
 def answer_batches(config: "Config", loaded: "Loaded", tokenizer: "Tokenizer") -> tuple[Any, str]:
     """The validation rows of questions and answers, and their fingerprint."""
-    from data import LitExamples
+    from data import SFTData
 
     known = loaded.model.config.max_seq_len
     if config.training.seq_len > known:
@@ -163,7 +163,7 @@ def answer_batches(config: "Config", loaded: "Loaded", tokenizer: "Tokenizer") -
             f"training.seq_len: {config.training.seq_len} is more than the {known} positions of {printable(loaded.info.path)}. Lower it."
         )
     training = config.training.model_copy(update={"val_batches": None})
-    data = LitExamples(config.model_copy(update={"training": training}), tokenizer)
+    data = SFTData(config.model_copy(update={"training": training}), tokenizer)
     data.prepare()
     return data.val_dataloader(), data.fingerprints()["val"]
 

@@ -9,10 +9,10 @@
 
 It begins with the weights that training.init_from names, a checkpoint of ours or a Hugging Face model (hf:NAME), and is
 otherwise train.py: the same flags, the same steps, the same exact resume. What it eats are rows of questions and answers
-(`LitExamples` in data.py), of which the answers are learned; with training.train_on=all the questions are learned too,
+(`SFTData` in data.py), of which the answers are learned; with training.train_on=all the questions are learned too,
 and then it may also begin with new weights. With a dpo section the rows have two answers each, and the model learns to
-prefer the first (`LitPreferences`, `LitDPO`). With a verifier section an encoder, new or begun with a decoder's weights,
-learns to tell right answers from wrong ones (`LitProblems`, `LitVerifier`).
+prefer the first (`PreferenceData`, `LitDPO`). With a verifier section an encoder, new or begun with a decoder's weights,
+learns to tell right answers from wrong ones (`VerifierData`, `LitVerifier`).
 """
 
 import argparse
@@ -20,37 +20,51 @@ import hashlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tinylm.cli.program import run_program
-from tinylm.common.console import progress_bar
+from tinylm.common.console import progress_bar, say
 from tinylm.common.errors import UserError, printable
 from tinylm.common.processes import Progress
-from train import Parts, Say, build_base, build_model, check_root, make_parser, run_stage
+from train import (
+    SHOW_ROWS,
+    Parts,
+    Say,
+    build_base,
+    build_model,
+    check_root,
+    learn_from_documents,
+    make_parser,
+    run_stage,
+    show_first_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import numpy as np
 
-    from data import LitExamples, LitPreferences, LitProblems
+    from data import SFTData
     from model import LitDPO, LitVerifier
     from tinylm.config.schema import Config, DataConfig
     from tinylm.model.decoder import Decoder
     from tinylm.model.hf_model import ForeignDecoder
     from tinylm.rows.verifier_data import Problem
     from tinylm.tokenizer.base import Tokenizer
+    from training.stages.dpo import PreferenceData
+    from training.stages.verifier import VerifierData
 
-Module = TypeVar("Module", "LitExamples", "LitPreferences")
+Module = TypeVar("Module", "SFTData", "PreferenceData")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     description = "Teach a trained model to answer, or which answer is better. The same command again goes on from the newest checkpoint."
-    return make_parser("finetune.py", "config_finetune.yaml", description).parse_intermixed_args(
-        argv
-    )
+    parser = make_parser("finetune.py", "config_finetune.yaml", description)
+    parser.add_argument("--show-rows", type=int, metavar="N", help=SHOW_ROWS)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,14 +78,17 @@ def run(args: argparse.Namespace) -> int:
     from tinylm.config.loader import load_config
 
     config = with_data_of_task(load_config(args.config, args.overrides))
+    stage, open_data, build, learn = "sft", open_examples, None, learn_from_documents
     if config.verifier is not None:
-        return run_stage(
-            "verifier", config, args, open_problems, build_verifier, learn_from_problems
-        )
-    check_beginning(config)
+        stage, open_data = "verifier", open_problems
+        build, learn = build_verifier, learn_from_problems
+    else:
+        check_beginning(config)
     if config.dpo is not None:
-        return run_stage("dpo", config, args, open_preferences, build_dpo)
-    return run_stage("sft", config, args, open_examples)
+        stage, open_data, build = "dpo", open_preferences, build_dpo
+    if args.show_rows is not None:
+        return show_first_rows(config, args.show_rows, partial(open_data, say=say), learn)
+    return run_stage(stage, config, args, open_data, build, learn)
 
 
 def check_beginning(config: "Config") -> None:
@@ -123,13 +140,13 @@ def on_hub(data: "DataConfig") -> bool:
     return hub is not None and data.dataset == hub.dataset and not os.path.exists(hub.dataset)
 
 
-def open_examples(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitExamples":
+def open_examples(config: "Config", tokenizer: "Tokenizer", say: Say) -> "SFTData":
     """The questions and answers of a run."""
-    from data import LitExamples
+    from data import SFTData
     from tinylm.eval.tasks.data import SMOKE
 
     try:
-        return prepared(LitExamples(config, tokenizer), say)
+        return prepared(SFTData(config, tokenizer), say)
     except UserError as problem:
         if not on_hub(config.data):
             raise
@@ -138,11 +155,11 @@ def open_examples(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitExa
         ) from None
 
 
-def open_preferences(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitPreferences":
+def open_preferences(config: "Config", tokenizer: "Tokenizer", say: Say) -> "PreferenceData":
     """The pairs of answers of a run."""
-    from data import LitPreferences
+    from training.stages.dpo import PreferenceData
 
-    return prepared(LitPreferences(config, tokenizer), say)
+    return prepared(PreferenceData(config, tokenizer), say)
 
 
 def prepared(data: Module, say: Say) -> Module:
@@ -230,12 +247,12 @@ def learn_from_problems(config: "Config") -> "Tokenizer":
     return learned_from(config.tokenizer, texts)
 
 
-def open_problems(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitProblems":
+def open_problems(config: "Config", tokenizer: "Tokenizer", say: Say) -> "VerifierData":
     """The problems of a run, with what a model answers to them."""
-    from data import LitProblems
+    from training.stages.verifier import VerifierData
 
     assert config.verifier is not None
-    data = LitProblems(config, tokenizer)
+    data = VerifierData(config, tokenizer)
     if config.verifier.sampled_from is None:
         data.prepare()
     else:

@@ -26,7 +26,7 @@ from tinylm.common.errors import UserError, printable
 if TYPE_CHECKING:
     import lightning as L
 
-    from data import LitData, LitExamples, LitPreferences, LitProblems
+    from data import PretrainData, RunData
     from model import LitStage
     from tinylm.checkpoint.load import Base
     from tinylm.config.schema import Config
@@ -45,6 +45,7 @@ FREE_ON_RESUME = {
     "hardware.compile", "hardware.threads",
 }  # fmt: skip
 
+SHOW_ROWS = "print the first N rows as training sees them: the text, where documents meet, which tokens are targets"
 # For a small model they are more than enough: a batch is learnt in one or two hundred.
 OVERFIT_STEPS = 300
 
@@ -83,6 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="the largest micro-batch that fits, and the speed of each size",
     )
+    before.add_argument("--show-rows", type=int, metavar="N", help=SHOW_ROWS)
     return parser.parse_intermixed_args(argv)
 
 
@@ -146,6 +148,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "verifier: a verifier is trained by finetune.py. Run that program, or take the verifier section out."
         )
+    if args.show_rows is not None:
+        return show_first_rows(config, args.show_rows, training_corpus, learn_from_documents)
     if args.plan or args.find_lr or args.find_batch_size or args.overfit_one_batch is not None:
         return run_before(config, args)
     return run_stage("pretrain", config, args, open_corpus)
@@ -183,9 +187,7 @@ class Start:
 
 
 Say = Callable[[str], None]
-OpenData = Callable[
-    ["Config", "Tokenizer", Say], "LitData | LitExamples | LitPreferences | LitProblems"
-]
+OpenData = Callable[["Config", "Tokenizer", Say], "RunData"]
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class Parts:
 
     stage: str
     config: "Config"
-    data: "LitData | LitExamples | LitPreferences | LitProblems"
+    data: "RunData"
     start: Start
     base: "Base | None"
     device: str
@@ -257,16 +259,45 @@ def choose_device(config: "Config", say: Say) -> str:
     return device
 
 
-def open_corpus(config: "Config", tokenizer: "Tokenizer", say: Say) -> "LitData":
+def open_corpus(config: "Config", tokenizer: "Tokenizer", say: Say) -> "PretrainData":
     """The data of a pretraining run."""
-    from data import LitData
+    from data import PretrainData
 
-    data = LitData(config, tokenizer)
+    data = PretrainData(config, tokenizer)
     with console.progress_bar() as progress:
         data.prepare(progress)
     say(describe_data(data))
     check_documents(data, say)
     return data
+
+
+def training_corpus(config: "Config", tokenizer: "Tokenizer") -> "PretrainData":
+    """The training data of a pretraining run, without its validation data."""
+    from data import PretrainData
+
+    data = PretrainData(config, tokenizer)
+    data.prepare(validation=False)
+    return data
+
+
+def show_first_rows(
+    config: "Config",
+    n_rows: int,
+    open_data: "Callable[[Config, Tokenizer], RunData]",
+    learn: "Callable[[Config], Tokenizer]",
+) -> int:
+    """Print the first rows of the run that `config` describes."""
+    from training.show_rows import show_rows
+
+    # A worker process would take longer to start than a few rows take to read.
+    data = config.data.model_copy(update={"num_workers": 0})
+    config = config.model_copy(update={"data": data})
+    base = find_base(config, Start())
+    if base is not None:
+        config = settings_on_base(config, base)
+    tokenizer, config = prepare_tokenizer(config, Start(), base, learn)
+    show_rows(open_data(config, tokenizer), n_rows)
+    return 0
 
 
 # --- where a run starts -----------------------------------------------------------------------------------------------
@@ -366,7 +397,7 @@ def check_same_settings(start: Start, config: "Config", say: Say, *, allow_chang
     refuse_changes(start, changes, say, allow_changes=allow_changes)
 
 
-def check_same_data(start: Start, data: "LitData", say: Say, *, allow_changes: bool) -> None:
+def check_same_data(start: Start, data: "PretrainData", say: Say, *, allow_changes: bool) -> None:
     """Compare tokenizer and data with those that the checkpoint was made with; raises as `refuse_changes` does."""
     from tinylm.tokens.mixture import name_of
 
@@ -718,7 +749,7 @@ def say_what_an_encoder_reads(parts: Parts) -> None:
         )
 
 
-def describe_data(data: "LitData") -> str:
+def describe_data(data: "PretrainData") -> str:
     """One line on what is trained on and validated on."""
     from tinylm.tokens.mixture import name_of
     from training.callbacks import short
@@ -729,7 +760,7 @@ def describe_data(data: "LitData") -> str:
     return f"data: {source}: train {train}, validation {val}; tokenizer {data.config.tokenizer.kind}, vocabulary {tokenizer.vocab_size}"
 
 
-def check_documents(data: "LitData", say: Say) -> None:
+def check_documents(data: "PretrainData", say: Say) -> None:
     """Say so where documents are not divided as they seem to be, or are in validation and training: val_loss would flatter the model.
 
     Raises:
@@ -852,7 +883,7 @@ def make_loggers(config: "Config") -> "list[Any]":
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def fit(stage: "LitStage", data: "LitData", device: str, start: Start, say: Say) -> int:
+def fit(stage: "LitStage", data: "PretrainData", device: str, start: Start, say: Say) -> int:
     """Train `stage` on `data` to the end of the run, from `start`; the exit code comes back."""
     from tinylm.planning.memory_plan import explaining_memory
     from training import callbacks as between

@@ -242,7 +242,7 @@ def find_lr(run: Rehearsal) -> int:
     curve = list(lr_range_test(trial(run, config), source))
     if not curve:
         raise Diverged(
-            "the first loss is not a finite number. Look at the data: python data.py --config ..."
+            "the first loss is not a finite number. Look at the data: python train.py --config ... --show-rows 3"
         )
     losses = np.array(smoothed_losses([loss for _, loss in curve]))
     steps = np.arange(len(curve), dtype=float)
@@ -366,11 +366,11 @@ def trial(run: Rehearsal, config: "Config") -> "Trial":
 
 def batches(config: "Config", tokenizer: "Tokenizer") -> "Iterator[Batch]":
     """The run's micro-batches, from the first one on."""
-    from data import LitData
+    from data import PretrainData
     from tinylm.common.console import progress_bar
     from tinylm.planning.memory_plan import with_settings
 
-    data = LitData(
+    data = PretrainData(
         with_settings(config, {"data.num_workers": 0}), tokenizer
     )  # for a few batches a process is not worth its start
     with progress_bar() as progress:

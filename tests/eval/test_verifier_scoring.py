@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import LitProblems, ProblemBatches, Share, ValidationProblems
+from data import Share
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, DataConfig, ModelConfig
 from tinylm.eval.sampled_answers import kept_answers
@@ -32,6 +32,7 @@ from tinylm.rows.verifier_data import (
     without_annotations,
 )
 from tinylm.tokenizer.byte_char import ByteTokenizer
+from training.stages.verifier import ProblemBatches, ValidationProblems, VerifierData
 
 BYTES = ByteTokenizer()
 
@@ -121,7 +122,7 @@ def test_training_problems_that_are_all_validation_problems_too_are_told_of(tmp_
         UserError,
         match=r"data.dataset: every problem for training is a validation problem too. Give other rows to one of the two.",
     ):
-        LitProblems(config, BYTES).prepare()
+        VerifierData(config, BYTES).prepare()
 
 
 def test_samples_that_do_not_fit_are_left_out():
@@ -263,8 +264,8 @@ def config(tmp_path) -> Config:
 
 
 @pytest.fixture
-def data(config) -> LitProblems:
-    made = LitProblems(config, BYTES)
+def data(config) -> VerifierData:
+    made = VerifierData(config, BYTES)
     made.prepare()
     return made
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from data import Batch, ExampleBatches, LitExamples, Share, ValidationExamples
+from data import Batch, ExampleBatches, SFTData, Share, ValidationExamples
 from model import LitLM
 from tinylm.checkpoint.format import NO_ROOTS
 from tinylm.common.errors import UserError
@@ -44,8 +44,8 @@ def load(make_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Conf
     return load
 
 
-def prepared(config: Config, first: int = 0) -> LitExamples:
-    data = LitExamples(config, TOKENIZER)
+def prepared(config: Config, first: int = 0) -> SFTData:
+    data = SFTData(config, TOKENIZER)
     data.prepare()
     data.start_at(first, None)
     return data

@@ -14,20 +14,18 @@ import pytest
 import torch
 import yaml
 
-import data as data_program
 import eval_val
+import finetune
 import train
 from data import (
     Batch,
     Cursor,
     IndexedBatches,
-    LitData,
+    PretrainData,
     RowShape,
     Share,
-    ShownRow,
     StreamBatches,
     ValidationBatches,
-    print_rows,
 )
 from tests.conftest import val_documents
 from tinylm.checkpoint import format as checkpoint_format
@@ -35,6 +33,7 @@ from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.config.schema import Config
+from tinylm.rows.inspect import InspectedRow
 from tinylm.text.splits import train_documents
 from tinylm.tokenizer import bpe
 from tinylm.tokenizer.base import Tokenizer
@@ -42,6 +41,7 @@ from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.factory import make_tokenizer
 from tinylm.tokens.mixture import weights_of
 from tinylm.tokens.packing import IGNORE_INDEX
+from training.show_rows import print_rows
 
 
 @pytest.fixture
@@ -57,15 +57,15 @@ def load(make_config: Callable[..., Path]) -> Callable[..., tuple[Config, Tokeni
 
 def prepared(
     config: Config, tokenizer: Tokenizer, first: int = 0, cursor: list[int] | None = None
-) -> LitData:
+) -> PretrainData:
     """The data of a run that begins at micro-batch `first`."""
-    data = LitData(config, tokenizer)
+    data = PretrainData(config, tokenizer)
     data.prepare()
     data.start_at(first, cursor)
     return data
 
 
-def batches_of(data: LitData) -> list[Batch]:
+def batches_of(data: PretrainData) -> list[Batch]:
     """Every batch of the run, through its loader."""
     return list(data.train_dataloader())
 
@@ -462,13 +462,14 @@ def test_documents_of_a_mixture_that_validate_too_are_counted_and_said(
     )
 
 
-# --- python data.py ---------------------------------------------------------------------------------------------------
+# --- --show-rows --------------------------------------------------------------------------------------------------------
 
 
 def shown(config: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
-    """The lines that the program prints on stdout."""
+    """The lines that --show-rows prints on stdout."""
     capsys.readouterr()
-    assert data_program.main(["--config", str(config), *arguments]) == 0
+    program = finetune if "verifier" in config.read_text(encoding="utf-8") else train
+    assert program.main(["--config", str(config), *arguments]) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -483,7 +484,7 @@ def test_the_program_prints_the_first_rows_of_the_run(
     """Five rows are micro-batch 0 and one of micro-batch 1. A byte of this text is a character, so the text without marks is what training decodes."""
     data = mix if kind == "mix" else kind
     config, tokenizer = load(data=data)
-    lines = shown(make_config(data=data), capsys, "--rows", "5")
+    lines = shown(make_config(data=data), capsys, "--show-rows", "5")
     batches = batches_of(prepared(config, tokenizer))
     rows = [
         (k, ids.tolist(), labels.tolist())
@@ -504,7 +505,7 @@ def test_the_program_names_the_source_of_each_row_of_a_mixture(
     make_config: Callable[..., Path], mix: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second source has capitals, the first has none."""
-    lines = shown(make_config(data=mix), capsys, "--rows", "12")
+    lines = shown(make_config(data=mix), capsys, "--show-rows", "12")
     headings, texts = lines[::4], [re.sub(r"<\|\w+\|>", "", text) for text in lines[1::4]]
     assert {"other.txt" in heading for heading in headings} == {True, False}
     for heading, text in zip(headings, texts, strict=True):
@@ -519,7 +520,7 @@ def test_the_program_needs_no_validation_data(
 ) -> None:
     """Of a stream on the hub it would read thousands of documents to hold some out; here the file is not even there."""
     assert shown(
-        make_config(data={"val_dataset": str(tmp_path / "none.txt")}), capsys, "--rows", "1"
+        make_config(data={"val_dataset": str(tmp_path / "none.txt")}), capsys, "--show-rows", "1"
     )[0].startswith("row 0, ")
     assert not list((tmp_path / "cache").glob("val-*"))
 
@@ -535,7 +536,7 @@ def test_problems_are_shown_with_the_places_where_an_answer_departs(
     }
     model = {"max_seq_len": 256}
     lines = shown(
-        make_config(**sections, model=model, training={"seq_len": 256}), capsys, "--rows", "2"
+        make_config(**sections, model=model, training={"seq_len": 256}), capsys, "--show-rows", "2"
     )
     assert len(lines) == 2 * 3 * 4
     for place in range(2):
@@ -588,7 +589,7 @@ def test_the_tokenizer_is_that_of_the_model_that_a_run_begins_with(
     )
     loaded = checkpoint_load.load_model(tmp_path / "checkpoints" / "final.ckpt")
     data = prepared(load_config(config), loaded.tokenizer)
-    _, text, _, _ = shown(config, capsys, "--rows", "1")
+    _, text, _, _ = shown(config, capsys, "--show-rows", "1")
     inputs = batches_of(data)[0]["input_ids"][0].tolist()
     assert loaded.tokenizer.kind == "char"
     assert re.sub(r"[┊⟦⟧]|<\|eos\|>", "", text)[:10] == loaded.tokenizer.decode(inputs)[:10]
@@ -597,10 +598,10 @@ def test_the_tokenizer_is_that_of_the_model_that_a_run_begins_with(
 def test_no_row_to_print_is_refused(
     make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert data_program.main(["--config", str(make_config()), "--rows", "0"]) == 2
+    assert train.main(["--config", str(make_config()), "--show-rows", "0"]) == 2
     assert (
         capsys.readouterr().err
-        == "error: --rows: 0 is less than 1. Give the number of rows to print.\n"
+        == "error: --show-rows: must be at least 1, got 0. Give the number of rows to print.\n"
     )
 
 
@@ -623,7 +624,7 @@ def test_a_terminal_gets_colours_unless_it_wants_none(
         "NO_COLOR", raising=False
     )
     print_rows(
-        [ShownRow("a row\x1b", [97, 98, 258, 99], [98, -100, 99, -100], [0, 0, 1, 1])],
+        [InspectedRow("a row\x1b", [97, 98, 258, 99], [98, -100, 99, -100], [0, 0, 1, 1])],
         ByteTokenizer(),
     )
     text = screen.getvalue()
@@ -636,16 +637,15 @@ def test_a_terminal_gets_colours_unless_it_wants_none(
         assert "⟦" not in text
 
 
-@pytest.mark.slow
-def test_help_is_printed_before_anything_heavy_is_imported() -> None:
-    """Not a timed test: `python -X importtime` lists what --help imported."""
-    command = [sys.executable, "-X", "importtime", "data.py", "--help"]
+def test_the_former_program_says_where_it_went() -> None:
+    """`python data.py --rows 3` printed rows; the training programs do now."""
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("usage: python data.py --config config_smoke.yaml --rows 3")
-    assert "argparse" in done.stderr
-    assert not re.search(r"\| +(torch|lightning|datasets|transformers)$", done.stderr, re.MULTILINE)
+        [sys.executable, "data.py", "--config", "config_smoke.yaml", "--rows", "3"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "`python train.py --config ... --show-rows N`" in done.stderr
+    assert done.stdout == ""
 
 
 def test_validation_on_the_very_tokens_of_training_is_refused(make_config, tmp_path, capsys):

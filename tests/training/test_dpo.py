@@ -18,12 +18,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data as data_program
 import finetune
 import infer
 import list as list_program
 import train
-from data import LitPreferences, PairBatches, Share
+from data import Share
 from model import LitDPO
 from tests.objectives.test_preferences import alone
 from tests.training.test_finetune import ROOT, Make, home, make, n_lines, refused, run  # noqa: F401  (fixtures)
@@ -44,6 +43,7 @@ from tinylm.objectives.preferences import MEASURES, Answers, answer_log_probs, p
 from tinylm.tokenizer.hf import load_hf_tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
 from training import callbacks
+from training.stages.dpo import PairBatches, PreferenceData
 
 LORA = {"lora": {"r": 4, "dropout": 0.2}}
 # Every way to hold a policy to its reference; each must hold for each.
@@ -78,7 +78,7 @@ def prefer(make: Make, tmp_path: Path) -> Make:  # noqa: F811
     return write
 
 
-def pairs_of(config: Path) -> LitPreferences:
+def pairs_of(config: Path) -> PreferenceData:
     """The data of a run."""
     settings = load_config(config)
     base = settings.training.init_from or ""
@@ -87,7 +87,7 @@ def pairs_of(config: Path) -> LitPreferences:
         if base.startswith("hf:")
         else checkpoint_load.load_model(Path(base)).tokenizer
     )
-    data = LitPreferences(settings, tokenizer)
+    data = PreferenceData(settings, tokenizer)
     data.prepare()
     return data
 
@@ -266,7 +266,7 @@ def test_the_loss_does_not_depend_on_how_a_step_is_divided(prefer: Make, tmp_pat
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
-def stage_of(config: Path, monkeypatch: Patch) -> tuple[LitDPO, LitPreferences]:
+def stage_of(config: Path, monkeypatch: Patch) -> tuple[LitDPO, PreferenceData]:
     """What finetune.py would train, and on what."""
     made: list[Any] = []
     monkeypatch.setattr(train, "fit", lambda stage, data, *rest: made.extend((stage, data)) or 0)
@@ -808,7 +808,8 @@ def fake_trainer(beta: float, settings: dict[str, Any], reference: FakeModel) ->
 def test_both_answers_of_a_pair_are_shown(prefer: Make, tmp_path: Path, capsys: Capture) -> None:
     """The prompt is the same, and no target; the chosen answer says the word twice, the rejected one no and its first letter."""
     assert (
-        data_program.main(["--config", str(prefer(data={"template": "plain"})), "--rows", "2"]) == 0
+        finetune.main(["--config", str(prefer(data={"template": "plain"})), "--show-rows", "2"])
+        == 0
     )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * 2 * 4

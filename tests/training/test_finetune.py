@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-import data as data_program
 import eval_val
 import finetune
 import infer
 import list as list_program
 import train
-from data import LitExamples
+from data import SFTData
 from tests.training.test_train import (
     Capture,
     Patch,
@@ -196,7 +195,7 @@ def test_rows_are_shown_with_their_questions_in_brackets(
 ) -> None:
     """In the tokens of the base. An example has about 50 bytes: in a context of 160 there is room for several, and padding is no document."""
     config = make(foreign=True, data={"packing": packing}, training={"seq_len": 160})
-    assert data_program.main(["--config", str(config), "--rows", "1", "--answers"]) == 0
+    assert finetune.main(["--config", str(config), "--show-rows", "1"]) == 0
     heading, text, counts, _ = capsys.readouterr().out.split("\n", 3)
     rows = (home / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     found = [
@@ -278,7 +277,7 @@ def test_validation_is_the_loss_of_the_answers_alone(
     config_file = make(**RUNS[name], data={"packing": packing})
     assert run(config_file) == 0
     loaded = checkpoint_load.load_model(tmp_path / "checkpoints" / "final.ckpt")
-    data = LitExamples(load_config(config_file), loaded.tokenizer)
+    data = SFTData(load_config(config_file), loaded.tokenizer)
     data.prepare()
     total, right, count = 0.0, 0, 0
     for example in data.val_examples:
@@ -305,7 +304,7 @@ def test_packed_and_padded_rows_train_on_the_same_loss(make: Make, tmp_path: Pat
             model={"residual_dropout": 0.0, "attention_dropout": 0.0},
             training={"seq_len": 160},
         )
-        data = LitExamples(
+        data = SFTData(
             load_config(config),
             checkpoint_load.load_model(
                 Path(load_config(config).training.init_from or "")
@@ -442,7 +441,7 @@ def test_the_rows_of_a_task_are_asked_as_the_task_asks(make: Make, tmp_path: Pat
     )
     assert run(config) == 0
     loaded = checkpoint_load.load_model(tmp_path / "checkpoints" / "final.ckpt")
-    data = LitExamples(load_config(config), loaded.tokenizer)
+    data = SFTData(load_config(config), loaded.tokenizer)
     data.prepare()
     text = loaded.tokenizer.decode(data.train_examples[0].ids.tolist())
     assert text.startswith(
@@ -947,9 +946,9 @@ def test_changed_rows_are_refused(make: Make, home: Path, tmp_path: Path, capsys
 
 
 def shown(config: Path, capsys: Capture, *arguments: str) -> tuple[list[str], str]:
-    """What data.py prints on stdout, a line each, and on stderr."""
+    """What --show-rows prints on stdout, a line each, and on stderr."""
     capsys.readouterr()
-    code = data_program.main(["--config", str(config), *arguments])
+    code = finetune.main(["--config", str(config), *arguments])
     printed = capsys.readouterr()
     assert code == 0, printed.err
     return printed.out.splitlines(), printed.err
@@ -960,8 +959,10 @@ def test_the_rows_of_examples_are_shown_with_what_is_trained(
     make: Make, home: Path, capsys: Capture, packing: str
 ) -> None:
     """`say one` is answered `one one!`: the answer and its end are targets, the question is not. Behind a question without a space stands a line end."""
-    lines, err = shown(make(data={"template": "plain", "packing": packing}), capsys, "--rows", "3")
-    data = LitExamples(
+    lines, err = shown(
+        make(data={"template": "plain", "packing": packing}), capsys, "--show-rows", "3"
+    )
+    data = SFTData(
         load_config(make(data={"template": "plain", "packing": packing})), ByteTokenizer()
     )
     data.prepare()
@@ -991,7 +992,7 @@ def test_rows_are_those_of_the_run_and_no_more(make: Make, capsys: Capture) -> N
         data={"template": "plain", "packing": "padded"},
         training={"max_steps": 3, "grad_accum_steps": 2},
     )
-    lines, _ = shown(config, capsys, "--rows", "100")
+    lines, _ = shown(config, capsys, "--show-rows", "100")
     assert [line.split(":")[0] for line in lines[::4]] == [
         f"row {i}, micro-batch {i // 2}" for i in range(12)
     ]
@@ -999,8 +1000,13 @@ def test_rows_are_those_of_the_run_and_no_more(make: Make, capsys: Capture) -> N
 
 def test_what_finetune_refuses_is_refused_here_too(make: Make, capsys: Capture) -> None:
     assert (
-        data_program.main(
-            ["--config", str(make(data={"template": "plain"}, training={"init_from": None}))]
+        finetune.main(
+            [
+                "--config",
+                str(make(data={"template": "plain"}, training={"init_from": None})),
+                "--show-rows",
+                "1",
+            ]
         )
         == 2
     )

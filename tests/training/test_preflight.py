@@ -255,7 +255,7 @@ def test_a_loss_that_is_no_number_gives_no_learning_rate(
     monkeypatch.setattr(probes.Trial, "step", lambda self, batches, share: float("nan"))
     assert run(make_config(), "--find-lr") == 3
     assert (
-        "error: the first loss is not a finite number. Look at the data: python data.py --config ..."
+        "error: the first loss is not a finite number. Look at the data: python train.py --config ... --show-rows 3"
         in capsys.readouterr().err
     )
 

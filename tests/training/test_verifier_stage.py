@@ -19,7 +19,6 @@ import infer
 import list as list_program
 import model
 import train
-from data import LitProblems, ValidationProblems
 from tests.training.test_train import (
     Capture,
     Patch,
@@ -34,6 +33,7 @@ from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.objectives.verifier import VerifierScore
+from training.stages.verifier import ValidationProblems, VerifierData
 
 Make = Callable[..., Path]
 FEW = {
@@ -168,7 +168,7 @@ def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(
     assert run(config_file) == 0
     loaded = checkpoint_load.load_verifier(tmp_path / "checkpoints" / "final.ckpt")
     config = load_config(config_file)
-    data = LitProblems(config, loaded.tokenizer)
+    data = VerifierData(config, loaded.tokenizer)
     data.prepare()
     losses, probabilities, right = [], [], []
     for batch in ValidationProblems(data.val_problems, config, loaded.tokenizer, data._share()):

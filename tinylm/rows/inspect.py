@@ -1,6 +1,7 @@
 """Rows of training as text: which tokens are targets, and where documents meet. Knows nothing of colours or consoles."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -112,3 +113,14 @@ def with_borders(pieces: Sequence[Piece], *, masked: bool) -> list[tuple[str, Pi
         marked.append(("" if piece.document == before else mark, piece))
         before = piece.document
     return marked
+
+
+@dataclass(frozen=True)
+class InspectedRow:
+    """A row to print."""
+
+    heading: str
+    """its place in the run and its source"""
+    input_ids: list[int]
+    labels: list[int]
+    document_ids: list[int] | None

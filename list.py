@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinylm.cli.program import Parser, run_program
 from tinylm.common.errors import UserError, printable
+from tinylm.common.units import size
 
 if TYPE_CHECKING:
     from tinylm.checkpoint.format import CheckpointInfo
@@ -119,18 +120,6 @@ def show(sound: "list[CheckpointInfo]", damaged: list[tuple[Path, str]]) -> None
         console.print(table, markup=False)
     for path, why in damaged:
         print(f"{printable(path.name)}  DAMAGED: {why}")
-
-
-def size(n_bytes: int) -> str:
-    """Bytes for people.
-
-    >>> size(2_500_000), size(900)
-    ('2.5 MB', '900 B')
-    """
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n_bytes >= limit:
-            return f"{n_bytes / limit:.1f} {unit}"
-    return f"{n_bytes} B"
 
 
 def age(created: float) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tinylm.cli.program import Parser, run_program
 from tinylm.common import console
 from tinylm.common.errors import UserError, printable
+from tinylm.common.units import duration, short
 
 if TYPE_CHECKING:
     import lightning as L
@@ -752,7 +753,6 @@ def say_what_an_encoder_reads(parts: Parts) -> None:
 def describe_data(data: "PretrainData") -> str:
     """One line on what is trained on and validated on."""
     from tinylm.tokens.mixture import name_of
-    from training.callbacks import short
 
     train = f"{short(sum(map(len, data.train_files)))} tokens" if data.train_files else "a stream"
     val = "none" if data.val_file is None else f"{short(len(data.val_file))} tokens"
@@ -796,7 +796,6 @@ def check_documents(data: "PretrainData", say: Say) -> None:
 def describe_model(config: "Config", decoder: Any, world_size: int) -> str:
     """Parameters, how many of them are trained, FLOPs per token where all are, and tokens per step."""
     from tinylm.model.decoder import Decoder, count_parameters, flops_per_token
-    from training.callbacks import short
 
     training = config.training
     rows = training.micro_batch_size * training.grad_accum_steps * world_size
@@ -945,7 +944,6 @@ def say_what_changed(payload: dict[str, Any], config: "Config", say: Say) -> Non
 
 def report(stage: "LitStage", saving: Any, signals: Any, seconds: float, say: Say) -> int:
     """Say where the result is and what to type next."""
-    from training.callbacks import duration
 
     progress, path = stage.progress, saving.newest
     if path is None:  # only rank 0 saves

@@ -57,7 +57,6 @@ LONG_FILES = {"tinylm/model/decoder.py"}  # the model, whole, in one file
 CIRCLES = {"data", "finetune", "model", "train", "training.callbacks", "training.preflight"}
 OUT_OF_ORDER = {
     ("tinylm.rows.verifier_data", "tinylm.eval.metrics"),
-    ("training.preflight", "list"),
     ("data", "train"),
     ("tinylm.tokenizer.bpe", "tinylm.tokens.mixture"),
     ("tinylm.rows.verifier_data", "tinylm.eval.tasks"),
@@ -83,7 +82,6 @@ LATE_IMPORTS = {
     "data: finetune",
     "training.preflight: tinylm.model.decoder",
     "training.preflight: tinylm.runs.plots",
-    "training.preflight: list",
     "tinylm.interchange.peft: tinylm.checkpoint.format",
     "training.preflight: data",
 }

@@ -32,6 +32,7 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.format import FORMAT, SCHEMA
 from tinylm.common.console import lead_nowhere, readable
 from tinylm.common.errors import printable, writing
+from tinylm.common.units import duration, short
 from tinylm.config.schema import Config
 from tinylm.generate.engine import Engine
 from tinylm.model.lora import adapter_weights
@@ -566,29 +567,3 @@ class ProgressDisplay(StepCallback):
             else 0.0
         )
         return f"  ETA {duration(left)}"
-
-
-def short(number: float) -> str:
-    """A number for people.
-
-    >>> short(1_350_000), short(742), short(15_300), short(5.94e18)
-    ('1.35M', '742', '15.3k', '5.94e+18')
-    """
-    if number >= 1e15:  # of the FLOPs of a run: peta and exa are not how papers write them
-        return f"{number:.3g}"
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """A time for people.
-
-    >>> duration(192), duration(7384), duration(5.2)
-    ('3m12s', '2h03m', '5s')
-    """
-    minutes, whole = divmod(int(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    return f"{minutes}m{whole:02d}s" if minutes else f"{whole}s"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tinylm.common.errors import Diverged, UserError
+from tinylm.common.units import duration, short, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,6 @@ def plan(run: Rehearsal) -> int:
     Raises:
         UserError: it does not fit; which settings to change.
     """
-    from list import size
     from tinylm.planning import memory_plan
 
     program = loaded_bytes(run.device)
@@ -122,9 +122,7 @@ def plan(run: Rehearsal) -> int:
 
 def cost(config: "Config", planned: "Plan", room: int | None) -> Iterator[tuple[str, str]]:
     """The rows of the plan but the time."""
-    from list import size
     from tinylm.planning.memory_plan import CHINCHILLA_TOKENS
-    from training.callbacks import short
 
     active = (
         ""
@@ -163,7 +161,6 @@ def time_of(run: Rehearsal, config: "Config", planned: "Plan") -> str:
     from tinylm.model.decoder import Decoder
     from tinylm.planning.memory_plan import explaining_memory
     from tinylm.planning.probes import matrix_rate, measure_speed
-    from training.callbacks import duration, short
 
     with explaining_memory(config, "Nothing was trained"):
         speed = measure_speed(Decoder(config.model), config, run.device)
@@ -276,7 +273,6 @@ def find_batch_size(run: Rehearsal) -> int:
     Raises:
         UserError: not even a single row fits.
     """
-    from list import size
     from tinylm.planning import memory_plan
 
     program = loaded_bytes(run.device)

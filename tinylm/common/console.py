@@ -1,16 +1,30 @@
+"""Terminal output: the streams, log lines on stderr, and tables and progress bars on top of rich.
+
+Results go to stdout (`results_console`, `table`, `print_table`), everything else to stderr (`log_to_stderr`,
+`progress_bar`). Numbers for people are formatted in `units.py`. rich is imported only where something is drawn.
+"""
+
 import logging
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tinylm.common.errors import printable
 from tinylm.common.processes import Progress
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 # Joiners inside emoji and many scripts: str.isprintable rejects them, and they move nothing.
 JOINERS = "\u200c\u200d"
+# Columns of a console that is not a terminal: enough for every table of ours, so nothing is cut.
+PIPE_WIDTH = 400
+# A column of text in a table is not shortened below this.
+TEXT_WIDTH = 12
 
 
 def open_streams() -> None:
@@ -62,6 +76,55 @@ def readable(text: str) -> str:
         c if c in "\n\t" or c in JOINERS or unicodedata.category(c) == "Zs" else printable(c)
         for c in text
     )
+
+
+def results_console() -> "Console":
+    """Stdout for results: colors on a terminal that has them; in a pipe plain text of any width.
+
+    Text is never interpreted as markup, so values from files can be printed as they are.
+    """
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(width=width, markup=False, highlight=False)
+
+
+def table(*columns: str, text: Collection[str] = ()) -> "Table":
+    """An empty table without lines; add rows with `add_row`, print it with `print_table`.
+
+    Args:
+        columns: the headers; a table without a header has columns named "".
+        text: the columns that hold text, such as paths and names: left-justified, and shortened where the terminal
+            is too narrow. The others hold numbers: right-justified and never shortened.
+    """
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, show_header=any(columns), header_style="bold")
+    for column in columns:
+        if column in text:
+            made.add_column(column, overflow="ellipsis")
+        else:
+            made.add_column(column, justify="right", no_wrap=True)
+    return made
+
+
+def print_table(rows: "Table") -> None:
+    """Print a table on stdout: whole in a pipe; on a narrow terminal text is shortened, and a number never is.
+
+    If the numbers alone need more than the terminal has, the lines are wider than it.
+    """
+    from rich.measure import Measurement
+
+    console = results_console()
+    unlimited = console.options.update(width=PIPE_WIDTH)
+    needed = 2 * (len(rows.columns) - 1)  # the spaces between columns
+    for column in rows.columns:
+        cells = [column.header, *column.cells]
+        width = max(Measurement.get(console, unlimited, cell).maximum for cell in cells)
+        shortened = console.is_terminal and not column.no_wrap
+        needed += min(width, TEXT_WIDTH) if shortened else width
+    console.width = max(console.width, needed)
+    console.print(rows)
 
 
 @contextmanager

@@ -146,7 +146,7 @@ def test_ctrl_c_is_three_lines_also_while_helpers_start(command, seconds):
     _, said = command.communicate(timeout=60)
     assert (command.returncode, said) == (
         130,
-        "interrupted; the same command with --resume goes on from here\n\nstopped by Ctrl-C\n",
+        "interrupted; the same command with --resume continues from here\n\nstopped by Ctrl-C\n",
     )
 
 

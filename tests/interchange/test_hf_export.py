@@ -812,7 +812,7 @@ def test_an_imported_checkpoint_is_described_and_says_what_to_type_next(
     assert main(["import", str(folder), str(tmp_path / "in.ckpt")]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'in.ckpt'}\n"
-    assert "llama, F32, stored as fp32: its logits differ from transformers' by " in err
+    assert "llama, F32, stored as fp32: its logits differ from those of transformers by " in err
     assert (
         f"to train it further: training.init_from={tmp_path / 'in.ckpt'}, in train.py or finetune.py\n"
         in err
@@ -1314,11 +1314,11 @@ def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, capsys):
     [
         (
             ["adapter.ckpt", "out.gguf", "--format", "gguf"],
-            "--format gguf: an adapter alone is written for peft. Give --merge for the whole model",
+            "--format gguf: is not supported with an adapter alone. Give --merge for the whole model",
         ),
         (
             ["a.ckpt", "out", "--merge"],
-            "--merge: a.ckpt holds a whole model and no adapter. Leave --merge out.",
+            "--merge: a.ckpt holds a whole model, not an adapter. Remove --merge.",
         ),
         (["adapter.ckpt", "a.ckpt"], "a.ckpt: is there already."),
     ],
@@ -1342,7 +1342,7 @@ def test_the_command_says_which_class_reads_the_tokenizer(save, tmp_path, capsys
     note, after = capsys.readouterr().err.splitlines()[1:]
     assert (
         note
-        == "note: load its tokenizer with PreTrainedTokenizerFast; AutoTokenizer cuts words in its own way for every qwen2"
+        == "note: load its tokenizer with PreTrainedTokenizerFast; AutoTokenizer pre-tokenizes differently for every qwen2"
     )
     assert "import pipeline, PreTrainedTokenizerFast as T; " in after
 
@@ -1373,7 +1373,7 @@ def test_floats_are_for_gguf(save, tmp_path, capsys):
     )
     assert (
         capsys.readouterr().err
-        == "error: --floats: a Hugging Face folder is written in f32. Leave --floats out, or give --format gguf.\n"
+        == "error: --floats: only valid for --format gguf. Remove it, or give --format gguf.\n"
     )
 
 

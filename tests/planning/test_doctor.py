@@ -63,8 +63,7 @@ def test_a_missing_library_that_training_needs_fails_and_an_optional_one_does_no
     out, err = capsys.readouterr()
     assert "pip install lightning" in out and "pip install wandb" in out
     assert (
-        err
-        == "error: missing: lightning. Do what the table says, or: pip install -r requirements.txt.\n"
+        err == "error: missing: lightning. Follow the table, or: pip install -r requirements.txt.\n"
     )
 
 

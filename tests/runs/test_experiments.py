@@ -345,7 +345,7 @@ def test_a_number_of_seeds_that_makes_no_sense_is_refused(seeds, capsys):
     assert main(["experiments", "--phase", "eval", "--seeds", seeds]) == 2
     assert (
         capsys.readouterr().err
-        == f"error: --seeds: {seeds} is not from 1 to 100. Give the number of runs of each model.\n"
+        == f"error: --seeds: must be from 1 to 100, got {seeds}. Give the number of runs of each model.\n"
     )
 
 

@@ -249,8 +249,8 @@ def test_the_command_draws_attention(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'attention.png'}\n"
     assert Image.open(tmp_path / "attention.png").width > 500
     for prompt, message in (
-        ("", "0 tokens, and this model reads 1 to 12"),
-        ("x" * 13, "13 tokens, and this model reads 1 to 12"),
+        ("", "must have 1 to 12 tokens for this model, got 0"),
+        ("x" * 13, "must have 1 to 12 tokens for this model, got 13"),
     ):
         assert main([*arguments, "--prompt", prompt]) == 2
         assert message in capsys.readouterr().err
@@ -259,8 +259,8 @@ def test_the_command_draws_attention(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plot"], "plot: no folder"),
-        (["plot", ".", "--smooth", "0"], "--smooth: 0 is less than 1"),
+        (["plot"], "plot: no folder given"),
+        (["plot", ".", "--smooth", "0"], "--smooth: must be at least 1, got 0"),
         (["plot", "--attention", "--prompt", "x"], "Give --ckpt FILE and --prompt TEXT"),
     ],
 )

@@ -501,7 +501,7 @@ def test_a_text_with_too_few_words_gives_a_smaller_vocabulary(tmp_path, capsys):
     shown = capsys.readouterr()
     assert shown.out == f"{tmp_path}/mine\n"
     assert (
-        "vocabulary: 260 tokens instead of 1000: every word of this text is one token already\n"
+        "vocabulary: 260 tokens instead of 1000: every word of this text is already one token\n"
         in shown.err
     )
     assert load_hf_tokenizer(str(tmp_path / "mine")).vocab_size == 260
@@ -549,7 +549,7 @@ def test_train_does_not_replace_what_is_there(tmp_path, capsys):
     [
         (
             ["--processes", "0"],
-            "error: --processes: 0 is less than 1. Give a whole number from 1 on.\n",
+            "error: --processes: must be at least 1, got 0. Give a whole number from 1.\n",
         ),
         (
             ["--vocab-size", "9"],
@@ -586,8 +586,8 @@ def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
             ["--special", "a"],
             "--special 'a': expected two or more visible characters. Choose another, such as <|endoftext|>.",
         ),
-        (["--docs", "0"], "--docs: 0 is less than 1. Give a whole number from 1 on."),
-        (["--separator", ""], "--separator: is empty. Give the text that divides documents."),
+        (["--docs", "0"], "--docs: must be at least 1, got 0. Give a whole number from 1."),
+        (["--separator", ""], "--separator: is empty. Give the text that separates documents."),
         (
             ["--text-field", "body"],
             "a.jsonl:1: body: missing; the row has text. Correct the row, or set --text-field to the key that holds the text.",
@@ -782,7 +782,10 @@ def test_show_names_its_argument(capsys):
 def test_compare_without_text_is_an_error(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("", encoding="utf-8")
     assert main(["tokenizer", "compare", "byte", "--data", str(tmp_path / "a.txt")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}/a.txt: no text. Give a file with text.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path}/a.txt: contains no text. Give a file with text.\n"
+    )
 
 
 def test_fit_counts_bytes_tokens_and_used_ones():

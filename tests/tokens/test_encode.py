@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import val_documents, write_token_file
-from tinylm import __main__ as main_module
 from tinylm.__main__ import main
+from tinylm.cli import encode as encode_command
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
 from tinylm.text import chunks, documents, sources
@@ -755,7 +755,7 @@ def test_the_same_command_again_finds_its_file_complete(run, write, tmp_path):
         assert (code, stdout, stderr.splitlines()[0]) == (
             0,
             f"{tmp_path / 'a.bin'}\n",
-            f"complete already: {tmp_path / 'a.bin'}",
+            f"already complete: {tmp_path / 'a.bin'}",
         )
     assert os.stat(tmp_path / "a.bin").st_mtime_ns == made
     for more in (("--docs", 1), ("--max-doc-len", 2), ("--separator", "o")):
@@ -785,7 +785,7 @@ def test_a_plain_array_beside_the_token_file(run, write, tmp_path):
         np.load(tmp_path / "a.npy").tolist() == TokenFile.open(tmp_path / "a.bin").tokens.tolist()
     )
     code, stdout, stderr = run(*command)
-    complete = [f"complete already: {tmp_path / name}" for name in ("a.bin", "a.npy")]
+    complete = [f"already complete: {tmp_path / name}" for name in ("a.bin", "a.npy")]
     assert (code, stdout, stderr.splitlines()[:2]) == (
         0,
         f"{tmp_path / 'a.npy'}\n{tmp_path / 'a.bin'}\n",
@@ -810,11 +810,11 @@ def no_array(array: Path) -> None:
     [
         (
             other_ids,
-            "a.npy: is there already, and has other ids than {bin}. Delete it, or choose another --out.",
+            "a.npy: already exists, with other ids than {bin}. Delete it, or choose another --out.",
         ),
         (
             fewer_ids,
-            "a.npy: is there already, and has other ids than {bin}. Delete it, or choose another --out.",
+            "a.npy: already exists, with other ids than {bin}. Delete it, or choose another --out.",
         ),
         (
             no_array,
@@ -822,7 +822,7 @@ def no_array(array: Path) -> None:
         ),
         (
             lambda array: array.with_suffix(".bin").unlink(),
-            "a.npy: is there already, without {bin}. Delete it, or choose another --out.",
+            "a.npy: already exists, without {bin}. Delete it, or choose another --out.",
         ),
     ],
     ids=["other ids", "fewer ids", "no array", "alone"],
@@ -937,15 +937,17 @@ def test_a_second_command_says_that_it_waits(run, write, tmp_path, monkeypatch):
     holder = threading.Thread(target=hold)
     holder.start()
     held.wait(10)
-    say = main_module.say
-    monkeypatch.setattr(
-        main_module,
-        "say",
-        lambda line: (say(line), said.set() if line.startswith("waiting") else None),
-    )
+    info = encode_command.logger.info
+
+    def info_and_release(message: str, *values: object) -> None:
+        info(message, *values)
+        if message.startswith("waiting"):
+            said.set()
+
+    monkeypatch.setattr(encode_command.logger, "info", info_and_release)
     code, _, stderr = run("--data", write("a.txt", "one\n"), "--tokenizer", "byte", "--out", out)
     holder.join()
-    assert (code, stderr.splitlines()[0]) == (0, f"waiting: another process is making {out}")
+    assert (code, stderr.splitlines()[0]) == (0, f"waiting: another process writes {out}")
 
 
 def test_errors_of_the_text_name_flags(run, write, tmp_path):
@@ -1001,7 +1003,7 @@ def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_nam
         1,
     )
     code, _, stderr = run(*command)
-    mend = "The same command with --resume goes on from there."
+    mend = "The same command with --resume continues from there."
     assert (code, stderr.splitlines()[-1]) == (
         2,
         f"error: owner/name (train): reading stopped: cable. {mend}",
@@ -1018,16 +1020,19 @@ KINDS = ".txt, .jsonl, .parquet, .txt.gz, .jsonl.gz"
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--processes", "0"), "--processes: 0 is less than 1. Give a whole number from 1 on."),
-        (("--docs", "0"), "--docs: 0 is less than 1. Give a whole number from 1 on."),
+        (
+            ("--processes", "0"),
+            "--processes: must be at least 1, got 0. Give a whole number from 1.",
+        ),
+        (("--docs", "0"), "--docs: must be at least 1, got 0. Give a whole number from 1."),
         (
             ("--max-doc-len", "-3"),
-            "--max-doc-len: -3 is less than 1. Give a whole number from 1 on.",
+            "--max-doc-len: must be at least 1, got -3. Give a whole number from 1.",
         ),
-        (("--separator", ""), "--separator: is empty. Give the text that divides documents."),
+        (("--separator", ""), "--separator: is empty. Give the text that separates documents."),
         (
             ("--out", "a.txt"),
-            "--out: a.txt: a token file's name ends with .bin. Choose such a name.",
+            "--out: a.txt: the name of a token file must end with .bin. Choose such a name.",
         ),
         (
             ("--data", "no.txt"),
@@ -1187,7 +1192,7 @@ def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(interrupted, tmp_path):
     code, err = interrupted(10, signal.SIGINT, "--processes", 1)
     assert (code, names(tmp_path)) == (130, [".a.bin.part", "a.txt"])
     assert err.splitlines()[-3:] == [
-        "interrupted; the same command with --resume goes on from here",
+        "interrupted; the same command with --resume continues from here",
         "",
         "stopped by Ctrl-C",
     ]
@@ -1198,7 +1203,7 @@ def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(interrupted, tmp_path):
     )  # hours of work must not go for a flag that was forgotten
     assert (code, err.strip()) == (
         2,
-        f"error: {state.parent}: what an interrupted run has done. Go on with it: the same command and --resume; or delete it to begin again.",
+        f"error: {state.parent}: holds the work of an interrupted run. Continue it with the same command and --resume, or delete it to start again.",
     )
     assert interrupted(0, 0, "--processes", 1, "--resume")[0] == 0
     resumed = (tmp_path / "a.bin").read_bytes()

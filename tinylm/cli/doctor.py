@@ -1,0 +1,52 @@
+"""`python -m tinylm doctor`: what this machine can do, what is missing, and how to fix it."""
+
+import argparse
+import logging
+
+from tinylm.common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "check this machine: versions, devices, disk, optional packages"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Set the help text; the command has no flags."""
+    parser.usage = "python -m tinylm doctor"
+    parser.description = "Check this machine: versions, devices, precisions, disk, the Hugging Face hub, optional packages."
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a table of findings.
+
+    Raises:
+        UserError: something that training needs is missing.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from tinylm.cli.tables import results
+    from tinylm.planning.doctor import examine
+
+    table = Table("what", "found", "to mend it")
+    missing = []
+    for finding in examine():
+        if finding.mend is None:
+            style = ""
+        elif finding.needed:
+            style = "red"
+            missing.append(finding.subject)
+        else:
+            style = "yellow"
+        table.add_row(finding.subject, Text(finding.found, style), finding.mend or "")
+    results().print(table)
+    if missing:
+        raise UserError(
+            "missing",
+            ", ".join(missing),
+            "Follow the table, or: pip install -r requirements.txt",
+        )
+    logger.info(
+        "everything that training needs is here; next: python train.py --config config_smoke.yaml"
+    )
+    return 0

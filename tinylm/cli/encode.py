@@ -1,0 +1,214 @@
+"""`python -m tinylm encode`: encode a corpus once, into a token file that data.dataset names."""
+
+import argparse
+import logging
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinylm.cli.text_flags import TEXT_FLAGS, add_text_flags, require_positive, text_source
+from tinylm.common.console import progress_bar
+from tinylm.common.errors import UserError, calling, printable
+
+if TYPE_CHECKING:
+    from tinylm.tokens.encode import Recipe
+    from tinylm.tokens.token_file import TokenFile
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "encode a corpus into a token file"
+# Flags in place of the settings that errors name (`calling`).
+ENCODE_FLAGS = TEXT_FLAGS | {"tokenizer.path": "--tokenizer"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.usage = (
+        "python -m tinylm encode --data 'corpus/*.txt' --tokenizer TOKENIZER --out FILE.bin [flags]"
+    )
+    parser.description = "Encode a corpus once, into a token file for data.dataset: with all cores, in document order, resumable."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = """\
+for example:
+  python -m tinylm encode --data 'corpus/*.txt' --tokenizer tokenizers/mine --out data/mine-train.bin --processes 8
+  python -m tinylm encode --data hf:allenai/c4:en --docs 1000000 --tokenizer gpt2 --out data/c4.bin
+"""
+    add_text_flags(
+        parser, separator="text between documents in a .txt file (default: each line is a document)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="TOKENIZER",
+        help="a folder, a Hugging Face name such as gpt2, or byte",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.bin", help="the new token file"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="number of processes; the file is the same (default: one per core)",
+    )
+    parser.add_argument(
+        "--max-doc-len", type=int, metavar="N", help="truncate documents to N tokens"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument(
+        "--format",
+        choices=("bin", "npy"),
+        default="bin",
+        help="npy: also write the ids as a plain NumPy array, FILE.npy",
+    )
+
+
+@calling(ENCODE_FLAGS)
+def run(arguments: argparse.Namespace) -> int:
+    """Write the token file, report its content, and print its path."""
+    from tinylm.text.sources import BIN, NPY
+    from tinylm.tokens.encode import notes_on_text
+    from tinylm.tokens.token_file_writer import locked, write_npy
+
+    path = arguments.out
+    array = path.with_suffix(NPY)
+    require_positive(arguments, "processes", "docs", "max_doc_len")
+    if path.suffix != BIN:
+        raise UserError(
+            ("--out", path), f"the name of a token file must end with {BIN}", "Choose such a name"
+        )
+    recipe = encode_recipe(arguments)
+    with locked(path, "--out", lambda: logger.info("waiting: another process writes %s", path)):
+        file = existing_or_encoded(arguments, recipe)
+        if arguments.format == "npy" and not array_exists(array, file):
+            write_npy(file, array, "--out")
+    report_content(file)
+    for note in notes_on_text(
+        recipe.split.source.name, file, recipe.tokenizer, recipe.separator, "--separator"
+    ):
+        logger.info("%s", note)
+    logger.info("next: %s", training_command(path, arguments.tokenizer))
+    if arguments.format == "npy":
+        print(printable(array))
+    print(printable(path))
+    return 0
+
+
+def encode_recipe(arguments: argparse.Namespace) -> "Recipe":
+    """What the token file is made from."""
+    from tinylm.text.splits import Split
+    from tinylm.tokenizer.factory import named_tokenizer
+    from tinylm.tokens.encode import Recipe
+
+    source = text_source(arguments, again="The same command with --resume continues from there.")
+    return Recipe(
+        Split("train", source, None, arguments.docs),
+        named_tokenizer(arguments.tokenizer),
+        arguments.text_field,
+        arguments.separator,
+        arguments.max_doc_len,
+        f"{printable(source.name)}:",
+    )
+
+
+def existing_or_encoded(arguments: argparse.Namespace, recipe: "Recipe") -> "TokenFile":
+    """The token file at --out: the existing one if it is what the flags ask for, else a new one."""
+    from tinylm.text.sources import NPY
+    from tinylm.tokens.encode import encode_file, finished_file
+    from tinylm.tokens.token_file import TokenFile
+    from tinylm.tokens.token_file_writer import draft_folder
+
+    path = arguments.out
+    array = path.with_suffix(NPY)
+    file = finished_file(path, recipe)
+    if file is not None:
+        logger.info("already complete: %s", path)
+        return file
+    # Checked before the hours of work, not after them.
+    if arguments.format == "npy" and os.path.lexists(array):
+        raise UserError(
+            array, f"already exists, without {path}", "Delete it, or choose another --out"
+        )
+    if not arguments.resume and (draft_folder(path) / "state.json").exists():
+        raise UserError(
+            draft_folder(path),
+            "holds the work of an interrupted run",
+            "Continue it with the same command and --resume, or delete it to start again",
+        )
+    started = time.monotonic()
+    logger.info(
+        "encoding with %d processes, tokenizer %s (vocabulary %d)",
+        arguments.processes,
+        recipe.tokenizer.fingerprint,
+        recipe.tokenizer.vocab_size,
+    )
+    try:
+        with progress_bar() as progress:
+            encode_file(
+                path,
+                recipe,
+                processes=arguments.processes,
+                resume=arguments.resume,
+                keep=True,
+                place="--out",
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        logger.info("interrupted; the same command with --resume continues from here")
+        raise
+    file = TokenFile.open(path)
+    seconds = time.monotonic() - started
+    megabytes = file.header.text_bytes / 1e6
+    logger.info(
+        "encoded %.1f MB of text in %.1f s, %.1f MB/s", megabytes, seconds, megabytes / seconds
+    )
+    return file
+
+
+def array_exists(array: Path, file: "TokenFile") -> bool:
+    """Whether FILE.npy exists and has the ids of the token file.
+
+    Raises:
+        UserError: it has other content.
+    """
+    from tinylm.tokens.token_file_writer import holds_ids
+
+    if not os.path.lexists(array):
+        return False
+    if not holds_ids(array, file):
+        raise UserError(
+            array,
+            f"already exists, with other ids than {file.path}",
+            "Delete it, or choose another --out",
+        )
+    logger.info("already complete: %s", array)
+    return True
+
+
+def report_content(file: "TokenFile") -> None:
+    """Log what is in a token file."""
+    header = file.header
+    n_text_tokens = header.count - header.documents  # without the EOS of each document
+    logger.info(
+        "%s tokens (%s) of %s documents, %.3f bytes per token",
+        f"{header.count:,}",
+        header.dtype,
+        f"{header.documents:,}",
+        header.text_bytes / max(n_text_tokens, 1),
+    )
+    logger.info("first ten ids: %s", " ".join(map(str, file.tokens[:10])))
+    logger.info("last ten ids:  %s", " ".join(map(str, file.tokens[-10:])))
+
+
+def training_command(path: Path, tokenizer: str) -> str:
+    """A command that trains on the token file, with checkpoints in a folder of its own."""
+    settings = [f"data.dataset={path}"]
+    if tokenizer == "byte":
+        settings += ["tokenizer.kind=byte", "tokenizer.vocab_size=null"]
+    else:
+        settings.append(f"tokenizer.path={tokenizer}")
+    settings.append(f"training.checkpoint_dir=checkpoints/{path.stem}")
+    return f"python train.py --config config_smoke.yaml {shlex.join(settings)}"

@@ -91,7 +91,6 @@ TOO_LONG = {
     "evaluate_checkpoints.py",
     "tinylm/generate/engine.py",
     "infer.py",
-    "tinylm/__main__.py",
     "tinylm/config/schema.py",
     "tinylm/model/hf_model.py",
     "tinylm/tokenizer/bpe.py",

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tinylm.checkpoint.load import Loaded
     from tinylm.config.schema import Config
     from tinylm.model.decoder import Decoder
-    from tinylm.model.hf_model import ForeignDecoder
+    from tinylm.model.hf_model import HFModel
     from tinylm.objectives.verifier import VerifierScore
 
 # The stages there are, and the program that each is of.
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run what is not done yet, compare, report."""
-    from tinylm.checkpoint.format import claimed
+    from tinylm.checkpoint.format import lock_run_dir
 
     stages = read_stages(args.config, args.overrides)
     out = args.out or Path("checkpoints") / args.config.stem
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 f"--out: {printable(out)} is training.checkpoint_dir of {printable(stage.file)}. Choose another --out."
             )
-    with claimed(out, "--out"):
+    with lock_run_dir(out, "--out"):
         state = State.read(out / "state.json")
         children = Children()
         with signals_to(children):
@@ -249,7 +249,7 @@ def check_base(stage: Stage, before: list[Stage]) -> None:
     Raises:
         UserError: naming the stage and the model.
     """
-    from tinylm.model.hf_model import PREFIX, find
+    from tinylm.model.hf_model import HF_PREFIX, find_hf_model
 
     base = stage.config.training.init_from
     if base is None:
@@ -258,7 +258,7 @@ def check_base(stage: Stage, before: list[Stage]) -> None:
     begins = f"{where}: {printable(base)}"
     try:
         answers_only = (
-            base.startswith(PREFIX) and find(base.removeprefix(PREFIX)).config.is_encoder_decoder
+            base.startswith(HF_PREFIX) and find_hf_model(base.removeprefix(HF_PREFIX)).config.is_encoder_decoder
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -281,13 +281,13 @@ def lies_in(base: str, stage: Stage) -> bool:
 
 def bases_of(config: "Config") -> tuple[str, ...]:
     """The checkpoints that a run with these settings needs; a Hugging Face model is none."""
-    from tinylm.model.hf_model import PREFIX
+    from tinylm.model.hf_model import HF_PREFIX
 
     sampled_from = None if config.verifier is None else config.verifier.sampled_from
     return tuple(
         name
         for name in (config.training.init_from, sampled_from)
-        if name is not None and not name.startswith(PREFIX)
+        if name is not None and not name.startswith(HF_PREFIX)
     )
 
 
@@ -449,7 +449,7 @@ def known_results(out: Path, made_from: str) -> dict[str, Any] | None:
 
 def compare(stages: list[Stage]) -> dict[str, Any]:
     """`models`: a row of MEASURES for each stage; `samples`: what each model writes on each prompt, likeliest token by token."""
-    from tinylm.checkpoint.load import load_model, open_base
+    from tinylm.checkpoint.load import load_model, open_initial_model
     from tinylm.common.device import pick_device
 
     models: list[dict[str, Any]] = []
@@ -469,7 +469,7 @@ def compare(stages: list[Stage]) -> dict[str, Any]:
             )
             log_probs[str(path)] = preferences_of(loaded, loaded.model, stages)
             if (reference := reference_of(stage)) is not None and reference not in log_probs:
-                base = open_base(reference)
+                base = open_initial_model(reference)
                 log_probs[reference] = preferences_of(
                     loaded, base.build(base.model).to(device), stages
                 )
@@ -528,7 +528,7 @@ def reference_of(stage: Stage) -> str | None:
 
 
 def preferences_of(
-    loaded: "Loaded", model: "Decoder | ForeignDecoder", stages: list[Stage]
+    loaded: "Loaded", model: "Decoder | HFModel", stages: list[Stage]
 ) -> "np.ndarray":
     """(n, 2): log p under `model` of the chosen and the rejected answer of every held-out pair of stage dpo; no rows where there is no such stage.
 

@@ -70,14 +70,14 @@ def run(args: argparse.Namespace) -> int:
     from tinylm.checkpoint.format import read
     from tinylm.checkpoint.load import load_model
     from tinylm.common.device import pick_device
-    from tinylm.model.hf_model import ForeignSeq2Seq
+    from tinylm.model.hf_model import HFSeq2Seq
 
     device, why = pick_device(config.hardware.accelerator, key="hardware.accelerator")
     say(f"device: {device} ({why})")
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
     loaded = load_model(args.ckpt, device)
-    if isinstance(loaded.model, ForeignSeq2Seq):
+    if isinstance(loaded.model, HFSeq2Seq):
         raise UserError(
             f"{printable(args.ckpt)}: an encoder-decoder, which answers and predicts no plain text. Use evaluate_checkpoints.py --tasks."
         )

@@ -427,11 +427,11 @@ def open_model(subject: Subject, device: str) -> Opened:
         UserError: it is not there, or is none that writes text.
     """
     from tinylm.generate.engine import Engine
-    from tinylm.model.hf_model import find
+    from tinylm.model.hf_model import find_hf_model
     from tinylm.tokenizer.hf import load_hf_tokenizer
 
     name = str(subject.paths[0])
-    model, tokenizer = find(name).load().to(device).eval(), load_hf_tokenizer(name)
+    model, tokenizer = find_hf_model(name).load().to(device).eval(), load_hf_tokenizer(name)
     if model.embedding.num_embeddings < tokenizer.vocab_size:
         sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.embedding.num_embeddings}"
         raise UserError(f"--model: {printable(name)}: {sizes}. Download both again.")

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from model import LitDPO, LitVerifier
     from tinylm.config.schema import Config, DataConfig
     from tinylm.model.decoder import Decoder
-    from tinylm.model.hf_model import ForeignDecoder
+    from tinylm.model.hf_model import HFModel
     from tinylm.rows.verifier_data import Problem
     from tinylm.tokenizer.base import Tokenizer
     from training.stages.dpo import PreferenceData
@@ -177,7 +177,7 @@ def prepared(data: Module, say: Say) -> Module:
 def build_dpo(parts: Parts) -> "LitDPO":
     """The policy, and what it is held to: the model that the run began with, also where it goes on."""
     from model import LitDPO
-    from tinylm.checkpoint.load import refer_to
+    from tinylm.checkpoint.load import reference_to
 
     config = parts.config
     assert config.dpo is not None and parts.base is not None, "run() and find_base see to it"
@@ -185,7 +185,7 @@ def build_dpo(parts: Parts) -> "LitDPO":
     if config.dpo.reference == "adapters_off":
         return LitDPO(config, policy, roots, None)
     reference = build_base(config, parts.base)
-    root = refer_to(parts.base, reference, Path(config.training.checkpoint_dir))
+    root = reference_to(parts.base, reference, Path(config.training.checkpoint_dir))
     if (
         config.lora is None
     ):  # else the base of the adapters is the reference, and they are compared already
@@ -198,7 +198,7 @@ def build_dpo(parts: Parts) -> "LitDPO":
 
 
 def add_cached_reference(
-    parts: Parts, reference: "Decoder | ForeignDecoder", fingerprint: str
+    parts: Parts, reference: "Decoder | HFModel", fingerprint: str
 ) -> None:
     """Give the data the log-probabilities under `reference`, from the cache or worked out now."""
     from tinylm.common.device import half_of
@@ -312,7 +312,7 @@ def build_verifier(parts: Parts) -> "LitVerifier":
         return LitVerifier(
             config,
             checkpoint_load.build_verifier(config.model, parts.start.payload["weights"]),
-            dict(checkpoint_format.NO_ROOTS),
+            dict(checkpoint_format.NO_REFERENCES),
         )
     torch.manual_seed(config.training.seed)
     verifier = Verifier(config.model)
@@ -324,7 +324,7 @@ def build_verifier(parts: Parts) -> "LitVerifier":
                 f"training.init_from: {name}: a verifier shares our own decoder's blocks, and this is a Hugging Face model. Leave it out."
             )
         verifier.begin_with(decoder)
-    return LitVerifier(config, verifier, dict(checkpoint_format.NO_ROOTS))
+    return LitVerifier(config, verifier, dict(checkpoint_format.NO_REFERENCES))
 
 
 if __name__ == "__main__":

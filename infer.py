@@ -487,12 +487,12 @@ def read_prompt(argument: str | None) -> str:
 
 def load(arguments: argparse.Namespace, device: str) -> "Loaded":
     """The model of --ckpt, or of the newest sound checkpoint in --dir; damaged ones that were passed over are named."""
-    from tinylm.checkpoint.format import newest_sound
+    from tinylm.checkpoint.format import latest_valid
     from tinylm.checkpoint.load import load_model
 
     if arguments.chat and arguments.ckpt is None:
         return load_model(newest_answering(arguments.dir), device)
-    path = arguments.ckpt or newest_sound(arguments.dir, lambda error: say(f"passed over: {error}"))
+    path = arguments.ckpt or latest_valid(arguments.dir, lambda error: say(f"passed over: {error}"))
     if path is None:
         raise UserError(
             f"{printable(arguments.dir)}: no checkpoint here. Train one (python train.py --config config_smoke.yaml), or give --ckpt FILE."
@@ -502,12 +502,12 @@ def load(arguments: argparse.Namespace, device: str) -> "Loaded":
 
 def newest_answering(folder: Path) -> Path:
     """The newest sound checkpoint of each folder of runs in `folder`, itself included, that was taught to answer; the latest of them."""
-    from tinylm.checkpoint.format import describe, newest_sound
+    from tinylm.checkpoint.format import describe, latest_valid
     from tinylm.rows.templates import ANSWERING
 
     below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     newest = [
-        newest_sound(place, lambda error: say(f"passed over: {error}"))
+        latest_valid(place, lambda error: say(f"passed over: {error}"))
         for place in (folder, *below)
     ]
     answering = [

@@ -26,7 +26,7 @@ from tinylm.common.errors import Diverged
 from tinylm.config.schema import Config
 from tinylm.eval.perplexity import batch_sums, beside_ids, language_score
 from tinylm.model.decoder import Decoder
-from tinylm.model.hf_model import ForeignDecoder
+from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import adapters_off
 from tinylm.model.verifier import Verifier
 from tinylm.objectives.cross_entropy import cross_entropy
@@ -132,7 +132,7 @@ class LitStage(L.LightningModule):
     def __init__(
         self,
         config: Config,
-        decoder: Decoder | ForeignDecoder | Verifier,
+        decoder: Decoder | HFModel | Verifier,
         stage: str,
         roots: dict[str, Any],
     ):
@@ -301,7 +301,7 @@ class LitLM(LitStage):
     def __init__(
         self,
         config: Config,
-        decoder: Decoder | ForeignDecoder,
+        decoder: Decoder | HFModel,
         byte_lengths: Tensor,
         stage: str,
         roots: dict[str, Any],
@@ -358,9 +358,9 @@ class LitDPO(LitStage):
     def __init__(
         self,
         config: Config,
-        decoder: Decoder | ForeignDecoder,
+        decoder: Decoder | HFModel,
         roots: dict[str, Any],
-        reference: Decoder | ForeignDecoder | None,
+        reference: Decoder | HFModel | None,
     ):
         super().__init__(config, decoder, "dpo", roots)
         assert config.dpo is not None

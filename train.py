@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     from data import PretrainData, RunData
     from model import LitStage
-    from tinylm.checkpoint.load import Base
+    from tinylm.checkpoint.load import InitialModel
     from tinylm.config.schema import Config
     from tinylm.model.decoder import Decoder
-    from tinylm.model.hf_model import ForeignDecoder
+    from tinylm.model.hf_model import HFModel
     from tinylm.tokenizer.base import Tokenizer
 
 # Settings that may differ when a run is resumed: they decide how long it runs and what is written, not what a step computes.
@@ -167,7 +167,7 @@ def run_before(config: "Config", args: argparse.Namespace) -> int:
             "lora: adapters are not planned, and not tried. Take the lora section out, and the numbers are those of training every weight."
         )
     base = find_base(config, Start())
-    if base is not None and base.foreign:
+    if base is not None and base.is_hf:
         raise UserError(
             "training.init_from: a Hugging Face model is not planned, and not tried. Leave it out."
         )
@@ -199,7 +199,7 @@ class Parts:
     config: "Config"
     data: "RunData"
     start: Start
-    base: "Base | None"
+    base: "InitialModel | None"
     device: str
     say: Say
 
@@ -322,7 +322,7 @@ def find_start(folder: Path, args: argparse.Namespace, config: "Config", say: Sa
             )
         return Start(args.resume, payload)
     if config.training.auto_resume and not args.no_resume:
-        path = checkpoint_format.newest_sound(folder, lambda error: say(f"passed over: {error}"))
+        path = checkpoint_format.latest_valid(folder, lambda error: say(f"passed over: {error}"))
         return Start() if path is None else Start(path, resumable(path))
     found = checkpoint_format.candidates(folder)
     if found:
@@ -481,9 +481,9 @@ def settings_of_resumed(config: "Config", payload: dict[str, Any]) -> "Config":
     return with_model(config, was.model, was.tokenizer)
 
 
-def find_base(config: "Config", start: Start) -> "Base | None":
+def find_base(config: "Config", start: Start) -> "InitialModel | None":
     """The model that training.init_from names, where a run needs it: to begin, under its adapters, or as the reference of preferences."""
-    from tinylm.checkpoint.load import open_base
+    from tinylm.checkpoint.load import open_initial_model
 
     if config.training.init_from is None and config.lora is not None:
         raise UserError(
@@ -494,7 +494,7 @@ def find_base(config: "Config", start: Start) -> "Base | None":
     ):
         return None
     try:
-        return open_base(config.training.init_from)
+        return open_initial_model(config.training.init_from)
     except UserError as error:
         raise UserError(f"training.init_from: {error}") from None
 
@@ -503,7 +503,7 @@ def find_base(config: "Config", start: Start) -> "Base | None":
 FREE_ON_BASE = {"attention_dropout", "residual_dropout", "gradient_checkpointing"}
 
 
-def settings_on_base(config: "Config", base: "Base") -> "Config":
+def settings_on_base(config: "Config", base: "InitialModel") -> "Config":
     """The settings of a run that begins from `base`: the model is the base's, and what is written of it must say the same.
 
     Raises:
@@ -511,7 +511,7 @@ def settings_on_base(config: "Config", base: "Base") -> "Config":
     """
     theirs = dict(base.model)
     free = (
-        {"gradient_checkpointing"} if base.foreign else FREE_ON_BASE
+        {"gradient_checkpointing"} if base.is_hf else FREE_ON_BASE
     )  # a Hugging Face model has dropouts of its own
     for name, value in config.model:
         if (
@@ -548,7 +548,7 @@ def learn_from_documents(config: "Config") -> "Tokenizer":
 
 
 def prepare_tokenizer(
-    config: "Config", start: Start, base: "Base | None", learn: "Callable[[Config], Tokenizer]"
+    config: "Config", start: Start, base: "InitialModel | None", learn: "Callable[[Config], Tokenizer]"
 ) -> tuple["Tokenizer", "Config"]:
     """The tokenizer, which `learn` makes where none is given, and the settings with the vocabulary's size filled in."""
     # It was learned, or came with a model, when the run began: the cache may be gone, the stream's first documents far away.
@@ -581,7 +581,7 @@ def prepare_tokenizer(
     return tokenizer, config.model_copy(update={"model": model})
 
 
-def tokenizer_of_base(config: "Config", base: "Base") -> "Tokenizer":
+def tokenizer_of_base(config: "Config", base: "InitialModel") -> "Tokenizer":
     """The tokenizer that a checkpoint was trained with; what the settings say of one must mean the same.
 
     Raises:
@@ -628,31 +628,31 @@ def build_language_model(parts: Parts) -> "LitStage":
     )
 
 
-def build_model(parts: Parts) -> tuple["Decoder | ForeignDecoder", dict[str, Any]]:
+def build_model(parts: Parts) -> tuple["Decoder | HFModel", dict[str, Any]]:
     """The model that is trained, with adapters where the settings ask for them, and the roots of its checkpoints."""
-    from tinylm.checkpoint.format import NO_ROOTS
-    from tinylm.checkpoint.load import refer_to
-    from tinylm.model.hf_model import ForeignDecoder, ForeignSeq2Seq
+    from tinylm.checkpoint.format import NO_REFERENCES
+    from tinylm.checkpoint.load import reference_to
+    from tinylm.model.hf_model import HFModel, HFSeq2Seq
 
     config, base = parts.config, parts.base
-    model, roots = begin_weights(config, parts.start, base), dict(NO_ROOTS)
-    if isinstance(model, ForeignDecoder):
+    model, roots = begin_weights(config, parts.start, base), dict(NO_REFERENCES)
+    if isinstance(model, HFModel):
         check_foreign(parts.stage, config, model)
-        if isinstance(model, ForeignSeq2Seq):
+        if isinstance(model, HFSeq2Seq):
             say_what_an_encoder_reads(parts)
         if config.model.gradient_checkpointing:
             model.checkpoint_gradients()
         roots["hf_config"] = model.settings
     if config.lora is not None:
         assert base is not None, "find_base sees to it"
-        roots["base"] = refer_to(base, model, Path(config.training.checkpoint_dir))
+        roots["base"] = reference_to(base, model, Path(config.training.checkpoint_dir))
         add_adapters(config, model, roots["base"], parts.start)
     return model, roots
 
 
 def begin_weights(
-    config: "Config", start: Start, base: "Base | None"
-) -> "Decoder | ForeignDecoder":
+    config: "Config", start: Start, base: "InitialModel | None"
+) -> "Decoder | HFModel":
     """A decoder with the weights of the checkpoint to resume, of the base, or new ones, which depend on the seed alone."""
     import torch
 
@@ -667,7 +667,7 @@ def begin_weights(
     return Decoder(config.model)
 
 
-def build_base(config: "Config", base: "Base") -> "Decoder | ForeignDecoder":
+def build_base(config: "Config", base: "InitialModel") -> "Decoder | HFModel":
     """The model of training.init_from with its weights."""
     try:
         return base.build(config.model)
@@ -676,7 +676,7 @@ def build_base(config: "Config", base: "Base") -> "Decoder | ForeignDecoder":
 
 
 def add_adapters(
-    config: "Config", model: "Decoder | ForeignDecoder", reference: dict[str, str], start: Start
+    config: "Config", model: "Decoder | HFModel", reference: dict[str, str], start: Start
 ) -> None:
     """Put adapters into `model`: new ones, or those of the checkpoint to resume, which belong to no other base."""
     from tinylm.model.lora import attach, load_adapter
@@ -705,15 +705,15 @@ def check_root(config: "Config", start: Start, root: str, now: dict[str, str], w
         )
 
 
-def check_foreign(stage: str, config: "Config", model: "ForeignDecoder") -> None:
+def check_foreign(stage: str, config: "Config", model: "HFModel") -> None:
     """Refuse settings that only our own decoder knows, or no model with an encoder.
 
     Raises:
         UserError: naming the setting.
     """
-    from tinylm.model.hf_model import ForeignSeq2Seq, check_packing
+    from tinylm.model.hf_model import HFSeq2Seq, check_packing
 
-    if isinstance(model, ForeignSeq2Seq):
+    if isinstance(model, HFSeq2Seq):
         kind = f"training.init_from names an encoder-decoder ({printable(model.inner.config.model_type)})"
         if stage != "sft":
             raise UserError(
@@ -995,9 +995,9 @@ def claim(folder: Path, setting: str) -> Any:
 
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    from tinylm.checkpoint.format import claimed
+    from tinylm.checkpoint.format import lock_run_dir
 
-    return claimed(folder, setting) if rank_zero_only.rank == 0 else contextlib.nullcontext()
+    return lock_run_dir(folder, setting) if rank_zero_only.rank == 0 else contextlib.nullcontext()
 
 
 def check_hardware(config: "Config", device: str) -> None:

@@ -200,7 +200,7 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     from torch.utils.data import DataLoader
 
     from model import LitLM
-    from tinylm.checkpoint.format import NO_ROOTS
+    from tinylm.checkpoint.format import NO_REFERENCES
     from tinylm.config.schema import Config, HardwareConfig, ModelConfig, TrainingConfig
     from tinylm.model.decoder import Decoder, count_parameters, flops_per_token
     from train import build_trainer
@@ -234,7 +234,7 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     )
     loader = DataLoader(RandomRows(shape), batch_size=None, sampler=range(sys.maxsize))  # type: ignore[arg-type]
     stage = LitLM(
-        config, decoder, torch.ones(shape.vocab_size, dtype=torch.long), "pretrain", dict(NO_ROOTS)
+        config, decoder, torch.ones(shape.vocab_size, dtype=torch.long), "pretrain", dict(NO_REFERENCES)
     )
     build_trainer(config, "cpu", [callback]).fit(stage, train_dataloaders=loader)
 

@@ -27,7 +27,7 @@ from align import read_stages
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config, sections
 from tinylm.config.schema import Config
-from tinylm.model.hf_model import PREFIX
+from tinylm.model.hf_model import HF_PREFIX
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -455,7 +455,7 @@ def is_elsewhere(config: Config) -> bool:
     names = (
         config.data.dataset,
         config.tokenizer.path,
-        base.removeprefix(PREFIX) if base.startswith(PREFIX) else None,
+        base.removeprefix(HF_PREFIX) if base.startswith(HF_PREFIX) else None,
     )
     return any(name and not Path(name).exists() for name in names)
 

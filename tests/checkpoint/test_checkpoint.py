@@ -43,7 +43,7 @@ def saved(tmp_path: Path) -> Path:
 
 def test_what_was_written_is_read(saved: Path) -> None:
     """Round trip: every weight has the same bits, and the model computes with them; what older files lack is filled in."""
-    before, after = checkpoint_format.NO_ROOTS | payload(), checkpoint_format.read(saved)
+    before, after = checkpoint_format.NO_REFERENCES | payload(), checkpoint_format.read(saved)
     assert before.keys() == after.keys()
     assert all(
         torch.equal(before["weights"][name], after["weights"][name]) for name in before["weights"]
@@ -97,7 +97,7 @@ def test_a_cut_file_is_passed_over_for_the_one_before(saved: Path, eighths: int)
     checkpoint_format.write(newer, payload(4))
     newer.write_bytes(newer.read_bytes()[: newer.stat().st_size * eighths // 8])
     told: list[DamagedError] = []
-    assert checkpoint_format.newest_sound(saved.parent, told.append) == saved
+    assert checkpoint_format.latest_valid(saved.parent, told.append) == saved
     assert "step-000004.ckpt: damaged" in str(told[0])
 
 
@@ -134,7 +134,7 @@ def test_all_damaged_is_an_error_that_lists_each(saved: Path) -> None:
         UserError,
         match=r"every checkpoint is damaged: .*step-000003.*step-000002.*choose another training\.checkpoint_dir",
     ):
-        checkpoint_format.newest_sound(saved.parent)
+        checkpoint_format.latest_valid(saved.parent)
 
 
 def test_newest_is_by_step_and_not_by_the_clock(saved: Path) -> None:
@@ -142,12 +142,12 @@ def test_newest_is_by_step_and_not_by_the_clock(saved: Path) -> None:
     for step in (10, 9):
         checkpoint_format.write(saved.with_name(f"step-{step}.ckpt"), payload(step))
     os.utime(saved, (4e9, 4e9))
-    assert checkpoint_format.newest_sound(saved.parent) == saved.with_name("step-10.ckpt")
+    assert checkpoint_format.latest_valid(saved.parent) == saved.with_name("step-10.ckpt")
 
 
 def test_an_empty_folder_has_no_newest(tmp_path: Path) -> None:
     """No checkpoint is not an error: a run starts there."""
-    assert checkpoint_format.newest_sound(tmp_path) is None
+    assert checkpoint_format.latest_valid(tmp_path) is None
 
 
 @pytest.mark.slow
@@ -280,7 +280,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str) -> None:
         DamagedError, match=r"(not found|a folder, not a file)\. Give a \.ckpt file"
     ):
         checkpoint_format.read(tmp_path / name)
-    assert checkpoint_format.newest_sound(tmp_path / ("x" * 300)) is None
+    assert checkpoint_format.latest_valid(tmp_path / ("x" * 300)) is None
 
 
 def test_another_programs_torch_file_is_refused(tmp_path: Path) -> None:
@@ -295,12 +295,12 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     """G1: the second one is told who holds it; G2: afterwards it is free at once; leftovers of a killed run are gone."""
     leftover = tmp_path / ".step-000001.ckpt.1.tmp"
     leftover.write_bytes(b"half")
-    with checkpoint_format.claimed(tmp_path):
+    with checkpoint_format.lock_run_dir(tmp_path):
         assert not leftover.exists()
         with (
             pytest.raises(UserError, match=f"process {os.getpid()} on .* is training into it"),
-            checkpoint_format.claimed(tmp_path),
+            checkpoint_format.lock_run_dir(tmp_path),
         ):
             pass
-    with checkpoint_format.claimed(tmp_path):
+    with checkpoint_format.lock_run_dir(tmp_path):
         pass

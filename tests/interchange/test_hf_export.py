@@ -30,7 +30,7 @@ from tinylm.interchange.gguf import Vocabulary, export_gguf, neighbours, vocabul
 from tinylm.interchange.hf_export import CHAT_TEMPLATES, backend_of, export_hf, sampling_settings
 from tinylm.interchange.hf_import import import_hf
 from tinylm.model.decoder import Decoder
-from tinylm.model.hf_model import ForeignDecoder
+from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import target_layers
 from tinylm.rows.templates import Turn, make_template
 from tinylm.tokenizer.base import Tokenizer
@@ -84,7 +84,7 @@ def save(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[..., Pat
         with torch.no_grad():
             for weight in decoder.parameters():
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-        weights = checkpoint_format.NO_ROOTS | {
+        weights = checkpoint_format.NO_REFERENCES | {
             "config": settings.to_plain(),
             "tokenizer": tokenizer.to_plain(),
             "weights": decoder.state_dict(),
@@ -545,7 +545,7 @@ def test_a_tuned_hugging_face_model_goes_out_as_it_is_and_as_gguf(save, tmp_path
     path = save()
     payload = checkpoint_format.read(path)
     inner = architectures.to_hf(checkpoint_load.load_model(path).model)
-    foreign = ForeignDecoder(inner)
+    foreign = HFModel(inner)
     checkpoint_format.write(
         path, payload | {"hf_config": foreign.settings, "weights": foreign.state_dict()}
     )

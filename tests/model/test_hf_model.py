@@ -16,7 +16,7 @@ from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.engine import Engine
 from tinylm.model import hf_model
-from tinylm.model.hf_model import ForeignDecoder, check_packing, find, rebuild
+from tinylm.model.hf_model import HFModel, check_packing, find_hf_model, rebuild_hf_model
 from tinylm.tokenizer.byte_char import ByteTokenizer
 
 SIZES = {
@@ -70,7 +70,7 @@ def test_logits_sizes_and_cache_are_those_of_the_model(
     """Read from disk; all at once, and in pieces of 7, 1 and 12 through the cache, whose rows were put in another order."""
     theirs = random_model(kind)
     theirs.save_pretrained(tmp_path)
-    model = find(str(tmp_path)).load().eval()
+    model = find_hf_model(str(tmp_path)).load().eval()
     assert (
         model.config.n_layers,
         model.config.d_model,
@@ -103,7 +103,7 @@ def test_greedy_text_is_that_of_generate(kind: str) -> None:
         do_sample=False,
         pad_token_id=0,
     )[0, 6:].tolist()
-    engine = Engine(ForeignDecoder(theirs).eval(), ByteTokenizer())
+    engine = Engine(HFModel(theirs).eval(), ByteTokenizer())
     actual = engine.generate(
         engine.fit_prompt(prompt[0].tolist()), SamplingConfig(max_new_tokens=30, temperature=0)
     )[0].ids
@@ -115,7 +115,7 @@ def test_greedy_text_is_that_of_generate(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_of_a_packed_row_do_not_see_each_other(kind: str, ids: Tensor) -> None:
     """Each document gives what it gives alone, also one of a single token, and past a sliding window of 5."""
-    model = ForeignDecoder(random_model(kind)).eval()
+    model = HFModel(random_model(kind)).eval()
     documents = torch.tensor([[0] * 9 + [1] * 1 + [2] * 10]).expand(3, -1)
     with torch.no_grad():
         packed = model.features(ids, document_ids=documents).hidden
@@ -134,7 +134,7 @@ def test_a_model_that_mixes_documents_is_refused_for_packed_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As one whose attention knows nothing of positions would."""
-    model = ForeignDecoder(random_model("llama"))
+    model = HFModel(random_model("llama"))
     alone = model.features
     monkeypatch.setattr(model, "features", lambda ids, document_ids=None: alone(ids))
     with pytest.raises(
@@ -147,8 +147,8 @@ def test_a_model_that_mixes_documents_is_refused_for_packed_rows(
 def test_what_a_checkpoint_holds_is_enough(ids: Tensor) -> None:
     """Settings as text and weights by name; tied weights are one again."""
     for kind in KINDS:
-        model = ForeignDecoder(random_model(kind)).eval()
-        again = rebuild(
+        model = HFModel(random_model(kind)).eval()
+        again = rebuild_hf_model(
             model.settings, {name: weight.clone() for name, weight in model.state_dict().items()}
         ).eval()
         with torch.no_grad():
@@ -162,7 +162,7 @@ def test_what_a_checkpoint_holds_is_enough(ids: Tensor) -> None:
 
 def test_misuse_is_an_error() -> None:
     """As in our decoder: more positions than there are, and a cache beside documents."""
-    model = ForeignDecoder(random_model("llama"))
+    model = HFModel(random_model("llama"))
     with pytest.raises(ValueError, match="65 positions are more than max_seq_len"):
         model(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="document_ids or a cache"):
@@ -195,7 +195,7 @@ def test_files_as_published_models_have_them(tmp_path: Path, ids: Tensor) -> Non
     )
     expected = theirs.float()(ids).logits
     for name in ("shards", "old"):
-        model = find(str(tmp_path / name)).load().eval()
+        model = find_hf_model(str(tmp_path / name)).load().eval()
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}
         assert torch.allclose(model(ids), expected, atol=1e-4)
 
@@ -360,14 +360,14 @@ def test_a_bad_file_is_named_and_nothing_is_taken(name: str, folder: Path) -> No
     change, words = FAULTS[name]
     change(folder)
     with pytest.raises(UserError) as error:
-        find(str(folder)).load()
+        find_hf_model(str(folder)).load()
     assert words in str(error.value)
     assert str(folder) in str(error.value)
 
 
 def test_scaled_logits_are_refused() -> None:
     """The loss multiplies by the head's matrix alone; Granite divides the logits by logits_scaling afterwards."""
-    model = ForeignDecoder(random_model("granite", intermediate_size=48, logits_scaling=8.0))
+    model = HFModel(random_model("granite", intermediate_size=48, logits_scaling=8.0))
     with pytest.raises(
         UserError, match="the logits of a granite model are more than a matrix product"
     ):
@@ -380,7 +380,7 @@ def test_scaled_logits_are_refused() -> None:
 def test_a_name_that_is_no_model_is_refused(name: str) -> None:
     """H6: paths out of here, files, and what is no name at all."""
     with pytest.raises(UserError, match="Give "):
-        find(name)
+        find_hf_model(name)
 
 
 def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,4 +394,4 @@ def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         UserError,
         match="someone/model: cannot be reached. Give a local folder with config.json and model.safetensors.",
     ):
-        find("someone/model")
+        find_hf_model("someone/model")

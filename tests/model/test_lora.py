@@ -12,7 +12,7 @@ from tinylm.checkpoint.load import fingerprint_of
 from tinylm.common.errors import UserError
 from tinylm.config.schema import LoraConfig, ModelConfig, MoEConfig, TrainingConfig
 from tinylm.model.decoder import Decoder
-from tinylm.model.hf_model import ForeignDecoder
+from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import (
     adapter_weights,
     adapters_off,
@@ -41,7 +41,7 @@ def ours(**settings: Any) -> Decoder:
     return Decoder(ModelConfig(**SHAPE, **settings)).eval()
 
 
-def theirs(kind: str) -> ForeignDecoder:
+def theirs(kind: str) -> HFModel:
     """A Hugging Face model of random weights."""
     import transformers
 
@@ -57,7 +57,7 @@ def theirs(kind: str) -> ForeignDecoder:
         {"intermediate_size": 48, "num_key_value_heads": 2} if kind == "llama" else {}
     )
     config = transformers.AutoConfig.for_model(kind, **names, **extra)
-    return ForeignDecoder(
+    return HFModel(
         transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     )
 

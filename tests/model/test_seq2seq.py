@@ -24,7 +24,7 @@ from tinylm.eval.perplexity import batch_sums, beside_ids
 from tinylm.generate.engine import Engine
 from tinylm.interchange.peft import save_adapter
 from tinylm.model import hf_model
-from tinylm.model.hf_model import ForeignSeq2Seq, find
+from tinylm.model.hf_model import HFSeq2Seq, find_hf_model
 from tinylm.model.lora import (
     adapter_weights,
     adapters_off,
@@ -109,10 +109,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=KINDS)
-def pair(request: pytest.FixtureRequest, home: Path) -> tuple[ForeignSeq2Seq, HFTokenizer]:
+def pair(request: pytest.FixtureRequest, home: Path) -> tuple[HFSeq2Seq, HFTokenizer]:
     """A model and its tokenizer, in evaluation mode."""
-    model = find(str(home / request.param)).load().eval()
-    assert isinstance(model, ForeignSeq2Seq)
+    model = find_hf_model(str(home / request.param)).load().eval()
+    assert isinstance(model, HFSeq2Seq)
     return model, load_hf_tokenizer(str(home / request.param))
 
 
@@ -223,7 +223,7 @@ def test_a_target_is_scored_by_the_decoder_alone(pair: Any) -> None:
 
 def test_more_is_written_than_the_positions_hold(home: Path) -> None:
     """A context shift: the decoder reads the end of its text again, and the encoder the prompt. Texts that have ended leave the others alone."""
-    model, tokenizer = find(str(home / "t5")).load().eval(), load_hf_tokenizer(str(home / "t5"))
+    model, tokenizer = find_hf_model(str(home / "t5")).load().eval(), load_hf_tokenizer(str(home / "t5"))
     model.config = model.config.model_copy(update={"max_seq_len": 8})
     engine, settings = (
         Engine(model, tokenizer),
@@ -261,7 +261,7 @@ def test_what_an_encoder_cannot_do_is_a_callers_mistake(pair: Any) -> None:
 def test_a_checkpoint_gives_the_model_back(pair: Any) -> None:
     """Settings and weights as a checkpoint has them: equal weights and logits, and the head is tied or not as it was."""
     model, _ = pair
-    again = hf_model.rebuild(model.settings, model.state_dict()).eval()
+    again = hf_model.rebuild_hf_model(model.settings, model.state_dict()).eval()
     batch = model.arranged(rows())
     assert checkpoint_load.fingerprint_of(again) == checkpoint_load.fingerprint_of(model)
     assert torch.allclose(
@@ -278,7 +278,7 @@ def test_a_checkpoint_gives_the_model_back(pair: Any) -> None:
 @torch.no_grad()
 def test_adapters_merge_switch_off_and_fit_the_architecture(home: Path) -> None:
     """D8: attention of both kinds and the feed-forward; merged equals separate, off equals the base to the last bit."""
-    model, merged = (find(str(home / "t5")).load().eval() for _ in range(2))
+    model, merged = (find_hf_model(str(home / "t5")).load().eval() for _ in range(2))
     assert default_targets(model) == ("k", "o", "q", "v", "wi", "wo")
     batch, lora = model.arranged(rows()), LoraConfig(r=4)
     before = model(batch["input_ids"], **beside_ids(batch))
@@ -501,4 +501,4 @@ def test_an_encoder_decoder_without_its_start_is_refused(tmp_path: Path) -> None
         UserError,
         match=r"decoder_start_token_id: missing, and an encoder-decoder needs it\. Download it again\.",
     ):
-        find(str(tmp_path / "t5"))
+        find_hf_model(str(tmp_path / "t5"))

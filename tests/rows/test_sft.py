@@ -13,7 +13,7 @@ import torch
 import train
 from data import Batch, ExampleBatches, SFTData, Share, ValidationExamples
 from model import LitLM
-from tinylm.checkpoint.format import NO_ROOTS
+from tinylm.checkpoint.format import NO_REFERENCES
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.config.schema import Config
@@ -258,7 +258,7 @@ def tune(config: Config, resume: bool = True) -> int:
     decoder = train.begin_weights(config, start, None)
     if start.payload is not None:
         train.check_same_data(start, data, lambda text: None, allow_changes=False)
-    stage = LitLM(config, decoder, byte_table(TOKENIZER, 260), "sft", dict(NO_ROOTS))
+    stage = LitLM(config, decoder, byte_table(TOKENIZER, 260), "sft", dict(NO_REFERENCES))
     return train.fit(stage, data, "cpu", start, lambda text: None)
 
 

@@ -435,6 +435,6 @@ def test_a_stopped_command_saves_and_goes_on_from_there(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143
     assert said.endswith("pretrain: base: stopped; the same command goes on from there\n")
-    assert checkpoint_format.newest_sound(tmp_path / "runs/base") is not None
-    with checkpoint_format.claimed(tmp_path / "runs/base"):
+    assert checkpoint_format.latest_valid(tmp_path / "runs/base") is not None
+    with checkpoint_format.lock_run_dir(tmp_path / "runs/base"):
         pass

@@ -435,7 +435,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM), LitDPO)
         assert run(config) == 143
-    newest = checkpoint_format.newest_sound(tmp_path / "checkpoints")
+    newest = checkpoint_format.latest_valid(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000004.ckpt"
     for file in cached_files(tmp_path):
         file.unlink()  # what it held comes from the base again
@@ -650,7 +650,7 @@ def test_a_run_goes_on_only_with_its_own_reference(
     payload = checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")
     was = payload["base" if "lora" in name else "reference"]
     assert payload["reference"] is None or "lora" not in name
-    assert checkpoint_load.resolve_base(
+    assert checkpoint_load.resolve_reference(
         was["path"], tmp_path / "checkpoints" / "final.ckpt"
     ) == str((home / "base" / "final.ckpt").resolve())
     other = home / "base" / "final.ckpt"

@@ -38,7 +38,7 @@ from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.interchange.peft import save_adapter
-from tinylm.model.hf_model import ForeignDecoder
+from tinylm.model.hf_model import HFModel
 from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
@@ -542,13 +542,13 @@ def test_a_whole_hugging_face_model_needs_nothing_beside_its_checkpoint(
     shutil.rmtree(tmp_path / "llama")
     first = tmp_path / "checkpoints" / "final.ckpt"
     model = checkpoint_load.load_model(first).model
-    assert isinstance(model, ForeignDecoder)
+    assert isinstance(model, HFModel)
     config = make(
         training={"init_from": str(first), "checkpoint_dir": str(tmp_path / "second")}, **LORA
     )
     assert run(config, "training.max_steps=2") == 0
     assert isinstance(
-        checkpoint_load.load_model(tmp_path / "second" / "final.ckpt").model, ForeignDecoder
+        checkpoint_load.load_model(tmp_path / "second" / "final.ckpt").model, HFModel
     )
 
 
@@ -647,7 +647,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run(config) == 143
-    newest = checkpoint_format.newest_sound(tmp_path / "checkpoints")
+    newest = checkpoint_format.latest_valid(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000004.ckpt"
     before = newest.read_bytes()
     assert run(config, "--resume", str(newest), *elsewhere(tmp_path / "aside")) == 0

@@ -166,7 +166,7 @@ def test_what_cannot_be_planned_is_refused(
     assert refused(make_config(), capsys, "--plan", "lora={r: 2}").startswith(
         "error: lora: adapters are not planned, and not tried. Take the lora section out"
     )
-    monkeypatch.setattr(train, "find_base", lambda *_: SimpleNamespace(foreign=True))
+    monkeypatch.setattr(train, "find_base", lambda *_: SimpleNamespace(is_hf=True))
     message = refused(make_config(), capsys, "--plan", "training.init_from=hf:gpt2")
     assert (
         message

@@ -15,14 +15,14 @@ from tests.training import test_finetune
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.config.loader import load_config
 from tinylm.eval.tasks import NAMED
-from tinylm.model.hf_model import PREFIX
+from tinylm.model.hf_model import HF_PREFIX
 from tinylm.rows.templates import IM_END, IM_START
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
     path.stem: path
     for path in ALL
-    if (load_config(path).training.init_from or "").startswith(PREFIX)
+    if (load_config(path).training.init_from or "").startswith(HF_PREFIX)
 }
 OF_TASKS = {
     name: load_config(path).data.task

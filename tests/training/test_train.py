@@ -284,7 +284,7 @@ def test_a_signal_inside_an_accumulation_finishes_the_step_saves_and_resumes(
             patch, 3 * 2 + 2, lambda: [os.kill(os.getpid(), number) for _ in range(times)] and None
         )
         assert run(config) == code
-    newest = checkpoint_format.newest_sound(tmp_path / "checkpoints")
+    newest = checkpoint_format.latest_valid(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000003.ckpt"
     assert run(config) == 0
     assert_same_run(uninterrupted, tmp_path)
@@ -684,7 +684,7 @@ def test_metrics_of_an_earlier_run_are_kept_under_another_name(
 
 def test_two_runs_in_one_folder(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
     """G1: the second one exits with 2 and names the first."""
-    with checkpoint_format.claimed(tmp_path / "checkpoints"):
+    with checkpoint_format.lock_run_dir(tmp_path / "checkpoints"):
         assert f"process {os.getpid()} on" in refused(make_config(), tmp_path, capsys)
 
 
@@ -698,7 +698,7 @@ def test_a_nan_loss_stops_before_the_step(
     interrupt_at(monkeypatch, 5, lambda: math.nan)
     assert run(make_config()) == 3
     assert "error: step 5: the loss is nan; rows at [[" in capsys.readouterr().err
-    newest = checkpoint_format.newest_sound(tmp_path / "checkpoints")
+    newest = checkpoint_format.latest_valid(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000004.ckpt"
     payload = checkpoint_format.read(newest)
     assert all(weight.isfinite().all() for weight in payload["weights"].values())

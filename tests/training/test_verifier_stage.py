@@ -324,7 +324,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(
     assert run(make()) == 3
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: step 3: the loss is nan; rows at [[") and "rows.jsonl:" in error
-    assert checkpoint_format.newest_sound(tmp_path / "checkpoints").name == "step-000002.ckpt"
+    assert checkpoint_format.latest_valid(tmp_path / "checkpoints").name == "step-000002.ckpt"
 
 
 def test_other_rows_are_another_run(make: Make, tmp_path: Path, capsys: Capture) -> None:

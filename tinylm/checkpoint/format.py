@@ -38,7 +38,7 @@ _NEEDED_KEYS = {"format", "schema", "stage", "step", "tokens", "config", "tokeni
 # What rebuilding a model takes beside settings and weights: {"path", "fingerprint"} of the base that an adapter belongs to, and
 # the config.json of a Hugging Face model as text. What going on with preferences takes: the reference, described as a base is.
 # Older checkpoints have none of them.
-NO_ROOTS: dict[str, Any] = {"base": None, "hf_config": None, "reference": None}
+NO_REFERENCES: dict[str, Any] = {"base": None, "hf_config": None, "reference": None}
 
 
 class DamagedError(UserError):
@@ -128,7 +128,7 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, setting: str = "training.checkpoint_dir") -> Iterator[None]:
+def lock_run_dir(folder: Path, setting: str = "training.checkpoint_dir") -> Iterator[None]:
     """Hold `folder`, the value of `setting`, for this process; the lock dies with the process, so a killed run leaves nothing to clean up.
 
     What a killed run was writing is removed.
@@ -205,7 +205,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{printable(path)}: its schema is {payload['schema']}, and this program knows {SCHEMA}. Update the program."
         )
-    return NO_ROOTS | payload
+    return NO_REFERENCES | payload
 
 
 def verify(path: Path) -> None:
@@ -284,7 +284,7 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def newest_sound(
+def latest_valid(
     folder: Path, passed_over: Callable[[DamagedError], None] = lambda error: None
 ) -> Path | None:
     """The newest checkpoint in `folder` that verifies; None where there is none at all.

@@ -13,7 +13,7 @@ from tinylm.checkpoint.format import CheckpointInfo, _info, read
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import Config, LoraConfig, ModelConfig, TokenizerConfig
 from tinylm.model.decoder import Decoder
-from tinylm.model.hf_model import PREFIX, ForeignDecoder, find, rebuild
+from tinylm.model.hf_model import HF_PREFIX, HFModel, find_hf_model, rebuild_hf_model
 from tinylm.model.lora import merge
 from tinylm.model.verifier import Verifier
 from tinylm.rows.templates import ANSWERING
@@ -25,7 +25,7 @@ from tinylm.tokenizer.factory import tokenizer_from_plain
 class Loaded:
     """A checkpoint ready for use: the model in evaluation mode, an adapter merged into its base, and what it was trained with."""
 
-    model: Decoder | ForeignDecoder
+    model: Decoder | HFModel
     tokenizer: Tokenizer
     config: Config
     info: CheckpointInfo
@@ -101,18 +101,18 @@ def refuse_verifier(path: Path, payload: dict[str, Any]) -> None:
         )
 
 
-def whole_model(config: ModelConfig, payload: dict[str, Any]) -> Decoder | ForeignDecoder:
+def whole_model(config: ModelConfig, payload: dict[str, Any]) -> Decoder | HFModel:
     """The model of a checkpoint that holds all its weights, with the settings `config`."""
     if payload["hf_config"] is not None:
-        return rebuild(payload["hf_config"], payload["weights"])
+        return rebuild_hf_model(payload["hf_config"], payload["weights"])
     return build_decoder(config, payload["weights"])
 
 
-def _with_base(path: Path, payload: dict[str, Any], lora: LoraConfig) -> Decoder | ForeignDecoder:
+def _with_base(path: Path, payload: dict[str, Any], lora: LoraConfig) -> Decoder | HFModel:
     """The base that the adapter at `path` belongs to, with the adapter merged into it."""
     wanted = payload["base"]
     try:
-        base = open_base(resolve_base(wanted["path"], path))
+        base = open_initial_model(resolve_reference(wanted["path"], path))
         model = base.build(base.model)
     except UserError as error:
         raise UserError(
@@ -163,7 +163,7 @@ class _NoInit(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class Base:
+class InitialModel:
     """A whole model that a run starts from, or that an adapter belongs to: a checkpoint of ours or a Hugging Face model."""
 
     name: str
@@ -172,24 +172,24 @@ class Base:
     tokenizer_config: TokenizerConfig
     tokenizer: Tokenizer | None
     """None: that of a Hugging Face model is read when it is wanted, by `tokenizer_config`"""
-    foreign: bool
+    is_hf: bool
     """whether it is a Hugging Face model, also one that a checkpoint of ours holds"""
-    build: Callable[[ModelConfig], Decoder | ForeignDecoder]
+    build: Callable[[ModelConfig], Decoder | HFModel]
     """the model with its weights; the settings may change the dropouts of our own decoder"""
 
 
-def open_base(name: str) -> Base:
+def open_initial_model(name: str) -> InitialModel:
     """The model that training.init_from calls `name`, opened; its weights are read when it is built.
 
     Raises:
         UserError: it is not there, is damaged, or is an adapter.
     """
-    if name.startswith(PREFIX):
-        files = find(name.removeprefix(PREFIX))
-        return Base(
+    if name.startswith(HF_PREFIX):
+        files = find_hf_model(name.removeprefix(HF_PREFIX))
+        return InitialModel(
             name,
             files.sizes,
-            TokenizerConfig(kind="hf", path=name.removeprefix(PREFIX)),
+            TokenizerConfig(kind="hf", path=name.removeprefix(HF_PREFIX)),
             None,
             True,
             lambda config: files.load(),
@@ -199,12 +199,12 @@ def open_base(name: str) -> Base:
     config = Config.from_plain(payload["config"])
     if config.lora is not None:
         holds = f"holds a LoRA adapter of stage {printable(payload['stage'])} and no whole model, as one of stage pretrain or sft without lora does"
-        base = resolve_base(payload["base"]["path"], Path(name))
+        base = resolve_reference(payload["base"]["path"], Path(name))
         raise UserError(
             f"{printable(name)}: {holds}. Start from its base, {printable(base)}, or from the two merged."
         )
     foreign = payload["hf_config"] is not None
-    return Base(
+    return InitialModel(
         name,
         config.model,
         config.tokenizer,
@@ -214,26 +214,26 @@ def open_base(name: str) -> Base:
     )
 
 
-def refer_to(base: Base, model: nn.Module, folder: Path) -> dict[str, str]:
+def reference_to(base: InitialModel, model: nn.Module, folder: Path) -> dict[str, str]:
     """What an adapter's checkpoint in `folder` holds of its base, whose `model` has no adapter yet.
 
     The path is relative to the folder, so that the two can move together.
     """
-    path = base.name.removeprefix(PREFIX)
+    path = base.name.removeprefix(HF_PREFIX)
     if os.path.exists(path):
         path = os.path.relpath(Path(path).resolve(), folder.resolve())
     return {
-        "path": f"{PREFIX if base.name.startswith(PREFIX) else ''}{path}",
+        "path": f"{HF_PREFIX if base.name.startswith(HF_PREFIX) else ''}{path}",
         "fingerprint": fingerprint_of(model),
     }
 
 
-def resolve_base(recorded: str, checkpoint: Path) -> str:
-    """The inverse of `refer_to`'s path: the name of the base for whoever works elsewhere."""
-    path = recorded.removeprefix(PREFIX)
+def resolve_reference(recorded: str, checkpoint: Path) -> str:
+    """The inverse of `reference_to`'s path: the name of the base for whoever works elsewhere."""
+    path = recorded.removeprefix(HF_PREFIX)
     beside = os.path.normpath(checkpoint.resolve().parent / path)
-    if recorded.startswith(PREFIX):
-        return f"{PREFIX}{beside}" if os.path.isdir(beside) else recorded
+    if recorded.startswith(HF_PREFIX):
+        return f"{HF_PREFIX}{beside}" if os.path.isdir(beside) else recorded
     return beside
 
 

@@ -22,7 +22,7 @@ from tinylm.checkpoint.load import empty_decoder
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import ModelConfig, MoEConfig
 from tinylm.model.decoder import Decoder
-from tinylm.model.hf_model import ForeignDecoder
+from tinylm.model.hf_model import HFModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -539,7 +539,7 @@ CHECKED_POSITIONS = 64
 
 
 @no_grad()
-def logit_difference(ours: Decoder | ForeignDecoder, theirs: PreTrainedModel) -> float:
+def logit_difference(ours: Decoder | HFModel, theirs: PreTrainedModel) -> float:
     """The largest difference of the two models' logits on random ids, in parts of the largest logit (of 1 where all are smaller)."""
     n_tokens = theirs.config.vocab_size
     ids = randint(

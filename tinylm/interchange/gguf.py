@@ -32,7 +32,7 @@ from tinylm.interchange.hf_export import (
     publish,
     scratch_beside,
 )
-from tinylm.model.hf_model import ForeignDecoder, quiet_transformers
+from tinylm.model.hf_model import HFModel, quiet_transformers
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe import PATTERNS, require_new
 from tinylm.tokenizer.hf import HFTokenizer
@@ -77,7 +77,7 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
     require_new(out)
     loaded = load_model(ckpt)
     if isinstance(
-        loaded.model, ForeignDecoder
+        loaded.model, HFModel
     ):  # of those our decoder can be, the file is the same
         loaded = replace(loaded, model=architectures.from_hf(loaded.model.inner))
     config = loaded.model.config

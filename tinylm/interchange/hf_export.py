@@ -26,7 +26,7 @@ from tinylm.config.schema import SamplingConfig
 from tinylm.interchange import architectures
 from tinylm.interchange.peft import save_adapter
 from tinylm.model.decoder import Decoder, count_parameters
-from tinylm.model.hf_model import PREFIX, ForeignDecoder, ForeignSeq2Seq, quiet_transformers
+from tinylm.model.hf_model import HF_PREFIX, HFModel, HFSeq2Seq, quiet_transformers
 from tinylm.rows.templates import WELL_KNOWN_BOS, make_template
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE, require_new
@@ -67,7 +67,7 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
 
     require_new(out)
     loaded = load_model(ckpt)
-    if isinstance(loaded.model, ForeignSeq2Seq):
+    if isinstance(loaded.model, HFSeq2Seq):
         told = "an encoder-decoder, whose adapters can be exported, and not the whole model"
         raise UserError(
             f"{printable(ckpt)}: {told}. Tune it with a lora section, and leave --merge out: peft merges what is written."
@@ -77,7 +77,7 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
         # A Hugging Face model is one already, of whatever architecture.
         theirs = with_token_ids(
             loaded.model.inner
-            if isinstance(loaded.model, ForeignDecoder)
+            if isinstance(loaded.model, HFModel)
             else architectures.to_hf(loaded.model),
             loaded,
         )
@@ -169,7 +169,7 @@ def with_token_ids(theirs: PreTrainedModel, loaded: Loaded) -> PreTrainedModel:
     ends = end_ids(loaded)
     # EOS opens every document here, so an empty prompt is EOS; a Hugging Face model keeps what it had.
     opening = (
-        theirs.config.bos_token_id if isinstance(loaded.model, ForeignDecoder) else tokenizer.eos_id
+        theirs.config.bos_token_id if isinstance(loaded.model, HFModel) else tokenizer.eos_id
     )
     ids: dict[str, Any] = {
         "bos_token_id": opening,
@@ -393,7 +393,7 @@ def model_card(loaded: Loaded, model_type: str, tokenizer_class: str, *, has_tem
         else f"{info.step:,} optimizer steps, {info.tokens:,} tokens"
     )
     if config.training.init_from is not None:
-        origin += f", from {shown(config.training.init_from.removeprefix(PREFIX))}"
+        origin += f", from {shown(config.training.init_from.removeprefix(HF_PREFIX))}"
     rows = {
         "architecture": f"{model_type}: {shape.n_layers} layers, width {shape.d_model}, {shape.n_heads} heads",
         "parameters": f"{count_parameters(loaded.model):,}",
@@ -491,7 +491,7 @@ def pieces_of(backend: Backend) -> tuple[Any, ...]:
     )
 
 
-def check_model(theirs: PreTrainedModel, ours: Decoder | ForeignDecoder) -> float:
+def check_model(theirs: PreTrainedModel, ours: Decoder | HFModel) -> float:
     """The largest difference of logits; UserError where it is too large."""
     difference = architectures.logit_difference(ours, theirs)
     if not difference <= architectures.TOLERANCE:  # NaN is not

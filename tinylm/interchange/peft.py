@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 from tinylm.common.errors import UserError, printable, require_package, writing
-from tinylm.model.hf_model import PREFIX
+from tinylm.model.hf_model import HF_PREFIX
 
 
 def _task_type(hf_config: str | None) -> str | None:
@@ -46,7 +46,7 @@ def save_adapter(path: Path, folder: Path) -> None:
         target_modules=list(config.lora.target_modules or targets),
         fan_in_fan_out=foreign
         and json.loads(payload["hf_config"])["model_type"] == "gpt2",  # it stores (in, out)
-        base_model_name_or_path=(config.training.init_from or "").removeprefix(PREFIX),
+        base_model_name_or_path=(config.training.init_from or "").removeprefix(HF_PREFIX),
         task_type=_task_type(payload["hf_config"]),
         inference_mode=True,
     )

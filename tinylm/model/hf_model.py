@@ -1,9 +1,9 @@
 """Hugging Face models with our decoder's interface, so that training, evaluation and sampling take them as they are.
 
-    folder or hub name ─▶ config.json, checked ─▶ safetensors, checked ─▶ ForeignDecoder, or ForeignSeq2Seq for T5 and its like
+    folder or hub name ─▶ config.json, checked ─▶ safetensors, checked ─▶ HFModel, or HFSeq2Seq for T5 and its like
 
-In reading order: `ForeignCache` and `ForeignDecoder`, the wrapper, and `ForeignSeq2Seq`, which has an encoder before the
-decoder; `find` and `ForeignFiles`, which read a model's files; `rebuild`, which makes one from what a checkpoint of ours
+In reading order: `HFCache` and `HFModel`, the wrapper, and `HFSeq2Seq`, which has an encoder before the
+decoder; `find_hf_model` and `HFModelFiles`, which read a model's files; `rebuild_hf_model`, which makes one from what a checkpoint of ours
 holds. Files come from strangers: weights are read from safetensors alone, no code of a model's author is ever run, and
 every name, shape and type is compared with what config.json asks for before memory is taken. What is no model that writes
 text is refused.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 # What a name in training.init_from begins with if it is a Hugging Face model.
-PREFIX = "hf:"
+HF_PREFIX = "hf:"
 MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 JSON_BYTES_LIMIT = 50_000_000  # the index of the largest published models has some megabytes
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -49,7 +49,7 @@ REFUSED_KEYS = {
 }
 
 
-class ForeignCache:
+class HFCache:
     """Keys and values of the positions so far, kept by transformers; the part of our `KVCache` that sampling uses."""
 
     def __init__(self, config: "PreTrainedConfig", max_len: int):
@@ -63,7 +63,7 @@ class ForeignCache:
         self.inner.batch_select_indices(rows)
 
 
-class ForeignDecoder(nn.Module):
+class HFModel(nn.Module):
     """A Hugging Face decoder-only language model, used like our `Decoder`.
 
     `config` holds its sizes in our names and nothing else of it: how it computes is in its own config.
@@ -86,7 +86,7 @@ class ForeignDecoder(nn.Module):
 
     @property
     def settings(self) -> str:
-        """Its config.json: what `rebuild` takes."""
+        """Its config.json: what `rebuild_hf_model` takes."""
         return json.dumps(self.inner.config.to_dict())
 
     def forward(
@@ -94,7 +94,7 @@ class ForeignDecoder(nn.Module):
         input_ids: Tensor,
         *,
         document_ids: Tensor | None = None,
-        cache: ForeignCache | None = None,
+        cache: HFCache | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of ids (B, T)."""
         return self.head(self.features(input_ids, document_ids=document_ids, cache=cache).hidden)
@@ -104,7 +104,7 @@ class ForeignDecoder(nn.Module):
         input_ids: Tensor,
         *,
         document_ids: Tensor | None = None,
-        cache: ForeignCache | None = None,
+        cache: HFCache | None = None,
     ) -> Features:
         """Everything but the head; the arguments are those of `Decoder.features`."""
         length = input_ids.size(1) + (0 if cache is None else cache.length)
@@ -154,12 +154,12 @@ class ForeignDecoder(nn.Module):
         """Recompute each block in the backward pass from now on, as model.gradient_checkpointing does in our decoder."""
         self.inner.activation_checkpointing_enable({"use_reentrant": False})
 
-    def new_cache(self, batch_size: int, max_len: int | None = None) -> ForeignCache:
+    def new_cache(self, batch_size: int, max_len: int | None = None) -> HFCache:
         """An empty cache for `max_len` positions; it takes any batch that is fed first."""
-        return ForeignCache(self.inner.config, max_len or self.config.max_seq_len)
+        return HFCache(self.inner.config, max_len or self.config.max_seq_len)
 
 
-class Seq2SeqCache(ForeignCache):
+class Seq2SeqCache(HFCache):
     """The same for a decoder behind an encoder, with what the encoder has made of the prompt."""
 
     def __init__(self, max_len: int):
@@ -177,7 +177,7 @@ class Seq2SeqCache(ForeignCache):
             self.memory = encoded[rows], real[rows]
 
 
-class ForeignSeq2Seq(ForeignDecoder):
+class HFSeq2Seq(HFModel):
     """A Hugging Face encoder-decoder, such as T5: its encoder reads the prompt, closed by EOS, its decoder writes the answer.
 
     `features` takes the decoder's ids and, as `prompt_ids`, the encoder's; `opening` and `arranged` make them of prompts and
@@ -194,7 +194,7 @@ class ForeignSeq2Seq(ForeignDecoder):
         self.scale = self.config.d_model**-0.5 if settings.get("scale_decoder_outputs") else 1.0
 
     def forward(
-        self, input_ids: Tensor, *, prompt_ids: Tensor, cache: ForeignCache | None = None
+        self, input_ids: Tensor, *, prompt_ids: Tensor, cache: HFCache | None = None
     ) -> Tensor:  # type: ignore[override]
         """Logits (B, T, V) of the decoder's ids (B, T) after prompts (B, S)."""
         return self.head(self.features(input_ids, prompt_ids=prompt_ids, cache=cache).hidden)
@@ -205,7 +205,7 @@ class ForeignSeq2Seq(ForeignDecoder):
         *,
         prompt_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: ForeignCache | None = None,
+        cache: HFCache | None = None,
     ) -> Features:
         """Everything but the head, of the decoder's ids (B, T).
 
@@ -266,7 +266,7 @@ class ForeignSeq2Seq(ForeignDecoder):
         return batch | given | {"input_ids": inputs.to(device), "labels": labels.to(device)}
 
     def compared(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `ForeignDecoder`, with `ids` for both sides."""
+        """As in `HFModel`, with `ids` for both sides."""
         theirs = self.inner(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits
         return theirs, self.features(ids, prompt_ids=ids).hidden
 
@@ -320,7 +320,7 @@ def sizes(config: "PreTrainedConfig", where: str = "config.json") -> ModelConfig
 
 
 @dataclass(frozen=True)
-class ForeignFiles:
+class HFModelFiles:
     """A Hugging Face model on disk, its settings read and checked, its weights not read yet."""
 
     folder: Path
@@ -331,7 +331,7 @@ class ForeignFiles:
         """Its sizes in our names."""
         return sizes(self.config)
 
-    def load(self) -> ForeignDecoder:
+    def load(self) -> HFModel:
         """The model in fp32.
 
         Raises:
@@ -380,7 +380,7 @@ class ForeignFiles:
         return [self.folder / name for name in sorted(set(shards.values()))]
 
 
-def find(name: str) -> ForeignFiles:
+def find_hf_model(name: str) -> HFModelFiles:
     """The model in the folder `name` or, where nothing has that name here, of the Hugging Face hub.
 
     Raises:
@@ -402,11 +402,11 @@ def find(name: str) -> ForeignFiles:
         raise UserError(
             f"{printable(folder)}: no config.json here. Give the folder of a Hugging Face model."
         )
-    return ForeignFiles(folder, _read_config(_read_json(file), printable(file)))
+    return HFModelFiles(folder, _read_config(_read_json(file), printable(file)))
 
 
-def rebuild(settings: str, weights: Mapping[str, Tensor]) -> ForeignDecoder:
-    """The model that a checkpoint holds: its `settings`, and its weights by the names that `ForeignDecoder.state_dict` gives."""
+def rebuild_hf_model(settings: str, weights: Mapping[str, Tensor]) -> HFModel:
+    """The model that a checkpoint holds: its `settings`, and its weights by the names that `HFModel.state_dict` gives."""
     require_package("transformers")
     inner = {name.removeprefix("inner."): weight for name, weight in weights.items()}
     return _assemble(
@@ -509,14 +509,14 @@ def _check_types(file: Path) -> None:
 
 def _assemble(
     config: "PreTrainedConfig", weights: Mapping[str, Tensor], where: str
-) -> ForeignDecoder:
+) -> HFModel:
     """The model with exactly these weights, in fp32, in training mode as ours is when it is built."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     kind, wrapper = (
-        (AutoModelForSeq2SeqLM, ForeignSeq2Seq)
+        (AutoModelForSeq2SeqLM, HFSeq2Seq)
         if config.is_encoder_decoder
-        else (AutoModelForCausalLM, ForeignDecoder)
+        else (AutoModelForCausalLM, HFModel)
     )
     with quiet_transformers():
         try:
@@ -560,7 +560,7 @@ def _assemble(
     return model
 
 
-def _check_head(model: ForeignDecoder, where: str) -> None:
+def _check_head(model: HFModel, where: str) -> None:
     """Refuse a model whose logits are more than its hidden states times a matrix: a bias, a scale or a cap would be left out."""
     ids = torch.arange(min(8, model.config.max_seq_len))[None] % model.embedding.num_embeddings
     model.eval()
@@ -574,7 +574,7 @@ def _check_head(model: ForeignDecoder, where: str) -> None:
         )
 
 
-def check_packing(model: ForeignDecoder) -> None:
+def check_packing(model: HFModel) -> None:
     """Refuse packed rows for a model that would look from one document of a row into another.
 
     Raises:

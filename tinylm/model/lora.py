@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from tinylm.common.errors import UserError, printable, require_package
 from tinylm.config.schema import LoraConfig
 from tinylm.model.decoder import Decoder
-from tinylm.model.hf_model import ForeignDecoder
+from tinylm.model.hf_model import HFModel
 
 # Of our decoder. The router of a mixture decides who computes: it is left alone unless somebody names it.
 TARGETS = ("qkv", "out", "up", "down")
 
 
-def attach(model: Decoder | ForeignDecoder, lora: LoraConfig, *, seed: int) -> None:
+def attach(model: Decoder | HFModel, lora: LoraConfig, *, seed: int) -> None:
     """Put adapters into `model`, whose own weights are frozen; what A holds depends on the seed alone.
 
     Raises:
@@ -44,17 +44,17 @@ def attach(model: Decoder | ForeignDecoder, lora: LoraConfig, *, seed: int) -> N
             target_modules=names,
             fan_in_fan_out=transposed,
         ),
-        model.inner if isinstance(model, ForeignDecoder) else model,
+        model.inner if isinstance(model, HFModel) else model,
     )
 
 
-def default_targets(model: Decoder | ForeignDecoder) -> tuple[str, ...]:
+def default_targets(model: Decoder | HFModel) -> tuple[str, ...]:
     """The last names of the layers that get adapters where the settings name none: attention and feed-forward."""
     names = {name.rpartition(".")[2] for name in linear_layers(model)}
     return tuple(sorted(names & set(TARGETS) if isinstance(model, Decoder) else names))
 
 
-def linear_layers(model: Decoder | ForeignDecoder) -> dict[str, nn.Module]:
+def linear_layers(model: Decoder | HFModel) -> dict[str, nn.Module]:
     """The layers that can have adapters: those that are called as modules, and so not the head, whose matrix the loss takes.
 
     The names are those within the model that peft sees.
@@ -74,7 +74,7 @@ def linear_layers(model: Decoder | ForeignDecoder) -> dict[str, nn.Module]:
     }
 
 
-def target_layers(model: Decoder | ForeignDecoder, lora: LoraConfig) -> dict[str, nn.Module]:
+def target_layers(model: Decoder | HFModel, lora: LoraConfig) -> dict[str, nn.Module]:
     """The layers that `lora` asks for.
 
     Raises:

@@ -27,7 +27,7 @@ from tinylm.common.errors import UserError, printable, reading, writing
 from tinylm.common.files import replace_file
 from tinylm.config.schema import DpoConfig
 from tinylm.model.decoder import Decoder, Features
-from tinylm.model.hf_model import ForeignDecoder
+from tinylm.model.hf_model import HFModel
 from tinylm.objectives.cross_entropy import (
     _log_probabilities,
     _product_dtype,
@@ -183,7 +183,7 @@ def compare(policy: PairScores, reference: Answers, dpo: DpoConfig) -> Compariso
 
 
 def log_probs_of(
-    model: Decoder | ForeignDecoder,
+    model: Decoder | HFModel,
     batches: Iterable[dict[str, Any]],
     precision: torch.dtype | None,
 ) -> np.ndarray:

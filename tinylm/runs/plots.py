@@ -111,7 +111,7 @@ def _number(text: str) -> float:
 
 def read_checkpoints(folder: Path) -> Run:
     """The run whose checkpoints are in `folder`: what the newest sound one says of every validation, and of its loss."""
-    path = checkpoint_format.newest_sound(folder)
+    path = checkpoint_format.latest_valid(folder)
     assert path is not None  # the caller found one
     payload = checkpoint_format.read(path)
     validations = np.array(payload["progress"]["validations"], dtype=float).reshape(-1, 2)

@@ -249,7 +249,8 @@ def check_base(stage: Stage, before: list[Stage]) -> None:
     Raises:
         UserError: naming the stage and the model.
     """
-    from tinylm.model.hf_model import HF_PREFIX, find_hf_model
+    from tinylm.common.hub import HF_PREFIX
+    from tinylm.model.hf_model import find_hf_model
 
     base = stage.config.training.init_from
     if base is None:
@@ -258,7 +259,8 @@ def check_base(stage: Stage, before: list[Stage]) -> None:
     begins = f"{where}: {printable(base)}"
     try:
         answers_only = (
-            base.startswith(HF_PREFIX) and find_hf_model(base.removeprefix(HF_PREFIX)).config.is_encoder_decoder
+            base.startswith(HF_PREFIX)
+            and find_hf_model(base.removeprefix(HF_PREFIX)).config.is_encoder_decoder
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -281,7 +283,7 @@ def lies_in(base: str, stage: Stage) -> bool:
 
 def bases_of(config: "Config") -> tuple[str, ...]:
     """The checkpoints that a run with these settings needs; a Hugging Face model is none."""
-    from tinylm.model.hf_model import HF_PREFIX
+    from tinylm.common.hub import HF_PREFIX
 
     sampled_from = None if config.verifier is None else config.verifier.sampled_from
     return tuple(

@@ -197,9 +197,7 @@ def build_dpo(parts: Parts) -> "LitDPO":
     return LitDPO(config, policy, roots, None)
 
 
-def add_cached_reference(
-    parts: Parts, reference: "Decoder | HFModel", fingerprint: str
-) -> None:
+def add_cached_reference(parts: Parts, reference: "Decoder | HFModel", fingerprint: str) -> None:
     """Give the data the log-probabilities under `reference`, from the cache or worked out now."""
     from tinylm.common.device import half_of
     from tinylm.objectives.preferences import cached_log_probs, log_probs_of

@@ -9,9 +9,11 @@ generator to restore.
 The model itself is `tinylm/model/decoder.py`; what happens between the steps (validation, metrics, checkpoints) is `callbacks.py`.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -26,7 +28,6 @@ from tinylm.common.errors import Diverged
 from tinylm.config.schema import Config
 from tinylm.eval.perplexity import batch_sums, beside_ids, language_score
 from tinylm.model.decoder import Decoder
-from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import adapters_off
 from tinylm.model.verifier import Verifier
 from tinylm.objectives.cross_entropy import cross_entropy
@@ -42,6 +43,9 @@ from tinylm.objectives.verifier import VerifierScore, logit_counts, verifier_los
 from tinylm.optim.optimizers import make_optimizer, set_lr
 from tinylm.optim.schedule import multiplier
 from tinylm.tokens.packing import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from tinylm.model.hf_model import HFModel
 
 
 @dataclass
@@ -367,7 +371,7 @@ class LitDPO(LitStage):
         self.dpo, self.full_batch = config.dpo, config.training.micro_batch_size
         self.reference = None if reference is None else reference.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> "LitDPO":
+    def train(self, mode: bool = True) -> LitDPO:
         """Switch dropout on or off, in the policy alone."""
         super().train(mode)
         if self.reference is not None:

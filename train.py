@@ -548,7 +548,10 @@ def learn_from_documents(config: "Config") -> "Tokenizer":
 
 
 def prepare_tokenizer(
-    config: "Config", start: Start, base: "InitialModel | None", learn: "Callable[[Config], Tokenizer]"
+    config: "Config",
+    start: Start,
+    base: "InitialModel | None",
+    learn: "Callable[[Config], Tokenizer]",
 ) -> tuple["Tokenizer", "Config"]:
     """The tokenizer, which `learn` makes where none is given, and the settings with the vocabulary's size filled in."""
     # It was learned, or came with a model, when the run began: the cache may be gone, the stream's first documents far away.

@@ -234,7 +234,11 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     )
     loader = DataLoader(RandomRows(shape), batch_size=None, sampler=range(sys.maxsize))  # type: ignore[arg-type]
     stage = LitLM(
-        config, decoder, torch.ones(shape.vocab_size, dtype=torch.long), "pretrain", dict(NO_REFERENCES)
+        config,
+        decoder,
+        torch.ones(shape.vocab_size, dtype=torch.long),
+        "pretrain",
+        dict(NO_REFERENCES),
     )
     build_trainer(config, "cpu", [callback]).fit(stage, train_dataloaders=loader)
 

@@ -25,9 +25,9 @@ import pytest
 
 from align import read_stages
 from tinylm.common.errors import UserError
+from tinylm.common.hub import HF_PREFIX
 from tinylm.config.loader import load_config, sections
 from tinylm.config.schema import Config
-from tinylm.model.hf_model import HF_PREFIX
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [

@@ -223,7 +223,10 @@ def test_a_target_is_scored_by_the_decoder_alone(pair: Any) -> None:
 
 def test_more_is_written_than_the_positions_hold(home: Path) -> None:
     """A context shift: the decoder reads the end of its text again, and the encoder the prompt. Texts that have ended leave the others alone."""
-    model, tokenizer = find_hf_model(str(home / "t5")).load().eval(), load_hf_tokenizer(str(home / "t5"))
+    model, tokenizer = (
+        find_hf_model(str(home / "t5")).load().eval(),
+        load_hf_tokenizer(str(home / "t5")),
+    )
     model.config = model.config.model_copy(update={"max_seq_len": 8})
     engine, settings = (
         Engine(model, tokenizer),

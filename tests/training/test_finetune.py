@@ -547,9 +547,7 @@ def test_a_whole_hugging_face_model_needs_nothing_beside_its_checkpoint(
         training={"init_from": str(first), "checkpoint_dir": str(tmp_path / "second")}, **LORA
     )
     assert run(config, "training.max_steps=2") == 0
-    assert isinstance(
-        checkpoint_load.load_model(tmp_path / "second" / "final.ckpt").model, HFModel
-    )
+    assert isinstance(checkpoint_load.load_model(tmp_path / "second" / "final.ckpt").model, HFModel)
 
 
 @pytest.mark.parametrize("foreign", [False, True])

@@ -13,9 +13,9 @@ from tests.conftest import CONFIGS as ALL
 from tests.model import test_seq2seq
 from tests.training import test_finetune
 from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.hub import HF_PREFIX
 from tinylm.config.loader import load_config
 from tinylm.eval.tasks import NAMED
-from tinylm.model.hf_model import HF_PREFIX
 from tinylm.rows.templates import IM_END, IM_START
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 from tinylm.checkpoint.format import CheckpointInfo, _info, read
 from tinylm.common.errors import UserError, printable
+from tinylm.common.hub import HF_PREFIX
 from tinylm.config.schema import Config, LoraConfig, ModelConfig, TokenizerConfig
 from tinylm.model.decoder import Decoder
-from tinylm.model.hf_model import HF_PREFIX, HFModel, find_hf_model, rebuild_hf_model
+from tinylm.model.hf_model import HFModel, find_hf_model, rebuild_hf_model
 from tinylm.model.lora import merge
 from tinylm.model.verifier import Verifier
 from tinylm.rows.templates import ANSWERING

@@ -2,16 +2,13 @@ import os
 import re
 import socket
 import urllib.request
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from tinylm.common.errors import UserError, printable
 
-if TYPE_CHECKING:
-    pass
-
-
 HUB_TIMEOUT_SECONDS = 5.0
+# training.init_from: hf:NAME is a Hugging Face model, any other value the path of a checkpoint.
+HF_PREFIX = "hf:"
 
 
 def is_hub_name(text: str) -> bool:

@@ -76,9 +76,7 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
         raise UserError(f"{printable(out)}: a GGUF file's name ends in .gguf. Give such a name.")
     require_new(out)
     loaded = load_model(ckpt)
-    if isinstance(
-        loaded.model, HFModel
-    ):  # of those our decoder can be, the file is the same
+    if isinstance(loaded.model, HFModel):  # of those our decoder can be, the file is the same
         loaded = replace(loaded, model=architectures.from_hf(loaded.model.inner))
     config = loaded.model.config
     vocabulary = vocabulary_of(loaded.tokenizer)

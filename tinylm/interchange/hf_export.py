@@ -21,12 +21,12 @@ import torch
 
 from tinylm.checkpoint.load import Loaded, load_model
 from tinylm.common.errors import UserError, printable, require_package, writing
-from tinylm.common.hub import first_line
+from tinylm.common.hub import HF_PREFIX, first_line
 from tinylm.config.schema import SamplingConfig
 from tinylm.interchange import architectures
 from tinylm.interchange.peft import save_adapter
 from tinylm.model.decoder import Decoder, count_parameters
-from tinylm.model.hf_model import HF_PREFIX, HFModel, HFSeq2Seq, quiet_transformers
+from tinylm.model.hf_model import HFModel, HFSeq2Seq, quiet_transformers
 from tinylm.rows.templates import WELL_KNOWN_BOS, make_template
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE, require_new
@@ -168,9 +168,7 @@ def with_token_ids(theirs: PreTrainedModel, loaded: Loaded) -> PreTrainedModel:
     tokenizer = loaded.tokenizer
     ends = end_ids(loaded)
     # EOS opens every document here, so an empty prompt is EOS; a Hugging Face model keeps what it had.
-    opening = (
-        theirs.config.bos_token_id if isinstance(loaded.model, HFModel) else tokenizer.eos_id
-    )
+    opening = theirs.config.bos_token_id if isinstance(loaded.model, HFModel) else tokenizer.eos_id
     ids: dict[str, Any] = {
         "bos_token_id": opening,
         "eos_token_id": ends if len(ends) > 1 else ends[0],

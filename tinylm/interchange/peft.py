@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 from tinylm.common.errors import UserError, printable, require_package, writing
-from tinylm.model.hf_model import HF_PREFIX
+from tinylm.common.hub import HF_PREFIX
 
 
 def _task_type(hf_config: str | None) -> str | None:

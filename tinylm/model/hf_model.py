@@ -34,9 +34,6 @@ from tinylm.tokens.packing import IGNORE_INDEX, split_answer
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-
-# What a name in training.init_from begins with if it is a Hugging Face model.
-HF_PREFIX = "hf:"
 MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 JSON_BYTES_LIMIT = 50_000_000  # the index of the largest published models has some megabytes
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -507,9 +504,7 @@ def _check_types(file: Path) -> None:
                 )
 
 
-def _assemble(
-    config: "PreTrainedConfig", weights: Mapping[str, Tensor], where: str
-) -> HFModel:
+def _assemble(config: "PreTrainedConfig", weights: Mapping[str, Tensor], where: str) -> HFModel:
     """The model with exactly these weights, in fp32, in training mode as ours is when it is built."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 

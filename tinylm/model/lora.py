@@ -7,8 +7,11 @@ is an ordinary model, and peft is not needed. `save_adapter` writes the files th
 files a matrix is called as peft's files call it: `blocks.0.attention.qkv.lora_A.weight`.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,9 @@ from torch import Tensor, nn
 from tinylm.common.errors import UserError, printable, require_package
 from tinylm.config.schema import LoraConfig
 from tinylm.model.decoder import Decoder
-from tinylm.model.hf_model import HFModel
+
+if TYPE_CHECKING:
+    from tinylm.model.hf_model import HFModel
 
 # Of our decoder. The router of a mixture decides who computes: it is left alone unless somebody names it.
 TARGETS = ("qkv", "out", "up", "down")
@@ -44,7 +49,7 @@ def attach(model: Decoder | HFModel, lora: LoraConfig, *, seed: int) -> None:
             target_modules=names,
             fan_in_fan_out=transposed,
         ),
-        model.inner if isinstance(model, HFModel) else model,
+        model if isinstance(model, Decoder) else model.inner,
     )
 
 

@@ -11,10 +11,12 @@ The losses themselves are in losses.py; how a row becomes a pair is rows.py's bu
 # N tokens · D model width · V vocabulary · M tokens of one chunk · B answers · T tokens of one
 
 # B pairs · T positions
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +29,6 @@ from tinylm.common.errors import UserError, printable, reading, writing
 from tinylm.common.files import replace_file
 from tinylm.config.schema import DpoConfig
 from tinylm.model.decoder import Decoder, Features
-from tinylm.model.hf_model import HFModel
 from tinylm.objectives.cross_entropy import (
     _log_probabilities,
     _product_dtype,
@@ -35,6 +36,9 @@ from tinylm.objectives.cross_entropy import (
     _target_chunks,
 )
 from tinylm.tokens.packing import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from tinylm.model.hf_model import HFModel
 
 pass
 

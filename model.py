@@ -9,8 +9,6 @@ generator to restore.
 The model itself is `tinylm/model/decoder.py`; what happens between the steps (validation, metrics, checkpoints) is `callbacks.py`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -136,7 +134,7 @@ class LitStage(L.LightningModule):
     def __init__(
         self,
         config: Config,
-        decoder: Decoder | HFModel | Verifier,
+        decoder: "Decoder | HFModel | Verifier",
         stage: str,
         roots: dict[str, Any],
     ):
@@ -305,7 +303,7 @@ class LitLM(LitStage):
     def __init__(
         self,
         config: Config,
-        decoder: Decoder | HFModel,
+        decoder: "Decoder | HFModel",
         byte_lengths: Tensor,
         stage: str,
         roots: dict[str, Any],
@@ -362,16 +360,16 @@ class LitDPO(LitStage):
     def __init__(
         self,
         config: Config,
-        decoder: Decoder | HFModel,
+        decoder: "Decoder | HFModel",
         roots: dict[str, Any],
-        reference: Decoder | HFModel | None,
+        reference: "Decoder | HFModel | None",
     ):
         super().__init__(config, decoder, "dpo", roots)
         assert config.dpo is not None
         self.dpo, self.full_batch = config.dpo, config.training.micro_batch_size
         self.reference = None if reference is None else reference.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> LitDPO:
+    def train(self, mode: bool = True) -> "LitDPO":
         """Switch dropout on or off, in the policy alone."""
         super().train(mode)
         if self.reference is not None:

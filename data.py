@@ -28,11 +28,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tinylm.common.errors import UserError, printable
 from tinylm.common.processes import Progress
 from tinylm.config.schema import Config
-from tinylm.eval.tasks import NAMED
-from tinylm.eval.tasks.data import built_in_where_asked
+from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
 from tinylm.rows.inspect import InspectedRow
-from tinylm.rows.row_files import NAMED_PLACES, with_rows
-from tinylm.rows.sft import Report, examples, shared_examples, shared_questions
+from tinylm.rows.row_files import NAMED_PLACES, resolve_dataset
+from tinylm.rows.sft import Report, build_examples, shared_examples, shared_questions
 from tinylm.rows.templates import Template, make_template
 from tinylm.text.splits import Which, train_documents
 from tinylm.tokenizer.base import Tokenizer
@@ -596,7 +595,7 @@ class SFTData(RowsInMemory):
         Raises:
             UserError: as `rows.examples`.
         """
-        note = with_rows(self.config.data)[1]
+        note = resolve_dataset(self.config.data)[1]
         self.train_examples, train = self._examples("train")
         self.val_examples, val = self._examples("val")
         shared = shared_examples(self.train_examples, self.val_examples)
@@ -647,15 +646,7 @@ class SFTData(RowsInMemory):
 
     def _examples(self, which: Which) -> tuple[list[Example], Report]:
         data, training = self.config.data, self.config.training
-        of_task = (
-            {
-                "conversation_of": NAMED[data.task].conversation,
-                "built_in": built_in_where_asked(data),
-            }
-            if data.task
-            else {}
-        )
-        return examples(
+        return build_examples(
             data,
             which,
             training.seed,
@@ -663,7 +654,8 @@ class SFTData(RowsInMemory):
             self.tokenizer,
             training.seq_len,
             train_on=training.train_on,
-            **of_task,
+            to_conversation=conversation_parser(data),
+            built_in=requested_built_in_rows(data),
         )
 
     def _rows(self, made: list[Example]) -> list[list[Example]]:

@@ -122,12 +122,14 @@ def score_of(
     import torch
 
     from tinylm.common.device import half_of
-    from tinylm.eval.perplexity import byte_table, score_batches
+    from tinylm.eval.perplexity import byte_length_table, score_batches
 
     half = half_of(loaded.config.hardware.precision)
     with torch.autocast(device, dtype=half, enabled=half is not None):
         return score_batches(
-            loaded.model, batches, byte_table(tokenizer, loaded.model.embedding.num_embeddings)
+            loaded.model,
+            batches,
+            byte_length_table(tokenizer, loaded.model.embedding.num_embeddings),
         )
 
 

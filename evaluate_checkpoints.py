@@ -27,13 +27,13 @@ from tinylm.common.device import NAMES, pick_device
 from tinylm.common.errors import UserError, printable, writing
 
 if TYPE_CHECKING:
-    from tinylm.eval.best_of_n import Drawn
+    from tinylm.eval.best_of_n import Candidates
     from tinylm.eval.cases import Case
     from tinylm.eval.lm_eval import HarnessScore
     from tinylm.eval.task_scores import Answer, TaskScore
     from tinylm.eval.tasks import Task
     from tinylm.eval.tasks.data import TaskData
-    from tinylm.eval.verifier_scoring import Judge
+    from tinylm.eval.verifier_scoring import VerifierScorer
     from tinylm.generate.engine import Engine
     from tinylm.rows.templates import Template
 
@@ -77,7 +77,7 @@ class Questions:
     tasks: "list[tuple[Task, TaskData]]"
     shots: tuple[int, ...]
     harness: tuple[str, ...]
-    judge: "Judge | None"
+    judge: "VerifierScorer | None"
     """the verifier that chooses among --best-of answers"""
 
 
@@ -90,7 +90,7 @@ class Results:
     measures: list[Row] = field(default_factory=list)
     best_of: list[Row] = field(default_factory=list)
     failed: list[Row] = field(default_factory=list)
-    answers: "dict[str, Sequence[Answer | Drawn]]" = field(default_factory=dict)
+    answers: "dict[str, Sequence[Answer | Candidates]]" = field(default_factory=dict)
     """answers that are not right, and those that one was chosen among, by the name of the file for them"""
 
     def add(self, other: "Results") -> None:
@@ -318,7 +318,7 @@ def prepare(args: argparse.Namespace, device: str) -> Questions:
     """
     from tinylm.eval.cases import read_cases
     from tinylm.eval.lm_eval import check_tasks
-    from tinylm.eval.tasks.data import load_task, task_named
+    from tinylm.eval.tasks.data import find_task, load_task
 
     if not (args.cases or args.tasks or args.lm_eval):
         raise UserError(
@@ -330,7 +330,7 @@ def prepare(args: argparse.Namespace, device: str) -> Questions:
         )
     shots = tuple(sorted({number_of_shots(word) for word in args.shots or ("0",)}))
     paths = dict(source_of(text, args.tasks) for text in args.data)
-    tasks = [task_named(name) for name in args.tasks]
+    tasks = [find_task(name) for name in args.tasks]
     loaded = [
         (
             task,
@@ -356,14 +356,16 @@ def prepare(args: argparse.Namespace, device: str) -> Questions:
     )
 
 
-def find_judge(args: argparse.Namespace, tasks: "Sequence[Task]", device: str) -> "Judge | None":
+def find_judge(
+    args: argparse.Namespace, tasks: "Sequence[Task]", device: str
+) -> "VerifierScorer | None":
     """The verifier that chooses among several answers, if that is asked for.
 
     Raises:
         UserError: it is not one, or there is nothing to choose.
     """
-    from tinylm.eval.best_of_n import check_choice
-    from tinylm.eval.verifier_scoring import Judge
+    from tinylm.eval.best_of_n import require_free_text_task
+    from tinylm.eval.verifier_scoring import VerifierScorer
 
     if (args.best_of is None) != (args.verifier is None):
         raise UserError(
@@ -374,8 +376,8 @@ def find_judge(args: argparse.Namespace, tasks: "Sequence[Task]", device: str) -
     if not tasks:
         raise UserError("--best-of: there is no task to answer. Give --tasks gsm8k.")
     for task in tasks:
-        check_choice(task)
-    return Judge.load(args.verifier, device)
+        require_free_text_task(task)
+    return VerifierScorer.load(args.verifier, device)
 
 
 def number_of_shots(word: str) -> int:
@@ -609,7 +611,7 @@ def rank(results: Results) -> None:
 
 def ranked(rows: Iterable[Row], kind: Callable[[Row], tuple[str, ...]]) -> list[Row]:
     """The rows of each kind with their `worth` turned into a place among them."""
-    from tinylm.eval.task_scores import places
+    from tinylm.eval.task_scores import format_ranks
 
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -619,7 +621,7 @@ def ranked(rows: Iterable[Row], kind: Callable[[Row], tuple[str, ...]]) -> list[
         group.sort(key=lambda row: row["worth"], reverse=True)
         found += [
             {"place": place, **row}
-            for place, row in zip(places([row["worth"] for row in group]), group, strict=True)
+            for place, row in zip(format_ranks([row["worth"] for row in group]), group, strict=True)
         ]
     return [{name: value for name, value in row.items() if name != "worth"} for row in found]
 

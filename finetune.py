@@ -117,12 +117,12 @@ def check_beginning(config: "Config") -> None:
 
 def with_data_of_task(config: "Config") -> "Config":
     """The settings with the task's rows on the hub, where there is a task and data.dataset is left out; it is trained on the training split."""
-    from tinylm.eval.tasks import NAMED
+    from tinylm.eval.tasks import TASKS
 
     data = config.data
     if data.task is None or "dataset" in data.model_fields_set:
         return config
-    hub = NAMED[data.task].hub
+    hub = TASKS[data.task].hub
     assert hub is not None, "only pairs has none, and data.task cannot name it"
     named = {
         "dataset": hub.dataset,
@@ -134,9 +134,9 @@ def with_data_of_task(config: "Config") -> "Config":
 
 def on_hub(data: "DataConfig") -> bool:
     """Whether the rows are those of a task on the hub."""
-    from tinylm.eval.tasks import NAMED
+    from tinylm.eval.tasks import TASKS
 
-    hub = NAMED[data.task].hub if data.task else None
+    hub = TASKS[data.task].hub if data.task else None
     return hub is not None and data.dataset == hub.dataset and not os.path.exists(hub.dataset)
 
 
@@ -232,15 +232,19 @@ def add_cached_reference(parts: Parts, reference: "Decoder | HFModel", fingerpri
 
 def learn_from_problems(config: "Config") -> "Tokenizer":
     """The tokenizer of a verifier with new weights: learned from the training problems and their right answers where it is learned at all."""
-    from tinylm.eval.tasks.data import built_in_where_asked
-    from tinylm.rows.verifier_data import problems
+    from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
+    from tinylm.rows.verifier_data import read_problems
     from tinylm.tokenizer.bpe import learned_from
 
     def texts() -> "Iterator[str]":
-        found = problems(
-            config.data, "train", config.training.seed, built_in_where_asked(config.data)
+        found = read_problems(
+            config.data,
+            "train",
+            config.training.seed,
+            to_conversation=conversation_parser(config.data),
+            built_in=requested_built_in_rows(config.data),
         )
-        return (f"{problem.question.whole}\n{problem.answer}" for problem in found)
+        return (f"{problem.question.full_text}\n{problem.answer}" for problem in found)
 
     return learned_from(config.tokenizer, texts)
 
@@ -268,7 +272,7 @@ def sampler(
     """What adds to problems the answers of the model that verifier.sampled_from names."""
     from tinylm.checkpoint.load import load_model
     from tinylm.common.device import pick_device
-    from tinylm.eval.sampled_answers import with_samples
+    from tinylm.eval.sampled_answers import add_sampled_answers
 
     settings, folder = config.verifier, Path(config.data.cache_dir)
     assert settings is not None and settings.sampled_from is not None
@@ -282,7 +286,7 @@ def sampler(
         say(
             f"answers: {settings.n_sampled} to each of {len(found):,} problems by {printable(settings.sampled_from)}, kept in {printable(folder)}"
         )
-        return with_samples(
+        return add_sampled_answers(
             found,
             loaded,
             config.data.task,

@@ -265,14 +265,14 @@ def write_best(
 
     The first that was drawn is a random choice. What an oracle would choose only a task with known answers tells: evaluate_checkpoints.py.
     """
-    from tinylm.eval.best_of_n import vote
-    from tinylm.eval.verifier_scoring import Judge
+    from tinylm.eval.best_of_n import majority_vote
+    from tinylm.eval.verifier_scoring import VerifierScorer
 
     if sampling.temperature == 0:
         raise UserError(
             "--temperature: 0 writes the same answer each time, and --best-of chooses among different ones. Give --temperature 0.7."
         )
-    judge = Judge.load(arguments.verifier, str(engine.model.embedding.weight.device))
+    judge = VerifierScorer.load(arguments.verifier, str(engine.model.embedding.weight.device))
     completions = engine.generate(
         encoded,
         sampling.model_copy(update={"n_samples": arguments.best_of, "n_beams": 1}),
@@ -280,7 +280,7 @@ def write_best(
     )
     texts = [completion.text for completion in completions]
     probabilities = judge.probabilities(prompt, texts)
-    others = {"majority_vote": texts[vote(texts)], "random_choice": texts[0]}
+    others = {"majority_vote": texts[majority_vote(texts)], "random_choice": texts[0]}
     ranked = sorted(zip(probabilities, completions, strict=True), key=lambda pair: -pair[0])
     if arguments.json:
         answers = [
@@ -503,7 +503,7 @@ def load(arguments: argparse.Namespace, device: str) -> "Loaded":
 def newest_answering(folder: Path) -> Path:
     """The newest sound checkpoint of each folder of runs in `folder`, itself included, that was taught to answer; the latest of them."""
     from tinylm.checkpoint.format import describe, latest_valid
-    from tinylm.rows.templates import ANSWERING
+    from tinylm.rows.templates import CHAT_STAGES
 
     below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     newest = [
@@ -513,7 +513,7 @@ def newest_answering(folder: Path) -> Path:
     answering = [
         info
         for info in (describe(path) for path in newest if path is not None)
-        if info.stage in ANSWERING
+        if info.stage in CHAT_STAGES
     ]
     if not answering:
         mend = "Teach a model to answer (python finetune.py --config config_finetune.yaml), or give --ckpt FILE"

@@ -24,7 +24,7 @@ from data import Batch
 from tinylm.common.device import keep_freed_memory
 from tinylm.common.errors import Diverged
 from tinylm.config.schema import Config
-from tinylm.eval.perplexity import batch_sums, beside_ids, language_score
+from tinylm.eval.perplexity import batch_sums, extra_inputs, language_score
 from tinylm.model.decoder import Decoder
 from tinylm.model.lora import adapters_off
 from tinylm.model.verifier import Verifier
@@ -316,7 +316,7 @@ class LitLM(LitStage):
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
         """Cross entropy of the target tokens; a mixture of experts adds its balance loss."""
         batch = self.decoder.arranged(batch)
-        features = self._features(batch["input_ids"], **beside_ids(batch))
+        features = self._features(batch["input_ids"], **extra_inputs(batch))
         labels = batch["labels"].flatten()
         loss = cross_entropy(
             features.hidden.flatten(0, 1),
@@ -459,7 +459,7 @@ class LitVerifier(LitStage):
         places, right = self._places(batch["input_ids"], batch["attention_mask"]), batch["label"]
         n_right = ((places.logsumexp(dim=1) <= 0) == right.bool()).sum()
         loss, n_pairs = (
-            verifier_loss(places, right, batch["departs"]),
+            verifier_loss(places, right, batch["error_mask"]),
             torch.tensor(len(right), device=right.device),
         )
         return BatchLoss(
@@ -477,7 +477,7 @@ class LitVerifier(LitStage):
             0, 1, device=right.device
         )  # what a rank without a problem left makes of its share
         places = self._places(batch["input_ids"], batch["attention_mask"]) if len(right) else none
-        departs = batch["departs"] if len(right) else none.bool()
+        departs = batch["error_mask"] if len(right) else none.bool()
         return torch.cat(
             (
                 verifier_loss(places, right, departs)[None],

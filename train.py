@@ -619,13 +619,13 @@ def check_sample_prompt(config: "Config", tokenizer: "Tokenizer") -> None:
 def build_language_model(parts: Parts) -> "LitStage":
     """What is trained on next tokens, with the weights that the run begins with."""
     from model import LitLM
-    from tinylm.eval.perplexity import byte_table
+    from tinylm.eval.perplexity import byte_length_table
 
     model, roots = build_model(parts)
     return LitLM(
         parts.config,
         model,
-        byte_table(parts.data.tokenizer, model.embedding.num_embeddings),
+        byte_length_table(parts.data.tokenizer, model.embedding.num_embeddings),
         parts.stage,
         roots,
     )

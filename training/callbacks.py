@@ -37,7 +37,7 @@ from tinylm.config.schema import Config
 from tinylm.generate.engine import Engine
 from tinylm.model.lora import adapter_weights
 from tinylm.optim.schedule import should_stop
-from tinylm.rows.templates import ANSWERING, Turn, make_template
+from tinylm.rows.templates import CHAT_STAGES, Turn, make_template
 from tinylm.tokenizer.base import Tokenizer
 
 COLUMNS = (
@@ -206,7 +206,7 @@ class Validation(StepCallback):
     def _sample(self, stage: LitStage, prompt: str) -> str:
         """What the model makes of `prompt`; one that learns to answer is asked as its examples are."""
         engine, sampling = Engine(stage.decoder, self.tokenizer), stage.config.sampling
-        if stage.stage not in ANSWERING:
+        if stage.stage not in CHAT_STAGES:
             return engine.generate(prompt, sampling)[0].text
         template = make_template(stage.config.data.template, self.tokenizer)
         asked = engine.fit_prompt(template.prompt_ids((Turn("user", prompt),), self.tokenizer))

@@ -16,9 +16,9 @@ from tinylm.rows.inspect import (
     SEAM,
     WALL,
     InspectedRow,
-    Piece,
-    plain_row,
-    row_pieces,
+    RowToken,
+    render_row,
+    row_tokens,
     with_borders,
 )
 from tinylm.tokenizer.base import Tokenizer
@@ -61,12 +61,12 @@ def print_rows(rows: Iterable[InspectedRow], tokenizer: Tokenizer, labeled: str 
         legend = f"dim: no {labeled}; another color: another document"
     say(f"{SEAM} documents meet, {WALL}2{WALL} attention stops and document 2 begins, {legend}")
     for row in rows:
-        pieces = row_pieces(tokenizer, row.input_ids, row.labels, row.document_ids)
+        pieces = row_tokens(tokenizer, row.input_ids, row.labels, row.document_ids)
         masked = row.document_ids is not None
         text = (
             colored_row(pieces, masked=masked)
             if colored
-            else Text(plain_row(pieces, masked=masked))
+            else Text(render_row(pieces, masked=masked))
         )
         n_labels = sum(label != IGNORE_INDEX for label in row.labels)
         n_documents = len({piece.document for piece in pieces})
@@ -76,7 +76,7 @@ def print_rows(rows: Iterable[InspectedRow], tokenizer: Tokenizer, labeled: str 
         console.print(counts, soft_wrap=True)
 
 
-def colored_row(pieces: list[Piece], *, masked: bool) -> Text:
+def colored_row(pieces: list[RowToken], *, masked: bool) -> Text:
     """A row with a color for each document, dim where a token is not a target."""
     text = Text()
     for border, piece in with_borders(pieces, masked=masked):

@@ -12,8 +12,7 @@ import torch
 import eval_val
 import train
 from tinylm.checkpoint import load as checkpoint_load
-from tinylm.eval.cases import LOSS_CAP
-from tinylm.eval.perplexity import language_score
+from tinylm.eval.perplexity import LOSS_CAP, language_score
 from tinylm.tokens.token_file import TokenFile
 
 Make = Callable[..., Path]

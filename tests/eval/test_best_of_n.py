@@ -17,17 +17,17 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError, printable
 from tinylm.common.statistics import wilson
 from tinylm.config.schema import Config, SamplingConfig
-from tinylm.eval.best_of_n import BestOfScore, best_of_n, vote
-from tinylm.eval.tasks import NAMED
-from tinylm.eval.tasks.task import Example
-from tinylm.eval.verifier_scoring import Judge
+from tinylm.eval.best_of_n import BestOfScore, best_of_n, majority_vote
+from tinylm.eval.tasks import TASKS
+from tinylm.eval.tasks.task import TaskExample
+from tinylm.eval.verifier_scoring import VerifierScorer
 from tinylm.generate.engine import Engine, Piece
 from tinylm.model.verifier import Verifier
 from tinylm.rows.templates import Turn
 from tinylm.tokenizer.byte_char import ByteTokenizer
 
 BYTES = ByteTokenizer()
-GSM8K = NAMED["gsm8k"]
+GSM8K = TASKS["gsm8k"]
 
 
 class Choir(Engine):
@@ -49,7 +49,7 @@ class Choir(Engine):
             yield Piece(answer, 65, 0.0, sample, "eos")
 
 
-class Oracle(Judge):
+class Oracle(VerifierScorer):
     """A judge that finds an answer likelier the more exclamation marks it has."""
 
     def __init__(self) -> None:
@@ -60,8 +60,8 @@ class Oracle(Judge):
         return [answer.count("!") / 10 for answer in answers]
 
 
-def example(number: int, target: str) -> Example:
-    return Example(f"rows.jsonl:{number}", Turn("user", f"question {number}"), target)
+def example(number: int, target: str) -> TaskExample:
+    return TaskExample(f"rows.jsonl:{number}", Turn("user", f"question {number}"), target)
 
 
 ANSWERS = {
@@ -96,7 +96,11 @@ def test_every_method_chooses_among_the_same_answers() -> None:
 
 
 def test_a_vote_without_numbers_takes_the_first_and_a_tie_the_number_seen_first() -> None:
-    assert [vote(["a", "b"]), vote(["a", "is 3", "is 4"]), vote(["is 4", "is 3", "3"])] == [0, 1, 1]
+    assert [
+        majority_vote(["a", "b"]),
+        majority_vote(["a", "is 3", "is 4"]),
+        majority_vote(["is 4", "is 3", "3"]),
+    ] == [0, 1, 1]
 
 
 def test_a_question_that_cannot_be_asked_is_wrong_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +128,7 @@ def test_labels_leave_nothing_to_choose() -> None:
         UserError,
         match="--best-of: task sst2 is answered by a label, of which the most probable one is taken. Give a task",
     ):
-        best_of_n(Choir({}), Oracle(), NAMED["sst2"], EXAMPLES, 4)
+        best_of_n(Choir({}), Oracle(), TASKS["sst2"], EXAMPLES, 4)
 
 
 # --- the programs -----------------------------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def test_the_likeliest_answer_is_written_and_all_are_scored(
     found = json.loads(out)["completions"]
     texts = [completion["text"] for completion in found]
     assert code == 0 and len(set(texts)) == 5
-    judge = Judge.load(files[1], "cpu")
+    judge = VerifierScorer.load(files[1], "cpu")
     assert [completion["probability"] for completion in found] == pytest.approx(
         judge.probabilities("1 + 2 =", texts), abs=1e-6
     )
@@ -209,9 +213,12 @@ def test_the_other_ways_to_choose_stand_beside_the_verifiers(
         for completion in json.loads(ask("--n-samples", 5, "--json")[1])["completions"]
     ]
     found = json.loads(ask(*flags, "--json")[1])
-    assert (found["random_choice"], found["majority_vote"]) == (drawn[0], drawn[vote(drawn)])
+    assert (found["random_choice"], found["majority_vote"]) == (
+        drawn[0],
+        drawn[majority_vote(drawn)],
+    )
     lines = ask(*flags)[2].splitlines()
-    for name, text in (("random choice", drawn[0]), ("majority vote", drawn[vote(drawn)])):
+    for name, text in (("random choice", drawn[0]), ("majority vote", drawn[majority_vote(drawn)])):
         assert printable(f"{name}: {text.strip()}") in lines
 
 

@@ -12,9 +12,9 @@ import torch
 from tests.generate.test_engine import OPTIONS, make_model
 from tinylm.common.errors import UserError
 from tinylm.eval.cases import Case, CaseScore, CasesSummary, evaluate_cases, read_cases
-from tinylm.eval.task_scores import evaluate_task, places
-from tinylm.eval.tasks import NAMED, PAIRS
-from tinylm.eval.tasks.task import Example
+from tinylm.eval.task_scores import evaluate_task, format_ranks
+from tinylm.eval.tasks import PAIRS, TASKS
+from tinylm.eval.tasks.task import TaskExample
 from tinylm.generate.engine import Engine, Piece, Prompt, Score
 from tinylm.rows.templates import Turn, make_template
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
@@ -46,8 +46,10 @@ class Parrot(Engine):
                 return
 
 
-def example(question: str, target: str, given: str = "") -> Example:
-    return Example(f"rows.jsonl: {question} {given}".strip(), Turn("user", question, given), target)
+def example(question: str, target: str, given: str = "") -> TaskExample:
+    return TaskExample(
+        f"rows.jsonl: {question} {given}".strip(), Turn("user", question, given), target
+    )
 
 
 # --- scores read together ---------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def test_a_checkpoint_does_not_gain_by_failing_the_hard_cases():
     one = CasesSummary.of([easy, CaseScore(hard.case, None, "why")])
     neither = CasesSummary.of([CaseScore(case, None, "why") for case in (easy.case, hard.case)])
     assert one.log_prob > both.log_prob
-    assert places([one.worth, both.worth, neither.worth]) == ["2", "1", "3"]
+    assert format_ranks([one.worth, both.worth, neither.worth]) == ["2", "1", "3"]
     assert (neither.log_prob, neither.first_rank, neither.prompt_perplexity) == (None, None, None)
 
 
@@ -206,7 +208,7 @@ SST2 = [
 @pytest.mark.parametrize("n_shots", [0, 1])
 def test_the_label_taken_is_the_one_that_the_model_finds_more_probable(n_shots):
     """Oracle: each label scored after the prompt that a person would write out."""
-    task, engine = NAMED["sst2"], Engine(make_model(max_seq_len=300), BYTES)
+    task, engine = TASKS["sst2"], Engine(make_model(max_seq_len=300), BYTES)
     shots = [example("solved", "negative", "x")][:n_shots]
     before = "solved\n\nx\nSentiment: negative\n\n" * n_shots
     chosen = []
@@ -235,7 +237,7 @@ def test_equal_labels_go_to_the_first():
     model = make_model(max_seq_len=100)
     with torch.no_grad():
         model.head.weight.zero_()
-    found = evaluate_task(Engine(model, BYTES), NAMED["sst2"], SST2)
+    found = evaluate_task(Engine(model, BYTES), TASKS["sst2"], SST2)
     assert {answer.output for answer in found.failed} == {"negative"}
     assert found.measures["accuracy"].value == pytest.approx(1 / 3)
     assert found.chance["accuracy"] == pytest.approx(2 / 3)
@@ -255,9 +257,9 @@ def test_a_label_in_a_template_is_scored_with_the_tokens_of_training(monkeypatch
         lambda pairs, batch_size: asked.extend(pairs) or score_pairs(pairs, batch_size=batch_size),
     )
     shot = example("solved", "negative", "x")
-    evaluate_task(engine, NAMED["sst2"], SST2, shots=[shot], template=template)
+    evaluate_task(engine, TASKS["sst2"], SST2, shots=[shot], template=template)
     expected = []
-    for item, label in itertools.product(SST2, NAMED["sst2"].labels):
+    for item, label in itertools.product(SST2, TASKS["sst2"].labels):
         row = template.encode(
             (shot.question, Turn("assistant", "negative"), item.question, Turn("assistant", label)),
             BYTES,
@@ -273,7 +275,7 @@ def test_a_label_in_a_template_is_scored_with_the_tokens_of_training(monkeypatch
 def test_answers_are_graded_and_the_wrong_ones_kept():
     engine = Parrot({"1 and 1": b" It is 2.\n#### 2", "2 and 2": b"five is 5"})
     asked = [example("2 and 2", "#### 4"), example("1 and 1", "#### 2")]
-    found = evaluate_task(engine, NAMED["gsm8k"], asked, shots=[example("0 and 0", "#### 0")])
+    found = evaluate_task(engine, TASKS["gsm8k"], asked, shots=[example("0 and 0", "#### 0")])
     assert found.measures["exact_match"].value == 0.5
     [failed] = found.failed
     assert (failed.place, failed.question, failed.output, failed.target) == (
@@ -309,7 +311,7 @@ def test_in_a_template_the_answer_ends_at_the_token_that_training_puts_there():
     engine = Parrot({"2 and 2": [*b" #### 4\n", end, *b"### Instruction: 9"]})
     shot = example("0 and 0", "#### 0")
     found = evaluate_task(
-        engine, NAMED["gsm8k"], [example("2 and 2", "#### 5")], shots=[shot], template=template
+        engine, TASKS["gsm8k"], [example("2 and 2", "#### 5")], shots=[shot], template=template
     )
     assert [answer.output for answer in found.failed] == ["#### 4"]
     conversation = (shot.question, Turn("assistant", "#### 0"), Turn("user", "2 and 2"))
@@ -325,9 +327,9 @@ def test_a_question_that_cannot_be_asked_is_answered_wrong():
         CharTokenizer(characters, unknown="error"),
     )
     written = evaluate_task(
-        engine, NAMED["gsm8k"], [example("which?", "#### 1"), example("which €?", "#### 1")]
+        engine, TASKS["gsm8k"], [example("which?", "#### 1"), example("which €?", "#### 1")]
     )
-    labelled = evaluate_task(engine, NAMED["sst2"], [example("which €?", "positive")])
+    labelled = evaluate_task(engine, TASKS["sst2"], [example("which €?", "positive")])
     for found in (written, labelled):
         assert found.n_errors == 1
         [error] = [answer.error for answer in found.failed if answer.question == "which €?"]
@@ -338,12 +340,12 @@ def test_a_question_that_cannot_be_asked_is_answered_wrong():
 def test_prompts_that_lose_their_beginning_are_counted():
     engine = Parrot({"": b"x"}, make_model(max_seq_len=60))
     found = evaluate_task(
-        engine, NAMED["gsm8k"], [example("short", "#### 1"), example("long " * 20, "#### 1")]
+        engine, TASKS["gsm8k"], [example("short", "#### 1"), example("long " * 20, "#### 1")]
     )
     assert found.n_truncated == 1
     assert (
         evaluate_task(
-            engine, NAMED["sst2"], [example("short", "positive"), example("long " * 20, "positive")]
+            engine, TASKS["sst2"], [example("short", "positive"), example("long " * 20, "positive")]
         ).n_truncated
         == 1
     )
@@ -355,7 +357,7 @@ def test_prompts_that_lose_their_beginning_are_counted():
 def test_places_by_their_definition():
     """One more than the number of better ones; marked where it is shared."""
     for worths in itertools.product((0.0, 1.0, -math.inf), repeat=4):
-        for worth, place in zip(worths, places(worths), strict=True):
+        for worth, place in zip(worths, format_ranks(worths), strict=True):
             assert (
                 place
                 == f"{1 + sum(other > worth for other in worths)}{'=' if worths.count(worth) > 1 else ''}"

@@ -13,7 +13,8 @@ from tinylm.common import statistics
 from tinylm.common.errors import UserError
 from tinylm.common.statistics import Z95, mean, wilson
 from tinylm.eval import metrics
-from tinylm.eval.metrics import final_number, macro_f1, rouge, same_number, token_f1
+from tinylm.eval.metrics import macro_f1, rouge, token_f1
+from tinylm.rows.numbers import final_number, same_number
 
 LABELS = st.lists(
     st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=1, max_size=30

@@ -9,13 +9,13 @@ from pydantic import ValidationError
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, DataConfig
-from tinylm.eval.tasks import NAMED, PAIRS, data
-from tinylm.eval.tasks.data import load_task, task_named
+from tinylm.eval.tasks import PAIRS, TASKS, data
+from tinylm.eval.tasks.data import find_task, load_task
 from tinylm.eval.tasks.task import draw_shots
 from tinylm.rows import columns, row_files
 from tinylm.rows.templates import Turn
 
-TASKS = [*NAMED.values(), PAIRS]
+EVERY_TASK = [*TASKS.values(), PAIRS]
 
 
 def write_rows(path: Path, items: list) -> Path:
@@ -44,10 +44,10 @@ def test_the_names_are_those_of_the_setting():
         for kind in get_args(DataConfig.model_fields["task"].annotation)
         for name in get_args(kind)
     ]
-    assert sorted(NAMED) == sorted(names)
+    assert sorted(TASKS) == sorted(names)
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", EVERY_TASK, ids=lambda task: task.name)
 def test_the_right_answers_of_the_built_in_rows_are_worth_everything(task):
     """Eight to sixteen different rows; every measure of the targets themselves is 1, and its interval goes up to 1."""
     examples = load_task(task, None, smoke=True).examples
@@ -59,7 +59,7 @@ def test_the_right_answers_of_the_built_in_rows_are_worth_everything(task):
         assert value < 0.7
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", EVERY_TASK, ids=lambda task: task.name)
 def test_an_empty_answer_is_worth_nothing(task):
     targets = [example.target for example in load_task(task, None, smoke=True).examples]
     assert all(measure.value == 0 for measure in task.score([""] * len(targets), targets).values())
@@ -67,14 +67,14 @@ def test_an_empty_answer_is_worth_nothing(task):
 
 def test_the_sums_of_the_built_in_problems_are_right():
     """Each <<a*b=c>> in them is what Python makes of it."""
-    for row in NAMED["gsm8k"].smoke:
+    for row in TASKS["gsm8k"].smoke:
         for step in row["answer"].split("<<")[1:]:
             term, result = step.partition(">>")[0].split("=")
             assert eval(term) == float(result)  # noqa: S307  (our own text)
 
 
 def test_a_few_shot_prompt_is_solved_examples_and_then_the_question():
-    task = NAMED["gsm8k"]
+    task = TASKS["gsm8k"]
     first, second = (task.example("here", row) for row in problems(2))
     assert (
         task.text(second, [first])
@@ -85,16 +85,16 @@ def test_a_few_shot_prompt_is_solved_examples_and_then_the_question():
 
 def test_chance_is_the_most_frequent_label_or_another_examples_target():
     """ham 3 of 4: accuracy 3/4, F1 of ham 6/7, of spam 0. Numbers: each is compared with the next one's, 7 with 7, 7 with 8, 8 with 7."""
-    assert NAMED["sms"].chance(["ham", "spam", "ham", "ham"]) == pytest.approx(
+    assert TASKS["sms"].chance(["ham", "spam", "ham", "ham"]) == pytest.approx(
         {"accuracy": 0.75, "macro_f1": 3 / 7}
     )
-    assert NAMED["sms"].chance(["spam", "ham", "spam", "spam"]) == pytest.approx(
+    assert TASKS["sms"].chance(["spam", "ham", "spam", "spam"]) == pytest.approx(
         {"accuracy": 0.75, "macro_f1": 3 / 7}
     )
-    assert NAMED["gsm8k"].chance(["#### 7", "#### 7", "#### 8"]) == pytest.approx(
+    assert TASKS["gsm8k"].chance(["#### 7", "#### 7", "#### 8"]) == pytest.approx(
         {"exact_match": 1 / 3}
     )
-    assert NAMED["gsm8k"].chance(["#### 7"]) == {}
+    assert TASKS["gsm8k"].chance(["#### 7"]) == {}
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -145,10 +145,10 @@ def test_chance_is_the_most_frequent_label_or_another_examples_target():
     ],
 )
 def test_a_bad_row_is_named_by_file_line_and_column(tmp_path, task, row, problem):
-    good = dict(NAMED[task].smoke[0])
+    good = dict(TASKS[task].smoke[0])
     path = write_rows(tmp_path / "rows.jsonl", [good, row, good])
     with pytest.raises(UserError) as error:
-        load_task(NAMED[task], path)
+        load_task(TASKS[task], path)
     assert str(error.value).startswith(f"{path}:2: {problem}")
 
 
@@ -156,15 +156,15 @@ def test_a_task_and_rows_py_make_the_same_conversation_of_a_row():
     """Or a model would be evaluated on other words than it was fine-tuned on."""
     alpaca = {"instruction": "Add. ", "input": "1 and 2\n", "output": "3"}
     sms = {"label": "ham", "text": "see you"}
-    assert NAMED["alpaca"].conversation(alpaca) == columns.conversation_of(alpaca, DataConfig())
-    assert NAMED["sms"].conversation(sms) == columns.conversation_of(sms, DataConfig())
-    assert NAMED["sms"].conversation({"label": 0, "sms": "see you\n"}) == NAMED["sms"].conversation(
+    assert TASKS["alpaca"].conversation(alpaca) == columns.parse_conversation(alpaca, DataConfig())
+    assert TASKS["sms"].conversation(sms) == columns.parse_conversation(sms, DataConfig())
+    assert TASKS["sms"].conversation({"label": 0, "sms": "see you\n"}) == TASKS["sms"].conversation(
         sms
     )
 
 
 def test_the_lines_of_a_chat_end_without_carriage_returns():
-    question, answer = NAMED["samsum"].conversation(
+    question, answer = TASKS["samsum"].conversation(
         {"dialogue": "A: hi\r\nB: hello", "summary": "They meet."}
     )
     assert (question.input, answer) == ("A: hi\nB: hello", Turn("assistant", "They meet."))
@@ -173,7 +173,7 @@ def test_the_lines_of_a_chat_end_without_carriage_returns():
 def test_the_spam_collection_is_read_as_it_is_published(tmp_path):
     path = tmp_path / "SMSSpamCollection"
     path.write_text("ham\tsee you\nspam\tWIN a prize\n", encoding="utf-8")
-    assert [(e.question.input, e.target) for e in load_task(NAMED["sms"], path).examples] == [
+    assert [(e.question.input, e.target) for e in load_task(TASKS["sms"], path).examples] == [
         ("see you", "ham"),
         ("WIN a prize", "spam"),
     ]
@@ -204,13 +204,13 @@ def test_without_a_path_rows_are_evaluated_that_fine_tuning_does_not_train_on(
             None,
         )
         assert which == (["train", "val"][len(calls) - 1] if one_split else "train")
-        return ((f"row {i}", row) for i, row in enumerate(NAMED[name].smoke))
+        return ((f"row {i}", row) for i, row in enumerate(TASKS[name].smoke))
 
-    monkeypatch.setattr(data, "records", records)
+    monkeypatch.setattr(data, "read_rows", records)
     monkeypatch.setattr(
         data, "draw_shots", lambda task, rows, n, **more: [task.example(*row) for row in rows][:n]
     )
-    load_task(NAMED[name], None, n_shots=1)
+    load_task(TASKS[name], None, n_shots=1)
     assert calls == asked
 
 
@@ -218,12 +218,12 @@ def test_a_hub_that_cannot_be_reached_names_the_flags_that_do_without(monkeypatc
     def records(config, which, seed):
         raise UserError("x: not reached.")
 
-    monkeypatch.setattr(data, "records", records)
+    monkeypatch.setattr(data, "read_rows", records)
     with pytest.raises(
         UserError,
         match=r"^task sst2: x: not reached\. Here that is --data sst2=PATH; --smoke needs no data\.$",
     ):
-        load_task(NAMED["sst2"], None)
+        load_task(TASKS["sst2"], None)
 
 
 @pytest.mark.parametrize(("name", "value"), [("rows", "alpaca"), ("columns", {"prompt": "q"})])
@@ -243,14 +243,14 @@ def test_solved_examples_of_one_file_are_never_asked(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", problems(6) + problems(1) + problems(1))
     seen = set()
     for seed in range(8):
-        loaded = load_task(NAMED["gsm8k"], path, n_shots=3, seed=seed)
+        loaded = load_task(TASKS["gsm8k"], path, n_shots=3, seed=seed)
         solved = {shot.question for shot in loaded.shots}
         assert len(solved) == 3
         assert solved.isdisjoint(example.question for example in loaded.examples)
         assert len(loaded.examples) == (
             5 - 2 if Turn("user", "What is 0 and 1?") in solved else 8 - 3
         )
-        assert loaded == load_task(NAMED["gsm8k"], path, n_shots=3, seed=seed)
+        assert loaded == load_task(TASKS["gsm8k"], path, n_shots=3, seed=seed)
         seen.add(frozenset(solved))
     assert len(seen) > 1
 
@@ -259,14 +259,14 @@ def test_solved_examples_of_a_folder_are_training_rows_that_are_not_asked(tmp_pa
     """The test rows 0 to 4 are among the training rows 0 to 7; one of those is no row, and only 5 and 6 are left to solve."""
     write_rows(tmp_path / "train.jsonl", [*problems(7), {"question": "What is 7 and 1?"}])
     write_rows(tmp_path / "test.jsonl", problems(5))
-    loaded = load_task(NAMED["gsm8k"], tmp_path, n_shots=2)
+    loaded = load_task(TASKS["gsm8k"], tmp_path, n_shots=2)
     assert {shot.question.text for shot in loaded.shots} == {"What is 5 and 1?", "What is 6 and 1?"}
     assert len(loaded.examples) == 5
     with pytest.raises(
         UserError,
         match=r"^task gsm8k: 3 examples were asked for, and there are 2 to take\. Lower --shots or give more rows\.$",
     ):
-        load_task(NAMED["gsm8k"], tmp_path, n_shots=3)
+        load_task(TASKS["gsm8k"], tmp_path, n_shots=3)
 
 
 def test_a_limit_draws_examples_by_the_seed_and_keeps_their_order(tmp_path):
@@ -274,7 +274,7 @@ def test_a_limit_draws_examples_by_the_seed_and_keeps_their_order(tmp_path):
     places = [
         [
             int(e.place.rpartition(":")[2])
-            for e in load_task(NAMED["gsm8k"], path, limit=10, seed=seed).examples
+            for e in load_task(TASKS["gsm8k"], path, limit=10, seed=seed).examples
         ]
         for seed in (0, 0, 1)
     ]
@@ -285,15 +285,15 @@ def test_a_limit_draws_examples_by_the_seed_and_keeps_their_order(tmp_path):
 
 def test_no_solved_examples_need_no_training_rows(tmp_path):
     write_rows(tmp_path / "validation.jsonl", problems(3))
-    assert len(load_task(NAMED["gsm8k"], tmp_path).examples) == 3
-    assert draw_shots(NAMED["gsm8k"], [], 0, seed=0) == []
+    assert len(load_task(TASKS["gsm8k"], tmp_path).examples) == 3
+    assert draw_shots(TASKS["gsm8k"], [], 0, seed=0) == []
 
 
 def test_what_is_wrong_with_the_data_is_said(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", problems(2))
     wanted = {
         "--tasks: no\\x1b: no such task. There are sst2, samsum, gsm8k, sms, alpaca, pairs.": lambda: (
-            task_named("no\x1b")
+            find_task("no\x1b")
         ),
         "--tasks: pairs has no data of its own. Give your rows: --data pairs=rows.jsonl": lambda: (
             load_task(PAIRS, None)
@@ -302,10 +302,10 @@ def test_what_is_wrong_with_the_data_is_said(tmp_path):
             PAIRS, path, smoke=True
         ),
         f"--data: {tmp_path}: no file begins with test or validation or val. Give a file of rows": lambda: (
-            load_task(NAMED["gsm8k"], tmp_path)
+            load_task(TASKS["gsm8k"], tmp_path)
         ),
         "task gsm8k: no examples are left to evaluate beside 2 solved ones. Lower --shots, or give more rows.": lambda: (
-            load_task(NAMED["gsm8k"], path, n_shots=2)
+            load_task(TASKS["gsm8k"], path, n_shots=2)
         ),
     }
     for message, load in wanted.items():
@@ -317,4 +317,4 @@ def test_what_is_wrong_with_the_data_is_said(tmp_path):
     with pytest.raises(
         UserError, match=r"2 files begin with test\. Give one of them: .*test\.jsonl$"
     ):
-        load_task(NAMED["gsm8k"], tmp_path)
+        load_task(TASKS["gsm8k"], tmp_path)

@@ -13,23 +13,26 @@ from hypothesis import strategies as st
 from data import Share
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, DataConfig, ModelConfig
-from tinylm.eval.sampled_answers import kept_answers
-from tinylm.eval.verifier_scoring import Judge, pair_batch, training_batch
+from tinylm.eval.sampled_answers import cached_answers
+from tinylm.eval.tasks import TASKS
+from tinylm.eval.verifier_scoring import VerifierScorer
 from tinylm.model.verifier import Verifier
+from tinylm.rows.numbers import corrupt_number
 from tinylm.rows.templates import Turn
 from tinylm.rows.verifier_data import (
-    Judged,
+    GradedAnswer,
     Problem,
-    answers_of,
-    corrupted,
-    departure,
-    judged,
+    build_verifier_examples,
+    collate_pairs,
+    error_span,
+    filter_problems,
+    grade_samples,
+    graded_answers,
+    pad_pairs,
     pair_ids,
-    pairs_of,
-    problem_of,
-    problems,
-    usable,
-    without_annotations,
+    parse_problem,
+    read_problems,
+    remove_annotations,
 )
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from training.stages.verifier import ProblemBatches, ValidationProblems, VerifierData
@@ -38,7 +41,7 @@ BYTES = ByteTokenizer()
 
 
 def problem(
-    question: str = "How many?", answer: str = "It is 7.", samples: tuple[Judged, ...] = ()
+    question: str = "How many?", answer: str = "It is 7.", samples: tuple[GradedAnswer, ...] = ()
 ) -> Problem:
     return Problem(f"rows.jsonl: {question}", Turn("user", question), answer, samples)
 
@@ -56,18 +59,21 @@ def test_a_row_of_gsm8k_is_a_problem_without_the_calculators_notes(tmp_path):
         tmp_path / "rows.jsonl",
         [{"question": "How many eggs? ", "answer": "4*6=<<4*6=24>>24 eggs.\n#### 24"}],
     )
-    assert problems(
-        DataConfig(dataset=str(path), val_dataset="other.jsonl", task="gsm8k"), "train", 0
+    assert read_problems(
+        DataConfig(dataset=str(path), val_dataset="other.jsonl"),
+        "train",
+        0,
+        to_conversation=TASKS["gsm8k"].conversation,
     ) == [Problem(f"{path}:1", Turn("user", "How many eggs?"), "4*6=24 eggs.\n#### 24")]
 
 
 @pytest.mark.parametrize("text", ["a << b, c >> d", "x <<1=\n1>>", "<<>>"])
 def test_other_angles_are_no_notes(text):
-    assert without_annotations(text) == text
+    assert remove_annotations(text) == text
 
 
 def test_all_before_the_last_answer_is_the_problem():
-    found = problem_of(
+    found = parse_problem(
         "here",
         (Turn("system", "Be brief."), Turn("user", "1+1?", "in words"), Turn("assistant", "2")),
     )
@@ -82,7 +88,7 @@ def test_a_row_that_ends_with_a_question_is_named(tmp_path):
         UserError,
         match=r"rows.jsonl:1: the last turn is not the assistant's answer to a question. Add the answer",
     ):
-        problems(DataConfig(dataset=str(path), val_dataset="other.jsonl"), "train", 0)
+        read_problems(DataConfig(dataset=str(path), val_dataset="other.jsonl"), "train", 0)
 
 
 def test_what_does_not_fit_or_cannot_be_made_wrong_is_left_out_and_said():
@@ -94,19 +100,19 @@ def test_what_does_not_fit_or_cannot_be_made_wrong_is_left_out_and_said():
         problem("d", "3"),
         problem("e", "no number"),
     ]
-    kept, report = usable(found, "train", BYTES, 12, n_wrong=1)
+    kept, report = filter_problems(found, "train", BYTES, 12, n_wrong=1)
     assert [item.question.text for item in kept] == ["0123456", "d"]
     assert report.notes() == [
         "training: 1 of 2 problems lost their beginning to rows of 12 tokens",
         "training: skipped 1 rows whose answers fill a row of 12 tokens (rows.jsonl: b)",
         "training: skipped 2 rows without a number to change in the answer (rows.jsonl: c, rows.jsonl: e)",
     ]
-    assert len(usable(found, "train", BYTES, 12, n_wrong=0)[0]) == 4
+    assert len(filter_problems(found, "train", BYTES, 12, n_wrong=0)[0]) == 4
     with pytest.raises(
         UserError,
         match=r"data.dataset: no problem is left: validation: skipped 1 rows without a number .* Raise training.seq_len",
     ):
-        usable(found[2:3], "val", BYTES, 12, n_wrong=1)
+        filter_problems(found[2:3], "val", BYTES, 12, n_wrong=1)
 
 
 def test_training_problems_that_are_all_validation_problems_too_are_told_of(tmp_path):
@@ -126,8 +132,8 @@ def test_training_problems_that_are_all_validation_problems_too_are_told_of(tmp_
 
 
 def test_samples_that_do_not_fit_are_left_out():
-    long, short = Judged("12345678901", False), Judged("4", False)
-    [kept], _ = usable([problem("d", "3", (long, short))], "train", BYTES, 12, n_wrong=1)
+    long, short = GradedAnswer("12345678901", False), GradedAnswer("4", False)
+    [kept], _ = filter_problems([problem("d", "3", (long, short))], "train", BYTES, 12, n_wrong=1)
     assert kept.samples == (short,)
 
 
@@ -136,24 +142,30 @@ def test_samples_that_do_not_fit_are_left_out():
 
 def test_wrong_answers_depend_on_the_seed_alone():
     """The right one first, then as many corruptions as asked for, then what a model answered."""
-    given = problem(answer="3 and 4 are 7", samples=(Judged("it is 8", False),))
-    first, again, other = (answers_of(given, n_wrong=3, seed=seed) for seed in ("a", "a", "b"))
+    given = problem(answer="3 and 4 are 7", samples=(GradedAnswer("it is 8", False),))
+    first, again, other = (graded_answers(given, n_wrong=3, seed=seed) for seed in ("a", "a", "b"))
     assert first == again != other
-    assert first[0] == Judged("3 and 4 are 7", True) and first[-1] == Judged("it is 8", False)
+    assert first[0] == GradedAnswer("3 and 4 are 7", True) and first[-1] == GradedAnswer(
+        "it is 8", False
+    )
     draw = random.Random("a")
     assert [answer.text for answer in first[1:4]] == [
-        corrupted("3 and 4 are 7", draw) for _ in range(3)
+        corrupt_number("3 and 4 are 7", draw) for _ in range(3)
     ]
     assert not any(answer.right for answer in first[1:])
 
 
 def test_what_a_model_answers_is_right_by_its_last_number():
     """Once each; the right answer itself is there already; a blank one says nothing."""
-    found = judged(
+    found = grade_samples(
         problem(answer="2+5=7\n#### 7"),
         ["so 7.0", "it is 8 ", "it is 8", "", "2+5=<<2+5=7>>7\n#### 7", "no idea"],
     )
-    assert found == (Judged("so 7.0", True), Judged("it is 8", False), Judged("no idea", False))
+    assert found == (
+        GradedAnswer("so 7.0", True),
+        GradedAnswer("it is 8", False),
+        GradedAnswer("no idea", False),
+    )
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -176,7 +188,7 @@ def test_a_pair_is_problem_separator_answer_and_loses_its_beginning(question, an
 )
 def test_a_departure_is_all_that_two_answers_do_not_share_at_their_ends(answer, right):
     """What stands before it and behind it is in the right answer too, at its beginning and its end; equal answers have one place still."""
-    span = departure(answer, right)
+    span = error_span(answer, right)
     assert 0 <= span.start < span.stop <= len(answer)
     if answer != right:
         behind = len(answer) - span.stop
@@ -186,30 +198,39 @@ def test_a_departure_is_all_that_two_answers_do_not_share_at_their_ends(answer, 
 
 def test_the_wrong_token_is_marked_also_in_a_pair_that_lost_its_beginning():
     """ "Q" EOS "1+1=2" is wrong as "1+1=3" in its last byte, a model's "one" in each; of rows of 4 tokens the places move, and go no lower than 0."""
-    given = problem("Q", "1+1=2", (Judged("one", False), Judged("1+1=2.", True)))
-    wrong = Judged("1+1=3", False)
-    pairs = pairs_of(problem("Q", "1+1=2", (wrong, *given.samples)), BYTES, 99, n_wrong=0, seed="")
-    assert [(BYTES.decode(pair.ids[2:]), pair.right, pair.departs) for pair in pairs] == [
+    given = problem("Q", "1+1=2", (GradedAnswer("one", False), GradedAnswer("1+1=2.", True)))
+    wrong = GradedAnswer("1+1=3", False)
+    pairs = build_verifier_examples(
+        problem("Q", "1+1=2", (wrong, *given.samples)), BYTES, 99, n_wrong=0, seed=""
+    )
+    assert [(BYTES.decode(pair.ids[2:]), pair.right, pair.error_positions) for pair in pairs] == [
         ("1+1=2", True, ()), ("1+1=3", False, (6,)), ("one", False, (2, 3, 4)), ("1+1=2.", True, ())
     ]  # fmt: skip
     assert [
-        pair.departs
-        for pair in pairs_of(
-            problem("Q", "1+1=2", (wrong, Judged("3+1=2", False))), BYTES, 4, n_wrong=0, seed=""
+        pair.error_positions
+        for pair in build_verifier_examples(
+            problem("Q", "1+1=2", (wrong, GradedAnswer("3+1=2", False))),
+            BYTES,
+            4,
+            n_wrong=0,
+            seed="",
         )
     ] == [(), (3,), (0,)]
-    batch = training_batch(pairs, 0)
-    assert batch["label"].tolist() == [1, 0, 0, 1] and batch["departs"].sum(dim=1).tolist() == [
+    batch = collate_pairs(pairs, 0)
+    assert batch["label"].tolist() == [1, 0, 0, 1] and batch["error_mask"].sum(dim=1).tolist() == [
         0,
         1,
         3,
         0,
     ]
-    assert bool(batch["departs"][1, 6]) and not (batch["departs"] & ~batch["attention_mask"]).any()
+    assert (
+        bool(batch["error_mask"][1, 6])
+        and not (batch["error_mask"] & ~batch["attention_mask"]).any()
+    )
 
 
 def test_a_batch_is_padded_on_the_right():
-    batch = pair_batch([[5, 6, 7], [8]], 9)
+    batch = pad_pairs([[5, 6, 7], [8]], 9)
     assert batch["input_ids"].shape == (2, 32) and batch["input_ids"].dtype == torch.int64
     assert batch["input_ids"][:, :4].tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]
     assert batch["attention_mask"].sum(dim=1).tolist() == [3, 1] and batch["attention_mask"][
@@ -220,7 +241,7 @@ def test_a_batch_is_padded_on_the_right():
 def test_a_judge_reads_each_answer_as_training_shows_it():
     """A batch gives what each answer gives alone; the calculator's notes are taken out of what a model wrote."""
     torch.manual_seed(0)
-    judge = Judge(
+    judge = VerifierScorer(
         Verifier(
             ModelConfig(vocab_size=260, n_layers=1, d_model=16, n_heads=2, max_seq_len=40)
         ).eval(),
@@ -347,22 +368,24 @@ def test_answers_that_were_written_are_not_written_again(tmp_path):
 
     seen: list[tuple[str, int, int]] = []
     path = tmp_path / "cache" / "answers.jsonl"
-    expected = list(kept_answers(path, 4, draw, lambda *progress: seen.append(progress)))
+    expected = list(cached_answers(path, 4, draw, lambda *progress: seen.append(progress)))
     assert (
         expected == [[f"answer {i}", "ü\n"] for i in range(4)]
         and drawn == [0, 1, 2, 3]
         and seen[-1] == ("answered problems", 4, 4)
     )
     whole = path.read_bytes()
-    assert list(kept_answers(path, 4, draw, lambda *progress: None)) == expected and len(drawn) == 4
+    assert (
+        list(cached_answers(path, 4, draw, lambda *progress: None)) == expected and len(drawn) == 4
+    )
     path.write_bytes(whole[: whole.rindex(b"answer 3") + 3])
-    assert list(kept_answers(path, 4, draw, lambda *progress: None)) == expected and drawn[4:] == [
-        3
-    ]
+    assert list(cached_answers(path, 4, draw, lambda *progress: None)) == expected and drawn[
+        4:
+    ] == [3]
     assert path.read_bytes() == whole
     path.write_bytes(b"[]\nx\n")
     with pytest.raises(
         UserError,
         match="answers.jsonl: damaged: not the lines that were written. Delete it: it is made again.",
     ):
-        list(kept_answers(path, 4, draw, lambda *progress: None))
+        list(cached_answers(path, 4, draw, lambda *progress: None))

@@ -20,7 +20,7 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.schema import LoraConfig, SamplingConfig
-from tinylm.eval.perplexity import batch_sums, beside_ids
+from tinylm.eval.perplexity import batch_sums, extra_inputs
 from tinylm.generate.engine import Engine
 from tinylm.interchange.peft import save_adapter
 from tinylm.model import hf_model
@@ -153,7 +153,7 @@ def test_the_loss_is_that_of_transformers(pair: Any) -> None:
         labels=batch["labels"],
     ).loss
     expected = torch.autograd.grad(theirs, model.embedding.weight)[0]
-    hidden = model.features(batch["input_ids"], **beside_ids(batch)).hidden
+    hidden = model.features(batch["input_ids"], **extra_inputs(batch)).hidden
     ours = cross_entropy(hidden.flatten(0, 1), model.head.weight, batch["labels"].flatten()) / 6
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert torch.allclose(torch.autograd.grad(ours, model.embedding.weight)[0], expected, atol=1e-5)
@@ -268,7 +268,7 @@ def test_a_checkpoint_gives_the_model_back(pair: Any) -> None:
     batch = model.arranged(rows())
     assert checkpoint_load.fingerprint_of(again) == checkpoint_load.fingerprint_of(model)
     assert torch.allclose(
-        *(each(batch["input_ids"], **beside_ids(batch)) for each in (model, again)), atol=1e-5
+        *(each(batch["input_ids"], **extra_inputs(batch)) for each in (model, again)), atol=1e-5
     )
     assert (again.head.weight is again.embedding.weight) == (
         model.head.weight is model.embedding.weight
@@ -284,7 +284,7 @@ def test_adapters_merge_switch_off_and_fit_the_architecture(home: Path) -> None:
     model, merged = (find_hf_model(str(home / "t5")).load().eval() for _ in range(2))
     assert default_targets(model) == ("k", "o", "q", "v", "wi", "wo")
     batch, lora = model.arranged(rows()), LoraConfig(r=4)
-    before = model(batch["input_ids"], **beside_ids(batch))
+    before = model(batch["input_ids"], **extra_inputs(batch))
     attach(model, lora, seed=0)
     generator = torch.Generator().manual_seed(1)
     weights = {
@@ -292,13 +292,13 @@ def test_adapters_merge_switch_off_and_fit_the_architecture(home: Path) -> None:
         for name, weight in adapter_weights(dict(model.named_parameters())).items()
     }
     load_adapter(model, weights)
-    separate = model.eval()(batch["input_ids"], **beside_ids(batch))
+    separate = model.eval()(batch["input_ids"], **extra_inputs(batch))
     assert (separate - before).abs().max() > 0.01
     with adapters_off(model):
-        assert torch.equal(model(batch["input_ids"], **beside_ids(batch)), before)
+        assert torch.equal(model(batch["input_ids"], **extra_inputs(batch)), before)
     merge(merged, weights, lora)
     assert torch.allclose(
-        merged(batch["input_ids"], **beside_ids(batch)), separate, atol=1e-5, rtol=1e-5
+        merged(batch["input_ids"], **extra_inputs(batch)), separate, atol=1e-5, rtol=1e-5
     )
 
 

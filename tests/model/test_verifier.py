@@ -20,7 +20,7 @@ from tinylm.objectives.verifier import (
     logit_counts,
     verifier_loss,
 )
-from tinylm.rows.verifier_data import NUMBER, corrupted
+from tinylm.rows.numbers import NUMBER, corrupt_number
 
 TINY = {"vocab_size": 19, "n_layers": 2, "d_model": 16, "n_heads": 2, "max_seq_len": 10}
 SHAPES = [
@@ -177,22 +177,22 @@ def test_where_a_wrong_answer_is_wrong_anywhere_the_loss_is_that_of_right_and_wr
 def test_one_number_is_another_and_the_rest_is_untouched(text, number, seed):
     """Between the numbers nothing changes, and of the numbers exactly one does."""
     answer = f"{text} {number:,} apples"
-    wrong = corrupted(answer, random.Random(seed))
+    wrong = corrupt_number(answer, random.Random(seed))
     assert NUMBER.split(answer) == NUMBER.split(wrong)
     before, after = NUMBER.findall(answer), NUMBER.findall(wrong)
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
-    assert corrupted(answer, random.Random(seed)) == wrong
+    assert corrupt_number(answer, random.Random(seed)) == wrong
 
 
 def test_a_number_keeps_its_form_and_text_without_one_has_no_wrong_answer():
-    wrong = {corrupted("$5,234.50", random.Random(seed)) for seed in range(20)}
+    wrong = {corrupt_number("$5,234.50", random.Random(seed)) for seed in range(20)}
     assert (
         all(
             NUMBER.fullmatch(answer[1:]) and "," in answer and answer[-3] == "." for answer in wrong
         )
         and len(wrong) > 5
     )
-    assert corrupted("none", random.Random(0)) is None
+    assert corrupt_number("none", random.Random(0)) is None
 
 
 @given(

@@ -23,7 +23,13 @@ from tinylm.objectives.preferences import (
     log_probs_of,
     score_pairs,
 )
-from tinylm.rows.preferences import Pair, PairReport, Preference, pairs, preference_of
+from tinylm.rows.preferences import (
+    PairReport,
+    Preference,
+    PreferencePair,
+    build_pairs,
+    parse_preference,
+)
 from tinylm.rows.templates import Turn, make_template
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.packing import IGNORE_INDEX, row_of_examples
@@ -91,7 +97,7 @@ def shared(side: str, text: str | None) -> dict[str, str | None]:
     ],
 )
 def test_every_published_shape_gives_the_same_preference(row, settings):
-    assert preference_of(row, DataConfig(**settings)) == EXPECTED
+    assert parse_preference(row, DataConfig(**settings)) == EXPECTED
 
 
 def test_an_answer_that_is_null_is_empty_whatever_its_key_is_called():
@@ -99,18 +105,18 @@ def test_an_answer_that_is_null_is_empty_whatever_its_key_is_called():
         [user("2+2?"), {"role": "assistant", "content": None}],
         [shared("human", "2+2?"), shared("gpt", None)],
     ):
-        assert preference_of({"chosen": turns, "rejected": turns}, DataConfig()).chosen == ""
+        assert parse_preference({"chosen": turns, "rejected": turns}, DataConfig()).chosen == ""
 
 
 def test_an_input_stays_apart_from_its_instruction():
     row = {"instruction": "add", "input": "2 and 2", "chosen": "4", "rejected": "5"}
-    assert preference_of(row, DataConfig()).prompt == (Turn("user", "add", "2 and 2"),)
+    assert parse_preference(row, DataConfig()).prompt == (Turn("user", "add", "2 and 2"),)
 
 
 def test_dialogues_are_divided_behind_all_that_they_share_up_to_an_answer():
     """Both answers begin alike, which is no part of the prompt; two turns of one side are one; what an answer says of the form stays text."""
     told = "\n\nHuman: hi\n\nHuman: there\n\nAssistant: hello\n\nHuman: sum?\n\nAssistant: "
-    preference = preference_of(
+    preference = parse_preference(
         {"chosen": f"{told}It is 4. Assistant: ok", "rejected": f"{told}It is 5.\n"}, DataConfig()
     )
     assert preference.prompt == (
@@ -124,7 +130,7 @@ def test_dialogues_are_divided_behind_all_that_they_share_up_to_an_answer():
 def test_a_dialogue_without_a_last_answer_has_an_empty_one():
     """Both of hh-rlhf's ways to leave it out: the shorter dialogue ends within what is common."""
     told = "\n\nHuman: sum?\n\nAssistant:"
-    assert preference_of({"chosen": f"{told} 4", "rejected": told}, DataConfig()) == Preference(
+    assert parse_preference({"chosen": f"{told} 4", "rejected": told}, DataConfig()) == Preference(
         (Turn("user", "sum?"),), "4", ""
     )
 
@@ -189,7 +195,7 @@ def test_a_dialogue_without_a_last_answer_has_an_empty_one():
 )
 def test_a_row_that_is_no_preference_is_named_by_its_key(row, message):
     with pytest.raises(UserError) as refused:
-        preference_of(row, DataConfig())
+        parse_preference(row, DataConfig())
     assert message in str(refused.value)
 
 
@@ -197,7 +203,7 @@ def test_the_tiny_preferences_of_this_project_are_all_read():
     """40 rows of four shapes, none of them skipped."""
     data = DataConfig(dataset=str(ROOT / "data" / "tiny_preferences.jsonl"))
     read = [
-        pairs(data, which, 0, make_template("instruction", TOKENIZER), TOKENIZER, 256)
+        build_pairs(data, which, 0, make_template("instruction", TOKENIZER), TOKENIZER, 256)
         for which in ("train", "val")
     ]
     assert sum(len(made) for made, _ in read) == 40
@@ -208,14 +214,14 @@ def test_the_tiny_preferences_of_this_project_are_all_read():
 
 
 @pytest.fixture
-def made_of(tmp_path: Path) -> Callable[..., tuple[list[Pair], PairReport]]:
+def made_of(tmp_path: Path) -> Callable[..., tuple[list[PreferencePair], PairReport]]:
     """The pairs of rows that stand in p.jsonl, in the template plain, whose answers begin with a line end."""
 
-    def made_of(*rows: Any, seq_len: int = 64) -> tuple[list[Pair], PairReport]:
+    def made_of(*rows: Any, seq_len: int = 64) -> tuple[list[PreferencePair], PairReport]:
         path = tmp_path / "p.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         data = DataConfig(dataset=str(path), val_fraction=1e-9)
-        return pairs(data, "train", 0, make_template("plain", TOKENIZER), TOKENIZER, seq_len)
+        return build_pairs(data, "train", 0, make_template("plain", TOKENIZER), TOKENIZER, seq_len)
 
     return made_of
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinylm.rows.inspect import Piece, plain_row, row_pieces, runs
+from tinylm.rows.inspect import RowToken, render_row, row_tokens, runs
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
 
@@ -16,8 +16,8 @@ def ids(text: str) -> list[int]:
 
 
 def plain(input_ids: list[int], labels: list[int], document_ids: list[int] | None = None) -> str:
-    return plain_row(
-        row_pieces(BYTES, input_ids, labels, document_ids), masked=document_ids is not None
+    return render_row(
+        row_tokens(BYTES, input_ids, labels, document_ids), masked=document_ids is not None
     )
 
 
@@ -75,7 +75,7 @@ def test_every_token_is_shown_once_and_every_target_is_marked(row):
         token if trained else IGNORE_INDEX
         for token, (_, trained) in zip(tokens[1:], row, strict=True)
     ]
-    pieces = row_pieces(BYTES, tokens[:-1], labels)
+    pieces = row_tokens(BYTES, tokens[:-1], labels)
     assert sum(piece.target for piece in pieces) == sum(label != IGNORE_INDEX for label in labels)
     length = sum(
         int(piece.text.rpartition(" x")[2]) if " x" in piece.text else 1 for piece in pieces
@@ -84,5 +84,14 @@ def test_every_token_is_shown_once_and_every_target_is_marked(row):
 
 
 def test_runs_keep_documents_and_targets_apart():
-    pieces = [Piece("a", 0, False), Piece("b", 0, True), Piece("c", 0, True), Piece("d", 1, True)]
-    assert runs(pieces) == [Piece("a", 0, False), Piece("bc", 0, True), Piece("d", 1, True)]
+    pieces = [
+        RowToken("a", 0, False),
+        RowToken("b", 0, True),
+        RowToken("c", 0, True),
+        RowToken("d", 1, True),
+    ]
+    assert runs(pieces) == [
+        RowToken("a", 0, False),
+        RowToken("bc", 0, True),
+        RowToken("d", 1, True),
+    ]

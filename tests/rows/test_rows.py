@@ -9,9 +9,9 @@ import pytest
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ROW_COLUMNS, DataConfig
-from tinylm.rows.columns import COLUMNS, conversation_of, texts_left_out
-from tinylm.rows.row_files import TINY_ROWS, build_corpus_from_sources, records, with_rows
-from tinylm.rows.sft import Report, examples, shared_examples, shared_questions
+from tinylm.rows.columns import COLUMNS, parse_conversation, unread_text_columns
+from tinylm.rows.row_files import TINY_ROWS, build_corpus_from_sources, read_rows, resolve_dataset
+from tinylm.rows.sft import Report, build_examples, shared_examples, shared_questions
 from tinylm.rows.templates import Conversation, Turn, make_template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
@@ -41,7 +41,7 @@ def pairs(n: int) -> list[dict[str, str]]:
 
 
 def both(data: DataConfig) -> tuple[list, list]:
-    return list(records(data, "train", 0)), list(records(data, "val", 0))
+    return list(read_rows(data, "train", 0)), list(read_rows(data, "val", 0))
 
 
 # --- where rows come from ---------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def both(data: DataConfig) -> tuple[list, list]:
 
 def test_a_row_is_known_by_its_file_and_line(write):
     path = write("mine.jsonl", "\n" + lines(*pairs(2)))
-    read = list(records(DataConfig(dataset=str(path), val_fraction=1e-9), "train", 0))
+    read = list(read_rows(DataConfig(dataset=str(path), val_fraction=1e-9), "train", 0))
     assert read == [(f"{path}:2", pairs(2)[0]), (f"{path}:3", pairs(2)[1])]
 
 
@@ -65,7 +65,7 @@ def test_every_kind_of_file_gives_the_same_rows(write, tmp_path):
         tmp_path / "rows.parquet",
     ]
     read = [
-        [row for _, row in records(DataConfig(dataset=str(file)), "train", 0)] for file in files
+        [row for _, row in read_rows(DataConfig(dataset=str(file)), "train", 0)] for file in files
     ]
     assert read[0] == read[1] == read[2]
     assert 20 < len(read[0]) < 30
@@ -106,7 +106,7 @@ def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
         lambda name, config, *, split, streaming: datasets.Dataset.from_list(pairs(3)),
     )
     data = DataConfig(dataset="owner/pairs", val_split="test")
-    assert list(records(data, "train", 0)) == [
+    assert list(read_rows(data, "train", 0)) == [
         (f"owner/pairs (train): row {number}", row) for number, row in enumerate(pairs(3), start=1)
     ]
 
@@ -153,7 +153,7 @@ def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
 def test_a_file_that_has_no_rows_is_named(write, name, text, message):
     data = DataConfig(dataset=str(write(name, text)), val_fraction=1e-9)
     with pytest.raises(UserError) as refused:
-        list(records(data, "train", 0))
+        list(read_rows(data, "train", 0))
     assert message in str(refused.value)
 
 
@@ -162,7 +162,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
     with pytest.raises(
         UserError, match=r"a.json: not UTF-8 text \(byte 2\). Save the file as UTF-8."
     ):
-        list(records(DataConfig(dataset=str(tmp_path / "a.json")), "train", 0))
+        list(read_rows(DataConfig(dataset=str(tmp_path / "a.json")), "train", 0))
 
 
 def test_too_few_rows_for_two_splits_are_counted(write):
@@ -171,7 +171,7 @@ def test_too_few_rows_for_two_splits_are_counted(write):
         match=r"validation got 0 of 2 rows \(data.val_fraction 1e-09\). Give more rows, another data.val_fraction, or",
     ):
         list(
-            records(
+            read_rows(
                 DataConfig(dataset=str(write("a.jsonl", lines(*pairs(2)))), val_fraction=1e-9),
                 "val",
                 0,
@@ -195,7 +195,7 @@ def test_a_setting_without_a_use_here_is_refused(setting, value):
     with pytest.raises(
         UserError, match=f"^data.{setting}: rows of fine-tuning have no use for it. Take it out.$"
     ):
-        with_rows(DataConfig.model_validate({setting: value}))
+        resolve_dataset(DataConfig.model_validate({setting: value}))
 
 
 # --- S0's folder ------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_messages_and_instructions_in_a_folder_become_triplets(write, tmp_path):
     )
     data = DataConfig(dataset=str(tmp_path / "raw"), val_fraction=1e-9)
     template, tokenizer = make_template("instruction", ByteTokenizer()), ByteTokenizer()
-    made, _ = examples(data, "train", 0, template, tokenizer, 256, train_on="all")
+    made, _ = build_examples(data, "train", 0, template, tokenizer, 256, train_on="all")
     sep = tokenizer.sep_id
     assert [tokenizer.decode(example.ids[:-1]) for example in made] == [
         "### Instruction: Name a colour.\n### Output: Red.\n",
@@ -240,10 +240,10 @@ def test_a_folder_of_several_splits_is_not_trained_on_whole(write, tmp_path):
     """A test split that is read with the training split would be measured on what was learned."""
     for name in ("test.jsonl", "validation.jsonl"):
         write(name, lines(*pairs(2)))
-    assert with_rows(DataConfig(dataset=str(tmp_path)))[1] is None
+    assert resolve_dataset(DataConfig(dataset=str(tmp_path)))[1] is None
     write("train-1.jsonl", lines(*pairs(2)))
     with pytest.raises(UserError) as refused:
-        with_rows(DataConfig(dataset=str(tmp_path)))
+        resolve_dataset(DataConfig(dataset=str(tmp_path)))
     found = f"data.dataset: {tmp_path} holds train-1.jsonl and validation.jsonl, and every file of a folder is trained on"
     assert (
         str(refused.value)
@@ -251,7 +251,7 @@ def test_a_folder_of_several_splits_is_not_trained_on_whole(write, tmp_path):
     )
     write("train-2.jsonl", lines(*pairs(2)))
     with pytest.raises(UserError, match=r"Set data.dataset=.*/train\*, and "):
-        with_rows(DataConfig(dataset=str(tmp_path)))
+        resolve_dataset(DataConfig(dataset=str(tmp_path)))
 
 
 def test_a_folder_with_rows_is_itself(write):
@@ -304,12 +304,12 @@ SHARED = [
     ],
 )
 def test_a_row_is_told_by_its_keys(row: dict, turns: Conversation):
-    assert conversation_of(row, DataConfig()) == turns
+    assert parse_conversation(row, DataConfig()) == turns
 
 
 def test_a_named_kind_wins_over_the_keys():
     row = {"messages": CHAT, "instruction": "2+2?", "output": "4"}
-    assert conversation_of(row, DataConfig(rows="alpaca")) == (QUESTION, ANSWER)
+    assert parse_conversation(row, DataConfig(rows="alpaca")) == (QUESTION, ANSWER)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_a_named_kind_wins_over_the_keys():
     ],
 )
 def test_columns_go_by_the_names_in_the_data(columns, row):
-    assert conversation_of(row, DataConfig(columns=columns)) == (QUESTION, ANSWER)
+    assert parse_conversation(row, DataConfig(columns=columns)) == (QUESTION, ANSWER)
 
 
 def test_the_settings_know_the_columns_that_rows_have():
@@ -419,7 +419,7 @@ def test_the_settings_know_the_columns_that_rows_have():
 )
 def test_a_row_that_is_no_conversation_is_named_by_its_key(row, settings, message):
     with pytest.raises(UserError) as refused:
-        conversation_of(row, DataConfig(**settings))
+        parse_conversation(row, DataConfig(**settings))
     assert message in str(refused.value)
 
 
@@ -430,7 +430,7 @@ def made_of(
     path: Path, seq_len: int, which: Which = "train", **keywords: Any
 ) -> tuple[list[Example], Report]:
     data = DataConfig(dataset=str(path), val_fraction=1e-9)
-    return examples(
+    return build_examples(
         data,
         which,
         0,
@@ -482,7 +482,7 @@ def test_a_task_makes_its_own_conversations(write):
     made, _ = made_of(
         path,
         32,
-        conversation_of=lambda row: (
+        to_conversation=lambda row: (
             Turn("user", row["sentence"]),
             Turn("assistant", ["bad", "good"][row["label"]]),
         ),
@@ -502,8 +502,8 @@ def test_columns_with_text_that_no_turn_has_are_named(write):
         "training: columns that are not read: context, by; data.columns names those that are"
     ]
     data = DataConfig(dataset=str(path), val_fraction=1e-9, columns={"input": "context"})
-    assert texts_left_out(rows[0], data) == []
-    assert made_of(path, 64, conversation_of=lambda row: (QUESTION, ANSWER))[1].notes() == []
+    assert unread_text_columns(rows[0], data) == []
+    assert made_of(path, 64, to_conversation=lambda row: (QUESTION, ANSWER))[1].notes() == []
 
 
 @pytest.mark.parametrize(
@@ -524,7 +524,7 @@ def test_a_bad_row_is_named_with_file_line_and_key(write, row, message):
     data = DataConfig(dataset=str(write("a.jsonl", lines(pairs(1)[0], row))), val_fraction=1e-9)
     tokenizer = CharTokenizer("0123456789+? aBbe.rif\n", unknown="error")
     with pytest.raises(UserError) as refused:
-        examples(
+        build_examples(
             data, "train", 0, make_template("plain", tokenizer), tokenizer, 32, train_on="response"
         )
     assert message in str(refused.value)

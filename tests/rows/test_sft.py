@@ -17,7 +17,7 @@ from tinylm.checkpoint.format import NO_REFERENCES
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.config.schema import Config
-from tinylm.eval.perplexity import byte_table, score_batches
+from tinylm.eval.perplexity import byte_length_table, score_batches
 from tinylm.model.decoder import Decoder
 from tinylm.objectives.cross_entropy import cross_entropy
 from tinylm.tokenizer.byte_char import ByteTokenizer
@@ -190,7 +190,7 @@ def test_without_the_document_mask_the_loss_would_differ(load: Any) -> None:
     data = prepared(load(**settings))
     batch = next(iter(data.val_dataloader()))
     scores = [
-        score_batches(decoder, [part], byte_table(TOKENIZER, 260)).loss
+        score_batches(decoder, [part], byte_length_table(TOKENIZER, 260)).loss
         for part in (batch, {k: v for k, v in batch.items() if k != "document_ids"})
     ]
     assert abs(scores[0] - scores[1]) > 1e-5
@@ -258,7 +258,7 @@ def tune(config: Config, resume: bool = True) -> int:
     decoder = train.begin_weights(config, start, None)
     if start.payload is not None:
         train.check_same_data(start, data, lambda text: None, allow_changes=False)
-    stage = LitLM(config, decoder, byte_table(TOKENIZER, 260), "sft", dict(NO_REFERENCES))
+    stage = LitLM(config, decoder, byte_length_table(TOKENIZER, 260), "sft", dict(NO_REFERENCES))
     return train.fit(stage, data, "cpu", start, lambda text: None)
 
 

@@ -701,7 +701,7 @@ def test_what_a_sample_is_asked_in_is_the_template(prefer: Make, monkeypatch: Pa
         == 0
     )
     assert {bytes(ids).decode() for ids in seen} == {"### Instruction: say red\n### Output:"}
-    assert callbacks.ANSWERING == ("sft", "dpo")
+    assert callbacks.CHAT_STAGES == ("sft", "dpo")
 
 
 # --- trl --------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tests.training import test_finetune
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.loader import load_config
-from tinylm.eval.tasks import NAMED
+from tinylm.eval.tasks import TASKS
 from tinylm.rows.templates import IM_END, IM_START
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def test_a_task_is_trained_and_evaluated(
 ) -> None:
     """As its config says, on rows that the task brings; a file of the same columns is read alike. The checkpoint is asked in its template."""
     final = run(name, models, tmp_path, "data.dataset=smoke")
-    task = NAMED[OF_TASKS[name]]
+    task = TASKS[OF_TASKS[name]]
     payload = checkpoint_format.read(final)
     assert (payload["config"]["data"]["task"], payload["config"]["data"]["dataset"]) == (
         task.name,
@@ -183,4 +183,4 @@ def test_a_hub_that_cannot_be_reached_says_what_to_give(
 
 
 def test_every_named_task_has_a_config() -> None:
-    assert set(OF_TASKS.values()) == set(NAMED)
+    assert set(OF_TASKS.values()) == set(TASKS)

@@ -176,7 +176,7 @@ def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(
             batch["input_ids"],
             batch["attention_mask"],
             batch["label"],
-            batch["departs"],
+            batch["error_mask"],
             strict=True,
         ):
             with torch.no_grad():

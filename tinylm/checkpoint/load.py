@@ -17,7 +17,7 @@ from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel, find_hf_model, rebuild_hf_model
 from tinylm.model.lora import merge
 from tinylm.model.verifier import Verifier
-from tinylm.rows.templates import ANSWERING
+from tinylm.rows.templates import CHAT_STAGES
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.factory import tokenizer_from_plain
 
@@ -34,7 +34,7 @@ class Loaded:
     @property
     def template(self) -> str | None:
         """The name of the template that it was taught to answer in (`make_template`); None for a base model."""
-        return self.config.data.template if self.info.stage in ANSWERING else None
+        return self.config.data.template if self.info.stage in CHAT_STAGES else None
 
 
 def load_model(path: Path, device: str = "cpu") -> Loaded:

@@ -7,11 +7,8 @@ from typing import Any
 
 from tinylm.common.errors import UserError, printable
 from tinylm.config.loader import read_list
-from tinylm.eval.task_scores import _or_error
+from tinylm.eval.task_scores import _result_or_error
 from tinylm.generate.engine import Engine, Pair, Score
-
-# exp(20) is 4.9e8, far beyond a uniform guess over any vocabulary; above it a perplexity says nothing, and exp overflows at 710.
-LOSS_CAP = 20.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,8 @@ def evaluate_cases(
 ) -> list[CaseScore]:
     """The score of every case, in order; one that this model cannot be asked has the reason in its place."""
     pairs = [
-        _or_error(lambda case=case: engine.encode_pair(case.prompt, case.target)) for case in cases
+        _result_or_error(lambda case=case: engine.encode_pair(case.prompt, case.target))
+        for case in cases
     ]
     scores = iter(
         engine.score_pairs(

@@ -8,7 +8,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from decimal import Decimal
 from functools import cache
 from typing import Any
 
@@ -17,37 +16,12 @@ import numpy as np
 from tinylm.common.errors import UserError
 from tinylm.common.statistics import RESAMPLES, Measure, _middle_95
 
-# A minus sign after a digit or a closing bracket subtracts: the last number of 10-3 is 3.
-_NUMBER = re.compile(r"(?:(?<![0-9)])-\$?|\$-?)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 ROUGE_TYPES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougel": "rougeL"}
 
 
 def exact_match(output: str, target: str) -> bool:
     """Whether two texts are the same but for white space around them."""
     return output.strip() == target.strip()
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number after `####`, as GSM8K closes its answers (Cobbe et al. 2021), else the last number in the text.
-
-    Dollar signs, thousands separators and a full stop after it do not count.
-
-    >>> final_number("2 boxes cost $6.\\n#### 1,234"), final_number("That makes $-18.50."), final_number("none")
-    (Decimal('1234'), Decimal('-18.50'), None)
-    """
-    _, _, marked = text.partition("####")
-    found = _NUMBER.match(marked.lstrip()) or next(reversed(list(_NUMBER.finditer(text))), None)
-    return Decimal(re.sub(r"[$,]", "", found[0])) if found else None
-
-
-def same_number(output: str, target: str) -> bool:
-    """Whether both end in the same number; 18 and 18.00 are the same, and no number is never right.
-
-    >>> same_number("It is 18.00.", "#### 18"), same_number("eighteen", "#### 18")
-    (True, False)
-    """
-    number = final_number(output)
-    return number is not None and number == final_number(target)
 
 
 def token_f1(output: str, target: str) -> float:

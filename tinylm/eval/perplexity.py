@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinylm.eval.cases import LOSS_CAP
 from tinylm.model.decoder import Decoder, Features
 from tinylm.objectives.cross_entropy import score_targets
 from tinylm.tokenizer.base import Tokenizer
@@ -53,7 +52,7 @@ def batch_sums(
         byte_lengths: (V,) UTF-8 bytes that each token stands for.
     """
     labels = batch["labels"].flatten()
-    hidden = features(batch["input_ids"], **beside_ids(batch)).hidden
+    hidden = features(batch["input_ids"], **extra_inputs(batch)).hidden
     loss, n_right = score_targets(hidden.flatten(0, 1), head.weight, labels)
     targets = labels[labels != IGNORE_INDEX]
     return torch.stack(
@@ -66,12 +65,12 @@ def batch_sums(
     )
 
 
-def beside_ids(batch: dict[str, Any]) -> dict[str, Tensor]:
+def extra_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
     """What `features` is given of a batch beside its ids: to which document each belongs, or what an encoder reads."""
     return {name: batch[name] for name in ("document_ids", "prompt_ids") if name in batch}
 
 
-def byte_table(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+def byte_length_table(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
     """(V,) UTF-8 bytes of each token id; ids that only pad the model's vocabulary stand for no text."""
     lengths = tokenizer.byte_lengths()
     return torch.tensor(lengths + [0] * (vocab_size - len(lengths)))
@@ -104,3 +103,7 @@ def language_score(loss_sum: float, tokens: float, n_bytes: float, n_right: floa
     return LanguageScore(
         loss_sum / tokens if tokens else math.nan, int(tokens), int(n_bytes), int(n_right)
     )
+
+
+# exp(20) is 4.9e8, far beyond a uniform guess over any vocabulary; above it a perplexity says nothing, and exp overflows at 710.
+LOSS_CAP = 20.0

@@ -17,15 +17,15 @@ from filelock import FileLock
 from tinylm.checkpoint.load import Loaded, fingerprint_of
 from tinylm.common.errors import UserError, printable, reading, writing
 from tinylm.common.processes import Progress
-from tinylm.eval.best_of_n import draw_answers
+from tinylm.eval.best_of_n import sample_answers
 from tinylm.eval.task_scores import SAMPLE_TEMPERATURE
-from tinylm.eval.tasks import NAMED, PAIRS, Example
+from tinylm.eval.tasks import PAIRS, TASKS, TaskExample
 from tinylm.generate.engine import Engine
 from tinylm.rows.templates import make_template
-from tinylm.rows.verifier_data import Problem, judged
+from tinylm.rows.verifier_data import Problem, grade_samples
 
 
-def with_samples(
+def add_sampled_answers(
     problems: Sequence[Problem],
     loaded: Loaded,
     task_name: str | None,
@@ -43,7 +43,7 @@ def with_samples(
         seed: of the draws.
         progress: told of the problems that are answered.
     """
-    task, engine = NAMED[task_name] if task_name else PAIRS, Engine(loaded.model, loaded.tokenizer)
+    task, engine = TASKS[task_name] if task_name else PAIRS, Engine(loaded.model, loaded.tokenizer)
     template = make_template(loaded.template, loaded.tokenizer) if loaded.template else None
     how = [
         fingerprint_of(loaded.model),
@@ -54,7 +54,7 @@ def with_samples(
         seed,
         SAMPLE_TEMPERATURE,
     ]
-    what = [problem.question.whole for problem in problems]
+    what = [problem.question.full_text for problem in problems]
     path = (
         folder
         / f"answers-{hashlib.sha256(json.dumps([how, what]).encode()).hexdigest()[:16]}.jsonl"
@@ -62,23 +62,23 @@ def with_samples(
 
     def draw(number: int) -> list[str]:
         problem = problems[number]
-        return draw_answers(
+        return sample_answers(
             engine,
             task,
-            Example(problem.place, problem.question, problem.answer),
+            TaskExample(problem.place, problem.question, problem.answer),
             n,
             template=template,
             seed=seed,
         )
 
-    answers = kept_answers(path, len(problems), draw, progress)
+    answers = cached_answers(path, len(problems), draw, progress)
     return [
-        replace(problem, samples=judged(problem, texts))
+        replace(problem, samples=grade_samples(problem, texts))
         for problem, texts in zip(problems, answers, strict=True)
     ]
 
 
-def kept_answers(
+def cached_answers(
     path: Path, n_problems: int, draw: Callable[[int], list[str]], progress: Progress
 ) -> Iterator[list[str]]:
     """The answers to problems 0 to n_problems - 1: those in the file `path`, then those that `draw` gives, which are added to it.

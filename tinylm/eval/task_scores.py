@@ -2,7 +2,7 @@
 
 In reading order: `LanguageScore` (loss, perplexity, bits per byte, accuracy), `evaluate_cases` (how probable is the right
 continuation?), `evaluate_task` (how many answers are right, with 0 or more solved examples before the question?),
-`best_of_n` (what is a verifier's choice among several answers worth?), and `places`, which ranks.
+`best_of_n` (what is a verifier's choice among several answers worth?), and `format_ranks`, which ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 from tinylm.common.errors import UserError
 from tinylm.common.statistics import Measure
 from tinylm.config.schema import SamplingConfig
-from tinylm.eval.tasks import Example, Task
+from tinylm.eval.tasks import Task, TaskExample
 from tinylm.generate.engine import Completion, Engine, Pair, Prompt
 from tinylm.rows.templates import Conversation, Template, Turn
 
 T = TypeVar("T")
 
 
-def _or_error(ask: Callable[[], T]) -> T | UserError:
+def _result_or_error(ask: Callable[[], T]) -> T | UserError:
     """What `ask` gives, or the error that it ends with: a failing case must not end the others."""
     try:
         return ask()
@@ -67,9 +67,9 @@ class TaskScore:
 def evaluate_task(
     engine: Engine,
     task: Task,
-    examples: Sequence[Example],
+    examples: Sequence[TaskExample],
     *,
-    shots: Sequence[Example] = (),
+    shots: Sequence[TaskExample] = (),
     template: Template | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -82,11 +82,13 @@ def evaluate_task(
         batch_size: labels that are scored together; answers in words are written one by one.
         seed: of the bootstrap intervals.
     """
-    asker = _Asker(engine, task, tuple(shots), template)
+    asker = _Predictor(engine, task, tuple(shots), template)
     outputs = (
-        _choose(asker, examples, batch_size)
+        _predict_labels(asker, examples, batch_size)
         if task.labels
-        else [_or_error(lambda example=example: asker.write(example)) for example in examples]
+        else [
+            _result_or_error(lambda example=example: asker.write(example)) for example in examples
+        ]
     )
     texts = ["" if isinstance(output, UserError) else output.text for output in outputs]
     targets = [example.target for example in examples]
@@ -94,7 +96,7 @@ def evaluate_task(
     answers = [
         Answer(
             example.place,
-            example.question.whole,
+            example.question.full_text,
             text,
             example.target,
             task.grade(text, example.target),
@@ -108,7 +110,7 @@ def evaluate_task(
         n_examples=len(examples),
         measures=task.score(texts, targets, seed=seed),
         chance=task.chance(targets),
-        n_truncated=sum(isinstance(output, _Output) and output.truncated for output in outputs),
+        n_truncated=sum(isinstance(output, _Prediction) and output.truncated for output in outputs),
         n_errors=sum(error is not None for error in errors),
         failed=tuple(
             sorted(
@@ -124,21 +126,21 @@ def _first(grade: dict[str, float]) -> float:
 
 
 @dataclass(frozen=True)
-class _Output:
+class _Prediction:
     text: str
     truncated: bool
 
 
 @dataclass(frozen=True)
-class _Asker:
+class _Predictor:
     """Puts a task's questions to a model: in the template it was fine-tuned with, or as plain text."""
 
     engine: Engine
     task: Task
-    shots: tuple[Example, ...]
+    shots: tuple[TaskExample, ...]
     template: Template | None
 
-    def pair(self, example: Example, label: str) -> Pair:
+    def pair(self, example: TaskExample, label: str) -> Pair:
         """The question, and a label as its answer."""
         if self.template is None:
             return self.engine.encode_pair(self._plain(example), self.task.joint + label)
@@ -151,12 +153,12 @@ class _Asker:
         )  # the token that ends the answer belongs to it
         return self.engine.fit_pair(before, whole.ids[len(before) : end].tolist())
 
-    def write(self, example: Example) -> _Output:
+    def write(self, example: TaskExample) -> _Prediction:
         """What the model answers, greedily."""
         prompt, completions = self._answers(example, temperature=0)
-        return _Output(completions[0].text.strip(), prompt.truncated > 0)
+        return _Prediction(completions[0].text.strip(), prompt.truncated > 0)
 
-    def draw(self, example: Example, n: int, seed: int) -> list[str]:
+    def draw(self, example: TaskExample, n: int, seed: int) -> list[str]:
         """`n` answers, drawn."""
         return [
             completion.text.strip()
@@ -165,7 +167,7 @@ class _Asker:
             )[1]
         ]
 
-    def _answers(self, example: Example, **sampling: Any) -> tuple[Prompt, list[Completion]]:
+    def _answers(self, example: TaskExample, **sampling: Any) -> tuple[Prompt, list[Completion]]:
         if self.template is None:
             prompt, stop, stop_ids = self._plain(example), self.task.stop, ()
         else:
@@ -176,23 +178,23 @@ class _Asker:
         settings = SamplingConfig(max_new_tokens=self.task.max_new_tokens, stop=stop, **sampling)
         return prompt, self.engine.generate(prompt, settings, stop_ids=stop_ids)
 
-    def _plain(self, example: Example) -> Prompt:
+    def _plain(self, example: TaskExample) -> Prompt:
         return self.engine.encode_prompt(self.task.text(example, self.shots))
 
-    def _turns(self, example: Example) -> Conversation:
+    def _turns(self, example: TaskExample) -> Conversation:
         solved = (
             turn for shot in self.shots for turn in (shot.question, Turn("assistant", shot.target))
         )
         return (*solved, example.question)
 
 
-def _choose(
-    asker: _Asker, examples: Sequence[Example], batch_size: int
-) -> list[_Output | UserError]:
+def _predict_labels(
+    asker: _Predictor, examples: Sequence[TaskExample], batch_size: int
+) -> list[_Prediction | UserError]:
     """The label that the model finds most probable after each question; of equals the first."""
     labels = asker.task.labels
     rows = [
-        _or_error(lambda example=example: [asker.pair(example, label) for label in labels])
+        _result_or_error(lambda example=example: [asker.pair(example, label) for label in labels])
         for example in examples
     ]
     scores = iter(
@@ -200,21 +202,21 @@ def _choose(
             [pair for row in rows if isinstance(row, list) for pair in row], batch_size=batch_size
         )
     )
-    outputs: list[_Output | UserError] = []
+    outputs: list[_Prediction | UserError] = []
     for row in rows:
         if isinstance(row, UserError):
             outputs.append(row)
         else:
             log_probs = [next(scores).log_prob for _ in labels]
             outputs.append(
-                _Output(
+                _Prediction(
                     labels[log_probs.index(max(log_probs))], any(pair.truncated for pair in row)
                 )
             )
     return outputs
 
 
-def places(worths: Sequence[Any]) -> list[str]:
+def format_ranks(worths: Sequence[Any]) -> list[str]:
     """The place of each, more being better; those that share one are marked.
 
     >>> places([0.25, 0.75, 0.75, 0.5])

@@ -27,7 +27,7 @@ from tinylm.interchange import architectures
 from tinylm.interchange.peft import save_adapter
 from tinylm.model.decoder import Decoder, count_parameters
 from tinylm.model.hf_model import HFModel, HFSeq2Seq, quiet_transformers
-from tinylm.rows.templates import WELL_KNOWN_BOS, make_template
+from tinylm.rows.templates import KNOWN_BOS_TOKENS, make_template
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE, require_new
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
@@ -361,7 +361,7 @@ def chat_template(loaded: Loaded) -> str | None:
     if loaded.template in (None, "chat_template"):
         return tokenizer.chat_template if isinstance(tokenizer, HFTokenizer) else None
     names = tokenizer.special_names.values() if isinstance(tokenizer, HFTokenizer) else ()
-    opening = next((token for token in WELL_KNOWN_BOS if token in names), "")
+    opening = next((token for token in KNOWN_BOS_TOKENS if token in names), "")
     tokens = {"OPEN": opening, "CLOSE": tokenizer.special_names[end_ids(loaded)[0]]}
     source = CHAT_TEMPLATES[loaded.template]
     for place, token in tokens.items():

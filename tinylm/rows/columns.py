@@ -43,7 +43,7 @@ _ROLES: dict[str, Role] = {
 SMS_INSTRUCTION = "classify if the SMS is spam or ham"
 
 
-def conversation_of(row: dict[str, Any], data: DataConfig) -> Conversation:
+def parse_conversation(row: dict[str, Any], data: DataConfig) -> Conversation:
     """The conversation in a row, of the kind that data.rows says or that its keys tell.
 
     Raises:
@@ -67,8 +67,8 @@ def conversation_of(row: dict[str, Any], data: DataConfig) -> Conversation:
             return _sms_conversation(row)
 
 
-def texts_left_out(row: dict[str, Any], data: DataConfig) -> list[str]:
-    """The columns with text that `conversation_of` makes no turn of: perhaps a question lacks what stands there."""
+def unread_text_columns(row: dict[str, Any], data: DataConfig) -> list[str]:
+    """The columns with text that `parse_conversation` makes no turn of: perhaps a question lacks what stands there."""
     columns = _Columns(row, data.columns or {})
     kind = _kind_of_row(columns) if data.rows == "auto" else data.rows
     read = {"label", "text"} if kind == "sms" else {columns.find(ours) for ours in _READ[kind]}

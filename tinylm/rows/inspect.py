@@ -14,7 +14,7 @@ WALL, SEAM = "┃", "┊"
 OPEN, CLOSE = "⟦", "⟧"
 
 
-class Piece(NamedTuple):
+class RowToken(NamedTuple):
     """A token, or some padding, as people see it."""
 
     text: str
@@ -24,12 +24,12 @@ class Piece(NamedTuple):
     """whether the model is asked for it"""
 
 
-def row_pieces(
+def row_tokens(
     tokenizer: Tokenizer,
     input_ids: Sequence[int],
     labels: Sequence[int],
     document_ids: Sequence[int] | None = None,
-) -> list[Piece]:
+) -> list[RowToken]:
     """The tokens of a row in their order, among them the last target, which is no input.
 
     An input is a target where the label before it is trained; the first one never is. A trained label that the next
@@ -46,7 +46,7 @@ def row_pieces(
     ['a', 'b', '<|pad|> x2']
     """
     end = _end_of_text(tokenizer, input_ids, labels)
-    pieces: list[Piece] = []
+    pieces: list[RowToken] = []
     document = 0
     for place in range(end):
         # Without a mask a document ends with EOS, which the next one is opened by, as in packing.document_ids.
@@ -56,15 +56,17 @@ def row_pieces(
             else document_ids[place]
         )
         asked = place > 0 and labels[place - 1] == input_ids[place]
-        pieces.append(Piece(tokenizer.token_text(input_ids[place]), document, asked))
+        pieces.append(RowToken(tokenizer.token_text(input_ids[place]), document, asked))
         if labels[place] != IGNORE_INDEX and (
             place + 1 == len(input_ids) or labels[place] != input_ids[place + 1]
         ):
-            pieces.append(Piece(tokenizer.token_text(labels[place]), document, True))
+            pieces.append(RowToken(tokenizer.token_text(labels[place]), document, True))
     if end < len(input_ids):
         padding = f"{tokenizer.token_text(input_ids[-1])} x{len(input_ids) - end}"
         pieces.append(
-            Piece(padding, pieces[-1].document if document_ids is None else document_ids[-1], False)
+            RowToken(
+                padding, pieces[-1].document if document_ids is None else document_ids[-1], False
+            )
         )
     return pieces
 
@@ -81,15 +83,15 @@ def _end_of_text(tokenizer: Tokenizer, input_ids: Sequence[int], labels: Sequenc
     return end
 
 
-def runs(pieces: Iterable[Piece]) -> list[Piece]:
+def runs(pieces: Iterable[RowToken]) -> list[RowToken]:
     """Neighbours of one document that are all targets, or all not, as one piece each."""
     return [
-        Piece("".join(piece.text for piece in run), *kind)
+        RowToken("".join(piece.text for piece in run), *kind)
         for kind, run in groupby(pieces, key=lambda piece: (piece.document, piece.target))
     ]
 
 
-def plain_row(pieces: Sequence[Piece], *, masked: bool) -> str:
+def render_row(pieces: Sequence[RowToken], *, masked: bool) -> str:
     """A row without colours: what is no target in brackets, and a mark where documents meet, with the new one's number behind a wall.
 
     >>> from tinylm.tokenizer.byte_char import ByteTokenizer
@@ -105,7 +107,7 @@ def plain_row(pieces: Sequence[Piece], *, masked: bool) -> str:
     )
 
 
-def with_borders(pieces: Sequence[Piece], *, masked: bool) -> list[tuple[str, Piece]]:
+def with_borders(pieces: Sequence[RowToken], *, masked: bool) -> list[tuple[str, RowToken]]:
     """The runs of a row, each with the mark of the border before it, or with nothing."""
     marked, before = [], None if masked else pieces[0].document
     for piece in runs(pieces):

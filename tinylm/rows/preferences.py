@@ -8,7 +8,7 @@ import numpy as np
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import DataConfig
 from tinylm.rows.columns import _Columns, _keys_of_turn, _text, _turn, _turns_in
-from tinylm.rows.row_files import NAMED_PLACES, records
+from tinylm.rows.row_files import NAMED_PLACES, read_rows
 from tinylm.rows.sft import _ASSISTANT, _HUMAN
 from tinylm.rows.templates import Conversation, Role, Template, Turn
 from tinylm.text.documents import is_blank, kind_of
@@ -25,7 +25,7 @@ class Preference(NamedTuple):
     rejected: str
 
 
-class Pair(NamedTuple):
+class PreferencePair(NamedTuple):
     """A preference as tokens: the same prompt twice, and only what is answered to it is trained."""
 
     chosen: Example
@@ -34,11 +34,11 @@ class Pair(NamedTuple):
     """log p of both answers under the reference model, where they are known before training"""
 
 
-class _NoPair(Exception):
+class _Skip(Exception):
     """A row that sound data may have, and that says nothing of which answer is better; the message says what is wrong with such rows."""
 
 
-def preference_of(row: dict[str, Any], data: DataConfig) -> Preference:
+def parse_preference(row: dict[str, Any], data: DataConfig) -> Preference:
     """The prompt and the two answers in a row, told by its keys; an answer that is null is empty.
 
     Raises:
@@ -53,7 +53,7 @@ def preference_of(row: dict[str, Any], data: DataConfig) -> Preference:
         told, better = _told_and_answer(chosen_name, chosen)
         other, worse = _told_and_answer(rejected_name, rejected)
         if told != other:
-            raise _NoPair("conversations that part before the last answer")
+            raise _Skip("conversations that part before the last answer")
         return Preference(told or _prompt_of(columns), better, worse)
     better, worse = _answer(chosen_name, chosen), _answer(rejected_name, rejected)
     if columns.find("instruction") is None and columns.find("prompt") is None:
@@ -122,7 +122,7 @@ def _of_dialogues(chosen: str, rejected: str) -> Preference:
         )
     start += len(_ASSISTANT)
     if _HUMAN in chosen[start:] or _HUMAN in rejected[start:]:
-        raise _NoPair("conversations that part before the last answer")
+        raise _Skip("conversations that part before the last answer")
     prompt = _turns_of_dialogue(chosen[: start - len(_ASSISTANT)])
     return Preference(
         _ends_with_question("chosen", prompt), chosen[start:].strip(), rejected[start:].strip()
@@ -183,29 +183,29 @@ class PairReport:
         )
 
 
-def pairs(
+def build_pairs(
     data: DataConfig,
     which: Which,
     seed: int,
     template: Template,
     tokenizer: Tokenizer,
     seq_len: int,
-) -> tuple[list[Pair], PairReport]:
+) -> tuple[list[PreferencePair], PairReport]:
     """The preferences of a split in the order of its rows, both answers cut to seq_len inputs, and what was cut and left out.
 
     Rows with an empty answer, or with answers that are equal, are left out: they say nothing, and there are some in published data.
 
     Raises:
-        UserError: as `records` and `preference_of`; or no row is left.
+        UserError: as `read_rows` and `parse_preference`; or no row is left.
     """
-    kept: list[Pair] = []
+    kept: list[PreferencePair] = []
     report = PairReport(which, seq_len)
-    for place, row in records(data, which, seed):
+    for place, row in read_rows(data, which, seed):
         try:
-            pair = _pair(preference_of(row, data), template, tokenizer, seq_len, place)
+            pair = _pair(parse_preference(row, data), template, tokenizer, seq_len, place)
         except UserError as problem:
             raise UserError(f"{place}: {problem}") from None
-        except _NoPair as why:
+        except _Skip as why:
             report.skipped.setdefault(str(why), []).append(place)
             continue
         report.cut += any(len(example.ids) > seq_len + 1 for example in pair[:2])
@@ -221,15 +221,15 @@ def pairs(
 
 def _pair(
     preference: Preference, template: Template, tokenizer: Tokenizer, seq_len: int, place: str
-) -> Pair:
+) -> PreferencePair:
     """The tokens of a preference, not cut yet."""
     if is_blank(preference.chosen) or is_blank(preference.rejected):
-        raise _NoPair("an empty answer")
+        raise _Skip("an empty answer")
     if preference.chosen == preference.rejected:
-        raise _NoPair("two equal answers")
+        raise _Skip("two equal answers")
     asked = len(template.prompt_ids(preference.prompt, tokenizer))
     if asked > seq_len:
-        raise _NoPair(f"a prompt that fills the context of {seq_len} tokens")
+        raise _Skip(f"a prompt that fills the context of {seq_len} tokens")
     examples = []
     for answer in (preference.chosen, preference.rejected):
         whole = template.encode((*preference.prompt, Turn("assistant", answer)), tokenizer)
@@ -237,15 +237,15 @@ def _pair(
         examples.append(
             Example(whole.ids, whole.trained & (np.arange(len(whole.ids)) >= asked), place)
         )
-    pair = Pair(*examples)
+    pair = PreferencePair(*examples)
     if np.array_equal(*(example.ids[: seq_len + 1] for example in examples)):
-        raise _NoPair(f"answers that differ only behind the context of {seq_len} tokens")
+        raise _Skip(f"answers that differ only behind the context of {seq_len} tokens")
     return pair
 
 
-def _cut(pair: Pair, seq_len: int) -> Pair:
+def _cut(pair: PreferencePair, seq_len: int) -> PreferencePair:
     """The last token of a row is only a target."""
-    return Pair(
+    return PreferencePair(
         *(
             Example(example.ids[: seq_len + 1], example.trained[: seq_len + 1], example.place)
             for example in pair[:2]

@@ -11,7 +11,7 @@ from tinylm.text.documents import is_blank, jsonl_rows, kind_of, parquet_rows, t
 from tinylm.text.sources import HubDataset, Kinds, files_in
 from tinylm.text.splits import Which, find_split
 
-Record = tuple[str, dict[str, Any]]
+LocatedRow = tuple[str, dict[str, Any]]
 
 SMS_FILE = "SMSSpamCollection"
 ROW_FILES: Kinds = (".jsonl", ".json", ".parquet", ".jsonl.gz", SMS_FILE)
@@ -57,7 +57,7 @@ def _refuse_splits(folder: str, files: list[Path]) -> None:
         )
 
 
-def with_rows(data: DataConfig) -> tuple[DataConfig, str | None]:
+def resolve_dataset(data: DataConfig) -> tuple[DataConfig, str | None]:
     """The settings with data.dataset as it is read, and a note for the user where that is not what it says.
 
     Raises:
@@ -72,7 +72,7 @@ def with_rows(data: DataConfig) -> tuple[DataConfig, str | None]:
     return data.model_copy(update={"dataset": name}), note
 
 
-def records(data: DataConfig, which: Which, seed: int) -> Iterator[Record]:
+def read_rows(data: DataConfig, which: Which, seed: int) -> Iterator[LocatedRow]:
     """The training or validation rows that `data` describes, each with the place that an error calls it by.
 
     Equal rows fall on the same side, as equal documents do in corpus.py, whose settings mean the same here.
@@ -80,7 +80,7 @@ def records(data: DataConfig, which: Which, seed: int) -> Iterator[Record]:
     Raises:
         UserError: nothing is there, a row is no object, or no row is in this split.
     """
-    split = find_split(with_rows(data)[0], which, seed, ROW_FILES)
+    split = find_split(resolve_dataset(data)[0], which, seed, ROW_FILES)
     rows = (
         split.source.rows()
         if isinstance(split.source, HubDataset)
@@ -93,12 +93,12 @@ def records(data: DataConfig, which: Which, seed: int) -> Iterator[Record]:
     )
 
 
-def built_in_split(built_in: Sequence[Record], which: Which) -> list[Record]:
+def split_built_in_rows(built_in: Sequence[LocatedRow], which: Which) -> list[LocatedRow]:
     """Of rows that a program brings, too few to be told by their content, every fourth for validation and the others for training."""
     return [record for place, record in enumerate(built_in) if (place % 4 == 3) == (which == "val")]
 
 
-def _record(row: tuple[object, Any]) -> Record:
+def _record(row: tuple[object, Any]) -> LocatedRow:
     place = str(row[0])
     if not isinstance(row[1], dict):
         raise UserError(

@@ -1,14 +1,14 @@
 r"""Rows of fine-tuning data: where they come from, what conversation each one is, and the examples they become.
 
     1. records      .jsonl, .json, .parquet, SMSSpamCollection, a folder or glob of them, or a Hugging Face dataset
-                    ─▶ (place, dict), split into training and validation by content                  `records`
-    2. conversation a dict ─▶ turns, told by its keys                                                `conversation_of`
+                    ─▶ (place, dict), split into training and validation by content                  `read_rows`
+    2. conversation a dict ─▶ turns, told by its keys                                                `parse_conversation`
                         {"instruction", "input", "output"}       alpaca; the input may be missing or empty
                         {"prompt", "completion"}                 prompt; also question, and response, answer or target
                         {"messages": [{"role", "content"}]}      messages
                         {"conversations": [{"from", "value"}]}   sharegpt; the turns may have either pair of keys
                         {"label", "text"}                        a line of SMSSpamCollection
-    3. examples     a conversation ─▶ tokens and targets, cut to the context                         `examples`
+    3. examples     a conversation ─▶ tokens and targets, cut to the context                         `build_examples`
     4. pairs        for preferences, in place of 2 and 3: a dict ─▶ a prompt and two answers         `preference_of`
                         {"instruction", "input", "chosen", "rejected"}, {"prompt", "chosen", "rejected"}
                         {"chosen", "rejected"}, each a whole conversation: messages, or text as Anthropic's hh-rlhf has it
@@ -26,8 +26,8 @@ import numpy as np
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
-from tinylm.rows.columns import conversation_of, texts_left_out
-from tinylm.rows.row_files import NAMED_PLACES, Record, built_in_split, records
+from tinylm.rows.columns import parse_conversation, unread_text_columns
+from tinylm.rows.row_files import NAMED_PLACES, LocatedRow, read_rows, split_built_in_rows
 from tinylm.rows.templates import Conversation, Template
 from tinylm.text.documents import some_of
 from tinylm.text.splits import Which
@@ -77,7 +77,7 @@ class Report:
         )
 
 
-def examples(
+def build_examples(
     data: DataConfig,
     which: Which,
     seed: int,
@@ -86,8 +86,8 @@ def examples(
     seq_len: int,
     *,
     train_on: Literal["response", "all"],
-    conversation_of: Callable[[dict[str, Any]], Conversation] | None = None,
-    built_in: Sequence[Record] = (),
+    to_conversation: Callable[[dict[str, Any]], Conversation] | None = None,
+    built_in: Sequence[LocatedRow] = (),
 ) -> tuple[list[Example], Report]:
     """The examples of a split in the order of its rows, each of at most seq_len inputs, and what was cut and left out.
 
@@ -99,23 +99,26 @@ def examples(
         tokenizer: what they are encoded with.
         seq_len: inputs that a row of a batch has room for.
         train_on: the responses, or every token but the first of an example.
-        conversation_of: what makes a conversation of a row; None: its keys tell, or data.rows.
+        to_conversation: what makes a conversation of a row; None: its keys tell, or data.rows.
         built_in: rows in place of those that `data` names.
 
     Raises:
-        UserError: as `records`; a row is no conversation; or the prompt of every row fills the context.
+        UserError: as `read_rows`; a row is no conversation; or the prompt of every row fills the context.
     """
-    to_conversation = conversation_of or _told_by_keys(data)
+    told_by_keys = to_conversation is None
+    to_conversation = to_conversation or (lambda row: parse_conversation(row, data))
     kept: list[Example] = []
     report = Report(which, seq_len)
-    for place, row in built_in_split(built_in, which) if built_in else records(data, which, seed):
+    for place, row in (
+        split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
+    ):
         try:
             whole = template.encode(to_conversation(row), tokenizer)
         except UserError as problem:
             raise UserError(f"{place}: {problem}") from None
         trained = whole.trained if train_on == "response" else np.arange(len(whole.ids)) > 0
-        if conversation_of is None:
-            report.left_out |= dict.fromkeys(texts_left_out(row, data))
+        if told_by_keys:
+            report.left_out |= dict.fromkeys(unread_text_columns(row, data))
         # The last token of a row is only a target.
         example = Example(whole.ids[: seq_len + 1], trained[: seq_len + 1], place)
         if example.trained.any():
@@ -129,10 +132,6 @@ def examples(
         found = f"{report.name}: nothing is left without {report.skipped_rows}"
         raise UserError(f"data.dataset: {found}. Raise training.seq_len, or shorten the prompts.")
     return kept, report
-
-
-def _told_by_keys(data: DataConfig) -> Callable[[dict[str, Any]], Conversation]:
-    return lambda row: conversation_of(row, data)
 
 
 def shared_examples(train: list[Example], val: list[Example]) -> int:

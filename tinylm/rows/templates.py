@@ -29,7 +29,7 @@ from tinylm.tokens.packing import Example
 
 Role = Literal["system", "user", "assistant"]
 # How published tokenizers spell the token that opens a text; their files' bos_token is not kept, these names are.
-WELL_KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
+KNOWN_BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Turn:
     """what an instruction is to be applied to, where the data keep the two apart (Alpaca's input)"""
 
     @property
-    def whole(self) -> str:
+    def full_text(self) -> str:
         """Text and input together, for templates that have no place of its own for the input."""
         return f"{self.text}\n\n{self.input}" if self.input else self.text
 
 
 Conversation = tuple[Turn, ...]
 # Stages of training after which a model is asked in the template that its config names.
-ANSWERING = ("sft", "dpo")
+CHAT_STAGES = ("sft", "dpo")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Exchange:
     first: bool
 
 
-def exchanges(conversation: Conversation) -> Iterator[Exchange]:
+def split_exchanges(conversation: Conversation) -> Iterator[Exchange]:
     """The conversation as questions and answers.
 
     Raises:
@@ -142,7 +142,7 @@ class WrittenTemplate(Template):
         ids: list[int] = []
         trained: list[bool] = []
         _require_answer(conversation)
-        for exchange in exchanges(conversation):
+        for exchange in split_exchanges(conversation):
             assert exchange.answer is not None, "only the last question can be without an answer"
             question = self._question_ids(exchange, tokenizer)
             answer = [
@@ -155,7 +155,7 @@ class WrittenTemplate(Template):
 
     def prompt_ids(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         _require_question(conversation)
-        *told, last = exchanges(conversation)
+        *told, last = split_exchanges(conversation)
         before = (
             self.encode(conversation[: -len(last.question)], tokenizer).ids.tolist() if told else []
         )
@@ -194,7 +194,7 @@ def _opening(tokenizer: Tokenizer) -> list[int]:
         if isinstance(tokenizer, HFTokenizer)
         else {}
     )
-    return next(([names[name]] for name in WELL_KNOWN_BOS if name in names), [])
+    return next(([names[name]] for name in KNOWN_BOS_TOKENS if name in names), [])
 
 
 def _text_ids(text: str, tokenizer: Tokenizer, *, opens: bool = False) -> list[int]:
@@ -272,12 +272,12 @@ def _chatml(exchange: Exchange, tokenizer: Tokenizer) -> list[str | int]:
     start, end = _marker(tokenizer, IM_START), _marker(tokenizer, IM_END)
     pieces: list[str | int] = [] if exchange.first else ["\n"]
     for turn in exchange.question:
-        pieces += [start, f"{turn.role}\n{turn.whole}", end, "\n"]
+        pieces += [start, f"{turn.role}\n{turn.full_text}", end, "\n"]
     return [*pieces, start, "assistant\n"]
 
 
 def _plain(exchange: Exchange, tokenizer: Tokenizer) -> list[str | int]:
-    return ["\n".join(turn.whole for turn in exchange.question)]
+    return ["\n".join(turn.full_text for turn in exchange.question)]
 
 
 def _plain_answer(exchange: Exchange, answer: Turn) -> str:
@@ -285,7 +285,7 @@ def _plain_answer(exchange: Exchange, answer: Turn) -> str:
 
     The line end belongs to the answer: what a prompt ends with must not depend on an answer that is not known yet.
     """
-    apart = exchange.question[-1].whole[-1:].isspace() or answer.text[:1].isspace()
+    apart = exchange.question[-1].full_text[-1:].isspace() or answer.text[:1].isspace()
     return answer.text if apart else f"\n{answer.text}"
 
 
@@ -357,14 +357,14 @@ class ChatTemplate(Template):
     def encode(self, conversation: Conversation, tokenizer: Tokenizer) -> Example:
         _require_answer(conversation)
         list(
-            exchanges(conversation)
+            split_exchanges(conversation)
         )  # a template would say stranger things about turns in another order
         ids, trained = self._tokens(conversation, tokenizer, prompt=False)
         return Example(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
 
     def prompt_ids(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         _require_question(conversation)
-        list(exchanges(conversation))
+        list(split_exchanges(conversation))
         return self._tokens(conversation, tokenizer, prompt=True)[0]
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -375,9 +375,9 @@ class ChatTemplate(Template):
     ) -> tuple[list[int], list[bool]]:
         """The tokens of the conversation, with the opening of an answer behind it for a prompt, and which are trained."""
         assert isinstance(tokenizer, HFTokenizer)
-        guard = _Guard(self._special, [turn.whole for turn in conversation])
+        guard = _Guard(self._special, [turn.full_text for turn in conversation])
         messages = [
-            {"role": turn.role, "content": guard.enclose(turn.whole)} for turn in conversation
+            {"role": turn.role, "content": guard.enclose(turn.full_text)} for turn in conversation
         ]
         text, answers = (
             self._marked(messages, prompt)

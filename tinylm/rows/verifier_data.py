@@ -1,35 +1,34 @@
 """Problems with right and wrong answers: what a verifier learns from.
 
-    row ─▶ Problem (its text, the right answer, what a model answered)                         `problems`
-    Problem ─▶ answers with the word right or wrong; wrong ones by changing a number             `answers_of`
-    problem and answer ─▶ ids: the end of the problem, a separator, the answer                    `pair_ids`, `pairs_of`
+    row ─▶ Problem (its text, the right answer, what a model answered)                         `read_problems`
+    Problem ─▶ answers with the word right or wrong; wrong ones by changing a number             `graded_answers`
+    problem and answer ─▶ ids: the end of the problem, a separator, the answer                    `pair_ids`, `build_verifier_examples`
 
 What becomes of the pairs is judge.py's business; how a model is asked is evaluate.py's.
 """
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
-from tinylm.eval.metrics import same_number
-from tinylm.eval.tasks import NAMED
-from tinylm.rows.columns import conversation_of
-from tinylm.rows.row_files import NAMED_PLACES, Record, built_in_split, records
+from tinylm.rows.columns import parse_conversation
+from tinylm.rows.numbers import NUMBER, corrupt_number, same_number
+from tinylm.rows.row_files import NAMED_PLACES, LocatedRow, read_rows, split_built_in_rows
 from tinylm.rows.templates import Conversation, Turn
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 
-# A number as people write it: 1,200 or 3.5; the sign belongs to the sum it stands in.
-NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)
 # GSM8K's notes to a calculator: 48/2 = <<48/2=24>>24. They say each result twice, and a verifier would only compare the two.
 ANNOTATION = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
 
 
-class Judged(NamedTuple):
+class GradedAnswer(NamedTuple):
     """An answer, and whether it is right."""
 
     text: str
@@ -43,7 +42,7 @@ class Problem:
     place: str
     question: Turn
     answer: str
-    samples: tuple[Judged, ...] = ()
+    samples: tuple[GradedAnswer, ...] = ()
 
 
 @dataclass
@@ -85,7 +84,7 @@ def _some(places: Sequence[str]) -> str:
     return ", ".join(places[:NAMED_PLACES]) + (", ..." if len(places) > NAMED_PLACES else "")
 
 
-def without_annotations(text: str) -> str:
+def remove_annotations(text: str) -> str:
     """A text without GSM8K's notes to a calculator.
 
     >>> without_annotations("She has 15-7=<<15-7=8>>8 stamps left.")
@@ -97,27 +96,39 @@ def without_annotations(text: str) -> str:
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 
-def problems(
-    data: DataConfig, which: Which, seed: int, built_in: Sequence[Record] = ()
+def read_problems(
+    data: DataConfig,
+    which: Which,
+    seed: int,
+    *,
+    to_conversation: Callable[[dict[str, Any]], Conversation] | None = None,
+    built_in: Sequence[LocatedRow] = (),
 ) -> list[Problem]:
-    """The problems of a split, one a row, of the rows that `data` names, or of built-in ones in their place.
+    """The problems of a split, one a row.
+
+    Args:
+        data: where the rows are.
+        which: training or validation.
+        seed: decides which rows are held out.
+        to_conversation: turns a row into a conversation; None: by its keys, or data.rows (`parse_conversation`).
+        built_in: rows to use in place of those that `data` names.
 
     Raises:
-        UserError: as `records`; or a row does not ask one thing and answer it.
+        UserError: as `read_rows`; or a row does not ask one thing and answer it.
     """
-    to_conversation = (
-        NAMED[data.task].conversation if data.task else lambda row: conversation_of(row, data)
-    )
+    to_conversation = to_conversation or (lambda row: parse_conversation(row, data))
     found = []
-    for place, row in built_in_split(built_in, which) if built_in else records(data, which, seed):
+    for place, row in (
+        split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
+    ):
         try:
-            found.append(problem_of(place, to_conversation(row)))
+            found.append(parse_problem(place, to_conversation(row)))
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
     return found
 
 
-def problem_of(place: str, conversation: Conversation) -> Problem:
+def parse_problem(place: str, conversation: Conversation) -> Problem:
     """The last answer of a conversation, and all that was said before it."""
     *before, answer = conversation
     if answer.role != "assistant" or not before:
@@ -125,12 +136,14 @@ def problem_of(place: str, conversation: Conversation) -> Problem:
             "the last turn is not the assistant's answer to a question. Add the answer, or take the row out."
         )
     question = (
-        before[0] if len(before) == 1 else Turn("user", "\n\n".join(turn.whole for turn in before))
+        before[0]
+        if len(before) == 1
+        else Turn("user", "\n\n".join(turn.full_text for turn in before))
     )
-    return Problem(place, question, without_annotations(answer.text))
+    return Problem(place, question, remove_annotations(answer.text))
 
 
-def usable(
+def filter_problems(
     found: Sequence[Problem], which: Which, tokenizer: Tokenizer, seq_len: int, *, n_wrong: int
 ) -> tuple[list[Problem], ProblemReport]:
     """The problems that fit into rows of `seq_len` tokens and have wrong answers, and what became of the others.
@@ -164,7 +177,7 @@ def usable(
                     ),
                 )
             )
-            report.cut += len(tokenizer.encode(problem.question.whole)) + 1 + sizes[0] > seq_len
+            report.cut += len(tokenizer.encode(problem.question.full_text)) + 1 + sizes[0] > seq_len
     report.kept = len(kept)
     if not kept:
         raise UserError(
@@ -173,65 +186,36 @@ def usable(
     return kept, report
 
 
-def judged(problem: Problem, texts: Sequence[str]) -> tuple[Judged, ...]:
+def grade_samples(problem: Problem, texts: Sequence[str]) -> tuple[GradedAnswer, ...]:
     """What a model answered, without repetitions: right where its last number is that of the right answer."""
-    different = dict.fromkeys(without_annotations(text).strip() for text in texts)
+    different = dict.fromkeys(remove_annotations(text).strip() for text in texts)
     return tuple(
-        Judged(text, same_number(text, problem.answer))
+        GradedAnswer(text, same_number(text, problem.answer))
         for text in different
         if text and text != problem.answer.strip()
     )
 
 
-def answers_of(problem: Problem, *, n_wrong: int, seed: str) -> list[Judged]:
+def graded_answers(problem: Problem, *, n_wrong: int, seed: str) -> list[GradedAnswer]:
     """The right answer, `n_wrong` made of it by changing a number, which depend on the seed alone, and what a model answered."""
     draw = random.Random(seed)  # noqa: S311  (no secret)
-    wrong = [corrupted(problem.answer, draw) for _ in range(n_wrong)]
+    wrong = [corrupt_number(problem.answer, draw) for _ in range(n_wrong)]
     return [
-        Judged(problem.answer, True),
-        *(Judged(text, False) for text in wrong if text is not None),
+        GradedAnswer(problem.answer, True),
+        *(GradedAnswer(text, False) for text in wrong if text is not None),
         *problem.samples,
     ]
-
-
-# --- wrong answers ----------------------------------------------------------------------------------------------------
-
-
-def corrupted(answer: str, draw: random.Random) -> str | None:
-    """The answer with one of its numbers changed at one place; None where it has no number.
-
-    >>> corrupted("48 / 2 = 24", random.Random(0))
-    '48 / 5 = 24'
-    """
-    places = list(NUMBER.finditer(answer))
-    if not places:
-        return None
-    place = draw.choice(places)
-    return answer[: place.start()] + _another_number(place[0], draw) + answer[place.end() :]
-
-
-def _another_number(text: str, draw: random.Random) -> str:
-    """A number near the one in `text`, written as it is: same decimals, commas where it had some."""
-    decimals = len(text.partition(".")[2])
-    value = float(text.replace(",", ""))
-    step = 10.0**-decimals
-    spread = max(3, int(abs(value) / step / 5))
-    while True:
-        other = value + step * draw.randint(-spread, spread)
-        shown = f"{other:,.{decimals}f}" if "," in text else f"{other:.{decimals}f}"
-        if other >= 0 and shown != text:
-            return shown
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-class JudgedPair(NamedTuple):
+class VerifierExample(NamedTuple):
     """A problem with an answer as tokens."""
 
     ids: list[int]
     right: bool
-    departs: tuple[int, ...]
+    error_positions: tuple[int, ...]
     """places in which a wrong answer departs from the right one"""
 
 
@@ -242,7 +226,7 @@ def pair_ids(
     return [*problem, tokenizer.eos_id, *answer][-seq_len:]
 
 
-def departure(answer: Sequence[int], right: Sequence[int]) -> range:
+def error_span(answer: Sequence[int], right: Sequence[int]) -> range:
     """The places of `answer` between what it has in common with the right answer at its beginning and at its end, at least one.
 
     >>> departure([1, 2, 9, 9, 4], [1, 2, 3, 4]), departure([1, 2], [1, 7, 2])
@@ -257,22 +241,50 @@ def departure(answer: Sequence[int], right: Sequence[int]) -> range:
     return range(start, max(len(answer) - common, start + 1))
 
 
-def pairs_of(
+def build_verifier_examples(
     problem: Problem, tokenizer: Tokenizer, seq_len: int, *, n_wrong: int, seed: str
-) -> list[JudgedPair]:
+) -> list[VerifierExample]:
     """All answers of a problem as pairs."""
     asked, answers = (
-        tokenizer.encode(problem.question.whole),
-        answers_of(problem, n_wrong=n_wrong, seed=seed),
+        tokenizer.encode(problem.question.full_text),
+        graded_answers(problem, n_wrong=n_wrong, seed=seed),
     )
     encoded = [tokenizer.encode(answer.text) for answer in answers]
     rows = [pair_ids(asked, ids, tokenizer, seq_len) for ids in encoded]
     # Of an answer that is cut on its left the places move with it; what of them is cut off is at the first place.
     spans = [
-        [max(len(row) - len(ids) + place, 0) for place in departure(ids, encoded[0])]
+        [max(len(row) - len(ids) + place, 0) for place in error_span(ids, encoded[0])]
         for row, ids in zip(rows, encoded, strict=True)
     ]
     return [
-        JudgedPair(row, answer.right, () if answer.right else tuple(span))
+        VerifierExample(row, answer.right, () if answer.right else tuple(span))
         for row, answer, span in zip(rows, answers, spans, strict=True)
     ]
+
+
+# Padding is masked, so that any id does; a batch is padded to a multiple of this, so that fewer shapes are met.
+LENGTH_STEP = 32
+
+
+def pad_pairs(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
+    """`input_ids` (B, T) int64 and `attention_mask` (B, T) bool of rows of ids, padded on the right to the longest of them."""
+    longest = max((len(row) for row in rows), default=0)
+    ids = torch.full(
+        (len(rows), -(-longest // LENGTH_STEP) * LENGTH_STEP), pad_id, dtype=torch.long
+    )
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.arange(ids.size(1)) < lengths[:, None]}
+
+
+def collate_pairs(pairs: Sequence[VerifierExample], pad_id: int) -> dict[str, Any]:
+    """`pad_pairs` with `label` (B,) int64, 1 for right, and `error_mask` (B, T) bool."""
+    batch = pad_pairs([pair.ids for pair in pairs], pad_id)
+    error_mask = torch.zeros_like(batch["attention_mask"])
+    for number, pair in enumerate(pairs):
+        error_mask[number, list(pair.error_positions)] = True
+    return batch | {
+        "label": torch.tensor([int(pair.right) for pair in pairs], dtype=torch.long),
+        "error_mask": error_mask,
+    }

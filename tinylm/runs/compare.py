@@ -24,8 +24,7 @@ from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError, printable, reading, writing
 from tinylm.common.files import write_atomic
 from tinylm.config.schema import SamplingConfig
-from tinylm.eval.cases import LOSS_CAP
-from tinylm.eval.perplexity import byte_table, score_batches
+from tinylm.eval.perplexity import LOSS_CAP, byte_length_table, score_batches
 from tinylm.generate.engine import Engine
 from tinylm.model.attention_sinks import streaming
 from tinylm.model.decoder import Decoder, active_parameters, count_parameters
@@ -205,7 +204,7 @@ def told(name: str, info: checkpoint_format.CheckpointInfo) -> Result:
 def score(name: str, seed: int, loaded: checkpoint_load.Loaded) -> Result:
     """The checkpoint's score on every validation row of the length it was trained on."""
     config, model, length = loaded.config.model, loaded.model, loaded.config.training.seq_len
-    lengths = byte_table(loaded.tokenizer, model.embedding.num_embeddings)
+    lengths = byte_length_table(loaded.tokenizer, model.embedding.num_embeddings)
     found = score_batches(model, _batches(loaded, length, length, whole=False), lengths)
     cache = 2 * config.n_layers * config.kv_heads * config.size_of_head * 4
     numbers = (

@@ -17,8 +17,8 @@ from data import (
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import Config
 from tinylm.rows.inspect import InspectedRow
-from tinylm.rows.preferences import Pair, PairReport, pairs
-from tinylm.rows.row_files import with_rows
+from tinylm.rows.preferences import PairReport, PreferencePair, build_pairs
+from tinylm.rows.row_files import resolve_dataset
 from tinylm.rows.sft import shared_examples
 from tinylm.rows.templates import make_template
 from tinylm.text.splits import Which
@@ -57,7 +57,7 @@ class PairBatches(ExampleBatches):
     def shown(self, heading: str, row: Any, place: int) -> list["InspectedRow"]:
         chosen, rejected = (
             super(PairBatches, self).shown(f"{heading}, {name}", [answer], place)
-            for name, answer in zip(Pair._fields, row[:2], strict=False)
+            for name, answer in zip(PreferencePair._fields, row[:2], strict=False)
         )
         return [*chosen, *rejected]
 
@@ -77,8 +77,8 @@ class PreferenceData(RowsInMemory):
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
         self.template = make_template(config.data.template, tokenizer)
-        self.train_pairs: list[Pair] = []
-        self.val_pairs: list[Pair] = []
+        self.train_pairs: list[PreferencePair] = []
+        self.val_pairs: list[PreferencePair] = []
 
     def prepare(self) -> None:
         """Read and encode the rows of both splits.
@@ -86,7 +86,7 @@ class PreferenceData(RowsInMemory):
         Raises:
             UserError: as `rows.pairs`.
         """
-        if note := with_rows(self.config.data)[1]:
+        if note := resolve_dataset(self.config.data)[1]:
             raise UserError(
                 f"{note.partition(';')[0]}. Give a file of preferences, such as data/tiny_preferences.jsonl."
             )
@@ -132,13 +132,13 @@ class PreferenceData(RowsInMemory):
         self.train_pairs = [pair._replace(reference=next(known)) for pair in self.train_pairs]
         self.val_pairs = [pair._replace(reference=next(known)) for pair in self.val_pairs]
 
-    def _pairs(self, which: Which) -> tuple[list[Pair], PairReport]:
+    def _pairs(self, which: Which) -> tuple[list[PreferencePair], PairReport]:
         training = self.config.training
-        return pairs(
+        return build_pairs(
             self.config.data, which, training.seed, self.template, self.tokenizer, training.seq_len
         )
 
 
-def _answers(made: list[Pair]) -> list[Example]:
+def _answers(made: list[PreferencePair]) -> list[Example]:
     """Both examples of each pair."""
     return [example for pair in made for example in (pair.chosen, pair.rejected)]

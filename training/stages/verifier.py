@@ -10,10 +10,16 @@ import torch
 from data import Batch, ExampleBatches, RowsInMemory, Share, ValidationExamples
 from tinylm.common.errors import printable
 from tinylm.config.schema import Config
-from tinylm.eval.tasks.data import built_in_where_asked
-from tinylm.eval.verifier_scoring import training_batch
+from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
 from tinylm.rows.inspect import InspectedRow
-from tinylm.rows.verifier_data import Problem, ProblemReport, pairs_of, problems, usable
+from tinylm.rows.verifier_data import (
+    Problem,
+    ProblemReport,
+    build_verifier_examples,
+    collate_pairs,
+    filter_problems,
+    read_problems,
+)
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
@@ -35,26 +41,27 @@ class ProblemBatches(ExampleBatches):
         return self.pairs(rows, places) | {"origin": [problem.place for problem in rows]}
 
     def pairs(self, rows: Sequence[Problem], places: Iterable[int]) -> Batch:
-        """`training_batch` of every answer to every problem; wrong ones are drawn by (seed, place)."""
+        """`collate_pairs` of every answer to every problem; wrong ones are drawn by (seed, place)."""
         drawn = zip(rows, (f"{self.seed} {self.split} {place}" for place in places), strict=True)
         made = [
             pair
             for problem, seed in drawn
-            for pair in pairs_of(
+            for pair in build_verifier_examples(
                 problem, self.tokenizer, self.seq_len, n_wrong=self.n_wrong, seed=seed
             )
         ]
-        return training_batch(made, self.pad_id)
+        return collate_pairs(made, self.pad_id)
 
     def shown(self, heading: str, row: Any, place: int) -> list["InspectedRow"]:
-        """Each answer; as a target counts where a wrong one departs from the right one."""
+        """Each answer; as a target counts where a wrong one differs from the right one."""
         batch = self.pairs([row], [place])
         rows = []
-        for number, (ids, seen, departs) in enumerate(
-            zip(batch["input_ids"], batch["attention_mask"], batch["departs"], strict=True), start=1
+        for number, (ids, seen, error_mask) in enumerate(
+            zip(batch["input_ids"], batch["attention_mask"], batch["error_mask"], strict=True),
+            start=1,
         ):
-            ids, departs = ids[seen], departs[seen]
-            labels = torch.where(departs, ids, IGNORE_INDEX).roll(-1)
+            ids, error_mask = ids[seen], error_mask[seen]
+            labels = torch.where(error_mask, ids, IGNORE_INDEX).roll(-1)
             right = "right" if batch["label"][number - 1] else "wrong"
             rows.append(
                 InspectedRow(
@@ -95,9 +102,15 @@ class VerifierData(RowsInMemory):
         Raises:
             UserError: as `problems.problems` and `problems.usable`.
         """
-        built_in = built_in_where_asked(self.config.data)
+        built_in = requested_built_in_rows(self.config.data)
         found = {
-            which: problems(self.config.data, which, self.config.training.seed, built_in)
+            which: read_problems(
+                self.config.data,
+                which,
+                self.config.training.seed,
+                to_conversation=conversation_parser(self.config.data),
+                built_in=built_in,
+            )
             for which in ("train", "val")
         }
         held_out = {problem.question for problem in found["val"]}
@@ -112,7 +125,7 @@ class VerifierData(RowsInMemory):
         )
 
     def _usable(self, found: list[Problem], which: Which) -> tuple[list[Problem], ProblemReport]:
-        return usable(
+        return filter_problems(
             found, which, self.tokenizer, self.config.training.seq_len, n_wrong=self.n_wrong
         )
 
@@ -149,5 +162,5 @@ class VerifierData(RowsInMemory):
 
 
 def _fingerprint_of_problems(made: list[Problem]) -> str:
-    plain = [(problem.question.whole, problem.answer, problem.samples) for problem in made]
+    plain = [(problem.question.full_text, problem.answer, problem.samples) for problem in made]
     return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]

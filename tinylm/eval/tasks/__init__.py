@@ -6,9 +6,9 @@ from tinylm.eval.tasks.pairs import PAIRS
 from tinylm.eval.tasks.samsum import SAMSUM
 from tinylm.eval.tasks.sms import SMS
 from tinylm.eval.tasks.sst2 import SST2
-from tinylm.eval.tasks.task import Example, Task
+from tinylm.eval.tasks.task import Task, TaskExample
 
-__all__ = ["NAMED", "PAIRS", "Example", "Task"]
+__all__ = ["TASKS", "PAIRS", "TaskExample", "Task"]
 
 # The names are those of the setting data.task. PAIRS is for rows of a user's own, and so has no name on the hub.
-NAMED: dict[str, Task] = {task.name: task for task in (SST2, SAMSUM, GSM8K, SMS, ALPACA)}
+TASKS: dict[str, Task] = {task.name: task for task in (SST2, SAMSUM, GSM8K, SMS, ALPACA)}

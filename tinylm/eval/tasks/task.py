@@ -36,7 +36,7 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Example:
+class TaskExample:
     """One row as a model meets it."""
 
     place: str
@@ -84,21 +84,21 @@ class Task:
             raise UserError("the answer is blank. Correct the row, or take it out.")
         return question, Turn("assistant", target)
 
-    def example(self, place: str, row: Row) -> Example:
+    def example(self, place: str, row: Row) -> TaskExample:
         """The row as a model meets it; raises as `conversation` does, naming the place too."""
         try:
             question, answer = self.conversation(row)
         except UserError as problem:
             raise UserError(f"{place}: {problem}") from None
-        return Example(place, question, answer.text)
+        return TaskExample(place, question, answer.text)
 
-    def text(self, example: Example, shots: Sequence[Example] = ()) -> str:
+    def text(self, example: TaskExample, shots: Sequence[TaskExample] = ()) -> str:
         """The prompt of an example after solved ones, for a model without a template."""
         before, after = self.frame
         solved = [
-            f"{before}{shot.question.whole}{after}{self.joint}{shot.target}" for shot in shots
+            f"{before}{shot.question.full_text}{after}{self.joint}{shot.target}" for shot in shots
         ]
-        return SHOT_SEPARATOR.join([*solved, f"{before}{example.question.whole}{after}"])
+        return SHOT_SEPARATOR.join([*solved, f"{before}{example.question.full_text}{after}"])
 
     def score(
         self, outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0
@@ -171,7 +171,7 @@ def label_of(row: Row, column: str, labels: Sequence[str]) -> str:
 
 def draw_shots(
     task: Task, rows: Iterable[tuple[str, Any]], n: int, *, seed: int, avoid: Iterable[Turn] = ()
-) -> list[Example]:
+) -> list[TaskExample]:
     """`n` examples to stand solved in a prompt, drawn from `rows`; rows that are none, and the questions to avoid, are passed over.
 
     Raises:

@@ -539,14 +539,16 @@ def preferences_of(
     import numpy as np
 
     from finetune import open_preferences
-    from tinylm.common.device import half_of
+    from tinylm.common.device import autocast_dtype
     from tinylm.objectives.preferences import log_probs_of
 
     config = data_of("dpo", stages)
     if config is None:
         return np.empty((0, 2))
     data = open_preferences(config, loaded.tokenizer, silently)
-    return log_probs_of(model, data.val_dataloader(), half_of(loaded.config.hardware.precision))
+    return log_probs_of(
+        model, data.val_dataloader(), autocast_dtype(loaded.config.hardware.precision)
+    )
 
 
 def measures_of_preferences(

@@ -121,10 +121,10 @@ def score_of(
     """The model's score on all batches, in the precision it was trained in."""
     import torch
 
-    from tinylm.common.device import half_of
+    from tinylm.common.device import autocast_dtype
     from tinylm.eval.perplexity import byte_length_table, score_batches
 
-    half = half_of(loaded.config.hardware.precision)
+    half = autocast_dtype(loaded.config.hardware.precision)
     with torch.autocast(device, dtype=half, enabled=half is not None):
         return score_batches(
             loaded.model,

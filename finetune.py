@@ -199,7 +199,7 @@ def build_dpo(parts: Parts) -> "LitDPO":
 
 def add_cached_reference(parts: Parts, reference: "Decoder | HFModel", fingerprint: str) -> None:
     """Give the data the log-probabilities under `reference`, from the cache or worked out now."""
-    from tinylm.common.device import half_of
+    from tinylm.common.device import autocast_dtype
     from tinylm.objectives.preferences import cached_log_probs, log_probs_of
 
     config, data = parts.config, parts.data
@@ -221,7 +221,9 @@ def add_cached_reference(parts: Parts, reference: "Decoder | HFModel", fingerpri
             f"reference: working out the log-probabilities of {n_pairs} pairs, to be kept in {printable(path)}"
         )
         return log_probs_of(
-            reference.to(parts.device), data.all_batches(), half_of(config.hardware.precision)
+            reference.to(parts.device),
+            data.all_batches(),
+            autocast_dtype(config.hardware.precision),
         )
 
     data.add_reference(cached_log_probs(path, n_pairs, compute))

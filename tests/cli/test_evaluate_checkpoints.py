@@ -97,7 +97,7 @@ def test_checkpoints_are_ranked_with_ties_and_failures(tmp_path, run, save, case
     assert failed.partition("  FAILED: ")[2].endswith(
         "d.ckpt: damaged: not a checkpoint file. Use another checkpoint."
     )
-    assert err.splitlines()[0] == "device: cpu (asked for)"
+    assert err.splitlines()[0] == "device: cpu (requested)"
     assert (
         err.splitlines()[-2]
         == f"{tmp_path / 'results' / 'results.json'} has all numbers, 0 files beside it the answers that are not right"

@@ -108,7 +108,7 @@ def test_the_text_goes_to_stdout_and_the_rest_to_stderr(run, save):
     code, out, err = run("--ckpt", path, "--prompt", "x", "--device", "cpu")
     assert (code, out) == (0, "x all you need.\n")
     lines = err.splitlines()
-    assert lines[:2] == ["device: cpu (asked for)", f"checkpoint: {path}, step 7"]
+    assert lines[:2] == ["device: cpu (requested)", f"checkpoint: {path}, step 7"]
     assert re.fullmatch(r"14 tokens in \d+\.\d s, \d+ tokens/s", lines[2])
     assert len(lines) == 3
 
@@ -609,7 +609,7 @@ def test_piped_bytes_that_are_no_text_are_an_error(run, monkeypatch):
 def test_an_absent_device_is_an_error(run, save):
     """F6."""
     assert refused(run("--ckpt", save(), "--prompt", "x", "--device", "cuda")).startswith(
-        "--device: cuda was asked for, and PyTorch"
+        "--device: cuda is not available with PyTorch"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which device is picked, and what is said of it (FAULTS F6)."""
+"""Which device is picked, and the reason that is printed."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ from tinylm.common.errors import UserError
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretends that this machine has CUDA, MPS, both or neither."""
+    """Simulate a machine with CUDA, MPS, both or neither."""
 
     def pretend(*, cuda: bool = False, mps: bool = False) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
@@ -27,7 +27,7 @@ def machine(monkeypatch):
     [
         ({"cuda": True, "mps": True}, ("cuda", "CUDA is available")),
         ({"mps": True}, ("mps", "MPS is available, CUDA is not")),
-        ({}, ("cpu", "neither CUDA nor MPS here")),
+        ({}, ("cpu", "neither CUDA nor MPS is available")),
     ],
 )
 def test_auto_takes_cuda_then_mps_then_the_cpu(machine, has, picked):
@@ -35,34 +35,35 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(machine, has, picked):
     assert pick_device("auto") == picked
 
 
-def test_the_device_asked_for_is_taken_where_a_better_one_is(machine):
+def test_a_requested_device_is_used_even_if_a_faster_one_is_available(machine):
     machine(cuda=True, mps=True)
-    assert pick_device("cpu") == ("cpu", "asked for")
-    assert pick_device("mps") == ("mps", "asked for")
+    assert pick_device("cpu") == ("cpu", "requested")
+    assert pick_device("mps") == ("mps", "requested")
 
 
 @pytest.mark.parametrize(
     ("name", "has", "available"), [("cuda", {"mps": True}, "mps, cpu"), ("mps", {}, "cpu")]
 )
-def test_an_absent_device_is_an_error_that_says_what_is_available(machine, name, has, available):
+def test_an_unavailable_device_is_an_error_that_lists_the_available_ones(
+    machine, name, has, available
+):
     machine(**has)
     with pytest.raises(UserError) as error:
         pick_device(name, key="hardware.accelerator")
     assert str(error.value) == (
-        f"hardware.accelerator: {name} was asked for, and PyTorch {torch.__version__} finds none here. Available: {available}. Take one of these, or auto."
+        f"hardware.accelerator: {name} is not available with PyTorch {torch.__version__} "
+        f"on this machine. Choose auto or one of: {available}."
     )
 
 
-def test_a_name_that_is_no_device_is_a_callers_mistake():
-    with pytest.raises(ValueError, match="device gpu is not one of auto, cpu, cuda, mps"):
+def test_an_unknown_device_name_is_a_value_error():
+    with pytest.raises(ValueError, match="device must be one of auto, cpu, cuda, mps, got gpu"):
         pick_device("gpu")
 
 
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="another C library's malloc is left alone"
-)
-def test_memory_that_was_let_go_is_taken_again_without_page_faults():
-    """64 MB are 15,625 pages of 4 kB. Left alone, glibc maps a block of that size anew each time; kept, its pages are there."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is changed")
+def test_freed_memory_is_reused_without_page_faults():
+    """64 MB are 15,625 pages of 4 kB. By default glibc maps a block of that size anew each time."""
     code = """
 import resource
 from tinylm.common.device import keep_freed_memory

@@ -426,7 +426,7 @@ def test_a_full_disk_is_said(save, tmp_path, monkeypatch):
 
 def test_a_package_that_is_missing_is_named():
     with pytest.raises(
-        UserError, match="ggufff is not installed, and this needs it. pip install ggufff."
+        UserError, match="ggufff: this package is needed and is not installed. pip install ggufff."
     ):
         require_package("ggufff")
 

@@ -205,7 +205,7 @@ def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     """F8."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match="peft is not installed, and this needs it. pip install peft."
+        UserError, match="peft: this package is needed and is not installed. pip install peft."
     ):
         attach(ours(), LORA, seed=0)
 

@@ -236,7 +236,7 @@ def test_damaged_gzip_data_name_their_file(write, damage):
         "a.txt.gz",
         damage(gzip.compress(b"".join(b"line %d of the text\n" % (i * i) for i in range(99)))),
     )
-    assert refusal(path).startswith(f"{path}: damaged or cut-off gzip data (")
+    assert refusal(path).startswith(f"{path}: damaged or truncated gzip data (")
 
 
 def parquet(columns: dict[str, object], row_group_size: int = 2) -> bytes:
@@ -510,7 +510,7 @@ def test_without_a_network_a_hub_name_fails_at_once_and_says_how_to_go_on(monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     message = refusal("owner/name")
     assert message.startswith(
-        "data.dataset: owner/name: nothing here has that name, and huggingface.co cannot be reached (Network is unreachable)."
+        "data.dataset: owner/name: not found on this machine, and huggingface.co cannot be reached (Network is unreachable)."
     )
     assert "Give a local file or folder as data.dataset." in message
 

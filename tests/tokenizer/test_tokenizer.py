@@ -896,7 +896,7 @@ def test_without_a_network_a_name_fails_at_once_and_says_how_to_go_on(monkeypatc
         load("some-owner/some-model")
     assert time.monotonic() - start < 2
     assert (
-        "some-owner/some-model: nothing here has that name, and huggingface.co cannot be reached (Network is unreachable)."
+        "some-owner/some-model: not found on this machine, and huggingface.co cannot be reached (Network is unreachable)."
         in str(caught.value)
     )
     assert "Give a local folder with tokenizer.json, or vocab.json and merges.txt." in str(

@@ -74,7 +74,7 @@ def test_the_plan_is_printed_and_nothing_written(
         r"\d+s of steps, validation not counted \(\S+ tokens/s measured, \d+% of the FLOPs of bare matrix products\)",
         rows["time"],
     )
-    assert err.startswith("device: cpu (asked for)")
+    assert err.startswith("device: cpu (requested)")
     assert left(tmp_path) == set()
 
 

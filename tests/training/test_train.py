@@ -100,7 +100,7 @@ def test_a_run_leaves_checkpoints_metrics_and_says_what_is_next(
     assert sorted(curve(tmp_path, "val_loss")) == [3, 6]
     output = capsys.readouterr()
     assert output.out == f"{folder / 'final.ckpt'}\n"
-    assert output.err.startswith("device: cpu (asked for)")
+    assert output.err.startswith("device: cpu (requested)")
     assert f"next: python infer.py --ckpt {folder / 'final.ckpt'}" in output.err
     # 64 tokens a step; 6 N + 12 L H K T with N = 16*48 + 16*16 + 16*128 + 64*16 + 16*260 = 8256 weights that multiply
     assert "FLOPs a token, 64 tokens a step, 6 steps" in output.err
@@ -728,7 +728,7 @@ def test_one_infinite_gradient_stops_before_the_step(
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("hardware.accelerator=cuda", "hardware.accelerator: cuda was asked for"),
+        ("hardware.accelerator=cuda", "hardware.accelerator: cuda is not available"),
         (
             "hardware.precision=16",
             "hardware.precision: 16 needs CUDA, and this run is on cpu. Set hardware.precision to 32 or bf16.",

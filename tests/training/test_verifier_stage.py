@@ -133,7 +133,7 @@ def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsy
     output = capsys.readouterr()
     final = tmp_path / "checkpoints" / "final.ckpt"
     assert output.out == f"{final}\n"
-    assert output.err.startswith("device: cpu (asked for)")
+    assert output.err.startswith("device: cpu (requested)")
     assert "problems with " in output.err and "8 problems a step, 150 steps" in output.err
     assert (
         output.err.splitlines()[-1]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tinylm.cli.text_flags import TEXT_FLAGS, add_text_flags, require_positive, text_source
 from tinylm.common.console import progress_bar
-from tinylm.common.errors import UserError, calling, printable
+from tinylm.common.errors import UserError, printable, rename_settings
 
 if TYPE_CHECKING:
     from tinylm.tokens.encode import Recipe
@@ -66,7 +66,7 @@ for example:
     )
 
 
-@calling(ENCODE_FLAGS)
+@rename_settings(ENCODE_FLAGS)
 def run(arguments: argparse.Namespace) -> int:
     """Write the token file, report its content, and print its path."""
     from tinylm.text.sources import BIN, NPY

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tinylm.cli.text_flags import TEXT_FLAGS, add_text_flags, require_positive, text_source
 from tinylm.common.console import progress_bar
-from tinylm.common.errors import UserError, calling, printable
+from tinylm.common.errors import UserError, printable, rename_settings
 
 if TYPE_CHECKING:
     from tinylm.tokenizer.base import Tokenizer
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     return arguments.action(arguments)
 
 
-@calling(TRAIN_FLAGS)
+@rename_settings(TRAIN_FLAGS)
 def train(arguments: argparse.Namespace) -> int:
     """Train a tokenizer, write its files, and print their folder."""
     from tinylm.tokenizer.bpe import Rules, check_request, learn_bpe, require_writable
@@ -160,7 +160,7 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@calling(TEXT_FLAGS)
+@rename_settings(TEXT_FLAGS)
 def compare(arguments: argparse.Namespace) -> int:
     """Print a table with one row per tokenizer; the exit code is 2 if one could not be opened."""
     from rich.table import Table
@@ -206,14 +206,14 @@ def open_tokenizers(names: list[str]) -> tuple[dict[str, "Tokenizer"], list[User
     tokenizers, errors = {}, []
     for name in names:
         try:
-            with calling(TOKENIZER_FLAGS):
+            with rename_settings(TOKENIZER_FLAGS):
                 tokenizers[name] = named_tokenizer(name)
         except UserError as error:
             errors.append(error)
     return tokenizers, errors
 
 
-@calling(TOKENIZER_FLAGS)
+@rename_settings(TOKENIZER_FLAGS)
 def show(arguments: argparse.Namespace) -> int:
     """Print the tokens of a text separated by bars, their ids, and their number."""
     from rich.text import Text

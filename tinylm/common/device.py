@@ -1,10 +1,10 @@
-"""Which device the work runs on, and why: picked once, said first. And what the CPU needs to train fast."""
+"""The device of a run, with the reason for the choice, and the allocator setting that a fast CPU step needs."""
 
 import ctypes
 import platform
 from typing import TYPE_CHECKING
 
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -13,59 +13,59 @@ if TYPE_CHECKING:
 NAMES = ("auto", "cpu", "cuda", "mps")
 
 
-def half_of(precision: str) -> "torch.dtype | None":
-    """What hardware.precision makes products in under autocast: torch's type, None for 32."""
+def autocast_dtype(precision: str) -> "torch.dtype | None":
+    """The dtype of matrix products under autocast for a hardware.precision; None for 32."""
     import torch
 
     return {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 def pick_device(name: str, *, key: str = "--device") -> tuple[str, str]:
-    """The device that `name` means on this machine, and the reason in words; auto takes CUDA, else MPS, else the CPU.
+    """The device for `name` on this machine, and the reason; auto takes CUDA, else MPS, else the CPU.
 
     Args:
         name: auto, cpu, cuda or mps.
-        key: the flag or setting that `name` came from, for the error.
+        key: the flag or setting that `name` comes from, for the error.
 
     Raises:
-        UserError: CUDA or MPS was asked for and this machine or this build of PyTorch has none.
+        UserError: CUDA or MPS is requested and this machine, or this build of PyTorch, has none.
     """
     if name not in NAMES:
-        raise ValueError(f"device {printable(name)} is not one of {', '.join(NAMES)}")
-    import torch  # late: it costs a second, and --help must not pay it
+        raise ValueError(f"device must be one of {', '.join(NAMES)}, got {name}")
+    import torch  # late: it takes a second, which --help must not pay
 
-    found = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    available = [device for device, there in found.items() if there]
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
     if name == "auto":
-        device = available[0]
-        return device, {
+        reasons = {
             "cuda": "CUDA is available",
             "mps": "MPS is available, CUDA is not",
-            "cpu": "neither CUDA nor MPS here",
-        }[device]
+            "cpu": "neither CUDA nor MPS is available",
+        }
+        return available[0], reasons[available[0]]
     if name not in available:
-        raise UserError(
-            f"{key}: {name} was asked for, and PyTorch {torch.__version__} finds none here. Available: {', '.join(available)}. Take one of these, or auto."
-        )
-    return name, "asked for"
+        problem = f"{name} is not available with PyTorch {torch.__version__} on this machine"
+        raise UserError(key, problem, f"Choose auto or one of: {', '.join(available)}")
+    return name, "requested"
 
 
-# Names of glibc's malloc.h, which Python does not have.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Names from glibc's malloc.h, which Python does not have.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep what a training step frees, for the next step, and not give it back to the kernel.
+    """Let this process keep the memory that a training step frees, for the next step.
 
-    A step on the CPU frees all its activations, and glibc would return the pages, which the next step then faults in
-    anew, zeroed: a seventh of a bf16 step (docs/LOG.md). Other C libraries are left alone.
+    A step on the CPU frees all its activations. By default glibc returns those pages to the kernel, and the next step
+    faults them in again, zeroed: a seventh of a bf16 step (docs/LOG.md). Other C libraries are left alone.
     """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        # The second is the most that glibc before 2.35 takes; a tensor beyond the threshold is mapped and unmapped each time.
-        _ = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)
-        mallopt(_M_TRIM_THRESHOLD, -1)
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    # 2**25 is the most that glibc before 2.35 accepts; a larger tensor is then mapped and unmapped each time.
+    _ = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)
+    mallopt(_M_TRIM_THRESHOLD, -1)

@@ -1,10 +1,12 @@
+"""Names on the Hugging Face hub, and a quick answer if it cannot be reached."""
+
 import os
 import re
 import socket
 import urllib.request
 from urllib.parse import urlsplit
 
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError
 
 HUB_TIMEOUT_SECONDS = 5.0
 # training.init_from: hf:NAME is a Hugging Face model, any other value the path of a checkpoint.
@@ -12,50 +14,50 @@ HF_PREFIX = "hf:"
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether `text` can be a name on the Hugging Face hub (gpt2, owner/name) and is not a path into a folder that exists.
+    """Whether `text` can be a name on the hub (gpt2, owner/name) and is not a path into an existing folder.
 
     >>> is_hub_name("gpt2"), is_hub_name("../gpt2"), is_hub_name("a/b/c")
     (True, False, False)
     """
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text, re.ASCII) is None:
+        return False
     owner, slash, _ = text.partition("/")
-    # os.path, because Path.is_dir raises for a name that is too long.
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text, re.ASCII) is not None and not (
-        slash and os.path.isdir(owner)
-    )
+    # os.path: Path.is_dir raises for a name that is too long
+    return not (slash and os.path.isdir(owner))
 
 
-def require_hub(what: str, mend: str) -> None:
-    """Raise a UserError at once where the Hugging Face hub cannot be reached; its library would try for half a minute.
+def require_hub(where: object, fix: str) -> None:
+    """Raise a UserError within seconds if the hub cannot be reached; its own library retries for half a minute.
 
-    With HF_HUB_OFFLINE=1 the library reads its cache alone, and with a proxy only the library knows the way: then
-    nothing is checked here.
+    Not checked with HF_HUB_OFFLINE=1, when the library reads only its cache, and behind a proxy, which only the
+    library knows how to use.
+
+    Args:
+        where: the setting or file, and the name that would be downloaded, as `UserError` takes them.
+        fix: what to give in place of the name.
     """
     from huggingface_hub import constants
 
     endpoint = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return
+    host = endpoint.hostname or ""
+    port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
     try:
-        socket.create_connection(
-            (endpoint.hostname or "", endpoint.port or (443 if endpoint.scheme == "https" else 80)),
-            HUB_TIMEOUT_SECONDS,
-        ).close()
+        socket.create_connection((host, port), HUB_TIMEOUT_SECONDS).close()
     except OSError as error:
-        found = f"nothing here has that name, and {endpoint.hostname} cannot be reached ({error.strerror or error})"
+        problem = (
+            f"not found on this machine, and {host} cannot be reached ({error.strerror or error})"
+        )
         raise UserError(
-            f"{what}: {found}. {mend} What was downloaded before is used with HF_HUB_OFFLINE=1."
+            where,
+            problem,
+            f"{fix.removesuffix('.')}. If it was downloaded before, set HF_HUB_OFFLINE=1",
         ) from None
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What the Hugging Face libraries raise where the network fails: an OSError, or one of their HTTP library that is none."""
-    from huggingface_hub.errors import (
-        HTTPError,
-    )  # of httpx or httpx2, whichever this version of it uses
+    """The errors of the Hugging Face libraries when the network fails: OSError, and that of their HTTP library."""
+    from huggingface_hub.errors import HTTPError  # httpx's or httpx2's, depending on the version
 
     return OSError, HTTPError
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, to stand in one of ours."""
-    return printable(str(error).strip().partition("\n")[0]).rstrip(".") or type(error).__name__

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tinylm.checkpoint.load import Loaded, load_model
-from tinylm.common.errors import UserError, printable, require_package, writing
-from tinylm.common.hub import HF_PREFIX, first_line
+from tinylm.common.errors import UserError, first_line, printable, require_package, writing
+from tinylm.common.hub import HF_PREFIX
 from tinylm.config.schema import SamplingConfig
 from tinylm.interchange import architectures
 from tinylm.interchange.peft import save_adapter

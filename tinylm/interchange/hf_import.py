@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from tinylm.checkpoint import format as checkpoint_format
-from tinylm.common.errors import UserError, printable, reading, require_package
-from tinylm.common.hub import first_line, hub_errors, is_hub_name, require_hub
+from tinylm.common.errors import UserError, first_line, printable, reading, require_package
+from tinylm.common.hub import hub_errors, is_hub_name, require_hub
 from tinylm.config.schema import Config
 from tinylm.interchange import architectures
 from tinylm.model.decoder import Decoder

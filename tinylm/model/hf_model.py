@@ -24,8 +24,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from tinylm.common.errors import UserError, printable, require_package
-from tinylm.common.hub import first_line, hub_errors, is_hub_name, require_hub
+from tinylm.common.errors import UserError, first_line, printable, require_package
+from tinylm.common.hub import hub_errors, is_hub_name, require_hub
 from tinylm.config.schema import ModelConfig
 from tinylm.model.decoder import Features, positions_in_documents
 from tinylm.tokenizer.hf import OLDER_VOCABULARIES, TOKENIZER_FILES

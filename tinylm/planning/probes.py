@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylm.common.device import half_of
+from tinylm.common.device import autocast_dtype
 from tinylm.common.errors import Diverged
 from tinylm.config.schema import Config
 from tinylm.model.decoder import Decoder, Features
@@ -32,7 +32,7 @@ Batch = dict[str, Any]
 
 def autocast(config: Config, device: str) -> Any:
     """The arithmetic that hardware.precision asks for, as a context."""
-    dtype = half_of(config.hardware.precision)
+    dtype = autocast_dtype(config.hardware.precision)
     return nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
 
 
@@ -252,6 +252,6 @@ def _timed(work: Any) -> float:
 def matrix_rate(config: Config, device: str, *, side: int = 1024, rounds: int = 8) -> float:
     """Floating-point operations a second of the best of some square matrix products in the run's arithmetic."""
     matrix = torch.randn(
-        side, side, device=device, dtype=half_of(config.hardware.precision) or torch.float32
+        side, side, device=device, dtype=autocast_dtype(config.hardware.precision) or torch.float32
     )
     return 2 * side**3 / min(_timed(lambda: matrix @ matrix) for _ in range(rounds))

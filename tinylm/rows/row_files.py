@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinylm.common.errors import UserError, printable, reading, require_regular
-from tinylm.common.hub import first_line
+from tinylm.common.errors import UserError, first_line, printable, reading, require_regular
 from tinylm.config.schema import DataConfig
 from tinylm.text.documents import is_blank, jsonl_rows, kind_of, parquet_rows, text_lines
 from tinylm.text.sources import HubDataset, Kinds, files_in

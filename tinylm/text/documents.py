@@ -10,8 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from tinylm.common.errors import UserError, printable, reading, require_regular
-from tinylm.common.hub import first_line
+from tinylm.common.errors import UserError, first_line, printable, reading, require_regular
 
 T = TypeVar("T")
 # A line without end is a binary file or a device, not a document.

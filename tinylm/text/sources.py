@@ -21,8 +21,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinylm.common.errors import UserError, printable, reading, reason, require_regular
-from tinylm.common.hub import first_line, hub_errors, is_hub_name, require_hub
+from tinylm.common.errors import UserError, first_line, printable, reading, reason, require_regular
+from tinylm.common.hub import hub_errors, is_hub_name, require_hub
 from tinylm.config.schema import DataConfig
 from tinylm.text.documents import DAMAGED, RESUMES, _import, _no_column, _texts, file_documents
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from tinylm.common.errors import UserError, printable
-from tinylm.common.hub import first_line, hub_errors, is_hub_name, require_hub
+from tinylm.common.errors import UserError, first_line, printable
+from tinylm.common.hub import hub_errors, is_hub_name, require_hub
 from tinylm.text.documents import reject_lone_surrogates
 from tinylm.tokenizer.base import BytesStream, StreamDecoder, Tokenizer
 from tinylm.tokenizer.bpe_fast import FastBpe, fast_bpe, word_pattern

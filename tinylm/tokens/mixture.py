@@ -17,7 +17,7 @@ from itertools import accumulate, compress, zip_longest
 
 import numpy as np
 
-from tinylm.common.errors import UserError, calling, printable
+from tinylm.common.errors import UserError, printable, rename_settings
 from tinylm.common.processes import Progress
 from tinylm.config.schema import DataConfig
 from tinylm.text.sources import Source, is_token_file
@@ -115,7 +115,7 @@ def _naming(data: DataConfig, number: int) -> AbstractContextManager[None]:
     return (
         nullcontext()
         if data.mix is None
-        else calling({"data.dataset": f"data.mix[{number}].dataset"})
+        else rename_settings({"data.dataset": f"data.mix[{number}].dataset"})
     )
 
 

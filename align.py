@@ -610,7 +610,7 @@ def sample(loaded: "Loaded", prompt: str) -> str:
     from infer import put
     from tinylm.config.schema import SamplingConfig
     from tinylm.generate.engine import Engine
-    from tinylm.rows.templates import make_template
+    from tinylm.rows.template_factory import make_template
 
     engine = Engine(loaded.model, loaded.tokenizer)
     template = None if loaded.template is None else make_template(loaded.template, loaded.tokenizer)

@@ -32,7 +32,8 @@ from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
 from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.row_files import NAMED_PLACES, resolve_dataset
 from tinylm.rows.sft import Report, build_examples, shared_examples, shared_questions
-from tinylm.rows.templates import Template, make_template
+from tinylm.rows.template_factory import make_template
+from tinylm.rows.templates import Template
 from tinylm.text.splits import Which, train_documents
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import encode_documents, source_fingerprint

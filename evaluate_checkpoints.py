@@ -410,7 +410,7 @@ def open_checkpoint(subject: Subject, device: str, tokenizer: str) -> Opened:
     from infer import choose_tokenizer
     from tinylm.checkpoint.load import load_model
     from tinylm.generate.engine import Engine
-    from tinylm.rows.templates import make_template
+    from tinylm.rows.template_factory import make_template
 
     loaded = load_model(subject.paths[0], device)
     if not all(weight.isfinite().all() for weight in loaded.model.parameters()):

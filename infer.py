@@ -127,7 +127,7 @@ def put(
     prompt: str, engine: "Engine", template: "Template | None", system: str | None
 ) -> "tuple[Prompt, tuple[int, ...]]":
     """The prompt as the model reads it, and the tokens that end its answer beside EOS."""
-    from tinylm.rows.templates import Turn
+    from tinylm.rows.conversation import Turn
 
     if template is None:
         return engine.encode_prompt(prompt), ()
@@ -503,7 +503,7 @@ def load(arguments: argparse.Namespace, device: str) -> "Loaded":
 def newest_answering(folder: Path) -> Path:
     """The newest sound checkpoint of each folder of runs in `folder`, itself included, that was taught to answer; the latest of them."""
     from tinylm.checkpoint.format import describe, latest_valid
-    from tinylm.rows.templates import CHAT_STAGES
+    from tinylm.rows.conversation import CHAT_STAGES
 
     below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     newest = [
@@ -531,7 +531,7 @@ def find_template(
     Raises:
         UserError: --chat or --system was given, and there is none.
     """
-    from tinylm.rows.templates import make_template
+    from tinylm.rows.template_factory import make_template
 
     if loaded.template is not None and not arguments.no_wrap:
         otherwise = "" if arguments.chat else "; --no-wrap continues the prompt as it stands"

@@ -37,7 +37,8 @@ from tinylm.config.schema import Config
 from tinylm.generate.engine import Engine
 from tinylm.model.lora import adapter_weights
 from tinylm.optim.schedule import should_stop
-from tinylm.rows.templates import CHAT_STAGES, Turn, make_template
+from tinylm.rows.conversation import CHAT_STAGES, Turn
+from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.base import Tokenizer
 
 COLUMNS = (

@@ -23,7 +23,7 @@ from tinylm.eval.tasks.task import TaskExample
 from tinylm.eval.verifier_scoring import VerifierScorer
 from tinylm.generate.engine import Engine, Piece
 from tinylm.model.verifier import Verifier
-from tinylm.rows.templates import Turn
+from tinylm.rows.conversation import Turn
 from tinylm.tokenizer.byte_char import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -131,7 +131,7 @@ def test_labels_leave_nothing_to_choose() -> None:
         best_of_n(Choir({}), Oracle(), TASKS["sst2"], EXAMPLES, 4)
 
 
-# --- the programs -----------------------------------------------------------------------------------------------------
+# --- the programs ---
 
 
 @pytest.fixture

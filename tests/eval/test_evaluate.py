@@ -16,7 +16,8 @@ from tinylm.eval.task_scores import evaluate_task, format_ranks
 from tinylm.eval.tasks import PAIRS, TASKS
 from tinylm.eval.tasks.task import TaskExample
 from tinylm.generate.engine import Engine, Piece, Prompt, Score
-from tinylm.rows.templates import Turn, make_template
+from tinylm.rows.conversation import Turn
+from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 
 BYTES = ByteTokenizer()
@@ -52,7 +53,7 @@ def example(question: str, target: str, given: str = "") -> TaskExample:
     )
 
 
-# --- scores read together ---------------------------------------------------------------------------------------------
+# --- scores read together ---
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -92,7 +93,7 @@ def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt():
         engine.fit_pair([], [1])
 
 
-# --- cases ------------------------------------------------------------------------------------------------------------
+# --- cases ---
 
 
 def test_a_case_that_cannot_be_asked_is_a_failure_in_its_place():
@@ -197,7 +198,7 @@ def test_a_mistake_in_a_case_file_is_named_by_line_and_key(tmp_path, text, messa
         read_cases(path)
 
 
-# --- tasks: labels ----------------------------------------------------------------------------------------------------
+# --- tasks: labels ---
 
 SST2 = [
     example("which?", label, given)
@@ -269,7 +270,7 @@ def test_a_label_in_a_template_is_scored_with_the_tokens_of_training(monkeypatch
     assert [(list(pair.ids), pair.n_target) for pair in asked] == expected
 
 
-# --- tasks: answers in words ------------------------------------------------------------------------------------------
+# --- tasks: answers in words ---
 
 
 def test_answers_are_graded_and_the_wrong_ones_kept():
@@ -351,7 +352,7 @@ def test_prompts_that_lose_their_beginning_are_counted():
     )
 
 
-# --- ranks ------------------------------------------------------------------------------------------------------------
+# --- ranks ---
 
 
 def test_places_by_their_definition():

@@ -112,7 +112,7 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch):
         check_tasks(["x"], None)
 
 
-# --- the whole way ----------------------------------------------------------------------------------------------------
+# --- the whole way ---
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ LABELS = st.lists(
 )
 
 
-# --- one answer -------------------------------------------------------------------------------------------------------
+# --- one answer ---
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_rouge_without_its_library_says_what_to_install(monkeypatch):
         rouge("a", "a")
 
 
-# --- many answers -----------------------------------------------------------------------------------------------------
+# --- many answers ---
 
 
 @given(LABELS)

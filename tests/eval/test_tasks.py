@@ -13,7 +13,7 @@ from tinylm.eval.tasks import PAIRS, TASKS, data
 from tinylm.eval.tasks.data import find_task, load_task
 from tinylm.eval.tasks.task import draw_shots
 from tinylm.rows import columns, row_files
-from tinylm.rows.templates import Turn
+from tinylm.rows.conversation import Turn
 
 EVERY_TASK = [*TASKS.values(), PAIRS]
 
@@ -35,7 +35,7 @@ def problems(n: int, start: int = 0) -> list[dict]:
     ]
 
 
-# --- every task -------------------------------------------------------------------------------------------------------
+# --- every task ---
 
 
 def test_the_names_are_those_of_the_setting():
@@ -97,7 +97,7 @@ def test_chance_is_the_most_frequent_label_or_another_examples_target():
     assert TASKS["gsm8k"].chance(["#### 7"]) == {}
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- rows ---
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_a_task_and_another_word_on_its_rows_contradict_each_other(name, value):
         DataConfig.model_validate({"task": "sst2", name: value})
 
 
-# --- examples ---------------------------------------------------------------------------------------------------------
+# --- examples ---
 
 
 def test_solved_examples_of_one_file_are_never_asked(tmp_path):

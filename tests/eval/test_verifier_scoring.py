@@ -17,8 +17,8 @@ from tinylm.eval.sampled_answers import cached_answers
 from tinylm.eval.tasks import TASKS
 from tinylm.eval.verifier_scoring import VerifierScorer
 from tinylm.model.verifier import Verifier
+from tinylm.rows.conversation import Turn
 from tinylm.rows.numbers import corrupt_number
-from tinylm.rows.templates import Turn
 from tinylm.rows.verifier_data import (
     GradedAnswer,
     Problem,
@@ -51,7 +51,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-# --- rows to problems -------------------------------------------------------------------------------------------------
+# --- rows to problems ---
 
 
 def test_a_row_of_gsm8k_is_a_problem_without_the_calculators_notes(tmp_path):
@@ -137,7 +137,7 @@ def test_samples_that_do_not_fit_are_left_out():
     assert kept.samples == (short,)
 
 
-# --- answers ----------------------------------------------------------------------------------------------------------
+# --- answers ---
 
 
 def test_wrong_answers_depend_on_the_seed_alone():
@@ -168,7 +168,7 @@ def test_what_a_model_answers_is_right_by_its_last_number():
     )
 
 
-# --- pairs ------------------------------------------------------------------------------------------------------------
+# --- pairs ---
 
 
 @given(
@@ -260,7 +260,7 @@ def test_a_judge_reads_each_answer_as_training_shows_it():
     )
 
 
-# --- batches of a run -------------------------------------------------------------------------------------------------
+# --- batches of a run ---
 
 
 @pytest.fixture
@@ -355,7 +355,7 @@ def test_validation_asks_every_problem_once_and_is_the_same_each_time(data, conf
     )
 
 
-# --- answers that are kept ---------------------------------------------------------------------------------------------
+# --- answers that are kept ---
 
 
 def test_answers_that_were_written_are_not_written_again(tmp_path):

@@ -32,7 +32,8 @@ from tinylm.interchange.hf_import import import_hf
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import target_layers
-from tinylm.rows.templates import Turn, make_template
+from tinylm.rows.conversation import Turn
+from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe import Bpe
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer

@@ -23,6 +23,7 @@ from tinylm.objectives.preferences import (
     log_probs_of,
     score_pairs,
 )
+from tinylm.rows.conversation import Turn
 from tinylm.rows.preferences import (
     PairReport,
     Preference,
@@ -30,7 +31,7 @@ from tinylm.rows.preferences import (
     build_pairs,
     parse_preference,
 )
-from tinylm.rows.templates import Turn, make_template
+from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.packing import IGNORE_INDEX, row_of_examples
 

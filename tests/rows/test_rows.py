@@ -10,9 +10,10 @@ import pytest
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ROW_COLUMNS, DataConfig
 from tinylm.rows.columns import COLUMNS, parse_conversation, unread_text_columns
+from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.row_files import TINY_ROWS, build_corpus_from_sources, read_rows, resolve_dataset
 from tinylm.rows.sft import Report, build_examples, shared_examples, shared_questions
-from tinylm.rows.templates import Conversation, Turn, make_template
+from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 from tinylm.tokens.packing import Example
@@ -44,7 +45,7 @@ def both(data: DataConfig) -> tuple[list, list]:
     return list(read_rows(data, "train", 0)), list(read_rows(data, "val", 0))
 
 
-# --- where rows come from ---------------------------------------------------------------------------------------------
+# --- where rows come from ---
 
 
 def test_a_row_is_known_by_its_file_and_line(write):
@@ -198,7 +199,7 @@ def test_a_setting_without_a_use_here_is_refused(setting, value):
         resolve_dataset(DataConfig.model_validate({setting: value}))
 
 
-# --- S0's folder ------------------------------------------------------------------------------------------------------
+# --- S0's folder ---
 
 
 def test_messages_and_instructions_in_a_folder_become_triplets(write, tmp_path):
@@ -259,7 +260,7 @@ def test_a_folder_with_rows_is_itself(write):
     assert build_corpus_from_sources(folder) == (folder, None)
 
 
-# --- what a row says --------------------------------------------------------------------------------------------------
+# --- what a row says ---
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -423,7 +424,7 @@ def test_a_row_that_is_no_conversation_is_named_by_its_key(row, settings, messag
     assert message in str(refused.value)
 
 
-# --- examples ---------------------------------------------------------------------------------------------------------
+# --- examples ---
 
 
 def made_of(

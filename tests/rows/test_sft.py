@@ -61,7 +61,7 @@ def equal(a: Batch, b: Batch) -> bool:
     )
 
 
-# --- order ------------------------------------------------------------------------------------------------------------
+# --- order ---
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_validation_takes_every_example_once_and_fills_up_with_padding(load: Any
     )
 
 
-# --- what the loss sees -----------------------------------------------------------------------------------------------
+# --- what the loss sees ---
 
 
 def loss_of(config: Config, decoder: Decoder) -> tuple[float, int, torch.Tensor]:
@@ -201,7 +201,7 @@ def test_packing_saves_rows(load: Any) -> None:
     assert len(packed._rows(packed.train_examples)) < 0.6 * len(padded._rows(padded.train_examples))
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- what is said ---
 
 
 def test_one_line_describes_the_data(load: Any, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_fingerprints_tell_what_is_trained_on(load: Any, change: dict) -> None:
     assert same["val"] != other["val"]
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
+# --- a run ---
 
 
 def tune(config: Config, resume: bool = True) -> int:

@@ -1,4 +1,4 @@
-"""Prompt templates: what they write, what of it is trained, and what a text can never become."""
+"""Prompt templates: what they write, what is trained, and that no text becomes a special token."""
 
 import pytest
 from hypothesis import given, settings
@@ -7,31 +7,33 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from tinylm.common.errors import UserError
+from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.sandbox import Sandbox
-from tinylm.rows.templates import Conversation, Template, Turn, make_template
+from tinylm.rows.template_factory import make_template
+from tinylm.rows.templates import Template
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 
-# In the manner of Qwen: the answer's end is a special token, and a line end stands behind it.
+# Like Qwen's: the answer ends with a special token, followed by a newline.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# In the manner of Llama 2: no opening of the answer, texts are trimmed, and a system's words go into the first question.
+# Like Llama 2's: no start of an answer, texts are trimmed, and the system turn goes into the first question.
 INST = (
     "{% set ns = namespace(system='') %}{% for m in messages %}"
     "{% if m.role == 'system' %}{% set ns.system = m.content %}"
     "{% elif m.role == 'user' %}{{ bos_token }}[INST] {{ ns.system }}{{ m.content | trim }} [/INST]"
     "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
 )
-# Marks its answers, and forgets those before the last one's thoughts, so that prefixes are no prefixes.
+# Marks its answers, and writes earlier answers differently, so that a shorter conversation is not a prefix.
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% if not loop.last %}(told) {% endif %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Marks the text alone, not the token behind it.
+# Marks the text alone, not the token that ends it.
 SHORT = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}</s>"
     "{% else %}<s>{{ m.content }}{% endif %}{% endfor %}"
@@ -40,7 +42,7 @@ SPECIALS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
 def hf_tokenizer(template: str | None = None) -> HFTokenizer:
-    """256 byte tokens and five specials."""
+    """256 byte tokens and five special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE({character: id for id, character in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,7 +55,7 @@ def case(name: str, tokenizer: Tokenizer) -> tuple[Template, Tokenizer]:
     return make_template(name, tokenizer), tokenizer
 
 
-# One process a chat template, for all tests.
+# One process for each chat template, for all tests.
 CASES = {
     "instruction, bytes": case("instruction", ByteTokenizer()),
     "instruction": case("instruction", hf_tokenizer()),
@@ -63,11 +65,11 @@ CASES = {
 }
 LAZY = {
     "chat_template, compared": CHATML,
-    "chat_template, without an opening": INST,
+    "chat_template, without a start": INST,
     "chat_template, marked": MARKED,
     "chat_template, marked short": SHORT,
 }
-# Each starts a process that imports transformers: one of them is enough for the quick tier.
+# Each starts a process that imports transformers: one is enough for the quick tier.
 LAZY_NAMES = [
     pytest.param(name, marks=[pytest.mark.slow] * (number > 0)) for number, name in enumerate(LAZY)
 ]
@@ -81,8 +83,8 @@ def template_of(name: str) -> tuple[Template, Tokenizer]:
     return CASES[name]
 
 
-def shown(ids: list[int], tokenizer: Tokenizer) -> str:
-    """Tokens as text, special ones by their names."""
+def render(ids: list[int], tokenizer: Tokenizer) -> str:
+    """Tokens as text, special tokens by name."""
     names = tokenizer.special_names
     return b"".join(
         names[id].encode() if id in names else tokenizer.token_bytes(id) for id in ids
@@ -90,29 +92,27 @@ def shown(ids: list[int], tokenizer: Tokenizer) -> str:
 
 
 def written(name: str, *turns: Turn) -> tuple[str, list[str]]:
-    """All that a template writes, and the stretches of it that are trained."""
+    """The text a template writes, and its trained spans."""
     template, tokenizer = template_of(name)
     example = template.encode(turns, tokenizer)
-    stretches: list[list[int]] = []
+    spans: list[list[int]] = []
     for place, (id, trained) in enumerate(zip(example.ids.tolist(), example.trained, strict=True)):
         if trained and not example.trained[place - 1]:
-            stretches.append([])
+            spans.append([])
         if trained:
-            stretches[-1].append(id)
-    return shown(example.ids.tolist(), tokenizer), [
-        shown(stretch, tokenizer) for stretch in stretches
-    ]
+            spans[-1].append(id)
+    return render(example.ids.tolist(), tokenizer), [render(span, tokenizer) for span in spans]
 
 
 SYSTEM, QUESTION, ANSWER = Turn("system", "Be brief."), Turn("user", "2+2?"), Turn("assistant", "4")
 AGAIN = (QUESTION, ANSWER, Turn("user", "Sure?"), Turn("assistant", "Yes"))
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- what is written ---
 
 
 def test_instruction_is_the_layout_of_s0():
-    """Instruction, input and output, each on its line, and <|sep|> on the last one."""
+    """Instruction, input and output on lines of their own, and <|sep|> at the end."""
     text, trained = written(
         "instruction, bytes",
         Turn("user", "classify if the SMS is spam or ham", "Free entry!"),
@@ -162,11 +162,11 @@ def test_chatml_closes_every_turn():
         ("A:\n", "4", "<s>A:\n4</s>"),
     ],
 )
-def test_plain_puts_a_line_end_where_the_data_have_no_white_space(question, answer, text):
+def test_plain_adds_a_newline_if_the_data_have_no_whitespace_there(question, answer, text):
     assert written("plain", Turn("user", question), Turn("assistant", answer))[0] == text
 
 
-def test_the_systems_words_stand_first():
+def test_the_system_turn_is_first():
     assert written("instruction, bytes", SYSTEM, QUESTION, ANSWER)[0].startswith(
         "### System: Be brief.\n### Instruction: 2+2?"
     )
@@ -178,7 +178,7 @@ def test_the_systems_words_stand_first():
 
 @pytest.mark.slow
 def test_a_chat_template_writes_what_transformers_writes():
-    """The oracle is transformers' own rendering and encoding of the same template by the same tokenizer."""
+    """Oracle: transformers renders and encodes the same template with the same tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
     for name, source in LAZY.items():
@@ -200,22 +200,22 @@ def test_a_chat_template_writes_what_transformers_writes():
         assert template.prompt_ids((SYSTEM, QUESTION), tokenizer) == asked
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
+# --- what is trained ---
 
 
 @every_template
-def test_every_answer_is_trained_and_closed_by_a_trained_token(name):
-    """The field's most repeated bug: an end that is masked, or that only the last answer has, gives a model that never stops."""
+def test_every_answer_is_trained_and_so_is_the_token_that_ends_it(name):
+    """The most common bug of fine-tuning: if the end is masked, or only the last answer has one, the model never stops."""
     template, tokenizer = template_of(name)
-    stop = shown([template.stop_ids(tokenizer)[0]], tokenizer)
+    stop = render([template.stop_ids(tokenizer)[0]], tokenizer)
     _, trained = written(name, SYSTEM, *AGAIN)
-    assert [stretch.removesuffix(stop).strip() for stretch in trained] == ["4", "Yes"]
-    assert all(stretch.endswith(stop) for stretch in trained)
+    assert [span.removesuffix(stop).strip() for span in trained] == ["4", "Yes"]
+    assert all(span.endswith(stop) for span in trained)
 
 
 @every_template
-def test_an_answer_ends_by_one_token_that_stands_nowhere_in_it(name):
-    """A sampler that stops at `stop_ids` gives exactly the answer."""
+def test_an_answer_ends_with_a_token_that_does_not_occur_in_it(name):
+    """So that a sampler that stops at `stop_ids` returns exactly the answer."""
     template, tokenizer = template_of(name)
     example = template.encode((QUESTION, ANSWER), tokenizer)
     answer = example.ids[example.trained].tolist()
@@ -243,7 +243,7 @@ conversations = st.builds(
 @given(conversation=conversations)
 @settings(max_examples=15, deadline=None)
 def test_a_prompt_is_what_training_showed_before_the_answer(name: str, conversation: Conversation):
-    """Token for token: the ids of the prompt open those of prompt and answer, and there the last trained stretch begins."""
+    """The ids of the prompt are the beginning of those of prompt and answer; the last trained span begins there."""
     template, tokenizer = template_of(name)
     prompt, example = (
         template.prompt_ids(conversation[:-1], tokenizer),
@@ -252,10 +252,10 @@ def test_a_prompt_is_what_training_showed_before_the_answer(name: str, conversat
     assert example.ids[: len(prompt)].tolist() == prompt
     assert not example.trained[len(prompt) - 1]
     last = example.trained[len(prompt) :]
-    assert last[0] and last[: last.sum()].all(), "one stretch, from where the prompt ends"
+    assert last[0] and last[: last.sum()].all(), "one span, from the end of the prompt"
 
 
-# --- what a text cannot become ----------------------------------------------------------------------------------------
+# --- no text becomes a special token ---
 
 
 @every_template
@@ -268,7 +268,7 @@ def test_a_prompt_is_what_training_showed_before_the_answer(name: str, conversat
 )
 @settings(max_examples=15, deadline=None)
 def test_a_user_who_types_special_tokens_types_characters(name: str, text: str):
-    """The special tokens are those of the same conversation about nothing in particular, and the text is all there."""
+    """The special tokens are those of a conversation with other texts, and the whole text is present."""
     template, tokenizer = template_of(name)
 
     def special(*turns: Turn) -> list[int]:
@@ -286,21 +286,21 @@ def test_a_user_who_types_special_tokens_types_characters(name: str, text: str):
 
 
 def test_the_guard_is_needed():
-    """Without it the user's words would end the user's turn: this is what the template's text says."""
+    """Without the guard the user could end the user's turn: markup in rendered text becomes a special token."""
     _, tokenizer = template_of("chat_template, compared")
     assert isinstance(tokenizer, HFTokenizer)
     ends = tokenizer.encode_markup("<|im_end|>")
     assert len(ends) == 1 and ends[0] in tokenizer.special_names
     assert tokenizer.encode("<|im_end|>") == [
         tokenizer.encode(character)[0] for character in "<|im_end|>"
-    ], "and is plain again afterwards"
+    ], "and is plain text again afterwards"
 
 
 @pytest.mark.parametrize(("specials", "opening"), [(["</s>"], []), (["<s>", "</s>"], ["<s>"])])
-def test_only_the_first_text_of_a_conversation_gets_a_space_of_its_own(
+def test_only_the_first_text_of_a_conversation_gets_a_prepended_space(
     specials: list[str], opening: list[str]
 ):
-    """Tokenizers in SentencePiece's manner put a space before a text, the first behind <s> too; the pieces of a conversation are one text."""
+    """SentencePiece-style tokenizers prepend a space to a text, also after <s>; the parts of a conversation are one text."""
     tokens = ["<unk>", *specials, "▁", "\n", "a", "b"]
     backend = Backend(models.BPE({token: id for id, token in enumerate(tokens)}, []))
     backend.pre_tokenizer, backend.decoder = (
@@ -316,7 +316,7 @@ def test_only_the_first_text_of_a_conversation_gets_a_space_of_its_own(
     assert [tokens[id] for id in ids] == [*opening, "▁", "a", "\n", "b", "</s>"]
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -324,48 +324,57 @@ def test_only_the_first_text_of_a_conversation_gets_a_space_of_its_own(
     [
         ((QUESTION, QUESTION, ANSWER), "turn 2: a second user turn in a row. Join the two"),
         ((QUESTION, ANSWER, ANSWER), "turn 3: a second assistant turn in a row."),
-        ((ANSWER,), "turn 1: assistant: no user turn stands before it."),
-        ((SYSTEM, ANSWER), "turn 2: assistant: no user turn stands before it."),
-        ((QUESTION, SYSTEM, ANSWER), "turn 2: system: only the first turn can be the system's."),
-        ((QUESTION,), "the last turn is not the assistant's"),
-        ((), "the last turn is not the assistant's"),
+        ((ANSWER,), "turn 1: an assistant turn must follow a user turn. Begin with"),
+        ((SYSTEM, ANSWER), "turn 2: an assistant turn must follow a user turn."),
+        (
+            (QUESTION, SYSTEM, ANSWER),
+            "turn 2: only the first turn can be a system turn. Move it, or remove it.",
+        ),
+        (
+            (QUESTION,),
+            "last turn: must be an assistant turn, or there is nothing to train on. Add the answer",
+        ),
+        (
+            (),
+            "last turn: must be an assistant turn, or there is nothing to train on. Add the answer",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["instruction", "chat_template, compared"])
-def test_turns_in_another_order_are_refused(name, turns, message):
+def test_turns_in_the_wrong_order_are_an_error(name, turns, message):
     template, tokenizer = template_of(name)
     with pytest.raises(UserError, match=f"^{message}"):
         template.encode(turns, tokenizer)
 
 
 @every_template
-def test_a_prompt_without_a_question_is_the_callers_mistake(name):
+def test_a_prompt_without_a_question_is_a_programming_error(name):
     template, tokenizer = template_of(name)
-    with pytest.raises(ValueError, match="ends with the user's turn"):
+    with pytest.raises(ValueError, match="a prompt must end with a user turn"):
         template.prompt_ids((QUESTION, ANSWER), tokenizer)
 
 
-def test_chatml_without_its_tokens_is_refused():
-    """Spelled out as text, the user could write them too."""
+def test_chatml_without_its_tokens_is_an_error():
+    """If they were written as text, a user could write them too."""
     with pytest.raises(
         UserError,
-        match=r"data.template: chatml needs the special token <\|im_start\|>, and the tokenizer \(byte\) has none. Set",
+        match=r"data.template: chatml needs the special token <\|im_start\|>, which the tokenizer \(byte\) does not have. Set",
     ):
         make_template("chatml", ByteTokenizer())
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "mend"),
+    ("tokenizer", "fix"),
     [
         (ByteTokenizer(), "instruction."),
         (hf_tokenizer(), "instruction or chatml, or tokenizer.path to a folder"),
     ],
 )
-def test_a_missing_chat_template_is_named(tokenizer, mend):
-    """Bytes have no markers of ChatML either, and no files that could bring a template."""
+def test_a_missing_chat_template_is_named(tokenizer, fix):
+    """The byte tokenizer has neither ChatML markers nor files that could contain a template."""
     with pytest.raises(
         UserError,
-        match=f"data.template: chat_template: the tokenizer .{tokenizer.kind}. has no chat template. Set data.template to {mend}",
+        match=f"data.template: chat_template: the tokenizer .{tokenizer.kind}. has no chat template. Set data.template to {fix}",
     ):
         make_template("chat_template", tokenizer)
 
@@ -376,19 +385,19 @@ def test_a_missing_chat_template_is_named(tokenizer, mend):
     [
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-            "puts no special token behind an answer",
+            "has no special token after an answer, so a model trained with it would not stop",
         ),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
-            "writes earlier turns in another way when more follow",
+            "writes earlier turns differently when more follow, so their answers cannot be found",
         ),
         (
             "{% for m in messages %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endfor %}",
-            "marks 2 answers in a conversation",
+            "marks 2 answers in a conversation with 1",
         ),
         (
             f"{{{{ '>' }}}}{SHORT.replace('{% generation %}', '> {% generation %}')}",
-            "begins an answer elsewhere than its prompt ends",
+            "does not begin an answer where its prompt ends",
         ),
         ("{% if %}", "Expected an expression, got 'end of statement block'"),
         (
@@ -397,17 +406,17 @@ def test_a_missing_chat_template_is_named(tokenizer, mend):
         ),
     ],
 )
-def test_a_chat_template_that_cannot_be_trained_with_is_refused(source, message):
+def test_a_chat_template_that_cannot_be_trained_with_is_an_error(source, message):
     with pytest.raises(UserError, match="^data.template: the tokenizer's chat template") as refused:
         make_template("chat_template", hf_tokenizer(source))
     assert message in str(refused.value)
 
 
-# --- a template is a program from elsewhere (H4) ----------------------------------------------------------------------
+# --- a template is an untrusted program (H4) ---
 
 
 def attack(source: str) -> str:
-    """What rendering a hostile template comes to."""
+    """The error of rendering a hostile template."""
     with pytest.raises(UserError) as refused:
         Sandbox(source, {}).render([([{"role": "user", "content": "hello"}], True)])
     return str(refused.value)
@@ -431,22 +440,22 @@ def attack(source: str) -> str:
             "{{ '%1000000000d' % 1 }}", "it needs too much memory", marks=pytest.mark.slow
         ),
         pytest.param(
-            "{{ 'x' * 10000000 }}", "it makes 10000000 characters of 5", marks=pytest.mark.slow
+            "{{ 'x' * 10000000 }}", "it writes 10000000 characters for 5", marks=pytest.mark.slow
         ),
         pytest.param(
             "{% for a in range(9999999) %}{% endfor %}", "Range too big", marks=pytest.mark.slow
         ),
     ],
 )
-def test_a_hostile_template_is_refused(source, message, tmp_path, monkeypatch):
+def test_a_hostile_template_is_an_error(source, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in attack(source)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_template_that_does_not_end_is_ended(monkeypatch):
-    """10^10 turns of a nested loop: the process is killed, this one lives, and another template renders after it."""
+def test_an_endless_template_is_killed(monkeypatch):
+    """10^10 iterations of a nested loop: its process is killed, and the sandbox renders again afterwards."""
     monkeypatch.setattr("tinylm.rows.sandbox.RENDER_SECONDS", 0.5)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     sandbox = Sandbox(
@@ -460,10 +469,10 @@ def test_a_template_that_does_not_end_is_ended(monkeypatch):
 
 @pytest.mark.slow
 def test_a_template_whose_process_dies_is_an_error(monkeypatch):
-    """As when the system ends it for want of memory."""
+    """As if the system had killed it, out of memory."""
     sandbox = Sandbox("{{ messages[0].content }}", {})
     assert sandbox.render([([{"role": "user", "content": "hello"}], True)]) == [("hello", [])]
     sandbox._process.kill()
     sandbox._process.join()
-    with pytest.raises(UserError, match="ended its process"):
+    with pytest.raises(UserError, match="ended its process, possibly out of memory"):
         sandbox.render([([{"role": "user", "content": "hello"}], True)])

@@ -17,7 +17,7 @@ from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel, find_hf_model, rebuild_hf_model
 from tinylm.model.lora import merge
 from tinylm.model.verifier import Verifier
-from tinylm.rows.templates import CHAT_STAGES
+from tinylm.rows.conversation import CHAT_STAGES
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.factory import tokenizer_from_plain
 

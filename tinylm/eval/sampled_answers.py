@@ -21,7 +21,7 @@ from tinylm.eval.best_of_n import sample_answers
 from tinylm.eval.task_scores import SAMPLE_TEMPERATURE
 from tinylm.eval.tasks import PAIRS, TASKS, TaskExample
 from tinylm.generate.engine import Engine
-from tinylm.rows.templates import make_template
+from tinylm.rows.template_factory import make_template
 from tinylm.rows.verifier_data import Problem, grade_samples
 
 

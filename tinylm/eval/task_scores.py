@@ -14,7 +14,8 @@ from tinylm.common.statistics import Measure
 from tinylm.config.schema import SamplingConfig
 from tinylm.eval.tasks import Task, TaskExample
 from tinylm.generate.engine import Completion, Engine, Pair, Prompt
-from tinylm.rows.templates import Conversation, Template, Turn
+from tinylm.rows.conversation import Conversation, Turn
+from tinylm.rows.templates import Template
 
 T = TypeVar("T")
 

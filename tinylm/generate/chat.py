@@ -6,7 +6,8 @@ Knows nothing of terminals and pages: `infer.py --chat` and others show what an 
 from dataclasses import dataclass, field
 
 from tinylm.generate.engine import Engine, Prompt
-from tinylm.rows.templates import Conversation, Template, Turn
+from tinylm.rows.conversation import Conversation, Turn
+from tinylm.rows.templates import Template
 
 # At least this share of the context is kept free for an answer, unless fewer tokens are wanted.
 ROOM_FOR_ANSWER = 0.5

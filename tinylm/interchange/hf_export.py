@@ -27,7 +27,8 @@ from tinylm.interchange import architectures
 from tinylm.interchange.peft import save_adapter
 from tinylm.model.decoder import Decoder, count_parameters
 from tinylm.model.hf_model import HFModel, HFSeq2Seq, quiet_transformers
-from tinylm.rows.templates import KNOWN_BOS_TOKENS, make_template
+from tinylm.rows.template_factory import make_template
+from tinylm.rows.templates import KNOWN_BOS_TOKENS
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE, require_new
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer

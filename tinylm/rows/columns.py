@@ -3,7 +3,7 @@ from typing import Any, Literal
 
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import DataConfig
-from tinylm.rows.templates import Conversation, Role, Turn
+from tinylm.rows.conversation import Conversation, Role, Turn
 from tinylm.text.documents import is_blank, kind_of, some_of
 
 Kind = Literal["alpaca", "prompt", "messages", "sharegpt", "sms"]

@@ -8,9 +8,10 @@ import numpy as np
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import DataConfig
 from tinylm.rows.columns import _Columns, _keys_of_turn, _text, _turn, _turns_in
+from tinylm.rows.conversation import Conversation, Role, Turn
 from tinylm.rows.row_files import NAMED_PLACES, read_rows
 from tinylm.rows.sft import _ASSISTANT, _HUMAN
-from tinylm.rows.templates import Conversation, Role, Template, Turn
+from tinylm.rows.templates import Template
 from tinylm.text.documents import is_blank, kind_of
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer

@@ -1,7 +1,7 @@
-"""Rendering a chat template, which is a program from elsewhere, without harm: in a process of its own, with limits.
+"""Render a chat template, an untrusted program, in a separate process with limits on time and memory.
 
-transformers' Jinja sandbox keeps a template from Python's internals, but not from a loop that does not end or a string of
-a gigabyte. So the process has little time and memory: it is ended, and the program lives on. Knows nothing of tokens.
+transformers' Jinja sandbox keeps a template from Python's internals, but not from an endless loop or a string of a
+gigabyte. So a template that takes too long is killed with its process, and the program continues. Knows no tokens.
 """
 
 import json
@@ -13,20 +13,22 @@ import weakref
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError
 
 RENDER_SECONDS = 5.0
-# Importing transformers takes a second, on a busy machine many.
+# Importing transformers takes a second, on a busy machine many seconds.
 START_SECONDS = 120.0
-# On top of what the process has when its libraries are loaded.
+# In addition to what the process uses once its libraries are loaded.
 MEMORY_BYTES = 2**28
 ANSWER_BYTES = 2**25
 
 Rendered = tuple[str, list[tuple[int, int]]]
+"""text, and the spans of its {% generation %} blocks"""
+_FIX = "Correct it, or set data.template to another"
 
 
 class Sandbox:
-    """One template, ready to render conversations; its process starts with the first of them."""
+    """One template, ready to render conversations; its process starts with the first one."""
 
     def __init__(self, template: str, variables: dict[str, str]):
         self._template, self._variables = template, variables
@@ -34,35 +36,35 @@ class Sandbox:
         self._connection: Connection | None = None
 
     def render(self, requests: list[tuple[list[dict[str, str]], bool]]) -> list[Rendered]:
-        """The text of each conversation and where in it the template's {% generation %} blocks stand.
+        """The text of each conversation, and the spans of the template's {% generation %} blocks in it.
 
         Args:
-            requests: messages, and whether the opening of an answer follows them.
+            requests: messages, and whether the start of an answer follows them.
 
         Raises:
-            UserError: the template is no Jinja, refuses these messages, reaches for what it may not have, or takes too long.
+            UserError: the template is not valid Jinja, rejects these messages, does what is not allowed, or takes too long.
         """
         if self._connection is None:
             self._start()
-        done = self._answer(requests, RENDER_SECONDS)
-        return [(text, [(start, end) for start, end in spans]) for text, spans in done]
+        rendered = self._request(requests, RENDER_SECONDS)
+        return [(text, [(start, end) for start, end in spans]) for text, spans in rendered]
 
     def _start(self) -> None:
-        # spawn: a fork of a process that runs threads can stand still for ever.
+        # spawn: a fork of a process that runs threads can deadlock.
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        self._connection, remote = context.Pipe()
         self._process = context.Process(
             target=_serve,
-            args=(theirs, self._template, self._variables, self.marks_answers),
+            args=(remote, self._template, self._variables, self.marks_answers),
             daemon=True,
         )
         self._process.start()
-        theirs.close()
+        remote.close()
         weakref.finalize(self, self._process.kill)
-        self._answer([], START_SECONDS)
+        self._request([], START_SECONDS)
 
-    def _answer(self, requests: list[Any], seconds: float) -> Any:
-        """What the process makes of the requests; if that is nothing, it is ended, and the next rendering starts another."""
+    def _request(self, requests: list[Any], seconds: float) -> Any:
+        """What the process renders; if it fails to answer it is killed, and the next rendering starts another."""
         assert self._connection is not None
         problem = f"took more than {seconds:g} seconds"
         try:
@@ -72,26 +74,24 @@ class Sandbox:
                 if "error" not in answer:
                     return answer["done"]
                 raise UserError(
-                    f"data.template: the tokenizer's chat template: {printable(answer['error'])}. Correct it, or set data.template to another."
+                    ("data.template", "the tokenizer's chat template"), answer["error"], _FIX
                 )
         except (EOFError, OSError):
-            problem = "ended its process, perhaps for want of memory"
+            problem = "ended its process, possibly out of memory"
         self._process.kill()
         self._connection = None
-        raise UserError(
-            f"data.template: the tokenizer's chat template {problem}. Correct it, or set data.template to another."
-        )
+        raise UserError("data.template", f"the tokenizer's chat template {problem}", _FIX)
 
 
 def _serve(
     connection: Connection, template: str, variables: dict[str, str], marks_answers: bool
 ) -> None:
-    """Render what comes in until the other side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the program's to answer
+    """Render requests until the other side closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is handled by the program
     try:
         from transformers.utils.chat_template_utils import render_jinja_template
     except ImportError:
-        _send(connection, {"error": "reading it needs transformers: pip install transformers"})
+        _send(connection, {"error": "needs transformers: pip install transformers"})
         return
     settings = {
         "chat_template": template,
@@ -104,10 +104,10 @@ def _serve(
             requests = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        _send(connection, _rendered(render_jinja_template, requests, settings))
+        _send(connection, _render(render_jinja_template, requests, settings))
 
 
-def _rendered(render: Any, requests: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _render(render: Any, requests: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The rendered conversations, or what went wrong."""
     try:
         done = []
@@ -116,14 +116,13 @@ def _rendered(render: Any, requests: list[Any], settings: dict[str, Any]) -> dic
                 conversations=[messages], add_generation_prompt=prompt, **settings
             )
             if len(text) > ANSWER_BYTES // 16:  # characters escaped as JSON take up to 12 bytes
-                return {
-                    "error": f"it makes {len(text)} characters of {sum(len(message['content']) for message in messages)}"
-                }
+                given = sum(len(message["content"]) for message in messages)
+                return {"error": f"it writes {len(text)} characters for {given}"}
             done.append((text, spans[0] if spans else []))
         return {"done": done}
     except MemoryError:
         return {"error": "it needs too much memory"}
-    except Exception as error:  # the template is foreign code: what it raises, from syntax errors on, is its own fault
+    except Exception as error:  # the template is foreign code: whatever it raises is its own fault
         return {"error": str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__}
 
 
@@ -132,7 +131,7 @@ def _send(connection: Connection, answer: dict[str, Any]) -> None:
 
 
 def _limit_memory() -> None:
-    """Let this process take `MEMORY_BYTES` more; where the system cannot say what it has, time is the only limit."""
+    """Allow this process `MEMORY_BYTES` more; on systems without /proc, time is the only limit."""
     if sys.platform != "linux":
         return
     import resource

@@ -27,8 +27,9 @@ import numpy as np
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
 from tinylm.rows.columns import parse_conversation, unread_text_columns
+from tinylm.rows.conversation import Conversation
 from tinylm.rows.row_files import NAMED_PLACES, LocatedRow, read_rows, split_built_in_rows
-from tinylm.rows.templates import Conversation, Template
+from tinylm.rows.templates import Template
 from tinylm.text.documents import some_of
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer

@@ -18,9 +18,9 @@ import torch
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
 from tinylm.rows.columns import parse_conversation
+from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.numbers import NUMBER, corrupt_number, same_number
 from tinylm.rows.row_files import NAMED_PLACES, LocatedRow, read_rows, split_built_in_rows
-from tinylm.rows.templates import Conversation, Turn
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 
@@ -93,7 +93,7 @@ def remove_annotations(text: str) -> str:
     return ANNOTATION.sub("", text)
 
 
-# --- problems ---------------------------------------------------------------------------------------------------------
+# --- problems ---
 
 
 def read_problems(
@@ -207,7 +207,7 @@ def graded_answers(problem: Problem, *, n_wrong: int, seed: str) -> list[GradedA
     ]
 
 
-# --- pairs ------------------------------------------------------------------------------------------------------------
+# --- pairs ---
 
 
 class VerifierExample(NamedTuple):

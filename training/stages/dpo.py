@@ -20,7 +20,7 @@ from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.preferences import PairReport, PreferencePair, build_pairs
 from tinylm.rows.row_files import resolve_dataset
 from tinylm.rows.sft import shared_examples
-from tinylm.rows.templates import make_template
+from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import Example, row_of_examples

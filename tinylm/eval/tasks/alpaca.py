@@ -2,7 +2,7 @@
 
 from tinylm.eval.metrics import token_f1
 from tinylm.eval.tasks.task import Hub, Row, Task, text_of
-from tinylm.rows.templates import Turn
+from tinylm.rows.conversation import Turn
 
 
 def question(row: Row) -> Turn:

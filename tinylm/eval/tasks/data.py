@@ -11,8 +11,8 @@ from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import DataConfig, TrainingConfig
 from tinylm.eval.tasks import PAIRS, TASKS
 from tinylm.eval.tasks.task import Hub, Row, Task, TaskExample, draw_shots
+from tinylm.rows.conversation import Conversation
 from tinylm.rows.row_files import ROW_FILES, TEST_FILES, TRAIN_FILES, LocatedRow, read_rows
-from tinylm.rows.templates import Conversation
 
 SMOKE = "smoke"  # what data.dataset says for the rows that a task brings
 

@@ -1,8 +1,8 @@
 """GSM8K: school problems in words, whose answers reason and end in `#### number` (Cobbe et al. 2021)."""
 
 from tinylm.eval.tasks.task import Hub, Task, text_of
+from tinylm.rows.conversation import Turn
 from tinylm.rows.numbers import same_number
-from tinylm.rows.templates import Turn
 
 SMOKE = (
     (

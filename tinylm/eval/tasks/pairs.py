@@ -2,7 +2,7 @@
 
 from tinylm.eval.metrics import exact_match, token_f1
 from tinylm.eval.tasks.task import SHOT_SEPARATOR, Task, text_of
-from tinylm.rows.templates import Turn
+from tinylm.rows.conversation import Turn
 
 
 def grade(output: str, target: str) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from tinylm.eval.tasks.task import Hub, Row, Task, label_of, text_of
 from tinylm.rows.columns import SMS_INSTRUCTION
-from tinylm.rows.templates import Turn
+from tinylm.rows.conversation import Turn
 
 LABELS = ("ham", "spam")  # 0 and 1 on the hub, by name in the file SMSSpamCollection
 

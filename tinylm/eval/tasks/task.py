@@ -15,7 +15,7 @@ import numpy as np
 from tinylm.common.errors import UserError, printable
 from tinylm.common.statistics import Measure, mean
 from tinylm.eval.metrics import exact_match, macro_f1
-from tinylm.rows.templates import Conversation, Turn
+from tinylm.rows.conversation import Conversation, Turn
 from tinylm.text.documents import kind_of, some_of
 
 Row = Mapping[str, Any]
@@ -124,7 +124,7 @@ class Task:
         return {name: measure.value for name, measure in self.score(answers, targets).items()}
 
 
-# --- columns ----------------------------------------------------------------------------------------------------------
+# --- columns ---
 
 
 def text_of(row: Row, column: str) -> str:
@@ -166,7 +166,7 @@ def label_of(row: Row, column: str, labels: Sequence[str]) -> str:
     )
 
 
-# --- examples ---------------------------------------------------------------------------------------------------------
+# --- examples ---
 
 
 def draw_shots(

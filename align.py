@@ -429,7 +429,7 @@ def is_done(stage: Stage, begun: Done, state: State) -> bool:
 
 def fingerprint(path: str) -> str:
     """What identifies the weights of a checkpoint."""
-    from tinylm.checkpoint.load import weights_fingerprint
+    from tinylm.checkpoint.initial import weights_fingerprint
 
     return weights_fingerprint(Path(path))
 
@@ -451,7 +451,8 @@ def known_results(out: Path, made_from: str) -> dict[str, Any] | None:
 
 def compare(stages: list[Stage]) -> dict[str, Any]:
     """`models`: a row of MEASURES for each stage; `samples`: what each model writes on each prompt, likeliest token by token."""
-    from tinylm.checkpoint.load import load_model, open_initial_model
+    from tinylm.checkpoint.initial import open_initial_model
+    from tinylm.checkpoint.load import load_model
     from tinylm.common.device import pick_device
 
     models: list[dict[str, Any]] = []

@@ -177,7 +177,7 @@ def prepared(data: Module, say: Say) -> Module:
 def build_dpo(parts: Parts) -> "LitDPO":
     """The policy, and what it is held to: the model that the run began with, also where it goes on."""
     from model import LitDPO
-    from tinylm.checkpoint.load import reference_to
+    from tinylm.checkpoint.initial import reference_to
 
     config = parts.config
     assert config.dpo is not None and parts.base is not None, "run() and find_base see to it"

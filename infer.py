@@ -502,7 +502,8 @@ def load(arguments: argparse.Namespace, device: str) -> "Loaded":
 
 def newest_answering(folder: Path) -> Path:
     """The newest sound checkpoint of each folder of runs in `folder`, itself included, that was taught to answer; the latest of them."""
-    from tinylm.checkpoint.format import describe, latest_valid
+    from tinylm.checkpoint.format import latest_valid
+    from tinylm.checkpoint.info import describe
     from tinylm.rows.conversation import CHAT_STAGES
 
     below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []

@@ -17,7 +17,7 @@ from tinylm.common.errors import UserError, printable
 from tinylm.common.units import size
 
 if TYPE_CHECKING:
-    from tinylm.checkpoint.format import CheckpointInfo
+    from tinylm.checkpoint.info import CheckpointInfo
 
 SORT_KEYS = ("step", "tokens", "train_loss", "val_loss", "parameters", "bytes", "created", "path")
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Read every checkpoint in the folder and show it; a damaged one is a row that says so."""
-    from tinylm.checkpoint.format import describe
+    from tinylm.checkpoint.info import describe
 
     if not os.path.isdir(
         args.dir
@@ -85,7 +85,7 @@ def sort_key(value: Any) -> tuple[bool, Any]:
 
 def as_row(info: "CheckpointInfo") -> dict[str, Any]:
     """The columns as plain values."""
-    from tinylm.checkpoint.format import info_row
+    from tinylm.checkpoint.info import info_row
 
     return info_row(info)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from data import PretrainData, RunData
     from model import LitStage
-    from tinylm.checkpoint.load import InitialModel
+    from tinylm.checkpoint.initial import InitialModel
     from tinylm.config.schema import Config
     from tinylm.model.decoder import Decoder
     from tinylm.model.hf_model import HFModel
@@ -483,7 +483,7 @@ def settings_of_resumed(config: "Config", payload: dict[str, Any]) -> "Config":
 
 def find_base(config: "Config", start: Start) -> "InitialModel | None":
     """The model that training.init_from names, where a run needs it: to begin, under its adapters, or as the reference of preferences."""
-    from tinylm.checkpoint.load import open_initial_model
+    from tinylm.checkpoint.initial import open_initial_model
 
     if config.training.init_from is None and config.lora is not None:
         raise UserError(
@@ -634,7 +634,7 @@ def build_language_model(parts: Parts) -> "LitStage":
 def build_model(parts: Parts) -> tuple["Decoder | HFModel", dict[str, Any]]:
     """The model that is trained, with adapters where the settings ask for them, and the roots of its checkpoints."""
     from tinylm.checkpoint.format import NO_REFERENCES
-    from tinylm.checkpoint.load import reference_to
+    from tinylm.checkpoint.initial import reference_to
     from tinylm.model.hf_model import HFModel, HFSeq2Seq
 
     config, base = parts.config, parts.base
@@ -659,7 +659,7 @@ def begin_weights(
     """A decoder with the weights of the checkpoint to resume, of the base, or new ones, which depend on the seed alone."""
     import torch
 
-    from tinylm.checkpoint.load import whole_model
+    from tinylm.checkpoint.initial import whole_model
     from tinylm.model.decoder import Decoder
 
     if start.payload is not None and config.lora is None:

@@ -22,6 +22,8 @@ import infer
 import train
 from tinylm.__main__ import main
 from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import info as checkpoint_info
+from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError, require_package
 from tinylm.config.schema import Config, LoraConfig
@@ -819,7 +821,7 @@ def test_an_imported_checkpoint_is_described_and_says_what_to_type_next(
         in err
     )
     assert err.endswith(f'next: python infer.py --ckpt {tmp_path / "in.ckpt"} --prompt "Once"\n')
-    info = checkpoint_format.describe(tmp_path / "in.ckpt")
+    info = checkpoint_info.describe(tmp_path / "in.ckpt")
     assert (info.stage, info.step, info.tokens, info.train_loss, info.val_loss) == (
         "pretrain",
         0,
@@ -1256,7 +1258,7 @@ def adapter_of(base: Path) -> Path:
         n_out, n_in = layer.weight.shape
         weights[f"{name}.lora_A.weight"] = torch.randn(lora.r, n_in, generator=generator)
         weights[f"{name}.lora_B.weight"] = torch.randn(n_out, lora.r, generator=generator)
-    reference = {"path": base.name, "fingerprint": checkpoint_load.fingerprint_of(model)}
+    reference = {"path": base.name, "fingerprint": checkpoint_initial.fingerprint_of(model)}
     settings = Config.from_plain(stored["config"]).model_copy(update={"lora": lora})
     settings = settings.model_copy(
         update={"training": settings.training.model_copy(update={"init_from": str(base)})}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinylm.checkpoint.load import fingerprint_of
+from tinylm.checkpoint.initial import fingerprint_of
 from tinylm.common.errors import UserError
 from tinylm.config.schema import LoraConfig, ModelConfig, MoEConfig, TrainingConfig
 from tinylm.model.decoder import Decoder

@@ -16,7 +16,8 @@ import finetune
 import infer
 import train
 from tests.training.test_train import Capture, assert_same_run, bytes_of, curve, elsewhere
-from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import info as checkpoint_info
+from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.schema import LoraConfig, SamplingConfig
@@ -266,7 +267,7 @@ def test_a_checkpoint_gives_the_model_back(pair: Any) -> None:
     model, _ = pair
     again = hf_model.rebuild_hf_model(model.settings, model.state_dict()).eval()
     batch = model.arranged(rows())
-    assert checkpoint_load.fingerprint_of(again) == checkpoint_load.fingerprint_of(model)
+    assert checkpoint_initial.fingerprint_of(again) == checkpoint_initial.fingerprint_of(model)
     assert torch.allclose(
         *(each(batch["input_ids"], **extra_inputs(batch)) for each in (model, again)), atol=1e-5
     )
@@ -343,7 +344,7 @@ def test_a_run_learns_and_the_programs_read_what_it_wrote(
     final = tmp_path / "checkpoints" / "final.ckpt"
     losses = [float.fromhex(loss) for loss in curve(tmp_path).values()]
     assert losses[-1] < losses[0]
-    assert checkpoint_format.describe(final).shape == "2L 32d 4h" + (" + r4" if sections else "")
+    assert checkpoint_info.describe(final).shape == "2L 32d 4h" + (" + r4" if sections else "")
     capsys.readouterr()
     assert (
         infer.main(

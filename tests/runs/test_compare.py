@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
@@ -49,7 +49,7 @@ def loaded(make_config) -> checkpoint_load.Loaded:
     )
     torch.manual_seed(0)
     model = Decoder(config.model).eval()
-    info = checkpoint_format.CheckpointInfo(
+    info = checkpoint_info.CheckpointInfo(
         Path("a.ckpt"), "pretrain", 7, 0, None, None, 0, 0, 0.0, ""
     )
     return checkpoint_load.Loaded(model, tokenizer, config, info)

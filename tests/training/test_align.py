@@ -18,8 +18,8 @@ import align
 import finetune
 import train
 from tests.model.test_seq2seq import save
-from tinylm.checkpoint import format as checkpoint_format
-from tinylm.checkpoint import load as checkpoint_load
+from tinylm.checkpoint import info as checkpoint_info
+from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.common.errors import UserError
 from tinylm.common.processes import Children
 
@@ -270,7 +270,7 @@ def test_changed_settings_are_for_the_stages_program_to_judge(here, ran, capsys)
         == 0
     )
     assert ran == ["verifier.yaml"]
-    assert checkpoint_format.describe(Path("runs/verifier/final.ckpt")).step == 8
+    assert checkpoint_info.describe(Path("runs/verifier/final.ckpt")).step == 8
     capsys.readouterr()
     assert align.main(["--config", str(write_pipeline(here, sft={"training": {"lr": 0.5}}))]) == 2
     err = capsys.readouterr().err
@@ -285,13 +285,13 @@ def test_a_stage_is_not_gone_on_with_over_another_base(here, ran, capsys):
     """The base is trained anew with another seed; of what began with the old one nothing is kept without a word."""
     path = str(write_pipeline(here))
     align.main(["--config", path])
-    old = checkpoint_load.weights_fingerprint(Path("runs/pretrain/final.ckpt"))
+    old = checkpoint_initial.weights_fingerprint(Path("runs/pretrain/final.ckpt"))
     for file in Path("runs/pretrain").glob("*.ckpt"):
         file.unlink()
     write_pipeline(here, pretrain={"training": {"seed": 5}})
     capsys.readouterr()
     assert align.main(["--config", path]) == 2
-    new = checkpoint_load.weights_fingerprint(Path("runs/pretrain/final.ckpt"))
+    new = checkpoint_initial.weights_fingerprint(Path("runs/pretrain/final.ckpt"))
     found = f"error: runs/pretrain/final.ckpt has weights {new} now, and had {old} when stage sft began with it"
     assert (
         f"{found}. Put it back, or remove runs/sft, and the stage is run again.\n"
@@ -495,7 +495,7 @@ def test_settings_on_the_command_line_are_for_every_stage(here, ran, capsys):
         == 0
     )
     assert {
-        checkpoint_format.describe(Path(f"runs/{name}/final.ckpt")).step for name in align.PROGRAMS
+        checkpoint_info.describe(Path(f"runs/{name}/final.ckpt")).step for name in align.PROGRAMS
     } == {2}
     capsys.readouterr()
     assert align.main(["--config", "all.yaml", "dpo.beta=0.2"]) == 2

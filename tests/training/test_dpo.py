@@ -35,6 +35,7 @@ from tests.training.test_train import (
     interrupt_at,
 )
 from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.config.loader import load_config
 from tinylm.config.schema import DpoConfig
@@ -650,7 +651,7 @@ def test_a_run_goes_on_only_with_its_own_reference(
     payload = checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")
     was = payload["base" if "lora" in name else "reference"]
     assert payload["reference"] is None or "lora" not in name
-    assert checkpoint_load.resolve_reference(
+    assert checkpoint_initial.resolve_reference(
         was["path"], tmp_path / "checkpoints" / "final.ckpt"
     ) == str((home / "base" / "final.ckpt").resolve())
     other = home / "base" / "final.ckpt"

@@ -34,6 +34,8 @@ from tests.training.test_train import (
 )
 from tinylm import __main__ as commands
 from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import info as checkpoint_info
+from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
@@ -386,7 +388,7 @@ def test_new_weights_learn_whole_texts(make: Make, tmp_path: Path, capsys: Captu
     said = capsys.readouterr().err
     assert "100% of the tokens trained (train_on all)" in said
     assert f"{tmp_path / 'empty'} holds neither SMSSpamCollection nor instruction-data.json" in said
-    info = checkpoint_format.describe(tmp_path / "checkpoints" / "final.ckpt")
+    info = checkpoint_info.describe(tmp_path / "checkpoints" / "final.ckpt")
     assert (info.stage, info.shape) == ("sft", "1L 16d 2h")
     ending = checkpoint_load.load_model(info.path).tokenizer.special_names
     assert "<|sep|>" in ending.values()
@@ -425,7 +427,7 @@ def test_pretraining_goes_on_from_a_hugging_face_model_too(
         )
         == 0
     )
-    info = checkpoint_format.describe(tmp_path / "checkpoints" / "final.ckpt")
+    info = checkpoint_info.describe(tmp_path / "checkpoints" / "final.ckpt")
     assert (info.stage, info.shape) == ("pretrain", "1L 16d 2h + r4")
 
 
@@ -486,9 +488,9 @@ def test_a_checkpoint_holds_the_adapter_alone_and_says_whose_it_is(make: Make, h
     base = checkpoint_load.load_model(home / "base" / "final.ckpt").model
     assert payload["base"] == {
         "path": os.path.relpath(home / "base" / "final.ckpt", path.parent),
-        "fingerprint": checkpoint_load.fingerprint_of(base),
+        "fingerprint": checkpoint_initial.fingerprint_of(base),
     }
-    assert checkpoint_format.describe(path).parameters == sum(
+    assert checkpoint_info.describe(path).parameters == sum(
         weight.numel() for weight in payload["weights"].values()
     )
 

@@ -13,6 +13,7 @@ from tests.conftest import CONFIGS as ALL
 from tests.model import test_seq2seq
 from tests.training import test_finetune
 from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import info as checkpoint_info
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.loader import load_config
 from tinylm.eval.tasks import TASKS
@@ -131,7 +132,7 @@ def test_a_task_is_trained_and_evaluated(
     from_file = run(
         name, models, tmp_path / "file", f"data.dataset={rows}", "data.val_fraction=0.4"
     )
-    assert checkpoint_format.describe(from_file).shape == checkpoint_format.describe(final).shape
+    assert checkpoint_info.describe(from_file).shape == checkpoint_info.describe(final).shape
 
 
 @pytest.mark.slow

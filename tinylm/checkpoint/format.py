@@ -1,113 +1,92 @@
-"""Checkpoints: written whole or not at all, verified before use, listed, and turned back into a model.
+"""The checkpoint file: written whole or not at all, verified before use, found by step.
 
-A checkpoint is one zip file as torch.save writes it, of plain types only (dict, list, str, int, float, bool, None, tensor),
-read with `weights_only=True`, always. Its zip comment holds the SHA-256 of everything before it, so that a single
-flipped bit anywhere is found: torch itself would load it as wrong numbers. The file is written beside its final name,
-synced, renamed, and the folder synced; whoever looks sees the old file or the new one, never half of one.
+A checkpoint is one zip file as torch.save writes it, of plain types only (dict, list, str, int, float, bool, None,
+tensor), always read with `weights_only=True`. Its zip comment is the SHA-256 of everything before it, so that a single
+flipped bit anywhere is found: torch itself would load it as a wrong number. What is in it, the state, is one dict:
 
-Here stands the project's only torch.load.
+    format, schema                            "tinylm" and the number of the layout; `old_schemas` reads older ones
+    stage, step, tokens                       what was trained, optimizer steps and target tokens so far
+    train_loss, val_loss, created             for lists of checkpoints
+    config, tokenizer, weights                rebuild the model; of an adapter, `weights` are its matrices alone
+    hf_config                                 config.json of a Hugging Face model as text, else None
+    base, reference                           {"path", "fingerprint"} of the model under an adapter, and of the
+                                              reference of preference training, else None
+    optimizer, precision, progress, cursor    resume the run; an imported model has none of these
+    data, world_size, threads, versions       fingerprints and numbers that a resumed run is compared with
+
+`write`, `read` and `verify` are the file; `candidates` and `latest_valid` find one; `link` gives it a second name;
+`lock_run_dir` keeps a second run out of its folder. This file has the project's only torch.load, and knows nothing of
+models: `load` turns a state into one.
 """
 
 import contextlib
 import hashlib
 import os
+import pickle
 import re
 import socket
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
+from filelock import FileLock, Timeout
 
-from tinylm.common.errors import UserError, printable, writing
-from tinylm.common.files import sync_folder
-from tinylm.config.schema import Config
+from tinylm.checkpoint.old_schemas import NO_REFERENCES, SCHEMA, upgrade
+from tinylm.common.errors import UserError, writing
+from tinylm.common.files import atomic_path
+
+__all__ = ["NO_REFERENCES", "SCHEMA"]  # of old_schemas, for who writes a state
 
 FORMAT = "tinylm"
-SCHEMA = 1
-# The end-of-central-directory record closes a zip file: 22 bytes, of which the last two are the comment's length.
+# A zip file ends with this record of 22 bytes, whose last two are the length of the comment after it.
 _END_RECORD = b"PK\x05\x06"
 _END_SIZE = 22
 _COMMENT_SIZE = len("sha256:") + 64
 _STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
 _NEEDED_KEYS = {"format", "schema", "stage", "step", "tokens", "config", "tokenizer", "weights"}
-# What rebuilding a model takes beside settings and weights: {"path", "fingerprint"} of the base that an adapter belongs to, and
-# the config.json of a Hugging Face model as text. What going on with preferences takes: the reference, described as a base is.
-# Older checkpoints have none of them.
-NO_REFERENCES: dict[str, Any] = {"base": None, "hf_config": None, "reference": None}
+# What torch.load raises for a file that it cannot read.
+_LOAD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+_ANOTHER = "Use another checkpoint"
 
 
 class DamagedError(UserError):
     """A checkpoint file that is not what was written, or cannot be read."""
 
 
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What a checkpoint says of itself."""
-
-    path: Path
-    stage: str
-    step: int
-    tokens: int
-    train_loss: float | None
-    val_loss: float | None
-    parameters: int
-    """of the adapter alone where there is one"""
-    bytes: int
-    created: float
-    """seconds since 1970 at which it was written"""
-    shape: str
+# --- one file ---------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, payload: dict[str, Any]) -> None:
-    """Write `payload` under `path`, whole or not at all; an older file under that name stays until the new one is safe.
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path`, whole or not at all; an older file of that name stays until the new one is on the disk.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w+b") as file:
-            torch.save(payload, file)
+        with atomic_path(path) as temporary, open(temporary, "w+b") as file:
+            torch.save(state, file)
             _append_digest(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        _remove(temporary)
-        # torch.save turns a write that failed inside its zip writer into a RuntimeError that does not say why.
-        reason = (
-            error.strerror
-            if isinstance(error, OSError) and error.strerror
-            else "the disk did not take all of it"
+        # torch.save turns a failed write inside its zip writer into a RuntimeError without the reason.
+        why = "the disk did not take all of it"
+        if isinstance(error, OSError) and error.strerror:
+            why = error.strerror
+        problem = f"the checkpoint could not be saved: {why} ({_space(path.parent, state)})"
+        fix = (
+            "Free some space or choose another training.checkpoint_dir; "
+            "older checkpoints are unchanged"
         )
-        raise UserError(
-            f"{printable(path)}: the checkpoint could not be saved: {printable(reason)} ({_space(path.parent, payload)}). "
-            "Make room or choose another training.checkpoint_dir; older checkpoints are untouched."
-        ) from error
-
-
-def link(source: Path, name: str) -> Path:
-    """Give the checkpoint `source` a second name in its folder, replacing what had that name; no second copy is written."""
-    target, temporary = source.with_name(name), source.with_name(f".{name}.{os.getpid()}.tmp")
-    try:
-        _remove(temporary)
-        os.link(source, temporary)
-        os.replace(temporary, target)
-        sync_folder(source.parent)
-    except OSError as error:
-        _remove(temporary)
-        raise UserError(
-            f"{printable(target)}: could not be made from {printable(source.name)}: {error.strerror}. "
-            "Choose a training.checkpoint_dir on a file system with hard links."
-        ) from error
-    return target
+        raise UserError(path, problem, fix) from error
 
 
 def _append_digest(file: Any) -> None:
@@ -123,40 +102,9 @@ def _append_digest(file: Any) -> None:
     file.write(f"sha256:{digest}".encode())
 
 
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def lock_run_dir(folder: Path, setting: str = "training.checkpoint_dir") -> Iterator[None]:
-    """Hold `folder`, the value of `setting`, for this process; the lock dies with the process, so a killed run leaves nothing to clean up.
-
-    What a killed run was writing is removed.
-
-    Raises:
-        UserError: another run holds it, or it cannot be written.
-    """
-    owner, lock = folder / ".owner", filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        with writing(folder, setting):
-            folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        with writing(folder, setting):
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-            for path in folder.glob(".*.tmp"):
-                _remove(path)
-        yield
-    except filelock.Timeout:
-        holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-        raise UserError(
-            f"{printable(folder)}: {printable(holder)} is training into it. Wait for it, or choose another {setting}."
-        ) from None
-    finally:
-        lock.release()
-
-
-def _space(folder: Path, payload: dict[str, Any]) -> str:
-    needed = sum(t.numel() * t.element_size() for t in _tensors(payload))
+def _space(folder: Path, state: dict[str, Any]) -> str:
+    """The bytes that `state` needs, and those that are free."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state))
     if not folder.is_dir():
         return f"about {needed} bytes needed"
     status = os.statvfs(folder)
@@ -172,40 +120,27 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The payload that `write` stored: verified, plain types only, tensors on the CPU and mapped from the file.
+    """The state that `write` stored: verified, plain types only, tensors on the CPU and mapped from the file.
+
+    A checkpoint of an older schema is returned in the form of the current one.
 
     Raises:
         DamagedError: the file is not what was written, or was not written by this program.
-        UserError: it is not there, or it is of a newer schema.
+        UserError: it has a newer schema.
     """
     verify(path)
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-        torch.serialization.pickle.UnpicklingError,
-    ) as error:
-        problem = printable(str(error).splitlines()[0][:120])
-        raise DamagedError(
-            f"{printable(path)}: not a checkpoint of this program: {problem}. Use another checkpoint."
-        ) from None
-    if (
-        not isinstance(payload, dict)
-        or payload.get("format") != FORMAT
-        or _NEEDED_KEYS - payload.keys()
-    ):
-        raise DamagedError(
-            f"{printable(path)}: not a checkpoint of this program. Use a file that train.py wrote."
-        )
-    if payload["schema"] > SCHEMA:
-        raise UserError(
-            f"{printable(path)}: its schema is {payload['schema']}, and this program knows {SCHEMA}. Update the program."
-        )
-    return NO_REFERENCES | payload
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except _LOAD_ERRORS as error:
+        why = str(error).splitlines()[0][:120]
+        raise DamagedError(path, f"not a checkpoint of this program ({why})", _ANOTHER) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or _NEEDED_KEYS - state.keys():
+        fix = "Use a file that train.py wrote"
+        raise DamagedError(path, "not a checkpoint of this program", fix)
+    if state["schema"] > SCHEMA:
+        problem = f"has schema {state['schema']}, but this version reads up to schema {SCHEMA}"
+        raise UserError(path, problem, "Update this program")
+    return upgrade(state)
 
 
 def verify(path: Path) -> None:
@@ -214,44 +149,38 @@ def verify(path: Path) -> None:
     Raises:
         DamagedError: saying what the file looks like instead.
     """
-    # os.path, unlike pathlib, has an answer for a name that is too long.
+    # os.path, unlike pathlib, returns False for a name that is too long.
     if not os.path.isfile(path):
-        found = "a folder, not a file" if os.path.isdir(path) else "not found"
-        raise DamagedError(
-            f"{printable(path)}: {found}. Give a .ckpt file; `python list.py` shows them."
-        )
+        problem = "a folder, not a file" if os.path.isdir(path) else "not found"
+        raise DamagedError(path, problem, "Give a .ckpt file; `python list.py` lists them")
     try:
-        _check_digest(path)
+        damage = _damage(path)
     except OSError as error:
-        raise DamagedError(
-            f"{printable(path)}: cannot be read: {error.strerror}. Use another checkpoint."
-        ) from None
+        problem = f"cannot be read: {error.strerror}"
+        raise DamagedError(path, problem, _ANOTHER) from None
+    if damage is not None:
+        raise DamagedError(path, f"damaged: {damage}", _ANOTHER)
 
 
-def _check_digest(path: Path) -> None:
+def _damage(path: Path) -> str | None:
+    """What is wrong with the file; None if its digest is right."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - _COMMENT_SIZE))
         comment = file.read()
-        if size <= _COMMENT_SIZE or not comment.startswith(b"sha256:"):
-            file.seek(0)
-            raise DamagedError(
-                f"{printable(path)}: damaged: {_looks_like(file.read(200), size)}. Use another checkpoint."
-            )
         file.seek(0)
+        if size <= _COMMENT_SIZE or not comment.startswith(b"sha256:"):
+            return _looks_like(file.read(200), size)
         digest, left = hashlib.sha256(), size - _COMMENT_SIZE
         while left:
             block = file.read(min(left, 1 << 20))
             if not block:
-                raise DamagedError(
-                    f"{printable(path)}: damaged: it shrank while it was read. Use another checkpoint."
-                )
+                return "the file became shorter while it was read"
             digest.update(block)
             left -= len(block)
     if comment != f"sha256:{digest.hexdigest()}".encode():
-        raise DamagedError(
-            f"{printable(path)}: damaged: its SHA-256 is not the one written in it. Use another checkpoint."
-        )
+        return "its SHA-256 is not the one stored in it"
+    return None
 
 
 def _looks_like(start: bytes, size: int) -> str:
@@ -267,11 +196,27 @@ def _looks_like(start: bytes, size: int) -> str:
     return "not a checkpoint file"
 
 
+def link(source: Path, name: str) -> Path:
+    """Give the checkpoint `source` a second name in its folder by a hard link, replacing what had that name."""
+    target = source.with_name(name)
+    try:
+        with atomic_path(target) as temporary:
+            os.link(source, temporary)
+    except OSError as error:
+        problem = f"could not be linked to {source.name}: {error.strerror}"
+        fix = "Choose a training.checkpoint_dir on a file system with hard links"
+        raise UserError(target, problem, fix) from error
+    return target
+
+
+# --- the folder of a run ----------------------------------------------------------------------------------------------
+
+
 def candidates(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first.
 
-    By step, as the names say it, and never by the clock. `last`, `final` and `best` are second names of step files, so
-    they come after them, for folders into which only those were copied.
+    Newest by the step in the name, never by the clock. `last`, `final` and `best` are second names of step files, so they
+    come after these, for folders into which only they were copied.
     """
     steps = [path for path in folder.glob("step-*.ckpt") if step_of(path) >= 0]
     named = [folder / f"{name}.ckpt" for name in ("last", "final", "best")]
@@ -285,65 +230,54 @@ def step_of(path: Path) -> int:
 
 
 def latest_valid(
-    folder: Path, passed_over: Callable[[DamagedError], None] = lambda error: None
+    folder: Path, on_damaged: Callable[[DamagedError], None] = lambda error: None
 ) -> Path | None:
-    """The newest checkpoint in `folder` that verifies; None where there is none at all.
+    """The newest checkpoint in `folder` that can be read; None if there is none at all.
 
-    `passed_over` is told of each damaged one.
+    Args:
+        folder: it may be missing.
+        on_damaged: called with the error of each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: there are checkpoints and every one is damaged; starting again at step 0 unasked would hide that.
+        UserError: every checkpoint is damaged; starting again at step 0 without asking would hide that.
     """
-    errors: list[str] = []
+    errors: list[DamagedError] = []
     for path in candidates(folder) if os.path.isdir(folder) else []:
         try:
             read(path)
             return path
         except DamagedError as error:
-            passed_over(error)
-            errors.append(str(error))
+            on_damaged(error)
+            errors.append(error)
     if errors:
-        raise UserError(
-            f"{printable(folder)}: every checkpoint is damaged: {' '.join(errors)} "
-            "Restore one from a backup, or choose another training.checkpoint_dir to start anew."
-        )
+        found = "; ".join(f"{error.where[-1]}: {error.problem}" for error in errors)
+        fix = "Restore one from a backup, or choose another training.checkpoint_dir to start again"
+        raise UserError(folder, f"every checkpoint is damaged ({found})", fix)
     return None
 
 
-def describe(path: Path) -> CheckpointInfo:
-    """What the checkpoint at `path` says of itself, after verifying it."""
-    return _info(path, read(path))
+@contextlib.contextmanager
+def lock_run_dir(folder: Path, setting: str = "training.checkpoint_dir") -> Iterator[None]:
+    """Hold `folder`, the value of `setting`, for this process; the lock ends with the process, also if it is killed.
 
+    Unfinished files that a killed run left are removed.
 
-def _info(path: Path, payload: dict[str, Any]) -> CheckpointInfo:
-    # Read as plain values: the settings of another version may be no settings of this one. Older ones have no lora section.
-    model, lora = payload["config"]["model"], payload["config"].get("lora")
-    # A tied matrix stands in the file under two names, of which the second is the first again.
-    weights = {
-        weight.data_ptr(): weight.numel()
-        for name, weight in payload["weights"].items()
-        if name != "head.weight" or not model["tie_embeddings"]
-    }
-    return CheckpointInfo(
-        path=path,
-        stage=payload["stage"],
-        step=payload["step"],
-        tokens=payload["tokens"],
-        train_loss=payload["train_loss"],
-        val_loss=payload["val_loss"],
-        parameters=sum(weights.values()),
-        bytes=path.stat().st_size,
-        created=payload["created"],
-        shape=f"{model['n_layers']}L {model['d_model']}d {model['n_heads']}h"
-        + (f" + r{lora['r']}" if lora else ""),
-    )
-
-
-def holds_adapter(path: Path) -> bool:
-    """Whether the checkpoint at `path` holds an adapter alone, and no whole model."""
-    return Config.from_plain(read(path)["config"]).lora is not None
-
-
-def info_row(info: CheckpointInfo) -> dict[str, Any]:
-    """`info` as plain values for JSON."""
-    return {**asdict(info), "path": str(info.path)}
+    Raises:
+        UserError: another run holds it, or it cannot be written.
+    """
+    owner, lock = folder / ".owner", FileLock(folder / ".lock", timeout=0)
+    try:
+        with writing(folder, setting):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        with writing(folder, setting):
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            for path in folder.glob(".*.tmp"):
+                path.unlink()
+        yield
+    except Timeout:
+        holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        fix = f"Wait for it, or choose another {setting}"
+        raise UserError(folder, f"in use by {holder}", fix) from None
+    finally:
+        lock.release()

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the folder or file and print its path."""
-    from tinylm.checkpoint.format import holds_adapter
+    from tinylm.checkpoint.load import holds_adapter
     from tinylm.interchange.gguf import export_gguf
     from tinylm.interchange.hf_export import export_hf
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from tinylm.checkpoint.load import Loaded, fingerprint_of
+from tinylm.checkpoint.initial import fingerprint_of
+from tinylm.checkpoint.load import Loaded
 from tinylm.common.errors import UserError, printable, reading, writing
 from tinylm.common.processes import Progress
 from tinylm.eval.best_of_n import sample_answers

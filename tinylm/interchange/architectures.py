@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from torch import Generator, Tensor, cat, no_grad, randint
 
-from tinylm.checkpoint.load import empty_decoder
+from tinylm.checkpoint.initial import empty_decoder
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import ModelConfig, MoEConfig
 from tinylm.model.decoder import Decoder

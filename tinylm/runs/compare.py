@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError, printable, reading, writing
 from tinylm.common.files import write_atomic
@@ -182,8 +183,8 @@ def kept_measure(run: str, step: Step, out: Path) -> Found:
 
 def measure(name: str, seed: int, paths: Sequence[Path]) -> Found:
     """Measure one run; `paths` are its checkpoints, the last one last."""
-    if checkpoint_format.describe(paths[-1]).stage != "pretrain":
-        return Found([told(name, checkpoint_format.describe(path)) for path in paths])
+    if checkpoint_info.describe(paths[-1]).stage != "pretrain":
+        return Found([told(name, checkpoint_info.describe(path)) for path in paths])
     results = [score(name, seed, checkpoint_load.load_model(path)) for path in paths]
     last = checkpoint_load.load_model(paths[-1])
     positions = {
@@ -195,7 +196,7 @@ def measure(name: str, seed: int, paths: Sequence[Path]) -> Found:
     return Found(results, positions, looks, generations(name, seed, last, far=bool(positions)))
 
 
-def told(name: str, info: checkpoint_format.CheckpointInfo) -> Result:
+def told(name: str, info: checkpoint_info.CheckpointInfo) -> Result:
     """What a fine-tuned checkpoint says of itself."""
     perplexity = None if info.val_loss is None else float(np.exp(min(info.val_loss, LOSS_CAP)))
     return Result(name, 1, info.stage, info.step, info.val_loss, perplexity, None, info.parameters)

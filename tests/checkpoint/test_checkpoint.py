@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or absent, verified to the last bit, plain types only (FAULTS: B1-B9, B16, H1)."""
+"""Checkpoint files: whole or missing, verified to the last bit, plain types only (FAULTS: B1-B9, B16, H1)."""
 
 import os
 import pickle
@@ -20,8 +20,8 @@ from tinylm.model.decoder import Decoder
 from tinylm.tokenizer.factory import make_tokenizer
 
 
-def payload(step: int = 3, **changes: Any) -> dict[str, Any]:
-    """A small true payload: a decoder of one layer."""
+def make_state(step: int = 3, **changes: Any) -> dict[str, Any]:
+    """The state of a small real checkpoint: a decoder of one layer."""
     config = Config.model_validate(
         {"model": {"vocab_size": 260, "n_layers": 1, "d_model": 8, "n_heads": 2}}
     )
@@ -35,15 +35,15 @@ def payload(step: int = 3, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A sound checkpoint of step 3."""
+    """A valid checkpoint of step 3."""
     path = tmp_path / "step-000003.ckpt"
-    checkpoint_format.write(path, payload())
+    checkpoint_format.write(path, make_state())
     return path
 
 
-def test_what_was_written_is_read(saved: Path) -> None:
-    """Round trip: every weight has the same bits, and the model computes with them; what older files lack is filled in."""
-    before, after = checkpoint_format.NO_REFERENCES | payload(), checkpoint_format.read(saved)
+def test_a_state_that_is_written_and_read_is_the_same(saved: Path) -> None:
+    """Round trip: every weight has the same bits, and the model computes with them; keys that older files lack are added."""
+    before, after = checkpoint_format.NO_REFERENCES | make_state(), checkpoint_format.read(saved)
     assert before.keys() == after.keys()
     assert all(
         torch.equal(before["weights"][name], after["weights"][name]) for name in before["weights"]
@@ -61,7 +61,7 @@ def test_what_was_written_is_read(saved: Path) -> None:
 
 
 def test_other_tools_open_it(saved: Path) -> None:
-    """The digest is a zip comment, which torch.load and zip tools pass over."""
+    """The digest is a zip comment, which torch.load and zip tools ignore."""
     assert torch.load(saved, weights_only=True)["step"] == 3
 
 
@@ -77,28 +77,29 @@ def test_a_flipped_bit_is_found_wherever_it_is(saved: Path) -> None:
             checkpoint_format.read(saved)
 
 
-def test_a_flip_that_torch_would_load_as_a_wrong_number_is_why(saved: Path) -> None:
-    """NEG: without the digest, torch.load gives a changed weight without a word."""
+def test_without_the_digest_torch_loads_a_flipped_bit_as_a_wrong_number(saved: Path) -> None:
+    """NEG: torch.load returns a changed weight without an error."""
     good = saved.read_bytes()
-    weight = payload()["weights"]["embedding.weight"].numpy().tobytes()
+    weight = make_state()["weights"]["embedding.weight"].numpy().tobytes()
     bad = bytearray(good)
     bad[good.index(weight) + 2] ^= 1
     saved.write_bytes(bad)
     assert not torch.equal(
         torch.load(saved, weights_only=True)["weights"]["embedding.weight"],
-        payload()["weights"]["embedding.weight"],
+        make_state()["weights"]["embedding.weight"],
     )
 
 
 @pytest.mark.parametrize("eighths", range(8))
-def test_a_cut_file_is_passed_over_for_the_one_before(saved: Path, eighths: int) -> None:
+def test_a_cut_file_is_skipped_for_the_one_before(saved: Path, eighths: int) -> None:
     """B1: the newest is cut to each eighth of its length, down to nothing."""
     newer = saved.with_name("step-000004.ckpt")
-    checkpoint_format.write(newer, payload(4))
+    checkpoint_format.write(newer, make_state(4))
     newer.write_bytes(newer.read_bytes()[: newer.stat().st_size * eighths // 8])
-    told: list[DamagedError] = []
-    assert checkpoint_format.latest_valid(saved.parent, told.append) == saved
-    assert "step-000004.ckpt: damaged" in str(told[0])
+    skipped: list[DamagedError] = []
+    assert checkpoint_format.latest_valid(saved.parent, skipped.append) == saved
+    assert skipped[0].where == (str(newer),)
+    assert str(skipped[0].problem).startswith("damaged: ")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_all_damaged_is_an_error_that_lists_each(saved: Path) -> None:
         path.write_bytes(b"broken")
     with pytest.raises(
         UserError,
-        match=r"every checkpoint is damaged: .*step-000003.*step-000002.*choose another training\.checkpoint_dir",
+        match=r"every checkpoint is damaged \(.*step-000003.*step-000002.*choose another training\.checkpoint_dir",
     ):
         checkpoint_format.latest_valid(saved.parent)
 
@@ -140,7 +141,7 @@ def test_all_damaged_is_an_error_that_lists_each(saved: Path) -> None:
 def test_newest_is_by_step_and_not_by_the_clock(saved: Path) -> None:
     """C8: the older step was touched last; 10 is more than 9 although its name sorts before it."""
     for step in (10, 9):
-        checkpoint_format.write(saved.with_name(f"step-{step}.ckpt"), payload(step))
+        checkpoint_format.write(saved.with_name(f"step-{step}.ckpt"), make_state(step))
     os.utime(saved, (4e9, 4e9))
     assert checkpoint_format.latest_valid(saved.parent) == saved.with_name("step-10.ckpt")
 
@@ -158,10 +159,10 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_one(saved: Path) -> None:
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from tests.checkpoint.test_checkpoint import payload
+from tests.checkpoint.test_checkpoint import make_state
 from tinylm.checkpoint import format as checkpoint
 from tinylm.common.errors import UserError
-data = payload()
+data = make_state()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
@@ -186,7 +187,7 @@ except UserError as error:
 def test_a_refused_rename_or_sync_keeps_the_old_file(
     saved: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
-    """B6, B7: the save failed, says so, and is not tried again blindly."""
+    """B6, B7: a failed save is an error and is not tried again."""
     before, calls = saved.read_bytes(), []
 
     def refuse(*args: Any) -> None:
@@ -195,9 +196,9 @@ def test_a_refused_rename_or_sync_keeps_the_old_file(
 
     monkeypatch.setattr(os, function, refuse)
     with pytest.raises(
-        UserError, match=r"could not be saved: Permission denied .*older checkpoints are untouched"
+        UserError, match=r"could not be saved: Permission denied .*older checkpoints are unchanged"
     ):
-        checkpoint_format.write(saved, payload(4))
+        checkpoint_format.write(saved, make_state(4))
     assert saved.read_bytes() == before
     assert len(calls) == 1
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
@@ -206,7 +207,7 @@ def test_a_refused_rename_or_sync_keeps_the_old_file(
 def test_the_order_is_sync_rename_sync_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B9: the file is on the disk before it has its name, and the name before the call returns."""
+    """B9: the content is on the disk before the name, and the name before `write` returns."""
     calls: list[str] = []
     true_sync, true_replace = os.fsync, os.replace
     monkeypatch.setattr(
@@ -218,25 +219,25 @@ def test_the_order_is_sync_rename_sync_folder(
         )[1],
     )
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), true_replace(a, b))[1])
-    checkpoint_format.write(tmp_path / "step-000001.ckpt", payload())
+    checkpoint_format.write(tmp_path / "step-000001.ckpt", make_state())
     assert calls == ["file", "rename", "folder"]
 
 
-def test_the_temporary_folder_of_the_system_plays_no_part(
+def test_the_temporary_folder_of_the_system_is_not_used(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """B8: TMPDIR may be missing or full."""
     monkeypatch.setenv("TMPDIR", "/nowhere")
-    checkpoint_format.write(saved, payload(5))
+    checkpoint_format.write(saved, make_state(5))
     assert checkpoint_format.read(saved)["step"] == 5
 
 
 def test_a_second_name_is_the_same_file(saved: Path) -> None:
-    """last.ckpt costs no second copy on the disk."""
+    """last.ckpt needs no second copy on the disk."""
     assert checkpoint_format.link(saved, "last.ckpt").samefile(saved)
 
 
-class Payload:
+class RunsCode:
     """A pickle that runs code when it is loaded."""
 
     def __init__(self, target: Path):
@@ -255,26 +256,26 @@ def test_a_pickle_is_refused_and_not_run(
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
     path, target = tmp_path / "step-000001.ckpt", tmp_path / "touched"
     if signed:
-        checkpoint_format.write(path, {"format": checkpoint_format.FORMAT, "bad": Payload(target)})
+        checkpoint_format.write(path, {"format": checkpoint_format.FORMAT, "bad": RunsCode(target)})
     else:
-        path.write_bytes(pickle.dumps(Payload(target)) + b"x" * 200)
+        path.write_bytes(pickle.dumps(RunsCode(target)) + b"x" * 200)
     with pytest.raises(DamagedError):
         checkpoint_format.read(path)
     assert not target.exists()
 
 
 def test_a_newer_schema_is_an_error_that_names_both(saved: Path) -> None:
-    """B14."""
-    checkpoint_format.write(saved, payload(schema=99))
+    """B14: the schema of the file and the newest that is known."""
+    checkpoint_format.write(saved, make_state(schema=99))
     with pytest.raises(
-        UserError, match="its schema is 99, and this program knows 1. Update the program"
+        UserError, match="has schema 99, but this version reads up to schema 1. Update this program"
     ):
         checkpoint_format.read(saved)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "folder.ckpt", "nothing.ckpt"])
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str) -> None:
-    """E8: a name that is too long, a folder, nothing."""
+    """E8: a name that is too long, a folder, a missing file."""
     (tmp_path / "folder.ckpt").mkdir()
     with pytest.raises(
         DamagedError, match=r"(not found|a folder, not a file)\. Give a \.ckpt file"
@@ -284,7 +285,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str) -> None:
 
 
 def test_another_programs_torch_file_is_refused(tmp_path: Path) -> None:
-    """A file of plain tensors, sound as a zip, is no checkpoint of ours."""
+    """A file of plain tensors with a valid digest is not a checkpoint of this program."""
     path = tmp_path / "model.ckpt"
     checkpoint_format.write(path, {"weights": torch.zeros(2)})
     with pytest.raises(DamagedError, match="not a checkpoint of this program"):
@@ -292,13 +293,13 @@ def test_another_programs_torch_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
-    """G1: the second one is told who holds it; G2: afterwards it is free at once; leftovers of a killed run are gone."""
+    """G1: the second one gets an error that names the holder; G2: the lock is free again at once; leftovers of a killed run are removed."""
     leftover = tmp_path / ".step-000001.ckpt.1.tmp"
     leftover.write_bytes(b"half")
     with checkpoint_format.lock_run_dir(tmp_path):
         assert not leftover.exists()
         with (
-            pytest.raises(UserError, match=f"process {os.getpid()} on .* is training into it"),
+            pytest.raises(UserError, match=f"in use by process {os.getpid()} on "),
             checkpoint_format.lock_run_dir(tmp_path),
         ):
             pass

@@ -329,7 +329,7 @@ def test_the_table_shows_all_methods_side_by_side(
         ),
         (
             ("--tasks", "gsm8k", "--smoke", "--best-of", "3", "--verifier", "WRITER"),
-            "which writes and does not judge. Train a verifier",
+            "must be a verifier, got a language model (stage pretrain). Train a verifier",
         ),
     ],
 )

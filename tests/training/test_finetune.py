@@ -522,16 +522,13 @@ def test_a_base_that_is_gone_or_another_is_named(
         checkpoint_format.write(base, payload)
     with pytest.raises(UserError) as error:
         checkpoint_load.load_model(path)
-    assert f"{path}: an adapter of " in str(error.value) and str(base) in str(error.value)
-    assert f"as it was with fingerprint {wanted}, and it has " in str(error.value)
+    assert f"{path}: this adapter was trained on " in str(error.value)
+    assert f"{base} with fingerprint {wanted}, but now it has " in str(error.value)
     shutil.rmtree(base) if foreign else base.unlink()
     with pytest.raises(UserError) as error:
         checkpoint_load.load_model(path)
-    assert (
-        f"{path}: an adapter of " in str(error.value)
-        and "which cannot be used: " in str(error.value)
-        and "not found" in str(error.value)
-    )
+    assert f"{path}: the base of this adapter (" in str(error.value)
+    assert "not found" in str(error.value)
 
 
 def test_a_whole_hugging_face_model_needs_nothing_beside_its_checkpoint(
@@ -736,8 +733,8 @@ def test_a_run_of_another_stage_is_not_gone_on_with(
     assert "a run of stage sft, and this run is of stage pretrain" in capsys.readouterr().err
 
 
-def test_an_adapter_is_no_base(make: Make, tmp_path: Path, capsys: Capture) -> None:
-    """B14: it holds no whole model; the error names both stages and the base to use."""
+def test_a_run_cannot_start_from_an_adapter(make: Make, tmp_path: Path, capsys: Capture) -> None:
+    """B14: it is not a whole model; the error names both stages and the base to use."""
     path = adapted(make)
     message = refused(
         make(),
@@ -747,10 +744,10 @@ def test_an_adapter_is_no_base(make: Make, tmp_path: Path, capsys: Capture) -> N
         f"training.checkpoint_dir={tmp_path / 'x'}",
     )
     assert (
-        f"training.init_from: {path}: holds a LoRA adapter of stage sft and no whole model, as one of stage pretrain or sft without lora does."
+        f"training.init_from: {path}: is a LoRA adapter (stage sft), not a whole model (stage pretrain, or sft without lora)."
         in message
     )
-    assert "base/final.ckpt, or from the two merged." in message
+    assert "base/final.ckpt, or from the merged model." in message
 
 
 def test_an_adapter_goes_on_only_over_its_own_base(

@@ -374,7 +374,7 @@ def test_every_other_program_says_that_it_is_no_model(
     final = tmp_path / "checkpoints" / "final.ckpt"
     capsys.readouterr()
     assert infer.main(["--ckpt", str(final), "--prompt", "1 + 1 ="]) == 2
-    said = f"{final}: a verifier, which judges answers and writes none. Give a model that writes; this one is for --verifier."
+    said = f"{final}: is a verifier, which scores answers and cannot generate text. Give a language model; --verifier takes a verifier."
     assert f"error: {said}" in capsys.readouterr().err
     assert f"training.init_from: {said}" in refused(
         make(training={"init_from": str(final), "checkpoint_dir": str(tmp_path / "b")}), capsys
@@ -383,7 +383,7 @@ def test_every_other_program_says_that_it_is_no_model(
     assert "final.ckpt" in (out := capsys.readouterr().out) and " verifier " in out
     with pytest.raises(
         UserError,
-        match=r"a model of stage pretrain, which writes and does not judge. Train a verifier: python finetune.py",
+        match=r"must be a verifier, got a language model \(stage pretrain\). Train a verifier: python finetune.py",
     ):
         checkpoint_load.load_verifier(writer)
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 import list as program
-from tests.checkpoint.test_checkpoint import payload
+from tests.checkpoint.test_checkpoint import make_state
 from tinylm.checkpoint import format as checkpoint_format
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Steps 3 and 10, of which 10 has the lower val_loss, and a damaged one."""
-    checkpoint_format.write(tmp_path / "step-000003.ckpt", payload(3, val_loss=2.0))
-    checkpoint_format.write(tmp_path / "step-000010.ckpt", payload(10, val_loss=1.0))
+    checkpoint_format.write(tmp_path / "step-000003.ckpt", make_state(3, val_loss=2.0))
+    checkpoint_format.write(tmp_path / "step-000010.ckpt", make_state(10, val_loss=1.0))
     (tmp_path / "broken.ckpt").write_bytes(b"x" * 500)
     return tmp_path
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_without_the_sort_key_comes_last(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run that was never validated has no val_loss."""
-    checkpoint_format.write(folder / "step-000001.ckpt", payload(1))
+    checkpoint_format.write(folder / "step-000001.ckpt", make_state(1))
     assert program.main(["--dir", str(folder), "--json", "--sort", "val_loss"]) == 0
     assert [row["step"] for row in json.loads(capsys.readouterr().out)[:3]] == [10, 3, 1]
 

@@ -327,7 +327,7 @@ def build_verifier(parts: Parts) -> "LitVerifier":
             raise UserError(
                 f"training.init_from: {name}: a verifier shares our own decoder's blocks, and this is a Hugging Face model. Leave it out."
             )
-        verifier.begin_with(decoder)
+        verifier.init_from_decoder(decoder)
     return LitVerifier(config, verifier, dict(checkpoint_format.NO_REFERENCES))
 
 

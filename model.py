@@ -315,7 +315,8 @@ class LitLM(LitStage):
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
         """Cross entropy of the target tokens; a mixture of experts adds its balance loss."""
-        batch = self.decoder.arranged(batch)
+        if self.decoder.has_encoder:
+            batch = self.decoder.prepare_batch(batch)
         features = self._features(batch["input_ids"], **extra_inputs(batch))
         labels = batch["labels"].flatten()
         loss = cross_entropy(
@@ -329,9 +330,9 @@ class LitLM(LitStage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """What `tinylm/eval/task_scores.py` counts, so that training and eval_val.py give the same number."""
-        return batch_sums(
-            self._features, self.decoder.head, self.decoder.arranged(batch), self.byte_lengths
-        )
+        if self.decoder.has_encoder:
+            batch = self.decoder.prepare_batch(batch)
+        return batch_sums(self._features, self.decoder.head, batch, self.byte_lengths)
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
         """Loss, perplexity, bits per byte; of answers also how many of their tokens are the most probable one."""
@@ -449,9 +450,9 @@ class LitVerifier(LitStage):
     def configure_model(self) -> None:
         """Lightning's hook; train.py refuses fsdp."""
         self._places = (
-            torch.compile(self.decoder.places)
+            torch.compile(self.decoder.error_logits)
             if self.config.hardware.compile
-            else self.decoder.places
+            else self.decoder.error_logits
         )
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:

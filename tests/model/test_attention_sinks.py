@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinylm.config.schema import ModelConfig
-from tinylm.model.attention_sinks import BLOCK, streaming
+from tinylm.model.attention_sinks import QUERY_BLOCK, with_attention_sinks
 from tinylm.model.decoder import Decoder
 
 SMALL = {
@@ -38,7 +38,7 @@ def some_ids(length: int) -> torch.Tensor:
 def test_one_layer_reads_at_each_position_what_is_kept_as_a_text_of_its_own(window, first, options):
     """In one layer a key is its token's alone. So a plain forward over the kept tokens, which stand at 0, 1, 2, ... there, must end in the same logits."""
     model, ids = make(**options), some_ids(40)
-    got = streaming(model, window=window, first=first)(ids)
+    got = with_attention_sinks(model, window=window, n_first=first)(ids)
     for t in range(40):
         kept = list(range(min(first, t + 1))) + list(range(max(first, t - window + 1), t + 1))
         torch.testing.assert_close(got[:, t], model(ids[:, kept])[:, -1], rtol=1e-4, atol=1e-4)
@@ -49,19 +49,19 @@ def test_one_layer_reads_at_each_position_what_is_kept_as_a_text_of_its_own(wind
 def test_nothing_changes_until_something_is_forgotten(options):
     model, ids = make(n_layers=3, **options), some_ids(20)
     torch.testing.assert_close(
-        streaming(model, window=17, first=3)(ids), model(ids), rtol=1e-4, atol=1e-4
+        with_attention_sinks(model, window=17, n_first=3)(ids), model(ids), rtol=1e-4, atol=1e-4
     )
 
 
 @torch.no_grad()
 def test_without_first_tokens_it_is_a_sliding_window_across_blocks_too():
     """RoPE knows distances only, so that counting from the start of what is kept changes nothing."""
-    ids = some_ids(BLOCK + 30)
-    model = make(n_layers=2, max_seq_len=BLOCK + 30)
+    ids = some_ids(QUERY_BLOCK + 30)
+    model = make(n_layers=2, max_seq_len=QUERY_BLOCK + 30)
     windowed = Decoder(model.config.model_copy(update={"sliding_window": 7})).eval()
     windowed.load_state_dict(model.state_dict())
     torch.testing.assert_close(
-        streaming(model, window=7, first=0)(ids), windowed(ids), rtol=1e-3, atol=1e-3
+        with_attention_sinks(model, window=7, n_first=0)(ids), windowed(ids), rtol=1e-3, atol=1e-3
     )
 
 
@@ -69,7 +69,7 @@ def test_without_first_tokens_it_is_a_sliding_window_across_blocks_too():
 def test_what_was_forgotten_has_no_part_and_the_first_tokens_have():
     """One layer, window 4, 2 first: position 20 sees 0, 1 and 17 to 20."""
     model, ids = make(), some_ids(21)
-    stream = streaming(model, window=4, first=2)
+    stream = with_attention_sinks(model, window=4, n_first=2)
     moved = []
     for changed in range(21):
         other = ids.clone()
@@ -81,7 +81,7 @@ def test_what_was_forgotten_has_no_part_and_the_first_tokens_have():
 @torch.no_grad()
 def test_it_reads_beyond_max_seq_len_and_leaves_the_model_as_it_was():
     model = make()
-    stream = streaming(model, window=4, first=2)
+    stream = with_attention_sinks(model, window=4, n_first=2)
     assert stream(some_ids(100)).shape == (2, 100, 30)
     assert stream.embedding.weight is model.embedding.weight
     with pytest.raises(ValueError, match="100 positions are more than max_seq_len"):
@@ -89,5 +89,7 @@ def test_it_reads_beyond_max_seq_len_and_leaves_the_model_as_it_was():
 
 
 def test_other_positions_than_rope_are_refused():
-    with pytest.raises(ValueError, match="streaming needs position rope, and this model has alibi"):
-        streaming(make(position="alibi"), window=4, first=0)
+    with pytest.raises(
+        ValueError, match="attention sinks need model.position rope, and this model has alibi"
+    ):
+        with_attention_sinks(make(position="alibi"), window=4, n_first=0)

@@ -19,16 +19,17 @@ from torch import Tensor
 
 from tinylm.config.schema import ModelConfig, MoEConfig
 from tinylm.model.decoder import (
+    AttentionContext,
     Decoder,
     MixtureOfExperts,
-    Sight,
     alibi_slopes,
+    apply_rotary,
+    attention_context,
+    causal_mask,
     count_parameters,
     flops_per_token,
     positions_in_documents,
-    rope_angles,
-    rotate,
-    visible,
+    rotary_cos_sin,
 )
 
 T = 12
@@ -430,9 +431,11 @@ def test_a_cache_refuses_what_does_not_fit_and_stays_as_it_was():
     model(ids[:, :4], cache=cache)
     with pytest.raises(ValueError, match="4 [+] 7 positions do not fit in a cache of 10"):
         model(ids[:, 4:11], cache=cache)
-    with pytest.raises(ValueError, match="5 positions at once, and this ring takes chunks of 4"):
+    with pytest.raises(
+        ValueError, match="5 positions at once, but this ring cache takes at most 4"
+    ):
         model(ids[:, 4:9], cache=cache)
-    with pytest.raises(ValueError, match="document_ids or a cache, not both"):
+    with pytest.raises(ValueError, match="document_ids cannot be combined with a cache"):
         model(ids[:, 4:6], cache=cache, document_ids=torch.zeros(1, 2))
     assert cache.length == 4
     assert_same(model(ids[:, 4:8], cache=cache), model(ids[:, :8])[:, 4:])
@@ -454,11 +457,11 @@ def test_more_than_max_seq_len_positions_are_an_error(position):
 # --- positions --------------------------------------------------------------------------------------------------------
 
 
-def turned(x: Tensor, position: int, theta: float = 10000.0) -> Tensor:
+def rotated(x: Tensor, position: int, theta: float = 10000.0) -> Tensor:
     """A vector (K,) as a query at that position."""
-    return rotate(x[None, None, None], *rope_angles(torch.tensor([position]), len(x), theta))[
-        0, 0, 0
-    ]
+    return apply_rotary(
+        x[None, None, None], *rotary_cos_sin(torch.tensor([position]), len(x), theta)
+    )[0, 0, 0]
 
 
 def test_rope_turns_pairs_as_complex_numbers():
@@ -470,7 +473,7 @@ def test_rope_turns_pairs_as_complex_numbers():
     expected = [
         complex(x[i], x[i + half]) * cmath.exp(1j * 5 * 100.0 ** (-2 * i / 8)) for i in range(half)
     ]
-    actual = turned(x, 5, theta=100.0)
+    actual = rotated(x, 5, theta=100.0)
     torch.testing.assert_close(
         actual, torch.tensor([z.real for z in expected] + [z.imag for z in expected])
     )
@@ -478,7 +481,7 @@ def test_rope_turns_pairs_as_complex_numbers():
 
 def test_rope_at_position_0_changes_nothing():
     x = torch.randn(8)
-    assert torch.equal(turned(x, 0), x)
+    assert torch.equal(rotated(x, 0), x)
 
 
 @settings(max_examples=50, deadline=None)
@@ -487,27 +490,27 @@ def test_rope_scores_depend_on_distance_only_and_keep_lengths(p, q, shift):
     """<R(p)x, R(q)y> = <R(p+s)x, R(q+s)y>; a mixture of two layouts is no rotation and fails both."""
     x, y = torch.randn(2, 16, generator=torch.Generator().manual_seed(p))
     torch.testing.assert_close(
-        turned(x, p) @ turned(y, q),
-        turned(x, p + shift) @ turned(y, q + shift),
+        rotated(x, p) @ rotated(y, q),
+        rotated(x, p + shift) @ rotated(y, q + shift),
         rtol=1e-3,
         atol=2e-3,
     )
-    torch.testing.assert_close(turned(x, p).norm(), x.norm())
+    torch.testing.assert_close(rotated(x, p).norm(), x.norm())
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_gradient_of_a_rotation_is_the_one_that_differences_give(transposed):
     """It is written out by hand: f64, and also for a gradient laid out as attention on the CPU hands over a key's."""
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
-    angles = rope_angles(torch.arange(4), 6, 100.0)
+    cos_sin = rotary_cos_sin(torch.arange(4), 6, 100.0)
     layout = (lambda y: y.mT.contiguous().mT) if transposed else (lambda y: y)
-    assert torch.autograd.gradcheck(lambda x: layout(rotate(x, *angles)), x)
+    assert torch.autograd.gradcheck(lambda x: layout(apply_rotary(x, *cos_sin)), x)
 
 
 def test_rope_angles_of_far_positions_are_not_rounded_to_bf16():
     """bf16 has 8 bits: 300 and 301 would both be 300."""
     model = make(n_layers=1, max_seq_len=512).to(torch.bfloat16)
-    cos, _ = model._angles(torch.tensor([300, 301]))
+    cos, _ = attention_context(model.config, torch.tensor([300, 301])).cos_sin
     assert cos.dtype == torch.float32
     assert cos[0, 0] == pytest.approx(math.cos(300), abs=1e-4)
     assert cos[1, 0] == pytest.approx(math.cos(301), abs=1e-4)
@@ -552,31 +555,36 @@ def test_alibi_slopes(n_heads, exponents):
 
 def test_alibi_bias_is_minus_slope_times_distance():
     """Heads of 4: head 1 has slope 1/16, so from position 2 the past weighs -2/16, -1/16, 0; the future is shut."""
-    bias = make(position="alibi")._sight(torch.arange(3), None).mask
+    bias = attention_context(make(position="alibi").config, torch.arange(3)).attention_mask
     assert bias.shape == (4, 3, 3)
     assert bias[1, 2].tolist() == [-2 / 16, -1 / 16, 0]
     assert bias[1, 0].tolist() == [0, -math.inf, -math.inf]
 
 
+def mask_of_7(window: int) -> Tensor | None:
+    config = ModelConfig(**SMALL | {"sliding_window": window})
+    return attention_context(config, torch.arange(7)).attention_mask
+
+
 def test_plain_causal_attention_needs_no_mask():
     """The kernels without a mask are the fast ones; a mask of T x T is memory as well."""
     model = make()
-    sight = model._sight(torch.arange(7), None)
-    assert (sight.mask, sight.is_causal) == (None, True)
-    assert make(sliding_window=7)._sight(torch.arange(7), None).mask is None
-    assert make(sliding_window=6)._sight(torch.arange(7), None).mask is not None
+    context = attention_context(model.config, torch.arange(7))
+    assert (context.attention_mask, context.is_causal) == (None, True)
+    assert mask_of_7(7) is None
+    assert mask_of_7(6) is not None
     cache = model.new_cache(1, T)
     cache.advance(5)
-    sight = model._sight(cache.advance(1), cache)
-    assert isinstance(sight, Sight)
-    assert (sight.mask, sight.is_causal) == (None, False)
+    context = attention_context(model.config, cache.advance(1), cache)
+    assert isinstance(context, AttentionContext)
+    assert (context.attention_mask, context.is_causal) == (None, False)
 
 
-def test_visible_counts_a_window_from_the_token_itself():
-    assert visible(torch.tensor([5]), torch.arange(8), 3).int().tolist() == [
+def test_causal_mask_counts_a_window_from_the_token_itself():
+    assert causal_mask(torch.tensor([5]), torch.arange(8), 3).int().tolist() == [
         [0, 0, 0, 1, 1, 1, 0, 0]
     ]
-    assert visible(torch.tensor([2]), torch.arange(5), None).int().tolist() == [[1, 1, 1, 0, 0]]
+    assert causal_mask(torch.tensor([2]), torch.arange(5), None).int().tolist() == [[1, 1, 1, 0, 0]]
 
 
 # --- documents in one row ---------------------------------------------------------------------------------------------
@@ -1044,7 +1052,7 @@ def test_flops_count_visited_experts_and_seen_positions():
 
 
 def test_a_decoder_without_a_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="needs model.vocab_size"):
+    with pytest.raises(ValueError, match="model.vocab_size is not set"):
         Decoder(ModelConfig())
 
 

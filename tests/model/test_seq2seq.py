@@ -133,7 +133,7 @@ def rows() -> dict[str, torch.Tensor]:
 def test_rows_become_what_each_side_reads(pair: Any) -> None:
     """By hand: prompts closed by EOS, -100 behind a shorter one; the decoder begins with its start and is asked for answer and end."""
     model, _ = pair
-    batch = model.arranged(rows())
+    batch = model.prepare_batch(rows())
     assert batch["prompt_ids"].tolist() == [
         [10, 11, 12, EOS, -100, -100],
         [30, 31, 32, 33, 34, EOS],
@@ -146,7 +146,7 @@ def test_rows_become_what_each_side_reads(pair: Any) -> None:
 def test_the_loss_is_that_of_transformers(pair: Any) -> None:
     """On the same batch, with its own shift of the labels and its own mask; the gradients agree as well, and so does what validation counts."""
     model, _ = pair
-    batch = model.arranged(rows())
+    batch = model.prepare_batch(rows())
     real = batch["prompt_ids"] != IGNORE_INDEX
     theirs = model.inner(
         input_ids=batch["prompt_ids"].masked_fill(~real, PAD),
@@ -246,12 +246,12 @@ def test_more_is_written_than_the_positions_hold(home: Path) -> None:
 def test_rows_that_are_kept_keep_their_prompt(pair: Any) -> None:
     """Two prompts of unlike lengths behind one cache, of which the shorter one's row goes on, twice: its logits are those it has alone."""
     model, _ = pair
-    starts, given = model.opening([[1, 2, 3, 4, 5], [6, 7]])
-    _, alone = model.opening([[6, 7]])
+    starts, extra = model.decoder_start([[1, 2, 3, 4, 5], [6, 7]])
+    _, alone = model.decoder_start([[6, 7]])
     cache = model.new_cache(2)
-    model.features(torch.tensor(starts), cache=cache, **given)
+    model.features(torch.tensor(starts), cache=cache, **extra)
     cache.select(torch.tensor([1, 1]))
-    found = model.features(torch.tensor([[9], [9]]), cache=cache, **given).hidden
+    found = model.features(torch.tensor([[9], [9]]), cache=cache, **extra).hidden
     expected = model.features(torch.tensor([[model.start_id, 9]]), **alone).hidden[:, -1:]
     assert torch.allclose(found, expected.expand_as(found), atol=1e-5)
 
@@ -266,7 +266,7 @@ def test_a_checkpoint_gives_the_model_back(pair: Any) -> None:
     """Settings and weights as a checkpoint has them: equal weights and logits, and the head is tied or not as it was."""
     model, _ = pair
     again = hf_model.rebuild_hf_model(model.settings, model.state_dict()).eval()
-    batch = model.arranged(rows())
+    batch = model.prepare_batch(rows())
     assert checkpoint_initial.fingerprint_of(again) == checkpoint_initial.fingerprint_of(model)
     assert torch.allclose(
         *(each(batch["input_ids"], **extra_inputs(batch)) for each in (model, again)), atol=1e-5
@@ -284,7 +284,7 @@ def test_adapters_merge_switch_off_and_fit_the_architecture(home: Path) -> None:
     """D8: attention of both kinds and the feed-forward; merged equals separate, off equals the base to the last bit."""
     model, merged = (find_hf_model(str(home / "t5")).load().eval() for _ in range(2))
     assert default_targets(model) == ("k", "o", "q", "v", "wi", "wo")
-    batch, lora = model.arranged(rows()), LoraConfig(r=4)
+    batch, lora = model.prepare_batch(rows()), LoraConfig(r=4)
     before = model(batch["input_ids"], **extra_inputs(batch))
     attach(model, lora, seed=0)
     generator = torch.Generator().manual_seed(1)

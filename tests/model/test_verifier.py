@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig
-from tinylm.model.decoder import Decoder
+from tinylm.model.decoder import AttentionContext, Decoder
 from tinylm.model.verifier import Verifier
 from tinylm.objectives.verifier import (
     VerifierScore,
@@ -66,10 +66,10 @@ def test_a_batch_gives_what_each_pair_gives_alone():
 
 
 def test_it_begins_with_a_decoders_weights():
-    """Blocks, embedding and last norm are the decoder's afterwards; the suspicion is its own."""
+    """Blocks, embedding and last norm are the decoder's afterwards; the error head is its own."""
     decoder, model = Decoder(ModelConfig(**TINY)), make()
     own = model.suspicion.weight.clone()
-    model.begin_with(decoder)
+    model.init_from_decoder(decoder)
     torch.testing.assert_close(model.suspicion.weight, own, rtol=0, atol=0)
     theirs = decoder.state_dict()
     shared = [name for name in model.state_dict() if not name.startswith("suspicion")]
@@ -79,9 +79,9 @@ def test_it_begins_with_a_decoders_weights():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"position": "alibi"}, "model.position: alibi looks back only"),
-        ({"sliding_window": 4}, "model.sliding_window: a verifier reads everything"),
-        ({"moe": {}}, "model.moe: a verifier has no experts"),
+        ({"position": "alibi"}, "model.position: alibi is not supported with a verifier"),
+        ({"sliding_window": 4}, "model.sliding_window: not supported with a verifier"),
+        ({"moe": {}}, "model.moe: not supported with a verifier. Remove it."),
     ],
 )
 def test_what_only_a_decoder_can_have_is_refused(options, message):
@@ -93,9 +93,9 @@ def test_the_odds_of_being_wrong_are_the_sum_of_the_tokens():
     """The logit is minus the log of that sum; before training no token is suspected, and right and wrong are equally likely at any length."""
     model = make()
     ids, mask = torch.randint(19, (2, 8)), torch.arange(8) < torch.tensor([8, 3])[:, None]
-    places = model.places(ids, mask)
-    assert places.shape == (2, 8) and bool((places[1, 3:] == -torch.inf).all())
-    torch.testing.assert_close(model(ids, mask), -places.exp().sum(dim=1).log())
+    logits = model.error_logits(ids, mask)
+    assert logits.shape == (2, 8) and bool((logits[1, 3:] == -torch.inf).all())
+    torch.testing.assert_close(model(ids, mask), -logits.exp().sum(dim=1).log())
     with torch.no_grad():
         model.suspicion.weight.zero_()
     torch.testing.assert_close(model(ids, mask), torch.zeros(2), atol=1e-6, rtol=0)
@@ -106,7 +106,9 @@ def test_a_token_does_not_see_itself(n_sinks):
     """In the first block a token's attention is the others' alone, so that what is at its own place changes nothing; alone it sees itself."""
     model = make(n_sinks=n_sinks, position="none")
     block = model.blocks[0]
-    seen = model._seen(torch.tensor([[True, True, True, False], [True, False, False, False]]))
+    seen = model._attention_mask(
+        torch.tensor([[True, True, True, False], [True, False, False, False]])
+    )
     assert seen[0, 0, :, n_sinks:].tolist() == [
         [False, True, True, False],
         [True, False, True, False],
@@ -129,16 +131,14 @@ def test_equal_tokens_find_each_other_before_training(options):
     """Queries begin as keys in the first block: without positions a token that occurs twice has its largest attention on its like, in every head."""
     model = make(init="trunc_normal", position="none", d_model=64, **options)
     x = model.blocks[0].attention_norm(model.embedding(torch.tensor([[3, 4, 5, 3, 6]])))
-    from tinylm.model.decoder import Sight
-
-    sight = Sight(
+    context = AttentionContext(
         torch.arange(5),
         None,
-        model._seen(torch.ones(1, 5, dtype=torch.bool)),
+        model._attention_mask(torch.ones(1, 5, dtype=torch.bool)),
         is_causal=False,
         cache=None,
     )
-    weights = model.blocks[0].attention.weights(x, sight)[0]  # (H, T, S)
+    weights = model.blocks[0].attention.weights(x, context)[0]  # (H, T, S)
     assert weights[:, 0].argmax(dim=-1).tolist() == [3] * weights.size(0) and weights[:, 3].argmax(
         dim=-1
     ).tolist() == [0] * weights.size(0)

@@ -180,7 +180,7 @@ def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(
             strict=True,
         ):
             with torch.no_grad():
-                odds = loaded.model.places(ids[None, mask], mask[None, mask])[0].exp()
+                odds = loaded.model.error_logits(ids[None, mask], mask[None, mask])[0].exp()
             losses.append(
                 torch.log((1 + odds.sum()) / (1 if label else odds[departs[mask]].sum())).item()
             )
@@ -437,7 +437,7 @@ def test_a_hugging_face_model_has_other_blocks(make: Make, tmp_path: Path, capsy
         ),
         (
             "model.position=alibi",
-            "model.position: alibi looks back only; use rope, learned or none for the verifier.",
+            "model.position: alibi is not supported with a verifier. Set model.position to rope, learned or none.",
         ),
     ],
 )

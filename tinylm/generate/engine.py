@@ -223,7 +223,10 @@ class Reader:
         self, model: Decoder, prompt_ids: Sequence[int], *, vocab_size: int, max_new_tokens: int
     ):
         """One row, read at once; `max_new_tokens` are the most that will be added."""
-        [ids], self.given = model.opening([prompt_ids])
+        ids = prompt_ids
+        self.extra_inputs: dict[str, Tensor] = {}
+        if model.has_encoder:
+            [ids], self.extra_inputs = model.decoder_start([prompt_ids])
         self.model, self.vocab_size = model, vocab_size
         self.slots = min(model.config.max_seq_len, len(ids) + max_new_tokens)
         self.buffer = torch.tensor(
@@ -262,7 +265,7 @@ class Reader:
             n_new = max(1, self.slots // 2)
             self.cache = self.model.new_cache(self.buffer.size(0), self.slots)
         for ids in self.context[:, -n_new:].split(self.cache.chunk, dim=1):
-            hidden = self.model.features(ids, cache=self.cache, **self.given).hidden
+            hidden = self.model.features(ids, cache=self.cache, **self.extra_inputs).hidden
         # The embedding may have more rows than there are tokens; those beyond stand for nothing.
         self.logits = self.model.head(hidden[:, -1])[:, : self.vocab_size].float()
 
@@ -481,7 +484,10 @@ class Engine:
 
     def _score_batch(self, pairs: Sequence[Pair]) -> list[Score]:
         """Rows padded at their end: under causal attention a real token never sees padding."""
-        openings, given = self.model.opening([pair.ids[: -pair.n_target] for pair in pairs])
+        openings: Sequence[Sequence[int]] = [pair.ids[: -pair.n_target] for pair in pairs]
+        extra_inputs: dict[str, Tensor] = {}
+        if self.model.has_encoder:
+            openings, extra_inputs = self.model.decoder_start(openings)
         rows = [
             torch.tensor((*opening, *pair.ids[-pair.n_target :]))
             for opening, pair in zip(openings, pairs, strict=True)
@@ -494,7 +500,10 @@ class Engine:
             rows, batch_first=True, padding_value=self.tokenizer.eos_id
         ).to(device)
         real = (torch.arange(ids.size(1) - 1) < lengths[:, None]).to(device)  # (B, T)
-        hidden, labels = self.model.features(ids[:, :-1], **given).hidden[real], ids[:, 1:][real]
+        hidden, labels = (
+            self.model.features(ids[:, :-1], **extra_inputs).hidden[real],
+            ids[:, 1:][real],
+        )
         # The head a few positions at a time: all logits of a long context at once would be the largest tensor by far.
         chunks = zip(hidden.split(256), labels.split(256), strict=True)
         parts = [

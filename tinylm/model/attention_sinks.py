@@ -1,14 +1,18 @@
-"""Reading without end: a model that keeps the last positions of a text, and perhaps its first few (Xiao et al. 2023).
+"""Texts of any length: attention over the last positions and the first few tokens (StreamingLLM, Xiao et al. 2023).
 
-`streaming(model, window=124, first=4)` is the model with attention that sees, at each position, the first 4 tokens of the text
-and the last 124. Distances are those within what is kept, as in the paper's section 3.2: after ten thousand tokens the first one is
-127 back, and no angle is one that training never showed. Learned sinks stand at position 0, before everything.
+    with_attention_sinks(model, window=3, n_first=2), query 9:     keys   0 1 · · · · · 7 8 9
+                                                                 positions    0 1           2 3 4
 
-For measuring: it reads whole rows at once, in fp32 and in blocks, and takes no cache.
+The copy of the model sees, at each position, the first `n_first` tokens of the text and the last
+`window`. Distances are counted within the kept keys (section 3.2 of the paper): after ten thousand
+tokens the first one is at most n_first + window - 1 positions away, so no rotation angle occurs
+that training has not seen. Learned sinks (`model.n_sinks`) are at position 0, before everything.
+
+For measurements: it reads whole rows at once, in fp32 and in blocks of queries, and takes no cache.
 """
 
 
-# B batch · T query positions · S key positions · H query heads · G key/value heads · K head width · C queries a block
+# B batch · T query positions · S key positions · H query heads · K head width · Q queries of a block
 
 import copy
 import math
@@ -17,75 +21,85 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from tinylm.model.decoder import Attention, Decoder, Sight, rope_angles, rotate, visible
+from tinylm.model.decoder import (
+    Attention,
+    AttentionContext,
+    Decoder,
+    apply_rotary,
+    causal_mask,
+    repeat_kv,
+    rotary_cos_sin,
+)
 
-BLOCK = 256
+QUERY_BLOCK = 256
 
 
-def streaming(model: Decoder, *, window: int, first: int) -> Decoder:
-    """A copy of `model` that reads as the module says, rows of any length; its weights are those of `model`.
+def with_attention_sinks(model: Decoder, *, window: int, n_first: int) -> Decoder:
+    """A copy of `model` with such an attention, for rows of any length; it shares the weights of `model`.
 
     Raises:
-        ValueError: the model has other positions than RoPE, so distances within what is kept are nothing it knows.
+        ValueError: the model's positions are not rotary, so distances within the kept keys mean
+            nothing to it.
     """
     if model.config.position != "rope":
         raise ValueError(
-            f"streaming needs position rope, and this model has {model.config.position}"
+            f"attention sinks need model.position rope, and this model has {model.config.position}"
         )
     shared = {id(weight): weight for weight in model.parameters()}
     copied = copy.deepcopy(model, shared)
-    copied.config = model.config.model_copy(
-        update={"max_seq_len": 2**31 - 1, "sliding_window": None}
-    )
+    unlimited = {"max_seq_len": 2**31 - 1, "sliding_window": None}
+    copied.config = model.config.model_copy(update=unlimited)
     for block in copied.blocks:
         block.attention = StreamingAttention(
-            block.attention, window, first, model.config.rope_theta
+            block.attention, window, n_first, model.config.rope_theta
         )
     return copied
 
 
 class StreamingAttention(nn.Module):
-    """The attention that it is given, over the first `first` positions and the last `window`."""
+    """The projections of `attention`, applied to the first `n_first` and the last `window` positions."""
 
-    def __init__(self, attention: Attention, window: int, first: int, theta: float):
+    def __init__(self, attention: Attention, window: int, n_first: int, theta: float):
         super().__init__()
-        self.attention, self.window, self.first, self.theta = attention, window, first, theta
+        self.attention = attention
+        self.window = window
+        self.n_first = n_first
+        self.theta = theta
 
-    def forward(self, x: Tensor, sight: Sight) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         B, T, _ = x.shape
-        attention, n = self.attention, self.attention.n_sinks
-        q, k, v = attention.project(x, replace(sight, angles=None))
-        groups = attention.n_heads // attention.n_kv_heads
-        k, v = (
-            k.repeat_interleave(groups, dim=1),
-            v.repeat_interleave(groups, dim=1),
-        )  # (B, H, n + T, K)
-        positions = sight.positions
-        near_q, near_k = self._turned(q, positions), self._turned(k[:, :, n:], positions)
-        # Where a query stands in what is kept: as far back as that, and no further, are the sinks and the first tokens.
-        far_q = self._turned(q, positions.clamp(max=self.first + self.window - 1))
-        far_k, far_v = (
-            torch.cat((k[:, :, :n], near_k[:, :, : self.first]), dim=2),
-            v[:, :, : n + self.first],
-        )
-        before_all = torch.cat((positions.new_full((n,), -1), positions[: self.first]))
+        attention, n_first, window = self.attention, self.n_first, self.window
+        n = attention.n_sinks
+        # Unrotated queries and keys: the same key is rotated for two positions below.
+        q, k, v = attention.project(x, replace(context, cos_sin=None))
+        k = repeat_kv(k, attention.n_heads)  # (B, H, n + T, K)
+        v = repeat_kv(v, attention.n_heads)  # (B, H, n + T, K)
+        positions = context.positions  # (T,)
+        # Near: the window, at its true positions.
+        near_q = self._rotated(q, positions)  # (B, H, T, K)
+        near_k = self._rotated(k[:, :, n:], positions)  # (B, H, T, K)
+        near_v = v[:, :, n:]
+        # Far: sinks and first tokens. For them a query is at its position among the kept keys, at
+        # most n_first + window - 1.
+        far_q = self._rotated(q, positions.clamp(max=n_first + window - 1))  # (B, H, T, K)
+        far_k = torch.cat((k[:, :, :n], near_k[:, :, :n_first]), dim=2)  # (B, H, n + n_first, K)
+        far_v = v[:, :, : n + n_first]
+        far_positions = torch.cat((positions.new_full((n,), -1), positions[:n_first]))
+        # In blocks of queries, so that the scores take Q · (Q + window) numbers per head, not T².
         mixed = []
-        for start in range(0, T, BLOCK):
-            here = slice(start, min(start + BLOCK, T))
-            near = slice(max(self.first, start - self.window + 1), max(self.first, here.stop))
-            scores = torch.cat(
-                (far_q[:, :, here] @ far_k.mT, near_q[:, :, here] @ near_k[:, :, near].mT), dim=-1
-            ) / math.sqrt(attention.head_dim)
-            seen = torch.cat(
-                (
-                    visible(positions[here], before_all, None),
-                    visible(positions[here], positions[near], self.window),
-                ),
-                dim=-1,
-            )
-            weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
-            mixed.append(weights @ torch.cat((far_v, v[:, :, n:][:, :, near]), dim=2))
-        return attention.out(torch.cat(mixed, dim=2).transpose(1, 2).reshape(B, T, -1))
+        for start in range(0, T, QUERY_BLOCK):
+            block = slice(start, min(start + QUERY_BLOCK, T))
+            near = slice(max(n_first, start - window + 1), max(n_first, block.stop))
+            far_scores = far_q[:, :, block] @ far_k.mT  # (B, H, Q, n + n_first)
+            near_scores = near_q[:, :, block] @ near_k[:, :, near].mT  # (B, H, Q, S)
+            scores = torch.cat((far_scores, near_scores), dim=-1) / math.sqrt(attention.head_dim)
+            far_mask = causal_mask(positions[block], far_positions, None)
+            near_mask = causal_mask(positions[block], positions[near], window)
+            mask = torch.cat((far_mask, near_mask), dim=-1)  # (Q, n + n_first + S)
+            weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
+            mixed.append(weights @ torch.cat((far_v, near_v[:, :, near]), dim=2))  # (B, H, Q, K)
+        return attention.out(torch.cat(mixed, dim=2).transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
-    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        return rotate(x, *rope_angles(positions, self.attention.head_dim, self.theta))
+    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = rotary_cos_sin(positions, self.attention.head_dim, self.theta)
+        return apply_rotary(x, cos, sin)

@@ -1,30 +1,28 @@
-"""The model, whole: a decoder-only Transformer that predicts the next token. Read this file first.
+"""The model: a decoder-only Transformer that predicts the next token. One file, to be read first, top to bottom.
 
     token ids ─▶ embedding ─▶ n_layers × [ attention ─▶ feed-forward ] ─▶ norm ─▶ head ─▶ logits
+     (B, T)      (B, T, D)              (B, T, D)                        (B, T, D)       (B, T, V)
 
-In reading order: norms, positions (RoPE, ALiBi), the key/value cache, which keys a query may see, attention, the
-feed-forward layers (dense and mixture of experts), the block, the decoder, and how it is initialised. Every choice is
-a field of `ModelConfig`. One forward serves training and cached decoding. This file knows nothing of text, of
-losses or of training loops.
+Notable features, each one a field of `ModelConfig`:
 
-Initialisation (`ModelConfig.init`):
+- rotary, learned, ALiBi or no positions                    - sliding windows and learned attention sinks
+- multi-head, grouped-query and multi-query attention       - packed documents that do not see each other
+- SwiGLU, SiLU, GELU or squared-ReLU feed-forward           - mixture of experts without dropped tokens
+- RMSNorm or LayerNorm; pre-, post- or no norm; QK norm     - tied or untied embedding and head
 
-| weights             | normal (GPT-2)         | trunc_normal (CS336)                         |
-|---------------------|------------------------|----------------------------------------------|
-| linear layers       | N(0, 0.02²)            | N(0, 2/(in+out)) cut at 3 std                |
-| embeddings          | N(0, 0.02²)            | N(0, 1) cut at 3 std; 1/√D scale if tied     |
-| norms, biases       | 1, 0                   | 1, 0                                         |
-| sink keys, values   | N(0, 0.02²)            | N(0, 0.02²)                                  |
+In reading order: norms · rotary and ALiBi positions · which keys a query sees (the mask) ·
+attention · feed-forward · block · decoder · initialization · sizes and FLOPs. One forward pass
+serves training, prefill and decoding; the only difference is whether it is given a `KVCache`
+(kv_cache.py).
 
-Queries, keys and values are stored as one matrix, and so are gate and value of swiglu; each is drawn by its own size.
+This file knows nothing of text, tokenizers, losses, optimizers or training loops.
 """
 
 
-# B batch · T query positions · S key positions · D model width · H query heads · G key/value heads · K head width
-# F feed-forward width · E experts · A experts a token · V vocabulary · N tokens = B*T
+# B batch · T query positions · S key positions · D model width · H query heads · G key/value heads
+# K head width · F feed-forward width · E experts · A experts per token · N tokens = B·T · V vocabulary
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,77 +32,85 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinylm.config.schema import ModelConfig, MoEConfig
+from tinylm.model.kv_cache import KVCache
 
 
 class Features(NamedTuple):
-    """What the blocks compute: hidden states (B, T, D) after the last norm, and the experts' balance loss, a scalar."""
+    """The result of all blocks: hidden states (B, T, D) after the last norm, and the experts' balance loss."""
 
     hidden: Tensor
     balance_loss: Tensor
 
 
-# --- norms ------------------------------------------------------------------------------------------------------------
+# --- norms ----------------------------------------------------------------------------------------
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
-    """The configured normalisation over the last dimension; biases only where the linear layers have them."""
+    """RMSNorm, x / √(mean(x²) + ε) · w, or LayerNorm, over the last dimension."""
     if config.norm == "layernorm":
         return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias == "all")
     return nn.RMSNorm(width, eps=config.norm_eps)
 
 
-# --- positions --------------------------------------------------------------------------------------------------------
+# --- positions: rotary and ALiBi --------------------------------------------------------------------
+#
+# Attention by itself sees a set of tokens, not a sequence. Rotary embeddings (RoPE; Su et al. 2021)
+# rotate each query and key by an angle proportional to its position, pair by pair of dimensions:
+#
+#     pair i = dimensions (i, i + K/2)        angle at position p = p · theta^(-2i/K)
+#     pair 0 turns once per 2π positions, the last pair about once per 2π · theta
+#
+# The dot product of a query at p and a key at s then depends on p - s alone, which is why no
+# position is added to the residual stream. Pairing i with i + K/2 is the half-split layout of Llama
+# and Hugging Face; the paper pairs neighbors (2i, 2i + 1). The two layouts must not be mixed:
+# weights trained with one are wrong under the other.
 
 
-def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (..., K) of the rotation of each position (Su et al. 2021, equation 34).
-
-    Pair i turns by position / theta^(2i/K); pairs are (i, i + K/2), the half-split layout of Llama.
-    """
-    # fp32: in bf16 neighbouring positions beyond 256 would get the same angle
-    # exp and not a power: the CPU compiler keeps what comes of an exp, and would work the angles out anew in each layer
-    frequencies = torch.exp(
-        torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-        * (-math.log(theta) / head_dim)
-    )
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
+def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (..., K), of the rotation at positions (...,) (Su et al. 2021, eq. 34)."""
+    # fp32: in bf16, neighboring positions beyond 256 would get the same angle
+    # exp, not a power: compiled on the CPU, a power would be recomputed in each layer
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)  # (K/2,)
+    frequencies = torch.exp(pairs * (-math.log(theta) / head_dim))  # (K/2,)
+    angles = positions[..., None].float() * frequencies  # (..., K/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (..., K): both halves of a pair, same angle
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` (B, heads, T, K) turned by the angles of its positions; keeps the dtype of `x`."""
-    return _Rotation.apply(x, cos, sin)
+class Rotary(torch.autograd.Function):
+    """Rotate x (B, heads, T, K) by cos and sin (T, K); the result has the dtype of x.
 
-
-class _Rotation(torch.autograd.Function):
-    """Turns forward; the gradient is turned back by the same angles, in half the passes over memory that autograd takes."""
+    Each pair (a, b) becomes (a cos - b sin, b cos + a sin). Written as an autograd function because
+    the gradient of a rotation is the rotation back, by the negative angle: half the passes over
+    memory that autograd would need.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        wide = x.to(torch.promote_types(x.dtype, cos.dtype))  # rotate in fp32, also under bf16
+        a, b = wide.chunk(2, dim=-1)  # (B, heads, T, K/2) each
+        # (-b, a) · sin + (a, b) · cos
+        return torch.cat((-b, a), dim=-1).mul_(sin).addcmul_(wide, cos).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        # Attention on the CPU hands over the gradient of the keys transposed, and every pass over that is slow.
+        # On the CPU, attention returns the gradient of the keys transposed; every pass over that
+        # layout is slow.
         rows = grad if grad.stride(-1) == 1 else grad.contiguous()
-        return _turned(rows, cos, -sin), None, None
+        return Rotary.apply(rows, cos, -sin), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair (a, b) as (a cos - b sin, b cos + a sin)."""
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    first, second = wide.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1).mul_(sin).addcmul_(wide, cos).to(x.dtype)
+apply_rotary = Rotary.apply  # apply_rotary(x, cos, sin)
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
-    """The slope (H,) of each head: a geometric sequence from 2^(-8/H) (Press et al. 2021, section 3).
+    """The slope (H,) of each head: a geometric sequence that starts at 2^(-8/H) (Press et al. 2021, section 3).
 
-    For a number of heads that is no power of two, the sequence of the power below it, then every other term of the
-    sequence of the power above.
+    ALiBi subtracts slope · distance from each attention score, so that far keys weigh less. If the
+    number of heads is not a power of two: the slopes for the next lower power of two, then every
+    other slope for the next higher one.
 
     >>> alibi_slopes(4).tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
@@ -115,298 +121,309 @@ def alibi_slopes(n_heads: int) -> Tensor:
     return torch.tensor(slopes + between)
 
 
-# --- the key/value cache ----------------------------------------------------------------------------------------------
-
-
-class KVCache:
-    """Keys and values of the positions so far, preallocated, G heads a layer (never expanded to H).
-
-    Position p lives in slot p modulo `slots`. Without a sliding window there is a slot for each position. Under a window
-    W the slots are a ring of W + chunk - 1, enough for a chunk of new positions to be written before its oldest query
-    looks back, and a position that no query can see any more is overwritten.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        max_len: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        chunk: int,
-    ):
-        window = config.sliding_window
-        self.slots = max_len if window is None else min(max_len, window + chunk - 1)
-        self.chunk = chunk if self.slots < max_len else max_len
-        self.max_len = max_len
-        self.length = 0
-        shape = (config.n_layers, batch_size, config.kv_heads, self.slots, config.size_of_head)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.positions = torch.zeros(
-            self.slots, dtype=torch.long, device=device
-        )  # which one each filled slot holds
-
-    def advance(self, n_new: int) -> Tensor:
-        """Positions (T,) of `n_new` tokens that are about to be written.
-
-        Raises:
-            ValueError: they do not fit, or are more at once than the ring was made for.
-        """
-        if self.length + n_new > self.max_len:
-            raise ValueError(
-                f"{self.length} + {n_new} positions do not fit in a cache of {self.max_len}"
-            )
-        if n_new > self.chunk:
-            raise ValueError(
-                f"{n_new} positions at once, and this ring takes chunks of {self.chunk}"
-            )
-        positions = torch.arange(self.length, self.length + n_new, device=self.positions.device)
-        self.length += n_new
-        self.positions[positions % self.slots] = positions
-        return positions
-
-    def write(
-        self, layer: int, positions: Tensor, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, G, T, K); all that are filled (B, G, S, K) come back."""
-        slots = positions % self.slots
-        self.keys[layer, :, :, slots] = keys.to(self.keys.dtype)
-        self.values[layer, :, :, slots] = values.to(self.values.dtype)
-        return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
-
-    @property
-    def filled(self) -> int:
-        """Slots in use."""
-        return min(self.length, self.slots)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep the batch rows `rows`, in that order, repeats allowed: one prompt to many samples, or surviving beams."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-
-
-# --- which keys a query sees ------------------------------------------------------------------------------------------
+# --- which keys a query sees --------------------------------------------------------------------------
+#
+#     causal            window 2           two documents      2 sinks, window 2
+#     x · · · ·         x · · · ·          x · · · ·          s s  x · · · ·
+#     x x · · ·         x x · · ·          x x · · ·          s s  x x · · ·
+#     x x x · ·         · x x · ·          · · x · ·          s s  · x x · ·        row: query
+#     x x x x ·         · · x x ·          · · x x ·          s s  · · x x ·        column: key
+#     x x x x x         · · · x x          · · x x x          s s  · · · x x
 
 
 @dataclass(frozen=True)
-class Sight:
-    """Where the new tokens are and what each of them sees, worked out once a forward and shared by all layers.
-
-    `mask` is None when plain causal attention (or, for a single new token, seeing everything) says it all; else boolean
-    or, with ALiBi, an additive bias; it broadcasts to (B, H, T, n_sinks + S). `angles` are RoPE's, if there is any.
-    """
+class AttentionContext:
+    """Positions and mask of one forward pass: computed once, shared by all layers."""
 
     positions: Tensor
-    angles: tuple[Tensor, Tensor] | None
-    mask: Tensor | None
+    """(T,) of the new tokens, or (B, T) for packed documents"""
+    cos_sin: tuple[Tensor, Tensor] | None
+    """of the rotary embedding, (T, K) or (B, 1, T, K); None for other positions"""
+    attention_mask: Tensor | None
+    """boolean (True: seen), or with ALiBi an additive bias; broadcasts to (B, H, T, n_sinks + S)"""
     is_causal: bool
+    """whether the kernel applies the plain causal mask itself"""
     cache: KVCache | None
 
 
-def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Whether the query at each position sees the key at each position: (..., T) and (..., S) give (..., T, S).
+def attention_context(
+    config: ModelConfig, positions: Tensor, cache: KVCache | None = None
+) -> AttentionContext:
+    """The context of new tokens at `positions` (T,) or (B, T), which also attend to what `cache` holds."""
+    # Rotation angles of the new tokens. Cached keys were rotated when they were written.
+    cos_sin = None
+    if config.position == "rope":
+        cos, sin = rotary_cos_sin(positions, config.size_of_head, config.rope_theta)  # ([B,] T, K)
+        cos_sin = (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
+    # The attention kernels are fastest without a mask. Two cases need none: plain causal attention
+    # over a whole sequence (is_causal), and a single new token that sees everything in the cache.
+    keys = positions if cache is None else cache.key_positions  # ([B,] S)
+    T, S, window = positions.size(-1), keys.size(-1), config.sliding_window
+    masked = (
+        config.position == "alibi"
+        or config.n_sinks > 0
+        or positions.dim() == 2  # packed documents
+        or (window is not None and window < S)
+        or (S != T and T > 1)  # several new tokens after cached ones
+    )
+    if masked:
+        mask = attention_mask(config, positions, keys)
+        return AttentionContext(positions, cos_sin, mask, is_causal=False, cache=cache)
+    return AttentionContext(positions, cos_sin, None, is_causal=S == T, cache=cache)
 
-    A token sees itself and what came before, and of that the last `window` positions, itself included.
 
-    >>> visible(torch.arange(4), torch.arange(4), 2).int().tolist()
+def attention_mask(config: ModelConfig, queries: Tensor, keys: Tensor) -> Tensor:
+    """The mask or bias (..., T, n_sinks + S) for queries at (..., T) and keys at positions (..., S)."""
+    mask = causal_mask(queries, keys, config.sliding_window)  # ([B,] T, S)
+    distance = queries[..., :, None] - keys[..., None, :]  # ([B,] T, S)
+    if queries.dim() == 2:
+        # Packed documents: index in the row minus position is where the token's document starts.
+        starts = torch.arange(queries.size(1), device=queries.device) - queries  # (B, T)
+        mask = (mask & (starts[:, :, None] == starts[:, None, :]))[:, None]  # (B, 1, T, S)
+        distance = distance[:, None]  # (B, 1, T, S)
+    if config.position == "alibi":
+        slopes = alibi_slopes(config.n_heads).to(distance.device)[:, None, None]  # (H, 1, 1)
+        mask = (-slopes * distance).masked_fill(~mask, -math.inf)  # ([B,] H, T, S)
+    if config.n_sinks:
+        # Sinks come first; every query sees them, without a bias.
+        seen = True if mask.dtype == torch.bool else 0.0
+        mask = F.pad(mask, (config.n_sinks, 0), value=seen)  # (..., T, n_sinks + S)
+    return mask
+
+
+def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys each query sees: positions (..., T) and (..., S) give booleans (..., T, S).
+
+    A token sees itself and the tokens before it; with a window W, the last W positions, itself
+    included.
+
+    >>> causal_mask(torch.arange(4), torch.arange(4), 2).int().tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     """
-    distance = queries[..., :, None] - keys[..., None, :]
+    distance = queries[..., :, None] - keys[..., None, :]  # (..., T, S)
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:
-    """Positions (B, T) that start again at 0 in each document; equal neighbouring ids are one document.
+    """Positions (B, T) that restart at 0 in each document; equal neighboring ids are one document.
 
     >>> positions_in_documents(torch.tensor([[5, 5, 5, 6, 6]])).tolist()
     [[0, 1, 2, 0, 1]]
     """
     index = torch.arange(document_ids.size(1), device=document_ids.device).expand_as(document_ids)
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)  # (B, T): where a document starts
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    # The running maximum of the start indices is the start of each token's own document.
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
+#
+# Heads, here H = 4 query heads (q) and G key/value heads (k, v) under them:
+#
+#     MHA  G = H               GQA  1 < G < H           MQA  G = 1
+#     q0   q1   q2   q3        q0   q1   q2   q3        q0   q1   q2   q3
+#     │    │    │    │          └─┬──┘    └─┬──┘         └────┴─┬──┴────┘
+#     kv0  kv1  kv2  kv3         kv0       kv1                 kv0
+#
+# Query head h uses key/value head h // (H / G). The cache shrinks from H to G heads per layer.
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H query heads that share G key/value heads (Vaswani et al. 2017; Ainslie et al. 2023)."""
+    """Causal self-attention: softmax(q kᵀ / √K) v, H query heads sharing G key/value heads.
+
+    Vaswani et al. 2017, equation 1; shared heads: Shazeer 2019 (MQA), Ainslie et al. 2023 (GQA).
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.n_heads, self.n_kv_heads, self.head_dim = (
-            config.n_heads,
-            config.kv_heads,
-            config.size_of_head,
-        )
-        self.dropout = config.attention_dropout
-        queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        self.qkv = nn.Linear(config.d_model, queries + 2 * keys, bias=config.bias != "none")
-        self.out = nn.Linear(queries, config.d_model, bias=config.bias == "all")
-        self.q_norm = (
-            nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        )
-        self.k_norm = (
-            nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        )
-        if config.n_sinks:
-            self.sink_keys = nn.Parameter(
-                torch.empty(self.n_kv_heads, config.n_sinks, self.head_dim)
-            )
-            self.sink_values = nn.Parameter(
-                torch.empty(self.n_kv_heads, config.n_sinks, self.head_dim)
-            )
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.kv_heads
+        self.head_dim = config.size_of_head
         self.n_sinks = config.n_sinks
-
-    def forward(self, x: Tensor, sight: Sight) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = self.project(x, sight)
-        mixed = F.scaled_dot_product_attention(
-            q.to(v.dtype), k.to(v.dtype), v,
-            attn_mask=sight.mask if sight.mask is None or sight.mask.dtype == torch.bool else sight.mask.to(v.dtype),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=sight.is_causal,
-            enable_gqa=self.n_kv_heads != self.n_heads,
-        )  # fmt: skip
-        return self.out(mixed.transpose(1, 2).reshape(B, T, -1))
-
-    def project(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, K), and the keys and values (B, G, n_sinks + S, K) of all that they may look at."""
-        B, T, _ = x.shape
-        heads = (
-            self.qkv(x)
-            .view(B, T, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
-            .transpose(1, 2)
-        )  # (B, H+2G, T, K)
-        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if sight.angles is not None:
-            q, k = rotate(q, *sight.angles), rotate(k, *sight.angles)
-        if sight.cache is not None:
-            k, v = sight.cache.write(self.layer, sight.positions, k, v)
+        self.dropout = config.attention_dropout
+        # Queries, keys and values are one matrix: one large product is faster than three.
+        H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
+        self.qkv = nn.Linear(config.d_model, (H + 2 * G) * K, bias=config.bias != "none")
+        self.out = nn.Linear(H * K, config.d_model, bias=config.bias == "all")
+        # Normalized queries and keys bound the scores, which otherwise can grow until the softmax
+        # saturates.
+        normed = config.qk_norm
+        self.q_norm = nn.RMSNorm(K, eps=config.norm_eps) if normed else nn.Identity()
+        self.k_norm = nn.RMSNorm(K, eps=config.norm_eps) if normed else nn.Identity()
+        # Sinks are learned keys and values that every query sees, so that a head with nothing to
+        # look for can put its weight there (Xiao et al. 2023).
         if self.n_sinks:
-            # A sink is neither rotated nor biased: under ALiBi it is equally near to all, under RoPE it stands at position 0.
+            self.sink_keys = nn.Parameter(torch.empty(G, self.n_sinks, K))
+            self.sink_values = nn.Parameter(torch.empty(G, self.n_sinks, K))
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Mix the positions of x (B, T, D); S is what the new tokens may look at, the cache included."""
+        B, T, _ = x.shape
+        q, k, v = self.project(x, context)  # (B, H, T, K), (B, G, n_sinks + S, K) twice
+        mask = context.attention_mask  # None, or broadcasts to (B, H, T, n_sinks + S)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(v.dtype)  # the kernels want a bias in the dtype of the values
+        # softmax(q kᵀ / √K + mask) v, fused, so that the (T, S) scores are never stored
+        mixed = F.scaled_dot_product_attention(
+            q.to(v.dtype),
+            k.to(v.dtype),
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=context.is_causal,
+            enable_gqa=self.n_kv_heads != self.n_heads,
+        )  # (B, H, T, K)
+        # Put the heads side by side again and mix them.
+        return self.out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+    def project(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, K) of the new tokens; keys and values (B, G, n_sinks + S, K) they may look at."""
+        B, T, _ = x.shape
+        H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
+        # One product for all heads, then cut: H heads of queries, G of keys, G of values.
+        heads = self.qkv(x).view(B, T, H + 2 * G, K).transpose(1, 2)  # (B, H + 2G, T, K)
+        q, k, v = heads.split((H, G, G), dim=1)  # (B, H, T, K), (B, G, T, K), (B, G, T, K)
+        q, k = self.q_norm(q), self.k_norm(k)
+        # Rotate queries and keys by their positions. Values carry content and are not rotated.
+        if context.cos_sin is not None:
+            q = apply_rotary(q, *context.cos_sin)  # (B, H, T, K)
+            k = apply_rotary(k, *context.cos_sin)  # (B, G, T, K)
+        # With a cache: store the new keys and values, and look at all that are stored.
+        if context.cache is not None:
+            k, v = context.cache.write(self.layer, context.positions, k, v)  # (B, G, S, K)
+        # Sinks first, not rotated and not biased: RoPE sees them at position 0, ALiBi at distance 0.
+        if self.n_sinks:
             k = torch.cat((self.sink_keys.to(k.dtype).expand(B, -1, -1, -1), k), dim=2)
             v = torch.cat((self.sink_values.to(v.dtype).expand(B, -1, -1, -1), v), dim=2)
         return q, k, v
 
-    def weights(self, x: Tensor, sight: Sight) -> Tensor:
-        """How much each query looks at each key, (B, H, T, n_sinks + S): what the fused kernel of `forward` never shows.
+    def weights(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """The attention weights (B, H, T, n_sinks + S), for plots: the fused kernel never stores them.
 
-        Without a cache only; softmax(q kᵀ / √K) in fp32 (Vaswani et al. 2017, equation 1).
+        softmax(q kᵀ / √K) in fp32; only without a cache.
         """
-        q, k, _ = self.project(x, sight)
-        scores = (
-            q.float()
-            @ k.float().repeat_interleave(self.n_heads // self.n_kv_heads, dim=1).mT
-            / math.sqrt(self.head_dim)
-        )
-        mask = sight.mask
+        q, k, _ = self.project(x, context)
+        scores = q.float() @ repeat_kv(k.float(), self.n_heads).mT / math.sqrt(self.head_dim)
+        mask = context.attention_mask
         if mask is None:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(dim=-1)
 
 
-# --- feed-forward -----------------------------------------------------------------------------------------------------
+def repeat_kv(x: Tensor, n_heads: int) -> Tensor:
+    """Each of the G heads of x (B, G, S, K) repeated for the H / G query heads that share it: (B, H, S, K)."""
+    return x.repeat_interleave(n_heads // x.size(1), dim=1)
 
 
-def activate(kind: str, x: Tensor) -> Tensor:
-    """The non-gated activations: SiLU, GELU in GPT-2's tanh form, or squared ReLU (So et al. 2021)."""
+# --- feed-forward ---------------------------------------------------------------------------------
+
+
+def activate(kind: str, up: Tensor) -> Tensor:
+    """The hidden layer (..., F) from the up projection: (..., 2F) for swiglu, which has a gate, else (..., F).
+
+    SwiGLU: silu(gate) · value (Shazeer 2020, equation 6). GELU: GPT-2's tanh form. Squared ReLU: So
+    et al. 2021.
+    """
+    if kind == "swiglu":
+        gate, value = up.chunk(2, dim=-1)  # (..., F) each
+        return F.silu(gate) * value
     if kind == "silu":
-        return F.silu(x)
-    return F.gelu(x, approximate="tanh") if kind == "gelu" else F.relu(x).square()
+        return F.silu(up)
+    return F.gelu(up, approximate="tanh") if kind == "gelu" else F.relu(up).square()
 
 
 class FeedForward(nn.Module):
-    """Each position by itself through one hidden layer; swiglu multiplies it by a gate (Shazeer 2020, equation 6)."""
+    """One hidden layer, applied to each position separately: down(activate(up(x)))."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.kind = config.ffn
         bias = config.bias == "all"
-        # The gate and the value of swiglu are one matrix: one large product is faster than two small ones.
-        self.up = nn.Linear(
-            config.d_model, config.hidden * (2 if self.kind == "swiglu" else 1), bias=bias
-        )
+        # Gate and value of swiglu are one matrix: one large product is faster than two small ones.
+        width = config.hidden * (2 if self.kind == "swiglu" else 1)
+        self.up = nn.Linear(config.d_model, width, bias=bias)
         self.down = nn.Linear(config.hidden, config.d_model, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        if self.kind == "swiglu":
-            gate, value = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * value)
-        return self.down(activate(self.kind, x))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output (B, T, D), and the balance loss 0, so that dense and mixture layers are called alike."""
+        hidden = activate(self.kind, self.up(x))  # (B, T, F)
+        return self.down(hidden), x.new_zeros((), dtype=torch.float32)
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to its top-k experts, whose outputs are summed by renormalised router weights (Jiang et al. 2024).
+    """Each token goes to its A best experts; their outputs are summed by router weight.
 
-    Tokens are sorted by expert, so that each expert is one slice of one matrix product. No token is dropped.
+    As in Mixtral (Jiang et al. 2024). Tokens are sorted by expert, so that each expert is one matrix
+    product over a slice. No token is dropped.
+
+        token          0     1     2              sorted by expert   0  0 │ 1 │ 2  2  2
+        its experts    0,2   2,0   1,2     ─▶     their tokens       0  1 │ 2 │ 0  1  2
     """
 
     def __init__(self, config: ModelConfig, moe: MoEConfig):
         super().__init__()
-        self.kind, self.n_experts, self.top_k = config.ffn, moe.n_experts, moe.top_k
-        width = config.hidden * (2 if self.kind == "swiglu" else 1)
-        self.router = nn.Linear(config.d_model, moe.n_experts, bias=False)
-        self.up = nn.Parameter(torch.empty(moe.n_experts, width, config.d_model))
-        self.down = nn.Parameter(torch.empty(moe.n_experts, config.d_model, config.hidden))
-        self.up_bias = (
-            nn.Parameter(torch.zeros(moe.n_experts, width)) if config.bias == "all" else None
-        )
-        self.down_bias = (
-            nn.Parameter(torch.zeros(moe.n_experts, config.d_model))
-            if config.bias == "all"
-            else None
-        )
+        self.kind = config.ffn
+        self.n_experts = moe.n_experts
+        self.top_k = moe.top_k
+        E, D, hidden = moe.n_experts, config.d_model, config.hidden
+        width = hidden * (2 if self.kind == "swiglu" else 1)
+        self.router = nn.Linear(D, E, bias=False)
+        self.up = nn.Parameter(torch.empty(E, width, D))
+        self.down = nn.Parameter(torch.empty(E, D, hidden))
+        biased = config.bias == "all"
+        self.up_bias = nn.Parameter(torch.zeros(E, width)) if biased else None
+        self.down_bias = nn.Parameter(torch.zeros(E, D)) if biased else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mixed output (B, T, D) and the load-balance loss, a scalar that is 1 when all experts are used alike."""
+        """The output (B, T, D) and the load-balance loss, which is 1 if all experts are used equally."""
         flat = x.reshape(-1, x.size(-1))  # (N, D)
-        # fp32: the order of near-equal probabilities decides who computes
+        # The router scores each expert and keeps the A best per token.
+        # fp32: rounding must not change the order of nearly equal probabilities
         probabilities = self.router(flat).float().softmax(dim=-1)  # (N, E)
-        weights, experts = probabilities.topk(self.top_k, dim=-1)  # (N, A)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        order = experts.flatten().argsort(stable=True)  # the N*A visits, sorted by expert
-        tokens = order // self.top_k
-        counts = torch.bincount(experts.flatten(), minlength=self.n_experts)
-        visited = self._experts(flat[tokens], counts, experts.flatten()[order])
-        weighted = visited * weights.flatten()[order, None].to(visited.dtype)
-        mixed = torch.zeros_like(flat, dtype=visited.dtype).index_add(0, tokens, weighted)
-        # Fedus et al. 2021, equation 4: E · Σ (share of visits) · (mean probability)
+        weights, experts = probabilities.topk(self.top_k, dim=-1)  # (N, A) each
+        weights = weights / weights.sum(dim=-1, keepdim=True)  # (N, A): sums to 1 per token
+        # Sort the N·A (token, expert) pairs by expert.
+        order = experts.flatten().argsort(stable=True)  # (N·A,)
+        tokens = order // self.top_k  # (N·A,): the token of each pair
+        counts = torch.bincount(experts.flatten(), minlength=self.n_experts)  # (E,)
+        # Run the experts, weight their outputs, and add them up per token.
+        output = self._experts(flat[tokens], counts, experts.flatten()[order])  # (N·A, D)
+        weighted = output * weights.flatten()[order, None].to(output.dtype)  # (N·A, D)
+        mixed = torch.zeros_like(flat, dtype=output.dtype).index_add(0, tokens, weighted)  # (N, D)
+        # Load balance, Fedus et al. 2021, equation 4: E · Σ over experts of (share of pairs) ·
+        # (mean probability).
         balance = self.n_experts * (counts / order.numel() * probabilities.mean(dim=0)).sum()
         return mixed.view_as(x), balance
 
     def _experts(self, x: Tensor, counts: Tensor, expert_of: Tensor) -> Tensor:
-        """Every visit (N*A, D), sorted by expert, through its expert."""
-        up = grouped_linear(x, self.up, counts)
+        """The rows x (N·A, D), sorted by expert, each through its own expert's feed-forward layer."""
+        up = grouped_linear(x, self.up, counts)  # (N·A, F or 2F)
         if self.up_bias is not None:
             up = up + self.up_bias[expert_of].to(up.dtype)
-        if self.kind == "swiglu":
-            gate, value = up.chunk(2, dim=-1)
-            hidden = F.silu(gate) * value
-        else:
-            hidden = activate(self.kind, up)
-        down = grouped_linear(hidden, self.down, counts)
+        hidden = activate(self.kind, up)  # (N·A, F)
+        down = grouped_linear(hidden, self.down, counts)  # (N·A, D)
         return down if self.down_bias is None else down + self.down_bias[expert_of].to(down.dtype)
 
 
 def grouped_linear(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-    """Rows of `x` (M, in), sorted in groups of `counts` (E,), each group by its own matrix of `weights` (E, out, in).
+    """The groups of rows of x (M, in), each times its own matrix of `weights` (E, out, in): (M, out).
 
-    A loop over experts, never over tokens.
+    `counts` (E,) are the sizes of the groups. A loop over experts, never over tokens.
     """
     groups = x.split(counts.tolist())
-    return torch.cat(
-        [F.linear(group, weight) for group, weight in zip(groups, weights, strict=True)]
-    )
+    products = [F.linear(group, weight) for group, weight in zip(groups, weights, strict=True)]
+    return torch.cat(products)
 
 
-# --- the block and the decoder ----------------------------------------------------------------------------------------
+# --- the block and the decoder ----------------------------------------------------------------------
+#
+#     pre (default)    x ─┬─▶ norm ─▶ attention ─▶ + ─┬─▶ norm ─▶ ffn ─▶ + ─▶
+#                         └────────────────────────┘  └──────────────────┘
+#     post (2017)      x ─┬─▶ attention ─▶ + ─▶ norm ─┬─▶ ffn ─▶ + ─▶ norm ─▶
+#                         └────────────────┘          └──────────┘
 
 
 class Block(nn.Module):
@@ -419,35 +436,33 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, config.d_model) if normed else nn.Identity()
         self.attention = Attention(config, layer)
         self.ffn_norm = make_norm(config, config.d_model) if normed else nn.Identity()
-        self.ffn = (
-            FeedForward(config) if config.moe is None else MixtureOfExperts(config, config.moe)
-        )
+        moe = config.moe
+        self.ffn = FeedForward(config) if moe is None else MixtureOfExperts(config, moe)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
-        """The stream (B, T, D) after this block, and the balance loss of its experts (0 without any)."""
-        if self.placement == "post":  # norms after the sums, as in Vaswani et al. 2017
-            x = self.attention_norm(x + self.dropout(self.attention(x, sight)))
-            added, balance = self._feed(x)
+    def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """The residual stream (B, T, D) after this block, and its experts' balance loss (0 if dense)."""
+        if self.placement == "post":
+            x = self.attention_norm(x + self.dropout(self.attention(x, context)))  # (B, T, D)
+            added, balance = self.ffn(x)  # (B, T, D), scalar
             return self.ffn_norm(x + self.dropout(added)), balance
-        x = x + self.dropout(self.attention(self.attention_norm(x), sight))
-        added, balance = self._feed(self.ffn_norm(x))
+        # Pre-norm (or no norm): the stream itself is never normalized, so gradients pass the sums
+        # unchanged.
+        x = x + self.dropout(self.attention(self.attention_norm(x), context))  # (B, T, D)
+        added, balance = self.ffn(self.ffn_norm(x))  # (B, T, D), scalar
         return x + self.dropout(added), balance
-
-    def _feed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.ffn, MixtureOfExperts):
-            return self.ffn(x)
-        return self.ffn(x), x.new_zeros((), dtype=torch.float32)
 
 
 class Decoder(nn.Module):
-    """The decoder-only Transformer: `model(input_ids)` gives the logits (B, T, V) of the next token at every position."""
+    """The decoder-only Transformer: `model(input_ids)` gives next-token logits (B, T, V) at all positions."""
+
+    has_encoder = False  # encoder-decoder models are wrapped in hf_model.py
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError(
-                "the decoder needs model.vocab_size; build it from a config whose vocabulary is known"
+                "model.vocab_size is not set; build the decoder from a config with a known vocabulary"
             )
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -455,58 +470,63 @@ class Decoder(nn.Module):
             self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        # After pre-norm blocks the stream has never been normalised as a whole; after post-norm it just was.
-        self.norm = (
-            make_norm(config, config.d_model) if config.norm_placement == "pre" else nn.Identity()
-        )
+        # After pre-norm blocks the stream has not been normalized yet; after post-norm blocks it
+        # just was.
+        last = config.norm_placement == "pre"
+        self.norm = make_norm(config, config.d_model) if last else nn.Identity()
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        initialise(self)
+        init_weights(self)
 
     def forward(
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Logits (B, T, V) of ids (B, T)."""
+        """Logits (B, T, V) of ids (B, T); the arguments are those of `features`."""
         return self.head(self.features(input_ids, document_ids=document_ids, cache=cache).hidden)
 
     def features(
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
     ) -> Features:
-        """Everything but the head, so that a loss can take the vocabulary in chunks and sampling only the last position.
+        """Everything but the head: a loss can apply it in chunks, sampling to the last position only.
 
         Args:
             input_ids: (B, T) token ids; with a cache, only the new ones.
-            document_ids: (B, T) a number a document; attention stops and positions restart where it changes. Not with a cache.
-            cache: keys and values of what came before; the new ones are added to it.
+            document_ids: (B, T) document number of each token in a packed row; attention does not
+                cross documents and positions restart in each. Cannot be combined with a cache.
+            cache: keys and values of the tokens before; those of the new tokens are added to it.
         """
-        positions = self._positions(input_ids, document_ids, cache)
-        x = self.embedding(input_ids)
+        T = input_ids.size(1)
+        length = T if cache is None else cache.length + T
+        if length > self.config.max_seq_len:
+            limit = self.config.max_seq_len
+            raise ValueError(f"{length} positions are more than max_seq_len ({limit})")
+        if cache is not None and document_ids is not None:
+            raise ValueError("document_ids cannot be combined with a cache, which has no documents")
+        # 1. Positions: 0, 1, ...; or after those in the cache; or restarting in each packed document.
+        if cache is not None:
+            positions = cache.advance(T)  # (T,)
+        elif document_ids is not None:
+            positions = positions_in_documents(document_ids)  # (B, T)
+        else:
+            positions = torch.arange(T, device=input_ids.device)  # (T,)
+        # 2. Embed the tokens.
+        x = self.embedding(input_ids)  # (B, T, D)
         if self.config.position == "learned":
-            x = x + self.positions(positions)
+            x = x + self.positions(positions)  # (B, T, D)
         x = self.dropout(x)
-        sight = self._sight(positions, cache)
+        # 3. Rotation angles and mask, the same for all layers.
+        context = attention_context(self.config, positions, cache)
+        # 4. The blocks. The balance loss is the mean over layers.
         balance = x.new_zeros((), dtype=torch.float32)
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
-                x, block_balance = checkpoint(block, x, sight, use_reentrant=False)
+                x, block_balance = checkpoint(block, x, context, use_reentrant=False)  # (B, T, D)
             else:
-                x, block_balance = block(x, sight)
+                x, block_balance = block(x, context)  # (B, T, D)
             balance = balance + block_balance / len(self.blocks)
-        return Features(self.norm(x), balance)
-
-    def opening(
-        self, prompts: Sequence[Sequence[int]]
-    ) -> tuple[Sequence[Sequence[int]], dict[str, Tensor]]:
-        """The ids that stand before what is written after each prompt, and what `features` takes beside ids: here the prompts, and nothing.
-
-        For a model that has an encoder the two are others (foreign.py).
-        """
-        return prompts, {}
-
-    def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of rows as the model takes it: here as it is."""
-        return batch
+        # 5. The last norm.
+        return Features(self.norm(x), balance)  # (B, T, D)
 
     def new_cache(
         self,
@@ -516,7 +536,10 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         chunk: int = 256,
     ) -> KVCache:
-        """An empty cache for `max_len` positions (max_seq_len if None), fed at most `chunk` at a time under a window."""
+        """An empty cache for `max_len` positions (default max_seq_len).
+
+        With a sliding window, a forward pass adds at most `chunk` positions.
+        """
         weight = self.embedding.weight
         return KVCache(
             self.config,
@@ -527,145 +550,91 @@ class Decoder(nn.Module):
             chunk=chunk,
         )
 
-    def _positions(
-        self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        """The position of each new token: (T,), or (B, T) if they restart in each document."""
-        T = input_ids.size(1)
-        length = T if cache is None else cache.length + T
-        if length > self.config.max_seq_len:
-            raise ValueError(
-                f"{length} positions are more than max_seq_len ({self.config.max_seq_len})"
-            )
-        if cache is None:
-            return (
-                torch.arange(T, device=input_ids.device)
-                if document_ids is None
-                else positions_in_documents(document_ids)
-            )
-        if document_ids is not None:
-            raise ValueError(
-                "a cache holds one document a row: give document_ids or a cache, not both"
-            )
-        return cache.advance(T)
 
-    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        if self.config.position != "rope":
-            return None
-        cos, sin = rope_angles(
-            positions, self.config.size_of_head, self.config.rope_theta
-        )  # ([B,] T, K)
-        return (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
-
-    def _sight(self, positions: Tensor, cache: KVCache | None) -> Sight:
-        """What this forward needs to know of its positions (T,) or (B, T)."""
-        keys = positions if cache is None else cache.positions[: cache.filled]
-        T, S, window = positions.size(-1), keys.size(-1), self.config.sliding_window
-        mask, is_causal = None, S == T
-        # One mask-free kernel says it all: causal over a whole sequence, or one new token that sees all that is stored.
-        special = self.config.position == "alibi" or self.config.n_sinks or positions.dim() == 2
-        if special or (window is not None and window < S) or (S != T and T > 1):
-            mask, is_causal = self._mask(positions, keys), False
-        return Sight(positions, self._angles(positions), mask, is_causal, cache)
-
-    def _mask(self, positions: Tensor, keys: Tensor) -> Tensor:
-        """What queries at `positions` see of keys at `keys`: booleans or an additive bias, (..., T, n_sinks + S)."""
-        config = self.config
-        seen, distance = (
-            visible(positions, keys, config.sliding_window),
-            positions[..., :, None] - keys[..., None, :],
-        )
-        if positions.dim() == 2:
-            starts = (
-                torch.arange(positions.size(1), device=positions.device) - positions
-            )  # where each token's document begins
-            seen = (seen & (starts[:, :, None] == starts[:, None, :]))[:, None]  # (B, 1, T, S)
-            distance = distance[:, None]
-        if config.position == "alibi":
-            slopes = alibi_slopes(config.n_heads).to(distance.device)
-            seen = (-slopes[:, None, None] * distance).masked_fill(
-                ~seen, -math.inf
-            )  # (..., H, T, S)
-        if config.n_sinks:
-            seen = F.pad(seen, (config.n_sinks, 0), value=True if seen.dtype == torch.bool else 0.0)
-        return seen
-
-
-# --- initialisation ---------------------------------------------------------------------------------------------------
+# --- initialization -------------------------------------------------------------------------------
+#
+#     weights              normal (GPT-2)   trunc_normal           why the second
+#     linear layers        N(0, 0.02²)      N(0, 2/(in + out))     activations and gradients keep their size from
+#                                                                  layer to layer (Glorot and Bengio 2010)
+#     embedding            N(0, 0.02²)      N(0, 1)                a residual stream of size 1
+#     embedding if tied    N(0, 0.02²)      N(0, 1/D)              it is also the head: with std 1, logits of size
+#                                                                  √D and a first loss far above ln V
+#     norms, biases        1, 0             1, 0
+#     sink keys, values    N(0, 0.02²)      N(0, 0.02²)            at first all sinks look alike
+#
+# trunc_normal cuts all its rows at 3 standard deviations, which avoids the rare large weight.
+# 0.02 is GPT-2's constant (Radford et al. 2019), close to √(2/(in + out)) of its 768 × 3072
+# layers. Linear layers that are stored as one matrix (q, k and v; gate and value) are drawn one by
+# one, each with its own in and out. GPT-2's extra
+# 1/√(2 n_layers) on the output projections is not applied.
 
 
 @torch.no_grad()
-def initialise(model: Decoder) -> None:
-    """Fill the weights as the table at the top of this file says, in the order of the modules, from torch's generator."""
+def init_weights(model: nn.Module) -> None:
+    """Fill the weights after the table above, in the order of the modules, from torch's global generator."""
+    config = model.config
     for name, weight in model.named_parameters():  # a tied matrix comes once, as the embedding
         if name.endswith("bias"):
             nn.init.zeros_(weight)
         elif name.endswith("norm.weight"):
             nn.init.ones_(weight)
-        elif model.config.init == "normal" or ".sink_" in name:
+        elif config.init == "normal" or ".sink_" in name:
             nn.init.normal_(weight, std=0.02)
+        elif name in ("embedding.weight", "positions.weight"):
+            std = config.d_model**-0.5 if config.tie_embeddings else 1.0
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
         else:
-            for matrix in _matrices(name, weight, model.config):
-                std = _truncated_std(name, matrix, tied=model.config.tie_embeddings)
+            for matrix in _separate_matrices(name, weight, config):
+                std = math.sqrt(2 / (matrix.size(-1) + matrix.size(-2)))
                 nn.init.trunc_normal_(matrix, std=std, a=-3 * std, b=3 * std)
 
 
-def _matrices(name: str, weight: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
-    """What is stored as one matrix and meant as several: queries, keys and values; gate and value of swiglu."""
+def _separate_matrices(name: str, weight: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+    """Views of the layers that are stored as one matrix: queries, keys, values; gate and value."""
     if name.endswith("qkv.weight"):
-        queries, keys = config.n_heads * config.size_of_head, config.kv_heads * config.size_of_head
-        return weight.split((queries, keys, keys))
+        H, G, K = config.n_heads, config.kv_heads, config.size_of_head
+        return weight.split((H * K, G * K, G * K))
     if ".ffn.up" in name and config.ffn == "swiglu":
         return weight.chunk(2, dim=-2)
     return (weight,)
 
 
-def _truncated_std(name: str, weight: Tensor, *, tied: bool) -> float:
-    """sqrt(2 / (in + out)) for a linear layer, 1 for an embedding."""
-    if name in ("embedding.weight", "positions.weight"):
-        return (
-            weight.size(1) ** -0.5 if tied else 1.0
-        )  # as a head, std 1 would give logits of size sqrt(D)
-    return math.sqrt(2 / (weight.size(-1) + weight.size(-2)))
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable and fixed weights, each tied matrix once."""
+    """All weights, trainable or frozen, each tied matrix once."""
     return sum(weight.numel() for weight in model.parameters())
 
 
 def active_parameters(model: nn.Module) -> int:
-    """The weights that one token meets: all but those of the experts it is not sent to."""
+    """The weights that one token uses: all but the experts it is not routed to."""
     idle = 0
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
-            of_experts = sum(
-                weight.numel()
-                for name, weight in module.named_parameters()
-                if not name.startswith("router")
-            )
-            idle += of_experts * (module.n_experts - module.top_k) // module.n_experts
+            router = module.router.weight.numel()
+            in_experts = count_parameters(module) - router
+            idle += in_experts * (module.n_experts - module.top_k) // module.n_experts
     return count_parameters(model) - idle
 
 
 def flops_per_token(model: Decoder, seq_len: int) -> int:
-    """Floating-point operations of one training token, forward and backward (Chowdhery et al. 2022, appendix B).
+    """Floating-point operations to train on one token (PaLM, Chowdhery et al. 2022, appendix B).
 
-    6 for each weight that multiplies, only the visited experts of a mixture, plus 12 · L · H · K · S for attention.
+        6 per weight of a matrix product    multiply and add forward, twice that backward
+        12 · n_layers · H · K · S           q kᵀ and weights · v: 2 · 2 · H · K · S forward, twice backward
+
+    An embedding lookup costs nothing; of a mixture only the A visited experts count. Norms, softmax
+    and activations are not counted. S is the whole context, as in the paper; causal kernels skip
+    half, so the attention term is up to two times too large.
     """
     config = model.config
-    weights = sum(
-        w.numel()
-        for m in model.modules()
-        if isinstance(m, nn.Linear)
-        for n, w in m.named_parameters(recurse=False)
-        if n == "weight"
-    )
+    weights = 0
     for module in model.modules():
-        if isinstance(module, MixtureOfExperts):
+        if isinstance(module, nn.Linear):
+            weights += module.weight.numel()
+        elif isinstance(module, MixtureOfExperts):
             weights += (module.up.numel() + module.down.numel()) * module.top_k // module.n_experts
     seen = min(seq_len, config.sliding_window or seq_len) + config.n_sinks
-    return 6 * weights + 12 * config.n_layers * config.n_heads * config.size_of_head * seen
+    attention = 12 * config.n_layers * config.n_heads * config.size_of_head * seen
+    return 6 * weights + attention

@@ -66,6 +66,8 @@ class HFModel(nn.Module):
     `config` holds its sizes in our names and nothing else of it: how it computes is in its own config.
     """
 
+    has_encoder = False
+
     def __init__(self, inner: "PreTrainedModel"):
         super().__init__()
         self.inner = inner
@@ -133,16 +135,6 @@ class HFModel(nn.Module):
             cache.length = length
         return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
 
-    def opening(
-        self, prompts: Sequence[Sequence[int]]
-    ) -> tuple[Sequence[Sequence[int]], dict[str, Tensor]]:
-        """As in our `Decoder`."""
-        return prompts, {}
-
-    def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """As in our `Decoder`."""
-        return batch
-
     def compared(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) by transformers' own forward, and our hidden states (B, T, D), to be held against each other."""
         return self.inner(input_ids=ids, use_cache=False).logits, self.features(ids).hidden
@@ -177,9 +169,11 @@ class Seq2SeqCache(HFCache):
 class HFSeq2Seq(HFModel):
     """A Hugging Face encoder-decoder, such as T5: its encoder reads the prompt, closed by EOS, its decoder writes the answer.
 
-    `features` takes the decoder's ids and, as `prompt_ids`, the encoder's; `opening` and `arranged` make them of prompts and
-    of rows, so that who writes or trains need not know the difference.
+    `features` takes the decoder's ids and, as `prompt_ids`, the encoder's. Where `has_encoder` is true, sampling gets them
+    from `decoder_start` and training from `prepare_batch`.
     """
+
+    has_encoder = True
 
     def __init__(self, inner: "PreTrainedModel"):
         super().__init__(inner)
@@ -236,23 +230,23 @@ class HFSeq2Seq(HFModel):
             cache.length, cache.memory = length, (encoded, real)
         return Features(hidden * self.scale, hidden.new_zeros((), dtype=torch.float32))
 
-    def opening(
+    def decoder_start(
         self, prompts: Sequence[Sequence[int]]
     ) -> tuple[list[list[int]], dict[str, Tensor]]:
-        """The decoder's start for each prompt, and the prompts as `features` takes them."""
+        """The decoder's start ids for each prompt, and the prompts as extra inputs of `features`."""
         rows = [torch.tensor([*prompt, self.end_id]) for prompt in prompts]
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
         return [[self.start_id] for _ in prompts], {
             "prompt_ids": padded.to(self.embedding.weight.device)
         }
 
-    def arranged(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Padded rows of one example as the two sides take them; of several answers in a row the last is learned."""
+    def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Padded rows of one example as inputs of encoder and decoder; of several answers in a row the last is trained."""
         pairs = [
             split_answer(*row)
             for row in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
         ]
-        starts, given = self.opening([prompt for prompt, _ in pairs])
+        starts, extra_inputs = self.decoder_start([prompt for prompt, _ in pairs])
         answers = [torch.tensor(answer or [IGNORE_INDEX]) for _, answer in pairs]
         labels = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORE_INDEX)
         inputs = torch.cat((torch.tensor(starts), labels[:, :-1]), dim=1)
@@ -260,7 +254,7 @@ class HFSeq2Seq(HFModel):
             inputs == IGNORE_INDEX, self.end_id
         )  # behind the end of an answer, where nothing is asked
         device = batch["input_ids"].device
-        return batch | given | {"input_ids": inputs.to(device), "labels": labels.to(device)}
+        return batch | extra_inputs | {"input_ids": inputs.to(device), "labels": labels.to(device)}
 
     def compared(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """As in `HFModel`, with `ids` for both sides."""

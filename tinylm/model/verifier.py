@@ -1,20 +1,24 @@
-"""A verifier: an encoder that reads a problem with an answer and says how likely the answer is right (Cobbe et al. 2021).
+"""A verifier: an encoder that estimates how likely an answer to a problem is right (Cobbe et al. 2021).
 
-    ids of problem and answer ─▶ embedding ─▶ n_layers × [ attention to the others ─▶ feed-forward ] ─▶ norm ─▶ a suspicion a token ─▶ one logit
+    ids of problem + answer ─▶ embedding ─▶ blocks ─▶ norm ─▶ error logit per token ─▶ one logit
+            (B, T)             (B, T, D)    (B, T, D)                (B, T)              (B,)
 
-Its blocks are the decoder's; only the mask differs, since here every token sees every other, on both sides. So it can begin
-with a decoder's weights. Three things make it learn in minutes that a number disagrees with the others, which without any
-one of them it does not (docs/RESULTS.md has the numbers):
+Its blocks are those of decoder.py; only the mask differs, because every token sees the tokens on
+both sides. So its weights can be initialized from a decoder. Three choices let it learn within
+minutes to find a number that disagrees with the others; without any one of them it does not
+(figures in docs/RESULTS.md):
 
-    the odds of the answer being wrong are the sum of the tokens' odds of being the wrong one, and it is taught which that is;
-    a token does not see itself, so that what it finds when it looks for its like is another one, or none;
-    in the first block it begins by looking for its like: queries are keys there.
+- Errors are localized: the odds that the answer is wrong are the sum over tokens of the odds that this token is the
+  error, and training says which token it is.
+- A token does not see itself. A token that searches for its equal then finds another one, or none.
+- The first block starts out searching for equals: its query weights are initialized with its key weights.
 
-After it: how a verifier's scores are judged.
+The loss and the scores of a verifier are in objectives/verifier.py.
 """
 
 
-# B pairs · T tokens of one · D model width
+# B (problem, answer) pairs · T tokens of one pair · D model width
+# H query heads · G key/value heads · K head width
 
 import math
 
@@ -24,11 +28,14 @@ from torch import Tensor, nn
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig
-from tinylm.model.decoder import Block, Decoder, Sight, initialise, make_norm, rope_angles
-
-# Scores of many pairs are counted in bins of logits so wide, up to this distance from 0, which is a border of bins: sums of counts
-# can be added over batches and devices, and within a bin a probability moves by 0.0025 at most.
-LOGIT_STEP, LOGIT_LIMIT = 0.02, 20
+from tinylm.model.decoder import (
+    AttentionContext,
+    Block,
+    Decoder,
+    init_weights,
+    make_norm,
+    rotary_cos_sin,
+)
 
 
 class Verifier(nn.Module):
@@ -38,95 +45,91 @@ class Verifier(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError(
-                "the verifier needs model.vocab_size; build it from a config whose vocabulary is known"
+                "model.vocab_size is not set; build the verifier from a config with a known vocabulary"
             )
-        check_shape(config)
+        require_encoder_config(config)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = (
-            make_norm(config, config.d_model) if config.norm_placement == "pre" else nn.Identity()
-        )
-        self.suspicion = nn.Linear(config.d_model, 1)
-        initialise(self)
-        self._look_for_the_like()
+        last = config.norm_placement == "pre"
+        self.norm = make_norm(config, config.d_model) if last else nn.Identity()
+        self.suspicion = nn.Linear(config.d_model, 1)  # the error head; its name is in checkpoints
+        init_weights(self)
+        self._init_queries_as_keys()
 
     @torch.no_grad()
-    def _look_for_the_like(self) -> None:
-        """Make the queries of the first block its keys: equal tokens then find each other before anything is learned."""
-        config, weight = self.config, self.blocks[0].attention.qkv.weight
-        queries, keys, _ = weight.split(
-            [n * config.size_of_head for n in (config.n_heads, config.kv_heads, config.kv_heads)]
-        )
-        of_heads = keys.unflatten(0, (config.kv_heads, config.size_of_head))
-        queries.copy_(
-            of_heads.repeat_interleave(config.n_heads // config.kv_heads, dim=0).flatten(0, 1)
-        )
+    def _init_queries_as_keys(self) -> None:
+        """Copy the key weights of block 0 to its queries: equal tokens attend to each other from the start."""
+        config = self.config
+        H, G, K = config.n_heads, config.kv_heads, config.size_of_head
+        weight = self.blocks[0].attention.qkv.weight  # ((H + 2G) K, D)
+        queries, keys, _ = weight.split((H * K, G * K, G * K))
+        # Each key head once for each query head that shares it.
+        per_head = keys.unflatten(0, (G, K)).repeat_interleave(H // G, dim=0)  # (H, K, D)
+        queries.copy_(per_head.flatten(0, 1))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits (B,) of ids (B, T), padded on the right where `attention_mask` (B, T) is False."""
-        return -self.places(input_ids, attention_mask).logsumexp(dim=1)
+        """Logits (B,) of ids (B, T), padded on the right where `attention_mask` (B, T) is False.
 
-    def places(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) log-odds of each token being the wrong one against none being wrong; -inf for padding."""
+        The odds of an error are the sum of the tokens' odds; the logit of a right answer is minus
+        the log of that sum.
+        """
+        return -self.error_logits(input_ids, attention_mask).logsumexp(dim=1)
+
+    def error_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) log-odds that each token is the error, against no error at all; -inf for padding."""
+        config = self.config
         T = input_ids.size(1)
-        if self.config.max_seq_len < T:
-            raise ValueError(f"{T} positions are more than max_seq_len ({self.config.max_seq_len})")
-        positions = torch.arange(T, device=input_ids.device)
-        x = self.embedding(input_ids)
-        if self.config.position == "learned":
-            x = x + self.positions(positions)
+        if config.max_seq_len < T:
+            raise ValueError(f"{T} positions are more than max_seq_len ({config.max_seq_len})")
+        real = attention_mask.bool()
+        # Embed the tokens.
+        positions = torch.arange(T, device=input_ids.device)  # (T,)
+        x = self.embedding(input_ids)  # (B, T, D)
+        if config.position == "learned":
+            x = x + self.positions(positions)  # (B, T, D)
         x = self.dropout(x)
-        angles = (
-            rope_angles(positions, self.config.size_of_head, self.config.rope_theta)
-            if self.config.position == "rope"
-            else None
-        )
-        sight = Sight(
-            positions, angles, self._seen(attention_mask.bool()), is_causal=False, cache=None
-        )
+        # The blocks of the decoder, with a mask that looks both ways.
+        cos_sin = None
+        if config.position == "rope":
+            cos_sin = rotary_cos_sin(positions, config.size_of_head, config.rope_theta)  # (T, K)
+        mask = self._attention_mask(real)  # (B, 1, T, n_sinks + T)
+        context = AttentionContext(positions, cos_sin, mask, is_causal=False, cache=None)
         for block in self.blocks:
-            x, _ = block(x, sight)
-        # In the mean and not in the sum over the tokens, so that before training right and wrong are equally likely at any length.
-        odds = (
-            self.suspicion(self.norm(x)).squeeze(-1).float()
-            - attention_mask.sum(dim=1, keepdim=True).log()
-        )
-        return odds.masked_fill(~attention_mask.bool(), -math.inf)
+            x, _ = block(x, context)  # (B, T, D)
+        logits = self.suspicion(self.norm(x)).squeeze(-1).float()  # (B, T)
+        # Minus log T: the mean of the odds, so that at any length an untrained verifier is undecided.
+        logits = logits - attention_mask.sum(dim=1, keepdim=True).log()
+        return logits.masked_fill(~real, -math.inf)
 
-    def _seen(self, real: Tensor) -> Tensor:
-        """(B, 1, T, n_sinks + T): the others, no padding; a token that is alone sees itself."""
-        itself = (
-            torch.eye(real.size(1), dtype=torch.bool, device=real.device)
-            & (real.sum(dim=1) > 1)[:, None, None]
-        )  # (B, T, T)
-        return F.pad((real[:, None, :] & ~itself)[:, None], (self.config.n_sinks, 0), value=True)
+    def _attention_mask(self, real: Tensor) -> Tensor:
+        """(B, 1, T, n_sinks + T): all tokens but itself, no padding; a token that is alone sees itself."""
+        itself = torch.eye(real.size(1), dtype=torch.bool, device=real.device)  # (T, T)
+        hidden = itself & (real.sum(dim=1) > 1)[:, None, None]  # (B, T, T)
+        mask = (real[:, None, :] & ~hidden)[:, None]  # (B, 1, T, T)
+        return F.pad(mask, (self.config.n_sinks, 0), value=True)
 
-    def begin_with(self, decoder: Decoder) -> None:
-        """Take over a decoder's weights; only the suspicion has nothing to begin with."""
+    def init_from_decoder(self, decoder: Decoder) -> None:
+        """Copy the weights of a decoder; the error head, which a decoder does not have, keeps its own."""
         theirs = decoder.state_dict()
-        self.load_state_dict(
-            {name: theirs.get(name, own) for name, own in self.state_dict().items()}, strict=True
-        )
+        weights = {name: theirs.get(name, own) for name, own in self.state_dict().items()}
+        self.load_state_dict(weights, strict=True)
 
 
-def check_shape(config: ModelConfig) -> None:
-    """UserError for settings that only a decoder can have."""
-    for name, value, reason in (
-        (
-            "position",
-            config.position == "alibi",
-            "alibi looks back only; use rope, learned or none",
-        ),
-        (
-            "sliding_window",
-            config.sliding_window is not None,
-            "a verifier reads everything; take it out",
-        ),
-        ("moe", config.moe is not None, "a verifier has no experts; take it out"),
-    ):
-        if value:
-            raise UserError(f"model.{name}: {reason} for the verifier.")
+def require_encoder_config(config: ModelConfig) -> None:
+    """Check that no setting is used that only a decoder can have.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if config.position == "alibi":
+        fix = "Set model.position to rope, learned or none"
+        raise UserError("model.position", "alibi is not supported with a verifier", fix)
+    if config.sliding_window is not None:
+        problem = "not supported with a verifier, whose tokens see the whole text"
+        raise UserError("model.sliding_window", problem, "Remove it")
+    if config.moe is not None:
+        raise UserError("model.moe", "not supported with a verifier", "Remove it")

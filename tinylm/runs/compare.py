@@ -27,7 +27,7 @@ from tinylm.common.files import write_atomic
 from tinylm.config.schema import SamplingConfig
 from tinylm.eval.perplexity import LOSS_CAP, byte_length_table, score_batches
 from tinylm.generate.engine import Engine
-from tinylm.model.attention_sinks import streaming
+from tinylm.model.attention_sinks import with_attention_sinks
 from tinylm.model.decoder import Decoder, active_parameters, count_parameters
 from tinylm.runs.experiments import QUESTIONS, Question, Say, Step, is_done, last_line
 from tinylm.runs.plots import attention_maps, draw, draw_lines, find_runs, smoothed
@@ -249,7 +249,8 @@ def loss_by_position(loaded: checkpoint_load.Loaded, reading: Reading) -> np.nda
     model, length = loaded.model, loaded.config.model.max_seq_len
     if reading.window is not None:
         assert isinstance(model, Decoder)  # our own configs
-        model, length = streaming(model, window=reading.window, first=reading.first), FAR
+        length = FAR
+        model = with_attention_sinks(model, window=reading.window, n_first=reading.first)
     total, n = np.zeros(length), np.zeros(length)
     for batch in _batches(loaded, length, ROW_STRIDE, whole=True):
         logits, labels = model(batch["input_ids"]), batch["labels"]

@@ -459,10 +459,8 @@ class LitVerifier(LitStage):
         """Cross entropy of which token is wrong, or none."""
         places, right = self._places(batch["input_ids"], batch["attention_mask"]), batch["label"]
         n_right = ((places.logsumexp(dim=1) <= 0) == right.bool()).sum()
-        loss, n_pairs = (
-            verifier_loss(places, right, batch["error_mask"]),
-            torch.tensor(len(right), device=right.device),
-        )
+        loss = verifier_loss(places, right, batch["error_mask"])
+        n_pairs = torch.tensor(len(right), device=right.device)
         return BatchLoss(
             loss,
             n_pairs,

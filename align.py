@@ -608,16 +608,18 @@ def verifier_score(stage: Stage, path: Path, device: str) -> "VerifierScore":
 
 def sample(loaded: "Loaded", prompt: str) -> str:
     """What the model writes on a prompt, in its template if it was taught one, as infer.py does."""
-    from infer import put
     from tinylm.config.schema import SamplingConfig
+    from tinylm.generate.chat import format_prompt
     from tinylm.generate.engine import Engine
     from tinylm.rows.template_factory import make_template
 
     engine = Engine(loaded.model, loaded.tokenizer)
     template = None if loaded.template is None else make_template(loaded.template, loaded.tokenizer)
-    asked, stop_ids = put(prompt, engine, template, None)
+    formatted = format_prompt(engine, prompt, template)
     return engine.generate(
-        asked, SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0), stop_ids=stop_ids
+        formatted.prompt,
+        SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0),
+        stop_ids=formatted.stop_ids,
     )[0].text
 
 

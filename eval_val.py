@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     import torch
 
-    from infer import choose_tokenizer
     from tinylm.checkpoint.format import read
     from tinylm.checkpoint.load import load_model
+    from tinylm.cli.loading import choose_tokenizer
     from tinylm.common.device import pick_device
     from tinylm.model.hf_model import HFSeq2Seq
 

@@ -369,7 +369,7 @@ def find_judge(
 
     if (args.best_of is None) != (args.verifier is None):
         raise UserError(
-            "--best-of, --verifier: one needs the other. Give --best-of 8 --verifier FILE, or neither."
+            "--best-of, --verifier: each needs the other. Give --best-of 8 --verifier FILE, or neither."
         )
     if args.verifier is None:
         return None
@@ -407,8 +407,8 @@ def open_checkpoint(subject: Subject, device: str, tokenizer: str) -> Opened:
     Raises:
         UserError: it is damaged, or its weights are no numbers.
     """
-    from infer import choose_tokenizer
     from tinylm.checkpoint.load import load_model
+    from tinylm.cli.loading import choose_tokenizer
     from tinylm.generate.engine import Engine
     from tinylm.rows.template_factory import make_template
 

@@ -62,12 +62,9 @@ OUT_OF_ORDER = {
 }
 PROGRAMS_OF_PROGRAMS = {
     ("align", "evaluate_checkpoints"),
-    ("evaluate_checkpoints", "infer"),
     ("align", "eval_val"),
     ("finetune", "train"),
-    ("eval_val", "infer"),
     ("align", "finetune"),
-    ("align", "infer"),
 }
 LATE_IMPORTS = {
     "data: tinylm.rows.inspect",
@@ -88,7 +85,6 @@ TOO_LONG = {
     "tinylm/interchange/hf_export.py",
     "evaluate_checkpoints.py",
     "tinylm/generate/engine.py",
-    "infer.py",
     "tinylm/config/schema.py",
     "tinylm/model/hf_model.py",
     "tinylm/tokenizer/bpe.py",

@@ -364,7 +364,7 @@ def test_the_guides_have_commands():
         ("python train.py", "2: train.py: the following arguments are required: --config"),
         (
             "python infer.py --temprature 0",
-            "2: infer.py: unrecognized arguments: --temprature 0. The flags: python infer.py --help",
+            "2: infer.py: unrecognized arguments: --temprature 0. See python infer.py --help.",
         ),
         ("python list.py --sort size | echo", "2: list.py: argument --sort: invalid choice"),
         (
@@ -403,7 +403,7 @@ def test_a_command_that_would_fail_is_found(line, fault, in_root):
 
 def test_a_wrong_flag_in_inline_code_is_found(in_root):
     assert list(faults("Type `python list.py --jsn`.")) == [
-        "1: list.py: unrecognized arguments: --jsn. The flags: python list.py --help"
+        "1: list.py: unrecognized arguments: --jsn. See python list.py --help."
     ]
 
 
@@ -676,31 +676,61 @@ def test_a_name_that_is_gone_is_found():
     ]
 
 
+# What logging and UserError replace by a value: %s, %d, %.1f, {}.
+PLACEHOLDER = re.compile(r"%[-+ #0]*\d*(?:\.\d+)?[sdrfgi]|\{\}")
+SHORTEST_MESSAGE = 12  # characters; a pattern with fewer would match any line
+
+
 def printed_patterns(sources: Iterable[str]) -> list[re.Pattern[str]]:
-    """A pattern for each text in the code, with anything in place of what it fills in; short ones would fit any line."""
+    """A pattern for each text in the code, with anything in place of the values that are filled in.
+
+    A text is a string, or an error made of its parts: UserError(where, problem, fix).
+    """
     found = []
     for source in sources:
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.JoinedStr):
-                parts = [
-                    part.value if isinstance(part, ast.Constant) else None for part in node.values
-                ]
-                if sum(len(part) for part in parts if part) >= 12:
-                    found.append(
-                        re.compile(
-                            "".join(
-                                ".*" if part is None else re.escape(part.rstrip("\n"))
-                                for part in parts
-                            )
-                        )
-                    )
-            elif (
-                isinstance(node, ast.Constant)
-                and isinstance(node.value, str)
-                and len(node.value) >= 12
-            ):
-                found.append(re.compile(re.escape(node.value)))
+            if isinstance(node, ast.Constant | ast.JoinedStr):
+                parts = parts_of_string(node)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
+                parts = parts_of_error(node)
+            else:
+                continue
+            if sum(len(part) for part in parts if part) >= SHORTEST_MESSAGE:
+                pattern = "".join(".*" if part is None else re.escape(part) for part in parts)
+                found.append(re.compile(pattern))
     return found
+
+
+def parts_of_string(node: ast.expr) -> list[str | None]:
+    """The literal parts of a string, with None for each value between them; [None] for what is no string."""
+    if isinstance(node, ast.JoinedStr):
+        return [
+            part.value.rstrip("\n") if isinstance(part, ast.Constant) else None
+            for part in node.values
+        ]
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        first, *others = PLACEHOLDER.split(node.value)
+        parts: list[str | None] = [first]
+        for other in others:
+            parts += [None, other]
+        return parts
+    return [None]
+
+
+def parts_of_error(call: ast.Call) -> list[str | None]:
+    """The literal parts of the message of an error with the fields where, problem and fix."""
+    fields = [*call.args[:3], *(keyword.value for keyword in call.keywords if keyword.arg == "fix")]
+    parts: list[str | None] = []
+    for number, field in enumerate(fields):
+        if number:
+            parts.append({1: ": ", 2: " "}.get(number, ""))
+        places = field.elts if isinstance(field, ast.Tuple) else [field]
+        for place, part in enumerate(places):
+            parts += [": "] * (place > 0) + parts_of_string(part)
+        ends_a_sentence = parts[-1] is not None and parts[-1].endswith((".", "?", "!", "…"))
+        if number and not ends_a_sentence:
+            parts.append(".")
+    return parts
 
 
 def unsaid(text: str, patterns: list[re.Pattern[str]]) -> list[str]:
@@ -731,10 +761,23 @@ def test_every_message_in_the_troubleshooting_is_one_that_the_code_prints(guide)
 
 def test_a_message_that_the_code_no_longer_prints_is_found():
     patterns = printed_patterns(
-        ['raise UserError(f"{path}: not found. Give a file; {other}")', "short = 'a'"]
+        [
+            'raise UserError(f"{path}: not found. Give a file; {other}")',
+            'raise UserError((path, "lr"), f"must be below {limit}", "Lower it")',
+            'logger.info("%d tokens in %.1f s", n, seconds)',
+            "short = 'a'",
+        ]
     )
-    text = "```text\nerror: x.yaml: not found. Give a file; y\nerror: x.yaml: missing. Give a file; y\nerror: x.yaml: not found\n```\n"
-    assert unsaid(text, patterns) == [
+    printed = [
+        "error: x.yaml: not found. Give a file; y",
+        "error: x.yaml: lr: must be below 3. Lower it.",
+        "5 tokens in 0.2 s",
+    ]
+    stale = [
         "error: x.yaml: missing. Give a file; y",
         "error: x.yaml: not found",
+        "error: x.yaml: lr: must be below 3. Raise it.",
+        "5 tokens after 0.2 s",
     ]
+    text = "\n".join(["```text", *printed, *stale, "```", ""])
+    assert unsaid(text, patterns) == stale

@@ -14,6 +14,7 @@ import infer
 from tests.cli.test_infer import payload
 from tests.generate.test_engine import make_model
 from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.console import readable
 from tinylm.common.errors import UserError, printable
 from tinylm.common.statistics import wilson
 from tinylm.config.schema import Config, SamplingConfig
@@ -196,7 +197,7 @@ def test_the_likeliest_answer_is_written_and_all_are_scored(
     drawn = json.loads(ask("--n-samples", 5, "--json")[1])["completions"]
     assert {completion["text"] for completion in drawn} == set(texts)
     code, out, err = ask(*flags)
-    assert code == 0 and out.strip() == infer.readable(texts[0]).strip()
+    assert code == 0 and out.strip() == readable(texts[0]).strip()
     said = [line for line in err.splitlines() if line.startswith("verifier: ")]
     assert [line.split()[1] for line in said] == [
         f"{completion['probability']:.3f}" for completion in found
@@ -227,32 +228,32 @@ def test_the_other_ways_to_choose_stand_beside_the_verifiers(
     [
         (
             ("--best-of", 4),
-            "--best-of, --verifier: one needs the other. Give --best-of 8 --verifier FILE, or neither.",
+            "--best-of, --verifier: each needs the other. Give --best-of 8 --verifier FILE, or neither.",
         ),
-        (("--verifier", "x.ckpt"), "--best-of, --verifier: one needs the other."),
+        (("--verifier", "x.ckpt"), "--best-of, --verifier: each needs the other."),
         (
             ("--best-of", 1, "--verifier", "x.ckpt"),
-            "--best-of: expected a whole number from 2 to 1024, found 1.",
+            "--best-of: must be a whole number from 2 to 1024, got 1.",
         ),
         (
             ("--best-of", "many", "--verifier", "x.ckpt"),
-            "--best-of: expected a whole number from 2 to 1024, found many.",
+            "--best-of: must be a whole number from 2 to 1024, got many.",
         ),
         (
             ("--best-of", 4, "--verifier", "x.ckpt", "--n-samples", 2),
-            "--n-samples: --best-of says how many answers are drawn.",
+            "--n-samples: cannot be combined with --best-of, which sets the number of answers.",
         ),
         (
             ("--best-of", 4, "--verifier", "x.ckpt", "--n-beams", 2),
-            "--n-beams: --best-of says how many answers are drawn.",
+            "--n-beams: cannot be combined with --best-of, which sets the number of answers.",
         ),
         (
             ("--best-of", 4, "--verifier", "x.ckpt", "--show-probs"),
-            "--show-probs: it shows one text as it is written",
+            "--show-probs: cannot be combined with --best-of, which prints finished answers",
         ),
         (
             ("--best-of", 4, "--verifier", "x.ckpt", "--temperature", 0),
-            "--temperature: 0 writes the same answer each time",
+            "--temperature: must be above 0 with --best-of, which chooses among different answers",
         ),
         (("--best-of", 4, "--verifier", "x.ckpt"), "x.ckpt: not found"),
     ],
@@ -317,7 +318,7 @@ def test_the_table_shows_all_methods_side_by_side(
     [
         (
             ("--tasks", "gsm8k", "--smoke", "--best-of", "3"),
-            "--best-of, --verifier: one needs the other.",
+            "--best-of, --verifier: each needs the other.",
         ),
         (
             ("--tasks", "sms", "--smoke", "--best-of", "3", "--verifier", "x"),

@@ -1,12 +1,14 @@
-"""What every command-line program here does alike: the parser, the streams, errors in one line, exit codes.
+"""What all command-line programs share: the parser, the streams, one-line errors, exit codes.
 
 | exit code | meaning |
 |---|---|
 | 0 | done |
 | 1 | a bug: the traceback is shown |
-| 2 | a mistake that its user can mend, in one line |
+| 2 | a mistake that the user can correct, on one line |
 | 3 | training diverged |
 | 130, 143 | stopped by Ctrl-C or SIGTERM; training saves first |
+
+Imports nothing heavy: `--help` must not wait for torch, pydantic or rich.
 """
 
 import argparse
@@ -22,32 +24,34 @@ from tinylm.common.errors import Diverged, UserError, printable
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse with errors in one line, as everywhere else; what the user typed is shown without harm."""
+    """An ArgumentParser with one-line errors, in which control characters of the arguments are escaped.
+
+    Abbreviated flags are rejected: a flag added later could change what they mean.
+    """
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
-        """Exit with 2."""
-        self.exit(2, f"error: {printable(message)}. The flags: {self.prog} --help\n")
+        """Print the error and exit with 2."""
+        self.exit(2, f"error: {printable(message)}. See {self.prog} --help.\n")
 
 
 def run_program(body: Callable[[], int], *, debug: bool) -> int:
-    """Run a program's body; its exit code, or that of the error it ended with, comes back.
+    """Run a program's body and return its exit code, or the one of the error that ended it.
 
-    `debug` lets an error through with its traceback. A reader that closed our output (`| head`) is no error.
+    With `debug` an error keeps its traceback. A closed output (`| head`) is not an error.
     """
     open_streams()
     log_to_stderr()
-    # OpenMP's threads spin while they wait, and when anything else runs they keep the machine from the thread they wait
-    # for: on 2 cores a training step took 15 times as long beside one busy process (docs/LOG.md). Torch is not loaded yet.
+    # OpenMP threads spin while they wait, and so slow down the thread they wait for as soon as anything else runs: on
+    # 2 cores a training step took 15 times as long next to one busy process (docs/LOG.md). Torch is not loaded yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    before = signal.signal(signal.SIGINT, stop_once)
+    previous = signal.signal(signal.SIGINT, stop_once)
     try:
-        if (
-            sys.platform != "win32"
-        ):  # what started this program may have put Ctrl-C off until now (`Children`)
+        if sys.platform != "win32":
+            # A parent process may have blocked Ctrl-C until now (`Children`).
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return body()
     except (UserError, Diverged) as error:
@@ -56,8 +60,8 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
         say(f"error: {' '.join(str(error).split())}")
         return 2 if isinstance(error, UserError) else 3
     except KeyboardInterrupt:
-        # Where Ctrl-C met the run of a text (an import that makes a dataclass), CPython remembers it as not handled and ends a program
-        # begun with -m by the signal, whatever its exit code; the run of another text lets it forget.
+        # If Ctrl-C arrives while exec() runs (an import that creates a dataclass), CPython marks it as unhandled and
+        # ends a program started with -m by the signal, whatever its exit code. Another exec() clears the mark.
         exec("")  # noqa: S102
         sys.stderr.write("\nstopped by Ctrl-C\n")
         return 130
@@ -69,14 +73,15 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
             raise
         lead_nowhere(sys.stdout)
         say(
-            f"error: the output could not be written: {error.strerror}. Make room, or write it elsewhere."
+            f"error: the output could not be written: {error.strerror}. "
+            "Free some space, or write it elsewhere."
         )
         return 2
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 def stop_once(signum: int, frame: Any) -> NoReturn:
-    """The first Ctrl-C ends the work; a second one, while the program is on its way out, ends the process at once."""
+    """Raise KeyboardInterrupt at the first Ctrl-C; a second one ends the process at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     raise KeyboardInterrupt

@@ -1,48 +1,50 @@
 """The learning rate over the steps, as pure functions: the same step always gives the same number.
 
-`multiplier` says which share of its peak the learning rate has at a step; `should_stop` says when validation has
-stopped improving. Both are worked out from the step and the whole history of validation losses, so a resumed run has
-nothing to restore. Knows nothing of optimizers: `tinylm.optim.optimizers.set_lr` applies the number.
+    1 ┤    ╭──────╮               1 ┤    ╭───────────╮          1 ┤    ╭────╮
+      │   ╱        ╲                │   ╱             ╲           │   ╱     └───┐
+      │  ╱          ╲               │  ╱               ╲          │  ╱          └────┐
+    0 ┼─╱────────────╰──          0 ┼─╱─────────────────╲       0 ┼─╱────────────────└─
+       warmup, cosine                warmup, wsd (stable, decay)   warmup, plateau
+
+`multiplier` is the fraction of the peak learning rate at a step; `should_stop` decides whether
+validation has stopped improving. Both are computed from the step and all validation losses so far,
+so a resumed run has no state to restore. Knows nothing of optimizers: `optimizers.set_lr` applies
+the number.
 """
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate, groupby
 
 from tinylm.config.schema import TrainingConfig
 
 
 def multiplier(step: int, training: TrainingConfig, val_losses: Sequence[float] = ()) -> float:
-    """The share of its peak, in [0, 1], that the learning rate has at `step`, counted from 0.
+    """The fraction of the peak learning rate, in [0, 1], at `step`, counted from 0.
 
-    Every schedule but `constant` rises linearly from 0 at step 0 to 1 at step round(warmup_ratio * max_steps); what
-    follows is the function of the schedule's name below. Only `plateau` reads `val_losses`, all so far, oldest first.
+    All schedules but `constant` rise linearly from 0 at step 0 to 1 at step round(warmup_ratio ·
+    max_steps); after that comes the function named like the schedule. Only `plateau` reads
+    `val_losses`, all so far, oldest first.
 
     >>> settings = TrainingConfig(max_steps=100, warmup_ratio=0.1, min_lr_ratio=0.1)
     >>> [round(multiplier(step, settings), 3) for step in (0, 5, 10, 55, 100, 1000)]
     [0.0, 0.5, 1.0, 0.55, 0.1, 0.1]
     """
+    last, lowest = training.max_steps, training.min_lr_ratio
     if training.schedule == "constant":
         return 1.0
-    warmup_steps = round(training.warmup_ratio * training.max_steps)
+    # Warmup: Adam's running means are still noisy, and a full step would follow the noise.
+    warmup_steps = round(training.warmup_ratio * last)
     if step < warmup_steps:
         return step / warmup_steps
     if training.schedule == "plateau":
-        return plateau(
-            val_losses, training.plateau_patience, training.plateau_factor, training.min_lr_ratio
-        )
-    if step >= training.max_steps:
-        return training.min_lr_ratio
+        return plateau(val_losses, training.plateau_patience, training.plateau_factor, lowest)
+    if step >= last:
+        return lowest
     if training.schedule == "wsd":
-        decay_steps = round(training.decay_ratio * training.max_steps)
-        # Rounding both shares may make them overlap by a step.
-        return linear(
-            step,
-            max(warmup_steps, training.max_steps - decay_steps),
-            training.max_steps,
-            training.min_lr_ratio,
-        )
-    return cosine(step, warmup_steps, training.max_steps, training.min_lr_ratio)
+        # Warmup, stable, decay. Rounding both ratios may make warmup and decay overlap by a step.
+        decay_start = last - round(training.decay_ratio * last)
+        return linear(step, max(warmup_steps, decay_start), last, lowest)
+    return cosine(step, warmup_steps, last, lowest)
 
 
 def cosine(step: int, start: int, end: int, lowest: float) -> float:
@@ -52,31 +54,33 @@ def cosine(step: int, start: int, end: int, lowest: float) -> float:
 
 
 def linear(step: int, start: int, end: int, lowest: float) -> float:
-    """1 until `start`, then in a straight line to `lowest` at `end` (the decay of Hu et al. 2024's WSD)."""
+    """1 until `start`, then linearly to `lowest` at `end` (the decay of WSD, Hu et al. 2024)."""
     return 1.0 if step <= start else 1 - (1 - lowest) * (step - start) / (end - start)
 
 
 def plateau(val_losses: Sequence[float], patience: int, factor: float, lowest: float) -> float:
-    """`factor` for each time that `patience` validations in a row brought no improvement, but never below `lowest`.
+    """Multiplied by `factor` after each `patience` validations in a row without improvement; at least `lowest`.
 
     >>> plateau([3.0, 2.0, 2.5, 2.5, 2.5, 2.5, 1.0, 1.5], patience=2, factor=0.5, lowest=0.1)
     0.25
     """
-    runs = (len(list(run)) for improved, run in groupby(improvements(val_losses)) if not improved)
-    return max(lowest, factor ** sum(run // patience for run in runs))
+    n_cuts, n_waited = 0, 0
+    for improved in improvements(val_losses):
+        n_waited = 0 if improved else n_waited + 1
+        if n_waited == patience:
+            n_cuts, n_waited = n_cuts + 1, 0
+    return max(lowest, factor**n_cuts)
 
 
 def should_stop(val_losses: Sequence[float], patience: int | None) -> bool:
-    """Whether the last `patience` validations in a row brought no improvement; never where `patience` is None.
+    """Whether the last `patience` validations in a row brought no improvement; never if `patience` is None.
 
     >>> should_stop([3.0, 2.0, 2.1, 2.0], 2), should_stop([3.0, 2.0, 2.1, 1.9], 2)
     (True, False)
     """
-    return (
-        patience is not None
-        and len(val_losses) >= patience
-        and not any(improvements(val_losses)[-patience:])
-    )
+    if patience is None or len(val_losses) < patience:
+        return False
+    return not any(improvements(val_losses)[-patience:])
 
 
 def improvements(val_losses: Sequence[float]) -> list[bool]:
@@ -85,7 +89,10 @@ def improvements(val_losses: Sequence[float]) -> list[bool]:
     >>> improvements([math.nan, 3.0, 3.0, math.nan, 2.0])
     [False, True, False, False, True]
     """
-    best_before = accumulate(
-        val_losses, lambda best, loss: loss if loss < best else best, initial=math.inf
-    )
-    return [loss < best for loss, best in zip(val_losses, best_before, strict=False)]
+    best = math.inf
+    found = []
+    for loss in val_losses:
+        found.append(loss < best)
+        if loss < best:
+            best = loss
+    return found

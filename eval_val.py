@@ -140,24 +140,24 @@ def text_batches(
 
     The rows are as long as those of the checkpoint's training, so that the number equals the one that training wrote; or `seq_len`.
     """
-    from data import RowShape, Share, ValidationBatches
+    from data import PretrainData
     from tinylm.tokens.mixture import validation_file
 
     file = validation_file(config.data, tokenizer, config.training.seed)
-    training = loaded.config.training.model_copy(
-        update={} if seq_len is None else {"seq_len": seq_len}
-    )
-    shape = RowShape.of(
+    changes = {"micro_batch_size": config.training.micro_batch_size, "val_batches": None}
+    if seq_len is not None:
+        changes["seq_len"] = seq_len
+    training = loaded.config.training.model_copy(update=changes)
+    data = PretrainData(
         loaded.config.model_copy(update={"data": config.data, "training": training}), tokenizer
     )
-    return ValidationBatches(
-        file, shape, Share(config.training.micro_batch_size), limit=None
-    ), file.fingerprint
+    data.val_file = file
+    return data.val_dataset(), file.fingerprint
 
 
 def answer_batches(config: "Config", loaded: "Loaded", tokenizer: "Tokenizer") -> tuple[Any, str]:
     """The validation rows of questions and answers, and their fingerprint."""
-    from data import SFTData
+    from training.stages.sft import SFTData
 
     known = loaded.model.config.max_seq_len
     if config.training.seq_len > known:

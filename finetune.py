@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from data import SFTData
     from model import LitDPO, LitVerifier
     from tinylm.config.schema import Config, DataConfig
     from tinylm.model.decoder import Decoder
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from tinylm.rows.verifier_data import Problem
     from tinylm.tokenizer.base import Tokenizer
     from training.stages.dpo import PreferenceData
+    from training.stages.sft import SFTData
     from training.stages.verifier import VerifierData
 
 Module = TypeVar("Module", "SFTData", "PreferenceData")
@@ -142,8 +142,8 @@ def on_hub(data: "DataConfig") -> bool:
 
 def open_examples(config: "Config", tokenizer: "Tokenizer", say: Say) -> "SFTData":
     """The questions and answers of a run."""
-    from data import SFTData
     from tinylm.eval.tasks.data import SMOKE
+    from training.stages.sft import SFTData
 
     try:
         return prepared(SFTData(config, tokenizer), say)

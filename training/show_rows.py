@@ -1,15 +1,15 @@
 """Print the first rows of a run as training sees them: `--show-rows N` of train.py and finetune.py."""
 
 import sys
-from collections.abc import Iterable
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator
+from itertools import chain, count, islice
 
 from rich.console import Console
 from rich.text import Text
 
-from data import RunData
+from data import PretrainData, RunData
 from tinylm.common.console import say
-from tinylm.common.errors import UserError
+from tinylm.common.errors import UserError, printable
 from tinylm.rows.inspect import (
     CLOSE,
     OPEN,
@@ -41,9 +41,42 @@ def show_rows(data: RunData, n_rows: int) -> None:
         )
     training = data.config.training
     in_run = training.max_steps * training.grad_accum_steps * training.micro_batch_size
-    rows = islice(data.inspect_rows(), min(n_rows, in_run))
+    first = min(n_rows, in_run)
+    rows = islice(
+        inspect_tokens(data) if isinstance(data, PretrainData) else inspect_rows(data), first
+    )
     labeled = "target" if data.config.verifier is None else "departure"
     print_rows(chain.from_iterable(rows), data.tokenizer, labeled)
+
+
+def inspect_tokens(data: PretrainData) -> Iterator[list[InspectedRow]]:
+    """The rows of pretraining in the order of the run, with the dataset and the first token of each.
+
+    Of a stream only the start of each window is known, not the place of each row.
+    """
+    names = [data.config.data.dataset]
+    if data.config.data.mix is not None:
+        names = [part.dataset for part in data.config.data.mix]
+    place = 0
+    for k, batch in enumerate(data.train_dataloader()):
+        for i, inputs in enumerate(batch["input_ids"]):
+            where = printable(names[0])
+            if data.train_files:
+                origin = batch["origin"][i]
+                source, start = origin if len(names) > 1 else (0, origin)
+                where = f"{printable(names[source])} from token {start}"
+            documents = batch["document_ids"][i].tolist() if "document_ids" in batch else None
+            heading = f"row {place}, micro-batch {k}: {where}"
+            yield [InspectedRow(heading, inputs.tolist(), batch["labels"][i].tolist(), documents)]
+            place += 1
+
+
+def inspect_rows(data: RunData) -> Iterator[list[InspectedRow]]:
+    """The rows of another stage in the order of the run, each as one row to print or several."""
+    dataset = data.train_dataset()
+    for place in count():
+        heading = f"row {place}, micro-batch {place // dataset.share.size}"
+        yield list(data.inspect_row(heading, dataset.rows[dataset.order(place)], place))
 
 
 def print_rows(rows: Iterable[InspectedRow], tokenizer: Tokenizer, labeled: str = "target") -> None:

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import Share
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, DataConfig, ModelConfig
 from tinylm.eval.sampled_answers import cached_answers
@@ -35,7 +34,8 @@ from tinylm.rows.verifier_data import (
     remove_annotations,
 )
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from training.stages.verifier import ProblemBatches, ValidationProblems, VerifierData
+from tinylm.tokens.row_order import Share
+from training.stages.verifier import VerifierData
 
 BYTES = ByteTokenizer()
 
@@ -298,7 +298,7 @@ def test_no_problem_is_in_both_splits(data):
     )
     assert train and val and not train & val
     assert data.notes == [
-        f"training: left out {40 - len(data.train_problems) - len(data.val_problems)} problems that are validation problems"
+        f"training: {40 - len(data.train_problems) - len(data.val_problems)} problems are skipped: they are also validation problems"
     ]
     assert (
         f"train {len(data.train_problems)} problems with {3 * len(data.train_problems)} answers (33% of them right), validation"
@@ -318,7 +318,7 @@ def decoded(batch: dict[str, Any]) -> list[tuple[str, int]]:
 def test_a_batch_is_a_function_of_its_number_and_wrong_answers_differ_between_passes(data, config):
     """Right answers come back in each pass, wrong ones are drawn anew; a second object gives the same batch."""
     n = len(data.train_problems)
-    one, other = (ProblemBatches(data.train_problems, config, BYTES, Share(n)) for _ in range(2))
+    one, other = (data.train_dataset(Share(n)) for _ in range(2))
     first, second = decoded(one[0]), decoded(one[1])
     assert decoded(other[1]) == second
     assert [label for _, label in first] == [1, 0, 0] * n
@@ -329,30 +329,23 @@ def test_a_batch_is_a_function_of_its_number_and_wrong_answers_differ_between_pa
 
 
 def test_two_ranks_see_what_one_device_sees(data, config):
-    alone = ProblemBatches(data.train_problems, config, BYTES, Share(4))
-    ranks = [
-        ProblemBatches(data.train_problems, config, BYTES, Share(2, rank, 2)) for rank in range(2)
-    ]
+    alone = data.train_dataset(Share(4))
+    ranks = [data.train_dataset(Share(2, rank, 2)) for rank in range(2)]
     assert decoded(alone[3]) == decoded(ranks[0][3]) + decoded(ranks[1][3])
 
 
 def test_validation_asks_every_problem_once_and_is_the_same_each_time(data, config):
     """The last batch may be short, and a rank may have none left: then its share is empty."""
     n = len(data.val_problems)
-    batches = ValidationProblems(data.val_problems, config, BYTES, Share(4))
+    batches = data.val_dataset(Share(4))
     pairs = [pair for batch in batches for pair in decoded(batch)]
     assert len(pairs) == 3 * n and pairs == [pair for batch in batches for pair in decoded(batch)]
     size = n - 1
-    ranks = [
-        ValidationProblems(data.val_problems, config, BYTES, Share(size, rank, 2))
-        for rank in range(2)
-    ]
+    ranks = [data.val_dataset(Share(size, rank, 2)) for rank in range(2)]
     assert [len(rank) for rank in ranks] == [1, 1]
     assert [len(rank[0]["label"]) for rank in ranks] == [3 * size, 3]
-    assert (
-        len(ValidationProblems(data.val_problems[:1], config, BYTES, Share(1, 1, 2))[0]["label"])
-        == 0
-    )
+    data.val_problems = data.val_problems[:1]
+    assert len(data.val_dataset(Share(1, 1, 2))[0]["label"]) == 0
 
 
 # --- answers that are kept ---

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from data import Batch, ExampleBatches, SFTData, Share, ValidationExamples
+from data import Batch
 from model import LitLM
 from tinylm.checkpoint.format import NO_REFERENCES
 from tinylm.common.errors import UserError
@@ -22,6 +22,8 @@ from tinylm.model.decoder import Decoder
 from tinylm.objectives.cross_entropy import cross_entropy
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
+from tinylm.tokens.row_order import Share
+from training.stages.sft import SFTData
 
 TOKENIZER = ByteTokenizer()
 
@@ -104,25 +106,25 @@ def test_each_pass_takes_every_example_once_in_another_order(load: Any, packing:
 
 def test_another_seed_is_another_order(load: Any) -> None:
     """The same rows held out (seed decides that too), so the rows themselves are given."""
-    rows = [[example] for example in prepared(load()).train_examples]
-    first, second = (
-        ExampleBatches(rows, load(training={"seed": seed}), 0, Share(4))[0]["origin"]
-        for seed in (1, 2)
-    )
-    assert first != second
+    examples = prepared(load()).train_examples
+    origins = []
+    for seed in (1, 2):
+        data = SFTData(load(training={"seed": seed}, data={"packing": "padded"}), TOKENIZER)
+        data.train_examples = examples
+        origins.append(data.train_dataset(Share(4))[0]["origin"])
+    assert origins[0] != origins[1]
 
 
-@pytest.mark.parametrize("kind", [ExampleBatches, ValidationExamples])
-def test_ranks_share_the_rows_that_one_device_would_see(
-    load: Any, kind: type[ExampleBatches]
-) -> None:
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_ranks_share_the_rows_that_one_device_would_see(load: Any, which: str) -> None:
     """Micro-batch k of rank r of 2 is micro-batch 2k + r of one device; validation may end with rows of padding."""
-    config = load(data={"packing": "padded"})
-    rows = [[example] for example in prepared(config).train_examples]
-    single = kind(rows, config, 0, Share(4))
+    data = prepared(load(data={"packing": "padded"}))
+    data.val_examples = data.train_examples
+    dataset = data.train_dataset if which == "train" else data.val_dataset
+    single = dataset(Share(4))
     for rank in (0, 1):
         for k in (0, 2, 5):
-            assert equal(kind(rows, config, 0, Share(4, rank, 2))[k], single[2 * k + rank])
+            assert equal(dataset(Share(4, rank, 2))[k], single[2 * k + rank])
 
 
 def test_validation_takes_every_example_once_and_fills_up_with_padding(load: Any) -> None:
@@ -149,8 +151,8 @@ def test_validation_takes_every_example_once_and_fills_up_with_padding(load: Any
 def loss_of(config: Config, decoder: Decoder) -> tuple[float, int, torch.Tensor]:
     """Loss sum and targets of one pass over all rows, and the gradient of the embedding."""
     data = prepared(config)
-    rows = data._rows(data.train_examples)
-    batch = ExampleBatches(rows, config, TOKENIZER.pad_id, Share(1)).batch(rows)
+    rows = data.rows_of(data.train_examples)
+    batch = data.collate()(rows, range(len(rows)))
     decoder.zero_grad()
     features = decoder.features(batch["input_ids"], document_ids=batch.get("document_ids"))
     loss = cross_entropy(
@@ -198,7 +200,9 @@ def test_without_the_document_mask_the_loss_would_differ(load: Any) -> None:
 
 def test_packing_saves_rows(load: Any) -> None:
     packed, padded = (prepared(load(data={"packing": packing})) for packing in ("packed", "padded"))
-    assert len(packed._rows(packed.train_examples)) < 0.6 * len(padded._rows(padded.train_examples))
+    assert len(packed.rows_of(packed.train_examples)) < 0.6 * len(
+        padded.rows_of(padded.train_examples)
+    )
 
 
 # --- what is said ---
@@ -226,7 +230,7 @@ def test_what_a_user_should_know_is_noted(load: Any, tmp_path: Path) -> None:
     assert data.notes == [
         f"training: skipped 1 rows whose prompts fill the context of 32 tokens ({path}:3)",
         f"validation: skipped 1 rows whose prompts fill the context of 32 tokens ({path}:3)",
-        "warning: 2 validation rows are training rows too; val_loss will look better than it is",
+        "warning: 2 validation rows are also training rows; val_loss will be too low",
     ]
 
 

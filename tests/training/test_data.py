@@ -20,12 +20,9 @@ import train
 from data import (
     Batch,
     Cursor,
-    IndexedBatches,
     PretrainData,
-    RowShape,
     Share,
-    StreamBatches,
-    ValidationBatches,
+    StreamDataset,
 )
 from tests.conftest import val_documents
 from tinylm.checkpoint import format as checkpoint_format
@@ -39,7 +36,6 @@ from tinylm.tokenizer import bpe
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.factory import make_tokenizer
-from tinylm.tokens.mixture import weights_of
 from tinylm.tokens.packing import IGNORE_INDEX
 from training.show_rows import print_rows
 
@@ -151,10 +147,8 @@ def test_each_pass_is_a_permutation_of_all_rows(load: Any, order: str) -> None:
     config, tokenizer = load(data={"order": order})
     data = prepared(config, tokenizer)
     assert data.train_files
-    batches = IndexedBatches(
-        data.train_files, RowShape.of(config, tokenizer), order, seed=1, share=Share(4)
-    )
-    rows = batches.sources[0].n_rows
+    batches = data.train_dataset(Share(4))
+    rows = len(batches.rows.sources[0])
     assert rows % 4, "a pass must end inside a batch, or the test proves less"
     origins = [start // 16 for k in range(3 * rows // 4 + 1) for start in batches[k]["origin"]]
     passes = [origins[p * rows : (p + 1) * rows] for p in range(3)]
@@ -169,19 +163,12 @@ def test_each_source_of_a_mixture_goes_through_its_own_passes(
     """A4, A5: of 4096 rows each third is of the first source, to less than a row a block; the R rows of a source are all there in its every pass."""
     config, tokenizer = load(data=mix | {"order": order})
     data = prepared(config, tokenizer)
-    batches = IndexedBatches(
-        data.train_files,
-        RowShape.of(config, tokenizer),
-        order,
-        1,
-        Share(4),
-        weights_of(config.data),
-    )
+    batches = data.train_dataset(Share(4))
     origins = [origin for k in range(1024) for origin in batches[k]["origin"]]
     taken = [[start // 16 for source, start in origins if source == wanted] for wanted in (0, 1)]
     assert [len(rows) for rows in taken] == [1365, 4096 - 1365]  # 4096 / 3 = 1365.33
-    for rows, source in zip(taken, batches.sources, strict=True):
-        n = source.n_rows
+    for rows, source in zip(taken, batches.rows.sources, strict=True):
+        n = len(source)
         assert len(rows) > 3 * n, "there must be passes to compare"
         passes = [rows[p * n : (p + 1) * n] for p in range(3)]
         assert all(sorted(one) == list(range(n)) for one in passes)
@@ -222,9 +209,7 @@ def test_sources_of_equal_length_have_orders_of_their_own(
         data={"order": order, "mix": [{"dataset": str(corpus)}, {"dataset": str(corpus)}]}
     )
     data = prepared(config, tokenizer)
-    batches = IndexedBatches(
-        data.train_files, RowShape.of(config, tokenizer), order, 1, Share(4), [1, 1]
-    )
+    batches = data.train_dataset(Share(4))
     origins = [origin for k in range(40) for origin in batches[k]["origin"]]
     first, second = ([start for source, start in origins if source == wanted] for wanted in (0, 1))
     assert first[:20] != second[:20]
@@ -233,11 +218,8 @@ def test_sources_of_equal_length_have_orders_of_their_own(
 def test_two_ranks_share_the_rows_of_a_mixture(load: Any, mix: dict) -> None:
     """A13: the rows of two ranks are, place by place, those of one."""
     config, tokenizer = load(data=mix)
-    data, shape = prepared(config, tokenizer), RowShape.of(config, tokenizer)
-    one, *two = (
-        IndexedBatches(data.train_files, shape, "shuffled", 1, share, [1, 2])
-        for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2))
-    )
+    data = prepared(config, tokenizer)
+    one, *two = (data.train_dataset(share) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2)))
     for k in range(3):
         assert all(equal(two[rank][k], one[2 * k + rank]) for rank in (0, 1))
 
@@ -248,8 +230,7 @@ def test_two_ranks_share_the_rows_of_one(load: Any) -> None:
     data = prepared(config, tokenizer)
     assert data.train_files
     one, first, second = (
-        IndexedBatches(data.train_files, RowShape.of(config, tokenizer), "shuffled", 1, share)
-        for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2))
+        data.train_dataset(share) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2))
     )
     for k in range(3):
         assert equal(first[k], one[2 * k])
@@ -259,9 +240,9 @@ def test_two_ranks_share_the_rows_of_one(load: Any) -> None:
 def test_two_ranks_share_the_rows_of_one_stream(load: Any) -> None:
     """The same rule for a stream; the cursor differs, for it is of the whole step."""
     config, tokenizer = load(data=STREAM)
-    one = list(StreamBatches(config, tokenizer, Share(4), range(6), Cursor()))
+    one = list(StreamDataset(config, tokenizer, Share(4), range(6), Cursor()))
     for rank in (0, 1):
-        mine = list(StreamBatches(config, tokenizer, Share(4, rank, 2), range(3), Cursor()))
+        mine = list(StreamDataset(config, tokenizer, Share(4, rank, 2), range(3), Cursor()))
         for k in range(3):
             assert torch.equal(mine[k]["input_ids"], one[2 * k + rank]["input_ids"])
             assert mine[k]["cursor"] == one[2 * k + 1]["cursor"]
@@ -273,7 +254,7 @@ def test_a_stream_loses_no_token(load: Any) -> None:
     inputs = torch.cat(
         [
             batch["input_ids"].flatten()
-            for batch in StreamBatches(config, tokenizer, Share(4), range(200), Cursor())
+            for batch in StreamDataset(config, tokenizer, Share(4), range(200), Cursor())
         ]
     )
     text = [
@@ -293,7 +274,7 @@ def test_windows_of_a_stream_are_shuffled_but_lose_no_row(load: Any) -> None:
         rows[order] = torch.cat(
             [
                 batch["input_ids"]
-                for batch in StreamBatches(config, tokenizer, Share(4), range(4), Cursor())
+                for batch in StreamDataset(config, tokenizer, Share(4), range(4), Cursor())
             ]
         ).tolist()
     assert rows["sequential"][:8] != rows["shuffled"][:8]
@@ -315,9 +296,8 @@ def test_validation_is_shared_by_ranks_in_equal_numbers_of_batches(load: Any) ->
     config, tokenizer = load()
     data = prepared(config, tokenizer)
     assert data.val_file is not None
-    shape = RowShape.of(config, tokenizer)
-    one = ValidationBatches(data.val_file, shape, Share(3), None)
-    ranks = [ValidationBatches(data.val_file, shape, Share(3, rank, 2), None) for rank in (0, 1)]
+    one = data.val_dataset(Share(3))
+    ranks = [data.val_dataset(Share(3, rank, 2)) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1]) == -(-len(one) // 2)
     counts = [
         sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
@@ -660,5 +640,5 @@ def test_validation_on_the_very_tokens_of_training_is_refused(make_config, tmp_p
         f"training.log_dir={tmp_path / 'again'}",
     ]
     assert refusal_of(config, capsys, *where).startswith(
-        "error: data.val_dataset: it has the very tokens that are trained on. Give other data"
+        "error: data.val_dataset: has exactly the tokens of the training data. Give other data"
     )

@@ -22,7 +22,6 @@ import finetune
 import infer
 import list as list_program
 import train
-from data import Share
 from model import LitDPO
 from tests.objectives.test_preferences import alone
 from tests.training.test_finetune import ROOT, Make, home, make, n_lines, refused, run  # noqa: F401  (fixtures)
@@ -43,8 +42,9 @@ from tinylm.objectives import preferences
 from tinylm.objectives.preferences import MEASURES, Answers, answer_log_probs, preference_loss
 from tinylm.tokenizer.hf import load_hf_tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
+from tinylm.tokens.row_order import Share
 from training import callbacks
-from training.stages.dpo import PairBatches, PreferenceData
+from training.stages.dpo import PreferenceData
 
 LORA = {"lora": {"r": 4, "dropout": 0.2}}
 # Every way to hold a policy to its reference; each must hold for each.
@@ -286,7 +286,7 @@ def test_the_gradient_is_that_of_the_mean_with_the_sft_term(
         **STILL, lora={"r": 4}, dpo={"reference": reference, "sft_coef": 0.3, "beta": 0.7}
     )
     stage, data = stage_of(config, monkeypatch)
-    batch = PairBatches(data.train_pairs, stage.config, data.tokenizer.pad_id, Share(5))[0]
+    batch = data.train_dataset(Share(5))[0]
     torch.manual_seed(1)
     for name, weight in stage.decoder.named_parameters():
         if ".lora_B." in name:
@@ -577,7 +577,7 @@ def test_rows_of_both_splits_are_said(prefer: Make, tmp_path: Path, capsys: Capt
         == 0
     )
     assert (
-        "warning: 24 validation prompts with their chosen answers are training rows too"
+        "warning: 24 validation prompts with their chosen answers are also training rows"
         in capsys.readouterr().err
     )
 

@@ -22,7 +22,6 @@ import finetune
 import infer
 import list as list_program
 import train
-from data import SFTData
 from tests.training.test_train import (
     Capture,
     Patch,
@@ -44,6 +43,7 @@ from tinylm.model.hf_model import HFModel
 from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
+from training.stages.sft import SFTData
 
 ROOT = Path(__file__).resolve().parents[2]
 Make = Callable[..., Path]
@@ -313,7 +313,7 @@ def test_packed_and_padded_rows_train_on_the_same_loss(make: Make, tmp_path: Pat
             ).tokenizer,
         )
         data.prepare()
-        rows = len(data._rows(data.train_examples))
+        rows = len(data.rows_of(data.train_examples))
         folder = tmp_path / packing
         assert (
             run(
@@ -923,7 +923,7 @@ def test_questions_of_both_splits_are_told(
     )
     assert run(config, "training.max_steps=1", f"training.train_on={train_on}") == 0
     assert (
-        "10 validation rows ask what training rows ask; val_loss will look better than on new questions"
+        "10 validation rows have a question of a training row; val_loss will be lower than on new questions"
         in capsys.readouterr().err
     ) == said
 
@@ -963,7 +963,7 @@ def test_the_rows_of_examples_are_shown_with_what_is_trained(
         load_config(make(data={"template": "plain", "packing": packing})), ByteTokenizer()
     )
     data.prepare()
-    batches = data.train_dataloader().dataset
+    batches = data.train_dataset()
     assert "validation" in err and len(lines) == 3 * 4
     for place in range(3):
         heading, text, counts, _ = lines[4 * place : 4 * place + 4]

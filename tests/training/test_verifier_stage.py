@@ -33,7 +33,7 @@ from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.objectives.verifier import VerifierScore
-from training.stages.verifier import ValidationProblems, VerifierData
+from training.stages.verifier import VerifierData
 
 Make = Callable[..., Path]
 FEW = {
@@ -171,7 +171,7 @@ def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(
     data = VerifierData(config, loaded.tokenizer)
     data.prepare()
     losses, probabilities, right = [], [], []
-    for batch in ValidationProblems(data.val_problems, config, loaded.tokenizer, data._share()):
+    for batch in data.val_dataset():
         for ids, mask, label, departs in zip(
             batch["input_ids"],
             batch["attention_mask"],

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, compress, zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +25,12 @@ from tinylm.text.sources import Source, is_token_file
 from tinylm.text.splits import Split, find_split, mix_parts
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import cached_token_file, notes_on_text
+from tinylm.tokens.packing import count_rows, row_at
+from tinylm.tokens.row_order import MIXTURE, RowOrder
 from tinylm.tokens.token_file import Shared, TokenFile, shared_documents
 
 # Rows that are dealt to the sources together: enough to mix a batch well.
 BLOCK_ROWS = 1024
-_BLOCKS = 4  # keeps these random numbers apart from those that data.py draws with the same seed
 
 
 # --- which rows come from which source --------------------------------------------------------------------------------
@@ -84,11 +86,51 @@ class Allocation:
             self.counts((block + 1) * self.block_rows),
         )
         in_turn = np.repeat(np.arange(len(before)), np.subtract(after, before))
-        sources = np.random.default_rng((self.seed, _BLOCKS, block)).permutation(in_turn)
+        sources = np.random.default_rng((self.seed, MIXTURE, block)).permutation(in_turn)
         numbers = np.empty(self.block_rows, dtype=np.int64)
         for source, (start, stop) in enumerate(zip(before, after, strict=True)):
             numbers[sources == source] = np.arange(start, stop)
         return sources, numbers
+
+
+def mixture_row(allocation: Allocation, orders: Sequence[RowOrder], place: int) -> tuple[int, int]:
+    """The source at a place of the run, and the row of that source: each source has an order of its own."""
+    source, number = allocation.row(place)
+    return source, orders[source](number)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of a token file: row i starts at token i * stride.
+
+    A worker process reopens the file, so its tokens are never copied.
+    """
+
+    file: "TokenFile | Joined"
+    seq_len: int
+    stride: int
+    pad_id: int
+
+    def __len__(self) -> int:
+        return count_rows(len(self.file), self.seq_len, self.stride)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Inputs and labels (T,) int64, and the first token."""
+        start = number * self.stride
+        return *row_at(self.file.tokens, start, self.seq_len, self.pad_id), start
+
+
+@dataclass(frozen=True)
+class MixtureRows:
+    """The rows of several sources, by (source, row)."""
+
+    sources: Sequence[TokenRows]
+
+    def __getitem__(self, number: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, Any]:
+        """As of the source; in a mixture the first token has the number of its source before it."""
+        source, row = number
+        inputs, labels, start = self.sources[source][row]
+        return inputs, labels, start if len(self.sources) == 1 else (source, start)
 
 
 # --- the token files of a run -----------------------------------------------------------------------------------------

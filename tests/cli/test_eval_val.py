@@ -149,6 +149,6 @@ def test_a_missing_checkpoint_is_one_line(
     """It names the file and the program that lists them."""
     assert eval_val.main(["--ckpt", str(tmp_path / "no.ckpt"), "--config", str(make_config())]) == 2
     assert (
-        "no.ckpt: not found. Give a .ckpt file; `python list.py` shows them."
+        "no.ckpt: not found. Give a .ckpt file; `python list.py` lists them."
         in capsys.readouterr().err
     )

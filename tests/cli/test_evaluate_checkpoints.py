@@ -167,7 +167,7 @@ def test_when_every_checkpoint_fails_the_exit_code_is_2(tmp_path, run, cases):
     assert code == 2
     assert [line.partition(": ")[2] for line in out.splitlines()] == [
         f"{tmp_path}/checkpoints/a.ckpt: damaged: the file is empty. Use another checkpoint.",
-        f"{tmp_path}/gone.ckpt: not found. Give a .ckpt file; `python list.py` shows them.",
+        f"{tmp_path}/gone.ckpt: not found. Give a .ckpt file; `python list.py` lists them.",
     ]
     assert (
         err.splitlines()[-1]

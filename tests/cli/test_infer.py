@@ -584,7 +584,7 @@ def test_no_value_of_a_sampling_flag_is_a_traceback(run, save, name, value):
         ),
         (
             ["--ckpt", "nowhere.ckpt"],
-            "nowhere.ckpt: not found. Give a .ckpt file; `python list.py` shows them.",
+            "nowhere.ckpt: not found. Give a .ckpt file; `python list.py` lists them.",
         ),
         (
             ["--prompt", "\udcff"],

@@ -77,7 +77,7 @@ def test_no_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     """Before the first training."""
     assert program.main(["--dir", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.endswith(
-        "none: no such folder. Train a model first: python train.py --config config_smoke.yaml\n"
+        "none: no such folder. Train a model first: python train.py --config config_smoke.yaml.\n"
     )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 
+from tinylm.common.console import print_table, table
 from tinylm.common.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -22,13 +23,13 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: something that training needs is missing.
     """
-    from rich.table import Table
     from rich.text import Text
 
-    from tinylm.cli.tables import results
     from tinylm.planning.doctor import examine
 
-    table = Table("what", "found", "to mend it")
+    rows = table("what", "found", "fix", text=("what", "found", "fix"))
+    for column in rows.columns:
+        column.overflow = "fold"  # a narrow terminal must not shorten a fix
     missing = []
     for finding in examine():
         if finding.mend is None:
@@ -38,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
             missing.append(finding.subject)
         else:
             style = "yellow"
-        table.add_row(finding.subject, Text(finding.found, style), finding.mend or "")
-    results().print(table)
+        rows.add_row(finding.subject, Text(finding.found, style), finding.mend or "")
+    print_table(rows)
     if missing:
         raise UserError(
             "missing",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinylm.cli.text_flags import TEXT_FLAGS, add_text_flags, require_positive, text_source
-from tinylm.common.console import progress_bar
+from tinylm.common.console import print_table, progress_bar, results_console, table
 from tinylm.common.errors import UserError, printable, rename_settings
 
 if TYPE_CHECKING:
@@ -163,18 +163,16 @@ def train(arguments: argparse.Namespace) -> int:
 @rename_settings(TEXT_FLAGS)
 def compare(arguments: argparse.Namespace) -> int:
     """Print a table with one row per tokenizer; the exit code is 2 if one could not be opened."""
-    from rich.table import Table
     from rich.text import Text
 
-    from tinylm.cli.tables import results
     from tinylm.text.source_chunks import word_chunks
     from tinylm.tokenizer.hf import Fit
 
     source = text_source(arguments)
-    table = Table("tokenizer", title=Text(printable(source.name)))
-    for column in ("vocabulary", "tokens", "bytes per token", "used"):
-        table.add_column(column, justify="right")
-    table.add_column("longest tokens", overflow="fold")
+    numbers = ("vocabulary", "tokens", "bytes per token", "used")
+    text = ("tokenizer", "longest tokens")
+    rows = table("tokenizer", *numbers, "longest tokens", text=text)
+    rows.columns[-1].overflow = "fold"
     tokenizers, errors = open_tokenizers(arguments.tokenizers)
     for name, tokenizer in tokenizers.items():
         texts = (
@@ -184,7 +182,7 @@ def compare(arguments: argparse.Namespace) -> int:
         if not fit.n_tokens:
             raise UserError(source.name, "contains no text", "Give a file with text")
         longest = "  ".join(f"'{tokenizer.token_text(id)}'" for id in fit.longest)
-        table.add_row(
+        rows.add_row(
             Text(printable(name)),
             f"{tokenizer.vocab_size:,}",
             f"{fit.n_tokens:,}",
@@ -193,7 +191,8 @@ def compare(arguments: argparse.Namespace) -> int:
             Text(longest),
         )
     if tokenizers:
-        results().print(table)
+        print(f"text: {printable(source.name)}")
+        print_table(rows)
     for error in errors:
         logger.error("error: %s", error)
     return 2 if errors else 0
@@ -218,13 +217,12 @@ def show(arguments: argparse.Namespace) -> int:
     """Print the tokens of a text separated by bars, their ids, and their number."""
     from rich.text import Text
 
-    from tinylm.cli.tables import results
     from tinylm.tokenizer.factory import named_tokenizer
 
     tokenizer = named_tokenizer(arguments.tokenizer)
     ids = tokenizer.encode(arguments.text)
     styles = [TOKEN_STYLES[position % len(TOKEN_STYLES)] for position in range(len(ids))]
-    console = results()
+    console = results_console()
     for divider, pieces in (("|", map(tokenizer.token_text, ids)), (" ", map(str, ids))):
         styled = (Text(piece, style) for piece, style in zip(pieces, styles, strict=True))
         console.print(Text(divider).join(styled), soft_wrap=True)
@@ -232,5 +230,5 @@ def show(arguments: argparse.Namespace) -> int:
     summary = f"{len(ids)} tokens, {n_bytes} bytes"
     if ids:
         summary += f", {n_bytes / len(ids):.2f} bytes per token"
-    console.print(summary, highlight=False)
+    console.print(summary)
     return 0

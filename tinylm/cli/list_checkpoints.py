@@ -1,0 +1,93 @@
+"""What `list.py` does: read every checkpoint in a folder and print a table, or JSON."""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tinylm.checkpoint.info import CheckpointInfo, describe, info_row
+from tinylm.common.console import print_table, table
+from tinylm.common.errors import UserError, printable
+from tinylm.common.units import size
+
+
+def list_checkpoints(arguments: argparse.Namespace) -> int:
+    """Print the checkpoints in --dir; a damaged one is listed with the reason."""
+    # os.path, because Path.is_dir raises an OSError if the name is too long.
+    if not os.path.isdir(arguments.dir):
+        raise UserError(
+            arguments.dir,
+            "no such folder",
+            "Train a model first: python train.py --config config_smoke.yaml",
+        )
+    valid: list[CheckpointInfo] = []
+    damaged: list[tuple[Path, str]] = []
+    for path in sorted(arguments.dir.glob("*.ckpt")):
+        try:
+            valid.append(describe(path))
+        except UserError as error:  # damaged, or written by a newer version
+            damaged.append((path, reason_without_path(error)))
+    valid.sort(key=lambda info: none_last(info_row(info)[arguments.sort]))
+    if arguments.json:
+        rows = [info_row(info) for info in valid]
+        rows += [{"path": str(path), "damaged": reason} for path, reason in damaged]
+        print(json.dumps(rows, indent=2))
+        return 0
+    if not valid and not damaged:
+        print(f"no checkpoints in {printable(arguments.dir)}")
+    if valid:
+        print_checkpoints(valid)
+    for path, reason in damaged:
+        print(f"{printable(path.name)}  DAMAGED: {reason}")
+    return 0
+
+
+def reason_without_path(error: UserError) -> str:
+    """The message of an error about a checkpoint, without the path that it begins with."""
+    sentences = [": ".join((*error.where[1:], str(error.problem))), error.fix]
+    return " ".join(f"{sentence}." for sentence in sentences if sentence)
+
+
+def none_last(value: Any) -> tuple[bool, Any]:
+    """A sort key that orders values and puts None after them."""
+    return (True, 0) if value is None else (False, value)
+
+
+def print_checkpoints(checkpoints: list[CheckpointInfo]) -> None:
+    """Print the table."""
+    columns = ("step", "tokens", "train_loss", "val_loss", "parameters", "shape", "size", "age")
+    rows = table("file", "stage", *columns, text=("file", "stage"))
+    for info in checkpoints:
+        rows.add_row(
+            printable(info.path.name),
+            printable(info.stage),
+            str(info.step),
+            f"{info.tokens:,}",
+            loss_text(info.train_loss),
+            loss_text(info.val_loss),
+            f"{info.parameters:,}",
+            info.shape,
+            size(info.bytes),
+            age(time.time() - info.created),
+        )
+    print_table(rows)
+
+
+def loss_text(loss: float | None) -> str:
+    """A loss with four decimals, or a dash."""
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def age(seconds: float) -> str:
+    """A time span in its largest unit.
+
+    >>> age(200_000), age(7300), age(90), age(-1)
+    ('2d', '2h', '2m', '0s')
+    """
+    seconds = max(0.0, seconds)  # clocks of two machines may differ
+    for limit, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= limit:
+            return f"{seconds / limit:.0f}{unit}"
+    return f"{seconds:.0f}s"

@@ -678,7 +678,7 @@ def test_train_and_compare_take_a_dataset_on_the_hub(tmp_path, stream, capsys):
     given = ("--data", "hf:owner/name:en:validation", "--text-field", "body", "--docs", "3")
     assert learned(tmp_path, *given) == ["a b", "ab ab", "o w", "l ow"]
     assert main(["tokenizer", "compare", "byte", *given]) == 0
-    [_, _, row] = capsys.readouterr().out.splitlines()
+    *_, row = capsys.readouterr().out.splitlines()
     assert row.split()[2] == "11"
     assert stream == [("owner/name", "en", "validation", True)] * 2
 

@@ -682,55 +682,64 @@ SHORTEST_MESSAGE = 12  # characters; a pattern with fewer would match any line
 
 
 def printed_patterns(sources: Iterable[str]) -> list[re.Pattern[str]]:
-    """A pattern for each text in the code, with anything in place of the values that are filled in.
+    """A pattern for each text in the code, with anything in place of values; short texts would fit any line.
 
-    A text is a string, or an error made of its parts: UserError(where, problem, fix).
+    An error of three fields, `UserError(where, problem, fix)`, is one text.
     """
     found = []
     for source in sources:
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Constant | ast.JoinedStr):
-                parts = parts_of_string(node)
+        tree = ast.parse(source)
+        assigned = assigned_values(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr | ast.Constant):
+                text = text_pattern(node, {})
             elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
-                parts = parts_of_error(node)
+                text = error_pattern(node, assigned)
             else:
                 continue
-            if sum(len(part) for part in parts if part) >= SHORTEST_MESSAGE:
-                pattern = "".join(".*" if part is None else re.escape(part) for part in parts)
-                found.append(re.compile(pattern))
+            fixed = re.sub(r"\.\*|\\.", " ", text)
+            if len(re.sub(r"[()|?:]", "", fixed)) >= SHORTEST_MESSAGE:
+                found.append(re.compile(text))
     return found
 
 
-def parts_of_string(node: ast.expr) -> list[str | None]:
-    """The literal parts of a string, with None for each value between them; [None] for what is no string."""
-    if isinstance(node, ast.JoinedStr):
-        return [
-            part.value.rstrip("\n") if isinstance(part, ast.Constant) else None
-            for part in node.values
-        ]
+def assigned_values(tree: ast.AST) -> dict[str, list[ast.expr]]:
+    """Every expression that is assigned to each name."""
+    values: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            values.setdefault(node.targets[0].id, []).append(node.value)
+    return values
+
+
+def text_pattern(node: ast.expr, assigned: dict[str, list[ast.expr]]) -> str:
+    """What a string expression can be: `.*` for values that are not known here."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        first, *others = PLACEHOLDER.split(node.value)
-        parts: list[str | None] = [first]
-        for other in others:
-            parts += [None, other]
-        return parts
-    return [None]
+        return ".*".join(map(re.escape, PLACEHOLDER.split(node.value.rstrip("\n"))))
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_pattern(part, assigned) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return text_pattern(node.value, assigned) if isinstance(node.value, ast.Name) else ".*"
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return text_pattern(node.left, assigned) + text_pattern(node.right, assigned)
+    if isinstance(node, ast.IfExp):
+        return f"(?:{text_pattern(node.body, assigned)}|{text_pattern(node.orelse, assigned)})"
+    if isinstance(node, ast.Name) and node.id in assigned:
+        # its own values are not followed further: a name may be assigned from itself
+        return f"(?:{'|'.join(text_pattern(value, {}) for value in assigned[node.id])})"
+    return ".*"
 
 
-def parts_of_error(call: ast.Call) -> list[str | None]:
-    """The literal parts of the message of an error with the fields where, problem and fix."""
-    fields = [*call.args[:3], *(keyword.value for keyword in call.keywords if keyword.arg == "fix")]
-    parts: list[str | None] = []
-    for number, field in enumerate(fields):
-        if number:
-            parts.append({1: ": ", 2: " "}.get(number, ""))
-        places = field.elts if isinstance(field, ast.Tuple) else [field]
-        for place, part in enumerate(places):
-            parts += [": "] * (place > 0) + parts_of_string(part)
-        ends_a_sentence = parts[-1] is not None and parts[-1].endswith((".", "?", "!", "…"))
-        if number and not ends_a_sentence:
-            parts.append(".")
-    return parts
+def error_pattern(call: ast.Call, assigned: dict[str, list[ast.expr]]) -> str:
+    """`WHERE: PROBLEM. FIX` of an error with fields; other errors are one text each."""
+    fields = [
+        *call.args[1:3],
+        *(keyword.value for keyword in call.keywords if keyword.arg == "fix"),
+    ]
+    if not fields:
+        return ""
+    problem, *fix = (text_pattern(field, assigned) for field in fields)
+    return rf".*: {problem}\.?" + (f" {fix[0]}" if fix else "")
 
 
 def unsaid(text: str, patterns: list[re.Pattern[str]]) -> list[str]:

@@ -49,7 +49,7 @@ BLOCK = 2**16
 def ours(text: Path, vocab_size: int, processes: int, out: Path) -> float:
     """Seconds of this project's trainer."""
     from tinylm.text.sources import sources_named
-    from tinylm.tokenizer.bpe import Rules, learn_bpe
+    from tinylm.tokenizer.bpe_fast import Rules, learn_bpe
 
     start = time.perf_counter()
     learned = learn_bpe(
@@ -90,7 +90,7 @@ def rustbpe(text: Path, vocab_size: int, processes: int, out: Path) -> float:
     """Seconds of `rustbpe`."""
     import rustbpe
 
-    from tinylm.tokenizer.bpe import PATTERNS
+    from tinylm.tokenizer.bpe_fast import PATTERNS
 
     start = time.perf_counter()
     with open(text, encoding="utf-8", newline="\n") as file:
@@ -426,7 +426,7 @@ def encoding_table(folder: Path, options: argparse.Namespace) -> "Table":
     from rich.table import Table
 
     from tinylm.text.sources import sources_named
-    from tinylm.tokenizer.bpe import Rules, learn_bpe
+    from tinylm.tokenizer.bpe_fast import Rules, learn_bpe
 
     table = Table(
         "text", "contestant", title=f"encoding on {options.processes} threads or processes"

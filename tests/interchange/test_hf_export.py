@@ -37,7 +37,7 @@ from tinylm.model.lora import target_layers
 from tinylm.rows.conversation import Turn
 from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokenizer.bpe import Bpe
+from tinylm.tokenizer.bpe_fast import Bpe
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 from tinylm.tokenizer.factory import tokenizer_from_plain
 from tinylm.tokenizer.hf import HFTokenizer, load_hf_tokenizer

@@ -34,7 +34,7 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig, TokenizerConfig
 from tinylm.text.splits import train_documents
-from tinylm.tokenizer.bpe import tokenizer_for
+from tinylm.tokenizer.bpe_fast import tokenizer_for
 from tinylm.tokenizer.byte_char import CharTokenizer
 
 SEED = 1

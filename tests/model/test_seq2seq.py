@@ -35,7 +35,7 @@ from tinylm.model.lora import (
     merge,
 )
 from tinylm.objectives.cross_entropy import cross_entropy
-from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE
+from tinylm.tokenizer.bpe_fast import CHARACTER_OF_BYTE
 from tinylm.tokenizer.hf import HFTokenizer, load_hf_tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
 

@@ -13,7 +13,7 @@ from tests.conftest import write_token_file
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig, MixPart, TokenizerConfig
 from tinylm.text.splits import is_held_out, shared_documents
-from tinylm.tokenizer.bpe import tokenizer_for
+from tinylm.tokenizer.bpe_fast import tokenizer_for
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.mixture import (
     Allocation,

@@ -40,7 +40,7 @@ from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.interchange.peft import save_adapter
 from tinylm.model.hf_model import HFModel
-from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE
+from tinylm.tokenizer.bpe_fast import CHARACTER_OF_BYTE
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 from training.stages.sft import SFTData

@@ -21,7 +21,7 @@ from tests.conftest import write_token_file
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
-from tinylm.tokenizer import bpe
+from tinylm.tokenizer import bpe_fast
 from tinylm.tokenizer.byte_char import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -427,7 +427,7 @@ def test_a_run_learns_its_own_tokenizer_and_goes_on_with_it(
     for name in ("step-000006.ckpt", "last.ckpt", "best.ckpt"):
         (broken / "checkpoints" / name).unlink()
     shutil.rmtree(tmp_path / "cache")
-    monkeypatch.setattr(bpe, "count_jobs", None)
+    monkeypatch.setattr(bpe_fast, "count_jobs", None)
     assert run(config, *elsewhere(broken)) == 0
     assert_same_run(calm, broken)
 

@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
 @rename_settings(TRAIN_FLAGS)
 def train(arguments: argparse.Namespace) -> int:
     """Train a tokenizer, write its files, and print their folder."""
-    from tinylm.tokenizer.bpe import Rules, check_request, learn_bpe, require_writable
+    from tinylm.tokenizer.bpe_fast import Rules, check_request, learn_bpe, require_writable
 
     require_positive(arguments, "processes")
     rules = Rules(arguments.pattern, tuple(arguments.special))

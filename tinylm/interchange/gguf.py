@@ -34,7 +34,7 @@ from tinylm.interchange.hf_export import (
 )
 from tinylm.model.hf_model import HFModel, quiet_transformers
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokenizer.bpe import PATTERNS, require_new
+from tinylm.tokenizer.bpe_fast import PATTERNS, require_new
 from tinylm.tokenizer.hf import HFTokenizer
 
 if TYPE_CHECKING:

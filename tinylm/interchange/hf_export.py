@@ -30,7 +30,7 @@ from tinylm.model.hf_model import HFModel, HFSeq2Seq, quiet_transformers
 from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import KNOWN_BOS_TOKENS
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokenizer.bpe import CHARACTER_OF_BYTE, require_new
+from tinylm.tokenizer.bpe_fast import CHARACTER_OF_BYTE, require_new
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 

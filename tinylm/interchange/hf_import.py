@@ -31,7 +31,7 @@ from tinylm.config.schema import Config
 from tinylm.interchange import architectures
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import quiet_transformers
-from tinylm.tokenizer.bpe import require_new
+from tinylm.tokenizer.bpe_fast import require_new
 from tinylm.tokenizer.hf import OLDER_VOCABULARIES, TOKENIZER_FILES, HFTokenizer, load_hf_tokenizer
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from tinylm.common.errors import UserError, first_line, printable
 from tinylm.common.hub import hub_errors, is_hub_name, require_hub
 from tinylm.text.documents import reject_lone_surrogates
 from tinylm.tokenizer.base import BytesStream, StreamDecoder, Tokenizer
-from tinylm.tokenizer.bpe_fast import FastBpe, fast_bpe, word_pattern
 from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, LAST_CUT
+from tinylm.tokenizer.tiktoken_encoder import FastBpe, fast_bpe, word_pattern
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

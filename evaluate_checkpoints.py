@@ -430,7 +430,7 @@ def open_model(subject: Subject, device: str) -> Opened:
     """
     from tinylm.generate.engine import Engine
     from tinylm.model.hf_model import find_hf_model
-    from tinylm.tokenizer.hf import load_hf_tokenizer
+    from tinylm.tokenizer.hf_files import load_hf_tokenizer
 
     name = str(subject.paths[0])
     model, tokenizer = find_hf_model(name).load().to(device).eval(), load_hf_tokenizer(name)

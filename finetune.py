@@ -236,7 +236,7 @@ def learn_from_problems(config: "Config") -> "Tokenizer":
     """The tokenizer of a verifier with new weights: learned from the training problems and their right answers where it is learned at all."""
     from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
     from tinylm.rows.verifier_data import read_problems
-    from tinylm.tokenizer.bpe_fast import learned_from
+    from training.tokenizer import learned_from
 
     def texts() -> "Iterator[str]":
         found = read_problems(

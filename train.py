@@ -533,7 +533,7 @@ def settings_on_base(config: "Config", base: "InitialModel") -> "Config":
 
 def learn_from_documents(config: "Config") -> "Tokenizer":
     """The tokenizer of a run that begins with new weights."""
-    from tinylm.tokenizer.bpe_fast import tokenizer_for
+    from training.tokenizer import tokenizer_for
 
     with console.progress_bar() as progress:
         tokenizer = tokenizer_for(

@@ -48,12 +48,17 @@ BLOCK = 2**16
 
 def ours(text: Path, vocab_size: int, processes: int, out: Path) -> float:
     """Seconds of this project's trainer."""
+    from tinylm.text.source_chunks import word_chunks
     from tinylm.text.sources import sources_named
-    from tinylm.tokenizer.bpe_fast import Rules, learn_bpe
+    from tinylm.tokenizer.bpe_fast import learn_bpe
+    from tinylm.tokenizer.pretokenize import Pretokenizer
 
     start = time.perf_counter()
     learned = learn_bpe(
-        sources_named([str(text)]), vocab_size, Rules(special=(EOT,)), processes=processes
+        word_chunks(sources_named([str(text)]), processes),
+        vocab_size,
+        Pretokenizer(special_tokens=(EOT,)),
+        processes=processes,
     )
     seconds = time.perf_counter() - start
     learned.backend().save(str(out))
@@ -90,7 +95,7 @@ def rustbpe(text: Path, vocab_size: int, processes: int, out: Path) -> float:
     """Seconds of `rustbpe`."""
     import rustbpe
 
-    from tinylm.tokenizer.bpe_fast import PATTERNS
+    from tinylm.tokenizer.pretokenize import PATTERNS
 
     start = time.perf_counter()
     with open(text, encoding="utf-8", newline="\n") as file:
@@ -145,7 +150,7 @@ def encode_file(documents: list[str], options: argparse.Namespace) -> tuple[floa
 
 def encode_tiktoken(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
     """Seconds and ids of tiktoken's threads."""
-    from tinylm.tokenizer.hf import load_hf_tokenizer
+    from tinylm.tokenizer.hf_files import load_hf_tokenizer
 
     fast = load_hf_tokenizer(str(options.tokenizer)).fast
     assert fast is not None, "tiktoken cannot encode with this tokenizer"
@@ -158,7 +163,7 @@ def encode_tokenizers(documents: list[str], options: argparse.Namespace) -> tupl
     """Seconds and ids of `tokenizers`, whose threads the environment bounds."""
     from tokenizers import Tokenizer
 
-    from tinylm.tokenizer.hf import load_hf_tokenizer
+    from tinylm.tokenizer.hf_files import load_hf_tokenizer
 
     backend = Tokenizer.from_str(
         load_hf_tokenizer(str(options.tokenizer)).to_plain()["tokenizer_json"]
@@ -175,7 +180,7 @@ def encode_transformers(documents: list[str], options: argparse.Namespace) -> tu
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from tinylm.tokenizer.hf import load_hf_tokenizer
+    from tinylm.tokenizer.hf_files import load_hf_tokenizer
 
     backend = Tokenizer.from_str(
         load_hf_tokenizer(str(options.tokenizer)).to_plain()["tokenizer_json"]
@@ -425,8 +430,10 @@ def encoding_table(folder: Path, options: argparse.Namespace) -> "Table":
     """Each way of encoding on each text."""
     from rich.table import Table
 
+    from tinylm.text.source_chunks import word_chunks
     from tinylm.text.sources import sources_named
-    from tinylm.tokenizer.bpe_fast import Rules, learn_bpe
+    from tinylm.tokenizer.bpe_fast import learn_bpe
+    from tinylm.tokenizer.pretokenize import Pretokenizer
 
     table = Table(
         "text", "contestant", title=f"encoding on {options.processes} threads or processes"
@@ -438,9 +445,9 @@ def encoding_table(folder: Path, options: argparse.Namespace) -> "Table":
         if tokenizer is None:
             tokenizer = folder / "tokenizer"
             learn_bpe(
-                sources_named([str(text)]),
+                word_chunks(sources_named([str(text)]), options.processes),
                 32000,
-                Rules(special=(EOT,)),
+                Pretokenizer(special_tokens=(EOT,)),
                 processes=options.processes,
             ).save(tokenizer)
         size = f"{text.stat().st_size / 1e6:.0f} MB"

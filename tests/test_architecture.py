@@ -57,7 +57,6 @@ LONG_FILES = {"tinylm/model/decoder.py"}  # the model, whole, in one file
 CIRCLES = {"data", "finetune", "model", "train", "training.callbacks", "training.preflight"}
 OUT_OF_ORDER = {
     ("data", "train"),
-    ("tinylm.tokenizer.bpe_fast", "tinylm.tokens.mixture"),
     ("data", "finetune"),
 }
 PROGRAMS_OF_PROGRAMS = {
@@ -87,14 +86,12 @@ TOO_LONG = {
     "tinylm/generate/engine.py",
     "tinylm/config/schema.py",
     "tinylm/model/hf_model.py",
-    "tinylm/tokenizer/bpe_fast.py",
     "tinylm/runs/compare.py",
     "tinylm/tokens/token_file.py",
     "training/callbacks.py",
     "data.py",
     "tinylm/interchange/architectures.py",
     "align.py",
-    "tinylm/tokenizer/hf.py",
 }
 
 SOURCES = [

@@ -36,12 +36,15 @@ from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import target_layers
 from tinylm.rows.conversation import Turn
 from tinylm.rows.template_factory import make_template
+from tinylm.text.chunks import text_chunks
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokenizer.bpe_fast import Bpe
+from tinylm.tokenizer.bpe_fast import learn_bpe
+from tinylm.tokenizer.bpe_files import Bpe
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 from tinylm.tokenizer.factory import tokenizer_from_plain
-from tinylm.tokenizer.hf import HFTokenizer, load_hf_tokenizer
-from tinylm.tokenizer.pretokenize import Rules, count_texts
+from tinylm.tokenizer.hf import HFTokenizer
+from tinylm.tokenizer.hf_files import load_hf_tokenizer
+from tinylm.tokenizer.pretokenize import Pretokenizer
 
 TEXT = "the model reads a token and guesses the next token; it isn't 12345 words, nor naïve 東京 🙂 text, the the the model's guesses\n"
 GPT2 = {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all"}
@@ -53,8 +56,8 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HFTokenizer
     """A byte-level BPE tokenizer learned from one sentence and a number, with GPT-2's or GPT-4's words."""
     folder, made = tmp_path_factory.mktemp("tokenizers"), {}
     for pattern in ("gpt2", "gpt4"):
-        rules = Rules(pattern, SPECIAL)
-        Bpe.learn(count_texts([TEXT + 9 * " 12345"], rules), 300, rules).save(folder / pattern)
+        pretokenizer = Pretokenizer(pattern, SPECIAL)
+        learn_bpe(text_chunks([TEXT + 9 * " 12345"]), 300, pretokenizer).save(folder / pattern)
         made[pattern] = load_hf_tokenizer(str(folder / pattern))
     return made.__getitem__
 
@@ -373,7 +376,7 @@ def test_a_place_that_is_taken_is_refused_before_any_work(tmp_path):
     for work, name in ((export_hf, "out"), (export_gguf, "out.gguf"), (import_hf, "out.ckpt")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").touch()
-        with pytest.raises(UserError, match=f"{name}: is there already. Delete it"):
+        with pytest.raises(UserError, match=f"{name}: already exists. Delete it"):
             work(tmp_path / "none", tmp_path / name)
 
 
@@ -481,9 +484,11 @@ def test_the_chat_template_asks_as_training_did(name, conversation, save, tmp_pa
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_token_that_opens_texts_opens_a_conversation_once(name, save, tmp_path):
-    rules = Rules("gpt2", (*SPECIAL, "<s>"))
+    pretokenizer = Pretokenizer("gpt2", (*SPECIAL, "<s>"))
     opening = HFTokenizer(
-        Bpe.learn(count_texts([TEXT], rules), 300, rules).backend(), eos="<|endoftext|>", pad=None
+        learn_bpe(text_chunks([TEXT]), 300, pretokenizer).backend(),
+        eos="<|endoftext|>",
+        pad=None,
     )
     export_hf(save(opening, stage="sft", config={"data": {"template": name}}), tmp_path / "out")
     turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
@@ -609,7 +614,7 @@ def test_both_formats_go_into_one_folder(save, tmp_path, capsys):
     assert main(["export", str(path), str(out), "--format", "gguf"]) == 0
     assert capsys.readouterr().out.splitlines() == [str(out), str(out / "a.gguf")]
     assert main(["export", str(path), str(out), "--format", "gguf"]) == 2
-    assert f"{out / 'a.gguf'}: is there already" in capsys.readouterr().err
+    assert f"{out / 'a.gguf'}: already exists" in capsys.readouterr().err
 
 
 def test_f16_halves_the_matrices_and_nothing_else(save, tmp_path):
@@ -683,7 +688,9 @@ def test_gguf_refuses_other_words_and_a_vocabulary_without_merges(bpe):
         vocabulary_of(tokenizer_from_plain(plain | {"tokenizer_json": json.dumps(description)}))
     with pytest.raises(UserError, match="tokenizer: it has no merges, and GGUF needs one"):
         vocabulary_of(
-            HFTokenizer(Bpe((), Rules("gpt2", SPECIAL)).backend(), eos="<|endoftext|>", pad=None)
+            HFTokenizer(
+                Bpe((), Pretokenizer("gpt2", SPECIAL)).backend(), eos="<|endoftext|>", pad=None
+            )
         )
 
 
@@ -1031,7 +1038,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no tokenizer": (
         lambda f: (f / "tokenizer.json").unlink(),
-        "published: no tokenizer.json here",
+        "published: has no tokenizer.json",
     ),
     "tokenizer cut off": (
         lambda f: (f / "tokenizer.json").write_text('{"model"'),
@@ -1323,7 +1330,7 @@ def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, capsys):
             ["a.ckpt", "out", "--merge"],
             "--merge: a.ckpt holds a whole model, not an adapter. Remove --merge.",
         ),
-        (["adapter.ckpt", "a.ckpt"], "a.ckpt: is there already."),
+        (["adapter.ckpt", "a.ckpt"], "a.ckpt: already exists."),
     ],
 )
 def test_what_an_export_of_an_adapter_cannot_be_is_told(

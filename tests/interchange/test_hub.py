@@ -34,8 +34,8 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig, TokenizerConfig
 from tinylm.text.splits import train_documents
-from tinylm.tokenizer.bpe_fast import tokenizer_for
 from tinylm.tokenizer.byte_char import CharTokenizer
+from training.tokenizer import tokenizer_for
 
 SEED = 1
 COMMIT = "c" * 40

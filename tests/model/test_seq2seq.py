@@ -35,8 +35,9 @@ from tinylm.model.lora import (
     merge,
 )
 from tinylm.objectives.cross_entropy import cross_entropy
-from tinylm.tokenizer.bpe_fast import CHARACTER_OF_BYTE
-from tinylm.tokenizer.hf import HFTokenizer, load_hf_tokenizer
+from tinylm.tokenizer.hf import HFTokenizer
+from tinylm.tokenizer.hf_files import load_hf_tokenizer
+from tinylm.tokenizer.pretokenize import CHARACTER_OF_BYTE
 from tinylm.tokens.packing import IGNORE_INDEX
 
 EOS, PAD = 256, 257

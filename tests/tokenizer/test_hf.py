@@ -177,7 +177,7 @@ def test_an_unknown_character_is_an_error_that_names_it_and_its_place():
     with pytest.raises(UserError) as caught:
         tokenizer.encode("ab\x1bé")
     assert str(caught.value) == (
-        r"the character '\x1b' (U+001B) at position 2 is not among the 3 characters of the tokenizer. Set tokenizer.unknown: unk, or train on text that has it."
+        r"position 2: the character '\x1b' (U+001B) is not one of the 3 characters of the tokenizer. Set tokenizer.unknown: unk, or train on text that contains it."
     )
 
 
@@ -194,7 +194,7 @@ def test_an_unknown_character_is_unk_where_that_was_asked_for():
 def test_a_character_vocabulary_of_nothing_is_an_error():
     with pytest.raises(
         UserError,
-        match="tokenizer.kind: char learns its vocabulary from the training documents, and they have no character",
+        match="tokenizer.kind: char learns its vocabulary from the training documents, but they are empty",
     ):
         make_tokenizer(TokenizerConfig(kind="char"), lambda: [])
 
@@ -316,7 +316,9 @@ def test_an_eos_that_its_files_did_not_call_special_is_special_here():
 def test_a_special_token_of_one_character_that_a_text_has_is_an_error():
     backend = Backend(models.WordLevel({"a": 0, "$": 1}, None))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(UserError, match=r"the character '\$' is a special token of this tokenizer"):
+    with pytest.raises(
+        UserError, match=r"the character '\$' is a special token, so no text can contain it"
+    ):
         HFTokenizer(backend, eos="$", pad=None).encode("a $")
 
 
@@ -427,10 +429,10 @@ def test_a_name_that_is_no_special_token_is_a_mistake_of_the_caller(tokenizer):
     for allowed in (["<|none|>"], "<|endoftext|>"):
         with pytest.raises(
             ValueError,
-            match=f"allowed_special: '{re.escape(allowed[0])}' is no special token of this tokenizer, which has ",
+            match=f"allowed_special: '{re.escape(allowed[0])}' is not a special token of this tokenizer, which has ",
         ):
             tokenizer.encode("a", allowed_special=allowed)
-        with pytest.raises(ValueError, match="is no special token of this tokenizer"):
+        with pytest.raises(ValueError, match="is not a special token of this tokenizer"):
             list(tokenizer.encode_iterable([], allowed_special=allowed))
 
 
@@ -652,7 +654,7 @@ def test_fingerprints_tell_tokenizers_apart():
 
 def test_a_kind_from_the_future_is_an_error():
     with pytest.raises(
-        UserError, match="tokenizer kind trie: this version knows byte, char and hf"
+        UserError, match="tokenizer: kind must be one of byte, char, hf in this version, got trie"
     ):
         tokenizer_from_plain({"kind": "trie"})
 
@@ -737,15 +739,15 @@ def bpe_json(vocab: object, merges: object = ()) -> str:
         ('{"version": "1.0", "trunc', "not JSON, or cut off: Unterminated string"),
         ("", "not JSON, or cut off: Expecting value"),
         ("[" * 100_000, "not JSON, or cut off"),
-        ("[]", "expected a JSON object, found list"),
+        ("[]", "must be a JSON object, got list"),
         ("{}", "not a tokenizer: "),
         (bpe_json(["a"]), "not a tokenizer: "),
         (bpe_json({"a": "0"}), "not a tokenizer: "),
         (bpe_json({"a": -1}), "not a tokenizer: "),
         (bpe_json({"a": 0}, ["a b"]), "not a tokenizer: "),
-        (bpe_json({}), "its 0 tokens need the ids from 0 to -1, and there are none"),
-        (bpe_json({"a": 0, "b": 7}), "its 2 tokens need the ids from 0 to 1, and 1 is missing (the highest is 7)"),
-        (bpe_json({"a": 0, "b": 0}), "its 2 tokens need the ids from 0 to 1, and 1 is missing (the highest is 0)"),
+        (bpe_json({}), "has no tokens"),
+        (bpe_json({"a": 0, "b": 7}), "its 2 tokens must have the ids 0 to 1, but 1 is missing (the highest is 7)"),
+        (bpe_json({"a": 0, "b": 0}), "its 2 tokens must have the ids 0 to 1, but 1 is missing (the highest is 0)"),
         (bpe_json({"a": 0, "b": 1}), 'no end-of-text token. Name one of its tokens in'),
     ],
 )  # fmt: skip
@@ -769,7 +771,7 @@ def test_an_added_token_whose_id_is_not_its_place_is_named(folder, id):
     size = len(description["model"]["vocab"])
     with pytest.raises(UserError) as caught:
         load(folder)
-    expected = f"added token <more>: id {id}, but with {size + 1} tokens in all its place is {size}. Export the tokenizer again."
+    expected = f"added token <more>: must have the id {size} of {size + 1} tokens, got {id}. Export the tokenizer again."
     assert str(caught.value) == f"{folder / 'tokenizer.json'}: {expected}"
 
 
@@ -788,7 +790,7 @@ def test_every_cut_off_tokenizer_json_is_named(folder):
         (
             "tokenizer_config.json",
             '{"eos_token": 3}',
-            "tokenizer_config.json: eos_token: expected a token's text, found 3. Write the text of one token.",
+            "tokenizer_config.json: eos_token: must be the text of a token, got 3. Write the text of one token.",
         ),
         (
             "tokenizer_config.json",
@@ -803,7 +805,7 @@ def test_every_cut_off_tokenizer_json_is_named(folder):
         (
             "special_tokens_map.json",
             '{"additional_special_tokens": "x"}',
-            'additional_special_tokens: expected a list of tokens, found "x"',
+            'additional_special_tokens: must be a list of tokens, got "x"',
         ),
     ],
 )
@@ -819,18 +821,18 @@ def test_damaged_settings_are_named(folder, name, text, message):
     [
         ("vocab.json", b'{"a": 0', "vocab.json: not JSON, or cut off"),
         ("vocab.json", b"\xff", "vocab.json: not UTF-8 text (byte 0)"),
-        ("vocab.json", b'{"a": "0"}', 'vocab.json: a: expected an id from 0 on, found "0"'),
-        ("vocab.json", b'{"a": true}', "vocab.json: a: expected an id from 0 on, found true"),
-        ("vocab.json", b'{"a": -1}', "vocab.json: a: expected an id from 0 on, found -1"),
+        ("vocab.json", b'{"a": "0"}', 'vocab.json: a: must be an id of at least 0, got "0"'),
+        ("vocab.json", b'{"a": true}', "vocab.json: a: must be an id of at least 0, got true"),
+        ("vocab.json", b'{"a": -1}', "vocab.json: a: must be an id of at least 0, got -1"),
         (
             "vocab.json",
             b'{"a": 99999999999999999999}',
-            "vocab.json: its 1 tokens need the ids from 0 to 0",
+            "vocab.json: its 1 tokens must have the ids 0 to 0",
         ),
         (
             "merges.txt",
             b"t h\nth\n",
-            'merges.txt:2: expected two tokens and a space between, found "th"',
+            'merges.txt:2: must be two tokens with a space between, got "th"',
         ),
         ("merges.txt", b"t h\nth q\n", "merges.txt: not a tokenizer: "),
     ],
@@ -878,7 +880,7 @@ def test_a_folder_without_a_vocabulary_says_what_is_missing(tmp_path, file):
     (tmp_path / file).write_text('{"tokenizer_class": "LlamaTokenizer"}', encoding="utf-8")
     with pytest.raises(
         UserError,
-        match="no tokenizer.json here, and no vocab.json with merges.txt. Give the folder that holds a tokenizer",
+        match="has no tokenizer.json, and no vocab.json with merges.txt. Give the folder of a tokenizer",
     ):
         load(tmp_path)
 
@@ -908,7 +910,7 @@ def test_without_a_network_a_name_fails_at_once_and_says_how_to_go_on(monkeypatc
 def test_offline_a_name_that_was_never_downloaded_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="not a folder here, and the Hugging Face hub says: "):
+    with pytest.raises(UserError, match="not a folder here, and the Hugging Face hub answers: "):
         load("some-owner/some-model")
 
 
@@ -919,10 +921,10 @@ def test_a_download_that_breaks_off_is_one_line(monkeypatch):
         raise httpx.ReadError("connection lost")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    monkeypatch.setattr("tinylm.tokenizer.hf.require_hub", lambda what, mend: None)
+    monkeypatch.setattr("tinylm.tokenizer.hf_files.require_hub", lambda what, mend: None)
     with pytest.raises(
         UserError,
-        match="tokenizer.path: owner/name: not a folder here, and the Hugging Face hub says: connection lost. Give a local folder",
+        match="tokenizer.path: owner/name: not a folder here, and the Hugging Face hub answers: connection lost. Give a local folder",
     ):
         load("owner/name")
 
@@ -933,7 +935,7 @@ def test_a_name_that_is_too_long_is_no_folder():
 
 
 def test_a_name_on_the_hub_is_read_from_the_downloaded_folder(folder, monkeypatch):
-    monkeypatch.setattr("tinylm.tokenizer.hf.require_hub", lambda what, mend: None)
+    monkeypatch.setattr("tinylm.tokenizer.hf_files.require_hub", lambda what, mend: None)
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder)
     )
@@ -961,7 +963,9 @@ def test_an_older_format_is_converted_by_transformers(tmp_path):
 def test_what_transformers_cannot_convert_is_an_error(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"not SentencePiece")
     write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
-    with pytest.raises(UserError, match="no tokenizer.json, and transformers cannot make one: "):
+    with pytest.raises(
+        UserError, match="has no tokenizer.json, and transformers cannot make one: "
+    ):
         load(tmp_path)
 
 

@@ -15,10 +15,10 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from tinylm.tokenizer.bpe_fast import gpt2_form
-from tinylm.tokenizer.hf import HFTokenizer, load_hf_tokenizer
-from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, LAST_CUT, PATTERNS
-from tinylm.tokenizer.tiktoken_encoder import fast_bpe
+from tinylm.tokenizer.hf import HFTokenizer
+from tinylm.tokenizer.hf_files import load_hf_tokenizer
+from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, LAST_CUT, PATTERNS, gpt2_form
+from tinylm.tokenizer.tiktoken_encoder import build_tiktoken_encoder
 
 ALPHABET = list(BYTE_OF_CHARACTER)
 EOT = "<|endoftext|>"
@@ -43,7 +43,7 @@ def byte_level(
 
 
 def fast_of(backend: Backend, never: tuple[int, ...] = ()) -> Any:
-    return fast_bpe(json.loads(backend.to_str()), never)
+    return build_tiktoken_encoder(json.loads(backend.to_str()), never)
 
 
 # --- the same ids -----------------------------------------------------------------------------------------------------

@@ -86,9 +86,7 @@ def test_a_document_that_cannot_be_encoded_is_named_by_its_number(size, monkeypa
     """The third of them, whatever the batches; a stream that goes on behind 10 documents counts those."""
     monkeypatch.setattr(encode, "BATCH_DOCUMENTS", size)
     tokenizer = CharTokenizer("abc", unknown="error")
-    found = (
-        "the character 'Q' (U+0051) at position 1 is not among the 3 characters of the tokenizer"
-    )
+    found = "position 1: the character 'Q' (U+0051) is not one of the 3 characters of the tokenizer"
     for named, place in (
         ({}, "text: document 3"),
         ({"source": "a.txt: training", "first": 11}, "a.txt: training document 13"),
@@ -97,7 +95,7 @@ def test_a_document_that_cannot_be_encoded_is_named_by_its_number(size, monkeypa
             list(encode_documents(["abc", "b", "aQ", "Q"], tokenizer, None, **named))
         assert (
             str(caught.value)
-            == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that has it."
+            == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that contains it."
         )
 
 
@@ -108,12 +106,10 @@ def test_a_text_that_cannot_be_encoded_is_named_with_its_split(write, tmp_path, 
     with pytest.raises(UserError) as caught:
         cached_token_file(data, which, CharTokenizer("ab", unknown="error"), SEED)
     place = f"{path}: training document 2" if which == "train" else f"{val}: validation document 3"
-    found = (
-        "the character 'Q' (U+0051) at position 0 is not among the 2 characters of the tokenizer"
-    )
+    found = "position 0: the character 'Q' (U+0051) is not one of the 2 characters of the tokenizer"
     assert (
         str(caught.value)
-        == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that has it."
+        == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that contains it."
     )
     assert not list((tmp_path / "cache").glob("*.bin"))
 
@@ -654,7 +650,7 @@ def test_a_document_that_cannot_be_encoded_is_counted_from_the_first_of_the_sour
     )
     with pytest.raises(
         UserError,
-        match=r"a.txt: document 51: the character 'Q' \(U\+0051\) at position 1 is not among",
+        match=r"a.txt: document 51: position 1: the character 'Q' \(U\+0051\) is not one of",
     ):
         encode_file(path.with_suffix(".bin"), recipe)
 

@@ -13,7 +13,6 @@ from tests.conftest import write_token_file
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig, MixPart, TokenizerConfig
 from tinylm.text.splits import is_held_out, shared_documents
-from tinylm.tokenizer.bpe_fast import tokenizer_for
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.mixture import (
     Allocation,
@@ -27,6 +26,7 @@ from tinylm.tokens.mixture import (
     validation_file,
 )
 from tinylm.tokens.token_file import TokenFile
+from training.tokenizer import tokenizer_for
 
 BYTES = ByteTokenizer()
 SEED = 1

@@ -32,7 +32,6 @@ from tinylm.config.loader import load_config
 from tinylm.config.schema import Config
 from tinylm.rows.inspect import InspectedRow
 from tinylm.text.splits import train_documents
-from tinylm.tokenizer import bpe_fast
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.factory import make_tokenizer
@@ -414,7 +413,7 @@ def test_a_resumed_run_keeps_the_characters_that_it_learned(
         training={"max_steps": 2, "val_every_steps": 2},
     )
     assert train.main(["--config", str(config)]) == 0
-    monkeypatch.setattr(bpe_fast, "training_split", None)
+    monkeypatch.setattr("training.tokenizer.training_split", None)
     assert train.main(["--config", str(config), "training.max_steps=4"]) == 0
 
 

@@ -40,7 +40,7 @@ from tinylm.config.loader import load_config
 from tinylm.config.schema import DpoConfig
 from tinylm.objectives import preferences
 from tinylm.objectives.preferences import MEASURES, Answers, answer_log_probs, preference_loss
-from tinylm.tokenizer.hf import load_hf_tokenizer
+from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
 from tinylm.tokens.row_order import Share
 from training import callbacks

@@ -40,9 +40,9 @@ from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.interchange.peft import save_adapter
 from tinylm.model.hf_model import HFModel
-from tinylm.tokenizer.bpe_fast import CHARACTER_OF_BYTE
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
+from tinylm.tokenizer.pretokenize import CHARACTER_OF_BYTE
 from training.stages.sft import SFTData
 
 ROOT = Path(__file__).resolve().parents[2]

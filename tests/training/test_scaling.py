@@ -21,7 +21,7 @@ from tinylm.config.loader import load_config
 from tinylm.config.schema import DataConfig
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from tinylm.tokenizer.hf import load_hf_tokenizer
+from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokens.encode import cached_token_file, encode_documents
 from tinylm.tokens.token_file import TokenFile
 

@@ -427,7 +427,7 @@ def test_a_run_learns_its_own_tokenizer_and_goes_on_with_it(
     for name in ("step-000006.ckpt", "last.ckpt", "best.ckpt"):
         (broken / "checkpoints" / name).unlink()
     shutil.rmtree(tmp_path / "cache")
-    monkeypatch.setattr(bpe_fast, "count_jobs", None)
+    monkeypatch.setattr(bpe_fast, "count_words_of", None)
     assert run(config, *elsewhere(broken)) == 0
     assert_same_run(calm, broken)
 

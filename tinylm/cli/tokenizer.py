@@ -122,19 +122,22 @@ def run(arguments: argparse.Namespace) -> int:
 @rename_settings(TRAIN_FLAGS)
 def train(arguments: argparse.Namespace) -> int:
     """Train a tokenizer, write its files, and print their folder."""
-    from tinylm.tokenizer.bpe_fast import Rules, check_request, learn_bpe, require_writable
+    from tinylm.common.files import require_writable
+    from tinylm.text.source_chunks import word_chunks
+    from tinylm.tokenizer.bpe_fast import learn_bpe
+    from tinylm.tokenizer.bpe_files import check_request
+    from tinylm.tokenizer.pretokenize import Pretokenizer
 
     require_positive(arguments, "processes")
-    rules = Rules(arguments.pattern, tuple(arguments.special))
-    check_request(arguments.vocab_size, rules)
+    pretokenizer = Pretokenizer(arguments.pattern, tuple(arguments.special))
+    check_request(arguments.vocab_size, pretokenizer)
     require_writable(arguments.out, "--out")
     source = text_source(arguments)
     with progress_bar() as progress:
         bpe = learn_bpe(
-            source,
+            word_chunks(source, arguments.processes, arguments.docs),
             arguments.vocab_size,
-            rules,
-            docs=arguments.docs,
+            pretokenizer,
             processes=arguments.processes,
             progress=progress,
         )
@@ -166,7 +169,7 @@ def compare(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     from tinylm.text.source_chunks import word_chunks
-    from tinylm.tokenizer.hf import Fit
+    from tinylm.tokenizer.fit import measure_fit
 
     source = text_source(arguments)
     numbers = ("vocabulary", "tokens", "bytes per token", "used")
@@ -178,7 +181,7 @@ def compare(arguments: argparse.Namespace) -> int:
         texts = (
             text for chunk in word_chunks(source, docs=arguments.docs) for text in chunk.texts()
         )
-        fit = Fit.of(tokenizer, texts)
+        fit = measure_fit(tokenizer, texts)
         if not fit.n_tokens:
             raise UserError(source.name, "contains no text", "Give a file with text")
         longest = "  ".join(f"'{tokenizer.token_text(id)}'" for id in fit.longest)

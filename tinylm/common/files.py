@@ -10,13 +10,14 @@ or the new one, never a part. Knows nothing of what is in the files.
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tinylm.common.errors import writing
+from tinylm.common.errors import UserError, writing
 
 
 def write_atomic(path: Path, content: str | bytes, setting: str) -> None:
@@ -145,3 +146,17 @@ def replace_file(path: Path, content: bytes) -> None:
 def sync_folder(folder: Path) -> None:
     """`sync`; its last callers move to `atomic_path` or `publish`."""
     sync(folder)
+
+
+def require_new(path: Path) -> None:
+    """Raise a UserError if `path` exists, except as an empty folder: nothing is overwritten."""
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(path, "already exists", "Delete it, or choose another folder")
+
+
+def require_writable(path: Path, setting: str) -> None:
+    """Raise a UserError if `path` exists or cannot be created, which is tried, before the work that it is for."""
+    require_new(path)
+    with writing(path, setting):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)).rmdir()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tinylm.checkpoint.load import Loaded, load_model
 from tinylm.common.errors import UserError, printable, require_package, writing
+from tinylm.common.files import require_new
 from tinylm.config.schema import ModelConfig
 from tinylm.interchange import architectures
 from tinylm.interchange.hf_export import (
@@ -34,8 +35,8 @@ from tinylm.interchange.hf_export import (
 )
 from tinylm.model.hf_model import HFModel, quiet_transformers
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokenizer.bpe_fast import PATTERNS, require_new
 from tinylm.tokenizer.hf import HFTokenizer
+from tinylm.tokenizer.pretokenize import PATTERNS
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -68,7 +69,7 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
     """Write the checkpoint `ckpt` as the new GGUF file `out`, whole or not at all; with f16 its matrices have half the bits.
 
     Raises:
-        UserError: GGUF, or transformers' reader of it, cannot say the same; `out` is there already; or what was written does not give our logits.
+        UserError: GGUF, or transformers' reader of it, cannot say the same; `out` already exists; or what was written does not give our logits.
     """
     require_package("transformers")
     require_package("gguf")

@@ -21,6 +21,7 @@ import torch
 
 from tinylm.checkpoint.load import Loaded, load_model
 from tinylm.common.errors import UserError, first_line, printable, require_package, writing
+from tinylm.common.files import require_new
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.schema import SamplingConfig
 from tinylm.interchange import architectures
@@ -30,9 +31,9 @@ from tinylm.model.hf_model import HFModel, HFSeq2Seq, quiet_transformers
 from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import KNOWN_BOS_TOKENS
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokenizer.bpe_fast import CHARACTER_OF_BYTE, require_new
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
+from tinylm.tokenizer.pretokenize import CHARACTER_OF_BYTE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -61,7 +62,7 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
     """Write the checkpoint `ckpt` as the new Hugging Face folder `out`, whole or not at all; an adapter is merged into its base.
 
     Raises:
-        UserError: no architecture or tokenizer there says the same; `out` is there already; or what was written does not give our logits.
+        UserError: no architecture or tokenizer there says the same; `out` already exists; or what was written does not give our logits.
     """
     require_package("transformers")
     from transformers import AutoModelForCausalLM
@@ -107,7 +108,7 @@ def export_adapter(ckpt: Path, out: Path) -> Path:
     """Write the adapter that the checkpoint `ckpt` holds as the new folder `out`, for peft, whole or not at all.
 
     Raises:
-        UserError: peft is missing, the checkpoint holds no adapter, or `out` is there already.
+        UserError: peft is missing, the checkpoint holds no adapter, or `out` already exists.
     """
     require_package("peft")
     require_new(out)

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError, first_line, printable, reading, require_package
+from tinylm.common.files import require_new
 from tinylm.common.hub import hub_errors, is_hub_name, require_hub
 from tinylm.config.schema import Config
 from tinylm.interchange import architectures
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import quiet_transformers
-from tinylm.tokenizer.bpe_fast import require_new
-from tinylm.tokenizer.hf import OLDER_VOCABULARIES, TOKENIZER_FILES, HFTokenizer, load_hf_tokenizer
+from tinylm.tokenizer.hf import HFTokenizer
+from tinylm.tokenizer.hf_files import OLDER_VOCABULARIES, TOKENIZER_FILES, load_hf_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -28,7 +28,7 @@ from tinylm.common.errors import UserError, first_line, printable, require_packa
 from tinylm.common.hub import hub_errors, is_hub_name, require_hub
 from tinylm.config.schema import ModelConfig
 from tinylm.model.decoder import Features, positions_in_documents
-from tinylm.tokenizer.hf import OLDER_VOCABULARIES, TOKENIZER_FILES
+from tinylm.tokenizer.hf_files import OLDER_VOCABULARIES, TOKENIZER_FILES
 from tinylm.tokens.packing import IGNORE_INDEX, split_answer
 
 if TYPE_CHECKING:

@@ -1,13 +1,12 @@
+"""The two tokenizers that need no merges: bytes, and the characters of a text."""
+
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError
 from tinylm.tokenizer.base import Tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 
 class ByteTokenizer(Tokenizer):
@@ -31,12 +30,16 @@ class ByteTokenizer(Tokenizer):
     def to_plain(self) -> dict[str, Any]:
         return {"kind": self.kind}
 
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "ByteTokenizer":
+        return cls()
+
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
 
 class CharTokenizer(Tokenizer):
-    """The characters of a text in code-point order, then `<|pad|>`, `<|eos|>` and, if asked for, `<|unk|>`.
+    """The characters of a text in code-point order, then `<|pad|>`, `<|eos|>` and, with unknown="unk", `<|unk|>`.
 
     >>> tokenizer = CharTokenizer("abn", unknown="error")
     >>> tokenizer.encode("banana"), tokenizer.eos_id
@@ -50,51 +53,63 @@ class CharTokenizer(Tokenizer):
         self.unknown = unknown
         n = len(self.characters)
         self.pad_id, self.eos_id = n, n + 1
-        self.unk_id = n + 2 if unknown == "unk" else None
-        self.special_names = {n: "<|pad|>", n + 1: "<|eos|>"} | (
-            {n + 2: "<|unk|>"} if unknown == "unk" else {}
-        )
+        self.special_names = {n: "<|pad|>", n + 1: "<|eos|>"}
+        self.unk_id = None
+        if unknown == "unk":
+            self.unk_id = n + 2
+            self.special_names[n + 2] = "<|unk|>"
         self.vocab_size = n + len(self.special_names)
         self._code_points = _code_points(self.characters)
 
     @classmethod
     def of_documents(cls, documents: Iterable[str], *, unknown: str) -> "CharTokenizer":
-        """The tokenizer whose vocabulary is every character in `documents`."""
+        """The tokenizer for every character in `documents`.
+
+        Raises:
+            UserError: there is no character.
+        """
         characters: set[str] = set()
         for document in documents:
             characters.update(document)
         if not characters:
             raise UserError(
-                "tokenizer.kind: char learns its vocabulary from the training documents, and they have no character. Give data.dataset text."
+                "tokenizer.kind",
+                "char learns its vocabulary from the training documents, but they are empty",
+                "Set data.dataset to a source with text",
             )
         return cls(characters, unknown=unknown)
 
     def token_bytes(self, id: int) -> bytes:
         self._check_id(id)
-        if id == self.unk_id:
-            return (
-                "\ufffd".encode()
-            )  # it stood for a character: nothing at all would be a different text
+        if id == self.unk_id:  # it was a character of the text, so it is not nothing
+            return "\ufffd".encode()
         return b"" if id in self.special_names else self.characters[id].encode()
 
     def to_plain(self) -> dict[str, Any]:
         return {"kind": self.kind, "characters": self.characters, "unknown": self.unknown}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "CharTokenizer":
+        return cls(plain["characters"], unknown=plain["unknown"])
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode_one(text) for text in texts]
 
     def _encode_one(self, text: str) -> np.ndarray:
         points = _code_points(text)
-        # The vocabulary is sorted, so a character's place in it is its id.
+        # The vocabulary is sorted, so the position of a character in it is its id.
         ids = np.searchsorted(self._code_points, points).astype(np.uint32)
         known = self._code_points[np.minimum(ids, len(self._code_points) - 1)] == points
         if known.all():
             return ids
         if self.unk_id is None:
             position = int(np.argmin(known))
+            character = text[position]
             raise UserError(
-                f"the character '{printable(text[position])}' (U+{ord(text[position]):04X}) at position {position} is not among the "
-                f"{len(self.characters)} characters of the tokenizer. Set tokenizer.unknown: unk, or train on text that has it."
+                f"position {position}",
+                f"the character '{character}' (U+{ord(character):04X}) is not one of the "
+                f"{len(self.characters)} characters of the tokenizer",
+                "Set tokenizer.unknown: unk, or train on text that contains it",
             )
         ids[~known] = self.unk_id
         return ids

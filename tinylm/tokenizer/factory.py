@@ -1,53 +1,55 @@
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+"""Which class a kind of tokenizer has, and tokenizers from settings, checkpoints and names.
 
-from tinylm.common.errors import UserError, printable
+Kind bpe is learned from a corpus: training/tokenizer.py. The result is a tokenizer of kind hf.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tinylm.common.errors import UserError
 from tinylm.config.schema import TokenizerConfig
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
-from tinylm.tokenizer.hf import HFTokenizer, load_hf_tokenizer
+from tinylm.tokenizer.hf import HFTokenizer
+from tinylm.tokenizer.hf_files import load_hf_tokenizer
 
-if TYPE_CHECKING:
-    pass
+KINDS: dict[str, type[Tokenizer]] = {
+    "byte": ByteTokenizer,
+    "char": CharTokenizer,
+    "hf": HFTokenizer,
+}
 
 
 def make_tokenizer(config: TokenizerConfig, documents: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that `config` asks for; `documents` gives the training split, which only `char` reads.
+    """The tokenizer of a config; `documents` returns the training documents, which only `char` reads.
 
-    Kind bpe, which keeps what it learned, is `bpe.tokenizer_for`.
+    Raises:
+        UserError: as `CharTokenizer.of_documents` and `load_hf_tokenizer`.
+        ValueError: kind bpe.
     """
     if config.kind == "byte":
         return ByteTokenizer()
     if config.kind == "char":
         return CharTokenizer.of_documents(documents(), unknown=config.unknown)
-    if config.path is None:
-        raise ValueError(
-            "kind hf needs a path, which TokenizerConfig checks; kind bpe is made by bpe.tokenizer_for"
-        )
+    if config.path is None:  # TokenizerConfig requires it for hf
+        raise ValueError("kind bpe is learned: use training.tokenizer.tokenizer_for")
     return load_hf_tokenizer(config.path)
 
 
 def tokenizer_from_plain(plain: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_plain` described.
+    """The inverse of `Tokenizer.to_plain`.
 
     Raises:
-        UserError: it is of a kind that this version does not know.
+        UserError: this version does not know the kind.
     """
-    match plain["kind"]:
-        case "byte":
-            return ByteTokenizer()
-        case "char":
-            return CharTokenizer(plain["characters"], unknown=plain["unknown"])
-        case "hf":
-            from tokenizers import Tokenizer as Backend
-
-            backend = Backend.from_str(plain["tokenizer_json"])
-            return HFTokenizer(
-                backend, eos=plain["eos"], pad=plain["pad"], chat_template=plain["chat_template"]
-            )
-    raise UserError(
-        f"tokenizer kind {printable(plain['kind'])}: this version knows byte, char and hf. Use the version that wrote it."
-    )
+    kind = plain["kind"]
+    if kind not in KINDS:
+        raise UserError(
+            "tokenizer",
+            f"kind must be one of {', '.join(KINDS)} in this version, got {kind}",
+            "Use the version that wrote it",
+        )
+    return KINDS[kind].from_plain(plain)
 
 
 def named_tokenizer(name: str) -> Tokenizer:

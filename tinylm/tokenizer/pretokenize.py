@@ -1,12 +1,12 @@
-r"""What byte-pair encoding sees of a text: words, which no token crosses, and bytes, written as visible characters.
+r"""How a text is split into words before BPE, and how bytes are written as visible characters.
 
-Reading order: the patterns of words; where a text can be cut and keeps its words; `Rules` and `count_texts`; what a
-process does when a corpus is counted. This file knows nothing of merges or ids, and it imports little on purpose:
-it is all that a counting process loads.
+Reading order: the patterns of words; where a text can be cut without changing its words; `Pretokenizer`, `count_words` and
+`count_chunk`, the work of one process on one chunk of a corpus; GPT-2's visible form of bytes. Knows nothing of merges or
+ids. The processes that count words import this file, so it needs neither torch, numpy nor pydantic.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,79 +14,101 @@ import regex
 
 from tinylm.text.chunks import RawChunk, TextChunk
 
-# What a merge may not cross: the words of GPT-2 (Radford et al. 2019), and those of GPT-4 as tiktoken's cl100k_base has them,
-# which keep numbers to three digits and ignore the case of contractions. Both leave no character out, and tokenizers and
-# tiktoken find the same words; so does the library regex, but for the letters that Unicode added last.
+# No merge crosses the border of a word. gpt2: the words of GPT-2 (Radford et al. 2019). gpt4: the words of GPT-4, from
+# tiktoken's cl100k_base, with at most three digits per word and contractions in either case. Every character is in a
+# word. `tokenizers` and tiktoken find the same words; so does `regex`, except for letters that Unicode added last.
 PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "gpt4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt4": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 }
 
-# Where a text can be cut and keeps its words under both patterns: before a space behind a word, behind a single line end,
-# and before punctuation behind a letter. Letters are named one by one, because libraries differ in the newest ones.
+# Where a text can be cut without changing its words under either pattern: before a space after a word, after a single
+# line end, and before punctuation after a letter. Letters are listed, because libraries differ in the newest ones.
 _CUT = r"(?<=\S)(?=[ \t])|(?<=\S\n)(?=\S)|(?<=[a-z\u4e00-\u9fa5])(?=[!-/\u3001\u3002\uff0c])"
-LAST_CUT = regex.compile(f"(?r){_CUT}")
+LAST_CUT = regex.compile(f"(?r){_CUT}")  # (?r): searches from the end
 
-
-def _printable_bytes() -> dict[str, bytes]:
-    """GPT-2's way of writing bytes in a vocabulary file: a character for each byte (Radford et al. 2019).
-
-    The visible characters of Latin-1 stand for themselves, and the other 68 bytes, in their order, for U+0100 and on.
-    """
-    visible = {
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    }
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): bytes((byte,)) for byte in visible} | {
-        chr(256 + n): bytes((byte,)) for n, byte in enumerate(hidden)
-    }
-
-
-BYTE_OF_CHARACTER = _printable_bytes()
-SPECIAL = ("<|endoftext|>", "<|pad|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How a text falls into words: the name of a pattern, and the special tokens, which belong to no word."""
+class Pretokenizer:
+    """Splits texts into words: the name of a pattern, and the special tokens, which belong to no word."""
 
     pattern: str = "gpt2"
-    special: tuple[str, ...] = SPECIAL
+    special_tokens: tuple[str, ...] = SPECIAL_TOKENS
 
-    def words(self, text: str) -> Iterator[list[str]]:
-        """The words of each stretch between special tokens; of special tokens that overlap the longest counts.
+    def split(self, text: str) -> list[str]:
+        """The words of a text, in order; special tokens are left out. If special tokens overlap, the longest one counts.
 
-        >>> list(Rules().words("Hello world's<|endoftext|>  end"))
-        [['Hello', ' world', "'s"], [' ', ' end']]
+        >>> Pretokenizer().split("Hello world's<|endoftext|>  end")
+        ['Hello', ' world', "'s", ' ', ' end']
         """
-        word, special = _compiled(self)
-        for stretch in special.split(text) if special else (text,):
-            yield word.findall(stretch)
+        word, special = _compile(self)
+        if special is None:
+            return word.findall(text)
+        words: list[str] = []
+        for stretch in special.split(text):
+            words += word.findall(stretch)
+        return words
 
 
 @lru_cache
-def _compiled(rules: Rules) -> tuple[regex.Pattern[str], regex.Pattern[str] | None]:
-    longest_first = sorted(rules.special, key=len, reverse=True)
-    special = regex.compile("|".join(map(regex.escape, longest_first))) if rules.special else None
-    return regex.compile(PATTERNS[rules.pattern]), special
+def _compile(
+    pretokenizer: Pretokenizer,
+) -> tuple[regex.Pattern[str], regex.Pattern[str] | None]:
+    word = regex.compile(PATTERNS[pretokenizer.pattern])
+    if not pretokenizer.special_tokens:
+        return word, None
+    longest_first = sorted(pretokenizer.special_tokens, key=len, reverse=True)
+    return word, regex.compile("|".join(map(regex.escape, longest_first)))
 
 
-def count_texts(texts: Iterable[str], rules: Rules) -> Counter[str]:
-    """How often each word stands in `texts`."""
+def count_words(texts: Iterable[str], pretokenizer: Pretokenizer) -> Counter[str]:
+    """How often each word occurs in the texts.
+
+    >>> count_words(["low low", "low"], Pretokenizer())
+    Counter({'low': 2, ' low': 1})
+    """
     counts: Counter[str] = Counter()
     for text in texts:
-        for words in rules.words(text):
-            counts.update(words)
+        counts.update(pretokenizer.split(text))
     return counts
 
 
-@dataclass(frozen=True)
-class CountWords:
-    """What a process does with each job: its size and its words."""
+def count_chunk(
+    pretokenizer: Pretokenizer, chunk: RawChunk | TextChunk
+) -> tuple[int, Counter[str]]:
+    """The size of a chunk and its words: the work of one process."""
+    return chunk.size, count_words(chunk.texts(), pretokenizer)
 
-    rules: Rules
 
-    def __call__(self, job: RawChunk | TextChunk) -> tuple[int, Counter[str]]:
-        return job.size, count_texts(job.texts(), self.rules)
+def _visible_bytes() -> dict[int, str]:
+    """GPT-2's character for each byte in vocabulary files (Radford et al. 2019).
+
+    The visible characters of Latin-1 are written as themselves; the other 68 bytes, in their order, as U+0100, U+0101, ...
+    """
+    visible = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {
+        byte: chr(256 + n) for n, byte in enumerate(hidden)
+    }
+
+
+CHARACTER_OF_BYTE = _visible_bytes()
+BYTE_OF_CHARACTER = {character: bytes([byte]) for byte, character in CHARACTER_OF_BYTE.items()}
+
+
+def gpt2_form(token: bytes) -> str:
+    """A token in visible characters, as GPT-2's files write it.
+
+    >>> gpt2_form(b" a\\n")
+    'ĠaĊ'
+    """
+    return "".join(CHARACTER_OF_BYTE[byte] for byte in token)

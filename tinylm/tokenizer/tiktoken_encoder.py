@@ -1,13 +1,13 @@
-"""The same ids, several times as fast: tiktoken in the place of `tokenizers`, for tokenizers of which both make the same.
+"""tiktoken in place of `tokenizers`: the same ids several times as fast, for the tokenizers for which both are known to agree.
 
-`tokenizers` joins a pair of tokens where the vocabulary's file has a merge for that pair, the first merge of the file first.
-tiktoken knows no merges: it joins any two neighbours whose bytes together are a token, the token of the lowest rank first. Take
-the tokens that `tokenizers` makes of their own bytes, ranked by their merges, and leave all others out; then both do the same
-at every step. For let tiktoken join A and B to the token T. Inside the bytes of T both had done, so far, what `tokenizers`
-does to these bytes alone, because nothing was joined across their ends. There it goes on from A and B to T, so it has a merge
-for the two. And a token that it does not make of its own bytes it makes nowhere.
+`tokenizers` joins a pair of tokens if the vocabulary's file has a merge for the pair; the first merge in the file comes
+first. tiktoken knows no merges: it joins two neighbors if their bytes together are a token; the token of lowest rank comes
+first. Give tiktoken only the tokens that `tokenizers` makes of their own bytes, ranked by their merges. Then both agree at
+every step. Suppose tiktoken joins A and B to the token T. Nothing was joined across the ends of T so far, so inside its
+bytes both did what `tokenizers` does to these bytes alone. There, A and B are joined to T next, so the two have a merge.
+And a token that `tokenizers` does not make of its own bytes is made nowhere.
 
-What remains is to split a text into the same words, which is known for `PATTERNS`, GPT-2's and GPT-4's.
+Both must also split a text into the same words. This is known for `PATTERNS`, the patterns of GPT-2 and GPT-4.
 """
 
 from collections.abc import Collection
@@ -18,12 +18,12 @@ import numpy as np
 
 from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, PATTERNS
 
-# tiktoken searches a text for special tokens before all else. With none it looks at every place (12 MB/s instead of 19).
+# tiktoken searches a text for special tokens first. With none it looks at every place (12 MB/s instead of 19).
 NEVER_USED = "\0\0\0"
 
 
-class FastBpe:
-    """A tiktoken encoder of tokens in the order of their merges, and the id of each."""
+class TiktokenEncoder:
+    """A tiktoken encoding of `tokens`, in the order of their merges, and the id of each."""
 
     def __init__(self, pattern: str, tokens: Collection[bytes], ids: Collection[int]):
         import tiktoken
@@ -46,36 +46,34 @@ class FastBpe:
         return self.ids[self.encoding.encode_to_numpy(text, disallowed_special=())]
 
 
-def fast_bpe(description: dict[str, Any], never: Collection[int]) -> FastBpe | None:
-    """The fast encoder of a tokenizer, None where its ids could differ.
+def build_tiktoken_encoder(
+    description: dict[str, Any], never: Collection[int]
+) -> TiktokenEncoder | None:
+    """The tiktoken encoder of a tokenizer; None if its ids could differ.
 
     Args:
-        description: the tokenizer.json of a byte-level BPE tokenizer.
-        never: ids that no text may become.
+        description: the tokenizer.json of the tokenizer.
+        never: ids that no text may be encoded to.
     """
-    pattern, model = word_pattern(description), description["model"]
-    if (
-        pattern is None
-        or model["dropout"]
-        or model["continuing_subword_prefix"]
-        or model["end_of_word_suffix"]
-    ):
+    pattern, model = find_pattern(description), description["model"]
+    if pattern is None or model["dropout"]:
+        return None
+    if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
         return None
     vocabulary = model["vocab"]
-    ranked = _ranked(
-        vocabulary, [tuple(pair) for pair in model["merges"]], whole_words=model["ignore_merges"]
-    )
-    if ranked is None or any(vocabulary[token] in never for token in ranked):
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokens = _rank_tokens(vocabulary, merges, whole_words=model["ignore_merges"])
+    if tokens is None or any(vocabulary[token] in never for token in tokens):
         return None
-    return FastBpe(
+    return TiktokenEncoder(
         pattern,
-        [b"".join(map(BYTE_OF_CHARACTER.__getitem__, token)) for token in ranked],
-        [vocabulary[token] for token in ranked],
+        [b"".join(BYTE_OF_CHARACTER[character] for character in token) for token in tokens],
+        [vocabulary[token] for token in tokens],
     )
 
 
-def word_pattern(description: dict[str, Any]) -> str | None:
-    """The pattern of the words in which a byte-level BPE tokenizer joins bytes; None where it is not known, or text is changed before."""
+def find_pattern(description: dict[str, Any]) -> str | None:
+    """The pattern of a byte-level BPE tokenizer's words; None if it is unknown, or if the text is changed before."""
     if description["model"]["type"] != "BPE" or description["normalizer"] is not None:
         return None
     match description["pre_tokenizer"]:
@@ -97,35 +95,35 @@ def word_pattern(description: dict[str, Any]) -> str | None:
     return None
 
 
-def _ranked(
+def _rank_tokens(
     vocabulary: dict[str, int], merges: list[tuple[str, str]], *, whole_words: bool
 ) -> list[str] | None:
-    """The tokens that come out of text: the 256 bytes, the others in the order of their merges. None where tiktoken's could differ.
+    """The tokens that text is encoded to: the 256 bytes, then by their merges. None if tiktoken's could differ.
 
     Args:
-        vocabulary: tokens in printable form, and their ids.
+        vocabulary: tokens in visible form, and their ids.
         merges: the pairs in their order.
-        whole_words: a word that is a token is not looked up in the merges (`ignore_merges`).
+        whole_words: a word that is a token needs no merges (`ignore_merges`).
     """
     from tokenizers import models
 
+    # A token with several merges, as in converted tiktoken files, has one rank if these follow one another.
     results = [left + right for left, right in merges]
-    # A token with several merges, as converted tiktoken files have them, has one rank if these stand together.
     in_order = [result for before, result in pairwise(["", *results]) if before != result]
-    if not vocabulary.keys() >= BYTE_OF_CHARACTER.keys() or len(
-        {*BYTE_OF_CHARACTER, *in_order}
-    ) < 256 + len(in_order):
+    n_distinct = len({*BYTE_OF_CHARACTER, *in_order})
+    if not vocabulary.keys() >= BYTE_OF_CHARACTER.keys() or n_distinct < 256 + len(in_order):
         return None
-    alone = models.BPE(vocabulary, merges)
-    parts = {
-        token: len(alone.tokenize(token))
+    # Into how many tokens `tokenizers` encodes the bytes of each token.
+    backend = models.BPE(vocabulary, merges)
+    n_parts = {
+        token: len(backend.tokenize(token))
         for token in vocabulary
         if BYTE_OF_CHARACTER.keys() >= set(token)
     }
-    ranked = [*BYTE_OF_CHARACTER, *(token for token in in_order if parts.get(token) == 1)]
+    tokens = [*BYTE_OF_CHARACTER, *(token for token in in_order if n_parts.get(token) == 1)]
     if whole_words:
-        # tiktoken looks whole words up too. It would also join two tokens to such a word where `tokenizers` has no merge for them.
-        if 2 in parts.values():
+        # tiktoken looks up whole words too. It would also join two tokens to such a word inside a longer one.
+        if 2 in n_parts.values():
             return None
-        ranked += [token for token, n in parts.items() if n > 2]
-    return ranked
+        tokens += [token for token, n in n_parts.items() if n > 2]
+    return tokens

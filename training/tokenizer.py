@@ -1,0 +1,111 @@
+"""The tokenizer of a run: the one its settings name, or one learned from its training text.
+
+BPE takes most of the time of a small run, so what it learned is kept in data.cache_dir, in a folder whose name depends on
+everything that the result depends on.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+
+from tinylm.common.errors import UserError
+from tinylm.common.files import make_once
+from tinylm.common.processes import Progress
+from tinylm.config.schema import DataConfig, TokenizerConfig
+from tinylm.text.chunks import text_chunks
+from tinylm.text.sources import HubDataset
+from tinylm.text.splits import Split
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.bpe_fast import learn_bpe
+from tinylm.tokenizer.bpe_files import Bpe, check_request
+from tinylm.tokenizer.factory import make_tokenizer
+from tinylm.tokenizer.hf import HFTokenizer
+from tinylm.tokenizer.hf_files import load_hf_tokenizer
+from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer
+from tinylm.tokens.mixture import training_split
+
+# Part of the names of cached folders: raise it when the same text would give other merges.
+VERSION = 1
+
+
+def tokenizer_for(
+    config: TokenizerConfig, data: DataConfig, seed: int, *, progress: Progress | None = None
+) -> Tokenizer:
+    """The tokenizer of a run; kinds char and bpe are learned from its training documents.
+
+    In a mixture these are the documents of all sources, whatever their weights.
+
+    Raises:
+        UserError: as `training_split`, `make_tokenizer` and `learn_bpe`, or an endless stream would be read.
+    """
+    if config.kind in ("byte", "hf"):
+        return make_tokenizer(config, tuple)
+    split = training_split(data, seed)
+    streamed = isinstance(split.source, HubDataset) and data.streaming
+    if streamed and split.limit is None and config.learn_docs is None:
+        raise UserError(
+            "tokenizer.learn_docs",
+            f"kind {config.kind} would read all of a streamed dataset",
+            "Set tokenizer.learn_docs, for example to 100000",
+        )
+    if config.kind == "char":
+        return make_tokenizer(config, lambda: islice(split.documents(), config.learn_docs))
+    return _cached_bpe(config, data, split, progress)
+
+
+def _cached_bpe(
+    config: TokenizerConfig, data: DataConfig, split: Split, progress: Progress | None
+) -> HFTokenizer:
+    """The BPE tokenizer of a split, learned unless data.cache_dir has it."""
+    assert config.vocab_size is not None  # TokenizerConfig requires it for bpe
+    pretokenizer = Pretokenizer(config.pattern or "gpt2")
+    check_request(config.vocab_size, pretokenizer)
+    text = [
+        split.source.fingerprint(),
+        data.text_field,
+        data.document_separator,
+        split.held_out,
+        split.limit,
+        config.learn_docs,
+    ]
+    pattern = PATTERNS[pretokenizer.pattern]
+    depends_on = [VERSION, text, config.vocab_size, pattern, pretokenizer.special_tokens]
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
+    folder = Path(data.cache_dir) / f"bpe-{key}"
+
+    def make(temporary: Path) -> None:
+        _learn(config, split.documents(), os.cpu_count() or 1, progress).write_files(temporary)
+
+    make_once(folder, make, setting="data.cache_dir")
+    return load_hf_tokenizer(str(folder))
+
+
+def learned_from(config: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer of a run whose training texts are not documents; one that is learned is not cached.
+
+    Raises:
+        UserError: as `make_tokenizer` and `learn_bpe`.
+    """
+    if config.kind != "bpe":
+        return make_tokenizer(config, lambda: islice(texts(), config.learn_docs))
+    bpe = _learn(config, texts())
+    return HFTokenizer(bpe.backend(), eos=bpe.eos, pad=bpe.pad)
+
+
+def _learn(
+    config: TokenizerConfig,
+    texts: Iterable[str],
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> Bpe:
+    assert config.vocab_size is not None
+    return learn_bpe(
+        text_chunks(islice(texts, config.learn_docs)),
+        config.vocab_size,
+        Pretokenizer(config.pattern or "gpt2"),
+        processes=processes,
+        progress=progress,
+    )

@@ -15,20 +15,21 @@ The data of fine-tuning, preferences and the verifier are rows as well, each in 
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tinylm.common.errors import UserError
 from tinylm.common.processes import Progress
 from tinylm.config.schema import Config
 from tinylm.text.splits import train_documents
 from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokens.batches import Batch, Collate, RowDataset, collate_rows
 from tinylm.tokens.encode import encode_documents, source_fingerprint
 from tinylm.tokens.mixture import (
     Allocation,
@@ -41,54 +42,11 @@ from tinylm.tokens.mixture import (
     validation_file,
     weights_of,
 )
-from tinylm.tokens.packing import IGNORE_INDEX, Position, document_ids, pack_stream
+from tinylm.tokens.packing import Position, pack_stream
 from tinylm.tokens.row_order import STREAM, RowOrder, Share, count_batches, validation_order
 from tinylm.tokens.token_file import TokenFile
 
-Batch = dict[str, Any]
-Collate = Callable[[Sequence[Any], Sequence[int]], Batch]
-"""makes a batch of rows and their places; a row is None where there is only padding"""
-
 MOVED = "data.py only holds the data modules: use `python train.py --config ... --show-rows N` or `python finetune.py --config ... --show-rows N`"
-
-
-class RowDataset(Dataset[Batch]):
-    """Micro-batches by number: item k is a function of (seed, k), and independent of the items before it.
-
-    Args:
-        rows: the rows of the data, by the row numbers that `order` gives.
-        order: place of the run to row number, or None for padding.
-        collate: the rows of a micro-batch, and their places, to a batch.
-        share: the places of each micro-batch that this rank takes.
-        n_batches: number of micro-batches; None if there is no end, as in training.
-    """
-
-    def __init__(
-        self,
-        rows: Any,
-        order: Callable[[int], Any],
-        collate: Collate,
-        share: Share,
-        n_batches: int | None = None,
-    ):
-        self.rows = rows
-        self.order = order
-        self.collate = collate
-        self.share = share
-        self.n_batches = n_batches
-
-    def __len__(self) -> int:
-        if self.n_batches is None:
-            raise TypeError("a training run has no length: its sampler says where it ends")
-        return self.n_batches
-
-    def __getitem__(self, k: int) -> Batch:
-        if self.n_batches is not None and k >= self.n_batches:
-            raise IndexError(k)  # ends a plain `for batch in dataset`
-        places = self.share.places(k)
-        numbers = [self.order(place) for place in places]
-        rows = [None if number is None else self.rows[number] for number in numbers]
-        return self.collate(rows, places)
 
 
 class RunData(L.LightningDataModule):
@@ -236,29 +194,6 @@ class PretrainData(RunData):
         eos_id = self.tokenizer.eos_id if self.config.data.document_mask else None
         seq_len = self.config.training.seq_len
         return partial(collate_rows, seq_len=seq_len, pad_id=self.tokenizer.pad_id, eos_id=eos_id)
-
-
-def collate_rows(
-    rows: Sequence[Any],
-    places: Sequence[int],
-    *,
-    seq_len: int,
-    pad_id: int,
-    eos_id: int | None,
-) -> Batch:
-    """`input_ids` and `labels` (B, T) int64; with `eos_id`, for the document mask, also `document_ids` (B, T)."""
-    padding = (np.full(seq_len, pad_id), np.full(seq_len, IGNORE_INDEX), None)
-    rows = [padding if row is None else row for row in rows]
-    inputs = np.stack([row[0] for row in rows])  # (B, T)
-    labels = np.stack([row[1] for row in rows])  # (B, T)
-    batch: Batch = {
-        "input_ids": torch.from_numpy(inputs),
-        "labels": torch.from_numpy(labels),
-        "origin": [row[2] for row in rows],
-    }
-    if eos_id is not None:
-        batch["document_ids"] = torch.from_numpy(document_ids(inputs, eos_id))
-    return batch
 
 
 class Cursor(NamedTuple):

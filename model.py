@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from data import Batch
 from tinylm.common.device import keep_freed_memory
 from tinylm.common.errors import Diverged
 from tinylm.config.schema import Config
@@ -40,6 +39,7 @@ from tinylm.objectives.preferences import (
 from tinylm.objectives.verifier import VerifierScore, logit_counts, verifier_loss
 from tinylm.optim.optimizers import make_optimizer, set_lr
 from tinylm.optim.schedule import multiplier
+from tinylm.tokens.batches import Batch
 from tinylm.tokens.packing import IGNORE_INDEX
 
 if TYPE_CHECKING:

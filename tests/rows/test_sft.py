@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import train
-from data import Batch
 from model import LitLM
 from tinylm.checkpoint.format import NO_REFERENCES
 from tinylm.common.errors import UserError
@@ -21,6 +20,7 @@ from tinylm.eval.perplexity import byte_length_table, score_batches
 from tinylm.model.decoder import Decoder
 from tinylm.objectives.cross_entropy import cross_entropy
 from tinylm.tokenizer.byte_char import ByteTokenizer
+from tinylm.tokens.batches import Batch
 from tinylm.tokens.packing import IGNORE_INDEX
 from tinylm.tokens.row_order import Share
 from training.stages.sft import SFTData

@@ -17,13 +17,7 @@ import yaml
 import eval_val
 import finetune
 import train
-from data import (
-    Batch,
-    Cursor,
-    PretrainData,
-    Share,
-    StreamDataset,
-)
+from data import Cursor, PretrainData, Share, StreamDataset
 from tests.conftest import val_documents
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import load as checkpoint_load
@@ -35,6 +29,7 @@ from tinylm.text.splits import train_documents
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.factory import make_tokenizer
+from tinylm.tokens.batches import Batch
 from tinylm.tokens.packing import IGNORE_INDEX
 from training.show_rows import print_rows
 

@@ -18,6 +18,7 @@ A row that is none of these is an error that names its file, line and key. A row
 fine-tuning data are small. How turns are written is prompts.py's business, how examples fill rows packing.py's.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,7 +29,12 @@ from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
 from tinylm.rows.columns import parse_conversation, unread_text_columns
 from tinylm.rows.conversation import Conversation
-from tinylm.rows.row_files import NAMED_PLACES, LocatedRow, read_rows, split_built_in_rows
+from tinylm.rows.row_files import (
+    NAMED_PLACES,
+    LocatedRow,
+    read_rows,
+    split_built_in_rows,
+)
 from tinylm.rows.templates import Template
 from tinylm.text.documents import some_of
 from tinylm.text.splits import Which
@@ -153,3 +159,11 @@ def _asked(example: Example) -> bytes:
 
 # How Anthropic's hh-rlhf writes its turns.
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def fingerprint_of_examples(examples: Sequence[Example]) -> str:
+    """12 hex digits that identify the tokens and targets of examples in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(b"%d " % len(example.ids) + example.ids.tobytes() + example.trained.tobytes())
+    return digest.hexdigest()[:12]

@@ -147,6 +147,14 @@ def pack_examples(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
+def fill_rows(examples: Sequence[Example], seq_len: int, packing: str) -> list[list[Example]]:
+    """The examples of each row: several for `packed`, one for `padded`."""
+    if packing == "padded":
+        return [[example] for example in examples]
+    lengths = [len(example.ids) - 1 for example in examples]
+    return [[examples[number] for number in row] for row in pack_examples(lengths, seq_len)]
+
+
 def split_answer(inputs: Sequence[int], labels: Sequence[int]) -> tuple[list[int], list[int]]:
     """What stands before the last answer of a row, and that answer: what an encoder reads, and what its decoder writes.
 

@@ -9,19 +9,20 @@ from functools import partial
 import numpy as np
 import torch
 
-from data import Batch, RowDataset, RunData
+from data import RunData
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import Config
 from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.preferences import PairReport, PreferencePair, build_pairs
 from tinylm.rows.row_files import resolve_dataset
-from tinylm.rows.sft import shared_examples
+from tinylm.rows.sft import fingerprint_of_examples, shared_examples
 from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokens.batches import Batch, RowDataset
 from tinylm.tokens.packing import Example, row_of_examples
 from tinylm.tokens.row_order import Share
-from training.stages.sft import fingerprint_of_examples, inspect_examples
+from training.stages.sft import inspect_examples
 
 
 class PreferenceData(RunData):

@@ -3,25 +3,28 @@
 examples ─▶ rows, packed or one example each ─▶ row order ─▶ micro-batch (B, T)
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import numpy as np
-import torch
-
-from data import Batch, RowDataset, RunData
+from data import RunData
 from tinylm.common.errors import printable
 from tinylm.config.schema import Config
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
 from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.row_files import NAMED_PLACES, resolve_dataset
-from tinylm.rows.sft import Report, build_examples, shared_examples, shared_questions
+from tinylm.rows.sft import (
+    Report,
+    build_examples,
+    fingerprint_of_examples,
+    shared_examples,
+    shared_questions,
+)
 from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import Template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.packing import Example, pack_examples, row_of_examples
+from tinylm.tokens.batches import Batch, RowDataset, collate_examples
+from tinylm.tokens.packing import Example, fill_rows, row_of_examples
 from tinylm.tokens.row_order import Share
 
 
@@ -105,11 +108,7 @@ class SFTData(RunData):
 
     def rows_of(self, examples: list[Example]) -> list[list[Example]]:
         """The examples of each row."""
-        if self.config.data.packing == "padded":
-            return [[example] for example in examples]
-        lengths = [len(example.ids) - 1 for example in examples]
-        packed = pack_examples(lengths, self.config.training.seq_len)
-        return [[examples[number] for number in row] for row in packed]
+        return fill_rows(examples, self.config.training.seq_len, self.config.data.packing)
 
     def inspect_row(self, heading: str, row: list[Example], place: int) -> Iterator[InspectedRow]:
         """A row to print, with the places of its examples in the data."""
@@ -132,24 +131,6 @@ class SFTData(RunData):
         )
 
 
-def collate_examples(
-    rows: Sequence[Sequence[Example] | None],
-    places: Sequence[int],
-    *,
-    seq_len: int,
-    pad_id: int,
-    packed: bool,
-) -> Batch:
-    """`input_ids` and `labels` (B, T) int64; if rows are packed also `document_ids` (B, T)."""
-    filled = [row_of_examples(row or (), seq_len, pad_id) for row in rows]
-    inputs, labels, documents = (
-        torch.from_numpy(np.stack(part)) for part in zip(*filled, strict=True)
-    )
-    origin = [[example.place for example in row or ()] for row in rows]
-    batch: Batch = {"input_ids": inputs, "labels": labels, "origin": origin}
-    return batch | {"document_ids": documents} if packed else batch
-
-
 def inspect_examples(
     heading: str, row: Sequence[Example], seq_len: int, pad_id: int
 ) -> InspectedRow:
@@ -163,11 +144,3 @@ def inspect_examples(
         named += f" and {len(places) - NAMED_PLACES} more"
     documents = [min(number, last) for number in documents]
     return InspectedRow(f"{heading}: {named}", inputs, labels, documents)
-
-
-def fingerprint_of_examples(examples: Sequence[Example]) -> str:
-    """12 hex digits that identify the tokens and targets of examples in their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(b"%d " % len(example.ids) + example.ids.tobytes() + example.trained.tobytes())
-    return digest.hexdigest()[:12]

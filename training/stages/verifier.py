@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from data import Batch, RowDataset, RunData
+from data import RunData
 from tinylm.common.errors import printable
 from tinylm.config.schema import Config
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
@@ -25,6 +25,7 @@ from tinylm.rows.verifier_data import (
 )
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokens.batches import Batch, RowDataset
 from tinylm.tokens.packing import IGNORE_INDEX
 from tinylm.tokens.row_order import Share
 

@@ -541,13 +541,13 @@ def preferences_of(
 
     from finetune import open_preferences
     from tinylm.common.device import autocast_dtype
-    from tinylm.objectives.preferences import log_probs_of
+    from training.stages.reference_log_probs import pair_log_probs
 
     config = data_of("dpo", stages)
     if config is None:
         return np.empty((0, 2))
     data = open_preferences(config, loaded.tokenizer, silently)
-    return log_probs_of(
+    return pair_log_probs(
         model, data.val_dataloader(), autocast_dtype(loaded.config.hardware.precision)
     )
 

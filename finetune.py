@@ -200,7 +200,7 @@ def build_dpo(parts: Parts) -> "LitDPO":
 def add_cached_reference(parts: Parts, reference: "Decoder | HFModel", fingerprint: str) -> None:
     """Give the data the log-probabilities under `reference`, from the cache or worked out now."""
     from tinylm.common.device import autocast_dtype
-    from tinylm.objectives.preferences import cached_log_probs, log_probs_of
+    from training.stages.reference_log_probs import cached_log_probs, pair_log_probs
 
     config, data = parts.config, parts.data
     n_pairs = len(data.train_pairs) + len(data.val_pairs)
@@ -220,7 +220,7 @@ def add_cached_reference(parts: Parts, reference: "Decoder | HFModel", fingerpri
         parts.say(
             f"reference: working out the log-probabilities of {n_pairs} pairs, to be kept in {printable(path)}"
         )
-        return log_probs_of(
+        return pair_log_probs(
             reference.to(parts.device),
             data.all_batches(),
             autocast_dtype(config.hardware.precision),

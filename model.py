@@ -29,11 +29,11 @@ from tinylm.model.lora import adapters_off
 from tinylm.model.verifier import Verifier
 from tinylm.objectives.cross_entropy import cross_entropy
 from tinylm.objectives.preferences import (
-    MEASURES,
+    METRICS,
     Answers,
     Comparison,
     PairScores,
-    compare,
+    compare_pairs,
     score_pairs,
 )
 from tinylm.objectives.verifier import VerifierScore, logit_counts, verifier_loss
@@ -355,8 +355,8 @@ class LitDPO(LitStage):
         reference: the frozen copy where dpo.reference is `copy`, else None.
     """
 
-    measures = MEASURES
-    val_measures = tuple(f"val_{name}" for name in MEASURES)
+    measures = METRICS
+    val_measures = tuple(f"val_{name}" for name in METRICS)
 
     def __init__(
         self,
@@ -386,14 +386,14 @@ class LitDPO(LitStage):
             + policy.balance_loss * self._balance_coef
         )
         return BatchLoss(
-            found.loss.sum(), (policy.lengths.chosen > 0).sum(), tokens, regulariser, found.measures
+            found.loss.sum(), (policy.lengths.chosen > 0).sum(), tokens, regulariser, found.metrics
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """(loss sum, pairs, sums of the measures) of one batch."""
         policy, found = self._compare(batch)
         return torch.cat(
-            (torch.stack((found.loss.sum(), (policy.lengths.chosen > 0).sum())), found.measures)
+            (torch.stack((found.loss.sum(), (policy.lengths.chosen > 0).sum())), found.metrics)
         )
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
@@ -410,7 +410,7 @@ class LitDPO(LitStage):
     def _compare(self, batch: Batch) -> tuple[PairScores, Comparison]:
         reference = self._reference(batch)
         policy = score_pairs(self._features, self.decoder.head, batch)
-        return policy, compare(policy, reference, self.dpo)
+        return policy, compare_pairs(policy, reference, self.dpo)
 
     @torch.no_grad()
     def _reference(self, batch: Batch) -> Answers:

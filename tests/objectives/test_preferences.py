@@ -1,7 +1,6 @@
 """Rows with two answers, what becomes of the odd ones (FAULTS: D9), and the numbers that are made of a batch of them."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,10 @@ import torch.nn.functional as F
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig, DpoConfig, ModelConfig
 from tinylm.model.decoder import Decoder
-from tinylm.objectives import preferences
 from tinylm.objectives.preferences import (
-    MEASURES,
+    METRICS,
     Answers,
-    cached_log_probs,
-    compare,
-    log_probs_of,
+    compare_pairs,
     score_pairs,
 )
 from tinylm.rows.conversation import Turn
@@ -34,6 +30,7 @@ from tinylm.rows.preferences import (
 from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.packing import IGNORE_INDEX, row_of_examples
+from training.stages.reference_log_probs import pair_log_probs
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ByteTokenizer()
@@ -407,13 +404,13 @@ def test_what_is_measured_is_the_sum_over_pairs_and_padding_counts_nowhere(made_
     ]
     for rows in (made, [*made[:2], (), *made[2:], ()]):
         policy = score_pairs(model.features, model.head, batch_of(rows))
-        found = compare(
+        found = compare_pairs(
             policy, Answers(torch.full((len(rows),), -20.0), torch.full((len(rows),), -30.0)), dpo
         )
         assert len(found.loss) == 5
         assert found.loss.isfinite().all()
-        assert dict(zip(MEASURES, found.measures.tolist(), strict=True)) == pytest.approx(
-            dict(zip(MEASURES, expected, strict=True)), abs=1e-3
+        assert dict(zip(METRICS, found.metrics.tolist(), strict=True)) == pytest.approx(
+            dict(zip(METRICS, expected, strict=True)), abs=1e-3
         )
         per_token = [
             -c / int(pair.chosen.trained.sum()) for c, pair in zip(chosen, made, strict=True)
@@ -424,83 +421,21 @@ def test_what_is_measured_is_the_sum_over_pairs_and_padding_counts_nowhere(made_
 def test_a_batch_of_padding_alone_gives_zero(made_of, model):
     """What a rank without validation pairs adds to the sums."""
     policy = score_pairs(model.features, model.head, batch_of([(), ()]))
-    found = compare(policy, Answers(torch.zeros(2), torch.zeros(2)), DpoConfig())
+    found = compare_pairs(policy, Answers(torch.zeros(2), torch.zeros(2)), DpoConfig())
     assert found.loss.sum() == 0
-    assert found.measures.tolist() == [0.0] * len(MEASURES)
+    assert found.metrics.tolist() == [0.0] * len(METRICS)
 
 
 def test_log_probabilities_for_the_cache_are_those_of_the_batches(made_of, model):
     """In the order of the pairs, without padding, dropout or gradients, whatever mode the model was in."""
     made, _ = made_of(*ROWS)
     whole = score_pairs(model.features, model.head, batch_of(made)).log_probs
-    found = log_probs_of(
+    found = pair_log_probs(
         model.train(), (batch_of(rows) for rows in (made[:2], made[2:4], [made[4], ()])), None
     )
     assert found.dtype == np.float32
     assert found.shape == (5, 2)
     np.testing.assert_allclose(found, torch.stack(whole, dim=1).detach().numpy(), atol=1e-4)
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-VALUES = np.array([[-1.25, -2.5], [-3.0, -4.125]], dtype=np.float32)
-
-
-def test_log_probabilities_are_worked_out_once_and_come_back_to_the_last_bit(tmp_path):
-    calls = []
-    first = cached_log_probs(tmp_path / "c" / "r.bin", 2, lambda: calls.append(1) or VALUES)
-    second = cached_log_probs(tmp_path / "c" / "r.bin", 2, lambda: calls.append(1) or VALUES)
-    assert calls == [1]
-    assert np.array_equal(first, VALUES) and np.array_equal(second, VALUES)
-
-
-@pytest.mark.parametrize("seam", ["compute", "fsync", "replace"])
-def test_what_is_killed_halfway_leaves_no_file(seam, tmp_path, monkeypatch):
-    """A12: at each seam; the next run works it out again and has the same numbers."""
-
-    class Killed(BaseException):
-        pass
-
-    def die(*args: Any) -> Any:
-        raise Killed
-
-    path = tmp_path / "r.bin"
-    with monkeypatch.context() as patch:
-        if seam != "compute":
-            patch.setattr(os, seam, die)
-        with pytest.raises(Killed):
-            cached_log_probs(path, 2, die if seam == "compute" else lambda: VALUES)
-    assert not path.exists()
-    assert np.array_equal(cached_log_probs(path, 2, lambda: VALUES), VALUES)
-    assert [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"] == ["r.bin"]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda raw: raw[:-1],
-        lambda raw: raw[:40] + bytes([raw[40] ^ 1]) + raw[41:],
-        lambda raw: b"",
-        lambda raw: raw + b"1",
-    ],
-)
-def test_a_damaged_file_is_named(damage, tmp_path):
-    path = tmp_path / "r.bin"
-    cached_log_probs(path, 2, lambda: VALUES)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(
-        UserError,
-        match=r"r.bin: its content is not what was written \(checksum\). Delete it: it is made again.",
-    ):
-        cached_log_probs(path, 2, lambda: VALUES)
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UserError, match=r"r.bin: cannot be written: .*. Free disk space or change data.cache_dir."
-    ):
-        cached_log_probs(tmp_path / "file" / "r.bin", 2, lambda: VALUES)
 
 
 def test_a_label_that_is_no_target_is_no_part_of_an_answer(made_of, model):
@@ -510,6 +445,6 @@ def test_a_label_that_is_no_target_is_no_part_of_an_answer(made_of, model):
     batch["chosen_labels"][0] = IGNORE_INDEX
     scores = score_pairs(model.features, model.head, batch)
     assert (scores.lengths.chosen[0].item(), scores.log_probs.chosen[0].item()) == (0, 0.0)
-    assert preferences.compare(
+    assert compare_pairs(
         scores, Answers(torch.zeros(5), torch.zeros(5)), DpoConfig()
     ).loss.shape == (4,)

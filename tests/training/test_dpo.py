@@ -38,12 +38,12 @@ from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.config.loader import load_config
 from tinylm.config.schema import DpoConfig
-from tinylm.objectives import preferences
-from tinylm.objectives.preferences import MEASURES, Answers, answer_log_probs, preference_loss
+from tinylm.objectives.preferences import METRICS, Answers, answer_log_probs, preference_loss
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
 from tinylm.tokens.row_order import Share
 from training import callbacks
+from training.stages import reference_log_probs
 from training.stages.dpo import PreferenceData
 
 LORA = {"lora": {"r": 4, "dropout": 0.2}}
@@ -154,11 +154,11 @@ def test_metrics_have_a_column_for_each_measure(prefer: Make, home: Path, tmp_pa
     assert (home / "logs" / "pretrain" / "metrics.csv").read_text(encoding="utf-8").splitlines()[
         0
     ] == before
-    names = [*MEASURES, *(f"val_{name}" for name in MEASURES)]
+    names = [*METRICS, *(f"val_{name}" for name in METRICS)]
     assert (tmp_path / "logs" / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines()[
         0
     ] == ",".join([before, *names])
-    for name in MEASURES:
+    for name in METRICS:
         assert sorted(curve(tmp_path, name)) == [1, 2, 3, 4, 5, 6]
         assert sorted(curve(tmp_path, f"val_{name}")) == [3, 6]
     assert curve(tmp_path, "val_ppl") == curve(tmp_path, "val_bpb") == {}
@@ -173,7 +173,7 @@ def test_steps_that_are_logged_together_are_meaned_over_their_pairs(
         assert (
             run(config, *elsewhere(tmp_path / str(every)), f"training.log_every_steps={every}") == 0
         )
-    for name in ("train_loss", *MEASURES):
+    for name in ("train_loss", *METRICS):
         single, double = (
             {step: float.fromhex(x) for step, x in curve(tmp_path / str(every), name).items()}
             for every in (1, 2)
@@ -240,7 +240,7 @@ def test_validation_is_what_each_answer_alone_makes_of_it(
     expected = np.mean(rows, axis=0).tolist()
     found = [
         float.fromhex(curve(tmp_path, name)[6])
-        for name in ("val_loss", *(f"val_{name}" for name in MEASURES))
+        for name in ("val_loss", *(f"val_{name}" for name in METRICS))
     ]
     assert found == pytest.approx(expected, abs=2e-4)
 
@@ -376,9 +376,9 @@ def test_cached_log_probabilities_are_worked_out_once_for_each_data_and_base(
 ) -> None:  # noqa: F811
     """Another run of the same settings reads them; another template, context, base or row is another file. No model is kept beside the policy."""
     calls = []
-    original = preferences.log_probs_of
+    original = reference_log_probs.pair_log_probs
     monkeypatch.setattr(
-        preferences, "log_probs_of", lambda *given: calls.append(1) or original(*given)
+        reference_log_probs, "pair_log_probs", lambda *given: calls.append(1) or original(*given)
     )
     config = prefer(dpo={"reference": "cached"})
     for folder in ("a", "b"):
@@ -442,7 +442,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
         file.unlink()  # what it held comes from the base again
     assert run(config) == 0
     assert_same_run(tmp_path / "calm", tmp_path)
-    for measure in (*MEASURES, *(f"val_{measure}" for measure in MEASURES)):
+    for measure in (*METRICS, *(f"val_{measure}" for measure in METRICS)):
         assert curve(tmp_path / "calm", measure) == curve(tmp_path, measure)
     assert run(config) == 0, "complete"
 

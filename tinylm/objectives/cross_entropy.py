@@ -1,17 +1,22 @@
-"""What training minimises: the cross entropy of the next token, without ever holding all logits.
+"""The loss of language models: the cross entropy of the next token, without ever storing all logits.
 
-The head makes the largest tensor of a small language model: 4096 tokens times 50,000 classes are 800 MB of logits, and
-as much again for their gradient. Here tokens go through the head a chunk at a time, and a chunk's gradients are worked
-out before the next one starts, so that memory does not grow with the number of tokens. Computing the gradient in the
-forward pass is the idea of the Liger kernel (Hsu et al. 2024, "FusedLinearCrossEntropy"); this is plain torch. Under
-autocast the matrix products are in its dtype, everything after them in fp32. Knows nothing of batches and rows: the
-caller flattens them.
+    hidden (N, D) ─▶ chunks of targets (M, D) ─▶ logits (M, V) ─▶ log p ─▶ loss
+                                                        └──▶ p - target ─▶ gradients of hidden and head
 
-After it come the log-probability of whole answers and what direct preference optimisation makes of it.
+Why chunks: the logits are the largest tensor of a small language model. 4096 tokens times 50,000
+classes are 800 MB in fp32, and their gradient is as large again. Here the head is applied to a
+chunk of tokens at a time, and the gradients of a chunk are computed before the next chunk starts,
+so that memory does not grow with the number of tokens. To compute the gradient in the forward pass
+is the idea of the Liger kernel (Hsu et al. 2024, "FusedLinearCrossEntropy"); this is plain torch.
+
+Precision: matrix products are in autocast's dtype, everything after them in fp32. A bf16 sum over
+50,000 classes loses its third digit.
+
+Knows nothing of batches and rows: callers flatten them. preferences.py uses the same chunks.
 """
 
 
-# N tokens · D model width · V vocabulary · M tokens of one chunk · B answers · T tokens of one
+# N tokens · D model width · V vocabulary · M tokens of one chunk
 
 from typing import Any
 
@@ -22,21 +27,25 @@ from torch.autograd.function import once_differentiable
 
 from tinylm.tokens.packing import IGNORE_INDEX
 
-# Measured with benchmarks/losses.py at vocabularies of 260 to 50,257: fewer tokens at once keep the matrix products
-# waiting for memory, more take memory and time out of the cache.
+# Measured with benchmarks/losses.py at vocabularies of 260 to 50,257: with smaller chunks the
+# matrix products wait for memory, larger ones no longer fit in the processor's cache.
 CHUNK_TOKENS = 512
 
 
 def cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
 ) -> Tensor:
-    """The sum over target tokens of -log p(label), a scalar in fp32, differentiable in `hidden` and `weight`.
+    """The sum over targets of -log p(label), a scalar in fp32, differentiable in `hidden` and `weight`.
 
-    With smoothing e the target is 1 - e on the label and e / V on each of the V classes, the label among them (Szegedy
-    et al. 2016, section 7; as torch defines it), so that a token costs -(1 - e) log p(label) - e · mean over V of log p.
-    It is a sum so that micro-batches and ranks with unequal numbers of targets add up: divide by the count of targets.
-    Without any target it is 0 with gradients of 0. It can be differentiated once, and only once: the gradients are
-    handed over, not copied.
+    It is a sum, not a mean, so that micro-batches and ranks with unequal numbers of targets add up;
+    divide by the number of targets of the whole step. Without any target it is 0, with gradients of
+    0.
+
+    With smoothing e, the target distribution is 1 - e on the label plus e / V on each of the V
+    classes (Szegedy et al. 2016, section 7): a token costs -(1 - e) log p(label) - e · mean over
+    classes of log p.
+
+    It can be differentiated only once: the gradients are handed over, not copied.
 
     Args:
         hidden: (N, D) the decoder's features.
@@ -44,31 +53,18 @@ def cross_entropy(
         labels: (N,) int64 classes; IGNORE_INDEX marks a token that is not a target.
         label_smoothing: e, in [0, 1).
     """
-    return _ChunkedCrossEntropy.apply(
-        hidden, weight, labels, label_smoothing, torch.is_grad_enabled()
-    )
-
-
-@torch.no_grad()
-def score_targets(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum that `cross_entropy` gives without smoothing, and how many targets are the most probable token; two scalars.
-
-    Of equal probabilities the lower id is the most probable one, as greedy decoding has it.
-    """
-    head = weight.to(_product_dtype(weight))
-    total = torch.zeros((), dtype=_softmax_dtype(head), device=hidden.device)
-    n_right = torch.zeros((), dtype=torch.long, device=hidden.device)
-    for tokens in _target_chunks(labels):
-        targets = labels[tokens]
-        log_p = _log_probabilities(hidden[tokens].to(head.dtype), head)
-        total += _losses(log_p, targets, 0.0).sum()
-        n_right += (log_p.argmax(dim=-1) == targets).sum()
-        del log_p
-    return total, n_right
+    # Inside an autograd function grad mode is always off, so it is read here.
+    grad_enabled = torch.is_grad_enabled()
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, label_smoothing, grad_enabled)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The loss and at once, where autograd will ask for them, its gradients."""
+    """The loss, and in the same pass the gradients that autograd will ask for.
+
+    Of one token with logits z = W h, p = softmax(z) and target distribution q:
+
+        loss = -Σ q log p        dloss/dz = p - q        dloss/dh = Wᵀ (p - q)        dloss/dW = (p - q) hᵀ
+    """
 
     @staticmethod
     def forward(
@@ -79,82 +75,97 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         smoothing: float,
         grad_enabled: bool,
     ) -> Tensor:
-        # `needs_input_grad` knows nothing of no_grad, and validation should not pay for gradients.
-        wants_hidden, wants_weight = (
-            grad_enabled and needed for needed in ctx.needs_input_grad[:2]
-        )
-        head = weight.to(_product_dtype(weight))
-        total = torch.zeros((), dtype=_softmax_dtype(head), device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        # fp32 whatever the products are in: a bf16 sum over the chunks would drop what the later ones add.
-        grad_weight = torch.zeros_like(weight, dtype=total.dtype) if wants_weight else None
-        for tokens in _target_chunks(labels):
-            inputs, targets = hidden[tokens].to(head.dtype), labels[tokens]
-            log_p = _log_probabilities(inputs, head)
-            total += _losses(log_p, targets, smoothing).sum()
-            if wants_hidden or wants_weight:
-                grad_logits = _logit_gradient_(log_p, targets, smoothing).to(head.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[tokens] = (grad_logits @ head).to(grad_hidden.dtype)
-                if grad_weight is not None:
-                    _add_product_(grad_weight, grad_logits.T, inputs)
-                del grad_logits
-            del log_p  # or the next chunk would be made beside this one
+        # Under no_grad (validation) no gradient is computed, although needs_input_grad is still
+        # true.
+        grad_hidden = grad_weight = None
+        product_dtype, softmax_dtype = head_dtypes(weight)
+        if grad_enabled and ctx.needs_input_grad[0]:
+            grad_hidden = torch.zeros_like(hidden)  # (N, D)
+        if grad_enabled and ctx.needs_input_grad[1]:
+            # fp32 also under autocast: in a bf16 sum over chunks the later ones would be rounded
+            # away
+            grad_weight = torch.zeros_like(weight, dtype=softmax_dtype)  # (V, D)
+        head = weight.to(product_dtype)  # (V, D)
+        total = torch.zeros((), dtype=softmax_dtype, device=hidden.device)
+        for tokens in target_chunks(labels):
+            inputs, targets = hidden[tokens].to(product_dtype), labels[tokens]  # (M, D), (M,)
+            # The loss of each token.
+            log_p = log_probabilities(inputs, head)  # (M, V)
+            losses = -log_p.gather(1, targets[:, None]).squeeze(1)  # (M,)
+            if smoothing:
+                losses = (1 - smoothing) * losses - smoothing * log_p.mean(dim=1)
+            total += losses.sum()
+            if grad_hidden is None and grad_weight is None:
+                del log_p  # otherwise the next chunk would be allocated beside this one
+                continue
+            # p - q, in the memory of log p.
+            p_minus_q = log_p.exp_()  # (M, V)
+            if smoothing:
+                p_minus_q -= smoothing / p_minus_q.size(1)
+            rows = torch.arange(targets.numel(), device=targets.device)  # (M,)
+            p_minus_q[rows, targets] -= 1 - smoothing
+            # Through the head, to the hidden states and to the weights.
+            grad_logits = p_minus_q.to(product_dtype)  # (M, V)
+            del log_p, p_minus_q
+            if grad_hidden is not None:
+                grad_hidden[tokens] = (grad_logits @ head).to(grad_hidden.dtype)  # (M, D)
+            if grad_weight is not None and grad_weight.dtype == product_dtype:
+                grad_weight.addmm_(grad_logits.T, inputs)  # (V, D)
+            elif grad_weight is not None:
+                grad_weight += grad_logits.T @ inputs  # (V, D)
+            del grad_logits
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, because here training holds the most memory. A second backward finds the saved tensors changed, and
-        # torch raises. Autograd casts each gradient to the dtype of its tensor.
+        # In place, because this is where training holds the most memory. A second backward pass
+        # finds the saved tensors changed, and torch raises. Autograd casts each gradient to its
+        # tensor's dtype.
         grad_hidden, grad_weight = (
             None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors
         )
         return grad_hidden, grad_weight, None, None, None
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    """What the matrix products are in: autocast's dtype where it is on, else the weight's own."""
+@torch.no_grad()
+def score_targets(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of `cross_entropy` without smoothing, and how many targets are the most probable token.
+
+    Of equally probable tokens the one with the lower id counts, as in greedy decoding.
+    """
+    product_dtype, softmax_dtype = head_dtypes(weight)
+    head = weight.to(product_dtype)
+    total = torch.zeros((), dtype=softmax_dtype, device=hidden.device)
+    n_right = torch.zeros((), dtype=torch.long, device=hidden.device)
+    for tokens in target_chunks(labels):
+        targets = labels[tokens]  # (M,)
+        log_p = log_probabilities(hidden[tokens].to(product_dtype), head)  # (M, V)
+        total += (-log_p.gather(1, targets[:, None]).squeeze(1)).sum()
+        n_right += (log_p.argmax(dim=-1) == targets).sum()
+        del log_p  # otherwise the next chunk would be allocated beside this one
+    return total, n_right
+
+
+# --- shared with preferences.py -------------------------------------------------------------------
+
+
+def head_dtypes(weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the head's products (autocast's where it is on) and of the softmax (at least fp32)."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    product = weight.dtype
+    if torch.is_autocast_enabled(device):
+        product = torch.get_autocast_dtype(device)
+    return product, torch.promote_types(product, torch.float32)
 
 
-def _softmax_dtype(head: Tensor) -> torch.dtype:
-    """fp32, or fp64 for a head in fp64: in bf16 a sum over 50,000 classes loses its third digit."""
-    return torch.promote_types(head.dtype, torch.float32)
-
-
-def _target_chunks(labels: Tensor) -> tuple[Tensor, ...]:
-    """The indices of the tokens that are targets, some at a time; the others never reach the head."""
+def target_chunks(labels: Tensor) -> tuple[Tensor, ...]:
+    """The indices (M,) of the targets among labels (N,), in chunks; other tokens never reach the head."""
     return (labels != IGNORE_INDEX).nonzero().squeeze(1).split(CHUNK_TOKENS)
 
 
-def _log_probabilities(inputs: Tensor, head: Tensor) -> Tensor:
-    """log p (M, V) of every class for the tokens `inputs` (M, D)."""
-    return F.log_softmax(inputs @ head.T, dim=-1, dtype=_softmax_dtype(head))
-
-
-def _losses(log_p: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """The loss (M,) of each token."""
-    of_label = log_p.gather(1, targets[:, None]).squeeze(1)
-    return (
-        -of_label if smoothing == 0 else -(1 - smoothing) * of_label - smoothing * log_p.mean(dim=1)
-    )
-
-
-def _logit_gradient_(log_p: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """The derivative of `_losses` by the logits, p - target distribution (M, V), in the memory of `log_p`."""
-    gradient = log_p.exp_()
-    if smoothing:
-        gradient -= smoothing / gradient.size(1)
-    gradient[torch.arange(targets.numel(), device=targets.device), targets] -= 1 - smoothing
-    return gradient
-
-
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to `total`, which may be wider than they are."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def log_probabilities(inputs: Tensor, head: Tensor) -> Tensor:
+    """log p (M, V) of every class for the tokens `inputs` (M, D); at least fp32."""
+    logits = inputs @ head.T  # (M, V)
+    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(head.dtype, torch.float32))

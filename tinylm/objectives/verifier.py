@@ -110,7 +110,8 @@ class VerifierScore:
 def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:
     """The share of (right, wrong) pairs in which the right one scores higher, ties counted half; NaN without both.
 
-    Computed from ranks (Mann and Whitney 1947): U = (sum of the ranks of the right) - n (n + 1) / 2.
+    Computed from ranks (Mann and Whitney 1947): U = (sum of the ranks of the right) - n (n + 1) /
+    2.
 
     >>> area_under_curve(np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False]))
     0.875

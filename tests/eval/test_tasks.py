@@ -141,7 +141,7 @@ def test_chance_is_the_most_frequent_label_or_another_examples_target():
             "input: expected a string, found a number.",
         ),
         ("gsm8k", "{", "not JSON"),
-        ("gsm8k", ["q"], "expected an object"),
+        ("gsm8k", ["q"], "must be an object"),
     ],
 )
 def test_a_bad_row_is_named_by_file_line_and_column(tmp_path, task, row, problem):

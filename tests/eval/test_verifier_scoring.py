@@ -18,6 +18,7 @@ from tinylm.eval.verifier_scoring import VerifierScorer
 from tinylm.model.verifier import Verifier
 from tinylm.rows.conversation import Turn
 from tinylm.rows.numbers import corrupt_number
+from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.verifier_data import (
     GradedAnswer,
     Problem,
@@ -86,7 +87,7 @@ def test_a_row_that_ends_with_a_question_is_named(tmp_path):
     )
     with pytest.raises(
         UserError,
-        match=r"rows.jsonl:1: the last turn is not the assistant's answer to a question. Add the answer",
+        match=r"rows.jsonl:1: last turn: must be an assistant turn that answers a question. Add the answer",
     ):
         read_problems(DataConfig(dataset=str(path), val_dataset="other.jsonl"), "train", 0)
 
@@ -100,19 +101,20 @@ def test_what_does_not_fit_or_cannot_be_made_wrong_is_left_out_and_said():
         problem("d", "3"),
         problem("e", "no number"),
     ]
-    kept, report = filter_problems(found, "train", BYTES, 12, n_wrong=1)
+    report = RowReport("train", 12, lost="the start of a problem")
+    kept = filter_problems(found, report, BYTES, n_wrong=1)
     assert [item.question.text for item in kept] == ["0123456", "d"]
     assert report.notes() == [
-        "training: 1 of 2 problems lost their beginning to rows of 12 tokens",
-        "training: skipped 1 rows whose answers fill a row of 12 tokens (rows.jsonl: b)",
-        "training: skipped 2 rows without a number to change in the answer (rows.jsonl: c, rows.jsonl: e)",
+        "training: skipped 1 row: the answer fills the context of 12 tokens (rows.jsonl: b)",
+        "training: skipped 2 rows: the answer has no number to change into a wrong one (rows.jsonl: c, rows.jsonl: e)",
+        "training: 1 of 2 rows lost the start of a problem to the context of 12 tokens",
     ]
-    assert len(filter_problems(found, "train", BYTES, 12, n_wrong=0)[0]) == 4
+    assert len(filter_problems(found, RowReport("train", 12), BYTES, n_wrong=0)) == 4
     with pytest.raises(
         UserError,
-        match=r"data.dataset: no problem is left: validation: skipped 1 rows without a number .* Raise training.seq_len",
+        match=r"data.dataset: no validation rows are left: skipped 1 row: the answer has no number .* Set verifier.n_wrong to 0",
     ):
-        filter_problems(found[2:3], "val", BYTES, 12, n_wrong=1)
+        filter_problems(found[2:3], RowReport("val", 12), BYTES, n_wrong=1)
 
 
 def test_training_problems_that_are_all_validation_problems_too_are_told_of(tmp_path):
@@ -126,14 +128,15 @@ def test_training_problems_that_are_all_validation_problems_too_are_told_of(tmp_
     )
     with pytest.raises(
         UserError,
-        match=r"data.dataset: every problem for training is a validation problem too. Give other rows to one of the two.",
+        match=r"data.dataset: no training rows are left: skipped \d+ rows: the same problem is in validation .* Give different rows",
     ):
         VerifierData(config, BYTES).prepare()
 
 
 def test_samples_that_do_not_fit_are_left_out():
     long, short = GradedAnswer("12345678901", False), GradedAnswer("4", False)
-    [kept], _ = filter_problems([problem("d", "3", (long, short))], "train", BYTES, 12, n_wrong=1)
+    report = RowReport("train", 12)
+    [kept] = filter_problems([problem("d", "3", (long, short))], report, BYTES, n_wrong=1)
     assert kept.samples == (short,)
 
 
@@ -297,9 +300,11 @@ def test_no_problem_is_in_both_splits(data):
         {problem.question for problem in made} for made in (data.train_problems, data.val_problems)
     )
     assert train and val and not train & val
-    assert data.notes == [
-        f"training: {40 - len(data.train_problems) - len(data.val_problems)} problems are skipped: they are also validation problems"
-    ]
+    [note] = data.notes
+    n_skipped = 40 - len(data.train_problems) - len(data.val_problems)
+    assert note.startswith(
+        f"training: skipped {n_skipped} rows: the same problem is in validation ("
+    )
     assert (
         f"train {len(data.train_problems)} problems with {3 * len(data.train_problems)} answers (33% of them right), validation"
         in data.describe()

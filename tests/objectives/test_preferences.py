@@ -21,12 +21,12 @@ from tinylm.objectives.preferences import (
 )
 from tinylm.rows.conversation import Turn
 from tinylm.rows.preferences import (
-    PairReport,
     Preference,
     PreferencePair,
     build_pairs,
     parse_preference,
 )
+from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.packing import IGNORE_INDEX, row_of_examples
@@ -142,16 +142,16 @@ def test_a_dialogue_without_a_last_answer_has_an_empty_one():
         ),
         (
             {"prompt": "a", "chosen": 1, "rejected": "b"},
-            "chosen: expected a string, found a number. Correct the row, or take it out.",
+            "chosen: must be a string, got a number. Correct the row, or remove it.",
         ),
-        ({"prompt": "", "chosen": "b", "rejected": "c"}, "prompt: it is empty."),
+        ({"prompt": "", "chosen": "b", "rejected": "c"}, "prompt: must not be empty."),
         (
             {"prompt": None, "chosen": "b", "rejected": "c"},
-            "prompt: expected a string, found null.",
+            "prompt: must be a string, got null.",
         ),
         (
             {"prompt": [], "chosen": "b", "rejected": "c"},
-            "prompt: the answer follows on no turn of the user. Add the question, or take the row out.",
+            "prompt: an answer must follow a user turn. Add the question, or remove the row.",
         ),
         (
             {"chosen": [assistant("b")], "rejected": [assistant("c")]},
@@ -159,35 +159,35 @@ def test_a_dialogue_without_a_last_answer_has_an_empty_one():
         ),
         (
             {"chosen": [user("a"), assistant("b")], "rejected": "c"},
-            "rejected: expected a list of turns, found a string. Write both answers as text, or both",
+            "rejected: must be a list of turns, got a string. Write both answers as text, or both",
         ),
-        ({"chosen": [], "rejected": []}, "chosen: expected a list of turns, found no turn."),
+        ({"chosen": [], "rejected": []}, "chosen: must be a list of turns, got an empty list."),
         (
             {"chosen": [user("a")], "rejected": [user("a")]},
-            "chosen[0].role: the last turn is the user's, and it should be an answer.",
+            "chosen[0].role: the last turn must be the assistant's, got user. Add the answer",
         ),
         (
             {"chosen": [user(""), assistant("b")], "rejected": [user(""), assistant("c")]},
-            "chosen[0].content: it is empty.",
+            "chosen[0].content: must not be empty.",
         ),
         (
             {"chosen": ["b"], "rejected": ["c"]},
-            "chosen[0]: expected an object with role and content, found a string.",
+            "chosen[0]: must be an object with role and content, got a string.",
         ),
         (
             {
                 "chosen": [assistant("a"), assistant("b")],
                 "rejected": [assistant("a"), assistant("c")],
             },
-            "chosen: the answer follows on no turn of the user.",
+            "chosen: an answer must follow a user turn.",
         ),
         (
             {"chosen": "b", "rejected": "c"},
-            'no prompt beside them, and as dialogues ("\\n\\nHuman: ...\\n\\nAssistant: ...") they have no question in common.',
+            'chosen, rejected: the row has no prompt, and as dialogues ("\\n\\nHuman: ...\\n\\nAssistant: ...") they have no common question.',
         ),
         (
             {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
-            "chosen: the answer follows on no turn of the user.",
+            "chosen: an answer must follow a user turn.",
         ),
     ],
 )
@@ -212,10 +212,10 @@ def test_the_tiny_preferences_of_this_project_are_all_read():
 
 
 @pytest.fixture
-def made_of(tmp_path: Path) -> Callable[..., tuple[list[PreferencePair], PairReport]]:
+def made_of(tmp_path: Path) -> Callable[..., tuple[list[PreferencePair], RowReport]]:
     """The pairs of rows that stand in p.jsonl, in the template plain, whose answers begin with a line end."""
 
-    def made_of(*rows: Any, seq_len: int = 64) -> tuple[list[PreferencePair], PairReport]:
+    def made_of(*rows: Any, seq_len: int = 64) -> tuple[list[PreferencePair], RowReport]:
         path = tmp_path / "p.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         data = DataConfig(dataset=str(path), val_fraction=1e-9)
@@ -244,8 +244,8 @@ def test_answers_that_were_given_before_are_not_compared(made_of):
     assert TOKENIZER.decode(pair.rejected.ids[pair.rejected.trained]) == "\nno"
 
 
-def test_odd_rows_are_skipped_with_their_places_and_a_warning(made_of, tmp_path):
-    """D9: equal answers, empty ones, null; and rows whose prompt leaves no room, or that part before the answer. What is left is learned."""
+def test_each_reason_for_skipping_a_row_is_reported_with_places(made_of, tmp_path):
+    """D9: equal answers, empty or null ones, prompts that leave no room, conversations that differ before the answer. The rest is trained on."""
     parted = {"chosen": [user("a"), assistant("x")], "rejected": [user("b"), assistant("y")]}
     dialogues = {
         "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
@@ -268,17 +268,19 @@ def test_odd_rows_are_skipped_with_their_places_and_a_warning(made_of, tmp_path)
     assert [pair.chosen.place for pair in made] == [f"{tmp_path / 'p.jsonl'}:1"]
     at = [f"{tmp_path / 'p.jsonl'}:{line}" for line in range(12)]
     assert report.notes() == [
-        f"warning: training: skipped 4 rows with two equal answers ({at[2]}, {at[9]}, {at[10]}, ...), 2 rows with an empty answer ({at[3]}, {at[4]}), "
-        f"2 rows with conversations that part before the last answer ({at[5]}, {at[6]}), 1 rows with a prompt that fills the context of 64 tokens ({at[7]}), "
-        f"1 rows with answers that differ only behind the context of 64 tokens ({at[8]})"
+        f"training: skipped 4 rows: the two answers are equal ({at[2]}, {at[9]}, {at[10]} and 1 more)",
+        f"training: skipped 2 rows: an answer is empty ({at[3]}, {at[4]})",
+        f"training: skipped 2 rows: the two conversations differ before the last answer ({at[5]}, {at[6]})",
+        f"training: skipped 1 row: the prompt fills the context of 64 tokens ({at[7]})",
+        f"training: skipped 1 row: the two answers differ only after the context of 64 tokens ({at[8]})",
     ]
 
 
 def test_nothing_but_skipped_rows_is_an_error(made_of):
-    """D9: rather that than a run without a gradient."""
+    """D9: a run on no rows has no gradient."""
     with pytest.raises(
         UserError,
-        match=r"^data.dataset: training: nothing is left without 2 rows with two equal answers \(.*:1, .*:2\). Give pairs of which",
+        match=r"^data.dataset: no training rows are left: skipped 2 rows: the two answers are equal \(.*:1, .*:2\). Give pairs in which one answer is better.$",
     ):
         made_of(pair_row(chosen="bad"), pair_row(chosen="bad"))
 
@@ -302,15 +304,15 @@ def test_a_long_answer_is_cut_and_a_prompt_may_just_leave_room_for_one_token(mad
         [3, 3],
     ]
     assert made[0].rejected.ids[-1] != TOKENIZER.eos_id == made[0].chosen.ids[-1]
-    assert (report.kept, report.cut) == (3, 2)
+    assert (report.kept, report.truncated) == (3, 2)
     assert (
         report.notes()[1]
-        == "training: in 2 of 3 pairs the context of 8 tokens cut the end of an answer"
+        == "training: 2 of 3 rows lost the end of an answer to the context of 8 tokens"
     )
 
 
 def test_a_bad_row_is_named_with_file_line_and_key(made_of, tmp_path):
-    with pytest.raises(UserError, match=r"p.jsonl:2: chosen: expected a string, found a number"):
+    with pytest.raises(UserError, match=r"p.jsonl:2: chosen: must be a string, got a number"):
         made_of(pair_row(), {"prompt": "a", "chosen": 1, "rejected": "b"})
 
 

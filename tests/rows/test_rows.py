@@ -1,4 +1,4 @@
-"""Rows of fine-tuning data: every published shape is read, every mistake in them is named."""
+"""Rows of fine-tuning data: every published shape is read, every mistake is named by file, line and key."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from tinylm.config.schema import ROW_COLUMNS, DataConfig
 from tinylm.rows.columns import COLUMNS, parse_conversation, unread_text_columns
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.row_files import TINY_ROWS, build_corpus_from_sources, read_rows, resolve_dataset
-from tinylm.rows.sft import Report, build_examples, shared_examples, shared_questions
+from tinylm.rows.sft import build_examples, shared_examples, shared_questions
+from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
@@ -45,16 +46,16 @@ def both(data: DataConfig) -> tuple[list, list]:
     return list(read_rows(data, "train", 0)), list(read_rows(data, "val", 0))
 
 
-# --- where rows come from ---
+# --- files ---
 
 
-def test_a_row_is_known_by_its_file_and_line(write):
+def test_the_place_of_a_row_is_file_and_line(write):
     path = write("mine.jsonl", "\n" + lines(*pairs(2)))
     read = list(read_rows(DataConfig(dataset=str(path), val_fraction=1e-9), "train", 0))
     assert read == [(f"{path}:2", pairs(2)[0]), (f"{path}:3", pairs(2)[1])]
 
 
-def test_every_kind_of_file_gives_the_same_rows(write, tmp_path):
+def test_every_file_format_has_the_same_rows(write, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -73,7 +74,7 @@ def test_every_kind_of_file_gives_the_same_rows(write, tmp_path):
 
 
 def test_no_row_is_in_both_splits(write):
-    """Equal rows go the same way, wherever they stand and however their keys are ordered, and every row is somewhere."""
+    """Equal rows are in the same split, whatever their position and order of keys, and no row is lost."""
     rows = pairs(100)
     path = write("rows.jsonl", lines(*rows, *[dict(reversed(row.items())) for row in rows]))
     train, val = (
@@ -119,7 +120,7 @@ def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
         (
             "a.jsonl",
             "[1]\n",
-            'a.jsonl:1: expected an object such as {"instruction": "...", "output": "..."}, found a list. Correct the row.',
+            'a.jsonl:1: must be an object such as {"instruction": "...", "output": "..."}, got a list. Correct the row.',
         ),
         (
             "a.jsonl",
@@ -134,15 +135,15 @@ def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
         (
             "a.json",
             "{}",
-            "a.json: expected a list of objects, found an object. Write [{...}, {...}], or one object a line as .jsonl.",
+            "a.json: must be a list of objects, got an object. Write [{...}, {...}], or one object per line as .jsonl.",
         ),
         ("a.json", "[1, 2", "a.json: not JSON: "),
         ("a.json", "[]", "a.json: no rows"),
-        ("a.json", '[{"a": 1}, null]', "a.json: row 2: expected an object"),
+        ("a.json", '[{"a": 1}, null]', "a.json: row 2: must be an object"),
         (
             "SMSSpamCollection",
             "ham hello\n",
-            "SMSSpamCollection:1: expected ham or spam, a tab, and a message; there is no tab. Correct the line.",
+            "SMSSpamCollection:1: must be ham or spam, a tab, and a message; there is no tab. Correct the line.",
         ),
         (
             "a.csv",
@@ -151,14 +152,14 @@ def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
         ),
     ],
 )
-def test_a_file_that_has_no_rows_is_named(write, name, text, message):
+def test_a_file_without_rows_is_named(write, name, text, message):
     data = DataConfig(dataset=str(write(name, text)), val_fraction=1e-9)
     with pytest.raises(UserError) as refused:
         list(read_rows(data, "train", 0))
     assert message in str(refused.value)
 
 
-def test_bytes_that_are_not_utf8_are_named(tmp_path):
+def test_bytes_that_are_not_utf8_are_an_error(tmp_path):
     (tmp_path / "a.json").write_bytes(b'["\xff"]')
     with pytest.raises(
         UserError, match=r"a.json: not UTF-8 text \(byte 2\). Save the file as UTF-8."
@@ -192,9 +193,9 @@ def test_too_few_rows_for_two_splits_are_counted(write):
         ("shuffle_window", 9),
     ],
 )
-def test_a_setting_without_a_use_here_is_refused(setting, value):
+def test_a_setting_that_does_not_apply_is_an_error(setting, value):
     with pytest.raises(
-        UserError, match=f"^data.{setting}: rows of fine-tuning have no use for it. Take it out.$"
+        UserError, match=f"^data.{setting}: does not apply to rows for fine-tuning. Remove it.$"
     ):
         resolve_dataset(DataConfig.model_validate({setting: value}))
 
@@ -202,7 +203,7 @@ def test_a_setting_without_a_use_here_is_refused(setting, value):
 # --- S0's folder ---
 
 
-def test_messages_and_instructions_in_a_folder_become_triplets(write, tmp_path):
+def test_messages_and_instructions_in_a_folder_are_both_read(write, tmp_path):
     """S0's layout: data/raw/sms_spam_collection/SMSSpamCollection beside data/raw/instruction-data.json."""
     write("raw/sms_spam_collection/SMSSpamCollection", "ham\tOk lar\tfine\nspam\tFree entry!\n")
     write(
@@ -224,12 +225,14 @@ def test_messages_and_instructions_in_a_folder_become_triplets(write, tmp_path):
     )
 
 
-def test_a_folder_without_rows_is_replaced_and_that_is_said(write, tmp_path, monkeypatch):
+def test_a_folder_without_rows_is_replaced_by_the_tiny_rows_with_a_note(
+    write, tmp_path, monkeypatch
+):
     folder = write("empty/readme.md", "nothing").parent
     name, note = build_corpus_from_sources(str(folder))
     assert name == TINY_ROWS
-    found = f"data.dataset: {folder} holds neither SMSSpamCollection nor instruction-data.json, nor another file of rows"
-    assert note == f"{found}; the tiny rows in {TINY_ROWS} are used"
+    names = "SMSSpamCollection, instruction-data.json or any other file of rows"
+    assert note == f"data.dataset: {folder} has no {names}; using {TINY_ROWS} instead"
     monkeypatch.chdir(ROOT)
     tiny = Path(TINY_ROWS).read_text(encoding="utf-8").splitlines()
     train, val = both(DataConfig(dataset=str(folder)))
@@ -237,15 +240,15 @@ def test_a_folder_without_rows_is_replaced_and_that_is_said(write, tmp_path, mon
     assert len(val) > 0
 
 
-def test_a_folder_of_several_splits_is_not_trained_on_whole(write, tmp_path):
-    """A test split that is read with the training split would be measured on what was learned."""
+def test_a_folder_with_several_splits_is_an_error(write, tmp_path):
+    """Otherwise the test split would be trained on."""
     for name in ("test.jsonl", "validation.jsonl"):
         write(name, lines(*pairs(2)))
     assert resolve_dataset(DataConfig(dataset=str(tmp_path)))[1] is None
     write("train-1.jsonl", lines(*pairs(2)))
     with pytest.raises(UserError) as refused:
         resolve_dataset(DataConfig(dataset=str(tmp_path)))
-    found = f"data.dataset: {tmp_path} holds train-1.jsonl and validation.jsonl, and every file of a folder is trained on"
+    found = f"data.dataset: {tmp_path}: has train-1.jsonl and validation.jsonl, and every file of a folder is trained on"
     assert (
         str(refused.value)
         == f"{found}. Set data.dataset={tmp_path}/train-1.jsonl, and data.val_dataset={tmp_path}/validation.jsonl to validate on that."
@@ -255,12 +258,12 @@ def test_a_folder_of_several_splits_is_not_trained_on_whole(write, tmp_path):
         resolve_dataset(DataConfig(dataset=str(tmp_path)))
 
 
-def test_a_folder_with_rows_is_itself(write):
+def test_a_folder_with_rows_is_used_as_it_is(write):
     folder = str(write("some/a.jsonl", lines(*pairs(2))).parent)
     assert build_corpus_from_sources(folder) == (folder, None)
 
 
-# --- what a row says ---
+# --- shapes of rows ---
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -304,11 +307,11 @@ SHARED = [
         ({"messages": None, "instruction": "2+2?", "output": "4"}, (QUESTION, ANSWER)),
     ],
 )
-def test_a_row_is_told_by_its_keys(row: dict, turns: Conversation):
+def test_the_keys_of_a_row_decide_its_shape(row: dict, turns: Conversation):
     assert parse_conversation(row, DataConfig()) == turns
 
 
-def test_a_named_kind_wins_over_the_keys():
+def test_data_rows_overrides_the_keys():
     row = {"messages": CHAT, "instruction": "2+2?", "output": "4"}
     assert parse_conversation(row, DataConfig(rows="alpaca")) == (QUESTION, ANSWER)
 
@@ -325,11 +328,11 @@ def test_a_named_kind_wins_over_the_keys():
         ({"conversations": "chat"}, {"chat": SHARED[1:]}),
     ],
 )
-def test_columns_go_by_the_names_in_the_data(columns, row):
+def test_columns_may_have_other_names_in_the_data(columns, row):
     assert parse_conversation(row, DataConfig(columns=columns)) == (QUESTION, ANSWER)
 
 
-def test_the_settings_know_the_columns_that_rows_have():
+def test_the_schema_has_the_columns_of_rows():
     assert tuple(COLUMNS) == ROW_COLUMNS
 
 
@@ -339,9 +342,9 @@ def test_the_settings_know_the_columns_that_rows_have():
         (
             {"id": 1, "foo": 2},
             {},
-            "expected instruction and output, prompt and completion, messages, or conversations; the row has id, foo. Name its columns",
+            "row: must have instruction and output, prompt and completion, messages, or conversations; it has id, foo. Name its columns",
         ),
-        ({}, {}, "the row has no keys."),
+        ({}, {}, "it has no keys."),
         (
             {"prompt": "a"},
             {},
@@ -357,31 +360,31 @@ def test_the_settings_know_the_columns_that_rows_have():
         (
             {"prompt": "a", "completion": 4},
             {},
-            "completion: expected a string, found a number. Correct the row, or take it out.",
+            "completion: must be a string, got a number. Correct the row, or remove it.",
         ),
-        ({"prompt": "a", "completion": None}, {}, "completion: expected a string, found null."),
+        ({"prompt": "a", "completion": None}, {}, "completion: must be a string, got null."),
         (
             {"prompt": "a", "completion": " \n"},
             {},
-            "completion: it is empty. Write it, or take the row out.",
+            "completion: must not be empty. Correct the row, or remove it.",
         ),
-        ({"prompt": "", "completion": "a"}, {}, "prompt: it is empty."),
+        ({"prompt": "", "completion": "a"}, {}, "prompt: must not be empty."),
         (
             {"instruction": "a", "input": 3, "output": "b"},
             {},
-            "input: expected a string, found a number.",
+            "input: must be a string, got a number.",
         ),
         (
             {"messages": "hello"},
             {},
-            "messages: expected a list of turns, found a string. Correct the row, or set data.rows.",
+            "messages: must be a list of turns, got a string. Correct the row, or set data.rows.",
         ),
-        ({"messages": []}, {}, "messages: no turn of the assistant among 0. Add an answer"),
-        ({"messages": CHAT[:2]}, {}, "messages: no turn of the assistant among 2."),
+        ({"messages": []}, {}, "messages: none of 0 turns is the assistant's. Add an answer"),
+        ({"messages": CHAT[:2]}, {}, "messages: none of 2 turns is the assistant's."),
         (
             {"messages": [*CHAT, "x"]},
             {},
-            "messages[3]: expected an object with role and content, found a string.",
+            "messages[3]: must be an object with role and content, got a string.",
         ),
         (
             {"messages": [*CHAT, {"role": "user"}]},
@@ -391,34 +394,38 @@ def test_the_settings_know_the_columns_that_rows_have():
         (
             {"messages": [{"role": "tool", "content": "x"}]},
             {},
-            "messages[0].role: expected system, user, assistant, human, gpt, found tool.",
+            "messages[0].role: must be one of system, user, assistant, human, gpt, got tool.",
         ),
         (
             {"messages": [{"role": 1, "content": "x"}]},
             {},
-            "messages[0].role: expected system, user, assistant, human, gpt, found a number.",
+            "messages[0].role: must be one of system, user, assistant, human, gpt, got a number.",
         ),
         (
             {"messages": [{"role": "user", "content": None}]},
             {},
-            "messages[0].content: expected a string, found null.",
+            "messages[0].content: must be a string, got null.",
         ),
-        ({"messages": [{"role": "user", "content": ""}]}, {}, "messages[0].content: it is empty."),
+        (
+            {"messages": [{"role": "user", "content": ""}]},
+            {},
+            "messages[0].content: must not be empty.",
+        ),
         (
             {"conversations": [{"from": "bing", "value": "x"}]},
             {},
-            "conversations[0].from: expected system, user, assistant, human, gpt, found bing.",
+            "conversations[0].from: must be one of system, user, assistant, human, gpt, got bing.",
         ),
         (
             {"conversations": [{"speaker": "user"}]},
             {},
-            "conversations[0].role: missing; the turn has speaker. Add it, or take the row out.",
+            "conversations[0].role: missing; the turn has speaker. Add it, or remove the row.",
         ),
-        ({"label": "maybe", "text": "x"}, {}, "label: expected ham or spam, found maybe."),
+        ({"label": "maybe", "text": "x"}, {}, "label: must be ham or spam, got maybe."),
         ({"prompt": "a", "\x1b[31m": 1}, {}, "the row has prompt, \\x1b[31m."),
     ],
 )
-def test_a_row_that_is_no_conversation_is_named_by_its_key(row, settings, message):
+def test_a_row_that_is_not_a_conversation_is_named_by_its_key(row, settings, message):
     with pytest.raises(UserError) as refused:
         parse_conversation(row, DataConfig(**settings))
     assert message in str(refused.value)
@@ -429,7 +436,7 @@ def test_a_row_that_is_no_conversation_is_named_by_its_key(row, settings, messag
 
 def made_of(
     path: Path, seq_len: int, which: Which = "train", **keywords: Any
-) -> tuple[list[Example], Report]:
+) -> tuple[list[Example], RowReport]:
     data = DataConfig(dataset=str(path), val_fraction=1e-9)
     return build_examples(
         data,
@@ -442,8 +449,8 @@ def made_of(
     )
 
 
-def test_an_answer_is_cut_and_a_prompt_that_fills_the_context_is_skipped_and_named(write):
-    """D6. In a context of 8, with a line end, n + 1 + m + 1 tokens are a question, an answer and its end; 9 fit, since the last is no input."""
+def test_a_long_answer_is_cut_and_a_prompt_that_fills_the_context_is_skipped_and_named(write):
+    """D6. Question, newline, answer and end are n + 1 + m + 1 tokens; 9 fit a context of 8, since the last is not an input."""
     rows = [
         {"prompt": "q" * n, "completion": "a" * m}
         for n, m in ((4, 3), (4, 9), (8, 1), (9, 1), (20, 1), (30, 1), (40, 1))
@@ -452,33 +459,33 @@ def test_an_answer_is_cut_and_a_prompt_that_fills_the_context_is_skipped_and_nam
     assert [len(example.ids) for example in made] == [9, 9, 9]
     assert [int(example.trained.sum()) for example in made] == [5, 5, 1]
     assert made[0].ids[-1] == ByteTokenizer().eos_id != made[1].ids[-1]
-    assert (report.kept, report.cut, report.skipped) == (3, 2, 4)
+    assert (report.kept, report.truncated) == (3, 2)
     assert report.notes() == [
-        f"training: skipped 4 rows whose prompts fill the context of 8 tokens ({path}:4, {path}:5, {path}:6, ...)",
+        f"training: skipped 4 rows: the prompt fills the context of 8 tokens ({path}:4, {path}:5, {path}:6 and 1 more)",
         "training: 2 of 3 rows lost the end of an answer to the context of 8 tokens",
     ]
 
 
 def test_nothing_but_skipped_rows_is_an_error(write):
-    """D6: rather that than a loss over no target, which is no number."""
+    """D6: the loss over no target is not a number."""
     path = write("a.jsonl", lines({"prompt": "q" * 20, "completion": "a"}))
     with pytest.raises(
         UserError,
-        match=r"^data.dataset: training: nothing is left without 1 rows whose prompts fill the context of 8 tokens \(.*:1\). Raise",
+        match=r"^data.dataset: no training rows are left: skipped 1 row: the prompt fills the context of 8 tokens \(.*:1\). Raise training.seq_len, or shorten the prompts.$",
     ):
         made_of(path, 8)
 
 
-def test_all_tokens_but_the_first_can_be_targets(write):
+def test_with_train_on_all_every_token_but_the_first_is_a_target(write):
     made, report = made_of(
         write("a.jsonl", lines({"prompt": "q" * 20, "completion": "a"})), 8, train_on="all"
     )
     assert made[0].trained.tolist() == [False] + [True] * 8
-    assert report.skipped == 0
+    assert report.skipped == {}
 
 
 def test_a_task_makes_its_own_conversations(write):
-    """What tinylm/tasks gives: a function from its columns to turns."""
+    """A task hands in a function from its columns to turns."""
     path = write("a.jsonl", lines({"sentence": "Lovely.", "label": 1}))
     made, _ = made_of(
         path,
@@ -492,15 +499,15 @@ def test_a_task_makes_its_own_conversations(write):
     assert made[0].place == f"{path}:1"
 
 
-def test_columns_with_text_that_no_turn_has_are_named(write):
-    """Dolly's context belongs to the question: without the note its answers would be learned as if out of nothing."""
+def test_columns_with_text_that_is_not_read_are_named(write):
+    """In Dolly the context belongs to the question: without it the answers would be trained without their source."""
     rows = [
         {"id": "", "instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "n": 1},
         {"instruction": "Why?", "response": "So.", "by": "me"},
     ]
     path = write("a.jsonl", lines(*rows))
     assert made_of(path, 64)[1].notes() == [
-        "training: columns that are not read: context, by; data.columns names those that are"
+        "training: columns not read: context, by; data.columns names those that are"
     ]
     data = DataConfig(dataset=str(path), val_fraction=1e-9, columns={"input": "context"})
     assert unread_text_columns(rows[0], data) == []
@@ -512,16 +519,19 @@ def test_columns_with_text_that_no_turn_has_are_named(write):
     [
         (
             {"prompt": "a", "completion": None},
-            "a.jsonl:2: completion: expected a string, found null.",
+            "a.jsonl:2: completion: must be a string, got null.",
         ),
-        ({"messages": [*CHAT, CHAT[2]]}, "a.jsonl:2: turn 4: a second assistant turn in a row."),
-        ({"messages": [*CHAT, CHAT[1]]}, "a.jsonl:2: the last turn is not the assistant's"),
-        ({"prompt": "é", "completion": "b"}, "a.jsonl:2: the character 'é'"),
+        (
+            {"messages": [*CHAT, CHAT[2]]},
+            "a.jsonl:2: turn 4: a second assistant turn in a row. Join",
+        ),
+        ({"messages": [*CHAT, CHAT[1]]}, "a.jsonl:2: last turn: must be an assistant turn"),
+        ({"prompt": "é", "completion": "b"}, "a.jsonl:2: position 0: the character 'é'"),
         ({"prompt": "\ud800", "completion": "b"}, "a.jsonl:2: the text has the lone surrogate"),
     ],
 )
 def test_a_bad_row_is_named_with_file_line_and_key(write, row, message):
-    """E1, wherever the mistake is found: in the row, in the order of its turns, or by the tokenizer."""
+    """E1, whether the mistake is in the row, in the order of its turns, or a character the tokenizer lacks."""
     data = DataConfig(dataset=str(write("a.jsonl", lines(pairs(1)[0], row))), val_fraction=1e-9)
     tokenizer = CharTokenizer("0123456789+? aBbe.rif\n", unknown="error")
     with pytest.raises(UserError) as refused:
@@ -531,7 +541,7 @@ def test_a_bad_row_is_named_with_file_line_and_key(write, row, message):
     assert message in str(refused.value)
 
 
-def test_rows_of_both_splits_are_counted(write):
+def test_rows_in_both_splits_are_counted(write):
     """E13."""
     train, _ = made_of(write("a.jsonl", lines(*pairs(6))), 32)
     val, _ = made_of(

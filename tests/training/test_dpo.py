@@ -556,7 +556,7 @@ def test_skipped_pairs_are_said(prefer: Make, tmp_path: Path, capsys: Capture) -
         file.write('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
     assert run(config, "training.max_steps=1") == 0
     assert (
-        f"skipped 1 rows with two equal answers ({tmp_path / 'pairs.jsonl'}:25)"
+        f"skipped 1 row: the two answers are equal ({tmp_path / 'pairs.jsonl'}:25)"
         in capsys.readouterr().err
     )
 
@@ -609,7 +609,7 @@ def test_rows_of_both_splits_are_said(prefer: Make, tmp_path: Path, capsys: Capt
         ),
         (
             {"data": {"mix": [{"dataset": "a"}]}},
-            "data.mix: rows of fine-tuning have no use for it. Take it out.",
+            "data.mix: does not apply to rows for fine-tuning. Remove it.",
         ),
     ],
 )
@@ -627,7 +627,7 @@ def test_a_folder_without_rows_is_not_replaced_by_other_rows(
     (tmp_path / "empty").mkdir()
     message = refused(prefer(data={"dataset": str(tmp_path / "empty")}), tmp_path, capsys)
     assert (
-        "nor another file of rows. Give a file of preferences, such as data/tiny_preferences.jsonl."
+        "has no file of rows. Give a file of preferences, such as data/tiny_preferences.jsonl."
         in message
     )
 

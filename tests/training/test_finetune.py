@@ -387,7 +387,7 @@ def test_new_weights_learn_whole_texts(make: Make, tmp_path: Path, capsys: Captu
     )
     said = capsys.readouterr().err
     assert "100% of the tokens trained (train_on all)" in said
-    assert f"{tmp_path / 'empty'} holds neither SMSSpamCollection nor instruction-data.json" in said
+    assert f"{tmp_path / 'empty'} has no SMSSpamCollection, instruction-data.json or any" in said
     info = checkpoint_info.describe(tmp_path / "checkpoints" / "final.ckpt")
     assert (info.stage, info.shape) == ("sft", "1L 16d 2h")
     ending = checkpoint_load.load_model(info.path).tokenizer.special_names

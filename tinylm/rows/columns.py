@@ -1,13 +1,25 @@
+"""What a row is made of: the shapes of published data, and the conversation in each.
+
+    {"instruction", "input", "output"}        alpaca; the input may be missing or empty; also response
+    {"prompt", "completion"}                  prompt; also question, and response, answer or target
+    {"messages": [{"role", "content"}]}       messages
+    {"conversations": [{"from", "value"}]}    sharegpt; turns may have either pair of keys
+    {"label", "text"}                         sms: a line of SMSSpamCollection
+
+data.rows names the shape, or the keys of a row decide (auto). data.columns maps our names to those in the data.
+A row of another shape is an error that names the key.
+"""
+
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
 from tinylm.rows.conversation import Conversation, Role, Turn
 from tinylm.text.documents import is_blank, kind_of, some_of
 
-Kind = Literal["alpaca", "prompt", "messages", "sharegpt", "sms"]
-# Our name of each column, and the names that published data have for it.
+Shape = Literal["alpaca", "prompt", "messages", "sharegpt", "sms"]
+# Our name of each column: the names that published data have for it.
 COLUMNS = {
     "instruction": ("instruction",),
     "input": ("input",),
@@ -19,15 +31,15 @@ COLUMNS = {
     "chosen": ("chosen",),
     "rejected": ("rejected",),
 }
-# What a row of each kind is made of.
+# The columns that a row of each shape is read from.
 _READ: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output"),
     "prompt": ("prompt", "completion"),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
 }
-# The column that tells a row's kind, the surest sign first.
-_SIGNS: dict[str, Kind] = {
+# The column that decides the shape of a row, the most specific first.
+_SHAPE_OF_COLUMN: dict[str, Shape] = {
     "messages": "messages",
     "conversations": "sharegpt",
     "instruction": "alpaca",
@@ -41,155 +53,159 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
 }
 SMS_INSTRUCTION = "classify if the SMS is spam or ham"
+CORRECT = "Correct the row, or remove it"
 
 
 def parse_conversation(row: dict[str, Any], data: DataConfig) -> Conversation:
-    """The conversation in a row, of the kind that data.rows says or that its keys tell.
+    """The conversation in a row of the shape that data.rows names or its keys decide.
 
     Raises:
-        UserError: naming the key and what is wrong: it is missing, null, of another type or empty, or a role is unknown.
+        UserError: a key is missing, null, of another type or empty, or a role is unknown; `where` is the key.
     """
-    columns = _Columns(row, data.columns or {})
-    match _kind_of_row(columns) if data.rows == "auto" else data.rows:
+    columns = Columns(row, data.columns or {})
+    match _shape(columns) if data.rows == "auto" else data.rows:
         case "alpaca":
-            return Turn("user", columns.text("instruction"), columns.optional_text("input")), Turn(
-                "assistant", columns.text("output")
-            )
+            question = Turn("user", columns.text("instruction"), columns.optional_text("input"))
+            return question, Turn("assistant", columns.text("output"))
         case "prompt":
-            return Turn("user", columns.text("prompt")), Turn(
-                "assistant", columns.text("completion")
-            )
+            question = Turn("user", columns.text("prompt"))
+            return question, Turn("assistant", columns.text("completion"))
         case "messages":
-            return _turns(columns, "messages")
+            return _turns_with_answer(columns, "messages")
         case "sharegpt":
-            return _turns(columns, "conversations")
+            return _turns_with_answer(columns, "conversations")
         case _:
             return _sms_conversation(row)
 
 
 def unread_text_columns(row: dict[str, Any], data: DataConfig) -> list[str]:
-    """The columns with text that `parse_conversation` makes no turn of: perhaps a question lacks what stands there."""
-    columns = _Columns(row, data.columns or {})
-    kind = _kind_of_row(columns) if data.rows == "auto" else data.rows
-    read = {"label", "text"} if kind == "sms" else {columns.find(ours) for ours in _READ[kind]}
-    return [
-        name
-        for name, value in row.items()
-        if name not in read and isinstance(value, str) and not is_blank(value)
-    ]
+    """The columns with text that `parse_conversation` ignores: perhaps a question lacks its context."""
+    columns = Columns(row, data.columns or {})
+    shape = _shape(columns) if data.rows == "auto" else data.rows
+    read = {"label", "text"} if shape == "sms" else {columns.find(name) for name in _READ[shape]}
+    unread = []
+    for name, value in row.items():
+        if name not in read and isinstance(value, str) and not is_blank(value):
+            unread.append(name)
+    return unread
 
 
 @dataclass(frozen=True)
-class _Columns:
+class Columns:
     """The values of a row by our names of its columns."""
 
     row: dict[str, Any]
     names: dict[str, str]
+    """data.columns"""
 
     def find(self, ours: str) -> str | None:
-        """What the row calls this column; None if it has none."""
-        theirs = (self.names[ours],) if ours in self.names else COLUMNS[ours]
-        return next((name for name in theirs if name in self.row), None)
+        """The row's own name of this column; None if it has none."""
+        candidates = (self.names[ours],) if ours in self.names else COLUMNS[ours]
+        return next((name for name in candidates if name in self.row), None)
 
     def value(self, ours: str) -> tuple[str, Any]:
-        """What the row calls this column, and what is in it."""
+        """The row's own name of this column, and the value in it."""
         name = self.find(ours)
         if name is None:
-            wanted = printable(self.names.get(ours, " or ".join(COLUMNS[ours])))
             raise UserError(
-                f"{wanted}: missing; the row has {some_of(self.row)}. Add it, or set data.columns: {{{ours}: its name in the data}}."
+                self.names.get(ours, " or ".join(COLUMNS[ours])),
+                f"missing; the row has {some_of(self.row)}",
+                f"Add it, or set data.columns: {{{ours}: its name in the data}}",
             )
         return name, self.row[name]
 
     def text(self, ours: str) -> str:
         """A text that is not blank."""
-        return _text(*self.value(ours))
+        return require_text(*self.value(ours))
 
     def optional_text(self, ours: str) -> str:
-        """A text, or nothing where the column is missing, null or blank."""
+        """A text, or "" if the column is missing, null or blank."""
         name = self.find(ours)
         if name is None and ours not in self.names:
             return ""
         name, value = self.value(ours)
-        return (
-            ""
-            if value is None or (isinstance(value, str) and is_blank(value))
-            else _text(name, value)
-        )
+        if value is None or (isinstance(value, str) and is_blank(value)):
+            return ""
+        return require_text(name, value)
 
 
-def _text(key: str, value: Any) -> str:
+def require_text(key: str, value: Any) -> str:
+    """The value, if it is a text that is not blank.
+
+    Raises:
+        UserError: it is not.
+    """
     if not isinstance(value, str):
-        raise UserError(
-            f"{printable(key)}: expected a string, found {kind_of(value)}. Correct the row, or take it out."
-        )
+        raise UserError(key, f"must be a string, got {kind_of(value)}", CORRECT)
     if is_blank(value):
-        raise UserError(f"{printable(key)}: it is empty. Write it, or take the row out.")
+        raise UserError(key, "must not be empty", CORRECT)
     return value
 
 
-def _kind_of_row(columns: _Columns) -> Kind:
-    present = [sign for sign in _SIGNS if columns.find(sign) is not None]
-    # A table has every column in every row: what another kind of row would have is null.
+def _shape(columns: Columns) -> Shape:
+    present = [name for name in _SHAPE_OF_COLUMN if columns.find(name) is not None]
     if present:
-        return _SIGNS[min(present, key=lambda sign: columns.value(sign)[1] is None)]
+        # A table has every column in every row; those of other shapes are null.
+        name = min(present, key=lambda name: columns.value(name)[1] is None)
+        return _SHAPE_OF_COLUMN[name]
     if {"label", "text"} <= columns.row.keys():
         return "sms"
     known = "instruction and output, prompt and completion, messages, or conversations"
     raise UserError(
-        f"expected {known}; the row has {some_of(columns.row)}. Name its columns, for example data.columns: {{prompt: question}}."
+        "row",
+        f"must have {known}; it has {some_of(columns.row)}",
+        "Name its columns, for example data.columns: {prompt: question}",
     )
 
 
 def _sms_conversation(row: dict[str, Any]) -> Conversation:
-    """S0's triplet of a message."""
-    label = _text("label", row["label"])
+    label = require_text("label", row["label"])
     if label not in ("ham", "spam"):
-        raise UserError(
-            f"label: expected ham or spam, found {printable(label)}. Correct the row, or take it out."
-        )
-    return Turn("user", SMS_INSTRUCTION, _text("text", row["text"])), Turn("assistant", label)
+        raise UserError("label", f"must be ham or spam, got {label}", CORRECT)
+    return Turn("user", SMS_INSTRUCTION, require_text("text", row["text"])), Turn(
+        "assistant", label
+    )
 
 
-def _turns(columns: _Columns, ours: str) -> Conversation:
+def _turns_with_answer(columns: Columns, ours: str) -> Conversation:
     """The turns in a list of objects, at least one of them the assistant's."""
     name, items = columns.value(ours)
     if not isinstance(items, list):
-        raise UserError(
-            f"{printable(name)}: expected a list of turns, found {kind_of(items)}. Correct the row, or set data.rows."
-        )
-    turns = _turns_in(name, items)
+        problem = f"must be a list of turns, got {kind_of(items)}"
+        raise UserError(name, problem, "Correct the row, or set data.rows")
+    turns = parse_turns(name, items)
     if not any(turn.role == "assistant" for turn in turns):
-        raise UserError(
-            f"{printable(name)}: no turn of the assistant among {len(turns)}. Add an answer, or take the row out."
-        )
+        problem = f"none of {len(turns)} turns is the assistant's"
+        raise UserError(name, problem, "Add an answer, or remove the row")
     return turns
 
 
-def _turns_in(name: str, items: list[Any]) -> Conversation:
-    return tuple(_turn(item, f"{printable(name)}[{number}]") for number, item in enumerate(items))
+def parse_turns(name: str, items: list[Any]) -> Conversation:
+    """The turns in a list of objects, which is the column `name`."""
+    return tuple(parse_turn(item, f"{name}[{number}]") for number, item in enumerate(items))
 
 
-def _keys_of_turn(item: dict[str, Any]) -> tuple[str, str]:
-    """What a turn calls its side and its text: ShareGPT's words or OpenAI's, whatever the column is called."""
-    return ("from", "value") if item.get("role") is None and "from" in item else ("role", "content")
+def turn_keys(item: dict[str, Any]) -> tuple[str, str]:
+    """The keys of a turn's role and text: ShareGPT's or OpenAI's, whatever the column is called."""
+    if item.get("role") is None and "from" in item:
+        return "from", "value"
+    return "role", "content"
 
 
-def _turn(item: Any, where: str) -> Turn:
+def parse_turn(item: Any, where: str) -> Turn:
+    """The turn in an object with a role and a text."""
     if not isinstance(item, dict):
-        raise UserError(
-            f"{where}: expected an object with role and content, found {kind_of(item)}. Correct the row."
-        )
-    role_key, text_key = _keys_of_turn(item)
+        problem = f"must be an object with role and content, got {kind_of(item)}"
+        raise UserError(where, problem, "Correct the row")
+    role_key, text_key = turn_keys(item)
     for key in (role_key, text_key):
         if key not in item:
-            raise UserError(
-                f"{where}.{key}: missing; the turn has {some_of(item)}. Add it, or take the row out."
-            )
+            problem = f"missing; the turn has {some_of(item)}"
+            raise UserError(f"{where}.{key}", problem, "Add it, or remove the row")
     role = item[role_key]
     if not isinstance(role, str) or role not in _ROLES:
-        found = printable(role) if isinstance(role, str) else kind_of(role)
+        got = role if isinstance(role, str) else kind_of(role)
         raise UserError(
-            f"{where}.{role_key}: expected {', '.join(_ROLES)}, found {found}. Correct the row, or take it out."
+            f"{where}.{role_key}", f"must be one of {', '.join(_ROLES)}, got {got}", CORRECT
         )
-    return Turn(_ROLES[role], _text(f"{where}.{text_key}", item[text_key]))
+    return Turn(_ROLES[role], require_text(f"{where}.{text_key}", item[text_key]))

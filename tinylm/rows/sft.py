@@ -1,26 +1,16 @@
-r"""Rows of fine-tuning data: where they come from, what conversation each one is, and the examples they become.
+"""Examples of supervised fine-tuning: one conversation each, as ids and a mask of what is trained.
 
-    1. records      .jsonl, .json, .parquet, SMSSpamCollection, a folder or glob of them, or a Hugging Face dataset
-                    ─▶ (place, dict), split into training and validation by content                  `read_rows`
-    2. conversation a dict ─▶ turns, told by its keys                                                `parse_conversation`
-                        {"instruction", "input", "output"}       alpaca; the input may be missing or empty
-                        {"prompt", "completion"}                 prompt; also question, and response, answer or target
-                        {"messages": [{"role", "content"}]}      messages
-                        {"conversations": [{"from", "value"}]}   sharegpt; the turns may have either pair of keys
-                        {"label", "text"}                        a line of SMSSpamCollection
-    3. examples     a conversation ─▶ tokens and targets, cut to the context                         `build_examples`
-    4. pairs        for preferences, in place of 2 and 3: a dict ─▶ a prompt and two answers         `preference_of`
-                        {"instruction", "input", "chosen", "rejected"}, {"prompt", "chosen", "rejected"}
-                        {"chosen", "rejected"}, each a whole conversation: messages, or text as Anthropic's hh-rlhf has it
-                    ─▶ two examples that differ in their answers                                     `pairs`
+    row         {"instruction": "2+2?", "output": "4"}                            row_files.read_rows
+    turns       user "2+2?", assistant "4"                                        columns.parse_conversation
+    ids         ### Instruction: 2+2?⏎### Output: 4⏎<|sep|>                        templates.Template.encode
+    trained     ...................................^^^^^^^^                       . seen only, ^ trained
+    example     the first seq_len + 1 ids: the last is only a target              build_examples
 
-A row that is none of these is an error that names its file, line and key. A row is held in memory, as are all examples:
-fine-tuning data are small. How turns are written is prompts.py's business, how examples fill rows packing.py's.
+All rows are in memory: fine-tuning data are small. How examples share a row of a batch is in tokens/packing.py.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -29,59 +19,12 @@ from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
 from tinylm.rows.columns import parse_conversation, unread_text_columns
 from tinylm.rows.conversation import Conversation
-from tinylm.rows.row_files import (
-    NAMED_PLACES,
-    LocatedRow,
-    read_rows,
-    split_built_in_rows,
-)
+from tinylm.rows.row_files import LocatedRow, read_rows, split_built_in_rows
+from tinylm.rows.skipped_rows import RowReport, SkipReason
 from tinylm.rows.templates import Template
-from tinylm.text.documents import some_of
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import Example
-
-
-@dataclass
-class Report:
-    """What became of the rows of a split."""
-
-    which: Which
-    seq_len: int
-    kept: int = 0
-    cut: int = 0
-    """of those kept, how many lost the end of an answer"""
-    skipped: int = 0
-    places: list[str] = field(default_factory=list)
-    """where the first skipped rows stand"""
-    left_out: dict[str, None] = field(default_factory=dict)
-    """columns with text that is in no turn, in their order"""
-
-    @property
-    def skipped_rows(self) -> str:
-        """The skipped rows in words: how many, why, and the first of them by name."""
-        more = ", ..." if self.skipped > len(self.places) else ""
-        return f"{self.skipped} rows whose prompts fill the context of {self.seq_len} tokens ({', '.join(self.places)}{more})"
-
-    @property
-    def name(self) -> str:
-        """The split in words."""
-        return "validation" if self.which == "val" else "training"
-
-    def notes(self) -> list[str]:
-        """What a user should know of it, a line each."""
-        notes = [f"{self.name}: skipped {self.skipped_rows}"] if self.skipped else []
-        if self.left_out:
-            notes.append(
-                f"{self.name}: columns that are not read: {some_of(self.left_out)}; data.columns names those that are"
-            )
-        return notes + (
-            [
-                f"{self.name}: {self.cut} of {self.kept} rows lost the end of an answer to the context of {self.seq_len} tokens"
-            ]
-            if self.cut
-            else []
-        )
 
 
 def build_examples(
@@ -95,70 +38,65 @@ def build_examples(
     train_on: Literal["response", "all"],
     to_conversation: Callable[[dict[str, Any]], Conversation] | None = None,
     built_in: Sequence[LocatedRow] = (),
-) -> tuple[list[Example], Report]:
-    """The examples of a split in the order of its rows, each of at most seq_len inputs, and what was cut and left out.
+) -> tuple[list[Example], RowReport]:
+    """The examples of a split in the order of its rows, and the report of what was truncated and skipped.
 
     Args:
         data: where the rows are.
         which: training or validation.
         seed: decides which rows are held out.
-        template: how their conversations are written.
+        template: how conversations are written.
         tokenizer: what they are encoded with.
-        seq_len: inputs that a row of a batch has room for.
+        seq_len: inputs of a row of a batch; an example has at most seq_len + 1 ids.
         train_on: the responses, or every token but the first of an example.
-        to_conversation: what makes a conversation of a row; None: its keys tell, or data.rows.
-        built_in: rows in place of those that `data` names.
+        to_conversation: turns a row into a conversation; None: by its keys, or data.rows (`parse_conversation`).
+        built_in: rows to use in place of those that `data` names.
 
     Raises:
-        UserError: as `read_rows`; a row is no conversation; or the prompt of every row fills the context.
+        UserError: as `read_rows`; a row is not a conversation; or the prompt of every row fills the context.
     """
-    told_by_keys = to_conversation is None
-    to_conversation = to_conversation or (lambda row: parse_conversation(row, data))
-    kept: list[Example] = []
-    report = Report(which, seq_len)
+    report = RowReport(which, seq_len)
+    examples: list[Example] = []
     for place, row in (
         split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
     ):
         try:
-            whole = template.encode(to_conversation(row), tokenizer)
-        except UserError as problem:
-            raise UserError(f"{place}: {problem}") from None
+            if to_conversation is None:
+                conversation = parse_conversation(row, data)
+                report.unread_columns |= dict.fromkeys(unread_text_columns(row, data))
+            else:
+                conversation = to_conversation(row)
+            whole = template.encode(conversation, tokenizer)
+        except UserError as error:
+            raise error.within(place) from None
         trained = whole.trained if train_on == "response" else np.arange(len(whole.ids)) > 0
-        if told_by_keys:
-            report.left_out |= dict.fromkeys(unread_text_columns(row, data))
-        # The last token of a row is only a target.
+        # seq_len inputs need seq_len + 1 ids: the last id is only a target.
         example = Example(whole.ids[: seq_len + 1], trained[: seq_len + 1], place)
-        if example.trained.any():
-            kept.append(example)
-            report.cut += len(whole.ids) > len(example.ids)
-        else:
-            report.skipped += 1
-            report.places += [place] * (report.skipped <= NAMED_PLACES)
-    report.kept = len(kept)
-    if not kept:
-        found = f"{report.name}: nothing is left without {report.skipped_rows}"
-        raise UserError(f"data.dataset: {found}. Raise training.seq_len, or shorten the prompts.")
-    return kept, report
+        if not example.trained.any():
+            report.skip(SkipReason.PROMPT_TOO_LONG, place)
+            continue
+        examples.append(example)
+        report.truncated += len(whole.ids) > len(example.ids)
+    report.kept = len(examples)
+    report.require_rows()
+    return examples, report
 
 
 def shared_examples(train: list[Example], val: list[Example]) -> int:
-    """How many examples of `val` are in `train` too, token for token."""
+    """How many examples of `val` are also in `train`, token for token."""
     seen = {example.ids.tobytes() for example in train}
     return sum(example.ids.tobytes() in seen for example in val)
 
 
 def shared_questions(train: list[Example], val: list[Example]) -> int:
-    """How many examples of `val` ask what one of `train` asks, whatever the answers: all before the first target is equal."""
-    seen = {_asked(example) for example in train}
-    return sum(_asked(example) in seen for example in val)
+    """How many examples of `val` have the prompt of one of `train`, whatever the answer."""
+    seen = {_prompt(example) for example in train}
+    return sum(_prompt(example) in seen for example in val)
 
 
-def _asked(example: Example) -> bytes:
+def _prompt(example: Example) -> bytes:
+    """The ids before the first target."""
     return example.ids[: int(example.trained.argmax())].tobytes()
-
-
-# How Anthropic's hh-rlhf writes its turns.
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def fingerprint_of_examples(examples: Sequence[Example]) -> str:

@@ -1,16 +1,22 @@
-"""Problems with right and wrong answers: what a verifier learns from.
+"""What a verifier learns from: problems, each with right and wrong answers.
 
-    row ─▶ Problem (its text, the right answer, what a model answered)                         `read_problems`
-    Problem ─▶ answers with the word right or wrong; wrong ones by changing a number             `graded_answers`
-    problem and answer ─▶ ids: the end of the problem, a separator, the answer                    `pair_ids`, `build_verifier_examples`
+    row ─▶ Problem: question, right answer, sampled answers                       `read_problems`, `filter_problems`
+        ─▶ answers, right or wrong; some wrong ones by changing a number          `graded_answers`
+        ─▶ VerifierExample: ids, right or wrong, where the error is               `build_verifier_examples`
+        ─▶ batch                                                                  `collate_pairs`
 
-What becomes of the pairs is judge.py's business; how a model is asked is evaluate.py's.
+    ids          Q  Q  Q  <eos>  4  8  /  2  =  2  5           a problem, a separator, an answer
+    error_mask   .  .  .  .      .  .  .  .  .  .  ^           where a wrong answer differs from the right one
+
+How a model is asked for answers is in eval/sampled_answers.py, how a verifier scores them in eval/verifier_scoring.py.
+
+# B pairs · T tokens
 """
 
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +26,15 @@ from tinylm.config.schema import DataConfig
 from tinylm.rows.columns import parse_conversation
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.numbers import NUMBER, corrupt_number, same_number
-from tinylm.rows.row_files import NAMED_PLACES, LocatedRow, read_rows, split_built_in_rows
+from tinylm.rows.row_files import LocatedRow, read_rows, split_built_in_rows
+from tinylm.rows.skipped_rows import RowReport, SkipReason
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 
-# GSM8K's notes to a calculator: 48/2 = <<48/2=24>>24. They say each result twice, and a verifier would only compare the two.
+# GSM8K's calculator annotations: 48/2 = <<48/2=24>>24. With every result twice, a verifier would only compare the two.
 ANNOTATION = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
+# Batches are padded to a multiple of this, so that there are fewer shapes to compile for.
+LENGTH_MULTIPLE = 32
 
 
 class GradedAnswer(NamedTuple):
@@ -37,7 +46,7 @@ class GradedAnswer(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem with its right answer, and what a model answered."""
+    """A problem with its right answer, and the answers sampled from a model."""
 
     place: str
     question: Turn
@@ -45,55 +54,7 @@ class Problem:
     samples: tuple[GradedAnswer, ...] = ()
 
 
-@dataclass
-class ProblemReport:
-    """What became of the rows of a split."""
-
-    which: Which
-    seq_len: int
-    kept: int = 0
-    cut: int = 0
-    """of those kept, how many problems lost their beginning"""
-    too_long: list[str] = field(default_factory=list)
-    """where rows stand whose answers leave no room for the problem"""
-    numberless: list[str] = field(default_factory=list)
-    """where rows stand whose answers have no number to change"""
-
-    def notes(self) -> list[str]:
-        """What a user should know of it, a line each."""
-        name = "validation" if self.which == "val" else "training"
-        notes = (
-            [
-                f"{name}: {self.cut} of {self.kept} problems lost their beginning to rows of {self.seq_len} tokens"
-            ]
-            if self.cut
-            else []
-        )
-        reasons = (
-            (self.too_long, f"whose answers fill a row of {self.seq_len} tokens"),
-            (self.numberless, "without a number to change in the answer"),
-        )
-        return notes + [
-            f"{name}: skipped {len(places)} rows {why} ({_some(places)})"
-            for places, why in reasons
-            if places
-        ]
-
-
-def _some(places: Sequence[str]) -> str:
-    return ", ".join(places[:NAMED_PLACES]) + (", ..." if len(places) > NAMED_PLACES else "")
-
-
-def remove_annotations(text: str) -> str:
-    """A text without GSM8K's notes to a calculator.
-
-    >>> without_annotations("She has 15-7=<<15-7=8>>8 stamps left.")
-    'She has 15-7=8 stamps left.'
-    """
-    return ANNOTATION.sub("", text)
-
-
-# --- problems ---
+# --- rows to problems ---
 
 
 def read_problems(
@@ -104,7 +65,7 @@ def read_problems(
     to_conversation: Callable[[dict[str, Any]], Conversation] | None = None,
     built_in: Sequence[LocatedRow] = (),
 ) -> list[Problem]:
-    """The problems of a split, one a row.
+    """The problems of a split, one per row.
 
     Args:
         data: where the rows are.
@@ -114,92 +75,106 @@ def read_problems(
         built_in: rows to use in place of those that `data` names.
 
     Raises:
-        UserError: as `read_rows`; or a row does not ask one thing and answer it.
+        UserError: as `read_rows`; or a row is not a question with an answer.
     """
     to_conversation = to_conversation or (lambda row: parse_conversation(row, data))
-    found = []
+    problems = []
     for place, row in (
         split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
     ):
         try:
-            found.append(parse_problem(place, to_conversation(row)))
+            problems.append(parse_problem(place, to_conversation(row)))
         except UserError as error:
-            raise UserError(f"{place}: {error}") from None
-    return found
+            raise error.within(place) from None
+    return problems
 
 
 def parse_problem(place: str, conversation: Conversation) -> Problem:
-    """The last answer of a conversation, and all that was said before it."""
+    """The last answer of a conversation, and everything before it as the problem."""
     *before, answer = conversation
     if answer.role != "assistant" or not before:
         raise UserError(
-            "the last turn is not the assistant's answer to a question. Add the answer, or take the row out."
+            "last turn",
+            "must be an assistant turn that answers a question",
+            "Add the answer, or remove the row",
         )
-    question = (
-        before[0]
-        if len(before) == 1
-        else Turn("user", "\n\n".join(turn.full_text for turn in before))
-    )
+    question = before[0]
+    if len(before) > 1:
+        question = Turn("user", "\n\n".join(turn.full_text for turn in before))
     return Problem(place, question, remove_annotations(answer.text))
 
 
+def remove_annotations(text: str) -> str:
+    """A text without GSM8K's calculator annotations.
+
+    >>> remove_annotations("She has 15-7=<<15-7=8>>8 stamps left.")
+    'She has 15-7=8 stamps left.'
+    """
+    return ANNOTATION.sub("", text)
+
+
+def without_validation_problems(
+    train: Sequence[Problem], val: Sequence[Problem], report: RowReport
+) -> list[Problem]:
+    """The training problems that are not in validation; the report counts the others."""
+    val_questions = {problem.question for problem in val}
+    kept = []
+    for problem in train:
+        if problem.question in val_questions:
+            report.skip(SkipReason.IN_VALIDATION, problem.place)
+        else:
+            kept.append(problem)
+    return kept
+
+
 def filter_problems(
-    found: Sequence[Problem], which: Which, tokenizer: Tokenizer, seq_len: int, *, n_wrong: int
-) -> tuple[list[Problem], ProblemReport]:
-    """The problems that fit into rows of `seq_len` tokens and have wrong answers, and what became of the others.
+    problems: Sequence[Problem], report: RowReport, tokenizer: Tokenizer, *, n_wrong: int
+) -> list[Problem]:
+    """The problems that fit the context of `report.seq_len` tokens and have wrong answers; the report counts the others.
 
     Raises:
-        UserError: none is left, or there was none: those of training that are validation problems too were taken out before.
+        UserError: no problem is left.
     """
-    if not found:
-        raise UserError(
-            "data.dataset: every problem for training is a validation problem too. Give other rows to one of the two."
-        )
-    report, kept = ProblemReport(which, seq_len), []
-    for problem in found:
-        sizes = [
-            len(tokenizer.encode(text))
-            for text in (problem.answer, *(sample.text for sample in problem.samples))
+    max_answer = (
+        report.seq_len - 2
+    )  # besides the answer: the separator, and one token of the problem
+    kept = []
+    for problem in problems:
+        n_answer = len(tokenizer.encode(problem.answer))
+        if n_answer > max_answer:
+            report.skip(SkipReason.ANSWER_TOO_LONG, problem.place)
+            continue
+        if n_wrong and NUMBER.search(problem.answer) is None:
+            report.skip(SkipReason.NO_NUMBER, problem.place)
+            continue
+        fitting = [
+            sample for sample in problem.samples if len(tokenizer.encode(sample.text)) <= max_answer
         ]
-        fits = [
-            size < seq_len - 1 for size in sizes
-        ]  # beside the separator one token of the problem
-        if not fits[0]:
-            report.too_long.append(problem.place)
-        elif n_wrong and NUMBER.search(problem.answer) is None:
-            report.numberless.append(problem.place)
-        else:
-            kept.append(
-                replace(
-                    problem,
-                    samples=tuple(
-                        sample for sample, fit in zip(problem.samples, fits[1:], strict=True) if fit
-                    ),
-                )
-            )
-            report.cut += len(tokenizer.encode(problem.question.full_text)) + 1 + sizes[0] > seq_len
+        kept.append(replace(problem, samples=tuple(fitting)))
+        n_question = len(tokenizer.encode(problem.question.full_text))
+        report.truncated += n_question + 1 + n_answer > report.seq_len
     report.kept = len(kept)
-    if not kept:
-        raise UserError(
-            f"data.dataset: no problem is left: {'; '.join(report.notes())}. Raise training.seq_len, or give other rows."
-        )
-    return kept, report
+    report.require_rows()
+    return kept
+
+
+# --- answers ---
 
 
 def grade_samples(problem: Problem, texts: Sequence[str]) -> tuple[GradedAnswer, ...]:
-    """What a model answered, without repetitions: right where its last number is that of the right answer."""
+    """A model's answers without repetitions: right if the last number is that of the right answer."""
     different = dict.fromkeys(remove_annotations(text).strip() for text in texts)
-    return tuple(
-        GradedAnswer(text, same_number(text, problem.answer))
-        for text in different
-        if text and text != problem.answer.strip()
-    )
+    graded = []
+    for text in different:
+        if text and text != problem.answer.strip():
+            graded.append(GradedAnswer(text, same_number(text, problem.answer)))
+    return tuple(graded)
 
 
 def graded_answers(problem: Problem, *, n_wrong: int, seed: str) -> list[GradedAnswer]:
-    """The right answer, `n_wrong` made of it by changing a number, which depend on the seed alone, and what a model answered."""
-    draw = random.Random(seed)  # noqa: S311  (no secret)
-    wrong = [corrupt_number(problem.answer, draw) for _ in range(n_wrong)]
+    """The right answer, `n_wrong` copies with one number changed (a function of the seed), and the sampled answers."""
+    rng = random.Random(seed)  # noqa: S311  (no secret)
+    wrong = [corrupt_number(problem.answer, rng) for _ in range(n_wrong)]
     return [
         GradedAnswer(problem.answer, True),
         *(GradedAnswer(text, False) for text in wrong if text is not None),
@@ -207,84 +182,79 @@ def graded_answers(problem: Problem, *, n_wrong: int, seed: str) -> list[GradedA
     ]
 
 
-# --- pairs ---
+# --- answers to tokens ---
 
 
 class VerifierExample(NamedTuple):
-    """A problem with an answer as tokens."""
+    """A problem with one answer as tokens."""
 
     ids: list[int]
     right: bool
     error_positions: tuple[int, ...]
-    """places in which a wrong answer departs from the right one"""
-
-
-def pair_ids(
-    problem: Sequence[int], answer: Sequence[int], tokenizer: Tokenizer, seq_len: int
-) -> list[int]:
-    """Problem, separator (EOS), answer; of what is longer than `seq_len` tokens the last ones."""
-    return [*problem, tokenizer.eos_id, *answer][-seq_len:]
-
-
-def error_span(answer: Sequence[int], right: Sequence[int]) -> range:
-    """The places of `answer` between what it has in common with the right answer at its beginning and at its end, at least one.
-
-    >>> departure([1, 2, 9, 9, 4], [1, 2, 3, 4]), departure([1, 2], [1, 7, 2])
-    (range(2, 4), range(1, 2))
-    """
-    shorter = min(len(answer), len(right))
-    start = next((i for i in range(shorter) if answer[i] != right[i]), shorter)
-    common = next(
-        (i for i in range(shorter - start) if answer[-1 - i] != right[-1 - i]), shorter - start
-    )
-    start = min(start, len(answer) - 1)
-    return range(start, max(len(answer) - common, start + 1))
+    """where a wrong answer differs from the right one; () for a right answer"""
 
 
 def build_verifier_examples(
     problem: Problem, tokenizer: Tokenizer, seq_len: int, *, n_wrong: int, seed: str
 ) -> list[VerifierExample]:
-    """All answers of a problem as pairs."""
-    asked, answers = (
-        tokenizer.encode(problem.question.full_text),
-        graded_answers(problem, n_wrong=n_wrong, seed=seed),
-    )
-    encoded = [tokenizer.encode(answer.text) for answer in answers]
-    rows = [pair_ids(asked, ids, tokenizer, seq_len) for ids in encoded]
-    # Of an answer that is cut on its left the places move with it; what of them is cut off is at the first place.
-    spans = [
-        [max(len(row) - len(ids) + place, 0) for place in error_span(ids, encoded[0])]
-        for row, ids in zip(rows, encoded, strict=True)
-    ]
-    return [
-        VerifierExample(row, answer.right, () if answer.right else tuple(span))
-        for row, answer, span in zip(rows, answers, spans, strict=True)
-    ]
+    """One example for each answer to a problem."""
+    question_ids = tokenizer.encode(problem.question.full_text)
+    answers = graded_answers(problem, n_wrong=n_wrong, seed=seed)
+    right_ids = tokenizer.encode(answers[0].text)
+    examples = []
+    for answer in answers:
+        answer_ids = tokenizer.encode(answer.text)
+        ids = pair_ids(question_ids, answer_ids, tokenizer, seq_len)
+        positions: tuple[int, ...] = ()
+        if not answer.right:
+            # Positions in the answer to positions in the row. If the answer is cut on its left, those cut off become 0.
+            start = len(ids) - len(answer_ids)
+            positions = tuple(max(start + i, 0) for i in error_span(answer_ids, right_ids))
+        examples.append(VerifierExample(ids, answer.right, positions))
+    return examples
 
 
-# Padding is masked, so that any id does; a batch is padded to a multiple of this, so that fewer shapes are met.
-LENGTH_STEP = 32
+def pair_ids(
+    question: Sequence[int], answer: Sequence[int], tokenizer: Tokenizer, seq_len: int
+) -> list[int]:
+    """Problem, separator (EOS), answer; if that is longer than `seq_len` tokens, the last ones."""
+    return [*question, tokenizer.eos_id, *answer][-seq_len:]
+
+
+def error_span(answer: Sequence[int], right: Sequence[int]) -> range:
+    """The positions of `answer` between the beginning and the end that it shares with the right answer; at least one.
+
+    >>> error_span([1, 2, 9, 9, 4], [1, 2, 3, 4]), error_span([1, 2], [1, 7, 2])
+    (range(2, 4), range(1, 2))
+    """
+    shorter = min(len(answer), len(right))
+    start = next((i for i in range(shorter) if answer[i] != right[i]), shorter)
+    n_rest = shorter - start
+    n_end = next((i for i in range(n_rest) if answer[-1 - i] != right[-1 - i]), n_rest)
+    start = min(start, len(answer) - 1)
+    return range(start, max(len(answer) - n_end, start + 1))
+
+
+# --- tokens to batches ---
 
 
 def pad_pairs(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
-    """`input_ids` (B, T) int64 and `attention_mask` (B, T) bool of rows of ids, padded on the right to the longest of them."""
+    """`input_ids` (B, T) int64 and `attention_mask` (B, T) bool of rows of ids, padded on the right to the longest."""
     longest = max((len(row) for row in rows), default=0)
-    ids = torch.full(
-        (len(rows), -(-longest // LENGTH_STEP) * LENGTH_STEP), pad_id, dtype=torch.long
-    )
+    padded_length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    input_ids = torch.full((len(rows), padded_length), pad_id, dtype=torch.long)
     for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
+        input_ids[number, : len(row)] = torch.tensor(row)
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    return {"input_ids": ids, "attention_mask": torch.arange(ids.size(1)) < lengths[:, None]}
+    attention_mask = torch.arange(padded_length) < lengths[:, None]  # (B, T)
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def collate_pairs(pairs: Sequence[VerifierExample], pad_id: int) -> dict[str, Any]:
+def collate_pairs(examples: Sequence[VerifierExample], pad_id: int) -> dict[str, Any]:
     """`pad_pairs` with `label` (B,) int64, 1 for right, and `error_mask` (B, T) bool."""
-    batch = pad_pairs([pair.ids for pair in pairs], pad_id)
+    batch = pad_pairs([example.ids for example in examples], pad_id)
     error_mask = torch.zeros_like(batch["attention_mask"])
-    for number, pair in enumerate(pairs):
-        error_mask[number, list(pair.error_positions)] = True
-    return batch | {
-        "label": torch.tensor([int(pair.right) for pair in pairs], dtype=torch.long),
-        "error_mask": error_mask,
-    }
+    for number, example in enumerate(examples):
+        error_mask[number, list(example.error_positions)] = True
+    label = torch.tensor([int(example.right) for example in examples], dtype=torch.long)
+    return batch | {"label": label, "error_mask": error_mask}

@@ -13,9 +13,10 @@ from data import RunData
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import Config
 from tinylm.rows.inspect import InspectedRow
-from tinylm.rows.preferences import PairReport, PreferencePair, build_pairs
+from tinylm.rows.preferences import PreferencePair, build_pairs
 from tinylm.rows.row_files import resolve_dataset
 from tinylm.rows.sft import fingerprint_of_examples, shared_examples
+from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
@@ -47,9 +48,12 @@ class PreferenceData(RunData):
         Raises:
             UserError: see `build_pairs`.
         """
-        if note := resolve_dataset(self.config.data)[1]:
+        dataset = self.config.data.dataset
+        if resolve_dataset(self.config.data)[0].dataset != dataset:  # the tiny rows, no preferences
             raise UserError(
-                f"{note.partition(';')[0]}. Give a file of preferences, such as data/tiny_preferences.jsonl."
+                ("data.dataset", dataset),
+                "has no file of rows",
+                "Give a file of preferences, such as data/tiny_preferences.jsonl",
             )
         self.train_pairs, train = self._pairs("train")
         self.val_pairs, val = self._pairs("val")
@@ -114,7 +118,7 @@ class PreferenceData(RunData):
         for name, example in (("chosen", row.chosen), ("rejected", row.rejected)):
             yield inspect_examples(f"{heading}, {name}", [example], seq_len, pad_id)
 
-    def _pairs(self, which: Which) -> tuple[list[PreferencePair], PairReport]:
+    def _pairs(self, which: Which) -> tuple[list[PreferencePair], RowReport]:
         training = self.config.training
         return build_pairs(
             self.config.data, which, training.seed, self.template, self.tokenizer, training.seq_len

@@ -11,14 +11,14 @@ from tinylm.common.errors import printable
 from tinylm.config.schema import Config
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
 from tinylm.rows.inspect import InspectedRow
-from tinylm.rows.row_files import NAMED_PLACES, resolve_dataset
+from tinylm.rows.row_files import resolve_dataset
 from tinylm.rows.sft import (
-    Report,
     build_examples,
     fingerprint_of_examples,
     shared_examples,
     shared_questions,
 )
+from tinylm.rows.skipped_rows import RowReport, list_places
 from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import Template
 from tinylm.text.splits import Which
@@ -116,7 +116,7 @@ class SFTData(RunData):
             heading, row, self.config.training.seq_len, pad_id=self.tokenizer.pad_id
         )
 
-    def _examples(self, which: Which) -> tuple[list[Example], Report]:
+    def _examples(self, which: Which) -> tuple[list[Example], RowReport]:
         data, training = self.config.data, self.config.training
         return build_examples(
             data,
@@ -138,9 +138,6 @@ def inspect_examples(
     parts = row_of_examples(row, seq_len, pad_id)
     inputs, labels, documents = (part.tolist() for part in parts)
     last = len(row) - 1  # padding has the number after the last document
-    places = [example.place for example in row]
-    named = ", ".join(places[:NAMED_PLACES])
-    if len(places) > NAMED_PLACES:
-        named += f" and {len(places) - NAMED_PLACES} more"
+    places = list_places([example.place for example in row])
     documents = [min(number, last) for number in documents]
-    return InspectedRow(f"{heading}: {named}", inputs, labels, documents)
+    return InspectedRow(f"{heading}: {places}", inputs, labels, documents)

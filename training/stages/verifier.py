@@ -15,13 +15,14 @@ from tinylm.common.errors import printable
 from tinylm.config.schema import Config
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
 from tinylm.rows.inspect import InspectedRow
+from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.verifier_data import (
     Problem,
-    ProblemReport,
     build_verifier_examples,
     collate_pairs,
     filter_problems,
     read_problems,
+    without_validation_problems,
 )
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
@@ -52,17 +53,13 @@ class VerifierData(RunData):
             UserError: see `read_problems` and `filter_problems`.
         """
         train_rows, val_rows = self._read("train"), self._read("val")
-        held_out = {problem.question for problem in val_rows}
-        apart = [problem for problem in train_rows if problem.question not in held_out]
-        self.train_problems, train = self._filter(answer(apart), "train")
-        self.val_problems, val = self._filter(answer(val_rows), "val")
-        shared = len(train_rows) - len(apart)
-        self.notes = []
-        if shared:
-            self.notes.append(
-                f"training: {shared} problems are skipped: they are also validation problems"
-            )
-        self.notes += [*train.notes(), *val.notes()]
+        seq_len = self.config.training.seq_len
+        train = RowReport("train", seq_len, lost="the start of a problem")
+        val = RowReport("val", seq_len, lost="the start of a problem")
+        train_rows = without_validation_problems(train_rows, val_rows, train)
+        self.train_problems = self._filter(answer(train_rows), train)
+        self.val_problems = self._filter(answer(val_rows), val)
+        self.notes = [*train.notes(), *val.notes()]
 
     def describe(self) -> str:
         """One line about the training and validation data."""
@@ -121,9 +118,8 @@ class VerifierData(RunData):
             built_in=requested_built_in_rows(data),
         )
 
-    def _filter(self, problems: list[Problem], which: Which) -> tuple[list[Problem], ProblemReport]:
-        seq_len = self.config.training.seq_len
-        return filter_problems(problems, which, self.tokenizer, seq_len, n_wrong=self.n_wrong)
+    def _filter(self, problems: list[Problem], report: RowReport) -> list[Problem]:
+        return filter_problems(problems, report, self.tokenizer, n_wrong=self.n_wrong)
 
     def _n_answers(self, problems: list[Problem]) -> int:
         return sum(1 + self.n_wrong + len(problem.samples) for problem in problems)

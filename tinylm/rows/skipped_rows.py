@@ -1,0 +1,139 @@
+"""Why was my row skipped? The path of a row from file to batch, every reason to skip it, and the report.
+
+    1. read     row_files.read_rows             file ─▶ (place, dict); blank lines are ignored
+    2. split    text.splits                     by a hash of the row: validation (data.val_fraction) or training,
+                                                then at most data.train_docs or data.val_docs rows
+    3. parse    columns.parse_conversation      dict ─▶ turns               sft; a task brings its own function
+                preferences.parse_preference    dict ─▶ prompt, 2 answers   dpo
+                verifier_data.parse_problem     turns ─▶ problem, answer    verifier
+    4. encode   templates.Template.encode       turns ─▶ ids, and which of them are trained
+    5. fit      sft.build_examples              cut to training.seq_len + 1 ids     ◀── rows are SKIPPED here,
+                preferences.build_pairs         the same for both answers               and only for a `SkipReason`
+                verifier_data.filter_problems   the start of a problem is cut
+    6. pack     tokens.packing.pack_examples    examples ─▶ rows of a batch (data.packing)
+    7. collate  data.py, training/stages/       rows ─▶ tensors
+
+Steps 1, 3 and 4 skip nothing: a row that cannot be read, parsed or encoded is an error that names file, line and key,
+and ends the run. Step 5 counts what it skips in a `RowReport`, whose notes a run prints before it trains:
+
+    training: skipped 2 rows: an answer is empty (rows.jsonl:3, rows.jsonl:4)
+
+`finetune.py --show-rows 3` prints rows as step 7 hands them to training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from tinylm.common.errors import UserError
+from tinylm.text.documents import some_of
+from tinylm.text.splits import Which
+
+# Rows named in a message; the others are counted.
+MAX_NAMED_ROWS = 3
+
+
+class SkipReason(Enum):
+    """Why a sound row is not trained on, and what a user can do about it."""
+
+    PROMPT_TOO_LONG = (
+        "the prompt fills the context of {seq_len} tokens",
+        "Raise training.seq_len, or shorten the prompts",
+    )
+    # preferences
+    EMPTY_ANSWER = ("an answer is empty", "Give pairs with two answers")
+    EQUAL_ANSWERS = ("the two answers are equal", "Give pairs in which one answer is better")
+    EQUAL_IN_CONTEXT = (
+        "the two answers differ only after the context of {seq_len} tokens",
+        "Raise training.seq_len",
+    )
+    DIFFERENT_PROMPTS = (
+        "the two conversations differ before the last answer",
+        "Give pairs of answers to the same prompt",
+    )
+    # a verifier
+    ANSWER_TOO_LONG = (
+        "the answer fills the context of {seq_len} tokens",
+        "Raise training.seq_len, or give other rows",
+    )
+    NO_NUMBER = (
+        "the answer has no number to change into a wrong one",
+        "Set verifier.n_wrong to 0, or give other rows",
+    )
+    IN_VALIDATION = (
+        "the same problem is in validation",
+        "Give different rows for training and validation",
+    )
+
+    @property
+    def fix(self) -> str:
+        """What to do about it."""
+        return self.value[1]
+
+    def text(self, seq_len: int) -> str:
+        """The reason as a user reads it."""
+        return self.value[0].format(seq_len=seq_len)
+
+
+@dataclass
+class RowReport:
+    """What happened to the rows of a split: kept, truncated, skipped."""
+
+    which: Which
+    seq_len: int
+    kept: int = 0
+    truncated: int = 0
+    """rows of those kept that lost tokens to the context"""
+    lost: str = "the end of an answer"
+    """what a truncated row lost"""
+    skipped: dict[SkipReason, list[str]] = field(default_factory=dict)
+    """the places of skipped rows"""
+    unread_columns: dict[str, None] = field(default_factory=dict)
+    """columns with text that is in no turn, in order of appearance"""
+
+    def skip(self, reason: SkipReason, place: str) -> None:
+        """Count the row at `place` as skipped."""
+        self.skipped.setdefault(reason, []).append(place)
+
+    def notes(self) -> list[str]:
+        """What a user should know, one line each."""
+        split = "validation" if self.which == "val" else "training"
+        notes = [f"{split}: skipped {text}" for text in self._skipped_texts()]
+        if self.unread_columns:
+            names = some_of(self.unread_columns)
+            notes.append(f"{split}: columns not read: {names}; data.columns names those that are")
+        if self.truncated:
+            counts = f"{self.truncated} of {self.kept} rows"
+            notes.append(
+                f"{split}: {counts} lost {self.lost} to the context of {self.seq_len} tokens"
+            )
+        return notes
+
+    def require_rows(self) -> None:
+        """Raise a UserError if no row was kept: the loss over no targets is not a number."""
+        if self.kept:
+            return
+        split = "validation" if self.which == "val" else "training"
+        most = max(self.skipped, key=lambda reason: len(self.skipped[reason]))
+        problem = f"no {split} rows are left: skipped {'; '.join(self._skipped_texts())}"
+        raise UserError("data.dataset", problem, most.fix)
+
+    def _skipped_texts(self) -> list[str]:
+        return [
+            f"{count_rows(len(places))}: {reason.text(self.seq_len)} ({list_places(places)})"
+            for reason, places in self.skipped.items()
+        ]
+
+
+def count_rows(n: int) -> str:
+    return "1 row" if n == 1 else f"{n} rows"
+
+
+def list_places(places: Sequence[str]) -> str:
+    """The first places by name, the rest as a number.
+
+    >>> list_places(["a.jsonl:1", "a.jsonl:2"]), list_places(["a:1", "a:2", "a:3", "a:4", "a:5"])
+    ('a.jsonl:1, a.jsonl:2', 'a:1, a:2, a:3 and 2 more')
+    """
+    n_more = len(places) - MAX_NAMED_ROWS
+    return ", ".join(places[:MAX_NAMED_ROWS]) + (f" and {n_more} more" if n_more > 0 else "")

@@ -250,7 +250,7 @@ def check_base(stage: Stage, before: list[Stage]) -> None:
         UserError: naming the stage and the model.
     """
     from tinylm.common.hub import HF_PREFIX
-    from tinylm.model.hf_model import find_hf_model
+    from tinylm.model.hf_files import find_hf_model
 
     base = stage.config.training.init_from
     if base is None:

@@ -429,7 +429,7 @@ def open_model(subject: Subject, device: str) -> Opened:
         UserError: it is not there, or is none that writes text.
     """
     from tinylm.generate.engine import Engine
-    from tinylm.model.hf_model import find_hf_model
+    from tinylm.model.hf_files import find_hf_model
     from tinylm.tokenizer.hf_files import load_hf_tokenizer
 
     name = str(subject.paths[0])

@@ -15,8 +15,9 @@ from torch import Tensor
 from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.engine import Engine
-from tinylm.model import hf_model
-from tinylm.model.hf_model import HFModel, check_packing, find_hf_model, rebuild_hf_model
+from tinylm.model import hf_files, hf_model
+from tinylm.model.hf_files import find_hf_model, rebuild_hf_model
+from tinylm.model.hf_model import HFModel, check_packing
 from tinylm.tokenizer.byte_char import ByteTokenizer
 
 SIZES = {
@@ -246,51 +247,51 @@ def index_with(name: str) -> Callable[[Path], None]:
 
 NORM = "model.norm.weight"
 FAULTS = {
-    "a header of 2^62 bytes": (header("{}", 2**62), "model.safetensors: not sound safetensors: "),
-    "a header that is no JSON": (header("{"), "model.safetensors: not sound safetensors: "),
+    "a header of 2^62 bytes": (header("{}", 2**62), "model.safetensors: not valid safetensors: "),
+    "a header that is no JSON": (header("{"), "model.safetensors: not valid safetensors: "),
     "overlapping tensors": (
         header(
             '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
         ),
-        "model.safetensors: not sound safetensors: ",
+        "model.safetensors: not valid safetensors: ",
     ),
     "a shape beyond the file": (
         header('{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,16]}}'),
-        "not sound safetensors: ",
+        "not valid safetensors: ",
     ),
     "a file cut short": (
         lambda folder: (folder / "model.safetensors").write_bytes(
             (folder / "model.safetensors").read_bytes()[:-5]
         ),
-        "not sound safetensors: ",
+        "not valid safetensors: ",
     ),
     "an integer tensor": (
         weights_with(lambda w: w.update({NORM: torch.ones(32, dtype=torch.int64)})),
-        f"{NORM}: weights are F64, F32, F16, BF16, found I64.",
+        f"{NORM}: type must be one of F64, F32, F16, BF16, got I64.",
     ),
     "another shape": (
         weights_with(lambda w: w.update({NORM: torch.ones(64)})),
-        f"{NORM}: a weight that has another shape by config.json.",
+        f"{NORM}: weight of another shape than in config.json.",
     ),
     "a missing tensor": (
         weights_with(lambda w: w.update({"x": w.pop(NORM)})),
-        f"{NORM}: a weight that is not there by config.json.",
+        f"{NORM}: missing weight.",
     ),
     "an extra tensor": (
         weights_with(lambda w: w.update(x=torch.ones(3))),
-        "x: a weight that is not asked for by config.json.",
+        "x: unexpected weight.",
     ),
     "a config that asks for all memory": (
         config_with(vocab_size=2**31 - 1),
-        "config.json asks for 137,438,96",
+        "config.json needs 137,438,96",
     ),
     "a config beyond all bounds": (
         config_with(vocab_size=2**62),
-        "a llama model cannot be told: vocab_size: Input should be less than",
+        "the sizes of this llama model are not known (vocab_size: Input should be less than",
     ),
     "code of its author": (
         config_with(auto_map={"AutoModelForCausalLM": "evil.Model"}),
-        "config.json: auto_map: it asks for code of its author to be run",
+        "config.json: auto_map: requires running code of its author",
     ),
     "quantized": (
         config_with(quantization_config={"quant_method": "bitsandbytes"}),
@@ -303,11 +304,11 @@ FAULTS = {
     "no architecture": (config_with(model_type=None), "config.json: transformers cannot read it: "),
     "an encoder-decoder without a start": (
         config_with(model_type="t5"),
-        "config.json: decoder_start_token_id: missing, and an encoder-decoder needs it.",
+        "config.json: decoder_start_token_id: missing; an encoder-decoder needs it.",
     ),
     "no language model": (
         config_with(model_type="vit"),
-        "config.json: model_type: vit is no model that writes text.",
+        "config.json: model_type: must be a model that generates text, got vit.",
     ),
     "a size that is text": (
         config_with(hidden_size="wide"),
@@ -316,16 +317,16 @@ FAULTS = {
     "heads of no size": (config_with(num_attention_heads=0), "config.json: "),
     "no JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
-        "config.json: not readable JSON: ",
+        "config.json: not valid JSON: ",
     ),
     "a JSON list": (
         lambda folder: (folder / "config.json").write_text("[]"),
-        "config.json: expected a JSON object.",
+        "config.json: must be a JSON object, got list.",
     ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json here."),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json."),
     "no weights": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-        "no model.safetensors here.",
+        "no model.safetensors.",
     ),
     "an adapter": (
         lambda folder: (folder / "adapter_config.json").write_text(
@@ -335,21 +336,21 @@ FAULTS = {
     ),
     "a shard elsewhere": (
         index_with("../model.safetensors"),
-        "weight_map: '../model.safetensors' is not the name of a safetensors file beside it.",
+        "weight_map: must be the name of a safetensors file beside it, got '../model.safetensors'.",
     ),
     "a shard that is a pickle": (
         index_with("pytorch_model.bin"),
-        "weight_map: 'pytorch_model.bin' is not the name of a safetensors file",
+        "weight_map: must be the name of a safetensors file beside it, got 'pytorch_model.bin'",
     ),
     "a shard that is not there": (
         index_with("model-2.safetensors"),
-        "model-2.safetensors: not sound safetensors: ",
+        "model-2.safetensors: not valid safetensors: ",
     ),
     "an index of nothing": (
         lambda folder: (
             index_with("x")(folder) or (folder / "model.safetensors.index.json").write_text("{}")
         ),
-        "weight_map: expected an object",
+        "weight_map: must be an object",
     ),
 }
 
@@ -369,9 +370,9 @@ def test_scaled_logits_are_refused() -> None:
     """The loss multiplies by the head's matrix alone; Granite divides the logits by logits_scaling afterwards."""
     model = HFModel(random_model("granite", intermediate_size=48, logits_scaling=8.0))
     with pytest.raises(
-        UserError, match="the logits of a granite model are more than a matrix product"
+        UserError, match="the logits of a granite model are not hidden states times a matrix"
     ):
-        hf_model._check_head(model, "x")
+        hf_model.require_plain_head(model, "x")
 
 
 @pytest.mark.parametrize(
@@ -389,7 +390,7 @@ def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     def unreachable(what: str, mend: str) -> None:
         raise UserError(f"{what}: cannot be reached. {mend}")
 
-    monkeypatch.setattr(hf_model, "require_hub", unreachable)
+    monkeypatch.setattr(hf_files, "require_hub", unreachable)
     with pytest.raises(
         UserError,
         match="someone/model: cannot be reached. Give a local folder with config.json and model.safetensors.",

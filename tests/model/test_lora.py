@@ -169,28 +169,28 @@ def test_the_defaults_fit_each_architecture(name: str, expected: tuple[str, ...]
         (
             "ours",
             {"target_modules": ("qkv", "q_proj")},
-            "lora.target_modules: no layer that can have an adapter is called q_proj. There are down, out, qkv, up.",
+            "lora.target_modules: must name layers that can have an adapter (down, out, qkv, up), got q_proj.",
         ),
-        ("ours", {"target_modules": ("head",)}, "no layer that can have an adapter is called head"),
+        ("ours", {"target_modules": ("head",)}, "), got head."),
         (
             "ours",
             {"target_modules": ("embedding",)},
-            "no layer that can have an adapter is called embedding",
+            "), got embedding.",
         ),
         (
             "ours with experts",
             {"target_modules": ("up",)},
-            "no layer that can have an adapter is called up. There are out, qkv, router.",
+            "must name layers that can have an adapter (out, qkv, router), got up.",
         ),
         (
             "llama",
             {"target_modules": ("lm_head",)},
-            "no layer that can have an adapter is called lm_head",
+            "), got lm_head.",
         ),
         (
             "ours",
             {"r": 33},
-            "lora.r: a rank of 33 is more than the smaller side of blocks.0.ffn.down, 32. Lower lora.r.",
+            "lora.r: must be at most 32, the smaller side of blocks.0.ffn.down, got 33.",
         ),
     ],
 )

@@ -24,8 +24,8 @@ from tinylm.config.schema import LoraConfig, SamplingConfig
 from tinylm.eval.perplexity import batch_sums, extra_inputs
 from tinylm.generate.engine import Engine
 from tinylm.interchange.peft import save_adapter
-from tinylm.model import hf_model
-from tinylm.model.hf_model import HFSeq2Seq, find_hf_model
+from tinylm.model.hf_files import find_hf_model, rebuild_hf_model
+from tinylm.model.hf_model import HFSeq2Seq
 from tinylm.model.lora import (
     adapter_weights,
     adapters_off,
@@ -266,7 +266,7 @@ def test_what_an_encoder_cannot_do_is_a_callers_mistake(pair: Any) -> None:
 def test_a_checkpoint_gives_the_model_back(pair: Any) -> None:
     """Settings and weights as a checkpoint has them: equal weights and logits, and the head is tied or not as it was."""
     model, _ = pair
-    again = hf_model.rebuild_hf_model(model.settings, model.state_dict()).eval()
+    again = rebuild_hf_model(model.settings, model.state_dict()).eval()
     batch = model.prepare_batch(rows())
     assert checkpoint_initial.fingerprint_of(again) == checkpoint_initial.fingerprint_of(model)
     assert torch.allclose(
@@ -456,7 +456,7 @@ def test_the_adapter_that_is_saved_is_pefts(make: Any, home: Path, tmp_path: Pat
         ),
         (
             "lora.target_modules=[qkv]",
-            "no layer that can have an adapter is called qkv. There are k, o, q, v, wi, wo.",
+            "must name layers that can have an adapter (k, o, q, v, wi, wo), got qkv.",
         ),
     ],
 )
@@ -504,6 +504,6 @@ def test_an_encoder_decoder_without_its_start_is_refused(tmp_path: Path) -> None
     save(tmp_path / "t5", "t5", decoder_start_token_id=None)
     with pytest.raises(
         UserError,
-        match=r"decoder_start_token_id: missing, and an encoder-decoder needs it\. Download it again\.",
+        match=r"decoder_start_token_id: missing; an encoder-decoder needs it\. Download it again\.",
     ):
         find_hf_model(str(tmp_path / "t5"))

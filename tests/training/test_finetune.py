@@ -835,12 +835,12 @@ def test_an_adapter_goes_on_only_over_its_own_base(
         (
             "lora",
             ["lora.r=17"],
-            "lora.r: a rank of 17 is more than the smaller side of blocks.0.ffn.down, 16.",
+            "lora.r: must be at most 16, the smaller side of blocks.0.ffn.down, got 17.",
         ),
         (
             "lora",
             ["lora.target_modules=[q_proj]"],
-            "lora.target_modules: no layer that can have an adapter is called q_proj.",
+            "lora.target_modules: must name layers that can have an adapter (down, out, qkv, up), got q_proj.",
         ),
         (
             "foreign",

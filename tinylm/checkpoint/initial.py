@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# hf_model is imported when a model of Hugging Face is opened or rebuilt
+# models.hf_files is imported when a model of Hugging Face is opened or rebuilt
 from tinylm import model as models
 from tinylm.checkpoint.format import read
 from tinylm.common.errors import UserError
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def whole_model(config: ModelConfig, state: dict[str, Any]) -> Decoder | HFModel:
     """The model of a checkpoint that has all its weights, with the settings `config`."""
     if state["hf_config"] is not None:
-        return models.hf_model.rebuild_hf_model(state["hf_config"], state["weights"])
+        return models.hf_files.rebuild_hf_model(state["hf_config"], state["weights"])
     return build_decoder(config, state["weights"])
 
 
@@ -109,7 +109,7 @@ def open_initial_model(name: str) -> InitialModel:
     """
     if name.startswith(HF_PREFIX):
         hf_name = name.removeprefix(HF_PREFIX)
-        files = models.hf_model.find_hf_model(hf_name)
+        files = models.hf_files.find_hf_model(hf_name)
         tokenizer_config = TokenizerConfig(kind="hf", path=hf_name)
         return InitialModel(name, files.sizes, tokenizer_config, None, True, lambda _: files.load())
     state = read(Path(name))

@@ -1,10 +1,14 @@
-"""Low-rank adapters (Hu et al. 2021): two small matrices beside each frozen linear layer, trained in place of its own.
+"""Low-rank adapters (Hu et al. 2021): two small matrices beside each frozen linear layer are trained instead of its own.
 
-    y = W x + (alpha / r) · B A x        A (r, in) random, B (out, r) zero, so that the model begins unchanged
+    y = W x + (alpha / r) · B A x        A (r, in) random, B (out, r) zero: at first the model is unchanged
 
-`attach` puts them into a model by peft, for training. `merge` adds them to the weights, for everything else: what comes out
-is an ordinary model, and peft is not needed. `save_adapter` writes the files that plain peft loads. In checkpoints and
-files a matrix is called as peft's files call it: `blocks.0.attention.qkv.lora_A.weight`.
+               ┌──── W (out, in), frozen ─────┐
+        x ─────┤                              ├─ + ─▶ y
+               └─ A (r, in) ─▶ B (out, r) ────┘
+
+`attach` puts adapters into a model with peft, for training. `merge` adds them to the weights, for everything else: the
+result is an ordinary model, and peft is not needed. In checkpoints and exported files a matrix has the name that it has
+in peft's files: `blocks.0.attention.qkv.lora_A.weight`.
 """
 
 from __future__ import annotations
@@ -16,19 +20,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tinylm.common.errors import UserError, printable, require_package
+from tinylm.common.errors import UserError, require_package
 from tinylm.config.schema import LoraConfig
 from tinylm.model.decoder import Decoder
 
 if TYPE_CHECKING:
     from tinylm.model.hf_model import HFModel
 
-# Of our decoder. The router of a mixture decides who computes: it is left alone unless somebody names it.
+# Of `Decoder`. The router of a mixture decides which expert computes, and gets an adapter only if it is named.
 TARGETS = ("qkv", "out", "up", "down")
 
 
 def attach(model: Decoder | HFModel, lora: LoraConfig, *, seed: int) -> None:
-    """Put adapters into `model`, whose own weights are frozen; what A holds depends on the seed alone.
+    """Put adapters into `model` and freeze its own weights; the values of A depend on the seed alone.
 
     Raises:
         UserError: peft is missing, a target matches no layer, or the rank is larger than a layer.
@@ -38,49 +42,45 @@ def attach(model: Decoder | HFModel, lora: LoraConfig, *, seed: int) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
-    transposed = not all(isinstance(layer, nn.Linear) for layer in layers.values())
-    names = list(lora.target_modules or default_targets(model))
-    torch.manual_seed(seed)
-    inject_adapter_in_model(
-        PeftConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=names,
-            fan_in_fan_out=transposed,
-        ),
-        model if isinstance(model, Decoder) else model.inner,
+    config = PeftConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules or default_targets(model)),
+        # GPT-2's Conv1D stores (in, out)
+        fan_in_fan_out=not all(isinstance(layer, nn.Linear) for layer in layers.values()),
     )
+    torch.manual_seed(seed)
+    inject_adapter_in_model(config, model if isinstance(model, Decoder) else model.inner)
 
 
 def default_targets(model: Decoder | HFModel) -> tuple[str, ...]:
-    """The last names of the layers that get adapters where the settings name none: attention and feed-forward."""
+    """The last names of the layers that get adapters if lora.target_modules is null: attention and feed-forward."""
     names = {name.rpartition(".")[2] for name in linear_layers(model)}
     return tuple(sorted(names & set(TARGETS) if isinstance(model, Decoder) else names))
 
 
 def linear_layers(model: Decoder | HFModel) -> dict[str, nn.Module]:
-    """The layers that can have adapters: those that are called as modules, and so not the head, whose matrix the loss takes.
+    """The layers that can have adapters, by the names that peft sees: those that are called as modules.
 
-    The names are those within the model that peft sees.
+    The head is not: the loss takes its matrix, so that an adapter on it would be ignored.
     """
-    if isinstance(model, Decoder):
-        return {
-            name: layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear) and layer is not model.head
-        }
-    from transformers.pytorch_utils import Conv1D
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear,)
+    inner: nn.Module = model
+    if not isinstance(model, Decoder):
+        from transformers.pytorch_utils import Conv1D
 
+        kinds = (nn.Linear, Conv1D)
+        inner = model.inner
     return {
         name: layer
-        for name, layer in model.inner.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D) and layer is not model.head
+        for name, layer in inner.named_modules()
+        if isinstance(layer, kinds) and layer is not model.head
     }
 
 
 def target_layers(model: Decoder | HFModel, lora: LoraConfig) -> dict[str, nn.Module]:
-    """The layers that `lora` asks for.
+    """The layers that get adapters.
 
     Raises:
         UserError: a target is the end of no layer's name, or the rank is larger than a layer.
@@ -95,21 +95,20 @@ def target_layers(model: Decoder | HFModel, lora: LoraConfig) -> dict[str, nn.Mo
         }
         if not found:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise UserError(
-                f"lora.target_modules: no layer that can have an adapter is called {printable(target)}. There are {known}."
-            )
+            problem = f"must name layers that can have an adapter ({known}), got {target}"
+            raise UserError("lora.target_modules", problem)
         chosen |= found
     for name, layer in chosen.items():
         assert isinstance(layer.weight, Tensor)
-        if lora.r > min(layer.weight.shape):
-            raise UserError(
-                f"lora.r: a rank of {lora.r} is more than the smaller side of {name}, {min(layer.weight.shape)}. Lower lora.r."
-            )
+        limit = min(layer.weight.shape)
+        if lora.r > limit:
+            problem = f"must be at most {limit}, the smaller side of {name}, got {lora.r}"
+            raise UserError("lora.r", problem)
     return chosen
 
 
 def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters' matrices among the weights of a model that has them, as peft's files call them.
+    """The adapters' matrices among the weights of a model that has them, by their names in peft's files.
 
     >>> adapter_weights({"a.base_layer.weight": torch.ones(1), "a.lora_A.default.weight": torch.ones(1)})
     {'a.lora_A.weight': tensor([1.])}
@@ -122,11 +121,10 @@ def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_adapter(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill the adapters that `attach` made with those of a checkpoint, which must be the same ones."""
+    """Fill the adapters that `attach` made with `weights`, those of a checkpoint with the same settings."""
     own = adapter_weights(dict(model.named_parameters()))
-    if {name: weight.shape for name, weight in own.items()} != {
-        name: weight.shape for name, weight in weights.items()
-    }:
+    shapes = {name: weight.shape for name, weight in own.items()}
+    if shapes != {name: weight.shape for name, weight in weights.items()}:
         raise ValueError("these adapters are of another model or rank; compare the settings first")
     with torch.no_grad():
         for name, weight in own.items():
@@ -135,7 +133,7 @@ def load_adapter(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base that `model` had before `attach`, to the last bit, at no memory: the reference of preference training."""
+    """The base that `model` was before `attach`, to the last bit and without a copy: the reference of preference training."""
     from peft.tuners.lora import LoraLayer
 
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
@@ -151,13 +149,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def merge(model: nn.Module, weights: Mapping[str, Tensor], lora: LoraConfig) -> None:
     """Add the adapters `weights` to the matrices of `model`, a base without adapters: W + (alpha / r) · B A."""
-    for name, down in weights.items():
-        layer_name, is_first, _ = name.partition(".lora_A.")
-        if is_first:
-            layer = model.get_submodule(layer_name)
-            change = (weights[f"{layer_name}.lora_B.weight"].float() @ down.float()) * (
-                lora.alpha / lora.r
-            )
-            layer.weight += (
-                change if isinstance(layer, nn.Linear) else change.T
-            )  # GPT-2 stores (in, out)
+    for name, a in weights.items():
+        layer_name, is_a, _ = name.partition(".lora_A.")
+        if not is_a:
+            continue
+        b = weights[f"{layer_name}.lora_B.weight"]
+        change = (b.float() @ a.float()) * (lora.alpha / lora.r)  # (out, in)
+        layer = model.get_submodule(layer_name)
+        layer.weight += change if isinstance(layer, nn.Linear) else change.T  # GPT-2: (in, out)

@@ -1,0 +1,298 @@
+"""Hugging Face models from their files: found here or on the hub, checked, and built.
+
+    folder or hub name ─▶ config.json, checked ─▶ safetensors, checked ─▶ HFModel, or HFSeq2Seq for T5 and others
+
+Files are not trusted. Weights are read from safetensors only, no code of a model's author is ever run, and every name,
+shape and type is compared with config.json before memory is allocated. A model that does not generate text is an error.
+`find_hf_model` opens a model's files; `rebuild_hf_model` makes one from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tinylm.common.errors import UserError, first_line, require_package
+from tinylm.common.hub import hub_errors, is_hub_name, require_hub
+from tinylm.config.schema import ModelConfig
+from tinylm.model.hf_model import (
+    HFModel,
+    HFSeq2Seq,
+    model_sizes,
+    quiet_transformers,
+    require_plain_head,
+)
+from tinylm.tokenizer.hf_files import OLDER_VOCABULARIES, TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+INDEX = "model.safetensors.index.json"
+MODEL_FILES = ("config.json", "model*.safetensors", INDEX)
+JSON_BYTES_LIMIT = 50_000_000  # the index of the largest published models has some megabytes
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+# Keys of config.json that would make transformers run or fetch something other than its own model code.
+REFUSED_KEYS = {
+    "auto_map": "requires running code of its author, which this program never does",
+    "quantization_config": "its weights are quantized, but training needs full precision",
+}
+ANOTHER = "Choose another model"
+AGAIN = "Download it again"
+BOTH_AGAIN = "Download config.json and the weights again"
+
+
+# --- find -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HFModelFiles:
+    """A Hugging Face model on disk, its config read and checked, its weights not read yet."""
+
+    folder: Path
+    config: PreTrainedConfig
+
+    @property
+    def sizes(self) -> ModelConfig:
+        """Its sizes in our names."""
+        return model_sizes(self.config)
+
+    def load(self) -> HFModel:
+        """The model in fp32.
+
+        Raises:
+            UserError: naming the file, and the tensor that is damaged, missing, unexpected or of another shape.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        weights: dict[str, Tensor] = {}
+        for file in self._weight_files():
+            try:
+                _check_types(file)
+                weights |= load_file(file)
+            except (SafetensorError, OSError) as error:
+                problem = f"not valid safetensors: {first_line(error)}"
+                raise UserError(file, problem, AGAIN) from None
+        return _assemble(self.config, weights, self.folder)
+
+    def _weight_files(self) -> list[Path]:
+        """The files with the weights: one, or those that an index names."""
+        single, index = self.folder / "model.safetensors", self.folder / INDEX
+        if single.is_file():
+            return [single]
+        if not index.is_file():
+            fix = "Convert the weights to safetensors: other formats are not read"
+            raise UserError(self.folder, "no model.safetensors", fix)
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise UserError((index, "weight_map"), "must be an object from tensor to file", AGAIN)
+        for name in shards.values():
+            _require_file_name(name, index)
+        return [self.folder / name for name in sorted(set(shards.values()))]
+
+
+def _require_file_name(name: object, index: Path) -> None:
+    """Raise a UserError unless `name` is that of a safetensors file in the same folder."""
+    if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+        problem = f"must be the name of a safetensors file beside it, got {name!r:.80}"
+        raise UserError((index, "weight_map"), problem, "Do not use this model")
+
+
+def find_hf_model(name: str) -> HFModelFiles:
+    """The model in the folder `name` or, if no file has that name, on the Hugging Face hub.
+
+    Raises:
+        UserError: it is missing, or it does not generate text, or cannot be read without its author's code.
+    """
+    require_package("transformers")
+    require_folder_or_hub_name(name)
+    if os.path.isdir(name):
+        folder = Path(name)
+    else:
+        folder = download_model(name, [*MODEL_FILES, *TOKENIZER_FILES, *OLDER_VOCABULARIES])
+    if (folder / "adapter_config.json").is_file():
+        problem = "an adapter, not a whole model"
+        raise UserError(folder, problem, "Give the model that it was trained on")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(folder, "no config.json", "Give the folder of a Hugging Face model")
+    return HFModelFiles(folder, _read_config(read_json(file), file))
+
+
+def require_folder_or_hub_name(name: str) -> None:
+    """Raise a UserError unless `name` is a folder, or is no file and can be a name on the hub."""
+    if os.path.isdir(name):
+        return
+    exists = os.path.lexists(name)
+    if exists or not is_hub_name(name):
+        problem = "not a folder" if exists else "not found"
+        fix = (
+            "Give a folder with config.json and model.safetensors, "
+            "or a Hugging Face name such as gpt2"
+        )
+        raise UserError(name, problem, fix)
+
+
+def download_model(name: str, patterns: Sequence[str]) -> Path:
+    """The folder in the hub library's cache with the files of the model `name` that match `patterns`.
+
+    Raises:
+        UserError: the hub cannot be reached, or has no such model.
+    """
+    from huggingface_hub import snapshot_download
+
+    fix = "Give a local folder with config.json and model.safetensors"
+    require_hub(name, fix)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (*hub_errors(), ValueError) as error:
+        problem = f"not a folder, and cannot be downloaded: {first_line(error)}"
+        raise UserError(name, problem, fix) from error
+
+
+def read_json(file: Path, limit: int = JSON_BYTES_LIMIT) -> dict[str, Any]:
+    """The JSON object in `file`.
+
+    Raises:
+        UserError: it is something else, or larger than `limit` bytes.
+    """
+    try:
+        if not file.is_file():
+            raise UserError(file, "not a regular file", AGAIN)
+        size = file.stat().st_size
+        if size > limit:
+            raise UserError(file, f"must have at most {limit} bytes, got {size}", AGAIN)
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(file, f"cannot be read: {error.strerror}", AGAIN) from None
+    except (ValueError, RecursionError) as error:
+        problem = f"not valid JSON: {first_line(error)}"
+        raise UserError(file, problem, AGAIN) from None
+    if not isinstance(values, dict):
+        problem = f"must be a JSON object, got {type(values).__name__}"
+        raise UserError(file, problem, AGAIN)
+    return values
+
+
+# --- from config and weights to a model -------------------------------------------------------------------------------
+
+
+def rebuild_hf_model(settings: str, weights: Mapping[str, Tensor]) -> HFModel:
+    """The model in a checkpoint, from `HFModel.settings` and the weights by the names of `HFModel.state_dict`."""
+    require_package("transformers")
+    inner = {name.removeprefix("inner."): weight for name, weight in weights.items()}
+    return _assemble(
+        _read_config(json.loads(settings), "hf_config of the checkpoint"), inner, "the checkpoint"
+    )
+
+
+def _read_config(values: dict[str, Any], where: object) -> PreTrainedConfig:
+    """The settings as transformers has them, of a model that its own code can build."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        AutoConfig,
+    )
+
+    for key, why in REFUSED_KEYS.items():
+        if values.get(key) is not None:
+            raise UserError((where, key), why, ANOTHER)
+    kind = values.get("model_type")
+    settings = {key: value for key, value in values.items() if key != "model_type"}
+    try:
+        with quiet_transformers():
+            config = AutoConfig.for_model(kind, **settings)
+    # what the classes of transformers raise for odd values
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        problem = f"transformers cannot read it: {first_line(error)}"
+        raise UserError(where, problem, "Choose another model, or download it again") from None
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder:
+        mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        for key in ("decoder_start_token_id", "eos_token_id"):
+            if config.to_dict().get(key) is None:
+                raise UserError((where, key), "missing; an encoder-decoder needs it", AGAIN)
+    if type(config) not in mapping:
+        problem = f"must be a model that generates text, got {kind}"
+        fix = "Choose one, such as GPT-2, Llama, Qwen2 or T5"
+        raise UserError((where, "model_type"), problem, fix)
+    model_sizes(config, str(where))
+    return config
+
+
+def _check_types(file: Path) -> None:
+    """Raise a UserError for tensors that cannot be weights, from the file's header alone."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  (not a dict)
+            dtype = opened.get_slice(name).get_dtype()
+            if dtype not in WEIGHT_TYPES:
+                problem = f"type must be one of {', '.join(WEIGHT_TYPES)}, got {dtype}"
+                raise UserError((file, name), problem, ANOTHER)
+
+
+def _assemble(config: PreTrainedConfig, weights: Mapping[str, Tensor], where: object) -> HFModel:
+    """The model with exactly these weights, in fp32, in training mode like a new `Decoder`."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto_class, wrapper = AutoModelForCausalLM, HFModel
+    if config.is_encoder_decoder:
+        auto_class, wrapper = AutoModelForSeq2SeqLM, HFSeq2Seq
+    with quiet_transformers():
+        try:
+            with torch.device("meta"):
+                empty = auto_class.from_config(config, attn_implementation="sdpa")
+        # sizes that make no tensor; no such attention
+        except (RuntimeError, ValueError, TypeError) as error:
+            problem = f"transformers cannot build it: {first_line(error)}"
+            raise UserError((where, "config.json"), problem, ANOTHER) from None
+        # Compared first: a config.json alone could make transformers allocate all memory.
+        n_wanted = sum(weight.numel() for weight in empty.parameters())
+        n_found = sum(weight.numel() for weight in weights.values())
+        if n_wanted > n_found:
+            problem = f"config.json needs {n_wanted:,} weights, but the files have {n_found:,}"
+            raise UserError(where, problem, BOTH_AGAIN)
+        inner, report = type(empty).from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights),
+            attn_implementation="sdpa",
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _check_report(report, where)
+    for weight in inner.parameters():
+        weight.data = weight.data.clone()  # the mapped file may be replaced
+        weight.requires_grad_(True)
+    model = wrapper(inner.train())
+    require_plain_head(model, where)
+    return model
+
+
+def _check_report(report: dict[str, Any], where: object) -> None:
+    """Raise a UserError if transformers reports a weight that does not fit."""
+    for key, problem in (
+        ("missing_keys", "missing weight"),
+        ("unexpected_keys", "unexpected weight"),
+        ("mismatched_keys", "weight of another shape than in config.json"),
+    ):
+        names = [name if isinstance(name, str) else name[0] for name in report[key]]
+        if names:
+            raise UserError((where, min(names)), problem, BOTH_AGAIN)

@@ -387,8 +387,8 @@ def test_a_name_that_is_no_model_is_refused(name: str) -> None:
 def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that could be one, and no network."""
 
-    def unreachable(what: str, mend: str) -> None:
-        raise UserError(f"{what}: cannot be reached. {mend}")
+    def unreachable(where: object, fix: str) -> None:
+        raise UserError(where, "cannot be reached", fix)
 
     monkeypatch.setattr(hf_files, "require_hub", unreachable)
     with pytest.raises(

@@ -193,7 +193,7 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
 
 def check_kind(name: str, config: "Config", place: str, overrides: Sequence[str]) -> None:
     """Refuse a config that is another stage's, or that its program would refuse when its turn comes."""
-    from finetune import check_beginning
+    from training.support import require_supported
 
     for section, there in (
         ("dpo", config.dpo is not None),
@@ -210,9 +210,9 @@ def check_kind(name: str, config: "Config", place: str, overrides: Sequence[str]
         )
     if name in ("sft", "dpo"):
         try:
-            check_beginning(config)
+            require_supported(name, config)
         except UserError as error:
-            raise UserError(f"{place}: {error}") from None
+            raise error.within(place) from None
 
 
 def check_chain(stages: list[Stage]) -> None:
@@ -498,7 +498,7 @@ def prompts_of(stages: list[Stage]) -> list[str]:
 
 def data_of(name: str, stages: list[Stage]) -> "Config | None":
     """The settings of a stage, all of its validation data wanted; None where there is no such stage."""
-    from finetune import with_data_of_task
+    from training.stages.sft import with_data_of_task
 
     found = [stage.config for stage in stages if stage.name == name]
     if not found:
@@ -539,14 +539,15 @@ def preferences_of(
     """
     import numpy as np
 
-    from finetune import open_preferences
     from tinylm.common.device import autocast_dtype
+    from training.stages.dpo import PreferenceData
     from training.stages.reference_log_probs import pair_log_probs
 
     config = data_of("dpo", stages)
     if config is None:
         return np.empty((0, 2))
-    data = open_preferences(config, loaded.tokenizer, silently)
+    data = PreferenceData(config, loaded.tokenizer)
+    data.prepare()
     return pair_log_probs(
         model, data.val_dataloader(), autocast_dtype(loaded.config.hardware.precision)
     )
@@ -589,14 +590,15 @@ def verifier_score(stage: Stage, path: Path, device: str) -> "VerifierScore":
     import numpy as np
     import torch
 
-    from finetune import open_problems
     from tinylm.checkpoint.load import load_verifier
     from tinylm.objectives.verifier import VerifierScore
+    from training.context import RunContext
+    from training.stages.verifier import prepare_data
 
     config = data_of("verifier", [stage])
     assert config is not None
     loaded = load_verifier(path, device)
-    data = open_problems(config, loaded.tokenizer, silently)
+    data = prepare_data(RunContext("verifier", config, device), loaded.tokenizer)
     probabilities, right = [], []
     with torch.inference_mode():
         for batch in data.val_dataloader():

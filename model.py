@@ -1,6 +1,6 @@
-"""What is trained: LitStage, which every training stage shares; LitLM, pretraining and supervised fine-tuning; LitDPO, preferences; LitVerifier.
+"""What is trained: TrainingModule, which every training stage shares; LanguageModule, pretraining and supervised fine-tuning; DPOModule, preferences; VerifierModule.
 
-A stage knows its loss, and the units that it is a mean over: target tokens, or pairs. LitStage knows the rest of an optimizer
+A stage knows its loss, and the units that it is a mean over: target tokens, or pairs. TrainingModule knows the rest of an optimizer
 step, in this order: the loss of each micro-batch, its gradient, the gradient divided by the units of the whole step, the
 guard against numbers that are not finite, clipping, the learning rate of this step, the step itself. Everything that a
 resumed run needs is in `progress` and in the optimizer; dropout is seeded anew for each micro-batch, so there is no
@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -25,18 +24,8 @@ from tinylm.common.errors import Diverged
 from tinylm.config.schema import Config
 from tinylm.eval.perplexity import batch_sums, extra_inputs, language_score
 from tinylm.model.decoder import Decoder
-from tinylm.model.lora import adapters_off
 from tinylm.model.verifier import Verifier
 from tinylm.objectives.cross_entropy import cross_entropy
-from tinylm.objectives.preferences import (
-    METRICS,
-    Answers,
-    Comparison,
-    PairScores,
-    compare_pairs,
-    score_pairs,
-)
-from tinylm.objectives.verifier import VerifierScore, logit_counts, verifier_loss
 from tinylm.optim.optimizers import make_optimizer, set_lr
 from tinylm.optim.schedule import multiplier
 from tinylm.tokens.batches import Batch
@@ -118,7 +107,7 @@ class BatchLoss(NamedTuple):
     """sums over the units of what the stage's `measures` name"""
 
 
-class LitStage(L.LightningModule):
+class TrainingModule(L.LightningModule):
     """One optimizer step of any stage; a stage adds its loss and what validation makes of it."""
 
     stage: str
@@ -297,7 +286,7 @@ class LitStage(L.LightningModule):
         )
 
 
-class LitLM(LitStage):
+class LanguageModule(TrainingModule):
     """Next-token prediction: pretraining (stage `pretrain`), and supervised fine-tuning (stage `sft`), whose labels leave out the prompts."""
 
     def __init__(
@@ -343,157 +332,3 @@ class LitLM(LitStage):
             "val_bpb": score.bits_per_byte,
         }
         return metrics | ({"val_accuracy": score.accuracy} if self.val_measures else {})
-
-
-class LitDPO(LitStage):
-    """Direct preference optimisation: the model learns which of two answers is better, held to a reference (stage `dpo`).
-
-    The reference is the model that the run began with. It is given, frozen; or it is the decoder with its adapters switched off;
-    or only its log-probabilities are known, which then come with each batch. It never has dropout.
-
-    Args:
-        reference: the frozen copy where dpo.reference is `copy`, else None.
-    """
-
-    measures = METRICS
-    val_measures = tuple(f"val_{name}" for name in METRICS)
-
-    def __init__(
-        self,
-        config: Config,
-        decoder: "Decoder | HFModel",
-        roots: dict[str, Any],
-        reference: "Decoder | HFModel | None",
-    ):
-        super().__init__(config, decoder, "dpo", roots)
-        assert config.dpo is not None
-        self.dpo, self.full_batch = config.dpo, config.training.micro_batch_size
-        self.reference = None if reference is None else reference.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "LitDPO":
-        """Switch dropout on or off, in the policy alone."""
-        super().train(mode)
-        if self.reference is not None:
-            self.reference.eval()
-        return self
-
-    def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
-        """The preference loss; beside it dpo.sft_coef times the cross entropy per token of each chosen answer (Pang et al. 2024, equation 1)."""
-        policy, found = self._compare(batch)
-        tokens = policy.lengths.chosen.sum() + policy.lengths.rejected.sum()
-        regulariser = (
-            self.dpo.sft_coef * found.cross_entropy.mean()
-            + policy.balance_loss * self._balance_coef
-        )
-        return BatchLoss(
-            found.loss.sum(), (policy.lengths.chosen > 0).sum(), tokens, regulariser, found.metrics
-        )
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """(loss sum, pairs, sums of the measures) of one batch."""
-        policy, found = self._compare(batch)
-        return torch.cat(
-            (torch.stack((found.loss.sum(), (policy.lengths.chosen > 0).sum())), found.metrics)
-        )
-
-    def val_metrics(self, totals: list[float]) -> dict[str, float]:
-        """The means over pairs; a perplexity would say nothing."""
-        loss, n_pairs, *sums = totals
-        return dict(
-            zip(
-                ("val_loss", *self.val_measures),
-                (total / n_pairs for total in (loss, *sums)),
-                strict=True,
-            )
-        )
-
-    def _compare(self, batch: Batch) -> tuple[PairScores, Comparison]:
-        reference = self._reference(batch)
-        policy = score_pairs(self._features, self.decoder.head, batch)
-        return policy, compare_pairs(policy, reference, self.dpo)
-
-    @torch.no_grad()
-    def _reference(self, batch: Batch) -> Answers:
-        """The log-probabilities under the reference; no random number is drawn for them."""
-        if self.dpo.reference == "cached":
-            return Answers(batch["chosen_reference"], batch["rejected_reference"])
-        if self.reference is not None:
-            return score_pairs(self.reference.features, self.reference.head, batch).log_probs
-        was_training = self.decoder.training
-        self.decoder.eval()
-        with adapters_off(self.decoder):
-            log_probs = score_pairs(self.decoder.features, self.decoder.head, batch).log_probs
-        self.decoder.train(was_training)
-        return log_probs
-
-
-class LitVerifier(LitStage):
-    """An encoder learns to tell right answers from wrong ones (stage `verifier`); it stands where other stages have their decoder."""
-
-    measures = ("accuracy",)
-    val_measures = (
-        "val_accuracy",
-        "val_accuracy_low",
-        "val_accuracy_high",
-        "val_majority",
-        "val_auc",
-        "val_calibration_error",
-    )
-
-    def __init__(self, config: Config, verifier: Verifier, roots: dict[str, Any]):
-        super().__init__(config, verifier, "verifier", roots)
-        assert config.verifier is not None
-        self.full_batch = config.training.micro_batch_size * (
-            1 + config.verifier.n_wrong + config.verifier.n_sampled
-        )
-
-    def configure_model(self) -> None:
-        """Lightning's hook; train.py refuses fsdp."""
-        self._places = (
-            torch.compile(self.decoder.error_logits)
-            if self.config.hardware.compile
-            else self.decoder.error_logits
-        )
-
-    def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
-        """Cross entropy of which token is wrong, or none."""
-        places, right = self._places(batch["input_ids"], batch["attention_mask"]), batch["label"]
-        n_right = ((places.logsumexp(dim=1) <= 0) == right.bool()).sum()
-        loss = verifier_loss(places, right, batch["error_mask"])
-        n_pairs = torch.tensor(len(right), device=right.device)
-        return BatchLoss(
-            loss,
-            n_pairs,
-            batch["attention_mask"].sum(),
-            places.new_zeros(()),
-            n_right.float()[None],
-        )
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The sum of the losses, then how often each logit occurs among wrong and right pairs."""
-        right = batch["label"]
-        none = torch.zeros(
-            0, 1, device=right.device
-        )  # what a rank without a problem left makes of its share
-        places = self._places(batch["input_ids"], batch["attention_mask"]) if len(right) else none
-        departs = batch["error_mask"] if len(right) else none.bool()
-        return torch.cat(
-            (
-                verifier_loss(places, right, departs)[None],
-                logit_counts(-places.logsumexp(dim=1), right),
-            )
-        )
-
-    def val_metrics(self, totals: list[float]) -> dict[str, float]:
-        """The mean loss, and `VerifierScore` with the interval of its accuracy."""
-        loss, *counts = totals
-        score = VerifierScore.of_counts(np.array(counts))
-        numbers = (
-            loss / score.n,
-            score.accuracy,
-            *score.interval,
-            score.majority,
-            score.auc,
-            score.calibration_error,
-        )
-        return dict(zip(("val_loss", *self.val_measures), numbers, strict=True))

@@ -199,11 +199,11 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     from lightning.pytorch.callbacks import LambdaCallback
     from torch.utils.data import DataLoader
 
-    from model import LitLM
+    from model import LanguageModule
     from tinylm.checkpoint.format import NO_REFERENCES
     from tinylm.config.schema import Config, HardwareConfig, ModelConfig, TrainingConfig
     from tinylm.model.decoder import Decoder, count_parameters, flops_per_token
-    from train import build_trainer
+    from training.build import build_trainer
 
     warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")  # on purpose
     orders.settle(mode, threads)
@@ -233,7 +233,7 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
         on_train_start=lambda *_: orders.ready(facts), on_train_batch_end=after_step
     )
     loader = DataLoader(RandomRows(shape), batch_size=None, sampler=range(sys.maxsize))  # type: ignore[arg-type]
-    stage = LitLM(
+    stage = LanguageModule(
         config,
         decoder,
         torch.ones(shape.vocab_size, dtype=torch.long),

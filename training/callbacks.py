@@ -7,6 +7,7 @@ run should continue, its signal handling saves in the middle of an accumulation.
 
 import copy
 import csv
+import logging
 import os
 import signal
 import sys
@@ -27,11 +28,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimi
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import OptimStateKeyType
 
-from model import LitStage, Progress
+from model import Progress, TrainingModule
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.format import FORMAT, SCHEMA
 from tinylm.common.console import lead_nowhere, readable
-from tinylm.common.errors import printable, writing
+from tinylm.common.errors import writing
 from tinylm.common.units import duration, short
 from tinylm.config.schema import Config
 from tinylm.generate.engine import Engine
@@ -40,6 +41,8 @@ from tinylm.optim.schedule import should_stop
 from tinylm.rows.conversation import CHAT_STAGES, Turn
 from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.base import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = (
     "step",
@@ -69,7 +72,7 @@ Row = dict[str, float | int | None]
 class StepCallback(L.Callback):
     """Calls `after_step` once an optimizer step, when it is whole."""
 
-    def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
+    def after_step(self, trainer: L.Trainer, stage: TrainingModule) -> None:
         """What the callback is for."""
         raise NotImplementedError
 
@@ -77,7 +80,7 @@ class StepCallback(L.Callback):
         self, trainer: L.Trainer, stage: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Lightning's hook after every micro-batch."""
-        assert isinstance(stage, LitStage)
+        assert isinstance(stage, TrainingModule)
         if (batch_idx + 1) % stage.config.training.grad_accum_steps == 0:
             self.after_step(trainer, stage)
 
@@ -155,7 +158,7 @@ class StopSignals(L.Callback):
         return 0 if self.received is None else 128 + self.received
 
 
-def wishes_to_stop(trainer: L.Trainer, stage: LitStage, signals: StopSignals) -> bool:
+def wishes_to_stop(trainer: L.Trainer, stage: TrainingModule, signals: StopSignals) -> bool:
     """Whether a signal came, on any rank, or validation has stopped improving."""
     early = should_stop(stage.progress.val_losses, stage.config.training.early_stopping_patience)
     return early or trainer.strategy.reduce_boolean_decision(
@@ -176,11 +179,11 @@ class Validation(StepCallback):
 
     def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         """A run that was stopped between a step and its validation owes that validation."""
-        assert isinstance(stage, LitStage)
+        assert isinstance(stage, TrainingModule)
         if stage.progress.step:
             self.after_step(trainer, stage)
 
-    def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
+    def after_step(self, trainer: L.Trainer, stage: TrainingModule) -> None:
         """Validate if it is time."""
         self.score, self.seconds = None, 0.0
         training, step, began = stage.config.training, stage.progress.step, time.monotonic()
@@ -204,7 +207,7 @@ class Validation(StepCallback):
                 self.show(f"sample: {readable(training.sample_prompt + text)}")
         self.seconds = time.monotonic() - began
 
-    def _sample(self, stage: LitStage, prompt: str) -> str:
+    def _sample(self, stage: TrainingModule, prompt: str) -> str:
         """What the model makes of `prompt`; one that learns to answer is asked as its examples are."""
         engine, sampling = Engine(stage.decoder, self.tokenizer), stage.config.sampling
         if stage.stage not in CHAT_STAGES:
@@ -215,7 +218,7 @@ class Validation(StepCallback):
 
 
 def validate(
-    trainer: L.Trainer, stage: LitStage, interrupted: Callable[[], bool] = lambda: False
+    trainer: L.Trainer, stage: TrainingModule, interrupted: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:
     """val_loss and what else the stage makes of the validation rows, over all ranks; None if it was interrupted."""
     assert trainer.datamodule is not None
@@ -329,14 +332,14 @@ class Metrics(StepCallback):
 
     def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         """Start the clock; write the row of a validation that was owed."""
-        assert isinstance(stage, LitStage)
+        assert isinstance(stage, TrainingModule)
         self.since, self.tokens_then = time.monotonic(), stage.progress.tokens
         if self.validation.score is not None and self.file is not None:
             row = self._row(stage, None)
             self.file.complete(row)
             self._tell(row)
 
-    def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
+    def after_step(self, trainer: L.Trainer, stage: TrainingModule) -> None:
         """Write a row if it is time; only rank 0 does."""
         progress, training = stage.progress, stage.config.training
         score = self.validation.score
@@ -356,7 +359,7 @@ class Metrics(StepCallback):
             self.file.append(row)
             self._tell(row)
 
-    def _row(self, stage: LitStage, speed: float | None) -> Row:
+    def _row(self, stage: TrainingModule, speed: float | None) -> Row:
         progress = stage.progress
         known: Row = {
             "step": progress.step,
@@ -388,7 +391,7 @@ class Metrics(StepCallback):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def names_due(progress: Progress, *, final: bool) -> list[str]:
+def checkpoint_aliases(progress: Progress, *, final: bool) -> list[str]:
     """The names beside step-N.ckpt that the checkpoint of this step has."""
     best = progress.validated(progress.step) and progress.val_losses[-1] <= min(progress.val_losses)
     return ["last.ckpt"] + ["best.ckpt"] * best + ["final.ckpt"] * final
@@ -403,32 +406,26 @@ class Checkpoints(StepCallback):
         tokenizer: Tokenizer,
         validation: Validation,
         signals: StopSignals,
-        warn: Callable[[str], None],
         fingerprints: dict[str, str],
     ):
         self.folder = Path(config.training.checkpoint_dir)
-        self.config, self.tokenizer, self.validation, self.signals, self.warn = (
-            config,
-            tokenizer,
-            validation,
-            signals,
-            warn,
-        )
+        self.config, self.tokenizer = config, tokenizer
+        self.validation, self.signals = validation, signals
         self.fingerprints = fingerprints
         self.newest: Path | None = None
 
     def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         """The best of a validation that was owed is kept too."""
-        assert isinstance(stage, LitStage)
+        assert isinstance(stage, TrainingModule)
         if self.validation.score is not None:
             self.after_step(trainer, stage)
 
-    def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
+    def after_step(self, trainer: L.Trainer, stage: TrainingModule) -> None:
         """Save if it is time, under the names that apply, and then let the run stop if it should."""
         progress, training = stage.progress, stage.config.training
         stop = wishes_to_stop(trainer, stage, self.signals)
         final = progress.step == training.max_steps or (stop and self.signals.received is None)
-        names = names_due(progress, final=final)
+        names = checkpoint_aliases(progress, final=final)
         if stop or final or "best.ckpt" in names or progress.step % training.save_every_steps == 0:
             payload = self._payload(
                 trainer, stage
@@ -445,7 +442,7 @@ class Checkpoints(StepCallback):
             checkpoint_format.link(path, name)
         self._prune()
 
-    def _payload(self, trainer: L.Trainer, stage: LitStage) -> dict[str, Any]:
+    def _payload(self, trainer: L.Trainer, stage: TrainingModule) -> dict[str, Any]:
         """Everything that a resumed run and the other programs need, as plain types."""
         whole = trainer.strategy.lightning_module_state_dict()
         weights = {
@@ -490,7 +487,7 @@ class Checkpoints(StepCallback):
             try:
                 os.unlink(path)
             except OSError as error:
-                self.warn(f"{printable(path)} could not be removed: {error.strerror}")
+                logger.warning(f"{path} cannot be removed: {error.strerror}")
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------
@@ -522,12 +519,12 @@ class ProgressDisplay(StepCallback):
 
     def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         """Show the bar, standing where the run goes on."""
-        assert isinstance(stage, LitStage)
+        assert isinstance(stage, TrainingModule)
         self.started, self.first = time.monotonic(), stage.progress.step
         self.bar.update(self.task, completed=self.first)
         self.bar.start()
 
-    def after_step(self, trainer: L.Trainer, stage: LitStage) -> None:
+    def after_step(self, trainer: L.Trainer, stage: TrainingModule) -> None:
         """Move the bar on."""
         self.bar.update(self.task, completed=stage.progress.step)
 

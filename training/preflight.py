@@ -10,24 +10,33 @@ has the flags. Text may be encoded into data.cache_dir, where the run will find 
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tinylm.common.errors import Diverged, UserError
 from tinylm.common.units import duration, short, size
+from tinylm.config.schema import Config
+from training.build import build_weights
+from training.context import RunContext
+from training.initial import find_initial_model, initialized_config, prepare_tokenizer
+from training.stage import Stage
+from training.support import require_supported
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from tinylm.config.schema import Config
     from tinylm.model.decoder import Decoder
     from tinylm.planning.memory_plan import Plan
     from tinylm.planning.probes import Batch, Trial
     from tinylm.tokenizer.base import Tokenizer
 
+
+logger = logging.getLogger(__name__)
 
 # A larger micro-batch that is not so much faster does not pay.
 PAYS = 1.05
@@ -37,7 +46,7 @@ PAYS = 1.05
 class Rehearsal:
     """A run that has not begun."""
 
-    config: "Config"
+    config: Config
     device: str
     say: Callable[[str], None]
     """for what is no result"""
@@ -46,7 +55,7 @@ class Rehearsal:
     build_model: "Callable[[Config], Any]"
     """the model that the run would begin with"""
 
-    def with_vocabulary(self) -> "Config":
+    def with_vocabulary(self) -> Config:
         """The settings with the vocabulary's size filled in, without learning a tokenizer for it.
 
         Raises:
@@ -65,6 +74,26 @@ class Rehearsal:
             raise UserError(
                 f"{error} To plan without the tokenizer, give its size: model.vocab_size=50257."
             ) from None
+
+
+def run_preflight(stage: Stage, config: Config, args: argparse.Namespace) -> int:
+    """Do what the flags ask for, with the model that a new run would start from, and return the exit code."""
+    require_supported("plan", config)
+    context = RunContext.open(stage.name, config)
+    initial = find_initial_model(config, None)
+    if initial is not None:
+        if initial.is_hf:
+            require_supported("plan", config, model_features=frozenset({"hf_model"}))
+        config = initialized_config(config, initial)
+    tokenizer = partial(prepare_tokenizer, config, None, initial, stage.make_tokenizer)
+    run = Rehearsal(
+        config,
+        context.device,
+        logger.info,
+        tokenizer,
+        lambda config: build_weights(config, None, initial),
+    )
+    return rehearse(run, args)
 
 
 def rehearse(run: Rehearsal, args: argparse.Namespace) -> int:
@@ -120,7 +149,7 @@ def plan(run: Rehearsal) -> int:
     )
 
 
-def cost(config: "Config", planned: "Plan", room: int | None) -> Iterator[tuple[str, str]]:
+def cost(config: Config, planned: "Plan", room: int | None) -> Iterator[tuple[str, str]]:
     """The rows of the plan but the time."""
     from tinylm.planning.memory_plan import CHINCHILLA_TOKENS
 
@@ -156,7 +185,7 @@ def cost(config: "Config", planned: "Plan", room: int | None) -> Iterator[tuple[
         yield f"  {name}", size(part)
 
 
-def time_of(run: Rehearsal, config: "Config", planned: "Plan") -> str:
+def time_of(run: Rehearsal, config: Config, planned: "Plan") -> str:
     """How long the steps of the whole run take, from a second of them."""
     from tinylm.model.decoder import Decoder
     from tinylm.planning.memory_plan import explaining_memory
@@ -310,7 +339,7 @@ def find_batch_size(run: Rehearsal) -> int:
     return 0
 
 
-def measure_sizes(run: Rehearsal, config: "Config", largest: int) -> dict[int, float]:
+def measure_sizes(run: Rehearsal, config: Config, largest: int) -> dict[int, float]:
     """Tokens a second by rows: 1, 2, 4 ... until two in a row do not pay, or memory ends.
 
     Raises:
@@ -352,7 +381,7 @@ def stopped_paying(speeds: list[float]) -> bool:
 # --- what all of them need --------------------------------------------------------------------------------------------
 
 
-def trial(run: Rehearsal, config: "Config") -> "Trial":
+def trial(run: Rehearsal, config: Config) -> "Trial":
     """The run's model and a new optimizer, to be thrown away."""
     from tinylm.planning.probes import Trial
 
@@ -360,7 +389,7 @@ def trial(run: Rehearsal, config: "Config") -> "Trial":
     return Trial(model, config, run.device)
 
 
-def batches(config: "Config", tokenizer: "Tokenizer") -> "Iterator[Batch]":
+def batches(config: Config, tokenizer: "Tokenizer") -> "Iterator[Batch]":
     """The run's micro-batches, from the first one on."""
     from data import PretrainData
     from tinylm.common.console import progress_bar

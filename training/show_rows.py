@@ -9,7 +9,9 @@ from rich.text import Text
 
 from data import PretrainData, RunData
 from tinylm.common.console import say
+from tinylm.common.device import pick_device
 from tinylm.common.errors import UserError, printable
+from tinylm.config.schema import Config
 from tinylm.rows.inspect import (
     CLOSE,
     OPEN,
@@ -23,9 +25,29 @@ from tinylm.rows.inspect import (
 )
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
+from training.context import RunContext
+from training.initial import find_initial_model, initialized_config, prepare_tokenizer
+from training.stage import Stage
+from training.support import require_supported
 
 # Consecutive documents of a row get these colors in turn.
 DOCUMENT_COLORS = ("default", "cyan", "yellow")
+
+
+def show_rows_of_run(stage: Stage, config: Config, n_rows: int) -> int:
+    """Print the first rows of the run that `config` describes, and return the exit code."""
+    # a worker process would take longer to start than a few rows take to read
+    data = config.data.model_copy(update={"num_workers": 0})
+    config = config.model_copy(update={"data": data})
+    require_supported(stage.name, config)
+    initial = find_initial_model(config, None)
+    if initial is not None:
+        config = initialized_config(config, initial)
+    tokenizer, config = prepare_tokenizer(config, None, initial, stage.make_tokenizer)
+    device, _ = pick_device(config.hardware.accelerator, key="hardware.accelerator")
+    open_rows = stage.open_rows or stage.open_data
+    show_rows(open_rows(RunContext(stage.name, config, device), tokenizer), n_rows)
+    return 0
 
 
 def show_rows(data: RunData, n_rows: int) -> None:

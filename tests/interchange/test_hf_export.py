@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import infer
-import train
 from tinylm.__main__ import main
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError, require_package
+from tinylm.config.loader import load_config
 from tinylm.config.schema import Config, LoraConfig
 from tinylm.interchange import architectures, hf_import
 from tinylm.interchange.gguf import Vocabulary, export_gguf, neighbours, vocabulary_of
@@ -45,6 +45,9 @@ from tinylm.tokenizer.factory import tokenizer_from_plain
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokenizer.pretokenize import Pretokenizer
+from training.context import ResumeOptions, RunContext
+from training.initial import find_initial_model
+from training.resume import find_resume_state
 
 TEXT = "the model reads a token and guesses the next token; it isn't 12345 words, nor naïve 東京 🙂 text, the the the model's guesses\n"
 GPT2 = {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all"}
@@ -843,17 +846,17 @@ def test_a_run_starts_from_an_imported_checkpoint_and_does_not_resume_it(
 ):
     folder = published()
     import_hf(str(folder), tmp_path / "in.ckpt")
+    context = RunContext("pretrain", load_config(make_config()), "cpu")
     with pytest.raises(
         UserError,
-        match="in.ckpt: an imported model, and not a run that can go on. Start a run from its weights with training.init_from=",
+        match="in.ckpt: an imported model, which has no optimizer state to resume. Choose another training.checkpoint_dir, and start from its weights: training.init_from=",
     ):
-        train.resumable(tmp_path / "in.ckpt")
-    from tinylm.config.loader import load_config
+        find_resume_state(context, ResumeOptions(tmp_path / "in.ckpt"))
 
     config = load_config(
         make_config(), [f"training.init_from={tmp_path / 'in.ckpt'}", f"tokenizer.path={folder}"]
     )
-    base = train.find_base(config, train.Start())
+    base = find_initial_model(config, None)
     model = base.build(base.model)
     assert torch.equal(
         model.embedding.weight,

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import train
-from model import LitLM
+from model import LanguageModule
 from tinylm.checkpoint.format import NO_REFERENCES
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
@@ -23,7 +21,11 @@ from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.batches import Batch
 from tinylm.tokens.packing import IGNORE_INDEX
 from tinylm.tokens.row_order import Share
-from training.stages.sft import SFTData
+from training.build import build_weights
+from training.context import ResumeOptions, RunContext
+from training.resume import find_resume_state, require_same_data
+from training.run import fit
+from training.stages.sft import SFT, SFTData
 
 TOKENIZER = ByteTokenizer()
 
@@ -253,17 +255,16 @@ def test_fingerprints_tell_what_is_trained_on(load: Any, change: dict) -> None:
 
 
 def tune(config: Config, resume: bool = True) -> int:
-    """What a program of fine-tuning does, through the pieces of train.py."""
-    arguments = Namespace(resume=None, no_resume=not resume)
-    start = train.find_start(
-        Path(config.training.checkpoint_dir), arguments, config, lambda text: None
-    )
+    """What finetune.py does, through the parts of a run."""
+    context = RunContext("sft", config, "cpu")
+    found = find_resume_state(context, ResumeOptions(start_new=not resume))
     data = prepared(config)
-    decoder = train.begin_weights(config, start, None)
-    if start.payload is not None:
-        train.check_same_data(start, data, lambda text: None, allow_changes=False)
-    stage = LitLM(config, decoder, byte_length_table(TOKENIZER, 260), "sft", dict(NO_REFERENCES))
-    return train.fit(stage, data, "cpu", start, lambda text: None)
+    decoder = build_weights(config, found, None)
+    if found is not None:
+        require_same_data(found, data, allow_changes=False)
+    byte_lengths = byte_length_table(TOKENIZER, 260)
+    module = LanguageModule(config, decoder, byte_lengths, "sft", dict(NO_REFERENCES))
+    return fit(context, SFT, module, data, found)
 
 
 def metrics(config: Config) -> list[dict[str, str]]:

@@ -444,14 +444,16 @@ def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
 
 def test_what_a_stage_would_refuse_in_its_turn_is_refused_before_the_first_one(here):
     path = write_pipeline(here, dpo={"training": {"init_from": None}})
-    preferences = "dpo.yaml: training.init_from: preferences are learned by a trained model."
+    preferences = (
+        "dpo.yaml: training.init_from: must be set: preferences are learned by a trained model."
+    )
     assert (
         refusal(path)
         == f"{path}:5: {preferences} Set it to a checkpoint, or to hf:NAME for a Hugging Face model."
     )
     path.write_text("- {stage: sft, config: pretrain.yaml}\n", encoding="utf-8")
     assert refusal(path).startswith(
-        f"{path}:1: pretrain.yaml: training.init_from: answers alone are learned by a model that was trained before."
+        f"{path}:1: pretrain.yaml: training.init_from: must be set: new weights cannot learn from the answers alone."
     )
     path = write_pipeline(here, sft={"lora": {"r": 2}})
     adapter = "runs/sft/best.ckpt is an adapter, since sft.yaml has a lora section, and stage dpo begins with a whole model"

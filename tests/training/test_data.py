@@ -431,7 +431,7 @@ def test_documents_of_a_mixture_that_validate_too_are_counted_and_said(
     )
     assert train.main(["--config", str(config)]) == 0
     assert (
-        "warning: 30 documents of data.val_dataset are training documents too"
+        "warning: 30 documents of data.val_dataset are also training documents"
         in capsys.readouterr().err
     )
 

@@ -22,7 +22,6 @@ import finetune
 import infer
 import list as list_program
 import train
-from model import LitDPO
 from tests.objectives.test_preferences import alone
 from tests.training.test_finetune import ROOT, Make, home, make, n_lines, refused, run  # noqa: F401  (fixtures)
 from tests.training.test_train import (
@@ -43,8 +42,9 @@ from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
 from tinylm.tokens.row_order import Share
 from training import callbacks
-from training.stages import reference_log_probs
-from training.stages.dpo import PreferenceData
+from training import run as training_run
+from training.stages import dpo
+from training.stages.dpo import DPOModule, PreferenceData
 
 LORA = {"lora": {"r": 4, "dropout": 0.2}}
 # Every way to hold a policy to its reference; each must hold for each.
@@ -120,7 +120,7 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
         output.err,
     )
     assert "Warning" not in output.err
-    assert " 6 pairs a step, 12 steps" in output.err
+    assert " 6 pairs per step, 12 steps" in output.err
     assert "val_margin" in output.err and "val_ppl" not in output.err
     assert output.err.count("sample: say red") == 4
     margins = [float.fromhex(margin) for margin in curve(tmp_path, "val_margin").values()]
@@ -267,10 +267,14 @@ def test_the_loss_does_not_depend_on_how_a_step_is_divided(prefer: Make, tmp_pat
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
-def stage_of(config: Path, monkeypatch: Patch) -> tuple[LitDPO, PreferenceData]:
+def stage_of(config: Path, monkeypatch: Patch) -> tuple[DPOModule, PreferenceData]:
     """What finetune.py would train, and on what."""
     made: list[Any] = []
-    monkeypatch.setattr(train, "fit", lambda stage, data, *rest: made.extend((stage, data)) or 0)
+    monkeypatch.setattr(
+        training_run,
+        "fit",
+        lambda context, stage, module, data, _: made.extend((module, data)) or 0,
+    )
     assert run(config) == 0
     stage, data = made
     stage.configure_model()
@@ -376,10 +380,8 @@ def test_cached_log_probabilities_are_worked_out_once_for_each_data_and_base(
 ) -> None:  # noqa: F811
     """Another run of the same settings reads them; another template, context, base or row is another file. No model is kept beside the policy."""
     calls = []
-    original = reference_log_probs.pair_log_probs
-    monkeypatch.setattr(
-        reference_log_probs, "pair_log_probs", lambda *given: calls.append(1) or original(*given)
-    )
+    original = dpo.pair_log_probs
+    monkeypatch.setattr(dpo, "pair_log_probs", lambda *given: calls.append(1) or original(*given))
     config = prefer(dpo={"reference": "cached"})
     for folder in ("a", "b"):
         assert run(config, *elsewhere(tmp_path / folder), "training.max_steps=1") == 0
@@ -409,9 +411,9 @@ def test_a_run_goes_on_with_the_reference_it_began_with(
     assert run(config, "--resume", str(step4), *elsewhere(tmp_path / "right")) == 0
     assert curve(tmp_path / "right")[5] == curve(tmp_path / "calm")[5]
     monkeypatch.setattr(
-        finetune, "build_base", lambda config, base: checkpoint_load.load_model(step4).model
+        dpo, "build_initial", lambda config, initial: checkpoint_load.load_model(step4).model
     )
-    monkeypatch.setattr(finetune, "check_root", lambda *given: None)
+    monkeypatch.setattr(dpo, "require_same_model", lambda *given, **named: None)
     assert run(config, "--resume", str(step4), *elsewhere(tmp_path / "wrong")) == 0
     assert float.fromhex(curve(tmp_path / "wrong")[5]) == pytest.approx(0.693147, abs=1e-5)
     assert curve(tmp_path / "wrong")[5] != curve(tmp_path / "calm")[5]
@@ -434,7 +436,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
     config = prefer(**RUNS[name])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM), LitDPO)
+        interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM), DPOModule)
         assert run(config) == 143
     newest = checkpoint_format.latest_valid(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000004.ckpt"
@@ -522,7 +524,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     prefer: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """D1: in the second step; exit code 3, the step and its rows are named, and what is saved is sound."""
-    interrupt_at(monkeypatch, 3 + 2, lambda: float("nan"), LitDPO)
+    interrupt_at(monkeypatch, 3 + 2, lambda: float("nan"), DPOModule)
     assert run(prefer()) == 3
     assert (
         f"step 2: the loss is nan; rows at [['{tmp_path / 'pairs.jsonl'}:"
@@ -535,13 +537,13 @@ def test_an_infinite_gradient_stops_the_run(
     prefer: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """D2: the loss is finite, one gradient is not."""
-    original = LitDPO.configure_gradient_clipping
+    original = DPOModule.configure_gradient_clipping
 
-    def spoil(self: LitDPO, *given: Any, **named: Any) -> None:
+    def spoil(self: DPOModule, *given: Any, **named: Any) -> None:
         next(self.decoder.parameters()).grad.view(-1)[0] = float("inf")
         original(self, *given, **named)
 
-    monkeypatch.setattr(LitDPO, "configure_gradient_clipping", spoil)
+    monkeypatch.setattr(DPOModule, "configure_gradient_clipping", spoil)
     assert run(prefer()) == 3
     assert "step 1: the gradient's norm is inf" in capsys.readouterr().err
 
@@ -601,11 +603,11 @@ def test_rows_of_both_splits_are_said(prefer: Make, tmp_path: Path, capsys: Capt
         ({"data": {"task": "sst2"}}, "data.task: sst2 has no meaning for pairs of answers"),
         (
             {"hardware": {"strategy": "fsdp"}},
-            "dpo: hardware.strategy fsdp does not cut the reference of preferences in pieces. Set hardware.strategy to ddp.",
+            "dpo: not supported with hardware.strategy=fsdp, which does not shard the reference model. Set hardware.strategy=ddp.",
         ),
         (
             {"training": {"init_from": None}},
-            "training.init_from: preferences are learned by a trained model.",
+            "training.init_from: must be set: preferences are learned by a trained model.",
         ),
         (
             {"data": {"mix": [{"dataset": "a"}]}},
@@ -636,7 +638,7 @@ def test_pretraining_knows_no_preferences(prefer: Make, capsys: Capture) -> None
     """A section that a program would not look at is refused."""
     assert train.main(["--config", str(prefer())]) == 2
     assert (
-        "error: dpo: preferences are learned by finetune.py. Run that program, or take the dpo section out."
+        "error: dpo: only valid for finetune.py, which trains on preferences. Run finetune.py, or remove the dpo section."
         in capsys.readouterr().err
     )
 
@@ -661,9 +663,9 @@ def test_a_run_goes_on_only_with_its_own_reference(
     message = refused(
         config, tmp_path, capsys, f"training.init_from={tmp_path / 'other.ckpt'}", "--allow-changes"
     )
-    assert f"{'an adapter of' if 'lora' in name else 'preferences held to'} " in message
+    assert f"the {'base' if 'lora' in name else 'reference'} model is " in message
     assert (
-        f"with fingerprint {was['fingerprint']}, and training.init_from, {tmp_path / 'other.ckpt'}, has "
+        f"with fingerprint {was['fingerprint']}, but training.init_from ({tmp_path / 'other.ckpt'}) has "
         in message
     )
 
@@ -676,7 +678,7 @@ def test_a_run_goes_on_only_with_its_own_reference(
             "dpo.beta was 0.1 when it was saved, this run has 0.2. Set it back, choose another training.checkpoint_dir, or pass --allow-changes",
         ),
         ("dpo.reference=cached", "dpo.reference was copy when it was saved, this run has cached."),
-        ("dpo=null", "a run of stage dpo, and this run is of stage sft."),
+        ("dpo=null", "a checkpoint of stage dpo, but this run is of stage sft."),
     ],
 )
 def test_another_run_is_not_resumed(

@@ -663,7 +663,7 @@ def test_without_the_reseeding_of_dropout_a_resumed_run_differs(
 
     config = make(**RUNS["foreign lora"])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
-    monkeypatch.setattr(model.LitStage, "_reseed", lambda self, batch_idx: None)
+    monkeypatch.setattr(model.TrainingModule, "_reseed", lambda self, batch_idx: None)
     torch.manual_seed(5)
     assert run(config, "--resume", str(tmp_path / "calm" / "checkpoints" / "step-000004.ckpt")) == 0
     assert curve(tmp_path)[5] != curve(tmp_path / "calm")[5]
@@ -724,13 +724,13 @@ def test_a_run_of_another_stage_is_not_gone_on_with(
     shutil.copytree(home / "base", tmp_path / "used")
     message = refused(make(), tmp_path, capsys, f"training.checkpoint_dir={tmp_path / 'used'}")
     assert (
-        "step-000002.ckpt: a run of stage pretrain, and this run is of stage sft. Choose another training.checkpoint_dir"
+        "step-000002.ckpt: a checkpoint of stage pretrain, but this run is of stage sft. Choose another training.checkpoint_dir"
         in message
     )
     config = make()
     assert run(config, "training.max_steps=1") == 0
     assert train.main(["--config", str(config), f"data.dataset={home / 'corpus.txt'}"]) == 2
-    assert "a run of stage sft, and this run is of stage pretrain" in capsys.readouterr().err
+    assert "a checkpoint of stage sft, but this run is of stage pretrain" in capsys.readouterr().err
 
 
 def test_a_run_cannot_start_from_an_adapter(make: Make, tmp_path: Path, capsys: Capture) -> None:
@@ -766,10 +766,10 @@ def test_an_adapter_goes_on_only_over_its_own_base(
         "--allow-changes",
     )
     assert (
-        f"step-000002.ckpt: an adapter of hf:{os.path.relpath(home / 'llama', tmp_path / 'checkpoints')} with fingerprint {was}, and "
+        f"step-000002.ckpt: the base model is hf:{os.path.relpath(home / 'llama', tmp_path / 'checkpoints')} with fingerprint {was}, but "
         in message
     )
-    assert f"training.init_from, hf:{tmp_path / 'llama'}, has " in message
+    assert f"training.init_from (hf:{tmp_path / 'llama'}) has " in message
 
 
 @pytest.mark.parametrize(
@@ -778,12 +778,12 @@ def test_an_adapter_goes_on_only_over_its_own_base(
         (
             "whole",
             ["training.init_from=null"],
-            "training.init_from: answers alone are learned by a model that was trained before. Set it to a checkpoint",
+            "training.init_from: must be set: new weights cannot learn from the answers alone. Set it to a checkpoint",
         ),
         (
             "whole",
             ["training.init_from=null", "training.train_on=all", "tokenizer.kind=char"],
-            "tokenizer.kind: kind char is learned from documents, and",
+            "tokenizer.kind: bpe and char are learned from documents, but",
         ),
         (
             "whole",
@@ -798,39 +798,39 @@ def test_an_adapter_goes_on_only_over_its_own_base(
         (
             "whole",
             ["training.seq_len=161"],
-            "final.ckpt) has 160 positions. Lower training.seq_len.",
+            "final.ckpt), got 161. Lower training.seq_len.",
         ),
         (
             "lora",
             ["lora.target_modules=[]"],
             "lora.target_modules: expected a list that is not empty, found [].",
         ),
-        ("whole", ["model.n_layers=3"], "model.n_layers: 3, and the model of training.init_from ("),
+        ("whole", ["model.n_layers=3"], "model.n_layers: must be 1, as in training.init_from ("),
         (
             "foreign",
             ["model.residual_dropout=0.1"],
-            "model.residual_dropout: 0.1, and the model of training.init_from (hf:",
+            "model.residual_dropout: must be 0.0, as in training.init_from (hf:",
         ),
         ("whole", ["tokenizer.kind=char"], "final.ckpt was trained with tokenizer "),
         (
             "whole",
             ["tokenizer.kind=bpe", "tokenizer.vocab_size=300"],
-            "this run has one of kind bpe that is not learned yet. Leave the tokenizer section out.",
+            "but the tokenizer section describes a new one of kind bpe. Remove the tokenizer section.",
         ),
         (
             "foreign",
             ["training.optimizer=muon"],
-            "training.optimizer: muon knows which matrices of our own decoder it is for",
+            "training.optimizer: muon is not supported with a Hugging Face model",
         ),
         (
             "foreign",
             ["hardware.strategy=fsdp"],
-            "hardware.strategy: fsdp cuts up our own decoder, not a Hugging Face model.",
+            "hardware.strategy: fsdp is not supported with a Hugging Face model",
         ),
         (
             "lora",
             ["hardware.strategy=fsdp"],
-            "lora: adapters are too small to be cut in pieces by hardware.strategy fsdp.",
+            "lora: not supported with hardware.strategy=fsdp: adapters are too small to shard.",
         ),
         (
             "lora",
@@ -845,7 +845,7 @@ def test_an_adapter_goes_on_only_over_its_own_base(
         (
             "foreign",
             ["tokenizer.kind=byte"],
-            "model.vocab_size: 257 is less than the tokenizer's 260. Use the tokenizer that the model was trained with.",
+            "model.vocab_size: must be at least 260, the tokenizer's, got 257. Use the tokenizer that the model was trained with.",
         ),
     ],
 )
@@ -860,7 +860,7 @@ def test_adapters_need_a_trained_model(home: Path, tmp_path: Path, capsys: Captu
     """In train.py too, which can begin from nothing."""
     assert train.main(["--config", str(home / "base.yaml"), *elsewhere(tmp_path), "lora.r=4"]) == 2
     assert (
-        "lora: adapters belong to a trained model. Set training.init_from, or take the lora section out."
+        "lora: adapters need a trained model. Set training.init_from, or remove the lora section."
         in capsys.readouterr().err
     )
 
@@ -1008,6 +1008,6 @@ def test_what_finetune_refuses_is_refused_here_too(make: Make, capsys: Capture) 
         == 2
     )
     assert (
-        "error: training.init_from: answers alone are learned by a model that was trained before."
+        "error: training.init_from: must be set: new weights cannot learn from the answers alone."
         in capsys.readouterr().err
     )

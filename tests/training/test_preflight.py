@@ -17,6 +17,7 @@ from tinylm.config.loader import load_config
 from tinylm.model.decoder import Decoder
 from tinylm.planning import memory_plan, probes
 from tinylm.planning.memory_plan import plan_run, with_settings
+from training import preflight
 from training.preflight import measure_sizes
 
 Make = Callable[..., Path]
@@ -151,9 +152,9 @@ def test_without_its_tokenizer_a_run_is_planned_by_the_size_of_it(
     make_config: Make, capsys: Capture, monkeypatch: Patch, fast: None
 ) -> None:
     def unreachable(*_: Any) -> None:
-        raise UserError("tokenizer.path: gpt2: cannot be reached.")
+        raise UserError("tokenizer.path", "gpt2: cannot be reached", "")
 
-    monkeypatch.setattr(train, "prepare_tokenizer", unreachable)
+    monkeypatch.setattr(preflight, "prepare_tokenizer", unreachable)
     path = make_config(tokenizer={"path": "gpt2"})
     message = "error: tokenizer.path: gpt2: cannot be reached. To plan without the tokenizer, give its size: model.vocab_size=50257."
     assert refused(path, capsys, "--plan") == message
@@ -164,13 +165,13 @@ def test_what_cannot_be_planned_is_refused(
     make_config: Make, capsys: Capture, monkeypatch: Patch
 ) -> None:
     assert refused(make_config(), capsys, "--plan", "lora={r: 2}").startswith(
-        "error: lora: adapters are not planned, and not tried. Take the lora section out"
+        "error: lora: the flags before a run do not support adapters. Remove the lora section"
     )
-    monkeypatch.setattr(train, "find_base", lambda *_: SimpleNamespace(is_hf=True))
+    monkeypatch.setattr(preflight, "find_initial_model", lambda *_: SimpleNamespace(is_hf=True))
     message = refused(make_config(), capsys, "--plan", "training.init_from=hf:gpt2")
     assert (
         message
-        == "error: training.init_from: a Hugging Face model is not planned, and not tried. Leave it out."
+        == "error: training.init_from: the flags before a run do not support a Hugging Face model. Remove training.init_from."
     )
 
 
@@ -208,7 +209,7 @@ def test_a_trained_model_is_what_the_trial_begins_with(
     run(path, "--overfit-one-batch", "1", base)
     assert float(capsys.readouterr().out.split()[3]) < 4.5
     assert refused(path, capsys, "--plan", base, "model.n_layers=3").startswith(
-        "error: model.n_layers: 3, and the model of training.init_from ("
+        "error: model.n_layers: must be 1, as in training.init_from ("
     )
 
 
@@ -224,7 +225,7 @@ def test_what_is_no_number_of_steps_is_refused(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(make_config(), f"--overfit-one-batch={behind}")
-    expected = f"error: argument --overfit-one-batch: {behind} is no number of steps. Write settings before the flag, or a number of steps behind it"
+    expected = f"error: argument --overfit-one-batch: must be a number of steps, got {behind}"
     assert expected in capsys.readouterr().err
 
 
@@ -369,14 +370,14 @@ def test_a_run_out_of_memory_ends_with_one_line_and_its_checkpoint_goes_on(
 ) -> None:
     """C7: at step 4, two after the last checkpoint; the same command then goes on from there."""
     path = make_config()
-    true_loss = model.LitLM.batch_loss
+    true_loss = model.LanguageModule.batch_loss
 
-    def batch_loss(self: model.LitLM, *args: Any, **kwargs: Any) -> Any:
+    def batch_loss(self: model.LanguageModule, *args: Any, **kwargs: Any) -> Any:
         if self.training and self.progress.step == 3:
             raise error
         return true_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(model.LitLM, "batch_loss", batch_loss)
+    monkeypatch.setattr(model.LanguageModule, "batch_loss", batch_loss)
     message = refused(path, capsys)
     assert message.startswith(
         "error: out of memory: a micro-batch of 4 rows (training.micro_batch_size) of 16 tokens (training.seq_len) did not fit: "

@@ -417,7 +417,7 @@ def test_two_machines_train_one_model(
             )
         )
     said = "".join([ended(process) for process in processes])
-    assert said.count("256 tokens a step, 2 steps") == 1
+    assert said.count("256 tokens per step, 2 steps") == 1
     assert checkpoint_format.read(tmp_path / "run" / "final.ckpt")["world_size"] == 2
 
 

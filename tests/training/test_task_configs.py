@@ -18,6 +18,7 @@ from tinylm.common.hub import HF_PREFIX
 from tinylm.config.loader import load_config
 from tinylm.eval.tasks import TASKS
 from tinylm.rows.templates import IM_END, IM_START
+from training.stages.sft import with_data_of_task
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -153,15 +154,15 @@ def test_own_rows_on_a_model_with_chat_markers(models: Path, tmp_path: Path, cap
 
 def test_without_a_data_set_the_rows_are_the_tasks_own_on_the_hub() -> None:
     """What is written wins; a resumed run says the same again."""
-    config = finetune.with_data_of_task(load_config(CONFIGS["gsm8k-gpt2-lora"]))
+    config = with_data_of_task(load_config(CONFIGS["gsm8k-gpt2-lora"]))
     assert (config.data.dataset, config.data.dataset_config, config.data.split) == (
         "openai/gsm8k",
         "main",
         "train",
     )
-    assert finetune.with_data_of_task(config) == config
+    assert with_data_of_task(config) == config
     mine = load_config(CONFIGS["gsm8k-gpt2-lora"], ["data.dataset=mine.jsonl"])
-    assert finetune.with_data_of_task(mine) == mine
+    assert with_data_of_task(mine) == mine
 
 
 def test_a_hub_that_cannot_be_reached_says_what_to_give(
@@ -170,7 +171,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_give(
     from tinylm.common.errors import UserError
 
     def unreachable(*arguments: Any, **more: Any) -> None:
-        raise UserError("nyu-mll/glue: not reached.")
+        raise UserError("nyu-mll/glue", "not reached")
 
     monkeypatch.setattr("tinylm.rows.row_files.find_split", unreachable)
     places = [
@@ -179,7 +180,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_give(
         f"training.init_from=hf:{models / 'gpt2'}",
     ]
     assert finetune.main(["--config", str(CONFIGS[QUICK]), *places]) == 2
-    expected = "nyu-mll/glue: not reached. For task sst2 that is data.dataset=PATH; data.dataset=smoke takes a few built-in rows."
+    expected = "nyu-mll/glue: not reached. For task sst2: data.dataset=PATH, or data.dataset=smoke for a few built-in rows."
     assert expected in capsys.readouterr().err
 
 

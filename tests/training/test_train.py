@@ -23,6 +23,8 @@ from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.tokenizer import bpe_fast
 from tinylm.tokenizer.byte_char import ByteTokenizer
+from training.context import RunContext
+from training.stages import pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 HARD = {
@@ -103,7 +105,7 @@ def test_a_run_leaves_checkpoints_metrics_and_says_what_is_next(
     assert output.err.startswith("device: cpu (requested)")
     assert f"next: python infer.py --ckpt {folder / 'final.ckpt'}" in output.err
     # 64 tokens a step; 6 N + 12 L H K T with N = 16*48 + 16*16 + 16*128 + 64*16 + 16*260 = 8256 weights that multiply
-    assert "FLOPs a token, 64 tokens a step, 6 steps" in output.err
+    assert "FLOPs per token, 64 tokens per step, 6 steps" in output.err
     assert "model: 8,304 parameters, 52.6k FLOPs" in output.err
 
 
@@ -247,7 +249,7 @@ def interrupt_at(
     monkeypatch: Patch,
     micro_batch: int,
     action: Callable[[], Any],
-    stage: type[model.LitStage] = model.LitLM,
+    stage: type[model.TrainingModule] = model.LanguageModule,
 ) -> None:
     """Call `action` when the loss of that micro-batch (1, 2, ...) of this process has been worked out."""
     original, seen = stage.batch_loss, []
@@ -314,7 +316,7 @@ def test_without_the_reseeding_of_dropout_a_resumed_run_differs(
     make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """NEG for A1: the comparison can fail."""
-    monkeypatch.setattr(model.LitStage, "_reseed", lambda self, batch_idx: None)
+    monkeypatch.setattr(model.TrainingModule, "_reseed", lambda self, batch_idx: None)
     torch.manual_seed(5)
     assert (
         run(
@@ -347,7 +349,7 @@ def test_another_number_of_threads_is_said(
     assert run(make_config(**HARD), *resume, "hardware.threads=2") == 0
     assert (
         capsys.readouterr().err.count(
-            "CPU threads were 1 and are 2: results may differ in the last bits"
+            "CPU threads were 1 and are now 2: results may differ in the last bits"
         )
         == 1
     )
@@ -358,7 +360,7 @@ def test_max_steps_can_be_raised(make_config: Make, tmp_path: Path, capsys: Capt
     assert run(make_config()) == 0
     assert run(make_config(), "training.max_steps=8") == 0
     assert (
-        "training.max_steps was 6 and is 8: the learning rate now follows the schedule of 8 steps"
+        "training.max_steps was 6 and is now 8: the learning rate follows a schedule of 8 steps"
         in capsys.readouterr().err
     )
     assert sorted(curve(tmp_path)) == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -442,20 +444,23 @@ def test_shared_documents_are_counted_and_said(
     )
     assert run(make_config(data={"val_dataset": str(val)})) == 0
     assert (
-        "warning: 20 documents of data.val_dataset are training documents too"
+        "warning: 20 documents of data.val_dataset are also training documents"
         in capsys.readouterr().err
     )
 
 
-def said_of_data(config: Path) -> list[str]:
-    """What train.py says of the data of a run, but for the first line."""
-    said: list[str] = []
-    train.open_corpus(load_config(config), ByteTokenizer(), said.append)
-    return said[1:]
+def logged_about_data(config: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What train.py logs about the data of a run, without the first line."""
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        pretrain.open_data(RunContext("pretrain", load_config(config), "cpu"), ByteTokenizer())
+    return [record.getMessage() for record in caplog.records][1:]
 
 
 def test_documents_at_the_end_of_a_token_file_that_are_trained_on_are_counted(
-    make_config: Make, tmp_path: Path
+    make_config: Make,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """E13: of 60 documents of ten tokens the last six validate; none, three or all of those stand further up as well."""
     for repeated in (0, 3, 6):
@@ -467,19 +472,21 @@ def test_documents_at_the_end_of_a_token_file_that_are_trained_on_are_counted(
         make_config(f"{n}.yaml", data={"dataset": str(tmp_path / f"{n}.bin"), "val_fraction": 0.1})
         for n in (0, 3, 6)
     )
-    assert said_of_data(none) == []
-    end = "documents at the end of data.dataset, which validate, are training documents too; val_loss will look better than it is"
-    assert said_of_data(three) == [f"warning: 3 of 6 {end}"]
+    assert logged_about_data(none, caplog) == []
+    end = "documents held out at the end (data.val_fraction=0.1) are also training documents; val_loss will look better than it is"
+    assert logged_about_data(three, caplog) == [f"warning: data.dataset: 3 of 6 {end}"]
     with pytest.raises(UserError) as caught:
-        said_of_data(all_six)
-    found = "all 6 documents at its end, which validate (data.val_fraction 0.1), are training documents too"
+        logged_about_data(all_six, caplog)
+    found = (
+        "all 6 documents held out at the end (data.val_fraction=0.1) are also training documents"
+    )
     assert (
         str(caught.value)
-        == f"data.dataset: {found}. Encode it again without repeated documents, or set data.val_dataset."
+        == f"data.dataset: {found}. Encode the file again without repeated documents, or set data.val_dataset."
     )
     both = {"dataset": str(tmp_path / "0.bin"), "val_dataset": str(tmp_path / "3.bin")}
     better = "are training documents too; val_loss will look better than it is"
-    assert said_of_data(make_config(data=both)) == [
+    assert logged_about_data(make_config(data=both), caplog) == [
         f"warning: 57 documents of data.val_dataset {better}"
     ]
     mix = {
@@ -487,13 +494,13 @@ def test_documents_at_the_end_of_a_token_file_that_are_trained_on_are_counted(
         "val_fraction": 0.1,
     }
     # 54 to 59 validate the first source, 54 to 56 and 0 to 2 the second; both are trained on 0 to 53.
-    assert said_of_data(make_config(data=mix)) == [
-        f"warning: 3 of 9 {end.replace('dataset', 'mix')}"
-    ]
+    assert logged_about_data(make_config(data=mix), caplog) == [f"warning: data.mix: 3 of 9 {end}"]
 
 
 def test_a_run_says_what_its_text_is_not_divided_by(
-    make_config: Make, write: Callable[..., Path]
+    make_config: Make,
+    write: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Both warnings, also from the cached files of an earlier run, and neither from a run that reads the file right."""
     path = write("a.txt", "".join(f"one {i} and some more words<|eos|>" for i in range(60)))
@@ -502,7 +509,9 @@ def test_a_run_says_what_its_text_is_not_divided_by(
         write("c.txt", "other words\n" * 9),
     )
     assert (
-        said_of_data(make_config(data={"dataset": str(path), "document_separator": "<|eos|>"}))
+        logged_about_data(
+            make_config(data={"dataset": str(path), "document_separator": "<|eos|>"}), caplog
+        )
         == []
     )
     config = make_config(
@@ -513,7 +522,7 @@ def test_a_run_says_what_its_text_is_not_divided_by(
         "data.document_separator '##' does not occur in it, so that each .txt file is one document"
     )
     for _ in range(2):
-        assert said_of_data(config) == [
+        assert logged_about_data(config, caplog) == [
             f"warning: {lines}: {spelled}. If it divides documents of a .txt file, set data.document_separator to '<|eos|>'",
             f"warning: {lines}: {never}",
             f"warning: {other}: {never}",
@@ -590,7 +599,7 @@ def test_another_optimizer_is_refused_even_if_changes_are_allowed(
         make_config(), tmp_path, capsys, "training.optimizer=sgd", "--allow-changes"
     )
     assert run(make_config(), "training.lr=0.001", "--allow-changes") == 0
-    assert "allowed: training.lr was 0.01 and is 0.001" in capsys.readouterr().err
+    assert "allowed: training.lr was 0.01 and is now 0.001" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_compared_before_it_is_called_complete(
@@ -610,7 +619,7 @@ def test_going_back_needs_a_folder_of_its_own(
         make_config(**HARD), tmp_path, capsys, "--resume", str(source), *elsewhere(uninterrupted)
     )
     assert (
-        "step-000006.ckpt is newer than step 4, where --resume goes on. Choose another training.checkpoint_dir"
+        "step-000006.ckpt: is newer than step 4, where --resume continues. Remove the newer checkpoints, or choose another training.checkpoint_dir"
         in message
     )
     old = (uninterrupted / "logs" / "tiny" / "metrics.csv").read_bytes()
@@ -653,9 +662,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     newest.write_bytes(damaged)
     assert run(make_config(**HARD), *elsewhere(uninterrupted)) == 0
     error = capsys.readouterr().err
-    assert (
-        "passed over: " in error and "step-000006.ckpt: damaged" in error and "at step 4" in error
-    )
+    assert "skipped: " in error and "step-000006.ckpt: damaged" in error and "at step 4" in error
     assert curve(uninterrupted) == whole
 
 
@@ -667,7 +674,7 @@ def test_a_new_run_does_not_take_a_used_folder(
     for argument in ("--no-resume", "training.auto_resume=false"):
         message = refused(make_config(), tmp_path, capsys, argument)
         assert (
-            "holds checkpoints already (newest step-000006.ckpt). Resume, or choose another training.checkpoint_dir."
+            "already holds checkpoints (newest: step-000006.ckpt). Resume, or choose another training.checkpoint_dir."
             in message
         )
 
@@ -709,14 +716,14 @@ def test_one_infinite_gradient_stops_before_the_step(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """D2: the loss is finite, one element of one gradient is not; clipping by its norm would poison every weight."""
-    original = model.LitStage._scale_gradient
+    original = model.TrainingModule._scale_gradient
 
     def poison(self: Any, targets: int) -> None:
         original(self, targets)
         if self.progress.step == 2:
             self.decoder.embedding.weight.grad[0, 0] = math.inf
 
-    monkeypatch.setattr(model.LitStage, "_scale_gradient", poison)
+    monkeypatch.setattr(model.TrainingModule, "_scale_gradient", poison)
     assert run(make_config()) == 3
     assert "error: step 3: the gradient's norm is " in capsys.readouterr().err
     assert checkpoint_format.read(tmp_path / "checkpoints" / "last.ckpt")["step"] == 2
@@ -731,11 +738,11 @@ def test_one_infinite_gradient_stops_before_the_step(
         ("hardware.accelerator=cuda", "hardware.accelerator: cuda is not available"),
         (
             "hardware.precision=16",
-            "hardware.precision: 16 needs CUDA, and this run is on cpu. Set hardware.precision to 32 or bf16.",
+            "hardware.precision: 16 needs CUDA. Set hardware.precision to 32 or bf16.",
         ),
         (
             "model.vocab_size=100",
-            "model.vocab_size: 100 is less than the tokenizer's 260. Raise it, or leave it out.",
+            "model.vocab_size: must be at least 260, the tokenizer's, got 100. Raise or remove it.",
         ),
         ("data.dataset=nowhere.txt", "nowhere.txt"),
         ("training.checkpoint_dir=/dev/null/x", "/dev/null/x"),

@@ -17,7 +17,6 @@ import yaml
 import finetune
 import infer
 import list as list_program
-import model
 import train
 from tests.training.test_train import (
     Capture,
@@ -33,7 +32,7 @@ from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.objectives.verifier import VerifierScore
-from training.stages.verifier import VerifierData
+from training.stages.verifier import VerifierData, VerifierModule
 
 Make = Callable[..., Path]
 FEW = {
@@ -134,7 +133,7 @@ def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsy
     final = tmp_path / "checkpoints" / "final.ckpt"
     assert output.out == f"{final}\n"
     assert output.err.startswith("device: cpu (requested)")
-    assert "problems with " in output.err and "8 problems a step, 150 steps" in output.err
+    assert "problems with " in output.err and "8 problems per step, 150 steps" in output.err
     assert (
         output.err.splitlines()[-1]
         == f"next: python infer.py --ckpt MODEL --prompt PROBLEM --best-of 8 --verifier {final}"
@@ -268,9 +267,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
     config = make()
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
-        interrupt_at(
-            patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM), model.LitVerifier
-        )
+        interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM), VerifierModule)
         assert run(config) == 143
     assert run(config) == 0
     assert_same_run(tmp_path / "calm", tmp_path)
@@ -320,7 +317,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(
     make: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """D1: exit code 3, the step and its problems named, and nothing of it saved."""
-    interrupt_at(monkeypatch, 3 * 2 + 1, lambda: float("nan"), model.LitVerifier)
+    interrupt_at(monkeypatch, 3 * 2 + 1, lambda: float("nan"), VerifierModule)
     assert run(make()) == 3
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: step 3: the loss is nan; rows at [[") and "rows.jsonl:" in error
@@ -399,7 +396,7 @@ def test_a_hugging_face_model_has_other_blocks(make: Make, tmp_path: Path, capsy
         encoding="utf-8",
     )
     assert (
-        "a verifier shares our own decoder's blocks, and this is a Hugging Face model. Leave it out."
+        "a verifier shares the blocks of our own decoder and cannot start from a Hugging Face model. Remove training.init_from"
         in refused(config, capsys)
     )
 
@@ -450,6 +447,6 @@ def test_settings_that_a_verifier_has_no_use_for_are_refused(
 def test_pretraining_has_no_verifier(make: Make, capsys: Capture) -> None:
     assert train.main(["--config", str(make())]) == 2
     assert (
-        "verifier: a verifier is trained by finetune.py. Run that program, or take the verifier section out."
+        "verifier: only valid for finetune.py, which trains verifiers. Run finetune.py, or remove the verifier section."
         in capsys.readouterr().err
     )

@@ -25,6 +25,8 @@ JOINERS = "\u200c\u200d"
 PIPE_WIDTH = 400
 # A column of text in a table is not shortened below this.
 TEXT_WIDTH = 12
+# The loggers of this project; their children are named after the modules.
+LOGGERS = ("tinylm", "training", "data", "model")
 
 
 def open_streams() -> None:
@@ -59,7 +61,7 @@ def log_to_stderr() -> None:
 
     Idempotent: a second call in the same process changes nothing.
     """
-    for name in ("tinylm", "training", "data", "model"):
+    for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):

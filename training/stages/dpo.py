@@ -1,17 +1,37 @@
-"""Preferences (DPO): the data module; a row is a prompt with a chosen and a rejected answer.
+"""Stage dpo: the model learns to prefer the chosen of two answers to a prompt (direct preference optimization).
 
-pairs ─▶ row order ─▶ micro-batch: chosen and rejected (B, T), and what the reference model gives them, (B,)
+pairs ─▶ row order ─▶ micro-batch: chosen and rejected (B, T), and their log-probabilities under the reference model, (B,)
 """
 
+import hashlib
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data import RunData
+from model import BatchLoss, TrainingModule
+from tinylm.checkpoint.initial import InitialModel, reference_to
+from tinylm.common.device import autocast_dtype
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import Config
+from tinylm.model.decoder import Decoder
+from tinylm.model.hf_model import HFModel
+from tinylm.model.lora import adapters_off
+from tinylm.objectives.preferences import (
+    METRICS,
+    Answers,
+    Comparison,
+    PairScores,
+    compare_pairs,
+    score_pairs,
+)
 from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.preferences import PreferencePair, build_pairs
 from tinylm.rows.row_files import resolve_dataset
@@ -23,7 +43,15 @@ from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.batches import Batch, RowDataset
 from tinylm.tokens.packing import Example, row_of_examples
 from tinylm.tokens.row_order import Share
-from training.stages.sft import inspect_examples
+from training.build import build_initial, build_model
+from training.context import RunContext
+from training.resume import ResumeState, require_same_model
+from training.stage import Stage
+from training.stages.pretrain import learn_tokenizer
+from training.stages.reference_log_probs import cached_log_probs, pair_log_probs
+from training.stages.sft import inspect_examples, log_contents
+
+logger = logging.getLogger(__name__)
 
 
 class PreferenceData(RunData):
@@ -149,3 +177,157 @@ def collate_preferences(
 def answers_of(pairs: Sequence[PreferencePair]) -> list[Example]:
     """Both examples of each pair."""
     return [example for pair in pairs for example in (pair.chosen, pair.rejected)]
+
+
+# --- the module ---
+
+
+class DPOModule(TrainingModule):
+    """Direct preference optimisation: the model learns which of two answers is better, held to a reference (stage `dpo`).
+
+    The reference is the model that the run began with. It is given, frozen; or it is the decoder with its adapters switched off;
+    or only its log-probabilities are known, which then come with each batch. It never has dropout.
+
+    Args:
+        reference: the frozen copy where dpo.reference is `copy`, else None.
+    """
+
+    measures = METRICS
+    val_measures = tuple(f"val_{name}" for name in METRICS)
+
+    def __init__(
+        self,
+        config: Config,
+        decoder: Decoder | HFModel,
+        roots: dict[str, Any],
+        reference: Decoder | HFModel | None,
+    ):
+        super().__init__(config, decoder, "dpo", roots)
+        assert config.dpo is not None
+        self.dpo, self.full_batch = config.dpo, config.training.micro_batch_size
+        self.reference = None if reference is None else reference.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "DPOModule":
+        """Switch dropout on or off, in the policy alone."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
+        """The preference loss; beside it dpo.sft_coef times the cross entropy per token of each chosen answer (Pang et al. 2024, equation 1)."""
+        policy, found = self._compare_pairs(batch)
+        tokens = policy.lengths.chosen.sum() + policy.lengths.rejected.sum()
+        regulariser = (
+            self.dpo.sft_coef * found.cross_entropy.mean()
+            + policy.balance_loss * self._balance_coef
+        )
+        return BatchLoss(
+            found.loss.sum(), (policy.lengths.chosen > 0).sum(), tokens, regulariser, found.metrics
+        )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """(loss sum, pairs, sums of the measures) of one batch."""
+        policy, found = self._compare_pairs(batch)
+        return torch.cat(
+            (torch.stack((found.loss.sum(), (policy.lengths.chosen > 0).sum())), found.metrics)
+        )
+
+    def val_metrics(self, totals: list[float]) -> dict[str, float]:
+        """The means over pairs; a perplexity would say nothing."""
+        loss, n_pairs, *sums = totals
+        return dict(
+            zip(
+                ("val_loss", *self.val_measures),
+                (total / n_pairs for total in (loss, *sums)),
+                strict=True,
+            )
+        )
+
+    def _compare_pairs(self, batch: Batch) -> tuple[PairScores, Comparison]:
+        reference = self._reference(batch)
+        policy = score_pairs(self._features, self.decoder.head, batch)
+        return policy, compare_pairs(policy, reference, self.dpo)
+
+    @torch.no_grad()
+    def _reference(self, batch: Batch) -> Answers:
+        """The log-probabilities under the reference; no random number is drawn for them."""
+        if self.dpo.reference == "cached":
+            return Answers(batch["chosen_reference"], batch["rejected_reference"])
+        if self.reference is not None:
+            return score_pairs(self.reference.features, self.reference.head, batch).log_probs
+        was_training = self.decoder.training
+        self.decoder.eval()
+        with adapters_off(self.decoder):
+            log_probs = score_pairs(self.decoder.features, self.decoder.head, batch).log_probs
+        self.decoder.train(was_training)
+        return log_probs
+
+
+# --- building the stage ---
+
+
+def open_data(context: RunContext, tokenizer: Tokenizer) -> PreferenceData:
+    """The pairs of answers of both splits, read and encoded; logs their number and what was left out."""
+    data = PreferenceData(context.config, tokenizer)
+    data.prepare()
+    log_contents(data.describe(), data.notes)
+    return data
+
+
+def build_module(
+    context: RunContext, data: RunData, resume: ResumeState | None, initial: InitialModel | None
+) -> DPOModule:
+    """The policy and its reference: the model that the run started from, also when it is resumed."""
+    config = context.config
+    assert config.dpo is not None and initial is not None, (
+        "the table of unsupported pairs sees to it"
+    )
+    assert isinstance(data, PreferenceData)
+    policy, references = build_model(context, resume, initial)
+    if config.dpo.reference == "adapters_off":
+        return DPOModule(config, policy, references, None)
+    model = build_initial(config, initial)
+    reference = reference_to(initial, model, context.checkpoint_dir)
+    if config.lora is None:  # else it is the base of the adapters, which is compared already
+        references["reference"] = reference
+        require_same_model(resume, reference, name="reference", init_from=config.training.init_from)
+    if config.dpo.reference == "copy":
+        return DPOModule(config, policy, references, model)
+    add_cached_reference(context, data, model, reference["fingerprint"])
+    return DPOModule(config, policy, references, None)
+
+
+def add_cached_reference(
+    context: RunContext, data: PreferenceData, model: Decoder | HFModel, fingerprint: str
+) -> None:
+    """Give the data the log-probabilities under the reference model, computed once and kept in data.cache_dir."""
+    config = context.config
+    n_pairs = len(data.train_pairs) + len(data.val_pairs)
+    depends_on = [
+        data.fingerprints(),
+        fingerprint,
+        config.data.template,
+        config.training.seq_len,
+        config.hardware.precision,
+    ]
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
+    path = Path(config.data.cache_dir) / f"reference-{key}.bin"
+
+    def compute() -> np.ndarray:
+        logger.info(
+            f"reference: computing the log-probabilities of {n_pairs} pairs, cached in {path}"
+        )
+        dtype = autocast_dtype(config.hardware.precision)
+        return pair_log_probs(model.to(context.device), data.all_batches(), dtype)
+
+    data.add_reference(cached_log_probs(path, n_pairs, compute))
+
+
+DPO = Stage(
+    name="dpo",
+    make_tokenizer=learn_tokenizer,
+    open_data=open_data,
+    build_module=build_module,
+    next_command='python infer.py --ckpt {model} --prompt "Name three primary colours."',
+)

@@ -1,15 +1,21 @@
-"""Supervised fine-tuning: the data module; a row holds one or several examples, each a question and its answer.
+"""Stage sft: next-token prediction on rows of questions and answers; a row holds one or several examples.
 
 examples ─▶ rows, packed or one example each ─▶ row order ─▶ micro-batch (B, T)
 """
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 from data import RunData
-from tinylm.common.errors import printable
+from model import LanguageModule
+from tinylm.checkpoint.initial import InitialModel
+from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import Config
-from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
+from tinylm.eval.tasks import TASKS
+from tinylm.eval.tasks.data import SMOKE, conversation_parser, requested_built_in_rows
+from tinylm.model.hf_model import HFSeq2Seq
 from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.row_files import resolve_dataset
 from tinylm.rows.sft import (
@@ -24,8 +30,15 @@ from tinylm.rows.templates import Template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.batches import Batch, RowDataset, collate_examples
-from tinylm.tokens.packing import Example, fill_rows, row_of_examples
+from tinylm.tokens.packing import Example, fill_rows, n_answers, row_of_examples
 from tinylm.tokens.row_order import Share
+from training.build import build_language_model
+from training.context import RunContext
+from training.resume import ResumeState
+from training.stage import Stage
+from training.stages.pretrain import learn_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class SFTData(RunData):
@@ -141,3 +154,75 @@ def inspect_examples(
     places = list_places([example.place for example in row])
     documents = [min(number, last) for number in documents]
     return InspectedRow(f"{heading}: {places}", inputs, labels, documents)
+
+
+# --- building the stage ---
+
+
+def with_data_of_task(config: Config) -> Config:
+    """The settings with the hub dataset of data.task filled in, if there is a task and data.dataset is not given."""
+    data = config.data
+    if data.task is None or "dataset" in data.model_fields_set:
+        return config
+    hub = TASKS[data.task].hub
+    assert hub is not None, "only pairs has none, and data.task cannot name it"
+    of_task = {
+        "dataset": hub.dataset,
+        "dataset_config": data.dataset_config or hub.config,
+        "split": hub.train,
+    }
+    return config.model_copy(update={"data": data.model_copy(update=of_task)})
+
+
+def open_data(context: RunContext, tokenizer: Tokenizer) -> SFTData:
+    """The rows of both splits, read and encoded; logs their number and what was left out."""
+    data = SFTData(context.config, tokenizer)
+    try:
+        data.prepare()
+    except UserError as error:
+        if not _is_on_hub(context.config):
+            raise
+        task = context.config.data.task
+        fix = f"For task {task}: data.dataset=PATH, or data.dataset={SMOKE} for a few built-in rows"
+        raise error.within(fix=f"{error.fix}. {fix}".removeprefix(". ")) from None
+    log_contents(data.describe(), data.notes)
+    return data
+
+
+def log_contents(description: str, notes: Sequence[str]) -> None:
+    """Log what a data module contains and what the user should know about it."""
+    for line in (description, *notes):
+        logger.info(line)
+
+
+def _is_on_hub(config: Config) -> bool:
+    """Whether the rows are those of a task on the hub."""
+    task = config.data.task
+    hub = TASKS[task].hub if task else None
+    return (
+        hub is not None and config.data.dataset == hub.dataset and not os.path.exists(hub.dataset)
+    )
+
+
+def build_module(
+    context: RunContext, data: RunData, resume: ResumeState | None, initial: InitialModel | None
+) -> LanguageModule:
+    """The language model; logs how an encoder-decoder reads conversations."""
+    module = build_language_model(context, data, resume, initial)
+    if isinstance(module.decoder, HFSeq2Seq):
+        assert isinstance(data, SFTData)
+        n_several = sum(n_answers(example) > 1 for example in data.train_examples)
+        if n_several:
+            logger.info(
+                f"{n_several} rows have more than one answer: an encoder-decoder learns the last one and reads the others"
+            )
+    return module
+
+
+SFT = Stage(
+    name="sft",
+    make_tokenizer=learn_tokenizer,
+    open_data=open_data,
+    build_module=build_module,
+    next_command='python infer.py --ckpt {model} --prompt "Name three primary colours."',
+)

@@ -1,19 +1,35 @@
-"""The verifier: the data module; a row is a problem with right and wrong answers.
+"""Stage verifier: an encoder learns to tell right answers to a problem from wrong ones.
 
 problems ─▶ row order ─▶ every answer of each problem as a pair of ids (B', T), wrong answers drawn by (seed, place)
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from data import RunData
-from tinylm.common.errors import printable
-from tinylm.config.schema import Config
+from model import BatchLoss, TrainingModule
+from tinylm.checkpoint.format import NO_REFERENCES
+from tinylm.checkpoint.initial import InitialModel
+from tinylm.checkpoint.load import build_verifier as load_verifier_weights
+from tinylm.checkpoint.load import load_model
+from tinylm.common.console import progress_bar
+from tinylm.common.errors import UserError, printable
+from tinylm.common.processes import Progress
+from tinylm.config.schema import Config, VerifierConfig
+from tinylm.eval.sampled_answers import add_sampled_answers
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
+from tinylm.model.decoder import Decoder
+from tinylm.model.verifier import Verifier
+from tinylm.objectives.verifier import VerifierScore, logit_counts, verifier_loss
 from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.verifier_data import (
@@ -29,6 +45,15 @@ from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.batches import Batch, RowDataset
 from tinylm.tokens.packing import IGNORE_INDEX
 from tinylm.tokens.row_order import Share
+from training.build import build_initial
+from training.context import RunContext
+from training.resume import ResumeState
+from training.stage import Stage
+from training.stages.sft import log_contents
+from training.support import require_supported
+from training.tokenizer import learned_from
+
+logger = logging.getLogger(__name__)
 
 
 class VerifierData(RunData):
@@ -160,3 +185,175 @@ def fingerprint_of_problems(problems: Sequence[Problem]) -> str:
     """12 hex digits that identify problems and their answers, in their order."""
     plain = [(problem.question.full_text, problem.answer, problem.samples) for problem in problems]
     return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]
+
+
+# --- the module ---
+
+
+class VerifierModule(TrainingModule):
+    """An encoder learns to tell right answers from wrong ones (stage `verifier`); it stands where other stages have their decoder."""
+
+    measures = ("accuracy",)
+    val_measures = (
+        "val_accuracy",
+        "val_accuracy_low",
+        "val_accuracy_high",
+        "val_majority",
+        "val_auc",
+        "val_calibration_error",
+    )
+
+    def __init__(self, config: Config, verifier: Verifier, roots: dict[str, Any]):
+        super().__init__(config, verifier, "verifier", roots)
+        assert config.verifier is not None
+        self.full_batch = config.training.micro_batch_size * (
+            1 + config.verifier.n_wrong + config.verifier.n_sampled
+        )
+
+    def configure_model(self) -> None:
+        """Lightning's hook; train.py refuses fsdp."""
+        self._places = (
+            torch.compile(self.decoder.error_logits)
+            if self.config.hardware.compile
+            else self.decoder.error_logits
+        )
+
+    def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
+        """Cross entropy of which token is wrong, or none."""
+        places, right = self._places(batch["input_ids"], batch["attention_mask"]), batch["label"]
+        n_right = ((places.logsumexp(dim=1) <= 0) == right.bool()).sum()
+        loss, n_pairs = (
+            verifier_loss(places, right, batch["error_mask"]),
+            torch.tensor(len(right), device=right.device),
+        )
+        return BatchLoss(
+            loss,
+            n_pairs,
+            batch["attention_mask"].sum(),
+            places.new_zeros(()),
+            n_right.float()[None],
+        )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The sum of the losses, then how often each logit occurs among wrong and right pairs."""
+        right = batch["label"]
+        none = torch.zeros(
+            0, 1, device=right.device
+        )  # what a rank without a problem left makes of its share
+        places = self._places(batch["input_ids"], batch["attention_mask"]) if len(right) else none
+        departs = batch["error_mask"] if len(right) else none.bool()
+        return torch.cat(
+            (
+                verifier_loss(places, right, departs)[None],
+                logit_counts(-places.logsumexp(dim=1), right),
+            )
+        )
+
+    def val_metrics(self, totals: list[float]) -> dict[str, float]:
+        """The mean loss, and `VerifierScore` with the interval of its accuracy."""
+        loss, *counts = totals
+        score = VerifierScore.of_counts(np.array(counts))
+        numbers = (
+            loss / score.n,
+            score.accuracy,
+            *score.interval,
+            score.majority,
+            score.auc,
+            score.calibration_error,
+        )
+        return dict(zip(("val_loss", *self.val_measures), numbers, strict=True))
+
+
+# --- building the stage ---
+
+
+def learn_verifier_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of a verifier with new weights; bpe and char are learned from the training problems and their answers."""
+
+    def texts() -> Iterator[str]:
+        found = read_problems(
+            config.data,
+            "train",
+            config.training.seed,
+            to_conversation=conversation_parser(config.data),
+            built_in=requested_built_in_rows(config.data),
+        )
+        for problem in found:
+            yield f"{problem.question.full_text}\n{problem.answer}"
+
+    return learned_from(config.tokenizer, texts)
+
+
+def open_data(context: RunContext, tokenizer: Tokenizer) -> VerifierData:
+    """The problems of both splits with right and wrong answers; logs their number and what was left out."""
+    data = prepare_data(context, tokenizer)
+    log_contents(data.describe(), data.notes)
+    return data
+
+
+def prepare_data(context: RunContext, tokenizer: Tokenizer) -> VerifierData:
+    """The problems of both splits; with verifier.sampled_from, the model that it names answers them too."""
+    config = context.config
+    assert config.verifier is not None
+    data = VerifierData(config, tokenizer)
+    if config.verifier.sampled_from is None:
+        data.prepare()
+    else:
+        with progress_bar() as progress:
+            data.prepare(answerer(config, config.verifier, context.device, progress))
+    return data
+
+
+def answerer(
+    config: Config, verifier: VerifierConfig, device: str, progress: Progress
+) -> Callable[[list[Problem]], list[Problem]]:
+    """A function that adds to problems the answers of the model that verifier.sampled_from names."""
+    folder = Path(config.data.cache_dir)
+    assert verifier.sampled_from is not None
+    try:
+        loaded = load_model(Path(verifier.sampled_from), device)
+    except UserError as error:
+        raise error.within("verifier.sampled_from") from None
+
+    def with_answers(found: list[Problem]) -> list[Problem]:
+        logger.info(
+            f"answers: {verifier.n_sampled} by {verifier.sampled_from} to each of {len(found):,} problems, cached in {folder}"
+        )
+        return add_sampled_answers(
+            found,
+            loaded,
+            config.data.task,
+            verifier.n_sampled,
+            seed=config.training.seed,
+            folder=folder,
+            progress=progress,
+        )
+
+    return with_answers
+
+
+def build_module(
+    context: RunContext, data: RunData, resume: ResumeState | None, initial: InitialModel | None
+) -> VerifierModule:
+    """A verifier with the weights of the checkpoint, else of a decoder, else new ones that depend on the seed alone."""
+    config = context.config
+    if resume is not None:
+        verifier = load_verifier_weights(config.model, resume.state["weights"])
+        return VerifierModule(config, verifier, dict(NO_REFERENCES))
+    torch.manual_seed(config.training.seed)
+    verifier = Verifier(config.model)
+    if initial is not None:
+        decoder = build_initial(config, initial)
+        if not isinstance(decoder, Decoder):
+            require_supported(context.stage, config, context.device, frozenset({"hf_model"}))
+        verifier.init_from_decoder(decoder)
+    return VerifierModule(config, verifier, dict(NO_REFERENCES))
+
+
+VERIFIER = Stage(
+    name="verifier",
+    make_tokenizer=learn_verifier_tokenizer,
+    open_data=open_data,
+    build_module=build_module,
+    next_command="python infer.py --ckpt MODEL --prompt PROBLEM --best-of 8 --verifier {model}",
+)

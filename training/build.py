@@ -1,0 +1,178 @@
+"""Builds the parts of a run: the model with its weights and adapters, Lightning's trainer, the loggers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+
+from data import RunData
+from model import LanguageModule
+
+# hf_model is imported when a Hugging Face model is used
+from tinylm import model as models
+from tinylm.checkpoint.format import NO_REFERENCES
+from tinylm.checkpoint.initial import InitialModel, reference_to, whole_model
+from tinylm.common.errors import UserError
+from tinylm.common.units import short
+from tinylm.config.schema import Config, TrainingConfig
+from tinylm.eval.perplexity import byte_length_table
+from tinylm.model.decoder import Decoder, count_parameters, flops_per_token
+from tinylm.model.lora import attach, load_adapter
+from training.context import RunContext
+from training.resume import ResumeState, require_same_model
+from training.support import require_supported
+
+if TYPE_CHECKING:
+    from tinylm.model.hf_model import HFModel
+
+LIGHTNING_PRECISION = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+# Warnings that do not apply here.
+IGNORED_WARNINGS = (
+    ".*LeafSpec.* is deprecated",  # Lightning 2.6 under torch 2.13
+    ".*does not have many workers.*",  # data.num_workers is the user's choice
+    ".*`IterableDataset` has `__len__` defined.*",  # all workers but one are idle
+    ".*in eval mode at the start of training.*",  # the reference model of preferences stays in eval mode
+)
+
+
+def build_model(
+    context: RunContext, resume: ResumeState | None, initial: InitialModel | None
+) -> tuple[Decoder | HFModel, dict[str, Any]]:
+    """The model that is trained, with adapters if the settings ask for them; and the references that its checkpoints hold.
+
+    Raises:
+        UserError: a setting is not supported with this model.
+    """
+    config, references = context.config, dict(NO_REFERENCES)
+    model = build_weights(config, resume, initial)
+    if not isinstance(model, Decoder):
+        features = {"hf_model", "encoder-decoder"} if model.has_encoder else {"hf_model"}
+        require_supported(context.stage, config, context.device, frozenset(features))
+        if context.stage == "sft" and config.data.packing == "packed":
+            models.hf_model.check_packing(model)
+        if config.model.gradient_checkpointing:
+            model.checkpoint_gradients()
+        references["hf_config"] = model.settings
+    if config.lora is not None:
+        assert initial is not None, "the table of unsupported pairs sees to it"
+        references["base"] = reference_to(initial, model, context.checkpoint_dir)
+        require_same_model(
+            resume, references["base"], name="base", init_from=config.training.init_from
+        )
+        attach(model, config.lora, seed=config.training.seed)
+        if resume is not None:
+            load_adapter(model, resume.state["weights"])
+    return model, references
+
+
+def build_weights(
+    config: Config, resume: ResumeState | None, initial: InitialModel | None
+) -> Decoder | HFModel:
+    """A model with the weights of the checkpoint, else of the initial model, else new ones that depend on the seed alone."""
+    if resume is not None and config.lora is None:
+        return whole_model(config.model, resume.state)
+    if initial is not None:
+        return build_initial(config, initial)
+    torch.manual_seed(config.training.seed)
+    return Decoder(config.model)
+
+
+def build_initial(config: Config, initial: InitialModel) -> Decoder | HFModel:
+    """The model of training.init_from with its weights."""
+    try:
+        return initial.build(config.model)
+    except UserError as error:
+        raise error.within("training.init_from") from None
+
+
+def build_language_model(
+    context: RunContext, data: RunData, resume: ResumeState | None, initial: InitialModel | None
+) -> LanguageModule:
+    """The module of stages pretrain and sft: a model that predicts the next token."""
+    model, references = build_model(context, resume, initial)
+    byte_lengths = byte_length_table(data.tokenizer, model.embedding.num_embeddings)  # for val_bpb
+    return LanguageModule(context.config, model, byte_lengths, context.stage, references)
+
+
+def describe_model(config: Config, model: nn.Module, world_size: int) -> str:
+    """One line: parameters, trained parameters or FLOPs per token, tokens per step, steps."""
+    training = config.training
+    n_rows = training.micro_batch_size * training.grad_accum_steps * world_size
+    per_step = f"{n_rows * training.seq_len:,} tokens"
+    if config.dpo is not None:
+        per_step = f"{n_rows:,} pairs"
+    elif config.verifier is not None:
+        per_step = f"{n_rows:,} problems"
+    work = ""
+    if config.lora is not None:
+        n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        work = f"{n_trained:,} of them trained, "
+    elif isinstance(model, Decoder):
+        work = f"{short(flops_per_token(model, training.seq_len))} FLOPs per token, "
+    n_parameters = count_parameters(model)
+    return f"model: {n_parameters:,} parameters, {work}{per_step} per step, {training.max_steps:,} steps"
+
+
+def build_trainer(config: Config, device: str, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    """Lightning's trainer: one epoch of micro-batches; validation, logging and checkpoints are ours (callbacks.py)."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    hardware = config.hardware
+    strategy: Any = hardware.strategy
+    if strategy == "fsdp":
+        # FSDP2; Lightning's older FSDP strategy loses the optimizer's state on resume and flattens the weights
+        strategy = ModelParallelStrategy(
+            data_parallel_size=hardware.devices * hardware.num_nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+        )
+    return L.Trainer(
+        accelerator={"cpu": "cpu", "cuda": "gpu", "mps": "mps"}[device],
+        devices=hardware.devices,
+        num_nodes=hardware.num_nodes,
+        strategy=strategy,
+        precision=LIGHTNING_PRECISION[hardware.precision],  # type: ignore[arg-type]
+        max_epochs=1,
+        accumulate_grad_batches=config.training.grad_accum_steps,
+        callbacks=list(callbacks),
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def build_loggers(training: TrainingConfig) -> list[Logger]:
+    """The loggers that training.loggers names, beside metrics.csv.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
+    loggers: list[Logger] = []
+    for name in training.loggers:
+        try:
+            if name == "tensorboard":
+                loggers.append(
+                    TensorBoardLogger(training.log_dir, name=training.run_name, version="")
+                )
+            else:
+                loggers.append(
+                    WandbLogger(project="tinylm", name=training.run_name, save_dir=training.log_dir)
+                )
+        except ModuleNotFoundError:
+            raise UserError(
+                "training.loggers", f"{name} is not installed", f"pip install {name}"
+            ) from None
+    return loggers

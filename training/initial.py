@@ -1,0 +1,121 @@
+"""What a run starts from: the model of training.init_from, if any, the settings that it decides, and the tokenizer."""
+
+import logging
+from collections.abc import Callable
+
+from tinylm.checkpoint.initial import InitialModel, open_initial_model
+from tinylm.common.errors import UserError
+from tinylm.config.loader import with_model
+from tinylm.config.schema import Config
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.factory import make_tokenizer
+from training.resume import ResumeState
+
+logger = logging.getLogger(__name__)
+
+# Settings of a trained model that a new run may change: they have no weights, and only affect training.
+FREE_ON_INITIAL = {"attention_dropout", "residual_dropout", "gradient_checkpointing"}
+FREE_ON_HF = {"gradient_checkpointing"}  # its dropouts are its own
+
+
+def find_initial_model(config: Config, resume: ResumeState | None) -> InitialModel | None:
+    """The model that training.init_from names, if this run needs it: to start from, under adapters, or as a reference.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    name = config.training.init_from
+    needed_on_resume = config.lora is not None or config.dpo is not None
+    if name is None or (resume is not None and not needed_on_resume):
+        return None
+    try:
+        return open_initial_model(name)
+    except UserError as error:
+        raise error.within("training.init_from") from None
+
+
+def initialized_config(config: Config, initial: InitialModel) -> Config:
+    """The settings of a run that starts from a trained model: the model's settings are the trained model's.
+
+    Raises:
+        UserError: a setting of the model is given, and differs from the trained model's.
+    """
+    theirs = dict(initial.model)
+    given = config.model.model_fields_set - (FREE_ON_HF if initial.is_hf else FREE_ON_INITIAL)
+    for name, value in config.model:
+        if name in given and value is not None and value != theirs[name]:
+            problem = (
+                f"must be {theirs[name]}, as in training.init_from ({initial.name}), got {value}"
+            )
+            raise UserError(f"model.{name}", problem, "Remove it")
+    if config.training.seq_len > initial.model.max_seq_len:
+        n_positions = initial.model.max_seq_len
+        problem = f"must be at most {n_positions}, the positions of training.init_from ({initial.name}), got {config.training.seq_len}"
+        raise UserError("training.seq_len", problem, "Lower training.seq_len")
+    return with_model(config, initial.model, initial.tokenizer_config)
+
+
+def prepare_tokenizer(
+    config: Config,
+    resume: ResumeState | None,
+    initial: InitialModel | None,
+    make: Callable[[Config], Tokenizer],
+) -> tuple[Tokenizer, Config]:
+    """The tokenizer, from the checkpoint or the initial model, else made anew; and the settings with model.vocab_size set.
+
+    Args:
+        config: the settings.
+        resume: the checkpoint to continue from, if any.
+        initial: the model of training.init_from, if any.
+        make: the stage's function that makes a tokenizer.
+
+    Raises:
+        UserError: the tokenizer does not fit the model, or cannot encode training.sample_prompt.
+    """
+    if resume is not None and _was_learned(config) and config.tokenizer == resume.config.tokenizer:
+        tokenizer = resume.tokenizer  # the text that it was learned from may be gone
+    elif resume is None and initial is not None and initial.tokenizer is not None:
+        tokenizer = _tokenizer_of(initial, config)
+    else:
+        tokenizer = make(config)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        fix = "Raise or remove it"
+        if config.training.init_from is not None:
+            fix = "Use the tokenizer that the model was trained with"
+        problem = f"must be at least {tokenizer.vocab_size}, the tokenizer's, got {vocab_size}"
+        raise UserError("model.vocab_size", problem, fix)
+    try:
+        tokenizer.encode(config.training.sample_prompt or "")  # now, not at the first validation
+    except UserError as error:
+        raise error.within("training.sample_prompt") from None
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
+    return tokenizer, config.model_copy(update={"model": model})
+
+
+def _was_learned(config: Config) -> bool:
+    """Whether a checkpoint's tokenizer was learned, or came with the initial model."""
+    settings = config.tokenizer
+    learned = settings.kind == "bpe" or settings.learn_docs is not None
+    return learned or config.training.init_from is not None
+
+
+def _tokenizer_of(initial: InitialModel, config: Config) -> Tokenizer:
+    """The tokenizer of the initial model.
+
+    Raises:
+        UserError: the tokenizer section describes another one, so that ids would change their meaning.
+    """
+    assert initial.tokenizer is not None
+    wanted = config.tokenizer
+    if wanted == initial.tokenizer_config:
+        return initial.tokenizer
+    # byte and hf are made from their settings; bpe and char have no text here to be learned from
+    ours = f"a new one of kind {wanted.kind}"
+    if wanted.kind in ("byte", "hf"):
+        ours = make_tokenizer(wanted, tuple).fingerprint
+    if ours != initial.tokenizer.fingerprint:
+        theirs = f"{initial.tokenizer.fingerprint} ({initial.tokenizer.kind})"
+        problem = f"{initial.name} was trained with tokenizer {theirs}, but the tokenizer section describes {ours}"
+        raise UserError("training.init_from", problem, "Remove the tokenizer section")
+    return initial.tokenizer

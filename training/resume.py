@@ -1,0 +1,240 @@
+"""Resuming: which checkpoint a run continues from, and whether it still is the same run.
+
+A run is the same if its settings, tokenizer and data are. What may differ is in `FREE_ON_RESUME`.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data import RunData
+from model import Progress
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.common.errors import UserError
+from tinylm.config.loader import with_model
+from tinylm.config.schema import Config
+from tinylm.optim.schedule import should_stop
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.factory import tokenizer_from_plain
+from tinylm.tokens.mixture import name_of
+from training.callbacks import checkpoint_aliases
+from training.context import ResumeOptions, RunContext
+
+logger = logging.getLogger(__name__)
+
+# Settings that may differ when a run is resumed: how long it runs and what is written, not what a step computes.
+FREE_ON_RESUME = {
+    # the content of these is compared
+    "data.dataset",
+    "data.mix",
+    "data.val_dataset",
+    "tokenizer.path",
+    "verifier.sampled_from",
+    "data.num_workers",
+    "data.cache_dir",
+    "training.max_steps",
+    "training.val_every_steps",
+    "training.val_batches",
+    "training.early_stopping_patience",
+    "training.log_every_steps",
+    "training.save_every_steps",
+    "training.keep_last",
+    "training.checkpoint_dir",
+    "training.log_dir",
+    "training.run_name",
+    "training.loggers",
+    "training.sample_prompt",
+    "training.auto_resume",
+    "training.init_from",
+    "model.gradient_checkpointing",
+    "hardware.accelerator",
+    "hardware.devices",
+    "hardware.num_nodes",
+    "hardware.strategy",
+    "hardware.compile",
+    "hardware.threads",
+}
+# Weights of another shape or meaning, and the state of another optimizer, cannot be used at all.
+NEVER_FREE = ("model.", "tokenizer", "training.optimizer", "lora")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value that differs from the checkpoint's."""
+
+    name: str
+    was: Any
+    now: Any
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """The checkpoint that a run continues from."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def config(self) -> Config:
+        """The settings that it was saved with."""
+        return Config.from_plain(self.state["config"])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that it was trained with."""
+        return tokenizer_from_plain(self.state["tokenizer"])
+
+    def is_complete(self, config: Config) -> bool:
+        """Whether nothing is left to train: all steps are done, or the run stopped early."""
+        losses = [loss for _, loss in self.state["progress"]["validations"]]
+        stopped_early = should_stop(losses, config.training.early_stopping_patience)
+        return stopped_early or self.state["step"] >= config.training.max_steps
+
+
+def find_resume_state(context: RunContext, options: ResumeOptions) -> ResumeState | None:
+    """The checkpoint to continue from; None for a new run.
+
+    Raises:
+        UserError: the checkpoint folder holds checkpoints that a new run or a branch would mix with its own, or every
+            checkpoint is damaged, or the checkpoint is not one of a run of this stage.
+    """
+    folder, elsewhere = context.checkpoint_dir, "choose another training.checkpoint_dir"
+    found = checkpoint_format.candidates(folder)
+    if options.path is not None:
+        resume = _read(options.path, context.stage)
+        newer = [path for path in found if checkpoint_format.step_of(path) > resume.state["step"]]
+        if newer:
+            problem = f"is newer than step {resume.state['step']}, where --resume continues"
+            fix = f"Remove the newer checkpoints, or {elsewhere} to keep both branches"
+            raise UserError(newer[0], problem, fix)
+        return resume
+    if context.config.training.auto_resume and not options.start_new:
+        path = checkpoint_format.latest_valid(
+            folder, lambda error: logger.info(f"skipped: {error}")
+        )
+        return None if path is None else _read(path, context.stage)
+    if found:
+        problem = f"already holds checkpoints (newest: {found[0].name})"
+        raise UserError(folder, problem, f"Resume, or {elsewhere}")
+    return None
+
+
+def _read(path: Path, stage: str) -> ResumeState:
+    state = checkpoint_format.read(path)
+    fix = f"Choose another training.checkpoint_dir, and start from its weights: training.init_from={path}"
+    if "optimizer" not in state:
+        raise UserError(path, "an imported model, which has no optimizer state to resume", fix)
+    if state["stage"] != stage:
+        problem = f"a checkpoint of stage {state['stage']}, but this run is of stage {stage}"
+        raise UserError(path, problem, fix)
+    return ResumeState(path, state)
+
+
+def resumed_config(config: Config, resume: ResumeState) -> Config:
+    """The settings of a resumed run; if it started from a trained model, they take the model's settings from the checkpoint."""
+    if config.training.init_from is None:
+        return config
+    return with_model(config, resume.config.model, resume.config.tokenizer)
+
+
+def repair_aliases(resume: ResumeState, *, final: bool) -> None:
+    """Recreate the last/best/final links if the run was killed after saving the checkpoint but before linking it."""
+    for name in checkpoint_aliases(Progress(**resume.state["progress"]), final=final):
+        target = resume.path.with_name(name)
+        if not target.exists() or not target.samefile(resume.path):
+            checkpoint_format.link(resume.path, name)
+
+
+# --- is it the same run? ---
+
+
+def require_same_settings(resume: ResumeState, config: Config, *, allow_changes: bool) -> None:
+    """Compare the settings, and the number of processes, with the checkpoint's; raises as `require_no_changes`."""
+    was, now = resume.state["config"], config.to_plain()
+    if now["model"]["vocab_size"] is None:  # the tokenizer's, and its content is compared
+        now["model"]["vocab_size"] = was["model"]["vocab_size"]
+    n_processes = config.hardware.devices * config.hardware.num_nodes
+    changes = changed_settings(was, now)
+    changes.append(Change("number of processes", resume.state["world_size"], n_processes))
+    require_no_changes(resume, changes, allow_changes=allow_changes)
+
+
+def require_same_data(resume: ResumeState, data: RunData, *, allow_changes: bool) -> None:
+    """Compare the tokenizer and the data with the checkpoint's; raises as `require_no_changes`."""
+    source = name_of(data.config.data)
+    changes = [Change("tokenizer", resume.tokenizer.fingerprint, data.tokenizer.fingerprint)]
+    for split, fingerprint in data.fingerprints().items():
+        changes.append(Change(f"{split} data ({source})", resume.state["data"][split], fingerprint))
+    require_no_changes(resume, changes, allow_changes=allow_changes)
+
+
+def require_no_changes(resume: ResumeState, compared: list[Change], *, allow_changes: bool) -> None:
+    """Refuse to resume with values that differ from the checkpoint's; log the differences that are allowed.
+
+    Raises:
+        UserError: naming the checkpoint, both values, and --allow-changes where it helps.
+    """
+    changes = [change for change in compared if change.was != change.now]
+    fatal = [change for change in changes if change.name.startswith(NEVER_FREE)]
+    if fatal or (changes and not allow_changes):
+        first = (fatal or changes)[0]
+        problem = f"{first.name} was {first.was} when it was saved, this run has {first.now}"
+        fix = "Set it back, or choose another training.checkpoint_dir"
+        if not fatal:
+            fix = "Set it back, choose another training.checkpoint_dir, or pass --allow-changes"
+        raise UserError(resume.path, problem, fix)
+    for change in changes:
+        logger.info(f"allowed: {change.name} was {change.was} and is now {change.now}")
+
+
+def changed_settings(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[Change]:
+    """The settings that differ and may not; `sampling` does not affect training."""
+    changes = []
+    for key, value in now.items():
+        name = f"{prefix}{key}"
+        if name == "sampling" or name in FREE_ON_RESUME:
+            continue
+        old = was.get(key)  # a setting that is newer than the checkpoint counts as null
+        if isinstance(value, dict) and isinstance(old, dict):
+            changes += changed_settings(old, value, f"{name}.")
+        elif value != old:
+            changes.append(Change(name, old, value))
+    return changes
+
+
+def require_same_model(
+    resume: ResumeState | None, reference: dict[str, str], *, name: str, init_from: str | None
+) -> None:
+    """Refuse to continue with another base or reference model than the one that the checkpoint refers to.
+
+    Args:
+        resume: the checkpoint, if any.
+        reference: path and fingerprint of the model that this run has (`reference_to`).
+        name: `base` for the model under an adapter, `reference` for that of preferences.
+        init_from: training.init_from of this run.
+
+    Raises:
+        UserError: naming both models.
+    """
+    was = None if resume is None else resume.state[name]
+    if was is not None and was["fingerprint"] != reference["fingerprint"]:
+        theirs = f"the {name} model is {was['path']} with fingerprint {was['fingerprint']}"
+        problem = f"{theirs}, but training.init_from ({init_from}) has {reference['fingerprint']}"
+        raise UserError(resume.path, problem, "Set training.init_from to that model")
+
+
+def log_effects_of_changes(resume: ResumeState, config: Config) -> None:
+    """Log the changes that are always allowed but still affect the results."""
+    was, now = resume.state["config"]["training"]["max_steps"], config.training.max_steps
+    if was != now:
+        logger.info(
+            f"training.max_steps was {was} and is now {now}: the learning rate follows a schedule of {now} steps"
+        )
+    threads = torch.get_num_threads()
+    if resume.state["threads"] != threads:
+        logger.info(
+            f"CPU threads were {resume.state['threads']} and are now {threads}: results may differ in the last bits"
+        )

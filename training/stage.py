@@ -1,0 +1,32 @@
+"""Stage: the parts of a run that differ from one kind of training to another; each is made in `training/stages/`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from data import RunData
+from model import TrainingModule
+from tinylm.checkpoint.initial import InitialModel
+from tinylm.config.schema import Config
+from tinylm.tokenizer.base import Tokenizer
+from training.context import RunContext
+from training.resume import ResumeState
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of training. What it cannot be combined with is in `support.py`, under its name."""
+
+    name: str
+    """recorded in checkpoints"""
+    make_tokenizer: Callable[[Config], Tokenizer]
+    """the tokenizer of a run that has none from a checkpoint or an initial model"""
+    open_data: Callable[[RunContext, Tokenizer], RunData]
+    """the data module, prepared; logs what it contains"""
+    build_module: Callable[
+        [RunContext, RunData, ResumeState | None, InitialModel | None], TrainingModule
+    ]
+    """the LightningModule, with the weights that the run starts from"""
+    next_command: str
+    """what to run with the finished model; `{model}` is its path"""
+    open_rows: Callable[[RunContext, Tokenizer], RunData] | None = None
+    """for --show-rows: the data module without its validation data; None: as `open_data`"""

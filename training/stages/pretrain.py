@@ -1,0 +1,97 @@
+"""Stage pretrain: next-token prediction on documents."""
+
+import logging
+
+from data import PretrainData
+from tinylm.common.console import progress_bar
+from tinylm.common.errors import UserError
+from tinylm.common.units import short
+from tinylm.config.schema import Config
+from tinylm.text.splits import shared_documents
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokens.mixture import name_of, notes_on_texts, shared_in_token_files
+from training.build import build_language_model
+from training.context import RunContext
+from training.stage import Stage
+from training.tokenizer import tokenizer_for
+
+logger = logging.getLogger(__name__)
+
+
+def learn_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that the settings describe; bpe and char are learned from the training documents."""
+    settings = config.tokenizer
+    with progress_bar() as progress:
+        tokenizer = tokenizer_for(settings, config.data, config.training.seed, progress=progress)
+    if settings.vocab_size is not None and tokenizer.vocab_size < settings.vocab_size:
+        found = f"{tokenizer.vocab_size} tokens, not {settings.vocab_size}"
+        logger.info(f"tokenizer: {found}: every word of this text already is one token")
+    return tokenizer
+
+
+def open_data(context: RunContext, tokenizer: Tokenizer) -> PretrainData:
+    """The token files of the run, or its stream; logs their size and the documents that are in both splits."""
+    data = PretrainData(context.config, tokenizer)
+    with progress_bar() as progress:
+        data.prepare(progress)
+    logger.info(describe_data(data))
+    check_documents(data)
+    return data
+
+
+def open_rows(context: RunContext, tokenizer: Tokenizer) -> PretrainData:
+    """The training data alone."""
+    data = PretrainData(context.config, tokenizer)
+    data.prepare(validation=False)
+    return data
+
+
+def describe_data(data: PretrainData) -> str:
+    """One line: tokens of both splits, tokenizer."""
+    assert data.val_file is not None, "prepare() makes the validation file"
+    train = "a stream"
+    if data.train_files:
+        train = f"{short(sum(len(file) for file in data.train_files))} tokens"
+    sizes = f"train {train}, validation {short(len(data.val_file))} tokens"
+    tokenizer = f"{data.config.tokenizer.kind}, vocabulary {data.tokenizer.vocab_size}"
+    return f"data: {name_of(data.config.data)}: {sizes}; tokenizer {tokenizer}"
+
+
+def check_documents(data: PretrainData) -> None:
+    """Log how the text is split if that may surprise, and the documents that are in both splits.
+
+    Raises:
+        UserError: every validation document is a training document.
+    """
+    config, val = data.config, data.val_file
+    assert val is not None, "prepare() makes the validation file"
+    for note in notes_on_texts(config.data, data.train_files, val, data.tokenizer):
+        logger.info(note)
+    n_texts = shared_documents(config.data, config.training.seed)
+    shared = shared_in_token_files(config.data, data.train_files, val)
+    effect = "are also training documents; val_loss will look better than it is"
+    if config.data.val_dataset is not None:
+        if n_texts or shared.found:
+            logger.info(
+                f"warning: {n_texts or shared.found} documents of data.val_dataset {effect}"
+            )
+    elif shared.found:
+        setting = "data.dataset" if config.data.mix is None else "data.mix"
+        held_out = f"held out at the end (data.val_fraction={config.data.val_fraction})"
+        if shared.found == shared.of:
+            problem = f"all {shared.of} documents {held_out} are also training documents"
+            fix = "Encode the file again without repeated documents, or set data.val_dataset"
+            raise UserError(setting, problem, fix)
+        logger.info(
+            f"warning: {setting}: {shared.found} of {shared.of} documents {held_out} {effect}"
+        )
+
+
+PRETRAIN = Stage(
+    name="pretrain",
+    make_tokenizer=learn_tokenizer,
+    open_data=open_data,
+    open_rows=open_rows,
+    build_module=build_language_model,
+    next_command='python infer.py --ckpt {model} --prompt "Attention is"',
+)

@@ -230,7 +230,7 @@ def test_a_prompt_that_cannot_be_encoded_is_found_before_training(
     message = refused(
         make_config(), tmp_path, capsys, "tokenizer.kind=char", "training.sample_prompt=€"
     )
-    assert message.startswith("error: training.sample_prompt: the character '€'")
+    assert message.startswith("error: training.sample_prompt: position 0: the character '€'")
 
 
 def test_a_sample_is_shown_at_each_validation(make_config: Make, capsys: Capture) -> None:
@@ -485,7 +485,7 @@ def test_documents_at_the_end_of_a_token_file_that_are_trained_on_are_counted(
         == f"data.dataset: {found}. Encode the file again without repeated documents, or set data.val_dataset."
     )
     both = {"dataset": str(tmp_path / "0.bin"), "val_dataset": str(tmp_path / "3.bin")}
-    better = "are training documents too; val_loss will look better than it is"
+    better = "are also training documents; val_loss will look better than it is"
     assert logged_about_data(make_config(data=both), caplog) == [
         f"warning: 57 documents of data.val_dataset {better}"
     ]

@@ -467,9 +467,7 @@ def compare(stages: list[Stage]) -> dict[str, Any]:
             row |= measures_of_verifier(stage, path, device)
         else:
             loaded = load_model(path, device)
-            row |= {"tokenizer": loaded.tokenizer.fingerprint} | measures_of_text(
-                loaded, stages, device
-            )
+            row |= {"tokenizer": loaded.tokenizer.fingerprint} | measures_of_text(loaded, stages)
             log_probs[str(path)] = preferences_of(loaded, loaded.model, stages)
             if (reference := reference_of(stage)) is not None and reference not in log_probs:
                 base = open_initial_model(reference)
@@ -509,17 +507,18 @@ def data_of(name: str, stages: list[Stage]) -> "Config | None":
     )
 
 
-def measures_of_text(loaded: "Loaded", stages: list[Stage], device: str) -> dict[str, Any]:
+def measures_of_text(loaded: "Loaded", stages: list[Stage]) -> dict[str, Any]:
     """On the text of stage pretrain, in its rows, and on the answers of stage sft."""
-    from eval_val import answer_batches, score_of, text_batches
+    from tinylm.eval.validation import answer_validation, score_checkpoint, text_validation
 
     row: dict[str, Any] = {}
+    tokenizer = loaded.tokenizer
     if (config := data_of("pretrain", stages)) is not None:
-        batches, _ = text_batches(config, loaded, loaded.tokenizer, seq_len=config.training.seq_len)
-        row["val_ppl"] = score_of(loaded, loaded.tokenizer, batches, device).perplexity
+        data = text_validation(config, loaded, tokenizer, seq_len=config.training.seq_len)
+        row["val_ppl"] = score_checkpoint(loaded, tokenizer, data.batches).perplexity
     if (config := data_of("sft", stages)) is not None:
-        batches, _ = answer_batches(config, loaded, loaded.tokenizer)
-        score = score_of(loaded, loaded.tokenizer, batches, device)
+        data = answer_validation(config, loaded, tokenizer)
+        score = score_checkpoint(loaded, tokenizer, data.batches)
         row |= {"response_loss": score.loss, "response_accuracy": score.accuracy}
     return row
 

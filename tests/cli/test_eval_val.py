@@ -114,7 +114,7 @@ def test_other_data_than_the_runs_own_is_said(
         )
         == 0
     )
-    assert "note: these are not the validation data of the training run" in capsys.readouterr().err
+    assert "note: not the validation data of the training run" in capsys.readouterr().err
 
 
 def test_rows_of_another_length_than_the_configs_are_said(
@@ -125,7 +125,7 @@ def test_rows_of_another_length_than_the_configs_are_said(
     assert eval_val.main(command) == 0
     assert "rows of" not in capsys.readouterr().err
     assert eval_val.main([*command, "training.seq_len=8"]) == 0
-    expected = f"note: rows of 16 tokens, as the checkpoint was trained on, and not of 8, as in {trained}; numbers of both differ\n"
+    expected = f"note: rows of 16 tokens, as in the training of the checkpoint, not of 8, as in {trained}; scores of different lengths are not comparable\n"
     assert expected in capsys.readouterr().err
 
 

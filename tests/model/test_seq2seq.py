@@ -495,7 +495,7 @@ def test_plain_text_is_refused(make: Any, tmp_path: Path, capsys: Capture) -> No
         == 2
     )
     assert (
-        "an encoder-decoder, which answers and predicts no plain text. Use evaluate_checkpoints.py --tasks."
+        "an encoder-decoder, which answers questions and does not predict plain text. Use evaluate_checkpoints.py --tasks."
         in capsys.readouterr().err
     )
 

@@ -301,7 +301,9 @@ def test_one_reader_of_yaml_and_one_of_checkpoints(path):
     assert list(faults_of_any_file(module_name(path), path.read_text(encoding="utf-8"))) == []
 
 
-@pytest.mark.parametrize("program", ["infer.py", "list.py", "evaluate_checkpoints.py", "eval_val.py"])
+@pytest.mark.parametrize(
+    "program", ["infer.py", "list.py", "evaluate_checkpoints.py", "eval_val.py"]
+)
 def test_sampling_and_listing_do_without_lightning(program):
     """Nor may they import what uses it: they must start fast."""
     found = imports(ast.parse((ROOT / program).read_text(encoding="utf-8")))

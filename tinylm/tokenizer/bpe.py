@@ -19,9 +19,8 @@ fits stays bytes: there is no unknown word.
     decode    ids, merges -> text
 
 Words come from pretokenize.py: no merge crosses the border of a word. Special tokens such as <|endoftext|> have ids after
-the last merge; no text is ever encoded to one, so they do not appear here. Everything here takes time proportional to
-text times merges. bpe_fast.py finds the same merges and tiktoken_encoder.py the same ids, about 1000 times as fast; the
-tests hold them equal.
+the last merge; no text is ever encoded to one, so they do not appear here. bpe_fast.py finds the same merges 50 times as
+fast (130 KB of text, 244 merges; more on larger ones), tiktoken_encoder.py the same ids; the tests hold them equal.
 """
 
 from collections import Counter

@@ -1,0 +1,136 @@
+"""The files of a learned vocabulary, and requests for one that are refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinylm.common.errors import UserError
+from tinylm.text.chunks import text_chunks
+from tinylm.tokenizer.bpe_fast import learn_bpe
+from tinylm.tokenizer.bpe_files import FILES, Bpe
+from tinylm.tokenizer.hf_files import load_hf_tokenizer
+from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer
+
+EOT = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def folder(request, small_text, tmp_path_factory) -> Path:
+    """The files of a tokenizer of 600 tokens."""
+    pretokenizer = Pretokenizer(request.param)
+    path = tmp_path_factory.mktemp("tokenizers") / request.param
+    learn_bpe(text_chunks([small_text]), 600, pretokenizer).save(path)
+    return path
+
+
+def test_the_files_are_gpt2s(folder):
+    """Ids: 256 bytes, 342 merges in their order, 2 special tokens."""
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert list(vocabulary.values()) == list(range(600))
+    assert lines[0] == "#version: 0.2"
+    assert [line.replace(" ", "") for line in lines[1:]] == list(vocabulary)[256:598]
+    assert list(vocabulary)[598:] == ["<|endoftext|>", "<|pad|>"]
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_any_text_round_trips_and_no_id_is_special(folder, text):
+    tokenizer = load_hf_tokenizer(str(folder))
+    for spelled in (text, f"{text}{EOT}{text}"):
+        ids = tokenizer.encode(spelled)
+        assert tokenizer.decode(ids) == spelled
+        assert max(ids, default=0) < 598
+
+
+def test_transformers_reads_the_same_tokenizer(folder, small_text):
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_hf_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    for text in (small_text, "naïve 東京 🙂\r\n\r\n  x\t12345's I'LL <|pad|>", ""):
+        assert ours.encode(text) == theirs.encode(text, split_special_tokens=True)
+    assert (
+        (ours.eos_id, ours.pad_id, ours.vocab_size)
+        == (598, 599, 600)
+        == (theirs.eos_token_id, theirs.pad_token_id, len(theirs))
+    )
+
+
+def test_vocab_and_merges_alone_give_the_same_ids(tmp_path, small_text):
+    pretokenizer = Pretokenizer()
+    learn_bpe(text_chunks([small_text]), 600, pretokenizer).save(tmp_path / "new" / "mine")
+    whole = load_hf_tokenizer(str(tmp_path / "new" / "mine")).encode(small_text)
+    (tmp_path / "new" / "mine" / "tokenizer.json").unlink()
+    assert load_hf_tokenizer(str(tmp_path / "new" / "mine")).encode(small_text) == whole
+
+
+def test_eos_is_a_well_known_special_token_or_the_first():
+    known = Bpe((), Pretokenizer(special_tokens=("<pad>", "</s>")))
+    assert (known.eos, known.pad) == ("</s>", "<pad>")
+    unknown = Bpe((), Pretokenizer(special_tokens=("<x>", "<y>")))
+    assert (unknown.eos, unknown.pad) == ("<x>", None)
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def no_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_disk)
+    with pytest.raises(
+        UserError,
+        match="mine: cannot be written: No space left on device. Free disk space or change the output folder.",
+    ):
+        Bpe((), Pretokenizer()).save(tmp_path / "mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "special", "message"),
+    [
+        (
+            257,
+            ("<|a|>", "<|b|>"),
+            "tokenizer.vocab_size: must be at least 258 (256 bytes and 2 special tokens), got 257. Raise it.",
+        ),
+        (
+            300,
+            (),
+            "special tokens: must be at least one, which ends a text. Name one, such as <|endoftext|>.",
+        ),
+        (
+            300,
+            ("a",),
+            "special token: a: must be two or more visible characters. Choose another, such as <|endoftext|>.",
+        ),
+        (
+            300,
+            ("<a b>",),
+            "special token: <a b>: must be two or more visible characters. Choose another, such as <|endoftext|>.",
+        ),
+        (
+            300,
+            ("<\x1b>",),
+            r"special token: <\x1b>: must be two or more visible characters. Choose another, such as <|endoftext|>.",
+        ),
+        (300, ("<a>", "<a>"), "special token: <a>: is given twice. Give it once."),
+    ],
+)
+def test_an_impossible_vocabulary_is_refused_before_the_text_is_read(vocab_size, special, message):
+    with pytest.raises(UserError) as caught:
+        learn_bpe([], vocab_size, Pretokenizer(special_tokens=special))
+    assert str(caught.value) == message
+
+
+def test_a_special_token_that_is_written_like_another_is_refused():
+    """The token ` the` is written Ġthe."""
+    pretokenizer = Pretokenizer(special_tokens=("Ġthe",))
+    with pytest.raises(
+        UserError,
+        match="^special token: Ġthe: another token is written the same way in the files. Choose another name.$",
+    ):
+        learn_bpe(text_chunks([" the"]), 260, pretokenizer).vocabulary()

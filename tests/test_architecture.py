@@ -82,7 +82,6 @@ TOO_LONG = {
     "train.py",
     "tinylm/interchange/hf_export.py",
     "evaluate_checkpoints.py",
-    "tinylm/generate/engine.py",
     "tinylm/config/schema.py",
     "tinylm/model/hf_model.py",
     "tinylm/runs/compare.py",

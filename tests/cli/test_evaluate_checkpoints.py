@@ -136,7 +136,7 @@ def test_a_case_that_fails_counts_and_ranks_below(tmp_path, run, save, cases):
     }
     assert (
         rows["b.ckpt", "unknown"]["error"]
-        == "a target of 8 tokens, and it needs 1 to 4. Change the target."
+        == "target: must have 1 to 4 tokens, got 8. Change the target."
     )
     assert rows["a.ckpt", "known"]["greedy_match"] is True
 
@@ -257,7 +257,7 @@ def test_questions_that_cannot_be_asked_are_told(run, save, tmp_path):
     code, _, err = run("--tasks", "sst2", "--smoke")
     assert code == 0
     assert (
-        "sst2, 0 shots: 12 of 12 questions could not be asked and count as wrong: a target of 9 tokens, and it needs 1 to 2"
+        "sst2, 0 shots: 12 of 12 questions could not be asked and count as wrong: target: must have 1 to 2 tokens, got 9"
         in err
     )
 

@@ -23,7 +23,8 @@ from tinylm.cli.sampling_flags import SAMPLING_HELP, flag
 from tinylm.cli.screen import ProbabilityColors
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, SamplingConfig
-from tinylm.generate.engine import Engine, Piece, Prompt
+from tinylm.generate.engine import Engine
+from tinylm.generate.output import Prompt, TokenOutput
 from tinylm.model.decoder import Decoder
 from tinylm.tokenizer.byte_char import ByteTokenizer
 
@@ -215,17 +216,17 @@ class Parrot:
             sampling: SamplingConfig,
             *,
             stop_ids: Iterable[int] = (),
-        ) -> Iterator[Piece]:
+        ) -> Iterator[TokenOutput]:
             text = engine.tokenizer.decode(prompt.ids)
             parrot.asked.append(text)
             assert tuple(stop_ids) == ((259, 258) if "### Output:" in text else ())
             question = text.removesuffix("\n### Output:").rpartition("Instruction: ")[2]
             answer = f" {question.upper()}\n"
             for id in answer.encode():
-                yield Piece(chr(id), id, 0.0)
+                yield TokenOutput(chr(id), id, 0.0)
                 if parrot.endless and id == ord("!"):
                     raise KeyboardInterrupt
-            yield Piece("", 259, 0.0, finish_reason="eos")
+            yield TokenOutput("", 259, 0.0, finish_reason="eos")
 
         monkeypatch.setattr(Engine, "stream", stream)
 
@@ -345,7 +346,7 @@ def test_a_question_that_cannot_be_asked_does_not_end_the_chat(run, tuned, monke
         Engine,
         "stream",
         lambda engine, prompt, sampling, *, stop_ids=(): iter(
-            [Piece("!", 0, 0.0, finish_reason="eos")]
+            [TokenOutput("!", 0, 0.0, finish_reason="eos")]
         ),
     )
     piped(monkeypatch, "x\na\n")
@@ -376,7 +377,7 @@ def test_an_answer_cannot_steer_a_terminal(run, tuned, monkeypatch):
         Engine,
         "stream",
         lambda engine, prompt, sampling, *, stop_ids=(): iter(
-            [Piece(text, 0, 0.0, finish_reason="eos")]
+            [TokenOutput(text, 0, 0.0, finish_reason="eos")]
         ),
     )
     piped(monkeypatch, "red\x1b\n/\x1b[31m\n")
@@ -703,7 +704,7 @@ def test_a_token_is_coloured_by_its_probability_and_a_split_character_by_all_its
         ("", 0.5, "stop"),
         ("\x1b", 0.8, None),
     ]
-    shown = [form(Piece(text, 0, log[p], 0, end)) for text, p, end in pieces]
+    shown = [form(TokenOutput(text, 0, log[p], 0, end)) for text, p, end in pieces]
     assert shown == ["\x1b[32ma\x1b[0m", "", "\x1b[33mé\x1b[0m", "", "\x1b[32m\\x1b\x1b[0m"]
 
 

@@ -22,7 +22,8 @@ from tinylm.eval.best_of_n import BestOfScore, best_of_n, majority_vote
 from tinylm.eval.tasks import TASKS
 from tinylm.eval.tasks.task import TaskExample
 from tinylm.eval.verifier_scoring import VerifierScorer
-from tinylm.generate.engine import Engine, Piece
+from tinylm.generate.engine import Engine
+from tinylm.generate.output import TokenOutput
 from tinylm.model.verifier import Verifier
 from tinylm.rows.conversation import Turn
 from tinylm.tokenizer.byte_char import ByteTokenizer
@@ -41,13 +42,13 @@ class Choir(Engine):
 
     def stream(
         self, prompt: Any, sampling: SamplingConfig, *, stop_ids: Sequence[int] = ()
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TokenOutput]:
         self.asked.append(sampling)
         text = BYTES.decode(prompt.ids)
         answers = next(answers for question, answers in self.answers.items() if question in text)
         assert len(answers) == sampling.n_samples
         for sample, answer in enumerate(answers):
-            yield Piece(answer, 65, 0.0, sample, "eos")
+            yield TokenOutput(answer, 65, 0.0, sample, "eos")
 
 
 class Oracle(VerifierScorer):

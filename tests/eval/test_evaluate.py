@@ -11,11 +11,20 @@ import torch
 
 from tests.generate.test_engine import OPTIONS, make_model
 from tinylm.common.errors import UserError
+from tinylm.eval import task_scores
 from tinylm.eval.cases import Case, CaseScore, CasesSummary, evaluate_cases, read_cases
 from tinylm.eval.task_scores import evaluate_task, format_ranks
 from tinylm.eval.tasks import PAIRS, TASKS
 from tinylm.eval.tasks.task import TaskExample
-from tinylm.generate.engine import Engine, Piece, Prompt, Score
+from tinylm.generate.engine import Engine
+from tinylm.generate.output import Prompt, TokenOutput
+from tinylm.generate.scoring import (
+    ContinuationScore,
+    encode_continuation,
+    fit_continuation,
+    score_continuation,
+    score_continuations,
+)
 from tinylm.rows.conversation import Turn
 from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
@@ -30,14 +39,14 @@ class Parrot(Engine):
         super().__init__(model or make_model(max_seq_len=400), BYTES)
         self.answers, self.asked = answers, []
 
-    def stream(self, prompt, sampling, *, stop_ids=()) -> Iterator[Piece]:
+    def stream(self, prompt, sampling, *, stop_ids=()) -> Iterator[TokenOutput]:
         assert isinstance(prompt, Prompt) and sampling.temperature == 0
         text = BYTES.decode(prompt.ids)
         self.asked.append((list(prompt.ids), sampling))
         answer = next(answer for question, answer in self.answers.items() if question in text)
         for place, id in enumerate(answer, start=1):
             ends = id in stop_ids
-            yield Piece(
+            yield TokenOutput(
                 "" if ends else BYTES.decode([id]),
                 id,
                 0.0,
@@ -68,11 +77,11 @@ def test_texts_scored_together_have_the_scores_that_they_have_alone(options):
         ("the same", " length"),
         ("the same", " lengtH"),
     ]
-    pairs = [engine.encode_pair(*text) for text in texts]
-    alone = [engine.score(*text) for text in texts]
+    pairs = [encode_continuation(engine, *text) for text in texts]
+    alone = [score_continuation(engine, *text) for text in texts]
     for batch_size in (2, 4, 16):
         for found, expected in zip(
-            engine.score_pairs(pairs, batch_size=batch_size), alone, strict=True
+            score_continuations(engine, pairs, batch_size=batch_size), alone, strict=True
         ):
             assert found.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
             assert found.ranks == expected.ranks
@@ -86,11 +95,11 @@ def test_texts_scored_together_have_the_scores_that_they_have_alone(options):
 def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt():
     """48 positions read 48 tokens and ask for a 49th: of 60 + 5 tokens 16 are left out, and of a prompt cut before its own too."""
     engine = Engine(make_model(), BYTES)
-    pair = engine.encode_pair("p" * 50 + "q" * 10, "tttt" + "u")
+    pair = encode_continuation(engine, "p" * 50 + "q" * 10, "tttt" + "u")
     assert (len(pair.ids), pair.n_target, pair.truncated) == (49, 5, 16)
-    assert engine.encode_pair(Prompt((1, 2), truncated=3), "t").truncated == 3
+    assert encode_continuation(engine, Prompt((1, 2), truncated=3), "t").truncated == 3
     with pytest.raises(ValueError, match="at least one token"):
-        engine.fit_pair([], [1])
+        fit_continuation(engine, [], [1])
 
 
 # --- cases ---
@@ -106,9 +115,11 @@ def test_a_case_that_cannot_be_asked_is_a_failure_in_its_place():
         Case("last", "a", "b"),
     ]
     first, unknown, long, last = evaluate_cases(engine, cases)
-    assert first.score.log_prob == pytest.approx(engine.score("ab", "cd").log_prob, abs=1e-4)
+    assert first.score.log_prob == pytest.approx(
+        score_continuation(engine, "ab", "cd").log_prob, abs=1e-4
+    )
     assert unknown.score is None and "'x'" in unknown.error
-    assert long.error == "a target of 49 tokens, and it needs 1 to 48. Change the target."
+    assert long.error == "target: must have 1 to 48 tokens, got 49. Change the target."
     summary = CasesSummary.of([first, unknown, long, last])
     assert (summary.n_cases, summary.n_failed) == (4, 2)
     assert summary.log_prob == pytest.approx((first.score.log_prob + last.score.log_prob) / 2)
@@ -137,8 +148,8 @@ def test_the_summary_by_hand():
     """Ranks 1, 3 and that of a failure: the median is 3. Perplexities 2 and 8 have the geometric mean 4."""
     case = Case("c", "p", "t")
     scores = [
-        CaseScore(case, Score((-1.0, -2.0), (1, 1), 2.0), None),
-        CaseScore(case, Score((-5.0,), (3,), 8.0), None),
+        CaseScore(case, ContinuationScore((-1.0, -2.0), (1, 1), 2.0), None),
+        CaseScore(case, ContinuationScore((-5.0,), (3,), 8.0), None),
         CaseScore(case, None, "why"),
     ]
     assert CasesSummary.of(scores) == CasesSummary(
@@ -216,7 +227,10 @@ def test_the_label_taken_is_the_one_that_the_model_finds_more_probable(n_shots):
     for item in SST2:
         prompt = f"{before}which?\n\n{item.question.input}\nSentiment:"
         chosen.append(
-            max(task.labels, key=lambda label: engine.score(prompt, f" {label}").log_prob)
+            max(
+                task.labels,
+                key=lambda label: score_continuation(engine, prompt, f" {label}").log_prob,
+            )
         )
     found = evaluate_task(engine, task, SST2, shots=shots, batch_size=2)
     right = [answer == item.target for answer, item in zip(chosen, SST2, strict=True)]
@@ -251,12 +265,13 @@ def test_a_label_in_a_template_is_scored_with_the_tokens_of_training(monkeypatch
         make_template("instruction", BYTES),
         [],
     )
-    score_pairs = engine.score_pairs
-    monkeypatch.setattr(
-        engine,
-        "score_pairs",
-        lambda pairs, batch_size: asked.extend(pairs) or score_pairs(pairs, batch_size=batch_size),
-    )
+    score = task_scores.score_continuations
+
+    def note(engine, pairs, *, batch_size):
+        asked.extend(pairs)
+        return score(engine, pairs, batch_size=batch_size)
+
+    monkeypatch.setattr(task_scores, "score_continuations", note)
     shot = example("solved", "negative", "x")
     evaluate_task(engine, TASKS["sst2"], SST2, shots=[shot], template=template)
     expected = []

@@ -13,6 +13,7 @@ from tinylm.common.statistics import wilson
 from tinylm.config.schema import SamplingConfig
 from tinylm.eval.lm_eval import HarnessScore, check_tasks, harness_model, run_harness, sampling_of
 from tinylm.generate.engine import Engine
+from tinylm.generate.scoring import score_continuation
 from tinylm.tokenizer.byte_char import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -37,7 +38,11 @@ def test_log_likelihood_is_the_engines_score(engine):
     found = model.loglikelihood(
         [Request("ab", " cd"), Request("ab ", "cd"), Request("", "cd")], disable_tqdm=True
     )
-    expected = [engine.score("ab", " cd"), engine.score("ab", " cd"), engine.score("", "cd")]
+    expected = [
+        score_continuation(engine, "ab", " cd"),
+        score_continuation(engine, "ab", " cd"),
+        score_continuation(engine, "", "cd"),
+    ]
     assert [log_prob for log_prob, _ in found] == pytest.approx(
         [score.log_prob for score in expected], abs=1e-4
     )
@@ -158,13 +163,15 @@ def test_the_harness_runs_local_tasks_without_network(engine, own_tasks):
     ]
     right = 0
     for row in rows:
-        log_probs = [engine.score(row["q"], f" {choice}").log_prob for choice in row["choices"]]
+        log_probs = [
+            score_continuation(engine, row["q"], f" {choice}").log_prob for choice in row["choices"]
+        ]
         right += log_probs.index(max(log_probs)) == row["answer"]
     assert found["own_choice"] == HarnessScore(
         "own_choice", "acc", pytest.approx(right / 3), found["own_choice"].stderr, 3, True
     )
     assert found["own_words"].value == 0
-    nats = sum(-engine.score("", row["q"]).log_prob for row in rows)
+    nats = sum(-score_continuation(engine, "", row["q"]).log_prob for row in rows)
     bits = nats / torch.tensor(2.0).log().item() / sum(len(row["q"]) for row in rows)
     assert (found["own_text"].value, found["own_text"].higher_is_better) == (
         pytest.approx(bits, rel=1e-4),

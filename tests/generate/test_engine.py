@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -12,8 +12,11 @@ from torch import nn
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig, SamplingConfig
-from tinylm.generate.engine import Completion, Engine, Piece, Prompt, StopGate
+from tinylm.generate.beam_search import beam_search
+from tinylm.generate.engine import Engine
+from tinylm.generate.output import Completion, Prompt, StopStringFilter, TokenOutput
 from tinylm.generate.sampling import make_generator, next_token
+from tinylm.generate.scoring import score_continuation
 from tinylm.model.decoder import Decoder, Features
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 
@@ -88,6 +91,14 @@ class Scripted(Decoder):
             self.script[cache.advance(input_ids.size(1))].expand(input_ids.size(0), -1, -1),
             torch.zeros(()),
         )
+
+
+def beams(
+    engine: Engine, prompt: Prompt, sampling: SamplingConfig, *stop_ids: int
+) -> Iterator[TokenOutput]:
+    """Beam search also with one beam, for which `stream` decodes greedily."""
+    end_ids = {engine.tokenizer.eos_id, *stop_ids}
+    return beam_search(engine.model, engine.tokenizer, prompt, sampling, end_ids)
 
 
 def scripted(ids: Sequence[int] | str) -> Engine:
@@ -279,18 +290,18 @@ def test_stopping_does_not_depend_on_how_the_text_is_cut(text, stops, data):
         if text[:end].endswith(stop)
     ]
     expected = text[: min(ends)[0] + min(ends)[1]] if ends else text
-    gate, shown, rest = StopGate(stops), "", text
+    stop_filter, shown, rest = StopStringFilter(stops), "", text
     while rest:
         n = data.draw(st.integers(1, len(rest)))
-        shown, rest = shown + gate.feed(rest[:n]), rest[n:]
+        shown, rest = shown + stop_filter.feed(rest[:n]), rest[n:]
         assert expected.startswith(shown)
-    assert (shown + gate.rest(), gate.stopped) == (expected, bool(ends))
+    assert (shown + stop_filter.rest(), stop_filter.stopped) == (expected, bool(ends))
 
 
 def test_the_stop_string_that_is_complete_first_counts_also_within_one_token():
     """Letter by letter "b" is complete before "ab#"; all at once it must be the same."""
-    gate = StopGate(["ab#", "b"])
-    assert (gate.feed("ab#"), gate.stopped) == ("a", True)
+    stop_filter = StopStringFilter(["ab#", "b"])
+    assert (stop_filter.feed("ab#"), stop_filter.stopped) == ("a", True)
 
 
 def test_eos_ends_the_text_and_is_not_seen():
@@ -310,7 +321,7 @@ def test_a_stop_id_ends_the_text_as_eos_does():
     stop = next(id for id in whole.ids if id != whole.ids[0])
     n = whole.ids.index(stop) + 1
     [stopped] = engine.generate(prompt, sampling, stop_ids=[stop])
-    searched = Completion.of(prompt, list(engine.beam_search(prompt, sampling, stop_ids=[stop])))
+    searched = Completion.of(prompt, list(beams(engine, prompt, sampling, stop)))
     for found in (stopped, searched):
         assert (found.text, found.finish_reason, found.ids) == (
             BYTES.decode(whole.ids[: n - 1]),
@@ -333,7 +344,7 @@ def test_stream_and_generate_are_the_same_text():
         Engine(make_model(), BYTES),
         SamplingConfig(max_new_tokens=20, n_samples=3, stop=("e", "t"), seed=4),
     )
-    pieces: list[list[Piece]] = [[], [], []]
+    pieces: list[list[TokenOutput]] = [[], [], []]
     for piece in engine.stream("abc", sampling):
         pieces[piece.sample].append(piece)
     assert [
@@ -472,7 +483,7 @@ def test_one_beam_is_greedy(seed):
         make_model(seed, vocab_size=4, max_seq_len=16), CharTokenizer("ab", unknown="error")
     )
     prompt = engine.encode_prompt("ab")
-    pieces = list(engine.beam_search(prompt, SamplingConfig(max_new_tokens=30, n_beams=1)))
+    pieces = list(beams(engine, prompt, SamplingConfig(max_new_tokens=30, n_beams=1)))
     [expected] = engine.generate(prompt, greedy(max_new_tokens=30))
     assert Completion.of(prompt, pieces).ids == expected.ids
     assert Completion.of(prompt, pieces).log_prob == pytest.approx(expected.log_prob, abs=1e-3)
@@ -502,7 +513,7 @@ def test_beams_obey_forbidden_ngrams():
 def test_score_is_the_full_forward_read_by_hand():
     """Prompt "abc", target "de": logits at "c" and "d" score the target, those at "a" and "b" the prompt."""
     model = make_model()
-    score = Engine(model, BYTES).score("abc", "de")
+    score = score_continuation(Engine(model, BYTES), "abc", "de")
     with torch.no_grad():
         log_probs = model(torch.tensor([list(b"abcde")]))[0].log_softmax(-1)
     expected = log_probs[2, ord("d")] + log_probs[3, ord("e")]
@@ -523,33 +534,35 @@ def test_the_greedy_text_matches_greedily_and_no_other_does():
         engine.model.head.weight[4:] = 0  # no pad and no EOS, which have no text to score
     [best] = engine.generate("abab", greedy(max_new_tokens=6))
     assert set(best.ids) <= {0, 1, 2, 3}
-    assert engine.score("abab", best.text).greedy_match
-    assert engine.score("abab", best.text).log_prob == pytest.approx(best.log_prob, abs=1e-3)
+    assert score_continuation(engine, "abab", best.text).greedy_match
+    assert score_continuation(engine, "abab", best.text).log_prob == pytest.approx(
+        best.log_prob, abs=1e-3
+    )
     other = best.text[:-1] + ("a" if best.text[-1] != "a" else "b")
-    assert not engine.score("abab", other).greedy_match
+    assert not score_continuation(engine, "abab", other).greedy_match
 
 
 def test_of_equal_logits_the_lower_id_ranks_first_as_argmax_has_it():
     model = make_model()
     with torch.no_grad():
         model.head.weight.zero_()
-    assert Engine(model, BYTES).score("a", "\x00\x02").ranks == (1, 3)
+    assert score_continuation(Engine(model, BYTES), "a", "\x00\x02").ranks == (1, 3)
 
 
 def test_score_at_the_edges():
     """No prompt: EOS; a prompt of one token has nothing to be surprised at; a long one keeps what fits with the target."""
     engine = Engine(make_model(), BYTES)
-    assert engine.score("", "ab").prompt_perplexity is None
-    assert engine.score("x" * 100 + "y" * 46, "abc").log_prob == pytest.approx(
-        engine.score("y" * 46, "abc").log_prob, abs=1e-4
+    assert score_continuation(engine, "", "ab").prompt_perplexity is None
+    assert score_continuation(engine, "x" * 100 + "y" * 46, "abc").log_prob == pytest.approx(
+        score_continuation(engine, "y" * 46, "abc").log_prob, abs=1e-4
     )
-    assert engine.score("x", "a" * 48).n_tokens == 48
+    assert score_continuation(engine, "x", "a" * 48).n_tokens == 48
     for target, n in (("", 0), ("a" * 49, 49)):
         with pytest.raises(
             UserError,
-            match=rf"^a target of {n} tokens, and it needs 1 to 48\. Change the target\.$",
+            match=rf"^target: must have 1 to 48 tokens, got {n}\. Change the target\.$",
         ):
-            engine.score("x", target)
+            score_continuation(engine, "x", target)
 
 
 # --- misuse -----------------------------------------------------------------------------------------------------------
@@ -561,7 +574,7 @@ def test_a_model_in_training_mode_does_not_write():
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():
-    with pytest.raises(ValueError, match="the tokenizer has 260 tokens and the model 100"):
+    with pytest.raises(ValueError, match="the tokenizer has 260 tokens, but the model only 100"):
         Engine(make_model(vocab_size=100), BYTES)
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.sampling import (
-    constrain,
+    apply_filters,
+    apply_penalties,
     divide_by_temperature,
     forbid_repeated_ngrams,
     keep_min_p,
@@ -18,9 +19,8 @@ from tinylm.generate.sampling import (
     keep_top_p,
     log_probabilities,
     make_generator,
-    narrow,
     next_token,
-    penalise_repetition,
+    penalize_repetition,
 )
 
 INF = math.inf
@@ -50,7 +50,7 @@ def draw(
 def test_penalty_divides_positive_and_multiplies_negative_logits():
     """Penalty 2 with tokens 0, 1, 1, 3 seen: 4/2, -4*2 (once, though seen twice), 1 stays, 0 stays 0."""
     logits = torch.tensor([[4.0, -4.0, 1.0, 0.0]])
-    assert penalise_repetition(logits, torch.tensor([[0, 1, 1, 3]]), 2.0).tolist() == [
+    assert penalize_repetition(logits, torch.tensor([[0, 1, 1, 3]]), 2.0).tolist() == [
         [2.0, -8.0, 1.0, 0.0]
     ]
 
@@ -63,10 +63,10 @@ def test_penalty_divides_positive_and_multiplies_negative_logits():
 def test_penalty_never_rewards(values, seen, penalty):
     """STYLE.md's bug: dividing a negative logit makes its token more probable."""
     logits = torch.tensor([values])
-    penalised = penalise_repetition(logits, torch.tensor([seen], dtype=torch.long), penalty)
-    assert (penalised <= logits).all()
+    penalized = penalize_repetition(logits, torch.tensor([seen], dtype=torch.long), penalty)
+    assert (penalized <= logits).all()
     unseen = [token for token in range(5) if token not in seen]
-    assert penalised[0, unseen].tolist() == logits[0, unseen].tolist()
+    assert penalized[0, unseen].tolist() == logits[0, unseen].tolist()
 
 
 @given(
@@ -99,9 +99,11 @@ def test_no_token_left_is_an_error_that_names_the_setting():
     """A vocabulary of two, both seen, and no token may occur twice."""
     with pytest.raises(
         UserError,
-        match=r"^no_repeat_ngram: 1 leaves no token to go on with after 2\. Raise it or lower max_new_tokens\.$",
+        match=r"^no_repeat_ngram: 1 leaves no possible token after 2 tokens\. Raise it or lower max_new_tokens\.$",
     ):
-        constrain(torch.zeros(1, 2), torch.tensor([[0, 1]]), SamplingConfig(no_repeat_ngram=1))
+        apply_penalties(
+            torch.zeros(1, 2), torch.tensor([[0, 1]]), SamplingConfig(no_repeat_ngram=1)
+        )
 
 
 # --- the numbers alone ----------------------------------------------------------------------------------------------
@@ -176,11 +178,11 @@ FILTERS = st.builds(
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=12), FILTERS)
 def test_the_most_probable_token_survives_every_filter(values, sampling):
-    narrowed = narrow(torch.tensor([values]), sampling)
-    assert not narrowed.isnan().any()
-    assert narrowed[0, narrowed.argmax()] == 0
+    filtered = apply_filters(torch.tensor([values]), sampling)
+    assert not filtered.isnan().any()
+    assert filtered[0, filtered.argmax()] == 0
     # 1e-45 apart, divided by a temperature above 1, is 0: such two are equally probable.
-    assert values[narrowed.argmax()] >= max(values) - 1e-40
+    assert values[filtered.argmax()] >= max(values) - 1e-40
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def test_the_log_probability_is_the_models_own():
 @pytest.mark.parametrize("row", [[1.0, math.nan], [INF, 1.0], [-INF, -INF]])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_logits_that_are_not_finite_are_an_error_and_no_token(row, temperature):
-    with pytest.raises(ValueError, match="logits that are not finite numbers"):
+    with pytest.raises(ValueError, match="logits that are not finite"):
         draw(torch.tensor([[0.0, 0.0], row]), NOTHING.expand(2, -1), temperature=temperature)
 
 
@@ -282,5 +284,7 @@ def test_each_step_equals_transformers():
         )
         expected = processors(context, logits).softmax(-1)
         assert torch.allclose(
-            narrow(constrain(logits, context, sampling), sampling).softmax(-1), expected, atol=1e-6
+            apply_filters(apply_penalties(logits, context, sampling), sampling).softmax(-1),
+            expected,
+            atol=1e-6,
         )

@@ -22,7 +22,9 @@ from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.schema import LoraConfig, SamplingConfig
 from tinylm.eval.perplexity import batch_sums, extra_inputs
+from tinylm.generate.beam_search import beam_search
 from tinylm.generate.engine import Engine
+from tinylm.generate.scoring import encode_continuation, score_continuations
 from tinylm.interchange.peft import save_adapter
 from tinylm.model.hf_files import find_hf_model, rebuild_hf_model
 from tinylm.model.hf_model import HFSeq2Seq
@@ -198,7 +200,13 @@ def test_beams_and_samples_share_one_prompt(pair: Any) -> None:
     greedy = engine.generate(prompt, SamplingConfig(temperature=0, max_new_tokens=6))[0]
     beam = tuple(
         piece.token_id
-        for piece in engine.beam_search(prompt, SamplingConfig(max_new_tokens=6, n_beams=1))
+        for piece in beam_search(
+            model,
+            tokenizer,
+            prompt,
+            SamplingConfig(max_new_tokens=6, n_beams=1),
+            {tokenizer.eos_id},
+        )
     )
     assert beam == greedy.ids
     [best] = engine.generate(prompt, SamplingConfig(max_new_tokens=6, n_beams=8))
@@ -212,7 +220,9 @@ def test_a_target_is_scored_by_the_decoder_alone(pair: Any) -> None:
     model, tokenizer = pair
     engine = Engine(model, tokenizer)
     texts = [("the dog", "barks"), ("a", "b"), ("a longer prompt than the others", " answer")]
-    scores = engine.score_pairs([engine.encode_pair(*text) for text in texts], batch_size=2)
+    scores = score_continuations(
+        engine, [encode_continuation(engine, *text) for text in texts], batch_size=2
+    )
     for (prompt, target), score in zip(texts, scores, strict=True):
         wanted = torch.tensor([list(target.encode())])
         logits = model.inner(

@@ -12,7 +12,8 @@ from tinylm.common.console import readable
 from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.chat import Chat, StreamingStrip
-from tinylm.generate.engine import Engine, Prompt
+from tinylm.generate.engine import Engine
+from tinylm.generate.output import Prompt
 from tinylm.rows.templates import Template
 
 logger = logging.getLogger(__name__)

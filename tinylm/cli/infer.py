@@ -23,7 +23,8 @@ from tinylm.config.schema import SamplingConfig
 if TYPE_CHECKING:
     from tinylm.checkpoint.load import Loaded
     from tinylm.generate.chat import FormattedPrompt
-    from tinylm.generate.engine import Completion, Engine, Piece
+    from tinylm.generate.engine import Engine
+    from tinylm.generate.output import Completion, TokenOutput
     from tinylm.rows.templates import Template
     from tinylm.tokenizer.base import Tokenizer
 
@@ -69,7 +70,7 @@ def generate_texts(
     from tinylm.cli.chat import log_ignored
     from tinylm.cli.screen import Screen, write
     from tinylm.generate.chat import format_prompt
-    from tinylm.generate.engine import Completion
+    from tinylm.generate.output import Completion
 
     formatted = format_prompt(engine, prompt, template, system=arguments.system)
     log_ignored(formatted.prompt, sampling)
@@ -84,7 +85,7 @@ def generate_texts(
             is_answer=template is not None,
             show_probs=arguments.show_probs,
         )
-    samples: list[list[Piece]] = [[] for _ in range(sampling.n_samples)]
+    samples: list[list[TokenOutput]] = [[] for _ in range(sampling.n_samples)]
     start = time.perf_counter()
     for piece in engine.stream(formatted.prompt, sampling, stop_ids=formatted.stop_ids):
         samples[piece.sample].append(piece)
@@ -115,7 +116,7 @@ def generate_texts(
 
 
 def completion_row(
-    completion: "Completion", pieces: "Sequence[Piece]", tokenizer: "Tokenizer | None"
+    completion: "Completion", pieces: "Sequence[TokenOutput]", tokenizer: "Tokenizer | None"
 ) -> dict[str, Any]:
     """A completion as plain values; with a tokenizer also the probability of each token."""
     row = dataclasses.asdict(completion)

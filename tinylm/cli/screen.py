@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tinylm.common.console import readable
 from tinylm.generate.chat import StreamingStrip
-from tinylm.generate.engine import Piece
+from tinylm.generate.output import TokenOutput
 from tinylm.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,12 @@ class Screen:
             self._format = self._with_probability
         self._begin(0)
 
-    def show(self, piece: Piece) -> None:
+    def show(self, piece: TokenOutput) -> None:
         """Print a piece of the first text at once."""
         if piece.sample == 0:
             write(self._format(piece) + ("\n" if piece.finish_reason else ""))
 
-    def show_rest(self, samples: Sequence[Sequence[Piece]]) -> None:
+    def show_rest(self, samples: Sequence[Sequence[TokenOutput]]) -> None:
         """Print the texts after the first."""
         for number, pieces in enumerate(samples[1:], start=1):
             self._begin(number)
@@ -65,13 +65,13 @@ class Screen:
         heading = f"--- {sample + 1} of {self._n_samples}\n" if self._n_samples > 1 else ""
         write(heading + self._opening)
 
-    def _plain(self, piece: Piece) -> str:
+    def _plain(self, piece: TokenOutput) -> str:
         return readable(piece.text)
 
-    def _stripped(self, piece: Piece) -> str:
+    def _stripped(self, piece: TokenOutput) -> str:
         return readable(self._strip(piece.text))
 
-    def _with_probability(self, piece: Piece) -> str:
+    def _with_probability(self, piece: TokenOutput) -> str:
         return f"{self._tokenizer.token_text(piece.token_id)}({piece.probability:.2f}) "
 
 
@@ -81,7 +81,7 @@ class ProbabilityColors:
     def __init__(self) -> None:
         self._log_prob = 0.0
 
-    def __call__(self, piece: Piece) -> str:
+    def __call__(self, piece: TokenOutput) -> str:
         self._log_prob += piece.log_prob
         probability = math.exp(self._log_prob)
         if piece.text or piece.finish_reason:

@@ -8,7 +8,13 @@ from typing import Any
 from tinylm.common.errors import UserError, printable
 from tinylm.config.loader import read_list
 from tinylm.eval.task_scores import _result_or_error
-from tinylm.generate.engine import Engine, Pair, Score
+from tinylm.generate.engine import Engine
+from tinylm.generate.scoring import (
+    Continuation,
+    ContinuationScore,
+    encode_continuation,
+    score_continuations,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class CaseScore:
     """What a model makes of a case: a score, or why there is none, which counts as a failure."""
 
     case: Case
-    score: Score | None
+    score: ContinuationScore | None
     error: str | None
 
     def row(self) -> dict[str, Any]:
@@ -131,18 +137,20 @@ def evaluate_cases(
 ) -> list[CaseScore]:
     """The score of every case, in order; one that this model cannot be asked has the reason in its place."""
     pairs = [
-        _result_or_error(lambda case=case: engine.encode_pair(case.prompt, case.target))
+        _result_or_error(lambda case=case: encode_continuation(engine, case.prompt, case.target))
         for case in cases
     ]
     scores = iter(
-        engine.score_pairs(
-            [pair for pair in pairs if isinstance(pair, Pair)], batch_size=batch_size
+        score_continuations(
+            engine,
+            [pair for pair in pairs if isinstance(pair, Continuation)],
+            batch_size=batch_size,
         )
     )
     asked = zip(cases, pairs, strict=True)
     return [
         CaseScore(case, next(scores), None)
-        if isinstance(pair, Pair)
+        if isinstance(pair, Continuation)
         else CaseScore(case, None, str(pair))
         for case, pair in asked
     ]

@@ -13,6 +13,7 @@ from tinylm.common.errors import UserError, printable
 from tinylm.common.statistics import Z95, wilson
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.engine import Engine
+from tinylm.generate.scoring import fit_continuation, score_continuations
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -169,8 +170,9 @@ def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
         def _loglikelihood_tokens(
             self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
         ) -> list[tuple[float, bool]]:
-            scores = engine.score_pairs(
-                [engine.fit_pair(context, wanted) for _, context, wanted in requests],
+            scores = score_continuations(
+                engine,
+                [fit_continuation(engine, context, wanted) for _, context, wanted in requests],
                 batch_size=batch_size,
             )
             return [(score.log_prob, score.greedy_match) for score in scores]
@@ -190,10 +192,13 @@ def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
             )
             # Read and wanted tokens overlap in all but one: the context is what stands before the wanted ones.
             pairs = [
-                engine.fit_pair(read[: len(read) - len(wanted) + 1], wanted)
+                fit_continuation(engine, read[: len(read) - len(wanted) + 1], wanted)
                 for read, wanted in windows
             ]
-            return sum(score.log_prob for score in engine.score_pairs(pairs, batch_size=batch_size))
+            return sum(
+                score.log_prob
+                for score in score_continuations(engine, pairs, batch_size=batch_size)
+            )
 
         def generate_until(
             self, requests: "list[Instance]", disable_tqdm: bool = False

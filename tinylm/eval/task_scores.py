@@ -13,7 +13,14 @@ from tinylm.common.errors import UserError
 from tinylm.common.statistics import Measure
 from tinylm.config.schema import SamplingConfig
 from tinylm.eval.tasks import Task, TaskExample
-from tinylm.generate.engine import Completion, Engine, Pair, Prompt
+from tinylm.generate.engine import Engine
+from tinylm.generate.output import Completion, Prompt
+from tinylm.generate.scoring import (
+    Continuation,
+    encode_continuation,
+    fit_continuation,
+    score_continuations,
+)
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.templates import Template
 
@@ -141,10 +148,10 @@ class _Predictor:
     shots: tuple[TaskExample, ...]
     template: Template | None
 
-    def pair(self, example: TaskExample, label: str) -> Pair:
+    def pair(self, example: TaskExample, label: str) -> Continuation:
         """The question, and a label as its answer."""
         if self.template is None:
-            return self.engine.encode_pair(self._plain(example), self.task.joint + label)
+            return encode_continuation(self.engine, self._plain(example), self.task.joint + label)
         before = self.template.prompt_ids(self._turns(example), self.engine.tokenizer)
         whole = self.template.encode(
             (*self._turns(example), Turn("assistant", label)), self.engine.tokenizer
@@ -152,7 +159,7 @@ class _Predictor:
         end = (
             int(whole.trained.nonzero()[0][-1]) + 1
         )  # the token that ends the answer belongs to it
-        return self.engine.fit_pair(before, whole.ids[len(before) : end].tolist())
+        return fit_continuation(self.engine, before, whole.ids[len(before) : end].tolist())
 
     def write(self, example: TaskExample) -> _Prediction:
         """What the model answers, greedily."""
@@ -199,8 +206,10 @@ def _predict_labels(
         for example in examples
     ]
     scores = iter(
-        asker.engine.score_pairs(
-            [pair for row in rows if isinstance(row, list) for pair in row], batch_size=batch_size
+        score_continuations(
+            asker.engine,
+            [pair for row in rows if isinstance(row, list) for pair in row],
+            batch_size=batch_size,
         )
     )
     outputs: list[_Prediction | UserError] = []

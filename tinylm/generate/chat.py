@@ -4,12 +4,14 @@
     Chat              the turns so far; `ask` gives the prompt of the next question, `remember` adds its answer
     StreamingStrip    the answer without the whitespace of its template, while it is written
 
-Knows nothing of terminals and pages: `infer.py --chat` and the server show what an `Engine` generates from these prompts.
+Knows nothing of terminals and pages: `infer.py --chat` and the server show what an `Engine`
+generates from these prompts.
 """
 
 from dataclasses import dataclass, field
 
-from tinylm.generate.engine import Engine, Prompt
+from tinylm.generate.engine import Engine
+from tinylm.generate.output import Prompt
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.templates import Template
 

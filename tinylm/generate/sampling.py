@@ -1,13 +1,13 @@
-"""From logits to the next token: pure functions on (B, V) tensors, in the order in which `next_token` applies them.
+"""From logits to the next token: pure functions on (B, V) tensors, in the order of their use.
 
-    logits ─▶ penalise_repetition ─▶ forbid_repeated_ngrams ─▶ temperature ─▶ top_k ─▶ top_p ─▶ min_p ─▶ draw
+    logits ─▶ penalize_repetition ─▶ forbid_repeated_ngrams ─▶ temperature ─▶ top_k ─▶ top_p ─▶ min_p ─▶ draw
+              └──── `apply_penalties`: the text so far ────┘   └───── `apply_filters`: numbers only ─────┘
 
-The first two depend on what has been written, the others only on the numbers. A forbidden token has the logit -inf.
-Knows nothing of text or of models.
+A forbidden token has the logit -inf. Knows nothing of text or of models.
 """
 
 
-# B batch · T tokens so far · V vocabulary · n length of an n-gram
+# B rows · T tokens so far · V vocabulary · n length of an n-gram
 
 import hashlib
 import math
@@ -20,12 +20,13 @@ from torch import Tensor
 from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
 
-# The smallest temperature that float32 divides by: below about 1e-38 it would become 0, and 0/0 is not a number.
-LEAST_TEMPERATURE = 1e-30
+# The smallest temperature that float32 can divide by: below about 1e-38 it would be 0, and 0 / 0 is
+# NaN.
+MIN_TEMPERATURE = 1e-30
 
 
-class Choice(NamedTuple):
-    """The next token of each row, (B,), and its log-probability (B,) by the model itself: before penalties and filters."""
+class NextToken(NamedTuple):
+    """The next token (B,) of each row, and its log-probability (B,) before penalties and filters."""
 
     ids: Tensor
     log_probs: Tensor
@@ -33,85 +34,88 @@ class Choice(NamedTuple):
 
 def next_token(
     logits: Tensor, context: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]
-) -> Choice:
+) -> NextToken:
     """The next token of each row: the most probable one at temperature 0, else drawn.
 
     Args:
         logits: (B, V) in float32.
-        context: (B, T) ids of the prompt and of what was written after it.
-        generators: one for each row, from `make_generator`, on the device of the logits; each draw moves its row's on by
-            the same amount, so a draw depends on (seed, sample, step) and not on who else is in the batch.
+        context: (B, T) ids of the prompt and the tokens generated after it.
+        generators: one per row, from `make_generator`, on the device of the logits. A row draws
+        from its own
+            generator only, so a draw depends on (seed, sample, step), not on the other rows of the
+            batch.
 
     Raises:
-        ValueError: the logits are not finite numbers.
+        ValueError: the logits are not finite.
         UserError: no_repeat_ngram leaves a row no token.
     """
-    log_probs = log_probabilities(logits)
-    logits = constrain(logits, context, sampling)
+    log_probs = log_probabilities(logits)  # (B, V)
+    logits = apply_penalties(logits, context, sampling)  # (B, V)
     if sampling.temperature == 0:
-        ids = logits.argmax(dim=-1)
+        ids = logits.argmax(dim=-1)  # (B,)
     else:
-        probabilities = narrow(logits, sampling).softmax(dim=-1)
-        ids = torch.cat(
-            [
-                torch.multinomial(row, 1, generator=generator)
-                for row, generator in zip(probabilities, generators, strict=True)
-            ]
-        )
-    return Choice(ids, log_probs.gather(1, ids[:, None]).squeeze(1))
+        probabilities = apply_filters(logits, sampling).softmax(dim=-1)  # (B, V)
+        rows = zip(probabilities, generators, strict=True)
+        draws = [torch.multinomial(row, 1, generator=generator) for row, generator in rows]
+        ids = torch.cat(draws)  # (B,)
+    return NextToken(ids, log_probs.gather(1, ids[:, None]).squeeze(1))
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
     """The model's own log-probabilities (B, V).
 
     Raises:
-        ValueError: a row has a NaN or a positive infinite logit, or nothing but negative infinite ones.
+        ValueError: a row has a NaN or +inf, or nothing but -inf.
     """
     if not logits.amax(dim=-1).isfinite().all():
         raise ValueError(
-            "the model gave logits that are not finite numbers; its weights are damaged or it diverged in training"
+            "the model gave logits that are not finite; its weights are damaged, or training diverged"
         )
     return logits.log_softmax(dim=-1)
 
 
 def make_generator(seed: int, sample: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The source of the draws of sample number `sample`."""
-    # A hash, because torch's CPU generator keeps only the low 32 bits of its seed: seed + 2^32 * sample would be one stream.
+    """The random numbers of sample number `sample`."""
+    # A hash: torch's CPU generator uses only the low 32 bits of its seed, so that seed + 2^32 ·
+    # sample would give all samples the same numbers.
     digest = hashlib.sha256(f"{seed} {sample}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-# --- what has been written ------------------------------------------------------------------------------------------
+# --- penalties: they depend on the text so far ----------------------------------------------------
 
 
-def constrain(logits: Tensor, context: Tensor, sampling: SamplingConfig) -> Tensor:
-    """The logits after what depends on the text so far: repetition penalty and forbidden n-grams."""
+def apply_penalties(logits: Tensor, context: Tensor, sampling: SamplingConfig) -> Tensor:
+    """The logits after the repetition penalty and the forbidden n-grams; context is (B, T)."""
     if sampling.repetition_penalty != 1:
-        logits = penalise_repetition(logits, context, sampling.repetition_penalty)
+        logits = penalize_repetition(logits, context, sampling.repetition_penalty)
     if sampling.no_repeat_ngram is not None:
         logits = forbid_repeated_ngrams(logits, context, sampling.no_repeat_ngram)
         if logits.amax(dim=-1).isneginf().any():
             n, length = sampling.no_repeat_ngram, context.size(1)
-            raise UserError(
-                f"no_repeat_ngram: {n} leaves no token to go on with after {length}. Raise it or lower max_new_tokens."
-            )
+            problem = f"{n} leaves no possible token after {length} tokens"
+            raise UserError("no_repeat_ngram", problem, "Raise it or lower max_new_tokens")
     return logits
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Tokens among `seen` (B, T) made less probable: positive logits divided, negative ones multiplied by `penalty`.
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Tokens among `seen` (B, T) made less probable: positive logits divided, negative ones multiplied.
 
-    Keskar et al. 2019, section 4.1, divide every logit, which would reward a token whose logit is negative.
+    Keskar et al. 2019, section 4.1, divide all logits, which would reward tokens with negative
+    ones.
 
-    >>> penalise_repetition(torch.tensor([[4.0, -4.0, 1.0]]), torch.tensor([[0, 1, 1]]), 2.0).tolist()
+    >>> penalize_repetition(torch.tensor([[4.0, -4.0, 1.0]]), torch.tensor([[0, 1, 1]]), 2.0).tolist()
     [[2.0, -8.0, 1.0]]
     """
-    scores = logits.gather(1, seen)
-    return logits.scatter(1, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
+    scores = logits.gather(1, seen)  # (B, T); a token seen twice is read and written twice, alike
+    penalized = torch.where(scores > 0, scores / penalty, scores * penalty)
+    return logits.scatter(1, seen, penalized)  # (B, V)
 
 
 def forbid_repeated_ngrams(logits: Tensor, context: Tensor, n: int) -> Tensor:
-    """-inf for each token that would complete an n-gram that `context` (B, T) already holds.
+    """-inf for each token that would complete an n-gram that `context` (B, T) already contains.
+
+        n = 2, context 1 2 3 1:    1 was followed by 2, so 2 is forbidden
 
     >>> forbid_repeated_ngrams(torch.zeros(1, 4), torch.tensor([[1, 2, 3, 1]]), 2).tolist()
     [[0.0, 0.0, -inf, 0.0]]
@@ -119,20 +123,22 @@ def forbid_repeated_ngrams(logits: Tensor, context: Tensor, n: int) -> Tensor:
     length = context.size(1)
     if length < n:
         return logits
+    # All n-grams so far, and the last n - 1 tokens, which the next token would complete.
     ngrams = context.unfold(1, n, 1)  # (B, T-n+1, n)
-    opening = context[:, length - n + 1 :]  # (B, n-1): what the next token would complete
-    repeats = (ngrams[:, :, :-1] == opening[:, None]).all(dim=-1)  # (B, T-n+1)
-    rows, places = repeats.nonzero(as_tuple=True)
+    prefix = context[:, length - n + 1 :]  # (B, n-1)
+    # Where an n-gram begins with this prefix, its last token is forbidden.
+    repeats = (ngrams[:, :, :-1] == prefix[:, None]).all(dim=-1)  # (B, T-n+1)
+    rows, starts = repeats.nonzero(as_tuple=True)
     logits = logits.clone()
-    logits[rows, ngrams[rows, places, -1]] = -math.inf
+    logits[rows, ngrams[rows, starts, -1]] = -math.inf
     return logits
 
 
-# --- the numbers alone ----------------------------------------------------------------------------------------------
+# --- filters: they depend on the numbers alone ----------------------------------------------------
 
 
-def narrow(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """The logits after temperature, top_k, top_p and min_p; at least one token a row stays."""
+def apply_filters(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """The logits after temperature, top_k, top_p and min_p; at least one token per row remains."""
     logits = divide_by_temperature(logits, sampling.temperature)
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
@@ -144,9 +150,9 @@ def narrow(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 
 
 def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Logits whose largest is 0, divided by a temperature above 0: below 1 sharper, above 1 flatter."""
-    # The largest is subtracted first: a tiny temperature then sends the others to -inf and nothing to +inf.
-    return (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, LEAST_TEMPERATURE)
+    """The logits, with 0 as the largest, divided by the temperature: below 1 sharper, above 1 flatter."""
+    # Shifted first: a tiny temperature then sends the others to -inf, and none to +inf.
+    return (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, MIN_TEMPERATURE)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -155,33 +161,40 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     >>> keep_top_k(torch.tensor([[1.0, 3.0, 2.0]]), 2).tolist()
     [[-inf, 3.0, 2.0]]
     """
-    best = logits.topk(min(k, logits.size(-1)), dim=-1)
+    best = logits.topk(min(k, logits.size(-1)), dim=-1)  # (B, k)
     return torch.full_like(logits, -math.inf).scatter(1, best.indices, best.values)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The most probable tokens that together reach p, the one that crosses it included; the others -inf.
+    """The most probable tokens that together reach p, including the one that crosses it; the others -inf.
 
-    Holtzman et al. 2020, section 3.1.
+    Nucleus sampling (Holtzman et al. 2020, section 3.1).
 
     >>> keep_top_p(torch.tensor([[0.5, 0.2, 0.3]]).log(), 0.6).softmax(-1).tolist()
     [[0.625, 0.0, 0.375]]
     """
-    if p == 1:  # rounding must not cut the tail that was not asked to go
+    if p == 1:  # rounding must not cut off a tail that nobody asked to remove
         return logits
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
-    cut = probabilities.cumsum(dim=-1) - probabilities >= p  # those before it reach p already
-    cut[:, 0] = False  # p may be so small that float32 has 0 for it
+    # Sort, and add the probabilities up.
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
+    probabilities = ordered.softmax(dim=-1)  # (B, V)
+    before = (
+        probabilities.cumsum(dim=-1) - probabilities
+    )  # (B, V): the sum of all more probable ones
+    # Cut off a token if those before it reach p already; never the first, even if p underflows to
+    # 0.
+    cut = before >= p
+    cut[:, 0] = False
+    # Back to the order of the vocabulary.
     return torch.empty_like(logits).scatter(1, order, ordered.masked_fill(cut, -math.inf))
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """The tokens at least `min_p` times as probable as the most probable one; the others -inf (Nguyen et al. 2024).
+    """The tokens at least `min_p` times as probable as the best one; the others -inf (Nguyen et al. 2024).
 
     >>> keep_min_p(torch.tensor([[0.5, 0.2, 0.3]]).log(), 0.5).softmax(-1).tolist()
     [[0.625, 0.0, 0.375]]
     """
-    return logits.masked_fill(
-        logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), -math.inf
-    )
+    # p >= min_p · p_max, in logits: z >= z_max + log min_p
+    threshold = logits.amax(dim=-1, keepdim=True) + math.log(min_p)  # (B, 1)
+    return logits.masked_fill(logits < threshold, -math.inf)

@@ -29,13 +29,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import OptimStateKeyType
 
 from model import Progress, TrainingModule
+from tinylm import generate
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.format import FORMAT, SCHEMA
 from tinylm.common.console import lead_nowhere, readable
 from tinylm.common.errors import writing
 from tinylm.common.units import duration, short
 from tinylm.config.schema import Config
-from tinylm.generate.engine import Engine
 from tinylm.model.lora import adapter_weights
 from tinylm.optim.schedule import should_stop
 from tinylm.rows.conversation import CHAT_STAGES, Turn
@@ -209,7 +209,10 @@ class Validation(StepCallback):
 
     def _sample(self, stage: TrainingModule, prompt: str) -> str:
         """What the model makes of `prompt`; one that learns to answer is asked as its examples are."""
-        engine, sampling = Engine(stage.decoder, self.tokenizer), stage.config.sampling
+        engine, sampling = (
+            generate.engine.Engine(stage.decoder, self.tokenizer),
+            stage.config.sampling,
+        )
         if stage.stage not in CHAT_STAGES:
             return engine.generate(prompt, sampling)[0].text
         template = make_template(stage.config.data.template, self.tokenizer)

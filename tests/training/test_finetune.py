@@ -355,16 +355,16 @@ def test_a_sample_is_asked_for_as_the_examples_ask(
 
 def prompts_seen(monkeypatch: Patch) -> list[tuple[int, ...]]:
     """The ids of every prompt that an engine is given from now on."""
-    from training import callbacks
+    from tinylm.generate.engine import Engine
 
     seen: list[tuple[int, ...]] = []
-    original = callbacks.Engine.generate
+    original = Engine.generate
 
     def generate(self: Any, prompt: Any, sampling: Any, **more: Any) -> Any:
         seen.append(prompt.ids)
         return original(self, prompt, sampling, **more)
 
-    monkeypatch.setattr(callbacks.Engine, "generate", generate)
+    monkeypatch.setattr(Engine, "generate", generate)
     return seen
 
 

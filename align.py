@@ -644,12 +644,14 @@ def notes_on(results: dict[str, Any]) -> Iterator[str]:
 
 def show(results: dict[str, Any], stages: list[Stage]) -> None:
     """Print the table and the samples."""
-    from evaluate_checkpoints import table
+    from tinylm.cli.results import print_rows
 
     models = results["models"]
-    table(
-        ("measure", *(row["stage"] for row in models)),
-        [(name, *(row.get(name) for row in models)) for name in measures_in(results)],
+    print_rows(
+        [
+            {"measure": name, **{row["stage"]: row.get(name) for row in models}}
+            for name in measures_in(results)
+        ]
     )
     for note in notes_on(results):
         print(note)

@@ -60,7 +60,6 @@ OUT_OF_ORDER = {
     ("data", "finetune"),
 }
 PROGRAMS_OF_PROGRAMS = {
-    ("align", "evaluate_checkpoints"),
     ("finetune", "train"),
     ("align", "finetune"),
 }
@@ -81,7 +80,6 @@ LATE_IMPORTS = {
 TOO_LONG = {
     "train.py",
     "tinylm/interchange/hf_export.py",
-    "evaluate_checkpoints.py",
     "tinylm/config/schema.py",
     "tinylm/model/hf_model.py",
     "tinylm/runs/compare.py",

@@ -100,7 +100,7 @@ def test_checkpoints_are_ranked_with_ties_and_failures(tmp_path, run, save, case
     assert err.splitlines()[0] == "device: cpu (requested)"
     assert (
         err.splitlines()[-2]
-        == f"{tmp_path / 'results' / 'results.json'} has all numbers, 0 files beside it the answers that are not right"
+        == f"results: {tmp_path / 'results' / 'results.json'} has all numbers; 0 files next to it have the wrong answers"
     )
     assert err.splitlines()[-1].startswith("next: python infer.py --ckpt")
 
@@ -150,7 +150,7 @@ def test_diverged_weights_are_a_failure(run, save, cases):
     code, out, _ = run("--cases", cases)
     assert code == 0
     assert out.splitlines()[-1].endswith(
-        "b.ckpt: there are weights that are not finite numbers; its training diverged. Use an earlier checkpoint."
+        "b.ckpt: has weights that are not finite numbers; its training diverged. Use an earlier checkpoint."
     )
 
 
@@ -171,7 +171,7 @@ def test_when_every_checkpoint_fails_the_exit_code_is_2(tmp_path, run, cases):
     ]
     assert (
         err.splitlines()[-1]
-        == "error: all 2 checkpoints and models failed. Give others; `python list.py` shows what there is."
+        == "error: --checkpoints, --model: all 2 failed. Give others; `python list.py` lists the checkpoints."
     )
     assert len(results(tmp_path)["failed"]) == 2
 
@@ -246,7 +246,7 @@ def test_a_fine_tuned_model_is_asked_in_its_template_and_a_base_model_in_none(
         seen.append(template.name if template else None)
         return evaluate_task(*args, template=template, **more)
 
-    monkeypatch.setattr("tinylm.eval.task_scores.evaluate_task", spy)
+    monkeypatch.setattr("tinylm.cli.evaluate.evaluate_task", spy)
     assert run("--tasks", "sst2", "--smoke")[0] == 0
     assert seen == [name]
 
@@ -333,7 +333,7 @@ def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save
     [
         (
             [],
-            "nothing to evaluate. Give --cases cases/wiki_basics.yaml, --tasks gsm8k --smoke, or --lm-eval NAME.",
+            "--cases, --tasks, --lm-eval: nothing to evaluate. Give --cases cases/wiki_basics.yaml, --tasks gsm8k --smoke, or --lm-eval NAME.",
         ),
         (
             ["--tasks", "gsm9k"],
@@ -341,7 +341,7 @@ def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save
         ),
         (
             ["--tasks", "sst2", "--smoke", "--shots", "0,-1"],
-            "--shots: -1: expected whole numbers, such as 0,4.",
+            "--shots: must be whole numbers such as 0,4, got -1.",
         ),
         (
             ["--tasks", "sst2", "--smoke", "--shots", "12"],
@@ -349,7 +349,7 @@ def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save
         ),
         (
             ["--tasks", "sst2", "--data", "gsm8k=x"],
-            "--data: gsm8k=x: expected NAME=PATH with a name that --tasks has (sst2).",
+            "--data: must be NAME=PATH with a name from --tasks (sst2), got gsm8k=x.",
         ),
         (
             ["--tasks", "sst2", "--data", "sst2=gone.jsonl"],
@@ -358,11 +358,11 @@ def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save
         (["--cases", "gone.yaml"], "gone.yaml: not found. Give the path of a YAML file."),
         (
             ["--lm-eval", "x", "--include-path", "gone"],
-            "--include-path: gone: no such folder. Give the one with the YAML files of the tasks.",
+            "--include-path: gone: no such folder. Give the folder with the YAML files of the tasks.",
         ),
         (
             ["--checkpoints", "gone/*.ckpt", "--tasks", "sst2", "--smoke"],
-            "--checkpoints: gone/*.ckpt: nothing matches. Train a model first: python train.py",
+            "--checkpoints: gone/*.ckpt: no file matches. Train a model first: python train.py",
         ),
     ],
 )

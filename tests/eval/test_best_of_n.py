@@ -327,7 +327,7 @@ def test_the_table_shows_all_methods_side_by_side(
         ),
         (
             ("--cases", "cases/facts.yaml", "--best-of", "3", "--verifier", "x"),
-            "--best-of: there is no task to answer. Give --tasks gsm8k.",
+            "--best-of: needs a task. Give --tasks gsm8k.",
         ),
         (
             ("--tasks", "gsm8k", "--smoke", "--best-of", "3", "--verifier", "WRITER"),

@@ -159,7 +159,8 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
     Raises:
         UserError: naming the file, the line and what is wrong; or as `load_config` of a stage's config.
     """
-    from tinylm.config.loader import load_config, read_list
+    from tinylm.config.loader import load_config
+    from tinylm.config.yaml_file import read_list
 
     stages: dict[str, Stage] = {}
     for place, item in read_list(path):

@@ -271,10 +271,10 @@ def faults_of_library_file(name: str, source: str) -> Iterator[str]:
 def faults_of_any_file(name: str, source: str) -> Iterator[str]:
     """What no file may do but the one named for it."""
     tree = ast.parse(source)
-    if name != "tinylm.config.loader":
+    if name != "tinylm.config.yaml_file":
         for found in imports(tree):
             if found.module.partition(".")[0] == "yaml":
-                yield f"{found.line}: imports {found.module}: config/loader.py is the only reader"
+                yield f"{found.line}: imports {found.module}: config/yaml_file.py is the only reader"
     if name != "tinylm.checkpoint.format":
         for call, line in calls(tree):
             if call == "torch.load":
@@ -382,10 +382,10 @@ def test_a_file_within_the_border_passes(name, source):
 @pytest.mark.parametrize(
     ("source", "fault"),
     [
-        ("import yaml", "1: imports yaml: config/loader.py is the only reader"),
+        ("import yaml", "1: imports yaml: config/yaml_file.py is the only reader"),
         (
             "def f():\n    from yaml.nodes import Node",
-            "2: imports yaml.nodes: config/loader.py is the only reader",
+            "2: imports yaml.nodes: config/yaml_file.py is the only reader",
         ),
         (
             "torch.load('x', weights_only=True)",
@@ -395,7 +395,7 @@ def test_a_file_within_the_border_passes(name, source):
     ],
 )
 def test_a_second_reader_is_found(source, fault):
-    allowed = "tinylm.checkpoint.format" if "torch" in source else "tinylm.config.loader"
+    allowed = "tinylm.checkpoint.format" if "torch" in source else "tinylm.config.yaml_file"
     assert list(faults_of_any_file("tinylm.generate.engine", source)) == [fault]
     assert list(faults_of_any_file(allowed, source)) == []
 

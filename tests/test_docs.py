@@ -26,7 +26,8 @@ import pytest
 from align import read_stages
 from tinylm.common.errors import UserError
 from tinylm.common.hub import HF_PREFIX
-from tinylm.config.loader import load_config, sections
+from tinylm.config.loader import load_config
+from tinylm.config.messages import sections
 from tinylm.config.schema import Config
 
 ROOT = Path(__file__).parent.parent
@@ -369,11 +370,11 @@ def test_the_guides_have_commands():
         ("python list.py --sort size | echo", "2: list.py: argument --sort: invalid choice"),
         (
             "python train.py --config config_smoke.yaml training.lrr=1",
-            "2: train.py: command line: training.lrr: no such setting; did you mean lr?",
+            "2: train.py: command line: training.lrr: no such setting. Did you mean lr?",
         ),
         (
             "python train.py --config config_smoke.yaml training.lr=high",
-            "2: train.py: command line: training.lr: expected a number",
+            "2: train.py: command line: training.lr: must be a number",
         ),
         ("python train.py --config config_huge.yaml", "2: config_huge.yaml: no such file"),
         (

@@ -153,7 +153,9 @@ def repair_aliases(resume: ResumeState, *, final: bool) -> None:
 
 def require_same_settings(resume: ResumeState, config: Config, *, allow_changes: bool) -> None:
     """Compare the settings, and the number of processes, with the checkpoint's; raises as `require_no_changes`."""
-    was, now = resume.state["config"], config.to_plain()
+    now = config.to_plain()
+    # An older checkpoint has null where the model's settings are now resolved.
+    was = resume.state["config"] | {"model": resume.config.model.model_dump(mode="json")}
     if now["model"]["vocab_size"] is None:  # the tokenizer's, and its content is compared
         now["model"]["vocab_size"] = was["model"]["vocab_size"]
     n_processes = config.hardware.devices * config.hardware.num_nodes

@@ -11,7 +11,8 @@ import pytest
 
 from tinylm.__main__ import main
 from tinylm.config import docs
-from tinylm.config.loader import load_config, sections
+from tinylm.config.loader import load_config
+from tinylm.config.messages import sections
 from tinylm.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,7 @@ def test_the_examples_of_the_page_load_and_its_errors_are_what_a_program_prints(
         child.training.lr,
         child.training.max_steps,
     ) == (4, 4, 1, 3e-4, 100)
-    assert "\nerror: config.yaml:5: training.lrr: no such setting; did you mean lr?\n" in page
+    assert "\nerror: config.yaml:5: training.lrr: no such setting. Did you mean lr?\n" in page
     assert str(tmp_path.parent) not in page
 
 
@@ -115,14 +116,20 @@ def test_the_schema_names_every_setting_and_nothing_else():
             ]
 
 
+RESOLVED = {"n_kv_heads": 6, "head_dim": 64, "d_ff": 1024}
+
+
 def test_the_defaults_in_the_schema_are_those_of_the_settings():
+    """But for the widths of the model, which are null in a file and resolved in the settings: 6 heads of 384 / 6 each."""
     schema, plain = docs.config_schema(), Config().to_plain()
     for key, section in sections():
         if plain.get(key) is not None:  # neither a section inside another nor one that is off
-            assert {
-                name: setting["default"]
-                for name, setting in schema["$defs"][section.__name__]["properties"].items()
-            } == plain[key]
+            properties = schema["$defs"][section.__name__]["properties"]
+            defaults = {name: setting["default"] for name, setting in properties.items()}
+            if key == "model":
+                assert {name: defaults[name] for name in RESOLVED} == dict.fromkeys(RESOLVED)
+                defaults |= RESOLVED
+            assert defaults == plain[key]
 
 
 def test_precision_may_be_a_number_in_an_editor_too():

@@ -199,7 +199,7 @@ def test_the_shipped_cases_are_read():
             "- {name: a, prompt: p, target: t, weight: 2}\n",
             ":1: weight: no such key. A case has name, prompt and target.",
         ),
-        ("- name: a\n  name: b\n", ":2: item.name: the key stands on line 1 already. Keep one."),
+        ("- name: a\n  name: b\n", ":2: item.name: already set on line 1. Keep one."),
     ],
 )
 def test_a_mistake_in_a_case_file_is_named_by_line_and_key(tmp_path, text, message):

@@ -230,7 +230,7 @@ def test_a_hub_that_cannot_be_reached_names_the_flags_that_do_without(monkeypatc
 def test_a_task_and_another_word_on_its_rows_contradict_each_other(name, value):
     with pytest.raises(
         ValidationError,
-        match=f"{name}: task sst2 says what a row is made of. Take {name} out, or task",
+        match=f"{name}: cannot be combined with task. Remove {name} or task",
     ):
         DataConfig.model_validate({"task": "sst2", name: value})
 

@@ -75,7 +75,7 @@ def test_only_the_visited_experts_are_active():
     """Four experts a layer and two visited: half of 2 layers · 4 · (2 · 128 · 32 + 32 · 128) weights of experts is idle."""
     config = settings({"model.moe": MOE})
     planned = plan_run(config, "cpu")
-    assert planned.parameters - planned.active_parameters == 2 * 2 * 3 * config.model.hidden * 32
+    assert planned.parameters - planned.active_parameters == 2 * 2 * 3 * config.model.d_ff * 32
     assert plan_run(settings(), "cpu").active_parameters == plan_run(settings(), "cpu").parameters
 
 

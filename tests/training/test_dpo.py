@@ -589,18 +589,18 @@ def test_rows_of_both_splits_are_said(prefer: Make, tmp_path: Path, capsys: Capt
     [
         (
             {"dpo": {"reference": "adapters_off"}},
-            "dpo.reference: adapters_off needs adapters to switch off. Set dpo.reference to copy or cached",
+            "dpo.reference: adapters_off needs a lora section. Set dpo.reference=copy or dpo.reference=cached, or add",
         ),
         (
             {"training": {"train_on": "all"}},
-            "training.train_on: all has no meaning for pairs of answers, which the dpo section asks for. Take it out.",
+            "training.train_on: cannot be combined with dpo. Remove training.train_on or dpo.",
         ),
         (
             {"training": {"label_smoothing": 0.1}},
-            "training.label_smoothing: 0.1 has no meaning for pairs of answers",
+            "training.label_smoothing: cannot be combined with dpo",
         ),
-        ({"data": {"rows": "alpaca"}}, "data.rows: alpaca has no meaning for pairs of answers"),
-        ({"data": {"task": "sst2"}}, "data.task: sst2 has no meaning for pairs of answers"),
+        ({"data": {"rows": "alpaca"}}, "data.rows: cannot be combined with dpo"),
+        ({"data": {"task": "sst2"}}, "data.task: cannot be combined with dpo"),
         (
             {"hardware": {"strategy": "fsdp"}},
             "dpo: not supported with hardware.strategy=fsdp, which does not shard the reference model. Set hardware.strategy=ddp.",

@@ -406,31 +406,31 @@ def test_a_hugging_face_model_has_other_blocks(make: Make, tmp_path: Path, capsy
     [
         (
             "verifier.n_wrong=0",
-            "verifier.n_wrong: without wrong answers there is nothing to tell apart. Set n_wrong, or n_sampled and sampled_from.",
+            "verifier.n_wrong: n_wrong and n_sampled are 0, so there are no wrong answers to learn from. Set n_wrong, or n_sampled and sampled_from.",
         ),
         (
             "verifier.n_sampled=2",
-            "verifier.sampled_from: n_sampled needs a model that writes the answers. Set sampled_from to its checkpoint.",
+            "verifier.sampled_from: required if n_sampled is above 0. Set it to the checkpoint of the model that writes the answers.",
         ),
         (
             "verifier.sampled_from=x",
-            "verifier.n_sampled: sampled_from names a model, and n_sampled asks for none of its answers.",
+            "verifier.n_sampled: must be at least 1 if sampled_from is set, got 0.",
         ),
         (
             "lora.r=4",
-            "lora: the verifier section asks for a verifier, which has no use for it. Take one of the two out.",
+            "lora: cannot be combined with verifier. Remove lora or verifier.",
         ),
         (
             "dpo.beta=1",
-            "dpo: the verifier section asks for a verifier, which has no use for it. Take one of the two out.",
+            "dpo: cannot be combined with verifier. Remove dpo or verifier.",
         ),
         (
             "data.packing=padded",
-            "data.packing: padded has no meaning for a verifier, which the verifier section asks for. Take it out.",
+            "data.packing: cannot be combined with verifier. Remove data.packing or verifier.",
         ),
         (
             "training.sample_prompt=x",
-            "training.sample_prompt: x has no meaning for a verifier, which the verifier section asks for. Take it out.",
+            "training.sample_prompt: cannot be combined with verifier. Remove training.sample_prompt or verifier.",
         ),
         (
             "model.position=alibi",

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.common.errors import UserError
-from tinylm.config.loader import load_config, sections
+from tinylm.config.loader import load_config
+from tinylm.config.messages import sections
 from tinylm.config.schema import COUNT_LIMIT, Config
 
 EXAMPLE = """\

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.common.errors import UserError, printable
-from tinylm.config.loader import read_list
+from tinylm.config.yaml_file import read_list
 from tinylm.eval.task_scores import _result_or_error
 from tinylm.generate.engine import Engine
 from tinylm.generate.scoring import (

@@ -365,15 +365,8 @@ def _misfits(config: ModelConfig, architecture: Architecture) -> Iterator[tuple[
 
 
 def _flat(config: ModelConfig) -> dict[str, Any]:
-    """The settings by dotted name, with those that null leaves to others worked out; `moe` is a section if there is one."""
-    resolved = config.model_copy(
-        update={
-            "n_kv_heads": config.kv_heads,
-            "head_dim": config.size_of_head,
-            "d_ff": config.hidden,
-        }
-    )
-    values = resolved.model_dump()
+    """The settings by dotted name; `moe` is a section if there is one."""
+    values = config.model_dump()
     return values | dict(_dotted(values))
 
 
@@ -508,7 +501,7 @@ def _rows(config: ModelConfig, name: str, n_rows: int, n_parts: int) -> list[int
     """How many rows of our weight `name` each of its parts has: queries, keys and values, or gate and value."""
     if n_parts == 3:
         assert ".qkv." in name, name
-        queries, keys = config.n_heads * config.size_of_head, config.kv_heads * config.size_of_head
+        queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         return [queries, keys, keys]
     return [n_rows // n_parts] * n_parts
 

@@ -140,7 +140,7 @@ def renamed(
         if model_type == "llama" and ".attn_q." in new:
             weight = neighbours(weight, config.n_heads)
         if model_type == "llama" and ".attn_k." in new:
-            weight = neighbours(weight, config.kv_heads)
+            weight = neighbours(weight, config.n_kv_heads)
         if model_type == "gpt2" and new.startswith("blk.") and weight.dim() == 2:
             weight = weight.T  # transformers' GPT-2 has (in, out)
         yield new, weight
@@ -211,15 +211,15 @@ def add_settings(
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.d_model)
     writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden)
+    writer.add_feed_forward_length(config.d_ff)
     writer.add_head_count(config.n_heads)
     if model_type == "gpt2":
         writer.add_layer_norm_eps(config.norm_eps)
         return
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.size_of_head)
-    writer.add_value_length(config.size_of_head)
-    writer.add_rope_dimension_count(config.size_of_head)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
 
@@ -315,10 +315,10 @@ def words_of(description: dict[str, Any]) -> str | None:
 
 def what_transformers_needs(config: ModelConfig, model_type: str) -> dict[str, int]:
     """Settings that stand in the file and that transformers does not read from it, where they are not its defaults."""
-    theirs = {"qwen3": {"head_dim": (config.size_of_head, 128)}}
+    theirs = {"qwen3": {"head_dim": (config.head_dim, 128)}}
     theirs["gpt2"] = {
         "n_positions": (config.max_seq_len, 1024),
-        "n_inner": (config.hidden, 4 * config.d_model),
+        "n_inner": (config.d_ff, 4 * config.d_model),
     }
     return {
         name: value

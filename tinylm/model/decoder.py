@@ -153,7 +153,7 @@ def attention_context(
     # Rotation angles of the new tokens. Cached keys were rotated when they were written.
     cos_sin = None
     if config.position == "rope":
-        cos, sin = rotary_cos_sin(positions, config.size_of_head, config.rope_theta)  # ([B,] T, K)
+        cos, sin = rotary_cos_sin(positions, config.head_dim, config.rope_theta)  # ([B,] T, K)
         cos_sin = (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
     # The attention kernels are fastest without a mask. Two cases need none: plain causal attention
     # over a whole sequence (is_causal), and a single new token that sees everything in the cache.
@@ -239,8 +239,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_heads = config.n_heads
-        self.n_kv_heads = config.kv_heads
-        self.head_dim = config.size_of_head
+        self.n_kv_heads = config.n_kv_heads
+        self.head_dim = config.head_dim
         self.n_sinks = config.n_sinks
         self.dropout = config.attention_dropout
         # Queries, keys and values are one matrix: one large product is faster than three.
@@ -343,9 +343,9 @@ class FeedForward(nn.Module):
         self.kind = config.ffn
         bias = config.bias == "all"
         # Gate and value of swiglu are one matrix: one large product is faster than two small ones.
-        width = config.hidden * (2 if self.kind == "swiglu" else 1)
+        width = config.d_ff * (2 if self.kind == "swiglu" else 1)
         self.up = nn.Linear(config.d_model, width, bias=bias)
-        self.down = nn.Linear(config.hidden, config.d_model, bias=bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output (B, T, D), and the balance loss 0, so that dense and mixture layers are called alike."""
@@ -368,7 +368,7 @@ class MixtureOfExperts(nn.Module):
         self.kind = config.ffn
         self.n_experts = moe.n_experts
         self.top_k = moe.top_k
-        E, D, hidden = moe.n_experts, config.d_model, config.hidden
+        E, D, hidden = moe.n_experts, config.d_model, config.d_ff
         width = hidden * (2 if self.kind == "swiglu" else 1)
         self.router = nn.Linear(D, E, bias=False)
         self.up = nn.Parameter(torch.empty(E, width, D))
@@ -592,7 +592,7 @@ def init_weights(model: nn.Module) -> None:
 def _separate_matrices(name: str, weight: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
     """Views of the layers that are stored as one matrix: queries, keys, values; gate and value."""
     if name.endswith("qkv.weight"):
-        H, G, K = config.n_heads, config.kv_heads, config.size_of_head
+        H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
         return weight.split((H * K, G * K, G * K))
     if ".ffn.up" in name and config.ffn == "swiglu":
         return weight.chunk(2, dim=-2)
@@ -636,5 +636,5 @@ def flops_per_token(model: Decoder, seq_len: int) -> int:
         elif isinstance(module, MixtureOfExperts):
             weights += (module.up.numel() + module.down.numel()) * module.top_k // module.n_experts
     seen = min(seq_len, config.sliding_window or seq_len) + config.n_sinks
-    attention = 12 * config.n_layers * config.n_heads * config.size_of_head * seen
+    attention = 12 * config.n_layers * config.n_heads * config.head_dim * seen
     return 6 * weights + attention

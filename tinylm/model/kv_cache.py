@@ -49,7 +49,7 @@ class KVCache:
         self.chunk = chunk if self.slots < max_len else max_len
         self.max_len = max_len
         self.length = 0
-        shape = (config.n_layers, batch_size, config.kv_heads, self.slots, config.size_of_head)
+        shape = (config.n_layers, batch_size, config.n_kv_heads, self.slots, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.position_of_slot = torch.zeros(self.slots, dtype=torch.long, device=device)

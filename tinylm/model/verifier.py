@@ -64,7 +64,7 @@ class Verifier(nn.Module):
     def _init_queries_as_keys(self) -> None:
         """Copy the key weights of block 0 to its queries: equal tokens attend to each other from the start."""
         config = self.config
-        H, G, K = config.n_heads, config.kv_heads, config.size_of_head
+        H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
         weight = self.blocks[0].attention.qkv.weight  # ((H + 2G) K, D)
         queries, keys, _ = weight.split((H * K, G * K, G * K))
         # Each key head once for each query head that shares it.
@@ -95,7 +95,7 @@ class Verifier(nn.Module):
         # The blocks of the decoder, with a mask that looks both ways.
         cos_sin = None
         if config.position == "rope":
-            cos_sin = rotary_cos_sin(positions, config.size_of_head, config.rope_theta)  # (T, K)
+            cos_sin = rotary_cos_sin(positions, config.head_dim, config.rope_theta)  # (T, K)
         mask = self._attention_mask(real)  # (B, 1, T, n_sinks + T)
         context = AttentionContext(positions, cos_sin, mask, is_causal=False, cache=None)
         for block in self.blocks:

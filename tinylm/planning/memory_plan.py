@@ -478,10 +478,11 @@ def with_settings(config: Config, changes: dict[str, Any]) -> Config:
     >>> with_settings(Config(), {"training.lr": 0.5, "model.n_layers": 2}).model.n_layers
     2
     """
-    plain = config.to_plain()
+    # Only what is written: a width that another setting decides follows it.
+    plain = config.model_dump(mode="json", exclude_unset=True)
     for key, value in changes.items():
         section, name = key.split(".")
-        plain[section][name] = value
+        plain.setdefault(section, {})[name] = value
     return Config.from_plain(plain)
 
 

@@ -207,7 +207,7 @@ def score(name: str, seed: int, loaded: checkpoint_load.Loaded) -> Result:
     config, model, length = loaded.config.model, loaded.model, loaded.config.training.seq_len
     lengths = byte_length_table(loaded.tokenizer, model.embedding.num_embeddings)
     found = score_batches(model, _batches(loaded, length, length, whole=False), lengths)
-    cache = 2 * config.n_layers * config.kv_heads * config.size_of_head * 4
+    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 4
     numbers = (
         found.loss,
         found.perplexity,

@@ -1,0 +1,302 @@
+"""Rules between settings: which cannot be combined, and which need another one.
+
+A rule is data: the settings it is about, a condition under which it is broken, the problem and the fix. The first
+setting is the one that the error names. `schema.py` gives each section its rules, in the order in which they are
+checked; bounds of a single setting are in its field there.
+"""
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+# No source of a mixture may have less than this part of the rows: a block of rows has one of each source.
+SMALLEST_SHARE = 1e-6
+
+
+class RuleError(ValueError):
+    """A broken rule; pydantic passes it on as the error in the context of its own."""
+
+    def __init__(self, keys: tuple[str, ...], problem: str, fix: str):
+        super().__init__(f"{keys[0]}: {problem}. {fix}")
+        self.keys = keys
+        self.problem = problem
+        self.fix = fix
+
+
+class Rule(NamedTuple):
+    """One rule of a section; `{name}` in the texts are the section's settings, `{found}` what `broken` returns."""
+
+    keys: tuple[str, ...]
+    """the settings that it is about, the guilty one first; the error has the line of the first that is written"""
+    broken: Callable[[Any], object]
+    """called with the section; true if the rule is broken"""
+    problem: str
+    fix: str
+
+    def error(self, found: object, settings: dict[str, Any]) -> RuleError:
+        """The error for a section with these settings."""
+        problem = self.problem.format(found=found, **settings)
+        return RuleError(self.keys, problem, self.fix)
+
+
+def _not_with(other: str, key: str, default: object) -> Rule:
+    """`key` must keep its default if `other` is set: both say the same, or `other` has no use for it."""
+    value_of, is_set = attrgetter(key), attrgetter(other)
+    return Rule(
+        (key, other),
+        lambda section: is_set(section) is not None and value_of(section) != default,
+        f"cannot be combined with {other}",
+        f"Remove {key} or {other}",
+    )
+
+
+MOE = (
+    Rule(
+        ("top_k", "n_experts"),
+        lambda moe: moe.top_k > moe.n_experts,
+        "must be at most n_experts ({n_experts}), got {top_k}",
+        "Lower top_k",
+    ),
+)
+
+# Checked before null is resolved, so that an error names what was written.
+MODEL = (
+    Rule(
+        ("n_heads", "d_model"),
+        lambda model: model.head_dim is None and model.d_model % model.n_heads,
+        "must divide d_model ({d_model}), got {n_heads}",
+        "Change one, or set head_dim",
+    ),
+    Rule(
+        ("n_kv_heads", "n_heads"),
+        lambda model: model.n_kv_heads is not None and model.n_heads % model.n_kv_heads,
+        "must divide n_heads ({n_heads}), got {n_kv_heads}",
+        "Change one",
+    ),
+    Rule(
+        ("head_dim",),
+        lambda model: (
+            model.position == "rope" and model.head_dim is not None and model.head_dim % 2
+        ),
+        "must be even for position rope, got {head_dim}",
+        "Choose an even head_dim",
+    ),
+    Rule(
+        ("d_model", "n_heads"),
+        lambda model: (
+            model.position == "rope"
+            and model.head_dim is None
+            and model.d_model // model.n_heads % 2
+        ),
+        "head_dim = d_model / n_heads = {d_model} / {n_heads} must be even for position rope",
+        "Change one, or set an even head_dim",
+    ),
+)
+
+
+def _only_for(name: str, *kinds: str, default: object = None) -> Rule:
+    """The tokenizer's setting `name` is only valid for some kinds."""
+    return Rule(
+        (name, "kind"),
+        lambda tokenizer: tokenizer.kind not in kinds and getattr(tokenizer, name) != default,
+        f"only valid for kind {' or '.join(kinds)} (kind is {{kind}})",
+        f"Remove it, or set tokenizer.kind={kinds[0]}",
+    )
+
+
+TOKENIZER = (
+    Rule(
+        ("path", "kind"),
+        lambda tokenizer: tokenizer.kind == "hf" and tokenizer.path is None,
+        "required for kind hf",
+        "Set it to a Hugging Face name or a folder",
+    ),
+    _only_for("path", "hf"),
+    _only_for("unknown", "char", default="error"),
+    Rule(
+        ("vocab_size", "kind"),
+        lambda tokenizer: tokenizer.kind == "bpe" and tokenizer.vocab_size is None,
+        "required for kind bpe",
+        "Set it, for example tokenizer.vocab_size=4096",
+    ),
+    _only_for("vocab_size", "bpe"),
+    _only_for("pattern", "bpe"),
+    _only_for("learn_docs", "bpe", "char"),
+    Rule(
+        ("learn_docs", "unknown"),
+        lambda tokenizer: (
+            tokenizer.learn_docs is not None
+            and tokenizer.kind == "char"
+            and tokenizer.unknown == "error"
+        ),
+        "later documents can have characters that the first ones lack, and unknown is error",
+        "Set tokenizer.unknown=unk",
+    ),
+)
+
+
+DATA = (
+    Rule(
+        ("val_split", "val_dataset"),
+        lambda data: data.val_dataset is not None and data.val_split is not None,
+        "cannot be combined with val_dataset",
+        "Remove one",
+    ),
+    Rule(
+        ("order", "streaming"),
+        lambda data: data.streaming and data.order == "random",
+        "random is not supported with streaming",
+        "Set data.order=shuffled or data.streaming=false",
+    ),
+    Rule(
+        ("stride", "streaming"),
+        lambda data: data.streaming and data.stride is not None,
+        "not supported with streaming, whose rows never overlap",
+        "Remove it, or set data.streaming=false",
+    ),
+    _not_with("mix", "streaming", False),
+    _not_with("mix", "dataset_config", None),
+    _not_with("mix", "split", "train"),
+    _not_with("mix", "val_split", None),
+    _not_with("mix", "train_docs", None),
+    Rule(
+        ("val_docs", "mix"),
+        lambda data: (
+            data.mix is not None and data.val_docs is not None and data.val_dataset is None
+        ),
+        "not supported with mix if val_fraction of each source is held out",
+        "Remove it, or set data.val_dataset",
+    ),
+    Rule(
+        ("val_dataset", "mix"),
+        lambda data: data.val_dataset in {part.dataset for part in data.mix or ()},
+        "{val_dataset} is also a source of mix",
+        "Remove one, or both to hold out val_fraction of each source",
+    ),
+    Rule(
+        ("mix",),
+        lambda data: next(
+            (
+                part.dataset
+                for part in data.mix or ()
+                if part.weight < SMALLEST_SHARE * sum(other.weight for other in data.mix)
+            ),
+            None,
+        ),
+        "the weight of {found} is less than a millionth of the sum of weights",
+        "Raise it, or remove the source",
+    ),
+    _not_with("task", "rows", "auto"),
+    _not_with("task", "columns", None),
+)
+
+TRAINING = (
+    Rule(
+        ("decay_ratio", "warmup_ratio"),
+        lambda training: (
+            training.schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1
+        ),
+        "decay_ratio ({decay_ratio}) + warmup_ratio ({warmup_ratio}) must be at most 1",
+        "Lower one",
+    ),
+    Rule(
+        ("loggers",),
+        lambda training: len(set(training.loggers)) < len(training.loggers),
+        "a logger is listed twice",
+        "Remove one",
+    ),
+    Rule(
+        ("val_every_steps", "max_steps"),
+        lambda training: (
+            training.schedule == "plateau" and training.val_every_steps > training.max_steps
+        ),
+        "must be at most max_steps ({max_steps}) for schedule plateau, got {val_every_steps}",
+        "Lower it",
+    ),
+)
+
+DPO = (
+    Rule(
+        ("label_smoothing", "loss"),
+        lambda dpo: dpo.loss != "sigmoid" and dpo.label_smoothing,
+        "only valid for loss sigmoid (loss is {loss})",
+        "Remove it, or set dpo.loss=sigmoid",
+    ),
+    Rule(
+        ("length_normalised", "loss"),
+        lambda dpo: dpo.loss == "ipo" and dpo.length_normalised,
+        "not valid for loss ipo, which always normalizes by length",
+        "Remove it",
+    ),
+)
+
+VERIFIER = (
+    Rule(
+        ("n_wrong", "n_sampled"),
+        lambda verifier: verifier.n_wrong + verifier.n_sampled == 0,
+        "n_wrong and n_sampled are 0, so there are no wrong answers to learn from",
+        "Set n_wrong, or n_sampled and sampled_from",
+    ),
+    Rule(
+        ("sampled_from", "n_sampled"),
+        lambda verifier: verifier.n_sampled and verifier.sampled_from is None,
+        "required if n_sampled is above 0",
+        "Set it to the checkpoint of the model that writes the answers",
+    ),
+    Rule(
+        ("n_sampled", "sampled_from"),
+        lambda verifier: verifier.sampled_from is not None and not verifier.n_sampled,
+        "must be at least 1 if sampled_from is set, got 0",
+        "Set n_sampled, or remove sampled_from",
+    ),
+)
+
+SAMPLING = (
+    Rule(
+        ("n_samples", "n_beams"),
+        lambda sampling: sampling.n_beams > 1 and sampling.n_samples > 1,
+        "must be 1 for beam search, which returns one text, got {n_samples}",
+        "Set n_beams or n_samples to 1",
+    ),
+)
+
+
+CONFIG = (
+    Rule(
+        ("training.seq_len", "model.max_seq_len"),
+        # A run that starts from a trained model has that model's positions, unless they are written.
+        lambda config: (
+            (config.training.init_from is None or "max_seq_len" in config.model.model_fields_set)
+            and config.training.seq_len > config.model.max_seq_len
+        ),
+        "{training.seq_len} is more than model.max_seq_len ({model.max_seq_len})",
+        "Raise model.max_seq_len or lower training.seq_len",
+    ),
+    Rule(
+        ("data.stride", "training.seq_len"),
+        lambda config: (config.data.stride or 0) > config.training.seq_len,
+        "{data.stride} is more than training.seq_len ({training.seq_len}), which would skip tokens",
+        "Lower data.stride",
+    ),
+    Rule(
+        ("dpo.reference", "lora"),
+        lambda config: (
+            config.dpo is not None
+            and config.dpo.reference == "adapters_off"
+            and config.lora is None
+        ),
+        "adapters_off needs a lora section",
+        "Set dpo.reference=copy or dpo.reference=cached, or add a lora section",
+    ),
+    _not_with("dpo", "data.task", None),
+    _not_with("dpo", "data.rows", "auto"),
+    _not_with("dpo", "training.train_on", "response"),
+    _not_with("dpo", "training.label_smoothing", 0.0),
+    _not_with("verifier", "lora", None),
+    _not_with("verifier", "dpo", None),
+    _not_with("verifier", "data.template", "instruction"),
+    _not_with("verifier", "data.packing", "packed"),
+    _not_with("verifier", "training.train_on", "response"),
+    _not_with("verifier", "training.label_smoothing", 0.0),
+    _not_with("verifier", "training.sample_prompt", None),
+)

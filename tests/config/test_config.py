@@ -161,7 +161,10 @@ WRONG = [  # what is meant follows in each message
     ("max_steps: 3000000000", "training.max_steps: must be at most 2147483647, got 3000000000."),
     ("auto_resume: 1", "training.auto_resume: must be true or false, got 1."),
     ("betas: [0.9]", "training.betas: must be a longer list, got [0.9]."),
-    ("betas: [0.9, 0.9, 0.9]", "training.betas: must be a list of at most 2 items, got [0.9, 0.9, 0.9]."),
+    (
+        "betas: [0.9, 0.9, 0.9]",
+        "training.betas: must be a list of at most 2 items, got [0.9, 0.9, 0.9].",
+    ),
     ("betas: 0.9", "training.betas: must be a list, [a, b], got 0.9."),
     ("betas: [0.9, 1]", "training.betas: must be below 1.0, got 1."),
     (
@@ -248,7 +251,10 @@ NOT_YAML = [
         "training:\n  lr: 3\n seed: 3\n",
         f"c.yaml:3: not valid YAML: expected <block end>, but found '<block mapping start>'. {LOOK}",
     ),
-    ("model: {}\n---\nmodel: {}\n", f"c.yaml:2: not valid YAML: but found another document. {LOOK}"),
+    (
+        "model: {}\n---\nmodel: {}\n",
+        f"c.yaml:2: not valid YAML: but found another document. {LOOK}",
+    ),
     (
         "training: {lr: 3",
         f"c.yaml:1: not valid YAML: expected ',' or '}}', but got '<stream end>'. {LOOK}",
@@ -366,9 +372,7 @@ def test_control_characters_in_a_path_are_shown_as_escapes():
 
 
 def test_a_path_too_long_is_a_user_error():
-    with pytest.raises(
-        UserError, match=": File name too long. Give the path of a YAML file.$"
-    ):
+    with pytest.raises(UserError, match=": File name too long. Give the path of a YAML file.$"):
         load_config("x" * 5000)
 
 

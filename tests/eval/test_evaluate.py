@@ -175,12 +175,12 @@ def test_the_shipped_cases_are_read():
     [
         (
             "",
-            ": expected a list of items, and it has none. Begin each item with a dash: - name: ...",
+            ": must be a list with at least one item. Begin each item with a dash: - name: ...",
         ),
-        ("name: a\n", ": expected a list of items, and it has none."),
+        ("name: a\n", ": must be a list with at least one item."),
         (
             "- a\n",
-            ':1: expected an item with keys, found "a". Write name: value on lines of their own.',
+            ':1: an item must have keys, got "a". Write each name: value on its own line.',
         ),
         (
             "- {name: a, prompt: p}\n",

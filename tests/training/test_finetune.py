@@ -803,7 +803,7 @@ def test_an_adapter_goes_on_only_over_its_own_base(
         (
             "lora",
             ["lora.target_modules=[]"],
-            "lora.target_modules: expected a list that is not empty, found [].",
+            "lora.target_modules: must be a list that is not empty, got [].",
         ),
         ("whole", ["model.n_layers=3"], "model.n_layers: must be 1, as in training.init_from ("),
         (

@@ -337,7 +337,7 @@ def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save
         ),
         (
             ["--tasks", "gsm9k"],
-            "--tasks: gsm9k: no such task. There are sst2, samsum, gsm8k, sms, alpaca, pairs.",
+            "--tasks: gsm9k: no such task. Give one of sst2, samsum, gsm8k, sms, alpaca, pairs.",
         ),
         (
             ["--tasks", "sst2", "--smoke", "--shots", "0,-1"],
@@ -345,7 +345,7 @@ def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save
         ),
         (
             ["--tasks", "sst2", "--smoke", "--shots", "12"],
-            "task sst2: no examples are left to evaluate beside 12 solved ones.",
+            "task sst2: no examples are left to evaluate besides 12 solved ones.",
         ),
         (
             ["--tasks", "sst2", "--data", "gsm8k=x"],
@@ -388,7 +388,7 @@ def test_without_lm_eval_the_program_says_what_to_install(run, save, monkeypatch
     code, _, err = run("--lm-eval", "x")
     assert (code, err) == (
         2,
-        'error: --lm-eval needs lm_eval. Install it: pip install "lm_eval>=0.4.13,<0.5"\n',
+        'error: --lm-eval: needs the package lm_eval. Install it: pip install "lm_eval>=0.4.13,<0.5".\n',
     )
 
 

@@ -27,7 +27,7 @@ from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError, require_package
 from tinylm.config.loader import load_config
 from tinylm.config.schema import Config, LoraConfig
-from tinylm.interchange import architectures, hf_import
+from tinylm.interchange import architectures, conversion, hf_import
 from tinylm.interchange.gguf import Vocabulary, export_gguf, neighbours, vocabulary_of
 from tinylm.interchange.hf_export import CHAT_TEMPLATES, backend_of, export_hf, sampling_settings
 from tinylm.interchange.hf_import import import_hf
@@ -385,7 +385,7 @@ def test_a_place_that_is_taken_is_refused_before_any_work(tmp_path):
 
 def test_weights_that_went_wrong_on_the_way_are_found(save, tmp_path, monkeypatch):
     """One number of one matrix is enough; what was written is removed."""
-    path, write = save(), architectures.to_hf
+    path, write = save(), conversion.to_hf
 
     def swapped(model: Decoder) -> Any:
         made = write(model)
@@ -555,7 +555,7 @@ def test_a_tuned_hugging_face_model_goes_out_as_it_is_and_as_gguf(save, tmp_path
     """Such a checkpoint holds transformers' own model (foreign.py), here a Llama; GGUF needs it as our decoder first."""
     path = save()
     payload = checkpoint_format.read(path)
-    inner = architectures.to_hf(checkpoint_load.load_model(path).model)
+    inner = conversion.to_hf(checkpoint_load.load_model(path).model)
     foreign = HFModel(inner)
     checkpoint_format.write(
         path, payload | {"hf_config": foreign.settings, "weights": foreign.state_dict()}
@@ -1146,7 +1146,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused_wit
 
 def test_logits_that_differ_from_transformers_stop_the_import(published, tmp_path, monkeypatch):
     """As they would for a setting that a config has and no table here knows."""
-    read = architectures.from_weights
+    read = conversion.from_weights
     monkeypatch.setattr(
         architectures,
         "from_weights",

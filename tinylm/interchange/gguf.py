@@ -22,7 +22,7 @@ from tinylm.checkpoint.load import Loaded, load_model
 from tinylm.common.errors import UserError, printable, require_package, writing
 from tinylm.common.files import require_new
 from tinylm.config.schema import ModelConfig
-from tinylm.interchange import architectures
+from tinylm.interchange import architectures, conversion
 from tinylm.interchange.hf_export import (
     Exported,
     backend_of,
@@ -78,11 +78,11 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
     require_new(out)
     loaded = load_model(ckpt)
     if isinstance(loaded.model, HFModel):  # of those our decoder can be, the file is the same
-        loaded = replace(loaded, model=architectures.from_hf(loaded.model.inner))
+        loaded = replace(loaded, model=conversion.from_hf(loaded.model.inner))
     config = loaded.model.config
     vocabulary = vocabulary_of(loaded.tokenizer)
     with quiet_transformers(), scratch_beside(out) as folder:
-        theirs = architectures.to_hf(loaded.model)
+        theirs = conversion.to_hf(loaded.model)
         check_expressible(config, theirs.config.model_type)
         model_type = (
             "llama" if theirs.config.model_type == "mistral" else theirs.config.model_type

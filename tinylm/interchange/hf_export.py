@@ -24,7 +24,7 @@ from tinylm.common.errors import UserError, first_line, printable, require_packa
 from tinylm.common.files import require_new
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.schema import SamplingConfig
-from tinylm.interchange import architectures
+from tinylm.interchange import conversion
 from tinylm.interchange.peft import save_adapter
 from tinylm.model.decoder import Decoder, count_parameters
 from tinylm.model.hf_model import HFModel, HFSeq2Seq, quiet_transformers
@@ -80,7 +80,7 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
         theirs = with_token_ids(
             loaded.model.inner
             if isinstance(loaded.model, HFModel)
-            else architectures.to_hf(loaded.model),
+            else conversion.to_hf(loaded.model),
             loaded,
         )
         model_type = theirs.config.model_type
@@ -493,8 +493,8 @@ def pieces_of(backend: Backend) -> tuple[Any, ...]:
 
 def check_model(theirs: PreTrainedModel, ours: Decoder | HFModel) -> float:
     """The largest difference of logits; UserError where it is too large."""
-    difference = architectures.logit_difference(ours, theirs)
-    if not difference <= architectures.TOLERANCE:  # NaN is not
+    difference = conversion.logit_difference(ours, theirs)
+    if not difference <= conversion.TOLERANCE:  # NaN is not
         raise UserError(
             f"export: what was written gives logits that differ by {difference:.2g}, so it was removed. Please report this model's settings."
         )

@@ -29,7 +29,7 @@ from tinylm.common.errors import UserError, first_line, printable, reading, requ
 from tinylm.common.files import require_new
 from tinylm.common.hub import hub_errors, is_hub_name, require_hub
 from tinylm.config.schema import Config
-from tinylm.interchange import architectures
+from tinylm.interchange import architectures, conversion
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import quiet_transformers
 from tinylm.tokenizer.hf import HFTokenizer
@@ -95,8 +95,8 @@ def import_hf(name: str, out: Path) -> Imported:
         raise UserError(
             f"{printable(folder)}: its tokenizer has {tokenizer.vocab_size} tokens, and its embedding {rows} rows. {MEND}"
         )
-    difference = architectures.logit_difference(model, load_theirs(folder, theirs))
-    if not difference <= architectures.TOLERANCE:  # NaN is not
+    difference = conversion.logit_difference(model, load_theirs(folder, theirs))
+    if not difference <= conversion.TOLERANCE:  # NaN is not
         raise UserError(
             f"{printable(folder)}: our logits differ from transformers' by {difference:.2g}, so it computes something that our decoder does not. "
             "Nothing was written. Choose another model."
@@ -360,15 +360,15 @@ def read_model(folder: Path, theirs: PreTrainedConfig, stored: dict[str, Stored]
     Raises:
         UserError: naming the tensor that is missing, too many, of another shape or type than the settings say, or not finite.
     """
-    model = architectures.our_config(theirs)
+    model = conversion.our_config(theirs)
     n_experts = model.moe.n_experts if model.moe else 0
     try:
-        shapes = architectures.their_shapes(theirs)
+        shapes = conversion.their_shapes(theirs)
     except RuntimeError as error:  # torch, where a product of sizes passes 64 bits
         raise UserError(
             f"{printable(folder / 'config.json')}: its sizes make no tensor: {first_line(error)}. {MEND}"
         ) from None
-    names = {name: architectures.stored_names(name, stored, n_experts) for name in shapes}
+    names = {name: conversion.stored_names(name, stored, n_experts) for name in shapes}
     for name, shape in shapes.items():
         # Where experts are stored one by one, (experts, rows, columns) is several times (rows, columns) in the files.
         by_expert = len(shape) == 3 and names[name] != (name,)
@@ -385,7 +385,7 @@ def read_model(folder: Path, theirs: PreTrainedConfig, stored: dict[str, Stored]
         raise UserError(
             f"{printable(stored[extra[0]].file)}: {printable(extra[0])}: not part of a {theirs.model_type}{more}. {MEND}"
         )
-    return architectures.from_weights(
+    return conversion.from_weights(
         theirs,
         lambda name: torch.cat([read_finite(part, stored[part]) for part in names[name]]).view(
             shapes[name]

@@ -28,7 +28,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import data
 import train
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
@@ -379,11 +378,11 @@ def test_the_rows_of_the_character_preset_can_be_looked_at(hub, capsys):
     fill(hub, "json.gz")
     preset = str(Path(__file__).parents[2] / "configs" / "c4-char.yaml")
     assert (
-        data.main(
+        train.main(
             [
                 "--config",
                 preset,
-                "--rows",
+                "--show-rows",
                 "2",
                 "data.dataset=owner/name",
                 "data.dataset_config=null",

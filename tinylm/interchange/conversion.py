@@ -135,13 +135,8 @@ def _misfits(config: ModelConfig, architecture: Architecture) -> Iterator[tuple[
 
 
 def _flat(config: ModelConfig) -> dict[str, Any]:
-    """The settings by dotted name, derived ones filled in; `moe` is also there as a section."""
-    derived = {
-        "n_kv_heads": config.kv_heads,
-        "head_dim": config.size_of_head,
-        "d_ff": config.hidden,
-    }
-    values = config.model_copy(update=derived).model_dump()
+    """The settings by dotted name; `moe` is also there as a section."""
+    values = config.model_dump()
     return values | dict(_dotted(values))
 
 
@@ -274,8 +269,8 @@ def _rows(config: ModelConfig, name: str, n_rows: int, n_parts: int) -> list[int
     """The number of rows of each part of our weight `name`: queries, keys and values, or gate and value."""
     if n_parts == 3:
         assert ".qkv." in name, name
-        n_key_rows = config.kv_heads * config.size_of_head
-        return [config.n_heads * config.size_of_head, n_key_rows, n_key_rows]
+        n_key_rows = config.n_kv_heads * config.head_dim
+        return [config.n_heads * config.head_dim, n_key_rows, n_key_rows]
     return [n_rows // n_parts] * n_parts
 
 

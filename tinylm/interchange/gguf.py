@@ -136,7 +136,7 @@ def renamed(
         if model_type == "llama" and ".attn_q." in new:
             weight = interleave_halves(weight, config.n_heads)
         if model_type == "llama" and ".attn_k." in new:
-            weight = interleave_halves(weight, config.kv_heads)
+            weight = interleave_halves(weight, config.n_kv_heads)
         if model_type == "gpt2" and new.startswith("blk.") and weight.dim() == 2:
             weight = weight.T  # transformers' GPT-2 has (in, out)
         yield new, weight
@@ -310,7 +310,7 @@ def word_pattern_of(description: dict[str, Any]) -> str | None:
 
 def settings_for_transformers(config: ModelConfig, model_type: str) -> dict[str, int]:
     """Settings in the file that transformers does not read from it, if they differ from its defaults."""
-    theirs = {"qwen3": {"head_dim": (config.size_of_head, 128)}}
+    theirs = {"qwen3": {"head_dim": (config.head_dim, 128)}}
     theirs["gpt2"] = {
         "n_positions": (config.max_seq_len, 1024),
         "n_inner": (config.d_ff, 4 * config.d_model),

@@ -77,7 +77,6 @@ LATE_IMPORTS = {
 }
 TOO_LONG = {
     "train.py",
-    "evaluate_checkpoints.py",
     "tinylm/config/schema.py",
     "tinylm/runs/compare.py",
     "tinylm/tokens/token_file.py",

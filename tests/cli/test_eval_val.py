@@ -1,4 +1,4 @@
-"""eval_val.py gives the number that training wrote, weighted by tokens."""
+"""eval_val.py: the same val_loss as validation during training, weighted by tokens."""
 
 import csv
 import json
@@ -47,10 +47,10 @@ def scores(
     return json.loads(capsys.readouterr().out)
 
 
-def test_it_gives_what_training_wrote(
+def test_the_scores_equal_those_of_training(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last row of metrics.csv, to the last digit, for the same rows in the same batches."""
+    """The last row of metrics.csv, to the last digit: same rows, same batches."""
     with open(tmp_path / "logs" / "tiny" / "metrics.csv", newline="", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
     found = scores(trained, tmp_path, capsys)
@@ -59,10 +59,10 @@ def test_it_gives_what_training_wrote(
     ]
 
 
-def test_the_loss_is_a_mean_over_tokens_however_they_are_batched(
+def test_the_loss_is_a_mean_over_tokens_for_any_batch_size(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """575 validation tokens, of which the first is no target; the oracle asks for each token by a row of its own."""
+    """575 validation tokens, the first of which is no target; the oracle scores row by row."""
     found = scores(trained, tmp_path, capsys, "training.micro_batch_size=1")
     loaded = checkpoint_load.load_model(tmp_path / "checkpoints" / "final.ckpt")
     (file,) = (tmp_path / "cache").glob("val-*.bin")
@@ -78,10 +78,10 @@ def test_the_loss_is_a_mean_over_tokens_however_they_are_batched(
     assert found["val_bpb"] == pytest.approx(sum(losses) / math.log(2) / n_bytes, rel=1e-6)
 
 
-def test_people_get_a_line_with_the_token_count(
+def test_the_text_output_is_one_line_with_the_token_count(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """val_loss, val_ppl and val_bpb, on so many tokens."""
+    """val_loss, val_ppl and val_bpb, and the number of tokens."""
     capsys.readouterr()
     assert (
         eval_val.main(
@@ -98,10 +98,10 @@ def test_people_get_a_line_with_the_token_count(
     )
 
 
-def test_other_data_than_the_runs_own_is_said(
+def test_other_validation_data_than_in_training_is_noted(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another seed holds other documents out, some of which were trained on."""
+    """Another seed holds out other documents, some of which were trained on."""
     assert (
         eval_val.main(
             [
@@ -117,10 +117,10 @@ def test_other_data_than_the_runs_own_is_said(
     assert "note: not the validation data of the training run" in capsys.readouterr().err
 
 
-def test_rows_of_another_length_than_the_configs_are_said(
+def test_another_row_length_than_in_the_config_is_noted(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two stages that were trained on rows of different lengths are scored on different rows."""
+    """Checkpoints trained on rows of different lengths are scored on different rows."""
     command = ["--ckpt", str(tmp_path / "checkpoints" / "final.ckpt"), "--config", str(trained)]
     assert eval_val.main(command) == 0
     assert "rows of" not in capsys.readouterr().err
@@ -130,13 +130,13 @@ def test_rows_of_another_length_than_the_configs_are_said(
 
 
 def test_perplexity_is_capped() -> None:
-    """S0: exp of at most LOSS_CAP; the loss itself is never changed."""
+    """S0: exp of at most LOSS_CAP; the loss itself is not capped."""
     score = language_score(loss_sum=1000.0, tokens=1, n_bytes=1, n_right=0)
     assert (score.loss, score.perplexity) == (1000.0, math.exp(LOSS_CAP))
 
 
 def test_a_nan_loss_stays_nan() -> None:
-    """STYLE's bug: a bad number is never replaced by a good-looking one."""
+    """A NaN must not become 10.0, as in an older program (STYLE)."""
     score = language_score(loss_sum=math.nan, tokens=5, n_bytes=5, n_right=0)
     assert (
         math.isnan(score.loss) and math.isnan(score.perplexity) and math.isnan(score.bits_per_byte)
@@ -146,7 +146,7 @@ def test_a_nan_loss_stays_nan() -> None:
 def test_a_missing_checkpoint_is_one_line(
     make_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It names the file and the program that lists them."""
+    """The error names the file and the program that lists checkpoints."""
     assert eval_val.main(["--ckpt", str(tmp_path / "no.ckpt"), "--config", str(make_config())]) == 2
     assert (
         "no.ckpt: not found. Give a .ckpt file; `python list.py` lists them."

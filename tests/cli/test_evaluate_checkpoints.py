@@ -1,4 +1,4 @@
-"""The program: who is ranked where, what counts as a failure, which files are written, which flags are refused."""
+"""evaluate_checkpoints.py: ranks, failures, files, rejected flags."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import evaluate_checkpoints as program
-from tests.cli.test_infer import payload
+from tests.cli.test_infer import checkpoint_state
 from tests.model import test_seq2seq
 from tests.training.test_finetune import save_llama
 from tinylm.checkpoint import format as checkpoint_format
@@ -25,11 +25,11 @@ CASES = (
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a checkpoint whose model continues one token with the given text."""
+    """Write a checkpoint whose model continues one token with the given text."""
 
     def write(name: str, text: str = TEXT, **changes: object) -> Path:
         path = tmp_path / "checkpoints" / name
-        checkpoint_format.write(path, payload(text) | changes)
+        checkpoint_format.write(path, checkpoint_state(text) | changes)
         return path
 
     return write
@@ -37,7 +37,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Runs the program on the checkpoints of the test: exit code, stdout, stderr."""
+    """Run the program on the checkpoints of the test: exit code, stdout, stderr."""
 
     def start(*flags: object) -> tuple[int, str, str]:
         where = [
@@ -65,11 +65,11 @@ def results(tmp_path: Path) -> dict:
     return json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
 
 
-# --- ranking ----------------------------------------------------------------------------------------------------------
+# --- ranking ----------------------------------------------------------------------------------
 
 
 def test_checkpoints_are_ranked_with_ties_and_failures(tmp_path, run, save, cases):
-    """a and b write the same text and share a place, c writes another; d is damaged. val_loss stands beside the rank."""
+    """a and b generate the same text and share a rank, c another; d is damaged."""
     save("a.ckpt", val_loss=1.25)
     save("b.ckpt", step=9)
     save("c.ckpt", " never so it.")
@@ -105,8 +105,8 @@ def test_checkpoints_are_ranked_with_ties_and_failures(tmp_path, run, save, case
     assert err.splitlines()[-1].startswith("next: python infer.py --ckpt")
 
 
-def test_the_names_of_one_file_are_one_line(run, save, cases):
-    """last, best and final are hard links, another is a symbolic one; the step file comes first, also when it is given again."""
+def test_all_names_of_one_file_are_one_line(run, save, cases):
+    """last and best are hard links, final is symbolic; the step file is named first, and once."""
     path = save("step-000007.ckpt")
     for name in ("last.ckpt", "best.ckpt"):
         checkpoint_format.link(path, name)
@@ -118,7 +118,7 @@ def test_the_names_of_one_file_are_one_line(run, save, cases):
 
 
 def test_a_case_that_fails_counts_and_ranks_below(tmp_path, run, save, cases):
-    """The context of b is too short for " nothing": what is left of b would have the better mean."""
+    """The context of b is too short for " nothing"; without that case b has the better mean."""
     save("a.ckpt")
     save("b.ckpt", " all")
     code, out, _ = run("--cases", cases)
@@ -142,15 +142,16 @@ def test_a_case_that_fails_counts_and_ranks_below(tmp_path, run, save, cases):
 
 
 def test_diverged_weights_are_a_failure(run, save, cases):
-    weights = payload(TEXT)["weights"] | {
-        "head.weight": torch.full_like(payload(TEXT)["weights"]["head.weight"], torch.nan)
+    weights = checkpoint_state(TEXT)["weights"] | {
+        "head.weight": torch.full_like(checkpoint_state(TEXT)["weights"]["head.weight"], torch.nan)
     }
     save("a.ckpt")
     save("b.ckpt", weights=weights)
     code, out, _ = run("--cases", cases)
     assert code == 0
     assert out.splitlines()[-1].endswith(
-        "b.ckpt: has weights that are not finite numbers; its training diverged. Use an earlier checkpoint."
+        "b.ckpt: has weights that are not finite numbers; its training diverged. Use an "
+        "earlier checkpoint."
     )
 
 
@@ -176,13 +177,12 @@ def test_when_every_checkpoint_fails_the_exit_code_is_2(tmp_path, run, cases):
     assert len(results(tmp_path)["failed"]) == 2
 
 
-# --- tasks ------------------------------------------------------------------------------------------------------------
+# --- tasks ------------------------------------------------------------------------------------
 
 
-def test_tasks_are_ranked_with_intervals_chance_and_the_failed_answers_in_a_file(
-    tmp_path, run, save
-):
-    """Of two rows the model of a answers one right; b writes something else. Chance: each is compared with the other's target."""
+def test_tasks_have_ranks_intervals_chance_and_a_file_of_wrong_answers(tmp_path, run, save):
+    """a answers one of two rows right, b none. Chance compares each answer with the other "
+    "target."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         '{"prompt": "x", "target": " all you"}\n{"prompt": "y", "target": " nothing"}\n',
@@ -220,7 +220,7 @@ def test_tasks_are_ranked_with_intervals_chance_and_the_failed_answers_in_a_file
     assert wrong["output"] == "all you"
 
 
-def test_each_number_of_shots_has_its_lines_and_what_is_cut_is_said(run, save):
+def test_each_number_of_shots_has_its_rows_and_truncated_prompts_are_logged(run, save):
     save("a.ckpt")
     code, out, err = run("--tasks", "sms,sst2", "--shots", "2,0,2", "--smoke", "--limit", 3)
     assert code == 0
@@ -236,7 +236,7 @@ def test_each_number_of_shots_has_its_lines_and_what_is_cut_is_said(run, save):
 
 
 @pytest.mark.parametrize(("stage", "name"), [("sft", "instruction"), ("pretrain", None)])
-def test_a_fine_tuned_model_is_asked_in_its_template_and_a_base_model_in_none(
+def test_a_fine_tuned_model_is_prompted_in_its_template_and_a_base_model_in_plain_text(
     run, save, monkeypatch, stage, name
 ):
     save("a.ckpt", stage=stage)
@@ -251,24 +251,24 @@ def test_a_fine_tuned_model_is_asked_in_its_template_and_a_base_model_in_none(
     assert seen == [name]
 
 
-def test_questions_that_cannot_be_asked_are_told(run, save, tmp_path):
-    """The labels fill a context of two tokens."""
+def test_questions_that_cannot_be_asked_are_logged(run, save, tmp_path):
+    """The labels do not fit into a context of two tokens."""
     save("a.ckpt", "ab")
     code, _, err = run("--tasks", "sst2", "--smoke")
     assert code == 0
     assert (
-        "sst2, 0 shots: 12 of 12 questions could not be asked and count as wrong: target: must have 1 to 2 tokens, got 9"
-        in err
+        "sst2, 0 shots: 12 of 12 questions could not be asked and count as wrong: target: "
+        "must have 1 to 2 tokens, got 9" in err
     )
 
 
-# --- Hugging Face models ----------------------------------------------------------------------------------------------
+# --- Hugging Face models ----------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_a_hugging_face_model_is_a_baseline_by_the_same_code(kind, tmp_path, run, save):
-    """Zero and few shots in plain text, beside a checkpoint or alone; it has no step and no loss; an answer is graded as any other."""
+def test_a_hugging_face_model_is_scored_like_a_checkpoint(kind, tmp_path, run, save):
+    """Zero- and few-shot in plain text, with a checkpoint or alone; it has no step and no loss."""
     if kind == "llama":
         save_llama(tmp_path / "llama")
     else:
@@ -311,7 +311,7 @@ def test_a_hugging_face_model_is_a_baseline_by_the_same_code(kind, tmp_path, run
     }
 
 
-def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save, cases):
+def test_a_missing_model_is_listed_as_failed(tmp_path, run, save, cases):
     save("a.ckpt")
     code, out, _ = run(
         "--cases", cases, "--model", f"hf:{tmp_path / 'gone'}", "--model", tmp_path / "gone"
@@ -319,13 +319,14 @@ def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save
     assert code == 0
     [failed] = [
         line for line in out.splitlines() if "FAILED" in line
-    ]  # with hf: and without it is the same name
+    ]  # the name with hf: and without it is the same model
     assert failed.startswith(
-        f"hf:{tmp_path / 'gone'}  FAILED: {tmp_path / 'gone'}: not found. Give a folder with config.json"
+        f"hf:{tmp_path / 'gone'}  FAILED: {tmp_path / 'gone'}: not found. Give a folder "
+        f"with config.json"
     )
 
 
-# --- flags ------------------------------------------------------------------------------------------------------------
+# --- flags ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,8 @@ def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save
     [
         (
             [],
-            "--cases, --tasks, --lm-eval: nothing to evaluate. Give --cases cases/wiki_basics.yaml, --tasks gsm8k --smoke, or --lm-eval NAME.",
+            "--cases, --tasks, --lm-eval: nothing to evaluate. Give --cases "
+            "cases/wiki_basics.yaml, --tasks gsm8k --smoke, or --lm-eval NAME.",
         ),
         (
             ["--tasks", "gsm9k"],
@@ -358,7 +360,8 @@ def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save
         (["--cases", "gone.yaml"], "gone.yaml: not found. Give the path of a YAML file."),
         (
             ["--lm-eval", "x", "--include-path", "gone"],
-            "--include-path: gone: no such folder. Give the folder with the YAML files of the tasks.",
+            "--include-path: gone: no such folder. Give the folder with the YAML files of "
+            "the tasks.",
         ),
         (
             ["--checkpoints", "gone/*.ckpt", "--tasks", "sst2", "--smoke"],
@@ -366,7 +369,7 @@ def test_a_model_that_is_not_there_is_a_failure_like_another(tmp_path, run, save
         ),
     ],
 )
-def test_a_mistake_in_the_flags_is_one_line_before_anything_is_loaded(run, save, flags, message):
+def test_a_wrong_flag_is_one_line_before_any_model_is_loaded(run, save, flags, message):
     save("a.ckpt")
     code, out, err = run(*flags)
     assert (code, out) == (2, "")
@@ -375,14 +378,14 @@ def test_a_mistake_in_the_flags_is_one_line_before_anything_is_loaded(run, save,
 
 
 @pytest.mark.parametrize("flags", [["--limit", "0"], ["--batch-size", "x"], ["--device", "gpu"]])
-def test_a_number_out_of_bounds_is_refused(run, capsys, flags):
+def test_an_invalid_number_is_rejected(run, capsys, flags):
     with pytest.raises(SystemExit) as end:
         run(*flags)
     assert end.value.code == 2
     assert f"argument {flags[0]}: invalid" in capsys.readouterr().err
 
 
-def test_without_lm_eval_the_program_says_what_to_install(run, save, monkeypatch):
+def test_without_lm_eval_the_error_says_what_to_install(run, save, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     save("a.ckpt")
     code, _, err = run("--lm-eval", "x")
@@ -392,8 +395,8 @@ def test_without_lm_eval_the_program_says_what_to_install(run, save, monkeypatch
     )
 
 
-def test_no_table_of_an_earlier_evaluation_stays(tmp_path, run, save, cases):
-    """results.json is written anew, and a table beside it that it has no rows of would be taken for its own."""
+def test_tables_of_an_earlier_evaluation_are_removed(tmp_path, run, save, cases):
+    """A stale cases.csv next to the new results.json would look like a part of it."""
     save("a.ckpt")
     assert run("--cases", cases)[0] == 0
     assert (tmp_path / "results" / "cases.csv").exists()

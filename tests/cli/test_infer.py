@@ -1,4 +1,4 @@
-"""The program: what stdout gets, what stderr says, which flags are refused, and how it stops (FAULTS C2, C4, F6, H1, J1, J2)."""
+"""infer.py: stdout, stderr, rejected flags, and how it stops (FAULTS C2, C4, F6, H1, J1, J2)."""
 
 import io
 import json
@@ -32,11 +32,11 @@ ROOT = Path(__file__).parents[2]
 HELP = "See python infer.py --help."
 
 
-def payload(text: str, *, step: int = 7, **sampling: object) -> dict:
-    """A true checkpoint of a model that continues any prompt of one token with `text`.
+def checkpoint_state(text: str, *, step: int = 7, **sampling: object) -> dict:
+    """The state of a checkpoint whose model continues any prompt of one token with `text`.
 
-    Position p alone decides: its embedding is the unit vector p, the blocks add nothing, and the head turns p into the
-    token number p of the text.
+    Only the position p matters: its embedding is the unit vector p, the blocks add nothing, and the
+    head maps p to token p of the text.
     """
     ids = text.encode()
     shape = {
@@ -67,18 +67,27 @@ def payload(text: str, *, step: int = 7, **sampling: object) -> dict:
         model.positions.weight.copy_(torch.eye(len(ids)))
         model.head.weight[list(ids), range(len(ids))] = 20.0
     return {
-        "format": checkpoint_format.FORMAT, "schema": checkpoint_format.SCHEMA, "stage": "pretrain", "step": step, "tokens": 1, "train_loss": 2.5, "val_loss": None,
-        "created": 1.0, "config": config.to_plain(), "tokenizer": ByteTokenizer().to_plain(), "weights": model.state_dict(),
-    }  # fmt: skip
+        "format": checkpoint_format.FORMAT,
+        "schema": checkpoint_format.SCHEMA,
+        "stage": "pretrain",
+        "step": step,
+        "tokens": 1,
+        "train_loss": 2.5,
+        "val_loss": None,
+        "created": 1.0,
+        "config": config.to_plain(),
+        "tokenizer": ByteTokenizer().to_plain(),
+        "weights": model.state_dict(),
+    }
 
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a checkpoint whose model writes the given text."""
+    """Write a checkpoint whose model generates the given text."""
 
     def write(text: str = " all you need.", name: str = "step-000007.ckpt", **more: object) -> Path:
         path = tmp_path / name
-        checkpoint_format.write(path, payload(text, **more))
+        checkpoint_format.write(path, checkpoint_state(text, **more))
         return path
 
     return write
@@ -86,7 +95,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Runs the program in this process: exit code, stdout, stderr."""
+    """Run the program in this process: exit code, stdout, stderr."""
 
     def program(*flags: object) -> tuple[int, str, str]:
         code = infer.main([str(flag) for flag in flags])
@@ -96,7 +105,7 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
 
 
 def start(*flags: object, **more: object) -> subprocess.Popen:
-    """Starts the program as a user does."""
+    """Start the program as a user does."""
     streams = {
         "stdin": subprocess.DEVNULL,
         "stdout": subprocess.PIPE,
@@ -105,7 +114,7 @@ def start(*flags: object, **more: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, ROOT / "infer.py", *map(str, flags)], **streams)
 
 
-# --- results and reports ----------------------------------------------------------------------------------------------
+# --- results and logs -------------------------------------------------------------------------
 
 
 def test_the_text_goes_to_stdout_and_the_rest_to_stderr(run, save):
@@ -118,7 +127,9 @@ def test_the_text_goes_to_stdout_and_the_rest_to_stderr(run, save):
     assert len(lines) == 3
 
 
-def test_the_newest_sound_checkpoint_is_the_default_and_a_damaged_one_is_named(run, save, tmp_path):
+def test_the_latest_valid_checkpoint_is_the_default_and_a_damaged_one_is_logged(
+    run, save, tmp_path
+):
     save("old..", name="step-000001.ckpt", step=1)
     save("right", name="step-000002.ckpt", step=2)
     save("worse", name="step-000003.ckpt", step=3).write_bytes(b"")
@@ -157,13 +168,13 @@ def test_every_sample_is_shown_under_its_number(run, save):
     assert out == "--- 1 of 3\nxabc\n--- 2 of 3\nxabc\n--- 3 of 3\nxabc\n"
 
 
-def test_probabilities_without_colour_stand_behind_each_token(run, save):
+def test_without_color_each_token_is_followed_by_its_probability(run, save):
     _, out, err = run("--ckpt", save("a\né"), "--prompt", "x", "--show-probs")
     assert out == "a(1.00) \\n(1.00) \\xc3(1.00) \\xa9(1.00) \n"
     assert "probability" not in err
 
 
-def test_defaults_are_the_checkpoints_and_flags_go_on_top(run, save):
+def test_defaults_come_from_the_checkpoint_and_flags_override_them(run, save):
     path = save("one two three", stop=["two"], top_k=1)
     assert run("--ckpt", path, "--prompt", "x")[1] == "xone \n"
     assert (
@@ -172,13 +183,13 @@ def test_defaults_are_the_checkpoints_and_flags_go_on_top(run, save):
     )
 
 
-def test_beam_search_says_what_it_does_not_use(run, save):
+def test_the_settings_that_beam_search_ignores_are_logged(run, save):
     code, out, err = run("--ckpt", save(), "--prompt", "x", "--n-beams", 3)
     assert (code, out) == (0, "x all you need.\n")
     assert "beam search ignores temperature, top_k, top_p, min_p and seed" in err
 
 
-def test_a_prompt_longer_than_the_context_is_reported(run, save):
+def test_a_truncated_prompt_is_logged(run, save):
     _, _, err = run("--ckpt", save("abcde"), "--prompt", "0123456", "--max-new-tokens", 2)
     assert "prompt: 7 tokens, but the context holds 5: the first 2 are dropped" in err
 
@@ -192,17 +203,18 @@ def test_a_piped_prompt_loses_its_last_newline_only(run, save, monkeypatch, flag
     assert (code, json.loads(out)["prompt"]) == (0, "é\n")
 
 
-def test_another_tokenizer_of_the_same_size_is_taken(run, save):
+def test_another_tokenizer_of_the_same_size_is_accepted(run, save):
     assert run("--ckpt", save(), "--prompt", "x", "--tokenizer", "byte")[1] == "x all you need.\n"
 
 
-# --- a fine-tuned model -----------------------------------------------------------------------------------------------
+# --- a fine-tuned model -----------------------------------------------------------------------
 
 
 class Parrot:
-    """Every engine writes a fixed answer from now on; what they were asked is kept.
+    """Make every engine generate a fixed answer, and record the prompts.
 
-    The answer to "red" is RED, and so on: upper case, between the white space of a template, ended by the template's token.
+    The answer to "red" is RED, and so on: upper case, with the whitespace of the template, ended by
+    the template's token.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, endless: bool = False):
@@ -233,24 +245,26 @@ class Parrot:
 
 @pytest.fixture
 def tuned(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a checkpoint that was taught to answer."""
+    """Write a fine-tuned checkpoint."""
 
     def write(name: str = "sft.ckpt", context: int = 400, **more: object) -> Path:
         path = tmp_path / name
-        checkpoint_format.write(path, payload("x" * context) | {"stage": "sft"} | more)
+        checkpoint_format.write(path, checkpoint_state("x" * context) | {"stage": "sft"} | more)
         return path
 
     return write
 
 
 def piped(monkeypatch: pytest.MonkeyPatch, text: str | bytes) -> None:
-    """What is on standard input."""
+    """Replace standard input."""
     raw = text.encode() if isinstance(text, str) else text
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
 
 
-def test_a_fine_tuned_model_is_asked_in_its_template_and_answers_alone(run, tuned, monkeypatch):
-    """The byte tokenizer ends an answer with <|sep|>, 259: it is not shown, nor is the template's white space."""
+def test_a_fine_tuned_model_is_prompted_in_its_template_and_only_its_answer_is_printed(
+    run, tuned, monkeypatch
+):
+    """<|sep|> (259), which ends an answer, is not printed, nor is the template's whitespace."""
     parrot = Parrot(monkeypatch)
     code, out, err = run("--ckpt", tuned(), "--prompt", "red")
     assert (code, out) == (0, "RED\n")
@@ -266,8 +280,8 @@ def test_a_fine_tuned_model_is_asked_in_its_template_and_answers_alone(run, tune
     assert parrot.asked[-1] == "### System: Be kind.\n### Instruction: red\n### Output:"
 
 
-def test_a_blank_answer_is_told(run, tuned, monkeypatch):
-    """It would look as if nothing had run."""
+def test_a_blank_answer_is_logged(run, tuned, monkeypatch):
+    """Otherwise it would look as if nothing had run."""
     Parrot(monkeypatch)
     code, out, err = run("--ckpt", tuned(), "--prompt", "")
     assert (code, out) == (0, "\n")
@@ -277,7 +291,7 @@ def test_a_blank_answer_is_told(run, tuned, monkeypatch):
 @pytest.mark.parametrize(
     ("stage", "flags"), [("sft", ["--no-wrap"]), ("pretrain", ["--no-wrap"]), ("pretrain", [])]
 )
-def test_a_base_model_is_never_wrapped_and_no_wrap_leaves_the_prompt_as_it_is(
+def test_base_models_and_no_wrap_continue_the_prompt_as_plain_text(
     run, tuned, monkeypatch, stage, flags
 ):
     parrot = Parrot(monkeypatch)
@@ -285,11 +299,13 @@ def test_a_base_model_is_never_wrapped_and_no_wrap_leaves_the_prompt_as_it_is(
     assert parrot.asked == ["red"]
 
 
-def test_an_answer_ends_at_the_token_of_its_template_and_that_is_not_shown(run, tuned, tmp_path):
-    """No fake: a model that after k positions writes the bytes of " yes", then <|sep|>, then more."""
+def test_an_answer_ends_at_the_stop_token_of_its_template_which_is_not_printed(
+    run, tuned, tmp_path
+):
+    """A real model that after the prompt generates " yes", then <|sep|>, then more."""
     question = "### Instruction: red\n### Output:"
     ids = [0] * (len(question) - 1) + [*b" yes", 259, *b"never"]
-    made = payload("x" * len(ids))
+    made = checkpoint_state("x" * len(ids))
     with torch.no_grad():
         made["weights"]["head.weight"].zero_()
         made["weights"]["head.weight"][ids, range(len(ids))] = 20.0
@@ -302,11 +318,11 @@ def test_an_answer_ends_at_the_token_of_its_template_and_that_is_not_shown(run, 
     )
 
 
-# --- a conversation ---------------------------------------------------------------------------------------------------
+# --- a conversation ---------------------------------------------------------------------------
 
 
 def test_a_chat_answers_each_line_and_remembers(run, tuned, monkeypatch):
-    """The template's own words stand between the turns; /reset begins anew; blank lines, unknown commands and bad bytes are no questions."""
+    """/reset forgets; blank lines, unknown commands and invalid UTF-8 are not questions."""
     parrot = Parrot(monkeypatch)
     piped(monkeypatch, b"red\nblue\r\n\n/nonsense\n/reset\ngreen" + b"\n\xff\n/exit\nnever\n")
     code, out, err = run("--ckpt", tuned(), "--chat", "--system", "Be kind.")
@@ -316,13 +332,17 @@ def test_a_chat_answers_each_line_and_remembers(run, tuned, monkeypatch):
         f"### Instruction: {word}\n### Output:" for word in ("red", "blue", "green")
     )
     assert parrot.asked == [f"{system}{red}", f"{system}{red} RED\n{blue}", f"{system}{green}"]
-    said = ["chat: one question per line; /reset forgets the conversation, /exit or Ctrl-D quits, Ctrl-C stops an answer",
-            "/nonsense: unknown command; the commands are /reset and /exit", "conversation reset", "error: standard input: not UTF-8 text. The line is skipped."]  # fmt: skip
-    assert err.splitlines()[-4:] == said
+    assert err.splitlines()[-4:] == [
+        "chat: one question per line; /reset forgets the conversation, "
+        "/exit or Ctrl-D quits, Ctrl-C stops an answer",
+        "/nonsense: unknown command; the commands are /reset and /exit",
+        "conversation reset",
+        "error: standard input: not UTF-8 text. The line is skipped.",
+    ]
 
 
-def test_a_chat_forgets_its_oldest_turns_where_the_context_is_full(run, tuned, monkeypatch):
-    """100 positions, of which 50 are for the answer: 32 bytes for each question, and 5 or so for its answer, so two do not fit."""
+def test_a_chat_drops_its_oldest_exchanges_when_the_context_is_full(run, tuned, monkeypatch):
+    """50 of 100 positions are for the answer; two questions of 32 bytes each do not fit."""
     parrot = Parrot(monkeypatch)
     piped(monkeypatch, "red\nblue\n" + "long" * 30 + "\n")
     code, out, err = run("--ckpt", tuned(context=100), "--chat")
@@ -333,11 +353,11 @@ def test_a_chat_forgets_its_oldest_turns_where_the_context_is_full(run, tuned, m
 
 
 def test_a_question_that_cannot_be_asked_does_not_end_the_chat(run, tuned, monkeypatch):
-    """The tokenizer has no x."""
+    """The tokenizer cannot encode x."""
     from tinylm.tokenizer.byte_char import CharTokenizer
 
     tokenizer = CharTokenizer("### Instruction: \n### Output:abcd", unknown="error")
-    made = payload("x" * 400)
+    made = checkpoint_state("x" * 400)
     config = made["config"] | {
         "model": made["config"]["model"] | {"vocab_size": 260},
         "tokenizer": {"kind": "char"},
@@ -355,8 +375,8 @@ def test_a_question_that_cannot_be_asked_does_not_end_the_chat(run, tuned, monke
     assert "error: " in err and "'x'" in err
 
 
-def test_ctrl_c_stops_an_answer_and_what_was_written_is_remembered(run, tuned, monkeypatch):
-    """On a terminal; in a pipe it ends the program, as everywhere."""
+def test_ctrl_c_stops_an_answer_and_its_printed_part_is_remembered(run, tuned, monkeypatch):
+    """On a terminal; in a pipe it ends the program, as in all programs."""
     parrot = Parrot(monkeypatch, endless=True)
     for typed, expected in ((True, (0, "STOP!\nGO\n")), (False, (130, "STOP!\n"))):
         piped(monkeypatch, "stop! here\ngo\n")
@@ -371,7 +391,7 @@ def test_ctrl_c_stops_an_answer_and_what_was_written_is_remembered(run, tuned, m
 
 
 def test_an_answer_cannot_steer_a_terminal(run, tuned, monkeypatch):
-    """J1, in a chat: ESC, OSC 52 and bidi as escapes; they stay in the history as they were."""
+    """J1, in a chat: ESC, OSC 52 and bidi are printed as escapes; the history keeps them."""
     text = "\x1b[2J\x1b]52;c;eA==\x07\u202e!"
     monkeypatch.setattr(
         Engine,
@@ -386,10 +406,10 @@ def test_an_answer_cannot_steer_a_terminal(run, tuned, monkeypatch):
     assert "\x1b" not in out + err
 
 
-def test_a_chat_takes_the_newest_fine_tuned_checkpoint_of_the_folder_or_one_below(
+def test_a_chat_uses_the_latest_fine_tuned_checkpoint_of_the_folder_or_its_subfolders(
     run, tuned, save, monkeypatch, tmp_path
 ):
-    """By the time of writing, over runs; base models are passed over."""
+    """The latest by time of creation over all runs; base models are skipped."""
     Parrot(monkeypatch)
     save(name="step-000900.ckpt")
     for folder, created in (("a", 5.0), ("b", 9.0), ("c", 7.0)):
@@ -403,11 +423,11 @@ def test_a_chat_takes_the_newest_fine_tuned_checkpoint_of_the_folder_or_one_belo
 
 
 @pytest.mark.slow
-def test_a_chat_template_that_reaches_out_or_does_not_end_is_one_error(run, tuned, monkeypatch):
-    """H4: it came with a checkpoint; the process lives, and each error is one line. The second is harmless until it is asked something."""
+def test_a_malicious_or_endless_chat_template_is_one_error(run, tuned, monkeypatch):
+    """H4: the template is part of the checkpoint; the second one is endless only when asked."""
     from tests.training.test_finetune import OWN_TEMPLATE, byte_level
 
-    made = payload("x" * 400)["config"]
+    made = checkpoint_state("x" * 400)["config"]
     for source, words in (
         ("{{ ''.__class__.__mro__ }}", "chat template"),
         (
@@ -458,32 +478,33 @@ def test_a_chat_template_that_reaches_out_or_does_not_end_is_one_error(run, tune
         (
             "pretrain",
             ["--chat"],
-            "is a base model, which continues text and does not answer questions. Fine-tune it first (python finetune.py",
+            "is a base model, which continues text and does not answer questions. "
+            "Fine-tune it first (python finetune.py",
         ),
     ],
 )
-def test_flags_that_do_not_go_together_are_told(run, tuned, monkeypatch, stage, flags, message):
+def test_flags_that_cannot_be_combined_are_rejected(run, tuned, monkeypatch, stage, flags, message):
     piped(monkeypatch, "red\n")
-    assert message in refused(run("--ckpt", tuned(stage=stage), *flags))
+    assert message in error_of(run("--ckpt", tuned(stage=stage), *flags))
 
 
-def test_a_chat_without_a_fine_tuned_checkpoint_or_input_is_told(run, save, tmp_path, monkeypatch):
+def test_a_chat_needs_a_fine_tuned_checkpoint_and_an_input(run, save, tmp_path, monkeypatch):
     save()
     piped(monkeypatch, "red\n")
-    assert refused(run("--dir", tmp_path, "--chat")).startswith(
+    assert error_of(run("--dir", tmp_path, "--chat")).startswith(
         f"{tmp_path}: contains no fine-tuned checkpoint, nor does a folder in it. Fine-tune a model"
     )
     monkeypatch.setattr(sys, "stdin", None)
     assert (
-        refused(run("--chat"))
+        error_of(run("--chat"))
         == "--chat: standard input is closed. Start it in a terminal, or pipe questions into it, one per line."
     )
 
 
 @pytest.mark.slow
-def test_a_chat_on_a_terminal_stops_an_answer_and_goes_on(save, tuned, tmp_path):
-    """A true terminal: Ctrl-C while the answer is written, Ctrl-C at the sign, then /exit."""
-    path = tuned(config=payload("x" * 400, max_new_tokens=1_000_000)["config"])
+def test_a_chat_on_a_terminal_continues_after_a_stopped_answer(save, tuned, tmp_path):
+    """A real terminal: Ctrl-C during the answer, Ctrl-C at the prompt sign, then /exit."""
+    path = tuned(config=checkpoint_state("x" * 400, max_new_tokens=1_000_000)["config"])
     ours, theirs = pty.openpty()
     program = start(
         "--ckpt",
@@ -516,11 +537,11 @@ def test_a_chat_on_a_terminal_stops_an_answer_and_goes_on(save, tuned, tmp_path)
     os.close(ours)
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes ---------------------------------------------------------------------------------
 
 
-def refused(result: tuple[int, str, str]) -> str:
-    """The one error line."""
+def error_of(result: tuple[int, str, str]) -> str:
+    """The error line of a program that failed, without `error: `."""
     code, out, err = result
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
@@ -555,15 +576,15 @@ def refused(result: tuple[int, str, str]) -> str:
         ),
     ],
 )
-def test_a_flag_out_of_bounds_is_named(run, flags, message):
-    """Told before anything is loaded: no checkpoint is there."""
-    assert refused(run("--prompt", "x", *flags)) == message
+def test_an_out_of_range_flag_is_named(run, flags, message):
+    """Checked before the checkpoint is loaded: there is none."""
+    assert error_of(run("--prompt", "x", *flags)) == message
 
 
 @pytest.mark.parametrize("name", SamplingConfig.model_fields)
 @pytest.mark.parametrize("value", ["0", "-1", "1e308", "nan", "", "none", "[1]"])
-def test_no_value_of_a_sampling_flag_is_a_traceback(run, save, name, value):
-    """F7: it runs, or one line says what is wrong."""
+def test_no_value_of_a_sampling_flag_causes_a_traceback(run, save, name, value):
+    """F7: the program runs, or prints one error line."""
     code, _, err = run(
         "--ckpt",
         save("abc"),
@@ -581,7 +602,8 @@ def test_no_value_of_a_sampling_flag_is_a_traceback(run, save, name, value):
     [
         (
             ["--dir", "nowhere"],
-            "nowhere: contains no checkpoint. Train one (python train.py --config config_smoke.yaml), or give --ckpt FILE.",
+            "nowhere: contains no checkpoint. Train one (python train.py --config "
+            "config_smoke.yaml), or give --ckpt FILE.",
         ),
         (
             ["--ckpt", "nowhere.ckpt"],
@@ -589,52 +611,53 @@ def test_no_value_of_a_sampling_flag_is_a_traceback(run, save, name, value):
         ),
         (
             ["--prompt", "\udcff"],
-            "--prompt: not UTF-8 text. Type it in a UTF-8 terminal, or pipe a UTF-8 file into the program.",
+            "--prompt: not UTF-8 text. Type it in a UTF-8 terminal, or pipe a UTF-8 file "
+            "into the program.",
         ),
     ],
 )
-def test_what_is_missing_is_said(run, tmp_path, monkeypatch, flags, message):
+def test_a_missing_input_is_named(run, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    assert refused(run("--prompt", "x", *flags)) == message
+    assert error_of(run("--prompt", "x", *flags)) == message
 
 
-def test_a_prompt_that_nobody_gives_is_an_error_and_does_not_wait(run, monkeypatch):
+def test_without_a_prompt_the_program_does_not_wait_for_one(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
-    assert refused(run()).startswith('--prompt: missing. Give --prompt "Attention is"')
+    assert error_of(run()).startswith('--prompt: missing. Give --prompt "Attention is"')
 
 
-def test_piped_bytes_that_are_no_text_are_an_error(run, monkeypatch):
+def test_piped_bytes_that_are_not_utf8_are_an_error(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="utf-8"))
-    assert refused(run()) == "standard input: not UTF-8 text (byte 2). Convert it to UTF-8."
+    assert error_of(run()) == "standard input: not UTF-8 text (byte 2). Convert it to UTF-8."
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_an_absent_device_is_an_error(run, save):
+def test_an_unavailable_device_is_an_error(run, save):
     """F6."""
-    assert refused(run("--ckpt", save(), "--prompt", "x", "--device", "cuda")).startswith(
+    assert error_of(run("--ckpt", save(), "--prompt", "x", "--device", "cuda")).startswith(
         "--device: cuda is not available with PyTorch"
     )
 
 
-def test_a_tokenizer_of_another_size_is_refused(run, save, tmp_path):
+def test_a_tokenizer_of_another_size_is_rejected(run, save, tmp_path):
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, "a")).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}', encoding="utf-8")
-    message = refused(run("--ckpt", save(), "--prompt", "x", "--tokenizer", tmp_path))
+    message = error_of(run("--ckpt", save(), "--prompt", "x", "--tokenizer", tmp_path))
     assert (
         message
         == f"--tokenizer: {tmp_path} has 2 tokens, but the model was trained with 260. Remove --tokenizer."
     )
 
 
-def test_an_empty_tokenizer_name_is_refused(run, save):
-    message = refused(run("--ckpt", save(), "--prompt", "x", "--tokenizer", ""))
+def test_an_empty_tokenizer_name_is_rejected(run, save):
+    message = error_of(run("--ckpt", save(), "--prompt", "x", "--tokenizer", ""))
     assert message == "--tokenizer: is empty. Give auto, byte, or a Hugging Face name or folder."
 
 
-def test_a_pickle_is_refused_and_not_run(run, tmp_path):
-    """H1: unpickling would make the file."""
+def test_a_pickle_is_rejected_and_not_executed(run, tmp_path):
+    """H1: unpickling it would create the file."""
     path, made = tmp_path / "evil.ckpt", tmp_path / "made"
 
     class Evil:
@@ -642,7 +665,7 @@ def test_a_pickle_is_refused_and_not_run(run, tmp_path):
             return (open, (str(made), "w"))
 
     path.write_bytes(pickle.dumps(Evil()))
-    assert "damaged: not a checkpoint file" in refused(run("--ckpt", path, "--prompt", "x"))
+    assert "damaged: not a checkpoint file" in error_of(run("--ckpt", path, "--prompt", "x"))
     assert not made.exists()
 
 
@@ -661,7 +684,7 @@ def test_debug_shows_the_traceback(tmp_path):
     ],
 )
 def test_a_wrong_command_line_is_one_line_without_escapes(capsys, flags):
-    """J1, J2: argparse would print an unknown flag as it is; abbreviations are refused, lest a new flag changes their meaning."""
+    """J1, J2: argparse alone would print an unknown flag unescaped; abbreviations are rejected."""
     with pytest.raises(SystemExit) as stopped:
         infer.main(flags)
     out, err = capsys.readouterr()
@@ -669,11 +692,11 @@ def test_a_wrong_command_line_is_one_line_without_escapes(capsys, flags):
     assert err.startswith("error: ") and err.endswith(f". {HELP}\n") and err[:-1].isprintable()
 
 
-# --- output without harm ----------------------------------------------------------------------------------------------
+# --- safe output ------------------------------------------------------------------------------
 
 
 def test_generated_text_cannot_steer_a_terminal(run, save):
-    """J1: ESC, OSC 52, bidi and a carriage return are shown as escapes; newline, tab, no-break space and joiners stay."""
+    """J1: ESC, OSC 52, bidi and carriage return are escaped; newline, tab and joiners are not."""
     text = "\x1b[2J\x1b]52;c;eA==\x07\u202e\r\n\t\xa0👩\u200d👧\x9b"
     _, out, _ = run("--ckpt", save(text), "--prompt", "x")
     assert out == "x\\x1b[2J\\x1b]52;c;eA==\\x07\\u202e\\r\n\t\xa0👩\u200d👧\\x9b\n"
@@ -693,8 +716,8 @@ def test_json_is_ascii_and_keeps_every_character(run, save):
     assert json.loads(out)["completions"][0]["text"] == "\x1b\u202eé"
 
 
-def test_a_token_is_coloured_by_its_probability_and_a_split_character_by_all_its_tokens():
-    """0.8 is green; the two halves of é have 0.8 * 0.5 = 0.4, which is yellow; what ends with nothing shown is forgotten."""
+def test_a_token_is_colored_by_its_probability_and_a_split_character_by_the_product():
+    """0.8 is green; the two halves of é have 0.8 * 0.5 = 0.4, yellow; a text's end resets it."""
     form = ProbabilityColors()
     log = {p: torch.tensor(p, dtype=torch.float64).log().item() for p in (0.8, 0.5)}
     pieces = [
@@ -709,7 +732,7 @@ def test_a_token_is_coloured_by_its_probability_and_a_split_character_by_all_its
 
 
 def on_terminal(path: Path, *flags: str, **env: str) -> str:
-    """What a terminal receives as stdout."""
+    """The bytes that a terminal receives as stdout."""
     ours, theirs = pty.openpty()
     clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM")}
     program = start(
@@ -734,8 +757,8 @@ def on_terminal(path: Path, *flags: str, **env: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_terminal_gets_colour_unless_it_says_no(save):
-    """The prompt is dim, sure tokens bright green; with NO_COLOR neither; text is escaped on both."""
+def test_a_terminal_gets_color_except_with_no_color(save):
+    """The prompt is dim, likely tokens bright green; without color text is escaped as well."""
     path = save("a\x1b")
     assert (
         on_terminal(path, "--show-probs")
@@ -744,11 +767,11 @@ def test_a_terminal_gets_colour_unless_it_says_no(save):
     assert on_terminal(path, "--show-probs", NO_COLOR="1") == "a(1.00) \\x1b(1.00) \r\n"
 
 
-# --- the process ------------------------------------------------------------------------------------------------------
+# --- the process ------------------------------------------------------------------------------
 
 
-def test_help_is_quick_and_opens_with_the_command():
-    """Under 0.15 s of processor time, which other programs do not lengthen; torch alone takes longer, and so does pydantic."""
+def test_help_is_fast_and_opens_with_the_command():
+    """Under 0.15 s of processor time, which other programs do not change; no slow imports."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-X", "importtime", ROOT / "infer.py", "--help"],
@@ -765,7 +788,7 @@ def test_help_is_quick_and_opens_with_the_command():
 
 
 def test_the_help_of_the_sampling_flags_agrees_with_the_schema():
-    """It is written twice, so that --help does not import the schema: same settings, same defaults, in the same order."""
+    """The texts are written twice, for a fast --help: same settings, defaults and order."""
     defaults = {}
     for name, text in SAMPLING_HELP.items():
         defaults[name] = re.search(r"\(([^()]+)\)$", text)[1]
@@ -805,7 +828,7 @@ def test_lightning_is_not_imported(save):
 @pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 3])
 def test_ctrl_c_ends_the_text_without_a_traceback(save, presses):
-    """C2: what was written stays; the first gives exit code 130, one more on the way out may end it by the signal itself."""
+    """C2: the text so far stays; exit code 130, or the signal after a second Ctrl-C."""
     program = start("--ckpt", save("ab"), "--prompt", "x", "--max-new-tokens", 1_000_000)
     assert program.stdout.read(20).startswith(b"xab")
     for _ in range(presses):
@@ -817,7 +840,7 @@ def test_ctrl_c_ends_the_text_without_a_traceback(save, presses):
 
 
 @pytest.mark.slow
-def test_a_reader_that_leaves_is_no_error(save):
+def test_a_closed_pipe_is_not_an_error(save):
     """C4: `| head -c 3`."""
     program = start("--ckpt", save("ab"), "--prompt", "x", "--max-new-tokens", 100_000)
     assert program.stdout.read(3) == b"xab"
@@ -828,8 +851,8 @@ def test_a_reader_that_leaves_is_no_error(save):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("closed", "out"), [("2>&-", "xab\n"), (">&- 2>&- <&-", "")])
-def test_closed_streams_are_no_error_and_reports_never_go_to_stdout(save, closed, out):
-    """C4: Python has None for a stream that was closed at the start."""
+def test_closed_streams_are_not_an_error_and_logs_never_go_to_stdout(save, closed, out):
+    """C4: a stream that was closed at the start is None in Python."""
     command = f'exec "$0" "$1" --ckpt "$2" --prompt x {closed}'
     done = subprocess.run(
         ["bash", "-c", command, sys.executable, ROOT / "infer.py", save("ab")],
@@ -842,15 +865,15 @@ def test_closed_streams_are_no_error_and_reports_never_go_to_stdout(save, closed
 
 
 @pytest.mark.slow
-def test_a_terminal_that_is_not_utf8_gets_escapes(save):
+def test_a_stream_that_is_not_utf8_gets_escapes(save):
     program = start(
         "--ckpt", save("é"), "--prompt", "x", env={**os.environ, "PYTHONIOENCODING": "ascii"}
     )
     assert program.communicate()[0] == b"x\\xe9\n"
 
 
-def test_all_options_of_the_model_load_and_write(run, tmp_path):
-    """A buffer that is not in the file (ALiBi's slopes) must be there after loading, too."""
+def test_models_with_every_position_encoding_load_and_generate(run, tmp_path):
+    """A buffer that is not in the file (ALiBi's slopes) must exist after loading."""
     for position in ("alibi", "rope"):
         config = Config.model_validate(
             {
@@ -866,7 +889,7 @@ def test_all_options_of_the_model_load_and_write(run, tmp_path):
         checkpoint_format.write(
             tmp_path / "a.ckpt",
             {
-                **payload("x"),
+                **checkpoint_state("x"),
                 "config": config.to_plain(),
                 "weights": Decoder(config.model).state_dict(),
             },

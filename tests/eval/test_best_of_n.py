@@ -11,7 +11,7 @@ import torch
 
 import evaluate_checkpoints
 import infer
-from tests.cli.test_infer import payload
+from tests.cli.test_infer import checkpoint_state
 from tests.generate.test_engine import make_model
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.console import readable
@@ -158,7 +158,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     with torch.no_grad():
         for weight in verifier.parameters():
             weight.mul_(5)
-    made = payload("x") | {"config": config.to_plain()}
+    made = checkpoint_state("x") | {"config": config.to_plain()}
     checkpoint_format.write(tmp_path / "writer.ckpt", made | {"weights": model.state_dict()})
     checkpoint_format.write(
         tmp_path / "verifier.ckpt", made | {"weights": verifier.state_dict(), "stage": "verifier"}

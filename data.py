@@ -27,24 +27,26 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tinylm.common.errors import UserError
 from tinylm.common.processes import Progress
 from tinylm.config.schema import Config
-from tinylm.text.splits import train_documents
+from tinylm.text.data_source import train_documents
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.batches import Batch, Collate, RowDataset, collate_rows
-from tinylm.tokens.encode import encode_documents, source_fingerprint
+from tinylm.tokens.encode import encode_documents
 from tinylm.tokens.mixture import (
     Allocation,
-    Joined,
     MixtureRows,
     TokenRows,
     mixture_row,
-    training_files,
-    training_fingerprint,
-    validation_file,
     weights_of,
 )
 from tinylm.tokens.packing import Position, pack_stream
 from tinylm.tokens.row_order import STREAM, RowOrder, Share, count_batches, validation_order
-from tinylm.tokens.token_file import TokenFile
+from tinylm.tokens.run_files import (
+    source_fingerprint,
+    training_files,
+    training_fingerprint,
+    validation_file,
+)
+from tinylm.tokens.token_file import JoinedFiles, TokenFile
 
 MOVED = "data.py only holds the data modules: use `python train.py --config ... --show-rows N` or `python finetune.py --config ... --show-rows N`"
 
@@ -123,7 +125,7 @@ class PretrainData(RunData):
         self.cursor = Cursor()
         self.train_files: tuple[TokenFile, ...] = ()
         """one for each source; none for a stream"""
-        self.val_file: TokenFile | Joined | None = None
+        self.val_file: TokenFile | JoinedFiles | None = None
 
     def prepare(self, progress: Progress | None = None, *, validation: bool = True) -> None:
         """Make the token files that do not exist yet; without `validation`, only the training files.

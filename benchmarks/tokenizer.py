@@ -137,12 +137,12 @@ def encode_file(documents: list[str], options: argparse.Namespace) -> tuple[floa
         corpus, out = Path(folder) / "corpus.txt", Path(folder) / "corpus.bin"
         corpus.write_text(EOT.join(documents), encoding="utf-8", newline="")
         start = time.perf_counter()
-        recipe = encode.Recipe(
+        spec = encode.EncodeSpec(
             Split("train", sources_named([str(corpus)], "text", EOT), None, None),
             tokenizer,
             separator=EOT,
         )
-        encode.encode_file(out, recipe, processes=options.processes)
+        encode.encode_file(out, spec, processes=options.processes)
         seconds = time.perf_counter() - start
         tokens = TokenFile.open(out).tokens
         return seconds, [tokens[tokens != tokenizer.eos_id]]

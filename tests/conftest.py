@@ -11,11 +11,12 @@ import pytest
 import torch
 import yaml
 
+from tinylm.common.files import locked
 from tinylm.config.schema import DataConfig
-from tinylm.text.splits import find_split
+from tinylm.text.data_source import find_split
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import encode_documents
-from tinylm.tokens.token_file_writer import Draft, locked
+from tinylm.tokens.token_file_writer import TokenFileWriter
 
 ROOT = Path(__file__).parent.parent
 # Every shipped YAML file that is the settings of a run; the others are lists of stages, for align.py.
@@ -51,7 +52,7 @@ def write_token_file(path: Path, documents: Iterable[str], tokenizer: Tokenizer)
 
 def write_portions(path: Path, portions: Iterable[np.ndarray], tokenizer: Tokenizer) -> None:
     """Writes the tokens of documents, each closed by EOS, as a token file."""
-    with locked(path), Draft(path, tokenizer, "test") as draft:
+    with locked(path, "data.cache_dir"), TokenFileWriter(path, tokenizer, "test") as draft:
         for tokens in portions:
             draft.append(tokens, np.array([len(tokens)]))
         draft.finish("test")
@@ -143,9 +144,9 @@ import resource, sys, time
 from pathlib import Path
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
-from tinylm.text import documents, splits
+from tinylm.text import data_source, documents
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from tinylm.tokens import encode, token_file_writer
+from tinylm.tokens import encode, run_files, token_file_writer
 BYTES, args = ByteTokenizer(), sys.argv[1:]
 """
 

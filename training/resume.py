@@ -19,7 +19,7 @@ from tinylm.config.schema import Config
 from tinylm.optim.schedule import should_stop
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.factory import tokenizer_from_plain
-from tinylm.tokens.mixture import name_of
+from tinylm.tokens.run_files import name_of
 from training.callbacks import checkpoint_aliases
 from training.context import ResumeOptions, RunContext
 

@@ -25,7 +25,7 @@ from tinylm.tokenizer.factory import make_tokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer
-from tinylm.tokens.mixture import training_split
+from tinylm.tokens.run_files import training_split
 
 # Part of the names of cached folders: raise it when the same text would give other merges.
 VERSION = 1

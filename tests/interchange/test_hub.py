@@ -32,7 +32,7 @@ import train
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig, TokenizerConfig
-from tinylm.text.splits import train_documents
+from tinylm.text.data_source import train_documents
 from tinylm.tokenizer.byte_char import CharTokenizer
 from training.tokenizer import tokenizer_for
 

@@ -20,8 +20,8 @@ from tests.conftest import val_documents
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
 from tinylm.text import documents, sources
-from tinylm.text.sources import is_token_file
-from tinylm.text.splits import find_split, is_held_out, shared_documents, train_documents
+from tinylm.text.data_source import find_split, is_token_file, text_overlap, train_documents
+from tinylm.text.splits import is_held_out
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.token_file import TokenFile
 
@@ -148,7 +148,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(write, monkeyp
     path = write("a.txt", "ok\n" + "x" * 1000)
     assert (
         refusal(path)
-        == f"{path}:2: a line of 100 bytes and more. Is it text? Cut it into documents."
+        == f"{path}:2: a line of at least 100 bytes. Is it text? Cut it into documents."
     )
 
 
@@ -194,7 +194,7 @@ MEND = "Correct the row, or set data.text_field to the key that holds the text."
         ),
         (
             '{"text": "a\\ud800"}',
-            "text: the text has the lone surrogate \\ud800 at position 1, which is half a character. Take it out, or write the whole character.",
+            "text: the text has the lone surrogate \\ud800 at position 1, which is half a character. Remove it, or write the whole character.",
         ),
         ("[" * 100_000, "not JSON: "),
         ('{"text": ' + "9" * 5000 + "}", "not JSON: "),
@@ -281,13 +281,13 @@ def test_a_bad_parquet_row_is_named(write, columns, message):
 @pytest.mark.parametrize("keep", [0, 3, 100, -1, -10])
 def test_a_cut_off_parquet_file_is_named(write, keep):
     path = write("a.parquet", parquet({"text": [f"line {i}" for i in range(50)]})[:keep])
-    assert refusal(path).startswith(f"{path}: damaged or cut off, or not a parquet file: ")
+    assert refusal(path).startswith(f"{path}: damaged or truncated, or not a parquet file: ")
 
 
 def test_damage_inside_a_parquet_file_is_named(write):
     data = parquet({"text": [f"line {i}" for i in range(50)]}, row_group_size=50)
     path = write("a.parquet", data[:10] + b"\xff" * 60 + data[70:])
-    assert refusal(path).startswith(f"{path}: damaged or cut off, or not a parquet file: ")
+    assert refusal(path).startswith(f"{path}: damaged or truncated, or not a parquet file: ")
 
 
 # --- folders, globs and what is not a file ----------------------------------------------------------------------------
@@ -463,10 +463,10 @@ def test_validation_from_another_split_of_the_hub(hub):
 @pytest.mark.parametrize(
     ("same", "mend"),
     [
-        ({"val_split": "train"}, "Set data.val_split to another split, or leave it out."),
+        ({"val_split": "train"}, "Set data.val_split to another split, or remove it."),
         (
             {"val_dataset": "owner/name"},
-            "Give another dataset, or set data.val_split in its place.",
+            "Give another dataset, or set data.val_split instead.",
         ),
     ],
 )
@@ -573,8 +573,8 @@ def test_a_network_that_fails_before_the_first_row_is_one_line(monkeypatch):
 def test_a_name_that_is_too_long_is_refused_on_one_line(name, monkeypatch):
     """The operating system refuses to look for it, and Path.is_dir would pass that on."""
 
-    def offline(what: str, mend: str) -> None:
-        raise UserError(f"{what}: offline. {mend}")
+    def offline(where: tuple[str, str], fix: str) -> None:
+        raise UserError(where, "offline", fix)
 
     monkeypatch.setattr(sources, "require_hub", offline)
     assert refusal(name).startswith(
@@ -619,7 +619,7 @@ def test_what_is_here_is_never_asked_of_the_hub(write, tmp_path, monkeypatch):
 )
 def test_files_here_have_no_splits(write, settings):
     assert (
-        "is on this machine, where files have no splits. Take split, val_split and dataset_config out."
+        "is on this machine, where files have no splits. Remove split, val_split and dataset_config."
         in refusal(write("a.txt", "x"), **settings)
     )
 
@@ -627,7 +627,7 @@ def test_files_here_have_no_splits(write, settings):
 def test_a_missing_library_is_named_with_its_pip_line(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert refusal(write("a.parquet", b"")).endswith(
-        "a.parquet: reading it needs pyarrow. Install it: pip install datasets"
+        "a.parquet: reading it needs pyarrow. Install it: pip install datasets."
     )
 
 
@@ -679,8 +679,8 @@ def test_documents_in_both_sources_are_counted(write):
             write("b.jsonl", '{"text": "b"}\n{"text": "b"}\n{"text": "c"}\n{"text": "x"}\n')
         ),
     )
-    assert shared_documents(data, SEED) == 2
-    assert shared_documents(data.model_copy(update={"val_dataset": None}), SEED) == 0
+    assert text_overlap(data, SEED).found == 2
+    assert text_overlap(data.model_copy(update={"val_dataset": None}), SEED).found == 0
 
 
 @pytest.mark.parametrize("content", ["", "\n\n \n\t\n", "\n" * 1000])
@@ -725,7 +725,7 @@ def test_odd_files_are_read_in_bounded_memory(write, name, content, n, child):
     """One document of 50 MB is held a few times (bytes, text, a copy being made): less than 300 MB in all."""
     path = write(name, content)
     code = """before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-n = sum(1 for _ in splits.find_split(DataConfig(dataset=args[0]), "train", 1).source.documents())
+n = sum(1 for _ in data_source.find_split(DataConfig(dataset=args[0]), "train", 1).source.documents())
 print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
     out, err = child(code, path).communicate(timeout=60)
     documents, megabytes = map(int, out.split())

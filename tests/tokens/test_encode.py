@@ -23,22 +23,22 @@ from tests.conftest import val_documents, write_token_file
 from tinylm.__main__ import main
 from tinylm.cli import encode as encode_command
 from tinylm.common.errors import UserError
+from tinylm.common.files import locked
 from tinylm.config.schema import DataConfig
 from tinylm.text import chunks, documents, sources
+from tinylm.text.data_source import text_overlap, train_documents
 from tinylm.text.sources import sources_named
-from tinylm.text.splits import Split, shared_documents, train_documents
+from tinylm.text.splits import Split
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
-from tinylm.tokens import encode
+from tinylm.tokens import encode, run_files
 from tinylm.tokens.encode import (
-    Recipe,
-    cached_token_file,
+    EncodeSpec,
     encode_documents,
     encode_file,
-    jobs_of,
-    source_fingerprint,
+    source_chunks,
 )
+from tinylm.tokens.run_files import cached_token_file, source_fingerprint
 from tinylm.tokens.token_file import TokenFile
-from tinylm.tokens.token_file_writer import locked
 
 ROOT = Path(__file__).parents[2]
 BYTES = ByteTokenizer()
@@ -50,7 +50,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
-def recipe_of(*paths: Path, **options) -> Recipe:
+def recipe_of(*paths: Path, **options) -> EncodeSpec:
     """All documents of some files."""
     split = Split(
         "train",
@@ -58,7 +58,7 @@ def recipe_of(*paths: Path, **options) -> Recipe:
         None,
         options.pop("limit", None),
     )
-    return Recipe(split, BYTES, **options)
+    return EncodeSpec(split, BYTES, **options)
 
 
 def documents_in(path: Path) -> list[str]:
@@ -133,9 +133,7 @@ def test_encoding_reads_no_more_than_one_batch_ahead(text, read_ahead):
 
 def test_a_cache_folder_that_cannot_be_made_is_an_error(write, lines):
     data = DataConfig(dataset=str(lines), cache_dir=str(write("file", "x")))
-    with pytest.raises(
-        UserError, match="the token file could not be written: .*choose another data.cache_dir"
-    ):
+    with pytest.raises(UserError, match="cannot be written: .*change data.cache_dir"):
         cached_token_file(data, "train", BYTES, SEED)
 
 
@@ -143,13 +141,12 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(tmp_path
     """RLIMIT_FSIZE stops any file of the child at 64 KiB, as a full disk would."""
     source = write("source.txt", "some words and more of them\n" * 10_000)
     code = """resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-try: encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1)
+try: run_files.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1)
 except UserError as error: print(error)"""
     out, err = child(code, source, tmp_path / "cache").communicate(timeout=60)
     assert (
         err,
-        "the token file could not be written: File too large. Make room, or choose another data.cache_dir."
-        in out,
+        "cannot be written: File too large. Free disk space or change data.cache_dir." in out,
     ) == ("", True)
     assert names(tmp_path / "cache") == []
 
@@ -159,10 +156,10 @@ def test_after_a_kill_the_cached_file_is_gone_on_with_and_equals_an_undisturbed_
 ):
     """The child is killed when portions of 1 KB were saved; the name never appears before the file is whole."""
     source = write("source.txt", "".join(f"line {i}\n" for i in range(5000)))
-    code = """documents.SPAN_BYTES, token_file_writer.Draft.SAVE_SECONDS = 1000, -1
+    code = """documents.SPAN_BYTES, token_file_writer.TokenFileWriter.SAVE_SECONDS = 1000, -1
 def slow(what, done, total):
     if done > 30_000: print("half", flush=True); time.sleep(60)
-encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=slow)"""
+run_files.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=slow)"""
     process = child(code, source, tmp_path / "cache")
     assert process.stdout.readline() == "half\n"
     process.send_signal(signal.SIGKILL)
@@ -188,7 +185,7 @@ def test_two_processes_make_one_file(tmp_path, write, child):
     """Both start with an empty cache; one encodes, the other waits and takes the same file."""
     source = write("source.txt", "".join(f"line {i}\n" for i in range(50_000)))
     code = """made = []
-file = encode.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=lambda *at: made.append(at))
+file = run_files.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=lambda *at: made.append(at))
 print(file.fingerprint, bool(made))"""
     outputs = [
         process.communicate(timeout=60)
@@ -220,7 +217,7 @@ def test_the_cached_file_has_the_tokens_of_its_split(data, which):
 
 def test_a_file_that_is_there_is_used(data, monkeypatch):
     first = cached_token_file(data, "train", BYTES, SEED)
-    monkeypatch.setattr(encode, "encode_file", None)
+    monkeypatch.setattr(run_files, "encode_file", None)
     again = cached_token_file(data, "train", BYTES, SEED)
     assert (again.path, again.fingerprint) == (first.path, first.fingerprint)
 
@@ -265,7 +262,7 @@ def test_seed_text_and_tokenizer_change_the_name_and_the_place_of_the_text_does_
 @pytest.mark.parametrize(
     ("place", "found"),
     [
-        (5000, "its content is not what was written (checksum)"),
+        (5000, "damaged: its content is not what was written (checksum)"),
         (0, "not a token file"),
         (30, "header: "),
         (None, "expected "),
@@ -291,7 +288,7 @@ def test_a_cache_whose_name_is_too_long_is_refused_on_one_line(data, tmp_path):
     data = data.model_copy(update={"cache_dir": str(tmp_path / ("x" * 300))})
     with pytest.raises(
         UserError,
-        match="the token file could not be written: File name too long. Make room, or choose another data.cache_dir.",
+        match="cannot be written: File name too long. Free disk space or change data.cache_dir.",
     ):
         cached_token_file(data, "train", BYTES, SEED)
 
@@ -357,7 +354,7 @@ def test_text_may_validate_a_token_file_and_the_other_way_round(given_file, line
     data = DataConfig(dataset=str(lines), val_dataset=str(given_file), max_doc_len=4, **settings)
     assert cached_token_file(data, "val", BYTES, SEED).header.documents == 100
     assert cached_token_file(data, "train", BYTES, SEED).header.documents == 1000
-    assert shared_documents(data, SEED) == 0
+    assert text_overlap(data, SEED).found == 0
 
 
 TEXT_SETTINGS = {
@@ -371,7 +368,9 @@ def test_settings_that_a_token_file_cannot_follow_are_refused(given_file, settin
     """Whichever split is asked for first, and before a stream is read: training would only say it in its first step."""
     data = DataConfig(dataset=str(given_file), **{setting: TEXT_SETTINGS[setting]})
     give_text = "Give the text that it was made from as data.dataset."
-    expected = f"data.{setting}: does not apply to the token file data.dataset. Take it out, or: {give_text}"
+    expected = (
+        f"data.{setting}: does not apply to the token file data.dataset. Remove it, or: {give_text}"
+    )
     train, val = (
         partial(cached_token_file, data, which, BYTES, SEED) for which in ("train", "val")
     )
@@ -407,7 +406,7 @@ def test_settings_of_text_are_refused_for_a_token_file_only_where_no_text_follow
             BYTES,
             SEED,
         )
-    mend = "Take it out, or: Give the text that it was made from as data.val_dataset."
+    mend = "Remove it, or: Give the text that it was made from as data.val_dataset."
     assert (
         str(caught.value)
         == f"data.val_docs: does not apply to the token file data.val_dataset. {mend}"
@@ -417,7 +416,7 @@ def test_settings_of_text_are_refused_for_a_token_file_only_where_no_text_follow
 def test_a_given_token_file_is_checked_before_use(given_file):
     with pytest.raises(
         UserError,
-        match=rf"given.bin was encoded with tokenizer {BYTES.fingerprint} \(vocabulary 260\), this run uses",
+        match=rf"given.bin: encoded with tokenizer {BYTES.fingerprint} \(vocabulary 260\), this run uses",
     ):
         cached_token_file(
             DataConfig(dataset=str(given_file)), "train", CharTokenizer("ab", unknown="error"), SEED
@@ -431,7 +430,7 @@ def test_a_given_token_file_is_checked_before_use(given_file):
         mend = f"Encode again: python -m tinylm encode --data TEXT --tokenizer TOKENIZER --out {given_file}."
         assert (
             str(caught.value)
-            == f"{given_file}: its content is not what was written (checksum). {mend}"
+            == f"{given_file}: damaged: its content is not what was written (checksum). {mend}"
         )
 
 
@@ -496,7 +495,7 @@ def test_a_dtype_without_a_bare_file_is_refused(data, tmp_path):
             )
         assert (
             str(caught.value)
-            == "data.token_dtype: is for a bare .bin, and neither data.dataset nor data.val_dataset is one. Take it out."
+            == "data.token_dtype: only valid for a bare .bin; neither data.dataset nor data.val_dataset is one. Remove it."
         )
 
 
@@ -538,7 +537,7 @@ def test_no_portion_cuts_a_document(tmp_path, texts, separator, size):
     try:
         for name in ("a.txt", "a.jsonl"):
             source = sources_named([str(tmp_path / name)], "text", separator)
-            assert [text for job in jobs_of(source) for text in job.texts()] == list(
+            assert [text for job in source_chunks(source) for text in job.texts()] == list(
                 source.documents()
             )
     finally:
@@ -550,7 +549,7 @@ def test_a_plain_file_is_cut_where_an_end_of_a_document_shows_by_itself(
     write, small_portions, separator, parts
 ):
     path = write("a.txt", "x" * 45 + "<|end|>\n" + "y" * 30)
-    assert len(list(jobs_of(sources_named([str(path)], "text", separator)))) == parts
+    assert len(list(source_chunks(sources_named([str(path)], "text", separator)))) == parts
 
 
 def test_an_error_in_a_portion_names_the_line_of_the_file(write, small_portions):
@@ -643,7 +642,7 @@ def test_a_document_that_cannot_be_encoded_is_counted_from_the_first_of_the_sour
     write, small_portions
 ):
     path = write("a.txt", "ab\n" * 50 + "aQ\n")
-    recipe = Recipe(
+    recipe = EncodeSpec(
         Split("train", sources_named([str(path)], "text", None), None, None),
         CharTokenizer("ab", unknown="error"),
         label="a.txt:",
@@ -689,7 +688,7 @@ def test_odd_files_are_encoded_in_bounded_memory(write, tmp_path, child, content
     path = write("a.txt", content)
     code = """before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 split = corpus.Split("train", corpus.sources_named([args[0]], "text", None), None, None)
-encode.encode_file(Path(args[1]), encode.Recipe(split, BYTES))
+encode.encode_file(Path(args[1]), encode.EncodeSpec(split, BYTES))
 print(token_file_writer.TokenFile.open(args[1]).header.documents, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
     out, err = child(code, path, tmp_path / "a.bin").communicate(timeout=120)
     assert err == ""
@@ -756,7 +755,7 @@ def test_the_same_command_again_finds_its_file_complete(run, write, tmp_path):
     assert os.stat(tmp_path / "a.bin").st_mtime_ns == made
     for more in (("--docs", 1), ("--max-doc-len", 2), ("--separator", "o")):
         code, stdout, stderr = run(*command, *more)
-        found = "is there already, and was made from other text, with another tokenizer or other settings"
+        found = "already exists, and was made from other text, or with another tokenizer or other settings"
         assert (code, stdout, stderr) == (
             2,
             "",
@@ -847,7 +846,7 @@ def test_an_array_that_is_not_that_of_the_token_file_is_kept_and_named(
     assert (tmp_path / "a.npy").read_bytes() == before
 
 
-SPELLED = "documents have <|eos|> in their text, where it is characters and ends nothing. If it divides documents of a .txt file, set --separator to '<|eos|>'"
+SPELLED = "documents contain <|eos|> in their text, where it is only characters and ends nothing. If it separates documents of a .txt file, set --separator to '<|eos|>'"
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -892,7 +891,7 @@ def test_a_count_of_spelled_ends_survives_an_interruption(write, tmp_path, small
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
-NEVER = "warning: {}: --separator '{}' does not occur in it, so that each .txt file is one document"
+NEVER = "warning: {}: --separator '{}' does not occur in it, so each .txt file is one document"
 
 
 @pytest.mark.parametrize(
@@ -926,7 +925,7 @@ def test_a_second_command_says_that_it_waits(run, write, tmp_path, monkeypatch):
     out, held, said = tmp_path / "a.bin", threading.Event(), threading.Event()
 
     def hold() -> None:
-        with locked(out):
+        with locked(out, "--out"):
             held.set()
             said.wait(10)
 
@@ -1009,7 +1008,7 @@ def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_nam
     assert documents_in(tmp_path / "a.bin") == [f"document {i}" for i in range(30)]
 
 
-HUB_NAME = "a dataset on the hub is written hf:owner/name, hf:owner/name:config or hf:owner/name:config:split."
+HUB_NAME = "not the name of a dataset on the hub. Write hf:owner/name, hf:owner/name:config or hf:owner/name:config:split."
 KINDS = ".txt, .jsonl, .parquet, .txt.gz, .jsonl.gz"
 
 
@@ -1060,7 +1059,7 @@ KINDS = ".txt, .jsonl, .parquet, .txt.gz, .jsonl.gz"
         ),
         (
             ("--out", "a.txt/b.bin"),
-            "a.txt/b.bin: the token file could not be written: File exists. Make room, or choose another --out.",
+            "a.txt/b.bin: cannot be written: File exists. Free disk space or change --out.",
         ),
         (
             ("--tokenizer", "./none"),
@@ -1151,13 +1150,13 @@ def test_a_dataset_of_the_hub_is_streamed_and_no_more_of_it_read_than_asked_for(
 
 SLOW_COMMAND = """
 from tinylm.__main__ import main
-documents.SPAN_BYTES, encode.WORTH_PROCESSES, token_file_writer.Draft.SAVE_SECONDS = 2000, 1, 0.02
-append, wait = token_file_writer.Draft.append, float(args.pop(0))
+documents.SPAN_BYTES, encode.WORTH_PROCESSES, token_file_writer.TokenFileWriter.SAVE_SECONDS = 2000, 1, 0.02
+append, wait = token_file_writer.TokenFileWriter.append, float(args.pop(0))
 def slow(self, *portion, **read):
     append(self, *portion, **read)
     print(self.state.portions, flush=True)
     time.sleep(wait)
-token_file_writer.Draft.append = slow
+token_file_writer.TokenFileWriter.append = slow
 if __name__ == "__main__":
     sys.exit(main(["encode", *args]))
 """
@@ -1231,7 +1230,7 @@ def test_a_full_disk_keeps_what_was_done_for_a_resume(write, tmp_path, child, ru
     """RLIMIT_FSIZE stops the file at 64 KiB; no file has the final name, and with room the command goes on."""
     path = write("a.txt", "some words and more of them\n" * 5000)
     command = ("--data", path, "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--processes", 1)
-    code = """resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); documents.SPAN_BYTES, token_file_writer.Draft.SAVE_SECONDS = 5000, -1
+    code = """resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); documents.SPAN_BYTES, token_file_writer.TokenFileWriter.SAVE_SECONDS = 5000, -1
 from tinylm.__main__ import main
 sys.exit(main(["encode", *args]))"""
     process = child(code, *command)
@@ -1239,12 +1238,12 @@ sys.exit(main(["encode", *args]))"""
     assert process.returncode == 2
     assert (
         err.splitlines()[-1]
-        == f"error: {tmp_path / 'a.bin'}: the token file could not be written: File too large. Make room, or choose another --out."
+        == f"error: {tmp_path / 'a.bin'}: cannot be written: File too large. Free disk space or change --out."
     )
     assert names(tmp_path) == [".a.bin.part", "a.txt"]
     assert json.loads((tmp_path / ".a.bin.part/state.json").read_bytes())["portions"] > 3
     assert (
-        "was begun with other text, another tokenizer, settings or version"
+        "was started with another text, tokenizer, settings or version"
         in run(*command, "--resume")[2]
     )
     monkeypatch.setattr(documents, "SPAN_BYTES", 5000)

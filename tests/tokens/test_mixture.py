@@ -10,22 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import write_token_file
-from tinylm.common.errors import UserError
+from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import DataConfig, MixPart, TokenizerConfig
-from tinylm.text.splits import is_held_out, shared_documents
+from tinylm.text.data_source import text_overlap
+from tinylm.text.splits import is_held_out
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from tinylm.tokens.mixture import (
-    Allocation,
-    Joined,
-    JoinedTokens,
+from tinylm.tokens.mixture import Allocation, shares_of
+from tinylm.tokens.run_files import (
     name_of,
-    shares_of,
     training_files,
     training_fingerprint,
     training_split,
     validation_file,
 )
-from tinylm.tokens.token_file import TokenFile
+from tinylm.tokens.token_file import JoinedFiles, JoinedTokens, TokenFile
 from training.tokenizer import tokenizer_for
 
 BYTES = ByteTokenizer()
@@ -110,7 +108,7 @@ def test_joined_tokens_are_sliced_as_one_array_would_be(parts, start, stop):
 
 
 def test_joined_tokens_have_no_steps():
-    with pytest.raises(ValueError, match="a step of 2: joined tokens are read as they stand"):
+    with pytest.raises(ValueError, match="joined tokens have no steps, got a step of 2"):
         JoinedTokens((np.arange(3),))[::2]
 
 
@@ -145,7 +143,7 @@ def mixed(tmp_path: Path, *datasets: str, **more: Any) -> DataConfig:
     return DataConfig(mix=parts, cache_dir=str(tmp_path / "cache"), **more)
 
 
-def text_of(file: TokenFile | Joined) -> list[str]:
+def text_of(file: TokenFile | JoinedFiles) -> list[str]:
     """The documents in the tokens of a file."""
     return BYTES.decode(
         [10 if id == BYTES.eos_id else id for id in np.asarray(file.tokens[:]).tolist()]
@@ -184,7 +182,7 @@ def test_settings_for_text_are_refused_where_all_sources_are_token_files(tmp_pat
         max_doc_len=6,
     )
     message = (
-        "data.max_doc_len: does not apply to the token file data.mix[0].dataset. Take it out, or: "
+        "data.max_doc_len: does not apply to the token file data.mix[0].dataset. Remove it, or: "
     )
     with pytest.raises(UserError) as caught:
         training_files(data, BYTES, SEED, needed=2)
@@ -268,7 +266,7 @@ def test_sources_and_shares_are_in_the_fingerprint(tmp_path, write):
 
 def test_a_message_calls_a_mixture_by_its_sources_and_shares():
     data = DataConfig(mix=(MixPart(dataset="a.txt", weight=3), MixPart(dataset="b\x1b.txt")))
-    assert name_of(data) == r"mix of a.txt (75.0%), b\x1b.txt (25.0%)"
+    assert printable(name_of(data)) == r"mix of a.txt (75.0%), b\x1b.txt (25.0%)"
     assert name_of(DataConfig(dataset="a.txt")) == "a.txt"
 
 
@@ -281,18 +279,20 @@ def test_a_document_that_is_in_validation_and_in_any_source_is_counted_once(tmp_
     data = mixed(
         tmp_path, write("a.txt", [*A, "both"]), write("b.txt", [*B, "both"]), val_dataset=val
     )
-    assert shared_documents(data, SEED) == 3
+    assert text_overlap(data, SEED).found == 3
     assert (
-        shared_documents(mixed(tmp_path, token_file(tmp_path / "a.bin", A), val_dataset=val), SEED)
+        text_overlap(
+            mixed(tmp_path, token_file(tmp_path / "a.bin", A), val_dataset=val), SEED
+        ).found
         == 0
     ), "a token file has no documents to compare"
     assert (
-        shared_documents(
+        text_overlap(
             mixed(
                 tmp_path, token_file(tmp_path / "a.bin", A), data.mix[1].dataset, val_dataset=val
             ),
             SEED,
-        )
+        ).found
         == 2
     )
 
@@ -303,7 +303,7 @@ def test_documents_in_several_sources_are_on_one_side_of_the_split(tmp_path, wri
     train = {text for file in training_files(data, BYTES, SEED, needed=2) for text in text_of(file)}
     val = set(text_of(validation_file(data, BYTES, SEED)))
     assert train and val and not train & val
-    assert shared_documents(data, SEED) == 0
+    assert text_overlap(data, SEED).found == 0
 
 
 def test_tokenizers_learn_from_all_sources_in_turn(tmp_path, write):

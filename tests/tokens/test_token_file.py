@@ -15,19 +15,21 @@ from hypothesis import strategies as st
 
 from tests.conftest import write_portions, write_token_file
 from tinylm.common.errors import UserError
+from tinylm.text import splits
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
+from tinylm.tokens import id_arrays
 from tinylm.tokens import token_file as token_files
-from tinylm.tokens import token_file_writer
+from tinylm.tokens.id_arrays import open_tokens, write_npy
+from tinylm.tokens.run_files import token_overlap
 from tinylm.tokens.token_file import (
     HEADER_BYTES,
     MAGIC,
     TokenFile,
     checked_tokens,
-    shared_documents,
     token_dtype,
 )
-from tinylm.tokens.token_file_writer import Draft, draft_folder, write_npy
+from tinylm.tokens.token_file_writer import TokenFileWriter, writer_folder
 
 BYTES = ByteTokenizer()
 
@@ -65,6 +67,10 @@ class Wide(Tokenizer):
 
     def to_plain(self) -> dict[str, str]:
         return {"kind": "wide"}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, str]) -> "Wide":
+        return cls()
 
 
 def test_ids_beyond_65535_are_kept(tmp_path):
@@ -177,7 +183,7 @@ def test_one_document_has_no_border(tmp_path):
     write_token_file(tmp_path / "a.bin", ["only one"], BYTES)
     with pytest.raises(
         UserError,
-        match="a.bin: one document only, so none can be held out. Set data.val_dataset to a second token file.",
+        match="a.bin: has only one document, so none can be held out. Set data.val_dataset to a second token file.",
     ):
         TokenFile.open(tmp_path / "a.bin").document_border(3)
 
@@ -198,10 +204,10 @@ def test_a_worker_process_gets_the_path_not_the_tokens(tmp_path):
     packed = pickle.dumps(file)
     assert len(packed) < 5000
     back = pickle.loads(packed)  # noqa: S301
-    assert (back.tokens.tolist(), back.fingerprint, back.mend) == (
+    assert (back.tokens.tolist(), back.fingerprint, back.fix) == (
         file.tokens.tolist(),
         file.fingerprint,
-        file.mend,
+        file.fix,
     )
 
 
@@ -215,7 +221,7 @@ def test_a_token_file_of_the_wrong_size_is_refused(token_file, size):
     token_file.write_bytes((data + bytes(size))[:size])
     with pytest.raises(UserError) as caught:
         TokenFile.open(token_file)
-    expected = "expected 4136 bytes (8 tokens of uint16 behind 4096 bytes of header, and 3 ends of documents)"
+    expected = "expected 4136 bytes (8 tokens of uint16 after 4096 bytes of header, and 3 ends of documents)"
     assert (
         str(caught.value) == f"{token_file}: {expected}, found {size}. {encode_again(token_file)}"
     )
@@ -297,7 +303,7 @@ def test_tokens_of_another_tokenizer_are_refused(token_file):
     with pytest.raises(UserError) as caught:
         TokenFile.open(token_file).require_tokenizer(other)
     assert str(caught.value) == (
-        f"{token_file} was encoded with tokenizer {BYTES.fingerprint} (vocabulary 260), this run uses {other.fingerprint} (5). "
+        f"{token_file}: encoded with tokenizer {BYTES.fingerprint} (vocabulary 260), this run uses {other.fingerprint} (5). "
         f"Set tokenizer to that one, or: {encode_again(token_file)}"
     )
 
@@ -350,7 +356,7 @@ def test_a_failed_sync_or_rename_is_a_failed_file(tmp_path, monkeypatch, call, r
         write_token_file(tmp_path / "a.bin", ["a"], BYTES)
     assert (
         str(caught.value)
-        == f"{tmp_path / 'a.bin'}: the token file could not be written: {reason}. Make room, or choose another data.cache_dir."
+        == f"{tmp_path / 'a.bin'}: cannot be written: {reason}. Free disk space or change data.cache_dir."
     )
     assert names(tmp_path) == []
 
@@ -376,14 +382,12 @@ def test_documents_on_both_sides_are_those_of_both_sets(tmp_path, block, train, 
             TokenFile.open(tmp_path / f"{number}.bin").tokens.astype(np.uint32),
         )
         files.append(
-            TokenFile.open(
-                tmp_path / f"{number}.{'npy' if number == 0 else 'bin'}", tokenizer=BYTES
-            )
+            open_tokens(tmp_path / f"{number}.{'npy' if number == 0 else 'bin'}", tokenizer=BYTES)
         )
     *sides, wanted = [{text for text in documents if text} for documents in [*train, val]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_files, "DIGESTS", block)
-        assert shared_documents(files[:-1], files[-1:]) == (
+        patch.setattr(splits, "DIGESTS", block)
+        assert token_overlap(files[:-1], files[-1:])[:2] == (
             len(wanted & set().union(*sides)),
             len(wanted),
         )
@@ -393,7 +397,7 @@ def test_documents_on_both_sides_of_a_border_are_counted(tmp_path):
     """b and c of b, c, d; the border is behind `aa`, `b` and `c`, 3 + 2 + 2 tokens."""
     write_token_file(tmp_path / "a.bin", ["aa", "b", "c", "b", "c", "d", "b"], BYTES)
     file = TokenFile.open(tmp_path / "a.bin")
-    assert shared_documents([file.between(0, 7)], [file.between(7, len(file))]) == (2, 3)
+    assert token_overlap([file.between(0, 7)], [file.between(7, len(file))])[:2] == (2, 3)
 
 
 # --- a draft that goes on ---------------------------------------------------------------------------------------------
@@ -402,9 +406,9 @@ def test_documents_on_both_sides_of_a_border_are_counted(tmp_path):
 PORTIONS = [([1, 2, 258], [3]), ([], []), ([3, 258, 258], [2, 3]), ([4, 258], [2])]
 
 
-def drafted(path: Path, portions: list, **options) -> Draft:
+def drafted(path: Path, portions: list, **options) -> TokenFileWriter:
     """A draft with some portions."""
-    draft = Draft(path, BYTES, "recipe", **options)
+    draft = TokenFileWriter(path, BYTES, "recipe", **options)
     for tokens, ends in portions:
         draft.append(np.array(tokens, dtype=np.uint16), np.array(ends, dtype=np.int64), read=2)
     return draft
@@ -455,7 +459,7 @@ def test_a_draft_goes_on_from_what_was_saved(tmp_path, whole, saved, lost):
     for tokens, ends in PORTIONS[saved : saved + lost]:
         draft.append(np.array(tokens, dtype=np.uint16), np.array(ends, dtype=np.int64))
     draft._tokens.flush()
-    with Draft(path, BYTES, "recipe", resume=True) as again:
+    with TokenFileWriter(path, BYTES, "recipe", resume=True) as again:
         assert (again.state.portions, again.state.read) == (saved, 2 * saved)
         for tokens, ends in PORTIONS[saved:]:
             again.append(np.array(tokens, dtype=np.uint16), np.array(ends, dtype=np.int64), read=2)
@@ -473,10 +477,9 @@ def test_a_kill_while_the_file_is_finished_loses_nothing(tmp_path, whole, monkey
         drafted(path, PORTIONS, keep=True) as draft,
     ):
         draft.save()
-        patch.setattr(token_file_writer, "sync_folder", None)
         patch.setattr(os, "replace", interrupt)
         draft.finish("source")
-    with Draft(path, BYTES, "recipe", resume=True) as again:
+    with TokenFileWriter(path, BYTES, "recipe", resume=True) as again:
         assert again.state.portions == 4
         again.finish("source")
     assert path.read_bytes() == whole
@@ -496,32 +499,32 @@ def test_an_interruption_leaves_the_draft_and_an_error_only_where_that_is_wished
     with pytest.raises(error), drafted(tmp_path / "a.bin", PORTIONS[:2], keep=keep):
         raise error("interrupted")
     assert names(tmp_path) == ([".a.bin.part"] if left else [])
-    assert Draft(tmp_path / "a.bin", BYTES, "recipe", resume=True).state.portions == (
+    assert TokenFileWriter(tmp_path / "a.bin", BYTES, "recipe", resume=True).state.portions == (
         2 if left else 0
     )
 
 
 def test_without_resume_a_draft_is_begun_again(tmp_path):
     drafted(tmp_path / "a.bin", PORTIONS).save()
-    assert Draft(tmp_path / "a.bin", BYTES, "recipe").state.portions == 0
+    assert TokenFileWriter(tmp_path / "a.bin", BYTES, "recipe").state.portions == 0
 
 
 def test_the_state_is_saved_every_few_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr(Draft, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(TokenFileWriter, "SAVE_SECONDS", -1)
     drafted(tmp_path / "a.bin", PORTIONS[:3])
-    assert Draft(tmp_path / "a.bin", BYTES, "recipe", resume=True).state.portions == 3
+    assert TokenFileWriter(tmp_path / "a.bin", BYTES, "recipe", resume=True).state.portions == 3
 
 
 def test_the_draft_of_something_else_is_not_gone_on_with(tmp_path):
     drafted(tmp_path / "a.bin", PORTIONS).save()
-    folder = draft_folder(tmp_path / "a.bin")
+    folder = writer_folder(tmp_path / "a.bin")
     for recipe, cut in (("other", ""), ("recipe", "after 5 bytes")):
         with pytest.raises(UserError) as caught:
-            Draft(tmp_path / "a.bin", BYTES, recipe, cut=cut, resume=True)
-        found = "was begun with other text, another tokenizer, settings or version"
+            TokenFileWriter(tmp_path / "a.bin", BYTES, recipe, cut=cut, resume=True)
+        found = "was started with another text, tokenizer, settings or version"
         assert (
             str(caught.value)
-            == f"{folder}: {found}. Go on with those, or: Delete {folder} to begin again."
+            == f"{folder}: {found}. Continue with those, or: Delete {folder} to start again."
         )
 
 
@@ -535,19 +538,19 @@ def test_the_draft_of_something_else_is_not_gone_on_with(tmp_path):
 )
 def test_a_damaged_draft_is_refused(tmp_path, name, content, message):
     drafted(tmp_path / "a.bin", PORTIONS).save()
-    folder = draft_folder(tmp_path / "a.bin")
+    folder = writer_folder(tmp_path / "a.bin")
     (folder / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
-        Draft(tmp_path / "a.bin", BYTES, "recipe", resume=True)
+        TokenFileWriter(tmp_path / "a.bin", BYTES, "recipe", resume=True)
     assert message in str(caught.value)
-    assert str(caught.value).endswith(f"Delete {folder} to begin again.")
+    assert str(caught.value).endswith(f"Delete {folder} to start again.")
 
 
 # --- arrays of ids ----------------------------------------------------------------------------------------------------
 
 
 def opened(path: Path, tokenizer: Tokenizer = BYTES, **options) -> TokenFile:
-    return TokenFile.open(path, tokenizer=tokenizer, **options)
+    return open_tokens(path, tokenizer=tokenizer, **options)
 
 
 def array_refusal(path: Path, **options) -> str:
@@ -599,7 +602,7 @@ def test_the_fingerprint_of_an_array_is_its_content(tmp_path):
 def test_a_worker_process_gets_an_array_without_reading_it_again(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", np.array(TOKENS, dtype=np.uint16))
     packed = pickle.dumps(opened(tmp_path / "a.npy").between(3, 8))
-    monkeypatch.setattr(token_files, "_with_scan", None)
+    monkeypatch.setattr(id_arrays, "_scan", None)
     back = pickle.loads(packed)  # noqa: S301
     assert (back.tokens.tolist(), back.document_ends.tolist()) == (TOKENS[3:], [3, 5])
 
@@ -620,7 +623,7 @@ def test_an_id_that_the_tokenizer_lacks_is_named_with_its_place(tmp_path):
 @pytest.mark.parametrize("size", [0, 1, 7])
 def test_a_bare_array_of_an_odd_size_is_refused(tmp_path, size):
     (tmp_path / "a.bin").write_bytes(bytes(size))
-    expected = "expected a multiple of 4 bytes, since data.token_dtype is uint32"
+    expected = "expected a multiple of 4 bytes (data.token_dtype is uint32)"
     message = f"{tmp_path / 'a.bin'}: {expected}, found {size}. Give the whole file, or correct data.token_dtype."
     assert array_refusal(tmp_path / "a.bin", dtype="uint32") == message
 
@@ -634,7 +637,7 @@ def test_a_bare_array_needs_its_dtype(tmp_path):
 
 def test_a_dtype_that_the_file_denies_is_refused(token_file):
     assert opened(token_file, dtype="uint16").tokens.tolist() == TOKENS
-    message = f"data.token_dtype: uint32, and {token_file} says itself that it holds uint16. Take data.token_dtype out."
+    message = f"data.token_dtype: is uint32, but the header of {token_file} says uint16. Remove data.token_dtype."
     assert array_refusal(token_file, dtype="uint32") == message
 
 
@@ -701,12 +704,6 @@ def test_a_later_version_of_the_format_is_refused(tmp_path):
     assert "a.npy: not a NumPy file of token ids: format 2.0. " in array_refusal(tmp_path / "a.npy")
 
 
-def test_an_array_without_a_tokenizer_is_misuse(tmp_path):
-    np.save(tmp_path / "a.npy", np.array(TOKENS, dtype=np.uint16))
-    with pytest.raises(ValueError, match="is opened with the tokenizer"):
-        TokenFile.open(tmp_path / "a.npy")
-
-
 def test_a_token_file_as_a_plain_array(token_file, tmp_path):
     """NumPy reads what we write, and it is what NumPy writes."""
     write_npy(TokenFile.open(token_file), tmp_path / "a.npy", "--out")
@@ -722,7 +719,7 @@ def test_an_array_that_cannot_be_written_leaves_nothing(token_file, tmp_path, mo
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         UserError,
-        match="a.npy: the token file could not be written: No space left on device. Make room, or choose another --out.",
+        match="a.npy: cannot be written: No space left on device. Free disk space or change --out.",
     ):
         write_npy(TokenFile.open(token_file), tmp_path / "a.npy", "--out")
     assert names(tmp_path) == ["train.bin"]

@@ -25,7 +25,7 @@ from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.config.schema import Config
 from tinylm.rows.inspect import InspectedRow
-from tinylm.text.splits import train_documents
+from tinylm.text.data_source import train_documents
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.factory import make_tokenizer

@@ -22,8 +22,9 @@ from tinylm.config.schema import DataConfig
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
-from tinylm.tokens.encode import cached_token_file, encode_documents
-from tinylm.tokens.token_file import TokenFile
+from tinylm.tokens.encode import encode_documents
+from tinylm.tokens.id_arrays import open_tokens
+from tinylm.tokens.run_files import cached_token_file
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "SCALING.md").read_text(encoding="utf-8")
@@ -64,7 +65,7 @@ DOCUMENTS = [[97, 98, EOS], [EOS], [99, EOS, 99, EOS]]
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_a_file_of_datatrove_reads_as_its_ids_and_ends(write, dtype):
     """An EOS inside a document ends none: the index decides. 3 + 1 + 4 tokens, 97 and 98 and twice 99 being bytes of text."""
-    file = TokenFile.open(write(DOCUMENTS, dtype), tokenizer=BYTES)
+    file = open_tokens(write(DOCUMENTS, dtype), tokenizer=BYTES)
     assert (file.tokens.dtype, file.tokens.tolist()) == (
         np.dtype(dtype),
         [97, 98, EOS, EOS, 99, EOS, 99, EOS],
@@ -83,12 +84,11 @@ def test_a_run_trains_on_the_first_documents_and_validates_on_the_last(write):
 
 def test_a_changed_id_changes_the_fingerprint(write):
     """A10: a resumed run must see that its data are others."""
-    before = TokenFile.open(write(DOCUMENTS), tokenizer=BYTES).fingerprint
+    before = open_tokens(write(DOCUMENTS), tokenizer=BYTES).fingerprint
     assert (
-        TokenFile.open(write([[96, 98, EOS], *DOCUMENTS[1:]]), tokenizer=BYTES).fingerprint
-        != before
+        open_tokens(write([[96, 98, EOS], *DOCUMENTS[1:]]), tokenizer=BYTES).fingerprint != before
     )
-    assert TokenFile.open(write(DOCUMENTS), tokenizer=BYTES).fingerprint == before
+    assert open_tokens(write(DOCUMENTS), tokenizer=BYTES).fingerprint == before
 
 
 AGAIN = "Run the task of datatrove again that wrote it."
@@ -99,17 +99,17 @@ AGAIN = "Run the task of datatrove again that wrote it."
     [
         (
             {"metadata": ""},
-            "a.ds.metadata: expected a name with |2 or |4 behind it, then the number of tokens, found b''. "
+            "a.ds.metadata: expected a name, |2 or |4, then the number of tokens, found b''. "
             + AGAIN,
         ),
         (
             {"metadata": "x|3\n8\n8 T"},
-            "a.ds.metadata: expected a name with |2 or |4 behind it, then the number of tokens, found b'x|3\\n8\\n8 T'. "
+            "a.ds.metadata: expected a name, |2 or |4, then the number of tokens, found b'x|3\\n8\\n8 T'. "
             + AGAIN,
         ),
         (
             {"metadata": "x|2\n" + "9" * 5000},
-            "a.ds.metadata: expected a name with |2 or |4 behind it",
+            "a.ds.metadata: expected a name, |2 or |4",
         ),
         (
             {"metadata": "x|2\n9\n9 T"},
@@ -147,7 +147,7 @@ AGAIN = "Run the task of datatrove again that wrote it."
 def test_what_is_no_whole_file_of_this_tokenizer_is_refused(write, changes, message):
     path = write(**{"documents": DOCUMENTS} | changes)
     with pytest.raises(UserError) as caught:
-        TokenFile.open(path, tokenizer=BYTES)
+        open_tokens(path, tokenizer=BYTES)
     assert str(caught.value).startswith(f"{path.parent}{os.sep}{message}")
 
 
@@ -156,7 +156,7 @@ def test_a_file_without_its_index_or_metadata_is_refused(write):
         path = write(DOCUMENTS)
         path.with_name(f"a.ds{suffix}").unlink()
         with pytest.raises(UserError) as caught:
-            TokenFile.open(path, tokenizer=BYTES)
+            open_tokens(path, tokenizer=BYTES)
         assert (
             str(caught.value)
             == f"{path}{suffix}: not found. Keep it beside a.ds: datatrove writes .ds, .ds.index and .ds.metadata."
@@ -171,7 +171,7 @@ def test_an_index_that_is_cut_off_is_refused(write):
         UserError,
         match="a.ds.index: expected 8 bytes for each of at least one document, found 23. ",
     ):
-        TokenFile.open(path, tokenizer=BYTES)
+        open_tokens(path, tokenizer=BYTES)
 
 
 # --- the guide, done --------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_two_tasks_of_datatrove_give_the_tokens_of_our_own_encoding(
     No document is lost or twice there but the one that the filter drops, and none is cut by the special token it spells.
     """
     assert len(list((encoded / "encoded" / "shards").glob("*.ds"))) == 2
-    file = TokenFile.open(encoded / "encoded" / "000_corpus.ds", tokenizer=tokenizer)
+    file = open_tokens(encoded / "encoded" / "000_corpus.ds", tokenizer=tokenizer)
     ends = file.document_ends.tolist()
     theirs = [
         tokenizer.decode(file.tokens[start : end - 1].tolist())

@@ -13,7 +13,7 @@ from tinylm.common.console import progress_bar
 from tinylm.common.errors import UserError, printable, rename_settings
 
 if TYPE_CHECKING:
-    from tinylm.tokens.encode import Recipe
+    from tinylm.tokens.encode import EncodeSpec
     from tinylm.tokens.token_file import TokenFile
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "python -m tinylm encode --data 'corpus/*.txt' --tokenizer TOKENIZER --out FILE.bin [flags]"
     )
-    parser.description = (
-        "Encode a corpus once, into a token file for data.dataset: with all cores, "
-        "in document order, resumable."
-    )
+    parser.description = "Encode a corpus once, into a token file for data.dataset: with all cores, in document order, resumable."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
 for example:
@@ -72,9 +69,10 @@ for example:
 @rename_settings(ENCODE_FLAGS)
 def run(arguments: argparse.Namespace) -> int:
     """Write the token file, report its content, and print its path."""
+    from tinylm.common.files import locked
     from tinylm.text.sources import BIN, NPY
     from tinylm.tokens.encode import notes_on_text
-    from tinylm.tokens.token_file_writer import locked, write_npy
+    from tinylm.tokens.id_arrays import write_npy
 
     path = arguments.out
     array = path.with_suffix(NPY)
@@ -83,14 +81,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             ("--out", path), f"the name of a token file must end with {BIN}", "Choose such a name"
         )
-    recipe = encode_recipe(arguments)
-    with locked(path, "--out", lambda: logger.info("waiting: another process writes %s", path)):
-        file = existing_or_encoded(arguments, recipe)
+    spec = encode_spec(arguments)
+    with locked(
+        path, "--out", on_wait=lambda: logger.info("waiting: another process writes %s", path)
+    ):
+        file = existing_or_encoded(arguments, spec)
         if arguments.format == "npy" and not array_exists(array, file):
             write_npy(file, array, "--out")
     report_content(file)
     for note in notes_on_text(
-        recipe.split.source.name, file, recipe.tokenizer, recipe.separator, "--separator"
+        spec.split.source.name, file, spec.tokenizer, spec.separator, "--separator"
     ):
         logger.info("%s", note)
     logger.info("next: %s", training_command(path, arguments.tokenizer))
@@ -100,14 +100,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def encode_recipe(arguments: argparse.Namespace) -> "Recipe":
+def encode_spec(arguments: argparse.Namespace) -> "EncodeSpec":
     """What the token file is made from."""
     from tinylm.text.splits import Split
     from tinylm.tokenizer.factory import named_tokenizer
-    from tinylm.tokens.encode import Recipe
+    from tinylm.tokens.encode import EncodeSpec
 
     source = text_source(arguments, again="The same command with --resume continues from there.")
-    return Recipe(
+    return EncodeSpec(
         Split("train", source, None, arguments.docs),
         named_tokenizer(arguments.tokenizer),
         arguments.text_field,
@@ -117,16 +117,16 @@ def encode_recipe(arguments: argparse.Namespace) -> "Recipe":
     )
 
 
-def existing_or_encoded(arguments: argparse.Namespace, recipe: "Recipe") -> "TokenFile":
+def existing_or_encoded(arguments: argparse.Namespace, spec: "EncodeSpec") -> "TokenFile":
     """The token file at --out: the existing one if it is what the flags ask for, else a new one."""
     from tinylm.text.sources import NPY
     from tinylm.tokens.encode import encode_file, finished_file
     from tinylm.tokens.token_file import TokenFile
-    from tinylm.tokens.token_file_writer import draft_folder
+    from tinylm.tokens.token_file_writer import writer_folder
 
     path = arguments.out
     array = path.with_suffix(NPY)
-    file = finished_file(path, recipe)
+    file = finished_file(path, spec)
     if file is not None:
         logger.info("already complete: %s", path)
         return file
@@ -135,9 +135,9 @@ def existing_or_encoded(arguments: argparse.Namespace, recipe: "Recipe") -> "Tok
         raise UserError(
             array, f"already exists, without {path}", "Delete it, or choose another --out"
         )
-    if not arguments.resume and (draft_folder(path) / "state.json").exists():
+    if not arguments.resume and (writer_folder(path) / "state.json").exists():
         raise UserError(
-            draft_folder(path),
+            writer_folder(path),
             "holds the work of an interrupted run",
             "Continue it with the same command and --resume, or delete it to start again",
         )
@@ -145,18 +145,18 @@ def existing_or_encoded(arguments: argparse.Namespace, recipe: "Recipe") -> "Tok
     logger.info(
         "encoding with %d processes, tokenizer %s (vocabulary %d)",
         arguments.processes,
-        recipe.tokenizer.fingerprint,
-        recipe.tokenizer.vocab_size,
+        spec.tokenizer.fingerprint,
+        spec.tokenizer.vocab_size,
     )
     try:
         with progress_bar() as progress:
             encode_file(
                 path,
-                recipe,
+                spec,
                 processes=arguments.processes,
                 resume=arguments.resume,
                 keep=True,
-                place="--out",
+                setting="--out",
                 progress=progress,
             )
     except KeyboardInterrupt:
@@ -177,7 +177,7 @@ def array_exists(array: Path, file: "TokenFile") -> bool:
     Raises:
         UserError: it has other content.
     """
-    from tinylm.tokens.token_file_writer import holds_ids
+    from tinylm.tokens.id_arrays import holds_ids
 
     if not os.path.lexists(array):
         return False

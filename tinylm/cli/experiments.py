@@ -1,4 +1,4 @@
-"""`python -m tinylm experiments`: train models that differ in one setting and compare them."""
+"""`python -m tinylm experiments`: train small models that differ in one setting, compare them, write a report."""
 
 import argparse
 import logging

@@ -1,7 +1,7 @@
 """The validation loss of a trained checkpoint, on the validation data of any config.
 
-The rows and batches are those of validation during training, so that the same checkpoint on the
-same data gives the same number, to the last digit. `eval_val.py` and `align.py` score with this.
+The rows and batches are those of validation during training, so that the same checkpoint on the same data gives the same
+number, to the last digit. `eval_val.py` and `align.py` score with this.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,9 +27,10 @@ from tinylm.tokens.batches import (
     collate_examples,
     collate_rows,
 )
-from tinylm.tokens.mixture import TokenRows, validation_file
+from tinylm.tokens.mixture import TokenRows
 from tinylm.tokens.packing import fill_rows
 from tinylm.tokens.row_order import Share, count_batches, validation_order
+from tinylm.tokens.run_files import validation_file
 
 
 @dataclass(frozen=True)

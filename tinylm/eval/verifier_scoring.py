@@ -1,4 +1,4 @@
-"""A trained verifier at work: how probably is each answer right?"""
+"""A verifier at work, and the batches it is given: pairs of a problem and an answer (problems.py) as padded rows of ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from tinylm.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class VerifierScorer:
-    """A verifier with its tokenizer."""
+    """A verifier at work."""
 
     model: Verifier
     """in evaluation mode"""
     tokenizer: Tokenizer
     seq_len: int
-    """tokens of a problem with its answer in training"""
+    """tokens of a pair that it was trained on"""
 
     @classmethod
     def load(cls, path: Path, device: str) -> "VerifierScorer":
@@ -30,13 +30,18 @@ class VerifierScorer:
 
     @torch.inference_mode()
     def probabilities(self, problem: str, answers: Sequence[str]) -> list[float]:
-        """The probability that each of at least one answer is right."""
-        question_ids = self.tokenizer.encode(problem)
-        rows = []
-        for answer in answers:
-            answer_ids = self.tokenizer.encode(remove_annotations(answer).strip())
-            rows.append(pair_ids(question_ids, answer_ids, self.tokenizer, self.seq_len))
+        """How likely each of at least one answer is right."""
+        device, asked = self.model.suspicion.weight.device, self.tokenizer.encode(problem)
+        rows = [
+            pair_ids(
+                asked,
+                self.tokenizer.encode(remove_annotations(answer).strip()),
+                self.tokenizer,
+                self.seq_len,
+            )
+            for answer in answers
+        ]
         batch = pad_pairs(rows, self.tokenizer.pad_id)
-        device = next(self.model.parameters()).device
-        logits = self.model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-        return torch.sigmoid(logits).tolist()
+        return torch.sigmoid(
+            self.model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+        ).tolist()

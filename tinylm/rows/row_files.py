@@ -13,9 +13,10 @@ from typing import Any
 
 from tinylm.common.errors import UserError, first_line, reading, require_regular
 from tinylm.config.schema import DataConfig
+from tinylm.text.data_source import find_split
 from tinylm.text.documents import is_blank, jsonl_rows, kind_of, parquet_rows, text_lines
 from tinylm.text.sources import HubDataset, Kinds, files_in
-from tinylm.text.splits import Which, find_split
+from tinylm.text.splits import Which
 
 LocatedRow = tuple[str, dict[str, Any]]
 """where the row is, for errors, and the row"""
@@ -52,7 +53,7 @@ def read_rows(data: DataConfig, which: Which, seed: int) -> Iterator[LocatedRow]
         rows = split.source.rows()
     else:
         rows = (row for path in split.source.paths for row in _read_file(path))
-    return split.choose(
+    return split.select(
         map(_require_object, rows),
         lambda located: json.dumps(located[1], sort_keys=True, default=str),
         kind="rows",

@@ -31,8 +31,8 @@ from tinylm.model.attention_sinks import with_attention_sinks
 from tinylm.model.decoder import Decoder, active_parameters, count_parameters
 from tinylm.runs.experiments import QUESTIONS, Question, Say, Step, is_done, last_line
 from tinylm.runs.plots import attention_maps, draw, draw_lines, find_runs, smoothed
-from tinylm.tokens.encode import cached_token_file
 from tinylm.tokens.packing import IGNORE_INDEX, row_at
+from tinylm.tokens.run_files import cached_token_file
 
 
 @dataclass(frozen=True)

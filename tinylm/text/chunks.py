@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tinylm.common.errors import UserError, reading, require_regular
-from tinylm.text.documents import Met, Span, file_documents
+from tinylm.text.documents import SeparatorSeen, Span, file_documents
 
 # Characters of the documents in a TextChunk.
 CHUNK_CHARACTERS = 2**20
@@ -45,10 +45,10 @@ class TextChunk:
         """Characters."""
         return sum(map(len, self.documents))
 
-    def texts(self, met: Met | None = None) -> Iterator[str]:
-        """The documents, then the error; a separator is noted in `met`."""
-        if met is not None:
-            met.separator |= self.separated
+    def texts(self, found: SeparatorSeen | None = None) -> Iterator[str]:
+        """The documents, then the error; a separator is noted in `found`."""
+        if found is not None:
+            found.seen |= self.separated
         yield from self.documents
         if self.error is not None:
             raise self.error
@@ -68,9 +68,9 @@ class SpanChunk:
         """Bytes."""
         return self.span[1] - self.span[0]
 
-    def texts(self, met: Met | None = None) -> Iterator[str]:
-        """The documents; a separator is noted in `met`."""
-        return file_documents(self.path, self.field, self.separator, self.span, met)
+    def texts(self, found: SeparatorSeen | None = None) -> Iterator[str]:
+        """The documents; a separator is noted in `found`."""
+        return file_documents(self.path, self.field, self.separator, self.span, found)
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,14 @@ class RawChunk:
 Chunk = TypeVar("Chunk", bound=TextChunk | SpanChunk | RawChunk)
 
 
-def text_chunks(documents: Iterable[str], met: Met | None = None) -> Iterator[TextChunk]:
+def text_chunks(
+    documents: Iterable[str], found: SeparatorSeen | None = None
+) -> Iterator[TextChunk]:
     """Documents in chunks of about `CHUNK_CHARACTERS`; an error in reading them is in the last chunk.
 
     Args:
         documents: their texts.
-        met: what the reader of the documents noted about separators.
+        found: where the reader of the documents notes separators.
     """
     texts: list[str] = []
     n_characters = 0
@@ -128,13 +130,13 @@ def text_chunks(documents: Iterable[str], met: Met | None = None) -> Iterator[Te
             texts.append(text)
             n_characters += len(text)
             if n_characters >= CHUNK_CHARACTERS:
-                yield TextChunk(texts, None, met is not None and met.separator)
+                yield TextChunk(texts, None, found is not None and found.seen)
                 texts = []
                 n_characters = 0
     except UserError as problem:
         error = problem
     if texts or error is not None:
-        yield TextChunk(texts, error, met is not None and met.separator)
+        yield TextChunk(texts, error, found is not None and found.seen)
 
 
 def raw_chunks(path: Path, processes: int = 1) -> Iterator[RawChunk]:

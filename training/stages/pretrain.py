@@ -7,9 +7,8 @@ from tinylm.common.console import progress_bar
 from tinylm.common.errors import UserError
 from tinylm.common.units import short
 from tinylm.config.schema import Config
-from tinylm.text.splits import shared_documents
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.mixture import name_of, notes_on_texts, shared_in_token_files
+from tinylm.tokens.run_files import name_of, notes_on_texts, split_overlap
 from training.build import build_language_model
 from training.context import RunContext
 from training.stage import Stage
@@ -65,16 +64,14 @@ def check_documents(data: PretrainData) -> None:
     """
     config, val = data.config, data.val_file
     assert val is not None, "prepare() makes the validation file"
-    for note in notes_on_texts(config.data, data.train_files, val, data.tokenizer):
+    seed = config.training.seed
+    for note in notes_on_texts(config.data, data.train_files, val, data.tokenizer, seed):
         logger.info(note)
-    n_texts = shared_documents(config.data, config.training.seed)
-    shared = shared_in_token_files(config.data, data.train_files, val)
+    shared = split_overlap(config.data, data.train_files, val, seed)
     effect = "are also training documents; val_loss will look better than it is"
     if config.data.val_dataset is not None:
-        if n_texts or shared.found:
-            logger.info(
-                f"warning: {n_texts or shared.found} documents of data.val_dataset {effect}"
-            )
+        if shared.found:
+            logger.info(f"warning: {shared.found} documents of data.val_dataset {effect}")
     elif shared.found:
         setting = "data.dataset" if config.data.mix is None else "data.mix"
         held_out = f"held out at the end (data.val_fraction={config.data.val_fraction})"

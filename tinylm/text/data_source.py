@@ -1,0 +1,228 @@
+"""The data of a run, resolved: each setting that names data becomes a `DataSource`, and nothing asks again what it is.
+
+    data.dataset, data.mix, data.val_dataset ─▶ `data_sources` ─▶ DataSource: text to encode, or encoded tokens
+
+One source is the mixture of one. The files of a source are found here, and not read yet.
+"""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from tinylm.common.errors import UserError
+from tinylm.common.hub import is_hub_name
+from tinylm.config.schema import DataConfig
+from tinylm.text.sources import (
+    BIN,
+    DOCUMENT_FILES,
+    TOKEN_FILES,
+    HubDataset,
+    Kinds,
+    LocalFiles,
+    find_files,
+)
+from tinylm.text.splits import Overlap, Split, Which, count_overlap
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One source of the training or validation data: text, or a token file that the user gave."""
+
+    which: Which
+    setting: str
+    """the setting that names it, `data.mix[1].dataset`"""
+    name: str
+    """the value of the setting"""
+    split: Split | None
+    """the documents, if it is text; None for a token file"""
+    text_field: str
+    separator: str | None
+    max_doc_len: int | None
+    token_dtype: str | None
+    """the type of the numbers in a bare .bin"""
+    val_fraction: float | None
+    """the share at the end of a token file that is for validation; None if validation has its own data"""
+
+    def text(self) -> Split:
+        """The documents.
+
+        Raises:
+            UserError: it is a token file.
+        """
+        if self.split is None:
+            raise UserError(
+                self.setting,
+                f"{self.name} is a token file, whose documents cannot be read again",
+                "Set tokenizer.path to the tokenizer that it was encoded with",
+            )
+        return self.split
+
+
+def is_token_file(name: str) -> bool:
+    """Whether the name of a dataset is that of a token file; only opening it shows whether it is one."""
+    return name.endswith(TOKEN_FILES)
+
+
+def data_sources(
+    data: DataConfig, which: Which, seed: int, kinds: Kinds = DOCUMENT_FILES
+) -> tuple[DataSource, ...]:
+    """The sources of a split: data.val_dataset for validation if it is set, else data.dataset or each part of data.mix.
+
+    Args:
+        data: the settings.
+        which: the split.
+        seed: decides which documents are held out.
+        kinds: the files to find, documents or rows.
+
+    Raises:
+        UserError: nothing is there, or a setting does not apply to a source.
+    """
+    named = [("data.dataset", data.dataset)]
+    if data.mix is not None:
+        named = [(f"data.mix[{i}].dataset", part.dataset) for i, part in enumerate(data.mix)]
+    all_tokens = all(is_token_file(name) for _, name in named)
+    for setting, name in named:
+        if is_token_file(name):
+            _check_token_file(data, setting, all_tokens)
+    val = data.val_dataset
+    if val is not None and is_token_file(val):
+        _refuse_settings(data, "data.val_dataset", ("val_docs",))
+    bare = [name for name in (data.dataset, val) if name is not None and name.endswith(BIN)]
+    if data.mix is None and data.token_dtype is not None and not bare:
+        problem = "only valid for a bare .bin; neither data.dataset nor data.val_dataset is one"
+        raise UserError("data.token_dtype", problem, "Remove it")
+    if which == "val" and val is not None:
+        named = [("data.val_dataset", val)]
+    return tuple(_resolve(data, which, seed, setting, name, kinds) for setting, name in named)
+
+
+def find_split(data: DataConfig, which: Which, seed: int, kinds: Kinds = DOCUMENT_FILES) -> Split:
+    """The documents, or rows, of a split that has one source.
+
+    Raises:
+        UserError: as `data_sources`, or the source is a token file.
+    """
+    (source,) = data_sources(data, which, seed, kinds)
+    return source.text()
+
+
+def train_documents(data: DataConfig, seed: int, *, skip: int = 0) -> Iterator[str]:
+    """The training documents in order, without the first `skip`: a resumed stream continues exactly there.
+
+    Skipped documents are read, since only their text tells whether they are training documents, but not encoded.
+
+    Raises:
+        UserError: nothing is there, a row is not a document, or no document is for training.
+    """
+    return islice(find_split(data, "train", seed).documents(), skip, None)
+
+
+def text_overlap(data: DataConfig, seed: int) -> Overlap:
+    """How many documents of data.val_dataset are training documents too; only files of text on this machine are compared.
+
+    Without data.val_dataset there are none: text is split by its content.
+    """
+    nothing = Overlap(0, 0, 0)
+    if data.val_dataset is None:
+        return nothing
+    (val,) = data_sources(data, "val", seed)
+    splits = [source.split for source in data_sources(data, "train", seed)]
+    local = [split for split in splits if split and isinstance(split.source, LocalFiles)]
+    if not local or val.split is None or not isinstance(val.split.source, LocalFiles):
+        return nothing
+    texts = (text.encode() for split in local for text in split.documents())
+    return count_overlap(texts, (text.encode() for text in val.split.documents()))
+
+
+def _resolve(
+    data: DataConfig, which: Which, seed: int, setting: str, name: str, kinds: Kinds
+) -> DataSource:
+    tokens = is_token_file(name)
+    return DataSource(
+        which=which,
+        setting=setting,
+        name=name,
+        split=None if tokens else _text_split(data, which, seed, setting, name, kinds),
+        text_field=data.text_field,
+        separator=data.document_separator,
+        max_doc_len=data.max_doc_len,
+        token_dtype=data.token_dtype,
+        val_fraction=data.val_fraction if data.val_dataset is None else None,
+    )
+
+
+def _text_split(
+    data: DataConfig, which: Which, seed: int, setting: str, name: str, kinds: Kinds
+) -> Split:
+    """The documents of a source that is text."""
+    own_split = which == "val" and data.val_split is not None
+    split = data.val_split if own_split else data.split
+    source = _find_source(data, setting, name, split, kinds)
+    limit = data.train_docs if which == "train" else data.val_docs
+    on_hub = isinstance(source, HubDataset)
+    if data.val_dataset is None and data.val_split is None:
+        if which == "val" and on_hub and data.streaming and limit is None:
+            problem = "holding documents out of a streamed dataset would read all of it"
+            raise UserError("data.val_docs", problem, "Set data.val_docs, for example 1000")
+        return Split(which, source, (data.val_fraction, seed), limit)
+    if which == "val" and on_hub and (source.name, source.split) == (data.dataset, data.split):
+        problem = "validation would be the training documents themselves"
+        if setting == "data.val_dataset":
+            fix = "Give another dataset, or set data.val_split instead"
+            raise UserError(setting, problem, fix)
+        fix = "Set data.val_split to another split, or remove it"
+        raise UserError("data.val_split", problem, fix)
+    return Split(which, source, None, limit)
+
+
+def _find_source(
+    data: DataConfig, setting: str, name: str, split: str, kinds: Kinds
+) -> LocalFiles | HubDataset:
+    """Files of these kinds on this machine, or else a dataset on the hub.
+
+    data.dataset_config belongs to data.dataset: a val_dataset on the hub is read in its default configuration.
+    """
+    own = setting != "data.val_dataset"
+    if os.path.lexists(name) or glob.has_magic(name):
+        hub_settings = (data.dataset_config, data.split, data.val_split)
+        if own and hub_settings != (None, "train", None):
+            problem = f"{name} is on this machine, where files have no splits"
+            raise UserError(setting, problem, "Remove split, val_split and dataset_config")
+        paths = find_files(name, setting, kinds)
+        return LocalFiles(name, paths, data.text_field, data.document_separator)
+    files = (*kinds, *TOKEN_FILES, ".json", ".csv")
+    if not is_hub_name(name) or "/" not in name or name.endswith(files):
+        fix = "Give a file, a folder, a glob, or a Hugging Face name written owner/name"
+        raise UserError((setting, name), "not found", fix)
+    field = data.text_field if kinds is DOCUMENT_FILES else None
+    config = data.dataset_config if own else None
+    return HubDataset(name, config, split, data.streaming, field, setting=setting)
+
+
+def _check_token_file(data: DataConfig, setting: str, all_tokens: bool) -> None:
+    """Raise a UserError for a setting that only applies to text; in a mixture with text it is for the text."""
+    _refuse_settings(
+        data, setting, ("streaming", "dataset_config", "split", "val_split", "train_docs")
+    )
+    if all_tokens:
+        _refuse_settings(data, setting, ("max_doc_len",))
+        if data.val_dataset is None or is_token_file(data.val_dataset):
+            _refuse_settings(data, setting, ("text_field", "document_separator"))
+    if data.val_dataset is None:
+        _refuse_settings(data, setting, ("val_docs",))
+
+
+def _refuse_settings(data: DataConfig, key: str, settings: Iterable[str]) -> None:
+    """Raise a UserError for the first of `settings` that is not its default."""
+    values = data.model_dump(include=set(settings))
+    for setting in settings:
+        if values[setting] != DataConfig.model_fields[setting].default:
+            problem = f"does not apply to the token file {key}"
+            raise UserError(f"data.{setting}", problem, f"Remove it, or: {give_text(key)}")
+
+
+def give_text(setting: str) -> str:
+    """The fix for a token file that the user gave as `setting`."""
+    return f"Give the text that it was made from as {setting}"

@@ -1,0 +1,263 @@
+"""The token files of a run: one for each source, made if it does not exist, and what is known about them.
+
+    DataSource ─▶ the token file that the user gave, or its training or validation part      } `token_file_of`
+               ─▶ a file in data.cache_dir, encoded from text once                            }
+    data.dataset or data.mix ─▶ training_files, validation_file
+
+Which rows of the files a run takes, and in which order, is in mixture.py and row_order.py.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from tinylm.common.errors import UserError, require_regular
+from tinylm.common.files import locked
+from tinylm.common.processes import Progress
+from tinylm.config.schema import DataConfig
+from tinylm.text.data_source import DataSource, data_sources, find_split, text_overlap
+from tinylm.text.sources import BIN, Source
+from tinylm.text.splits import Overlap, Split, Which, count_overlap
+from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokens.encode import EncodeSpec, encode_file, notes_on_text
+from tinylm.tokens.id_arrays import open_tokens
+from tinylm.tokens.mixture import shares_of, weights_of
+from tinylm.tokens.token_file import JoinedFiles, TokenFile
+
+
+def training_files(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    needed: int,
+    progress: Progress | None = None,
+) -> tuple[TokenFile, ...]:
+    """The training tokens of each source.
+
+    Raises:
+        UserError: as `token_file_of`, or a source has fewer than `needed` tokens.
+    """
+    files = []
+    for source in data_sources(data, "train", seed):
+        file = token_file_of(source, tokenizer, data.cache_dir, progress)
+        if len(file) < needed:
+            problem = (
+                f"{source.name} gives {len(file)} training tokens, and one row of "
+                f"training.seq_len needs {needed}"
+            )
+            raise UserError(source.setting, problem, "Give more text or lower training.seq_len")
+        files.append(file)
+    return tuple(files)
+
+
+def validation_file(
+    data: DataConfig, tokenizer: Tokenizer, seed: int, *, progress: Progress | None = None
+) -> TokenFile | JoinedFiles:
+    """The validation tokens: those of data.val_dataset, or what is held out of each source, one after the other.
+
+    So each source has the share of val_loss that it has of the tokens, whatever its weight.
+    """
+    sources = data_sources(data, "val", seed)
+    files = [token_file_of(source, tokenizer, data.cache_dir, progress) for source in sources]
+    return files[0] if len(files) == 1 else JoinedFiles(tuple(files))
+
+
+def cached_token_file(
+    data: DataConfig,
+    which: Which,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    progress: Progress | None = None,
+) -> TokenFile:
+    """The tokens of a split that has one source; see `token_file_of`."""
+    (source,) = data_sources(data, which, seed)
+    return token_file_of(source, tokenizer, data.cache_dir, progress)
+
+
+def token_file_of(
+    source: DataSource, tokenizer: Tokenizer, cache_dir: str, progress: Progress | None = None
+) -> TokenFile:
+    """The token file that the user gave, or one in the cache that is made from the text.
+
+    The cached file is named by everything its content depends on, made if it does not exist, and verified.
+
+    Raises:
+        UserError: the data cannot be read or encoded, or the tokens are another tokenizer's.
+    """
+    if source.split is None:
+        return _given_token_file(source, tokenizer)
+    spec = EncodeSpec(
+        source.split,
+        tokenizer,
+        source.text_field,
+        source.separator,
+        source.max_doc_len,
+        source.split.label,
+    )
+    path = Path(cache_dir) / f"{source.which}-{spec.fingerprint}{BIN}"
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
+        with locked(path, "data.cache_dir"):
+            if not os.path.exists(path):  # else another process made it while this one waited
+                encode_file(path, spec, processes=os.cpu_count() or 1, progress=progress)
+    file = TokenFile.open(path, "Delete it: it is made again from the text")
+    file.verify()
+    file.require_tokenizer(tokenizer)
+    return file
+
+
+def _given_token_file(source: DataSource, tokenizer: Tokenizer) -> TokenFile:
+    """The token file that a setting names, or the part of it that is for this split.
+
+    Without data.val_dataset, the last data.val_fraction of it, from the start of a document on, is for validation. A
+    document that is in the file twice can then be in both splits, which `split_overlap` counts.
+    """
+    require_regular(source.name)
+    found = os.stat(source.name)
+    stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
+    file = _verified(source.name, tokenizer, source.token_dtype, stamp)
+    if source.val_fraction is None:
+        return file
+    border = file.document_border(len(file) - round(len(file) * source.val_fraction))
+    if source.which == "train":
+        return file.between(0, border)
+    return file.between(border, len(file))
+
+
+@lru_cache(maxsize=1024)
+def _verified(
+    path: str, tokenizer: Tokenizer, dtype: str | None, stamp: tuple[int, ...]
+) -> TokenFile:
+    """A token file that the user gave, read whole: once for both splits; again if `stamp` has changed."""
+    file = open_tokens(path, tokenizer=tokenizer, dtype=dtype)
+    file.require_tokenizer(tokenizer)
+    file.verify()
+    return file
+
+
+# --- what is known about the data of a run --------------------------------------------------------
+
+
+def name_of(data: DataConfig) -> str:
+    """The name of the data of a run in a message."""
+    if data.mix is None:
+        return data.dataset
+    shares = shares_of(weights_of(data))
+    parts = [
+        f"{part.dataset} ({float(share):.1%})" for part, share in zip(data.mix, shares, strict=True)
+    ]
+    return f"mix of {', '.join(parts)}"
+
+
+def training_fingerprint(data: DataConfig, files: Sequence[TokenFile]) -> str:
+    """Identifies the training tokens of a run; of a mixture also the shares.
+
+    Shares, not weights: with 2 and 1 in place of 20 and 10 the rows of the run are the same.
+    """
+    if data.mix is None:
+        return files[0].fingerprint
+    shares = shares_of(weights_of(data))
+    parts = [f"{share} {file.fingerprint}" for share, file in zip(shares, files, strict=True)]
+    return " + ".join(parts)
+
+
+def source_fingerprint(data: DataConfig, which: Which) -> str:
+    """SHA-256 over the text of a split: the contents of local files, or the name of a hub dataset."""
+    # The seed decides which documents are held out, not what is read.
+    return find_split(data, which, seed=0).source.fingerprint()
+
+
+def notes_on_texts(
+    data: DataConfig,
+    train: Sequence[TokenFile],
+    val: TokenFile | JoinedFiles,
+    tokenizer: Tokenizer,
+    seed: int,
+) -> list[str]:
+    """What the user should know about the texts that were encoded for a run, a line each."""
+    files = list(zip(data_sources(data, "train", seed), train, strict=False))
+    if data.val_dataset is not None or not train:
+        # Else the validation text is divided and encoded as the training text.
+        files += zip(data_sources(data, "val", seed), _files_of(val), strict=True)
+    notes = []
+    for source, file in files:
+        if source.split is not None:
+            notes += notes_on_text(
+                source.name, file, tokenizer, source.separator, "data.document_separator"
+            )
+    return notes
+
+
+def split_overlap(
+    data: DataConfig, train: Sequence[TokenFile], val: TokenFile | JoinedFiles, seed: int
+) -> Overlap:
+    """How many documents of validation are training documents too, as far as it is known.
+
+    Text is compared with text (`text_overlap`), and the token files of the settings with each other.
+    """
+    overlap = text_overlap(data, seed)
+    if overlap.of:
+        return overlap
+    pairs = zip(data_sources(data, "train", seed), train, strict=False)
+    val_pairs = zip(data_sources(data, "val", seed), _files_of(val), strict=True)
+    given = [file for source, file in pairs if source.split is None]
+    val_given = [file for source, file in val_pairs if source.split is None]
+    return token_overlap(given, val_given)
+
+
+def token_overlap(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Overlap:
+    """How many documents of token files of one tokenizer are in both splits, by their tokens."""
+    if not train or not val:
+        return Overlap(0, 0, 0)
+    dtype = np.result_type(*(file.header.token_dtype for file in (*train, *val)))
+    train_documents = (document for file in train for document in file.documents(dtype))
+    val_documents = (document for file in val for document in file.documents(dtype))
+    return count_overlap(train_documents, val_documents)
+
+
+def _files_of(file: TokenFile | JoinedFiles) -> tuple[TokenFile, ...]:
+    return file.files if isinstance(file, JoinedFiles) else (file,)
+
+
+# --- the text that tokenizers learn from ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InterleavedSources:
+    """The documents of several sources, one of each in turn, so that the first ones are of all; weights do not count."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(source.name for source in self.sources)
+
+    def documents(self) -> Iterator[str]:
+        """Every document that is not blank."""
+        for turn in zip_longest(*(source.documents() for source in self.sources)):
+            yield from (text for text in turn if text is not None)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the fingerprints of the sources."""
+        parts = " ".join(source.fingerprint() for source in self.sources)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def training_split(data: DataConfig, seed: int) -> Split:
+    """The training documents of all sources.
+
+    Raises:
+        UserError: as `data_sources`, or a source is a token file.
+    """
+    splits = [source.text() for source in data_sources(data, "train", seed)]
+    if len(splits) == 1:
+        return splits[0]
+    sources = InterleavedSources(tuple(split.source for split in splits))
+    return Split("train", sources, splits[0].held_out, None)

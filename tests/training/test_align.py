@@ -22,6 +22,7 @@ from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.common.errors import UserError
 from tinylm.common.processes import Children
+from training import pipeline, pipeline_run, side_by_side
 
 ROOT = Path(__file__).parents[2]
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "max_seq_len": 64}
@@ -156,7 +157,7 @@ def test_every_number_of_the_table_is_the_one_that_its_stage_validated_with(here
     assert [found["stage"] for found in results_of(here)["samples"]] == ["pretrain", "sft", "dpo"]
     out = capsys.readouterr().out
     assert (
-        "measure" in out
+        "metric" in out
         and "Double 4." in out
         and out.endswith("report: checkpoints/all/report.md\n")
     )
@@ -168,12 +169,12 @@ def test_what_is_done_is_not_done_again(here, ran, capsys, monkeypatch):
     assert align.main(["--config", path]) == 0
     first = capsys.readouterr().out
     ran.clear()
-    monkeypatch.setattr(align, "compare", lambda stages: pytest.fail("compared again"))
+    monkeypatch.setattr(side_by_side, "compare", lambda stages: pytest.fail("compared again"))
     assert align.main(["--config", path]) == 0
     captured = capsys.readouterr()
     assert ran == [] and first.endswith(captured.out)
-    assert captured.out.startswith("measure")
-    assert "stage 3 of 4, dpo: done before (runs/dpo/best.ckpt)" in captured.err
+    assert captured.out.startswith("metric")
+    assert "stage 3 of 4, dpo: already done (runs/dpo/best.ckpt)" in captured.err
 
 
 @pytest.mark.slow
@@ -220,7 +221,7 @@ def test_a_model_that_is_lost_is_named_and_no_other_takes_its_place(here, ran, c
     Path("runs/dpo/best.ckpt").unlink()
     capsys.readouterr()
     assert align.main(["--config", path]) == 2
-    message = "error: runs/dpo/best.ckpt: not there, though stage dpo is complete. Put it back, or remove runs/dpo, and the stage is run again.\n"
+    message = "error: runs/dpo/best.ckpt: not found, although stage dpo is complete. Restore it, or remove runs/dpo to run the stage again.\n"
     assert capsys.readouterr().err.endswith(message)
 
 
@@ -230,7 +231,7 @@ def test_of_checkpoints_that_were_there_before_it_is_said_what_is_not_known(here
     assert "note:" not in capsys.readouterr().err
     Path("checkpoints/all/state.json").unlink()
     assert align.main(["--config", path]) == 0
-    note = "note: runs/sft has checkpoints from before: that they began with runs/pretrain/final.ckpt as it is now, is taken for granted\n"
+    note = "note: runs/sft has checkpoints from before; assuming that they began with runs/pretrain/final.ckpt as it is now\n"
     assert note in capsys.readouterr().err
 
 
@@ -240,23 +241,23 @@ def test_models_with_different_tokenizers_are_not_compared_by_the_token():
         {"stage": "sft", "tokenizer": "a"},
         {"stage": "verifier"},
     ]
-    assert list(align.notes_on({"models": rows})) == []
-    found = "note: these models have different tokenizers: val_ppl, response_loss and response_accuracy are by the token, and say nothing between two of them"
-    assert list(align.notes_on({"models": [*rows, {"stage": "dpo", "tokenizer": "b"}]})) == [found]
+    assert list(side_by_side.notes_on({"models": rows})) == []
+    found = "note: these models have different tokenizers: val_ppl, response_loss and response_accuracy are per token and cannot be compared between them"
+    assert list(side_by_side.notes_on({"models": [*rows, {"stage": "dpo", "tokenizer": "b"}]})) == [found]
 
 
 def test_a_stop_between_two_stages_begins_no_other(here, ran, capsys):
-    stages = align.read_stages(write_pipeline(here))
+    stages = pipeline.read_stages(write_pipeline(here))
     assert (
-        align.run_stages(
-            stages, align.State(here / "state.json", {}), Children(received=signal.SIGINT)
+        pipeline_run.run_stages(
+            stages, pipeline_run.PipelineState(here / "state.json", {}), Children(received=signal.SIGINT)
         )
         == 130
     )
     assert (
         ran == []
         and capsys.readouterr().err
-        == "stopped by signal 2 between two stages; the same command goes on there\n"
+        == "stopped by signal 2 between two stages; the same command continues there\n"
     )
 
 
@@ -276,7 +277,7 @@ def test_changed_settings_are_for_the_stages_program_to_judge(here, ran, capsys)
     err = capsys.readouterr().err
     assert "training.lr was 0.01 when it was saved, this run has 0.5" in err
     assert (
-        "stage 2 of 4, sft: ended with exit code 2. What it saved stays; once that is mended, the same command goes on there\n"
+        "stage 2 of 4, sft: exit code 2. Its checkpoints are kept; after you have changed that, the same command continues there\n"
         in err
     )
 
@@ -292,9 +293,9 @@ def test_a_stage_is_not_gone_on_with_over_another_base(here, ran, capsys):
     capsys.readouterr()
     assert align.main(["--config", path]) == 2
     new = checkpoint_initial.weights_fingerprint(Path("runs/pretrain/final.ckpt"))
-    found = f"error: runs/pretrain/final.ckpt has weights {new} now, and had {old} when stage sft began with it"
+    found = f"error: runs/pretrain/final.ckpt: has weights {new} now, but had {old} when stage sft began with it"
     assert (
-        f"{found}. Put it back, or remove runs/sft, and the stage is run again.\n"
+        f"{found}. Restore it, or remove runs/sft to run the stage again.\n"
         in capsys.readouterr().err
     )
     for name in ("sft", "dpo"):
@@ -342,7 +343,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path / "whole")
     assert align.main(["--config", str(write_pipeline(tmp_path / "whole", steps))]) == 0
     path = write_pipeline(tmp_path / "killed", steps)
-    for stage in align.PROGRAMS:
+    for stage in pipeline.PROGRAMS:
         process = begin(path)
         folder = tmp_path / "killed" / "runs" / stage
         assert wait_for(lambda folder=folder: any(folder.glob("step-*.ckpt")), process)
@@ -362,7 +363,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path, monkeypat
     process = begin(path)
     _, err = process.communicate()
     assert process.returncode == 0, err
-    assert err.count("done before") == 3
+    assert err.count("already done") == 3
     assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole")
 
 
@@ -376,7 +377,7 @@ def test_a_stop_reaches_the_stage_which_saves(tmp_path, number, code):
     _, err = process.communicate()
     assert process.returncode == code
     assert (
-        f"stage 1 of 4, pretrain: ended with exit code {code}. What it saved stays; the same command goes on there"
+        f"stage 1 of 4, pretrain: exit code {code}. Its checkpoints are kept; the same command continues there"
         in err
     )
     assert "saved" in err and "Traceback" not in err
@@ -387,58 +388,58 @@ def test_a_stop_reaches_the_stage_which_saves(tmp_path, number, code):
 
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        align.read_stages(path)
+        pipeline.read_stages(path)
     return str(caught.value)
 
 
 def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
     path = write_pipeline(here)
-    assert [stage.name for stage in align.read_stages(path)] == list(align.PROGRAMS)
-    assert [str(stage.model) for stage in align.read_stages(path)] == [
+    assert [stage.name for stage in pipeline.read_stages(path)] == list(pipeline.PROGRAMS)
+    assert [str(stage.model) for stage in pipeline.read_stages(path)] == [
         "runs/pretrain/final.ckpt", "runs/sft/best.ckpt", "runs/dpo/best.ckpt", "runs/verifier/best.ckpt",
     ]  # fmt: skip
     path.write_text("- {stage: base, config: pretrain.yaml}\n", encoding="utf-8")
     assert (
         refusal(path)
-        == f"{path}:1: stage: base: no such stage. There are pretrain, sft, dpo, verifier."
+        == f"{path}:1: stage: base: no such stage. Use one of pretrain, sft, dpo, verifier."
     )
     path.write_text("- stage: pretrain\n", encoding="utf-8")
     assert (
         refusal(path)
-        == f"{path}:1: config: expected text, found nothing. Each stage has stage and config."
+        == f"{path}:1: config: must be text, got nothing. Each stage has a stage and a config."
     )
     path.write_text("- {stage: pretrain, config: pretrain.yaml, steps: 3}\n", encoding="utf-8")
     assert (
         refusal(path)
-        == f"{path}:1: steps: no such key. A stage has stage and config; settings stand in the config."
+        == f"{path}:1: steps: no such key. A stage has the keys stage and config; settings belong in the config."
     )
     write_list(here, "pretrain", "pretrain")
-    assert refusal(path).endswith("stage: pretrain stands above already. Each stage comes once.")
+    assert refusal(path).endswith("stage: pretrain is listed twice. List each stage only once.")
     path.write_text("- {stage: dpo, config: sft.yaml}\n", encoding="utf-8")
     assert (
         refusal(path)
-        == f"{path}:1: sft.yaml: has no dpo section, and is given as stage dpo. Give another config, or another stage."
+        == f"{path}:1: sft.yaml: has no dpo section, but its stage is dpo. Give another config or another stage."
     )
     path.write_text("- {stage: sft, config: verifier.yaml}\n", encoding="utf-8")
     assert (
         refusal(path)
-        == f"{path}:1: verifier.yaml: has a verifier section, and is given as stage sft. Give another config, or another stage."
+        == f"{path}:1: verifier.yaml: has a verifier section, but its stage is sft. Give another config or another stage."
     )
     write_list(here, "sft", "pretrain")
     assert (
         refusal(path)
-        == "sft.yaml: runs/pretrain/final.ckpt comes from this stage or a later one. Put the stages in another order."
+        == "sft.yaml: runs/pretrain/final.ckpt: written by this stage or a later one. Change the order of the stages."
     )
     write_list(here, "sft", "dpo")
     assert (
         refusal(path)
-        == "sft.yaml: runs/pretrain/final.ckpt: not found, and no stage before sft writes there. Add the stage that does."
+        == "sft.yaml: runs/pretrain/final.ckpt: not found, and no stage before sft writes it. Add the stage that does."
     )
     write_pipeline(here, sft={"training": {"checkpoint_dir": "runs/pretrain"}})
     write_list(here, "pretrain", "sft")
     assert (
         refusal(path)
-        == "sft.yaml: training.checkpoint_dir: runs/pretrain is that of pretrain too. Give each its own."
+        == "sft.yaml: training.checkpoint_dir: runs/pretrain is also the folder of stage pretrain. Give each stage its own folder."
     )
 
 
@@ -456,18 +457,18 @@ def test_what_a_stage_would_refuse_in_its_turn_is_refused_before_the_first_one(h
         f"{path}:1: pretrain.yaml: training.init_from: must be set: new weights cannot learn from the answers alone."
     )
     path = write_pipeline(here, sft={"lora": {"r": 2}})
-    adapter = "runs/sft/best.ckpt is an adapter, since sft.yaml has a lora section, and stage dpo begins with a whole model"
-    mend = "Take the section out there, and give one to the last stage if memory is short"
-    assert refusal(path) == f"dpo.yaml: training.init_from: {adapter}. {mend}."
+    adapter = "runs/sft/best.ckpt is an adapter, because sft.yaml has a lora section, and stage dpo begins with a whole model"
+    fix = "Remove that section; if memory is short, use lora in the last stage only"
+    assert refusal(path) == f"dpo.yaml: training.init_from: {adapter}. {fix}."
     path = write_pipeline(here, sft={"training": {"init_from": "hf:t5"}})
     save(here / "t5", "t5")
     other = write_pipeline(here, sft={"training": {"init_from": "hf:./nowhere"}})
-    mend = (
+    fix = (
         "Give a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2"
     )
-    assert refusal(other) == f"sft.yaml: training.init_from: ./nowhere: not found. {mend}."
+    assert refusal(other) == f"sft.yaml: training.init_from: ./nowhere: not found. {fix}."
     path = write_pipeline(here, sft={"training": {"init_from": "hf:t5"}})
-    reads = "hf:t5 is an encoder-decoder, which predicts no plain text to be compared by"
+    reads = "hf:t5 is an encoder-decoder, which has no perplexity on plain text to compare"
     assert (
         refusal(path)
         == f"sft.yaml: training.init_from: {reads}. Run finetune.py by itself, or choose another model."
@@ -479,7 +480,7 @@ def test_a_folder_is_a_stages_or_the_lists(here, capsys):
     assert align.main(["--config", str(write_pipeline(here)), "--out", "runs/../runs/sft"]) == 2
     assert (
         capsys.readouterr().err
-        == "error: --out: runs/../runs/sft is training.checkpoint_dir of sft.yaml. Choose another --out.\n"
+        == "error: --out: runs/../runs/sft is training.checkpoint_dir of sft.yaml. Choose another folder.\n"
     )
 
 
@@ -497,14 +498,14 @@ def test_settings_on_the_command_line_are_for_every_stage(here, ran, capsys):
         == 0
     )
     assert {
-        checkpoint_info.describe(Path(f"runs/{name}/final.ckpt")).step for name in align.PROGRAMS
+        checkpoint_info.describe(Path(f"runs/{name}/final.ckpt")).step for name in pipeline.PROGRAMS
     } == {2}
     capsys.readouterr()
     assert align.main(["--config", "all.yaml", "dpo.beta=0.2"]) == 2
-    mend = "Settings on the command line are for every stage: put this one into the config of its stage"
+    fix = "Overrides apply to every stage: put this setting into the config of its stage"
     assert (
         capsys.readouterr().err
-        == f"error: all.yaml:1: pretrain.yaml: has a dpo section, and is given as stage pretrain. {mend}.\n"
+        == f"error: all.yaml:1: pretrain.yaml: has a dpo section, but its stage is pretrain. {fix}.\n"
     )
 
 
@@ -514,15 +515,15 @@ def test_a_state_that_is_none_is_refused(here, ran, capsys):
     for text in ("[1]", '{"sft": 1}', '{"sft": {"steps": 1}}', "{"):
         Path("checkpoints/all/state.json").write_text(text, encoding="utf-8")
         assert align.main(["--config", str(path)]) == 2
-        message = "error: checkpoints/all/state.json: not what align.py wrote. Delete it: finished stages are found again by their checkpoints.\n"
+        message = "error: checkpoints/all/state.json: was not written by align.py. Delete it: finished stages are found again by their checkpoints.\n"
         assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize("name", ["align", "align-smoke"])
 def test_the_lists_that_are_shipped_are_sound(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    stages = align.read_stages(Path(f"configs/{name}.yaml"))
-    assert [stage.name for stage in stages] == list(align.PROGRAMS)
+    stages = pipeline.read_stages(Path(f"configs/{name}.yaml"))
+    assert [stage.name for stage in stages] == list(pipeline.PROGRAMS)
 
 
 # --- preferences ------------------------------------------------------------------------------------------------------
@@ -531,14 +532,14 @@ def test_the_lists_that_are_shipped_are_sound(name, monkeypatch):
 def test_preferences_beside_a_reference_are_worked_out_by_hand(here):
     """Own: chosen likelier in 2 of 4 pairs, level in 1. Beside the reference: +2, -1, 0, +3, of which 2 are above; beta 0.5 makes of the mean 1 0.5."""
     write_pipeline(here)
-    stages = {stage.name: stage for stage in align.read_stages(here / "all.yaml")}
+    stages = {stage.name: stage for stage in pipeline.read_stages(here / "all.yaml")}
     own = np.array([[-1.0, -3.0], [-2.0, -1.0], [-2.0, -2.0], [-1.0, -5.0]])
     reference = np.array([[-2.0, -2.0], [-2.0, -2.0], [-2.0, -2.0], [-2.0, -3.0]])
     log_probs = {"runs/dpo/best.ckpt": own, "runs/sft/best.ckpt": reference}
-    assert align.measures_of_preferences(stages["dpo"], log_probs, "runs/dpo/best.ckpt") == {
+    assert side_by_side.preference_metrics(stages["dpo"], log_probs, "runs/dpo/best.ckpt") == {
         "preference_accuracy": 0.5, "n_pairs": 4, "reward_accuracy": 0.5, "reward_margin": 0.5,
     }  # fmt: skip
-    assert align.measures_of_preferences(stages["sft"], log_probs, "runs/sft/best.ckpt") == {
+    assert side_by_side.preference_metrics(stages["sft"], log_probs, "runs/sft/best.ckpt") == {
         "preference_accuracy": 0.25,
         "n_pairs": 4,
     }

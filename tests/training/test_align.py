@@ -243,14 +243,18 @@ def test_models_with_different_tokenizers_are_not_compared_by_the_token():
     ]
     assert list(side_by_side.notes_on({"models": rows})) == []
     found = "note: these models have different tokenizers: val_ppl, response_loss and response_accuracy are per token and cannot be compared between them"
-    assert list(side_by_side.notes_on({"models": [*rows, {"stage": "dpo", "tokenizer": "b"}]})) == [found]
+    assert list(side_by_side.notes_on({"models": [*rows, {"stage": "dpo", "tokenizer": "b"}]})) == [
+        found
+    ]
 
 
 def test_a_stop_between_two_stages_begins_no_other(here, ran, capsys):
     stages = pipeline.read_stages(write_pipeline(here))
     assert (
         pipeline_run.run_stages(
-            stages, pipeline_run.PipelineState(here / "state.json", {}), Children(received=signal.SIGINT)
+            stages,
+            pipeline_run.PipelineState(here / "state.json", {}),
+            Children(received=signal.SIGINT),
         )
         == 130
     )

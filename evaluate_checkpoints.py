@@ -1,12 +1,12 @@
-"""Rank checkpoints and Hugging Face models on cases with a known continuation, on tasks, and on lm-evaluation-harness tasks.
+"""Rank checkpoints and Hugging Face models on cases with a known continuation, and on tasks.
 
     python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --cases cases/wiki_basics.yaml
     python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --tasks gsm8k,sst2 --shots 0,4
     python evaluate_checkpoints.py --model gpt2 --tasks sst2 --shots 0,4
-    python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --tasks gsm8k --best-of 8 --verifier checkpoints/verifier/best.ckpt
+    python evaluate_checkpoints.py --tasks gsm8k --best-of 8 --verifier checkpoints/verifier/best.ckpt
 
-The tables go to stdout, everything else to stderr; numbers and failed answers to files in --out. A checkpoint that cannot
-be read is listed below the tables.
+The tables go to stdout, everything else to stderr; numbers and failed answers to files in --out.
+A checkpoint that cannot be read is listed below the tables.
 """
 
 import argparse
@@ -16,12 +16,27 @@ from pathlib import Path
 from tinylm.cli.program import Parser, run_program
 from tinylm.common.device import NAMES
 
+QUESTION_HELP = {
+    "--cases": "YAML files of cases: name, prompt, target",
+    "--tasks": "sst2, samsum, gsm8k, sms, alpaca, or pairs (your own rows)",
+    "--shots": "solved examples before each question (0; for --lm-eval as in its tasks)",
+    "--data": "rows of a task: a file, or a folder with train and test",
+    "--smoke": "a dozen built-in rows per task, to try it without data",
+    "--limit": "at most N examples per task, sampled with --seed",
+    "--seed": "seed of the sampled examples and of the bootstrap (0)",
+    "--lm-eval": "tasks of the lm-evaluation-harness (pip install lm_eval)",
+    "--include-path": "YAML tasks for --lm-eval, in place of its own",
+    "--best-of": "draw N answers per question, choose one at random, by vote, by --verifier",
+    "--verifier": "checkpoint of a verifier (finetune.py --config configs/verifier.yaml)",
+}
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(
         prog="python evaluate_checkpoints.py",
-        usage="python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --cases cases/wiki_basics.yaml",
+        usage="python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' "
+        "--cases cases/wiki_basics.yaml",
         description="Rank checkpoints and Hugging Face models on cases and tasks.",
     )
     add_models(parser.add_argument_group("models"))
@@ -55,7 +70,8 @@ def add_models(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a Hugging Face name or folder, prompted in plain text as a baseline; may be given several times",
+        help="a Hugging Face name or folder, prompted in plain text as a baseline; "
+        "may be given several times",
     )
     group.add_argument(
         "--tokenizer",
@@ -67,28 +83,21 @@ def add_models(group: argparse._ArgumentGroup) -> None:
 
 def add_questions(group: argparse._ArgumentGroup) -> None:
     """Declare the flags that say what the models are asked."""
-    group.add_argument("--cases", nargs="+", type=Path, default=[], metavar="FILE",
-                       help="YAML files of cases: name, prompt, target")  # fmt: skip
-    group.add_argument("--tasks", type=words, default=(), metavar="NAME,...",
-                       help="sst2, samsum, gsm8k, sms, alpaca, or pairs (your own rows)")  # fmt: skip
-    group.add_argument("--shots", type=words, metavar="N,...",
-                       help="solved examples before each question (0; for --lm-eval as in its tasks)")  # fmt: skip
-    group.add_argument("--data", action="append", default=[], metavar="NAME=PATH",
-                       help="rows of a task: a file, or a folder with train and test")  # fmt: skip
-    group.add_argument("--smoke", action="store_true",
-                       help="a dozen built-in rows per task, to try it without data")  # fmt: skip
-    group.add_argument("--limit", type=positive, metavar="N",
-                       help="at most N examples per task, sampled with --seed")  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, metavar="N",
-                       help="seed of the sampled examples and of the bootstrap (0)")  # fmt: skip
-    group.add_argument("--lm-eval", type=words, default=(), metavar="NAME,...",
-                       help="tasks of the lm-evaluation-harness (pip install lm_eval)")  # fmt: skip
-    group.add_argument("--include-path", type=Path, metavar="FOLDER",
-                       help="YAML tasks for --lm-eval, in place of its own")  # fmt: skip
-    group.add_argument("--best-of", type=positive, metavar="N",
-                       help="draw N answers to each question, and choose one at random, by vote, by --verifier")  # fmt: skip
-    group.add_argument("--verifier", type=Path, metavar="FILE",
-                       help="checkpoint of the verifier (finetune.py --config configs/verifier.yaml)")  # fmt: skip
+    settings = {
+        "--cases": {"nargs": "+", "type": Path, "default": [], "metavar": "FILE"},
+        "--tasks": {"type": words, "default": (), "metavar": "NAME,..."},
+        "--shots": {"type": words, "metavar": "N,..."},
+        "--data": {"action": "append", "default": [], "metavar": "NAME=PATH"},
+        "--smoke": {"action": "store_true"},
+        "--limit": {"type": positive, "metavar": "N"},
+        "--seed": {"type": int, "default": 0, "metavar": "N"},
+        "--lm-eval": {"type": words, "default": (), "metavar": "NAME,..."},
+        "--include-path": {"type": Path, "metavar": "FOLDER"},
+        "--best-of": {"type": positive, "metavar": "N"},
+        "--verifier": {"type": Path, "metavar": "FILE"},
+    }
+    for flag, text in QUESTION_HELP.items():
+        group.add_argument(flag, help=text, **settings[flag])
 
 
 def words(text: str) -> tuple[str, ...]:

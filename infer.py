@@ -1,4 +1,4 @@
-"""Continue a prompt with a trained model, or ask a fine-tuned one; the text is streamed to the terminal.
+"""Continue a prompt with a trained model, or ask a fine-tuned one; the text is streamed.
 
     python infer.py --prompt "Attention is"
     echo "Attention is" | python infer.py --temperature 0 --json
@@ -6,8 +6,9 @@
     python infer.py --chat
     python infer.py --prompt "12 + 7 =" --best-of 8 --verifier checkpoints/verifier/best.ckpt
 
-A fine-tuned checkpoint records its prompt template, and the prompt is formatted with it; --no-wrap continues it as plain
-text. A base model always continues. Results go to stdout, everything else to stderr.
+A fine-tuned checkpoint records its prompt template, and the prompt is formatted with it; --no-wrap
+continues it as plain text. A base model always continues. Results go to stdout, everything else to
+stderr.
 """
 
 import argparse
@@ -29,12 +30,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="text to continue, or question; - or no flag: read standard input, without its last newline",
+        help="text to continue, or question; - or no flag: standard input, without its last newline",
     )
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="chat with a fine-tuned model: one question per line, with the conversation as context",
+        help="chat with a fine-tuned model: one question per line, the conversation is context",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message for a fine-tuned model")
     parser.add_argument(

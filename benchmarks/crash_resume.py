@@ -1,11 +1,11 @@
-"""Kills a training run at random moments, lets it resume, and compares it with a run that was left alone.
+"""Kill a training run at random moments, resume it, and compare it with a run that was never interrupted.
 
     python benchmarks/crash_resume.py
     python benchmarks/crash_resume.py --rounds 10 --stream --seed 3
 
-Both runs use gradient accumulation, dropout and a worker process. The comparison is by bits: every number of metrics.csv
-but the speed, as `float.hex`, and the weights and optimizer of the last checkpoint. `--break-resume` proves that the
-comparison can fail: it resumes with another seed for dropout.
+Both runs use gradient accumulation, dropout and a worker process. The comparison is exact: every number in metrics.csv
+except the speed, as `float.hex`, and the weights, optimizer state and progress in the last checkpoint. `--break-resume`
+shows that the comparison can fail: it resumes with another seed for dropout.
 """
 
 import argparse
@@ -21,18 +21,24 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tinylm.checkpoint import format as checkpoint_format  # noqa: E402
+
 CONFIG = """
 model: {{n_layers: 2, d_model: 64, n_heads: 4, max_seq_len: 64, residual_dropout: 0.1, attention_dropout: 0.1}}
 data: {{dataset: {dataset}, num_workers: {workers}, streaming: {stream}, shuffle_window: 32, cache_dir: {folder}/cache}}
 training:
-  {{seq_len: 64, micro_batch_size: 4, grad_accum_steps: 4, max_steps: {steps}, val_every_steps: 20, val_batches: 4, log_every_steps: 1,
-   save_every_steps: 5, checkpoint_dir: {folder}/checkpoints, log_dir: {folder}/logs, run_name: run, lr: 1e-3}}
+  {{seq_len: 64, micro_batch_size: 4, grad_accum_steps: 4, max_steps: {steps}, lr: 1e-3,
+   val_every_steps: 20, val_batches: 4, log_every_steps: 1, save_every_steps: 5,
+   checkpoint_dir: {folder}/checkpoints, log_dir: {folder}/logs, run_name: run}}
 hardware: {{accelerator: cpu, threads: 1}}
 """
+COMPARED = ("weights", "optimizer", "progress", "cursor")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run both and compare; 0 if they are equal to the last bit."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         help="read the documents as a stream instead of a token file",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the moments at which the run is killed"
+        "--seed", type=int, default=0, help="seed for the moments at which the run is killed"
     )
     parser.add_argument(
         "--dataset", type=Path, default=ROOT / "data" / "tiny_corpus.txt", help="text to train on"
@@ -57,25 +63,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--break-resume",
         action="store_true",
-        help="resume with another seed; the comparison must fail",
+        help="resume with another seed; the comparison must then fail",
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run both and compare; 0 if they are equal to the last bit."""
+    args = parse(argv)
     with tempfile.TemporaryDirectory() as name:
-        calm, crashed = (write_config(Path(name) / kind, args) for kind in ("calm", "crashed"))
-        train(calm).wait()
+        uninterrupted = write_config(Path(name) / "uninterrupted", args)
+        crashed = write_config(Path(name) / "crashed", args)
+        train(uninterrupted).wait()
         kills = crash(crashed, args)
         train(crashed, *resume_flags(args)).wait()
-        differences = compare(calm.parent, crashed.parent)
+        differences = compare(uninterrupted.parent, crashed.parent)
     source = "stream" if args.stream else "token file"
     print(
-        f"killed {len(kills)} times, after steps {kills}; {args.steps} steps, accumulation 4, dropout 0.1, {args.workers} workers, {source}"
+        f"killed {len(kills)} times, after steps {kills}; {args.steps} steps, accumulation 4, dropout 0.1, "
+        f"{args.workers} workers, {source}"
     )
-    print(
-        "EQUAL to the last bit: every metric, every weight, every optimizer state"
-        if not differences
-        else f"DIFFERENT: {'; '.join(differences[:5])}"
-    )
-    return 1 if differences else 0
+    if differences:
+        print(f"DIFFERENT: {'; '.join(differences[:5])}")
+        return 1
+    print("EQUAL to the last bit: every metric, every weight, every optimizer state")
+    return 0
 
 
 def write_config(folder: Path, args: argparse.Namespace) -> Path:
@@ -93,7 +105,7 @@ def write_config(folder: Path, args: argparse.Namespace) -> Path:
 
 
 def train(config: Path, *flags: str) -> "subprocess.Popen[bytes]":
-    """Start train.py on `config`; what it says goes to a file beside it."""
+    """Start train.py on `config`; its output goes to a file beside it."""
     with open(config.with_name("output.txt"), "ab") as output:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), "--config", str(config), *flags],
@@ -104,12 +116,14 @@ def train(config: Path, *flags: str) -> "subprocess.Popen[bytes]":
 
 
 def resume_flags(args: argparse.Namespace) -> list[str]:
+    """Settings of a resumed run: none, or another seed."""
     return ["training.seed=1", "--allow-changes"] if args.break_resume else []
 
 
 def crash(config: Path, args: argparse.Namespace) -> list[int]:
-    """Start and kill the run `args.rounds` times, each time some steps further; the steps at which it died come back."""
-    chance, kills = random.Random(args.seed), []
+    """Start and kill the run `args.rounds` times, each time some steps later; returns the steps at which it was killed."""
+    chance = random.Random(args.seed)
+    kills = []
     for number in range(args.rounds):
         process = train(config, *(resume_flags(args) if number else []))
         goal = int(args.steps * (number + chance.random()) / args.rounds)
@@ -123,7 +137,7 @@ def crash(config: Path, args: argparse.Namespace) -> list[int]:
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of the run's metrics."""
+    """The rows of the run's metrics.csv."""
     path = folder / "logs" / "run" / "metrics.csv"
     if not path.exists():
         return []
@@ -138,39 +152,35 @@ def last_step(folder: Path) -> int:
     )
 
 
-def compare(calm: Path, crashed: Path) -> list[str]:
-    """What differs between the two runs, in words."""
-    sys.path.insert(0, str(ROOT))
-    from tinylm.checkpoint import format as checkpoint_format
-
-    curves = [[bits(row) for row in rows(folder)] for folder in (calm, crashed)]
-    differences = [
-        f"metrics of step {float.fromhex(a['step']):.0f}"
-        for a, b in zip(*curves, strict=False)
-        if a != b
+def compare(uninterrupted: Path, crashed: Path) -> list[str]:
+    """The differences between the two runs."""
+    differences = []
+    expected = [exact_numbers(row) for row in rows(uninterrupted)]
+    found = [exact_numbers(row) for row in rows(crashed)]
+    for a, b in zip(expected, found, strict=False):
+        if a != b:
+            differences.append(f"metrics of step {float.fromhex(a['step']):.0f}")
+    if len(expected) != len(found) or not expected:
+        differences.append(f"{len(expected)} rows of metrics and {len(found)}")
+    states = [
+        checkpoint_format.read(folder / "checkpoints" / "final.ckpt")
+        for folder in (uninterrupted, crashed)
     ]
-    if len(curves[0]) != len(curves[1]) or not curves[0]:
-        differences.append(f"{len(curves[0])} rows of metrics and {len(curves[1])}")
-    finals = [
-        checkpoint_format.read(folder / "checkpoints" / "final.ckpt") for folder in (calm, crashed)
-    ]
-    differences += [
-        f"{part} of the last checkpoint"
-        for part in ("weights", "optimizer", "progress", "cursor")
-        if not same(finals[0][part], finals[1][part])
-    ]
+    for key in COMPARED:
+        if not same(states[0][key], states[1][key]):
+            differences.append(f"{key} of the last checkpoint")
     return differences
 
 
-def bits(row: dict[str, str]) -> dict[str, str]:
-    """The numbers of a row of metrics, exactly; the speed is a matter of luck."""
+def exact_numbers(row: dict[str, str]) -> dict[str, str]:
+    """The numbers of a row of metrics, exactly, without the speed."""
     return {
         name: float(value).hex() for name, value in row.items() if value and name != "tokens_per_s"
     }
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nested values are equal, tensors by their bits."""
+    """Whether two nested values are equal, tensors exactly."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):

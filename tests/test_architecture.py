@@ -69,24 +69,19 @@ LATE_IMPORTS = {
     "training.preflight: tinylm.planning.memory_plan",
     "training.preflight: tinylm.planning.probes",
     "training.preflight: training.callbacks",
-    "tinylm.interchange.peft: tinylm.config.schema",
     "data: train",
     "data: finetune",
     "training.preflight: tinylm.model.decoder",
     "training.preflight: tinylm.runs.plots",
-    "tinylm.interchange.peft: tinylm.checkpoint.format",
     "training.preflight: data",
 }
 TOO_LONG = {
     "train.py",
-    "tinylm/interchange/hf_export.py",
     "tinylm/config/schema.py",
-    "tinylm/model/hf_model.py",
     "tinylm/runs/compare.py",
     "tinylm/tokens/token_file.py",
     "training/callbacks.py",
     "data.py",
-    "tinylm/interchange/architectures.py",
     "align.py",
 }
 

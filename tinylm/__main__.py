@@ -1,8 +1,8 @@
 """The library's commands: `python -m tinylm COMMAND`, or `python -m tinylm COMMAND --help`.
 
-One module of tinylm/cli is one command: `SUMMARY` is its line in the list of commands, `add_arguments(parser)` declares its
-flags, and `run(arguments)` does the work, prints the results to stdout and returns the exit code. To add a command, write
-such a module and enter it below.
+A command is a module of tinylm/cli: `SUMMARY` is its line in the list of commands,
+`add_arguments(parser)` declares its flags, and `run(arguments)` does the work, prints the results
+to stdout and returns the exit code. To add a command, write such a module and enter it below.
 """
 
 import argparse

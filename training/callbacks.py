@@ -38,7 +38,7 @@ from tinylm.common.units import duration, short
 from tinylm.config.schema import Config
 from tinylm.model.lora import adapter_weights
 from tinylm.optim.schedule import should_stop
-from tinylm.rows.conversation import CHAT_STAGES, Turn
+from tinylm.rows.conversation import CHAT_STAGES
 from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.base import Tokenizer
 
@@ -208,16 +208,16 @@ class Validation(StepCallback):
         self.seconds = time.monotonic() - began
 
     def _sample(self, stage: TrainingModule, prompt: str) -> str:
-        """What the model makes of `prompt`; one that learns to answer is asked as its examples are."""
-        engine, sampling = (
-            generate.engine.Engine(stage.decoder, self.tokenizer),
-            stage.config.sampling,
+        """The model's continuation of `prompt`; its answer, in the template, if it is fine-tuned."""
+        engine = generate.engine.Engine(stage.decoder, self.tokenizer)
+        template = None
+        if stage.stage in CHAT_STAGES:
+            template = make_template(stage.config.data.template, self.tokenizer)
+        formatted = generate.chat.format_prompt(engine, prompt, template)
+        completions = engine.generate(
+            formatted.prompt, stage.config.sampling, stop_ids=formatted.stop_ids
         )
-        if stage.stage not in CHAT_STAGES:
-            return engine.generate(prompt, sampling)[0].text
-        template = make_template(stage.config.data.template, self.tokenizer)
-        asked = engine.fit_prompt(template.prompt_ids((Turn("user", prompt),), self.tokenizer))
-        return engine.generate(asked, sampling, stop_ids=template.stop_ids(self.tokenizer))[0].text
+        return completions[0].text
 
 
 def validate(

@@ -339,7 +339,7 @@ def test_a_missing_model_is_listed_as_failed(tmp_path, run, save, cases):
         ),
         (
             ["--tasks", "gsm9k"],
-            "--tasks: gsm9k: no such task. There are sst2, samsum, gsm8k, sms, alpaca, pairs.",
+            "--tasks: gsm9k: no such task. Give one of sst2, samsum, gsm8k, sms, alpaca, pairs.",
         ),
         (
             ["--tasks", "sst2", "--smoke", "--shots", "0,-1"],
@@ -347,7 +347,7 @@ def test_a_missing_model_is_listed_as_failed(tmp_path, run, save, cases):
         ),
         (
             ["--tasks", "sst2", "--smoke", "--shots", "12"],
-            "task sst2: no examples are left to evaluate beside 12 solved ones.",
+            "task sst2: no examples are left to evaluate besides 12 solved ones.",
         ),
         (
             ["--tasks", "sst2", "--data", "gsm8k=x"],
@@ -391,7 +391,7 @@ def test_without_lm_eval_the_error_says_what_to_install(run, save, monkeypatch):
     code, _, err = run("--lm-eval", "x")
     assert (code, err) == (
         2,
-        'error: --lm-eval needs lm_eval. Install it: pip install "lm_eval>=0.4.13,<0.5"\n',
+        'error: --lm-eval: needs the package lm_eval. Install it: pip install "lm_eval>=0.4.13,<0.5".\n',
     )
 
 

@@ -1,4 +1,4 @@
-"""One of several answers is chosen at random, by vote, by a verifier, by an oracle: the same answers, and numbers that a hand can check."""
+"""Best of n: choices at random, by vote, by a verifier and by an oracle among the same answers, checked by hand."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from tinylm.common.errors import UserError, printable
 from tinylm.common.statistics import wilson
 from tinylm.config.schema import Config, SamplingConfig
 from tinylm.eval.best_of_n import BestOfScore, best_of_n, majority_vote
-from tinylm.eval.tasks import TASKS
+from tinylm.eval.tasks.table import TASKS
 from tinylm.eval.tasks.task import TaskExample
 from tinylm.eval.verifier_scoring import VerifierScorer
 from tinylm.generate.engine import Engine
@@ -32,8 +32,8 @@ BYTES = ByteTokenizer()
 GSM8K = TASKS["gsm8k"]
 
 
-class Choir(Engine):
-    """An engine that sings given answers to each question, one a sample."""
+class FixedAnswers(Engine):
+    """An engine that returns given answers to each question, one per sample."""
 
     def __init__(self, answers: dict[str, list[str]]):
         super().__init__(make_model(max_seq_len=400), BYTES)
@@ -51,8 +51,8 @@ class Choir(Engine):
             yield TokenOutput(answer, 65, 0.0, sample, "eos")
 
 
-class Oracle(VerifierScorer):
-    """A judge that finds an answer likelier the more exclamation marks it has."""
+class ExclamationScorer(VerifierScorer):
+    """A scorer that prefers answers with more exclamation marks."""
 
     def __init__(self) -> None:
         pass
@@ -75,21 +75,21 @@ EXAMPLES = [example(1, "#### 5"), example(2, "#### 7"), example(3, "#### 1")]
 
 
 def test_every_method_chooses_among_the_same_answers() -> None:
-    """Right are 1 of 4, 3 of 4, 0 of 4: at random 1/3. By vote only the second, by the verifier only the first; one is there for two of three."""
-    engine = Choir(ANSWERS)
-    score = best_of_n(engine, Oracle(), GSM8K, EXAMPLES, 4, seed=5)
+    """1, 3 and 0 of 4 answers are right: at random 1/3. The vote gets only the second question, the verifier only the first; two of three have a right answer."""
+    engine = FixedAnswers(ANSWERS)
+    score = best_of_n(engine, ExclamationScorer(), GSM8K, EXAMPLES, 4, seed=5)
     assert {name: measure.value for name, measure in score.measures.items()} == pytest.approx(
         {"random choice": 1 / 3, "majority vote": 1 / 3, "verifier": 1 / 3, "oracle": 2 / 3}
     )
     oracle = score.measures["oracle"]
     assert (oracle.low, oracle.high) == wilson(2 / 3, 3)
-    assert [drawn.right for drawn in score.drawn] == [
+    assert [item.right for item in score.candidates] == [
         (False, True, False, False),
         (True, False, True, True),
         (False,) * 4,
     ]
-    assert [drawn.shares["verifier"] for drawn in score.drawn] == [1, 0, 0] and [
-        drawn.shares["majority vote"] for drawn in score.drawn
+    assert [item.accuracies["verifier"] for item in score.candidates] == [1, 0, 0] and [
+        item.accuracies["majority vote"] for item in score.candidates
     ] == [0, 1, 0]
     assert {
         (sampling.temperature, sampling.n_samples, sampling.seed) for sampling in engine.asked
@@ -97,7 +97,7 @@ def test_every_method_chooses_among_the_same_answers() -> None:
     assert (score.n_examples, score.n_samples, score.n_errors) == (3, 4, 0)
 
 
-def test_a_vote_without_numbers_takes_the_first_and_a_tie_the_number_seen_first() -> None:
+def test_a_vote_without_numbers_takes_the_first_answer_and_a_tie_the_first_number() -> None:
     assert [
         majority_vote(["a", "b"]),
         majority_vote(["a", "is 3", "is 4"]),
@@ -105,8 +105,10 @@ def test_a_vote_without_numbers_takes_the_first_and_a_tie_the_number_seen_first(
     ] == [0, 1, 1]
 
 
-def test_a_question_that_cannot_be_asked_is_wrong_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Choir(ANSWERS)
+def test_a_question_that_cannot_be_asked_is_wrong_for_every_method(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = FixedAnswers(ANSWERS)
     original = engine.encode_prompt
 
     def encode(text: str) -> Any:
@@ -115,22 +117,22 @@ def test_a_question_that_cannot_be_asked_is_wrong_for_all(monkeypatch: pytest.Mo
         return original(text)
 
     monkeypatch.setattr(engine, "encode_prompt", encode)
-    score: BestOfScore = best_of_n(engine, Oracle(), GSM8K, EXAMPLES, 4)
+    score: BestOfScore = best_of_n(engine, ExclamationScorer(), GSM8K, EXAMPLES, 4)
     assert (score.n_examples, score.n_errors, score.measures["oracle"].value) == (
         3,
         1,
         pytest.approx(1 / 3),
     )
     with pytest.raises(UserError, match="task gsm8k: none of 1 questions could be asked: no"):
-        best_of_n(engine, Oracle(), GSM8K, EXAMPLES[:1], 4)
+        best_of_n(engine, ExclamationScorer(), GSM8K, EXAMPLES[:1], 4)
 
 
-def test_labels_leave_nothing_to_choose() -> None:
+def test_a_task_with_labels_has_no_answers_to_choose_from() -> None:
     with pytest.raises(
         UserError,
-        match="--best-of: task sst2 is answered by a label, of which the most probable one is taken. Give a task",
+        match="--best-of: task sst2 is answered with a label; the most probable one is chosen. Give a task with free-text answers",
     ):
-        best_of_n(Choir({}), Oracle(), TASKS["sst2"], EXAMPLES, 4)
+        best_of_n(FixedAnswers({}), ExclamationScorer(), TASKS["sst2"], EXAMPLES, 4)
 
 
 # --- the programs ---
@@ -138,7 +140,7 @@ def test_labels_leave_nothing_to_choose() -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
-    """The checkpoints of a model that writes random bytes, and of a random verifier."""
+    """The checkpoints of a model that generates random bytes, and of a random verifier."""
     shape = {
         "vocab_size": 260,
         "n_layers": 1,
@@ -179,18 +181,18 @@ def ask(
     return start
 
 
-def test_the_likeliest_answer_is_written_and_all_are_scored(
+def test_the_most_probable_answer_is_printed_and_all_are_scored(
     ask: Callable[..., Any], files: tuple[Path, Path]
 ) -> None:
-    """The JSON has every answer with its probability, the likeliest first; they are those that the verifier gives, and the samples infer.py draws."""
+    """The JSON has every answer with the verifier's probability, the most probable first: the same samples as --n-samples."""
     flags = ("--best-of", 5, "--verifier", files[1])
     code, out, _ = ask(*flags, "--json")
     found = json.loads(out)["completions"]
     texts = [completion["text"] for completion in found]
     assert code == 0 and len(set(texts)) == 5
-    judge = VerifierScorer.load(files[1], "cpu")
+    scorer = VerifierScorer.load(files[1], "cpu")
     assert [completion["probability"] for completion in found] == pytest.approx(
-        judge.probabilities("1 + 2 =", texts), abs=1e-6
+        scorer.probabilities("1 + 2 =", texts), abs=1e-6
     )
     assert [completion["probability"] for completion in found] == sorted(
         (completion["probability"] for completion in found), reverse=True
@@ -205,10 +207,10 @@ def test_the_likeliest_answer_is_written_and_all_are_scored(
     ]
 
 
-def test_the_other_ways_to_choose_stand_beside_the_verifiers(
+def test_other_choices_are_printed_beside_the_verifiers(
     ask: Callable[..., Any], files: tuple[Path, Path]
 ) -> None:
-    """On the same answers: the first that was drawn, and one whose last number most of them have."""
+    """Among the same answers: the first sample, and one with the most frequent final number."""
     flags = ("--best-of", 5, "--verifier", files[1])
     drawn = [
         completion["text"]
@@ -259,7 +261,7 @@ def test_the_other_ways_to_choose_stand_beside_the_verifiers(
         (("--best-of", 4, "--verifier", "x.ckpt"), "x.ckpt: not found"),
     ],
 )
-def test_flags_that_contradict_the_best_of_several_are_refused(
+def test_flags_that_cannot_be_combined_with_best_of_are_an_error(
     flags: tuple[object, ...], message: str, ask: Callable[..., Any]
 ) -> None:
     code, out, err = ask(*flags)
@@ -267,10 +269,10 @@ def test_flags_that_contradict_the_best_of_several_are_refused(
     assert message in err.splitlines()[-1]
 
 
-def test_the_table_shows_all_methods_side_by_side(
+def test_the_table_has_all_methods(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Random bytes are never right: every method has 0, whose interval says how little two examples prove; the answers are kept in a file."""
+    """Random bytes are never right: every method has 0, with the wide interval of two examples; the answers are in a file."""
     out = tmp_path / "results"
     where = [
         "--checkpoints",
@@ -323,7 +325,7 @@ def test_the_table_shows_all_methods_side_by_side(
         ),
         (
             ("--tasks", "sms", "--smoke", "--best-of", "3", "--verifier", "x"),
-            "--best-of: task sms is answered by a label",
+            "--best-of: task sms is answered with a label",
         ),
         (
             ("--cases", "cases/facts.yaml", "--best-of", "3", "--verifier", "x"),
@@ -335,7 +337,7 @@ def test_the_table_shows_all_methods_side_by_side(
         ),
     ],
 )
-def test_a_choice_that_cannot_be_made_is_told_before_the_work(
+def test_a_choice_that_cannot_be_made_is_an_error_before_the_work(
     flags: tuple[str, ...],
     message: str,
     files: tuple[Path, Path],

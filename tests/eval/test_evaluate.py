@@ -1,4 +1,4 @@
-"""What a model is worth: scores read together are those read alone, failing cases count, answers are asked as training asks."""
+"""Evaluation: batched scores equal single ones, failing cases count, prompts are those of training."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from tinylm.common.errors import UserError
 from tinylm.eval import task_scores
 from tinylm.eval.cases import Case, CaseScore, CasesSummary, evaluate_cases, read_cases
 from tinylm.eval.task_scores import evaluate_task, format_ranks
-from tinylm.eval.tasks import PAIRS, TASKS
+from tinylm.eval.tasks.table import PAIRS, TASKS
 from tinylm.eval.tasks.task import TaskExample
 from tinylm.generate.engine import Engine
 from tinylm.generate.output import Prompt, TokenOutput
@@ -33,7 +33,7 @@ BYTES = ByteTokenizer()
 
 
 class Parrot(Engine):
-    """An engine that writes fixed answers, and remembers what it was asked to read."""
+    """An engine with fixed answers that records its prompts."""
 
     def __init__(self, answers: dict[str, bytes | list[int]], model=None):
         super().__init__(model or make_model(max_seq_len=400), BYTES)
@@ -62,12 +62,12 @@ def example(question: str, target: str, given: str = "") -> TaskExample:
     )
 
 
-# --- scores read together ---
+# --- batched scores ---
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_texts_scored_together_have_the_scores_that_they_have_alone(options):
-    """Rows of 2 to 40 tokens, padded at their end, in batches that divide their number and that do not."""
+def test_batched_scores_equal_single_scores(options):
+    """Rows of 2 to 40 tokens, padded on the right, in batches that do and do not divide their number."""
     engine = Engine(make_model(**options), BYTES)
     texts = [
         ("a", "b"),
@@ -92,7 +92,7 @@ def test_texts_scored_together_have_the_scores_that_they_have_alone(options):
             )
 
 
-def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt():
+def test_a_pair_that_is_too_long_loses_the_start_of_its_prompt():
     """48 positions read 48 tokens and ask for a 49th: of 60 + 5 tokens 16 are left out, and of a prompt cut before its own too."""
     engine = Engine(make_model(), BYTES)
     pair = encode_continuation(engine, "p" * 50 + "q" * 10, "tttt" + "u")
@@ -105,8 +105,8 @@ def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt():
 # --- cases ---
 
 
-def test_a_case_that_cannot_be_asked_is_a_failure_in_its_place():
-    """The vocabulary lacks x: the other cases are scored, and the summary counts it."""
+def test_a_case_that_cannot_be_asked_counts_as_a_failure():
+    """The vocabulary lacks x: the other cases are scored, and the summary counts the failure."""
     engine = Engine(make_model(vocab_size=6), CharTokenizer("abcd", unknown="error"))
     cases = [
         Case("first", "ab", "cd"),
@@ -129,8 +129,8 @@ def test_a_case_that_cannot_be_asked_is_a_failure_in_its_place():
     }  # fmt: skip
 
 
-def test_a_checkpoint_does_not_gain_by_failing_the_hard_cases():
-    """One scores both cases, badly; the other fails the hard one and would have the better mean of what is left."""
+def test_failing_the_hard_cases_does_not_improve_the_rank():
+    """One checkpoint scores both cases badly; another fails the hard one and has the better mean of the rest."""
     model = make_model()
     easy, hard = evaluate_cases(
         Engine(model, BYTES), [Case("easy", "ab", "c"), Case("hard", "ab", "d" * 40)]
@@ -140,12 +140,12 @@ def test_a_checkpoint_does_not_gain_by_failing_the_hard_cases():
     one = CasesSummary.of([easy, CaseScore(hard.case, None, "why")])
     neither = CasesSummary.of([CaseScore(case, None, "why") for case in (easy.case, hard.case)])
     assert one.log_prob > both.log_prob
-    assert format_ranks([one.worth, both.worth, neither.worth]) == ["2", "1", "3"]
+    assert format_ranks([one.rank_key, both.rank_key, neither.rank_key]) == ["2", "1", "3"]
     assert (neither.log_prob, neither.first_rank, neither.prompt_perplexity) == (None, None, None)
 
 
 def test_the_summary_by_hand():
-    """Ranks 1, 3 and that of a failure: the median is 3. Perplexities 2 and 8 have the geometric mean 4."""
+    """Ranks 1, 3 and a failure: the median is 3. The geometric mean of perplexities 2 and 8 is 4."""
     case = Case("c", "p", "t")
     scores = [
         CaseScore(case, ContinuationScore((-1.0, -2.0), (1, 1), 2.0), None),
@@ -162,8 +162,8 @@ def test_the_summary_by_hand():
     )
 
 
-def test_the_shipped_cases_are_read():
-    """10 to 20 a file; a target that is a word begins with its space, so that it does not run into the prompt."""
+def test_the_shipped_cases_are_valid():
+    """10 to 20 per file; a target that is a word begins with a space, or it would continue the last word."""
     for path in sorted((Path(__file__).parents[2] / "cases").glob("*.yaml")):
         cases = read_cases(path)
         assert 10 <= len(cases) <= 20
@@ -184,20 +184,20 @@ def test_the_shipped_cases_are_read():
         ),
         (
             "- {name: a, prompt: p}\n",
-            ":1: target: expected text, found nothing. Each case has name, prompt and target; quote a number.",
+            ":1: target: must be text, got nothing. Each case has name, prompt and target; quote numbers.",
         ),
-        ("- {name: a, prompt: p, target: 4}\n", ":1: target: expected text, found 4."),
+        ("- {name: a, prompt: p, target: 4}\n", ":1: target: must be text, got 4."),
         (
             "- {name: a, prompt: p, target: ''}\n",
-            ":1: target: it is empty. Write the text that should follow the prompt.",
+            ":1: target: must not be empty. Write the text that should follow the prompt.",
         ),
         (
             "- {name: a, prompt: p, target: t}\n- {name: a, prompt: p, target: t}\n",
-            ":2: name: a stands above already. Give each case a name of its own.",
+            ":2: name: a is used by another case. Give each case a different name.",
         ),
         (
             "- {name: a, prompt: p, target: t, weight: 2}\n",
-            ":1: weight: no such key. A case has name, prompt and target.",
+            ":1: weight: unknown key. A case has name, prompt and target.",
         ),
         ("- name: a\n  name: b\n", ":2: item.name: already set on line 1. Keep one."),
     ],
@@ -218,8 +218,8 @@ SST2 = [
 
 
 @pytest.mark.parametrize("n_shots", [0, 1])
-def test_the_label_taken_is_the_one_that_the_model_finds_more_probable(n_shots):
-    """Oracle: each label scored after the prompt that a person would write out."""
+def test_the_most_probable_label_is_chosen(n_shots):
+    """Oracle: each label scored after a prompt that is written out here."""
     task, engine = TASKS["sst2"], Engine(make_model(max_seq_len=300), BYTES)
     shots = [example("solved", "negative", "x")][:n_shots]
     before = "solved\n\nx\nSentiment: negative\n\n" * n_shots
@@ -247,7 +247,7 @@ def test_the_label_taken_is_the_one_that_the_model_finds_more_probable(n_shots):
     )
 
 
-def test_equal_labels_go_to_the_first():
+def test_of_equally_probable_labels_the_first_is_chosen():
     """All logits are 0: "negative" and "positive" have 8 bytes each and the same probability."""
     model = make_model(max_seq_len=100)
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_equal_labels_go_to_the_first():
 
 
 def test_a_label_in_a_template_is_scored_with_the_tokens_of_training(monkeypatch):
-    """All tokens of the conversation up to the one that ends the answer; the trained ones are the target."""
+    """The target is the trained tokens, with the one that ends the answer."""
     engine, template, asked = (
         Engine(make_model(max_seq_len=300), BYTES),
         make_template("instruction", BYTES),
@@ -285,10 +285,10 @@ def test_a_label_in_a_template_is_scored_with_the_tokens_of_training(monkeypatch
     assert [(list(pair.ids), pair.n_target) for pair in asked] == expected
 
 
-# --- tasks: answers in words ---
+# --- tasks: free-text answers ---
 
 
-def test_answers_are_graded_and_the_wrong_ones_kept():
+def test_answers_are_graded_and_wrong_ones_are_reported():
     engine = Parrot({"1 and 1": b" It is 2.\n#### 2", "2 and 2": b"five is 5"})
     asked = [example("2 and 2", "#### 4"), example("1 and 1", "#### 2")]
     found = evaluate_task(engine, TASKS["gsm8k"], asked, shots=[example("0 and 0", "#### 0")])
@@ -307,7 +307,7 @@ def test_answers_are_graded_and_the_wrong_ones_kept():
     assert engine.asked[0][1].stop == ("Question:",)
 
 
-def test_what_is_not_fully_right_comes_worst_first():
+def test_failed_answers_are_sorted_worst_first():
     engine = Parrot({"a": b"one two", "b": b"nothing", "c": b"one"})
     found = evaluate_task(
         engine, PAIRS, [example("a", "one two"), example("c", "one two"), example("b", "one two")]
@@ -319,8 +319,8 @@ def test_what_is_not_fully_right_comes_worst_first():
     assert list(found.measures) == ["exact_match", "token_f1"]
 
 
-def test_in_a_template_the_answer_ends_at_the_token_that_training_puts_there():
-    """And solved examples are turns before the question: token for token what `prompt_ids` gives."""
+def test_in_a_template_the_answer_ends_at_the_token_of_training():
+    """Solved examples are turns before the question: exactly the ids of `prompt_ids`."""
     template = make_template("instruction", BYTES)
     [end, *_] = template.stop_ids(BYTES)
     assert end != BYTES.eos_id
@@ -335,7 +335,7 @@ def test_in_a_template_the_answer_ends_at_the_token_that_training_puts_there():
     assert engine.asked[0][1].stop == ()
 
 
-def test_a_question_that_cannot_be_asked_is_answered_wrong():
+def test_a_question_that_cannot_be_asked_counts_as_wrong():
     """The vocabulary lacks the euro sign."""
     characters = sorted(set("which? Sentiment: positive negative Question: Answer:\n"))
     engine = Engine(
@@ -353,7 +353,7 @@ def test_a_question_that_cannot_be_asked_is_answered_wrong():
     assert (labelled.measures["accuracy"].value, labelled.measures["macro_f1"].value) == (0.0, 0.0)
 
 
-def test_prompts_that_lose_their_beginning_are_counted():
+def test_truncated_prompts_are_counted():
     engine = Parrot({"": b"x"}, make_model(max_seq_len=60))
     found = evaluate_task(
         engine, TASKS["gsm8k"], [example("short", "#### 1"), example("long " * 20, "#### 1")]
@@ -370,8 +370,8 @@ def test_prompts_that_lose_their_beginning_are_counted():
 # --- ranks ---
 
 
-def test_places_by_their_definition():
-    """One more than the number of better ones; marked where it is shared."""
+def test_ranks_by_definition():
+    """A rank is one more than the number of better ones; shared ranks are marked."""
     for worths in itertools.product((0.0, 1.0, -math.inf), repeat=4):
         for worth, place in zip(worths, format_ranks(worths), strict=True):
             assert (

@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness on our models: its three questions are answered as our engine answers them."""
+"""The lm-evaluation-harness on our models: its three kinds of request are answered by our engine."""
 
 import json
 import sys
@@ -11,7 +11,13 @@ from tests.generate.test_engine import make_model
 from tinylm.common.errors import UserError
 from tinylm.common.statistics import wilson
 from tinylm.config.schema import SamplingConfig
-from tinylm.eval.lm_eval import HarnessScore, check_tasks, harness_model, run_harness, sampling_of
+from tinylm.eval.lm_eval import (
+    HarnessScore,
+    check_tasks,
+    harness_model,
+    run_harness,
+    to_sampling_config,
+)
 from tinylm.generate.engine import Engine
 from tinylm.generate.scoring import score_continuation
 from tinylm.tokenizer.byte_char import ByteTokenizer
@@ -20,7 +26,7 @@ BYTES = ByteTokenizer()
 
 
 class Request:
-    """What the harness hands over: a tuple of arguments."""
+    """A request of the harness: a tuple of arguments."""
 
     def __init__(self, *args):
         self.args = args
@@ -33,7 +39,7 @@ def engine() -> Engine:
 
 
 def test_log_likelihood_is_the_engines_score(engine):
-    """A space at the end of the context belongs to the continuation, as for every model of the harness; no context is EOS."""
+    """A space at the end of the context belongs to the continuation, as for every model; an empty context is EOS."""
     model = harness_model(engine, batch_size=2)
     found = model.loglikelihood(
         [Request("ab", " cd"), Request("ab ", "cd"), Request("", "cd")], disable_tqdm=True
@@ -50,8 +56,8 @@ def test_log_likelihood_is_the_engines_score(engine):
 
 
 @pytest.mark.parametrize("n", [5, 48, 49, 120])
-def test_rolling_log_likelihood_predicts_each_token_once_with_all_the_context_that_fits(engine, n):
-    """Oracle: 48 positions; tokens 1 to 48 after EOS and what is before them, later ones by windows that end with the last token."""
+def test_rolling_log_likelihood_predicts_each_token_once_with_the_context_that_fits(engine, n):
+    """Oracle, with 48 positions: tokens 1 to 48 after EOS and those before them, later ones in windows that end with the last token."""
     text = "".join(chr(97 + i * i % 26) for i in range(n))
     [found] = harness_model(engine).loglikelihood_rolling([Request(text)])
     ids, total = [BYTES.eos_id, *text.encode()], 0.0
@@ -69,7 +75,7 @@ def test_rolling_log_likelihood_predicts_each_token_once_with_all_the_context_th
     assert found == pytest.approx(total, abs=1e-2)
 
 
-def test_generation_is_the_engines_greedy_text_up_to_the_stop_strings(engine):
+def test_generation_is_the_engines_greedy_text_up_to_a_stop_string(engine):
     [whole] = harness_model(engine).generate_until(
         [Request("ab", {"until": [], "max_gen_toks": 12})]
     )
@@ -80,23 +86,23 @@ def test_generation_is_the_engines_greedy_text_up_to_the_stop_strings(engine):
     assert cut == whole[: whole.index(whole[3:5])]
 
 
-def test_the_harness_settings_are_ours():
-    assert sampling_of(
+def test_generation_kwargs_become_our_settings():
+    assert to_sampling_config(
         {"until": ["a", "b"], "do_sample": False, "temperature": 0.7}
     ) == SamplingConfig(temperature=0, max_new_tokens=256, stop=("a", "b"))
-    drawn = sampling_of(
+    drawn = to_sampling_config(
         {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": None, "max_gen_toks": 5}
     )
     assert drawn == SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=5)
     with pytest.raises(
         UserError,
-        match=r"^--lm-eval: generation_kwargs: penalty_alpha is not known here, but max_gen_toks, .*\. Take it out of the task\.$",
+        match=r"^--lm-eval: generation_kwargs: penalty_alpha: not supported; known are max_gen_toks, .*\. Remove it from the task\.$",
     ):
-        sampling_of({"penalty_alpha": 0.6})
+        to_sampling_config({"penalty_alpha": 0.6})
 
 
 def test_intervals_and_ranks_of_the_harness_measures():
-    """A share has Wilson's interval; another measure value and standard error; one that should be low ranks by its negative."""
+    """A share has Wilson's interval, another measure its standard error's; one where lower is better ranks by its negative."""
     right = HarnessScore("t", "acc (strict)", 0.0, 0.0, 10, True)
     assert right.interval == wilson(0.0, 10)
     f1, perplexity = (
@@ -105,24 +111,24 @@ def test_intervals_and_ranks_of_the_harness_measures():
     )
     assert f1.interval == pytest.approx((0.304, 0.696), abs=1e-4)
     assert perplexity.interval == (None, None)
-    assert (f1.worth, perplexity.worth) == (0.5, -9.0)
+    assert (f1.rank_key, perplexity.rank_key) == (0.5, -9.0)
 
 
-def test_without_lm_eval_it_says_what_to_install(monkeypatch):
+def test_a_missing_lm_eval_is_an_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(
         UserError,
-        match=r'^--lm-eval needs lm_eval\. Install it: pip install "lm_eval>=0\.4\.13,<0\.5"$',
+        match=r'^--lm-eval: needs the package lm_eval\. Install it: pip install "lm_eval>=0\.4\.13,<0\.5"\.$',
     ):
         check_tasks(["x"], None)
 
 
-# --- the whole way ---
+# --- end to end ---
 
 
 @pytest.fixture
 def own_tasks(tmp_path: Path) -> Path:
-    """A folder with a task of two choices, one of writing, and one of perplexity, over three rows."""
+    """A folder with a multiple-choice, a generation and a perplexity task over three rows."""
     rows = [
         ("The opposite of up is", ["down", "left"], 0),
         ("A young dog is a", ["kitten", "puppy"], 1),
@@ -153,7 +159,7 @@ def own_tasks(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_harness_runs_local_tasks_without_network(engine, own_tasks):
-    """Oracles: the engine's own scores of each choice, and of each text in bits."""
+    """Oracles: the engine's scores of each choice, and of each text in bits."""
     names = ["own_choice", "own_words", "own_text"]
     check_tasks(names, own_tasks)
     found = {score.task: score for score in run_harness(engine, names, include_path=own_tasks)}
@@ -181,8 +187,8 @@ def test_the_harness_runs_local_tasks_without_network(engine, own_tasks):
     assert limited.n_examples == 2
 
 
-def test_an_unknown_task_is_named_with_those_there_are(engine, own_tasks):
+def test_an_unknown_task_is_named_with_those_available(engine, own_tasks):
     with pytest.raises(UserError) as error:
         check_tasks(["own_choice", "nonsense"], own_tasks)
-    known = "own_choice, own_text, own_words. Name one that there is, or give its folder by --include-path."
+    known = "own_choice, own_text, own_words. Name one of these, or give the folder of your task with --include-path."
     assert str(error.value) == f"--lm-eval: nonsense: no such task; {own_tasks} has {known}"

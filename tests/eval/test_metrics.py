@@ -1,4 +1,4 @@
-"""Scores of texts: against other libraries, hand computations and what an interval is by definition."""
+"""Scores of texts against other libraries, hand computations and the definition of an interval."""
 
 import math
 import sys
@@ -44,7 +44,7 @@ LABELS = st.lists(
     ],
 )
 def test_the_final_number_of_an_answer(text, number):
-    """After `####` the first, else the last of all; a minus after a number subtracts."""
+    """The first after `####`, else the last; a minus after a number subtracts."""
     assert final_number(text) == Decimal(number)
 
 
@@ -86,12 +86,12 @@ def test_rouge_does_not_stem():
     assert rouge("cats", "cat")["rouge1"] == 0.0
 
 
-def test_rouge_without_its_library_says_what_to_install(monkeypatch):
+def test_a_missing_rouge_score_is_an_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     metrics._rouge_scorer.cache_clear()
     with pytest.raises(
         UserError,
-        match=r'^ROUGE needs rouge-score\. Install it: pip install "rouge-score>=0\.1\.2,<1"$',
+        match=r'^ROUGE: needs the package rouge-score\. Install it: pip install "rouge-score>=0\.1\.2,<1"\.$',
     ):
         rouge("a", "a")
 
@@ -100,7 +100,7 @@ def test_rouge_without_its_library_says_what_to_install(monkeypatch):
 
 
 @given(LABELS)
-def test_macro_f1_is_that_of_scikit_learn(pairs):
+def test_macro_f1_equals_scikit_learns(pairs):
     sklearn = pytest.importorskip("sklearn.metrics")
     outputs, targets = zip(*pairs, strict=True)
     assert macro_f1(outputs, targets).value == pytest.approx(
@@ -109,14 +109,14 @@ def test_macro_f1_is_that_of_scikit_learn(pairs):
 
 
 def test_macro_f1_by_hand():
-    """a: 1 of 1 output right, 1 of 2 targets found, F 2/3; b: 1 of 2 right, 1 of 1 found, F 2/3; an empty answer is a label never right, F 0."""
+    """a: precision 1/1, recall 1/2, F 2/3; b: precision 1/2, recall 1/1, F 2/3; an empty answer is a label that is never right, F 0."""
     assert macro_f1(["a", "b", "b"], ["a", "a", "b"]).value == pytest.approx(2 / 3)
     assert macro_f1(["a", "b", ""], ["a", "a", "b"]).value == pytest.approx((2 / 3 + 0 + 0) / 3)
 
 
 @given(st.integers(0, 40), st.integers(1, 40))
 def test_wilsons_interval_is_where_the_normal_test_stops_rejecting(right, more):
-    """By its definition an end x has |share - x| = z sqrt(x (1 - x) / n), unless it was cut at 0 or 1."""
+    """By definition an end x has |share - x| = z sqrt(x (1 - x) / n), unless it is clipped to 0 or 1."""
     n = right + more
     low, high = wilson(right / n, n)
     assert 0 <= low <= right / n <= high <= 1
@@ -127,7 +127,7 @@ def test_wilsons_interval_is_where_the_normal_test_stops_rejecting(right, more):
             )
 
 
-def test_the_interval_of_right_and_wrong_is_wilsons_and_of_other_values_a_bootstraps():
+def test_the_interval_is_wilsons_for_right_and_wrong_and_a_bootstrap_otherwise():
     assert mean([1.0, 0.0, 1.0, 1.0]) == statistics.Measure(0.75, *wilson(0.75, 4))
     values = np.random.default_rng(1).random(400)
     found = mean(values)
@@ -137,8 +137,8 @@ def test_the_interval_of_right_and_wrong_is_wilsons_and_of_other_values_a_bootst
     )
 
 
-def test_the_bootstrap_of_macro_f1_is_that_of_examples():
-    """Oracle: examples drawn one by one with replacement and scored anew."""
+def test_the_bootstrap_of_macro_f1_resamples_examples():
+    """Oracle: examples drawn one by one with replacement, and scored."""
     draw = np.random.default_rng(3)
     targets = draw.choice(["a", "b"], 300, p=[0.8, 0.2])
     outputs = np.where(draw.random(300) < 0.7, targets, "a")
@@ -151,7 +151,7 @@ def test_the_bootstrap_of_macro_f1_is_that_of_examples():
     assert found.low < found.value < found.high
 
 
-def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
+def test_the_interval_is_a_function_of_the_seed():
     values = [n / 100 for n in range(60)]
     assert mean(values, seed=1) == mean(values, seed=1) != mean(values, seed=2)
     assert macro_f1("aabb", "abab", seed=1) == macro_f1("aabb", "abab", seed=1)

@@ -1,4 +1,4 @@
-"""Tasks: rows become questions and targets, answers become scores, and no example is both solved and asked (FAULTS E1, E13)."""
+"""Tasks: rows become questions and targets, answers become scores, and no solved example is also asked (E1, E13)."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, DataConfig
-from tinylm.eval.tasks import PAIRS, TASKS, data
-from tinylm.eval.tasks.data import find_task, load_task
+from tinylm.eval.tasks import data
+from tinylm.eval.tasks.data import load_task
+from tinylm.eval.tasks.table import PAIRS, TASKS, find_task
 from tinylm.eval.tasks.task import draw_shots
 from tinylm.rows import columns, row_files
 from tinylm.rows.conversation import Turn
@@ -19,7 +20,7 @@ EVERY_TASK = [*TASKS.values(), PAIRS]
 
 
 def write_rows(path: Path, items: list) -> Path:
-    """One row a line; text stands as it is."""
+    """One row per line; a string is written as it is."""
     path.write_text(
         "".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in items),
         encoding="utf-8",
@@ -28,7 +29,7 @@ def write_rows(path: Path, items: list) -> Path:
 
 
 def problems(n: int, start: int = 0) -> list[dict]:
-    """GSM8K rows that all differ."""
+    """Different GSM8K rows."""
     return [
         {"question": f"What is {i} and 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"}
         for i in range(start, start + n)
@@ -38,7 +39,7 @@ def problems(n: int, start: int = 0) -> list[dict]:
 # --- every task ---
 
 
-def test_the_names_are_those_of_the_setting():
+def test_the_names_are_the_values_of_the_setting():
     names = [
         name
         for kind in get_args(DataConfig.model_fields["task"].annotation)
@@ -48,8 +49,8 @@ def test_the_names_are_those_of_the_setting():
 
 
 @pytest.mark.parametrize("task", EVERY_TASK, ids=lambda task: task.name)
-def test_the_right_answers_of_the_built_in_rows_are_worth_everything(task):
-    """Eight to sixteen different rows; every measure of the targets themselves is 1, and its interval goes up to 1."""
+def test_the_targets_of_the_built_in_rows_have_the_highest_score(task):
+    """8 to 16 different rows; every measure of the targets is 1, and so is the end of its interval."""
     examples = load_task(task, None, smoke=True).examples
     targets = [example.target for example in examples]
     assert 8 <= len({example.question for example in examples}) == len(examples) <= 16
@@ -60,20 +61,20 @@ def test_the_right_answers_of_the_built_in_rows_are_worth_everything(task):
 
 
 @pytest.mark.parametrize("task", EVERY_TASK, ids=lambda task: task.name)
-def test_an_empty_answer_is_worth_nothing(task):
+def test_an_empty_answer_scores_0(task):
     targets = [example.target for example in load_task(task, None, smoke=True).examples]
     assert all(measure.value == 0 for measure in task.score([""] * len(targets), targets).values())
 
 
-def test_the_sums_of_the_built_in_problems_are_right():
-    """Each <<a*b=c>> in them is what Python makes of it."""
+def test_the_arithmetic_of_the_built_in_problems_is_right():
+    """Python computes the same result for each <<a*b=c>>."""
     for row in TASKS["gsm8k"].smoke:
         for step in row["answer"].split("<<")[1:]:
             term, result = step.partition(">>")[0].split("=")
             assert eval(term) == float(result)  # noqa: S307  (our own text)
 
 
-def test_a_few_shot_prompt_is_solved_examples_and_then_the_question():
+def test_a_few_shot_prompt_has_solved_examples_before_the_question():
     task = TASKS["gsm8k"]
     first, second = (task.example("here", row) for row in problems(2))
     assert (
@@ -84,7 +85,7 @@ def test_a_few_shot_prompt_is_solved_examples_and_then_the_question():
 
 
 def test_chance_is_the_most_frequent_label_or_another_examples_target():
-    """ham 3 of 4: accuracy 3/4, F1 of ham 6/7, of spam 0. Numbers: each is compared with the next one's, 7 with 7, 7 with 8, 8 with 7."""
+    """ham 3 of 4: accuracy 3/4, F1 of ham 6/7, of spam 0. Numbers: compared with the next target, 7 with 7, 7 with 8, 8 with 7."""
     assert TASKS["sms"].chance(["ham", "spam", "ham", "ham"]) == pytest.approx(
         {"accuracy": 0.75, "macro_f1": 3 / 7}
     )
@@ -111,34 +112,38 @@ def test_chance_is_the_most_frequent_label_or_another_examples_target():
         (
             "gsm8k",
             {"question": None, "answer": "#### 1"},
-            "question: expected a string, found null. Correct the row, or take it out.",
+            "question: must be a string, got null. Correct the row, or remove it.",
         ),
         (
             "gsm8k",
             {"question": "q", "answer": 1},
-            "answer: expected a string, found a number. Correct the row, or take it out.",
+            "answer: must be a string, got a number. Correct the row, or remove it.",
         ),
         (
             "gsm8k",
             {"question": "q", "answer": " "},
-            "the answer is blank. Correct the row, or take it out.",
+            "answer: must not be empty. Correct the row, or remove it.",
         ),
         (
             "sst2",
             {"sentence": "s", "label": -1},
-            "label: expected 0 (negative), 1 (positive), found -1. Correct the row, or take another split.",
+            "label: must be one of 0 (negative), 1 (positive), got -1. Correct the row, or use another split.",
         ),
         (
             "sst2",
             {"sentence": "s", "label": True},
-            "label: expected 0 (negative), 1 (positive), found True.",
+            "label: must be one of 0 (negative), 1 (positive), got True.",
         ),
-        ("sms", {"label": "eggs", "text": "s"}, "label: expected 0 (ham), 1 (spam), found 'eggs'."),
+        (
+            "sms",
+            {"label": "eggs", "text": "s"},
+            "label: must be one of 0 (ham), 1 (spam), got 'eggs'.",
+        ),
         ("sms", {"label": "ham"}, "sms: missing; the row has label."),
         (
             "alpaca",
             {"instruction": "i", "input": 3, "output": "o"},
-            "input: expected a string, found a number.",
+            "input: must be a string, got a number.",
         ),
         ("gsm8k", "{", "not JSON"),
         ("gsm8k", ["q"], "must be an object"),
@@ -152,8 +157,8 @@ def test_a_bad_row_is_named_by_file_line_and_column(tmp_path, task, row, problem
     assert str(error.value).startswith(f"{path}:2: {problem}")
 
 
-def test_a_task_and_rows_py_make_the_same_conversation_of_a_row():
-    """Or a model would be evaluated on other words than it was fine-tuned on."""
+def test_a_task_and_parse_conversation_agree_on_a_row():
+    """Otherwise a model would be evaluated on other prompts than it was fine-tuned on."""
     alpaca = {"instruction": "Add. ", "input": "1 and 2\n", "output": "3"}
     sms = {"label": "ham", "text": "see you"}
     assert TASKS["alpaca"].conversation(alpaca) == columns.parse_conversation(alpaca, DataConfig())
@@ -163,7 +168,7 @@ def test_a_task_and_rows_py_make_the_same_conversation_of_a_row():
     )
 
 
-def test_the_lines_of_a_chat_end_without_carriage_returns():
+def test_carriage_returns_are_removed_from_a_chat():
     question, answer = TASKS["samsum"].conversation(
         {"dialogue": "A: hi\r\nB: hello", "summary": "They meet."}
     )
@@ -189,10 +194,8 @@ def test_the_spam_collection_is_read_as_it_is_published(tmp_path):
         ("alpaca", 2 * [("tatsu-lab/alpaca", None, "train")]),
     ],
 )
-def test_without_a_path_rows_are_evaluated_that_fine_tuning_does_not_train_on(
-    monkeypatch, name, asked
-):
-    """Two splits are read whole. Of a single one, the rows that fine-tuning with default settings holds out are evaluated, and the others solved."""
+def test_without_a_path_the_evaluated_rows_are_not_those_of_fine_tuning(monkeypatch, name, asked):
+    """Two splits are read whole. Of a single split, the rows that fine-tuning holds out by default are evaluated."""
     calls, one_split = [], name in ("sms", "alpaca")
 
     def records(config, which, seed):
@@ -214,20 +217,20 @@ def test_without_a_path_rows_are_evaluated_that_fine_tuning_does_not_train_on(
     assert calls == asked
 
 
-def test_a_hub_that_cannot_be_reached_names_the_flags_that_do_without(monkeypatch):
+def test_an_unreachable_hub_is_an_error_that_names_other_flags(monkeypatch):
     def records(config, which, seed):
-        raise UserError("x: not reached.")
+        raise UserError("x", "not reached")
 
     monkeypatch.setattr(data, "read_rows", records)
     with pytest.raises(
         UserError,
-        match=r"^task sst2: x: not reached\. Here that is --data sst2=PATH; --smoke needs no data\.$",
+        match=r"^task sst2: x: not reached\. Give the rows with --data sst2=PATH, or try --smoke, which needs no data\.$",
     ):
         load_task(TASKS["sst2"], None)
 
 
 @pytest.mark.parametrize(("name", "value"), [("rows", "alpaca"), ("columns", {"prompt": "q"})])
-def test_a_task_and_another_word_on_its_rows_contradict_each_other(name, value):
+def test_a_task_cannot_be_combined_with_rows_or_columns(name, value):
     with pytest.raises(
         ValidationError,
         match=f"{name}: cannot be combined with task. Remove {name} or task",
@@ -238,8 +241,8 @@ def test_a_task_and_another_word_on_its_rows_contradict_each_other(name, value):
 # --- examples ---
 
 
-def test_solved_examples_of_one_file_are_never_asked(tmp_path):
-    """Row 0 stands there three times: as a solved example it is asked nowhere."""
+def test_solved_examples_of_a_file_are_never_asked(tmp_path):
+    """Row 0 is there three times: if it is a solved example, none of them is asked."""
     path = write_rows(tmp_path / "rows.jsonl", problems(6) + problems(1) + problems(1))
     seen = set()
     for seed in range(8):
@@ -255,8 +258,8 @@ def test_solved_examples_of_one_file_are_never_asked(tmp_path):
     assert len(seen) > 1
 
 
-def test_solved_examples_of_a_folder_are_training_rows_that_are_not_asked(tmp_path):
-    """The test rows 0 to 4 are among the training rows 0 to 7; one of those is no row, and only 5 and 6 are left to solve."""
+def test_solved_examples_of_a_folder_are_other_training_rows(tmp_path):
+    """Test rows 0 to 4 are among training rows 0 to 7, of which 7 is invalid: only 5 and 6 can be solved examples."""
     write_rows(tmp_path / "train.jsonl", [*problems(7), {"question": "What is 7 and 1?"}])
     write_rows(tmp_path / "test.jsonl", problems(5))
     loaded = load_task(TASKS["gsm8k"], tmp_path, n_shots=2)
@@ -264,12 +267,12 @@ def test_solved_examples_of_a_folder_are_training_rows_that_are_not_asked(tmp_pa
     assert len(loaded.examples) == 5
     with pytest.raises(
         UserError,
-        match=r"^task gsm8k: 3 examples were asked for, and there are 2 to take\. Lower --shots or give more rows\.$",
+        match=r"^task gsm8k: needs 3 solved examples, but only 2 are available\. Lower --shots, or give more rows\.$",
     ):
         load_task(TASKS["gsm8k"], tmp_path, n_shots=3)
 
 
-def test_a_limit_draws_examples_by_the_seed_and_keeps_their_order(tmp_path):
+def test_a_limit_draws_examples_with_the_seed_and_keeps_their_order(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", problems(50))
     places = [
         [
@@ -289,22 +292,22 @@ def test_no_solved_examples_need_no_training_rows(tmp_path):
     assert draw_shots(TASKS["gsm8k"], [], 0, seed=0) == []
 
 
-def test_what_is_wrong_with_the_data_is_said(tmp_path):
+def test_each_mistake_in_the_data_has_its_message(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", problems(2))
     wanted = {
-        "--tasks: no\\x1b: no such task. There are sst2, samsum, gsm8k, sms, alpaca, pairs.": lambda: (
+        "--tasks: no\\x1b: no such task. Give one of sst2, samsum, gsm8k, sms, alpaca, pairs.": lambda: (
             find_task("no\x1b")
         ),
-        "--tasks: pairs has no data of its own. Give your rows: --data pairs=rows.jsonl": lambda: (
+        "--tasks: pairs: has no data of its own. Give your rows: --data pairs=rows.jsonl": lambda: (
             load_task(PAIRS, None)
         ),
-        f"--data: {path}: --smoke takes the built-in rows. Give one of the two.": lambda: load_task(
+        f"--data: {path}: cannot be combined with --smoke. Give one of the two.": lambda: load_task(
             PAIRS, path, smoke=True
         ),
         f"--data: {tmp_path}: no file begins with test or validation or val. Give a file of rows": lambda: (
             load_task(TASKS["gsm8k"], tmp_path)
         ),
-        "task gsm8k: no examples are left to evaluate beside 2 solved ones. Lower --shots, or give more rows.": lambda: (
+        "task gsm8k: no examples are left to evaluate besides 2 solved ones. Lower --shots, or give more rows.": lambda: (
             load_task(TASKS["gsm8k"], path, n_shots=2)
         ),
     }
@@ -315,6 +318,6 @@ def test_what_is_wrong_with_the_data_is_said(tmp_path):
     for name in ("test.jsonl", "test2.jsonl"):
         write_rows(tmp_path / name, problems(2))
     with pytest.raises(
-        UserError, match=r"2 files begin with test\. Give one of them: .*test\.jsonl$"
+        UserError, match=r"2 files begin with test\. Give one of them: .*test\.jsonl\.$"
     ):
         load_task(TASKS["gsm8k"], tmp_path)

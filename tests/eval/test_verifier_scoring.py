@@ -1,4 +1,4 @@
-"""Problems with right and wrong answers: how they are read, made wrong, written as pairs, sampled, and judged."""
+"""Problems with right and wrong answers: how they are read, corrupted, encoded, sampled and scored."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, DataConfig, ModelConfig
 from tinylm.eval.sampled_answers import cached_answers
-from tinylm.eval.tasks import TASKS
+from tinylm.eval.tasks.table import TASKS
 from tinylm.eval.verifier_scoring import VerifierScorer
 from tinylm.model.verifier import Verifier
 from tinylm.rows.conversation import Turn
@@ -55,7 +55,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 # --- rows to problems ---
 
 
-def test_a_row_of_gsm8k_is_a_problem_without_the_calculators_notes(tmp_path):
+def test_calculator_annotations_are_removed_from_a_row_of_gsm8k(tmp_path):
     path = write_rows(
         tmp_path / "rows.jsonl",
         [{"question": "How many eggs? ", "answer": "4*6=<<4*6=24>>24 eggs.\n#### 24"}],
@@ -69,11 +69,11 @@ def test_a_row_of_gsm8k_is_a_problem_without_the_calculators_notes(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a << b, c >> d", "x <<1=\n1>>", "<<>>"])
-def test_other_angles_are_no_notes(text):
+def test_other_angle_brackets_are_not_annotations(text):
     assert remove_annotations(text) == text
 
 
-def test_all_before_the_last_answer_is_the_problem():
+def test_the_problem_is_everything_before_the_last_answer():
     found = parse_problem(
         "here",
         (Turn("system", "Be brief."), Turn("user", "1+1?", "in words"), Turn("assistant", "2")),
@@ -81,7 +81,7 @@ def test_all_before_the_last_answer_is_the_problem():
     assert (found.question, found.answer) == (Turn("user", "Be brief.\n\n1+1?\n\nin words"), "2")
 
 
-def test_a_row_that_ends_with_a_question_is_named(tmp_path):
+def test_a_row_without_an_answered_question_is_named(tmp_path):
     path = write_rows(
         tmp_path / "rows.jsonl", [{"messages": [{"role": "assistant", "content": "2"}]}]
     )
@@ -92,8 +92,8 @@ def test_a_row_that_ends_with_a_question_is_named(tmp_path):
         read_problems(DataConfig(dataset=str(path), val_dataset="other.jsonl"), "train", 0)
 
 
-def test_what_does_not_fit_or_cannot_be_made_wrong_is_left_out_and_said():
-    """Rows of 12 bytes: an answer of 10 leaves room for the separator and one byte of the problem, one of 11 does not."""
+def test_problems_that_do_not_fit_or_have_no_number_are_skipped_and_reported():
+    """In rows of 12 bytes an answer of 10 leaves room for the separator and one byte of the problem, one of 11 does not."""
     found = [
         problem("0123456", "1234567890"),
         problem("b", "12345678901"),
@@ -117,8 +117,8 @@ def test_what_does_not_fit_or_cannot_be_made_wrong_is_left_out_and_said():
         filter_problems(found[2:3], RowReport("val", 12), BYTES, n_wrong=1)
 
 
-def test_training_problems_that_are_all_validation_problems_too_are_told_of(tmp_path):
-    """One question with answers that differ: whatever is held out of it, training has nothing else."""
+def test_if_all_training_problems_are_in_validation_it_is_an_error(tmp_path):
+    """One question with different answers: whatever is held out, training has no other question."""
     path = write_rows(
         tmp_path / "rows.jsonl",
         [{"prompt": "How many?", "completion": f"It is {i}."} for i in range(12)],
@@ -133,7 +133,7 @@ def test_training_problems_that_are_all_validation_problems_too_are_told_of(tmp_
         VerifierData(config, BYTES).prepare()
 
 
-def test_samples_that_do_not_fit_are_left_out():
+def test_samples_that_do_not_fit_are_removed():
     long, short = GradedAnswer("12345678901", False), GradedAnswer("4", False)
     report = RowReport("train", 12)
     [kept] = filter_problems([problem("d", "3", (long, short))], report, BYTES, n_wrong=1)
@@ -143,8 +143,8 @@ def test_samples_that_do_not_fit_are_left_out():
 # --- answers ---
 
 
-def test_wrong_answers_depend_on_the_seed_alone():
-    """The right one first, then as many corruptions as asked for, then what a model answered."""
+def test_wrong_answers_are_a_function_of_the_seed():
+    """First the right answer, then n_wrong corrupted ones, then the sampled ones."""
     given = problem(answer="3 and 4 are 7", samples=(GradedAnswer("it is 8", False),))
     first, again, other = (graded_answers(given, n_wrong=3, seed=seed) for seed in ("a", "a", "b"))
     assert first == again != other
@@ -158,8 +158,8 @@ def test_wrong_answers_depend_on_the_seed_alone():
     assert not any(answer.right for answer in first[1:])
 
 
-def test_what_a_model_answers_is_right_by_its_last_number():
-    """Once each; the right answer itself is there already; a blank one says nothing."""
+def test_a_sampled_answer_is_right_by_its_final_number():
+    """Without repetitions, the right answer itself, and empty answers."""
     found = grade_samples(
         problem(answer="2+5=7\n#### 7"),
         ["so 7.0", "it is 8 ", "it is 8", "", "2+5=<<2+5=7>>7\n#### 7", "no idea"],
@@ -179,7 +179,7 @@ def test_what_a_model_answers_is_right_by_its_last_number():
     st.lists(st.integers(0, 255), max_size=30),
     st.integers(1, 80),
 )
-def test_a_pair_is_problem_separator_answer_and_loses_its_beginning(question, answer, seq_len):
+def test_a_pair_is_problem_separator_answer_cut_on_its_left(question, answer, seq_len):
     assert (
         pair_ids(question, answer, BYTES, seq_len) == [*question, BYTES.eos_id, *answer][-seq_len:]
     )
@@ -189,8 +189,8 @@ def test_a_pair_is_problem_separator_answer_and_loses_its_beginning(question, an
     st.lists(st.integers(0, 2), min_size=1, max_size=8),
     st.lists(st.integers(0, 2), min_size=1, max_size=8),
 )
-def test_a_departure_is_all_that_two_answers_do_not_share_at_their_ends(answer, right):
-    """What stands before it and behind it is in the right answer too, at its beginning and its end; equal answers have one place still."""
+def test_the_error_span_is_what_two_answers_do_not_share_at_their_ends(answer, right):
+    """Before and after it both answers are equal; it is never empty, even if the answers are equal."""
     span = error_span(answer, right)
     assert 0 <= span.start < span.stop <= len(answer)
     if answer != right:
@@ -199,8 +199,8 @@ def test_a_departure_is_all_that_two_answers_do_not_share_at_their_ends(answer, 
         assert answer[span.stop :] == right[len(right) - behind :]
 
 
-def test_the_wrong_token_is_marked_also_in_a_pair_that_lost_its_beginning():
-    """ "Q" EOS "1+1=2" is wrong as "1+1=3" in its last byte, a model's "one" in each; of rows of 4 tokens the places move, and go no lower than 0."""
+def test_the_error_is_marked_also_in_a_pair_that_is_cut():
+    """Of "Q" EOS "1+1=3" the last byte is wrong, of "one" every byte; in rows of 4 tokens positions shift, but not below 0."""
     given = problem("Q", "1+1=2", (GradedAnswer("one", False), GradedAnswer("1+1=2.", True)))
     wrong = GradedAnswer("1+1=3", False)
     pairs = build_verifier_examples(
@@ -241,10 +241,10 @@ def test_a_batch_is_padded_on_the_right():
     ].tolist()[:2] == [True, False]
 
 
-def test_a_judge_reads_each_answer_as_training_shows_it():
-    """A batch gives what each answer gives alone; the calculator's notes are taken out of what a model wrote."""
+def test_answers_are_scored_with_the_tokens_of_training():
+    """A batch equals single answers; calculator annotations are removed from sampled answers."""
     torch.manual_seed(0)
-    judge = VerifierScorer(
+    scorer = VerifierScorer(
         Verifier(
             ModelConfig(vocab_size=260, n_layers=1, d_model=16, n_heads=2, max_seq_len=40)
         ).eval(),
@@ -252,14 +252,14 @@ def test_a_judge_reads_each_answer_as_training_shows_it():
         40,
     )
     answers = ["7", "it is 12", "it is <<5+7=12>>12 "]
-    together = judge.probabilities("How many?", answers)
+    together = scorer.probabilities("How many?", answers)
     assert together == pytest.approx(
-        [judge.probabilities("How many?", [answer])[0] for answer in answers], abs=1e-6
+        [scorer.probabilities("How many?", [answer])[0] for answer in answers], abs=1e-6
     )
     assert together[1] == together[2] != together[0]
     ids = torch.tensor([pair_ids(BYTES.encode("How many?"), BYTES.encode("7"), BYTES, 40)])
     assert together[0] == pytest.approx(
-        torch.sigmoid(judge.model(ids, torch.ones_like(ids))).item(), abs=1e-6
+        torch.sigmoid(scorer.model(ids, torch.ones_like(ids))).item(), abs=1e-6
     )
 
 
@@ -268,7 +268,7 @@ def test_a_judge_reads_each_answer_as_training_shows_it():
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    """40 problems, 8 of which stand twice; a fifth is held out."""
+    """40 problems, 8 of them twice; 30% are held out."""
     rows = [
         {
             "prompt": f"What is {i % 32} and 1?",
@@ -295,7 +295,7 @@ def data(config) -> VerifierData:
 
 
 def test_no_problem_is_in_both_splits(data):
-    """A problem that stands twice with answers that differ falls on both sides by content: training gives way, and says so."""
+    """A problem with two different answers can be in both splits by its hash: it is skipped in training, with a note."""
     train, val = (
         {problem.question for problem in made} for made in (data.train_problems, data.val_problems)
     )
@@ -312,7 +312,7 @@ def test_no_problem_is_in_both_splits(data):
 
 
 def decoded(batch: dict[str, Any]) -> list[tuple[str, int]]:
-    """Each pair as text, with its label."""
+    """Each example as text, with its label."""
     rows = zip(batch["input_ids"], batch["attention_mask"], batch["label"], strict=True)
     return [
         (BYTES.decode([i for i in ids[mask].tolist() if i != BYTES.eos_id]), int(label))
@@ -353,11 +353,11 @@ def test_validation_asks_every_problem_once_and_is_the_same_each_time(data, conf
     assert len(data.val_dataset(Share(1, 1, 2))[0]["label"]) == 0
 
 
-# --- answers that are kept ---
+# --- cached answers ---
 
 
-def test_answers_that_were_written_are_not_written_again(tmp_path):
-    """A process killed in the middle of a line leaves its beginning: the next goes on behind the whole lines, and the file is the same."""
+def test_cached_answers_are_not_sampled_again(tmp_path):
+    """A killed process leaves part of a line: the next one continues after the whole lines, and the file is the same."""
     drawn: list[int] = []
 
     def draw(number: int) -> list[str]:
@@ -384,6 +384,6 @@ def test_answers_that_were_written_are_not_written_again(tmp_path):
     path.write_bytes(b"[]\nx\n")
     with pytest.raises(
         UserError,
-        match="answers.jsonl: damaged: not the lines that were written. Delete it: it is made again.",
+        match="answers.jsonl: damaged: not the lines that were written. Delete it: it will be made again.",
     ):
         list(cached_answers(path, 4, draw, lambda *progress: None))

@@ -1,4 +1,4 @@
-"""Writing text: the cache changes nothing, stop strings are never seen, seeds repeat, beams find the best (FAULTS I15, I18)."""
+"""Generation: cache and full forward agree, stop strings are never shown, seeds repeat, beams find the best."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ OPTIONS = {
 
 
 def make_model(seed: int = 0, **options: object) -> Decoder:
-    """A tiny random decoder whose logits are far enough apart for rounding not to decide."""
+    """A tiny random decoder whose logits are too far apart for rounding to matter."""
     torch.manual_seed(seed)
     shape = {
         "vocab_size": 260,
@@ -66,7 +66,7 @@ def greedy(**settings: object) -> SamplingConfig:
 def greedy_by_full_forward(
     model: Decoder, ids: Sequence[int], n: int, vocab_size: int
 ) -> list[int]:
-    """No cache: the whole visible context again for each token; when it is full, its last half stays."""
+    """Without a cache: the whole context again for each token; when it is full, its last half is kept."""
     visible, written = list(ids), []
     for _ in range(n):
         written.append(model(torch.tensor([visible]))[0, -1, :vocab_size].argmax().item())
@@ -77,7 +77,7 @@ def greedy_by_full_forward(
 
 
 class Scripted(Decoder):
-    """A model that writes given ids, whatever it reads, after a prompt of one token."""
+    """A model that generates the given ids after any prompt of one token."""
 
     def __init__(self, ids: Sequence[int]):
         super().__init__(
@@ -113,12 +113,12 @@ def write(ids: Sequence[int] | str, **settings: object) -> Completion:
     return completion
 
 
-# --- the cache changes nothing ----------------------------------------------------------------------------------------
+# --- the cache changes nothing --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_greedy_with_cache_equals_greedy_by_full_forward(options):
-    """Over the end of the context too: 10 tokens of prompt and 60 more in 48 positions shift it twice."""
+    """Beyond the context too: 10 tokens of prompt and 60 more in 48 positions make two context shifts."""
     model = make_model(**options)
     [completion] = Engine(model, BYTES).generate("a prompt..", greedy(max_new_tokens=60))
     expected = greedy_by_full_forward(model, b"a prompt..", 60, 260)
@@ -144,7 +144,7 @@ def test_a_prompt_longer_than_the_ring_is_read_in_chunks(options):
     [OPTIONS["rope"], OPTIONS["alibi window"], OPTIONS["window and sinks"], OPTIONS["experts"]],
     ids=str,
 )
-def test_half_precision_models_write(dtype, options):
+def test_half_precision_models_generate(dtype, options):
     model = make_model(**options).to(dtype)
     completions = Engine(model, BYTES).generate(
         "a prompt", SamplingConfig(max_new_tokens=60, n_samples=2, top_p=0.9, seed=1)
@@ -185,13 +185,13 @@ def test_ids_beyond_the_tokenizer_are_never_written():
         assert max(completion.ids) < 260
 
 
-# --- the context ------------------------------------------------------------------------------------------------------
+# --- the context ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [7, 8])
 @pytest.mark.parametrize("position", ["rope", "learned", "alibi", "none"])
-def test_writing_goes_on_past_the_last_position(position, length):
-    """8 positions, 40 tokens: when they are full the last 4 are read again, as a fresh forward over these would."""
+def test_generation_continues_beyond_the_last_position(position, length):
+    """8 positions, 40 tokens: when they are in use, the last 4 tokens are read again from position 0."""
     model = make_model(max_seq_len=8, position=position)
     completions = Engine(model, BYTES).generate(
         "x" * length, greedy(max_new_tokens=40, n_samples=2)
@@ -208,8 +208,8 @@ def test_a_context_of_one_position_works():
     assert (completion.prompt_tokens, completion.truncated) == (1, 2)
 
 
-def test_a_prompt_longer_than_the_context_keeps_its_last_tokens_and_says_so():
-    """50 tokens in 48 positions: the first 2 are left out, and the text is that of the last 48."""
+def test_a_prompt_longer_than_the_context_keeps_its_last_tokens_and_counts_the_others():
+    """50 tokens in 48 positions: the first 2 are cut off, and the text is that of the last 48."""
     engine = Engine(make_model(), BYTES)
     [long] = engine.generate("!?" + "b" * 48, greedy(max_new_tokens=3))
     [short] = engine.generate("b" * 48, greedy(max_new_tokens=3))
@@ -230,17 +230,17 @@ def test_fit_prompt_is_for_callers_with_ids():
     assert Engine(make_model(), BYTES).fit_prompt(range(50)) == Prompt(tuple(range(2, 50)), 2)
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- text output ----------------------------------------------------------------------------------
 
 
 def test_a_character_of_many_tokens_is_shown_whole():
-    """I15: 4-byte emoji, joiners and accents byte by byte; no piece holds U+FFFD, and the joined text is exact."""
+    """I15: 4-byte emoji, joiners, accents, byte by byte; no output contains U+FFFD, and the joined text is exact."""
     text = "héllo 👩‍👩‍👧 日本 🇺🇳."
     engine = scripted(text)
-    pieces = list(engine.stream("x", greedy(max_new_tokens=len(text.encode()))))
-    assert "".join(piece.text for piece in pieces) == text
-    assert all("\ufffd" not in piece.text for piece in pieces)
-    assert [piece.text for piece in pieces[:4]] == ["h", "", "é", "l"]
+    outputs = list(engine.stream("x", greedy(max_new_tokens=len(text.encode()))))
+    assert "".join(output.text for output in outputs) == text
+    assert all("\ufffd" not in output.text for output in outputs)
+    assert [output.text for output in outputs[:4]] == ["h", "", "é", "l"]
 
 
 def test_a_character_cut_off_by_the_length_is_what_decode_gives():
@@ -269,11 +269,11 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it(stops, text, reason):
     assert (completion.text, completion.finish_reason) == (text, reason)
 
 
-def test_nothing_that_could_begin_a_stop_string_is_shown_before_it_is_certain():
-    """Stop "##!" in "a##b##!": after "##" nothing may show; "b" proves it harmless; the second time it is the end."""
-    pieces = list(scripted("a##b##!zzz").stream("x", greedy(max_new_tokens=10, stop=["##!"])))
-    assert [piece.text for piece in pieces] == ["a", "", "", "##b", "", "", ""]
-    assert [piece.finish_reason for piece in pieces] == [None] * 6 + ["stop"]
+def test_text_that_could_begin_a_stop_string_is_held_back():
+    """Stop "##!" in "a##b##!": the first "##" is shown only with "b" after it, the second never."""
+    outputs = list(scripted("a##b##!zzz").stream("x", greedy(max_new_tokens=10, stop=["##!"])))
+    assert [output.text for output in outputs] == ["a", "", "", "##b", "", "", ""]
+    assert [output.finish_reason for output in outputs] == [None] * 6 + ["stop"]
 
 
 @given(
@@ -282,7 +282,7 @@ def test_nothing_that_could_begin_a_stop_string_is_shown_before_it_is_certain():
     st.data(),
 )
 def test_stopping_does_not_depend_on_how_the_text_is_cut(text, stops, data):
-    """Oracle: the stop string whose last character comes first, and of those that end there the longest."""
+    """Oracle: the stop string whose last character comes first, the longest if several end there."""
     ends = [
         (end, -len(stop))
         for stop in stops
@@ -304,7 +304,7 @@ def test_the_stop_string_that_is_complete_first_counts_also_within_one_token():
     assert (stop_filter.feed("ab#"), stop_filter.stopped) == ("a", True)
 
 
-def test_eos_ends_the_text_and_is_not_seen():
+def test_eos_ends_the_text_and_is_not_shown():
     completion = write([*b"abc", BYTES.eos_id, *b"def"])
     assert (completion.text, completion.finish_reason, completion.ids) == (
         "abc",
@@ -314,7 +314,7 @@ def test_eos_ends_the_text_and_is_not_seen():
 
 
 def test_a_stop_id_ends_the_text_as_eos_does():
-    """The token of a template: counted among the ids, not seen, and the text ends before what would follow. One beam is greedy."""
+    """A stop token of a template is in the ids, is not shown, and ends the text; also in beam search."""
     engine, sampling = Engine(make_model(), BYTES), greedy(max_new_tokens=8)
     prompt = engine.encode_prompt("abc")
     [whole] = engine.generate(prompt, sampling)
@@ -330,7 +330,7 @@ def test_a_stop_id_ends_the_text_as_eos_does():
         )
 
 
-def test_a_text_that_was_held_back_is_shown_at_eos():
+def test_held_back_text_is_shown_at_eos():
     assert write([*b"ab#", BYTES.eos_id], stop=["##"]).text == "ab#"
 
 
@@ -344,16 +344,16 @@ def test_stream_and_generate_are_the_same_text():
         Engine(make_model(), BYTES),
         SamplingConfig(max_new_tokens=20, n_samples=3, stop=("e", "t"), seed=4),
     )
-    pieces: list[list[TokenOutput]] = [[], [], []]
-    for piece in engine.stream("abc", sampling):
-        pieces[piece.sample].append(piece)
+    outputs: list[list[TokenOutput]] = [[], [], []]
+    for output in engine.stream("abc", sampling):
+        outputs[output.sample].append(output)
     assert [
-        Completion.of(engine.encode_prompt("abc"), of_sample) for of_sample in pieces
+        Completion.of(engine.encode_prompt("abc"), of_sample) for of_sample in outputs
     ] == engine.generate("abc", sampling)
 
 
 def test_log_prob_is_the_sum_over_the_tokens_of_a_full_forward():
-    """The model's own numbers, though the draw was from others."""
+    """Of the unmodified logits, although the token was drawn from modified ones."""
     model = make_model()
     [completion] = Engine(model, BYTES).generate(
         "abcd", SamplingConfig(max_new_tokens=12, temperature=2.0, top_k=7, repetition_penalty=1.5)
@@ -375,7 +375,7 @@ def test_forbidden_ngrams_hold_for_prompt_and_text_and_across_a_context_shift():
     assert len(pairs) == len(set(pairs)) > 30
 
 
-# --- seeds ------------------------------------------------------------------------------------------------------------
+# --- seeds ----------------------------------------------------------------------------------------
 
 
 def ending_engine(seed: int = 0) -> Engine:
@@ -386,7 +386,7 @@ def ending_engine(seed: int = 0) -> Engine:
 
 
 def test_the_same_seed_gives_the_same_text_alone_and_among_others():
-    """I18: samples end and leave the batch at different steps, which must not move the draws of those that stay."""
+    """I18: samples end and leave the batch at different steps, which must not change the draws of the others."""
     engine = ending_engine()
     settings = {"max_new_tokens": 30, "temperature": 3.0, "seed": 7}
     texts = {n: engine.generate("ab", SamplingConfig(n_samples=n, **settings)) for n in (1, 2, 12)}
@@ -399,7 +399,7 @@ def test_the_same_seed_gives_the_same_text_alone_and_among_others():
 
 @torch.no_grad()
 def test_each_sample_draws_from_its_own_stream_to_its_end():
-    """Oracle: each sample by itself, the whole text again for each token, with the generator of (seed, sample)."""
+    """Oracle: each sample alone, a full forward pass per token, with the generator of (seed, sample)."""
     engine, sampling = (
         ending_engine(),
         SamplingConfig(max_new_tokens=20, temperature=3.0, seed=7, n_samples=8),
@@ -427,21 +427,21 @@ def test_another_seed_gives_another_text():
     assert len(texts) == 5
 
 
-def test_the_global_generator_is_left_alone():
+def test_the_global_generator_is_not_used():
     """Sampling at a validation must not change training (FAULTS A7)."""
     engine, before = Engine(make_model(), BYTES), torch.get_rng_state()
     engine.generate("ab", SamplingConfig(max_new_tokens=5, n_samples=2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- beams ------------------------------------------------------------------------------------------------------------
+# --- beams ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def best_by_exhaustion(
     engine: Engine, prompt: list[int], length: int, stop: str
 ) -> tuple[float, list[int]]:
-    """Every text of `length` tokens, or fewer and then EOS or the stop string, scored by its mean log-probability in a full forward."""
+    """The best of all texts of `length` tokens, or fewer with EOS or a stop string, by mean log-probability."""
 
     def end(text: tuple[int, ...]) -> int:
         return next(
@@ -467,7 +467,7 @@ def best_by_exhaustion(
 @pytest.mark.parametrize("stop", ["bb", "never"])
 @pytest.mark.parametrize("seed", [1, 2, 5, 7, 9, 11])
 def test_enough_beams_are_an_exhaustive_search(seed, stop):
-    """4 tokens, at most 4 long, without a stop string 1 + 3·(1 + 3·(1 + 3·4)) = 121 texts, so 121 beams never drop one."""
+    """A vocabulary of 4, at most 4 tokens: 1 + 3·(1 + 3·(1 + 3·4)) = 121 texts, so 121 beams never drop one."""
     engine = Engine(
         make_model(seed, vocab_size=4, max_seq_len=32), CharTokenizer("ab", unknown="error")
     )
@@ -483,13 +483,13 @@ def test_one_beam_is_greedy(seed):
         make_model(seed, vocab_size=4, max_seq_len=16), CharTokenizer("ab", unknown="error")
     )
     prompt = engine.encode_prompt("ab")
-    pieces = list(beams(engine, prompt, SamplingConfig(max_new_tokens=30, n_beams=1)))
+    outputs = list(beams(engine, prompt, SamplingConfig(max_new_tokens=30, n_beams=1)))
     [expected] = engine.generate(prompt, greedy(max_new_tokens=30))
-    assert Completion.of(prompt, pieces).ids == expected.ids
-    assert Completion.of(prompt, pieces).log_prob == pytest.approx(expected.log_prob, abs=1e-3)
+    assert Completion.of(prompt, outputs).ids == expected.ids
+    assert Completion.of(prompt, outputs).log_prob == pytest.approx(expected.log_prob, abs=1e-3)
 
 
-def test_beams_go_past_the_context():
+def test_beams_continue_beyond_the_context():
     [completion] = Engine(make_model(max_seq_len=12), BYTES).generate(
         "abc", SamplingConfig(n_beams=4, max_new_tokens=30)
     )
@@ -507,11 +507,11 @@ def test_beams_obey_forbidden_ngrams():
     assert set(completion.ids) <= {engine.tokenizer.pad_id, engine.tokenizer.eos_id}
 
 
-# --- scoring ----------------------------------------------------------------------------------------------------------
+# --- scoring --------------------------------------------------------------------------------------
 
 
 def test_score_is_the_full_forward_read_by_hand():
-    """Prompt "abc", target "de": logits at "c" and "d" score the target, those at "a" and "b" the prompt."""
+    """Prompt "abc", target "de": the logits at "c" and "d" score the target, at "a" and "b" the prompt."""
     model = make_model()
     score = score_continuation(Engine(model, BYTES), "abc", "de")
     with torch.no_grad():
@@ -528,7 +528,7 @@ def test_score_is_the_full_forward_read_by_hand():
     assert score.n_tokens == 2
 
 
-def test_the_greedy_text_matches_greedily_and_no_other_does():
+def test_only_the_greedy_text_is_a_greedy_match():
     engine = Engine(make_model(vocab_size=6), CharTokenizer("abcd", unknown="error"))
     with torch.no_grad():
         engine.model.head.weight[4:] = 0  # no pad and no EOS, which have no text to score
@@ -550,7 +550,7 @@ def test_of_equal_logits_the_lower_id_ranks_first_as_argmax_has_it():
 
 
 def test_score_at_the_edges():
-    """No prompt: EOS; a prompt of one token has nothing to be surprised at; a long one keeps what fits with the target."""
+    """An empty prompt is EOS; one of a single token has no perplexity; a long one is cut to fit the target."""
     engine = Engine(make_model(), BYTES)
     assert score_continuation(engine, "", "ab").prompt_perplexity is None
     assert score_continuation(engine, "x" * 100 + "y" * 46, "abc").log_prob == pytest.approx(
@@ -565,27 +565,27 @@ def test_score_at_the_edges():
             score_continuation(engine, "x", target)
 
 
-# --- misuse -----------------------------------------------------------------------------------------------------------
+# --- misuse ---------------------------------------------------------------------------------------
 
 
-def test_a_model_in_training_mode_does_not_write():
+def test_a_model_in_training_mode_is_an_error():
     with pytest.raises(ValueError, match="training mode"):
         Engine(make_model().train(), BYTES).generate("a", greedy())
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused():
+def test_a_tokenizer_larger_than_the_model_is_an_error():
     with pytest.raises(ValueError, match="the tokenizer has 260 tokens, but the model only 100"):
         Engine(make_model(vocab_size=100), BYTES)
 
 
 @pytest.mark.parametrize("ids", [(), (1,) * 49])
-def test_a_prompt_that_does_not_fit_is_refused(ids):
+def test_a_prompt_that_does_not_fit_is_an_error(ids):
     with pytest.raises(ValueError, match="use encode_prompt or fit_prompt"):
         Engine(make_model(), BYTES).generate(Prompt(ids), greedy())
 
 
 @pytest.mark.parametrize("settings", [{}, {"n_beams": 2}])
-def test_damaged_weights_are_an_error_and_no_text(settings):
+def test_damaged_weights_are_an_error(settings):
     model = make_model()
     with torch.no_grad():
         model.embedding.weight[0] = math.nan

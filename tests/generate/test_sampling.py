@@ -33,7 +33,7 @@ def logits_of(*probabilities: float) -> torch.Tensor:
 
 
 def kept(logits: torch.Tensor) -> list[int]:
-    """Which tokens of one row are still possible."""
+    """The tokens of one row that are still possible."""
     return logits[0].isfinite().nonzero().flatten().tolist()
 
 
@@ -44,7 +44,7 @@ def draw(
     return next_token(logits, context, sampling, [make_generator(sampling.seed, sample)]).ids.item()
 
 
-# --- what has been written ------------------------------------------------------------------------------------------
+# --- penalties ------------------------------------------------------------------------------------
 
 
 def test_penalty_divides_positive_and_multiplies_negative_logits():
@@ -106,7 +106,7 @@ def test_no_token_left_is_an_error_that_names_the_setting():
         )
 
 
-# --- the numbers alone ----------------------------------------------------------------------------------------------
+# --- filters --------------------------------------------------------------------------------------
 
 
 def test_temperature_two_takes_the_root_of_the_odds():
@@ -126,7 +126,7 @@ def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature):
     assert draw(torch.tensor([[-5.0, 99.0, 98.0]]), temperature=temperature) == 1
 
 
-def test_temperature_zero_takes_the_most_probable_token_whatever_the_seed():
+def test_temperature_zero_takes_the_most_probable_token_with_any_seed():
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
     assert {draw(logits, temperature=0, seed=seed) for seed in range(20)} == {
         logits.argmax().item()
@@ -185,7 +185,7 @@ def test_the_most_probable_token_survives_every_filter(values, sampling):
     assert values[filtered.argmax()] >= max(values) - 1e-40
 
 
-# --- drawing --------------------------------------------------------------------------------------------------------
+# --- drawing --------------------------------------------------------------------------------------
 
 
 def test_draws_follow_the_probabilities():
@@ -228,7 +228,7 @@ def test_samples_and_seeds_have_streams_of_their_own():
 
 
 def test_the_log_probability_is_the_models_own():
-    """Token 1 has probability 0.2 by the model, also when penalties, temperature and filters leave nothing else."""
+    """Token 1 has probability 0.2 under the model, even if penalties and filters leave no other token."""
     choice = next_token(
         logits_of(0.5, 0.2, 0.3),
         torch.tensor([[0, 2]]),
@@ -250,7 +250,7 @@ def test_a_token_that_the_model_itself_rules_out_is_allowed():
     assert log_probabilities(torch.tensor([[0.0, -INF]])).tolist() == [[0.0, -INF]]
 
 
-# --- oracle ---------------------------------------------------------------------------------------------------------
+# --- oracle ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

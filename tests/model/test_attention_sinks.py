@@ -1,4 +1,4 @@
-"""Reading without end, held against readings of what is kept."""
+"""Attention over the last positions and the first tokens, against a plain forward pass over the kept tokens."""
 
 import pytest
 import torch
@@ -35,8 +35,10 @@ def some_ids(length: int) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize(("window", "first"), [(5, 0), (5, 3), (1, 2), (20, 4)])
 @pytest.mark.parametrize("options", [{}, {"n_sinks": 2}, {"qk_norm": True}])
-def test_one_layer_reads_at_each_position_what_is_kept_as_a_text_of_its_own(window, first, options):
-    """In one layer a key is its token's alone. So a plain forward over the kept tokens, which stand at 0, 1, 2, ... there, must end in the same logits."""
+def test_one_layer_gives_at_each_position_the_logits_of_the_kept_tokens_alone(
+    window, first, options
+):
+    """In one layer a key depends on its own token alone, so a plain forward pass over the kept tokens must agree."""
     model, ids = make(**options), some_ids(40)
     got = with_attention_sinks(model, window=window, n_first=first)(ids)
     for t in range(40):
@@ -46,7 +48,7 @@ def test_one_layer_reads_at_each_position_what_is_kept_as_a_text_of_its_own(wind
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"n_sinks": 2}, {"norm_placement": "post"}])
-def test_nothing_changes_until_something_is_forgotten(options):
+def test_nothing_changes_until_a_token_is_dropped(options):
     model, ids = make(n_layers=3, **options), some_ids(20)
     torch.testing.assert_close(
         with_attention_sinks(model, window=17, n_first=3)(ids), model(ids), rtol=1e-4, atol=1e-4
@@ -55,7 +57,7 @@ def test_nothing_changes_until_something_is_forgotten(options):
 
 @torch.no_grad()
 def test_without_first_tokens_it_is_a_sliding_window_across_blocks_too():
-    """RoPE knows distances only, so that counting from the start of what is kept changes nothing."""
+    """RoPE depends on distances only, so positions within the kept tokens change nothing."""
     ids = some_ids(QUERY_BLOCK + 30)
     model = make(n_layers=2, max_seq_len=QUERY_BLOCK + 30)
     windowed = Decoder(model.config.model_copy(update={"sliding_window": 7})).eval()
@@ -66,7 +68,7 @@ def test_without_first_tokens_it_is_a_sliding_window_across_blocks_too():
 
 
 @torch.no_grad()
-def test_what_was_forgotten_has_no_part_and_the_first_tokens_have():
+def test_only_the_first_and_the_last_tokens_matter():
     """One layer, window 4, 2 first: position 20 sees 0, 1 and 17 to 20."""
     model, ids = make(), some_ids(21)
     stream = with_attention_sinks(model, window=4, n_first=2)
@@ -79,7 +81,7 @@ def test_what_was_forgotten_has_no_part_and_the_first_tokens_have():
 
 
 @torch.no_grad()
-def test_it_reads_beyond_max_seq_len_and_leaves_the_model_as_it_was():
+def test_it_reads_beyond_max_seq_len_and_does_not_change_the_model():
     model = make()
     stream = with_attention_sinks(model, window=4, n_first=2)
     assert stream(some_ids(100)).shape == (2, 100, 30)
@@ -88,7 +90,7 @@ def test_it_reads_beyond_max_seq_len_and_leaves_the_model_as_it_was():
         model(some_ids(100))
 
 
-def test_other_positions_than_rope_are_refused():
+def test_other_positions_than_rope_are_an_error():
     with pytest.raises(
         ValueError, match="attention sinks need model.position rope, and this model has alibi"
     ):

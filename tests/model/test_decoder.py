@@ -1,4 +1,4 @@
-"""The decoder, against a second one written to be obvious, and against hand computations.
+"""The decoder against a second one, written in plain loops, and against hand computations.
 
 `slow_logits` below is the oracle: the same model with one Python loop for each head, query and token, and no masks. Every
 option, and a set of combinations in which each pair of options meets, must agree with it, and so must cached decoding.
@@ -70,7 +70,7 @@ def single_options() -> list[dict]:
 
 
 def pairwise() -> list[dict]:
-    """Few combinations in which every two values of two options meet: each takes what meets most new pairs."""
+    """Few combinations that contain each pair of values of two options; chosen greedily."""
     wanted = {
         pair
         for a, b in itertools.combinations(AXES, 2)
@@ -110,7 +110,7 @@ COMBINED = pytest.mark.parametrize("options", single_options() + pairwise(), ids
 
 
 def make(spread: float = 0.3, **options) -> Decoder:
-    """A small decoder in eval mode whose every weight, norms and biases included, is random with std `spread`."""
+    """A small decoder in eval mode; all weights, norms and biases included, are random with std `spread`."""
     model = Decoder(ModelConfig(**SMALL | options))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -126,12 +126,12 @@ def some_ids(batch: int = 2, length: int = T, seed: int = 0) -> Tensor:
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to fp32 rounding, relative to the largest value; and there is something to compare."""
+    """Equal up to fp32 rounding, relative to the largest value, and not constant."""
     assert expected.std() > 1e-3, "values that hardly vary compare nothing"
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
 
 
-# --- the oracle -------------------------------------------------------------------------------------------------------
+# --- the oracle -----------------------------------------------------------------------------------
 
 
 def slow_logits(model: Decoder, ids: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ SLOPES = {4: [2**-2, 2**-4, 2**-6, 2**-8], 6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1
 
 
 def slow_query(x: Tensor, position: int, norm: torch.nn.Module, config: ModelConfig) -> Tensor:
-    """One query or key (K,): normalised, then turned pair by pair as complex numbers."""
+    """One query or key (K,): normalized, then rotated pair by pair as complex numbers."""
     if config.qk_norm:
         x = x / (x.square().mean() + config.norm_eps).sqrt() * norm.weight
     if config.position != "rope":
@@ -289,7 +289,7 @@ def test_logits_equal_the_ones_written_out_in_loops(options):
     assert_same(model(ids), slow_logits(model, ids))
 
 
-# --- causality --------------------------------------------------------------------------------------------------------
+# --- causality ------------------------------------------------------------------------------------
 
 
 def gradients_of_positions(model: Decoder, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -309,7 +309,7 @@ def gradients_of_positions(model: Decoder, ids: Tensor) -> Iterator[tuple[int, T
 
 @COMBINED
 def test_no_logit_depends_on_a_later_token(options):
-    """The gradient is exactly zero, not small; and not zero for the token itself, or the test would hold of any constant."""
+    """The gradient is exactly zero, not small; it is not zero for the token itself, as it would be for a constant."""
     for t, size in gradients_of_positions(make(**options), some_ids()):
         assert size[t + 1 :].eq(0).all()
         assert size[t] > 0
@@ -343,7 +343,7 @@ def test_padding_on_the_right_changes_no_real_token(options):
     assert_same(model(padded)[:, :T], model(ids))
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 def cached_logits(
@@ -364,7 +364,7 @@ def cached_logits(
 @COMBINED
 @torch.no_grad()
 def test_cached_logits_equal_full_forward(options):
-    """In single tokens, in a long prompt and single tokens, and in chunks of many sizes; with windows of 4 and of 1 the ring goes round several times."""
+    """Token by token, a long prompt first, and chunks of many sizes; with windows of 4 and 1 the ring wraps around."""
     model, ids = make(**options), some_ids(length=20)
     expected = model(ids)
     for chunks in ([], [13], [3, 4, 1, 1, 4, 2, 4]):
@@ -407,7 +407,7 @@ def test_a_window_admits_exactly_that_many_positions_in_the_cache_too(options, c
 
 
 def test_cache_holds_grouped_heads_and_under_a_window_a_ring():
-    """6 of 24 query heads' keys are not repeated in memory; W + chunk - 1 slots: while c tokens are written, the oldest looks W - 1 back."""
+    """2 key heads, not 4, are stored; W + chunk - 1 slots, since the oldest of `chunk` new queries looks W - 1 back."""
     model = Decoder(ModelConfig(**SMALL | {"n_kv_heads": 2, "sliding_window": 5}))
     assert model.new_cache(3, 60, chunk=4).keys.shape == (2, 3, 2, 5 + 4 - 1, 6)
     assert model.new_cache(3, 7, chunk=4).keys.shape == (2, 3, 2, 7, 6)
@@ -415,7 +415,7 @@ def test_cache_holds_grouped_heads_and_under_a_window_a_ring():
 
 
 @torch.no_grad()
-def test_selected_rows_of_a_cache_go_on_as_those_rows():
+def test_selected_rows_of_a_cache_continue_as_the_same_rows():
     model, ids = make(sliding_window=4), some_ids(batch=3)
     cache = model.new_cache(3, T, chunk=8)
     model(ids[:, :8], cache=cache)
@@ -425,7 +425,7 @@ def test_selected_rows_of_a_cache_go_on_as_those_rows():
 
 
 @torch.no_grad()
-def test_a_cache_refuses_what_does_not_fit_and_stays_as_it_was():
+def test_tokens_that_do_not_fit_in_a_cache_are_an_error_and_change_nothing():
     model, ids = make(sliding_window=3), some_ids(batch=1, length=20)
     cache = model.new_cache(1, 10, chunk=4)
     model(ids[:, :4], cache=cache)
@@ -454,7 +454,7 @@ def test_more_than_max_seq_len_positions_are_an_error(position):
     assert cache.length == 8
 
 
-# --- positions --------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 def rotated(x: Tensor, position: int, theta: float = 10000.0) -> Tensor:
@@ -464,10 +464,10 @@ def rotated(x: Tensor, position: int, theta: float = 10000.0) -> Tensor:
     )[0, 0, 0]
 
 
-def test_rope_turns_pairs_as_complex_numbers():
+def test_rope_rotates_pairs_as_complex_numbers():
     """Pair i, of dimensions i and i + K/2 (half-split), is one complex number, multiplied by exp(j p theta^(-2i/K)).
 
-    Taking neighbours (2i, 2i + 1) as pairs, or angles laid out for neighbours, gives other numbers: the old bug.
+    Pairing neighbors (2i, 2i + 1), or angles laid out for neighbors, gives other numbers: the old bug.
     """
     x, half = torch.randn(8, generator=torch.Generator().manual_seed(0)), 4
     expected = [
@@ -500,7 +500,7 @@ def test_rope_scores_depend_on_distance_only_and_keep_lengths(p, q, shift):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_gradient_of_a_rotation_is_the_one_that_differences_give(transposed):
-    """It is written out by hand: f64, and also for a gradient laid out as attention on the CPU hands over a key's."""
+    """It is written by hand: checked in fp64, also with the transposed layout that CPU attention gives for keys."""
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
     cos_sin = rotary_cos_sin(torch.arange(4), 6, 100.0)
     layout = (lambda y: y.mT.contiguous().mT) if transposed else (lambda y: y)
@@ -519,13 +519,13 @@ def test_rope_angles_of_far_positions_are_not_rounded_to_bf16():
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 @torch.no_grad()
 def test_relative_positions_shift_with_the_text(position):
-    """With a window of 4 in one layer, the last logits are the same wherever the last 4 tokens stand."""
+    """With a window of 4 in one layer, the last logits depend on the last 4 tokens, not on where they are."""
     model, ids = make(n_layers=1, sliding_window=4, position=position), some_ids()
     assert_same(model(ids[:, 5:])[:, -1], model(ids)[:, -1])
 
 
 @torch.no_grad()
-def test_without_positions_a_single_layer_takes_the_past_as_a_set():
+def test_without_positions_a_single_layer_sees_the_past_as_a_set():
     model, ids = make(n_layers=1, position="none"), some_ids()
     shuffled = torch.cat((ids[:, :-1].flip(1), ids[:, -1:]), dim=1)
     assert_same(model(shuffled)[:, -1], model(ids)[:, -1])
@@ -546,15 +546,15 @@ def test_without_positions_a_single_layer_takes_the_past_as_a_set():
     ],
 )
 def test_alibi_slopes(n_heads, exponents):
-    """Powers of two: 2^(-8/H), 2^(-16/H), ... Between: those of the power below, then every other one of the power above.
+    """Powers of two: 2^(-8/H), 2^(-16/H), ... Otherwise: those of the power of two below, then every other one of the power above.
 
-    For 6: the four of 4 heads, then the first and third of the eight of 8 heads, 2^-1 and 2^-3.
+    For 6 heads: the four of 4 heads, then the first and third of 8 heads, 2^-1 and 2^-3.
     """
     torch.testing.assert_close(alibi_slopes(n_heads), torch.tensor([2.0**-e for e in exponents]))
 
 
 def test_alibi_bias_is_minus_slope_times_distance():
-    """Heads of 4: head 1 has slope 1/16, so from position 2 the past weighs -2/16, -1/16, 0; the future is shut."""
+    """Heads of 4: head 1 has slope 1/16, so at position 2 the biases are -2/16, -1/16, 0; the future is masked."""
     bias = attention_context(make(position="alibi").config, torch.arange(3)).attention_mask
     assert bias.shape == (4, 3, 3)
     assert bias[1, 2].tolist() == [-2 / 16, -1 / 16, 0]
@@ -587,7 +587,7 @@ def test_causal_mask_counts_a_window_from_the_token_itself():
     assert causal_mask(torch.tensor([2]), torch.arange(5), None).int().tolist() == [[1, 1, 1, 0, 0]]
 
 
-# --- documents in one row ---------------------------------------------------------------------------------------------
+# --- documents in one row -------------------------------------------------------------------------
 
 
 def test_positions_start_again_in_each_document():
@@ -609,7 +609,7 @@ def test_positions_start_again_in_each_document():
 @pytest.mark.parametrize("position", AXES["position"])
 @torch.no_grad()
 def test_packed_documents_give_the_logits_of_each_alone(position, options):
-    """Rows pack differently, and an id that comes back later (5, 6, 5) is another document: only its changes count."""
+    """Two rows packed differently; an id that occurs again later (5, 6, 5) is a new document."""
     model, ids = make(position=position, **options), some_ids()
     lengths, numbers = ([5, 1, 6], [2, 7, 3]), ([5, 6, 5], [1, 1, 0])
     numbers[1][:2] = [1, 4]
@@ -627,7 +627,7 @@ def test_packed_documents_give_the_logits_of_each_alone(position, options):
 
 @torch.no_grad()
 def test_without_document_ids_packed_documents_see_each_other():
-    """What the mask is for: the second document's logits depend on the first when it is left out."""
+    """Without the mask, the second document's logits depend on the first."""
     model, ids = make(), some_ids(batch=1)
     assert not torch.allclose(model(ids)[:, 6:], model(ids[:, 6:]), atol=1e-3)
     assert_same(model(ids, document_ids=torch.zeros(1, T, dtype=torch.long)), model(ids))
@@ -642,12 +642,12 @@ def test_no_gradient_crosses_a_document_border():
     assert gradient[:, 5:].ne(0).all()
 
 
-# --- sinks ------------------------------------------------------------------------------------------------------------
+# --- sinks ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", ["normal", "trunc_normal"])
-def test_sinks_are_initialised(init):
-    """N(0, 0.02²) whatever the other weights are. The old bug left them as torch.empty found them."""
+def test_sinks_are_initialized(init):
+    """N(0, 0.02²) with both kinds of init. The old bug left them as torch.empty had them."""
     torch.manual_seed(0)
     model = Decoder(ModelConfig(**SMALL | {"n_sinks": 200, "init": init}))
     for block in model.blocks:
@@ -657,7 +657,7 @@ def test_sinks_are_initialised(init):
 
 
 def test_every_position_sees_the_sinks_also_outside_the_window():
-    """Position 11 with a window of 2 is 10 past it, and d logits / d sink is not zero there, for keys and values."""
+    """d logits / d sink is not zero at any position, for keys and values, with a window of 2."""
     model = make(n_layers=1, n_sinks=2, sliding_window=2)
     attention, logits = model.blocks[0].attention, model(some_ids(batch=1))
     for t in range(T):
@@ -680,7 +680,7 @@ def test_changed_sinks_change_far_positions_in_the_cache_too():
     assert_same(after, model(ids))
 
 
-# --- heads and experts ------------------------------------------------------------------------------------------------
+# --- heads and experts ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -714,10 +714,12 @@ def mixture(n_experts: int, top_k: int) -> MixtureOfExperts:
 
 
 @torch.no_grad()
-def test_balance_loss_is_1_when_experts_are_used_alike_and_their_number_when_one_does_all():
-    """E · Σ share · probability. Tokens ±u, router rows ±u: half the tokens to each, mean probability 1/2: 2 · (1/4 + 1/4) = 1.
+def test_balance_loss_is_1_for_equal_use_and_the_number_of_experts_if_one_does_all():
+    """E · Σ share · probability. Tokens ±u, router rows ±u: half the tokens each, mean probability 1/2.
 
-    Only +u, and so long that the probability is 1: 2 · (1 · 1 + 0 · 0) = 2.
+    So 2 · (1/2 · 1/2 + 1/2 · 1/2) = 1.
+
+    With +u only, large enough for probability 1: 2 · (1 · 1 + 0 · 0) = 2.
     """
     ffn, u = mixture(2, 1), torch.ones(24)
     ffn.router.weight.copy_(torch.stack((u, -u)))
@@ -727,7 +729,7 @@ def test_balance_loss_is_1_when_experts_are_used_alike_and_their_number_when_one
 
 @torch.no_grad()
 def test_balance_loss_of_the_model_is_the_mean_over_layers():
-    """A router of zeros gives every expert 1/E, and Σ share is 1: E · 1/E = 1 a layer, and so in the mean."""
+    """A router of zeros gives every expert 1/E, and Σ share is 1: E · 1/E = 1 per layer, so the mean is 1."""
     model = make(moe=MoEConfig(n_experts=3, top_k=2))
     for block in model.blocks:
         block.ffn.router.weight.zero_()
@@ -736,7 +738,7 @@ def test_balance_loss_of_the_model_is_the_mean_over_layers():
 
 
 @pytest.mark.parametrize("source", ["logits", "balance"])
-def test_gradients_reach_the_router_and_every_expert_that_was_visited(source):
+def test_gradients_reach_the_router_and_every_visited_expert(source):
     model = make(moe=MoEConfig(n_experts=3, top_k=2))
     features = model.features(some_ids())
     (
@@ -748,8 +750,8 @@ def test_gradients_reach_the_router_and_every_expert_that_was_visited(source):
             assert block.ffn.up.grad.flatten(1).norm(dim=1).gt(0).all()
 
 
-def test_an_expert_that_nobody_visits_gets_a_gradient_of_zero():
-    """None would be skipped by the optimizer on one rank and not on another."""
+def test_an_expert_without_tokens_gets_a_gradient_of_zero():
+    """Not None, which the optimizer would skip on one rank and not on another."""
     ffn = mixture(3, 1)
     with torch.no_grad():
         ffn.router.weight.copy_(torch.stack((torch.ones(24), -torch.ones(24), -torch.ones(24))))
@@ -758,7 +760,7 @@ def test_an_expert_that_nobody_visits_gets_a_gradient_of_zero():
     assert ffn.down.grad[1:].eq(0).all()
 
 
-# --- memory and dropout -----------------------------------------------------------------------------------------------
+# --- memory and dropout ---------------------------------------------------------------------------
 
 
 def gradients(model: Decoder, ids: Tensor) -> dict[str, Tensor]:
@@ -780,7 +782,7 @@ def gradients(model: Decoder, ids: Tensor) -> dict[str, Tensor]:
     ids=label,
 )
 def test_gradient_checkpointing_gives_the_same_gradients_to_the_last_bit(options, dropout):
-    """The recomputed block draws the same dropout, because torch puts the generator back."""
+    """The recomputed block draws the same dropout, because torch restores the generator."""
     options = options | {"attention_dropout": dropout, "residual_dropout": dropout}
     expected = gradients(make(**options).train(), some_ids())
     actual = gradients(make(**options, gradient_checkpointing=True).train(), some_ids())
@@ -825,7 +827,7 @@ def test_every_weight_gets_a_gradient(options):
     assert missing == set()
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -872,8 +874,11 @@ BIG = {
 CUT = 0.98658  # std of a standard normal cut at 3: sqrt(1 - 6 phi(3) / (2 Phi(3) - 1))
 
 
-def test_normal_initialisation_is_std_002_everywhere():
-    """GPT-2: N(0, 0.02²) for matrices and embeddings; norms 1; biases 0. Not cut: of 36,000 numbers about 97 lie beyond 3 std."""
+def test_normal_initialization_is_std_002_everywhere():
+    """GPT-2: N(0, 0.02²) for matrices and embeddings; norms 1; biases 0.
+
+    Not cut: of 36,000 numbers about 97 are beyond 3 std.
+    """
     torch.manual_seed(0)
     model = Decoder(
         ModelConfig(
@@ -896,11 +901,11 @@ def test_normal_initialisation_is_std_002_everywhere():
 
 @pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4)], ids=["dense", "experts"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_truncated_initialisation_is_sqrt_2_over_in_plus_out_cut_at_3_std(tied, moe):
-    """Each by its own size, although queries, keys and values are stored as one matrix, and gate and value as another.
+def test_truncated_initialization_is_sqrt_2_over_in_plus_out_cut_at_3_std(tied, moe):
+    """Each by its own size, although queries, keys and values are one matrix, and gate and value another.
 
     120 in, 120 out: queries, output. 120 in, 2 x 20 out: keys, values. 120 in, 200 out: gate, value; back: down.
-    An embedding is N(0, 1); tied, it is also the head, and 1/sqrt(120) keeps the logits of a normalised stream near 1.
+    An embedding is N(0, 1); if tied it is also the head, and 1/sqrt(120) keeps normalized logits near 1.
     """
     torch.manual_seed(0)
     model = Decoder(
@@ -934,8 +939,8 @@ def test_truncated_initialisation_is_sqrt_2_over_in_plus_out_cut_at_3_std(tied, 
 
 @EACH
 @pytest.mark.parametrize("init", ["normal", "trunc_normal"])
-def test_first_logits_are_finite_and_not_sure_of_anything(init, options):
-    """A fresh model knows nothing: its cross entropy is near ln V = 3.43, within what random logits add."""
+def test_first_logits_are_finite_and_nearly_uniform(init, options):
+    """The cross entropy of new weights is near ln V = 3.43, within what random logits add."""
     torch.manual_seed(0)
     model, ids = Decoder(ModelConfig(**SMALL | options | {"init": init})), some_ids(batch=8)
     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
@@ -947,7 +952,7 @@ def test_first_logits_are_finite_and_not_sure_of_anything(init, options):
         assert math.log(31) - 0.5 < loss < math.log(31) + 2.5
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def parameters(**options) -> int:
@@ -985,7 +990,7 @@ def test_gpt2_small_has_124439808_parameters():
 
 
 def test_the_gpt2_style_code_that_s4_lists_has_162148608_parameters():
-    """The code above that number builds another model: rope_theta None is no positions at all, RMSNorm, no biases, SiLU, untied.
+    """The code above that number builds another model: no positions, RMSNorm, no biases, SiLU, untied.
 
     2 · 50257 · 768 + 12 · (4 · 768² + 2 · 768 · 3072 + 2 · 768) + 768 = 162,148,608
     """
@@ -1035,9 +1040,10 @@ def test_every_option_can_be_built_without_memory(init, options):
 
 
 def test_flops_of_a_token():
-    """6 for each weight that multiplies, 12 · L · H · K · S for attention; the embedding is looked up, the tied head multiplies.
+    """6 per weight of a product, 12 · L · H · K · S for attention; an embedding is looked up, a tied head multiplies.
 
-    A layer: qkv 24 · 3 · 24 = 1728, out 576, gate and value 24 · 40 = 960, down 480: 3744. Head 31 · 24 = 744. At S = 10:
+    A layer: qkv 24 · 3 · 24 = 1728, out 576, gate and value 24 · 40 = 960, down 480: 3744.
+    Head 31 · 24 = 744. At S = 10:
     6 · (2 · 3744 + 744) + 12 · 2 · 4 · 6 · 10 = 49,392 + 5,760 = 55,152.
     """
     assert flops_per_token(make(), 10) == 55_152
@@ -1045,18 +1051,18 @@ def test_flops_of_a_token():
 
 
 def test_flops_count_visited_experts_and_seen_positions():
-    """Of 3 experts 2 are visited: 1440 · 2 = 2880 and a router of 72 a layer in place of 1440. A window of 4 and 3 sinks: S = 7."""
+    """2 of 3 experts: 1440 · 2 = 2880 and a router of 72 per layer, not 1440. Window 4 and 3 sinks: S = 7."""
     experts = 6 * (2 * (1728 + 576 + 2880 + 72) + 744) + 12 * 2 * 4 * 6 * 10
     assert flops_per_token(make(moe=MoEConfig(n_experts=3, top_k=2)), 10) == experts
     assert flops_per_token(make(sliding_window=4, n_sinks=3), 10) == 49_392 + 12 * 2 * 4 * 6 * 7
 
 
-def test_a_decoder_without_a_vocabulary_is_refused():
+def test_a_decoder_without_a_vocabulary_is_an_error():
     with pytest.raises(ValueError, match="model.vocab_size is not set"):
         Decoder(ModelConfig())
 
 
-# --- precision and compilation ----------------------------------------------------------------------------------------
+# --- precision and compilation --------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1078,7 +1084,7 @@ def attention_dtypes(monkeypatch) -> list[torch.dtype]:
 @COMBINED
 @torch.no_grad()
 def test_bf16_autocast_reaches_attention_with_and_without_a_cache(options, attention_dtypes):
-    """Norms and rotations in fp32 must not leave attention in fp32: that would be slow, and mixed dtypes an error."""
+    """Norms and rotations are in fp32; attention must not be: slow, and with mixed dtypes an error."""
     model, ids = make(**options), some_ids()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole = model(ids)
@@ -1093,7 +1099,7 @@ def test_bf16_autocast_reaches_attention_with_and_without_a_cache(options, atten
 )
 @torch.no_grad()
 def test_bf16_weights_give_nearly_the_logits_of_fp32(options):
-    """8 bits are 0.4 % an operation. Experts are left out: rounding may send a token to another one."""
+    """8 bits are 0.4% per operation. Without experts: rounding may send a token to another one."""
     model, ids = make(spread=0.1, **options), some_ids()
     expected = model(ids)
     model.to(torch.bfloat16)
@@ -1130,7 +1136,7 @@ def test_bf16_autocast_trains(options):
     ids=["generated", "traced", "traced experts"],
 )
 def test_compiled_features_equal_eager_ones(backend, options):
-    """Forward and gradients; graph breaks (the experts' counts) are allowed. Generating code takes most of a minute, tracing seconds."""
+    """Forward and gradients; graph breaks (the experts' counts) are allowed. Generating code is what takes long."""
     torch._dynamo.reset()
     plain, compiled = make(n_layers=1, **options), make(n_layers=1, **options)
     compiled.features = torch.compile(compiled.features, backend=backend)

@@ -1,4 +1,4 @@
-"""The verifier reads both sides and no padding, begins with a decoder's weights, and is judged by known formulas."""
+"""The verifier: attention to both sides but not to padding, initialization from a decoder, loss and scores."""
 
 import random
 
@@ -65,8 +65,8 @@ def test_a_batch_gives_what_each_pair_gives_alone():
     torch.testing.assert_close(model(ids, mask), alone)
 
 
-def test_it_begins_with_a_decoders_weights():
-    """Blocks, embedding and last norm are the decoder's afterwards; the error head is its own."""
+def test_it_is_initialized_from_a_decoder():
+    """Afterwards blocks, embedding and last norm are the decoder's; the error head is unchanged."""
     decoder, model = Decoder(ModelConfig(**TINY)), make()
     own = model.suspicion.weight.clone()
     model.init_from_decoder(decoder)
@@ -84,13 +84,13 @@ def test_it_begins_with_a_decoders_weights():
         ({"moe": {}}, "model.moe: not supported with a verifier. Remove it."),
     ],
 )
-def test_what_only_a_decoder_can_have_is_refused(options, message):
+def test_settings_that_only_a_decoder_can_have_are_errors(options, message):
     with pytest.raises(UserError, match=message):
         make(**options)
 
 
 def test_the_odds_of_being_wrong_are_the_sum_of_the_tokens():
-    """The logit is minus the log of that sum; before training no token is suspected, and right and wrong are equally likely at any length."""
+    """The logit is minus the log of that sum; with a head of zeros right and wrong are equally likely at any length."""
     model = make()
     ids, mask = torch.randint(19, (2, 8)), torch.arange(8) < torch.tensor([8, 3])[:, None]
     logits = model.error_logits(ids, mask)
@@ -103,7 +103,7 @@ def test_the_odds_of_being_wrong_are_the_sum_of_the_tokens():
 
 @pytest.mark.parametrize("n_sinks", [0, 2])
 def test_a_token_does_not_see_itself(n_sinks):
-    """In the first block a token's attention is the others' alone, so that what is at its own place changes nothing; alone it sees itself."""
+    """A token attends to all real tokens but itself; a token that is alone sees itself."""
     model = make(n_sinks=n_sinks, position="none")
     block = model.blocks[0]
     seen = model._attention_mask(
@@ -128,7 +128,7 @@ def test_a_token_does_not_see_itself(n_sinks):
     ids=str,
 )
 def test_equal_tokens_find_each_other_before_training(options):
-    """Queries begin as keys in the first block: without positions a token that occurs twice has its largest attention on its like, in every head."""
+    """Queries start as keys in block 0: in every head, a repeated token attends most to its other occurrence."""
     model = make(init="trunc_normal", position="none", d_model=64, **options)
     x = model.blocks[0].attention_norm(model.embedding(torch.tensor([[3, 4, 5, 3, 6]])))
     context = AttentionContext(
@@ -145,32 +145,37 @@ def test_equal_tokens_find_each_other_before_training(options):
 
 
 def test_its_loss_is_the_cross_entropy_of_which_token_is_wrong():
-    """By hand, odds 1 and 3 beside 1 of none: a right answer costs ln 5; a wrong one whose second token departs ln 5/3, one that departs anywhere ln 5/4."""
-    places = torch.tensor([[1.0, 3.0, 0.0]]).log()
-    for right, departs, expected in (
+    """By hand, odds 1 and 3, and 1 for no error: a right answer costs ln 5; a wrong one ln 5/3 or ln 5/4.
+
+    ln 5/3 if its error is the second token, ln 5/4 if it is the first or the second.
+    """
+    error_logits = torch.tensor([[1.0, 3.0, 0.0]]).log()
+    for right, error_mask, expected in (
         (1, [0, 0, 0], 5),
         (0, [0, 1, 0], 5 / 3),
         (0, [1, 1, 0], 5 / 4),
     ):
-        found = verifier_loss(places, torch.tensor([right]), torch.tensor([departs]).bool())
+        found = verifier_loss(
+            error_logits, torch.tensor([right]), torch.tensor([error_mask]).bool()
+        )
         assert found.item() == pytest.approx(np.log(expected), rel=1e-6)
 
 
-def test_where_a_wrong_answer_is_wrong_anywhere_the_loss_is_that_of_right_and_wrong():
-    """Cross entropy of the logit, and gradients that are numbers for right and wrong in one batch."""
-    places = torch.randn(6, 5).requires_grad_()
+def test_with_all_tokens_in_the_error_mask_the_loss_is_binary_cross_entropy():
+    """And the gradients are finite for right and wrong answers in one batch."""
+    error_logits = torch.randn(6, 5).requires_grad_()
     right, real = (
         torch.tensor([1, 0, 1, 0, 0, 1]),
         torch.arange(5) < torch.tensor([5, 5, 2, 2, 1, 1])[:, None],
     )
-    odds = places.masked_fill(~real, -torch.inf)
+    odds = error_logits.masked_fill(~real, -torch.inf)
     found = verifier_loss(odds, right, real & ~right.bool()[:, None])
     expected = torch.nn.functional.binary_cross_entropy_with_logits(
         -odds.logsumexp(dim=1), right.float(), reduction="sum"
     )
     torch.testing.assert_close(found, expected)
     found.backward()
-    assert torch.isfinite(places.grad).all() and bool((places.grad[~real] == 0).all())
+    assert torch.isfinite(error_logits.grad).all() and bool((error_logits.grad[~real] == 0).all())
 
 
 @given(st.text(), st.integers(0, 10**6), st.integers(0, 99))
@@ -206,7 +211,7 @@ def test_the_area_under_the_curve_is_that_of_scikit_learn(rows):
 
 
 def test_the_calibration_error_worked_by_hand():
-    """Bin 0.9: two pairs of probability 0.9, one right: |1.8 - 1| = 0.8; bin 0.2: one of 0.2, wrong: 0.2. (0.8 + 0.2) / 3."""
+    """Bin 0.9: two pairs of 0.9, one right: |1.8 - 1| = 0.8; bin 0.2: one wrong pair of 0.2. (0.8 + 0.2) / 3."""
     assert calibration_error(
         np.array([0.9, 0.9, 0.2]), np.array([True, False, False])
     ) == pytest.approx(1 / 3)
@@ -229,7 +234,7 @@ def test_a_score_shows_the_majority_beside_the_accuracy():
     )
 )
 def test_counted_logits_give_the_score_of_the_logits(rows):
-    """Exact but for the width of a bin: the probability moves by at most 0.0025, and no pair changes sides."""
+    """Exact up to the width of a bin: a probability changes by at most 0.0025, and none crosses 1/2."""
     logits, right = (
         torch.tensor([logit for logit, _ in rows]),
         torch.tensor([right for _, right in rows]),

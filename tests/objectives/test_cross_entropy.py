@@ -1,4 +1,4 @@
-"""The loss in chunks against torch's over all logits: values, gradients, smoothing, ignored labels, bf16."""
+"""The chunked loss against torch's over all logits: values, gradients, smoothing, ignored labels, bf16."""
 
 import math
 
@@ -26,7 +26,7 @@ def example(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states and a head that want gradients, and labels, a share of them ignored."""
+    """Hidden states and a head that require gradients, and labels, a fraction of them ignored."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, width, generator=generator, dtype=dtype).requires_grad_()
     weight = torch.randn(vocab, width, generator=generator, dtype=dtype).requires_grad_()
@@ -57,7 +57,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_value_and_gradients_are_those_of_the_full_logits(
     smoothing: float, ignored: float, small_chunks: None
 ) -> None:
-    """In fp64, where the two can only differ in the order of sums; scaled by 0.7, so that the backward pass is too."""
+    """In fp64, where they differ only by the order of sums; scaled by 0.7, which the backward pass must apply."""
     hidden, weight, labels = example(ignored=ignored, dtype=torch.float64)
     expected = oracle(hidden, weight, labels, smoothing)
     expected_grads = torch.autograd.grad(0.7 * expected, (hidden, weight))
@@ -69,7 +69,7 @@ def test_value_and_gradients_are_those_of_the_full_logits(
 
 
 def test_gradients_are_the_slopes_of_the_value(small_chunks: None) -> None:
-    """Central differences in fp64 along random directions: no other implementation is believed."""
+    """Central differences in fp64 along random directions: independent of any other implementation."""
     hidden, weight, labels = example(dtype=torch.float64)
     cross_entropy(hidden, weight, labels, label_smoothing=0.1).backward()
     for tensor in (hidden, weight):
@@ -100,7 +100,7 @@ def test_smoothing_mixes_the_label_with_the_uniform_distribution() -> None:
 
 
 def test_equal_logits_cost_log_vocabulary() -> None:
-    """A head of zeros knows nothing: ln V a token, with or without smoothing."""
+    """With a head of zeros a token costs ln V, with or without smoothing."""
     hidden, _, labels = example(ignored=0.0)
     for smoothing in (0.0, 0.5):
         loss = cross_entropy(hidden, torch.zeros(29, 8), labels, label_smoothing=smoothing)
@@ -197,7 +197,7 @@ def test_only_wanted_gradients_are_computed(wants: str) -> None:
 
 
 def test_validation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under no_grad, and for tensors that want none, the value is the same and the gradient's code never runs."""
+    """Under no_grad, and if no tensor requires one: the same value, and the gradient is never computed."""
     hidden, weight, labels = example()
     expected = cross_entropy(hidden, weight, labels).item()
 
@@ -238,7 +238,7 @@ def test_tied_head_gets_both_its_gradients() -> None:
 def test_autocast_multiplies_in_bf16_and_keeps_the_rest_in_fp32(
     hidden_dtype: torch.dtype, small_chunks: None
 ) -> None:
-    """As near to the exact value as torch's own autocast comes, or nearer, times 2; gradients in their tensors' dtypes."""
+    """At most twice as far from the exact value as torch's own autocast; gradients in their tensors' dtypes."""
     hidden, weight, labels = example(200, 64, 300)
     exact = oracle(hidden, weight, labels)
     exact_grads = torch.autograd.grad(exact, (hidden, weight))
@@ -259,7 +259,7 @@ def test_autocast_multiplies_in_bf16_and_keeps_the_rest_in_fp32(
 
 
 def test_gradient_of_the_head_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4096 tokens that all pull alike, one a chunk: in bf16 the sum would stop growing when a token is 1/256 of it.
+    """4096 equal gradients, one per chunk: a bf16 sum would stop growing when a summand is 1/256 of it.
 
     Hidden 1, two classes with equal logits, label 0: each token's gradient for the head's rows is p - target = -1/2, 1/2.
     """
@@ -286,7 +286,7 @@ def test_weights_in_bf16_get_gradients_in_bf16() -> None:
 
 
 def test_all_logits_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor of the forward or backward pass has more than a chunk's logits: 5 * 29 elements, where all are 37 * 29."""
+    """No tensor of either pass has more elements than a chunk's logits: 5 * 29, where all logits are 37 * 29."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -316,11 +316,11 @@ def test_a_label_outside_the_vocabulary_is_an_error() -> None:
             cross_entropy(hidden, weight, labels.fill_(wrong))
 
 
-# --- preferences ------------------------------------------------------------------------------------------------------
+# --- preferences ----------------------------------------------------------------------------------
 
 
 def answers(seed: int = 0) -> tuple[Answers, Answers, Answers]:
-    """Log-probabilities of five pairs under a policy that wants gradients, under its reference, and their lengths; in fp64."""
+    """Log-probabilities of five pairs, in fp64: under a policy with gradients, under a reference; their lengths."""
     generator = torch.Generator().manual_seed(seed)
     policy = Answers(
         *(
@@ -366,8 +366,9 @@ def test_the_log_probability_of_an_answer_is_that_of_its_targets_with_gradients(
 def test_the_dpo_loss_of_one_pair_worked_by_hand() -> None:
     """log p: chosen -2 (reference -3), rejected -4 (reference -3.5): h = 1 - (-0.5) = 1.5; beta 2: beta h = 3.
 
-    sigmoid: ln(1 + e^-3); smoothed by 0.1: 0.9 ln(1 + e^-3) + 0.1 ln(1 + e^3); hinge: max(0, 1 - 3) = 0; with lengths 2
-    and 5, h is 1/2 + 0.5/5 = 0.6 per token: ipo (0.6 - 1/4)^2 = 0.1225, sigmoid ln(1 + e^-1.2). Rewards: 2 · 1 and 2 · -0.5.
+    sigmoid: ln(1 + e^-3); smoothed by 0.1: 0.9 ln(1 + e^-3) + 0.1 ln(1 + e^3); hinge: max(0, 1 - 3) = 0.
+    With lengths 2 and 5, h is 1/2 + 0.5/5 = 0.6 per token: ipo (0.6 - 1/4)^2 = 0.1225, sigmoid ln(1 + e^-1.2).
+    Rewards: 2 · 1 and 2 · -0.5.
     """
     policy, reference, lengths = (
         Answers(torch.tensor([a]), torch.tensor([b]))
@@ -388,7 +389,7 @@ def test_the_dpo_loss_of_one_pair_worked_by_hand() -> None:
 
 
 def test_the_gradient_of_the_dpo_loss_is_that_of_the_paper() -> None:
-    """Rafailov et al. 2023, section 4: -beta · s(rejected reward - chosen reward), on the chosen answer; its negative on the other."""
+    """Rafailov et al. 2023, section 4: -beta · σ(rejected reward - chosen reward); the negative for the rejected."""
     policy, reference, lengths = answers()
     result = preference_loss(policy, reference, lengths, DpoConfig(beta=0.3))
     chosen, rejected = torch.autograd.grad(result.loss.sum(), policy)
@@ -398,7 +399,7 @@ def test_the_gradient_of_the_dpo_loss_is_that_of_the_paper() -> None:
 
 
 def test_a_policy_that_is_its_reference_costs_log_two() -> None:
-    """h is 0, so -log s(0) = ln 2, whatever beta and smoothing; there are no rewards yet."""
+    """h is 0, so -log σ(0) = ln 2 for any beta and smoothing; the rewards are 0."""
     policy, _, lengths = answers()
     for dpo in (
         DpoConfig(),
@@ -411,8 +412,8 @@ def test_a_policy_that_is_its_reference_costs_log_two() -> None:
 
 
 @pytest.mark.parametrize("n_tokens", [5, 1500])
-def test_scoring_is_the_same_loss_and_counts_what_argmax_finds(n_tokens):
-    """Bit for bit the sum that training minimises, in several chunks too; torch's argmax over all logits at once counts; what is masked counts nowhere."""
+def test_score_targets_is_the_same_loss_and_counts_the_hits_of_argmax(n_tokens):
+    """Bit for bit the training loss; hits are torch's argmax over all logits; masked tokens do not count."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(n_tokens, 16), torch.randn(50, 16)
     labels = torch.where(

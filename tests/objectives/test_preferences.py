@@ -50,7 +50,7 @@ def shared(side: str, text: str | None) -> dict[str, str | None]:
     return {"from": side, "value": text}
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_the_tiny_preferences_of_this_project_are_all_read():
     assert [report.notes() for _, report in read] == [[], []]
 
 
-# --- pairs ------------------------------------------------------------------------------------------------------------
+# --- pairs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def test_a_bad_row_is_named_with_file_line_and_key(made_of, tmp_path):
         made_of(pair_row(), {"prompt": "a", "chosen": 1, "rejected": "b"})
 
 
-# --- the numbers of a batch -------------------------------------------------------------------------------------------
+# --- the numbers of a batch -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def model() -> Decoder:
 
 
 def batch_of(made: list[Any], seq_len: int = 64) -> dict[str, torch.Tensor]:
-    """A batch as ARCHITECTURE has it; `()` is a row of padding."""
+    """A batch of the four tensors of dpo; `()` is a row of padding."""
     batch = {}
     for number, name in enumerate(("chosen", "rejected")):
         inputs, labels, _ = zip(
@@ -390,8 +390,8 @@ def test_answers_in_a_batch_have_the_log_probability_that_they_have_alone(made_o
         DpoConfig(beta=0.5, length_normalised=True),
     ],
 )
-def test_what_is_measured_is_the_sum_over_pairs_and_padding_counts_nowhere(made_of, model, dpo):
-    """By hand from log-probabilities: the reference is -20 and -30 for every pair, so beta 0.5 gives rewards (log p + 20) / 2 and (log p + 30) / 2."""
+def test_metrics_are_sums_over_pairs_and_padding_does_not_count(made_of, model, dpo):
+    """By hand: reference -20 and -30 for every pair, beta 0.5, so rewards (log p + 20) / 2 and (log p + 30) / 2."""
     made, _ = made_of(*ROWS)
     chosen, rejected = ([alone(model, pair[number]) for pair in made] for number in (0, 1))
     rewards = [[(c + 20) / 2 for c in chosen], [(r + 30) / 2 for r in rejected]]
@@ -421,7 +421,7 @@ def test_what_is_measured_is_the_sum_over_pairs_and_padding_counts_nowhere(made_
 
 
 def test_a_batch_of_padding_alone_gives_zero(made_of, model):
-    """What a rank without validation pairs adds to the sums."""
+    """As on a rank without validation pairs."""
     policy = score_pairs(model.features, model.head, batch_of([(), ()]))
     found = compare_pairs(policy, Answers(torch.zeros(2), torch.zeros(2)), DpoConfig())
     assert found.loss.sum() == 0
@@ -429,7 +429,7 @@ def test_a_batch_of_padding_alone_gives_zero(made_of, model):
 
 
 def test_log_probabilities_for_the_cache_are_those_of_the_batches(made_of, model):
-    """In the order of the pairs, without padding, dropout or gradients, whatever mode the model was in."""
+    """In the order of the pairs, without padding, dropout or gradients, even for a model in training mode."""
     made, _ = made_of(*ROWS)
     whole = score_pairs(model.features, model.head, batch_of(made)).log_probs
     found = pair_log_probs(
@@ -440,7 +440,7 @@ def test_log_probabilities_for_the_cache_are_those_of_the_batches(made_of, model
     np.testing.assert_allclose(found, torch.stack(whole, dim=1).detach().numpy(), atol=1e-4)
 
 
-def test_a_label_that_is_no_target_is_no_part_of_an_answer(made_of, model):
+def test_an_ignored_label_is_no_part_of_an_answer(made_of, model):
     """The count of targets, and so what padding is, is read from the labels alone."""
     made, _ = made_of(*ROWS)
     batch = batch_of(made)

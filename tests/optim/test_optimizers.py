@@ -34,7 +34,7 @@ BLOCK_MATRICES = {
 
 
 def tiny_decoder(**settings: Any) -> Decoder:
-    """A decoder with one weight of every kind: sinks, biases, experts and their biases, layer norms, learned positions."""
+    """A decoder with weights of every kind: sinks, biases, experts, layer norms, learned positions."""
     torch.manual_seed(0)
     every_kind = {
         "n_sinks": 2,
@@ -105,7 +105,7 @@ def adamw(params: list[nn.Parameter], **settings: Any) -> WeightwiseOptimizer:
     return WeightwiseOptimizer(params, adamw_update, **defaults | settings)
 
 
-# --- the equations ----------------------------------------------------------------------------------------------------
+# --- the equations --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_adamw_is_torchs_over_many_steps(
 
 
 def test_adamw_is_s4s_four_equations() -> None:
-    """The equations as the seed writes them, with the decay taken of the weight before the step, in Python's floats."""
+    """The four equations in Python floats; the decay applies to the weight before the step."""
     lr, beta1, beta2, eps, decay = 0.1, 0.9, 0.95, 1e-8, 0.2
     theta, m, v = 1.5, 0.0, 0.0
     weight = nn.Parameter(torch.tensor([1.5], dtype=torch.float64))
@@ -179,9 +179,9 @@ def test_sgd_decays_the_weight_beside_the_gradient() -> None:
 
 @pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12), (24, 8)])
 def test_muon_is_torchs_with_its_original_scale(shape: tuple[int, int]) -> None:
-    """torch.optim.Muon iterates in bf16 and ours in fp32 on a CPU: each step agrees to bf16's rounding, amplified five times.
+    """torch.optim.Muon iterates in bf16, ours in fp32 on a CPU: equal up to bf16 rounding, amplified five times.
 
-    torch's other scale, match_rms_adamw, would be 0.2 √max(rows, columns), here at most 0.98 and not 1 to 1.73.
+    torch's other scale, match_rms_adamw, is 0.2 √max(rows, columns): here at most 0.98, not 1 to 1.73.
     """
     gradients = random_gradients([shape], 20)
     ours, torchs = weights_like([shape]), weights_like([shape])
@@ -202,10 +202,10 @@ def test_muon_is_torchs_with_its_original_scale(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (9, 4), (4, 9), (3, 8, 5)])
-def test_newton_schulz_bends_the_singular_values_and_keeps_the_vectors(
+def test_newton_schulz_is_a_polynomial_of_the_singular_values(
     shape: tuple[int, ...],
 ) -> None:
-    """Oracle: the decomposition. Each singular value s / |M| goes five times through 3.4445 s - 4.775 s³ + 2.0315 s⁵."""
+    """Oracle: the SVD, and five times 3.4445 s - 4.775 s³ + 2.0315 s⁵ on the singular values s / |M|."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     s = s / s.norm(dim=-1, keepdim=True)
@@ -215,7 +215,7 @@ def test_newton_schulz_bends_the_singular_values_and_keeps_the_vectors(
 
 
 def test_newton_schulz_brings_singular_values_near_one() -> None:
-    """From 0.01 to 1 all land between 0.65 and 1.25, whatever the scale of the matrix."""
+    """Singular values from 0.01 to 1 end between 0.65 and 1.25, at any scale of the matrix."""
     q1, q2 = (
         torch.linalg.qr(torch.randn(30, 30, generator=torch.Generator().manual_seed(i)))[0]
         for i in (4, 5)
@@ -226,7 +226,7 @@ def test_newton_schulz_brings_singular_values_near_one() -> None:
 
 
 def test_newton_schulz_of_zero_is_zero() -> None:
-    """A matrix without gradient, such as an expert that no token visited, does not move and does not become NaN."""
+    """A zero gradient, such as that of an expert without tokens, gives a zero update, not NaN."""
     stack = torch.stack((torch.zeros(4, 3), torch.eye(4, 3)))
     moved = orthogonalize(stack)
     assert not moved[0].any()
@@ -248,7 +248,7 @@ def test_muon_treats_a_stack_of_experts_as_single_matrices() -> None:
     torch.testing.assert_close(stack, torch.stack(singles))
 
 
-# --- the groups -------------------------------------------------------------------------------------------------------
+# --- the groups -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -278,8 +278,8 @@ def group_names(
     return {names[id(weight)] for group in groups if chosen(group) for weight in group["params"]}
 
 
-def test_matrices_decay_and_nothing_else() -> None:
-    """Linear layers, experts, router, embeddings and head, written out; sinks (G, n, K) and experts' biases (E, F) are no matrices."""
+def test_only_matrices_decay() -> None:
+    """Linear layers, experts, router, embeddings, head; not sinks (G, n, K) and experts' biases (E, F)."""
     model = tiny_decoder(tie_embeddings=False)
     groups = parameter_groups(model, 0.1)
     decayed = group_names(model, groups, lambda group: group["weight_decay"] == 0.1)
@@ -296,7 +296,7 @@ def test_matrices_decay_and_nothing_else() -> None:
     } < rest
 
 
-def test_muon_takes_the_matrices_of_the_blocks() -> None:
+def test_muon_updates_the_matrices_of_the_blocks() -> None:
     """Embeddings and head are matrices too, and stay with AdamW (Jordan 2024)."""
     model = tiny_decoder(tie_embeddings=False)
     optimizer = make_optimizer(
@@ -310,7 +310,7 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
     assert marks == [(True, 0.02, 0.1), (False, 3e-4, 0.1), (False, 3e-4, 0.0)]
 
 
-# --- the optimizer that training uses ---------------------------------------------------------------------------------
+# --- the optimizer that training uses -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
 def test_the_setting_names_the_optimizer(
     kind: Any, expected: Callable[..., None] | None, fused: bool
 ) -> None:
-    """Only torch's AdamW has a fused form; betas, eps and the peak arrive as set, as plain numbers."""
+    """Only torch's AdamW has a fused form; betas, eps and peak_lr are those of the config, as plain numbers."""
     training = TrainingConfig(optimizer=kind, lr=0.125, betas=(0.5, 0.75), eps=1e-4)
     optimizer = make_optimizer(tiny_decoder(), training, fused=fused)
     if expected is None:
@@ -350,7 +350,7 @@ def test_set_lr_multiplies_each_groups_own_peak() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_exact(kind: Any) -> None:
-    """Five steps are three, a save, a load with weights_only into a new model, and two: losses and weights to the last bit."""
+    """Five steps equal three, a save, a load (weights_only) into a new model, and two: to the last bit."""
     training = TrainingConfig(optimizer=kind, lr=0.01)
     model = tiny_decoder()
     whole = make_optimizer(model, training, fused=True)
@@ -374,7 +374,7 @@ def test_resume_is_exact(kind: Any) -> None:
         torch.equal(a, b) for a, b in zip(model.parameters(), second.parameters(), strict=True)
     )
 
-    # What proves that the state matters: without it the fourth update, and so the fifth loss, is another.
+    # The state matters: without it the fourth update differs, and so does the fifth loss.
     forgetful = copy.deepcopy(first)
     assert (
         train(forgetful, make_optimizer(forgetful, training, fused=True), range(3, 5))[1]
@@ -384,7 +384,7 @@ def test_resume_is_exact(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_holds_plain_types_and_tensors(kind: Any) -> None:
-    """What a checkpoint may hold, all the way down."""
+    """As weights_only loading requires, at all depths."""
     model = tiny_decoder()
     optimizer = make_optimizer(model, TrainingConfig(optimizer=kind), fused=False)
     train(model, optimizer, range(1))
@@ -405,7 +405,7 @@ def test_state_holds_plain_types_and_tensors(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_learning_rate_zero_leaves_the_weights_and_fills_the_state(kind: Any) -> None:
-    """The first step of a warm-up: nothing moves, and the moments begin."""
+    """The first step of a warmup: no weight changes, and the running means start."""
     model = tiny_decoder()
     before = copy.deepcopy(model.state_dict())
     optimizer = make_optimizer(model, TrainingConfig(optimizer=kind), fused=True)
@@ -418,7 +418,7 @@ def test_learning_rate_zero_leaves_the_weights_and_fills_the_state(kind: Any) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_step_calls_the_closure_first_and_returns_its_loss(kind: Any) -> None:
-    """Lightning hands the forward and backward pass over as a closure, which also sets the learning rate."""
+    """Lightning passes forward and backward as a closure, which also sets the learning rate."""
     weight_before = tiny_decoder().head.weight.detach().clone()
     model = tiny_decoder()
     optimizer = make_optimizer(model, TrainingConfig(optimizer=kind), fused=False)
@@ -435,7 +435,7 @@ def test_step_calls_the_closure_first_and_returns_its_loss(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_without_gradient_stays(kind: Any) -> None:
-    """Neither decay nor an old moment moves it."""
+    """Neither decay nor momentum changes it."""
     model = tiny_decoder()
     optimizer = make_optimizer(model, TrainingConfig(optimizer=kind, lr=0.1), fused=False)
     train(model, optimizer, range(1))
@@ -449,7 +449,7 @@ def test_a_weight_without_gradient_stays(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_absurd_learning_rate_shows_in_the_loss(kind: Any) -> None:
-    """Fault D7: lr 1e20 raises nothing here and hides nothing, so that the guard on loss and gradient trips."""
+    """Fault D7: lr 1e20 raises no error here and is not hidden, so the check of loss and gradient finds it."""
     model = tiny_decoder()
     optimizer = make_optimizer(
         model, TrainingConfig(optimizer=kind, lr=1e20, muon_lr=1e20), fused=True
@@ -460,7 +460,7 @@ def test_an_absurd_learning_rate_shows_in_the_loss(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_optimizer_learns(kind: Any) -> None:
-    """A batch by heart: 40 steps take the loss from ln 31 = 3.4 to under half of it."""
+    """Overfit one batch: 40 steps take the loss from ln 31 = 3.4 to less than half."""
     model = tiny_decoder(moe=None, n_sinks=0)
     optimizer = make_optimizer(
         model,

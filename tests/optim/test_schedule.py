@@ -36,7 +36,7 @@ def s4_learning_rate_cosine(
 
 
 def test_warmup_cosine_is_s4s_example_at_every_step() -> None:
-    """S4's own numbers, a tenth as long: 6e-4 to 6e-5, warm-up 200 of 10,000, and on past the end."""
+    """S4's own numbers, a tenth as long: 6e-4 to 6e-5, warmup 200 of 10,000, and on past the end."""
     training = settings(max_steps=10_000, warmup_ratio=0.02, min_lr_ratio=0.1, lr=6e-4)
     for t in range(0, 10_100, 7):
         assert training.lr * multiplier(t, training) == pytest.approx(
@@ -47,10 +47,10 @@ def test_warmup_cosine_is_s4s_example_at_every_step() -> None:
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        (0, 0.0),  # phase 1 begins at 0 / 10
+        (0, 0.0),  # phase 1 starts at 0 / 10
         (1, 0.1),
         (9, 0.9),
-        (10, 1.0),  # phase 2 begins: cos 0 = 1
+        (10, 1.0),  # phase 2 starts: cos 0 = 1
         (40, 0.1 + 0.5 * (1 + 0.5) * 0.9),  # a third of the way: cos 60° = 1/2
         (55, 0.55),  # half way: cos 90° = 0, the mean of 1 and 0.1
         (100, 0.1),  # its end: cos 180° = -1
@@ -59,7 +59,7 @@ def test_warmup_cosine_is_s4s_example_at_every_step() -> None:
     ],
 )
 def test_warmup_cosine_by_hand(step: int, expected: float) -> None:
-    """Warm-up 10 of 100 steps, lowest 0.1."""
+    """Warmup 10 of 100 steps, lowest 0.1."""
     training = settings(max_steps=100, warmup_ratio=0.1, min_lr_ratio=0.1)
     assert multiplier(step, training) == pytest.approx(expected, abs=1e-15)
 
@@ -80,7 +80,7 @@ def test_warmup_cosine_by_hand(step: int, expected: float) -> None:
     ],
 )
 def test_wsd_by_hand(step: int, expected: float) -> None:
-    """Warm-up 10, decay over the last 20 of 100 steps from 1 to 0.2: 0.04 a step."""
+    """Warmup 10, decay over the last 20 of 100 steps from 1 to 0.2: 0.04 a step."""
     training = settings(
         schedule="wsd", max_steps=100, warmup_ratio=0.1, decay_ratio=0.2, min_lr_ratio=0.2
     )
@@ -88,7 +88,7 @@ def test_wsd_by_hand(step: int, expected: float) -> None:
 
 
 def test_wsd_reaches_the_peak_where_rounding_makes_the_phases_overlap() -> None:
-    """3 steps, half of them each phase: 1.5 rounds to 2 twice. The warm-up keeps its 2, the decay has 1."""
+    """3 steps, half of them each phase: 1.5 rounds to 2 twice. The warmup keeps its 2, the decay has 1."""
     training = settings(
         schedule="wsd", max_steps=3, warmup_ratio=0.5, decay_ratio=0.5, min_lr_ratio=0.0
     )
@@ -97,7 +97,7 @@ def test_wsd_reaches_the_peak_where_rounding_makes_the_phases_overlap() -> None:
 
 @given(step=st.integers(0, 10**9))
 def test_constant_is_the_peak_from_the_first_step(step: int) -> None:
-    """No warm-up, whatever warmup_ratio says."""
+    """No warmup, for any warmup_ratio."""
     assert multiplier(step, settings(schedule="constant", warmup_ratio=0.5)) == 1.0
 
 
@@ -120,7 +120,7 @@ def test_constant_is_the_peak_from_the_first_step(step: int) -> None:
 def test_plateau_cuts_by_the_factor_for_each_patience_without_improvement(
     losses: list[float], expected: float
 ) -> None:
-    """Patience 2, factor 0.5, lowest 0.1; after the warm-up the step itself does not matter."""
+    """Patience 2, factor 0.5, lowest 0.1; after the warmup the step itself does not matter."""
     training = settings(
         schedule="plateau",
         max_steps=100,
@@ -169,7 +169,7 @@ histories = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=30
 
 @given(training=schedules, step=st.integers(0, 1000), losses=histories)
 def test_multiplier_is_a_share(training: TrainingConfig, step: int, losses: list[float]) -> None:
-    """Between 0 and 1 for any settings and history, and not below min_lr_ratio after the warm-up."""
+    """Between 0 and 1 for any settings and history, and not below min_lr_ratio after the warmup."""
     share = multiplier(step, training, losses)
     assert 0 <= share <= 1
     if step >= training.warmup_ratio * training.max_steps + 1:
@@ -180,7 +180,7 @@ def test_multiplier_is_a_share(training: TrainingConfig, step: int, losses: list
 def test_no_step_jumps_further_than_its_phases_slope(training: TrainingConfig) -> None:
     """Continuity, also at the phases' borders.
 
-    The warm-up climbs 1 / its steps; half a cosine is nowhere steeper than π/2 times the straight line; a phase of n
+    The warmup climbs 1 / its steps; half a cosine is nowhere steeper than π/2 times the straight line; a phase of n
     steps is at least ratio * max_steps - 1/2 of them long, by rounding.
     """
     if training.schedule in ("constant", "plateau"):
@@ -196,7 +196,7 @@ def test_no_step_jumps_further_than_its_phases_slope(training: TrainingConfig) -
 
 @given(training=schedules)
 def test_rises_in_the_warmup_and_never_after_it(training: TrainingConfig) -> None:
-    """One peak, at the end of the warm-up, if the run is longer than that."""
+    """One peak, at the end of the warmup, if the run is longer than that."""
     warmup = (
         0 if training.schedule == "constant" else round(training.warmup_ratio * training.max_steps)
     )

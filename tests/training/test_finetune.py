@@ -625,7 +625,7 @@ def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> Non
     """The error names the file."""
     with pytest.raises(
         UserError,
-        match="final.ckpt: holds a whole model and no adapter. Give a checkpoint of a run with a lora section.",
+        match="final.ckpt: is a whole model, not an adapter. Give a checkpoint of a run with a lora section.",
     ):
         save_adapter(home / "base" / "final.ckpt", tmp_path)
 

@@ -41,7 +41,7 @@ def chat(engine: Engine, template: Template, sampling: SamplingConfig, system: s
 
 
 def handle_line(line: str, conversation: Chat, sampling: SamplingConfig) -> None:
-    """Run a command, or answer a question; a question that cannot be asked does not end the chat."""
+    """Run a command, or answer a question; an invalid question does not end the chat."""
     if line == "/reset":
         conversation.forget()
         logger.info("conversation reset")
@@ -90,7 +90,7 @@ def log_ignored(prompt: Prompt, sampling: SamplingConfig) -> None:
 
 
 def input_lines(is_typed: bool) -> Iterator[str]:
-    """The lines of standard input, typed at a prompt sign or piped in; a line that is not UTF-8 is skipped."""
+    """The lines of standard input, typed or piped; a line that is not UTF-8 is skipped."""
     if is_typed:
         with contextlib.suppress(ImportError):  # not available on Windows
             import readline  # noqa: F401  (gives `input` its editing keys)

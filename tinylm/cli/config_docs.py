@@ -1,4 +1,4 @@
-"""`python -m tinylm config-reference`: write docs/CONFIG_REFERENCE.md and docs/config.schema.json."""
+"""`python -m tinylm config-reference`: write the reference of all settings, and their JSON schema."""
 
 import argparse
 from pathlib import Path

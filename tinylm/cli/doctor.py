@@ -14,7 +14,10 @@ SUMMARY = "check this machine: versions, devices, disk, optional packages"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Set the help text; the command has no flags."""
     parser.usage = "python -m tinylm doctor"
-    parser.description = "Check this machine: versions, devices, precisions, disk, the Hugging Face hub, optional packages."
+    parser.description = (
+        "Check this machine: versions, devices, precisions, disk, the Hugging Face hub, "
+        "optional packages."
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "python -m tinylm encode --data 'corpus/*.txt' --tokenizer TOKENIZER --out FILE.bin [flags]"
     )
-    parser.description = "Encode a corpus once, into a token file for data.dataset: with all cores, in document order, resumable."
+    parser.description = (
+        "Encode a corpus once, into a token file for data.dataset: with all cores, "
+        "in document order, resumable."
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
 for example:

@@ -20,8 +20,9 @@ from tinylm.eval.best_of_n import best_of_n, require_free_text_task
 from tinylm.eval.cases import Case, CasesSummary, evaluate_cases, read_cases
 from tinylm.eval.lm_eval import check_tasks, run_harness
 from tinylm.eval.task_scores import TaskScore, evaluate_task
-from tinylm.eval.tasks import Task
-from tinylm.eval.tasks.data import TaskData, find_task, load_task
+from tinylm.eval.tasks.data import TaskData, load_task
+from tinylm.eval.tasks.table import find_task
+from tinylm.eval.tasks.task import Task
 from tinylm.eval.verifier_scoring import VerifierScorer
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def ask_cases(
         scores = evaluate_cases(opened.engine, cases, batch_size=arguments.batch_size)
         summary = CasesSummary.of(scores)
         results.cases.append(
-            {"file": file, **opened.row, **asdict(summary), "worth": summary.worth}
+            {"file": file, **opened.row, **asdict(summary), "worth": summary.rank_key}
         )
         results.case_scores += [{"file": file, **opened.row, **score.row()} for score in scores]
 
@@ -286,7 +287,7 @@ def ask_best_of(
                     **asdict(measure),
                 }
             )
-        results.answers[f"best-of-{opened.subject.slug}-{task.name}.jsonl"] = score.drawn
+        results.answers[f"best-of-{opened.subject.slug}-{task.name}.jsonl"] = score.candidates
 
 
 def ask_harness(
@@ -315,6 +316,6 @@ def ask_harness(
                     "high": high,
                     "chance": None,
                     "n_examples": score.n_examples,
-                    "worth": score.worth,
+                    "worth": score.rank_key,
                 }
             )

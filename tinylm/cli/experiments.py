@@ -1,4 +1,4 @@
-"""`python -m tinylm experiments`: train small models that differ in one setting, compare them, write a report."""
+"""`python -m tinylm experiments`: train models that differ in one setting and compare them."""
 
 import argparse
 import logging

@@ -1,4 +1,4 @@
-"""`python -m tinylm export`: write a checkpoint as a Hugging Face folder, a GGUF file, or a PEFT adapter folder."""
+"""`python -m tinylm export`: a checkpoint as a Hugging Face folder, GGUF file or PEFT adapter."""
 
 import argparse
 import json
@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.usage = "python -m tinylm export checkpoints/best.ckpt OUT [--format gguf] [--merge]"
     parser.description = (
-        "Write a checkpoint as a Hugging Face folder or a GGUF file, an adapter as a folder for peft. "
-        "The logits of an exported model are compared with ours first."
+        "Write a checkpoint as a Hugging Face folder or a GGUF file, "
+        "an adapter as a folder for peft. The logits of an exported model are compared with ours first."
     )
     parser.add_argument("ckpt", type=Path, metavar="CKPT", help="the checkpoint")
     parser.add_argument(
@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("hf", "gguf"),
         default="hf",
-        help="hf: for transformers, or for peft if it is an adapter; gguf: one file for llama.cpp (default: hf)",
+        help="hf: for transformers, or for peft if it is an adapter; "
+        "gguf: one file for llama.cpp (default: hf)",
     )
     parser.add_argument(
         "--floats",
@@ -87,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if exported.tokenizer_class != "AutoTokenizer":
         logger.info(
-            "note: load its tokenizer with %s; AutoTokenizer pre-tokenizes differently for every %s",
+            "note: load its tokenizer with %s; "
+            "AutoTokenizer pre-tokenizes differently for every %s",
             exported.tokenizer_class,
             exported.model_type,
         )

@@ -137,8 +137,8 @@ def generate_best(
 ) -> int:
     """Draw several answers and print the one that the verifier scores highest.
 
-    All answers, the majority vote and a random choice (the first that was drawn) go to stderr, or into the JSON. The
-    choice of an oracle is known only for tasks with known answers: evaluate_checkpoints.py.
+    All answers, the majority vote and a random choice (the first that was drawn) go to stderr, or
+    into the JSON. The choice of an oracle needs a task with known answers: evaluate_checkpoints.py.
     """
     from tinylm.cli.screen import write
     from tinylm.common.console import readable
@@ -253,7 +253,8 @@ def read_prompt(argument: str | None) -> str:
         raise UserError(
             "--prompt",
             "missing",
-            'Give --prompt "Attention is", or pipe a text into the program; --prompt "" starts from nothing',
+            'Give --prompt "Attention is", or pipe a text into the program; '
+            '--prompt "" starts from nothing',
         )
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")

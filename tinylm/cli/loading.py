@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_checkpoint(arguments: argparse.Namespace) -> Path:
-    """--ckpt, or the latest valid checkpoint in --dir; the damaged ones that were skipped are logged."""
+    """--ckpt, or the latest valid checkpoint in --dir; damaged ones are skipped and logged."""
     if arguments.ckpt is not None:
         return arguments.ckpt
     if arguments.chat:
@@ -37,7 +37,7 @@ def choose_checkpoint(arguments: argparse.Namespace) -> Path:
 
 
 def latest_fine_tuned(folder: Path) -> Path:
-    """The checkpoint for --chat: the latest of the newest ones in `folder` and its subfolders that was fine-tuned."""
+    """The most recent fine-tuned checkpoint among the latest ones of `folder` and its subfolders."""
     folders = [folder]
     if folder.is_dir():
         folders += sorted(path for path in folder.iterdir() if path.is_dir())
@@ -53,7 +53,8 @@ def latest_fine_tuned(folder: Path) -> Path:
         raise UserError(
             folder,
             "contains no fine-tuned checkpoint, nor does a folder in it",
-            "Fine-tune a model (python finetune.py --config config_finetune.yaml), or give --ckpt FILE",
+            "Fine-tune a model (python finetune.py --config config_finetune.yaml), "
+            "or give --ckpt FILE",
         )
     return max(fine_tuned, key=lambda info: info.created).path
 
@@ -62,7 +63,7 @@ def choose_tokenizer(name: str, own: Tokenizer) -> Tokenizer:
     """The checkpoint's own tokenizer for `auto`, else the named one.
 
     Raises:
-        UserError: it does not exist, or has another number of tokens than the model was trained with.
+        UserError: it does not exist, or its size is not the one that the model was trained with.
     """
     if name == "auto":
         return own
@@ -75,7 +76,8 @@ def choose_tokenizer(name: str, own: Tokenizer) -> Tokenizer:
     if tokenizer.vocab_size != own.vocab_size:
         raise UserError(
             "--tokenizer",
-            f"{name} has {tokenizer.vocab_size} tokens, but the model was trained with {own.vocab_size}",
+            f"{name} has {tokenizer.vocab_size} tokens, "
+            f"but the model was trained with {own.vocab_size}",
             "Remove --tokenizer",
         )
     return tokenizer
@@ -84,7 +86,7 @@ def choose_tokenizer(name: str, own: Tokenizer) -> Tokenizer:
 def choose_template(
     arguments: argparse.Namespace, loaded: "Loaded", tokenizer: Tokenizer
 ) -> Template | None:
-    """The template that the checkpoint was fine-tuned with; None for a base model and with --no-wrap.
+    """The template of the fine-tuning; None for a base model and with --no-wrap.
 
     Raises:
         UserError: --chat or --system needs a template, and there is none.
@@ -96,8 +98,10 @@ def choose_template(
     if arguments.chat:
         raise UserError(
             "--chat",
-            f"{loaded.info.path} is a base model, which continues text and does not answer questions",
-            "Fine-tune it first (python finetune.py --config config_finetune.yaml), or continue a text: --prompt TEXT",
+            f"{loaded.info.path} is a base model, which continues text and does not answer "
+            "questions",
+            "Fine-tune it first (python finetune.py --config config_finetune.yaml), "
+            "or continue a text: --prompt TEXT",
         )
     if arguments.system is not None:
         raise UserError(

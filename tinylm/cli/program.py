@@ -24,7 +24,7 @@ from tinylm.common.errors import Diverged, UserError, printable
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with one-line errors, in which control characters of the arguments are escaped.
+    """An ArgumentParser with one-line errors, in which control characters are escaped.
 
     Abbreviated flags are rejected: a flag added later could change what they mean.
     """
@@ -45,8 +45,9 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     """
     open_streams()
     log_to_stderr()
-    # OpenMP threads spin while they wait, and so slow down the thread they wait for as soon as anything else runs: on
-    # 2 cores a training step took 15 times as long next to one busy process (docs/LOG.md). Torch is not loaded yet.
+    # OpenMP threads spin while they wait, and slow down the thread they wait for as soon as anything
+    # else runs: on 2 cores a training step took 15 times as long next to one busy process
+    # (docs/LOG.md). Torch is not loaded yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     previous = signal.signal(signal.SIGINT, stop_once)
     try:
@@ -60,8 +61,9 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
         say(f"error: {' '.join(str(error).split())}")
         return 2 if isinstance(error, UserError) else 3
     except KeyboardInterrupt:
-        # If Ctrl-C arrives while exec() runs (an import that creates a dataclass), CPython marks it as unhandled and
-        # ends a program started with -m by the signal, whatever its exit code. Another exec() clears the mark.
+        # If Ctrl-C arrives while exec() runs (an import that creates a dataclass), CPython marks it
+        # as unhandled and ends a program started with -m by the signal, whatever its exit code.
+        # Another exec() clears the mark.
         exec("")  # noqa: S102
         sys.stderr.write("\nstopped by Ctrl-C\n")
         return 130

@@ -25,7 +25,7 @@ class Results:
     best_of: list[Row] = field(default_factory=list)
     failed: list[Row] = field(default_factory=list)
     answers: dict[str, Sequence[Answer | Candidates]] = field(default_factory=dict)
-    """by file name: the wrong answers of a task, or the candidates that one answer was chosen from"""
+    """by file name: the wrong answers of a task, or the candidates of --best-of"""
 
     def add(self, other: "Results") -> None:
         """Append the results of another model."""
@@ -44,7 +44,7 @@ class Results:
 
 
 def rank_rows(rows: Iterable[Row], group_of: Callable[[Row], tuple[str, ...]]) -> list[Row]:
-    """The rows of each group in the order of their `worth`, which is replaced by their `place`; equal ones share it."""
+    """Sort the rows of each group by `worth` and replace it by `place`; equal ones share a place."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(group_of(row), []).append(row)
@@ -133,7 +133,7 @@ def interval(row: Row) -> str | None:
 
 
 def print_rows(rows: Sequence[Row], text: Sequence[str] = TEXT) -> None:
-    """Print rows as a table; the keys of the first are the columns, `text` those that are not numbers."""
+    """Print rows as a table, with the keys of the first as columns; `text` columns are no numbers."""
     if not rows:
         return
     printed = table(*rows[0], text=text)

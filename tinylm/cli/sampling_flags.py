@@ -1,7 +1,7 @@
 """The flags of `infer.py` that set a field of SamplingConfig.
 
-Their help texts are written here as well as in the schema, because importing the schema takes longer than `--help` may;
-a test holds both to the same fields and defaults.
+Their help texts are written here as well as in the schema, because importing the schema takes
+longer than `--help` may; a test holds both to the same fields and defaults.
 """
 
 import argparse
@@ -16,9 +16,11 @@ SAMPLING_HELP = {
     "max_new_tokens": "maximum number of tokens to generate (200)",
     "temperature": "divides the logits; 0 is greedy (0.8)",
     "top_k": "only the k most probable tokens (off)",
-    "top_p": "only the most probable tokens whose probabilities sum to p, Holtzman et al. 2020 (off)",
-    "min_p": "only tokens at least min_p times as probable as the most probable one, Nguyen et al. 2024 (off)",
-    "repetition_penalty": "makes tokens in the context less probable, Keskar et al. 2019; 1 is off (1.0)",
+    "top_p": "only the most probable tokens that together reach p, Holtzman et al. 2020 (off)",
+    "min_p": "only tokens at least min_p times as probable as the most probable one, "
+    "Nguyen et al. 2024 (off)",
+    "repetition_penalty": "makes tokens in the context less probable, Keskar et al. 2019; "
+    "1 is off (1.0)",
     "no_repeat_ngram": "no sequence of N tokens occurs twice (off)",
     "stop": "string that ends the text and is not part of it; may be given several times (off)",
     "seed": "random seed (0)",
@@ -31,7 +33,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Declare one flag per setting; a flag that is not given is absent from the namespace."""
     group = parser.add_argument_group(
         "sampling",
-        "the defaults shown are replaced by those of the checkpoint's config; none turns a setting off",
+        "the checkpoint's config overrides the defaults shown; none turns a setting off",
     )
     for name, text in SAMPLING_HELP.items():
         if name == "stop":
@@ -54,7 +56,7 @@ def flag(name: str) -> str:
 
 
 def parse_number(text: str) -> int | float | str | None:
-    """The number that `text` spells, None for `none`; other text is returned unchanged, for validation to name its flag.
+    """The number that `text` spells, or None for `none`; other text is left to validation.
 
     >>> parse_number("3"), parse_number("0.5"), parse_number("none"), parse_number("warm")
     (3, 0.5, None, 'warm')

@@ -21,7 +21,7 @@ DIM = "2"
 class Screen:
     """The generated texts on stdout: the first while it is generated, the others after it.
 
-    A continuation is printed after its prompt; an answer alone, without the whitespace of its template.
+    A continuation is printed after its prompt; an answer alone, without surrounding whitespace.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Screen:
 
 
 class ProbabilityColors:
-    """Colors pieces by probability; text that several tokens form together by the probability of all of them."""
+    """Colors text by its probability; text of several tokens by the product of theirs."""
 
     def __init__(self) -> None:
         self._log_prob = 0.0
@@ -98,7 +98,7 @@ class ProbabilityColors:
 
 
 def in_color(code: str, text: str) -> str:
-    """`text` in a terminal color, which is reset after it, so that an interrupt leaves no color on."""
+    """`text` in a terminal color that ends with it, so that an interrupt leaves no color on."""
     return f"\x1b[{code}m{text}\x1b[0m"
 
 

@@ -1,4 +1,4 @@
-"""The models that `evaluate_checkpoints.py` ranks: checkpoints by path or glob, and Hugging Face models by name."""
+"""The models that `evaluate_checkpoints.py` ranks: checkpoints, and Hugging Face models."""
 
 import argparse
 import glob
@@ -77,7 +77,7 @@ def find_subjects(arguments: argparse.Namespace) -> list[Subject]:
 
 
 def find_checkpoints(patterns: Sequence[str]) -> list[Subject]:
-    """The checkpoints that match; the names of one file (last, best and final are links) are one subject."""
+    """The checkpoints that match; all names of one file (last, best, final) are one subject."""
     files: dict[tuple[int, ...] | Path, list[Path]] = {}
     for pattern in patterns:
         paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]

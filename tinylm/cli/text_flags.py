@@ -1,4 +1,4 @@
-"""The flags of `tokenizer` and `encode` that say which text to read, and the source that they mean."""
+"""The flags of `tokenizer` and `encode` for the text to read, and the source that they mean."""
 
 import argparse
 from typing import TYPE_CHECKING

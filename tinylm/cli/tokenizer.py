@@ -1,4 +1,4 @@
-"""`python -m tinylm tokenizer train | compare | show`: train a BPE tokenizer, compare several, show one's tokens."""
+"""`python -m tinylm tokenizer train | compare | show`: train a BPE tokenizer, compare, inspect."""
 
 import argparse
 import logging
@@ -97,8 +97,8 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `tokenizer compare`."""
     parser.usage = "python -m tinylm tokenizer compare TOKENIZER ... --data PATH ... [flags]"
     parser.description = (
-        "How well several tokenizers fit a text: bytes per token, the share of the vocabulary in use, "
-        "the longest tokens found."
+        "How well several tokenizers fit a text: bytes per token, the share of the vocabulary "
+        "in use, the longest tokens found."
     )
     parser.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help=TOKENIZER_HELP)
     add_text_flags(parser, separator=SEPARATOR_HELP)

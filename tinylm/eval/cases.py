@@ -1,3 +1,8 @@
+"""Cases: a prompt and the text that should follow it. How probable is the right continuation?
+
+cases/*.yaml ─▶ Case (`read_cases`) ─▶ CaseScore of each (`evaluate_cases`) ─▶ CasesSummary
+"""
+
 import math
 import statistics
 from collections.abc import Sequence
@@ -5,21 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError
 from tinylm.config.yaml_file import read_list
-from tinylm.eval.task_scores import _result_or_error
 from tinylm.generate.engine import Engine
-from tinylm.generate.scoring import (
-    Continuation,
-    ContinuationScore,
-    encode_continuation,
-    score_continuations,
-)
+from tinylm.generate.scoring import ContinuationScore, encode_continuation, score_continuations
 
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt and the text that should follow it, to the character: a target that is a new word begins with its space."""
+    """A prompt and its exact continuation: a target that begins with a word begins with a space."""
 
     name: str
     prompt: str
@@ -28,52 +27,42 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseScore:
-    """What a model makes of a case: a score, or why there is none, which counts as a failure."""
+    """The score of a case, or the reason why it has none, which counts as a failure."""
 
     case: Case
     score: ContinuationScore | None
     error: str | None
 
     def row(self) -> dict[str, Any]:
-        """The numbers as plain values."""
-        row = {"case": self.case.name, "prompt": self.case.prompt, "target": self.case.target}
-        names = (
-            "log_prob",
-            "first_log_prob",
-            "first_rank",
-            "n_tokens",
-            "greedy_match",
-            "prompt_perplexity",
-        )
+        """The numbers as plain values, for a table."""
         score = self.score
-        numbers = (
-            (
-                score.log_prob,
-                score.log_probs[0],
-                score.ranks[0],
-                score.n_tokens,
-                score.greedy_match,
-                score.prompt_perplexity,
-            )
-            if score
-            else (None,) * 6
-        )
-        return {**row, **dict(zip(names, numbers, strict=True)), "error": self.error}
+        return {
+            "case": self.case.name,
+            "prompt": self.case.prompt,
+            "target": self.case.target,
+            "log_prob": score and score.log_prob,
+            "first_log_prob": score and score.log_probs[0],
+            "first_rank": score and score.ranks[0],
+            "n_tokens": score and score.n_tokens,
+            "greedy_match": score and score.greedy_match,
+            "prompt_perplexity": score and score.prompt_perplexity,
+            "error": self.error,
+        }
 
 
 @dataclass(frozen=True)
 class CasesSummary:
-    """What a model makes of all cases."""
+    """The scores of all cases of a file together."""
 
     n_cases: int
     n_failed: int
     """cases without a score: the target cannot be encoded, or fills the context"""
     n_greedy: int
-    """cases whose target is what the model would write"""
+    """cases whose target is the greedy continuation"""
     log_prob: float | None
-    """mean over the scored cases of the log-probability of the whole target; None where there is none"""
+    """mean log-probability of the targets, over scored cases; None if there are none"""
     first_rank: float | None
-    """median over all cases of the rank of the target's first token, that of a failed one beyond all; None where it is"""
+    """median rank of the first target token, failed cases beyond all others; None if that is the median"""
     prompt_perplexity: float | None
     """geometric mean over the prompts"""
 
@@ -81,12 +70,12 @@ class CasesSummary:
     def of(cls, scores: Sequence[CaseScore]) -> "CasesSummary":
         """The summary of at least one case."""
         scored = [item.score for item in scores if item.score is not None]
-        perplexities = [
-            score.prompt_perplexity for score in scored if score.prompt_perplexity is not None
-        ]
-        rank = statistics.median(
-            math.inf if item.score is None else item.score.ranks[0] for item in scores
-        )
+        perplexities = []
+        for score in scored:
+            if score.prompt_perplexity is not None:
+                perplexities.append(score.prompt_perplexity)
+        ranks = [math.inf if item.score is None else item.score.ranks[0] for item in scores]
+        rank = statistics.median(ranks)
         return cls(
             n_cases=len(scores),
             n_failed=len(scores) - len(scored),
@@ -97,8 +86,8 @@ class CasesSummary:
         )
 
     @property
-    def worth(self) -> tuple[int, float]:
-        """What checkpoints are ranked by, more being better: fewer failed cases first, then more probable targets, as far as they are shown."""
+    def rank_key(self) -> tuple[int, float]:
+        """What checkpoints are ranked by, more is better: fewer failed cases, then more probable targets, as displayed."""
         return -self.n_failed, -math.inf if self.log_prob is None else round(self.log_prob, 4)
 
 
@@ -106,28 +95,24 @@ def read_cases(path: Path) -> tuple[Case, ...]:
     """The cases in a YAML file: a list of name, prompt and target.
 
     Raises:
-        UserError: naming the file, the line and the key.
+        UserError: the file is not such a list; `where` has the file, the line and the key.
     """
     cases: dict[str, Case] = {}
     for place, item in read_list(path):
         for key in ("name", "prompt", "target"):
             if not isinstance(item.get(key), str):
-                found = "nothing" if key not in item else printable(repr(item[key]))[:60]
-                raise UserError(
-                    f"{place}: {key}: expected text, found {found}. Each case has name, prompt and target; quote a number."
-                )
+                got = "nothing" if key not in item else repr(item[key])[:60]
+                fix = "Each case has name, prompt and target; quote numbers"
+                raise UserError((place, key), f"must be text, got {got}", fix)
         if unknown := item.keys() - {"name", "prompt", "target"}:
-            raise UserError(
-                f"{place}: {printable(min(unknown))}: no such key. A case has name, prompt and target."
-            )
+            fix = "A case has name, prompt and target"
+            raise UserError((place, min(unknown)), "unknown key", fix)
         if not item["target"]:
-            raise UserError(
-                f"{place}: target: it is empty. Write the text that should follow the prompt."
-            )
+            fix = "Write the text that should follow the prompt"
+            raise UserError((place, "target"), "must not be empty", fix)
         if item["name"] in cases:
-            raise UserError(
-                f"{place}: name: {printable(item['name'])} stands above already. Give each case a name of its own."
-            )
+            problem = f"{item['name']} is used by another case"
+            raise UserError((place, "name"), problem, "Give each case a different name")
         cases[item["name"]] = Case(**item)
     return tuple(cases.values())
 
@@ -135,22 +120,17 @@ def read_cases(path: Path) -> tuple[Case, ...]:
 def evaluate_cases(
     engine: Engine, cases: Sequence[Case], *, batch_size: int = 16
 ) -> list[CaseScore]:
-    """The score of every case, in order; one that this model cannot be asked has the reason in its place."""
-    pairs = [
-        _result_or_error(lambda case=case: encode_continuation(engine, case.prompt, case.target))
-        for case in cases
-    ]
-    scores = iter(
-        score_continuations(
-            engine,
-            [pair for pair in pairs if isinstance(pair, Continuation)],
-            batch_size=batch_size,
-        )
-    )
-    asked = zip(cases, pairs, strict=True)
-    return [
-        CaseScore(case, next(scores), None)
-        if isinstance(pair, Continuation)
-        else CaseScore(case, None, str(pair))
-        for case, pair in asked
-    ]
+    """The score of every case, in order; a case that this model cannot be asked has the reason instead."""
+    continuations = []
+    errors: dict[int, str] = {}
+    for number, case in enumerate(cases):
+        try:
+            continuations.append(encode_continuation(engine, case.prompt, case.target))
+        except UserError as error:  # must not end the other cases
+            errors[number] = str(error)
+    scores = iter(score_continuations(engine, continuations, batch_size=batch_size))
+    found = []
+    for number, case in enumerate(cases):
+        score = None if number in errors else next(scores)
+        found.append(CaseScore(case, score, errors.get(number)))
+    return found

@@ -1,6 +1,6 @@
-"""The tasks of EleutherAI's lm-evaluation-harness on our models (the package lm_eval, an extra).
+"""Run tasks of EleutherAI's lm-evaluation-harness on our models (needs the optional package lm_eval).
 
-`run_harness` gives the scores; `harness_model` is the class that the harness asks.
+`run_harness` returns the scores; `harness_model` adapts our engine to the interface that the harness calls.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError
 from tinylm.common.statistics import Z95, wilson
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.engine import Engine
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
-# What the harness calls a setting of SamplingConfig.
+# The harness's name of a setting: our name in SamplingConfig.
 SAMPLING_NAMES = {
     "max_gen_toks": "max_new_tokens",
     "until": "stop",
@@ -30,19 +30,14 @@ SAMPLING_NAMES = {
     "top_k": "top_k",
     "num_beams": "n_beams",
 }
-SHARES = (
-    "acc",
-    "acc_norm",
-    "acc_bytes",
-    "acc_mutual_info",
-    "exact_match",
-)  # measures of the harness that count right answers
-DEFAULT_NEW_TOKENS = 256  # the harness's own
+# Measures of the harness that are shares of right answers.
+SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
+DEFAULT_NEW_TOKENS = 256  # the harness's own default
 
 
 @dataclass(frozen=True)
 class HarnessScore:
-    """One measure of one of the harness's tasks."""
+    """One measure of one task of the harness."""
 
     task: str
     measure: str
@@ -53,18 +48,17 @@ class HarnessScore:
 
     @property
     def interval(self) -> tuple[float | None, float | None]:
-        """The ends of the 95% interval: Wilson's for a share, else by the harness's standard error, where it has one."""
+        """The ends of the 95% interval: Wilson's for a share, else from the standard error, if there is one."""
         if self.measure.partition(" ")[0] in SHARES:
             return wilson(self.value, self.n_examples)
-        return (
-            (None, None)
-            if self.stderr is None
-            else (self.value - Z95 * self.stderr, self.value + Z95 * self.stderr)
-        )
+        if self.stderr is None:
+            return None, None
+        half = Z95 * self.stderr
+        return self.value - half, self.value + half
 
     @property
-    def worth(self) -> float:
-        """What checkpoints are ranked by, more being better, as far as it is shown."""
+    def rank_key(self) -> float:
+        """What checkpoints are ranked by, more is better, as displayed."""
         return round(self.value if self.higher_is_better else -self.value, 4)
 
 
@@ -80,9 +74,9 @@ def run_harness(
     """The scores of the named tasks.
 
     Args:
-        include_path: folder of YAML tasks that take the place of the harness's own.
+        include_path: folder of YAML tasks, used in place of the harness's own.
         shots: examples in each prompt; None: as the task says.
-        limit: at most so many examples a task, its first ones.
+        limit: the first examples of each task, at most this many.
     """
     from lm_eval import simple_evaluate
 
@@ -96,29 +90,31 @@ def run_harness(
         task_manager=manager,
         log_samples=False,
     )
-    return [score for task in found["results"] for score in _scores(found, task)]
+    scores = []
+    for task in found["results"]:
+        scores += _task_scores(found, task)
+    return scores
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
-    """Raise a UserError where lm_eval is not installed, or has no task of one of the names."""
+    """Raise a UserError if lm_eval is not installed, or does not have one of the tasks."""
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise UserError(
-            '--lm-eval needs lm_eval. Install it: pip install "lm_eval>=0.4.13,<0.5"'
-        ) from None
+        fix = 'Install it: pip install "lm_eval>=0.4.13,<0.5"'
+        raise UserError("--lm-eval", "needs the package lm_eval", fix) from None
     manager = _task_manager(include_path)
     for task in tasks:
-        if not manager.match_tasks([task]):
-            there = ", ".join(map(printable, manager.all_tasks)) or "none"
-            known = (
-                f"{printable(include_path)} has {there}"
-                if include_path
-                else "`lm-eval ls tasks` shows them"
-            )
-            raise UserError(
-                f"--lm-eval: {printable(task)}: no such task; {known}. Name one that there is, or give its folder by --include-path."
-            )
+        if manager.match_tasks([task]):
+            continue
+        known = "`lm-eval ls tasks` lists them"
+        if include_path:
+            known = f"{include_path} has {', '.join(manager.all_tasks) or 'none'}"
+        raise UserError(
+            ("--lm-eval", task),
+            f"no such task; {known}",
+            "Name one of these, or give the folder of your task with --include-path",
+        )
 
 
 def _task_manager(include_path: Path | None) -> "TaskManager":
@@ -127,36 +123,31 @@ def _task_manager(include_path: Path | None) -> "TaskManager":
     return TaskManager(include_path=include_path, include_defaults=include_path is None)
 
 
-def _scores(found: dict[str, Any], task: str) -> list[HarnessScore]:
-    """The measures of a task: the harness names each `measure,filter`, and its error `measure_stderr,filter`."""
-    numbers, scores = found["results"][task], []
+def _task_scores(found: dict[str, Any], task: str) -> list[HarnessScore]:
+    """The measures of a task: the harness names them `measure,filter`, and their errors `measure_stderr,filter`."""
+    numbers = found["results"][task]
+    n_examples = found["n-samples"][task]["effective"]
+    scores = []
     for key, value in numbers.items():
         measure, comma, kind = key.partition(",")
-        if comma and not measure.endswith("_stderr"):
-            stderr = numbers.get(f"{measure}_stderr,{kind}")
-            name = measure if kind == "none" else f"{measure} ({kind})"
-            n = found["n-samples"][task]["effective"]
-            higher = found["higher_is_better"][task][measure] is not False
-            scores.append(
-                HarnessScore(
-                    task,
-                    name,
-                    float(value),
-                    stderr if isinstance(stderr, float) and math.isfinite(stderr) else None,
-                    n,
-                    higher,
-                )
-            )
+        if not comma or measure.endswith("_stderr"):
+            continue
+        name = measure if kind == "none" else f"{measure} ({kind})"
+        stderr = numbers.get(f"{measure}_stderr,{kind}")
+        if not isinstance(stderr, float) or not math.isfinite(stderr):
+            stderr = None
+        higher = found["higher_is_better"][task][measure] is not False
+        scores.append(HarnessScore(task, name, float(value), stderr, n_examples, higher))
     return scores
 
 
 def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
-    """The engine as the harness asks it. Prompts that are too long lose their beginning."""
+    """The engine with the interface of the harness. Prompts that are too long lose their beginning."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows
 
     class EngineLM(TemplateLM):
-        """`TemplateLM` parts context and continuation into tokens as the harness does for every model."""
+        """`TemplateLM` splits context and continuation into tokens as the harness does for every model."""
 
         @property
         def eot_token_id(self) -> int:
@@ -170,11 +161,8 @@ def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
         def _loglikelihood_tokens(
             self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
         ) -> list[tuple[float, bool]]:
-            scores = score_continuations(
-                engine,
-                [fit_continuation(engine, context, wanted) for _, context, wanted in requests],
-                batch_size=batch_size,
-            )
+            asked = [fit_continuation(engine, context, target) for _, context, target in requests]
+            scores = score_continuations(engine, asked, batch_size=batch_size)
             return [(score.log_prob, score.greedy_match) for score in scores]
 
         def loglikelihood_rolling(
@@ -183,46 +171,48 @@ def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
             return [self._rolling(request.args[0]) for request in requests]
 
         def _rolling(self, text: str) -> float:
-            """Log-probability of a text of any length, each token after as many before it as the windows hold."""
+            """Log-probability of a text of any length, each token given as much context as its window has."""
             windows = get_rolling_token_windows(
                 engine.tokenizer.encode(text),
                 engine.tokenizer.eos_id,
                 engine.model.config.max_seq_len,
                 1,
             )
-            # Read and wanted tokens overlap in all but one: the context is what stands before the wanted ones.
-            pairs = [
-                fit_continuation(engine, read[: len(read) - len(wanted) + 1], wanted)
-                for read, wanted in windows
-            ]
-            return sum(
-                score.log_prob
-                for score in score_continuations(engine, pairs, batch_size=batch_size)
-            )
+            # A window is inputs and targets, shifted by one: the context is the inputs before the targets.
+            continuations = []
+            for inputs, targets in windows:
+                context = inputs[: len(inputs) - len(targets) + 1]
+                continuations.append(fit_continuation(engine, context, targets))
+            scores = score_continuations(engine, continuations, batch_size=batch_size)
+            return sum(score.log_prob for score in scores)
 
         def generate_until(
             self, requests: "list[Instance]", disable_tqdm: bool = False
         ) -> list[str]:
-            return [
-                engine.generate(request.args[0], sampling_of(request.args[1]))[0].text
-                for request in requests
-            ]
+            texts = []
+            for request in requests:
+                prompt, settings = request.args
+                texts.append(engine.generate(prompt, to_sampling_config(settings))[0].text)
+            return texts
 
     return EngineLM()
 
 
-def sampling_of(settings: dict[str, Any]) -> SamplingConfig:
-    """The harness's settings of a text to write as ours; greedy unless it is told to draw.
+def to_sampling_config(settings: dict[str, Any]) -> SamplingConfig:
+    """The harness's generation_kwargs as our settings; greedy unless do_sample is set.
 
     Raises:
         UserError: a setting that we do not have.
     """
-    given = {
-        name: value for name, value in settings.items() if name != "do_sample" and value is not None
-    }
+    given = {}
+    for name, value in settings.items():
+        if name != "do_sample" and value is not None:
+            given[name] = value
     if unknown := given.keys() - SAMPLING_NAMES.keys():
         raise UserError(
-            f"--lm-eval: generation_kwargs: {printable(min(unknown))} is not known here, but {', '.join(SAMPLING_NAMES)}. Take it out of the task."
+            ("--lm-eval", "generation_kwargs", min(unknown)),
+            f"not supported; known are {', '.join(SAMPLING_NAMES)}",
+            "Remove it from the task",
         )
     ours = {SAMPLING_NAMES[name]: value for name, value in given.items()}
     until = ours.get("stop", ())

@@ -1,7 +1,7 @@
-"""Scores of texts, and how sure they are: knows nothing of models, tasks or files.
+"""Scores of answers against targets. Knows nothing of models, tasks or files.
 
-In reading order: what one answer is worth (`exact_match`, `final_number`, `token_f1`, `rouge`), what many are worth together
-(`macro_f1`, `mean`), each with its 95% interval as a `Measure`.
+In reading order: the score of one answer (`exact_match`, `token_f1`, `rouge`; numbers are in rows/numbers.py), and of
+many answers together (`macro_f1`), with a 95% interval.
 """
 
 import math
@@ -20,19 +20,20 @@ ROUGE_TYPES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougel": "rougeL"}
 
 
 def exact_match(output: str, target: str) -> bool:
-    """Whether two texts are the same but for white space around them."""
+    """Whether two texts are equal, ignoring whitespace around them."""
     return output.strip() == target.strip()
 
 
 def token_f1(output: str, target: str) -> float:
-    """Harmonic mean of precision and recall of the words, whatever their order, case and punctuation (Rajpurkar et al. 2016).
+    """Harmonic mean of precision and recall of words, ignoring order, case and punctuation (Rajpurkar et al. 2016).
 
     >>> token_f1("the cat sat", "The cat sat down."), token_f1("", "x")
     (0.8571428571428571, 0.0)
     """
-    given, wanted = (Counter(re.findall(r"\w+", text.casefold())) for text in (output, target))
-    common = (given & wanted).total()
-    return 2 * common / (given.total() + wanted.total()) if common else 0.0
+    output_words = Counter(re.findall(r"\w+", output.casefold()))
+    target_words = Counter(re.findall(r"\w+", target.casefold()))
+    n_common = (output_words & target_words).total()
+    return 2 * n_common / (output_words.total() + target_words.total()) if n_common else 0.0
 
 
 def rouge(output: str, target: str) -> dict[str, float]:
@@ -50,36 +51,32 @@ def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise UserError(
-            'ROUGE needs rouge-score. Install it: pip install "rouge-score>=0.1.2,<1"'
-        ) from None
+        fix = 'Install it: pip install "rouge-score>=0.1.2,<1"'
+        raise UserError("ROUGE", "needs the package rouge-score", fix) from None
     return RougeScorer(list(ROUGE_TYPES.values()))
 
 
 def macro_f1(outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0) -> Measure:
-    """The mean over labels of their F1, each label counting the same, and its bootstrap interval.
+    """The unweighted mean of the F1 of each label, and its bootstrap interval.
 
-    The labels are those that occur among outputs or targets; one that is never given or never right has F1 0.
+    Labels are all that occur in outputs or targets; one that is never predicted, or never right, has F1 0.
     """
     labels, codes = np.unique([*outputs, *targets], return_inverse=True)
-    given, wanted = np.split(codes, 2)
-    cells = np.bincount(
-        wanted * len(labels) + given, minlength=len(labels) ** 2
-    )  # the confusion matrix, flat
-    # Drawing n examples with replacement is drawing their cells.
-    draws = np.random.default_rng(seed).multinomial(
-        len(targets), cells / len(targets), size=RESAMPLES
-    )
-    return Measure(float(_f1_of_cells(cells[None])[0]), *_middle_95(_f1_of_cells(draws)))
+    predicted, expected = np.split(codes, 2)
+    # The confusion matrix, flat: (L * L,), targets in rows.
+    cells = np.bincount(expected * len(labels) + predicted, minlength=len(labels) ** 2)
+    # To resample examples with replacement is to resample their cells: a multinomial draw.
+    rng = np.random.default_rng(seed)
+    resampled = rng.multinomial(len(targets), cells / len(targets), size=RESAMPLES)
+    value = float(_f1_of_cells(cells[None])[0])
+    return Measure(value, *_middle_95(_f1_of_cells(resampled)))
 
 
 def _f1_of_cells(cells: np.ndarray) -> np.ndarray:
-    """Macro-F1 of each flat confusion matrix (R, L * L): targets in rows, outputs in columns."""
+    """Macro-F1 (R,) of each of R flat confusion matrices (R, L * L): targets in rows, outputs in columns."""
     size = math.isqrt(cells.shape[1])
-    matrices = cells.reshape(-1, size, size)
-    right = matrices.diagonal(axis1=1, axis2=2)
-    seen = matrices.sum(axis=1) + matrices.sum(
-        axis=2
-    )  # a label's share of the outputs and of the targets
-    f1 = np.divide(2 * right, seen, out=np.zeros(seen.shape), where=seen > 0)
-    return f1.sum(axis=1) / (seen > 0).sum(axis=1)
+    matrices = cells.reshape(-1, size, size)  # (R, L, L)
+    n_right = matrices.diagonal(axis1=1, axis2=2)  # (R, L)
+    n_seen = matrices.sum(axis=1) + matrices.sum(axis=2)  # (R, L) as output plus as target
+    f1 = np.divide(2 * n_right, n_seen, out=np.zeros(n_seen.shape), where=n_seen > 0)
+    return f1.sum(axis=1) / (n_seen > 0).sum(axis=1)

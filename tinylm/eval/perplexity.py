@@ -1,3 +1,12 @@
+"""How well a model predicts a text: loss, perplexity, bits per byte, accuracy.
+
+    batch ─▶ 4 sums (`batch_sums`) ─▶ added up over all batches ─▶ divided once, at the end (`language_score`)
+
+A mean of per-batch means, or of per-batch perplexities, would weight a short last batch like a full one.
+
+# B rows · T tokens · V vocabulary
+"""
+
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,19 +20,22 @@ from tinylm.objectives.cross_entropy import score_targets
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
 
+# exp(20) is 4.9e8, far beyond a uniform guess over any vocabulary; a higher perplexity is meaningless, and exp overflows at 710.
+LOSS_CAP = 20.0
+
 
 @dataclass(frozen=True)
 class LanguageScore:
     """How well a model predicts a text."""
 
     loss: float
-    """mean cross entropy of a target token, in nats"""
+    """mean cross entropy per target token, in nats"""
     tokens: int
     """target tokens"""
     n_bytes: int
     """UTF-8 bytes of the text of the targets"""
     n_right: int
-    """targets that the model finds more probable than any other token"""
+    """targets that are the most probable token"""
 
     @property
     def accuracy(self) -> float:
@@ -32,46 +44,53 @@ class LanguageScore:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss, of a loss of at most LOSS_CAP."""
+        """exp of the mean loss; a loss above LOSS_CAP counts as LOSS_CAP."""
         return math.exp(min(self.loss, LOSS_CAP))
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits to store one byte of the text; runs with different tokenizers compare by it."""
+        """Bits to store one byte of the text; comparable across tokenizers."""
         return self.loss * self.tokens / math.log(2) / self.n_bytes if self.n_bytes else math.nan
+
+
+def language_score(loss_sum: float, tokens: float, n_bytes: float, n_right: float) -> LanguageScore:
+    """The score from sums over all batches: the mean is taken once, weighted by tokens.
+
+    >>> score = language_score(loss_sum=20.0, tokens=10, n_bytes=40, n_right=3)
+    >>> round(score.perplexity, 3), round(score.bits_per_byte, 3), score.accuracy
+    (7.389, 0.721, 0.3)
+    """
+    loss = loss_sum / tokens if tokens else math.nan
+    return LanguageScore(loss, int(tokens), int(n_bytes), int(n_right))
 
 
 def batch_sums(
     features: Callable[..., Features], head: nn.Linear, batch: dict[str, Any], byte_lengths: Tensor
 ) -> Tensor:
-    """(loss sum, targets, bytes of the targets' text, targets predicted right) of one batch of rows, as a float tensor (4,).
+    """(loss sum, n targets, bytes of the targets' text, n targets predicted right) of a batch, a float tensor (4,).
 
     Args:
         features: `Decoder.features`, compiled or not.
-        head: the layer that scores tokens; its weight is looked at after `features`, which gathers it where it is sharded.
-        byte_lengths: (V,) UTF-8 bytes that each token stands for.
+        head: the output layer; its weight is read after `features`, which gathers it if it is sharded.
+        batch: `input_ids` and `labels` (B, T), and what `extra_inputs` takes.
+        byte_lengths: (V,) UTF-8 bytes of each token.
     """
-    labels = batch["labels"].flatten()
-    hidden = features(batch["input_ids"], **extra_inputs(batch)).hidden
-    loss, n_right = score_targets(hidden.flatten(0, 1), head.weight, labels)
+    labels = batch["labels"].flatten()  # (B·T,)
+    hidden = features(batch["input_ids"], **extra_inputs(batch)).hidden  # (B, T, D)
+    loss_sum, n_right = score_targets(hidden.flatten(0, 1), head.weight, labels)
     targets = labels[labels != IGNORE_INDEX]
-    return torch.stack(
-        (
-            loss.float(),
-            loss.new_tensor(len(targets), dtype=torch.float32),
-            byte_lengths[targets].sum().float(),
-            n_right.float(),
-        )
-    )
+    n_targets = loss_sum.new_tensor(len(targets), dtype=torch.float32)
+    n_bytes = byte_lengths[targets].sum()
+    return torch.stack((loss_sum.float(), n_targets, n_bytes.float(), n_right.float()))
 
 
 def extra_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """What `features` is given of a batch beside its ids: to which document each belongs, or what an encoder reads."""
+    """The inputs of `features` besides the ids: the document of each token, or the prompt that an encoder reads."""
     return {name: batch[name] for name in ("document_ids", "prompt_ids") if name in batch}
 
 
 def byte_length_table(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """(V,) UTF-8 bytes of each token id; ids that only pad the model's vocabulary stand for no text."""
+    """(V,) UTF-8 bytes of each token id; 0 for ids that only pad the model's vocabulary."""
     lengths = tokenizer.byte_lengths()
     return torch.tensor(lengths + [0] * (vocab_size - len(lengths)))
 
@@ -79,31 +98,14 @@ def byte_length_table(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
 def score_batches(
     model: Decoder, batches: Iterable[dict[str, Any]], byte_lengths: Tensor
 ) -> LanguageScore:
-    """The score of `model`, in evaluation mode, over batches that are moved to its device."""
+    """The score of `model`, in evaluation mode, over batches, which are moved to its device."""
     device = model.embedding.weight.device
-    lengths = byte_lengths.to(device)
+    byte_lengths = byte_lengths.to(device)
     totals = [0.0] * 4
     with torch.no_grad():
         for batch in batches:
-            moved = {
-                name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)
-            }
-            sums = batch_sums(model.features, model.head, moved, lengths)
+            tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+            on_device = {name: value.to(device) for name, value in tensors.items()}
+            sums = batch_sums(model.features, model.head, on_device, byte_lengths)
             totals = [total + part for total, part in zip(totals, sums.tolist(), strict=True)]
     return language_score(*totals)
-
-
-def language_score(loss_sum: float, tokens: float, n_bytes: float, n_right: float) -> LanguageScore:
-    """The score from sums over all batches: means are taken once, at the end, weighted by tokens.
-
-    >>> score = language_score(loss_sum=20.0, tokens=10, n_bytes=40, n_right=3)
-    >>> round(score.perplexity, 3), round(score.bits_per_byte, 3), score.accuracy
-    (7.389, 0.721, 0.3)
-    """
-    return LanguageScore(
-        loss_sum / tokens if tokens else math.nan, int(tokens), int(n_bytes), int(n_right)
-    )
-
-
-# exp(20) is 4.9e8, far beyond a uniform guess over any vocabulary; above it a perplexity says nothing, and exp overflows at 710.
-LOSS_CAP = 20.0

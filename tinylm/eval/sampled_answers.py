@@ -1,8 +1,9 @@
-"""What a model answers to many problems, kept in a file as it is written: hours of work that a kill must not undo.
+"""A model's answers to many problems, cached while they are sampled: hours of work that a kill must not undo.
 
-A line of the file is one problem's answers. A process that was killed leaves whole lines and perhaps the beginning of one;
-the next goes on behind the whole ones. Each problem's answers depend on the problem, the model and the seed alone, so that
-the file is the same however often it was begun.
+    answers-HASH.jsonl    line i: the answers to problem i
+
+A killed process leaves whole lines and perhaps part of one; the next process removes that part and continues. The
+answers to a problem are a function of the problem, the model and the seed, so the file is the same after any restart.
 """
 
 import hashlib
@@ -12,15 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock
-
-from tinylm.checkpoint.initial import fingerprint_of
-from tinylm.checkpoint.load import Loaded
-from tinylm.common.errors import UserError, printable, reading, writing
+from tinylm.checkpoint.load import Loaded, fingerprint_of
+from tinylm.common.errors import UserError, reading, writing
+from tinylm.common.files import locked
 from tinylm.common.processes import Progress
 from tinylm.eval.best_of_n import sample_answers
 from tinylm.eval.task_scores import SAMPLE_TEMPERATURE
-from tinylm.eval.tasks import PAIRS, TASKS, TaskExample
+from tinylm.eval.tasks.table import PAIRS, TASKS
+from tinylm.eval.tasks.task import TaskExample
 from tinylm.generate.engine import Engine
 from tinylm.rows.template_factory import make_template
 from tinylm.rows.verifier_data import Problem, grade_samples
@@ -36,17 +36,19 @@ def add_sampled_answers(
     folder: Path,
     progress: Progress,
 ) -> list[Problem]:
-    """The problems with `n` answers of a model to each, repetitions left out, from a file in `folder` as far as they are there.
+    """The problems with `n` answers of a model to each, repetitions removed, cached in `folder`.
 
     Args:
         loaded: the model.
-        task_name: what data.task says; None: a base model is given the problem as it stands.
-        seed: of the draws.
-        progress: told of the problems that are answered.
+        task_name: data.task; None: a base model gets the problem as its prompt.
+        seed: of the sampling.
+        progress: called with the number of answered problems.
     """
-    task, engine = TASKS[task_name] if task_name else PAIRS, Engine(loaded.model, loaded.tokenizer)
+    task = TASKS[task_name] if task_name else PAIRS
+    engine = Engine(loaded.model, loaded.tokenizer)
     template = make_template(loaded.template, loaded.tokenizer) if loaded.template else None
-    how = [
+    # What the answers depend on names the file.
+    settings = [
         fingerprint_of(loaded.model),
         task.name,
         template and template.name,
@@ -55,24 +57,16 @@ def add_sampled_answers(
         seed,
         SAMPLE_TEMPERATURE,
     ]
-    what = [problem.question.full_text for problem in problems]
-    path = (
-        folder
-        / f"answers-{hashlib.sha256(json.dumps([how, what]).encode()).hexdigest()[:16]}.jsonl"
-    )
+    questions = [problem.question.full_text for problem in problems]
+    digest = hashlib.sha256(json.dumps([settings, questions]).encode()).hexdigest()[:16]
 
-    def draw(number: int) -> list[str]:
+    def sample(number: int) -> list[str]:
         problem = problems[number]
-        return sample_answers(
-            engine,
-            task,
-            TaskExample(problem.place, problem.question, problem.answer),
-            n,
-            template=template,
-            seed=seed,
-        )
+        example = TaskExample(problem.place, problem.question, problem.answer)
+        return sample_answers(engine, task, example, n, template=template, seed=seed)
 
-    answers = cached_answers(path, len(problems), draw, progress)
+    path = folder / f"answers-{digest}.jsonl"
+    answers = cached_answers(path, len(problems), sample, progress)
     return [
         replace(problem, samples=grade_samples(problem, texts))
         for problem, texts in zip(problems, answers, strict=True)
@@ -80,30 +74,28 @@ def add_sampled_answers(
 
 
 def cached_answers(
-    path: Path, n_problems: int, draw: Callable[[int], list[str]], progress: Progress
+    path: Path, n_problems: int, sample: Callable[[int], list[str]], progress: Progress
 ) -> Iterator[list[str]]:
-    """The answers to problems 0 to n_problems - 1: those in the file `path`, then those that `draw` gives, which are added to it.
+    """The answers to problems 0 to n_problems - 1: those in the file `path`, then those of `sample`, which are appended.
 
     A second process that wants the file waits for the first.
 
     Raises:
         UserError: the file is damaged, or cannot be written.
     """
-    with writing(path, "data.cache_dir"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        known = _whole_lines(path)
+    with locked(path, "data.cache_dir"):
+        known = _read_whole_lines(path)
         yield from known
         for number in range(len(known), n_problems):
-            texts = draw(number)
+            texts = sample(number)
             with writing(path, "data.cache_dir"), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(texts) + "\n")
             progress("answered problems", number + 1, n_problems)
             yield texts
 
 
-def _whole_lines(path: Path) -> list[list[str]]:
-    """The answers in the file; the beginning of a line at its end is cut off."""
+def _read_whole_lines(path: Path) -> list[list[str]]:
+    """The answers in the file; a partial line at its end is removed."""
     if not path.exists():
         return []
     with reading(path), open(path, "r+b") as file:
@@ -113,6 +105,5 @@ def _whole_lines(path: Path) -> list[list[str]]:
     try:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError:
-        raise UserError(
-            f"{printable(path)}: damaged: not the lines that were written. Delete it: it is made again."
-        ) from None
+        problem = "damaged: not the lines that were written"
+        raise UserError(path, problem, "Delete it: it will be made again") from None

@@ -1,20 +1,23 @@
-"""What a model is worth: on held-out text, on prompts with a known continuation, on tasks.
+"""Evaluate a model on a task: how many answers are right, with 0 or more solved examples before the question?
 
-In reading order: `LanguageScore` (loss, perplexity, bits per byte, accuracy), `evaluate_cases` (how probable is the right
-continuation?), `evaluate_task` (how many answers are right, with 0 or more solved examples before the question?),
-`best_of_n` (what is a verifier's choice among several answers worth?), and `format_ranks`, which ranks.
+    examples ─▶ prompts, in the model's template or as plain text (`TaskPrompter`)
+             ─▶ predictions: the most probable label, or a greedy answer
+             ─▶ grades ─▶ TaskScore (`evaluate_task`)
+
+Beside it: cases.py (probability of known continuations), best_of_n.py (a verifier's choice among several answers),
+perplexity.py (held-out text). `format_ranks` ranks checkpoints by any of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from tinylm.common.errors import UserError
 from tinylm.common.statistics import Measure
 from tinylm.config.schema import SamplingConfig
-from tinylm.eval.tasks import Task, TaskExample
+from tinylm.eval.tasks.task import Task, TaskExample
+from tinylm.generate.chat import FormattedPrompt, format_prompt
 from tinylm.generate.engine import Engine
-from tinylm.generate.output import Completion, Prompt
 from tinylm.generate.scoring import (
     Continuation,
     encode_continuation,
@@ -24,20 +27,13 @@ from tinylm.generate.scoring import (
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.templates import Template
 
-T = TypeVar("T")
-
-
-def _result_or_error(ask: Callable[[], T]) -> T | UserError:
-    """What `ask` gives, or the error that it ends with: a failing case must not end the others."""
-    try:
-        return ask()
-    except UserError as error:
-        return error
+# The temperature at which several answers to one question are sampled (Cobbe et al. 2021, section 4.2).
+SAMPLE_TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered, and what it is worth."""
+    """A model's answer and its grade."""
 
     place: str
     question: str
@@ -50,26 +46,26 @@ class Answer:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What a model is worth on a task."""
+    """The score of a model on a task."""
 
     task: str
     shots: int
     n_examples: int
     measures: dict[str, Measure]
-    """the first is the one to rank by"""
+    """checkpoints are ranked by the first one"""
     chance: dict[str, float]
-    """the same measures of answers that do not look at their question"""
+    """the same measures of answers that ignore their question"""
     n_truncated: int
-    """prompts that lost their beginning, because the context holds no more"""
+    """prompts that lost their beginning to the context"""
     n_errors: int
-    """questions that the model could not be asked; they count as answered wrong"""
+    """questions that the model could not be asked; they count as wrong"""
     failed: tuple[Answer, ...]
     """answers that are not fully right, the worst first"""
 
     @property
-    def worth(self) -> float:
-        """What checkpoints are ranked by, more being better, as far as it is shown."""
-        return round(next(iter(self.measures.values())).value, 4)
+    def rank_key(self) -> float:
+        """What checkpoints are ranked by, more is better, as displayed."""
+        return round(first_measure(self.measures).value, 4)
 
 
 def evaluate_task(
@@ -85,158 +81,148 @@ def evaluate_task(
     """The score of a model on at least one example of a task.
 
     Args:
-        shots: solved examples that stand before each question.
-        template: what the model was fine-tuned with; None for a base model.
-        batch_size: labels that are scored together; answers in words are written one by one.
+        shots: solved examples before each question.
+        template: the one that the model was fine-tuned with; None for a base model.
+        batch_size: labels that are scored together; free-text answers are generated one by one.
         seed: of the bootstrap intervals.
     """
-    asker = _Predictor(engine, task, tuple(shots), template)
-    outputs = (
-        _predict_labels(asker, examples, batch_size)
-        if task.labels
-        else [
-            _result_or_error(lambda example=example: asker.write(example)) for example in examples
-        ]
-    )
-    texts = ["" if isinstance(output, UserError) else output.text for output in outputs]
+    prompter = TaskPrompter(engine, task, tuple(shots), template)
+    if task.labels:
+        predictions = predict_labels(prompter, examples, batch_size)
+    else:
+        predictions = predict_texts(prompter, examples)
+    outputs = [prediction.text for prediction in predictions]
     targets = [example.target for example in examples]
-    errors = [str(output) if isinstance(output, UserError) else None for output in outputs]
-    answers = [
-        Answer(
-            example.place,
-            example.question.full_text,
-            text,
-            example.target,
-            task.grade(text, example.target),
-            error,
-        )
-        for example, text, error in zip(examples, texts, errors, strict=True)
-    ]
+    failed = []
+    for example, prediction in zip(examples, predictions, strict=True):
+        grade = task.grade(prediction.text, example.target)
+        if first_measure(grade) < 1:
+            question, target = example.question.full_text, example.target
+            failed.append(
+                Answer(example.place, question, prediction.text, target, grade, prediction.error)
+            )
+    failed.sort(key=lambda answer: first_measure(answer.grade))
     return TaskScore(
         task=task.name,
         shots=len(shots),
         n_examples=len(examples),
-        measures=task.score(texts, targets, seed=seed),
+        measures=task.score(outputs, targets, seed=seed),
         chance=task.chance(targets),
-        n_truncated=sum(isinstance(output, _Prediction) and output.truncated for output in outputs),
-        n_errors=sum(error is not None for error in errors),
-        failed=tuple(
-            sorted(
-                (answer for answer in answers if _first(answer.grade) < 1),
-                key=lambda answer: _first(answer.grade),
-            )
-        ),
+        n_truncated=sum(prediction.is_truncated for prediction in predictions),
+        n_errors=sum(prediction.error is not None for prediction in predictions),
+        failed=tuple(failed),
     )
 
 
-def _first(grade: dict[str, float]) -> float:
-    return next(iter(grade.values()))
+def first_measure(measures: dict[str, Any]) -> Any:
+    """The measure that ranks, and that makes an answer right if it is 1."""
+    return next(iter(measures.values()))
 
 
 @dataclass(frozen=True)
-class _Prediction:
+class Prediction:
+    """What a model answers to one question."""
+
     text: str
-    truncated: bool
+    is_truncated: bool = False
+    """whether the prompt lost its beginning"""
+    error: str | None = None
+    """why the model could not be asked; the text is "" then"""
 
 
 @dataclass(frozen=True)
-class _Predictor:
-    """Puts a task's questions to a model: in the template it was fine-tuned with, or as plain text."""
+class TaskPrompter:
+    """Asks a model the questions of a task: in the template it was fine-tuned with, or as plain text."""
 
     engine: Engine
     task: Task
     shots: tuple[TaskExample, ...]
     template: Template | None
 
-    def pair(self, example: TaskExample, label: str) -> Continuation:
-        """The question, and a label as its answer."""
-        if self.template is None:
-            return encode_continuation(self.engine, self._plain(example), self.task.joint + label)
-        before = self.template.prompt_ids(self._turns(example), self.engine.tokenizer)
-        whole = self.template.encode(
-            (*self._turns(example), Turn("assistant", label)), self.engine.tokenizer
+    def generate(self, example: TaskExample, **sampling: Any) -> tuple[FormattedPrompt, list[str]]:
+        """The prompt, and the answers that the model generates."""
+        formatted = self._format(example)
+        settings = SamplingConfig(
+            max_new_tokens=self.task.max_new_tokens,
+            stop=self.task.stop if self.template is None else (),
+            **sampling,
         )
-        end = (
-            int(whole.trained.nonzero()[0][-1]) + 1
-        )  # the token that ends the answer belongs to it
-        return fit_continuation(self.engine, before, whole.ids[len(before) : end].tolist())
+        completions = self.engine.generate(formatted.prompt, settings, stop_ids=formatted.stop_ids)
+        return formatted, [completion.text.strip() for completion in completions]
 
-    def write(self, example: TaskExample) -> _Prediction:
-        """What the model answers, greedily."""
-        prompt, completions = self._answers(example, temperature=0)
-        return _Prediction(completions[0].text.strip(), prompt.truncated > 0)
-
-    def draw(self, example: TaskExample, n: int, seed: int) -> list[str]:
-        """`n` answers, drawn."""
-        return [
-            completion.text.strip()
-            for completion in self._answers(
-                example, temperature=SAMPLE_TEMPERATURE, n_samples=n, seed=seed
-            )[1]
-        ]
-
-    def _answers(self, example: TaskExample, **sampling: Any) -> tuple[Prompt, list[Completion]]:
+    def label_continuation(self, example: TaskExample, label: str) -> Continuation:
+        """The question, and a label as its answer, to be scored."""
         if self.template is None:
-            prompt, stop, stop_ids = self._plain(example), self.task.stop, ()
-        else:
-            prompt = self.engine.fit_prompt(
-                self.template.prompt_ids(self._turns(example), self.engine.tokenizer)
-            )
-            stop, stop_ids = (), self.template.stop_ids(self.engine.tokenizer)
-        settings = SamplingConfig(max_new_tokens=self.task.max_new_tokens, stop=stop, **sampling)
-        return prompt, self.engine.generate(prompt, settings, stop_ids=stop_ids)
+            prompt = self._format(example).prompt
+            return encode_continuation(self.engine, prompt, self.task.answer_separator + label)
+        tokenizer, turns = self.engine.tokenizer, self._turns(example)
+        prompt_ids = self.template.prompt_ids(turns, tokenizer)
+        whole = self.template.encode((*turns, Turn("assistant", label)), tokenizer)
+        end = int(whole.trained.nonzero()[0][-1]) + 1  # with the token that ends the answer
+        return fit_continuation(self.engine, prompt_ids, whole.ids[len(prompt_ids) : end].tolist())
 
-    def _plain(self, example: TaskExample) -> Prompt:
-        return self.engine.encode_prompt(self.task.text(example, self.shots))
+    def _format(self, example: TaskExample) -> FormattedPrompt:
+        if self.template is None:
+            return format_prompt(self.engine, self.task.text(example, self.shots), None)
+        return format_prompt(self.engine, self._turns(example), self.template)
 
     def _turns(self, example: TaskExample) -> Conversation:
-        solved = (
-            turn for shot in self.shots for turn in (shot.question, Turn("assistant", shot.target))
-        )
-        return (*solved, example.question)
+        """The solved examples as turns before the question."""
+        turns = []
+        for shot in self.shots:
+            turns += [shot.question, Turn("assistant", shot.target)]
+        return (*turns, example.question)
 
 
-def _predict_labels(
-    asker: _Predictor, examples: Sequence[TaskExample], batch_size: int
-) -> list[_Prediction | UserError]:
-    """The label that the model finds most probable after each question; of equals the first."""
-    labels = asker.task.labels
-    rows = [
-        _result_or_error(lambda example=example: [asker.pair(example, label) for label in labels])
-        for example in examples
-    ]
-    scores = iter(
-        score_continuations(
-            asker.engine,
-            [pair for row in rows if isinstance(row, list) for pair in row],
-            batch_size=batch_size,
-        )
-    )
-    outputs: list[_Prediction | UserError] = []
-    for row in rows:
-        if isinstance(row, UserError):
-            outputs.append(row)
-        else:
-            log_probs = [next(scores).log_prob for _ in labels]
-            outputs.append(
-                _Prediction(
-                    labels[log_probs.index(max(log_probs))], any(pair.truncated for pair in row)
-                )
-            )
-    return outputs
+def predict_texts(prompter: TaskPrompter, examples: Sequence[TaskExample]) -> list[Prediction]:
+    """The greedy answer to each question."""
+    predictions = []
+    for example in examples:
+        try:
+            formatted, [text] = prompter.generate(example, temperature=0)
+            predictions.append(Prediction(text, formatted.prompt.truncated > 0))
+        except UserError as error:  # must not end the other questions
+            predictions.append(Prediction("", error=str(error)))
+    return predictions
 
 
-def format_ranks(worths: Sequence[Any]) -> list[str]:
-    """The place of each, more being better; those that share one are marked.
+def predict_labels(
+    prompter: TaskPrompter, examples: Sequence[TaskExample], batch_size: int
+) -> list[Prediction]:
+    """The most probable label after each question; of equally probable ones the first."""
+    labels = prompter.task.labels
+    asked: list[Continuation] = []
+    errors: dict[int, str] = {}
+    for number, example in enumerate(examples):
+        try:
+            asked += [prompter.label_continuation(example, label) for label in labels]
+        except UserError as error:  # must not end the other questions
+            errors[number] = str(error)
+    scores = score_continuations(prompter.engine, asked, batch_size=batch_size)
+    predictions = []
+    start = 0
+    for number in range(len(examples)):
+        if number in errors:
+            predictions.append(Prediction("", error=errors[number]))
+            continue
+        end = start + len(labels)
+        log_probs = [score.log_prob for score in scores[start:end]]
+        label = labels[log_probs.index(max(log_probs))]
+        is_truncated = any(one.truncated for one in asked[start:end])
+        predictions.append(Prediction(label, is_truncated))
+        start = end
+    return predictions
 
-    >>> places([0.25, 0.75, 0.75, 0.5])
+
+def format_ranks(keys: Sequence[Any]) -> list[str]:
+    """The rank of each key, the highest key first; shared ranks are marked.
+
+    >>> format_ranks([0.25, 0.75, 0.75, 0.5])
     ['4', '1=', '1=', '3']
     """
-    return [
-        f"{1 + sum(other > worth for other in worths)}{'=' * (list(worths).count(worth) > 1)}"
-        for worth in worths
-    ]
-
-
-# What several answers to one question are drawn with (Cobbe et al. 2021, section 4.2).
-SAMPLE_TEMPERATURE = 0.7
+    ranks = []
+    for key in keys:
+        rank = 1 + sum(other > key for other in keys)
+        is_shared = list(keys).count(key) > 1
+        ranks.append(f"{rank}{'=' * is_shared}")
+    return ranks

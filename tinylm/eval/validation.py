@@ -1,7 +1,7 @@
 """The validation loss of a trained checkpoint, on the validation data of any config.
 
-The rows and batches are those of validation during training, so that the same checkpoint on the same data gives the same
-number, to the last digit. `eval_val.py` and `align.py` score with this.
+The rows and batches are those of validation during training, so that the same checkpoint on the
+same data gives the same number, to the last digit. `eval_val.py` and `align.py` score with this.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""A verifier at work, and the batches it is given: pairs of a problem and an answer (problems.py) as padded rows of ids."""
+"""A trained verifier at work: how probably is each answer right?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from tinylm.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class VerifierScorer:
-    """A verifier at work."""
+    """A verifier with its tokenizer."""
 
     model: Verifier
     """in evaluation mode"""
     tokenizer: Tokenizer
     seq_len: int
-    """tokens of a pair that it was trained on"""
+    """tokens of a problem with its answer in training"""
 
     @classmethod
     def load(cls, path: Path, device: str) -> "VerifierScorer":
@@ -30,18 +30,13 @@ class VerifierScorer:
 
     @torch.inference_mode()
     def probabilities(self, problem: str, answers: Sequence[str]) -> list[float]:
-        """How likely each of at least one answer is right."""
-        device, asked = self.model.suspicion.weight.device, self.tokenizer.encode(problem)
-        rows = [
-            pair_ids(
-                asked,
-                self.tokenizer.encode(remove_annotations(answer).strip()),
-                self.tokenizer,
-                self.seq_len,
-            )
-            for answer in answers
-        ]
+        """The probability that each of at least one answer is right."""
+        question_ids = self.tokenizer.encode(problem)
+        rows = []
+        for answer in answers:
+            answer_ids = self.tokenizer.encode(remove_annotations(answer).strip())
+            rows.append(pair_ids(question_ids, answer_ids, self.tokenizer, self.seq_len))
         batch = pad_pairs(rows, self.tokenizer.pad_id)
-        return torch.sigmoid(
-            self.model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-        ).tolist()
+        device = next(self.model.parameters()).device
+        logits = self.model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+        return torch.sigmoid(logits).tolist()

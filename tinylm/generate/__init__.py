@@ -1,6 +1,7 @@
 """Text from a model. Read `engine` first: the decode loop, step by step.
 
-`engine` is imported at its first use, as `generate.engine`: most training runs do not sample.
+`engine` and `chat` are imported at their first use, as `generate.engine`: most training runs do not
+sample.
 """
 
 import importlib
@@ -8,6 +9,6 @@ from types import ModuleType
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "engine":
-        return importlib.import_module("tinylm.generate.engine")
+    if name in ("engine", "chat"):
+        return importlib.import_module(f"tinylm.generate.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

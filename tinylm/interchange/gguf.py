@@ -1,8 +1,11 @@
-"""A checkpoint as one GGUF file, for programs that read no folder: llama.cpp and what is built on it.
+"""A checkpoint as one GGUF file, for llama.cpp and programs that use it.
 
-The weights come from the Hugging Face model that `hf.py` makes, renamed by the `gguf` package's own table, so that this file
-knows only what GGUF does otherwise: which settings stand where, that Llama's queries and keys are stored for rotating
-neighbours instead of halves, and how it writes a tokenizer. The file is read back through transformers before it is done.
+    Decoder ─ conversion.to_hf ─▶ Hugging Face model ─ renamed ─▶ tensors of GGUF ─┐
+    config ─ add_settings, tokenizer ─ vocabulary_of, add_vocabulary ──────────────┴─▶ file ─ check_file
+
+Names come from the `gguf` package's own table, so that this file has only what GGUF does differently: its settings,
+queries and keys of Llama stored for rotating neighbors instead of halves, and its tokenizers. The file is read back
+through transformers before it gets its name.
 """
 
 from __future__ import annotations
@@ -19,20 +22,12 @@ import torch
 from torch import Tensor
 
 from tinylm.checkpoint.load import Loaded, load_model
-from tinylm.common.errors import UserError, printable, require_package, writing
+from tinylm.common.errors import UserError, require_package, writing
 from tinylm.common.files import require_new
 from tinylm.config.schema import ModelConfig
-from tinylm.interchange import architectures
-from tinylm.interchange.hf_export import (
-    Exported,
-    backend_of,
-    chat_template,
-    check_model,
-    check_tokenizer,
-    end_ids,
-    publish,
-    scratch_beside,
-)
+from tinylm.interchange import architectures, conversion
+from tinylm.interchange.hf_export import OUT, Exported, check_model, publish, scratch_folder
+from tinylm.interchange.hf_tokenizer import backend_of, chat_template, check_tokenizer, end_ids
 from tinylm.model.hf_model import HFModel, quiet_transformers
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.hf import HFTokenizer
@@ -44,20 +39,20 @@ if TYPE_CHECKING:
 
 Floats = Literal["f32", "f16"]
 _CONTRACTIONS, _, _REST = PATTERNS["gpt4"].partition(r"\p{N}{1,3}")
-# How text falls into words, and the name that GGUF has for it.
+# The pattern that splits text into words, and its name in GGUF.
 PRE_TOKENIZERS = {
     PATTERNS["gpt2"]: "gpt-2",
-    PATTERNS[
-        "gpt4"
-    ]: "dbrx",  # "llama-bpe" has these words too, and takes a whole word as a token before any merge
+    # "llama-bpe" has the same words, but makes a whole word one token before any merge
+    PATTERNS["gpt4"]: "dbrx",
     f"{_CONTRACTIONS}\\p{{N}}{_REST}": "qwen2",
 }
 TOKEN_TYPES = {"normal": 1, "control": 3, "user_defined": 4}
+USE_HF = "Export with --format hf"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE tokenizer as GGUF writes it."""
+    """A byte-level BPE tokenizer as it is in a GGUF file."""
 
     pre: str
     tokens: list[str]
@@ -66,57 +61,58 @@ class Vocabulary:
 
 
 def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
-    """Write the checkpoint `ckpt` as the new GGUF file `out`, whole or not at all; with f16 its matrices have half the bits.
+    """Write the checkpoint `ckpt` as the new GGUF file `out`, whole or not at all; with f16 its matrices have 16 bits.
 
     Raises:
-        UserError: GGUF, or transformers' reader of it, cannot say the same; `out` already exists; or what was written does not give our logits.
+        UserError: GGUF or transformers' reader of it does not support the model, `out` exists, or the file has other logits.
     """
     require_package("transformers")
     require_package("gguf")
-    if out.suffix != ".gguf":  # transformers tells the format by it
-        raise UserError(f"{printable(out)}: a GGUF file's name ends in .gguf. Give such a name.")
+    if out.suffix != ".gguf":  # transformers recognizes the format by it
+        raise UserError(out, "the name of a GGUF file must end in .gguf")
     require_new(out)
     loaded = load_model(ckpt)
-    if isinstance(loaded.model, HFModel):  # of those our decoder can be, the file is the same
-        loaded = replace(loaded, model=architectures.from_hf(loaded.model.inner))
+    if isinstance(loaded.model, HFModel):  # the file is that of the decoder which computes the same
+        loaded = replace(loaded, model=conversion.from_hf(loaded.model.inner))
     config = loaded.model.config
     vocabulary = vocabulary_of(loaded.tokenizer)
-    with quiet_transformers(), scratch_beside(out) as folder:
-        theirs = architectures.to_hf(loaded.model)
+    with quiet_transformers(), scratch_folder(out) as folder:
+        theirs = conversion.to_hf(loaded.model)
         check_expressible(config, theirs.config.model_type)
-        model_type = (
-            "llama" if theirs.config.model_type == "mistral" else theirs.config.model_type
-        )  # without a window they are one
+        model_type = theirs.config.model_type
+        if model_type == "mistral":  # without a window the two are the same
+            model_type = "llama"
         weights = dict(renamed(theirs.state_dict(), config, model_type))
         del theirs
-        with writing(out, "where it goes"):
+        with writing(out, OUT):
             write_file(folder / out.name, model_type, weights, loaded, vocabulary, floats)
         del weights
-        needs = what_transformers_needs(config, model_type)
+        needs = settings_for_transformers(config, model_type)
         difference = check_file(folder / out.name, loaded, floats, needs)
         publish(folder / out.name, out)
     return Exported(out, model_type, difference, needs=needs)
 
 
 def check_expressible(config: ModelConfig, model_type: str) -> None:
-    """UserError for a setting that GGUF has no place for, or that transformers does not read from it."""
-    must: dict[str, Any] = {"moe": None, "sliding_window": None}
-    must |= (
-        {"ffn": "gelu"}
-        if model_type == "gpt2"
-        else {"bias": "qkv" if model_type == "qwen2" else "none"}
-    )
-    # A Mistral without a window is written as a Llama, of which transformers wants a width that its heads divide.
-    must |= (
-        {key: limit(config) for key, limit in architectures.LLAMA.limits.items()}
-        if model_type == "mistral"
-        else {}
-    )
-    for name, value in must.items():
-        found = config.model_dump()[name]
-        if found != value:
-            told = f"{printable(json.dumps(found))} cannot be written as GGUF and checked; a {model_type} there has {json.dumps(value)}"
-            raise UserError(f"model.{name}: {told}. Export with --format hf.")
+    """Raise a UserError for a setting that GGUF does not have, or that transformers does not read from it."""
+    supported: dict[str, Any] = {"moe": None, "sliding_window": None}
+    if model_type == "gpt2":
+        supported["ffn"] = "gelu"
+    else:
+        supported["bias"] = "qkv" if model_type == "qwen2" else "none"
+    if model_type == "mistral":
+        # Without a window it is written as a Llama, whose width must be a multiple of n_heads in transformers.
+        for name, limit in architectures.LLAMA.limits.items():
+            supported[name] = limit(config)
+    settings = config.model_dump()
+    for name, value in supported.items():
+        if settings[name] != value:
+            found, expected = json.dumps(settings[name]), json.dumps(value)
+            problem = (
+                f"{found} is not supported in a GGUF file that can be checked; "
+                f"a {model_type} has {expected} there"
+            )
+            raise UserError(f"model.{name}", problem, USE_HF)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -125,7 +121,7 @@ def check_expressible(config: ModelConfig, model_type: str) -> None:
 def renamed(
     weights: dict[str, Tensor], config: ModelConfig, model_type: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a Hugging Face model under GGUF's names and in its layout."""
+    """The weights of a Hugging Face model by GGUF's names and in its layout."""
     import gguf
 
     architecture = next(
@@ -138,25 +134,25 @@ def renamed(
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert new is not None, name
         if model_type == "llama" and ".attn_q." in new:
-            weight = neighbours(weight, config.n_heads)
+            weight = interleave_halves(weight, config.n_heads)
         if model_type == "llama" and ".attn_k." in new:
-            weight = neighbours(weight, config.n_kv_heads)
+            weight = interleave_halves(weight, config.n_kv_heads)
         if model_type == "gpt2" and new.startswith("blk.") and weight.dim() == 2:
             weight = weight.T  # transformers' GPT-2 has (in, out)
         yield new, weight
 
 
-def neighbours(weight: Tensor, n_heads: int) -> Tensor:
-    """Rows (n_heads * K, ...) so ordered that the pairs that are rotated together, i and i + K/2, are neighbours in each head.
+def interleave_halves(weight: Tensor, n_heads: int) -> Tensor:
+    """Rows (n_heads * K, ...) in another order: rows i and i + K/2 of each head, which RoPE rotates together, become neighbors.
 
-    >>> neighbours(torch.arange(8), 2).tolist()
+    >>> interleave_halves(torch.arange(8), 2).tolist()
     [0, 2, 1, 3, 4, 6, 5, 7]
     """
     return weight.view(n_heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def is_halved(name: str, weight: Tensor) -> bool:
-    """Whether f16 concerns it: matrices, but not the table of positions, which is small and read once."""
+    """Whether f16 applies to it: to matrices, except the position embedding, which is small."""
     return weight.dim() > 1 and name != "position_embd.weight"
 
 
@@ -171,7 +167,7 @@ def write_file(
     vocabulary: Vocabulary,
     floats: Floats,
 ) -> None:
-    """Settings, tokenizer and weights as one file."""
+    """Write settings, tokenizer and weights into one file."""
     from gguf import GGUFWriter, LlamaFileType
 
     writer = GGUFWriter(path, model_type)
@@ -180,33 +176,37 @@ def write_file(
     add_settings(writer, loaded.model.config, model_type, n_tokens=len(vocabulary.tokens))
     add_vocabulary(writer, vocabulary, loaded)
     for name, weight in weights.items():
-        if name in (
-            "token_embd.weight",
-            "output.weight",
-        ):  # further rows stand for nothing, and readers count the tokens
+        if name in ("token_embd.weight", "output.weight"):
+            # readers count tokens by rows, and further rows have no token
             weight = weight[: len(vocabulary.tokens)]
-        halved = floats == "f16" and is_halved(name, weight)
-        values = weight.half() if halved else weight.float()
-        if not values.isfinite().all():
-            mend = (
-                "Export it as f32."
-                if halved and weight.isfinite().all()
-                else "Export another checkpoint."
-            )
-            raise UserError(
-                f"{name}: has numbers that are not finite{' in 16 bits' if halved else ''}. {mend}"
-            )
-        writer.add_tensor(name, values.contiguous().numpy())
+        writer.add_tensor(name, _stored_values(name, weight, floats).contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+def _stored_values(name: str, weight: Tensor, floats: Floats) -> Tensor:
+    """The weight in the precision of the file; a UserError if a number in it is not finite."""
+    if floats == "f32" or not is_halved(name, weight):
+        values, problem, fix = weight.float(), "has non-finite numbers", "Export another checkpoint"
+    else:
+        values, problem, fix = (
+            weight.half(),
+            "has non-finite numbers in 16 bits",
+            "Export it as f32",
+        )
+        if not weight.isfinite().all():
+            fix = "Export another checkpoint"
+    if not values.isfinite().all():
+        raise UserError(name, problem, fix)
+    return values
+
+
 def add_settings(
     writer: GGUFWriter, config: ModelConfig, model_type: str, *, n_tokens: int
 ) -> None:
-    """The shape of the decoder."""
+    """Write the sizes of the decoder."""
     writer.add_vocab_size(n_tokens)
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.d_model)
@@ -225,14 +225,14 @@ def add_settings(
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, loaded: Loaded) -> None:
-    """The tokenizer, and the tokens that open, end and fill a text."""
+    """Write the tokenizer, and the tokens that begin, end and pad a text."""
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     writer.add_token_merges(vocabulary.merges)
     tokenizer, (end, *_) = loaded.tokenizer, end_ids(loaded)
-    writer.add_bos_token_id(tokenizer.eos_id)  # EOS opens every document here
+    writer.add_bos_token_id(tokenizer.eos_id)  # EOS precedes every document here
     writer.add_eos_token_id(end)
     writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_add_bos_token(False)
@@ -242,30 +242,27 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, loaded: Loaded) -
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """The tokenizer as GGUF writes it.
+    """The tokenizer as it is in a GGUF file.
 
     Raises:
-        UserError: it is not byte-level BPE, has no merge, or cuts words in a way that has no name there.
+        UserError: it is not byte-level BPE, has no merges, or splits words by a pattern without a name there.
     """
     if not isinstance(tokenizer, HFTokenizer):
-        raise UserError(
-            f"tokenizer.kind: GGUF has no tokenizer of kind {tokenizer.kind}. Export with --format hf, or train with tokenizer.kind: bpe."
-        )
+        problem = f"a tokenizer of kind {tokenizer.kind} is not supported in GGUF"
+        raise UserError("tokenizer.kind", problem, f"{USE_HF}, or train with tokenizer.kind: bpe")
     backend = backend_of(tokenizer)
     description = json.loads(backend.to_str())
-    pre = PRE_TOKENIZERS.get(words_of(description))
+    pre = PRE_TOKENIZERS.get(word_pattern_of(description))
     if pre is None:
-        raise UserError(
-            "tokenizer: GGUF is written for byte-level BPE with the words of GPT-2, GPT-4 or Qwen2, and this is another. Export with --format hf."
-        )
+        problem = "must be byte-level BPE with the words of GPT-2, GPT-4 or Qwen2 for GGUF"
+        raise UserError("tokenizer", problem, USE_HF)
     merges = [
         merge if isinstance(merge, str) else " ".join(merge)
         for merge in description["model"]["merges"]
     ]
     if not merges:
-        raise UserError(
-            "tokenizer: it has no merges, and GGUF needs one. Export with --format hf, or train with a larger tokenizer.vocab_size."
-        )
+        fix = f"{USE_HF}, or train with a larger tokenizer.vocab_size"
+        raise UserError("tokenizer", "has no merges, but GGUF needs some", fix)
     added = backend.get_added_tokens_decoder()
     kinds = {
         id: TOKEN_TYPES["control" if token.special else "user_defined"]
@@ -277,8 +274,8 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     )
 
 
-def words_of(description: dict[str, Any]) -> str | None:
-    """The pattern by which a byte-level BPE tokenizer cuts words; None where it is another kind of tokenizer."""
+def word_pattern_of(description: dict[str, Any]) -> str | None:
+    """The pattern by which a byte-level BPE tokenizer splits text into words; None for another kind of tokenizer."""
     normalizer, pieces = description["normalizer"], description["pre_tokenizer"]
     if (
         description["model"]["type"] != "BPE"
@@ -286,10 +283,8 @@ def words_of(description: dict[str, Any]) -> str | None:
         or pieces is None
     ):
         return None
-    if normalizer not in (
-        None,
-        {"type": "NFC"},
-    ):  # Qwen2's: text on disk is nearly always in that form already
+    # NFC is Qwen2's: text on disk is nearly always in that form already
+    if normalizer not in (None, {"type": "NFC"}):
         return None
     match pieces:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
@@ -313,8 +308,8 @@ def words_of(description: dict[str, Any]) -> str | None:
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-def what_transformers_needs(config: ModelConfig, model_type: str) -> dict[str, int]:
-    """Settings that stand in the file and that transformers does not read from it, where they are not its defaults."""
+def settings_for_transformers(config: ModelConfig, model_type: str) -> dict[str, int]:
+    """Settings in the file that transformers does not read from it, if they differ from its defaults."""
     theirs = {"qwen3": {"head_dim": (config.head_dim, 128)}}
     theirs["gpt2"] = {
         "n_positions": (config.max_seq_len, 1024),
@@ -328,7 +323,7 @@ def what_transformers_needs(config: ModelConfig, model_type: str) -> dict[str, i
 
 
 def check_file(path: Path, loaded: Loaded, floats: Floats, needs: dict[str, int]) -> float:
-    """The largest difference of logits between the file as transformers reads it and our decoder, whose matrices are rounded as the file's are.
+    """The largest difference of logits between the file as transformers reads it and our decoder, rounded like the file.
 
     Raises:
         UserError: it is too large, or the tokenizer in the file gives other ids or another text.
@@ -339,13 +334,12 @@ def check_file(path: Path, loaded: Loaded, floats: Floats, needs: dict[str, int]
         path.parent, gguf_file=path.name, local_files_only=True
     )
     check_tokenizer(tokenizer, loaded.tokenizer)
-    if words_of(json.loads(tokenizer.backend_tokenizer.to_str())) != words_of(
+    if word_pattern_of(json.loads(tokenizer.backend_tokenizer.to_str())) != word_pattern_of(
         json.loads(backend_of(loaded.tokenizer).to_str())
     ):
-        raise UserError(
-            "tokenizer: transformers cuts words in another way when it reads GGUF, so nothing was exported. Export with --format hf."
-        )
-    with contextlib.redirect_stderr(io.StringIO()):  # its bar asks nobody
+        problem = "transformers splits words differently when it reads GGUF; nothing was exported"
+        raise UserError("tokenizer", problem, USE_HF)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
         theirs = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, **needs
         )

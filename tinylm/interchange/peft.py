@@ -1,56 +1,53 @@
+"""The adapter in a checkpoint as the two files of peft: adapter_config.json and adapter_model.safetensors."""
+
 import json
 from pathlib import Path
 
-from tinylm.common.errors import UserError, printable, require_package, writing
+from tinylm.checkpoint.format import read
+from tinylm.common.errors import UserError, require_package, writing
 from tinylm.common.hub import HF_PREFIX
-
-
-def _task_type(hf_config: str | None) -> str | None:
-    """What peft calls the kind of a Hugging Face model, which decides how it is wrapped; our decoder has none."""
-    if hf_config is None:
-        return None
-    return "SEQ_2_SEQ_LM" if json.loads(hf_config).get("is_encoder_decoder") else "CAUSAL_LM"
+from tinylm.config.schema import Config
 
 
 def save_adapter(path: Path, folder: Path) -> None:
-    """Write the adapter of the checkpoint at `path` as peft has it: adapter_config.json and adapter_model.safetensors.
+    """Write the adapter in the checkpoint at `path` into `folder`.
 
-    `peft.PeftModel.from_pretrained(base, folder)` loads it, on the Hugging Face model or on our decoder.
+    `peft.PeftModel.from_pretrained(base, folder)` loads it, on the Hugging Face model or on our `Decoder`.
 
     Raises:
-        UserError: the checkpoint holds no adapter, or the folder cannot be written.
+        UserError: the checkpoint has no adapter, or the folder cannot be written.
     """
     require_package("peft")
     from peft import LoraConfig as PeftConfig
     from safetensors.torch import save_file
 
-    from tinylm.checkpoint.format import read
-    from tinylm.config.schema import Config
-
-    payload = read(path)
-    config = Config.from_plain(payload["config"])
+    state = read(path)
+    config = Config.from_plain(state["config"])
     if config.lora is None:
-        raise UserError(
-            f"{printable(path)}: holds a whole model and no adapter. Give a checkpoint of a run with a lora section."
-        )
-    foreign = payload["hf_config"] is not None
+        problem = "is a whole model, not an adapter"
+        raise UserError(path, problem, "Give a checkpoint of a run with a lora section")
     weights = {
         f"base_model.model.{name.removeprefix('inner.')}": weight.contiguous()
-        for name, weight in payload["weights"].items()
+        for name, weight in state["weights"].items()
     }
     targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in weights})
-    described = PeftConfig(
+    # how peft wraps the base, and whether its layers store (in, out) as GPT-2's do; our decoder needs neither
+    task_type, fan_in_fan_out = None, False
+    if state["hf_config"] is not None:
+        settings = json.loads(state["hf_config"])
+        task_type = "SEQ_2_SEQ_LM" if settings.get("is_encoder_decoder") else "CAUSAL_LM"
+        fan_in_fan_out = settings["model_type"] == "gpt2"
+    peft_config = PeftConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
         target_modules=list(config.lora.target_modules or targets),
-        fan_in_fan_out=foreign
-        and json.loads(payload["hf_config"])["model_type"] == "gpt2",  # it stores (in, out)
+        fan_in_fan_out=fan_in_fan_out,
         base_model_name_or_path=(config.training.init_from or "").removeprefix(HF_PREFIX),
-        task_type=_task_type(payload["hf_config"]),
+        task_type=task_type,
         inference_mode=True,
     )
-    with writing(folder, "the folder"):
+    with writing(folder, "the output folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        described.save_pretrained(str(folder))
+        peft_config.save_pretrained(str(folder))
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})

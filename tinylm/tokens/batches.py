@@ -1,8 +1,9 @@
 """Rows to micro-batches of tensors, for training, validation and evaluation alike.
 
-    rows, order, share ─▶ the rows at the places of micro-batch k ─▶ collate ─▶ input_ids, labels (B, T)      RowDataset
+    rows, order, share ─▶ the rows of micro-batch k ─▶ collate ─▶ input_ids, labels (B, T)
 
-Which rows there are is decided in packing.py and rows/, their order in row_order.py. Knows torch, but not Lightning.
+Which rows there are is decided in packing.py and rows/, their order in row_order.py. Knows torch,
+but not Lightning.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ Collate = Callable[[Sequence[Any], Sequence[int]], Batch]
 
 
 class RowDataset(Dataset[Batch]):
-    """Micro-batches by number: item k is a function of (seed, k), and independent of the items before it.
+    """Micro-batches by number: item k is a function of (seed, k), not of the items before it.
 
     Args:
         rows: the rows of the data, by the row numbers that `order` gives.
@@ -67,7 +68,7 @@ def collate_rows(
     pad_id: int,
     eos_id: int | None,
 ) -> Batch:
-    """`input_ids` and `labels` (B, T) int64; with `eos_id`, for the document mask, also `document_ids` (B, T)."""
+    """`input_ids` and `labels` (B, T) int64; with `eos_id` also `document_ids` (B, T) for the mask."""
     padding = (np.full(seq_len, pad_id), np.full(seq_len, IGNORE_INDEX), None)
     rows = [padding if row is None else row for row in rows]
     inputs = np.stack([row[0] for row in rows])  # (B, T)

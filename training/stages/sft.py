@@ -13,8 +13,8 @@ from model import LanguageModule
 from tinylm.checkpoint.initial import InitialModel
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import Config
-from tinylm.eval.tasks import TASKS
 from tinylm.eval.tasks.data import SMOKE, conversation_parser, requested_built_in_rows
+from tinylm.eval.tasks.table import TASKS
 from tinylm.model.hf_model import HFSeq2Seq
 from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.row_files import resolve_dataset

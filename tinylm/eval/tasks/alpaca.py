@@ -1,4 +1,7 @@
-"""Alpaca: instructions, some with an input, and model answers (Taori et al. 2023); instruction-data.json has the same columns."""
+"""Alpaca: instructions, some with an input, and answers of a model (Taori et al. 2023).
+
+instruction-data.json has the same columns.
+"""
 
 from tinylm.eval.metrics import token_f1
 from tinylm.eval.tasks.task import Hub, Row, Task, text_of
@@ -6,7 +9,7 @@ from tinylm.rows.conversation import Turn
 
 
 def question(row: Row) -> Turn:
-    """The instruction, and the input where there is one: some files leave the column out."""
+    """The instruction, and the input if there is one: some files lack the column."""
     given = text_of(row, "input") if row.get("input") is not None else ""
     return Turn("user", text_of(row, "instruction"), given if given.strip() else "")
 
@@ -30,9 +33,8 @@ SMOKE = (
 
 ALPACA = Task(
     name="alpaca",
-    hub=Hub(
-        "tatsu-lab/alpaca", None, train="train", test="train"
-    ),  # one split: examples are held out of it
+    # One split: examples are held out of it.
+    hub=Hub("tatsu-lab/alpaca", None, train="train", test="train"),
     question=question,
     target=lambda row: text_of(row, "output"),
     grade=lambda output, target: {"token_f1": token_f1(output, target)},

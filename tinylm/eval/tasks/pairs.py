@@ -1,4 +1,4 @@
-"""Rows of a user's own, with a prompt and a target: the target is what follows the prompt, to the character."""
+"""A user's own rows with a prompt and a target: the target is the exact continuation of the prompt."""
 
 from tinylm.eval.metrics import exact_match, token_f1
 from tinylm.eval.tasks.task import SHOT_SEPARATOR, Task, text_of
@@ -6,7 +6,7 @@ from tinylm.rows.conversation import Turn
 
 
 def grade(output: str, target: str) -> dict[str, float]:
-    """The same text, and the share of words in common."""
+    """Whether the text is the same, and the overlap of words."""
     return {"exact_match": float(exact_match(output, target)), "token_f1": token_f1(output, target)}
 
 
@@ -27,7 +27,7 @@ PAIRS = Task(
     question=lambda row: Turn("user", text_of(row, "prompt")),
     target=lambda row: text_of(row, "target"),
     grade=grade,
-    joint="",
+    answer_separator="",
     stop=(SHOT_SEPARATOR,),
     smoke=tuple({"prompt": prompt, "target": target} for prompt, target in SMOKE),
 )

@@ -1,4 +1,4 @@
-"""SAMSum: a chat in few sentences (Gliwa et al. 2019)."""
+"""SAMSum: summarize a chat in a few sentences (Gliwa et al. 2019)."""
 
 from tinylm.eval.metrics import rouge
 from tinylm.eval.tasks.task import SHOT_SEPARATOR, Hub, Row, Task, text_of
@@ -6,11 +6,10 @@ from tinylm.rows.conversation import Turn
 
 
 def question(row: Row) -> Turn:
-    """What is asked of a chat."""
-    lines = text_of(row, "dialogue").split("\n")
-    return Turn(
-        "user", "Summarize this dialogue.", "\n".join(line.strip() for line in lines)
-    )  # the data's lines end in \r\n
+    """The chat as the input of an instruction."""
+    # The lines of the data end in \r\n.
+    lines = [line.strip() for line in text_of(row, "dialogue").split("\n")]
+    return Turn("user", "Summarize this dialogue.", "\n".join(lines))
 
 
 SMOKE = (

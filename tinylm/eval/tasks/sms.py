@@ -1,14 +1,14 @@
-"""SMS spam: is a text message wanted or not (Almeida et al. 2011)?"""
+"""SMS spam: is a text message spam or ham (Almeida et al. 2011)?"""
 
 from tinylm.eval.tasks.task import Hub, Row, Task, label_of, text_of
 from tinylm.rows.columns import SMS_INSTRUCTION
 from tinylm.rows.conversation import Turn
 
-LABELS = ("ham", "spam")  # 0 and 1 on the hub, by name in the file SMSSpamCollection
+LABELS = ("ham", "spam")  # 0 and 1 on the hub, names in the file SMSSpamCollection
 
 
 def question(row: Row) -> Turn:
-    """What is asked of a message, which rows.py calls text and the hub sms."""
+    """The message as the input of an instruction; its column is text in SMSSpamCollection and sms on the hub."""
     return Turn("user", SMS_INSTRUCTION, text_of(row, "text" if "text" in row else "sms").strip())
 
 
@@ -32,9 +32,8 @@ SMOKE = (
 
 SMS = Task(
     name="sms",
-    hub=Hub(
-        "ucirvine/sms_spam", "plain_text", train="train", test="train"
-    ),  # one split: examples are held out of it
+    # One split: examples are held out of it.
+    hub=Hub("ucirvine/sms_spam", "plain_text", train="train", test="train"),
     question=question,
     target=lambda row: label_of(row, "label", LABELS),
     labels=LABELS,

@@ -1,4 +1,4 @@
-"""SST-2: is a sentence of a film review positive or negative (Socher et al. 2013; as in GLUE, Wang et al. 2018)?"""
+"""SST-2: is a sentence of a film review positive or negative? (Socher et al. 2013; as in GLUE, Wang et al. 2018.)"""
 
 from tinylm.eval.tasks.task import Hub, Row, Task, label_of, text_of
 from tinylm.rows.conversation import Turn
@@ -7,7 +7,7 @@ LABELS = ("negative", "positive")  # 0 and 1 in the data
 
 
 def question(row: Row) -> Turn:
-    """What is asked of a sentence."""
+    """The sentence as the input of a question."""
     return Turn(
         "user",
         "Is the sentiment of this review positive or negative?",

@@ -1,0 +1,306 @@
+"""`Decoder` to a Hugging Face model and back: first the settings, then the weights, by the tables of `architectures`.
+
+    ModelConfig ─ hf_config ─▶ config.json          Decoder ─ to_hf ──▶ PreTrainedModel
+    ModelConfig ◀ our_config ─ config.json          Decoder ◀─ from_hf ─ PreTrainedModel
+
+Both models give the same logits, which `logit_difference` checks. A setting that the other side does not have is a
+UserError that names it. Knows nothing of tokenizers, files or the hub.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Iterator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from torch import Generator, Tensor, cat, no_grad, randint
+
+from tinylm.checkpoint.initial import empty_decoder
+from tinylm.common.errors import UserError
+from tinylm.config.schema import ModelConfig
+from tinylm.interchange.architectures import ARCHITECTURES, Architecture
+from tinylm.model.decoder import Decoder
+from tinylm.model.hf_model import HFModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ANOTHER = "Choose another model"
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def hf_config(config: ModelConfig) -> PreTrainedConfig:
+    """The Hugging Face config of the architecture that computes what this decoder computes.
+
+    It has no special token ids: these belong to the tokenizer. Settings of training (`init`, `gradient_checkpointing`; in
+    all but GPT-2 `residual_dropout`) are dropped if the architecture does not have them.
+
+    Raises:
+        UserError: no architecture fits; it names the setting and the nearest architecture.
+    """
+    from transformers import AutoConfig
+
+    architecture = _architecture_for(config)
+    ours = _flat(config)
+    settings = dict(architecture.theirs)
+    for name, their_name in architecture.settings.items():
+        settings[their_name] = ours[name]
+    if architecture.model_type == "gpt2":
+        settings["embd_pdrop"] = config.residual_dropout
+    if "layer_types" in settings:
+        settings["layer_types"] = [settings["layer_types"]] * config.n_layers
+    made = AutoConfig.for_model(
+        architecture.model_type, bos_token_id=None, eos_token_id=None, **_nested(settings)
+    )
+    if config.position == "rope":
+        # for readers older than transformers 5, which do not know rope_parameters
+        made.rope_theta = config.rope_theta
+    return made
+
+
+def our_config(config: PreTrainedConfig) -> ModelConfig:
+    """The decoder that computes what a Hugging Face model with this config computes.
+
+    Raises:
+        UserError: there is none; it names the architecture or the setting.
+    """
+    architecture = _architecture_in(config)
+    theirs = _settings_of(config)
+    settings = dict(architecture.ours)
+    for name, their_name in architecture.settings.items():
+        settings[name] = theirs[their_name]
+    try:
+        return ModelConfig.model_validate(_nested(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if key in architecture.settings:
+        their_name = architecture.settings[key]
+        problem = f"{_as_json(theirs[their_name])} is out of bounds here ({first['msg']})"
+        raise UserError(("config.json", their_name), problem, ANOTHER)
+    problem = f"its settings are not supported together ({first['msg']})"
+    raise UserError("config.json", problem, ANOTHER)
+
+
+def _architecture_in(config: PreTrainedConfig) -> Architecture:
+    """The architecture that a Hugging Face config describes."""
+    known = [one for one in ARCHITECTURES if one.model_type == config.model_type]
+    if not known:
+        names = ", ".join(sorted({one.model_type for one in ARCHITECTURES}))
+        problem = f"must be one of {names}, got {config.model_type}"
+        raise UserError(("config.json", "model_type"), problem, ANOTHER)
+    found = _settings_of(config)
+    misfits = [[key for key, value in one.theirs.items() if found[key] != value] for one in known]
+    wrong = min(misfits, key=len)
+    if wrong:
+        key = wrong[0]
+        expected = known[misfits.index(wrong)].theirs[key]
+        problem = f"must be {_as_json(expected)}, got {_as_json(found[key])}"
+        raise UserError(("config.json", key), problem, ANOTHER)
+    return known[misfits.index(wrong)]
+
+
+def _settings_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings by dotted name; `layer_types` as one word if all layers are alike."""
+    found = dict(_dotted(config.to_dict()))
+    if "layer_types" in found and len(set(found["layer_types"])) == 1:
+        found["layer_types"] = found["layer_types"][0]
+    return found
+
+
+def _architecture_for(config: ModelConfig) -> Architecture:
+    """The architecture that has all settings of this decoder."""
+    misfits = [list(_misfits(config, one)) for one in ARCHITECTURES]
+    wrong = min(misfits, key=len)
+    nearest = ARCHITECTURES[misfits.index(wrong)]
+    if not wrong:
+        return nearest
+    key, found, expected = wrong[0]
+    problem = (
+        f"{_as_json(found)} is not supported by any Hugging Face architecture that can be exported; "
+        f"the nearest, {nearest.model_type}, has {_as_json(expected)}"
+    )
+    raise UserError(f"model.{key}", problem, "Train with that, or keep the model as a checkpoint")
+
+
+def _misfits(config: ModelConfig, architecture: Architecture) -> Iterator[tuple[str, Any, Any]]:
+    """Each setting that the architecture cannot have: its name, its value, and the value that it would have there."""
+    found = _flat(config)
+    limits = {key: limit(config) for key, limit in architecture.limits.items()}
+    for key, value in (architecture.ours | limits).items():
+        if found[key] != value:
+            yield key, found[key], value
+
+
+def _flat(config: ModelConfig) -> dict[str, Any]:
+    """The settings by dotted name; `moe` is also there as a section."""
+    values = config.model_dump()
+    return values | dict(_dotted(values))
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested sections, by dotted name.
+
+    >>> dict(_dotted({"a": 1, "b": {"c": 2}}))
+    {'a': 1, 'b.c': 2}
+    """
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_dotted`, one section deep."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        target = nested.setdefault(section, {}) if section else nested
+        target[name] = value
+    return nested
+
+
+def _as_json(value: Any) -> str:
+    """A setting as it is in YAML and config.json."""
+    return json.dumps(value)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def to_hf(model: Decoder) -> PreTrainedModel:
+    """A Hugging Face model, in eval mode, with a copy of the weights and the same logits.
+
+    Raises:
+        UserError: no architecture computes the same; see `hf_config`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    architecture = _architecture_for(model.config)
+    dtype = model.embedding.weight.dtype
+    made = AutoModelForCausalLM.from_config(hf_config(model.config), dtype=dtype)
+    ours = model.state_dict()
+    theirs: dict[str, Tensor] = {}
+    for name, their_names, transposed in _pairs(architecture, model.config.n_layers, ours):
+        rows = _rows(model.config, name, len(ours[name]), len(their_names))
+        for their_name, part in zip(their_names, ours[name].split(rows), strict=True):
+            theirs[their_name] = part.T if transposed else part
+    made.load_state_dict(theirs, strict=True)
+    return made.eval()
+
+
+def from_hf(hf_model: PreTrainedModel) -> Decoder:
+    """A decoder, in eval mode, in fp32, with a copy of a Hugging Face model's weights and the same logits.
+
+    Raises:
+        UserError: our decoder cannot compute the same; see `our_config`.
+    """
+    return from_weights(hf_model.config, hf_model.state_dict().__getitem__)
+
+
+def from_weights(hf_config: PreTrainedConfig, weight: Callable[[str], Tensor]) -> Decoder:
+    """A decoder for a Hugging Face config, in eval mode, in fp32; `weight` returns their tensors by name, one at a time.
+
+    Raises:
+        UserError: our decoder cannot compute the same; see `our_config`.
+    """
+    config = our_config(hf_config)
+    model = empty_decoder(config)
+    ours: dict[str, Tensor] = {}
+    pairs = _pairs(_architecture_in(hf_config), config.n_layers, model.state_dict())
+    for name, their_names, transposed in pairs:
+        if name == "head.weight" and config.tie_embeddings:  # their files need not have it
+            ours[name] = ours["embedding.weight"]
+            continue
+        stacked = cat([weight(part) for part in their_names]).float()
+        ours[name] = stacked.T.contiguous() if transposed else stacked
+    model.load_state_dict(ours, strict=True, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    return model.eval()
+
+
+def their_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that `from_weights` asks for, and its shape.
+
+    Raises:
+        UserError: as `our_config`.
+    """
+    config = our_config(hf_config)
+    weights = empty_decoder(config).state_dict()
+    ours = {name: tuple(weight.shape) for name, weight in weights.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parts, transposed in _pairs(_architecture_in(hf_config), config.n_layers, ours):
+        if name == "head.weight" and config.tie_embeddings:
+            continue
+        rows = _rows(config, name, ours[name][0], len(parts))
+        for part, n_rows in zip(parts, rows, strict=True):
+            shape = (n_rows, *ours[name][1:])
+            shapes[part] = shape[::-1] if transposed else shape
+    return shapes
+
+
+def stored_names(name: str, present: Container[str], n_experts: int) -> tuple[str, ...]:
+    """The names in a folder's files, of which `present` exist, whose tensors make up their tensor `name`, in its order.
+
+    Files may omit the part before the first dot (GPT-2's do), and Mixtral's have each expert by itself.
+    """
+    if name in present:
+        return (name,)
+    layer, _, part = name.partition("mlp.")
+    older = f"{layer}block_sparse_moe."
+    if part == "gate.weight" and f"{older}{part}" in present:
+        return (f"{older}{part}",)
+    matrices = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}.get(part)
+    if matrices is not None:
+        return tuple(
+            f"{older}experts.{expert}.{matrix}.weight"
+            for expert in range(n_experts)
+            for matrix in matrices
+        )
+    bare = name.partition(".")[2]
+    return (bare,) if bare in present else (name,)
+
+
+def _rows(config: ModelConfig, name: str, n_rows: int, n_parts: int) -> list[int]:
+    """The number of rows of each part of our weight `name`: queries, keys and values, or gate and value."""
+    if n_parts == 3:
+        assert ".qkv." in name, name
+        n_key_rows = config.n_kv_heads * config.head_dim
+        return [config.n_heads * config.head_dim, n_key_rows, n_key_rows]
+    return [n_rows // n_parts] * n_parts
+
+
+def _pairs(
+    architecture: Architecture, n_layers: int, ours: Container[str]
+) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """Each of our weights, their weights that are stacked in it, and whether they are stored transposed."""
+    for module, theirs in architecture.modules.items():
+        parts = (theirs,) if isinstance(theirs, str) else theirs
+        for layer in range(n_layers if "{}" in module else 1):
+            for suffix in ("", ".weight", ".bias"):  # "": experts are a parameter, not a module
+                name = module.format(layer) + suffix
+                if name in ours:
+                    transposed = suffix == ".weight" and module.endswith(architecture.transposed)
+                    yield name, tuple(part.format(layer) + suffix for part in parts), transposed
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+# Of the largest logit. The two sum in another order, and fp32 has 7 digits.
+TOLERANCE = 1e-4
+CHECKED_POSITIONS = 64
+
+
+@no_grad()
+def logit_difference(ours: Decoder | HFModel, theirs: PreTrainedModel) -> float:
+    """The largest difference of the two models' logits on random ids, relative to the largest logit (or to 1 if that is smaller)."""
+    n_tokens = theirs.config.vocab_size
+    length = min(ours.config.max_seq_len, CHECKED_POSITIONS)
+    ids = randint(n_tokens, (1, length), generator=Generator().manual_seed(0))
+    expected = theirs(ids).logits.float()
+    difference = (ours(ids)[..., :n_tokens] - expected).abs().max()
+    return (difference / expected.abs().max().clamp(min=1)).item()

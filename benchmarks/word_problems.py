@@ -1,9 +1,12 @@
-"""Word problems of two steps with answers like GSM8K's, so small that a model of 0.4M parameters solves some of them.
+"""Two-step word problems with answers like GSM8K's, small enough for a model of 0.4M parameters to solve some of them.
 
     python benchmarks/word_problems.py --out DIR [--train 4000 --test 400 --largest 12 --seed 0]
 
-DIR/text.jsonl is text that a writer is pretrained on, DIR/rows.jsonl the same problems for a verifier, DIR/test.jsonl others. What they
-are for, and what came of it, is in docs/RESULTS.md: without such a task best-of-n shows nothing, since no small model solves GSM8K.
+    DIR/text.jsonl    text to pretrain a model on
+    DIR/rows.jsonl    the same problems for a verifier
+    DIR/test.jsonl    other problems
+
+docs/RESULTS.md says what they are used for: no small model solves GSM8K, so best-of-n needs an easier task.
 """
 
 import argparse
@@ -24,37 +27,37 @@ class Row(NamedTuple):
     answer: str
 
 
-def row_of(name: str, thing: str, verbs: tuple[str, str], numbers: tuple[int, int, int]) -> Row:
-    """Who has how many of what after a gain and a loss.
+def make_row(name: str, thing: str, verbs: tuple[str, str], numbers: tuple[int, int, int]) -> Row:
+    """The problem of how many things are left after a gain and a loss.
 
-    >>> row_of("Ana", "pears", ("finds", "sells"), (5, 4, 7)).answer
+    >>> make_row("Ana", "pears", ("finds", "sells"), (5, 4, 7)).answer
     'First Ana has 5 + 4 = 9 pears.\\nThen Ana has 9 - 7 = 2 pears.\\n#### 2'
     """
     first, gain, loss = numbers
-    question = f"{name} has {first} {thing}, {verbs[0]} {gain} and {verbs[1]} {loss}. How many {thing} has {name} now?"
-    both, left = first + gain, first + gain - loss
-    return Row(
-        question,
-        f"First {name} has {first} + {gain} = {both} {thing}.\nThen {name} has {both} - {loss} = {left} {thing}.\n#### {left}",
+    total = first + gain
+    left = total - loss
+    question = (
+        f"{name} has {first} {thing}, {verbs[0]} {gain} and {verbs[1]} {loss}. "
+        f"How many {thing} has {name} now?"
     )
+    answer = (
+        f"First {name} has {first} + {gain} = {total} {thing}.\n"
+        f"Then {name} has {total} - {loss} = {left} {thing}.\n#### {left}"
+    )
+    return Row(question, answer)
 
 
-def rows(n: int, *, largest: int, seed: int) -> list[Row]:
-    """`n` different problems with numbers from 2 to `largest`; something is always left."""
-    draw = random.Random(seed)  # noqa: S311  (no secret)
-    found: dict[Row, None] = {}
-    while len(found) < n:
-        first, gain = draw.randint(2, largest), draw.randint(2, largest)
-        verbs = (draw.choice(GAINS), draw.choice(LOSSES))
-        found[
-            row_of(
-                draw.choice(NAMES),
-                draw.choice(THINGS),
-                verbs,
-                (first, gain, draw.randint(1, first + gain - 1)),
-            )
-        ] = None
-    return list(found)
+def make_rows(n: int, *, largest: int, seed: int) -> list[Row]:
+    """`n` different problems with numbers from 2 to `largest`; at least one thing is always left."""
+    rng = random.Random(seed)  # noqa: S311  (no secret)
+    rows: dict[Row, None] = {}  # an ordered set
+    while len(rows) < n:
+        first, gain = rng.randint(2, largest), rng.randint(2, largest)
+        verbs = (rng.choice(GAINS), rng.choice(LOSSES))
+        name, thing = rng.choice(NAMES), rng.choice(THINGS)
+        loss = rng.randint(1, first + gain - 1)
+        rows[make_row(name, thing, verbs, (first, gain, loss))] = None
+    return list(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,17 +69,17 @@ def main(argv: list[str] | None = None) -> int:
     for name, default in (("train", 4000), ("test", 400), ("largest", 12), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(argv)
-    made = rows(options.train + options.test, largest=options.largest, seed=options.seed)
-    train, test = made[: options.train], made[options.train :]
-    files = {"text": [{"text": f"Question: {row.question}\nAnswer: {row.answer}"} for row in train]}
-    files |= {
-        name: [row._asdict() for row in part] for name, part in (("rows", train), ("test", test))
+    rows = make_rows(options.train + options.test, largest=options.largest, seed=options.seed)
+    train, test = rows[: options.train], rows[options.train :]
+    files = {
+        "text": [{"text": f"Question: {row.question}\nAnswer: {row.answer}"} for row in train],
+        "rows": [row._asdict() for row in train],
+        "test": [row._asdict() for row in test],
     }
     options.out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (options.out / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in content), encoding="utf-8"
-        )
+        lines = "".join(json.dumps(row) + "\n" for row in content)
+        (options.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return 0
 
 

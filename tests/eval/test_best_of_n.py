@@ -201,8 +201,8 @@ def test_the_most_probable_answer_is_printed_and_all_are_scored(
     assert {completion["text"] for completion in drawn} == set(texts)
     code, out, err = ask(*flags)
     assert code == 0 and out.strip() == readable(texts[0]).strip()
-    said = [line for line in err.splitlines() if line.startswith("verifier: ")]
-    assert [line.split()[1] for line in said] == [
+    printed = [line for line in err.splitlines() if line.startswith("verifier: ")]
+    assert [line.split()[1] for line in printed] == [
         f"{completion['probability']:.3f}" for completion in found
     ]
 

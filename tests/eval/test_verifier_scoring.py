@@ -194,9 +194,9 @@ def test_the_error_span_is_what_two_answers_do_not_share_at_their_ends(answer, r
     span = error_span(answer, right)
     assert 0 <= span.start < span.stop <= len(answer)
     if answer != right:
-        behind = len(answer) - span.stop
+        n_after = len(answer) - span.stop
         assert answer[: span.start] == right[: span.start] or span.start == len(answer) - 1
-        assert answer[span.stop :] == right[len(right) - behind :]
+        assert answer[span.stop :] == right[len(right) - n_after :]
 
 
 def test_the_error_is_marked_also_in_a_pair_that_is_cut():

@@ -101,7 +101,7 @@ def test_limits_and_another_validation_source(write):
 def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
     import datasets
 
-    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda what, mend: None)
+    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda where, fix: None)
     monkeypatch.setattr(
         datasets,
         "load_dataset",

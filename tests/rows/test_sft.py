@@ -1,4 +1,4 @@
-"""Batches of fine-tuning: the same order whoever asks, the same loss however examples are packed, and a run that resumes."""
+"""Batches of fine-tuning: a deterministic order, the same loss packed or padded, and exact resume."""
 
 import csv
 import json
@@ -71,7 +71,7 @@ def equal(a: Batch, b: Batch) -> bool:
 @pytest.mark.parametrize(
     "kind", [{}, {"packing": "padded"}, {"order": "sequential"}, {"order": "random"}]
 )
-def test_a_resumed_loader_gives_what_the_uninterrupted_one_gave(load: Any, kind: dict) -> None:
+def test_a_resumed_loader_continues_with_the_same_batches(load: Any, kind: dict) -> None:
     config = load(data=kind, training={"max_steps": 12})
     whole = batches_of(config)
     assert len(whole) == 12
@@ -89,7 +89,7 @@ def test_the_number_of_workers_does_not_matter(load: Any) -> None:
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])
-def test_each_pass_takes_every_example_once_in_another_order(load: Any, packing: str) -> None:
+def test_each_pass_has_every_example_once_in_another_order(load: Any, packing: str) -> None:
     """A5: row by row, any pass is a permutation of all rows, and with them of all examples."""
     config = load(data={"packing": packing}, training={"micro_batch_size": 1, "max_steps": 200})
     data = prepared(config)
@@ -107,7 +107,7 @@ def test_each_pass_takes_every_example_once_in_another_order(load: Any, packing:
 
 
 def test_another_seed_is_another_order(load: Any) -> None:
-    """The same rows held out (seed decides that too), so the rows themselves are given."""
+    """With given rows, since the seed also decides which rows are held out."""
     examples = prepared(load()).train_examples
     origins = []
     for seed in (1, 2):
@@ -129,7 +129,7 @@ def test_ranks_share_the_rows_that_one_device_would_see(load: Any, which: str) -
             assert equal(dataset(Share(4, rank, 2))[k], single[2 * k + rank])
 
 
-def test_validation_takes_every_example_once_and_fills_up_with_padding(load: Any) -> None:
+def test_validation_has_every_example_once_and_is_padded(load: Any) -> None:
     data = prepared(load(data={"val_fraction": 0.3}, training={"micro_batch_size": 4}))
     batches = list(data.val_dataloader())
     targets = sum(int(example.trained.sum()) for example in data.val_examples)
@@ -171,7 +171,7 @@ def loss_of(config: Config, decoder: Decoder) -> tuple[float, int, torch.Tensor]
 @pytest.mark.parametrize("position", ["rope", "learned", "alibi"])
 @pytest.mark.parametrize("train_on", ["response", "all"])
 def test_packed_and_padded_rows_have_the_same_loss(load: Any, position: str, train_on: str) -> None:
-    """An example in a packed row sees itself alone and counts its positions from 0, as it does in a row of its own."""
+    """An example in a packed row attends only to itself and has positions from 0, as in a row of its own."""
     settings = {"model": {"position": position, "vocab_size": 260}}
     torch.manual_seed(0)
     decoder = Decoder(load(**settings).model).double()
@@ -187,7 +187,7 @@ def test_packed_and_padded_rows_have_the_same_loss(load: Any, position: str, tra
 
 
 def test_without_the_document_mask_the_loss_would_differ(load: Any) -> None:
-    """The test above can fail."""
+    """So the test above can fail."""
     settings = {"model": {"vocab_size": 260}}
     torch.manual_seed(0)
     decoder = Decoder(load(**settings).model).eval()
@@ -207,7 +207,7 @@ def test_packing_saves_rows(load: Any) -> None:
     )
 
 
-# --- what is said ---
+# --- notes ---
 
 
 def test_one_line_describes_the_data(load: Any, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_one_line_describes_the_data(load: Any, tmp_path: Path) -> None:
     assert data.notes == []
 
 
-def test_what_a_user_should_know_is_noted(load: Any, tmp_path: Path) -> None:
+def test_skipped_and_shared_rows_are_noted(load: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "a" * n, "completion": "b"} for n in (1, 2, 40)]
     path = tmp_path / "val.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -244,7 +244,7 @@ def test_what_a_user_should_know_is_noted(load: Any, tmp_path: Path) -> None:
         {"training": {"train_on": "all"}},
     ],
 )
-def test_fingerprints_tell_what_is_trained_on(load: Any, change: dict) -> None:
+def test_fingerprints_identify_what_is_trained_on(load: Any, change: dict) -> None:
     same, other = prepared(load()).fingerprints(), prepared(load(**change)).fingerprints()
     assert same == prepared(load()).fingerprints()
     assert same["train"] != other["train"]
@@ -277,10 +277,8 @@ def metrics(config: Config) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_a_resumed_one_is_the_same_to_the_last_bit(
-    load: Any, tmp_path: Path
-) -> None:
-    """A12 for the data: 20 steps at once, and 9 and then 11, have equal losses; the model has learned to copy something."""
+def test_a_run_learns_and_a_resumed_run_is_identical_to_the_bit(load: Any, tmp_path: Path) -> None:
+    """A12 for the data: 20 steps at once, and 9 and then 11, have equal losses, which fall."""
     settings = {"model": {"vocab_size": 260}}
     training = {
         "max_steps": 20,
@@ -303,7 +301,7 @@ def test_a_run_learns_and_a_resumed_one_is_the_same_to_the_last_bit(
 
 
 @pytest.mark.slow
-def test_other_rows_are_not_resumed_on(load: Any, tmp_path: Path) -> None:
+def test_resuming_with_other_rows_is_an_error(load: Any, tmp_path: Path) -> None:
     """A10: one answer changed."""
     config = load(model={"vocab_size": 260}, training={"max_steps": 2})
     assert tune(config) == 0

@@ -34,7 +34,8 @@ class Candidates:
     def accuracies(self) -> dict[str, float]:
         """The probability that each method chooses a right answer.
 
-        >>> Candidates("", "", "2", ("a 1", "b 2", "c 1", "no"), (False, True, False, False), (0.1, 0.9, 0.3, 0.2)).accuracies
+        >>> right, probabilities = (False, True, False, False), (0.1, 0.9, 0.3, 0.2)
+        >>> Candidates("", "", "2", ("a 1", "b 2", "c 1", "no"), right, probabilities).accuracies
         {'random choice': 0.25, 'majority vote': 0.0, 'verifier': 1.0, 'oracle': 1.0}
         """
         preferred = self.probabilities.index(max(self.probabilities))
@@ -49,8 +50,8 @@ class Candidates:
 def majority_vote(answers: Sequence[str]) -> int:
     """The first answer whose final number is the most frequent one (Wang et al. 2022); 0 if no answer has a number.
 
-    >>> majority_vote(["so 3", "so 4", "it is 4.0"]), majority_vote(["none", "so 5"]), majority_vote(["none", "nothing"])
-    (1, 1, 0)
+    >>> majority_vote(["so 3", "so 4", "it is 4.0"]), majority_vote(["none", "nothing"])
+    (1, 0)
     """
     numbers = [final_number(answer) for answer in answers]
     counts = Counter(number for number in numbers if number is not None)

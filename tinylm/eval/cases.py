@@ -87,7 +87,7 @@ class CasesSummary:
 
     @property
     def rank_key(self) -> tuple[int, float]:
-        """What checkpoints are ranked by, more is better: fewer failed cases, then more probable targets, as displayed."""
+        """What checkpoints are ranked by, more is better: fewer failures, then more probable targets, as displayed."""
         return -self.n_failed, -math.inf if self.log_prob is None else round(self.log_prob, 4)
 
 

@@ -20,7 +20,8 @@ from tinylm.objectives.cross_entropy import score_targets
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
 
-# exp(20) is 4.9e8, far beyond a uniform guess over any vocabulary; a higher perplexity is meaningless, and exp overflows at 710.
+# exp(20) is 4.9e8, far worse than a uniform guess over any vocabulary. A higher perplexity would
+# be meaningless, and exp overflows at 710.
 LOSS_CAP = 20.0
 
 

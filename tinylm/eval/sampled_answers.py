@@ -76,7 +76,7 @@ def add_sampled_answers(
 def cached_answers(
     path: Path, n_problems: int, sample: Callable[[int], list[str]], progress: Progress
 ) -> Iterator[list[str]]:
-    """The answers to problems 0 to n_problems - 1: those in the file `path`, then those of `sample`, which are appended.
+    """The answers to problems 0 to n_problems - 1: first those in the file `path`, then new ones, which it appends.
 
     A second process that wants the file waits for the first.
 

@@ -42,7 +42,7 @@ class Sandbox:
             requests: messages, and whether the start of an answer follows them.
 
         Raises:
-            UserError: the template is not valid Jinja, rejects these messages, does what is not allowed, or takes too long.
+            UserError: the template is invalid, rejects these messages, does what is not allowed, or takes too long.
         """
         if self._connection is None:
             self._start()

@@ -130,7 +130,7 @@ def without_validation_problems(
 def filter_problems(
     problems: Sequence[Problem], report: RowReport, tokenizer: Tokenizer, *, n_wrong: int
 ) -> list[Problem]:
-    """The problems that fit the context of `report.seq_len` tokens and have wrong answers; the report counts the others.
+    """The problems that fit the context of `report.seq_len` tokens and have wrong answers; others are reported.
 
     Raises:
         UserError: no problem is left.

@@ -64,7 +64,8 @@ def load_task(
     """The examples of a task, at most `limit` drawn ones, and `n_shots` solved ones that are not among them.
 
     Args:
-        path: a file of rows, from which the solved examples are held out, or a folder with files train* and test*; None: the hub.
+        path: a file of rows, from which the solved examples are held out, or a folder with files train* and test*;
+            None: the hub.
         smoke: use the built-in rows.
 
     Raises:

@@ -12,7 +12,7 @@ from tinylm.config.schema import ROW_COLUMNS, DataConfig
 from tinylm.rows.columns import COLUMNS, parse_conversation, unread_text_columns
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.row_files import TINY_ROWS, build_corpus_from_sources, read_rows, resolve_dataset
-from tinylm.rows.sft import build_examples, shared_examples, shared_questions
+from tinylm.rows.sft import build_examples, count_shared_examples, count_shared_prompts
 from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
@@ -547,5 +547,5 @@ def test_rows_in_both_splits_are_counted(write):
     val, _ = made_of(
         write("b.jsonl", lines({"prompt": "0+0?", "completion": "none"}, *pairs(9)[4:])), 32
     )
-    assert shared_examples(train, val) == 2
-    assert shared_questions(train, val) == 3
+    assert count_shared_examples(train, val) == 2
+    assert count_shared_prompts(train, val) == 3

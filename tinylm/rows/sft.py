@@ -10,7 +10,7 @@ All rows are in memory: fine-tuning data are small. How examples share a row of 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from tinylm.rows.conversation import Conversation
 from tinylm.rows.row_files import LocatedRow, read_rows, split_built_in_rows
 from tinylm.rows.skipped_rows import RowReport, SkipReason
 from tinylm.rows.templates import Template
-from tinylm.text.splits import Which
+from tinylm.text.splits import Which, count_overlap
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import Example
 
@@ -82,21 +82,21 @@ def build_examples(
     return examples, report
 
 
-def shared_examples(train: list[Example], val: list[Example]) -> int:
+def count_shared_examples(train: Iterable[Example], val: Iterable[Example]) -> int:
     """How many examples of `val` are also in `train`, token for token."""
-    seen = {example.ids.tobytes() for example in train}
-    return sum(example.ids.tobytes() in seen for example in val)
+    contents = ((example.ids.tobytes() for example in split) for split in (train, val))
+    return count_overlap(*contents).repeated
 
 
-def shared_questions(train: list[Example], val: list[Example]) -> int:
+def count_shared_prompts(train: Iterable[Example], val: Iterable[Example]) -> int:
     """How many examples of `val` have the prompt of one of `train`, whatever the answer."""
-    seen = {_prompt(example) for example in train}
-    return sum(_prompt(example) in seen for example in val)
+    contents = ((_prompt_ids(example).tobytes() for example in split) for split in (train, val))
+    return count_overlap(*contents).repeated
 
 
-def _prompt(example: Example) -> bytes:
+def _prompt_ids(example: Example) -> np.ndarray:
     """The ids before the first target."""
-    return example.ids[: int(example.trained.argmax())].tobytes()
+    return example.ids[: int(example.trained.argmax())]
 
 
 def fingerprint_of_examples(examples: Sequence[Example]) -> str:

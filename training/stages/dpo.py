@@ -35,7 +35,7 @@ from tinylm.objectives.preferences import (
 from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.preferences import PreferencePair, build_pairs
 from tinylm.rows.row_files import resolve_dataset
-from tinylm.rows.sft import fingerprint_of_examples, shared_examples
+from tinylm.rows.sft import count_shared_examples, fingerprint_of_examples
 from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
@@ -86,7 +86,7 @@ class PreferenceData(RunData):
         self.train_pairs, train = self._pairs("train")
         self.val_pairs, val = self._pairs("val")
         self.notes = [*train.notes(), *val.notes()]
-        shared = shared_examples(
+        shared = count_shared_examples(
             [pair.chosen for pair in self.train_pairs], [pair.chosen for pair in self.val_pairs]
         )
         if shared:

@@ -20,9 +20,9 @@ from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.row_files import resolve_dataset
 from tinylm.rows.sft import (
     build_examples,
+    count_shared_examples,
+    count_shared_prompts,
     fingerprint_of_examples,
-    shared_examples,
-    shared_questions,
 )
 from tinylm.rows.skipped_rows import RowReport, list_places
 from tinylm.rows.template_factory import make_template
@@ -69,14 +69,14 @@ class SFTData(RunData):
         self.val_examples, val = self._examples("val")
         self.notes = [note] if note else []
         self.notes += [*train.notes(), *val.notes()]
-        shared = shared_examples(self.train_examples, self.val_examples)
+        shared = count_shared_examples(self.train_examples, self.val_examples)
         if shared:
             self.notes.append(
                 f"warning: {shared} validation rows are also training rows; val_loss will be too low"
             )
         if self.config.training.train_on != "response":
             return  # no label shows where a question ends
-        shared_prompts = shared_questions(self.train_examples, self.val_examples)
+        shared_prompts = count_shared_prompts(self.train_examples, self.val_examples)
         if shared_prompts > shared:
             self.notes.append(
                 f"warning: {shared_prompts} validation rows have a question of a training row; "

@@ -60,7 +60,7 @@ EXPRESSIBLE = {
 
 
 def scrambled(model: torch.nn.Module) -> torch.nn.Module:
-    """Every weight, norms and biases included, far from its initial value."""
+    """The model with random weights, norms and biases too, far from their initial values."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
@@ -84,7 +84,7 @@ def largest_difference(ours: Decoder, theirs: torch.nn.Module, ids: torch.Tensor
     return (expected - actual).abs().max().item()
 
 
-# --- ours becomes theirs ----------------------------------------------------------------------------------------------
+# --- to Hugging Face ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("architecture", "settings"), EXPRESSIBLE.values(), ids=EXPRESSIBLE)
@@ -96,7 +96,7 @@ def test_exported_model_gives_the_same_logits(architecture, settings, ids):
 
 
 def greedy(model: Decoder, ids: torch.Tensor, n_new: int) -> torch.Tensor:
-    """The `n_new` most probable tokens after `ids`, one after another, each read into the cache."""
+    """`n_new` tokens after `ids`, generated greedily with the cache."""
     cache, found = model.new_cache(ids.size(0)), ids
     with torch.no_grad():
         for _ in range(n_new):
@@ -108,8 +108,8 @@ def greedy(model: Decoder, ids: torch.Tensor, n_new: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     "key", ["llama, grouped heads", "mistral", "qwen2", "qwen2, window", "qwen3", "mixtral", "gpt2"]
 )
-def test_exported_model_writes_the_same_text_from_its_cache(key, ids):
-    """Both caches, ours and transformers', hold a window's last positions only: 8 tokens of prompt and 20 more go past every one."""
+def test_exported_model_generates_the_same_text_from_its_cache(key, ids):
+    """Both caches keep only the last positions of a window: 8 prompt tokens and 20 more exceed every window."""
     model = random_decoder(EXPRESSIBLE[key][1])
     theirs = conversion.to_hf(model).generate(
         ids[:, :8], max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None
@@ -120,8 +120,8 @@ def test_exported_model_writes_the_same_text_from_its_cache(key, ids):
 @pytest.mark.parametrize(
     "settings", [settings for _, settings in EXPRESSIBLE.values()], ids=EXPRESSIBLE
 )
-def test_round_trip_gives_back_settings_and_every_bit_of_the_weights(settings):
-    """Copying, joining, splitting and transposing do no arithmetic, so nothing may change."""
+def test_round_trip_keeps_settings_and_every_bit_of_the_weights(settings):
+    """Copying, stacking, splitting and transposing do no arithmetic, so no bit may change."""
     model = random_decoder(settings)
     back = conversion.from_hf(conversion.to_hf(model))
     assert set(back.state_dict()) == set(model.state_dict())
@@ -141,7 +141,7 @@ def test_a_tied_head_stays_tied_both_ways():
     "key", ["llama", "mistral", "qwen2", "qwen2, window", "qwen3", "mixtral", "gpt2"]
 )
 def test_saved_folder_gives_the_same_logits_after_transformers_reads_it(key, ids, tmp_path):
-    """transformers renames weights on their way to the disk (Mixtral's experts); the reader must find all of them."""
+    """transformers renames weights when it saves them (Mixtral's experts); the reader must find all of them."""
     model = random_decoder(EXPRESSIBLE[key][1])
     conversion.to_hf(model).save_pretrained(tmp_path)
     assert (
@@ -152,7 +152,7 @@ def test_saved_folder_gives_the_same_logits_after_transformers_reads_it(key, ids
 
 @pytest.mark.parametrize("key", ["llama", "mistral", "qwen2", "qwen3", "mixtral"])
 def test_config_json_has_rope_theta_for_old_readers_and_rope_parameters_for_new_ones(key, tmp_path):
-    """transformers 5 writes rope_parameters only; a reader that knows rope_theta would take its default of 10000."""
+    """transformers 5 writes only rope_parameters; a reader of rope_theta would use its default of 10000."""
     conversion.hf_config(
         ModelConfig(**SHAPE, **EXPRESSIBLE[key][1], rope_theta=777.0)
     ).save_pretrained(tmp_path)
@@ -161,13 +161,13 @@ def test_config_json_has_rope_theta_for_old_readers_and_rope_parameters_for_new_
     assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": 777.0}
 
 
-def test_config_json_claims_no_special_tokens():
+def test_config_json_has_no_special_tokens():
     """Llama's defaults, 1 and 2, are ordinary tokens of our tokenizers: generation would stop at the byte 0x02."""
     config = conversion.hf_config(ModelConfig(**SHAPE))
     assert (config.bos_token_id, config.eos_token_id) == (None, None)
 
 
-def test_dropout_goes_where_gpt2_has_it():
+def test_dropout_is_exported_to_gpt2():
     config = conversion.hf_config(
         ModelConfig(**SHAPE, **GPT2, attention_dropout=0.2, residual_dropout=0.3)
     )
@@ -179,7 +179,7 @@ def test_export_keeps_the_precision_of_the_weights():
     assert conversion.to_hf(model).lm_head.weight.dtype == torch.bfloat16
 
 
-# --- theirs becomes ours ----------------------------------------------------------------------------------------------
+# --- from Hugging Face ----------------------------------------------------------------------------------------------
 
 THEIR_SHAPE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32,
@@ -239,7 +239,7 @@ LLAMA3_SCALING = {
     ],
 )
 def test_imported_model_gives_the_same_logits(architecture, settings, ids):
-    """transformers' own defaults decide what we do not name: rms_norm_eps 1e-6, Mixtral's rope_theta of a million."""
+    """Settings that are not given are transformers' defaults: rms_norm_eps 1e-6, Mixtral's rope_theta of a million."""
     theirs = scrambled(
         transformers.AutoModelForCausalLM.from_config(THEIRS[architecture](**settings))
     )
@@ -309,12 +309,12 @@ def test_imported_gpt2_keeps_its_dropout():
         ),
     ],
 )
-def test_import_refuses_what_our_decoder_cannot_compute(config, words):
+def test_settings_that_our_decoder_cannot_compute_are_errors(config, words):
     with pytest.raises(UserError, match=words):
         conversion.our_config(config)
 
 
-# --- what no architecture says ----------------------------------------------------------------------------------------
+# --- unsupported settings ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_import_refuses_what_our_decoder_cannot_compute(config, words):
         (GPT2 | {"head_dim": 6}, "model.head_dim: 6 .* gpt2, has 8"),
     ],
 )
-def test_export_refuses_what_no_architecture_computes_and_names_the_setting(settings, words):
+def test_settings_that_no_architecture_computes_are_errors(settings, words):
     with pytest.raises(UserError, match=words):
         conversion.hf_config(ModelConfig(**SHAPE | settings))
     with pytest.raises(UserError, match=words):

@@ -1,4 +1,4 @@
-"""Checkpoints out to transformers and GGUF, and Hugging Face folders in: the same text, and nothing trusted (FAULTS: E14, H2, H3, H6).
+"""Export of checkpoints to transformers and GGUF, import of Hugging Face folders: the same text, no file trusted (FAULTS: E14, H2, H3, H6).
 
 The oracle is transformers, which reads what is written here. Weights are random and large (std 0.3), so that every token,
 matrix and setting matters; what a folder from a stranger may hold is written by hand.
@@ -117,7 +117,7 @@ def save(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[..., Pat
 
 
 def quick(cases: Iterable[str], *kept: str) -> list[Any]:
-    """The cases as parameters, of which all but `kept` are for the slow tier: each is fast, and they are many."""
+    """The cases as parameters; all but `kept` are in the slow tier, because there are many of them."""
     return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in cases]
 
 
@@ -125,7 +125,7 @@ PROMPT = "the model"
 
 
 def text_of_infer(ckpt: Path, capsys: pytest.CaptureFixture) -> tuple[str, list[int]]:
-    """What infer.py writes greedily after the prompt, and its tokens."""
+    """The text that infer.py generates greedily after the prompt, and its ids."""
     capsys.readouterr()
     assert (
         infer.main(
@@ -152,7 +152,7 @@ def text_of_infer(ckpt: Path, capsys: pytest.CaptureFixture) -> tuple[str, list[
 def text_of_transformers(
     folder: Path, tokenizer_class: str = "AutoTokenizer", **gguf: Any
 ) -> tuple[str, list[int]]:
-    """What transformers writes greedily after the prompt, with the tokenizer and the generation settings that were exported."""
+    """The text that transformers generates greedily after the prompt, with the exported tokenizer and generation settings."""
     file = {"gguf_file": gguf["gguf_file"]} if gguf else {}
     tokenizer = getattr(transformers, tokenizer_class).from_pretrained(folder, **file)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **gguf)
@@ -179,8 +179,8 @@ EXPRESSIBLE = {
 @pytest.mark.parametrize(
     "name", quick(EXPRESSIBLE, "llama", "llama, more rows than tokens", "qwen2", "gpt2")
 )
-def test_an_exported_folder_writes_the_text_that_infer_writes(name, save, tmp_path, capsys):
-    """The same tokens too, to the end; the rows of an embedding that stand for no token are never chosen."""
+def test_an_exported_folder_generates_the_text_of_infer(name, save, tmp_path, capsys):
+    """The same ids too, to the end; rows of the embedding without a token are never sampled."""
     path = save(**EXPRESSIBLE[name])
     written = export_hf(path, tmp_path / "out")
     assert (written.path, written.model_type) == (tmp_path / "out", name.partition(",")[0])
@@ -193,7 +193,7 @@ def test_an_exported_folder_writes_the_text_that_infer_writes(name, save, tmp_pa
 
 
 def test_the_card_of_a_qwen2_names_the_class_that_reads_its_tokenizer(save, bpe, tmp_path):
-    """transformers 5 gives every Qwen2 the words of Qwen2, in which each digit stands alone; our 12345 is one token."""
+    """transformers 5 splits text for every Qwen2 into Qwen2's words, in which each digit is one word; our 12345 is one token."""
     export_hf(save(bias="qkv"), tmp_path / "out")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] != bpe(
         "gpt2"
@@ -214,7 +214,7 @@ def test_the_card_of_a_qwen2_names_the_class_that_reads_its_tokenizer(save, bpe,
         CharTokenizer(TEXT[:60], unknown="unk"),
     ],
 )
-def test_a_model_of_bytes_or_characters_writes_the_same_text_there(
+def test_a_byte_or_character_model_generates_the_same_text_in_transformers(
     tokenizer, save, tmp_path, capsys
 ):
     path = save(tokenizer)
@@ -222,8 +222,8 @@ def test_a_model_of_bytes_or_characters_writes_the_same_text_there(
     assert text_of_transformers(tmp_path / "out") == text_of_infer(path, capsys)
 
 
-def test_the_folder_says_what_the_model_is(save, tmp_path):
-    """No token is claimed to end or fill a text but the tokenizer's own; older readers find rope_theta and a class they know."""
+def test_the_folder_describes_the_model(save, tmp_path):
+    """Only the tokenizer's own tokens end or pad a text; older readers find rope_theta and a class that they know."""
     data = {"dataset": "owner/texts", "template": "plain"}
     path = save(
         stage="sft",
@@ -288,7 +288,7 @@ def test_the_example_in_the_model_card_runs(save, tmp_path, monkeypatch, capsys)
         assert capsys.readouterr().out.strip()
 
 
-def test_a_path_of_the_own_machine_is_not_in_the_model_card(save, tmp_path):
+def test_the_model_card_has_no_path_of_this_machine(save, tmp_path):
     export_hf(
         save(config={"data": {"dataset": str(tmp_path / "mine.txt")}}, stage="pretrain"),
         tmp_path / "out",
@@ -310,15 +310,15 @@ def test_a_path_of_the_own_machine_is_not_in_the_model_card(save, tmp_path):
         ),
     ],
 )
-def test_sampling_settings_are_those_of_transformers(sampling, expected):
-    """It refuses to save a temperature without sampling, so those settings are there only where they have a part."""
+def test_sampling_settings_are_translated_to_transformers(sampling, expected):
+    """transformers refuses to save a temperature without sampling, so these settings exist only if they are used."""
     found = sampling_settings(Config.model_validate({"sampling": sampling}).sampling)
     assert expected.items() <= found.items()
     assert found["do_sample"] or "temperature" not in found
 
 
-def test_without_padding_of_its_own_no_row_is_called_padding(save, bpe, tmp_path):
-    """transformers keeps the gradient of the row `pad_token_id` at zero: for the EOS that also pads it would never be learned again."""
+def test_without_a_padding_token_no_padding_id_is_exported(save, bpe, tmp_path):
+    """transformers keeps the gradient of row `pad_token_id` at zero: an EOS that also pads would never be trained again."""
     plain = bpe("gpt2").to_plain() | {"pad": None}
     export_hf(save(tokenizer_from_plain(plain)), tmp_path / "out")
     assert (
@@ -327,8 +327,8 @@ def test_without_padding_of_its_own_no_row_is_called_padding(save, bpe, tmp_path
     )
 
 
-def test_a_tokenizer_that_opens_texts_with_a_token_does_not_in_the_export(save, bpe, tmp_path):
-    """Training never showed the model such a token: what infer.py does with a prompt is what the export must do."""
+def test_a_token_that_a_tokenizer_adds_to_texts_is_not_added_in_the_export(save, bpe, tmp_path):
+    """The model was not trained with such a token; the export must encode a prompt as infer.py does."""
     plain = bpe("gpt2").to_plain()
     description = json.loads(plain["tokenizer_json"])
     bos = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
@@ -345,7 +345,7 @@ def test_a_tokenizer_that_opens_texts_with_a_token_does_not_in_the_export(save, 
 
 @settings(deadline=None, max_examples=50)
 @given(st.text())
-def test_bytes_are_the_same_ids_and_text_in_the_other_library(text):
+def test_bytes_have_the_same_ids_and_text_in_tokenizers(text):
     tokenizer = ByteTokenizer()
     backend = backend_of(tokenizer)
     ids = (
@@ -359,15 +359,15 @@ def test_bytes_are_the_same_ids_and_text_in_the_other_library(text):
 
 @settings(deadline=None, max_examples=50)
 @given(st.text(alphabet="ab\r\n \u0301é🙂\0xyz"))
-def test_characters_are_the_same_ids_and_text_in_the_other_library(text):
-    """A combining accent is a character by itself, and so are both halves of a line end; what is not known is <|unk|>."""
+def test_characters_have_the_same_ids_and_text_in_tokenizers(text):
+    """A combining accent is a character by itself, and so are \\r and \\n; an unknown character is <|unk|>."""
     tokenizer = CharTokenizer("ab\r\n \u0301é🙂\0", unknown="unk")
     backend = backend_of(tokenizer)
     assert backend.encode(text).ids == tokenizer.encode(text)
     assert backend.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
-def test_what_cannot_be_said_is_refused_and_leaves_nothing(save, tmp_path):
+def test_an_unsupported_setting_is_an_error_and_nothing_is_written(save, tmp_path):
     path = save(position="alibi")
     for write in (export_hf, export_gguf):
         with pytest.raises(
@@ -378,7 +378,7 @@ def test_what_cannot_be_said_is_refused_and_leaves_nothing(save, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_place_that_is_taken_is_refused_before_any_work(tmp_path):
+def test_an_existing_output_is_an_error_before_any_work(tmp_path):
     for work, name in ((export_hf, "out"), (export_gguf, "out.gguf"), (import_hf, "out.ckpt")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").touch()
@@ -386,8 +386,8 @@ def test_a_place_that_is_taken_is_refused_before_any_work(tmp_path):
             work(tmp_path / "none", tmp_path / name)
 
 
-def test_weights_that_went_wrong_on_the_way_are_found(save, tmp_path, monkeypatch):
-    """One number of one matrix is enough; what was written is removed."""
+def test_weights_that_are_exported_wrongly_are_found(save, tmp_path, monkeypatch):
+    """One wrong number in one matrix is enough; the files are removed."""
     path, write = save(), conversion.to_hf
 
     def swapped(model: Decoder) -> Any:
@@ -406,7 +406,7 @@ def test_weights_that_went_wrong_on_the_way_are_found(save, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(save, tmp_path, monkeypatch):
+def test_a_tokenizer_that_transformers_reads_differently_is_an_error(save, tmp_path, monkeypatch):
     path = save()
     other = backend_of(ByteTokenizer())
     monkeypatch.setattr("tinylm.interchange.hf_export.backend_of", lambda tokenizer: other)
@@ -418,7 +418,7 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(save, tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_said(save, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error(save, tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
     def full(*args: Any, **more: Any) -> None:
@@ -436,7 +436,7 @@ def test_a_full_disk_is_said(save, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_package_that_is_missing_is_named():
+def test_a_missing_package_is_named():
     with pytest.raises(
         UserError, match="ggufff: this package is needed and is not installed. pip install ggufff."
     ):
@@ -468,7 +468,7 @@ CONVERSATIONS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_the_chat_template_asks_as_training_did(name, conversation, save, tmp_path):
+def test_the_chat_template_renders_prompts_as_in_training(name, conversation, save, tmp_path):
     """`prompt_ids` is the definition; transformers renders our Jinja and encodes the text."""
     path = save(stage="sft", config={"data": {"template": name}})
     ours = checkpoint_load.load_model(path).tokenizer
@@ -489,7 +489,7 @@ def test_the_chat_template_asks_as_training_did(name, conversation, save, tmp_pa
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_a_token_that_opens_texts_opens_a_conversation_once(name, save, tmp_path):
+def test_a_bos_token_is_written_once_in_a_conversation(name, save, tmp_path):
     pretokenizer = Pretokenizer("gpt2", (*SPECIAL, "<s>"))
     opening = HFTokenizer(
         learn_bpe(text_chunks([TEXT]), 300, pretokenizer).backend(),
@@ -506,7 +506,7 @@ def test_a_token_that_opens_texts_opens_a_conversation_once(name, save, tmp_path
     assert found.count(opening.vocab_size - 1) == 1
 
 
-def test_bytes_end_an_answer_with_the_separator(save, tmp_path):
+def test_answers_of_a_byte_model_end_with_the_separator(save, tmp_path):
     path, ours = (
         save(ByteTokenizer(), stage="sft", config={"data": {"template": "instruction"}}),
         ByteTokenizer(),
@@ -533,7 +533,7 @@ OWN += """{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif 
 
 
 def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tmp_path):
-    """Tuned with the tokenizer's own template, a model ends its answers as that does; untuned, with the end of a text."""
+    """A model tuned with the tokenizer's own template ends its answers as that does; a base model ends with EOS."""
     export_hf(save(), tmp_path / "base")
     assert not (tmp_path / "base" / "chat_template.jinja").exists()
     own = tokenizer_from_plain(bpe("gpt2").to_plain() | {"chat_template": OWN})
@@ -554,8 +554,8 @@ def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tm
 # --- other checkpoints -------------------------------------------------------------------------------------------------
 
 
-def test_a_tuned_hugging_face_model_goes_out_as_it_is_and_as_gguf(save, tmp_path, capsys):
-    """Such a checkpoint holds transformers' own model (foreign.py), here a Llama; GGUF needs it as our decoder first."""
+def test_a_tuned_hugging_face_model_is_exported_as_it_is_and_as_gguf(save, tmp_path, capsys):
+    """Such a checkpoint has a model of transformers (HFModel), here a Llama; for GGUF it is converted to our decoder first."""
     path = save()
     payload = checkpoint_format.read(path)
     inner = conversion.to_hf(checkpoint_load.load_model(path).model)
@@ -591,8 +591,8 @@ IN_GGUF = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", quick(IN_GGUF, "llama", "qwen3, other heads", "gpt2"))
-def test_a_gguf_file_writes_the_text_that_infer_writes(name, save, tmp_path, capsys):
-    """Read back by transformers. What it does not read from the file, although it stands there, is said."""
+def test_a_gguf_file_generates_the_text_of_infer(name, save, tmp_path, capsys):
+    """Read back by transformers. Settings in the file that it does not read are in `needs`."""
     path = save(**IN_GGUF[name])
     written = export_gguf(path, tmp_path / "out.gguf")
     assert written.model_type == name.partition(",")[0]
@@ -606,15 +606,15 @@ def test_a_gguf_file_writes_the_text_that_infer_writes(name, save, tmp_path, cap
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.ckpt", "out.gguf"]
 
 
-def test_the_words_of_gpt4_have_a_name_in_gguf(save, bpe, tmp_path):
-    """There 12345 is 123 and 45, where GPT-2 has one word."""
+def test_the_word_pattern_of_gpt4_has_a_name_in_gguf(save, bpe, tmp_path):
+    """It splits 12345 into 123 and 45; GPT-2's makes it one word."""
     export_gguf(save(bpe("gpt4")), tmp_path / "out.gguf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="out.gguf")
     assert theirs(TEXT)["input_ids"] == bpe("gpt4").encode(TEXT) != bpe("gpt2").encode(TEXT)
 
 
-def test_both_formats_go_into_one_folder(save, tmp_path, capsys):
-    """The file is called as the checkpoint is, and transformers reads either."""
+def test_both_formats_can_be_written_into_one_folder(save, tmp_path, capsys):
+    """The file has the name of the checkpoint, and transformers reads either."""
     path, out = save(), tmp_path / "out"
     assert main(["export", str(path), str(out), "--format", "hf"]) == 0
     assert main(["export", str(path), str(out), "--format", "gguf"]) == 0
@@ -624,7 +624,7 @@ def test_both_formats_go_into_one_folder(save, tmp_path, capsys):
 
 
 def test_f16_halves_the_matrices_and_nothing_else(save, tmp_path):
-    """The logits are those of our decoder with its matrices rounded to 16 bits, checked by the export itself; norms keep 32."""
+    """The logits equal those of our decoder with its matrices rounded to 16 bits, as the export checks; norms keep 32."""
     from gguf import GGMLQuantizationType, GGUFReader
 
     path = save()
@@ -640,7 +640,7 @@ def test_f16_halves_the_matrices_and_nothing_else(save, tmp_path):
     )
 
 
-def test_a_number_that_16_bits_cannot_hold_is_named(save, tmp_path):
+def test_a_weight_that_overflows_in_16_bits_is_named(save, tmp_path):
     path = save()
     payload = checkpoint_format.read(path)
     weights = {name: weight.clone() for name, weight in payload["weights"].items()}
@@ -667,7 +667,7 @@ def test_a_number_that_16_bits_cannot_hold_is_named(save, tmp_path):
         ({"n_heads": 5, "head_dim": 8}, "model.d_model: 32 .*has 35"),
     ],
 )
-def test_what_gguf_has_no_place_for_is_refused_by_name(model, words, save, tmp_path):
+def test_a_setting_that_gguf_does_not_have_is_named(model, words, save, tmp_path):
     path = save(**model)
     with pytest.raises(UserError, match=words):
         export_gguf(path, tmp_path / "out.gguf")
@@ -675,7 +675,7 @@ def test_what_gguf_has_no_place_for_is_refused_by_name(model, words, save, tmp_p
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("ab", unknown="error")])
-def test_gguf_refuses_tokenizers_that_it_cannot_say(tokenizer):
+def test_gguf_supports_no_byte_or_character_tokenizer(tokenizer):
     with pytest.raises(
         UserError,
         match=f"tokenizer.kind: a tokenizer of kind {tokenizer.kind} is not supported in GGUF. Export with --format hf",
@@ -683,7 +683,7 @@ def test_gguf_refuses_tokenizers_that_it_cannot_say(tokenizer):
         vocabulary_of(tokenizer)
 
 
-def test_gguf_refuses_other_words_and_a_vocabulary_without_merges(bpe):
+def test_gguf_supports_no_other_word_pattern_and_no_vocabulary_without_merges(bpe):
     plain = bpe("gpt4").to_plain()
     description = json.loads(plain["tokenizer_json"])
     description["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+"
@@ -711,12 +711,12 @@ def test_special_tokens_are_marked_in_gguf(bpe):
     assert len(found.tokens) == bpe("gpt2").vocab_size
 
 
-def test_neighbours_rotate_as_halves_did():
-    """Llama in GGUF turns rows 2i and 2i + 1 together; ours are i and i + K/2. Two heads of four: 0 1 2 3 becomes 0 2 1 3 in each."""
+def test_neighbors_are_rotated_as_halves_were():
+    """Llama in GGUF rotates rows 2i and 2i + 1 together; ours rotates i and i + K/2. Two heads of four: 0 1 2 3 becomes 0 2 1 3 in each."""
     assert interleave_halves(torch.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-# --- Hugging Face folders in ------------------------------------------------------------------------------------------
+# --- import of Hugging Face folders ------------------------------------------------------------------------------------------
 
 THEIR_SHAPE = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -739,7 +739,7 @@ THEIRS = {
 
 @pytest.fixture
 def published(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[..., Path]:
-    """Saves a random model with its tokenizer as its authors would, by transformers alone."""
+    """Saves a random model with its tokenizer as its authors would, with transformers."""
 
     def write(
         name: str = "llama", *, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB"
@@ -762,9 +762,7 @@ def published(tmp_path: Path, bpe: Callable[[str], HFTokenizer]) -> Callable[...
 
 
 @pytest.mark.parametrize("name", quick(THEIRS, "llama, tied", "mixtral", "gpt2"))
-def test_an_imported_model_writes_the_text_that_transformers_writes(
-    name, published, tmp_path, capsys
-):
+def test_an_imported_model_generates_the_text_of_transformers(name, published, tmp_path, capsys):
     folder = published(name)
     imported = import_hf(str(folder), tmp_path / "in.ckpt")
     assert (imported.model_type, imported.stored_as) == (name.partition(",")[0], "F32")
@@ -778,7 +776,7 @@ def test_an_imported_model_writes_the_text_that_transformers_writes(
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_a_model_in_several_files_is_one_model(name, published, tmp_path):
+def test_a_sharded_model_is_imported(name, published, tmp_path):
     whole = checkpoint_load.load_model(
         import_hf(str(published(name)), tmp_path / "whole.ckpt").path
     )
@@ -806,7 +804,7 @@ def test_half_weights_become_fp32_with_the_same_values(dtype, name, published, t
 
 
 def test_older_files_are_read(published, tmp_path):
-    """GPT-2 on the hub has no `transformer.` before its names and holds its causal masks; a tied model may hold its head again."""
+    """GPT-2 on the hub has names without `transformer.` and its causal masks; a tied model may also have its head."""
     folder = published("gpt2")
     weights = {
         name.removeprefix("transformer."): weight
@@ -821,7 +819,7 @@ def test_older_files_are_read(published, tmp_path):
     assert import_hf(str(folder), tmp_path / "in.ckpt").difference < 1e-5
 
 
-def test_an_imported_checkpoint_is_described_and_says_what_to_type_next(
+def test_an_imported_checkpoint_is_described_and_the_next_command_is_printed(
     published, tmp_path, capsys
 ):
     folder = published()
@@ -867,8 +865,8 @@ def test_a_run_starts_from_an_imported_checkpoint_and_does_not_resume_it(
     )
 
 
-def test_an_exported_import_is_the_model_that_was_published(published, tmp_path):
-    """In and out again: every tensor has the same bits."""
+def test_an_exported_import_equals_the_published_model(published, tmp_path):
+    """After import and export every tensor has the same bits."""
     folder = published("qwen3")
     import_hf(str(folder), tmp_path / "in.ckpt")
     export_hf(tmp_path / "in.ckpt", tmp_path / "out")
@@ -883,7 +881,7 @@ def test_an_exported_import_is_the_model_that_was_published(published, tmp_path)
     )
 
 
-# --- what a stranger's folder may hold ---------------------------------------------------------------------------------
+# --- untrusted folders ---------------------------------------------------------------------------------
 
 
 def edit(file: Path, **values: Any) -> None:
@@ -894,7 +892,7 @@ def edit(file: Path, **values: Any) -> None:
 
 
 def reweight(folder: Path, **tensors: torch.Tensor | None) -> None:
-    """Put tensors in place of others, by name with `__` for a dot; None takes one out."""
+    """Replace tensors, by name with `__` for a dot; None removes one."""
     weights = load_file(folder / "model.safetensors") | {
         name.replace("__", "."): tensor for name, tensor in tensors.items()
     }
@@ -906,7 +904,7 @@ def reweight(folder: Path, **tensors: torch.Tensor | None) -> None:
 
 
 def with_header(folder: Path, header: Any, data: bytes = b"") -> None:
-    """A safetensors file with a header of one's own."""
+    """Write a safetensors file with this header."""
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
 
@@ -1058,10 +1056,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_strangers_folder_is_refused_in_one_line_and_nothing_is_written(
-    name, published, tmp_path
-):
-    """H2, H3, H6 and E14: the message names the file, and the tensor where there is one."""
+def test_a_bad_folder_is_one_error_line_and_nothing_is_written(name, published, tmp_path):
+    """H2, H3, H6 and E14: the message names the file, and the tensor if there is one."""
     folder = published()
     spoil, words = FAULTS[name]
     spoil(folder)
@@ -1073,7 +1069,7 @@ def test_a_strangers_folder_is_refused_in_one_line_and_nothing_is_written(
 
 
 def test_a_large_header_takes_no_memory(published, tmp_path, monkeypatch):
-    """A sparse file of 50 GB whose header claims 40: refused by its first eight bytes, before the library sees it."""
+    """A sparse file of 50 GB whose header should have 40: its first eight bytes are checked before the library opens it."""
     folder = published()
     with open(folder / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", 40 * 10**9))
@@ -1110,7 +1106,7 @@ def test_an_index_names_files_of_its_folder_only(place, words, published, tmp_pa
         import_hf(str(folder), tmp_path / "in.ckpt")
 
 
-def test_a_tensor_in_two_files_is_refused(published, tmp_path):
+def test_a_tensor_in_two_files_is_an_error(published, tmp_path):
     folder = published(max_shard_size="20KB")
     first, second = sorted(folder.glob("model-*"))[:2]
     name, tensor = next(iter(load_file(first).items()))
@@ -1121,7 +1117,7 @@ def test_a_tensor_in_two_files_is_refused(published, tmp_path):
         import_hf(str(folder), tmp_path / "in.ckpt")
 
 
-def test_a_head_that_is_not_the_embedding_is_refused(published, tmp_path):
+def test_a_tied_head_that_differs_from_the_embedding_is_an_error(published, tmp_path):
     folder = published("llama, tied")
     reweight(folder, lm_head__weight=torch.ones(300, 32))
     with pytest.raises(
@@ -1131,7 +1127,7 @@ def test_a_head_that_is_not_the_embedding_is_refused(published, tmp_path):
         import_hf(str(folder), tmp_path / "in.ckpt")
 
 
-def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused_with_both_numbers(
+def test_a_tokenizer_with_more_tokens_than_embedding_rows_is_an_error_with_both_numbers(
     published, bpe, tmp_path
 ):
     """E14."""
@@ -1148,7 +1144,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused_wit
 
 
 def test_logits_that_differ_from_transformers_stop_the_import(published, tmp_path, monkeypatch):
-    """As they would for a setting that a config has and no table here knows."""
+    """As they would for a setting in config.json that no table has."""
     read = conversion.from_weights
     monkeypatch.setattr(
         conversion,
@@ -1175,9 +1171,7 @@ def test_logits_that_differ_from_transformers_stop_the_import(published, tmp_pat
         ("/etc", "/etc: no config.json. Give the folder"),
     ],
 )
-def test_names_that_lead_elsewhere_are_refused_and_the_hub_is_not_asked(
-    name, words, tmp_path, monkeypatch
-):
+def test_invalid_names_are_errors_without_a_request_to_the_hub(name, words, tmp_path, monkeypatch):
     """H6."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hf_files, "require_hub", lambda *args: pytest.fail("the hub was asked"))
@@ -1195,10 +1189,10 @@ def test_a_name_on_the_hub_without_network_is_one_line(tmp_path, monkeypatch):
         import_hf("owner/name", tmp_path / "in.ckpt")
 
 
-def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched_and_links_in_its_cache_are_its_own(
+def test_config_json_is_checked_before_the_weights_are_downloaded_and_links_within_the_cache_are_allowed(
     published, tmp_path, monkeypatch
 ):
-    """The hub library's cache: snapshots/REVISION/FILE leads to blobs/HASH of the same model."""
+    """In the hub library's cache, snapshots/REVISION/FILE is a link to blobs/HASH of the same model."""
     folder = published()
     snapshot = tmp_path / "models--owner--name" / "snapshots" / "1a2b"
     blobs = snapshot.parents[1] / "blobs"
@@ -1226,7 +1220,7 @@ def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched_and_links_
 
 
 def ending_at(path: Path, place: int, capsys: pytest.CaptureFixture, eos_id: int) -> None:
-    """Change the model so that its greedy answer ends there: the token that stood there and EOS change their rows of the tied embedding."""
+    """Change the model so that its greedy answer ends there: the token at this place and EOS swap their rows of the tied embedding."""
     [*_, token] = text_of_infer(path, capsys)[1][: place + 1]
     stored = checkpoint_format.read(path)
     for name in ("embedding.weight", "head.weight"):
@@ -1241,8 +1235,8 @@ def ending_at(path: Path, place: int, capsys: pytest.CaptureFixture, eos_id: int
 @pytest.mark.parametrize(
     ("template", "ends"), [("instruction", True), ("alpaca", False), ("chatml", True)]
 )
-def test_an_answer_is_the_one_that_infer_gives(kind, template, ends, save, bpe, tmp_path, capsys):
-    """Asked by the chat template that was exported, transformers writes the same tokens, and ends where infer.py does."""
+def test_an_answer_equals_that_of_infer(kind, template, ends, save, bpe, tmp_path, capsys):
+    """With the exported chat template, transformers generates the same ids and ends where infer.py does."""
     path = save(stage="sft", config={"data": {"template": template}}, max_seq_len=200)
     if template == "instruction":  # the random model ends by itself in the words of ChatML
         ending_at(path, 7, capsys, bpe("gpt2").eos_id)
@@ -1262,7 +1256,7 @@ def test_an_answer_is_the_one_that_infer_gives(kind, template, ends, save, bpe, 
 
 
 def adapter_of(base: Path) -> Path:
-    """A checkpoint beside `base` that holds an adapter of it alone."""
+    """A checkpoint in the folder of `base` with an adapter of it."""
     stored, lora = checkpoint_format.read(base), LoraConfig(r=2)
     model = checkpoint_load.load_model(base).model
     generator = torch.Generator().manual_seed(2)
@@ -1285,7 +1279,7 @@ def adapter_of(base: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
-def test_a_merged_adapter_writes_the_text_that_infer_writes(kind, save, tmp_path, capsys):
+def test_a_merged_adapter_generates_the_text_of_infer(kind, save, tmp_path, capsys):
     base = save()
     path = adapter_of(base)
     assert (
@@ -1301,7 +1295,7 @@ def test_a_merged_adapter_writes_the_text_that_infer_writes(kind, save, tmp_path
 
 
 def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, capsys):
-    """Two files, no more, and the command says of which model; peft's logits with it are those of the merged checkpoint."""
+    """Exactly two files, and the command prints the base; peft's logits with it equal those of the merged checkpoint."""
     import peft
 
     base = save()
@@ -1339,7 +1333,7 @@ def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, capsys):
         (["adapter.ckpt", "a.ckpt"], "a.ckpt: already exists."),
     ],
 )
-def test_what_an_export_of_an_adapter_cannot_be_is_told(
+def test_unsupported_flags_for_adapters_are_errors(
     flags, words, save, tmp_path, capsys, monkeypatch
 ):
     adapter_of(save())
@@ -1353,7 +1347,7 @@ def test_what_an_export_of_an_adapter_cannot_be_is_told(
 # --- the commands ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_which_class_reads_the_tokenizer(save, tmp_path, capsys):
+def test_the_command_prints_which_class_reads_the_tokenizer(save, tmp_path, capsys):
     assert main(["export", str(save(bias="qkv")), str(tmp_path / "out"), "--format", "hf"]) == 0
     note, after = capsys.readouterr().err.splitlines()[1:]
     assert (
@@ -1364,7 +1358,7 @@ def test_the_command_says_which_class_reads_the_tokenizer(save, tmp_path, capsys
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
-def test_the_command_ends_with_the_path_and_says_what_to_type_next(
+def test_the_command_ends_with_the_path_and_the_next_command(
     kind, save, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -1382,7 +1376,7 @@ def test_the_command_ends_with_the_path_and_says_what_to_type_next(
     assert capsys.readouterr().out
 
 
-def test_floats_are_for_gguf(save, tmp_path, capsys):
+def test_floats_are_only_valid_for_gguf(save, tmp_path, capsys):
     assert (
         main(["export", str(save()), str(tmp_path / "out"), "--format", "hf", "--floats", "f16"])
         == 2
@@ -1393,9 +1387,7 @@ def test_floats_are_for_gguf(save, tmp_path, capsys):
     )
 
 
-def test_a_checkpoint_that_is_not_there_and_a_name_that_is_no_checkpoint_are_told(
-    save, tmp_path, capsys
-):
+def test_a_missing_checkpoint_and_an_invalid_name_are_errors(save, tmp_path, capsys):
     assert (
         main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out"), "--format", "hf"]) == 2
     )

@@ -1,4 +1,4 @@
-"""A dataset of the hub, streamed over a network that drops, stalls and refuses (FAULTS: E1, E10, E11).
+"""A dataset on the hub, streamed over a network that drops, stalls and refuses connections (FAULTS: E1, E10, E11).
 
 The hub is played by a server on this machine: the few routes that `datasets` asks for a dataset without code. Everything
 between our `train_documents` and the socket is the libraries' own, their retries too; only their pauses are shortened.
@@ -39,20 +39,20 @@ from training.tokenizer import tokenizer_for
 SEED = 1
 COMMIT = "c" * 40
 DATASET = DataConfig(dataset="owner/name", streaming=True, val_fraction=1e-9)
-# What can go wrong with a request for a file: a status, the connection cut, or cut or silent behind so many bytes.
+# Faults of a request for a file: an HTTP status, a dropped connection, or one that drops or stalls after N bytes.
 Fault = int | tuple[str, int]
 FOREVER = 500
 
 
 @dataclass
 class Hub:
-    """The files of one dataset, what is to go wrong with the next requests for each, and what was asked and said."""
+    """The files of one dataset, the faults of the next requests for each, and a record of requests and log lines."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
-    """what the libraries logged"""
+    """log lines of the libraries"""
 
     def listed(self, path: str) -> dict[str, Any]:
         return {
@@ -64,7 +64,7 @@ class Hub:
 
 
 def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    """What answers for `hub`."""
+    """The request handler of `hub`."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -126,7 +126,7 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def answer(
             self, status: int, body: bytes, headers: dict[str, str], *, sent: int | None = None
         ) -> None:
-            """A whole answer, or the first `sent` bytes of its body."""
+            """Send a whole response, or the first `sent` bytes of its body."""
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(body))}).items():
                 self.send_header(name, value)
@@ -169,7 +169,7 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
 
 class Heard(logging.Handler):
-    """Keeps what is logged."""
+    """Keeps log lines."""
 
     def __init__(self, said: list[str]):
         super().__init__()
@@ -181,7 +181,7 @@ class Heard(logging.Handler):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub on this machine, which the libraries take for the real one; they wait 10 ms where they would wait seconds."""
+    """A local hub that the libraries use as the real one; they wait 10 ms instead of seconds."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(hub))
     server.daemon_threads = True
@@ -239,7 +239,7 @@ KINDS: dict[str, Callable[[list[str]], bytes]] = {
     "json.gz": lambda documents: gzip.compress(jsonl(documents)),
     "parquet": parquet,
 }
-# What a network does has nothing to do with the kind of file, or so the slow tier makes sure.
+# Network faults do not depend on the kind of file; the slow tier makes sure.
 ONE_KIND = [
     "jsonl",
     *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "jsonl"),
@@ -248,7 +248,7 @@ FIRST, SECOND = texts(0, 100), texts(100, 200)
 
 
 def fill(hub: Hub, kind: str) -> str:
-    """Two files of a hundred documents each; the name of the second, which is not looked at before the first is read."""
+    """Add two files of a hundred documents each; returns the name of the second, which is not opened before the first is read."""
     hub.files |= {
         f"train-{i}.{kind}": KINDS[kind](documents) for i, documents in enumerate((FIRST, SECOND))
     }
@@ -257,7 +257,7 @@ def fill(hub: Hub, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_dataset_of_the_hub_is_read_in_its_order(hub, kind, streaming):
+def test_a_dataset_on_the_hub_is_read_in_order(hub, kind, streaming):
     fill(hub, kind)
     assert (
         list(train_documents(DATASET.model_copy(update={"streaming": streaming}), SEED))
@@ -279,8 +279,8 @@ WAYS: list[list[Fault]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ONE_KIND)
 @pytest.mark.parametrize("faults", WAYS, ids=str)
-def test_a_network_that_recovers_costs_no_row_and_repeats_none(hub, kind, faults):
-    """E11: the library tries again, says so each time, and the documents are those of a calm network."""
+def test_after_a_network_fault_no_row_is_lost_or_repeated(hub, kind, faults):
+    """E11: the library retries and logs each time, and the documents equal those without faults."""
     name = fill(hub, kind)
     hub.faults[name] = list(faults)
     assert list(train_documents(DATASET, SEED)) == FIRST + SECOND
@@ -299,10 +299,10 @@ def test_a_network_that_recovers_costs_no_row_and_repeats_none(hub, kind, faults
         ),  # 20 times 6 requests, each of 2 libraries tries its own number of times
     ],
 )
-def test_a_network_that_does_not_recover_is_one_line_and_a_resumed_stream_goes_on(
+def test_a_permanent_network_fault_is_one_line_and_the_stream_can_be_resumed(
     hub, kind, fault, words
 ):
-    """E11: the documents before the failure are the first ones; with the network back, the rest follows, each once."""
+    """E11: the documents before the failure are the first ones; after it, the rest follows, each once."""
     name = fill(hub, kind)
     hub.faults[name] = [fault] * FOREVER
     seen: list[str] = []
@@ -329,8 +329,8 @@ def test_a_network_that_does_not_recover_is_one_line_and_a_resumed_stream_goes_o
     ids=["cut line", "no json", "cut gz", "cut parquet"],
 )
 @pytest.mark.parametrize("first", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_a_damaged_file_of_the_hub_is_one_line(hub, kind, damaged, first):
-    """E1, E10: also where it is the file from which the library learns the columns."""
+def test_a_damaged_file_on_the_hub_is_one_line(hub, kind, damaged, first):
+    """E1, E10: also if it is the file from which the library reads the columns."""
     name = fill(hub, kind)
     hub.files[name.replace("-1", "-0") if first else name] = damaged
     with pytest.raises(UserError) as caught:
@@ -349,7 +349,7 @@ def test_a_name_that_the_hub_does_not_have_is_one_line(hub):
 
 
 def test_a_char_tokenizer_learns_from_the_first_documents_of_a_stream(hub):
-    """The first file has no capital; the second one is not even asked for, as the eighth document is in the first."""
+    """The first file has no capital letters; the second is not requested, because the eighth document is in the first."""
     hub.files = {"train-0.jsonl": jsonl(FIRST), "train-1.jsonl": jsonl(["CAPITALS"])}
     tokenizer = tokenizer_for(
         TokenizerConfig(kind="char", unknown="unk", learn_docs=8), DATASET, SEED
@@ -363,7 +363,7 @@ def test_a_char_tokenizer_learns_from_the_first_documents_of_a_stream(hub):
 @pytest.mark.parametrize(
     ("kind", "settings"), [("char", {"unknown": "unk"}), ("bpe", {"vocab_size": 300})]
 )
-def test_a_stream_without_end_is_not_learned_from(hub, kind, settings):
+def test_a_tokenizer_needs_learn_docs_for_a_stream(hub, kind, settings):
     fill(hub, "jsonl")
     with pytest.raises(
         UserError,
@@ -373,8 +373,8 @@ def test_a_stream_without_end_is_not_learned_from(hub, kind, settings):
     assert hub.asked == []
 
 
-def test_the_rows_of_the_character_preset_can_be_looked_at(hub, capsys):
-    """configs/c4-char.yaml as it is, but for the name of the dataset and the window of rows, which two small files do not fill."""
+def test_the_rows_of_the_character_preset_can_be_shown(hub, capsys):
+    """configs/c4-char.yaml, except the name of the dataset and the shuffle window, which two small files do not fill."""
     fill(hub, "json.gz")
     preset = str(Path(__file__).parents[2] / "configs" / "c4-char.yaml")
     assert (
@@ -398,8 +398,8 @@ def test_the_rows_of_the_character_preset_can_be_looked_at(hub, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_loses_the_network_goes_on_where_it_stopped(hub, make_config, tmp_path, capsys):
-    """E11 from end to end: exit code 2 and one line when the second file cannot be had; with the network back, the losses of a calm run."""
+def test_a_run_that_loses_the_network_can_be_resumed(hub, make_config, tmp_path, capsys):
+    """E11 end to end: exit code 2 and one line if the second file cannot be downloaded; resumed, the losses equal those without faults."""
     name, short = "train-1.jsonl", [f"document {i}" for i in range(1200)]
     hub.files = {"train-0.jsonl": jsonl(short[:600]), name: jsonl(short[600:])}
     streamed = {
@@ -435,7 +435,7 @@ def test_a_run_that_loses_the_network_goes_on_where_it_stopped(hub, make_config,
     )
     hub.faults.clear()
     assert train.main(["--config", str(config)]) == 0
-    # Documents are encoded 256 at a time: those of the first file that are for training give two such batches, about 6500 tokens, 64 a step.
+    # Documents are encoded 256 at a time: the training documents of the first file are two such batches, about 6500 tokens, 64 a step.
     assert re.search(r"resuming .*/step-000(080|100).ckpt at step ", capsys.readouterr().err)
     for number, handler in before.items():
         signal.signal(number, handler)

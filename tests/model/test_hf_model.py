@@ -1,4 +1,4 @@
-"""Hugging Face models behind our interface: the numbers are transformers' own, and files from strangers are checked (FAULTS: E14, H2, H3, H6)."""
+"""Hugging Face models with our interface: the numbers are transformers' own, and untrusted files are checked (FAULTS: E14, H2, H3, H6)."""
 
 import json
 import struct
@@ -51,7 +51,7 @@ def random_model(kind: str, **settings: Any) -> transformers.PreTrainedModel:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A saved llama, for what is done to its files."""
+    """A saved llama, whose files the tests change."""
     random_model("llama").save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
 
@@ -65,10 +65,10 @@ def ids() -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_sizes_and_cache_are_those_of_the_model(
+def test_logits_sizes_and_cache_equal_those_of_transformers(
     kind: str, ids: Tensor, tmp_path: Path
 ) -> None:
-    """Read from disk; all at once, and in pieces of 7, 1 and 12 through the cache, whose rows were put in another order."""
+    """Read from disk; all at once, and in parts of 7, 1 and 12 through the cache, whose rows were reordered."""
     theirs = random_model(kind)
     theirs.save_pretrained(tmp_path)
     model = find_hf_model(str(tmp_path)).load().eval()
@@ -93,7 +93,7 @@ def test_logits_sizes_and_cache_are_those_of_the_model(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_text_is_that_of_generate(kind: str) -> None:
+def test_greedy_text_equals_that_of_generate(kind: str) -> None:
     """The oracle is transformers' own decoding; 30 tokens from 6."""
     theirs = random_model(kind)
     prompt = torch.tensor([[84, 104, 101, 32, 99, 97]])
@@ -115,7 +115,7 @@ def test_greedy_text_is_that_of_generate(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_of_a_packed_row_do_not_see_each_other(kind: str, ids: Tensor) -> None:
-    """Each document gives what it gives alone, also one of a single token, and past a sliding window of 5."""
+    """Each document gives the same output as alone, also one of a single token, and beyond a sliding window of 5."""
     model = HFModel(random_model(kind)).eval()
     documents = torch.tensor([[0] * 9 + [1] * 1 + [2] * 10]).expand(3, -1)
     with torch.no_grad():
@@ -131,10 +131,10 @@ def test_documents_of_a_packed_row_do_not_see_each_other(kind: str, ids: Tensor)
     assert not model.training
 
 
-def test_a_model_that_mixes_documents_is_refused_for_packed_rows(
+def test_a_model_that_mixes_documents_cannot_train_on_packed_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As one whose attention knows nothing of positions would."""
+    """A model whose attention ignores positions would mix them."""
     model = HFModel(random_model("llama"))
     alone = model.features
     monkeypatch.setattr(model, "features", lambda ids, document_ids=None: alone(ids))
@@ -145,8 +145,8 @@ def test_a_model_that_mixes_documents_is_refused_for_packed_rows(
         check_packing(model)
 
 
-def test_what_a_checkpoint_holds_is_enough(ids: Tensor) -> None:
-    """Settings as text and weights by name; tied weights are one again."""
+def test_a_checkpoint_has_all_that_is_needed_to_rebuild_the_model(ids: Tensor) -> None:
+    """Settings as text and weights by name; tied weights are tied again."""
     for kind in KINDS:
         model = HFModel(random_model(kind)).eval()
         again = rebuild_hf_model(
@@ -162,7 +162,7 @@ def test_what_a_checkpoint_holds_is_enough(ids: Tensor) -> None:
 
 
 def test_misuse_is_an_error() -> None:
-    """As in our decoder: more positions than there are, and a cache beside documents."""
+    """As in our decoder: more positions than max_seq_len, and a cache together with document_ids."""
     model = HFModel(random_model("llama"))
     with pytest.raises(ValueError, match="65 positions are more than max_seq_len"):
         model(torch.zeros(1, 65, dtype=torch.long))
@@ -177,8 +177,8 @@ def test_misuse_is_an_error() -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_files_as_published_models_have_them(tmp_path: Path, ids: Tensor) -> None:
-    """bf16, in shards with an index, and GPT-2's old names without their first part; the model is fp32."""
+def test_published_layouts_of_files_are_read(tmp_path: Path, ids: Tensor) -> None:
+    """bf16, shards with an index, and GPT-2's old names without their first part; the model is fp32."""
     theirs = random_model("gpt2").to(torch.bfloat16)
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
@@ -234,7 +234,7 @@ def header(text: str, length: int | None = None) -> Callable[[Path], None]:
 
 
 def index_with(name: str) -> Callable[[Path], None]:
-    """An index in place of the file, which names this shard."""
+    """Replaces the file by an index that names this shard."""
 
     def act(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "model-1.safetensors")
@@ -248,7 +248,7 @@ def index_with(name: str) -> Callable[[Path], None]:
 NORM = "model.norm.weight"
 FAULTS = {
     "a header of 2^62 bytes": (header("{}", 2**62), "model.safetensors: not valid safetensors: "),
-    "a header that is no JSON": (header("{"), "model.safetensors: not valid safetensors: "),
+    "a header that is not JSON": (header("{"), "model.safetensors: not valid safetensors: "),
     "overlapping tensors": (
         header(
             '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
@@ -302,7 +302,7 @@ FAULTS = {
         "config.json: transformers cannot read it: ",
     ),
     "no architecture": (config_with(model_type=None), "config.json: transformers cannot read it: "),
-    "an encoder-decoder without a start": (
+    "an encoder-decoder without a start id": (
         config_with(model_type="t5"),
         "config.json: decoder_start_token_id: missing; an encoder-decoder needs it.",
     ),
@@ -356,8 +356,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_bad_file_is_named_and_nothing_is_taken(name: str, folder: Path) -> None:
-    """H2, H3: one error that names file and tensor or key; memory is bounded, since a meta model is compared before weights are made."""
+def test_a_bad_file_is_an_error_that_names_it(name: str, folder: Path) -> None:
+    """H2, H3: one error that names the file and the tensor or key; memory is bounded, because a meta model is compared first."""
     change, words = FAULTS[name]
     change(folder)
     with pytest.raises(UserError) as error:
@@ -366,8 +366,8 @@ def test_a_bad_file_is_named_and_nothing_is_taken(name: str, folder: Path) -> No
     assert str(folder) in str(error.value)
 
 
-def test_scaled_logits_are_refused() -> None:
-    """The loss multiplies by the head's matrix alone; Granite divides the logits by logits_scaling afterwards."""
+def test_scaled_logits_are_an_error() -> None:
+    """The loss multiplies by the head's matrix only; Granite also divides the logits by logits_scaling."""
     model = HFModel(random_model("granite", intermediate_size=48, logits_scaling=8.0))
     with pytest.raises(
         UserError, match="the logits of a granite model are not hidden states times a matrix"
@@ -378,14 +378,14 @@ def test_scaled_logits_are_refused() -> None:
 @pytest.mark.parametrize(
     "name", ["../../etc", "/etc/passwd", "nowhere/at/all", "%2e%2e/x", "a\0b", "", "."]
 )
-def test_a_name_that_is_no_model_is_refused(name: str) -> None:
-    """H6: paths out of here, files, and what is no name at all."""
+def test_a_name_that_cannot_be_a_model_is_an_error(name: str) -> None:
+    """H6: paths out of this folder, files, and invalid names."""
     with pytest.raises(UserError, match="Give "):
         find_hf_model(name)
 
 
 def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that could be one, and no network."""
+    """A valid name, and no network."""
 
     def unreachable(where: object, fix: str) -> None:
         raise UserError(where, "cannot be reached", fix)

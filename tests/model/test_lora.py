@@ -1,4 +1,4 @@
-"""Adapters: what is trained, that the base stays as it is, and that merged, separate and peft's own adapters agree (FAULTS: B14, D8)."""
+"""Adapters: which weights are trained, that the base is unchanged, and that merged, separate and peft's own adapters agree (FAULTS: B14, D8)."""
 
 import importlib.util
 import sys
@@ -73,8 +73,8 @@ MODELS = {
 }
 
 
-def stirred(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Adapters as after training: B is not zero any more. They are put into the model and given back."""
+def randomize_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Random adapters, as after training: B is not zero. They are put into the model and returned."""
     generator = torch.Generator().manual_seed(1)
     made = {
         name: 0.3 * torch.randn(weight.shape, generator=generator)
@@ -91,15 +91,15 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_merged_and_separate_adapters_give_the_same_logits_and_switched_off_ones_the_base(
+def test_merged_and_separate_adapters_give_the_same_logits_and_disabled_ones_the_base(
     name: str,
 ) -> None:
-    """D8: off equals the base to the last bit, new adapters (B = 0) too; merged equals separate up to rounding, and both differ from the base."""
+    """D8: disabled adapters equal the base exactly, and so do new ones (B = 0); merged equals separate up to rounding, and both differ from the base."""
     base, model, merged = (MODELS[name]() for _ in range(3))
     before = logits(base)
     attach(model, LORA, seed=0)
     assert torch.equal(logits(model), before)
-    weights = stirred(model)
+    weights = randomize_adapters(model)
     separate = logits(model)
     assert (separate - before).abs().max() > 0.1
     with adapters_off(model):
@@ -110,11 +110,11 @@ def test_merged_and_separate_adapters_give_the_same_logits_and_switched_off_ones
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_only_adapters_are_trained_and_the_base_stays_bitwise(name: str) -> None:
-    """A step of AdamW with decay moves A and B; every weight of the base has the bits it had."""
+def test_only_adapters_are_trained_and_the_base_is_unchanged_to_the_last_bit(name: str) -> None:
+    """A step of AdamW with weight decay changes A and B, and no weight of the base."""
     model, base = MODELS[name](), MODELS[name]()
     attach(model, LORA, seed=0)
-    stirred(model)
+    randomize_adapters(model)
     before = {key: weight.clone() for key, weight in model.state_dict().items()}
     optimizer = make_optimizer(model, TrainingConfig(lr=1e-2), fused=True)
     held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
@@ -132,8 +132,8 @@ def test_only_adapters_are_trained_and_the_base_stays_bitwise(name: str) -> None
         assert torch.equal(logits(model), logits(base))
 
 
-def test_the_matrices_begin_by_the_seed_alone() -> None:
-    """Whatever was drawn before; another seed gives others."""
+def test_initial_adapters_depend_on_the_seed_alone() -> None:
+    """Not on random numbers drawn before; another seed gives other values."""
     made = []
     for seed in (0, 0, 1):
         model = ours()
@@ -153,7 +153,7 @@ def test_the_matrices_begin_by_the_seed_alone() -> None:
     ],
 )
 def test_the_defaults_fit_each_architecture(name: str, expected: tuple[str, ...]) -> None:
-    """Attention and feed-forward, never the head; a mixture's experts are no modules, and its router is left alone."""
+    """Attention and feed-forward, never the head; a mixture's experts are not modules, and its router is not a default target."""
     model = MODELS[name]()
     assert default_targets(model) == expected
     layers = target_layers(model, LORA)
@@ -194,8 +194,10 @@ def test_the_defaults_fit_each_architecture(name: str, expected: tuple[str, ...]
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(name: str, settings: dict[str, Any], words: str) -> None:
-    """D8: the head's matrix is taken by the loss and not through the module, so an adapter on it would be left out unseen."""
+def test_targets_and_ranks_that_do_not_fit_are_errors(
+    name: str, settings: dict[str, Any], words: str
+) -> None:
+    """D8: the loss uses the head's matrix, not the module, so an adapter on it would be ignored."""
     with pytest.raises(UserError) as error:
         attach(MODELS[name](), LoraConfig(**settings), seed=0)
     assert words in str(error.value)
@@ -211,7 +213,7 @@ def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 def test_merging_needs_no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What infer.py does with an adapter of our own decoder starts in a second instead of five."""
+    """So infer.py with an adapter of our decoder starts in one second instead of five."""
     weights = {
         "blocks.0.attention.qkv.lora_A.weight": torch.ones(1, 32),
         "blocks.0.attention.qkv.lora_B.weight": torch.ones(96, 1),
@@ -224,7 +226,7 @@ def test_merging_needs_no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_adapters_of_another_shape_are_not_loaded() -> None:
-    """A caller's mistake: the settings were not compared."""
+    """A caller's mistake: it must compare the settings first."""
     model, other = ours(), ours()
     attach(model, LORA, seed=0)
     attach(other, LoraConfig(r=2), seed=0)

@@ -1,4 +1,4 @@
-"""Encoder-decoders, T5 and its like: losses, texts and adapters are those of transformers, by the programs that others use too."""
+"""Encoder-decoders such as T5: losses, texts and adapters equal those of transformers, with the programs that other models use."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ from tinylm.tokenizer.pretokenize import CHARACTER_OF_BYTE
 from tinylm.tokens.packing import IGNORE_INDEX
 
 EOS, PAD = 256, 257
-# The first T5, whose head is the embedding and whose logits are scaled; v1.1 and FLAN, whose head is its own; another family.
+# The first T5, whose head is the embedding and whose logits are scaled; v1.1 and FLAN, with a head of their own; another family.
 KINDS: dict[str, dict[str, Any]] = {
     "t5": {"model_type": "t5", "d_kv": 8, "num_heads": 4, "num_layers": 2, "feed_forward_proj": "relu"},
     "flan": {"model_type": "t5", "d_kv": 6, "num_heads": 4, "num_layers": 2, "feed_forward_proj": "gated-gelu",
@@ -82,7 +82,7 @@ def random_model(kind: str, **more: Any) -> Any:
 
 
 def save(folder: Path, kind: str, **more: Any) -> None:
-    """The model and a tokenizer of bytes, as a folder of Hugging Face; the tokenizer closes what it is given, as T5's does."""
+    """Save the model and a byte tokenizer as a Hugging Face folder; the tokenizer appends EOS, as T5's does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     random_model(kind, **more).save_pretrained(folder)
@@ -105,7 +105,7 @@ def save(folder: Path, kind: str, **more: Any) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of each kind, which nothing may change."""
+    """A folder with a model of each kind; tests must not change it."""
     folder = tmp_path_factory.mktemp("home")
     for kind in KINDS:
         save(folder / kind, kind)
@@ -124,7 +124,7 @@ def pair(request: pytest.FixtureRequest, home: Path) -> tuple[HFSeq2Seq, HFToken
 
 
 def rows() -> dict[str, torch.Tensor]:
-    """Padded rows as `ExampleBatches` makes them: prompts of 3 and 5 tokens, answers of 2 and 4 with their end, and a row of padding."""
+    """Padded rows as in training: prompts of 3 and 5 tokens, answers of 2 and 4 with EOS, and a row of padding."""
     full = [([10, 11, 12, 20, EOS], 3), ([30, 31, 32, 33, 34, 40, 41, 42, EOS], 5)]
     inputs, labels = torch.full((3, 10), PAD), torch.full((3, 10), IGNORE_INDEX)
     for row, (ids, n_prompt) in enumerate(full):
@@ -133,8 +133,8 @@ def rows() -> dict[str, torch.Tensor]:
     return {"input_ids": inputs, "labels": labels}
 
 
-def test_rows_become_what_each_side_reads(pair: Any) -> None:
-    """By hand: prompts closed by EOS, -100 behind a shorter one; the decoder begins with its start and is asked for answer and end."""
+def test_rows_are_split_into_inputs_of_encoder_and_decoder(pair: Any) -> None:
+    """By hand: prompts end with EOS, then -100 as padding; the decoder starts with its start id, and the labels are answer and EOS."""
     model, _ = pair
     batch = model.prepare_batch(rows())
     assert batch["prompt_ids"].tolist() == [
@@ -146,8 +146,8 @@ def test_rows_become_what_each_side_reads(pair: Any) -> None:
     assert batch["input_ids"][:2].tolist() == [[PAD, 20, EOS, EOS], [PAD, 40, 41, 42]]
 
 
-def test_the_loss_is_that_of_transformers(pair: Any) -> None:
-    """On the same batch, with its own shift of the labels and its own mask; the gradients agree as well, and so does what validation counts."""
+def test_the_loss_equals_that_of_transformers(pair: Any) -> None:
+    """On the same batch, with transformers' own label shift and mask; gradients and validation sums agree too."""
     model, _ = pair
     batch = model.prepare_batch(rows())
     real = batch["prompt_ids"] != IGNORE_INDEX
@@ -170,8 +170,8 @@ PROMPTS = ("the dog", "a", "Summarize this dialogue.\n\nIda: Is the library open
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_texts_are_those_of_transformers(pair: Any, prompt: str) -> None:
-    """Its `generate` on what its own tokenizer makes of the prompt; ours through the cache, and the tokens are equal, EOS too.
+def test_greedy_texts_equal_those_of_transformers(pair: Any, prompt: str) -> None:
+    """The oracle is `generate` on ids of its own tokenizer; ours uses the cache. All tokens are equal, EOS too.
 
     No pair of tokens twice: a random model would repeat one for ever, and little would be compared.
     """
@@ -193,7 +193,7 @@ def test_greedy_texts_are_those_of_transformers(pair: Any, prompt: str) -> None:
 
 
 def test_beams_and_samples_share_one_prompt(pair: Any) -> None:
-    """One beam is greedy; each sample is what it is alone; several beams find nothing less probable than greedy does."""
+    """One beam is greedy; each sample equals the one drawn alone; several beams find a text at least as probable as greedy."""
     model, tokenizer = pair
     engine = Engine(model, tokenizer)
     prompt = engine.encode_prompt("the dog")
@@ -215,8 +215,8 @@ def test_beams_and_samples_share_one_prompt(pair: Any) -> None:
     assert three[0].ids == engine.generate(prompt, SamplingConfig(max_new_tokens=6, seed=5))[0].ids
 
 
-def test_a_target_is_scored_by_the_decoder_alone(pair: Any) -> None:
-    """The sum of log p over the target's tokens by transformers' logits; pairs of unlike lengths, read together. A prompt has no perplexity."""
+def test_the_score_of_a_target_is_the_decoders(pair: Any) -> None:
+    """The sum of log p over the target's tokens by transformers' logits; pairs of different lengths in one batch. A prompt has no perplexity."""
     model, tokenizer = pair
     engine = Engine(model, tokenizer)
     texts = [("the dog", "barks"), ("a", "b"), ("a longer prompt than the others", " answer")]
@@ -233,8 +233,8 @@ def test_a_target_is_scored_by_the_decoder_alone(pair: Any) -> None:
         assert score.prompt_perplexity is None
 
 
-def test_more_is_written_than_the_positions_hold(home: Path) -> None:
-    """A context shift: the decoder reads the end of its text again, and the encoder the prompt. Texts that have ended leave the others alone."""
+def test_texts_can_be_longer_than_the_decoders_positions(home: Path) -> None:
+    """Context shift: the decoder reads the end of its text again, the encoder the prompt. Finished texts do not affect the others."""
     model, tokenizer = (
         find_hf_model(str(home / "t5")).load().eval(),
         load_hf_tokenizer(str(home / "t5")),
@@ -254,8 +254,8 @@ def test_more_is_written_than_the_positions_hold(home: Path) -> None:
 
 
 @torch.no_grad()
-def test_rows_that_are_kept_keep_their_prompt(pair: Any) -> None:
-    """Two prompts of unlike lengths behind one cache, of which the shorter one's row goes on, twice: its logits are those it has alone."""
+def test_selected_rows_of_a_cache_keep_their_prompt(pair: Any) -> None:
+    """Two prompts of different lengths in one cache; the row of the shorter one is kept twice, and its logits equal those alone."""
     model, _ = pair
     starts, extra = model.decoder_start([[1, 2, 3, 4, 5], [6, 7]])
     _, alone = model.decoder_start([[6, 7]])
@@ -267,14 +267,14 @@ def test_rows_that_are_kept_keep_their_prompt(pair: Any) -> None:
     assert torch.allclose(found, expected.expand_as(found), atol=1e-5)
 
 
-def test_what_an_encoder_cannot_do_is_a_callers_mistake(pair: Any) -> None:
+def test_misuse_of_an_encoder_decoder_is_a_value_error(pair: Any) -> None:
     model, _ = pair
     with pytest.raises(ValueError, match="an encoder-decoder reads one prompt a row"):
         model.features(torch.tensor([[1]]))
 
 
-def test_a_checkpoint_gives_the_model_back(pair: Any) -> None:
-    """Settings and weights as a checkpoint has them: equal weights and logits, and the head is tied or not as it was."""
+def test_a_checkpoint_rebuilds_the_model(pair: Any) -> None:
+    """From settings and weights as in a checkpoint: equal weights and logits, and the head is tied or not as before."""
     model, _ = pair
     again = rebuild_hf_model(model.settings, model.state_dict()).eval()
     batch = model.prepare_batch(rows())
@@ -291,8 +291,8 @@ def test_a_checkpoint_gives_the_model_back(pair: Any) -> None:
 
 
 @torch.no_grad()
-def test_adapters_merge_switch_off_and_fit_the_architecture(home: Path) -> None:
-    """D8: attention of both kinds and the feed-forward; merged equals separate, off equals the base to the last bit."""
+def test_adapters_merge_can_be_disabled_and_fit_the_architecture(home: Path) -> None:
+    """D8: self- and cross-attention and the feed-forward; merged equals separate, disabled equals the base exactly."""
     model, merged = (find_hf_model(str(home / "t5")).load().eval() for _ in range(2))
     assert default_targets(model) == ("k", "o", "q", "v", "wi", "wo")
     batch, lora = model.prepare_batch(rows()), LoraConfig(r=4)
@@ -347,10 +347,10 @@ def make(home: Path, tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, LORA], ids=["whole", "lora"])
-def test_a_run_learns_and_the_programs_read_what_it_wrote(
+def test_a_run_learns_and_all_programs_read_its_checkpoint(
     sections: dict, make: Any, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Fewer steps than the quick tier has time for would show no fall of the loss; ROUGE comes from the same code as for others."""
+    """Slow: with fewer steps the loss would not fall. ROUGE is computed by the same code as for other models."""
     assert finetune.main(["--config", str(make(**sections))]) == 0
     final = tmp_path / "checkpoints" / "final.ckpt"
     losses = [float.fromhex(loss) for loss in curve(tmp_path).values()]
@@ -400,10 +400,10 @@ def test_a_run_learns_and_the_programs_read_what_it_wrote(
     assert "rouge1" in capsys.readouterr().out
 
 
-def test_conversations_of_several_answers_are_told(
+def test_conversations_with_several_answers_are_logged(
     make: Any, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Three of the four training rows have two answers, and a decoder that reads one prompt can learn one of them."""
+    """Three of the four training rows have two answers, of which an encoder-decoder can learn one."""
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
     path = tmp_path / "rows.jsonl"
     path.write_text(
@@ -420,7 +420,7 @@ def test_conversations_of_several_answers_are_told(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, LORA], ids=["whole", "lora"])
-def test_a_stopped_run_goes_on_to_the_last_bit(sections: dict, make: Any, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_last_bit(sections: dict, make: Any, tmp_path: Path) -> None:
     """A12."""
     command = [
         "--config",
@@ -436,7 +436,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(sections: dict, make: Any, tmp_pa
     assert_same_run(tmp_path / "calm", tmp_path / "apart")
 
 
-def test_the_adapter_that_is_saved_is_pefts(make: Any, home: Path, tmp_path: Path) -> None:
+def test_plain_peft_loads_the_saved_adapter(make: Any, home: Path, tmp_path: Path) -> None:
     """Plain peft on plain transformers gives the logits of the merged model."""
     import peft
     import transformers
@@ -470,7 +470,7 @@ def test_the_adapter_that_is_saved_is_pefts(make: Any, home: Path, tmp_path: Pat
         ),
     ],
 )
-def test_what_does_not_go_with_an_encoder_is_refused_by_name(
+def test_unsupported_settings_of_an_encoder_decoder_are_errors(
     override: str, words: str, make: Any, capsys: Capture
 ) -> None:
     assert (
@@ -480,8 +480,8 @@ def test_what_does_not_go_with_an_encoder_is_refused_by_name(
     assert words in capsys.readouterr().err
 
 
-def test_plain_text_is_refused(make: Any, tmp_path: Path, capsys: Capture) -> None:
-    """Pretraining and its validation ask for the next token of a text, which an encoder-decoder does not predict."""
+def test_plain_text_is_not_supported(make: Any, tmp_path: Path, capsys: Capture) -> None:
+    """Pretraining and its validation need the next token of a text, which an encoder-decoder does not predict."""
     (tmp_path / "corpus.txt").write_text(
         "".join(f"a line of text, number {i}\n" for i in range(300)), encoding="utf-8"
     )
@@ -510,7 +510,7 @@ def test_plain_text_is_refused(make: Any, tmp_path: Path, capsys: Capture) -> No
     )
 
 
-def test_an_encoder_decoder_without_its_start_is_refused(tmp_path: Path) -> None:
+def test_an_encoder_decoder_without_a_start_id_is_an_error(tmp_path: Path) -> None:
     save(tmp_path / "t5", "t5", decoder_start_token_id=None)
     with pytest.raises(
         UserError,

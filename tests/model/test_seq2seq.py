@@ -413,7 +413,7 @@ def test_conversations_with_several_answers_are_logged(
     settings = {"task": None, "dataset": str(path), "val_dataset": str(path)}
     assert finetune.main(["--config", str(make(data=settings)), "training.max_steps=1"]) == 0
     assert (
-        "3 rows have more than one answer: an encoder-decoder learns the last, and reads the others"
+        "3 rows have more than one answer: an encoder-decoder learns the last one and reads the others"
         in capsys.readouterr().err
     )
 
@@ -458,11 +458,11 @@ def test_plain_peft_loads_the_saved_adapter(make: Any, home: Path, tmp_path: Pat
     [
         (
             "data.packing=packed",
-            "data.packing: packed puts several examples in a row, and training.init_from names an encoder-decoder (t5)",
+            "data.packing: packed puts several examples in a row, but an encoder-decoder reads one example at a time",
         ),
         (
             "training.train_on=all",
-            "training.train_on: all trains the questions too, and training.init_from names an encoder-decoder (t5)",
+            "training.train_on: all trains the questions too, but an encoder-decoder generates answers only",
         ),
         (
             "lora.target_modules=[qkv]",
@@ -496,7 +496,7 @@ def test_plain_text_is_not_supported(make: Any, tmp_path: Path, capsys: Capture)
     )
     assert train.main(["--config", config, "training.seq_len=32"]) == 2
     assert (
-        "training.init_from names an encoder-decoder (t5), which learns from questions and answers: python finetune.py"
+        "training.init_from: an encoder-decoder learns from questions and answers only"
         in capsys.readouterr().err
     )
     assert finetune.main(["--config", str(make()), "training.max_steps=1"]) == 0

@@ -54,34 +54,23 @@ PROGRAMS = (
 LONGEST_FILE = 500
 LONG_FILES = {"tinylm/model/decoder.py"}  # the model, whole, in one file
 # Exceptions that the house still has; each list must end empty.
-CIRCLES = {"data", "finetune", "model", "train", "training.callbacks", "training.preflight"}
-OUT_OF_ORDER = {
-    ("data", "train"),
-    ("data", "finetune"),
-}
-PROGRAMS_OF_PROGRAMS = {
-    ("finetune", "train"),
-    ("align", "finetune"),
-}
+CIRCLES: set[str] = set()
+OUT_OF_ORDER: set[tuple[str, str]] = set()
+PROGRAMS_OF_PROGRAMS: set[tuple[str, str]] = set()
 LATE_IMPORTS = {
-    "data: tinylm.rows.inspect",
     "training.preflight: tinylm.common.console",
     "training.preflight: tinylm.planning.memory_plan",
     "training.preflight: tinylm.planning.probes",
     "training.preflight: training.callbacks",
-    "data: train",
-    "data: finetune",
     "training.preflight: tinylm.model.decoder",
     "training.preflight: tinylm.runs.plots",
     "training.preflight: data",
 }
 TOO_LONG = {
-    "train.py",
     "tinylm/config/schema.py",
     "tinylm/runs/compare.py",
     "tinylm/tokens/token_file.py",
     "training/callbacks.py",
-    "data.py",
     "align.py",
 }
 

@@ -628,6 +628,7 @@ def sources() -> dict[Path, str]:
         for path in [
             *ROOT.glob("*.py"),
             *(ROOT / "tinylm").rglob("*.py"),
+            *(ROOT / "training").rglob("*.py"),
             *(ROOT / "benchmarks").glob("*.py"),
         ]
     }
@@ -694,7 +695,7 @@ def printed_patterns(sources: Iterable[str]) -> list[re.Pattern[str]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr | ast.Constant):
                 text = text_pattern(node, {})
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("Error", "Unsupported")):
                 text = error_pattern(node, assigned)
             else:
                 continue
@@ -733,8 +734,11 @@ def text_pattern(node: ast.expr, assigned: dict[str, list[ast.expr]]) -> str:
 
 def error_pattern(call: ast.Call, assigned: dict[str, list[ast.expr]]) -> str:
     """`WHERE: PROBLEM. FIX` of an error with fields; other errors are one text each."""
+    args = call.args
+    if ast.unparse(call.func) == "Unsupported":  # a row of training/support.py: features come first
+        args = args[1:]
     fields = [
-        *call.args[1:3],
+        *args[1:3],
         *(keyword.value for keyword in call.keywords if keyword.arg == "fix"),
     ]
     if not fields:

@@ -352,7 +352,7 @@ class Metrics(StepCallback):
         if not log_now and score is None:
             return
         if log_now:
-            progress.close_row()
+            progress.start_row()
         now = time.monotonic()
         training_seconds = now - self.since - self.validation.seconds
         speed = (progress.tokens - self.tokens_then) / max(training_seconds, 1e-9)
@@ -373,10 +373,10 @@ class Metrics(StepCallback):
             "tokens_per_s": speed,
         }
         measured = zip(
-            stage.measures, progress.train_measures, strict=False
+            stage.train_columns, progress.train_metrics, strict=False
         )  # no means before the first row of them
         return (
-            dict.fromkeys((*COLUMNS, *stage.measures, *stage.val_measures))
+            dict.fromkeys((*COLUMNS, *stage.train_columns, *stage.val_columns))
             | known
             | dict(measured)
             | (self.validation.score or {})
@@ -466,7 +466,7 @@ class Checkpoints(StepCallback):
             "config": self.config.to_plain(),
             "tokenizer": self.tokenizer.to_plain(),
             "weights": weights if self.config.lora is None else adapter_weights(weights),
-            **stage.roots,
+            **stage.references,
             "optimizer": trainer.strategy.optimizer_state(trainer.optimizers[0]),
             "precision": trainer.precision_plugin.state_dict(),
             "progress": progress.to_plain(),

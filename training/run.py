@@ -96,7 +96,7 @@ def fit(
         file = callbacks.MetricsFile(
             context.log_dir / "metrics.csv",
             module.progress.step,
-            further=(*module.measures, *module.val_measures),
+            further=(*module.train_columns, *module.val_columns),
             aside=resume is None or not _is_in(resume.path, context.checkpoint_dir),
         )
         metrics.open(file, build_loggers(config.training))

@@ -268,7 +268,7 @@ def test_a_newer_schema_is_an_error_that_names_both(saved: Path) -> None:
     """B14: the schema of the file and the newest that is known."""
     checkpoint_format.write(saved, make_state(schema=99))
     with pytest.raises(
-        UserError, match="has schema 99, but this version reads up to schema 1. Update this program"
+        UserError, match="has schema 99, but this version reads up to schema 2. Update this program"
     ):
         checkpoint_format.read(saved)
 

@@ -316,8 +316,8 @@ def test_without_the_reseeding_of_dropout_a_resumed_run_differs(
     make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """NEG for A1: the comparison can fail."""
-    monkeypatch.setattr(model.TrainingModule, "_reseed", lambda self, batch_idx: None)
     torch.manual_seed(5)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
     assert (
         run(
             make_config(**HARD), "--resume", str(uninterrupted / "checkpoints" / "step-000004.ckpt")
@@ -716,16 +716,16 @@ def test_one_infinite_gradient_stops_before_the_step(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """D2: the loss is finite, one element of one gradient is not; clipping by its norm would poison every weight."""
-    original = model.TrainingModule._scale_gradient
+    original = model.TrainingModule._step_totals
 
-    def poison(self: Any, targets: int) -> None:
-        original(self, targets)
+    def poison(self: Any) -> Any:
         if self.progress.step == 2:
             self.decoder.embedding.weight.grad[0, 0] = math.inf
+        return original(self)
 
-    monkeypatch.setattr(model.TrainingModule, "_scale_gradient", poison)
+    monkeypatch.setattr(model.TrainingModule, "_step_totals", poison)
     assert run(make_config()) == 3
-    assert "error: step 3: the gradient's norm is " in capsys.readouterr().err
+    assert "error: step 3: the gradient norm is " in capsys.readouterr().err
     assert checkpoint_format.read(tmp_path / "checkpoints" / "last.ckpt")["step"] == 2
 
 

@@ -8,11 +8,27 @@ written stays readable; `tests/checkpoint/data` holds some of each old schema.
 from collections.abc import Callable
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 # What only some checkpoints have: see `format`. The first ones of schema 1 had none of these keys.
 NO_REFERENCES: dict[str, Any] = {"base": None, "hf_config": None, "reference": None}
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+def _upgrade_1(state: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 renames fields of the progress of a run; an imported model has none."""
+    if "progress" not in state:
+        return state
+    progress = {PROGRESS_1.get(name, name): value for name, value in state["progress"].items()}
+    return state | {"progress": progress}
+
+
+# Names of schema 1 ─▶ of schema 2.
+PROGRESS_1 = {
+    "logged_loss": "loss_sum",
+    "logged_units": "n_targets",
+    "logged_measures": "metric_sums",
+    "train_measures": "train_metrics",
+}
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _upgrade_1}
 
 
 def upgrade(state: dict[str, Any]) -> dict[str, Any]:

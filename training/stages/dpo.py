@@ -192,19 +192,19 @@ class DPOModule(TrainingModule):
         reference: the frozen copy where dpo.reference is `copy`, else None.
     """
 
-    measures = METRICS
-    val_measures = tuple(f"val_{name}" for name in METRICS)
+    train_columns = METRICS
+    val_columns = tuple(f"val_{name}" for name in METRICS)
 
     def __init__(
         self,
         config: Config,
         decoder: Decoder | HFModel,
-        roots: dict[str, Any],
+        references: dict[str, Any],
         reference: Decoder | HFModel | None,
     ):
-        super().__init__(config, decoder, "dpo", roots)
+        super().__init__(config, decoder, "dpo", references)
         assert config.dpo is not None
-        self.dpo, self.full_batch = config.dpo, config.training.micro_batch_size
+        self.dpo, self.normalizer = config.dpo, config.training.micro_batch_size
         self.reference = None if reference is None else reference.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "DPOModule":
@@ -218,12 +218,11 @@ class DPOModule(TrainingModule):
         """The preference loss; beside it dpo.sft_coef times the cross entropy per token of each chosen answer (Pang et al. 2024, equation 1)."""
         policy, found = self._compare_pairs(batch)
         tokens = policy.lengths.chosen.sum() + policy.lengths.rejected.sum()
-        regulariser = (
-            self.dpo.sft_coef * found.cross_entropy.mean()
-            + policy.balance_loss * self._balance_coef
+        regularizer = (
+            self.dpo.sft_coef * found.cross_entropy.mean() + policy.balance_loss * self.balance_coef
         )
         return BatchLoss(
-            found.loss.sum(), (policy.lengths.chosen > 0).sum(), tokens, regulariser, found.metrics
+            found.loss.sum(), (policy.lengths.chosen > 0).sum(), tokens, regularizer, found.metrics
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -238,7 +237,7 @@ class DPOModule(TrainingModule):
         loss, n_pairs, *sums = totals
         return dict(
             zip(
-                ("val_loss", *self.val_measures),
+                ("val_loss", *self.val_columns),
                 (total / n_pairs for total in (loss, *sums)),
                 strict=True,
             )

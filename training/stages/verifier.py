@@ -193,8 +193,8 @@ def fingerprint_of_problems(problems: Sequence[Problem]) -> str:
 class VerifierModule(TrainingModule):
     """An encoder learns to tell right answers from wrong ones (stage `verifier`); it stands where other stages have their decoder."""
 
-    measures = ("accuracy",)
-    val_measures = (
+    train_columns = ("accuracy",)
+    val_columns = (
         "val_accuracy",
         "val_accuracy_low",
         "val_accuracy_high",
@@ -203,10 +203,10 @@ class VerifierModule(TrainingModule):
         "val_calibration_error",
     )
 
-    def __init__(self, config: Config, verifier: Verifier, roots: dict[str, Any]):
-        super().__init__(config, verifier, "verifier", roots)
+    def __init__(self, config: Config, verifier: Verifier, references: dict[str, Any]):
+        super().__init__(config, verifier, "verifier", references)
         assert config.verifier is not None
-        self.full_batch = config.training.micro_batch_size * (
+        self.normalizer = config.training.micro_batch_size * (
             1 + config.verifier.n_wrong + config.verifier.n_sampled
         )
 
@@ -261,7 +261,7 @@ class VerifierModule(TrainingModule):
             score.auc,
             score.calibration_error,
         )
-        return dict(zip(("val_loss", *self.val_measures), numbers, strict=True))
+        return dict(zip(("val_loss", *self.val_columns), numbers, strict=True))
 
 
 # --- building the stage ---

@@ -695,7 +695,9 @@ def printed_patterns(sources: Iterable[str]) -> list[re.Pattern[str]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr | ast.Constant):
                 text = text_pattern(node, {})
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("Error", "Unsupported")):
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+                ("Error", "Unsupported")
+            ):
                 text = error_pattern(node, assigned)
             else:
                 continue

@@ -10,10 +10,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tinylm.config.schema import DpoConfig
 from tinylm.objectives import cross_entropy as losses
 from tinylm.objectives.cross_entropy import cross_entropy, score_targets
-from tinylm.objectives.preferences import Answers, answer_log_probs, preference_loss
 from tinylm.tokens.packing import IGNORE_INDEX
 
 
@@ -314,101 +312,6 @@ def test_a_label_outside_the_vocabulary_is_an_error() -> None:
     for wrong in (-1, 29):
         with pytest.raises(RuntimeError, match="out of bounds"):
             cross_entropy(hidden, weight, labels.fill_(wrong))
-
-
-# --- preferences ----------------------------------------------------------------------------------
-
-
-def answers(seed: int = 0) -> tuple[Answers, Answers, Answers]:
-    """Log-probabilities of five pairs, in fp64: under a policy with gradients, under a reference; their lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    policy = Answers(
-        *(
-            -20 * torch.rand(5, generator=generator, dtype=torch.float64).requires_grad_()
-            for _ in range(2)
-        )
-    )
-    reference = Answers(
-        *(-20 * torch.rand(5, generator=generator, dtype=torch.float64) for _ in range(2))
-    )
-    lengths = Answers(*(torch.randint(1, 9, (5,), generator=generator) for _ in range(2)))
-    return policy, reference, lengths
-
-
-def test_the_log_probability_of_an_answer_is_that_of_its_targets_with_gradients(
-    small_chunks: None,
-) -> None:
-    """Against torch's log_softmax over all logits; an answer without any target has log p 0."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(4, 9, 8, generator=generator, dtype=torch.float64).requires_grad_()
-    weight = torch.randn(29, 8, generator=generator, dtype=torch.float64).requires_grad_()
-    labels = torch.randint(29, (4, 9), generator=generator)
-    labels[0, :5] = labels[1, 3:] = labels[2] = IGNORE_INDEX
-    log_p = (
-        F.log_softmax(hidden @ weight.T, dim=-1)
-        .gather(2, labels.clamp(min=0)[..., None])
-        .squeeze(2)
-    )
-    expected = (log_p * (labels != IGNORE_INDEX)).sum(dim=1)
-    actual = answer_log_probs(hidden, weight, labels)
-    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
-    share = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
-    wanted = torch.autograd.grad((share * expected).sum(), (hidden, weight))
-    torch.testing.assert_close(
-        torch.autograd.grad((share * actual).sum(), (hidden, weight)),
-        wanted,
-        rtol=1e-12,
-        atol=1e-13,
-    )
-    assert actual[2].item() == 0
-
-
-def test_the_dpo_loss_of_one_pair_worked_by_hand() -> None:
-    """log p: chosen -2 (reference -3), rejected -4 (reference -3.5): h = 1 - (-0.5) = 1.5; beta 2: beta h = 3.
-
-    sigmoid: ln(1 + e^-3); smoothed by 0.1: 0.9 ln(1 + e^-3) + 0.1 ln(1 + e^3); hinge: max(0, 1 - 3) = 0.
-    With lengths 2 and 5, h is 1/2 + 0.5/5 = 0.6 per token: ipo (0.6 - 1/4)^2 = 0.1225, sigmoid ln(1 + e^-1.2).
-    Rewards: 2 · 1 and 2 · -0.5.
-    """
-    policy, reference, lengths = (
-        Answers(torch.tensor([a]), torch.tensor([b]))
-        for a, b in ((-2.0, -4.0), (-3.0, -3.5), (2, 5))
-    )
-    expected = {
-        DpoConfig(beta=2.0): math.log(1 + math.exp(-3)),
-        DpoConfig(beta=2.0, label_smoothing=0.1): 0.9 * math.log(1 + math.exp(-3))
-        + 0.1 * math.log(1 + math.exp(3)),
-        DpoConfig(beta=2.0, loss="hinge"): 0.0,
-        DpoConfig(beta=2.0, loss="ipo"): 0.1225,
-        DpoConfig(beta=2.0, length_normalised=True): math.log(1 + math.exp(-1.2)),
-    }
-    for dpo, loss in expected.items():
-        actual = preference_loss(policy, reference, lengths, dpo)
-        assert actual.loss.item() == pytest.approx(loss, rel=1e-6)
-        assert (actual.chosen_reward.item(), actual.rejected_reward.item()) == (2.0, -1.0)
-
-
-def test_the_gradient_of_the_dpo_loss_is_that_of_the_paper() -> None:
-    """Rafailov et al. 2023, section 4: -beta · σ(rejected reward - chosen reward); the negative for the rejected."""
-    policy, reference, lengths = answers()
-    result = preference_loss(policy, reference, lengths, DpoConfig(beta=0.3))
-    chosen, rejected = torch.autograd.grad(result.loss.sum(), policy)
-    expected = -0.3 * torch.sigmoid(result.rejected_reward - result.chosen_reward)
-    torch.testing.assert_close(chosen, expected)
-    torch.testing.assert_close(rejected, -expected)
-
-
-def test_a_policy_that_is_its_reference_costs_log_two() -> None:
-    """h is 0, so -log σ(0) = ln 2 for any beta and smoothing; the rewards are 0."""
-    policy, _, lengths = answers()
-    for dpo in (
-        DpoConfig(),
-        DpoConfig(beta=3.0, label_smoothing=0.2),
-        DpoConfig(length_normalised=True),
-    ):
-        result = preference_loss(policy, Answers(*(part.detach() for part in policy)), lengths, dpo)
-        torch.testing.assert_close(result.loss, torch.full((5,), math.log(2), dtype=torch.float64))
-        assert not result.chosen_reward.any() and not result.rejected_reward.any()
 
 
 @pytest.mark.parametrize("n_tokens", [5, 1500])

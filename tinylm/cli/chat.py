@@ -7,13 +7,12 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from tinylm.cli.screen import write
+from tinylm.cli.screen import log_ignored, write
 from tinylm.common.console import readable
 from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.chat import Chat, StreamingStrip
 from tinylm.generate.engine import Engine
-from tinylm.generate.output import Prompt
 from tinylm.rows.templates import Template
 
 logger = logging.getLogger(__name__)
@@ -74,19 +73,6 @@ def answer(text: str, conversation: Chat, sampling: SamplingConfig) -> None:
     finally:
         conversation.remember(question, shown)
         write("\n")
-
-
-def log_ignored(prompt: Prompt, sampling: SamplingConfig) -> None:
-    """Log how many tokens of the prompt were dropped, and which settings beam search ignores."""
-    if prompt.truncated:
-        logger.info(
-            "prompt: %d tokens, but the context holds %d: the first %d are dropped",
-            len(prompt.ids) + prompt.truncated,
-            len(prompt.ids),
-            prompt.truncated,
-        )
-    if sampling.n_beams > 1:
-        logger.info("beam search ignores temperature, top_k, top_p, min_p and seed")
 
 
 def input_lines(is_typed: bool) -> Iterator[str]:

@@ -196,7 +196,7 @@ def ask_cases(
         scores = evaluate_cases(opened.engine, cases, batch_size=arguments.batch_size)
         summary = CasesSummary.of(scores)
         results.cases.append(
-            {"file": file, **opened.row, **asdict(summary), "worth": summary.rank_key}
+            {"file": file, **opened.row, **asdict(summary), "rank_key": summary.rank_key}
         )
         results.case_scores += [{"file": file, **opened.row, **score.row()} for score in scores]
 
@@ -227,7 +227,7 @@ def ask_tasks(
                         **asdict(measure),
                         "chance": score.chance.get(name),
                         "n_examples": score.n_examples,
-                        "worth": round(measure.value, 4),
+                        "rank_key": round(measure.value, 4),
                     }
                 )
             file = f"failed-{opened.subject.slug}-{score.task}-{score.shots}shots.jsonl"
@@ -316,6 +316,6 @@ def ask_harness(
                     "high": high,
                     "chance": None,
                     "n_examples": score.n_examples,
-                    "worth": score.rank_key,
+                    "rank_key": score.rank_key,
                 }
             )

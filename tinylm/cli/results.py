@@ -44,16 +44,16 @@ class Results:
 
 
 def rank_rows(rows: Iterable[Row], group_of: Callable[[Row], tuple[str, ...]]) -> list[Row]:
-    """Sort the rows of each group by `worth` and replace it by `place`; equal ones share a place."""
+    """Sort the rows of each group by `rank_key` and replace it by `place`; equal ones share a place."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(group_of(row), []).append(row)
     ranked = []
     for group in groups.values():
-        group.sort(key=lambda row: row["worth"], reverse=True)
-        ranks = format_ranks([row["worth"] for row in group])
+        group.sort(key=lambda row: row["rank_key"], reverse=True)
+        ranks = format_ranks([row["rank_key"] for row in group])
         for place, row in zip(ranks, group, strict=True):
-            columns = {name: value for name, value in row.items() if name != "worth"}
+            columns = {name: value for name, value in row.items() if name != "rank_key"}
             ranked.append({"place": place, **columns})
     return ranked
 

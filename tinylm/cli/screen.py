@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from tinylm.common.console import readable
+from tinylm.config.schema import SamplingConfig
 from tinylm.generate.chat import StreamingStrip
-from tinylm.generate.output import TokenOutput
+from tinylm.generate.output import Prompt, TokenOutput
 from tinylm.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -48,16 +49,16 @@ class Screen:
             self._format = self._with_probability
         self._begin(0)
 
-    def show(self, piece: TokenOutput) -> None:
-        """Print a piece of the first text at once."""
-        if piece.sample == 0:
-            write(self._format(piece) + ("\n" if piece.finish_reason else ""))
+    def show(self, output: TokenOutput) -> None:
+        """Print a token of the first text at once."""
+        if output.sample == 0:
+            write(self._format(output) + ("\n" if output.finish_reason else ""))
 
     def show_rest(self, samples: Sequence[Sequence[TokenOutput]]) -> None:
         """Print the texts after the first."""
-        for number, pieces in enumerate(samples[1:], start=1):
+        for number, outputs in enumerate(samples[1:], start=1):
             self._begin(number)
-            write("".join(map(self._format, pieces)) + "\n")
+            write("".join(map(self._format, outputs)) + "\n")
 
     def _begin(self, sample: int) -> None:
         """Print what is before the text of a sample."""
@@ -65,14 +66,14 @@ class Screen:
         heading = f"--- {sample + 1} of {self._n_samples}\n" if self._n_samples > 1 else ""
         write(heading + self._opening)
 
-    def _plain(self, piece: TokenOutput) -> str:
-        return readable(piece.text)
+    def _plain(self, output: TokenOutput) -> str:
+        return readable(output.text)
 
-    def _stripped(self, piece: TokenOutput) -> str:
-        return readable(self._strip(piece.text))
+    def _stripped(self, output: TokenOutput) -> str:
+        return readable(self._strip(output.text))
 
-    def _with_probability(self, piece: TokenOutput) -> str:
-        return f"{self._tokenizer.token_text(piece.token_id)}({piece.probability:.2f}) "
+    def _with_probability(self, output: TokenOutput) -> str:
+        return f"{self._tokenizer.token_text(output.token_id)}({output.probability:.2f}) "
 
 
 class ProbabilityColors:
@@ -81,15 +82,15 @@ class ProbabilityColors:
     def __init__(self) -> None:
         self._log_prob = 0.0
 
-    def __call__(self, piece: TokenOutput) -> str:
-        self._log_prob += piece.log_prob
+    def __call__(self, output: TokenOutput) -> str:
+        self._log_prob += output.log_prob
         probability = math.exp(self._log_prob)
-        if piece.text or piece.finish_reason:
+        if output.text or output.finish_reason:
             self._log_prob = 0.0
-        if not piece.text:
+        if not output.text:
             return ""
         color = next(color for least, color in PROBABILITY_COLORS if probability >= least)
-        return in_color(color, readable(piece.text))
+        return in_color(color, readable(output.text))
 
     @staticmethod
     def legend() -> str:
@@ -113,3 +114,16 @@ def write(text: str) -> None:
     """Print a part of a result at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def log_ignored(prompt: Prompt, sampling: SamplingConfig) -> None:
+    """Log how many tokens of the prompt were dropped, and which settings beam search ignores."""
+    if prompt.truncated:
+        logger.info(
+            "prompt: %d tokens, but the context holds %d: the first %d are dropped",
+            len(prompt.ids) + prompt.truncated,
+            len(prompt.ids),
+            prompt.truncated,
+        )
+    if sampling.n_beams > 1:
+        logger.info("beam search ignores temperature, top_k, top_p, min_p and seed")

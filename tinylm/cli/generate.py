@@ -1,0 +1,169 @@
+"""What `infer.py` does with a prompt: load the model, generate, print.
+
+generate            the steps in order
+generate_samples    the continuations of the prompt, or the answers to it, streamed
+generate_best       one of several answers, chosen by a verifier
+chat                a conversation (chat.py)
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tinylm.checkpoint.load import Loaded, load_model
+from tinylm.cli.chat import chat
+from tinylm.cli.loading import choose_checkpoint, choose_template, choose_tokenizer
+from tinylm.cli.sampling_flags import sampling_settings
+from tinylm.cli.screen import Screen, log_ignored, write
+from tinylm.common.console import readable
+from tinylm.common.device import pick_device
+from tinylm.common.errors import UserError
+from tinylm.config.schema import SamplingConfig
+from tinylm.eval.best_of_n import majority_vote
+from tinylm.eval.verifier_scoring import VerifierScorer
+from tinylm.generate.chat import FormattedPrompt, format_prompt
+from tinylm.generate.engine import Engine
+from tinylm.generate.output import Completion, TokenOutput
+from tinylm.rows.templates import Template
+from tinylm.tokenizer.base import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def generate(prompt: str | None, given: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """Load the model and generate; without a prompt, chat.
+
+    Args:
+        given: the sampling settings that the flags set, in place of those of the checkpoint.
+    """
+    device, reason = pick_device(arguments.device)
+    logger.info("device: %s (%s)", device, reason)
+    loaded = load_model(choose_checkpoint(arguments), device)
+    logger.info("checkpoint: %s, step %d", loaded.info.path, loaded.info.step)
+    sampling = sampling_settings(given, loaded.config.sampling)
+    engine = Engine(loaded.model, choose_tokenizer(arguments.tokenizer, loaded.tokenizer))
+    template = choose_template(arguments, loaded, engine.tokenizer)
+    if prompt is None:
+        assert template is not None, "choose_template requires one for --chat"
+        return chat(engine, template, sampling, arguments.system)
+    formatted = format_prompt(engine, prompt, template, system=arguments.system)
+    log_ignored(formatted.prompt, sampling)
+    if arguments.best_of is not None:
+        return generate_best(prompt, engine, formatted, sampling, arguments)
+    screen = None
+    if not arguments.json:
+        screen = Screen(
+            prompt,
+            engine.tokenizer,
+            sampling.n_samples,
+            is_answer=template is not None,
+            show_probs=arguments.show_probs,
+        )
+    samples = generate_samples(engine, formatted, sampling, screen)
+    if template and not any(output.text.strip() for outputs in samples for output in outputs):
+        logger.info("the answer is blank: the model generated no text; more training may help")
+    if arguments.json:
+        tokenizer = engine.tokenizer if arguments.show_probs else None
+        completions = [
+            completion_row(Completion.of(formatted.prompt, outputs), outputs, tokenizer)
+            for outputs in samples
+        ]
+        print_json(prompt, template, loaded, completions)
+    return 0
+
+
+def generate_samples(
+    engine: Engine, formatted: FormattedPrompt, sampling: SamplingConfig, screen: Screen | None
+) -> list[list[TokenOutput]]:
+    """The tokens of each sample; they are printed while they are generated, and the speed is logged."""
+    samples: list[list[TokenOutput]] = [[] for _ in range(sampling.n_samples)]
+    start = time.perf_counter()
+    for output in engine.stream(formatted.prompt, sampling, stop_ids=formatted.stop_ids):
+        samples[output.sample].append(output)
+        if screen is not None:
+            screen.show(output)
+    seconds = time.perf_counter() - start
+    if screen is not None:
+        screen.show_rest(samples)
+    n_tokens = sum(map(len, samples))
+    logger.info("%d tokens in %.1f s, %.0f tokens/s", n_tokens, seconds, n_tokens / seconds)
+    return samples
+
+
+def completion_row(
+    completion: Completion, outputs: Sequence[TokenOutput], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """A completion as plain values; with a tokenizer also the probability of each token."""
+    row = dataclasses.asdict(completion)
+    if tokenizer is not None:
+        row["tokens"] = [
+            {"token": tokenizer.token_text(output.token_id), "probability": output.probability}
+            for output in outputs
+        ]
+    return row
+
+
+def print_json(
+    prompt: str, template: Template | None, loaded: Loaded, completions: list[dict[str, Any]]
+) -> None:
+    """Print the result of --json."""
+    result = {
+        "prompt": prompt,
+        "template": template and template.name,
+        "checkpoint": str(loaded.info.path),
+        "step": loaded.info.step,
+        "completions": completions,
+    }
+    write(json.dumps(result, indent=2) + "\n")
+
+
+def generate_best(
+    prompt: str,
+    engine: Engine,
+    formatted: FormattedPrompt,
+    sampling: SamplingConfig,
+    arguments: argparse.Namespace,
+) -> int:
+    """Draw several answers and print the one that the verifier scores highest.
+
+    All answers, the majority vote and a random choice (the first that was drawn) go to stderr, or
+    into the JSON. The choice of an oracle needs a task with known answers: evaluate_checkpoints.py.
+    """
+    if sampling.temperature == 0:
+        raise UserError(
+            "--temperature",
+            "must be above 0 with --best-of, which chooses among different answers",
+            "Give --temperature 0.7",
+        )
+    verifier = VerifierScorer.load(arguments.verifier, str(engine.model.embedding.weight.device))
+    completions = engine.generate(
+        formatted.prompt,
+        sampling.model_copy(update={"n_samples": arguments.best_of, "n_beams": 1}),
+        stop_ids=formatted.stop_ids,
+    )
+    texts = [completion.text for completion in completions]
+    probabilities = verifier.probabilities(prompt, texts)
+    other_choices = {"majority_vote": texts[majority_vote(texts)], "random_choice": texts[0]}
+    ranked = sorted(zip(probabilities, completions, strict=True), key=lambda pair: -pair[0])
+    if arguments.json:
+        result = {
+            "prompt": prompt,
+            "verifier": str(arguments.verifier),
+            "completions": [
+                {"probability": probability, **dataclasses.asdict(completion)}
+                for probability, completion in ranked
+            ],
+            **other_choices,
+        }
+        write(json.dumps(result, indent=2) + "\n")
+        return 0
+    for probability, completion in ranked:
+        logger.info("verifier: %.3f  %s", probability, completion.text.strip())
+    for choice, text in other_choices.items():
+        logger.info("%s: %s", choice.replace("_", " "), text.strip())
+    write(readable(ranked[0][1].text.strip()) + "\n")
+    return 0

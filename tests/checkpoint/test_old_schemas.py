@@ -13,7 +13,10 @@ import pytest
 
 import finetune
 import train
+from model import Progress
+from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.load import load_model
+from tinylm.checkpoint.old_schemas import SCHEMA, UPGRADES, upgrade
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.engine import Engine
 from tinylm.interchange.hf_export import export_hf
@@ -34,6 +37,34 @@ def rows(path: Path) -> list[dict[str, float]]:
             {name: float(text) for name, text in row.items() if text and name != "tokens_per_s"}
             for row in csv.DictReader(file)
         ]
+
+
+def test_there_is_an_upgrade_from_every_older_schema() -> None:
+    assert set(UPGRADES) == set(range(1, SCHEMA))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_old_state_is_read_in_the_current_form(name: str) -> None:
+    """The values are kept; DPO has sums of other metrics, which schema 1 called measures."""
+    state = checkpoint_format.read(SCHEMA_1 / f"{name}.ckpt")
+    progress = Progress(**state["progress"])
+    assert state["schema"] == SCHEMA
+    assert (progress.step, progress.tokens) == (state["step"], state["tokens"])
+    # between two rows of metrics: one step's sums, of 512 tokens, 83 tokens and 8 pairs
+    assert progress.n_targets == {"pretrain": 512, "lora": 83, "dpo": 8}[name]
+    assert len(progress.metric_sums) == len(progress.train_metrics) == (6 if name == "dpo" else 0)
+
+
+def test_a_state_of_the_current_schema_is_unchanged() -> None:
+    state = checkpoint_format.read(SCHEMA_1 / "pretrain.ckpt")
+    assert all(upgrade(state)[key] is value for key, value in state.items())
+
+
+def test_an_imported_model_of_schema_1_has_no_progress() -> None:
+    """It also lacks the keys of references, which the first checkpoints did not have."""
+    state = upgrade({"schema": 1, "stage": "pretrain"})
+    references = {"base": None, "hf_config": None, "reference": None}
+    assert state == {"schema": SCHEMA, "stage": "pretrain"} | references
 
 
 @pytest.mark.parametrize("name", SAMPLES)

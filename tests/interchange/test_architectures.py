@@ -84,7 +84,7 @@ def largest_difference(ours: Decoder, theirs: torch.nn.Module, ids: torch.Tensor
     return (expected - actual).abs().max().item()
 
 
-# --- to Hugging Face ----------------------------------------------------------------------------------------------
+# --- to Hugging Face ---
 
 
 @pytest.mark.parametrize(("architecture", "settings"), EXPRESSIBLE.values(), ids=EXPRESSIBLE)
@@ -179,7 +179,7 @@ def test_export_keeps_the_precision_of_the_weights():
     assert conversion.to_hf(model).lm_head.weight.dtype == torch.bfloat16
 
 
-# --- from Hugging Face ----------------------------------------------------------------------------------------------
+# --- from Hugging Face ---
 
 THEIR_SHAPE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32,
@@ -314,7 +314,7 @@ def test_settings_that_our_decoder_cannot_compute_are_errors(config, words):
         conversion.our_config(config)
 
 
-# --- unsupported settings ----------------------------------------------------------------------------------------
+# --- unsupported settings ---
 
 
 @pytest.mark.parametrize(

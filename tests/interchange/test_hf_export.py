@@ -161,7 +161,7 @@ def text_of_transformers(
     return tokenizer.decode(ids, skip_special_tokens=True), ids
 
 
-# --- folders for transformers ------------------------------------------------------------------------------------------
+# --- folders for transformers ---
 
 EXPRESSIBLE = {
     "llama": {"n_kv_heads": 2},
@@ -443,7 +443,7 @@ def test_a_missing_package_is_named():
         require_package("ggufff")
 
 
-# --- chat templates ---------------------------------------------------------------------------------------------------
+# --- chat templates ---
 
 CONVERSATIONS = [
     [("user", "Name three colours.", "")],
@@ -551,7 +551,7 @@ def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tm
         )
 
 
-# --- other checkpoints -------------------------------------------------------------------------------------------------
+# --- other checkpoints ---
 
 
 def test_a_tuned_hugging_face_model_is_exported_as_it_is_and_as_gguf(save, tmp_path, capsys):
@@ -570,7 +570,7 @@ def test_a_tuned_hugging_face_model_is_exported_as_it_is_and_as_gguf(save, tmp_p
     assert text_of_transformers(tmp_path, gguf_file="out.gguf") == expected
 
 
-# --- GGUF -------------------------------------------------------------------------------------------------------------
+# --- GGUF ---
 
 IN_GGUF = {
     "llama": {"n_kv_heads": 2},
@@ -716,7 +716,7 @@ def test_neighbors_are_rotated_as_halves_were():
     assert interleave_halves(torch.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-# --- import of Hugging Face folders ------------------------------------------------------------------------------------------
+# --- import of Hugging Face folders ---
 
 THEIR_SHAPE = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -881,7 +881,7 @@ def test_an_exported_import_equals_the_published_model(published, tmp_path):
     )
 
 
-# --- untrusted folders ---------------------------------------------------------------------------------
+# --- untrusted folders ---
 
 
 def edit(file: Path, **values: Any) -> None:
@@ -1216,7 +1216,7 @@ def test_config_json_is_checked_before_the_weights_are_downloaded_and_links_with
     assert len(asked) == 1
 
 
-# --- answers, and adapters ----------------------------------------------------------------------------------------------
+# --- answers, and adapters ---
 
 
 def ending_at(path: Path, place: int, capsys: pytest.CaptureFixture, eos_id: int) -> None:
@@ -1344,7 +1344,7 @@ def test_unsupported_flags_for_adapters_are_errors(
     assert sorted(tmp_path.iterdir()) == before
 
 
-# --- the commands ------------------------------------------------------------------------------------------------------
+# --- the commands ---
 
 
 def test_the_command_prints_which_class_reads_the_tokenizer(save, tmp_path, capsys):

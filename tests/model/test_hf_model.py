@@ -61,7 +61,7 @@ def ids() -> Tensor:
     return torch.randint(260, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
-# --- the numbers are transformers' own --------------------------------------------------------------------------------
+# --- the numbers are transformers' own ---
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,7 +174,7 @@ def test_misuse_is_an_error() -> None:
         )
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def test_published_layouts_of_files_are_read(tmp_path: Path, ids: Tensor) -> None:

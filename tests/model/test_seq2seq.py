@@ -120,7 +120,7 @@ def pair(request: pytest.FixtureRequest, home: Path) -> tuple[HFSeq2Seq, HFToken
     return model, load_hf_tokenizer(str(home / request.param))
 
 
-# --- the model ----------------------------------------------------------------------------------------------------------
+# --- the model ---
 
 
 def rows() -> dict[str, torch.Tensor]:
@@ -287,7 +287,7 @@ def test_a_checkpoint_rebuilds_the_model(pair: Any) -> None:
     )
 
 
-# --- adapters -----------------------------------------------------------------------------------------------------------
+# --- adapters ---
 
 
 @torch.no_grad()
@@ -314,7 +314,7 @@ def test_adapters_merge_can_be_disabled_and_fit_the_architecture(home: Path) -> 
     )
 
 
-# --- runs ---------------------------------------------------------------------------------------------------------------
+# --- runs ---
 
 LORA = {"lora": {"r": 4, "dropout": 0.1}}
 

@@ -63,7 +63,7 @@ class DamagedError(UserError):
     """A checkpoint file that is not what was written, or cannot be read."""
 
 
-# --- one file ---------------------------------------------------------------------------------------------------------
+# --- one file ---
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
@@ -209,14 +209,14 @@ def link(source: Path, name: str) -> Path:
     return target
 
 
-# --- the folder of a run ----------------------------------------------------------------------------------------------
+# --- the folder of a run ---
 
 
 def candidates(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first.
 
-    Newest by the step in the name, never by the clock. `last`, `final` and `best` are second names of step files, so they
-    come after these, for folders into which only they were copied.
+    Newest by the step in the name, never by the clock. `last`, `final` and `best` are second names of step files, so
+    they come after these, for folders into which only they were copied.
     """
     steps = [path for path in folder.glob("step-*.ckpt") if step_of(path) >= 0]
     named = [folder / f"{name}.ckpt" for name in ("last", "final", "best")]

@@ -1,8 +1,8 @@
 """The models that other models start from: opened by name, built, identified by fingerprint, and referred to.
 
-A run starts from the model of training.init_from: a checkpoint, or a Hugging Face model (`hf:NAME`). An adapter belongs
-to a base, and preference training is compared with a reference; their checkpoints record which model that was, by a path
-relative to their own folder and a fingerprint of its weights.
+A run starts from the model of training.init_from: a checkpoint, or a Hugging Face model (`hf:NAME`). An adapter
+belongs to a base, and preference training is compared with a reference; their checkpoints record which model that was,
+by a path relative to their own folder and a fingerprint of its weights.
 
     open_initial_model(name) ─▶ InitialModel ─▶ .build(config) ─▶ Decoder or HFModel
     reference_to(initial, model, folder) ─▶ {"path", "fingerprint"} ─▶ resolve_reference(path, checkpoint) ─▶ name
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tinylm.model.hf_model import HFModel
 
 
-# --- weights to a model -----------------------------------------------------------------------------------------------
+# --- weights to a model ---
 
 
 def whole_model(config: ModelConfig, state: dict[str, Any]) -> Decoder | HFModel:
@@ -46,7 +46,7 @@ def whole_model(config: ModelConfig, state: dict[str, Any]) -> Decoder | HFModel
 
 
 def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Decoder:
-    """A decoder with exactly these weights; torch's RuntimeError names one that is missing, extra or of another shape."""
+    """A decoder with exactly these weights; RuntimeError names one that is missing, extra or of another shape."""
     model = empty_decoder(config)
     model.load_state_dict(weights, strict=True, assign=True)
     if config.tie_embeddings:
@@ -64,7 +64,7 @@ def empty_decoder(config: ModelConfig) -> Decoder:
 
 
 class _NoInit(TorchFunctionMode):
-    """Leaves new weights unfilled: on the meta device, filling them imports torch's compiler, which takes two seconds."""
+    """Leaves new weights unfilled: on the meta device, filling them imports torch's compiler (two seconds)."""
 
     _fillers = (
         nn.init.normal_,
@@ -82,7 +82,7 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# --- the model to start from ------------------------------------------------------------------------------------------
+# --- the model to start from ---
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def refuse_verifier(path: Path, state: dict[str, Any]) -> None:
         raise UserError(path, problem, "Give a language model; --verifier takes a verifier")
 
 
-# --- which model it was -----------------------------------------------------------------------------------------------
+# --- which model it was ---
 
 
 def reference_to(initial: InitialModel, model: nn.Module, folder: Path) -> dict[str, str]:

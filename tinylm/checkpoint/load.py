@@ -111,7 +111,7 @@ def load_verifier(path: Path, device: str = "cpu") -> LoadedVerifier:
 
 
 def build_verifier(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Verifier:
-    """A verifier with exactly these weights; torch's RuntimeError names one that is missing, extra or of another shape."""
+    """A verifier with exactly these weights; RuntimeError names one that is missing, extra or of another shape."""
     model = Verifier(config)
     model.load_state_dict(weights, strict=True)
     return model

@@ -1,7 +1,7 @@
 """Hugging Face architectures that compute what `Decoder` can compute: one table each, read by `conversion`.
 
-Each table says what the architecture fixes in our settings and in its own, what its other settings are called, and where
-its weights go. A new architecture is one more `Architecture` in `ARCHITECTURES`.
+Each table has the settings that are fixed, ours and theirs, the names of the other settings, and those of the weights.
+A new architecture is one more `Architecture` in `ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Architecture:
     """settings of ModelConfig that follow from other settings there"""
 
 
-# --- the architectures ------------------------------------------------------------------------------------------------
+# --- the architectures ---
 
 _NO_EXTRAS = {"norm_placement": "pre", "qk_norm": False, "n_sinks": 0}
 

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 ANOTHER = "Choose another model"
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- settings ---
 
 
 def hf_config(config: ModelConfig) -> PreTrainedConfig:
     """The Hugging Face config of the architecture that computes what this decoder computes.
 
-    It has no special token ids: these belong to the tokenizer. Settings of training (`init`, `gradient_checkpointing`; in
-    all but GPT-2 `residual_dropout`) are dropped if the architecture does not have them.
+    It has no special token ids: these belong to the tokenizer. Settings of training (`init`, `gradient_checkpointing`,
+    and `residual_dropout` except in GPT-2) are dropped.
 
     Raises:
         UserError: no architecture fits; it names the setting and the nearest architecture.
@@ -168,7 +168,7 @@ def _as_json(value: Any) -> str:
     return json.dumps(value)
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights ---
 
 
 def to_hf(model: Decoder) -> PreTrainedModel:
@@ -202,7 +202,7 @@ def from_hf(hf_model: PreTrainedModel) -> Decoder:
 
 
 def from_weights(hf_config: PreTrainedConfig, weight: Callable[[str], Tensor]) -> Decoder:
-    """A decoder for a Hugging Face config, in eval mode, in fp32; `weight` returns their tensors by name, one at a time.
+    """A decoder for a Hugging Face config, in eval mode, in fp32; `weight` returns a tensor of theirs by name.
 
     Raises:
         UserError: our decoder cannot compute the same; see `our_config`.
@@ -288,7 +288,7 @@ def _pairs(
                     yield name, tuple(part.format(layer) + suffix for part in parts), transposed
 
 
-# --- the check --------------------------------------------------------------------------------------------------------
+# --- the check ---
 
 # Of the largest logit. The two sum in another order, and fp32 has 7 digits.
 TOLERANCE = 1e-4
@@ -297,7 +297,7 @@ CHECKED_POSITIONS = 64
 
 @no_grad()
 def logit_difference(ours: Decoder | HFModel, theirs: PreTrainedModel) -> float:
-    """The largest difference of the two models' logits on random ids, relative to the largest logit (or to 1 if that is smaller)."""
+    """The largest difference of the two models' logits on random ids, relative to the largest logit (at least 1)."""
     n_tokens = theirs.config.vocab_size
     length = min(ours.config.max_seq_len, CHECKED_POSITIONS)
     ids = randint(n_tokens, (1, length), generator=Generator().manual_seed(0))

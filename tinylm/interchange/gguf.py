@@ -64,7 +64,7 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
     """Write the checkpoint `ckpt` as the new GGUF file `out`, whole or not at all; with f16 its matrices have 16 bits.
 
     Raises:
-        UserError: GGUF or transformers' reader of it does not support the model, `out` exists, or the file has other logits.
+        UserError: GGUF or transformers' reader does not support the model, `out` exists, or the logits differ.
     """
     require_package("transformers")
     require_package("gguf")
@@ -115,7 +115,7 @@ def check_expressible(config: ModelConfig, model_type: str) -> None:
             raise UserError(f"model.{name}", problem, USE_HF)
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights ---
 
 
 def renamed(
@@ -143,7 +143,7 @@ def renamed(
 
 
 def interleave_halves(weight: Tensor, n_heads: int) -> Tensor:
-    """Rows (n_heads * K, ...) in another order: rows i and i + K/2 of each head, which RoPE rotates together, become neighbors.
+    """Reorder rows (n_heads * K, ...): i and i + K/2 of each head, which RoPE rotates together, become neighbors.
 
     >>> interleave_halves(torch.arange(8), 2).tolist()
     [0, 2, 1, 3, 4, 6, 5, 7]
@@ -156,7 +156,7 @@ def is_halved(name: str, weight: Tensor) -> bool:
     return weight.dim() > 1 and name != "position_embd.weight"
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
+# --- the file ---
 
 
 def write_file(
@@ -305,7 +305,7 @@ def word_pattern_of(description: dict[str, Any]) -> str | None:
     return None
 
 
-# --- the check --------------------------------------------------------------------------------------------------------
+# --- the check ---
 
 
 def settings_for_transformers(config: ModelConfig, model_type: str) -> dict[str, int]:
@@ -323,7 +323,7 @@ def settings_for_transformers(config: ModelConfig, model_type: str) -> dict[str,
 
 
 def check_file(path: Path, loaded: Loaded, floats: Floats, needs: dict[str, int]) -> float:
-    """The largest difference of logits between the file as transformers reads it and our decoder, rounded like the file.
+    """The largest difference of logits between the file, read by transformers, and our decoder, rounded alike.
 
     Raises:
         UserError: it is too large, or the tokenizer in the file gives other ids or another text.

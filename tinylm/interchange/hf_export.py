@@ -57,10 +57,10 @@ class Exported:
 
 
 def export_hf(ckpt: Path, out: Path) -> Exported:
-    """Write the checkpoint `ckpt` as the new Hugging Face folder `out`, whole or not at all; an adapter is merged into its base.
+    """Write the checkpoint `ckpt` as the new Hugging Face folder `out`, whole or not at all; an adapter is merged.
 
     Raises:
-        UserError: no architecture or tokenizer of transformers is the same, `out` exists, or the export has other logits.
+        UserError: transformers has no such architecture or tokenizer, `out` exists, or the logits differ.
     """
     require_package("transformers")
     from transformers import AutoModelForCausalLM
@@ -142,7 +142,7 @@ def publish(made: Path, out: Path) -> None:
         files.publish(made, out)
 
 
-# --- token ids and sampling -------------------------------------------------------------------------------------------
+# --- token ids and sampling ---
 
 
 def set_token_ids(theirs: PreTrainedModel, loaded: Loaded) -> None:
@@ -188,7 +188,7 @@ def sampling_settings(sampling: SamplingConfig) -> dict[str, Any]:
     return settings
 
 
-# --- the model card ---------------------------------------------------------------------------------------------------
+# --- the model card ---
 
 
 def model_card(loaded: Loaded, model_type: str, tokenizer_class: str, *, has_template: bool) -> str:
@@ -259,7 +259,7 @@ def shown(name: str) -> str:
     return printable(Path(name).name if is_path else name).replace("|", "\\|")
 
 
-# --- the check --------------------------------------------------------------------------------------------------------
+# --- the check ---
 
 
 def check_model(theirs: PreTrainedModel, ours: Decoder | HFModel) -> float:

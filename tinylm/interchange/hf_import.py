@@ -1,6 +1,6 @@
 """A Hugging Face model as a checkpoint. Nothing in its folder is trusted, and no code in it is run.
 
-    name or folder ─▶ config.json ─▶ names, shapes and types of all tensors ─▶ weights ─▶ tokenizer ─▶ same logits? ─▶ .ckpt
+    folder or hub name ─▶ config.json ─▶ names, shapes, types of all tensors ─▶ weights ─▶ tokenizer ─▶ .ckpt
 
 Only safetensors are read, never pickled weights. Each step is checked before the next one allocates memory: no more is
 read than the settings need, and they need no more than is on the disk. `conversion` makes the decoder.
@@ -74,10 +74,10 @@ class Imported:
 
 
 def import_hf(name: str, out: Path) -> Imported:
-    """Write the checkpoint `out` with the weights, tokenizer and settings of a Hugging Face model, a folder or a name on the hub.
+    """Write the Hugging Face model `name`, a folder or a name on the hub, as the checkpoint `out`.
 
     Raises:
-        UserError: naming what cannot be read, what our decoder cannot compute, or by how much the logits differ; nothing is written then.
+        UserError: it cannot be read, our decoder cannot compute it, or the logits differ; nothing is written.
     """
     require_package("transformers")
     if out.suffix != ".ckpt":
@@ -116,7 +116,7 @@ def import_hf(name: str, out: Path) -> Imported:
 def imported_state(
     config: Config, tokenizer: HFTokenizer, weights: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """The state of a checkpoint of step 0: enough to sample, score, list and start from, without an optimizer to resume."""
+    """The state of a checkpoint of step 0, without an optimizer: it cannot be resumed, but a run can start from it."""
     import transformers
 
     return {
@@ -136,7 +136,7 @@ def imported_state(
     }
 
 
-# --- the folder -------------------------------------------------------------------------------------------------------
+# --- the folder ---
 
 
 def find_folder(name: str) -> Path:
@@ -156,7 +156,7 @@ def find_folder(name: str) -> Path:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise a UserError if a file that would be read is a link out of the folder; the hub library's cache links within a model."""
+    """Raise a UserError if a file that would be read is a link out of the folder, or out of the model's hub cache."""
     root = folder.resolve()
     if root.parent.name == "snapshots":
         root = root.parents[1]
@@ -166,7 +166,7 @@ def refuse_links_out(folder: Path) -> None:
             raise UserError(path, "a link out of the folder", "Put the file itself there")
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- settings ---
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -211,7 +211,7 @@ def refuse_code(folder: Path) -> None:
             raise UserError((file, "auto_map"), problem, "Choose another model")
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights ---
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_header(file: Path) -> None:
-    """Raise a UserError if the header is larger than the file or than any model's: the library would allocate memory for it."""
+    """Raise a UserError if the header is too large: the library would allocate memory for it."""
     with reading(file):
         if not file.is_file():
             raise UserError(file, "not a regular file", FIX)
@@ -288,7 +288,7 @@ def read_model(folder: Path, theirs: PreTrainedConfig, stored: dict[str, Stored]
     """Our decoder with the weights in `stored`.
 
     Raises:
-        UserError: naming the tensor that is missing, unexpected, of another shape or type than in the settings, or not finite.
+        UserError: naming the tensor that is missing, unexpected, not finite, or of another shape or type.
     """
     model = conversion.our_config(theirs)
     n_experts = model.moe.n_experts if model.moe else 0
@@ -370,7 +370,7 @@ def load_theirs(folder: Path, theirs: PreTrainedConfig) -> Any:
         raise UserError(folder, problem, FIX) from error
 
 
-# --- tokenizer --------------------------------------------------------------------------------------------------------
+# --- tokenizer ---
 
 
 def read_tokenizer(folder: Path) -> HFTokenizer:

@@ -1,4 +1,4 @@
-"""A tokenizer and its chat template as transformers reads them: tokenizer.json, tokenizer_config.json, chat_template.jinja.
+"""A tokenizer and its chat template as files of transformers.
 
     Tokenizer ─ backend_of ─▶ tokenizer of the `tokenizers` library, which adds nothing to a text
     Loaded ─ chat_template ─▶ the template of its fine-tuning, in Jinja
@@ -30,7 +30,7 @@ SAMPLE = (
     "and<|x|> an end"
 )
 
-# --- the tokenizer ----------------------------------------------------------------------------------------------------
+# --- the tokenizer ---
 
 
 def backend_of(tokenizer: Tokenizer) -> Backend:
@@ -107,12 +107,13 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-# --- the chat template ------------------------------------------------------------------------------------------------
+# --- the chat template ---
 
-# The templates of rows/templates.py, in Jinja. A user's message may have an `input` beside its `content`, as in Alpaca's rows.
+# The templates of rows/templates.py, in Jinja. A user's message may have an `input`, as in Alpaca's rows.
 # OPEN is replaced by the token that begins a text, if the tokenizer has one, and CLOSE by the one that ends an answer.
 _WHOLE = "(message.content + '\\n\\n' + message.input if message.input else message.content)"
 _ALPACA_TASK = "Below is an instruction that describes a task"
+_ALPACA_INPUT = ", paired with an input that provides further context"
 _ALPACA_REQUEST = "Write a response that appropriately completes the request."
 
 CHAT_TEMPLATES = {
@@ -139,7 +140,7 @@ CHAT_TEMPLATES = {
         {{{{- message.content + '\\n\\n' }}}}
     {{%- elif message.role == 'user' %}}
         {{%- if loop.first %}}
-            {{{{- '{_ALPACA_TASK}' + (', paired with an input that provides further context' if message.input else '') + '. {_ALPACA_REQUEST}\\n\\n' }}}}
+            {{{{- '{_ALPACA_TASK}' + ('{_ALPACA_INPUT}' if message.input else '') + '. {_ALPACA_REQUEST}\\n\\n' }}}}
         {{%- elif messages[loop.index0 - 1].role == 'assistant' %}}
             {{{{- '\\n\\n' }}}}
         {{%- endif %}}
@@ -199,7 +200,7 @@ def end_ids(loaded: Loaded) -> list[int]:
     return list(make_template(loaded.template, loaded.tokenizer).stop_ids(loaded.tokenizer))
 
 
-# --- the check --------------------------------------------------------------------------------------------------------
+# --- the check ---
 
 
 def check_folder_tokenizer(folder: Path, backend: Backend, ours: Tokenizer) -> str:
@@ -230,7 +231,7 @@ def _splitting_of(backend: Backend) -> tuple[Any, ...]:
 
 
 def check_tokenizer(theirs: Any, ours: Tokenizer) -> None:
-    """Raise a UserError if transformers' tokenizer encodes a sample text to other ids, or decodes them to another text."""
+    """Raise a UserError if transformers' tokenizer encodes or decodes a sample text differently."""
     text = sample_text(ours)
     expected = ours.encode(text)
     found = theirs(text)["input_ids"]

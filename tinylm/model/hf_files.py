@@ -48,7 +48,7 @@ AGAIN = "Download it again"
 BOTH_AGAIN = "Download config.json and the weights again"
 
 
-# --- find -------------------------------------------------------------------------------------------------------------
+# --- find ---
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def read_json(file: Path, limit: int = JSON_BYTES_LIMIT) -> dict[str, Any]:
     return values
 
 
-# --- from config and weights to a model -------------------------------------------------------------------------------
+# --- from config and weights to a model ---
 
 
 def rebuild_hf_model(settings: str, weights: Mapping[str, Tensor]) -> HFModel:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T5_POSITIONS = 512
 
 
-# --- decoder-only models ----------------------------------------------------------------------------------------------
+# --- decoder-only models ---
 
 
 class HFCache:
@@ -142,7 +142,7 @@ def _cache_arguments(cache: HFCache | None) -> dict[str, Any]:
     return {"past_key_values": cache.inner, "use_cache": True}
 
 
-# --- encoder-decoders -------------------------------------------------------------------------------------------------
+# --- encoder-decoders ---
 
 
 class Seq2SeqCache(HFCache):
@@ -279,7 +279,7 @@ class HFSeq2Seq(HFModel):
         return Seq2SeqCache(max_len or self.config.max_seq_len)
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------
+# --- sizes ---
 
 
 def model_sizes(config: PreTrainedConfig, where: str = "config.json") -> ModelConfig:
@@ -315,7 +315,7 @@ def model_sizes(config: PreTrainedConfig, where: str = "config.json") -> ModelCo
     raise UserError(where, problem, "Choose another model, such as Llama, Qwen2 or T5")
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
+# --- checks ---
 
 
 def require_plain_head(model: HFModel, where: object) -> None:

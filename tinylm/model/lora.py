@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021): two small matrices beside each frozen linear layer are trained instead of its own.
+"""Low-rank adapters (Hu et al. 2021): two small matrices are trained beside each frozen linear layer.
 
     y = W x + (alpha / r) · B A x        A (r, in) random, B (out, r) zero: at first the model is unchanged
 
@@ -133,7 +133,7 @@ def load_adapter(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base that `model` was before `attach`, to the last bit and without a copy: the reference of preference training."""
+    """The model without its adapters, exactly as before `attach`: the reference of preference training."""
     from peft.tuners.lora import LoraLayer
 
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the stages that are not done, compare their models, report."""
     from tinylm.checkpoint.format import lock_run_dir
     from tinylm.cli.results import print_rows
-    from tinylm.common.processes import Children, signals_to
+    from tinylm.common.child_program import ChildProgram, forward_signals
     from training.pipeline import read_stages
     from training.pipeline_run import PipelineState, run_stages
     from training.side_by_side import (
@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--out", problem, "Choose another folder")
     with lock_run_dir(out, "--out"):
         state = PipelineState.read(out / "state.json")
-        children = Children()
-        with signals_to(children):
-            code = run_stages(stages, state, children)
+        child = ChildProgram()
+        with forward_signals(child):
+            code = run_stages(stages, state, child)
         if code:
             return code
         made_from = state.digest(stage.name for stage in stages)

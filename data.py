@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
-from tinylm.common.processes import Progress
 from tinylm.config.schema import Config
 from tinylm.text.data_source import train_documents
 from tinylm.tokenizer.base import Tokenizer
@@ -127,7 +127,7 @@ class PretrainData(RunData):
         """one for each source; none for a stream"""
         self.val_file: TokenFile | JoinedFiles | None = None
 
-    def prepare(self, progress: Progress | None = None, *, validation: bool = True) -> None:
+    def prepare(self, progress: OnProgress | None = None, *, validation: bool = True) -> None:
         """Make the token files that do not exist yet; without `validation`, only the training files.
 
         Raises:

@@ -18,7 +18,7 @@ from tinylm.checkpoint.format import candidates
 from tinylm.checkpoint.initial import weights_fingerprint
 from tinylm.common.errors import UserError, reading
 from tinylm.common.files import write_atomic
-from tinylm.common.processes import Children
+from tinylm.common.child_program import ChildProgram
 from training.pipeline import PROGRAMS, PipelineStage
 
 logger = logging.getLogger(__name__)
@@ -78,14 +78,14 @@ class PipelineState:
         return json.dumps({name: vars(self.stages[name]) for name in names}, indent=2) + "\n"
 
 
-def run_stages(stages: list[PipelineStage], state: PipelineState, children: Children) -> int:
+def run_stages(stages: list[PipelineStage], state: PipelineState, child: ChildProgram) -> int:
     """Run each stage that is not finished; returns 0, or the exit code of the stage that failed.
 
     Raises:
         UserError: as `is_done`; or a stage is complete but the checkpoint to take from it is gone.
     """
     for number, stage in enumerate(stages, start=1):
-        if children.received is not None:
+        if child.received is not None:
             break
         title = f"stage {number} of {len(stages)}, {stage.name}"
         started = StageRecord(
@@ -101,7 +101,7 @@ def run_stages(stages: list[PipelineStage], state: PipelineState, children: Chil
                 " and ".join(started.bases),
             )
         state.record(stage.name, started)
-        code = _run(stage, title, children)
+        code = _run(stage, title, child)
         if code:
             return code
         if not stage.model.exists():
@@ -112,20 +112,20 @@ def run_stages(stages: list[PipelineStage], state: PipelineState, children: Chil
             )
         produced = fingerprint(str(stage.model))
         state.record(stage.name, StageRecord(started.settings, started.bases, produced))
-    if children.received is not None:
+    if child.received is not None:
         logger.info(
             "stopped by signal %d between two stages; the same command continues there",
-            children.received,
+            child.received,
         )
-        return 128 + children.received
+        return 128 + child.received
     return 0
 
 
-def _run(stage: PipelineStage, title: str, children: Children) -> int:
+def _run(stage: PipelineStage, title: str, child: ChildProgram) -> int:
     """Run one stage in a process of its own and return its exit code."""
     logger.info("%s: %s", title, " ".join(stage.command))
     command = [sys.executable, str(HERE / PROGRAMS[stage.name]), *stage.command[2:]]
-    code = children.run(command, stdout=2, stderr=None)
+    code = child.run(command, stdout=2, stderr=None)
     if code:
         when = "after you have changed that, " if code in NEEDS_A_CHANGE else ""
         logger.info(

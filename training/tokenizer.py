@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 
+from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
 from tinylm.common.files import make_once
-from tinylm.common.processes import Progress
 from tinylm.config.schema import DataConfig, TokenizerConfig
 from tinylm.text.chunks import text_chunks
 from tinylm.text.sources import HubDataset
@@ -32,7 +32,7 @@ VERSION = 1
 
 
 def tokenizer_for(
-    config: TokenizerConfig, data: DataConfig, seed: int, *, progress: Progress | None = None
+    config: TokenizerConfig, data: DataConfig, seed: int, *, progress: OnProgress | None = None
 ) -> Tokenizer:
     """The tokenizer of a run; kinds char and bpe are learned from its training documents.
 
@@ -57,7 +57,7 @@ def tokenizer_for(
 
 
 def _cached_bpe(
-    config: TokenizerConfig, data: DataConfig, split: Split, progress: Progress | None
+    config: TokenizerConfig, data: DataConfig, split: Split, progress: OnProgress | None
 ) -> HFTokenizer:
     """The BPE tokenizer of a split, learned unless data.cache_dir has it."""
     assert config.vocab_size is not None  # TokenizerConfig requires it for bpe
@@ -99,7 +99,7 @@ def _learn(
     config: TokenizerConfig,
     texts: Iterable[str],
     processes: int = 1,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Bpe:
     assert config.vocab_size is not None
     return learn_bpe(

@@ -1,4 +1,4 @@
-"""Work shared out over processes: order, memory, and helpers that die, or whose parent does."""
+"""Work shared between processes: order, memory, workers that are killed, and workers whose parent is killed."""
 
 import contextlib
 import multiprocessing
@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 
 from tinylm.common.errors import UserError
-from tinylm.common.processes import KEPT, Children, in_order
+from tinylm.common.processes import MAX_WAITING, in_order
 
 ROOT = Path(__file__).parents[2]
 
 
-def is_helper() -> bool:
+def is_worker() -> bool:
     return multiprocessing.parent_process() is not None
 
 
 def squared(number: int) -> int:
-    if is_helper():
-        time.sleep(0.01)  # so that the results of this process would overtake
+    if is_worker():
+        time.sleep(0.01)  # so that the results of this process are ready first
     return number * number
 
 
@@ -35,8 +35,8 @@ def refuse_seven(number: int) -> int:
     return number
 
 
-def die_as_a_helper(number: int) -> int:
-    if is_helper():
+def die_as_a_worker(number: int) -> int:
+    if is_worker():
         os.kill(os.getpid(), signal.SIGKILL)
     return number
 
@@ -51,8 +51,8 @@ def test_results_come_in_the_order_of_the_jobs(processes):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_a_job_raises_is_raised(processes):
-    for only in (0, 2):  # with a helper, the first jobs are for it, the third is for this process
+def test_an_exception_of_a_job_is_raised(processes):
+    for only in (0, 2):  # with a worker, the first jobs are its, the third is this process's
         with pytest.raises(UserError, match="seven"):
             list(
                 in_order(
@@ -61,26 +61,26 @@ def test_what_a_job_raises_is_raised(processes):
             )
 
 
-def test_jobs_are_asked_for_as_they_are_needed():
-    """A stream without end has no last job; `KEPT` results a process may wait, and one job more be under way."""
+def test_jobs_are_taken_as_they_are_needed():
+    """An endless stream has no last job; `MAX_WAITING` results per process may wait while one more job is running."""
     jobs = count()
     results = in_order(squared, jobs, 2)
     assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
-    assert next(jobs) <= 5 + 2 * KEPT + 1
+    assert next(jobs) <= 5 + 2 * MAX_WAITING + 1
     results.close()
 
 
-def test_a_killed_helper_is_an_error():
+def test_a_killed_worker_is_an_error():
     with pytest.raises(
         UserError,
-        match="a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes.",
+        match="^worker process: killed, possibly out of memory. Free memory or use fewer processes.$",
     ):
-        list(in_order(die_as_a_helper, range(20), 2))
+        list(in_order(die_as_a_worker, range(20), 2))
 
 
 @pytest.fixture
 def command(tmp_path) -> Iterator[subprocess.Popen]:
-    """`encode` with a helper, busy with a text that takes it seconds, in a process group of its own."""
+    """`encode` with a worker, busy for seconds, in its own process group."""
     (tmp_path / "a.txt").write_text("some words\n" * 3_000_000, encoding="utf-8")
     words = [
         "encode",
@@ -110,10 +110,10 @@ def command(tmp_path) -> Iterator[subprocess.Popen]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc says who is running")
-def test_helpers_end_with_a_killed_parent(command):
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_workers_end_with_a_killed_parent(command):
     def running() -> list[str]:
-        """Processes of the group that are not dead."""
+        """The processes of the group that are not dead."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -129,7 +129,7 @@ def test_helpers_end_with_a_killed_parent(command):
     deadline = time.monotonic() + 20
     while (
         len(running()) < 3 and time.monotonic() < deadline
-    ):  # itself, the helper, and Python's resource tracker
+    ):  # itself, the worker, and Python's resource tracker
         time.sleep(0.05)
     command.kill()
     while running() and time.monotonic() < deadline:
@@ -139,8 +139,8 @@ def test_helpers_end_with_a_killed_parent(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.4, 0.8])
-def test_ctrl_c_is_three_lines_also_while_helpers_start(command, seconds):
-    """A terminal sends it to the whole group; a helper that is still importing would show a traceback."""
+def test_ctrl_c_prints_three_lines_also_while_workers_start(command, seconds):
+    """A terminal sends it to the whole group; a worker that is still importing would print a traceback."""
     time.sleep(seconds)
     os.killpg(command.pid, signal.SIGINT)
     _, said = command.communicate(timeout=60)
@@ -150,8 +150,8 @@ def test_ctrl_c_is_three_lines_also_while_helpers_start(command, seconds):
     )
 
 
-def test_ctrl_c_in_the_run_of_a_text_is_exit_code_130_too(tmp_path):
-    """As in an import that makes a dataclass; begun with -m, CPython would end the program by the signal: -2."""
+def test_ctrl_c_in_exec_is_exit_code_130_too(tmp_path):
+    """As in an import that makes a dataclass; with -m, CPython alone would end by the signal: -2."""
     program = """import sys
 from tinylm.cli.program import run_program
 sys.exit(run_program(lambda: exec("raise KeyboardInterrupt"), debug=False))
@@ -167,18 +167,3 @@ sys.exit(run_program(lambda: exec("raise KeyboardInterrupt"), debug=False))
         check=False,
     )
     assert (done.returncode, done.stderr) == (130, "\nstopped by Ctrl-C\n")
-
-
-# --- a program as a child ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="the signal is put off in the child alone there"
-)
-def test_ctrl_c_waits_for_a_program_that_is_still_starting(tmp_path, capfd):
-    """It comes before the interpreter has read a line, and would be a traceback of its imports; SIGINT's exit code is 128 + 2."""
-    program = "from tinylm.cli.program import run_program; import time; run_program(lambda: time.sleep(60), debug=False) == 130 or exit(1); exit(130)"
-    code = Children(received=signal.SIGINT).run(
-        [sys.executable, "-c", program], stdout=None, stderr=None
-    )
-    assert (code, capfd.readouterr().err) == (130, "\nstopped by Ctrl-C\n")

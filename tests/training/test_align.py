@@ -21,7 +21,7 @@ from tests.model.test_seq2seq import save
 from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.common.errors import UserError
-from tinylm.common.processes import Children
+from tinylm.common.child_program import ChildProgram
 from training import pipeline, pipeline_run, side_by_side
 
 ROOT = Path(__file__).parents[2]
@@ -102,12 +102,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stages run in this process, which is quicker; the programs' arguments, in order."""
     commands: list[str] = []
 
-    def run_here(self: Children, command: list[str], **_: Any) -> int:
+    def run_here(self: ChildProgram, command: list[str], **_: Any) -> int:
         program, *arguments = command[1:]
         commands.append(arguments[1])
         return {"train.py": train, "finetune.py": finetune}[Path(program).name].main(arguments)
 
-    monkeypatch.setattr(Children, "run", run_here)
+    monkeypatch.setattr(ChildProgram, "run", run_here)
     return commands
 
 
@@ -254,7 +254,7 @@ def test_a_stop_between_two_stages_begins_no_other(here, ran, capsys):
         pipeline_run.run_stages(
             stages,
             pipeline_run.PipelineState(here / "state.json", {}),
-            Children(received=signal.SIGINT),
+            ChildProgram(received=signal.SIGINT),
         )
         == 130
     )

@@ -52,7 +52,7 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     previous = signal.signal(signal.SIGINT, stop_once)
     try:
         if sys.platform != "win32":
-            # A parent process may have blocked Ctrl-C until now (`Children`).
+            # A parent process may have blocked Ctrl-C until now (`ChildProgram`).
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return body()
     except (UserError, Diverged) as error:

@@ -8,18 +8,20 @@ import logging
 import os
 import sys
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tinylm.common.errors import printable
-from tinylm.common.processes import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-# Joiners inside emoji and many scripts: str.isprintable rejects them, and they move nothing.
+OnProgress = Callable[[str, int, int], None]
+"""called with what is counted ("bytes", "merges"), how many are done, and the total (0: unknown)"""
+
+# Joiners inside emoji and many scripts: str.isprintable rejects them, but they cannot move the cursor.
 JOINERS = "\u200c\u200d"
 # Columns of a console that is not a terminal: enough for every table of ours, so nothing is cut.
 PIPE_WIDTH = 400
@@ -30,19 +32,19 @@ LOGGERS = ("tinylm", "training", "data", "model")
 
 
 def open_streams() -> None:
-    """Make stdout and stderr safe to write to: a closed one leads nowhere, and what its encoding lacks is escaped."""
+    """Make stdout and stderr safe to write to: a closed one is discarded, a character it cannot encode is escaped."""
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open for the life of the process)
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def lead_nowhere(stream: TextIO) -> None:
-    """Let what is still written to a broken stream go to waste, also what Python flushes at exit."""
+    """Discard what is still written to a broken stream, also what Python flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(line: str) -> None:
-    """Put one line for people on stderr; nobody need be there to read it."""
+    """Write one line to stderr, if it is still open."""
     try:
         sys.stderr.write(f"{printable(line)}\n")
     except BrokenPipeError:
@@ -50,7 +52,7 @@ def say(line: str) -> None:
 
 
 class StderrHandler(logging.Handler):
-    """Prints log records as plain lines on stderr, escaped by `say`."""
+    """Writes log records as plain lines to stderr, escaped by `say`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
@@ -69,7 +71,7 @@ def log_to_stderr() -> None:
 
 
 def readable(text: str) -> str:
-    r"""`text` with its lines and tabs, and with control and bidirectional characters shown as escapes.
+    r"""`text` with its lines and tabs, but control and bidirectional characters as escapes.
 
     >>> readable("a\tb\n\x1b[31m\u202e")
     'a\tb\n\\x1b[31m\\u202e'
@@ -130,8 +132,8 @@ def print_table(rows: "Table") -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on stderr for each kind of work that is reported; nothing where stderr is no terminal."""
+def progress_bar() -> Iterator[OnProgress]:
+    """A bar on stderr for each kind of work that is reported; nothing if stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
@@ -146,16 +148,16 @@ def progress_bar() -> Iterator[Progress]:
     bars = Bars(*columns, console=console)
     tasks: dict[str, Any] = {}
 
-    def report(what: str, done: int, total: int) -> None:
+    def on_progress(what: str, done: int, total: int) -> None:
         if not console.is_terminal:
             return
         if what not in tasks:
-            bars.start()  # not before: work that is done already shall leave no empty line
+            bars.start()  # late: finished work leaves no empty line
             tasks[what] = bars.add_task(what)
         bars.update(tasks[what], completed=done, total=total or None)
 
     try:
-        yield report
+        yield on_progress
     finally:
         if tasks:
             bars.stop()

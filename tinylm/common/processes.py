@@ -1,18 +1,14 @@
-"""Other processes: work shared out over several, its results in order; and a program run as a child of this one."""
+"""Work shared between processes, with its results in order."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -20,13 +16,11 @@ from tinylm.common.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Progress = Callable[[str, int, int], None]
-"""Called with what is counted ("bytes", "merges"), how much is done, and of how much (0: not known)."""
 
-# Jobs that lie in front of one helper, so that it never waits for the next.
-AHEAD = 2
-# Jobs a process whose results may wait for one before them.
-KEPT = 8
+# Jobs that are queued per worker, so that it never waits for the next one.
+JOBS_AHEAD = 2
+# Results per process that may wait for an earlier one.
+MAX_WAITING = 8
 
 
 def in_order(
@@ -34,46 +28,49 @@ def in_order(
 ) -> Iterator[Result]:
     """`work(job)` for each job, in the order of the jobs.
 
-    This process works too, from the first moment on: the `processes` - 1 helpers take half a second to start. `work` is sent
-    to each of them once. Memory holds at most `KEPT` jobs a process, with their results. What `work` raises ends all at once, so
-    an error that is to come in its turn is a result.
+    This process works too, from the start, because the `processes` - 1 workers take half a second to begin. `work` is
+    sent to each worker once. At most `MAX_WAITING` jobs per process, with their results, are in memory. An exception
+    in `work` ends everything at once; an error that should come in its turn must be returned as a result.
 
     Raises:
-        UserError: a helper was killed.
+        UserError: a worker process was killed.
     """
     if processes == 1:
         yield from map(work, jobs)
         return
-    # spawn: a fork of a process that runs threads (torch's, tokenizers') can stand still for ever.
+    # spawn: a forked process can deadlock if this one has threads (torch's, tokenizers')
+    context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(
-        processes - 1, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(work,)
+        processes - 1, context, initializer=_start_worker, initargs=(work,)
     )
-    jobs, waiting = iter(jobs), deque[Future[Any]]()
+    jobs = iter(jobs)
+    waiting = deque[Future[Any]]()
     try:
         while True:
-            room = AHEAD * (processes - 1) - sum(not future.done() for future in waiting)
+            n_running = sum(not future.done() for future in waiting)
+            room = JOBS_AHEAD * (processes - 1) - n_running
             waiting.extend(_submit(executor, job) for job in islice(jobs, max(room, 0)))
             if not waiting:
                 return
-            if not waiting[0].done() and len(waiting) < KEPT * processes:
-                mine = list(islice(jobs, 1))  # none where all jobs are given out
-                waiting.extend(_done(work(job)) for job in mine)
-                if mine:
+            if not waiting[0].done() and len(waiting) < MAX_WAITING * processes:
+                own = list(islice(jobs, 1))  # empty if there are no more jobs
+                waiting.extend(_done(work(job)) for job in own)
+                if own:
                     continue
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            "a helper process was ended from outside, perhaps for want of memory. Free some, or use fewer processes."
+            "worker process", "killed, possibly out of memory", "Free memory or use fewer processes"
         ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _submit(executor: ProcessPoolExecutor, job: Any) -> Future[Any]:
-    """Hand a job over; the first one starts the helpers.
+    """Queue a job; the first one starts the workers.
 
-    A terminal sends Ctrl-C to all processes of a command. Helpers inherit the signal blocked, or else one that is still
-    importing would die with a traceback; this process decides when they end.
+    A terminal sends Ctrl-C to all processes of a command. Workers inherit the signal blocked, because one that is still
+    importing would print a traceback; this process decides when they end.
     """
     if sys.platform == "win32":
         return executor.submit(_run, job)
@@ -91,86 +88,24 @@ def _done(result: Result) -> Future[Result]:
 
 
 _work: Callable[[Any], Any]
-"""in a helper: what it was started for"""
+"""in a worker: the function that it was started for"""
 
 
-def _begin(work: Callable[[Any], Any]) -> None:
+def _start_worker(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is one core's work
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process uses one core
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _run(job: Any) -> Any:
     return _work(job)
 
 
-def _end_with_the_parent() -> None:
-    """A killed parent would leave its helpers waiting for their next job for ever."""
+def _exit_with_parent() -> None:
+    """Without this, the workers of a killed process would wait for their next job forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-# --- a program as a child ---------------------------------------------------------------------------------------------
-
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-
-
-@dataclass
-class Children:
-    """The one program that runs now, and the signal that came, which is handed on to it."""
-
-    running: subprocess.Popen[bytes] | None = None
-    received: int | None = None
-
-    def note(self, number: int, frame: Any) -> None:
-        """Take a signal; the program that gets it saves and ends by itself, and at a second one it ends at once."""
-        again, self.received = self.received is not None, self.received or number
-        if self.running is not None:
-            self._end(self.running, signal.SIGKILL if again else self.received)
-
-    @staticmethod
-    def _end(process: subprocess.Popen[bytes], number: int) -> None:
-        # The programs save at SIGINT and SIGTERM.
-        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-
-    def run(self, command: Sequence[str], *, stdout: Any, stderr: Any) -> int:
-        """The exit code of one of our programs; as a shell says it where a signal ended it.
-
-        It has a session of its own: a terminal's Ctrl-C goes to the whole group, and would reach it twice. Where this process is
-        killed, Linux ends the command by SIGTERM.
-        """
-        bind = _bind_to_this_process if sys.platform.startswith("linux") else None
-        self.running = subprocess.Popen(  # noqa: S603, PLW1509
-            command, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=bind
-        )
-        if self.received is not None:  # it came while the process was being made
-            self._end(self.running, self.received)
-        code = self.running.wait()
-        self.running = None
-        return 128 - code if code < 0 else code
-
-
-def _bind_to_this_process() -> None:
-    # Ctrl-C waits until the program can take it (`run_program`): an interpreter that is still starting would die of it with a traceback.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-@contextmanager
-def signals_to(children: Children) -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and a closed terminal end the program that runs, and us after it; what is ignored (nohup) stays so."""
-    heard = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, children.note) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.common.errors import UserError
-from tinylm.common.statistics import RESAMPLES, Measure, _middle_95
+from tinylm.common.statistics import N_RESAMPLES, Measure, middle_95
 
 ROUGE_TYPES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougel": "rougeL"}
 
@@ -67,9 +67,9 @@ def macro_f1(outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0) -
     cells = np.bincount(expected * len(labels) + predicted, minlength=len(labels) ** 2)
     # To resample examples with replacement is to resample their cells: a multinomial draw.
     rng = np.random.default_rng(seed)
-    resampled = rng.multinomial(len(targets), cells / len(targets), size=RESAMPLES)
+    resampled = rng.multinomial(len(targets), cells / len(targets), size=N_RESAMPLES)
     value = float(_f1_of_cells(cells[None])[0])
-    return Measure(value, *_middle_95(_f1_of_cells(resampled)))
+    return Measure(value, *middle_95(_f1_of_cells(resampled)))
 
 
 def _f1_of_cells(cells: np.ndarray) -> np.ndarray:

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinylm.checkpoint.load import Loaded, fingerprint_of
+from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError, reading, writing
 from tinylm.common.files import locked
-from tinylm.common.processes import Progress
 from tinylm.eval.best_of_n import sample_answers
 from tinylm.eval.task_scores import SAMPLE_TEMPERATURE
 from tinylm.eval.tasks.table import PAIRS, TASKS
@@ -34,7 +34,7 @@ def add_sampled_answers(
     *,
     seed: int,
     folder: Path,
-    progress: Progress,
+    progress: OnProgress,
 ) -> list[Problem]:
     """The problems with `n` answers of a model to each, repetitions removed, cached in `folder`.
 
@@ -74,7 +74,7 @@ def add_sampled_answers(
 
 
 def cached_answers(
-    path: Path, n_problems: int, sample: Callable[[int], list[str]], progress: Progress
+    path: Path, n_problems: int, sample: Callable[[int], list[str]], progress: OnProgress
 ) -> Iterator[list[str]]:
     """The answers to problems 0 to n_problems - 1: first those in the file `path`, then new ones, which it appends.
 

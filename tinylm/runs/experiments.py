@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinylm.common.child_program import ChildProgram, forward_signals
 from tinylm.common.errors import UserError, printable, reading, writing
 from tinylm.common.files import write_atomic
-from tinylm.common.processes import Children, signals_to
 from tinylm.config.loader import load_config
 
 Say = Callable[[str], None]
@@ -276,18 +276,18 @@ def run_steps(steps: Iterable[Step], say: Say) -> Outcome:
     """
     if not Path("train.py").is_file():
         raise UserError("train.py: not found here. Run experiments in the project's folder.")
-    failed, children = [], Children()
-    with signals_to(children):
+    failed, child = [], ChildProgram()
+    with forward_signals(child):
         for step in steps:
             try:
-                code = None if is_done(step) else _run(step, children)
+                code = None if is_done(step) else _run(step, child)
             except UserError as error:
                 failed.append(step.name)
                 say(f"{step.name}: {error}")
                 continue
-            if children.received is not None or code in (130, 143):
+            if child.received is not None or code in (130, 143):
                 say(f"{step.name}: stopped; the same command goes on from there")
-                return Outcome(tuple(failed), code or 128 + (children.received or 0))
+                return Outcome(tuple(failed), code or 128 + (child.received or 0))
             failed += [step.name] * bool(code)
             say(f"{step.name}: {_told(step, code)}")
     return Outcome(tuple(failed))
@@ -299,14 +299,12 @@ def _told(step: Step, code: int | None) -> str:
     return "done" if code == 0 else f"exit code {code}: {last_line(step.output)}"
 
 
-def _run(step: Step, children: Children) -> int:
+def _run(step: Step, child: ChildProgram) -> int:
     with writing(step.output, "--out"):
         step.output.parent.mkdir(parents=True, exist_ok=True)
         output = open(step.output, "wb")  # noqa: SIM115  (closed below; what the process raises is not of this file)
     with output:
-        code = children.run(
-            [sys.executable, *step.command], stdout=output, stderr=subprocess.STDOUT
-        )
+        code = child.run([sys.executable, *step.command], stdout=output, stderr=subprocess.STDOUT)
     if code == 0:
         write_atomic(step.record, json.dumps(made_from(step), indent=1) + "\n", "--out")
     return code

@@ -17,8 +17,9 @@ from functools import partial
 
 import numpy as np
 
+from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
-from tinylm.common.processes import Progress, in_order
+from tinylm.common.processes import in_order
 from tinylm.text.chunks import RawChunk, TextChunk, limit_processes
 from tinylm.tokenizer.bpe_files import Bpe, check_request, smallest_vocabulary
 from tinylm.tokenizer.pretokenize import Pretokenizer, count_chunk
@@ -41,7 +42,7 @@ def learn_bpe(
     pretokenizer: Pretokenizer,
     *,
     processes: int = 1,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Bpe:
     """A vocabulary of `vocab_size` tokens learned from a corpus; it is smaller if the words allow no more merges.
 
@@ -63,7 +64,7 @@ def count_words_of(
     pretokenizer: Pretokenizer,
     *,
     processes: int = 1,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Counter[str]:
     """How often each word occurs in the chunks, counted by `processes`, or by this one alone if the text is small.
 
@@ -204,7 +205,7 @@ def _without_overlaps(positions: np.ndarray, size: int) -> np.ndarray:
 
 
 def learn_merges(
-    word_counts: Mapping[str, int], n_merges: int, *, progress: Progress | None = None
+    word_counts: Mapping[str, int], n_merges: int, *, progress: OnProgress | None = None
 ) -> list[tuple[bytes, bytes]]:
     """The first `n_merges` merges for words that occur this often; fewer if every word is one token before.
 
@@ -215,7 +216,7 @@ def learn_merges(
 
 
 def merge_pairs(
-    table: WordTable, n_merges: int, *, progress: Progress | None = None
+    table: WordTable, n_merges: int, *, progress: OnProgress | None = None
 ) -> list[tuple[bytes, bytes]]:
     """`learn_merges` for the words in a table, which is used up.
 

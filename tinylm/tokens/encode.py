@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from tinylm.common.errors import UserError, require_regular
-from tinylm.common.processes import Progress, in_order
+from tinylm.common.console import OnProgress
+from tinylm.common.processes import in_order
 from tinylm.text import chunks, documents
 from tinylm.text.chunks import SpanChunk, TextChunk, limit_processes, text_chunks
 from tinylm.text.documents import SeparatorSeen
@@ -281,7 +282,7 @@ def encode_file(
     resume: bool = True,
     keep: bool = False,
     setting: str = "data.cache_dir",
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> None:
     """Write the token file `path`, whole or not at all; the caller holds `common.files.locked(path)`.
 

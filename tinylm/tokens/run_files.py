@@ -19,7 +19,7 @@ import numpy as np
 
 from tinylm.common.errors import UserError, require_regular
 from tinylm.common.files import locked
-from tinylm.common.processes import Progress
+from tinylm.common.console import OnProgress
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import DataSource, data_sources, find_split, text_overlap
 from tinylm.text.sources import BIN, Source
@@ -37,7 +37,7 @@ def training_files(
     seed: int,
     *,
     needed: int,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> tuple[TokenFile, ...]:
     """The training tokens of each source.
 
@@ -58,7 +58,7 @@ def training_files(
 
 
 def validation_file(
-    data: DataConfig, tokenizer: Tokenizer, seed: int, *, progress: Progress | None = None
+    data: DataConfig, tokenizer: Tokenizer, seed: int, *, progress: OnProgress | None = None
 ) -> TokenFile | JoinedFiles:
     """The validation tokens: those of data.val_dataset, or what is held out of each source, one after the other.
 
@@ -75,7 +75,7 @@ def cached_token_file(
     tokenizer: Tokenizer,
     seed: int,
     *,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> TokenFile:
     """The tokens of a split that has one source; see `token_file_of`."""
     (source,) = data_sources(data, which, seed)
@@ -83,7 +83,7 @@ def cached_token_file(
 
 
 def token_file_of(
-    source: DataSource, tokenizer: Tokenizer, cache_dir: str, progress: Progress | None = None
+    source: DataSource, tokenizer: Tokenizer, cache_dir: str, progress: OnProgress | None = None
 ) -> TokenFile:
     """The token file that the user gave, or one in the cache that is made from the text.
 

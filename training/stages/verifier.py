@@ -21,9 +21,8 @@ from tinylm.checkpoint.format import NO_REFERENCES
 from tinylm.checkpoint.initial import InitialModel
 from tinylm.checkpoint.load import build_verifier as load_verifier_weights
 from tinylm.checkpoint.load import load_model
-from tinylm.common.console import progress_bar
+from tinylm.common.console import OnProgress, progress_bar
 from tinylm.common.errors import UserError, printable
-from tinylm.common.processes import Progress
 from tinylm.config.schema import Config, VerifierConfig
 from tinylm.eval.sampled_answers import add_sampled_answers
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
@@ -305,7 +304,7 @@ def prepare_data(context: RunContext, tokenizer: Tokenizer) -> VerifierData:
 
 
 def answerer(
-    config: Config, verifier: VerifierConfig, device: str, progress: Progress
+    config: Config, verifier: VerifierConfig, device: str, progress: OnProgress
 ) -> Callable[[list[Problem]], list[Problem]]:
     """A function that adds to problems the answers of the model that verifier.sampled_from names."""
     folder = Path(config.data.cache_dir)

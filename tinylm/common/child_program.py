@@ -1,0 +1,69 @@
+"""A program of ours run as a child of this process, with signals forwarded to it."""
+
+import ctypes
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+@dataclass
+class ChildProgram:
+    """The program that runs now, if any, and the signal that was received."""
+
+    process: subprocess.Popen[bytes] | None = None
+    received: int | None = None
+
+    def forward(self, number: int, frame: Any) -> None:
+        """Handle a signal: the program saves and stops by itself; at a second signal it is killed."""
+        again = self.received is not None
+        self.received = self.received or number
+        if self.process is not None:
+            self._send(self.process, signal.SIGKILL if again else self.received)
+
+    @staticmethod
+    def _send(process: subprocess.Popen[bytes], number: int) -> None:
+        # The programs save at SIGINT and SIGTERM only.
+        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    def run(self, command: Sequence[str], *, stdout: Any, stderr: Any) -> int:
+        """Run a command; its exit code, or 128 + the number of the signal that killed it.
+
+        The command gets a session of its own, because a terminal sends Ctrl-C to the whole group and the command would
+        receive it twice. If this process is killed, Linux stops the command with SIGTERM.
+        """
+        before_exec = _bind_to_parent if sys.platform.startswith("linux") else None
+        self.process = subprocess.Popen(  # noqa: S603, PLW1509
+            command, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=before_exec
+        )
+        if self.received is not None:  # the signal came while the process was being created
+            self._send(self.process, self.received)
+        code = self.process.wait()
+        self.process = None
+        return 128 - code if code < 0 else code
+
+
+def _bind_to_parent() -> None:
+    # The program unblocks Ctrl-C when it can handle it (`run_program`); an interpreter that is still starting would
+    # print a traceback.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def forward_signals(child: ChildProgram) -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and a closed terminal stop the child, and then this process; ignored ones (nohup) stay so."""
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            previous[number] = signal.signal(number, child.forward)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -16,9 +16,9 @@ from typing import Any
 
 from tinylm.checkpoint.format import candidates
 from tinylm.checkpoint.initial import weights_fingerprint
+from tinylm.common.child_program import ChildProgram
 from tinylm.common.errors import UserError, reading
 from tinylm.common.files import write_atomic
-from tinylm.common.child_program import ChildProgram
 from training.pipeline import PROGRAMS, PipelineStage
 
 logger = logging.getLogger(__name__)

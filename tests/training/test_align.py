@@ -20,8 +20,8 @@ import train
 from tests.model.test_seq2seq import save
 from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import initial as checkpoint_initial
-from tinylm.common.errors import UserError
 from tinylm.common.child_program import ChildProgram
+from tinylm.common.errors import UserError
 from training import pipeline, pipeline_run, side_by_side
 
 ROOT = Path(__file__).parents[2]

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.common.errors import UserError, require_regular
 from tinylm.common.console import OnProgress
+from tinylm.common.errors import UserError, require_regular
 from tinylm.common.processes import in_order
 from tinylm.text import chunks, documents
 from tinylm.text.chunks import SpanChunk, TextChunk, limit_processes, text_chunks

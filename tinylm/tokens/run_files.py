@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError, require_regular
 from tinylm.common.files import locked
-from tinylm.common.console import OnProgress
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import DataSource, data_sources, find_split, text_overlap
 from tinylm.text.sources import BIN, Source

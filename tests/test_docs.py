@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from align import read_stages
 from tinylm.common.errors import UserError
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.loader import load_config
 from tinylm.config.messages import sections
 from tinylm.config.schema import Config
+from training.pipeline import read_stages
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [

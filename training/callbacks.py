@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import OptimStateKeyType
 
 from model import Progress, TrainingModule
-from tinylm import generate
+from tinylm import generate, rows
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.format import FORMAT, SCHEMA
 from tinylm.common.console import lead_nowhere, readable
@@ -39,7 +39,6 @@ from tinylm.config.schema import Config
 from tinylm.model.lora import adapter_weights
 from tinylm.optim.schedule import should_stop
 from tinylm.rows.conversation import CHAT_STAGES
-from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -212,7 +211,8 @@ class Validation(StepCallback):
         engine = generate.engine.Engine(stage.decoder, self.tokenizer)
         template = None
         if stage.stage in CHAT_STAGES:
-            template = make_template(stage.config.data.template, self.tokenizer)
+            name = stage.config.data.template
+            template = rows.template_factory.make_template(name, self.tokenizer)
         formatted = generate.chat.format_prompt(engine, prompt, template)
         completions = engine.generate(
             formatted.prompt, stage.config.sampling, stop_ids=formatted.stop_ids

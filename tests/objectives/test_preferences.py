@@ -20,7 +20,8 @@ from tinylm.objectives.preferences import (
     preference_loss,
     score_pairs,
 )
-from tinylm.tokens.packing import IGNORE_INDEX, row_of_examples
+from tinylm.tokens.example_rows import row_of_examples
+from tinylm.tokens.packing import IGNORE_INDEX
 from training.stages.reference_log_probs import pair_log_probs
 
 

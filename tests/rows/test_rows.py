@@ -17,7 +17,7 @@ from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
-from tinylm.tokens.packing import Example
+from tinylm.tokens.example_rows import Example
 
 ROOT = Path(__file__).parents[2]
 QUESTION, ANSWER = Turn("user", "2+2?"), Turn("assistant", "4")

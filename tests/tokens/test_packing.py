@@ -7,16 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinylm.tokens.example_rows import Example, pack_examples, row_of_examples
 from tinylm.tokens.packing import (
     IGNORE_INDEX,
-    Example,
     Position,
     count_rows,
     document_ids,
-    pack_examples,
     pack_stream,
     row_at,
-    row_of_examples,
 )
 
 EOS = 0

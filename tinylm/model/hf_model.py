@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tinylm.common.errors import UserError, first_line
 from tinylm.config.schema import ModelConfig
 from tinylm.model.decoder import Features, positions_in_documents
-from tinylm.tokens.packing import IGNORE_INDEX, split_answer
+from tinylm.tokens.example_rows import split_answer
+from tinylm.tokens.packing import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -29,7 +29,7 @@ from tinylm.rows.templates import (
 )
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.hf import HFTokenizer
-from tinylm.tokens.packing import Example
+from tinylm.tokens.example_rows import Example
 
 Message = dict[str, str]
 AnswerSpans = list[tuple[int, int]]

@@ -27,7 +27,7 @@ from tinylm.rows.templates import Template
 from tinylm.text.documents import is_blank, kind_of
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.packing import Example
+from tinylm.tokens.example_rows import Example
 
 # How Anthropic's hh-rlhf writes its turns.
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"

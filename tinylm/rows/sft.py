@@ -10,7 +10,7 @@ All rows are in memory: fine-tuning data are small. How examples share a row of 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ from tinylm.rows.skipped_rows import RowReport, SkipReason
 from tinylm.rows.templates import Template
 from tinylm.text.splits import Which, count_overlap
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.packing import Example
+from tinylm.tokens.example_rows import Example
 
 
 def build_examples(
@@ -82,19 +82,19 @@ def build_examples(
     return examples, report
 
 
-def count_shared_examples(train: Iterable[Example], val: Iterable[Example]) -> int:
+def count_shared_examples(train: Sequence[Example], val: Sequence[Example]) -> int:
     """How many examples of `val` are also in `train`, token for token."""
-    contents = ((example.ids.tobytes() for example in split) for split in (train, val))
-    return count_overlap(*contents).repeated
+    return count_overlap(
+        (example.ids for example in train), (example.ids for example in val)
+    ).repeated
 
 
-def count_shared_prompts(train: Iterable[Example], val: Iterable[Example]) -> int:
+def count_shared_prompts(train: Sequence[Example], val: Sequence[Example]) -> int:
     """How many examples of `val` have the prompt of one of `train`, whatever the answer."""
-    contents = ((_prompt_ids(example).tobytes() for example in split) for split in (train, val))
-    return count_overlap(*contents).repeated
+    return count_overlap(map(_prompt, train), map(_prompt, val)).repeated
 
 
-def _prompt_ids(example: Example) -> np.ndarray:
+def _prompt(example: Example) -> np.ndarray:
     """The ids before the first target."""
     return example.ids[: int(example.trained.argmax())]
 

@@ -34,7 +34,7 @@ from tinylm.common.errors import UserError
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.hf import HFTokenizer
-from tinylm.tokens.packing import Example
+from tinylm.tokens.example_rows import Example
 
 # BOS as published tokenizers spell it. Their files' bos_token setting is not kept, but these names are.
 KNOWN_BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from tinylm.tokens.packing import IGNORE_INDEX, Example, document_ids, row_of_examples
+from tinylm.tokens.packing import IGNORE_INDEX, document_ids
 from tinylm.tokens.row_order import Share
 
 Batch = dict[str, Any]
@@ -81,21 +81,3 @@ def collate_rows(
     if eos_id is not None:
         batch["document_ids"] = torch.from_numpy(document_ids(inputs, eos_id))
     return batch
-
-
-def collate_examples(
-    rows: Sequence[Sequence[Example] | None],
-    places: Sequence[int],
-    *,
-    seq_len: int,
-    pad_id: int,
-    packed: bool,
-) -> Batch:
-    """`input_ids` and `labels` (B, T) int64; if rows are packed also `document_ids` (B, T)."""
-    filled = [row_of_examples(row or (), seq_len, pad_id) for row in rows]
-    inputs, labels, documents = (
-        torch.from_numpy(np.stack(part)) for part in zip(*filled, strict=True)
-    )
-    origin = [[example.place for example in row or ()] for row in rows]
-    batch: Batch = {"input_ids": inputs, "labels": labels, "origin": origin}
-    return batch | {"document_ids": documents} if packed else batch

@@ -185,7 +185,8 @@ def notes_on_texts(
     files = list(zip(data_sources(data, "train", seed), train, strict=False))
     if data.val_dataset is not None or not train:
         # Else the validation text is divided and encoded as the training text.
-        files += zip(data_sources(data, "val", seed), _files_of(val), strict=True)
+        val_files = val.files if isinstance(val, JoinedFiles) else (val,)
+        files += zip(data_sources(data, "val", seed), val_files, strict=True)
     notes = []
     for source, file in files:
         if source.split is not None:
@@ -202,28 +203,23 @@ def split_overlap(
 
     Text is compared with text (`text_overlap`), and the token files of the settings with each other.
     """
-    overlap = text_overlap(data, seed)
-    if overlap.of:
-        return overlap
+    val_files = val.files if isinstance(val, JoinedFiles) else (val,)
     pairs = zip(data_sources(data, "train", seed), train, strict=False)
-    val_pairs = zip(data_sources(data, "val", seed), _files_of(val), strict=True)
+    val_pairs = zip(data_sources(data, "val", seed), val_files, strict=True)
     given = [file for source, file in pairs if source.split is None]
     val_given = [file for source, file in val_pairs if source.split is None]
-    return token_overlap(given, val_given)
+    if given and val_given:
+        return token_overlap(given, val_given)
+    # Without data.val_dataset there is nothing to count: text is split by its content.
+    return Overlap(0, 0, 0) if data.val_dataset is None else text_overlap(data, seed)
 
 
 def token_overlap(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Overlap:
     """How many documents of token files of one tokenizer are in both splits, by their tokens."""
-    if not train or not val:
-        return Overlap(0, 0, 0)
     dtype = np.result_type(*(file.header.token_dtype for file in (*train, *val)))
     train_documents = (document for file in train for document in file.documents(dtype))
     val_documents = (document for file in val for document in file.documents(dtype))
     return count_overlap(train_documents, val_documents)
-
-
-def _files_of(file: TokenFile | JoinedFiles) -> tuple[TokenFile, ...]:
-    return file.files if isinstance(file, JoinedFiles) else (file,)
 
 
 # --- the text that tokenizers learn from ----------------------------------------------------------

@@ -101,11 +101,6 @@ class TokenFileHeader(BaseModel):
         stop = HEADER_BYTES + self.count * self.token_dtype.itemsize
         return stop + -stop % END_BYTES
 
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return self.index_offset + self.documents * END_BYTES
-
 
 class TokenFile:
     """The tokens of many documents, each closed by EOS; the part that is used is read from disk.
@@ -168,9 +163,10 @@ class TokenFile:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "JSON"
             raise UserError((path, "header", key), first["msg"], fix) from None
-        if found != header.size:
+        size = header.index_offset + header.documents * END_BYTES
+        if found != size:
             expected = (
-                f"{header.size} bytes ({header.count} tokens of {header.dtype} after "
+                f"{size} bytes ({header.count} tokens of {header.dtype} after "
                 f"{HEADER_BYTES} bytes of header, and {header.documents} ends of documents)"
             )
             raise UserError(path, f"expected {expected}, found {found}", fix)

@@ -41,7 +41,7 @@ from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.batches import Batch, RowDataset
-from tinylm.tokens.packing import Example, row_of_examples
+from tinylm.tokens.example_rows import Example, row_of_examples
 from tinylm.tokens.row_order import Share
 from training.build import build_initial, build_model
 from training.context import RunContext

@@ -29,8 +29,14 @@ from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import Template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.batches import Batch, RowDataset, collate_examples
-from tinylm.tokens.packing import Example, fill_rows, n_answers, row_of_examples
+from tinylm.tokens.batches import Batch, RowDataset
+from tinylm.tokens.example_rows import (
+    Example,
+    collate_examples,
+    fill_rows,
+    n_answers,
+    row_of_examples,
+)
 from tinylm.tokens.row_order import Share
 from training.build import build_language_model
 from training.context import RunContext

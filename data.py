@@ -172,6 +172,7 @@ class PretrainData(RunData):
             return StreamDataset(self.config, self.tokenizer, share, steps, self.cursor)
         # A random row may start at any token.
         stride = 1 if data.order == "random" else data.stride or training.seq_len
+        collate = self.collate()
         sources = [
             TokenRows(file, training.seq_len, stride, self.tokenizer.pad_id)
             for file in self.train_files
@@ -180,9 +181,11 @@ class PretrainData(RunData):
             RowOrder(data.order, len(rows), training.seed, number)
             for number, rows in enumerate(sources)
         ]
+        if data.mix is None:  # every place of the run is of the one source
+            return RowDataset(sources[0], orders[0], collate, share)
         allocation = Allocation(weights_of(data), training.seed)
         order = partial(mixture_row, allocation, orders)
-        return RowDataset(MixtureRows(sources), order, self.collate(), share)
+        return RowDataset(MixtureRows(sources), order, collate, share)
 
     def val_dataset(self, share: Share | None = None) -> RowDataset:
         """Every validation token as a target once, whatever the stride of training."""

@@ -142,7 +142,7 @@ def test_each_pass_is_a_permutation_of_all_rows(load: Any, order: str) -> None:
     data = prepared(config, tokenizer)
     assert data.train_files
     batches = data.train_dataset(Share(4))
-    rows = len(batches.rows.sources[0])
+    rows = len(batches.rows)
     assert rows % 4, "a pass must end inside a batch, or the test proves less"
     origins = [start // 16 for k in range(3 * rows // 4 + 1) for start in batches[k]["origin"]]
     passes = [origins[p * rows : (p + 1) * rows] for p in range(3)]

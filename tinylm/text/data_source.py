@@ -95,7 +95,24 @@ def data_sources(
         raise UserError("data.token_dtype", problem, "Remove it")
     if which == "val" and val is not None:
         named = [("data.val_dataset", val)]
-    return tuple(_resolve(data, which, seed, setting, name, kinds) for setting, name in named)
+    sources = []
+    for setting, name in named:
+        split = None
+        if not is_token_file(name):
+            split = _text_split(data, which, seed, setting, name, kinds)
+        source = DataSource(
+            which=which,
+            setting=setting,
+            name=name,
+            split=split,
+            text_field=data.text_field,
+            separator=data.document_separator,
+            max_doc_len=data.max_doc_len,
+            token_dtype=data.token_dtype,
+            val_fraction=data.val_fraction if val is None else None,
+        )
+        sources.append(source)
+    return tuple(sources)
 
 
 def find_split(data: DataConfig, which: Which, seed: int, kinds: Kinds = DOCUMENT_FILES) -> Split:
@@ -134,23 +151,6 @@ def text_overlap(data: DataConfig, seed: int) -> Overlap:
         return nothing
     texts = (text.encode() for split in local for text in split.documents())
     return count_overlap(texts, (text.encode() for text in val.split.documents()))
-
-
-def _resolve(
-    data: DataConfig, which: Which, seed: int, setting: str, name: str, kinds: Kinds
-) -> DataSource:
-    tokens = is_token_file(name)
-    return DataSource(
-        which=which,
-        setting=setting,
-        name=name,
-        split=None if tokens else _text_split(data, which, seed, setting, name, kinds),
-        text_field=data.text_field,
-        separator=data.document_separator,
-        max_doc_len=data.max_doc_len,
-        token_dtype=data.token_dtype,
-        val_fraction=data.val_fraction if data.val_dataset is None else None,
-    )
 
 
 def _text_split(

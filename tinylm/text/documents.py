@@ -77,7 +77,7 @@ def file_documents(
         return field_texts(jsonl_rows(path, span), field)
     if separator is not None:
         return _separated_documents(path, separator, span, found or SeparatorSeen())
-    return (line for _, line in text_lines(path, span) if not is_blank(line))
+    return (line for _, line in text_lines(path, span) if line and not line.isspace())
 
 
 def end_of_document(path: Path, separator: str | None) -> bytes | None:

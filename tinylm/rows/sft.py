@@ -10,7 +10,7 @@ All rows are in memory: fine-tuning data are small. How examples share a row of 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -82,19 +82,19 @@ def build_examples(
     return examples, report
 
 
-def count_shared_examples(train: Sequence[Example], val: Sequence[Example]) -> int:
+def count_shared_examples(train: Iterable[Example], val: Iterable[Example]) -> int:
     """How many examples of `val` are also in `train`, token for token."""
-    return count_overlap(
-        (example.ids for example in train), (example.ids for example in val)
-    ).repeated
+    contents = ((example.ids.tobytes() for example in split) for split in (train, val))
+    return count_overlap(*contents).repeated
 
 
-def count_shared_prompts(train: Sequence[Example], val: Sequence[Example]) -> int:
+def count_shared_prompts(train: Iterable[Example], val: Iterable[Example]) -> int:
     """How many examples of `val` have the prompt of one of `train`, whatever the answer."""
-    return count_overlap(map(_prompt, train), map(_prompt, val)).repeated
+    contents = ((_prompt_ids(example).tobytes() for example in split) for split in (train, val))
+    return count_overlap(*contents).repeated
 
 
-def _prompt(example: Example) -> np.ndarray:
+def _prompt_ids(example: Example) -> np.ndarray:
     """The ids before the first target."""
     return example.ids[: int(example.trained.argmax())]
 

@@ -1,7 +1,7 @@
 """Why was my row skipped? The path of a row from file to batch, every reason to skip it, and the report.
 
     1. read     row_files.read_rows             file ─▶ (place, dict); blank lines are ignored
-    2. split    text.splits                     by a hash of the row: validation (data.val_fraction) or training,
+    2. split    text.splits.is_held_out         by a hash of the row: validation (data.val_fraction) or training,
                                                 then at most data.train_docs or data.val_docs rows
     3. parse    columns.parse_conversation      dict ─▶ turns               sft; a task brings its own function
                 preferences.parse_preference    dict ─▶ prompt, 2 answers   dpo
@@ -11,7 +11,7 @@
                 preferences.build_pairs         the same for both answers               and only for a `SkipReason`
                 verifier_data.filter_problems   the start of a problem is cut
     6. pack     tokens.packing.pack_examples    examples ─▶ rows of a batch (data.packing)
-    7. collate  data.py, training/stages/       rows ─▶ tensors
+    7. collate  tokens.batches.collate_examples  rows ─▶ tensors; dpo and verifier: training/stages/
 
 Steps 1, 3 and 4 skip nothing: a row that cannot be read, parsed or encoded is an error that names file, line and key,
 and ends the run. Step 5 counts what it skips in a `RowReport`, whose notes a run prints before it trains:

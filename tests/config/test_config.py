@@ -1,4 +1,4 @@
-"""What load_config makes of right and wrong YAML; every message is read in full."""
+"""load_config on valid and invalid YAML; every message is compared in full."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from tests.conftest import CONFIGS
 from tinylm.common.errors import UserError
-from tinylm.config.loader import load_config
+from tinylm.config.loader import load_config, with_model
 from tinylm.config.messages import sections
-from tinylm.config.schema import COUNT_LIMIT, Config, MixPart
+from tinylm.config.schema import COUNT_LIMIT, Config, MixPart, ModelConfig
 from tinylm.config.yaml_file import FILE_BYTES_LIMIT
 from tinylm.model.decoder import Decoder, count_parameters
 
@@ -82,8 +82,8 @@ def error_of(text: str | bytes, *overrides: str) -> str:
         ("loggers: []", "loggers", ()),
     ],
 )
-def test_yaml_values_read_as_people_mean_them(text, key, expected):
-    """Floats need no dot (YAML 1.1 wants one), 1e5 is a count, and what YAML 1.1 takes for dates and base 60 stays text."""
+def test_yaml_values_are_read_as_people_mean_them(text, key, expected):
+    """Floats need no dot (unlike YAML 1.1), 1e5 is a count, and dates and base-60 numbers of YAML 1.1 are text."""
     found = getattr(
         load(
             f"training: {{{text}}}" if not text.endswith(":") else f"training:\n  {text}"
@@ -99,11 +99,11 @@ def test_precision_may_be_written_as_a_number():
     assert load("hardware: {precision: bf16}").hardware.precision == "bf16"
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_read_over():
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted():
     assert load(b"\xef\xbb\xbftraining:\r\n  lr: 2\r\n").training.lr == 2.0
 
 
-def test_a_file_says_only_what_differs():
+def test_settings_that_are_not_written_have_their_defaults():
     assert load("model: {n_layers: 2}") == Config.model_validate({"model": {"n_layers": 2}})
 
 
@@ -310,13 +310,13 @@ NOT_YAML = [
 
 
 @pytest.mark.parametrize(("text", "message"), UNKNOWN + ELSEWHERE)
-def test_a_mistake_names_file_line_key_and_what_would_do(text, message):
+def test_an_error_names_file_line_key_and_expectation(text, message):
     assert error_of(text) == message
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG)
-def test_a_wrong_value_is_shown_beside_what_was_expected(text, message):
-    """Each stands on line 3; None marks a value that only looks wrong."""
+def test_an_invalid_value_is_shown_with_what_is_expected(text, message):
+    """Each is on line 3; None marks a value that only looks wrong."""
     text = f"# a comment\ntraining:\n  {text}\n"
     if message is None:
         assert isinstance(load(text), Config)
@@ -326,7 +326,7 @@ def test_a_wrong_value_is_shown_beside_what_was_expected(text, message):
 
 
 @pytest.mark.parametrize(("text", "message"), NOT_YAML, ids=range(len(NOT_YAML)))
-def test_what_is_no_config_is_refused_within_a_second(text, message):
+def test_a_file_that_is_not_a_config_is_rejected_within_a_second(text, message):
     """Processor time, so that a busy machine does not fail the test."""
     start = time.process_time()
     if message is None:
@@ -336,7 +336,7 @@ def test_what_is_no_config_is_refused_within_a_second(text, message):
     assert time.process_time() - start < 1
 
 
-def test_a_100_mb_file_is_refused_unread():
+def test_a_100_mb_file_is_rejected_unread():
     with Path("c.yaml").open("wb") as file:
         file.truncate(100_000_000)
     start = time.process_time()
@@ -359,13 +359,13 @@ def test_a_100_mb_file_is_refused_unread():
     ],
     ids=["missing", "directory", "pipe", "circular link"],
 )
-def test_a_path_that_is_no_file_is_named(make, found):
+def test_a_path_that_is_not_a_file_is_named(make, found):
     make("there")
     with pytest.raises(UserError, match=f"^there: {found}. Give the path of a YAML file.$"):
         load_config("there")
 
 
-def test_control_characters_in_a_path_are_shown_as_escapes():
+def test_control_characters_in_a_path_are_escaped():
     with pytest.raises(UserError) as caught:
         load_config("a\x1b[31m\nb")
     assert str(caught.value) == r"a\x1b[31m\nb: not found. Give the path of a YAML file."
@@ -390,7 +390,7 @@ def test_a_path_too_long_is_a_user_error():
 @pytest.mark.parametrize(
     "shape", ["{tag} 'touch harmed'", "{tag} ['touch harmed']", "{tag} {{args: ['touch harmed']}}"]
 )
-def test_a_python_tag_is_refused_and_nothing_runs(place, shape):
+def test_a_python_tag_is_rejected_and_nothing_runs(place, shape):
     tag = "!!python/object/apply:os.system"
     assert (
         error_of(place.format(shape.format(tag=tag)))
@@ -402,14 +402,14 @@ def test_a_python_tag_is_refused_and_nothing_runs(place, shape):
 @pytest.mark.parametrize(
     "tag", ["!local", "!!set", "!!timestamp", "!!binary", "!!python/name:os.system"]
 )
-def test_other_tags_are_refused(tag):
+def test_other_tags_are_rejected(tag):
     assert (
         error_of(f"training: {{run_name: {tag} x}}")
         == f"c.yaml:1: not valid YAML: the tag {tag} is not supported. {LOOK}"
     )
 
 
-# --- settings that disagree --------------------------------------------------------------------------------------------
+# --- rules between settings --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -531,8 +531,8 @@ def test_other_tags_are_refused(tag):
         ),
     ],
 )
-def test_settings_that_disagree_are_named_together_where_one_was_written(text, message):
-    """The line is that of the first named key that the file has: the other may be a default."""
+def test_a_broken_rule_names_its_settings_and_the_line_of_one_that_is_written(text, message):
+    """The line is that of the first of its settings that is in the file: the others may be defaults."""
     assert error_of(text) == f"c.yaml:{message}"
 
 
@@ -602,13 +602,13 @@ def test_a_list_of_sections_is_read_with_the_types_and_defaults_of_its_fields():
         ),
     ],
 )
-def test_a_mistake_in_a_list_of_sections_names_its_number_and_line(text, message):
-    """F1, F2: sections in a list are counted from 0."""
+def test_an_error_in_a_list_of_sections_names_its_index_and_line(text, message):
+    """Sections in a list are counted from 0."""
     assert error_of(text) == f"c.yaml:{message}"
 
 
 def test_a_list_of_sections_replaces_one_and_its_lines_are_its_own():
-    """The parent's second source has a line; the child's, which lacks the dataset, must not be told that one."""
+    """The parent's second source has a dataset and a line; the child's lacks both, and must not get the parent's line."""
     write(MIX, "parent.yaml")
     assert [
         part.dataset
@@ -621,8 +621,8 @@ def test_a_list_of_sections_replaces_one_and_its_lines_are_its_own():
     )
 
 
-def test_a_mistake_in_a_mapping_of_names_is_one_line():
-    """data.columns has names of the user's own; what one of them means is what the setting means."""
+def test_an_error_in_a_mapping_of_names_is_one_line():
+    """data.columns has names that the user chooses; the meaning in the error is that of the setting."""
     meaning = MEANING["data.columns"]
     assert (
         error_of("data:\n  columns:\n    prompt: 3\n")
@@ -636,6 +636,27 @@ def test_a_mistake_in_a_mapping_of_names_is_one_line():
         error_of("data: {columns: [a]}")
         == f'c.yaml:1: data.columns: must be names and values, {{a: b}}, got ["a"]. Meaning: {meaning}.'
     )
+
+
+def test_an_unknown_column_is_named_with_the_known_ones():
+    assert error_of("data:\n  columns:\n    question: q\n").startswith(
+        "c.yaml:3: data.columns.question: must be 'instruction', 'input', "
+    )
+
+
+def test_null_widths_are_resolved():
+    """8/3 of 96 is 256, a multiple of 64 already; 4 of 96 is 384; four heads of 96 / 4 = 24."""
+    model = load("model: {d_model: 96, n_heads: 4}").model
+    assert (model.n_kv_heads, model.head_dim, model.d_ff) == (4, 24, 256)
+    assert load("model: {d_model: 96, n_heads: 4, ffn: gelu}").model.d_ff == 384
+
+
+def test_a_null_that_is_written_is_not_a_written_setting():
+    """A base model's own width must count in its place."""
+    config = load("model: {n_kv_heads: null, n_heads: 3}")
+    assert config.model.model_fields_set == {"n_heads"}
+    base = ModelConfig(n_heads=3, n_kv_heads=1)
+    assert with_model(config, base, config.tokenizer).model.n_kv_heads == 1
 
 
 # --- every numeric setting against every odd value ---------------------------------------------------------------------
@@ -682,7 +703,7 @@ def _allows(schema: dict[str, Any], value: str) -> bool:
     )
 
 
-def test_the_list_of_numeric_settings_is_not_empty_by_mistake():
+def test_the_list_of_numeric_settings_is_complete():
     assert {
         "model.moe.top_k",
         "training.lr",
@@ -698,8 +719,8 @@ def test_the_list_of_numeric_settings_is_not_empty_by_mistake():
     "value", ["0", "-1", "1e308", ".nan", "nan", '""', "null", "[1, 2, 3]", "true", "{a: 1}"]
 )
 @pytest.mark.parametrize("key", NUMERIC)
-def test_a_numeric_setting_takes_what_its_schema_says_and_refuses_the_rest_by_name(key, value):
-    """A value within its bounds may still disagree with another setting, and then the message has no `Meaning`."""
+def test_a_numeric_setting_accepts_what_its_schema_allows_and_rejects_the_rest(key, value):
+    """A value within its bounds can still break a rule, and then the message has no `Meaning`."""
     *sections_above, name = key.split(".")
     text = f"{name}: {value}"
     for section in reversed(sections_above):
@@ -726,7 +747,7 @@ def test_a_numeric_setting_takes_what_its_schema_says_and_refuses_the_rest_by_na
 
 
 def test_settings_come_from_defaults_then_parents_then_the_file_then_the_command_line():
-    """Each level sets one thing more than the one above leaves standing."""
+    """Each level leaves one setting of the previous level unchanged."""
     write(
         "training: {lr: 1, seed: 1, max_steps: 1, seq_len: 1}\nmodel: {moe: {top_k: 1, n_experts: 2}}",
         "base/grand.yaml",
@@ -747,7 +768,7 @@ def test_settings_come_from_defaults_then_parents_then_the_file_then_the_command
     assert config.training.weight_decay == Config().training.weight_decay
 
 
-def test_a_list_replaces_a_list_and_null_takes_a_section_out():
+def test_a_list_replaces_a_list_and_null_removes_a_section():
     write("training: {loggers: [tensorboard, wandb]}\nmodel: {moe: {top_k: 1}}", "parent.yaml")
     config = load("extends: parent.yaml\ntraining: {loggers: [wandb]}\nmodel: {moe: null}")
     assert config.training.loggers == ("wandb",)
@@ -762,12 +783,12 @@ def test_an_error_in_a_parent_names_the_parent_and_its_line():
     )
 
 
-def test_a_value_that_a_child_mends_is_no_error():
+def test_an_invalid_value_that_a_child_overrides_is_not_an_error():
     write("training: {lr: fast}", "parent.yaml")
     assert load("extends: parent.yaml\ntraining: {lr: 1}").training.lr == 1.0
 
 
-def test_settings_of_two_files_that_disagree_are_placed_where_the_first_named_one_is():
+def test_a_rule_between_two_files_names_the_file_of_a_setting_that_is_written():
     write("\n\nmodel:\n  d_model: 100\n", "parent.yaml")
     assert error_of("extends: parent.yaml\nmodel: {n_layers: 2}").startswith(
         "parent.yaml:4: model.n_heads: must divide d_model (100), got 6."
@@ -823,12 +844,12 @@ def test_overrides_have_the_types_of_yaml():
     ) == (0.001, False, None, "no", ("tensorboard",))
 
 
-def test_an_override_makes_the_sections_on_its_way():
+def test_an_override_creates_the_sections_around_it():
     moe = load("model: {moe: null}", "model.moe.top_k=1").model.moe
     assert (moe.top_k, moe.n_experts) == (1, 8)
 
 
-def test_an_override_may_hold_an_equals_sign_or_be_a_whole_section():
+def test_an_override_can_contain_an_equals_sign_or_be_a_whole_section():
     assert load("model: {}", "training.sample_prompt=a=b").training.sample_prompt == "a=b"
     assert load("model: {n_layers: 3}", "model={d_model: 12}").model.n_layers == 3
 
@@ -876,7 +897,7 @@ WRITTEN = "an override must be section.key=value. For example training.max_steps
         ),
     ],
 )
-def test_a_mistaken_override_is_named(override, message):
+def test_an_invalid_override_is_named(override, message):
     assert error_of("training: {seed: 1}", override) == message
 
 
@@ -940,7 +961,7 @@ WORDS = [
 @given(
     st.lists(st.sampled_from([*WORDS, *"[]{}:,-?&*!|>'\"#%@`\n\t =~\0"]), max_size=40).map("".join)
 )
-def test_no_text_makes_anything_but_a_config_or_a_user_error(text):
+def test_any_text_is_a_config_or_a_user_error(text):
     try:
         assert isinstance(
             load(text.encode("utf-8", "surrogatepass"), f"training.sample_prompt={text}"), Config
@@ -957,8 +978,8 @@ def test_every_config_of_the_project_loads(path):
 @pytest.mark.parametrize(
     "path", sorted(ROOT.glob("configs/c4-char*.yaml")), ids=lambda path: path.stem
 )
-def test_the_character_presets_say_their_command_and_their_true_size(path):
-    """Their first lines name the command, the parameters beside the vocabulary's, what a character adds, and how much text they read."""
+def test_the_comments_of_the_character_presets_are_true(path):
+    """The command, the parameters without the vocabulary, the parameters per character, and the amount of text."""
     config, text = load_config(path), path.read_text(encoding="utf-8")
     assert f"\n#     python train.py --config configs/{path.name}\n" in text
     with torch.device("meta"):
@@ -980,12 +1001,12 @@ def test_the_character_presets_say_their_command_and_their_true_size(path):
     )
     assert f" {characters / 1e6:.0f}M characters in {training.max_steps} steps." in text
     assert config.training.run_name == Path(config.training.checkpoint_dir).name == path.stem, (
-        "a run overwrites no other's"
+        "a run must not overwrite another's checkpoints"
     )
 
 
-def test_a_tokenizers_path_on_the_command_line_replaces_one_that_is_learned(tmp_path):
-    """kind, vocab_size and pattern belong to the learned one; what comes behind the path still counts."""
+def test_a_tokenizer_path_on_the_command_line_replaces_a_trained_tokenizer(tmp_path):
+    """kind, vocab_size and pattern belong to the trained one; overrides after the path still count."""
     path = tmp_path / "c.yaml"
     path.write_text("tokenizer: {kind: bpe, vocab_size: 300, pattern: gpt4}", encoding="utf-8")
     found = load_config(path, ["tokenizer.path=gpt2"]).tokenizer

@@ -1,4 +1,4 @@
-"""The generated reference and schema: fresh, complete, and true in what they show."""
+"""The generated reference and schema: up to date, complete and correct."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_the_files_in_docs_match_the_settings(monkeypatch):
     assert main(["config-reference", "--check"]) == 0
 
 
-def test_the_command_writes_what_the_check_accepts(tmp_path, capsys):
+def test_the_check_accepts_the_written_files(tmp_path, capsys):
     folder = tmp_path / "new" / "docs"
     assert main(["config-reference", "--folder", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder}/CONFIG_REFERENCE.md\n{folder}/config.schema.json\n"
@@ -32,7 +32,7 @@ def test_the_command_writes_what_the_check_accepts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["CONFIG_REFERENCE.md", "config.schema.json"])
-def test_one_changed_byte_is_stale_and_left_alone(tmp_path, capsys, name):
+def test_the_check_finds_one_changed_byte_and_changes_nothing(tmp_path, capsys, name):
     main(["config-reference", "--folder", str(tmp_path)])
     capsys.readouterr()
     stale = tmp_path / name
@@ -45,7 +45,7 @@ def test_one_changed_byte_is_stale_and_left_alone(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("arguments", [["--check"], []])
-def test_a_folder_that_cannot_be_is_a_user_error(tmp_path, capsys, arguments):
+def test_an_impossible_folder_is_a_user_error(tmp_path, capsys, arguments):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "docs"
     assert main(["config-reference", "--folder", str(folder), *arguments]) == 2
@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_is_a_user_error(tmp_path, capsys, arguments):
     )
 
 
-def test_the_page_has_a_row_with_the_doc_line_of_every_setting():
+def test_the_page_has_a_row_for_every_setting():
     page = docs.reference_files()["CONFIG_REFERENCE.md"]
     for key, section in sections():
         if section is not Config:
@@ -74,9 +74,7 @@ def test_every_row_has_four_columns():
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
 
 
-def test_the_examples_of_the_page_load_and_its_errors_are_what_a_program_prints(
-    tmp_path, monkeypatch
-):
+def test_the_examples_of_the_page_load_and_its_errors_are_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = docs.reference_files()["CONFIG_REFERENCE.md"]
     first, second = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
@@ -96,13 +94,13 @@ def test_the_examples_of_the_page_load_and_its_errors_are_what_a_program_prints(
     assert str(tmp_path.parent) not in page
 
 
-def test_a_slip_that_is_no_mistake_stops_the_writing():
+def test_an_example_without_a_mistake_stops_the_generation():
     with pytest.raises(ValueError, match="no mistake in"):
         docs._error_of(docs.EXAMPLE)
 
 
 def test_the_schema_names_every_setting_and_nothing_else():
-    """An editor completes these names and underlines the others; `extends` is the one key that is no field of Config."""
+    """An editor completes these names and marks others; `extends` is the only key that is not a field of Config."""
     schema = json.loads(docs.reference_files()["config.schema.json"])
     assert schema["additionalProperties"] is False
     assert list(schema["properties"]) == ["extends", *Config.model_fields]
@@ -120,7 +118,7 @@ RESOLVED = {"n_kv_heads": 6, "head_dim": 64, "d_ff": 1024}
 
 
 def test_the_defaults_in_the_schema_are_those_of_the_settings():
-    """But for the widths of the model, which are null in a file and resolved in the settings: 6 heads of 384 / 6 each."""
+    """Except the widths of the model: null in the schema, resolved in the settings (6 heads of 384 / 6)."""
     schema, plain = docs.config_schema(), Config().to_plain()
     for key, section in sections():
         if plain.get(key) is not None:  # neither a section inside another nor one that is off
@@ -132,7 +130,7 @@ def test_the_defaults_in_the_schema_are_those_of_the_settings():
             assert defaults == plain[key]
 
 
-def test_precision_may_be_a_number_in_an_editor_too():
+def test_the_schema_accepts_precision_as_a_number():
     assert docs.config_schema()["$defs"]["HardwareConfig"]["properties"]["precision"]["enum"] == [
         "32",
         "16",
@@ -142,8 +140,8 @@ def test_precision_may_be_a_number_in_an_editor_too():
     ]
 
 
-def test_bounds_of_the_schema_are_those_that_hold():
-    """n_layers narrows Count: both the page and the check must have the narrower bound."""
+def test_the_bounds_in_the_schema_are_enforced():
+    """n_layers narrows Count: both the schema and the validation must have the narrower bound."""
     assert docs.config_schema()["$defs"]["ModelConfig"]["properties"]["n_layers"]["maximum"] == 1000
     with pytest.raises(ValueError, match="less than or equal to 1000"):
         Config.model_validate({"model": {"n_layers": 1001}})
@@ -162,15 +160,15 @@ def test_help_names_the_commands(capsys):
 @pytest.mark.parametrize(
     "arguments", [[], ["no-such-command"], ["config-reference", "--no-such-option"]]
 )
-def test_a_wrong_call_exits_with_2_and_one_line(arguments, capsys):
+def test_a_wrong_command_line_exits_with_2_and_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     assert re.fullmatch(r"error: .*\. See python -m tinylm --help.\n", capsys.readouterr().err)
 
 
-def test_help_starts_without_what_the_commands_need():
-    """Not a timed test: what takes the time must not be imported."""
+def test_help_does_not_import_what_the_commands_need():
+    """Not timed: the slow modules must not be imported."""
     code = "import sys, tinylm.__main__; print([name for name in ('torch', 'pydantic', 'yaml', 'numpy') if name in sys.modules])"
     assert (
         subprocess.run(
@@ -181,7 +179,7 @@ def test_help_starts_without_what_the_commands_need():
 
 
 def test_it_runs_without_home_locale_or_working_directory(tmp_path):
-    """The folder of the reference is relative to a working directory that is gone, so the one line says that."""
+    """The folder of the reference is relative to a working directory that was removed, and the one line says so."""
     gone = tmp_path / "gone"
     gone.mkdir()
     program = "import os, sys; os.rmdir(os.getcwd()); from tinylm.__main__ import main; sys.exit(main(['config-reference', '--check']))"

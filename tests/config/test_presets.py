@@ -1,4 +1,4 @@
-"""Every preset loads, says what it is for and how it is run, and has as many parameters, and takes as much memory, as it says."""
+"""Every preset loads, and its comment is true: the command, the number of parameters and the memory."""
 
 import re
 from pathlib import Path
@@ -14,12 +14,12 @@ from tinylm.planning.memory_plan import plan_run, with_settings
 
 ROOT = Path(__file__).parents[2]
 PRESETS = [path for path in CONFIGS if path.parent.name == "configs"]
-# Of tokenizers that are not here: what their authors say.
+# Vocabulary sizes of tokenizers that are not installed here, as published.
 PUBLISHED = {"gpt2": 50257}
 
 
 def vocabulary(config: Config) -> int | None:
-    """The rows of the embedding that a run with these settings has; None where only its data say it."""
+    """The vocabulary size of a run with these settings; None if it depends on the data."""
     tokenizer = config.tokenizer
     known = {
         "byte": 260,
@@ -31,7 +31,7 @@ def vocabulary(config: Config) -> int | None:
 
 
 def head_of(path: Path) -> str:
-    """The comment that a preset opens with."""
+    """The comment at the top of a preset."""
     return "".join(
         line
         for line in re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))[0].splitlines(
@@ -41,13 +41,13 @@ def head_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_opens_with_the_command_that_runs_it(path):
+def test_a_preset_begins_with_the_command_that_runs_it(path):
     load_config(path)
     assert f"--config configs/{path.name}" in head_of(path)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_the_data_that_a_preset_brings_are_there(path):
+def test_the_local_data_of_a_preset_exist(path):
     data = load_config(path).data
     own = [
         name
@@ -63,14 +63,14 @@ COUNTED = [
 
 
 @pytest.mark.parametrize("path", COUNTED, ids=lambda path: path.stem)
-def test_a_preset_has_as_many_parameters_as_it_says(path):
+def test_a_preset_has_the_number_of_parameters_in_its_comment(path):
     config = load_config(path)
     with torch.device("meta"):
         model = Decoder(config.model.model_copy(update={"vocab_size": vocabulary(config)}))
     assert f"{count_parameters(model):,} parameters" in head_of(path)
 
 
-# For a vocabulary that only the data say: what the presets that have one plan with.
+# The vocabulary size that presets with a character tokenizer plan with.
 CHARACTERS = 1000
 PLANNED = re.compile(
     r"Planned(?:, not measured)?: (?P<number>[\d.]+) (?P<unit>[MG])B (?P<where>on the GPU|on each GPU|beside the program)"
@@ -81,8 +81,8 @@ PLANNED = re.compile(
 @pytest.mark.parametrize(
     "path", [path for path in PRESETS if PLANNED.search(head_of(path))], ids=lambda path: path.stem
 )
-def test_a_preset_is_planned_with_as_much_memory_as_it_says(path):
-    """The program's own memory left out, which is another one with each version of each library."""
+def test_a_preset_is_planned_with_the_memory_in_its_comment(path):
+    """Without the program's own memory, which differs between versions of the libraries."""
     config = load_config(path)
     said = PLANNED.search(head_of(path))
     assert ("1,000 characters" in head_of(path)) == (vocabulary(config) is None)
@@ -90,11 +90,11 @@ def test_a_preset_is_planned_with_as_much_memory_as_it_says(path):
     planned = plan_run(config, "cpu" if said["where"] == "beside the program" else "cuda")
     assert planned.peak == pytest.approx(
         float(said["number"]) * {"M": 1e6, "G": 1e9}[said["unit"]], rel=0.05
-    )  # said to two digits
+    )  # given to two digits
 
 
-def test_every_preset_for_pretraining_says_its_memory():
-    """That of corpus.yaml is begun by torchrun, and its vocabulary is the user's."""
+def test_every_preset_for_pretraining_gives_its_memory():
+    """Except corpus.yaml, which is started by torchrun and has the user's vocabulary."""
     pretraining = [
         path for path in PRESETS if f"python train.py --config configs/{path.name}" in head_of(path)
     ]
@@ -111,10 +111,10 @@ def test_every_preset_for_pretraining_says_its_memory():
         ("cpu-debug", 128, 2, 4, 256, 8, 1, 5e-4),
     ],
 )
-def test_the_presets_for_small_graphics_cards_are_those_of_their_table(
+def test_the_presets_for_small_gpus_have_the_settings_of_their_table(
     name, seq_len, layers, heads, width, batch, accumulation, lr
 ):
-    """The table gives the rows of a whole step, and in how many parts they are computed."""
+    """The table gives the rows per optimizer step and the number of micro-batches."""
     config = load_config(ROOT / "configs" / f"{name}.yaml")
     model, training = config.model, config.training
     assert (training.seq_len, model.n_layers, model.n_heads, model.d_model) == (

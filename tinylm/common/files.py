@@ -137,17 +137,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """`write_atomic` without the UserError; its last callers move to `write_atomic` or `make_once`."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def sync_folder(folder: Path) -> None:
-    """`sync`; its last callers move to `atomic_path` or `publish`."""
-    sync(folder)
-
-
 def require_new(path: Path) -> None:
     """Raise a UserError if `path` exists, except as an empty folder: nothing is overwritten."""
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):

@@ -25,7 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         required=True,
         metavar="FILE",
         help="YAML file with the data, training.seed and hardware to use; "
-        "the model and precision are those of the checkpoint",
+        "the checkpoint defines the model and precision",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that override the file"

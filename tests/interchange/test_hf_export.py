@@ -826,7 +826,7 @@ def test_an_imported_checkpoint_is_described_and_the_next_command_is_printed(
     assert main(["import", str(folder), str(tmp_path / "in.ckpt")]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'in.ckpt'}\n"
-    assert "llama, F32, stored as fp32: its logits differ from those of transformers by " in err
+    assert "llama, F32, stored as fp32: its logits differ from transformers' by " in err
     assert (
         f"to train it further: training.init_from={tmp_path / 'in.ckpt'}, in train.py or finetune.py\n"
         in err

@@ -66,7 +66,7 @@ def eval_val(arguments: argparse.Namespace) -> int:
 def log_differences(
     arguments: argparse.Namespace, config: Config, loaded: Loaded, data: ValidationData
 ) -> None:
-    """Log how the data and rows differ from those of the training run."""
+    """Log whether the data or the row length differ from the training run."""
     trained_with = read(arguments.ckpt)["data"]["val"]
     if data.fingerprint != trained_with:
         logger.info(

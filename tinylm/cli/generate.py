@@ -38,7 +38,7 @@ def generate(prompt: str | None, given: dict[str, Any], arguments: argparse.Name
     """Load the model and generate; without a prompt, chat.
 
     Args:
-        given: the sampling settings that the flags set, in place of those of the checkpoint.
+        given: sampling settings from the flags, which override those in the checkpoint.
     """
     device, reason = pick_device(arguments.device)
     logger.info("device: %s (%s)", device, reason)

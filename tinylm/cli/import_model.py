@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "python -m tinylm import NAME_OR_FOLDER OUT.ckpt"
     parser.description = (
         "Convert a Hugging Face model to a checkpoint: GPT-2, Llama, Mistral, Mixtral, Qwen2 or "
-        "Qwen3, from safetensors. Its logits are first compared with those of transformers."
+        "Qwen3, from safetensors. Its logits are first compared with transformers'."
     )
     parser.add_argument(
         "name",
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     imported = import_hf(arguments.name, arguments.out)
     logger.info(
-        "%s, %s, stored as fp32: its logits differ from those of transformers by %.1e",
+        "%s, %s, stored as fp32: its logits differ from transformers' by %.1e",
         imported.model_type,
         imported.stored_as,
         imported.difference,

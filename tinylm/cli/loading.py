@@ -3,19 +3,16 @@
 import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tinylm.checkpoint.format import latest_valid
 from tinylm.checkpoint.info import describe
+from tinylm.checkpoint.load import Loaded
 from tinylm.common.errors import UserError, rename_settings
 from tinylm.rows.conversation import CHAT_STAGES
 from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import Template
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.factory import named_tokenizer
-
-if TYPE_CHECKING:
-    from tinylm.checkpoint.load import Loaded
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +81,7 @@ def choose_tokenizer(name: str, own: Tokenizer) -> Tokenizer:
 
 
 def choose_template(
-    arguments: argparse.Namespace, loaded: "Loaded", tokenizer: Tokenizer
+    arguments: argparse.Namespace, loaded: Loaded, tokenizer: Tokenizer
 ) -> Template | None:
     """The template of the fine-tuning; None for a base model and with --no-wrap.
 

@@ -144,7 +144,7 @@ import resource, sys, time
 from pathlib import Path
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
-from tinylm.text import data_source, documents
+from tinylm.text import data_source, documents, sources, splits
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens import encode, run_files, token_file_writer
 BYTES, args = ByteTokenizer(), sys.argv[1:]

@@ -1,5 +1,6 @@
 """Print the first rows of a run as training sees them: `--show-rows N` of train.py and finetune.py."""
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain, count, islice
@@ -8,7 +9,6 @@ from rich.console import Console
 from rich.text import Text
 
 from data import PretrainData, RunData
-from tinylm.common.console import say
 from tinylm.common.device import pick_device
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import Config
@@ -29,6 +29,8 @@ from training.context import RunContext
 from training.initial import find_initial_model, initialized_config, prepare_tokenizer
 from training.stage import Stage
 from training.support import require_supported
+
+logger = logging.getLogger(__name__)
 
 # Consecutive documents of a row get these colors in turn.
 DOCUMENT_COLORS = ("default", "cyan", "yellow")
@@ -58,9 +60,8 @@ def show_rows(data: RunData, n_rows: int) -> None:
         n_rows: at least 1.
     """
     if n_rows < 1:
-        raise UserError(
-            f"--show-rows: must be at least 1, got {n_rows}. Give the number of rows to print."
-        )
+        problem = f"must be at least 1, got {n_rows}"
+        raise UserError("--show-rows", problem, "Give the number of rows to print")
     training = data.config.training
     in_run = training.max_steps * training.grad_accum_steps * training.micro_batch_size
     first = min(n_rows, in_run)
@@ -114,7 +115,9 @@ def print_rows(rows: Iterable[InspectedRow], tokenizer: Tokenizer, labeled: str 
     legend = f"{OPEN}no {labeled}{CLOSE}"
     if colored:
         legend = f"dim: no {labeled}; another color: another document"
-    say(f"{SEAM} documents meet, {WALL}2{WALL} attention stops and document 2 begins, {legend}")
+    logger.info(
+        f"{SEAM} documents meet, {WALL}2{WALL} attention stops and document 2 begins, {legend}"
+    )
     for row in rows:
         pieces = row_tokens(tokenizer, row.input_ids, row.labels, row.document_ids)
         masked = row.document_ids is not None

@@ -169,21 +169,21 @@ def test_jsonl_gives_the_text_field_of_each_row(write):
     assert read(body, text_field="body") == ["x"]
 
 
-MEND = "Correct the row, or set data.text_field to the key that holds the text."
+FIX = "Correct the row, or set data.text_field to the key that holds the text."
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"text": 5}', f"text: expected a string, found a number. {MEND}"),
-        ('{"text": 5.5}', f"text: expected a string, found a number. {MEND}"),
-        ('{"text": null}', f"text: expected a string, found null. {MEND}"),
-        ('{"text": true}', f"text: expected a string, found a boolean. {MEND}"),
-        ('{"text": ["a"]}', f"text: expected a string, found a list. {MEND}"),
-        ('{"text": {}}', f"text: expected a string, found an object. {MEND}"),
-        ('{"body": "a", "n": 1}', f"text: missing; the row has body, n. {MEND}"),
-        ("{}", f"text: missing; the row has no keys. {MEND}"),
-        ('"text"', f'expected an object such as {{"text": "..."}}, found a string. {MEND}'),
+        ('{"text": 5}', f"text: expected a string, found a number. {FIX}"),
+        ('{"text": 5.5}', f"text: expected a string, found a number. {FIX}"),
+        ('{"text": null}', f"text: expected a string, found null. {FIX}"),
+        ('{"text": true}', f"text: expected a string, found a boolean. {FIX}"),
+        ('{"text": ["a"]}', f"text: expected a string, found a list. {FIX}"),
+        ('{"text": {}}', f"text: expected a string, found an object. {FIX}"),
+        ('{"body": "a", "n": 1}', f"text: missing; the row has body, n. {FIX}"),
+        ("{}", f"text: missing; the row has no keys. {FIX}"),
+        ('"text"', f'expected an object such as {{"text": "..."}}, found a string. {FIX}'),
         (
             '{"text": "a',
             "not JSON: Unterminated string starting at: line 1 column 10 (char 9). Each line is one object; correct the line.",
@@ -268,9 +268,9 @@ def test_parquet_is_read_in_batches(write, monkeypatch):
             {"body": ["a"], "n": [1]},
             "text: no such column; there are body, n. Set data.text_field to the one that holds the text.",
         ),
-        ({"text": ["a", None]}, f"row 2: text: expected a string, found null. {MEND}"),
-        ({"text": [7]}, f"row 1: text: expected a string, found a number. {MEND}"),
-        ({"text": [["a"]]}, f"row 1: text: expected a string, found a list. {MEND}"),
+        ({"text": ["a", None]}, f"row 2: text: expected a string, found null. {FIX}"),
+        ({"text": [7]}, f"row 1: text: expected a string, found a number. {FIX}"),
+        ({"text": [["a"]]}, f"row 1: text: expected a string, found a list. {FIX}"),
     ],
 )
 def test_a_bad_parquet_row_is_named(write, columns, message):
@@ -372,7 +372,7 @@ def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
 
 
 def test_a_folder_that_cannot_be_listed_is_not_passed_over(write, tmp_path, monkeypatch):
-    """os.walk alone would leave out what it may not see, and train on the rest."""
+    """os.walk alone would skip a folder without permission, and train on the rest."""
     write("corpus/a.txt", "one")
     write("corpus/closed/b.txt", "two")
     scandir = os.scandir
@@ -428,7 +428,7 @@ def hub(write, monkeypatch) -> list[tuple]:
         )
 
     monkeypatch.setattr("datasets.load_dataset", serve)
-    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
     return calls
 
 
@@ -461,7 +461,7 @@ def test_validation_from_another_split_of_the_hub(hub):
 
 
 @pytest.mark.parametrize(
-    ("same", "mend"),
+    ("same", "fix"),
     [
         ({"val_split": "train"}, "Set data.val_split to another split, or remove it."),
         (
@@ -470,13 +470,13 @@ def test_validation_from_another_split_of_the_hub(hub):
         ),
     ],
 )
-def test_the_split_that_is_trained_on_does_not_validate(hub, same, mend):
+def test_the_split_that_is_trained_on_does_not_validate(hub, same, fix):
     """The error is headed by the setting that the user gave."""
     with pytest.raises(UserError) as caught:
         val_documents(DataConfig(dataset="owner/name", **same), SEED)
     assert (
         str(caught.value)
-        == f"data.{next(iter(same))}: validation would be the training documents themselves. {mend}"
+        == f"data.{next(iter(same))}: validation would be the training documents themselves. {fix}"
     )
 
 
@@ -496,7 +496,7 @@ def test_holding_out_of_a_stream_needs_a_number_of_documents(hub):
 def test_a_bad_row_of_the_hub_is_named(hub, streaming):
     assert (
         refusal("owner/name", text_field="id", streaming=streaming)
-        == f"owner/name (train): row 1: id: expected a string, found a number. {MEND}"
+        == f"owner/name (train): row 1: id: expected a string, found a number. {FIX}"
     )
     assert "owner/name (train): " in refusal("owner/name", text_field="body", streaming=streaming)
 
@@ -520,7 +520,7 @@ def test_what_the_library_says_of_a_hub_dataset_is_passed_on(monkeypatch):
         raise FileNotFoundError("Dataset 'owner/name' doesn't exist on the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
     assert refusal("owner/name").startswith(
         "data.dataset: owner/name: Dataset 'owner/name' doesn't exist on the Hub. Check data.dataset_config"
     )
@@ -545,7 +545,7 @@ def test_a_network_that_fails_inside_a_stream_is_one_line(monkeypatch, error):
             raise error
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Broken())
-    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
     documents = find_split(
         DataConfig(dataset="owner/name", streaming=True), "train", SEED
     ).source.documents()
@@ -563,7 +563,7 @@ def test_a_network_that_fails_before_the_first_row_is_one_line(monkeypatch):
         raise httpx.ConnectError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
     assert refusal("owner/name").startswith(
         "data.dataset: owner/name: no route. Check data.dataset_config and data.split"
     )
@@ -635,7 +635,7 @@ def test_a_missing_library_is_named_with_its_pip_line(write, monkeypatch):
 
 
 def test_no_document_is_in_both_splits_and_none_is_lost(lines):
-    """Duplicates stand 800 lines apart and must fall on the same side."""
+    """Duplicates are 800 lines apart and must fall on the same side."""
     data = DataConfig(dataset=str(lines))
     train, val = list(train_documents(data, SEED)), list(val_documents(data, SEED))
     assert set(train) & set(val) == set()

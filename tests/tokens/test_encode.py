@@ -1,4 +1,4 @@
-"""Encoding: portions, processes, interruptions, the cache, a token file as the dataset, the command."""
+"""Encoding: chunks, processes, interruptions, the cache, a token file as the dataset, the command."""
 
 import gzip
 import json
@@ -46,7 +46,7 @@ SEED = 1
 
 
 def names(folder: Path) -> list[str]:
-    """What stands in a folder beside locks."""
+    """The files of a folder, without locks."""
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
@@ -83,7 +83,7 @@ def test_each_document_is_cut_and_closed_by_eos():
 
 @pytest.mark.parametrize("size", [1, 2, 256])
 def test_a_document_that_cannot_be_encoded_is_named_by_its_number(size, monkeypatch):
-    """The third of them, whatever the batches; a stream that goes on behind 10 documents counts those."""
+    """The third of them, whatever the batches; a stream that continues after 10 documents counts those."""
     monkeypatch.setattr(encode, "BATCH_DOCUMENTS", size)
     tokenizer = CharTokenizer("abc", unknown="error")
     found = "position 1: the character 'Q' (U+0051) is not one of the 3 characters of the tokenizer"
@@ -154,7 +154,7 @@ except UserError as error: print(error)"""
 def test_after_a_kill_the_cached_file_is_gone_on_with_and_equals_an_undisturbed_one(
     tmp_path, write, child, monkeypatch
 ):
-    """The child is killed when portions of 1 KB were saved; the name never appears before the file is whole."""
+    """The child is killed after some chunks of 1 KB are saved; the file has its final name only when it is complete."""
     source = write("source.txt", "".join(f"line {i}\n" for i in range(5000)))
     code = """documents.SPAN_BYTES, token_file_writer.TokenFileWriter.SAVE_SECONDS = 1000, -1
 def slow(what, done, total):
@@ -406,10 +406,10 @@ def test_settings_of_text_are_refused_for_a_token_file_only_where_no_text_follow
             BYTES,
             SEED,
         )
-    mend = "Remove it, or: Give the text that it was made from as data.val_dataset."
+    fix = "Remove it, or: Give the text that it was made from as data.val_dataset."
     assert (
         str(caught.value)
-        == f"data.val_docs: does not apply to the token file data.val_dataset. {mend}"
+        == f"data.val_docs: does not apply to the token file data.val_dataset. {fix}"
     )
 
 
@@ -427,10 +427,10 @@ def test_a_given_token_file_is_checked_before_use(given_file):
     for key in ("dataset", "val_dataset"):
         with pytest.raises(UserError) as caught:
             cached_token_file(DataConfig(**{key: str(given_file)}), "val", BYTES, SEED)
-        mend = f"Encode again: python -m tinylm encode --data TEXT --tokenizer TOKENIZER --out {given_file}."
+        fix = f"Encode again: python -m tinylm encode --data TEXT --tokenizer TOKENIZER --out {given_file}."
         assert (
             str(caught.value)
-            == f"{given_file}: damaged: its content is not what was written (checksum). {mend}"
+            == f"{given_file}: damaged: its content is not what was written (checksum). {fix}"
         )
 
 
@@ -506,12 +506,12 @@ def test_a_token_file_whose_name_is_too_long_is_refused_on_one_line():
         cached_token_file(DataConfig(dataset="x" * 300 + ".bin"), "train", BYTES, SEED)
 
 
-# --- portions and processes -------------------------------------------------------------------------------------------
+# --- chunks and processes ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_portions(monkeypatch) -> None:
-    """Files are cut behind each 40 bytes, and text is handed over in 40 characters."""
+    """Files are cut after each 40 bytes, and text after each 40 characters."""
     monkeypatch.setattr(documents, "SPAN_BYTES", 40)
     monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 40)
 
@@ -553,7 +553,7 @@ def test_a_plain_file_is_cut_where_an_end_of_a_document_shows_by_itself(
 
 
 def test_an_error_in_a_portion_names_the_line_of_the_file(write, small_portions):
-    """Line 31 of the file is the first of some portion; each line before it has 11 bytes."""
+    """Line 31 of the file is the first of some chunk; each line before it has 11 bytes."""
     path = write("a.jsonl", '{"text":1}\n'.replace("1", '"a"') * 30 + '{"text": 5}\n')
     with pytest.raises(UserError, match=r"a.jsonl:31: text: expected a string, found a number"):
         encode_file(path.with_suffix(".bin"), recipe_of(path))
@@ -603,7 +603,7 @@ def test_any_documents_come_back_from_the_file_in_their_order(tmp_path, small_po
 def test_any_number_of_processes_makes_the_same_bytes(
     tmp_path, small_portions, options, monkeypatch
 ):
-    """130 documents in some 60 portions, which two helpers and this process share; without them the bytes are the same."""
+    """130 documents in about 60 chunks, shared by two workers and this process; one process writes the same bytes."""
     paths = corpus_of_all_kinds(
         tmp_path, [f"document {i} " + "x" * (i % 13) + "\né" for i in range(30)]
     )
@@ -628,7 +628,7 @@ def test_a_split_is_the_same_with_helpers(data, tmp_path, monkeypatch, small_por
 
 @pytest.mark.parametrize(("processes", "name"), [(1, "a.jsonl"), (1, "a.jsonl.gz"), (2, "a.jsonl")])
 def test_an_error_behind_the_limit_is_not_met(write, tmp_path, processes, name, monkeypatch):
-    """Though the portion with the last document has been read to its end."""
+    """Although the chunk with the last document was read to its end."""
     monkeypatch.setattr(encode, "WORTH_PROCESSES", 1)
     rows = b'{"text": "one"}\n{"text": "two"}\n3\n'
     path = write(name, gzip.compress(rows) if name.endswith(".gz") else rows)
@@ -684,12 +684,12 @@ def test_progress_counts_bytes_of_the_text(write, tmp_path, small_portions):
     ids=["50 MB line", "1e6 empty lines", "22 MB of short lines"],
 )
 def test_odd_files_are_encoded_in_bounded_memory(write, tmp_path, child, content, n, limit):
-    """One document of 50 MB is held as bytes, text (twice), and tokens of 1 and 2 bytes; short ones in portions of 1 MB, 90,000 documents."""
+    """One document of 50 MB is held as bytes, text (twice), and tokens of 1 and 2 bytes; short ones in chunks of 1 MB, 90,000 documents."""
     path = write("a.txt", content)
     code = """before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-split = corpus.Split("train", corpus.sources_named([args[0]], "text", None), None, None)
+split = splits.Split("train", sources.sources_named([args[0]], "text", None), None, None)
 encode.encode_file(Path(args[1]), encode.EncodeSpec(split, BYTES))
-print(token_file_writer.TokenFile.open(args[1]).header.documents, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
+print(run_files.TokenFile.open(args[1]).header.documents, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
     out, err = child(code, path, tmp_path / "a.bin").communicate(timeout=120)
     assert err == ""
     documents, megabytes = map(int, out.split())
@@ -721,10 +721,12 @@ def test_the_command_tells_what_it_made(run, write, tmp_path):
         "--data", path, "--tokenizer", "byte", "--out", out, "--processes", 1
     )
     assert (code, stdout) == (0, f"{out}\n")
-    said = stderr.splitlines()
-    assert said[0] == f"encoding with 1 processes, tokenizer {BYTES.fingerprint} (vocabulary 260)"
-    assert re.fullmatch(r"encoded 0.0 MB of text in \d+\.\d s, 0\.\d MB/s", said[1])
-    assert said[2:] == [
+    printed = stderr.splitlines()
+    assert (
+        printed[0] == f"encoding with 1 processes, tokenizer {BYTES.fingerprint} (vocabulary 260)"
+    )
+    assert re.fullmatch(r"encoded 0.0 MB of text in \d+\.\d s, 0\.\d MB/s", printed[1])
+    assert printed[2:] == [
         "14 tokens (uint16) of 2 documents, 1.000 bytes per token",
         "first ten ids: 104 101 108 108 111 258 119 195 182 114",
         "last ten ids:  111 258 119 195 182 114 108 100 33 258",
@@ -853,7 +855,7 @@ SPELLED = "documents contain <|eos|> in their text, where it is only characters 
 def test_documents_that_spell_the_end_of_text_are_counted_and_said(
     run, write, tmp_path, monkeypatch, processes
 ):
-    """Documents 0, 10, ... 190 of 200, in portions of 50 bytes; 0 and 10 of the first eleven in a portion of all. A file that is there says it again."""
+    """Documents 0, 10, ... 190 of 200, in chunks of 50 bytes; 0 and 10 of the first eleven in one chunk. For an existing file it is reported again."""
     monkeypatch.setattr(documents, "SPAN_BYTES", 50)
     monkeypatch.setattr(encode, "WORTH_PROCESSES", 1)
     path = write(
@@ -874,7 +876,7 @@ def test_documents_that_spell_the_end_of_text_are_counted_and_said(
 
 
 def test_a_count_of_spelled_ends_survives_an_interruption(write, tmp_path, small_portions):
-    """Of ten portions of five lines, three are encoded before the interruption; each of them has one such document."""
+    """Of ten chunks of five lines, three are encoded before the interruption; each of them has one such document."""
     path = write(
         "a.txt", "".join("<|eos|>..\n" if i % 5 == 0 else "123456789\n" for i in range(50))
     )
@@ -895,7 +897,7 @@ NEVER = "warning: {}: --separator '{}' does not occur in it, so each .txt file i
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "separator", "met"),
+    ("name", "content", "separator", "found"),
     [
         ("a.txt", "one\ntwo\n", "<|x|>", False),
         ("a.txt", "one\ntwo\n", "\n\n", False),
@@ -908,26 +910,26 @@ NEVER = "warning: {}: --separator '{}' does not occur in it, so each .txt file i
     ],
 )
 def test_a_separator_that_never_occurs_is_said(
-    run, write, tmp_path, monkeypatch, name, content, separator, met
+    run, write, tmp_path, monkeypatch, name, content, separator, found
 ):
-    """Also one that only ends a file, or that a portion of its own ends with, was met; a row of a .jsonl is not divided."""
+    """A separator at the end of a file, or of a chunk, counts as found; a row of a .jsonl is not divided."""
     monkeypatch.setattr(documents, "SPAN_BYTES", 50)
     path = write(name, gzip.compress(content.encode()) if name.endswith(".gz") else content)
     stderr = run(
         "--data", path, "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--separator", separator
     )[2]
-    said = [line for line in stderr.splitlines() if line.startswith("warning")]
-    assert said == ([] if met else [NEVER.format(path, separator.replace("\n", "\\n"))])
+    warnings = [line for line in stderr.splitlines() if line.startswith("warning")]
+    assert warnings == ([] if found else [NEVER.format(path, separator.replace("\n", "\\n"))])
 
 
 def test_a_second_command_says_that_it_waits(run, write, tmp_path, monkeypatch):
-    """A thread holds the lock until the waiting has been said."""
-    out, held, said = tmp_path / "a.bin", threading.Event(), threading.Event()
+    """A thread holds the lock until the command has reported that it waits."""
+    out, held, reported = tmp_path / "a.bin", threading.Event(), threading.Event()
 
     def hold() -> None:
         with locked(out, "--out"):
             held.set()
-            said.wait(10)
+            reported.wait(10)
 
     holder = threading.Thread(target=hold)
     holder.start()
@@ -937,7 +939,7 @@ def test_a_second_command_says_that_it_waits(run, write, tmp_path, monkeypatch):
     def info_and_release(message: str, *values: object) -> None:
         info(message, *values)
         if message.startswith("waiting"):
-            said.set()
+            reported.set()
 
     monkeypatch.setattr(encode_command.logger, "info", info_and_release)
     code, _, stderr = run("--data", write("a.txt", "one\n"), "--tokenizer", "byte", "--out", out)
@@ -964,10 +966,10 @@ def test_a_hub_that_refuses_a_dataset_is_told_in_flags(run, tmp_path, monkeypatc
         raise OSError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
     stderr = run("--data", "hf:owner/name", "--tokenizer", "byte", "--out", tmp_path / "a.bin")[2]
-    mend = "Check the configuration and the split in --data, or: Give a local file or folder as --data."
-    assert stderr.splitlines()[-1] == f"error: --data: owner/name: no route. {mend}"
+    fix = "Check the configuration and the split in --data, or: Give a local file or folder as --data."
+    assert stderr.splitlines()[-1] == f"error: --data: owner/name: no route. {fix}"
 
 
 def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_names(
@@ -985,7 +987,7 @@ def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_nam
                 raise OSError("cable")
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Stream())
-    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
     monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
     command = (
         "--data",
@@ -998,10 +1000,10 @@ def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_nam
         1,
     )
     code, _, stderr = run(*command)
-    mend = "The same command with --resume continues from there."
+    fix = "The same command with --resume continues from there."
     assert (code, stderr.splitlines()[-1]) == (
         2,
-        f"error: owner/name (train): reading stopped: cable. {mend}",
+        f"error: owner/name (train): reading stopped: cable. {fix}",
     )
     broken.clear()
     assert (run(*command)[0], run(*command, "--resume")[0]) == (2, 0)
@@ -1112,7 +1114,7 @@ def test_a_dataset_of_the_hub_is_streamed_and_no_more_of_it_read_than_asked_for(
         return Stream()
 
     monkeypatch.setattr("datasets.load_dataset", serve)
-    monkeypatch.setattr(sources, "require_hub", lambda what, mend: None)
+    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
     monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
     command = (
         "--data",
@@ -1152,8 +1154,8 @@ SLOW_COMMAND = """
 from tinylm.__main__ import main
 documents.SPAN_BYTES, encode.WORTH_PROCESSES, token_file_writer.TokenFileWriter.SAVE_SECONDS = 2000, 1, 0.02
 append, wait = token_file_writer.TokenFileWriter.append, float(args.pop(0))
-def slow(self, *portion, **read):
-    append(self, *portion, **read)
+def slow(self, *chunk, **read):
+    append(self, *chunk, **read)
     print(self.state.portions, flush=True)
     time.sleep(wait)
 token_file_writer.TokenFileWriter.append = slow
@@ -1164,16 +1166,16 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def interrupted(write, tmp_path, child) -> Callable[..., tuple[int, str]]:
-    """Starts the command on 100 portions, sends it a signal behind some of them; exit code and stderr."""
+    """Start the command on 100 chunks and send it a signal after some of them; its exit code and stderr."""
     path = write("a.txt", "".join(f"document {i} {'x' * (i % 50)}\n" for i in range(5000)))
     command = ("--data", path, "--tokenizer", "byte", "--out", tmp_path / "a.bin")
 
-    def start(portions: int, number: int, *flags: object) -> tuple[int, str]:
-        process = child(SLOW_COMMAND, 0.02 if portions else 0, *command, *flags)
+    def start(n_chunks: int, number: int, *flags: object) -> tuple[int, str]:
+        process = child(SLOW_COMMAND, 0.02 if n_chunks else 0, *command, *flags)
         seen = 0
-        while portions and process.stdout.readline():
+        while n_chunks and process.stdout.readline():
             seen += 1
-            if seen == portions:
+            if seen == n_chunks:
                 process.send_signal(number)
                 break
         _, err = process.communicate(timeout=60)
@@ -1212,7 +1214,7 @@ def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(interrupted, tmp_path):
 def test_killed_five_times_and_resumed_the_file_is_that_of_one_run(
     interrupted, tmp_path, processes
 ):
-    """Each time a dozen portions further, with SIGKILL; the final name does not appear before the end."""
+    """Killed with SIGKILL a dozen chunks later each time; the file has its final name only at the end."""
     for _ in range(5):
         assert (
             interrupted(12, signal.SIGKILL, "--processes", processes, "--resume")[0]
@@ -1227,7 +1229,7 @@ def test_killed_five_times_and_resumed_the_file_is_that_of_one_run(
 
 
 def test_a_full_disk_keeps_what_was_done_for_a_resume(write, tmp_path, child, run, monkeypatch):
-    """RLIMIT_FSIZE stops the file at 64 KiB; no file has the final name, and with room the command goes on."""
+    """RLIMIT_FSIZE stops the file at 64 KiB; no file has the final name, and with space the command continues."""
     path = write("a.txt", "some words and more of them\n" * 5000)
     command = ("--data", path, "--tokenizer", "byte", "--out", tmp_path / "a.bin", "--processes", 1)
     code = """resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); documents.SPAN_BYTES, token_file_writer.TokenFileWriter.SAVE_SECONDS = 5000, -1

@@ -1,4 +1,4 @@
-"""Mixtures: the shares are the weights, each source goes through its own passes, and what a run reads is in its fingerprint."""
+"""Mixtures: the shares are the weights, each source has passes of its own, and the fingerprint depends on all of it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_a_source_of_a_millionth_is_in_every_block():
     assert allocation.counts(3_000_000) == [2_999_997, 3]
 
 
-# --- tokens behind each other -----------------------------------------------------------------------------------------
+# --- tokens of several files ------------------------------------------------------------------------------------------
 
 
 @given(

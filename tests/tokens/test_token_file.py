@@ -1,4 +1,4 @@
-"""The token file: its format, what is refused, how a draft becomes a file; arrays of ids that other programs wrote."""
+"""The token file: its format, errors, writing in chunks; arrays of ids of other programs."""
 
 import io
 import json
@@ -35,7 +35,7 @@ BYTES = ByteTokenizer()
 
 
 def names(folder: Path) -> list[str]:
-    """What stands in a folder beside locks."""
+    """The files of a folder, without locks."""
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
@@ -288,7 +288,7 @@ def test_a_token_file_that_cannot_be_opened_is_refused_at_once(tmp_path, name):
 
 
 def test_every_flipped_bit_is_found(token_file):
-    """In the tokens and in each field of the header; the spaces behind the JSON mean nothing."""
+    """In the tokens and in each field of the header; the spaces after the JSON have no meaning."""
     data = token_file.read_bytes()
     for place in [*range(data.index(b"}") + 1), *range(HEADER_BYTES, len(data))]:
         token_file.write_bytes(data[:place] + bytes((data[place] ^ 1,)) + data[place + 1 :])
@@ -394,48 +394,48 @@ def test_documents_on_both_sides_are_those_of_both_sets(tmp_path, block, train, 
 
 
 def test_documents_on_both_sides_of_a_border_are_counted(tmp_path):
-    """b and c of b, c, d; the border is behind `aa`, `b` and `c`, 3 + 2 + 2 tokens."""
+    """b and c of b, c, d; the border is after `aa`, `b` and `c`, 3 + 2 + 2 tokens."""
     write_token_file(tmp_path / "a.bin", ["aa", "b", "c", "b", "c", "d", "b"], BYTES)
     file = TokenFile.open(tmp_path / "a.bin")
     assert token_overlap([file.between(0, 7)], [file.between(7, len(file))])[:2] == (2, 3)
 
 
-# --- a draft that goes on ---------------------------------------------------------------------------------------------
+# --- writing that continues --------------------------------------------------------------------------------------------
 
 
 PORTIONS = [([1, 2, 258], [3]), ([], []), ([3, 258, 258], [2, 3]), ([4, 258], [2])]
 
 
-def drafted(path: Path, portions: list, **options) -> TokenFileWriter:
-    """A draft with some portions."""
-    draft = TokenFileWriter(path, BYTES, "recipe", **options)
+def written(path: Path, portions: list, **options) -> TokenFileWriter:
+    """A writer with some chunks."""
+    writer = TokenFileWriter(path, BYTES, "recipe", **options)
     for tokens, ends in portions:
-        draft.append(np.array(tokens, dtype=np.uint16), np.array(ends, dtype=np.int64), read=2)
-    return draft
+        writer.append(np.array(tokens, dtype=np.uint16), np.array(ends, dtype=np.int64), read=2)
+    return writer
 
 
 def test_what_a_header_says_of_the_text_is_checked_and_left_out_where_it_is_nothing(tmp_path):
     """Files that were written before these fields are whole; a flipped bit in one of their names is found."""
-    for name, spelled, unseparated in (("plain.bin", 0, False), ("told.bin", 2, True)):
-        with drafted(tmp_path / name, PORTIONS[:1]) as draft:
-            draft.append(np.array([5, 258], dtype=np.uint16), np.array([2]), spelled=spelled)
-            draft.finish("source", unseparated=unseparated)
+    for name, spelled, unseparated in (("plain.bin", 0, False), ("noted.bin", 2, True)):
+        with written(tmp_path / name, PORTIONS[:1]) as writer:
+            writer.append(np.array([5, 258], dtype=np.uint16), np.array([2]), spelled=spelled)
+            writer.finish("source", unseparated=unseparated)
     assert b"spelled_eos" not in (tmp_path / "plain.bin").read_bytes()
-    told = TokenFile.open(tmp_path / "told.bin")
-    told.verify()
-    assert (told.header.spelled_eos, told.header.unseparated) == (2, True)
-    data = (tmp_path / "told.bin").read_bytes()
+    noted = TokenFile.open(tmp_path / "noted.bin")
+    noted.verify()
+    assert (noted.header.spelled_eos, noted.header.unseparated) == (2, True)
+    data = (tmp_path / "noted.bin").read_bytes()
     for name in (b"spelled_eos", b"unseparated"):
-        (tmp_path / "told.bin").write_bytes(data.replace(name, name.upper()))
+        (tmp_path / "noted.bin").write_bytes(data.replace(name, name.upper()))
         with pytest.raises(UserError, match="its content is not what was written"):
-            TokenFile.open(tmp_path / "told.bin").verify()
+            TokenFile.open(tmp_path / "noted.bin").verify()
 
 
 @pytest.fixture
 def whole(tmp_path: Path) -> bytes:
-    """The file of all portions, made in one go."""
-    with drafted(tmp_path / "whole.bin", PORTIONS) as draft:
-        draft.finish("source")
+    """The file of all chunks, written without interruption."""
+    with written(tmp_path / "whole.bin", PORTIONS) as writer:
+        writer.finish("source")
     assert TokenFile.open(tmp_path / "whole.bin").tokens.tolist() == [
         1,
         2,
@@ -452,13 +452,13 @@ def whole(tmp_path: Path) -> bytes:
 @pytest.mark.parametrize("saved", range(5))
 @pytest.mark.parametrize("lost", range(3))
 def test_a_draft_goes_on_from_what_was_saved(tmp_path, whole, saved, lost):
-    """Portions behind the last saved state are written again, though half of them may be on disk; nothing is closed, as after a kill."""
+    """Chunks after the last saved state are written again, although half of them may be on disk; nothing is closed, as after a kill."""
     path = tmp_path / "a.bin"
-    draft = drafted(path, PORTIONS[:saved])
-    draft.save()
+    writer = written(path, PORTIONS[:saved])
+    writer.save()
     for tokens, ends in PORTIONS[saved : saved + lost]:
-        draft.append(np.array(tokens, dtype=np.uint16), np.array(ends, dtype=np.int64))
-    draft._tokens.flush()
+        writer.append(np.array(tokens, dtype=np.uint16), np.array(ends, dtype=np.int64))
+    writer._tokens.flush()
     with TokenFileWriter(path, BYTES, "recipe", resume=True) as again:
         assert (again.state.portions, again.state.read) == (saved, 2 * saved)
         for tokens, ends in PORTIONS[saved:]:
@@ -474,11 +474,11 @@ def test_a_kill_while_the_file_is_finished_loses_nothing(tmp_path, whole, monkey
     with (
         monkeypatch.context() as patch,
         pytest.raises(KeyboardInterrupt),
-        drafted(path, PORTIONS, keep=True) as draft,
+        written(path, PORTIONS, keep=True) as writer,
     ):
-        draft.save()
+        writer.save()
         patch.setattr(os, "replace", interrupt)
-        draft.finish("source")
+        writer.finish("source")
     with TokenFileWriter(path, BYTES, "recipe", resume=True) as again:
         assert again.state.portions == 4
         again.finish("source")
@@ -496,7 +496,7 @@ def interrupt(*arguments: object) -> None:
 def test_an_interruption_leaves_the_draft_and_an_error_only_where_that_is_wished(
     tmp_path, keep, error, left
 ):
-    with pytest.raises(error), drafted(tmp_path / "a.bin", PORTIONS[:2], keep=keep):
+    with pytest.raises(error), written(tmp_path / "a.bin", PORTIONS[:2], keep=keep):
         raise error("interrupted")
     assert names(tmp_path) == ([".a.bin.part"] if left else [])
     assert TokenFileWriter(tmp_path / "a.bin", BYTES, "recipe", resume=True).state.portions == (
@@ -505,18 +505,18 @@ def test_an_interruption_leaves_the_draft_and_an_error_only_where_that_is_wished
 
 
 def test_without_resume_a_draft_is_begun_again(tmp_path):
-    drafted(tmp_path / "a.bin", PORTIONS).save()
+    written(tmp_path / "a.bin", PORTIONS).save()
     assert TokenFileWriter(tmp_path / "a.bin", BYTES, "recipe").state.portions == 0
 
 
 def test_the_state_is_saved_every_few_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(TokenFileWriter, "SAVE_SECONDS", -1)
-    drafted(tmp_path / "a.bin", PORTIONS[:3])
+    written(tmp_path / "a.bin", PORTIONS[:3])
     assert TokenFileWriter(tmp_path / "a.bin", BYTES, "recipe", resume=True).state.portions == 3
 
 
 def test_the_draft_of_something_else_is_not_gone_on_with(tmp_path):
-    drafted(tmp_path / "a.bin", PORTIONS).save()
+    written(tmp_path / "a.bin", PORTIONS).save()
     folder = writer_folder(tmp_path / "a.bin")
     for recipe, cut in (("other", ""), ("recipe", "after 5 bytes")):
         with pytest.raises(UserError) as caught:
@@ -537,7 +537,7 @@ def test_the_draft_of_something_else_is_not_gone_on_with(tmp_path):
     ],
 )
 def test_a_damaged_draft_is_refused(tmp_path, name, content, message):
-    drafted(tmp_path / "a.bin", PORTIONS).save()
+    written(tmp_path / "a.bin", PORTIONS).save()
     folder = writer_folder(tmp_path / "a.bin")
     (folder / name).write_bytes(content)
     with pytest.raises(UserError) as caught:

@@ -110,7 +110,7 @@ def test_a_resumed_loader_gives_what_the_uninterrupted_one_gave(
 def test_a_resumed_mixture_gives_what_the_uninterrupted_one_gave(
     load: Any, mix: dict, order: str, first: int
 ) -> None:
-    """Also from behind the first block of 1024 rows, which is 256 micro-batches of 4."""
+    """Also after the first block of 1024 rows, which is 256 micro-batches of 4."""
     config, tokenizer = load(data=mix | {"order": order}, training={"max_steps": 301})
     whole, resumed = (
         batches_of(prepared(config, tokenizer)),
@@ -345,8 +345,8 @@ def test_a_run_on_a_mixture_resumes_exactly_and_refuses_other_shares(
     """From step 4, with two workers in place of none: every number of steps 5 and 6, and the weights, to the last bit. A10 for weights and sources."""
     config = make_config(data=mix, training={"grad_accum_steps": 2})
     assert train.main(["--config", str(config)]) == 0
-    said = capsys.readouterr().err
-    assert "corpus.txt (33.3%), " in said and "other.txt (66.7%): train " in said
+    err = capsys.readouterr().err
+    assert "corpus.txt (33.3%), " in err and "other.txt (66.7%): train " in err
     source = tmp_path / "checkpoints" / "step-000004.ckpt"
     elsewhere = [
         f"training.checkpoint_dir={tmp_path / 'again'}",

@@ -10,7 +10,7 @@ All ranks share one sequence of places; micro-batch k of rank r takes `size` pla
                             each row once, then padding                                        `validation_order`
 
 So a run that resumes at micro-batch k needs nothing but k, and R ranks read together what one device would read.
-Knows nothing of what a row is.
+Knows nothing about the content of a row.
 """
 
 from dataclasses import dataclass

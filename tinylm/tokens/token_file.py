@@ -97,7 +97,7 @@ class TokenFileHeader(BaseModel):
 
     @property
     def index_offset(self) -> int:
-        """Where the ends of the documents begin."""
+        """The byte at which the ends of the documents start."""
         stop = HEADER_BYTES + self.count * self.token_dtype.itemsize
         return stop + -stop % END_BYTES
 

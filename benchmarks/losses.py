@@ -1,9 +1,9 @@
-"""Time and memory of the loss, beside torch's two ways to the same number.
+"""Time and memory of the chunked cross entropy, compared with two implementations of torch.
 
     python benchmarks/losses.py [--tokens 4096 --width 384 --vocab 8192 --threads 2 --rounds 10]
 
-Forward and backward. Times are the best of interleaved rounds; memory is the peak of what torch allocated beyond
-the hidden states, the head and the labels (the gradients of the first two are in it), from torch's profiler.
+One forward and backward pass. Times are the minimum of interleaved rounds. Memory is the peak of
+torch's allocations (from its profiler) beyond hidden states, head and labels; gradients are included.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinylm.objectives.cross_entropy import cross_entropy  # noqa: E402
 
-WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "all logits, F.cross_entropy": lambda h, w, y: F.cross_entropy(
         (h @ w.T).float(), y, reduction="sum"
     ),
@@ -32,33 +32,33 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def step(
-    way: Callable[[Tensor, Tensor, Tensor], Tensor],
+    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
     tensors: tuple[Tensor, Tensor, Tensor],
     *,
     bf16: bool,
 ) -> float:
-    """Milliseconds of one forward and backward."""
+    """Milliseconds of one forward and backward pass."""
     hidden, weight, _ = tensors
     hidden.grad = weight.grad = None
     start = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = way(*tensors)
+        loss = loss_fn(*tensors)
     loss.backward()
     return 1000 * (time.perf_counter() - start)
 
 
 def peak_mb(
-    way: Callable[[Tensor, Tensor, Tensor], Tensor],
+    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
     tensors: tuple[Tensor, Tensor, Tensor],
     *,
     bf16: bool,
 ) -> float:
-    """The most that one step held at once, in units of 10^6 bytes."""
+    """Peak memory of one step, in 10^6 bytes."""
     tensors[0].grad = tensors[1].grad = None
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        step(way, tensors, bf16=bf16)
+        step(loss_fn, tensors, bf16=bf16)
     held = peak = 0
     for event in sorted(
         (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
@@ -70,7 +70,7 @@ def peak_mb(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table."""
+    """Print time and memory of each implementation, in fp32 and under bf16 autocast."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,14 +90,14 @@ def main(argv: list[str] | None = None) -> int:
     tensors = hidden, weight, torch.randint(options.vocab, (options.tokens,))
     for bf16 in (False, True):
         times = [
-            {name: step(way, tensors, bf16=bf16) for name, way in WAYS.items()}
+            {name: step(loss_fn, tensors, bf16=bf16) for name, loss_fn in IMPLEMENTATIONS.items()}
             for _ in range(options.rounds + 1)
         ][1:]
-        for name, way in WAYS.items():
+        for name, loss_fn in IMPLEMENTATIONS.items():
             milliseconds = min(t[name] for t in times)
-            print(
-                f"{'bf16' if bf16 else 'fp32'}  {name:<32} {milliseconds:7.0f} ms  {peak_mb(way, tensors, bf16=bf16):7.0f} MB"
-            )
+            peak = peak_mb(loss_fn, tensors, bf16=bf16)
+            dtype = "bf16" if bf16 else "fp32"
+            print(f"{dtype}  {name:<45} {milliseconds:7.0f} ms  {peak:7.0f} MB")
     return 0
 
 

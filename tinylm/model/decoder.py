@@ -1,4 +1,4 @@
-"""The model: a decoder-only Transformer that predicts the next token. One file, to be read first, top to bottom.
+"""The model: a decoder-only Transformer that predicts the next token. Read this file first.
 
     token ids ─▶ embedding ─▶ n_layers × [ attention ─▶ feed-forward ] ─▶ norm ─▶ head ─▶ logits
      (B, T)      (B, T, D)              (B, T, D)                        (B, T, D)       (B, T, V)
@@ -36,7 +36,7 @@ from tinylm.model.kv_cache import KVCache
 
 
 class Features(NamedTuple):
-    """The result of all blocks: hidden states (B, T, D) after the last norm, and the experts' balance loss."""
+    """Hidden states (B, T, D) after the last norm, and the balance loss of the experts (0 without any)."""
 
     hidden: Tensor
     balance_loss: Tensor
@@ -52,7 +52,7 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     return nn.RMSNorm(width, eps=config.norm_eps)
 
 
-# --- positions: rotary and ALiBi --------------------------------------------------------------------
+# --- positions: rotary and ALiBi ------------------------------------------------------------------
 #
 # Attention by itself sees a set of tokens, not a sequence. Rotary embeddings (RoPE; Su et al. 2021)
 # rotate each query and key by an angle proportional to its position, pair by pair of dimensions:
@@ -68,8 +68,8 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 
 def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (..., K), of the rotation at positions (...,) (Su et al. 2021, eq. 34)."""
-    # fp32: in bf16, neighboring positions beyond 256 would get the same angle
-    # exp, not a power: compiled on the CPU, a power would be recomputed in each layer
+    # fp32: in bf16, neighboring positions beyond 256 would get the same angle.
+    # exp, not a power: compiled on the CPU, a power would be recomputed in each layer.
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)  # (K/2,)
     frequencies = torch.exp(pairs * (-math.log(theta) / head_dim))  # (K/2,)
     angles = positions[..., None].float() * frequencies  # (..., K/2)
@@ -106,11 +106,11 @@ apply_rotary = Rotary.apply  # apply_rotary(x, cos, sin)
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
-    """The slope (H,) of each head: a geometric sequence that starts at 2^(-8/H) (Press et al. 2021, section 3).
+    """The slope (H,) of each head: a geometric sequence that starts at 2^(-8/H).
 
-    ALiBi subtracts slope · distance from each attention score, so that far keys weigh less. If the
-    number of heads is not a power of two: the slopes for the next lower power of two, then every
-    other slope for the next higher one.
+    ALiBi (Press et al. 2021, section 3) subtracts slope · distance from each attention score, so
+    that far keys weigh less. If the number of heads is not a power of two: the slopes for the next
+    lower power of two, then every other slope for the next higher one.
 
     >>> alibi_slopes(4).tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
@@ -121,7 +121,7 @@ def alibi_slopes(n_heads: int) -> Tensor:
     return torch.tensor(slopes + between)
 
 
-# --- which keys a query sees --------------------------------------------------------------------------
+# --- which keys a query sees ----------------------------------------------------------------------
 #
 #     causal            window 2           two documents      2 sinks, window 2
 #     x · · · ·         x · · · ·          x · · · ·          s s  x · · · ·
@@ -293,7 +293,7 @@ class Attention(nn.Module):
         # With a cache: store the new keys and values, and look at all that are stored.
         if context.cache is not None:
             k, v = context.cache.write(self.layer, context.positions, k, v)  # (B, G, S, K)
-        # Sinks first, not rotated and not biased: RoPE sees them at position 0, ALiBi at distance 0.
+        # Sinks come first, neither rotated nor biased: at position 0 for RoPE, 0 away for ALiBi.
         if self.n_sinks:
             k = torch.cat((self.sink_keys.to(k.dtype).expand(B, -1, -1, -1), k), dim=2)
             v = torch.cat((self.sink_values.to(v.dtype).expand(B, -1, -1, -1), v), dim=2)
@@ -356,8 +356,8 @@ class FeedForward(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Each token goes to its A best experts; their outputs are summed by router weight.
 
-    As in Mixtral (Jiang et al. 2024). Tokens are sorted by expert, so that each expert is one matrix
-    product over a slice. No token is dropped.
+    As in Mixtral (Jiang et al. 2024). Tokens are sorted by expert, so that each expert is one
+    matrix product over a slice. No token is dropped.
 
         token          0     1     2              sorted by expert   0  0 │ 1 │ 2  2  2
         its experts    0,2   2,0   1,2     ─▶     their tokens       0  1 │ 2 │ 0  1  2
@@ -418,7 +418,7 @@ def grouped_linear(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     return torch.cat(products)
 
 
-# --- the block and the decoder ----------------------------------------------------------------------
+# --- the block and the decoder --------------------------------------------------------------------
 #
 #     pre (default)    x ─┬─▶ norm ─▶ attention ─▶ + ─┬─▶ norm ─▶ ffn ─▶ + ─▶
 #                         └────────────────────────┘  └──────────────────┘
@@ -562,16 +562,16 @@ class Decoder(nn.Module):
 #     norms, biases        1, 0             1, 0
 #     sink keys, values    N(0, 0.02²)      N(0, 0.02²)            at first all sinks look alike
 #
-# trunc_normal cuts all its rows at 3 standard deviations, which avoids the rare large weight.
-# 0.02 is GPT-2's constant (Radford et al. 2019), close to √(2/(in + out)) of its 768 × 3072
-# layers. Linear layers that are stored as one matrix (q, k and v; gate and value) are drawn one by
-# one, each with its own in and out. GPT-2's extra
-# 1/√(2 n_layers) on the output projections is not applied.
+# trunc_normal is cut at 3 standard deviations, which avoids the rare large weight. 0.02 is GPT-2's
+# constant (Radford et al. 2019), close to √(2/(in + out)) of its 768 × 3072 layers. Layers that are
+# stored as one matrix (q, k and v; gate and value) are drawn one by one, each with its own in and
+# out. GPT-2's extra 1/√(2 n_layers) on the output projections is not applied. Learned positions are
+# drawn like the embedding.
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module) -> None:
-    """Fill the weights after the table above, in the order of the modules, from torch's global generator."""
+    """Draw the weights as in the table above, module by module, from torch's global generator."""
     config = model.config
     for name, weight in model.named_parameters():  # a tied matrix comes once, as the embedding
         if name.endswith("bias"):

@@ -56,7 +56,13 @@ def run(args: argparse.Namespace) -> int:
     from training.context import ResumeOptions
     from training.run import train
 
-    return train(stage, config, ResumeOptions(args.resume, args.no_resume, args.allow_changes))
+    sample = None
+    if config.training.sample_prompt is not None:
+        from training.sampling import sample_text as sample
+
+    return train(
+        stage, config, ResumeOptions(args.resume, args.no_resume, args.allow_changes), sample
+    )
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
         "pretrain",
         dict(NO_REFERENCES),
     )
-    build_trainer(config, "cpu", [callback]).fit(stage, train_dataloaders=loader)
+    build_trainer(config, "cpu", callback).fit(stage, train_dataloaders=loader)
 
 
 def run_transformers(orders: Orders, shape: Shape, mode: Mode, threads: int | None) -> None:

@@ -69,7 +69,6 @@ LATE_IMPORTS = {
 TOO_LONG = {
     "tinylm/config/schema.py",
     "tinylm/runs/compare.py",
-    "training/callbacks.py",
     "align.py",
 }
 

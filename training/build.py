@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -121,7 +120,7 @@ def describe_model(config: Config, model: nn.Module, world_size: int) -> str:
     return f"model: {n_parameters:,} parameters, {work}{per_step} per step, {training.max_steps:,} steps"
 
 
-def build_trainer(config: Config, device: str, callbacks: Sequence[L.Callback]) -> L.Trainer:
+def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Trainer:
     """Lightning's trainer: one epoch of micro-batches; validation, logging and checkpoints are ours (callbacks.py)."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -144,7 +143,7 @@ def build_trainer(config: Config, device: str, callbacks: Sequence[L.Callback]) 
         precision=LIGHTNING_PRECISION[hardware.precision],  # type: ignore[arg-type]
         max_epochs=1,
         accumulate_grad_batches=config.training.grad_accum_steps,
-        callbacks=list(callbacks),
+        callbacks=[callback],
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,

@@ -3,6 +3,7 @@
 A run is the same if its settings, tokenizer and data are. What may differ is in `FREE_ON_RESUME`.
 """
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from tinylm.optim.schedule import should_stop
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.factory import tokenizer_from_plain
 from tinylm.tokens.run_files import name_of
-from training.callbacks import checkpoint_aliases
+from training.checkpoints import checkpoint_aliases
 from training.context import ResumeOptions, RunContext
 
 logger = logging.getLogger(__name__)
@@ -87,10 +88,19 @@ class ResumeState:
         """The tokenizer that it was trained with."""
         return tokenizer_from_plain(self.state["tokenizer"])
 
+    def progress(self) -> Progress:
+        """How far the run was."""
+        return Progress(**copy.deepcopy(self.state["progress"]))
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the run in `folder` saved it, so that this run does not begin a branch in another folder."""
+        return self.path.resolve().parent == folder.resolve()
+
     def is_complete(self, config: Config) -> bool:
         """Whether nothing is left to train: all steps are done, or the run stopped early."""
-        losses = [loss for _, loss in self.state["progress"]["validations"]]
-        stopped_early = should_stop(losses, config.training.early_stopping_patience)
+        stopped_early = should_stop(
+            self.progress().val_losses, config.training.early_stopping_patience
+        )
         return stopped_early or self.state["step"] >= config.training.max_steps
 
 
@@ -142,7 +152,7 @@ def resumed_config(config: Config, resume: ResumeState) -> Config:
 
 def repair_aliases(resume: ResumeState, *, final: bool) -> None:
     """Recreate the last/best/final links if the run was killed after saving the checkpoint but before linking it."""
-    for name in checkpoint_aliases(Progress(**resume.state["progress"]), final=final):
+    for name in checkpoint_aliases(resume.progress(), final=final):
         target = resume.path.with_name(name)
         if not target.exists() or not target.samefile(resume.path):
             checkpoint_format.link(resume.path, name)

@@ -10,15 +10,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
 from data import RunData
 from model import TrainingModule
 from tinylm.common.errors import printable
 from tinylm.common.units import duration
 from tinylm.config.schema import Config
 from tinylm.planning.memory_plan import explaining_memory
-from training import callbacks
+from tinylm.runs.metrics_csv import MetricsFile
 from training.build import build_loggers, build_trainer, describe_model
+from training.callbacks import Metrics, Sample, StepEnd, StopSignals, Validation
+from training.checkpoints import Checkpoints
 from training.context import ResumeOptions, RunContext
+from training.display import ProgressDisplay
 from training.initial import find_initial_model, initialized_config, prepare_tokenizer
 from training.resume import (
     ResumeState,
@@ -34,8 +39,16 @@ from training.stage import Stage
 logger = logging.getLogger(__name__)
 
 
-def train(stage: Stage, config: Config, options: ResumeOptions) -> int:
+def train(
+    stage: Stage, config: Config, options: ResumeOptions, sample: Sample | None = None
+) -> int:
     """Train from new weights, from training.init_from or from the newest checkpoint, to the last step.
+
+    Args:
+        stage: what is trained, from training/stages/.
+        config: the settings.
+        options: the flags about resuming.
+        sample: generates the sample that each validation shows; None if training.sample_prompt is null.
 
     Prints the path of the final checkpoint on stdout and returns the exit code: 0, or 128 + the number of the signal
     that stopped the run.
@@ -65,7 +78,7 @@ def train(stage: Stage, config: Config, options: ResumeOptions) -> int:
         if resume is not None:
             require_same_data(resume, data, allow_changes=options.allow_changes)
         module = stage.build_module(context, data, resume, initial)
-        return fit(context, stage, module, data, resume)
+        return fit(context, stage, module, data, resume, sample)
 
 
 def fit(
@@ -74,50 +87,53 @@ def fit(
     module: TrainingModule,
     data: RunData,
     resume: ResumeState | None,
+    sample: Sample | None = None,
 ) -> int:
     """Train `module` on `data` to the last step, from the first one or from that of the checkpoint."""
     config = module.config
-    signals = callbacks.StopSignals()
-    display = callbacks.ProgressDisplay(callbacks.Terminal(stderr=True), config.training.max_steps)
-    validation = callbacks.Validation(signals, data.tokenizer, display.line)
-    metrics = callbacks.Metrics(validation, display.row)
-    saving = callbacks.Checkpoints(config, data.tokenizer, validation, signals, data.fingerprints())
-    restore = callbacks.Restore(None if resume is None else resume.state)
-    in_order = [signals, restore, validation, metrics, saving, display]
-    trainer = build_trainer(config, context.device, in_order)
-    logger.info(describe_model(config, module.decoder, trainer.world_size))
+    metrics_file, loggers = None, []
     if resume is not None:
         log_effects_of_changes(resume, config)
-        module.progress = restore.progress()
+        module.progress = resume.progress()
         module.cursor = resume.state["cursor"]
         data.start_at(module.progress.step * config.training.grad_accum_steps, module.cursor)
         logger.info(f"resuming {resume.path} at step {module.progress.step}")
-    if trainer.is_global_zero:
-        file = callbacks.MetricsFile(
+    if rank_zero_only.rank == 0:
+        metrics_file = MetricsFile(
             context.log_dir / "metrics.csv",
             module.progress.step,
-            further=(*module.train_columns, *module.val_columns),
-            aside=resume is None or not _is_in(resume.path, context.checkpoint_dir),
+            more_columns=(*module.train_columns, *module.val_columns),
+            keep_old=resume is None or not resume.is_in(context.checkpoint_dir),
         )
-        metrics.open(file, build_loggers(config.training))
+        loggers = build_loggers(config.training)
+    signals = StopSignals()
+    display = ProgressDisplay(config.training.max_steps)
+    checkpoints = Checkpoints(context.checkpoint_dir, data.tokenizer, data.fingerprints())
+    step_end = StepEnd(
+        signals,
+        Validation(signals, data.tokenizer, display.show, sample),
+        Metrics(metrics_file, loggers, display.show_row),
+        checkpoints,
+        display,
+        None if resume is None else resume.state,
+    )
+    trainer = build_trainer(config, context.device, step_end)
+    logger.info(describe_model(config, module.decoder, trainer.world_size))
     began = time.monotonic()
     with explaining_memory(config, f"The checkpoints in {context.checkpoint_dir} are intact"):
         trainer.fit(module, datamodule=data)
-    if saving.newest is None:  # only rank 0 saves
+    if checkpoints.newest is None:  # only rank 0 saves
         return signals.exit_code
     if signals.received is not None:
         stopped = f"stopped by signal {signals.received} after step {module.progress.step}"
-        logger.info(f"{stopped}; saved {saving.newest}. Run the same command again to continue.")
+        logger.info(
+            f"{stopped}; saved {checkpoints.newest}. Run the same command again to continue."
+        )
         return signals.exit_code
     best = min(module.progress.val_losses, default=math.nan)
     seconds = duration(time.monotonic() - began)
     logger.info(f"done: {module.progress.step} steps in {seconds}, best val_loss {best:.4f}")
-    return print_result(stage, saving.newest.with_name("final.ckpt"))
-
-
-def _is_in(path: Path, folder: Path) -> bool:
-    """Whether a checkpoint continues the run of this folder, and does not begin a branch in another one."""
-    return path.resolve().parent == folder.resolve()
+    return print_result(stage, checkpoints.newest.with_name("final.ckpt"))
 
 
 def print_result(stage: Stage, path: Path) -> int:

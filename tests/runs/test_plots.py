@@ -13,6 +13,7 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, ModelConfig
 from tinylm.model.decoder import Decoder
+from tinylm.runs.metrics_csv import COLUMNS
 from tinylm.runs.plots import (
     QUANTITIES,
     Run,
@@ -25,7 +26,6 @@ from tinylm.runs.plots import (
     text_plot,
 )
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from training.callbacks import COLUMNS
 
 TINY = {"vocab_size": 260, "n_layers": 2, "d_model": 16, "n_heads": 4, "max_seq_len": 12}
 

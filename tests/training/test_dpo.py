@@ -41,7 +41,7 @@ from tinylm.objectives.preferences import METRICS, Answers, answer_log_probs, pr
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
 from tinylm.tokens.row_order import Share
-from training import callbacks
+from training import sampling
 from training import run as training_run
 from training.stages import dpo
 from training.stages.dpo import DPOModule, PreferenceData
@@ -273,7 +273,7 @@ def stage_of(config: Path, monkeypatch: Patch) -> tuple[DPOModule, PreferenceDat
     monkeypatch.setattr(
         training_run,
         "fit",
-        lambda context, stage, module, data, _: made.extend((module, data)) or 0,
+        lambda context, stage, module, data, *_: made.extend((module, data)) or 0,
     )
     assert run(config) == 0
     stage, data = made
@@ -704,7 +704,7 @@ def test_what_a_sample_is_asked_in_is_the_template(prefer: Make, monkeypatch: Pa
         == 0
     )
     assert {bytes(ids).decode() for ids in seen} == {"### Instruction: say red\n### Output:"}
-    assert callbacks.CHAT_STAGES == ("sft", "dpo")
+    assert sampling.CHAT_STAGES == ("sft", "dpo")
 
 
 # --- trl --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""metrics.csv: one row for each step that is logged; a resumed run continues the file, and no step is in it twice.
+
+    step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s,...
+
+An empty cell is a value that the step does not have. Numbers are written so that reading them gives the same bits.
+"""
+
+import csv
+import os
+from pathlib import Path
+
+from tinylm.common.errors import writing
+
+COLUMNS = (
+    "step",
+    "train_loss",
+    "val_loss",
+    "val_ppl",
+    "val_bpb",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "tokens_per_s",
+)
+Row = dict[str, float | int | None]
+
+
+class MetricsFile:
+    """metrics.csv of one run.
+
+    Args:
+        path: the file; its folder is created.
+        last_step: the step that the run continues from; later rows of an existing file are removed.
+        more_columns: the columns that only some stages have.
+        keep_old: rename an existing file, which is of another run or of another branch of this one.
+    """
+
+    def __init__(
+        self, path: Path, last_step: int, *, more_columns: tuple[str, ...] = (), keep_old: bool
+    ):
+        self.path, self.columns = path, (*COLUMNS, *more_columns)
+        with writing(path, "training.log_dir"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = []
+            if path.exists():
+                rows = self._rows_until(last_step)
+                if keep_old:
+                    os.replace(path, self._free_name())
+            self._write(rows)
+
+    def append(self, row: Row) -> None:
+        """Add a row."""
+        with writing(self.path, "training.log_dir"):
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerow(self._as_text(row))
+
+    def complete(self, row: Row) -> None:
+        """Add the values of `row` to the last row if that is of the same step, else append it."""
+        step = row["step"] or 0
+        with writing(self.path, "training.log_dir"):
+            rows = self._rows_until(step)
+            last = rows.pop() if rows and rows[-1]["step"] == str(step) else {}
+            for name, text in self._as_text(row).items():
+                if text or name not in last:
+                    last[name] = text
+            self._write([*rows, last])
+
+    def _as_text(self, row: Row) -> dict[str, str]:
+        return {name: "" if row[name] is None else repr(row[name]) for name in self.columns}
+
+    def _rows_until(self, step: int) -> list[dict[str, str]]:
+        """The complete rows up to `step`; a killed run writes the rows after its last checkpoint again."""
+        with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
+            rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+        kept = []
+        for row in rows:
+            is_complete = set(row) == set(self.columns) and None not in row.values()
+            if is_complete and row["step"].isdigit() and int(row["step"]) <= step:
+                kept.append(row)
+        return kept
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+
+    def _free_name(self) -> Path:
+        number = 1
+        while (path := self.path.with_name(f"metrics.{number}.csv")).exists():
+            number += 1
+        return path

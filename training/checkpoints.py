@@ -1,0 +1,132 @@
+"""Saves checkpoints of a run, and restores the optimizer from one.
+
+Lightning's own checkpoints are not used: it does not write them safely, and its resume restores loops that count
+micro-batches (docs/LOG.md). The file itself is tinylm/checkpoint/format.py.
+"""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import OptimStateKeyType
+
+from model import Progress, TrainingModule
+from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint.format import FORMAT, SCHEMA
+from tinylm.model.lora import adapter_weights
+from tinylm.tokenizer.base import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_aliases(progress: Progress, *, final: bool) -> list[str]:
+    """The further names of step-N.ckpt: last.ckpt, best.ckpt after the best validation, final.ckpt at the end."""
+    names = ["last.ckpt"]
+    if progress.validated(progress.step) and progress.val_losses[-1] <= min(progress.val_losses):
+        names.append("best.ckpt")
+    if final:
+        names.append("final.ckpt")
+    return names
+
+
+class Checkpoints:
+    """Saves every training.save_every_steps steps, after the best validation, and at the end."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, fingerprints: dict[str, str]):
+        self.folder, self.tokenizer, self.fingerprints = folder, tokenizer, fingerprints
+        self.newest: Path | None = None
+        """the last checkpoint that this process saved"""
+
+    def save_if_due(
+        self, trainer: L.Trainer, module: TrainingModule, *, stops: bool, final: bool
+    ) -> None:
+        """Save if this step is due, the last one, or the best one so far.
+
+        Args:
+            trainer: Lightning's.
+            module: at the end of a step.
+            stops: the run stops after this step.
+            final: the run is complete after this step.
+        """
+        step = module.progress.step
+        names = checkpoint_aliases(module.progress, final=final)
+        is_due = step % module.config.training.save_every_steps == 0
+        if not (is_due or stops or final or "best.ckpt" in names):
+            return
+        state = self._state(trainer, module)  # on every rank: all of them gather the shards
+        if trainer.is_global_zero:
+            path = self.folder / f"step-{step:06d}.ckpt"
+            checkpoint_format.write(path, state)
+            self.newest = path
+            for name in names:
+                checkpoint_format.link(path, name)
+            self._remove_oldest(module.config.training.keep_last)
+
+    def _state(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, Any]:
+        """Everything that a resumed run and the other programs need, as plain types."""
+        config, progress = module.config, module.progress
+        weights = {}
+        for name, weight in trainer.strategy.lightning_module_state_dict().items():
+            if name.startswith("decoder."):  # not the reference model of preferences
+                weights[name.removeprefix("decoder.")] = weight
+        return {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "stage": module.stage,
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "train_loss": progress.train_loss,
+            "val_loss": progress.val_losses[-1] if progress.validations else None,
+            "created": time.time(),
+            "config": config.to_plain(),
+            "tokenizer": self.tokenizer.to_plain(),
+            "weights": weights if config.lora is None else adapter_weights(weights),
+            **module.references,
+            "optimizer": trainer.strategy.optimizer_state(trainer.optimizers[0]),
+            "precision": trainer.precision_plugin.state_dict(),
+            "progress": progress.to_plain(),
+            "cursor": module.cursor,
+            "data": self.fingerprints,
+            "world_size": trainer.world_size,
+            "threads": torch.get_num_threads(),
+            "versions": {"torch": str(torch.__version__), "lightning": L.__version__},
+        }
+
+    def _remove_oldest(self, keep_last: int | None) -> None:
+        """Remove the oldest step files; one that cannot be removed does not stop the run."""
+        if keep_last is None:
+            return
+        found = checkpoint_format.candidates(self.folder)
+        for path in [path for path in found if path.name.startswith("step-")][keep_last:]:
+            try:
+                os.unlink(path)
+            except OSError as error:
+                logger.warning(f"{path} cannot be removed: {error.strerror}")
+
+
+def restore_optimizer(trainer: L.Trainer, module: TrainingModule, state: dict[str, Any]) -> None:
+    """Restore the optimizer and the gradient scaler from the state of a checkpoint."""
+    optimizer = trainer.optimizers[0]
+    # The settings of each group come from the config, which --allow-changes may have changed.
+    settings = []
+    for group in optimizer.param_groups:
+        settings.append({name: value for name, value in group.items() if name != "params"})
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        # The checkpoint has whole tensors by number; torch shards them by the names of their weights.
+        named = FSDP.rekey_optim_state_dict(
+            state["optimizer"], OptimStateKeyType.PARAM_NAME, module
+        )
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(module, optimizer, named, options=options)
+    else:
+        trainer.strategy.load_optimizer_state_dict({"optimizer_states": [state["optimizer"]]})
+    for group, own in zip(trainer.optimizers[0].param_groups, settings, strict=True):
+        group.update(own)
+    trainer.precision_plugin.load_state_dict(state["precision"])

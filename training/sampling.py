@@ -1,0 +1,21 @@
+"""The sample that a run shows at each validation (training.sample_prompt). Only a run that asks for one imports this."""
+
+from model import TrainingModule
+from tinylm.generate.chat import format_prompt
+from tinylm.generate.engine import Engine
+from tinylm.rows.conversation import CHAT_STAGES
+from tinylm.rows.template_factory import make_template
+from tinylm.tokenizer.base import Tokenizer
+
+
+def sample_text(module: TrainingModule, tokenizer: Tokenizer) -> str:
+    """The prompt with the model's continuation; with its answer, in the template, if it is fine-tuned."""
+    config, prompt = module.config, module.config.training.sample_prompt
+    assert prompt is not None
+    engine = Engine(module.decoder, tokenizer)
+    template = None
+    if module.stage in CHAT_STAGES:
+        template = make_template(config.data.template, tokenizer)
+    formatted = format_prompt(engine, prompt, template)
+    completions = engine.generate(formatted.prompt, config.sampling, stop_ids=formatted.stop_ids)
+    return prompt + completions[0].text

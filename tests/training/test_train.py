@@ -517,13 +517,11 @@ def test_a_run_says_what_its_text_is_not_divided_by(
     config = make_config(
         data={"dataset": str(lines), "document_separator": "##", "val_dataset": str(other)}
     )
-    spelled = "1 of 1 documents have <|eos|> in their text, where it is characters and ends nothing"
-    never = (
-        "data.document_separator '##' does not occur in it, so that each .txt file is one document"
-    )
+    spelled = "1 of 1 documents contain <|eos|> in their text, where it is only characters and ends nothing"
+    never = "data.document_separator '##' does not occur in it, so each .txt file is one document"
     for _ in range(2):
         assert logged_about_data(config, caplog) == [
-            f"warning: {lines}: {spelled}. If it divides documents of a .txt file, set data.document_separator to '<|eos|>'",
+            f"warning: {lines}: {spelled}. If it separates documents of a .txt file, set data.document_separator to '<|eos|>'",
             f"warning: {lines}: {never}",
             f"warning: {other}: {never}",
         ]

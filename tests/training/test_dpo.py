@@ -41,8 +41,8 @@ from tinylm.objectives.preferences import METRICS, Answers, answer_log_probs, pr
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
 from tinylm.tokens.row_order import Share
-from training import sampling
 from training import run as training_run
+from training import sampling
 from training.stages import dpo
 from training.stages.dpo import DPOModule, PreferenceData
 

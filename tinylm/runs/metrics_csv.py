@@ -50,9 +50,11 @@ class MetricsFile:
 
     def append(self, row: Row) -> None:
         """Add a row."""
-        with writing(self.path, "training.log_dir"):
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self.columns).writerow(self._as_text(row))
+        with (
+            writing(self.path, "training.log_dir"),
+            open(self.path, "a", newline="", encoding="utf-8") as file,
+        ):
+            csv.DictWriter(file, self.columns).writerow(self._as_text(row))
 
     def complete(self, row: Row) -> None:
         """Add the values of `row` to the last row if that is of the same step, else append it."""

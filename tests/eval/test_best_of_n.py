@@ -1,4 +1,5 @@
-"""Best of n: choices at random, by vote, by a verifier and by an oracle among the same answers, checked by hand."""
+"""Best of n: choices at random, by vote, by a verifier and by an oracle among the same answers,
+checked by hand."""
 
 import csv
 import json
@@ -75,7 +76,8 @@ EXAMPLES = [example(1, "#### 5"), example(2, "#### 7"), example(3, "#### 1")]
 
 
 def test_every_method_chooses_among_the_same_answers() -> None:
-    """1, 3 and 0 of 4 answers are right: at random 1/3. The vote gets only the second question, the verifier only the first; two of three have a right answer."""
+    """1, 3 and 0 of 4 answers are right: at random 1/3. The vote gets only the second question,
+    the verifier only the first; two of three have a right answer."""
     engine = FixedAnswers(ANSWERS)
     score = best_of_n(engine, ExclamationScorer(), GSM8K, EXAMPLES, 4, seed=5)
     assert {name: measure.value for name, measure in score.measures.items()} == pytest.approx(
@@ -184,7 +186,8 @@ def ask(
 def test_the_most_probable_answer_is_printed_and_all_are_scored(
     ask: Callable[..., Any], files: tuple[Path, Path]
 ) -> None:
-    """The JSON has every answer with the verifier's probability, the most probable first: the same samples as --n-samples."""
+    """The JSON has every answer with the verifier's probability, the most probable first: the same
+    samples as --n-samples."""
     flags = ("--best-of", 5, "--verifier", files[1])
     code, out, _ = ask(*flags, "--json")
     found = json.loads(out)["completions"]
@@ -272,7 +275,8 @@ def test_flags_that_cannot_be_combined_with_best_of_are_an_error(
 def test_the_table_has_all_methods(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Random bytes are never right: every method has 0, with the wide interval of two examples; the answers are in a file."""
+    """Random bytes are never right: every method has 0, with the wide interval of two examples;
+    the answers are in a file."""
     out = tmp_path / "results"
     where = [
         "--checkpoints",

@@ -93,7 +93,8 @@ def test_batched_scores_equal_single_scores(options):
 
 
 def test_a_pair_that_is_too_long_loses_the_start_of_its_prompt():
-    """48 positions read 48 tokens and ask for a 49th: of 60 + 5 tokens 16 are left out, and of a prompt cut before its own too."""
+    """48 positions have 48 inputs and a 49th target: 16 of 60 + 5 tokens are cut, in addition to
+    those cut before."""
     engine = Engine(make_model(), BYTES)
     pair = encode_continuation(engine, "p" * 50 + "q" * 10, "tttt" + "u")
     assert (len(pair.ids), pair.n_target, pair.truncated) == (49, 5, 16)
@@ -130,7 +131,8 @@ def test_a_case_that_cannot_be_asked_counts_as_a_failure():
 
 
 def test_failing_the_hard_cases_does_not_improve_the_rank():
-    """One checkpoint scores both cases badly; another fails the hard one and has the better mean of the rest."""
+    """One checkpoint scores both cases badly; another fails the hard one and has the better mean
+    of the rest."""
     model = make_model()
     easy, hard = evaluate_cases(
         Engine(model, BYTES), [Case("easy", "ab", "c"), Case("hard", "ab", "d" * 40)]

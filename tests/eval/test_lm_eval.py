@@ -39,7 +39,8 @@ def engine() -> Engine:
 
 
 def test_log_likelihood_is_the_engines_score(engine):
-    """A space at the end of the context belongs to the continuation, as for every model; an empty context is EOS."""
+    """A space at the end of the context belongs to the continuation, as for every model; an empty
+    context is EOS."""
     model = harness_model(engine, batch_size=2)
     found = model.loglikelihood(
         [Request("ab", " cd"), Request("ab ", "cd"), Request("", "cd")], disable_tqdm=True
@@ -57,7 +58,8 @@ def test_log_likelihood_is_the_engines_score(engine):
 
 @pytest.mark.parametrize("n", [5, 48, 49, 120])
 def test_rolling_log_likelihood_predicts_each_token_once_with_the_context_that_fits(engine, n):
-    """Oracle, with 48 positions: tokens 1 to 48 after EOS and those before them, later ones in windows that end with the last token."""
+    """Oracle, with 48 positions: tokens 1 to 48 after EOS and those before them, later ones in
+    windows that end with the last token."""
     text = "".join(chr(97 + i * i % 26) for i in range(n))
     [found] = harness_model(engine).loglikelihood_rolling([Request(text)])
     ids, total = [BYTES.eos_id, *text.encode()], 0.0
@@ -102,7 +104,8 @@ def test_generation_kwargs_become_our_settings():
 
 
 def test_intervals_and_ranks_of_the_harness_measures():
-    """A share has Wilson's interval, another measure its standard error's; one where lower is better ranks by its negative."""
+    """A share has Wilson's interval, another measure its standard error's; one where lower is
+    better ranks by its negative."""
     right = HarnessScore("t", "acc (strict)", 0.0, 0.0, 10, True)
     assert right.interval == wilson(0.0, 10)
     f1, perplexity = (

@@ -109,7 +109,8 @@ def test_macro_f1_equals_scikit_learns(pairs):
 
 
 def test_macro_f1_by_hand():
-    """a: precision 1/1, recall 1/2, F 2/3; b: precision 1/2, recall 1/1, F 2/3; an empty answer is a label that is never right, F 0."""
+    """a: precision 1/1, recall 1/2, F 2/3; b: precision 1/2, recall 1/1, F 2/3; an empty answer is
+    a label that is never right, F 0."""
     assert macro_f1(["a", "b", "b"], ["a", "a", "b"]).value == pytest.approx(2 / 3)
     assert macro_f1(["a", "b", ""], ["a", "a", "b"]).value == pytest.approx((2 / 3 + 0 + 0) / 3)
 

@@ -1,4 +1,5 @@
-"""Tasks: rows become questions and targets, answers become scores, and no solved example is also asked (E1, E13)."""
+"""Tasks: rows become questions and targets, answers become scores, and no solved example is also
+asked (E1, E13)."""
 
 import json
 from pathlib import Path
@@ -85,7 +86,8 @@ def test_a_few_shot_prompt_has_solved_examples_before_the_question():
 
 
 def test_chance_is_the_most_frequent_label_or_another_examples_target():
-    """ham 3 of 4: accuracy 3/4, F1 of ham 6/7, of spam 0. Numbers: compared with the next target, 7 with 7, 7 with 8, 8 with 7."""
+    """ham 3 of 4: accuracy 3/4, F1 of ham 6/7, of spam 0. Numbers: compared with the next target,
+    7 with 7, 7 with 8, 8 with 7."""
     assert TASKS["sms"].chance(["ham", "spam", "ham", "ham"]) == pytest.approx(
         {"accuracy": 0.75, "macro_f1": 3 / 7}
     )
@@ -195,7 +197,8 @@ def test_the_spam_collection_is_read_as_it_is_published(tmp_path):
     ],
 )
 def test_without_a_path_the_evaluated_rows_are_not_those_of_fine_tuning(monkeypatch, name, asked):
-    """Two splits are read whole. Of a single split, the rows that fine-tuning holds out by default are evaluated."""
+    """Two splits are read whole. Of a single split, the rows that fine-tuning holds out by default
+    are evaluated."""
     calls, one_split = [], name in ("sms", "alpaca")
 
     def records(config, which, seed):
@@ -259,7 +262,8 @@ def test_solved_examples_of_a_file_are_never_asked(tmp_path):
 
 
 def test_solved_examples_of_a_folder_are_other_training_rows(tmp_path):
-    """Test rows 0 to 4 are among training rows 0 to 7, of which 7 is invalid: only 5 and 6 can be solved examples."""
+    """Test rows 0 to 4 are among training rows 0 to 7, of which 7 is invalid: only 5 and 6 can be
+    solved examples."""
     write_rows(tmp_path / "train.jsonl", [*problems(7), {"question": "What is 7 and 1?"}])
     write_rows(tmp_path / "test.jsonl", problems(5))
     loaded = load_task(TASKS["gsm8k"], tmp_path, n_shots=2)

@@ -93,7 +93,8 @@ def test_a_row_without_an_answered_question_is_named(tmp_path):
 
 
 def test_problems_that_do_not_fit_or_have_no_number_are_skipped_and_reported():
-    """In rows of 12 bytes an answer of 10 leaves room for the separator and one byte of the problem, one of 11 does not."""
+    """In rows of 12 bytes an answer of 10 leaves room for the separator and one byte of the
+    problem, one of 11 does not."""
     found = [
         problem("0123456", "1234567890"),
         problem("b", "12345678901"),
@@ -200,7 +201,8 @@ def test_the_error_span_is_what_two_answers_do_not_share_at_their_ends(answer, r
 
 
 def test_the_error_is_marked_also_in_a_pair_that_is_cut():
-    """Of "Q" EOS "1+1=3" the last byte is wrong, of "one" every byte; in rows of 4 tokens positions shift, but not below 0."""
+    """Of "Q" EOS "1+1=3" the last byte is wrong, of "one" every byte; in rows of 4 tokens
+    positions shift, but not below 0."""
     given = problem("Q", "1+1=2", (GradedAnswer("one", False), GradedAnswer("1+1=2.", True)))
     wrong = GradedAnswer("1+1=3", False)
     pairs = build_verifier_examples(
@@ -295,7 +297,8 @@ def data(config) -> VerifierData:
 
 
 def test_no_problem_is_in_both_splits(data):
-    """A problem with two different answers can be in both splits by its hash: it is skipped in training, with a note."""
+    """A problem with two different answers can be in both splits by its hash: it is skipped in
+    training, with a note."""
     train, val = (
         {problem.question for problem in made} for made in (data.train_problems, data.val_problems)
     )
@@ -321,7 +324,8 @@ def decoded(batch: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def test_a_batch_is_a_function_of_its_number_and_wrong_answers_differ_between_passes(data, config):
-    """Right answers come back in each pass, wrong ones are drawn anew; a second object gives the same batch."""
+    """Right answers come back in each pass, wrong ones are drawn anew; a second object gives the
+    same batch."""
     n = len(data.train_problems)
     one, other = (data.train_dataset(Share(n)) for _ in range(2))
     first, second = decoded(one[0]), decoded(one[1])
@@ -357,7 +361,8 @@ def test_validation_asks_every_problem_once_and_is_the_same_each_time(data, conf
 
 
 def test_cached_answers_are_not_sampled_again(tmp_path):
-    """A killed process leaves part of a line: the next one continues after the whole lines, and the file is the same."""
+    """A killed process leaves part of a line: the next one continues after the whole lines, and
+    the file is the same."""
     drawn: list[int] = []
 
     def draw(number: int) -> list[str]:

@@ -69,7 +69,8 @@ def test_a_token_is_rendered_on_one_line_and_cannot_move_the_cursor():
     st.lists(st.tuples(st.sampled_from([97, 98, EOS, PAD]), st.booleans()), min_size=1, max_size=12)
 )
 def test_every_token_is_rendered_once_and_every_target_is_marked(row):
-    """Labels are the inputs shifted by one, some of them not trained; there are as many targets as trained labels."""
+    """Labels are the inputs shifted by one, some of them not trained; there are as many targets as
+    trained labels."""
     tokens = [token for token, _ in row] + [97]
     labels = [
         token if trained else IGNORE_INDEX

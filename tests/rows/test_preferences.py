@@ -86,7 +86,7 @@ def test_every_published_shape_gives_the_same_preference(row, settings):
     assert parse_preference(row, DataConfig(**settings)) == EXPECTED
 
 
-def test_an_answer_that_is_null_is_empty_whatever_its_key_is_called():
+def test_a_null_answer_is_empty_in_either_format():
     for turns in (
         [user("2+2?"), {"role": "assistant", "content": None}],
         [shared("human", "2+2?"), shared("gpt", None)],
@@ -94,16 +94,18 @@ def test_an_answer_that_is_null_is_empty_whatever_its_key_is_called():
         assert parse_preference({"chosen": turns, "rejected": turns}, DataConfig()).chosen == ""
 
 
-def test_an_input_stays_apart_from_its_instruction():
+def test_an_input_is_kept_apart_from_its_instruction():
     row = {"instruction": "add", "input": "2 and 2", "chosen": "4", "rejected": "5"}
     assert parse_preference(row, DataConfig()).prompt == (Turn("user", "add", "2 and 2"),)
 
 
-def test_dialogues_are_divided_behind_all_that_they_share_up_to_an_answer():
-    """Both answers begin alike, which is no part of the prompt; two turns of one side are one; what an answer says of the form stays text."""
-    told = "\n\nHuman: hi\n\nHuman: there\n\nAssistant: hello\n\nHuman: sum?\n\nAssistant: "
+def test_dialogues_are_split_after_their_common_turns():
+    """The common start of both answers is not part of the prompt; consecutive turns of one side
+    are joined; "Assistant:" in an answer is text."""
+    history = "\n\nHuman: hi\n\nHuman: there\n\nAssistant: hello\n\nHuman: sum?\n\nAssistant: "
     preference = parse_preference(
-        {"chosen": f"{told}It is 4. Assistant: ok", "rejected": f"{told}It is 5.\n"}, DataConfig()
+        {"chosen": f"{history}It is 4. Assistant: ok", "rejected": f"{history}It is 5.\n"},
+        DataConfig(),
     )
     assert preference.prompt == (
         Turn("user", "hi\n\nthere"),
@@ -113,12 +115,12 @@ def test_dialogues_are_divided_behind_all_that_they_share_up_to_an_answer():
     assert (preference.chosen, preference.rejected) == ("It is 4. Assistant: ok", "It is 5.")
 
 
-def test_a_dialogue_without_a_last_answer_has_an_empty_one():
-    """Both of hh-rlhf's ways to leave it out: the shorter dialogue ends within what is common."""
-    told = "\n\nHuman: sum?\n\nAssistant:"
-    assert parse_preference({"chosen": f"{told} 4", "rejected": told}, DataConfig()) == Preference(
-        (Turn("user", "sum?"),), "4", ""
-    )
+def test_a_dialogue_without_a_last_answer_has_an_empty_answer():
+    """As in hh-rlhf, where the shorter dialogue may end within the common part."""
+    history = "\n\nHuman: sum?\n\nAssistant:"
+    assert parse_preference(
+        {"chosen": f"{history} 4", "rejected": history}, DataConfig()
+    ) == Preference((Turn("user", "sum?"),), "4", "")
 
 
 @pytest.mark.parametrize(
@@ -179,13 +181,13 @@ def test_a_dialogue_without_a_last_answer_has_an_empty_one():
         ),
     ],
 )
-def test_a_row_that_is_no_preference_is_named_by_its_key(row, message):
+def test_a_row_that_is_not_a_preference_is_named_by_its_key(row, message):
     with pytest.raises(UserError) as refused:
         parse_preference(row, DataConfig())
     assert message in str(refused.value)
 
 
-def test_the_tiny_preferences_of_this_project_are_all_read():
+def test_no_row_of_the_tiny_preferences_is_skipped():
     """40 rows of four shapes, none of them skipped."""
     data = DataConfig(dataset=str(ROOT / "data" / "tiny_preferences.jsonl"))
     read = [
@@ -201,7 +203,7 @@ def test_the_tiny_preferences_of_this_project_are_all_read():
 
 @pytest.fixture
 def made_of(tmp_path: Path) -> Callable[..., tuple[list[PreferencePair], RowReport]]:
-    """The pairs of rows that stand in p.jsonl, in the template plain, whose answers begin with a line end."""
+    """The pairs of rows in p.jsonl, in the template plain, whose answers begin with a newline."""
 
     def made_of(*rows: Any, seq_len: int = 64) -> tuple[list[PreferencePair], RowReport]:
         path = tmp_path / "p.jsonl"
@@ -224,16 +226,19 @@ def test_the_answer_and_the_token_that_ends_it_are_trained_and_nothing_else(made
         assert example.trained.tolist() == [False] * 2 + [True] * (len(answer) + 1)
 
 
-def test_answers_that_were_given_before_are_not_compared(made_of):
-    """In fine-tuning they are trained; here they belong to the prompt."""
-    told = [user("a"), assistant("b"), user("c")]
-    [pair], _ = made_of({"chosen": [*told, assistant("yes")], "rejected": [*told, assistant("no")]})
+def test_earlier_answers_are_not_trained(made_of):
+    """In supervised fine-tuning they are; here they belong to the prompt."""
+    history = [user("a"), assistant("b"), user("c")]
+    [pair], _ = made_of(
+        {"chosen": [*history, assistant("yes")], "rejected": [*history, assistant("no")]}
+    )
     assert TOKENIZER.decode(pair.chosen.ids[pair.chosen.trained]) == "\nyes"
     assert TOKENIZER.decode(pair.rejected.ids[pair.rejected.trained]) == "\nno"
 
 
 def test_each_reason_for_skipping_a_row_is_reported_with_places(made_of, tmp_path):
-    """D9: equal answers, empty or null ones, prompts that leave no room, conversations that differ before the answer. The rest is trained on."""
+    """D9: equal answers, empty or null ones, prompts that leave no room, conversations that differ
+    before the answer. The rest is trained on."""
     parted = {"chosen": [user("a"), assistant("x")], "rejected": [user("b"), assistant("y")]}
     dialogues = {
         "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",

@@ -450,7 +450,8 @@ def made_of(
 
 
 def test_a_long_answer_is_cut_and_a_prompt_that_fills_the_context_is_skipped_and_named(write):
-    """D6. Question, newline, answer and end are n + 1 + m + 1 tokens; 9 fit a context of 8, since the last is not an input."""
+    """D6. Question, newline, answer and end are n + 1 + m + 1 tokens; 9 fit a context of 8, since
+    the last is not an input."""
     rows = [
         {"prompt": "q" * n, "completion": "a" * m}
         for n, m in ((4, 3), (4, 9), (8, 1), (9, 1), (20, 1), (30, 1), (40, 1))
@@ -500,7 +501,8 @@ def test_a_task_makes_its_own_conversations(write):
 
 
 def test_columns_with_text_that_is_not_read_are_named(write):
-    """In Dolly the context belongs to the question: without it the answers would be trained without their source."""
+    """In Dolly the context belongs to the question: without it the answers would be trained
+    without their source."""
     rows = [
         {"id": "", "instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "n": 1},
         {"instruction": "Why?", "response": "So.", "by": "me"},
@@ -531,7 +533,8 @@ def test_columns_with_text_that_is_not_read_are_named(write):
     ],
 )
 def test_a_bad_row_is_named_with_file_line_and_key(write, row, message):
-    """E1, whether the mistake is in the row, in the order of its turns, or a character the tokenizer lacks."""
+    """E1, whether the mistake is in the row, in the order of its turns, or a character the
+    tokenizer lacks."""
     data = DataConfig(dataset=str(write("a.jsonl", lines(pairs(1)[0], row))), val_fraction=1e-9)
     tokenizer = CharTokenizer("0123456789+? aBbe.rif\n", unknown="error")
     with pytest.raises(UserError) as refused:

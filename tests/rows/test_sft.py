@@ -119,7 +119,8 @@ def test_another_seed_is_another_order(load: Any) -> None:
 
 @pytest.mark.parametrize("which", ["train", "val"])
 def test_ranks_share_the_rows_that_one_device_would_see(load: Any, which: str) -> None:
-    """Micro-batch k of rank r of 2 is micro-batch 2k + r of one device; validation may end with rows of padding."""
+    """Micro-batch k of rank r of 2 is micro-batch 2k + r of one device; validation may end with
+    rows of padding."""
     data = prepared(load(data={"packing": "padded"}))
     data.val_examples = data.train_examples
     dataset = data.train_dataset if which == "train" else data.val_dataset

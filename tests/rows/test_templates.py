@@ -205,7 +205,8 @@ def test_a_chat_template_writes_what_transformers_writes():
 
 @every_template
 def test_every_answer_is_trained_and_so_is_the_token_that_ends_it(name):
-    """The most common bug of fine-tuning: if the end is masked, or only the last answer has one, the model never stops."""
+    """The most common bug of fine-tuning: if the end is masked, or only the last answer has one,
+    the model never stops."""
     template, tokenizer = template_of(name)
     stop = render([template.stop_ids(tokenizer)[0]], tokenizer)
     _, trained = written(name, SYSTEM, *AGAIN)
@@ -243,7 +244,8 @@ conversations = st.builds(
 @given(conversation=conversations)
 @settings(max_examples=15, deadline=None)
 def test_a_prompt_is_what_training_showed_before_the_answer(name: str, conversation: Conversation):
-    """The ids of the prompt are the beginning of those of prompt and answer; the last trained span begins there."""
+    """The ids of the prompt are the beginning of those of prompt and answer; the last trained span
+    begins there."""
     template, tokenizer = template_of(name)
     prompt, example = (
         template.prompt_ids(conversation[:-1], tokenizer),
@@ -286,7 +288,8 @@ def test_a_user_who_types_special_tokens_types_characters(name: str, text: str):
 
 
 def test_the_guard_is_needed():
-    """Without the guard the user could end the user's turn: markup in rendered text becomes a special token."""
+    """Without the guard the user could end the user's turn: markup in rendered text becomes a
+    special token."""
     _, tokenizer = template_of("chat_template, compared")
     assert isinstance(tokenizer, HFTokenizer)
     ends = tokenizer.encode_markup("<|im_end|>")
@@ -300,7 +303,8 @@ def test_the_guard_is_needed():
 def test_only_the_first_text_of_a_conversation_gets_a_prepended_space(
     specials: list[str], opening: list[str]
 ):
-    """SentencePiece-style tokenizers prepend a space to a text, also after <s>; the parts of a conversation are one text."""
+    """SentencePiece-style tokenizers prepend a space to a text, also after <s>; the parts of a
+    conversation are one text."""
     tokens = ["<unk>", *specials, "▁", "\n", "a", "b"]
     backend = Backend(models.BPE({token: id for id, token in enumerate(tokens)}, []))
     backend.pre_tokenizer, backend.decoder = (

@@ -1,6 +1,8 @@
 """Cases: a prompt and the text that should follow it. How probable is the right continuation?
 
-cases/*.yaml ─▶ Case (`read_cases`) ─▶ CaseScore of each (`evaluate_cases`) ─▶ CasesSummary
+    cases/*.yaml ─▶ Case (`read_cases`) ─▶ CaseScore of each (`evaluate_cases`) ─▶ CasesSummary
+
+A case that cannot be scored counts as a failure, so that no checkpoint gains by it.
 """
 
 import math
@@ -87,7 +89,9 @@ class CasesSummary:
 
     @property
     def rank_key(self) -> tuple[int, float]:
-        """What checkpoints are ranked by, more is better: fewer failures, then more probable targets, as displayed."""
+        """What checkpoints are ranked by, more is better: fewer failures, then more probable
+        targets, as displayed.
+        """
         return -self.n_failed, -math.inf if self.log_prob is None else round(self.log_prob, 4)
 
 

@@ -48,7 +48,9 @@ class HarnessScore:
 
     @property
     def interval(self) -> tuple[float | None, float | None]:
-        """The ends of the 95% interval: Wilson's for a share, else from the standard error, if there is one."""
+        """The ends of the 95% interval: Wilson's for a share, else from the standard error, if
+        there is one.
+        """
         if self.measure.partition(" ")[0] in SHARES:
             return wilson(self.value, self.n_examples)
         if self.stderr is None:
@@ -124,7 +126,9 @@ def _task_manager(include_path: Path | None) -> "TaskManager":
 
 
 def _task_scores(found: dict[str, Any], task: str) -> list[HarnessScore]:
-    """The measures of a task: the harness names them `measure,filter`, and their errors `measure_stderr,filter`."""
+    """The measures of a task: the harness names them `measure,filter`, and their errors
+    `measure_stderr,filter`.
+    """
     numbers = found["results"][task]
     n_examples = found["n-samples"][task]["effective"]
     scores = []

@@ -1,6 +1,6 @@
 """How well a model predicts a text: loss, perplexity, bits per byte, accuracy.
 
-    batch ─▶ 4 sums (`batch_sums`) ─▶ added up over all batches ─▶ divided once, at the end (`language_score`)
+    batch ─▶ 4 sums (`batch_sums`) ─▶ added over all batches ─▶ divided once (`language_score`)
 
 A mean of per-batch means, or of per-batch perplexities, would weight a short last batch like a full one.
 
@@ -86,7 +86,9 @@ def batch_sums(
 
 
 def extra_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The inputs of `features` besides the ids: the document of each token, or the prompt that an encoder reads."""
+    """The inputs of `features` besides the ids: the document of each token, or the prompt that an
+    encoder reads.
+    """
     return {name: batch[name] for name in ("document_ids", "prompt_ids") if name in batch}
 
 

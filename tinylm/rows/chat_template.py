@@ -74,7 +74,9 @@ class ChatTemplate(Template):
         return tuple(dict.fromkeys((self._end_id, tokenizer.eos_id)))
 
     def _check(self, tokenizer: Tokenizer) -> int:
-        """Raise a UserError unless prompts are the beginning of what is trained; the id that ends an answer."""
+        """Raise a UserError unless prompts are the beginning of what is trained; the id that ends
+        an answer.
+        """
         question, answer = Turn("user", "1"), Turn("assistant", "2")
         example = self.encode((question, answer), tokenizer)
         prompt = self.prompt_ids((question,), tokenizer)
@@ -86,7 +88,9 @@ class ChatTemplate(Template):
     def _tokens(
         self, conversation: Conversation, tokenizer: Tokenizer, *, is_prompt: bool
     ) -> tuple[list[int], list[bool]]:
-        """The ids of the conversation, with the start of an answer after it for a prompt, and which are trained."""
+        """The ids of the conversation, with the start of an answer after it for a prompt, and
+        which are trained.
+        """
         assert isinstance(tokenizer, HFTokenizer)
         # protect what texts spell, and render
         guard = _Guard(self._special, [turn.full_text for turn in conversation])
@@ -169,7 +173,9 @@ def _length_to_end_token(answer: list[int], tokenizer: Tokenizer) -> int:
 
 
 class _Guard:
-    """Keeps what texts spell apart from what a template writes: two private characters around each special token."""
+    """Keeps what texts spell apart from what a template writes: two private characters around each
+    special token.
+    """
 
     def __init__(self, special: str, texts: list[str]):
         used = set("".join(texts))

@@ -1,6 +1,8 @@
-"""Rows of training as text: which tokens are targets, and where documents meet. Knows nothing of colors or consoles.
+"""Rows of training as text: which tokens are targets, and where documents meet.
 
-⟦### Instruction: 2+2?⟧ 4┊<|eos|>...      ⟦ ⟧ not trained    ┊ documents meet    ┃2┃ attention stops, document 2
+    ⟦### Instruction: 2+2?⟧ 4┊<|eos|>...     ⟦ ⟧ not trained   ┊ documents meet   ┃2┃ attention stops
+
+Knows nothing of colors or consoles: training/show_rows.py prints.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Numbers in answers: the final one, whether two answers agree on it, and an answer with one number changed."""
+"""Numbers in answers: the final number, whether two answers agree on it, and how to corrupt one."""
 
 import random
 import re

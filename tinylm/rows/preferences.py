@@ -1,14 +1,16 @@
 r"""Preference pairs: one prompt and two answers, of which the first is better. What DPO learns from.
 
-{"prompt", "chosen", "rejected"}                     the prompt may be text or messages; also instruction, input
-{"chosen": [messages], "rejected": [messages]}       whole conversations that differ in their last answer
-{"chosen": "\n\nHuman: ...", "rejected": "..."}      the same as text, in the format of Anthropic's hh-rlhf
+    {"prompt", "chosen", "rejected"}                  the prompt is text or messages; also instruction, input
+    {"chosen": [messages], "rejected": [messages]}    whole conversations that differ in their last answer
+    {"chosen": "\n\nHuman: ...", "rejected": "..."}   the same as text, in the format of Anthropic's hh-rlhf
 
-row ─▶ Preference (`parse_preference`) ─▶ PreferencePair: two examples with the same prompt (`build_pairs`)
+    row ─▶ Preference (`parse_preference`) ─▶ PreferencePair: two examples, same prompt (`build_pairs`)
 
-chosen     prompt ... answer A <eos>         Only the last answers are trained; earlier ones belong to the prompt.
-rejected   prompt ... answer B <eos>
-           ..........^^^^^^^^^^^^^^^         . seen only, ^ trained
+    chosen     prompt ... answer A <eos>         Only the last answers are trained; earlier ones
+    rejected   prompt ... answer B <eos>         belong to the prompt.
+               ..........^^^^^^^^^^^^^^          . seen only, ^ trained
+
+Rows that do not say which answer is better are skipped: skipped_rows.py has the reasons.
 """
 
 import os

@@ -61,7 +61,9 @@ def read_rows(data: DataConfig, which: Which, seed: int) -> Iterator[LocatedRow]
 
 
 def split_built_in_rows(built_in: Sequence[LocatedRow], which: Which) -> list[LocatedRow]:
-    """Every fourth of a few built-in rows for validation, the others for training: too few to split by a hash."""
+    """Every fourth of a few built-in rows for validation, the others for training: too few to
+    split by a hash.
+    """
     is_val = which == "val"
     return [row for position, row in enumerate(built_in) if (position % 4 == 3) == is_val]
 
@@ -84,7 +86,9 @@ def resolve_dataset(data: DataConfig) -> tuple[DataConfig, str | None]:
 
 
 def build_corpus_from_sources(folder: str) -> tuple[str, str | None]:
-    """What a folder given as data.dataset is read as: itself, or the tiny rows and a note if it has no file of rows."""
+    """What a folder given as data.dataset is read as: itself, or the tiny rows and a note if it
+    has no file of rows.
+    """
     if files := files_in(folder, ROW_FILES):
         _require_one_split(folder, files)
         return folder, None

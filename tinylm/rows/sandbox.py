@@ -64,7 +64,9 @@ class Sandbox:
         self._request([], START_SECONDS)
 
     def _request(self, requests: list[Any], seconds: float) -> Any:
-        """What the process renders; if it fails to answer it is killed, and the next rendering starts another."""
+        """What the process renders; if it fails to answer it is killed, and the next rendering
+        starts another.
+        """
         assert self._connection is not None
         problem = f"took more than {seconds:g} seconds"
         try:

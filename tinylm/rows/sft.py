@@ -6,7 +6,7 @@
     trained     ...................................^^^^^^^^                       . seen only, ^ trained
     example     the first seq_len + 1 ids: the last is only a target              build_examples
 
-All rows are in memory: fine-tuning data are small. How examples share a row of a batch is in tokens/packing.py.
+All rows are in memory: fine-tuning data are small. tokens/example_rows.py packs examples into rows.
 """
 
 import hashlib

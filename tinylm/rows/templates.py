@@ -42,7 +42,9 @@ KNOWN_BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sente
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question, preceded by a system turn if there is one, and its answer; None if the answer is to be generated."""
+    """A question, preceded by a system turn if there is one, and its answer; None if the answer is
+    to be generated.
+    """
 
     question: Conversation
     answer: Turn | None
@@ -116,7 +118,9 @@ class Template(ABC):
 
     @abstractmethod
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """The tokens that end an answer: first the one that training appends, then EOS if it is another one."""
+        """The tokens that end an answer: first the one that training appends, then EOS if it is
+        another one.
+        """
 
 
 # --- templates written out here ---
@@ -301,7 +305,9 @@ def prepends_space(tokenizer: Tokenizer) -> bool:
 
 
 def encode_without_space(text: str, encode: Callable[[str], list[int]]) -> list[int]:
-    """The ids of `text` after a newline, without those of the newline, so that no space is prepended to it."""
+    """The ids of `text` after a newline, without those of the newline, so that no space is
+    prepended to it.
+    """
     newline, joined = encode("\n"), encode(f"\n{text}")
     if joined[: len(newline)] == newline:
         return joined[len(newline) :]

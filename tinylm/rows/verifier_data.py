@@ -172,7 +172,9 @@ def grade_samples(problem: Problem, texts: Sequence[str]) -> tuple[GradedAnswer,
 
 
 def graded_answers(problem: Problem, *, n_wrong: int, seed: str) -> list[GradedAnswer]:
-    """The right answer, `n_wrong` copies with one number changed (a function of the seed), and the sampled answers."""
+    """The right answer, `n_wrong` copies with one number changed (a function of the seed), and the
+    sampled answers.
+    """
     rng = random.Random(seed)  # noqa: S311  (no secret)
     wrong = [corrupt_number(problem.answer, rng) for _ in range(n_wrong)]
     return [
@@ -239,7 +241,9 @@ def error_span(answer: Sequence[int], right: Sequence[int]) -> range:
 
 
 def pad_pairs(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
-    """`input_ids` (B, T) int64 and `attention_mask` (B, T) bool of rows of ids, padded on the right to the longest."""
+    """`input_ids` (B, T) int64 and `attention_mask` (B, T) bool of rows of ids, padded on the
+    right to the longest.
+    """
     longest = max((len(row) for row in rows), default=0)
     padded_length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     input_ids = torch.full((len(rows), padded_length), pad_id, dtype=torch.long)

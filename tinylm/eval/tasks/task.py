@@ -1,6 +1,6 @@
 """A task: rows with known columns become prompts and targets, and answers become scores.
 
-    row ─▶ TaskExample (question, target) ─▶ the model's answer ─▶ grade ─▶ Measure over all answers, beside chance
+    row ─▶ TaskExample (question, target) ─▶ the model's answer ─▶ grade ─▶ Measure of all, beside chance
 
 Each file beside this one is one task; table.py lists them. Knows nothing of models: eval/task_scores.py asks them, and
 fine-tuning trains on `conversation`.

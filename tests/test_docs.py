@@ -527,7 +527,7 @@ def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_
     wanted |= {"finetune.py": wanted["train.py"], "evaluate_checkpoints.py": r"(place|task) .*"}
     # An answer may be blank after so few steps.
     wanted |= {
-        "align.py": r"measure .*\n",
+        "align.py": r"metric .*\n",
         "infer.py": r"(?s).*\n",
         "-m tinylm": r"\s*\S",
     }

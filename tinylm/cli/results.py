@@ -61,7 +61,7 @@ def rank_rows(rows: Iterable[Row], group_of: Callable[[Row], tuple[str, ...]]) -
 # --- tables -----------------------------------------------------------------------------------
 
 # Columns of text; the others are numbers.
-TEXT = ("place", "checkpoint", "task", "measure", "cases", "choice")
+TEXT = ("place", "checkpoint", "task", "measure", "metric", "cases", "choice")
 
 
 def print_results(results: Results) -> None:

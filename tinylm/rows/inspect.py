@@ -67,10 +67,8 @@ def row_tokens(
     for t in range(end):
         if document_ids is not None:
             document = document_ids[t]
-        elif (
-            input_ids[t] == tokenizer.eos_id
-        ):  # EOS opens the next document, as in tokens/packing.py
-            document += 1
+        elif input_ids[t] == tokenizer.eos_id:
+            document += 1  # EOS opens the next document, as in tokens/packing.py
         is_target = t > 0 and labels[t - 1] == input_ids[t]
         tokens.append(RowToken(tokenizer.token_text(input_ids[t]), document, is_target))
         is_repeated = t + 1 < len(input_ids) and labels[t] == input_ids[t + 1]

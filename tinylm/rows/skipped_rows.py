@@ -10,8 +10,8 @@
     5. fit      sft.build_examples              cut to training.seq_len + 1 ids     ◀── rows are SKIPPED here,
                 preferences.build_pairs         the same for both answers               and only for a `SkipReason`
                 verifier_data.filter_problems   the start of a problem is cut
-    6. pack     tokens.example_rows.pack_examples  examples ─▶ rows of a batch (data.packing)
-    7. collate  tokens.batches.collate_examples  rows ─▶ tensors; dpo and verifier: training/stages/
+    6. pack     tokens.example_rows.pack_examples      examples ─▶ rows of a batch (data.packing)
+    7. collate  tokens.example_rows.collate_examples   rows ─▶ tensors; dpo and verifier: training/stages/
 
 Steps 1, 3 and 4 skip nothing: a row that cannot be read, parsed or encoded is an error that names file, line and key,
 and ends the run. Step 5 counts what it skips in a `RowReport`, whose notes a run prints before it trains:

@@ -9,7 +9,8 @@
     4. encode   templates.Template.encode       turns ─▶ ids, and which of them are trained
     5. fit      sft.build_examples              cut to training.seq_len + 1 ids     ◀── rows are SKIPPED here,
                 preferences.build_pairs         the same for both answers               and only for a `SkipReason`
-                verifier_data.filter_problems   the start of a problem is cut
+                verifier_data.filter_problems   the start of a problem is cut; before that,
+                                                training problems that are in validation are removed
     6. pack     tokens.example_rows.pack_examples      examples ─▶ rows of a batch (data.packing)
     7. collate  tokens.example_rows.collate_examples   rows ─▶ tensors; dpo and verifier: training/stages/
 

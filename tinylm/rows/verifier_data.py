@@ -135,9 +135,8 @@ def filter_problems(
     Raises:
         UserError: no problem is left.
     """
-    max_answer = (
-        report.seq_len - 2
-    )  # besides the answer: the separator, and one token of the problem
+    # Besides the answer, a row needs the separator and at least one token of the problem.
+    max_answer = report.seq_len - 2
     kept = []
     for problem in problems:
         n_answer = len(tokenizer.encode(problem.answer))

@@ -32,9 +32,8 @@ SMOKE = (
 
 SST2 = Task(
     name="sst2",
-    hub=Hub(
-        "nyu-mll/glue", "sst2", train="train", test="validation"
-    ),  # the test split's labels are hidden
+    # The labels of the test split are not published.
+    hub=Hub("nyu-mll/glue", "sst2", train="train", test="validation"),
     question=question,
     target=lambda row: label_of(row, "label", LABELS),
     labels=LABELS,

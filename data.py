@@ -2,7 +2,7 @@
 
     1. tokens   each source as one token file of N tokens                                  PretrainData.prepare
     2. rows     row i of a file: inputs and labels, 2 x (T,), cut from N tokens            tokens/packing.py
-    3. order    place of the run ─▶ (source, row), from (seed, place) alone                tokens/mixture.py, row_order.py
+    3. order    place of the run ─▶ source and row, from (seed, place) alone               mixture.py, row_order.py
     4. batch    the B rows at the places of micro-batch k of this rank, (B, T)             RowDataset
     or          2'-4' of a stream: windows of rows, shuffled by (seed, window), (B, T)     StreamDataset
 
@@ -48,7 +48,10 @@ from tinylm.tokens.run_files import (
 )
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
 
-MOVED = "data.py only holds the data modules: use `python train.py --config ... --show-rows N` or `python finetune.py --config ... --show-rows N`"
+MOVED = (
+    "data.py only holds the data modules: use `python train.py --config ... --show-rows N` or "
+    "`python finetune.py --config ... --show-rows N`"
+)
 
 
 class RunData(L.LightningDataModule):
@@ -112,7 +115,7 @@ class RunData(L.LightningDataModule):
 
 
 def ignore_signals(worker: int) -> None:
-    """Keep a worker process alive after Ctrl-C, which a terminal sends to all: the run still needs it to finish the step."""
+    """Keep a worker process alive after Ctrl-C, which a terminal sends to all: the step still needs it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -149,7 +152,7 @@ class PretrainData(RunData):
             )
 
     def fingerprints(self) -> dict[str, str]:
-        """Identify the data: two runs with equal fingerprints see the same tokens. A hub dataset is identified by its name."""
+        """Identify the data: runs with equal fingerprints see the same tokens. A hub dataset is known by its name."""
         assert self.val_file is not None, "prepare() makes the validation file"
         data = self.config.data
         if self.train_files:
@@ -202,7 +205,7 @@ class PretrainData(RunData):
 
 
 class Cursor(NamedTuple):
-    """A position in a shuffled stream: its window of rows, how many of them are used, and the place where the window starts."""
+    """A position in a shuffled stream: the window of rows, how many of them are used, and where it starts."""
 
     window: int = 0
     used: int = 0
@@ -250,7 +253,7 @@ class StreamDataset(IterableDataset[Batch]):
             yield collate(mine, places) | {"cursor": position, "origin": position}
 
     def _shuffled_rows(self) -> Iterator[tuple[np.ndarray, Cursor]]:
-        """Each row (T + 1,) with the cursor after it; windows of rows are filled in order and shuffled by (seed, window)."""
+        """Each row (T + 1,) with the cursor after it; windows are filled in order and shuffled by (seed, window)."""
         size = self.config.data.shuffle_window
         window, used, *start = self.cursor
         rows = pack_stream(self._documents(Position(*start)), self.config.training.seq_len)

@@ -1,4 +1,6 @@
-"""Documents from files and from the hub, the split, token files: what is read, what is refused, what survives a crash."""
+"""Documents from files and from the hub, the split, token files: what is read, what is refused, what
+survives a crash.
+"""
 
 import gzip
 import io

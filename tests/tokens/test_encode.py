@@ -125,7 +125,9 @@ def test_batches_do_not_change_the_tokens(documents, characters, monkeypatch):
 
 @pytest.mark.parametrize(("text", "read_ahead"), [("short", 256), ("x" * 400_000, 3)])
 def test_encoding_reads_no_more_than_one_batch_ahead(text, read_ahead):
-    """256 documents or a million characters, whichever is first: a stream without end must give its first tokens soon."""
+    """256 documents or a million characters, whichever is first: a stream without end must give its first
+    tokens soon.
+    """
     read = count()
     next(encode_documents((text for _ in read), BYTES, None))
     assert next(read) == read_ahead
@@ -154,7 +156,9 @@ except UserError as error: print(error)"""
 def test_after_a_kill_the_cached_file_is_gone_on_with_and_equals_an_undisturbed_one(
     tmp_path, write, child, monkeypatch
 ):
-    """The child is killed after some chunks of 1 KB are saved; the file has its final name only when it is complete."""
+    """The child is killed after some chunks of 1 KB are saved; the file has its final name only when it is
+    complete.
+    """
     source = write("source.txt", "".join(f"line {i}\n" for i in range(5000)))
     code = """documents.SPAN_BYTES, token_file_writer.TokenFileWriter.SAVE_SECONDS = 1000, -1
 def slow(what, done, total):
@@ -365,7 +369,9 @@ TEXT_SETTINGS = {
 
 @pytest.mark.parametrize("setting", TEXT_SETTINGS)
 def test_settings_that_a_token_file_cannot_follow_are_refused(given_file, setting):
-    """Whichever split is asked for first, and before a stream is read: training would only say it in its first step."""
+    """Whichever split is asked for first, and before a stream is read: training would only say it in its
+    first step.
+    """
     data = DataConfig(dataset=str(given_file), **{setting: TEXT_SETTINGS[setting]})
     give_text = "Give the text that it was made from as data.dataset."
     expected = (
@@ -383,7 +389,9 @@ def test_settings_that_a_token_file_cannot_follow_are_refused(given_file, settin
 def test_settings_of_text_are_refused_for_a_token_file_only_where_no_text_follows_them(
     given_file, write, tmp_path
 ):
-    """The text that validates a token file has its own key and separator, but is not streamed; a val_dataset is named as such."""
+    """The text that validates a token file has its own key and separator, but is not streamed; a val_dataset
+    is named as such.
+    """
     text = write("val.jsonl", '{"body": "one"}\n')
     data = DataConfig(
         dataset=str(given_file),
@@ -525,7 +533,10 @@ def small_portions(monkeypatch) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None
 )
 def test_no_portion_cuts_a_document(tmp_path, texts, separator, size):
-    """Oracle: the file read from its start to its end. Separators that overlap themselves, or have line ends, are among them."""
+    """Oracle: the file read from its start to its end.
+
+    Separators that overlap themselves, or have line ends, are among them.
+    """
     (tmp_path / "a.txt").write_bytes((separator or "\n").join(texts).encode())
     (tmp_path / "a.jsonl").write_bytes(
         "".join(
@@ -684,7 +695,9 @@ def test_progress_counts_bytes_of_the_text(write, tmp_path, small_portions):
     ids=["50 MB line", "1e6 empty lines", "22 MB of short lines"],
 )
 def test_odd_files_are_encoded_in_bounded_memory(write, tmp_path, child, content, n, limit):
-    """One document of 50 MB is held as bytes, text (twice), and tokens of 1 and 2 bytes; short ones in chunks of 1 MB, 90,000 documents."""
+    """One document of 50 MB is held as bytes, text (twice), and tokens of 1 and 2 bytes; short ones in
+    chunks of 1 MB, 90,000 documents.
+    """
     path = write("a.txt", content)
     code = """before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 split = splits.Split("train", sources.sources_named([args[0]], "text", None), None, None)
@@ -855,7 +868,11 @@ SPELLED = "documents contain <|eos|> in their text, where it is only characters 
 def test_documents_that_spell_the_end_of_text_are_counted_and_said(
     run, write, tmp_path, monkeypatch, processes
 ):
-    """Documents 0, 10, ... 190 of 200, in chunks of 50 bytes; 0 and 10 of the first eleven in one chunk. For an existing file it is reported again."""
+    """Documents 0, 10, ...
+
+    190 of 200, in chunks of 50 bytes; 0 and 10 of the first eleven in one chunk. For an existing file it is
+    reported again.
+    """
     monkeypatch.setattr(documents, "SPAN_BYTES", 50)
     monkeypatch.setattr(encode, "WORTH_PROCESSES", 1)
     path = write(
@@ -948,7 +965,10 @@ def test_a_second_command_says_that_it_waits(run, write, tmp_path, monkeypatch):
 
 
 def test_errors_of_the_text_name_flags(run, write, tmp_path):
-    """The setting of the same meaning is data.text_field. Nothing was done yet, so that the next command need not say --resume."""
+    """The setting of the same meaning is data.text_field.
+
+    Nothing was done yet, so that the next command need not say --resume.
+    """
     command = ("--tokenizer", "byte", "--out", tmp_path / "out.bin")
     path = write("a.jsonl", '{"body": "one"}\n')
     found = "text: missing; the row has body. Correct the row, or set --text-field to the key that holds the text."

@@ -1,4 +1,6 @@
-"""Mixtures: the shares are the weights, each source has passes of its own, and the fingerprint depends on all of it."""
+"""Mixtures: the shares are the weights, each source has passes of its own, and the fingerprint depends on
+all of it.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +55,9 @@ def test_at_each_border_of_blocks_a_source_is_less_than_a_row_from_its_share(wei
 @given(WEIGHTS, st.integers(0, 2**31 - 1))
 @settings(deadline=None, max_examples=30)
 def test_the_rows_of_a_source_are_numbered_without_gap_or_repetition(weights, seed):
-    """Place after place, the numbers that a source gets are 0, 1, 2, ...: so it goes through its own passes in order."""
+    """Place after place, the numbers that a source gets are 0, 1, 2, ...: so it goes through its own passes
+    in order.
+    """
     allocation = Allocation(weights, seed)
     taken: dict[int, list[int]] = {source: [] for source in range(len(weights))}
     for place in range(allocation.block_rows * 2 + 10):
@@ -72,7 +76,9 @@ def test_a_place_has_its_row_whoever_asks_and_in_whatever_order(weights, places)
 
 
 def test_other_seeds_mix_in_another_order():
-    """In one block of 1024 rows with weights 1 and 1, 512 rows are of each source, for every seed, in other places."""
+    """In one block of 1024 rows with weights 1 and 1, 512 rows are of each source, for every seed, in other
+    places.
+    """
     sources = [[Allocation([1, 1], seed).row(place)[0] for place in range(1024)] for seed in (1, 2)]
     assert sources[0] != sources[1]
     assert [one.count(0) for one in sources] == [512, 512]
@@ -86,7 +92,9 @@ def test_a_tenth_is_a_tenth():
 
 
 def test_a_source_of_a_millionth_is_in_every_block():
-    """Or with 1024 rows a block it would never be seen, or its count would fall; the config allows no smaller weight."""
+    """Or with 1024 rows a block it would never be seen, or its count would fall; the config allows no
+    smaller weight.
+    """
     allocation = Allocation([999_999, 1], SEED)
     assert allocation.block_rows == 1_000_000
     assert allocation.counts(3_000_000) == [2_999_997, 3]
@@ -167,7 +175,9 @@ def test_each_source_is_a_file_and_what_is_held_out_of_each_is_validated_togethe
 
 
 def test_token_files_are_mixed_and_held_out_at_their_ends(tmp_path, write):
-    """A token file beside a text: the last tenth of its tokens from a document's start on; max_doc_len is for the text alone."""
+    """A token file beside a text: the last tenth of its tokens from a document's start on; max_doc_len is
+    for the text alone.
+    """
     data = mixed(tmp_path, token_file(tmp_path / "a.bin", A), write("b.txt", B), max_doc_len=6)
     train, val = training_files(data, BYTES, SEED, needed=2), validation_file(data, BYTES, SEED)
     assert text_of(train[0]) + text_of(val)[: 40 - len(text_of(train[0]))] == A
@@ -192,7 +202,9 @@ def test_settings_for_text_are_refused_where_all_sources_are_token_files(tmp_pat
 
 
 def test_a_validation_source_of_its_own_leaves_the_sources_whole(tmp_path, write):
-    """Its text is read by the settings for text, also where the first source is a token file and has no use for them."""
+    """Its text is read by the settings for text, also where the first source is a token file and has no use
+    for them.
+    """
     (tmp_path / "val.txt").write_text("one|two", encoding="utf-8")
     data = mixed(
         tmp_path,
@@ -307,7 +319,9 @@ def test_documents_in_several_sources_are_on_one_side_of_the_split(tmp_path, wri
 
 
 def test_tokenizers_learn_from_all_sources_in_turn(tmp_path, write):
-    """The first documents are of both sources, so that learn_docs does not stop inside the first; held-out ones are left out."""
+    """The first documents are of both sources, so that learn_docs does not stop inside the first; held-out
+    ones are left out.
+    """
     data = mixed(tmp_path, write("a.txt", A), write("b.txt", B), val_fraction=0.1)
     documents = list(training_split(data, SEED).documents())
     expected = [[text for text in texts if not is_held_out(text, 0.1, SEED)] for texts in (A, B)]

@@ -122,7 +122,10 @@ def test_every_example_is_in_one_row_whole_and_no_row_holds_too_much(
 
 
 def test_the_longest_example_goes_where_the_least_room_is_left() -> None:
-    """Room 10: 7 and 6 open rows; 3 fills the first to the brim, 4 the second. First come, first served would take three rows."""
+    """Room 10: 7 and 6 open rows; 3 fills the first to the brim, 4 the second.
+
+    First come, first served would take three rows.
+    """
     assert pack_examples([3, 4, 6, 7], 10) == [[3, 0], [2, 1]]
 
 
@@ -132,7 +135,9 @@ def test_an_example_that_is_longer_than_a_row_is_the_callers_mistake() -> None:
 
 
 def test_a_row_asks_each_example_for_its_trained_tokens_alone() -> None:
-    """Of 5 6 7 8 the last two are asked for, of 5 9 the last: never an example's first token, which nothing comes before."""
+    """Of 5 6 7 8 the last two are asked for, of 5 9 the last: never an example's first token, which nothing
+    comes before.
+    """
     examples = [
         Example(np.array(ids), np.array(trained))
         for ids, trained in (([5, 6, 7, 8], [False, False, True, True]), ([5, 9], [False, True]))

@@ -122,7 +122,10 @@ def test_a_token_file_reads_as_it_was_written(token_file):
 
 
 def test_the_format_is_a_line_a_json_header_and_raw_numbers(token_file):
-    """Read here with nothing of ours: what another program would do. 8 tokens fill 16 bytes, so the index needs no padding."""
+    """Read here with nothing of ours: what another program would do.
+
+    8 tokens fill 16 bytes, so the index needs no padding.
+    """
     data = token_file.read_bytes()
     assert data.startswith(MAGIC) and data[4095:4096] == b"\n" and len(data) == 4096 + 2 * 8 + 8 * 3
     header = json.loads(data[len(MAGIC) : 4096])
@@ -373,7 +376,10 @@ DOCUMENTS = st.lists(st.sampled_from(["", "a", "b", "ab", "abc", "é", "x" * 9])
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8, deadline=None
 )
 def test_documents_on_both_sides_are_those_of_both_sets(tmp_path, block, train, val):
-    """Oracle: Python's sets. Documents of EOS alone say nothing; ids of two and of four bytes are the same documents."""
+    """Oracle: Python's sets.
+
+    Documents of EOS alone say nothing; ids of two and of four bytes are the same documents.
+    """
     files = []
     for number, documents in enumerate([*train, val]):
         write_token_file(tmp_path / f"{number}.bin", [*documents, ""], BYTES)
@@ -452,7 +458,9 @@ def whole(tmp_path: Path) -> bytes:
 @pytest.mark.parametrize("saved", range(5))
 @pytest.mark.parametrize("lost", range(3))
 def test_a_draft_goes_on_from_what_was_saved(tmp_path, whole, saved, lost):
-    """Chunks after the last saved state are written again, although half of them may be on disk; nothing is closed, as after a kill."""
+    """Chunks after the last saved state are written again, although half of them may be on disk; nothing is
+    closed, as after a kill.
+    """
     path = tmp_path / "a.bin"
     writer = written(path, PORTIONS[:saved])
     writer.save()

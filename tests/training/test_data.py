@@ -95,7 +95,9 @@ STREAM = {"streaming": True, "shuffle_window": 8}
 def test_a_resumed_loader_gives_what_the_uninterrupted_one_gave(
     load: Any, kind: dict, first: int
 ) -> None:
-    """From micro-batch `first` on, for a token file by its number alone, for a stream by the cursor of the batch before."""
+    """From micro-batch `first` on, for a token file by its number alone, for a stream by the cursor of the
+    batch before.
+    """
     config, tokenizer = load(data=kind, training={"max_steps": 12})
     whole = batches_of(prepared(config, tokenizer))
     cursor = whole[first - 1].get("cursor")
@@ -154,7 +156,9 @@ def test_each_pass_is_a_permutation_of_all_rows(load: Any, order: str) -> None:
 def test_each_source_of_a_mixture_goes_through_its_own_passes(
     load: Any, mix: dict, order: str
 ) -> None:
-    """A4, A5: of 4096 rows each third is of the first source, to less than a row a block; the R rows of a source are all there in its every pass."""
+    """A4, A5: of 4096 rows each third is of the first source, to less than a row a block; the R rows of a
+    source are all there in its every pass.
+    """
     config, tokenizer = load(data=mix | {"order": order})
     data = prepared(config, tokenizer)
     batches = data.train_dataset(Share(4))
@@ -186,7 +190,9 @@ def test_the_rows_of_a_mixture_are_those_of_the_source_that_is_said(load: Any, m
 def test_a_mixture_of_one_source_is_the_run_of_that_source(
     load: Any, corpus: Path, order: str
 ) -> None:
-    """So runs from before there were mixtures go on exactly: a single source is dealt every place, and draws the same numbers."""
+    """So runs from before there were mixtures go on exactly: a single source is dealt every place, and draws
+    the same numbers.
+    """
     runs = []
     for kind in ({}, {"mix": [{"dataset": str(corpus), "weight": 7}]}):
         config, tokenizer = load(data={"order": order} | kind, training={"max_steps": 60})
@@ -342,7 +348,9 @@ def refusal_of(config: Path, capsys: pytest.CaptureFixture[str], *overrides: str
 def test_a_run_on_a_mixture_resumes_exactly_and_refuses_other_shares(
     make_config: Callable[..., Path], mix: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From step 4, with two workers in place of none: every number of steps 5 and 6, and the weights, to the last bit. A10 for weights and sources."""
+    """From step 4, with two workers in place of none: every number of steps 5 and 6, and the weights, to the
+    last bit. A10 for weights and sources.
+    """
     config = make_config(data=mix, training={"grad_accum_steps": 2})
     assert train.main(["--config", str(config)]) == 0
     err = capsys.readouterr().err
@@ -402,7 +410,9 @@ def test_a_run_on_a_mixture_resumes_exactly_and_refuses_other_shares(
 def test_a_resumed_run_keeps_the_characters_that_it_learned(
     make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Learned from the first documents of what may be a stream: the checkpoint has them, and nothing is read to learn them again."""
+    """Learned from the first documents of what may be a stream: the checkpoint has them, and nothing is read
+    to learn them again.
+    """
     config = make_config(
         tokenizer={"kind": "char", "unknown": "unk", "learn_docs": 20},
         training={"max_steps": 2, "val_every_steps": 2},
@@ -455,7 +465,10 @@ def test_the_program_prints_the_first_rows_of_the_run(
     kind: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Five rows are micro-batch 0 and one of micro-batch 1. A byte of this text is a character, so the text without marks is what training decodes."""
+    """Five rows are micro-batch 0 and one of micro-batch 1.
+
+    A byte of this text is a character, so the text without marks is what training decodes.
+    """
     data = mix if kind == "mix" else kind
     config, tokenizer = load(data=data)
     lines = shown(make_config(data=data), capsys, "--show-rows", "5")
@@ -492,7 +505,9 @@ def test_the_program_names_the_source_of_each_row_of_a_mixture(
 def test_the_program_needs_no_validation_data(
     make_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a stream on the hub it would read thousands of documents to hold some out; here the file is not even there."""
+    """Of a stream on the hub it would read thousands of documents to hold some out; here the file is not
+    even there.
+    """
     assert shown(
         make_config(data={"val_dataset": str(tmp_path / "none.txt")}), capsys, "--show-rows", "1"
     )[0].startswith("row 0, ")
@@ -502,7 +517,10 @@ def test_the_program_needs_no_validation_data(
 def test_problems_are_shown_with_the_places_where_an_answer_departs(
     make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The right answer departs nowhere; the wrong one is the right one outside of the marked places. One problem is one row."""
+    """The right answer departs nowhere; the wrong one is the right one outside of the marked places.
+
+    One problem is one row.
+    """
     sections = {
         "data": {"task": "gsm8k", "dataset": "smoke", "val_fraction": 0.25},
         "verifier": {"n_wrong": 2},
@@ -590,7 +608,9 @@ class Screen(io.StringIO):
 def test_a_terminal_gets_colours_unless_it_wants_none(
     monkeypatch: pytest.MonkeyPatch, no_color: bool
 ) -> None:
-    """Two documents in two colours, and dim where there is no target; with NO_COLOR the marks of a pipe, and no colour's code."""
+    """Two documents in two colours, and dim where there is no target; with NO_COLOR the marks of a pipe, and
+    no colour's code.
+    """
     screen = Screen()
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("TERM", "xterm-256color")

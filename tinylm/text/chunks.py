@@ -5,7 +5,7 @@ r"""A corpus in chunks, for the processes that share the work on it (common/proc
     RawChunk    a byte range of a .txt file, not divided into documents and cut between words: for counting words
 
 Each has a `size` in bytes or characters, and `texts()`. A worker process imports this file, so it needs neither torch,
-numpy nor pydantic. How a source is cut into chunks: `word_chunks` in text/source_chunks.py, `jobs_of` in encode.py.
+numpy nor pydantic. How a source is cut into chunks: `word_chunks` in text/source_chunks.py, `source_chunks` in tokens/encode.py.
 """
 
 import os

@@ -137,7 +137,7 @@ def train_documents(data: DataConfig, seed: int, *, skip: int = 0) -> Iterator[s
 
 
 def text_overlap(data: DataConfig, seed: int) -> Overlap:
-    """How many documents of data.val_dataset are training documents too; only files of text on this machine are compared.
+    """How many documents of data.val_dataset are training documents too; only text on this machine is compared.
 
     Without data.val_dataset there are none: text is split by its content.
     """

@@ -118,7 +118,7 @@ def _open(path: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class Line:
-    """The place of a line, for errors: as text `file:line`. The lines before its span are only counted for that text."""
+    """The place of a line, in errors `file:line`. The lines before its span are only counted for that text."""
 
     path: Path
     span_start: int

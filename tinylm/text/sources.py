@@ -183,7 +183,7 @@ def _source_named(
 
 
 def find_files(name: str, setting: str, kinds: Kinds) -> tuple[Path, ...]:
-    """The files of these kinds that a path or glob, the value of `setting`, refers to, sorted; folders are searched recursively."""
+    """The files of these kinds that `name`, a path or glob, refers to, sorted; folders are searched recursively."""
     wanted = f"{'documents' if kinds is DOCUMENT_FILES else 'rows'} ({', '.join(kinds)})"
     if os.path.isdir(name):
         found = files_in(name, kinds)

@@ -43,7 +43,7 @@ def shares_of(weights: Sequence[float]) -> list[Fraction]:
 
 
 class Allocation:
-    """The source of the row at each place of the run, and its number among the rows of that source: from (seed, place) alone.
+    """The source of the row at each place, and its number among the rows of that source, from (seed, place) alone.
 
     Rows are allocated in blocks. Let V be the sum of the shares before a source and W = V + its share. Then it has
     floor(W n) - floor(V n) of the first n rows: at each end of a block the counts add up to n, and each differs from

@@ -44,7 +44,7 @@ def count_rows(n_tokens: int, seq_len: int, stride: int) -> int:
 def row_at(
     tokens: np.ndarray, start: int, seq_len: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels (T,) int64 of the row that starts at `start`; after the last token there is padding, never a label.
+    """Inputs and labels (T,) int64 of the row that starts at `start`, padded after the last token.
 
     >>> [part.tolist() for part in row_at(np.array([5, 6, 7, 8]), 2, 3, pad_id=0)]
     [[7, 8, 0], [8, -100, -100]]

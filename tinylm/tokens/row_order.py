@@ -44,7 +44,7 @@ class RowOrder:
     """The row at each place of the training order; call it with a place.
 
     Args:
-        kind: `sequential`; `shuffled`, a permutation of all rows for each pass; `random`, an independent draw for each place.
+        kind: `sequential`; `shuffled`, another permutation in each pass; `random`, an independent draw for each place.
         n_rows: number of rows.
         seed: the seed of the run.
         source: number of the source in a mixture, so that its sources have different orders.

@@ -227,7 +227,7 @@ def token_overlap(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Overl
 
 @dataclass(frozen=True)
 class InterleavedSources:
-    """The documents of several sources, one of each in turn, so that the first ones are of all; weights do not count."""
+    """The documents of several sources, one of each in turn, so that the first ones are of all of them."""
 
     sources: tuple[Source, ...]
 

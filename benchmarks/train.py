@@ -481,9 +481,7 @@ def check_parameters(counts: dict[str, int]) -> None:
     """Refuse to compare models of different sizes."""
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{name} has {count:,} parameters" for name, count in counts.items())
-        raise UserError(
-            f"the contestants differ in size: {found}. Compare the shapes that they are given."
-        )
+        raise UserError("models", f"differ in size: {found}", "Compare the shapes they are given")
 
 
 def installed(names: list[str]) -> list[str]:
@@ -542,9 +540,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Compare in each mode, then print."""
     if not Path("/proc/self/status").exists():
-        raise UserError(
-            "benchmarks/train.py: reads memory from /proc, which this system does not have. Run it on Linux."
-        )
+        problem = "reads memory from /proc, which this system does not have"
+        raise UserError("benchmarks/train.py", problem, "Run it on Linux")
     if args.quick:
         args.rounds = args.steps = 1
     shape = QUICK if args.quick else Shape()

@@ -36,7 +36,7 @@ def test_models_of_different_sizes_are_not_compared(benchmark):
     benchmark.check_parameters({"tinylm": 24736, "litgpt": 24736})
     with pytest.raises(UserError) as caught:
         benchmark.check_parameters({"tinylm": 24736, "litgpt": 32928})
-    expected = "the contestants differ in size: tinylm has 24,736 parameters, litgpt has 32,928 parameters. Compare the shapes that they are given."
+    expected = "models: differ in size: tinylm has 24,736 parameters, litgpt has 32,928 parameters. Compare the shapes they are given."
     assert str(caught.value) == expected
 
 

@@ -170,7 +170,7 @@ def test_a_result_made_with_other_settings_is_an_error_and_stays(project):
     )
     outcome, said = run_all(step)
     assert outcome == Outcome(("pretrain: a",))
-    wanted = "pretrain: a: runs/a/final.ckpt: training.lr was 0.001 when it was made and is 0.002. Set it back, or remove runs/a to make it anew."
+    wanted = "pretrain: a: runs/a/final.ckpt: training.lr was 0.001 when it was made and is 0.002. Set it back, or remove runs/a to make it again."
     assert said == [wanted]
     assert runs_of() == 1
 
@@ -266,7 +266,8 @@ def test_a_full_disk_is_one_line(project, monkeypatch):
 def test_outside_the_project_nothing_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=r"train\.py: not found here\. Run experiments in the project's folder\."
+        UserError,
+        match=r"train\.py: not found in this folder\. Run experiments in the project's folder\.",
     ):
         run_all()
 

@@ -206,7 +206,9 @@ def test_perplexities_within_a_power_of_ten_have_marks_to_be_read_by(values, mar
 
 
 def test_too_many_heads_for_a_page_are_refused():
-    with pytest.raises(UserError, match="13 layers of 12 heads are 156 maps, and a page holds 144"):
+    with pytest.raises(
+        UserError, match="attention maps: 13 layers of 12 heads are 156 maps, at most 144 fit"
+    ):
         draw_attention(torch.zeros(13, 12, 2, 2), ["a", "b"])
 
 

@@ -3,7 +3,6 @@
 import gzip
 import importlib.util
 import os
-import re
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
@@ -59,9 +58,6 @@ class UserError(Exception):
         """The same error with other names for settings, in `where` and in the settings of `fix`."""
         fix, *settings = self._hint
         where = tuple(names.get(part, part) for part in self.where)
-        if self.problem is None:  # to be removed with the last whole message in one argument
-            pattern = rf"(?<![\w./])({'|'.join(map(re.escape, names))})(?!\w)"
-            where = tuple(re.sub(pattern, lambda found: names[found[0]], part) for part in where)
         return type(self)(where, self.problem, fix, *(names.get(str(s), s) for s in settings))
 
 

@@ -150,9 +150,8 @@ def evaluate(steps: Iterable[Step], out: Path, say: Say) -> Path:
         if run in left_out:
             say(f"{run}: left out: {left_out[run]}")
     if not any(result.stage == "pretrain" for one in found.values() for result in one.results):
-        raise UserError(
-            f"{printable(out)}: no finished run. Run: python -m tinylm experiments --phase pretrain."
-        )
+        fix = "Run: python -m tinylm experiments --phase pretrain"
+        raise UserError(out, "no finished run", fix)
     return write_findings(Findings(found, left_out, out))
 
 

@@ -260,9 +260,8 @@ def is_done(step: Step) -> bool:
     if changed is None:
         return True
     found = f"{changed} was {was.get(changed, 'not there')} when it was made and is {now.get(changed, 'not there')}"
-    raise UserError(
-        f"{printable(step.result)}: {printable(found)}. Set it back, or remove {printable(step.result.parent)} to make it anew."
-    )
+    fix = f"Set it back, or remove {step.result.parent} to make it again"
+    raise UserError(step.result, found, fix)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -275,7 +274,8 @@ def run_steps(steps: Iterable[Step], say: Say) -> Outcome:
         UserError: this is not the project's folder, or an output cannot be written.
     """
     if not Path("train.py").is_file():
-        raise UserError("train.py: not found here. Run experiments in the project's folder.")
+        fix = "Run experiments in the project's folder"
+        raise UserError("train.py", "not found in this folder", fix)
     failed, child = [], ChildProgram()
     with forward_signals(child):
         for step in steps:

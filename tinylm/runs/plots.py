@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tinylm.checkpoint import format as checkpoint_format
-from tinylm.common.errors import UserError, printable, reading
+from tinylm.common.errors import UserError, reading
 from tinylm.model.decoder import Attention, Decoder
 
 if TYPE_CHECKING:
@@ -73,9 +73,8 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     folders = list(folders)
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(
-                f"{printable(folder)}: no such folder. Give folders with metrics.csv (logs) or with checkpoints."
-            )
+            fix = "Give folders with metrics.csv (logs) or with checkpoints"
+            raise UserError(folder, "no such folder", fix)
         runs += [read_metrics(path) for path in sorted(folder.rglob("metrics.csv"))]
     drawn = {run.name for run in runs}
     for folder in folders:
@@ -83,7 +82,9 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
         runs += [run for holder in holders if (run := read_checkpoints(holder)).name not in drawn]
     if not runs:
         raise UserError(
-            f"{', '.join(map(printable, folders))}: no metrics.csv and no checkpoints. Train first, or give the folder in training.log_dir."
+            ", ".join(map(str, folders)),
+            "no metrics.csv and no checkpoints",
+            "Train first, or give the folder in training.log_dir",
         )
     return runs
 
@@ -196,9 +197,8 @@ def _new_figure(size: tuple[float, float] = INCHES) -> tuple["Figure", Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError(
-            "drawing needs matplotlib. Install it: pip install matplotlib; or use --text."
-        ) from None
+        fix = "pip install matplotlib, or use --text"
+        raise UserError("matplotlib", "not installed, but needed for pictures", fix) from None
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     return figure, figure.subplots()
 
@@ -278,13 +278,13 @@ def draw_attention(maps: Tensor, tokens: Sequence[str]) -> "Figure":
     """
     layers, heads, T, S = maps.shape
     if layers * heads > MAX_HEADS_DRAWN:
-        raise UserError(
-            f"{layers} layers of {heads} heads are {layers * heads} maps, and a page holds {MAX_HEADS_DRAWN}. Choose a smaller model."
-        )
+        problem = f"{layers} layers of {heads} heads are {layers * heads} maps, at most {MAX_HEADS_DRAWN} fit"
+        raise UserError("attention maps", problem, "Choose a smaller model")
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("drawing needs matplotlib. Install it: pip install matplotlib.") from None
+        fix = "pip install matplotlib"
+        raise UserError("matplotlib", "not installed, but needed for pictures", fix) from None
     side = max(1.6, 0.16 * S)
     figure = Figure(
         figsize=(side * heads + 1.5, side * layers + 1.0), dpi=DOTS_PER_INCH, layout="constrained"

@@ -48,25 +48,21 @@ def train(
     >>> train(["aaabdaaabac"], 3)
     [(b'a', b'a'), (b'aa', b'a'), (b'aaa', b'b')]
     """
-    # A merge never crosses a word, so pairs are counted in distinct words, each as often as the word occurs.
-    n_occurrences = count_words(
-        texts, pretokenizer or Pretokenizer()
-    )  # {"low": 1, " low": 2, " lower": 1}
-    # Every word begins as its UTF-8 bytes.
-    tokens_of = {
-        word: split_bytes(word) for word in n_occurrences
-    }  # {"low": [b"l", b"o", b"w"], ...}
+    # No merge crosses a word, so pairs can be counted in distinct words: {"low": 1, " low": 2, " lower": 1}
+    word_counts = count_words(texts, pretokenizer or Pretokenizer())
+    # Every word begins as its bytes: {"low": [b"l", b"o", b"w"], ...}
+    tokens_of = {word: split_bytes(word) for word in word_counts}
     merges: list[Merge] = []
     while len(merges) < n_merges:
-        # Count all pairs of neighbors.
+        # Count all pairs of neighbors, in each word as often as the word occurs: {(b"o", b"w"): 4, ...}
         counts: Counter[Merge] = Counter()
         for word, tokens in tokens_of.items():
             for pair in pairwise(tokens):
-                counts[pair] += n_occurrences[word]
+                counts[pair] += word_counts[word]
         # No pair is left when every word is one token.
         if not counts:
             break
-        # The most frequent pair becomes a token. The tie-break makes the result independent of the order of the texts.
+        # The most frequent pair becomes a token. The tie-break on bytes makes the order of the texts irrelevant.
         best = max(counts, key=lambda pair: (counts[pair], pair))
         merges.append(best)
         # Replace the pair in every word.

@@ -1,7 +1,7 @@
-"""The planner's peak memory beside what runs then use: python benchmarks/planner.py
+"""The planned peak memory of runs and the memory that they use: python benchmarks/planner.py
 
-Each run is planned, then trained for a few steps by train.py as a child process, whose peak the kernel reports. Linux,
-on the CPU.
+Each run is planned, then trained for a few steps by train.py as a child process, whose peak the kernel reports. Linux
+and the CPU only.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# A preset, and what is set otherwise; the larger ones with fewer rows, so that they take a minute each.
+# A config and overrides; the larger ones with fewer rows, so that each takes a minute.
 RUNS = (
     "config_smoke.yaml",
     "configs/learn.yaml",
@@ -34,7 +34,7 @@ RUNS = (
     "configs/learn.yaml model.vocab_size=32000",
 )
 BYTE_VOCABULARY = 260
-# Enough for the allocator to have seen every size of tensor, an optimizer's step and a validation.
+# Enough steps that the allocator has seen every size of tensor, an optimizer step and a validation.
 STEPS = 6
 
 
@@ -50,8 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     runs = parser.parse_args(argv).runs
     from tinylm.config.loader import load_config
-    from tinylm.planning.memory_plan import plan_run, resident_bytes, with_settings
-    from training import callbacks  # noqa: F401  what a training process has loaded is part of the plan
+    from tinylm.planning.machine_memory import resident_bytes
+    from tinylm.planning.memory_plan import plan_run, with_settings
+    from training import callbacks  # noqa: F401  (the plan counts what a training process has imported)
 
     program = resident_bytes()
     print("| run | planned MB | used MB | planned / used |\n|---|---:|---:|---:|")
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def peak_of_run(preset: str, overrides: list[str]) -> int:
-    """Bytes that a short run of train.py holds at most."""
+    """The peak memory of a short run of train.py, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             f"training.max_steps={STEPS}",

@@ -57,15 +57,7 @@ LONG_FILES = {"tinylm/model/decoder.py"}  # the model, whole, in one file
 CIRCLES: set[str] = set()
 OUT_OF_ORDER: set[tuple[str, str]] = set()
 PROGRAMS_OF_PROGRAMS: set[tuple[str, str]] = set()
-LATE_IMPORTS = {
-    "training.preflight: tinylm.common.console",
-    "training.preflight: tinylm.planning.memory_plan",
-    "training.preflight: tinylm.planning.probes",
-    "training.preflight: training.callbacks",
-    "training.preflight: tinylm.model.decoder",
-    "training.preflight: tinylm.runs.plots",
-    "training.preflight: data",
-}
+LATE_IMPORTS: set[str] = set()
 TOO_LONG = {
     "tinylm/config/schema.py",
     "tinylm/runs/compare.py",

@@ -1,83 +1,98 @@
-"""Before a run: what it will cost, whether the model can learn, which settings suit. Nothing of it is kept.
+"""Before a run: what it will cost, whether the model can learn, and which settings suit. Nothing is kept.
 
     python train.py --config config_smoke.yaml --plan
     python train.py --config config_smoke.yaml --overfit-one-batch
     python train.py --config config_smoke.yaml --find-lr
     python train.py --config config_smoke.yaml --find-batch-size
 
-This file decides what is tried and prints it; `tinylm/planning/memory_plan.py` counts, `tinylm/planning/probes.py` takes the steps, and train.py
-has the flags. Text may be encoded into data.cache_dir, where the run will find it; --plan does not do even that.
+This file decides what is tried and prints the results; tinylm/planning/ counts and measures, and train.py has the flags.
+Text may be encoded into data.cache_dir, where the run will find it; --plan does not even do that.
 """
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from torch import nn
+
+from data import PretrainData
+from tinylm.common.console import print_table, progress_bar, table
 from tinylm.common.errors import Diverged, UserError
 from tinylm.common.units import duration, short, size
 from tinylm.config.schema import Config
+from tinylm.model.decoder import Decoder
+from tinylm.planning.machine_memory import resident_bytes, usable_bytes
+from tinylm.planning.memory_plan import (
+    CHINCHILLA_TOKENS,
+    RunPlan,
+    largest_batch,
+    plan_run,
+    suggest_overrides,
+    with_settings,
+)
+from tinylm.planning.out_of_memory import explain_out_of_memory, is_out_of_memory
+from tinylm.planning.probes import (
+    LEARNED,
+    RANGE_STEPS,
+    Batch,
+    Probe,
+    lr_range_test,
+    measure_matmul_flops,
+    measure_speed,
+    overfit,
+    smoothed_losses,
+    suggest_lr,
+    without_noise,
+)
+from tinylm.runs.plots import text_curves
+from tinylm.tokenizer.base import Tokenizer
 from training.build import build_weights
 from training.context import RunContext
 from training.initial import find_initial_model, initialized_config, prepare_tokenizer
 from training.stage import Stage
 from training.support import require_supported
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from tinylm.model.decoder import Decoder
-    from tinylm.planning.memory_plan import Plan
-    from tinylm.planning.probes import Batch, Trial
-    from tinylm.tokenizer.base import Tokenizer
-
-
 logger = logging.getLogger(__name__)
 
-# A larger micro-batch that is not so much faster does not pay.
-PAYS = 1.05
+# A larger micro-batch is worth taking if it is at least this many times as fast.
+WORTHWHILE = 1.05
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """A run that has not begun."""
+class Preflight:
+    """A run that has not started."""
 
     config: Config
     device: str
-    say: Callable[[str], None]
-    """for what is no result"""
-    prepare_tokenizer: "Callable[[], tuple[Tokenizer, Config]]"
-    """the run's tokenizer, and its settings with the vocabulary's size filled in"""
-    build_model: "Callable[[Config], Any]"
-    """the model that the run would begin with"""
+    prepare_tokenizer: Callable[[], tuple[Tokenizer, Config]]
+    """the run's tokenizer, and its settings with model.vocab_size"""
+    build_weights: Callable[[Config], nn.Module]
+    """the model that the run would start with"""
 
-    def with_vocabulary(self) -> Config:
-        """The settings with the vocabulary's size filled in, without learning a tokenizer for it.
+    def config_with_vocabulary(self) -> Config:
+        """The settings with model.vocab_size; no tokenizer is learned for it.
 
         Raises:
-            UserError: the tokenizer cannot be had here.
+            UserError: the tokenizer cannot be loaded.
         """
-        from tinylm.planning.memory_plan import with_settings
-
-        known = self.config.model.vocab_size
-        if known is None and self.config.tokenizer.kind == "bpe":
-            known = self.config.tokenizer.vocab_size
-        if known is not None:
-            return with_settings(self.config, {"model.vocab_size": known})
+        vocab_size = self.config.model.vocab_size
+        if vocab_size is None and self.config.tokenizer.kind == "bpe":
+            vocab_size = self.config.tokenizer.vocab_size
+        if vocab_size is not None:
+            return with_settings(self.config, {"model.vocab_size": vocab_size})
         try:
             return self.prepare_tokenizer()[1]
         except UserError as error:
-            raise UserError(
-                f"{error} To plan without the tokenizer, give its size: model.vocab_size=50257."
+            fix = "To plan without the tokenizer, set its size: model.vocab_size=50257"
+            raise error.within(
+                fix=f"{error.fix.removesuffix('.')}. {fix}" if error.fix else fix
             ) from None
 
 
 def run_preflight(stage: Stage, config: Config, args: argparse.Namespace) -> int:
-    """Do what the flags ask for, with the model that a new run would start from, and return the exit code."""
+    """Do what the flags request, with the model that a new run would start from, and return the exit code."""
     require_supported("plan", config)
     context = RunContext.open(stage.name, config)
     initial = find_initial_model(config, None)
@@ -85,336 +100,281 @@ def run_preflight(stage: Stage, config: Config, args: argparse.Namespace) -> int
         if initial.is_hf:
             require_supported("plan", config, model_features=frozenset({"hf_model"}))
         config = initialized_config(config, initial)
-    tokenizer = partial(prepare_tokenizer, config, None, initial, stage.make_tokenizer)
-    run = Rehearsal(
+    preflight = Preflight(
         config,
         context.device,
-        logger.info,
-        tokenizer,
+        lambda: prepare_tokenizer(config, None, initial, stage.make_tokenizer),
         lambda config: build_weights(config, None, initial),
     )
-    return rehearse(run, args)
-
-
-def rehearse(run: Rehearsal, args: argparse.Namespace) -> int:
-    """What the flags ask for; the exit code comes back."""
     if args.plan:
-        return plan(run)
+        return plan(preflight)
     if args.find_batch_size:
-        return find_batch_size(run)
+        return find_batch_size(preflight)
     if args.find_lr:
-        return find_lr(run)
-    return overfit_one_batch(run, args.overfit_one_batch)
+        return find_lr(preflight)
+    return overfit_one_batch(preflight, args.overfit_one_batch)
 
 
-# --- what it will cost ------------------------------------------------------------------------------------------------
+# --- --plan ---
 
 
-def plan(run: Rehearsal) -> int:
-    """Print what the run will cost, the time of it where it fits.
+def plan(preflight: Preflight) -> int:
+    """Print what the run will cost, and how long it takes if it fits.
 
     Raises:
-        UserError: it does not fit; which settings to change.
+        UserError: it does not fit; with the settings to change.
     """
-    from tinylm.planning import memory_plan
-
-    program = loaded_bytes(run.device)
-    config = run.with_vocabulary()
-    planned = memory_plan.plan_run(config, run.device, program=program)
-    room = memory_plan.room(config, run.device, program=program)
-    table = grid()
-    for name, text in cost(config, planned, room):
-        table.add_row(name, text)
-    fits = room is None or planned.peak <= room
+    device = preflight.device
+    program = program_bytes(device)
+    config = preflight.config_with_vocabulary()
+    run_plan = plan_run(config, device, program=program)
+    usable = usable_bytes(device, program=program, n_devices=config.hardware.devices)
+    fits = usable is None or run_plan.peak <= usable
+    rows = table("", "", text=("",))
+    rows.columns[1].overflow = "fold"
+    for name, text in describe_cost(config, run_plan, usable):
+        rows.add_row(name, text)
     if fits:
-        run.say("measuring the speed ...")
-    table.add_row(
-        "time",
-        time_of(run, config, planned) if fits else "not measured, because the run does not fit",
-    )
-    results().print(table)
+        logger.info("measuring the speed ...")
+        rows.add_row("time", measure_time(config, run_plan, device))
+    else:
+        rows.add_row("time", "not measured, because the run does not fit")
+    print_table(rows)
     if config.hardware.compile:
-        run.say("without hardware.compile, which is faster and mostly needs less memory")
+        logger.info("without hardware.compile, which is faster and mostly needs less memory")
     if fits:
         return 0
-    assert room is not None
-    overrides = memory_plan.advice(config, run.device, room, program=program)
-    mend = (
+    assert usable is not None
+    overrides = suggest_overrides(config, device, usable, program=program)
+    raise UserError(
+        "memory",
+        f"a step needs {size(run_plan.peak)}, but only {size(usable)} are available",
         f"It fits with: {' '.join(overrides)}"
         if overrides
-        else "Take a much smaller model: lower model.d_model and model.vocab_size"
-    )
-    raise UserError(
-        f"memory: a step needs {size(planned.peak)}, and {size(room)} are there. {mend}."
+        else "Use a much smaller model: lower model.d_model and model.vocab_size",
     )
 
 
-def cost(config: Config, planned: "Plan", room: int | None) -> Iterator[tuple[str, str]]:
-    """The rows of the plan but the time."""
-    from tinylm.planning.memory_plan import CHINCHILLA_TOKENS
-
-    active = (
-        ""
-        if planned.active_parameters == planned.parameters
-        else f", {planned.active_parameters:,} of them active for a token"
+def describe_cost(
+    config: Config, run_plan: RunPlan, usable: int | None
+) -> Iterator[tuple[str, str]]:
+    """The rows of the plan, except the time."""
+    parameters, active = run_plan.parameters, run_plan.active_parameters
+    yield (
+        "parameters",
+        f"{parameters:,}"
+        + (f", {active:,} of them active per token" if active < parameters else ""),
     )
-    yield "parameters", f"{planned.parameters:,}{active}"
-    yield "FLOPs", f"{short(planned.flops_per_token)} a token, {short(planned.flops)} the whole run"
-    per_parameter = f"{planned.tokens_per_parameter:.3g} a parameter"
-    advised = short(CHINCHILLA_TOKENS * planned.parameters)
+    yield (
+        "FLOPs",
+        f"{short(run_plan.flops_per_token)} per token, {short(run_plan.flops)} for the whole run",
+    )
     yield (
         "tokens",
-        f"{short(planned.tokens)} the whole run, {per_parameter} (a given amount of work is spent best at about {CHINCHILLA_TOKENS}: {advised})",
+        f"{short(run_plan.tokens)} for the whole run, {run_plan.tokens_per_parameter:.3g} per parameter "
+        f"(compute-optimal: about {CHINCHILLA_TOKENS}, {short(CHINCHILLA_TOKENS * parameters)})",
     )
-    files, each = planned.checkpoint_files, size(planned.checkpoint_bytes)
-    stay = (
-        "all stay"
-        if files is None
-        else f"at most {files} at a time, {size(files * planned.checkpoint_bytes)}"
-    )
-    yield (
-        "checkpoints",
-        f"{each} each, {stay} (training.keep_last {'null' if files is None else config.training.keep_last})",
-    )
-    several = " on each device" if config.hardware.devices * config.hardware.num_nodes > 1 else ""
-    yield (
-        "memory",
-        f"{size(planned.peak)}{several} at the peak, {'how much is there is not known here' if room is None else f'{size(room)} are there'}",
-    )
-    for name, part in planned.parts.items():
+    n_files, each = run_plan.checkpoint_files, run_plan.checkpoint_bytes
+    if n_files is None:
+        kept = "all are kept (training.keep_last null)"
+    else:
+        total = size(n_files * each)
+        kept = (
+            f"at most {n_files} at a time, {total} (training.keep_last {config.training.keep_last})"
+        )
+    yield "checkpoints", f"{size(each)} each, {kept}"
+    several = " per device" if config.hardware.devices * config.hardware.num_nodes > 1 else ""
+    available = "unknown how much is available" if usable is None else f"{size(usable)} available"
+    yield "memory", f"{size(run_plan.peak)}{several} at the peak, {available}"
+    for name, part in run_plan.parts.items():
         yield f"  {name}", size(part)
 
 
-def time_of(run: Rehearsal, config: Config, planned: "Plan") -> str:
-    """How long the steps of the whole run take, from a second of them."""
-    from tinylm.model.decoder import Decoder
-    from tinylm.planning.memory_plan import explaining_memory
-    from tinylm.planning.probes import matrix_rate, measure_speed
-
-    with explaining_memory(config, "Nothing was trained"):
-        speed = measure_speed(Decoder(config.model), config, run.device)
-    devices = config.hardware.devices * config.hardware.num_nodes
-    seconds = planned.tokens / (speed.tokens_per_second * devices)
-    use = speed.tokens_per_second * planned.flops_per_token / matrix_rate(config, run.device)
-    rows = (
-        ""
-        if speed.rows == config.training.micro_batch_size
-        else f" with {speed.rows} of {config.training.micro_batch_size} rows"
-    )
-    several = (
-        f" on each of {devices} devices, what they send each other left out" if devices > 1 else ""
-    )
-    measured = f"{short(speed.tokens_per_second)} tokens/s measured{rows}{several}, {use:.0%} of the FLOPs of bare matrix products"
-    return f"{duration(seconds)} of steps, validation not counted ({measured})"
+def measure_time(config: Config, run_plan: RunPlan, device: str) -> str:
+    """How long all steps of the run take, from a measurement of about a second."""
+    with explain_out_of_memory(config, "Nothing was trained"):
+        speed = measure_speed(Decoder(config.model), config, device)
+    n_devices = config.hardware.devices * config.hardware.num_nodes
+    seconds = run_plan.tokens / (speed.tokens_per_second * n_devices)
+    flops = speed.tokens_per_second * run_plan.flops_per_token
+    share = flops / measure_matmul_flops(config, device)
+    measured = f"{short(speed.tokens_per_second)} tokens/s measured"
+    if speed.rows < config.training.micro_batch_size:
+        measured += f" with {speed.rows} of {config.training.micro_batch_size} rows"
+    if n_devices > 1:
+        measured += f" on each of {n_devices} devices, without communication"
+    measured += f", {share:.0%} of the FLOPs of bare matrix products"
+    return f"{duration(seconds)} of steps, without validation ({measured})"
 
 
-def loaded_bytes(device: str) -> int:
-    """What a run's process has in the device's memory before there is a model."""
-    from tinylm.planning.memory_plan import resident_bytes
-    from training import callbacks  # noqa: F401  a run has it loaded, and with it Lightning
-
+def program_bytes(device: str) -> int:
+    """What the process of a run holds in the device's memory before there is a model."""
     return resident_bytes() if device == "cpu" else 0
 
 
-# --- whether it can learn ---------------------------------------------------------------------------------------------
+# --- --overfit-one-batch ---
 
 
-def overfit_one_batch(run: Rehearsal, steps: int) -> int:
+def overfit_one_batch(preflight: Preflight, steps: int) -> int:
     """Train on micro-batch 0 alone and print how its loss falls.
 
     Raises:
-        Diverged: it did not go to nearly zero.
+        Diverged: the loss did not fall to nearly zero.
     """
-    from tinylm.planning.probes import LEARNT, overfit, without_noise
-
-    tokenizer, config = run.prepare_tokenizer()
-    run.say(
-        "micro-batch 0 alone, at training.lr without its schedule, and without dropout and label smoothing"
+    tokenizer, config = preflight.prepare_tokenizer()
+    logger.info(
+        "micro-batch 0 alone, with a constant training.lr, without dropout and label smoothing"
     )
+    batch = next(read_batches(config, tokenizer))
     losses: list[float] = []
-    for loss in overfit(trial(run, without_noise(config)), next(batches(config, tokenizer)), steps):
+    for loss in overfit(make_probe(preflight, without_noise(config)), batch, steps):
         losses.append(loss)
-        if len(losses) == 1 or len(losses) % max(1, steps // 15) == 0:
-            print(f"step {len(losses):>5}  loss {loss:.4f}", flush=True)
-    verdict = f"the loss of one batch fell from {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps"
-    if losses[-1] >= LEARNT * losses[0]:
+        n = len(losses)
+        if n == 1 or n % max(1, steps // 15) == 0:
+            print(f"step {n:>5}  loss {loss:.4f}", flush=True)
+    fall = f"the loss of one batch fell from {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps"
+    if losses[-1] >= LEARNED * losses[0]:
         raise Diverged(
-            f"not learnt: {verdict}, and learnt is below {LEARNT:.0%} of the first. Raise training.lr or the number of steps"
+            f"not learned: {fall}, and must be below {LEARNED:.0%} of the first. "
+            "Raise training.lr or the number of steps"
         )
-    print(f"learnt: {verdict}, below {LEARNT:.0%} of the first")
+    print(f"learned: {fall}, below {LEARNED:.0%} of the first")
     return 0
 
 
-# --- which learning rate ----------------------------------------------------------------------------------------------
+# --- --find-lr ---
 
 
-def find_lr(run: Rehearsal) -> int:
+def find_lr(preflight: Preflight) -> int:
     """Print the loss over a rising learning rate, and a learning rate for the run.
 
     Raises:
-        Diverged: there is no curve to read one from.
+        Diverged: the first loss is not a finite number.
     """
-    import numpy as np
-
-    from tinylm.planning.memory_plan import with_settings
-    from tinylm.planning.probes import RANGE_STEPS, lr_range_test, smoothed_losses, suggested_lr
-    from tinylm.runs.plots import text_curves
-
-    tokenizer, config = run.prepare_tokenizer()
-    run.say(
+    tokenizer, config = preflight.prepare_tokenizer()
+    logger.info(
         f"at most {RANGE_STEPS} steps, each at a higher learning rate, until the loss has doubled"
     )
-    source = batches(with_settings(config, {"training.max_steps": RANGE_STEPS}), tokenizer)
-    curve = list(lr_range_test(trial(run, config), source))
+    batches = read_batches(with_settings(config, {"training.max_steps": RANGE_STEPS}), tokenizer)
+    curve = list(lr_range_test(make_probe(preflight, config), batches))
     if not curve:
         raise Diverged(
-            "the first loss is not a finite number. Look at the data: python train.py --config ... --show-rows 3"
+            "the first loss is not a finite number. "
+            "Look at the data: python train.py --config ... --show-rows 3"
         )
     losses = np.array(smoothed_losses([loss for _, loss in curve]))
     steps = np.arange(len(curve), dtype=float)
-    print(
-        text_curves(
-            "Loss over the learning rate",
-            [("*", "mean of five steps", steps, losses)],
-            f"{curve[0][0]:.0e}",
-            f"{curve[-1][0]:.2g}",
-        )
+    lowest, highest = f"{curve[0][0]:.0e}", f"{curve[-1][0]:.2g}"
+    curves = [("*", "mean of five steps", steps, losses)]
+    print(text_curves("Loss over the learning rate", curves, lowest, highest))
+    lr = suggest_lr(curve)
+    logger.info(
+        f"a third of {3 * lr:.2g}, the lowest rate with 95% of the largest fall of the loss:"
     )
-    lr = suggested_lr(curve)
-    run.say(
-        f"a third of {3 * lr:.2g}, the lowest rate that takes the loss down, but for a twentieth, as far as any does:"
-    )
-    muon = (
-        f" training.muon_lr={config.training.muon_lr * lr / config.training.lr:.2g}"
-        if config.training.optimizer == "muon"
-        else ""
-    )
-    print(f"training.lr={lr:.2g}{muon}")
+    overrides = f"training.lr={lr:.2g}"
+    if config.training.optimizer == "muon":
+        muon_lr = config.training.muon_lr * lr / config.training.lr
+        overrides += f" training.muon_lr={muon_lr:.2g}"
+    print(overrides)
     return 0
 
 
-# --- which micro-batch ------------------------------------------------------------------------------------------------
+# --- --find-batch-size ---
 
 
-def find_batch_size(run: Rehearsal) -> int:
-    """Print the largest micro-batch that fits and the speed of those up to it, and the size that is worth taking.
+def find_batch_size(preflight: Preflight) -> int:
+    """Print the largest micro-batch that fits, the speed of the sizes up to it, and the size to use.
 
     Raises:
-        UserError: not even a single row fits.
+        UserError: not even one row fits, or the memory of the device is not known.
     """
-    from tinylm.planning import memory_plan
-
-    program = loaded_bytes(run.device)
-    config = run.with_vocabulary()
-    room = memory_plan.room(config, run.device, program=program)
-    if room is None:
+    device = preflight.device
+    program = program_bytes(device)
+    config = preflight.config_with_vocabulary()
+    usable = usable_bytes(device, program=program, n_devices=config.hardware.devices)
+    if usable is None:
         raise UserError(
-            f"--find-batch-size: nobody says how much memory {run.device} has here. Try training.micro_batch_size by hand."
+            "--find-batch-size",
+            f"the memory of {device} is not known on this machine",
+            "Try values of training.micro_batch_size by hand",
         )
-    largest = memory_plan.largest_batch(config, run.device, room, program=program)
+    largest = largest_batch(config, device, usable, program=program)
     if largest == 0:
         raise UserError(
-            f"memory: not even one row fits into {size(room)}. Type --plan in place of --find-batch-size: it says what to change."
+            "memory",
+            f"not even one row fits into {size(usable)}",
+            "Use --plan in place of --find-batch-size: it shows what to change",
         )
-    run.say(f"the largest that fits into {size(room)} by the plan: {largest} rows")
-    speeds = measure_sizes(run, config, largest)
-    table = grid("rows", "planned memory", "tokens/s")
-    for rows, speed in speeds.items():
-        needed = memory_plan.plan_run(
-            memory_plan.with_settings(config, {"training.micro_batch_size": rows}),
-            run.device,
-            program=program,
-        ).peak
-        table.add_row(str(rows), size(needed), f"{speed:,.0f}")
-    results().print(table)
-    enough = min(rows for rows, speed in speeds.items() if speed * PAYS >= max(speeds.values()))
-    step = config.training.micro_batch_size * config.training.grad_accum_steps
-    size_of_part = max(rows for rows in speeds if rows <= enough and step % rows == 0)
-    run.say(
-        f"more than {enough} rows are not {PAYS - 1:.0%} faster; for a step of {step} rows, as it is:"
+    logger.info(
+        f"the largest micro-batch that fits into {size(usable)} by the plan: {largest} rows"
     )
-    print(
-        f"training.micro_batch_size={size_of_part} training.grad_accum_steps={step // size_of_part}"
+    speeds = measure_sizes(config, device, largest)
+    rows = table("rows", "planned memory", "tokens/s")
+    for n_rows, speed in speeds.items():
+        sized = with_settings(config, {"training.micro_batch_size": n_rows})
+        needed = plan_run(sized, device, program=program).peak
+        rows.add_row(str(n_rows), size(needed), f"{speed:,.0f}")
+    print_table(rows)
+    fastest = max(speeds.values())
+    enough = min(n_rows for n_rows, speed in speeds.items() if speed * WORTHWHILE >= fastest)
+    # The rows of an optimizer step stay the same, so the micro-batch must divide them.
+    per_step = config.training.micro_batch_size * config.training.grad_accum_steps
+    chosen = max(n_rows for n_rows in speeds if n_rows <= enough and per_step % n_rows == 0)
+    logger.info(
+        f"more than {enough} rows are less than {WORTHWHILE - 1:.0%} faster; "
+        f"for {per_step} rows per step, as configured:"
     )
+    print(f"training.micro_batch_size={chosen} training.grad_accum_steps={per_step // chosen}")
     return 0
 
 
-def measure_sizes(run: Rehearsal, config: Config, largest: int) -> dict[int, float]:
-    """Tokens a second by rows: 1, 2, 4 ... until two in a row do not pay, or memory ends.
+def measure_sizes(config: Config, device: str, largest: int) -> dict[int, float]:
+    """Tokens per second for 1, 2, 4, ... rows, until two sizes in a row are not worthwhile or memory ends.
 
     Raises:
-        UserError: there is no memory for a single row.
+        UserError: not even one row fits.
     """
-    from tinylm.model.decoder import Decoder
-    from tinylm.planning.memory_plan import explaining_memory, is_out_of_memory, with_settings
-    from tinylm.planning.probes import measure_speed
-
     speeds: dict[int, float] = {}
     rows = 1
     while rows <= largest and not stopped_paying(list(speeds.values())):
-        tried = with_settings(
-            config, {"training.micro_batch_size": rows, "training.grad_accum_steps": 1}
-        )
-        with explaining_memory(tried, "Nothing was trained"):
+        changes = {"training.micro_batch_size": rows, "training.grad_accum_steps": 1}
+        sized = with_settings(config, changes)
+        with explain_out_of_memory(sized, "Nothing was trained"):
             try:
-                speeds[rows] = measure_speed(
-                    Decoder(tried.model), tried, run.device
-                ).tokens_per_second
+                speed = measure_speed(Decoder(sized.model), sized, device)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or not speeds:
                     raise
-                run.say(f"{rows} rows do not fit after all")
+                logger.info(f"{rows} rows do not fit after all")
                 break
+        speeds[rows] = speed.tokens_per_second
         rows *= 2
     return speeds
 
 
 def stopped_paying(speeds: list[float]) -> bool:
-    """Whether neither of the last two brought PAYS times the best before them.
+    """Whether neither of the last two speeds is `WORTHWHILE` times the best before them.
 
     >>> stopped_paying([100.0, 101.0]), stopped_paying([100.0, 101.0, 102.0]), stopped_paying([100.0, 101.0, 110.0])
     (False, True, False)
     """
-    return len(speeds) > 2 and max(speeds[-2:]) < PAYS * max(speeds[:-2])
+    return len(speeds) > 2 and max(speeds[-2:]) < WORTHWHILE * max(speeds[:-2])
 
 
-# --- what all of them need --------------------------------------------------------------------------------------------
+# --- for all of them ---
 
 
-def trial(run: Rehearsal, config: Config) -> "Trial":
-    """The run's model and a new optimizer, to be thrown away."""
-    from tinylm.planning.probes import Trial
+def make_probe(preflight: Preflight, config: Config) -> Probe:
+    """The run's initial model with a new optimizer."""
+    model = preflight.build_weights(config)
+    assert isinstance(model, Decoder)  # `run_preflight` refuses Hugging Face models
+    return Probe(model, config, preflight.device)
 
-    model: Decoder = run.build_model(config)
-    return Trial(model, config, run.device)
 
-
-def batches(config: Config, tokenizer: "Tokenizer") -> "Iterator[Batch]":
-    """The run's micro-batches, from the first one on."""
-    from data import PretrainData
-    from tinylm.common.console import progress_bar
-    from tinylm.planning.memory_plan import with_settings
-
-    data = PretrainData(
-        with_settings(config, {"data.num_workers": 0}), tokenizer
-    )  # for a few batches a process is not worth its start
+def read_batches(config: Config, tokenizer: Tokenizer) -> Iterator[Batch]:
+    """The run's micro-batches, from the first."""
+    # A worker process takes longer to start than to read a few batches.
+    data = PretrainData(with_settings(config, {"data.num_workers": 0}), tokenizer)
     with progress_bar() as progress:
         data.prepare(progress, validation=False)
     return iter(data.train_dataloader())
-
-
-def results() -> "Console":
-    """Stdout for people; into a pipe nothing is cut."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
-
-
-def grid(*columns: str) -> "Table":
-    """A table without lines."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=bool(columns), header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table

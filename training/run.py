@@ -17,7 +17,7 @@ from model import TrainingModule
 from tinylm.common.errors import printable
 from tinylm.common.units import duration
 from tinylm.config.schema import Config
-from tinylm.planning.memory_plan import explaining_memory
+from tinylm.planning.out_of_memory import explain_out_of_memory
 from tinylm.runs.metrics_csv import MetricsFile
 from training.build import build_loggers, build_trainer, describe_model
 from training.callbacks import Metrics, Sample, StepEnd, StopSignals, Validation
@@ -120,7 +120,7 @@ def fit(
     trainer = build_trainer(config, context.device, step_end)
     logger.info(describe_model(config, module.decoder, trainer.world_size))
     began = time.monotonic()
-    with explaining_memory(config, f"The checkpoints in {context.checkpoint_dir} are intact"):
+    with explain_out_of_memory(config, f"The checkpoints in {context.checkpoint_dir} are intact"):
         trainer.fit(module, datamodule=data)
     if checkpoints.newest is None:  # only rank 0 saves
         return signals.exit_code

@@ -1,30 +1,22 @@
 """The plan against what is really there: state_dicts, saved tensors, counted by hand. `benchmarks/planner.py` measures whole runs."""
 
-import mmap
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
 from tinylm.model.decoder import Decoder
 from tinylm.optim.optimizers import make_optimizer
 from tinylm.planning import memory_plan
 from tinylm.planning.memory_plan import (
-    advice,
-    available_bytes,
-    explaining_memory,
     largest_batch,
     plan_run,
-    resident_bytes,
-    room,
-    trace_step,
+    suggest_overrides,
     with_settings,
 )
 from tinylm.planning.probes import autocast, random_batch
+from tinylm.planning.step_memory import trace_step
 
 # So large a vocabulary that the loss is the peak, where all activations are alive.
 BASE: dict[str, dict[str, Any]] = {
@@ -307,7 +299,7 @@ def test_a_run_that_follows_the_advice_fits(share, first, last, monkeypatch):
     )  # else it would be all that a model so small takes
     config = settings(LARGE)
     limit = round(share * plan_run(config, "cpu").peak)
-    overrides = advice(config, "cpu", limit)
+    overrides = suggest_overrides(config, "cpu", limit)
     changed = follow(config, overrides)
     assert plan_run(config, "cpu").peak > limit >= plan_run(changed, "cpu").peak
     assert overrides[0].startswith(first)
@@ -324,7 +316,7 @@ def test_the_advice_is_the_mildest_of_its_kind(monkeypatch):
         with_settings(config, {"training.micro_batch_size": 6, "training.grad_accum_steps": 2}),
         "cpu",
     ).peak
-    assert advice(config, "cpu", limit) == (
+    assert suggest_overrides(config, "cpu", limit) == (
         "training.micro_batch_size=6",
         "training.grad_accum_steps=2",
     )
@@ -332,7 +324,7 @@ def test_the_advice_is_the_mildest_of_its_kind(monkeypatch):
 
 @pytest.mark.slow
 def test_where_nothing_helps_there_is_no_advice():
-    assert advice(settings(), "cpu", 1000) == ()
+    assert suggest_overrides(settings(), "cpu", 1000) == ()
 
 
 @pytest.mark.slow
@@ -342,99 +334,3 @@ def test_the_largest_batch_is_the_last_power_of_two_that_fits(monkeypatch):
     assert largest_batch(settings(), "cpu", 1000) == 0
     monkeypatch.setattr(memory_plan, "LARGEST_BATCH", 4)
     assert largest_batch(settings(), "cpu", limit) == 4
-
-
-# --- this machine -----------------------------------------------------------------------------------------------------
-
-
-def test_processes_on_one_cpu_share_its_memory(monkeypatch):
-    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 900)
-    assert room(settings(), "cpu", program=100) == 1000
-    assert room(settings({"hardware.devices": 3}), "cpu", program=100) == 400
-    assert room(settings({"hardware.devices": 3}), "cuda") == 900
-    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: None)
-    assert room(settings(), "mps") is None
-
-
-@pytest.fixture
-def cgroups(tmp_path, monkeypatch) -> Iterator[Path]:
-    monkeypatch.setattr(memory_plan, "CGROUPS", tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("folder", "limit", "used", "files"),
-    [
-        (".", "memory.max", "memory.current", "inactive_file"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ],
-)
-def test_the_limit_of_a_container_counts(cgroups, folder, limit, used, files):
-    """A megabyte of limit, of which 600,000 bytes are used and 100,000 of these are files that give way."""
-    free = available_bytes("cpu")
-    assert free is not None
-    (cgroups / folder).mkdir(exist_ok=True)
-    (cgroups / folder / limit).write_text("1000000\n")
-    (cgroups / folder / used).write_text("600000\n")
-    (cgroups / folder / "memory.stat").write_text(f"anon 500000\n{files} 100000\n")
-    assert available_bytes("cpu") == 500_000
-    (cgroups / folder / limit).write_text("max\n" if folder == "." else "9223372036854771712\n")
-    assert available_bytes("cpu") == pytest.approx(free, rel=0.5)
-
-
-def test_the_memory_of_this_process_has_what_it_holds():
-    before = resident_bytes()
-    with mmap.mmap(
-        -1, 50_000_000
-    ) as held:  # pages of its own: a bytearray may get what this process has freed before
-        for _ in range(50):
-            held.write(b"x" * 1_000_000)
-        assert resident_bytes() - before > 0.9 * len(held)
-
-
-# --- when memory ends -------------------------------------------------------------------------------------------------
-
-CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 2621440000 bytes."
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
-        RuntimeError(CPU_ERROR),
-        RuntimeError("MPS backend out of memory"),
-    ],
-)
-@pytest.mark.parametrize(
-    ("changes", "mend"),
-    [
-        (
-            {"training.micro_batch_size": 12},
-            "training.micro_batch_size=6 training.grad_accum_steps=2",
-        ),
-        (
-            {"training.micro_batch_size": 3},
-            "training.micro_batch_size=1 training.grad_accum_steps=3",
-        ),
-        ({"training.micro_batch_size": 1}, "model.gradient_checkpointing=true"),
-        (
-            {"training.micro_batch_size": 1, "model.gradient_checkpointing": True},
-            "training.seq_len=8",
-        ),
-    ],
-)
-def test_a_lack_of_memory_is_one_line_with_what_to_lower(error, changes, mend):
-    config = settings(changes)
-    with pytest.raises(UserError) as caught, explaining_memory(config, "All is well"):
-        raise error
-    rows = config.training.micro_batch_size
-    found = f"a micro-batch of {rows} rows (training.micro_batch_size) of 16 tokens (training.seq_len) did not fit: {str(error).rstrip('.')}"
-    assert (
-        str(caught.value)
-        == f"out of memory: {found}. Try {mend}; train.py --plan counts what a run needs. All is well."
-    )
-
-
-def test_another_error_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="shapes"), explaining_memory(settings(), "All is well"):
-        raise RuntimeError("shapes do not match")

@@ -1,5 +1,6 @@
-"""What train.py does before a run: --plan, --overfit-one-batch, --find-lr, --find-batch-size; and a run whose memory ends (FAULTS: C7)."""
+"""The flags before a run: --plan, --overfit-one-batch, --find-lr, --find-batch-size; and a run whose memory ends (FAULTS: C7)."""
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.model.decoder import Decoder
-from tinylm.planning import memory_plan, probes
+from tinylm.planning import machine_memory, probes
 from tinylm.planning.memory_plan import plan_run, with_settings
 from training import preflight
 from training.preflight import measure_sizes
@@ -27,7 +28,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def fast(monkeypatch: Patch) -> None:
-    """A second of measuring is not waited for."""
+    """Measure for a hundredth of a second."""
     monkeypatch.setattr(probes, "MEASURED_SECONDS", 0.01)
 
 
@@ -43,7 +44,7 @@ def refused(config: Path, capsys: Capture, *arguments: str) -> str:
 
 
 def left(folder: Path) -> set[str]:
-    """What stands in the folder of a test beside the config and its text."""
+    """The files in the folder of a test, except the config and its text."""
     return {path.name for path in folder.iterdir()} - {"config.yaml", "corpus.txt"}
 
 
@@ -61,25 +62,25 @@ def test_the_plan_is_printed_and_nothing_written(
     parts = ["program", "weights", "gradients", "optimizer", "activations", "logits", "scratch"]
     assert list(rows) == ["parameters", "FLOPs", "tokens", "checkpoints", "memory", *parts, "time"]
     assert rows["parameters"] == "8,304"
-    assert rows["FLOPs"] == "52.6k a token, 20.2M the whole run"
+    assert rows["FLOPs"] == "52.6k per token, 20.2M for the whole run"
     assert (
         rows["tokens"]
-        == "384 the whole run, 0.0462 a parameter (a given amount of work is spent best at about 20: 166k)"
+        == "384 for the whole run, 0.0462 per parameter (compute-optimal: about 20, 166k)"
     )
     assert (
         rows["checkpoints"] == "99.7 kB each, at most 4 at a time, 398.7 kB (training.keep_last 2)"
     )
-    assert re.fullmatch(r"\d+\.\d [MG]B at the peak, \d+\.\d GB are there", rows["memory"])
+    assert re.fullmatch(r"\d+\.\d [MG]B at the peak, \d+\.\d GB available", rows["memory"])
     assert rows["weights"] == "33.2 kB"
     assert re.fullmatch(
-        r"\d+s of steps, validation not counted \(\S+ tokens/s measured, \d+% of the FLOPs of bare matrix products\)",
+        r"\d+s of steps, without validation \(\S+ tokens/s measured, \d+% of the FLOPs of bare matrix products\)",
         rows["time"],
     )
     assert err.startswith("device: cpu (requested)")
     assert left(tmp_path) == set()
 
 
-def test_a_run_that_does_not_fit_is_not_measured_and_told_what_to_change(
+def test_a_run_that_does_not_fit_is_not_measured_and_gets_overrides(
     make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     """64 rows, and memory for 32 in two parts; the overrides of the message make it fit."""
@@ -87,7 +88,7 @@ def test_a_run_that_does_not_fit_is_not_measured_and_told_what_to_change(
     config = with_settings(load_config(path), {"model.vocab_size": 260})
     half = {"training.micro_batch_size": 32, "training.grad_accum_steps": 2}
     monkeypatch.setattr(
-        memory_plan,
+        machine_memory,
         "available_bytes",
         lambda device: plan_run(with_settings(config, half), "cpu").peak,
     )
@@ -98,7 +99,7 @@ def test_a_run_that_does_not_fit_is_not_measured_and_told_what_to_change(
         == "not measured, because the run does not fit"
     )
     error = re.search(
-        r"error: memory: a step needs \S+ [MG]B, and \S+ [MG]B are there\. It fits with: (.+)\.\n",
+        r"error: memory: a step needs \S+ [MG]B, but only \S+ [MG]B are available\. It fits with: (.+)\.\n",
         err,
     )
     assert error is not None
@@ -107,22 +108,22 @@ def test_a_run_that_does_not_fit_is_not_measured_and_told_what_to_change(
 
 
 @pytest.mark.slow
-def test_where_nothing_fits_the_model_is_at_fault(
+def test_if_nothing_fits_a_smaller_model_is_suggested(
     make_config: Make, capsys: Capture, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1)
+    monkeypatch.setattr(machine_memory, "available_bytes", lambda device: 1)
     assert refused(make_config(), capsys, "--plan").endswith(
-        "are there. Take a much smaller model: lower model.d_model and model.vocab_size."
+        "are available. Use a much smaller model: lower model.d_model and model.vocab_size."
     )
 
 
-def test_where_nobody_knows_how_much_memory_there_is_the_plan_says_so(
+def test_a_plan_without_known_memory(
     make_config: Make, capsys: Capture, monkeypatch: Patch, fast: None
 ) -> None:
-    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: None)
+    monkeypatch.setattr(machine_memory, "available_bytes", lambda device: None)
     assert run(make_config(), "--plan", "hardware.compile=true") == 0
     out, err = capsys.readouterr()
-    assert "at the peak, how much is there is not known here" in out
+    assert "at the peak, unknown how much is available" in out
     assert "without hardware.compile, which is faster and mostly needs less memory\n" in err
 
 
@@ -142,13 +143,11 @@ def test_the_vocabulary_is_known_before_there_is_a_tokenizer(
     characters = len(set((tmp_path / "corpus.txt").read_text()) - {"\n"})
     assert capsys.readouterr().out.split()[1] == f"{8304 - 260 * 16 + (characters + 2) * 16:,}"
     assert run(path, "--plan", "model.moe={n_experts: 4, top_k: 1}") == 0
-    assert re.match(
-        r"parameters +[\d,]+, [\d,]+ of them active for a token", capsys.readouterr().out
-    )
+    assert re.match(r"parameters +[\d,]+, [\d,]+ of them active per token", capsys.readouterr().out)
     assert left(tmp_path) == set()
 
 
-def test_without_its_tokenizer_a_run_is_planned_by_the_size_of_it(
+def test_without_its_tokenizer_a_run_is_planned_by_the_vocabulary_size(
     make_config: Make, capsys: Capture, monkeypatch: Patch, fast: None
 ) -> None:
     def unreachable(*_: Any) -> None:
@@ -156,7 +155,7 @@ def test_without_its_tokenizer_a_run_is_planned_by_the_size_of_it(
 
     monkeypatch.setattr(preflight, "prepare_tokenizer", unreachable)
     path = make_config(tokenizer={"path": "gpt2"})
-    message = "error: tokenizer.path: gpt2: cannot be reached. To plan without the tokenizer, give its size: model.vocab_size=50257."
+    message = "error: tokenizer.path: gpt2: cannot be reached. To plan without the tokenizer, set its size: model.vocab_size=50257."
     assert refused(path, capsys, "--plan") == message
     assert run(path, "--plan", "model.vocab_size=50257") == 0
 
@@ -192,13 +191,13 @@ def test_a_model_that_can_learn_learns_one_batch(
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"step     1  loss 5\.\d{4}", lines[0])
     assert re.fullmatch(
-        r"learnt: the loss of one batch fell from 5\.\d{4} to 0\.\d{4} in \d+ steps, below 10% of the first",
+        r"learned: the loss of one batch fell from 5\.\d{4} to 0\.\d{4} in \d+ steps, below 10% of the first",
         lines[-1],
     )
     assert left(tmp_path) == {"cache"}
 
 
-def test_a_trained_model_is_what_the_trial_begins_with(
+def test_the_probe_starts_from_the_initial_model(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
     """After 60 steps on the whole text the first loss is far below ln 260 = 5.56; a shape that it has not is refused, as in a run."""
@@ -213,9 +212,9 @@ def test_a_trained_model_is_what_the_trial_begins_with(
     )
 
 
-def test_a_batch_that_is_not_learnt_ends_with_3(make_config: Make, capsys: Capture) -> None:
+def test_a_batch_that_is_not_learned_ends_with_3(make_config: Make, capsys: Capture) -> None:
     assert run(make_config(), "--overfit-one-batch", "2") == 3
-    pattern = r"error: not learnt: the loss of one batch fell from \S+ to \S+ in 2 steps, and learnt is below 10% of the first\. Raise training\.lr"
+    pattern = r"error: not learned: the loss of one batch fell from \S+ to \S+ in 2 steps, and must be below 10% of the first\. Raise training\.lr"
     assert re.search(pattern, capsys.readouterr().err)
 
 
@@ -253,7 +252,7 @@ def test_the_learning_rate_is_read_from_a_curve(
 def test_a_loss_that_is_no_number_gives_no_learning_rate(
     make_config: Make, capsys: Capture, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr(probes.Trial, "step", lambda self, batches, share: float("nan"))
+    monkeypatch.setattr(probes.Probe, "step", lambda self, batches, share: float("nan"))
     assert run(make_config(), "--find-lr") == 3
     assert (
         "error: the first loss is not a finite number. Look at the data: python train.py --config ... --show-rows 3"
@@ -275,12 +274,12 @@ def speeds_of(monkeypatch: Patch, speeds: dict[int, float], limit: int) -> list[
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return probes.Speed(speeds[rows], rows)
 
-    monkeypatch.setattr(probes, "measure_speed", measure)
+    monkeypatch.setattr(preflight, "measure_speed", measure)
     return measured
 
 
 @pytest.mark.slow
-def test_sizes_are_measured_until_they_do_not_pay(
+def test_sizes_are_measured_until_they_are_not_worthwhile(
     make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     """8 and 16 rows are not 5% faster than 4, so that 32 are not tried; a step of 6 rows is not four and a bit more: parts of 2."""
@@ -298,7 +297,7 @@ def test_sizes_are_measured_until_they_do_not_pay(
         ("16", "250"),
     ]
     assert out.splitlines()[-1] == "training.micro_batch_size=2 training.grad_accum_steps=3"
-    assert "more than 4 rows are not 5% faster; for a step of 6 rows, as it is:\n" in err
+    assert "more than 4 rows are less than 5% faster; for 6 rows per step, as configured:\n" in err
     assert left(tmp_path) == set()
 
 
@@ -311,23 +310,22 @@ def test_the_plan_bounds_what_is_tried(
     config = with_settings(
         load_config(path), {"model.vocab_size": 260, "training.micro_batch_size": 6}
     )
-    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: plan_run(config, "cpu").peak)
+    monkeypatch.setattr(
+        machine_memory, "available_bytes", lambda device: plan_run(config, "cpu").peak
+    )
     assert run(path, "--find-batch-size") == 0
     assert measured == [1, 2, 4]
     assert "by the plan: 4 rows\n" in capsys.readouterr().err
 
 
-def test_a_size_that_does_not_fit_after_all_is_left_out(
-    make_config: Make, monkeypatch: Patch
+def test_a_size_that_does_not_fit_after_all_is_omitted(
+    make_config: Make, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     speeds_of(monkeypatch, {1: 1.0, 2: 2.0}, 2)
-    said: list[str] = []
     config = with_settings(load_config(make_config()), {"model.vocab_size": 260})
-    assert measure_sizes(SimpleNamespace(device="cpu", say=said.append), config, 64) == {
-        1: 1.0,
-        2: 2.0,
-    }
-    assert said == ["4 rows do not fit after all"]
+    with caplog.at_level(logging.INFO):
+        assert measure_sizes(config, "cpu", 64) == {1: 1.0, 2: 2.0}
+    assert caplog.messages == ["4 rows do not fit after all"]
 
 
 @pytest.mark.slow
@@ -338,17 +336,17 @@ def test_a_single_row_that_does_not_fit_is_an_error(
     assert refused(make_config(), capsys, "--find-batch-size").startswith(
         "error: out of memory: a micro-batch of 1 rows (training.micro_batch_size) of 16"
     )
-    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1)
+    monkeypatch.setattr(machine_memory, "available_bytes", lambda device: 1)
     message = refused(make_config(), capsys, "--find-batch-size")
     assert re.match(
-        r"error: memory: not even one row fits into \S+ [MG]B\. Type --plan in place of --find-batch-size: it says what to change\.",
+        r"error: memory: not even one row fits into \S+ [MG]B\. Use --plan in place of --find-batch-size: it shows what to change\.",
         message,
     )
-    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: None)
+    monkeypatch.setattr(machine_memory, "available_bytes", lambda device: None)
     message = refused(make_config(), capsys, "--find-batch-size")
     assert (
         message
-        == "error: --find-batch-size: nobody says how much memory cpu has here. Try training.micro_batch_size by hand."
+        == "error: --find-batch-size: the memory of cpu is not known on this machine. Try values of training.micro_batch_size by hand."
     )
 
 
@@ -365,10 +363,10 @@ CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: 
     ],
     ids=["cuda", "cpu"],
 )
-def test_a_run_out_of_memory_ends_with_one_line_and_its_checkpoint_goes_on(
+def test_a_run_out_of_memory_ends_with_one_line_and_its_checkpoint_continues(
     make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch, error: RuntimeError
 ) -> None:
-    """C7: at step 4, two after the last checkpoint; the same command then goes on from there."""
+    """C7: at step 4, two after the last checkpoint; the same command then continues from there."""
     path = make_config()
     true_loss = model.LanguageModule.batch_loss
 
@@ -380,11 +378,11 @@ def test_a_run_out_of_memory_ends_with_one_line_and_its_checkpoint_goes_on(
     monkeypatch.setattr(model.LanguageModule, "batch_loss", batch_loss)
     message = refused(path, capsys)
     assert message.startswith(
-        "error: out of memory: a micro-batch of 4 rows (training.micro_batch_size) of 16 tokens (training.seq_len) did not fit: "
+        "error: out of memory: a micro-batch of 4 rows (training.micro_batch_size) of 16 tokens (training.seq_len) does not fit: "
     )
     intact = f"The checkpoints in {tmp_path / 'checkpoints'} are intact."
     assert message.endswith(
-        f"Try training.micro_batch_size=2 training.grad_accum_steps=2; train.py --plan counts what a run needs. {intact}"
+        f"Try training.micro_batch_size=2 training.grad_accum_steps=2; train.py --plan shows what a run needs. {intact}"
     )
     assert checkpoint_format.read(tmp_path / "checkpoints" / "last.ckpt")["step"] in (2, 3)
     monkeypatch.undo()

@@ -35,14 +35,14 @@ def run(arguments: argparse.Namespace) -> int:
         column.overflow = "fold"  # a narrow terminal must not shorten a fix
     missing = []
     for finding in examine():
-        if finding.mend is None:
+        if finding.fix is None:
             style = ""
-        elif finding.needed:
+        elif finding.required:
             style = "red"
             missing.append(finding.subject)
         else:
             style = "yellow"
-        rows.add_row(finding.subject, Text(finding.found, style), finding.mend or "")
+        rows.add_row(finding.subject, Text(finding.found, style), finding.fix or "")
     print_table(rows)
     if missing:
         raise UserError(

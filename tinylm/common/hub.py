@@ -36,24 +36,29 @@ def require_hub(where: object, fix: str) -> None:
         where: the setting or file, and the name that would be downloaded, as `UserError` takes them.
         fix: what to give in place of the name.
     """
+    problem = find_hub_problem()
+    if problem is not None:
+        raise UserError(
+            where,
+            f"not found on this machine, and {problem}",
+            f"{fix.removesuffix('.')}. If it was downloaded before, set HF_HUB_OFFLINE=1",
+        )
+
+
+def find_hub_problem() -> str | None:
+    """Why the hub cannot be reached; None if it can, or if it is not checked (see `require_hub`)."""
     from huggingface_hub import constants
 
     endpoint = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
-        return
+        return None
     host = endpoint.hostname or ""
     port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
     try:
         socket.create_connection((host, port), HUB_TIMEOUT_SECONDS).close()
     except OSError as error:
-        problem = (
-            f"not found on this machine, and {host} cannot be reached ({error.strerror or error})"
-        )
-        raise UserError(
-            where,
-            problem,
-            f"{fix.removesuffix('.')}. If it was downloaded before, set HF_HUB_OFFLINE=1",
-        ) from None
+        return f"{host} cannot be reached ({error.strerror or error})"
+    return None
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

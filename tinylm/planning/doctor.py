@@ -1,7 +1,7 @@
-"""What this machine can do and what it lacks: each finding with what would mend it.
+"""What this machine can do and what is missing, with the fix for each.
 
-Reading order: `Finding`, `examine`, then a function a subject. Nothing is changed: one
-file is written into the current folder and removed again.
+Reading order: `Finding`, `examine`, then one function per subject. Nothing is changed: one file is written into the current
+folder and removed again.
 """
 
 import importlib.metadata
@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinylm.common.errors import UserError, printable
-from tinylm.common.hub import require_hub
-from tinylm.planning.memory_plan import available_bytes
+import torch
 
-NEEDED = (
+from tinylm.common.errors import printable
+from tinylm.common.hub import find_hub_problem
+from tinylm.planning.machine_memory import available_bytes
+
+REQUIRED = (
     "torch",
     "lightning",
     "transformers",
@@ -43,50 +45,47 @@ OPTIONAL = {
     "datatrove": "corpora beyond one machine",
 }
 GIGABYTE = 1e9
-# A checkpoint of a 100M-parameter model is 1.2 GB, and a few of them stay.
-LITTLE_DISK = 5 * GIGABYTE
+# A checkpoint of a 100M-parameter model is 1.2 GB, and several are kept.
+LOW_DISK = 5 * GIGABYTE
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     subject: str
     found: str
-    mend: str | None = None
-    """what to do where something is missing; None: all is well"""
-    needed: bool = True
-    """whether training cannot do without it"""
+    fix: str | None = None
+    """what to do if something is missing; None: nothing is"""
+    required: bool = True
+    """whether training needs it"""
 
 
 def examine() -> Iterator[Finding]:
-    """Everything, subject by subject."""
+    """All findings, subject by subject."""
+    new_enough = sys.version_info >= (3, 11)
     yield Finding(
         "python",
         f"{platform.python_version()} on {platform.platform()}",
-        None if sys.version_info >= (3, 11) else "install Python 3.11 or newer",
+        None if new_enough else "install Python 3.11 or newer",
     )
     yield from packages()
     yield from devices()
     yield from precisions()
     yield compiler()
-    yield from room()
+    yield from memory_and_disk()
     yield hub()
 
 
 def packages() -> Iterator[Finding]:
-    """The libraries that are needed, then those that add something."""
-    for name in NEEDED:
+    """The required libraries, then the optional ones."""
+    for name in REQUIRED:
         version = _version(name)
         yield Finding(name, version or "not installed", None if version else f"pip install {name}")
     for name, use in OPTIONAL.items():
         version = _version(name)
-        yield Finding(
-            name,
-            f"{version} ({use})" if version else f"not installed ({use})",
-            None if version else f"pip install {name}",
-            needed=False,
-        )
+        found = f"{version or 'not installed'} ({use})"
+        yield Finding(name, found, None if version else f"pip install {name}", required=False)
 
 
 def _version(name: str) -> str | None:
@@ -98,98 +97,79 @@ def _version(name: str) -> str | None:
 
 def devices() -> Iterator[Finding]:
     """The CPU, every GPU, and MPS."""
-    import torch
-
     yield Finding("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        yield Finding(
-            f"cuda:{index}",
-            f"{printable(properties.name)}, {properties.total_memory / GIGABYTE:.1f} GB",
-        )
+        gpu = torch.cuda.get_device_properties(index)
+        found = f"{printable(gpu.name)}, {gpu.total_memory / GIGABYTE:.1f} GB"
+        yield Finding(f"cuda:{index}", found)
     if not torch.cuda.is_available():
         yield Finding(
             "cuda",
-            f"not here (PyTorch {torch.__version__})",
+            f"not available (PyTorch {torch.__version__})",
             "with a GPU: install the build of PyTorch for its driver",
-            needed=False,
+            required=False,
         )
-    yield Finding(
-        "mps", "available" if torch.backends.mps.is_available() else "not here (Apple silicon only)"
-    )
+    mps = torch.backends.mps.is_available()
+    yield Finding("mps", "available" if mps else "not available (Apple silicon only)")
 
 
 def precisions() -> Iterator[Finding]:
-    """Which values of hardware.precision this machine has."""
-    import torch
-
-    yield Finding("precision 32", "everywhere")
+    """Which values of hardware.precision this machine supports."""
+    yield Finding("precision 32", "supported")
     if torch.cuda.is_available():
-        there = torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         yield Finding(
             "precision bf16",
-            "supported" if there else "not in this GPU",
-            None if there else "set hardware.precision: 16",
-            needed=False,
+            "supported" if bf16 else "not supported by this GPU",
+            None if bf16 else "set hardware.precision: 16",
+            required=False,
         )
         yield Finding("precision 16", "supported")
         return
-    fast = bool(
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    yield Finding(
-        "precision bf16", "supported, fast on this CPU" if fast else "works, slowly on this CPU"
-    )
+    mkldnn = torch.backends.mkldnn.is_available()
+    fast = bool(mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    yield Finding("precision bf16", f"supported, {'fast' if fast else 'slow'} on this CPU")
     yield Finding("precision 16", "needs CUDA")
 
 
 def compiler() -> Finding:
-    """What torch.compile needs on a CPU."""
+    """The C++ compiler that torch.compile needs on a CPU."""
     name = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    mend = None if name else "install a C++ compiler, or leave hardware.compile off"
     return Finding(
         "hardware.compile",
         f"C++ compiler {name}" if name else "no C++ compiler",
-        mend,
-        needed=False,
+        None if name else "install a C++ compiler, or keep hardware.compile off",
+        required=False,
     )
 
 
-def room() -> Iterator[Finding]:
-    """Memory, disk, and whether this folder can be written."""
+def memory_and_disk() -> Iterator[Finding]:
+    """Free memory and disk, and whether the current folder can be written."""
     memory = available_bytes("cpu")
     if memory is not None:
         yield Finding("memory", f"{memory / GIGABYTE:.1f} GB available")
-    free = shutil.disk_usage(Path.cwd()).free
-    mend = (
-        None if free > LITTLE_DISK else "make room, or set training.checkpoint_dir to another disk"
-    )
+    here = Path.cwd()
+    free = shutil.disk_usage(here).free
     yield Finding(
-        "disk", f"{free / GIGABYTE:.1f} GB free in {printable(Path.cwd())}", mend, needed=False
+        "disk",
+        f"{free / GIGABYTE:.1f} GB free in {printable(here)}",
+        None if free > LOW_DISK else "free space, or set training.checkpoint_dir to another disk",
+        required=False,
     )
     try:
-        with tempfile.NamedTemporaryFile(dir=Path.cwd()) as file:
+        with tempfile.NamedTemporaryFile(dir=here) as file:
             os.fsync(file.fileno())
         yield Finding("writing", "this folder can be written")
     except OSError as error:
-        yield Finding(
-            "writing", f"this folder cannot be written: {error.strerror}", "work in another folder"
-        )
+        found = f"this folder cannot be written: {error.strerror}"
+        yield Finding("writing", found, "use another folder")
 
 
 def hub() -> Finding:
-    """Whether names of datasets and models can be looked up."""
-    try:
-        require_hub("hub", "Use local files.")
-    except UserError as error:
-        why = str(error).partition(", and ")[2].partition(". ")[0]
-        return Finding(
-            "Hugging Face hub",
-            why,
-            "use local files; for what was downloaded before: HF_HUB_OFFLINE=1",
-            needed=False,
-        )
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-    return Finding(
-        "Hugging Face hub", "not asked: HF_HUB_OFFLINE is set" if offline else "reachable"
-    )
+    """Whether the Hugging Face hub can be reached."""
+    subject = "Hugging Face hub"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return Finding(subject, "not checked: HF_HUB_OFFLINE is set")
+    problem = find_hub_problem()
+    fix = "use local files; if downloaded before, set HF_HUB_OFFLINE=1" if problem else None
+    return Finding(subject, problem or "reachable", fix, required=False)

@@ -96,10 +96,10 @@ def test_f16_halves_the_matrices_and_nothing_else(save, tmp_path):
 
 def test_a_weight_that_overflows_in_16_bits_is_named(save, tmp_path):
     path = save()
-    payload = checkpoint_format.read(path)
-    weights = {name: weight.clone() for name, weight in payload["weights"].items()}
+    state = checkpoint_format.read(path)
+    weights = {name: weight.clone() for name, weight in state["weights"].items()}
     weights["blocks.1.ffn.down.weight"][0, 0] = 1e5
-    checkpoint_format.write(path, payload | {"weights": weights})
+    checkpoint_format.write(path, state | {"weights": weights})
     with pytest.raises(
         UserError,
         match=r"blk\.1\.ffn_down\.weight: has non-finite numbers in 16 bits. Export it as f32.",

@@ -442,11 +442,11 @@ def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tm
 def test_a_tuned_hugging_face_model_is_exported_as_it_is_and_as_gguf(save, tmp_path, capsys):
     """Such a checkpoint has a model of transformers (HFModel), here a Llama; for GGUF it is converted to our decoder first."""
     path = save()
-    payload = checkpoint_format.read(path)
+    state = checkpoint_format.read(path)
     inner = conversion.to_hf(checkpoint_load.load_model(path).model)
-    foreign = HFModel(inner)
+    hf_model = HFModel(inner)
     checkpoint_format.write(
-        path, payload | {"hf_config": foreign.settings, "weights": foreign.state_dict()}
+        path, state | {"hf_config": hf_model.settings, "weights": hf_model.state_dict()}
     )
     expected = text_of_infer(path, capsys)
     assert export_hf(path, tmp_path / "out").model_type == "llama"

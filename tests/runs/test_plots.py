@@ -56,7 +56,7 @@ def write_checkpoint(path: Path, validations: list[list[float]], **model) -> Non
     )
     torch.manual_seed(0)
     weights = Decoder(config.model).state_dict()
-    payload = {
+    state = {
         "format": checkpoint_format.FORMAT,
         "schema": checkpoint_format.SCHEMA,
         "stage": "pretrain",
@@ -65,13 +65,13 @@ def write_checkpoint(path: Path, validations: list[list[float]], **model) -> Non
         "train_loss": None,
         "val_loss": None,
     }
-    payload |= {
+    state |= {
         "created": 0.0,
         "config": config.to_plain(),
         "tokenizer": ByteTokenizer().to_plain(),
         "weights": weights,
     }
-    checkpoint_format.write(path, payload | {"progress": {"validations": validations}})
+    checkpoint_format.write(path, state | {"progress": {"validations": validations}})
 
 
 def test_a_curve_has_the_rows_with_a_value_and_a_cut_last_line_is_left_out(tmp_path):

@@ -126,9 +126,9 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
     margins = [float.fromhex(margin) for margin in curve(tmp_path, "val_margin").values()]
     assert margins[-1] > max(0.02, margins[0])
     assert float.fromhex(curve(tmp_path, "val_accuracy")[12]) > 0.5
-    payload = checkpoint_format.read(final)
-    assert (payload["stage"], payload["config"]["data"]["template"]) == ("dpo", "instruction")
-    assert not [weight for weight in payload["weights"] if "reference" in weight]
+    state = checkpoint_format.read(final)
+    assert (state["stage"], state["config"]["data"]["template"]) == ("dpo", "instruction")
+    assert not [weight for weight in state["weights"] if "reference" in weight]
     assert (
         infer.main(
             ["--ckpt", str(final), "--prompt", "say", "--max-new-tokens", "4", "--device", "cpu"]
@@ -650,9 +650,9 @@ def test_a_run_goes_on_only_with_its_own_reference(
     """Another model would fit by shape; the error names both fingerprints, and --allow-changes does not help."""
     config = prefer(**RUNS[name])
     assert run(config, "training.max_steps=2") == 0
-    payload = checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")
-    was = payload["base" if "lora" in name else "reference"]
-    assert payload["reference"] is None or "lora" not in name
+    state = checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")
+    was = state["base" if "lora" in name else "reference"]
+    assert state["reference"] is None or "lora" not in name
     assert checkpoint_initial.resolve_reference(
         was["path"], tmp_path / "checkpoints" / "final.ckpt"
     ) == str((home / "base" / "final.ckpt").resolve())

@@ -229,8 +229,8 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
     )
     losses = [float.fromhex(loss) for loss in curve(tmp_path).values()]
     assert losses[-1] < losses[0] - (0.02 if "lora" in name else 0.2)
-    payload = checkpoint_format.read(final)
-    assert (payload["stage"], payload["config"]["data"]["template"]) == ("sft", "instruction")
+    state = checkpoint_format.read(final)
+    assert (state["stage"], state["config"]["data"]["template"]) == ("sft", "instruction")
     assert (
         infer.main(
             ["--ckpt", str(final), "--prompt", "say", "--max-new-tokens", "4", "--device", "cpu"]
@@ -479,19 +479,19 @@ def adapted(make: Make, **sections: Any) -> Path:
 def test_a_checkpoint_holds_the_adapter_alone_and_says_whose_it_is(make: Make, home: Path) -> None:
     """A and B of four layers; optimizer state for no more; the base by path and by the fingerprint of its weights."""
     path = adapted(make)
-    payload = checkpoint_format.read(path)
+    state = checkpoint_format.read(path)
     layers = ("attention.qkv", "attention.out", "ffn.up", "ffn.down")
-    assert set(payload["weights"]) == {
+    assert set(state["weights"]) == {
         f"blocks.0.{layer}.lora_{side}.weight" for layer in layers for side in "AB"
     }
-    assert len(payload["optimizer"]["state"]) == 8
+    assert len(state["optimizer"]["state"]) == 8
     base = checkpoint_load.load_model(home / "base" / "final.ckpt").model
-    assert payload["base"] == {
+    assert state["base"] == {
         "path": os.path.relpath(home / "base" / "final.ckpt", path.parent),
         "fingerprint": checkpoint_initial.fingerprint_of(base),
     }
     assert checkpoint_info.describe(path).parameters == sum(
-        weight.numel() for weight in payload["weights"].values()
+        weight.numel() for weight in state["weights"].values()
     )
 
 
@@ -516,10 +516,10 @@ def test_a_base_that_is_gone_or_another_is_named(
     if foreign:
         save_llama(base, seed=1)
     else:
-        payload = checkpoint_format.read(base)
-        payload["weights"]["norm.weight"] = payload["weights"]["norm.weight"] + 1
+        state = checkpoint_format.read(base)
+        state["weights"]["norm.weight"] = state["weights"]["norm.weight"] + 1
         base.unlink()
-        checkpoint_format.write(base, payload)
+        checkpoint_format.write(base, state)
     with pytest.raises(UserError) as error:
         checkpoint_load.load_model(path)
     assert f"{path}: this adapter was trained on " in str(error.value)

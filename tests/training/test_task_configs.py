@@ -100,8 +100,8 @@ def test_a_task_is_trained_and_evaluated(
     """As its config says, on rows that the task brings; a file of the same columns is read alike. The checkpoint is asked in its template."""
     final = run(name, models, tmp_path, "data.dataset=smoke")
     task = TASKS[OF_TASKS[name]]
-    payload = checkpoint_format.read(final)
-    assert (payload["config"]["data"]["task"], payload["config"]["data"]["dataset"]) == (
+    state = checkpoint_format.read(final)
+    assert (state["config"]["data"]["task"], state["config"]["data"]["dataset"]) == (
         task.name,
         "smoke",
     )

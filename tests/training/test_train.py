@@ -705,8 +705,8 @@ def test_a_nan_loss_stops_before_the_step(
     assert "error: step 5: the loss is nan; rows at [[" in capsys.readouterr().err
     newest = checkpoint_format.latest_valid(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000004.ckpt"
-    payload = checkpoint_format.read(newest)
-    assert all(weight.isfinite().all() for weight in payload["weights"].values())
+    state = checkpoint_format.read(newest)
+    assert all(weight.isfinite().all() for weight in state["weights"].values())
     assert sorted(curve(tmp_path)) == [1, 2, 3, 4]
 
 

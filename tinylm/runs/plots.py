@@ -114,10 +114,10 @@ def read_checkpoints(folder: Path) -> Run:
     """The run whose checkpoints are in `folder`: what the newest sound one says of every validation, and of its loss."""
     path = checkpoint_format.latest_valid(folder)
     assert path is not None  # the caller found one
-    payload = checkpoint_format.read(path)
-    validations = np.array(payload["progress"]["validations"], dtype=float).reshape(-1, 2)
+    state = checkpoint_format.read(path)
+    validations = np.array(state["progress"]["validations"], dtype=float).reshape(-1, 2)
     losses = validations[:, 1]
-    name = payload["config"]["training"]["run_name"]
+    name = state["config"]["training"]["run_name"]
     return Run(
         name, validations[:, 0], {"val_loss": losses, "val_ppl": np.exp(np.minimum(losses, 20.0))}
     )

@@ -10,6 +10,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -30,22 +31,17 @@ logger = logging.getLogger(__name__)
 Sample = Callable[[TrainingModule, Tokenizer], str]
 
 
+@dataclass(eq=False)
 class StepEnd(L.Callback):
     """Calls the parts of a run at its start and at the end of each step."""
 
-    def __init__(
-        self,
-        signals: "StopSignals",
-        validation: "Validation",
-        metrics: "Metrics",
-        checkpoints: Checkpoints,
-        display: ProgressDisplay,
-        state: dict[str, Any] | None,
-    ):
-        self.signals, self.validation, self.metrics = signals, validation, metrics
-        self.checkpoints, self.display = checkpoints, display
-        self.state = state
-        """of the checkpoint to continue from"""
+    signals: "StopSignals"
+    validation: "Validation"
+    metrics: "Metrics"
+    checkpoints: Checkpoints
+    display: ProgressDisplay
+    state: dict[str, Any] | None
+    """of the checkpoint to continue from"""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Restore, then do what the end of the restored step still owes: its validation, if it was killed before that."""
@@ -127,27 +123,19 @@ class StopSignals:
         return 0 if self.received is None else 128 + self.received
 
 
+@dataclass
 class Validation:
-    """Validates every training.val_every_steps steps and after the last one, and shows a sample if asked.
+    """Validates every training.val_every_steps steps and after the last one, and shows a sample if asked."""
 
-    Args:
-        signals: interrupt a validation.
-        tokenizer: of the run.
-        show: displays a line.
-        sample: generates a sample; None if training.sample_prompt is null.
-    """
-
-    def __init__(
-        self,
-        signals: StopSignals,
-        tokenizer: Tokenizer,
-        show: Callable[[str], None],
-        sample: Sample | None,
-    ):
-        self.signals, self.tokenizer = signals, tokenizer
-        self.show, self.sample = show, sample
-        self.seconds = 0.0
-        """the time that the validation of this step took"""
+    signals: StopSignals
+    """interrupt a validation"""
+    tokenizer: Tokenizer
+    show: Callable[[str], None]
+    """displays a line"""
+    sample: Sample | None
+    """generates a sample; None if training.sample_prompt is null"""
+    seconds: float = 0.0
+    """the time that the validation of this step took"""
 
     def run_if_due(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, float] | None:
         """val_loss and the stage's other metrics; None if this step has no validation, or it was interrupted."""
@@ -192,20 +180,19 @@ class Validation:
         return module.val_metrics(totals)
 
 
+@dataclass
 class Metrics:
-    """Logs a row every training.log_every_steps steps and at every validation: to metrics.csv, the loggers, the screen.
+    """Logs a row every training.log_every_steps steps and at every validation: to metrics.csv, the loggers, the screen."""
 
-    Args:
-        file: metrics.csv; None on every rank but 0.
-        loggers: those of training.loggers.
-        show: displays a row.
-    """
-
-    def __init__(
-        self, file: MetricsFile | None, loggers: list[Logger], show: Callable[[Row], None]
-    ):
-        self.file, self.loggers, self.show = file, loggers, show
-        self.last_time, self.last_tokens = 0.0, 0  # at the last row
+    file: MetricsFile | None
+    """metrics.csv; None on every rank but 0"""
+    loggers: list[Logger]
+    """those of training.loggers"""
+    show: Callable[[Row], None]
+    """displays a row"""
+    last_time: float = 0.0
+    """of the last row"""
+    last_tokens: int = 0
 
     def start(self, tokens: int) -> None:
         """Start to measure the speed."""

@@ -7,6 +7,7 @@ micro-batches (docs/LOG.md). The file itself is tinylm/checkpoint/format.py.
 import logging
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,16 @@ def checkpoint_aliases(progress: Progress, *, final: bool) -> list[str]:
     return names
 
 
+@dataclass
 class Checkpoints:
     """Saves every training.save_every_steps steps, after the best validation, and at the end."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, fingerprints: dict[str, str]):
-        self.folder, self.tokenizer, self.fingerprints = folder, tokenizer, fingerprints
-        self.newest: Path | None = None
-        """the last checkpoint that this process saved"""
+    folder: Path
+    tokenizer: Tokenizer
+    fingerprints: dict[str, str]
+    """of the data"""
+    newest: Path | None = None
+    """the last checkpoint that this process saved"""
 
     def save_if_due(
         self, trainer: L.Trainer, module: TrainingModule, *, stops: bool, final: bool

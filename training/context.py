@@ -85,10 +85,7 @@ class RunContext:
 
 def log_on_rank_0() -> None:
     """Drop log records on every rank but 0, so that each line is shown once."""
-    for name in LOGGERS:
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(_is_rank_0)
-
-
-def _is_rank_0(record: logging.LogRecord) -> bool:
-    return rank_zero_only.rank == 0
+    if rank_zero_only.rank != 0:
+        for name in LOGGERS:
+            for handler in logging.getLogger(name).handlers:
+                handler.addFilter(lambda record: False)

@@ -183,13 +183,16 @@ def answers_of(pairs: Sequence[PreferencePair]) -> list[Example]:
 
 
 class DPOModule(TrainingModule):
-    """Direct preference optimisation: the model learns which of two answers is better, held to a reference (stage `dpo`).
+    """Direct preference optimization: the policy learns which of two answers is better, compared with a reference model.
 
-    The reference is the model that the run began with. It is given, frozen; or it is the decoder with its adapters switched off;
-    or only its log-probabilities are known, which then come with each batch. It never has dropout.
+    The reference is the model that the run started from: a frozen copy, or the policy with its adapters switched off, or
+    log-probabilities that were computed once and come with each batch. It never has dropout.
 
     Args:
-        reference: the frozen copy where dpo.reference is `copy`, else None.
+        config: the settings.
+        decoder: the policy.
+        references: what its checkpoints refer to.
+        reference: the frozen copy if dpo.reference is `copy`, else None.
     """
 
     train_columns = METRICS
@@ -208,49 +211,41 @@ class DPOModule(TrainingModule):
         self.reference = None if reference is None else reference.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "DPOModule":
-        """Switch dropout on or off, in the policy alone."""
+        """Switch dropout on or off, in the policy only."""
         super().train(mode)
         if self.reference is not None:
             self.reference.eval()
         return self
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
-        """The preference loss; beside it dpo.sft_coef times the cross entropy per token of each chosen answer (Pang et al. 2024, equation 1)."""
+        """The preference loss; per target, dpo.sft_coef times the cross entropy of the chosen answer is added (Pang et al. 2024, equation 1)."""
         policy, found = self._compare_pairs(batch)
-        tokens = policy.lengths.chosen.sum() + policy.lengths.rejected.sum()
-        regularizer = (
-            self.dpo.sft_coef * found.cross_entropy.mean() + policy.balance_loss * self.balance_coef
-        )
-        return BatchLoss(
-            found.loss.sum(), (policy.lengths.chosen > 0).sum(), tokens, regularizer, found.metrics
-        )
+        n_pairs = (policy.lengths.chosen > 0).sum()  # without rows of padding
+        n_tokens = policy.lengths.chosen.sum() + policy.lengths.rejected.sum()
+        sft = self.dpo.sft_coef * found.cross_entropy.mean()
+        regularizer = sft + policy.balance_loss * self.balance_coef
+        return BatchLoss(found.loss.sum(), n_pairs, n_tokens, regularizer, found.metrics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """(loss sum, pairs, sums of the measures) of one batch."""
+        """(loss sum, pairs, sums of METRICS) of one batch."""
         policy, found = self._compare_pairs(batch)
-        return torch.cat(
-            (torch.stack((found.loss.sum(), (policy.lengths.chosen > 0).sum())), found.metrics)
-        )
+        n_pairs = (policy.lengths.chosen > 0).sum()
+        return torch.cat((torch.stack((found.loss.sum(), n_pairs)), found.metrics))
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
-        """The means over pairs; a perplexity would say nothing."""
+        """The means over pairs."""
         loss, n_pairs, *sums = totals
-        return dict(
-            zip(
-                ("val_loss", *self.val_columns),
-                (total / n_pairs for total in (loss, *sums)),
-                strict=True,
-            )
-        )
+        means = [total / n_pairs for total in (loss, *sums)]
+        return dict(zip(("val_loss", *self.val_columns), means, strict=True))
 
     def _compare_pairs(self, batch: Batch) -> tuple[PairScores, Comparison]:
-        reference = self._reference(batch)
+        reference = self._reference_log_probs(batch)
         policy = score_pairs(self._features, self.decoder.head, batch)
         return policy, compare_pairs(policy, reference, self.dpo)
 
     @torch.no_grad()
-    def _reference(self, batch: Batch) -> Answers:
-        """The log-probabilities under the reference; no random number is drawn for them."""
+    def _reference_log_probs(self, batch: Batch) -> Answers:
+        """The log-probabilities of both answers under the reference; draws no random number."""
         if self.dpo.reference == "cached":
             return Answers(batch["chosen_reference"], batch["rejected_reference"])
         if self.reference is not None:

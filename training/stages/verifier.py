@@ -190,7 +190,7 @@ def fingerprint_of_problems(problems: Sequence[Problem]) -> str:
 
 
 class VerifierModule(TrainingModule):
-    """An encoder learns to tell right answers from wrong ones (stage `verifier`); it stands where other stages have their decoder."""
+    """An encoder learns to tell right answers from wrong ones; it takes the place of the decoder of the other stages."""
 
     train_columns = ("accuracy",)
     val_columns = (
@@ -205,62 +205,53 @@ class VerifierModule(TrainingModule):
     def __init__(self, config: Config, verifier: Verifier, references: dict[str, Any]):
         super().__init__(config, verifier, "verifier", references)
         assert config.verifier is not None
-        self.normalizer = config.training.micro_batch_size * (
-            1 + config.verifier.n_wrong + config.verifier.n_sampled
-        )
+        n_answers = 1 + config.verifier.n_wrong + config.verifier.n_sampled
+        self.normalizer = config.training.micro_batch_size * n_answers
 
     def configure_model(self) -> None:
-        """Lightning's hook; train.py refuses fsdp."""
-        self._places = (
-            torch.compile(self.decoder.error_logits)
-            if self.config.hardware.compile
-            else self.decoder.error_logits
-        )
+        """Lightning's hook after devices and processes are set up: compile."""
+        self._error_logits = self.decoder.error_logits
+        if self.config.hardware.compile:
+            self._error_logits = torch.compile(self.decoder.error_logits)
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
         """Cross entropy of which token is wrong, or none."""
-        places, right = self._places(batch["input_ids"], batch["attention_mask"]), batch["label"]
-        n_right = ((places.logsumexp(dim=1) <= 0) == right.bool()).sum()
-        loss, n_pairs = (
-            verifier_loss(places, right, batch["error_mask"]),
-            torch.tensor(len(right), device=right.device),
-        )
+        right = batch["label"]  # (B,)
+        logits = self._error_logits(batch["input_ids"], batch["attention_mask"])  # (B, T)
+        n_correct = ((logits.logsumexp(dim=1) <= 0) == right.bool()).sum()
         return BatchLoss(
-            loss,
-            n_pairs,
-            batch["attention_mask"].sum(),
-            places.new_zeros(()),
-            n_right.float()[None],
+            loss=verifier_loss(logits, right, batch["error_mask"]),
+            n_targets=torch.tensor(len(right), device=right.device),
+            n_tokens=batch["attention_mask"].sum(),
+            regularizer=logits.new_zeros(()),
+            metrics=n_correct.float()[None],
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The sum of the losses, then how often each logit occurs among wrong and right pairs."""
+        """The sum of the losses, then how often each logit occurs among wrong and among right answers."""
         right = batch["label"]
-        none = torch.zeros(
-            0, 1, device=right.device
-        )  # what a rank without a problem left makes of its share
-        places = self._places(batch["input_ids"], batch["attention_mask"]) if len(right) else none
-        departs = batch["error_mask"] if len(right) else none.bool()
-        return torch.cat(
-            (
-                verifier_loss(places, right, departs)[None],
-                logit_counts(-places.logsumexp(dim=1), right),
-            )
-        )
+        if len(right):
+            logits = self._error_logits(batch["input_ids"], batch["attention_mask"])
+            error_mask = batch["error_mask"]
+        else:  # the share of a rank that has no problem left
+            logits = torch.zeros(0, 1, device=right.device)
+            error_mask = logits.bool()
+        loss = verifier_loss(logits, right, error_mask)
+        return torch.cat((loss[None], logit_counts(-logits.logsumexp(dim=1), right)))
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
-        """The mean loss, and `VerifierScore` with the interval of its accuracy."""
+        """The mean loss, and the numbers of `VerifierScore`."""
         loss, *counts = totals
         score = VerifierScore.of_counts(np.array(counts))
-        numbers = (
-            loss / score.n,
-            score.accuracy,
-            *score.interval,
-            score.majority,
-            score.auc,
-            score.calibration_error,
-        )
-        return dict(zip(("val_loss", *self.val_columns), numbers, strict=True))
+        return {
+            "val_loss": loss / score.n,
+            "val_accuracy": score.accuracy,
+            "val_accuracy_low": score.interval[0],
+            "val_accuracy_high": score.interval[1],
+            "val_majority": score.majority,
+            "val_auc": score.auc,
+            "val_calibration_error": score.calibration_error,
+        }
 
 
 # --- building the stage ---

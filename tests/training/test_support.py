@@ -1,0 +1,88 @@
+"""The table of what cannot be combined: every row refuses a run that has its features, and no other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinylm.common.errors import UserError
+from tinylm.config.loader import load_config
+from training.support import FEATURES, MODEL_FEATURES, UNSUPPORTED, Unsupported, require_supported
+
+STAGES = ("pretrain", "sft", "dpo", "verifier", "plan")
+# Settings that switch a feature on; the others are stages, devices and models.
+ON: dict[str, list[str]] = {
+    "dpo section": ["dpo={beta: 0.1}"],
+    "verifier section": ["verifier={n_wrong: 1}"],
+    "lora": ["lora={r: 2}"],
+    "new weights": ["training.init_from=null"],
+    "train_on response": ["training.train_on=response"],
+    "train_on all": ["training.train_on=all"],
+    "packed": ["data.packing=packed"],
+    "learned tokenizer": ["tokenizer.kind=char"],
+    "muon": ["training.optimizer=muon"],
+    "fsdp": ["hardware.strategy=fsdp"],
+    "fp16": ["hardware.precision=16"],
+    "bf16": ["hardware.precision=bf16"],
+}
+# The opposite of every feature: a run that no row refuses.
+OFF = [
+    "training.init_from=a.ckpt",
+    "data.packing=padded",
+    "tokenizer.kind=byte",
+    "training.optimizer=adamw",
+    "hardware.strategy=ddp",
+    "hardware.precision=32",
+]
+
+
+def refuse(row: Unsupported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UserError:
+    """The error of a run that has the features of `row` and as few others as possible."""
+    (tmp_path / "empty.yaml").write_text("{}", encoding="utf-8")
+    overrides = [*OFF]
+    if "verifier section" in row.features:  # the config itself refuses this pair
+        overrides.remove("data.packing=padded")
+    if "new weights" in row.features and "train_on response" not in row.features:
+        overrides.append("training.train_on=all" if "sft" in row.features else OFF[0])
+    for feature in row.features:
+        overrides += ON.get(feature, [])
+    config = load_config(tmp_path / "empty.yaml", overrides)
+    stage = next((feature for feature in row.features if feature in STAGES), "pretrain")
+    device = "cpu" if "no CUDA" in row.features else "cuda"
+    gpu_has_bf16 = "GPU without bf16" not in row.features
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: gpu_has_bf16)
+    model_features = frozenset(row.features) & frozenset(MODEL_FEATURES)
+    with pytest.raises(UserError) as caught:
+        require_supported(stage, config, device, model_features)
+    return caught.value
+
+
+@pytest.mark.parametrize("row", UNSUPPORTED, ids=lambda row: " + ".join(row.features))
+def test_each_row_of_the_table_is_the_error_of_its_features(
+    row: Unsupported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """WHERE: PROBLEM. FIX. of the row itself: no earlier row matches too."""
+    expected = f"{row.where}: {row.problem}. {row.fix}."
+    assert str(refuse(row, tmp_path, monkeypatch)) == expected
+
+
+@pytest.mark.parametrize("row", UNSUPPORTED, ids=lambda row: " + ".join(row.features))
+def test_each_feature_of_a_row_exists(row: Unsupported) -> None:
+    """A misspelled feature would make its row useless."""
+    assert set(row.features) <= {*STAGES, *FEATURES, *MODEL_FEATURES}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("model_features", [frozenset(), frozenset({"hf_model"})])
+def test_a_run_without_these_features_is_supported(
+    stage: str, model_features: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Hugging Face model is refused by a verifier and by the flags before a run alone."""
+    (tmp_path / "empty.yaml").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    config = load_config(tmp_path / "empty.yaml", OFF)
+    if model_features and stage in ("verifier", "plan"):
+        with pytest.raises(UserError, match="Hugging Face model"):
+            require_supported(stage, config, "cuda", model_features)
+    else:
+        require_supported(stage, config, "cuda", model_features)

@@ -33,7 +33,7 @@ LOGGERS = ("tinylm", "training", "data", "model")
 
 def open_streams() -> None:
     """Make stdout and stderr safe to write to: a closed one is discarded, a character it cannot encode is escaped."""
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open for the life of the process)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (never closed)
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -42,7 +42,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def with_model(config: Config, model: ModelConfig, tokenizer: TokenizerConfig) -> Config:
-    """The settings of `config`; what is not written in its model and tokenizer sections is taken from `model`, `tokenizer`.
+    """The settings of `config`; what its model and tokenizer sections do not set is taken from `model` and `tokenizer`.
 
     Each setting of the model counts separately, the tokenizer section as a whole.
 

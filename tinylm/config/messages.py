@@ -120,7 +120,7 @@ def _suggestion(key: str) -> str:
 
 
 def sections(section: type[Section] = Config, key: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """Every section with its dotted key, from the whole config, whose key is '', downwards; [] marks a list of sections.
+    """Every section with its dotted key, first the whole config, whose key is ''; [] marks a list of sections.
 
     >>> [key for key, section in sections() if key.startswith(("m", "data"))]
     ['model', 'model.moe', 'data', 'data.mix[]']

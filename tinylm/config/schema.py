@@ -148,7 +148,7 @@ class TokenizerConfig(Section):
     kind: Literal["byte", "char", "bpe", "hf"] = "byte"
     """byte: 256 bytes and 4 special tokens; char, bpe: trained on the training split; hf: read from `path`"""
     path: Name | None = None
-    """hf: a Hugging Face name (gpt2), or a folder with tokenizer.json or vocab.json and merges.txt; on the command line it replaces the other tokenizer settings"""
+    """hf: a Hugging Face name (gpt2) or a tokenizer's folder; on the command line it replaces the whole section"""
     unknown: Literal["error", "unk"] = "error"
     """char: a character outside the vocabulary is an error, or becomes the token <|unk|>"""
     vocab_size: Annotated[Count, Field(ge=258, le=1_000_000)] | None = None
@@ -181,7 +181,7 @@ class DataConfig(Section):
     rules: ClassVar = rules.DATA
 
     dataset: Name = "data/tiny_corpus.txt"
-    """a .txt, .jsonl, .parquet or token file (.bin, .npy, .ds), a folder or glob of texts, or a Hugging Face name (owner/name)"""
+    """a .txt, .jsonl, .parquet or token file (.bin, .npy, .ds), a folder or glob of texts, or a hub name"""
     dataset_config: Name | None = None
     """configuration of a Hugging Face dataset (20231101.en)"""
     mix: Annotated[tuple[MixPart, ...], Field(min_length=1, max_length=1000)] | None = None
@@ -189,11 +189,11 @@ class DataConfig(Section):
     token_dtype: Literal["uint16", "uint32"] | None = None
     """type of the ids in a token file without a header (a raw .bin); null: read from the file's header"""
     task: Literal["sst2", "samsum", "gsm8k", "sms", "alpaca"] | None = None
-    """fine-tuning: a task that defines the columns and prompts (tinylm/eval/tasks); without `dataset` its own hub dataset is used, with `dataset: smoke` its few built-in rows"""
+    """fine-tuning: a task with its columns, prompts and dataset (tinylm/eval/tasks); `dataset: smoke`: its test rows"""
     rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
     """fine-tuning: format of a row; auto: detected from its keys"""
     columns: dict[RowColumn, Name] | None = None
-    """fine-tuning: our name of a column (instruction, input, output, prompt, completion, messages, conversations, chosen, rejected) to its name in the data"""
+    """fine-tuning: the names of columns in the data, as our name: their name"""
     template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
     """fine-tuning: how turns are written (tinylm/rows/templates.py); chat_template: the tokenizer's own template"""
     packing: Literal["packed", "padded"] = "packed"
@@ -221,7 +221,7 @@ class DataConfig(Section):
     stride: Count | None = None
     """tokens from one row's start to the next; null: training.seq_len, so that rows do not overlap"""
     order: Literal["shuffled", "sequential", "random"] = "shuffled"
-    """order of rows: a seeded permutation per pass, the order of the data, or windows at random offsets with replacement"""
+    """order of rows: a seeded permutation per pass, the order of the data, or windows at random offsets"""
     document_mask: Switch = False
     """stop attention at document boundaries and restart positions there"""
     shuffle_window: Count = 1024
@@ -253,7 +253,7 @@ class TrainingConfig(Section):
     max_steps: Count = 1000
     """optimizer steps of the whole run"""
     optimizer: Literal["adamw", "adamw_plain", "sgd", "muon"] = "adamw"
-    """torch's fused AdamW, AdamW in plain PyTorch, SGD with lr/sqrt(t+1), or Muon for matrices and AdamW for the rest"""
+    """torch's fused AdamW, AdamW in plain PyTorch, SGD with lr/sqrt(t+1), or Muon for matrices with AdamW"""
     lr: Annotated[Number, Field(gt=0)] = 3e-4
     """peak learning rate"""
     muon_lr: Annotated[Number, Field(gt=0)] = 0.02
@@ -309,7 +309,7 @@ class TrainingConfig(Section):
     auto_resume: Switch = True
     """continue from the latest valid checkpoint in checkpoint_dir"""
     init_from: Name | None = None
-    """a checkpoint, or hf:NAME or hf:FOLDER, whose weights, tokenizer and model settings (except dropout) a new run takes; null: new weights"""
+    """a checkpoint, hf:NAME or hf:FOLDER to take weights, tokenizer and model settings from; null: new weights"""
     train_on: Literal["response", "all"] = "response"
     """fine-tuning: the tokens that are targets: only those of the responses, or all"""
 
@@ -343,7 +343,7 @@ class DpoConfig(Section):
     sft_coef: Annotated[Number, Field(ge=0, le=100)] = 0.0
     """weight of the chosen answers' cross entropy per token, added to the preference loss"""
     reference: Literal["copy", "adapters_off", "cached"] = "copy"
-    """the reference: a frozen copy of the policy, the policy with its LoRA disabled, or log-probabilities computed once"""
+    """the reference: a frozen copy of the policy, the policy without its LoRA, or log-probabilities computed once"""
 
 
 class VerifierConfig(Section):
@@ -352,9 +352,9 @@ class VerifierConfig(Section):
     rules: ClassVar = rules.VERIFIER
 
     n_wrong: Annotated[CountOrZero, Field(le=64)] = 1
-    """wrong answers made from each right one by changing one of its numbers, different ones in each pass; a row of a batch is a problem with all its answers"""
+    """wrong answers made from each right one by changing one of its numbers, different ones in each pass"""
     n_sampled: Annotated[CountOrZero, Field(le=64)] = 0
-    """answers per problem written by the model in `sampled_from`; the last number of an answer decides whether it is right"""
+    """answers per problem written by the model in `sampled_from`, right or wrong by their last number"""
     sampled_from: Name | None = None
     """checkpoint of the model that writes the sampled answers"""
 

@@ -27,10 +27,18 @@ def make_state(step: int = 3, **changes: Any) -> dict[str, Any]:
     )
     torch.manual_seed(step)
     return {
-        "format": checkpoint_format.FORMAT, "schema": checkpoint_format.SCHEMA, "stage": "pretrain", "step": step, "tokens": 10 * step,
-        "train_loss": 2.5, "val_loss": None, "created": 1.0, "config": config.to_plain(),
-        "tokenizer": make_tokenizer(config.tokenizer, lambda: []).to_plain(), "weights": Decoder(config.model).state_dict(),
-    } | changes  # fmt: skip
+        "format": checkpoint_format.FORMAT,
+        "schema": checkpoint_format.SCHEMA,
+        "stage": "pretrain",
+        "step": step,
+        "tokens": 10 * step,
+        "train_loss": 2.5,
+        "val_loss": None,
+        "created": 1.0,
+        "config": config.to_plain(),
+        "tokenizer": make_tokenizer(config.tokenizer, lambda: []).to_plain(),
+        "weights": Decoder(config.model).state_dict(),
+    } | changes
 
 
 @pytest.fixture
@@ -42,7 +50,9 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_a_state_that_is_written_and_read_is_the_same(saved: Path) -> None:
-    """Round trip: every weight has the same bits, and the model computes with them; keys that older files lack are added."""
+    """Round trip: every weight has the same bits, and the model computes with them; keys that older files lack are
+    added.
+    """
     before, after = checkpoint_format.NO_REFERENCES | make_state(), checkpoint_format.read(saved)
     assert before.keys() == after.keys()
     assert all(
@@ -56,7 +66,8 @@ def test_a_state_that_is_written_and_read_is_the_same(saved: Path) -> None:
         2.5,
         None,
     )
-    # embedding 260*8, qkv 8*24, out 8*8, swiglu 64 wide: up 8*128 and down 64*8, three norms of 8; the tied head counts once
+    # embedding 260*8, qkv 8*24, out 8*8, swiglu 64 wide: up 8*128 and down 64*8, three norms of 8; the tied head
+    # counts once
     assert loaded.info.parameters == 260 * 8 + 8 * 24 + 8 * 8 + 8 * 128 + 64 * 8 + 3 * 8
 
 
@@ -252,7 +263,9 @@ class RunsCode:
 def test_a_pickle_is_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: str, signed: bool
 ) -> None:
-    """H1: bare pickle and torch file, with and without a valid digest, with the variable that switches torch's guard off."""
+    """H1: bare pickle and torch file, with and without a valid digest, with the variable that switches torch's
+    guard off.
+    """
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
     path, target = tmp_path / "step-000001.ckpt", tmp_path / "touched"
     if signed:
@@ -293,7 +306,9 @@ def test_another_programs_torch_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
-    """G1: the second one gets an error that names the holder; G2: the lock is free again at once; leftovers of a killed run are removed."""
+    """G1: the second one gets an error that names the holder; G2: the lock is free again at once; leftovers of a
+    killed run are removed.
+    """
     leftover = tmp_path / ".step-000001.ckpt.1.tmp"
     leftover.write_bytes(b"half")
     with checkpoint_format.lock_run_dir(tmp_path):

@@ -121,7 +121,9 @@ def text_of_infer(ckpt: Path, capsys: pytest.CaptureFixture) -> tuple[str, list[
 def text_of_transformers(
     folder: Path, tokenizer_class: str = "AutoTokenizer", **gguf: Any
 ) -> tuple[str, list[int]]:
-    """The text that transformers generates greedily after the prompt, with the exported tokenizer and generation settings."""
+    """The text that transformers generates greedily after the prompt, with the exported tokenizer and generation
+    settings.
+    """
     file = {"gguf_file": gguf["gguf_file"]} if gguf else {}
     tokenizer = getattr(transformers, tokenizer_class).from_pretrained(folder, **file)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **gguf)
@@ -131,9 +133,14 @@ def text_of_transformers(
 
 
 THEIR_SHAPE = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-}  # fmt: skip
+}
 THEIRS = {
     "llama": lambda: transformers.LlamaConfig(**THEIR_SHAPE),
     "llama, tied": lambda: transformers.LlamaConfig(

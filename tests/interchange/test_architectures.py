@@ -182,8 +182,13 @@ def test_export_keeps_the_precision_of_the_weights():
 # --- from Hugging Face ---
 
 THEIR_SHAPE = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
 GROUPED = THEIR_SHAPE | {"num_key_value_heads": 2}
 THEIRS = {
     "llama": lambda **more: transformers.LlamaConfig(**THEIR_SHAPE | more),
@@ -200,8 +205,12 @@ THEIRS = {
 
 
 LLAMA3_SCALING = {
-    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4,
-}  # fmt: skip
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 1e4,
+}
 
 
 @pytest.mark.parametrize(

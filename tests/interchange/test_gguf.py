@@ -78,7 +78,9 @@ def test_both_formats_can_be_written_into_one_folder(save, tmp_path, capsys):
 
 
 def test_f16_halves_the_matrices_and_nothing_else(save, tmp_path):
-    """The logits equal those of our decoder with its matrices rounded to 16 bits, as the export checks; norms keep 32."""
+    """The logits equal those of our decoder with its matrices rounded to 16 bits, as the export checks; norms keep
+    32.
+    """
     from gguf import GGMLQuantizationType, GGUFReader
 
     path = save()
@@ -166,5 +168,7 @@ def test_special_tokens_are_marked_in_gguf(bpe):
 
 
 def test_neighbors_are_rotated_as_halves_were():
-    """Llama in GGUF rotates rows 2i and 2i + 1 together; ours rotates i and i + K/2. Two heads of four: 0 1 2 3 becomes 0 2 1 3 in each."""
+    """Llama in GGUF rotates rows 2i and 2i + 1 together; ours rotates i and i + K/2. Two heads of four: 0 1 2 3
+    becomes 0 2 1 3 in each.
+    """
     assert interleave_halves(torch.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

@@ -78,7 +78,9 @@ def test_an_exported_folder_generates_the_text_of_infer(name, save, tmp_path, ca
 
 
 def test_the_card_of_a_qwen2_names_the_class_that_reads_its_tokenizer(save, bpe, tmp_path):
-    """transformers 5 splits text for every Qwen2 into Qwen2's words, in which each digit is one word; our 12345 is one token."""
+    """transformers 5 splits text for every Qwen2 into Qwen2's words, in which each digit is one word; our 12345 is
+    one token.
+    """
     export_hf(save(bias="qkv"), tmp_path / "out")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] != bpe(
         "gpt2"
@@ -139,10 +141,26 @@ def test_the_folder_describes_the_model(save, tmp_path):
         tokenizer.pad_id,
         777.0,
     )
-    assert {key: generation[key] for key in ("eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "max_new_tokens")} == {
-        "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "do_sample": True, "temperature": 0.5, "top_k": 0, "top_p": 0.9,
+    assert {
+        key: generation[key]
+        for key in (
+            "eos_token_id",
+            "pad_token_id",
+            "do_sample",
+            "temperature",
+            "top_k",
+            "top_p",
+            "max_new_tokens",
+        )
+    } == {
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 0,
+        "top_p": 0.9,
         "max_new_tokens": 200,
-    }  # fmt: skip
+    }
     assert (
         json.loads(files["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
     )
@@ -203,7 +221,9 @@ def test_sampling_settings_are_translated_to_transformers(sampling, expected):
 
 
 def test_without_a_padding_token_no_padding_id_is_exported(save, bpe, tmp_path):
-    """transformers keeps the gradient of row `pad_token_id` at zero: an EOS that also pads would never be trained again."""
+    """transformers keeps the gradient of row `pad_token_id` at zero: an EOS that also pads would never be trained
+    again.
+    """
     plain = bpe("gpt2").to_plain() | {"pad": None}
     export_hf(save(tokenizer_from_plain(plain)), tmp_path / "out")
     assert (
@@ -218,9 +238,17 @@ def test_a_token_that_a_tokenizer_adds_to_texts_is_not_added_in_the_export(save,
     description = json.loads(plain["tokenizer_json"])
     bos = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
     description["post_processor"] = {
-        "type": "TemplateProcessing", "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
-        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [bpe("gpt2").vocab_size - 2], "tokens": ["<|im_start|>"]}},
-    }  # fmt: skip
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {
+            "<|im_start|>": {
+                "id": "<|im_start|>",
+                "ids": [bpe("gpt2").vocab_size - 2],
+                "tokens": ["<|im_start|>"],
+            }
+        },
+    }
     opening = tokenizer_from_plain(plain | {"tokenizer_json": json.dumps(description)})
     export_hf(save(opening), tmp_path / "out")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)[
@@ -440,7 +468,9 @@ def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tm
 
 
 def test_a_tuned_hugging_face_model_is_exported_as_it_is_and_as_gguf(save, tmp_path, capsys):
-    """Such a checkpoint has a model of transformers (HFModel), here a Llama; for GGUF it is converted to our decoder first."""
+    """Such a checkpoint has a model of transformers (HFModel), here a Llama; for GGUF it is converted to our
+    decoder first.
+    """
     path = save()
     state = checkpoint_format.read(path)
     inner = conversion.to_hf(checkpoint_load.load_model(path).model)
@@ -459,7 +489,9 @@ def test_a_tuned_hugging_face_model_is_exported_as_it_is_and_as_gguf(save, tmp_p
 
 
 def ending_at(path: Path, place: int, capsys: pytest.CaptureFixture, eos_id: int) -> None:
-    """Change the model so that its greedy answer ends there: the token at this place and EOS swap their rows of the tied embedding."""
+    """Change the model so that its greedy answer ends there: the token at this place and EOS swap their rows of
+    the tied embedding.
+    """
     [*_, token] = text_of_infer(path, capsys)[1][: place + 1]
     stored = checkpoint_format.read(path)
     for name in ("embedding.weight", "head.weight"):
@@ -534,7 +566,9 @@ def test_a_merged_adapter_generates_the_text_of_infer(kind, save, tmp_path, caps
 
 
 def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, capsys):
-    """Exactly two files, and the command prints the base; peft's logits with it equal those of the merged checkpoint."""
+    """Exactly two files, and the command prints the base; peft's logits with it equal those of the merged
+    checkpoint.
+    """
     import peft
 
     base = save()

@@ -338,7 +338,9 @@ def test_a_bad_folder_is_one_error_line_and_nothing_is_written(name, published, 
 
 
 def test_a_large_header_takes_no_memory(published, tmp_path, monkeypatch):
-    """A sparse file of 50 GB whose header should have 40: its first eight bytes are checked before the library opens it."""
+    """A sparse file of 50 GB whose header should have 40: its first eight bytes are checked before the library
+    opens it.
+    """
     folder = published()
     with open(folder / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", 40 * 10**9))

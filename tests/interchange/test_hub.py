@@ -248,7 +248,9 @@ FIRST, SECOND = texts(0, 100), texts(100, 200)
 
 
 def fill(hub: Hub, kind: str) -> str:
-    """Add two files of a hundred documents each; returns the name of the second, which is not opened before the first is read."""
+    """Add two files of a hundred documents each; returns the name of the second, which is not opened before the
+    first is read.
+    """
     hub.files |= {
         f"train-{i}.{kind}": KINDS[kind](documents) for i, documents in enumerate((FIRST, SECOND))
     }
@@ -349,7 +351,9 @@ def test_a_name_that_the_hub_does_not_have_is_one_line(hub):
 
 
 def test_a_char_tokenizer_learns_from_the_first_documents_of_a_stream(hub):
-    """The first file has no capital letters; the second is not requested, because the eighth document is in the first."""
+    """The first file has no capital letters; the second is not requested, because the eighth document is in the
+    first.
+    """
     hub.files = {"train-0.jsonl": jsonl(FIRST), "train-1.jsonl": jsonl(["CAPITALS"])}
     tokenizer = tokenizer_for(
         TokenizerConfig(kind="char", unknown="unk", learn_docs=8), DATASET, SEED
@@ -374,7 +378,9 @@ def test_a_tokenizer_needs_learn_docs_for_a_stream(hub, kind, settings):
 
 
 def test_the_rows_of_the_character_preset_can_be_shown(hub, capsys):
-    """configs/c4-char.yaml, except the name of the dataset and the shuffle window, which two small files do not fill."""
+    """configs/c4-char.yaml, except the name of the dataset and the shuffle window, which two small files do not
+    fill.
+    """
     fill(hub, "json.gz")
     preset = str(Path(__file__).parents[2] / "configs" / "c4-char.yaml")
     assert (
@@ -399,7 +405,9 @@ def test_the_rows_of_the_character_preset_can_be_shown(hub, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_loses_the_network_can_be_resumed(hub, make_config, tmp_path, capsys):
-    """E11 end to end: exit code 2 and one line if the second file cannot be downloaded; resumed, the losses equal those without faults."""
+    """E11 end to end: exit code 2 and one line if the second file cannot be downloaded; resumed, the losses equal
+    those without faults.
+    """
     name, short = "train-1.jsonl", [f"document {i}" for i in range(1200)]
     hub.files = {"train-0.jsonl": jsonl(short[:600]), name: jsonl(short[600:])}
     streamed = {
@@ -435,7 +443,8 @@ def test_a_run_that_loses_the_network_can_be_resumed(hub, make_config, tmp_path,
     )
     hub.faults.clear()
     assert train.main(["--config", str(config)]) == 0
-    # Documents are encoded 256 at a time: the training documents of the first file are two such batches, about 6500 tokens, 64 a step.
+    # Documents are encoded 256 at a time: the training documents of the first file are two such batches, about
+    # 6500 tokens, 64 a step.
     assert re.search(r"resuming .*/step-000(080|100).ckpt at step ", capsys.readouterr().err)
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -1,4 +1,6 @@
-"""Hugging Face models with our interface: the numbers are transformers' own, and untrusted files are checked (FAULTS: E14, H2, H3, H6)."""
+"""Hugging Face models with our interface: the numbers are transformers' own, and untrusted files are checked
+(FAULTS: E14, H2, H3, H6).
+"""
 
 import json
 import struct
@@ -357,7 +359,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_bad_file_is_an_error_that_names_it(name: str, folder: Path) -> None:
-    """H2, H3: one error that names the file and the tensor or key; memory is bounded, because a meta model is compared first."""
+    """H2, H3: one error that names the file and the tensor or key; memory is bounded, because a meta model is
+    compared first.
+    """
     change, words = FAULTS[name]
     change(folder)
     with pytest.raises(UserError) as error:

@@ -1,4 +1,6 @@
-"""Adapters: which weights are trained, that the base is unchanged, and that merged, separate and peft's own adapters agree (FAULTS: B14, D8)."""
+"""Adapters: which weights are trained, that the base is unchanged, and that merged, separate and peft's own
+adapters agree (FAULTS: B14, D8).
+"""
 
 import importlib.util
 import sys
@@ -94,7 +96,9 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_merged_and_separate_adapters_give_the_same_logits_and_disabled_ones_the_base(
     name: str,
 ) -> None:
-    """D8: disabled adapters equal the base exactly, and so do new ones (B = 0); merged equals separate up to rounding, and both differ from the base."""
+    """D8: disabled adapters equal the base exactly, and so do new ones (B = 0); merged equals separate up to
+    rounding, and both differ from the base.
+    """
     base, model, merged = (MODELS[name]() for _ in range(3))
     before = logits(base)
     attach(model, LORA, seed=0)
@@ -153,7 +157,9 @@ def test_initial_adapters_depend_on_the_seed_alone() -> None:
     ],
 )
 def test_the_defaults_fit_each_architecture(name: str, expected: tuple[str, ...]) -> None:
-    """Attention and feed-forward, never the head; a mixture's experts are not modules, and its router is not a default target."""
+    """Attention and feed-forward, never the head; a mixture's experts are not modules, and its router is not a
+    default target.
+    """
     model = MODELS[name]()
     assert default_targets(model) == expected
     layers = target_layers(model, LORA)

@@ -1,4 +1,6 @@
-"""Encoder-decoders such as T5: losses, texts and adapters equal those of transformers, with the programs that other models use."""
+"""Encoder-decoders such as T5: losses, texts and adapters equal those of transformers, with the programs that
+other models use.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -43,14 +45,38 @@ from tinylm.tokenizer.pretokenize import CHARACTER_OF_BYTE
 from tinylm.tokens.packing import IGNORE_INDEX
 
 EOS, PAD = 256, 257
-# The first T5, whose head is the embedding and whose logits are scaled; v1.1 and FLAN, with a head of their own; another family.
+# The first T5, whose head is the embedding and whose logits are scaled; v1.1 and FLAN, with a head of their own;
+# another family.
 KINDS: dict[str, dict[str, Any]] = {
-    "t5": {"model_type": "t5", "d_kv": 8, "num_heads": 4, "num_layers": 2, "feed_forward_proj": "relu"},
-    "flan": {"model_type": "t5", "d_kv": 6, "num_heads": 4, "num_layers": 2, "feed_forward_proj": "gated-gelu",
-             "tie_word_embeddings": False, "eos_token_id": [EOS]},
-    "bart": {"model_type": "bart", "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-             "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 200, "bos_token_id": None, "forced_eos_token_id": None},
-}  # fmt: skip
+    "t5": {
+        "model_type": "t5",
+        "d_kv": 8,
+        "num_heads": 4,
+        "num_layers": 2,
+        "feed_forward_proj": "relu",
+    },
+    "flan": {
+        "model_type": "t5",
+        "d_kv": 6,
+        "num_heads": 4,
+        "num_layers": 2,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "eos_token_id": [EOS],
+    },
+    "bart": {
+        "model_type": "bart",
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 200,
+        "bos_token_id": None,
+        "forced_eos_token_id": None,
+    },
+}
 
 
 def random_model(kind: str, **more: Any) -> Any:
@@ -134,7 +160,9 @@ def rows() -> dict[str, torch.Tensor]:
 
 
 def test_rows_are_split_into_inputs_of_encoder_and_decoder(pair: Any) -> None:
-    """By hand: prompts end with EOS, then -100 as padding; the decoder starts with its start id, and the labels are answer and EOS."""
+    """By hand: prompts end with EOS, then -100 as padding; the decoder starts with its start id, and the labels
+    are answer and EOS.
+    """
     model, _ = pair
     batch = model.prepare_batch(rows())
     assert batch["prompt_ids"].tolist() == [
@@ -193,7 +221,9 @@ def test_greedy_texts_equal_those_of_transformers(pair: Any, prompt: str) -> Non
 
 
 def test_beams_and_samples_share_one_prompt(pair: Any) -> None:
-    """One beam is greedy; each sample equals the one drawn alone; several beams find a text at least as probable as greedy."""
+    """One beam is greedy; each sample equals the one drawn alone; several beams find a text at least as probable
+    as greedy.
+    """
     model, tokenizer = pair
     engine = Engine(model, tokenizer)
     prompt = engine.encode_prompt("the dog")
@@ -216,7 +246,9 @@ def test_beams_and_samples_share_one_prompt(pair: Any) -> None:
 
 
 def test_the_score_of_a_target_is_the_decoders(pair: Any) -> None:
-    """The sum of log p over the target's tokens by transformers' logits; pairs of different lengths in one batch. A prompt has no perplexity."""
+    """The sum of log p over the target's tokens by transformers' logits; pairs of different lengths in one batch.
+    A prompt has no perplexity.
+    """
     model, tokenizer = pair
     engine = Engine(model, tokenizer)
     texts = [("the dog", "barks"), ("a", "b"), ("a longer prompt than the others", " answer")]
@@ -234,7 +266,9 @@ def test_the_score_of_a_target_is_the_decoders(pair: Any) -> None:
 
 
 def test_texts_can_be_longer_than_the_decoders_positions(home: Path) -> None:
-    """Context shift: the decoder reads the end of its text again, the encoder the prompt. Finished texts do not affect the others."""
+    """Context shift: the decoder reads the end of its text again, the encoder the prompt. Finished texts do not
+    affect the others.
+    """
     model, tokenizer = (
         find_hf_model(str(home / "t5")).load().eval(),
         load_hf_tokenizer(str(home / "t5")),
@@ -255,7 +289,9 @@ def test_texts_can_be_longer_than_the_decoders_positions(home: Path) -> None:
 
 @torch.no_grad()
 def test_selected_rows_of_a_cache_keep_their_prompt(pair: Any) -> None:
-    """Two prompts of different lengths in one cache; the row of the shorter one is kept twice, and its logits equal those alone."""
+    """Two prompts of different lengths in one cache; the row of the shorter one is kept twice, and its logits
+    equal those alone.
+    """
     model, _ = pair
     starts, extra = model.decoder_start([[1, 2, 3, 4, 5], [6, 7]])
     _, alone = model.decoder_start([[6, 7]])
@@ -326,15 +362,30 @@ def make(home: Path, tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
     def write(**sections: dict[str, Any]) -> Path:
         settings: dict[str, dict[str, Any]] = {
-            "data": {"task": "samsum", "dataset": "smoke", "template": "plain", "packing": "padded"},
+            "data": {
+                "task": "samsum",
+                "dataset": "smoke",
+                "template": "plain",
+                "packing": "padded",
+            },
             "training": {
-                "init_from": f"hf:{home / 't5'}", "seq_len": 256, "micro_batch_size": 2, "grad_accum_steps": 2, "max_steps": 4, "val_every_steps": 2,
-                "log_every_steps": 1, "save_every_steps": 2, "lr": 1e-2, "sample_prompt": "hello", "checkpoint_dir": str(tmp_path / "checkpoints"),
-                "log_dir": str(tmp_path / "logs"), "run_name": "tiny",
+                "init_from": f"hf:{home / 't5'}",
+                "seq_len": 256,
+                "micro_batch_size": 2,
+                "grad_accum_steps": 2,
+                "max_steps": 4,
+                "val_every_steps": 2,
+                "log_every_steps": 1,
+                "save_every_steps": 2,
+                "lr": 1e-2,
+                "sample_prompt": "hello",
+                "checkpoint_dir": str(tmp_path / "checkpoints"),
+                "log_dir": str(tmp_path / "logs"),
+                "run_name": "tiny",
             },
             "hardware": {"accelerator": "cpu", "threads": 1},
             "sampling": {"max_new_tokens": 4},
-        }  # fmt: skip
+        }
         for section, values in sections.items():
             settings.setdefault(section, {}).update(values)
         path = tmp_path / "config.yaml"

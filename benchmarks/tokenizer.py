@@ -8,12 +8,11 @@ Learning: `tokenizers`' BpeTrainer and, where it is installed (pip install rustb
 learned vocabulary. Bytes per token: of the first 5 MB.
 
 Encoding: documents of about 4000 characters, with the tokenizer in a folder (GPT-2's vocab.json and merges.txt will do), or one
-that is learned from the text before. All contestants make the same ids, or it says which did not. `corpus to token file` is all
+learned from the text. All contestants must make the same ids. `corpus to token file` is all
 that `python -m tinylm encode` does: reading, cutting, encoding, writing, syncing.
 
-Each run is a process of its own, timed without imports, the best of --rounds. Memory is the most that it and its workers
-held together, looked at every 20 ms, so that pages they share count twice. Without --data the text is what installed packages
-bring along: .py, .md, .rst and .txt files in the order of their paths.
+Each run is a process of its own, timed without imports, the best of --rounds. Memory is the peak of the process and its
+workers together, sampled every 20 ms; shared pages count twice. Without --data the text is the text files of installed packages: .py, .md, .rst and .txt files in the order of their paths.
 """
 
 import argparse
@@ -276,7 +275,7 @@ def resident(process: Any) -> int:
 def runs_of(
     name: str, text: Path, options: argparse.Namespace, *further: str
 ) -> list[dict[str, Any]]:
-    """What the runs of a contestant told."""
+    """The results of a contestant's runs."""
     command = [
         sys.executable,
         __file__,
@@ -330,7 +329,7 @@ def encoding_rows(text: Path, tokenizer: Path, options: argparse.Namespace) -> I
 
 
 def bytes_per_token(tokenizer: Path, text: Path) -> float:
-    """How many bytes of the sample a token stands for."""
+    """Bytes of the sample per token."""
     from tokenizers import Tokenizer
 
     with open(text, "rb") as file:
@@ -342,7 +341,7 @@ def bytes_per_token(tokenizer: Path, text: Path) -> float:
 
 
 def build_text(path: Path, n_bytes: int) -> None:
-    """Write so many bytes of the text that installed packages and Python itself bring along."""
+    """Write `n_bytes` of the text files of installed packages and of Python itself."""
     left = n_bytes
     with open(path, "wb") as out:
         for root in ("purelib", "stdlib"):

@@ -135,7 +135,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def kept_by_forward(config: Config) -> int:
-    """Bytes of what a real forward pass saves for the backward pass, and of its result; weights left out, shared storage once."""
+    """Bytes of what a real forward pass saves for the backward pass, and of its result; without weights, shared storage once."""
     torch.manual_seed(0)
     model, batch = (
         Decoder(config.model).train(),

@@ -43,7 +43,7 @@ def tiny_probe(config: Config) -> Probe:
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 def test_a_micro_batch_gives_the_mean_loss_of_its_targets(precision):
-    """Cross entropy of all logits, from torch; a target that is left out does not count."""
+    """Cross entropy of all logits, from torch; an ignored target does not count."""
     config = settings({"hardware.precision": precision})
     probe, batch = tiny_probe(config), random_batch(config, 2)
     batch["labels"] = batch["labels"].masked_fill(torch.arange(8) < 3, -100)

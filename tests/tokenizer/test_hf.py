@@ -214,12 +214,12 @@ def test_the_printable_form_of_bytes_is_gpt2s():
 
 
 @given(st.text())
-def test_any_text_comes_back_from_bytes(text):
+def test_any_text_round_trips_through_bytes(text):
     assert ByteTokenizer().decode(ByteTokenizer().encode(text)) == text
 
 
 @given(st.text())
-def test_any_text_comes_back_from_byte_level_bpe(text):
+def test_any_text_round_trips_through_byte_level_bpe(text):
     assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text
 
 
@@ -240,19 +240,19 @@ def test_any_text_comes_back_from_byte_level_bpe(text):
         "\U0010ffff\uffff",
     ],
 )
-def test_characters_that_programs_like_to_change_come_back(tokenizer, text):
+def test_characters_that_programs_often_change_round_trip(tokenizer, text):
     """E3: CRLF, NUL, the line ends of Unicode, a byte-order mark, separators, two ways to write é, and no characters at all."""
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @given(st.text(alphabet=st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
-def test_any_text_comes_back_from_byte_fallback(text):
-    """▁ is that construction's own sign for a space, so it alone cannot come back."""
+def test_any_text_round_trips_through_byte_fallback(text):
+    """▁ is that construction's own sign for a space, so it is the only character that does not round-trip."""
     assert BYTE_FALLBACK.decode(BYTE_FALLBACK.encode(text)) == text
 
 
 @given(st.text(min_size=1))
-def test_any_text_comes_back_from_its_own_characters(text):
+def test_any_text_round_trips_through_its_own_characters(text):
     tokenizer = CharTokenizer(text, unknown="error")
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -260,7 +260,7 @@ def test_any_text_comes_back_from_its_own_characters(text):
 @every_tokenizer
 @given(text=texts_with_specials)
 def test_text_never_becomes_a_special_token(tokenizer, text):
-    """An unknown word or character may become the unknown token: that is what it stands for."""
+    """An unknown word or character may become the unknown token: that is its purpose."""
     unknown = {"<|unk|>", "[UNK]", "<unk>"}
     assert [
         tokenizer.special_names[id]
@@ -270,7 +270,7 @@ def test_text_never_becomes_a_special_token(tokenizer, text):
 
 
 @given(texts_with_specials)
-def test_text_that_spells_special_tokens_comes_back(text):
+def test_text_that_spells_special_tokens_round_trips(text):
     assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text
 
 
@@ -282,7 +282,7 @@ def test_the_backend_alone_would_let_text_become_the_end():
 
 
 def test_text_that_spells_a_special_token_is_encoded_as_any_text(tmp_path):
-    """`<|` is a merge here: cutting the text behind its first character, as only lookup models need, would lose it."""
+    """`<|` is a merge here: cutting the text after its first character, as only lookup models need, would lose it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     write_json(
         tmp_path / "vocab.json",
@@ -397,7 +397,7 @@ def overlapping() -> HFTokenizer:
 
 
 def test_of_special_tokens_that_overlap_the_longest_wins():
-    """CS336's rule: two ends of text behind each other are the token that is both, the third is one; `<|e` is inside and never seen."""
+    """CS336's rule: of three ends of text in a row, the first two are the token that is both; `<|e` is inside and never seen."""
     tokenizer = overlapping()
     ids = {name: id for id, name in tokenizer.special_names.items()}
     eot = "<|endoftext|>"
@@ -448,7 +448,7 @@ def test_a_name_that_is_no_special_token_is_a_mistake_of_the_caller(tokenizer):
 def test_a_stream_has_the_ids_of_the_whole_text(tokenizer, texts):
     """Encoded 4 characters at a time, where that is possible."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinylm.tokenizer.base.ITERATE_CHARACTERS", 4)
+        patch.setattr("tinylm.tokenizer.base.STREAM_CHARACTERS", 4)
         assert list(tokenizer.encode_iterable(texts)) == tokenizer.encode("".join(texts))
 
 
@@ -467,7 +467,7 @@ def test_a_tokenizer_whose_words_are_not_known_is_given_the_whole_stream():
 
 MEMORY_OF_A_STREAM = """
 import resource, sys
-from tinylm.tokenizer import named_tokenizer
+from tinylm.tokenizer.factory import named_tokenizer
 
 def bounded(more):
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -720,7 +720,7 @@ def test_a_template_in_a_file_of_its_own_is_kept(folder):
 
 
 def test_gpt2s_two_files_are_a_tokenizer(gpt2_folder):
-    """`the` is t+h, th+e: id 257 behind 256 bytes and `th`; Ġ is the byte 0x20."""
+    """`the` is t+h, th+e: id 257 after 256 bytes and `th`; Ġ is the byte 0x20."""
     tokenizer = load(gpt2_folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     assert tokenizer.encode("the the") == [257, alphabet.index("Ġ"), 257]
@@ -762,7 +762,7 @@ def test_a_damaged_tokenizer_json_is_named(folder, text, message):
 
 @pytest.mark.parametrize("id", [900, 0])
 def test_an_added_token_whose_id_is_not_its_place_is_named(folder, id):
-    """E14, a gap: the library would number it with the next id behind the vocabulary, and the model's row 900 would never be used."""
+    """E14, a gap: the library would number it with the next id after the vocabulary, and the model's row 900 would never be used."""
     description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     description["added_tokens"].append(
         {**description["added_tokens"][0], "content": "<more>", "id": id}
@@ -885,7 +885,7 @@ def test_a_folder_without_a_vocabulary_says_what_is_missing(tmp_path, file):
         load(tmp_path)
 
 
-def test_without_a_network_a_name_fails_at_once_and_says_how_to_go_on(monkeypatch):
+def test_without_a_network_a_name_fails_at_once_and_names_the_alternatives(monkeypatch):
     def unreachable(address, timeout):
         assert timeout <= 10
         raise OSError(101, "Network is unreachable")
@@ -921,7 +921,7 @@ def test_a_download_that_breaks_off_is_one_line(monkeypatch):
         raise httpx.ReadError("connection lost")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    monkeypatch.setattr("tinylm.tokenizer.hf_files.require_hub", lambda what, mend: None)
+    monkeypatch.setattr("tinylm.tokenizer.hf_files.require_hub", lambda where, fix: None)
     with pytest.raises(
         UserError,
         match="tokenizer.path: owner/name: not a folder here, and the Hugging Face hub answers: connection lost. Give a local folder",
@@ -935,7 +935,7 @@ def test_a_name_that_is_too_long_is_no_folder():
 
 
 def test_a_name_on_the_hub_is_read_from_the_downloaded_folder(folder, monkeypatch):
-    monkeypatch.setattr("tinylm.tokenizer.hf_files.require_hub", lambda what, mend: None)
+    monkeypatch.setattr("tinylm.tokenizer.hf_files.require_hub", lambda where, fix: None)
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder)
     )

@@ -51,7 +51,7 @@ def fast_of(backend: Backend, never: tuple[int, ...] = ()) -> Any:
 
 @st.composite
 def vocabularies(draw: st.DrawFn) -> Backend:
-    """Any merges of `a`, `b`, the space and 東, which stands for no byte; learned in order or shuffled; with tokens that no merge makes."""
+    """Any merges of `a`, `b`, the space and 東, which is not the form of any byte; learned in order or shuffled; with tokens that no merge makes."""
     pool, merges = ["a", "b", "Ġ", "東"], []
     for _ in range(draw(st.integers(0, 14))):
         pair = draw(st.sampled_from(pool)), draw(st.sampled_from(pool))
@@ -105,7 +105,7 @@ def test_words_are_the_librarys_for_any_text(pattern, text):
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 def test_every_character_is_of_the_same_kind_for_both(pattern):
-    """Behind a letter, a digit and a sign that may be joined with what follows, whatever that counts as."""
+    """After a letter, a digit and a sign, each of which has a merge with any first byte."""
     characters = [
         chr(c) for c in range(0x40000) if not 0xD800 <= c < 0xE000
     ]  # beyond are tags and private use
@@ -204,8 +204,8 @@ REFUSED = {
     "a space in front": prefixed(),
     "a normalizer": normalized(),
     "an unknown pattern": byte_level(TOKENS, MERGES, pattern=r"\S+|\s+"),
-    "joins left out at random": byte_level(TOKENS, MERGES, dropout=0.5),
-    "signs that words go on": byte_level(
+    "merges dropped at random": byte_level(TOKENS, MERGES, dropout=0.5),
+    "a prefix for continued words": byte_level(
         [*TOKENS, "##b", "##c"], [], continuing_subword_prefix="##"
     ),
     "a byte without a token": byte_level(TOKENS[1:], MERGES),
@@ -222,11 +222,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("backend", REFUSED.values(), ids=REFUSED.keys())
-def test_what_could_differ_is_left_to_the_library(backend):
+def test_a_tokenizer_whose_ids_could_differ_has_no_fast_encoder(backend):
     assert fast_of(backend) is None
 
 
-def test_a_token_that_no_merge_makes_is_left_out():
+def test_a_token_that_no_merge_makes_is_omitted():
     """`abc` has a merge, `bc` has none: with it tiktoken would join `b c` in `xbc`."""
     backend = byte_level(TOKENS, MERGES)
     ids = {token: id for id, token in enumerate(TOKENS)}
@@ -236,7 +236,7 @@ def test_a_token_that_no_merge_makes_is_left_out():
     ]
 
 
-def test_merges_that_text_makes_special_tokens_of_are_left_to_the_library():
+def test_a_special_token_that_merges_would_make_excludes_the_fast_encoder():
     """`abc` ends texts here: the letters of a user are cut into `a` and `bc`, which only the slow way knows to do."""
     backend = byte_level(TOKENS, MERGES)
     assert fast_of(backend, never=(TOKENS.index("abc"),)) is None
@@ -245,7 +245,7 @@ def test_merges_that_text_makes_special_tokens_of_are_left_to_the_library():
 
 
 @pytest.mark.parametrize("text", ["a<think>b", "ab", "<think>", "a <thin k>"])
-def test_added_tokens_in_the_text_are_found_as_ever(text):
+def test_added_tokens_in_the_text_are_found(text):
     backend = byte_level(TOKENS, MERGES)
     backend.add_tokens([AddedToken("<think>", special=False)])
     tokenizer = HFTokenizer(backend, eos=EOT, pad=None)
@@ -253,7 +253,7 @@ def test_added_tokens_in_the_text_are_found_as_ever(text):
     assert tokenizer.encode(text) == backend.encode(text).ids
 
 
-def test_a_million_spaces_are_left_to_the_library():
+def test_a_million_spaces_are_encoded_by_the_library():
     """tiktoken's regex engine gives up at them, with a ValueError and no ids.
 
     In a word of their own are all but the last, 1,499,999: 749,999 pairs and one alone. The last and `a` are two tokens.
@@ -297,6 +297,6 @@ def test_a_cut_text_has_the_words_of_the_whole_whatever_follows(pattern, text, r
     + [("", 0), ("ab", 0), ("a\n\nb", 0), ("a\n ", 0)],
 )
 def test_where_a_text_is_cut(text, cut):
-    """Before the space behind a word; behind a single line end; before punctuation. Not in a run of spaces or line ends."""
+    """Before the space after a word; after a single line end; before punctuation. Not in a run of spaces or line ends."""
     found = LAST_CUT.search(text)
     assert (found.start() if found else 0) == cut

@@ -192,7 +192,7 @@ def stream(monkeypatch) -> list[tuple]:
         return Stream()
 
     monkeypatch.setattr("datasets.load_dataset", serve)
-    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda what, mend: None)
+    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda where, fix: None)
     return asked
 
 
@@ -209,7 +209,7 @@ def test_train_and_compare_take_a_dataset_on_the_hub(tmp_path, stream, capsys):
 def test_a_stream_that_breaks_off_while_learning_is_to_be_tried_again(
     tmp_path, monkeypatch, capsys
 ):
-    """Nothing is kept, so that nothing is said of going on."""
+    """Nothing is kept, so the message does not offer to resume."""
 
     def broken(*args, **kwargs):
         yield {"text": "low"}
@@ -219,7 +219,7 @@ def test_a_stream_that_breaks_off_while_learning_is_to_be_tried_again(
         column_names, __iter__ = None, broken
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Stream())
-    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda what, mend: None)
+    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda where, fix: None)
     assert (
         main(
             [
@@ -283,8 +283,8 @@ def test_compare_shows_those_it_has_and_names_each_that_it_has_not(tmp_path, cap
     )
     shown = capsys.readouterr()
     assert [line.split()[0] for line in shown.out.splitlines()] == ["text:", "tokenizer", "byte"]
-    mend = "not found. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."
-    assert shown.err == f"error: TOKENIZER: ./none: {mend}\nerror: TOKENIZER: ./nor: {mend}\n"
+    problem = "not found. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."
+    assert shown.err == f"error: TOKENIZER: ./none: {problem}\nerror: TOKENIZER: ./nor: {problem}\n"
     assert main(["tokenizer", "compare", "./none", "--data", str(tmp_path / "a.txt")]) == 2
     assert capsys.readouterr().out == ""
 

@@ -131,7 +131,7 @@ def test_a_plan_without_known_memory(
 def test_the_vocabulary_is_known_before_there_is_a_tokenizer(
     make_config: Make, tmp_path: Path, capsys: Capture, fast: None
 ) -> None:
-    """A bpe's size is a setting, a char's the number of characters; of a mixture of experts the active weights are told."""
+    """A bpe's size is a setting, a char's the number of characters; for a mixture of experts the active parameters are printed."""
     path = make_config(
         data={"dataset": str(tmp_path / "not_there_yet.txt")},
         tokenizer={"kind": "bpe", "vocab_size": 300},
@@ -218,13 +218,13 @@ def test_a_batch_that_is_not_learned_ends_with_3(make_config: Make, capsys: Capt
     assert re.search(pattern, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("behind", ["0", "-3", "training.lr=1e-3"])
+@pytest.mark.parametrize("value", ["0", "-3", "training.lr=1e-3"])
 def test_what_is_no_number_of_steps_is_refused(
-    make_config: Make, capsys: Capture, behind: str
+    make_config: Make, capsys: Capture, value: str
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        run(make_config(), f"--overfit-one-batch={behind}")
-    expected = f"error: argument --overfit-one-batch: must be a number of steps, got {behind}"
+        run(make_config(), f"--overfit-one-batch={value}")
+    expected = f"error: argument --overfit-one-batch: must be a number of steps, got {value}"
     assert expected in capsys.readouterr().err
 
 
@@ -264,7 +264,7 @@ def test_a_loss_that_is_no_number_gives_no_learning_rate(
 
 
 def speeds_of(monkeypatch: Patch, speeds: dict[int, float], limit: int) -> list[int]:
-    """Give each number of rows a speed, and memory for `limit` of them; the sizes that are measured come back."""
+    """Give each number of rows a speed, and memory for `limit` of them; return the measured sizes."""
     measured: list[int] = []
 
     def measure(decoder: Decoder, config: Any, device: str) -> probes.Speed:

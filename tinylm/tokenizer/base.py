@@ -49,12 +49,12 @@ class Tokenizer(ABC):
             UserError: the text has a lone surrogate, or a character that is not in the vocabulary.
             ValueError: an allowed name is not a special token.
         """
+        if not allowed_special:
+            return self.encode_arrays([text])[0].tolist()
         special = self._special_ids(allowed_special)
-        if not special:
-            return self.encode_batch([text])[0]
         ids: list[int] = []
         for stretch, name in _split_at_special(text, _pattern_of(special)):
-            ids += self.encode_batch([stretch])[0]
+            ids += self.encode_arrays([stretch])[0].tolist()
             if name:
                 ids.append(special[name])
         return ids

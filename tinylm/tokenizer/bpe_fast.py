@@ -121,7 +121,7 @@ class WordTable:
         counts = np.fromiter(word_counts.values(), dtype=np.int64, count=len(word_counts))
         counts = counts.astype(np.min_scalar_type(counts.max(initial=0)))
         self.counts = np.concatenate([counts[:1], np.repeat(counts, np.diff(separators))])
-        # Each merge leaves one token less, so there are fewer new tokens than bytes, whatever was asked for.
+        # Each merge leaves one token less, so there are never more new tokens than bytes.
         self.sizes = np.ones(min(vocab_size, 256 + len(raw)), dtype=np.int32)
         """bytes of each token"""
 
@@ -143,7 +143,7 @@ class WordTable:
     def still_there(self, pair: TokenPair) -> TokenPair:
         """The pair at the positions that later merges left it, with its present count.
 
-        Where a merge used one of its tokens the same pair cannot come back: there is part of a longer token now.
+        A position where a merge used one of its tokens never has the same pair again: it is part of a longer token now.
         """
         positions = pair.positions
         right = self.tokens[positions + self.sizes[pair.left]]

@@ -41,7 +41,7 @@ class Pretokenizer:
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
 
     def split(self, text: str) -> list[str]:
-        """The words of a text, in order; special tokens are left out. If special tokens overlap, the longest one counts.
+        """The words of a text, in order; without special tokens. If special tokens overlap, the longest one counts.
 
         >>> Pretokenizer().split("Hello world's<|endoftext|>  end")
         ['Hello', ' world', "'s", ' ', ' end']
@@ -85,23 +85,12 @@ def count_chunk(
     return chunk.size, count_words(chunk.texts(), pretokenizer)
 
 
-def _visible_bytes() -> dict[int, str]:
-    """GPT-2's character for each byte in vocabulary files (Radford et al. 2019).
-
-    The visible characters of Latin-1 are written as themselves; the other 68 bytes, in their order, as U+0100, U+0101, ...
-    """
-    visible = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {
-        byte: chr(256 + n) for n, byte in enumerate(hidden)
-    }
-
-
-CHARACTER_OF_BYTE = _visible_bytes()
+# GPT-2's character for each byte in vocabulary files (Radford et al. 2019): the visible characters of Latin-1 as themselves,
+# the other 68 bytes, in their order, as U+0100, U+0101, ...
+_VISIBLE = [byte for byte in range(256) if 0x21 <= byte <= 0x7E or byte >= 0xA1 and byte != 0xAD]
+_HIDDEN = sorted(set(range(256)) - set(_VISIBLE))
+CHARACTER_OF_BYTE = {byte: chr(byte) for byte in _VISIBLE}
+CHARACTER_OF_BYTE |= {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
 BYTE_OF_CHARACTER = {character: bytes([byte]) for byte, character in CHARACTER_OF_BYTE.items()}
 
 

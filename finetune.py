@@ -1,4 +1,4 @@
-"""Fine-tuning: a trained model learns to answer, or which of two answers is better; or a verifier learns to judge answers.
+"""Fine-tuning: a model learns to answer, or which of two answers is better; or a verifier learns to judge answers.
 
     python finetune.py --config config_finetune.yaml
     python finetune.py --config configs/lora-smollm2.yaml data.dataset=mine.jsonl

@@ -45,7 +45,7 @@ IGNORED_WARNINGS = (
 def build_model(
     context: RunContext, resume: ResumeState | None, initial: InitialModel | None
 ) -> tuple[Decoder | HFModel, dict[str, Any]]:
-    """The model that is trained, with adapters if the settings ask for them; and the references that its checkpoints hold.
+    """The model that is trained, with adapters if there is a lora section; and the references in its checkpoints.
 
     Raises:
         UserError: a setting is not supported with this model.
@@ -75,7 +75,7 @@ def build_model(
 def build_weights(
     config: Config, resume: ResumeState | None, initial: InitialModel | None
 ) -> Decoder | HFModel:
-    """A model with the weights of the checkpoint, else of the initial model, else new ones that depend on the seed alone."""
+    """A model with the weights of the checkpoint, else of the initial model, else new ones, which depend on the seed."""
     if resume is not None and config.lora is None:
         return whole_model(config.model, resume.state)
     if initial is not None:

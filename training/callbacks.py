@@ -1,7 +1,7 @@
 """What happens between two optimizer steps: validate, log, save, show, and stop if asked.
 
-`StepEnd` is the only Lightning callback. It acts at the end of a step, never inside an accumulation, and calls the parts
-in order. Lightning's own validation loop, CSV logger and signal handling are not used: they would validate twice or not
+`StepEnd` is the only Lightning callback. It acts at the end of a step, never inside an accumulation, and calls the
+parts in order. Lightning's own validation loop, CSV logger and signal handling are not used: they would validate twice or not
 at all after a resume, delete the metrics that a resumed run continues, and save in the middle of an accumulation
 (docs/LOG.md).
 """
@@ -44,7 +44,7 @@ class StepEnd(L.Callback):
     """of the checkpoint to continue from"""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Restore, then do what the end of the restored step still owes: its validation, if it was killed before that."""
+        """Restore; then validate the restored step if the run was killed before its validation."""
         assert isinstance(module, TrainingModule)
         self.signals.install()  # now: Lightning has installed its own, which would stop inside a step
         if self.state is not None:
@@ -182,12 +182,12 @@ class Validation:
 
 @dataclass
 class Metrics:
-    """Logs a row every training.log_every_steps steps and at every validation: to metrics.csv, the loggers, the screen."""
+    """Logs a row every training.log_every_steps steps and at every validation."""
 
     file: MetricsFile | None
     """metrics.csv; None on every rank but 0"""
     loggers: list[Logger]
-    """those of training.loggers"""
+    """named by training.loggers"""
     show: Callable[[Row], None]
     """displays a row"""
     last_time: float = 0.0

@@ -50,7 +50,8 @@ def initialized_config(config: Config, initial: InitialModel) -> Config:
             raise UserError(f"model.{name}", problem, "Remove it")
     if config.training.seq_len > initial.model.max_seq_len:
         n_positions = initial.model.max_seq_len
-        problem = f"must be at most {n_positions}, the positions of training.init_from ({initial.name}), got {config.training.seq_len}"
+        limit = f"{n_positions}, the positions of training.init_from ({initial.name})"
+        problem = f"must be at most {limit}, got {config.training.seq_len}"
         raise UserError("training.seq_len", problem, "Lower training.seq_len")
     return with_model(config, initial.model, initial.tokenizer_config)
 
@@ -61,7 +62,7 @@ def prepare_tokenizer(
     initial: InitialModel | None,
     make: Callable[[Config], Tokenizer],
 ) -> tuple[Tokenizer, Config]:
-    """The tokenizer, from the checkpoint or the initial model, else made anew; and the settings with model.vocab_size set.
+    """The tokenizer, from the checkpoint or the initial model, else a new one; and the settings with model.vocab_size set.
 
     Args:
         config: the settings.

@@ -144,7 +144,7 @@ def _read(path: Path, stage: str) -> ResumeState:
 
 
 def resumed_config(config: Config, resume: ResumeState) -> Config:
-    """The settings of a resumed run; if it started from a trained model, they take the model's settings from the checkpoint."""
+    """The settings of a resumed run; one that started from a trained model has the checkpoint's model settings."""
     if config.training.init_from is None:
         return config
     return with_model(config, resume.config.model, resume.config.tokenizer)

@@ -1,4 +1,4 @@
-"""The sample that a run shows at each validation (training.sample_prompt). Only a run that asks for one imports this."""
+"""The sample that a run shows at each validation; imported only if training.sample_prompt is set."""
 
 from model import TrainingModule
 from tinylm.generate.chat import format_prompt

@@ -57,7 +57,7 @@ UNSUPPORTED = (
         ("plan", "lora"),
         "lora",
         "the flags before a run do not support adapters",
-        "Remove the lora section; the numbers are then those of training every weight",
+        "Remove the lora section; the numbers are then for training every weight",
     ),
     # --- stages and their sections
     Unsupported(
@@ -151,7 +151,7 @@ UNSUPPORTED = (
     Unsupported(
         ("muon", "hf_model"),
         "training.optimizer",
-        "muon is not supported with a Hugging Face model: which of its weights are matrices of hidden layers is unknown",
+        "muon is not supported with a Hugging Face model: which of its weights it is for is unknown",
         "Set training.optimizer=adamw",
     ),
     Unsupported(

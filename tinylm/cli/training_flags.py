@@ -5,7 +5,7 @@ from typing import Any
 
 from tinylm.cli.program import Parser
 
-SHOW_ROWS = "print the first N rows as training sees them: the text, where documents meet, which tokens are targets"
+SHOW_ROWS = "print the first N rows as training sees them: text, borders of documents, targets"
 
 
 def training_parser(program: str, config: str, description: str) -> tuple[Parser, Any]:

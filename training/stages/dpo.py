@@ -1,6 +1,6 @@
 """Stage dpo: the model learns to prefer the chosen of two answers to a prompt (direct preference optimization).
 
-pairs ─▶ row order ─▶ micro-batch: chosen and rejected (B, T), and their log-probabilities under the reference model, (B,)
+pairs ─▶ row order ─▶ micro-batch: chosen and rejected (B, T), and their reference log-probabilities (B,)
 """
 
 import hashlib
@@ -183,9 +183,9 @@ def answers_of(pairs: Sequence[PreferencePair]) -> list[Example]:
 
 
 class DPOModule(TrainingModule):
-    """Direct preference optimization: the policy learns which of two answers is better, compared with a reference model.
+    """Direct preference optimization: the policy learns which of two answers is better, relative to a reference.
 
-    The reference is the model that the run started from: a frozen copy, or the policy with its adapters switched off, or
+    The reference is the model that the run started from: a frozen copy, or the policy with its adapters off, or
     log-probabilities that were computed once and come with each batch. It never has dropout.
 
     Args:
@@ -218,7 +218,10 @@ class DPOModule(TrainingModule):
         return self
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
-        """The preference loss; per target, dpo.sft_coef times the cross entropy of the chosen answer is added (Pang et al. 2024, equation 1)."""
+        """The preference loss, plus dpo.sft_coef times the cross entropy per token of the chosen answers.
+
+        The second term is that of Pang et al. 2024, equation 1.
+        """
         policy, found = self._compare_pairs(batch)
         n_pairs = (policy.lengths.chosen > 0).sum()  # without rows of padding
         n_tokens = policy.lengths.chosen.sum() + policy.lengths.rejected.sum()
@@ -262,7 +265,7 @@ class DPOModule(TrainingModule):
 
 
 def open_data(context: RunContext, tokenizer: Tokenizer) -> PreferenceData:
-    """The pairs of answers of both splits, read and encoded; logs their number and what was left out."""
+    """The pairs of answers of both splits, read and encoded; logs their number and the skipped rows."""
     data = PreferenceData(context.config, tokenizer)
     data.prepare()
     log_contents(data.describe(), data.notes)

@@ -181,7 +181,7 @@ def with_data_of_task(config: Config) -> Config:
 
 
 def open_data(context: RunContext, tokenizer: Tokenizer) -> SFTData:
-    """The rows of both splits, read and encoded; logs their number and what was left out."""
+    """The rows of both splits, read and encoded; logs their number and the skipped rows."""
     data = SFTData(context.config, tokenizer)
     try:
         data.prepare()
@@ -202,7 +202,7 @@ def log_contents(description: str, notes: Sequence[str]) -> None:
 
 
 def _is_on_hub(config: Config) -> bool:
-    """Whether the rows are those of a task on the hub."""
+    """Whether the rows come from the hub dataset of data.task."""
     task = config.data.task
     hub = TASKS[task].hub if task else None
     return (
@@ -220,7 +220,8 @@ def build_module(
         n_several = sum(n_answers(example) > 1 for example in data.train_examples)
         if n_several:
             logger.info(
-                f"{n_several} rows have more than one answer: an encoder-decoder learns the last one and reads the others"
+                f"{n_several} rows have more than one answer: "
+                "an encoder-decoder learns the last one and reads the others"
             )
     return module
 

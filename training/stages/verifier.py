@@ -1,6 +1,6 @@
 """Stage verifier: an encoder learns to tell right answers to a problem from wrong ones.
 
-problems ─▶ row order ─▶ every answer of each problem as a pair of ids (B', T), wrong answers drawn by (seed, place)
+problems ─▶ row order ─▶ problem with answer (B', T) for every answer; wrong ones drawn by (seed, place)
 """
 
 import hashlib
@@ -190,7 +190,7 @@ def fingerprint_of_problems(problems: Sequence[Problem]) -> str:
 
 
 class VerifierModule(TrainingModule):
-    """An encoder learns to tell right answers from wrong ones; it takes the place of the decoder of the other stages."""
+    """An encoder learns to tell right answers from wrong ones; other stages train a decoder in its place."""
 
     train_columns = ("accuracy",)
     val_columns = (
@@ -258,7 +258,7 @@ class VerifierModule(TrainingModule):
 
 
 def learn_verifier_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of a verifier with new weights; bpe and char are learned from the training problems and their answers."""
+    """The tokenizer of a verifier with new weights; bpe and char are learned from the training problems."""
 
     def texts() -> Iterator[str]:
         found = read_problems(
@@ -275,7 +275,7 @@ def learn_verifier_tokenizer(config: Config) -> Tokenizer:
 
 
 def open_data(context: RunContext, tokenizer: Tokenizer) -> VerifierData:
-    """The problems of both splits with right and wrong answers; logs their number and what was left out."""
+    """The problems of both splits with right and wrong answers; logs their number and the skipped rows."""
     data = prepare_data(context, tokenizer)
     log_contents(data.describe(), data.notes)
     return data
@@ -307,7 +307,8 @@ def answerer(
 
     def with_answers(found: list[Problem]) -> list[Problem]:
         logger.info(
-            f"answers: {verifier.n_sampled} by {verifier.sampled_from} to each of {len(found):,} problems, cached in {folder}"
+            f"answers: {verifier.n_sampled} by {verifier.sampled_from} to each of {len(found):,} "
+            f"problems, cached in {folder}"
         )
         return add_sampled_answers(
             found,

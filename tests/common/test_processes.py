@@ -31,7 +31,7 @@ def squared(number: int) -> int:
 
 def refuse_seven(number: int) -> int:
     if number == 7:
-        raise UserError("seven")
+        raise UserError("job", "seven")
     return number
 
 

@@ -115,7 +115,7 @@ def test_a_question_that_cannot_be_asked_is_wrong_for_every_method(
 
     def encode(text: str) -> Any:
         if "question 1" in text:
-            raise UserError("no")
+            raise UserError("no", "no")
         return original(text)
 
     monkeypatch.setattr(engine, "encode_prompt", encode)

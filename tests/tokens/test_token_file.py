@@ -336,7 +336,7 @@ def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(tmp_pat
 
 def broken() -> Iterator[np.ndarray]:
     yield np.array([97, 258])
-    raise UserError("the source broke")
+    raise UserError("source", "the source broke")
 
 
 def test_a_source_that_breaks_leaves_no_file_and_keeps_the_old_one(token_file, tmp_path):
@@ -505,7 +505,7 @@ def test_an_interruption_leaves_the_draft_and_an_error_only_where_that_is_wished
     tmp_path, keep, error, left
 ):
     with pytest.raises(error), written(tmp_path / "a.bin", PORTIONS[:2], keep=keep):
-        raise error("interrupted")
+        raise error("text", "interrupted")
     assert names(tmp_path) == ([".a.bin.part"] if left else [])
     assert TokenFileWriter(tmp_path / "a.bin", BYTES, "recipe", resume=True).state.portions == (
         2 if left else 0

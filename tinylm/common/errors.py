@@ -31,17 +31,15 @@ class UserError(Exception):
     'a.jsonl: has no key text. Set data.text_field to one of: body, id.'
     """
 
-    def __init__(self, where: object, problem: object = None, fix: str = "", *settings: object):
+    def __init__(self, where: object, problem: object, fix: str = "", *settings: object):
         super().__init__(where, problem, fix, *settings)  # what pickle passes to another process
         parts = where if isinstance(where, tuple) else (where,)
         self.where = tuple(printable(part) for part in parts)
-        self.problem = None if problem is None else printable(problem)
+        self.problem = printable(problem)
         self.fix = printable(fix.format(*settings) if settings else fix)
         self._hint = (fix, *settings)
 
     def __str__(self) -> str:
-        if self.problem is None:  # a whole message in one argument
-            return ": ".join(self.where)
         message = _sentence(": ".join((*self.where, self.problem)))
         return f"{message} {_sentence(self.fix)}".strip()
 

@@ -5,8 +5,9 @@
     python train.py --config config_smoke.yaml --find-lr
     python train.py --config config_smoke.yaml --find-batch-size
 
-This file decides what is tried and prints the results; tinylm/planning/ counts and measures, and train.py has the flags.
-Text may be encoded into data.cache_dir, where the run will find it; --plan does not even do that.
+This file decides what is tried and prints the results; tinylm/planning/ counts and measures, and
+train.py has the flags. Text may be encoded into data.cache_dir, where the run will find it; --plan
+does not even do that.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The tokenizer of a run: the one its settings name, or one learned from its training text.
 
-BPE takes most of the time of a small run, so what it learned is kept in data.cache_dir, in a folder whose name depends on
-everything that the result depends on.
+BPE takes most of the time of a small run, so what it learned is kept in data.cache_dir, in a folder
+whose name depends on everything that the result depends on.
 """
 
 import hashlib

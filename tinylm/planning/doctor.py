@@ -1,7 +1,7 @@
 """What this machine can do and what is missing, with the fix for each.
 
-Reading order: `Finding`, `examine`, then one function per subject. Nothing is changed: one file is written into the current
-folder and removed again.
+Reading order: `Finding`, `examine`, then one function per subject. Nothing is changed: one file is
+written into the current folder and removed again.
 """
 
 import importlib.metadata

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
-# The files of a container's limit, its use, and in memory.stat the cached files in it: of cgroup version 2, then 1.
+# The files of a container's limit, its use, and in memory.stat the cached files in it: of cgroup
+# version 2, then 1.
 CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),

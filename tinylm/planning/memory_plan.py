@@ -18,15 +18,18 @@ from tinylm.model.decoder import Decoder, active_parameters, count_parameters, f
 from tinylm.planning.step_memory import PARTS, StepMemory, trace_step
 
 FLOAT_BYTES = 4
-# Hoffmann et al. 2022: about this many tokens per parameter give the best model for a given amount of compute.
+# Hoffmann et al. 2022: about this many tokens per parameter give the best model for a given amount
+# of compute.
 CHINCHILLA_TOKENS = 20
-# What glibc's malloc needs beyond the tensors, fitted to eighteen runs of benchmarks/planner.py. Other allocators were not
-# measured. PAGES: pages of libraries that only a step uses. GAPS: gaps of the size of the largest activation, which nothing
-# fits into. SPLINTERS: a rest beside each tensor, which is cut from a larger piece to be aligned.
+# What glibc's malloc needs beyond the tensors, fitted to eighteen runs of benchmarks/planner.py.
+# Other allocators were not measured. PAGES: pages of libraries that only a step uses. GAPS: gaps of
+# the size of the largest activation, which nothing fits into. SPLINTERS: a rest beside each tensor,
+# which is cut from a larger piece to be aligned.
 CPU_PAGES = 16e6
 CPU_GAPS = 5.2
 CPU_SPLINTERS = 0.041
-# A guess, without a GPU to measure on: the share of everything but weights and optimizer that torch's allocator wastes.
+# A guess, without a GPU to measure on: the share of everything but weights and optimizer that
+# torch's allocator wastes.
 GPU_GAPS = 0.15
 # FSDP holds the block that is computed as a whole, and the next one, which is being gathered.
 WHOLE_BLOCKS = 2
@@ -144,8 +147,8 @@ def suggest_overrides(
 ) -> tuple[str, ...]:
     """The mildest overrides with which the run fits into `limit` bytes; none if even the smallest model does not.
 
-    In this order: smaller micro-batches, and more of them per step, which only changes the speed; gradient checkpointing;
-    bf16; shorter rows; fewer layers, which is another model.
+    In this order: smaller micro-batches, and more of them per step, which only changes the speed;
+    gradient checkpointing; bf16; shorter rows; fewer layers, which is another model.
     """
     base: dict[str, Any] = {}
 

@@ -5,7 +5,8 @@
     lr_range_test   the learning rate rises at each step until the loss does too; `suggest_lr` reads the curve
     measure_speed   tokens per second on this machine; `measure_matmul_flops` is the speed of a bare matrix product
 
-All on one device, without Lightning and without torch.compile. Knows nothing of files: batches are arguments.
+All on one device, without Lightning and without torch.compile. Knows nothing of files: batches are
+arguments.
 """
 
 import math
@@ -97,7 +98,8 @@ class Probe:
 
 # --- can the model learn ---
 
-# A batch is learned when its loss is below this share of the first. The first tokens of rows cannot be predicted.
+# A batch is learned when its loss is below this share of the first. The first tokens of rows cannot
+# be predicted.
 LEARNED = 0.1
 WARMUP_STEPS = 10
 

@@ -1,7 +1,8 @@
 """The memory of an optimizer step, traced with tensors that have shapes but no contents.
 
-`trace_step` builds the model with fake tensors, takes a step as training does, and records which part (weights, activations,
-...) holds how many bytes when the total is highest. `MemoryMeter` counts.
+`trace_step` builds the model with fake tensors, takes a step as training does, and records which
+part (weights, activations, ...) holds how many bytes when the total is highest. `MemoryMeter`
+counts.
 """
 
 import weakref
@@ -131,7 +132,8 @@ def trace_step(config: Config) -> StepMemory:
         optimizer.step()
         optimizer.zero_grad()
         state = meter.alive["optimizer"]
-        # The second step is measured. Its second micro-batch has gradients in memory, like all after it.
+        # The second step is measured. Its second micro-batch has gradients in memory, like all
+        # after it.
         meter.restart()
         for _ in range(min(2, training.grad_accum_steps)):
             _trace_micro_batch(model, config, meter)

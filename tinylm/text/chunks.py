@@ -4,8 +4,9 @@ r"""A corpus in chunks, for the processes that share the work on it (common/proc
     SpanChunk   the documents of a byte range of a file: the process that works on it reads them
     RawChunk    a byte range of a .txt file, not divided into documents and cut between words: for counting words
 
-Each has a `size` in bytes or characters, and `texts()`. A worker process imports this file, so it needs neither torch,
-numpy nor pydantic. How a source is cut into chunks: `word_chunks` in text/source_chunks.py, `source_chunks` in tokens/encode.py.
+Each has a `size` in bytes or characters, and `texts()`. A worker process imports this file, so it
+needs neither torch, numpy nor pydantic. How a source is cut into chunks: `word_chunks` in
+text/source_chunks.py, `source_chunks` in tokens/encode.py.
 """
 
 import os
@@ -21,13 +22,16 @@ from tinylm.text.documents import SeparatorSeen, Span, file_documents
 
 # Characters of the documents in a TextChunk.
 CHUNK_CHARACTERS = 2**20
-# A raw file is read in parts of about this many bytes, so that few words are in memory before they are counted.
+# A raw file is read in parts of about this many bytes, so that few words are in memory before they
+# are counted.
 PART_BYTES = 2**16
-# Parts of a RawChunk: the work that one process does before it returns its words, and a bound on its memory.
+# Parts of a RawChunk: the work that one process does before it returns its words, and a bound on
+# its memory.
 PARTS_PER_CHUNK = 32
 # Bytes that are searched for a place where a part can end.
 WINDOW_BYTES = 2**13
-# Where undecoded text can be cut without dividing a word of either pattern: after a line end or before a space.
+# Where undecoded text can be cut without dividing a word of either pattern: after a line end or
+# before a space.
 BETWEEN_WORDS = re.compile(rb"(?<=[!-~]\n)(?=[!-~])|(?<=[!-~])(?= [!-~])")
 
 
@@ -152,9 +156,9 @@ def raw_chunks(path: Path, processes: int = 1) -> Iterator[RawChunk]:
 def part_borders(path: Path) -> list[int]:
     """The offsets that divide a file into parts, 0 and its size included.
 
-    A part ends at the first place between words after each `PART_BYTES`. Without one in `WINDOW_BYTES` it ends after a
-    line, and without a line end it continues into the next part. The borders depend on the file alone, so any number of
-    processes counts the same words.
+    A part ends at the first place between words after each `PART_BYTES`. Without one in
+    `WINDOW_BYTES` it ends after a line, and without a line end it continues into the next part. The
+    borders depend on the file alone, so any number of processes counts the same words.
 
     Raises:
         UserError: the file cannot be read, or is not a regular file.

@@ -13,7 +13,8 @@ def word_chunks(
 ) -> Iterator[RawChunk | TextChunk]:
     """The source, or its first `docs` documents, in chunks that cut no word.
 
-    A .txt file without a separator is read as it is, in `raw_chunks`; everything else by its documents.
+    A .txt file without a separator is read as it is, in `raw_chunks`; everything else by its
+    documents.
     """
     if docs is not None or not isinstance(source, LocalFiles | Together):
         yield from text_chunks(islice(source.documents(), docs))

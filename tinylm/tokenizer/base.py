@@ -1,11 +1,11 @@
 """`Tokenizer`: text to ids and back, the interface that every kind of tokenizer has.
 
-Reading order: `Tokenizer`; the search for special tokens in a text, whole or in pieces; `StreamDecoder`, which returns text
-while its tokens are still being generated.
+Reading order: `Tokenizer`; the search for special tokens in a text, whole or in pieces;
+`StreamDecoder`, which returns text while its tokens are still being generated.
 
-Special tokens (end of text, padding, ...) are put between texts by the program. No text is ever encoded to one: a user who
-types `<|endoftext|>` gets the characters, unless the caller allows that token by name. Knows nothing of documents, rows or
-models.
+Special tokens (end of text, padding, ...) are put between texts by the program. No text is ever
+encoded to one: a user who types `<|endoftext|>` gets the characters, unless the caller allows that
+token by name. Knows nothing of documents, rows or models.
 """
 
 import codecs
@@ -42,8 +42,8 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
         """The ids of `text`; the names of special tokens in it are ordinary text, except the allowed ones.
 
-        The text between two special tokens is encoded like a text of its own. If special tokens overlap, the longest
-        one counts.
+        The text between two special tokens is encoded like a text of its own. If special tokens
+        overlap, the longest one counts.
 
         Raises:
             UserError: the text has a lone surrogate, or a character that is not in the vocabulary.
@@ -64,10 +64,10 @@ class Tokenizer(ABC):
     ) -> Iterator[int]:
         """The ids of the concatenated texts (an open file, for example), one by one, as `encode` would return them.
 
-        Memory is bounded by the longest stretch that cannot be cut. For bytes and characters it is nothing; for byte-level
-        BPE with known words (GPT-2's, GPT-4's, our own) it is the longest run of text without a space, line end or
-        punctuation. For any other tokenizer it is all text between two allowed special tokens, because its ids could
-        depend on everything before.
+        Memory is bounded by the longest stretch that cannot be cut. For bytes and characters it is
+        nothing; for byte-level BPE with known words (GPT-2's, GPT-4's, our own) it is the longest
+        run of text without a space, line end or punctuation. For any other tokenizer it is all text
+        between two allowed special tokens, because its ids could depend on everything before.
         """
         special = self._special_ids(allowed_special)
         rest, enough = "", STREAM_CHARACTERS
@@ -108,7 +108,7 @@ class Tokenizer(ABC):
         return self._encode(texts)
 
     def last_cut(self, text: str) -> int:
-        """The last position where `text`, whatever follows it, can be cut without changing its ids; 0 if none is known."""
+        """The last position where `text`, whatever follows, can be cut without changing its ids; 0 if not known."""
         return len(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -206,7 +206,8 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 class StreamDecoder:
     """Decodes one id at a time: the text of all `feed`s and of `finish` together is what `decode` returns.
 
-    This one is for tokenizers whose tokens are bytes: an incremental UTF-8 decoder holds back half characters.
+    This one is for tokenizers whose tokens are bytes: an incremental UTF-8 decoder holds back half
+    characters.
 
     >>> from tinylm.tokenizer.byte_char import ByteTokenizer
     >>> stream = ByteTokenizer().stream()

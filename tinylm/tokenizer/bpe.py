@@ -1,26 +1,28 @@
 r"""Byte-pair encoding (BPE), the version to read: learn merges from text, encode and decode with them.
 
-BPE (Sennrich et al. 2016; on bytes, Radford et al. 2019) begins with the 256 bytes, so it can write any text, and makes the
-most frequent pair of neighboring tokens a new token, again and again. `low low low lower` has the words `low` once,
-`·low` twice and `·lower` once (· is the space, which belongs to the word after it):
+BPE (Sennrich et al. 2016; on bytes, Radford et al. 2019) begins with the 256 bytes, so it can write
+any text, and makes the most frequent pair of neighboring tokens a new token, again and again.
+`low low low lower` has the words `low` once, `·low` twice and `·lower` once (· is the space, which
+belongs to the word after it):
 
     merge                 new id    low      ·low       ·lower           why this pair
     -                               l o w    · l o w    · l o w e r      the bytes
-    (o, w) -> ow            256     l ow     · l ow     · l ow e r       o w and l o are both there 4 times: greater bytes win
+    (o, w) -> ow            256     l ow     · l ow     · l ow e r       o w and l o occur 4 times: greater bytes win
     (l, ow) -> low          257     low      · low      · low e r        4 times; (·, l) 3 times
     (·, low) -> ·low        258     low      ·low       ·low e r         3 times
 
-The merges, in this order, are the whole result of training. A token's id is its byte, or 256 plus the number of its merge.
-A new text is encoded by the same merges in the same order, so `slow` shares a token with `low`, and a word that no merge
-fits stays bytes: there is no unknown word.
+The merges, in this order, are the whole result of training. A token's id is its byte, or 256 plus
+the number of its merge. A new text is encoded by the same merges in the same order, so `slow`
+shares a token with `low`, and a word that no merge fits stays bytes: there is no unknown word.
 
     train     texts -> merges               count_words, then merge by merge
     encode    text, merges -> ids
     decode    ids, merges -> text
 
-Words come from pretokenize.py: no merge crosses the border of a word. Special tokens such as <|endoftext|> have ids after
-the last merge; no text is ever encoded to one, so they do not appear here. bpe_fast.py finds the same merges 50 times as
-fast (130 KB of text, 244 merges; more on larger ones), tiktoken_encoder.py the same ids; the tests hold them equal.
+Words come from pretokenize.py: no merge crosses the border of a word. Special tokens such as
+<|endoftext|> have ids after the last merge; no text is ever encoded to one, so they do not appear
+here. bpe_fast.py finds the same merges 50 times as fast (130 KB of text, 244 merges; more on larger
+ones), tiktoken_encoder.py the same ids; the tests hold them equal.
 """
 
 from collections import Counter
@@ -37,24 +39,27 @@ def train(
 ) -> list[Merge]:
     """The first `n_merges` merges for these texts; fewer if every word is one token before.
 
-    Each merge is the most frequent pair at its time; among equally frequent pairs the greatest in the order of bytes.
+    Each merge is the most frequent pair at its time; among equally frequent pairs the greatest in
+    the order of bytes.
 
     >>> train(["low low low lower"], 3)
     [(b'o', b'w'), (b'l', b'ow'), (b' ', b'low')]
 
-    The example of Wikipedia's article on BPE: `aa` occurs 4 times (`aaa` has it twice). Then `aa a` and `a b` occur 2 times,
-    and `aa` is greater than `a`. Then `aaa b` occurs 2 times, everything else once.
+    The example of Wikipedia's article on BPE: `aa` occurs 4 times (`aaa` has it twice). Then `aa a`
+    and `a b` occur 2 times, and `aa` is greater than `a`. Then `aaa b` occurs 2 times, everything
+    else once.
 
     >>> train(["aaabdaaabac"], 3)
     [(b'a', b'a'), (b'aa', b'a'), (b'aaa', b'b')]
     """
-    # No merge crosses a word, so pairs can be counted in distinct words: {"low": 1, " low": 2, " lower": 1}
+    # No merge crosses a word, so pairs can be counted in distinct words:
+    # {"low": 1, " low": 2, " lower": 1}
     word_counts = count_words(texts, pretokenizer or Pretokenizer())
     # Every word begins as its bytes: {"low": [b"l", b"o", b"w"], ...}
     tokens_of = {word: split_bytes(word) for word in word_counts}
     merges: list[Merge] = []
     while len(merges) < n_merges:
-        # Count all pairs of neighbors, in each word as often as the word occurs: {(b"o", b"w"): 4, ...}
+        # Count all pairs of neighbors, each as often as its word occurs: {(b"o", b"w"): 4, ...}
         counts: Counter[Merge] = Counter()
         for word, tokens in tokens_of.items():
             for pair in pairwise(tokens):
@@ -62,7 +67,8 @@ def train(
         # No pair is left when every word is one token.
         if not counts:
             break
-        # The most frequent pair becomes a token. The tie-break on bytes makes the order of the texts irrelevant.
+        # The most frequent pair becomes a token. The tie-break on bytes makes the order of the
+        # texts irrelevant.
         best = max(counts, key=lambda pair: (counts[pair], pair))
         merges.append(best)
         # Replace the pair in every word.

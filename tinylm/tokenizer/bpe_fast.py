@@ -3,10 +3,11 @@ r"""The merges of bpe.py's `train`, fast: for corpora of gigabytes and vocabular
     1. words     chunks of a corpus -> {word: how often it occurs}, by several processes      `count_words_of`
     2. merges    the most frequent pair becomes a token, again and again                      `WordTable`, `merge_pairs`
 
-Read bpe.py first: it defines the result. Four things make this file fast. Pairs are counted in distinct words. All words lie
-in one array, where a merge touches the positions of its pair and nothing else. A heap finds the most frequent pair without
-counting the others again. Pairs that are too rare to be merged soon are not in the heap. The result depends on the text
-alone, never on the number of processes.
+Read bpe.py first: it defines the result. Four things make this file fast. Pairs are counted in
+distinct words. All words lie in one array, where a merge touches the positions of its pair and
+nothing else. A heap finds the most frequent pair without counting the others again. Pairs that are
+too rare to be merged soon are not in the heap. The result depends on the text alone, never on the
+number of processes.
 """
 
 import heapq
@@ -24,13 +25,15 @@ from tinylm.text.chunks import RawChunk, TextChunk, limit_processes
 from tinylm.tokenizer.bpe_files import Bpe, check_request, smallest_vocabulary
 from tinylm.tokenizer.pretokenize import Pretokenizer, count_chunk
 
-# A smaller text is counted before a second process has started (half a second; one core counts 10 MB in 0.8 s).
+# A smaller text is counted before a second process has started (half a second; one core counts 10
+# MB in 0.8 s).
 MIN_SIZE_FOR_PROCESSES = 2**24
 # In `WordTable.tokens`: between words, and where a token began that is now inside a longer one.
 NONE = -1
 # Separates words in their bytes; UTF-8 never has it.
 SEPARATOR = 0xFF
-# The heap holds the pairs that are at most this many times rarer than the most frequent one was when it was filled.
+# The heap holds the pairs that are at most this many times rarer than the most frequent one was
+# when it was filled.
 RARER = 16
 # The table is searched for pairs in this many passes, so that each needs little memory.
 PASSES = 8
@@ -143,7 +146,8 @@ class WordTable:
     def still_there(self, pair: TokenPair) -> TokenPair:
         """The pair at the positions that later merges left it, with its present count.
 
-        A position where a merge used one of its tokens never has the same pair again: it is part of a longer token now.
+        A position where a merge used one of its tokens never has the same pair again: it is part of
+        a longer token now.
         """
         positions = pair.positions
         right = self.tokens[positions + self.sizes[pair.left]]
@@ -162,11 +166,13 @@ class WordTable:
         if pair.left == pair.right:
             first = _without_overlaps(first, left_size)
         last = first + (self.sizes[new] - 1)
-        # The right token does not start any more; the new one is written at its first and last byte.
+        # The right token does not start any more; the new one is written at its first and last
+        # byte.
         tokens[first + left_size] = NONE
         self.starts[first + left_size] = False
         tokens[first] = tokens[last] = new
-        # The new token makes a pair with each neighbor. `new new` is counted once, from its right side.
+        # The new token makes a pair with each neighbor. `new new` is counted once, from its right
+        # side.
         before, after = tokens[first - 1], tokens[last + 1]
         has_before = before != NONE
         has_after = (after != NONE) & (after != new)
@@ -220,11 +226,13 @@ def merge_pairs(
 ) -> list[tuple[bytes, bytes]]:
     """`learn_merges` for the words in a table, which is used up.
 
-    All occurrences of a pair appear at once, with the younger of its tokens, and later merges can only remove some. So the
-    count at that time is an upper bound from then on: the heap holds bounds, and only the pair at its top is counted again.
+    All occurrences of a pair appear at once, with the younger of its tokens, and later merges can
+    only remove some. So the count at that time is an upper bound from then on: the heap holds
+    bounds, and only the pair at its top is counted again.
 
-    Most pairs are too rare ever to be merged. The heap holds those that occur at least `min_count` times. When it is empty,
-    `min_count` is lowered and the whole table is searched again, which happens a few times.
+    Most pairs are too rare ever to be merged. The heap holds those that occur at least `min_count`
+    times. When it is empty, `min_count` is lowered and the whole table is searched again, which
+    happens a few times.
     """
     token_bytes = [bytes([byte]) for byte in range(256)]
     descending = [_descending(token) for token in token_bytes]

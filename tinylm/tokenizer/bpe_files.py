@@ -1,7 +1,8 @@
 """A learned BPE vocabulary: its ids, its files, and the requests for one that are refused.
 
-Ids are the 256 bytes, then one per merge, then the special tokens. The files are GPT-2's vocab.json and merges.txt, and the
-tokenizer.json and tokenizer_config.json of Hugging Face; hf_files.py reads them. Knows nothing of learning (bpe_fast.py).
+Ids are the 256 bytes, then one per merge, then the special tokens. The files are GPT-2's vocab.json
+and merges.txt, and the tokenizer.json and tokenizer_config.json of Hugging Face; hf_files.py reads
+them. Knows nothing of learning (bpe_fast.py).
 """
 
 import json

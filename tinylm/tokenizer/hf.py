@@ -29,9 +29,10 @@ STREAM_WINDOW = 32
 class HFTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library.
 
-    Special are the added tokens that its files call special, and the tokens that its settings name (eos_token, pad_token,
-    ...). Other added tokens (runs of spaces, `<think>`) are part of the text, as their authors meant. A text round-trips
-    as far as the tokenizer's normalizer does not change it.
+    Special are the added tokens that its files call special, and the tokens that its settings name
+    (eos_token, pad_token, ...). Other added tokens (runs of spaces, `<think>`) are part of the
+    text, as their authors meant. A text round-trips as far as the tokenizer's normalizer does not
+    change it.
 
     Args:
         backend: the library's tokenizer.
@@ -68,7 +69,8 @@ class HFTokenizer(Tokenizer):
         self._in_text = [token for token in added.values() if not token.special]
         description = json.loads(self._json)
         self._byte_level = (description["decoder"] or {}).get("type") == "ByteLevel"
-        # Text may be encoded to the unknown token, but never to eos or pad, even if one of them is the unknown token.
+        # Text may be encoded to the unknown token, but never to eos or pad, even if one of them is
+        # the unknown token.
         forbidden = set(self.special_names) - {_unknown_id(backend, description["model"])}
         forbidden |= {self.eos_id, self.pad_id}
         self._forbidden = np.array(sorted(forbidden), dtype=np.uint32)
@@ -98,7 +100,8 @@ class HFTokenizer(Tokenizer):
         if self._byte_level:
             token = self._backend.id_to_token(id)
             return b"".join(BYTE_OF_CHARACTER.get(c) or c.encode() for c in token)
-        # The text that the token adds after itself: at the start of a text some decoders drop its space.
+        # The text that the token adds after itself: at the start of a text some decoders drop its
+        # space.
         once = self._backend.decode([id])
         return self._backend.decode([id, id])[len(once) :].encode()
 
@@ -168,8 +171,9 @@ class HFTokenizer(Tokenizer):
     def _encode_apart(self, text: str) -> np.ndarray:
         """The ids of a text that spells special tokens, each cut after its first character.
 
-        `encode_special_tokens` stops the search for added tokens, but a model that looks up words (Unigram, WordLevel)
-        still finds `</s>` in its vocabulary. If the tokenizer adds a space before each text, there is one more at the cut.
+        `encode_special_tokens` stops the search for added tokens, but a model that looks up words
+        (Unigram, WordLevel) still finds `</s>` in its vocabulary. If the tokenizer adds a space
+        before each text, there is one more at the cut.
 
         Raises:
             UserError: a special token is a single character, so it cannot be cut.
@@ -205,7 +209,8 @@ def _depends_on_neighbors(token: "AddedToken") -> bool:
 class WindowStream(StreamDecoder):
     """For tokenizers that can only decode whole texts: decodes the last tokens again and returns the new text.
 
-    A run of byte tokens is decoded as a whole (one bad byte spoils all of it), so it is held back until it ends.
+    A run of byte tokens is decoded as a whole (one bad byte spoils all of it), so it is held back
+    until it ends.
     """
 
     def __init__(self, tokenizer: HFTokenizer):

@@ -5,7 +5,8 @@
     *.model, vocab.txt, *.tiktoken                        older formats, converted by transformers
     tokenizer_config.json, special_tokens_map.json        which tokens end and pad a text, and the chat template
 
-Reading order: `load_hf_tokenizer`; `_read_folder`, which puts a tokenizer together; the settings; the vocabularies.
+Reading order: `load_hf_tokenizer`; `_read_folder`, which puts a tokenizer together; the settings;
+the vocabularies.
 """
 
 import json
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 # End-of-text tokens of published tokenizers, tried if a tokenizer's files do not name one.
 WELL_KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
-# Vocabularies that transformers can convert to a tokenizer.json: SentencePiece's, WordPiece's and tiktoken's.
+# Vocabularies that transformers can convert to a tokenizer.json: SentencePiece's, WordPiece's and
+# tiktoken's.
 OLDER_VOCABULARIES = ("*.model", "vocab.txt", "*.tiktoken")
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -1,8 +1,9 @@
 r"""How a text is split into words before BPE, and how bytes are written as visible characters.
 
-Reading order: the patterns of words; where a text can be cut without changing its words; `Pretokenizer`, `count_words` and
-`count_chunk`, the work of one process on one chunk of a corpus; GPT-2's visible form of bytes. Knows nothing of merges or
-ids. The processes that count words import this file, so it needs neither torch, numpy nor pydantic.
+Reading order: the patterns of words; where a text can be cut without changing its words;
+`Pretokenizer`, `count_words` and `count_chunk`, the work of one process on one chunk of a corpus;
+GPT-2's visible form of bytes. Knows nothing of merges or ids. The processes that count words import
+this file, so it needs neither torch, numpy nor pydantic.
 """
 
 from collections import Counter
@@ -14,9 +15,10 @@ import regex
 
 from tinylm.text.chunks import RawChunk, TextChunk
 
-# No merge crosses the border of a word. gpt2: the words of GPT-2 (Radford et al. 2019). gpt4: the words of GPT-4, from
-# tiktoken's cl100k_base, with at most three digits per word and contractions in either case. Every character is in a
-# word. `tokenizers` and tiktoken find the same words; so does `regex`, except for letters that Unicode added last.
+# No merge crosses the border of a word. gpt2: the words of GPT-2 (Radford et al. 2019). gpt4: the
+# words of GPT-4, from tiktoken's cl100k_base, with at most three digits per word and contractions
+# in either case. Every character is in a word. `tokenizers` and tiktoken find the same words; so
+# does `regex`, except for letters that Unicode added last.
 PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": (
@@ -25,8 +27,9 @@ PATTERNS = {
     ),
 }
 
-# Where a text can be cut without changing its words under either pattern: before a space after a word, after a single
-# line end, and before punctuation after a letter. Letters are listed, because libraries differ in the newest ones.
+# Where a text can be cut without changing its words under either pattern: before a space after a
+# word, after a single line end, and before punctuation after a letter. Letters are listed, because
+# libraries differ in the newest ones.
 _CUT = r"(?<=\S)(?=[ \t])|(?<=\S\n)(?=\S)|(?<=[a-z\u4e00-\u9fa5])(?=[!-/\u3001\u3002\uff0c])"
 LAST_CUT = regex.compile(f"(?r){_CUT}")  # (?r): searches from the end
 
@@ -85,8 +88,8 @@ def count_chunk(
     return chunk.size, count_words(chunk.texts(), pretokenizer)
 
 
-# GPT-2's character for each byte in vocabulary files (Radford et al. 2019): the visible characters of Latin-1 as themselves,
-# the other 68 bytes, in their order, as U+0100, U+0101, ...
+# GPT-2's character for each byte in vocabulary files (Radford et al. 2019): the visible characters
+# of Latin-1 as themselves, the other 68 bytes, in their order, as U+0100, U+0101, ...
 _VISIBLE = [byte for byte in range(256) if 0x21 <= byte <= 0x7E or byte >= 0xA1 and byte != 0xAD]
 _HIDDEN = sorted(set(range(256)) - set(_VISIBLE))
 CHARACTER_OF_BYTE = {byte: chr(byte) for byte in _VISIBLE}

@@ -1,13 +1,16 @@
-"""tiktoken in place of `tokenizers`: the same ids several times as fast, for the tokenizers for which both are known to agree.
+"""tiktoken in place of `tokenizers`: the same ids several times as fast, if both are known to agree.
 
-`tokenizers` joins a pair of tokens if the vocabulary's file has a merge for the pair; the first merge in the file comes
-first. tiktoken knows no merges: it joins two neighbors if their bytes together are a token; the token of lowest rank comes
-first. Give tiktoken only the tokens that `tokenizers` makes of their own bytes, ranked by their merges. Then both agree at
-every step. Suppose tiktoken joins A and B to the token T. Nothing was joined across the ends of T so far, so inside its
-bytes both did what `tokenizers` does to these bytes alone. There, A and B are joined to T next, so the two have a merge.
-And a token that `tokenizers` does not make of its own bytes is made nowhere.
+`tokenizers` joins a pair of tokens if the vocabulary's file has a merge for the pair; the first
+merge in the file comes first. tiktoken knows no merges: it joins two neighbors if their bytes
+together are a token; the token of lowest rank comes first. Give tiktoken only the tokens that
+`tokenizers` makes of their own bytes, ranked by their merges. Then both agree at every step.
+Suppose tiktoken joins A and B to the token T. Nothing was joined across the ends of T so far, so
+inside its bytes both did what `tokenizers` does to these bytes alone. There, A and B are joined to
+T next, so the two have a merge. And a token that `tokenizers` does not make of its own bytes is
+made nowhere.
 
-Both must also split a text into the same words. This is known for `PATTERNS`, the patterns of GPT-2 and GPT-4.
+Both must also split a text into the same words. This is known for `PATTERNS`, the patterns of GPT-2
+and GPT-4.
 """
 
 from collections.abc import Collection
@@ -18,7 +21,8 @@ import numpy as np
 
 from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, PATTERNS
 
-# tiktoken searches a text for special tokens first. With none it looks at every place (12 MB/s instead of 19).
+# tiktoken searches a text for special tokens first. With none it looks at every place (12 MB/s
+# instead of 19).
 NEVER_USED = "\0\0\0"
 
 
@@ -107,7 +111,8 @@ def _rank_tokens(
     """
     from tokenizers import models
 
-    # A token with several merges, as in converted tiktoken files, has one rank if these follow one another.
+    # A token with several merges, as in converted tiktoken files, has one rank if these follow one
+    # another.
     results = [left + right for left, right in merges]
     in_order = [result for before, result in pairwise(["", *results]) if before != result]
     n_distinct = len({*BYTE_OF_CHARACTER, *in_order})
@@ -122,7 +127,8 @@ def _rank_tokens(
     }
     tokens = [*BYTE_OF_CHARACTER, *(token for token in in_order if n_parts.get(token) == 1)]
     if whole_words:
-        # tiktoken looks up whole words too. It would also join two tokens to such a word inside a longer one.
+        # tiktoken looks up whole words too. It would also join two tokens to such a word inside a
+        # longer one.
         if 2 in n_parts.values():
             return None
         tokens += [token for token, n in n_parts.items() if n > 2]

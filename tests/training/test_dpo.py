@@ -1,4 +1,4 @@
-"""Preference training end to end on tiny models: each reference, the numbers against hand-made ones and trl's, exact resume (FAULTS: A12, D1, D2, D9)."""
+"""Preference training end to end on tiny models: each kind of reference, numbers against computations by hand and by trl, exact resume (FAULTS: A12, D1, D2, D9)."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def pairs_of(config: Path) -> PreferenceData:
 def test_a_run_learns_and_every_program_reads_what_it_wrote(
     name: str, prefer: Make, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Stage and template stand in the checkpoint; the margin grows; sampling and listing take it as any other, without the reference."""
+    """The checkpoint has stage and template; the margin grows; sampling and listing work without the reference."""
     config = prefer(**RUNS[name], sampling={"max_new_tokens": 2})
     assert (
         run(config, "training.max_steps=12", "training.lr=3e-2", "training.sample_prompt=say red")
@@ -164,9 +164,7 @@ def test_metrics_have_a_column_for_each_measure(prefer: Make, home: Path, tmp_pa
     assert curve(tmp_path, "val_ppl") == curve(tmp_path, "val_bpb") == {}
 
 
-def test_steps_that_are_logged_together_are_meaned_over_their_pairs(
-    prefer: Make, tmp_path: Path
-) -> None:
+def test_a_row_of_several_steps_is_the_mean_over_their_pairs(prefer: Make, tmp_path: Path) -> None:
     """The row of two steps of equally many pairs is the mean of theirs, for the loss and each measure."""
     config = prefer()
     for every in (1, 2):
@@ -356,7 +354,7 @@ def test_the_three_references_give_the_same_losses(prefer: Make, tmp_path: Path)
 def test_the_reference_has_no_dropout_whatever_the_trainer_asks(
     prefer: Make, monkeypatch: Patch
 ) -> None:
-    """Switching the stage to training leaves it alone; none of its weights wants a gradient or belongs to the optimizer."""
+    """Training mode does not change it; none of its weights needs a gradient or is in the optimizer."""
     stage, _ = stage_of(prefer(), monkeypatch)
     stage.eval().train()
     assert stage.decoder.training
@@ -375,7 +373,7 @@ def cached_files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache").glob("reference-*.bin"))
 
 
-def test_cached_log_probabilities_are_worked_out_once_for_each_data_and_base(
+def test_cached_log_probabilities_are_computed_once_per_data_and_base(
     prefer: Make, home: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:  # noqa: F811
     """Another run of the same settings reads them; another template, context, base or row is another file. No model is kept beside the policy."""
@@ -401,7 +399,7 @@ def test_cached_log_probabilities_are_worked_out_once_for_each_data_and_base(
     assert all(pair.reference is not None for pair in [*data.train_pairs, *data.val_pairs])
 
 
-def test_a_run_goes_on_with_the_reference_it_began_with(
+def test_a_resumed_run_keeps_its_reference(
     prefer: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """NEG: were the reference taken from the resumed weights, h would begin at 0 again, and the curve would be another one."""
@@ -432,7 +430,7 @@ def test_a_run_goes_on_with_the_reference_it_began_with(
 def test_a_stopped_run_goes_on_to_the_last_bit(
     name: str, prefer: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; then from step 4, equal to a run nobody stopped."""
+    """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; resumed from step 4, equal to an uninterrupted run."""
     config = prefer(**RUNS[name])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
@@ -454,7 +452,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
 def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     name: str, prefer: Make, tmp_path: Path
 ) -> None:
-    """A12: SIGKILL once before the first step, for `cached` while the log-probabilities are worked out, and twice later."""
+    """A12: SIGKILL once before the first step, for `cached` while the log-probabilities are computed, and twice later."""
     config = prefer(**RUNS[name], training={"max_steps": 14, "save_every_steps": 1})
     calm = [*elsewhere(tmp_path / "calm"), f"data.cache_dir={tmp_path / 'calm' / 'cache'}"]
     assert run(config, *calm) == 0
@@ -490,7 +488,7 @@ def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
 
 @pytest.mark.slow
 def test_two_processes_share_the_pairs(prefer: Make, tmp_path: Path) -> None:
-    """Two ranks of 3 pairs are one device with 6, up to rounding; the log-probabilities are worked out by one of them."""
+    """Two ranks of 3 pairs are one device with 6, up to rounding; one rank computes the log-probabilities."""
     single, double = tmp_path / "single", tmp_path / "double"
     config = prefer(**STILL, dpo={"reference": "cached"}, training={"grad_accum_steps": 1})
     assert run(config, *elsewhere(single), "training.micro_batch_size=6") == 0
@@ -548,10 +546,10 @@ def test_an_infinite_gradient_stops_the_run(
     assert "step 1: the gradient norm is inf" in capsys.readouterr().err
 
 
-# --- what is said and refused -----------------------------------------------------------------------------------------
+# --- messages and errors -----------------------------------------------------------------------------------------
 
 
-def test_skipped_pairs_are_said(prefer: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_skipped_pairs_are_logged(prefer: Make, tmp_path: Path, capsys: Capture) -> None:
     """D9, as a user sees it."""
     config = prefer()
     with open(tmp_path / "pairs.jsonl", "a", encoding="utf-8") as file:
@@ -615,7 +613,7 @@ def test_rows_of_both_splits_are_said(prefer: Make, tmp_path: Path, capsys: Capt
         ),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
+def test_an_impossible_setting_is_an_error_of_one_line(
     sections: dict, words: str, prefer: Make, tmp_path: Path, capsys: Capture
 ) -> None:
     """Exit code 2 and the setting's name, and nothing is written."""
@@ -625,7 +623,7 @@ def test_what_cannot_be_done_is_one_line(
 def test_a_folder_without_rows_is_not_replaced_by_other_rows(
     prefer: Make, tmp_path: Path, capsys: Capture
 ) -> None:
-    """The tiny rows that stand in for missing ones elsewhere have no second answers."""
+    """The built-in rows that replace a missing file elsewhere have no second answers."""
     (tmp_path / "empty").mkdir()
     message = refused(prefer(data={"dataset": str(tmp_path / "empty")}), tmp_path, capsys)
     assert (
@@ -634,7 +632,7 @@ def test_a_folder_without_rows_is_not_replaced_by_other_rows(
     )
 
 
-def test_pretraining_knows_no_preferences(prefer: Make, capsys: Capture) -> None:
+def test_pretraining_refuses_a_dpo_section(prefer: Make, capsys: Capture) -> None:
     """A section that a program would not look at is refused."""
     assert train.main(["--config", str(prefer())]) == 2
     assert (
@@ -644,7 +642,7 @@ def test_pretraining_knows_no_preferences(prefer: Make, capsys: Capture) -> None
 
 
 @pytest.mark.parametrize("name", ["copy", "cached", "lora off"])
-def test_a_run_goes_on_only_with_its_own_reference(
+def test_a_run_resumes_only_with_its_own_reference(
     name: str, prefer: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:  # noqa: F811
     """Another model would fit by shape; the error names both fingerprints, and --allow-changes does not help."""
@@ -690,7 +688,7 @@ def test_another_run_is_not_resumed(
     assert words in refused(config, tmp_path, capsys, override)
 
 
-def test_what_a_sample_is_asked_in_is_the_template(prefer: Make, monkeypatch: Patch) -> None:
+def test_a_sample_is_formatted_by_the_template(prefer: Make, monkeypatch: Patch) -> None:
     """As in fine-tuning; the bytes of the prompt are those that training has shown."""
     from tests.training.test_finetune import prompts_seen
 

@@ -195,7 +195,7 @@ def refused(config: Path, tmp_path: Path, capsys: Capture, *arguments: str) -> s
 def test_rows_are_shown_with_their_questions_in_brackets(
     packing: str, make: Make, home: Path, capsys: Capture
 ) -> None:
-    """In the tokens of the base. An example has about 50 bytes: in a context of 160 there is room for several, and padding is no document."""
+    """In the tokens of the base. An example has about 50 bytes: several fit into a context of 160, and padding is not a document."""
     config = make(foreign=True, data={"packing": packing}, training={"seq_len": 160})
     assert finetune.main(["--config", str(config), "--show-rows", "1"]) == 0
     heading, text, counts, _ = capsys.readouterr().out.split("\n", 3)
@@ -219,7 +219,7 @@ def test_rows_are_shown_with_their_questions_in_brackets(
 def test_a_run_learns_and_every_program_reads_what_it_wrote(
     name: str, make: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Stage and template stand in the checkpoint; the loss falls; sampling, listing and evaluating take it as any other."""
+    """The checkpoint has stage and template; the loss falls; sampling, listing and evaluating work."""
     assert run(make(**RUNS[name])) == 0
     output = capsys.readouterr()
     final = tmp_path / "checkpoints" / "final.ckpt"
@@ -298,7 +298,7 @@ def test_validation_is_the_loss_of_the_answers_alone(
 
 
 def test_packed_and_padded_rows_train_on_the_same_loss(make: Make, tmp_path: Path) -> None:
-    """All training examples in one step: in whatever rows they stand, the mean is over the same targets, so the first step's loss is equal."""
+    """All training examples in one step: the mean is over the same targets in any rows, so the first step's loss is equal."""
     first = []
     for packing in ("packed", "padded"):
         config = make(
@@ -397,7 +397,7 @@ def test_new_weights_learn_whole_texts(make: Make, tmp_path: Path, capsys: Captu
 def test_the_model_and_tokenizer_are_those_of_the_base(
     make: Make, home: Path, tmp_path: Path
 ) -> None:
-    """The config says nothing of either; dropout may be written anew; what is written of the shape or tokenizer may agree."""
+    """The config has neither section; dropout may differ; given shapes and tokenizer settings must agree."""
     assert (
         run(
             make(
@@ -638,7 +638,7 @@ def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> Non
 def test_a_stopped_run_goes_on_to_the_last_bit(
     name: str, make: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; then from step 4, and equal to a run nobody stopped."""
+    """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; resumed from step 4, equal to an uninterrupted run."""
     config = make(**RUNS[name])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
@@ -667,9 +667,7 @@ def test_without_the_reseeding_of_dropout_a_resumed_run_differs(
     assert curve(tmp_path)[5] != curve(tmp_path / "calm")[5]
 
 
-def test_a_whole_run_goes_on_without_what_it_began_from(
-    make: Make, home: Path, tmp_path: Path
-) -> None:
+def test_a_run_resumes_without_its_initial_model(make: Make, home: Path, tmp_path: Path) -> None:
     """Its weights, model settings and tokenizer are in its own checkpoint."""
     shutil.copytree(home / "llama", tmp_path / "llama")
     config = make(training={"init_from": f"hf:{tmp_path / 'llama'}"})
@@ -684,7 +682,7 @@ def test_a_whole_run_goes_on_without_what_it_began_from(
 def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     name: str, make: Make, tmp_path: Path
 ) -> None:
-    """A12: SIGKILL whenever two more steps are logged, twice; the curve and the weights are those of a run nobody killed."""
+    """A12: SIGKILL whenever two more steps are logged, twice; curve and weights equal an uninterrupted run's."""
     config = make(**RUNS[name], training={"max_steps": 14, "save_every_steps": 1})
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     metrics, kills = tmp_path / "logs" / "tiny" / "metrics.csv", 0
@@ -715,7 +713,7 @@ def n_lines(path: Path) -> int:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_of_another_stage_is_not_gone_on_with(
+def test_a_run_of_another_stage_is_not_resumed(
     make: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """B14: both stages are named, either way round."""
@@ -748,7 +746,7 @@ def test_a_run_cannot_start_from_an_adapter(make: Make, tmp_path: Path, capsys: 
     assert "base/final.ckpt, or from the merged model." in message
 
 
-def test_an_adapter_goes_on_only_over_its_own_base(
+def test_an_adapter_resumes_only_on_its_own_base(
     make: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """D8: as a model, the other base would fit; --allow-changes does not help."""
@@ -847,7 +845,7 @@ def test_an_adapter_goes_on_only_over_its_own_base(
         ),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
+def test_an_impossible_setting_is_an_error_of_one_line(
     name: str, overrides: list[str], words: str, make: Make, tmp_path: Path, capsys: Capture
 ) -> None:
     """D8, E14: exit code 2 and the setting's name, and nothing is written."""
@@ -898,7 +896,7 @@ def test_adapters_need_a_trained_model(home: Path, tmp_path: Path, capsys: Captu
 def test_another_run_is_not_resumed(
     name: str, override: str, words: str, fatal: bool, make: Make, tmp_path: Path, capsys: Capture
 ) -> None:
-    """A10: what decides what a step computes; adapters of another shape cannot be used at all."""
+    """A10: settings that affect a step; adapters of another shape cannot be used at all."""
     config = make(**RUNS[name])
     assert run(config, "training.max_steps=1") == 0
     message = refused(config, tmp_path, capsys, override)
@@ -953,7 +951,7 @@ def shown(config: Path, capsys: Capture, *arguments: str) -> tuple[list[str], st
 def test_the_rows_of_examples_are_shown_with_what_is_trained(
     make: Make, home: Path, capsys: Capture, packing: str
 ) -> None:
-    """`say one` is answered `one one!`: the answer and its end are targets, the question is not. Behind a question without a space stands a line end."""
+    """`say one` is answered `one one!`: the answer and its end are targets, the question is not. A question that ends without a space is followed by a line end."""
     lines, err = shown(
         make(data={"template": "plain", "packing": packing}), capsys, "--show-rows", "3"
     )
@@ -993,7 +991,7 @@ def test_rows_are_those_of_the_run_and_no_more(make: Make, capsys: Capture) -> N
     ]
 
 
-def test_what_finetune_refuses_is_refused_here_too(make: Make, capsys: Capture) -> None:
+def test_show_rows_refuses_what_a_run_refuses(make: Make, capsys: Capture) -> None:
     assert (
         finetune.main(
             [

@@ -1,4 +1,4 @@
-"""Training end to end on tiny models: what a run writes, and that it goes on exactly (FAULTS: A, C1, C2, D1, D2, G1, G3)."""
+"""Training end to end on tiny models: what a run writes, and exact resume (FAULTS: A, C1, C2, D1, D2, G1, G3)."""
 
 import csv
 import math
@@ -82,7 +82,7 @@ def uninterrupted(make_config: Make, tmp_path: Path) -> Path:
 # --- what a run writes ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_checkpoints_metrics_and_says_what_is_next(
+def test_a_run_writes_checkpoints_and_metrics_and_logs_the_next_command(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
     """Steps 2, 4, 6 are saved, step 2 is pruned (keep_last 2); the loss falls from ln 260 = 5.56 of a uniform guess."""
@@ -213,7 +213,7 @@ def test_init_from_takes_the_weights_and_nothing_else(
 def test_init_from_needs_the_same_tokenizer(
     make_config: Make, uninterrupted: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Or each row of the embedding would stand for another character; a missing file is named with the setting."""
+    """Else each row of the embedding would mean another character; a missing file is reported with its setting."""
     model = f"training.init_from={uninterrupted / 'checkpoints' / 'final.ckpt'}"
     assert "final.ckpt was trained with tokenizer " in refused(
         make_config(), tmp_path, capsys, model, "tokenizer.kind=char", "model.vocab_size=260"
@@ -234,7 +234,7 @@ def test_a_prompt_that_cannot_be_encoded_is_found_before_training(
 
 
 def test_a_sample_is_shown_at_each_validation(make_config: Make, capsys: Capture) -> None:
-    """Two validations, two samples that begin with the prompt."""
+    """Two validations, two samples that start with the prompt."""
     assert (
         run(make_config(training={"sample_prompt": "the model"}, sampling={"max_new_tokens": 5}))
         == 0
@@ -251,7 +251,7 @@ def interrupt_at(
     action: Callable[[], Any],
     stage: type[model.TrainingModule] = model.LanguageModule,
 ) -> None:
-    """Call `action` when the loss of that micro-batch (1, 2, ...) of this process has been worked out."""
+    """Call `action` after this process has computed the loss of that micro-batch (1, 2, ...)."""
     original, seen = stage.batch_loss, []
 
     def batch_loss(self: Any, batch: Any, *, label_smoothing: float) -> Any:
@@ -341,7 +341,7 @@ def test_validation_and_samples_do_not_touch_training(
     assert sorted(curve(tmp_path, "val_loss")) == [1, 2, 3, 4, 5, 6]
 
 
-def test_another_number_of_threads_is_said(
+def test_another_number_of_threads_is_logged(
     make_config: Make, uninterrupted: Path, capsys: Capture
 ) -> None:
     """A8: one line that names both numbers."""
@@ -356,7 +356,7 @@ def test_another_number_of_threads_is_said(
 
 
 def test_max_steps_can_be_raised(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
-    """A9: the run goes on to the new end and says that the schedule is another one now."""
+    """A9: the run continues to the new last step and logs that the schedule has changed."""
     assert run(make_config()) == 0
     assert run(make_config(), "training.max_steps=8") == 0
     assert (
@@ -376,7 +376,9 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_finished_run_is_left_alone(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_a_complete_run_is_not_continued(
+    make_config: Make, tmp_path: Path, capsys: Capture
+) -> None:
     """A11: exit code 0, and not a byte is written."""
     assert run(make_config()) == 0
     before = bytes_of(tmp_path)
@@ -419,7 +421,7 @@ def test_changed_data_is_refused_unless_allowed(
 def test_a_run_learns_its_own_tokenizer_and_goes_on_with_it(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    """The checkpoint holds the merges: the run goes on exactly though the cache is gone, and though nothing could be learned."""
+    """The checkpoint has the merges: the run resumes exactly although the cache and the text to learn from are gone."""
     config = make_config(**HARD, tokenizer={"kind": "bpe", "vocab_size": 300})
     calm, broken = tmp_path / "calm", tmp_path / "broken"
     assert run(config, *elsewhere(calm)) == 0
@@ -434,7 +436,7 @@ def test_a_run_learns_its_own_tokenizer_and_goes_on_with_it(
     assert_same_run(calm, broken)
 
 
-def test_shared_documents_are_counted_and_said(
+def test_shared_documents_are_counted_and_logged(
     make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """E13: the validation file is the first 20 lines of the training file."""
@@ -462,7 +464,7 @@ def test_documents_at_the_end_of_a_token_file_that_are_trained_on_are_counted(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """E13: of 60 documents of ten tokens the last six validate; none, three or all of those stand further up as well."""
+    """E13: of 60 documents of ten tokens the last six validate; none, three or all of them are also further up."""
     for repeated in (0, 3, 6):
         documents = [f"{i:09}" for i in range(60 - repeated)]
         write_token_file(
@@ -497,7 +499,7 @@ def test_documents_at_the_end_of_a_token_file_that_are_trained_on_are_counted(
     assert logged_about_data(make_config(data=mix), caplog) == [f"warning: data.mix: 3 of 9 {end}"]
 
 
-def test_a_run_says_what_its_text_is_not_divided_by(
+def test_a_run_warns_of_a_separator_that_does_not_separate(
     make_config: Make,
     write: Callable[..., Path],
     caplog: pytest.LogCaptureFixture,
@@ -591,7 +593,7 @@ def test_an_allowed_change_of_the_learning_rate_takes_effect(
 def test_another_optimizer_is_refused_even_if_changes_are_allowed(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Its state would mean nothing to the new one; a change that is allowed is said."""
+    """The state of one optimizer is useless to another; an allowed change is logged."""
     assert run(make_config(training={"max_steps": 4})) == 0
     assert "training.optimizer was adamw" in refused(
         make_config(), tmp_path, capsys, "training.optimizer=sgd", "--allow-changes"
@@ -608,7 +610,7 @@ def test_a_finished_run_is_compared_before_it_is_called_complete(
     assert "training.lr was 0.01" in refused(make_config(), tmp_path, capsys, "training.lr=1")
 
 
-def test_going_back_needs_a_folder_of_its_own(
+def test_a_branch_from_an_older_step_needs_its_own_folder(
     make_config: Make, uninterrupted: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """Both branches stay: newer checkpoints of the old one are neither pruned nor mixed with the new one's, and its metrics are kept."""
@@ -649,10 +651,10 @@ def test_no_step_stands_twice_in_the_metrics(
     assert sorted(curve(tmp_path, "val_loss")) == [3, 6]
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(
+def test_a_damaged_newest_checkpoint_is_skipped(
     make_config: Make, uninterrupted: Path, capsys: Capture
 ) -> None:
-    """B1: one bit of step 6 is flipped; the run goes on from step 4 and ends with the same numbers."""
+    """B1: one bit of step 6 is flipped; the run resumes from step 4 and ends with the same numbers."""
     whole = curve(uninterrupted)
     newest = uninterrupted / "checkpoints" / "step-000006.ckpt"
     damaged = bytearray(newest.read_bytes())
@@ -664,7 +666,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert curve(uninterrupted) == whole
 
 
-def test_a_new_run_does_not_take_a_used_folder(
+def test_a_new_run_refuses_a_used_folder(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
     """G3: --no-resume and auto_resume: false refuse a folder with checkpoints."""
@@ -747,7 +749,7 @@ def test_one_infinite_gradient_stops_before_the_step(
         ("training.log_dir=/dev/null/x", "/dev/null/x"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
+def test_an_impossible_setting_is_an_error_of_one_line(
     make_config: Make, tmp_path: Path, capsys: Capture, override: str, words: str
 ) -> None:
     """F6, E8, B11: exit code 2 and the setting's name."""

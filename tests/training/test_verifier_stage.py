@@ -114,7 +114,7 @@ def refused(config: Path, capsys: Capture, *arguments: str) -> str:
 
 @pytest.mark.slow
 def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsys: Capture) -> None:
-    """Nine is right whatever is asked, other numbers are wrong: that is soon learned. Of three pairs one is right, so the majority is 2/3."""
+    """Nine is always right, other numbers are always wrong, which is learned quickly. One of three pairs is right: the majority is 2/3."""
     config = make(
         training={
             "max_steps": 150,
@@ -241,7 +241,7 @@ def test_its_tokenizer_is_learned_from_problems_and_answers(
     assert run(config, "training.max_steps=2") == 0
 
 
-def test_it_begins_with_a_decoders_weights(make: Make, writer: Path, tmp_path: Path) -> None:
+def test_it_starts_from_the_weights_of_a_decoder(make: Make, writer: Path, tmp_path: Path) -> None:
     """With a learning rate of next to nothing the blocks are still the decoder's."""
     config = make(
         model={"n_layers": 1}, training={"init_from": str(writer), "lr": 1e-30, "max_steps": 1}
@@ -263,7 +263,7 @@ def test_it_begins_with_a_decoders_weights(make: Make, writer: Path, tmp_path: P
 def test_a_stopped_run_goes_on_to_the_last_bit(
     make: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """A12, C1: SIGTERM in the second of three micro-batches of step 4, with dropout; then equal to a run nobody stopped."""
+    """A12, C1: SIGTERM in the second of three micro-batches of step 4, with dropout; then equal to an uninterrupted run."""
     config = make()
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
@@ -280,7 +280,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
 def test_killed_while_a_model_writes_answers_and_while_training_it_goes_on_to_the_last_bit(
     make: Make, writer: Path, tmp_path: Path, child: Any
 ) -> None:
-    """A12: SIGKILL when a few problems are answered, then at two steps; the answers, the curve and the weights are those of a calm run."""
+    """A12: SIGKILL after a few answered problems, then at two steps; answers, curve and weights equal an uninterrupted run's."""
     config = make(verifier={"n_wrong": 1, "n_sampled": 3, "sampled_from": str(writer)}, data=FEW)
     assert (
         run(config, *elsewhere(tmp_path / "calm"), f"data.cache_dir={tmp_path / 'calm' / 'cache'}")
@@ -324,7 +324,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(
     assert checkpoint_format.latest_valid(tmp_path / "checkpoints").name == "step-000002.ckpt"
 
 
-def test_other_rows_are_another_run(make: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_is_not_resumed_with_other_rows(make: Make, tmp_path: Path, capsys: Capture) -> None:
     config = make()
     assert run(config, "training.max_steps=2") == 0
     path = tmp_path / "rows.jsonl"
@@ -365,7 +365,7 @@ def test_a_model_that_cannot_be_asked_is_named(make: Make, tmp_path: Path, capsy
 def test_every_other_program_says_that_it_is_no_model(
     make: Make, writer: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """infer.py and training.init_from want one that writes; a verifier is listed with its stage, and a model that writes is no verifier."""
+    """infer.py and training.init_from need a language model; a verifier is listed with its stage, and --verifier refuses a language model."""
     config = make(training={"max_steps": 1})
     assert run(config) == 0
     final = tmp_path / "checkpoints" / "final.ckpt"
@@ -385,7 +385,7 @@ def test_every_other_program_says_that_it_is_no_model(
         checkpoint_load.load_verifier(writer)
 
 
-def test_a_hugging_face_model_has_other_blocks(make: Make, tmp_path: Path, capsys: Capture) -> None:
+def test_a_hugging_face_model_is_refused(make: Make, tmp_path: Path, capsys: Capture) -> None:
     from tests.training.test_finetune import save_llama
 
     save_llama(tmp_path / "llama")
@@ -444,7 +444,7 @@ def test_settings_that_a_verifier_has_no_use_for_are_refused(
     assert message in refused(make(), capsys, override)
 
 
-def test_pretraining_has_no_verifier(make: Make, capsys: Capture) -> None:
+def test_pretraining_refuses_a_verifier_section(make: Make, capsys: Capture) -> None:
     assert train.main(["--config", str(make())]) == 2
     assert (
         "verifier: only valid for finetune.py, which trains verifiers. Run finetune.py, or remove the verifier section."

@@ -86,10 +86,11 @@ def prepare_tokenizer(
             fix = "Use the tokenizer that the model was trained with"
         problem = f"must be at least {tokenizer.vocab_size}, the tokenizer's, got {vocab_size}"
         raise UserError("model.vocab_size", problem, fix)
-    try:
-        tokenizer.encode(config.training.sample_prompt or "")  # now, not at the first validation
-    except UserError as error:
-        raise error.within("training.sample_prompt") from None
+    if config.training.sample_prompt is not None:
+        try:
+            tokenizer.encode(config.training.sample_prompt)  # now, not at the first validation
+        except UserError as error:
+            raise error.within("training.sample_prompt") from None
     model = config.model.model_copy(update={"vocab_size": vocab_size})
     return tokenizer, config.model_copy(update={"model": model})
 

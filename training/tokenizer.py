@@ -7,8 +7,9 @@ whose name depends on everything that the result depends on.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from tinylm.common.console import OnProgress
@@ -16,7 +17,8 @@ from tinylm.common.errors import UserError
 from tinylm.common.files import make_once
 from tinylm.config.schema import DataConfig, TokenizerConfig
 from tinylm.text.chunks import text_chunks
-from tinylm.text.sources import HubDataset
+from tinylm.text.data_source import data_sources
+from tinylm.text.sources import HubDataset, Source
 from tinylm.text.splits import Split
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe_fast import learn_bpe
@@ -25,7 +27,6 @@ from tinylm.tokenizer.factory import make_tokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer
-from tinylm.tokens.run_files import training_split
 
 # Part of the names of cached folders: raise it when the same text would give other merges.
 VERSION = 1
@@ -109,3 +110,40 @@ def _learn(
         processes=processes,
         progress=progress,
     )
+
+
+# --- the text that tokenizers learn from ---
+
+
+@dataclass(frozen=True)
+class InterleavedSources:
+    """The documents of several sources, one of each in turn, so that the first ones are of all of them."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(source.name for source in self.sources)
+
+    def documents(self) -> Iterator[str]:
+        """Every document that is not blank."""
+        for turn in zip_longest(*(source.documents() for source in self.sources)):
+            yield from (text for text in turn if text is not None)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the fingerprints of the sources."""
+        parts = " ".join(source.fingerprint() for source in self.sources)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def training_split(data: DataConfig, seed: int) -> Split:
+    """The training documents of all sources.
+
+    Raises:
+        UserError: as `data_sources`, or a source is a token file.
+    """
+    splits = [source.text() for source in data_sources(data, "train", seed)]
+    if len(splits) == 1:
+        return splits[0]
+    sources = InterleavedSources(tuple(split.source for split in splits))
+    return Split("train", sources, splits[0].held_out, None)

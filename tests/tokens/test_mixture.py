@@ -22,11 +22,10 @@ from tinylm.tokens.run_files import (
     name_of,
     training_files,
     training_fingerprint,
-    training_split,
     validation_file,
 )
 from tinylm.tokens.token_file import JoinedFiles, JoinedTokens, TokenFile
-from training.tokenizer import tokenizer_for
+from training.tokenizer import tokenizer_for, training_split
 
 BYTES = ByteTokenizer()
 SEED = 1

@@ -4,11 +4,10 @@
 sample.
 """
 
-import importlib
 from types import ModuleType
+
+from tinylm.common.lazy import lazy_module
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in ("engine", "chat"):
-        return importlib.import_module(f"tinylm.generate.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return lazy_module(__name__, name, "engine", "chat")

@@ -3,11 +3,10 @@
 `template_factory` is imported at its first use, as `rows.template_factory`: pretraining needs no template.
 """
 
-import importlib
 from types import ModuleType
+
+from tinylm.common.lazy import lazy_module
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "template_factory":
-        return importlib.import_module("tinylm.rows.template_factory")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return lazy_module(__name__, name, "template_factory")

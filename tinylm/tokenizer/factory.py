@@ -6,18 +6,12 @@ Kind bpe is learned from a corpus: training/tokenizer.py. The result is a tokeni
 from collections.abc import Callable, Iterable
 from typing import Any
 
+# hf and hf_files are imported at their first use
+from tinylm import tokenizer as tokenizers
 from tinylm.common.errors import UserError
 from tinylm.config.schema import TokenizerConfig
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
-from tinylm.tokenizer.hf import HFTokenizer
-from tinylm.tokenizer.hf_files import load_hf_tokenizer
-
-KINDS: dict[str, type[Tokenizer]] = {
-    "byte": ByteTokenizer,
-    "char": CharTokenizer,
-    "hf": HFTokenizer,
-}
 
 
 def make_tokenizer(config: TokenizerConfig, documents: Callable[[], Iterable[str]]) -> Tokenizer:
@@ -33,7 +27,7 @@ def make_tokenizer(config: TokenizerConfig, documents: Callable[[], Iterable[str
         return CharTokenizer.of_documents(documents(), unknown=config.unknown)
     if config.path is None:  # TokenizerConfig requires it for hf
         raise ValueError("kind bpe is learned: use training.tokenizer.tokenizer_for")
-    return load_hf_tokenizer(config.path)
+    return tokenizers.hf_files.load_hf_tokenizer(config.path)
 
 
 def tokenizer_from_plain(plain: dict[str, Any]) -> Tokenizer:
@@ -43,15 +37,16 @@ def tokenizer_from_plain(plain: dict[str, Any]) -> Tokenizer:
         UserError: this version does not know the kind.
     """
     kind = plain["kind"]
-    if kind not in KINDS:
-        raise UserError(
-            "tokenizer",
-            f"kind must be one of {', '.join(KINDS)} in this version, got {kind}",
-            "Use the version that wrote it",
-        )
-    return KINDS[kind].from_plain(plain)
+    if kind == "byte":
+        return ByteTokenizer.from_plain(plain)
+    if kind == "char":
+        return CharTokenizer.from_plain(plain)
+    if kind == "hf":
+        return tokenizers.hf.HFTokenizer.from_plain(plain)
+    problem = f"kind must be one of byte, char, hf in this version, got {kind}"
+    raise UserError("tokenizer", problem, "Use the version that wrote it")
 
 
 def named_tokenizer(name: str) -> Tokenizer:
     """`byte`, or the tokenizer in a folder or of a Hugging Face model."""
-    return ByteTokenizer() if name == "byte" else load_hf_tokenizer(name)
+    return ByteTokenizer() if name == "byte" else tokenizers.hf_files.load_hf_tokenizer(name)

@@ -7,12 +7,9 @@
 Which rows of the files a run takes, and in which order, is in mixture.py and row_order.py.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +19,8 @@ from tinylm.common.errors import UserError, require_regular
 from tinylm.common.files import locked
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import DataSource, data_sources, find_split, text_overlap
-from tinylm.text.sources import BIN, Source
-from tinylm.text.splits import Overlap, Split, Which, count_overlap
+from tinylm.text.sources import BIN
+from tinylm.text.splits import Overlap, Which, count_overlap
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import EncodeSpec, encode_file, notes_on_text
 from tinylm.tokens.id_arrays import open_tokens
@@ -220,40 +217,3 @@ def token_overlap(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Overl
     train_documents = (document for file in train for document in file.documents(dtype))
     val_documents = (document for file in val for document in file.documents(dtype))
     return count_overlap(train_documents, val_documents)
-
-
-# --- the text that tokenizers learn from ----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InterleavedSources:
-    """The documents of several sources, one of each in turn, so that the first ones are of all of them."""
-
-    sources: tuple[Source, ...]
-
-    @property
-    def name(self) -> str:
-        return ", ".join(source.name for source in self.sources)
-
-    def documents(self) -> Iterator[str]:
-        """Every document that is not blank."""
-        for turn in zip_longest(*(source.documents() for source in self.sources)):
-            yield from (text for text in turn if text is not None)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the fingerprints of the sources."""
-        parts = " ".join(source.fingerprint() for source in self.sources)
-        return hashlib.sha256(parts.encode()).hexdigest()
-
-
-def training_split(data: DataConfig, seed: int) -> Split:
-    """The training documents of all sources.
-
-    Raises:
-        UserError: as `data_sources`, or a source is a token file.
-    """
-    splits = [source.text() for source in data_sources(data, "train", seed)]
-    if len(splits) == 1:
-        return splits[0]
-    sources = InterleavedSources(tuple(split.source for split in splits))
-    return Split("train", sources, splits[0].held_out, None)

@@ -2,17 +2,18 @@
 
 import logging
 
+import training  # training.tokenizer is imported at its first use
 from data import PretrainData
 from tinylm.common.console import progress_bar
 from tinylm.common.errors import UserError
 from tinylm.common.units import short
 from tinylm.config.schema import Config
 from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.factory import make_tokenizer
 from tinylm.tokens.run_files import name_of, notes_on_texts, split_overlap
 from training.build import build_language_model
 from training.context import RunContext
 from training.stage import Stage
-from training.tokenizer import tokenizer_for
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +21,13 @@ logger = logging.getLogger(__name__)
 def learn_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer that the settings describe; bpe and char are learned from the training documents."""
     settings = config.tokenizer
-    with progress_bar() as progress:
-        tokenizer = tokenizer_for(settings, config.data, config.training.seed, progress=progress)
+    if settings.kind in ("byte", "hf"):
+        tokenizer = make_tokenizer(settings, tuple)
+    else:
+        with progress_bar() as progress:
+            tokenizer = training.tokenizer.tokenizer_for(
+                settings, config.data, config.training.seed, progress=progress
+            )
     if settings.vocab_size is not None and tokenizer.vocab_size < settings.vocab_size:
         found = f"{tokenizer.vocab_size} tokens, not {settings.vocab_size}"
         logger.info(f"tokenizer: {found}: every word of this text already is one token")

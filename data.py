@@ -2,9 +2,9 @@
 
     1. tokens   each source as one token file of N tokens                                  PretrainData.prepare
     2. rows     row i of a file: inputs and labels, 2 x (T,), cut from N tokens            tokens/packing.py
-    3. order    place of the run ─▶ source and row, from (seed, place) alone               mixture.py, row_order.py
+    3. order    place of the run ─▶ source and row, from (seed, place) alone               mixture.py, batches.py
     4. batch    the B rows at the places of micro-batch k of this rank, (B, T)             RowDataset
-    or          2'-4' of a stream: windows of rows, shuffled by (seed, window), (B, T)     StreamDataset
+    or          2'-4' of a stream: windows of rows, shuffled by (seed, window), (B, T)     tokens/stream.py
 
 The whole run is one sequence of micro-batches 0, 1, 2, ... and one Lightning epoch; a pass over the data ends somewhere
 inside it. A run that resumes at micro-batch k gets what an uninterrupted run would have got, whatever the number of
@@ -15,36 +15,37 @@ The data of fine-tuning, preferences and the verifier are rows as well, each in 
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+# tokens.mixture and tokens.stream are imported at their first use
+from tinylm import tokens
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
-from tinylm.text.data_source import train_documents
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.batches import Batch, Collate, RowDataset, collate_rows
-from tinylm.tokens.encode import encode_documents
-from tinylm.tokens.mixture import (
-    Allocation,
-    MixtureRows,
-    TokenRows,
-    mixture_row,
-    weights_of,
+from tinylm.tokens.batches import (
+    Batch,
+    Collate,
+    RowDataset,
+    RowOrder,
+    Share,
+    collate_rows,
+    count_batches,
+    validation_order,
 )
-from tinylm.tokens.packing import Position, pack_stream
-from tinylm.tokens.row_order import STREAM, RowOrder, Share, count_batches, validation_order
+from tinylm.tokens.packing import TokenRows
 from tinylm.tokens.run_files import (
     source_fingerprint,
     training_files,
     training_fingerprint,
     validation_file,
+    weights_of,
 )
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
 
@@ -125,7 +126,7 @@ class PretrainData(RunData):
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
-        self.cursor = Cursor()
+        self.cursor: list[int] | None = None
         self.train_files: tuple[TokenFile, ...] = ()
         """one for each source; none for a stream"""
         self.val_file: TokenFile | JoinedFiles | None = None
@@ -163,16 +164,16 @@ class PretrainData(RunData):
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         super().start_at(batch, cursor)
-        if cursor is not None:
-            self.cursor = Cursor(*cursor)
+        self.cursor = cursor
 
-    def train_dataset(self, share: Share | None = None) -> "RowDataset | StreamDataset":
+    def train_dataset(self, share: Share | None = None) -> Dataset[Batch]:
         """Rows of the token files in the order of the run, or the stream from the cursor on."""
         data, training = self.config.data, self.config.training
         share = share or self.share()
         if not self.train_files:
             steps = range(self.first_batch, training.max_steps * training.grad_accum_steps)
-            return StreamDataset(self.config, self.tokenizer, share, steps, self.cursor)
+            cursor = tokens.stream.Cursor(*(self.cursor or ()))
+            return tokens.stream.StreamDataset(self.config, self.tokenizer, share, steps, cursor)
         # A random row may start at any token.
         stride = 1 if data.order == "random" else data.stride or training.seq_len
         collate = self.collate()
@@ -186,9 +187,10 @@ class PretrainData(RunData):
         ]
         if data.mix is None:  # every place of the run is of the one source
             return RowDataset(sources[0], orders[0], collate, share)
-        allocation = Allocation(weights_of(data), training.seed)
-        order = partial(mixture_row, allocation, orders)
-        return RowDataset(MixtureRows(sources), order, collate, share)
+        mixture = tokens.mixture
+        allocation = mixture.Allocation(weights_of(data), training.seed)
+        order = partial(mixture.mixture_row, allocation, orders)
+        return RowDataset(mixture.MixtureRows(sources), order, collate, share)
 
     def val_dataset(self, share: Share | None = None) -> RowDataset:
         """Every validation token as a target once, whatever the stride of training."""
@@ -202,94 +204,6 @@ class PretrainData(RunData):
         eos_id = self.tokenizer.eos_id if self.config.data.document_mask else None
         seq_len = self.config.training.seq_len
         return partial(collate_rows, seq_len=seq_len, pad_id=self.tokenizer.pad_id, eos_id=eos_id)
-
-
-class Cursor(NamedTuple):
-    """A position in a shuffled stream: the window of rows, how many of them are used, and where it starts."""
-
-    window: int = 0
-    used: int = 0
-    passes: int = 0
-    document: int = 0
-    token: int = 0
-
-
-class StreamDataset(IterableDataset[Batch]):
-    """Micro-batches of documents that are read during training; each has the cursor of the row after it.
-
-    One process reads the stream, whatever `num_workers`: a second one would only read the same documents again.
-    """
-
-    def __init__(
-        self, config: Config, tokenizer: Tokenizer, share: Share, steps: range, cursor: Cursor
-    ):
-        self.config = config
-        self.tokenizer = tokenizer
-        self.share = share
-        self.steps = steps
-        self.cursor = cursor
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        if worker is not None and worker.id > 0:
-            return
-        eos_id = self.tokenizer.eos_id if self.config.data.document_mask else None
-        collate = partial(
-            collate_rows,
-            seq_len=self.config.training.seq_len,
-            pad_id=self.tokenizer.pad_id,
-            eos_id=eos_id,
-        )
-        rows = self._shuffled_rows()
-        n_rows = self.share.world * self.share.size
-        for k in self.steps:
-            places = self.share.places(k)
-            mine = []
-            for place in range(k * n_rows, (k + 1) * n_rows):  # every rank reads the rows of all
-                row, cursor = next(rows)
-                if place in places:
-                    mine.append((row[:-1], row[1:], None))
-            position = list(cursor)
-            yield collate(mine, places) | {"cursor": position, "origin": position}
-
-    def _shuffled_rows(self) -> Iterator[tuple[np.ndarray, Cursor]]:
-        """Each row (T + 1,) with the cursor after it; windows are filled in order and shuffled by (seed, window)."""
-        size = self.config.data.shuffle_window
-        window, used, *start = self.cursor
-        rows = pack_stream(self._documents(Position(*start)), self.config.training.seq_len)
-        while True:
-            # 1. fill a window with the next rows of the stream
-            filled = []
-            for _ in range(size):
-                row, end = next(rows)
-                filled.append(row.astype(np.int64))
-            # 2. shuffle it
-            order: Sequence[int] = range(size)
-            if self.config.data.order != "sequential":
-                rng = np.random.default_rng((self.config.training.seed, STREAM, window))
-                order = rng.permutation(size)
-            # 3. hand out its rows, from the first unused one
-            for i in range(used, size):
-                yield filled[order[i]], Cursor(window, i + 1, *start)
-            window, used, start = window + 1, 0, list(end)
-
-    def _documents(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
-        """The documents from `start` on, pass after pass without end, each with the position of its first token."""
-        data = self.config.data
-        while True:
-            documents = train_documents(data, self.config.training.seed, skip=start.document)
-            encoded = encode_documents(
-                documents,
-                self.tokenizer,
-                data.max_doc_len,
-                source=f"{data.dataset}: training",
-                first=start.document + 1,
-            )
-            for number, ids in enumerate(encoded, start.document):
-                offset = start.token if number == start.document else 0
-                if offset < len(ids):
-                    yield Position(start.passes, number, offset), ids[offset:]
-            start = Position(start.passes + 1, 0, 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ all of it.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from tinylm.config.schema import DataConfig, MixPart, TokenizerConfig
 from tinylm.text.data_source import text_overlap
 from tinylm.text.splits import is_held_out
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from tinylm.tokens.mixture import Allocation, shares_of
+from tinylm.tokens.mixture import Allocation
 from tinylm.tokens.run_files import (
     name_of,
+    shares_of,
     training_files,
     training_fingerprint,
     validation_file,
 )
-from tinylm.tokens.token_file import JoinedFiles, JoinedTokens, TokenFile
+from tinylm.tokens.token_file import JoinedFiles, TokenFile
 from training.tokenizer import tokenizer_for, training_split
 
 BYTES = ByteTokenizer()
@@ -102,6 +104,16 @@ def test_a_source_of_a_millionth_is_in_every_block():
 # --- tokens of several files ------------------------------------------------------------------------------------------
 
 
+@dataclass
+class ArrayFile:
+    """What `JoinedFiles` reads of a token file"""
+
+    tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
 @given(
     st.lists(st.lists(st.integers(0, 99), max_size=5), min_size=1, max_size=5),
     st.integers(-30, 30) | st.none(),
@@ -109,14 +121,14 @@ def test_a_source_of_a_millionth_is_in_every_block():
 )
 def test_joined_tokens_are_sliced_as_one_array_would_be(parts, start, stop):
     arrays = [np.array(part, dtype=np.uint16) for part in parts]
-    found = JoinedTokens(tuple(arrays))[start:stop]
+    found = JoinedFiles(tuple(map(ArrayFile, arrays))).tokens[start:stop]
     assert found.tolist() == np.concatenate(arrays)[start:stop].tolist()
     assert found.dtype == np.uint16
 
 
 def test_joined_tokens_have_no_steps():
     with pytest.raises(ValueError, match="joined tokens have no steps, got a step of 2"):
-        JoinedTokens((np.arange(3),))[::2]
+        JoinedFiles((ArrayFile(np.arange(3)),)).tokens[::2]
 
 
 # --- the files of a run -----------------------------------------------------------------------------------------------

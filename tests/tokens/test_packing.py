@@ -8,14 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinylm.tokens.example_rows import Example, pack_examples, row_of_examples
-from tinylm.tokens.packing import (
-    IGNORE_INDEX,
-    Position,
-    count_rows,
-    document_ids,
-    pack_stream,
-    row_at,
-)
+from tinylm.tokens.packing import IGNORE_INDEX, count_rows, document_ids, row_at
+from tinylm.tokens.stream import Position, pack_stream
 
 EOS = 0
 

@@ -17,7 +17,7 @@ import yaml
 import eval_val
 import finetune
 import train
-from data import Cursor, PretrainData, Share, StreamDataset
+from data import PretrainData, Share
 from tests.conftest import val_documents
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import load as checkpoint_load
@@ -31,6 +31,7 @@ from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.factory import make_tokenizer
 from tinylm.tokens.batches import Batch
 from tinylm.tokens.packing import IGNORE_INDEX
+from tinylm.tokens.stream import Cursor, StreamDataset
 from training.show_rows import print_rows
 
 

@@ -20,10 +20,17 @@ from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
 from tinylm.rows.sft import build_examples, fingerprint_of_examples
 from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.batches import Batch, Collate, RowDataset, collate_rows
+from tinylm.tokens.batches import (
+    Batch,
+    Collate,
+    RowDataset,
+    Share,
+    collate_rows,
+    count_batches,
+    validation_order,
+)
 from tinylm.tokens.example_rows import collate_examples, fill_rows
-from tinylm.tokens.mixture import TokenRows
-from tinylm.tokens.row_order import Share, count_batches, validation_order
+from tinylm.tokens.packing import TokenRows
 from tinylm.tokens.run_files import validation_file
 
 

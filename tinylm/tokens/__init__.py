@@ -1,0 +1,12 @@
+"""Text to tokens, and tokens to batches. Read `run_files` first: the token files of a run.
+
+`mixture` and `stream` are imported at their first use, as `tokens.mixture`: most runs have one source of text, as files.
+"""
+
+from types import ModuleType
+
+from tinylm.common.lazy import lazy_module
+
+
+def __getattr__(name: str) -> ModuleType:
+    return lazy_module(__name__, name, "mixture", "stream")

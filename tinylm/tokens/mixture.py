@@ -11,35 +11,17 @@ not how many tokens it has. One source is the mixture of one. Which files the so
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from tinylm.config.schema import DataConfig
-from tinylm.tokens.packing import count_rows, row_at
-from tinylm.tokens.row_order import MIXTURE, RowOrder
-from tinylm.tokens.token_file import JoinedFiles, TokenFile
+from tinylm.tokens.batches import MIXTURE, RowOrder
+from tinylm.tokens.packing import TokenRows
+from tinylm.tokens.run_files import shares_of
 
 # Rows that are allocated together: enough to mix a batch well.
 BLOCK_ROWS = 1024
-
-
-def weights_of(data: DataConfig) -> list[float]:
-    """The weight of each source; a single source has all the weight."""
-    return [1.0] if data.mix is None else [part.weight for part in data.mix]
-
-
-def shares_of(weights: Sequence[float]) -> list[Fraction]:
-    """The weights divided by their sum, exactly.
-
-    >>> [str(share) for share in shares_of([0.3, 0.1])]
-    ['3/4', '1/4']
-    """
-    # str: 0.1 is a tenth, not the binary number next to it
-    exact = [Fraction(str(weight)) for weight in weights]
-    return [weight / sum(exact) for weight in exact]
 
 
 class Allocation:
@@ -90,27 +72,6 @@ def mixture_row(allocation: Allocation, orders: Sequence[RowOrder], place: int) 
     """The source at a place of the run, and the row of that source: each source has an order of its own."""
     source, number = allocation.row(place)
     return source, orders[source](number)
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """The rows of a token file: row i starts at token i * stride.
-
-    A worker process reopens the file, so its tokens are never copied.
-    """
-
-    file: TokenFile | JoinedFiles
-    seq_len: int
-    stride: int
-    pad_id: int
-
-    def __len__(self) -> int:
-        return count_rows(len(self.file), self.seq_len, self.stride)
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Inputs and labels (T,) int64, and the first token."""
-        start = number * self.stride
-        return *row_at(self.file.tokens, start, self.seq_len, self.pad_id), start
 
 
 @dataclass(frozen=True)

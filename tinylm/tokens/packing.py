@@ -16,14 +16,15 @@ So every token but the very first is a label exactly once (with the default stri
 input, opens the next one: the first token of a document is predicted from EOS alone, which is also how sampling from an
 empty prompt begins. After the last token a row is filled with padding, whose labels are IGNORE_INDEX.
 
-Examples of fine-tuning are put into rows in example_rows.py. Knows nothing of text.
+Examples of fine-tuning are put into rows in example_rows.py, documents that are streamed in stream.py. Knows nothing of
+text.
 """
 
-from collections import deque
-from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
+
+from tinylm.tokens.token_file import JoinedFiles, TokenFile
 
 # Labels with this value are not trained; it is also the default of torch's cross entropy.
 IGNORE_INDEX = -100
@@ -67,48 +68,22 @@ def document_ids(input_ids: np.ndarray, eos_id: int) -> np.ndarray:
     return np.cumsum(input_ids == eos_id, axis=-1)
 
 
-class Position(NamedTuple):
-    """A position in a stream that is read again and again: the pass, the document in it, the token in the document."""
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of a token file: row i starts at token i * stride.
 
-    passes: int
-    document: int
-    token: int
-
-
-def pack_stream(
-    documents: Iterator[tuple[Position, np.ndarray]], seq_len: int
-) -> Iterator[tuple[np.ndarray, Position]]:
-    """Rows (T + 1,) of a stream in its order, each with the position at which the next row starts.
-
-    Nothing is lost or repeated; a long document spans many rows.
-
-    Args:
-        documents: the tokens of each document, (n,), with the position of the first one.
-        seq_len: T.
+    A worker process reopens the file, so its tokens are never copied.
     """
-    pieces: deque[tuple[Position, np.ndarray]] = deque()
-    n_held = 0
-    for piece in documents:
-        # 1. collect documents until a row and its last label are there
-        pieces.append(piece)
-        n_held += len(piece[1])
-        while n_held > seq_len:
-            # 2. take T tokens; the next one is the last label, and the first input of the next row
-            head = _take(pieces, seq_len)  # (T,)
-            n_held -= seq_len
-            position, rest = pieces[0]
-            yield np.concatenate((head, rest[:1])), position  # (T + 1,)
 
+    file: TokenFile | JoinedFiles
+    seq_len: int
+    stride: int
+    pad_id: int
 
-def _take(pieces: deque[tuple[Position, np.ndarray]], n: int) -> np.ndarray:
-    """Remove the first `n` tokens from `pieces` and return them, (n,); the rest begins with a token."""
-    taken = []
-    while n:
-        position, ids = pieces.popleft()
-        taken.append(ids[:n])
-        if len(ids) > n:  # put back what is left of the document
-            pieces.appendleft((position._replace(token=position.token + n), ids[n:]))
-        n -= min(n, len(ids))
-    while not len(pieces[0][1]):
-        pieces.popleft()
-    return np.concatenate(taken)
+    def __len__(self) -> int:
+        return count_rows(len(self.file), self.seq_len, self.stride)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Inputs and labels (T,) int64, and the first token."""
+        start = number * self.stride
+        return *row_at(self.file.tokens, start, self.seq_len, self.pad_id), start

@@ -4,11 +4,12 @@
                ─▶ a file in data.cache_dir, encoded from text once                            }
     data.dataset or data.mix ─▶ training_files, validation_file
 
-Which rows of the files a run takes, and in which order, is in mixture.py and row_order.py.
+Which rows of the files a run takes, and in which order, is in mixture.py and batches.py.
 """
 
 import os
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from tinylm.text.splits import Overlap, Which, count_overlap
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import EncodeSpec, encode_file, notes_on_text
 from tinylm.tokens.id_arrays import open_tokens
-from tinylm.tokens.mixture import shares_of, weights_of
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
 
 
@@ -217,3 +217,19 @@ def token_overlap(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Overl
     train_documents = (document for file in train for document in file.documents(dtype))
     val_documents = (document for file in val for document in file.documents(dtype))
     return count_overlap(train_documents, val_documents)
+
+
+def weights_of(data: DataConfig) -> list[float]:
+    """The weight of each source; a single source has all the weight."""
+    return [1.0] if data.mix is None else [part.weight for part in data.mix]
+
+
+def shares_of(weights: Sequence[float]) -> list[Fraction]:
+    """The weights divided by their sum, exactly.
+
+    >>> [str(share) for share in shares_of([0.3, 0.1])]
+    ['3/4', '1/4']
+    """
+    # str: 0.1 is a tenth, not the binary number next to it
+    exact = [Fraction(str(weight)) for weight in weights]
+    return [weight / sum(exact) for weight in exact]

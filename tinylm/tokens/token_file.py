@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -260,7 +260,7 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class JoinedFiles:
-    """Token files one after the other, read as if they were one."""
+    """Token files one after the other, read as if they were one: `tokens` is sliced, and only the slice is read."""
 
     files: tuple[TokenFile, ...]
 
@@ -268,39 +268,27 @@ class JoinedFiles:
         return sum(len(file) for file in self.files)
 
     @property
-    def tokens(self) -> "JoinedTokens":
-        """The tokens of all of them."""
-        return JoinedTokens(tuple(file.tokens for file in self.files))
+    def tokens(self) -> "JoinedFiles":
+        """The tokens of all of them, to be sliced: this object itself."""
+        return self
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        """The tokens at these places, (n,)."""
+        start, stop, step = places.indices(len(self))
+        if step != 1:
+            raise ValueError(f"joined tokens have no steps, got a step of {step}")
+        slices = []
+        first = 0
+        for file in self.files:
+            slices.append(file.tokens[max(start - first, 0) : max(stop - first, 0)])
+            first += len(file)
+        return np.concatenate(slices)
 
     @property
     def fingerprint(self) -> str:
         """12 hex digits that identify the tokens."""
         names = " ".join(file.fingerprint for file in self.files)
         return hashlib.sha256(names.encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class JoinedTokens:
-    """Arrays (N,) that are sliced as if they were one; only the slice is read.
-
-    >>> JoinedTokens((np.arange(3), np.arange(10, 13)))[1:5].tolist()
-    [1, 2, 10, 11]
-    """
-
-    parts: tuple[np.ndarray, ...]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, places: slice) -> np.ndarray:
-        start, stop, step = places.indices(len(self))
-        if step != 1:
-            raise ValueError(f"joined tokens have no steps, got a step of {step}")
-        firsts = accumulate(map(len, self.parts[:-1]), initial=0)
-        slices = []
-        for first, part in zip(firsts, self.parts, strict=True):
-            slices.append(part[max(start - first, 0) : max(stop - first, 0)])
-        return np.concatenate(slices)
 
 
 class HeaderBuilder:

@@ -844,6 +844,74 @@ def test_overrides_have_the_types_of_yaml():
     ) == (0.001, False, None, "no", ("tensorboard",))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "---", "##", "# a", "Yes", "no", "1e3", "7", "Q: What is it?", "[INST] hi", "{a", "*a", "&a", "!x", "@", "- a",
+        "~", "Null", "NULL", "...", "|", ">", "%", "'", '"a" and "b"', "'a' or b'", "a: b: c", " a ", "\n\n", "\\n", "a #b",
+        "\t", "2026-11-21", "0x1F", ".5", "true", "`",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["data.document_separator", "training.sample_prompt"])
+def test_the_override_of_a_text_setting_is_the_text_as_typed(key, text):
+    section, name = key.split(".")
+    assert getattr(getattr(load("model: {}", f"{key}={text}"), section), name) == text
+
+
+def test_only_null_is_null_in_the_override_of_a_text_setting():
+    file = "training: {sample_prompt: a}"
+    assert load(file, "training.sample_prompt=null").training.sample_prompt is None
+    assert load(file, "training.sample_prompt='null'").training.sample_prompt == "null"
+    assert load(file, r'training.sample_prompt="\n\n"').training.sample_prompt == "\n\n"
+    assert load(file, "training.sample_prompt=").training.sample_prompt == ""
+    assert load(file, "training.run_name=1e3").training.run_name == "1e3"
+    assert load(file, "hardware.precision=16").hardware.precision == "16"
+    assert load(file, "data.columns.prompt=1e3").data.columns == {"prompt": "1e3"}
+
+
+@pytest.mark.parametrize("text", ["", "---", "#", "# a", "..."])
+@pytest.mark.parametrize(
+    "key", ["training.grad_clip", "training.val_batches", "sampling.stop", "lora", "data.mix"]
+)
+def test_an_override_that_yaml_reads_as_nothing_is_an_error(key, text):
+    """Each of these settings can be null, which must be written."""
+    assert f"command line: {key}: " in error_of("model: {}", f"{key}={text}")
+
+
+def test_a_comment_in_place_of_a_value_is_an_error():
+    assert error_of("data:\n  document_separator: ##\n") == (
+        'c.yaml:2: data.document_separator: "##" is a comment in YAML, so nothing is set. '
+        "Put quotes around it if it is text, or write null before it."
+    )
+    config = load("data: # of this run\n  document_separator:\n  # next\n  val_docs: null # all\n")
+    assert config.data.document_separator is None
+
+
+def test_a_path_can_begin_with_the_home_folder(monkeypatch):
+    """A shell does not expand ~ after `key=`."""
+    monkeypatch.setenv("HOME", "/users/me")
+    config = load(
+        "data: {dataset: ~/x.txt, mix: [{dataset: ~/y.txt}]}\ntraining: {checkpoint_dir: ~/out}",
+        "data.val_dataset=~/v.txt",
+        "tokenizer.path=~/t",
+        "training.init_from=hf:~/m",
+        "training.sample_prompt=~/x",
+    )
+    assert config.data.dataset == "/users/me/x.txt"
+    assert config.data.mix[0].dataset == "/users/me/y.txt"
+    assert config.data.val_dataset == "/users/me/v.txt"
+    assert config.tokenizer.path == "/users/me/t"
+    assert config.training.checkpoint_dir == "/users/me/out"
+    assert config.training.init_from == "hf:/users/me/m"
+    assert config.training.sample_prompt == "~/x"
+
+
+@pytest.mark.parametrize("key", ["training.epochs", "training.num_train_epochs", "epochs"])
+def test_epochs_are_answered_with_what_decides_the_length(key):
+    length = "training.max_steps, in optimizer steps, decides the length of a run"
+    assert error_of("model: {}", f"{key}=2") == f"command line: {key}: no such setting. {length}."
+
+
 def test_an_override_creates_the_sections_around_it():
     moe = load("model: {moe: null}", "model.moe.top_k=1").model.moe
     assert (moe.top_k, moe.n_experts) == (1, 8)
@@ -873,7 +941,7 @@ WRITTEN = "an override must be section.key=value. For example training.max_steps
         ("training.lrr=3", "command line: training.lrr: no such setting. Did you mean lr?"),
         (
             "training.lr=",
-            f"command line: training.lr: must be a number, got null. Meaning: {MEANING['training.lr']}.",
+            f'command line: training.lr: must be a number, got "". Meaning: {MEANING["training.lr"]}.',
         ),
         (
             "training.lr=@",

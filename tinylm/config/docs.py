@@ -59,6 +59,11 @@ one; a list replaces a list. Here the other file is the one above:
 
     training.max_steps=100 model.moe.top_k=1 'training.loggers=[tensorboard]'
 
+The value of a text setting is the text as typed, also `---`, `Yes` or `1e3`; only `null` is null. Quotes around all of
+it are removed, so that `'data.document_separator="\\n\\n"'` and `'training.sample_prompt="null"'` can be written. In a
+file such a text needs quotes: there `Yes` and `1e3` are an error in a text setting. In both, `~` at the start of a path
+is your home folder.
+
 **An error is one line** with the file, the line number, the key, what was found and what is expected. The program exits
 with 2 before it does anything else. For example, if one word of the first file above is wrong:
 

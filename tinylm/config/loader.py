@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from tinylm.common.errors import UserError
 from tinylm.config.messages import explain
 from tinylm.config.schema import Config, ModelConfig, TokenizerConfig
+from tinylm.config.setting_types import is_text
 from tinylm.config.yaml_file import Layer, override_layer, read_layer
 
 
@@ -26,13 +27,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     values: dict[str, Any] = {}
     layers: list[Layer] = []
-    _add_file(Path(path), values, layers, ())
+    _add_file(Path(path).expanduser(), values, layers, ())
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             problem = "an override must be section.key=value"
             raise UserError(override, problem, "For example training.max_steps=100")
-        layers.append(override_layer(key, text))
+        layers.append(override_layer(key, text, is_text=is_text(key)))
         if key == "tokenizer.path" and isinstance(values.get("tokenizer"), dict):
             # It replaces a tokenizer that is trained, with all settings of the training.
             for name in ("kind", "vocab_size", "pattern", "learn_docs", "unknown"):
@@ -89,7 +90,7 @@ def _extended(value: object, path: Path, place: str, children: Sequence[Path]) -
     if not isinstance(value, str) or not value:
         problem = "must be the path of one YAML file"
         raise UserError((place, "extends"), problem, "Write it relative to this file")
-    parent = path.parent / value
+    parent = path.parent / os.path.expanduser(value)
     # os.path: Path.is_file raises for a name that no file can have
     if not os.path.isfile(parent):
         fix = "Write the path relative to this file"

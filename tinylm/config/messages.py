@@ -36,6 +36,8 @@ _EXPECTED = {
     "less_than": "below {lt}",
     "less_than_equal": "at most {le}",
 }
+# What other programs call the length of a run.
+_LENGTHS = ("epochs", "n_epochs", "num_epochs", "max_epochs", "num_train_epochs", "epoch")
 
 
 def explain(error: Any, layers: Sequence[Layer]) -> UserError:
@@ -111,6 +113,8 @@ def _meaning(key: str) -> str | None:
 def _suggestion(key: str) -> str:
     """Which setting an unknown key may mean: the same name in another section, or a similar one in this section."""
     section, _, name = key.rpartition(".")
+    if name in _LENGTHS:
+        return "training.max_steps, in optimizer steps, decides the length of a run"
     near = [
         f"{other}.{name}".lstrip(".") for other, kind in sections() if name in kind.model_fields
     ]

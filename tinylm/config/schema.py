@@ -7,15 +7,31 @@ with. Steps are optimizer steps everywhere.
 """
 
 import math
+import os
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 from tinylm.config import rules
 from tinylm.config.rules import Rule
 
 # Large enough for any real run, small enough that no product of two settings overflows a 64-bit integer.
 COUNT_LIMIT = 2**31 - 1
+
+
+def _expand_home(path: str) -> str:
+    """The path with ~ and ~user as folders; also in hf:~/model."""
+    prefix, folder = ("hf:", path[3:]) if path.startswith("hf:~") else ("", path)
+    return prefix + os.path.expanduser(folder)
+
 
 Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, le=COUNT_LIMIT, strict=True)]
@@ -25,6 +41,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 # A path or name that is not empty, without a NUL byte, which no path can have.
 Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+# A path, or a name that may be one; ~ is the home folder, which a shell does not fill in after `key=`.
+PathName = Annotated[Name, AfterValidator(_expand_home)]
 # The columns of rows that tinylm/rows reads.
 RowColumn = Literal[
     "instruction", "input", "output", "prompt", "completion",
@@ -147,7 +165,7 @@ class TokenizerConfig(Section):
 
     kind: Literal["byte", "char", "bpe", "hf"] = "byte"
     """byte: 256 bytes and 4 special tokens; char, bpe: trained on the training split; hf: read from `path`"""
-    path: Name | None = None
+    path: PathName | None = None
     """hf: a Hugging Face name (gpt2) or a tokenizer's folder; on the command line it replaces the whole section"""
     unknown: Literal["error", "unk"] = "error"
     """char: a character outside the vocabulary is an error, or becomes the token <|unk|>"""
@@ -169,7 +187,7 @@ class TokenizerConfig(Section):
 class MixPart(Section):
     """One source of a mixture."""
 
-    dataset: Name
+    dataset: PathName
     """a .txt, .jsonl, .parquet or token file, a folder or glob of them, or a Hugging Face name (owner/name)"""
     weight: Annotated[Number, Field(gt=0, le=1e6)] = 1.0
     """share of the rows from this source, relative to the other weights"""
@@ -180,7 +198,7 @@ class DataConfig(Section):
 
     rules: ClassVar = rules.DATA
 
-    dataset: Name = "data/tiny_corpus.txt"
+    dataset: PathName = "data/tiny_corpus.txt"
     """a .txt, .jsonl, .parquet or token file (.bin, .npy, .ds), a folder or glob of texts, or a hub name"""
     dataset_config: Name | None = None
     """configuration of a Hugging Face dataset (20231101.en)"""
@@ -200,7 +218,7 @@ class DataConfig(Section):
     """fine-tuning: several examples per row with document masks, or one example per row (always for preferences)"""
     split: Name = "train"
     """split of a Hugging Face dataset to train on"""
-    val_dataset: Name | None = None
+    val_dataset: PathName | None = None
     """validation documents from another source; null: from val_split or val_fraction"""
     val_split: Name | None = None
     """split of a Hugging Face dataset to validate on; null: from val_dataset or val_fraction"""
@@ -228,7 +246,7 @@ class DataConfig(Section):
     """rows of a stream that are shuffled together"""
     num_workers: Annotated[CountOrZero, Field(le=256)] = 0
     """processes that prepare batches; the result does not depend on it"""
-    cache_dir: Name = ".cache"
+    cache_dir: PathName = ".cache"
     """folder for token files and other files made from the data"""
 
 
@@ -294,9 +312,9 @@ class TrainingConfig(Section):
     """optimizer steps between checkpoints"""
     keep_last: Count | None = 2
     """number of step-*.ckpt files to keep; null: all"""
-    checkpoint_dir: Name = "checkpoints"
+    checkpoint_dir: PathName = "checkpoints"
     """folder of the checkpoints"""
-    log_dir: Name = "logs"
+    log_dir: PathName = "logs"
     """folder of the metrics of all runs"""
     run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = (
         "pretrain"
@@ -308,7 +326,7 @@ class TrainingConfig(Section):
     """text to continue at each validation; null: none"""
     auto_resume: Switch = True
     """continue from the latest valid checkpoint in checkpoint_dir"""
-    init_from: Name | None = None
+    init_from: PathName | None = None
     """a checkpoint, hf:NAME or hf:FOLDER to take weights, tokenizer and model settings from; null: new weights"""
     train_on: Literal["response", "all"] = "response"
     """fine-tuning: the tokens that are targets: only those of the responses, or all"""
@@ -355,7 +373,7 @@ class VerifierConfig(Section):
     """wrong answers made from each right one by changing one of its numbers, different ones in each pass"""
     n_sampled: Annotated[CountOrZero, Field(le=64)] = 0
     """answers per problem written by the model in `sampled_from`, right or wrong by their last number"""
-    sampled_from: Name | None = None
+    sampled_from: PathName | None = None
     """checkpoint of the model that writes the sampled answers"""
 
 

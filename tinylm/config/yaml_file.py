@@ -111,6 +111,8 @@ class Layer:
         if isinstance(node, yaml.SequenceNode):
             return [self.values(item, f"{key}[{i}]") for i, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
+            if _is_empty(node):
+                self._refuse_comment(node, key)
             try:
                 return _SCALARS[node.tag](node.value)
             except (ValueError, KeyError):
@@ -135,6 +137,17 @@ class Layer:
             lines[name.value] = name.start_mark.line + 1
             found[name.value] = self.values(value, dotted)
         return found
+
+    def _refuse_comment(self, node: yaml.Node, key: str) -> None:
+        """Raise a UserError if a comment is all that follows the key: in `separator: ##` it may be meant as text."""
+        mark = node.start_mark
+        if mark.buffer is None:  # the command line
+            return
+        rest = mark.buffer[mark.pointer :].partition("\n")[0].strip(" \r\0")
+        if rest.startswith("#"):
+            problem = f"{shown(rest)} is a comment in YAML, so nothing is set"
+            fix = "Put quotes around it if it is text, or write null before it"
+            raise UserError((self.place(node), key), problem, fix)
 
 
 def read_layer(path: Path) -> Layer:
@@ -161,14 +174,47 @@ def read_layer(path: Path) -> Layer:
     return Layer(str(path), _parse(text, str(path)))
 
 
-def override_layer(key: str, text: str) -> Layer:
-    """The setting `key` (dotted) of the command line; `text` is its value as in YAML."""
+def override_layer(key: str, text: str, *, is_text: bool) -> Layer:
+    r"""The setting `key` (dotted) of the command line, whose value is `text`.
+
+    The value of a text setting is the text as typed: only `null` is null, and quotes around all of it are YAML's,
+    so that "\n" and "null" can be written. Other values are written as in YAML.
+
+    >>> layer = override_layer("data.document_separator", "---", is_text=True)
+    >>> layer.values(layer.node)
+    {'data': {'document_separator': '---'}}
+    """
     mark = yaml.Mark("command line", 0, 0, 0, None, None)
-    value = _parse(text, None, key) or yaml.ScalarNode(f"{_TAG}null", "", mark)
+    as_typed = yaml.ScalarNode(f"{_TAG}str", text, mark)
+    value: yaml.Node | None
+    if not is_text:
+        value = _parse(text, None, key)
+        if value is None or _is_empty(value):
+            value = as_typed  # YAML reads nothing in it: a comment, or a border of documents
+    elif text == "null":
+        value = yaml.ScalarNode(f"{_TAG}null", text, mark)
+    else:
+        value = _quoted(text) or as_typed
     for name in reversed(key.split(".")):
         name_node = yaml.ScalarNode(f"{_TAG}str", name, mark)
         value = yaml.MappingNode(f"{_TAG}map", [(name_node, value)], mark)
     return Layer("command line", value, has_lines=False)
+
+
+def _is_empty(node: yaml.Node) -> bool:
+    """Whether nothing is written for a value, not even null or quotes."""
+    return isinstance(node, yaml.ScalarNode) and node.style is None and not node.value
+
+
+def _quoted(text: str) -> yaml.Node | None:
+    """The text in quotes that are around all of `text`; None if it is written in another way."""
+    if text[:1] not in ("'", '"') or text[-1:] != text[:1]:
+        return None
+    try:
+        node = _Loader(text).get_single_node()
+    except yaml.YAMLError:
+        return None
+    return node if isinstance(node, yaml.ScalarNode) and node.style == text[0] else None
 
 
 def read_list(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,6 @@ A command is a module of tinylm/cli: `SUMMARY` is its line in the list of comman
 to stdout and returns the exit code. To add a command, write such a module and enter it below.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +18,7 @@ from tinylm.cli import (
     plot,
     tokenizer,
 )
-from tinylm.cli.program import Parser, run_program
+from tinylm.cli.program import CommandParser, Parser, run_program
 
 COMMANDS = {
     "config-reference": config_docs,
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m tinylm",
         metavar="command",
         required=True,
-        parser_class=argparse.ArgumentParser,
+        parser_class=CommandParser,
     )
     for name, module in COMMANDS.items():
         command = subparsers.add_parser(name, help=module.SUMMARY)

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from tinylm.__main__ import COMMANDS, main
+from tinylm.cli.program import Parser
+from tinylm.cli.training_flags import training_parser
 from tinylm.runs.experiments import Outcome
+from tinylm.tokens.token_file import TokenFile
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("infer", "list", "eval_val", "evaluate_checkpoints", "train", "finetune", "align")
@@ -48,3 +51,55 @@ def test_a_failed_experiment_is_named_and_the_report_is_not_lost(tmp_path, monke
         f"error: failed: pretrain: base. See their output in {tmp_path / 'output'}. "
         "The same command resumes from there."
     )
+
+
+@pytest.mark.parametrize("separator", ["---", "-", "-x", "--other"])
+def test_a_separator_can_begin_with_a_dash(separator, tmp_path, monkeypatch):
+    """argparse takes such a word for a flag."""
+    text, out = tmp_path / "a.txt", tmp_path / "a.bin"
+    text.write_text(f"one\n{separator}\ntwo\n", encoding="utf-8")
+    flags = ["--data", str(text), "--tokenizer", "byte", "--out", str(out), "--processes", "1"]
+    assert main(["encode", *flags, "--separator", separator]) == 0
+    assert TokenFile.open(out).header.documents == 2
+
+
+def test_a_flag_in_place_of_a_text_is_still_an_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["encode", "--separator", "--data", "a.txt"])
+    assert "argument --separator: expected one argument" in capsys.readouterr().err
+
+
+def test_a_path_after_an_equals_sign_can_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/users/me")
+    parser = Parser()
+    parser.add_argument_group("files").add_argument("--out", type=Path)
+    parser.add_argument("--prompt")
+    arguments = parser.parse_args(["--out=~/x", "--prompt=~/x"])
+    assert (arguments.out, arguments.prompt) == (Path("/users/me/x"), "~/x")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (
+            ["--max_steps=3"],
+            "--max_steps=3. A setting is written without dashes: training.max_steps=3.",
+        ),
+        (
+            ["--max-steps", "3"],
+            "--max-steps. A setting is written without dashes: training.max_steps=3.",
+        ),
+        (
+            ["--training.max_steps", "3"],
+            "--training.max_steps. A setting is written without dashes: training.max_steps=3.",
+        ),
+        (["--lr"], "--lr. A setting is written without dashes: training.lr=...."),
+        (["--nothing"], "--nothing."),
+    ],
+)
+def test_a_setting_written_as_a_flag_is_named(words, hint, capsys):
+    parser, _ = training_parser("train.py", "config.yaml", "")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_intermixed_args(["--config", "c.yaml", *words])
+    message = f"error: unrecognized arguments: {hint} See python train.py --help.\n"
+    assert capsys.readouterr().err == message

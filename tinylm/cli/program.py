@@ -16,15 +16,44 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tinylm.common.console import lead_nowhere, log_to_stderr, open_streams, say
 from tinylm.common.errors import Diverged, UserError, printable
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with one-line errors, in which control characters are escaped.
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser that takes the text after a flag as typed, and ~ at the start of a path as the home folder.
+
+    >>> parser = CommandParser()
+    >>> _ = parser.add_argument("--separator")
+    >>> parser.parse_args(["--separator", "---"]).separator
+    '---'
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        # a shell does not expand ~ in --out=~/x
+        self.register("type", Path, lambda text: Path(text).expanduser())
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Join a flag that takes a text and the word after it, which argparse refuses if it begins with a dash."""
+        words = list(sys.argv[1:] if args is None else args)
+        joined: list[str] = []
+        while words:
+            word = words.pop(0)
+            action = self._option_string_actions.get(word)
+            takes_text = action is not None and action.nargs is None and action.type is None
+            if takes_text and words and words[0] not in ("--", *self._option_string_actions):
+                word = f"{word}={words.pop(0)}"
+            joined.append(word)
+        return super().parse_known_args(joined, namespace)
+
+
+class Parser(CommandParser):
+    """The parser of a program: one-line errors, in which control characters are escaped, and --debug.
 
     Abbreviated flags are rejected: a flag added later could change what they mean.
     """
@@ -36,6 +65,35 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with 2."""
         self.exit(2, f"error: {printable(message)}. See {self.prog} --help.\n")
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        """Parse flags and settings in any order; a setting that is written as a flag is an error with its name."""
+        words = list(sys.argv[1:] if args is None else args)
+        parsed, unknown = self.parse_known_intermixed_args(words, namespace)
+        if unknown:
+            self.error(
+                f"unrecognized arguments: {' '.join(unknown)}{_setting_hint(unknown, words)}"
+            )
+        return parsed
+
+
+def _setting_hint(unknown: Sequence[str], words: Sequence[str]) -> str:
+    """How the first unknown flag is written as a setting; "" if no setting has its name."""
+    from tinylm.config.messages import sections
+
+    flag, equals, value = unknown[0].partition("=")
+    name = flag.lstrip("-").replace("-", "_")
+    keys = []
+    for key, section in sections():
+        keys += [f"{key}.{field}" for field in section.model_fields if key]
+    settings = [key for key in keys if name in (key, key.rpartition(".")[2])]
+    if not settings:
+        return ""
+    if not equals:
+        following = words[words.index(unknown[0]) + 1 :][:1]
+        value = following[0] if following and following[0] not in unknown else "..."
+    written = " or ".join(f"{key}={value}" for key in settings)
+    return f". A setting is written without dashes: {written}"
 
 
 def run_program(body: Callable[[], int], *, debug: bool) -> int:

@@ -1,6 +1,7 @@
 """The flags of `tokenizer` and `encode` for the text to read, and the source that they mean."""
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from tinylm.common.errors import UserError
@@ -44,7 +45,8 @@ def text_source(arguments: argparse.Namespace, *, again: str = "Try again.") -> 
     require_positive(arguments, "docs")
     if arguments.separator == "":
         raise UserError("--separator", "is empty", "Give the text that separates documents")
-    return sources_named(arguments.data, arguments.text_field, arguments.separator, again=again)
+    paths = [os.path.expanduser(path) for path in arguments.data]
+    return sources_named(paths, arguments.text_field, arguments.separator, again=again)
 
 
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:

@@ -47,7 +47,7 @@ BLOCK = 2**16
 
 def ours(text: Path, vocab_size: int, processes: int, out: Path) -> float:
     """Seconds of this project's trainer."""
-    from tinylm.text.source_chunks import word_chunks
+    from tinylm.text.chunks import word_chunks
     from tinylm.text.sources import sources_named
     from tinylm.tokenizer.bpe_fast import learn_bpe
     from tinylm.tokenizer.pretokenize import Pretokenizer
@@ -429,7 +429,7 @@ def encoding_table(folder: Path, options: argparse.Namespace) -> "Table":
     """Each way of encoding on each text."""
     from rich.table import Table
 
-    from tinylm.text.source_chunks import word_chunks
+    from tinylm.text.chunks import word_chunks
     from tinylm.text.sources import sources_named
     from tinylm.tokenizer.bpe_fast import learn_bpe
     from tinylm.tokenizer.pretokenize import Pretokenizer

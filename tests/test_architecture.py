@@ -398,7 +398,7 @@ def test_settings_load_without_torch(tmp_path):
 
 def test_counting_workers_load_neither_torch_nor_pydantic(tmp_path):
     """A spawned worker imports the module of its function; torch alone would cost it a second."""
-    modules = "tinylm.tokenizer.pretokenize, tinylm.text.chunks"
+    modules = "tinylm.tokenizer.pretokenize, tinylm.text.chunks, tinylm.text.documents"
     assert loaded_by(modules, {"torch", "pydantic", "lightning"}, tmp_path) == set()
 
 

@@ -16,8 +16,8 @@ from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
 from tinylm.common.files import make_once
 from tinylm.config.schema import DataConfig, TokenizerConfig
-from tinylm.text.chunks import text_chunks
 from tinylm.text.data_source import data_sources
+from tinylm.text.documents import text_chunks
 from tinylm.text.sources import HubDataset, Source
 from tinylm.text.splits import Split
 from tinylm.tokenizer.base import Tokenizer

@@ -13,7 +13,7 @@ import infer
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.config.schema import Config
 from tinylm.model.decoder import Decoder
-from tinylm.text.chunks import text_chunks
+from tinylm.text.documents import text_chunks
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe_fast import learn_bpe
 from tinylm.tokenizer.hf import HFTokenizer

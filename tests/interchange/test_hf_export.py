@@ -39,7 +39,7 @@ from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import target_layers
 from tinylm.rows.conversation import Turn
 from tinylm.rows.template_factory import make_template
-from tinylm.text.chunks import text_chunks
+from tinylm.text.documents import text_chunks
 from tinylm.tokenizer.bpe_fast import learn_bpe
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 from tinylm.tokenizer.factory import tokenizer_from_plain

@@ -6,9 +6,10 @@ import pytest
 
 from tests.tokenizer.conftest import random_text
 from tinylm.common.errors import UserError
+from tinylm.common.processes import limit_processes
 from tinylm.text import chunks
-from tinylm.text.chunks import TextChunk, limit_processes, part_borders, text_chunks
-from tinylm.text.source_chunks import word_chunks
+from tinylm.text.chunks import part_borders, word_chunks
+from tinylm.text.documents import TextChunk, text_chunks
 from tinylm.text.sources import sources_named
 from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer, count_words
 

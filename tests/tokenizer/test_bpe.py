@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.text.chunks import text_chunks
+from tinylm.text.documents import text_chunks
 from tinylm.tokenizer.bpe import Merge, decode, encode, train
 from tinylm.tokenizer.bpe_fast import learn_bpe
 from tinylm.tokenizer.hf import HFTokenizer

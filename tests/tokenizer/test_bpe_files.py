@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm.common.errors import UserError
-from tinylm.text.chunks import text_chunks
+from tinylm.text.documents import text_chunks
 from tinylm.tokenizer.bpe_fast import learn_bpe
 from tinylm.tokenizer.bpe_files import FILES, Bpe
 from tinylm.tokenizer.hf_files import load_hf_tokenizer

@@ -11,7 +11,7 @@ import pytest
 
 from tinylm.__main__ import main
 from tinylm.config.schema import TokenizerConfig
-from tinylm.text.chunks import text_chunks
+from tinylm.text.documents import text_chunks
 from tinylm.tokenizer import bpe_fast
 from tinylm.tokenizer.bpe_fast import learn_bpe
 from tinylm.tokenizer.factory import make_tokenizer

@@ -25,7 +25,7 @@ from tinylm.cli import encode as encode_command
 from tinylm.common.errors import UserError
 from tinylm.common.files import locked
 from tinylm.config.schema import DataConfig
-from tinylm.text import chunks, documents, sources
+from tinylm.text import documents, sources
 from tinylm.text.data_source import text_overlap, train_documents
 from tinylm.text.sources import sources_named
 from tinylm.text.splits import Split
@@ -35,7 +35,6 @@ from tinylm.tokens.encode import (
     EncodeSpec,
     encode_documents,
     encode_file,
-    source_chunks,
 )
 from tinylm.tokens.run_files import cached_token_file, source_fingerprint
 from tinylm.tokens.token_file import TokenFile
@@ -521,7 +520,7 @@ def test_a_token_file_whose_name_is_too_long_is_refused_on_one_line():
 def small_portions(monkeypatch) -> None:
     """Files are cut after each 40 bytes, and text after each 40 characters."""
     monkeypatch.setattr(documents, "SPAN_BYTES", 40)
-    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 40)
+    monkeypatch.setattr(documents, "CHUNK_CHARACTERS", 40)
 
 
 @given(
@@ -548,7 +547,7 @@ def test_no_portion_cuts_a_document(tmp_path, texts, separator, size):
     try:
         for name in ("a.txt", "a.jsonl"):
             source = sources_named([str(tmp_path / name)], "text", separator)
-            assert [text for job in source_chunks(source) for text in job.texts()] == list(
+            assert [text for job in source.chunks() for text in job.texts()] == list(
                 source.documents()
             )
     finally:
@@ -560,7 +559,7 @@ def test_a_plain_file_is_cut_where_an_end_of_a_document_shows_by_itself(
     write, small_portions, separator, parts
 ):
     path = write("a.txt", "x" * 45 + "<|end|>\n" + "y" * 30)
-    assert len(list(source_chunks(sources_named([str(path)], "text", separator)))) == parts
+    assert len(list(sources_named([str(path)], "text", separator).chunks())) == parts
 
 
 def test_an_error_in_a_portion_names_the_line_of_the_file(write, small_portions):
@@ -1008,7 +1007,7 @@ def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_nam
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Stream())
     monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
-    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(documents, "CHUNK_CHARACTERS", 100)
     command = (
         "--data",
         "hf:owner/name",
@@ -1135,7 +1134,7 @@ def test_a_dataset_of_the_hub_is_streamed_and_no_more_of_it_read_than_asked_for(
 
     monkeypatch.setattr("datasets.load_dataset", serve)
     monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
-    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(documents, "CHUNK_CHARACTERS", 100)
     command = (
         "--data",
         "hf:owner/name:en:validation",

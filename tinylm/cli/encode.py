@@ -74,8 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the token file, report its content, and print its path."""
     from tinylm.common.files import locked
     from tinylm.text.sources import BIN, NPY
-    from tinylm.tokens.encode import notes_on_text
     from tinylm.tokens.id_arrays import write_npy
+    from tinylm.tokens.run_files import notes_on_text
 
     path = arguments.out
     array = path.with_suffix(NPY)

@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
 def train(arguments: argparse.Namespace) -> int:
     """Train a tokenizer, write its files, and print their folder."""
     from tinylm.common.files import require_writable
-    from tinylm.text.source_chunks import word_chunks
+    from tinylm.text.chunks import word_chunks
     from tinylm.tokenizer.bpe_fast import learn_bpe
     from tinylm.tokenizer.bpe_files import check_request
     from tinylm.tokenizer.pretokenize import Pretokenizer
@@ -168,7 +168,7 @@ def compare(arguments: argparse.Namespace) -> int:
     """Print a table with one row per tokenizer; the exit code is 2 if one could not be opened."""
     from rich.text import Text
 
-    from tinylm.text.source_chunks import word_chunks
+    from tinylm.text.chunks import word_chunks
     from tinylm.tokenizer.fit import measure_fit
 
     source = text_source(arguments)

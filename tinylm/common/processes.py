@@ -9,18 +9,34 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from tinylm.common.errors import UserError
 
-Job = TypeVar("Job")
+Job = TypeVar("Job", bound=Any)
 Result = TypeVar("Result")
 
 # Jobs that are queued per worker, so that it never waits for the next one.
 JOBS_AHEAD = 2
 # Results per process that may wait for an earlier one.
 MAX_WAITING = 8
+
+
+def limit_processes(
+    jobs: Iterable[Job], processes: int, min_size: int
+) -> tuple[Iterator[Job], int]:
+    """The jobs, and the number of processes to use: 1 if the sum of their `size` is less than `min_size`."""
+    jobs = iter(jobs)
+    first: list[Job] = []
+    size = 0
+    while processes > 1 and size < min_size:
+        job = next(jobs, None)
+        if job is None:
+            break
+        first.append(job)
+        size += job.size
+    return chain(first, jobs), processes if size >= min_size else 1
 
 
 def in_order(

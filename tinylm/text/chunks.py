@@ -1,27 +1,22 @@
-r"""A corpus in chunks, for the processes that share the work on it (common/processes.py).
+r"""A source in chunks that cut no word, for the processes that count its words (common/processes.py).
 
-    TextChunk   documents that this process has already read: compressed, streamed, or only divisible by reading them
-    SpanChunk   the documents of a byte range of a file: the process that works on it reads them
-    RawChunk    a byte range of a .txt file, not divided into documents and cut between words: for counting words
+    TextChunk   whole documents that this process has read, in text/documents.py
+    RawChunk    a byte range of a .txt file, not divided into documents and cut between words
 
-Each has a `size` in bytes or characters, and `texts()`. A worker process imports this file, so it
-needs neither torch, numpy nor pydantic. How a source is cut into chunks: `word_chunks` in
-text/source_chunks.py, `source_chunks` in tokens/encode.py.
+A worker process imports this file, so it needs neither torch, numpy nor pydantic.
 """
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import TypeVar
 
 from tinylm.common.errors import UserError, reading, require_regular
-from tinylm.text.documents import SeparatorSeen, Span, file_documents
+from tinylm.text.documents import TextChunk, file_documents, text_chunks
+from tinylm.text.sources import LocalFiles, Source, Together
 
-# Characters of the documents in a TextChunk.
-CHUNK_CHARACTERS = 2**20
 # A raw file is read in parts of about this many bytes, so that few words are in memory before they
 # are counted.
 PART_BYTES = 2**16
@@ -33,48 +28,6 @@ WINDOW_BYTES = 2**13
 # Where undecoded text can be cut without dividing a word of either pattern: after a line end or
 # before a space.
 BETWEEN_WORDS = re.compile(rb"(?<=[!-~]\n)(?=[!-~])|(?<=[!-~])(?= [!-~])")
-
-
-@dataclass(frozen=True)
-class TextChunk:
-    """Documents that were already read, and the error that ended the reading."""
-
-    documents: list[str]
-    error: UserError | None = None
-    separated: bool = False
-    """whether a separator was met up to here"""
-
-    @property
-    def size(self) -> int:
-        """Characters."""
-        return sum(map(len, self.documents))
-
-    def texts(self, found: SeparatorSeen | None = None) -> Iterator[str]:
-        """The documents, then the error; a separator is noted in `found`."""
-        if found is not None:
-            found.seen |= self.separated
-        yield from self.documents
-        if self.error is not None:
-            raise self.error
-
-
-@dataclass(frozen=True)
-class SpanChunk:
-    """The documents of a byte range of a file."""
-
-    path: Path
-    field: str
-    separator: str | None
-    span: Span
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.span[1] - self.span[0]
-
-    def texts(self, found: SeparatorSeen | None = None) -> Iterator[str]:
-        """The documents; a separator is noted in `found`."""
-        return file_documents(self.path, self.field, self.separator, self.span, found)
 
 
 @dataclass(frozen=True)
@@ -114,33 +67,26 @@ class RawChunk:
         return text.replace("\r\n", "\n")  # as in documents, which are what is encoded later
 
 
-Chunk = TypeVar("Chunk", bound=TextChunk | SpanChunk | RawChunk)
+def word_chunks(
+    source: Source, processes: int = 1, docs: int | None = None
+) -> Iterator[RawChunk | TextChunk]:
+    """The source, or its first `docs` documents, in chunks that cut no word.
 
-
-def text_chunks(
-    documents: Iterable[str], found: SeparatorSeen | None = None
-) -> Iterator[TextChunk]:
-    """Documents in chunks of about `CHUNK_CHARACTERS`; an error in reading them is in the last chunk.
-
-    Args:
-        documents: their texts.
-        found: where the reader of the documents notes separators.
+    A .txt file without a separator is read as it is, in `raw_chunks`; everything else by its
+    documents.
     """
-    texts: list[str] = []
-    n_characters = 0
-    error = None
-    try:
-        for text in documents:
-            texts.append(text)
-            n_characters += len(text)
-            if n_characters >= CHUNK_CHARACTERS:
-                yield TextChunk(texts, None, found is not None and found.seen)
-                texts = []
-                n_characters = 0
-    except UserError as problem:
-        error = problem
-    if texts or error is not None:
-        yield TextChunk(texts, error, found is not None and found.seen)
+    if docs is not None or not isinstance(source, LocalFiles | Together):
+        yield from text_chunks(islice(source.documents(), docs))
+        return
+    if isinstance(source, Together):
+        for one in source.sources:
+            yield from word_chunks(one, processes)
+        return
+    for path in source.paths:
+        if path.name.endswith(".txt") and source.separator is None:
+            yield from raw_chunks(path, processes)
+        else:
+            yield from text_chunks(file_documents(path, source.field, source.separator))
 
 
 def raw_chunks(path: Path, processes: int = 1) -> Iterator[RawChunk]:
@@ -175,19 +121,3 @@ def part_borders(path: Path) -> list[int]:
             if place:
                 borders.append(wanted + place)
     return [*borders, size]
-
-
-def limit_processes(
-    chunks: Iterable[Chunk], processes: int, min_size: int
-) -> tuple[Iterator[Chunk], int]:
-    """The chunks, and the number of processes to use: 1 if the chunks together are smaller than `min_size`."""
-    chunks = iter(chunks)
-    first: list[Chunk] = []
-    size = 0
-    while processes > 1 and size < min_size:
-        chunk = next(chunks, None)
-        if chunk is None:
-            break
-        first.append(chunk)
-        size += chunk.size
-    return chain(first, chunks), processes if size >= min_size else 1

@@ -7,6 +7,13 @@
 Text is UTF-8. A byte-order mark at the start of a file is dropped and \\r\\n ends a line as \\n does; every other
 character is kept, NUL and U+2028 too. Blank documents are skipped. A row that is not a document is an error with its
 file, line and key. Memory holds one document (or one batch of a parquet file) at a time.
+
+Processes that share the work on a source (common/processes.py) get its documents in chunks, each with a `size` and `texts()`:
+
+    SpanChunk   the documents of a byte range of a file: the process that works on it reads them
+    TextChunk   documents that were already read: compressed, streamed, or only divisible by reading them
+
+A worker process imports this file, so it needs neither torch, numpy nor pydantic.
 """
 
 import gzip
@@ -34,6 +41,9 @@ BLOCK_BYTES = 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A span ends with the first document that ends after this many bytes.
 SPAN_BYTES = 2**20
+
+# Characters of the documents in a TextChunk.
+CHUNK_CHARACTERS = 2**20
 
 Span = tuple[int, int]
 """A byte range of a file: start (included) and stop (excluded)."""
@@ -318,3 +328,74 @@ def reject_lone_surrogates(text: str) -> None:
             f"the text has {found}, which is half a character",
             "Remove it, or write the whole character",
         ) from None
+
+
+# --- documents for several processes ---
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """Documents that were already read, and the error that ended the reading."""
+
+    documents: list[str]
+    error: UserError | None = None
+    separated: bool = False
+    """whether a separator was met up to here"""
+
+    @property
+    def size(self) -> int:
+        """Characters."""
+        return sum(map(len, self.documents))
+
+    def texts(self, found: SeparatorSeen | None = None) -> Iterator[str]:
+        """The documents, then the error; a separator is noted in `found`."""
+        if found is not None:
+            found.seen |= self.separated
+        yield from self.documents
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass(frozen=True)
+class SpanChunk:
+    """The documents of a byte range of a file."""
+
+    path: Path
+    field: str
+    separator: str | None
+    span: Span
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.span[1] - self.span[0]
+
+    def texts(self, found: SeparatorSeen | None = None) -> Iterator[str]:
+        """The documents; a separator is noted in `found`."""
+        return file_documents(self.path, self.field, self.separator, self.span, found)
+
+
+def text_chunks(
+    documents: Iterable[str], found: SeparatorSeen | None = None
+) -> Iterator[TextChunk]:
+    """Documents in chunks of about `CHUNK_CHARACTERS`; an error in reading them is in the last chunk.
+
+    Args:
+        documents: their texts.
+        found: where the reader of the documents notes separators.
+    """
+    texts: list[str] = []
+    n_characters = 0
+    error = None
+    try:
+        for text in documents:
+            texts.append(text)
+            n_characters += len(text)
+            if n_characters >= CHUNK_CHARACTERS:
+                yield TextChunk(texts, None, found is not None and found.seen)
+                texts = []
+                n_characters = 0
+    except UserError as problem:
+        error = problem
+    if texts or error is not None:
+        yield TextChunk(texts, error, found is not None and found.seen)

@@ -21,15 +21,23 @@ from tinylm.common.hub import hub_errors, is_hub_name, require_hub
 from tinylm.text.documents import (
     DAMAGED,
     RESUMES,
+    SeparatorSeen,
+    SpanChunk,
+    TextChunk,
+    end_of_document,
     field_texts,
     file_documents,
     import_optional,
     no_column,
+    spans_of,
+    text_chunks,
 )
 
 # The suffixes of the files that are read for one purpose.
 Kinds = tuple[str, ...]
 DOCUMENT_FILES: Kinds = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
+BIN, NPY, DATATROVE = ".bin", ".npy", ".ds"
+TOKEN_FILES = (BIN, NPY, DATATROVE)
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,31 @@ class LocalFiles:
         for path in self.paths:
             yield from file_documents(path, self.field, self.separator)
 
+    def chunks(self) -> Iterator[SpanChunk | TextChunk]:
+        """The documents in chunks that depend on the files alone; an error in reading them is in the last one."""
+        try:
+            for path in self.paths:
+                require_regular(path)
+                end = end_of_document(path, self.separator)
+                if end is not None:
+                    for span in spans_of(path, end):
+                        yield SpanChunk(path, self.field, self.separator, span)
+                else:
+                    found = SeparatorSeen()
+                    texts = file_documents(path, self.field, self.separator, found=found)
+                    yield from text_chunks(texts, found)
+        except UserError as error:
+            yield TextChunk([], error)
+
+    def size(self) -> int:
+        """Bytes of all chunks; 0 if a file must be read to know."""
+        size = 0
+        for path in self.paths:
+            if end_of_document(path, self.separator) is None:
+                return 0
+            size += os.path.getsize(path) if os.path.exists(path) else 0
+        return size
+
     def fingerprint(self) -> str:
         """SHA-256 over the kinds and contents of the files, read in blocks."""
         digest = hashlib.sha256()
@@ -53,7 +86,8 @@ class LocalFiles:
             require_regular(path)
             with reading(path), open(path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
-                digest.update(f"{_suffix(path.name, DOCUMENT_FILES)} {content}\n".encode())
+                suffix = next((kind for kind in DOCUMENT_FILES if path.name.endswith(kind)), None)
+                digest.update(f"{suffix} {content}\n".encode())
         return digest.hexdigest()
 
 
@@ -77,6 +111,14 @@ class HubDataset:
         if self.field is None:
             raise ValueError("the dataset was opened for its rows, not for the text of one column")
         return field_texts(self.rows(), self.field)
+
+    def chunks(self) -> Iterator[TextChunk]:
+        """The documents in chunks; an error in reading them is in the last one."""
+        return text_chunks(self.documents())
+
+    def size(self) -> int:
+        """0: the dataset must be read to know."""
+        return 0
 
     def fingerprint(self) -> str:
         """SHA-256 over the name: the content is not downloaded for it."""
@@ -131,6 +173,15 @@ class Together:
     def documents(self) -> Iterator[str]:
         """Every document that is not blank."""
         return chain.from_iterable(source.documents() for source in self.sources)
+
+    def chunks(self) -> Iterator[SpanChunk | TextChunk]:
+        """The documents in chunks; the first error is to end the reading."""
+        return chain.from_iterable(source.chunks() for source in self.sources)
+
+    def size(self) -> int:
+        """Bytes of all chunks; 0 if a source must be read to know."""
+        sizes = [source.size() for source in self.sources]
+        return sum(sizes) if all(sizes) else 0
 
     def fingerprint(self) -> str:
         """SHA-256 over the fingerprints of the sources."""
@@ -190,13 +241,13 @@ def find_files(name: str, setting: str, kinds: Kinds) -> tuple[Path, ...]:
         place = "in this folder"
     elif os.path.lexists(name):
         require_regular(Path(name))
-        if not _suffix(name, kinds):
+        if not name.endswith(kinds):
             problem = f"not a kind of file with {wanted}"
             raise UserError((setting, name), problem, "Convert it, or name it by its kind")
         return (Path(name),)
     else:
         matches = glob.glob(name, recursive=True)
-        found = [Path(path) for path in matches if _suffix(path, kinds) and not os.path.isdir(path)]
+        found = [Path(path) for path in matches if path.endswith(kinds) and not os.path.isdir(path)]
         place = "matches"
     if not found:
         problem = f"no file of a kind with {wanted} {place}"
@@ -210,19 +261,10 @@ def files_in(folder: str, kinds: Kinds) -> list[Path]:
     for inner, _, names in os.walk(folder, onerror=_refuse_folder):
         hidden = any(part.startswith(".") for part in Path(inner).relative_to(folder).parts)
         for name in names:
-            if not hidden and not name.startswith(".") and _suffix(name, kinds):
+            if not hidden and not name.startswith(".") and name.endswith(kinds):
                 found.append(Path(inner, name))
     return found
 
 
 def _refuse_folder(error: OSError) -> NoReturn:
     raise UserError(error.filename, reason(error), "Give a folder that can be read")
-
-
-def _suffix(name: str, kinds: Kinds) -> str | None:
-    """The suffix of a file name, if it is one of these kinds."""
-    return next((suffix for suffix in kinds if name.endswith(suffix)), None)
-
-
-BIN, NPY, DATATROVE = ".bin", ".npy", ".ds"
-TOKEN_FILES = (BIN, NPY, DATATROVE)

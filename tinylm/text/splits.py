@@ -64,11 +64,6 @@ class Split:
         """Whether a document of the source is in this split, without regard to the limit."""
         return self.held_out is None or is_held_out(text, *self.held_out) == (self.which == "val")
 
-    @property
-    def label(self) -> str:
-        """The split in an error: `corpus.txt: training`."""
-        return f"{self.source.name}: {NAMES[self.which]}"
-
     def empty_error(self, n_read: int, kind: str = "documents") -> UserError:
         """The error to raise if none of the `n_read` documents or rows of the source is in the split."""
         if not n_read or self.held_out is None:

@@ -20,8 +20,9 @@ import numpy as np
 
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
-from tinylm.common.processes import in_order
-from tinylm.text.chunks import RawChunk, TextChunk, limit_processes
+from tinylm.common.processes import in_order, limit_processes
+from tinylm.text.chunks import RawChunk
+from tinylm.text.documents import TextChunk
 from tinylm.tokenizer.bpe_files import Bpe, check_request, smallest_vocabulary
 from tinylm.tokenizer.pretokenize import Pretokenizer, count_chunk
 

@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import regex
 
-from tinylm.text.chunks import RawChunk, TextChunk
+from tinylm.text.chunks import RawChunk
+from tinylm.text.documents import TextChunk
 
 # No merge crosses the border of a word. gpt2: the words of GPT-2 (Radford et al. 2019). gpt4: the
 # words of GPT-4, from tiktoken's cl100k_base, with at most three digits per word and contractions

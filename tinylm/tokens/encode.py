@@ -1,6 +1,6 @@
 """Documents to one token file, by several processes, in document order.
 
-    1. a source is cut into chunks that cut no document                                    `source_chunks`
+    1. a source is cut into chunks that cut no document                                    `source.chunks()`
     2. each process encodes chunks: document ids, EOS, document ids, EOS, ...  (N,)        `Encoder`
     3. this process writes them in the order of the chunks, and continues an old start     `encode_file`
 
@@ -22,11 +22,9 @@ import numpy as np
 
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError, require_regular
-from tinylm.common.processes import in_order
-from tinylm.text import chunks, documents
-from tinylm.text.chunks import SpanChunk, TextChunk, limit_processes, text_chunks
-from tinylm.text.documents import SeparatorSeen
-from tinylm.text.sources import LocalFiles, Source, Together
+from tinylm.common.processes import in_order, limit_processes
+from tinylm.text import documents
+from tinylm.text.documents import SeparatorSeen, SpanChunk, TextChunk
 from tinylm.text.splits import Split
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.factory import tokenizer_from_plain
@@ -72,7 +70,7 @@ def encode_documents(
         documents: the texts.
         tokenizer: encodes them.
         max_doc_len: tokens after which a document is truncated.
-        source: their name in an error, such as `Split.label`.
+        source: their name in an error, such as `corpus.txt: training`.
         first: the number of the first document in an error; a resumed stream does not start at 1.
 
     Raises:
@@ -145,40 +143,6 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 # --- chunks, for the processes --------------------------------------------------------------------
-
-
-def source_chunks(source: Source) -> Iterator[SpanChunk | TextChunk]:
-    """The source in chunks that depend on it alone; an error in reading it is in the last one."""
-    sources = source.sources if isinstance(source, Together) else (source,)
-    try:
-        for one in sources:
-            if not isinstance(one, LocalFiles):
-                yield from text_chunks(one.documents())
-                continue
-            for path in one.paths:
-                require_regular(path)
-                end = documents.end_of_document(path, one.separator)
-                if end is not None:
-                    for span in documents.spans_of(path, end):
-                        yield SpanChunk(path, one.field, one.separator, span)
-                else:
-                    found = SeparatorSeen()
-                    texts = documents.file_documents(path, one.field, one.separator, found=found)
-                    yield from text_chunks(texts, found)
-    except UserError as error:
-        yield TextChunk([], error)
-
-
-def source_size(source: Source) -> int:
-    """Bytes of all chunks of the source; 0 if it must be read to know."""
-    sources = source.sources if isinstance(source, Together) else (source,)
-    size = 0
-    for one in sources:
-        for path in one.paths if isinstance(one, LocalFiles) else [None]:
-            if path is None or documents.end_of_document(path, one.separator) is None:
-                return 0
-            size += os.path.getsize(path) if os.path.exists(path) else 0
-    return size
 
 
 @dataclass(frozen=True)
@@ -299,15 +263,15 @@ def encode_file(
         UserError: as the source, the tokenizer and `TokenFileWriter`, or the split has no document.
     """
     split = spec.split
-    cut = f"{documents.SPAN_BYTES} bytes, {chunks.CHUNK_CHARACTERS} characters"
+    cut = f"{documents.SPAN_BYTES} bytes, {documents.CHUNK_CHARACTERS} characters"
     writer = TokenFileWriter(
         path, spec.tokenizer, spec.fingerprint, cut=cut, resume=resume, keep=keep, setting=setting
     )
     with writer:
         # 1. skip the chunks that an interrupted call has encoded
-        parts = source_chunks(split.source)
+        parts = split.source.chunks()
         done = sum(part.size for part in islice(parts, writer.state.portions))
-        total = source_size(split.source)
+        total = split.source.size()
         # 2. encode the others
         parts, processes = limit_processes(parts, processes, WORTH_PROCESSES)
         encoder = Encoder(spec.tokenizer, spec.max_doc_len, split)
@@ -364,32 +328,3 @@ def finished_file(path: Path, spec: EncodeSpec) -> TokenFile | None:
         raise UserError(path, problem, fix)
     file.verify()
     return file
-
-
-def notes_on_text(
-    name: str, file: TokenFile, tokenizer: Tokenizer, separator: str | None, setting: str
-) -> list[str]:
-    """What the user should know about the text that became `file`, a line each.
-
-    Args:
-        name: the name of the text.
-        file: the file that `encode_file` wrote.
-        tokenizer: the tokenizer it was encoded with.
-        separator: what divides documents in a .txt file.
-        setting: the setting or flag of the separator.
-    """
-    header = file.header
-    notes = []
-    if header.spelled_eos:
-        eos = tokenizer.special_names[tokenizer.eos_id]
-        notes.append(
-            f"warning: {name}: {header.spelled_eos:,} of {header.documents:,} documents contain "
-            f"{eos} in their text, where it is only characters and ends nothing. If it separates "
-            f"documents of a .txt file, set {setting} to '{eos}'"
-        )
-    if header.unseparated:
-        notes.append(
-            f"warning: {name}: {setting} '{separator}' does not occur in it, so each .txt file is "
-            "one document"
-        )
-    return notes

@@ -19,15 +19,8 @@ from tinylm.common.errors import UserError, first_line, reading, require_regular
 from tinylm.common.files import atomic_path
 from tinylm.text.sources import DATATROVE, NPY
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.token_file import (
-    BLOCK,
-    ENCODE,
-    END_BYTES,
-    HEADER_BYTES,
-    MAGIC,
-    HeaderBuilder,
-    TokenFile,
-)
+from tinylm.tokens.token_file import BLOCK, ENCODE, END_BYTES, HEADER_BYTES, MAGIC, TokenFile
+from tinylm.tokens.token_file_writer import HeaderBuilder
 
 DATATROVE_AGAIN = "Run the task of datatrove again that wrote it"
 

@@ -21,9 +21,9 @@ from tinylm.common.files import locked
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import DataSource, data_sources, find_split, text_overlap
 from tinylm.text.sources import BIN
-from tinylm.text.splits import Overlap, Which, count_overlap
+from tinylm.text.splits import NAMES, Overlap, Which, count_overlap
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.encode import EncodeSpec, encode_file, notes_on_text
+from tinylm.tokens.encode import EncodeSpec, encode_file
 from tinylm.tokens.id_arrays import open_tokens
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
 
@@ -97,7 +97,7 @@ def token_file_of(
         source.text_field,
         source.separator,
         source.max_doc_len,
-        source.split.label,
+        f"{source.name}: {NAMES[source.which]}",
     )
     path = Path(cache_dir) / f"{source.which}-{spec.fingerprint}{BIN}"
     if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
@@ -233,3 +233,32 @@ def shares_of(weights: Sequence[float]) -> list[Fraction]:
     # str: 0.1 is a tenth, not the binary number next to it
     exact = [Fraction(str(weight)) for weight in weights]
     return [weight / sum(exact) for weight in exact]
+
+
+def notes_on_text(
+    name: str, file: TokenFile, tokenizer: Tokenizer, separator: str | None, setting: str
+) -> list[str]:
+    """What the user should know about the text that became `file`, a line each.
+
+    Args:
+        name: the name of the text.
+        file: the file that `encode_file` wrote.
+        tokenizer: the tokenizer it was encoded with.
+        separator: what divides documents in a .txt file.
+        setting: the setting or flag of the separator.
+    """
+    header = file.header
+    notes = []
+    if header.spelled_eos:
+        eos = tokenizer.special_names[tokenizer.eos_id]
+        notes.append(
+            f"warning: {name}: {header.spelled_eos:,} of {header.documents:,} documents contain "
+            f"{eos} in their text, where it is only characters and ends nothing. If it separates "
+            f"documents of a .txt file, set {setting} to '{eos}'"
+        )
+    if header.unseparated:
+        notes.append(
+            f"warning: {name}: {setting} '{separator}' does not occur in it, so each .txt file is "
+            "one document"
+        )
+    return notes

@@ -3,6 +3,7 @@
 chunk by chunk ─▶ a folder `.NAME.part` with tokens, ends, state.json ─▶ finish ─▶ the token file, whole
 """
 
+import hashlib
 import os
 import shutil
 import time
@@ -10,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,8 +25,9 @@ from tinylm.tokens.token_file import (
     HEADER_BYTES,
     MAGIC,
     VERSION,
-    HeaderBuilder,
+    TokenFileHeader,
     checked_tokens,
+    token_dtype,
 )
 
 
@@ -250,3 +252,41 @@ class TokenFileWriter:
 def writer_folder(path: Path) -> Path:
     """The folder in which the token file `path` is made."""
     return path.with_name(f".{path.name}.part")
+
+
+class HeaderBuilder:
+    """Collects the content of a header while the bytes of the file pass."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.digest = hashlib.sha256()
+        self.text_bytes = 0
+        self._lengths = np.array(tokenizer.byte_lengths(), dtype=np.uint32)
+
+    def add_tokens(self, tokens: np.ndarray) -> None:
+        """The next tokens of the file, (n,)."""
+        self.digest.update(tokens.data)
+        self.text_bytes += int(self._lengths[tokens].sum(dtype=np.int64))
+
+    def build(
+        self, dtype: str, count: int, documents: int, source: str, recipe: str, **text: Any
+    ) -> TokenFileHeader:
+        """The header, after every byte of the file has passed; `text` are fields with a default."""
+        tokenizer = self.tokenizer
+        header = TokenFileHeader(
+            version=VERSION,
+            count=count,
+            dtype=dtype,
+            tokenizer=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            documents=documents,
+            text_bytes=self.text_bytes,
+            source=source,
+            recipe=recipe,
+            sha256="",
+            **text,
+        )
+        self.digest.update(header.fields_json())
+        return header.model_copy(update={"sha256": self.digest.hexdigest()})

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tinylm.cli.program import Parser
 from tinylm.common.errors import UserError
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.loader import load_config
@@ -243,10 +244,10 @@ def parse(program: str, arguments: list[str]) -> argparse.Namespace:
         contextlib.redirect_stderr(said),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        for name in ("parse_args", "parse_intermixed_args"):
-            patch.setattr(
-                argparse.ArgumentParser, name, stop_after(getattr(argparse.ArgumentParser, name))
-            )
+        for parser in (argparse.ArgumentParser, Parser):
+            for name in ("parse_args", "parse_intermixed_args"):
+                if name in vars(parser):
+                    patch.setattr(parser, name, stop_after(getattr(parser, name)))
         try:
             main_of(program)(arguments)
         except Parsed as parsed:

@@ -2,7 +2,7 @@
 
     1. tokens   each source as one token file of N tokens                                  PretrainData.prepare
     2. rows     row i of a file: inputs and labels, 2 x (T,), cut from N tokens            tokens/packing.py
-    3. order    place of the run ─▶ source and row, from (seed, place) alone               mixture.py, batches.py
+    3. order    place of the run ─▶ source and row, from (seed, place) alone               mixture.py, packing.py
     4. batch    the B rows at the places of micro-batch k of this rank, (B, T)             RowDataset
     or          2'-4' of a stream: windows of rows, shuffled by (seed, window), (B, T)     tokens/stream.py
 
@@ -29,17 +29,17 @@ from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.batches import (
+from tinylm.tokens.packing import (
     Batch,
     Collate,
     RowDataset,
     RowOrder,
     Share,
+    TokenRows,
     collate_rows,
     count_batches,
     validation_order,
 )
-from tinylm.tokens.packing import TokenRows
 from tinylm.tokens.run_files import (
     source_fingerprint,
     training_files,

@@ -31,8 +31,7 @@ from tinylm.model.decoder import Decoder
 from tinylm.objectives.cross_entropy import cross_entropy
 from tinylm.optim.optimizers import make_optimizer, set_lr
 from tinylm.optim.schedule import multiplier
-from tinylm.tokens.batches import Batch
-from tinylm.tokens.packing import IGNORE_INDEX
+from tinylm.tokens.packing import IGNORE_INDEX, Batch
 
 if TYPE_CHECKING:
     from tinylm.model.hf_model import HFModel

@@ -15,10 +15,10 @@ from torch import nn
 from data import RunData
 from model import LanguageModule
 
-# hf_model is imported when a Hugging Face model is used
+# hf_model and checkpoint.initial are imported when a run uses such a model
+from tinylm import checkpoint as checkpoints
 from tinylm import model as models
 from tinylm.checkpoint.format import NO_REFERENCES
-from tinylm.checkpoint.initial import InitialModel, reference_to, whole_model
 from tinylm.common.errors import UserError
 from tinylm.common.units import short
 from tinylm.config.schema import Config, TrainingConfig
@@ -30,6 +30,7 @@ from training.resume import ResumeState, require_same_model
 from training.support import require_supported
 
 if TYPE_CHECKING:
+    from tinylm.checkpoint.initial import InitialModel
     from tinylm.model.hf_model import HFModel
 
 LIGHTNING_PRECISION = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -62,7 +63,9 @@ def build_model(
         references["hf_config"] = model.settings
     if config.lora is not None:
         assert initial is not None, "the table of unsupported pairs sees to it"
-        references["base"] = reference_to(initial, model, context.checkpoint_dir)
+        references["base"] = checkpoints.initial.reference_to(
+            initial, model, context.checkpoint_dir
+        )
         require_same_model(
             resume, references["base"], name="base", init_from=config.training.init_from
         )
@@ -77,7 +80,7 @@ def build_weights(
 ) -> Decoder | HFModel:
     """A model with the weights of the checkpoint, else of the initial model, else new ones, which depend on the seed."""
     if resume is not None and config.lora is None:
-        return whole_model(config.model, resume.state)
+        return checkpoints.initial.whole_model(config.model, resume.state)
     if initial is not None:
         return build_initial(config, initial)
     torch.manual_seed(config.training.seed)

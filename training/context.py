@@ -76,10 +76,14 @@ class RunContext:
         Raises:
             UserError: another process trains into one of them.
         """
+        folders = {
+            "training.checkpoint_dir": self.checkpoint_dir,
+            "training.run_name": self.log_dir,
+        }
         with contextlib.ExitStack() as locks:
             if rank_zero_only.rank == 0:
-                locks.enter_context(lock_run_dir(self.checkpoint_dir, "training.checkpoint_dir"))
-                locks.enter_context(lock_run_dir(self.log_dir, "training.run_name"))
+                for setting, folder in folders.items():
+                    locks.enter_context(lock_run_dir(folder, setting))
             yield
 
 

@@ -1,15 +1,22 @@
 """What a run starts from: the model of training.init_from, if any, the settings that it decides, and the tokenizer."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from tinylm.checkpoint.initial import InitialModel, open_initial_model
+# checkpoint.initial is imported when a run starts from a model
+from tinylm import checkpoint as checkpoints
 from tinylm.common.errors import UserError
 from tinylm.config.loader import with_model
 from tinylm.config.schema import Config
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.factory import make_tokenizer
 from training.resume import ResumeState
+
+if TYPE_CHECKING:
+    from tinylm.checkpoint.initial import InitialModel
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +36,7 @@ def find_initial_model(config: Config, resume: ResumeState | None) -> InitialMod
     if name is None or (resume is not None and not needed_on_resume):
         return None
     try:
-        return open_initial_model(name)
+        return checkpoints.initial.open_initial_model(name)
     except UserError as error:
         raise error.within("training.init_from") from None
 

@@ -1,15 +1,20 @@
 """Stage: the parts of a run that differ from one kind of training to another; each is made in `training/stages/`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from data import RunData
 from model import TrainingModule
-from tinylm.checkpoint.initial import InitialModel
 from tinylm.config.schema import Config
 from tinylm.tokenizer.base import Tokenizer
 from training.context import RunContext
 from training.resume import ResumeState
+
+if TYPE_CHECKING:
+    from tinylm.checkpoint.initial import InitialModel
 
 
 @dataclass(frozen=True)

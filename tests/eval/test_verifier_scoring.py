@@ -35,7 +35,7 @@ from tinylm.rows.verifier_data import (
     remove_annotations,
 )
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from tinylm.tokens.batches import Share
+from tinylm.tokens.packing import Share
 from training.stages.verifier import VerifierData
 
 BYTES = ByteTokenizer()

@@ -18,8 +18,7 @@ from tinylm.eval.perplexity import byte_length_table, score_batches
 from tinylm.model.decoder import Decoder
 from tinylm.objectives.cross_entropy import cross_entropy
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from tinylm.tokens.batches import Batch, Share
-from tinylm.tokens.packing import IGNORE_INDEX
+from tinylm.tokens.packing import IGNORE_INDEX, Batch, Share
 from training.build import build_weights
 from training.context import ResumeOptions, RunContext
 from training.resume import find_resume_state, require_same_data

@@ -22,7 +22,8 @@ from tests.conftest import val_documents
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
 from tinylm.text import documents, sources
-from tinylm.text.data_source import find_split, is_token_file, text_overlap, train_documents
+from tinylm.text.data_source import find_split, text_overlap, train_documents
+from tinylm.text.sources import TOKEN_FILES
 from tinylm.text.splits import is_held_out
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.token_file import TokenFile
@@ -602,7 +603,7 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(name, tmp_path, monkeypa
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sources, "require_hub", None)
-    if is_token_file(name):
+    if name.endswith(TOKEN_FILES):
         with pytest.raises(UserError, match="owner/name.bin: not found"):
             TokenFile.open(name)
     else:

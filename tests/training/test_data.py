@@ -29,8 +29,7 @@ from tinylm.text.data_source import train_documents
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.factory import make_tokenizer
-from tinylm.tokens.batches import Batch
-from tinylm.tokens.packing import IGNORE_INDEX
+from tinylm.tokens.packing import IGNORE_INDEX, Batch
 from tinylm.tokens.stream import Cursor, StreamDataset
 from training.show_rows import print_rows
 

@@ -39,8 +39,7 @@ from tinylm.config.loader import load_config
 from tinylm.config.schema import DpoConfig
 from tinylm.objectives.preferences import METRICS, Answers, answer_log_probs, preference_loss
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
-from tinylm.tokens.batches import Share
-from tinylm.tokens.packing import IGNORE_INDEX
+from tinylm.tokens.packing import IGNORE_INDEX, Share
 from training import run as training_run
 from training import sampling
 from training.stages import dpo

@@ -20,17 +20,17 @@ from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
 from tinylm.rows.sft import build_examples, fingerprint_of_examples
 from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.batches import (
+from tinylm.tokens.example_rows import collate_examples, fill_rows
+from tinylm.tokens.packing import (
     Batch,
     Collate,
     RowDataset,
     Share,
+    TokenRows,
     collate_rows,
     count_batches,
     validation_order,
 )
-from tinylm.tokens.example_rows import collate_examples, fill_rows
-from tinylm.tokens.packing import TokenRows
 from tinylm.tokens.run_files import validation_file
 
 

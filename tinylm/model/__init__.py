@@ -1,6 +1,6 @@
 """The models: `decoder` is ours, read it first.
 
-`hf_files` is imported at its first use, as `model.hf_files`: most runs do not need a model of Hugging Face.
+`hf_model` and `hf_files` are imported at their first use, as `model.hf_files`: most runs do not need a model of Hugging Face.
 """
 
 from types import ModuleType
@@ -9,4 +9,4 @@ from tinylm.common.lazy import lazy_module
 
 
 def __getattr__(name: str) -> ModuleType:
-    return lazy_module(__name__, name, "hf_files")
+    return lazy_module(__name__, name, "hf_model", "hf_files")

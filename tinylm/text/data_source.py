@@ -60,11 +60,6 @@ class DataSource:
         return self.split
 
 
-def is_token_file(name: str) -> bool:
-    """Whether the name of a dataset is that of a token file; only opening it shows whether it is one."""
-    return name.endswith(TOKEN_FILES)
-
-
 def data_sources(
     data: DataConfig, which: Which, seed: int, kinds: Kinds = DOCUMENT_FILES
 ) -> tuple[DataSource, ...]:
@@ -82,12 +77,12 @@ def data_sources(
     named = [("data.dataset", data.dataset)]
     if data.mix is not None:
         named = [(f"data.mix[{i}].dataset", part.dataset) for i, part in enumerate(data.mix)]
-    all_tokens = all(is_token_file(name) for _, name in named)
+    all_tokens = all(name.endswith(TOKEN_FILES) for _, name in named)
     for setting, name in named:
-        if is_token_file(name):
+        if name.endswith(TOKEN_FILES):
             _check_token_file(data, setting, all_tokens)
     val = data.val_dataset
-    if val is not None and is_token_file(val):
+    if val is not None and val.endswith(TOKEN_FILES):
         _refuse_settings(data, "data.val_dataset", ("val_docs",))
     bare = [name for name in (data.dataset, val) if name is not None and name.endswith(BIN)]
     if data.mix is None and data.token_dtype is not None and not bare:
@@ -98,7 +93,7 @@ def data_sources(
     sources = []
     for setting, name in named:
         split = None
-        if not is_token_file(name):
+        if not name.endswith(TOKEN_FILES):
             split = _text_split(data, which, seed, setting, name, kinds)
         source = DataSource(
             which=which,
@@ -208,7 +203,7 @@ def _check_token_file(data: DataConfig, setting: str, all_tokens: bool) -> None:
     )
     if all_tokens:
         _refuse_settings(data, setting, ("max_doc_len",))
-        if data.val_dataset is None or is_token_file(data.val_dataset):
+        if data.val_dataset is None or data.val_dataset.endswith(TOKEN_FILES):
             _refuse_settings(data, setting, ("text_field", "document_separator"))
     if data.val_dataset is None:
         _refuse_settings(data, setting, ("val_docs",))

@@ -37,6 +37,7 @@ from tinylm.text.documents import (
 Kinds = tuple[str, ...]
 DOCUMENT_FILES: Kinds = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
 BIN, NPY, DATATROVE = ".bin", ".npy", ".ds"
+# Only opening such a file shows whether it is one.
 TOKEN_FILES = (BIN, NPY, DATATROVE)
 
 

@@ -27,6 +27,9 @@ class ByteTokenizer(Tokenizer):
         self._check_id(id)
         return bytes((id,)) if id < 256 else b""
 
+    def byte_lengths(self) -> list[int]:
+        return [1] * 256 + [0] * 4
+
     def to_plain(self) -> dict[str, Any]:
         return {"kind": self.kind}
 

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tinylm.tokens.batches import Batch
-from tinylm.tokens.packing import IGNORE_INDEX
+from tinylm.tokens.packing import IGNORE_INDEX, Batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.tokens.batches import MIXTURE, RowOrder
-from tinylm.tokens.packing import TokenRows
+from tinylm.tokens.packing import MIXTURE, RowOrder, TokenRows
 from tinylm.tokens.run_files import shares_of
 
 # Rows that are allocated together: enough to mix a batch well.

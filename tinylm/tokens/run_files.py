@@ -4,7 +4,7 @@
                ─▶ a file in data.cache_dir, encoded from text once                            }
     data.dataset or data.mix ─▶ training_files, validation_file
 
-Which rows of the files a run takes, and in which order, is in mixture.py and batches.py.
+Which rows of the files a run takes, and in which order, is in mixture.py and packing.py.
 """
 
 import os

@@ -17,8 +17,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tinylm.config.schema import Config
 from tinylm.text.data_source import train_documents
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.batches import STREAM, Batch, Share, collate_rows
 from tinylm.tokens.encode import encode_documents
+from tinylm.tokens.packing import STREAM, Batch, Share, collate_rows
 
 
 class Position(NamedTuple):

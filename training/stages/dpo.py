@@ -40,8 +40,8 @@ from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.batches import Batch, RowDataset, Share
 from tinylm.tokens.example_rows import Example, row_of_examples
+from tinylm.tokens.packing import Batch, RowDataset, Share
 from training.build import build_initial, build_model
 from training.context import RunContext
 from training.resume import ResumeState, require_same_model

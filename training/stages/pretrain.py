@@ -36,8 +36,8 @@ def learn_tokenizer(config: Config) -> Tokenizer:
 
 def open_data(context: RunContext, tokenizer: Tokenizer) -> PretrainData:
     """The token files of the run, or its stream; logs their size and the documents that are in both splits."""
-    data = PretrainData(context.config, tokenizer)
     with progress_bar() as progress:
+        data = PretrainData(context.config, tokenizer)
         data.prepare(progress)
     logger.info(describe_data(data))
     check_documents(data)

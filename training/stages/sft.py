@@ -29,7 +29,6 @@ from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import Template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.batches import Batch, RowDataset, Share
 from tinylm.tokens.example_rows import (
     Example,
     collate_examples,
@@ -37,6 +36,7 @@ from tinylm.tokens.example_rows import (
     n_answers,
     row_of_examples,
 )
+from tinylm.tokens.packing import Batch, RowDataset, Share
 from training.build import build_language_model
 from training.context import RunContext
 from training.resume import ResumeState

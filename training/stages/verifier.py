@@ -41,8 +41,7 @@ from tinylm.rows.verifier_data import (
 )
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.batches import Batch, RowDataset, Share
-from tinylm.tokens.packing import IGNORE_INDEX
+from tinylm.tokens.packing import IGNORE_INDEX, Batch, RowDataset, Share
 from training.build import build_initial
 from training.context import RunContext
 from training.resume import ResumeState

@@ -5,9 +5,9 @@ import json
 import os
 import pickle
 import pty
-import select
 import re
 import resource
+import select
 import signal
 import subprocess
 import sys

@@ -60,7 +60,6 @@ PROGRAMS_OF_PROGRAMS: set[tuple[str, str]] = set()
 LATE_IMPORTS: set[str] = set()
 TOO_LONG = {
     "tinylm/config/schema.py",
-    "tinylm/runs/compare.py",
     "align.py",
 }
 

@@ -43,7 +43,7 @@ def test_the_help_of_a_command_opens_with_the_command(name, capsys):
 def test_a_failed_experiment_is_named_and_the_report_is_not_lost(tmp_path, monkeypatch, capsys):
     """The steps that succeeded are kept, so the same command runs only the failed one again."""
     failure = Outcome(failed=("pretrain: base",))
-    monkeypatch.setattr("tinylm.runs.experiments.run_steps", lambda steps, log: failure)
+    monkeypatch.setattr("tinylm.runs.experiments.run_steps", lambda steps: failure)
     assert main(["experiments", "--phase", "pretrain", "--out", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == f"{tmp_path}\n"

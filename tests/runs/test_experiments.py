@@ -1,13 +1,15 @@
-"""Experiments: what is run, what is not run again, and how it is stopped."""
+"""Experiments: their configs and steps, results that are reused, and signals."""
 
 import csv
 import dataclasses
+import logging
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,18 +23,18 @@ from tinylm.runs import experiments
 from tinylm.runs.experiments import (
     Outcome,
     Step,
+    all_run_names,
     is_done,
-    made_from,
     plan_steps,
     run_steps,
-    runs_of_questions,
+    step_inputs,
 )
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/experiments/*.yaml"))
 
 
-# --- the configs ------------------------------------------------------------------------------------------------------
+# --- the configs ----------------------------------------------------------------------------------
 
 
 def built(name: str) -> Decoder:
@@ -40,8 +42,8 @@ def built(name: str) -> Decoder:
     return Decoder(config.model.model_copy(update={"vocab_size": 260}))
 
 
-def test_every_config_is_asked_about_and_says_its_command():
-    assert {path.stem for path in CONFIGS} == set(runs_of_questions())
+def test_every_config_belongs_to_a_question_and_names_its_command():
+    assert {path.stem for path in CONFIGS} == set(all_run_names())
     for path in CONFIGS:
         assert f"python train.py --config configs/experiments/{path.name}" in path.read_text(
             encoding="utf-8"
@@ -51,8 +53,8 @@ def test_every_config_is_asked_about_and_says_its_command():
 @pytest.mark.parametrize(
     "path", [path for path in CONFIGS if path.stem != "base"], ids=lambda path: path.stem
 )
-def test_a_run_differs_from_the_base_in_one_thing(path):
-    """adamw: with the rate that suits it; moe: experts of half the width, two of which are as wide as the base; window-sinks: held against either alone."""
+def test_a_run_differs_from_the_base_in_one_setting(path):
+    """adamw: also its own lr. moe: two experts of half the width. window-sinks: both, compared with each alone."""
     base, run = (
         dict(experiments._flat(load_config(file).to_plain()))
         for file in (path.with_name("base.yaml"), path)
@@ -73,20 +75,20 @@ def test_a_run_differs_from_the_base_in_one_thing(path):
     assert changed == expected[path.stem] if path.stem in expected else len(changed) == 1
 
 
-def test_a_token_meets_as_many_parameters_in_experts_as_in_the_dense_model():
-    """Equal but for the router: 4 layers of 8 experts, each with a weight for each of 128 features."""
+def test_moe_has_the_active_parameters_of_the_dense_model_and_its_routers():
+    """The routers: 4 layers, 8 experts, 128 weights per expert."""
     dense, moe = built("base"), built("moe")
     assert active_parameters(dense) == count_parameters(dense)
     assert active_parameters(moe) == count_parameters(dense) + 4 * 8 * 128
     assert count_parameters(moe) > 2 * count_parameters(dense)
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
-def test_every_run_is_a_step_and_another_seed_is_another_run():
+def test_every_run_is_a_step_per_seed():
     steps = {step.name: step for step in plan_steps(Path("out"), seeds=2)}
-    assert {f"pretrain: {name}" for name in runs_of_questions()} < steps.keys()
+    assert {f"pretrain: {name}" for name in all_run_names()} < steps.keys()
     first, second = steps["pretrain: gqa"], steps["pretrain: gqa-seed2"]
     assert (
         second.command[-1]
@@ -99,17 +101,17 @@ def test_every_run_is_a_step_and_another_seed_is_another_run():
     )
 
 
-def test_every_step_is_a_command_that_its_program_takes(monkeypatch):
-    """As far as its settings and its tasks go: what it begins with is not there yet."""
+def test_the_command_of_every_step_is_valid(monkeypatch):
+    """Settings and tasks are checked; the checkpoints that steps load do not exist yet."""
     monkeypatch.chdir(ROOT)
     for step in plan_steps(Path("out"), seeds=2):
-        assert made_from(step)
+        assert step_inputs(step)
         assert Path(step.command[0]).is_file()
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A folder whose train.py is what a test writes into it."""
+    """A project folder with a dataset and a config."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("one\ntwo\n", encoding="utf-8")
     (tmp_path / "a.yaml").write_text(
@@ -119,7 +121,7 @@ def project(tmp_path, monkeypatch) -> Path:
 
 
 def step_of(project: Path, name: str = "a", code: str = "", config: str = "a.yaml") -> Step:
-    """A step whose program counts its runs, does `code`, and leaves a result."""
+    """A step whose program counts its runs, runs `code` and writes a result."""
     (project / "train.py").write_text("", encoding="utf-8")
     program = f"import sys, time, signal, pathlib\nopen({name + '.ran'!r}, 'a').write('x')\n{code}\nf = pathlib.Path('runs/{name}')\n"
     (project / f"{name}.py").write_text(
@@ -141,20 +143,28 @@ def runs_of(name: str = "a") -> int:
     return len(path.read_text(encoding="utf-8")) if path.exists() else 0
 
 
-def run_all(*steps: Step) -> tuple[Outcome, list[str]]:
-    said: list[str] = []
-    return run_steps(steps, said.append), said
+@pytest.fixture
+def run_all(caplog) -> Callable[..., tuple[Outcome, list[str]]]:
+    """Run steps; returns the outcome and the logged lines."""
+
+    def run(*steps: Step) -> tuple[Outcome, list[str]]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "tinylm"):
+            outcome = run_steps(steps)
+        return outcome, [record.getMessage() for record in caplog.records]
+
+    return run
 
 
-def test_a_step_whose_result_is_there_is_not_run_again(project):
+def test_a_step_with_a_result_is_not_run_again(project, run_all):
     step = step_of(project)
     assert run_all(step) == (Outcome(), ["pretrain: a: done"])
-    assert run_all(step) == (Outcome(), ["pretrain: a: done before (runs/a/final.ckpt)"])
+    assert run_all(step) == (Outcome(), ["pretrain: a: already done (runs/a/final.ckpt)"])
     assert runs_of() == 1
 
 
-def test_a_result_without_a_record_is_given_to_its_program_which_knows(project):
-    """A run that was killed after its last checkpoint: train.py says that it is complete, or goes on."""
+def test_a_result_without_a_record_is_run_again(project, run_all):
+    """A run that was killed after its last checkpoint: train.py resumes it or reports that it is done."""
     step = step_of(project)
     run_all(step)
     step.record.unlink()
@@ -162,39 +172,41 @@ def test_a_result_without_a_record_is_given_to_its_program_which_knows(project):
     assert runs_of() == 2
 
 
-def test_a_result_made_with_other_settings_is_an_error_and_stays(project):
+def test_a_result_of_other_settings_is_an_error_and_is_kept(project, run_all):
     step = step_of(project)
     run_all(step)
     (project / "a.yaml").write_text(
         "data:\n  dataset: text.txt\ntraining:\n  lr: 2e-3\n", encoding="utf-8"
     )
-    outcome, said = run_all(step)
+    outcome, logged = run_all(step)
     assert outcome == Outcome(("pretrain: a",))
-    wanted = "pretrain: a: runs/a/final.ckpt: training.lr was 0.001 when it was made and is 0.002. Set it back, or remove runs/a to make it again."
-    assert said == [wanted]
+    assert logged == [
+        "pretrain: a: runs/a/final.ckpt: training.lr was 0.001 when this file was made and is 0.002 "
+        "now. Set it back, or remove runs/a to make it again."
+    ]
     assert runs_of() == 1
 
 
-def test_a_result_made_from_another_text_is_an_error(project):
+def test_a_result_of_another_dataset_is_an_error(project, run_all):
     step = step_of(project)
     run_all(step)
     (project / "text.txt").write_text("one\nthree\n", encoding="utf-8")
     with pytest.raises(
         UserError,
-        match=r"runs/a/final.ckpt: content of text.txt was \w{16} when it was made and is \w{16}",
+        match=r"runs/a/final.ckpt: content of text.txt was \w{16} when this file was made and is \w{16} now",
     ):
         is_done(step)
 
 
-def test_where_a_run_writes_is_no_part_of_what_it_is(project):
+def test_output_paths_are_not_inputs_of_a_step(project):
     step = step_of(project)
     moved = dataclasses.replace(
         step, command=(*step.command, "training.checkpoint_dir=elsewhere", "training.run_name=b")
     )
-    assert made_from(step) == made_from(moved)
+    assert step_inputs(step) == step_inputs(moved)
 
 
-def test_a_result_that_another_step_began_with_counts_by_its_content(project):
+def test_a_result_that_another_step_loads_is_compared_by_content(project, run_all):
     step = dataclasses.replace(step_of(project), reads=(Path("base.ckpt"),))
     Path("base.ckpt").write_text("one", encoding="utf-8")
     run_all(step)
@@ -204,66 +216,66 @@ def test_a_result_that_another_step_began_with_counts_by_its_content(project):
         is_done(step)
 
 
-def test_a_step_that_fails_is_named_with_what_it_said_and_the_next_is_run(project):
+def test_a_failed_step_is_logged_with_its_error_and_the_next_is_run(project, run_all):
     first = step_of(project, "a", "sys.exit('error: no such thing.')")
-    outcome, said = run_all(first, step_of(project, "b"))
+    outcome, logged = run_all(first, step_of(project, "b"))
     assert outcome == Outcome(("pretrain: a",))
-    assert said == ["pretrain: a: exit code 1: error: no such thing.", "pretrain: b: done"]
+    assert logged == ["pretrain: a: exit code 1: error: no such thing.", "pretrain: b: done"]
     assert not first.record.exists()
 
 
-def test_a_step_that_is_killed_is_a_failure_and_no_wish_to_stop(project):
-    """Killed for want of memory, say: 128 + 9."""
-    outcome, said = run_all(
+def test_a_killed_step_is_a_failure_and_the_next_is_run(project, run_all):
+    """As when out of memory: 128 + 9. Only SIGINT and SIGTERM stop all steps."""
+    outcome, logged = run_all(
         step_of(project, "a", "import os; os.kill(os.getpid(), signal.SIGKILL)"),
         step_of(project, "b"),
     )
     assert outcome == Outcome(("pretrain: a",))
-    assert said == ["pretrain: a: exit code 137: no output", "pretrain: b: done"]
+    assert logged == ["pretrain: a: exit code 137: no output", "pretrain: b: done"]
 
 
-def test_a_step_with_a_wrong_config_is_named(project):
+def test_a_step_with_an_invalid_config_fails(project, run_all):
     step = step_of(project)
     run_all(step)
     (project / "a.yaml").write_text("training:\n  rate: 1\n", encoding="utf-8")
-    outcome, [said] = run_all(step)
+    outcome, [logged] = run_all(step)
     assert outcome.failed == ("pretrain: a",)
-    assert said.startswith("pretrain: a: a.yaml:2: training.rate:")
+    assert logged.startswith("pretrain: a: a.yaml:2: training.rate:")
 
 
-def test_a_program_that_was_stopped_stops_all(project):
-    outcome, said = run_all(step_of(project, "a", "sys.exit(143)"), step_of(project, "b"))
+def test_a_program_that_exits_after_a_signal_stops_all_steps(project, run_all):
+    outcome, logged = run_all(step_of(project, "a", "sys.exit(143)"), step_of(project, "b"))
     assert outcome == Outcome((), 143)
-    assert said == ["pretrain: a: stopped; the same command goes on from there"]
+    assert logged == ["pretrain: a: stopped; run the same command again to continue"]
     assert runs_of("b") == 0
 
 
-def test_an_output_that_cannot_be_written_is_one_line(project):
+def test_an_output_that_cannot_be_written_is_a_failure_of_one_line(project, run_all):
     (project / "output").write_text("a file", encoding="utf-8")
-    outcome, [said] = run_all(step_of(project))
+    outcome, [logged] = run_all(step_of(project))
     assert outcome.failed == ("pretrain: a",)
     assert (
-        said
+        logged
         == "pretrain: a: output/a.txt: cannot be written: File exists. Free disk space or change --out."
     )
 
 
-def test_a_full_disk_is_one_line(project, monkeypatch):
-    """The record is what comes after the run."""
+def test_a_full_disk_is_a_failure_of_one_line(project, monkeypatch, run_all):
+    """The record is written after the run."""
 
     def full(*paths: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    outcome, [said] = run_all(step_of(project))
+    outcome, [logged] = run_all(step_of(project))
     assert outcome.failed == ("pretrain: a",)
     assert (
-        said
+        logged
         == "pretrain: a: runs/a/made-from.json: cannot be written: No space left on device. Free disk space or change --out."
     )
 
 
-def test_outside_the_project_nothing_is_run(tmp_path, monkeypatch):
+def test_outside_the_project_folder_nothing_is_run(tmp_path, monkeypatch, run_all):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         UserError,
@@ -276,7 +288,7 @@ WAITS = """
 def stop(number, frame):
     with open('signals', 'a') as file:
         file.write(f'{number} ')
-    time.sleep(0.2)  # for a second one, if it comes
+    time.sleep(0.2)  # time for a second signal
     sys.exit(128 + number)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
@@ -291,8 +303,8 @@ time.sleep(60)
     ("number", "code", "got"),
     [(signal.SIGINT, 130, "2 "), (signal.SIGTERM, 143, "15 "), (signal.SIGHUP, 143, "15 ")],
 )
-def test_a_signal_goes_to_the_program_once_and_ends_everything(project, number, code, got):
-    """Sent to the whole group, as a terminal does; SIGHUP, of a closed terminal, arrives as SIGTERM, at which the programs save."""
+def test_a_signal_reaches_the_program_once_and_stops_all_steps(project, number, code, got):
+    """Sent to the process group, as by a terminal. SIGHUP (closed terminal) is passed on as SIGTERM."""
     steps = [step_of(project, "a", WAITS), step_of(project, "b")]
     process = start_apart(project, steps)
     wait_for(project / "waiting")
@@ -304,7 +316,7 @@ def test_a_signal_goes_to_the_program_once_and_ends_everything(project, number, 
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_a_program_that_does_not_end(project):
+def test_a_second_signal_kills_a_program_that_ignores_the_first(project):
     stubborn = WAITS.replace("    sys.exit(128 + number)\n", "")
     process = start_apart(project, [step_of(project, "a", stubborn + "time.sleep(60)")])
     wait_for(project / "waiting")
@@ -315,13 +327,13 @@ def test_a_second_signal_ends_a_program_that_does_not_end(project):
 
 
 def start_apart(project: Path, steps: list[Step]) -> subprocess.Popen:
-    """`run_steps` in a process of its own, which ends as the command does; signals are heard, though jobs in the background ignore some."""
+    """`run_steps` in its own process; it restores the signals that background jobs ignore."""
     code = f"""
 import signal, sys
 from pathlib import PosixPath
-from tinylm.experiments import Step, run_steps
+from tinylm.runs.experiments import Step, run_steps
 signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
-sys.exit(run_steps({steps!r}, print).stopped)
+sys.exit(run_steps({steps!r}).stopped)
 """
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -334,15 +346,15 @@ sys.exit(run_steps({steps!r}, print).stopped)
 def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 60
     while not path.exists() or (path.name == "signals" and not path.read_text(encoding="utf-8")):
-        assert time.monotonic() < deadline, f"{path.name} never came"
+        assert time.monotonic() < deadline, f"{path.name} was not written"
         time.sleep(0.02)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seeds", ["0", "101"])
-def test_a_number_of_seeds_that_makes_no_sense_is_refused(seeds, capsys):
+def test_seeds_must_be_from_1_to_100(seeds, capsys):
     assert main(["experiments", "--phase", "eval", "--seeds", seeds]) == 2
     assert (
         capsys.readouterr().err
@@ -351,8 +363,8 @@ def test_a_number_of_seeds_that_makes_no_sense_is_refused(seeds, capsys):
 
 
 @pytest.mark.slow
-def test_smoke_runs_every_path_and_a_second_time_nothing(tmp_path):
-    """Two small models for 8 steps, one of them fine-tuned, all measured: every file of a report."""
+def test_smoke_writes_a_report_and_runs_nothing_the_second_time(tmp_path):
+    """Two small models train for 8 steps, one is fine-tuned, all are measured."""
     command = [
         sys.executable,
         "-m",
@@ -396,7 +408,7 @@ def test_smoke_runs_every_path_and_a_second_time_nothing(tmp_path):
     )
     for picture in ("question-6.png", "positions.png", "streams.png"):
         assert f"]({picture})" in (out / "report.md").read_text(encoding="utf-8")
-    # What training said of its validation is what evaluation finds of the same rows.
+    # The evaluation has the same validation loss as training had on the same rows.
     metrics = list(
         csv.DictReader((out / "logs/base/metrics.csv").read_text(encoding="utf-8").splitlines())
     )
@@ -404,13 +416,13 @@ def test_smoke_runs_every_path_and_a_second_time_nothing(tmp_path):
     again = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
-    assert again.stderr.count(": done before (") == 3
+    assert again.stderr.count(": already done (") == 3
     assert (again.returncode, again.stdout) == (0, done.stdout)
 
 
 @pytest.mark.slow
-def test_a_stopped_command_saves_and_goes_on_from_there(tmp_path):
-    """SIGTERM in the first run of pretraining: exit 143, a checkpoint, no process left; the folder's lock is free for the next."""
+def test_a_stopped_command_saves_a_checkpoint(tmp_path):
+    """SIGTERM in the first pretraining run: exit code 143, a checkpoint, and no lock is left."""
     command = [
         sys.executable,
         "-m",
@@ -433,9 +445,9 @@ def test_a_stopped_command_saves_and_goes_on_from_there(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.terminate()
-    _, said = process.communicate(timeout=60)
+    _, logged = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert said.endswith("pretrain: base: stopped; the same command goes on from there\n")
+    assert logged.endswith("pretrain: base: stopped; run the same command again to continue\n")
     assert checkpoint_format.latest_valid(tmp_path / "runs/base") is not None
     with checkpoint_format.lock_run_dir(tmp_path / "runs/base"):
         pass

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     steps = plan_steps(folder, seeds)
     logger.info("device: each run reports its own; the evaluation runs on the CPU (small models)")
-    outcome = run_steps([step for step in steps if step.phase in RUNS_OF_PHASE[phase]], logger.info)
+    outcome = run_steps([step for step in steps if step.phase in RUNS_OF_PHASE[phase]])
     if outcome.stopped:
         return outcome.stopped
     report_folder = folder / "smoke" if phase == "smoke" else folder
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         from tinylm.runs.compare import evaluate
 
         compared = [step for step in steps if (step.phase == "smoke") == (phase == "smoke")]
-        print(printable(evaluate(compared, report_folder, logger.info)))
+        print(printable(evaluate(compared, report_folder)))
     else:
         print(printable(folder))
         command = ["--phase", "eval", "--seeds", str(seeds), "--out", str(folder)]

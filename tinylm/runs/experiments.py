@@ -1,17 +1,18 @@
-"""Experiments in one command: small models that differ in one setting, trained alike, to be compared.
+"""Experiments with one command: train small models that differ in one setting, to compare them.
 
-    plan_steps  what is run, phase by phase: each step is one command, as a user would type it, and the file it leaves
-    run_steps   steps without a result ─▶ results; a result that was made with other settings is not taken for this one
+    plan_steps  a folder -> `Step`s: one command each, as a user would type it, and its result file
+    run_steps   run the steps without a result; a result of other settings is an error
 
-The questions stand in `QUESTIONS`; each run is a config in configs/experiments that can also be run by itself. The programs are
-run in the folder that holds train.py. What comes of it is measured and told by comparison.py.
+`QUESTIONS` lists the comparisons. Each run has a config in configs/experiments and can also be run
+alone. Programs run in the folder of train.py. measure.py and compare.py evaluate the results.
 """
 
 import hashlib
 import json
+import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,88 +22,94 @@ from tinylm.common.errors import UserError, printable, reading, writing
 from tinylm.common.files import write_atomic
 from tinylm.config.loader import load_config
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 CONFIGS = Path("configs/experiments")
 SMOKE_STEPS = 8
+# Settings that do not change a result. The content of init_from is compared, not its path.
+PATH_SETTINGS = {
+    "training.checkpoint_dir",
+    "training.log_dir",
+    "training.run_name",
+    "training.init_from",
+    "data.cache_dir",
+}
 
 
 @dataclass(frozen=True)
 class Question:
-    """A comparison of runs that differ in one thing."""
+    """A comparison of runs that differ in one setting."""
 
     title: str
     runs: tuple[str, ...]
-    """names of configs; the first is what the others are held against"""
+    """names of configs; the first is the baseline"""
 
 
 QUESTIONS = (
-    Question("Grouped queries: what do fewer key/value heads cost?", ("base", "gqa", "mqa")),
-    Question("Experts: more parameters at the same work a token", ("base", "moe")),
+    Question("Grouped-query attention: the cost of fewer key/value heads", ("base", "gqa", "mqa")),
+    Question("Mixture of experts: more parameters, the same compute per token", ("base", "moe")),
+    Question("Norms: pre-norm, post-norm or none", ("base", "post-norm", "no-norm")),
     Question(
-        "Norms: before each sub-layer, after each sum, or nowhere", ("base", "post-norm", "no-norm")
-    ),
-    Question(
-        "Positions: rotations, a learned table, or a bias that grows with distance",
+        "Positions: RoPE, learned embeddings, or ALiBi",
         ("base", "learned", "alibi"),
     ),
-    Question("Optimizers: Muon for the matrices, or AdamW for all", ("base", "adamw")),
+    Question("Optimizers: Muon for the matrices, or AdamW for all parameters", ("base", "adamw")),
     Question(
-        "Sinks: a place to look at when nothing is worth looking at",
+        "Attention sinks: learned sinks, with and without a sliding window",
         ("base", "sinks", "window", "window-sinks"),
     ),
 )
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command, and the file that shows that it was done."""
+    """One command, and the file that it writes last."""
 
     name: str
     phase: str
     command: tuple[str, ...]
-    """a program of this folder and its arguments"""
+    """a program of the project and its arguments"""
     result: Path
     output: Path
-    """the file for what the command says"""
+    """the file for stdout and stderr"""
     reads: tuple[Path, ...] = ()
-    """results of earlier steps that it begins with"""
+    """results of earlier steps that it loads"""
 
     @property
     def record(self) -> Path:
-        """The file that says what the result was made from."""
+        """The file with the inputs that the result was made from."""
         return self.result.parent / "made-from.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of running steps."""
+    """Which steps failed, and whether a signal stopped them."""
 
     failed: tuple[str, ...] = ()
     """names of steps"""
     stopped: int = 0
-    """130 or 143 where a signal ended it, else 0"""
+    """130 or 143 after a signal, else 0"""
 
 
-def runs_of_questions() -> list[str]:
-    """The names of all configs, each once."""
+def all_run_names() -> list[str]:
+    """The names of all configs, without duplicates."""
     return list(dict.fromkeys(name for question in QUESTIONS for name in question.runs))
 
 
-def seeded(name: str, seed: int) -> str:
-    """The name of a run with the config's own seed, 1, or a later one.
+def seeded_name(name: str, seed: int) -> str:
+    """The name of a run; seed 1 is the seed of the config.
 
-    >>> seeded("base", 1), seeded("base", 2)
+    >>> seeded_name("base", 1), seeded_name("base", 2)
     ('base', 'base-seed2')
     """
     return name if seed == 1 else f"{name}-seed{seed}"
 
 
 def plan_steps(out: Path, seeds: int = 1) -> list[Step]:
-    """Every step, in order; what they write is below `out`."""
+    """All steps in order; they write below `out`."""
     smoke = out / "smoke"
     short = (
         f"training.max_steps={SMOKE_STEPS}",
@@ -117,7 +124,7 @@ def plan_steps(out: Path, seeds: int = 1) -> list[Step]:
     steps += [
         _pretrain("pretrain", name, out, seed)
         for seed in range(1, seeds + 1)
-        for name in runs_of_questions()
+        for name in all_run_names()
     ]
     steps.append(_finetune("finetune", "config_finetune.yaml", out))
     for task, kind, model in (
@@ -126,59 +133,47 @@ def plan_steps(out: Path, seeds: int = 1) -> list[Step]:
         ("gsm8k", "gpt2", "gpt2"),
     ):
         tuned = _finetune("finetune", f"configs/{task}-{kind}-lora.yaml", out)
-        steps += [tuned, _ask(task, model, tuned, out)]
+        steps += [tuned, _evaluate_task(task, model, tuned, out)]
     return steps
 
 
 def _pretrain(phase: str, config: str, out: Path, seed: int, settings: Sequence[str] = ()) -> Step:
-    name, path = seeded(config, seed), CONFIGS / f"{config}.yaml"
-    # Another seed draws other weights, another order, and other documents to hold out.
-    other = (f"training.seed={load_config(path).training.seed + seed - 1}",) if seed > 1 else ()
-    command = ("train.py", "--config", str(path), *_places(out, name), *other, *settings)
-    return Step(
-        f"{phase}: {name}", phase, command, out / "runs" / name / "final.ckpt", _output(out, name)
-    )
+    name = seeded_name(config, seed)
+    path = CONFIGS / f"{config}.yaml"
+    command = ["train.py", "--config", str(path), *_path_settings(out, name)]
+    if seed > 1:  # other weights, another order of data, another validation split
+        command.append(f"training.seed={load_config(path).training.seed + seed - 1}")
+    command += settings
+    result = out / "runs" / name / "final.ckpt"
+    return Step(f"{phase}: {name}", phase, tuple(command), result, _output(out, name))
 
 
 def _finetune(phase: str, config: str, out: Path, settings: Sequence[str] = ()) -> Step:
     name = Path(config).stem.removeprefix("config_")
-    base = () if config.startswith("configs/") else (out / "runs" / "base" / "final.ckpt",)
-    begins = tuple(f"training.init_from={path}" for path in base)
-    command = ("finetune.py", "--config", config, *_places(out, name), *begins, *settings)
-    return Step(
-        f"{phase}: {name}",
-        phase,
-        command,
-        out / "runs" / name / "final.ckpt",
-        _output(out, name),
-        base,
-    )
+    command = ["finetune.py", "--config", config, *_path_settings(out, name)]
+    reads: tuple[Path, ...] = ()
+    if not config.startswith("configs/"):
+        base = out / "runs" / "base" / "final.ckpt"
+        command.append(f"training.init_from={base}")
+        reads = (base,)
+    command += settings
+    result = out / "runs" / name / "final.ckpt"
+    return Step(f"{phase}: {name}", phase, tuple(command), result, _output(out, name), reads)
 
 
-def _ask(task: str, model: str, tuned: Step, out: Path) -> Step:
-    """The questions of a task, for the fine-tuned model and for the one it began as, which is also shown solved examples."""
+def _evaluate_task(task: str, model: str, tuned: Step, out: Path) -> Step:
+    """Score the fine-tuned model and its base model on a task, zero-shot and with four examples."""
     folder = out / "tasks" / task
-    command = (
-        "evaluate_checkpoints.py",
-        "--checkpoints",
-        str(tuned.result),
-        "--model",
-        model,
-        "--tasks",
-        task,
-        "--shots",
-        "0,4",
-        "--limit",
-        "200",
-    )
-    name, command = f"{task}-asked", (*command, "--out", str(folder))
+    models = ("--checkpoints", str(tuned.result), "--model", model)
+    options = ("--tasks", task, "--shots", "0,4", "--limit", "200", "--out", str(folder))
+    name = f"{task}-tasks"
     return Step(
-        f"finetune: {name}",
-        "finetune",
-        command,
-        folder / "results.json",
-        _output(out, name),
-        (tuned.result,),
+        name=f"finetune: {name}",
+        phase="finetune",
+        command=("evaluate_checkpoints.py", *models, *options),
+        result=folder / "results.json",
+        output=_output(out, name),
+        reads=(tuned.result,),
     )
 
 
@@ -186,7 +181,7 @@ def _output(out: Path, name: str) -> Path:
     return out / "output" / f"{name}.txt"
 
 
-def _places(out: Path, name: str) -> tuple[str, ...]:
+def _path_settings(out: Path, name: str) -> tuple[str, ...]:
     return (
         f"training.checkpoint_dir={out / 'runs' / name}",
         f"training.log_dir={out / 'logs'}",
@@ -194,40 +189,29 @@ def _places(out: Path, name: str) -> tuple[str, ...]:
     )
 
 
-# --- what a result was made from --------------------------------------------------------------------------------------
+# --- the inputs of a result -----------------------------------------------------------------------
 
 
-def made_from(step: Step) -> dict[str, str]:
-    """What decides a step's result: its settings, or its command, and the content of the files that it reads.
+def step_inputs(step: Step) -> dict[str, str]:
+    """What decides the result of a step: its settings or its command, and the content of its files.
 
     Raises:
-        UserError: its config is not as it should be, or a file cannot be read.
+        UserError: its config is invalid, or a file cannot be read.
     """
     program, *arguments = step.command
+    files = list(step.reads)
     if program == "evaluate_checkpoints.py":
-        settings, files = {"command": " ".join(arguments)}, list(step.reads)
+        inputs = {"command": " ".join(arguments)}
     else:
         config = load_config(arguments[1], arguments[2:])
-        # Where it writes, and the path of what it begins with, which is compared by its content.
-        settings = {key: value for key, value in _flat(config.to_plain()) if key not in PLACES}
-        files = [
-            *step.reads,
-            *(
-                Path(name)
-                for name in (config.data.dataset, config.data.val_dataset)
-                if name is not None
-            ),
-        ]
-    return settings | {f"content of {path.name}": _digest(path) for path in files if path.is_file()}
-
-
-PLACES = {
-    "training.checkpoint_dir",
-    "training.log_dir",
-    "training.run_name",
-    "training.init_from",
-    "data.cache_dir",
-}
+        inputs = {k: v for k, v in _flat(config.to_plain()) if k not in PATH_SETTINGS}
+        for dataset in (config.data.dataset, config.data.val_dataset):
+            if dataset is not None:
+                files.append(Path(dataset))
+    for path in files:
+        if path.is_file():
+            inputs[f"content of {path.name}"] = _digest(path)
+    return inputs
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -244,31 +228,31 @@ def _digest(path: Path) -> str:
 
 
 def is_done(step: Step) -> bool:
-    """Whether the step's result is there.
+    """Whether the step has a result.
 
     Raises:
-        UserError: it is, and was made from something else than the step has now.
+        UserError: the result was made with other inputs than the step has now.
     """
     if not (step.result.exists() and step.record.exists()):
         return False
     with reading(step.record):
-        was = json.loads(step.record.read_text(encoding="utf-8"))
-    now = made_from(step)
-    changed = next(
-        (key for key in [*now, *was] if now.get(key) != was.get(key)), None
-    )  # either may lack what the other has
-    if changed is None:
-        return True
-    found = f"{changed} was {was.get(changed, 'not there')} when it was made and is {now.get(changed, 'not there')}"
-    fix = f"Set it back, or remove {step.result.parent} to make it again"
-    raise UserError(step.result, found, fix)
+        recorded = json.loads(step.record.read_text(encoding="utf-8"))
+    current = step_inputs(step)
+    for key in [*current, *recorded]:  # either may have keys that the other lacks
+        before = recorded.get(key, "absent")
+        now = current.get(key, "absent")
+        if before != now:
+            problem = f"{key} was {before} when this file was made and is {now} now"
+            fix = f"Set it back, or remove {step.result.parent} to make it again"
+            raise UserError(step.result, problem, fix)
+    return True
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
-def run_steps(steps: Iterable[Step], say: Say) -> Outcome:
-    """Run what has no result yet, each with its output in a file; a step that fails does not keep the next from running.
+def run_steps(steps: Iterable[Step]) -> Outcome:
+    """Run the steps without a result, each with its output in a file; continue after a failure.
 
     Raises:
         UserError: this is not the project's folder, or an output cannot be written.
@@ -276,46 +260,44 @@ def run_steps(steps: Iterable[Step], say: Say) -> Outcome:
     if not Path("train.py").is_file():
         fix = "Run experiments in the project's folder"
         raise UserError("train.py", "not found in this folder", fix)
-    failed, child = [], ChildProgram()
+    failed = []
+    child = ChildProgram()
     with forward_signals(child):
         for step in steps:
             try:
                 code = None if is_done(step) else _run(step, child)
             except UserError as error:
                 failed.append(step.name)
-                say(f"{step.name}: {error}")
+                logger.info("%s: %s", step.name, error)
                 continue
             if child.received is not None or code in (130, 143):
-                say(f"{step.name}: stopped; the same command goes on from there")
+                logger.info("%s: stopped; run the same command again to continue", step.name)
                 return Outcome(tuple(failed), code or 128 + (child.received or 0))
-            failed += [step.name] * bool(code)
-            say(f"{step.name}: {_told(step, code)}")
+            if code is None:
+                logger.info("%s: already done (%s)", step.name, printable(step.result))
+            elif code == 0:
+                logger.info("%s: done", step.name)
+            else:
+                failed.append(step.name)
+                logger.info("%s: exit code %d: %s", step.name, code, last_line(step.output))
     return Outcome(tuple(failed))
-
-
-def _told(step: Step, code: int | None) -> str:
-    if code is None:
-        return f"done before ({step.result})"
-    return "done" if code == 0 else f"exit code {code}: {last_line(step.output)}"
 
 
 def _run(step: Step, child: ChildProgram) -> int:
     with writing(step.output, "--out"):
         step.output.parent.mkdir(parents=True, exist_ok=True)
-        output = open(step.output, "wb")  # noqa: SIM115  (closed below; what the process raises is not of this file)
+        # Closed below: OSErrors of the child process are not about this file.
+        output = open(step.output, "wb")  # noqa: SIM115
     with output:
         code = child.run([sys.executable, *step.command], stdout=output, stderr=subprocess.STDOUT)
     if code == 0:
-        write_atomic(step.record, json.dumps(made_from(step), indent=1) + "\n", "--out")
+        write_atomic(step.record, json.dumps(step_inputs(step), indent=1) + "\n", "--out")
     return code
 
 
 def last_line(path: Path) -> str:
-    """The end of what a step said, which for an error is the error."""
+    """The last line of a step's output; of a failed program this is its error."""
     with reading(path):
-        lines = [
-            line
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if line.strip()
-        ]
+        text = path.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
     return printable(lines[-1]) if lines else "no output"

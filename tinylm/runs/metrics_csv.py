@@ -1,8 +1,8 @@
-"""metrics.csv: one row for each step that is logged; a resumed run continues the file, and no step is in it twice.
+"""metrics.csv: one row per logged step. A resumed run continues the file; no step is in it twice.
 
     step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s,...
 
-An empty cell is a value that the step does not have. Numbers are written so that reading them gives the same bits.
+An empty cell means that the step has no such value. Numbers are written exactly (`repr`).
 """
 
 import csv
@@ -32,7 +32,7 @@ class MetricsFile:
         path: the file; its folder is created.
         last_step: the step that the run continues from; later rows of an existing file are removed.
         more_columns: the columns that only some stages have.
-        keep_old: rename an existing file, which is of another run or of another branch of this one.
+        keep_old: rename an existing file, which is of another run or of another branch of this run.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class MetricsFile:
         return {name: "" if row[name] is None else repr(row[name]) for name in self.columns}
 
     def _rows_until(self, step: int) -> list[dict[str, str]]:
-        """The complete rows up to `step`; a killed run writes the rows after its last checkpoint again."""
+        """The complete rows up to `step`; a resumed run writes the later ones again."""
         with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
             rows = list(csv.DictReader(line.replace("\0", "") for line in file))
         kept = []

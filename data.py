@@ -28,6 +28,7 @@ from tinylm import tokens
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
+from tinylm.text.data_source import DataSource, data_sources
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import (
     Batch,
@@ -41,7 +42,6 @@ from tinylm.tokens.packing import (
     validation_order,
 )
 from tinylm.tokens.run_files import (
-    source_fingerprint,
     training_files,
     training_fingerprint,
     validation_file,
@@ -127,6 +127,8 @@ class PretrainData(RunData):
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
         self.cursor: list[int] | None = None
+        self.train_sources: tuple[DataSource, ...] = ()
+        self.val_sources: tuple[DataSource, ...] = ()
         self.train_files: tuple[TokenFile, ...] = ()
         """one for each source; none for a stream"""
         self.val_file: TokenFile | JoinedFiles | None = None
@@ -138,11 +140,15 @@ class PretrainData(RunData):
             UserError: the training data, or one source of a mixture, are shorter than one row.
         """
         data, training = self.config.data, self.config.training
+        tokenizer, folder = self.tokenizer, data.cache_dir
         if validation:
-            self.val_file = validation_file(data, self.tokenizer, training.seed, progress=progress)
+            self.val_sources = data_sources(data, "val", training.seed)
+            self.val_file = validation_file(self.val_sources, tokenizer, folder, progress=progress)
+        self.train_sources = data_sources(data, "train", training.seed)
         if not data.streaming:
+            needed = training.seq_len + 1
             self.train_files = training_files(
-                data, self.tokenizer, training.seed, needed=training.seq_len + 1, progress=progress
+                self.train_sources, tokenizer, folder, needed=needed, progress=progress
             )
         trained = {file.fingerprint for file in self.train_files}
         if self.val_file is not None and self.val_file.fingerprint in trained:
@@ -155,11 +161,10 @@ class PretrainData(RunData):
     def fingerprints(self) -> dict[str, str]:
         """Identify the data: runs with equal fingerprints see the same tokens. A hub dataset is known by its name."""
         assert self.val_file is not None, "prepare() makes the validation file"
-        data = self.config.data
         if self.train_files:
-            train = training_fingerprint(data, self.train_files)
+            train = training_fingerprint(self.config.data, self.train_files)
         else:
-            train = source_fingerprint(data, "train")[:12]
+            train = self.train_sources[0].text().source.fingerprint()[:12]
         return {"train": train, "val": self.val_file.fingerprint}
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:

@@ -13,7 +13,8 @@ import yaml
 
 from tinylm.common.files import locked
 from tinylm.config.schema import DataConfig
-from tinylm.text.data_source import find_split
+from tinylm.text.data_source import data_sources, find_split, text_overlap
+from tinylm.text.splits import Overlap
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import encode_documents
 from tinylm.tokens.token_file_writer import TokenFileWriter
@@ -61,6 +62,11 @@ def write_portions(path: Path, portions: Iterable[np.ndarray], tokenizer: Tokeni
 def val_documents(data: DataConfig, seed: int) -> Iterator[str]:
     """The validation documents in their order."""
     return find_split(data, "val", seed).documents()
+
+
+def overlap_of(data: DataConfig, seed: int) -> Overlap:
+    """The documents of data.val_dataset that are training documents too."""
+    return text_overlap(data_sources(data, "train", seed), data_sources(data, "val", seed))
 
 
 @pytest.fixture(autouse=True)

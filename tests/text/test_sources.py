@@ -18,11 +18,11 @@ from huggingface_hub.utils import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import val_documents
+from tests.conftest import overlap_of, val_documents
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
 from tinylm.text import documents, sources
-from tinylm.text.data_source import find_split, text_overlap, train_documents
+from tinylm.text.data_source import find_split, train_documents
 from tinylm.text.sources import TOKEN_FILES
 from tinylm.text.splits import is_held_out
 from tinylm.tokenizer.byte_char import ByteTokenizer
@@ -682,8 +682,8 @@ def test_documents_in_both_sources_are_counted(write):
             write("b.jsonl", '{"text": "b"}\n{"text": "b"}\n{"text": "c"}\n{"text": "x"}\n')
         ),
     )
-    assert text_overlap(data, SEED).found == 2
-    assert text_overlap(data.model_copy(update={"val_dataset": None}), SEED).found == 0
+    assert overlap_of(data, SEED).found == 2
+    assert overlap_of(data.model_copy(update={"val_dataset": None}), SEED).found == 0
 
 
 @pytest.mark.parametrize("content", ["", "\n\n \n\t\n", "\n" * 1000])

@@ -19,14 +19,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import val_documents, write_token_file
+from tests.conftest import overlap_of, val_documents, write_token_file
 from tinylm.__main__ import main
 from tinylm.cli import encode as encode_command
 from tinylm.common.errors import UserError
 from tinylm.common.files import locked
 from tinylm.config.schema import DataConfig
 from tinylm.text import documents, sources
-from tinylm.text.data_source import text_overlap, train_documents
+from tinylm.text.data_source import find_split, train_documents
 from tinylm.text.sources import sources_named
 from tinylm.text.splits import Split
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
@@ -36,7 +36,7 @@ from tinylm.tokens.encode import (
     encode_documents,
     encode_file,
 )
-from tinylm.tokens.run_files import cached_token_file, source_fingerprint
+from tinylm.tokens.run_files import cached_token_file
 from tinylm.tokens.token_file import TokenFile
 
 ROOT = Path(__file__).parents[2]
@@ -298,7 +298,8 @@ def test_a_cache_whose_name_is_too_long_is_refused_on_one_line(data, tmp_path):
 
 def test_a_source_fingerprint_is_its_content(write, tmp_path):
     def fingerprint(name: str, which: str = "train", **settings) -> str:
-        return source_fingerprint(DataConfig(dataset=str(tmp_path / name), **settings), which)
+        data = DataConfig(dataset=str(tmp_path / name), **settings)
+        return find_split(data, which, SEED).source.fingerprint()
 
     (
         write("a.txt", "one\n"),
@@ -318,7 +319,7 @@ def test_a_source_fingerprint_is_its_content(write, tmp_path):
         DataConfig(dataset="o/n", dataset_config="en"),
         DataConfig(dataset="o/n", split="test"),
     ]
-    assert len({source_fingerprint(data, "train") for data in hub}) == 4
+    assert len({find_split(data, "train", SEED).source.fingerprint() for data in hub}) == 4
 
 
 # --- a token file as the dataset --------------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ def test_text_may_validate_a_token_file_and_the_other_way_round(given_file, line
     data = DataConfig(dataset=str(lines), val_dataset=str(given_file), max_doc_len=4, **settings)
     assert cached_token_file(data, "val", BYTES, SEED).header.documents == 100
     assert cached_token_file(data, "train", BYTES, SEED).header.documents == 1000
-    assert text_overlap(data, SEED).found == 0
+    assert overlap_of(data, SEED).found == 0
 
 
 TEXT_SETTINGS = {

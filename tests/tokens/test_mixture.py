@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import write_token_file
+from tests.conftest import overlap_of, write_token_file
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import DataConfig, MixPart, TokenizerConfig
-from tinylm.text.data_source import text_overlap
+from tinylm.text.data_source import data_sources
 from tinylm.text.splits import is_held_out
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.mixture import Allocation
@@ -162,6 +162,17 @@ def mixed(tmp_path: Path, *datasets: str, **more: Any) -> DataConfig:
     return DataConfig(mix=parts, cache_dir=str(tmp_path / "cache"), **more)
 
 
+def train_files(data: DataConfig, needed: int) -> tuple[TokenFile, ...]:
+    """The training files of these settings."""
+    sources = data_sources(data, "train", SEED)
+    return training_files(sources, BYTES, data.cache_dir, needed=needed)
+
+
+def val_file(data: DataConfig) -> TokenFile | JoinedFiles:
+    """The validation file of these settings."""
+    return validation_file(data_sources(data, "val", SEED), BYTES, data.cache_dir)
+
+
 def text_of(file: TokenFile | JoinedFiles) -> list[str]:
     """The documents in the tokens of a file."""
     return BYTES.decode(
@@ -175,7 +186,7 @@ A, B = [f"first {i}" for i in range(40)], [f"second {i}" for i in range(30)]
 def test_each_source_is_a_file_and_what_is_held_out_of_each_is_validated_together(tmp_path, write):
     """The split goes by the text and the seed, as for one source; all documents are on one side or the other."""
     data = mixed(tmp_path, write("a.txt", A), write("b.txt", B), val_fraction=0.3)
-    train, val = training_files(data, BYTES, SEED, needed=2), validation_file(data, BYTES, SEED)
+    train, val = train_files(data, needed=2), val_file(data)
     held = [[text for text in texts if is_held_out(text, 0.3, SEED)] for texts in (A, B)]
     assert all(held)
     assert [text_of(file) for file in train] == [
@@ -190,7 +201,7 @@ def test_token_files_are_mixed_and_held_out_at_their_ends(tmp_path, write):
     for the text alone.
     """
     data = mixed(tmp_path, token_file(tmp_path / "a.bin", A), write("b.txt", B), max_doc_len=6)
-    train, val = training_files(data, BYTES, SEED, needed=2), validation_file(data, BYTES, SEED)
+    train, val = train_files(data, needed=2), val_file(data)
     assert text_of(train[0]) + text_of(val)[: 40 - len(text_of(train[0]))] == A
     assert set(text_of(train[1])) == {"second"}
 
@@ -206,7 +217,7 @@ def test_settings_for_text_are_refused_where_all_sources_are_token_files(tmp_pat
         "data.max_doc_len: does not apply to the token file data.mix[0].dataset. Remove it, or: "
     )
     with pytest.raises(UserError) as caught:
-        training_files(data, BYTES, SEED, needed=2)
+        train_files(data, needed=2)
     assert (
         str(caught.value) == message + "Give the text that it was made from as data.mix[0].dataset."
     )
@@ -224,8 +235,8 @@ def test_a_validation_source_of_its_own_leaves_the_sources_whole(tmp_path, write
         val_dataset=str(tmp_path / "val.txt"),
         document_separator="|",
     )
-    assert text_of(validation_file(data, BYTES, SEED)) == ["one", "two"]
-    assert text_of(training_files(data, BYTES, SEED, needed=2)[0]) == A
+    assert text_of(val_file(data)) == ["one", "two"]
+    assert text_of(train_files(data, needed=2)[0]) == A
 
 
 @pytest.mark.parametrize(
@@ -244,8 +255,8 @@ def test_a_source_that_is_not_there_is_named_with_its_number(
     monkeypatch.chdir(tmp_path)
     data = mixed(tmp_path, write("a.txt", A), second)
     for read in (
-        lambda: training_files(data, BYTES, SEED, needed=2),
-        lambda: validation_file(data, BYTES, SEED),
+        lambda: train_files(data, needed=2),
+        lambda: val_file(data),
     ):
         with pytest.raises(UserError) as caught:
             read()
@@ -259,7 +270,7 @@ def test_a_source_shorter_than_a_row_is_named_with_both_counts(tmp_path, write):
         UserError,
         match=r"^data.mix\[1\].dataset: .*b.txt gives \d+ training tokens, and one row of training.seq_len needs 1000. Give ",
     ):
-        training_files(data, BYTES, SEED, needed=1000)
+        train_files(data, needed=1000)
 
 
 def test_sources_and_shares_are_in_the_fingerprint(tmp_path, write):
@@ -271,7 +282,7 @@ def test_sources_and_shares_are_in_the_fingerprint(tmp_path, write):
             mix=tuple(MixPart(dataset=dataset, weight=weight) for dataset, weight in parts),
             cache_dir=str(tmp_path / "cache"),
         )
-        return training_fingerprint(data, training_files(data, BYTES, SEED, needed=2))
+        return training_fingerprint(data, train_files(data, needed=2))
 
     one = fingerprint((a, 3), (b, 1))
     assert one.startswith("3/4 ") and " + 1/4 " in one
@@ -302,15 +313,13 @@ def test_a_document_that_is_in_validation_and_in_any_source_is_counted_once(tmp_
     data = mixed(
         tmp_path, write("a.txt", [*A, "both"]), write("b.txt", [*B, "both"]), val_dataset=val
     )
-    assert text_overlap(data, SEED).found == 3
+    assert overlap_of(data, SEED).found == 3
     assert (
-        text_overlap(
-            mixed(tmp_path, token_file(tmp_path / "a.bin", A), val_dataset=val), SEED
-        ).found
+        overlap_of(mixed(tmp_path, token_file(tmp_path / "a.bin", A), val_dataset=val), SEED).found
         == 0
     ), "a token file has no documents to compare"
     assert (
-        text_overlap(
+        overlap_of(
             mixed(
                 tmp_path, token_file(tmp_path / "a.bin", A), data.mix[1].dataset, val_dataset=val
             ),
@@ -323,10 +332,10 @@ def test_a_document_that_is_in_validation_and_in_any_source_is_counted_once(tmp_
 def test_documents_in_several_sources_are_on_one_side_of_the_split(tmp_path, write):
     """Held out by content: a document that two sources have is for training in both or for validation in both."""
     data = mixed(tmp_path, write("a.txt", A), write("b.txt", A[::-1]), val_fraction=0.3)
-    train = {text for file in training_files(data, BYTES, SEED, needed=2) for text in text_of(file)}
-    val = set(text_of(validation_file(data, BYTES, SEED)))
+    train = {text for file in train_files(data, needed=2) for text in text_of(file)}
+    val = set(text_of(val_file(data)))
     assert train and val and not train & val
-    assert text_overlap(data, SEED).found == 0
+    assert overlap_of(data, SEED).found == 0
 
 
 def test_tokenizers_learn_from_all_sources_in_turn(tmp_path, write):
@@ -364,4 +373,4 @@ def test_a_bare_array_validates_a_mixture_of_texts(tmp_path, write):
         val_dataset=str(tmp_path / "val.bin"),
         token_dtype="uint16",  # noqa: S106  (no password)
     )
-    assert validation_file(data, BYTES, SEED).tokens.tolist() == [97, BYTES.eos_id]
+    assert val_file(data).tokens.tolist() == [97, BYTES.eos_id]

@@ -19,6 +19,7 @@ from tinylm.eval.perplexity import LanguageScore, byte_length_table, score_batch
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
 from tinylm.rows.sft import build_examples, fingerprint_of_examples
 from tinylm.rows.template_factory import make_template
+from tinylm.text.data_source import data_sources
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.example_rows import collate_examples, fill_rows
 from tinylm.tokens.packing import (
@@ -54,7 +55,8 @@ def text_validation(
         seq_len: another length of the rows.
     """
     seq_len = seq_len or loaded.config.training.seq_len
-    file = validation_file(config.data, tokenizer, config.training.seed)
+    sources = data_sources(config.data, "val", config.training.seed)
+    file = validation_file(sources, tokenizer, config.data.cache_dir)
     rows = TokenRows(file, seq_len, seq_len, tokenizer.pad_id)
     eos_id = tokenizer.eos_id if config.data.document_mask else None
     collate = partial(collate_rows, seq_len=seq_len, pad_id=tokenizer.pad_id, eos_id=eos_id)

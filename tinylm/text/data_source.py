@@ -7,7 +7,7 @@ One source is the mixture of one. The files of a source are found here, and not 
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -131,21 +131,25 @@ def train_documents(data: DataConfig, seed: int, *, skip: int = 0) -> Iterator[s
     return islice(find_split(data, "train", seed).documents(), skip, None)
 
 
-def text_overlap(data: DataConfig, seed: int) -> Overlap:
+def text_overlap(train: Sequence[DataSource], val: Sequence[DataSource]) -> Overlap:
     """How many documents of data.val_dataset are training documents too; only text on this machine is compared.
 
     Without data.val_dataset there are none: text is split by its content.
     """
-    nothing = Overlap(0, 0, 0)
-    if data.val_dataset is None:
-        return nothing
-    (val,) = data_sources(data, "val", seed)
-    splits = [source.split for source in data_sources(data, "train", seed)]
-    local = [split for split in splits if split and isinstance(split.source, LocalFiles)]
-    if not local or val.split is None or not isinstance(val.split.source, LocalFiles):
-        return nothing
-    texts = (text.encode() for split in local for text in split.documents())
-    return count_overlap(texts, (text.encode() for text in val.split.documents()))
+    if val[0].val_fraction is not None:
+        return Overlap(0, 0, 0)
+    train_splits = _local_texts(train)
+    val_splits = _local_texts(val)
+    if not train_splits or not val_splits:
+        return Overlap(0, 0, 0)
+    texts = (text.encode() for split in train_splits for text in split.documents())
+    val_texts = (text.encode() for split in val_splits for text in split.documents())
+    return count_overlap(texts, val_texts)
+
+
+def _local_texts(sources: Iterable[DataSource]) -> list[Split]:
+    splits = [source.split for source in sources if source.split is not None]
+    return [split for split in splits if isinstance(split.source, LocalFiles)]
 
 
 def _text_split(

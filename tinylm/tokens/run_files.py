@@ -8,7 +8,7 @@ Which rows of the files a run takes, and in which order, is in mixture.py and pa
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError, require_regular
 from tinylm.common.files import locked
 from tinylm.config.schema import DataConfig
-from tinylm.text.data_source import DataSource, data_sources, find_split, text_overlap
+from tinylm.text.data_source import DataSource, data_sources, text_overlap
 from tinylm.text.sources import BIN
 from tinylm.text.splits import NAMES, Overlap, Which, count_overlap
 from tinylm.tokenizer.base import Tokenizer
@@ -29,9 +29,9 @@ from tinylm.tokens.token_file import JoinedFiles, TokenFile
 
 
 def training_files(
-    data: DataConfig,
+    sources: Iterable[DataSource],
     tokenizer: Tokenizer,
-    seed: int,
+    cache_dir: str,
     *,
     needed: int,
     progress: OnProgress | None = None,
@@ -42,8 +42,8 @@ def training_files(
         UserError: as `token_file_of`, or a source has fewer than `needed` tokens.
     """
     files = []
-    for source in data_sources(data, "train", seed):
-        file = token_file_of(source, tokenizer, data.cache_dir, progress)
+    for source in sources:
+        file = token_file_of(source, tokenizer, cache_dir, progress)
         if len(file) < needed:
             problem = (
                 f"{source.name} gives {len(file)} training tokens, and one row of "
@@ -55,14 +55,17 @@ def training_files(
 
 
 def validation_file(
-    data: DataConfig, tokenizer: Tokenizer, seed: int, *, progress: OnProgress | None = None
+    sources: Iterable[DataSource],
+    tokenizer: Tokenizer,
+    cache_dir: str,
+    *,
+    progress: OnProgress | None = None,
 ) -> TokenFile | JoinedFiles:
     """The validation tokens: those of data.val_dataset, or what is held out of each source, one after the other.
 
     So each source has the share of val_loss that it has of the tokens, whatever its weight.
     """
-    sources = data_sources(data, "val", seed)
-    files = [token_file_of(source, tokenizer, data.cache_dir, progress) for source in sources]
+    files = [token_file_of(source, tokenizer, cache_dir, progress) for source in sources]
     return files[0] if len(files) == 1 else JoinedFiles(tuple(files))
 
 
@@ -165,74 +168,23 @@ def training_fingerprint(data: DataConfig, files: Sequence[TokenFile]) -> str:
     return " + ".join(parts)
 
 
-def source_fingerprint(data: DataConfig, which: Which) -> str:
-    """SHA-256 over the text of a split: the contents of local files, or the name of a hub dataset."""
-    # The seed decides which documents are held out, not what is read.
-    return find_split(data, which, seed=0).source.fingerprint()
+SourceFiles = Sequence[tuple[DataSource, TokenFile | None]]
+"""the sources of a split with their token files; None for a stream"""
 
 
-def notes_on_texts(
-    data: DataConfig,
-    train: Sequence[TokenFile],
-    val: TokenFile | JoinedFiles,
-    tokenizer: Tokenizer,
-    seed: int,
-) -> list[str]:
+def notes_on_texts(train: SourceFiles, val: SourceFiles, tokenizer: Tokenizer) -> list[str]:
     """What the user should know about the texts that were encoded for a run, a line each."""
-    files = list(zip(data_sources(data, "train", seed), train, strict=False))
-    if data.val_dataset is not None or not train:
-        # Else the validation text is divided and encoded as the training text.
-        val_files = val.files if isinstance(val, JoinedFiles) else (val,)
-        files += zip(data_sources(data, "val", seed), val_files, strict=True)
+    held_out = val[0][0].val_fraction is not None
+    streamed = train[0][1] is None
+    # Text that is held out is divided and encoded as the training text, so it has the same notes.
+    noted = train if held_out and not streamed else (*train, *val)
     notes = []
-    for source, file in files:
-        if source.split is not None:
+    for source, file in noted:
+        if source.split is not None and file is not None:
             notes += notes_on_text(
                 source.name, file, tokenizer, source.separator, "data.document_separator"
             )
     return notes
-
-
-def split_overlap(
-    data: DataConfig, train: Sequence[TokenFile], val: TokenFile | JoinedFiles, seed: int
-) -> Overlap:
-    """How many documents of validation are training documents too, as far as it is known.
-
-    Text is compared with text (`text_overlap`), and the token files of the settings with each other.
-    """
-    val_files = val.files if isinstance(val, JoinedFiles) else (val,)
-    pairs = zip(data_sources(data, "train", seed), train, strict=False)
-    val_pairs = zip(data_sources(data, "val", seed), val_files, strict=True)
-    given = [file for source, file in pairs if source.split is None]
-    val_given = [file for source, file in val_pairs if source.split is None]
-    if given and val_given:
-        return token_overlap(given, val_given)
-    # Without data.val_dataset there is nothing to count: text is split by its content.
-    return Overlap(0, 0, 0) if data.val_dataset is None else text_overlap(data, seed)
-
-
-def token_overlap(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Overlap:
-    """How many documents of token files of one tokenizer are in both splits, by their tokens."""
-    dtype = np.result_type(*(file.header.token_dtype for file in (*train, *val)))
-    train_documents = (document for file in train for document in file.documents(dtype))
-    val_documents = (document for file in val for document in file.documents(dtype))
-    return count_overlap(train_documents, val_documents)
-
-
-def weights_of(data: DataConfig) -> list[float]:
-    """The weight of each source; a single source has all the weight."""
-    return [1.0] if data.mix is None else [part.weight for part in data.mix]
-
-
-def shares_of(weights: Sequence[float]) -> list[Fraction]:
-    """The weights divided by their sum, exactly.
-
-    >>> [str(share) for share in shares_of([0.3, 0.1])]
-    ['3/4', '1/4']
-    """
-    # str: 0.1 is a tenth, not the binary number next to it
-    exact = [Fraction(str(weight)) for weight in weights]
-    return [weight / sum(exact) for weight in exact]
 
 
 def notes_on_text(
@@ -262,3 +214,39 @@ def notes_on_text(
             "one document"
         )
     return notes
+
+
+def split_overlap(train: SourceFiles, val: SourceFiles) -> Overlap:
+    """How many documents of validation are training documents too, as far as it is known.
+
+    Text is compared with text (`text_overlap`), and the token files of the settings with each other.
+    """
+    given = [file for source, file in train if source.split is None and file is not None]
+    val_given = [file for source, file in val if source.split is None and file is not None]
+    if given and val_given:
+        return token_overlap(given, val_given)
+    return text_overlap([source for source, _ in train], [source for source, _ in val])
+
+
+def token_overlap(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Overlap:
+    """How many documents of token files of one tokenizer are in both splits, by their tokens."""
+    dtype = np.result_type(*(file.header.token_dtype for file in (*train, *val)))
+    train_documents = (document for file in train for document in file.documents(dtype))
+    val_documents = (document for file in val for document in file.documents(dtype))
+    return count_overlap(train_documents, val_documents)
+
+
+def weights_of(data: DataConfig) -> list[float]:
+    """The weight of each source; a single source has all the weight."""
+    return [1.0] if data.mix is None else [part.weight for part in data.mix]
+
+
+def shares_of(weights: Sequence[float]) -> list[Fraction]:
+    """The weights divided by their sum, exactly.
+
+    >>> [str(share) for share in shares_of([0.3, 0.1])]
+    ['3/4', '1/4']
+    """
+    # str: 0.1 is a tenth, not the binary number next to it
+    exact = [Fraction(str(weight)) for weight in weights]
+    return [weight / sum(exact) for weight in exact]

@@ -1,6 +1,7 @@
 """Stage pretrain: next-token prediction on documents."""
 
 import logging
+from itertools import zip_longest
 
 import training  # training.tokenizer is imported at its first use
 from data import PretrainData
@@ -11,6 +12,7 @@ from tinylm.config.schema import Config
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.factory import make_tokenizer
 from tinylm.tokens.run_files import name_of, notes_on_texts, split_overlap
+from tinylm.tokens.token_file import JoinedFiles
 from training.build import build_language_model
 from training.context import RunContext
 from training.stage import Stage
@@ -70,10 +72,12 @@ def check_documents(data: PretrainData) -> None:
     """
     config, val = data.config, data.val_file
     assert val is not None, "prepare() makes the validation file"
-    seed = config.training.seed
-    for note in notes_on_texts(config.data, data.train_files, val, data.tokenizer, seed):
+    train_files = list(zip_longest(data.train_sources, data.train_files))  # a stream has no files
+    files = val.files if isinstance(val, JoinedFiles) else (val,)
+    val_files = list(zip(data.val_sources, files, strict=True))
+    for note in notes_on_texts(train_files, val_files, data.tokenizer):
         logger.info(note)
-    shared = split_overlap(config.data, data.train_files, val, seed)
+    shared = split_overlap(train_files, val_files)
     effect = "are also training documents; val_loss will look better than it is"
     if config.data.val_dataset is not None:
         if shared.found:

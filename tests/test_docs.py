@@ -462,13 +462,14 @@ def is_elsewhere(config: Config) -> bool:
     return any(name and not Path(name).exists() for name in names)
 
 
-def runnable(text: str) -> list[Command]:
-    """The fenced commands of a document that can be run here."""
-    return [
-        command
-        for command in commands(text)
-        if command.fenced and command.program in SHORT and not needs_network(command)
-    ]
+def runnable(text: str) -> Iterator[Command]:
+    """The fenced commands of a document that can be run here.
+
+    Whether a command needs the network is asked when it is its turn: it may read what an earlier command wrote.
+    """
+    for command in commands(text):
+        if command.fenced and command.program in SHORT and not needs_network(command):
+            yield command
 
 
 @pytest.fixture
@@ -620,6 +621,15 @@ def test_every_link_within_the_project_leads_somewhere(document):
         )
     ]
     assert broken == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_versions_pinned_in_the_docs_are_those_of_the_requirements(document):
+    required = "".join(
+        path.read_text(encoding="utf-8") for path in ROOT.glob("requirements*.txt")
+    ).split()
+    text = document.read_text(encoding="utf-8")
+    assert set(re.findall(r"[a-z-]+==[\d.]*\d", text)) <= set(required)
 
 
 def sources() -> dict[Path, str]:

@@ -205,6 +205,40 @@ def test_a_run_calls_the_functions_of_the_walk_in_the_order_of_the_page(tmp_path
     assert [(Path(file).relative_to(ROOT).as_posix(), name) for file, name in calls] == walk
 
 
+# --- the other two questions -------------------------------------------------------------------------
+
+
+def section_of(title: str) -> str:
+    """The text of the page below the heading that begins with `title`, to the next heading."""
+    _, found, rest = page().partition(f"### {title}")
+    assert found, title
+    return re.split(r"^##", rest, flags=re.MULTILINE)[0]
+
+
+def test_the_page_names_every_file_that_has_a_sampling_option():
+    named = {file for file, _ in REFERENCE.findall(prose(section_of("How do I add")))}
+    having = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tinylm").rglob("*.py")
+        if re.search(r"\bmin_p\b", path.read_text(encoding="utf-8"))
+    }
+    assert named == having | {"tinylm/config/rules.py"}  # which has the rule of another option
+
+
+def test_the_page_names_every_function_that_skips_a_row():
+    skipping = set()
+    for path in (ROOT / "tinylm").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+            if any(
+                isinstance(node, ast.Attribute) and node.attr == "skip"
+                for node in ast.walk(function)
+            ):
+                skipping.add((path.relative_to(ROOT).as_posix(), function.name))
+    named = set(REFERENCE.findall(prose(section_of("Why was my row"))))
+    assert named == skipping | {("tinylm/rows/skipped_rows.py", "SkipReason")}
+
+
 # --- the checks themselves ----------------------------------------------------------------------------
 
 

@@ -99,6 +99,67 @@ def test_an_input_is_kept_apart_from_its_instruction():
     assert parse_preference(row, DataConfig()).prompt == (Turn("user", "add", "2 and 2"),)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "Be brief.", "question": "2+2?", "chosen": "4", "rejected": "5"},
+        {
+            "system": "Be brief.",
+            "chosen": [user("2+2?"), assistant("4")],
+            "rejected": [user("2+2?"), assistant("5")],
+        },
+    ],
+)
+def test_the_column_system_is_the_first_turn_of_the_prompt(row):
+    prompt = parse_preference(row, DataConfig()).prompt
+    assert prompt == (Turn("system", "Be brief."), QUESTION)
+
+
+def test_parts_of_text_are_joined_in_a_preference_too():
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
+    history = {"role": "user", "content": parts}
+    row = {"chosen": [history, assistant("4")], "rejected": [history, assistant("5")]}
+    assert parse_preference(row, DataConfig()) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (
+            assistant("4") | {"weight": 0},
+            "chosen[1].weight: must be 1, since a preference is between two last answers, got 0. Corr",
+        ),
+        (
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]},
+            "chosen[1].tool_calls: tool calls are not supported. Remove rows with tool calls",
+        ),
+    ],
+)
+def test_a_last_answer_that_cannot_be_compared_is_an_error(last, message):
+    row = {"chosen": [user("2+2?"), last], "rejected": [user("2+2?"), assistant("5")]}
+    with pytest.raises(UserError) as refused:
+        parse_preference(row, DataConfig())
+    assert message in str(refused.value)
+
+
+def test_bad_pairs_are_skipped_up_to_the_limit_and_unread_columns_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"prompt": "2+2?", "chosen": "4", "rejected": "5", "score": 3},
+        {"prompt": "2+2?", "chosen": "4"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = DataConfig(dataset=str(path), val_fraction=1e-9, skip_bad_rows=1)
+    template = make_template("plain", TOKENIZER)
+    found, report = build_pairs(data, "train", 0, template, TOKENIZER, 64)
+    assert [pair.chosen.place for pair in found] == [f"{path}:1"]
+    assert report.notes() == [
+        f"training: skipped 1 row with a mistake (data.skip_bad_rows 1): {path}:2: rejected: "
+        "missing; the row has prompt, chosen",
+        "training: columns not read: score; data.columns names those that are",
+    ]
+
+
 def test_dialogues_are_split_after_their_common_turns():
     """The common start of both answers is not part of the prompt; consecutive turns of one side
     are joined; "Assistant:" in an answer is text."""

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ROW_COLUMNS, DataConfig
-from tinylm.rows.columns import COLUMNS, parse_conversation, unread_text_columns
+from tinylm.rows.columns import COLUMNS, parse_conversation, unread_columns
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.row_files import TINY_ROWS, build_corpus_from_sources, read_rows, resolve_dataset
 from tinylm.rows.sft import build_examples, count_shared_examples, count_shared_prompts
@@ -17,10 +18,16 @@ from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
-from tinylm.tokens.example_rows import Example
+from tinylm.tokens.example_rows import Example, collate_examples, fill_rows
+from tinylm.tokens.packing import IGNORE_INDEX
 
 ROOT = Path(__file__).parents[2]
 QUESTION, ANSWER = Turn("user", "2+2?"), Turn("assistant", "4")
+BRIEF = Turn("system", "Be brief.")
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
 
 
 @pytest.fixture
@@ -299,6 +306,25 @@ SHARED = [
                 Turn("assistant", "spam"),
             ),
         ),
+        ({"system": "Be brief.", "conversations": SHARED[1:]}, (BRIEF, QUESTION, ANSWER)),
+        ({"system": "Be brief.", "conversations": SHARED}, (BRIEF, QUESTION, ANSWER)),
+        ({"system": " ", "messages": CHAT[1:]}, (QUESTION, ANSWER)),
+        (
+            {"system_prompt": "Be brief.", "question": "2+2?", "response": "4"},
+            (BRIEF, QUESTION, ANSWER),
+        ),
+        (
+            {"messages": [{"role": "user", "content": parts("2+", "2?")}, CHAT[2]]},
+            (QUESTION, ANSWER),
+        ),
+        (
+            {"messages": [CHAT[1], CHAT[2] | {"weight": 1, "tool_calls": None}]},
+            (QUESTION, ANSWER),
+        ),
+        (
+            {"messages": [CHAT[1], CHAT[2] | {"weight": 0}, *CHAT[1:]]},
+            (QUESTION, Turn("assistant", "4", trained=False), QUESTION, ANSWER),
+        ),
         ({"id": 7, "prompt": "as a chat", "messages": CHAT[1:]}, (QUESTION, ANSWER)),
         ({"prompt": "2+2?", "target": "4"}, (QUESTION, ANSWER)),
         ({"conversations": CHAT[1:]}, (QUESTION, ANSWER)),
@@ -421,6 +447,53 @@ def test_the_schema_has_the_columns_of_rows():
             {},
             "conversations[0].role: missing; the turn has speaker. Add it, or remove the row.",
         ),
+        (
+            {"messages": [*CHAT[:2], CHAT[2] | {"weight": 0.5}]},
+            {},
+            "messages[2].weight: must be 1 (trained) or 0 (not trained), got 0.5. Correct the row",
+        ),
+        (
+            {"messages": [*CHAT[:2], CHAT[2] | {"weight": True}]},
+            {},
+            "messages[2].weight: must be 1 (trained) or 0 (not trained), got True.",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}]},
+            {},
+            "messages[0].tool_calls: tool calls are not supported. "
+            "Remove rows with tool calls, or skip them with data.skip_bad_rows.",
+        ),
+        (
+            {"messages": [*CHAT, {"role": "tool", "content": "x"}]},
+            {},
+            "got tool. Remove rows with tool calls, or skip them with data.skip_bad_rows.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            {},
+            "messages[0].content[0].type: must be text, got image_url. Correct the row",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            {},
+            "messages[0].content[0]: must be an object with type and text, got a string.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            {},
+            "messages[0].content[0].text: must be a string, got a number.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": []}]},
+            {},
+            "messages[0].content: must not be empty.",
+        ),
+        (
+            {"system": "Be long.", "messages": CHAT},
+            {},
+            "system: the turns begin with another system turn. Keep one of the two.",
+        ),
+        ({"system": 3, "messages": CHAT}, {}, "system: must be a string, got a number."),
         ({"label": "maybe", "text": "x"}, {}, "label: must be ham or spam, got maybe."),
         ({"prompt": "a", "\x1b[31m": 1}, {}, "the row has prompt, \\x1b[31m."),
     ],
@@ -500,7 +573,7 @@ def test_a_task_makes_its_own_conversations(write):
     assert made[0].place == f"{path}:1"
 
 
-def test_columns_with_text_that_is_not_read_are_named(write):
+def test_columns_that_are_not_read_are_named(write):
     """In Dolly the context belongs to the question: without it the answers would be trained
     without their source."""
     rows = [
@@ -509,10 +582,10 @@ def test_columns_with_text_that_is_not_read_are_named(write):
     ]
     path = write("a.jsonl", lines(*rows))
     assert made_of(path, 64)[1].notes() == [
-        "training: columns not read: context, by; data.columns names those that are"
+        "training: columns not read: context, n, by; data.columns names those that are"
     ]
     data = DataConfig(dataset=str(path), val_fraction=1e-9, columns={"input": "context"})
-    assert unread_text_columns(rows[0], data) == []
+    assert unread_columns(rows[0], data) == ["n"]
     assert made_of(path, 64, to_conversation=lambda row: (QUESTION, ANSWER))[1].notes() == []
 
 
@@ -552,3 +625,113 @@ def test_rows_in_both_splits_are_counted(write):
     )
     assert count_shared_examples(train, val) == 2
     assert count_shared_prompts(train, val) == 3
+
+
+# --- weights, odd rows ---
+
+
+def conversation_of(*weights: int | None) -> dict[str, Any]:
+    """A row with an answer for each weight."""
+    turns = []
+    for number, weight in enumerate(weights):
+        turns += [
+            {"role": "user", "content": f"q{number}"},
+            {"role": "assistant", "content": f"a{number}", "weight": weight},
+        ]
+    return {"messages": turns}
+
+
+def trained_text(example: Example, tokenizer: Any) -> str:
+    return tokenizer.decode(example.ids[example.trained])
+
+
+@pytest.mark.parametrize("template", ["instruction", "alpaca", "plain"])
+def test_an_answer_of_weight_0_is_seen_and_not_trained(write, template):
+    """The same tokens as with weight 1; of the targets, the first answer and its end are missing."""
+    path = write("a.jsonl", lines(conversation_of(0, 1), conversation_of(1, None)))
+    data = DataConfig(dataset=str(path), val_fraction=1e-9)
+    tokenizer = ByteTokenizer()
+    (some, every), _ = build_examples(
+        data, "train", 0, make_template(template, tokenizer), tokenizer, 400, train_on="response"
+    )
+    assert some.ids.tolist() == every.ids.tolist()
+    assert "a0" in trained_text(every, tokenizer)
+    assert "a0" not in trained_text(some, tokenizer)
+    second = np.flatnonzero(every.trained & ~some.trained)[-1] + 1
+    assert some.trained[second:].tolist() == every.trained[second:].tolist()
+    assert not some.trained[:second].any()
+
+
+def test_with_train_on_all_an_answer_of_weight_0_is_not_trained(write):
+    path = write("a.jsonl", lines(conversation_of(0, 1)))
+    [example], _ = made_of(path, 64, train_on="all")
+    # plain: q0, newline a0 EOS, q1, newline a1 EOS
+    assert example.trained.tolist() == [False, True] + [False] * 4 + [True] * 6
+
+
+def test_a_row_whose_answers_all_have_weight_0_is_skipped_and_named(write):
+    path = write("a.jsonl", lines(conversation_of(0), conversation_of(1)))
+    made, report = made_of(path, 64)
+    assert len(made) == 1
+    assert report.notes() == [f"training: skipped 1 row: every answer has weight 0 ({path}:1)"]
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_no_label_of_a_batch_is_an_answer_of_weight_0(write, packing):
+    path = write("a.jsonl", lines(conversation_of(0, 1), conversation_of(1, 0)))
+    made, _ = made_of(path, 32)
+    rows = fill_rows(made, 32, packing)
+    batch = collate_examples(
+        rows, range(len(rows)), seq_len=32, pad_id=256, packed=packing == "packed"
+    )
+    labels = batch["labels"][batch["labels"] != IGNORE_INDEX].tolist()
+    eos = ByteTokenizer().eos_id
+    answers = [[*b"\na0", eos], [*b"\na1", eos]]
+    assert sorted(labels) == sorted(answers[0] + answers[1])  # one answer of each row
+    assert answers[0][:3] != labels[:3] or packing == "packed"
+
+
+def test_bad_rows_are_skipped_up_to_the_limit_and_named(write):
+    rows = [*pairs(3), {"prompt": "a", "completion": None}, {"prompt": "b"}, *pairs(9)[3:]]
+    path = write("a.jsonl", lines(*rows))
+
+    def read(n: int) -> tuple[list[Example], RowReport]:
+        data = DataConfig(dataset=str(path), val_fraction=1e-9, skip_bad_rows=n)
+        template = make_template("plain", ByteTokenizer())
+        return build_examples(data, "train", 0, template, ByteTokenizer(), 32, train_on="response")
+
+    with pytest.raises(UserError, match=r"a.jsonl:4: completion: must be a string, got null. Corr"):
+        read(0)
+    with pytest.raises(
+        UserError,
+        match=r"a.jsonl:5: .* missing; .*\. data.skip_bad_rows: 1 rows are already skipped\.$",
+    ):
+        read(1)
+    made, report = read(2)
+    assert [example.place for example in made] == [f"{path}:{n}" for n in (1, 2, 3, *range(6, 12))]
+    assert report.notes() == [
+        f"training: skipped 2 rows with a mistake (data.skip_bad_rows 2): "
+        f"{path}:4: completion: must be a string, got null; "
+        f"{path}:5: completion or response or answer or target: missing; the row has prompt"
+    ]
+
+
+def test_only_bad_rows_are_an_error(write):
+    path = write("a.jsonl", lines({"prompt": "b"}))
+    data = DataConfig(dataset=str(path), val_fraction=1e-9, skip_bad_rows=9)
+    template = make_template("plain", ByteTokenizer())
+    with pytest.raises(UserError, match="no training rows are left: skipped 1 row with a mistake"):
+        build_examples(data, "train", 0, template, ByteTokenizer(), 32, train_on="response")
+
+
+def test_keys_of_turns_that_are_not_read_are_named():
+    """tools is a column of OpenAI's format; a weight means something for an answer only."""
+    row = {
+        "messages": [CHAT[1] | {"name": "ann", "weight": 1}, CHAT[2] | {"weight": 1, "n": 0}],
+        "tools": [{"type": "function"}],
+        "n": 0,
+        "none": None,
+    }
+    assert unread_columns(row, DataConfig()) == [
+        "messages[].name", "messages[].weight", "messages[].n", "tools", "n",
+    ]  # fmt: skip

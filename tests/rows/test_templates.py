@@ -1,5 +1,7 @@
 """Prompt templates: what they write, what is trained, and that no text becomes a special token."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -212,6 +214,19 @@ def test_every_answer_is_trained_and_so_is_the_token_that_ends_it(name):
     _, trained = written(name, SYSTEM, *AGAIN)
     assert [span.removesuffix(stop).strip() for span in trained] == ["4", "Yes"]
     assert all(span.endswith(stop) for span in trained)
+
+
+@every_template
+@pytest.mark.parametrize("untrained", [1, 3])
+def test_an_answer_of_weight_0_is_written_the_same_and_not_trained(name, untrained):
+    template, tokenizer = template_of(name)
+    turns = tuple(replace(turn, trained=number != untrained) for number, turn in enumerate(AGAIN))
+    every, some = template.encode(AGAIN, tokenizer), template.encode(turns, tokenizer)
+    assert some.ids.tolist() == every.ids.tolist()
+    spans = written(name, *AGAIN)[1]
+    kept = spans[1] if untrained == 1 else spans[0]
+    assert written(name, *turns)[1] == [kept]
+    assert template.prompt_ids(turns[:3], tokenizer) == template.prompt_ids(AGAIN[:3], tokenizer)
 
 
 @every_template

@@ -46,7 +46,7 @@ PathName = Annotated[Name, AfterValidator(_expand_home)]
 # The columns of rows that tinylm/rows reads.
 RowColumn = Literal[
     "instruction", "input", "output", "prompt", "completion",
-    "messages", "conversations", "chosen", "rejected",
+    "messages", "conversations", "chosen", "rejected", "system", "label",
 ]  # fmt: skip
 ROW_COLUMNS = get_args(RowColumn)
 
@@ -212,6 +212,8 @@ class DataConfig(Section):
     """fine-tuning: format of a row; auto: detected from its keys"""
     columns: dict[RowColumn, Name] | None = None
     """fine-tuning: the names of columns in the data, as our name: their name"""
+    skip_bad_rows: CountOrZero = 0
+    """fine-tuning: skip at most this many rows with a mistake in each split, and name them; 0: the first one is an error"""
     template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
     """fine-tuning: how turns are written (tinylm/rows/templates.py); chat_template: the tokenizer's own template"""
     packing: Literal["packed", "padded"] = "packed"

@@ -103,13 +103,14 @@ class ChatTemplate(Template):
         ids: list[int] = []
         trained: list[bool] = []
         position = 0
-        for start, end in answers:
+        is_trained = [turn.trained for turn in conversation if turn.role == "assistant"]
+        for (start, end), train in zip(answers, is_trained, strict=True):
             prompt = guard.encode(text[position:start], tokenizer, first=position == 0)
             answer = guard.encode(text[start:end], tokenizer)
             n_trained = _length_to_end_token(answer, tokenizer)
             ids += prompt + answer
             trained += [False] * len(prompt)
-            trained += [True] * n_trained + [False] * (len(answer) - n_trained)
+            trained += [train] * n_trained + [False] * (len(answer) - n_trained)
             position = end
         rest = guard.encode(text[position:], tokenizer, first=position == 0)
         return ids + rest, trained + [False] * len(rest)

@@ -7,9 +7,12 @@
     {"label", "text"}                         sms: a line of SMSSpamCollection
 
 data.rows names the shape, or the keys of a row decide (auto). data.columns maps our names to those in the data.
-A row of another shape is an error that names the key.
+A row of another shape is an error that names the key. Beside these keys a row can have `system`, the text of a system
+turn; a turn can have `weight`, 0 for an answer that is not trained, and its text can be a list of parts of type text.
+Tool calls are an error. What is in no turn is named by `unread_columns`.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +33,8 @@ COLUMNS = {
     "conversations": ("conversations",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "system": ("system", "system_prompt"),
+    "label": ("label",),
 }
 # The columns that a row of each shape is read from.
 _READ: dict[str, tuple[str, ...]] = {
@@ -54,6 +59,8 @@ _ROLES: dict[str, Role] = {
 }
 SMS_INSTRUCTION = "classify if the SMS is spam or ham"
 CORRECT = "Correct the row, or remove it"
+_TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call", "tool_call")
+NO_TOOLS = "Remove rows with tool calls, or skip them with data.skip_bad_rows"
 
 
 def parse_conversation(row: dict[str, Any], data: DataConfig) -> Conversation:
@@ -63,31 +70,35 @@ def parse_conversation(row: dict[str, Any], data: DataConfig) -> Conversation:
         UserError: a key is missing, null, of another type or empty, or a role is unknown; `where` is the key.
     """
     columns = Columns(row, data.columns or {})
+    conversation: Conversation
     match _shape(columns) if data.rows == "auto" else data.rows:
         case "alpaca":
             question = Turn("user", columns.text("instruction"), columns.optional_text("input"))
-            return question, Turn("assistant", columns.text("output"))
+            conversation = question, Turn("assistant", columns.text("output"))
         case "prompt":
             question = Turn("user", columns.text("prompt"))
-            return question, Turn("assistant", columns.text("completion"))
+            conversation = question, Turn("assistant", columns.text("completion"))
         case "messages":
-            return _turns_with_answer(columns, "messages")
+            conversation = _turns_with_answer(columns, "messages")
         case "sharegpt":
-            return _turns_with_answer(columns, "conversations")
+            conversation = _turns_with_answer(columns, "conversations")
         case _:
-            return _sms_conversation(row)
+            conversation = _sms_conversation(row)
+    return with_system(columns, conversation)
 
 
-def unread_text_columns(row: dict[str, Any], data: DataConfig) -> list[str]:
-    """The columns with text that `parse_conversation` ignores: perhaps a question lacks its context."""
+def unread_columns(row: dict[str, Any], data: DataConfig, *also: str) -> list[str]:
+    """What `parse_conversation` ignores in a row: perhaps a question lacks its context. `also` are columns read elsewhere."""
     columns = Columns(row, data.columns or {})
+    if is_sms(row, data):
+        return columns.unread("label", "system", names=("text",))
     shape = _shape(columns) if data.rows == "auto" else data.rows
-    read = {"label", "text"} if shape == "sms" else {columns.find(name) for name in _READ[shape]}
-    unread = []
-    for name, value in row.items():
-        if name not in read and isinstance(value, str) and not is_blank(value):
-            unread.append(name)
-    return unread
+    return columns.unread(*_READ[shape], "system", *also)
+
+
+def is_sms(row: dict[str, Any], data: DataConfig) -> bool:
+    """Whether the label of a row is its answer."""
+    return data.rows == "auto" and _shape(Columns(row, data.columns or {})) == "sms"
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,50 @@ class Columns:
         if value is None or (isinstance(value, str) and is_blank(value)):
             return ""
         return require_text(name, value)
+
+    def unread(self, *ours: str, names: Sequence[str] = ()) -> list[str]:
+        """The columns besides these that are not empty, then the keys of turns that `parse_turn` ignores."""
+        read = {self.find(name) for name in ours} | set(names)
+        unread = {}
+        for name, value in self.row.items():
+            if name not in read and not _is_empty(value):
+                unread[name] = None
+            elif name in read and isinstance(value, list):
+                unread |= dict.fromkeys(_unread_turn_keys(name, value))
+        return list(unread)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value says nothing: a table has every column in every row."""
+    return (
+        value is None or value == [] or value == {} or (isinstance(value, str) and is_blank(value))
+    )
+
+
+def _unread_turn_keys(name: str, items: list[Any]) -> Iterator[str]:
+    for item in items:
+        if not isinstance(item, dict):
+            continue
+        role_key, text_key = turn_keys(item)
+        read = {role_key, text_key}
+        if _ROLES.get(item.get(role_key, "")) == "assistant":
+            read.add("weight")
+        for key, value in item.items():
+            if key not in read and not _is_empty(value):
+                yield f"{name}[].{key}"
+
+
+def with_system(columns: Columns, conversation: Conversation) -> Conversation:
+    """The conversation after the system turn that a column of the row has, if it has one."""
+    text = columns.optional_text("system")
+    if not text:
+        return conversation
+    if conversation and conversation[0].role == "system":
+        if conversation[0].text == text:
+            return conversation
+        problem = "the turns begin with another system turn"
+        raise UserError(columns.value("system")[0], problem, "Keep one of the two")
+    return (Turn("system", text), *conversation)
 
 
 def require_text(key: str, value: Any) -> str:
@@ -205,7 +260,42 @@ def parse_turn(item: Any, where: str) -> Turn:
     role = item[role_key]
     if not isinstance(role, str) or role not in _ROLES:
         got = role if isinstance(role, str) else kind_of(role)
-        raise UserError(
-            f"{where}.{role_key}", f"must be one of {', '.join(_ROLES)}, got {got}", CORRECT
-        )
-    return Turn(_ROLES[role], require_text(f"{where}.{text_key}", item[text_key]))
+        problem = f"must be one of {', '.join(_ROLES)}, got {got}"
+        raise UserError(f"{where}.{role_key}", problem, NO_TOOLS if got in _TOOL_ROLES else CORRECT)
+    for key in ("tool_calls", "function_call"):
+        if not _is_empty(item.get(key)):
+            raise UserError(f"{where}.{key}", "tool calls are not supported", NO_TOOLS)
+    text = _text_of(f"{where}.{text_key}", item[text_key])
+    is_trained = _ROLES[role] != "assistant" or _weight(f"{where}.weight", item.get("weight")) == 1
+    return Turn(_ROLES[role], text, trained=is_trained)
+
+
+def _text_of(where: str, value: Any) -> str:
+    """The text of a turn: a string, or a list of parts of type text, which are joined."""
+    if not isinstance(value, list):
+        return require_text(where, value)
+    text = ""
+    for number, part in enumerate(value):
+        if not isinstance(part, dict):
+            problem = f"must be an object with type and text, got {kind_of(part)}"
+            raise UserError(f"{where}[{number}]", problem, CORRECT)
+        kind, part_text = part.get("type"), part.get("text")
+        if kind != "text":
+            problem = f"must be text, got {kind if isinstance(kind, str) else kind_of(kind)}"
+            raise UserError(f"{where}[{number}].type", problem, CORRECT)
+        if not isinstance(part_text, str):
+            problem = f"must be a string, got {kind_of(part_text)}"
+            raise UserError(f"{where}[{number}].text", problem, CORRECT)
+        text += part_text
+    return require_text(where, text)
+
+
+def _weight(where: str, value: Any) -> float:
+    """OpenAI's weight of an assistant's message: 1, also if it is missing or null, or 0, not trained."""
+    if value is None:
+        return 1
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
+        got = value if isinstance(value, int | float) else kind_of(value)
+        problem = f"must be 1 (trained) or 0 (not trained), got {got}"
+        raise UserError(where, problem, CORRECT)
+    return value

@@ -16,6 +16,8 @@ class Turn:
     text: str
     input: str = ""
     """what an instruction is applied to, if the data keep the two apart (Alpaca's `input`)"""
+    trained: bool = True
+    """False: an answer that the model sees but does not learn (OpenAI's `"weight": 0`)"""
 
     @property
     def full_text(self) -> str:

@@ -21,7 +21,15 @@ import numpy as np
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
-from tinylm.rows.columns import CORRECT, Columns, parse_turn, parse_turns, require_text, turn_keys
+from tinylm.rows.columns import (
+    CORRECT,
+    Columns,
+    parse_turn,
+    parse_turns,
+    require_text,
+    turn_keys,
+    with_system,
+)
 from tinylm.rows.conversation import Conversation, Role, Turn
 from tinylm.rows.row_files import read_rows
 from tinylm.rows.skipped_rows import RowReport, SkipReason
@@ -33,6 +41,8 @@ from tinylm.tokens.example_rows import Example
 
 # How Anthropic's hh-rlhf writes its turns.
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+# The columns that a row of preferences is read from.
+_READ = ("chosen", "rejected", "prompt", "instruction", "input", "system")
 
 
 class Preference(NamedTuple):
@@ -75,14 +85,16 @@ def build_pairs(
     Raises:
         UserError: as `read_rows` and `parse_preference`; or no row is left.
     """
-    report = RowReport(which, seq_len)
+    report = RowReport(which, seq_len, max_bad=data.skip_bad_rows)
     pairs: list[PreferencePair] = []
     for place, row in read_rows(data, which, seed):
         try:
             preference = parse_preference(row, data)
+            report.unread_columns |= dict.fromkeys(Columns(row, data.columns or {}).unread(*_READ))
             pair = encode_preference(preference, template, tokenizer, seq_len, place)
         except UserError as error:
-            raise error.within(place) from None
+            report.skip_bad(place, error)
+            continue
         except Skip as skip:
             report.skip(skip.reason, place)
             continue
@@ -101,6 +113,12 @@ def parse_preference(row: dict[str, Any], data: DataConfig) -> Preference:
         Skip: the conversations differ before the last answer.
     """
     columns = Columns(row, data.columns or {})
+    preference = _parse_answers(columns)
+    return preference._replace(prompt=with_system(columns, preference.prompt))
+
+
+def _parse_answers(columns: Columns) -> Preference:
+    """The prompt and the two answers, without the column `system`."""
     chosen_name, chosen = columns.value("chosen")
     rejected_name, rejected = columns.value("rejected")
     if isinstance(chosen, list) or isinstance(rejected, list):
@@ -178,6 +196,9 @@ def _history_and_answer(name: str, items: Any) -> tuple[Conversation, str]:
     if answer.role != "assistant":
         problem = f"the last turn must be the assistant's, got {answer.role}"
         raise UserError(f"{where}.role", problem, "Add the answer, or remove the row")
+    if not answer.trained:
+        problem = "must be 1, since a preference is between two last answers, got 0"
+        raise UserError(f"{where}.weight", problem, CORRECT)
     history = parse_turns(name, items[:-1])
     if history:
         _require_question(name, history)

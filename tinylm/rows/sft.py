@@ -11,13 +11,14 @@ All rows are in memory: fine-tuning data are small. tokens/example_rows.py packs
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
-from tinylm.rows.columns import parse_conversation, unread_text_columns
+from tinylm.rows.columns import parse_conversation, unread_columns
 from tinylm.rows.conversation import Conversation
 from tinylm.rows.row_files import LocatedRow, read_rows, split_built_in_rows
 from tinylm.rows.skipped_rows import RowReport, SkipReason
@@ -55,7 +56,7 @@ def build_examples(
     Raises:
         UserError: as `read_rows`; a row is not a conversation; or the prompt of every row fills the context.
     """
-    report = RowReport(which, seq_len)
+    report = RowReport(which, seq_len, max_bad=data.skip_bad_rows)
     examples: list[Example] = []
     for place, row in (
         split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
@@ -63,23 +64,38 @@ def build_examples(
         try:
             if to_conversation is None:
                 conversation = parse_conversation(row, data)
-                report.unread_columns |= dict.fromkeys(unread_text_columns(row, data))
+                report.unread_columns |= dict.fromkeys(unread_columns(row, data))
             else:
                 conversation = to_conversation(row)
             whole = template.encode(conversation, tokenizer)
+            trained = whole.trained
+            if train_on == "all":
+                trained = _all_targets(conversation, template, tokenizer, whole)
         except UserError as error:
-            raise error.within(place) from None
-        trained = whole.trained if train_on == "response" else np.arange(len(whole.ids)) > 0
+            report.skip_bad(place, error)
+            continue
         # seq_len inputs need seq_len + 1 ids: the last id is only a target.
         example = Example(whole.ids[: seq_len + 1], trained[: seq_len + 1], place)
         if not example.trained.any():
-            report.skip(SkipReason.PROMPT_TOO_LONG, place)
+            is_cut = trained.any()
+            report.skip(SkipReason.PROMPT_TOO_LONG if is_cut else SkipReason.NOTHING_TRAINED, place)
             continue
         examples.append(example)
         report.truncated += len(whole.ids) > len(example.ids)
     report.kept = len(examples)
     report.require_rows()
     return examples, report
+
+
+def _all_targets(
+    conversation: Conversation, template: Template, tokenizer: Tokenizer, whole: Example
+) -> np.ndarray:
+    """Every token of a conversation but the first, and but the answers of weight 0."""
+    targets = np.arange(len(whole.ids)) > 0
+    if all(turn.trained for turn in conversation):
+        return targets
+    answers = template.encode(tuple(replace(t, trained=True) for t in conversation), tokenizer)
+    return targets & ~(answers.trained & ~whole.trained)
 
 
 def count_shared_examples(train: Iterable[Example], val: Iterable[Example]) -> int:

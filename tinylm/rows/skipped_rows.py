@@ -14,8 +14,8 @@
     6. pack     tokens.example_rows.pack_examples      examples ─▶ rows of a batch (data.packing)
     7. collate  tokens.example_rows.collate_examples   rows ─▶ tensors; dpo and verifier: training/stages/
 
-Steps 1, 3 and 4 skip nothing: a row that cannot be read, parsed or encoded is an error that names file, line and key,
-and ends the run. Step 5 counts what it skips in a `RowReport`, whose notes a run prints before it trains:
+A row that cannot be read, parsed or encoded is an error that names file, line and key, and ends the run. Only steps
+3 and 4 can skip it: with data.skip_bad_rows: N at most N rows of a split are skipped, and named. Step 5 counts what it skips in a `RowReport`, whose notes a run prints before it trains:
 
     training: skipped 2 rows: an answer is empty (rows.jsonl:3, rows.jsonl:4)
 
@@ -40,6 +40,10 @@ class SkipReason(Enum):
     PROMPT_TOO_LONG = (
         "the prompt fills the context of {seq_len} tokens",
         "Raise training.seq_len, or shorten the prompts",
+    )
+    NOTHING_TRAINED = (
+        "every answer has weight 0",
+        "Give rows with an answer of weight 1",
     )
     # preferences
     EMPTY_ANSWER = ("an answer is empty", "Give pairs with two answers")
@@ -90,16 +94,32 @@ class RowReport:
     skipped: dict[SkipReason, list[str]] = field(default_factory=dict)
     """the places of skipped rows"""
     unread_columns: dict[str, None] = field(default_factory=dict)
-    """columns with text that is in no turn, in order of appearance"""
+    """columns with a value that is in no turn, in order of appearance"""
+    max_bad: int = 0
+    """data.skip_bad_rows"""
+    bad: list[str] = field(default_factory=list)
+    """rows with a mistake that were skipped: place and problem"""
 
     def skip(self, reason: SkipReason, place: str) -> None:
         """Count the row at `place` as skipped."""
         self.skipped.setdefault(reason, []).append(place)
 
+    def skip_bad(self, place: str, error: UserError) -> None:
+        """Count the row at `place`, which `error` is about, as skipped; raise the error if there are too many."""
+        if len(self.bad) < self.max_bad:
+            self.bad.append(": ".join((place, *error.where, error.problem)))
+            return
+        if not self.max_bad:
+            raise error.within(place) from None
+        fix = f"{error.fix}. data.skip_bad_rows: {self.max_bad} rows are already skipped"
+        raise error.within(place, fix=fix.removeprefix(". ")) from None
+
     def notes(self) -> list[str]:
         """What a user should know, one line each."""
         split = "validation" if self.which == "val" else "training"
         notes = [f"{split}: skipped {text}" for text in self._skipped_texts()]
+        if self.bad:
+            notes.append(f"{split}: {self._bad_text()}")
         if self.unread_columns:
             names = some_of(self.unread_columns)
             notes.append(f"{split}: columns not read: {names}; data.columns names those that are")
@@ -115,9 +135,21 @@ class RowReport:
         if self.kept:
             return
         split = "validation" if self.which == "val" else "training"
+        if not self.skipped:
+            problem = f"no {split} rows are left: {self._bad_text()}"
+            raise UserError("data.dataset", problem, "Correct the rows, or give others")
         most = max(self.skipped, key=lambda reason: len(self.skipped[reason]))
         problem = f"no {split} rows are left: skipped {'; '.join(self._skipped_texts())}"
         raise UserError("data.dataset", problem, most.fix)
+
+    def _bad_text(self) -> str:
+        """The first rows with a mistake by name, the rest as a number."""
+        n_more = len(self.bad) - MAX_NAMED_ROWS
+        named = "; ".join(self.bad[:MAX_NAMED_ROWS]) + (
+            f"; and {n_more} more" if n_more > 0 else ""
+        )
+        allowed = f"data.skip_bad_rows {self.max_bad}"
+        return f"skipped {count_rows(len(self.bad))} with a mistake ({allowed}): {named}"
 
     def _skipped_texts(self) -> list[str]:
         return [

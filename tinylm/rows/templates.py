@@ -15,7 +15,7 @@ In a conversation of several turns every answer is trained, not only the last on
 
 Every template, whatever the texts are, guarantees that
 
-    1. each answer is trained, and so is the token that ends it; nothing else is;
+    1. each answer is trained, and so is the token that ends it, unless its weight is 0; nothing else is;
     2. text from a user or a data set never becomes a special token: only the template's own markers are special;
     3. `prompt_ids`, which inference uses, are the very ids that training has shown before an answer.
 
@@ -147,11 +147,11 @@ class WrittenTemplate(Template):
             prompt = self._prompt_ids(exchange, tokenizer)
             ids += prompt
             trained += [False] * len(prompt)
-            # the answer and the token that ends it: trained
+            # the answer and the token that ends it: trained, unless its weight is 0
             answer = encode_text(self.answer(exchange, exchange.answer), tokenizer)
             answer.append(self.end_id(tokenizer))
             ids += answer
-            trained += [True] * len(answer)
+            trained += [exchange.answer.trained] * len(answer)
         return Example(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
 
     def prompt_ids(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:

@@ -38,6 +38,8 @@ def add_sampled_answers(
 ) -> list[Problem]:
     """The problems with `n` answers of a model to each, repetitions removed, cached in `folder`.
 
+    A problem whose answer is wrong by its label gets none: there is nothing to compare them with.
+
     Args:
         loaded: the model.
         task_name: data.task; None: a base model gets the problem as its prompt.
@@ -57,19 +59,22 @@ def add_sampled_answers(
         seed,
         SAMPLE_TEMPERATURE,
     ]
-    questions = [problem.question.full_text for problem in problems]
+    asked = [problem for problem in problems if problem.is_right]
+    questions = [problem.question.full_text for problem in asked]
     digest = hashlib.sha256(json.dumps([settings, questions]).encode()).hexdigest()[:16]
 
     def sample(number: int) -> list[str]:
-        problem = problems[number]
+        problem = asked[number]
         example = TaskExample(problem.place, problem.question, problem.answer)
         return sample_answers(engine, task, example, n, template=template, seed=seed)
 
     path = folder / f"answers-{digest}.jsonl"
-    answers = cached_answers(path, len(problems), sample, progress)
+    answers = iter(list(cached_answers(path, len(asked), sample, progress)))
     return [
-        replace(problem, samples=grade_samples(problem, texts))
-        for problem, texts in zip(problems, answers, strict=True)
+        replace(problem, samples=grade_samples(problem, next(answers)))
+        if problem.is_right
+        else problem
+        for problem in problems
     ]
 
 

@@ -23,11 +23,12 @@ import torch
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
-from tinylm.rows.columns import parse_conversation
+from tinylm.rows.columns import CORRECT, Columns, is_sms, parse_conversation, unread_columns
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.numbers import NUMBER, corrupt_number, same_number
 from tinylm.rows.row_files import LocatedRow, read_rows, split_built_in_rows
 from tinylm.rows.skipped_rows import RowReport, SkipReason
+from tinylm.text.documents import kind_of
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 
@@ -46,12 +47,22 @@ class GradedAnswer(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem with its right answer, and the answers sampled from a model."""
+    """A problem with the answer of its row, and the answers sampled from a model."""
 
     place: str
     question: Turn
     answer: str
+    """right, unless `label` is False"""
     samples: tuple[GradedAnswer, ...] = ()
+    label: bool | None = None
+    """whether the row says that `answer` is right; None: it has no label"""
+    reference: str | None = None
+    """for a wrong answer: the right one of another row with the same question, if there is one"""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether `answer` is right."""
+        return self.label is not False
 
 
 # --- rows to problems ---
@@ -64,8 +75,9 @@ def read_problems(
     *,
     to_conversation: Callable[[dict[str, Any]], Conversation] | None = None,
     built_in: Sequence[LocatedRow] = (),
+    report: RowReport | None = None,
 ) -> list[Problem]:
-    """The problems of a split, one per row.
+    """The problems of a split, one per row; a row with `label` 0 has a wrong answer.
 
     Args:
         data: where the rows are.
@@ -73,20 +85,62 @@ def read_problems(
         seed: decides which rows are held out.
         to_conversation: turns a row into a conversation; None: by its keys, or data.rows (`parse_conversation`).
         built_in: rows to use in place of those that `data` names.
+        report: gets the rows with a mistake and the columns that are not read.
 
     Raises:
         UserError: as `read_rows`; or a row is not a question with an answer.
     """
-    to_conversation = to_conversation or (lambda row: parse_conversation(row, data))
+    report = report or RowReport(which, 0, max_bad=data.skip_bad_rows)
     problems = []
     for place, row in (
         split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
     ):
         try:
-            problems.append(parse_problem(place, to_conversation(row)))
+            if to_conversation is None:
+                problem = parse_problem(place, parse_conversation(row, data))
+                problem = replace(problem, label=parse_label(row, data))
+                report.unread_columns |= dict.fromkeys(unread_columns(row, data, "label"))
+            else:
+                problem = parse_problem(place, to_conversation(row))
         except UserError as error:
-            raise error.within(place) from None
-    return problems
+            report.skip_bad(place, error)
+            continue
+        problems.append(problem)
+    return _with_references(problems)
+
+
+def parse_label(row: dict[str, Any], data: DataConfig) -> bool | None:
+    """Whether a row says that its answer is right; None if it has no label.
+
+    >>> row = {"prompt": "2+2?", "completion": "5", "label": 0}
+    >>> parse_label(row, DataConfig()), parse_label(row | {"label": None}, DataConfig())
+    (False, None)
+    """
+    columns = Columns(row, data.columns or {})
+    if columns.find("label") is None and "label" not in columns.names:
+        return None
+    name, value = columns.value("label")
+    if value is None or is_sms(row, data):
+        return None
+    if not isinstance(value, int | float) or value not in (0, 1):
+        got = value if isinstance(value, int | float | str) else kind_of(value)
+        problem = f"must be 1 or true (a right answer), or 0 or false (a wrong one), got {got}"
+        raise UserError(name, problem, CORRECT)
+    return bool(value)
+
+
+def _with_references(problems: list[Problem]) -> list[Problem]:
+    """The problems; those with a wrong answer get the first right one to the same question."""
+    if all(problem.is_right for problem in problems):
+        return problems
+    right: dict[Turn, str] = {}
+    for problem in problems:
+        if problem.is_right:
+            right.setdefault(problem.question, problem.answer)
+    return [
+        problem if problem.is_right else replace(problem, reference=right.get(problem.question))
+        for problem in problems
+    ]
 
 
 def parse_problem(place: str, conversation: Conversation) -> Problem:
@@ -98,6 +152,8 @@ def parse_problem(place: str, conversation: Conversation) -> Problem:
             "must be an assistant turn that answers a question",
             "Add the answer, or remove the row",
         )
+    if not answer.trained:
+        raise UserError("last turn", "its weight must be 1 for a verifier, got 0", CORRECT)
     question = before[0]
     if len(before) > 1:
         question = Turn("user", "\n\n".join(turn.full_text for turn in before))
@@ -143,7 +199,7 @@ def filter_problems(
         if n_answer > max_answer:
             report.skip(SkipReason.ANSWER_TOO_LONG, problem.place)
             continue
-        if n_wrong and NUMBER.search(problem.answer) is None:
+        if n_wrong and problem.label is None and NUMBER.search(problem.answer) is None:
             report.skip(SkipReason.NO_NUMBER, problem.place)
             continue
         fitting = [
@@ -171,9 +227,11 @@ def grade_samples(problem: Problem, texts: Sequence[str]) -> tuple[GradedAnswer,
 
 
 def graded_answers(problem: Problem, *, n_wrong: int, seed: str) -> list[GradedAnswer]:
-    """The right answer, `n_wrong` copies with one number changed (a function of the seed), and the
-    sampled answers.
+    """The answer of the row; if it is right, `n_wrong` copies with one number changed (a function of the
+    seed); and the sampled answers.
     """
+    if not problem.is_right:
+        return [GradedAnswer(problem.answer, False), *problem.samples]
     rng = random.Random(seed)  # noqa: S311  (no secret)
     wrong = [corrupt_number(problem.answer, rng) for _ in range(n_wrong)]
     return [
@@ -192,7 +250,7 @@ class VerifierExample(NamedTuple):
     ids: list[int]
     right: bool
     error_positions: tuple[int, ...]
-    """where a wrong answer differs from the right one; () for a right answer"""
+    """where a wrong answer differs from the right one, all of it if none is known; () for a right answer"""
 
 
 def build_verifier_examples(
@@ -201,7 +259,8 @@ def build_verifier_examples(
     """One example for each answer to a problem."""
     question_ids = tokenizer.encode(problem.question.full_text)
     answers = graded_answers(problem, n_wrong=n_wrong, seed=seed)
-    right_ids = tokenizer.encode(answers[0].text)
+    right = problem.answer if problem.is_right else problem.reference
+    right_ids = None if right is None else tokenizer.encode(right)
     examples = []
     for answer in answers:
         answer_ids = tokenizer.encode(answer.text)
@@ -210,7 +269,10 @@ def build_verifier_examples(
         if not answer.right:
             # Positions in the answer to positions in the row. If the answer is cut on its left, those cut off become 0.
             start = len(ids) - len(answer_ids)
-            positions = tuple(max(start + i, 0) for i in error_span(answer_ids, right_ids))
+            span = range(len(answer_ids))  # somewhere in it, if no right answer is known
+            if right_ids is not None:
+                span = error_span(answer_ids, right_ids)
+            positions = tuple(max(start + i, 0) for i in span)
         examples.append(VerifierExample(ids, answer.right, positions))
     return examples
 

@@ -30,6 +30,7 @@ from tinylm.model.decoder import Decoder
 from tinylm.model.verifier import Verifier
 from tinylm.objectives.verifier import VerifierScore, logit_counts, verifier_loss
 from tinylm.rows.inspect import InspectedRow
+from tinylm.rows.numbers import NUMBER
 from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.verifier_data import (
     Problem,
@@ -74,10 +75,10 @@ class VerifierData(RunData):
         Raises:
             UserError: see `read_problems` and `filter_problems`.
         """
-        train_rows, val_rows = self._read("train"), self._read("val")
-        seq_len = self.config.training.seq_len
-        train = RowReport("train", seq_len, lost="the start of a problem")
-        val = RowReport("val", seq_len, lost="the start of a problem")
+        seq_len, max_bad = self.config.training.seq_len, self.config.data.skip_bad_rows
+        train = RowReport("train", seq_len, lost="the start of a problem", max_bad=max_bad)
+        val = RowReport("val", seq_len, lost="the start of a problem", max_bad=max_bad)
+        train_rows, val_rows = self._read(train), self._read(val)
         train_rows = without_validation_problems(train_rows, val_rows, train)
         self.train_problems = self._filter(answer(train_rows), train)
         self.val_problems = self._filter(answer(val_rows), val)
@@ -88,7 +89,7 @@ class VerifierData(RunData):
         n_train, n_val = self._n_answers(self.train_problems), self._n_answers(self.val_problems)
         n_right = 0
         for problem in self.train_problems:
-            n_right += 1 + sum(sample.right for sample in problem.samples)
+            n_right += problem.is_right + sum(sample.right for sample in problem.samples)
         return (
             f"data: {printable(self.config.data.dataset)}: train {len(self.train_problems):,} "
             f"problems with {n_train:,} answers ({n_right / n_train:.0%} of them right), validation "
@@ -130,21 +131,26 @@ class VerifierData(RunData):
             name = f"{heading}, answer {number + 1}, {right}: {row.place}"
             yield InspectedRow(name, ids.tolist(), labels.tolist(), None)
 
-    def _read(self, which: Which) -> list[Problem]:
+    def _read(self, report: RowReport) -> list[Problem]:
         data = self.config.data
         return read_problems(
             data,
-            which,
+            report.which,
             self.config.training.seed,
             to_conversation=conversation_parser(data),
             built_in=requested_built_in_rows(data),
+            report=report,
         )
 
     def _filter(self, problems: list[Problem], report: RowReport) -> list[Problem]:
         return filter_problems(problems, report, self.tokenizer, n_wrong=self.n_wrong)
 
     def _n_answers(self, problems: list[Problem]) -> int:
-        return sum(1 + self.n_wrong + len(problem.samples) for problem in problems)
+        n_answers = 0
+        for problem in problems:
+            can_be_changed = problem.is_right and NUMBER.search(problem.answer) is not None
+            n_answers += 1 + self.n_wrong * can_be_changed + len(problem.samples)
+        return n_answers
 
 
 def collate_problems(
@@ -180,7 +186,10 @@ def collate_problems(
 
 def fingerprint_of_problems(problems: Sequence[Problem]) -> str:
     """12 hex digits that identify problems and their answers, in their order."""
-    plain = [(problem.question.full_text, problem.answer, problem.samples) for problem in problems]
+    plain = []
+    for problem in problems:
+        contents: list[Any] = [problem.question.full_text, problem.answer, problem.samples]
+        plain.append(contents if problem.label is None else [*contents, problem.label])
     return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]
 
 

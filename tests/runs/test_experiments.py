@@ -54,7 +54,7 @@ def test_every_config_belongs_to_a_question_and_names_its_command():
     "path", [path for path in CONFIGS if path.stem != "base"], ids=lambda path: path.stem
 )
 def test_a_run_differs_from_the_base_in_one_setting(path):
-    """adamw: also its own lr. moe: two experts of half the width. window-sinks: both, compared with each alone."""
+    """adamw: also its own lr. moe: two experts of half the width. window-sinks: two settings."""
     base, run = (
         dict(experiments._flat(load_config(file).to_plain()))
         for file in (path.with_name("base.yaml"), path)
@@ -123,11 +123,15 @@ def project(tmp_path, monkeypatch) -> Path:
 def step_of(project: Path, name: str = "a", code: str = "", config: str = "a.yaml") -> Step:
     """A step whose program counts its runs, runs `code` and writes a result."""
     (project / "train.py").write_text("", encoding="utf-8")
-    program = f"import sys, time, signal, pathlib\nopen({name + '.ran'!r}, 'a').write('x')\n{code}\nf = pathlib.Path('runs/{name}')\n"
-    (project / f"{name}.py").write_text(
-        program + "f.mkdir(parents=True, exist_ok=True); (f / 'final.ckpt').write_text('x')\n",
-        encoding="utf-8",
-    )
+    program = f"""
+import sys, time, signal, pathlib
+open({name + ".ran"!r}, "a").write("x")
+{code}
+folder = pathlib.Path("runs/{name}")
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "final.ckpt").write_text("x")
+"""
+    (project / f"{name}.py").write_text(program, encoding="utf-8")
     folder = Path("runs") / name
     return Step(
         f"pretrain: {name}",
@@ -164,7 +168,7 @@ def test_a_step_with_a_result_is_not_run_again(project, run_all):
 
 
 def test_a_result_without_a_record_is_run_again(project, run_all):
-    """A run that was killed after its last checkpoint: train.py resumes it or reports that it is done."""
+    """As after a kill: train.py resumes the run or reports that it is complete."""
     step = step_of(project)
     run_all(step)
     step.record.unlink()
@@ -181,8 +185,8 @@ def test_a_result_of_other_settings_is_an_error_and_is_kept(project, run_all):
     outcome, logged = run_all(step)
     assert outcome == Outcome(("pretrain: a",))
     assert logged == [
-        "pretrain: a: runs/a/final.ckpt: training.lr was 0.001 when this file was made and is 0.002 "
-        "now. Set it back, or remove runs/a to make it again."
+        "pretrain: a: runs/a/final.ckpt: training.lr was 0.001 when this file was made and is "
+        "0.002 now. Set it back, or remove runs/a to make it again."
     ]
     assert runs_of() == 1
 
@@ -193,7 +197,7 @@ def test_a_result_of_another_dataset_is_an_error(project, run_all):
     (project / "text.txt").write_text("one\nthree\n", encoding="utf-8")
     with pytest.raises(
         UserError,
-        match=r"runs/a/final.ckpt: content of text.txt was \w{16} when this file was made and is \w{16} now",
+        match=r"content of text.txt was \w{16} when this file was made and is \w{16} now",
     ):
         is_done(step)
 
@@ -304,7 +308,7 @@ time.sleep(60)
     [(signal.SIGINT, 130, "2 "), (signal.SIGTERM, 143, "15 "), (signal.SIGHUP, 143, "15 ")],
 )
 def test_a_signal_reaches_the_program_once_and_stops_all_steps(project, number, code, got):
-    """Sent to the process group, as by a terminal. SIGHUP (closed terminal) is passed on as SIGTERM."""
+    """Sent to the process group, as by a terminal. SIGHUP is passed on as SIGTERM."""
     steps = [step_of(project, "a", WAITS), step_of(project, "b")]
     process = start_apart(project, steps)
     wait_for(project / "waiting")
@@ -332,7 +336,8 @@ def start_apart(project: Path, steps: list[Step]) -> subprocess.Popen:
 import signal, sys
 from pathlib import PosixPath
 from tinylm.runs.experiments import Step, run_steps
-signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.exit(run_steps({steps!r}).stopped)
 """
     return subprocess.Popen(

@@ -141,7 +141,7 @@ def test_bands_are_means_over_positions_that_have_a_loss():
 
 
 def test_known_words_are_the_words_of_the_training_text(loaded):
-    """The text has numbered lines and the word 'guesses'. The first and last word are not counted."""
+    """The text has the word 'guesses' and numbers; the first and last word are not counted."""
     known = measure.training_words(loaded)
     assert "guesses" in known
     assert measure.known_word_share("odel guesses gesses 7x the toke", known) == pytest.approx(

@@ -1,4 +1,4 @@
-"""Curves from what runs have written, attention maps against the formula, and the command that draws them."""
+"""Curves of runs, attention maps compared with the formula, and the plot command."""
 
 import math
 from pathlib import Path
@@ -74,7 +74,7 @@ def write_checkpoint(path: Path, validations: list[list[float]], **model) -> Non
     checkpoint_format.write(path, state | {"progress": {"validations": validations}})
 
 
-def test_a_curve_has_the_rows_with_a_value_and_a_cut_last_line_is_left_out(tmp_path):
+def test_a_curve_skips_missing_values_and_an_incomplete_last_line(tmp_path):
     run = read_metrics(
         write_metrics(tmp_path / "smoke", [row(10, "3.5"), row(20, "3.0", "3.25"), "30,2."])
     )
@@ -84,13 +84,13 @@ def test_a_curve_has_the_rows_with_a_value_and_a_cut_last_line_is_left_out(tmp_p
     assert [part.tolist() for part in run.curve("no_such_column")] == [[], []]
 
 
-def test_runs_come_from_logs_and_checkpoints_without_logs_give_their_validations(tmp_path):
-    """The perplexity is exp of the loss; a run that both folders know is drawn once, from its metrics."""
+def test_a_run_without_metrics_is_read_from_its_checkpoints(tmp_path):
+    """The perplexity is exp of the loss. A run that has both is read from its metrics."""
     write_metrics(tmp_path / "logs" / "a", [row(1, "2.0")])
     write_checkpoint(tmp_path / "checkpoints" / "step-000003.ckpt", [[1, 2.0], [3, 1.0]])
-    named = {run.name: run for run in find_runs([tmp_path / "checkpoints", tmp_path / "logs"])}
-    assert named.keys() == {"a", "from-ckpt"}
-    assert named["from-ckpt"].curve("val_ppl")[1].tolist() == pytest.approx(
+    by_name = {run.name: run for run in find_runs([tmp_path / "checkpoints", tmp_path / "logs"])}
+    assert by_name.keys() == {"a", "from-ckpt"}
+    assert by_name["from-ckpt"].curve("val_ppl")[1].tolist() == pytest.approx(
         [math.exp(2), math.exp(1)]
     )
     write_metrics(tmp_path / "logs" / "from-ckpt", [row(1, "2.0")])
@@ -103,19 +103,19 @@ def test_runs_come_from_logs_and_checkpoints_without_logs_give_their_validations
 @pytest.mark.parametrize(
     ("name", "message"), [("nowhere", "no such folder"), ("", "no metrics.csv and no checkpoints")]
 )
-def test_nothing_to_draw_is_an_error_that_says_where_to_look(tmp_path, name, message):
+def test_nothing_to_draw_is_an_error(tmp_path, name, message):
     with pytest.raises(UserError, match=message):
         find_runs([tmp_path / name])
 
 
-def test_a_smoothed_value_is_the_mean_of_those_up_to_it():
+def test_smoothed_values_are_means_of_the_last_window():
     values = np.random.default_rng(0).normal(size=50)
     for window in (1, 3, 50, 80):
         expected = [values[max(0, i - window + 1) : i + 1].mean() for i in range(50)]
         np.testing.assert_allclose(smoothed(values, window), expected, rtol=1e-12, atol=1e-15)
 
 
-def test_a_figure_has_a_labelled_line_a_run_and_says_how_it_was_smoothed():
+def test_a_figure_has_a_labeled_line_per_run_and_names_the_smoothing():
     runs = [
         Run(name, np.arange(1.0, 41), {"train_loss": np.linspace(4, start, 40)})
         for name, start in (("one", 2), ("two", 3))
@@ -125,14 +125,14 @@ def test_a_figure_has_a_labelled_line_a_run_and_says_how_it_was_smoothed():
         "optimizer step",
         "nats per token, pair or answer",
     )
-    assert axes.get_title() == "Training loss (mean of 5 rows; raw values behind)"
+    assert axes.get_title() == "Training loss (mean of 5 rows; raw values in a lighter color)"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
     assert axes.lines[0].get_ydata().tolist() == runs[0].columns["train_loss"].tolist()
     assert axes.lines[1].get_ydata().tolist() == smoothed(runs[0].columns["train_loss"], 5).tolist()
 
 
-def test_a_text_plot_puts_the_first_value_left_and_high_and_the_last_one_right_and_low():
-    """A falling line: its mark goes from the top left cell to the bottom right one; the axis ends at the last step."""
+def test_a_text_plot_of_a_falling_line_runs_from_top_left_to_bottom_right():
+    """The marks are in the corners and the center; the axis ends at the last step."""
     lines = text_plot(
         "train_loss",
         [Run("a", np.array([0.0, 50, 100]), {"train_loss": np.array([3.0, 2, 1])})],
@@ -161,8 +161,8 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_attention_maps_are_the_weights_that_the_model_mixes_its_values_with(options):
-    """Weights times values, through the output matrix, must be what each attention layer puts out; future tokens get nothing."""
+def test_attention_maps_are_the_weights_of_the_model(options):
+    """Weights @ values, projected, are the output of each layer; future tokens have weight 0."""
     torch.manual_seed(0)
     model = Decoder(ModelConfig(**(TINY | options))).eval()
     inputs, outputs = [], []
@@ -192,8 +192,8 @@ def test_attention_maps_are_the_weights_that_the_model_mixes_its_values_with(opt
 @pytest.mark.parametrize(
     ("values", "marks"), [([153.0, 64.0], ["70", "100", "150"]), ([9.0, 2.5], ["3", "5", "7"])]
 )
-def test_perplexities_within_a_power_of_ten_have_marks_to_be_read_by(values, marks):
-    """Powers of ten alone would leave one mark, or none."""
+def test_perplexities_within_a_power_of_ten_have_tick_labels(values, marks):
+    """Powers of ten alone would give one label or none."""
     figure = draw("val_ppl", [Run("a", np.arange(2.0), {"val_ppl": np.array(values)})])
     figure.draw_without_rendering()
     axis = figure.axes[0].yaxis
@@ -205,14 +205,14 @@ def test_perplexities_within_a_power_of_ten_have_marks_to_be_read_by(values, mar
     assert axis.get_minorticklocs().size == 0
 
 
-def test_too_many_heads_for_a_page_are_refused():
+def test_too_many_heads_for_a_page_are_an_error():
     with pytest.raises(
-        UserError, match="attention maps: 13 layers of 12 heads are 156 maps, at most 144 fit"
+        UserError, match=r"attention maps: must be at most 144, got 156 \(13 layers of 12 heads\)"
     ):
         draw_attention(torch.zeros(13, 12, 2, 2), ["a", "b"])
 
 
-def test_the_command_writes_a_picture_of_each_quantity_that_has_values(tmp_path, capsys):
+def test_the_command_writes_a_plot_per_metric_with_values(tmp_path, capsys):
     """`row` leaves val_bpb empty."""
     write_metrics(tmp_path / "logs" / "a", [row(step, "2.0", "1.5") for step in (1, 2, 3)])
     assert (
@@ -266,6 +266,6 @@ def test_the_command_draws_attention(tmp_path, capsys):
         (["plot", "--attention", "--prompt", "x"], "Give --ckpt FILE and --prompt TEXT"),
     ],
 )
-def test_a_mistaken_command_says_what_is_missing(capsys, arguments, message):
+def test_invalid_arguments_are_an_error(capsys, arguments, message):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err

@@ -6,10 +6,11 @@ An empty cell means that the step has no such value. Numbers are written exactly
 """
 
 import csv
+import math
 import os
 from pathlib import Path
 
-from tinylm.common.errors import writing
+from tinylm.common.errors import reading, writing
 
 COLUMNS = (
     "step",
@@ -94,3 +95,25 @@ class MetricsFile:
         while (path := self.path.with_name(f"metrics.{number}.csv")).exists():
             number += 1
         return path
+
+
+def read_columns(path: Path) -> dict[str, list[float]]:
+    """The columns of a metrics.csv, NaN for empty cells; incomplete rows are ignored.
+
+    A file without complete rows gives no columns.
+    """
+    columns: dict[str, list[float]] = {}
+    with reading(path), open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if None in row.values() or not (row.get("step") or "").isdigit():
+                continue
+            for name, cell in row.items():
+                columns.setdefault(name, []).append(_number(cell))
+    return columns
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan

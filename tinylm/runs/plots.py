@@ -1,13 +1,12 @@
-"""Pictures of a run: its curves, on paper or in the terminal, and where each head of a model looks.
+"""Plots of runs: curves as images or as text in the terminal, and attention maps.
 
-    find_runs         folders ─▶ runs, each with its columns over the steps      from metrics.csv, or from checkpoints
-    draw, text_plot   one column of several runs ─▶ a figure, or lines of text
-    attention_maps    a model and a text ─▶ (layers, heads, T, S) attention weights;  draw_attention makes the figure
+    find_runs         folders -> runs with their metrics, from metrics.csv or from checkpoints
+    draw, text_plot   one metric of several runs -> a figure, or lines of text
+    attention_maps    a model and a text -> attention weights; draw_attention makes a figure of them
 
-Knows nothing of training: it reads what a run has written.
+Knows nothing of training: it reads the files of a run.
 """
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +18,15 @@ import torch
 from torch import Tensor
 
 from tinylm.checkpoint import format as checkpoint_format
-from tinylm.common.errors import UserError, reading
+from tinylm.common.errors import UserError
 from tinylm.model.decoder import Attention, Decoder
+from tinylm.runs.metrics_csv import read_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# What is drawn: a column of metrics.csv, the picture's title, and the unit on its axis.
+# Column of metrics.csv -> title of the plot, and unit of its y axis.
 QUANTITIES = {
     "train_loss": ("Training loss", "nats per token, pair or answer"),
     "val_loss": ("Validation loss", "nats per token, pair or answer"),
@@ -35,39 +35,39 @@ QUANTITIES = {
     "val_accuracy": ("Validation accuracy", "share of target tokens, or of pairs"),
     "val_margin": (
         "Validation margin",
-        "reward of the chosen answer less that of the rejected one",
+        "reward of the chosen minus the rejected answer",
     ),
     "lr": ("Learning rate", "after warm-up and decay"),
 }
-# Far apart on any screen and for most eyes (Okabe and Ito 2008).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Also distinct for color-blind readers (Okabe and Ito 2008).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "*o+x#@%"
 INCHES = (8.0, 4.5)
 DOTS_PER_INCH = 120
-# More heads than this fit no page.
+# More heads do not fit on a page.
 MAX_HEADS_DRAWN = 144
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run has measured: by column, the steps and the values at them, NaN where a row has none."""
+    """The metrics of one run: steps, and one array per column with NaN for missing values."""
 
     name: str
     steps: np.ndarray
     columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def curve(self, quantity: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a column, rows without a value left out."""
+        """The steps and values of a column, without missing values."""
         values = self.columns.get(quantity, np.full(len(self.steps), math.nan))
-        there = ~np.isnan(values)
-        return self.steps[there], values[there]
+        present = ~np.isnan(values)
+        return self.steps[present], values[present]
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """Every run below the folders: one a metrics.csv, and one a folder of checkpoints that has none of its own.
+    """All runs below the folders: one per metrics.csv, and one per other folder of checkpoints.
 
     Raises:
-        UserError: a folder is not there, or there is nothing to draw in any.
+        UserError: a folder does not exist, or no folder has a run.
     """
     runs: list[Run] = []
     folders = list(folders)
@@ -76,55 +76,40 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
             fix = "Give folders with metrics.csv (logs) or with checkpoints"
             raise UserError(folder, "no such folder", fix)
         runs += [read_metrics(path) for path in sorted(folder.rglob("metrics.csv"))]
-    drawn = {run.name for run in runs}
+    names = {run.name for run in runs}
     for folder in folders:
-        holders = sorted({path.parent for path in folder.rglob("step-*.ckpt")})
-        runs += [run for holder in holders if (run := read_checkpoints(holder)).name not in drawn]
+        for checkpoint_dir in sorted({path.parent for path in folder.rglob("step-*.ckpt")}):
+            run = read_checkpoints(checkpoint_dir)
+            if run.name not in names:
+                runs.append(run)
     if not runs:
-        raise UserError(
-            ", ".join(map(str, folders)),
-            "no metrics.csv and no checkpoints",
-            "Train first, or give the folder in training.log_dir",
-        )
+        where = ", ".join(map(str, folders))
+        fix = "Train first, or give the folder in training.log_dir"
+        raise UserError(where, "no metrics.csv and no checkpoints", fix)
     return runs
 
 
 def read_metrics(path: Path) -> Run:
-    """The run that wrote `path`; a half-written last line is left out."""
-    with reading(path), open(path, newline="", encoding="utf-8") as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if None not in row.values() and (row.get("step") or "").isdigit()
-        ]
-    if not rows:
-        return Run(path.parent.name, np.empty(0))
-    columns = {name: np.array([_number(row[name]) for row in rows]) for name in rows[0]}
-    return Run(path.parent.name, columns.pop("step"), columns)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    """The run of a metrics.csv."""
+    columns = {name: np.array(values) for name, values in read_columns(path).items()}
+    steps = columns.pop("step", np.empty(0))
+    return Run(path.parent.name, steps, columns)
 
 
 def read_checkpoints(folder: Path) -> Run:
-    """The run whose checkpoints are in `folder`: what the newest sound one says of every validation, and of its loss."""
+    """The run of a checkpoint folder: all its validations, from its latest valid checkpoint."""
     path = checkpoint_format.latest_valid(folder)
     assert path is not None  # the caller found one
     state = checkpoint_format.read(path)
     validations = np.array(state["progress"]["validations"], dtype=float).reshape(-1, 2)
     losses = validations[:, 1]
+    perplexities = np.exp(np.minimum(losses, 20.0))
     name = state["config"]["training"]["run_name"]
-    return Run(
-        name, validations[:, 0], {"val_loss": losses, "val_ppl": np.exp(np.minimum(losses, 20.0))}
-    )
+    return Run(name, validations[:, 0], {"val_loss": losses, "val_ppl": perplexities})
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value and the window - 1 before it; at the start, of those there are.
+    """The moving mean of each value and the window - 1 values before it; shorter at the start.
 
     >>> smoothed(np.array([4.0, 2.0, 3.0, 1.0]), 2).tolist()
     [4.0, 3.0, 2.5, 2.0]
@@ -135,30 +120,32 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-# --- curves -----------------------------------------------------------------------------------------------------------
+# --- curves ---------------------------------------------------------------------------------------
 
 
 def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
-    """One quantity over the optimizer steps, a line a run; with `smooth` > 1 the raw values stay visible behind the mean."""
+    """One metric over optimizer steps, one line per run; `smooth` > 1 adds a moving mean."""
     figure, axes = _new_figure()
     title, unit = QUANTITIES[quantity]
     for number, run in enumerate(runs):
         steps, values = run.curve(quantity)
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         if smooth > 1 and len(values) > smooth:
-            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smoothed(values, smooth), color=colour, label=run.name)
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smoothed(values, smooth), color=color, label=run.name)
         elif len(values):
             axes.plot(
                 steps,
                 values,
-                color=colour,
+                color=color,
                 label=run.name,
                 marker="o" if len(values) < 30 else None,
                 markersize=3,
             )
     axes.set(
-        title=title + (f" (mean of {smooth} rows; raw values behind)" if smooth > 1 else ""),
+        title=f"{title} (mean of {smooth} rows; raw values in a lighter color)"
+        if smooth > 1
+        else title,
         xlabel="optimizer step",
         ylabel=unit,
     )
@@ -175,13 +162,13 @@ def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
 def draw_lines(
     lines: dict[str, np.ndarray], *, title: str, xlabel: str, ylabel: str, mark: tuple[int, str]
 ) -> "Figure":
-    """Values over their index, a line a name; `mark` is an index at which something changes, and what."""
+    """Values over their index, one line per name; `mark` is a vertical line: (index, label)."""
     figure, axes = _new_figure()
     for number, (name, values) in enumerate(lines.items()):
-        # The later the thinner: a line that lies on another one hides none.
+        # Later lines are thinner, so that equal lines stay visible.
         axes.plot(
             values,
-            color=COLOURS[number % len(COLOURS)],
+            color=COLORS[number % len(COLORS)],
             label=name,
             linewidth=3.0 - 2.0 * number / len(lines),
         )
@@ -193,7 +180,7 @@ def draw_lines(
 
 
 def _new_figure(size: tuple[float, float] = INCHES) -> tuple["Figure", Any]:
-    """A figure that needs no screen, and its one pair of axes."""
+    """A figure for files (no display needed) and its axes."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -204,12 +191,12 @@ def _new_figure(size: tuple[float, float] = INCHES) -> tuple["Figure", Any]:
 
 
 def text_plot(quantity: str, runs: Sequence[Run], *, width: int = 72, height: int = 16) -> str:
-    """One quantity over the optimizer steps as lines of text, a mark a run; empty where no run has the quantity."""
-    curves = [
-        (mark, run.name, *run.curve(quantity))
-        for mark, run in zip(MARKS * (len(runs) // len(MARKS) + 1), runs, strict=False)
-    ]
-    curves = [curve for curve in curves if len(curve[2])]
+    """One metric over optimizer steps as text, one mark per run; empty if no run has the metric."""
+    curves = []
+    for number, run in enumerate(runs):
+        steps, values = run.curve(quantity)
+        if len(values):
+            curves.append((MARKS[number % len(MARKS)], run.name, steps, values))
     if not curves:
         return ""
     title, unit = QUANTITIES[quantity]
@@ -228,7 +215,7 @@ def text_curves(
     width: int = 72,
     height: int = 16,
 ) -> str:
-    """Curves (mark, name, xs, ys) as lines of text, over an axis from `left`, at 0, to `right`, at the largest x."""
+    """Curves (mark, name, xs, ys) as lines of text; `left` and `right` label the ends of the x axis."""
     xs, ys = (np.concatenate([curve[part] for curve in curves]) for part in (2, 3))
     low, high, last = ys.min(), ys.max(), max(xs.max(), 1.0)
     cells = [[" "] * width for _ in range(height)]
@@ -250,35 +237,38 @@ def text_curves(
     )
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def attention_maps(model: Decoder, ids: Sequence[int]) -> Tensor:
-    """Where each head looks: (layers, heads, T, n_sinks + T) weights, each row of which sums to 1; sinks come first."""
-    seen: list[Tensor] = []
+    """Attention weights (layers, heads, T, n_sinks + T), learned sinks first; rows sum to 1."""
+    maps: list[Tensor] = []
 
-    def note(layer: Attention, arguments: tuple[Any, ...]) -> None:
-        seen.append(layer.weights(*arguments)[0])
+    def store_weights(layer: Attention, arguments: tuple[Any, ...]) -> None:
+        maps.append(layer.weights(*arguments)[0])
 
-    hooks = [block.attention.register_forward_pre_hook(note) for block in model.blocks]
+    hooks = [block.attention.register_forward_pre_hook(store_weights) for block in model.blocks]
     try:
         model.eval().features(torch.tensor([list(ids)], device=model.embedding.weight.device))
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(seen).float().cpu()
+    return torch.stack(maps).float().cpu()
 
 
 def draw_attention(maps: Tensor, tokens: Sequence[str]) -> "Figure":
-    """A grid of maps, layers downwards and heads across: the darker a cell, the more its row's token looks at its column's.
+    """A grid of attention maps, one row per layer and one column per head.
 
     Raises:
-        UserError: there are more heads than a page can hold.
+        UserError: there are too many heads for a page.
     """
     layers, heads, T, S = maps.shape
     if layers * heads > MAX_HEADS_DRAWN:
-        problem = f"{layers} layers of {heads} heads are {layers * heads} maps, at most {MAX_HEADS_DRAWN} fit"
+        n_maps = layers * heads
+        problem = (
+            f"must be at most {MAX_HEADS_DRAWN}, got {n_maps} ({layers} layers of {heads} heads)"
+        )
         raise UserError("attention maps", problem, "Choose a smaller model")
     try:
         from matplotlib.figure import Figure
@@ -300,7 +290,7 @@ def draw_attention(maps: Tensor, tokens: Sequence[str]) -> "Figure":
             axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=7)
             axes.set_xticks(range(S), columns, rotation=90, fontsize=6)
             axes.set_yticks(range(T), list(tokens), fontsize=6)
-    figure.supxlabel("looked at", fontsize=8)
-    figure.supylabel("looking token", fontsize=8)
+    figure.supxlabel("attended token (key)", fontsize=8)
+    figure.supylabel("attending token (query)", fontsize=8)
     figure.colorbar(image, ax=grid, label="attention weight", fraction=0.02)
     return figure

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tinylm import tokens
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
+from tinylm.common.stop_signals import STOP_SIGNALS
 from tinylm.config.schema import Config
 from tinylm.text.data_source import DataSource, data_sources
 from tinylm.tokenizer.base import Tokenizer
@@ -116,8 +117,8 @@ class RunData(L.LightningDataModule):
 
 
 def ignore_signals(worker: int) -> None:
-    """Keep a worker process alive after Ctrl-C, which a terminal sends to all: the step still needs it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Keep a worker process alive after a signal that is sent to all, such as Ctrl-C: the step still needs it."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from tinylm.common.files import locked
+from tinylm.common.stop_signals import STOP_SIGNALS
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import data_sources, find_split, text_overlap
 from tinylm.text.splits import Overlap
@@ -80,8 +81,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def keep_signals() -> Iterator[None]:
-    """Training takes SIGINT and SIGTERM over for the life of its process, which here is pytest's."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    """Training handles the stop signals for the life of its process, which here is pytest's.
+
+    Programs that a test starts inherit an ignored SIGINT, and keep ignoring it: a background shell ignores it.
+    """
+    before = [(number, signal.getsignal(number)) for number in STOP_SIGNALS]
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before:
         signal.signal(number, handler)

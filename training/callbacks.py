@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 
 from model import TrainingModule
 from tinylm.common.console import readable
+from tinylm.common.stop_signals import heeded_signals
 from tinylm.optim.schedule import should_stop
 from tinylm.runs.metrics_csv import COLUMNS, MetricsFile, Row
 from tinylm.tokenizer.base import Tokenizer
@@ -104,14 +105,14 @@ class StepEnd(L.Callback):
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: the run stops at the end of the current step, after saving."""
+    """After a stop signal (Ctrl-C, SIGTERM, ...) the run stops at the end of the current step, after saving."""
 
     received: int | None = None
     """the number of the first signal"""
 
     def install(self) -> None:
-        """Handle the two signals from now on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Handle the stop signals from now on; those that are ignored (nohup) stay ignored."""
+        for number in heeded_signals():
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -119,7 +120,7 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT and 143 for SIGTERM, as in shells; 0 without a signal."""
+        """128 + the signal's number, as in shells: 130 for SIGINT, 143 for SIGTERM; 0 without a signal."""
         return 0 if self.received is None else 128 + self.received
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.common.child_program import ChildProgram
 from tinylm.common.errors import UserError
+from tinylm.common.stop_signals import STOP_SIGNALS
 from training import pipeline, pipeline_run, side_by_side
 
 ROOT = Path(__file__).parents[2]
@@ -248,21 +250,20 @@ def test_models_with_different_tokenizers_are_not_compared_by_the_token():
     ]
 
 
-def test_a_stop_between_two_stages_begins_no_other(here, ran, capsys):
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_between_two_stages_begins_no_other(here, ran, caplog, number):
+    caplog.set_level(logging.INFO)
     stages = pipeline.read_stages(write_pipeline(here))
     assert (
         pipeline_run.run_stages(
             stages,
             pipeline_run.PipelineState(here / "state.json", {}),
-            ChildProgram(received=signal.SIGINT),
+            ChildProgram(received=number),
         )
-        == 130
+        == 128 + number
     )
-    assert (
-        ran == []
-        and capsys.readouterr().err
-        == "stopped by signal 2 between two stages; the same command continues there\n"
-    )
+    message = f"stopped by signal {number:d} between two stages; the same command continues there"
+    assert (ran, caplog.messages) == ([], [message])
 
 
 @pytest.mark.slow
@@ -372,7 +373,10 @@ def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_a_stop_reaches_the_stage_which_saves(tmp_path, number, code):
     path = write_pipeline(tmp_path, 2000)
     process = begin(path)

@@ -20,6 +20,7 @@ import train
 from tests.conftest import write_token_file
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
+from tinylm.common.stop_signals import STOP_SIGNALS
 from tinylm.config.loader import load_config
 from tinylm.tokenizer import bpe_fast
 from tinylm.tokenizer.byte_char import ByteTokenizer
@@ -268,7 +269,7 @@ def interrupt_at(
 
 @pytest.mark.parametrize(
     ("number", "times", "code"),
-    [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGINT, 10, 130)],
+    [(number, 1, 128 + number) for number in STOP_SIGNALS] + [(signal.SIGINT, 10, 130)],
 )
 def test_a_signal_inside_an_accumulation_finishes_the_step_saves_and_resumes(
     make_config: Make,
@@ -290,6 +291,18 @@ def test_a_signal_inside_an_accumulation_finishes_the_step_saves_and_resumes(
     assert newest is not None and newest.name == "step-000003.ckpt"
     assert run(config) == 0
     assert_same_run(uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(
+    make_config: Make, tmp_path: Path, monkeypatch: Patch, number: int
+) -> None:
+    """nohup ignores SIGHUP, a background shell SIGINT: the run does all 6 steps."""
+    signal.signal(number, signal.SIG_IGN)
+    interrupt_at(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
+    assert run(make_config()) == 0
+    assert signal.getsignal(number) == signal.SIG_IGN
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 6
 
 
 def test_resuming_twice_from_one_checkpoint_gives_the_same_and_leaves_it_alone(
@@ -826,7 +839,9 @@ START = "import os, sys; os.setpgid(0, 0); import train; sys.exit(train.main(sys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_to_the_whole_group_saves_too(
     make_config: Make, tmp_path: Path, number: int, code: int
 ) -> None:

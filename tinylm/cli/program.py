@@ -6,7 +6,7 @@
 | 1 | a bug: the traceback is shown |
 | 2 | a mistake that the user can correct, on one line |
 | 3 | training diverged |
-| 130, 143 | stopped by Ctrl-C or SIGTERM; training saves first |
+| 128 + n | stopped by signal n: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1 on Linux, ...; training saves first |
 
 Imports nothing heavy: `--help` must not wait for torch, pydantic or rich.
 """
@@ -107,7 +107,9 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     # else runs: on 2 cores a training step took 15 times as long next to one busy process
     # (docs/LOG.md). Torch is not loaded yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    previous = signal.signal(signal.SIGINT, stop_once)
+    previous = signal.getsignal(signal.SIGINT)
+    if previous != signal.SIG_IGN:  # a background shell ignores it: it stays ignored
+        signal.signal(signal.SIGINT, stop_once)
     try:
         if sys.platform != "win32":
             # A parent process may have blocked Ctrl-C until now (`ChildProgram`).

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tinylm.common.stop_signals import heeded_signals
+
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
@@ -24,12 +26,10 @@ class ChildProgram:
         again = self.received is not None
         self.received = self.received or number
         if self.process is not None:
-            self._send(self.process, signal.SIGKILL if again else self.received)
-
-    @staticmethod
-    def _send(process: subprocess.Popen[bytes], number: int) -> None:
-        # The programs save at SIGINT and SIGTERM only.
-        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+            if again:
+                self.process.kill()
+            else:
+                self.process.send_signal(number)
 
     def run(self, command: Sequence[str], *, stdout: Any, stderr: Any) -> int:
         """Run a command; its exit code, or 128 + the number of the signal that killed it.
@@ -42,7 +42,7 @@ class ChildProgram:
             command, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=before_exec
         )
         if self.received is not None:  # the signal came while the process was being created
-            self._send(self.process, self.received)
+            self.process.send_signal(self.received)
         code = self.process.wait()
         self.process = None
         return 128 - code if code < 0 else code
@@ -57,11 +57,8 @@ def _bind_to_parent() -> None:
 
 @contextmanager
 def forward_signals(child: ChildProgram) -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and a closed terminal stop the child, and then this process; ignored ones (nohup) stay so."""
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            previous[number] = signal.signal(number, child.forward)
+    """Let every stop signal stop the child, and then this process; ignored ones (nohup) stay ignored."""
+    previous = {number: signal.signal(number, child.forward) for number in heeded_signals()}
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from tinylm.eval.perplexity import byte_length_table
 from tinylm.model.decoder import Decoder, count_parameters, flops_per_token
 from tinylm.model.lora import attach, load_adapter
 from training.context import RunContext
+from training.launch import find_launcher, ignore_trainer_variables
 from training.resume import ResumeState, require_same_model
 from training.support import require_supported
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 LIGHTNING_PRECISION = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 # Warnings that do not apply here.
 IGNORED_WARNINGS = (
+    ".*`srun` command is available.*",  # how the processes were started is decided in launch.py
     ".*LeafSpec.* is deprecated",  # Lightning 2.6 under torch 2.13
     ".*does not have many workers.*",  # data.num_workers is the user's choice
     ".*`IterableDataset` has `__len__` defined.*",  # all workers but one are idle
@@ -129,6 +132,7 @@ def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Traine
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    ignore_trainer_variables()
     hardware = config.hardware
     strategy: Any = hardware.strategy
     if strategy == "fsdp":
@@ -144,6 +148,9 @@ def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Traine
         num_nodes=hardware.num_nodes,
         strategy=strategy,
         precision=LIGHTNING_PRECISION[hardware.precision],  # type: ignore[arg-type]
+        plugins=[find_launcher(hardware)],
+        # Lightning looks for files of its own here (hpc_ckpt_*.ckpt under SLURM): nothing can lie in it.
+        default_root_dir=os.devnull,
         max_epochs=1,
         accumulate_grad_batches=config.training.grad_accum_steps,
         callbacks=[callback],

@@ -14,6 +14,7 @@ from tinylm.common.console import LOGGERS
 from tinylm.common.device import pick_device
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
+from training.launch import find_launcher
 from training.support import require_supported
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,12 @@ class RunContext:
         """Choose the device, log it, and set the number of CPU threads.
 
         Raises:
-            UserError: this machine or this stage does not support a setting.
+            UserError: this machine or this stage does not support a setting, or torchrun or SLURM started another
+                number of processes.
         """
-        log_on_rank_0()
         hardware = config.hardware
+        find_launcher(hardware)  # sets the rank of this process
+        log_on_rank_0()
         device, why = pick_device(hardware.accelerator, key="hardware.accelerator")
         require_supported(stage, config, device)
         n_available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device)

@@ -1,4 +1,5 @@
-"""Alignment: pretraining, fine-tuning, preferences and a verifier in one command, then their models side by side.
+"""Alignment: pretraining, fine-tuning, preferences and a verifier in one command,
+then their models side by side.
 
     python align.py --config configs/align-smoke.yaml
     python align.py --config configs/align.yaml

@@ -1,4 +1,5 @@
-"""LightningDataModules: documents to micro-batches, in a deterministic order (a pure function of seed and step).
+"""LightningDataModules: documents to micro-batches, in a deterministic order
+(a pure function of seed and step).
 
     1. tokens   each source as one token file of N tokens                                  PretrainData.prepare
     2. rows     row i of a file: inputs and labels, 2 x (T,), cut from N tokens            tokens/packing.py
@@ -6,9 +7,10 @@
     4. batch    the B rows at the places of micro-batch k of this rank, (B, T)             RowDataset
     or          2'-4' of a stream: windows of rows, shuffled by (seed, window), (B, T)     tokens/stream.py
 
-The whole run is one sequence of micro-batches 0, 1, 2, ... and one Lightning epoch; a pass over the data ends somewhere
-inside it. A run that resumes at micro-batch k gets what an uninterrupted run would have got, whatever the number of
-worker processes. For rows, k is enough; for a stream, the position is in each batch (`cursor`) and in the checkpoint.
+The whole run is one sequence of micro-batches 0, 1, 2, ... and one Lightning epoch; a pass over the
+data ends somewhere inside it. A run that resumes at micro-batch k gets what an uninterrupted run
+would have got, whatever the number of worker processes. For rows, k is enough; for a stream, the
+position is in each batch (`cursor`) and in the checkpoint.
 
 The data of fine-tuning, preferences and the verifier are rows as well, each in `training/stages/`.
 """
@@ -57,10 +59,11 @@ MOVED = (
 
 
 class RunData(L.LightningDataModule):
-    """The part that the data modules of all stages share: the loaders, and where a resumed run starts.
+    """The part that the data modules of all stages share: the loaders,
+    and where a resumed run starts.
 
-    A stage defines `prepare`, `train_dataset`, `val_dataset` and `fingerprints`. `prepare` must be called before the
-    others.
+    A stage defines `prepare`, `train_dataset`, `val_dataset` and `fingerprints`. `prepare` must be
+    called before the others.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
@@ -70,7 +73,9 @@ class RunData(L.LightningDataModule):
         self.first_batch = 0
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
-        """Start at micro-batch `batch`; `cursor` is the position in a stream that the checkpoint has."""
+        """Start at micro-batch `batch`; `cursor` is the position in a stream
+        that the checkpoint has.
+        """
         self.first_batch = batch
 
     def share(self) -> Share:
@@ -90,7 +95,9 @@ class RunData(L.LightningDataModule):
     def validation_rows(
         self, rows: Sequence[Any], collate: Collate, share: Share | None = None
     ) -> RowDataset:
-        """Rows in their own order, at most training.val_batches batches; the last one is filled with padding."""
+        """Rows in their own order, at most training.val_batches batches;
+        the last one is filled with padding.
+        """
         share = share or self.share()
         n_batches = count_batches(len(rows), share, self.config.training.val_batches)
         return RowDataset(rows, partial(validation_order, len(rows)), collate, share, n_batches)
@@ -117,13 +124,17 @@ class RunData(L.LightningDataModule):
 
 
 def ignore_signals(worker: int) -> None:
-    """Keep a worker process alive after a signal that is sent to all, such as Ctrl-C: the step still needs it."""
+    """Keep a worker process alive after a signal that is sent to all, such as Ctrl-C:
+    the step still needs it.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class PretrainData(RunData):
-    """The batches of a pretraining run: packed rows of token files, or of documents that are streamed."""
+    """The batches of a pretraining run: packed rows of token files,
+    or of documents that are streamed.
+    """
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
@@ -135,7 +146,8 @@ class PretrainData(RunData):
         self.val_file: TokenFile | JoinedFiles | None = None
 
     def prepare(self, progress: OnProgress | None = None, *, validation: bool = True) -> None:
-        """Make the token files that do not exist yet; without `validation`, only the training files.
+        """Make the token files that do not exist yet; without `validation`,
+        only the training files.
 
         Raises:
             UserError: the training data, or one source of a mixture, are shorter than one row.
@@ -160,7 +172,9 @@ class PretrainData(RunData):
             )
 
     def fingerprints(self) -> dict[str, str]:
-        """Identify the data: runs with equal fingerprints see the same tokens. A hub dataset is known by its name."""
+        """Identify the data: runs with equal fingerprints see the same tokens.
+        A hub dataset is known by its name.
+        """
         assert self.val_file is not None, "prepare() makes the validation file"
         if self.train_files:
             train = training_fingerprint(self.config.data, self.train_files)

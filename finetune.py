@@ -1,4 +1,5 @@
-"""Fine-tuning: a model learns to answer, or which of two answers is better; or a verifier learns to judge answers.
+"""Fine-tuning: a model learns to answer, or which of two answers is better;
+or a verifier learns to judge answers.
 
     python finetune.py --config config_finetune.yaml
     python finetune.py --config configs/lora-smollm2.yaml data.dataset=mine.jsonl
@@ -7,8 +8,9 @@
     python finetune.py --config configs/sst2-gpt2-lora.yaml
     python finetune.py --config configs/instructions-from-scratch.yaml
 
-It starts from the weights that training.init_from names, a checkpoint of ours or a Hugging Face model (hf:NAME), with
-the flags, the steps and the exact resume of train.py. The config decides the stage:
+It starts from the weights that training.init_from names, a checkpoint of ours or a Hugging Face
+model (hf:NAME), with the flags, the steps and the exact resume of train.py. The config decides the
+stage:
 
     verifier section      an encoder learns to tell right answers from wrong ones      training/stages/verifier.py
     dpo section           the model learns to prefer the first of two answers          training/stages/dpo.py

@@ -1,12 +1,13 @@
-"""The LightningModules: what one optimizer step does, from the loss of a micro-batch to the updated weights.
+"""The LightningModules: what one optimizer step does,
+from the loss of a micro-batch to the updated weights.
 
     TrainingModule     the step itself (`optimizer_step`), shared by all stages
     LanguageModule     the loss of stages pretrain and sft: the next token
     DPOModule, VerifierModule     the losses of the other stages: training/stages/
 
-A stage defines the loss of a micro-batch and what it is a mean over: tokens, pairs or answers, here called targets.
-A resumed run needs `progress`, the optimizer's state and the weights, nothing else: dropout is seeded again for every
-micro-batch, and the learning rate is a function of the step.
+A stage defines the loss of a micro-batch and what it is a mean over: tokens, pairs or answers, here
+called targets. A resumed run needs `progress`, the optimizer's state and the weights, nothing else:
+dropout is seeded again for every micro-batch, and the learning rate is a function of the step.
 
 The model is tinylm/model/decoder.py; what happens between two steps is training/callbacks.py.
 """
@@ -134,7 +135,9 @@ class TrainingModule(L.LightningModule):
         raise NotImplementedError
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sums over one batch, in eval mode and without label smoothing; `val_metrics` takes their totals."""
+        """Sums over one batch, in eval mode and without label smoothing;
+        `val_metrics` takes their totals.
+        """
         raise NotImplementedError
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
@@ -144,7 +147,9 @@ class TrainingModule(L.LightningModule):
     # --- before the first step ---
 
     def configure_model(self) -> None:
-        """Lightning's hook after devices and processes are set up: shard the decoder, then compile it."""
+        """Lightning's hook after devices and processes are set up: shard the decoder,
+        then compile it.
+        """
         if self.config.hardware.strategy == "fsdp" and self.device_mesh is not None:
             # Each block, and the rest, is cut into equal parts, one per device (Zhao et al. 2023).
             mesh = self.device_mesh["data_parallel"]
@@ -158,8 +163,11 @@ class TrainingModule(L.LightningModule):
             self._features = torch.compile(self.decoder.features)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The configured optimizer; every step sets its learning rate, so no scheduler has to be restored."""
-        # Fused AdamW unscales fp16 gradients inside its step, after clipping: clipping would have no effect.
+        """The configured optimizer; every step sets its learning rate,
+        so no scheduler has to be restored.
+        """
+        # Fused AdamW unscales fp16 gradients inside its step, after clipping:
+        # clipping would have no effect.
         fused = self.config.hardware.precision != "16"
         return make_optimizer(self.decoder, self.config.training, fused=fused)
 
@@ -173,11 +181,11 @@ class TrainingModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, for Lightning's backward pass.
 
-        Its gradient is divided by the constant `normalizer`: the number of targets of the whole step is only known at
-        the step's end, where `optimizer_step` rescales the gradient.
+        Its gradient is divided by the constant `normalizer`: the number of targets of the whole
+        step is only known at the step's end, where `optimizer_step` rescales the gradient.
         """
-        # Dropout is a function of (seed, micro-batch, rank), so that a resumed run draws the same masks. The factors
-        # keep different triples apart, modulo the 64 bits of a seed.
+        # Dropout is a function of (seed, micro-batch, rank), so that a resumed run draws the same
+        # masks. The factors keep different triples apart, modulo the 64 bits of a seed.
         training = self.config.training
         k = self.progress.step * training.grad_accum_steps + len(self._losses)
         seed = training.seed * 1_000_003 + k * 8_191 + self.global_rank + 1
@@ -196,9 +204,10 @@ class TrainingModule(L.LightningModule):
     ) -> None:
         """One optimizer step, whole and in order.
 
-        Lightning calls this hook at the last micro-batch of a step, with the closure that runs its forward and
-        backward pass, and leaves everything after that to us. (`configure_gradient_clipping` could not skip the step.)
-        Lightning also counts a skipped step; `progress.step` is the count that everything here uses.
+        Lightning calls this hook at the last micro-batch of a step, with the closure that runs its
+        forward and backward pass, and leaves everything after that to us.
+        (`configure_gradient_clipping` could not skip the step.) Lightning also counts a skipped
+        step; `progress.step` is the count that everything here uses.
 
         Raises:
             Diverged: the loss or the gradient is not finite; the weights are not changed.
@@ -206,18 +215,20 @@ class TrainingModule(L.LightningModule):
         config, progress = self.config, self.progress
         training = config.training
 
-        # 1. Forward and backward of the last micro-batch. The gradient is now the sum over micro-batches of
-        #    d(loss sum) / normalizer, and its mean over ranks.
+        # 1. Forward and backward of the last micro-batch. The gradient is now the sum over
+        #    micro-batches of d(loss sum) / normalizer, and its mean over ranks.
         optimizer_closure()
         optimizer = self.trainer.optimizers[0]
 
-        # 2. fp16: the loss was multiplied by the scaler's factor, so the gradient is too. Divide it out, once.
+        # 2. fp16: the loss was multiplied by the scaler's factor, so the gradient is too.
+        #    Divide it out, once.
         plugin = self.trainer.precision_plugin
         scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
         if scaler is not None:
             scaler.unscale_(optimizer)
 
-        # 3. Rescale the gradient from loss sum / normalizer to the mean over all targets of the step.
+        # 3. Rescale the gradient from loss sum / normalizer
+        #    to the mean over all targets of the step.
         loss, n_targets, n_tokens, metrics = self._step_totals()
         n_batches = training.grad_accum_steps * self.trainer.world_size
         filled = n_targets / (self.normalizer * n_batches)  # 1.0: no padding anywhere
@@ -226,8 +237,8 @@ class TrainingModule(L.LightningModule):
             for gradient in gradients:
                 gradient.mul_(1 / filled)
 
-        # 4. Check that loss and gradient are finite, before they can reach the weights. With fp16 an infinite
-        #    gradient is no error: the scaler skips the step and lowers its factor.
+        # 4. Check that loss and gradient are finite, before they can reach the weights. With fp16
+        #    an infinite gradient is no error: the scaler skips the step and lowers its factor.
         norm = get_total_norm(gradients)
         progress.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         self._require_finite(
@@ -324,7 +335,9 @@ class LanguageModule(TrainingModule):
         return batch_sums(self._features, self.decoder.head, batch, self.byte_lengths)
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
-        """Loss, perplexity, bits per byte; for answers also the share of tokens that are the most probable one."""
+        """Loss, perplexity, bits per byte; for answers also the share of tokens
+        that are the most probable one.
+        """
         score = language_score(*totals)
         metrics = {
             "val_loss": score.loss,

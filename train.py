@@ -3,8 +3,8 @@
     python train.py --config config_smoke.yaml
     python train.py --config config.yaml training.max_steps=1000 hardware.precision=bf16
 
-Run the same command again after a crash, and training continues exactly where it stopped. The run itself is
-`training/run.py`; fine-tuning is `finetune.py`.
+Run the same command again after a crash, and training continues exactly where it stopped. The run
+itself is `training/run.py`; fine-tuning is `finetune.py`.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def number_of_steps(text: str) -> int:
-    """The value of --overfit-one-batch, which is optional; a setting after the flag is not taken for one."""
+    """The value of --overfit-one-batch, which is optional;
+    a setting after the flag is not taken for one.
+    """
     if not text.isdecimal() or int(text) == 0:
         problem = f"must be a number of steps, got {text}"
         raise argparse.ArgumentTypeError(f"{problem}. Put settings before the flag")

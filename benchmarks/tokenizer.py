@@ -4,15 +4,18 @@
     python benchmarks/tokenizer.py [--megabytes 10 100 --vocab-size 8000 32000 --processes 2 --data TEXT]
     python benchmarks/tokenizer.py --encode [--tokenizer FOLDER --megabytes 20 --processes 2 --data TEXT]
 
-Learning: `tokenizers`' BpeTrainer and, where it is installed (pip install rustbpe), `rustbpe`. Time is from the call to the
-learned vocabulary. Bytes per token: of the first 5 MB.
+Learning: `tokenizers`' BpeTrainer and, where it is installed (pip install rustbpe), `rustbpe`. Time
+is from the call to the learned vocabulary. Bytes per token: of the first 5 MB.
 
-Encoding: documents of about 4000 characters, with the tokenizer in a folder (GPT-2's vocab.json and merges.txt will do), or one
-learned from the text. All contestants must make the same ids. `corpus to token file` is all
-that `python -m tinylm encode` does: reading, cutting, encoding, writing, syncing.
+Encoding: documents of about 4000 characters, with the tokenizer in a folder (GPT-2's vocab.json and
+merges.txt will do), or one learned from the text. All contestants must make the same ids.
+`corpus to token file` is all that `python -m tinylm encode` does: reading, cutting, encoding,
+writing, syncing.
 
-Each run is a process of its own, timed without imports, the best of --rounds. Memory is the peak of the process and its
-workers together, sampled every 20 ms; shared pages count twice. Without --data the text is the text files of installed packages: .py, .md, .rst and .txt files in the order of their paths.
+Each run is a process of its own, timed without imports, the best of --rounds. Memory is the peak of
+the process and its workers together, sampled every 20 ms; shared pages count twice. Without --data
+the text is the text files of installed packages: .py, .md, .rst and .txt files in the order of
+their paths.
 """
 
 import argparse
@@ -200,7 +203,9 @@ ENCODERS = {
 
 
 def encode_contest(options: argparse.Namespace) -> int:
-    """One run, in the process that was started for it: seconds, peak megabytes, and what tells its ids from others, as JSON."""
+    """One run, in the process that was started for it: seconds, peak megabytes,
+    and what tells its ids from others, as JSON.
+    """
     import numpy as np
 
     documents = documents_of(options.data)
@@ -214,7 +219,9 @@ def encode_contest(options: argparse.Namespace) -> int:
 
 
 def documents_of(path: Path) -> list[str]:
-    """The text in pieces that are the same whoever reads them: a corpus drops carriage returns and line ends around a document."""
+    """The text in pieces that are the same whoever reads them:
+    a corpus drops carriage returns and line ends around a document.
+    """
     with open(path, encoding="utf-8") as file:
         pieces = [
             "".join(lines).replace(EOT, "").strip("\n")
@@ -224,7 +231,9 @@ def documents_of(path: Path) -> list[str]:
 
 
 def contest(options: argparse.Namespace) -> int:
-    """One run, in the process that was started for it: seconds, peak megabytes before the encoding, bytes per token, as JSON."""
+    """One run, in the process that was started for it: seconds, peak megabytes before the encoding,
+    bytes per token, as JSON.
+    """
     if options.encode:
         return encode_contest(options)
     (vocab_size,) = options.vocab_size

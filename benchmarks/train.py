@@ -11,11 +11,13 @@ a noisy moment of the machine meets all of them. A ratio is what this project ta
 the same round, so below 1 the other is slower; what is shown is the median over the rounds. CPU s is the processor time
 of a step, all threads together, which tells more than the clock where other programs run.
 OpenMP's threads sleep while they wait, in all of them, as in our programs (`tinylm/cli/program.py`).
-Peak memory is the most that the process ever held, beyond what it held after its imports and a step of a toy model. MFU is
-the share of the speed of a large matrix product in the same dtype, which has its turn in each round. CPU, and Linux for its /proc.
+Peak memory is the most that the process ever held, beyond what it held after its imports and a step
+of a toy model. MFU is the share of the speed of a large matrix product in the same dtype, which has
+its turn in each round. CPU, and Linux for its /proc.
 
-What is not alike: transformers shifts the labels itself and so trains on one target less a row; litgpt compiles the model
-and not its loss, as its pretrain.py does. All three have weights in fp32, and bf16 means autocast.
+What is not alike: transformers shifts the labels itself and so trains on one target less a row;
+litgpt compiles the model and not its loss, as its pretrain.py does. All three have weights in fp32,
+and bf16 means autocast.
 """
 
 import argparse
@@ -411,7 +413,9 @@ def contestants(
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table: medians over the rounds. A ratio is what tinylm takes in the same round, divided by what this one takes."""
+    """One row of the table: medians over the rounds. A ratio is what tinylm takes in the same
+    round, divided by what this one takes.
+    """
 
     mode: str
     name: str

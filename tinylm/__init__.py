@@ -1,4 +1,6 @@
-"""Tiny Transformer's library: tokenizers, documents, rows, the decoder, losses, checkpoints and sampling.
+"""Tiny Transformer's library: tokenizers, documents, rows, the decoder, losses,
+checkpoints and sampling.
 
-It knows torch and never Lightning; it returns values and never prints. Read `tinylm/model/decoder.py` first.
+It knows torch and never Lightning; it returns values and never prints.
+Read `tinylm/model/decoder.py` first.
 """

@@ -1,6 +1,7 @@
 """Training under Lightning. Read `run` first: a run from top to bottom.
 
-`tokenizer` is imported at its first use, as `training.tokenizer`: a run whose tokenizer is not learned does not need it.
+`tokenizer` is imported at its first use, as `training.tokenizer`:
+a run whose tokenizer is not learned does not need it.
 """
 
 from types import ModuleType

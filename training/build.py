@@ -1,4 +1,6 @@
-"""Builds the parts of a run: the model with its weights and adapters, Lightning's trainer, the loggers."""
+"""Builds the parts of a run: the model with its weights and adapters, Lightning's trainer,
+the loggers.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ IGNORED_WARNINGS = (
 def build_model(
     context: RunContext, resume: ResumeState | None, initial: InitialModel | None
 ) -> tuple[Decoder | HFModel, dict[str, Any]]:
-    """The model that is trained, with adapters if there is a lora section; and the references in its checkpoints.
+    """The model that is trained, with adapters if there is a lora section;
+    and the references in its checkpoints.
 
     Raises:
         UserError: a setting is not supported with this model.
@@ -81,7 +84,9 @@ def build_model(
 def build_weights(
     config: Config, resume: ResumeState | None, initial: InitialModel | None
 ) -> Decoder | HFModel:
-    """A model with the weights of the checkpoint, else of the initial model, else new ones, which depend on the seed."""
+    """A model with the weights of the checkpoint, else of the initial model, else new ones,
+    which depend on the seed.
+    """
     if resume is not None and config.lora is None:
         return checkpoints.initial.whole_model(config.model, resume.state)
     if initial is not None:
@@ -127,7 +132,9 @@ def describe_model(config: Config, model: nn.Module, world_size: int) -> str:
 
 
 def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Trainer:
-    """Lightning's trainer: one epoch of micro-batches; validation, logging and checkpoints are ours (callbacks.py)."""
+    """Lightning's trainer: one epoch of micro-batches; validation,
+    logging and checkpoints are ours (callbacks.py).
+    """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in IGNORED_WARNINGS:
@@ -136,7 +143,8 @@ def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Traine
     hardware = config.hardware
     strategy: Any = hardware.strategy
     if strategy == "fsdp":
-        # FSDP2; Lightning's older FSDP strategy loses the optimizer's state on resume and flattens the weights
+        # FSDP2; Lightning's older FSDP strategy loses the optimizer's state on resume
+        # and flattens the weights
         strategy = ModelParallelStrategy(
             data_parallel_size=hardware.devices * hardware.num_nodes,
             tensor_parallel_size=1,
@@ -149,7 +157,8 @@ def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Traine
         strategy=strategy,
         precision=LIGHTNING_PRECISION[hardware.precision],  # type: ignore[arg-type]
         plugins=[find_launcher(hardware)],
-        # Lightning looks for files of its own here (hpc_ckpt_*.ckpt under SLURM): nothing can lie in it.
+        # Lightning looks for files of its own here (hpc_ckpt_*.ckpt under SLURM):
+        # nothing can lie in it.
         default_root_dir=os.devnull,
         max_epochs=1,
         accumulate_grad_batches=config.training.grad_accum_steps,

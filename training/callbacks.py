@@ -1,9 +1,9 @@
 """What happens between two optimizer steps: validate, log, save, show, and stop if asked.
 
-`StepEnd` is the only Lightning callback. It acts at the end of a step, never inside an accumulation, and calls the
-parts in order. Lightning's own validation loop, CSV logger and signal handling are not used: they would validate twice or not
-at all after a resume, delete the metrics that a resumed run continues, and save in the middle of an accumulation
-(docs/LOG.md).
+`StepEnd` is the only Lightning callback. It acts at the end of a step, never inside an
+accumulation, and calls the parts in order. Lightning's own validation loop, CSV logger and signal
+handling are not used: they would validate twice or not at all after a resume, delete the metrics
+that a resumed run continues, and save in the middle of an accumulation (docs/LOG.md).
 """
 
 import logging
@@ -74,14 +74,18 @@ class StepEnd(L.Callback):
             self.after_step(trainer, module)
 
     def after_step(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """Validate, log, save, show: the checkpoint contains the validation, and the metrics are on disk before it."""
+        """Validate, log, save, show: the checkpoint contains the validation,
+        and the metrics are on disk before it.
+        """
         score = self.validation.run_if_due(trainer, module)
         self.metrics.log_if_due(module, score, self.validation.seconds)
         self._save_and_stop(trainer, module)
         self.display.advance(module.progress.step)
 
     def _save_and_stop(self, trainer: L.Trainer, module: TrainingModule) -> None:
-        """Save if it is due, and tell Lightning to stop after a signal on any rank or without improvement."""
+        """Save if it is due, and tell Lightning to stop after a signal on any rank
+        or without improvement.
+        """
         training = module.config.training
         stops = should_stop(module.progress.val_losses, training.early_stopping_patience)
         if not stops:
@@ -105,7 +109,9 @@ class StepEnd(L.Callback):
 
 
 class StopSignals:
-    """After a stop signal (Ctrl-C, SIGTERM, ...) the run stops at the end of the current step, after saving."""
+    """After a stop signal (Ctrl-C, SIGTERM, ...) the run stops at the end of the current step,
+    after saving.
+    """
 
     received: int | None = None
     """the number of the first signal"""
@@ -120,13 +126,17 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as in shells: 130 for SIGINT, 143 for SIGTERM; 0 without a signal."""
+        """128 + the signal's number, as in shells: 130 for SIGINT, 143 for SIGTERM;
+        0 without a signal.
+        """
         return 0 if self.received is None else 128 + self.received
 
 
 @dataclass
 class Validation:
-    """Validates every training.val_every_steps steps and after the last one, and shows a sample if asked."""
+    """Validates every training.val_every_steps steps and after the last one,
+    and shows a sample if asked.
+    """
 
     signals: StopSignals
     """interrupt a validation"""
@@ -139,7 +149,9 @@ class Validation:
     """the time that the validation of this step took"""
 
     def run_if_due(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, float] | None:
-        """val_loss and the stage's other metrics; None if this step has no validation, or it was interrupted."""
+        """val_loss and the stage's other metrics; None if this step has no validation,
+        or it was interrupted.
+        """
         training, progress = module.config.training, module.progress
         started, self.seconds = time.monotonic(), 0.0
         is_due = progress.step % training.val_every_steps == 0
@@ -163,7 +175,8 @@ class Validation:
     def _score(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, float] | None:
         """The metrics of all validation batches of all ranks; None if a signal interrupted them."""
         assert trainer.datamodule is not None
-        # With several ranks a validation is finished: a rank that left it early would leave the others waiting.
+        # With several ranks a validation is finished: a rank
+        # that left it early would leave the others waiting.
         can_stop = trainer.world_size == 1
         totals: list[float] = []
         module.eval()

@@ -1,7 +1,7 @@
 """Saves checkpoints of a run, and restores the optimizer from one.
 
-Lightning's own checkpoints are not used: it does not write them safely, and its resume restores loops that count
-micro-batches (docs/LOG.md). The file itself is tinylm/checkpoint/format.py.
+Lightning's own checkpoints are not used: it does not write them safely, and its resume restores
+loops that count micro-batches (docs/LOG.md). The file itself is tinylm/checkpoint/format.py.
 """
 
 import logging
@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_aliases(progress: Progress, *, final: bool) -> list[str]:
-    """The further names of step-N.ckpt: last.ckpt, best.ckpt after the best validation, final.ckpt at the end."""
+    """The further names of step-N.ckpt: last.ckpt, best.ckpt after the best validation,
+    final.ckpt at the end.
+    """
     names = ["last.ckpt"]
     if progress.validated(progress.step) and progress.val_losses[-1] <= min(progress.val_losses):
         names.append("best.ckpt")
@@ -123,7 +125,8 @@ def restore_optimizer(trainer: L.Trainer, module: TrainingModule, state: dict[st
     for group in optimizer.param_groups:
         settings.append({name: value for name, value in group.items() if name != "params"})
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        # The checkpoint has whole tensors by number; torch shards them by the names of their weights.
+        # The checkpoint has whole tensors by number; torch shards them
+        # by the names of their weights.
         named = FSDP.rekey_optim_state_dict(
             state["optimizer"], OptimStateKeyType.PARAM_NAME, module
         )

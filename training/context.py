@@ -34,7 +34,9 @@ class ResumeOptions:
 
 @dataclass(frozen=True)
 class RunContext:
-    """The stage and settings of a run, and where it runs; the settings are completed as the run is built."""
+    """The stage and settings of a run, and where it runs;
+    the settings are completed as the run is built.
+    """
 
     stage: str
     config: Config
@@ -45,8 +47,8 @@ class RunContext:
         """Choose the device, log it, and set the number of CPU threads.
 
         Raises:
-            UserError: this machine or this stage does not support a setting, or torchrun or SLURM started another
-                number of processes.
+            UserError: this machine or this stage does not support a setting, or torchrun or SLURM
+                started another number of processes.
         """
         hardware = config.hardware
         find_launcher(hardware)  # sets the rank of this process

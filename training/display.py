@@ -64,7 +64,9 @@ class ProgressDisplay:
         self.bar.stop()
 
     def show_row(self, row: Row) -> None:
-        """Show a row of metrics: beside the bar, and as a line if it has a validation or if there is no bar."""
+        """Show a row of metrics: beside the bar, and as a line if it has a validation
+        or if there is no bar.
+        """
         loss = "" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}"
         note = f"{loss}  lr {row['lr']:.2e}  {short(row['tokens_per_s'] or 0)} tokens/s"
         validation = ""

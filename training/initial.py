@@ -1,4 +1,6 @@
-"""What a run starts from: the model of training.init_from, if any, the settings that it decides, and the tokenizer."""
+"""What a run starts from: the model of training.init_from, if any, the settings that it decides,
+and the tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Settings of a trained model that a new run may change: they have no weights, and only affect training.
+# Settings of a trained model that a new run may change: they have no weights,
+# and only affect training.
 FREE_ON_INITIAL = {"attention_dropout", "residual_dropout", "gradient_checkpointing"}
 FREE_ON_HF = {"gradient_checkpointing"}  # its dropouts are its own
 
 
 def find_initial_model(config: Config, resume: ResumeState | None) -> InitialModel | None:
-    """The model that training.init_from names, if this run needs it: to start from, under adapters, or as a reference.
+    """The model that training.init_from names, if this run needs it: to start from, under adapters,
+    or as a reference.
 
     Raises:
         UserError: it cannot be opened.
@@ -42,7 +46,8 @@ def find_initial_model(config: Config, resume: ResumeState | None) -> InitialMod
 
 
 def initialized_config(config: Config, initial: InitialModel) -> Config:
-    """The settings of a run that starts from a trained model: the model's settings are the trained model's.
+    """The settings of a run that starts from a trained model:
+    the model's settings are the trained model's.
 
     Raises:
         UserError: a setting of the model is given, and differs from the trained model's.
@@ -69,7 +74,8 @@ def prepare_tokenizer(
     initial: InitialModel | None,
     make: Callable[[Config], Tokenizer],
 ) -> tuple[Tokenizer, Config]:
-    """The tokenizer, from the checkpoint or the initial model, else a new one; and the settings with model.vocab_size set.
+    """The tokenizer, from the checkpoint or the initial model, else a new one;
+    and the settings with model.vocab_size set.
 
     Args:
         config: the settings.
@@ -113,7 +119,8 @@ def _tokenizer_of(initial: InitialModel, config: Config) -> Tokenizer:
     """The tokenizer of the initial model.
 
     Raises:
-        UserError: the tokenizer section describes another one, so that ids would change their meaning.
+        UserError: the tokenizer section describes another one,
+            so that ids would change their meaning.
     """
     assert initial.tokenizer is not None
     wanted = config.tokenizer

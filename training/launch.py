@@ -1,7 +1,8 @@
 """How the processes of a run were started: by torchrun, by SLURM's srun, or by this program itself.
 
-This is the only place where the environment decides anything about a run. Lightning would decide more: inside a SLURM job it
-installs signal handlers that save into the working folder and requeue the job, and PL_TRAINER_* variables change the trainer.
+This is the only place where the environment decides anything about a run. Lightning would decide
+more: inside a SLURM job it installs signal handlers that save into the working folder and requeue
+the job, and PL_TRAINER_* variables change the trainer.
 """
 
 import logging
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 def find_launcher(hardware: HardwareConfig) -> ClusterEnvironment:
-    """What started the processes of this run; tells Lightning's loggers and ours the rank of this process.
+    """What started the processes of this run; tells Lightning's loggers
+    and ours the rank of this process.
 
     Variables of SLURM without tasks for this run, as in an interactive shell, are ignored.
 
@@ -34,7 +36,8 @@ def find_launcher(hardware: HardwareConfig) -> ClusterEnvironment:
         _require_processes("torchrun", _number("WORLD_SIZE"), n_processes)
         rank_zero_only.rank = _number("RANK")
         return TorchElasticEnvironment()
-    # A step that srun started has its own number of tasks; SLURM_NTASKS may be that of the job around it.
+    # A step that srun started has its own number of tasks;
+    # SLURM_NTASKS may be that of the job around it.
     n_tasks = _number("SLURM_STEP_NUM_TASKS", default=_number("SLURM_NTASKS", default=1))
     rank = _number("SLURM_PROCID", default=0)
     is_interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
@@ -55,7 +58,9 @@ def find_launcher(hardware: HardwareConfig) -> ClusterEnvironment:
 
 
 def ignore_trainer_variables() -> None:
-    """Remove the variables that Lightning reads as arguments of its trainer: the settings are in the config."""
+    """Remove the variables that Lightning reads as arguments of its trainer:
+    the settings are in the config.
+    """
     for name in [name for name in os.environ if name.startswith("PL_TRAINER_")]:
         del os.environ[name]
         logger.warning(f"ignored: the environment variable {name}. Settings are in the config")

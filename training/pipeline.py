@@ -1,10 +1,11 @@
-"""The stages of align.py: read from a YAML list and checked against each other before anything runs.
+"""The stages of align.py: read from a YAML list and checked against each other before anything
+runs.
 
     read_stages   YAML list ─▶ PipelineStage, one for each entry, in order
     check_chain   no two stages write to one folder, and every stage begins with a model that exists by then
 
-Each entry names a stage and a config that also runs by itself. Running them is `pipeline_run.py`, comparing
-their models `side_by_side.py`.
+Each entry names a stage and a config that also runs by itself. Running them is `pipeline_run.py`,
+comparing their models `side_by_side.py`.
 """
 
 import os
@@ -65,10 +66,12 @@ class PipelineStage:
 
 
 def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[PipelineStage]:
-    """The stages of a YAML list, with `overrides` applied to each config, checked against each other.
+    """The stages of a YAML list, with `overrides` applied to each config,
+    checked against each other.
 
     Raises:
-        UserError: naming the file, the line and the problem; or as `load_config` of a stage's config.
+        UserError: naming the file, the line and the problem;
+            or as `load_config` of a stage's config.
     """
     stages: dict[str, PipelineStage] = {}
     for place, item in read_list(path):
@@ -138,7 +141,8 @@ def check_kind(
 
 
 def check_chain(stages: list[PipelineStage]) -> None:
-    """Refuse stages that would overwrite each other, and one whose base does not exist when it runs.
+    """Refuse stages that would overwrite each other,
+    and one whose base does not exist when it runs.
 
     Raises:
         UserError: naming the config of the stage and the setting.

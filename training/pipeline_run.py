@@ -1,8 +1,8 @@
 """Running the stages of align.py, each as a process of its own; finished stages are not run again.
 
-Each stage resumes exactly, because its program does. state.json remembers the settings of every stage and the
-fingerprints of the weights that it began with and that it produced, so that a changed stage, or one whose base
-has changed, is noticed.
+Each stage resumes exactly, because its program does. state.json remembers the settings of every
+stage and the fingerprints of the weights that it began with and that it produced, so that a changed
+stage, or one whose base has changed, is noticed.
 """
 
 import hashlib
@@ -71,7 +71,9 @@ class PipelineState:
         write_atomic(self.path, self._text(self.stages), "--out")
 
     def digest(self, names: Iterable[str]) -> str:
-        """Identifies the weights of these stages; stages that are no longer in the list do not count."""
+        """Identifies the weights of these stages;
+        stages that are no longer in the list do not count.
+        """
         return hashlib.sha256(self._text(names).encode()).hexdigest()
 
     def _text(self, names: Iterable[str]) -> str:

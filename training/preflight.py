@@ -1,4 +1,5 @@
-"""Before a run: what it will cost, whether the model can learn, and which settings suit. Nothing is kept.
+"""Before a run: what it will cost, whether the model can learn, and which settings suit.
+Nothing is kept.
 
     python train.py --config config_smoke.yaml --plan
     python train.py --config config_smoke.yaml --overfit-one-batch
@@ -93,7 +94,9 @@ class Preflight:
 
 
 def run_preflight(stage: Stage, config: Config, args: argparse.Namespace) -> int:
-    """Do what the flags request, with the model that a new run would start from, and return the exit code."""
+    """Do what the flags request, with the model that a new run would start from,
+    and return the exit code.
+    """
     require_supported("plan", config)
     context = RunContext.open(stage.name, config)
     initial = find_initial_model(config, None)
@@ -284,7 +287,8 @@ def find_lr(preflight: Preflight) -> int:
 
 
 def find_batch_size(preflight: Preflight) -> int:
-    """Print the largest micro-batch that fits, the speed of the sizes up to it, and the size to use.
+    """Print the largest micro-batch that fits, the speed of the sizes up to it,
+    and the size to use.
 
     Raises:
         UserError: not even one row fits, or the memory of the device is not known.
@@ -330,7 +334,8 @@ def find_batch_size(preflight: Preflight) -> int:
 
 
 def measure_sizes(config: Config, device: str, largest: int) -> dict[int, float]:
-    """Tokens per second for 1, 2, 4, ... rows, until two sizes in a row are not worthwhile or memory ends.
+    """Tokens per second for 1, 2, 4, ... rows, until two sizes in a row are not worthwhile
+    or memory ends.
 
     Raises:
         UserError: not even one row fits.

@@ -26,7 +26,8 @@ from training.context import ResumeOptions, RunContext
 
 logger = logging.getLogger(__name__)
 
-# Settings that may differ when a run is resumed: how long it runs and what is written, not what a step computes.
+# Settings that may differ when a run is resumed: how long it runs and what is written,
+# not what a step computes.
 FREE_ON_RESUME = {
     # the content of these is compared
     "data.dataset",
@@ -93,7 +94,9 @@ class ResumeState:
         return Progress(**copy.deepcopy(self.state["progress"]))
 
     def is_in(self, folder: Path) -> bool:
-        """Whether the run in `folder` saved it, so that this run does not begin a branch in another folder."""
+        """Whether the run in `folder` saved it, so that this run does not begin a branch
+        in another folder.
+        """
         return self.path.resolve().parent == folder.resolve()
 
     def is_complete(self, config: Config) -> bool:
@@ -108,8 +111,9 @@ def find_resume_state(context: RunContext, options: ResumeOptions) -> ResumeStat
     """The checkpoint to continue from; None for a new run.
 
     Raises:
-        UserError: the checkpoint folder holds checkpoints that a new run or a branch would mix with its own, or every
-            checkpoint is damaged, or the checkpoint is not one of a run of this stage.
+        UserError: the checkpoint folder holds checkpoints that a new run or a branch would mix with
+            its own, or every checkpoint is damaged, or the checkpoint is not one of a run of this
+            stage.
     """
     folder, elsewhere = context.checkpoint_dir, "choose another training.checkpoint_dir"
     found = checkpoint_format.candidates(folder)
@@ -144,14 +148,18 @@ def _read(path: Path, stage: str) -> ResumeState:
 
 
 def resumed_config(config: Config, resume: ResumeState) -> Config:
-    """The settings of a resumed run; one that started from a trained model has the checkpoint's model settings."""
+    """The settings of a resumed run; one that started
+    from a trained model has the checkpoint's model settings.
+    """
     if config.training.init_from is None:
         return config
     return with_model(config, resume.config.model, resume.config.tokenizer)
 
 
 def repair_aliases(resume: ResumeState, *, final: bool) -> None:
-    """Recreate the last/best/final links if the run was killed after saving the checkpoint but before linking it."""
+    """Recreate the last/best/final links if the run was killed after saving the checkpoint but
+    before linking it.
+    """
     for name in checkpoint_aliases(resume.progress(), final=final):
         target = resume.path.with_name(name)
         if not target.exists() or not target.samefile(resume.path):
@@ -162,7 +170,9 @@ def repair_aliases(resume: ResumeState, *, final: bool) -> None:
 
 
 def require_same_settings(resume: ResumeState, config: Config, *, allow_changes: bool) -> None:
-    """Compare the settings, and the number of processes, with the checkpoint's; raises as `require_no_changes`."""
+    """Compare the settings, and the number of processes, with the checkpoint's;
+    raises as `require_no_changes`.
+    """
     now = config.to_plain()
     # An older checkpoint has null where the model's settings are now resolved.
     was = resume.state["config"] | {"model": resume.config.model.model_dump(mode="json")}
@@ -184,7 +194,8 @@ def require_same_data(resume: ResumeState, data: RunData, *, allow_changes: bool
 
 
 def require_no_changes(resume: ResumeState, compared: list[Change], *, allow_changes: bool) -> None:
-    """Refuse to resume with values that differ from the checkpoint's; log the differences that are allowed.
+    """Refuse to resume with values that differ from the checkpoint's;
+    log the differences that are allowed.
 
     Raises:
         UserError: naming the checkpoint, both values, and --allow-changes where it helps.
@@ -220,7 +231,8 @@ def changed_settings(was: dict[str, Any], now: dict[str, Any], prefix: str = "")
 def require_same_model(
     resume: ResumeState | None, reference: dict[str, str], *, name: str, init_from: str | None
 ) -> None:
-    """Refuse to continue with another base or reference model than the one that the checkpoint refers to.
+    """Refuse to continue with another base or reference model than the one
+    that the checkpoint refers to.
 
     Args:
         resume: the checkpoint, if any.

@@ -1,4 +1,5 @@
-"""A training run, from top to bottom: `train` is the table of contents of everything that training does.
+"""A training run, from top to bottom: `train` is the table of contents of everything
+that training does.
 
 The steps themselves are in model.py; what happens between two steps is in callbacks.py.
 """
@@ -42,16 +43,18 @@ logger = logging.getLogger(__name__)
 def train(
     stage: Stage, config: Config, options: ResumeOptions, sample: Sample | None = None
 ) -> int:
-    """Train from new weights, from training.init_from or from the newest checkpoint, to the last step.
+    """Train from new weights, from training.init_from or from the newest checkpoint,
+    to the last step.
 
     Args:
         stage: what is trained, from training/stages/.
         config: the settings.
         options: the flags about resuming.
-        sample: generates the sample that each validation shows; None if training.sample_prompt is null.
+        sample: generates the sample that each validation shows;
+            None if training.sample_prompt is null.
 
-    Prints the path of the final checkpoint on stdout and returns the exit code: 0, or 128 + the number of the signal
-    that stopped the run.
+    Prints the path of the final checkpoint on stdout and returns the exit code: 0, or 128 + the
+    number of the signal that stopped the run.
 
     Raises:
         UserError: something that the user can correct, found before the first step.
@@ -137,7 +140,9 @@ def fit(
 
 
 def print_result(stage: Stage, path: Path) -> int:
-    """Print the path of the finished model on stdout, log what to run next, and return the exit code 0."""
+    """Print the path of the finished model on stdout, log what to run next,
+    and return the exit code 0.
+    """
     print(printable(path))
     logger.info(f"next: {stage.next_command.format(model=shlex.quote(str(path)))}")
     return 0

@@ -9,7 +9,9 @@ from tinylm.tokenizer.base import Tokenizer
 
 
 def sample_text(module: TrainingModule, tokenizer: Tokenizer) -> str:
-    """The prompt with the model's continuation; with its answer, in the template, if it is fine-tuned."""
+    """The prompt with the model's continuation; with its answer, in the template,
+    if it is fine-tuned.
+    """
     config, prompt = module.config, module.config.training.sample_prompt
     assert prompt is not None
     engine = Engine(module.decoder, tokenizer)

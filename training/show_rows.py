@@ -73,7 +73,8 @@ def show_rows(data: RunData, n_rows: int) -> None:
 
 
 def inspect_tokens(data: PretrainData) -> Iterator[list[InspectedRow]]:
-    """The rows of pretraining in the order of the run, with the dataset and the first token of each.
+    """The rows of pretraining in the order of the run,
+    with the dataset and the first token of each.
 
     Of a stream only the start of each window is known, not the place of each row.
     """
@@ -103,7 +104,8 @@ def inspect_rows(data: RunData) -> Iterator[list[InspectedRow]]:
 
 
 def print_rows(rows: Iterable[InspectedRow], tokenizer: Tokenizer, labeled: str = "target") -> None:
-    """Print rows on stdout, in color on a terminal that has it, with marks elsewhere; the legend goes to stderr.
+    """Print rows on stdout, in color on a terminal that has it, with marks elsewhere;
+    the legend goes to stderr.
 
     Args:
         rows: the rows, in order.

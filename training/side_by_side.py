@@ -1,4 +1,5 @@
-"""All models of a pipeline on the same held-out data and the same prompts: the table, results.json, report.md.
+"""All models of a pipeline on the same held-out data and the same prompts: the table, results.json,
+report.md.
 
 compare         a row of METRICS for each stage, and what each model writes on each prompt
 table_rows      the table for the terminal; sample_lines: the samples
@@ -51,7 +52,9 @@ SAMPLE_TOKENS = 60
 
 
 def known_results(out: Path, made_from: str) -> dict[str, Any] | None:
-    """The results in results.json, if they were computed from the weights that `made_from` identifies."""
+    """The results in results.json, if they were computed from the weights
+    that `made_from` identifies.
+    """
     path = out / "results.json"
     if not path.exists():
         return None
@@ -63,7 +66,9 @@ def known_results(out: Path, made_from: str) -> dict[str, Any] | None:
 
 
 def compare(stages: list[PipelineStage]) -> dict[str, Any]:
-    """`models`: a row of METRICS for each stage; `samples`: what each model writes on each prompt, greedily."""
+    """`models`: a row of METRICS for each stage; `samples`: what each model writes on each prompt,
+    greedily.
+    """
     models: list[dict[str, Any]] = []
     samples: list[dict[str, str]] = []
     log_probs: dict[str, np.ndarray] = {}
@@ -131,7 +136,8 @@ def reference_of(stage: PipelineStage) -> str | None:
 def held_out_log_probs(
     loaded: Loaded, model: Decoder | HFModel, stages: list[PipelineStage]
 ) -> np.ndarray:
-    """(n, 2): log p under `model` of the chosen and the rejected answer of each held-out pair of stage dpo.
+    """(n, 2): log p under `model` of the chosen and the rejected answer of each held-out pair of
+    stage dpo.
 
     (0, 2) without a stage dpo. Tokens and precision are those of `loaded`.
     """
@@ -193,7 +199,9 @@ def verifier_score(stage: PipelineStage, path: Path, device: str) -> VerifierSco
 
 
 def sample(loaded: Loaded, prompt: str) -> str:
-    """What the model writes on a prompt, in its template if it was fine-tuned with one, as infer.py does."""
+    """What the model writes on a prompt, in its template if it was fine-tuned with one,
+    as infer.py does.
+    """
     engine = Engine(loaded.model, loaded.tokenizer)
     template = None if loaded.template is None else make_template(loaded.template, loaded.tokenizer)
     formatted = format_prompt(engine, prompt, template)

@@ -1,4 +1,6 @@
-"""Stage: the parts of a run that differ from one kind of training to another; each is made in `training/stages/`."""
+"""Stage: the parts of a run that differ from one kind of training to another;
+each is made in `training/stages/`.
+"""
 
 from __future__ import annotations
 

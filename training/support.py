@@ -1,7 +1,8 @@
 """What cannot be combined in one run: one table of unsupported pairs, with the reason and the fix.
 
-A run has features: its stage, and what its settings, its device and its model add to that. `require_supported` looks
-up each pair of them in `UNSUPPORTED`. To support a pair, remove its row; to refuse one, add a row.
+A run has features: its stage, and what its settings, its device and its model add to that.
+`require_supported` looks up each pair of them in `UNSUPPORTED`. To support a pair, remove its row;
+to refuse one, add a row.
 """
 
 from collections.abc import Callable

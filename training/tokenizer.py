@@ -40,7 +40,8 @@ def tokenizer_for(
     In a mixture these are the documents of all sources, whatever their weights.
 
     Raises:
-        UserError: as `training_split`, `make_tokenizer` and `learn_bpe`, or an endless stream would be read.
+        UserError: as `training_split`, `make_tokenizer` and `learn_bpe`,
+            or an endless stream would be read.
     """
     if config.kind in ("byte", "hf"):
         return make_tokenizer(config, tuple)
@@ -85,7 +86,8 @@ def _cached_bpe(
 
 
 def learned_from(config: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer of a run whose training texts are not documents; one that is learned is not cached.
+    """The tokenizer of a run whose training texts are not documents;
+    one that is learned is not cached.
 
     Raises:
         UserError: as `make_tokenizer` and `learn_bpe`.
@@ -117,7 +119,9 @@ def _learn(
 
 @dataclass(frozen=True)
 class InterleavedSources:
-    """The documents of several sources, one of each in turn, so that the first ones are of all of them."""
+    """The documents of several sources, one of each in turn,
+    so that the first ones are of all of them.
+    """
 
     sources: tuple[Source, ...]
 

@@ -1,6 +1,7 @@
 """Checkpoints: their bytes (`format`, read it first), and from bytes to a model (`load`).
 
-`initial` is imported at its first use, as `checkpoint.initial`: most runs start from new weights or resume.
+`initial` is imported at its first use, as `checkpoint.initial`:
+most runs start from new weights or resume.
 """
 
 from types import ModuleType

@@ -1,8 +1,9 @@
 """The checkpoint file: written whole or not at all, verified before use, found by step.
 
-A checkpoint is one zip file as torch.save writes it, of plain types only (dict, list, str, int, float, bool, None,
-tensor), always read with `weights_only=True`. Its zip comment is the SHA-256 of everything before it, so that a single
-flipped bit anywhere is found: torch itself would load it as a wrong number. What is in it, the state, is one dict:
+A checkpoint is one zip file as torch.save writes it, of plain types only (dict, list, str, int,
+float, bool, None, tensor), always read with `weights_only=True`. Its zip comment is the SHA-256 of
+everything before it, so that a single flipped bit anywhere is found: torch itself would load it as
+a wrong number. What is in it, the state, is one dict:
 
     format, schema                            "tinylm" and the number of the layout; `old_schemas` reads older ones
     stage, step, tokens                       what was trained, optimizer steps and target tokens so far
@@ -14,9 +15,9 @@ flipped bit anywhere is found: torch itself would load it as a wrong number. Wha
     optimizer, precision, progress, cursor    resume the run; an imported model has none of these
     data, world_size, threads, versions       fingerprints and numbers that a resumed run is compared with
 
-`write`, `read` and `verify` are the file; `candidates` and `latest_valid` find one; `link` gives it a second name;
-`lock_run_dir` keeps a second run out of its folder. This file has the project's only torch.load, and knows nothing of
-models: `load` turns a state into one.
+`write`, `read` and `verify` are the file; `candidates` and `latest_valid` find one; `link` gives it
+a second name; `lock_run_dir` keeps a second run out of its folder. This file has the project's only
+torch.load, and knows nothing of models: `load` turns a state into one.
 """
 
 import contextlib
@@ -41,7 +42,8 @@ from tinylm.common.files import atomic_path
 __all__ = ["NO_REFERENCES", "SCHEMA"]  # of old_schemas, for who writes a state
 
 FORMAT = "tinylm"
-# A zip file ends with this record of 22 bytes, whose last two are the length of the comment after it.
+# A zip file ends with this record of 22 bytes, whose last two are the length of the comment after
+# it.
 _END_RECORD = b"PK\x05\x06"
 _END_SIZE = 22
 _COMMENT_SIZE = len("sha256:") + 64
@@ -67,7 +69,8 @@ class DamagedError(UserError):
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`, whole or not at all; an older file of that name stays until the new one is on the disk.
+    """Write `state` to `path`, whole or not at all;
+    an older file of that name stays until the new one is on the disk.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -77,7 +80,8 @@ def write(path: Path, state: dict[str, Any]) -> None:
             torch.save(state, file)
             _append_digest(file)
     except (OSError, RuntimeError) as error:
-        # torch.save turns a failed write inside its zip writer into a RuntimeError without the reason.
+        # torch.save turns a failed write inside its zip writer into a RuntimeError
+        # without the reason.
         why = "the disk did not take all of it"
         if isinstance(error, OSError) and error.strerror:
             why = error.strerror
@@ -90,7 +94,9 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 
 def _append_digest(file: Any) -> None:
-    """Write the SHA-256 of the zip file as its comment; the comment's length is part of what is hashed."""
+    """Write the SHA-256 of the zip file as its comment;
+    the comment's length is part of what is hashed.
+    """
     file.seek(-_END_SIZE, os.SEEK_END)
     if file.read(4) != _END_RECORD:
         raise RuntimeError("torch.save did not end the file with a zip record without comment")
@@ -120,7 +126,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state that `write` stored: verified, plain types only, tensors on the CPU and mapped from the file.
+    """The state that `write` stored: verified, plain types only,
+    tensors on the CPU and mapped from the file.
 
     A checkpoint of an older schema is returned in the form of the current one.
 
@@ -197,7 +204,9 @@ def _looks_like(start: bytes, size: int) -> str:
 
 
 def link(source: Path, name: str) -> Path:
-    """Give the checkpoint `source` a second name in its folder by a hard link, replacing what had that name."""
+    """Give the checkpoint `source` a second name in its folder by a hard link,
+    replacing what had that name.
+    """
     target = source.with_name(name)
     try:
         with atomic_path(target) as temporary:
@@ -215,8 +224,8 @@ def link(source: Path, name: str) -> Path:
 def candidates(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first.
 
-    Newest by the step in the name, never by the clock. `last`, `final` and `best` are second names of step files, so
-    they come after these, for folders into which only they were copied.
+    Newest by the step in the name, never by the clock. `last`, `final` and `best` are second names
+    of step files, so they come after these, for folders into which only they were copied.
     """
     steps = [path for path in folder.glob("step-*.ckpt") if step_of(path) >= 0]
     named = [folder / f"{name}.ckpt" for name in ("last", "final", "best")]
@@ -239,7 +248,8 @@ def latest_valid(
         on_damaged: called with the error of each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: every checkpoint is damaged; starting again at step 0 without asking would hide that.
+        UserError: every checkpoint is damaged; starting again at step 0
+            without asking would hide that.
     """
     errors: list[DamagedError] = []
     for path in candidates(folder) if os.path.isdir(folder) else []:
@@ -258,7 +268,8 @@ def latest_valid(
 
 @contextlib.contextmanager
 def lock_run_dir(folder: Path, setting: str = "training.checkpoint_dir") -> Iterator[None]:
-    """Hold `folder`, the value of `setting`, for this process; the lock ends with the process, also if it is killed.
+    """Hold `folder`, the value of `setting`, for this process; the lock ends with the process,
+    also if it is killed.
 
     Unfinished files that a killed run left are removed.
 

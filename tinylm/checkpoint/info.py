@@ -32,9 +32,11 @@ def describe(path: Path) -> CheckpointInfo:
 
 def info_of(path: Path, state: dict[str, Any]) -> CheckpointInfo:
     """The checkpoint at `path`, whose state has been read."""
-    # Plain values, not a Config: a checkpoint of another version may have settings that this one does not know.
+    # Plain values, not a Config: a checkpoint of another version may have settings
+    # that this one does not know.
     model, lora = state["config"]["model"], state["config"].get("lora")
-    # A tied matrix is in the file under two names, the second of which shares the memory of the first.
+    # A tied matrix is in the file under two names, the second of
+    # which shares the memory of the first.
     weights = {
         weight.data_ptr(): weight.numel()
         for name, weight in state["weights"].items()

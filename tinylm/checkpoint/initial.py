@@ -1,8 +1,10 @@
-"""The models that other models start from: opened by name, built, identified by fingerprint, and referred to.
+"""The models that other models start from: opened by name, built, identified by fingerprint,
+and referred to.
 
-A run starts from the model of training.init_from: a checkpoint, or a Hugging Face model (`hf:NAME`). An adapter
-belongs to a base, and preference training is compared with a reference; their checkpoints record which model that was,
-by a path relative to their own folder and a fingerprint of its weights.
+A run starts from the model of training.init_from: a checkpoint, or a Hugging Face model
+(`hf:NAME`). An adapter belongs to a base, and preference training is compared with a reference;
+their checkpoints record which model that was, by a path relative to their own folder and a
+fingerprint of its weights.
 
     open_initial_model(name) ─▶ InitialModel ─▶ .build(config) ─▶ Decoder or HFModel
     reference_to(initial, model, folder) ─▶ {"path", "fingerprint"} ─▶ resolve_reference(path, checkpoint) ─▶ name
@@ -46,7 +48,9 @@ def whole_model(config: ModelConfig, state: dict[str, Any]) -> Decoder | HFModel
 
 
 def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Decoder:
-    """A decoder with exactly these weights; RuntimeError names one that is missing, extra or of another shape."""
+    """A decoder with exactly these weights; RuntimeError names one that is missing,
+    extra or of another shape.
+    """
     model = empty_decoder(config)
     model.load_state_dict(weights, strict=True, assign=True)
     if config.tie_embeddings:
@@ -58,13 +62,17 @@ def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Deco
 
 
 def empty_decoder(config: ModelConfig) -> Decoder:
-    """A decoder on the meta device: shapes without numbers, for `load_state_dict(..., assign=True)`."""
+    """A decoder on the meta device: shapes without numbers, for
+    `load_state_dict(..., assign=True)`.
+    """
     with torch.device("meta"), _NoInit():
         return Decoder(config)
 
 
 class _NoInit(TorchFunctionMode):
-    """Leaves new weights unfilled: on the meta device, filling them imports torch's compiler (two seconds)."""
+    """Leaves new weights unfilled: on the meta device, filling them imports torch's compiler
+    (two seconds).
+    """
 
     _fillers = (
         nn.init.normal_,
@@ -87,7 +95,9 @@ class _NoInit(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class InitialModel:
-    """A whole model that a run starts from, or that an adapter belongs to: a checkpoint or a Hugging Face model."""
+    """A whole model that a run starts from, or that an adapter belongs to:
+    a checkpoint or a Hugging Face model.
+    """
 
     name: str
     """a path, or hf:NAME"""
@@ -143,12 +153,14 @@ def refuse_verifier(path: Path, state: dict[str, Any]) -> None:
 
 
 def reference_to(initial: InitialModel, model: nn.Module, folder: Path) -> dict[str, str]:
-    """What a checkpoint in `folder` records of another model: its path and the fingerprint of its weights.
+    """What a checkpoint in `folder` records of another model:
+    its path and the fingerprint of its weights.
 
     Args:
         initial: the model, as opened.
         model: the same, as built, without adapters.
-        folder: where the checkpoint will be; the path is relative to it, so that the two can be moved together.
+        folder: where the checkpoint will be; the path is relative to it,
+            so that the two can be moved together.
     """
     prefix = HF_PREFIX if initial.name.startswith(HF_PREFIX) else ""
     path = initial.name.removeprefix(HF_PREFIX)
@@ -158,7 +170,9 @@ def reference_to(initial: InitialModel, model: nn.Module, folder: Path) -> dict[
 
 
 def resolve_reference(recorded: str, checkpoint: Path) -> str:
-    """The name, as `open_initial_model` takes it, of the model whose recorded path in `checkpoint` is `recorded`."""
+    """The name, as `open_initial_model` takes it,
+    of the model whose recorded path in `checkpoint` is `recorded`.
+    """
     path = recorded.removeprefix(HF_PREFIX)
     local = os.path.normpath(checkpoint.resolve().parent / path)
     if recorded.startswith(HF_PREFIX):
@@ -167,7 +181,9 @@ def resolve_reference(recorded: str, checkpoint: Path) -> str:
 
 
 def fingerprint_of(model: nn.Module) -> str:
-    """16 hex digits that identify the weights of `model`: SHA-256 over their names, types, shapes and bytes."""
+    """16 hex digits that identify the weights of `model`: SHA-256 over their names, types,
+    shapes and bytes.
+    """
     return _fingerprint(model.state_dict())
 
 

@@ -1,7 +1,8 @@
-"""A checkpoint ready for use: `load_model` for one that writes text, `load_verifier` for one that scores answers.
+"""A checkpoint ready for use: `load_model` for one that writes text,
+`load_verifier` for one that scores answers.
 
-Everything is in the checkpoint; only an adapter needs another file, its base, into which it is merged. For training,
-which continues from weights or puts adapters beside them, see `initial`.
+Everything is in the checkpoint; only an adapter needs another file, its base, into which it is
+merged. For training, which continues from weights or puts adapters beside them, see `initial`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from tinylm.tokenizer.factory import tokenizer_from_plain
 
 @dataclass(frozen=True)
 class Loaded:
-    """A language model in evaluation mode, an adapter merged into its base, and what it was trained with."""
+    """A language model in evaluation mode, an adapter merged into its base,
+    and what it was trained with.
+    """
 
     model: Decoder | HFModel
     tokenizer: Tokenizer
@@ -111,7 +114,9 @@ def load_verifier(path: Path, device: str = "cpu") -> LoadedVerifier:
 
 
 def build_verifier(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Verifier:
-    """A verifier with exactly these weights; RuntimeError names one that is missing, extra or of another shape."""
+    """A verifier with exactly these weights; RuntimeError names one that is missing,
+    extra or of another shape.
+    """
     model = Verifier(config)
     model.load_state_dict(weights, strict=True)
     return model

@@ -1,15 +1,18 @@
-"""Checkpoints of older schemas in the form of the current one: one step per schema, from each to the next.
+"""Checkpoints of older schemas in the form of the current one: one step per schema,
+from each to the next.
 
-A schema number changes when a key of the state is renamed or its meaning changes. Then `SCHEMA` is increased by one, and
-`UPGRADES` gets a function that turns a state of the previous number into the new form. Every checkpoint that was ever
-written can still be read; tests/checkpoint/data has some of each old schema.
+A schema number changes when a key of the state is renamed or its meaning changes. Then `SCHEMA` is
+increased by one, and `UPGRADES` gets a function that turns a state of the previous number into the
+new form. Every checkpoint that was ever written can still be read; tests/checkpoint/data has some
+of each old schema.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 SCHEMA = 2
-# Keys that only some checkpoints need (see `format`). The first checkpoints of schema 1 had none of them.
+# Keys that only some checkpoints need (see `format`).
+# The first checkpoints of schema 1 had none of them.
 NO_REFERENCES: dict[str, Any] = {"base": None, "hf_config": None, "reference": None}
 
 # Schema 1 to 2: fields of the progress of a run.

@@ -79,7 +79,9 @@ def generate(prompt: str | None, given: dict[str, Any], arguments: argparse.Name
 def generate_samples(
     engine: Engine, formatted: FormattedPrompt, sampling: SamplingConfig, screen: Screen | None
 ) -> list[list[TokenOutput]]:
-    """The tokens of each sample; they are printed while they are generated, and the speed is logged."""
+    """The tokens of each sample; they are printed while they are generated,
+    and the speed is logged.
+    """
     samples: list[list[TokenOutput]] = [[] for _ in range(sampling.n_samples)]
     start = time.perf_counter()
     for output in engine.stream(formatted.prompt, sampling, stop_ids=formatted.stop_ids):

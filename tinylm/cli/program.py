@@ -25,7 +25,8 @@ from tinylm.common.errors import Diverged, UserError, printable
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that takes the text after a flag as typed, and ~ at the start of a path as the home folder.
+    """An ArgumentParser that takes the text after a flag as typed,
+    and ~ at the start of a path as the home folder.
 
     >>> parser = CommandParser()
     >>> _ = parser.add_argument("--separator")
@@ -39,7 +40,9 @@ class CommandParser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(text).expanduser())
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Join a flag that takes a text and the word after it, which argparse refuses if it begins with a dash."""
+        """Join a flag that takes a text and the word after it,
+        which argparse refuses if it begins with a dash.
+        """
         words = list(sys.argv[1:] if args is None else args)
         joined: list[str] = []
         while words:
@@ -53,7 +56,8 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class Parser(CommandParser):
-    """The parser of a program: one-line errors, in which control characters are escaped, and --debug.
+    """The parser of a program: one-line errors, in which control characters are escaped,
+    and --debug.
 
     Abbreviated flags are rejected: a flag added later could change what they mean.
     """
@@ -67,7 +71,9 @@ class Parser(CommandParser):
         self.exit(2, f"error: {printable(message)}. See {self.prog} --help.\n")
 
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        """Parse flags and settings in any order; a setting that is written as a flag is an error with its name."""
+        """Parse flags and settings in any order; a setting that is written as a flag is an error
+        with its name.
+        """
         words = list(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_intermixed_args(words, namespace)
         if unknown:
@@ -103,8 +109,8 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     """
     open_streams()
     log_to_stderr()
-    # OpenMP threads spin while they wait, and slow down the thread they wait for as soon as anything
-    # else runs: on 2 cores a training step took 15 times as long next to one busy process
+    # OpenMP threads spin while they wait, and slow down the thread they wait for as soon as
+    # anything else runs: on 2 cores a training step took 15 times as long next to one busy process
     # (docs/LOG.md). Torch is not loaded yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     previous = signal.getsignal(signal.SIGINT)

@@ -44,7 +44,9 @@ class Results:
 
 
 def rank_rows(rows: Iterable[Row], group_of: Callable[[Row], tuple[str, ...]]) -> list[Row]:
-    """Sort the rows of each group by `rank_key` and replace it by `place`; equal ones share a place."""
+    """Sort the rows of each group by `rank_key` and replace it by `place`;
+    equal ones share a place.
+    """
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(group_of(row), []).append(row)

@@ -9,7 +9,8 @@ SHOW_ROWS = "print the first N rows as training sees them: text, borders of docu
 
 
 def training_parser(program: str, config: str, description: str) -> tuple[Parser, Any]:
-    """The parser, and its group of flags that do something before a run; at most one of those is given.
+    """The parser, and its group of flags that do something before a run;
+    at most one of those is given.
 
     Settings may stand between the flags: parse with `parse_intermixed_args`.
     """

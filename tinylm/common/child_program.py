@@ -34,8 +34,9 @@ class ChildProgram:
     def run(self, command: Sequence[str], *, stdout: Any, stderr: Any) -> int:
         """Run a command; its exit code, or 128 + the number of the signal that killed it.
 
-        The command gets a session of its own, because a terminal sends Ctrl-C to the whole group and the command would
-        receive it twice. If this process is killed, Linux stops the command with SIGTERM.
+        The command gets a session of its own, because a terminal sends Ctrl-C to the whole group
+        and the command would receive it twice. If this process is killed, Linux stops the command
+        with SIGTERM.
         """
         before_exec = _bind_to_parent if sys.platform.startswith("linux") else None
         self.process = subprocess.Popen(  # noqa: S603, PLW1509
@@ -49,15 +50,17 @@ class ChildProgram:
 
 
 def _bind_to_parent() -> None:
-    # The program unblocks Ctrl-C when it can handle it (`run_program`); an interpreter that is still starting would
-    # print a traceback.
+    # The program unblocks Ctrl-C when it can handle it (`run_program`); an interpreter that is
+    # still starting would print a traceback.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
 def forward_signals(child: ChildProgram) -> Iterator[None]:
-    """Let every stop signal stop the child, and then this process; ignored ones (nohup) stay ignored."""
+    """Let every stop signal stop the child, and then this process; ignored ones
+    (nohup) stay ignored.
+    """
     previous = {number: signal.signal(number, child.forward) for number in heeded_signals()}
     try:
         yield

@@ -1,7 +1,8 @@
 """Terminal output: the streams, log lines on stderr, and tables and progress bars on top of rich.
 
-Results go to stdout (`results_console`, `table`, `print_table`), everything else to stderr (`log_to_stderr`,
-`progress_bar`). Numbers for people are formatted in `units.py`. rich is imported only where something is drawn.
+Results go to stdout (`results_console`, `table`, `print_table`), everything else to stderr
+(`log_to_stderr`, `progress_bar`). Numbers for people are formatted in `units.py`. rich is imported
+only where something is drawn.
 """
 
 import logging
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 OnProgress = Callable[[str, int, int], None]
 """called with what is counted ("bytes", "merges"), how many are done, and the total (0: unknown)"""
 
-# Joiners inside emoji and many scripts: str.isprintable rejects them, but they cannot move the cursor.
+# Joiners inside emoji and many scripts: str.isprintable rejects them,
+# but they cannot move the cursor.
 JOINERS = "\u200c\u200d"
 # Columns of a console that is not a terminal: enough for every table of ours, so nothing is cut.
 PIPE_WIDTH = 400
@@ -32,7 +34,9 @@ LOGGERS = ("tinylm", "training", "data", "model")
 
 
 def open_streams() -> None:
-    """Make stdout and stderr safe to write to: a closed one is discarded, a character it cannot encode is escaped."""
+    """Make stdout and stderr safe to write to: a closed one is discarded,
+    a character it cannot encode is escaped.
+    """
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (never closed)
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -98,8 +102,9 @@ def table(*columns: str, text: Collection[str] = ()) -> "Table":
 
     Args:
         columns: the headers; a table without a header has columns named "".
-        text: the columns that hold text, such as paths and names: left-justified, and shortened where the terminal
-            is too narrow. The others hold numbers: right-justified and never shortened.
+        text: the columns that hold text, such as paths and names: left-justified, and shortened
+            where the terminal is too narrow. The others hold numbers: right-justified and never
+            shortened.
     """
     from rich.table import Table
 
@@ -113,7 +118,8 @@ def table(*columns: str, text: Collection[str] = ()) -> "Table":
 
 
 def print_table(rows: "Table") -> None:
-    """Print a table on stdout: whole in a pipe; on a narrow terminal text is shortened, and a number never is.
+    """Print a table on stdout: whole in a pipe; on a narrow terminal text is shortened,
+    and a number never is.
 
     If the numbers alone need more than the terminal has, the lines are wider than it.
     """

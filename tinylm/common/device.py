@@ -1,4 +1,6 @@
-"""The device of a run, with the reason for the choice, and the allocator setting that a fast CPU step needs."""
+"""The device of a run, with the reason for the choice,
+and the allocator setting that a fast CPU step needs.
+"""
 
 import ctypes
 import platform
@@ -21,7 +23,8 @@ def autocast_dtype(precision: str) -> "torch.dtype | None":
 
 
 def pick_device(name: str, *, key: str = "--device") -> tuple[str, str]:
-    """The device for `name` on this machine, and the reason; auto takes CUDA, else MPS, else the CPU.
+    """The device for `name` on this machine, and the reason; auto takes CUDA, else MPS,
+    else the CPU.
 
     Args:
         name: auto, cpu, cuda or mps.
@@ -60,12 +63,14 @@ _M_MMAP_THRESHOLD = -3
 def keep_freed_memory() -> None:
     """Let this process keep the memory that a training step frees, for the next step.
 
-    A step on the CPU frees all its activations. By default glibc returns those pages to the kernel, and the next step
-    faults them in again, zeroed: a seventh of a bf16 step (docs/LOG.md). Other C libraries are left alone.
+    A step on the CPU frees all its activations. By default glibc returns those pages to the kernel,
+    and the next step faults them in again, zeroed: a seventh of a bf16 step (docs/LOG.md). Other C
+    libraries are left alone.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    # 2**25 is the most that glibc before 2.35 accepts; a larger tensor is then mapped and unmapped each time.
+    # 2**25 is the most that glibc before 2.35 accepts; a larger tensor is then mapped
+    # and unmapped each time.
     _ = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)
     mallopt(_M_TRIM_THRESHOLD, -1)

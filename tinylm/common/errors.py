@@ -1,4 +1,6 @@
-"""Errors that the user can correct, each as one line, and how text from outside is displayed safely."""
+"""Errors that the user can correct, each as one line,
+and how text from outside is displayed safely.
+"""
 
 import gzip
 import importlib.util
@@ -10,15 +12,16 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    r"""A mistake in a config, a data file, a checkpoint or the machine's setup that the user can correct.
+    r"""A mistake in a config, a data file, a checkpoint or the machine's setup
+    that the user can correct.
 
-    Programs print it as one line, ``error: WHERE: PROBLEM. FIX.``, and exit with 2; every other exception
-    keeps its traceback, because it is a bug. Code reads the fields, never the message. Control characters
-    are escaped here, so callers pass paths and values as they are.
+    Programs print it as one line, ``error: WHERE: PROBLEM. FIX.``, and exit with 2; every other
+    exception keeps its traceback, because it is a bug. Code reads the fields, never the message.
+    Control characters are escaped here, so callers pass paths and values as they are.
 
     Args:
-        where: the file, `file:line`, setting or flag; several parts are a tuple and are joined with ": ".
-            A setting is a part by itself, so that `rename_settings` finds it.
+        where: the file, `file:line`, setting or flag; several parts are a tuple and are joined with
+            ": ". A setting is a part by itself, so that `rename_settings` finds it.
         problem: what was found and what was expected, without a final period.
         fix: what to do about it, without a final period; `{}` in it are replaced by `settings`.
         settings: settings or values that `fix` mentions; `rename_settings` finds them too.
@@ -44,7 +47,8 @@ class UserError(Exception):
         return f"{message} {_sentence(self.fix)}".strip()
 
     def within(self, *where: object, fix: str = "") -> "UserError":
-        """The same error with more context: `where` before its own, and `fix`, if given, in place of its own.
+        """The same error with more context: `where` before its own, and `fix`, if given,
+        in place of its own.
 
         >>> str(UserError("a.ckpt", "not found", "Give a file").within("training.init_from"))
         'training.init_from: a.ckpt: not found. Give a file.'
@@ -66,7 +70,8 @@ class Diverged(Exception):
 def printable(text: object) -> str:
     r"""`text` on one line, with control, bidirectional and unencodable characters as escapes.
 
-    A file name, a config value or generated text cannot move the terminal's cursor or forge a log line.
+    A file name, a config value or generated text cannot move the terminal's cursor
+    or forge a log line.
 
     >>> printable("a\nb\x1b[31m")
     'a\\nb\\x1b[31m'
@@ -83,7 +88,8 @@ def _sentence(text: str) -> str:
 
 @contextmanager
 def rename_settings(names: Mapping[str, str]) -> Iterator[None]:
-    """Replace the settings that a UserError names by what the user typed: a flag, or a part of a mixture.
+    """Replace the settings that a UserError names by what the user typed: a flag,
+    or a part of a mixture.
 
     >>> with rename_settings({"data.dataset": "--data", "data.split": "--split"}):
     ...     raise UserError(("data.dataset", "a/b"), "not found", "Check {}", "data.split")
@@ -98,7 +104,9 @@ def rename_settings(names: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def writing(path: object, setting: str) -> Iterator[None]:
-    """Turn an operating system's refusal to write `path` into a UserError that names the setting it comes from."""
+    """Turn an operating system's refusal to write `path` into a UserError
+    that names the setting it comes from.
+    """
     try:
         yield
     except OSError as error:
@@ -110,7 +118,9 @@ def writing(path: object, setting: str) -> Iterator[None]:
 
 @contextmanager
 def reading(path: object) -> Iterator[None]:
-    """Turn errors of the operating system and of gzip while `path` is read into UserErrors that name it."""
+    """Turn errors of the operating system and of gzip while `path` is read into UserErrors
+    that name it.
+    """
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -128,7 +138,9 @@ def reason(error: OSError) -> str:
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
-    """Raise a UserError unless `path` is a regular file: not for a pipe, a device or a circle of links."""
+    """Raise a UserError unless `path` is a regular file: not for a pipe,
+    a device or a circle of links.
+    """
     try:
         mode = os.stat(path).st_mode
     except OSError as error:

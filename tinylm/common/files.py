@@ -4,8 +4,8 @@
     a large file or a folder, step by step     `atomic_path`, or `publish` for one that is made elsewhere
     a cache that several processes may want    `make_once`, or `locked` around work that is not one file
 
-Every one of them writes beside the final name, syncs, renames and syncs the folder: a reader sees the old content
-or the new one, never a part. Knows nothing of what is in the files.
+Every one of them writes beside the final name, syncs, renames and syncs the folder: a reader sees
+the old content or the new one, never a part. Knows nothing of what is in the files.
 """
 
 import os
@@ -21,10 +21,12 @@ from tinylm.common.errors import UserError, writing
 
 
 def write_atomic(path: Path, content: str | bytes, setting: str) -> None:
-    """Replace the file `path` by `content` (text as UTF-8, line ends as they are); missing folders are created.
+    """Replace the file `path` by `content` (text as UTF-8, line ends as they are);
+    missing folders are created.
 
     Raises:
-        UserError: the file cannot be written; the message names `setting`, which the path comes from.
+        UserError: the file cannot be written; the message names `setting`,
+            which the path comes from.
     """
     with writing(path, setting), atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -34,9 +36,9 @@ def write_atomic(path: Path, content: str | bytes, setting: str) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write a file or folder at; it becomes `path` at the end of the block.
 
-    If the block raises, what it wrote is removed and the old `path` is unchanged. A file replaces the file `path`;
-    a folder is created by the block (`temporary.mkdir()`) and cannot replace one that has content. Only one process
-    may write `path` at a time, see `locked`.
+    If the block raises, what it wrote is removed and the old `path` is unchanged. A file replaces
+    the file `path`; a folder is created by the block (`temporary.mkdir()`) and cannot replace one
+    that has content. Only one process may write `path` at a time, see `locked`.
 
         with writing(path, "data.cache_dir"), atomic_path(path) as temporary:
             np.save(temporary, ids)
@@ -57,7 +59,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def publish(made: Path, path: Path) -> None:
-    """Rename a finished file or folder to `path`, on the same file system, so that a power cut loses neither."""
+    """Rename a finished file or folder to `path`, on the same file system,
+    so that a power cut loses neither.
+    """
     for part in sorted(made.rglob("*")) if made.is_dir() else ():
         sync(part)
     sync(made)
@@ -72,13 +76,15 @@ def make_once(
     setting: str,
     on_wait: Callable[[], object] | None = None,
 ) -> None:
-    """Make the file or folder `path` unless it exists, whole or not at all, by one process while others wait.
+    """Make the file or folder `path` unless it exists, whole or not at all,
+    by one process while others wait.
 
         make_once(path, lambda temporary: temporary.write_bytes(compute()), setting="data.cache_dir")
 
     Args:
         path: its final place.
-        make: called with a temporary path beside `path` to write the file at, or to create the folder at.
+        make: called with a temporary path beside `path` to write the file at,
+            or to create the folder at.
         setting: what decides where `path` is, for errors.
         on_wait: called before waiting for another process that is making it.
 
@@ -95,7 +101,8 @@ def make_once(
 def locked(
     path: Path, setting: str, *, on_wait: Callable[[], object] | None = None
 ) -> Iterator[None]:
-    """Hold the lock on making `path`, for one process of this machine; it is released when the process dies.
+    """Hold the lock on making `path`, for one process of this machine;
+    it is released when the process dies.
 
     Args:
         path: the file or folder to be made; the lock is a file beside it, `.NAME.lock`.
@@ -144,7 +151,9 @@ def require_new(path: Path) -> None:
 
 
 def require_writable(path: Path, setting: str) -> None:
-    """Raise a UserError if `path` exists or cannot be created, which is tried, before the work that it is for."""
+    """Raise a UserError if `path` exists or cannot be created, which is tried,
+    before the work that it is for.
+    """
     require_new(path)
     with writing(path, setting):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ HF_PREFIX = "hf:"
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether `text` can be a name on the hub (gpt2, owner/name) and is not a path into an existing folder.
+    """Whether `text` can be a name on the hub (gpt2, owner/name)
+    and is not a path into an existing folder.
 
     >>> is_hub_name("gpt2"), is_hub_name("../gpt2"), is_hub_name("a/b/c")
     (True, False, False)
@@ -27,13 +28,15 @@ def is_hub_name(text: str) -> bool:
 
 
 def require_hub(where: object, fix: str) -> None:
-    """Raise a UserError within seconds if the hub cannot be reached; its own library retries for half a minute.
+    """Raise a UserError within seconds if the hub cannot be reached;
+    its own library retries for half a minute.
 
-    Not checked with HF_HUB_OFFLINE=1, when the library reads only its cache, and behind a proxy, which only the
-    library knows how to use.
+    Not checked with HF_HUB_OFFLINE=1, when the library reads only its cache, and behind a proxy,
+    which only the library knows how to use.
 
     Args:
-        where: the setting or file, and the name that would be downloaded, as `UserError` takes them.
+        where: the setting or file, and the name that would be downloaded,
+            as `UserError` takes them.
         fix: what to give in place of the name.
     """
     problem = find_hub_problem()
@@ -62,7 +65,9 @@ def find_hub_problem() -> str | None:
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """The errors of the Hugging Face libraries when the network fails: OSError, and that of their HTTP library."""
+    """The errors of the Hugging Face libraries when the network fails: OSError,
+    and that of their HTTP library.
+    """
     from huggingface_hub.errors import HTTPError  # httpx's or httpx2's, depending on the version
 
     return OSError, HTTPError

@@ -26,7 +26,9 @@ MAX_WAITING = 8
 def limit_processes(
     jobs: Iterable[Job], processes: int, min_size: int
 ) -> tuple[Iterator[Job], int]:
-    """The jobs, and the number of processes to use: 1 if the sum of their `size` is less than `min_size`."""
+    """The jobs, and the number of processes to use:
+    1 if the sum of their `size` is less than `min_size`.
+    """
     jobs = iter(jobs)
     first: list[Job] = []
     size = 0
@@ -44,9 +46,10 @@ def in_order(
 ) -> Iterator[Result]:
     """`work(job)` for each job, in the order of the jobs.
 
-    This process works too, from the start, because the `processes` - 1 workers take half a second to begin. `work` is
-    sent to each worker once. At most `MAX_WAITING` jobs per process, with their results, are in memory. An exception
-    in `work` ends everything at once; an error that should come in its turn must be returned as a result.
+    This process works too, from the start, because the `processes` - 1 workers take half a second
+    to begin. `work` is sent to each worker once. At most `MAX_WAITING` jobs per process, with their
+    results, are in memory. An exception in `work` ends everything at once; an error that should
+    come in its turn must be returned as a result.
 
     Raises:
         UserError: a worker process was killed.
@@ -85,8 +88,8 @@ def in_order(
 def _submit(executor: ProcessPoolExecutor, job: Any) -> Future[Any]:
     """Queue a job; the first one starts the workers.
 
-    A terminal sends Ctrl-C to all processes of a command. Workers inherit the signal blocked, because one that is still
-    importing would print a traceback; this process decides when they end.
+    A terminal sends Ctrl-C to all processes of a command. Workers inherit the signal blocked,
+    because one that is still importing would print a traceback; this process decides when they end.
     """
     if sys.platform == "win32":
         return executor.submit(_run, job)

@@ -21,10 +21,11 @@ class Measure:
 
 
 def mean(values: Sequence[float], *, seed: int = 0) -> Measure:
-    """The mean of the values, one from 0 to 1 for each of at least one example, with its 95% interval.
+    """The mean of the values, one from 0 to 1 for each of at least one example,
+    with its 95% interval.
 
-    The interval is Wilson's if all values are 0 or 1, which holds near the ends and for few examples too; else a
-    bootstrap.
+    The interval is Wilson's if all values are 0 or 1, which holds near the ends and for few
+    examples too; else a bootstrap.
     """
     array = np.asarray(values, dtype=np.float64)
     value = float(array.mean())

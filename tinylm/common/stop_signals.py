@@ -15,5 +15,7 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal,
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """The stop signals that are not ignored: nohup ignores SIGHUP, a background shell ignores SIGINT."""
+    """The stop signals that are not ignored: nohup ignores SIGHUP,
+    a background shell ignores SIGINT.
+    """
     return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]

@@ -1,7 +1,9 @@
-"""The reference of all settings, generated from their fields: a Markdown page and a JSON schema for editors.
+"""The reference of all settings, generated from their fields:
+a Markdown page and a JSON schema for editors.
 
-The schema is pydantic's own; the page shows it as one table per section, after an introduction whose examples are
-loaded and whose errors are raised while it is written. Does not know where the files are saved.
+The schema is pydantic's own; the page shows it as one table per section, after an introduction
+whose examples are loaded and whose errors are raised while it is written. Does not know where the
+files are saved.
 """
 
 import json

@@ -1,7 +1,8 @@
 """From YAML files and the command line to a `Config`: the only way by which settings come in.
 
-`load_config` stacks layers, of which the last one counts: the file that is extended, the file itself, the overrides.
-The merged values are validated by `schema.py`; an error is explained by `messages.py`.
+`load_config` stacks layers, of which the last one counts: the file that is extended, the file
+itself, the overrides. The merged values are validated by `schema.py`; an error is explained by
+`messages.py`.
 """
 
 import os
@@ -20,7 +21,8 @@ from tinylm.config.yaml_file import Layer, override_layer, read_layer
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The settings in the YAML file `path`, merged over the files it extends, then the `section.key=value` overrides.
+    """The settings in the YAML file `path`, merged over the files it extends,
+    then the `section.key=value` overrides.
 
     Raises:
         UserError: with the file, the line, the key, what was found and what is expected.
@@ -43,7 +45,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def with_model(config: Config, model: ModelConfig, tokenizer: TokenizerConfig) -> Config:
-    """The settings of `config`; what its model and tokenizer sections do not set is taken from `model` and `tokenizer`.
+    """The settings of `config`; what its model and tokenizer sections do not set is taken
+    from `model` and `tokenizer`.
 
     Each setting of the model counts separately, the tokenizer section as a whole.
 
@@ -67,7 +70,9 @@ def with_model(config: Config, model: ModelConfig, tokenizer: TokenizerConfig) -
 def _add_file(
     path: Path, values: dict[str, Any], layers: list[Layer], children: tuple[Path, ...]
 ) -> None:
-    """Merge the file `path` into `values`, after the file that it extends; `children` are the files that led here."""
+    """Merge the file `path` into `values`, after the file that it extends;
+    `children` are the files that led here.
+    """
     layer = read_layer(path)
     if layer.node is None:
         fix = "Write the settings that differ from the defaults, for example model: {n_layers: 4}"
@@ -102,7 +107,9 @@ def _extended(value: object, path: Path, place: str, children: Sequence[Path]) -
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Put `changes` over `values`: mappings key by key; everything else, lists included, is replaced."""
+    """Put `changes` over `values`: mappings key by key; everything else, lists included,
+    is replaced.
+    """
     for name, value in changes.items():
         if isinstance(value, dict):
             if not isinstance(values.get(name), dict):

@@ -1,6 +1,8 @@
-"""From an error of pydantic to one line for people: the place of the key, what was found and what is expected.
+"""From an error of pydantic to one line for people: the place of the key,
+what was found and what is expected.
 
-The key is the error's location, or, for a rule between settings, the rule's; messages are never parsed.
+The key is the error's location, or, for a rule between settings, the rule's;
+messages are never parsed.
 """
 
 import difflib
@@ -41,7 +43,9 @@ _LENGTHS = ("epochs", "n_epochs", "num_epochs", "max_epochs", "num_train_epochs"
 
 
 def explain(error: Any, layers: Sequence[Layer]) -> UserError:
-    """One error of pydantic as a UserError; `layers` are where the settings were written, the last one counts."""
+    """One error of pydantic as a UserError; `layers` are where the settings were written,
+    the last one counts.
+    """
     key = _key_of(error["loc"])
     kind = error["type"]
     if kind == "value_error":
@@ -61,13 +65,17 @@ def explain(error: Any, layers: Sequence[Layer]) -> UserError:
 
 
 def _explain_rule(section: str, rule: RuleError, layers: Sequence[Layer]) -> UserError:
-    """A broken rule, with the line of the first of its settings that is written; the others are defaults."""
+    """A broken rule, with the line of the first of its settings that is written;
+    the others are defaults.
+    """
     keys = [f"{section}.{name}".lstrip(".") for name in rule.keys]
     return UserError((place_of(keys, layers), keys[0]), rule.problem, rule.fix)
 
 
 def place_of(keys: Iterable[str], layers: Sequence[Layer]) -> str:
-    """Where the first of the keys that is written was written last; else where a section around it is."""
+    """Where the first of the keys that is written was written last;
+    else where a section around it is.
+    """
     keys = list(keys)
     while any(keys):
         for key in keys:
@@ -81,7 +89,8 @@ def place_of(keys: Iterable[str], layers: Sequence[Layer]) -> str:
 
 
 def _key_of(location: Sequence[str | int]) -> str:
-    """A location of pydantic as the user names it: a list of values is one setting, a section in a list has its number.
+    """A location of pydantic as the user names it: a list of values is one setting,
+    a section in a list has its number.
 
     >>> _key_of(("training", "betas", 1)), _key_of(("data", "mix", 1, "weight")), _key_of(("data", "mix", 1))
     ('training.betas', 'data.mix[1].weight', 'data.mix[1]')
@@ -111,7 +120,9 @@ def _meaning(key: str) -> str | None:
 
 
 def _suggestion(key: str) -> str:
-    """Which setting an unknown key may mean: the same name in another section, or a similar one in this section."""
+    """Which setting an unknown key may mean: the same name in another section,
+    or a similar one in this section.
+    """
     section, _, name = key.rpartition(".")
     if name in _LENGTHS:
         return "training.max_steps, in optimizer steps, decides the length of a run"
@@ -124,7 +135,8 @@ def _suggestion(key: str) -> str:
 
 
 def sections(section: type[Section] = Config, key: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """Every section with its dotted key, first the whole config, whose key is ''; [] marks a list of sections.
+    """Every section with its dotted key, first the whole config, whose key is '';
+    [] marks a list of sections.
 
     >>> [key for key, section in sections() if key.startswith(("m", "data"))]
     ['model', 'model.moe', 'data', 'data.mix[]']

@@ -1,15 +1,16 @@
 """Rules between settings: which cannot be combined, and which need another one.
 
-A rule is data: the settings it is about, a condition under which it is broken, the problem and the fix. The first
-setting is the one that the error names. `schema.py` gives each section its rules, in the order in which they are
-checked; bounds of a single setting are in its field there.
+A rule is data: the settings it is about, a condition under which it is broken, the problem and the
+fix. The first setting is the one that the error names. `schema.py` gives each section its rules, in
+the order in which they are checked; bounds of a single setting are in its field there.
 """
 
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-# No source of a mixture may have less than this part of the rows: a block of rows has one of each source.
+# No source of a mixture may have less than this part of the rows:
+# a block of rows has one of each source.
 SMALLEST_SHARE = 1e-6
 
 
@@ -24,10 +25,13 @@ class RuleError(ValueError):
 
 
 class Rule(NamedTuple):
-    """One rule of a section; `{name}` in the texts are the section's settings, `{found}` what `broken` returns."""
+    """One rule of a section; `{name}` in the texts are the section's settings,
+    `{found}` what `broken` returns.
+    """
 
     keys: tuple[str, ...]
-    """the settings that it is about, the guilty one first; the error has the line of the first that is written"""
+    """the settings that it is about, the guilty one first;
+    the error has the line of the first that is written"""
     broken: Callable[[Any], object]
     """called with the section; true if the rule is broken"""
     problem: str
@@ -40,7 +44,9 @@ class Rule(NamedTuple):
 
 
 def _not_with(other: str, key: str, default: object) -> Rule:
-    """`key` must keep its default if `other` is set: both say the same, or `other` has no use for it."""
+    """`key` must keep its default if `other` is set: both say the same,
+    or `other` has no use for it.
+    """
     value_of, is_set = attrgetter(key), attrgetter(other)
     return Rule(
         (key, other),
@@ -264,7 +270,8 @@ SAMPLING = (
 CONFIG = (
     Rule(
         ("training.seq_len", "model.max_seq_len"),
-        # A run that starts from a trained model has that model's positions, unless they are written.
+        # A run that starts from a trained model has that model's positions,
+        # unless they are written.
         lambda config: (
             (config.training.init_from is None or "max_seq_len" in config.model.model_fields_set)
             and config.training.seq_len > config.model.max_seq_len

@@ -1,9 +1,9 @@
 """Every setting: its type, its meaning, its bounds and its default.
 
-Reading order: the sections (`ModelConfig`, `TokenizerConfig`, `DataConfig`, `TrainingConfig`, `HardwareConfig`,
-`SamplingConfig`, and the optional `LoraConfig`, `DpoConfig`, `VerifierConfig`), then `Config`, which holds them.
-Rules between settings are in `rules.py`, YAML in `loader.py`. Settings are frozen: they are what the run was started
-with. Steps are optimizer steps everywhere.
+Reading order: the sections (`ModelConfig`, `TokenizerConfig`, `DataConfig`, `TrainingConfig`,
+`HardwareConfig`, `SamplingConfig`, and the optional `LoraConfig`, `DpoConfig`, `VerifierConfig`),
+then `Config`, which holds them. Rules between settings are in `rules.py`, YAML in `loader.py`.
+Settings are frozen: they are what the run was started with. Steps are optimizer steps everywhere.
 """
 
 import math
@@ -23,7 +23,8 @@ from pydantic import (
 from tinylm.config import rules
 from tinylm.config.rules import Rule
 
-# Large enough for any real run, small enough that no product of two settings overflows a 64-bit integer.
+# Large enough for any real run, small enough that no product of two settings overflows a 64-bit
+# integer.
 COUNT_LIMIT = 2**31 - 1
 
 
@@ -41,7 +42,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 # A path or name that is not empty, without a NUL byte, which no path can have.
 Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
-# A path, or a name that may be one; ~ is the home folder, which a shell does not fill in after `key=`.
+# A path, or a name that may be one; ~ is the home folder,
+# which a shell does not fill in after `key=`.
 PathName = Annotated[Name, AfterValidator(_expand_home)]
 # The columns of rows that tinylm/rows reads.
 RowColumn = Literal[
@@ -66,7 +68,9 @@ class Section(BaseModel):
 
 
 class MoEConfig(Section):
-    """A mixture of experts in place of each feed-forward layer (Shazeer et al. 2017; Jiang et al. 2024)."""
+    """A mixture of experts in place of each feed-forward layer
+    (Shazeer et al. 2017; Jiang et al. 2024).
+    """
 
     rules: ClassVar = rules.MOE
 
@@ -348,7 +352,9 @@ class LoraConfig(Section):
 
 
 class DpoConfig(Section):
-    """Direct preference optimization on pairs of a chosen and a rejected answer (Rafailov et al. 2023)."""
+    """Direct preference optimization on pairs of a chosen and a rejected answer
+    (Rafailov et al. 2023).
+    """
 
     rules: ClassVar = rules.DPO
 
@@ -367,7 +373,9 @@ class DpoConfig(Section):
 
 
 class VerifierConfig(Section):
-    """A verifier: an encoder that classifies answers to problems as right or wrong (Cobbe et al. 2021)."""
+    """A verifier: an encoder that classifies answers to problems as right or wrong
+    (Cobbe et al. 2021).
+    """
 
     rules: ClassVar = rules.VERIFIER
 
@@ -450,7 +458,9 @@ class Config(Section):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     def to_plain(self) -> dict[str, Any]:
-        """The settings as plain dicts, lists and numbers, as a checkpoint stores them; the inverse of `from_plain`."""
+        """The settings as plain dicts, lists and numbers, as a checkpoint stores them;
+        the inverse of `from_plain`.
+        """
         return self.model_dump(mode="json")
 
     @classmethod

@@ -21,7 +21,9 @@ def is_text(key: str) -> bool:
 
 
 def _members(kind: Any, name: str) -> list[Any]:
-    """The types of the part `name` of a section or mapping, without null; none if it has no such part."""
+    """The types of the part `name` of a section or mapping, without null;
+    none if it has no such part.
+    """
     if isinstance(kind, type) and issubclass(kind, Section):
         field = kind.model_fields.get(name)
         return [] if field is None else _alternatives(field.annotation)

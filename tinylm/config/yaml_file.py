@@ -1,8 +1,8 @@
 """YAML as people expect it in a config, with the line of every key: the only code that parses YAML.
 
-3e-4 and 1e5 are numbers, 12:30 and dates are text; tags, aliases and deep nesting are errors. `read_layer` reads a
-config file, `override_layer` a `section.key=value` of the command line, `read_list` a file that is a list of items.
-Knows nothing of what the settings mean.
+3e-4 and 1e5 are numbers, 12:30 and dates are text; tags, aliases and deep nesting are errors.
+`read_layer` reads a config file, `override_layer` a `section.key=value` of the command line,
+`read_list` a file that is a list of items. Knows nothing of what the settings mean.
 """
 
 import json
@@ -51,8 +51,8 @@ def _number(text: str) -> int | float:
     return int(value) if "." not in text and value.is_integer() else value
 
 
-# How a scalar of each tag is read. YAML 1.1 also has numbers to the bases 2, 8, 16 and 60 (010 is 8, 12:30 is 750) and
-# dates, and requires a dot and a signed exponent in a float.
+# How a scalar of each tag is read. YAML 1.1 also has numbers to the bases 2, 8, 16 and 60 (010 is
+# 8, 12:30 is 750) and dates, and requires a dot and a signed exponent in a float.
 _SCALARS: dict[str, Callable[[str], Any]] = {
     f"{_TAG}null": lambda text: None,
     f"{_TAG}bool": lambda text: _Loader.bool_values[text.lower()],
@@ -86,9 +86,11 @@ class Layer:
         return f"{self.name}:{node.start_mark.line + 1}" if self.has_lines else self.name
 
     def find(self, key: str) -> str | None:
-        """Where a key such as data.mix[1].weight is written here; None if an earlier layer can have it.
+        """Where a key such as data.mix[1].weight is written here;
+        None if an earlier layer can have it.
 
-        A list or a plain value replaces what earlier layers have; the place is then that of its nearest part.
+        A list or a plain value replaces what earlier layers have;
+        the place is then that of its nearest part.
         """
         node, place, replaced = self.node, self.name, False
         for part in re.findall(r"[^.\[\]]+", key):
@@ -139,7 +141,9 @@ class Layer:
         return found
 
     def _refuse_comment(self, node: yaml.Node, key: str) -> None:
-        """Raise a UserError if a comment is all that follows the key: in `separator: ##` it may be meant as text."""
+        """Raise a UserError if a comment is all that follows the key:
+        in `separator: ##` it may be meant as text.
+        """
         mark = node.start_mark
         if mark.buffer is None:  # the command line
             return
@@ -177,8 +181,8 @@ def read_layer(path: Path) -> Layer:
 def override_layer(key: str, text: str, *, is_text: bool) -> Layer:
     r"""The setting `key` (dotted) of the command line, whose value is `text`.
 
-    The value of a text setting is the text as typed: only `null` is null, and quotes around all of it are YAML's,
-    so that "\n" and "null" can be written. Other values are written as in YAML.
+    The value of a text setting is the text as typed: only `null` is null, and quotes around all of
+    it are YAML's, so that "\n" and "null" can be written. Other values are written as in YAML.
 
     >>> layer = override_layer("data.document_separator", "---", is_text=True)
     >>> layer.values(layer.node)
@@ -243,7 +247,9 @@ def shown(value: Any) -> str:
 
 
 def _parse(text: str, file: str | None, key: str = "") -> yaml.Node | None:
-    """The one document in `text`, from a file or, without one, the value of an override; None if it is empty."""
+    """The one document in `text`, from a file or, without one, the value of an override;
+    None if it is empty.
+    """
     loader = None
     try:
         loader = _Loader(text)

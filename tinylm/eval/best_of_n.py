@@ -1,6 +1,8 @@
-"""Best of n: is the answer that a verifier prefers more often right than one chosen at random or by majority?
+"""Best of n: is the answer that a verifier prefers more often right than one chosen at random
+or by majority?
 
-Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems". All methods choose among the same n answers.
+Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems".
+All methods choose among the same n answers.
 """
 
 import statistics
@@ -48,7 +50,8 @@ class Candidates:
 
 
 def majority_vote(answers: Sequence[str]) -> int:
-    """The first answer whose final number is the most frequent one (Wang et al. 2022); 0 if no answer has a number.
+    """The first answer whose final number is the most frequent one (Wang et al. 2022);
+    0 if no answer has a number.
 
     >>> majority_vote(["so 3", "so 4", "it is 4.0"]), majority_vote(["none", "nothing"])
     (1, 0)
@@ -82,7 +85,8 @@ def best_of_n(
     template: Template | None = None,
     seed: int = 0,
 ) -> BestOfScore:
-    """The accuracy of a verifier's choice among `n` answers, beside other choices, on at least one example.
+    """The accuracy of a verifier's choice among `n` answers, beside other choices,
+    on at least one example.
 
     Args:
         scorer: the verifier.
@@ -114,7 +118,9 @@ def best_of_n(
 
 
 def require_free_text_task(task: Task) -> None:
-    """Raise a UserError for a task that is answered with a label: there are no texts to choose from."""
+    """Raise a UserError for a task that is answered with a label:
+    there are no texts to choose from.
+    """
     if task.labels:
         raise UserError(
             "--best-of",
@@ -132,7 +138,9 @@ def sample_answers(
     template: Template | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """`n` answers sampled at SAMPLE_TEMPERATURE, to the prompt of `evaluate_task` without solved examples."""
+    """`n` answers sampled at SAMPLE_TEMPERATURE, to the prompt of `evaluate_task`
+    without solved examples.
+    """
     prompter = TaskPrompter(engine, task, (), template)
     return prompter.generate(example, temperature=SAMPLE_TEMPERATURE, n_samples=n, seed=seed)[1]
 

@@ -64,7 +64,8 @@ class CasesSummary:
     log_prob: float | None
     """mean log-probability of the targets, over scored cases; None if there are none"""
     first_rank: float | None
-    """median rank of the first target token, failed cases beyond all others; None if that is the median"""
+    """median rank of the first target token, failed cases beyond all others;
+    None if that is the median"""
     prompt_perplexity: float | None
     """geometric mean over the prompts"""
 
@@ -124,7 +125,9 @@ def read_cases(path: Path) -> tuple[Case, ...]:
 def evaluate_cases(
     engine: Engine, cases: Sequence[Case], *, batch_size: int = 16
 ) -> list[CaseScore]:
-    """The score of every case, in order; a case that this model cannot be asked has the reason instead."""
+    """The score of every case, in order; a case that this model cannot be asked has the reason
+    instead.
+    """
     continuations = []
     errors: dict[int, str] = {}
     for number, case in enumerate(cases):

@@ -1,6 +1,8 @@
-"""Run tasks of EleutherAI's lm-evaluation-harness on our models (needs the optional package lm_eval).
+"""Run tasks of EleutherAI's lm-evaluation-harness on our models
+(needs the optional package lm_eval).
 
-`run_harness` returns the scores; `harness_model` adapts our engine to the interface that the harness calls.
+`run_harness` returns the scores; `harness_model` adapts our engine to the interface
+that the harness calls.
 """
 
 import math
@@ -151,7 +153,9 @@ def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
     from lm_eval.utils import get_rolling_token_windows
 
     class EngineLM(TemplateLM):
-        """`TemplateLM` splits context and continuation into tokens as the harness does for every model."""
+        """`TemplateLM` splits context and continuation into tokens as the harness does
+        for every model.
+        """
 
         @property
         def eot_token_id(self) -> int:
@@ -175,14 +179,17 @@ def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
             return [self._rolling(request.args[0]) for request in requests]
 
         def _rolling(self, text: str) -> float:
-            """Log-probability of a text of any length, each token given as much context as its window has."""
+            """Log-probability of a text of any length,
+            each token given as much context as its window has.
+            """
             windows = get_rolling_token_windows(
                 engine.tokenizer.encode(text),
                 engine.tokenizer.eos_id,
                 engine.model.config.max_seq_len,
                 1,
             )
-            # A window is inputs and targets, shifted by one: the context is the inputs before the targets.
+            # A window is inputs and targets, shifted by one: the context is the inputs before the
+            # targets.
             continuations = []
             for inputs, targets in windows:
                 context = inputs[: len(inputs) - len(targets) + 1]

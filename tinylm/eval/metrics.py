@@ -1,7 +1,7 @@
 """Scores of answers against targets. Knows nothing of models, tasks or files.
 
-In reading order: the score of one answer (`exact_match`, `token_f1`, `rouge`; numbers are in rows/numbers.py), and of
-many answers together (`macro_f1`), with a 95% interval.
+In reading order: the score of one answer (`exact_match`, `token_f1`, `rouge`; numbers are in
+rows/numbers.py), and of many answers together (`macro_f1`), with a 95% interval.
 """
 
 import math
@@ -25,7 +25,8 @@ def exact_match(output: str, target: str) -> bool:
 
 
 def token_f1(output: str, target: str) -> float:
-    """Harmonic mean of precision and recall of words, ignoring order, case and punctuation (Rajpurkar et al. 2016).
+    """Harmonic mean of precision and recall of words, ignoring order,
+    case and punctuation (Rajpurkar et al. 2016).
 
     >>> token_f1("the cat sat", "The cat sat down."), token_f1("", "x")
     (0.8571428571428571, 0.0)
@@ -59,7 +60,8 @@ def _rouge_scorer() -> Any:
 def macro_f1(outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0) -> Measure:
     """The unweighted mean of the F1 of each label, and its bootstrap interval.
 
-    Labels are all that occur in outputs or targets; one that is never predicted, or never right, has F1 0.
+    Labels are all that occur in outputs or targets; one that is never predicted, or never right,
+    has F1 0.
     """
     labels, codes = np.unique([*outputs, *targets], return_inverse=True)
     predicted, expected = np.split(codes, 2)
@@ -73,7 +75,9 @@ def macro_f1(outputs: Sequence[str], targets: Sequence[str], *, seed: int = 0) -
 
 
 def _f1_of_cells(cells: np.ndarray) -> np.ndarray:
-    """Macro-F1 (R,) of each of R flat confusion matrices (R, L * L): targets in rows, outputs in columns."""
+    """Macro-F1 (R,) of each of R flat confusion matrices (R, L * L): targets in rows,
+    outputs in columns.
+    """
     size = math.isqrt(cells.shape[1])
     matrices = cells.reshape(-1, size, size)  # (R, L, L)
     n_right = matrices.diagonal(axis1=1, axis2=2)  # (R, L)

@@ -2,7 +2,8 @@
 
     batch ─▶ 4 sums (`batch_sums`) ─▶ added over all batches ─▶ divided once (`language_score`)
 
-A mean of per-batch means, or of per-batch perplexities, would weight a short last batch like a full one.
+A mean of per-batch means, or of per-batch perplexities,
+would weight a short last batch like a full one.
 
 # B rows · T tokens · V vocabulary
 """
@@ -68,11 +69,13 @@ def language_score(loss_sum: float, tokens: float, n_bytes: float, n_right: floa
 def batch_sums(
     features: Callable[..., Features], head: nn.Linear, batch: dict[str, Any], byte_lengths: Tensor
 ) -> Tensor:
-    """(loss sum, n targets, bytes of the targets' text, n targets predicted right) of a batch, a float tensor (4,).
+    """(loss sum, n targets, bytes of the targets' text, n targets predicted right) of a batch,
+    a float tensor (4,).
 
     Args:
         features: `Decoder.features`, compiled or not.
-        head: the output layer; its weight is read after `features`, which gathers it if it is sharded.
+        head: the output layer; its weight is read after `features`,
+            which gathers it if it is sharded.
         batch: `input_ids` and `labels` (B, T), and what `extra_inputs` takes.
         byte_lengths: (V,) UTF-8 bytes of each token.
     """

@@ -1,9 +1,11 @@
-"""A model's answers to many problems, cached while they are sampled: hours of work that a kill must not undo.
+"""A model's answers to many problems, cached while they are sampled:
+hours of work that a kill must not undo.
 
     answers-HASH.jsonl    line i: the answers to problem i
 
-A killed process leaves whole lines and perhaps part of one; the next process removes that part and continues. The
-answers to a problem are a function of the problem, the model and the seed, so the file is the same after any restart.
+A killed process leaves whole lines and perhaps part of one; the next process removes that part and
+continues. The answers to a problem are a function of the problem, the model and the seed, so the
+file is the same after any restart.
 """
 
 import hashlib
@@ -81,7 +83,8 @@ def add_sampled_answers(
 def cached_answers(
     path: Path, n_problems: int, sample: Callable[[int], list[str]], progress: OnProgress
 ) -> Iterator[list[str]]:
-    """The answers to problems 0 to n_problems - 1: first those in the file `path`, then new ones, which it appends.
+    """The answers to problems 0 to n_problems - 1: first those in the file `path`, then new ones,
+    which it appends.
 
     A second process that wants the file waits for the first.
 

@@ -1,11 +1,12 @@
-"""Evaluate a model on a task: how many answers are right, with 0 or more solved examples before the question?
+"""Evaluate a model on a task: how many answers are right,
+with 0 or more solved examples before the question?
 
     examples ─▶ prompts, in the model's template or as plain text (`TaskPrompter`)
              ─▶ predictions: the most probable label, or a greedy answer
              ─▶ grades ─▶ TaskScore (`evaluate_task`)
 
-Beside it: cases.py (probability of known continuations), best_of_n.py (a verifier's choice among several answers),
-perplexity.py (held-out text). `format_ranks` ranks checkpoints by any of them.
+Beside it: cases.py (probability of known continuations), best_of_n.py (a verifier's choice among
+several answers), perplexity.py (held-out text). `format_ranks` ranks checkpoints by any of them.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ from tinylm.generate.scoring import (
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.templates import Template
 
-# The temperature at which several answers to one question are sampled (Cobbe et al. 2021, section 4.2).
+# The temperature at which several answers to one question are sampled
+# (Cobbe et al. 2021, section 4.2).
 SAMPLE_TEMPERATURE = 0.7
 
 
@@ -132,7 +134,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TaskPrompter:
-    """Asks a model the questions of a task: in the template it was fine-tuned with, or as plain text."""
+    """Asks a model the questions of a task: in the template it was fine-tuned with,
+    or as plain text.
+    """
 
     engine: Engine
     task: Task

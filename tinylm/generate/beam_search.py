@@ -1,4 +1,6 @@
-"""Beam search: the most probable of many texts that are extended in parallel (Sutskever et al. 2014)."""
+"""Beam search: the most probable of many texts that are extended in parallel
+(Sutskever et al. 2014).
+"""
 
 
 # B live beams · V vocabulary

@@ -35,7 +35,8 @@ def format_prompt(
     *,
     system: str | None = None,
 ) -> FormattedPrompt:
-    """The prompt as the model reads it: in the template that it was fine-tuned with, or as plain text.
+    """The prompt as the model reads it: in the template that it was fine-tuned with,
+    or as plain text.
 
     Args:
         prompt: a text, or a conversation that ends with a user's turn.
@@ -76,7 +77,8 @@ class Chat:
     """the questions and answers that the model is shown again"""
 
     def ask(self, text: str) -> Question:
-        """The prompt for an answer to `text`; the oldest exchanges are dropped if they leave no room for an answer.
+        """The prompt for an answer to `text`; the oldest exchanges are dropped
+        if they leave no room for an answer.
 
         Raises:
             UserError: as `format_prompt`; nothing is dropped then.
@@ -96,7 +98,9 @@ class Chat:
         return Question(formatted.prompt, formatted.stop_ids, turn, n_forgotten)
 
     def remember(self, question: Question, answer: str) -> None:
-        """Add an answered question; a question with a blank answer does not become part of the conversation."""
+        """Add an answered question; a question with a blank answer does not become part of the
+        conversation.
+        """
         if answer.strip():
             self.exchanges.append((question.turn, Turn("assistant", answer.strip())))
 

@@ -35,7 +35,8 @@ from tinylm.model.decoder import Decoder
 
 
 class DecodingState:
-    """B rows of token ids of one length, the cache of what the model has read, and the next token's logits.
+    """B rows of token ids of one length, the cache of what the model has read,
+    and the next token's logits.
 
     Construction is the prefill: it reads the prompt as one row.
 
@@ -91,7 +92,9 @@ class DecodingState:
         self.logits = self._forward(1)  # (B, V)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows in this order, repeats allowed: samples of one prompt, or unfinished texts."""
+        """Keep these rows in this order, repeats allowed: samples of one prompt,
+        or unfinished texts.
+        """
         self.buffer, self.logits = self.buffer[rows], self.logits[rows]
         self.cache.select(rows)
 

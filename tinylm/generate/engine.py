@@ -1,4 +1,5 @@
-"""Text from a model: the prompt is read once, then one token at a time is sampled and read through the cache.
+"""Text from a model: the prompt is read once, then one token at a time is sampled
+and read through the cache.
 
     Prompt ─▶ DecodingState: prefill ─▶ logits ─▶ next_token ─▶ TextWriter ─▶ TokenOutput
                                           ▲           │

@@ -1,4 +1,5 @@
-"""From token ids to text that may be shown: stop strings, incomplete characters, and why a text ends.
+"""From token ids to text that may be shown: stop strings, incomplete characters,
+and why a text ends.
 
     token id ─▶ tokenizer.stream() ─▶ StopStringFilter ─▶ TokenOutput, TokenOutput, ... ─▶ Completion
                 whole characters       no part of a stop string
@@ -30,7 +31,8 @@ class TokenOutput:
     """One token of a text that is being generated."""
 
     text: str
-    """the text that may be shown now: empty while a character is incomplete or a stop string could begin"""
+    """the text that may be shown now: empty while a character is incomplete
+    or a stop string could begin"""
     token_id: int
     log_prob: float
     """log-probability under the model itself, before temperature, filters and penalties"""

@@ -99,7 +99,8 @@ def apply_penalties(logits: Tensor, context: Tensor, sampling: SamplingConfig) -
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Tokens among `seen` (B, T) made less probable: positive logits divided, negative ones multiplied.
+    """Tokens among `seen` (B, T) made less probable: positive logits divided,
+    negative ones multiplied.
 
     Keskar et al. 2019, section 4.1, divide all logits, which would reward tokens with negative
     ones.
@@ -150,7 +151,9 @@ def apply_filters(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 
 
 def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """The logits, with 0 as the largest, divided by the temperature: below 1 sharper, above 1 flatter."""
+    """The logits, with 0 as the largest, divided by the temperature: below 1 sharper,
+    above 1 flatter.
+    """
     # Shifted first: a tiny temperature then sends the others to -inf, and none to +inf.
     return (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, MIN_TEMPERATURE)
 
@@ -166,7 +169,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The most probable tokens that together reach p, including the one that crosses it; the others -inf.
+    """The most probable tokens that together reach p, including the one that crosses it;
+    the others -inf.
 
     Nucleus sampling (Holtzman et al. 2020, section 3.1).
 
@@ -190,7 +194,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """The tokens at least `min_p` times as probable as the best one; the others -inf (Nguyen et al. 2024).
+    """The tokens at least `min_p` times as probable as the best one; the others -inf
+    (Nguyen et al. 2024).
 
     >>> keep_min_p(torch.tensor([[0.5, 0.2, 0.3]]).log(), 0.5).softmax(-1).tolist()
     [[0.625, 0.0, 0.375]]

@@ -1,4 +1,5 @@
-"""How well a model expects given texts: log-probability and rank of each token of a target after a prompt.
+"""How well a model expects given texts: log-probability
+and rank of each token of a target after a prompt.
 
     prompt, target ─▶ Continuation: ids that fit ─▶ padded batches ─▶ ContinuationScore
 

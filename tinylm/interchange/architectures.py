@@ -1,7 +1,8 @@
-"""Hugging Face architectures that compute what `Decoder` can compute: one table each, read by `conversion`.
+"""Hugging Face architectures that compute what `Decoder` can compute: one table each,
+read by `conversion`.
 
-Each table has the settings that are fixed, ours and theirs, the names of the other settings, and those of the weights.
-A new architecture is one more `Architecture` in `ARCHITECTURES`.
+Each table has the settings that are fixed, ours and theirs, the names of the other settings, and
+those of the weights. A new architecture is one more `Architecture` in `ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from tinylm.config.schema import ModelConfig, MoEConfig
 
 @dataclass(frozen=True)
 class Architecture:
-    """One Hugging Face architecture; a dotted name is a key in a section, `{}` is the number of the layer."""
+    """One Hugging Face architecture; a dotted name is a key in a section,
+    `{}` is the number of the layer.
+    """
 
     model_type: str
     ours: dict[str, Any]
     """settings of ModelConfig that are fixed in it"""
     theirs: dict[str, Any]
-    """settings of its config.json that are fixed in our decoder; `layer_types` is the type of every layer"""
+    """settings of its config.json that are fixed in our decoder;
+    `layer_types` is the type of every layer"""
     settings: dict[str, str]
     """all other settings: our name to its name"""
     modules: dict[str, str | tuple[str, ...]]
@@ -83,7 +87,8 @@ LLAMA = Architecture(
         "norm": "model.norm",
         "head": "lm_head",
     },
-    # transformers refuses a Llama whose width is not a multiple of n_heads, although head_dim is given
+    # transformers refuses a Llama whose width is not a multiple of n_heads,
+    # although head_dim is given
     limits={"d_model": lambda config: math.ceil(config.d_model / config.n_heads) * config.n_heads},
 )
 
@@ -103,7 +108,8 @@ MISTRAL = replace(
 )
 
 _FULL = {"layer_types": "full_attention", "use_sliding_window": False}
-# Three settings say which layers have a window: transformers reads layer_types, other programs max_window_layers.
+# Three settings say which layers have a window: transformers reads layer_types,
+# other programs max_window_layers.
 _WINDOW = {"layer_types": "sliding_attention", "use_sliding_window": True, "max_window_layers": 0}
 
 QWEN2 = replace(

@@ -1,10 +1,11 @@
-"""`Decoder` to a Hugging Face model and back: first the settings, then the weights, by the tables of `architectures`.
+"""`Decoder` to a Hugging Face model and back: first the settings, then the weights,
+by the tables of `architectures`.
 
     ModelConfig ─ hf_config ─▶ config.json          Decoder ─ to_hf ──▶ PreTrainedModel
     ModelConfig ◀ our_config ─ config.json          Decoder ◀─ from_hf ─ PreTrainedModel
 
-Both models give the same logits, which `logit_difference` checks. A setting that the other side does not have is a
-UserError that names it. Knows nothing of tokenizers, files or the hub.
+Both models give the same logits, which `logit_difference` checks. A setting that the other side
+does not have is a UserError that names it. Knows nothing of tokenizers, files or the hub.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ ANOTHER = "Choose another model"
 def hf_config(config: ModelConfig) -> PreTrainedConfig:
     """The Hugging Face config of the architecture that computes what this decoder computes.
 
-    It has no special token ids: these belong to the tokenizer. Settings of training (`init`, `gradient_checkpointing`,
-    and `residual_dropout` except in GPT-2) are dropped.
+    It has no special token ids: these belong to the tokenizer. Settings of training (`init`,
+    `gradient_checkpointing`, and `residual_dropout` except in GPT-2) are dropped.
 
     Raises:
         UserError: no architecture fits; it names the setting and the nearest architecture.
@@ -126,7 +127,9 @@ def _architecture_for(config: ModelConfig) -> Architecture:
 
 
 def _misfits(config: ModelConfig, architecture: Architecture) -> Iterator[tuple[str, Any, Any]]:
-    """Each setting that the architecture cannot have: its name, its value, and the value that it would have there."""
+    """Each setting that the architecture cannot have: its name, its value,
+    and the value that it would have there.
+    """
     found = _flat(config)
     limits = {key: limit(config) for key, limit in architecture.limits.items()}
     for key, value in (architecture.ours | limits).items():
@@ -193,7 +196,8 @@ def to_hf(model: Decoder) -> PreTrainedModel:
 
 
 def from_hf(hf_model: PreTrainedModel) -> Decoder:
-    """A decoder, in eval mode, in fp32, with a copy of a Hugging Face model's weights and the same logits.
+    """A decoder, in eval mode, in fp32, with a copy of a Hugging Face model's weights
+    and the same logits.
 
     Raises:
         UserError: our decoder cannot compute the same; see `our_config`.
@@ -202,7 +206,8 @@ def from_hf(hf_model: PreTrainedModel) -> Decoder:
 
 
 def from_weights(hf_config: PreTrainedConfig, weight: Callable[[str], Tensor]) -> Decoder:
-    """A decoder for a Hugging Face config, in eval mode, in fp32; `weight` returns a tensor of theirs by name.
+    """A decoder for a Hugging Face config, in eval mode, in fp32;
+    `weight` returns a tensor of theirs by name.
 
     Raises:
         UserError: our decoder cannot compute the same; see `our_config`.
@@ -244,9 +249,11 @@ def their_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def stored_names(name: str, present: Container[str], n_experts: int) -> tuple[str, ...]:
-    """The names in a folder's files, of which `present` exist, whose tensors make up their tensor `name`, in its order.
+    """The names in a folder's files, of which `present` exist,
+    whose tensors make up their tensor `name`, in its order.
 
-    Files may omit the part before the first dot (GPT-2's do), and Mixtral's have each expert by itself.
+    Files may omit the part before the first dot (GPT-2's do),
+    and Mixtral's have each expert by itself.
     """
     if name in present:
         return (name,)
@@ -266,7 +273,9 @@ def stored_names(name: str, present: Container[str], n_experts: int) -> tuple[st
 
 
 def _rows(config: ModelConfig, name: str, n_rows: int, n_parts: int) -> list[int]:
-    """The number of rows of each part of our weight `name`: queries, keys and values, or gate and value."""
+    """The number of rows of each part of our weight `name`: queries, keys and values,
+    or gate and value.
+    """
     if n_parts == 3:
         assert ".qkv." in name, name
         n_key_rows = config.n_kv_heads * config.head_dim
@@ -277,7 +286,9 @@ def _rows(config: ModelConfig, name: str, n_rows: int, n_parts: int) -> list[int
 def _pairs(
     architecture: Architecture, n_layers: int, ours: Container[str]
 ) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """Each of our weights, their weights that are stacked in it, and whether they are stored transposed."""
+    """Each of our weights, their weights that are stacked in it,
+    and whether they are stored transposed.
+    """
     for module, theirs in architecture.modules.items():
         parts = (theirs,) if isinstance(theirs, str) else theirs
         for layer in range(n_layers if "{}" in module else 1):
@@ -297,7 +308,9 @@ CHECKED_POSITIONS = 64
 
 @no_grad()
 def logit_difference(ours: Decoder | HFModel, theirs: PreTrainedModel) -> float:
-    """The largest difference of the two models' logits on random ids, relative to the largest logit (at least 1)."""
+    """The largest difference of the two models' logits on random ids,
+    relative to the largest logit (at least 1).
+    """
     n_tokens = theirs.config.vocab_size
     length = min(ours.config.max_seq_len, CHECKED_POSITIONS)
     ids = randint(n_tokens, (1, length), generator=Generator().manual_seed(0))

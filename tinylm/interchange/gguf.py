@@ -3,9 +3,9 @@
     Decoder ─ conversion.to_hf ─▶ Hugging Face model ─ renamed ─▶ tensors of GGUF ─┐
     config ─ add_settings, tokenizer ─ vocabulary_of, add_vocabulary ──────────────┴─▶ file ─ check_file
 
-Names come from the `gguf` package's own table, so that this file has only what GGUF does differently: its settings,
-queries and keys of Llama stored for rotating neighbors instead of halves, and its tokenizers. The file is read back
-through transformers before it gets its name.
+Names come from the `gguf` package's own table, so that this file has only what GGUF does
+differently: its settings, queries and keys of Llama stored for rotating neighbors instead of
+halves, and its tokenizers. The file is read back through transformers before it gets its name.
 """
 
 from __future__ import annotations
@@ -61,10 +61,12 @@ class Vocabulary:
 
 
 def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
-    """Write the checkpoint `ckpt` as the new GGUF file `out`, whole or not at all; with f16 its matrices have 16 bits.
+    """Write the checkpoint `ckpt` as the new GGUF file `out`, whole or not at all;
+    with f16 its matrices have 16 bits.
 
     Raises:
-        UserError: GGUF or transformers' reader does not support the model, `out` exists, or the logits differ.
+        UserError: GGUF or transformers' reader does not support the model, `out` exists,
+            or the logits differ.
     """
     require_package("transformers")
     require_package("gguf")
@@ -94,14 +96,17 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
 
 
 def check_expressible(config: ModelConfig, model_type: str) -> None:
-    """Raise a UserError for a setting that GGUF does not have, or that transformers does not read from it."""
+    """Raise a UserError for a setting that GGUF does not have,
+    or that transformers does not read from it.
+    """
     supported: dict[str, Any] = {"moe": None, "sliding_window": None}
     if model_type == "gpt2":
         supported["ffn"] = "gelu"
     else:
         supported["bias"] = "qkv" if model_type == "qwen2" else "none"
     if model_type == "mistral":
-        # Without a window it is written as a Llama, whose width must be a multiple of n_heads in transformers.
+        # Without a window it is written as a Llama, whose width must be a multiple of n_heads
+        # in transformers.
         for name, limit in architectures.LLAMA.limits.items():
             supported[name] = limit(config)
     settings = config.model_dump()
@@ -143,7 +148,8 @@ def renamed(
 
 
 def interleave_halves(weight: Tensor, n_heads: int) -> Tensor:
-    """Reorder rows (n_heads * K, ...): i and i + K/2 of each head, which RoPE rotates together, become neighbors.
+    """Reorder rows (n_heads * K, ...): i and i + K/2 of each head, which RoPE rotates together,
+    become neighbors.
 
     >>> interleave_halves(torch.arange(8), 2).tolist()
     [0, 2, 1, 3, 4, 6, 5, 7]
@@ -245,7 +251,8 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """The tokenizer as it is in a GGUF file.
 
     Raises:
-        UserError: it is not byte-level BPE, has no merges, or splits words by a pattern without a name there.
+        UserError: it is not byte-level BPE, has no merges,
+            or splits words by a pattern without a name there.
     """
     if not isinstance(tokenizer, HFTokenizer):
         problem = f"a tokenizer of kind {tokenizer.kind} is not supported in GGUF"
@@ -275,7 +282,9 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def word_pattern_of(description: dict[str, Any]) -> str | None:
-    """The pattern by which a byte-level BPE tokenizer splits text into words; None for another kind of tokenizer."""
+    """The pattern by which a byte-level BPE tokenizer splits text into words;
+    None for another kind of tokenizer.
+    """
     normalizer, pieces = description["normalizer"], description["pre_tokenizer"]
     if (
         description["model"]["type"] != "BPE"
@@ -309,7 +318,9 @@ def word_pattern_of(description: dict[str, Any]) -> str | None:
 
 
 def settings_for_transformers(config: ModelConfig, model_type: str) -> dict[str, int]:
-    """Settings in the file that transformers does not read from it, if they differ from its defaults."""
+    """Settings in the file that transformers does not read from it,
+    if they differ from its defaults.
+    """
     theirs = {"qwen3": {"head_dim": (config.head_dim, 128)}}
     theirs["gpt2"] = {
         "n_positions": (config.max_seq_len, 1024),
@@ -323,7 +334,8 @@ def settings_for_transformers(config: ModelConfig, model_type: str) -> dict[str,
 
 
 def check_file(path: Path, loaded: Loaded, floats: Floats, needs: dict[str, int]) -> float:
-    """The largest difference of logits between the file, read by transformers, and our decoder, rounded alike.
+    """The largest difference of logits between the file, read by transformers, and our decoder,
+    rounded alike.
 
     Raises:
         UserError: it is too large, or the tokenizer in the file gives other ids or another text.

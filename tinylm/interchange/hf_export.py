@@ -1,8 +1,10 @@
-"""A checkpoint as a folder that transformers opens: weights, config, tokenizer, chat template and model card.
+"""A checkpoint as a folder that transformers opens: weights, config, tokenizer,
+chat template and model card.
 
-`export_hf` writes it beside its final name, loads it through transformers' own Auto classes, compares logits, token ids
-and text with ours, and only then renames it. What transformers cannot express exactly is a UserError, never an
-approximation. `conversion` makes the model, `hf_tokenizer` the tokenizer; `gguf` writes one file for other programs.
+`export_hf` writes it beside its final name, loads it through transformers' own Auto classes,
+compares logits, token ids and text with ours, and only then renames it. What transformers cannot
+express exactly is a UserError, never an approximation. `conversion` makes the model, `hf_tokenizer`
+the tokenizer; `gguf` writes one file for other programs.
 """
 
 from __future__ import annotations
@@ -49,18 +51,22 @@ class Exported:
     path: Path
     model_type: str
     difference: float
-    """largest difference between our logits and those of the export; see `conversion.logit_difference`"""
+    """largest difference between our logits and those of the export;
+    see `conversion.logit_difference`"""
     tokenizer_class: str = "AutoTokenizer"
     """the class of transformers that reads its tokenizer as it was written"""
     needs: dict[str, int] = field(default_factory=dict)
-    """settings in a GGUF file that transformers does not read from it and must be given; other readers read them"""
+    """settings in a GGUF file that transformers does not read from it and must be given;
+    other readers read them"""
 
 
 def export_hf(ckpt: Path, out: Path) -> Exported:
-    """Write the checkpoint `ckpt` as the new Hugging Face folder `out`, whole or not at all; an adapter is merged.
+    """Write the checkpoint `ckpt` as the new Hugging Face folder `out`, whole or not at all;
+    an adapter is merged.
 
     Raises:
-        UserError: transformers has no such architecture or tokenizer, `out` exists, or the logits differ.
+        UserError: transformers has no such architecture or tokenizer, `out` exists,
+            or the logits differ.
     """
     require_package("transformers")
     from transformers import AutoModelForCausalLM
@@ -98,7 +104,8 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
 
 
 def export_adapter(ckpt: Path, out: Path) -> Path:
-    """Write the adapter in the checkpoint `ckpt` as the new folder `out`, for peft, whole or not at all.
+    """Write the adapter in the checkpoint `ckpt` as the new folder `out`, for peft,
+    whole or not at all.
 
     Raises:
         UserError: peft is missing, the checkpoint has no adapter, or `out` exists.
@@ -135,7 +142,9 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 
 def publish(made: Path, out: Path) -> None:
-    """Rename a finished file or folder to `out`, readable for everyone: tempfile and safetensors make private ones."""
+    """Rename a finished file or folder to `out`, readable for everyone:
+    tempfile and safetensors make private ones.
+    """
     with writing(out, OUT):
         for path in (*(made.iterdir() if made.is_dir() else ()), made):
             path.chmod(0o755 if path.is_dir() else 0o644)
@@ -151,7 +160,8 @@ def set_token_ids(theirs: PreTrainedModel, loaded: Loaded) -> None:
 
     tokenizer = loaded.tokenizer
     ends = end_ids(loaded)
-    # EOS precedes every document here, so that an empty prompt is EOS; a Hugging Face model keeps its own.
+    # EOS precedes every document here, so that an empty prompt is EOS;
+    # a Hugging Face model keeps its own.
     is_hf = isinstance(loaded.model, HFModel)
     ids: dict[str, Any] = {
         "bos_token_id": theirs.config.bos_token_id if is_hf else tokenizer.eos_id,
@@ -171,7 +181,9 @@ def set_token_ids(theirs: PreTrainedModel, loaded: Loaded) -> None:
 
 
 def sampling_settings(sampling: SamplingConfig) -> dict[str, Any]:
-    """Our settings of sampling under transformers' names; `stop` and `seed` do not exist in its files."""
+    """Our settings of sampling under transformers' names;
+    `stop` and `seed` do not exist in its files.
+    """
     settings: dict[str, Any] = {
         "max_new_tokens": sampling.max_new_tokens,
         "repetition_penalty": sampling.repetition_penalty,
@@ -254,7 +266,9 @@ def data_names(loaded: Loaded) -> list[str]:
 
 
 def shown(name: str) -> str:
-    """The name of a data set or model for strangers: on the hub, the whole name; of a path, only the last part."""
+    """The name of a data set or model for strangers: on the hub, the whole name; of a path,
+    only the last part.
+    """
     is_path = Path(name).is_absolute() or Path(name).exists()
     return printable(Path(name).name if is_path else name).replace("|", "\\|")
 

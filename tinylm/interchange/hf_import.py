@@ -2,8 +2,9 @@
 
     folder or hub name ─▶ config.json ─▶ names, shapes, types of all tensors ─▶ weights ─▶ tokenizer ─▶ .ckpt
 
-Only safetensors are read, never pickled weights. Each step is checked before the next one allocates memory: no more is
-read than the settings need, and they need no more than is on the disk. `conversion` makes the decoder.
+Only safetensors are read, never pickled weights. Each step is checked before the next one allocates
+memory: no more is read than the settings need, and they need no more than is on the disk.
+`conversion` makes the decoder.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def import_hf(name: str, out: Path) -> Imported:
     """Write the Hugging Face model `name`, a folder or a name on the hub, as the checkpoint `out`.
 
     Raises:
-        UserError: it cannot be read, our decoder cannot compute it, or the logits differ; nothing is written.
+        UserError: it cannot be read, our decoder cannot compute it, or the logits differ;
+            nothing is written.
     """
     require_package("transformers")
     if out.suffix != ".ckpt":
@@ -116,7 +118,9 @@ def import_hf(name: str, out: Path) -> Imported:
 def imported_state(
     config: Config, tokenizer: HFTokenizer, weights: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """The state of a checkpoint of step 0, without an optimizer: it cannot be resumed, but a run can start from it."""
+    """The state of a checkpoint of step 0, without an optimizer: it cannot be resumed,
+    but a run can start from it.
+    """
     import transformers
 
     return {
@@ -143,7 +147,8 @@ def find_folder(name: str) -> Path:
     """The folder `name`, or the one in the hub library's cache that has the model of that name.
 
     Raises:
-        UserError: it is missing, the hub cannot be reached, or a file in it is a link that leads out of it.
+        UserError: it is missing, the hub cannot be reached,
+            or a file in it is a link that leads out of it.
     """
     require_folder_or_hub_name(name)
     if os.path.isdir(name):
@@ -156,7 +161,9 @@ def find_folder(name: str) -> Path:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise a UserError if a file that would be read is a link out of the folder, or out of the model's hub cache."""
+    """Raise a UserError if a file that would be read is a link out of the folder,
+    or out of the model's hub cache.
+    """
     root = folder.resolve()
     if root.parent.name == "snapshots":
         root = root.parents[1]
@@ -173,7 +180,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The settings in config.json, as transformers has them.
 
     Raises:
-        UserError: it requires running code, its weights are not plain floats, or it is not a model of ours.
+        UserError: it requires running code, its weights are not plain floats,
+            or it is not a model of ours.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -288,7 +296,8 @@ def read_model(folder: Path, theirs: PreTrainedConfig, stored: dict[str, Stored]
     """Our decoder with the weights in `stored`.
 
     Raises:
-        UserError: naming the tensor that is missing, unexpected, not finite, or of another shape or type.
+        UserError: naming the tensor that is missing, unexpected, not finite,
+            or of another shape or type.
     """
     model = conversion.our_config(theirs)
     n_experts = model.moe.n_experts if model.moe else 0
@@ -299,7 +308,8 @@ def read_model(folder: Path, theirs: PreTrainedConfig, stored: dict[str, Stored]
         raise UserError(folder / "config.json", problem, FIX) from None
     names = {name: conversion.stored_names(name, stored, n_experts) for name in shapes}
     for name, shape in shapes.items():
-        # If experts are stored one by one, (experts, rows, columns) is several times (rows, columns) in the files.
+        # If experts are stored one by one, (experts, rows, columns) is several times
+        # (rows, columns) in the files.
         by_expert = len(shape) == 3 and names[name] != (name,)
         expected = (shape[0] * shape[1] // len(names[name]), shape[2]) if by_expert else shape
         for part in names[name]:

@@ -109,8 +109,9 @@ def write_text(path: Path, text: str) -> None:
 
 # --- the chat template ---
 
-# The templates of rows/templates.py, in Jinja. A user's message may have an `input`, as in Alpaca's rows.
-# OPEN is replaced by the token that begins a text, if the tokenizer has one, and CLOSE by the one that ends an answer.
+# The templates of rows/templates.py, in Jinja. A user's message may have an `input`, as in Alpaca's
+# rows. OPEN is replaced by the token that begins a text, if the tokenizer has one,
+# and CLOSE by the one that ends an answer.
 _WHOLE = "(message.content + '\\n\\n' + message.input if message.input else message.content)"
 _ALPACA_TASK = "Below is an instruction that describes a task"
 _ALPACA_INPUT = ", paired with an input that provides further context"
@@ -181,7 +182,9 @@ CHAT_TEMPLATES = {
 
 
 def chat_template(loaded: Loaded) -> str | None:
-    """The template that the checkpoint was fine-tuned with, in Jinja; else its tokenizer's own, if it has one."""
+    """The template that the checkpoint was fine-tuned with, in Jinja; else its tokenizer's own,
+    if it has one.
+    """
     tokenizer = loaded.tokenizer
     is_hf = isinstance(tokenizer, HFTokenizer)
     if loaded.template in (None, "chat_template"):
@@ -206,7 +209,8 @@ def end_ids(loaded: Loaded) -> list[int]:
 def check_folder_tokenizer(folder: Path, backend: Backend, ours: Tokenizer) -> str:
     """The class of transformers that reads the tokenizer in the folder as it was written.
 
-    AutoTokenizer does, except for Qwen2 models: it splits their text into Qwen2's own words whatever the files say.
+    AutoTokenizer does, except for Qwen2 models: it splits their text into Qwen2's own words
+    whatever the files say.
 
     Raises:
         UserError: no class does.
@@ -222,7 +226,9 @@ def check_folder_tokenizer(folder: Path, backend: Backend, ours: Tokenizer) -> s
 
 
 def _splitting_of(backend: Backend) -> tuple[Any, ...]:
-    """Everything that decides how a tokenizer splits a text: two that agree on a sample may differ on the next text."""
+    """Everything that decides how a tokenizer splits a text:
+    two that agree on a sample may differ on the next text.
+    """
     description = json.loads(backend.to_str())
     model = description["model"]
     words = json.dumps(description["pre_tokenizer"])

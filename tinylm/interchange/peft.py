@@ -1,4 +1,6 @@
-"""The adapter in a checkpoint as the two files of peft: adapter_config.json and adapter_model.safetensors."""
+"""The adapter in a checkpoint as the two files of peft:
+adapter_config.json and adapter_model.safetensors.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +14,8 @@ from tinylm.config.schema import Config
 def save_adapter(path: Path, folder: Path) -> None:
     """Write the adapter in the checkpoint at `path` into `folder`.
 
-    `peft.PeftModel.from_pretrained(base, folder)` loads it, on the Hugging Face model or on our `Decoder`.
+    `peft.PeftModel.from_pretrained(base, folder)` loads it,
+    on the Hugging Face model or on our `Decoder`.
 
     Raises:
         UserError: the checkpoint has no adapter, or the folder cannot be written.
@@ -31,7 +34,8 @@ def save_adapter(path: Path, folder: Path) -> None:
         for name, weight in state["weights"].items()
     }
     targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in weights})
-    # how peft wraps the base, and whether its layers store (in, out) as GPT-2's do; our decoder needs neither
+    # how peft wraps the base, and whether its layers store (in, out) as GPT-2's do;
+    # our decoder needs neither
     task_type, fan_in_fan_out = None, False
     if state["hf_config"] is not None:
         settings = json.loads(state["hf_config"])

@@ -1,6 +1,7 @@
 """The models: `decoder` is ours, read it first.
 
-`hf_model` and `hf_files` are imported at their first use, as `model.hf_files`: most runs do not need a model of Hugging Face.
+`hf_model` and `hf_files` are imported at their first use, as `model.hf_files`:
+most runs do not need a model of Hugging Face.
 """
 
 from types import ModuleType

@@ -1,4 +1,5 @@
-"""Texts of any length: attention over the last positions and the first few tokens (StreamingLLM, Xiao et al. 2023).
+"""Texts of any length: attention over the last positions and the first few tokens
+(StreamingLLM, Xiao et al. 2023).
 
     with_attention_sinks(model, window=3, n_first=2), query 9:     keys   0 1 · · · · · 7 8 9
                                                                  positions    0 1           2 3 4
@@ -12,7 +13,8 @@ For measurements: it reads whole rows at once, in fp32 and in blocks of queries,
 """
 
 
-# B batch · T query positions · S key positions · H query heads · K head width · Q queries of a block
+# B batch · T query positions · S key positions · H query heads · K head width · Q queries of a
+# block
 
 import copy
 import math
@@ -35,7 +37,8 @@ QUERY_BLOCK = 256
 
 
 def with_attention_sinks(model: Decoder, *, window: int, n_first: int) -> Decoder:
-    """A copy of `model` with such an attention, for rows of any length; it shares the weights of `model`.
+    """A copy of `model` with such an attention, for rows of any length;
+    it shares the weights of `model`.
 
     Raises:
         ValueError: the model's positions are not rotary, so distances within the kept keys mean
@@ -57,7 +60,9 @@ def with_attention_sinks(model: Decoder, *, window: int, n_first: int) -> Decode
 
 
 class StreamingAttention(nn.Module):
-    """The projections of `attention`, applied to the first `n_first` and the last `window` positions."""
+    """The projections of `attention`, applied to the first `n_first`
+    and the last `window` positions.
+    """
 
     def __init__(self, attention: Attention, window: int, n_first: int, theta: float):
         super().__init__()

@@ -20,7 +20,8 @@ This file knows nothing of text, tokenizers, losses, optimizers or training loop
 
 
 # B batch · T query positions · S key positions · D model width · H query heads · G key/value heads
-# K head width · F feed-forward width · E experts · A experts per token · N tokens = B·T · V vocabulary
+# K head width · F feed-forward width · E experts · A experts per token · N tokens = B·T · V
+# vocabulary
 
 import math
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ from tinylm.model.kv_cache import KVCache
 
 
 class Features(NamedTuple):
-    """Hidden states (B, T, D) after the last norm, and the balance loss of the experts (0 without any)."""
+    """Hidden states (B, T, D) after the last norm, and the balance loss of the experts
+    (0 without any).
+    """
 
     hidden: Tensor
     balance_loss: Tensor
@@ -67,7 +70,9 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 
 
 def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (..., K), of the rotation at positions (...,) (Su et al. 2021, eq. 34)."""
+    """Cosines and sines, each (..., K), of the rotation at positions (...,)
+    (Su et al. 2021, eq. 34).
+    """
     # fp32: in bf16, neighboring positions beyond 256 would get the same angle.
     # exp, not a power: compiled on the CPU, a power would be recomputed in each layer.
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)  # (K/2,)
@@ -149,7 +154,9 @@ class AttentionContext:
 def attention_context(
     config: ModelConfig, positions: Tensor, cache: KVCache | None = None
 ) -> AttentionContext:
-    """The context of new tokens at `positions` (T,) or (B, T), which also attend to what `cache` holds."""
+    """The context of new tokens at `positions` (T,) or (B, T),
+    which also attend to what `cache` holds.
+    """
     # Rotation angles of the new tokens. Cached keys were rotated when they were written.
     cos_sin = None
     if config.position == "rope":
@@ -173,7 +180,9 @@ def attention_context(
 
 
 def attention_mask(config: ModelConfig, queries: Tensor, keys: Tensor) -> Tensor:
-    """The mask or bias (..., T, n_sinks + S) for queries at (..., T) and keys at positions (..., S)."""
+    """The mask or bias (..., T, n_sinks + S) for queries at (..., T) and keys at positions
+    (..., S).
+    """
     mask = causal_mask(queries, keys, config.sliding_window)  # ([B,] T, S)
     distance = queries[..., :, None] - keys[..., None, :]  # ([B,] T, S)
     if queries.dim() == 2:
@@ -259,7 +268,9 @@ class Attention(nn.Module):
             self.sink_values = nn.Parameter(torch.empty(G, self.n_sinks, K))
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """Mix the positions of x (B, T, D); S is what the new tokens may look at, the cache included."""
+        """Mix the positions of x (B, T, D); S is what the new tokens may look at,
+        the cache included.
+        """
         B, T, _ = x.shape
         q, k, v = self.project(x, context)  # (B, H, T, K), (B, G, n_sinks + S, K) twice
         mask = context.attention_mask  # None, or broadcasts to (B, H, T, n_sinks + S)
@@ -279,7 +290,9 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
     def project(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, K) of the new tokens; keys and values (B, G, n_sinks + S, K) they may look at."""
+        """Queries (B, H, T, K) of the new tokens; keys and values
+        (B, G, n_sinks + S, K) they may look at.
+        """
         B, T, _ = x.shape
         H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
         # One product for all heads, then cut: H heads of queries, G of keys, G of values.
@@ -300,7 +313,8 @@ class Attention(nn.Module):
         return q, k, v
 
     def weights(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """The attention weights (B, H, T, n_sinks + S), for plots: the fused kernel never stores them.
+        """The attention weights (B, H, T, n_sinks + S), for plots:
+        the fused kernel never stores them.
 
         softmax(q kᵀ / √K) in fp32; only without a cache.
         """
@@ -314,7 +328,9 @@ class Attention(nn.Module):
 
 
 def repeat_kv(x: Tensor, n_heads: int) -> Tensor:
-    """Each of the G heads of x (B, G, S, K) repeated for the H / G query heads that share it: (B, H, S, K)."""
+    """Each of the G heads of x (B, G, S, K) repeated for the H / G query heads that share it:
+    (B, H, S, K).
+    """
     return x.repeat_interleave(n_heads // x.size(1), dim=1)
 
 
@@ -322,7 +338,8 @@ def repeat_kv(x: Tensor, n_heads: int) -> Tensor:
 
 
 def activate(kind: str, up: Tensor) -> Tensor:
-    """The hidden layer (..., F) from the up projection: (..., 2F) for swiglu, which has a gate, else (..., F).
+    """The hidden layer (..., F) from the up projection: (..., 2F) for swiglu, which has a gate,
+    else (..., F).
 
     SwiGLU: silu(gate) · value (Shazeer 2020, equation 6). GELU: GPT-2's tanh form. Squared ReLU: So
     et al. 2021.
@@ -348,7 +365,9 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output (B, T, D), and the balance loss 0, so that dense and mixture layers are called alike."""
+        """The output (B, T, D), and the balance loss 0,
+        so that dense and mixture layers are called alike.
+        """
         hidden = activate(self.kind, self.up(x))  # (B, T, F)
         return self.down(hidden), x.new_zeros((), dtype=torch.float32)
 
@@ -378,7 +397,9 @@ class MixtureOfExperts(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(E, D)) if biased else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output (B, T, D) and the load-balance loss, which is 1 if all experts are used equally."""
+        """The output (B, T, D) and the load-balance loss,
+        which is 1 if all experts are used equally.
+        """
         flat = x.reshape(-1, x.size(-1))  # (N, D)
         # The router scores each expert and keeps the A best per token.
         # fp32: rounding must not change the order of nearly equal probabilities
@@ -409,7 +430,8 @@ class MixtureOfExperts(nn.Module):
 
 
 def grouped_linear(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-    """The groups of rows of x (M, in), each times its own matrix of `weights` (E, out, in): (M, out).
+    """The groups of rows of x (M, in), each times its own matrix of `weights` (E, out, in):
+    (M, out).
 
     `counts` (E,) are the sizes of the groups. A loop over experts, never over tokens.
     """
@@ -441,7 +463,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """The residual stream (B, T, D) after this block, and its experts' balance loss (0 if dense)."""
+        """The residual stream (B, T, D) after this block, and its experts' balance loss
+        (0 if dense).
+        """
         if self.placement == "post":
             x = self.attention_norm(x + self.dropout(self.attention(x, context)))  # (B, T, D)
             added, balance = self.ffn(x)  # (B, T, D), scalar
@@ -454,7 +478,9 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder-only Transformer: `model(input_ids)` gives next-token logits (B, T, V) at all positions."""
+    """The decoder-only Transformer: `model(input_ids)` gives next-token logits
+    (B, T, V) at all positions.
+    """
 
     has_encoder = False  # encoder-decoder models are wrapped in hf_model.py
 
@@ -488,7 +514,8 @@ class Decoder(nn.Module):
     def features(
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
     ) -> Features:
-        """Everything but the head: a loss can apply it in chunks, sampling to the last position only.
+        """Everything but the head: a loss can apply it in chunks,
+        sampling to the last position only.
 
         Args:
             input_ids: (B, T) token ids; with a cache, only the new ones.
@@ -503,7 +530,8 @@ class Decoder(nn.Module):
             raise ValueError(f"{length} positions are more than max_seq_len ({limit})")
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids cannot be combined with a cache, which has no documents")
-        # 1. Positions: 0, 1, ...; or after those in the cache; or restarting in each packed document.
+        # 1. Positions: 0, 1, ...; or after those in the cache;
+        #    or restarting in each packed document.
         if cache is not None:
             positions = cache.advance(T)  # (T,)
         elif document_ids is not None:
@@ -555,10 +583,12 @@ class Decoder(nn.Module):
 #
 #     weights              normal (GPT-2)   trunc_normal           why the second
 #     linear layers        N(0, 0.02²)      N(0, 2/(in + out))     activations and gradients keep their size from
-#                                                                  layer to layer (Glorot and Bengio 2010)
+#                                                                  layer to layer
+#                                                                  (Glorot and Bengio 2010)
 #     embedding            N(0, 0.02²)      N(0, 1)                a residual stream of size 1
 #     embedding if tied    N(0, 0.02²)      N(0, 1/D)              it is also the head: with std 1, logits of size
-#                                                                  √D and a first loss far above ln V
+#                                                                  √D
+#                                                                  and a first loss far above ln V
 #     norms, biases        1, 0             1, 0
 #     sink keys, values    N(0, 0.02²)      N(0, 0.02²)            at first all sinks look alike
 #

@@ -2,9 +2,10 @@
 
     folder or hub name ─▶ config.json, checked ─▶ safetensors, checked ─▶ HFModel, or HFSeq2Seq for T5 and others
 
-Files are not trusted. Weights are read from safetensors only, no code of a model's author is ever run, and every name,
-shape and type is compared with config.json before memory is allocated. A model that does not generate text is an error.
-`find_hf_model` opens a model's files; `rebuild_hf_model` makes one from a checkpoint.
+Files are not trusted. Weights are read from safetensors only, no code of a model's author is ever
+run, and every name, shape and type is compared with config.json before memory is allocated. A model
+that does not generate text is an error. `find_hf_model` opens a model's files; `rebuild_hf_model`
+makes one from a checkpoint.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ INDEX = "model.safetensors.index.json"
 MODEL_FILES = ("config.json", "model*.safetensors", INDEX)
 JSON_BYTES_LIMIT = 50_000_000  # the index of the largest published models has some megabytes
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
-# Keys of config.json that would make transformers run or fetch something other than its own model code.
+# Keys of config.json that would make transformers run or fetch something other
+# than its own model code.
 REFUSED_KEYS = {
     "auto_map": "requires running code of its author, which this program never does",
     "quantization_config": "its weights are quantized, but training needs full precision",
@@ -67,7 +69,8 @@ class HFModelFiles:
         """The model in fp32.
 
         Raises:
-            UserError: naming the file, and the tensor that is damaged, missing, unexpected or of another shape.
+            UserError: naming the file, and the tensor that is damaged, missing,
+                unexpected or of another shape.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -109,7 +112,8 @@ def find_hf_model(name: str) -> HFModelFiles:
     """The model in the folder `name` or, if no file has that name, on the Hugging Face hub.
 
     Raises:
-        UserError: it is missing, or it does not generate text, or cannot be read without its author's code.
+        UserError: it is missing, or it does not generate text,
+            or cannot be read without its author's code.
     """
     require_package("transformers")
     require_folder_or_hub_name(name)
@@ -141,7 +145,8 @@ def require_folder_or_hub_name(name: str) -> None:
 
 
 def download_model(name: str, patterns: Sequence[str]) -> Path:
-    """The folder in the hub library's cache with the files of the model `name` that match `patterns`.
+    """The folder in the hub library's cache with the files of the model `name`
+    that match `patterns`.
 
     Raises:
         UserError: the hub cannot be reached, or has no such model.
@@ -185,7 +190,9 @@ def read_json(file: Path, limit: int = JSON_BYTES_LIMIT) -> dict[str, Any]:
 
 
 def rebuild_hf_model(settings: str, weights: Mapping[str, Tensor]) -> HFModel:
-    """The model in a checkpoint, from `HFModel.settings` and the weights by the names of `HFModel.state_dict`."""
+    """The model in a checkpoint, from `HFModel.settings` and the weights
+    by the names of `HFModel.state_dict`.
+    """
     require_package("transformers")
     inner = {name.removeprefix("inner."): weight for name, weight in weights.items()}
     return _assemble(

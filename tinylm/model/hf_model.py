@@ -1,7 +1,9 @@
-"""Hugging Face models with the interface of `Decoder`, so that training, evaluation and sampling use them unchanged.
+"""Hugging Face models with the interface of `Decoder`, so that training,
+evaluation and sampling use them unchanged.
 
-In reading order: `HFCache` and `HFModel`, a decoder-only model; `HFSeq2Seq`, an encoder-decoder such as T5;
-`model_sizes`, their config in our names; and two checks of how a model computes. `hf_files` reads them from disk.
+In reading order: `HFCache` and `HFModel`, a decoder-only model; `HFSeq2Seq`, an encoder-decoder
+such as T5; `model_sizes`, their config in our names; and two checks of how a model computes.
+`hf_files` reads them from disk.
 """
 
 # B batch · T positions · S positions of a prompt · D model width · V vocabulary
@@ -26,7 +28,8 @@ from tinylm.tokens.packing import IGNORE_INDEX
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# T5's relative positions have no limit; it was trained on this many (Raffel et al. 2020, section 3.1.2).
+# T5's relative positions have no limit; it was trained on this many
+# (Raffel et al. 2020, section 3.1.2).
 T5_POSITIONS = 512
 
 
@@ -34,7 +37,9 @@ T5_POSITIONS = 512
 
 
 class HFCache:
-    """Keys and values of the positions so far, kept by transformers; the part of `KVCache` that sampling uses."""
+    """Keys and values of the positions so far, kept by transformers;
+    the part of `KVCache` that sampling uses.
+    """
 
     def __init__(self, config: PreTrainedConfig, max_len: int):
         from transformers import DynamicCache
@@ -124,7 +129,9 @@ class HFModel(nn.Module):
         return length
 
     def logits_and_hidden(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits (B, T, V) of transformers' own forward, and our hidden states (B, T, D), to compare them."""
+        """The logits (B, T, V) of transformers' own forward, and our hidden states (B, T, D),
+        to compare them.
+        """
         return self.inner(input_ids=ids, use_cache=False).logits, self.features(ids).hidden
 
     def checkpoint_gradients(self) -> None:
@@ -167,13 +174,14 @@ class Seq2SeqCache(HFCache):
 
 
 class HFSeq2Seq(HFModel):
-    """A Hugging Face encoder-decoder, such as T5: the encoder reads the prompt and EOS, the decoder writes the answer.
+    """A Hugging Face encoder-decoder, such as T5: the encoder reads the prompt and EOS,
+    the decoder writes the answer.
 
         prompt ids (B, S) ─▶ encoder ─▶ (B, S, D) ─┐
         start, answer ids (B, T) ─▶ decoder ───────┴─▶ hidden (B, T, D) ─▶ head ─▶ logits of answer, EOS
 
-    `features` takes the decoder's ids and, as `prompt_ids`, the encoder's. Because `has_encoder` is true, sampling gets
-    them from `decoder_start` and training from `prepare_batch`.
+    `features` takes the decoder's ids and, as `prompt_ids`, the encoder's. Because `has_encoder` is
+    true, sampling gets them from `decoder_start` and training from `prepare_batch`.
     """
 
     has_encoder = True
@@ -205,7 +213,8 @@ class HFSeq2Seq(HFModel):
 
         Args:
             input_ids: (B, T) ids of the decoder; with a cache, only the new ones.
-            prompt_ids: (B, S), or (1, S) for one prompt of all rows; IGNORE_INDEX after the end of a shorter prompt.
+            prompt_ids: (B, S), or (1, S) for one prompt of all rows;
+                IGNORE_INDEX after the end of a shorter prompt.
             document_ids: must be None: an encoder reads one prompt a row.
             cache: keys and values of earlier positions; the prompt is encoded only the first time.
         """
@@ -232,7 +241,9 @@ class HFSeq2Seq(HFModel):
         return Features(hidden * self.scale, hidden.new_zeros((), dtype=torch.float32))
 
     def _encode(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoder's output (B, S, D) for prompts (B, S), and its attention mask (B, S), 1 for real ids."""
+        """The encoder's output (B, S, D) for prompts (B, S), and its attention mask (B, S),
+        1 for real ids.
+        """
         is_real = prompt_ids != IGNORE_INDEX
         ids = prompt_ids.masked_fill(~is_real, self.end_id)
         mask = is_real.long()
@@ -249,7 +260,8 @@ class HFSeq2Seq(HFModel):
         return starts, {"prompt_ids": prompt_ids.to(self.embedding.weight.device)}
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Padded rows of one example as inputs of encoder and decoder; of several answers in a row the last is trained.
+        """Padded rows of one example as inputs of encoder and decoder;
+        of several answers in a row the last is trained.
 
         row          question answer EOS          (one row, the question's labels are IGNORE_INDEX)
         prompt_ids   question EOS                 (encoder)
@@ -263,7 +275,8 @@ class HFSeq2Seq(HFModel):
         # Pad the answers: they are the labels.
         answers = [torch.tensor(answer or [IGNORE_INDEX]) for _, answer in pairs]
         labels = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORE_INDEX)
-        # The decoder reads them one position later, after its start id; padding has no label, so any id will do.
+        # The decoder reads them one position later, after its start id; padding has no label,
+        # so any id will do.
         input_ids = torch.cat((torch.tensor(starts), labels[:, :-1]), dim=1)  # (B, T)
         input_ids = input_ids.masked_fill(input_ids == IGNORE_INDEX, self.end_id)
         device = batch["input_ids"].device
@@ -320,7 +333,9 @@ def model_sizes(config: PreTrainedConfig, where: str = "config.json") -> ModelCo
 
 
 def require_plain_head(model: HFModel, where: object) -> None:
-    """Raise a UserError if the logits are not hidden states times a matrix: a bias, scale or cap would be ignored."""
+    """Raise a UserError if the logits are not hidden states times a matrix: a bias,
+    scale or cap would be ignored.
+    """
     model.eval()
     with torch.inference_mode():
         logits, hidden = model.logits_and_hidden(_few_ids(model))

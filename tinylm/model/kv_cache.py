@@ -1,4 +1,5 @@
-"""The key/value cache: what attention keeps of the tokens already read, so that each new token costs one position.
+"""The key/value cache: what attention keeps of the tokens already read,
+so that each new token costs one position.
 
 Without a cache, writing token t would compute the keys and values of all t tokens before it again.
 With it, a forward pass over the new tokens alone writes their keys and values into slots and
@@ -12,8 +13,9 @@ attends over all filled slots:
     after 5 tokens                  position  0   1   2   3   4                  length 5, filled 5
     after 7 tokens                  position  5   6   2   3   4                  length 7, filled 5
 
-Position p is in slot p modulo `slots`. Under a sliding window W the slots are a ring of W + chunk - 1:
-while a chunk of new positions is written, its oldest query still looks back W - 1 positions.
+Position p is in slot p modulo `slots`. Under a sliding window W the slots are a ring of
+W + chunk - 1: while a chunk of new positions is written, its oldest query still looks back W - 1
+positions.
 Older positions are overwritten, since no later query can see them. Keys are stored after the
 rotation, so that a cached key is never rotated again.
 """
@@ -28,7 +30,8 @@ from tinylm.config.schema import ModelConfig
 
 
 class KVCache:
-    """Preallocated keys and values (n_layers, B, G, slots, K): G heads per layer, never expanded to the H query heads.
+    """Preallocated keys and values (n_layers, B, G, slots, K): G heads per layer,
+    never expanded to the H query heads.
 
     All rows of the batch are at the same position; `length` counts the positions written so far.
     """
@@ -87,13 +90,17 @@ class KVCache:
     def write(
         self, layer: int, positions: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, G, T, K) of one layer; returns all stored ones (B, G, S, K)."""
+        """Store new keys and values (B, G, T, K) of one layer; returns all stored ones
+        (B, G, S, K).
+        """
         slots = positions % self.slots  # (T,)
         self.keys[layer, :, :, slots] = keys.to(self.keys.dtype)
         self.values[layer, :, :, slots] = values.to(self.values.dtype)
         return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
 
     def select(self, rows: Tensor) -> None:
-        """Keep the batch rows `rows`, in that order, repeats allowed: for samples of one prompt, or beams."""
+        """Keep the batch rows `rows`, in that order, repeats allowed: for samples of one prompt,
+        or beams.
+        """
         self.keys = self.keys[:, rows]
         self.values = self.values[:, rows]

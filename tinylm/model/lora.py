@@ -1,4 +1,5 @@
-"""Low-rank adapters (Hu et al. 2021): two small matrices are trained beside each frozen linear layer.
+"""Low-rank adapters (Hu et al. 2021): two small matrices are trained beside each frozen linear
+layer.
 
     y = W x + (alpha / r) · B A x        A (r, in) random, B (out, r) zero: at first the model is unchanged
 
@@ -6,9 +7,10 @@
         x ─────┤                              ├─ + ─▶ y
                └─ A (r, in) ─▶ B (out, r) ────┘
 
-`attach` puts adapters into a model with peft, for training. `merge` adds them to the weights, for everything else: the
-result is an ordinary model, and peft is not needed. In checkpoints and exported files a matrix has the name that it has
-in peft's files: `blocks.0.attention.qkv.lora_A.weight`.
+`attach` puts adapters into a model with peft, for training. `merge` adds them to the weights, for
+everything else: the result is an ordinary model, and peft is not needed. In checkpoints and
+exported files a matrix has the name that it has in peft's files:
+`blocks.0.attention.qkv.lora_A.weight`.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ from tinylm.model.decoder import Decoder
 if TYPE_CHECKING:
     from tinylm.model.hf_model import HFModel
 
-# Of `Decoder`. The router of a mixture decides which expert computes, and gets an adapter only if it is named.
+# Of `Decoder`. The router of a mixture decides which expert computes,
+# and gets an adapter only if it is named.
 TARGETS = ("qkv", "out", "up", "down")
 
 
 def attach(model: Decoder | HFModel, lora: LoraConfig, *, seed: int) -> None:
-    """Put adapters into `model` and freeze its own weights; the values of A depend on the seed alone.
+    """Put adapters into `model` and freeze its own weights;
+    the values of A depend on the seed alone.
 
     Raises:
         UserError: peft is missing, a target matches no layer, or the rank is larger than a layer.
@@ -55,13 +59,16 @@ def attach(model: Decoder | HFModel, lora: LoraConfig, *, seed: int) -> None:
 
 
 def default_targets(model: Decoder | HFModel) -> tuple[str, ...]:
-    """The last names of the layers that get adapters if lora.target_modules is null: attention and feed-forward."""
+    """The last names of the layers that get adapters if lora.target_modules is null:
+    attention and feed-forward.
+    """
     names = {name.rpartition(".")[2] for name in linear_layers(model)}
     return tuple(sorted(names & set(TARGETS) if isinstance(model, Decoder) else names))
 
 
 def linear_layers(model: Decoder | HFModel) -> dict[str, nn.Module]:
-    """The layers that can have adapters, by the names that peft sees: those that are called as modules.
+    """The layers that can have adapters, by the names that peft sees:
+    those that are called as modules.
 
     The head is not: the loss takes its matrix, so that an adapter on it would be ignored.
     """
@@ -108,7 +115,8 @@ def target_layers(model: Decoder | HFModel, lora: LoraConfig) -> dict[str, nn.Mo
 
 
 def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters' matrices among the weights of a model that has them, by their names in peft's files.
+    """The adapters' matrices among the weights of a model that has them,
+    by their names in peft's files.
 
     >>> adapter_weights({"a.base_layer.weight": torch.ones(1), "a.lora_A.default.weight": torch.ones(1)})
     {'a.lora_A.weight': tensor([1.])}
@@ -121,7 +129,9 @@ def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_adapter(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill the adapters that `attach` made with `weights`, those of a checkpoint with the same settings."""
+    """Fill the adapters that `attach` made with `weights`,
+    those of a checkpoint with the same settings.
+    """
     own = adapter_weights(dict(model.named_parameters()))
     shapes = {name: weight.shape for name, weight in own.items()}
     if shapes != {name: weight.shape for name, weight in weights.items()}:
@@ -133,7 +143,9 @@ def load_adapter(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters, exactly as before `attach`: the reference of preference training."""
+    """The model without its adapters, exactly as before `attach`:
+    the reference of preference training.
+    """
     from peft.tuners.lora import LoraLayer
 
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
@@ -148,7 +160,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(model: nn.Module, weights: Mapping[str, Tensor], lora: LoraConfig) -> None:
-    """Add the adapters `weights` to the matrices of `model`, a base without adapters: W + (alpha / r) · B A."""
+    """Add the adapters `weights` to the matrices of `model`, a base without adapters:
+    W + (alpha / r) · B A.
+    """
     for name, a in weights.items():
         layer_name, is_a, _ = name.partition(".lora_A.")
         if not is_a:

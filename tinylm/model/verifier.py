@@ -1,4 +1,5 @@
-"""A verifier: an encoder that estimates how likely an answer to a problem is right (Cobbe et al. 2021).
+"""A verifier: an encoder that estimates how likely an answer to a problem is right
+(Cobbe et al. 2021).
 
     ids of problem + answer ─▶ embedding ─▶ blocks ─▶ norm ─▶ error logit per token ─▶ one logit
             (B, T)             (B, T, D)    (B, T, D)                (B, T)              (B,)
@@ -8,10 +9,11 @@ both sides. So its weights can be initialized from a decoder. Three choices let 
 minutes to find a number that disagrees with the others; without any one of them it does not
 (figures in docs/RESULTS.md):
 
-- Errors are localized: the odds that the answer is wrong are the sum over tokens of the odds that this token is the
-  error, and training says which token it is.
+- Errors are localized: the odds that the answer is wrong are the sum over tokens of the odds that
+  this token is the error, and training says which token it is.
 - A token does not see itself. A token that searches for its equal then finds another one, or none.
-- The first block starts out searching for equals: its query weights are initialized with its key weights.
+- The first block starts out searching for equals:
+  its query weights are initialized with its key weights.
 
 The loss and the scores of a verifier are in objectives/verifier.py.
 """
@@ -39,7 +41,9 @@ from tinylm.model.decoder import (
 
 
 class Verifier(nn.Module):
-    """`model(input_ids, attention_mask)` gives a logit (B,): above 0, the answer is more likely right than wrong."""
+    """`model(input_ids, attention_mask)` gives a logit (B,): above 0,
+    the answer is more likely right than wrong.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -62,7 +66,9 @@ class Verifier(nn.Module):
 
     @torch.no_grad()
     def _init_queries_as_keys(self) -> None:
-        """Copy the key weights of block 0 to its queries: equal tokens attend to each other from the start."""
+        """Copy the key weights of block 0 to its queries:
+        equal tokens attend to each other from the start.
+        """
         config = self.config
         H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
         weight = self.blocks[0].attention.qkv.weight  # ((H + 2G) K, D)
@@ -101,19 +107,24 @@ class Verifier(nn.Module):
         for block in self.blocks:
             x, _ = block(x, context)  # (B, T, D)
         logits = self.suspicion(self.norm(x)).squeeze(-1).float()  # (B, T)
-        # Minus log T: the mean of the odds, so that at any length an untrained verifier is undecided.
+        # Minus log T: the mean of the odds, so that at any length an untrained verifier is
+        # undecided.
         logits = logits - attention_mask.sum(dim=1, keepdim=True).log()
         return logits.masked_fill(~real, -math.inf)
 
     def _attention_mask(self, real: Tensor) -> Tensor:
-        """(B, 1, T, n_sinks + T): all tokens but itself, no padding; a token that is alone sees itself."""
+        """(B, 1, T, n_sinks + T): all tokens but itself, no padding;
+        a token that is alone sees itself.
+        """
         itself = torch.eye(real.size(1), dtype=torch.bool, device=real.device)  # (T, T)
         hidden = itself & (real.sum(dim=1) > 1)[:, None, None]  # (B, T, T)
         mask = (real[:, None, :] & ~hidden)[:, None]  # (B, 1, T, T)
         return F.pad(mask, (self.config.n_sinks, 0), value=True)
 
     def init_from_decoder(self, decoder: Decoder) -> None:
-        """Copy the weights of a decoder; the error head, which a decoder does not have, keeps its own."""
+        """Copy the weights of a decoder; the error head, which a decoder does not have,
+        keeps its own.
+        """
         theirs = decoder.state_dict()
         weights = {name: theirs.get(name, own) for name, own in self.state_dict().items()}
         self.load_state_dict(weights, strict=True)

@@ -1,4 +1,5 @@
-"""The loss of language models: the cross entropy of the next token, without ever storing all logits.
+"""The loss of language models: the cross entropy of the next token,
+without ever storing all logits.
 
     hidden (N, D) ─▶ chunks of targets (M, D) ─▶ logits (M, V) ─▶ log p ─▶ loss
                                                         └──▶ p - target ─▶ gradients of hidden and head
@@ -35,7 +36,8 @@ CHUNK_TOKENS = 512
 def cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
 ) -> Tensor:
-    """The sum over targets of -log p(label), a scalar in fp32, differentiable in `hidden` and `weight`.
+    """The sum over targets of -log p(label), a scalar in fp32,
+    differentiable in `hidden` and `weight`.
 
     It is a sum, not a mean, so that micro-batches and ranks with unequal numbers of targets add up;
     divide by the number of targets of the whole step. Without any target it is 0, with gradients of
@@ -131,7 +133,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def score_targets(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of `cross_entropy` without smoothing, and how many targets are the most probable token.
+    """The sum of `cross_entropy` without smoothing,
+    and how many targets are the most probable token.
 
     Of equally probable tokens the one with the lower id counts, as in greedy decoding.
     """
@@ -152,7 +155,9 @@ def score_targets(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tenso
 
 
 def head_dtypes(weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the head's products (autocast's where it is on) and of the softmax (at least fp32)."""
+    """The dtypes of the head's products (autocast's where it is on) and of the softmax
+    (at least fp32).
+    """
     device = weight.device.type
     product = weight.dtype
     if torch.is_autocast_enabled(device):
@@ -161,7 +166,9 @@ def head_dtypes(weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def target_chunks(labels: Tensor) -> tuple[Tensor, ...]:
-    """The indices (M,) of the targets among labels (N,), in chunks; other tokens never reach the head."""
+    """The indices (M,) of the targets among labels (N,), in chunks;
+    other tokens never reach the head.
+    """
     return (labels != IGNORE_INDEX).nonzero().squeeze(1).split(CHUNK_TOKENS)
 
 

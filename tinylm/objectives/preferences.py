@@ -1,4 +1,5 @@
-"""Learning from preferences: DPO, IPO and the hinge loss of SLiC, computed from log-probabilities of answers.
+"""Learning from preferences: DPO, IPO and the hinge loss of SLiC,
+computed from log-probabilities of answers.
 
     batch ─▶ `score_pairs`: both answers in one forward pass ─▶ log p of each, under policy and reference
           ─▶ `compare_pairs`: `preference_loss` of each pair, and the sums of METRICS
@@ -9,7 +10,8 @@ decided in training/stages; how a row becomes a pair, in rows/preferences.py.
 """
 
 
-# B pairs or answers · T tokens of one · N = B·T tokens · D model width · V vocabulary · M tokens of a chunk
+# B pairs or answers · T tokens of one · N = B·T tokens · D model width · V vocabulary
+# M tokens of a chunk
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

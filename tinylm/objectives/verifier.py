@@ -108,7 +108,8 @@ class VerifierScore:
 
 
 def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:
-    """The share of (right, wrong) pairs in which the right one scores higher, ties counted half; NaN without both.
+    """The share of (right, wrong) pairs in which the right one scores higher, ties counted half;
+    NaN without both.
 
     Computed from ranks (Mann and Whitney 1947): U = (sum of the ranks of the right) - n (n + 1) /
     2.
@@ -127,7 +128,9 @@ def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:
 
 
 def calibration_error(probabilities: np.ndarray, right: np.ndarray) -> float:
-    """The mean over all pairs of |mean probability - share of right answers| of the pair's bin; 0 is perfect."""
+    """The mean over all pairs of |mean probability - share of right answers| of the pair's bin;
+    0 is perfect.
+    """
     bins = (probabilities * CALIBRATION_BINS).astype(int)
     bins = np.minimum(bins, CALIBRATION_BINS - 1)
     total = 0.0

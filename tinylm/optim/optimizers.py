@@ -1,4 +1,5 @@
-"""The optimizers: SGD, AdamW and Muon, written out to be read, and torch's fused AdamW, the default.
+"""The optimizers: SGD, AdamW and Muon, written out to be read, and torch's fused AdamW,
+the default.
 
     gradients ─▶ (clipped by the training step) ─▶ set_lr ─▶ optimizer.step ─▶ one update rule per weight
 
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from tinylm.config.schema import TrainingConfig
 
 UpdateRule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], None]
-"""Changes a weight in place, given its gradient, its state (empty at first) and its group's settings."""
+"""Changes a weight in place, given its gradient, its state
+(empty at first) and its group's settings."""
 
 
 def make_optimizer(
@@ -101,7 +103,8 @@ def parameter_groups(
 
 
 class WeightwiseOptimizer(torch.optim.Optimizer):
-    """Updates each weight separately: by `muon_update` in groups marked "muon", by `update` in the others.
+    """Updates each weight separately: by `muon_update` in groups marked "muon",
+    by `update` in the others.
 
     `settings` are the defaults of all groups, such as lr, betas, eps, weight_decay and momentum.
     """
@@ -112,7 +115,9 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every weight that has a gradient; returns the loss of `closure`, which computes them."""
+        """Update every weight that has a gradient; returns the loss of `closure`,
+        which computes them.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

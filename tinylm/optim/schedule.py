@@ -48,7 +48,9 @@ def multiplier(step: int, training: TrainingConfig, val_losses: Sequence[float] 
 
 
 def cosine(step: int, start: int, end: int, lowest: float) -> float:
-    """From 1 at `start` to `lowest` at `end` along half a cosine (Loshchilov and Hutter 2017, equation 5)."""
+    """From 1 at `start` to `lowest` at `end` along half a cosine
+    (Loshchilov and Hutter 2017, equation 5).
+    """
     progress = (step - start) / (end - start)
     return lowest + 0.5 * (1 + math.cos(math.pi * progress)) * (1 - lowest)
 
@@ -59,7 +61,8 @@ def linear(step: int, start: int, end: int, lowest: float) -> float:
 
 
 def plateau(val_losses: Sequence[float], patience: int, factor: float, lowest: float) -> float:
-    """Multiplied by `factor` after each `patience` validations in a row without improvement; at least `lowest`.
+    """Multiplied by `factor` after each `patience` validations in a row without improvement;
+    at least `lowest`.
 
     >>> plateau([3.0, 2.0, 2.5, 2.5, 2.5, 2.5, 1.0, 1.5], patience=2, factor=0.5, lowest=0.1)
     0.25
@@ -73,7 +76,8 @@ def plateau(val_losses: Sequence[float], patience: int, factor: float, lowest: f
 
 
 def should_stop(val_losses: Sequence[float], patience: int | None) -> bool:
-    """Whether the last `patience` validations in a row brought no improvement; never if `patience` is None.
+    """Whether the last `patience` validations in a row brought no improvement;
+    never if `patience` is None.
 
     >>> should_stop([3.0, 2.0, 2.1, 2.0], 2), should_stop([3.0, 2.0, 2.1, 1.9], 2)
     (True, False)

@@ -25,7 +25,9 @@ def resident_bytes() -> int:
 
 
 def available_bytes(device: str) -> int | None:
-    """Memory of the device that a run could have beside what this process holds; None if it is not known."""
+    """Memory of the device that a run could have beside what this process holds;
+    None if it is not known.
+    """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     if device == "cpu" and sys.platform.startswith("linux"):
@@ -36,7 +38,9 @@ def available_bytes(device: str) -> int | None:
 
 
 def _left_in_container() -> Iterator[int]:
-    """The rest of the memory limit of a container, if there is one. Cached files do not count: they are dropped."""
+    """The rest of the memory limit of a container, if there is one. Cached files do not count:
+    they are dropped.
+    """
     for limit_file, use_file, cached_files in CGROUP_FILES:
         path = CGROUPS / limit_file
         limit = path.read_text(encoding="ascii").strip() if path.is_file() else "max"

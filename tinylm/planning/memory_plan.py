@@ -126,7 +126,9 @@ def plan_run(config: Config, device: str, *, program: int = 0) -> RunPlan:
 
 
 def _gathered_bytes(model: Decoder) -> int:
-    """Weights and gradients that FSDP gathers on a device: all but the blocks, and `WHOLE_BLOCKS` blocks."""
+    """Weights and gradients that FSDP gathers on a device: all but the blocks,
+    and `WHOLE_BLOCKS` blocks.
+    """
     block = count_parameters(model.blocks[0])
     rest = count_parameters(model) - block * len(model.blocks)
     return 2 * FLOAT_BYTES * (rest + WHOLE_BLOCKS * block)
@@ -145,7 +147,8 @@ def _lost_to_allocator(step: StepMemory, device: str) -> int:
 def suggest_overrides(
     config: Config, device: str, limit: int, *, program: int = 0
 ) -> tuple[str, ...]:
-    """The mildest overrides with which the run fits into `limit` bytes; none if even the smallest model does not.
+    """The mildest overrides with which the run fits into `limit` bytes;
+    none if even the smallest model does not.
 
     In this order: smaller micro-batches, and more of them per step, which only changes the speed;
     gradient checkpointing; bf16; shorter rows; fewer layers, which is another model.
@@ -194,7 +197,9 @@ def _has_bf16(device: str) -> bool:
 
 
 def _first_fit(fits: Callable[[dict[str, Any]], bool], ladder: list[dict[str, Any]]) -> int:
-    """The index of the first change that fits; the last one fits, and so does each after one that fits."""
+    """The index of the first change that fits; the last one fits,
+    and so does each after one that fits.
+    """
     low, high = 0, len(ladder) - 1
     while low < high:
         middle = (low + high) // 2
@@ -203,7 +208,9 @@ def _first_fit(fits: Callable[[dict[str, Any]], bool], ladder: list[dict[str, An
 
 
 def largest_batch(config: Config, device: str, limit: int, *, program: int = 0) -> int:
-    """The largest power of two for training.micro_batch_size within `limit` bytes; 0 if one row is too much."""
+    """The largest power of two for training.micro_batch_size within `limit` bytes;
+    0 if one row is too much.
+    """
 
     def fits(rows: int) -> bool:
         changed = with_settings(config, {"training.micro_batch_size": rows})

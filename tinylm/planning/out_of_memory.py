@@ -35,7 +35,9 @@ def explain_out_of_memory(config: Config, intact: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device had no memory left; the CPU and Apple's GPU have no exception of their own for it."""
+    """Whether the device had no memory left; the CPU and Apple's GPU have no exception of their own
+    for it.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return "can't allocate memory" in str(error) or "backend out of memory" in str(error)

@@ -28,7 +28,8 @@ from tinylm.optim.optimizers import make_optimizer, set_lr
 from tinylm.tokens.packing import IGNORE_INDEX
 
 Batch = dict[str, Any]
-"""`input_ids` and `labels` (B, T), and `document_ids` (B, T) with data.document_mask, as data.py makes them"""
+"""`input_ids` and `labels` (B, T), and `document_ids` (B, T) with data.document_mask,
+as data.py makes them"""
 
 
 def autocast(config: Config, device: str) -> Any:
@@ -38,7 +39,9 @@ def autocast(config: Config, device: str) -> Any:
 
 
 def batch_loss(model: Decoder, features: Features, labels: Tensor, config: Config) -> Tensor:
-    """The pretraining loss: the mean cross entropy over the targets, and the balance loss of a mixture of experts."""
+    """The pretraining loss: the mean cross entropy over the targets,
+    and the balance loss of a mixture of experts.
+    """
     flat = labels.flatten()
     loss = cross_entropy(
         features.hidden.flatten(0, 1),
@@ -52,7 +55,9 @@ def batch_loss(model: Decoder, features: Features, labels: Tensor, config: Confi
 
 
 class Probe:
-    """`model` with a new optimizer on `device`; takes micro-batches and optimizer steps one at a time."""
+    """`model` with a new optimizer on `device`; takes micro-batches and optimizer steps one
+    at a time.
+    """
 
     def __init__(self, model: Decoder, config: Config, device: str):
         self.config = config
@@ -78,7 +83,9 @@ class Probe:
         return loss.item()  # waits for the device
 
     def take_step(self, share: float = 1.0) -> None:
-        """Update the weights by the accumulated gradient, clipped, at `share` of the configured learning rate."""
+        """Update the weights by the accumulated gradient, clipped,
+        at `share` of the configured learning rate.
+        """
         set_lr(self.optimizer, share)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.training.grad_clip
@@ -116,7 +123,8 @@ def without_noise(config: Config) -> Config:
 
 
 def overfit(probe: Probe, batch: Batch, steps: int) -> Iterator[float]:
-    """The loss of each of at most `steps` steps on the same batch, until it is below `LEARNED` times the first.
+    """The loss of each of at most `steps` steps on the same batch,
+    until it is below `LEARNED` times the first.
 
     Raises:
         Diverged: the loss is not a finite number.
@@ -145,14 +153,17 @@ MAX_RISE = 2.0
 
 
 def range_lr(n: int, steps: int) -> float:
-    """The learning rate of step `n` of `steps`: from LOWEST_LR to HIGHEST_LR, multiplied by a constant at each step."""
+    """The learning rate of step `n` of `steps`: from LOWEST_LR to HIGHEST_LR,
+    multiplied by a constant at each step.
+    """
     return LOWEST_LR * (HIGHEST_LR / LOWEST_LR) ** (n / (steps - 1))
 
 
 def lr_range_test(
     probe: Probe, batches: Iterable[Batch], steps: int = RANGE_STEPS
 ) -> Iterator[tuple[float, float]]:
-    """(training.lr, loss) of each step of a test that ends when the loss rises (Smith 2017, section 3.3).
+    """(training.lr, loss) of each step of a test that ends when the loss rises
+    (Smith 2017, section 3.3).
 
     Other learning rates, such as training.muon_lr, keep their ratio to training.lr.
     """

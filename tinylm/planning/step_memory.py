@@ -37,10 +37,11 @@ class StepMemory:
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of every tensor that is created while it is active, by part, until it is freed.
+    """Counts the bytes of every tensor that is created while it is active, by part,
+    until it is freed.
 
-    A new tensor belongs to the part that is set at the time. The mode also answers what tensors without contents cannot:
-    every token is a target, and all experts are visited equally often.
+    A new tensor belongs to the part that is set at the time. The mode also answers what tensors
+    without contents cannot: every token is a target, and all experts are visited equally often.
     """
 
     def __init__(self) -> None:

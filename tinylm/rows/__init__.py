@@ -1,6 +1,8 @@
-"""Rows for fine-tuning: questions with answers, from a file to tokens. Read `skipped_rows` first: the path of a row.
+"""Rows for fine-tuning: questions with answers, from a file to tokens. Read `skipped_rows` first:
+the path of a row.
 
-`template_factory` is imported at its first use, as `rows.template_factory`: pretraining needs no template.
+`template_factory` is imported at its first use, as `rows.template_factory`:
+pretraining needs no template.
 """
 
 from types import ModuleType

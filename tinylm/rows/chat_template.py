@@ -1,13 +1,16 @@
-"""The chat template that comes with a tokenizer: Jinja source, a program, so it is rendered in a sandbox (sandbox.py).
+"""The chat template that comes with a tokenizer: Jinja source, a program,
+so it is rendered in a sandbox (sandbox.py).
 
     conversation ─▶ messages ─▶ rendered text, and where each answer is ─▶ ids, and which are trained
 
 Two problems that the templates of templates.py do not have:
 
     Which characters are the answer?   {% generation %} blocks of the template say so. In a template without them, an
-                                       answer is what rendering it adds to rendering the prompt before it.
+                                       answer is what rendering it adds to rendering the prompt
+                                       before it.
     Which special tokens are real?     Those that the template writes. Those that a text spells are enclosed in two
-                                       private characters before rendering (`_Guard`), and encoded as plain text.
+                                       private characters before rendering (`_Guard`), and encoded
+                                       as plain text.
 """
 
 import re
@@ -164,7 +167,9 @@ def _template_error(problem: str, fix: str = "") -> UserError:
 
 
 def _length_to_end_token(answer: list[int], tokenizer: Tokenizer) -> int:
-    """How many tokens of an answer are trained: up to its last special token, not the newline after that."""
+    """How many tokens of an answer are trained: up to its last special token,
+    not the newline after that.
+    """
     positions = [n for n, id in enumerate(answer, start=1) if id in tokenizer.special_names]
     if not positions:
         raise _template_error(

@@ -6,10 +6,11 @@
     {"conversations": [{"from", "value"}]}    sharegpt; turns may have either pair of keys
     {"label", "text"}                         sms: a line of SMSSpamCollection
 
-data.rows names the shape, or the keys of a row decide (auto). data.columns maps our names to those in the data.
-A row of another shape is an error that names the key. Beside these keys a row can have `system`, the text of a system
-turn; a turn can have `weight`, 0 for an answer that is not trained, and its text can be a list of parts of type text.
-Tool calls are an error. What is in no turn is named by `unread_columns`.
+data.rows names the shape, or the keys of a row decide (auto). data.columns maps our names to those
+in the data. A row of another shape is an error that names the key. Beside these keys a row can have
+`system`, the text of a system turn; a turn can have `weight`, 0 for an answer that is not trained,
+and its text can be a list of parts of type text. Tool calls are an error. What is in no turn is
+named by `unread_columns`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,8 @@ def parse_conversation(row: dict[str, Any], data: DataConfig) -> Conversation:
     """The conversation in a row of the shape that data.rows names or its keys decide.
 
     Raises:
-        UserError: a key is missing, null, of another type or empty, or a role is unknown; `where` is the key.
+        UserError: a key is missing, null, of another type or empty, or a role is unknown;
+            `where` is the key.
     """
     columns = Columns(row, data.columns or {})
     conversation: Conversation
@@ -88,7 +90,9 @@ def parse_conversation(row: dict[str, Any], data: DataConfig) -> Conversation:
 
 
 def unread_columns(row: dict[str, Any], data: DataConfig, *also: str) -> list[str]:
-    """What `parse_conversation` ignores in a row: perhaps a question lacks its context. `also` are columns read elsewhere."""
+    """What `parse_conversation` ignores in a row: perhaps a question lacks its context.
+    `also` are columns read elsewhere.
+    """
     columns = Columns(row, data.columns or {})
     if is_sms(row, data):
         return columns.unread("label", "system", names=("text",))
@@ -140,7 +144,9 @@ class Columns:
         return require_text(name, value)
 
     def unread(self, *ours: str, names: Sequence[str] = ()) -> list[str]:
-        """The columns besides these that are not empty, then the keys of turns that `parse_turn` ignores."""
+        """The columns besides these that are not empty,
+        then the keys of turns that `parse_turn` ignores.
+        """
         read = {self.find(name) for name in ours} | set(names)
         unread = {}
         for name, value in self.row.items():
@@ -291,7 +297,9 @@ def _text_of(where: str, value: Any) -> str:
 
 
 def _weight(where: str, value: Any) -> float:
-    """OpenAI's weight of an assistant's message: 1, also if it is missing or null, or 0, not trained."""
+    """OpenAI's weight of an assistant's message: 1, also if it is missing or null, or 0,
+    not trained.
+    """
     if value is None:
         return 1
     if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):

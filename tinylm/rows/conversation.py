@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
-# Training stages whose models are prompted with the template of their config; others continue plain text.
+# Training stages whose models are prompted with the template of their config;
+# others continue plain text.
 CHAT_STAGES = ("sft", "dpo")
 
 

@@ -46,10 +46,11 @@ def row_tokens(
     labels: Sequence[int],
     document_ids: Sequence[int] | None = None,
 ) -> list[RowToken]:
-    """The tokens of a row in order, with the last target, which is not an input; padding is one token.
+    """The tokens of a row in order, with the last target, which is not an input;
+    padding is one token.
 
-    An input is a target if the label before it is that token; the first input never is. A label that the next input
-    does not repeat follows its own input.
+    An input is a target if the label before it is that token; the first input never is. A label
+    that the next input does not repeat follows its own input.
 
     Args:
         tokenizer: decodes the ids.

@@ -6,12 +6,14 @@ from decimal import Decimal
 
 # A number as people write it: 1,200 or 3.5. Without a sign: in 10-3 the minus is an operator.
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)
-# The same with its sign. A minus after a digit or a closing bracket subtracts: the last number of 10-3 is 3.
+# The same with its sign. A minus after a digit or a closing bracket subtracts:
+# the last number of 10-3 is 3.
 _SIGNED_NUMBER = re.compile(r"(?:(?<![0-9)])-\$?|\$-?)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after `####`, as in GSM8K's answers (Cobbe et al. 2021), else the last number in the text.
+    """The number after `####`, as in GSM8K's answers (Cobbe et al. 2021),
+    else the last number in the text.
 
     Dollar signs, thousands separators and a final period are ignored.
 
@@ -26,7 +28,8 @@ def final_number(text: str) -> Decimal | None:
 
 
 def same_number(output: str, target: str) -> bool:
-    """Whether both have the same final number; 18 equals 18.00, and a text without a number is never right.
+    """Whether both have the same final number; 18 equals 18.00,
+    and a text without a number is never right.
 
     >>> same_number("It is 18.00.", "#### 18"), same_number("eighteen", "#### 18")
     (True, False)

@@ -1,4 +1,5 @@
-r"""Preference pairs: one prompt and two answers, of which the first is better. What DPO learns from.
+r"""Preference pairs: one prompt and two answers, of which the first is better.
+What DPO learns from.
 
     {"prompt", "chosen", "rejected"}                  the prompt is text or messages; also instruction, input
     {"chosen": [messages], "rejected": [messages]}    whole conversations that differ in their last answer
@@ -78,9 +79,11 @@ def build_pairs(
     tokenizer: Tokenizer,
     seq_len: int,
 ) -> tuple[list[PreferencePair], RowReport]:
-    """The pairs of a split in the order of its rows, both answers cut to seq_len inputs, and the report.
+    """The pairs of a split in the order of its rows, both answers cut to seq_len inputs,
+    and the report.
 
-    Rows with an empty answer or two equal ones are skipped: they teach nothing, and published data have some.
+    Rows with an empty answer or two equal ones are skipped: they teach nothing,
+    and published data have some.
 
     Raises:
         UserError: as `read_rows` and `parse_preference`; or no row is left.
@@ -179,7 +182,9 @@ def _prompt(columns: Columns) -> Conversation:
 
 
 def _history_and_answer(name: str, items: Any) -> tuple[Conversation, str]:
-    """The turns of a list before the last one, and the text of the last one, an answer that may be empty."""
+    """The turns of a list before the last one, and the text of the last one,
+    an answer that may be empty.
+    """
     if not isinstance(items, list) or not items:
         got = "an empty list" if items == [] else kind_of(items)
         fix = "Write both answers as text, or both as lists of turns"

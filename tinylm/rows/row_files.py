@@ -1,4 +1,5 @@
-"""Read rows: .jsonl, .json, .parquet, SMSSpamCollection, a folder or glob of them, or a Hugging Face dataset.
+"""Read rows: .jsonl, .json, .parquet, SMSSpamCollection, a folder or glob of them,
+or a Hugging Face dataset.
 
     `read_rows`   ─▶ (place, dict) of a split; place is FILE:LINE, or FILE: row N, for errors
 
@@ -23,8 +24,8 @@ LocatedRow = tuple[str, dict[str, Any]]
 
 SMS_FILE = "SMSSpamCollection"
 ROW_FILES: Kinds = (".jsonl", ".json", ".parquet", ".jsonl.gz", SMS_FILE)
-# How file names of a training split begin, and those of a held-out split: of these a test split is for the end,
-# so it is preferred for evaluation, and a validation split for choosing.
+# How file names of a training split begin, and those of a held-out split: of these a test split is
+# for the end, so it is preferred for evaluation, and a validation split for choosing.
 TRAIN_FILES, TEST_FILES = ("train",), ("test", "validation", "val")
 # Settings of documents that do not apply to rows.
 UNUSED = {
@@ -69,7 +70,8 @@ def split_built_in_rows(built_in: Sequence[LocatedRow], which: Which) -> list[Lo
 
 
 def resolve_dataset(data: DataConfig) -> tuple[DataConfig, str | None]:
-    """The settings with data.dataset as it is read, and a note for the user if that is something else.
+    """The settings with data.dataset as it is read,
+    and a note for the user if that is something else.
 
     Raises:
         UserError: a setting does not apply to rows, or a folder has files of several splits.
@@ -97,7 +99,9 @@ def build_corpus_from_sources(folder: str) -> tuple[str, str | None]:
 
 
 def _require_one_split(folder: str, files: list[Path]) -> None:
-    """Raise a UserError for a folder with a training and a test split: all of it would be trained on."""
+    """Raise a UserError for a folder with a training and a test split:
+    all of it would be trained on.
+    """
     train = sorted(path for path in files if path.name.startswith(TRAIN_FILES))
     held_out = sorted(path for path in files if path.name.startswith(TEST_FILES))
     if not train or not held_out:

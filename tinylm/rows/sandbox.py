@@ -1,7 +1,9 @@
-"""Render a chat template, an untrusted program, in a separate process with limits on time and memory.
+"""Render a chat template, an untrusted program, in a separate process with limits on time
+and memory.
 
-transformers' Jinja sandbox keeps a template from Python's internals, but not from an endless loop or a string of a
-gigabyte. So a template that takes too long is killed with its process, and the program continues. Knows no tokens.
+transformers' Jinja sandbox keeps a template from Python's internals, but not from an endless loop
+or a string of a gigabyte. So a template that takes too long is killed with its process, and the
+program continues. Knows no tokens.
 """
 
 import json
@@ -36,13 +38,15 @@ class Sandbox:
         self._connection: Connection | None = None
 
     def render(self, requests: list[tuple[list[dict[str, str]], bool]]) -> list[Rendered]:
-        """The text of each conversation, and the spans of the template's {% generation %} blocks in it.
+        """The text of each conversation, and the spans of the template's {% generation %} blocks
+        in it.
 
         Args:
             requests: messages, and whether the start of an answer follows them.
 
         Raises:
-            UserError: the template is invalid, rejects these messages, does what is not allowed, or takes too long.
+            UserError: the template is invalid, rejects these messages, does what is not allowed,
+                or takes too long.
         """
         if self._connection is None:
             self._start()

@@ -40,7 +40,8 @@ def build_examples(
     to_conversation: Callable[[dict[str, Any]], Conversation] | None = None,
     built_in: Sequence[LocatedRow] = (),
 ) -> tuple[list[Example], RowReport]:
-    """The examples of a split in the order of its rows, and the report of what was truncated and skipped.
+    """The examples of a split in the order of its rows,
+    and the report of what was truncated and skipped.
 
     Args:
         data: where the rows are.
@@ -50,11 +51,13 @@ def build_examples(
         tokenizer: what they are encoded with.
         seq_len: inputs of a row of a batch; an example has at most seq_len + 1 ids.
         train_on: the responses, or every token but the first of an example.
-        to_conversation: turns a row into a conversation; None: by its keys, or data.rows (`parse_conversation`).
+        to_conversation: turns a row into a conversation; None: by its keys,
+            or data.rows (`parse_conversation`).
         built_in: rows to use in place of those that `data` names.
 
     Raises:
-        UserError: as `read_rows`; a row is not a conversation; or the prompt of every row fills the context.
+        UserError: as `read_rows`; a row is not a conversation;
+            or the prompt of every row fills the context.
     """
     report = RowReport(which, seq_len, max_bad=data.skip_bad_rows)
     examples: list[Example] = []

@@ -1,4 +1,5 @@
-"""Why was my row skipped? The path of a row from file to batch, every reason to skip it, and the report.
+"""Why was my row skipped? The path of a row from file to batch, every reason to skip it,
+and the report.
 
     1. read     row_files.read_rows             file ─▶ (place, dict); blank lines are ignored
     2. split    text.splits.is_held_out         by a hash of the row: validation (data.val_fraction) or training,
@@ -14,8 +15,10 @@
     6. pack     tokens.example_rows.pack_examples      examples ─▶ rows of a batch (data.packing)
     7. collate  tokens.example_rows.collate_examples   rows ─▶ tensors; dpo and verifier: training/stages/
 
-A row that cannot be read, parsed or encoded is an error that names file, line and key, and ends the run. Only steps
-3 and 4 can skip it: with data.skip_bad_rows: N at most N rows of a split are skipped, and named. Step 5 counts what it skips in a `RowReport`, whose notes a run prints before it trains:
+A row that cannot be read, parsed or encoded is an error that names file, line and key, and ends the
+run. Only steps 3 and 4 can skip it: with data.skip_bad_rows: N at most N rows of a split are
+skipped, and named. Step 5 counts what it skips in a `RowReport`, whose notes a run prints before it
+trains:
 
     training: skipped 2 rows: an answer is empty (rows.jsonl:3, rows.jsonl:4)
 
@@ -105,7 +108,9 @@ class RowReport:
         self.skipped.setdefault(reason, []).append(place)
 
     def skip_bad(self, place: str, error: UserError) -> None:
-        """Count the row at `place`, which `error` is about, as skipped; raise the error if there are too many."""
+        """Count the row at `place`, which `error` is about, as skipped;
+        raise the error if there are too many.
+        """
         if len(self.bad) < self.max_bad:
             self.bad.append(": ".join((place, *error.where, error.problem)))
             return

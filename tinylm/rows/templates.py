@@ -1,7 +1,7 @@
 r"""Prompt templates: how a conversation is written as tokens, and which of them are trained.
 
-Only the answers are trained, each with the one token that ends it; a model that never sees the end of an answer
-never stops. With template `instruction` and the byte tokenizer (⏎ is a newline):
+Only the answers are trained, each with the one token that ends it; a model that never sees the end
+of an answer never stops. With template `instruction` and the byte tokenizer (⏎ is a newline):
 
     turns     user "2+2?"                                assistant "4"
     text      ### Instruction: 2+2?⏎### Output:          4⏎<|sep|>
@@ -15,12 +15,16 @@ In a conversation of several turns every answer is trained, not only the last on
 
 Every template, whatever the texts are, guarantees that
 
-    1. each answer is trained, and so is the token that ends it, unless its weight is 0; nothing else is;
-    2. text from a user or a data set never becomes a special token: only the template's own markers are special;
-    3. `prompt_ids`, which inference uses, are the very ids that training has shown before an answer.
+    1. each answer is trained, and so is the token that ends it, unless its weight is 0;
+       nothing else is;
+    2. text from a user or a data set never becomes a special token:
+       only the template's own markers are special;
+    3. `prompt_ids`, which inference uses, are the very ids
+       that training has shown before an answer.
 
-In this file: `Template`, and the templates that are written out here (instruction, alpaca, chatml, plain). The
-tokenizer's own template is in chat_template.py; `make_template` (template_factory.py) chooses by name.
+In this file: `Template`, and the templates that are written out here (instruction, alpaca, chatml,
+plain). The tokenizer's own template is in chat_template.py; `make_template` (template_factory.py)
+chooses by name.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +40,8 @@ from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokens.example_rows import Example
 
-# BOS as published tokenizers spell it. Their files' bos_token setting is not kept, but these names are.
+# BOS as published tokenizers spell it. Their files' bos_token setting is not kept,
+# but these names are.
 KNOWN_BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
 
 
@@ -56,7 +61,8 @@ def split_exchanges(conversation: Conversation) -> Iterator[Exchange]:
     """The conversation as pairs of question and answer.
 
     Raises:
-        UserError: turns do not alternate between user and assistant, after at most one system turn at the start.
+        UserError: turns do not alternate between user and assistant,
+            after at most one system turn at the start.
     """
     start = 0
     for position, turn in enumerate(conversation):
@@ -109,7 +115,8 @@ class Template(ABC):
         """The tokens of a conversation that ends with an answer, and which of them are trained.
 
         Raises:
-            UserError: the turns are in an order that cannot be written, or the tokenizer cannot encode a text.
+            UserError: the turns are in an order that cannot be written,
+                or the tokenizer cannot encode a text.
         """
 
     @abstractmethod
@@ -221,7 +228,8 @@ def _plain(exchange: Exchange, tokenizer: Tokenizer) -> list[str | int]:
 def _plain_answer(exchange: Exchange, answer: Turn) -> str:
     """The answer on a new line, unless the data have whitespace between question and answer.
 
-    The newline belongs to the answer: the end of a prompt must not depend on an answer that is not known yet.
+    The newline belongs to the answer: the end of a prompt must not depend on an answer
+    that is not known yet.
     """
     separated = exchange.question[-1].full_text[-1:].isspace() or answer.text[:1].isspace()
     return answer.text if separated else f"\n{answer.text}"
@@ -277,7 +285,9 @@ def marker_id(tokenizer: Tokenizer, name: str) -> int:
 
 
 def bos_ids(tokenizer: Tokenizer) -> list[int]:
-    """The BOS token that published tokenizers expect at the start of a text; [] for other tokenizers."""
+    """The BOS token that published tokenizers expect at the start of a text;
+    [] for other tokenizers.
+    """
     if not isinstance(tokenizer, HFTokenizer):
         return []
     ids = {name: id for id, name in tokenizer.special_names.items()}
@@ -287,8 +297,8 @@ def bos_ids(tokenizer: Tokenizer) -> list[int]:
 def encode_text(text: str, tokenizer: Tokenizer, *, first: bool = False) -> list[int]:
     """The ids of one part of a conversation.
 
-    SentencePiece-style tokenizers prepend a space to every text they encode. Only the first part of a conversation
-    keeps it: the parts are one text, cut where markers or masks begin.
+    SentencePiece-style tokenizers prepend a space to every text they encode. Only the first part of
+    a conversation keeps it: the parts are one text, cut where markers or masks begin.
     """
     if first or not prepends_space(tokenizer):
         return tokenizer.encode(text)

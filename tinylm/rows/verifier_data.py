@@ -8,7 +8,8 @@
     ids          Q  Q  Q  <eos>  4  8  /  2  =  2  5           a problem, a separator, an answer
     error_mask   .  .  .  .      .  .  .  .  .  .  ^           where a wrong answer differs from the right one
 
-How a model is asked for answers is in eval/sampled_answers.py, how a verifier scores them in eval/verifier_scoring.py.
+How a model is asked for answers is in eval/sampled_answers.py,
+how a verifier scores them in eval/verifier_scoring.py.
 
 # B pairs · T tokens
 """
@@ -32,7 +33,8 @@ from tinylm.text.documents import kind_of
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 
-# GSM8K's calculator annotations: 48/2 = <<48/2=24>>24. With every result twice, a verifier would only compare the two.
+# GSM8K's calculator annotations: 48/2 = <<48/2=24>>24. With every result twice,
+# a verifier would only compare the two.
 ANNOTATION = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
 # Batches are padded to a multiple of this, so that there are fewer shapes to compile for.
 LENGTH_MULTIPLE = 32
@@ -83,7 +85,8 @@ def read_problems(
         data: where the rows are.
         which: training or validation.
         seed: decides which rows are held out.
-        to_conversation: turns a row into a conversation; None: by its keys, or data.rows (`parse_conversation`).
+        to_conversation: turns a row into a conversation; None: by its keys,
+            or data.rows (`parse_conversation`).
         built_in: rows to use in place of those that `data` names.
         report: gets the rows with a mistake and the columns that are not read.
 
@@ -186,7 +189,8 @@ def without_validation_problems(
 def filter_problems(
     problems: Sequence[Problem], report: RowReport, tokenizer: Tokenizer, *, n_wrong: int
 ) -> list[Problem]:
-    """The problems that fit the context of `report.seq_len` tokens and have wrong answers; others are reported.
+    """The problems that fit the context of `report.seq_len` tokens and have wrong answers;
+    others are reported.
 
     Raises:
         UserError: no problem is left.
@@ -227,8 +231,8 @@ def grade_samples(problem: Problem, texts: Sequence[str]) -> tuple[GradedAnswer,
 
 
 def graded_answers(problem: Problem, *, n_wrong: int, seed: str) -> list[GradedAnswer]:
-    """The answer of the row; if it is right, `n_wrong` copies with one number changed (a function of the
-    seed); and the sampled answers.
+    """The answer of the row; if it is right, `n_wrong` copies with one number changed (a function
+    of the seed); and the sampled answers.
     """
     if not problem.is_right:
         return [GradedAnswer(problem.answer, False), *problem.samples]
@@ -250,7 +254,8 @@ class VerifierExample(NamedTuple):
     ids: list[int]
     right: bool
     error_positions: tuple[int, ...]
-    """where a wrong answer differs from the right one, all of it if none is known; () for a right answer"""
+    """where a wrong answer differs from the right one, all of it if none is known;
+    () for a right answer"""
 
 
 def build_verifier_examples(
@@ -267,7 +272,8 @@ def build_verifier_examples(
         ids = pair_ids(question_ids, answer_ids, tokenizer, seq_len)
         positions: tuple[int, ...] = ()
         if not answer.right:
-            # Positions in the answer to positions in the row. If the answer is cut on its left, those cut off become 0.
+            # Positions in the answer to positions in the row. If the answer is cut on its left,
+            # those cut off become 0.
             start = len(ids) - len(answer_ids)
             span = range(len(answer_ids))  # somewhere in it, if no right answer is known
             if right_ids is not None:
@@ -285,7 +291,8 @@ def pair_ids(
 
 
 def error_span(answer: Sequence[int], right: Sequence[int]) -> range:
-    """The positions of `answer` between the beginning and the end that it shares with the right answer; at least one.
+    """The positions of `answer` between the beginning and the end that it shares
+    with the right answer; at least one.
 
     >>> error_span([1, 2, 9, 9, 4], [1, 2, 3, 4]), error_span([1, 2], [1, 7, 2])
     (range(2, 4), range(1, 2))

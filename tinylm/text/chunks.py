@@ -1,4 +1,5 @@
-r"""A source in chunks that cut no word, for the processes that count its words (common/processes.py).
+r"""A source in chunks that cut no word, for the processes
+that count its words (common/processes.py).
 
     TextChunk   whole documents that this process has read, in text/documents.py
     RawChunk    a byte range of a .txt file, not divided into documents and cut between words
@@ -90,7 +91,9 @@ def word_chunks(
 
 
 def raw_chunks(path: Path, processes: int = 1) -> Iterator[RawChunk]:
-    """A .txt file in chunks that are cut between words; at least four for each process, if the file is long enough."""
+    """A .txt file in chunks that are cut between words; at least four for each process,
+    if the file is long enough.
+    """
     borders = part_borders(path)
     n_parts = len(borders) - 1
     # Four chunks per process: no process waits long for the last one.

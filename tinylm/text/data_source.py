@@ -1,4 +1,5 @@
-"""The data of a run, resolved: each setting that names data becomes a `DataSource`, and nothing asks again what it is.
+"""The data of a run, resolved: each setting that names data becomes a `DataSource`,
+and nothing asks again what it is.
 
     data.dataset, data.mix, data.val_dataset ─▶ `data_sources` ─▶ DataSource: text to encode, or encoded tokens
 
@@ -43,7 +44,8 @@ class DataSource:
     token_dtype: str | None
     """the type of the numbers in a bare .bin"""
     val_fraction: float | None
-    """the share at the end of a token file that is for validation; None if validation has its own data"""
+    """the share at the end of a token file that is for validation;
+    None if validation has its own data"""
 
     def text(self) -> Split:
         """The documents.
@@ -63,7 +65,8 @@ class DataSource:
 def data_sources(
     data: DataConfig, which: Which, seed: int, kinds: Kinds = DOCUMENT_FILES
 ) -> tuple[DataSource, ...]:
-    """The sources of a split: data.val_dataset for validation if it is set, else data.dataset or each part of data.mix.
+    """The sources of a split: data.val_dataset for validation if it is set,
+    else data.dataset or each part of data.mix.
 
     Args:
         data: the settings.
@@ -121,9 +124,11 @@ def find_split(data: DataConfig, which: Which, seed: int, kinds: Kinds = DOCUMEN
 
 
 def train_documents(data: DataConfig, seed: int, *, skip: int = 0) -> Iterator[str]:
-    """The training documents in order, without the first `skip`: a resumed stream continues exactly there.
+    """The training documents in order, without the first `skip`:
+    a resumed stream continues exactly there.
 
-    Skipped documents are read, since only their text tells whether they are training documents, but not encoded.
+    Skipped documents are read, since only their text tells whether they are training documents,
+    but not encoded.
 
     Raises:
         UserError: nothing is there, a row is not a document, or no document is for training.
@@ -132,7 +137,8 @@ def train_documents(data: DataConfig, seed: int, *, skip: int = 0) -> Iterator[s
 
 
 def text_overlap(train: Sequence[DataSource], val: Sequence[DataSource]) -> Overlap:
-    """How many documents of data.val_dataset are training documents too; only text on this machine is compared.
+    """How many documents of data.val_dataset are training documents too;
+    only text on this machine is compared.
 
     Without data.val_dataset there are none: text is split by its content.
     """
@@ -181,7 +187,8 @@ def _find_source(
 ) -> LocalFiles | HubDataset:
     """Files of these kinds on this machine, or else a dataset on the hub.
 
-    data.dataset_config belongs to data.dataset: a val_dataset on the hub is read in its default configuration.
+    data.dataset_config belongs to data.dataset: a val_dataset on the hub is read
+    in its default configuration.
     """
     own = setting != "data.val_dataset"
     if os.path.lexists(name) or glob.has_magic(name):
@@ -201,7 +208,9 @@ def _find_source(
 
 
 def _check_token_file(data: DataConfig, setting: str, all_tokens: bool) -> None:
-    """Raise a UserError for a setting that only applies to text; in a mixture with text it is for the text."""
+    """Raise a UserError for a setting that only applies to text;
+    in a mixture with text it is for the text.
+    """
     _refuse_settings(
         data, setting, ("streaming", "dataset_config", "split", "val_split", "train_docs")
     )

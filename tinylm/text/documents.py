@@ -4,11 +4,13 @@
     .jsonl          the text field of each line's object             }
     .parquet        the text column, one batch of rows at a time
 
-Text is UTF-8. A byte-order mark at the start of a file is dropped and \\r\\n ends a line as \\n does; every other
-character is kept, NUL and U+2028 too. Blank documents are skipped. A row that is not a document is an error with its
-file, line and key. Memory holds one document (or one batch of a parquet file) at a time.
+Text is UTF-8. A byte-order mark at the start of a file is dropped and \\r\\n ends a line as \\n
+does; every other character is kept, NUL and U+2028 too. Blank documents are skipped. A row that is
+not a document is an error with its file, line and key. Memory holds one document (or one batch of a
+parquet file) at a time.
 
-Processes that share the work on a source (common/processes.py) get its documents in chunks, each with a `size` and `texts()`:
+Processes that share the work on a source (common/processes.py) get its documents in chunks,
+each with a `size` and `texts()`:
 
     SpanChunk   the documents of a byte range of a file: the process that works on it reads them
     TextChunk   documents that were already read: compressed, streamed, or only divisible by reading them
@@ -50,7 +52,8 @@ Span = tuple[int, int]
 WHOLE: Span = (0, sys.maxsize)
 # The fix for a stream that broke off: training continues from its checkpoint.
 RESUMES = "Try again: a run resumes where it stopped"
-# What `datasets` raises for a damaged file of the hub; the errors of pyarrow and of its JSON readers are ValueErrors.
+# What `datasets` raises for a damaged file of the hub;
+# the errors of pyarrow and of its JSON readers are ValueErrors.
 DAMAGED = (ValueError, EOFError, zlib.error)
 
 
@@ -91,9 +94,11 @@ def file_documents(
 
 
 def end_of_document(path: Path, separator: str | None) -> bytes | None:
-    """The bytes after which a document of this file has certainly ended; None if the file must be read from the start.
+    """The bytes after which a document of this file has certainly ended;
+    None if the file must be read from the start.
 
-    It must for compressed data, and for a separator with line ends or one that can overlap itself, as `--` in `a---b`.
+    It must for compressed data, and for a separator with line ends or one that can overlap itself,
+    as `--` in `a---b`.
     """
     if not path.name.endswith((".txt", ".jsonl")):
         return None
@@ -104,14 +109,17 @@ def end_of_document(path: Path, separator: str | None) -> bytes | None:
 
 
 def spans_of(path: Path, end: bytes) -> Iterator[Span]:
-    """The file in spans of at least `SPAN_BYTES`, each up to the next `end`; they depend on the file alone."""
+    """The file in spans of at least `SPAN_BYTES`, each up to the next `end`;
+    they depend on the file alone.
+    """
     with reading(path), open(path, "rb") as file:
         size = os.path.getsize(path)
         start = 0
         while start < size:
             stop = start + SPAN_BYTES
             file.seek(min(stop, size))
-            # An end that is cut by the border of two blocks is missed: the span is longer then, which does no harm.
+            # An end that is cut by the border of two blocks is missed: the span is longer then,
+            # which does no harm.
             while block := file.read(SPAN_BYTES):
                 found = block.find(end)
                 if found >= 0:
@@ -128,7 +136,9 @@ def _open(path: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class Line:
-    """The place of a line, in errors `file:line`. The lines before its span are only counted for that text."""
+    """The place of a line, in errors `file:line`.
+    The lines before its span are only counted for that text.
+    """
 
     path: Path
     span_start: int
@@ -188,7 +198,8 @@ def _separated_documents(
             pending = [rest]
             held = 0
             if not whole and len(rest) >= SEARCH_CHARACTERS:
-                # A longer document is searched again when it has doubled, so that the work stays linear.
+                # A longer document is searched again when it has doubled,
+                # so that the work stays linear.
                 held = SEARCH_CHARACTERS - len(rest)
     last = "".join(pending).split(separator)
     found.seen |= len(last) > 1
@@ -196,7 +207,9 @@ def _separated_documents(
 
 
 def _text_blocks(path: Path, span: Span) -> Iterator[str]:
-    """The text of `text_lines` in blocks of whole lines, which is several times as fast. Every line ends in \\n."""
+    """The text of `text_lines` in blocks of whole lines, which is several times as fast.
+    Every line ends in \\n.
+    """
     start, stop = span
     with reading(path), _open(path) as file:
         file.seek(start)
@@ -266,7 +279,9 @@ def field_texts(rows: Iterable[tuple[object, Any]], field: str) -> Iterator[str]
 
 
 def jsonl_rows(path: Path, span: Span = WHOLE) -> Iterator[tuple[Line, Any]]:
-    """The value in each line of a .jsonl file, or of a span of it, with its place; blank lines are skipped."""
+    """The value in each line of a .jsonl file, or of a span of it, with its place;
+    blank lines are skipped.
+    """
     for place, line in text_lines(path, span):
         if is_blank(line):
             continue
@@ -378,7 +393,8 @@ class SpanChunk:
 def text_chunks(
     documents: Iterable[str], found: SeparatorSeen | None = None
 ) -> Iterator[TextChunk]:
-    """Documents in chunks of about `CHUNK_CHARACTERS`; an error in reading them is in the last chunk.
+    """Documents in chunks of about `CHUNK_CHARACTERS`;
+    an error in reading them is in the last chunk.
 
     Args:
         documents: their texts.

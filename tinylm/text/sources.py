@@ -3,8 +3,8 @@
     name ─▶ LocalFiles     .txt, .jsonl, .parquet (also .txt.gz, .jsonl.gz), a folder or a glob of them
          ─▶ HubDataset     downloaded whole, or streamed
 
-Both give their documents (`str`) in a fixed order, and a fingerprint of their content. Which documents are held out is
-decided in splits.py; what the data of a run are, in data_source.py.
+Both give their documents (`str`) in a fixed order, and a fingerprint of their content. Which
+documents are held out is decided in splits.py; what the data of a run are, in data_source.py.
 """
 
 import glob
@@ -56,7 +56,9 @@ class LocalFiles:
             yield from file_documents(path, self.field, self.separator)
 
     def chunks(self) -> Iterator[SpanChunk | TextChunk]:
-        """The documents in chunks that depend on the files alone; an error in reading them is in the last one."""
+        """The documents in chunks that depend on the files alone;
+        an error in reading them is in the last one.
+        """
         try:
             for path in self.paths:
                 require_regular(path)
@@ -201,7 +203,8 @@ def sources_named(
     *,
     again: str = "Try again",
 ) -> Together:
-    """The sources of a command's --data: local files, or hf:owner/name[:config[:split]], a dataset that is streamed.
+    """The sources of a command's --data: local files, or hf:owner/name[:config[:split]],
+    a dataset that is streamed.
 
     Args:
         names: the arguments.
@@ -235,7 +238,9 @@ def _source_named(
 
 
 def find_files(name: str, setting: str, kinds: Kinds) -> tuple[Path, ...]:
-    """The files of these kinds that `name`, a path or glob, refers to, sorted; folders are searched recursively."""
+    """The files of these kinds that `name`, a path or glob, refers to, sorted;
+    folders are searched recursively.
+    """
     wanted = f"{'documents' if kinds is DOCUMENT_FILES else 'rows'} ({', '.join(kinds)})"
     if os.path.isdir(name):
         found = files_in(name, kinds)

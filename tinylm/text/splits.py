@@ -1,4 +1,5 @@
-"""Training or validation: which documents of a source belong to a split, decided by the text of each document.
+"""Training or validation: which documents of a source belong to a split,
+decided by the text of each document.
 
     text ─▶ hash with the seed, as a number in [0, 1) ─▶ below val_fraction: validation, else training
 
@@ -65,7 +66,9 @@ class Split:
         return self.held_out is None or is_held_out(text, *self.held_out) == (self.which == "val")
 
     def empty_error(self, n_read: int, kind: str = "documents") -> UserError:
-        """The error to raise if none of the `n_read` documents or rows of the source is in the split."""
+        """The error to raise if none of the `n_read` documents or rows of the source is
+        in the split.
+        """
         if not n_read or self.held_out is None:
             content = "text" if kind == "documents" else kind
             problem = f"no {kind}, only blank lines or nothing at all"
@@ -76,7 +79,9 @@ class Split:
 
 
 def is_held_out(text: str, fraction: float, seed: int) -> bool:
-    """Whether a document is for validation: its hash with the seed is in the first `fraction` of all hashes."""
+    """Whether a document is for validation: its hash with the seed is
+    in the first `fraction` of all hashes.
+    """
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 

@@ -1,6 +1,8 @@
-"""Tokenizers: text to ids and back. Read `base` first, then `bpe`: how merges are learned and applied.
+"""Tokenizers: text to ids and back. Read `base` first, then `bpe`:
+how merges are learned and applied.
 
-`hf` and `hf_files` are imported at their first use, as `tokenizer.hf_files`: bytes and characters need neither.
+`hf` and `hf_files` are imported at their first use, as `tokenizer.hf_files`:
+bytes and characters need neither.
 """
 
 from types import ModuleType

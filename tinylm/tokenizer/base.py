@@ -40,7 +40,8 @@ class Tokenizer(ABC):
     """special tokens by id: no text is encoded to them, and they decode to nothing"""
 
     def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
-        """The ids of `text`; the names of special tokens in it are ordinary text, except the allowed ones.
+        """The ids of `text`; the names of special tokens in it are ordinary text,
+        except the allowed ones.
 
         The text between two special tokens is encoded like a text of its own. If special tokens
         overlap, the longest one counts.
@@ -62,7 +63,8 @@ class Tokenizer(ABC):
     def encode_iterable(
         self, texts: Iterable[str], *, allowed_special: AllowedSpecial = ()
     ) -> Iterator[int]:
-        """The ids of the concatenated texts (an open file, for example), one by one, as `encode` would return them.
+        """The ids of the concatenated texts (an open file, for example), one by one,
+        as `encode` would return them.
 
         Memory is bounded by the longest stretch that cannot be cut. For bytes and characters it is
         nothing; for byte-level BPE with known words (GPT-2's, GPT-4's, our own) it is the longest
@@ -102,13 +104,17 @@ class Tokenizer(ABC):
         return [ids.tolist() for ids in self.encode_arrays(texts)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text as a 1-D array of an unsigned type; the fastest way to encode a corpus."""
+        """The ids of each text as a 1-D array of an unsigned type;
+        the fastest way to encode a corpus.
+        """
         for text in texts:
             reject_lone_surrogates(text)
         return self._encode(texts)
 
     def last_cut(self, text: str) -> int:
-        """The last position where `text`, whatever follows, can be cut without changing its ids; 0 if not known."""
+        """The last position where `text`, whatever follows, can be cut without changing its ids;
+        0 if not known.
+        """
         return len(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -127,7 +133,9 @@ class Tokenizer(ABC):
         return lengths
 
     def token_text(self, id: int) -> str:
-        r"""One token on one line, for people: a special token as its name, half a character as `\xe2`."""
+        r"""One token on one line, for people: a special token as its name,
+        half a character as `\xe2`.
+        """
         if id in self.special_names:
             return printable(self.special_names[id])
         return printable(self.token_bytes(id).decode("utf-8", "backslashreplace"))
@@ -139,7 +147,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of a token in a text, none for a special token; ValueError for an id that does not exist."""
+        """The bytes of a token in a text, none for a special token;
+        ValueError for an id that does not exist.
+        """
 
     @abstractmethod
     def to_plain(self) -> dict[str, Any]:
@@ -175,7 +185,8 @@ def _split_at_special(text: str, special: re.Pattern[str]) -> Iterator[tuple[str
 
 
 def _stream_at_special(pieces: Iterable[str], names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """`_split_at_special` of the concatenated pieces; a stretch may come in parts, of which only the last has a name.
+    """`_split_at_special` of the concatenated pieces; a stretch may come in parts,
+    of which only the last has a name.
 
     >>> [part for part in _stream_at_special(["a<", "1><2", ">b"], ["<1>", "<2>"]) if any(part)]
     [('a', '<1>'), ('', '<2>'), ('b', '')]
@@ -204,7 +215,8 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 class StreamDecoder:
-    """Decodes one id at a time: the text of all `feed`s and of `finish` together is what `decode` returns.
+    """Decodes one id at a time: the text of all `feed`s
+    and of `finish` together is what `decode` returns.
 
     This one is for tokenizers whose tokens are bytes: an incremental UTF-8 decoder holds back half
     characters.

@@ -1,4 +1,5 @@
-r"""Byte-pair encoding (BPE), the version to read: learn merges from text, encode and decode with them.
+r"""Byte-pair encoding (BPE), the version to read: learn merges from text,
+encode and decode with them.
 
 BPE (Sennrich et al. 2016; on bytes, Radford et al. 2019) begins with the 256 bytes, so it can write
 any text, and makes the most frequent pair of neighboring tokens a new token, again and again.

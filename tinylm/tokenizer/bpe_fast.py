@@ -1,4 +1,5 @@
-r"""The merges of bpe.py's `train`, fast: for corpora of gigabytes and vocabularies of 100,000 tokens.
+r"""The merges of bpe.py's `train`, fast: for corpora of gigabytes
+and vocabularies of 100,000 tokens.
 
     1. words     chunks of a corpus -> {word: how often it occurs}, by several processes      `count_words_of`
     2. merges    the most frequent pair becomes a token, again and again                      `WordTable`, `merge_pairs`
@@ -48,7 +49,8 @@ def learn_bpe(
     processes: int = 1,
     progress: OnProgress | None = None,
 ) -> Bpe:
-    """A vocabulary of `vocab_size` tokens learned from a corpus; it is smaller if the words allow no more merges.
+    """A vocabulary of `vocab_size` tokens learned from a corpus;
+    it is smaller if the words allow no more merges.
 
     Raises:
         UserError: as `check_request` and `count_words_of`.
@@ -70,10 +72,12 @@ def count_words_of(
     processes: int = 1,
     progress: OnProgress | None = None,
 ) -> Counter[str]:
-    """How often each word occurs in the chunks, counted by `processes`, or by this one alone if the text is small.
+    """How often each word occurs in the chunks, counted by `processes`,
+    or by this one alone if the text is small.
 
     Raises:
-        UserError: a file cannot be read or is not UTF-8, a process was killed, or there are no words.
+        UserError: a file cannot be read or is not UTF-8, a process was killed,
+            or there are no words.
     """
     chunks, processes = limit_processes(chunks, processes, MIN_SIZE_FOR_PROCESSES)
     total: Counter[str] = Counter()
@@ -101,8 +105,8 @@ class TokenPair:
 class WordTable:
     """All distinct words, one after another, as tokens that grow.
 
-    `low` (3 times) and `lower` (once) after the merge `o w`, whose token is 256. A token is written at its first and at its
-    last byte, so that both of its neighbors find it:
+    `low` (3 times) and `lower` (once) after the merge `o w`, whose token is 256. A token is written
+    at its first and at its last byte, so that both of its neighbors find it:
 
         position   0   1   2   3   4   5   6   7   8   9  10
         bytes      .   l   o   w   .   l   o   w   e   r   .
@@ -157,7 +161,8 @@ class WordTable:
         return TokenPair(pair.left, pair.right, count, positions)
 
     def merge(self, pair: TokenPair, new: int, min_count: int) -> Iterator[TokenPair]:
-        """Write the token `new` in place of `pair`; yield the new pairs that occur at least `min_count` times.
+        """Write the token `new` in place of `pair`;
+        yield the new pairs that occur at least `min_count` times.
 
         Each of them has `new` on one side or on both.
         """
@@ -189,7 +194,9 @@ class WordTable:
     def _group(
         self, keys: np.ndarray, positions: np.ndarray, min_count: int
     ) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Each key whose positions count at least `min_count` together, that count, and its positions in order."""
+        """Each key whose positions count at least `min_count` together, that count,
+        and its positions in order.
+        """
         if not len(keys):
             return
         order = np.argsort(keys, kind="stable")
@@ -204,7 +211,9 @@ class WordTable:
 
 
 def _without_overlaps(positions: np.ndarray, size: int) -> np.ndarray:
-    """Where `x x` is replaced: in a run of x, from the left, the first and second, the third and fourth, ..."""
+    """Where `x x` is replaced: in a run of x, from the left, the first and second,
+    the third and fourth, ...
+    """
     number = np.arange(len(positions))
     begins_run = np.concatenate([[True], np.diff(positions) != size])
     run_start = np.maximum.accumulate(np.where(begins_run, number, 0))
@@ -214,7 +223,8 @@ def _without_overlaps(positions: np.ndarray, size: int) -> np.ndarray:
 def learn_merges(
     word_counts: Mapping[str, int], n_merges: int, *, progress: OnProgress | None = None
 ) -> list[tuple[bytes, bytes]]:
-    """The first `n_merges` merges for words that occur this often; fewer if every word is one token before.
+    """The first `n_merges` merges for words that occur this often;
+    fewer if every word is one token before.
 
     >>> learn_merges({"low": 3, "lower": 1}, 3)
     [(b'o', b'w'), (b'l', b'ow'), (b'low', b'e')]
@@ -273,7 +283,9 @@ HeapEntry = tuple[int, str, str, TokenPair]
 
 
 def _heap_entry(pair: TokenPair, descending: Sequence[str]) -> HeapEntry:
-    """An entry that is smallest, and so at the top, for the highest count, then for the greatest bytes."""
+    """An entry that is smallest, and so at the top, for the highest count,
+    then for the greatest bytes.
+    """
     return -pair.count, descending[pair.left], descending[pair.right], pair
 
 

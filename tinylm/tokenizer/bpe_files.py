@@ -83,7 +83,8 @@ class Bpe:
         return backend
 
     def save(self, folder: Path, setting: str = "the output folder") -> None:
-        """Write `FILES` into the new folder `folder`, all or none; `load_hf_tokenizer` and AutoTokenizer read them.
+        """Write `FILES` into the new folder `folder`, all or none;
+        `load_hf_tokenizer` and AutoTokenizer read them.
 
         Raises:
             UserError: `folder` cannot be written; the message names `setting`, which it comes from.

@@ -42,7 +42,8 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """The characters of a text in code-point order, then `<|pad|>`, `<|eos|>` and, with unknown="unk", `<|unk|>`.
+    """The characters of a text in code-point order, then `<|pad|>`, `<|eos|>` and,
+    with unknown="unk", `<|unk|>`.
 
     >>> tokenizer = CharTokenizer("abn", unknown="error")
     >>> tokenizer.encode("banana"), tokenizer.eos_id

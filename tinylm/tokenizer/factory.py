@@ -15,7 +15,8 @@ from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 
 
 def make_tokenizer(config: TokenizerConfig, documents: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer of a config; `documents` returns the training documents, which only `char` reads.
+    """The tokenizer of a config; `documents` returns the training documents,
+    which only `char` reads.
 
     Raises:
         UserError: as `CharTokenizer.of_documents` and `load_hf_tokenizer`.

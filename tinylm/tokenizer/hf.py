@@ -1,4 +1,5 @@
-"""Tokenizers of the `tokenizers` library, as published models have them: `HFTokenizer`, and its stream decoder.
+"""Tokenizers of the `tokenizers` library, as published models have them: `HFTokenizer`,
+and its stream decoder.
 
 Knows nothing of files: hf_files.py reads them.
 """
@@ -106,13 +107,16 @@ class HFTokenizer(Tokenizer):
         return self._backend.decode([id, id])[len(once) :].encode()
 
     def is_byte_token(self, id: int) -> bool:
-        """Whether `id` is one byte in the style of SentencePiece, `<0xE2>`, which is a character only with its neighbors."""
+        """Whether `id` is one byte in the style of SentencePiece, `<0xE2>`,
+        which is a character only with its neighbors.
+        """
         if self._byte_level:
             return False
         return re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", self._backend.id_to_token(id)) is not None
 
     def encode_markup(self, text: str) -> list[int]:
-        """The ids of a text that a template wrote, in which the names of special tokens are these tokens.
+        """The ids of a text that a template wrote,
+        in which the names of special tokens are these tokens.
 
         Never for a user's text: it could contain special tokens.
         """
@@ -195,19 +199,24 @@ class HFTokenizer(Tokenizer):
 
 
 def _unknown_id(backend: "Backend", model: dict[str, Any]) -> int | None:
-    """The id for text that is not in the vocabulary: Unigram has it as an id, the other models as a token."""
+    """The id for text that is not in the vocabulary: Unigram has it as an id,
+    the other models as a token.
+    """
     if model["type"] == "Unigram":
         return model["unk_id"]
     return None if model["unk_token"] is None else backend.token_to_id(model["unk_token"])
 
 
 def _depends_on_neighbors(token: "AddedToken") -> bool:
-    """Whether an added token is found or not by what is beside it, or could be cut in two by `LAST_CUT`."""
+    """Whether an added token is found or not by what is beside it,
+    or could be cut in two by `LAST_CUT`.
+    """
     return bool(token.lstrip or token.rstrip or token.single_word or LAST_CUT.search(token.content))
 
 
 class WindowStream(StreamDecoder):
-    """For tokenizers that can only decode whole texts: decodes the last tokens again and returns the new text.
+    """For tokenizers that can only decode whole texts:
+    decodes the last tokens again and returns the new text.
 
     A run of byte tokens is decoded as a whole (one bad byte spoils all of it), so it is held back
     until it ends.

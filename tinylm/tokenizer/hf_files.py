@@ -40,7 +40,8 @@ EXPORT_AGAIN = "Export the tokenizer again"
 
 
 def load_hf_tokenizer(path: str) -> HFTokenizer:
-    """The tokenizer in the folder `path`, or if nothing has that name, of the Hugging Face model `path`.
+    """The tokenizer in the folder `path`, or if nothing has that name,
+    of the Hugging Face model `path`.
 
     Raises:
         UserError: naming the file and what is wrong with it, or how to do without the network.
@@ -143,7 +144,9 @@ class _Settings:
 
 
 def _read_settings(folder: Path) -> _Settings:
-    """The settings in special_tokens_map.json and tokenizer_config.json; the latter takes precedence."""
+    """The settings in special_tokens_map.json and tokenizer_config.json;
+    the latter takes precedence.
+    """
     settings = _Settings()
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -225,7 +228,9 @@ def _read_tokenizer_json(file: Path) -> "Backend":
 
 
 def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":
-    """Byte-level BPE as GPT-2 published it: token ids in JSON, and one merge per line in the order they were learned."""
+    """Byte-level BPE as GPT-2 published it: token ids in JSON,
+    and one merge per line in the order they were learned.
+    """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -258,7 +263,9 @@ def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":
 
 
 def _convert(folder: Path) -> "Backend":
-    """The tokenizer of an older format (SentencePiece's tokenizer.model), converted by transformers."""
+    """The tokenizer of an older format (SentencePiece's tokenizer.model),
+    converted by transformers.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -39,13 +39,16 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
 
 @dataclass(frozen=True)
 class Pretokenizer:
-    """Splits texts into words: the name of a pattern, and the special tokens, which belong to no word."""
+    """Splits texts into words: the name of a pattern, and the special tokens,
+    which belong to no word.
+    """
 
     pattern: str = "gpt2"
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
 
     def split(self, text: str) -> list[str]:
-        """The words of a text, in order; without special tokens. If special tokens overlap, the longest one counts.
+        """The words of a text, in order; without special tokens. If special tokens overlap,
+        the longest one counts.
 
         >>> Pretokenizer().split("Hello world's<|endoftext|>  end")
         ['Hello', ' world', "'s", ' ', ' end']

@@ -1,4 +1,5 @@
-"""tiktoken in place of `tokenizers`: the same ids several times as fast, if both are known to agree.
+"""tiktoken in place of `tokenizers`: the same ids several times as fast,
+if both are known to agree.
 
 `tokenizers` joins a pair of tokens if the vocabulary's file has a merge for the pair; the first
 merge in the file comes first. tiktoken knows no merges: it joins two neighbors if their bytes
@@ -77,7 +78,9 @@ def build_tiktoken_encoder(
 
 
 def find_pattern(description: dict[str, Any]) -> str | None:
-    """The pattern of a byte-level BPE tokenizer's words; None if it is unknown, or if the text is changed before."""
+    """The pattern of a byte-level BPE tokenizer's words; None if it is unknown,
+    or if the text is changed before.
+    """
     if description["model"]["type"] != "BPE" or description["normalizer"] is not None:
         return None
     match description["pre_tokenizer"]:
@@ -102,7 +105,8 @@ def find_pattern(description: dict[str, Any]) -> str | None:
 def _rank_tokens(
     vocabulary: dict[str, int], merges: list[tuple[str, str]], *, whole_words: bool
 ) -> list[str] | None:
-    """The tokens that text is encoded to: the 256 bytes, then by their merges. None if tiktoken's could differ.
+    """The tokens that text is encoded to: the 256 bytes, then by their merges.
+    None if tiktoken's could differ.
 
     Args:
         vocabulary: tokens in visible form, and their ids.

@@ -1,6 +1,7 @@
 """Text to tokens, and tokens to batches. Read `run_files` first: the token files of a run.
 
-`mixture` and `stream` are imported at their first use, as `tokens.mixture`: most runs have one source of text, as files.
+`mixture` and `stream` are imported at their first use, as `tokens.mixture`:
+most runs have one source of text, as files.
 """
 
 from types import ModuleType

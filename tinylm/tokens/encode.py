@@ -4,8 +4,8 @@
     2. each process encodes chunks: document ids, EOS, document ids, EOS, ...  (N,)        `Encoder`
     3. this process writes them in the order of the chunks, and continues an old start     `encode_file`
 
-The bytes of the file depend on its `EncodeSpec`, never on the number of processes or on interruptions. Memory holds a
-few chunks.
+The bytes of the file depend on its `EncodeSpec`, never on the number of processes or on
+interruptions. Memory holds a few chunks.
 """
 
 import hashlib
@@ -42,7 +42,9 @@ WORTH_PROCESSES = 24 * 2**20
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents one after the other: tokens (N,) in the type of a token file, and where each ends, (D,) int64."""
+    """Documents one after the other: tokens (N,) in the type of a token file, and where each ends,
+    (D,) int64.
+    """
 
     tokens: np.ndarray
     ends: np.ndarray
@@ -64,7 +66,8 @@ def encode_documents(
     source: str = "text:",
     first: int = 1,
 ) -> Iterator[np.ndarray]:
-    """The tokens of each document, truncated to `max_doc_len` and closed by EOS: (n + 1,) in the type of a token file.
+    """The tokens of each document, truncated to `max_doc_len` and closed by EOS:
+    (n + 1,) in the type of a token file.
 
     Args:
         documents: the texts.
@@ -248,7 +251,8 @@ def encode_file(
     setting: str = "data.cache_dir",
     progress: OnProgress | None = None,
 ) -> None:
-    """Write the token file `path`, whole or not at all; the caller holds `common.files.locked(path)`.
+    """Write the token file `path`, whole or not at all;
+    the caller holds `common.files.locked(path)`.
 
     Args:
         path: its final place.

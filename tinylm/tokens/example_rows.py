@@ -2,8 +2,9 @@
 
     B rows of a batch · T positions of a row
 
-An example is tokens and a mark for each: trained or not. Its last token is only a label and its first only an input, so
-n tokens take n - 1 positions. Example a is prompt p p with answer r r, example b is q with answer s; T = 6:
+An example is tokens and a mark for each: trained or not. Its last token is only a label and its
+first only an input, so n tokens take n - 1 positions. Example a is prompt p p with answer r r,
+example b is q with answer s; T = 6:
 
     row    inputs         p   p   r | q   s | PAD              packing: packed; padded puts one example in a row
            labels         -   r   r | s EOS |  -               - is IGNORE_INDEX: prompts and padding are not trained
@@ -47,8 +48,8 @@ def n_answers(example: Example) -> int:
 def pack_examples(lengths: Sequence[int], room: int) -> list[list[int]]:
     """The numbers of the examples in each row of `room` inputs; each example is in one row, whole.
 
-    Best fit decreasing: it needs at most 11/9 of the fewest possible rows, if there are many examples (Johnson et al.
-    1974). The rows are a function of the lengths alone.
+    Best fit decreasing: it needs at most 11/9 of the fewest possible rows, if there are many
+    examples (Johnson et al. 1974). The rows are a function of the lengths alone.
 
     >>> pack_examples([3, 5, 2, 4], room=7)
     [[1, 2], [3, 0]]
@@ -124,7 +125,8 @@ def collate_examples(
 
 
 def split_answer(inputs: Sequence[int], labels: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The tokens before the last answer of a row, which an encoder reads, and that answer, which its decoder writes.
+    """The tokens before the last answer of a row, which an encoder reads, and that answer,
+    which its decoder writes.
 
     >>> split_answer([1, 2, 3, 4, 0], [-100, -100, 4, 5, -100]), split_answer([0], [-100])
     (([1, 2, 3], [4, 5]), ([], []))

@@ -1,10 +1,12 @@
-"""Arrays of token ids that other programs wrote, read as token files; and token files written as NumPy arrays.
+"""Arrays of token ids that other programs wrote, read as token files;
+and token files written as NumPy arrays.
 
     NAME.npy      np.save of one row of uint16 or uint32
     NAME.bin      bare numbers; data.token_dtype says their type
     NAME.ds       datatrove's tokens, with NAME.ds.index and NAME.ds.metadata beside it
 
-An array has no header: it is read once, whole, to check its ids and to find where its documents end.
+An array has no header: it is read once, whole, to check its ids and to find
+where its documents end.
 """
 
 import io
@@ -37,7 +39,8 @@ def open_tokens(
         fix: what an error tells the user to do; by default, to encode again.
 
     Raises:
-        UserError: it is neither, or not complete, or an id of an array is not one of the tokenizer's.
+        UserError: it is neither, or not complete,
+            or an id of an array is not one of the tokenizer's.
     """
     path = Path(path)
     again = fix or f"Encode again: {ENCODE} {path}"

@@ -1,11 +1,13 @@
-"""The rows of a run from several sources: which source each row comes from, and which of its rows it is.
+"""The rows of a run from several sources: which source each row comes from,
+and which of its rows it is.
 
     place of the run ─▶ (source, number), by the weights      `Allocation`
                      ─▶ (source, row), by the order of each source      `mixture_row`
                      ─▶ inputs and labels, 2 x (T,)      `MixtureRows`
 
-Each source has rows of its own and is read pass after pass; the weights say how many of the run's rows come from it,
-not how many tokens it has. One source is the mixture of one. Which files the sources are is in run_files.py.
+Each source has rows of its own and is read pass after pass; the weights say how many of the run's
+rows come from it, not how many tokens it has. One source is the mixture of one. Which files the
+sources are is in run_files.py.
 """
 
 import math
@@ -24,12 +26,13 @@ BLOCK_ROWS = 1024
 
 
 class Allocation:
-    """The source of the row at each place, and its number among the rows of that source, from (seed, place) alone.
+    """The source of the row at each place, and its number among the rows of that source,
+    from (seed, place) alone.
 
-    Rows are allocated in blocks. Let V be the sum of the shares before a source and W = V + its share. Then it has
-    floor(W n) - floor(V n) of the first n rows: at each end of a block the counts add up to n, and each differs from
-    its share by less than one row. Within a block the sources are permuted by (seed, block); the rows of each source
-    stay in order.
+    Rows are allocated in blocks. Let V be the sum of the shares before a source and W = V + its
+    share. Then it has floor(W n) - floor(V n) of the first n rows: at each end of a block the
+    counts add up to n, and each differs from its share by less than one row. Within a block the
+    sources are permuted by (seed, block); the rows of each source stay in order.
 
     >>> allocation = Allocation([3, 1], seed=1)
     >>> [allocation.counts(n) for n in (4, 6, 4096)]
@@ -39,12 +42,15 @@ class Allocation:
     def __init__(self, weights: Sequence[float], seed: int):
         shares = shares_of(weights)
         self.bounds, self.seed = list(accumulate(shares)), seed
-        # At least one row of each source in a block: then no count can fall from one block to the next.
+        # At least one row of each source in a block: then no count can fall from one block
+        # to the next.
         self.block_rows = max(BLOCK_ROWS, math.ceil(1 / min(shares)))
         self._block: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
 
     def row(self, place: int) -> tuple[int, int]:
-        """The source of the row at `place`, and its number among the rows that the run takes from this source."""
+        """The source of the row at `place`, and its number among the rows that the run takes
+        from this source.
+        """
         block, offset = divmod(place, self.block_rows)
         if self._block[0] != block:
             self._block = (block, *self._deal(block))
@@ -68,7 +74,9 @@ class Allocation:
 
 
 def mixture_row(allocation: Allocation, orders: Sequence[RowOrder], place: int) -> tuple[int, int]:
-    """The source at a place of the run, and the row of that source: each source has an order of its own."""
+    """The source at a place of the run, and the row of that source:
+    each source has an order of its own.
+    """
     source, number = allocation.row(place)
     return source, orders[source](number)
 

@@ -1,9 +1,11 @@
-"""Tokens to rows of one length, and rows to micro-batches: what the model sees, and what it must predict.
+"""Tokens to rows of one length, and rows to micro-batches: what the model sees,
+and what it must predict.
 
     N number of tokens · T positions of a row · B rows of a micro-batch
 
-The tokens of all documents follow each other, each document closed by EOS. A row is T + 1 of them: the first T are
-inputs, the last T labels, so position t must predict token t + 1. With T = 4, documents a (3 tokens) and b (4 tokens):
+The tokens of all documents follow each other, each document closed by EOS. A row is T + 1 of them:
+the first T are inputs, the last T labels, so position t must predict token t + 1. With T = 4,
+documents a (3 tokens) and b (4 tokens):
 
     tokens           a0  a1  a2 EOS  b0  b1  b2  b3 EOS             (N,)
     row 0  inputs    a0  a1  a2 EOS                                 (T,)
@@ -12,12 +14,14 @@ inputs, the last T labels, so position t must predict token t + 1. With T = 4, d
            labels                    b1  b2  b3 EOS
     document_ids      0   0   0   1 | 0   0   0   0                 from 0 in each row; with data.document_mask
 
-So every token but the very first is a label exactly once (with the default stride T). EOS closes a document and, as an
-input, opens the next one: the first token of a document is predicted from EOS alone, which is also how sampling from an
-empty prompt begins. After the last token a row is filled with padding, whose labels are IGNORE_INDEX.
+So every token but the very first is a label exactly once (with the default stride T). EOS closes a
+document and, as an input, opens the next one: the first token of a document is predicted from EOS
+alone, which is also how sampling from an empty prompt begins. After the last token a row is filled
+with padding, whose labels are IGNORE_INDEX.
 
-A micro-batch is the rows at some places of the run, (B, T). The order is a pure function of (seed, place). All ranks
-share one sequence of places; micro-batch k of rank r takes `size` places of it. With size 2 and 2 ranks:
+A micro-batch is the rows at some places of the run, (B, T). The order is a pure function of (seed,
+place). All ranks share one sequence of places; micro-batch k of rank r takes `size` places of it.
+With size 2 and 2 ranks:
 
     place            0  1 | 2  3 | 4  5 | 6  7 | ...
     micro-batch        0      0      1      1               `Share.places`
@@ -26,10 +30,12 @@ share one sequence of places; micro-batch k of rank r takes `size` places of it.
     place ─▶ row number     pass after pass over the rows, in the order of data.order          `RowOrder`
                             each row once, then padding                                        `validation_order`
 
-So a run that resumes at micro-batch k needs nothing but k, and R ranks read together what one device would read.
+So a run that resumes at micro-batch k needs nothing but k,
+and R ranks read together what one device would read.
 
-Examples of fine-tuning are put into rows in example_rows.py, documents that are streamed in stream.py, and the rows of
-several sources are mixed in mixture.py. Knows torch, but not Lightning; knows nothing of text.
+Examples of fine-tuning are put into rows in example_rows.py, documents that are streamed in
+stream.py, and the rows of several sources are mixed in mixture.py. Knows torch, but not Lightning;
+knows nothing of text.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,13 +53,15 @@ IGNORE_INDEX = -100
 
 
 def count_rows(n_tokens: int, seq_len: int, stride: int) -> int:
-    """The number of rows that start every `stride` tokens and together have every token but the first as a label.
+    """The number of rows that start every `stride` tokens
+    and together have every token but the first as a label.
 
     >>> count_rows(9, 4, 4), count_rows(10, 4, 4), count_rows(9, 4, 1)
     (2, 3, 5)
     """
     n_labels = n_tokens - 1
-    # Row 0 has the first T labels; every other row adds `stride` of them (rounded up: the last row may be short).
+    # Row 0 has the first T labels; every other row adds `stride` of them
+    # (rounded up: the last row may be short).
     n_more = -(-(n_labels - seq_len) // stride)
     return 1 + max(0, n_more)
 
@@ -76,7 +84,8 @@ def row_at(
 
 
 def document_ids(input_ids: np.ndarray, eos_id: int) -> np.ndarray:
-    """The number of the document of each input (..., T): it grows by one at each EOS, which opens the next document.
+    """The number of the document of each input (..., T): it grows by one at each EOS,
+    which opens the next document.
 
     >>> document_ids(np.array([7, 7, 2, 8, 8]), eos_id=2).tolist()
     [0, 0, 1, 1, 1]
@@ -137,7 +146,8 @@ class RowOrder:
     """The row at each place of the training order; call it with a place.
 
     Args:
-        kind: `sequential`; `shuffled`, another permutation in each pass; `random`, an independent draw for each place.
+        kind: `sequential`; `shuffled`, another permutation in each pass; `random`,
+            an independent draw for each place.
         n_rows: number of rows.
         seed: the seed of the run.
         source: number of the source in a mixture, so that its sources have different orders.

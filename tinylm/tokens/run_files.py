@@ -1,4 +1,5 @@
-"""The token files of a run: one for each source, made if it does not exist, and what is known about them.
+"""The token files of a run: one for each source, made if it does not exist,
+and what is known about them.
 
     DataSource ─▶ the token file that the user gave, or its training or validation part      } `token_file_of`
                ─▶ a file in data.cache_dir, encoded from text once                            }
@@ -61,7 +62,8 @@ def validation_file(
     *,
     progress: OnProgress | None = None,
 ) -> TokenFile | JoinedFiles:
-    """The validation tokens: those of data.val_dataset, or what is held out of each source, one after the other.
+    """The validation tokens: those of data.val_dataset, or what is held out of each source,
+    one after the other.
 
     So each source has the share of val_loss that it has of the tokens, whatever its weight.
     """
@@ -87,7 +89,8 @@ def token_file_of(
 ) -> TokenFile:
     """The token file that the user gave, or one in the cache that is made from the text.
 
-    The cached file is named by everything its content depends on, made if it does not exist, and verified.
+    The cached file is named by everything its content depends on, made if it does not exist,
+    and verified.
 
     Raises:
         UserError: the data cannot be read or encoded, or the tokens are another tokenizer's.
@@ -116,8 +119,9 @@ def token_file_of(
 def _given_token_file(source: DataSource, tokenizer: Tokenizer) -> TokenFile:
     """The token file that a setting names, or the part of it that is for this split.
 
-    Without data.val_dataset, the last data.val_fraction of it, from the start of a document on, is for validation. A
-    document that is in the file twice can then be in both splits, which `split_overlap` counts.
+    Without data.val_dataset, the last data.val_fraction of it, from the start of a document on, is
+    for validation. A document that is in the file twice can then be in both splits, which
+    `split_overlap` counts.
     """
     require_regular(source.name)
     found = os.stat(source.name)
@@ -135,7 +139,9 @@ def _given_token_file(source: DataSource, tokenizer: Tokenizer) -> TokenFile:
 def _verified(
     path: str, tokenizer: Tokenizer, dtype: str | None, stamp: tuple[int, ...]
 ) -> TokenFile:
-    """A token file that the user gave, read whole: once for both splits; again if `stamp` has changed."""
+    """A token file that the user gave, read whole: once for both splits;
+    again if `stamp` has changed.
+    """
     file = open_tokens(path, tokenizer=tokenizer, dtype=dtype)
     file.require_tokenizer(tokenizer)
     file.verify()
@@ -219,7 +225,8 @@ def notes_on_text(
 def split_overlap(train: SourceFiles, val: SourceFiles) -> Overlap:
     """How many documents of validation are training documents too, as far as it is known.
 
-    Text is compared with text (`text_overlap`), and the token files of the settings with each other.
+    Text is compared with text (`text_overlap`), and the token files of the settings
+    with each other.
     """
     given = [file for source, file in train if source.split is None and file is not None]
     val_given = [file for source, file in val if source.split is None and file is not None]

@@ -1,9 +1,11 @@
-"""Micro-batches of documents that are read during training, with data.streaming: no token file is made.
+"""Micro-batches of documents that are read during training, with data.streaming:
+no token file is made.
 
     documents from the cursor on ─▶ rows of T + 1 tokens      `pack_stream`
                                  ─▶ windows of rows, shuffled by (seed, window) ─▶ (B, T)      `StreamDataset`
 
-The position in the stream is in each batch and in the checkpoint (`Cursor`), so a resumed run continues exactly there.
+The position in the stream is in each batch and in the checkpoint (`Cursor`),
+so a resumed run continues exactly there.
 """
 
 from collections import deque
@@ -22,7 +24,9 @@ from tinylm.tokens.packing import STREAM, Batch, Share, collate_rows
 
 
 class Position(NamedTuple):
-    """A position in a stream that is read again and again: the pass, the document in it, the token in the document."""
+    """A position in a stream that is read again and again: the pass, the document in it,
+    the token in the document.
+    """
 
     passes: int
     document: int
@@ -55,7 +59,9 @@ def pack_stream(
 
 
 def _take(pieces: deque[tuple[Position, np.ndarray]], n: int) -> np.ndarray:
-    """Remove the first `n` tokens from `pieces` and return them, (n,); the rest begins with a token."""
+    """Remove the first `n` tokens from `pieces` and return them, (n,);
+    the rest begins with a token.
+    """
     taken = []
     while n:
         position, ids = pieces.popleft()
@@ -69,7 +75,9 @@ def _take(pieces: deque[tuple[Position, np.ndarray]], n: int) -> np.ndarray:
 
 
 class Cursor(NamedTuple):
-    """A position in a shuffled stream: the window of rows, how many of them are used, and where it starts."""
+    """A position in a shuffled stream: the window of rows, how many of them are used,
+    and where it starts.
+    """
 
     window: int = 0
     used: int = 0
@@ -79,9 +87,11 @@ class Cursor(NamedTuple):
 
 
 class StreamDataset(IterableDataset[Batch]):
-    """Micro-batches of documents that are read during training; each has the cursor of the row after it.
+    """Micro-batches of documents that are read during training;
+    each has the cursor of the row after it.
 
-    One process reads the stream, whatever `num_workers`: a second one would only read the same documents again.
+    One process reads the stream, whatever `num_workers`:
+    a second one would only read the same documents again.
     """
 
     def __init__(
@@ -117,7 +127,9 @@ class StreamDataset(IterableDataset[Batch]):
             yield collate(mine, places) | {"cursor": position, "origin": position}
 
     def _shuffled_rows(self) -> Iterator[tuple[np.ndarray, Cursor]]:
-        """Each row (T + 1,) with the cursor after it; windows are filled in order and shuffled by (seed, window)."""
+        """Each row (T + 1,) with the cursor after it;
+        windows are filled in order and shuffled by (seed, window).
+        """
         size = self.config.data.shuffle_window
         window, used, *start = self.cursor
         rows = pack_stream(self._documents(Position(*start)), self.config.training.seq_len)
@@ -138,7 +150,9 @@ class StreamDataset(IterableDataset[Batch]):
             window, used, start = window + 1, 0, list(end)
 
     def _documents(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
-        """The documents from `start` on, pass after pass without end, each with the position of its first token."""
+        """The documents from `start` on, pass after pass without end,
+        each with the position of its first token.
+        """
         data = self.config.data
         while True:
             documents = train_documents(data, self.config.training.seed, skip=start.document)

@@ -5,8 +5,8 @@
                   zeros to a multiple of 8 bytes
                   where each of the D documents ends, EOS included, uint64      document_ends (D,)
 
-`TokenFile` reads it, token_file_writer.py writes it, id_arrays.py reads the arrays of other programs as if they were
-token files. Knows nothing of where text comes from.
+`TokenFile` reads it, token_file_writer.py writes it, id_arrays.py reads the arrays of other
+programs as if they were token files. Knows nothing of where text comes from.
 """
 
 import hashlib
@@ -35,7 +35,8 @@ ENCODE = "python -m tinylm encode --data TEXT --tokenizer TOKENIZER --out"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds every id: two bytes up to 65536 tokens, else four; little-endian on every machine.
+    """The smallest type that holds every id: two bytes up to 65536 tokens, else four;
+    little-endian on every machine.
 
     >>> token_dtype(65536).name, token_dtype(65537).name
     ('uint16', 'uint32')
@@ -85,7 +86,9 @@ class TokenFileHeader(BaseModel):
     """of everything after the header, then of the other fields of the header"""
 
     def fields_json(self) -> bytes:
-        """The fields that `sha256` covers; without defaults, so that files from before a field have the same digest."""
+        """The fields that `sha256` covers; without defaults,
+        so that files from before a field have the same digest.
+        """
         return json.dumps(
             self.model_dump(exclude={"sha256"}, exclude_defaults=True), sort_keys=True
         ).encode()
@@ -260,7 +263,9 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class JoinedFiles:
-    """Token files one after the other, read as if they were one: `tokens` is sliced, and only the slice is read."""
+    """Token files one after the other, read as if they were one: `tokens` is sliced,
+    and only the slice is read.
+    """
 
     files: tuple[TokenFile, ...]
 

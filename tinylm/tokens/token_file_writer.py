@@ -60,8 +60,9 @@ class TokenFileWriter:
                 writer.append(tokens, ends)
             writer.finish(source)
 
-    The state is saved every `SAVE_SECONDS`, after the data that it counts; a process that continues truncates what was
-    written after it. A file with its final name is complete. The caller holds `common.files.locked(path)`.
+    The state is saved every `SAVE_SECONDS`, after the data that it counts; a process that continues
+    truncates what was written after it. A file with its final name is complete. The caller holds
+    `common.files.locked(path)`.
 
     Args:
         path: the final place of the file.
@@ -238,7 +239,8 @@ class TokenFileWriter:
         keep = self.state.portions > 0 and (self._keep or interrupted)
         try:
             if kind is not None and keep:
-                # A full disk must not hide why the work ended: the state that was saved before is used then.
+                # A full disk must not hide why the work ended: the state
+                # that was saved before is used then.
                 with suppress(OSError, UserError):
                     self.save()
         finally:

@@ -1,4 +1,5 @@
-"""Stage dpo: the model learns to prefer the chosen of two answers to a prompt (direct preference optimization).
+"""Stage dpo: the model learns to prefer the chosen of two answers to a prompt
+(direct preference optimization).
 
 pairs ─▶ row order ─▶ micro-batch: chosen and rejected (B, T), and their reference log-probabilities (B,)
 """
@@ -134,7 +135,9 @@ class PreferenceData(RunData):
             yield collate(pairs[start : start + size], range(start, start + size))
 
     def add_reference(self, log_probs: np.ndarray) -> None:
-        """Give every pair the log-probabilities (n, 2) of its answers under the reference, in the order of `all_batches`."""
+        """Give every pair the log-probabilities (n, 2) of its answers under the reference,
+        in the order of `all_batches`.
+        """
         known = iter(log_probs.tolist())
         self.train_pairs = [pair._replace(reference=next(known)) for pair in self.train_pairs]
         self.val_pairs = [pair._replace(reference=next(known)) for pair in self.val_pairs]
@@ -160,7 +163,9 @@ def collate_preferences(
     pad_id: int,
     cached: bool,
 ) -> Batch:
-    """Ids and labels (B, T) int64 of both answers and, if `cached`, their log-probabilities under the reference, (B,)."""
+    """Ids and labels (B, T) int64 of both answers and, if `cached`,
+    their log-probabilities under the reference, (B,).
+    """
     batch: Batch = {"origin": [None if pair is None else pair.chosen.place for pair in rows]}
     for number, name in enumerate(("chosen", "rejected")):
         examples = [() if pair is None else (pair[number],) for pair in rows]
@@ -182,10 +187,12 @@ def answers_of(pairs: Sequence[PreferencePair]) -> list[Example]:
 
 
 class DPOModule(TrainingModule):
-    """Direct preference optimization: the policy learns which of two answers is better, relative to a reference.
+    """Direct preference optimization: the policy learns which of two answers is better,
+    relative to a reference.
 
-    The reference is the model that the run started from: a frozen copy, or the policy with its adapters off, or
-    log-probabilities that were computed once and come with each batch. It never has dropout.
+    The reference is the model that the run started from: a frozen copy, or the policy with its
+    adapters off, or log-probabilities that were computed once and come with each batch. It never
+    has dropout.
 
     Args:
         config: the settings.
@@ -217,7 +224,8 @@ class DPOModule(TrainingModule):
         return self
 
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
-        """The preference loss, plus dpo.sft_coef times the cross entropy per token of the chosen answers.
+        """The preference loss, plus dpo.sft_coef times the cross entropy per token of the chosen
+        answers.
 
         The second term is that of Pang et al. 2024, equation 1.
         """
@@ -264,7 +272,9 @@ class DPOModule(TrainingModule):
 
 
 def open_data(context: RunContext, tokenizer: Tokenizer) -> PreferenceData:
-    """The pairs of answers of both splits, read and encoded; logs their number and the skipped rows."""
+    """The pairs of answers of both splits, read and encoded;
+    logs their number and the skipped rows.
+    """
     data = PreferenceData(context.config, tokenizer)
     data.prepare()
     log_contents(data.describe(), data.notes)
@@ -297,7 +307,9 @@ def build_module(
 def add_cached_reference(
     context: RunContext, data: PreferenceData, model: Decoder | HFModel, fingerprint: str
 ) -> None:
-    """Give the data the log-probabilities under the reference model, computed once and kept in data.cache_dir."""
+    """Give the data the log-probabilities under the reference model,
+    computed once and kept in data.cache_dir.
+    """
     config = context.config
     n_pairs = len(data.train_pairs) + len(data.val_pairs)
     depends_on = [

@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def learn_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that the settings describe; bpe and char are learned from the training documents."""
+    """The tokenizer that the settings describe; bpe and char are learned
+    from the training documents.
+    """
     settings = config.tokenizer
     if settings.kind in ("byte", "hf"):
         tokenizer = make_tokenizer(settings, tuple)
@@ -37,7 +39,9 @@ def learn_tokenizer(config: Config) -> Tokenizer:
 
 
 def open_data(context: RunContext, tokenizer: Tokenizer) -> PretrainData:
-    """The token files of the run, or its stream; logs their size and the documents that are in both splits."""
+    """The token files of the run, or its stream; logs their size and the documents that are
+    in both splits.
+    """
     with progress_bar() as progress:
         data = PretrainData(context.config, tokenizer)
         data.prepare(progress)

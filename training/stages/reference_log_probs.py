@@ -1,4 +1,5 @@
-"""The reference's log-probabilities of all pairs, computed once and kept in a file (dpo.reference: cached).
+"""The reference's log-probabilities of all pairs, computed once and kept in a file
+(dpo.reference: cached).
 
 So that training holds one model, not two, and computes one forward pass per batch, not two.
 """

@@ -1,4 +1,5 @@
-"""Stage sft: next-token prediction on rows of questions and answers; a row holds one or several examples.
+"""Stage sft: next-token prediction on rows of questions and answers;
+a row holds one or several examples.
 
 examples ─▶ rows, packed or one example each ─▶ row order ─▶ micro-batch (B, T)
 """
@@ -50,7 +51,8 @@ class SFTData(RunData):
     """The batches of a run of supervised fine-tuning.
 
     Args:
-        config: the settings; data.task, data.template, data.packing and training.train_on define the examples.
+        config: the settings; data.task, data.template,
+            data.packing and training.train_on define the examples.
         tokenizer: encodes the rows.
         template: how conversations are formatted; None: as data.template says.
     """
@@ -165,7 +167,9 @@ def inspect_examples(
 
 
 def with_data_of_task(config: Config) -> Config:
-    """The settings with the hub dataset of data.task filled in, if there is a task and data.dataset is not given."""
+    """The settings with the hub dataset of data.task filled in,
+    if there is a task and data.dataset is not given.
+    """
     data = config.data
     if data.task is None or "dataset" in data.model_fields_set:
         return config

@@ -98,7 +98,9 @@ class VerifierData(RunData):
         )
 
     def fingerprints(self) -> dict[str, str]:
-        """Identify the data: two runs with equal fingerprints, settings and tokenizers see the same pairs."""
+        """Identify the data: two runs with equal fingerprints,
+        settings and tokenizers see the same pairs.
+        """
         return {
             "train": fingerprint_of_problems(self.train_problems),
             "val": fingerprint_of_problems(self.val_problems),
@@ -166,7 +168,8 @@ def collate_problems(
 
     Args:
         rows: the problems.
-        places: their places in the run, which also decide the wrong answers: each pass has other ones.
+        places: their places in the run, which also decide the wrong answers:
+            each pass has other ones.
         tokenizer: encodes problems and answers.
         seq_len: tokens of the longest pair.
         n_wrong: wrong answers of each problem.
@@ -197,7 +200,9 @@ def fingerprint_of_problems(problems: Sequence[Problem]) -> str:
 
 
 class VerifierModule(TrainingModule):
-    """An encoder learns to tell right answers from wrong ones; other stages train a decoder in its place."""
+    """An encoder learns to tell right answers from wrong ones;
+    other stages train a decoder in its place.
+    """
 
     train_columns = ("accuracy",)
     val_columns = (
@@ -235,7 +240,9 @@ class VerifierModule(TrainingModule):
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The sum of the losses, then how often each logit occurs among wrong and among right answers."""
+        """The sum of the losses, then how often each logit occurs among wrong
+        and among right answers.
+        """
         right = batch["label"]
         if len(right):
             logits = self._error_logits(batch["input_ids"], batch["attention_mask"])
@@ -265,7 +272,9 @@ class VerifierModule(TrainingModule):
 
 
 def learn_verifier_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of a verifier with new weights; bpe and char are learned from the training problems."""
+    """The tokenizer of a verifier with new weights;
+    bpe and char are learned from the training problems.
+    """
 
     def texts() -> Iterator[str]:
         found = read_problems(
@@ -282,14 +291,18 @@ def learn_verifier_tokenizer(config: Config) -> Tokenizer:
 
 
 def open_data(context: RunContext, tokenizer: Tokenizer) -> VerifierData:
-    """The problems of both splits with right and wrong answers; logs their number and the skipped rows."""
+    """The problems of both splits with right and wrong answers;
+    logs their number and the skipped rows.
+    """
     data = prepare_data(context, tokenizer)
     log_contents(data.describe(), data.notes)
     return data
 
 
 def prepare_data(context: RunContext, tokenizer: Tokenizer) -> VerifierData:
-    """The problems of both splits; with verifier.sampled_from, the model that it names answers them too."""
+    """The problems of both splits; with verifier.sampled_from,
+    the model that it names answers them too.
+    """
     config = context.config
     assert config.verifier is not None
     data = VerifierData(config, tokenizer)
@@ -333,7 +346,9 @@ def answerer(
 def build_module(
     context: RunContext, data: RunData, resume: ResumeState | None, initial: InitialModel | None
 ) -> VerifierModule:
-    """A verifier with the weights of the checkpoint, else of a decoder, else new ones that depend on the seed alone."""
+    """A verifier with the weights of the checkpoint, else of a decoder,
+    else new ones that depend on the seed alone.
+    """
     config = context.config
     if resume is not None:
         verifier = load_verifier_weights(config.model, resume.state["weights"])

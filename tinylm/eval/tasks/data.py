@@ -1,4 +1,6 @@
-"""Where a task's rows come from: the hub, a local file or folder, or the few built-in ones (--smoke)."""
+"""Where a task's rows come from: the hub, a local file or folder,
+or the few built-in ones (--smoke).
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +29,9 @@ def conversation_parser(data: DataConfig) -> Callable[[Row], Conversation] | Non
 
 
 def requested_built_in_rows(data: DataConfig) -> list[LocatedRow]:
-    """The built-in rows of data.task if data.dataset is "smoke", and no file has that name; else []."""
+    """The built-in rows of data.task if data.dataset is "smoke", and no file has that name;
+    else [].
+    """
     if data.task and data.dataset == SMOKE and not os.path.exists(SMOKE):
         return built_in_rows(TASKS[data.task])
     return []
@@ -61,15 +65,17 @@ def load_task(
     limit: int | None = None,
     seed: int = 0,
 ) -> TaskData:
-    """The examples of a task, at most `limit` drawn ones, and `n_shots` solved ones that are not among them.
+    """The examples of a task, at most `limit` drawn ones,
+    and `n_shots` solved ones that are not among them.
 
     Args:
-        path: a file of rows, from which the solved examples are held out, or a folder with files train* and test*;
-            None: the hub.
+        path: a file of rows, from which the solved examples are held out, or a folder with files
+            train* and test*; None: the hub.
         smoke: use the built-in rows.
 
     Raises:
-        UserError: nothing is found, or a row lacks what the task needs; `where` has file, line and column.
+        UserError: nothing is found, or a row lacks what the task needs; `where` has file,
+            line and column.
     """
     if smoke and path is not None:
         raise UserError(("--data", path), "cannot be combined with --smoke", "Give one of the two")
@@ -93,7 +99,8 @@ def load_task(
 
 def _from_hub(task: Task, hub: Hub, n_shots: int, limit: int | None, seed: int) -> TaskData:
     if hub.train == hub.test:
-        # One split: evaluate on the rows that fine-tuning with default settings holds out for validation.
+        # One split: evaluate on the rows that fine-tuning with default settings holds out
+        # for validation.
         data = DataConfig(dataset=hub.dataset, dataset_config=hub.config, split=hub.train)
         train, test = (read_rows(data, which, TrainingConfig().seed) for which in ("train", "val"))
     else:
@@ -105,7 +112,9 @@ def _from_hub(task: Task, hub: Hub, n_shots: int, limit: int | None, seed: int) 
 def _all_rows(
     dataset: str, config: str | None = None, split: str = "train"
 ) -> Iterator[LocatedRow]:
-    """All rows of a file, or of a split on the hub: with a val_dataset, nothing is held out of them."""
+    """All rows of a file, or of a split on the hub: with a val_dataset,
+    nothing is held out of them.
+    """
     data = DataConfig(dataset=dataset, dataset_config=config, split=split, val_dataset=dataset)
     return read_rows(data, "train", 0)
 
@@ -154,7 +163,9 @@ def _from_one_file(
 
 
 def _draw(examples: Sequence[TaskExample], limit: int | None, seed: int) -> list[TaskExample]:
-    """At most `limit` random examples in their order: the first ones of a sorted file would not be representative."""
+    """At most `limit` random examples in their order:
+    the first ones of a sorted file would not be representative.
+    """
     if limit is None or limit >= len(examples):
         return list(examples)
     numbers = np.random.default_rng(seed).permutation(len(examples))[:limit]

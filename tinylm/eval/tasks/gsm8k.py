@@ -1,4 +1,6 @@
-"""GSM8K: grade-school word problems, whose answers reason step by step and end in `#### number` (Cobbe et al. 2021)."""
+"""GSM8K: grade-school word problems, whose answers reason step by step and end
+in `#### number` (Cobbe et al. 2021).
+"""
 
 from tinylm.eval.tasks.task import Hub, Task, text_of
 from tinylm.rows.conversation import Turn

@@ -8,7 +8,9 @@ LABELS = ("ham", "spam")  # 0 and 1 on the hub, names in the file SMSSpamCollect
 
 
 def question(row: Row) -> Turn:
-    """The message as the input of an instruction; its column is text in SMSSpamCollection and sms on the hub."""
+    """The message as the input of an instruction;
+    its column is text in SMSSpamCollection and sms on the hub.
+    """
     return Turn("user", SMS_INSTRUCTION, text_of(row, "text" if "text" in row else "sms").strip())
 
 

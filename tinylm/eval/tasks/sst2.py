@@ -1,4 +1,6 @@
-"""SST-2: is a sentence of a film review positive or negative? (Socher et al. 2013; as in GLUE, Wang et al. 2018.)"""
+"""SST-2: is a sentence of a film review positive or negative?
+(Socher et al. 2013; as in GLUE, Wang et al. 2018.)
+"""
 
 from tinylm.eval.tasks.task import Hub, Row, Task, label_of, text_of
 from tinylm.rows.conversation import Turn

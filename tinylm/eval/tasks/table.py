@@ -1,4 +1,6 @@
-"""The tasks by name. A new task is one file beside this one and one entry here; task.py says what a task is."""
+"""The tasks by name. A new task is one file beside this one and one entry here;
+task.py says what a task is.
+"""
 
 from tinylm.common.errors import UserError
 from tinylm.eval.tasks.alpaca import ALPACA

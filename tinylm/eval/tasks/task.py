@@ -2,8 +2,8 @@
 
     row ─▶ TaskExample (question, target) ─▶ the model's answer ─▶ grade ─▶ Measure of all, beside chance
 
-Each file beside this one is one task; table.py lists them. Knows nothing of models: eval/task_scores.py asks them, and
-fine-tuning trains on `conversation`.
+Each file beside this one is one task; table.py lists them. Knows nothing of models:
+eval/task_scores.py asks them, and fine-tuning trains on `conversation`.
 """
 
 from collections import Counter
@@ -64,9 +64,11 @@ class Task:
     smoke: tuple[Row, ...]
     """rows written for this project, to try the task without data"""
     grade: Callable[[str, str], dict[str, float]] = accuracy
-    """scores of an output against its target, each from 0 to 1; the first ranks, and 1 of it means right"""
+    """scores of an output against its target, each from 0 to 1; the first ranks,
+    and 1 of it means right"""
     labels: tuple[str, ...] = ()
-    """the possible answers, of which the most probable is chosen; (): the model generates its answer"""
+    """the possible answers, of which the most probable is chosen;
+    (): the model generates its answer"""
     frame: tuple[str, str] = ("", "")
     """text before and after a question, for models without a template"""
     answer_separator: str = " "
@@ -117,7 +119,8 @@ class Task:
         return measures
 
     def chance(self, targets: Sequence[str]) -> dict[str, float]:
-        """The scores of answers that ignore their prompt: the most frequent label, or else the next example's target.
+        """The scores of answers that ignore their prompt: the most frequent label,
+        or else the next example's target.
 
         Empty for a single free-text target, which has no other.
         """
@@ -174,7 +177,8 @@ def label_of(row: Row, column: str, labels: Sequence[str]) -> str:
 def draw_shots(
     task: Task, rows: Iterable[tuple[str, Any]], n: int, *, seed: int, avoid: Iterable[Turn] = ()
 ) -> list[TaskExample]:
-    """`n` solved examples for a prompt, drawn from `rows`, skipping bad rows and questions in `avoid`.
+    """`n` solved examples for a prompt, drawn from `rows`,
+    skipping bad rows and questions in `avoid`.
 
     Raises:
         UserError: there are fewer.

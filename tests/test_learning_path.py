@@ -1,9 +1,10 @@
 """docs/LEARNING_PATH.md held to the code that it walks through: its references, its counts, its order.
 
-Two forms can be checked by a machine, and the page uses no others:
+These forms can be checked by a machine, and the page uses no others:
 
     `tinylm/model/decoder.py: Attention.forward`      a definition, and the file that it is in
     the five steps of `REFERENCE`                     what the source of REFERENCE numbers 1., 2., ...
+    step 3 of `REFERENCE`                             one of these numbers
     the four functions of `REFERENCE`                 functions of the same file that REFERENCE calls
 
 A reference to a whole file, `tinylm/rows/templates.py`, counts what its first docstring numbers.
@@ -32,6 +33,7 @@ WORDS = re.findall(
 COUNTED_NOUNS = "steps|guarantees|functions"
 REFERENCE = re.compile(r"`([\w./-]+\.py): ([^`]+)`")
 COUNT = re.compile(rf"\b[Tt]he ({'|'.join(WORDS)}) ({COUNTED_NOUNS}) of `([^`]+)`")
+STEP = re.compile(r"\bstep (\d+) of `([^`]+\.py[^`]*)`")
 # A number word before such a noun, or before code that could have been counted.
 ANY_COUNT = re.compile(
     rf"\b(?:{'|'.join(WORDS)}) (?:\w+ )?(?:{COUNTED_NOUNS}|methods|classes|files)\b", re.IGNORECASE
@@ -109,6 +111,9 @@ def wrong_counts(text: str) -> Iterator[str]:
         found = count(noun, reference)
         if WORDS.index(word) != found:
             yield f"{reference}: {word} {noun}, found {found}"
+    for number, reference in STEP.findall(text):
+        if int(number) > count("steps", reference):
+            yield f"{reference}: no step {number}"
     checked = [match.span() for match in COUNT.finditer(text)]
     for match in ANY_COUNT.finditer(text):
         if not any(start <= match.start() < end for start, end in checked):
@@ -258,10 +263,12 @@ def test_a_reference_that_is_wrong_is_found():
 def test_a_count_that_is_wrong_or_cannot_be_checked_is_found():
     text = (
         "The nine steps\nof `model.py: TrainingModule.optimizer_step`, the four functions of "
-        "`tinylm/generate/sampling.py: apply_filters`. Six small functions, and 200 steps."
+        "`tinylm/generate/sampling.py: apply_filters`. Six small functions, and 200 steps. Step 3 is step 9 of "
+        "`model.py: TrainingModule.optimizer_step`."
     )
     assert list(wrong_counts(text)) == [
         "model.py: TrainingModule.optimizer_step: nine steps, found 8",
+        "model.py: TrainingModule.optimizer_step: no step 9",
         "not checked: Six small functions",
     ]
 

@@ -94,13 +94,16 @@ def fit(
 ) -> int:
     """Train `module` on `data` to the last step, from the first one or from that of the checkpoint."""
     config = module.config
-    metrics_file, loggers = None, []
     if resume is not None:
         log_effects_of_changes(resume, config)
         module.progress = resume.progress()
         module.cursor = resume.state["cursor"]
         data.start_at(module.progress.step * config.training.grad_accum_steps, module.cursor)
         logger.info(f"resuming {resume.path} at step {module.progress.step}")
+    signals = StopSignals()
+    display = ProgressDisplay(config.training.max_steps)
+    checkpoints = Checkpoints(context.checkpoint_dir, data.tokenizer, data.fingerprints())
+    metrics_file, loggers = None, []
     if rank_zero_only.rank == 0:
         metrics_file = MetricsFile(
             context.log_dir / "metrics.csv",
@@ -109,9 +112,6 @@ def fit(
             keep_old=resume is None or not resume.is_in(context.checkpoint_dir),
         )
         loggers = build_loggers(config.training)
-    signals = StopSignals()
-    display = ProgressDisplay(config.training.max_steps)
-    checkpoints = Checkpoints(context.checkpoint_dir, data.tokenizer, data.fingerprints())
     step_end = StepEnd(
         signals,
         Validation(signals, data.tokenizer, display.show, sample),

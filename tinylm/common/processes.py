@@ -23,37 +23,20 @@ JOBS_AHEAD = 2
 MAX_WAITING = 8
 
 
-def limit_processes(
-    jobs: Iterable[Job], processes: int, min_size: int
-) -> tuple[Iterator[Job], int]:
-    """The jobs, and the number of processes to use:
-    1 if the sum of their `size` is less than `min_size`.
-    """
-    jobs = iter(jobs)
-    first: list[Job] = []
-    size = 0
-    while processes > 1 and size < min_size:
-        job = next(jobs, None)
-        if job is None:
-            break
-        first.append(job)
-        size += job.size
-    return chain(first, jobs), processes if size >= min_size else 1
-
-
 def in_order(
-    work: Callable[[Job], Result], jobs: Iterable[Job], processes: int
+    work: Callable[[Job], Result], jobs: Iterable[Job], processes: int, *, min_size: int = 0
 ) -> Iterator[Result]:
     """`work(job)` for each job, in the order of the jobs.
 
     This process works too, from the start, because the `processes` - 1 workers take half a second
-    to begin. `work` is sent to each worker once. At most `MAX_WAITING` jobs per process, with their
+    to begin; it works alone if the jobs are small (`limit_processes`). `work` is sent to each worker once. At most `MAX_WAITING` jobs per process, with their
     results, are in memory. An exception in `work` ends everything at once; an error that should
     come in its turn must be returned as a result.
 
     Raises:
         UserError: a worker process was killed.
     """
+    jobs, processes = limit_processes(jobs, processes, min_size)
     if processes == 1:
         yield from map(work, jobs)
         return
@@ -62,7 +45,6 @@ def in_order(
     executor = ProcessPoolExecutor(
         processes - 1, context, initializer=_start_worker, initargs=(work,)
     )
-    jobs = iter(jobs)
     waiting = deque[Future[Any]]()
     try:
         while True:
@@ -83,6 +65,22 @@ def in_order(
         ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def limit_processes(
+    jobs: Iterable[Job], processes: int, min_size: int
+) -> tuple[Iterator[Job], int]:
+    """The jobs, and the number of processes to use: 1 if their `size`s add up to less than `min_size`."""
+    jobs = iter(jobs)
+    first: list[Job] = []
+    size = 0
+    while processes > 1 and size < min_size:
+        job = next(jobs, None)
+        if job is None:
+            break
+        first.append(job)
+        size += job.size
+    return chain(first, jobs), processes if size >= min_size else 1
 
 
 def _submit(executor: ProcessPoolExecutor, job: Any) -> Future[Any]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
-from tinylm.common.processes import in_order, limit_processes
+from tinylm.common.processes import in_order
 from tinylm.text.chunks import RawChunk
 from tinylm.text.documents import TextChunk
 from tinylm.tokenizer.bpe_files import Bpe, check_request, smallest_vocabulary
@@ -79,10 +79,10 @@ def count_words_of(
         UserError: a file cannot be read or is not UTF-8, a process was killed,
             or there are no words.
     """
-    chunks, processes = limit_processes(chunks, processes, MIN_SIZE_FOR_PROCESSES)
     total: Counter[str] = Counter()
     n_done = 0
-    for size, words in in_order(partial(count_chunk, pretokenizer), chunks, processes):
+    count = partial(count_chunk, pretokenizer)
+    for size, words in in_order(count, chunks, processes, min_size=MIN_SIZE_FOR_PROCESSES):
         total.update(words)
         n_done += size
         if progress is not None:

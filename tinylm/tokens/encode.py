@@ -22,7 +22,7 @@ import numpy as np
 
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError, require_regular
-from tinylm.common.processes import in_order, limit_processes
+from tinylm.common.processes import in_order
 from tinylm.text import documents
 from tinylm.text.documents import SeparatorSeen, SpanChunk, TextChunk
 from tinylm.text.splits import Split
@@ -277,9 +277,8 @@ def encode_file(
         done = sum(part.size for part in islice(parts, writer.state.portions))
         total = split.source.size()
         # 2. encode the others
-        parts, processes = limit_processes(parts, processes, WORTH_PROCESSES)
         encoder = Encoder(spec.tokenizer, spec.max_doc_len, split)
-        for encoded in in_order(encoder, parts, processes):
+        for encoded in in_order(encoder, parts, processes, min_size=WORTH_PROCESSES):
             if _append(writer, spec, encoded):
                 break
             done += encoded.size

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +52,7 @@ class WriterState(BaseModel):
     """whether a separator was found"""
 
 
-class TokenFileWriter:
+class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
     """Writes a token file in chunks, in a folder beside its name.
 
         with TokenFileWriter(path, tokenizer, recipe, resume=True, keep=True) as writer:
@@ -141,9 +141,6 @@ class TokenFileWriter:
         self._tokens.seek(HEADER_BYTES)
         for block in iter(partial(self._tokens.read, BLOCK), b""):
             self._header.add_tokens(np.frombuffer(block, dtype=dtype))
-
-    def __enter__(self) -> "TokenFileWriter":
-        return self
 
     def append(
         self,

@@ -33,6 +33,7 @@ FREE_ON_RESUME = {
     "data.dataset",
     "data.mix",
     "data.val_dataset",
+    "data.skip_bad_rows",
     "tokenizer.path",
     "verifier.sampled_from",
     "data.num_workers",

@@ -38,11 +38,13 @@ from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
+from tinylm.config.schema import Config
 from tinylm.interchange.peft import save_adapter
 from tinylm.model.hf_model import HFModel
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.pretokenize import CHARACTER_OF_BYTE
+from training.resume import changed_settings
 from training.stages.sft import SFTData
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -922,6 +924,13 @@ def test_questions_of_both_splits_are_told(
         "10 validation rows have a question of a training row; val_loss will be lower than on new questions"
         in capsys.readouterr().err
     ) == said
+
+
+def test_a_checkpoint_that_is_older_than_a_setting_can_be_resumed() -> None:
+    """A setting that it does not have counts as null; the rows that are skipped are compared by content."""
+    now = Config().to_plain()
+    was = now | {"data": {k: v for k, v in now["data"].items() if k != "skip_bad_rows"}}
+    assert changed_settings(was, now) == []
 
 
 def test_changed_rows_are_refused(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -4,9 +4,9 @@ then their models side by side.
     python align.py --config configs/align-smoke.yaml
     python align.py --config configs/align.yaml
 
-    read      a YAML list of stages, each a config that also runs by itself      training/pipeline.py
-    run       each stage as a process of its own, unless it is already done      training/pipeline_run.py
-    compare   every model on the same held-out data and the same prompts         training/side_by_side.py
+    read     a YAML list of stages, each a config that also runs by itself  training/pipeline.py
+    run      each stage as a process of its own, unless it is already done  training/pipeline_run.py
+    compare  every model on the same held-out data and the same prompts     training/side_by_side.py
 
 Each stage resumes exactly, because its program does: run the same command again after a crash.
 """

@@ -1,11 +1,11 @@
 """LightningDataModules: documents to micro-batches, in a deterministic order
 (a pure function of seed and step).
 
-    1. tokens   each source as one token file of N tokens                                  PretrainData.prepare
-    2. rows     row i of a file: inputs and labels, 2 x (T,), cut from N tokens            tokens/packing.py
-    3. order    place of the run ─▶ source and row, from (seed, place) alone               mixture.py, packing.py
-    4. batch    the B rows at the places of micro-batch k of this rank, (B, T)             RowDataset
-    or          2'-4' of a stream: windows of rows, shuffled by (seed, window), (B, T)     tokens/stream.py
+    1. tokens  each source as one token file of N tokens                               PretrainData.prepare
+    2. rows    row i of a file: inputs and labels, 2 x (T,), cut from N tokens         tokens/packing.py
+    3. order   place of the run ─▶ source and row, from (seed, place) alone            mixture.py, packing.py
+    4. batch   the B rows at the places of micro-batch k of this rank, (B, T)          RowDataset
+    or         2'-4' of a stream: windows of rows, shuffled by (seed, window), (B, T)  tokens/stream.py
 
 The whole run is one sequence of micro-batches 0, 1, 2, ... and one Lightning epoch; a pass over the
 data ends somewhere inside it. A run that resumes at micro-batch k gets what an uninterrupted run

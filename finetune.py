@@ -12,10 +12,10 @@ It starts from the weights that training.init_from names, a checkpoint of ours o
 model (hf:NAME), with the flags, the steps and the exact resume of train.py. The config decides the
 stage:
 
-    verifier section      an encoder learns to tell right answers from wrong ones      training/stages/verifier.py
-    dpo section           the model learns to prefer the first of two answers          training/stages/dpo.py
-    neither               the model learns the answers of rows of questions and        training/stages/sft.py
-                          answers; with training.train_on=all also the questions
+    verifier section  an encoder learns to tell right answers from wrong ones  training/stages/verifier.py
+    dpo section       the model learns to prefer the first of two answers      training/stages/dpo.py
+    neither           the model learns the answers of rows of questions and    training/stages/sft.py
+                      answers; with training.train_on=all also the questions
 """
 
 import argparse
@@ -28,8 +28,8 @@ from tinylm.cli.training_flags import training_parser
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line of finetune.py."""
     description = (
-        "Teach a trained model to answer, or which answer is better. The same command again resumes from the newest "
-        "checkpoint."
+        "Teach a trained model to answer, or which answer is better. "
+        "The same command again resumes from the newest checkpoint."
     )
     parser, _ = training_parser("finetune.py", "config_finetune.yaml", description)
     return parser.parse_intermixed_args(argv)

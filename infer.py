@@ -30,7 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="text to continue, or question; - or no flag: standard input, without its last newline",
+        help="text to continue, or question; - or no flag: standard input, "
+        "without its last newline",
     )
     parser.add_argument(
         "--chat",

@@ -104,7 +104,8 @@ class TrainingModule(L.LightningModule):
     """One optimizer step of any stage; a stage adds its loss and its validation."""
 
     references: dict[str, Any]
-    """what rebuilding the model needs besides settings and weights (`tinylm/checkpoint/format.py`)"""
+    """what rebuilding the model needs besides settings
+    and weights (`tinylm/checkpoint/format.py`)"""
     normalizer: int
     """the number of targets of a micro-batch without padding"""
     train_columns: tuple[str, ...] = ()
@@ -292,13 +293,15 @@ class TrainingModule(L.LightningModule):
         if not math.isfinite(loss):
             found = f"the loss is {loss}"
         raise Diverged(
-            f"step {self.progress.step + 1}: {found}; rows at {self._origins}. The weights were not changed. "
-            "Lower training.lr, or look at these rows"
+            f"step {self.progress.step + 1}: {found}; rows at {self._origins}. "
+            "The weights were not changed. Lower training.lr, or look at these rows"
         )
 
 
 class LanguageModule(TrainingModule):
-    """Next-token prediction: stage pretrain on all tokens, stage sft on the tokens of the answers."""
+    """Next-token prediction: stage pretrain on all tokens,
+    stage sft on the tokens of the answers.
+    """
 
     def __init__(
         self,

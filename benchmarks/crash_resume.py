@@ -121,7 +121,9 @@ def resume_flags(args: argparse.Namespace) -> list[str]:
 
 
 def crash(config: Path, args: argparse.Namespace) -> list[int]:
-    """Start and kill the run `args.rounds` times, each time some steps later; returns the steps at which it was killed."""
+    """Start and kill the run `args.rounds` times, each time some steps later;
+    returns the steps at which it was killed.
+    """
     chance = random.Random(args.seed)
     kills = []
     for number in range(args.rounds):

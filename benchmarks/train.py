@@ -252,9 +252,15 @@ def run_transformers(orders: Orders, shape: Shape, mode: Mode, threads: int | No
 
     orders.settle(mode, threads)
     config = LlamaConfig(
-        vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=shape.d_ff, num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads, max_position_embeddings=shape.seq_len, tie_word_embeddings=True, use_cache=False,
-    )  # fmt: skip
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.d_model,
+        intermediate_size=shape.d_ff,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        max_position_embeddings=shape.seq_len,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
     model = LlamaForCausalLM(config)
     forward = torch.compile(model) if mode.compiled else model
     plain_loop(
@@ -276,10 +282,19 @@ def run_litgpt(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")  # on purpose
     orders.settle(mode, threads)
     config = Config(
-        block_size=shape.seq_len, n_layer=shape.n_layers, n_embd=shape.d_model, n_head=shape.n_heads, intermediate_size=shape.d_ff,
-        padded_vocab_size=shape.vocab_size, vocab_size=shape.vocab_size, rotary_percentage=1.0, parallel_residual=False, bias=False,
-        norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
-    )  # fmt: skip
+        block_size=shape.seq_len,
+        n_layer=shape.n_layers,
+        n_embd=shape.d_model,
+        n_head=shape.n_heads,
+        intermediate_size=shape.d_ff,
+        padded_vocab_size=shape.vocab_size,
+        vocab_size=shape.vocab_size,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+    )
     model = GPT(config)
     model.transformer.wte.weight = model.lm_head.weight
     model.apply(model._init_weights)
@@ -514,9 +529,15 @@ def show(results: list[Result]) -> None:
         )
     for result in results:
         table.add_row(
-            result.mode, result.name, f"{result.tokens_per_s:,.0f}", f"{result.ratio:.3f}", f"{result.cpu_seconds:.2f}", f"{result.cpu_ratio:.3f}",
-            f"{result.peak_mb:,.0f}", f"{result.mfu:.1%}",
-        )  # fmt: skip
+            result.mode,
+            result.name,
+            f"{result.tokens_per_s:,.0f}",
+            f"{result.ratio:.3f}",
+            f"{result.cpu_seconds:.2f}",
+            f"{result.cpu_ratio:.3f}",
+            f"{result.peak_mb:,.0f}",
+            f"{result.mfu:.1%}",
+        )
     Console(width=100).print(table)
 
 

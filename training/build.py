@@ -128,7 +128,10 @@ def describe_model(config: Config, model: nn.Module, world_size: int) -> str:
     elif isinstance(model, Decoder):
         work = f"{short(flops_per_token(model, training.seq_len))} FLOPs per token, "
     n_parameters = count_parameters(model)
-    return f"model: {n_parameters:,} parameters, {work}{per_step} per step, {training.max_steps:,} steps"
+    return (
+        f"model: {n_parameters:,} parameters, {work}{per_step} per step, "
+        f"{training.max_steps:,} steps"
+    )
 
 
 def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Trainer:

@@ -215,7 +215,9 @@ class Metrics:
     def log_if_due(
         self, module: TrainingModule, score: dict[str, float] | None, validation_seconds: float
     ) -> None:
-        """Log a row if this step is due or has a validation, which does not count as training time."""
+        """Log a row if this step is due or has a validation,
+        which does not count as training time.
+        """
         progress, training = module.progress, module.config.training
         is_due = progress.step % training.log_every_steps == 0
         is_due = is_due or progress.step == training.max_steps

@@ -57,7 +57,10 @@ class RunContext:
         require_supported(stage, config, device)
         n_available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device)
         if n_available is not None and hardware.devices > n_available:
-            problem = f"must be at most {n_available}, the devices of this machine, got {hardware.devices}"
+            problem = (
+                f"must be at most {n_available}, the devices of this machine, "
+                f"got {hardware.devices}"
+            )
             raise UserError("hardware.devices", problem, f"Set hardware.devices={n_available}")
         logger.info(f"device: {device} ({why}), precision {hardware.precision}")
         if hardware.threads is not None:

@@ -132,6 +132,9 @@ def _tokenizer_of(initial: InitialModel, config: Config) -> Tokenizer:
         ours = make_tokenizer(wanted, tuple).fingerprint
     if ours != initial.tokenizer.fingerprint:
         theirs = f"{initial.tokenizer.fingerprint} ({initial.tokenizer.kind})"
-        problem = f"{initial.name} was trained with tokenizer {theirs}, but the tokenizer section describes {ours}"
+        problem = (
+            f"{initial.name} was trained with tokenizer {theirs}, "
+            f"but the tokenizer section describes {ours}"
+        )
         raise UserError("training.init_from", problem, "Remove the tokenizer section")
     return initial.tokenizer

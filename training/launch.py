@@ -78,6 +78,12 @@ def _number(name: str, default: int | None = None) -> int:
 
 def _require_processes(launcher: str, found: int, expected: int) -> None:
     if found != expected:
-        problem = f"hardware.devices x hardware.num_nodes is {expected}, but {launcher} started {found} processes"
-        fix = "Set both to the devices of a machine and the number of machines, or start as many processes"
+        problem = (
+            f"hardware.devices x hardware.num_nodes is {expected}, "
+            f"but {launcher} started {found} processes"
+        )
+        fix = (
+            "Set both to the devices of a machine and the number of machines, "
+            "or start as many processes"
+        )
         raise UserError("hardware.devices", problem, fix)

@@ -1,8 +1,8 @@
 """The stages of align.py: read from a YAML list and checked against each other before anything
 runs.
 
-    read_stages   YAML list ─▶ PipelineStage, one for each entry, in order
-    check_chain   no two stages write to one folder, and every stage begins with a model that exists by then
+    read_stages  YAML list ─▶ PipelineStage, one for each entry, in order
+    check_chain  no two stages write to one folder, and every stage begins with a model that exists by then
 
 Each entry names a stage and a config that also runs by itself. Running them is `pipeline_run.py`,
 comparing their models `side_by_side.py`.
@@ -199,7 +199,8 @@ def check_init_from(stage: PipelineStage, before: list[PipelineStage]) -> None:
         if other.config.lora is not None and other.holds(base):
             raise UserError(
                 where,
-                f"{base} is an adapter, because {other.file} has a lora section, and stage {stage.name} "
+                f"{base} is an adapter, because {other.file} has a lora section, "
+                f"and stage {stage.name} "
                 "begins with a whole model",
                 "Remove that section; if memory is short, use lora in the last stage only",
             )

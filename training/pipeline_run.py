@@ -98,7 +98,8 @@ def run_stages(stages: list[PipelineStage], state: PipelineState, child: ChildPr
             continue
         if stage.name not in state.stages and started.bases and candidates(stage.folder):
             logger.info(
-                "note: %s has checkpoints from before; assuming that they began with %s as it is now",
+                "note: %s has checkpoints from before; assuming that they began with %s as it is "
+                "now",
                 stage.folder,
                 " and ".join(started.bases),
             )

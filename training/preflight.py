@@ -175,8 +175,9 @@ def describe_cost(
     )
     yield (
         "tokens",
-        f"{short(run_plan.tokens)} for the whole run, {run_plan.tokens_per_parameter:.3g} per parameter "
-        f"(compute-optimal: about {CHINCHILLA_TOKENS}, {short(CHINCHILLA_TOKENS * parameters)})",
+        f"{short(run_plan.tokens)} for the whole run, {run_plan.tokens_per_parameter:.3g} per "
+        f"parameter (compute-optimal: about {CHINCHILLA_TOKENS}, "
+        f"{short(CHINCHILLA_TOKENS * parameters)})",
     )
     n_files, each = run_plan.checkpoint_files, run_plan.checkpoint_bytes
     if n_files is None:
@@ -236,7 +237,10 @@ def overfit_one_batch(preflight: Preflight, steps: int) -> int:
         n = len(losses)
         if n == 1 or n % max(1, steps // 15) == 0:
             print(f"step {n:>5}  loss {loss:.4f}", flush=True)
-    fall = f"the loss of one batch fell from {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps"
+    fall = (
+        f"the loss of one batch fell from {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} "
+        "steps"
+    )
     if losses[-1] >= LEARNED * losses[0]:
         raise Diverged(
             f"not learned: {fall}, and must be below {LEARNED:.0%} of the first. "

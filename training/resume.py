@@ -139,7 +139,10 @@ def find_resume_state(context: RunContext, options: ResumeOptions) -> ResumeStat
 
 def _read(path: Path, stage: str) -> ResumeState:
     state = checkpoint_format.read(path)
-    fix = f"Choose another training.checkpoint_dir, and start from its weights: training.init_from={path}"
+    fix = (
+        "Choose another training.checkpoint_dir, and start from its weights: "
+        f"training.init_from={path}"
+    )
     if "optimizer" not in state:
         raise UserError(path, "an imported model, which has no optimizer state to resume", fix)
     if state["stage"] != stage:
@@ -256,10 +259,12 @@ def log_effects_of_changes(resume: ResumeState, config: Config) -> None:
     was, now = resume.state["config"]["training"]["max_steps"], config.training.max_steps
     if was != now:
         logger.info(
-            f"training.max_steps was {was} and is now {now}: the learning rate follows a schedule of {now} steps"
+            f"training.max_steps was {was} and is now {now}: "
+            f"the learning rate follows a schedule of {now} steps"
         )
     threads = torch.get_num_threads()
     if resume.state["threads"] != threads:
         logger.info(
-            f"CPU threads were {resume.state['threads']} and are now {threads}: results may differ in the last bits"
+            f"CPU threads were {resume.state['threads']} and are now {threads}: "
+            "results may differ in the last bits"
         )

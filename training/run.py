@@ -92,7 +92,9 @@ def fit(
     resume: ResumeState | None,
     sample: Sample | None = None,
 ) -> int:
-    """Train `module` on `data` to the last step, from the first one or from that of the checkpoint."""
+    """Train `module` on `data` to the last step, from the first one or from
+    that of the checkpoint.
+    """
     config = module.config
     if resume is not None:
         log_effects_of_changes(resume, config)

@@ -1,4 +1,6 @@
-"""The sample that a run shows at each validation; imported only if training.sample_prompt is set."""
+"""The sample that a run shows at each validation;
+imported only if training.sample_prompt is set.
+"""
 
 from model import TrainingModule
 from tinylm.generate.chat import format_prompt

@@ -1,4 +1,6 @@
-"""Print the first rows of a run as training sees them: `--show-rows N` of train.py and finetune.py."""
+"""Print the first rows of a run as training sees them:
+`--show-rows N` of train.py and finetune.py.
+"""
 
 import logging
 import sys

@@ -275,9 +275,10 @@ def report_lines(results: dict[str, Any], stages: list[PipelineStage]) -> Iterat
             yield f"\n{row['n_pairs']} pairs of answers were held out."
         if row["stage"] == "verifier":
             yield (
-                f"\nThe verifier classified {row['n_answers']} held-out answers: 95% interval of its "
-                f"accuracy {row['verifier_low']:.3f} to {row['verifier_high']:.3f}; "
-                f"always giving the more frequent label has {row['majority']:.3f}."
+                f"\nThe verifier classified {row['n_answers']} held-out answers: "
+                f"95% interval of its accuracy {row['verifier_low']:.3f} to "
+                f"{row['verifier_high']:.3f}; always giving the more frequent label has "
+                f"{row['majority']:.3f}."
             )
     if results["samples"]:
         yield from _report_samples(results, stages)

@@ -90,7 +90,8 @@ UNSUPPORTED = (
         ("sft", "new weights", "learned tokenizer"),
         "tokenizer.kind",
         "bpe and char are learned from documents, but the data are rows of questions and answers",
-        "Set tokenizer.kind=byte, or tokenizer.path to a tokenizer made by python -m tinylm tokenizer train",
+        "Set tokenizer.kind=byte, or tokenizer.path to a tokenizer made by python -m tinylm "
+        "tokenizer train",
     ),
     Unsupported(
         ("lora", "new weights"),
@@ -145,20 +146,23 @@ UNSUPPORTED = (
     Unsupported(
         ("fsdp", "hf_model"),
         "hardware.strategy",
-        "fsdp is not supported with a Hugging Face model: only blocks of our own decoder are sharded",
+        "fsdp is not supported with a Hugging Face model: "
+        "only blocks of our own decoder are sharded",
         "Set hardware.strategy=ddp",
     ),
     # --- a Hugging Face model
     Unsupported(
         ("muon", "hf_model"),
         "training.optimizer",
-        "muon is not supported with a Hugging Face model: which of its weights it is for is unknown",
+        "muon is not supported with a Hugging Face model: "
+        "which of its weights it is for is unknown",
         "Set training.optimizer=adamw",
     ),
     Unsupported(
         ("verifier", "hf_model"),
         "training.init_from",
-        "a verifier shares the blocks of our own decoder and cannot start from a Hugging Face model",
+        "a verifier shares the blocks of our own decoder and cannot start from a Hugging Face "
+        "model",
         "Remove training.init_from, or set it to a checkpoint of stage pretrain",
     ),
     # --- an encoder-decoder

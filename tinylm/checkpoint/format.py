@@ -5,15 +5,15 @@ float, bool, None, tensor), always read with `weights_only=True`. Its zip commen
 everything before it, so that a single flipped bit anywhere is found: torch itself would load it as
 a wrong number. What is in it, the state, is one dict:
 
-    format, schema                            "tinylm" and the number of the layout; `old_schemas` reads older ones
-    stage, step, tokens                       what was trained, optimizer steps and target tokens so far
-    train_loss, val_loss, created             for lists of checkpoints
-    config, tokenizer, weights                rebuild the model; of an adapter, `weights` are its matrices alone
-    hf_config                                 config.json of a Hugging Face model as text, else None
-    base, reference                           {"path", "fingerprint"} of the model under an adapter, and of the
-                                              reference of preference training, else None
-    optimizer, precision, progress, cursor    resume the run; an imported model has none of these
-    data, world_size, threads, versions       fingerprints and numbers that a resumed run is compared with
+    format, schema                          "tinylm" and the number of the layout; `old_schemas` reads older ones
+    stage, step, tokens                     what was trained, optimizer steps and target tokens so far
+    train_loss, val_loss, created           for lists of checkpoints
+    config, tokenizer, weights              rebuild the model; of an adapter, `weights` are its matrices alone
+    hf_config                               config.json of a Hugging Face model as text, else None
+    base, reference                         {"path", "fingerprint"} of the model under an adapter, and of the
+                                            reference of preference training, else None
+    optimizer, precision, progress, cursor  resume the run; an imported model has none of these
+    data, world_size, threads, versions     fingerprints and numbers that a resumed run is compared with
 
 `write`, `read` and `verify` are the file; `candidates` and `latest_valid` find one; `link` gives it
 a second name; `lock_run_dir` keeps a second run out of its folder. This file has the project's only

@@ -46,7 +46,9 @@ class Loaded:
 
     @property
     def template(self) -> str | None:
-        """The name of the template that it was tuned with (`make_template`); None for a base model."""
+        """The name of the template that it was tuned with (`make_template`);
+        None for a base model.
+        """
         return self.config.data.template if self.info.stage in CHAT_STAGES else None
 
 

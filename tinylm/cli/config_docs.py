@@ -1,4 +1,6 @@
-"""`python -m tinylm config-reference`: write the reference of all settings, and their JSON schema."""
+"""`python -m tinylm config-reference`: write the reference of all settings,
+and their JSON schema.
+"""
 
 import argparse
 from pathlib import Path

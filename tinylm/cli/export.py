@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "python -m tinylm export checkpoints/best.ckpt OUT [--format gguf] [--merge]"
     parser.description = (
         "Write a checkpoint as a Hugging Face folder or a GGUF file, "
-        "an adapter as a folder for peft. The logits of an exported model are compared with ours first."
+        "an adapter as a folder for peft. The logits of an exported model are compared with ours "
+        "first."
     )
     parser.add_argument("ckpt", type=Path, metavar="CKPT", help="the checkpoint")
     parser.add_argument(

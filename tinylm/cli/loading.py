@@ -34,7 +34,9 @@ def choose_checkpoint(arguments: argparse.Namespace) -> Path:
 
 
 def latest_fine_tuned(folder: Path) -> Path:
-    """The most recent fine-tuned checkpoint among the latest ones of `folder` and its subfolders."""
+    """The most recent fine-tuned checkpoint among the latest ones of `folder`
+    and its subfolders.
+    """
     folders = [folder]
     if folder.is_dir():
         folders += sorted(path for path in folder.iterdir() if path.is_dir())

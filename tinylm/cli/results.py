@@ -135,7 +135,9 @@ def interval(row: Row) -> str | None:
 
 
 def print_rows(rows: Sequence[Row], text: Sequence[str] = TEXT) -> None:
-    """Print rows as a table, with the keys of the first as columns; `text` columns are no numbers."""
+    """Print rows as a table, with the keys of the first as columns;
+    `text` columns are no numbers.
+    """
     if not rows:
         return
     printed = table(*rows[0], text=text)

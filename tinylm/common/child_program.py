@@ -22,7 +22,9 @@ class ChildProgram:
     received: int | None = None
 
     def forward(self, number: int, frame: Any) -> None:
-        """Handle a signal: the program saves and stops by itself; at a second signal it is killed."""
+        """Handle a signal: the program saves and stops by itself;
+        at a second signal it is killed.
+        """
         again = self.received is not None
         self.received = self.received or number
         if self.process is not None:

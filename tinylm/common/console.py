@@ -139,7 +139,9 @@ def print_table(rows: "Table") -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[OnProgress]:
-    """A bar on stderr for each kind of work that is reported; nothing if stderr is not a terminal."""
+    """A bar on stderr for each kind of work that is reported;
+    nothing if stderr is not a terminal.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars

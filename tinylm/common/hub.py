@@ -49,7 +49,9 @@ def require_hub(where: object, fix: str) -> None:
 
 
 def find_hub_problem() -> str | None:
-    """Why the hub cannot be reached; None if it can, or if it is not checked (see `require_hub`)."""
+    """Why the hub cannot be reached; None if it can, or if it is not checked
+    (see `require_hub`).
+    """
     from huggingface_hub import constants
 
     endpoint = urlsplit(constants.ENDPOINT)

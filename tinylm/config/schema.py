@@ -217,7 +217,7 @@ class DataConfig(Section):
     columns: dict[RowColumn, Name] | None = None
     """fine-tuning: the names of columns in the data, as our name: their name"""
     skip_bad_rows: CountOrZero = 0
-    """fine-tuning: skip at most this many rows with a mistake in each split, and name them; 0: the first one is an error"""
+    """fine-tuning: skip and name at most this many rows with a mistake in each split; 0: the first is an error"""
     template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
     """fine-tuning: how turns are written (tinylm/rows/templates.py); chat_template: the tokenizer's own template"""
     packing: Literal["packed", "padded"] = "packed"

@@ -148,7 +148,9 @@ def _task_scores(found: dict[str, Any], task: str) -> list[HarnessScore]:
 
 
 def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
-    """The engine with the interface of the harness. Prompts that are too long lose their beginning."""
+    """The engine with the interface of the harness.
+    Prompts that are too long lose their beginning.
+    """
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows
 

@@ -1,8 +1,8 @@
 """Prompts for a fine-tuned model: one question, or a conversation that fits the context.
 
-    format_prompt     a text or conversation in the model's template, with the tokens that end its answer
-    Chat              the turns so far; `ask` gives the prompt of the next question, `remember` adds its answer
-    StreamingStrip    the answer without the whitespace of its template, while it is written
+    format_prompt   a text or conversation in the model's template, with the tokens that end its answer
+    Chat            the turns so far; `ask` gives the prompt of the next question, `remember` adds its answer
+    StreamingStrip  the answer without the whitespace of its template, while it is written
 
 Knows nothing of terminals and pages: `infer.py --chat` and the server show what an `Engine`
 generates from these prompts.

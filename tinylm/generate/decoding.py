@@ -1,8 +1,8 @@
 """The model's side of generation: prefill, decode, and the context shift.
 
-    prefill   the whole prompt, one row       ids (1, T) ─▶ cache of T positions ─▶ logits (1, V)
-    select    one row per sample or beam      cache and logits repeated, no computation
-    decode    one new token per row           ids (B, 1) ─▶ cache of T + 1 positions ─▶ logits (B, V)
+    prefill   the whole prompt, one row      ids (1, T) ─▶ cache of T positions ─▶ logits (1, V)
+    select    one row per sample or beam     cache and logits repeated, no computation
+    decode    one new token per row          ids (B, 1) ─▶ cache of T + 1 positions ─▶ logits (B, V)
 
 Prefill is limited by arithmetic (T tokens at once), decoding by memory (all weights are read for
 one token per row); the cache is what makes decoding cost one position and not T
@@ -50,7 +50,8 @@ class DecodingState:
     ):
         if model.training:
             raise ValueError(
-                "the model is in training mode, and dropout changes the text; call model.eval() first"
+                "the model is in training mode, and dropout changes the text; "
+                "call model.eval() first"
             )
         limit = model.config.max_seq_len
         if not 1 <= len(prompt_ids) <= limit:

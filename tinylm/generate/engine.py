@@ -37,7 +37,8 @@ class Engine:
         n_embeddings = model.embedding.num_embeddings
         if n_embeddings < tokenizer.vocab_size:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, but the model only {n_embeddings}"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, "
+                f"but the model only {n_embeddings}"
             )
         self.model, self.tokenizer = model, tokenizer
 

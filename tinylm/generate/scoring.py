@@ -80,7 +80,9 @@ def encode_continuation(engine: Engine, prompt: str | Prompt, target: str) -> Co
 def fit_continuation(
     engine: Engine, prompt_ids: Sequence[int], target_ids: Sequence[int]
 ) -> Continuation:
-    """The target after the last prompt ids that fit, at least one; raises as `encode_continuation`."""
+    """The target after the last prompt ids that fit, at least one;
+    raises as `encode_continuation`.
+    """
     if not prompt_ids:
         raise ValueError("a target needs at least one token before it; use EOS for an empty prompt")
     limit = engine.model.config.max_seq_len
@@ -149,7 +151,9 @@ def _score_batch(engine: Engine, pairs: Sequence[Continuation]) -> list[Continua
 
 
 def _log_probs_and_ranks(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability (T,) and rank (T,) of each label; of equal logits the lower id ranks first."""
+    """Log-probability (T,) and rank (T,) of each label;
+    of equal logits the lower id ranks first.
+    """
     chosen = logits.gather(1, labels[:, None])  # (T, 1)
     ids = torch.arange(logits.size(1), device=logits.device)  # (V,)
     better = (logits > chosen) | ((logits == chosen) & (ids < labels[:, None]))  # (T, V)

@@ -120,8 +120,8 @@ def _architecture_for(config: ModelConfig) -> Architecture:
         return nearest
     key, found, expected = wrong[0]
     problem = (
-        f"{_as_json(found)} is not supported by any Hugging Face architecture that can be exported; "
-        f"the nearest, {nearest.model_type}, has {_as_json(expected)}"
+        f"{_as_json(found)} is not supported by any Hugging Face architecture that can be "
+        f"exported; the nearest, {nearest.model_type}, has {_as_json(expected)}"
     )
     raise UserError(f"model.{key}", problem, "Train with that, or keep the model as a checkpoint")
 

@@ -34,7 +34,9 @@ SAMPLE = (
 
 
 def backend_of(tokenizer: Tokenizer) -> Backend:
-    """The same tokenizer in the `tokenizers` library, without tokens that it would add to a text."""
+    """The same tokenizer in the `tokenizers` library,
+    without tokens that it would add to a text.
+    """
     from tokenizers import Tokenizer as Backend
 
     if isinstance(tokenizer, ByteTokenizer):

@@ -5,10 +5,10 @@
 
 Notable features, each one a field of `ModelConfig`:
 
-- rotary, learned, ALiBi or no positions                    - sliding windows and learned attention sinks
-- multi-head, grouped-query and multi-query attention       - packed documents that do not see each other
-- SwiGLU, SiLU, GELU or squared-ReLU feed-forward           - mixture of experts without dropped tokens
-- RMSNorm or LayerNorm; pre-, post- or no norm; QK norm     - tied or untied embedding and head
+- rotary, learned, ALiBi or no positions                 - sliding windows and learned attention sinks
+- multi-head, grouped-query and multi-query attention    - packed documents that do not see each other
+- SwiGLU, SiLU, GELU or squared-ReLU feed-forward        - mixture of experts without dropped tokens
+- RMSNorm or LayerNorm; pre-, post- or no norm; QK norm  - tied or untied embedding and head
 
 In reading order: norms · rotary and ALiBi positions · which keys a query sees (the mask) ·
 attention · feed-forward · block · decoder · initialization · sizes and FLOPs. One forward pass
@@ -420,7 +420,9 @@ class MixtureOfExperts(nn.Module):
         return mixed.view_as(x), balance
 
     def _experts(self, x: Tensor, counts: Tensor, expert_of: Tensor) -> Tensor:
-        """The rows x (N·A, D), sorted by expert, each through its own expert's feed-forward layer."""
+        """The rows x (N·A, D), sorted by expert, each through its own expert's feed-forward
+        layer.
+        """
         up = grouped_linear(x, self.up, counts)  # (N·A, F or 2F)
         if self.up_bias is not None:
             up = up + self.up_bias[expert_of].to(up.dtype)
@@ -488,7 +490,8 @@ class Decoder(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError(
-                "model.vocab_size is not set; build the decoder from a config with a known vocabulary"
+                "model.vocab_size is not set; build the decoder from a config with a known "
+                "vocabulary"
             )
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -581,16 +584,15 @@ class Decoder(nn.Module):
 
 # --- initialization -------------------------------------------------------------------------------
 #
-#     weights              normal (GPT-2)   trunc_normal           why the second
-#     linear layers        N(0, 0.02²)      N(0, 2/(in + out))     activations and gradients keep their size from
-#                                                                  layer to layer
-#                                                                  (Glorot and Bengio 2010)
-#     embedding            N(0, 0.02²)      N(0, 1)                a residual stream of size 1
-#     embedding if tied    N(0, 0.02²)      N(0, 1/D)              it is also the head: with std 1, logits of size
-#                                                                  √D
-#                                                                  and a first loss far above ln V
-#     norms, biases        1, 0             1, 0
-#     sink keys, values    N(0, 0.02²)      N(0, 0.02²)            at first all sinks look alike
+#     weights            normal (GPT-2)  trunc_normal        why the second
+#     linear layers      N(0, 0.02²)     N(0, 2/(in + out))  activations and gradients keep their
+#                                                            size from layer to layer
+#                                                            (Glorot and Bengio 2010)
+#     embedding          N(0, 0.02²)     N(0, 1)             a residual stream of size 1
+#     embedding if tied  N(0, 0.02²)     N(0, 1/D)           it is also the head: with std 1, logits
+#                                                            of size √D and a first loss far above ln V
+#     norms, biases      1, 0            1, 0
+#     sink keys, values  N(0, 0.02²)     N(0, 0.02²)         at first all sinks look alike
 #
 # trunc_normal is cut at 3 standard deviations, which avoids the rare large weight. 0.02 is GPT-2's
 # constant (Radford et al. 2019), close to √(2/(in + out)) of its 768 × 3072 layers. Layers that are
@@ -651,8 +653,8 @@ def active_parameters(model: nn.Module) -> int:
 def flops_per_token(model: Decoder, seq_len: int) -> int:
     """Floating-point operations to train on one token (PaLM, Chowdhery et al. 2022, appendix B).
 
-        6 per weight of a matrix product    multiply and add forward, twice that backward
-        12 · n_layers · H · K · S           q kᵀ and weights · v: 2 · 2 · H · K · S forward, twice backward
+        6 per weight of a matrix product  multiply and add forward, twice that backward
+        12 · n_layers · H · K · S         q kᵀ and weights · v: 2 · 2 · H · K · S forward, twice backward
 
     An embedding lookup costs nothing; of a mixture only the A visited experts count. Norms, softmax
     and activations are not counted. S is the whole context, as in the paper; causal kernels skip

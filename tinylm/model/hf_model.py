@@ -253,7 +253,9 @@ class HFSeq2Seq(HFModel):
     def decoder_start(
         self, prompts: Sequence[Sequence[int]]
     ) -> tuple[list[list[int]], dict[str, Tensor]]:
-        """The decoder's start ids for each prompt, and the prompts as extra inputs of `features`."""
+        """The decoder's start ids for each prompt,
+        and the prompts as extra inputs of `features`.
+        """
         rows = [torch.tensor([*prompt, self.end_id]) for prompt in prompts]
         prompt_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
         starts = [[self.start_id] for _ in prompts]
@@ -372,7 +374,9 @@ def _few_ids(model: HFModel) -> Tensor:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without progress bars and warnings of transformers: what matters in them is an error of ours."""
+    """Without progress bars and warnings of transformers:
+    what matters in them is an error of ours.
+    """
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -49,7 +49,8 @@ class Verifier(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError(
-                "model.vocab_size is not set; build the verifier from a config with a known vocabulary"
+                "model.vocab_size is not set; build the verifier from a config with a known "
+                "vocabulary"
             )
         require_encoder_config(config)
         self.config = config
@@ -86,7 +87,9 @@ class Verifier(nn.Module):
         return -self.error_logits(input_ids, attention_mask).logsumexp(dim=1)
 
     def error_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) log-odds that each token is the error, against no error at all; -inf for padding."""
+        """(B, T) log-odds that each token is the error, against no error at all;
+        -inf for padding.
+        """
         config = self.config
         T = input_ids.size(1)
         if config.max_seq_len < T:

@@ -86,7 +86,8 @@ class PreferenceLoss(NamedTuple):
 
     loss: Tensor
     chosen_reward: Tensor
-    """beta · (log p - log p_ref), the policy's implicit reward (Rafailov et al. 2023, equation 5)"""
+    """beta · (log p - log p_ref), the policy's implicit reward
+    (Rafailov et al. 2023, equation 5)"""
     rejected_reward: Tensor
 
 
@@ -97,10 +98,10 @@ def preference_loss(
 
     With h = (log p - log p_ref) of the chosen answer, minus the same of the rejected one:
 
-        sigmoid  -(1 - e) log σ(beta h) - e log σ(-beta h)    Rafailov et al. 2023, equation 7 (DPO);
-                                                              e: Mitchell 2023 (conservative DPO)
-        hinge    max(0, 1 - beta h)                           Zhao et al. 2023 (SLiC)
-        ipo      (h - 1 / (2 beta))²                          Azar et al. 2023, equation 17 (IPO)
+        sigmoid  -(1 - e) log σ(beta h) - e log σ(-beta h)   Rafailov et al. 2023, equation 7 (DPO);
+                                                             e: Mitchell 2023 (conservative DPO)
+        hinge    max(0, 1 - beta h)                          Zhao et al. 2023 (SLiC)
+        ipo      (h - 1 / (2 beta))²                         Azar et al. 2023, equation 17 (IPO)
 
     ipo takes the log-probabilities per token of their answer, as its authors' code does; the other
     two do so with dpo.length_normalised, so that long answers do not weigh more.

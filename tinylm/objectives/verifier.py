@@ -77,7 +77,8 @@ class VerifierScore:
     auc: float
     """probability that a right answer scores higher than a wrong one; 1/2 is chance"""
     calibration_error: float
-    """mean distance between probability and share of right answers, over ten bins (Guo et al. 2017)"""
+    """mean distance between probability and share of right answers, over ten bins
+    (Guo et al. 2017)"""
 
     @classmethod
     def of(cls, probabilities: np.ndarray, right: np.ndarray) -> "VerifierScore":

@@ -28,8 +28,8 @@ def explain_out_of_memory(config: Config, intact: str) -> Iterator[None]:
         rows, tokens = config.training.micro_batch_size, config.training.seq_len
         raise UserError(
             "out of memory",
-            f"a micro-batch of {rows} rows (training.micro_batch_size) of {tokens} tokens (training.seq_len) "
-            f"does not fit: {first_line(error)}",
+            f"a micro-batch of {rows} rows (training.micro_batch_size) of {tokens} tokens "
+            f"(training.seq_len) does not fit: {first_line(error)}",
             f"Try {' '.join(_halve(config))}; train.py --plan shows what a run needs. {intact}",
         ) from None
 

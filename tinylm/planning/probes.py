@@ -1,9 +1,9 @@
 """Short experiments before a run, with a model that is discarded afterwards.
 
-    Probe           a model and an optimizer that take steps as training does
-    overfit         one batch again and again: a model that can learn at all drives its loss to nearly zero
-    lr_range_test   the learning rate rises at each step until the loss does too; `suggest_lr` reads the curve
-    measure_speed   tokens per second on this machine; `measure_matmul_flops` is the speed of a bare matrix product
+    Probe          a model and an optimizer that take steps as training does
+    overfit        one batch again and again: a model that can learn at all drives its loss to nearly zero
+    lr_range_test  the learning rate rises at each step until the loss does too; `suggest_lr` reads the curve
+    measure_speed  tokens per second on this machine; `measure_matmul_flops` is the speed of a bare matrix product
 
 All on one device, without Lightning and without torch.compile. Knows nothing of files: batches are
 arguments.
@@ -268,7 +268,9 @@ def _timed(work: Any) -> float:
 def measure_matmul_flops(
     config: Config, device: str, *, side: int = 1024, rounds: int = 8
 ) -> float:
-    """FLOPs per second of the fastest of `rounds` square matrix products in the run's arithmetic."""
+    """FLOPs per second of the fastest of `rounds` square matrix products
+    in the run's arithmetic.
+    """
     dtype = autocast_dtype(config.hardware.precision) or torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     return 2 * side**3 / min(_timed(lambda: matrix @ matrix) for _ in range(rounds))

@@ -113,7 +113,9 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def trace_step(config: Config) -> StepMemory:
-    """The memory of an optimizer step as training takes it (model.py), after the optimizer's first."""
+    """The memory of an optimizer step as training takes it (model.py),
+    after the optimizer's first.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode  # late: it takes half a second
 
     training = config.training

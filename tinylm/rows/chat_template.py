@@ -5,12 +5,12 @@ so it is rendered in a sandbox (sandbox.py).
 
 Two problems that the templates of templates.py do not have:
 
-    Which characters are the answer?   {% generation %} blocks of the template say so. In a template without them, an
-                                       answer is what rendering it adds to rendering the prompt
-                                       before it.
-    Which special tokens are real?     Those that the template writes. Those that a text spells are enclosed in two
-                                       private characters before rendering (`_Guard`), and encoded
-                                       as plain text.
+    Which characters are the answer?  {% generation %} blocks of the template say so. In a template
+                                      without them, an answer is what rendering it adds to
+                                      rendering the prompt before it.
+    Which special tokens are real?    Only the ones that the template writes. One that a text spells
+                                      is enclosed in two private characters before rendering
+                                      (`_Guard`), and encoded as plain text.
 """
 
 import re
@@ -145,7 +145,8 @@ class ChatTemplate(Template):
         text = parts[-1]
         if not all(text.startswith(part) for part in parts):
             raise _template_error(
-                "writes earlier turns differently when more follow, so their answers cannot be found",
+                "writes earlier turns differently when more follow, "
+                "so their answers cannot be found",
                 "Mark the answers in it with {% generation %}, or set data.template to chatml",
             )
         ends = [len(part) for part in parts[:n_ends]]

@@ -1,10 +1,10 @@
 """What a row is made of: the shapes of published data, and the conversation in each.
 
-    {"instruction", "input", "output"}        alpaca; the input may be missing or empty; also response
-    {"prompt", "completion"}                  prompt; also question, and response, answer or target
-    {"messages": [{"role", "content"}]}       messages
-    {"conversations": [{"from", "value"}]}    sharegpt; turns may have either pair of keys
-    {"label", "text"}                         sms: a line of SMSSpamCollection
+    {"instruction", "input", "output"}      alpaca; the input may be missing or empty; also response
+    {"prompt", "completion"}                prompt; also question, and response, answer or target
+    {"messages": [{"role", "content"}]}     messages
+    {"conversations": [{"from", "value"}]}  sharegpt; turns may have either pair of keys
+    {"label", "text"}                       sms: a line of SMSSpamCollection
 
 data.rows names the shape, or the keys of a row decide (auto). data.columns maps our names to those
 in the data. A row of another shape is an error that names the key. Beside these keys a row can have

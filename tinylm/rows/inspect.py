@@ -1,6 +1,6 @@
 """Rows of training as text: which tokens are targets, and where documents meet.
 
-    ⟦### Instruction: 2+2?⟧ 4┊<|eos|>...     ⟦ ⟧ not trained   ┊ documents meet   ┃2┃ attention stops
+    ⟦### Instruction: 2+2?⟧ 4┊<|eos|>...    ⟦ ⟧ not trained   ┊ documents meet   ┃2┃ attention stops
 
 Knows nothing of colors or consoles: training/show_rows.py prints.
 """
@@ -83,7 +83,9 @@ def row_tokens(
 
 
 def _end_of_text(tokenizer: Tokenizer, input_ids: Sequence[int], labels: Sequence[int]) -> int:
-    """Where the padding at the end of a row begins: pad tokens that are not targets and have none."""
+    """Where the padding at the end of a row begins:
+    pad tokens that are not targets and have none.
+    """
     end = len(input_ids)
     while (
         end > 1

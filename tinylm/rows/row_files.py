@@ -161,7 +161,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _sms_rows(path: Path) -> Iterator[tuple[object, Any]]:
-    """The lines of the SMS Spam Collection (Almeida et al. 2011): ham or spam, a tab, the message."""
+    """The lines of the SMS Spam Collection (Almeida et al. 2011): ham or spam, a tab,
+    the message.
+    """
     for place, line in text_lines(path):
         if is_blank(line):
             continue

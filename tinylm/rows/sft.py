@@ -1,10 +1,10 @@
 """Examples of supervised fine-tuning: one conversation each, as ids and a mask of what is trained.
 
-    row         {"instruction": "2+2?", "output": "4"}                            row_files.read_rows
-    turns       user "2+2?", assistant "4"                                        columns.parse_conversation
-    ids         ### Instruction: 2+2?⏎### Output: 4⏎<|sep|>                        templates.Template.encode
-    trained     ...................................^^^^^^^^                       . seen only, ^ trained
-    example     the first seq_len + 1 ids: the last is only a target              build_examples
+    row         {"instruction": "2+2?", "output": "4"}                    row_files.read_rows
+    turns       user "2+2?", assistant "4"                                columns.parse_conversation
+    ids         ### Instruction: 2+2?⏎### Output: 4⏎<|sep|>                templates.Template.encode
+    trained     ...................................^^^^^^^^               . seen only, ^ trained
+    example     the first seq_len + 1 ids: the last is only a target      build_examples
 
 All rows are in memory: fine-tuning data are small. tokens/example_rows.py packs examples into rows.
 """

@@ -2,14 +2,14 @@
 and the report.
 
     1. read     row_files.read_rows             file ─▶ (place, dict); blank lines are ignored
-    2. split    text.splits.is_held_out         by a hash of the row: validation (data.val_fraction) or training,
-                                                then at most data.train_docs or data.val_docs rows
-    3. parse    columns.parse_conversation      dict ─▶ turns               sft; a task brings its own function
+    2. split    text.splits.is_held_out         by a hash of the row: validation (data.val_fraction)
+                                                or training; at most data.train_docs or val_docs
+    3. parse    columns.parse_conversation      dict ─▶ turns               sft; a task has its own
                 preferences.parse_preference    dict ─▶ prompt, 2 answers   dpo
                 verifier_data.parse_problem     turns ─▶ problem, answer    verifier
     4. encode   templates.Template.encode       turns ─▶ ids, and which of them are trained
-    5. fit      sft.build_examples              cut to training.seq_len + 1 ids     ◀── rows are SKIPPED here,
-                preferences.build_pairs         the same for both answers               and only for a `SkipReason`
+    5. fit      sft.build_examples              cut to training.seq_len + 1 ids   ◀── rows are SKIPPED here,
+                preferences.build_pairs         the same for both answers         for a `SkipReason`
                 verifier_data.filter_problems   the start of a problem is cut; before that,
                                                 training problems that are in validation are removed
     6. pack     tokens.example_rows.pack_examples      examples ─▶ rows of a batch (data.packing)

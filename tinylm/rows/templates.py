@@ -3,9 +3,9 @@ r"""Prompt templates: how a conversation is written as tokens, and which of them
 Only the answers are trained, each with the one token that ends it; a model that never sees the end
 of an answer never stops. With template `instruction` and the byte tokenizer (⏎ is a newline):
 
-    turns     user "2+2?"                                assistant "4"
-    text      ### Instruction: 2+2?⏎### Output:          4⏎<|sep|>
-    trained   ....................................       ^^^^^^^^^^^      . masked (label -100)   ^ trained
+    turns     user "2+2?"                            assistant "4"
+    text      ### Instruction: 2+2?⏎### Output:      4⏎<|sep|>
+    trained   ....................................   ^^^^^^^^^^^    . masked (label -100)  ^ trained
 
 In a conversation of several turns every answer is trained, not only the last one:
 
@@ -279,7 +279,8 @@ def marker_id(tokenizer: Tokenizer, name: str) -> int:
             return id
     raise UserError(
         "data.template",
-        f"chatml needs the special token {name}, which the tokenizer ({tokenizer.kind}) does not have",
+        f"chatml needs the special token {name}, which the tokenizer ({tokenizer.kind}) does not "
+        "have",
         "Set data.template to instruction, or use a tokenizer that has it",
     )
 

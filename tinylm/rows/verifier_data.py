@@ -1,12 +1,12 @@
 """What a verifier learns from: problems, each with right and wrong answers.
 
-    row ─▶ Problem: question, right answer, sampled answers                       `read_problems`, `filter_problems`
-        ─▶ answers, right or wrong; some wrong ones by changing a number          `graded_answers`
-        ─▶ VerifierExample: ids, right or wrong, where the error is               `build_verifier_examples`
-        ─▶ batch                                                                  `collate_pairs`
+    row ─▶ Problem: question, right answer, sampled answers               `read_problems`, `filter_problems`
+        ─▶ answers, right or wrong; some wrong ones by changing a number  `graded_answers`
+        ─▶ VerifierExample: ids, right or wrong, where the error is       `build_verifier_examples`
+        ─▶ batch                                                          `collate_pairs`
 
-    ids          Q  Q  Q  <eos>  4  8  /  2  =  2  5           a problem, a separator, an answer
-    error_mask   .  .  .  .      .  .  .  .  .  .  ^           where a wrong answer differs from the right one
+    ids         Q  Q  Q  <eos>  4  8  /  2  =  2  5  a problem, a separator, an answer
+    error_mask  .  .  .  .      .  .  .  .  .  .  ^  where a wrong answer differs from the right one
 
 How a model is asked for answers is in eval/sampled_answers.py,
 how a verifier scores them in eval/verifier_scoring.py.
@@ -221,7 +221,9 @@ def filter_problems(
 
 
 def grade_samples(problem: Problem, texts: Sequence[str]) -> tuple[GradedAnswer, ...]:
-    """A model's answers without repetitions: right if the last number is that of the right answer."""
+    """A model's answers without repetitions: right if the last number is
+    that of the right answer.
+    """
     different = dict.fromkeys(remove_annotations(text).strip() for text in texts)
     graded = []
     for text in different:

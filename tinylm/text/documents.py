@@ -12,8 +12,8 @@ parquet file) at a time.
 Processes that share the work on a source (common/processes.py) get its documents in chunks,
 each with a `size` and `texts()`:
 
-    SpanChunk   the documents of a byte range of a file: the process that works on it reads them
-    TextChunk   documents that were already read: compressed, streamed, or only divisible by reading them
+    SpanChunk  the documents of a byte range of a file: the process that works on it reads them
+    TextChunk  documents that were already read: compressed, streamed, or only divisible by reading them
 
 A worker process imports this file, so it needs neither torch, numpy nor pydantic.
 """
@@ -294,7 +294,9 @@ def jsonl_rows(path: Path, span: Span = WHOLE) -> Iterator[tuple[Line, Any]]:
 
 
 def parquet_rows(path: Path, field: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a .parquet file with its place for errors: all of its columns, or `field` alone."""
+    """Each row of a .parquet file with its place for errors: all of its columns,
+    or `field` alone.
+    """
     import_optional("pyarrow", path)
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,7 +1,7 @@
 """Where documents come from: files on this machine, or a dataset on the Hugging Face hub.
 
-    name ─▶ LocalFiles     .txt, .jsonl, .parquet (also .txt.gz, .jsonl.gz), a folder or a glob of them
-         ─▶ HubDataset     downloaded whole, or streamed
+    name ─▶ LocalFiles  .txt, .jsonl, .parquet (also .txt.gz, .jsonl.gz), a folder or a glob of them
+         ─▶ HubDataset  downloaded whole, or streamed
 
 Both give their documents (`str`) in a fixed order, and a fingerprint of their content. Which
 documents are held out is decided in splits.py; what the data of a run are, in data_source.py.
@@ -142,7 +142,9 @@ class HubDataset:
             raise UserError(where, problem, "Give another dataset, or local files") from error
 
     def _load(self) -> Iterable[Any]:
-        """The dataset of the library; only its text column if the columns are known before reading."""
+        """The dataset of the library; only its text column
+        if the columns are known before reading.
+        """
         where = (self.setting, self.name)
         fix = f"Give a local file or folder as {self.setting}"
         require_hub(where, fix)

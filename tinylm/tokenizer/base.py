@@ -94,8 +94,8 @@ class Tokenizer(ABC):
         for name in allowed:
             if name not in ids:
                 raise ValueError(
-                    f"allowed_special: '{printable(name)}' is not a special token of this tokenizer, "
-                    f"which has {', '.join(ids)}"
+                    f"allowed_special: '{printable(name)}' is not a special token of this "
+                    f"tokenizer, which has {', '.join(ids)}"
                 )
         return {name: ids[name] for name in allowed}
 

@@ -6,11 +6,11 @@ any text, and makes the most frequent pair of neighboring tokens a new token, ag
 `low low low lower` has the words `low` once, `·low` twice and `·lower` once (· is the space, which
 belongs to the word after it):
 
-    merge                 new id    low      ·low       ·lower           why this pair
-    -                               l o w    · l o w    · l o w e r      the bytes
-    (o, w) -> ow            256     l ow     · l ow     · l ow e r       o w and l o occur 4 times: greater bytes win
-    (l, ow) -> low          257     low      · low      · low e r        4 times; (·, l) 3 times
-    (·, low) -> ·low        258     low      ·low       ·low e r         3 times
+    merge             new id  low    ·low     ·lower       why this pair
+    -                         l o w  · l o w  · l o w e r  the bytes
+    (o, w) -> ow        256   l ow   · l ow   · l ow e r   o w and l o occur 4 times: greater bytes win
+    (l, ow) -> low      257   low    · low    · low e r    4 times; (·, l) 3 times
+    (·, low) -> ·low    258   low    ·low     ·low e r     3 times
 
 The merges, in this order, are the whole result of training. A token's id is its byte, or 256 plus
 the number of its merge. A new text is encoded by the same merges in the same order, so `slow`

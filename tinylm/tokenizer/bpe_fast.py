@@ -1,8 +1,8 @@
 r"""The merges of bpe.py's `train`, fast: for corpora of gigabytes
 and vocabularies of 100,000 tokens.
 
-    1. words     chunks of a corpus -> {word: how often it occurs}, by several processes      `count_words_of`
-    2. merges    the most frequent pair becomes a token, again and again                      `WordTable`, `merge_pairs`
+    1. words   chunks of a corpus -> {word: how often it occurs}, by several processes  `count_words_of`
+    2. merges  the most frequent pair becomes a token, again and again                  `WordTable`, `merge_pairs`
 
 Read bpe.py first: it defines the result. Four things make this file fast. Pairs are counted in
 distinct words. All words lie in one array, where a merge touches the positions of its pair and

@@ -1,9 +1,9 @@
 """Reading the folder of a Hugging Face tokenizer, or downloading it.
 
-    tokenizer.json                                        the library's own format, as it is
-    vocab.json, merges.txt                                GPT-2's files: byte-level BPE
-    *.model, vocab.txt, *.tiktoken                        older formats, converted by transformers
-    tokenizer_config.json, special_tokens_map.json        which tokens end and pad a text, and the chat template
+    tokenizer.json                                  the library's own format, as it is
+    vocab.json, merges.txt                          GPT-2's files: byte-level BPE
+    *.model, vocab.txt, *.tiktoken                  older formats, converted by transformers
+    tokenizer_config.json, special_tokens_map.json  which tokens end and pad a text, and the chat template
 
 Reading order: `load_hf_tokenizer`; `_read_folder`, which puts a tokenizer together; the settings;
 the vocabularies.
@@ -58,7 +58,9 @@ def load_hf_tokenizer(path: str) -> HFTokenizer:
 
 
 def _download(name: str) -> Path:
-    """The folder in the library's cache with the tokenizer files of the Hugging Face model `name`."""
+    """The folder in the library's cache with the tokenizer files of the Hugging Face model
+    `name`.
+    """
     from huggingface_hub import snapshot_download
 
     fix = "Give a local folder with tokenizer.json, or vocab.json and merges.txt."
@@ -221,7 +223,8 @@ def _read_tokenizer_json(file: Path) -> "Backend":
         if token["id"] != expected:
             raise UserError(
                 (file, f"added token {token['content']}"),
-                f"must have the id {expected} of {backend.get_vocab_size()} tokens, got {token['id']}",
+                f"must have the id {expected} of {backend.get_vocab_size()} tokens, "
+                f"got {token['id']}",
                 EXPORT_AGAIN,
             )
     return backend

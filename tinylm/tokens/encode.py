@@ -1,8 +1,8 @@
 """Documents to one token file, by several processes, in document order.
 
-    1. a source is cut into chunks that cut no document                                    `source.chunks()`
-    2. each process encodes chunks: document ids, EOS, document ids, EOS, ...  (N,)        `Encoder`
-    3. this process writes them in the order of the chunks, and continues an old start     `encode_file`
+    1. a source is cut into chunks that cut no document                                 `source.chunks()`
+    2. each process encodes chunks: document ids, EOS, document ids, EOS, ...  (N,)     `Encoder`
+    3. this process writes them in the order of the chunks, and continues an old start  `encode_file`
 
 The bytes of the file depend on its `EncodeSpec`, never on the number of processes or on
 interruptions. Memory holds a few chunks.
@@ -158,7 +158,8 @@ class EncodedChunk:
     """documents in the chunk, also those of the other split"""
     size: int
     spelled: list[int]
-    """numbers of the documents whose text contains the name of the end-of-text token as characters"""
+    """numbers of the documents whose text contains the name of the end-of-text token
+    as characters"""
     separated: bool
     """whether a separator was found"""
     error: UserError | None
@@ -327,7 +328,10 @@ def finished_file(path: Path, spec: EncodeSpec) -> TokenFile | None:
     require_regular(path)
     file = TokenFile.open(path, fix)
     if file.header.recipe != spec.fingerprint:
-        problem = "already exists, and was made from other text, or with another tokenizer or other settings"
+        problem = (
+            "already exists, and was made from other text, "
+            "or with another tokenizer or other settings"
+        )
         raise UserError(path, problem, fix)
     file.verify()
     return file

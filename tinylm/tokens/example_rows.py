@@ -6,9 +6,9 @@ An example is tokens and a mark for each: trained or not. Its last token is only
 first only an input, so n tokens take n - 1 positions. Example a is prompt p p with answer r r,
 example b is q with answer s; T = 6:
 
-    row    inputs         p   p   r | q   s | PAD              packing: packed; padded puts one example in a row
-           labels         -   r   r | s EOS |  -               - is IGNORE_INDEX: prompts and padding are not trained
-           document_ids   0   0   0 | 1   1 |  2               attention stops between examples
+    row  inputs        p  p  r | q   s | PAD  packing: packed; padded puts one example in a row
+         labels        -  r  r | s EOS |  -   - is IGNORE_INDEX: prompts and padding are not trained
+         document_ids  0  0  0 | 1   1 |  2   attention stops between examples
 
 Knows nothing of text or templates (rows/).
 """

@@ -196,7 +196,8 @@ def _check_ends(path: Path, ends: np.ndarray, after_eos: np.ndarray, count: int)
             path,
             f"{len(other)} of {len(ends)} documents, the first of them number {other[0] + 1}, do "
             "not end with the tokenizer's end of text",
-            "Set tokenizer to the one that encoded it, or encode with its eos_token and shuffle no chunks",
+            "Set tokenizer to the one that encoded it, or encode with its eos_token and shuffle no "
+            "chunks",
         )
 
 
@@ -223,7 +224,9 @@ def holds_ids(path: Path, file: TokenFile) -> bool:
 
 
 def write_npy(file: TokenFile, path: Path, setting: str) -> None:
-    """Write the ids of `file` as a plain NumPy array, whole or not at all; `setting` decides where."""
+    """Write the ids of `file` as a plain NumPy array, whole or not at all;
+    `setting` decides where.
+    """
     header = {
         "descr": file.tokens.dtype.str,
         "fortran_order": False,

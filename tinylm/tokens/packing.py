@@ -7,12 +7,12 @@ The tokens of all documents follow each other, each document closed by EOS. A ro
 the first T are inputs, the last T labels, so position t must predict token t + 1. With T = 4,
 documents a (3 tokens) and b (4 tokens):
 
-    tokens           a0  a1  a2 EOS  b0  b1  b2  b3 EOS             (N,)
-    row 0  inputs    a0  a1  a2 EOS                                 (T,)
-           labels    a1  a2 EOS  b0                                 (T,)
-    row 1  inputs                    b0  b1  b2  b3                 starts at the last label of row 0
-           labels                    b1  b2  b3 EOS
-    document_ids      0   0   0   1 | 0   0   0   0                 from 0 in each row; with data.document_mask
+    tokens          a0  a1  a2 EOS  b0  b1  b2  b3 EOS   (N,)
+    row 0  inputs   a0  a1  a2 EOS                       (T,)
+           labels   a1  a2 EOS  b0                       (T,)
+    row 1  inputs                   b0  b1  b2  b3       starts at the last label of row 0
+           labels                   b1  b2  b3 EOS
+    document_ids     0   0   0   1 | 0   0   0   0       from 0 in each row; with data.document_mask
 
 So every token but the very first is a label exactly once (with the default stride T). EOS closes a
 document and, as an input, opens the next one: the first token of a document is predicted from EOS
@@ -27,8 +27,8 @@ With size 2 and 2 ranks:
     micro-batch        0      0      1      1               `Share.places`
     rank               0      1      0      1
 
-    place ─▶ row number     pass after pass over the rows, in the order of data.order          `RowOrder`
-                            each row once, then padding                                        `validation_order`
+    place ─▶ row number  pass after pass over the rows, in the order of data.order  `RowOrder`
+                         each row once, then padding                                `validation_order`
 
 So a run that resumes at micro-batch k needs nothing but k,
 and R ranks read together what one device would read.
@@ -244,7 +244,9 @@ def collate_rows(
     pad_id: int,
     eos_id: int | None,
 ) -> Batch:
-    """`input_ids` and `labels` (B, T) int64; with `eos_id` also `document_ids` (B, T) for the mask."""
+    """`input_ids` and `labels` (B, T) int64; with `eos_id` also `document_ids`
+    (B, T) for the mask.
+    """
     padding = (np.full(seq_len, pad_id), np.full(seq_len, IGNORE_INDEX), None)
     rows = [padding if row is None else row for row in rows]
     inputs = np.stack([row[0] for row in rows])  # (B, T)

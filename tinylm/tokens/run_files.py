@@ -1,8 +1,8 @@
 """The token files of a run: one for each source, made if it does not exist,
 and what is known about them.
 
-    DataSource ─▶ the token file that the user gave, or its training or validation part      } `token_file_of`
-               ─▶ a file in data.cache_dir, encoded from text once                            }
+    DataSource ─▶ the token file that the user gave, or its training or validation part  } `token_file_of`
+               ─▶ a file in data.cache_dir, encoded from text once                        }
     data.dataset or data.mix ─▶ training_files, validation_file
 
 Which rows of the files a run takes, and in which order, is in mixture.py and packing.py.

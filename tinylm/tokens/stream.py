@@ -2,7 +2,7 @@
 no token file is made.
 
     documents from the cursor on ─▶ rows of T + 1 tokens      `pack_stream`
-                                 ─▶ windows of rows, shuffled by (seed, window) ─▶ (B, T)      `StreamDataset`
+                                 ─▶ windows of rows, shuffled by (seed, window) ─▶ (B, T)  `StreamDataset`
 
 The position in the stream is in each batch and in the checkpoint (`Cursor`),
 so a resumed run continues exactly there.

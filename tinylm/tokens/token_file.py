@@ -238,8 +238,9 @@ class TokenFile:
             return
         raise UserError(
             self.path,
-            f"encoded with tokenizer {self.header.tokenizer} (vocabulary {self.header.vocab_size}), "
-            f"this run uses {tokenizer.fingerprint} ({tokenizer.vocab_size})",
+            f"encoded with tokenizer {self.header.tokenizer} (vocabulary "
+            f"{self.header.vocab_size}), this run uses {tokenizer.fingerprint} "
+            f"({tokenizer.vocab_size})",
             f"Set tokenizer to that one, or: {self.fix}",
         )
 

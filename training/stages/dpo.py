@@ -284,7 +284,9 @@ def open_data(context: RunContext, tokenizer: Tokenizer) -> PreferenceData:
 def build_module(
     context: RunContext, data: RunData, resume: ResumeState | None, initial: InitialModel | None
 ) -> DPOModule:
-    """The policy and its reference: the model that the run started from, also when it is resumed."""
+    """The policy and its reference: the model that the run started from,
+    also when it is resumed.
+    """
     config = context.config
     assert config.dpo is not None and initial is not None, (
         "the table of unsupported pairs sees to it"

@@ -79,7 +79,8 @@ class SFTData(RunData):
         shared = count_shared_examples(self.train_examples, self.val_examples)
         if shared:
             self.notes.append(
-                f"warning: {shared} validation rows are also training rows; val_loss will be too low"
+                f"warning: {shared} validation rows are also training rows; "
+                "val_loss will be too low"
             )
         if self.config.training.train_on != "response":
             return  # no label shows where a question ends

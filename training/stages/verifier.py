@@ -92,8 +92,8 @@ class VerifierData(RunData):
             n_right += problem.is_right + sum(sample.right for sample in problem.samples)
         return (
             f"data: {printable(self.config.data.dataset)}: train {len(self.train_problems):,} "
-            f"problems with {n_train:,} answers ({n_right / n_train:.0%} of them right), validation "
-            f"{len(self.val_problems):,} problems with {n_val:,} answers; tokenizer "
+            f"problems with {n_train:,} answers ({n_right / n_train:.0%} of them right), "
+            f"validation {len(self.val_problems):,} problems with {n_val:,} answers; tokenizer "
             f"{self.config.tokenizer.kind}, vocabulary {self.tokenizer.vocab_size}"
         )
 
@@ -317,7 +317,9 @@ def prepare_data(context: RunContext, tokenizer: Tokenizer) -> VerifierData:
 def answerer(
     config: Config, verifier: VerifierConfig, device: str, progress: OnProgress
 ) -> Callable[[list[Problem]], list[Problem]]:
-    """A function that adds to problems the answers of the model that verifier.sampled_from names."""
+    """A function that adds to problems the answers of the model
+    that verifier.sampled_from names.
+    """
     folder = Path(config.data.cache_dir)
     assert verifier.sampled_from is not None
     try:

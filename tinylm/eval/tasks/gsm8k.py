@@ -16,8 +16,10 @@ SMOKE = (
         "She has 15-7=<<15-7=8>>8 stamps left.\n#### 8",
     ),
     (
-        "A ticket costs $9. Three friends go, and one has a coupon for $5 off. What do they pay together?",
-        "Three tickets cost 3*9=$<<3*9=27>>27.\nWith the coupon they pay 27-5=$<<27-5=22>>22.\n#### 22",
+        "A ticket costs $9. Three friends go, and one has a coupon for $5 off. "
+        "What do they pay together?",
+        "Three tickets cost 3*9=$<<3*9=27>>27.\nWith the coupon they pay "
+        "27-5=$<<27-5=22>>22.\n#### 22",
     ),
     (
         "A train covers 80 km an hour. How far is it after 2.5 hours?",

@@ -1,4 +1,6 @@
-"""A user's own rows with a prompt and a target: the target is the exact continuation of the prompt."""
+"""A user's own rows with a prompt and a target: the target is the exact continuation of the
+prompt.
+"""
 
 from tinylm.eval.metrics import exact_match, token_f1
 from tinylm.eval.tasks.task import SHOT_SEPARATOR, Task, text_of

@@ -17,7 +17,8 @@ def question(row: Row) -> Turn:
 SMOKE = (
     ("Running ten minutes late, order me a coffee?", 0),
     (
-        "WINNER!! You have been picked for a 900 pound voucher. Call 090 5550 0199 now, lines close tonight",
+        "WINNER!! You have been picked for a 900 pound voucher. Call 090 5550 0199 now, "
+        "lines close tonight",
         1,
     ),
     ("Mum says dinner is at seven, bring nothing", 0),

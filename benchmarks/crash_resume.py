@@ -1,11 +1,12 @@
-"""Kill a training run at random moments, resume it, and compare it with a run that was never interrupted.
+"""Kill a training run at random moments, resume it, and compare it with an uninterrupted run.
 
     python benchmarks/crash_resume.py
     python benchmarks/crash_resume.py --rounds 10 --stream --seed 3
 
-Both runs use gradient accumulation, dropout and a worker process. The comparison is exact: every number in metrics.csv
-except the speed, as `float.hex`, and the weights, optimizer state and progress in the last checkpoint. `--break-resume`
-shows that the comparison can fail: it resumes with another seed for dropout.
+Both runs use gradient accumulation, dropout and a worker process. The comparison is exact: all
+numbers in metrics.csv except the speed (as `float.hex`), and the weights, optimizer state and
+progress in the last checkpoint. `--break-resume` resumes with another seed, to show that the
+comparison can fail.
 """
 
 import argparse
@@ -26,8 +27,12 @@ sys.path.insert(0, str(ROOT))
 from tinylm.checkpoint import format as checkpoint_format  # noqa: E402
 
 CONFIG = """
-model: {{n_layers: 2, d_model: 64, n_heads: 4, max_seq_len: 64, residual_dropout: 0.1, attention_dropout: 0.1}}
-data: {{dataset: {dataset}, num_workers: {workers}, streaming: {stream}, shuffle_window: 32, cache_dir: {folder}/cache}}
+model:
+  {{n_layers: 2, d_model: 64, n_heads: 4, max_seq_len: 64,
+   residual_dropout: 0.1, attention_dropout: 0.1}}
+data:
+  {{dataset: {dataset}, num_workers: {workers}, streaming: {stream}, shuffle_window: 32,
+   cache_dir: {folder}/cache}}
 training:
   {{seq_len: 64, micro_batch_size: 4, grad_accum_steps: 4, max_steps: {steps}, lr: 1e-3,
    val_every_steps: 20, val_batches: 4, log_every_steps: 1, save_every_steps: 5,
@@ -38,13 +43,11 @@ COMPARED = ("weights", "optimizer", "progress", "cursor")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="how often the run is killed (default: 5)"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="number of kills (default: 5)")
     parser.add_argument(
         "--steps", type=int, default=60, help="optimizer steps of the run (default: 60)"
     )
@@ -54,9 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="read the documents as a stream instead of a token file",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed for the moments at which the run is killed"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for the moments of the kills")
     parser.add_argument(
         "--dataset", type=Path, default=ROOT / "data" / "tiny_corpus.txt", help="text to train on"
     )
@@ -69,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run both and compare; 0 if they are equal to the last bit."""
+    """Run both and compare them; return 0 if they are equal to the last bit."""
     args = parse(argv)
     with tempfile.TemporaryDirectory() as name:
         uninterrupted = write_config(Path(name) / "uninterrupted", args)
@@ -80,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         differences = compare(uninterrupted.parent, crashed.parent)
     source = "stream" if args.stream else "token file"
     print(
-        f"killed {len(kills)} times, after steps {kills}; {args.steps} steps, accumulation 4, dropout 0.1, "
-        f"{args.workers} workers, {source}"
+        f"killed {len(kills)} times, after steps {kills}; {args.steps} steps, accumulation 4, "
+        f"dropout 0.1, {args.workers} workers, {source}"
     )
     if differences:
         print(f"DIFFERENT: {'; '.join(differences[:5])}")
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_config(folder: Path, args: argparse.Namespace) -> Path:
-    """The config of one of the two runs, in a folder of its own."""
+    """Write the config of one of the two runs into its own folder; return its path."""
     folder.mkdir(parents=True)
     path = folder / "config.yaml"
     values = {
@@ -105,7 +106,7 @@ def write_config(folder: Path, args: argparse.Namespace) -> Path:
 
 
 def train(config: Path, *flags: str) -> "subprocess.Popen[bytes]":
-    """Start train.py on `config`; its output goes to a file beside it."""
+    """Start train.py on `config`; its output goes to output.txt in the same folder."""
     with open(config.with_name("output.txt"), "ab") as output:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), "--config", str(config), *flags],
@@ -116,22 +117,20 @@ def train(config: Path, *flags: str) -> "subprocess.Popen[bytes]":
 
 
 def resume_flags(args: argparse.Namespace) -> list[str]:
-    """Settings of a resumed run: none, or another seed."""
+    """Arguments of a resumed run: none, or another seed."""
     return ["training.seed=1", "--allow-changes"] if args.break_resume else []
 
 
 def crash(config: Path, args: argparse.Namespace) -> list[int]:
-    """Start and kill the run `args.rounds` times, each time some steps later;
-    returns the steps at which it was killed.
-    """
-    chance = random.Random(args.seed)
+    """Start and kill the run `args.rounds` times at increasing steps; return these steps."""
+    rng = random.Random(args.seed)
     kills = []
     for number in range(args.rounds):
         process = train(config, *(resume_flags(args) if number else []))
-        goal = int(args.steps * (number + chance.random()) / args.rounds)
-        while process.poll() is None and last_step(config.parent) < goal:
+        kill_step = int(args.steps * (number + rng.random()) / args.rounds)
+        while process.poll() is None and last_step(config.parent) < kill_step:
             time.sleep(0.01)
-        time.sleep(chance.random() * 0.2)  # somewhere inside a step, an accumulation or a save
+        time.sleep(rng.random() * 0.2)  # within a step, an accumulation or a save
         process.kill()
         process.wait()
         kills.append(last_step(config.parent))
@@ -155,15 +154,15 @@ def last_step(folder: Path) -> int:
 
 
 def compare(uninterrupted: Path, crashed: Path) -> list[str]:
-    """The differences between the two runs."""
+    """Describe the differences between the two runs."""
     differences = []
     expected = [exact_numbers(row) for row in rows(uninterrupted)]
-    found = [exact_numbers(row) for row in rows(crashed)]
-    for a, b in zip(expected, found, strict=False):
+    actual = [exact_numbers(row) for row in rows(crashed)]
+    for a, b in zip(expected, actual, strict=False):
         if a != b:
             differences.append(f"metrics of step {float.fromhex(a['step']):.0f}")
-    if len(expected) != len(found) or not expected:
-        differences.append(f"{len(expected)} rows of metrics and {len(found)}")
+    if len(expected) != len(actual) or not expected:
+        differences.append(f"{len(expected)} and {len(actual)} rows of metrics")
     states = [
         checkpoint_format.read(folder / "checkpoints" / "final.ckpt")
         for folder in (uninterrupted, crashed)
@@ -175,7 +174,7 @@ def compare(uninterrupted: Path, crashed: Path) -> list[str]:
 
 
 def exact_numbers(row: dict[str, str]) -> dict[str, str]:
-    """The numbers of a row of metrics, exactly, without the speed."""
+    """The exact numbers of a row of metrics, without the speed."""
     return {
         name: float(value).hex() for name, value in row.items() if value and name != "tokens_per_s"
     }

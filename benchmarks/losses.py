@@ -59,13 +59,11 @@ def peak_mb(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         step(loss_fn, tensors, bf16=bf16)
-    held = peak = 0
-    for event in sorted(
-        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
-        key=lambda e: e.start_ns(),
-    ):
-        held += event.nbytes()
-        peak = max(peak, held)
+    allocated = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak / 1e6
 
 

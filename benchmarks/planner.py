@@ -1,7 +1,7 @@
-"""The planned peak memory of runs and the memory that they use: python benchmarks/planner.py
+"""Compare the planned peak memory of runs with the used memory: python benchmarks/planner.py
 
-Each run is planned, then trained for a few steps by train.py as a child process, whose peak the kernel reports. Linux
-and the CPU only.
+Each run is planned, then trained for a few steps by train.py in a child process, whose peak memory
+the kernel reports. Linux and CPU only.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# A config and overrides; the larger ones with fewer rows, so that each takes a minute.
+# A config and overrides; large models have smaller batches, so that each run takes a minute.
 RUNS = (
     "config_smoke.yaml",
     "configs/learn.yaml",
@@ -33,8 +33,8 @@ RUNS = (
     "configs/learn.yaml data.document_mask=true",
     "configs/learn.yaml model.vocab_size=32000",
 )
-BYTE_VOCABULARY = 260
-# Enough steps that the allocator has seen every size of tensor, an optimizer step and a validation.
+BYTE_VOCAB_SIZE = 260
+# Enough for optimizer steps and a validation, so that all sizes of tensors were allocated.
 STEPS = 6
 
 
@@ -46,26 +46,24 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         default=RUNS,
         metavar="RUN",
-        help="each in quotes: a config and its overrides",
+        help="a config and its overrides, in quotes",
     )
     runs = parser.parse_args(argv).runs
     from tinylm.config.loader import load_config
     from tinylm.planning.machine_memory import resident_bytes
     from tinylm.planning.memory_plan import plan_run, with_settings
-    from training import callbacks  # noqa: F401  (the plan counts what a training process has imported)
+
+    # The plan includes the imports of a training process.
+    from training import callbacks  # noqa: F401
 
     program = resident_bytes()
     print("| run | planned MB | used MB | planned / used |\n|---|---:|---:|---:|")
     for run in runs:
         preset, *overrides = shlex.split(run)
         config = load_config(ROOT / preset, overrides)
-        vocabulary = config.model.vocab_size or config.tokenizer.vocab_size or BYTE_VOCABULARY
-        planned = (
-            plan_run(
-                with_settings(config, {"model.vocab_size": vocabulary}), "cpu", program=program
-            ).peak
-            / 1e6
-        )
+        vocab_size = config.model.vocab_size or config.tokenizer.vocab_size or BYTE_VOCAB_SIZE
+        config = with_settings(config, {"model.vocab_size": vocab_size})
+        planned = plan_run(config, "cpu", program=program).peak / 1e6
         used = peak_of_run(preset, overrides) / 1e6
         print(f"| {run} | {planned:,.0f} | {used:,.0f} | {planned / used:.2f} |", flush=True)
     return 0

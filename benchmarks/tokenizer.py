@@ -1,21 +1,19 @@
-"""Learning a vocabulary, and encoding with one: this project beside libraries written in Rust, on the same text.
+"""Speed of BPE training and of encoding: this project and libraries in Rust, on the same text.
 
     pip install -r requirements-bench.txt
     python benchmarks/tokenizer.py [--megabytes 10 100 --vocab-size 8000 32000 --processes 2 --data TEXT]
     python benchmarks/tokenizer.py --encode [--tokenizer FOLDER --megabytes 20 --processes 2 --data TEXT]
 
-Learning: `tokenizers`' BpeTrainer and, where it is installed (pip install rustbpe), `rustbpe`. Time
-is from the call to the learned vocabulary. Bytes per token: of the first 5 MB.
+Training: also `tokenizers` (BpeTrainer) and `rustbpe`, if it is installed (pip install rustbpe). The
+time is from the call to the trained vocabulary. Bytes per token are measured on the first 5 MB.
 
-Encoding: documents of about 4000 characters, with the tokenizer in a folder (GPT-2's vocab.json and
-merges.txt will do), or one learned from the text. All contestants must make the same ids.
-`corpus to token file` is all that `python -m tinylm encode` does: reading, cutting, encoding,
-writing, syncing.
+Encoding: documents of about 4000 characters, with a tokenizer from a folder (for example GPT-2's
+vocab.json and merges.txt) or one that is trained on the text. All implementations must give the same
+ids. `corpus to token file` is the whole of `python -m tinylm encode`: read, split, encode, write, sync.
 
-Each run is a process of its own, timed without imports, the best of --rounds. Memory is the peak of
-the process and its workers together, sampled every 20 ms; shared pages count twice. Without --data
-the text is the text files of installed packages: .py, .md, .rst and .txt files in the order of
-their paths.
+Each run has its own process and is timed without imports; the table has the best of --rounds. Memory
+is the peak of the process and its workers, sampled every 20 ms; shared pages are counted twice. The
+default text is the .py, .md, .rst and .txt files of installed packages, in the order of their paths.
 """
 
 import argparse
@@ -44,12 +42,12 @@ sys.path.insert(0, str(ROOT))
 EOT = "<|endoftext|>"
 SAMPLE = 5_000_000
 DOCUMENT = 4000
-# Characters that the other trainers are given at a time.
+# Characters per text that is passed to the other trainers.
 BLOCK = 2**16
 
 
-def ours(text: Path, vocab_size: int, processes: int, out: Path) -> float:
-    """Seconds of this project's trainer."""
+def train_tinylm(text: Path, vocab_size: int, processes: int, out: Path) -> float:
+    """Training time of this project, in seconds."""
     from tinylm.text.chunks import word_chunks
     from tinylm.text.sources import sources_named
     from tinylm.tokenizer.bpe_fast import learn_bpe
@@ -67,12 +65,12 @@ def ours(text: Path, vocab_size: int, processes: int, out: Path) -> float:
     return seconds
 
 
-def tokenizers(
+def train_tokenizers(
     text: Path, vocab_size: int, processes: int, out: Path, *, by_file: bool = False
 ) -> float:
-    """Seconds of `tokenizers`' trainer, whose threads the environment bounds.
+    """Training time of `tokenizers`, in seconds; RAYON_NUM_THREADS limits its threads.
 
-    By file it learns from single lines, the shorter way to call it: their ends are then in no token with what follows.
+    With `by_file` it trains on single lines, so no token contains a line end and what follows it.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -93,8 +91,8 @@ def tokenizers(
     return seconds
 
 
-def rustbpe(text: Path, vocab_size: int, processes: int, out: Path) -> float:
-    """Seconds of `rustbpe`."""
+def train_rustbpe(text: Path, vocab_size: int, processes: int, out: Path) -> float:
+    """Training time of `rustbpe`, in seconds."""
     import rustbpe
 
     from tinylm.tokenizer.pretokenize import PATTERNS
@@ -108,16 +106,16 @@ def rustbpe(text: Path, vocab_size: int, processes: int, out: Path) -> float:
     return time.perf_counter() - start
 
 
-CONTESTANTS = {
-    "tinylm": ours,
-    "tokenizers": tokenizers,
-    "tokenizers, by file": partial(tokenizers, by_file=True),
-    "rustbpe": rustbpe,
+TRAINERS = {
+    "tinylm": train_tinylm,
+    "tokenizers": train_tokenizers,
+    "tokenizers, by file": partial(train_tokenizers, by_file=True),
+    "rustbpe": train_rustbpe,
 }
 
 
 def encode_arrays(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
-    """Seconds and ids of this project's tokenizer, on one thread."""
+    """Time and ids of this project's tokenizer, on one thread."""
     from tinylm.tokenizer.factory import named_tokenizer
 
     tokenizer = named_tokenizer(str(options.tokenizer))
@@ -127,7 +125,7 @@ def encode_arrays(documents: list[str], options: argparse.Namespace) -> tuple[fl
 
 
 def encode_file(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
-    """Seconds and ids of the way from a corpus to a token file."""
+    """Time and ids of encoding a corpus into a token file."""
     from tinylm.text.sources import sources_named
     from tinylm.text.splits import Split
     from tinylm.tokenizer.factory import named_tokenizer
@@ -151,7 +149,7 @@ def encode_file(documents: list[str], options: argparse.Namespace) -> tuple[floa
 
 
 def encode_tiktoken(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
-    """Seconds and ids of tiktoken's threads."""
+    """Time and ids of tiktoken, with threads."""
     from tinylm.tokenizer.hf_files import load_hf_tokenizer
 
     fast = load_hf_tokenizer(str(options.tokenizer)).fast
@@ -162,7 +160,7 @@ def encode_tiktoken(documents: list[str], options: argparse.Namespace) -> tuple[
 
 
 def encode_tokenizers(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
-    """Seconds and ids of `tokenizers`, whose threads the environment bounds."""
+    """Time and ids of `tokenizers`; RAYON_NUM_THREADS limits its threads."""
     from tokenizers import Tokenizer
 
     from tinylm.tokenizer.hf_files import load_hf_tokenizer
@@ -178,7 +176,7 @@ def encode_tokenizers(documents: list[str], options: argparse.Namespace) -> tupl
 
 
 def encode_transformers(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
-    """Seconds and ids of transformers, which calls `tokenizers`."""
+    """Time and ids of transformers, which calls `tokenizers`."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -202,15 +200,13 @@ ENCODERS = {
 }
 
 
-def encode_contest(options: argparse.Namespace) -> int:
-    """One run, in the process that was started for it: seconds, peak megabytes,
-    and what tells its ids from others, as JSON.
-    """
+def encoding_run(options: argparse.Namespace) -> int:
+    """One encoding run in its own process: print seconds, peak megabytes and a hash of the ids as JSON."""
     import numpy as np
 
     documents = documents_of(options.data)
-    with peak() as megabytes:
-        seconds, ids = ENCODERS[options.contestant](documents, options)
+    with peak_memory() as megabytes:
+        seconds, ids = ENCODERS[options.implementation](documents, options)
     digest = hashlib.sha256(
         np.concatenate([np.asarray(document, dtype="<u4") for document in ids]).tobytes()
     ).hexdigest()
@@ -219,8 +215,9 @@ def encode_contest(options: argparse.Namespace) -> int:
 
 
 def documents_of(path: Path) -> list[str]:
-    """The text in pieces that are the same whoever reads them:
-    a corpus drops carriage returns and line ends around a document.
+    """Split the text into documents that a corpus file gives back unchanged.
+
+    A corpus file has no carriage returns, and no line ends around a document.
     """
     with open(path, encoding="utf-8") as file:
         pieces = [
@@ -230,15 +227,13 @@ def documents_of(path: Path) -> list[str]:
     return [piece for piece in pieces if piece.strip()]
 
 
-def contest(options: argparse.Namespace) -> int:
-    """One run, in the process that was started for it: seconds, peak megabytes before the encoding,
-    bytes per token, as JSON.
-    """
+def run_one(options: argparse.Namespace) -> int:
+    """One training run in its own process: print seconds, peak megabytes and bytes per token as JSON."""
     if options.encode:
-        return encode_contest(options)
+        return encoding_run(options)
     (vocab_size,) = options.vocab_size
-    with peak() as megabytes:
-        seconds = CONTESTANTS[options.contestant](
+    with peak_memory() as megabytes:
+        seconds = TRAINERS[options.implementation](
             options.data, vocab_size, options.processes, options.out
         )
     fit = bytes_per_token(options.out, options.data) if options.out.exists() else None
@@ -247,32 +242,32 @@ def contest(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def peak() -> Iterator[list[float]]:
-    """A list that grows by what this process and its children hold."""
-    held: list[float] = []
+def peak_memory() -> Iterator[list[float]]:
+    """Sample the memory of this process and its children, in megabytes, into a list."""
+    samples: list[float] = []
     done = threading.Event()
 
-    def look() -> None:
-        import psutil  # of requirements-bench.txt; --help does without
+    def sample_memory() -> None:
+        import psutil  # from requirements-bench.txt; --help does not need it
 
         this = psutil.Process()
-        held.append(resident(this) / 1e6)  # however short the work is
+        samples.append(resident(this) / 1e6)  # at least one sample
         while not done.wait(0.02):
-            held.append(
+            samples.append(
                 sum(resident(process) for process in [this, *this.children(recursive=True)]) / 1e6
             )
 
-    watcher = threading.Thread(target=look)
+    watcher = threading.Thread(target=sample_memory)
     watcher.start()
     try:
-        yield held
+        yield samples
     finally:
         done.set()
         watcher.join()
 
 
 def resident(process: Any) -> int:
-    """Bytes in memory, none for a process that has just ended."""
+    """Resident bytes; 0 for a process that has just ended."""
     import psutil
 
     try:
@@ -282,19 +277,19 @@ def resident(process: Any) -> int:
 
 
 def runs_of(
-    name: str, text: Path, options: argparse.Namespace, *further: str
+    name: str, text: Path, options: argparse.Namespace, *arguments: str
 ) -> list[dict[str, Any]]:
-    """The results of a contestant's runs."""
+    """Run one implementation `--rounds` times; return its results."""
     command = [
         sys.executable,
         __file__,
-        "--contestant",
+        "--implementation",
         name,
         "--data",
         str(text),
         "--processes",
         str(options.processes),
-        *further,
+        *arguments,
     ]
     threads = {"RAYON_NUM_THREADS": str(options.processes), "OMP_NUM_THREADS": "1"}
     runs = []
@@ -306,8 +301,8 @@ def runs_of(
     return runs
 
 
-def learning_row(name: str, text: Path, vocab_size: int, options: argparse.Namespace) -> list[str]:
-    """Seconds, megabytes, bytes per token."""
+def training_row(name: str, text: Path, vocab_size: int, options: argparse.Namespace) -> list[str]:
+    """Cells: seconds, peak megabytes, bytes per token."""
     out = text.with_name(f"{name}.json")
     runs = runs_of(name, text, options, "--out", str(out), "--vocab-size", str(vocab_size))
     best = min(run["seconds"] for run in runs)
@@ -320,14 +315,14 @@ def learning_row(name: str, text: Path, vocab_size: int, options: argparse.Names
 
 
 def encoding_rows(text: Path, tokenizer: Path, options: argparse.Namespace) -> Iterator[list[str]]:
-    """Contestant, MB/s, how many times as fast as the first, peak megabytes."""
+    """Cells: implementation, MB/s, speed relative to the first, peak megabytes."""
     first: dict[str, Any] = {}
     for name in ENCODERS:
         runs = runs_of(name, text, options, "--encode", "--tokenizer", str(tokenizer))
         run = min(runs, key=lambda run: run["seconds"])
         first = first or run
         if run["ids"] != first["ids"]:
-            sys.exit(f"{name}: other ids than those of {next(iter(ENCODERS))}")
+            sys.exit(f"{name}: its ids differ from those of {next(iter(ENCODERS))}")
         speed = text.stat().st_size / 1e6 / run["seconds"]
         yield [
             name,
@@ -338,7 +333,7 @@ def encoding_rows(text: Path, tokenizer: Path, options: argparse.Namespace) -> I
 
 
 def bytes_per_token(tokenizer: Path, text: Path) -> float:
-    """Bytes of the sample per token."""
+    """Bytes per token on the first SAMPLE bytes of the text."""
     from tokenizers import Tokenizer
 
     with open(text, "rb") as file:
@@ -350,22 +345,24 @@ def bytes_per_token(tokenizer: Path, text: Path) -> float:
 
 
 def build_text(path: Path, n_bytes: int) -> None:
-    """Write `n_bytes` of the text files of installed packages and of Python itself."""
-    left = n_bytes
+    """Write `n_bytes` of text from installed packages and from Python itself."""
+    remaining = n_bytes
     with open(path, "wb") as out:
         for root in ("purelib", "stdlib"):
             for file in sorted(Path(sysconfig.get_path(root)).rglob("*")):
                 if file.suffix in (".py", ".md", ".rst", ".txt") and file.is_file():
-                    text = file.read_bytes().decode("utf-8", "ignore").encode()[:left]
+                    text = file.read_bytes().decode("utf-8", "ignore").encode()[:remaining]
                     out.write(text.decode("utf-8", "ignore").encode())
-                    left -= len(text)
-                if not left:
+                    remaining -= len(text)
+                if not remaining:
                     return
-    sys.exit(f"the installed packages have {left / 1e6:.0f} MB of text too few; give --data")
+    sys.exit(
+        f"the installed packages have {remaining / 1e6:.0f} MB of text less than needed; give --data"
+    )
 
 
 def cut_text(source: Path, path: Path, n_bytes: int) -> None:
-    """Write the first bytes of a file, without half a character at their end."""
+    """Write the first `n_bytes` of a file, without a cut character at the end."""
     with open(source, "rb") as file:
         path.write_bytes(file.read(n_bytes).decode("utf-8", "ignore").encode())
 
@@ -379,32 +376,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[8000, 32000])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--data", type=Path, help="a .txt file to take the text from")
-    parser.add_argument("--contestant", choices=[*CONTESTANTS, *ENCODERS], help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help="a .txt file with the text")
+    parser.add_argument("--implementation", choices=[*TRAINERS, *ENCODERS], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--encode", action="store_true", help="compare encoding, not learning")
+    parser.add_argument("--encode", action="store_true", help="compare encoding, not training")
     parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="what --encode encodes with (default: one of 32000 tokens, learned before)",
+        help="tokenizer for --encode (default: train one with 32000 tokens)",
     )
     options = parser.parse_args(argv)
-    if options.contestant:
-        return contest(options)
+    if options.implementation:
+        return run_one(options)
     from rich.console import Console
 
     with tempfile.TemporaryDirectory() as folder:
         Console().print(
             encoding_table(Path(folder), options)
             if options.encode
-            else learning_table(Path(folder), options)
+            else training_table(Path(folder), options)
         )
     return 0
 
 
 def texts_of(folder: Path, options: argparse.Namespace) -> Iterator[Path]:
-    """The text in each size."""
+    """Write the text in each size and yield its path."""
     text = folder / "text.txt"
     for megabytes in options.megabytes:
         if options.data is None:
@@ -414,13 +411,13 @@ def texts_of(folder: Path, options: argparse.Namespace) -> Iterator[Path]:
         yield text
 
 
-def learning_table(folder: Path, options: argparse.Namespace) -> "Table":
-    """Each trainer on each text with each size of the vocabulary."""
+def training_table(folder: Path, options: argparse.Namespace) -> "Table":
+    """The table of all trainers, text sizes and vocabulary sizes."""
     from rich.table import Table
 
-    names = [name for name in CONTESTANTS if name != "rustbpe" or find_spec("rustbpe")]
+    names = [name for name in TRAINERS if name != "rustbpe" or find_spec("rustbpe")]
     table = Table(
-        "text", "vocabulary", "trainer", title=f"learning BPE with {options.processes} processes"
+        "text", "vocabulary", "trainer", title=f"training BPE with {options.processes} processes"
     )
     for column in ("seconds", "peak MB", "bytes per token"):
         table.add_column(column, justify="right")
@@ -428,14 +425,14 @@ def learning_table(folder: Path, options: argparse.Namespace) -> "Table":
         size = f"{text.stat().st_size / 1e6:.0f} MB"
         for vocab_size in options.vocab_size:
             for name in names:
-                row = learning_row(name, text, vocab_size, options)
+                row = training_row(name, text, vocab_size, options)
                 table.add_row(size, f"{vocab_size:,}", name, *row, end_section=name == names[-1])
                 sys.stderr.write(f"{size} {vocab_size} {name}: {row[0]} s\n")
     return table
 
 
 def encoding_table(folder: Path, options: argparse.Namespace) -> "Table":
-    """Each way of encoding on each text."""
+    """The table of all encoders and text sizes."""
     from rich.table import Table
 
     from tinylm.text.chunks import word_chunks
@@ -444,7 +441,7 @@ def encoding_table(folder: Path, options: argparse.Namespace) -> "Table":
     from tinylm.tokenizer.pretokenize import Pretokenizer
 
     table = Table(
-        "text", "contestant", title=f"encoding on {options.processes} threads or processes"
+        "text", "implementation", title=f"encoding on {options.processes} threads or processes"
     )
     for column in ("MB/s", "times", "peak MB"):
         table.add_column(column, justify="right")

@@ -1,23 +1,25 @@
-"""Whole training steps of this project beside transformers' Llama and litgpt's GPT: tokens/s, peak memory, MFU.
+"""Training speed of this project, transformers' Llama and litgpt's GPT: tokens/s, peak memory, MFU.
 
     pip install -r requirements-bench.txt && pip install --no-deps litgpt==0.5.13
     python benchmarks/train.py
     python benchmarks/train.py --modes bf16 bf16-compiled --rounds 20 --json speed.json
 
-A step is forward, backward, clipping, AdamW and letting the gradients go, on random token ids. This project takes it
-under its own trainer, with its own stage and loss; the others in a plain loop, with the loss that is natural to each.
-Every contestant is a process of its own, told over a pipe to take some steps while the others wait, round after round:
-a noisy moment of the machine meets all of them. A ratio is what this project takes divided by what the other takes in
-the same round, so below 1 the other is slower; what is shown is the median over the rounds. CPU s is the processor time
-of a step, all threads together, which tells more than the clock where other programs run.
-OpenMP's threads sleep while they wait, in all of them, as in our programs (`tinylm/cli/program.py`).
-Peak memory is the most that the process ever held, beyond what it held after its imports and a step
-of a toy model. MFU is the share of the speed of a large matrix product in the same dtype, which has
-its turn in each round. CPU, and Linux for its /proc.
+A step is forward, backward, clipping, AdamW and zero_grad on random token ids. This project
+runs it with its own trainer, module and loss; the others run a plain loop with their usual loss.
 
-What is not alike: transformers shifts the labels itself and so trains on one target less a row;
-litgpt compiles the model and not its loss, as its pretrain.py does. All three have weights in fp32,
-and bf16 means autocast.
+Each implementation has its own process. They take turns of a few steps, round after round, so noise
+of the machine affects all of them. Values are medians over rounds. The ratio is this project's time
+divided by the other's time in the same round: below 1, the other is slower. CPU s is the processor
+time of a step over all threads, which is more reliable than wall time on a busy machine. Waiting
+OpenMP threads sleep in all processes, as in our programs (tinylm/cli/program.py).
+
+Peak memory is the peak of the process minus its memory after imports and a step of a toy model. MFU
+is relative to a large matrix product in the same dtype, timed in every round. CPU and Linux only
+(memory is read from /proc).
+
+Known differences: transformers shifts the labels itself, so it trains on one target less per row;
+litgpt compiles the model but not its loss, as its pretrain.py does. All have fp32 weights, and
+bf16 means autocast.
 """
 
 import argparse
@@ -37,24 +39,23 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before this folder, where `train` is this very file.
+# Before this folder, where `train` would be this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tinylm.cli.program import Parser, run_program
+from tinylm.cli.program import Parser, run_program  # noqa: E402
 from tinylm.common.console import say  # noqa: E402
 from tinylm.common.errors import UserError, writing  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
 
-WARM_UP_STEPS = (
-    2  # the first compiles and makes the optimizer's state, the second settles the allocator
-)
+# The first step compiles and creates the optimizer state, the second settles the allocator.
+WARM_UP_STEPS = 2
 INSTALL = "pip install -r requirements-bench.txt && pip install --no-deps litgpt==0.5.13"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The model and the batch; the same for all."""
+    """The size of the model and the batch, the same for all implementations."""
 
     n_layers: int = 6
     d_model: int = 384
@@ -64,11 +65,11 @@ class Shape:
     seq_len: int = 256
     batch_size: int = 16
     gemm: int = 2048
-    """rows and columns of the matrices whose product is the yardstick"""
+    """rows and columns of the matrices in the reference matrix product"""
 
     @property
     def tokens(self) -> int:
-        """Tokens a step."""
+        """Tokens per step."""
         return self.batch_size * self.seq_len
 
 
@@ -79,7 +80,7 @@ QUICK = Shape(
 
 @dataclass(frozen=True)
 class Mode:
-    """How a step is computed."""
+    """Precision and compilation of a step."""
 
     bf16: bool
     compiled: bool
@@ -93,38 +94,38 @@ MODES = {
 }
 
 
-# --- in the process of a contestant -----------------------------------------------------------------------------------
+# --- in a worker process --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a contestant says before its first step."""
+class ModelInfo:
+    """What a worker sends before its first step."""
 
     parameters: int
     flops: float
-    """of one step; 0 where the contestant does not count them"""
+    """of one step; 0 if the worker does not count them"""
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a contestant says after the steps that it was told to take."""
+class Timing:
+    """What a worker sends after a turn of steps."""
 
     seconds: float
     cpu_seconds: float
-    """of all its threads"""
+    """of all threads"""
     peak_mb: float
 
 
-class Orders:
-    """A contestant's end of the pipe: says how many steps to take, and sends back how long they took."""
+class StepCounter:
+    """A worker's end of the pipe: receives a number of steps, sends the time that they took."""
 
     def __init__(self, pipe: Connection):
         self.pipe = pipe
-        self.idle_mb = self.began = self.cpu_began = 0.0
-        self.left = 0
+        self.idle_mb = self.start = self.cpu_start = 0.0
+        self.remaining = 0
 
-    def settle(self, mode: Mode, threads: int | None) -> None:
-        """Let torch load what it loads on first use, and note the memory held before the model is built."""
+    def prepare(self, mode: Mode, threads: int | None) -> None:
+        """Run a toy step, so that torch is loaded, and store the memory in use before the model."""
         import torch
 
         if threads is not None:
@@ -136,32 +137,30 @@ class Orders:
         torch.optim.AdamW(toy.parameters(), fused=True).step()
         self.idle_mb = memory_mb("VmRSS")
 
-    def ready(self, facts: Facts) -> None:
-        """Wait for the first order."""
-        self.pipe.send(facts)
+    def ready(self, info: ModelInfo) -> None:
+        """Send the size of the model and wait for the first turn."""
+        self.pipe.send(info)
         self._wait()
 
     def step_done(self) -> bool:
-        """Count a step, report and wait if it was the last of the order; whether there is another one to take."""
-        self.left -= 1
-        if self.left == 0:
-            self.pipe.send(
-                Report(
-                    time.perf_counter() - self.began,
-                    time.process_time() - self.cpu_began,
-                    memory_mb("VmHWM") - self.idle_mb,
-                )
-            )
+        """Count a step; after the last one of a turn send its time and wait. False: stop."""
+        self.remaining -= 1
+        if self.remaining == 0:
+            seconds = time.perf_counter() - self.start
+            cpu_seconds = time.process_time() - self.cpu_start
+            peak_mb = memory_mb("VmHWM") - self.idle_mb
+            self.pipe.send(Timing(seconds, cpu_seconds, peak_mb))
             self._wait()
-        return self.left > 0
+        return self.remaining > 0
 
     def _wait(self) -> None:
-        self.left = self.pipe.recv()
-        self.began, self.cpu_began = time.perf_counter(), time.process_time()
+        self.remaining = self.pipe.recv()
+        self.start = time.perf_counter()
+        self.cpu_start = time.process_time()
 
 
 def memory_mb(name: str) -> float:
-    """Memory of this process in units of 10^6 bytes: what it holds (VmRSS), or the most it ever held (VmHWM)."""
+    """Memory of this process in 10^6 bytes: current (VmRSS) or peak (VmHWM)."""
     match = re.search(
         rf"^{name}:\s+(\d+) kB$",
         Path("/proc/self/status").read_text(encoding="ascii"),
@@ -172,14 +171,14 @@ def memory_mb(name: str) -> float:
 
 
 def autocast(mode: Mode) -> "torch.autocast":
-    """The context of the forward pass."""
+    """The autocast context of the forward pass."""
     import torch
 
     return torch.autocast("cpu", torch.bfloat16, enabled=mode.bf16)
 
 
 class RandomRows:
-    """A dataset of endless batches of random tokens, in the form that `data.py` gives them."""
+    """An endless dataset of batches of random tokens, with the keys of data.py."""
 
     def __init__(self, shape: Shape):
         self.shape = shape
@@ -195,8 +194,8 @@ class RandomRows:
         }
 
 
-def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) -> None:
-    """This project: its trainer, its stage, its loss; nothing between the steps but the wait for orders."""
+def run_tinylm(counter: StepCounter, shape: Shape, mode: Mode, threads: int | None) -> None:
+    """This project: its trainer, module and loss; a callback counts the steps."""
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
     from torch.utils.data import DataLoader
@@ -208,7 +207,7 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     from training.build import build_trainer
 
     warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")  # on purpose
-    orders.settle(mode, threads)
+    counter.prepare(mode, threads)
     config = Config(
         model=ModelConfig(
             vocab_size=shape.vocab_size,
@@ -226,13 +225,15 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
         ),
     )
     decoder = Decoder(config.model)
-    facts = Facts(count_parameters(decoder), shape.tokens * flops_per_token(decoder, shape.seq_len))
+    info = ModelInfo(
+        count_parameters(decoder), shape.tokens * flops_per_token(decoder, shape.seq_len)
+    )
 
     def after_step(trainer: Any, *_: Any) -> None:
-        trainer.should_stop = not orders.step_done()
+        trainer.should_stop = not counter.step_done()
 
     callback = LambdaCallback(
-        on_train_start=lambda *_: orders.ready(facts), on_train_batch_end=after_step
+        on_train_start=lambda *_: counter.ready(info), on_train_batch_end=after_step
     )
     loader = DataLoader(RandomRows(shape), batch_size=None, sampler=range(sys.maxsize))  # type: ignore[arg-type]
     stage = LanguageModule(
@@ -245,12 +246,12 @@ def run_tinylm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     build_trainer(config, "cpu", callback).fit(stage, train_dataloaders=loader)
 
 
-def run_transformers(orders: Orders, shape: Shape, mode: Mode, threads: int | None) -> None:
-    """LlamaForCausalLM, which computes the loss if it is given labels."""
+def run_transformers(counter: StepCounter, shape: Shape, mode: Mode, threads: int | None) -> None:
+    """transformers: LlamaForCausalLM, which computes the loss from labels."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    orders.settle(mode, threads)
+    counter.prepare(mode, threads)
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.d_model,
@@ -264,7 +265,7 @@ def run_transformers(orders: Orders, shape: Shape, mode: Mode, threads: int | No
     model = LlamaForCausalLM(config)
     forward = torch.compile(model) if mode.compiled else model
     plain_loop(
-        orders,
+        counter,
         model,
         lambda batch: forward(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss,
         shape,
@@ -272,15 +273,15 @@ def run_transformers(orders: Orders, shape: Shape, mode: Mode, threads: int | No
     )
 
 
-def run_litgpt(orders: Orders, shape: Shape, mode: Mode, threads: int | None) -> None:
-    """GPT with the loss of litgpt's pretrain.py."""
+def run_litgpt(counter: StepCounter, shape: Shape, mode: Mode, threads: int | None) -> None:
+    """litgpt: GPT, with the loss of its pretrain.py."""
     import torch
     from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
     warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")  # on purpose
-    orders.settle(mode, threads)
+    counter.prepare(mode, threads)
     config = Config(
         block_size=shape.seq_len,
         n_layer=shape.n_layers,
@@ -300,7 +301,7 @@ def run_litgpt(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
     model.apply(model._init_weights)
     forward = torch.compile(model) if mode.compiled else model
     plain_loop(
-        orders,
+        counter,
         model,
         lambda batch: chunked_cross_entropy(forward(batch["input_ids"]), batch["labels"]),
         shape,
@@ -309,50 +310,50 @@ def run_litgpt(orders: Orders, shape: Shape, mode: Mode, threads: int | None) ->
 
 
 def plain_loop(
-    orders: Orders,
+    counter: StepCounter,
     model: "torch.nn.Module",
     loss_of: "Callable[[dict[str, Any]], torch.Tensor]",
     shape: Shape,
     mode: Mode,
 ) -> None:
-    """The training loop that people write, with the settings of our TrainingConfig."""
+    """A plain training loop with the defaults of our TrainingConfig."""
     import torch
 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     rows = RandomRows(shape)
-    orders.ready(Facts(sum(p.numel() for p in model.parameters()), 0.0))
-    going = True
-    while going:
+    counter.ready(ModelInfo(sum(p.numel() for p in model.parameters()), 0.0))
+    has_steps = True
+    while has_steps:
         with autocast(mode):
             loss = loss_of(rows[0])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        going = orders.step_done()
+        has_steps = counter.step_done()
 
 
-def run_gemm(orders: Orders, shape: Shape, mode: Mode, threads: int | None) -> None:
-    """The yardstick: products of square matrices."""
+def run_gemm(counter: StepCounter, shape: Shape, mode: Mode, threads: int | None) -> None:
+    """The reference for MFU: products of square matrices."""
     import torch
 
-    orders.settle(mode, threads)
+    counter.prepare(mode, threads)
     a, b = (
         torch.randn(shape.gemm, shape.gemm, dtype=torch.bfloat16 if mode.bf16 else torch.float32)
         for _ in range(2)
     )
-    repeats = 4  # about as long as a step
-    orders.ready(Facts(0, repeats * 2.0 * shape.gemm**3))
-    going = True
-    while going:
-        for _ in range(repeats):
+    n_products = 4  # about as long as a step
+    counter.ready(ModelInfo(0, n_products * 2.0 * shape.gemm**3))
+    has_steps = True
+    while has_steps:
+        for _ in range(n_products):
             a @ b
-        going = orders.step_done()
+        has_steps = counter.step_done()
 
 
-CONTESTANTS: dict[str, Callable[[Orders, Shape, Mode, int | None], None]] = {
+IMPLEMENTATIONS: dict[str, Callable[[StepCounter, Shape, Mode, int | None], None]] = {
     "tinylm": run_tinylm,
     "transformers": run_transformers,
     "litgpt": run_litgpt,
@@ -360,44 +361,46 @@ CONTESTANTS: dict[str, Callable[[Orders, Shape, Mode, int | None], None]] = {
 }
 
 
-# --- in the process that compares -------------------------------------------------------------------------------------
+# --- in the main process --------------------------------------------------------------------------
 
 
 @dataclass
-class Contestant:
-    """A process that takes steps when it is told to, and what it said of them."""
+class Worker:
+    """The process of one implementation, and its times."""
 
     name: str
     process: BaseProcess
     pipe: Connection
     seconds: list[float] = field(default_factory=list)
-    """of one step, a round"""
+    """of one step, per round"""
     cpu_seconds: list[float] = field(default_factory=list)
-    """likewise"""
+    """of one step, per round"""
     peak_mb: float = 0.0
 
     def take_steps(self, n: int) -> None:
-        """A turn of `n` steps."""
+        """Run a turn of `n` steps and store its times."""
         self.pipe.send(n)
-        report = self.hear()
-        self.seconds.append(report.seconds / n)
-        self.cpu_seconds.append(report.cpu_seconds / n)
-        self.peak_mb = report.peak_mb
+        timing = self.receive()
+        self.seconds.append(timing.seconds / n)
+        self.cpu_seconds.append(timing.cpu_seconds / n)
+        self.peak_mb = timing.peak_mb
 
-    def forget_times(self) -> None:
-        """Drop the warm-up."""
+    def reset_times(self) -> None:
+        """Remove the times of the warm-up."""
         self.seconds.clear()
         self.cpu_seconds.clear()
 
-    def hear(self) -> Any:
-        """What the process sends next."""
+    def receive(self) -> Any:
+        """The next message of the process."""
         try:
             return self.pipe.recv()
         except EOFError:
-            raise RuntimeError(f"{self.name} has died; its traceback is above") from None
+            raise RuntimeError(
+                f"the process of {self.name} failed; its traceback is above"
+            ) from None
 
-    def end(self) -> None:
-        """Let it go, at once if it does not wait for an order."""
+    def stop(self) -> None:
+        """Stop the process; kill it if it does not stop by itself."""
         with contextlib.suppress(BrokenPipeError):
             self.pipe.send(0)
         self.process.join(timeout=10)
@@ -405,32 +408,32 @@ class Contestant:
 
 
 @contextlib.contextmanager
-def contestants(
+def start_workers(
     names: list[str], shape: Shape, mode: Mode, threads: int | None
-) -> Iterator[list[Contestant]]:
-    """A fresh process for each name."""
+) -> Iterator[list[Worker]]:
+    """Start one process per name; stop them at the end."""
     context = multiprocessing.get_context("spawn")
-    running: list[Contestant] = []
+    running: list[Worker] = []
     try:
         for name in names:
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=CONTESTANTS[name], args=(Orders(theirs), shape, mode, threads), daemon=True
+                target=IMPLEMENTATIONS[name],
+                args=(StepCounter(theirs), shape, mode, threads),
+                daemon=True,
             )
             process.start()
-            theirs.close()  # or the end of the process would go unnoticed
-            running.append(Contestant(name, process, ours))
+            theirs.close()  # otherwise recv would not notice the end of the process
+            running.append(Worker(name, process, ours))
         yield running
     finally:
-        for contestant in running:
-            contestant.end()
+        for worker in running:
+            worker.stop()
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table: medians over the rounds. A ratio is what tinylm takes in the same
-    round, divided by what this one takes.
-    """
+    """One row of the table: medians over rounds. Ratios are tinylm's time / this time."""
 
     mode: str
     name: str
@@ -446,83 +449,79 @@ class Result:
 
 
 def compare(names: list[str], shape: Shape, mode: str, args: argparse.Namespace) -> list[Result]:
-    """All rounds of one mode."""
-    with contestants([*names, "gemm"], shape, MODES[mode], args.threads) as running:
-        facts = {c.name: c.hear() for c in running}
-        check_parameters({name: facts[name].parameters for name in names})
-        for contestant in running:
-            contestant.take_steps(WARM_UP_STEPS)
-            contestant.forget_times()
+    """Run all rounds of one mode."""
+    with start_workers([*names, "gemm"], shape, MODES[mode], args.threads) as running:
+        infos = {c.name: c.receive() for c in running}
+        check_parameters({name: infos[name].parameters for name in names})
+        for worker in running:
+            worker.take_steps(WARM_UP_STEPS)
+            worker.reset_times()
         for number in range(args.rounds):
             say(f"{mode}: round {number + 1} of {args.rounds}")
-            for contestant in running:
-                contestant.take_steps(args.steps)
+            for worker in running:
+                worker.take_steps(args.steps)
     return [
-        sum_up(mode, contestant, running[0], running[-1], facts, shape)
-        for contestant in running[:-1]
+        summarize(mode, worker, running[0], running[-1], infos, shape) for worker in running[:-1]
     ]
 
 
-def sum_up(
+def summarize(
     mode: str,
-    contestant: Contestant,
-    ours: Contestant,
-    gemm: Contestant,
-    facts: dict[str, Facts],
+    worker: Worker,
+    ours: Worker,
+    gemm: Worker,
+    infos: dict[str, ModelInfo],
     shape: Shape,
 ) -> Result:
-    """The result of one contestant."""
-    ratios = by_round(ours.seconds, contestant.seconds)
-    gemms_a_step = (
-        facts["tinylm"].flops / facts["gemm"].flops
-    )  # by the operations that a step needs
+    """The table row of one worker."""
+    ratios = ratios_by_round(ours.seconds, worker.seconds)
+    # matrix products with as many FLOPs as a step
+    gemms_per_step = infos["tinylm"].flops / infos["gemm"].flops
     return Result(
         mode=mode,
-        name=contestant.name,
-        parameters=facts[contestant.name].parameters,
-        tokens_per_s=shape.tokens / statistics.median(contestant.seconds),
+        name=worker.name,
+        parameters=infos[worker.name].parameters,
+        tokens_per_s=shape.tokens / statistics.median(worker.seconds),
         ratio=statistics.median(ratios),
         lowest_ratio=min(ratios),
         highest_ratio=max(ratios),
-        cpu_seconds=statistics.median(contestant.cpu_seconds),
-        cpu_ratio=statistics.median(by_round(ours.cpu_seconds, contestant.cpu_seconds)),
-        peak_mb=contestant.peak_mb,
-        mfu=gemms_a_step * statistics.median(by_round(gemm.seconds, contestant.seconds)),
+        cpu_seconds=statistics.median(worker.cpu_seconds),
+        cpu_ratio=statistics.median(ratios_by_round(ours.cpu_seconds, worker.cpu_seconds)),
+        peak_mb=worker.peak_mb,
+        mfu=gemms_per_step * statistics.median(ratios_by_round(gemm.seconds, worker.seconds)),
     )
 
 
-def by_round(a: list[float], b: list[float]) -> list[float]:
-    """a / b of each round."""
+def ratios_by_round(a: list[float], b: list[float]) -> list[float]:
+    """a / b for each round."""
     return [x / y for x, y in zip(a, b, strict=True)]
 
 
 def check_parameters(counts: dict[str, int]) -> None:
-    """Refuse to compare models of different sizes."""
+    """Raise a UserError if the models differ in size."""
     if len(set(counts.values())) > 1:
-        found = ", ".join(f"{name} has {count:,} parameters" for name, count in counts.items())
-        raise UserError("models", f"differ in size: {found}", "Compare the shapes they are given")
+        sizes = ", ".join(f"{name} has {count:,} parameters" for name, count in counts.items())
+        raise UserError("models", f"differ in size: {sizes}", "Use the same shape for all")
 
 
 def installed(names: list[str]) -> list[str]:
-    """Those of `names` that can be imported; of the others, how to install them is said on stderr."""
-    found = []
+    """The packages of `names` that are installed; for the others, print how to install them."""
+    available = []
     for name in names:
-        if all(
-            importlib.util.find_spec(module)
-            for module in ([name, "psutil"] if name == "litgpt" else [name])
-        ):
-            found.append(name)
+        modules = [name, "psutil"] if name == "litgpt" else [name]
+        if all(importlib.util.find_spec(module) for module in modules):
+            available.append(name)
         else:
-            say(f"{name}: not installed, so it is left out. {INSTALL}")
-    return found
+            say(f"{name}: skipped, not installed. {INSTALL}")
+    return available
 
 
-def show(results: list[Result]) -> None:
-    """The table."""
+def print_table(results: list[Result]) -> None:
+    """Print the results as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"whole training steps, {results[0].parameters:,} parameters each")
+    table = Table(title=f"training steps, {results[0].parameters:,} parameters each")
     for column in ("mode", "", "tokens/s", "ratio", "CPU s", "ratio", "peak MB", "MFU"):
         table.add_column(
             column, justify="left" if column in ("mode", "") else "right", no_wrap=True
@@ -542,7 +541,7 @@ def show(results: list[Result]) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--modes", nargs="+", choices=list(MODES), default=list(MODES), help="default: all"
@@ -551,19 +550,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--rounds",
         type=int,
         default=10,
-        help="rounds in which each contestant has a turn (default: 10)",
+        help="rounds; each implementation has one turn per round (default: 10)",
     )
-    parser.add_argument("--steps", type=int, default=2, help="steps in a turn (default: 2)")
+    parser.add_argument("--steps", type=int, default=2, help="steps per turn (default: 2)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
-        "--quick", action="store_true", help="a tiny model and one round, to see that it works"
+        "--quick", action="store_true", help="a tiny model and one round, as a smoke test"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare in each mode, then print."""
+    """Compare all modes and print the table."""
     if not Path("/proc/self/status").exists():
         problem = "reads memory from /proc, which this system does not have"
         raise UserError("benchmarks/train.py", problem, "Run it on Linux")
@@ -581,12 +580,12 @@ def run(args: argparse.Namespace) -> int:
         }
         with writing(args.json, "--json"):
             args.json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-    show(results)
+    print_table(results)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; the exit code comes back."""
+    """Run the program and return the exit code."""
     args = parse(argv)
     return run_program(lambda: run(args), debug=args.debug)
 

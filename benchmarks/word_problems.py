@@ -1,12 +1,12 @@
-"""Two-step word problems with answers like GSM8K's, small enough for a model of 0.4M parameters to solve some of them.
+"""Two-step word problems in the format of GSM8K, which a model of 0.4M parameters can partly solve.
 
     python benchmarks/word_problems.py --out DIR [--train 4000 --test 400 --largest 12 --seed 0]
 
     DIR/text.jsonl    text to pretrain a model on
-    DIR/rows.jsonl    the same problems for a verifier
+    DIR/rows.jsonl    the same problems, for a verifier
     DIR/test.jsonl    other problems
 
-docs/RESULTS.md says what they are used for: no small model solves GSM8K, so best-of-n needs an easier task.
+Used by docs/RESULTS.md: small models do not solve GSM8K, so best-of-n needs an easier task.
 """
 
 import argparse
@@ -21,14 +21,14 @@ GAINS, LOSSES = ("finds", "buys", "gets"), ("loses", "sells", "gives away")
 
 
 class Row(NamedTuple):
-    """A problem with its right answer, whose last line is `#### NUMBER`."""
+    """A problem and its correct answer, which ends with the line `#### NUMBER`."""
 
     question: str
     answer: str
 
 
 def make_row(name: str, thing: str, verbs: tuple[str, str], numbers: tuple[int, int, int]) -> Row:
-    """The problem of how many things are left after a gain and a loss.
+    """A problem: how many things remain after a gain and a loss.
 
     >>> make_row("Ana", "pears", ("finds", "sells"), (5, 4, 7)).answer
     'First Ana has 5 + 4 = 9 pears.\\nThen Ana has 9 - 7 = 2 pears.\\n#### 2'
@@ -48,7 +48,7 @@ def make_row(name: str, thing: str, verbs: tuple[str, str], numbers: tuple[int, 
 
 
 def make_rows(n: int, *, largest: int, seed: int) -> list[Row]:
-    """`n` different problems with numbers from 2 to `largest`; at least one thing is always left."""
+    """`n` different problems with numbers from 2 to `largest`; at least one thing remains."""
     rng = random.Random(seed)  # noqa: S311  (no secret)
     rows: dict[Row, None] = {}  # an ordered set
     while len(rows) < n:

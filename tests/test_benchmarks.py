@@ -1,4 +1,4 @@
-"""Benchmarks are not timed here; this is that they run, and that they compare like with like."""
+"""Benchmarks run, on models of equal size and encoders with equal ids; nothing is timed."""
 
 import importlib.util
 import json
@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    """benchmarks/train.py, which is not on the path, and whose name train.py has."""
+    """benchmarks/train.py, loaded by path because train.py has the same module name."""
     spec = importlib.util.spec_from_file_location(
         "benchmark_of_training", ROOT / "benchmarks" / "train.py"
     )
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     path = list(sys.path)
     spec.loader.exec_module(module)
     sys.path[:] = path
@@ -36,39 +36,42 @@ def test_models_of_different_sizes_are_not_compared(benchmark):
     benchmark.check_parameters({"tinylm": 24736, "litgpt": 24736})
     with pytest.raises(UserError) as caught:
         benchmark.check_parameters({"tinylm": 24736, "litgpt": 32928})
-    expected = "models: differ in size: tinylm has 24,736 parameters, litgpt has 32,928 parameters. Compare the shapes they are given."
-    assert str(caught.value) == expected
+    assert str(caught.value) == (
+        "models: differ in size: tinylm has 24,736 parameters, litgpt has 32,928 parameters. "
+        "Use the same shape for all."
+    )
 
 
-def test_a_contestant_that_is_not_installed_is_left_out_by_name(benchmark, capsys):
+def test_a_package_that_is_not_installed_is_skipped_with_the_command_to_install_it(
+    benchmark, capsys
+):
     assert benchmark.installed(["json", "no_such_package"]) == ["json"]
-    line = "no_such_package: not installed, so it is left out. pip install -r requirements-bench.txt && pip install --no-deps litgpt==0.5.13\n"
-    assert capsys.readouterr().err == line
+    install = "pip install -r requirements-bench.txt && pip install --no-deps litgpt==0.5.13"
+    assert capsys.readouterr().err == f"no_such_package: skipped, not installed. {install}\n"
 
 
-def test_the_line_that_installs_litgpt_is_in_the_requirements_too(benchmark):
-    """Its version is pinned in one more place than others, because a requirements file cannot say --no-deps."""
+def test_the_command_that_installs_litgpt_is_in_the_requirements_too(benchmark):
+    """Its version is pinned twice, because a requirements file has no --no-deps for one package."""
     command = benchmark.INSTALL.partition(" && ")[2]
     assert command == "pip install --no-deps litgpt==0.5.13"
     for path in ("requirements-bench.txt", "benchmarks/train.py"):
         assert command in (ROOT / path).read_text(encoding="utf-8")
 
 
-def test_memory_that_was_let_go_still_counts_in_the_peak(benchmark):
-    """120 MB that are written to and let go: the peak has them, what is held now has not."""
+def test_freed_memory_counts_in_the_peak_but_not_in_the_current_memory(benchmark):
+    """120 MB are written and freed."""
     before = benchmark.memory_mb("VmRSS")
-    with mmap.mmap(
-        -1, 120_000_000
-    ) as held:  # not from the allocator, which a run before may have told to keep what is let go
+    # Not from the allocator, which may keep freed memory.
+    with mmap.mmap(-1, 120_000_000) as buffer:
         for _ in range(120):
-            held.write(b"x" * 1_000_000)
+            buffer.write(b"x" * 1_000_000)
     assert benchmark.memory_mb("VmHWM") > before + 100
     assert benchmark.memory_mb("VmRSS") < before + 100
 
 
 @pytest.mark.slow
-def test_every_installed_contestant_takes_its_steps(tmp_path):
-    """24,736 = embedding 128·32, tied; 2 layers of 4·32·32 + 3·32·64 + 2·32; a last norm of 32."""
+def test_every_installed_implementation_is_timed(tmp_path):
+    """24,736: tied embedding 128·32, 2 layers of 4·32·32 + 3·32·64 + 2·32, final norm 32."""
     assert 128 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 == 24736
     command = [
         sys.executable,
@@ -85,11 +88,11 @@ def test_every_installed_contestant_takes_its_steps(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))["results"]
-    here = ["tinylm", "transformers"] + ["litgpt"] * all(
+    installed = ["tinylm", "transformers"] + ["litgpt"] * all(
         importlib.util.find_spec(name) for name in ("litgpt", "psutil")
     )
     assert [(r["mode"], r["name"], r["parameters"]) for r in results] == [
-        (mode, name, 24736) for mode in ("fp32", "bf16") for name in here
+        (mode, name, 24736) for mode in ("fp32", "bf16") for name in installed
     ]
     assert all(
         r["tokens_per_s"] > 0 and r["peak_mb"] > 0 and r["mfu"] > 0 and r["cpu_seconds"] > 0
@@ -98,18 +101,21 @@ def test_every_installed_contestant_takes_its_steps(tmp_path):
     assert all(r["ratio"] == r["cpu_ratio"] == 1 for r in results if r["name"] == "tinylm")
     assert "24,736 parameters each" in done.stdout
     assert "\x1b" not in done.stdout
-    assert ("litgpt: not installed, so it is left out." in done.stderr) == ("litgpt" not in here)
+    assert ("litgpt: skipped, not installed." in done.stderr) == ("litgpt" not in installed)
 
 
-def test_word_problems_come_out_right_and_those_for_the_test_are_others(tmp_path):
-    """Every line says a sum of the question's numbers, which Python works out again."""
+def test_word_problems_have_right_answers_and_different_test_problems(tmp_path):
+    """Every line of an answer is a sum of the question's numbers, recomputed here."""
     spec = importlib.util.spec_from_file_location(
         "word_problems", ROOT / "benchmarks" / "word_problems.py"
     )
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
+    word_problems = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(word_problems)
     assert (
-        made.main(["--out", str(tmp_path), "--train", "60", "--test", "20", "--largest", "9"]) == 0
+        word_problems.main(
+            ["--out", str(tmp_path), "--train", "60", "--test", "20", "--largest", "9"]
+        )
+        == 0
     )
     files = {
         name: [
@@ -137,12 +143,12 @@ def test_word_problems_come_out_right_and_those_for_the_test_are_others(tmp_path
 
 
 needs_psutil = pytest.mark.skipif(
-    not importlib.util.find_spec("psutil"), reason="psutil is of requirements-bench.txt"
+    not importlib.util.find_spec("psutil"), reason="needs psutil (requirements-bench.txt)"
 )
 
 
 def tokenizer_benchmark(*options: str) -> list[list[str]]:
-    """The cells of the table's rows."""
+    """Run benchmarks/tokenizer.py; returns the cells of its table."""
     command = [
         sys.executable,
         "benchmarks/tokenizer.py",
@@ -170,8 +176,8 @@ def tokenizer_benchmark(*options: str) -> list[list[str]]:
 
 @pytest.mark.slow
 @needs_psutil
-def test_every_way_of_encoding_gives_the_same_ids():
-    """Else the program ends with the name of the one that differs; the first contestant is what the others are compared with."""
+def test_all_encoders_give_the_same_ids():
+    """The benchmark fails if an encoder differs from the first one."""
     rows = tokenizer_benchmark("--encode", "--megabytes", "1")
     assert [row[1].partition(",")[0] for row in rows] == [
         "tiktoken",
@@ -185,8 +191,8 @@ def test_every_way_of_encoding_gives_the_same_ids():
 
 @pytest.mark.slow
 @needs_psutil
-def test_every_trainer_learns_the_vocabulary():
-    """And ours within a fifth of a percent of the bytes per token of `tokenizers`."""
+def test_our_bpe_compresses_as_well_as_tokenizers():
+    """Bytes per token differ by at most 0.2%."""
     rows = tokenizer_benchmark("--megabytes", "1", "--vocab-size", "500")
     ours, theirs = (float(row[5]) for row in rows[:2])
     assert [row[2] for row in rows[:2]] == ["tinylm", "tokenizers"]

@@ -29,7 +29,7 @@ def runs_of(*losses: tuple[str, int, float], **more) -> dict[str, RunMeasurement
 
 
 def test_the_report_compares_each_run_with_the_baseline_of_its_seed(tmp_path):
-    """Means (2.0 + 2.2) / 2 and (2.1 + 2.15) / 2, of the last checkpoints; differences +0.1, -0.05."""
+    """Means (2.0 + 2.2) / 2 and (2.1 + 2.15) / 2 of last checkpoints; differences +0.1, -0.05."""
     runs = runs_of(("base", 1, 2.0), ("base", 2, 2.2), ("gqa", 1, 2.1), ("gqa", 2, 2.15))
     report = format_report(Comparison(runs, {}, tmp_path), {}, [])
     assert "2 seeds: val_loss is the mean; the last column has one value per seed." in report

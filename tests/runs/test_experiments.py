@@ -258,10 +258,8 @@ def test_an_output_that_cannot_be_written_is_a_failure_of_one_line(project, run_
     (project / "output").write_text("a file", encoding="utf-8")
     outcome, [logged] = run_all(step_of(project))
     assert outcome.failed == ("pretrain: a",)
-    assert (
-        logged
-        == "pretrain: a: output/a.txt: cannot be written: File exists. Free disk space or change --out."
-    )
+    problem = "cannot be written: File exists. Free disk space or change --out."
+    assert logged == f"pretrain: a: output/a.txt: {problem}"
 
 
 def test_a_full_disk_is_a_failure_of_one_line(project, monkeypatch, run_all):
@@ -273,10 +271,8 @@ def test_a_full_disk_is_a_failure_of_one_line(project, monkeypatch, run_all):
     monkeypatch.setattr(os, "replace", full)
     outcome, [logged] = run_all(step_of(project))
     assert outcome.failed == ("pretrain: a",)
-    assert (
-        logged
-        == "pretrain: a: runs/a/made-from.json: cannot be written: No space left on device. Free disk space or change --out."
-    )
+    problem = "cannot be written: No space left on device. Free disk space or change --out."
+    assert logged == f"pretrain: a: runs/a/made-from.json: {problem}"
 
 
 def test_outside_the_project_folder_nothing_is_run(tmp_path, monkeypatch, run_all):
@@ -361,10 +357,8 @@ def wait_for(path: Path) -> None:
 @pytest.mark.parametrize("seeds", ["0", "101"])
 def test_seeds_must_be_from_1_to_100(seeds, capsys):
     assert main(["experiments", "--phase", "eval", "--seeds", seeds]) == 2
-    assert (
-        capsys.readouterr().err
-        == f"error: --seeds: must be from 1 to 100, got {seeds}. Give the number of runs of each model.\n"
-    )
+    problem = f"must be from 1 to 100, got {seeds}. Give the number of runs of each model."
+    assert capsys.readouterr().err == f"error: --seeds: {problem}\n"
 
 
 @pytest.mark.slow

@@ -215,9 +215,7 @@ def text_curves(
     width: int = 72,
     height: int = 16,
 ) -> str:
-    """Curves (mark, name, xs, ys) as lines of text;
-    `left` and `right` label the ends of the x axis.
-    """
+    """Curves (mark, name, xs, ys) as text; `left` and `right` label the ends of the x axis."""
     xs, ys = (np.concatenate([curve[part] for curve in curves]) for part in (2, 3))
     low, high, last = ys.min(), ys.max(), max(xs.max(), 1.0)
     cells = [[" "] * width for _ in range(height)]

@@ -38,7 +38,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="chat with a fine-tuned model: one question per line, the conversation is context",
     )
-    parser.add_argument("--system", metavar="TEXT", help="system message for a fine-tuned model")
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system message for a fine-tuned model (default: the commonest one of its rows)",
+    )
     parser.add_argument(
         "--no-wrap", action="store_true", help="do not format the prompt with the model's template"
     )

@@ -96,6 +96,8 @@ def fit(
     that of the checkpoint.
     """
     config = module.config
+    if data.system is not None:
+        module.references["system"] = data.system
     if resume is not None:
         log_effects_of_changes(resume, config)
         module.progress = resume.progress()

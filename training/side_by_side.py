@@ -204,7 +204,7 @@ def sample(loaded: Loaded, prompt: str) -> str:
     """
     engine = Engine(loaded.model, loaded.tokenizer)
     template = None if loaded.template is None else make_template(loaded.template, loaded.tokenizer)
-    formatted = format_prompt(engine, prompt, template)
+    formatted = format_prompt(engine, prompt, template, system=loaded.system)
     greedy = SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0)
     return engine.generate(formatted.prompt, greedy, stop_ids=formatted.stop_ids)[0].text
 

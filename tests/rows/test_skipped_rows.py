@@ -8,6 +8,7 @@ import pytest
 
 from tinylm.common.errors import UserError
 from tinylm.rows import skipped_rows
+from tinylm.rows.conversation import Turn
 from tinylm.rows.skipped_rows import RowReport, SkipReason
 
 ROOT = Path(__file__).parents[2]
@@ -56,3 +57,15 @@ def test_an_error_says_what_to_do_about_the_most_frequent_reason(reason):
         f"no training rows are left: skipped 1 row: {reason.text(8)} (a.jsonl:1)"
     )
     assert error.value.fix == reason.fix
+
+
+@pytest.mark.parametrize(
+    ("systems", "commonest"),
+    [([], None), (["a", "b", "b", ""], "b"), (["a", "", ""], None), (["a"], "a")],
+)
+def test_the_commonest_system_turn_is_none_if_most_rows_have_none(systems, commonest):
+    report = RowReport("train", 8)
+    for text in systems:
+        system = (Turn("system", text),) if text else ()
+        report.count_system((*system, Turn("user", "2+2?"), Turn("assistant", "4")))
+    assert report.commonest_system == commonest

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,11 +38,13 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.checkpoint import load as checkpoint_load
+from tinylm.cli.loading import choose_system
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.config.schema import Config
 from tinylm.interchange.peft import save_adapter
 from tinylm.model.hf_model import HFModel
+from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.pretokenize import CHARACTER_OF_BYTE
@@ -353,6 +357,39 @@ def test_a_sample_is_asked_for_as_the_examples_ask(
     assert run(make(sampling={"max_new_tokens": 2}), "training.sample_prompt=say red") == 0
     assert capsys.readouterr().err.count("sample: say red") == 2
     assert {bytes(ids).decode() for ids in seen} == {"### Instruction: say red\n### Output:"}
+
+
+def test_answers_are_generated_with_the_commonest_system_turn_of_the_rows(
+    make: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Samples of the run and infer.py; --system replaces it, "" is none."""
+    rows = [{"prompt": f"say {i}", "completion": f"{i}", "system": "Be brief."} for i in range(30)]
+    rows += [{"prompt": f"say {i}", "completion": f"{i}", "system": "Be long."} for i in range(9)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = make(data={"dataset": str(path)}, sampling={"max_new_tokens": 2})
+    seen = prompts_seen(monkeypatch)
+    assert run(config, "training.sample_prompt=say red", "training.max_steps=3") == 0
+    expected = "### System: Be brief.\n### Instruction: say red\n### Output:"
+    assert {bytes(ids).decode() for ids in seen} == {expected}
+    final = tmp_path / "checkpoints" / "final.ckpt"
+    assert checkpoint_load.load_model(final).system == "Be brief."
+    capsys.readouterr()
+    told = "system: Be brief. (from the fine-tuning rows; --system replaces it)"
+    for flags, is_told in (([], True), (["--system", "Be kind."], False), (["--no-wrap"], False)):
+        arguments = ["--ckpt", str(final), "--prompt", "say red", "--max-new-tokens", "1", *flags]
+        assert infer.main(arguments) == 0
+        assert (told in capsys.readouterr().err) == is_told
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [(None, "Be brief."), ("Be kind.", "Be kind."), ("", None)]
+)
+def test_a_given_system_message_replaces_that_of_the_rows(given: str | None, used: str) -> None:
+    loaded = SimpleNamespace(system="Be brief.")
+    template = make_template("plain", ByteTokenizer())
+    assert choose_system(Namespace(system=given), loaded, template) == used
+    assert choose_system(Namespace(system=None), loaded, None) is None
 
 
 def prompts_seen(monkeypatch: Patch) -> list[tuple[int, ...]]:

@@ -43,6 +43,8 @@ class Loaded:
     tokenizer: Tokenizer
     config: Config
     info: CheckpointInfo
+    system: str | None = None
+    """the commonest system turn of the rows that it was tuned on; only checkpoints of such rows have the key"""
 
     @property
     def template(self) -> str | None:
@@ -66,7 +68,8 @@ def load_model(path: Path, device: str = "cpu") -> Loaded:
     else:
         model = _merged_model(path, state, config.lora)
     tokenizer = tokenizer_from_plain(state["tokenizer"])
-    return Loaded(model.to(device).eval(), tokenizer, config, info_of(path, state))
+    info = info_of(path, state)
+    return Loaded(model.to(device).eval(), tokenizer, config, info, state.get("system"))
 
 
 def _merged_model(path: Path, state: dict[str, Any], lora: LoraConfig) -> Decoder | HFModel:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tinylm.checkpoint.load import Loaded, load_model
 from tinylm.cli.chat import chat
-from tinylm.cli.loading import choose_checkpoint, choose_template, choose_tokenizer
+from tinylm.cli.loading import choose_checkpoint, choose_system, choose_template, choose_tokenizer
 from tinylm.cli.sampling_flags import sampling_settings
 from tinylm.cli.screen import Screen, log_ignored, write
 from tinylm.common.console import readable
@@ -47,10 +47,11 @@ def generate(prompt: str | None, given: dict[str, Any], arguments: argparse.Name
     sampling = sampling_settings(given, loaded.config.sampling)
     engine = Engine(loaded.model, choose_tokenizer(arguments.tokenizer, loaded.tokenizer))
     template = choose_template(arguments, loaded, engine.tokenizer)
+    system = choose_system(arguments, loaded, template)
     if prompt is None:
         assert template is not None, "choose_template requires one for --chat"
-        return chat(engine, template, sampling, arguments.system)
-    formatted = format_prompt(engine, prompt, template, system=arguments.system)
+        return chat(engine, template, sampling, system)
+    formatted = format_prompt(engine, prompt, template, system=system)
     log_ignored(formatted.prompt, sampling)
     if arguments.best_of is not None:
         return generate_best(prompt, engine, formatted, sampling, arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tinylm.checkpoint.format import latest_valid
 from tinylm.checkpoint.info import describe
 from tinylm.checkpoint.load import Loaded
-from tinylm.common.errors import UserError, rename_settings
+from tinylm.common.errors import UserError, printable, rename_settings
 from tinylm.rows.conversation import CHAT_STAGES
 from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import Template
@@ -107,3 +107,16 @@ def choose_template(
             "--system", "only valid for a fine-tuned model, without --no-wrap", "Remove it"
         )
     return None
+
+
+def choose_system(
+    arguments: argparse.Namespace, loaded: Loaded, template: Template | None
+) -> str | None:
+    """The system message: --system, of which "" is none, else the commonest one of the fine-tuning rows."""
+    if arguments.system is not None or template is None:
+        return arguments.system or None
+    if loaded.system is not None:
+        line = " ".join(loaded.system.split())
+        line = line if len(line) <= 80 else f"{line[:79]}…"
+        logger.info("system: %s (from the fine-tuning rows; --system replaces it)", printable(line))
+    return loaded.system

@@ -101,6 +101,7 @@ def build_pairs(
         except Skip as skip:
             report.skip(skip.reason, place)
             continue
+        report.count_system(preference.prompt)
         report.truncated += any(len(example.ids) > seq_len + 1 for example in pair[:2])
         pairs.append(PreferencePair(_cut(pair.chosen, seq_len), _cut(pair.rejected, seq_len)))
     report.kept = len(pairs)

@@ -84,6 +84,7 @@ def build_examples(
             report.skip(SkipReason.PROMPT_TOO_LONG if is_cut else SkipReason.NOTHING_TRAINED, place)
             continue
         examples.append(example)
+        report.count_system(conversation)
         report.truncated += len(whole.ids) > len(example.ids)
     report.kept = len(examples)
     report.require_rows()

@@ -25,11 +25,13 @@ trains:
 `finetune.py --show-rows 3` prints rows as step 7 hands them to training.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from tinylm.common.errors import UserError
+from tinylm.rows.conversation import Conversation
 from tinylm.text.documents import some_of
 from tinylm.text.splits import Which
 
@@ -98,10 +100,22 @@ class RowReport:
     """the places of skipped rows"""
     unread_columns: dict[str, None] = field(default_factory=dict)
     """columns with a value that is in no turn, in order of appearance"""
+    systems: Counter[str] = field(default_factory=Counter)
+    """how often each text of a system turn occurs; "" counts rows without one"""
     max_bad: int = 0
     """data.skip_bad_rows"""
     bad: list[str] = field(default_factory=list)
     """rows with a mistake that were skipped: place and problem"""
+
+    def count_system(self, conversation: Conversation) -> None:
+        """Count the system turn of a row that is kept."""
+        is_system = conversation and conversation[0].role == "system"
+        self.systems[conversation[0].full_text if is_system else ""] += 1
+
+    @property
+    def commonest_system(self) -> str | None:
+        """The commonest text of a system turn; None if most rows have none."""
+        return max(self.systems, key=self.systems.__getitem__, default="") or None
 
     def skip(self, reason: SkipReason, place: str) -> None:
         """Count the row at `place` as skipped."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.common.child_program import ChildProgram, forward_signals
-from tinylm.common.errors import UserError, printable, reading, writing
+from tinylm.common.errors import UserError, reading, writing
 from tinylm.common.files import write_atomic
 from tinylm.config.loader import load_config
 
@@ -274,7 +274,7 @@ def run_steps(steps: Iterable[Step]) -> Outcome:
                 logger.info("%s: stopped; run the same command again to continue", step.name)
                 return Outcome(tuple(failed), code or 128 + (child.received or 0))
             if code is None:
-                logger.info("%s: already done (%s)", step.name, printable(step.result))
+                logger.info("%s: already done (%s)", step.name, step.result)
             elif code == 0:
                 logger.info("%s: done", step.name)
             else:
@@ -300,4 +300,4 @@ def last_line(path: Path) -> str:
     with reading(path):
         text = path.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
-    return printable(lines[-1]) if lines else "no output"
+    return lines[-1] if lines else "no output"

@@ -94,7 +94,7 @@ class Tokenizer(ABC):
         for name in allowed:
             if name not in ids:
                 raise ValueError(
-                    f"allowed_special: '{printable(name)}' is not a special token of this "
+                    f"allowed_special: {name!r} is not a special token of this "
                     f"tokenizer, which has {', '.join(ids)}"
                 )
         return {name: ids[name] for name in allowed}

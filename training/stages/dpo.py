@@ -20,7 +20,7 @@ from data import RunData
 from model import BatchLoss, TrainingModule
 from tinylm.checkpoint.initial import InitialModel, reference_to
 from tinylm.common.device import autocast_dtype
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
@@ -100,7 +100,7 @@ class PreferenceData(RunData):
         """One line about the training and validation data."""
         n_targets = [int(example.trained.sum()) for example in answers_of(self.train_pairs)]
         return (
-            f"data: {printable(self.config.data.dataset)}: train {len(self.train_pairs)} pairs of "
+            f"data: {self.config.data.dataset}: train {len(self.train_pairs)} pairs of "
             f"answers of {sum(n_targets) / len(n_targets):.0f} tokens, validation "
             f"{len(self.val_pairs)} pairs; template {self.template.name}"
         )

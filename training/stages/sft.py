@@ -12,7 +12,7 @@ from functools import partial
 from data import RunData
 from model import LanguageModule
 from tinylm.checkpoint.initial import InitialModel
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
 from tinylm.eval.tasks.data import SMOKE, conversation_parser, requested_built_in_rows
 from tinylm.eval.tasks.table import TASKS
@@ -100,7 +100,7 @@ class SFTData(RunData):
         n_targets = sum(int(example.trained.sum()) for example in self.train_examples)
         full = n_inputs / n_rows / training.seq_len
         return (
-            f"data: {printable(data.dataset)}: train {len(self.train_examples)} examples in "
+            f"data: {data.dataset}: train {len(self.train_examples)} examples in "
             f"{n_rows} rows of {training.seq_len} ({full:.0%} full), {n_targets / n_inputs:.0%} of "
             f"the tokens trained (train_on {training.train_on}), validation "
             f"{len(self.val_examples)} examples; template {self.template.name}"

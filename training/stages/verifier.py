@@ -22,7 +22,7 @@ from tinylm.checkpoint.initial import InitialModel
 from tinylm.checkpoint.load import build_verifier as load_verifier_weights
 from tinylm.checkpoint.load import load_model
 from tinylm.common.console import OnProgress, progress_bar
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, VerifierConfig
 from tinylm.eval.sampled_answers import add_sampled_answers
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
@@ -91,7 +91,7 @@ class VerifierData(RunData):
         for problem in self.train_problems:
             n_right += problem.is_right + sum(sample.right for sample in problem.samples)
         return (
-            f"data: {printable(self.config.data.dataset)}: train {len(self.train_problems):,} "
+            f"data: {self.config.data.dataset}: train {len(self.train_problems):,} "
             f"problems with {n_train:,} answers ({n_right / n_train:.0%} of them right), "
             f"validation {len(self.val_problems):,} problems with {n_val:,} answers; tokenizer "
             f"{self.config.tokenizer.kind}, vocabulary {self.tokenizer.vocab_size}"

@@ -46,6 +46,33 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-wrap", action="store_true", help="do not format the prompt with the model's template"
     )
+    add_model_flags(parser)
+    parser.add_argument(
+        "--show-probs",
+        action="store_true",
+        help="color each token by its probability; without color: token(probability)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the finished completions as JSON"
+    )
+    parser.add_argument(
+        "--best-of",
+        type=parse_number,
+        metavar="N",
+        help="draw N answers and print the one that --verifier scores highest",
+    )
+    parser.add_argument(
+        "--verifier",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint of a verifier (finetune.py --config configs/verifier.yaml)",
+    )
+    add_sampling_flags(parser)
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose the model, its tokenizer and the device."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--ckpt",
@@ -69,28 +96,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", choices=NAMES, default="auto", help="auto: CUDA, else MPS, else the CPU"
     )
-    parser.add_argument(
-        "--show-probs",
-        action="store_true",
-        help="color each token by its probability; without color: token(probability)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the finished completions as JSON"
-    )
-    parser.add_argument(
-        "--best-of",
-        type=parse_number,
-        metavar="N",
-        help="draw N answers and print the one that --verifier scores highest",
-    )
-    parser.add_argument(
-        "--verifier",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint of a verifier (finetune.py --config configs/verifier.yaml)",
-    )
-    add_sampling_flags(parser)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,8 @@
 runs.
 
     read_stages  YAML list ─▶ PipelineStage, one for each entry, in order
-    check_chain  no two stages write to one folder, and every stage begins with a model that exists by then
+    check_chain  no two stages write to one folder, and every stage begins with a model that exists
+    by then
 
 Each entry names a stage and a config that also runs by itself. Running them is `pipeline_run.py`,
 comparing their models `side_by_side.py`.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.generate.test_engine import OPTIONS, make_model
+from tests.generate.test_engine import OPTIONS, make_model, score_continuation
 from tinylm.common.errors import UserError
 from tinylm.eval import task_scores
 from tinylm.eval.cases import Case, CaseScore, CasesSummary, evaluate_cases, read_cases
@@ -22,7 +22,6 @@ from tinylm.generate.scoring import (
     ContinuationScore,
     encode_continuation,
     fit_continuation,
-    score_continuation,
     score_continuations,
 )
 from tinylm.rows.conversation import Turn

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.generate.test_engine import make_model
+from tests.generate.test_engine import make_model, score_continuation
 from tinylm.common.errors import UserError
 from tinylm.common.statistics import wilson
 from tinylm.config.schema import SamplingConfig
@@ -19,7 +19,6 @@ from tinylm.eval.lm_eval import (
     to_sampling_config,
 )
 from tinylm.generate.engine import Engine
-from tinylm.generate.scoring import score_continuation
 from tinylm.tokenizer.byte_char import ByteTokenizer
 
 BYTES = ByteTokenizer()

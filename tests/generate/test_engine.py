@@ -16,7 +16,7 @@ from tinylm.generate.beam_search import beam_search
 from tinylm.generate.engine import Engine
 from tinylm.generate.output import Completion, Prompt, StopStringFilter, TokenOutput
 from tinylm.generate.sampling import make_generator, next_token
-from tinylm.generate.scoring import score_continuation
+from tinylm.generate.scoring import ContinuationScore, encode_continuation, score_continuations
 from tinylm.model.decoder import Decoder, Features
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 
@@ -34,6 +34,11 @@ OPTIONS = {
     "post norm": {"norm_placement": "post", "norm": "layernorm", "bias": "all"},
     "experts": {"moe": {"n_experts": 4, "top_k": 2}},
 }
+
+
+def score_continuation(engine: Engine, prompt: str | Prompt, target: str) -> ContinuationScore:
+    """The score of one target."""
+    return score_continuations(engine, [encode_continuation(engine, prompt, target)])[0]
 
 
 def make_model(seed: int = 0, **options: object) -> Decoder:

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from tinylm.common.errors import UserError
-from tinylm.config.schema import ROW_COLUMNS, DataConfig
+from tinylm.config.schema import DataConfig, RowColumn
 from tinylm.rows.columns import COLUMNS, parse_conversation, unread_columns
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.row_files import TINY_ROWS, build_corpus_from_sources, read_rows, resolve_dataset
@@ -359,7 +359,7 @@ def test_columns_may_have_other_names_in_the_data(columns, row):
 
 
 def test_the_schema_has_the_columns_of_rows():
-    assert tuple(COLUMNS) == ROW_COLUMNS
+    assert tuple(COLUMNS) == get_args(RowColumn)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
     a small file, replaced at once           `write_atomic`
     a large file or a folder, step by step   `atomic_path`, or `publish` for one that is made elsewhere
-    a cache that several processes may want  `make_once`, or `locked` around work that is not one file
+    a cache that several processes may want  `make_once`, or `locked` around work that is not one
+    file
 
 Every one of them writes beside the final name, syncs, renames and syncs the folder: a reader sees
 the old content or the new one, never a part. Knows nothing of what is in the files.

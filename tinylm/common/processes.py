@@ -29,9 +29,10 @@ def in_order(
     """`work(job)` for each job, in the order of the jobs.
 
     This process works too, from the start, because the `processes` - 1 workers take half a second
-    to begin; it works alone if the jobs are small (`limit_processes`). `work` is sent to each worker once. At most `MAX_WAITING` jobs per process, with their
-    results, are in memory. An exception in `work` ends everything at once; an error that should
-    come in its turn must be returned as a result.
+    to begin; it works alone if the jobs are small (`limit_processes`). `work` is sent to each
+    worker once. At most `MAX_WAITING` jobs per process, with their results, are in memory. An
+    exception in `work` ends everything at once; an error that should come in its turn must be
+    returned as a result.
 
     Raises:
         UserError: a worker process was killed.
@@ -70,7 +71,9 @@ def in_order(
 def limit_processes(
     jobs: Iterable[Job], processes: int, min_size: int
 ) -> tuple[Iterator[Job], int]:
-    """The jobs, and the number of processes to use: 1 if their `size`s add up to less than `min_size`."""
+    """The jobs, and the number of processes to use:
+    1 if their `size`s add up to less than `min_size`.
+    """
     jobs = iter(jobs)
     first: list[Job] = []
     size = 0

@@ -8,7 +8,7 @@ Settings are frozen: they are what the run was started with. Steps are optimizer
 
 import math
 import os
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -50,7 +50,6 @@ RowColumn = Literal[
     "instruction", "input", "output", "prompt", "completion",
     "messages", "conversations", "chosen", "rejected", "system", "label",
 ]  # fmt: skip
-ROW_COLUMNS = get_args(RowColumn)
 
 
 class Section(BaseModel):

@@ -148,16 +148,12 @@ def _task_scores(found: dict[str, Any], task: str) -> list[HarnessScore]:
 
 
 def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
-    """The engine with the interface of the harness.
-    Prompts that are too long lose their beginning.
-    """
+    """The engine with the interface of the harness; too long prompts lose their beginning."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows
 
     class EngineLM(TemplateLM):
-        """`TemplateLM` splits context and continuation into tokens as the harness does
-        for every model.
-        """
+        """`TemplateLM` splits context and continuation into tokens as for every model."""
 
         @property
         def eot_token_id(self) -> int:
@@ -190,8 +186,7 @@ def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
                 engine.model.config.max_seq_len,
                 1,
             )
-            # A window is inputs and targets, shifted by one: the context is the inputs before the
-            # targets.
+            # Inputs and targets are shifted by one: the context is the inputs before the targets.
             continuations = []
             for inputs, targets in windows:
                 context = inputs[: len(inputs) - len(targets) + 1]

@@ -26,7 +26,9 @@ MIN_TEMPERATURE = 1e-30
 
 
 class NextToken(NamedTuple):
-    """The next token (B,) of each row, and its log-probability (B,) before penalties and filters."""
+    """The next token (B,) of each row, and its log-probability
+    (B,) before penalties and filters.
+    """
 
     ids: Tensor
     log_probs: Tensor

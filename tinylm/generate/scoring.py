@@ -109,11 +109,6 @@ def score_continuations(
     return [scores[index] for index in range(len(pairs))]
 
 
-def score_continuation(engine: Engine, prompt: str | Prompt, target: str) -> ContinuationScore:
-    """How well the model expects `target` after `prompt`; raises as `encode_continuation`."""
-    return score_continuations(engine, [encode_continuation(engine, prompt, target)])[0]
-
-
 def _score_batch(engine: Engine, pairs: Sequence[Continuation]) -> list[ContinuationScore]:
     """Rows are padded on the right: under causal attention a real token never sees padding."""
     model, tokenizer = engine.model, engine.tokenizer

@@ -590,7 +590,8 @@ class Decoder(nn.Module):
 #                                                            (Glorot and Bengio 2010)
 #     embedding          N(0, 0.02²)     N(0, 1)             a residual stream of size 1
 #     embedding if tied  N(0, 0.02²)     N(0, 1/D)           it is also the head: with std 1, logits
-#                                                            of size √D and a first loss far above ln V
+#                                                            of size √D
+#                                                            and a first loss far above ln V
 #     norms, biases      1, 0            1, 0
 #     sink keys, values  N(0, 0.02²)     N(0, 0.02²)         at first all sinks look alike
 #

@@ -1,7 +1,8 @@
 """Low-rank adapters (Hu et al. 2021): two small matrices are trained beside each frozen linear
 layer.
 
-    y = W x + (alpha / r) · B A x  A (r, in) random, B (out, r) zero: at first the model is unchanged
+    y = W x + (alpha / r) · B A x  A (r, in) random, B (out, r) zero:
+    at first the model is unchanged
 
                ┌──── W (out, in), frozen ─────┐
         x ─────┤                              ├─ + ─▶ y

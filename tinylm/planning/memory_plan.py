@@ -1,7 +1,8 @@
 """What a run will cost, before it runs: parameters, FLOPs, and memory by part.
 
     plan_run           settings -> RunPlan: a step is traced (step_memory.py), and the allocator's losses are added
-    suggest_overrides  settings that need too much memory -> the mildest overrides with which the run fits
+    suggest_overrides  settings that need too much memory -> the mildest overrides with which the
+    run fits
     largest_batch      settings -> the largest micro-batch that fits
 
 Knows nothing of data: batches need little memory. probes.py measures how fast this machine is.

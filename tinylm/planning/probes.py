@@ -2,8 +2,9 @@
 
     Probe          a model and an optimizer that take steps as training does
     overfit        one batch again and again: a model that can learn at all drives its loss to nearly zero
-    lr_range_test  the learning rate rises at each step until the loss does too; `suggest_lr` reads the curve
-    measure_speed  tokens per second on this machine; `measure_matmul_flops` is the speed of a bare matrix product
+    lr_range_test  the learning rate rises at each step until the loss does too; `suggest_lr` reads
+    the curve measure_speed  tokens per second on this machine; `measure_matmul_flops` is the speed
+    of a bare matrix product
 
 All on one device, without Lightning and without torch.compile. Knows nothing of files: batches are
 arguments.

@@ -3,7 +3,8 @@ What DPO learns from.
 
     {"prompt", "chosen", "rejected"}                 the prompt is text or messages; also instruction, input
     {"chosen": [messages], "rejected": [messages]}   whole conversations that differ in their last answer
-    {"chosen": "\n\nHuman: ...", "rejected": "..."}  the same as text, in the format of Anthropic's hh-rlhf
+    {"chosen": "\n\nHuman: ...", "rejected": "..."}  the same as text, in the format of Anthropic's
+    hh-rlhf
 
     row ─▶ Preference (`parse_preference`) ─▶ PreferencePair: two examples, same prompt (`build_pairs`)
 

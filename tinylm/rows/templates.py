@@ -247,10 +247,6 @@ def _sep_id(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id
 
 
-def _im_end_id(tokenizer: Tokenizer) -> int:
-    return marker_id(tokenizer, IM_END)
-
-
 # name, prompt, answer, the token that ends the answer
 WRITTEN = {
     template.name: template
@@ -259,7 +255,12 @@ WRITTEN = {
             "instruction", _instruction, lambda _, answer: f" {answer.text}\n", _sep_id
         ),
         WrittenTemplate("alpaca", _alpaca, lambda _, answer: answer.text, _eos_id),
-        WrittenTemplate("chatml", _chatml, lambda _, answer: answer.text, _im_end_id),
+        WrittenTemplate(
+            "chatml",
+            _chatml,
+            lambda _, answer: answer.text,
+            lambda tokenizer: marker_id(tokenizer, IM_END),
+        ),
         WrittenTemplate("plain", _plain, _plain_answer, _eos_id),
     )
 }

@@ -13,7 +13,8 @@ Processes that share the work on a source (common/processes.py) get its document
 each with a `size` and `texts()`:
 
     SpanChunk  the documents of a byte range of a file: the process that works on it reads them
-    TextChunk  documents that were already read: compressed, streamed, or only divisible by reading them
+    TextChunk  documents that were already read: compressed, streamed, or only divisible by reading
+    them
 
 A worker process imports this file, so it needs neither torch, numpy nor pydantic.
 """

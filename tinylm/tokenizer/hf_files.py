@@ -3,7 +3,8 @@
     tokenizer.json                                  the library's own format, as it is
     vocab.json, merges.txt                          GPT-2's files: byte-level BPE
     *.model, vocab.txt, *.tiktoken                  older formats, converted by transformers
-    tokenizer_config.json, special_tokens_map.json  which tokens end and pad a text, and the chat template
+    tokenizer_config.json, special_tokens_map.json  which tokens end and pad a text, and the chat
+    template
 
 Reading order: `load_hf_tokenizer`; `_read_folder`, which puts a tokenizer together; the settings;
 the vocabularies.

@@ -2,7 +2,8 @@
 
     1. a source is cut into chunks that cut no document                                 `source.chunks()`
     2. each process encodes chunks: document ids, EOS, document ids, EOS, ...  (N,)     `Encoder`
-    3. this process writes them in the order of the chunks, and continues an old start  `encode_file`
+    3. this process writes them in the order of the chunks,
+       and continues an old start  `encode_file`
 
 The bytes of the file depend on its `EncodeSpec`, never on the number of processes or on
 interruptions. Memory holds a few chunks.

@@ -185,7 +185,7 @@ def test_a_program_imports_no_program():
 
 
 def test_no_first_party_import_in_a_function_outside_the_programs_and_cli():
-    """A reader sees at the top of a file what it stands on; programs import late for a fast --help."""
+    """A file shows its dependencies at its top; programs import late for a fast --help."""
     late = {
         f"{name}: {found.module}"
         for name, path in MODULES.items()

@@ -1,7 +1,7 @@
 """README.md and docs/*.md held to the code: every command in them is found, checked, and run where it can be run here.
 
-The convention: a command stands in a fenced block marked `bash`, or as inline code that begins with `python`. What a
-program prints stands in a block marked `text`, examples for doctest in one marked `python`.
+The convention: commands are in fenced blocks marked `bash`, or inline code that begins with `python`. Output of
+programs is in blocks marked `text`, examples for doctest in blocks marked `python`.
 """
 
 import argparse
@@ -82,7 +82,7 @@ SHORT = {
     "list.py": [],
     "-m tinylm": [],
 }
-# What is shown and cannot be run as it stands, and what is done about it.
+# Commands that cannot be run unchanged, and their replacements.
 SHOWN = {
     "encode_corpus.py": "docs/SCALING.md gives its text; tests/test_scaling.py writes that into a file and runs it",
     "sbatch": "needs a Slurm cluster; tests/test_scaling.py starts what it would start, with the variables that Slurm sets",
@@ -223,7 +223,7 @@ def without_variables(words: list[str]) -> list[str]:
 
 
 class Parsed(Exception):
-    """Carries what a program's parser made of its arguments, in place of running the program."""
+    """Carries the parsed arguments of a program, instead of running it."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
@@ -238,10 +238,10 @@ def parse(program: str, arguments: list[str]) -> argparse.Namespace:
 
         return stop
 
-    said = io.StringIO()
+    stderr = io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stderr(said),
+        contextlib.redirect_stderr(stderr),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         for parser in (argparse.ArgumentParser, Parser):
@@ -256,7 +256,7 @@ def parse(program: str, arguments: list[str]) -> argparse.Namespace:
             if end.code == 0:  # --help
                 return argparse.Namespace()
             raise ValueError(
-                said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+                stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
             ) from None
     raise ValueError("its main() parses no arguments")
 
@@ -564,7 +564,7 @@ def run_as_typed(command: Command, folder: Path) -> tuple[str, str]:
     ids=lambda path: path.name,
 )
 def test_the_first_losses_of_the_learning_path_are_those_it_promises(guide, tmp_path):
-    """Ten steps of its first run: another split, order, initialisation or optimizer would show, and all its numbers be stale."""
+    """Ten steps of its first run: a change of split, order, initialization or optimizer makes its numbers stale."""
     promised = re.search(r"^step +10/200  loss (\S+)", guide.read_text(encoding="utf-8"), re.M)
     folders = [
         f"{setting}={tmp_path}"
@@ -650,7 +650,7 @@ def unknown_names(text: str, code: str) -> Iterator[str]:
     settings = {
         f"{key}.{name}".lstrip(".") for key, section in sections() for name in section.model_fields
     }
-    # A file may be named as its neighbours name it: `decoder.py` after `tinylm/model/decoder.py`.
+    # A file may be named as files near it are named: `decoder.py` after `tinylm/model/decoder.py`.
     prose = re.sub(r"(?ms)^\s*```.*?^\s*```", "", text)
     for word in re.findall(r"`([A-Za-z_][\w./]*)`", prose):
         if re.search(r"\.(py|md|yaml)$", word):

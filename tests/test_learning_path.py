@@ -105,7 +105,7 @@ def count_numbered(source: str, reference: str) -> int:
 
 
 def wrong_counts(text: str) -> Iterator[str]:
-    """The counts of the page that are not those of the code, or that are not in a form that can be checked."""
+    """The counts of the page that differ from the code or cannot be checked."""
     text = prose(text)
     for word, noun, reference in COUNT.findall(text):
         found = count(noun, reference)
@@ -139,9 +139,9 @@ def test_every_count_of_the_page_is_that_of_the_code():
 
 
 def test_the_page_has_the_number_of_exercises_that_it_says():
-    said = re.search(rf"({'|'.join(WORDS)}) experiments", prose(page()))
-    assert said is not None
-    assert exercises(page()) == list(range(1, WORDS.index(said[1]) + 1))
+    match = re.search(rf"({'|'.join(WORDS)}) experiments", prose(page()))
+    assert match is not None
+    assert exercises(page()) == list(range(1, WORDS.index(match[1]) + 1))
 
 
 def test_the_table_at_the_top_lists_the_parts_in_order_and_names_files_that_exist():
@@ -158,13 +158,16 @@ def test_the_table_at_the_top_lists_the_parts_in_order_and_names_files_that_exis
 def test_the_row_of_each_run_repeats_the_loss_of_its_exercise():
     """The last table has the number of each run a second time; both are the same measurement."""
     text = page()
-    told, _, table = text.partition("## All runs on one page")
+    prose_text, _, table = text.partition("## All runs on one page")
     rows = re.findall(r"^\| (\d+) \| .* \| (\d\.\d{3}) \| (\d\.\d{3}) \|$", table, re.MULTILINE)
     assert len(rows) >= 20
     for number, val_loss, val_bpb in rows:
-        # Exercise 4 says 5.10; of a tokenizer with other tokens only val_bpb is said.
+        # Exercise 4 says 5.10; for another tokenizer only val_bpb is given.
         shown = (val_loss, val_loss[:-1], val_bpb)
-        assert any(re.search(rf"\b{re.escape(value)}", told) for value in shown), (number, val_loss)
+        assert any(re.search(rf"\b{re.escape(value)}", prose_text) for value in shown), (
+            number,
+            val_loss,
+        )
 
 
 # --- the walk from a file to the loss ---------------------------------------------------------------

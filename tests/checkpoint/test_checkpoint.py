@@ -130,7 +130,7 @@ def test_the_error_says_what_the_file_looks_like(saved: Path, content: bytes, wo
 
 
 def test_a_zeroed_tail_is_found(saved: Path) -> None:
-    """B3: what a power cut leaves on some file systems."""
+    """B3: some file systems leave such a file after a power cut."""
     good = saved.read_bytes()
     saved.write_bytes(good[:-300] + b"\0" * 300)
     with pytest.raises(DamagedError):

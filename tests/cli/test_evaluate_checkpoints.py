@@ -396,7 +396,7 @@ def test_without_lm_eval_the_error_says_what_to_install(run, save, monkeypatch):
 
 
 def test_tables_of_an_earlier_evaluation_are_removed(tmp_path, run, save, cases):
-    """A stale cases.csv next to the new results.json would look like a part of it."""
+    """A stale cases.csv next to the new results.json would look like a part of the new results."""
     save("a.ckpt")
     assert run("--cases", cases)[0] == 0
     assert (tmp_path / "results" / "cases.csv").exists()

@@ -63,7 +63,7 @@ def test_an_unknown_device_name_is_a_value_error():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is changed")
 def test_freed_memory_is_reused_without_page_faults():
-    """64 MB are 15,625 pages of 4 kB. By default glibc maps a block of that size anew each time."""
+    """64 MB are 15,625 pages of 4 kB. By default glibc maps a block of that size again each time."""
     code = """
 import resource
 from tinylm.common.device import keep_freed_memory

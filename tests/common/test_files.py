@@ -1,4 +1,4 @@
-"""Files and folders are there whole or not at all: whatever fails, and whoever else makes the same one."""
+"""Files and folders are written whole or not at all, after errors and with concurrent writers."""
 
 import multiprocessing
 import os

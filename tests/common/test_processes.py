@@ -143,8 +143,8 @@ def test_ctrl_c_prints_three_lines_also_while_workers_start(command, seconds):
     """A terminal sends it to the whole group; a worker that is still importing would print a traceback."""
     time.sleep(seconds)
     os.killpg(command.pid, signal.SIGINT)
-    _, said = command.communicate(timeout=60)
-    assert (command.returncode, said) == (
+    _, stderr = command.communicate(timeout=60)
+    assert (command.returncode, stderr) == (
         130,
         "interrupted; the same command with --resume continues from here\n\nstopped by Ctrl-C\n",
     )

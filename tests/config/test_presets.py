@@ -84,12 +84,12 @@ PLANNED = re.compile(
 def test_a_preset_is_planned_with_the_memory_in_its_comment(path):
     """Without the program's own memory, which differs between versions of the libraries."""
     config = load_config(path)
-    said = PLANNED.search(head_of(path))
+    match = PLANNED.search(head_of(path))
     assert ("1,000 characters" in head_of(path)) == (vocabulary(config) is None)
     config = with_settings(config, {"model.vocab_size": vocabulary(config) or CHARACTERS})
-    planned = plan_run(config, "cpu" if said["where"] == "beside the program" else "cuda")
+    planned = plan_run(config, "cpu" if match["where"] == "beside the program" else "cuda")
     assert planned.peak == pytest.approx(
-        float(said["number"]) * {"M": 1e6, "G": 1e9}[said["unit"]], rel=0.05
+        float(match["number"]) * {"M": 1e6, "G": 1e9}[match["unit"]], rel=0.05
     )  # given to two digits
 
 

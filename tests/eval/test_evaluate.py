@@ -1,4 +1,4 @@
-"""Evaluation: batched scores equal single ones, failing cases count, prompts are those of training."""
+"""Evaluation: batched scores equal single ones, failing cases count, prompts equal those of training."""
 
 import itertools
 import math
@@ -346,12 +346,12 @@ def test_a_question_that_cannot_be_asked_counts_as_wrong():
     written = evaluate_task(
         engine, TASKS["gsm8k"], [example("which?", "#### 1"), example("which €?", "#### 1")]
     )
-    labelled = evaluate_task(engine, TASKS["sst2"], [example("which €?", "positive")])
-    for found in (written, labelled):
+    labeled = evaluate_task(engine, TASKS["sst2"], [example("which €?", "positive")])
+    for found in (written, labeled):
         assert found.n_errors == 1
         [error] = [answer.error for answer in found.failed if answer.question == "which €?"]
         assert "'€'" in error
-    assert (labelled.measures["accuracy"].value, labelled.measures["macro_f1"].value) == (0.0, 0.0)
+    assert (labeled.measures["accuracy"].value, labeled.measures["macro_f1"].value) == (0.0, 0.0)
 
 
 def test_truncated_prompts_are_counted():

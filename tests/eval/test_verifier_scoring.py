@@ -324,7 +324,7 @@ def decoded(batch: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def test_a_batch_is_a_function_of_its_number_and_wrong_answers_differ_between_passes(data, config):
-    """Right answers come back in each pass, wrong ones are drawn anew; a second object gives the
+    """Right answers are repeated in each pass, wrong ones are drawn again; a second object gives the
     same batch."""
     n = len(data.train_problems)
     one, other = (data.train_dataset(Share(n)) for _ in range(2))

@@ -359,7 +359,7 @@ def test_a_missing_package_is_named():
 # --- chat templates ---
 
 CONVERSATIONS = [
-    [("user", "Name three colours.", "")],
+    [("user", "Name three colors.", "")],
     [("user", "Translate.", "Guten Tag\nWelt")],
     [("system", "Be brief.", ""), ("user", "Why is 2 + 2 four?", "")],
     [
@@ -527,7 +527,7 @@ def test_an_answer_equals_that_of_infer(kind, template, ends, save, bpe, tmp_pat
 
 
 def adapter_of(base: Path) -> Path:
-    """A checkpoint in the folder of `base` with an adapter of it."""
+    """A checkpoint in the folder of `base` with an adapter for it."""
     stored, lora = checkpoint_format.read(base), LoraConfig(r=2)
     model = checkpoint_load.load_model(base).model
     generator = torch.Generator().manual_seed(2)

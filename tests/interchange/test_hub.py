@@ -51,7 +51,7 @@ class Hub:
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     """log lines of the libraries"""
 
     def listed(self, path: str) -> dict[str, Any]:
@@ -168,15 +168,15 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-class Heard(logging.Handler):
+class LogHandler(logging.Handler):
     """Keeps log lines."""
 
-    def __init__(self, said: list[str]):
+    def __init__(self, messages: list[str]):
         super().__init__()
-        self.said = said
+        self.messages = messages
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 @pytest.fixture
@@ -205,13 +205,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     impatient = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(0.01)})
     monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    heard = Heard(hub.said)
+    handler = LogHandler(hub.messages)
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
     for logger in loggers:
-        logger.addHandler(heard)
+        logger.addHandler(handler)
     yield hub
     for logger in loggers:
-        logger.removeHandler(heard)
+        logger.removeHandler(handler)
     server.shutdown()
     server.server_close()
 
@@ -287,7 +287,7 @@ def test_after_a_network_fault_no_row_is_lost_or_repeated(hub, kind, faults):
     hub.faults[name] = list(faults)
     assert list(train_documents(DATASET, SEED)) == FIRST + SECOND
     assert hub.faults[name] == [], "the faults must have been met"
-    assert len([line for line in hub.said if line.startswith("Retrying in ")]) == len(faults)
+    assert len([line for line in hub.messages if line.startswith("Retrying in ")]) == len(faults)
 
 
 @pytest.mark.parametrize("kind", ONE_KIND)
@@ -314,7 +314,7 @@ def test_a_permanent_network_fault_is_one_line_and_the_stream_can_be_resumed(
     assert str(caught.value).startswith(f"owner/name (train): reading stopped: {words}")
     assert str(caught.value).endswith(". Try again: a run resumes where it stopped.")
     assert "\n" not in str(caught.value)
-    assert fault == 404 or any(line.startswith("Retrying in ") for line in hub.said)
+    assert fault == 404 or any(line.startswith("Retrying in ") for line in hub.messages)
     assert seen == FIRST
     hub.faults.clear()
     assert list(train_documents(DATASET, SEED, skip=len(seen))) == SECOND

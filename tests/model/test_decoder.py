@@ -546,7 +546,9 @@ def test_without_positions_a_single_layer_sees_the_past_as_a_set():
     ],
 )
 def test_alibi_slopes(n_heads, exponents):
-    """Powers of two: 2^(-8/H), 2^(-16/H), ... Otherwise: those of the power of two below, then every other one of the power above.
+    """Powers of two: 2^(-8/H), 2^(-16/H), ...
+
+    Otherwise: the slopes for the power of two below, then every other slope for the one above.
 
     For 6 heads: the four of 4 heads, then the first and third of 8 heads, 2^-1 and 2^-3.
     """

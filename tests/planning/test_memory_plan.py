@@ -135,7 +135,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def kept_by_forward(config: Config) -> int:
-    """Bytes of what a real forward pass saves for the backward pass, and of its result; without weights, shared storage once."""
+    """Bytes that a real forward pass saves for backward, plus its result; no weights, shared storage once."""
     torch.manual_seed(0)
     model, batch = (
         Decoder(config.model).train(),
@@ -212,7 +212,7 @@ def test_blocks_that_are_computed_again_take_less_by_the_layer():
     ).at_peak
     assert (
         recomputed["activations"] > recomputed["scratch"]
-    )  # those of the block that is computed again are activations
+    )  # the block that is recomputed has activations
     of_input = 64 * 16 * 32 * 4
     assert at_peak(8, True) - at_peak(4, True) == pytest.approx(4 * of_input, rel=0.1)
     assert at_peak(8, False) - at_peak(4, False) > 4 * 8 * of_input

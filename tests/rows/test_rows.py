@@ -215,14 +215,14 @@ def test_messages_and_instructions_in_a_folder_are_both_read(write, tmp_path):
     write("raw/sms_spam_collection/SMSSpamCollection", "ham\tOk lar\tfine\nspam\tFree entry!\n")
     write(
         "raw/instruction-data.json",
-        json.dumps([{"instruction": "Name a colour.", "input": "", "output": "Red."}]),
+        json.dumps([{"instruction": "Name a color.", "input": "", "output": "Red."}]),
     )
     data = DataConfig(dataset=str(tmp_path / "raw"), val_fraction=1e-9)
     template, tokenizer = make_template("instruction", ByteTokenizer()), ByteTokenizer()
     made, _ = build_examples(data, "train", 0, template, tokenizer, 256, train_on="all")
     sep = tokenizer.sep_id
     assert [tokenizer.decode(example.ids[:-1]) for example in made] == [
-        "### Instruction: Name a colour.\n### Output: Red.\n",
+        "### Instruction: Name a color.\n### Output: Red.\n",
         "### Instruction: classify if the SMS is spam or ham\n### Input: Ok lar\tfine\n### Output: ham\n",
         "### Instruction: classify if the SMS is spam or ham\n### Input: Free entry!\n### Output: spam\n",
     ]

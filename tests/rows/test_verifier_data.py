@@ -66,7 +66,7 @@ def test_a_row_without_a_label_is_right_and_has_the_same_fingerprint_as_before(r
     )
 
 
-def test_the_error_of_a_labelled_answer_is_where_it_differs_from_the_right_one(read: Read) -> None:
+def test_the_error_of_a_labeled_answer_is_where_it_differs_from_the_right_one(read: Read) -> None:
     """Bytes: problem 2+2? EOS is 0 to 4, so the last character of "2 = 5" is at 9."""
     _, wrong, alone = read(
         row("2 = 4", label=1), row("2 = 5", label=0), row("2 = 5", "3+3?", label=0)
@@ -77,7 +77,7 @@ def test_the_error_of_a_labelled_answer_is_where_it_differs_from_the_right_one(r
     assert (example.right, example.error_positions) == (False, (5, 6, 7, 8, 9))
 
 
-def test_a_labelled_answer_needs_no_number(read: Read) -> None:
+def test_a_labeled_answer_needs_no_number(read: Read) -> None:
     """Without a label an answer is trained on only if a wrong one can be made from it."""
     problems = read(row("yes", label=1), row("no", label=0), row("maybe"))
     report = RowReport("train", 64)

@@ -995,7 +995,7 @@ def test_a_hub_that_refuses_a_dataset_is_told_in_flags(run, tmp_path, monkeypatc
 def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_names(
     run, tmp_path, monkeypatch
 ):
-    """`Try again` alone would begin anew: the command without --resume refuses what an interrupted one has left."""
+    """`Try again` alone would fail: without --resume the command does not continue an interrupted one."""
     broken = [True]
 
     class Stream:

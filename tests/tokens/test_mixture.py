@@ -340,7 +340,7 @@ def test_documents_in_several_sources_are_on_one_side_of_the_split(tmp_path, wri
 
 def test_tokenizers_learn_from_all_sources_in_turn(tmp_path, write):
     """The first documents are of both sources, so that learn_docs does not stop inside the first; held-out
-    ones are left out.
+    ones are skipped.
     """
     data = mixed(tmp_path, write("a.txt", A), write("b.txt", B), val_fraction=0.1)
     documents = list(training_split(data, SEED).documents())

@@ -512,7 +512,7 @@ def test_an_interruption_leaves_the_draft_and_an_error_only_where_that_is_wished
     )
 
 
-def test_without_resume_a_draft_is_begun_again(tmp_path):
+def test_without_resume_an_unfinished_file_is_written_again(tmp_path):
     written(tmp_path / "a.bin", PORTIONS).save()
     assert TokenFileWriter(tmp_path / "a.bin", BYTES, "recipe").state.portions == 0
 

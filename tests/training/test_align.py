@@ -1,4 +1,4 @@
-"""All stages in one command: what they are measured by, what is done again and what not, and what a kill leaves (FAULTS A12)."""
+"""All stages in one command: their scores, which stages are repeated, and resuming after a kill (FAULTS A12)."""
 
 import csv
 import json
@@ -191,7 +191,7 @@ def test_results_that_were_cut_off_are_made_again(here, ran):
 
 
 def test_a_stage_that_left_the_list_leaves_the_table(here, ran):
-    """state.json still knows of the verifier; the results of four stages are not those of three."""
+    """state.json still has the verifier; the results of four stages differ from those of three."""
     align.main(["--config", str(write_pipeline(here))])
     assert align.main(["--config", str(write_list(here, "pretrain", "sft", "dpo"))]) == 0
     assert [row["stage"] for row in results_of(here)["models"]] == ["pretrain", "sft", "dpo"]
@@ -288,7 +288,7 @@ def test_changed_settings_are_for_the_stages_program_to_judge(here, ran, capsys)
 
 
 def test_a_stage_is_not_gone_on_with_over_another_base(here, ran, capsys):
-    """The base is trained anew with another seed; of what began with the old one nothing is kept without a word."""
+    """The base is trained again with another seed; stages that started from the old one are not reused silently."""
     path = str(write_pipeline(here))
     align.main(["--config", path])
     old = checkpoint_initial.weights_fingerprint(Path("runs/pretrain/final.ckpt"))

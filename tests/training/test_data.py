@@ -1,4 +1,4 @@
-"""The order of data is a function: of (seed, k), whoever asks, however often, in whatever process."""
+"""The order of data is a pure function of (seed, k), in every process."""
 
 import io
 import json
@@ -216,7 +216,7 @@ def test_sources_of_equal_length_have_orders_of_their_own(
 
 
 def test_two_ranks_share_the_rows_of_a_mixture(load: Any, mix: dict) -> None:
-    """A13: the rows of two ranks are, place by place, those of one."""
+    """A13: the rows of two ranks equal those of one device, in order."""
     config, tokenizer = load(data=mix)
     data = prepared(config, tokenizer)
     one, *two = (data.train_dataset(share) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2)))
@@ -225,7 +225,7 @@ def test_two_ranks_share_the_rows_of_a_mixture(load: Any, mix: dict) -> None:
 
 
 def test_two_ranks_share_the_rows_of_one(load: Any) -> None:
-    """A13: rank r of R sees as its micro-batch k what a single device sees as micro-batch k * R + r."""
+    """A13: micro-batch k of rank r of R is micro-batch k * R + r of a single device."""
     config, tokenizer = load()
     data = prepared(config, tokenizer)
     assert data.train_files
@@ -292,7 +292,7 @@ def test_validation_asks_for_every_token_once(load: Any) -> None:
 
 
 def test_validation_is_shared_by_ranks_in_equal_numbers_of_batches(load: Any) -> None:
-    """The targets of two ranks are those of one; a rank that runs out of rows gets padding, so that none waits."""
+    """The targets of two ranks equal those of one; a rank without rows gets padding, so that no rank waits."""
     config, tokenizer = load()
     data = prepared(config, tokenizer)
     assert data.val_file is not None
@@ -605,11 +605,11 @@ class Screen(io.StringIO):
 
 
 @pytest.mark.parametrize("no_color", [False, True])
-def test_a_terminal_gets_colours_unless_it_wants_none(
+def test_a_terminal_gets_colors_without_no_color(
     monkeypatch: pytest.MonkeyPatch, no_color: bool
 ) -> None:
-    """Two documents in two colours, and dim where there is no target; with NO_COLOR the marks of a pipe, and
-    no colour's code.
+    """Two documents in two colors, and dim where there is no target; with NO_COLOR the marks of a pipe, and
+    no color codes.
     """
     screen = Screen()
     monkeypatch.setattr("sys.stdout", screen)

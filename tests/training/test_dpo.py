@@ -360,12 +360,12 @@ def test_the_reference_has_no_dropout_whatever_the_trainer_asks(
     assert stage.reference is not None
     assert not any(module.training for module in stage.reference.modules())
     assert not any(weight.requires_grad for weight in stage.reference.parameters())
-    optimised = {
+    optimized = {
         id(weight)
         for group in stage.configure_optimizers().param_groups
         for weight in group["params"]
     }
-    assert optimised == {id(weight) for weight in stage.decoder.parameters()}
+    assert optimized == {id(weight) for weight in stage.decoder.parameters()}
 
 
 def cached_files(tmp_path: Path) -> list[Path]:

@@ -424,9 +424,9 @@ def test_new_weights_learn_whole_texts(make: Make, tmp_path: Path, capsys: Captu
         )
         == 0
     )
-    said = capsys.readouterr().err
-    assert "100% of the tokens trained (train_on all)" in said
-    assert f"{tmp_path / 'empty'} has no SMSSpamCollection, instruction-data.json or any" in said
+    stderr = capsys.readouterr().err
+    assert "100% of the tokens trained (train_on all)" in stderr
+    assert f"{tmp_path / 'empty'} has no SMSSpamCollection, instruction-data.json or any" in stderr
     info = checkpoint_info.describe(tmp_path / "checkpoints" / "final.ckpt")
     assert (info.stage, info.shape) == ("sft", "1L 16d 2h")
     ending = checkpoint_load.load_model(info.path).tokenizer.special_names
@@ -592,7 +592,7 @@ def test_a_whole_hugging_face_model_needs_nothing_beside_its_checkpoint(
 def test_plain_peft_loads_a_saved_adapter(
     foreign: bool, make: Make, home: Path, tmp_path: Path
 ) -> None:
-    """The logits with peft's adapter are those of the merged model; adapter_config.json says which base."""
+    """The logits with peft's adapter equal those of the merged model; adapter_config.json says which base."""
     import peft
     import transformers
 
@@ -943,9 +943,9 @@ def test_another_run_is_not_resumed(
     assert ("--allow-changes" in message) == (not fatal)
 
 
-@pytest.mark.parametrize(("train_on", "said"), [("response", True), ("all", False)])
+@pytest.mark.parametrize(("train_on", "warns"), [("response", True), ("all", False)])
 def test_questions_of_both_splits_are_told(
-    train_on: str, said: bool, make: Make, tmp_path: Path, capsys: Capture
+    train_on: str, warns: bool, make: Make, tmp_path: Path, capsys: Capture
 ) -> None:
     """Ten of ten, with other answers; a row of which every token is trained has no question apart."""
     for name, answer in (("train", "yes"), ("val", "no")):
@@ -960,7 +960,7 @@ def test_questions_of_both_splits_are_told(
     assert (
         "10 validation rows have a question of a training row; val_loss will be lower than on new questions"
         in capsys.readouterr().err
-    ) == said
+    ) == warns
 
 
 def test_a_checkpoint_that_is_older_than_a_setting_can_be_resumed() -> None:

@@ -37,7 +37,7 @@ def fp16_on_cpu(monkeypatch: Patch) -> None:
 def test_the_gradient_is_unscaled_once_before_it_is_clipped(
     make_config: Make, tmp_path: Path, fp16_on_cpu: None, monkeypatch: Patch
 ) -> None:
-    """grad_norm and the losses are those of fp32 up to rounding; unscaled twice or not, they differ by a factor of 256."""
+    """grad_norm and losses equal those of fp32 up to rounding; a wrong unscaling is a factor of 256."""
     assert run(make_config(**FP16)) == 0
     losses, norms = curve(tmp_path), curve(tmp_path, "grad_norm")
     monkeypatch.undo()

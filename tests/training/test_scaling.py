@@ -50,9 +50,9 @@ def write(tmp_path: Path) -> Write:
         path.write_bytes(ids.tobytes())
         ends = np.cumsum([len(document) for document in documents]) if ends is None else ends
         (tmp_path / "a.ds.index").write_bytes(np.array(ends, dtype="<u8").tobytes())
-        said = f"tokenizers/a|b/tokenizer.json|{ids.itemsize}\n{len(ids)}\n{len(ids)} T"
+        content = f"tokenizers/a|b/tokenizer.json|{ids.itemsize}\n{len(ids)}\n{len(ids)} T"
         (tmp_path / "a.ds.metadata").write_text(
-            said if metadata is None else metadata, encoding="utf-8"
+            content if metadata is None else metadata, encoding="utf-8"
         )
         return path
 
@@ -227,9 +227,9 @@ def started(folder: Path, words: Sequence[str], **environment: str) -> subproces
 
 def ended(process: subprocess.Popen[str]) -> str:
     """What it printed on stderr, once it ended well."""
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    return stderr
 
 
 @pytest.fixture(scope="module")
@@ -367,8 +367,8 @@ def run_of(folder: Path, name: str) -> list[str]:
 def test_a_model_trains_from_the_merged_file_and_goes_on(encoded: Path, tmp_path: Path) -> None:
     """From near ln 600 = 6.40, the loss of a guess among 600 tokens, downwards."""
     words = [*typed("python train.py").words, *run_of(tmp_path, "run"), "training.lr=1e-2"]
-    said = ended(started(encoded, [*words, "training.max_steps=10"]))
-    assert "data: encoded/000_corpus.ds: train " in said
+    stderr = ended(started(encoded, [*words, "training.max_steps=10"]))
+    assert "data: encoded/000_corpus.ds: train " in stderr
     assert "resuming" in ended(started(encoded, [*words, "training.max_steps=20"]))
     validations = checkpoint_format.read(tmp_path / "run" / "final.ckpt")["progress"]["validations"]
     assert [step for step, _ in validations] == list(range(2, 21, 2))
@@ -416,8 +416,8 @@ def test_two_machines_train_one_model(
                 encoded, [*words, *run_of(tmp_path, "run"), "training.max_steps=2"], **environment
             )
         )
-    said = "".join([ended(process) for process in processes])
-    assert said.count("256 tokens per step, 2 steps") == 1
+    stderr = "".join([ended(process) for process in processes])
+    assert stderr.count("256 tokens per step, 2 steps") == 1
     assert checkpoint_format.read(tmp_path / "run" / "final.ckpt")["world_size"] == 2
 
 

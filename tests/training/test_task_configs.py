@@ -138,7 +138,7 @@ def test_a_task_is_trained_and_evaluated(
 
 @pytest.mark.slow
 def test_own_rows_on_a_model_with_chat_markers(models: Path, tmp_path: Path, capsys: Any) -> None:
-    """configs/lora-smollm2.yaml as it stands, and the chat after it."""
+    """configs/lora-smollm2.yaml unchanged, and the chat after it."""
     final = run("lora-smollm2", models, tmp_path)
     capsys.readouterr()
     assert (

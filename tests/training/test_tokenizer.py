@@ -91,7 +91,7 @@ def test_other_kinds_are_not_bpe(data):
 
 
 def test_a_tokenizer_that_is_not_cached_is_the_one_that_would_be(data):
-    """With all documents for training the texts are the same, and so is every byte of what a checkpoint keeps."""
+    """With all documents for training, the texts and the tokenizer in the checkpoint are the same."""
     config = TokenizerConfig(kind="bpe", vocab_size=280)
     cached_one = tokenizer_for(
         config, data.model_copy(update={"val_dataset": data.dataset}), seed=1

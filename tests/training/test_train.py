@@ -1,4 +1,4 @@
-"""Training end to end on tiny models: what a run writes, and exact resume (FAULTS: A, C1, C2, D1, D2, G1, G3)."""
+"""Training end to end on tiny models: output files, and exact resume (FAULTS: A, C1, C2, D1, D2, G1, G3)."""
 
 import csv
 import math
@@ -187,8 +187,8 @@ def test_early_stopping_ends_the_run_and_is_final(
     assert checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 3
     assert run(config) == 0
     path = tmp_path / "checkpoints" / "step-000003.ckpt"
-    said = f'already complete at step 3: {path}\nnext: python infer.py --ckpt {path} --prompt "Attention is"\n'
-    assert capsys.readouterr().err.endswith(said)
+    expected = f'already complete at step 3: {path}\nnext: python infer.py --ckpt {path} --prompt "Attention is"\n'
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_init_from_takes_the_weights_and_nothing_else(

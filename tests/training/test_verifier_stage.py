@@ -316,7 +316,7 @@ def size(path: Path) -> int:
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(
     make: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    """D1: exit code 3, the step and its problems named, and nothing of it saved."""
+    """D1: exit code 3, the step and its problems are named, and nothing is saved."""
     interrupt_at(monkeypatch, 3 * 2 + 1, lambda: float("nan"), VerifierModule)
     assert run(make()) == 3
     error = capsys.readouterr().err.splitlines()[-1]
@@ -371,9 +371,9 @@ def test_every_other_program_says_that_it_is_no_model(
     final = tmp_path / "checkpoints" / "final.ckpt"
     capsys.readouterr()
     assert infer.main(["--ckpt", str(final), "--prompt", "1 + 1 ="]) == 2
-    said = f"{final}: is a verifier, which scores answers and cannot generate text. Give a language model; --verifier takes a verifier."
-    assert f"error: {said}" in capsys.readouterr().err
-    assert f"training.init_from: {said}" in refused(
+    problem = f"{final}: is a verifier, which scores answers and cannot generate text. Give a language model; --verifier takes a verifier."
+    assert f"error: {problem}" in capsys.readouterr().err
+    assert f"training.init_from: {problem}" in refused(
         make(training={"init_from": str(final), "checkpoint_dir": str(tmp_path / "b")}), capsys
     )
     assert list_program.main(["--dir", str(final.parent)]) == 0

@@ -8,8 +8,8 @@
     or         2'-4' of a stream: windows of rows, shuffled by (seed, window), (B, T)  tokens/stream.py
 
 The whole run is one sequence of micro-batches 0, 1, 2, ... and one Lightning epoch; a pass over the
-data ends somewhere inside it. A run that resumes at micro-batch k gets what an uninterrupted run
-would have got, whatever the number of worker processes. For rows, k is enough; for a stream, the
+data ends somewhere inside it. A run that resumes at micro-batch k gets the same micro-batches as an
+uninterrupted run, with any number of worker processes. For rows, k is enough; for a stream, the
 position is in each batch (`cursor`) and in the checkpoint.
 
 The data of fine-tuning, preferences and the verifier are rows as well, each in `training/stages/`.

@@ -1,4 +1,4 @@
-"""What a run starts from: the model of training.init_from, if any, the settings that it decides,
+"""The start of a run: the model of training.init_from, if any, the settings that it decides,
 and the tokenizer.
 """
 

@@ -51,7 +51,7 @@ class PipelineStage:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The command that runs this stage by itself."""
+        """The command that runs this stage alone."""
         return ("python", PROGRAMS[self.name], "--config", self.file, *self.overrides)
 
     @property

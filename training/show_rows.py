@@ -112,7 +112,7 @@ def print_rows(rows: Iterable[InspectedRow], tokenizer: Tokenizer, labeled: str 
     Args:
         rows: the rows, in order.
         tokenizer: decodes their tokens.
-        labeled: what a label that is not IGNORE_INDEX marks.
+        labeled: the meaning of a label that is not IGNORE_INDEX.
     """
     console = Console(width=None if sys.stdout.isatty() else 400, highlight=False, markup=False)
     colored = console.is_terminal and not console.no_color

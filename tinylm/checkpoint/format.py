@@ -3,7 +3,7 @@
 A checkpoint is one zip file as torch.save writes it, of plain types only (dict, list, str, int,
 float, bool, None, tensor), always read with `weights_only=True`. Its zip comment is the SHA-256 of
 everything before it, so that a single flipped bit anywhere is found: torch itself would load it as
-a wrong number. What is in it, the state, is one dict:
+a wrong number. The content of a checkpoint, the state, is one dict:
 
     format, schema                          "tinylm" and the number of the layout; `old_schemas` reads older ones
     stage, step, tokens                     what was trained, optimizer steps and target tokens so far
@@ -39,7 +39,7 @@ from tinylm.checkpoint.old_schemas import NO_REFERENCES, SCHEMA, upgrade
 from tinylm.common.errors import UserError, writing
 from tinylm.common.files import atomic_path
 
-__all__ = ["NO_REFERENCES", "SCHEMA"]  # of old_schemas, for who writes a state
+__all__ = ["NO_REFERENCES", "SCHEMA"]  # of old_schemas, for code that writes a state
 
 FORMAT = "tinylm"
 # A zip file ends with this record of 22 bytes, whose last two are the length of the comment after
@@ -62,7 +62,7 @@ _ANOTHER = "Use another checkpoint"
 
 
 class DamagedError(UserError):
-    """A checkpoint file that is not what was written, or cannot be read."""
+    """A checkpoint file that was changed after it was written, or cannot be read."""
 
 
 # --- one file ---
@@ -170,7 +170,7 @@ def verify(path: Path) -> None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the file; None if its digest is right."""
+    """The problem with the file; None if its digest is right."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - _COMMENT_SIZE))
@@ -191,7 +191,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _looks_like(start: bytes, size: int) -> str:
-    """What a file that is no checkpoint probably is."""
+    """A guess at the kind of a file that is not a checkpoint."""
     if size == 0:
         return "the file is empty"
     if start.startswith(b"version https://git-lfs"):

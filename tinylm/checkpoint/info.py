@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, for lists and reports, without building its model."""
+"""Facts about a checkpoint for lists and reports, read without building its model."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ def describe(path: Path) -> CheckpointInfo:
 
 
 def info_of(path: Path, state: dict[str, Any]) -> CheckpointInfo:
-    """The checkpoint at `path`, whose state has been read."""
+    """Facts about the checkpoint at `path`, from its state."""
     # Plain values, not a Config: a checkpoint of another version may have settings
     # that this one does not know.
     model, lora = state["config"]["model"], state["config"].get("lora")

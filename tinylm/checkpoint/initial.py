@@ -153,8 +153,7 @@ def refuse_verifier(path: Path, state: dict[str, Any]) -> None:
 
 
 def reference_to(initial: InitialModel, model: nn.Module, folder: Path) -> dict[str, str]:
-    """What a checkpoint in `folder` records of another model:
-    its path and the fingerprint of its weights.
+    """The reference to another model that a checkpoint in `folder` stores: path and fingerprint.
 
     Args:
         initial: the model, as opened.
@@ -170,8 +169,8 @@ def reference_to(initial: InitialModel, model: nn.Module, folder: Path) -> dict[
 
 
 def resolve_reference(recorded: str, checkpoint: Path) -> str:
-    """The name, as `open_initial_model` takes it,
-    of the model whose recorded path in `checkpoint` is `recorded`.
+    """The name, for `open_initial_model`, of the model that `checkpoint` refers
+    to by the path `recorded`.
     """
     path = recorded.removeprefix(HF_PREFIX)
     local = os.path.normpath(checkpoint.resolve().parent / path)

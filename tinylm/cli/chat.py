@@ -54,7 +54,9 @@ def handle_line(line: str, conversation: Chat, sampling: SamplingConfig) -> None
 
 
 def answer(text: str, conversation: Chat, sampling: SamplingConfig) -> None:
-    """Stream the answer to a question and remember it; of a stopped answer, what was printed."""
+    """Stream the answer to a question and remember it;
+    of a stopped answer only the printed part.
+    """
     question = conversation.ask(text)
     if question.n_forgotten:
         logger.info(

@@ -112,7 +112,9 @@ def choose_template(
 def choose_system(
     arguments: argparse.Namespace, loaded: Loaded, template: Template | None
 ) -> str | None:
-    """The system message: --system, of which "" is none, else the commonest one of the fine-tuning rows."""
+    """The system message: --system, of which "" is none,
+    else the commonest one of the fine-tuning rows.
+    """
     if arguments.system is not None or template is None:
         return arguments.system or None
     if loaded.system is not None:

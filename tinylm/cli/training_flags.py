@@ -12,7 +12,7 @@ def training_parser(program: str, config: str, description: str) -> tuple[Parser
     """The parser, and its group of flags that do something before a run;
     at most one of those is given.
 
-    Settings may stand between the flags: parse with `parse_intermixed_args`.
+    Settings may appear between the flags: parse with `parse_intermixed_args`.
     """
     parser = Parser(
         prog=f"python {program}",

@@ -1,4 +1,4 @@
-"""A program of ours run as a child of this process, with signals forwarded to it."""
+"""One of our programs as a child process, with signals forwarded to it."""
 
 import ctypes
 import signal

@@ -25,7 +25,7 @@ OnProgress = Callable[[str, int, int], None]
 # Joiners inside emoji and many scripts: str.isprintable rejects them,
 # but they cannot move the cursor.
 JOINERS = "\u200c\u200d"
-# Columns of a console that is not a terminal: enough for every table of ours, so nothing is cut.
+# Columns of a console that is not a terminal: enough for all our tables, so nothing is cut.
 PIPE_WIDTH = 400
 # A column of text in a table is not shortened below this.
 TEXT_WIDTH = 12
@@ -43,7 +43,7 @@ def open_streams() -> None:
 
 
 def lead_nowhere(stream: TextIO) -> None:
-    """Discard what is still written to a broken stream, also what Python flushes at exit."""
+    """Discard all that is still written to a broken stream, also by Python's flush at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

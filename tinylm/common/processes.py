@@ -31,8 +31,8 @@ def in_order(
     This process works too, from the start, because the `processes` - 1 workers take half a second
     to begin; it works alone if the jobs are small (`limit_processes`). `work` is sent to each
     worker once. At most `MAX_WAITING` jobs per process, with their results, are in memory. An
-    exception in `work` ends everything at once; an error that should come in its turn must be
-    returned as a result.
+    exception in `work` ends everything at once; an error that should be raised in the order of the
+    jobs must be returned as a result.
 
     Raises:
         UserError: a worker process was killed.

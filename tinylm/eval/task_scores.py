@@ -123,7 +123,7 @@ def first_measure(measures: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model answers to one question."""
+    """A model's answer to one question."""
 
     text: str
     is_truncated: bool = False

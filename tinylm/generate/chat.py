@@ -119,11 +119,11 @@ class StreamingStrip:
 
     def __init__(self) -> None:
         self._held = ""  # whitespace that is part of the text only if more text follows
-        self._has_begun = False
+        self._has_started = False
 
     def __call__(self, text: str) -> str:
-        text = self._held + text if self._has_begun else text.lstrip()
+        text = self._held + text if self._has_started else text.lstrip()
         stripped = text.rstrip()
-        self._has_begun = self._has_begun or bool(stripped)
+        self._has_started = self._has_started or bool(stripped)
         self._held = text[len(stripped) :]
         return stripped

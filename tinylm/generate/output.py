@@ -4,7 +4,7 @@ and why a text ends.
     token id ─▶ tokenizer.stream() ─▶ StopStringFilter ─▶ TokenOutput, TokenOutput, ... ─▶ Completion
                 whole characters       no part of a stop string
 
-Knows nothing of models: it is told the ids and their log-probabilities.
+Knows nothing of models: it gets token ids and their log-probabilities.
 """
 
 import math
@@ -148,8 +148,8 @@ class StopStringFilter:
 def find_stop(text: str, stops: Iterable[str]) -> int | None:
     """Where the stop string that is completed first begins in `text`; None if there is none.
 
-    Completed first, not begun first: the answer must not depend on how the text was cut into
-    tokens.
+    The first to be complete, not the first to start: the answer must not depend on how the text was
+    cut into tokens.
 
     >>> find_stop("abcd", ["abcd", "bc"]), find_stop("abcd", ["x"])
     (1, None)

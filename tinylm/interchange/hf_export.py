@@ -46,7 +46,7 @@ OUT = "the output path"  # for errors
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The result of an export."""
 
     path: Path
     model_type: str

@@ -63,7 +63,7 @@ FIX = "Give another model, or download it again"
 
 @dataclass(frozen=True)
 class Imported:
-    """What was read and written."""
+    """The result of an import."""
 
     path: Path
     model_type: str

@@ -1,4 +1,4 @@
-"""The memory of this machine: what this process holds, and what a run could have."""
+"""The memory of this machine: how much this process uses, and how much a run can have."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What a run will cost, before it runs: parameters, FLOPs, and memory by part.
+"""The cost of a run before it starts: parameters, FLOPs, and memory by part.
 
     plan_run           settings -> RunPlan: a step is traced (step_memory.py), and the allocator's losses are added
     suggest_overrides  settings that need too much memory -> the mildest overrides with which the
@@ -40,7 +40,7 @@ LARGEST_BATCH = 4096
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run needs; memory is that of one device at its peak, in bytes."""
+    """The resources of a run; memory is the peak of one device, in bytes."""
 
     parameters: int
     active_parameters: int

@@ -180,8 +180,8 @@ def _length_to_end_token(answer: list[int], tokenizer: Tokenizer) -> int:
 
 
 class _Guard:
-    """Keeps what texts spell apart from what a template writes: two private characters around each
-    special token.
+    """Marks the special tokens that a text spells, so that they are not taken for the template's:
+    puts two private characters around each.
     """
 
     def __init__(self, special: str, texts: list[str]):

@@ -1,4 +1,4 @@
-"""What a row is made of: the shapes of published data, and the conversation in each.
+"""The columns of a row: the shapes of published data, and the conversation in each.
 
     {"instruction", "input", "output"}      alpaca; the input may be missing or empty; also response
     {"prompt", "completion"}                prompt; also question, and response, answer or target

@@ -55,7 +55,7 @@ def row_tokens(
     Args:
         tokenizer: decodes the ids.
         input_ids: (T,) what the model sees.
-        labels: (T,) what it is asked for, IGNORE_INDEX where nothing is trained.
+        labels: (T,) the targets, IGNORE_INDEX where nothing is trained.
         document_ids: (T,) the document of each input, if attention stops between documents.
 
     >>> from tinylm.tokenizer.byte_char import ByteTokenizer

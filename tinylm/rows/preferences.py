@@ -1,5 +1,5 @@
 r"""Preference pairs: one prompt and two answers, of which the first is better.
-What DPO learns from.
+DPO learns from them.
 
     {"prompt", "chosen", "rejected"}                 the prompt is text or messages; also instruction, input
     {"chosen": [messages], "rejected": [messages]}   whole conversations that differ in their last answer

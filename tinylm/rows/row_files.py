@@ -24,7 +24,7 @@ LocatedRow = tuple[str, dict[str, Any]]
 
 SMS_FILE = "SMSSpamCollection"
 ROW_FILES: Kinds = (".jsonl", ".json", ".parquet", ".jsonl.gz", SMS_FILE)
-# How file names of a training split begin, and those of a held-out split: of these a test split is
+# Prefixes of the file names of training splits, and of held-out splits: of these a test split is
 # for the end, so it is preferred for evaluation, and a validation split for choosing.
 TRAIN_FILES, TEST_FILES = ("train",), ("test", "validation", "val")
 # Settings of documents that do not apply to rows.
@@ -88,8 +88,8 @@ def resolve_dataset(data: DataConfig) -> tuple[DataConfig, str | None]:
 
 
 def build_corpus_from_sources(folder: str) -> tuple[str, str | None]:
-    """What a folder given as data.dataset is read as: itself, or the tiny rows and a note if it
-    has no file of rows.
+    """The data set that a folder given as data.dataset means: itself, or the tiny rows and a note
+    if it has no file of rows.
     """
     if files := files_in(folder, ROW_FILES):
         _require_one_split(folder, files)

@@ -48,7 +48,7 @@ def build_examples(
         which: training or validation.
         seed: decides which rows are held out.
         template: how conversations are written.
-        tokenizer: what they are encoded with.
+        tokenizer: encodes the texts.
         seq_len: inputs of a row of a batch; an example has at most seq_len + 1 ids.
         train_on: the responses, or every token but the first of an example.
         to_conversation: turns a row into a conversation; None: by its keys,

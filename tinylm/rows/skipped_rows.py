@@ -40,7 +40,7 @@ MAX_NAMED_ROWS = 3
 
 
 class SkipReason(Enum):
-    """Why a sound row is not trained on, and what a user can do about it."""
+    """Why a valid row is skipped, and what a user can do about it."""
 
     PROMPT_TOO_LONG = (
         "the prompt fills the context of {seq_len} tokens",
@@ -95,7 +95,7 @@ class RowReport:
     truncated: int = 0
     """rows of those kept that lost tokens to the context"""
     lost: str = "the end of an answer"
-    """what a truncated row lost"""
+    """the part that a truncated row lost"""
     skipped: dict[SkipReason, list[str]] = field(default_factory=dict)
     """the places of skipped rows"""
     unread_columns: dict[str, None] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class RowReport:
         raise error.within(place, fix=fix.removeprefix(". ")) from None
 
     def notes(self) -> list[str]:
-        """What a user should know, one line each."""
+        """Notes for the user, one line each."""
         split = "validation" if self.which == "val" else "training"
         notes = [f"{split}: skipped {text}" for text in self._skipped_texts()]
         if self.bad:

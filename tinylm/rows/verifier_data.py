@@ -1,4 +1,4 @@
-"""What a verifier learns from: problems, each with right and wrong answers.
+"""Training data of a verifier: problems, each with right and wrong answers.
 
     row ─▶ Problem: question, right answer, sampled answers               `read_problems`, `filter_problems`
         ─▶ answers, right or wrong; some wrong ones by changing a number  `graded_answers`

@@ -33,7 +33,8 @@ class MetricsFile:
         path: the file; its folder is created.
         last_step: the step that the run continues from; later rows of an existing file are removed.
         more_columns: the columns that only some stages have.
-        keep_old: rename an existing file, which is of another run or of another branch of this run.
+        keep_old: rename an existing file, which belongs to another run
+            or to another branch of this run.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class MetricsFile:
             csv.DictWriter(file, self.columns).writerow(self._as_text(row))
 
     def complete(self, row: Row) -> None:
-        """Add the values of `row` to the last row if that is of the same step, else append it."""
+        """Add the values of `row` to the last row if it has the same step, else append it."""
         step = row["step"] or 0
         with writing(self.path, "training.log_dir"):
             rows = self._rows_until(step)

@@ -201,7 +201,7 @@ def open_data(context: RunContext, tokenizer: Tokenizer) -> SFTData:
 
 
 def log_contents(description: str, notes: Sequence[str]) -> None:
-    """Log what a data module contains and what the user should know about it."""
+    """Log the contents of a data module, and notes for the user."""
     for line in (description, *notes):
         logger.info(line)
 

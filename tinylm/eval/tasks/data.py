@@ -120,7 +120,7 @@ def _all_rows(
 
 
 def _split_file(folder: Path, prefixes: tuple[str, ...]) -> Path:
-    """The file of rows in `folder` whose name begins with the first prefix that any has."""
+    """The file of rows in `folder` that starts with the first matching prefix."""
     for prefix in prefixes:
         files = sorted(path for path in folder.glob(f"{prefix}*") if path.name.endswith(ROW_FILES))
         if len(files) == 1:

@@ -69,6 +69,11 @@ class Progress:
         """Every validation loss, oldest first."""
         return [loss for _, loss in self.validations]
 
+    @property
+    def best_val_loss(self) -> float:
+        """The lowest finite validation loss; NaN if there is none."""
+        return min((loss for loss in self.val_losses if math.isfinite(loss)), default=math.nan)
+
     def validated(self, step: int) -> bool:
         """Whether the validation of `step` is done."""
         return any(int(done) == step for done, _ in self.validations)

@@ -7,6 +7,7 @@ that a resumed run continues, and save in the middle of an accumulation (docs/LO
 """
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from lightning.pytorch.loggers import Logger
 
 from model import TrainingModule
 from tinylm.common.console import readable
+from tinylm.common.errors import Diverged
 from tinylm.common.stop_signals import heeded_signals
 from tinylm.optim.schedule import should_stop
 from tinylm.runs.metrics_csv import COLUMNS, MetricsFile, Row
@@ -43,11 +45,16 @@ class StepEnd(L.Callback):
     display: ProgressDisplay
     state: dict[str, Any] | None
     """of the checkpoint to continue from"""
+    is_over: bool = False
+    """whether all steps are done, or the run stopped early or by a signal"""
+    ended_step: int = 0
+    """the last step after which `after_step` was called"""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Restore; then validate the restored step if the run was killed before its validation."""
         assert isinstance(module, TrainingModule)
-        self.signals.install()  # now: Lightning has installed its own, which would stop inside a step
+        # Now: Lightning has installed its own handlers, which would stop inside a step.
+        self.signals.install()
         if self.state is not None:
             restore_optimizer(trainer, module, self.state)
             self.state = None  # free its memory
@@ -79,23 +86,33 @@ class StepEnd(L.Callback):
         """
         score = self.validation.run_if_due(trainer, module)
         self.metrics.log_if_due(module, score, self.validation.seconds)
+        self.ended_step = module.progress.step
         self._save_and_stop(trainer, module)
         self.display.advance(module.progress.step)
 
     def _save_and_stop(self, trainer: L.Trainer, module: TrainingModule) -> None:
         """Save if it is due, and tell Lightning to stop after a signal on any rank
         or without improvement.
+
+        Raises:
+            Diverged: this step's val_loss or a weight is not finite; nothing is saved.
         """
-        training = module.config.training
-        stops = should_stop(module.progress.val_losses, training.early_stopping_patience)
-        if not stops:
-            stops = trainer.strategy.reduce_boolean_decision(
-                self.signals.received is not None, all=False
-            )
-        is_last = module.progress.step == training.max_steps
-        final = is_last or (stops and self.signals.received is None)
+        training, progress = module.config.training, module.progress
+        if progress.validated(progress.step) and not math.isfinite(progress.val_losses[-1]):
+            found = f"step {progress.step}: val_loss is {progress.val_losses[-1]}"
+            raise Diverged(f"{found}. The weights were not saved. Lower training.lr")
+        stops_early = should_stop(progress.val_losses, training.early_stopping_patience)
+        stops = self.signals.agree(trainer) is not None or stops_early
+        final = stops_early or progress.step == training.max_steps
         self.checkpoints.save_if_due(trainer, module, stops=stops, final=final)
+        self.is_over = stops or final
         trainer.should_stop = stops
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Lightning's hook after the last step: save if the batches ended too early."""
+        assert isinstance(module, TrainingModule)
+        if not self.is_over and self.ended_step == module.progress.step > 0:
+            self.checkpoints.save_if_due(trainer, module, stops=True, final=False)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Lightning's hook after the last step."""
@@ -114,22 +131,30 @@ class StopSignals:
     """
 
     received: int | None = None
-    """the number of the first signal"""
+    """the number of the first signal that this process received"""
+    agreed: int | None = None
+    """the number of a signal that one of the ranks received, after which all of them stop"""
 
     def install(self) -> None:
         """Handle the stop signals from now on; those that are ignored (nohup) stay ignored."""
         for number in heeded_signals():
             signal.signal(number, self._note)
 
+    def agree(self, trainer: L.Trainer) -> int | None:
+        """The signal that stops every rank after this step; None if none received one."""
+        self.agreed = self.received
+        if trainer.world_size > 1:
+            number = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
+            self.agreed = int(trainer.strategy.reduce(number, reduce_op="max")) or None
+        return self.agreed
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as in shells: 130 for SIGINT, 143 for SIGTERM;
-        0 without a signal.
-        """
-        return 0 if self.received is None else 128 + self.received
+        """128 + the signal's number, as in shells: 130 for SIGINT; 0 without a signal."""
+        return 0 if self.agreed is None else 128 + self.agreed
 
 
 @dataclass

@@ -17,10 +17,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import OptimStateKeyType
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from model import Progress, TrainingModule
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.format import FORMAT, SCHEMA
+from tinylm.common.errors import Diverged
 from tinylm.model.lora import adapter_weights
 from tinylm.tokenizer.base import Tokenizer
 
@@ -32,7 +35,7 @@ def checkpoint_aliases(progress: Progress, *, final: bool) -> list[str]:
     final.ckpt at the end.
     """
     names = ["last.ckpt"]
-    if progress.validated(progress.step) and progress.val_losses[-1] <= min(progress.val_losses):
+    if progress.validated(progress.step) and progress.val_losses[-1] <= progress.best_val_loss:
         names.append("best.ckpt")
     if final:
         names.append("final.ckpt")
@@ -60,12 +63,16 @@ class Checkpoints:
             module: at the end of a step.
             stops: the run stops after this step.
             final: the run is complete after this step.
+
+        Raises:
+            Diverged: the weights are not finite; nothing is saved.
         """
         step = module.progress.step
         names = checkpoint_aliases(module.progress, final=final)
         is_due = step % module.config.training.save_every_steps == 0
         if not (is_due or stops or final or "best.ckpt" in names):
             return
+        require_finite_weights(module)
         state = self._state(trainer, module)  # on every rank: all of them gather the shards
         if trainer.is_global_zero:
             path = self.folder / f"step-{step:06d}.ckpt"
@@ -73,7 +80,7 @@ class Checkpoints:
             self.newest = path
             for name in names:
                 checkpoint_format.link(path, name)
-            self._remove_oldest(module.config.training.keep_last)
+            self._remove_oldest(step, module.config.training.keep_last)
 
     def _state(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, Any]:
         """Everything that a resumed run and the other programs need, as plain types."""
@@ -105,16 +112,31 @@ class Checkpoints:
             "versions": {"torch": str(torch.__version__), "lightning": L.__version__},
         }
 
-    def _remove_oldest(self, keep_last: int | None) -> None:
-        """Remove the oldest step files; one that cannot be removed does not stop the run."""
+    def _remove_oldest(self, step: int, keep_last: int | None) -> None:
+        """Remove the oldest step files; one that cannot be removed does not stop the run.
+
+        Files of steps after `step` are damaged or diverged, because the run did not resume from
+        them: they do not count.
+        """
         if keep_last is None:
             return
         found = checkpoint_format.candidates(self.folder)
-        for path in [path for path in found if path.name.startswith("step-")][keep_last:]:
+        found = [path for path in found if path.name.startswith("step-")]
+        found = [path for path in found if checkpoint_format.step_of(path) <= step]
+        for path in found[keep_last:]:
             try:
                 os.unlink(path)
             except OSError as error:
                 logger.warning(f"{path} cannot be removed: {error.strerror}")
+
+
+def require_finite_weights(module: TrainingModule) -> None:
+    """Raise Diverged if the norm of the trained weights is NaN or infinite: one pass over them."""
+    norm = get_total_norm([weight for weight in module.parameters() if weight.requires_grad])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not norm.isfinite():
+        problem = f"step {module.progress.step}: the norm of the weights is {float(norm)}"
+        raise Diverged(f"{problem}. They were not saved. Lower training.lr")
 
 
 def restore_optimizer(trainer: L.Trainer, module: TrainingModule, state: dict[str, Any]) -> None:

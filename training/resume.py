@@ -139,6 +139,7 @@ def find_resume_state(context: RunContext, options: ResumeOptions) -> ResumeStat
 
 def _read(path: Path, stage: str) -> ResumeState:
     state = checkpoint_format.read(path)
+    checkpoint_format.require_finite(path, state)
     fix = (
         "Choose another training.checkpoint_dir, and start from its weights: "
         f"training.init_from={path}"

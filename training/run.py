@@ -5,7 +5,6 @@ The steps themselves are in model.py; what happens between two steps is in callb
 """
 
 import logging
-import math
 import shlex
 import time
 from dataclasses import replace
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data import RunData
 from model import TrainingModule
-from tinylm.common.errors import printable
+from tinylm.common.errors import Diverged, UserError, printable
 from tinylm.common.units import duration
 from tinylm.config.schema import Config
 from tinylm.planning.out_of_memory import explain_out_of_memory
@@ -58,7 +57,7 @@ def train(
 
     Raises:
         UserError: something that the user can correct, found before the first step.
-        Diverged: the loss or the gradient stopped being a finite number.
+        Diverged: a loss, the gradient or the weights stopped being finite numbers.
     """
     context = RunContext.open(stage.name, config)
     with context.lock():
@@ -128,19 +127,35 @@ def fit(
     logger.info(describe_model(config, module.decoder, trainer.world_size))
     began = time.monotonic()
     with explain_out_of_memory(config, f"The checkpoints in {context.checkpoint_dir} are intact"):
-        trainer.fit(module, datamodule=data)
+        try:
+            trainer.fit(module, datamodule=data)
+        except Diverged as error:
+            raise Diverged(f"{error}. {last_good(checkpoints, resume)}") from error
+    if not step_end.is_over:
+        n_steps = config.training.max_steps
+        problem = f"the batches ended after step {module.progress.step} of {n_steps}"
+        raise UserError("training", problem, last_good(checkpoints, resume))
     if checkpoints.newest is None:  # only rank 0 saves
         return signals.exit_code
-    if signals.received is not None:
-        stopped = f"stopped by signal {signals.received} after step {module.progress.step}"
+    if signals.agreed is not None:
+        stopped = f"stopped by signal {signals.agreed} after step {module.progress.step}"
         logger.info(
             f"{stopped}; saved {checkpoints.newest}. Run the same command again to continue."
         )
         return signals.exit_code
-    best = min(module.progress.val_losses, default=math.nan)
     seconds = duration(time.monotonic() - began)
+    best = module.progress.best_val_loss
     logger.info(f"done: {module.progress.step} steps in {seconds}, best val_loss {best:.4f}")
     return print_result(stage, checkpoints.newest.with_name("final.ckpt"))
+
+
+def last_good(checkpoints: Checkpoints, resume: ResumeState | None) -> str:
+    """Where a run that failed can be continued: a checkpoint with finite weights."""
+    path = checkpoints.newest or (None if resume is None else resume.path)
+    if path is None:
+        return "No checkpoint was saved before"
+    changed = "pass --allow-changes if you change a setting"
+    return f"The last good checkpoint is {path}: the same command continues from it; {changed}"
 
 
 def print_result(stage: Stage, path: Path) -> int:

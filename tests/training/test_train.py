@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import model
 import train
+from data import PretrainData
 from tests.conftest import write_token_file
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
@@ -24,6 +26,7 @@ from tinylm.common.stop_signals import STOP_SIGNALS
 from tinylm.config.loader import load_config
 from tinylm.tokenizer import bpe_fast
 from tinylm.tokenizer.byte_char import ByteTokenizer
+from training.checkpoints import checkpoint_aliases
 from training.context import RunContext
 from training.stages import pretrain
 
@@ -717,7 +720,10 @@ def test_a_nan_loss_stops_before_the_step(
     """D1: exit 3 at step 5, named with its rows; the newest checkpoint is that of step 4, and its numbers are finite."""
     interrupt_at(monkeypatch, 5, lambda: math.nan)
     assert run(make_config()) == 3
-    assert "error: step 5: the loss is nan; rows at [[" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "error: step 5: the loss is nan; rows at [[" in error
+    good = tmp_path / "checkpoints" / "step-000004.ckpt"
+    assert f"The last good checkpoint is {good}: the same command continues from it; " in error
     newest = checkpoint_format.latest_valid(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000004.ckpt"
     state = checkpoint_format.read(newest)
@@ -740,6 +746,137 @@ def test_one_infinite_gradient_stops_before_the_step(
     assert run(make_config()) == 3
     assert "error: step 3: the gradient norm is " in capsys.readouterr().err
     assert checkpoint_format.read(tmp_path / "checkpoints" / "last.ckpt")["step"] == 2
+
+
+@pytest.mark.parametrize("val_batches", [1, 2])
+def test_a_divergence_in_the_last_step_is_not_saved(
+    make_config: Make, tmp_path: Path, capsys: Capture, val_batches: int
+) -> None:
+    """A rate of 1e38 in the only step: its loss and gradient are finite, the weights after it are useless."""
+    overrides = ["max_steps=1", "lr=1e38", "schedule=constant", "warmup_ratio=0"]
+    overrides.append(f"val_batches={val_batches}")
+    assert run(make_config(), *[f"training.{override}" for override in overrides]) == 3
+    error = capsys.readouterr().err
+    assert (
+        "error: step 1: val_loss is nan. The weights were not saved. Lower training.lr. " in error
+    )
+    assert error.endswith("No checkpoint was saved before\n")
+    assert checkpoint_format.candidates(tmp_path / "checkpoints") == []
+
+
+def test_weights_that_are_not_finite_are_not_saved_before_any_validation(
+    make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Step 4 breaks one weight and is due for a save, without a validation; the run can continue from step 3."""
+    original = model.TrainingModule.optimizer_step
+
+    def step(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        if self.progress.step == 4:
+            with torch.no_grad():
+                self.decoder.embedding.weight[0, 0] = math.inf
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.TrainingModule, "optimizer_step", step)
+        assert run(make_config()) == 3
+    good = tmp_path / "checkpoints" / "step-000003.ckpt"
+    error = capsys.readouterr().err
+    assert (
+        "step 4: the norm of the weights is inf. They were not saved. Lower training.lr. " in error
+    )
+    assert f"The last good checkpoint is {good}: " in error
+    assert run(make_config()) == 0
+    assert f"resuming {good} at step 3" in capsys.readouterr().err
+
+
+def test_a_validation_loss_of_nan_ends_the_run_before_it_is_saved(
+    make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """The validation of step 3, of 6; metrics.csv has it until the run is resumed at step 2."""
+    original = model.LanguageModule.val_metrics
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            model.LanguageModule,
+            "val_metrics",
+            lambda self, totals: original(self, totals) | {"val_loss": math.nan},
+        )
+        assert run(make_config()) == 3
+    assert "error: step 3: val_loss is nan. The weights were not" in capsys.readouterr().err
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "last.ckpt")["step"] == 2
+    assert run(make_config()) == 0
+    assert sorted(curve(tmp_path, "val_loss")) == [3, 6]
+    assert all(math.isfinite(float.fromhex(x)) for x in curve(tmp_path, "val_loss").values())
+
+
+def test_a_nan_in_the_list_of_validations_does_not_stop_best_ckpt_from_being_written() -> None:
+    """Older versions stored it: NaN, 3.0, 2.0 at steps 1 to 3; min() of that is NaN."""
+    progress = model.Progress(step=3, validations=[[1, math.nan], [2, 3.0], [3, 2.0]])
+    assert progress.best_val_loss == 2.0
+    assert checkpoint_aliases(progress, final=False) == ["last.ckpt", "best.ckpt"]
+    progress = model.Progress(step=1, validations=[[1, math.nan]])
+    assert checkpoint_aliases(progress, final=False) == ["last.ckpt"]
+
+
+def test_a_broken_newest_checkpoint_is_skipped_and_does_not_push_out_good_ones(
+    make_config: Make, tmp_path: Path, capsys: Capture
+) -> None:
+    """Step 6 of an older version has a weight that is NaN: the run continues from step 4, and keeps what it saves."""
+    assert run(make_config()) == 0
+    folder = tmp_path / "checkpoints"
+    state = checkpoint_format.read(folder / "step-000006.ckpt")
+    next(iter(state["weights"].values()))[0, 0] = math.nan
+    for name in ("step-000006", "last", "best", "final"):
+        (folder / f"{name}.ckpt").unlink()
+    checkpoint_format.write(folder / "step-000006.ckpt", state)
+    config = make_config(training={"keep_last": 1, "save_every_steps": 1})
+    assert run(config, "training.max_steps=5") == 0
+    error = capsys.readouterr().err
+    problem = "has weights that are not finite numbers; its training diverged"
+    assert f"skipped: {folder / 'step-000006.ckpt'}: {problem}" in error
+    assert (folder / "step-000005.ckpt").exists()
+    assert checkpoint_format.read(folder / "final.ckpt")["step"] == 5
+
+
+# --- a run that ends too early ----------------------------------------------------------------------------------------
+
+
+def end_batches_after(n: int, patch: Patch) -> None:
+    """Give the loop only the first n micro-batches of a run."""
+    original = PretrainData.train_dataloader
+
+    def train_dataloader(self: PretrainData) -> DataLoader[Any]:
+        return DataLoader(original(self).dataset, batch_size=None, sampler=range(n))
+
+    patch.setattr(PretrainData, "train_dataloader", train_dataloader)
+
+
+def test_batches_that_end_before_the_last_step_are_an_error_after_a_save(
+    make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """After 9 micro-batches, which are 3 of 6 steps; the same command does the rest, equal to the last bit."""
+    with monkeypatch.context() as patch:
+        end_batches_after(9, patch)
+        assert run(make_config(**HARD)) == 2
+    good = tmp_path / "checkpoints" / "step-000003.ckpt"
+    error = capsys.readouterr().err
+    assert "error: training: the batches ended after step 3 of 6. The last good checkpoint" in error
+    assert f"checkpoint is {good}: " in error
+    assert not (tmp_path / "checkpoints" / "final.ckpt").exists()
+    assert run(make_config(**HARD)) == 0
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_a_step_with_a_part_of_its_micro_batches_is_not_saved(
+    make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """11 micro-batches: Lightning takes step 4 with 2 of 3, which no uninterrupted run would."""
+    with monkeypatch.context() as patch:
+        end_batches_after(11, patch)
+        assert run(make_config(**HARD)) == 2
+    assert "error: training: the batches ended after step 4 of 6. " in capsys.readouterr().err
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "last.ckpt")["step"] == 3
+    assert run(make_config(**HARD)) == 0
+    assert_same_run(uninterrupted, tmp_path)
 
 
 # --- bad settings -----------------------------------------------------------------------------------------------------

@@ -241,11 +241,11 @@ def step_of(path: Path) -> int:
 def latest_valid(
     folder: Path, on_damaged: Callable[[DamagedError], None] = lambda error: None
 ) -> Path | None:
-    """The newest checkpoint in `folder` that can be read; None if there is none at all.
+    """The newest checkpoint in `folder` that can be read and has finite weights; None if none.
 
     Args:
         folder: it may be missing.
-        on_damaged: called with the error of each damaged checkpoint that is skipped.
+        on_damaged: called with the error of each damaged or diverged checkpoint that is skipped.
 
     Raises:
         UserError: every checkpoint is damaged; starting again at step 0
@@ -254,7 +254,7 @@ def latest_valid(
     errors: list[DamagedError] = []
     for path in candidates(folder) if os.path.isdir(folder) else []:
         try:
-            read(path)
+            require_finite(path, read(path))
             return path
         except DamagedError as error:
             on_damaged(error)
@@ -264,6 +264,14 @@ def latest_valid(
         fix = "Restore one from a backup, or choose another training.checkpoint_dir to start again"
         raise UserError(folder, f"every checkpoint is damaged ({found})", fix)
     return None
+
+
+def require_finite(path: Path, state: dict[str, Any]) -> None:
+    """Raise DamagedError if a weight in the state of a checkpoint is not a finite number."""
+    for weight in state["weights"].values():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            problem = "has weights that are not finite numbers; its training diverged"
+            raise DamagedError(path, problem, "Use an earlier checkpoint")
 
 
 @contextlib.contextmanager

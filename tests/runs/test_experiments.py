@@ -290,7 +290,7 @@ def stop(number, frame):
         file.write(f'{number} ')
     time.sleep(0.2)  # time for a second signal
     sys.exit(128 + number)
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, stop)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as run_program does
 open('waiting', 'w').close()
@@ -301,10 +301,10 @@ time.sleep(60)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "got"),
-    [(signal.SIGINT, 130, "2 "), (signal.SIGTERM, 143, "15 "), (signal.SIGHUP, 143, "15 ")],
+    [(signal.SIGINT, 130, "2 "), (signal.SIGTERM, 143, "15 "), (signal.SIGHUP, 129, "1 ")],
 )
 def test_a_signal_reaches_the_program_once_and_stops_all_steps(project, number, code, got):
-    """Sent to the process group, as by a terminal. SIGHUP is passed on as SIGTERM."""
+    """Sent to the process group, as by a terminal."""
     steps = [step_of(project, "a", WAITS), step_of(project, "b")]
     process = start_apart(project, steps)
     wait_for(project / "waiting")

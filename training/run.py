@@ -20,10 +20,9 @@ from tinylm.config.schema import Config
 from tinylm.planning.out_of_memory import explain_out_of_memory
 from tinylm.runs.metrics_csv import MetricsFile
 from training.build import build_loggers, build_trainer, describe_model
-from training.callbacks import Metrics, Sample, StepEnd, StopSignals, Validation
+from training.callbacks import Metrics, ProgressDisplay, Sample, StepEnd, StopSignals, Validation
 from training.checkpoints import Checkpoints
 from training.context import ResumeOptions, RunContext
-from training.display import ProgressDisplay
 from training.initial import find_initial_model, initialized_config, prepare_tokenizer
 from training.resume import (
     ResumeState,

@@ -1,7 +1,7 @@
-"""README.md and docs/*.md held to the code: every command in them is found, checked, and run where it can be run here.
+"""README.md and docs/*.md agree with the code: every command is found, checked, and run if possible.
 
-The convention: commands are in fenced blocks marked `bash`, or inline code that begins with `python`. Output of
-programs is in blocks marked `text`, examples for doctest in blocks marked `python`.
+The convention: a command is in a fenced block marked `bash`, or is inline code that begins with
+`python`. Output of programs is in blocks marked `text`, doctest examples in blocks marked `python`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ DOCUMENTS = [
     path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()
 ]
 GUIDES = [path for path in DOCUMENTS if path.name in ("LEARNING_PATH.md", "TROUBLESHOOTING.md")]
-# What a reader has beside this project; those commands are recognised, and run elsewhere if at all.
+# Commands of other projects that the pages may use. They are not run here.
 TOOLS = {
     "cd",
     "echo",
@@ -55,7 +55,7 @@ TOOLS = {
     "wandb",
 }
 TOOL_MODULES = {"pip", "pytest", "venv", "ruff"}
-# The programs that are truly run, and what is put behind their arguments so that each takes a second or two.
+# The programs that are run, and the arguments added to make each run take a second or two.
 SHORT = {
     "train.py": [
         "training.max_steps=2",
@@ -82,13 +82,13 @@ SHORT = {
     "list.py": [],
     "-m tinylm": [],
 }
-# Commands that cannot be run unchanged, and their replacements.
+# Commands that cannot be run as they are shown, and how they are tested instead.
 SHOWN = {
-    "encode_corpus.py": "docs/SCALING.md gives its text; tests/test_scaling.py writes that into a file and runs it",
-    "sbatch": "needs a Slurm cluster; tests/test_scaling.py starts what it would start, with the variables that Slurm sets",
-    "torchrun": "needs two machines; tests/test_scaling.py has this one play both",
+    "encode_corpus.py": "docs/SCALING.md has its text; tests/training/test_scaling.py runs it",
+    "sbatch": "needs Slurm; tests/training/test_scaling.py starts its command with Slurm's variables",
+    "torchrun": "needs two machines; tests/training/test_scaling.py runs both on this one",
 }
-# Names in the guides that stand for something outside this project.
+# Names in the guides that do not belong to this project.
 OUTSIDE = {
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
@@ -110,7 +110,7 @@ class Block(NamedTuple):
 
     language: str
     line: int
-    """number of its first line"""
+    """number of its first line in the document"""
     lines: list[str]
 
 
@@ -122,11 +122,11 @@ class Command:
     line: int
     fenced: bool = True
     stdin: str = ""
-    """what an `echo` before it pipes into it"""
+    """text that an `echo` before it pipes into it"""
 
     @property
     def program(self) -> str | None:
-        """`train.py`, or `-m tinylm` for the library's own commands; None for a tool that is not of this project."""
+        """`train.py`, or `-m tinylm` for commands of the library; None for other tools."""
         if self.words[0] == "torchrun":
             return next(word for word in self.words if word.endswith(".py"))
         if self.words[0] not in ("python", "python3") or len(self.words) < 2:
@@ -143,7 +143,7 @@ class Command:
 
 
 def blocks(text: str) -> Iterator[Block]:
-    """The fenced blocks, in order; a fence may be indented."""
+    """The fenced blocks in order; fences may be indented."""
     opened: Block | None = None
     for number, line in enumerate(text.split("\n"), start=1):
         fence = re.fullmatch(r"\s*```(\w*)\s*", line)
@@ -175,7 +175,7 @@ def commands(text: str) -> list[Command]:
 
 
 def commands_of_block(block: Block) -> Iterator[Command]:
-    """The commands of a shell block: lines joined at a backslash, then cut at the shell's operators."""
+    """The commands of a shell block: join lines at a backslash, then split at shell operators."""
     text, first = "", block.line
     for number, line in enumerate(block.lines, start=block.line):
         first = first if text else number
@@ -188,7 +188,7 @@ def commands_of_block(block: Block) -> Iterator[Command]:
 
 
 def commands_of_line(text: str, line: int) -> Iterator[Command]:
-    """The simple commands of one line.
+    """Split one line into simple commands.
 
     >>> [command.words for command in commands_of_line("A=1 python list.py 2> x | head && cd a  # why", 7)]
     [('python', 'list.py'), ('head',), ('cd', 'a')]
@@ -223,14 +223,14 @@ def without_variables(words: list[str]) -> list[str]:
 
 
 class Parsed(Exception):
-    """Carries the parsed arguments of a program, instead of running it."""
+    """Raised with the parsed arguments, so that the program does not run."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
 
 
 def parse(program: str, arguments: list[str]) -> argparse.Namespace:
-    """What the program's own parser makes of the arguments; ValueError with its complaint if it refuses them."""
+    """Parse the arguments with the program's own parser; ValueError with its message if it fails."""
 
     def stop_after(parse: Callable[..., argparse.Namespace]) -> Callable[..., None]:
         def stop(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
@@ -238,10 +238,10 @@ def parse(program: str, arguments: list[str]) -> argparse.Namespace:
 
         return stop
 
-    stderr = io.StringIO()
+    errors = io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stderr(stderr),
+        contextlib.redirect_stderr(errors),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         for parser in (argparse.ArgumentParser, Parser):
@@ -256,7 +256,7 @@ def parse(program: str, arguments: list[str]) -> argparse.Namespace:
             if end.code == 0:  # --help
                 return argparse.Namespace()
             raise ValueError(
-                stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+                errors.getvalue().strip().splitlines()[-1].partition("error: ")[2]
             ) from None
     raise ValueError("its main() parses no arguments")
 
@@ -275,7 +275,7 @@ def main_of(program: str) -> Any:
 
 
 def configs_of(command: Command) -> list[Config]:
-    """The settings that a command runs with, if it takes a config; as `load_config` says them, errors too."""
+    """Load the configs that a command uses; UserError of `load_config` if one is wrong."""
     assert command.program is not None
     given = vars(parse(command.program, command.arguments))
     if command.program == "align.py":
@@ -288,16 +288,16 @@ def configs_of(command: Command) -> list[Config]:
 
 
 def faults(text: str) -> Iterator[str]:
-    """What is wrong with the commands of a document, each with its line."""
+    """Problems of all commands of a document, each with its line."""
     folders = {load_config(path).training.checkpoint_dir for path in ROOT.glob("*.yaml")}
     for command in commands(text):
         yield from (f"{command.line}: {fault}" for fault in faults_of_command(command, folders))
 
 
 def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
-    """What is wrong with one command; `folders` are those that earlier ones train into, to which it may add its own."""
+    """Problems of one command; `folders` are the checkpoint folders so far, its own is added."""
     if command.program is None and command.words[0] not in TOOLS | SHOWN.keys():
-        yield f"{command.words[0]}: neither of this project nor in TOOLS"
+        yield f"{command.words[0]}: neither in this project nor in TOOLS"
     if command.program in SHOWN:
         return
     missing = [
@@ -328,7 +328,7 @@ def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
         reads["dir"] = given["dir"]
     for flag, folder in reads.items():
         if command.fenced and folder is not None and str(folder) not in folders:
-            yield f"{command.program}: --{flag}: nothing before it trains into {folder}"
+            yield f"{command.program}: --{flag}: no earlier command trains into {folder}"
 
 
 @pytest.fixture
@@ -337,12 +337,12 @@ def in_root(monkeypatch):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_command_in_the_docs_is_one_that_the_programs_take(document, in_root):
+def test_programs_accept_every_command_in_the_docs(document, in_root):
     assert list(faults(document.read_text(encoding="utf-8"))) == []
 
 
 def test_the_guides_have_commands():
-    """Or the test above would hold of an empty list: a fence that is not closed, a language that is spelled otherwise."""
+    """Otherwise the test above could pass with an empty list, for example if a fence is not closed."""
     for guide in GUIDES:
         assert (
             len(
@@ -386,14 +386,14 @@ def test_the_guides_have_commands():
         ("python -m tinylm config-refrence", "2: -m tinylm: argument command: invalid choice"),
         ("python -m tinylmm", "2: -m tinylmm: no such program"),
         ("pip install -r requirements-all.txt", "2: requirements-all.txt: no such file"),
-        ("conda activate tiny", "2: conda: neither of this project nor in TOOLS"),
+        ("conda activate tiny", "2: conda: neither in this project nor in TOOLS"),
         (
             "NO_COLOR=1 python list.py --dir checkpoints/none",
-            "2: list.py: --dir: nothing before it trains into checkpoints/none",
+            "2: list.py: --dir: no earlier command trains into checkpoints/none",
         ),
         (
             "python eval_val.py --ckpt x/best.ckpt \\\n  --config config_smoke.yaml",
-            "2: eval_val.py: --ckpt: nothing before it trains into x",
+            "2: eval_val.py: --ckpt: no earlier command trains into x",
         ),
     ],
 )
@@ -409,7 +409,7 @@ def test_a_wrong_flag_in_inline_code_is_found(in_root):
     ]
 
 
-def test_a_right_document_has_no_faults(in_root):
+def test_a_correct_document_has_no_faults(in_root):
     text = """
         ```bash
         git clone https://example.org/x && cd x
@@ -424,10 +424,10 @@ def test_a_right_document_has_no_faults(in_root):
         `python list.py --json`
     """
     assert list(faults(text.replace("| head -3", ""))) == []
-    assert list(faults(text)) == ["7: head: neither of this project nor in TOOLS"]
+    assert list(faults(text)) == ["7: head: neither in this project nor in TOOLS"]
 
 
-def test_commands_are_cut_as_a_shell_cuts_them():
+def test_commands_are_split_as_in_a_shell():
     text = '```bash\necho "Attention is" | python infer.py --temperature 0\nsleep 5 & kill -9 $!\n```\n```text\npython no.py\n```\n'
     assert [(command.words, command.line, command.stdin) for command in commands(text)] == [
         (("echo", "Attention is"), 2, ""),
@@ -441,7 +441,7 @@ def test_commands_are_cut_as_a_shell_cuts_them():
 
 
 def needs_network(command: Command) -> bool:
-    """Whether the command's config names data, a tokenizer or a Hugging Face model that is not here, or it imports or asks such a model."""
+    """Whether the command needs data, a tokenizer or a Hugging Face model that is not on this machine."""
     if command.program == "-m tinylm" and command.arguments[:1] == ["import"]:
         return not Path(command.arguments[1]).exists()
     if command.program == "evaluate_checkpoints.py":
@@ -465,7 +465,7 @@ def is_elsewhere(config: Config) -> bool:
 def runnable(text: str) -> Iterator[Command]:
     """The fenced commands of a document that can be run here.
 
-    Whether a command needs the network is asked when it is its turn: it may read what an earlier command wrote.
+    Each command is checked only when it is its turn, because it may read the output of an earlier one.
     """
     for command in commands(text):
         if command.fenced and command.program in SHORT and not needs_network(command):
@@ -474,8 +474,8 @@ def runnable(text: str) -> Iterator[Command]:
 
 @pytest.fixture
 def copy_of_the_tree(tmp_path, monkeypatch) -> Path:
-    """A copy of this project without what runs and tools left in it, as the working directory."""
-    left = (
+    """A copy of this project without files of runs and tools, as the working directory."""
+    ignored = (
         ".*",
         "__pycache__",
         "venv",
@@ -489,14 +489,14 @@ def copy_of_the_tree(tmp_path, monkeypatch) -> Path:
         "*.egg-info",
     )
     tree = tmp_path / "project"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*left))
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*ignored))
     monkeypatch.chdir(tree)
     return tree
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_guides_run(copy_of_the_tree, monkeypatch, capfd):
-    """In this process, because 30 processes would spend their time on imports; each guide begins without checkpoints."""
+    """In this process, because imports would slow 30 processes; guides begin without checkpoints."""
     for guide in GUIDES:
         shutil.rmtree("checkpoints", ignore_errors=True)
         for command in runnable(guide.read_text(encoding="utf-8")):
@@ -507,7 +507,7 @@ def test_the_commands_of_the_guides_run(copy_of_the_tree, monkeypatch, capfd):
             code = main_of(command.program)([*command.arguments, *SHORT[command.program]])
             out, err = capfd.readouterr()
             assert code == 0, f"{guide.name}:{command.line}: exit {code}\n{err}"
-            assert out.strip(), f"{guide.name}:{command.line}: prints no result"
+            assert out.strip(), f"{guide.name}:{command.line}: printed no result"
 
 
 @pytest.mark.slow
@@ -515,37 +515,37 @@ def test_the_commands_of_the_guides_run(copy_of_the_tree, monkeypatch, capfd):
     "document", [path for path in DOCUMENTS if path.name == "README.md"], ids=lambda path: path.name
 )
 def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_tree):
-    """Each in a process of its own, in their order; training for 20 steps."""
+    """In order, each in its own process; training takes 20 steps."""
     results = [
         run_as_typed(command, copy_of_the_tree)
         for command in runnable(document.read_text(encoding="utf-8"))
     ]
     assert {program for program, _ in results} == set(SHORT)
-    wanted = {
+    expected = {
         "train.py": r"checkpoints\S*/\S+\.ckpt\n|row 0, micro-batch 0: .*\n",
         "list.py": r"(?s).*step.*last\.ckpt.*",
         "eval_val.py": r"val_loss \d+\.\d+ .*",
     }
-    wanted |= {"finetune.py": wanted["train.py"], "evaluate_checkpoints.py": r"(place|task) .*"}
-    # An answer may be blank after so few steps.
-    wanted |= {
+    expected |= {"finetune.py": expected["train.py"], "evaluate_checkpoints.py": r"(place|task) .*"}
+    # An answer may be blank after 20 steps.
+    expected |= {
         "align.py": r"metric .*\n",
         "infer.py": r"(?s).*\n",
         "-m tinylm": r"\s*\S",
     }
     for program, out in results:
-        assert re.match(wanted[program], out), f"{program} printed {out!r}"
+        assert re.match(expected[program], out), f"{program} printed {out!r}"
 
 
 def run_as_typed(command: Command, folder: Path) -> tuple[str, str]:
-    """The program and what it printed on stdout."""
+    """Run a command; return the program and its stdout."""
     assert command.program is not None
     more = (
         ["training.max_steps=20", "training.val_batches=2"]
         if command.program in ("train.py", "align.py")
         else []
     )
-    # One thread: with several, a machine that has other work to do takes many times as long.
+    # One thread: several threads on a busy machine take many times as long.
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("PYTEST")
     } | {"OMP_NUM_THREADS": "1"}
@@ -563,29 +563,29 @@ def run_as_typed(command: Command, folder: Path) -> tuple[str, str]:
     [path for path in GUIDES if path.name == "LEARNING_PATH.md"],
     ids=lambda path: path.name,
 )
-def test_the_first_losses_of_the_learning_path_are_those_it_promises(guide, tmp_path):
-    """Ten steps of its first run: a change of split, order, initialization or optimizer makes its numbers stale."""
-    promised = re.search(r"^step +10/200  loss (\S+)", guide.read_text(encoding="utf-8"), re.M)
+def test_the_learning_path_shows_the_first_loss_of_its_run(guide, tmp_path):
+    """A change of split, order, initialization or optimizer would make its numbers wrong."""
+    shown = re.search(r"^step +10/200  loss (\S+)", guide.read_text(encoding="utf-8"), re.M)
     folders = [
         f"{setting}={tmp_path}"
         for setting in ("training.checkpoint_dir", "training.log_dir", "data.cache_dir")
     ]
     command = [sys.executable, "train.py", "--config", "configs/learn.yaml", *folders]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        assert promised is not None and process.stderr is not None
+        assert shown is not None and process.stderr is not None
         first = next(line for line in process.stderr if line.startswith("step"))
         process.kill()
     found = re.match(r"step +10/200  loss (\S+)", first)
     assert found is not None, first
-    assert float(found[1]) == pytest.approx(float(promised[1]), abs=0.02)
+    assert float(found[1]) == pytest.approx(float(shown[1]), abs=0.02)
 
 
-# --- the other things a document says ---------------------------------------------------------------------------------
+# --- other claims of a document ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_the_python_examples_in_the_docs_give_what_they_show(document, in_root):
-    """One namespace a document: an example may use the names of the ones before it."""
+def test_python_examples_in_the_docs_give_the_output_shown(document, in_root):
+    """One namespace per document: an example may use names of earlier examples."""
     names: dict[str, Any] = {}
     runner = doctest.DocTestRunner(verbose=False)
     report = io.StringIO()
@@ -602,7 +602,7 @@ def test_the_python_examples_in_the_docs_give_what_they_show(document, in_root):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_link_within_the_project_leads_somewhere(document):
+def test_every_link_within_the_project_has_a_target(document):
     text = document.read_text(encoding="utf-8")
     links = [
         link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)
@@ -633,7 +633,7 @@ def test_versions_pinned_in_the_docs_are_those_of_the_requirements(document):
 
 
 def sources() -> dict[Path, str]:
-    """The code that the guides speak of."""
+    """The code that the guides describe."""
     return {
         path: path.read_text(encoding="utf-8")
         for path in [
@@ -646,11 +646,11 @@ def sources() -> dict[Path, str]:
 
 
 def unknown_names(text: str, code: str) -> Iterator[str]:
-    """Inline code that names a setting, a file or a word of the code that is not there."""
+    """Inline code that names a setting, file or identifier that does not exist."""
     settings = {
         f"{key}.{name}".lstrip(".") for key, section in sections() for name in section.model_fields
     }
-    # A file may be named as files near it are named: `decoder.py` after `tinylm/model/decoder.py`.
+    # A file may be named as its neighbours name it: `decoder.py` after `tinylm/model/decoder.py`.
     prose = re.sub(r"(?ms)^\s*```.*?^\s*```", "", text)
     for word in re.findall(r"`([A-Za-z_][\w./]*)`", prose):
         if re.search(r"\.(py|md|yaml)$", word):
@@ -674,13 +674,13 @@ def unknown_names(text: str, code: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
-def test_what_the_guides_name_exists(guide):
+def test_names_in_the_guides_exist(guide):
     assert (
         list(unknown_names(guide.read_text(encoding="utf-8"), "\n".join(sources().values()))) == []
     )
 
 
-def test_a_name_that_is_gone_is_found():
+def test_a_name_that_does_not_exist_is_found():
     text = "`training.lr` `training.lrr` `tinylm/model/decoder.py` `decoder.py` `decodr.py` `rope_angles` `rope_angels` `a b`\n```text\n`not_this`\n```\n"
     assert list(unknown_names(text, "def rope_angles(): ...")) == [
         "training.lrr",
@@ -689,13 +689,13 @@ def test_a_name_that_is_gone_is_found():
     ]
 
 
-# What logging and UserError replace by a value: %s, %d, %.1f, {}.
+# Placeholders of logging and UserError: %s, %d, %.1f, {}.
 PLACEHOLDER = re.compile(r"%[-+ #0]*\d*(?:\.\d+)?[sdrfgi]|\{\}")
 SHORTEST_MESSAGE = 12  # characters; a pattern with fewer would match any line
 
 
 def printed_patterns(sources: Iterable[str]) -> list[re.Pattern[str]]:
-    """A pattern for each text in the code, with anything in place of values; short texts would fit any line.
+    """A pattern for each text in the code, with `.*` for values; texts too short to be specific are skipped.
 
     An error of three fields, `UserError(where, problem, fix)`, is one text.
     """
@@ -728,7 +728,7 @@ def assigned_values(tree: ast.AST) -> dict[str, list[ast.expr]]:
 
 
 def text_pattern(node: ast.expr, assigned: dict[str, list[ast.expr]]) -> str:
-    """What a string expression can be: `.*` for values that are not known here."""
+    """A pattern of all values of a string expression, with `.*` for unknown parts."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return ".*".join(map(re.escape, PLACEHOLDER.split(node.value.rstrip("\n"))))
     if isinstance(node, ast.JoinedStr):
@@ -760,8 +760,8 @@ def error_pattern(call: ast.Call, assigned: dict[str, list[ast.expr]]) -> str:
     return rf".*: {problem}\.?" + (f" {fix[0]}" if fix else "")
 
 
-def unsaid(text: str, patterns: list[re.Pattern[str]]) -> list[str]:
-    """Lines of the document's `text` blocks that no text in the code can have made; programs may add the last full stop."""
+def unknown_messages(text: str, patterns: list[re.Pattern[str]]) -> list[str]:
+    """Lines of `text` blocks that match no text in the code; programs may add the last period."""
     lines = [
         line.strip()
         for block in blocks(text)
@@ -782,8 +782,11 @@ def unsaid(text: str, patterns: list[re.Pattern[str]]) -> list[str]:
     [path for path in GUIDES if path.name == "TROUBLESHOOTING.md"],
     ids=lambda path: path.name,
 )
-def test_every_message_in_the_troubleshooting_is_one_that_the_code_prints(guide):
-    assert unsaid(guide.read_text(encoding="utf-8"), printed_patterns(sources().values())) == []
+def test_the_code_prints_every_message_in_the_troubleshooting(guide):
+    assert (
+        unknown_messages(guide.read_text(encoding="utf-8"), printed_patterns(sources().values()))
+        == []
+    )
 
 
 def test_a_message_that_the_code_no_longer_prints_is_found():
@@ -807,4 +810,4 @@ def test_a_message_that_the_code_no_longer_prints_is_found():
         "5 tokens after 0.2 s",
     ]
     text = "\n".join(["```text", *printed, *stale, "```", ""])
-    assert unsaid(text, patterns) == stale
+    assert unknown_messages(text, patterns) == stale

@@ -72,7 +72,7 @@ class RunData(L.LightningDataModule):
         self.tokenizer = tokenizer
         self.first_batch = 0
         self.system: str | None = None
-        """the commonest system turn of the training rows, which answers are generated with"""
+        """the most common system turn of the training rows, which answers are generated with"""
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         """Start at micro-batch `batch`; `cursor` is the position in a stream

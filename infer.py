@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--system",
         metavar="TEXT",
-        help="system message for a fine-tuned model (default: the commonest one of its rows)",
+        help="system message for a fine-tuned model (default: the most common one of its rows)",
     )
     parser.add_argument(
         "--no-wrap", action="store_true", help="do not format the prompt with the model's template"

@@ -33,8 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         const=OVERFIT_STEPS,
         metavar="STEPS",
         help=f"train on micro-batch 0 alone for at most STEPS steps (default: {OVERFIT_STEPS}); "
-        "exit code 3 if its "
-        "loss does not fall to nearly zero",
+        "exit code 3 if its loss does not fall to nearly zero",
     )
     before.add_argument(
         "--find-lr",

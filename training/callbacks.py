@@ -26,7 +26,7 @@ from rich.progress import Progress as Bar
 from model import TrainingModule
 from tinylm.common.console import lead_nowhere, readable
 from tinylm.common.errors import Diverged
-from tinylm.common.stop_signals import heeded_signals
+from tinylm.common.stop_signals import handled_signals
 from tinylm.common.units import duration, short
 from tinylm.optim.schedule import should_stop
 from tinylm.runs.metrics_csv import COLUMNS, MetricsFile, Row
@@ -152,7 +152,7 @@ class StopSignals:
 
     def install(self) -> None:
         """Handle the stop signals from now on; those that are ignored (nohup) stay ignored."""
-        for number in heeded_signals():
+        for number in handled_signals():
             signal.signal(number, self._note)
 
     def agree(self, trainer: L.Trainer) -> int | None:

@@ -201,7 +201,6 @@ def check_init_from(stage: PipelineStage, before: list[PipelineStage]) -> None:
             raise UserError(
                 where,
                 f"{base} is an adapter, because {other.file} has a lora section, "
-                f"and stage {stage.name} "
-                "begins with a whole model",
+                f"and stage {stage.name} begins with a whole model",
                 "Remove that section; if memory is short, use lora in the last stage only",
             )

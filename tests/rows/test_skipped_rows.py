@@ -68,4 +68,4 @@ def test_the_commonest_system_turn_is_none_if_most_rows_have_none(systems, commo
     for text in systems:
         system = (Turn("system", text),) if text else ()
         report.count_system((*system, Turn("user", "2+2?"), Turn("assistant", "4")))
-    assert report.commonest_system == commonest
+    assert report.most_common_system == commonest

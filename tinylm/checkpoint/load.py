@@ -44,7 +44,7 @@ class Loaded:
     config: Config
     info: CheckpointInfo
     system: str | None = None
-    """the commonest system turn of the rows that it was tuned on;
+    """the most common system turn of the rows that it was tuned on;
     only checkpoints of such rows have the key"""
 
     @property

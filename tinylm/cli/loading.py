@@ -113,7 +113,7 @@ def choose_system(
     arguments: argparse.Namespace, loaded: Loaded, template: Template | None
 ) -> str | None:
     """The system message: --system, of which "" is none,
-    else the commonest one of the fine-tuning rows.
+    else the most common one of the fine-tuning rows.
     """
     if arguments.system is not None or template is None:
         return arguments.system or None

@@ -19,8 +19,7 @@ def training_parser(program: str, config: str, description: str) -> tuple[Parser
         usage=f"python {program} --config {config} [section.key=value ...]",
         description=description,
         epilog="Every setting: docs/CONFIG_REFERENCE.md. Exit codes: 0 done, "
-        "2 a mistake to correct, 3 diverged, "
-        "130/143 stopped after saving.",
+        "2 a mistake to correct, 3 diverged, 130/143 stopped after saving.",
     )
     parser.add_argument("--config", required=True, help="YAML file with the settings")
     parser.add_argument(

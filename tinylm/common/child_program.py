@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tinylm.common.stop_signals import heeded_signals
+from tinylm.common.stop_signals import handled_signals
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
@@ -63,7 +63,7 @@ def forward_signals(child: ChildProgram) -> Iterator[None]:
     """Let every stop signal stop the child, and then this process; ignored ones
     (nohup) stay ignored.
     """
-    previous = {number: signal.signal(number, child.forward) for number in heeded_signals()}
+    previous = {number: signal.signal(number, child.forward) for number in handled_signals()}
     try:
         yield
     finally:

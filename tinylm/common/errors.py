@@ -131,7 +131,7 @@ def reading(path: object) -> Iterator[None]:
 
 
 def reason(error: OSError) -> str:
-    """Why the operating system refused, in a few words: not found, Permission denied."""
+    """The operating system's reason, in a few words: not found, Permission denied."""
     if isinstance(error, FileNotFoundError):
         return "not found"
     return printable(error.strerror or error)

@@ -14,7 +14,7 @@ _NAMES = (
 STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
-def heeded_signals() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """The stop signals that are not ignored: nohup ignores SIGHUP,
     a background shell ignores SIGINT.
     """

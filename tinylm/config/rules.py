@@ -30,7 +30,7 @@ class Rule(NamedTuple):
     """
 
     keys: tuple[str, ...]
-    """the settings that it is about, the guilty one first;
+    """its settings, the wrong one first;
     the error has the line of the first that is written"""
     broken: Callable[[Any], object]
     """called with the section; true if the rule is broken"""
@@ -45,7 +45,7 @@ class Rule(NamedTuple):
 
 def _not_with(other: str, key: str, default: object) -> Rule:
     """`key` must keep its default if `other` is set: both say the same,
-    or `other` has no use for it.
+    or `other` does not use it.
     """
     value_of, is_set = attrgetter(key), attrgetter(other)
     return Rule(

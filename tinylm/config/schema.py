@@ -78,7 +78,7 @@ class MoEConfig(Section):
     top_k: Count = 2
     """experts that each token is sent to"""
     balance_coef: Annotated[Number, Field(ge=0, le=1)] = 0.01
-    """weight of the load-balancing loss (Fedus et al. 2021, equation 4) relative to the cross entropy"""
+    """weight of the load-balancing loss (Fedus et al. 2021, equation 4) in the loss"""
 
 
 class ModelConfig(Section):
@@ -87,7 +87,7 @@ class ModelConfig(Section):
     rules: ClassVar = rules.MODEL
 
     vocab_size: Count | None = None
-    """rows of the embedding; null: the size of the tokenizer (a larger multiple of 64 can be faster on a GPU)"""
+    """rows of the embedding; null: the tokenizer's size (a multiple of 64 can be faster on a GPU)"""
     max_seq_len: Count = 1024
     """context length: the largest number of positions"""
     n_layers: Annotated[Count, Field(le=1000)] = 6
@@ -105,7 +105,7 @@ class ModelConfig(Section):
     d_ff: Count | None = None
     """hidden width of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64 for swiglu, else 4 d_model"""
     position: Literal["rope", "learned", "alibi", "none"] = "rope"
-    """positions: rotary (Su et al. 2021), a learned embedding, linear biases (Press et al. 2021), or none"""
+    """positions: rotary (Su et al. 2021), learned, linear biases (Press et al. 2021), or none"""
     rope_theta: Annotated[Number, Field(gt=1, le=1e12)] = 10000.0
     """base of RoPE's wavelengths"""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
@@ -127,7 +127,7 @@ class ModelConfig(Section):
     residual_dropout: Fraction = 0.0
     """dropout on the embedding and on the output of each sublayer"""
     bias: Literal["none", "qkv", "all"] = "none"
-    """biases of the linear layers: none, only query/key/value (Qwen2), or all except the output head (GPT-2)"""
+    """biases of the linear layers: none, query/key/value (Qwen2), or all but the head (GPT-2)"""
     tie_embeddings: Switch = True
     """use one matrix for the embedding and the output head (Press and Wolf 2017)"""
     init: Literal["normal", "trunc_normal"] = "normal"
@@ -167,15 +167,15 @@ class TokenizerConfig(Section):
     rules: ClassVar = rules.TOKENIZER
 
     kind: Literal["byte", "char", "bpe", "hf"] = "byte"
-    """byte: 256 bytes and 4 special tokens; char, bpe: trained on the training split; hf: read from `path`"""
+    """byte: 256 bytes, 4 special tokens; char, bpe: trained on the training split; hf: at `path`"""
     path: PathName | None = None
-    """hf: a Hugging Face name (gpt2) or a tokenizer's folder; on the command line it replaces the whole section"""
+    """hf: a Hugging Face name or a folder; on the command line it replaces the whole section"""
     unknown: Literal["error", "unk"] = "error"
     """char: a character outside the vocabulary is an error, or becomes the token <|unk|>"""
     vocab_size: Annotated[Count, Field(ge=258, le=1_000_000)] | None = None
-    """bpe: number of tokens, including 256 bytes and 2 special tokens; fewer if the text has too few words"""
+    """bpe: number of tokens with 256 bytes and 2 special tokens; fewer if the text has few words"""
     pattern: Literal["gpt2", "gpt4"] | None = None
-    """bpe: the pre-tokenization pattern, of GPT-2 or GPT-4; merges do not cross its words; null: gpt2"""
+    """bpe: the pre-tokenization pattern; merges do not cross its words; null: gpt2"""
     learn_docs: Count | None = None
     """char, bpe: train on at most this many documents, which a stream requires; null: all"""
 
@@ -206,9 +206,9 @@ class DataConfig(Section):
     dataset_config: Name | None = None
     """configuration of a Hugging Face dataset (20231101.en)"""
     mix: Annotated[tuple[MixPart, ...], Field(min_length=1, max_length=1000)] | None = None
-    """several sources with weights, in place of `dataset`; val_fraction is held out of each; null: only `dataset`"""
+    """sources with weights, in place of `dataset`; val_fraction is held out of each; null: none"""
     token_dtype: Literal["uint16", "uint32"] | None = None
-    """type of the ids in a token file without a header (a raw .bin); null: read from the file's header"""
+    """type of the ids in a token file without a header (a raw .bin); null: from the header"""
     task: Literal["sst2", "samsum", "gsm8k", "sms", "alpaca"] | None = None
     """fine-tuning: a task with its columns, prompts and dataset (tinylm/eval/tasks); `dataset: smoke`: its test rows"""
     rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
@@ -216,7 +216,7 @@ class DataConfig(Section):
     columns: dict[RowColumn, Name] | None = None
     """fine-tuning: the names of columns in the data, as our name: their name"""
     skip_bad_rows: CountOrZero = 0
-    """fine-tuning: skip and name at most this many rows with a mistake in each split; 0: the first is an error"""
+    """fine-tuning: at most this many bad rows of a split are skipped; 0: the first is an error"""
     template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
     """fine-tuning: how turns are written (tinylm/rows/templates.py); chat_template: the tokenizer's own template"""
     packing: Literal["packed", "padded"] = "packed"
@@ -228,7 +228,7 @@ class DataConfig(Section):
     val_split: Name | None = None
     """split of a Hugging Face dataset to validate on; null: from val_dataset or val_fraction"""
     val_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.1
-    """share of the documents held out if there is no other validation source, chosen by content and seed"""
+    """share of documents held out if there is no validation source, chosen by content and seed"""
     streaming: Switch = False
     """read documents during training, never all at once; for datasets larger than the disk"""
     text_field: Name = "text"
@@ -242,7 +242,7 @@ class DataConfig(Section):
     max_doc_len: Count | None = None
     """maximum tokens of a document, the rest is dropped; null: all"""
     stride: Count | None = None
-    """tokens from one row's start to the next; null: training.seq_len, so that rows do not overlap"""
+    """tokens from one row's start to the next; null: training.seq_len, without overlap"""
     order: Literal["shuffled", "sequential", "random"] = "shuffled"
     """order of rows: a seeded permutation per pass, the order of the data, or windows at random offsets"""
     document_mask: Switch = False
@@ -347,7 +347,7 @@ class LoraConfig(Section):
     dropout: Fraction = 0.0
     """dropout on the input of the adapters"""
     target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    """suffixes of the names of the linear layers that get adapters; null: attention and feed-forward"""
+    """name suffixes of the linear layers with adapters; null: attention and feed-forward"""
 
 
 class DpoConfig(Section):
@@ -379,9 +379,9 @@ class VerifierConfig(Section):
     rules: ClassVar = rules.VERIFIER
 
     n_wrong: Annotated[CountOrZero, Field(le=64)] = 1
-    """wrong answers made from each right one by changing one of its numbers, different ones in each pass"""
+    """wrong answers made from each right one by changing a number, different ones in each pass"""
     n_sampled: Annotated[CountOrZero, Field(le=64)] = 0
-    """answers per problem written by the model in `sampled_from`, right or wrong by their last number"""
+    """answers per problem by the model in `sampled_from`, right or wrong by their last number"""
     sampled_from: PathName | None = None
     """checkpoint of the model that writes the sampled answers"""
 
@@ -421,7 +421,7 @@ class SamplingConfig(Section):
     top_k: Count | None = None
     """only the k most probable tokens; null: off"""
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    """only the most probable tokens whose probabilities sum to p (Holtzman et al. 2020); null: off"""
+    """the most probable tokens with probabilities that sum to p (Holtzman et al. 2020); null: off"""
     min_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     """only tokens at least min_p times as probable as the most probable one (Nguyen et al. 2024); null: off"""
     repetition_penalty: Annotated[Number, Field(gt=0, le=100)] = 1.0

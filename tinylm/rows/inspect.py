@@ -37,7 +37,7 @@ class RowToken(NamedTuple):
     document: int
     """counted from the start of the row, or the number in the document mask"""
     target: bool
-    """whether the loss asks for it"""
+    """whether it is a target of the loss"""
 
 
 def row_tokens(

@@ -65,7 +65,7 @@ class PreferencePair(NamedTuple):
 
 
 class Skip(Exception):
-    """Raised for a sound row that does not say which answer is better."""
+    """Raised for a valid row that does not say which answer is better."""
 
     def __init__(self, reason: SkipReason):
         super().__init__(reason)

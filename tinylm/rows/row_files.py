@@ -3,7 +3,7 @@ or a Hugging Face dataset.
 
     `read_rows`   ─▶ (place, dict) of a split; place is FILE:LINE, or FILE: row N, for errors
 
-What a row means is not known here; see columns.py. Every row of a split is held in memory later on.
+Does not know what a row means; see columns.py. All rows of a split are kept in memory.
 """
 
 import json

@@ -113,8 +113,8 @@ class RowReport:
         self.systems[conversation[0].full_text if is_system else ""] += 1
 
     @property
-    def commonest_system(self) -> str | None:
-        """The commonest text of a system turn; None if most rows have none."""
+    def most_common_system(self) -> str | None:
+        """The most common text of a system turn; None if most rows have none."""
         return max(self.systems, key=self.systems.__getitem__, default="") or None
 
     def skip(self, reason: SkipReason, place: str) -> None:

@@ -85,7 +85,7 @@ class PreferenceData(RunData):
             )
         self.train_pairs, train = self._pairs("train")
         self.val_pairs, val = self._pairs("val")
-        self.system = train.commonest_system
+        self.system = train.most_common_system
         self.notes = [*train.notes(), *val.notes()]
         shared = count_shared_examples(
             [pair.chosen for pair in self.train_pairs], [pair.chosen for pair in self.val_pairs]

@@ -74,7 +74,7 @@ class SFTData(RunData):
         note = resolve_dataset(self.config.data)[1]
         self.train_examples, train = self._examples("train")
         self.val_examples, val = self._examples("val")
-        self.system = train.commonest_system
+        self.system = train.most_common_system
         self.notes = [note] if note else []
         self.notes += [*train.notes(), *val.notes()]
         shared = count_shared_examples(self.train_examples, self.val_examples)

@@ -265,7 +265,8 @@ class TrainingModule(L.LightningModule):
         else:
             scaler.step(optimizer)
             scaler.update()
-        optimizer.zero_grad()  # Lightning would do it after the next forward pass, which then holds both
+        # Lightning would do it after the next forward pass, which would then hold both.
+        optimizer.zero_grad()
 
         # 8. Count.
         progress.step += 1

@@ -44,7 +44,8 @@ IGNORED_WARNINGS = (
     ".*LeafSpec.* is deprecated",  # Lightning 2.6 under torch 2.13
     ".*does not have many workers.*",  # data.num_workers is the user's choice
     ".*`IterableDataset` has `__len__` defined.*",  # all workers but one are idle
-    ".*in eval mode at the start of training.*",  # the reference model of preferences stays in eval mode
+    # the reference model of preferences stays in eval mode
+    ".*in eval mode at the start of training.*",
 )
 
 

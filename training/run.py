@@ -90,9 +90,7 @@ def fit(
     resume: ResumeState | None,
     sample: Sample | None = None,
 ) -> int:
-    """Train `module` on `data` to the last step, from the first one or from
-    that of the checkpoint.
-    """
+    """Train `module` on `data` to the last step, from step 0 or from that of the checkpoint."""
     config = module.config
     if data.system is not None:
         module.references["system"] = data.system
@@ -138,9 +136,8 @@ def fit(
         return signals.exit_code
     if signals.agreed is not None:
         stopped = f"stopped by signal {signals.agreed} after step {module.progress.step}"
-        logger.info(
-            f"{stopped}; saved {checkpoints.newest}. Run the same command again to continue."
-        )
+        saved = f"saved {checkpoints.newest}. Run the same command again to continue."
+        logger.info(f"{stopped}; {saved}")
         return signals.exit_code
     seconds = duration(time.monotonic() - began)
     best = module.progress.best_val_loss

@@ -41,11 +41,13 @@ METRICS = {
     "val_ppl": "perplexity of the held-out text of stage pretrain; lower is better",
     "response_loss": "nats per token of the held-out answers of stage sft; lower is better",
     "response_accuracy": "share of the tokens of these answers that the model ranks first",
-    "preference_accuracy": "share of the held-out pairs of stage dpo whose chosen answer is more probable",
-    "reward_accuracy": "the same for the implicit reward: log-probabilities relative to the reference, "
-    "the model that dpo began with",
+    "preference_accuracy": "share of the held-out pairs of stage dpo "
+    "whose chosen answer is more probable",
+    "reward_accuracy": "the same for the implicit reward: log-probabilities relative "
+    "to the reference, the model that dpo began with",
     "reward_margin": "mean difference of the implicit rewards of chosen and rejected answers",
-    "verifier_accuracy": "share of the held-out answers of stage verifier that are classified correctly",
+    "verifier_accuracy": "share of the held-out answers of stage verifier "
+    "that are classified correctly",
     "verifier_auc": "probability that a correct answer scores above a wrong one; 0.5 is chance",
 }
 SAMPLE_TOKENS = 60

@@ -56,8 +56,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
 for example:
-  python -m tinylm tokenizer train --data 'corpus/*.txt' --out tokenizers/mine --vocab-size 32000 --special '<|endoftext|>' '<|pad|>' --processes 8
-"""  # noqa: E501  (one command on one line, to be copied)
+  python -m tinylm tokenizer train --data 'corpus/*.txt' --out tokenizers/mine --processes 8 \\
+    --vocab-size 32000 --special '<|endoftext|>' '<|pad|>'
+"""
     add_text_flags(parser, separator=SEPARATOR_HELP)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="the new folder of the tokenizer"

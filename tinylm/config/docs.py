@@ -97,7 +97,8 @@ def config_schema() -> dict[str, Any]:
             setting.pop("title", None)
     extends = {
         "type": "string",
-        "description": "path of a config file, relative to this one, whose settings this file overrides",
+        "description": "path of a config file, relative to this one, "
+        "whose settings this file overrides",
     }
     schema["properties"] = {"extends": extends, **schema["properties"]}
     return {

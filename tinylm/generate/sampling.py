@@ -71,7 +71,8 @@ def log_probabilities(logits: Tensor) -> Tensor:
     """
     if not logits.amax(dim=-1).isfinite().all():
         raise ValueError(
-            "the model gave logits that are not finite; its weights are damaged, or training diverged"
+            "the model gave logits that are not finite; "
+            "its weights are damaged, or training diverged"
         )
     return logits.log_softmax(dim=-1)
 

@@ -50,9 +50,8 @@ def build_examples(
         template: how conversations are written.
         tokenizer: encodes the texts.
         seq_len: inputs of a row of a batch; an example has at most seq_len + 1 ids.
-        train_on: the responses, or every token but the first of an example.
-        to_conversation: turns a row into a conversation; None: by its keys,
-            or data.rows (`parse_conversation`).
+        train_on: the responses, or all tokens but the first.
+        to_conversation: turns a row into a conversation; None: `parse_conversation`.
         built_in: rows to use in place of those that `data` names.
 
     Raises:
@@ -61,9 +60,8 @@ def build_examples(
     """
     report = RowReport(which, seq_len, max_bad=data.skip_bad_rows)
     examples: list[Example] = []
-    for place, row in (
-        split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
-    ):
+    rows = split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
+    for place, row in rows:
         try:
             if to_conversation is None:
                 conversation = parse_conversation(row, data)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,3 +204,36 @@ def test_too_many_tasks_are_one_line_and_exit_2(make_config: Make, tmp_path: Pat
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: hardware.devices: ")
+
+
+@pytest.mark.slow
+def test_the_batch_script_of_the_guide_requeues_a_stopped_run(
+    make_config: Make, tmp_path: Path
+) -> None:
+    """SIGUSR1 to the script, as SLURM sends it; the requeued job ends as a run without a stop."""
+    guide = (ROOT / "docs" / "SCALING.md").read_text(encoding="utf-8")
+    (script,) = [text for text in guide.split("```text\n")[1:] if "scontrol requeue" in text]
+    config = make_config(training={"max_steps": 300, "val_every_steps": 100})
+    command = f"{sys.executable} {ROOT / 'train.py'} --config {config}"
+    script = script.partition("```")[0]
+    script = script.replace("python train.py --config config.yaml", command)
+    (tmp_path / "requeue.sbatch").write_text(script, encoding="utf-8")
+    stand_in = tmp_path / "bin" / "scontrol"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path / "calls"}\n', encoding="utf-8")
+    stand_in.chmod(0o755)
+    path = f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}"
+    words = ["bash", str(tmp_path / "requeue.sbatch")]
+    environment = os.environ | ONE_TASK | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(words, cwd=tmp_path, env=environment)
+    metrics, began = tmp_path / "logs" / "tiny" / "metrics.csv", time.monotonic()
+    while not (metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) > 5):
+        assert job.poll() is None and time.monotonic() - began < 120
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=60) == 138
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == "requeue 1234\n"
+    assert subprocess.run(words, cwd=tmp_path, env=environment, check=False).returncode == 0
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == "requeue 1234\n"
+    assert run(config, *elsewhere(tmp_path / "calm")) == 0
+    assert_same_run(tmp_path / "calm", tmp_path)

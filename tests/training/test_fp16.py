@@ -25,10 +25,11 @@ def fp16_on_cpu(monkeypatch: Patch) -> None:
     """Let a run use fp16 on the CPU, with a small initial scale so that no step overflows by itself."""
     trainer = L.Trainer
 
-    def with_scaler(*, precision: str, **settings: Any) -> L.Trainer:
+    def with_scaler(*, precision: str, plugins: list[Any], **settings: Any) -> L.Trainer:
         assert precision == "16-mixed"
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-        return trainer(plugins=[MixedPrecision("16-mixed", "cpu", scaler)], **settings)
+        fp16 = MixedPrecision("16-mixed", "cpu", scaler)
+        return trainer(plugins=[*plugins, fp16], **settings)
 
     monkeypatch.setattr(build.L, "Trainer", with_scaler)
     monkeypatch.setitem(support.FEATURES, "no CUDA", lambda config, device: False)

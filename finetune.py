@@ -12,11 +12,10 @@ It starts from the weights that training.init_from names, a checkpoint of ours o
 model (hf:NAME), with the flags, the steps and the exact resume of train.py. The config decides the
 stage:
 
-    verifier section  an encoder learns to tell right answers
-    from wrong ones  training/stages/verifier.py
-    dpo section       the model learns to prefer the first of two answers      training/stages/dpo.py
-    neither           the model learns the answers of rows of questions and    training/stages/sft.py
-                      answers; with training.train_on=all also the questions
+    verifier section   an encoder learns to tell right answers from wrong ones  stages/verifier.py
+    dpo section        the model learns to prefer the first of two answers      stages/dpo.py
+    neither            the model learns the answers of rows of questions and    stages/sft.py
+                       answers; with training.train_on=all also the questions   (in training/)
 """
 
 import argparse

@@ -43,8 +43,7 @@ from tinylm.common.files import atomic_path
 __all__ = ["NO_REFERENCES", "SCHEMA"]  # of old_schemas, for code that writes a state
 
 FORMAT = "tinylm"
-# A zip file ends with this record of 22 bytes, whose last two are the length of the comment after
-# it.
+# A zip file ends with this record of 22 bytes; its last two are the length of the comment after it.
 _END_RECORD = b"PK\x05\x06"
 _END_SIZE = 22
 _COMMENT_SIZE = len("sha256:") + 64

@@ -43,9 +43,8 @@ def next_token(
         logits: (B, V) in float32.
         context: (B, T) ids of the prompt and the tokens generated after it.
         generators: one per row, from `make_generator`, on the device of the logits. A row draws
-        from its own
-            generator only, so a draw depends on (seed, sample, step), not on the other rows of the
-            batch.
+            from its own generator only, so a draw depends on (seed, sample, step), not on the
+            other rows of the batch.
 
     Raises:
         ValueError: the logits are not finite.
@@ -185,11 +184,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     # Sort, and add the probabilities up.
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
     probabilities = ordered.softmax(dim=-1)  # (B, V)
-    before = (
-        probabilities.cumsum(dim=-1) - probabilities
-    )  # (B, V): the sum of all more probable ones
-    # Cut off a token if those before it reach p already; never the first, even if p underflows to
-    # 0.
+    # (B, V): the sum of all more probable ones.
+    before = probabilities.cumsum(dim=-1) - probabilities
+    # Cut off a token if those before it reach p already; never the first, even if p is nearly 0.
     cut = before >= p
     cut[:, 0] = False
     # Back to the order of the vocabulary.

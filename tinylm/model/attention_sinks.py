@@ -13,8 +13,8 @@ For measurements: it reads whole rows at once, in fp32 and in blocks of queries,
 """
 
 
-# B batch · T query positions · S key positions · H query heads · K head width · Q queries of a
-# block
+# B batch · T query positions · S key positions · H query heads · K head width
+# Q queries of a block
 
 import copy
 import math

@@ -20,8 +20,8 @@ This file knows nothing of text, tokenizers, losses, optimizers or training loop
 
 
 # B batch · T query positions · S key positions · D model width · H query heads · G key/value heads
-# K head width · F feed-forward width · E experts · A experts per token · N tokens = B·T · V
-# vocabulary
+# K head width · F feed-forward width · V vocabulary
+# E experts · A experts per token · N tokens = B·T
 
 import math
 from dataclasses import dataclass

@@ -77,15 +77,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         smoothing: float,
         grad_enabled: bool,
     ) -> Tensor:
-        # Under no_grad (validation) no gradient is computed, although needs_input_grad is still
-        # true.
+        # Under no_grad (validation) no gradient is computed, though needs_input_grad is still true.
         grad_hidden = grad_weight = None
         product_dtype, softmax_dtype = head_dtypes(weight)
         if grad_enabled and ctx.needs_input_grad[0]:
             grad_hidden = torch.zeros_like(hidden)  # (N, D)
         if grad_enabled and ctx.needs_input_grad[1]:
-            # fp32 also under autocast: in a bf16 sum over chunks the later ones would be rounded
-            # away
+            # fp32 also under autocast: a bf16 sum over chunks would round the later ones away
             grad_weight = torch.zeros_like(weight, dtype=softmax_dtype)  # (V, D)
         head = weight.to(product_dtype)  # (V, D)
         total = torch.zeros((), dtype=softmax_dtype, device=hidden.device)

@@ -166,8 +166,7 @@ def adamw_update(
     # m and v, in place
     m = state["m"].mul_(beta1).add_(grad, alpha=1 - beta1)
     v = state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    # √v̂ + ε; the correction of m is applied to the learning rate below, a number in place of a
-    # tensor
+    # √v̂ + ε; m is corrected by the learning rate below: a number, not a tensor
     denominator = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
     # decay, then θ ← θ - (lr / (1 - β₁ᵗ)) · m / (√v̂ + ε)
     weight.mul_(1 - lr * group["weight_decay"])

@@ -15,12 +15,12 @@ and the report.
     6. pack     tokens.example_rows.pack_examples      examples ─▶ rows of a batch (data.packing)
     7. collate  tokens.example_rows.collate_examples   rows ─▶ tensors; dpo and verifier: training/stages/
 
-A row that cannot be read, parsed or encoded is an error that names file, line and key, and ends the
-run. Only steps 3 and 4 can skip it: with data.skip_bad_rows: N at most N rows of a split are
-skipped, and named. Step 5 counts what it skips in a `RowReport`, whose notes a run prints before it
-trains:
+There are two ways to be skipped. A row with a mistake (steps 3 and 4) is an error that names file,
+line and key and ends the run; with data.skip_bad_rows: N up to N such rows of a split are skipped
+and named. A valid row that teaches nothing (step 5) is always skipped, counted in a `RowReport`.
+The run prints its notes before it trains:
 
-    training: skipped 2 rows: an answer is empty (rows.jsonl:3, rows.jsonl:4)
+    training: skipped 2 rows: the prompt fills the context of 128 tokens (rows.jsonl:3, rows.jsonl:4)
 
 `finetune.py --show-rows 3` prints rows as step 7 hands them to training.
 """

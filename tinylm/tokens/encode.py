@@ -1,9 +1,10 @@
 """Documents to one token file, by several processes, in document order.
 
-    1. a source is cut into chunks that cut no document                                 `source.chunks()`
-    2. each process encodes chunks: document ids, EOS, document ids, EOS, ...  (N,)     `Encoder`
-    3. this process writes them in the order of the chunks,
-       and continues an old start  `encode_file`
+    1. a source is cut into chunks, never inside a document                     `source.chunks()`
+    2. each process takes a chunk: text ─▶ documents ─▶ those of this split     `Encoder`
+       (train or val) ─▶ ids, EOS, ids, EOS, ...  (N,)
+    3. this process writes them in the order of the chunks; it continues        `encode_file`
+       a file that was interrupted
 
 The bytes of the file depend on its `EncodeSpec`, never on the number of processes or on
 interruptions. Memory holds a few chunks.

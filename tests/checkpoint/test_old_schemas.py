@@ -62,9 +62,15 @@ def test_a_state_of_the_current_schema_is_unchanged() -> None:
 
 def test_an_imported_model_of_schema_1_has_no_progress() -> None:
     """It also lacks the keys of references, which the first checkpoints did not have."""
-    state = upgrade({"schema": 1, "stage": "pretrain"})
+    state = upgrade({"schema": 1, "stage": "pretrain", "config": {"dpo": None}})
     references = {"base": None, "hf_config": None, "reference": None}
-    assert state == {"schema": SCHEMA, "stage": "pretrain"} | references
+    expected = {"schema": SCHEMA, "stage": "pretrain", "config": {"dpo": None}}
+    assert state == expected | references
+
+
+def test_renamed_settings_of_schema_1_have_their_new_names() -> None:
+    state = upgrade({"schema": 1, "config": {"dpo": {"length_normalised": True, "beta": 0.2}}})
+    assert state["config"] == {"dpo": {"length_normalized": True, "beta": 0.2}}
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -126,6 +126,11 @@ UNKNOWN = [
     ),
     ("trainig:\n  lr: 1\n", "c.yaml:1: trainig: no such setting. Did you mean training?"),
     (
+        "dpo:\n  length_normalised: true\n",
+        "c.yaml:2: dpo.length_normalised: this setting has a new name. "
+        "Write dpo.length_normalized.",
+    ),
+    (
         "model: {seq_len: 64}",
         "c.yaml:1: model.seq_len: no such setting. Did you mean training.seq_len?",
     ),

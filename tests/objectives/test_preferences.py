@@ -95,7 +95,7 @@ def test_the_dpo_loss_of_one_pair_worked_by_hand() -> None:
         + 0.1 * math.log(1 + math.exp(3)),
         DpoConfig(beta=2.0, loss="hinge"): 0.0,
         DpoConfig(beta=2.0, loss="ipo"): 0.1225,
-        DpoConfig(beta=2.0, length_normalised=True): math.log(1 + math.exp(-1.2)),
+        DpoConfig(beta=2.0, length_normalized=True): math.log(1 + math.exp(-1.2)),
     }
     for dpo, loss in expected.items():
         actual = preference_loss(policy, reference, lengths, dpo)
@@ -119,7 +119,7 @@ def test_a_policy_that_is_its_reference_costs_log_two() -> None:
     for dpo in (
         DpoConfig(),
         DpoConfig(beta=3.0, label_smoothing=0.2),
-        DpoConfig(length_normalised=True),
+        DpoConfig(length_normalized=True),
     ):
         result = preference_loss(policy, Answers(*(part.detach() for part in policy)), lengths, dpo)
         torch.testing.assert_close(result.loss, torch.full((5,), math.log(2), dtype=torch.float64))
@@ -197,7 +197,7 @@ def test_answers_in_a_batch_have_the_log_probability_that_they_have_alone(made_o
     [
         DpoConfig(beta=0.5),
         DpoConfig(beta=0.5, loss="ipo"),
-        DpoConfig(beta=0.5, length_normalised=True),
+        DpoConfig(beta=0.5, length_normalized=True),
     ],
 )
 def test_metrics_are_sums_over_pairs_and_padding_does_not_count(made_of, model, dpo):

@@ -190,7 +190,7 @@ def test_a_row_of_several_steps_is_the_mean_over_their_pairs(prefer: Make, tmp_p
         {"loss": "ipo", "beta": 0.5},
         {"loss": "hinge"},
         {"label_smoothing": 0.1},
-        {"length_normalised": True, "beta": 2.0},
+        {"length_normalized": True, "beta": 2.0},
     ],
 )
 def test_validation_is_what_each_answer_alone_makes_of_it(
@@ -212,7 +212,7 @@ def test_validation_is_what_each_answer_alone_makes_of_it(
         )
         n_c, n_r = (
             int(answer.trained.sum())
-            if loss.get("loss") == "ipo" or loss.get("length_normalised")
+            if loss.get("loss") == "ipo" or loss.get("length_normalized")
             else 1
             for answer in pair[:2]
         )
@@ -714,7 +714,7 @@ def test_a_sample_is_formatted_by_the_template(prefer: Make, monkeypatch: Patch)
         ({}, {"loss_types": ["sigmoid"]}),
         ({"loss": "ipo"}, {"loss_types": ["ipo"]}),
         ({"loss": "hinge"}, {"loss_types": ["hinge"]}),
-        ({"length_normalised": True}, {"loss_types": ["sigmoid_norm"]}),
+        ({"length_normalized": True}, {"loss_types": ["sigmoid_norm"]}),
         # trl has no cDPO of its own; its "aot" is it for a single pair, where sorting a batch of one does nothing
         ({"label_smoothing": 0.2}, {"loss_types": ["aot"], "label_smoothing": 0.2}),
     ],

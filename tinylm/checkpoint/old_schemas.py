@@ -10,12 +10,14 @@ of each old schema.
 from collections.abc import Callable
 from typing import Any
 
+from tinylm.config.renamed import with_new_names
+
 SCHEMA = 2
 # Keys that only some checkpoints need (see `format`).
 # The first checkpoints of schema 1 had none of them.
 NO_REFERENCES: dict[str, Any] = {"base": None, "hf_config": None, "reference": None}
 
-# Schema 1 to 2: fields of the progress of a run.
+# Schema 1 to 2: fields of the progress of a run. Renamed settings are in config/renamed.py.
 PROGRESS_1 = {
     "logged_loss": "loss_sum",
     "logged_units": "n_targets",
@@ -25,7 +27,8 @@ PROGRESS_1 = {
 
 
 def _upgrade_1(state: dict[str, Any]) -> dict[str, Any]:
-    """Rename fields of `progress`; an imported model has none."""
+    """Rename settings, and fields of `progress`; an imported model has no progress."""
+    state = state | {"config": with_new_names(state["config"])}
     if "progress" not in state:
         return state
     progress = {PROGRESS_1.get(name, name): value for name, value in state["progress"].items()}

@@ -32,12 +32,20 @@ class CommandParser(argparse.ArgumentParser):
     >>> _ = parser.add_argument("--separator")
     >>> parser.parse_args(["--separator", "---"]).separator
     '---'
+    >>> parser.parse_args(["--separator=--"]).separator
+    '--'
     """
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         # a shell does not expand ~ in --out=~/x
         self.register("type", Path, lambda text: Path(text).expanduser())
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """argparse drops a value `--`, which it takes for the end of the flags."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Join a flag that takes a text and the word after it,

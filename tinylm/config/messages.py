@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args, get_origin
 
 from tinylm.common.errors import UserError
+from tinylm.config.renamed import RENAMED
 from tinylm.config.rules import RuleError
 from tinylm.config.schema import Config, Section
 from tinylm.config.yaml_file import Layer, shown
@@ -51,6 +52,8 @@ def explain(error: Any, layers: Sequence[Layer]) -> UserError:
     if kind == "value_error":
         return _explain_rule(key, error["ctx"]["error"], layers)
     where = (place_of([key], layers), key)
+    if kind == "extra_forbidden" and key in RENAMED:
+        return UserError(where, "this setting has a new name", f"Write {RENAMED[key]}")
     if kind == "extra_forbidden":
         return UserError(where, "no such setting", _suggestion(key))
     found = shown(error["input"])

@@ -229,8 +229,8 @@ DPO = (
         "Remove it, or set dpo.loss=sigmoid",
     ),
     Rule(
-        ("length_normalised", "loss"),
-        lambda dpo: dpo.loss == "ipo" and dpo.length_normalised,
+        ("length_normalized", "loss"),
+        lambda dpo: dpo.loss == "ipo" and dpo.length_normalized,
         "not valid for loss ipo, which always normalizes by length",
         "Remove it",
     ),

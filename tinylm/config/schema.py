@@ -363,7 +363,7 @@ class DpoConfig(Section):
     """the loss of DPO, of IPO (Azar et al. 2023) or of SLiC (Zhao et al. 2023)"""
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
     """sigmoid: assumed share of pairs whose labels are swapped"""
-    length_normalised: Switch = False
+    length_normalized: Switch = False
     """log-probabilities per token, so that long answers do not weigh more; always so for ipo"""
     sft_coef: Annotated[Number, Field(ge=0, le=100)] = 0.0
     """weight of the chosen answers' cross entropy per token, added to the preference loss"""

@@ -104,7 +104,7 @@ def preference_loss(
         ipo      (h - 1 / (2 beta))²                         Azar et al. 2023, equation 17 (IPO)
 
     ipo takes the log-probabilities per token of their answer, as its authors' code does; the other
-    two do so with dpo.length_normalised, so that long answers do not weigh more.
+    two do so with dpo.length_normalized, so that long answers do not weigh more.
 
     Args:
         policy: log-probabilities under the trained model.
@@ -115,7 +115,7 @@ def preference_loss(
     # log p - log p_ref of each answer
     chosen = policy.chosen - reference.chosen  # (B,)
     rejected = policy.rejected - reference.rejected  # (B,)
-    per_token = dpo.loss == "ipo" or dpo.length_normalised
+    per_token = dpo.loss == "ipo" or dpo.length_normalized
     n_chosen, n_rejected = lengths if per_token else (1, 1)
     h = chosen / n_chosen - rejected / n_rejected  # (B,)
     if dpo.loss == "ipo":

@@ -347,7 +347,7 @@ def test_a_model_is_asked_once(make: Make, writer: Path, tmp_path: Path, capsys:
         data=FEW,
     )
     assert run(config) == 0
-    assert "answers: 3 to each of " in capsys.readouterr().err
+    assert f"answers: 3 by {writer} to each of " in capsys.readouterr().err
     before = bytes_of(tmp_path / "cache")
     assert run(config, *elsewhere(tmp_path / "again")) == 0
     assert bytes_of(tmp_path / "cache") == before and any("answers-" in name for name in before)

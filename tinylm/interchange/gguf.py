@@ -31,7 +31,7 @@ from tinylm.interchange.hf_tokenizer import backend_of, chat_template, check_tok
 from tinylm.model.hf_model import HFModel, quiet_transformers
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.hf import HFTokenizer
-from tinylm.tokenizer.pretokenize import PATTERNS
+from tinylm.tokenizer.pretokenize import PATTERNS, byte_level_pattern
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -295,23 +295,7 @@ def word_pattern_of(description: dict[str, Any]) -> str | None:
     # NFC is Qwen2's: text on disk is nearly always in that form already
     if normalizer not in (None, {"type": "NFC"}):
         return None
-    match pieces:
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-            return PATTERNS["gpt2"]
-        case {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": pattern},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ],
-        }:
-            return pattern
-    return None
+    return byte_level_pattern(pieces)
 
 
 # --- the check ---

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import regex
 
@@ -27,6 +28,36 @@ PATTERNS = {
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
+
+
+def byte_level_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
+    """The pattern of the words of a byte-level `pre_tokenizer` of a tokenizer.json,
+    as `tokenizers` writes it; None if it is another kind.
+
+    >>> pattern = byte_level_pattern(
+    ...     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True}
+    ... )
+    >>> pattern == PATTERNS["gpt2"]
+    True
+    """
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return PATTERNS["gpt2"]
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": pattern},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            return pattern
+    return None
+
 
 # Where a text can be cut without changing its words under either pattern: before a space after a
 # word, after a single line end, and before punctuation after a letter. Letters are listed, because

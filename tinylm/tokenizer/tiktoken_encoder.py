@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, PATTERNS
+from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, PATTERNS, byte_level_pattern
 
 # tiktoken searches a text for special tokens first. With none it looks at every place (12 MB/s
 # instead of 19).
@@ -83,23 +83,8 @@ def find_pattern(description: dict[str, Any]) -> str | None:
     """
     if description["model"]["type"] != "BPE" or description["normalizer"] is not None:
         return None
-    match description["pre_tokenizer"]:
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-            return PATTERNS["gpt2"]
-        case {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": pattern},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ],
-        } if pattern in PATTERNS.values():
-            return pattern
-    return None
+    pattern = byte_level_pattern(description["pre_tokenizer"])
+    return pattern if pattern in PATTERNS.values() else None
 
 
 def _rank_tokens(

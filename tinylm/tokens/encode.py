@@ -123,7 +123,7 @@ def _encode_until_refusal(
         try:
             arrays += tokenizer.encode_arrays([text])
         except UserError as error:
-            return arrays, CannotEncode(error.where, error.problem, error.fix)
+            return arrays, CannotEncode(*error.args)
     return arrays, None
 
 

@@ -24,7 +24,6 @@ from tinylm.config.loader import load_config
 from tinylm.interchange import conversion, hf_import
 from tinylm.interchange.hf_export import export_hf
 from tinylm.interchange.hf_import import import_hf
-from tinylm.model import hf_files
 from training.context import ResumeOptions, RunContext
 from training.initial import find_initial_model
 from training.resume import find_resume_state
@@ -315,7 +314,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "tokenizer cut off": (
         lambda f: (f / "tokenizer.json").write_text('{"model"'),
-        "tokenizer.json: not JSON, or cut off",
+        "tokenizer.json: not valid JSON",
     ),
     "a link out": (
         lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("/etc/passwd")),
@@ -445,7 +444,9 @@ def test_logits_that_differ_from_transformers_stop_the_import(published, tmp_pat
 def test_invalid_names_are_errors_without_a_request_to_the_hub(name, words, tmp_path, monkeypatch):
     """H6."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hf_files, "require_hub", lambda *args: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(
+        "tinylm.common.hub.require_hub", lambda *args: pytest.fail("the hub was asked")
+    )
     with pytest.raises(UserError, match=words):
         import_hf(name, tmp_path / "in.ckpt")
 
@@ -472,7 +473,7 @@ def test_config_json_is_checked_before_the_weights_are_downloaded_and_links_with
     for file in folder.iterdir():
         (snapshot / file.name).symlink_to(file.rename(blobs / file.name))
     asked: list[list[str]] = []
-    monkeypatch.setattr(hf_files, "require_hub", lambda *args: None)
+    monkeypatch.setattr("tinylm.common.hub.require_hub", lambda *args: None)
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",
         lambda name, allow_patterns: asked.append(allow_patterns) or str(snapshot),

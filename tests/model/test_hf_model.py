@@ -17,7 +17,7 @@ from torch import Tensor
 from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.engine import Engine
-from tinylm.model import hf_files, hf_model
+from tinylm.model import hf_model
 from tinylm.model.hf_files import find_hf_model, rebuild_hf_model
 from tinylm.model.hf_model import HFModel, check_packing
 from tinylm.tokenizer.byte_char import ByteTokenizer
@@ -394,7 +394,7 @@ def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     def unreachable(where: object, fix: str) -> None:
         raise UserError(where, "cannot be reached", fix)
 
-    monkeypatch.setattr(hf_files, "require_hub", unreachable)
+    monkeypatch.setattr("tinylm.common.hub.require_hub", unreachable)
     with pytest.raises(
         UserError,
         match="someone/model: cannot be reached. Give a local folder with config.json and model.safetensors.",

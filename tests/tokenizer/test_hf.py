@@ -736,9 +736,9 @@ def bpe_json(vocab: object, merges: object = ()) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"version": "1.0", "trunc', "not JSON, or cut off: Unterminated string"),
-        ("", "not JSON, or cut off: Expecting value"),
-        ("[" * 100_000, "not JSON, or cut off"),
+        ('{"version": "1.0", "trunc', "not valid JSON: Unterminated string"),
+        ("", "not valid JSON: Expecting value"),
+        ("[" * 100_000, "not valid JSON"),
         ("[]", "must be a JSON object, got list"),
         ("{}", "not a tokenizer: "),
         (bpe_json(["a"]), "not a tokenizer: "),
@@ -786,7 +786,7 @@ def test_every_cut_off_tokenizer_json_is_named(folder):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON, or cut off"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
         (
             "tokenizer_config.json",
             '{"eos_token": 3}',
@@ -819,7 +819,7 @@ def test_damaged_settings_are_named(folder, name, text, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("vocab.json", b'{"a": 0', "vocab.json: not JSON, or cut off"),
+        ("vocab.json", b'{"a": 0', "vocab.json: not valid JSON"),
         ("vocab.json", b"\xff", "vocab.json: not UTF-8 text (byte 0)"),
         ("vocab.json", b'{"a": "0"}', 'vocab.json: a: must be an id of at least 0, got "0"'),
         ("vocab.json", b'{"a": true}', "vocab.json: a: must be an id of at least 0, got true"),
@@ -910,7 +910,7 @@ def test_without_a_network_a_name_fails_at_once_and_names_the_alternatives(monke
 def test_offline_a_name_that_was_never_downloaded_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="not a folder here, and the Hugging Face hub answers: "):
+    with pytest.raises(UserError, match="not a folder, and cannot be downloaded: "):
         load("some-owner/some-model")
 
 
@@ -921,10 +921,10 @@ def test_a_download_that_breaks_off_is_one_line(monkeypatch):
         raise httpx.ReadError("connection lost")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    monkeypatch.setattr("tinylm.tokenizer.hf_files.require_hub", lambda where, fix: None)
+    monkeypatch.setattr("tinylm.common.hub.require_hub", lambda where, fix: None)
     with pytest.raises(
         UserError,
-        match="tokenizer.path: owner/name: not a folder here, and the Hugging Face hub answers: connection lost. Give a local folder",
+        match="tokenizer.path: owner/name: not a folder, and cannot be downloaded: connection lost. Give a local folder",
     ):
         load("owner/name")
 
@@ -935,7 +935,7 @@ def test_a_name_that_is_too_long_is_no_folder():
 
 
 def test_a_name_on_the_hub_is_read_from_the_downloaded_folder(folder, monkeypatch):
-    monkeypatch.setattr("tinylm.tokenizer.hf_files.require_hub", lambda where, fix: None)
+    monkeypatch.setattr("tinylm.common.hub.require_hub", lambda where, fix: None)
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder)
     )

@@ -1,12 +1,18 @@
-"""Names on the Hugging Face hub, and a quick answer if it cannot be reached."""
+"""The Hugging Face hub: its names, downloads, a quick answer if it cannot be reached,
+and the JSON files that its models and tokenizers consist of.
+"""
 
+import json
 import os
 import re
 import socket
 import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from tinylm.common.errors import UserError
+from tinylm.common.errors import UserError, first_line, reason, require_regular
 
 HUB_TIMEOUT_SECONDS = 5.0
 # training.init_from: hf:NAME is a Hugging Face model, any other value the path of a checkpoint.
@@ -64,6 +70,62 @@ def find_hub_problem() -> str | None:
     except OSError as error:
         return f"{host} cannot be reached ({error.strerror or error})"
     return None
+
+
+def download(name: str, patterns: Sequence[str], where: object, fix: str) -> Path:
+    """The folder in the hub library's cache with the files of `name` that match `patterns`.
+
+    Args:
+        name: of a model or tokenizer on the hub.
+        patterns: names of files, * stands for any text.
+        where: as `require_hub` takes it.
+        fix: what to give in place of the name.
+
+    Raises:
+        UserError: the hub cannot be reached, or has nothing of this name.
+    """
+    from huggingface_hub import snapshot_download
+
+    require_hub(where, fix)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (*hub_errors(), ValueError) as error:
+        problem = f"not a folder, and cannot be downloaded: {first_line(error)}"
+        raise UserError(where, problem, fix) from error
+
+
+def read_utf8(file: Path, fix: str) -> str:
+    """The text of a file that may not be ours.
+
+    Raises:
+        UserError: it cannot be read, is no regular file (a pipe would never end), or is not UTF-8.
+    """
+    require_regular(file)
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(file, f"not UTF-8 text (byte {error.start})", fix) from None
+    except OSError as error:
+        raise UserError(file, reason(error), "Give a file that can be read") from None
+
+
+def read_json(file: Path, fix: str, max_bytes: int | None = None) -> dict[str, Any]:
+    """The JSON object in a file that may not be ours.
+
+    Raises:
+        UserError: see `read_utf8`; or it is something else, or larger than `max_bytes`.
+    """
+    require_regular(file)
+    size = file.stat().st_size
+    if max_bytes is not None and size > max_bytes:
+        raise UserError(file, f"must have at most {max_bytes} bytes, got {size}", fix)
+    try:
+        values = json.loads(read_utf8(file, fix))
+    except (ValueError, RecursionError) as error:
+        raise UserError(file, f"not valid JSON: {first_line(error)}", fix) from None
+    if not isinstance(values, dict):
+        raise UserError(file, f"must be a JSON object, got {type(values).__name__}", fix)
+    return values
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

@@ -27,10 +27,11 @@ from torch import Tensor
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError, first_line, reading, require_package
 from tinylm.common.files import require_new
+from tinylm.common.hub import download, read_json
 from tinylm.config.schema import Config
 from tinylm.interchange import architectures, conversion
 from tinylm.model.decoder import Decoder
-from tinylm.model.hf_files import INDEX, download_model, read_json, require_folder_or_hub_name
+from tinylm.model.hf_files import AGAIN, GIVE_A_FOLDER, INDEX, require_folder_or_hub_name
 from tinylm.model.hf_model import quiet_transformers
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import OLDER_VOCABULARIES, TOKENIZER_FILES, load_hf_tokenizer
@@ -154,8 +155,10 @@ def find_folder(name: str) -> Path:
     if os.path.isdir(name):
         folder = Path(name)
     else:
-        read_config(download_model(name, ["*.json"]))  # checked before the weights are downloaded
-        folder = download_model(name, FILES)
+        read_config(
+            download(name, ["*.json"], name, GIVE_A_FOLDER)
+        )  # checked before the weights are downloaded
+        folder = download(name, FILES, name, GIVE_A_FOLDER)
     refuse_links_out(folder)
     return folder
 
@@ -193,7 +196,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     file = folder / "config.json"
     if not file.exists():
         raise UserError(folder, "no config.json", "Give the folder of a Hugging Face model")
-    values = read_json(file, CONFIG_BYTES)
+    values = read_json(file, AGAIN, CONFIG_BYTES)
     if values.get("quantization_config") is not None:
         problem = "its weights are quantized, but must be fp32, fp16 or bf16"
         raise UserError((file, "quantization_config"), problem, FIX)
@@ -214,7 +217,7 @@ def refuse_code(folder: Path) -> None:
     """Raise a UserError if one of the JSON files names code of its own: it is never imported."""
     for name in JSON_FILES:
         file = folder / name
-        if file.exists() and "auto_map" in read_json(file, CONFIG_BYTES):
+        if file.exists() and "auto_map" in read_json(file, AGAIN, CONFIG_BYTES):
             problem = "requires running code of its author, which this program never does"
             raise UserError((file, "auto_map"), problem, "Choose another model")
 
@@ -266,7 +269,7 @@ def weight_files(folder: Path) -> list[Path]:
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
             problem = "has only pickled weights, which can run code and are never read"
         raise UserError(folder, problem, "Give a model with safetensors")
-    shards = read_json(index, INDEX_BYTES).get("weight_map")
+    shards = read_json(index, AGAIN, INDEX_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise UserError((index, "weight_map"), "must be an object from tensor to file", FIX)
     names = sorted(set(shards.values()))

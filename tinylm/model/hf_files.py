@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tinylm.common.errors import UserError, first_line, require_package
-from tinylm.common.hub import hub_errors, is_hub_name, require_hub
+from tinylm.common.hub import download, is_hub_name, read_json
 from tinylm.config.schema import ModelConfig
 from tinylm.model.hf_model import (
     HFModel,
@@ -46,6 +46,7 @@ REFUSED_KEYS = {
     "quantization_config": "its weights are quantized, but training needs full precision",
 }
 ANOTHER = "Choose another model"
+GIVE_A_FOLDER = "Give a local folder with config.json and model.safetensors"
 AGAIN = "Download it again"
 BOTH_AGAIN = "Download config.json and the weights again"
 
@@ -93,7 +94,7 @@ class HFModelFiles:
         if not index.is_file():
             fix = "Convert the weights to safetensors: other formats are not read"
             raise UserError(self.folder, "no model.safetensors", fix)
-        shards = read_json(index).get("weight_map")
+        shards = read_json(index, AGAIN, JSON_BYTES_LIMIT).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise UserError((index, "weight_map"), "must be an object from tensor to file", AGAIN)
         for name in shards.values():
@@ -120,14 +121,15 @@ def find_hf_model(name: str) -> HFModelFiles:
     if os.path.isdir(name):
         folder = Path(name)
     else:
-        folder = download_model(name, [*MODEL_FILES, *TOKENIZER_FILES, *OLDER_VOCABULARIES])
+        patterns = (*MODEL_FILES, *TOKENIZER_FILES, *OLDER_VOCABULARIES)
+        folder = download(name, patterns, name, GIVE_A_FOLDER)
     if (folder / "adapter_config.json").is_file():
         problem = "an adapter, not a whole model"
         raise UserError(folder, problem, "Give the model that it was trained on")
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(folder, "no config.json", "Give the folder of a Hugging Face model")
-    return HFModelFiles(folder, _read_config(read_json(file), file))
+    return HFModelFiles(folder, _read_config(read_json(file, AGAIN, JSON_BYTES_LIMIT), file))
 
 
 def require_folder_or_hub_name(name: str) -> None:
@@ -142,48 +144,6 @@ def require_folder_or_hub_name(name: str) -> None:
             "or a Hugging Face name such as gpt2"
         )
         raise UserError(name, problem, fix)
-
-
-def download_model(name: str, patterns: Sequence[str]) -> Path:
-    """The folder in the hub library's cache with the files of the model `name`
-    that match `patterns`.
-
-    Raises:
-        UserError: the hub cannot be reached, or has no such model.
-    """
-    from huggingface_hub import snapshot_download
-
-    fix = "Give a local folder with config.json and model.safetensors"
-    require_hub(name, fix)
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (*hub_errors(), ValueError) as error:
-        problem = f"not a folder, and cannot be downloaded: {first_line(error)}"
-        raise UserError(name, problem, fix) from error
-
-
-def read_json(file: Path, limit: int = JSON_BYTES_LIMIT) -> dict[str, Any]:
-    """The JSON object in `file`.
-
-    Raises:
-        UserError: it is something else, or larger than `limit` bytes.
-    """
-    try:
-        if not file.is_file():
-            raise UserError(file, "not a regular file", AGAIN)
-        size = file.stat().st_size
-        if size > limit:
-            raise UserError(file, f"must have at most {limit} bytes, got {size}", AGAIN)
-        values = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(file, f"cannot be read: {error.strerror}", AGAIN) from None
-    except (ValueError, RecursionError) as error:
-        problem = f"not valid JSON: {first_line(error)}"
-        raise UserError(file, problem, AGAIN) from None
-    if not isinstance(values, dict):
-        problem = f"must be a JSON object, got {type(values).__name__}"
-        raise UserError(file, problem, AGAIN)
-    return values
 
 
 # --- from config and weights to a model ---

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.common.errors import UserError, first_line, reason
-from tinylm.common.hub import hub_errors, is_hub_name, require_hub
+from tinylm.common.errors import UserError, first_line
+from tinylm.common.hub import download, is_hub_name, read_json, read_utf8
 from tinylm.tokenizer.hf import HFTokenizer
 
 if TYPE_CHECKING:
@@ -55,25 +55,9 @@ def load_hf_tokenizer(path: str) -> HFTokenizer:
             "is not a folder" if os.path.lexists(path) else "not found",
             "Give a folder with tokenizer.json, or a Hugging Face name such as gpt2",
         )
-    return _read_folder(_download(path))
-
-
-def _download(name: str) -> Path:
-    """The folder in the library's cache with the tokenizer files of the Hugging Face model
-    `name`.
-    """
-    from huggingface_hub import snapshot_download
-
-    fix = "Give a local folder with tokenizer.json, or vocab.json and merges.txt."
-    require_hub(f"tokenizer.path: {name}", fix)
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*TOKENIZER_FILES, *OLDER_VOCABULARIES]))
-    except (*hub_errors(), ValueError) as error:
-        raise UserError(
-            ("tokenizer.path", name),
-            f"not a folder here, and the Hugging Face hub answers: {first_line(error)}",
-            fix,
-        ) from error
+    fix = "Give a local folder with tokenizer.json, or vocab.json and merges.txt"
+    patterns = (*TOKENIZER_FILES, *OLDER_VOCABULARIES)
+    return _read_folder(download(path, patterns, ("tokenizer.path", path), fix))
 
 
 def _read_folder(folder: Path) -> HFTokenizer:
@@ -155,14 +139,14 @@ def _read_settings(folder: Path) -> _Settings:
         if (folder / name).is_file():
             _add_settings(settings, folder / name)
     if (folder / "chat_template.jinja").is_file():
-        settings.chat_template = _read_text(folder / "chat_template.jinja")
+        settings.chat_template = read_utf8(folder / "chat_template.jinja", EXPORT_AGAIN)
     # Text that is not in the vocabulary is encoded to the unknown token, so it is not special.
     settings.special |= {token for key, token in settings.named.items() if key != "unk_token"}
     return settings
 
 
 def _add_settings(settings: _Settings, file: Path) -> None:
-    values = _read_object(file)
+    values = read_json(file, EXPORT_AGAIN)
     for key, value in values.items():
         is_switch = value is None or isinstance(value, bool)  # add_bos_token: true
         if key.endswith("_token") and not is_switch:
@@ -213,9 +197,9 @@ def _read_backend(folder: Path) -> tuple[Path, "Backend"]:
 def _read_tokenizer_json(file: Path) -> "Backend":
     from tokenizers import Tokenizer as Backend
 
-    description = _read_object(file)
+    description = read_json(file, EXPORT_AGAIN)
     try:
-        backend = Backend.from_str(_read_text(file))
+        backend = Backend.from_str(read_utf8(file, EXPORT_AGAIN))
     except Exception as error:  # the library raises plain Exception for everything it cannot read
         raise _not_a_tokenizer(file, error) from error
     # The library silently gives an added token with another id the next free one.
@@ -238,7 +222,7 @@ def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
-    vocabulary = _read_object(vocab_file)
+    vocabulary = read_json(vocab_file, EXPORT_AGAIN)
     for token, id in vocabulary.items():
         if type(id) is not int or id < 0:
             raise UserError(
@@ -246,7 +230,7 @@ def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":
             )
     _check_ids(vocabulary, vocab_file)
     merges = []
-    for number, line in enumerate(_read_text(merges_file).split("\n"), start=1):
+    for number, line in enumerate(read_utf8(merges_file, EXPORT_AGAIN).split("\n"), start=1):
         pair = line.rstrip("\r").split(" ")
         if line.startswith("#version") or pair == [""]:
             continue
@@ -287,25 +271,6 @@ def _convert(folder: Path) -> "Backend":
 
 
 # --- files ---
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(file, f"not UTF-8 text (byte {error.start})", EXPORT_AGAIN) from None
-    except OSError as error:
-        raise UserError(file, reason(error), "Give a folder whose files can be read") from None
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(file, f"not JSON, or cut off: {first_line(error)}", EXPORT_AGAIN) from None
-    if not isinstance(value, dict):
-        raise UserError(file, f"must be a JSON object, got {type(value).__name__}", EXPORT_AGAIN)
-    return value
 
 
 def _not_a_tokenizer(file: Path, error: Exception) -> UserError:

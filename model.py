@@ -131,6 +131,8 @@ class TrainingModule(L.LightningModule):
         self.balance_coef = 0.0 if config.model.moe is None else config.model.moe.balance_coef
         self.progress = Progress()
         self.cursor: list[int] | None = None
+        self.system: str | None = None
+        """the system turn that its answers are generated with"""
         self._losses: list[BatchLoss] = []  # of the micro-batches of this step
         self._origins: list[Any] = []  # of their rows
 

@@ -89,6 +89,7 @@ class Checkpoints:
         for name, weight in trainer.strategy.lightning_module_state_dict().items():
             if name.startswith("decoder."):  # not the reference model of preferences
                 weights[name.removeprefix("decoder.")] = weight
+        system = {} if module.system is None else {"system": module.system}
         return {
             "format": FORMAT,
             "schema": SCHEMA,
@@ -102,6 +103,7 @@ class Checkpoints:
             "tokenizer": self.tokenizer.to_plain(),
             "weights": weights if config.lora is None else adapter_weights(weights),
             **module.references,
+            **system,
             "optimizer": trainer.strategy.optimizer_state(trainer.optimizers[0]),
             "precision": trainer.precision_plugin.state_dict(),
             "progress": progress.to_plain(),

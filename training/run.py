@@ -92,8 +92,7 @@ def fit(
 ) -> int:
     """Train `module` on `data` to the last step, from step 0 or from that of the checkpoint."""
     config = module.config
-    if data.system is not None:
-        module.references["system"] = data.system
+    module.system = data.system
     if resume is not None:
         log_effects_of_changes(resume, config)
         module.progress = resume.progress()
@@ -128,20 +127,18 @@ def fit(
             trainer.fit(module, datamodule=data)
         except Diverged as error:
             raise Diverged(f"{error}. {last_good(checkpoints, resume)}") from error
+    step = module.progress.step
     if not step_end.is_over:
-        n_steps = config.training.max_steps
-        problem = f"the batches ended after step {module.progress.step} of {n_steps}"
+        problem = f"the batches ended after step {step} of {config.training.max_steps}"
         raise UserError("training", problem, last_good(checkpoints, resume))
     if checkpoints.newest is None:  # only rank 0 saves
         return signals.exit_code
     if signals.agreed is not None:
-        stopped = f"stopped by signal {signals.agreed} after step {module.progress.step}"
         saved = f"saved {checkpoints.newest}. Run the same command again to continue."
-        logger.info(f"{stopped}; {saved}")
+        logger.info(f"stopped by signal {signals.agreed} after step {step}; {saved}")
         return signals.exit_code
-    seconds = duration(time.monotonic() - began)
-    best = module.progress.best_val_loss
-    logger.info(f"done: {module.progress.step} steps in {seconds}, best val_loss {best:.4f}")
+    seconds, best = duration(time.monotonic() - began), module.progress.best_val_loss
+    logger.info(f"done: {step} steps in {seconds}, best val_loss {best:.4f}")
     return print_result(stage, checkpoints.newest.with_name("final.ckpt"))
 
 

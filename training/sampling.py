@@ -20,6 +20,6 @@ def sample_text(module: TrainingModule, tokenizer: Tokenizer) -> str:
     template = None
     if module.stage in CHAT_STAGES:
         template = make_template(config.data.template, tokenizer)
-    formatted = format_prompt(engine, prompt, template, system=module.references.get("system"))
+    formatted = format_prompt(engine, prompt, template, system=module.system)
     completions = engine.generate(formatted.prompt, config.sampling, stop_ids=formatted.stop_ids)
     return prompt + completions[0].text

@@ -12,7 +12,7 @@ a wrong number. The content of a checkpoint, the state, is one dict:
     hf_config                               config.json of a Hugging Face model as text, else None
     base, reference                         {"path", "fingerprint"} of the model under an adapter, and of the
                                             reference of preference training, else None
-    system                                  the commonest system turn of its rows, if they have one
+    system                                  the most common system turn of its rows, if they have one
     optimizer, precision, progress, cursor  resume the run; an imported model has none of these
     data, world_size, threads, versions     fingerprints and numbers that a resumed run is compared with
 

@@ -106,8 +106,8 @@ def test_problems_that_do_not_fit_or_have_no_number_are_skipped_and_reported():
     kept = filter_problems(found, report, BYTES, n_wrong=1)
     assert [item.question.text for item in kept] == ["0123456", "d"]
     assert report.notes() == [
-        "training: skipped 1 row: the answer fills the context of 12 tokens (rows.jsonl: b)",
-        "training: skipped 2 rows: the answer has no number to change into a wrong one (rows.jsonl: c, rows.jsonl: e)",
+        "training: skipped 1 row: the answer fills the context of 12 tokens (rows.jsonl: b). Raise training.seq_len, or give other rows.",
+        "training: skipped 2 rows: the answer has no number to change into a wrong one (rows.jsonl: c, rows.jsonl: e). Set verifier.n_wrong to 0, or give other rows.",
         "training: 1 of 2 rows lost the start of a problem to the context of 12 tokens",
     ]
     assert len(filter_problems(found, RowReport("train", 12), BYTES, n_wrong=0)) == 4

@@ -535,8 +535,8 @@ def test_a_long_answer_is_cut_and_a_prompt_that_fills_the_context_is_skipped_and
     assert made[0].ids[-1] == ByteTokenizer().eos_id != made[1].ids[-1]
     assert (report.kept, report.truncated) == (3, 2)
     assert report.notes() == [
-        f"training: skipped 4 rows: the prompt fills the context of 8 tokens ({path}:4, {path}:5, {path}:6 and 1 more)",
-        "training: 2 of 3 rows lost the end of an answer to the context of 8 tokens",
+        f"training: skipped 4 rows: the prompt fills the context of 8 tokens ({path}:4, {path}:5, {path}:6 and 1 more). Raise training.seq_len, or shorten the prompts.",
+        "training: 2 of 3 rows lost their end to the context of 8 tokens",
     ]
 
 
@@ -673,7 +673,9 @@ def test_a_row_whose_answers_all_have_weight_0_is_skipped_and_named(write):
     path = write("a.jsonl", lines(conversation_of(0), conversation_of(1)))
     made, report = made_of(path, 64)
     assert len(made) == 1
-    assert report.notes() == [f"training: skipped 1 row: every answer has weight 0 ({path}:1)"]
+    assert report.notes() == [
+        f"training: skipped 1 row: every answer has weight 0 ({path}:1). Give rows with an answer of weight 1."
+    ]
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])

@@ -39,10 +39,10 @@ def test_a_report_counts_and_names_skipped_rows():
     report.unread_columns["context"] = None
     assert report.notes() == [
         "validation: skipped 5 rows: the prompt fills the context of 64 tokens "
-        "(a.jsonl:1, a.jsonl:2, a.jsonl:3 and 2 more)",
-        "validation: skipped 1 row: an answer is empty (a.jsonl:9)",
+        "(a.jsonl:1, a.jsonl:2, a.jsonl:3 and 2 more). Raise training.seq_len, or shorten the prompts.",
+        "validation: skipped 1 row: an answer is empty (a.jsonl:9). Give pairs with two answers.",
         "validation: columns not read: context; data.columns names those that are",
-        "validation: 2 of 5 rows lost the end of an answer to the context of 64 tokens",
+        "validation: 2 of 5 rows lost their end to the context of 64 tokens",
     ]
 
 

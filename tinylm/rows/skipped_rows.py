@@ -20,7 +20,7 @@ line and key and ends the run; with data.skip_bad_rows: N up to N such rows of a
 and named. A valid row that teaches nothing (step 5) is always skipped, counted in a `RowReport`.
 The run prints its notes before it trains:
 
-    training: skipped 2 rows: the prompt fills the context of 128 tokens (rows.jsonl:3, rows.jsonl:4)
+    training: skipped 1 row: an answer is empty (rows.jsonl:3). Give pairs with two answers.
 
 `finetune.py --show-rows 3` prints rows as step 7 hands them to training.
 """
@@ -94,7 +94,7 @@ class RowReport:
     kept: int = 0
     truncated: int = 0
     """rows of those kept that lost tokens to the context"""
-    lost: str = "the end of an answer"
+    lost: str = "their end"
     """the part that a truncated row lost"""
     skipped: dict[SkipReason, list[str]] = field(default_factory=dict)
     """the places of skipped rows"""
@@ -136,7 +136,7 @@ class RowReport:
     def notes(self) -> list[str]:
         """Notes for the user, one line each."""
         split = "validation" if self.which == "val" else "training"
-        notes = [f"{split}: skipped {text}" for text in self._skipped_texts()]
+        notes = [f"{split}: skipped {self._text(reason)}. {reason.fix}." for reason in self.skipped]
         if self.bad:
             notes.append(f"{split}: {self._bad_text()}")
         if self.unread_columns:
@@ -158,7 +158,8 @@ class RowReport:
             problem = f"no {split} rows are left: {self._bad_text()}"
             raise UserError("data.dataset", problem, "Correct the rows, or give others")
         most = max(self.skipped, key=lambda reason: len(self.skipped[reason]))
-        problem = f"no {split} rows are left: skipped {'; '.join(self._skipped_texts())}"
+        texts = "; ".join(self._text(reason) for reason in self.skipped)
+        problem = f"no {split} rows are left: skipped {texts}"
         raise UserError("data.dataset", problem, most.fix)
 
     def _bad_text(self) -> str:
@@ -170,11 +171,10 @@ class RowReport:
         allowed = f"data.skip_bad_rows {self.max_bad}"
         return f"skipped {count_rows(len(self.bad))} with a mistake ({allowed}): {named}"
 
-    def _skipped_texts(self) -> list[str]:
-        return [
-            f"{count_rows(len(places))}: {reason.text(self.seq_len)} ({list_places(places)})"
-            for reason, places in self.skipped.items()
-        ]
+    def _text(self, reason: SkipReason) -> str:
+        """How many rows were skipped for a reason, and the first of them."""
+        places = self.skipped[reason]
+        return f"{count_rows(len(places))}: {reason.text(self.seq_len)} ({list_places(places)})"
 
 
 def count_rows(n: int) -> str:

@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tinylm.cli.model_flags import add_tokenizer_flag
 from tinylm.cli.program import Parser, run_program
 
 
@@ -35,12 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="the data are questions and answers, as for finetune.py: score the answers",
     )
-    parser.add_argument(
-        "--tokenizer",
-        default="auto",
-        metavar="NAME",
-        help="auto: the one in the checkpoint; else byte, or a Hugging Face name or folder",
-    )
+    add_tokenizer_flag(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_intermixed_args(argv)
 

@@ -15,9 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from tinylm.cli.model_flags import add_device_flag, add_source_flags, add_tokenizer_flag
 from tinylm.cli.program import Parser, run_program
 from tinylm.cli.sampling_flags import add_sampling_flags, parse_number
-from tinylm.common.device import NAMES
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,7 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-wrap", action="store_true", help="do not format the prompt with the model's template"
     )
-    add_model_flags(parser)
+    add_source_flags(parser)
+    add_tokenizer_flag(parser)
+    add_device_flag(parser)
     parser.add_argument(
         "--show-probs",
         action="store_true",
@@ -69,33 +71,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_sampling_flags(parser)
     return parser
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that choose the model, its tokenizer and the device."""
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--ckpt",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint (the latest valid one in --dir; for --chat the latest fine-tuned one)",
-    )
-    source.add_argument(
-        "--dir",
-        type=Path,
-        default=Path("checkpoints"),
-        metavar="FOLDER",
-        help="folder of checkpoints (checkpoints)",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        default="auto",
-        metavar="NAME",
-        help="auto: the one in the checkpoint; else byte, or a Hugging Face name or folder",
-    )
-    parser.add_argument(
-        "--device", choices=NAMES, default="auto", help="auto: CUDA, else MPS, else the CPU"
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,41 @@
+"""The flags that choose a model, its tokenizer and the device, for every program that loads one."""
+
+import argparse
+from pathlib import Path
+
+from tinylm.common.device import NAMES
+
+
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """--ckpt and --dir: one checkpoint, or the latest one of a folder."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--ckpt",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint (the latest valid one in --dir; for --chat the latest fine-tuned one)",
+    )
+    source.add_argument(
+        "--dir",
+        type=Path,
+        default=Path("checkpoints"),
+        metavar="FOLDER",
+        help="folder of checkpoints (checkpoints)",
+    )
+
+
+def add_tokenizer_flag(parser: argparse._ActionsContainer) -> None:
+    """--tokenizer: the one in the checkpoint, or another."""
+    parser.add_argument(
+        "--tokenizer",
+        default="auto",
+        metavar="NAME",
+        help="auto: the one in the checkpoint; else byte, or a Hugging Face name or folder",
+    )
+
+
+def add_device_flag(parser: argparse._ActionsContainer) -> None:
+    """--device, auto by default."""
+    parser.add_argument(
+        "--device", choices=NAMES, default="auto", help="auto: CUDA, else MPS, else the CPU"
+    )

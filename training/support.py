@@ -21,6 +21,7 @@ FEATURES: dict[str, Callable[[Config, str | None], bool]] = {
     "new weights": lambda config, device: config.training.init_from is None,
     "train_on response": lambda config, device: config.training.train_on == "response",
     "train_on all": lambda config, device: config.training.train_on == "all",
+    "skip_bad_rows": lambda config, device: config.data.skip_bad_rows > 0,
     "packed": lambda config, device: config.data.packing == "packed",
     "learned tokenizer": lambda config, device: config.tokenizer.kind in ("bpe", "char"),
     "muon": lambda config, device: config.training.optimizer == "muon",
@@ -72,6 +73,12 @@ UNSUPPORTED = (
         "verifier",
         "only valid for finetune.py, which trains verifiers",
         "Run finetune.py, or remove the verifier section",
+    ),
+    Unsupported(
+        ("pretrain", "skip_bad_rows"),
+        "data.skip_bad_rows",
+        "only valid for finetune.py: pretraining reads documents, not rows",
+        "Remove it",
     ),
     # --- new weights
     Unsupported(

@@ -18,6 +18,7 @@ ON: dict[str, list[str]] = {
     "new weights": ["training.init_from=null"],
     "train_on response": ["training.train_on=response"],
     "train_on all": ["training.train_on=all"],
+    "skip_bad_rows": ["data.skip_bad_rows=1"],
     "packed": ["data.packing=packed"],
     "learned tokenizer": ["tokenizer.kind=char"],
     "muon": ["training.optimizer=muon"],

@@ -150,7 +150,6 @@ def test_the_folder_describes_the_model(save, tmp_path):
             "temperature",
             "top_k",
             "top_p",
-            "max_new_tokens",
         )
     } == {
         "eos_token_id": tokenizer.eos_id,
@@ -159,8 +158,8 @@ def test_the_folder_describes_the_model(save, tmp_path):
         "temperature": 0.5,
         "top_k": 0,
         "top_p": 0.9,
-        "max_new_tokens": 200,
     }
+    assert "max_new_tokens" not in generation
     assert (
         json.loads(files["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
     )
@@ -218,6 +217,26 @@ def test_sampling_settings_are_translated_to_transformers(sampling, expected):
     found = sampling_settings(Config.model_validate({"sampling": sampling}).sampling)
     assert expected.items() <= found.items()
     assert found["do_sample"] or "temperature" not in found
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [None, ByteTokenizer(), CharTokenizer(TEXT + "<|>_fpx", unknown="error")]
+)
+def test_the_name_of_a_special_token_in_a_text_is_text(tokenizer, save, tmp_path):
+    """A template needs its markers as tokens: with one, the names are tokens, and the card says so."""
+    text = "the<|endoftext|> model <|pad|><|im_start|>next <|endoftext|>"
+    path = save(tokenizer)
+    export_hf(path, tmp_path / "base")
+    ours = checkpoint_load.load_model(path).tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    assert theirs(text)["input_ids"] == ours.encode(text)
+    assert theirs([text, "the"], padding=True)["input_ids"][0] == ours.encode(text)
+    assert theirs.decode(ours.encode(text), skip_special_tokens=True) == text
+    export_hf(save(tokenizer, stage="sft"), tmp_path / "tuned")
+    tuned = transformers.AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    assert ours.eos_id in tuned(ours.special_names[ours.eos_id])["input_ids"]
+    card = (tmp_path / "tuned" / "README.md").read_text(encoding="utf-8")
+    assert "the name of a special token in a message becomes that token" in card
 
 
 def test_without_a_padding_token_no_padding_id_is_exported(save, bpe, tmp_path):

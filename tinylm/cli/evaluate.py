@@ -294,6 +294,8 @@ def ask_harness(
     opened: OpenedSubject, questions: Questions, arguments: argparse.Namespace, results: Results
 ) -> None:
     """Add the scores on the harness's tasks; without --shots each task has its own number."""
+    template = opened.template
+    stop_ids = template.stop_ids(opened.engine.tokenizer) if template else ()
     for n_shots in questions.shots if arguments.shots else (None,):
         scores = run_harness(
             opened.engine,
@@ -302,6 +304,7 @@ def ask_harness(
             include_path=arguments.include_path,
             limit=arguments.limit,
             batch_size=arguments.batch_size,
+            stop_ids=stop_ids,
         )
         for score in scores:
             low, high = score.interval

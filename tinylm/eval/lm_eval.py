@@ -5,6 +5,7 @@
 that the harness calls.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tinylm.common.errors import UserError
 from tinylm.common.statistics import Z95, wilson
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.engine import Engine
+from tinylm.generate.output import Prompt
 from tinylm.generate.scoring import fit_continuation, score_continuations
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
+
+logger = logging.getLogger(__name__)
 
 # The harness's name of a setting: our name in SamplingConfig.
 SAMPLING_NAMES = {
@@ -74,6 +78,7 @@ def run_harness(
     shots: int | None = None,
     limit: int | None = None,
     batch_size: int = 16,
+    stop_ids: Sequence[int] = (),
 ) -> list[HarnessScore]:
     """The scores of the named tasks.
 
@@ -81,10 +86,11 @@ def run_harness(
         include_path: folder of YAML tasks, used in place of the harness's own.
         shots: examples in each prompt; None: as the task says.
         limit: the first examples of each task, at most this many.
+        stop_ids: tokens that end a text like EOS, such as those of the model's template.
     """
     from lm_eval import simple_evaluate
 
-    model = harness_model(engine, batch_size=batch_size)
+    model = harness_model(engine, batch_size=batch_size, stop_ids=stop_ids)
     manager = _task_manager(include_path)
     found = simple_evaluate(
         model,
@@ -147,9 +153,13 @@ def _task_scores(found: dict[str, Any], task: str) -> list[HarnessScore]:
     return scores
 
 
-def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
-    """The engine with the interface of the harness; too long prompts lose their beginning."""
+def harness_model(engine: Engine, *, batch_size: int = 16, stop_ids: Sequence[int] = ()) -> "LM":
+    """The engine with the interface of the harness; too long prompts lose their beginning.
+
+    Generated texts are those of the harness's own `hf` model on an export of the model.
+    """
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows
 
     class EngineLM(TemplateLM):
@@ -199,11 +209,36 @@ def harness_model(engine: Engine, *, batch_size: int = 16) -> "LM":
         ) -> list[str]:
             texts = []
             for request in requests:
-                prompt, settings = request.args
-                texts.append(engine.generate(prompt, to_sampling_config(settings))[0].text)
+                text, settings = request.args
+                sampling = to_sampling_config(normalize_gen_kwargs(settings, DEFAULT_NEW_TOKENS))
+                prompt = fit_harness_prompt(engine, text, sampling.max_new_tokens)
+                texts.append(engine.generate(prompt, sampling, stop_ids=stop_ids)[0].text)
             return texts
 
     return EngineLM()
+
+
+def fit_harness_prompt(engine: Engine, text: str, max_new_tokens: int) -> Prompt:
+    """The last tokens of `text` that leave room for `max_new_tokens` in the context:
+    the harness's rule.
+
+    Where it leaves no room for a prompt, the harness refuses the task. Here the prompt may then
+    fill the context, and the model forgets the oldest tokens while it writes.
+    """
+    limit = engine.model.config.max_seq_len
+    # The encoder of an encoder-decoder reads only the prompt and EOS.
+    room = limit - (1 if engine.model.has_encoder else max_new_tokens)
+    if room < 1:
+        logger.warning(
+            "max_gen_toks (%d) leaves no room for a prompt in a context of %d tokens: "
+            "lm-eval's hf model refuses such a task; here the model forgets the oldest tokens",
+            max_new_tokens,
+            limit,
+        )
+        room = limit
+    prompt = engine.encode_prompt(text)
+    cut = max(0, len(prompt.ids) - room)
+    return Prompt(prompt.ids[cut:], prompt.truncated + cut)
 
 
 def to_sampling_config(settings: dict[str, Any]) -> SamplingConfig:

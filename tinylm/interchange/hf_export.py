@@ -181,11 +181,12 @@ def set_token_ids(theirs: PreTrainedModel, loaded: Loaded) -> None:
 
 
 def sampling_settings(sampling: SamplingConfig) -> dict[str, Any]:
-    """Our settings of sampling under transformers' names;
-    `stop` and `seed` do not exist in its files.
+    """Our settings of sampling under transformers' names.
+
+    `stop` and `seed` do not exist in its files. `max_new_tokens` is left to the caller: in a file
+    it outranks the `max_length` that a caller gives, so that it could exceed the context.
     """
     settings: dict[str, Any] = {
-        "max_new_tokens": sampling.max_new_tokens,
         "repetition_penalty": sampling.repetition_penalty,
         "no_repeat_ngram_size": sampling.no_repeat_ngram or 0,
         "num_beams": sampling.n_beams,
@@ -227,8 +228,13 @@ def model_card(loaded: Loaded, model_type: str, tokenizer_class: str, *, has_tem
         "validation loss": val_loss,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    specials = "The name of a special token in a text is text (`split_special_tokens`)."
     ask = 'ids = tokenizer("Once", return_tensors="pt")["input_ids"]'
     if has_template:
+        specials = (
+            "Unlike in the trainer, the name of a special token in a message becomes that token: "
+            "in text from strangers, replace such names first."
+        )
         ask = (
             'ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], '
             'add_generation_prompt=True, return_tensors="pt")["input_ids"]'
@@ -255,7 +261,7 @@ print(tokenizer.decode(model.generate(ids)[0]))
 ```
 
 Exported from a checkpoint in fp32, after comparing transformers' logits with the trainer's. No token is added before
-a text. Unlike in the trainer, a text that contains the name of a special token becomes that token.
+a text. {specials}
 """
 
 

@@ -96,6 +96,9 @@ def write_tokenizer(folder: Path, backend: Backend, loaded: Loaded, template: st
         "pad_token": tokenizer.special_names[tokenizer.pad_id],
         "clean_up_tokenization_spaces": False,
         "model_max_length": loaded.model.config.max_seq_len,
+        # The name of a special token in a text is text, as here. transformers cannot tell a
+        # template's markers from a user's text, so with a template the names are tokens.
+        "split_special_tokens": template is None,
     }
     config = json.dumps(settings, ensure_ascii=False, indent=2)
     write_text(folder / "tokenizer.json", backend.to_str(pretty=True))

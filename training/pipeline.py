@@ -75,34 +75,34 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[PipelineStage
             or as `load_config` of a stage's config.
     """
     stages: dict[str, PipelineStage] = {}
-    for place, item in read_list(path):
-        name, file = _name_and_config(place, item)
+    for location, item in read_list(path):
+        name, file = _name_and_config(location, item)
         if name not in PROGRAMS:
             raise UserError(
-                (place, "stage"), f"{name}: no such stage", f"Use one of {', '.join(PROGRAMS)}"
+                (location, "stage"), f"{name}: no such stage", f"Use one of {', '.join(PROGRAMS)}"
             )
         if name in stages:
             raise UserError(
-                (place, "stage"), f"{name} is listed twice", "List each stage only once"
+                (location, "stage"), f"{name} is listed twice", "List each stage only once"
             )
         config = load_config(file, overrides)
-        check_kind(name, config, (place, file), overrides)
+        check_kind(name, config, (location, file), overrides)
         best = Path(config.training.checkpoint_dir) / "best.ckpt"
         stages[name] = PipelineStage(name, file, config, tuple(overrides), best)
     check_chain(list(stages.values()))
     return [_with_compared_model(stage, stages.values()) for stage in stages.values()]
 
 
-def _name_and_config(place: object, item: dict[str, object]) -> tuple[str, str]:
+def _name_and_config(location: object, item: dict[str, object]) -> tuple[str, str]:
     for key in ("stage", "config"):
         if not isinstance(item.get(key), str):
             found = item.get(key, "nothing")
             raise UserError(
-                (place, key), f"must be text, got {found}", "Each stage has a stage and a config"
+                (location, key), f"must be text, got {found}", "Each stage has a stage and a config"
             )
     if unknown := item.keys() - {"stage", "config"}:
         raise UserError(
-            (place, min(unknown)),
+            (location, min(unknown)),
             "no such key",
             "A stage has the keys stage and config; settings belong in the config",
         )

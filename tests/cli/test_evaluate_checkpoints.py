@@ -216,7 +216,7 @@ def test_tasks_have_ranks_intervals_chance_and_a_file_of_wrong_answers(tmp_path,
         assert [row["value"] for row in csv.DictReader(file)] == ["0.5", "0.0", "0.5", "0.0"]
     [file] = (tmp_path / "results").glob("failed-*_a-pairs-0shots.jsonl")
     [wrong] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert (wrong["place"], wrong["question"], wrong["target"]) == (f"{rows}:2", "y", " nothing")
+    assert (wrong["location"], wrong["question"], wrong["target"]) == (f"{rows}:2", "y", " nothing")
     assert wrong["output"] == "all you"
 
 

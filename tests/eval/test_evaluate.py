@@ -236,8 +236,10 @@ def test_the_most_probable_label_is_chosen(n_shots):
     found = evaluate_task(engine, task, SST2, shots=shots, batch_size=2)
     right = [answer == item.target for answer, item in zip(chosen, SST2, strict=True)]
     assert found.measures["accuracy"].value == pytest.approx(sum(right) / 3)
-    assert {answer.place: answer.output for answer in found.failed} == {
-        item.place: answer for answer, item, ok in zip(chosen, SST2, right, strict=True) if not ok
+    assert {answer.location: answer.output for answer in found.failed} == {
+        item.location: answer
+        for answer, item, ok in zip(chosen, SST2, right, strict=True)
+        if not ok
     }
     assert (found.task, found.shots, found.n_examples, found.n_errors, found.n_truncated) == (
         "sst2",
@@ -295,7 +297,7 @@ def test_answers_are_graded_and_wrong_ones_are_reported():
     found = evaluate_task(engine, TASKS["gsm8k"], asked, shots=[example("0 and 0", "#### 0")])
     assert found.measures["exact_match"].value == 0.5
     [failed] = found.failed
-    assert (failed.place, failed.question, failed.output, failed.target) == (
+    assert (failed.location, failed.question, failed.output, failed.target) == (
         "rows.jsonl: 2 and 2",
         "2 and 2",
         "five is 5",

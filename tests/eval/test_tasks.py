@@ -280,7 +280,7 @@ def test_a_limit_draws_examples_with_the_seed_and_keeps_their_order(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", problems(50))
     places = [
         [
-            int(e.place.rpartition(":")[2])
+            int(e.location.rpartition(":")[2])
             for e in load_task(TASKS["gsm8k"], path, limit=10, seed=seed).examples
         ]
         for seed in (0, 0, 1)

@@ -152,7 +152,7 @@ def test_bad_pairs_are_skipped_up_to_the_limit_and_unread_columns_are_named(tmp_
     data = DataConfig(dataset=str(path), val_fraction=1e-9, skip_bad_rows=1)
     template = make_template("plain", TOKENIZER)
     found, report = build_pairs(data, "train", 0, template, TOKENIZER, 64)
-    assert [pair.chosen.place for pair in found] == [f"{path}:1"]
+    assert [pair.chosen.location for pair in found] == [f"{path}:1"]
     assert report.notes() == [
         f"training: skipped 1 row with a mistake (data.skip_bad_rows 1): {path}:2: rejected: "
         "missing; the row has prompt, chosen",
@@ -319,7 +319,7 @@ def test_each_reason_for_skipping_a_row_is_reported_with_places(made_of, tmp_pat
         *[pair_row(chosen="bad")] * 3,
     ]
     made, report = made_of(*rows)
-    assert [pair.chosen.place for pair in made] == [f"{tmp_path / 'p.jsonl'}:1"]
+    assert [pair.chosen.location for pair in made] == [f"{tmp_path / 'p.jsonl'}:1"]
     at = [f"{tmp_path / 'p.jsonl'}:{line}" for line in range(12)]
     assert report.notes() == [
         f"training: skipped 4 rows: the two answers are equal ({at[2]}, {at[9]}, {at[10]} and 1 more). Give pairs in which one answer is better.",

@@ -570,7 +570,7 @@ def test_a_task_makes_its_own_conversations(write):
         ),
     )
     assert ByteTokenizer().decode(made[0].ids) == "Lovely.\ngood"
-    assert made[0].place == f"{path}:1"
+    assert made[0].location == f"{path}:1"
 
 
 def test_columns_that_are_not_read_are_named(write):
@@ -710,7 +710,9 @@ def test_bad_rows_are_skipped_up_to_the_limit_and_named(write):
     ):
         read(1)
     made, report = read(2)
-    assert [example.place for example in made] == [f"{path}:{n}" for n in (1, 2, 3, *range(6, 12))]
+    assert [example.location for example in made] == [
+        f"{path}:{n}" for n in (1, 2, 3, *range(6, 12))
+    ]
     assert report.notes() == [
         f"training: skipped 2 rows with a mistake (data.skip_bad_rows 2): "
         f"{path}:4: completion: must be a string, got null; "

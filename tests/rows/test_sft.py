@@ -99,7 +99,7 @@ def test_each_pass_has_every_example_once_in_another_order(load: Any, packing: s
     assert (
         sorted(passes[0])
         == sorted(passes[1])
-        == sorted(example.place for example in data.train_examples)
+        == sorted(example.location for example in data.train_examples)
     )
     assert passes[0] != passes[1]
 

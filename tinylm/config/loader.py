@@ -81,7 +81,7 @@ def _add_file(
     if not isinstance(found, dict):
         problem = f"a config must have sections ({', '.join(Config.model_fields)})"
         fix = "Write each section's name: and its settings indented below it"
-        raise UserError(layer.place(layer.node), problem, fix)
+        raise UserError(layer.location(layer.node), problem, fix)
     if "extends" in found:
         children = (*children, path.resolve())
         parent = _extended(found.pop("extends"), path, str(layer.find("extends")), children)
@@ -90,19 +90,19 @@ def _add_file(
     layers.append(layer)
 
 
-def _extended(value: object, path: Path, place: str, children: Sequence[Path]) -> Path:
+def _extended(value: object, path: Path, location: str, children: Sequence[Path]) -> Path:
     """The file that `extends: value` in the file `path` names."""
     if not isinstance(value, str) or not value:
         problem = "must be the path of one YAML file"
-        raise UserError((place, "extends"), problem, "Write it relative to this file")
+        raise UserError((location, "extends"), problem, "Write it relative to this file")
     parent = path.parent / os.path.expanduser(value)
     # os.path: Path.is_file raises for a name that no file can have
     if not os.path.isfile(parent):
         fix = "Write the path relative to this file"
-        raise UserError((place, "extends", parent), "not a file", fix)
+        raise UserError((location, "extends", parent), "not a file", fix)
     if parent.resolve() in children:
         problem = "circular, that file extends this one"
-        raise UserError((place, "extends", parent), problem, "Remove one extends:")
+        raise UserError((location, "extends", parent), problem, "Remove one extends:")
     return parent
 
 
@@ -120,7 +120,7 @@ def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
 
 
 def _validated(values: dict[str, Any], layers: Sequence[Layer]) -> Config:
-    """The values as `Config`, or the first mistake in them as a UserError with its place."""
+    """The values as `Config`, or the first mistake in them as a UserError with its location."""
     try:
         return Config.model_validate(values)
     except ValidationError as invalid:

@@ -1,4 +1,4 @@
-"""From an error of pydantic to one line for people: the place of the key,
+"""From an error of pydantic to one line for people: the location of the key,
 what was found and what is expected.
 
 The key is the error's location, or, for a rule between settings, the rule's;
@@ -83,9 +83,9 @@ def place_of(keys: Iterable[str], layers: Sequence[Layer]) -> str:
     while any(keys):
         for key in keys:
             for layer in reversed(layers):
-                place = layer.find(key)
-                if place is not None:
-                    return place
+                location = layer.find(key)
+                if location is not None:
+                    return location
         keys = [key.rpartition(".")[0] for key in keys]
     files = [layer.name for layer in layers if layer.has_lines]
     return files[-1] if files else "config"

@@ -81,7 +81,7 @@ class Layer:
     """None: an empty file"""
     has_lines: bool = True
 
-    def place(self, node: yaml.Node) -> str:
+    def location(self, node: yaml.Node) -> str:
         """Where a node is, `config.yaml:12`."""
         return f"{self.name}:{node.start_mark.line + 1}" if self.has_lines else self.name
 
@@ -90,23 +90,23 @@ class Layer:
         None if an earlier layer can have it.
 
         A list or a plain value replaces what earlier layers have;
-        the place is then that of its nearest part.
+        the location is then that of its nearest part.
         """
-        node, place, replaced = self.node, self.name, False
+        node, location, replaced = self.node, self.name, False
         for part in re.findall(r"[^.\[\]]+", key):
             if isinstance(node, yaml.MappingNode):
                 written = [(name, value) for name, value in node.value if name.value == part]
                 if not written:
-                    return place if replaced else None
+                    return location if replaced else None
                 name, node = written[0]
-                place = self.place(name)
+                location = self.location(name)
                 continue
             replaced = True
             if not isinstance(node, yaml.SequenceNode) or int(part) >= len(node.value):
                 break
             node = node.value[int(part)]
-            place = self.place(node)
-        return place
+            location = self.location(node)
+        return location
 
     def values(self, node: yaml.Node, key: str = "") -> Any:
         """A node as plain Python values; `key` is its dotted key, for errors."""
@@ -120,7 +120,7 @@ class Layer:
             except (ValueError, KeyError):
                 problem = f"not a valid {node.tag.removeprefix(_TAG)}: {shown(node.value)}"
                 fix = "Write it out, or quote it if it is text"
-                raise UserError((self.place(node), key), problem, fix) from None
+                raise UserError((self.location(node), key), problem, fix) from None
         found: dict[str, Any] = {}
         lines: dict[str, int] = {}
         for name, value in node.value:
@@ -131,11 +131,13 @@ class Layer:
                 if isinstance(name, yaml.ScalarNode):
                     got = shown(name.value)
                 fix = "Write section: and, indented below it, name: value"
-                raise UserError(self.place(name), f"a key must be one plain name, got {got}", fix)
+                raise UserError(
+                    self.location(name), f"a key must be one plain name, got {got}", fix
+                )
             dotted = f"{key}.{name.value}".lstrip(".")
             if name.value in lines:
                 problem = f"already set on line {lines[name.value]}"
-                raise UserError((self.place(name), dotted), problem, "Keep one")
+                raise UserError((self.location(name), dotted), problem, "Keep one")
             lines[name.value] = name.start_mark.line + 1
             found[name.value] = self.values(value, dotted)
         return found
@@ -151,7 +153,7 @@ class Layer:
         if rest.startswith("#"):
             problem = f"{shown(rest)} is a comment in YAML, so nothing is set"
             fix = "Put quotes around it if it is text, or write null before it"
-            raise UserError((self.place(node), key), problem, fix)
+            raise UserError((self.location(node), key), problem, fix)
 
 
 def read_layer(path: Path) -> Layer:
@@ -222,7 +224,7 @@ def _quoted(text: str) -> yaml.Node | None:
 
 
 def read_list(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The items of a YAML file that is a list of mappings, each with its place (`FILE:LINE`).
+    """The items of a YAML file that is a list of mappings, each with its location (`FILE:LINE`).
 
     Raises:
         UserError: it is not such a list, or it is empty.
@@ -235,8 +237,8 @@ def read_list(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for node in layer.node.value:
         if not isinstance(node, yaml.MappingNode):
             problem = f"an item must have keys, got {shown(layer.values(node, 'item'))}"
-            raise UserError(layer.place(node), problem, "Write each name: value on its own line")
-        items.append((layer.place(node), layer.values(node, "item")))
+            raise UserError(layer.location(node), problem, "Write each name: value on its own line")
+        items.append((layer.location(node), layer.values(node, "item")))
     return items
 
 

@@ -24,7 +24,7 @@ from tinylm.rows.templates import Template
 class Candidates:
     """The sampled answers to one question, which of them are right, and what the verifier says."""
 
-    place: str
+    location: str
     question: str
     target: str
     answers: tuple[str, ...]
@@ -160,7 +160,7 @@ def _sample_candidates(
     question = example.question.full_text
     probabilities = scorer.probabilities(question, answers)
     return Candidates(
-        example.place,
+        example.location,
         question,
         example.target,
         tuple(answers),

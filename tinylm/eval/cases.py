@@ -103,21 +103,21 @@ def read_cases(path: Path) -> tuple[Case, ...]:
         UserError: the file is not such a list; `where` has the file, the line and the key.
     """
     cases: dict[str, Case] = {}
-    for place, item in read_list(path):
+    for location, item in read_list(path):
         for key in ("name", "prompt", "target"):
             if not isinstance(item.get(key), str):
                 got = "nothing" if key not in item else repr(item[key])[:60]
                 fix = "Each case has name, prompt and target; quote numbers"
-                raise UserError((place, key), f"must be text, got {got}", fix)
+                raise UserError((location, key), f"must be text, got {got}", fix)
         if unknown := item.keys() - {"name", "prompt", "target"}:
             fix = "A case has name, prompt and target"
-            raise UserError((place, min(unknown)), "unknown key", fix)
+            raise UserError((location, min(unknown)), "unknown key", fix)
         if not item["target"]:
             fix = "Write the text that should follow the prompt"
-            raise UserError((place, "target"), "must not be empty", fix)
+            raise UserError((location, "target"), "must not be empty", fix)
         if item["name"] in cases:
             problem = f"{item['name']} is used by another case"
-            raise UserError((place, "name"), problem, "Give each case a different name")
+            raise UserError((location, "name"), problem, "Give each case a different name")
         cases[item["name"]] = Case(**item)
     return tuple(cases.values())
 

@@ -67,7 +67,7 @@ def add_sampled_answers(
 
     def sample(number: int) -> list[str]:
         problem = asked[number]
-        example = TaskExample(problem.place, problem.question, problem.answer)
+        example = TaskExample(problem.location, problem.question, problem.answer)
         return sample_answers(engine, task, example, n, template=template, seed=seed)
 
     path = folder / f"answers-{digest}.jsonl"

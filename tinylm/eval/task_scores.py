@@ -37,7 +37,7 @@ SAMPLE_TEMPERATURE = 0.7
 class Answer:
     """A model's answer and its grade."""
 
-    place: str
+    location: str
     question: str
     output: str
     target: str
@@ -101,7 +101,7 @@ def evaluate_task(
         if first_measure(grade) < 1:
             question, target = example.question.full_text, example.target
             failed.append(
-                Answer(example.place, question, prediction.text, target, grade, prediction.error)
+                Answer(example.location, question, prediction.text, target, grade, prediction.error)
             )
     failed.sort(key=lambda answer: first_measure(answer.grade))
     return TaskScore(

@@ -91,16 +91,16 @@ def build_pairs(
     """
     report = RowReport(which, seq_len, max_bad=data.skip_bad_rows)
     pairs: list[PreferencePair] = []
-    for place, row in read_rows(data, which, seed):
+    for location, row in read_rows(data, which, seed):
         try:
             preference = parse_preference(row, data)
             report.unread_columns |= dict.fromkeys(Columns(row, data.columns or {}).unread(*_READ))
-            pair = encode_preference(preference, template, tokenizer, seq_len, place)
+            pair = encode_preference(preference, template, tokenizer, seq_len, location)
         except UserError as error:
-            report.skip_bad(place, error)
+            report.skip_bad(location, error)
             continue
         except Skip as skip:
-            report.skip(skip.reason, place)
+            report.skip(skip.reason, location)
             continue
         report.count_system(preference.prompt)
         report.truncated += any(len(example.ids) > seq_len + 1 for example in pair[:2])
@@ -139,7 +139,7 @@ def _parse_answers(columns: Columns) -> Preference:
 
 
 def encode_preference(
-    preference: Preference, template: Template, tokenizer: Tokenizer, seq_len: int, place: str
+    preference: Preference, template: Template, tokenizer: Tokenizer, seq_len: int, location: str
 ) -> PreferencePair:
     """The two examples of a preference, not cut yet.
 
@@ -158,7 +158,7 @@ def encode_preference(
         whole = template.encode((*preference.prompt, Turn("assistant", answer)), tokenizer)
         # Earlier answers of the conversation belong to the prompt.
         trained = whole.trained & (np.arange(len(whole.ids)) >= n_prompt)
-        examples.append(Example(whole.ids, trained, place))
+        examples.append(Example(whole.ids, trained, location))
     chosen, rejected = examples
     if np.array_equal(chosen.ids[: seq_len + 1], rejected.ids[: seq_len + 1]):
         raise Skip(SkipReason.EQUAL_IN_CONTEXT)
@@ -167,7 +167,7 @@ def encode_preference(
 
 def _cut(example: Example, seq_len: int) -> Example:
     """The first seq_len + 1 ids: the last is only a target."""
-    return Example(example.ids[: seq_len + 1], example.trained[: seq_len + 1], example.place)
+    return Example(example.ids[: seq_len + 1], example.trained[: seq_len + 1], example.location)
 
 
 # --- the shapes of rows ---

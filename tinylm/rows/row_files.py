@@ -1,7 +1,7 @@
 """Read rows: .jsonl, .json, .parquet, SMSSpamCollection, a folder or glob of them,
 or a Hugging Face dataset.
 
-    `read_rows`   ─▶ (place, dict) of a split; place is FILE:LINE, or FILE: row N, for errors
+    `read_rows`   ─▶ (location, dict) of a split; location is FILE:LINE, or FILE: row N, for errors
 
 Does not know what a row means; see columns.py. All rows of a split are kept in memory.
 """
@@ -42,7 +42,7 @@ TINY_ROWS = "data/tiny_instructions.jsonl"
 
 
 def read_rows(data: DataConfig, which: Which, seed: int) -> Iterator[LocatedRow]:
-    """The training or validation rows that `data` describes, each with its place.
+    """The training or validation rows that `data` describes, each with its location.
 
     Equal rows are on the same side of the split, as equal documents are in pretraining.
 
@@ -121,12 +121,12 @@ def _require_one_split(folder: str, files: list[Path]) -> None:
 
 
 def _require_object(located: tuple[object, Any]) -> LocatedRow:
-    place, row = str(located[0]), located[1]
+    location, row = str(located[0]), located[1]
     if not isinstance(row, dict):
         example = '{"instruction": "...", "output": "..."}'
         problem = f"must be an object such as {example}, got {kind_of(row)}"
-        raise UserError(place, problem, "Correct the row")
-    return place, row
+        raise UserError(location, problem, "Correct the row")
+    return location, row
 
 
 def _read_file(path: Path) -> Iterator[tuple[object, Any]]:
@@ -164,11 +164,11 @@ def _sms_rows(path: Path) -> Iterator[tuple[object, Any]]:
     """The lines of the SMS Spam Collection (Almeida et al. 2011): ham or spam, a tab,
     the message.
     """
-    for place, line in text_lines(path):
+    for location, line in text_lines(path):
         if is_blank(line):
             continue
         label, tab, text = line.partition("\t")
         if not tab:
             problem = "must be ham or spam, a tab, and a message; there is no tab"
-            raise UserError(str(place), problem, "Correct the line")
-        yield place, {"label": label, "text": text}
+            raise UserError(str(location), problem, "Correct the line")
+        yield location, {"label": label, "text": text}

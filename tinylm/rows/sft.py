@@ -61,7 +61,7 @@ def build_examples(
     report = RowReport(which, seq_len, max_bad=data.skip_bad_rows)
     examples: list[Example] = []
     rows = split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
-    for place, row in rows:
+    for location, row in rows:
         try:
             if to_conversation is None:
                 conversation = parse_conversation(row, data)
@@ -73,13 +73,15 @@ def build_examples(
             if train_on == "all":
                 trained = _all_targets(conversation, template, tokenizer, whole)
         except UserError as error:
-            report.skip_bad(place, error)
+            report.skip_bad(location, error)
             continue
         # seq_len inputs need seq_len + 1 ids: the last id is only a target.
-        example = Example(whole.ids[: seq_len + 1], trained[: seq_len + 1], place)
+        example = Example(whole.ids[: seq_len + 1], trained[: seq_len + 1], location)
         if not example.trained.any():
             is_cut = trained.any()
-            report.skip(SkipReason.PROMPT_TOO_LONG if is_cut else SkipReason.NOTHING_TRAINED, place)
+            report.skip(
+                SkipReason.PROMPT_TOO_LONG if is_cut else SkipReason.NOTHING_TRAINED, location
+            )
             continue
         examples.append(example)
         report.count_system(conversation)

@@ -1,7 +1,7 @@
 """Why was my row skipped? The path of a row from file to batch, every reason to skip it,
 and the report.
 
-    1. read     row_files.read_rows             file ─▶ (place, dict); blank lines are ignored
+    1. read     row_files.read_rows             file ─▶ (location, dict); blank lines are ignored
     2. split    text.splits.is_held_out         by a hash of the row: validation (data.val_fraction)
                                                 or training; at most data.train_docs or val_docs
     3. parse    columns.parse_conversation      dict ─▶ turns               sft; a task has its own
@@ -97,7 +97,7 @@ class RowReport:
     lost: str = "their end"
     """the part that a truncated row lost"""
     skipped: dict[SkipReason, list[str]] = field(default_factory=dict)
-    """the places of skipped rows"""
+    """the locations of skipped rows"""
     unread_columns: dict[str, None] = field(default_factory=dict)
     """columns with a value that is in no turn, in order of appearance"""
     systems: Counter[str] = field(default_factory=Counter)
@@ -105,7 +105,7 @@ class RowReport:
     max_bad: int = 0
     """data.skip_bad_rows"""
     bad: list[str] = field(default_factory=list)
-    """rows with a mistake that were skipped: place and problem"""
+    """rows with a mistake that were skipped: location and problem"""
 
     def count_system(self, conversation: Conversation) -> None:
         """Count the system turn of a row that is kept."""
@@ -117,21 +117,21 @@ class RowReport:
         """The most common text of a system turn; None if most rows have none."""
         return max(self.systems, key=self.systems.__getitem__, default="") or None
 
-    def skip(self, reason: SkipReason, place: str) -> None:
-        """Count the row at `place` as skipped."""
-        self.skipped.setdefault(reason, []).append(place)
+    def skip(self, reason: SkipReason, location: str) -> None:
+        """Count the row at `location` as skipped."""
+        self.skipped.setdefault(reason, []).append(location)
 
-    def skip_bad(self, place: str, error: UserError) -> None:
-        """Count the row at `place`, which `error` is about, as skipped;
+    def skip_bad(self, location: str, error: UserError) -> None:
+        """Count the row at `location`, which `error` is about, as skipped;
         raise the error if there are too many.
         """
         if len(self.bad) < self.max_bad:
-            self.bad.append(": ".join((place, *error.where, error.problem)))
+            self.bad.append(": ".join((location, *error.where, error.problem)))
             return
         if not self.max_bad:
-            raise error.within(place) from None
+            raise error.within(location) from None
         fix = f"{error.fix}. data.skip_bad_rows: {self.max_bad} rows are already skipped"
-        raise error.within(place, fix=fix.removeprefix(". ")) from None
+        raise error.within(location, fix=fix.removeprefix(". ")) from None
 
     def notes(self) -> list[str]:
         """Notes for the user, one line each."""
@@ -173,19 +173,19 @@ class RowReport:
 
     def _text(self, reason: SkipReason) -> str:
         """How many rows were skipped for a reason, and the first of them."""
-        places = self.skipped[reason]
-        return f"{count_rows(len(places))}: {reason.text(self.seq_len)} ({list_places(places)})"
+        locations = self.skipped[reason]
+        return f"{count_rows(len(locations))}: {reason.text(self.seq_len)} ({list_locations(locations)})"
 
 
 def count_rows(n: int) -> str:
     return "1 row" if n == 1 else f"{n} rows"
 
 
-def list_places(places: Sequence[str]) -> str:
-    """The first places by name, the rest as a number.
+def list_locations(locations: Sequence[str]) -> str:
+    """The first locations by name, the rest as a number.
 
-    >>> list_places(["a.jsonl:1", "a.jsonl:2"]), list_places(["a:1", "a:2", "a:3", "a:4", "a:5"])
+    >>> list_locations(["a.jsonl:1", "a.jsonl:2"]), list_locations(["a:1", "a:2", "a:3", "a:4", "a:5"])
     ('a.jsonl:1, a.jsonl:2', 'a:1, a:2, a:3 and 2 more')
     """
-    n_more = len(places) - MAX_NAMED_ROWS
-    return ", ".join(places[:MAX_NAMED_ROWS]) + (f" and {n_more} more" if n_more > 0 else "")
+    n_more = len(locations) - MAX_NAMED_ROWS
+    return ", ".join(locations[:MAX_NAMED_ROWS]) + (f" and {n_more} more" if n_more > 0 else "")

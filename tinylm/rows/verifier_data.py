@@ -51,7 +51,7 @@ class GradedAnswer(NamedTuple):
 class Problem:
     """A problem with the answer of its row, and the answers sampled from a model."""
 
-    place: str
+    location: str
     question: Turn
     answer: str
     """right, unless `label` is False"""
@@ -95,18 +95,18 @@ def read_problems(
     """
     report = report or RowReport(which, 0, max_bad=data.skip_bad_rows)
     problems = []
-    for place, row in (
+    for location, row in (
         split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
     ):
         try:
             if to_conversation is None:
-                problem = parse_problem(place, parse_conversation(row, data))
+                problem = parse_problem(location, parse_conversation(row, data))
                 problem = replace(problem, label=parse_label(row, data))
                 report.unread_columns |= dict.fromkeys(unread_columns(row, data, "label"))
             else:
-                problem = parse_problem(place, to_conversation(row))
+                problem = parse_problem(location, to_conversation(row))
         except UserError as error:
-            report.skip_bad(place, error)
+            report.skip_bad(location, error)
             continue
         problems.append(problem)
     return _with_references(problems)
@@ -146,7 +146,7 @@ def _with_references(problems: list[Problem]) -> list[Problem]:
     ]
 
 
-def parse_problem(place: str, conversation: Conversation) -> Problem:
+def parse_problem(location: str, conversation: Conversation) -> Problem:
     """The last answer of a conversation, and everything before it as the problem."""
     *before, answer = conversation
     if answer.role != "assistant" or not before:
@@ -160,7 +160,7 @@ def parse_problem(place: str, conversation: Conversation) -> Problem:
     question = before[0]
     if len(before) > 1:
         question = Turn("user", "\n\n".join(turn.full_text for turn in before))
-    return Problem(place, question, remove_annotations(answer.text))
+    return Problem(location, question, remove_annotations(answer.text))
 
 
 def remove_annotations(text: str) -> str:
@@ -180,7 +180,7 @@ def without_validation_problems(
     kept = []
     for problem in train:
         if problem.question in val_questions:
-            report.skip(SkipReason.IN_VALIDATION, problem.place)
+            report.skip(SkipReason.IN_VALIDATION, problem.location)
         else:
             kept.append(problem)
     return kept
@@ -201,10 +201,10 @@ def filter_problems(
     for problem in problems:
         n_answer = len(tokenizer.encode(problem.answer))
         if n_answer > max_answer:
-            report.skip(SkipReason.ANSWER_TOO_LONG, problem.place)
+            report.skip(SkipReason.ANSWER_TOO_LONG, problem.location)
             continue
         if n_wrong and problem.label is None and NUMBER.search(problem.answer) is None:
-            report.skip(SkipReason.NO_NUMBER, problem.place)
+            report.skip(SkipReason.NO_NUMBER, problem.location)
             continue
         fitting = [
             sample for sample in problem.samples if len(tokenizer.encode(sample.text)) <= max_answer

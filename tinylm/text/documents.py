@@ -137,7 +137,7 @@ def _open(path: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class Line:
-    """The place of a line, in errors `file:line`.
+    """The location of a line, in errors `file:line`.
     The lines before its span are only counted for that text.
     """
 
@@ -156,7 +156,7 @@ class Line:
 
 
 def text_lines(path: Path, span: Span = WHOLE) -> Iterator[tuple[Line, str]]:
-    """The place of each line, and its text without its end."""
+    """The location of each line, and its text without its end."""
     offset, stop = span
     number = 0
     with reading(path), _open(path) as file:
@@ -270,32 +270,32 @@ def kind_of(value: Any) -> str:
 
 def field_texts(rows: Iterable[tuple[object, Any]], field: str) -> Iterator[str]:
     """The document of each row that has one and is not blank."""
-    for place, row in rows:
+    for location, row in rows:
         try:
             text = _text_of(row, field)
         except UserError as error:
-            raise error.within(place) from None
+            raise error.within(location) from None
         if not is_blank(text):
             yield text
 
 
 def jsonl_rows(path: Path, span: Span = WHOLE) -> Iterator[tuple[Line, Any]]:
-    """The value in each line of a .jsonl file, or of a span of it, with its place;
+    """The value in each line of a .jsonl file, or of a span of it, with its location;
     blank lines are skipped.
     """
-    for place, line in text_lines(path, span):
+    for location, line in text_lines(path, span):
         if is_blank(line):
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             problem = f"not JSON: {first_line(error)}"
-            raise UserError(place, problem, "Each line is one object; correct the line") from None
-        yield place, row
+            raise UserError(location, problem, "Each line is one object; correct the line") from None
+        yield location, row
 
 
 def parquet_rows(path: Path, field: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a .parquet file with its place for errors: all of its columns,
+    """Each row of a .parquet file with its location for errors: all of its columns,
     or `field` alone.
     """
     import_optional("pyarrow", path)

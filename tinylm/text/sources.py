@@ -128,7 +128,7 @@ class HubDataset:
         return hashlib.sha256(f"hub {self.name} {self.config} {self.split}".encode()).hexdigest()
 
     def rows(self) -> Iterator[tuple[str, Any]]:
-        """Each row, with its place for errors."""
+        """Each row, with its location for errors."""
         dataset = self._load()
         where = f"{self.name} ({self.split})"
         try:
@@ -246,7 +246,7 @@ def find_files(name: str, setting: str, kinds: Kinds) -> tuple[Path, ...]:
     wanted = f"{'documents' if kinds is DOCUMENT_FILES else 'rows'} ({', '.join(kinds)})"
     if os.path.isdir(name):
         found = files_in(name, kinds)
-        place = "in this folder"
+        where = "in this folder"
     elif os.path.lexists(name):
         require_regular(Path(name))
         if not name.endswith(kinds):
@@ -256,9 +256,9 @@ def find_files(name: str, setting: str, kinds: Kinds) -> tuple[Path, ...]:
     else:
         matches = glob.glob(name, recursive=True)
         found = [Path(path) for path in matches if path.endswith(kinds) and not os.path.isdir(path)]
-        place = "matches"
+        where = "matches"
     if not found:
-        problem = f"no file of a kind with {wanted} {place}"
+        problem = f"no file of a kind with {wanted} {where}"
         raise UserError((setting, name), problem, "Give the path of one")
     return tuple(sorted(found))
 

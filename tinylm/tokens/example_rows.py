@@ -31,7 +31,7 @@ class Example:
     """(n,) int64"""
     trained: np.ndarray
     """(n,) bool: token i is a label"""
-    place: str = ""
+    location: str = ""
     """its file and line, for messages"""
 
 
@@ -119,7 +119,7 @@ def collate_examples(
     inputs, labels, documents = (
         torch.from_numpy(np.stack(part)) for part in zip(*filled, strict=True)
     )
-    origin = [[example.place for example in row or ()] for row in rows]
+    origin = [[example.location for example in row or ()] for row in rows]
     batch: Batch = {"input_ids": inputs, "labels": labels, "origin": origin}
     return batch | {"document_ids": documents} if packed else batch
 

@@ -167,7 +167,7 @@ def collate_preferences(
     """Ids and labels (B, T) int64 of both answers and, if `cached`,
     their log-probabilities under the reference, (B,).
     """
-    batch: Batch = {"origin": [None if pair is None else pair.chosen.place for pair in rows]}
+    batch: Batch = {"origin": [None if pair is None else pair.chosen.location for pair in rows]}
     for number, name in enumerate(("chosen", "rejected")):
         examples = [() if pair is None else (pair[number],) for pair in rows]
         filled = [row_of_examples(row, seq_len, pad_id) for row in examples]

@@ -25,7 +25,7 @@ from tinylm.rows.sft import (
     count_shared_prompts,
     fingerprint_of_examples,
 )
-from tinylm.rows.skipped_rows import RowReport, list_places
+from tinylm.rows.skipped_rows import RowReport, list_locations
 from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import Template
 from tinylm.text.splits import Which
@@ -133,7 +133,7 @@ class SFTData(RunData):
         return fill_rows(examples, self.config.training.seq_len, self.config.data.packing)
 
     def inspect_row(self, heading: str, row: list[Example], place: int) -> Iterator[InspectedRow]:
-        """A row to print, with the places of its examples in the data."""
+        """A row to print, with the locations of its examples in the data."""
         yield inspect_examples(
             heading, row, self.config.training.seq_len, pad_id=self.tokenizer.pad_id
         )
@@ -160,9 +160,9 @@ def inspect_examples(
     parts = row_of_examples(row, seq_len, pad_id)
     inputs, labels, documents = (part.tolist() for part in parts)
     last = len(row) - 1  # padding has the number after the last document
-    places = list_places([example.place for example in row])
+    locations = list_locations([example.location for example in row])
     documents = [min(number, last) for number in documents]
-    return InspectedRow(f"{heading}: {places}", inputs, labels, documents)
+    return InspectedRow(f"{heading}: {locations}", inputs, labels, documents)
 
 
 # --- building the stage ---

@@ -130,7 +130,7 @@ class VerifierData(RunData):
             ids, errors = batch["input_ids"][number][seen], batch["error_mask"][number][seen]
             labels = torch.where(errors, ids, IGNORE_INDEX).roll(-1)
             right = "right" if batch["label"][number] else "wrong"
-            name = f"{heading}, answer {number + 1}, {right}: {row.place}"
+            name = f"{heading}, answer {number + 1}, {right}: {row.location}"
             yield InspectedRow(name, ids.tolist(), labels.tolist(), None)
 
     def _read(self, report: RowReport) -> list[Problem]:
@@ -180,7 +180,7 @@ def collate_problems(
     for problem, place in zip(rows, places, strict=True):
         if problem is None:
             continue
-        origin.append(problem.place)
+        origin.append(problem.location)
         pairs += build_verifier_examples(
             problem, tokenizer, seq_len, n_wrong=n_wrong, seed=f"{seed} {place}"
         )

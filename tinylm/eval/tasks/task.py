@@ -41,7 +41,7 @@ class Hub:
 class TaskExample:
     """One row as a question with its target."""
 
-    place: str
+    location: str
     """where the row is, for messages"""
     question: Turn
     """the user's turn"""
@@ -88,13 +88,13 @@ class Task:
             raise UserError("answer", "must not be empty", CORRECT)
         return question, Turn("assistant", target)
 
-    def example(self, place: str, row: Row) -> TaskExample:
-        """The row at `place` as an example; raises as `conversation` does, with the place."""
+    def example(self, location: str, row: Row) -> TaskExample:
+        """The row at `location` as an example; raises as `conversation` does, with the location."""
         try:
             question, answer = self.conversation(row)
         except UserError as error:
-            raise error.within(place) from None
-        return TaskExample(place, question, answer.text)
+            raise error.within(location) from None
+        return TaskExample(location, question, answer.text)
 
     def text(self, example: TaskExample, shots: Sequence[TaskExample] = ()) -> str:
         """The prompt of an example after solved ones, for a model without a template."""

@@ -36,9 +36,9 @@ from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import (
     Batch,
     Collate,
+    RankShare,
     RowDataset,
     RowOrder,
-    Share,
     TokenRows,
     collate_rows,
     count_batches,
@@ -80,27 +80,27 @@ class RunData(L.LightningDataModule):
         """
         self.first_batch = batch
 
-    def share(self) -> Share:
+    def rank_share(self) -> RankShare:
         """The part of each micro-batch that this rank takes."""
         size = self.config.training.micro_batch_size
         if self.trainer is None:
-            return Share(size)
-        return Share(size, self.trainer.global_rank, self.trainer.world_size)
+            return RankShare(size)
+        return RankShare(size, self.trainer.global_rank, self.trainer.world_size)
 
     def training_rows(
-        self, rows: Sequence[Any], collate: Collate, share: Share | None = None
+        self, rows: Sequence[Any], collate: Collate, share: RankShare | None = None
     ) -> RowDataset:
         """Rows in memory, in the training order."""
         order = RowOrder(self.config.data.order, len(rows), self.config.training.seed)
-        return RowDataset(rows, order, collate, share or self.share())
+        return RowDataset(rows, order, collate, share or self.rank_share())
 
     def validation_rows(
-        self, rows: Sequence[Any], collate: Collate, share: Share | None = None
+        self, rows: Sequence[Any], collate: Collate, share: RankShare | None = None
     ) -> RowDataset:
         """Rows in their own order, at most training.val_batches batches;
         the last one is filled with padding.
         """
-        share = share or self.share()
+        share = share or self.rank_share()
         n_batches = count_batches(len(rows), share, self.config.training.val_batches)
         return RowDataset(rows, partial(validation_order, len(rows)), collate, share, n_batches)
 
@@ -188,10 +188,10 @@ class PretrainData(RunData):
         super().start_at(batch, cursor)
         self.cursor = cursor
 
-    def train_dataset(self, share: Share | None = None) -> Dataset[Batch]:
+    def train_dataset(self, share: RankShare | None = None) -> Dataset[Batch]:
         """Rows of the token files in the order of the run, or the stream from the cursor on."""
         data, training = self.config.data, self.config.training
-        share = share or self.share()
+        share = share or self.rank_share()
         if not self.train_files:
             steps = range(self.first_batch, training.max_steps * training.grad_accum_steps)
             cursor = tokens.stream.Cursor(*(self.cursor or ()))
@@ -214,7 +214,7 @@ class PretrainData(RunData):
         order = partial(mixture.mixture_row, allocation, orders)
         return RowDataset(mixture.MixtureRows(sources), order, collate, share)
 
-    def val_dataset(self, share: Share | None = None) -> RowDataset:
+    def val_dataset(self, share: RankShare | None = None) -> RowDataset:
         """Every validation token as a target once, whatever the stride of training."""
         assert self.val_file is not None, "prepare() makes the validation file"
         seq_len = self.config.training.seq_len

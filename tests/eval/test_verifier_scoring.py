@@ -35,7 +35,7 @@ from tinylm.rows.verifier_data import (
     remove_annotations,
 )
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from tinylm.tokens.packing import Share
+from tinylm.tokens.packing import RankShare
 from training.stages.verifier import VerifierData
 
 BYTES = ByteTokenizer()
@@ -327,7 +327,7 @@ def test_a_batch_is_a_function_of_its_number_and_wrong_answers_differ_between_pa
     """Right answers are repeated in each pass, wrong ones are drawn again; a second object gives the
     same batch."""
     n = len(data.train_problems)
-    one, other = (data.train_dataset(Share(n)) for _ in range(2))
+    one, other = (data.train_dataset(RankShare(n)) for _ in range(2))
     first, second = decoded(one[0]), decoded(one[1])
     assert decoded(other[1]) == second
     assert [label for _, label in first] == [1, 0, 0] * n
@@ -338,23 +338,23 @@ def test_a_batch_is_a_function_of_its_number_and_wrong_answers_differ_between_pa
 
 
 def test_two_ranks_see_what_one_device_sees(data, config):
-    alone = data.train_dataset(Share(4))
-    ranks = [data.train_dataset(Share(2, rank, 2)) for rank in range(2)]
+    alone = data.train_dataset(RankShare(4))
+    ranks = [data.train_dataset(RankShare(2, rank, 2)) for rank in range(2)]
     assert decoded(alone[3]) == decoded(ranks[0][3]) + decoded(ranks[1][3])
 
 
 def test_validation_asks_every_problem_once_and_is_the_same_each_time(data, config):
     """The last batch may be short, and a rank may have none left: then its share is empty."""
     n = len(data.val_problems)
-    batches = data.val_dataset(Share(4))
+    batches = data.val_dataset(RankShare(4))
     pairs = [pair for batch in batches for pair in decoded(batch)]
     assert len(pairs) == 3 * n and pairs == [pair for batch in batches for pair in decoded(batch)]
     size = n - 1
-    ranks = [data.val_dataset(Share(size, rank, 2)) for rank in range(2)]
+    ranks = [data.val_dataset(RankShare(size, rank, 2)) for rank in range(2)]
     assert [len(rank) for rank in ranks] == [1, 1]
     assert [len(rank[0]["label"]) for rank in ranks] == [3 * size, 3]
     data.val_problems = data.val_problems[:1]
-    assert len(data.val_dataset(Share(1, 1, 2))[0]["label"]) == 0
+    assert len(data.val_dataset(RankShare(1, 1, 2))[0]["label"]) == 0
 
 
 # --- cached answers ---

@@ -18,7 +18,7 @@ from tinylm.eval.perplexity import byte_length_table, score_batches
 from tinylm.model.decoder import Decoder
 from tinylm.objectives.cross_entropy import cross_entropy
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from tinylm.tokens.packing import IGNORE_INDEX, Batch, Share
+from tinylm.tokens.packing import IGNORE_INDEX, Batch, RankShare
 from training.build import build_weights
 from training.context import ResumeOptions, RunContext
 from training.resume import find_resume_state, require_same_data
@@ -111,7 +111,7 @@ def test_another_seed_is_another_order(load: Any) -> None:
     for seed in (1, 2):
         data = SFTData(load(training={"seed": seed}, data={"packing": "padded"}), TOKENIZER)
         data.train_examples = examples
-        origins.append(data.train_dataset(Share(4))[0]["origin"])
+        origins.append(data.train_dataset(RankShare(4))[0]["origin"])
     assert origins[0] != origins[1]
 
 
@@ -122,10 +122,10 @@ def test_ranks_share_the_rows_that_one_device_would_see(load: Any, which: str) -
     data = prepared(load(data={"packing": "padded"}))
     data.val_examples = data.train_examples
     dataset = data.train_dataset if which == "train" else data.val_dataset
-    single = dataset(Share(4))
+    single = dataset(RankShare(4))
     for rank in (0, 1):
         for k in (0, 2, 5):
-            assert equal(dataset(Share(4, rank, 2))[k], single[2 * k + rank])
+            assert equal(dataset(RankShare(4, rank, 2))[k], single[2 * k + rank])
 
 
 def test_validation_has_every_example_once_and_is_padded(load: Any) -> None:

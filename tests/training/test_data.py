@@ -17,7 +17,7 @@ import yaml
 import eval_val
 import finetune
 import train
-from data import PretrainData, Share
+from data import PretrainData, RankShare
 from tests.conftest import val_documents
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import load as checkpoint_load
@@ -143,7 +143,7 @@ def test_each_pass_is_a_permutation_of_all_rows(load: Any, order: str) -> None:
     config, tokenizer = load(data={"order": order})
     data = prepared(config, tokenizer)
     assert data.train_files
-    batches = data.train_dataset(Share(4))
+    batches = data.train_dataset(RankShare(4))
     rows = len(batches.rows)
     assert rows % 4, "a pass must end inside a batch, or the test proves less"
     origins = [start // 16 for k in range(3 * rows // 4 + 1) for start in batches[k]["origin"]]
@@ -161,7 +161,7 @@ def test_each_source_of_a_mixture_goes_through_its_own_passes(
     """
     config, tokenizer = load(data=mix | {"order": order})
     data = prepared(config, tokenizer)
-    batches = data.train_dataset(Share(4))
+    batches = data.train_dataset(RankShare(4))
     origins = [origin for k in range(1024) for origin in batches[k]["origin"]]
     taken = [[start // 16 for source, start in origins if source == wanted] for wanted in (0, 1)]
     assert [len(rows) for rows in taken] == [1365, 4096 - 1365]  # 4096 / 3 = 1365.33
@@ -209,7 +209,7 @@ def test_sources_of_equal_length_have_orders_of_their_own(
         data={"order": order, "mix": [{"dataset": str(corpus)}, {"dataset": str(corpus)}]}
     )
     data = prepared(config, tokenizer)
-    batches = data.train_dataset(Share(4))
+    batches = data.train_dataset(RankShare(4))
     origins = [origin for k in range(40) for origin in batches[k]["origin"]]
     first, second = ([start for source, start in origins if source == wanted] for wanted in (0, 1))
     assert first[:20] != second[:20]
@@ -219,7 +219,10 @@ def test_two_ranks_share_the_rows_of_a_mixture(load: Any, mix: dict) -> None:
     """A13: the rows of two ranks equal those of one device, in order."""
     config, tokenizer = load(data=mix)
     data = prepared(config, tokenizer)
-    one, *two = (data.train_dataset(share) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2)))
+    one, *two = (
+        data.train_dataset(share)
+        for share in (RankShare(4), RankShare(4, 0, 2), RankShare(4, 1, 2))
+    )
     for k in range(3):
         assert all(equal(two[rank][k], one[2 * k + rank]) for rank in (0, 1))
 
@@ -230,7 +233,8 @@ def test_two_ranks_share_the_rows_of_one(load: Any) -> None:
     data = prepared(config, tokenizer)
     assert data.train_files
     one, first, second = (
-        data.train_dataset(share) for share in (Share(4), Share(4, 0, 2), Share(4, 1, 2))
+        data.train_dataset(share)
+        for share in (RankShare(4), RankShare(4, 0, 2), RankShare(4, 1, 2))
     )
     for k in range(3):
         assert equal(first[k], one[2 * k])
@@ -240,9 +244,9 @@ def test_two_ranks_share_the_rows_of_one(load: Any) -> None:
 def test_two_ranks_share_the_rows_of_one_stream(load: Any) -> None:
     """The same rule for a stream; the cursor differs, for it is of the whole step."""
     config, tokenizer = load(data=STREAM)
-    one = list(StreamDataset(config, tokenizer, Share(4), range(6), Cursor()))
+    one = list(StreamDataset(config, tokenizer, RankShare(4), range(6), Cursor()))
     for rank in (0, 1):
-        mine = list(StreamDataset(config, tokenizer, Share(4, rank, 2), range(3), Cursor()))
+        mine = list(StreamDataset(config, tokenizer, RankShare(4, rank, 2), range(3), Cursor()))
         for k in range(3):
             assert torch.equal(mine[k]["input_ids"], one[2 * k + rank]["input_ids"])
             assert mine[k]["cursor"] == one[2 * k + 1]["cursor"]
@@ -254,7 +258,7 @@ def test_a_stream_loses_no_token(load: Any) -> None:
     inputs = torch.cat(
         [
             batch["input_ids"].flatten()
-            for batch in StreamDataset(config, tokenizer, Share(4), range(200), Cursor())
+            for batch in StreamDataset(config, tokenizer, RankShare(4), range(200), Cursor())
         ]
     )
     text = [
@@ -274,7 +278,7 @@ def test_windows_of_a_stream_are_shuffled_but_lose_no_row(load: Any) -> None:
         rows[order] = torch.cat(
             [
                 batch["input_ids"]
-                for batch in StreamDataset(config, tokenizer, Share(4), range(4), Cursor())
+                for batch in StreamDataset(config, tokenizer, RankShare(4), range(4), Cursor())
             ]
         ).tolist()
     assert rows["sequential"][:8] != rows["shuffled"][:8]
@@ -296,8 +300,8 @@ def test_validation_is_shared_by_ranks_in_equal_numbers_of_batches(load: Any) ->
     config, tokenizer = load()
     data = prepared(config, tokenizer)
     assert data.val_file is not None
-    one = data.val_dataset(Share(3))
-    ranks = [data.val_dataset(Share(3, rank, 2)) for rank in (0, 1)]
+    one = data.val_dataset(RankShare(3))
+    ranks = [data.val_dataset(RankShare(3, rank, 2)) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1]) == -(-len(one) // 2)
     counts = [
         sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)

@@ -39,7 +39,7 @@ from tinylm.config.loader import load_config
 from tinylm.config.schema import DpoConfig
 from tinylm.objectives.preferences import METRICS, Answers, answer_log_probs, preference_loss
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
-from tinylm.tokens.packing import IGNORE_INDEX, Share
+from tinylm.tokens.packing import IGNORE_INDEX, RankShare
 from training import run as training_run
 from training import sampling
 from training.stages import dpo
@@ -287,7 +287,7 @@ def test_the_gradient_is_that_of_the_mean_with_the_sft_term(
         **STILL, lora={"r": 4}, dpo={"reference": reference, "sft_coef": 0.3, "beta": 0.7}
     )
     stage, data = stage_of(config, monkeypatch)
-    batch = data.train_dataset(Share(5))[0]
+    batch = data.train_dataset(RankShare(5))[0]
     torch.manual_seed(1)
     for name, weight in stage.decoder.named_parameters():
         if ".lora_B." in name:

@@ -25,8 +25,8 @@ from tinylm.tokens.example_rows import collate_examples, fill_rows
 from tinylm.tokens.packing import (
     Batch,
     Collate,
+    RankShare,
     RowDataset,
-    Share,
     TokenRows,
     collate_rows,
     count_batches,
@@ -106,7 +106,7 @@ def answer_validation(config: Config, loaded: Loaded, tokenizer: Tokenizer) -> V
 
 def batches_in_order(rows: Sequence[Any], collate: Collate, config: Config) -> RowDataset:
     """All rows in their order; the last batch is filled with padding."""
-    share = Share(config.training.micro_batch_size)
+    share = RankShare(config.training.micro_batch_size)
     order = partial(validation_order, len(rows))
     return RowDataset(rows, order, collate, share, count_batches(len(rows), share))
 

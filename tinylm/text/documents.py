@@ -290,7 +290,9 @@ def jsonl_rows(path: Path, span: Span = WHOLE) -> Iterator[tuple[Line, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             problem = f"not JSON: {first_line(error)}"
-            raise UserError(location, problem, "Each line is one object; correct the line") from None
+            raise UserError(
+                location, problem, "Each line is one object; correct the line"
+            ) from None
         yield location, row
 
 

@@ -24,7 +24,7 @@ place). All ranks share one sequence of places; micro-batch k of rank r takes `s
 With size 2 and 2 ranks:
 
     place            0  1 | 2  3 | 4  5 | 6  7 | ...
-    micro-batch        0      0      1      1               `Share.places`
+    micro-batch        0      0      1      1               `RankShare.places`
     rank               0      1      0      1
 
     place ─▶ row number  pass after pass over the rows, in the order of data.order  `RowOrder`
@@ -124,7 +124,7 @@ SHUFFLE, RANDOM, STREAM, MIXTURE = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShare:
     """The places of each micro-batch that one rank takes."""
 
     size: int
@@ -135,7 +135,7 @@ class Share:
     def places(self, k: int) -> range:
         """The places of micro-batch `k` of this rank.
 
-        >>> Share(2, rank=1, world=2).places(3)
+        >>> RankShare(2, rank=1, world=2).places(3)
         range(14, 16)
         """
         first = (k * self.world + self.rank) * self.size
@@ -187,10 +187,10 @@ def validation_order(n_rows: int, place: int) -> int | None:
     return place if place < n_rows else None
 
 
-def count_batches(n_rows: int, share: Share, limit: int | None = None) -> int:
+def count_batches(n_rows: int, share: RankShare, limit: int | None = None) -> int:
     """Validation batches of each rank, at most `limit`; the last ones may have padding.
 
-    >>> count_batches(9, Share(2, rank=0, world=2)), count_batches(9, Share(2), limit=3)
+    >>> count_batches(9, RankShare(2, rank=0, world=2)), count_batches(9, RankShare(2), limit=3)
     (3, 3)
     """
     n_batches = -(-n_rows // (share.size * share.world))
@@ -213,7 +213,7 @@ class RowDataset(Dataset[Batch]):
         rows: Any,
         order: Callable[[int], Any],
         collate: Collate,
-        share: Share,
+        share: RankShare,
         n_batches: int | None = None,
     ):
         self.rows = rows

@@ -20,7 +20,7 @@ from tinylm.config.schema import Config
 from tinylm.text.data_source import train_documents
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import encode_documents
-from tinylm.tokens.packing import STREAM, Batch, Share, collate_rows
+from tinylm.tokens.packing import STREAM, Batch, RankShare, collate_rows
 
 
 class Position(NamedTuple):
@@ -95,7 +95,7 @@ class StreamDataset(IterableDataset[Batch]):
     """
 
     def __init__(
-        self, config: Config, tokenizer: Tokenizer, share: Share, steps: range, cursor: Cursor
+        self, config: Config, tokenizer: Tokenizer, share: RankShare, steps: range, cursor: Cursor
     ):
         self.config = config
         self.tokenizer = tokenizer

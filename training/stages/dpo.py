@@ -42,7 +42,7 @@ from tinylm.rows.template_factory import make_template
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.example_rows import Example, row_of_examples
-from tinylm.tokens.packing import Batch, RowDataset, Share
+from tinylm.tokens.packing import Batch, RankShare, RowDataset
 from training.build import build_initial, build_model
 from training.context import RunContext
 from training.resume import ResumeState, require_same_model
@@ -112,10 +112,10 @@ class PreferenceData(RunData):
             "val": fingerprint_of_examples(answers_of(self.val_pairs)),
         }
 
-    def train_dataset(self, share: Share | None = None) -> RowDataset:
+    def train_dataset(self, share: RankShare | None = None) -> RowDataset:
         return self.training_rows(self.train_pairs, self.collate(), share)
 
-    def val_dataset(self, share: Share | None = None) -> RowDataset:
+    def val_dataset(self, share: RankShare | None = None) -> RowDataset:
         return self.validation_rows(self.val_pairs, self.collate(), share)
 
     def collate(self) -> "partial[Batch]":

@@ -37,7 +37,7 @@ from tinylm.tokens.example_rows import (
     n_answers,
     row_of_examples,
 )
-from tinylm.tokens.packing import Batch, RowDataset, Share
+from tinylm.tokens.packing import Batch, RankShare, RowDataset
 from training.build import build_language_model
 from training.context import RunContext
 from training.resume import ResumeState
@@ -113,10 +113,10 @@ class SFTData(RunData):
             "val": fingerprint_of_examples(self.val_examples),
         }
 
-    def train_dataset(self, share: Share | None = None) -> RowDataset:
+    def train_dataset(self, share: RankShare | None = None) -> RowDataset:
         return self.training_rows(self.rows_of(self.train_examples), self.collate(), share)
 
-    def val_dataset(self, share: Share | None = None) -> RowDataset:
+    def val_dataset(self, share: RankShare | None = None) -> RowDataset:
         return self.validation_rows(self.rows_of(self.val_examples), self.collate(), share)
 
     def collate(self) -> "partial[Batch]":

@@ -42,7 +42,7 @@ from tinylm.rows.verifier_data import (
 )
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.packing import IGNORE_INDEX, Batch, RowDataset, Share
+from tinylm.tokens.packing import IGNORE_INDEX, Batch, RankShare, RowDataset
 from training.build import build_initial
 from training.context import RunContext
 from training.resume import ResumeState
@@ -106,10 +106,10 @@ class VerifierData(RunData):
             "val": fingerprint_of_problems(self.val_problems),
         }
 
-    def train_dataset(self, share: Share | None = None) -> RowDataset:
+    def train_dataset(self, share: RankShare | None = None) -> RowDataset:
         return self.training_rows(self.train_problems, self.collate("train"), share)
 
-    def val_dataset(self, share: Share | None = None) -> RowDataset:
+    def val_dataset(self, share: RankShare | None = None) -> RowDataset:
         """The wrong answers are the same in every validation."""
         return self.validation_rows(self.val_problems, self.collate("val"), share)
 

@@ -147,7 +147,7 @@ class PretrainData(RunData):
         """one for each source; none for a stream"""
         self.val_file: TokenFile | JoinedFiles | None = None
 
-    def prepare(self, progress: OnProgress | None = None, *, validation: bool = True) -> None:
+    def prepare(self, on_progress: OnProgress | None = None, *, validation: bool = True) -> None:
         """Make the token files that do not exist yet; without `validation`,
         only the training files.
 
@@ -158,12 +158,14 @@ class PretrainData(RunData):
         tokenizer, folder = self.tokenizer, data.cache_dir
         if validation:
             self.val_sources = data_sources(data, "val", training.seed)
-            self.val_file = validation_file(self.val_sources, tokenizer, folder, progress=progress)
+            self.val_file = validation_file(
+                self.val_sources, tokenizer, folder, on_progress=on_progress
+            )
         self.train_sources = data_sources(data, "train", training.seed)
         if not data.streaming:
             needed = training.seq_len + 1
             self.train_files = training_files(
-                self.train_sources, tokenizer, folder, needed=needed, progress=progress
+                self.train_sources, tokenizer, folder, needed=needed, on_progress=on_progress
             )
         trained = {file.fingerprint for file in self.train_files}
         if self.val_file is not None and self.val_file.fingerprint in trained:

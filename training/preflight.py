@@ -385,6 +385,6 @@ def read_batches(config: Config, tokenizer: Tokenizer) -> Iterator[Batch]:
     """The run's micro-batches, from the first."""
     # A worker process takes longer to start than to read a few batches.
     data = PretrainData(with_settings(config, {"data.num_workers": 0}), tokenizer)
-    with progress_bar() as progress:
-        data.prepare(progress, validation=False)
+    with progress_bar() as on_progress:
+        data.prepare(on_progress, validation=False)
     return iter(data.train_dataloader())

@@ -33,7 +33,7 @@ VERSION = 1
 
 
 def tokenizer_for(
-    config: TokenizerConfig, data: DataConfig, seed: int, *, progress: OnProgress | None = None
+    config: TokenizerConfig, data: DataConfig, seed: int, *, on_progress: OnProgress | None = None
 ) -> Tokenizer:
     """The tokenizer of a run; kinds char and bpe are learned from its training documents.
 
@@ -55,11 +55,11 @@ def tokenizer_for(
         )
     if config.kind == "char":
         return make_tokenizer(config, lambda: islice(split.documents(), config.learn_docs))
-    return _cached_bpe(config, data, split, progress)
+    return _cached_bpe(config, data, split, on_progress)
 
 
 def _cached_bpe(
-    config: TokenizerConfig, data: DataConfig, split: Split, progress: OnProgress | None
+    config: TokenizerConfig, data: DataConfig, split: Split, on_progress: OnProgress | None
 ) -> HFTokenizer:
     """The BPE tokenizer of a split, learned unless data.cache_dir has it."""
     assert config.vocab_size is not None  # TokenizerConfig requires it for bpe
@@ -79,7 +79,7 @@ def _cached_bpe(
     folder = Path(data.cache_dir) / f"bpe-{key}"
 
     def make(temporary: Path) -> None:
-        _learn(config, split.documents(), os.cpu_count() or 1, progress).write_files(temporary)
+        _learn(config, split.documents(), os.cpu_count() or 1, on_progress).write_files(temporary)
 
     make_once(folder, make, setting="data.cache_dir")
     return load_hf_tokenizer(str(folder))
@@ -102,7 +102,7 @@ def _learn(
     config: TokenizerConfig,
     texts: Iterable[str],
     processes: int = 1,
-    progress: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Bpe:
     assert config.vocab_size is not None
     return learn_bpe(
@@ -110,7 +110,7 @@ def _learn(
         config.vocab_size,
         Pretokenizer(config.pattern or "gpt2"),
         processes=processes,
-        progress=progress,
+        on_progress=on_progress,
     )
 
 

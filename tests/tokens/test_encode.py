@@ -162,7 +162,7 @@ def test_after_a_kill_the_cached_file_is_gone_on_with_and_equals_an_undisturbed_
     code = """documents.SPAN_BYTES, token_file_writer.TokenFileWriter.SAVE_SECONDS = 1000, -1
 def slow(what, done, total):
     if done > 30_000: print("half", flush=True); time.sleep(60)
-run_files.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=slow)"""
+run_files.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, on_progress=slow)"""
     process = child(code, source, tmp_path / "cache")
     assert process.stdout.readline() == "half\n"
     process.send_signal(signal.SIGKILL)
@@ -173,7 +173,7 @@ run_files.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "tra
     seen: list[int] = []
     data = DataConfig(dataset=str(source), cache_dir=str(tmp_path / "cache"))
     first = cached_token_file(
-        data, "train", BYTES, 1, progress=lambda what, done, total: seen.append(done)
+        data, "train", BYTES, 1, on_progress=lambda what, done, total: seen.append(done)
     )
     assert min(seen) > 30_000
     clean = cached_token_file(
@@ -188,7 +188,7 @@ def test_two_processes_make_one_file(tmp_path, write, child):
     """Both start with an empty cache; one encodes, the other waits and takes the same file."""
     source = write("source.txt", "".join(f"line {i}\n" for i in range(50_000)))
     code = """made = []
-file = run_files.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, progress=lambda *at: made.append(at))
+file = run_files.cached_token_file(DataConfig(dataset=args[0], cache_dir=args[1]), "train", BYTES, 1, on_progress=lambda *at: made.append(at))
 print(file.fingerprint, bool(made))"""
     outputs = [
         process.communicate(timeout=60)
@@ -679,7 +679,7 @@ def test_nothing_to_encode_is_an_error_and_no_file(write, tmp_path):
 def test_progress_counts_bytes_of_the_text(write, tmp_path, small_portions):
     path = write("a.txt", "123456789\n" * 10)
     seen: list[tuple[str, int, int]] = []
-    encode_file(tmp_path / "a.bin", recipe_of(path), progress=lambda *at: seen.append(at))
+    encode_file(tmp_path / "a.bin", recipe_of(path), on_progress=lambda *at: seen.append(at))
     assert seen == [("bytes", 50, 100), ("bytes", 100, 100)]
 
 
@@ -903,7 +903,7 @@ def test_a_count_of_spelled_ends_survives_an_interruption(write, tmp_path, small
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_file(tmp_path / "a.bin", recipe_of(path), progress=stop)
+        encode_file(tmp_path / "a.bin", recipe_of(path), on_progress=stop)
     encode_file(tmp_path / "a.bin", recipe_of(path))
     assert TokenFile.open(tmp_path / "a.bin").header.spelled_eos == 10
     encode_file(tmp_path / "b.bin", recipe_of(path))

@@ -152,7 +152,7 @@ def existing_or_encoded(arguments: argparse.Namespace, spec: "EncodeSpec") -> "T
         spec.tokenizer.vocab_size,
     )
     try:
-        with progress_bar() as progress:
+        with progress_bar() as on_progress:
             encode_file(
                 path,
                 spec,
@@ -160,7 +160,7 @@ def existing_or_encoded(arguments: argparse.Namespace, spec: "EncodeSpec") -> "T
                 resume=arguments.resume,
                 keep=True,
                 setting="--out",
-                progress=progress,
+                on_progress=on_progress,
             )
     except KeyboardInterrupt:
         logger.info("interrupted; the same command with --resume continues from here")

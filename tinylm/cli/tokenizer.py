@@ -134,13 +134,13 @@ def train(arguments: argparse.Namespace) -> int:
     check_request(arguments.vocab_size, pretokenizer)
     require_writable(arguments.out, "--out")
     source = text_source(arguments)
-    with progress_bar() as progress:
+    with progress_bar() as on_progress:
         bpe = learn_bpe(
             word_chunks(source, arguments.processes, arguments.docs),
             arguments.vocab_size,
             pretokenizer,
             processes=arguments.processes,
-            progress=progress,
+            on_progress=on_progress,
         )
     bpe.save(arguments.out, "--out")
     if bpe.vocab_size < arguments.vocab_size:

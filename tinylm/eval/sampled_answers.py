@@ -36,7 +36,7 @@ def add_sampled_answers(
     *,
     seed: int,
     folder: Path,
-    progress: OnProgress,
+    on_progress: OnProgress,
 ) -> list[Problem]:
     """The problems with `n` answers of a model to each, repetitions removed, cached in `folder`.
 
@@ -46,7 +46,7 @@ def add_sampled_answers(
         loaded: the model.
         task_name: data.task; None: a base model gets the problem as its prompt.
         seed: of the sampling.
-        progress: called with the number of answered problems.
+        on_progress: called with the number of answered problems.
     """
     task = TASKS[task_name] if task_name else PAIRS
     engine = Engine(loaded.model, loaded.tokenizer)
@@ -71,7 +71,7 @@ def add_sampled_answers(
         return sample_answers(engine, task, example, n, template=template, seed=seed)
 
     path = folder / f"answers-{digest}.jsonl"
-    answers = iter(list(cached_answers(path, len(asked), sample, progress)))
+    answers = iter(list(cached_answers(path, len(asked), sample, on_progress)))
     return [
         replace(problem, samples=grade_samples(problem, next(answers)))
         if problem.is_right
@@ -81,7 +81,7 @@ def add_sampled_answers(
 
 
 def cached_answers(
-    path: Path, n_problems: int, sample: Callable[[int], list[str]], progress: OnProgress
+    path: Path, n_problems: int, sample: Callable[[int], list[str]], on_progress: OnProgress
 ) -> Iterator[list[str]]:
     """The answers to problems 0 to n_problems - 1: first those in the file `path`, then new ones,
     which it appends.
@@ -98,7 +98,7 @@ def cached_answers(
             texts = sample(number)
             with writing(path, "data.cache_dir"), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(texts) + "\n")
-            progress("answered problems", number + 1, n_problems)
+            on_progress("answered problems", number + 1, n_problems)
             yield texts
 
 

@@ -47,7 +47,7 @@ def learn_bpe(
     pretokenizer: Pretokenizer,
     *,
     processes: int = 1,
-    progress: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Bpe:
     """A vocabulary of `vocab_size` tokens learned from a corpus;
     it is smaller if the words allow no more merges.
@@ -59,10 +59,10 @@ def learn_bpe(
     n_merges = vocab_size - smallest_vocabulary(pretokenizer)
     # The counts are not kept: a large corpus has tens of millions of distinct words.
     table = WordTable(
-        count_words_of(chunks, pretokenizer, processes=processes, progress=progress),
+        count_words_of(chunks, pretokenizer, processes=processes, on_progress=on_progress),
         256 + n_merges,
     )
-    return Bpe(tuple(merge_pairs(table, n_merges, progress=progress)), pretokenizer)
+    return Bpe(tuple(merge_pairs(table, n_merges, on_progress=on_progress)), pretokenizer)
 
 
 def count_words_of(
@@ -70,7 +70,7 @@ def count_words_of(
     pretokenizer: Pretokenizer,
     *,
     processes: int = 1,
-    progress: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Counter[str]:
     """How often each word occurs in the chunks, counted by `processes`,
     or by this one alone if the text is small.
@@ -85,8 +85,8 @@ def count_words_of(
     for size, words in in_order(count, chunks, processes, min_size=MIN_SIZE_FOR_PROCESSES):
         total.update(words)
         n_done += size
-        if progress is not None:
-            progress("bytes", n_done, 0)
+        if on_progress is not None:
+            on_progress("bytes", n_done, 0)
     if not total:
         raise UserError("tokenizer", "the text has no words to learn from", "Give a file with text")
     return total
@@ -221,7 +221,7 @@ def _without_overlaps(positions: np.ndarray, size: int) -> np.ndarray:
 
 
 def learn_merges(
-    word_counts: Mapping[str, int], n_merges: int, *, progress: OnProgress | None = None
+    word_counts: Mapping[str, int], n_merges: int, *, on_progress: OnProgress | None = None
 ) -> list[tuple[bytes, bytes]]:
     """The first `n_merges` merges for words that occur this often;
     fewer if every word is one token before.
@@ -229,11 +229,11 @@ def learn_merges(
     >>> learn_merges({"low": 3, "lower": 1}, 3)
     [(b'o', b'w'), (b'l', b'ow'), (b'low', b'e')]
     """
-    return merge_pairs(WordTable(word_counts, 256 + n_merges), n_merges, progress=progress)
+    return merge_pairs(WordTable(word_counts, 256 + n_merges), n_merges, on_progress=on_progress)
 
 
 def merge_pairs(
-    table: WordTable, n_merges: int, *, progress: OnProgress | None = None
+    table: WordTable, n_merges: int, *, on_progress: OnProgress | None = None
 ) -> list[tuple[bytes, bytes]]:
     """`learn_merges` for the words in a table, which is used up.
 
@@ -274,8 +274,8 @@ def merge_pairs(
         descending.append(_descending(left + right))
         for new_pair in table.merge(pair, len(token_bytes) - 1, min_count):
             heapq.heappush(heap, _heap_entry(new_pair, descending))
-        if progress is not None:
-            progress("merges", len(merges), n_merges)
+        if on_progress is not None:
+            on_progress("merges", len(merges), n_merges)
     return merges
 
 

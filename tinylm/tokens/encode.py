@@ -252,7 +252,7 @@ def encode_file(
     resume: bool = True,
     keep: bool = False,
     setting: str = "data.cache_dir",
-    progress: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Write the token file `path`, whole or not at all;
     the caller holds `common.files.locked(path)`.
@@ -264,7 +264,7 @@ def encode_file(
         resume: continue with the work of an interrupted call.
         keep: keep the work after an error as well, for the next call.
         setting: the setting or flag that decides where the file is, for errors.
-        progress: called after each chunk.
+        on_progress: called after each chunk.
 
     Raises:
         UserError: as the source, the tokenizer and `TokenFileWriter`, or the split has no document.
@@ -285,8 +285,8 @@ def encode_file(
             if _append(writer, spec, encoded):
                 break
             done += encoded.size
-            if progress is not None:
-                progress("bytes", done, total)
+            if on_progress is not None:
+                on_progress("bytes", done, total)
         # 3. finish the file
         state = writer.state
         if not state.documents:

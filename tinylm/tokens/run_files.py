@@ -35,7 +35,7 @@ def training_files(
     cache_dir: str,
     *,
     needed: int,
-    progress: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[TokenFile, ...]:
     """The training tokens of each source.
 
@@ -44,7 +44,7 @@ def training_files(
     """
     files = []
     for source in sources:
-        file = token_file_of(source, tokenizer, cache_dir, progress)
+        file = token_file_of(source, tokenizer, cache_dir, on_progress)
         if len(file) < needed:
             problem = (
                 f"{source.name} gives {len(file)} training tokens, and one row of "
@@ -60,14 +60,14 @@ def validation_file(
     tokenizer: Tokenizer,
     cache_dir: str,
     *,
-    progress: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TokenFile | JoinedFiles:
     """The validation tokens: those of data.val_dataset, or what is held out of each source,
     one after the other.
 
     So each source has the share of val_loss that it has of the tokens, whatever its weight.
     """
-    files = [token_file_of(source, tokenizer, cache_dir, progress) for source in sources]
+    files = [token_file_of(source, tokenizer, cache_dir, on_progress) for source in sources]
     return files[0] if len(files) == 1 else JoinedFiles(tuple(files))
 
 
@@ -77,15 +77,15 @@ def cached_token_file(
     tokenizer: Tokenizer,
     seed: int,
     *,
-    progress: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TokenFile:
     """The tokens of a split that has one source; see `token_file_of`."""
     (source,) = data_sources(data, which, seed)
-    return token_file_of(source, tokenizer, data.cache_dir, progress)
+    return token_file_of(source, tokenizer, data.cache_dir, on_progress)
 
 
 def token_file_of(
-    source: DataSource, tokenizer: Tokenizer, cache_dir: str, progress: OnProgress | None = None
+    source: DataSource, tokenizer: Tokenizer, cache_dir: str, on_progress: OnProgress | None = None
 ) -> TokenFile:
     """The token file that the user gave, or one in the cache that is made from the text.
 
@@ -109,7 +109,7 @@ def token_file_of(
     if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         with locked(path, "data.cache_dir"):
             if not os.path.exists(path):  # else another process made it while this one waited
-                encode_file(path, spec, processes=os.cpu_count() or 1, progress=progress)
+                encode_file(path, spec, processes=os.cpu_count() or 1, on_progress=on_progress)
     file = TokenFile.open(path, "Delete it: it is made again from the text")
     file.verify()
     file.require_tokenizer(tokenizer)

@@ -28,9 +28,9 @@ def learn_tokenizer(config: Config) -> Tokenizer:
     if settings.kind in ("byte", "hf"):
         tokenizer = make_tokenizer(settings, tuple)
     else:
-        with progress_bar() as progress:
+        with progress_bar() as on_progress:
             tokenizer = training.tokenizer.tokenizer_for(
-                settings, config.data, config.training.seed, progress=progress
+                settings, config.data, config.training.seed, on_progress=on_progress
             )
     if settings.vocab_size is not None and tokenizer.vocab_size < settings.vocab_size:
         found = f"{tokenizer.vocab_size} tokens, not {settings.vocab_size}"
@@ -42,9 +42,9 @@ def open_data(context: RunContext, tokenizer: Tokenizer) -> PretrainData:
     """The token files of the run, or its stream; logs their size and the documents that are
     in both splits.
     """
-    with progress_bar() as progress:
+    with progress_bar() as on_progress:
         data = PretrainData(context.config, tokenizer)
-        data.prepare(progress)
+        data.prepare(on_progress)
     logger.info(describe_data(data))
     check_documents(data)
     return data

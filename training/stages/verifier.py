@@ -309,13 +309,13 @@ def prepare_data(context: RunContext, tokenizer: Tokenizer) -> VerifierData:
     if config.verifier.sampled_from is None:
         data.prepare()
     else:
-        with progress_bar() as progress:
-            data.prepare(answerer(config, config.verifier, context.device, progress))
+        with progress_bar() as on_progress:
+            data.prepare(answerer(config, config.verifier, context.device, on_progress))
     return data
 
 
 def answerer(
-    config: Config, verifier: VerifierConfig, device: str, progress: OnProgress
+    config: Config, verifier: VerifierConfig, device: str, on_progress: OnProgress
 ) -> Callable[[list[Problem]], list[Problem]]:
     """A function that adds to problems the answers of the model
     that verifier.sampled_from names.
@@ -339,7 +339,7 @@ def answerer(
             verifier.n_sampled,
             seed=config.training.seed,
             folder=folder,
-            progress=progress,
+            on_progress=on_progress,
         )
 
     return with_answers

@@ -78,7 +78,7 @@ class Progress:
         """Whether the validation of `step` is done."""
         return any(int(done) == step for done, _ in self.validations)
 
-    def start_row(self) -> None:
+    def finish_metrics_row(self) -> None:
         """Compute the means for a row of metrics, and start the sums of the next row."""
         if self.n_targets:
             self.train_loss = self.loss_sum / self.n_targets

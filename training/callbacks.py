@@ -29,7 +29,7 @@ from tinylm.common.errors import Diverged
 from tinylm.common.stop_signals import handled_signals
 from tinylm.common.units import duration, short
 from tinylm.optim.schedule import should_stop
-from tinylm.runs.metrics_csv import COLUMNS, MetricsFile, Row
+from tinylm.runs.metrics_csv import COLUMNS, MetricsFile, MetricsRow
 from tinylm.tokenizer.base import Tokenizer
 from training.checkpoints import Checkpoints, restore_optimizer
 
@@ -242,7 +242,7 @@ class Metrics:
     """metrics.csv; None on every rank but 0"""
     loggers: list[Logger]
     """named by training.loggers"""
-    show: Callable[[Row], None]
+    show: Callable[[MetricsRow], None]
     """displays a row"""
     last_time: float = 0.0
     """of the last row"""
@@ -264,7 +264,7 @@ class Metrics:
         if not is_due and score is None:
             return
         if is_due:
-            progress.start_row()
+            progress.finish_metrics_row()
         now = time.monotonic()
         seconds = now - self.last_time - validation_seconds
         tokens_per_s = (progress.tokens - self.last_tokens) / max(seconds, 1e-9)
@@ -283,9 +283,9 @@ class Metrics:
 
     def _row(
         self, module: TrainingModule, score: dict[str, float] | None, tokens_per_s: float | None
-    ) -> Row:
+    ) -> MetricsRow:
         progress = module.progress
-        row: Row = dict.fromkeys((*COLUMNS, *module.train_columns, *module.val_columns))
+        row: MetricsRow = dict.fromkeys((*COLUMNS, *module.train_columns, *module.val_columns))
         row |= {
             "step": progress.step,
             "train_loss": progress.train_loss,
@@ -298,7 +298,7 @@ class Metrics:
         row |= dict(zip(module.train_columns, progress.train_metrics, strict=False))
         return row | (score or {})
 
-    def _show(self, row: Row) -> None:
+    def _show(self, row: MetricsRow) -> None:
         values = {name: value for name, value in row.items() if value is not None}
         step = values.pop("step")
         for log in self.loggers:
@@ -347,7 +347,7 @@ class ProgressDisplay:
         """Leave the bar as it is, so that other lines follow it."""
         self.bar.stop()
 
-    def show_row(self, row: Row) -> None:
+    def show_row(self, row: MetricsRow) -> None:
         """Show a row of metrics: beside the bar, and as a line if it has a validation
         or if there is no bar.
         """
@@ -366,7 +366,7 @@ class ProgressDisplay:
         """Show a line above the bar; nothing in it is interpreted as markup."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _seconds_left(self, row: Row) -> float:
+    def _seconds_left(self, row: MetricsRow) -> float:
         step = int(row["step"] or 0)
         n_done = step - self.first_step
         if n_done == 0:

@@ -23,7 +23,7 @@ COLUMNS = (
     "tokens",
     "tokens_per_s",
 )
-Row = dict[str, float | int | None]
+MetricsRow = dict[str, float | int | None]
 
 
 class MetricsFile:
@@ -50,7 +50,7 @@ class MetricsFile:
                     os.replace(path, self._free_name())
             self._write(rows)
 
-    def append(self, row: Row) -> None:
+    def append(self, row: MetricsRow) -> None:
         """Add a row."""
         with (
             writing(self.path, "training.log_dir"),
@@ -58,7 +58,7 @@ class MetricsFile:
         ):
             csv.DictWriter(file, self.columns).writerow(self._as_text(row))
 
-    def complete(self, row: Row) -> None:
+    def complete(self, row: MetricsRow) -> None:
         """Add the values of `row` to the last row if it has the same step, else append it."""
         step = row["step"] or 0
         with writing(self.path, "training.log_dir"):
@@ -69,7 +69,7 @@ class MetricsFile:
                     last[name] = text
             self._write([*rows, last])
 
-    def _as_text(self, row: Row) -> dict[str, str]:
+    def _as_text(self, row: MetricsRow) -> dict[str, str]:
         return {name: "" if row[name] is None else repr(row[name]) for name in self.columns}
 
     def _rows_until(self, step: int) -> list[dict[str, str]]:

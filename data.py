@@ -183,7 +183,7 @@ class PretrainData(RunData):
         if self.train_files:
             train = training_fingerprint(self.config.data, self.train_files)
         else:
-            train = self.train_sources[0].text().source.fingerprint()[:12]
+            train = self.train_sources[0].text_split().text_source.fingerprint()[:12]
         return {"train": train, "val": self.val_file.fingerprint}
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:

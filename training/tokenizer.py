@@ -18,7 +18,7 @@ from tinylm.common.files import make_once
 from tinylm.config.schema import DataConfig, TokenizerConfig
 from tinylm.text.data_source import data_sources
 from tinylm.text.documents import text_chunks
-from tinylm.text.sources import HubDataset, Source
+from tinylm.text.sources import HubDataset, TextSource
 from tinylm.text.splits import Split
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe_fast import learn_bpe
@@ -46,7 +46,7 @@ def tokenizer_for(
     if config.kind in ("byte", "hf"):
         return make_tokenizer(config, tuple)
     split = training_split(data, seed)
-    streamed = isinstance(split.source, HubDataset) and data.streaming
+    streamed = isinstance(split.text_source, HubDataset) and data.streaming
     if streamed and split.limit is None and config.learn_docs is None:
         raise UserError(
             "tokenizer.learn_docs",
@@ -66,7 +66,7 @@ def _cached_bpe(
     pretokenizer = Pretokenizer(config.pattern or "gpt2")
     check_request(config.vocab_size, pretokenizer)
     text = [
-        split.source.fingerprint(),
+        split.text_source.fingerprint(),
         data.text_field,
         data.document_separator,
         split.held_out,
@@ -123,7 +123,7 @@ class InterleavedSources:
     so that the first ones are of all of them.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[TextSource, ...]
 
     @property
     def name(self) -> str:
@@ -146,8 +146,8 @@ def training_split(data: DataConfig, seed: int) -> Split:
     Raises:
         UserError: as `data_sources`, or a source is a token file.
     """
-    splits = [source.text() for source in data_sources(data, "train", seed)]
+    splits = [source.text_split() for source in data_sources(data, "train", seed)]
     if len(splits) == 1:
         return splits[0]
-    sources = InterleavedSources(tuple(split.source for split in splits))
+    sources = InterleavedSources(tuple(split.text_source for split in splits))
     return Split("train", sources, splits[0].held_out, None)

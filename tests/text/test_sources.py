@@ -36,7 +36,7 @@ SEED = 1
 def read(path: Path | str, **settings) -> list[str]:
     """Every document of a source, training and validation alike."""
     return list(
-        find_split(DataConfig(dataset=str(path), **settings), "train", SEED).source.documents()
+        find_split(DataConfig(dataset=str(path), **settings), "train", SEED).text_source.documents()
     )
 
 
@@ -211,7 +211,7 @@ def test_a_bad_row_is_named_with_file_line_and_key(write, row, message):
 def test_the_rows_before_a_bad_one_are_read(write):
     documents = find_split(
         DataConfig(dataset=str(write("a.jsonl", '{"text": "good"}\n3\n'))), "train", SEED
-    ).source.documents()
+    ).text_source.documents()
     assert next(documents) == "good"
     with pytest.raises(UserError, match="a.jsonl:2: "):
         next(documents)
@@ -551,7 +551,7 @@ def test_a_network_that_fails_inside_a_stream_is_one_line(monkeypatch, error):
     monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
     documents = find_split(
         DataConfig(dataset="owner/name", streaming=True), "train", SEED
-    ).source.documents()
+    ).text_source.documents()
     assert next(documents) == "one"
     with pytest.raises(UserError) as caught:
         next(documents)
@@ -728,7 +728,7 @@ def test_odd_files_are_read_in_bounded_memory(write, name, content, n, child):
     """One document of 50 MB is held a few times (bytes, text, a copy being made): less than 300 MB in all."""
     path = write(name, content)
     code = """before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-n = sum(1 for _ in data_source.find_split(DataConfig(dataset=args[0]), "train", 1).source.documents())
+n = sum(1 for _ in data_source.find_split(DataConfig(dataset=args[0]), "train", 1).text_source.documents())
 print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
     out, err = child(code, path).communicate(timeout=60)
     documents, megabytes = map(int, out.split())

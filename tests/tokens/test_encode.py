@@ -86,15 +86,15 @@ def test_a_document_that_cannot_be_encoded_is_named_by_its_number(size, monkeypa
     monkeypatch.setattr(encode, "BATCH_DOCUMENTS", size)
     tokenizer = CharTokenizer("abc", unknown="error")
     found = "position 1: the character 'Q' (U+0051) is not one of the 3 characters of the tokenizer"
-    for named, place in (
+    for named, location in (
         ({}, "text: document 3"),
-        ({"source": "a.txt: training", "first": 11}, "a.txt: training document 13"),
+        ({"name": "a.txt: training", "first": 11}, "a.txt: training document 13"),
     ):
         with pytest.raises(UserError) as caught:
             list(encode_documents(["abc", "b", "aQ", "Q"], tokenizer, None, **named))
         assert (
             str(caught.value)
-            == f"{place}: {found}. Set tokenizer.unknown: unk, or train on text that contains it."
+            == f"{location}: {found}. Set tokenizer.unknown: unk, or train on text that contains it."
         )
 
 
@@ -299,7 +299,7 @@ def test_a_cache_whose_name_is_too_long_is_refused_on_one_line(data, tmp_path):
 def test_a_source_fingerprint_is_its_content(write, tmp_path):
     def fingerprint(name: str, which: str = "train", **settings) -> str:
         data = DataConfig(dataset=str(tmp_path / name), **settings)
-        return find_split(data, which, SEED).source.fingerprint()
+        return find_split(data, which, SEED).text_source.fingerprint()
 
     (
         write("a.txt", "one\n"),
@@ -319,7 +319,7 @@ def test_a_source_fingerprint_is_its_content(write, tmp_path):
         DataConfig(dataset="o/n", dataset_config="en"),
         DataConfig(dataset="o/n", split="test"),
     ]
-    assert len({find_split(data, "train", SEED).source.fingerprint() for data in hub}) == 4
+    assert len({find_split(data, "train", SEED).text_source.fingerprint() for data in hub}) == 4
 
 
 # --- a token file as the dataset --------------------------------------------------------------------------------------

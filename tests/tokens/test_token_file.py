@@ -466,7 +466,7 @@ def test_a_draft_goes_on_from_what_was_saved(tmp_path, whole, saved, lost):
     writer.save()
     for tokens, ends in PORTIONS[saved : saved + lost]:
         writer.append(np.array(tokens, dtype=np.uint16), np.array(ends, dtype=np.int64))
-    writer._tokens.flush()
+    writer._tokens_file.flush()
     with TokenFileWriter(path, BYTES, "recipe", resume=True) as again:
         assert (again.state.portions, again.state.read) == (saved, 2 * saved)
         for tokens, ends in PORTIONS[saved:]:

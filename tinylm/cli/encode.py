@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             write_npy(file, array, "--out")
     report_content(file)
     for note in notes_on_text(
-        spec.split.source.name, file, spec.tokenizer, spec.separator, "--separator"
+        spec.split.text_source.name, file, spec.tokenizer, spec.separator, "--separator"
     ):
         logger.info("%s", note)
     logger.info("next: %s", training_command(path, arguments.tokenizer))

@@ -50,10 +50,10 @@ def read_rows(data: DataConfig, which: Which, seed: int) -> Iterator[LocatedRow]
         UserError: nothing is found, a row is not an object, or no row is in this split.
     """
     split = find_split(resolve_dataset(data)[0], which, seed, ROW_FILES)
-    if isinstance(split.source, HubDataset):
-        rows = split.source.rows()
+    if isinstance(split.text_source, HubDataset):
+        rows = split.text_source.rows()
     else:
-        rows = (row for path in split.source.paths for row in _read_file(path))
+        rows = (row for path in split.text_source.paths for row in _read_file(path))
     return split.select(
         map(_require_object, rows),
         lambda located: json.dumps(located[1], sort_keys=True, default=str),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tinylm.common.errors import UserError, reading, require_regular
 from tinylm.text.documents import TextChunk, file_documents, text_chunks
-from tinylm.text.sources import LocalFiles, Source, Together
+from tinylm.text.sources import LocalFiles, TextSource, Together
 
 # A raw file is read in parts of about this many bytes, so that few words are in memory before they
 # are counted.
@@ -69,7 +69,7 @@ class RawChunk:
 
 
 def word_chunks(
-    source: Source, processes: int = 1, docs: int | None = None
+    source: TextSource, processes: int = 1, docs: int | None = None
 ) -> Iterator[RawChunk | TextChunk]:
     """The source, or its first `docs` documents, in chunks that cut no word.
 

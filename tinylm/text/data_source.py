@@ -47,7 +47,7 @@ class DataSource:
     """the share at the end of a token file that is for validation;
     None if validation has its own data"""
 
-    def text(self) -> Split:
+    def text_split(self) -> Split:
         """The documents.
 
         Raises:
@@ -120,7 +120,7 @@ def find_split(data: DataConfig, which: Which, seed: int, kinds: Kinds = DOCUMEN
         UserError: as `data_sources`, or the source is a token file.
     """
     (source,) = data_sources(data, which, seed, kinds)
-    return source.text()
+    return source.text_split()
 
 
 def train_documents(data: DataConfig, seed: int, *, skip: int = 0) -> Iterator[str]:
@@ -155,7 +155,7 @@ def text_overlap(train: Sequence[DataSource], val: Sequence[DataSource]) -> Over
 
 def _local_texts(sources: Iterable[DataSource]) -> list[Split]:
     splits = [source.split for source in sources if source.split is not None]
-    return [split for split in splits if isinstance(split.source, LocalFiles)]
+    return [split for split in splits if isinstance(split.text_source, LocalFiles)]
 
 
 def _text_split(

@@ -195,7 +195,7 @@ class Together:
         ).hexdigest()
 
 
-Source = LocalFiles | HubDataset | Together
+TextSource = LocalFiles | HubDataset | Together
 
 
 def sources_named(

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 
 from tinylm.common.errors import UserError
-from tinylm.text.sources import Source
+from tinylm.text.sources import TextSource
 
 Which = Literal["train", "val"]
 NAMES: dict[Which, str] = {"train": "training", "val": "validation"}
@@ -28,7 +28,7 @@ class Split:
     """The training or validation documents of a source."""
 
     which: Which
-    source: Source
+    text_source: TextSource
     held_out: tuple[float, int] | None
     """fraction and seed of the validation documents, if both splits come from this source"""
     limit: int | None
@@ -40,7 +40,7 @@ class Split:
         Raises:
             UserError: there are none.
         """
-        return self.select(self.source.documents(), lambda text: text)
+        return self.select(self.text_source.documents(), lambda text: text)
 
     def select(
         self, items: Iterable[T], text_of: Callable[[T], str], *, kind: str = "documents"
@@ -72,10 +72,10 @@ class Split:
         if not n_read or self.held_out is None:
             content = "text" if kind == "documents" else kind
             problem = f"no {kind}, only blank lines or nothing at all"
-            return UserError(self.source.name, problem, f"Give a file with {content}")
+            return UserError(self.text_source.name, problem, f"Give a file with {content}")
         found = f"got 0 of {n_read} {kind} (data.val_fraction {self.held_out[0]})"
         fix = f"Give more {kind}, another data.val_fraction, or data.val_dataset"
-        return UserError(self.source.name, f"{NAMES[self.which]} {found}", fix)
+        return UserError(self.text_source.name, f"{NAMES[self.which]} {found}", fix)
 
 
 def is_held_out(text: str, fraction: float, seed: int) -> bool:

@@ -65,7 +65,7 @@ def encode_documents(
     tokenizer: Tokenizer,
     max_doc_len: int | None,
     *,
-    source: str = "text:",
+    name: str = "text:",
     first: int = 1,
 ) -> Iterator[np.ndarray]:
     """The tokens of each document, truncated to `max_doc_len` and closed by EOS:
@@ -75,7 +75,7 @@ def encode_documents(
         documents: the texts.
         tokenizer: encodes them.
         max_doc_len: tokens after which a document is truncated.
-        source: their name in an error, such as `corpus.txt: training`.
+        name: their name in an error, such as `corpus.txt: training`.
         first: the number of the first document in an error; a resumed stream does not start at 1.
 
     Raises:
@@ -87,7 +87,7 @@ def encode_documents(
                 yield batch.tokens[start:stop]
             first += len(batch.ends)
     except CannotEncode as error:
-        raise error.within(f"{source} document {first}") from None
+        raise error.within(f"{name} document {first}") from None
 
 
 def encode_batches(
@@ -230,9 +230,9 @@ class EncodeSpec:
     """the name of the documents in an error"""
 
     @cached_property
-    def source(self) -> str:
+    def text_fingerprint(self) -> str:
         """SHA-256 over the text, or over the name of a hub dataset; files are read for it."""
-        return self.split.source.fingerprint()
+        return self.split.text_source.fingerprint()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -240,7 +240,14 @@ class EncodeSpec:
         reading = [self.text_field, self.separator, self.max_doc_len]
         which = None if self.split.held_out is None else [self.split.which, *self.split.held_out]
         limit = self.split.limit
-        settings = [VERSION, self.source, reading, which, limit, self.tokenizer.fingerprint]
+        settings = [
+            VERSION,
+            self.text_fingerprint,
+            reading,
+            which,
+            limit,
+            self.tokenizer.fingerprint,
+        ]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
@@ -276,9 +283,9 @@ def encode_file(
     )
     with writer:
         # 1. skip the chunks that an interrupted call has encoded
-        parts = split.source.chunks()
+        parts = split.text_source.chunks()
         done = sum(part.size for part in islice(parts, writer.state.portions))
-        total = split.source.size()
+        total = split.text_source.size()
         # 2. encode the others
         encoder = Encoder(spec.tokenizer, spec.max_doc_len, split)
         for encoded in in_order(encoder, parts, processes, min_size=WORTH_PROCESSES):
@@ -293,7 +300,7 @@ def encode_file(
             raise split.empty_error(state.read)
         all_read = state.documents != split.limit
         unseparated = spec.separator is not None and not state.separated and all_read
-        writer.finish(spec.source, unseparated=unseparated)
+        writer.finish(spec.text_fingerprint, unseparated=unseparated)
 
 
 def _append(writer: TokenFileWriter, spec: EncodeSpec, encoded: EncodedChunk) -> bool:

@@ -150,30 +150,30 @@ class RowOrder:
             an independent draw for each place.
         n_rows: number of rows.
         seed: the seed of the run.
-        source: number of the source in a mixture, so that its sources have different orders.
+        source_number: number of the source in a mixture, so that its sources have different orders.
 
     >>> order = RowOrder("shuffled", 4, seed=1)
     >>> [order(place) for place in range(8)]
     [2, 0, 1, 3, 1, 3, 2, 0]
     """
 
-    def __init__(self, kind: str, n_rows: int, seed: int, source: int = 0):
+    def __init__(self, kind: str, n_rows: int, seed: int, source_number: int = 0):
         self.kind = kind
         self.n_rows = n_rows
         self.seed = seed
-        self.source = source
+        self.source_number = source_number
         self._pass = -1
         self._permutation = np.empty(0, dtype=np.int64)
 
     def __call__(self, place: int) -> int:
         if self.kind == "random":
-            rng = np.random.default_rng((self.seed, RANDOM, place, self.source))
+            rng = np.random.default_rng((self.seed, RANDOM, place, self.source_number))
             return int(rng.integers(self.n_rows))
         number, row = divmod(place, self.n_rows)
         if self.kind == "sequential":
             return row
         if number != self._pass:  # one permutation is kept: places mostly come in order
-            rng = np.random.default_rng((self.seed, SHUFFLE, number, self.source))
+            rng = np.random.default_rng((self.seed, SHUFFLE, number, self.source_number))
             self._pass = number
             self._permutation = rng.permutation(self.n_rows)
         return int(self._permutation[row])

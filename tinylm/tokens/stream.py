@@ -160,7 +160,7 @@ class StreamDataset(IterableDataset[Batch]):
                 documents,
                 self.tokenizer,
                 data.max_doc_len,
-                source=f"{data.dataset}: training",
+                name=f"{data.dataset}: training",
                 first=start.document + 1,
             )
             for number, ids in enumerate(encoded, start.document):

@@ -106,13 +106,13 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
                 self.folder.mkdir(parents=True)
                 (self.folder / "tokens").write_bytes(bytes(HEADER_BYTES))
                 (self.folder / "ends").touch()
-            self._tokens = open(self.folder / "tokens", "r+b")  # noqa: SIM115 (closed in __exit__)
-            self._ends = open(self.folder / "ends", "r+b")  # noqa: SIM115
+            self._tokens_file = open(self.folder / "tokens", "r+b")  # noqa: SIM115 (closed in __exit__)
+            self._ends_file = open(self.folder / "ends", "r+b")  # noqa: SIM115
             try:
                 self._truncate()
             except BaseException:
-                self._tokens.close()
-                self._ends.close()
+                self._tokens_file.close()
+                self._ends_file.close()
                 raise
 
     def _read_state(self) -> WriterState:
@@ -132,14 +132,17 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
         """Remove what the state does not count, and read the rest again for the checksum."""
         dtype = self._header.dtype
         n_bytes = HEADER_BYTES + self.state.tokens * dtype.itemsize
-        for file, size in ((self._tokens, n_bytes), (self._ends, self.state.documents * END_BYTES)):
+        for file, size in (
+            (self._tokens_file, n_bytes),
+            (self._ends_file, self.state.documents * END_BYTES),
+        ):
             if os.fstat(file.fileno()).st_size < size:
                 problem = "shorter than when the encoding was interrupted"
                 raise UserError(file.name, problem, f"Delete {self.folder} to start again")
             file.truncate(size)
-        self._ends.seek(0, os.SEEK_END)
-        self._tokens.seek(HEADER_BYTES)
-        for block in iter(partial(self._tokens.read, BLOCK), b""):
+        self._ends_file.seek(0, os.SEEK_END)
+        self._tokens_file.seek(HEADER_BYTES)
+        for block in iter(partial(self._tokens_file.read, BLOCK), b""):
             self._header.add_tokens(np.frombuffer(block, dtype=dtype))
 
     def append(
@@ -165,9 +168,9 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
             for start in range(0, len(tokens), BLOCK):  # a document may be very long
                 part = tokens[start : start + BLOCK]
                 block = checked_tokens(part, self._header.tokenizer.vocab_size)
-                self._tokens.write(block.data)
+                self._tokens_file.write(block.data)
                 self._header.add_tokens(block)
-            self._ends.write((ends.astype("<u8") + np.uint64(state.tokens)).data)
+            self._ends_file.write((ends.astype("<u8") + np.uint64(state.tokens)).data)
             changes = {
                 "portions": state.portions + 1,
                 "read": state.read + read,
@@ -182,30 +185,30 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
 
     def save(self) -> None:
         """Make the work so far survive a kill and a power cut."""
-        for file in (self._tokens, self._ends):
+        for file in (self._tokens_file, self._ends_file):
             file.flush()
             os.fsync(file.fileno())
         state = self.state.model_dump_json()
         write_atomic(self.folder / "state.json", state, self.setting)
         self._saved = time.monotonic()
 
-    def finish(self, source: str, *, unseparated: bool = False) -> None:
+    def finish(self, text_fingerprint: str, *, unseparated: bool = False) -> None:
         """Make the token file of all chunks.
 
         Args:
-            source: fingerprint of the text.
+            text_fingerprint: of the text that was encoded.
             unseparated: whether a separator was given that does not occur in the text.
         """
         state = self.state
         header = self._header
         with writing(self.path, self.setting):
             # 1. after the tokens: zeros up to a multiple of 8 bytes, then the ends of the documents
-            self._ends.seek(0)
-            block = bytes(-self._tokens.tell() % END_BYTES)
+            self._ends_file.seek(0)
+            block = bytes(-self._tokens_file.tell() % END_BYTES)
             while True:
-                self._tokens.write(block)
+                self._tokens_file.write(block)
                 header.digest.update(block)
-                block = self._ends.read(BLOCK)
+                block = self._ends_file.read(BLOCK)
                 if not block:
                     break
             # 2. before them: the header, whose checksum is complete now
@@ -213,15 +216,15 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
                 header.dtype.name,
                 state.tokens,
                 state.documents,
-                source,
+                text_fingerprint,
                 state.recipe,
                 spelled_eos=state.spelled_eos,
                 unseparated=unseparated,
             )
             line = MAGIC + built.model_dump_json(exclude_defaults=True).encode()
-            self._tokens.seek(0)
-            self._tokens.write(line.ljust(HEADER_BYTES - 1) + b"\n")
-            self._tokens.flush()
+            self._tokens_file.seek(0)
+            self._tokens_file.write(line.ljust(HEADER_BYTES - 1) + b"\n")
+            self._tokens_file.flush()
             # 3. the final name
             publish(self.folder / "tokens", self.path)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -241,7 +244,7 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
                 with suppress(OSError, UserError):
                     self.save()
         finally:
-            for file in (self._tokens, self._ends):
+            for file in (self._tokens_file, self._ends_file):
                 with suppress(OSError):
                     file.close()
         if kind is not None and not keep:
@@ -269,7 +272,13 @@ class HeaderBuilder:
         self.text_bytes += int(self._lengths[tokens].sum(dtype=np.int64))
 
     def build(
-        self, dtype: str, count: int, documents: int, source: str, recipe: str, **text: Any
+        self,
+        dtype: str,
+        count: int,
+        documents: int,
+        text_fingerprint: str,
+        recipe: str,
+        **text: Any,
     ) -> TokenFileHeader:
         """The header, after every byte of the file has passed; `text` are fields with a default."""
         tokenizer = self.tokenizer
@@ -282,7 +291,7 @@ class HeaderBuilder:
             eos_id=tokenizer.eos_id,
             documents=documents,
             text_bytes=self.text_bytes,
-            source=source,
+            source=text_fingerprint,
             recipe=recipe,
             sha256="",
             **text,

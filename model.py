@@ -12,6 +12,7 @@ dropout is seeded again for every micro-batch, and the learning rate is a functi
 The model is tinylm/model/decoder.py; what happens between two steps is training/callbacks.py.
 """
 
+import logging
 import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,11 +33,14 @@ from tinylm.model.decoder import Decoder
 from tinylm.objectives.cross_entropy import cross_entropy
 from tinylm.optim.optimizers import make_optimizer, set_lr
 from tinylm.optim.schedule import multiplier
+from tinylm.optim.spikes import MAX_IN_A_ROW, WINDOW, spike_in
 from tinylm.tokens.packing import IGNORE_INDEX, Batch
 
 if TYPE_CHECKING:
     from tinylm.model.hf_model import HFModel
     from tinylm.model.verifier import Verifier
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,6 +67,12 @@ class Progress:
     """norm of the last step's gradient, before clipping"""
     validations: list[list[float]] = field(default_factory=list)
     """[step, val_loss] of every validation"""
+    skipped_steps: int = 0
+    """steps that training.skip_spikes skipped"""
+    skipped_in_a_row: int = 0
+    """of these, the last ones without a step between them"""
+    recent: list[list[float]] = field(default_factory=list)
+    """with training.skip_spikes, [loss, grad_norm] of the last steps that were not skipped"""
 
     @property
     def val_losses(self) -> list[float]:
@@ -79,7 +89,10 @@ class Progress:
         return any(int(done) == step for done, _ in self.validations)
 
     def finish_metrics_row(self) -> None:
-        """Compute the means for a row of metrics, and start the sums of the next row."""
+        """Compute the means for a row of metrics, and start the sums of the next row;
+        there are no means if every step since the last row was skipped.
+        """
+        self.train_loss, self.train_metrics = None, []
         if self.n_targets:
             self.train_loss = self.loss_sum / self.n_targets
             self.train_metrics = [total / self.n_targets for total in self.metric_sums]
@@ -218,7 +231,8 @@ class TrainingModule(L.LightningModule):
         step; `progress.step` is the count that everything here uses.
 
         Raises:
-            Diverged: the loss or the gradient is not finite; the weights are not changed.
+            Diverged: the loss or the gradient is not finite, or the last of too many steps in a row
+                is skipped; the weights are not changed.
         """
         config, progress = self.config, self.progress
         training = config.training
@@ -245,13 +259,13 @@ class TrainingModule(L.LightningModule):
             for gradient in gradients:
                 gradient.mul_(1 / filled)
 
-        # 4. Check that loss and gradient are finite, before they can reach the weights. With fp16
-        #    an infinite gradient is no error: the scaler skips the step and lowers its factor.
+        # 4. Check loss and gradient, before they can reach the weights: not finite is an error.
+        #    With training.skip_spikes it is a reason to skip the step, as is a value far above
+        #    those of the last steps. With fp16 an infinite gradient is neither: the scaler skips
+        #    the step and lowers its factor. Both are the same on every rank.
         norm = get_total_norm(gradients)
         progress.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        self._require_finite(
-            loss / max(n_targets, 1), progress.grad_norm, scaled=scaler is not None
-        )
+        is_skipped = self._is_spike(loss / max(n_targets, 1), scaled=scaler is not None)
 
         # 5. Clip: shrink the gradient to norm grad_clip if it is longer.
         if training.grad_clip is not None:
@@ -261,23 +275,26 @@ class TrainingModule(L.LightningModule):
         factor = multiplier(progress.step, training, progress.val_losses)
         set_lr(optimizer, factor)
 
-        # 7. Step; with fp16, step or skip. Then free the gradients.
+        # 7. Step, or skip the step. Then free the gradients.
         if scaler is None:
-            optimizer.step()
+            if not is_skipped:
+                optimizer.step()
         else:
-            scaler.step(optimizer)
+            if not is_skipped:
+                scaler.step(optimizer)
             scaler.update()
         # Lightning would do it after the next forward pass, which would then hold both.
         optimizer.zero_grad()
 
-        # 8. Count.
+        # 8. Count; nothing was trained in a skipped step.
         progress.step += 1
-        progress.tokens += n_tokens
         progress.lr = training.lr * factor
-        progress.loss_sum += loss
-        progress.n_targets += n_targets
-        old = progress.metric_sums or [0.0] * len(metrics)
-        progress.metric_sums = [a + b for a, b in zip(old, metrics, strict=True)]
+        if not is_skipped:
+            progress.tokens += n_tokens
+            progress.loss_sum += loss
+            progress.n_targets += n_targets
+            old = progress.metric_sums or [0.0] * len(metrics)
+            progress.metric_sums = [a + b for a, b in zip(old, metrics, strict=True)]
         self._losses.clear()
         self._origins.clear()
 
@@ -294,16 +311,33 @@ class TrainingModule(L.LightningModule):
         metrics = [part.metrics for part in self._losses if part.metrics is not None]
         return loss, *counts, total(metrics) if metrics else []
 
-    def _require_finite(self, loss: float, norm: float, *, scaled: bool) -> None:
-        if math.isfinite(loss) and (scaled or math.isfinite(norm)):
-            return
-        found = f"the gradient norm is {norm}"
-        if not math.isfinite(loss):
-            found = f"the loss is {loss}"
-        raise Diverged(
-            f"step {self.progress.step + 1}: {found}; rows at {self._origins}. "
-            "The weights were not changed. Lower training.lr, or look at these rows"
-        )
+    def _is_spike(self, loss: float, *, scaled: bool) -> bool:
+        """Whether this step must be skipped, which is logged; else it becomes part of the history.
+
+        Raises:
+            Diverged: as `optimizer_step`.
+        """
+        progress, factor = self.progress, self.config.training.skip_spikes
+        norm = progress.grad_norm
+        if scaled and math.isfinite(loss) and not math.isfinite(norm):
+            return False  # the scaler skips it
+        values = {"loss": loss, "gradient norm": norm}
+        found = spike_in(values, progress.recent, factor)
+        if found is None:
+            progress.skipped_in_a_row = 0
+            if factor is not None:
+                progress.recent = [*progress.recent, [loss, norm]][-WINDOW:]
+            return False
+        found = f"step {progress.step + 1}: {found}; rows at {self._origins}"
+        fix = "Lower training.lr, or look at these rows"
+        if factor is None:
+            raise Diverged(f"{found}. The weights were not changed. {fix}")
+        progress.skipped_steps += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row == MAX_IN_A_ROW:
+            raise Diverged(f"{found}. {MAX_IN_A_ROW} steps in a row were skipped. {fix}")
+        logger.warning(f"{found}. The step is skipped ({progress.skipped_steps} so far)")
+        return True
 
 
 class LanguageModule(TrainingModule):

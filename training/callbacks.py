@@ -29,7 +29,7 @@ from tinylm.common.errors import Diverged
 from tinylm.common.stop_signals import handled_signals
 from tinylm.common.units import duration, short
 from tinylm.optim.schedule import should_stop
-from tinylm.runs.metrics_csv import COLUMNS, MetricsFile, MetricsRow
+from tinylm.runs.metrics_csv import MetricsFile, MetricsRow
 from tinylm.tokenizer.base import Tokenizer
 from training.checkpoints import Checkpoints, restore_optimizer
 
@@ -270,22 +270,28 @@ class Metrics:
         tokens_per_s = (progress.tokens - self.last_tokens) / max(seconds, 1e-9)
         self.last_time, self.last_tokens = now, progress.tokens
         if self.file is not None:
-            row = self._row(module, score, tokens_per_s)
+            row = self._row(self.file.columns, module, score, tokens_per_s)
             self.file.append(row)
             self._show(row)
 
     def complete_row(self, module: TrainingModule, score: dict[str, float]) -> None:
         """Add an owed validation to the row of its step, which an earlier process wrote."""
         if self.file is not None:
-            row = self._row(module, score, None)
+            row = self._row(self.file.columns, module, score, None)
             self.file.complete(row)
             self._show(row)
 
     def _row(
-        self, module: TrainingModule, score: dict[str, float] | None, tokens_per_s: float | None
+        self,
+        columns: tuple[str, ...],
+        module: TrainingModule,
+        score: dict[str, float] | None,
+        tokens_per_s: float | None,
     ) -> MetricsRow:
         progress = module.progress
-        row: MetricsRow = dict.fromkeys((*COLUMNS, *module.train_columns, *module.val_columns))
+        row: MetricsRow = dict.fromkeys(columns)
+        if "skipped_steps" in row:
+            row["skipped_steps"] = progress.skipped_steps
         row |= {
             "step": progress.step,
             "train_loss": progress.train_loss,

@@ -103,11 +103,12 @@ def fit(
     display = ProgressDisplay(config.training.max_steps)
     checkpoints = Checkpoints(context.checkpoint_dir, data.tokenizer, data.fingerprints())
     metrics_file, loggers = None, []
+    guard_columns = () if config.training.skip_spikes is None else ("skipped_steps",)
     if rank_zero_only.rank == 0:
         metrics_file = MetricsFile(
             context.log_dir / "metrics.csv",
             module.progress.step,
-            more_columns=(*module.train_columns, *module.val_columns),
+            more_columns=(*module.train_columns, *module.val_columns, *guard_columns),
             keep_old=resume is None or not resume.is_in(context.checkpoint_dir),
         )
         loggers = build_loggers(config.training)
@@ -138,7 +139,8 @@ def fit(
         logger.info(f"stopped by signal {signals.agreed} after step {step}; {saved}")
         return signals.exit_code
     seconds, best = duration(time.monotonic() - began), module.progress.best_val_loss
-    logger.info(f"done: {step} steps in {seconds}, best val_loss {best:.4f}")
+    skipped = f" ({n} skipped)" if (n := module.progress.skipped_steps) else ""
+    logger.info(f"done: {step} steps{skipped} in {seconds}, best val_loss {best:.4f}")
     return print_result(stage, checkpoints.newest.with_name("final.ckpt"))
 
 

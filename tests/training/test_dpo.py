@@ -1,5 +1,6 @@
 """Preference training end to end on tiny models: each kind of reference, numbers against computations by hand and by trl, exact resume (FAULTS: A12, D1, D2, D9)."""
 
+import csv
 import json
 import os
 import re
@@ -528,6 +529,20 @@ def test_a_loss_that_is_no_number_stops_the_run(
         in capsys.readouterr().err
     )
     assert checkpoint_format.candidates(tmp_path / "checkpoints") == []
+
+
+def test_a_step_that_is_skipped_leaves_its_columns_empty(
+    prefer: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """With training.skip_spikes the same second step of 4 is skipped, with the rewards of its pairs."""
+    interrupt_at(monkeypatch, 3 + 2, lambda: float("nan"), DPOModule)
+    assert run(prefer(), "training.skip_spikes=10") == 0
+    assert "step 2: the loss is nan; rows at [['" in capsys.readouterr().err
+    metrics = tmp_path / "logs" / "tiny" / "metrics.csv"
+    rows = list(csv.DictReader(metrics.open(encoding="utf-8")))
+    assert [row["skipped_steps"] for row in rows][:3] == ["0", "1", "1"]
+    for name in ("train_loss", *DPOModule.train_columns):
+        assert [row[name] == "" for row in rows][:3] == [False, True, False], name
 
 
 def test_an_infinite_gradient_stops_the_run(

@@ -303,6 +303,8 @@ class TrainingConfig(Section):
     """decoupled weight decay, only for matrices"""
     grad_clip: Annotated[Number, Field(gt=0)] | None = 1.0
     """maximum norm of the gradient; null: not clipped"""
+    skip_spikes: Annotated[Number, Field(ge=2, le=1e6)] | None = None
+    """skip a step whose loss or gradient norm is this many deviations above the last 100 steps; null: never"""
     label_smoothing: Fraction = 0.0
     """share of each target that is spread evenly over the vocabulary; not used in validation"""
     val_every_steps: Count = 200

@@ -73,14 +73,21 @@ class MetricsFile:
         return {name: "" if row[name] is None else repr(row[name]) for name in self.columns}
 
     def _rows_until(self, step: int) -> list[dict[str, str]]:
-        """The complete rows up to `step`; a resumed run writes the later ones again."""
+        """The complete rows up to `step`; a resumed run writes the later ones again.
+
+        Columns that only the file has are kept: it may be of other settings (`skipped_steps`).
+        """
         with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
-            rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+            reader = csv.DictReader(line.replace("\0", "") for line in file)
+            names, rows = reader.fieldnames or (), list(reader)
+        if not set(COLUMNS) <= set(names):
+            return []
+        self.columns += tuple(name for name in names if name not in self.columns)
         kept = []
         for row in rows:
-            is_complete = set(row) == set(self.columns) and None not in row.values()
+            is_complete = None not in row and None not in row.values()
             if is_complete and row["step"].isdigit() and int(row["step"]) <= step:
-                kept.append(row)
+                kept.append(dict.fromkeys(self.columns, "") | row)
         return kept
 
     def _write(self, rows: list[dict[str, str]]) -> None:

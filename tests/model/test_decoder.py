@@ -31,6 +31,7 @@ from tinylm.model.decoder import (
     positions_in_documents,
     rotary_cos_sin,
 )
+from tinylm.model.kv_cache import KVCache
 
 T = 12
 SMALL = {
@@ -422,6 +423,63 @@ def test_selected_rows_of_a_cache_continue_as_the_same_rows():
     rows = torch.tensor([2, 0, 0, 1])
     cache.select(rows)
     assert_same(model(ids[rows, 8:], cache=cache), model(ids)[rows, 8:])
+
+
+@COMBINED
+@pytest.mark.parametrize("padded", [False, True], ids=["apart", "padded"])
+@torch.no_grad()
+def test_rows_of_different_lengths_decode_together_as_each_alone(options, padded, monkeypatch):
+    """Prompts of 3, 11, 6 and 1 tokens, each read into its own row; then 7 decode steps of all, with the first two
+    rows exchanged in between. Under a window of 4 with chunks of 11, the longest row wraps around its ring of 14.
+    Attention takes the rows apart, as on the CPU, or padded and masked, as on a GPU.
+    """
+    if padded:
+        monkeypatch.setattr(KVCache, "row_lengths", None)
+    model, ids = make(**options), some_ids(batch=4, length=18)
+    expected, lengths = model(ids), [3, 11, 6, 1]
+    cache = model.new_cache(5, 18, chunk=11)  # row 4 stays empty
+    for row, length in enumerate(lengths):
+        one = cache.rows(row, row + 1)
+        assert_same(model(ids[row : row + 1, :length], cache=one)[0], expected[row, :length])
+    batch = cache.rows(0, 4)
+    order = [0, 1, 2, 3]
+    for step in range(7):
+        if step == 4:
+            cache.swap_rows(0, 1)
+            order = [1, 0, 2, 3]
+        new = torch.stack([ids[row, lengths[row] + step] for row in order])[:, None]
+        logits = model(new, cache=batch)[:, 0]
+        assert_same(logits, torch.stack([expected[row, lengths[row] + step] for row in order]))
+    assert cache.lengths.tolist() == [18, 10, 13, 8, 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 4}], ids=label)
+@torch.no_grad()
+def test_a_row_may_begin_as_another_one(options):
+    """Row 1 copies the first 9 of 12 positions of row 0 and continues otherwise; then row 0 itself is shortened.
+    A ring of 4 + 6 - 1 slots has the last 9 positions of 12: 7 to 9 see 4 to 8, which it still has.
+    """
+    model, ids = make(**options), some_ids(batch=1, length=16)
+    cache = model.new_cache(2, 16, chunk=6)
+    model(ids[:, :6], cache=cache.rows(0, 1))
+    model(ids[:, 6:12], cache=cache.rows(0, 1))
+    other = torch.cat((ids[:, :9], ids[:, :4]), dim=1)
+    for target in (1, 0):
+        assert cache.can_shorten(0, 9)
+        cache.copy_row(0, target, 9)
+        assert_same(model(other[:, 9:], cache=cache.rows(target, target + 1)), model(other)[:, 9:])
+    assert cache.can_shorten(0, 5) == (options == {})
+    assert not cache.can_shorten(0, 14)
+
+
+@torch.no_grad()
+def test_a_cache_that_grows_keeps_what_it_has():
+    model, ids = make(), some_ids(batch=2, length=12)
+    cache = model.new_cache(1, 6)
+    model(ids[:1, :6], cache=cache)
+    cache.reserve(2, 12)
+    model(ids[1:, :6], cache=cache.rows(1, 2))
+    assert_same(model(ids[:, 6:], cache=cache), model(ids)[:, 6:])
 
 
 @torch.no_grad()

@@ -141,7 +141,7 @@ class AttentionContext:
     """Positions and mask of one forward pass: computed once, shared by all layers."""
 
     positions: Tensor
-    """(T,) of the new tokens, or (B, T) for packed documents"""
+    """(T,) of the new tokens, or (B, T) if rows differ: packed documents, texts of a batch"""
     cos_sin: tuple[Tensor, Tensor] | None
     """of the rotary embedding, (T, K) or (B, 1, T, K); None for other positions"""
     attention_mask: Tensor | None
@@ -169,27 +169,32 @@ def attention_context(
     masked = (
         config.position == "alibi"
         or config.n_sinks > 0
-        or positions.dim() == 2  # packed documents
+        or positions.dim() == 2  # packed documents, or rows of different lengths
         or (window is not None and window < S)
         or (S != T and T > 1)  # several new tokens after cached ones
     )
     if masked:
-        mask = attention_mask(config, positions, keys)
+        mask = attention_mask(config, positions, keys, is_packed=cache is None)
         return AttentionContext(positions, cos_sin, mask, is_causal=False, cache=cache)
     return AttentionContext(positions, cos_sin, None, is_causal=S == T, cache=cache)
 
 
-def attention_mask(config: ModelConfig, queries: Tensor, keys: Tensor) -> Tensor:
+def attention_mask(
+    config: ModelConfig, queries: Tensor, keys: Tensor, *, is_packed: bool = False
+) -> Tensor:
     """The mask or bias (..., T, n_sinks + S) for queries at (..., T) and keys at positions
     (..., S).
+
+    Positions that differ by row are those of packed documents if `is_packed`.
     """
     mask = causal_mask(queries, keys, config.sliding_window)  # ([B,] T, S)
     distance = queries[..., :, None] - keys[..., None, :]  # ([B,] T, S)
     if queries.dim() == 2:
-        # Packed documents: index in the row minus position is where the token's document starts.
-        starts = torch.arange(queries.size(1), device=queries.device) - queries  # (B, T)
-        mask = (mask & (starts[:, :, None] == starts[:, None, :]))[:, None]  # (B, 1, T, S)
-        distance = distance[:, None]  # (B, 1, T, S)
+        if is_packed:
+            # Index in the row minus position is where the token's document starts.
+            starts = torch.arange(queries.size(1), device=queries.device) - queries  # (B, T)
+            mask = mask & (starts[:, :, None] == starts[:, None, :])  # (B, T, S)
+        mask, distance = mask[:, None], distance[:, None]  # (B, 1, T, S)
     if config.position == "alibi":
         slopes = alibi_slopes(config.n_heads).to(distance.device)[:, None, None]  # (H, 1, 1)
         mask = (-slopes * distance).masked_fill(~mask, -math.inf)  # ([B,] H, T, S)
@@ -276,18 +281,35 @@ class Attention(nn.Module):
         mask = context.attention_mask  # None, or broadcasts to (B, H, T, n_sinks + S)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(v.dtype)  # the kernels want a bias in the dtype of the values
-        # softmax(q kᵀ / √K + mask) v, fused, so that the (T, S) scores are never stored
-        mixed = F.scaled_dot_product_attention(
+        lengths = None if context.cache is None else context.cache.row_lengths
+        if lengths is None or mask is None:
+            mixed = self.attend(q, k, v, mask, context.is_causal)  # (B, H, T, K)
+        else:
+            # Rows of a batch, each with as many keys as it has.
+            rows = []
+            for row, length in enumerate(lengths):
+                one, seen = slice(row, row + 1), slice(self.n_sinks + length)
+                row_mask = (mask if len(mask) == 1 else mask[one])[..., seen]  # (1, 1|H, T, seen)
+                rows.append(self.attend(q[one], k[one, :, seen], v[one, :, seen], row_mask, False))
+            mixed = torch.cat(rows)  # (B, H, T, K)
+        # Put the heads side by side again and mix them.
+        return self.out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """softmax(q kᵀ / √K + mask) v (B, H, T, K), fused, so that the (T, S) scores are never
+        stored.
+        """
+        return F.scaled_dot_product_attention(
             q.to(v.dtype),
             k.to(v.dtype),
             v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.is_causal,
+            is_causal=is_causal,
             enable_gqa=self.n_kv_heads != self.n_heads,
-        )  # (B, H, T, K)
-        # Put the heads side by side again and mix them.
-        return self.out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+        )
 
     def project(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, K) of the new tokens; keys and values
@@ -533,10 +555,10 @@ class Decoder(nn.Module):
             raise ValueError(f"{length} positions are more than max_seq_len ({limit})")
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids cannot be combined with a cache, which has no documents")
-        # 1. Positions: 0, 1, ...; or after those in the cache;
+        # 1. Positions: 0, 1, ...; or after those in the cache, row by row if rows differ;
         #    or restarting in each packed document.
         if cache is not None:
-            positions = cache.advance(T)  # (T,)
+            positions = cache.advance(T)  # (T,) or (B, T)
         elif document_ids is not None:
             positions = positions_in_documents(document_ids)  # (B, T)
         else:

@@ -18,22 +18,33 @@ W + chunk - 1: while a chunk of new positions is written, its oldest query still
 positions.
 Older positions are overwritten, since no later query can see them. Keys are stored after the
 rotation, so that a cached key is never rotated again.
+
+**Rows.** Each row of the batch is a text of its own length. The memory is allocated once; a part of
+the rows is a view of it (`rows`), so that one row can be filled while the others wait:
+
+    slot      0   1   2   3   4   5   6   7
+    row 0     a   b   c   d   e   ·   ·   ·      length 5 ┐
+    row 1     f   g   ·   ·   ·   ·   ·   ·      length 2 ┴ rows(0, 2): both decode one token
+    row 2     h   i   j   ·   ·   ·   ·   ·      length 3 ─ rows(2, 3): a prompt is read into it
 """
 
 
 # B batch · T new positions · S filled slots · G key/value heads · K head width
+
+import copy
 
 import torch
 from torch import Tensor
 
 from tinylm.config.schema import ModelConfig
 
+# The position of a slot that holds nothing yet: after every query, so that none sees it.
+UNFILLED = 2**40
+
 
 class KVCache:
     """Preallocated keys and values (n_layers, B, G, slots, K): G heads per layer,
     never expanded to the H query heads.
-
-    All rows of the batch are at the same position; `length` counts the positions written so far.
     """
 
     def __init__(
@@ -46,46 +57,99 @@ class KVCache:
         device: torch.device,
         chunk: int,
     ):
-        window = config.sliding_window
-        self.slots = max_len if window is None else min(max_len, window + chunk - 1)
-        # The most positions that one forward pass may add. Without a ring there is a slot for each.
-        self.chunk = chunk if self.slots < max_len else max_len
+        self.window = config.sliding_window
+        self.ring_chunk = chunk
+        self.fixed_shapes = False
+        """whether a row is computed alike whatever the other rows are (see `row_lengths`)"""
+        # Positions that each row has; on the CPU: Python decides by them.
+        self.lengths = torch.zeros(batch_size, dtype=torch.long)  # (B,)
         self.max_len = max_len
-        self.length = 0
         shape = (config.n_layers, batch_size, config.n_kv_heads, self.slots, config.head_dim)
+        # Zeros, not empty: a masked value is multiplied by 0, and 0 · NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.position_of_slot = torch.zeros(self.slots, dtype=torch.long, device=device)
+
+    @property
+    def slots(self) -> int:
+        """Positions that are stored of each row."""
+        if self.window is None:
+            return self.max_len
+        return min(self.max_len, self.window + self.ring_chunk - 1)
+
+    @property
+    def chunk(self) -> int:
+        """The most positions that one forward pass may add. Without a ring there is a slot for
+        each.
+        """
+        return self.ring_chunk if self.slots < self.max_len else self.max_len
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest row."""
+        return int(self.lengths.max())
 
     @property
     def filled(self) -> int:
-        """Slots in use."""
+        """Slots in use, of the longest row."""
         return min(self.length, self.slots)
 
     @property
-    def key_positions(self) -> Tensor:
-        """The positions (S,) whose keys are stored, in the order of their slots."""
-        return self.position_of_slot[: self.filled]
+    def is_ragged(self) -> bool:
+        """Whether the rows have different lengths, or are treated as if they had."""
+        return self.fixed_shapes or bool((self.lengths != self.lengths[0]).any())
+
+    # --- one forward pass: advance, then key_positions, then a write per layer ---
 
     def advance(self, n_new: int) -> Tensor:
-        """Reserve slots for `n_new` tokens and return their positions (T,).
+        """Reserve slots for `n_new` tokens a row and return their positions:
+        (T,) if they are the same for all rows, else (B, T).
 
         Raises:
             ValueError: they do not fit, or are more at once than the ring can take.
         """
-        if self.length + n_new > self.max_len:
+        length = self.length
+        if length + n_new > self.max_len:
             raise ValueError(
-                f"{self.length} + {n_new} positions do not fit in a cache of {self.max_len}"
+                f"{length} + {n_new} positions do not fit in a cache of {self.max_len}"
             )
         if n_new > self.chunk:
             raise ValueError(
                 f"{n_new} positions at once, but this ring cache takes at most {self.chunk}"
             )
-        device = self.position_of_slot.device
-        positions = torch.arange(self.length, self.length + n_new, device=device)  # (T,)
-        self.length += n_new
-        self.position_of_slot[positions % self.slots] = positions
+        device = self.keys.device
+        if self.is_ragged:
+            new = torch.arange(n_new)
+            positions = (self.lengths[:, None] + new).to(device, non_blocking=True)  # (B, T)
+        else:
+            positions = torch.arange(length, length + n_new, device=device)  # (T,)
+        self.lengths += n_new
         return positions
+
+    @property
+    def key_positions(self) -> Tensor:
+        """The positions whose keys are stored, in the order of their slots: (S,) if they are
+        the same for all rows, else (B, S).
+        """
+        slots = torch.arange(self.filled)  # (S,)
+        if self.length > self.slots or (self.window is not None and self.is_ragged):
+            # In a ring, slot s holds the last position p before the length with p % slots == s.
+            last = self.lengths[:, None] - 1  # (B, 1)
+            positions = last - (last - slots) % self.slots  # (B, S)
+            positions = positions.masked_fill(positions < 0, UNFILLED)
+            slots = positions if self.is_ragged else positions[0]
+        return slots.to(self.keys.device, non_blocking=True)
+
+    @property
+    def row_lengths(self) -> list[int] | None:
+        """The filled slots of each row, if attention takes the rows one after another;
+        None: it takes them together, padded to the longest and masked.
+
+        Apart, no row pays for the length of another, and what a row computes does not depend on
+        the others. On a GPU, many small calls are slower than one padded one.
+        """
+        if self.fixed_shapes or (self.is_ragged and self.keys.device.type == "cpu"):
+            return self.lengths.clamp(max=self.slots).tolist()
+        return None
 
     def write(
         self, layer: int, positions: Tensor, keys: Tensor, values: Tensor
@@ -93,10 +157,62 @@ class KVCache:
         """Store new keys and values (B, G, T, K) of one layer; returns all stored ones
         (B, G, S, K).
         """
-        slots = positions % self.slots  # (T,)
-        self.keys[layer, :, :, slots] = keys.to(self.keys.dtype)
-        self.values[layer, :, :, slots] = values.to(self.values.dtype)
+        keys, values = keys.to(self.keys.dtype), values.to(self.values.dtype)
+        if positions.dim() == 2:
+            # Each row into its own slots. Indices at both ends move T forward: (B, T, G, K).
+            row = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
+            slots = positions % self.slots  # (B, T)
+            self.keys[layer][row, :, slots] = keys.transpose(1, 2)
+            self.values[layer][row, :, slots] = values.transpose(1, 2)
+        else:
+            T = len(positions)
+            start = (self.length - T) % self.slots
+            if start + T <= self.slots:
+                self.keys[layer, :, :, start : start + T] = keys
+                self.values[layer, :, :, start : start + T] = values
+            else:  # across the seam of the ring
+                slots = positions % self.slots  # (T,)
+                self.keys[layer, :, :, slots] = keys
+                self.values[layer, :, :, slots] = values
         return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
+
+    # --- rows ---
+
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """The rows start to stop - 1: a cache on the same memory, lengths included."""
+        view = copy.copy(self)
+        view.keys, view.values = self.keys[:, start:stop], self.values[:, start:stop]
+        view.lengths = self.lengths[start:stop]
+        return view
+
+    def can_shorten(self, row: int, length: int) -> bool:
+        """Whether the first `length` positions of a row can be continued: whether a ring still
+        has all of them that the next query sees.
+        """
+        current = int(self.lengths[row])
+        if self.window is None or current < self.slots:
+            return length <= current
+        return 0 <= current - length < self.ring_chunk
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Make row `target` begin as row `source`, with its first `length` positions;
+        see `can_shorten`.
+        """
+        if source != target:
+            n = length if self.lengths[source] <= self.slots else self.slots
+            self.keys[:, target, :, :n] = self.keys[:, source, :, :n]
+            self.values[:, target, :, :n] = self.values[:, source, :, :n]
+        self.lengths[target] = length
+
+    def swap_rows(self, one: int, other: int) -> None:
+        """Exchange the contents of two rows."""
+        if one == other:
+            return
+        n = self.rows(min(one, other), max(one, other) + 1).filled
+        here, there = [one, other], [other, one]
+        self.keys[:, here, :, :n] = self.keys[:, there, :, :n]
+        self.values[:, here, :, :n] = self.values[:, there, :, :n]
+        self.lengths[here] = self.lengths[there]
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats allowed: for samples of one prompt,
@@ -104,3 +220,19 @@ class KVCache:
         """
         self.keys = self.keys[:, rows]
         self.values = self.values[:, rows]
+        self.lengths = self.lengths[rows.cpu()]
+
+    def reserve(self, n_rows: int, max_len: int) -> None:
+        """Make room for at least so many rows and positions; what is stored stays."""
+        old_keys, old_values, old_lengths = self.keys, self.values, self.lengths
+        n_layers, B, G, n, K = old_keys.shape
+        if n_rows <= B and max_len <= self.max_len:
+            return
+        n_rows = max(n_rows, B)
+        self.max_len = max(max_len, self.max_len)
+        shape = (n_layers, n_rows, G, self.slots, K)
+        self.keys, self.values = old_keys.new_zeros(shape), old_values.new_zeros(shape)
+        self.keys[:, :B, :, :n] = old_keys
+        self.values[:, :B, :, :n] = old_values
+        self.lengths = old_lengths.new_zeros(n_rows)
+        self.lengths[:B] = old_lengths

@@ -369,6 +369,7 @@ class LanguageModule(TrainingModule):
             self.decoder.head.weight,
             labels,
             label_smoothing=label_smoothing,
+            softcap=self.decoder.head.softcap,
         )
         n_targets = (labels != IGNORE_INDEX).sum()
         return BatchLoss(loss, n_targets, n_targets, features.balance_loss * self.balance_coef)

@@ -35,19 +35,44 @@ KINDS: dict[str, dict[str, Any]] = {
     "mistral": {"intermediate_size": 48, "num_key_value_heads": 1, "sliding_window": 5},
     "qwen2": {"intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16},
-}
+    "llama, scaled rope": {
+        "intermediate_size": 48,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
+    "gemma2": {
+        "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16,
+        "sliding_window": 5, "final_logit_softcapping": 3.0, "pad_token_id": None, "tie_word_embeddings": False,
+    },
+    "granite": {"intermediate_size": 48, "num_key_value_heads": 2, "logits_scaling": 2.0},
+}  # fmt: skip
+# Models that know no packed rows, and whose caches hold other things than keys and values.
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 5, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "pad_token_id": None,
+    },
+    "lfm2": {
+        "intermediate_size": 48, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"], "pad_token_id": None,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+STD = dict.fromkeys(("llama, scaled rope", "gpt_neo", "gemma2", "granite", *OTHERS), 0.6)
 
 
 def random_model(kind: str, **settings: Any) -> transformers.PreTrainedModel:
     """A model of random weights, large enough that logits vary."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        kind, bos_token_id=None, eos_token_id=None, **SIZES | KINDS.get(kind, {}) | settings
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    values = SIZES | {"bos_token_id": None, "eos_token_id": None} | (KINDS | OTHERS).get(kind, {})
+    config = transformers.AutoConfig.for_model(kind.partition(",")[0], **values | settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(0.15 * torch.randn(weight.shape))
+            weight.copy_(STD.get(kind, 0.15) * torch.randn(weight.shape))
     return model.eval()
 
 
@@ -94,7 +119,7 @@ def test_logits_sizes_and_cache_equal_those_of_transformers(
     assert torch.allclose(last, expected[order, 8:], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_greedy_text_equals_that_of_generate(kind: str) -> None:
     """The oracle is transformers' own decoding; 30 tokens from 6."""
     theirs = random_model(kind)
@@ -113,6 +138,24 @@ def test_greedy_text_equals_that_of_generate(kind: str) -> None:
     assert list(actual) == expected[: len(actual)]
     assert len(set(expected)) >= 3, "a text of one token would compare little"
     assert len(actual) == 30 or actual[-1] == ByteTokenizer().eos_id
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_caches_keep_the_rows_that_are_selected(
+    kind: str, ids: Tensor, tmp_path: Path
+) -> None:
+    """Read from disk; one position at a time, after the rows were reordered and one was repeated."""
+    theirs = random_model(kind)
+    theirs.save_pretrained(tmp_path)
+    model, order = find_hf_model(str(tmp_path)).load().eval(), torch.tensor([2, 0, 0])
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        cache = model.new_cache(3, 20)
+        first = model(ids[:, :15], cache=cache)
+        cache.select(order)
+        rest = [model(ids[order, t : t + 1], cache=cache) for t in range(15, 20)]
+    assert torch.allclose(first, expected[:, :15], atol=1e-5)
+    assert torch.allclose(torch.cat(rest, dim=1), expected[order, 15:], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +202,7 @@ def test_a_checkpoint_has_all_that_is_needed_to_rebuild_the_model(ids: Tensor) -
         assert (
             (again.head.weight is again.embedding.weight)
             == model.config.tie_embeddings
-            == (kind in ("gpt2", "qwen2"))
+            == (kind in ("gpt2", "qwen2", "gpt_neo"))
         )
 
 
@@ -370,11 +413,20 @@ def test_a_bad_file_is_an_error_that_names_it(name: str, folder: Path) -> None:
     assert str(folder) in str(error.value)
 
 
-def test_scaled_logits_are_an_error() -> None:
-    """The loss multiplies by the head's matrix only; Granite also divides the logits by logits_scaling."""
-    model = HFModel(random_model("granite", intermediate_size=48, logits_scaling=8.0))
+def test_settings_that_cannot_be_computed_together_are_an_error(tmp_path: Path) -> None:
+    random_model("gpt_oss").save_pretrained(tmp_path)
+    config_with(num_experts_per_tok=9)(tmp_path)
     with pytest.raises(
-        UserError, match="the logits of a granite model are not hidden states times a matrix"
+        UserError, match=r"config\.json: transformers cannot compute it: .*out of range"
+    ):
+        find_hf_model(str(tmp_path)).load()
+
+
+def test_a_bias_of_the_logits_is_an_error() -> None:
+    """The loss multiplies by the head's matrix and applies its soft cap; GPT-J also adds a bias."""
+    model = HFModel(random_model("gptj", rotary_dim=4))
+    with pytest.raises(
+        UserError, match="the logits of a gptj model are not hidden states times a matrix"
     ):
         hf_model.require_plain_head(model, "x")
 

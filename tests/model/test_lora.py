@@ -56,8 +56,10 @@ def theirs(kind: str) -> HFModel:
         "num_attention_heads": 4,
     }
     extra = {"bos_token_id": None, "eos_token_id": None} | (
-        {"intermediate_size": 48, "num_key_value_heads": 2} if kind == "llama" else {}
+        {} if kind == "gpt2" else {"intermediate_size": 48, "num_key_value_heads": 2}
     )
+    if kind == "qwen2_moe":  # the gate of its shared expert has one output
+        extra |= {"num_experts": 3, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 16}
     config = transformers.AutoConfig.for_model(kind, **names, **extra)
     return HFModel(
         transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
@@ -72,6 +74,7 @@ MODELS = {
     "ours with experts": lambda: ours(moe=MoEConfig(n_experts=3, top_k=2)),
     "gpt2": lambda: theirs("gpt2"),
     "llama": lambda: theirs("llama"),
+    "qwen2_moe": lambda: theirs("qwen2_moe"),
 }
 
 
@@ -154,6 +157,10 @@ def test_initial_adapters_depend_on_the_seed_alone() -> None:
         ("ours with experts", ("out", "qkv")),
         ("gpt2", ("c_attn", "c_fc", "c_proj")),
         ("llama", ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")),
+        (
+            "qwen2_moe",
+            ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"),
+        ),
     ],
 )
 def test_the_defaults_fit_each_architecture(name: str, expected: tuple[str, ...]) -> None:

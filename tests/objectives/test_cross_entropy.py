@@ -33,9 +33,17 @@ def example(
     return hidden, weight, labels
 
 
-def oracle(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def oracle(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
     """torch's cross entropy over all logits."""
     logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)),
         labels,
@@ -52,14 +60,15 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
 def test_value_and_gradients_are_those_of_the_full_logits(
-    smoothing: float, ignored: float, small_chunks: None
+    smoothing: float, ignored: float, softcap: float | None, small_chunks: None
 ) -> None:
     """In fp64, where they differ only by the order of sums; scaled by 0.7, which the backward pass must apply."""
     hidden, weight, labels = example(ignored=ignored, dtype=torch.float64)
-    expected = oracle(hidden, weight, labels, smoothing)
+    expected = oracle(hidden, weight, labels, smoothing, softcap)
     expected_grads = torch.autograd.grad(0.7 * expected, (hidden, weight))
-    actual = cross_entropy(hidden, weight, labels, label_smoothing=smoothing)
+    actual = cross_entropy(hidden, weight, labels, label_smoothing=smoothing, softcap=softcap)
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
     torch.testing.assert_close(
         torch.autograd.grad(0.7 * actual, (hidden, weight)), expected_grads, rtol=1e-12, atol=1e-13

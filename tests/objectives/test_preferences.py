@@ -50,8 +50,9 @@ def answers(seed: int = 0) -> tuple[Answers, Answers, Answers]:
     return policy, reference, lengths
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 def test_the_log_probability_of_an_answer_is_that_of_its_targets_with_gradients(
-    small_chunks: None,
+    softcap: float | None, small_chunks: None
 ) -> None:
     """Against torch's log_softmax over all logits; an answer without any target has log p 0."""
     generator = torch.Generator().manual_seed(0)
@@ -59,13 +60,12 @@ def test_the_log_probability_of_an_answer_is_that_of_its_targets_with_gradients(
     weight = torch.randn(29, 8, generator=generator, dtype=torch.float64).requires_grad_()
     labels = torch.randint(29, (4, 9), generator=generator)
     labels[0, :5] = labels[1, 3:] = labels[2] = IGNORE_INDEX
-    log_p = (
-        F.log_softmax(hidden @ weight.T, dim=-1)
-        .gather(2, labels.clamp(min=0)[..., None])
-        .squeeze(2)
-    )
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_p = F.log_softmax(logits, dim=-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
     expected = (log_p * (labels != IGNORE_INDEX)).sum(dim=1)
-    actual = answer_log_probs(hidden, weight, labels)
+    actual = answer_log_probs(hidden, weight, labels, softcap=softcap)
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
     share = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
     wanted = torch.autograd.grad((share * expected).sum(), (hidden, weight))

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tinylm.model.decoder import Decoder, Features
+from tinylm.model.decoder import Decoder, Features, Head
 from tinylm.objectives.cross_entropy import score_targets
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
@@ -67,7 +67,10 @@ def language_score(loss_sum: float, tokens: float, n_bytes: float, n_right: floa
 
 
 def batch_sums(
-    features: Callable[..., Features], head: nn.Linear, batch: dict[str, Any], byte_lengths: Tensor
+    features: Callable[..., Features],
+    head: Head,
+    batch: dict[str, Any],
+    byte_lengths: Tensor,
 ) -> Tensor:
     """(loss sum, n targets, bytes of the targets' text, n targets predicted right) of a batch,
     a float tensor (4,).
@@ -81,7 +84,8 @@ def batch_sums(
     """
     labels = batch["labels"].flatten()  # (B·T,)
     hidden = features(batch["input_ids"], **extra_inputs(batch)).hidden  # (B, T, D)
-    loss_sum, n_right = score_targets(hidden.flatten(0, 1), head.weight, labels)
+    flat = hidden.flatten(0, 1)  # (B·T, D)
+    loss_sum, n_right = score_targets(flat, head.weight, labels, softcap=head.softcap)
     targets = labels[labels != IGNORE_INDEX]
     n_targets = loss_sum.new_tensor(len(targets), dtype=torch.float32)
     n_bytes = byte_lengths[targets].sum()

@@ -501,6 +501,13 @@ class Block(nn.Module):
         return x + self.dropout(added), balance
 
 
+class Head(nn.Linear):
+    """The output layer: logits (B, T, V) from hidden states (B, T, D)."""
+
+    softcap: float | None = None
+    """the logits are softcap · tanh(W h / softcap), as in Gemma 2 (hf_model.py); None: W h"""
+
+
 class Decoder(nn.Module):
     """The decoder-only Transformer: `model(input_ids)` gives next-token logits
     (B, T, V) at all positions.
@@ -525,7 +532,7 @@ class Decoder(nn.Module):
         # just was.
         last = config.norm_placement == "pre"
         self.norm = make_norm(config, config.d_model) if last else nn.Identity()
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Head(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         init_weights(self)

@@ -33,7 +33,7 @@ from tinylm.model.hf_model import (
 from tinylm.tokenizer.hf_files import OLDER_VOCABULARIES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 INDEX = "model.safetensors.index.json"
 MODEL_FILES = ("config.json", "model*.safetensors", INDEX)
@@ -223,10 +223,8 @@ def _assemble(config: PreTrainedConfig, weights: Mapping[str, Tensor], where: ob
         auto_class, wrapper = AutoModelForSeq2SeqLM, HFSeq2Seq
     with quiet_transformers():
         try:
-            with torch.device("meta"):
-                empty = auto_class.from_config(config, attn_implementation="sdpa")
-        # sizes that make no tensor; no such attention
-        except (RuntimeError, ValueError, TypeError) as error:
+            empty, attention = _empty_model(auto_class, config)
+        except (RuntimeError, ValueError, TypeError) as error:  # sizes that make no tensor
             problem = f"transformers cannot build it: {first_line(error)}"
             raise UserError((where, "config.json"), problem, ANOTHER) from None
         # Compared first: a config.json alone could make transformers allocate all memory.
@@ -239,7 +237,7 @@ def _assemble(config: PreTrainedConfig, weights: Mapping[str, Tensor], where: ob
             None,
             config=config,
             state_dict=dict(weights),
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -249,8 +247,26 @@ def _assemble(config: PreTrainedConfig, weights: Mapping[str, Tensor], where: ob
         weight.data = weight.data.clone()  # the mapped file may be replaced
         weight.requires_grad_(True)
     model = wrapper(inner.train())
-    require_plain_head(model, where)
+    try:
+        require_plain_head(model, where)
+    # settings that do not fit together, such as more experts per token than experts
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        problem = f"transformers cannot compute it: {first_line(error)}"
+        raise UserError((where, "config.json"), problem, ANOTHER) from None
     return model
+
+
+def _empty_model(auto_class: Any, config: PreTrainedConfig) -> tuple[PreTrainedModel, str]:
+    """The model on the meta device, and its attention: torch's fused one,
+    or the eager one where transformers refuses that (GPT-Neo, Gemma 2, gpt-oss).
+
+    Named in either case, because config.json may name another, whose code would be downloaded.
+    """
+    with torch.device("meta"):
+        try:
+            return auto_class.from_config(config, attn_implementation="sdpa"), "sdpa"
+        except ValueError:
+            return auto_class.from_config(config, attn_implementation="eager"), "eager"
 
 
 def _check_report(report: dict[str, Any], where: object) -> None:

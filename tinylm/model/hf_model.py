@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,28 @@ class HFCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats allowed."""
-        self.inner.batch_select_indices(rows)
+        # Every kind of layer can reorder its rows; convolutions and linear attention know no
+        # batch_select_indices.
+        self.inner.reorder_cache(rows)
+
+
+@dataclass(frozen=True)
+class HFHead:
+    """The output layer of a Hugging Face model, used as `Head` is."""
+
+    layer: nn.Linear
+    softcap: float | None
+    """the logits are softcap · tanh(W h / softcap), as in Gemma 2; None: W h"""
+
+    @property
+    def weight(self) -> Tensor:
+        """W (V, D)."""
+        return self.layer.weight
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The logits of hidden states."""
+        logits = self.layer(hidden)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
 class HFModel(nn.Module):
@@ -66,6 +88,9 @@ class HFModel(nn.Module):
         super().__init__()
         self.inner = inner
         self.config = model_sizes(inner.config)
+        settings = inner.config.to_dict()
+        # Cohere multiplies its logits, Granite divides them; here, the hidden states before the head.
+        self.scale = (settings.get("logit_scale") or 1.0) / (settings.get("logits_scaling") or 1.0)
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -73,9 +98,10 @@ class HFModel(nn.Module):
         return self.inner.get_input_embeddings()
 
     @property
-    def head(self) -> nn.Linear:
-        """The output layer; its matrix is all of it (`require_plain_head`)."""
-        return self.inner.get_output_embeddings()
+    def head(self) -> HFHead:
+        """The output layer; its matrix and soft cap are all of it (`require_plain_head`)."""
+        softcap = self.inner.config.to_dict().get("final_logit_softcapping")
+        return HFHead(self.inner.get_output_embeddings(), softcap)
 
     @property
     def settings(self) -> str:
@@ -116,7 +142,7 @@ class HFModel(nn.Module):
         )
         if cache is not None:
             cache.length = length
-        hidden = output.last_hidden_state  # (B, T, D)
+        hidden = output.last_hidden_state * self.scale  # (B, T, D)
         return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
 
     def _length_after(self, n_new: int, cache: HFCache | None) -> int:
@@ -335,13 +361,16 @@ def model_sizes(config: PreTrainedConfig, where: str = "config.json") -> ModelCo
 
 
 def require_plain_head(model: HFModel, where: object) -> None:
-    """Raise a UserError if the logits are not hidden states times a matrix: a bias,
-    scale or cap would be ignored.
+    """Raise a UserError if the logits are not hidden states times a matrix, soft-capped or not:
+    a bias would be ignored.
     """
     model.eval()
     with torch.inference_mode():
         logits, hidden = model.logits_and_hidden(_few_ids(model))
-        ours = hidden @ model.head.weight.T
+        head = model.head
+        ours = hidden @ head.weight.T
+        if head.softcap is not None:
+            ours = head.softcap * (ours / head.softcap).tanh()
     model.train()
     if not torch.allclose(logits, ours, atol=1e-4, rtol=1e-4):
         kind = model.inner.config.model_type

@@ -61,10 +61,16 @@ def attach(model: Decoder | HFModel, lora: LoraConfig, *, seed: int) -> None:
 
 def default_targets(model: Decoder | HFModel) -> tuple[str, ...]:
     """The last names of the layers that get adapters if lora.target_modules is null:
-    attention and feed-forward.
+    attention and feed-forward, without gates of one output, which no rank fits.
     """
-    names = {name.rpartition(".")[2] for name in linear_layers(model)}
-    return tuple(sorted(names & set(TARGETS) if isinstance(model, Decoder) else names))
+    layers = linear_layers(model)
+    names = {name.rpartition(".")[2] for name in layers}
+    if isinstance(model, Decoder):
+        names &= set(TARGETS)
+    for name, layer in layers.items():
+        if min(layer.weight.shape) == 1:
+            names.discard(name.rpartition(".")[2])
+    return tuple(sorted(names))
 
 
 def linear_layers(model: Decoder | HFModel) -> dict[str, nn.Module]:
@@ -83,7 +89,7 @@ def linear_layers(model: Decoder | HFModel) -> dict[str, nn.Module]:
     return {
         name: layer
         for name, layer in inner.named_modules()
-        if isinstance(layer, kinds) and layer is not model.head
+        if isinstance(layer, kinds) and layer.weight is not model.head.weight
     }
 
 

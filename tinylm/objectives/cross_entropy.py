@@ -34,7 +34,12 @@ CHUNK_TOKENS = 512
 
 
 def cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """The sum over targets of -log p(label), a scalar in fp32,
     differentiable in `hidden` and `weight`.
@@ -54,10 +59,13 @@ def cross_entropy(
         weight: (V, D) the head.
         labels: (N,) int64 classes; IGNORE_INDEX marks a token that is not a target.
         label_smoothing: e, in [0, 1).
+        softcap: of the head (`Head.softcap`).
     """
     # Inside an autograd function grad mode is always off, so it is read here.
     grad_enabled = torch.is_grad_enabled()
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, label_smoothing, grad_enabled)
+    return _ChunkedCrossEntropy.apply(
+        hidden, weight, labels, label_smoothing, softcap, grad_enabled
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -66,6 +74,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     Of one token with logits z = W h, p = softmax(z) and target distribution q:
 
         loss = -Σ q log p        dloss/dz = p - q        dloss/dh = Wᵀ (p - q)        dloss/dW = (p - q) hᵀ
+
+    With a soft cap c, z = c tanh(W h / c), and p - q is multiplied by dz/d(W h) = 1 - (z / c)².
     """
 
     @staticmethod
@@ -75,6 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         smoothing: float,
+        softcap: float | None,
         grad_enabled: bool,
     ) -> Tensor:
         # Under no_grad (validation) no gradient is computed, though needs_input_grad is still true.
@@ -90,7 +101,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for tokens in target_chunks(labels):
             inputs, targets = hidden[tokens].to(product_dtype), labels[tokens]  # (M, D), (M,)
             # The loss of each token.
-            log_p = log_probabilities(inputs, head)  # (M, V)
+            log_p = log_probabilities(inputs, head, softcap)  # (M, V)
             losses = -log_p.gather(1, targets[:, None]).squeeze(1)  # (M,)
             if smoothing:
                 losses = (1 - smoothing) * losses - smoothing * log_p.mean(dim=1)
@@ -104,6 +115,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 p_minus_q -= smoothing / p_minus_q.size(1)
             rows = torch.arange(targets.numel(), device=targets.device)  # (M,)
             p_minus_q[rows, targets] -= 1 - smoothing
+            if softcap is not None:
+                p_minus_q *= 1 - (head_logits(inputs, head, softcap) / softcap).square()
             # Through the head, to the hidden states and to the weights.
             grad_logits = p_minus_q.to(product_dtype)  # (M, V)
             del log_p, p_minus_q
@@ -126,11 +139,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = (
             None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors
         )
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 @torch.no_grad()
-def score_targets(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def score_targets(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The sum of `cross_entropy` without smoothing,
     and how many targets are the most probable token.
 
@@ -142,7 +157,7 @@ def score_targets(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tenso
     n_right = torch.zeros((), dtype=torch.long, device=hidden.device)
     for tokens in target_chunks(labels):
         targets = labels[tokens]  # (M,)
-        log_p = log_probabilities(hidden[tokens].to(product_dtype), head)  # (M, V)
+        log_p = log_probabilities(hidden[tokens].to(product_dtype), head, softcap)  # (M, V)
         total += (-log_p.gather(1, targets[:, None]).squeeze(1)).sum()
         n_right += (log_p.argmax(dim=-1) == targets).sum()
         del log_p  # otherwise the next chunk would be allocated beside this one
@@ -170,7 +185,16 @@ def target_chunks(labels: Tensor) -> tuple[Tensor, ...]:
     return (labels != IGNORE_INDEX).nonzero().squeeze(1).split(CHUNK_TOKENS)
 
 
-def log_probabilities(inputs: Tensor, head: Tensor) -> Tensor:
-    """log p (M, V) of every class for the tokens `inputs` (M, D); at least fp32."""
+def head_logits(inputs: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+    """The logits (M, V) of the tokens `inputs` (M, D); with a soft cap, at least fp32."""
     logits = inputs @ head.T  # (M, V)
+    if softcap is None:
+        return logits
+    wide = logits.to(torch.promote_types(head.dtype, torch.float32))
+    return softcap * (wide / softcap).tanh()
+
+
+def log_probabilities(inputs: Tensor, head: Tensor, softcap: float | None = None) -> Tensor:
+    """log p (M, V) of every class for the tokens `inputs` (M, D); at least fp32."""
+    logits = head_logits(inputs, head, softcap)  # (M, V)
     return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(head.dtype, torch.float32))

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tinylm.config.schema import DpoConfig
-from tinylm.model.decoder import Features
+from tinylm.model.decoder import Features, Head
 from tinylm.objectives.cross_entropy import head_dtypes, log_probabilities, target_chunks
 from tinylm.tokens.packing import IGNORE_INDEX
 
@@ -41,7 +41,9 @@ METRICS = (
 # --- log-probabilities of answers -----------------------------------------------------------------
 
 
-def answer_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def answer_log_probs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None = None
+) -> Tensor:
     """log p (B,) of each answer, in fp32: the sum of log p(label) over its target tokens.
 
     In chunks of tokens, like the cross entropy; here the backward pass recomputes a chunk's logits,
@@ -51,6 +53,7 @@ def answer_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         hidden: (B, T, D) the decoder's features.
         weight: (V, D) the head.
         labels: (B, T) int64 classes; IGNORE_INDEX marks a token that is not a target.
+        softcap: of the head (`Head.softcap`).
     """
     flat_hidden, flat_labels = hidden.flatten(0, 1), labels.flatten()  # (N, D), (N,)
     # fp32 whatever autocast says: long answers are sums of hundreds of terms
@@ -58,16 +61,19 @@ def answer_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     totals = torch.zeros(labels.size(0), dtype=dtype, device=hidden.device)  # (B,)
     for tokens in target_chunks(flat_labels):
         inputs, targets = flat_hidden[tokens], flat_labels[tokens]  # (M, D), (M,)
-        log_p = checkpoint(_label_log_probs, inputs, weight, targets, use_reentrant=False)  # (M,)
+        chunk = (inputs, weight, targets, softcap)
+        log_p = checkpoint(_label_log_probs, *chunk, use_reentrant=False)  # (M,)
         # Token index // T is the answer that the token belongs to.
         totals = totals.index_add(0, tokens // labels.size(1), log_p)
     return totals
 
 
-def _label_log_probs(inputs: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _label_log_probs(
+    inputs: Tensor, weight: Tensor, targets: Tensor, softcap: float | None
+) -> Tensor:
     """log p (M,) of the targets of one chunk."""
     head = weight.to(head_dtypes(weight)[0])
-    log_p = log_probabilities(inputs.to(head.dtype), head)  # (M, V)
+    log_p = log_probabilities(inputs.to(head.dtype), head, softcap)  # (M, V)
     return log_p.gather(1, targets[:, None]).squeeze(1)
 
 
@@ -141,9 +147,7 @@ class PairScores(NamedTuple):
     """of a mixture of experts; else 0"""
 
 
-def score_pairs(
-    features: Callable[..., Features], head: nn.Linear, batch: dict[str, Any]
-) -> PairScores:
+def score_pairs(features: Callable[..., Features], head: Head, batch: dict[str, Any]) -> PairScores:
     """The log-probabilities of all answers of `batch`, chosen and rejected in one forward pass.
 
     Args:
@@ -154,7 +158,7 @@ def score_pairs(
     ids = torch.cat((batch["chosen_ids"], batch["rejected_ids"]))  # (2B, T)
     labels = torch.cat((batch["chosen_labels"], batch["rejected_labels"]))  # (2B, T)
     hidden, balance_loss = features(ids)  # (2B, T, D)
-    log_probs = answer_log_probs(hidden, head.weight, labels)  # (2B,)
+    log_probs = answer_log_probs(hidden, head.weight, labels, softcap=head.softcap)  # (2B,)
     lengths = (labels != IGNORE_INDEX).sum(dim=1)  # (2B,)
     return PairScores(Answers(*log_probs.chunk(2)), Answers(*lengths.chunk(2)), balance_loss)
 

@@ -49,6 +49,7 @@ def batch_loss(model: Decoder, features: Features, labels: Tensor, config: Confi
         model.head.weight,
         flat,
         label_smoothing=config.training.label_smoothing,
+        softcap=model.head.softcap,
     )
     moe = config.model.moe
     balance = 0.0 if moe is None else moe.balance_coef

@@ -104,6 +104,37 @@ def test_every_installed_implementation_is_timed(tmp_path):
     assert ("litgpt: skipped, not installed." in done.stderr) == ("litgpt" not in installed)
 
 
+@pytest.mark.slow
+def test_decoding_is_timed_and_a_missing_package_is_named(tmp_path):
+    """One row of the table for each installed package; ours also has its split."""
+    command = [
+        sys.executable,
+        "benchmarks/decode.py",
+        "--quick",
+        "--names",
+        "tinylm fp32",
+        "ctranslate2 fp32",
+        "--json",
+        str(tmp_path / "speed.json"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    # tied embedding, 2 layers of 4·32·32 + 3·32·64 + 2·32, final norm
+    assert numbers["parameters"] == 300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    is_here = bool(importlib.util.find_spec("ctranslate2"))
+    names = ["tinylm fp32", *["ctranslate2 fp32"] * is_here]
+    assert [(row["batch"], row["prompts"], row["name"]) for row in numbers["results"]] == [
+        (batch, prompts, name)
+        for batch, prompts in ((1, "one"), (2, "same"), (2, "different"))
+        for name in names
+    ]
+    assert all(row["first_ms"] > 0 and row["peak_mb"] > 0 for row in numbers["results"])
+    split = numbers["splits"]["tinylm fp32"]
+    assert min(split["linear layers"], split["attention"], split["sampling"]) > 0
+    assert ("ctranslate2 fp32: not installed: pip install ctranslate2==" in done.stdout) != is_here
+
+
 def test_word_problems_have_right_answers_and_different_test_problems(tmp_path):
     """Every line of an answer is a sum of the question's numbers, recomputed here."""
     spec = importlib.util.spec_from_file_location(

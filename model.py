@@ -197,7 +197,15 @@ class TrainingModule(L.LightningModule):
         if self.device.type == "cpu":
             keep_freed_memory()
 
-    # --- one optimizer step: training_step for each micro-batch, then optimizer_step ---
+    # --- one optimizer step ---
+    #
+    # Lightning calls optimizer_step BEFORE the forward pass of the last micro-batch, which it hands
+    # over as a closure. With training.grad_accum_steps = 3:
+    #
+    #     training_step(k),     backward
+    #     training_step(k + 1), backward
+    #     optimizer_step ─▶ 1. closure: training_step(k + 2), backward
+    #                       2.-8. rescale, check, clip, set the rate, step, count
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, for Lightning's backward pass.
@@ -225,10 +233,9 @@ class TrainingModule(L.LightningModule):
     ) -> None:
         """One optimizer step, whole and in order.
 
-        Lightning calls this hook at the last micro-batch of a step, with the closure that runs its
-        forward and backward pass, and leaves everything after that to us.
-        (`configure_gradient_clipping` could not skip the step.) Lightning also counts a skipped
-        step; `progress.step` is the count that everything here uses.
+        Lightning leaves everything after the closure to this hook. (`configure_gradient_clipping`
+        could not skip the step.) Lightning also counts a skipped step; `progress.step` is the count
+        that everything here uses.
 
         Raises:
             Diverged: the loss or the gradient is not finite, or the last of too many steps in a row
@@ -237,7 +244,7 @@ class TrainingModule(L.LightningModule):
         config, progress = self.config, self.progress
         training = config.training
 
-        # 1. Forward and backward of the last micro-batch. The gradient is now the sum over
+        # 1. training_step and backward of the last micro-batch. The gradient is now the sum over
         #    micro-batches of d(loss sum) / normalizer, and its mean over ranks.
         optimizer_closure()
         optimizer = self.trainer.optimizers[0]

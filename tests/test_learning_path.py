@@ -253,7 +253,7 @@ def test_the_page_names_every_function_that_skips_a_row():
 def test_a_reference_that_is_wrong_is_found():
     text = (
         "`model.py: Progress.finish_metrics_row` `model.py: Progress.end_row` `model.py: TrainModule`\n"
-        "`modle.py: Progress` `tinylm/cli/sampling_flags.py: SAMPLING_HELP`\n"
+        "`modle.py: Progress` `tinylm/cli/sampling_flags.py: sampling_help`\n"
         "```python\n`model.py: not_prose`\n```\n"
     )
     assert list(wrong_references(text)) == [

@@ -106,6 +106,7 @@ def test_problems_that_do_not_fit_or_have_no_number_are_skipped_and_reported():
     kept = filter_problems(found, report, BYTES, n_wrong=1)
     assert [item.question.text for item in kept] == ["0123456", "d"]
     assert report.notes() == [
+        "training: kept 2 of 5 rows",
         "training: skipped 1 row: the answer fills the context of 12 tokens (rows.jsonl: b). Raise training.seq_len, or give other rows.",
         "training: skipped 2 rows: the answer has no number to change into a wrong one (rows.jsonl: c, rows.jsonl: e). Set verifier.n_wrong to 0, or give other rows.",
         "training: 1 of 2 rows lost the start of a problem to the context of 12 tokens",
@@ -303,7 +304,8 @@ def test_no_problem_is_in_both_splits(data):
         {problem.question for problem in made} for made in (data.train_problems, data.val_problems)
     )
     assert train and val and not train & val
-    [note] = data.notes
+    kept, note = data.notes
+    assert kept.startswith(f"training: kept {len(data.train_problems)} of ")
     n_skipped = 40 - len(data.train_problems) - len(data.val_problems)
     assert note.startswith(
         f"training: skipped {n_skipped} rows: the same problem is in validation ("

@@ -154,6 +154,7 @@ def test_bad_pairs_are_skipped_up_to_the_limit_and_unread_columns_are_named(tmp_
     found, report = build_pairs(data, "train", 0, template, TOKENIZER, 64)
     assert [pair.chosen.location for pair in found] == [f"{path}:1"]
     assert report.notes() == [
+        "training: kept 1 of 2 rows",
         f"training: skipped 1 row with a mistake (data.skip_bad_rows 1): {path}:2: rejected: "
         "missing; the row has prompt, chosen",
         "training: columns not read: score; data.columns names those that are",
@@ -322,6 +323,7 @@ def test_each_reason_for_skipping_a_row_is_reported_with_places(made_of, tmp_pat
     assert [pair.chosen.location for pair in made] == [f"{tmp_path / 'p.jsonl'}:1"]
     at = [f"{tmp_path / 'p.jsonl'}:{line}" for line in range(12)]
     assert report.notes() == [
+        "training: kept 1 of 11 rows",
         f"training: skipped 4 rows: the two answers are equal ({at[2]}, {at[9]}, {at[10]} and 1 more). Give pairs in which one answer is better.",
         f"training: skipped 2 rows: an answer is empty ({at[3]}, {at[4]}). Give pairs with two answers.",
         f"training: skipped 2 rows: the two conversations differ before the last answer ({at[5]}, {at[6]}). Give pairs of answers to the same prompt.",
@@ -359,7 +361,7 @@ def test_a_long_answer_is_cut_and_a_prompt_may_just_leave_room_for_one_token(mad
     ]
     assert made[0].rejected.ids[-1] != TOKENIZER.eos_id == made[0].chosen.ids[-1]
     assert (report.kept, report.truncated) == (3, 2)
-    assert report.notes()[1] == "training: 2 of 3 rows lost their end to the context of 8 tokens"
+    assert report.notes()[2] == "training: 2 of 3 rows lost their end to the context of 8 tokens"
 
 
 def test_a_bad_row_is_named_with_file_line_and_key(made_of, tmp_path):

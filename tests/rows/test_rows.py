@@ -12,7 +12,7 @@ from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig, RowColumn
 from tinylm.rows.columns import COLUMNS, parse_conversation, unread_columns
 from tinylm.rows.conversation import Conversation, Turn
-from tinylm.rows.row_files import TINY_ROWS, build_corpus_from_sources, read_rows, resolve_dataset
+from tinylm.rows.row_files import TINY_ROWS, folder_or_tiny_rows, read_rows, resolve_dataset
 from tinylm.rows.sft import build_examples, count_shared_examples, count_shared_prompts
 from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
@@ -236,7 +236,7 @@ def test_a_folder_without_rows_is_replaced_by_the_tiny_rows_with_a_note(
     write, tmp_path, monkeypatch
 ):
     folder = write("empty/readme.md", "nothing").parent
-    name, note = build_corpus_from_sources(str(folder))
+    name, note = folder_or_tiny_rows(str(folder))
     assert name == TINY_ROWS
     names = "SMSSpamCollection, instruction-data.json or any other file of rows"
     assert note == f"data.dataset: {folder} has no {names}; using {TINY_ROWS} instead"
@@ -267,7 +267,7 @@ def test_a_folder_with_several_splits_is_an_error(write, tmp_path):
 
 def test_a_folder_with_rows_is_used_as_it_is(write):
     folder = str(write("some/a.jsonl", lines(*pairs(2))).parent)
-    assert build_corpus_from_sources(folder) == (folder, None)
+    assert folder_or_tiny_rows(folder) == (folder, None)
 
 
 # --- shapes of rows ---
@@ -535,6 +535,7 @@ def test_a_long_answer_is_cut_and_a_prompt_that_fills_the_context_is_skipped_and
     assert made[0].ids[-1] == ByteTokenizer().eos_id != made[1].ids[-1]
     assert (report.kept, report.truncated) == (3, 2)
     assert report.notes() == [
+        "training: kept 3 of 7 rows",
         f"training: skipped 4 rows: the prompt fills the context of 8 tokens ({path}:4, {path}:5, {path}:6 and 1 more). Raise training.seq_len, or shorten the prompts.",
         "training: 2 of 3 rows lost their end to the context of 8 tokens",
     ]
@@ -674,7 +675,8 @@ def test_a_row_whose_answers_all_have_weight_0_is_skipped_and_named(write):
     made, report = made_of(path, 64)
     assert len(made) == 1
     assert report.notes() == [
-        f"training: skipped 1 row: every answer has weight 0 ({path}:1). Give rows with an answer of weight 1."
+        "training: kept 1 of 2 rows",
+        f"training: skipped 1 row: every answer has weight 0 ({path}:1). Give rows with an answer of weight 1.",
     ]
 
 
@@ -714,9 +716,10 @@ def test_bad_rows_are_skipped_up_to_the_limit_and_named(write):
         f"{path}:{n}" for n in (1, 2, 3, *range(6, 12))
     ]
     assert report.notes() == [
+        "training: kept 9 of 11 rows",
         f"training: skipped 2 rows with a mistake (data.skip_bad_rows 2): "
         f"{path}:4: completion: must be a string, got null; "
-        f"{path}:5: completion or response or answer or target: missing; the row has prompt"
+        f"{path}:5: completion or response or answer or target: missing; the row has prompt",
     ]
 
 

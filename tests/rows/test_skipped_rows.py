@@ -38,6 +38,7 @@ def test_a_report_counts_and_names_skipped_rows():
     report.skip(SkipReason.EMPTY_ANSWER, "a.jsonl:9")
     report.unread_columns["context"] = None
     assert report.notes() == [
+        "validation: kept 5 of 11 rows",
         "validation: skipped 5 rows: the prompt fills the context of 64 tokens "
         "(a.jsonl:1, a.jsonl:2, a.jsonl:3 and 2 more). Raise training.seq_len, or shorten the prompts.",
         "validation: skipped 1 row: an answer is empty (a.jsonl:9). Give pairs with two answers.",

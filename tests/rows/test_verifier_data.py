@@ -96,7 +96,7 @@ def test_another_label_is_an_error(read: Read, label: Any, got: str) -> None:
         read(row("4", label=label))
     assert str(refused.value).endswith(
         "a.jsonl:1: label: must be 1 or true (a right answer), or 0 or false (a wrong one), "
-        f"got {got}. Correct the row, or remove it."
+        f"got {got}. Correct the row, or remove it. data.skip_bad_rows=N skips up to N such rows."
     )
 
 

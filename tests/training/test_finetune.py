@@ -230,9 +230,7 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
     output = capsys.readouterr()
     final = tmp_path / "checkpoints" / "final.ckpt"
     assert output.out == f"{final}\n"
-    assert (
-        f'next: python infer.py --ckpt {final} --prompt "Name three primary colours."' in output.err
-    )
+    assert f"next: python infer.py --ckpt {final} --chat" in output.err
     losses = [float.fromhex(loss) for loss in curve(tmp_path).values()]
     assert losses[-1] < losses[0] - (0.02 if "lora" in name else 0.2)
     state = checkpoint_format.read(final)

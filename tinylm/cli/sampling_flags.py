@@ -1,10 +1,13 @@
 """The flags of `infer.py` that set a field of SamplingConfig.
 
-Their help texts are written here as well as in the schema, because importing the schema takes
-longer than `--help` may; a test holds both to the same fields and defaults.
+The fields of the schema are the only list of them. They are read from its source text,
+because importing the schema takes longer than `--help` may.
 """
 
 import argparse
+import ast
+import importlib.util
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tinylm.common.errors import UserError
@@ -12,21 +15,25 @@ from tinylm.common.errors import UserError
 if TYPE_CHECKING:
     from tinylm.config.schema import SamplingConfig
 
-SAMPLING_HELP = {
-    "max_new_tokens": "maximum number of tokens to generate (200)",
-    "temperature": "divides the logits; 0 is greedy (0.8)",
-    "top_k": "only the k most probable tokens (off)",
-    "top_p": "only the most probable tokens that together reach p, Holtzman et al. 2020 (off)",
-    "min_p": "only tokens at least min_p times as probable as the most probable one, "
-    "Nguyen et al. 2024 (off)",
-    "repetition_penalty": "makes tokens in the context less probable, Keskar et al. 2019; "
-    "1 is off (1.0)",
-    "no_repeat_ngram": "no sequence of N tokens occurs twice (off)",
-    "stop": "string that ends the text and is not part of it; may be given several times (off)",
-    "seed": "random seed (0)",
-    "n_samples": "number of continuations of the prompt (1)",
-    "n_beams": "more than 1: beam search for the most probable text instead of sampling (1)",
-}
+
+@cache
+def sampling_help() -> dict[str, str]:
+    """The help text of the flag of each field of SamplingConfig: its documentation and default.
+
+    >>> sampling_help()["top_k"]
+    'only the k most probable tokens; none: off (default: none)'
+    """
+    spec = importlib.util.find_spec("tinylm.config.schema")
+    tree = ast.parse(spec.loader.get_source(spec.name))
+    section = next(node for node in tree.body if getattr(node, "name", "") == "SamplingConfig")
+    texts = {}
+    for field, doc in zip(section.body, section.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+            text = ast.literal_eval(doc.value).replace("null", "none")
+            default = ast.literal_eval(field.value)
+            shown = "none" if default in (None, ()) else default
+            texts[field.target.id] = f"{text} (default: {shown})"
+    return texts
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +42,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "sampling",
         "the checkpoint's config overrides the defaults shown; none turns a setting off",
     )
-    for name, text in SAMPLING_HELP.items():
+    for name, text in sampling_help().items():
         if name == "stop":
+            text = f"{text}; may be given several times"
             group.add_argument(
                 flag(name), action="append", default=argparse.SUPPRESS, metavar="TEXT", help=text
             )
@@ -73,7 +81,7 @@ def parse_number(text: str) -> int | float | str | None:
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings that the flags set."""
-    return {name: value for name, value in vars(arguments).items() if name in SAMPLING_HELP}
+    return {name: value for name, value in vars(arguments).items() if name in sampling_help()}
 
 
 def sampling_settings(given: dict[str, Any], base: "SamplingConfig") -> "SamplingConfig":

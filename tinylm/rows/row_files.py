@@ -83,11 +83,11 @@ def resolve_dataset(data: DataConfig) -> tuple[DataConfig, str | None]:
             )
     if not os.path.isdir(data.dataset):
         return data, None
-    dataset, note = build_corpus_from_sources(data.dataset)
+    dataset, note = folder_or_tiny_rows(data.dataset)
     return data.model_copy(update={"dataset": dataset}), note
 
 
-def build_corpus_from_sources(folder: str) -> tuple[str, str | None]:
+def folder_or_tiny_rows(folder: str) -> tuple[str, str | None]:
     """The data set that a folder given as data.dataset means: itself, or the tiny rows and a note
     if it has no file of rows.
     """

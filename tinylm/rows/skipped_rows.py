@@ -20,6 +20,7 @@ line and key and ends the run; with data.skip_bad_rows: N up to N such rows of a
 and named. A valid row that teaches nothing (step 5) is always skipped, counted in a `RowReport`.
 The run prints its notes before it trains:
 
+    training: kept 29 of 30 rows
     training: skipped 1 row: an answer is empty (rows.jsonl:3). Give pairs with two answers.
 
 `finetune.py --show-rows 3` prints rows as step 7 hands them to training.
@@ -128,15 +129,21 @@ class RowReport:
         if len(self.bad) < self.max_bad:
             self.bad.append(": ".join((location, *error.where, error.problem)))
             return
-        if not self.max_bad:
-            raise error.within(location) from None
-        fix = f"{error.fix}. data.skip_bad_rows: {self.max_bad} rows are already skipped"
-        raise error.within(location, fix=fix.removeprefix(". ")) from None
+        hint = "data.skip_bad_rows=N skips up to N such rows"
+        if self.max_bad:
+            hint = f"data.skip_bad_rows: {self.max_bad} rows are already skipped"
+        fix = f"{error.fix}. {hint}" if error.fix else hint
+        raise error.within(location, fix=fix) from None
 
     def notes(self) -> list[str]:
         """Notes for the user, one line each."""
         split = "validation" if self.which == "val" else "training"
-        notes = [f"{split}: skipped {self._text(reason)}. {reason.fix}." for reason in self.skipped]
+        notes = []
+        n_skipped = len(self.bad) + sum(map(len, self.skipped.values()))
+        if n_skipped:
+            notes.append(f"{split}: kept {self.kept} of {count_rows(self.kept + n_skipped)}")
+        for reason in self.skipped:
+            notes.append(f"{split}: skipped {self._text(reason)}. {reason.fix}.")
         if self.bad:
             notes.append(f"{split}: {self._bad_text()}")
         if self.unread_columns:

@@ -340,5 +340,5 @@ DPO = Stage(
     make_tokenizer=learn_tokenizer,
     open_data=open_data,
     build_module=build_module,
-    next_command='python infer.py --ckpt {model} --prompt "Name three primary colours."',
+    next_command="python infer.py --ckpt {model} --chat",
 )

@@ -72,7 +72,7 @@ def prepare_tokenizer(
     config: Config,
     resume: ResumeState | None,
     initial: InitialModel | None,
-    make: Callable[[Config], Tokenizer],
+    learn: Callable[[Config], Tokenizer],
 ) -> tuple[Tokenizer, Config]:
     """The tokenizer, from the checkpoint or the initial model, else a new one;
     and the settings with model.vocab_size set.
@@ -81,7 +81,7 @@ def prepare_tokenizer(
         config: the settings.
         resume: the checkpoint to continue from, if any.
         initial: the model of training.init_from, if any.
-        make: the stage's function that makes a tokenizer.
+        learn: the stage's function that learns a tokenizer of kind bpe or char.
 
     Raises:
         UserError: the tokenizer does not fit the model, or cannot encode training.sample_prompt.
@@ -90,8 +90,10 @@ def prepare_tokenizer(
         tokenizer = resume.tokenizer  # the text that it was learned from may be gone
     elif resume is None and initial is not None and initial.tokenizer is not None:
         tokenizer = _tokenizer_of(initial, config)
+    elif config.tokenizer.kind in ("byte", "hf"):
+        tokenizer = make_tokenizer(config.tokenizer)
     else:
-        tokenizer = make(config)
+        tokenizer = learn(config)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         fix = "Raise or remove it"
@@ -129,7 +131,7 @@ def _tokenizer_of(initial: InitialModel, config: Config) -> Tokenizer:
     # byte and hf are made from their settings; bpe and char have no text here to be learned from
     ours = f"a new one of kind {wanted.kind}"
     if wanted.kind in ("byte", "hf"):
-        ours = make_tokenizer(wanted, tuple).fingerprint
+        ours = make_tokenizer(wanted).fingerprint
     if ours != initial.tokenizer.fingerprint:
         theirs = f"{initial.tokenizer.fingerprint} ({initial.tokenizer.kind})"
         problem = (

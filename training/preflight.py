@@ -107,7 +107,7 @@ def run_preflight(stage: Stage, config: Config, args: argparse.Namespace) -> int
     preflight = Preflight(
         config,
         context.device,
-        lambda: prepare_tokenizer(config, None, initial, stage.make_tokenizer),
+        lambda: prepare_tokenizer(config, None, initial, stage.learn_tokenizer),
         lambda config: build_weights(config, None, initial),
     )
     if args.plan:

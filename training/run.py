@@ -73,7 +73,7 @@ def train(
         initial = find_initial_model(config, resume)
         if initial is not None and resume is None:
             config = initialized_config(config, initial)
-        tokenizer, config = prepare_tokenizer(config, resume, initial, stage.make_tokenizer)
+        tokenizer, config = prepare_tokenizer(config, resume, initial, stage.learn_tokenizer)
         context = replace(context, config=config)
         data = stage.open_data(context, tokenizer)
         if resume is not None:

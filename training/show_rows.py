@@ -47,7 +47,7 @@ def show_rows_of_run(stage: Stage, config: Config, n_rows: int) -> int:
     initial = find_initial_model(config, None)
     if initial is not None:
         config = initialized_config(config, initial)
-    tokenizer, config = prepare_tokenizer(config, None, initial, stage.make_tokenizer)
+    tokenizer, config = prepare_tokenizer(config, None, initial, stage.learn_tokenizer)
     device, _ = pick_device(config.hardware.accelerator, key="hardware.accelerator")
     open_rows = stage.open_rows or stage.open_data
     show_rows(open_rows(RunContext(stage.name, config, device), tokenizer), n_rows)

@@ -25,8 +25,8 @@ class Stage:
 
     name: str
     """recorded in checkpoints"""
-    make_tokenizer: Callable[[Config], Tokenizer]
-    """the tokenizer of a run that has none from a checkpoint or an initial model"""
+    learn_tokenizer: Callable[[Config], Tokenizer]
+    """a tokenizer of kind bpe or char, learned from the training data of the settings"""
     open_data: Callable[[RunContext, Tokenizer], RunData]
     """the data module, prepared; logs what it contains"""
     build_module: Callable[

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: the one its settings name, or one learned from its training text.
+"""A tokenizer of kind bpe or char, learned from the training text of a run.
 
 BPE takes most of the time of a small run, so what it learned is kept in data.cache_dir, in a folder
 whose name depends on everything that the result depends on.
@@ -7,7 +7,7 @@ whose name depends on everything that the result depends on.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -23,7 +23,7 @@ from tinylm.text.splits import Split
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe_fast import learn_bpe
 from tinylm.tokenizer.bpe_files import Bpe, check_request
-from tinylm.tokenizer.factory import make_tokenizer
+from tinylm.tokenizer.byte_char import CharTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer
@@ -32,19 +32,17 @@ from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer
 VERSION = 1
 
 
-def tokenizer_for(
+def learn_from_documents(
     config: TokenizerConfig, data: DataConfig, seed: int, *, on_progress: OnProgress | None = None
 ) -> Tokenizer:
-    """The tokenizer of a run; kinds char and bpe are learned from its training documents.
+    """A tokenizer learned from the training documents of a run; BPE only once for the same text.
 
     In a mixture these are the documents of all sources, whatever their weights.
 
     Raises:
-        UserError: as `training_split`, `make_tokenizer` and `learn_bpe`,
+        UserError: as `training_split`, `CharTokenizer.of_documents` and `learn_bpe`,
             or an endless stream would be read.
     """
-    if config.kind in ("byte", "hf"):
-        return make_tokenizer(config, tuple)
     split = training_split(data, seed)
     streamed = isinstance(split.text_source, HubDataset) and data.streaming
     if streamed and split.limit is None and config.learn_docs is None:
@@ -54,7 +52,7 @@ def tokenizer_for(
             "Set tokenizer.learn_docs, for example to 100000",
         )
     if config.kind == "char":
-        return make_tokenizer(config, lambda: islice(split.documents(), config.learn_docs))
+        return learn_from_texts(config, split.documents())
     return _cached_bpe(config, data, split, on_progress)
 
 
@@ -85,16 +83,15 @@ def _cached_bpe(
     return load_hf_tokenizer(str(folder))
 
 
-def learned_from(config: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer of a run whose training texts are not documents;
-    one that is learned is not cached.
+def learn_from_texts(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """A tokenizer learned from texts, which is not cached.
 
     Raises:
-        UserError: as `make_tokenizer` and `learn_bpe`.
+        UserError: as `CharTokenizer.of_documents` and `learn_bpe`.
     """
-    if config.kind != "bpe":
-        return make_tokenizer(config, lambda: islice(texts(), config.learn_docs))
-    bpe = _learn(config, texts())
+    if config.kind == "char":
+        return CharTokenizer.of_documents(islice(texts, config.learn_docs), unknown=config.unknown)
+    bpe = _learn(config, texts)
     return HFTokenizer(bpe.backend(), eos=bpe.eos, pad=bpe.pad)
 
 

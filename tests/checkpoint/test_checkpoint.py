@@ -36,7 +36,7 @@ def make_state(step: int = 3, **changes: Any) -> dict[str, Any]:
         "val_loss": None,
         "created": 1.0,
         "config": config.to_plain(),
-        "tokenizer": make_tokenizer(config.tokenizer, lambda: []).to_plain(),
+        "tokenizer": make_tokenizer(config.tokenizer).to_plain(),
         "weights": Decoder(config.model).state_dict(),
     } | changes
 

@@ -34,7 +34,7 @@ from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig, TokenizerConfig
 from tinylm.text.data_source import train_documents
 from tinylm.tokenizer.byte_char import CharTokenizer
-from training.tokenizer import tokenizer_for
+from training.tokenizer import learn_from_documents
 
 SEED = 1
 COMMIT = "c" * 40
@@ -355,7 +355,7 @@ def test_a_char_tokenizer_learns_from_the_first_documents_of_a_stream(hub):
     first.
     """
     hub.files = {"train-0.jsonl": jsonl(FIRST), "train-1.jsonl": jsonl(["CAPITALS"])}
-    tokenizer = tokenizer_for(
+    tokenizer = learn_from_documents(
         TokenizerConfig(kind="char", unknown="unk", learn_docs=8), DATASET, SEED
     )
     assert isinstance(tokenizer, CharTokenizer)
@@ -373,7 +373,7 @@ def test_a_tokenizer_needs_learn_docs_for_a_stream(hub, kind, settings):
         UserError,
         match=f"^tokenizer.learn_docs: kind {kind} would read all of a streamed dataset. Set tokenizer.learn_docs, for ",
     ):
-        tokenizer_for(TokenizerConfig(kind=kind, **settings), DATASET, SEED)
+        learn_from_documents(TokenizerConfig(kind=kind, **settings), DATASET, SEED)
     assert hub.asked == []
 
 

@@ -35,12 +35,8 @@ from tinylm.tokenizer.hf import BYTE_OF_CHARACTER, HFTokenizer
 TEXT = "the model reads a token and guesses the next token; naïve 東京 🙂 text, the the the model's guesses\n"
 
 
-def no_documents() -> list[str]:
-    raise AssertionError("only char reads the training documents")
-
-
 def load(path: Path) -> Tokenizer:
-    return make_tokenizer(TokenizerConfig(path=str(path)), no_documents)
+    return make_tokenizer(TokenizerConfig(path=str(path)))
 
 
 def byte_level_backend() -> Backend:
@@ -166,7 +162,7 @@ def test_bytes_are_ids_and_four_specials_follow():
 
 def test_character_ids_follow_the_code_points_of_the_training_documents():
     """b < z < é < 東 by code point, whatever the order in the text; <|pad|> and <|eos|> come next."""
-    tokenizer = make_tokenizer(TokenizerConfig(kind="char"), lambda: ["zé", "b東b"])
+    tokenizer = CharTokenizer.of_documents(["zé", "b東b"], unknown="error")
     assert tokenizer.encode("bzé東") == [0, 1, 2, 3]
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (4, 5, 6)
     assert tokenizer.special_names == {4: "<|pad|>", 5: "<|eos|>"}
@@ -182,7 +178,7 @@ def test_an_unknown_character_is_an_error_that_names_it_and_its_place():
 
 
 def test_an_unknown_character_is_unk_where_that_was_asked_for():
-    tokenizer = make_tokenizer(TokenizerConfig(kind="char", unknown="unk"), lambda: ["abc"])
+    tokenizer = CharTokenizer.of_documents(["abc"], unknown="unk")
     assert tokenizer.encode("axb") == [0, 5, 1]
     assert (tokenizer.decode([0, 5, 1]), tokenizer.token_text(5), tokenizer.byte_lengths()) == (
         "a\ufffdb",
@@ -196,7 +192,7 @@ def test_a_character_vocabulary_of_nothing_is_an_error():
         UserError,
         match="tokenizer.kind: char learns its vocabulary from the training documents, but they are empty",
     ):
-        make_tokenizer(TokenizerConfig(kind="char"), lambda: [])
+        CharTokenizer.of_documents([], unknown="error")
 
 
 def test_the_printable_form_of_bytes_is_gpt2s():

@@ -304,7 +304,7 @@ def test_compare_without_text_is_an_error(tmp_path, capsys):
 
 
 def test_fit_counts_bytes_tokens_and_used_ones():
-    fit = measure_fit(make_tokenizer(TokenizerConfig(), list), ["aé", "a"])
+    fit = measure_fit(make_tokenizer(TokenizerConfig()), ["aé", "a"])
     assert (fit.n_bytes, fit.n_tokens, fit.n_used, fit.longest) == (4, 4, 3, [97, 169, 195])
 
 

@@ -27,7 +27,7 @@ from tinylm.tokens.run_files import (
     validation_file,
 )
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
-from training.tokenizer import tokenizer_for, training_split
+from training.tokenizer import learn_from_documents, training_split
 
 BYTES = ByteTokenizer()
 SEED = 1
@@ -347,9 +347,9 @@ def test_tokenizers_learn_from_all_sources_in_turn(tmp_path, write):
     expected = [[text for text in texts if not is_held_out(text, 0.1, SEED)] for texts in (A, B)]
     assert sorted(documents) == sorted(expected[0] + expected[1])
     assert {text.split()[0] for text in documents[:3]} == {"first", "second"}
-    char = tokenizer_for(TokenizerConfig(kind="char"), data, SEED)
+    char = learn_from_documents(TokenizerConfig(kind="char"), data, SEED)
     assert char.decode(char.encode("first second 0123456789")) == "first second 0123456789"
-    bpe = tokenizer_for(TokenizerConfig(kind="bpe", vocab_size=270), data, SEED)
+    bpe = learn_from_documents(TokenizerConfig(kind="bpe", vocab_size=270), data, SEED)
     assert bpe.vocab_size == 270
     assert bpe.decode(bpe.encode("first second")) == "first second"
 
@@ -360,7 +360,7 @@ def test_no_tokenizer_learns_from_a_token_file(tmp_path, write):
         UserError,
         match=r"^data.mix\[1\].dataset: .*b.bin is a token file, whose documents cannot be read again",
     ):
-        tokenizer_for(TokenizerConfig(kind="char"), data, SEED)
+        learn_from_documents(TokenizerConfig(kind="char"), data, SEED)
 
 
 def test_a_bare_array_validates_a_mixture_of_texts(tmp_path, write):

@@ -40,7 +40,7 @@ def load(make_config: Callable[..., Path]) -> Callable[..., tuple[Config, Tokeni
 
     def load(**sections: dict) -> tuple[Config, Tokenizer]:
         config = load_config(make_config(**sections))
-        return config, make_tokenizer(config.tokenizer, lambda: [])
+        return config, make_tokenizer(config.tokenizer)
 
     return load
 

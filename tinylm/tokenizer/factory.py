@@ -1,9 +1,9 @@
 """Which class a kind of tokenizer has, and tokenizers from settings, checkpoints and names.
 
-Kind bpe is learned from a corpus: training/tokenizer.py. The result is a tokenizer of kind hf.
+Kinds bpe and char are learned from a text: training/tokenizer.py. Learned BPE is a tokenizer of
+kind hf.
 """
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 # hf and hf_files are imported at their first use
@@ -14,20 +14,17 @@ from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 
 
-def make_tokenizer(config: TokenizerConfig, documents: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer of a config; `documents` returns the training documents,
-    which only `char` reads.
+def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of kind byte or hf.
 
     Raises:
-        UserError: as `CharTokenizer.of_documents` and `load_hf_tokenizer`.
-        ValueError: kind bpe.
+        UserError: as `load_hf_tokenizer`.
+        ValueError: the kind is learned.
     """
     if config.kind == "byte":
         return ByteTokenizer()
-    if config.kind == "char":
-        return CharTokenizer.of_documents(documents(), unknown=config.unknown)
     if config.path is None:  # TokenizerConfig requires it for hf
-        raise ValueError("kind bpe is learned: use training.tokenizer.tokenizer_for")
+        raise ValueError(f"kind {config.kind} is learned: see training/tokenizer.py")
     return tokenizers.hf_files.load_hf_tokenizer(config.path)
 
 

@@ -337,7 +337,7 @@ def add_cached_reference(
 
 DPO = Stage(
     name="dpo",
-    make_tokenizer=learn_tokenizer,
+    learn_tokenizer=learn_tokenizer,
     open_data=open_data,
     build_module=build_module,
     next_command="python infer.py --ckpt {model} --chat",

@@ -10,7 +10,6 @@ from tinylm.common.errors import UserError
 from tinylm.common.units import short
 from tinylm.config.schema import Config
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokenizer.factory import make_tokenizer
 from tinylm.tokens.run_files import name_of, notes_on_texts, split_overlap
 from tinylm.tokens.token_file import JoinedFiles
 from training.build import build_language_model
@@ -21,17 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def learn_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that the settings describe; bpe and char are learned
-    from the training documents.
-    """
+    """A tokenizer of kind bpe or char, learned from the training documents."""
     settings = config.tokenizer
-    if settings.kind in ("byte", "hf"):
-        tokenizer = make_tokenizer(settings, tuple)
-    else:
-        with progress_bar() as on_progress:
-            tokenizer = training.tokenizer.tokenizer_for(
-                settings, config.data, config.training.seed, on_progress=on_progress
-            )
+    with progress_bar() as on_progress:
+        tokenizer = training.tokenizer.learn_from_documents(
+            settings, config.data, config.training.seed, on_progress=on_progress
+        )
     if settings.vocab_size is not None and tokenizer.vocab_size < settings.vocab_size:
         found = f"{tokenizer.vocab_size} tokens, not {settings.vocab_size}"
         logger.info(f"tokenizer: {found}: every word of this text already is one token")
@@ -100,7 +94,7 @@ def check_documents(data: PretrainData) -> None:
 
 PRETRAIN = Stage(
     name="pretrain",
-    make_tokenizer=learn_tokenizer,
+    learn_tokenizer=learn_tokenizer,
     open_data=open_data,
     open_rows=open_rows,
     build_module=build_language_model,

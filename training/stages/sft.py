@@ -233,7 +233,7 @@ def build_module(
 
 SFT = Stage(
     name="sft",
-    make_tokenizer=learn_tokenizer,
+    learn_tokenizer=learn_tokenizer,
     open_data=open_data,
     build_module=build_module,
     next_command="python infer.py --ckpt {model} --chat",

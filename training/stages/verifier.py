@@ -49,7 +49,7 @@ from training.resume import ResumeState
 from training.stage import Stage
 from training.stages.sft import log_contents
 from training.support import require_supported
-from training.tokenizer import learned_from
+from training.tokenizer import learn_from_texts
 
 logger = logging.getLogger(__name__)
 
@@ -272,9 +272,7 @@ class VerifierModule(TrainingModule):
 
 
 def learn_verifier_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of a verifier with new weights;
-    bpe and char are learned from the training problems.
-    """
+    """A tokenizer of kind bpe or char, learned from the training problems."""
 
     def texts() -> Iterator[str]:
         found = read_problems(
@@ -287,7 +285,7 @@ def learn_verifier_tokenizer(config: Config) -> Tokenizer:
         for problem in found:
             yield f"{problem.question.full_text}\n{problem.answer}"
 
-    return learned_from(config.tokenizer, texts)
+    return learn_from_texts(config.tokenizer, texts())
 
 
 def open_data(context: RunContext, tokenizer: Tokenizer) -> VerifierData:
@@ -367,7 +365,7 @@ def build_module(
 
 VERIFIER = Stage(
     name="verifier",
-    make_tokenizer=learn_verifier_tokenizer,
+    learn_tokenizer=learn_verifier_tokenizer,
     open_data=open_data,
     build_module=build_module,
     next_command="python infer.py --ckpt MODEL --prompt PROBLEM --best-of 8 --verifier {model}",

@@ -1,6 +1,6 @@
 """Score a checkpoint on all validation data of a config: loss, perplexity and bits per byte.
 
-python eval_val.py --ckpt checkpoints/best.ckpt --config config_smoke.yaml
+python eval_val.py --ckpt checkpoints/final.ckpt --config config_smoke.yaml
 python eval_val.py --ckpt checkpoints/final.ckpt --config config_finetune.yaml --answers
 """
 
@@ -16,7 +16,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(
         prog="python eval_val.py",
-        usage="python eval_val.py --ckpt checkpoints/best.ckpt --config config_smoke.yaml",
+        usage="python eval_val.py --ckpt checkpoints/final.ckpt --config config_smoke.yaml",
         description="Score a checkpoint on all validation data of a config: "
         "val_loss, val_ppl, val_bpb.",
     )

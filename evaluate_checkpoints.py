@@ -3,7 +3,7 @@
     python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --cases cases/wiki_basics.yaml
     python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --tasks gsm8k,sst2 --shots 0,4
     python evaluate_checkpoints.py --model gpt2 --tasks sst2 --shots 0,4
-    python evaluate_checkpoints.py --tasks gsm8k --best-of 8 --verifier checkpoints/verifier/best.ckpt
+    python evaluate_checkpoints.py --tasks gsm8k --best-of 8 --verifier checkpoints/verifier/final.ckpt
 
 The tables go to stdout, everything else to stderr; numbers and failed answers to files in --out.
 A checkpoint that cannot be read is listed below the tables.

@@ -2,9 +2,9 @@
 
     python infer.py --prompt "Attention is"
     echo "Attention is" | python infer.py --temperature 0 --json
-    python infer.py --ckpt checkpoints/sft/best.ckpt --prompt "Name three primary colours."
+    python infer.py --ckpt checkpoints/sft/final.ckpt --prompt "Name three primary colours."
     python infer.py --chat
-    python infer.py --prompt "12 + 7 =" --best-of 8 --verifier checkpoints/verifier/best.ckpt
+    python infer.py --prompt "12 + 7 =" --best-of 8 --verifier checkpoints/verifier/final.ckpt
 
 A fine-tuned checkpoint records its prompt template, and the prompt is formatted with it; --no-wrap
 continues it as plain text. A base model always continues. Results go to stdout, everything else to

@@ -84,6 +84,12 @@ class Progress:
         """The lowest finite validation loss; NaN if there is none."""
         return min((loss for loss in self.val_losses if math.isfinite(loss)), default=math.nan)
 
+    @property
+    def best_step(self) -> int | None:
+        """The last step with `best_val_loss`, which is best.ckpt; None if there is none."""
+        steps = [int(step) for step, loss in self.validations if loss == self.best_val_loss]
+        return max(steps, default=None)
+
     def validated(self, step: int) -> bool:
         """Whether the validation of `step` is done."""
         return any(int(done) == step for done, _ in self.validations)

@@ -23,23 +23,29 @@ from torch.nn.utils import get_total_norm
 from model import Progress, TrainingModule
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.format import FORMAT, SCHEMA
+from tinylm.checkpoint.result import link_final
 from tinylm.common.errors import Diverged
+from tinylm.config.schema import TrainingConfig
 from tinylm.model.lora import adapter_weights
 from tinylm.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-def checkpoint_aliases(progress: Progress, *, final: bool) -> list[str]:
-    """The further names of step-N.ckpt: last.ckpt, best.ckpt after the best validation,
-    final.ckpt at the end.
+def link_aliases(path: Path, progress: Progress, training: TrainingConfig, *, final: bool) -> None:
+    """Give step-N.ckpt its further names: last.ckpt, and best.ckpt after the best validation;
+    and at the end of the run name its model final.ckpt.
     """
-    names = ["last.ckpt"]
-    if progress.validated(progress.step) and progress.val_losses[-1] <= progress.best_val_loss:
-        names.append("best.ckpt")
+    checkpoint_format.link(path, "last.ckpt")
+    if is_best(progress):
+        checkpoint_format.link(path, "best.ckpt")
     if final:
-        names.append("final.ckpt")
-    return names
+        link_final(path, training.early_stopping_patience)
+
+
+def is_best(progress: Progress) -> bool:
+    """Whether this step's validation is the best one so far."""
+    return progress.validated(progress.step) and progress.val_losses[-1] <= progress.best_val_loss
 
 
 @dataclass
@@ -67,10 +73,9 @@ class Checkpoints:
         Raises:
             Diverged: the weights are not finite; nothing is saved.
         """
-        step = module.progress.step
-        names = checkpoint_aliases(module.progress, final=final)
-        is_due = step % module.config.training.save_every_steps == 0
-        if not (is_due or stops or final or "best.ckpt" in names):
+        step, training = module.progress.step, module.config.training
+        is_due = step % training.save_every_steps == 0
+        if not (is_due or stops or final or is_best(module.progress)):
             return
         require_finite_weights(module)
         state = self._state(trainer, module)  # on every rank: all of them gather the shards
@@ -78,9 +83,8 @@ class Checkpoints:
             path = self.folder / f"step-{step:06d}.ckpt"
             checkpoint_format.write(path, state)
             self.newest = path
-            for name in names:
-                checkpoint_format.link(path, name)
-            self._remove_oldest(step, module.config.training.keep_last)
+            link_aliases(path, module.progress, training, final=final)
+            self._remove_oldest(step, training.keep_last)
 
     def _state(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, Any]:
         """Everything that a resumed run and the other programs need, as plain types."""

@@ -30,7 +30,7 @@ FREE_ON_HF = {"gradient_checkpointing"}  # its dropouts are its own
 
 def find_initial_model(config: Config, resume: ResumeState | None) -> InitialModel | None:
     """The model that training.init_from names, if this run needs it: to start from, under adapters,
-    or as a reference.
+    or as a reference; logs what a new run starts from.
 
     Raises:
         UserError: it cannot be opened.
@@ -40,9 +40,12 @@ def find_initial_model(config: Config, resume: ResumeState | None) -> InitialMod
     if name is None or (resume is not None and not needed_on_resume):
         return None
     try:
-        return checkpoints.initial.open_initial_model(name)
+        initial = checkpoints.initial.open_initial_model(name)
     except UserError as error:
         raise error.within("training.init_from") from None
+    if resume is None:
+        logger.info(f"start: {initial.summary}")
+    return initial
 
 
 def initialized_config(config: Config, initial: InitialModel) -> Config:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tinylm.checkpoint.result import FINAL
 from tinylm.common.errors import UserError
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.loader import load_config
@@ -42,7 +43,7 @@ class PipelineStage:
     config: Config
     overrides: tuple[str, ...]
     model: Path
-    """the checkpoint to compare: the one that a later stage begins with, otherwise best.ckpt"""
+    """the checkpoint to compare: the one that a later stage begins with, otherwise final.ckpt"""
 
     @property
     def folder(self) -> Path:
@@ -87,8 +88,8 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[PipelineStage
             )
         config = load_config(file, overrides)
         check_kind(name, config, (location, file), overrides)
-        best = Path(config.training.checkpoint_dir) / "best.ckpt"
-        stages[name] = PipelineStage(name, file, config, tuple(overrides), best)
+        final = Path(config.training.checkpoint_dir) / FINAL
+        stages[name] = PipelineStage(name, file, config, tuple(overrides), final)
     check_chain(list(stages.values()))
     return [_with_compared_model(stage, stages.values()) for stage in stages.values()]
 

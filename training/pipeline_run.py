@@ -19,6 +19,7 @@ from tinylm.checkpoint.initial import weights_fingerprint
 from tinylm.common.child_program import ChildProgram
 from tinylm.common.errors import UserError, reading
 from tinylm.common.files import write_atomic
+from tinylm.common.stop_signals import signal_name
 from training.pipeline import PROGRAMS, PipelineStage
 
 logger = logging.getLogger(__name__)
@@ -117,8 +118,8 @@ def run_stages(stages: list[PipelineStage], state: PipelineState, child: ChildPr
         state.record(stage.name, StageRecord(started.settings, started.bases, produced))
     if child.received is not None:
         logger.info(
-            "stopped by signal %d between two stages; the same command continues there",
-            child.received,
+            "stopped by %s between two stages; the same command continues there",
+            signal_name(child.received),
         )
         return 128 + child.received
     return 0

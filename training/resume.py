@@ -14,14 +14,13 @@ import torch
 from data import RunData
 from model import Progress
 from tinylm.checkpoint import format as checkpoint_format
+from tinylm.checkpoint.result import is_complete
 from tinylm.common.errors import UserError
 from tinylm.config.loader import with_model
 from tinylm.config.schema import Config
-from tinylm.optim.schedule import should_stop
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.factory import tokenizer_from_plain
 from tinylm.tokens.run_files import name_of
-from training.checkpoints import checkpoint_aliases
 from training.context import ResumeOptions, RunContext
 
 logger = logging.getLogger(__name__)
@@ -101,11 +100,10 @@ class ResumeState:
         return self.path.resolve().parent == folder.resolve()
 
     def is_complete(self, config: Config) -> bool:
-        """Whether nothing is left to train: all steps are done, or the run stopped early."""
-        stopped_early = should_stop(
-            self.progress().val_losses, config.training.early_stopping_patience
-        )
-        return stopped_early or self.state["step"] >= config.training.max_steps
+        """Whether nothing is left to train."""
+        training, losses = config.training, self.progress().val_losses
+        patience = training.early_stopping_patience
+        return is_complete(self.state["step"], training.max_steps, losses, patience)
 
 
 def find_resume_state(context: RunContext, options: ResumeOptions) -> ResumeState | None:
@@ -159,16 +157,6 @@ def resumed_config(config: Config, resume: ResumeState) -> Config:
     if config.training.init_from is None:
         return config
     return with_model(config, resume.config.model, resume.config.tokenizer)
-
-
-def repair_aliases(resume: ResumeState, *, final: bool) -> None:
-    """Recreate the last/best/final links if the run was killed after saving the checkpoint but
-    before linking it.
-    """
-    for name in checkpoint_aliases(resume.progress(), final=final):
-        target = resume.path.with_name(name)
-        if not target.exists() or not target.samefile(resume.path):
-            checkpoint_format.link(resume.path, name)
 
 
 # --- is it the same run? ---

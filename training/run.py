@@ -14,21 +14,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from data import RunData
 from model import TrainingModule
+from tinylm.checkpoint.result import FINAL
 from tinylm.common.errors import Diverged, UserError, printable
+from tinylm.common.stop_signals import signal_name
 from tinylm.common.units import duration
 from tinylm.config.schema import Config
 from tinylm.planning.out_of_memory import explain_out_of_memory
 from tinylm.runs.metrics_csv import MetricsFile
 from training.build import build_loggers, build_trainer, describe_model
 from training.callbacks import Metrics, ProgressDisplay, Sample, StepEnd, StopSignals, Validation
-from training.checkpoints import Checkpoints
+from training.checkpoints import Checkpoints, link_aliases
 from training.context import ResumeOptions, RunContext
 from training.initial import find_initial_model, initialized_config, prepare_tokenizer
 from training.resume import (
     ResumeState,
     find_resume_state,
     log_effects_of_changes,
-    repair_aliases,
     require_same_data,
     require_same_settings,
     resumed_config,
@@ -64,12 +65,14 @@ def train(
         if resume is not None:
             config = resumed_config(config, resume)
             require_same_settings(resume, config, allow_changes=options.allow_changes)
-            is_complete = resume.is_complete(config)
+            path, is_complete = resume.path, resume.is_complete(config)
             if options.path is None:
-                repair_aliases(resume, final=is_complete)
+                # The run may have been killed after saving the checkpoint but before linking it.
+                link_aliases(path, resume.progress(), config.training, final=is_complete)
+                path = path.with_name(FINAL)
             if is_complete:
-                logger.info(f"already complete at step {resume.state['step']}: {resume.path}")
-                return print_result(stage, resume.path)
+                logger.info(f"already complete at step {resume.state['step']}: {path}")
+                return print_result(stage, path)
         initial = find_initial_model(config, resume)
         if initial is not None and resume is None:
             config = initialized_config(config, initial)
@@ -136,12 +139,18 @@ def fit(
         return signals.exit_code
     if signals.agreed is not None:
         saved = f"saved {checkpoints.newest}. Run the same command again to continue."
-        logger.info(f"stopped by signal {signals.agreed} after step {step}; {saved}")
+        logger.info(f"stopped by {signal_name(signals.agreed)} after step {step}; {saved}")
         return signals.exit_code
-    seconds, best = duration(time.monotonic() - began), module.progress.best_val_loss
-    skipped = f" ({n} skipped)" if (n := module.progress.skipped_steps) else ""
-    logger.info(f"done: {step} steps{skipped} in {seconds}, best val_loss {best:.4f}")
-    return print_result(stage, checkpoints.newest.with_name("final.ckpt"))
+    seconds, progress = duration(time.monotonic() - began), module.progress
+    best = f"best val_loss {progress.best_val_loss:.4f}"
+    if progress.best_step != step:
+        best += f" at step {progress.best_step} (best.ckpt)"
+    skipped = f" ({progress.skipped_steps} skipped)" if progress.skipped_steps else ""
+    logger.info(f"done: {step} steps{skipped} in {seconds}, {best}")
+    final = checkpoints.newest.with_name(FINAL)
+    if not final.samefile(checkpoints.newest):
+        logger.info("final.ckpt is best.ckpt: training.early_stopping_patience is set")
+    return print_result(stage, final)
 
 
 def last_good(checkpoints: Checkpoints, resume: ResumeState | None) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from tinylm.common.device import autocast_dtype, pick_device
 from tinylm.common.errors import printable
 from tinylm.common.files import write_atomic
 from tinylm.config.schema import Config, SamplingConfig
+from tinylm.eval.answers import answer_questions, read_questions
 from tinylm.eval.validation import answer_validation, score_checkpoint, text_validation
 from tinylm.generate.chat import format_prompt
 from tinylm.generate.engine import Engine
@@ -41,6 +43,10 @@ METRICS = {
     "val_ppl": "perplexity of the held-out text of stage pretrain; lower is better",
     "response_loss": "nats per token of the held-out answers of stage sft; lower is better",
     "response_accuracy": "share of the tokens of these answers that the model ranks first",
+    "answer_f1": "overlap of the words that the model answers with those of the held-out answers "
+    "of stage sft, 0 to 1",
+    "answer_exact": "share of these questions that it answers letter for letter",
+    "learned_exact": "the same for questions that stage sft was trained on",
     "preference_accuracy": "share of the held-out pairs of stage dpo "
     "whose chosen answer is more probable",
     "reward_accuracy": "the same for the implicit reward: log-probabilities relative "
@@ -51,6 +57,10 @@ METRICS = {
     "verifier_auc": "probability that a correct answer scores above a wrong one; 0.5 is chance",
 }
 SAMPLE_TOKENS = 60
+# Questions of each split of stage sft that every fine-tuned model answers.
+N_QUESTIONS = 50
+# Of the held-out ones, so many are printed with all answers.
+N_SHOWN = 5
 
 
 def known_results(out: Path, made_from: str) -> dict[str, Any] | None:
@@ -62,17 +72,19 @@ def known_results(out: Path, made_from: str) -> dict[str, Any] | None:
         return None
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        return results if results["made_from"] == made_from else None
+        is_known = results["made_from"] == made_from and "answers" in results
+        return results if is_known else None
     except (ValueError, TypeError, KeyError):  # cut off or edited: computed again
         return None
 
 
 def compare(stages: list[PipelineStage]) -> dict[str, Any]:
     """`models`: a row of METRICS for each stage; `samples`: what each model writes on each prompt,
-    greedily.
+    greedily; `answers`: what it answers to held-out questions.
     """
     models: list[dict[str, Any]] = []
     samples: list[dict[str, str]] = []
+    answers: list[dict[str, str]] = []
     log_probs: dict[str, np.ndarray] = {}
     for stage in stages:
         device, _ = pick_device(stage.config.hardware.accelerator, key="hardware.accelerator")
@@ -86,6 +98,10 @@ def compare(stages: list[PipelineStage]) -> dict[str, Any]:
         loaded = load_model(path, device)
         row["tokenizer"] = loaded.tokenizer.fingerprint
         row |= text_metrics(loaded, stages)
+        if loaded.template is not None:
+            metrics, held_out = answer_metrics(loaded, stages)
+            row |= metrics
+            answers += [{"stage": stage.name, **answer} for answer in held_out]
         log_probs[str(path)] = held_out_log_probs(loaded, loaded.model, stages)
         reference = reference_of(stage)
         if reference is not None and reference not in log_probs:
@@ -96,7 +112,7 @@ def compare(stages: list[PipelineStage]) -> dict[str, Any]:
         models.append(row)
         for prompt in prompts_of(stages):
             samples.append({"stage": stage.name, "prompt": prompt, "text": sample(loaded, prompt)})
-    return {"models": models, "samples": samples}
+    return {"models": models, "samples": samples, "answers": answers}
 
 
 def prompts_of(stages: list[PipelineStage]) -> list[str]:
@@ -127,6 +143,34 @@ def text_metrics(loaded: Loaded, stages: list[PipelineStage]) -> dict[str, Any]:
         score = score_checkpoint(loaded, tokenizer, data.batches)
         row |= {"response_loss": score.loss, "response_accuracy": score.accuracy}
     return row
+
+
+def answer_metrics(
+    loaded: Loaded, stages: list[PipelineStage]
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Metrics on the model's own answers to questions of stage sft, and the held-out answers."""
+    config = config_of("sft", stages)
+    if config is None:
+        return {}, []
+    seed = config.training.seed
+    learned, held_out = (
+        answer_questions(
+            loaded, read_questions(config.data, which, seed, N_QUESTIONS), SAMPLE_TOKENS
+        )
+        for which in ("train", "val")
+    )
+    metrics = {
+        "answer_f1": fmean(answer.f1 for answer in held_out),
+        "answer_exact": fmean(answer.is_exact for answer in held_out),
+        "learned_exact": fmean(answer.is_exact for answer in learned),
+    }
+    shown = []
+    for answer in held_out:
+        question = answer.question
+        shown.append(
+            {"question": question.text, "expected": question.expected, "text": answer.text}
+        )
+    return metrics, shown
 
 
 def reference_of(stage: PipelineStage) -> str | None:
@@ -244,7 +288,21 @@ def sample_lines(results: dict[str, Any], stages: list[PipelineStage]) -> Iterat
         for found in results["samples"]:
             if found["prompt"] == prompt:
                 yield f"  {found['stage']:>8}: {printable(found['text'].strip())}"
+    for question, expected, given in shown_questions(results):
+        yield f"\n{printable(question)} (held out; expected: {printable(expected)})"
+        for stage_name, text in given.items():
+            yield f"  {stage_name:>8}: {printable(text)}"
     yield ""
+
+
+def shown_questions(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """The first held-out questions: question, expected answer, and what each stage answers."""
+    given: dict[tuple[str, str], dict[str, str]] = {}
+    for answer in results["answers"]:
+        key = (answer["question"], answer["expected"])
+        given.setdefault(key, {})[answer["stage"]] = answer["text"]
+    for (question, expected), texts in list(given.items())[:N_SHOWN]:
+        yield question, expected, texts
 
 
 def write_results(out: Path, results: dict[str, Any], stages: list[PipelineStage]) -> None:
@@ -297,3 +355,9 @@ def _report_samples(results: dict[str, Any], stages: list[PipelineStage]) -> Ite
         for found in results["samples"]:
             if found["prompt"] == prompt:
                 yield f"- {found['stage']}: {printable(found['text'].strip()) or '(nothing)'}"
+    if results["answers"]:
+        yield "\n## Held-out questions of stage sft\n"
+    for question, expected, given in shown_questions(results):
+        yield f"\n**{printable(question)}** (expected: {printable(expected)})\n"
+        for stage_name, text in given.items():
+            yield f"- {stage_name}: {printable(text) or '(nothing)'}"

@@ -123,7 +123,7 @@ def test_the_text_goes_to_stdout_and_the_rest_to_stderr(run, save):
     code, out, err = run("--ckpt", path, "--prompt", "x", "--device", "cpu")
     assert (code, out) == (0, "x all you need.\n")
     lines = err.splitlines()
-    assert lines[:2] == ["device: cpu (requested)", f"checkpoint: {path}, step 7"]
+    assert lines[:2] == ["device: cpu (requested)", f"checkpoint: {path}, stage pretrain, step 7"]
     assert re.fullmatch(r"14 tokens in \d+\.\d s, \d+ tokens/s", lines[2])
     assert len(lines) == 3
 
@@ -420,7 +420,32 @@ def test_a_chat_uses_the_latest_fine_tuned_checkpoint_of_the_folder_or_its_subfo
     piped(monkeypatch, "red\n")
     code, out, err = run("--dir", tmp_path, "--chat")
     assert (code, out) == (0, "RED\n")
-    assert f"checkpoint: {tmp_path / 'b' / 'step-000001.ckpt'}, step 7" in err
+    assert f"checkpoint: {tmp_path / 'b' / 'step-000001.ckpt'}, stage dpo, step 7" in err
+    others = ", ".join(str(tmp_path / name / "step-000001.ckpt") for name in "ca")
+    assert f"newest of 3 fine-tuned models; --ckpt opens another: {others}\n" in err
+
+
+def test_a_folder_without_checkpoints_names_its_folders_that_have_some(run, save, tmp_path):
+    (tmp_path / "sft").mkdir()
+    save(name="sft/step-000001.ckpt")
+    fix = f"Give one of its folders: --dir {tmp_path / 'sft'}."
+    message = error_of(run("--dir", tmp_path, "--prompt", "x"))
+    assert message == f"{tmp_path}: contains no checkpoint. {fix}"
+
+
+def test_the_default_is_the_model_that_the_run_ended_with(run, save, tmp_path):
+    """Early stopping: final.ckpt is an earlier step, and step 3 ended the run."""
+    training = checkpoint_state("right")["config"]["training"]
+    training |= {"max_steps": 9, "early_stopping_patience": 1}
+    ended = {"config": checkpoint_state("worse")["config"] | {"training": training}}
+    ended |= {"progress": {"validations": [[2, 1.0], [3, 2.0]]}}
+    save("right", name="final.ckpt", step=2)
+    save("worse", name="step-000003.ckpt", step=3)
+    path = tmp_path / "step-000003.ckpt"
+    checkpoint_format.write(path, checkpoint_state("worse") | {"step": 3} | ended)
+    code, out, err = run("--dir", tmp_path, "--prompt", "x")
+    assert (code, out) == (0, "xright\n")
+    assert f"checkpoint: {tmp_path / 'final.ckpt'}, stage pretrain, step 2\n" in err
 
 
 @pytest.mark.slow

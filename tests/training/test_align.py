@@ -59,7 +59,7 @@ def write_pipeline(folder: Path, max_steps: int = 6, **changes: dict[str, Any]) 
         },
         "dpo": {
             "data": {"dataset": "pairs.jsonl"},
-            "training": {"init_from": "runs/sft/best.ckpt"},
+            "training": {"init_from": "runs/sft/final.ckpt"},
             "dpo": {"beta": 0.5},
         },
         "verifier": {
@@ -118,17 +118,14 @@ def results_of(folder: Path) -> dict[str, Any]:
     found = json.loads(
         (folder / "checkpoints" / "all" / "results.json").read_text(encoding="utf-8")
     )
-    return {name: found[name] for name in ("models", "samples")}
+    return {name: found[name] for name in ("models", "samples", "answers")}
 
 
 def last_validation(name: str) -> dict[str, float]:
-    """The row of metrics.csv with the best val_loss, whose checkpoint is compared."""
+    """The last row of metrics.csv with a validation: final.ckpt is compared."""
     with open(f"logs/{name}/metrics.csv", encoding="utf-8", newline="") as file:
         found = [row for row in csv.DictReader(file) if row["val_loss"]]
-    best = (
-        min(found, key=lambda row: float(row["val_loss"])) if name != "pretrain" else found[-1]
-    )  # sft begins with final.ckpt
-    return {key: float(value) for key, value in best.items() if value}
+    return {key: float(value) for key, value in found[-1].items() if value}
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -155,9 +152,18 @@ def test_every_number_of_the_table_is_the_one_that_its_stage_validated_with(here
         f"| val_ppl | {rows['pretrain']['val_ppl']:.4f} | {rows['sft']['val_ppl']:.4f} | {rows['dpo']['val_ppl']:.4f} | - |"
         in report
     )
-    assert "- sft: `python finetune.py --config sft.yaml` wrote runs/sft/best.ckpt" in report
+    assert "- sft: `python finetune.py --config sft.yaml` wrote runs/sft/final.ckpt" in report
     assert [found["stage"] for found in results_of(here)["samples"]] == ["pretrain", "sft", "dpo"]
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    start = "start: runs/sft/final.ckpt, stage sft, step 6, val_loss "
+    assert start in err and err.index(start) < err.index("data: pairs.jsonl")
+    answers = [found for found in results_of(here)["answers"] if found["stage"] == "sft"]
+    exact = [found["text"] == found["expected"] for found in answers]
+    assert len(answers) > 1 and rows["sft"]["answer_exact"] == sum(exact) / len(exact)
+    assert {"answer_f1", "learned_exact"} < rows["dpo"].keys() - rows["pretrain"].keys()
+    first = answers[0]
+    assert f"\n{first['question']} (held out; expected: {first['expected']})\n" in out
+    assert f"**{first['question']}** (expected: {first['expected']})" in report
     assert (
         "metric" in out
         and "Double 4." in out
@@ -176,7 +182,7 @@ def test_what_is_done_is_not_done_again(here, ran, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert ran == [] and first.endswith(captured.out)
     assert captured.out.startswith("metric")
-    assert "stage 3 of 4, dpo: already done (runs/dpo/best.ckpt)" in captured.err
+    assert "stage 3 of 4, dpo: already done (runs/dpo/final.ckpt)" in captured.err
 
 
 @pytest.mark.slow
@@ -212,18 +218,18 @@ def test_rewards_are_measured_also_where_the_reference_is_in_no_row(here, ran):
 
 
 def test_a_model_that_is_lost_is_named_and_no_other_takes_its_place(here, ran, capsys):
-    """best.ckpt of sft is its last step, which finetune.py names again; what was best of dpo, at step 3 of 6, is gone for good."""
-    path = str(write_pipeline(here))
+    """final.ckpt is the last step, which the program names again; step 4 of 6, which dpo starts from, is gone for good."""
+    path = str(write_pipeline(here, dpo={"training": {"init_from": "runs/sft/step-000004.ckpt"}}))
     align.main(["--config", path])
     before = results_of(here)
-    Path("runs/sft/best.ckpt").unlink()
+    Path("runs/dpo/final.ckpt").unlink()
     assert align.main(["--config", path]) == 0
-    assert ran[4:] == ["sft.yaml"] and results_of(here) == before
+    assert ran[4:] == ["dpo.yaml"] and results_of(here) == before
     assert "note:" not in capsys.readouterr().err
-    Path("runs/dpo/best.ckpt").unlink()
+    Path("runs/sft/step-000004.ckpt").unlink()
     capsys.readouterr()
     assert align.main(["--config", path]) == 2
-    message = "error: runs/dpo/best.ckpt: not found, although stage dpo is complete. Restore it, or remove runs/dpo to run the stage again.\n"
+    message = "error: runs/sft/step-000004.ckpt: not found, although stage sft is complete. Restore it, or remove runs/sft to run the stage again.\n"
     assert capsys.readouterr().err.endswith(message)
 
 
@@ -262,7 +268,8 @@ def test_a_stop_between_two_stages_begins_no_other(here, ran, caplog, number):
         )
         == 128 + number
     )
-    message = f"stopped by signal {number:d} between two stages; the same command continues there"
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    message = f"stopped by {name} between two stages; the same command continues there"
     assert (ran, caplog.messages) == ([], [message])
 
 
@@ -404,7 +411,7 @@ def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
     path = write_pipeline(here)
     assert [stage.name for stage in pipeline.read_stages(path)] == list(pipeline.PROGRAMS)
     assert [str(stage.model) for stage in pipeline.read_stages(path)] == [
-        "runs/pretrain/final.ckpt", "runs/sft/best.ckpt", "runs/dpo/best.ckpt", "runs/verifier/best.ckpt",
+        "runs/pretrain/final.ckpt", "runs/sft/final.ckpt", "runs/dpo/final.ckpt", "runs/verifier/final.ckpt",
     ]  # fmt: skip
     path.write_text("- {stage: base, config: pretrain.yaml}\n", encoding="utf-8")
     assert (
@@ -465,7 +472,7 @@ def test_what_a_stage_would_refuse_in_its_turn_is_refused_before_the_first_one(h
         f"{path}:1: pretrain.yaml: training.init_from: must be set: new weights cannot learn from the answers alone."
     )
     path = write_pipeline(here, sft={"lora": {"r": 2}})
-    adapter = "runs/sft/best.ckpt is an adapter, because sft.yaml has a lora section, and stage dpo begins with a whole model"
+    adapter = "runs/sft/final.ckpt is an adapter, because sft.yaml has a lora section, and stage dpo begins with a whole model"
     fix = "Remove that section; if memory is short, use lora in the last stage only"
     assert refusal(path) == f"dpo.yaml: training.init_from: {adapter}. {fix}."
     path = write_pipeline(here, sft={"training": {"init_from": "hf:t5"}})
@@ -543,11 +550,11 @@ def test_preferences_beside_a_reference_are_worked_out_by_hand(here):
     stages = {stage.name: stage for stage in pipeline.read_stages(here / "all.yaml")}
     own = np.array([[-1.0, -3.0], [-2.0, -1.0], [-2.0, -2.0], [-1.0, -5.0]])
     reference = np.array([[-2.0, -2.0], [-2.0, -2.0], [-2.0, -2.0], [-2.0, -3.0]])
-    log_probs = {"runs/dpo/best.ckpt": own, "runs/sft/best.ckpt": reference}
-    assert side_by_side.preference_metrics(stages["dpo"], log_probs, "runs/dpo/best.ckpt") == {
+    log_probs = {"runs/dpo/final.ckpt": own, "runs/sft/final.ckpt": reference}
+    assert side_by_side.preference_metrics(stages["dpo"], log_probs, "runs/dpo/final.ckpt") == {
         "preference_accuracy": 0.5, "n_pairs": 4, "reward_accuracy": 0.5, "reward_margin": 0.5,
     }  # fmt: skip
-    assert side_by_side.preference_metrics(stages["sft"], log_probs, "runs/sft/best.ckpt") == {
+    assert side_by_side.preference_metrics(stages["sft"], log_probs, "runs/sft/final.ckpt") == {
         "preference_accuracy": 0.25,
         "n_pairs": 4,
     }

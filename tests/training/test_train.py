@@ -26,7 +26,7 @@ from tinylm.common.stop_signals import STOP_SIGNALS
 from tinylm.config.loader import load_config
 from tinylm.tokenizer import bpe_fast
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from training.checkpoints import checkpoint_aliases
+from training.checkpoints import is_best
 from training.context import RunContext
 from training.stages import pretrain
 
@@ -187,9 +187,15 @@ def test_early_stopping_ends_the_run_and_is_final(
         training={"lr": 1e-30, "val_every_steps": 1, "early_stopping_patience": 2, "max_steps": 50}
     )
     assert run(config) == 0
-    assert checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 3
+    path = tmp_path / "checkpoints" / "final.ckpt"
+    best = checkpoint_format.read(path)["step"]
+    assert path.samefile(path.with_name("best.ckpt"))
+    error = capsys.readouterr().err
+    assert "best val_loss" in error
+    assert (best < 3) == (f"at step {best} (best.ckpt)" in error)
+    path.unlink()  # killed before it was linked
     assert run(config) == 0
-    path = tmp_path / "checkpoints" / "step-000003.ckpt"
+    assert path.samefile(path.with_name("best.ckpt"))
     expected = f'already complete at step 3: {path}\nnext: python infer.py --ckpt {path} --prompt "Attention is"\n'
     assert capsys.readouterr().err.endswith(expected)
 
@@ -812,9 +818,8 @@ def test_a_nan_in_the_list_of_validations_does_not_stop_best_ckpt_from_being_wri
     """Older versions stored it: NaN, 3.0, 2.0 at steps 1 to 3; min() of that is NaN."""
     progress = model.Progress(step=3, validations=[[1, math.nan], [2, 3.0], [3, 2.0]])
     assert progress.best_val_loss == 2.0
-    assert checkpoint_aliases(progress, final=False) == ["last.ckpt", "best.ckpt"]
-    progress = model.Progress(step=1, validations=[[1, math.nan]])
-    assert checkpoint_aliases(progress, final=False) == ["last.ckpt"]
+    assert is_best(progress)
+    assert not is_best(model.Progress(step=1, validations=[[1, math.nan]]))
 
 
 def test_a_broken_newest_checkpoint_is_skipped_and_does_not_push_out_good_ones(

@@ -17,8 +17,9 @@ a wrong number. The content of a checkpoint, the state, is one dict:
     data, world_size, threads, versions     fingerprints and numbers that a resumed run is compared with
 
 `write`, `read` and `verify` are the file; `candidates` and `latest_valid` find one; `link` gives it
-a second name; `lock_run_dir` keeps a second run out of its folder. This file has the project's only
-torch.load, and knows nothing of models: `load` turns a state into one.
+a second name; `lock_run_dir` keeps a second run out of its folder; which one is the model that a
+run ends with is in `result`. This file has the project's only torch.load, and knows nothing of
+models: `load` turns a state into one.
 """
 
 import contextlib
@@ -208,6 +209,8 @@ def link(source: Path, name: str) -> Path:
     replacing what had that name.
     """
     target = source.with_name(name)
+    if target.exists() and target.samefile(source):
+        return target
     try:
         with atomic_path(target) as temporary:
             os.link(source, temporary)
@@ -241,7 +244,16 @@ def step_of(path: Path) -> int:
 def latest_valid(
     folder: Path, on_damaged: Callable[[DamagedError], None] = lambda error: None
 ) -> Path | None:
-    """The newest checkpoint in `folder` that can be read and has finite weights; None if none.
+    """The path of `latest_state`."""
+    found = latest_state(folder, on_damaged)
+    return None if found is None else found[0]
+
+
+def latest_state(
+    folder: Path, on_damaged: Callable[[DamagedError], None] = lambda error: None
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint in `folder` that can be read and has finite weights, and its state;
+    None if there is none.
 
     Args:
         folder: it may be missing.
@@ -254,8 +266,9 @@ def latest_valid(
     errors: list[DamagedError] = []
     for path in candidates(folder) if os.path.isdir(folder) else []:
         try:
-            require_finite(path, read(path))
-            return path
+            state = read(path)
+            require_finite(path, state)
+            return path, state
         except DamagedError as error:
             on_damaged(error)
             errors.append(error)

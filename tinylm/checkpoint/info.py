@@ -1,5 +1,6 @@
 """Facts about a checkpoint for lists and reports, read without building its model."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,22 @@ class CheckpointInfo:
     created: float
     """seconds since 1970"""
     shape: str
+    best_step: int | None
+    """where its run had the lowest val_loss so far; None for an imported model"""
+    best_val_loss: float | None
+
+    def summary(self) -> str:
+        """One line: where it is, what it was trained for and how long, and whether its run had a
+        lower val_loss before.
+        """
+        line = f"{self.path}, stage {self.stage}, step {self.step}"
+        if self.val_loss is not None:
+            line += f", val_loss {self.val_loss:.4f}"
+        if self.best_step is not None and self.best_step < self.step:
+            line += (
+                f"; the lowest was {self.best_val_loss:.4f} at step {self.best_step} (best.ckpt)"
+            )
+        return line
 
 
 def describe(path: Path) -> CheckpointInfo:
@@ -35,6 +52,9 @@ def info_of(path: Path, state: dict[str, Any]) -> CheckpointInfo:
     # Plain values, not a Config: a checkpoint of another version may have settings
     # that this one does not know.
     model, lora = state["config"]["model"], state["config"].get("lora")
+    validations = state.get("progress", {}).get("validations", [])
+    finite = [(loss, -int(step)) for step, loss in validations if math.isfinite(loss)]
+    best_val_loss, best_step = min(finite, default=(None, None))  # of equal ones the last
     # A tied matrix is in the file under two names, the second of
     # which shares the memory of the first.
     weights = {
@@ -54,6 +74,8 @@ def info_of(path: Path, state: dict[str, Any]) -> CheckpointInfo:
         bytes=path.stat().st_size,
         created=state["created"],
         shape=f"{shape} + r{lora['r']}" if lora else shape,
+        best_step=best_step and -best_step,
+        best_val_loss=best_val_loss,
     )
 
 

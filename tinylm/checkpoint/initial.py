@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 # models.hf_files is imported when a model of Hugging Face is opened or rebuilt
 from tinylm import model as models
 from tinylm.checkpoint.format import read
+from tinylm.checkpoint.info import info_of
 from tinylm.common.errors import UserError
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.schema import Config, ModelConfig, TokenizerConfig
@@ -109,6 +110,8 @@ class InitialModel:
     """whether it is a Hugging Face model, also one in a checkpoint"""
     build: Callable[[ModelConfig], Decoder | HFModel]
     """the model with its weights; the settings may change the dropouts of a decoder"""
+    summary: str
+    """its name, and of a checkpoint which step it is"""
 
 
 def open_initial_model(name: str) -> InitialModel:
@@ -121,7 +124,9 @@ def open_initial_model(name: str) -> InitialModel:
         hf_name = name.removeprefix(HF_PREFIX)
         files = models.hf_files.find_hf_model(hf_name)
         tokenizer_config = TokenizerConfig(kind="hf", path=hf_name)
-        return InitialModel(name, files.sizes, tokenizer_config, None, True, lambda _: files.load())
+        return InitialModel(
+            name, files.sizes, tokenizer_config, None, True, lambda _: files.load(), name
+        )
     state = read(Path(name))
     refuse_verifier(Path(name), state)
     config = Config.from_plain(state["config"])
@@ -139,6 +144,7 @@ def open_initial_model(name: str) -> InitialModel:
         tokenizer=tokenizer_from_plain(state["tokenizer"]),
         is_hf=state["hf_config"] is not None,
         build=lambda config: whole_model(config, state),
+        summary=info_of(Path(name), state).summary(),
     )
 
 

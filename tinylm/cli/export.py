@@ -21,7 +21,7 @@ SUMMARY = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.usage = "python -m tinylm export checkpoints/best.ckpt OUT [--format gguf] [--merge]"
+    parser.usage = "python -m tinylm export checkpoints/final.ckpt OUT [--format gguf] [--merge]"
     parser.description = (
         "Write a checkpoint as a Hugging Face folder or a GGUF file, "
         "an adapter as a folder for peft. The logits of an exported model are compared with ours "

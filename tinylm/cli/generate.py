@@ -43,7 +43,7 @@ def generate(prompt: str | None, given: dict[str, Any], arguments: argparse.Name
     device, reason = pick_device(arguments.device)
     logger.info("device: %s (%s)", device, reason)
     loaded = load_model(choose_checkpoint(arguments), device)
-    logger.info("checkpoint: %s, step %d", loaded.info.path, loaded.info.step)
+    logger.info("checkpoint: %s", loaded.info.summary())
     sampling = sampling_settings(given, loaded.config.sampling)
     engine = Engine(loaded.model, choose_tokenizer(arguments.tokenizer, loaded.tokenizer))
     template = choose_template(arguments, loaded, engine.tokenizer)

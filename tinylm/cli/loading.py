@@ -4,9 +4,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from tinylm.checkpoint.format import latest_valid
-from tinylm.checkpoint.info import describe
 from tinylm.checkpoint.load import Loaded
+from tinylm.checkpoint.result import model_folders, model_of_run
 from tinylm.common.errors import UserError, printable, rename_settings
 from tinylm.rows.conversation import CHAT_STAGES
 from tinylm.rows.template_factory import make_template
@@ -18,44 +17,50 @@ logger = logging.getLogger(__name__)
 
 
 def choose_checkpoint(arguments: argparse.Namespace) -> Path:
-    """--ckpt, or the latest valid checkpoint in --dir; damaged ones are skipped and logged."""
+    """--ckpt, else the model of the run in --dir, and for --chat the newest fine-tuned one below it;
+    damaged checkpoints are skipped and logged.
+    """
     if arguments.ckpt is not None:
         return arguments.ckpt
     if arguments.chat:
-        return latest_fine_tuned(arguments.dir)
-    path = latest_valid(arguments.dir, lambda error: logger.warning("skipped: %s", error))
-    if path is None:
-        raise UserError(
-            arguments.dir,
-            "contains no checkpoint",
-            "Train one (python train.py --config config_smoke.yaml), or give --ckpt FILE",
-        )
-    return path
+        return newest_fine_tuned(arguments.dir)
+    found = model_of_run(arguments.dir, log_skipped)
+    if found is None:
+        fix = "Train one (python train.py --config config_smoke.yaml), or give --ckpt FILE"
+        if below := model_folders(arguments.dir):
+            fix = f"Give one of its folders: --dir {' or '.join(map(str, below[:4]))}"
+        raise UserError(arguments.dir, "contains no checkpoint", fix)
+    return found[0]
 
 
-def latest_fine_tuned(folder: Path) -> Path:
-    """The most recent fine-tuned checkpoint among the latest ones of `folder`
-    and its subfolders.
-    """
-    folders = [folder]
-    if folder.is_dir():
-        folders += sorted(path for path in folder.iterdir() if path.is_dir())
-    fine_tuned = []
-    for place in folders:
-        path = latest_valid(place, lambda error: logger.warning("skipped: %s", error))
-        if path is None:
+def newest_fine_tuned(folder: Path) -> Path:
+    """The fine-tuned model below `folder` whose run was trained last; the others are logged."""
+    trained: dict[Path, float] = {}
+    for run_dir in model_folders(folder):
+        try:
+            found = model_of_run(run_dir, log_skipped)
+        except UserError as error:  # all of them are damaged; other folders have others
+            log_skipped(error)
             continue
-        info = describe(path)
-        if info.stage in CHAT_STAGES:
-            fine_tuned.append(info)
-    if not fine_tuned:
+        if found is not None and found[1]["stage"] in CHAT_STAGES:
+            trained[found[0]] = found[1]["created"]
+    if not trained:
         raise UserError(
             folder,
             "contains no fine-tuned checkpoint, nor does a folder in it",
             "Fine-tune a model (python finetune.py --config config_finetune.yaml), "
             "or give --ckpt FILE",
         )
-    return max(fine_tuned, key=lambda info: info.created).path
+    chosen, *others = sorted(trained, key=lambda path: -trained[path])
+    if others:
+        names = ", ".join(map(str, others))
+        logger.info("newest of %d fine-tuned models; --ckpt opens another: %s", len(trained), names)
+    return chosen
+
+
+def log_skipped(error: UserError) -> None:
+    """Log a checkpoint that cannot be used."""
+    logger.warning("skipped: %s", error)
 
 
 def choose_tokenizer(name: str, own: Tokenizer) -> Tokenizer:

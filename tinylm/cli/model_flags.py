@@ -13,7 +13,8 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         "--ckpt",
         type=Path,
         metavar="FILE",
-        help="checkpoint (the latest valid one in --dir; for --chat the latest fine-tuned one)",
+        help="checkpoint (default: final.ckpt in --dir, or the newest step of a run that has not "
+        "ended; for --chat the newest fine-tuned one in --dir and its folders)",
     )
     source.add_argument(
         "--dir",

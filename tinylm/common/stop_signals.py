@@ -14,6 +14,15 @@ _NAMES = (
 STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
+def signal_name(number: int) -> str:
+    """The name of a signal for people.
+
+    >>> signal_name(signal.SIGINT), signal_name(signal.SIGTERM)
+    ('Ctrl-C', 'SIGTERM')
+    """
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
 def handled_signals() -> list[signal.Signals]:
     """The stop signals that are not ignored: nohup ignores SIGHUP,
     a background shell ignores SIGINT.

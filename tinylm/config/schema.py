@@ -312,7 +312,7 @@ class TrainingConfig(Section):
     val_batches: Count | None = None
     """maximum batches per validation; null: all"""
     early_stopping_patience: Count | None = None
-    """stop after this many validations without improvement; null: never"""
+    """stop after this many validations without improvement, and make best.ckpt the final.ckpt; null: never"""
     log_every_steps: Count = 10
     """optimizer steps between rows of metrics.csv"""
     save_every_steps: Count = 500

@@ -1,0 +1,72 @@
+"""The lean step gives the logits of the decoder, for every option of the decoder."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.test_decoder import AXES, COMBINED, assert_same, make, some_ids
+from tinylm.config.schema import ModelConfig
+from tinylm.generate.lean_step import LeanStep
+from tinylm.model.decoder import Decoder
+
+SIZES = {"vocab_size", "max_seq_len", "n_layers", "d_model", "n_heads", "head_dim", "d_ff"}
+NUMBERS = {"rope_theta", "norm_eps"}
+IN_TRAINING = {"attention_dropout", "residual_dropout", "init", "gradient_checkpointing"}
+
+
+def steps(model: Decoder, *, batch: int = 3, n_steps: int = 6) -> list[tuple[Tensor, Tensor]]:
+    """The logits (B, V) of both after each of some tokens that follow a prompt of 7."""
+    step, ids = LeanStep(model), some_ids(batch, 7 + n_steps, seed=2)
+    caches = [model.new_cache(batch, 32, chunk=3) for _ in range(2)]
+    pairs = []
+    with torch.inference_mode():
+        for cache in caches:
+            for part in ids[:, :7].split(cache.chunk, dim=1):
+                model.features(part, cache=cache)
+        for t in range(7, 7 + n_steps):
+            hidden = model.features(ids[:, t : t + 1], cache=caches[1]).hidden
+            pairs.append((step(ids[:, t], caches[0]), model.head(hidden[:, -1])))
+    assert caches[0].length == caches[1].length == 7 + n_steps
+    return pairs
+
+
+@COMBINED
+def test_its_logits_are_those_of_the_decoder(options):
+    """Six steps: a window of 4 with chunks of 3 has 6 slots, so the ring is overwritten."""
+    for lean, plain in steps(make(**options)):
+        assert_same(lean, plain)
+
+
+def test_every_option_of_the_decoder_is_in_the_table_of_these_tests():
+    """A new field of ModelConfig is an option (then it must be in AXES), a size, or for training."""
+    assert set(ModelConfig.model_fields) == set(AXES) | SIZES | NUMBERS | IN_TRAINING
+
+
+@pytest.mark.parametrize("numbers", [{"rope_theta": 100.0}, {"norm_eps": 0.1, "qk_norm": True}])
+def test_numbers_of_the_config_are_used(numbers):
+    for lean, plain in steps(make(**numbers)):
+        assert_same(lean, plain)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": "all", "norm": "layernorm"}, {"n_kv_heads": 2, "qk_norm": True}]
+)
+def test_bf16_is_as_close_to_fp32_as_the_decoder_in_bf16(options, batch):
+    """Both round at other places: the error of the lean step is at most twice the decoder's."""
+    wide, narrow = make(**options), make(**options).bfloat16()
+    in_bf16 = steps(narrow, batch=batch)
+    in_fp32 = steps(wide, batch=batch)
+    for (lean, plain), (_, exact) in zip(in_bf16, in_fp32, strict=True):
+        error = (plain.float() - exact).abs().max()
+        assert 0 < error < exact.std()
+        assert (lean.float() - exact).abs().max() < 2 * error
+
+
+def test_the_weights_of_the_model_are_left_alone():
+    model = make()
+    before = {name: (weight.clone(), weight.stride()) for name, weight in model.named_parameters()}
+    LeanStep(model)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name][0])
+        assert weight.stride() == before[name][1]

@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Run the stage that the config describes, or show its first rows."""
     from tinylm.config.loader import load_config
-    from training.stages.sft import SFT, with_data_of_task
+    from tinylm.eval.tasks.data import with_data_of_task
+    from training.stages.sft import SFT
 
     config, stage = with_data_of_task(load_config(args.config, args.overrides)), SFT
     if config.verifier is not None:

@@ -23,6 +23,7 @@ from tinylm.common.errors import printable
 from tinylm.common.files import write_atomic
 from tinylm.config.schema import Config, SamplingConfig
 from tinylm.eval.answers import answer_questions, read_questions
+from tinylm.eval.tasks.data import with_data_of_task
 from tinylm.eval.validation import answer_validation, score_checkpoint, text_validation
 from tinylm.generate.chat import format_prompt
 from tinylm.generate.engine import Engine
@@ -34,7 +35,6 @@ from training.context import RunContext
 from training.pipeline import PipelineStage
 from training.stages.dpo import PreferenceData
 from training.stages.reference_log_probs import pair_log_probs
-from training.stages.sft import with_data_of_task
 from training.stages.verifier import prepare_data
 
 logger = logging.getLogger(__name__)

@@ -152,3 +152,44 @@ def test_a_missing_checkpoint_is_one_line(
         "no.ckpt: not found. Give a .ckpt file; `python list.py` lists them."
         in capsys.readouterr().err
     )
+
+
+def test_several_checkpoints_are_scored_as_each_alone_and_written_as_csv_and_json(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All steps by a glob, each file once under all its names; a damaged one is named, exit 2."""
+    alone = scores(trained, tmp_path, capsys)
+    (tmp_path / "checkpoints" / "step-999999.ckpt").write_bytes(b"damaged")
+    pattern = str(tmp_path / "checkpoints" / "step-*.ckpt")
+    for name in ("scores.csv", "scores.json"):
+        out = tmp_path / "new" / name
+        command = ["--ckpt", pattern, "--config", str(trained), "--out", str(out)]
+        assert eval_val.main(command) == 2
+        printed = capsys.readouterr()
+        assert "step-999999.ckpt" in printed.err and "FAILED" in printed.err
+    rows = json.loads(out.read_text(encoding="utf-8"))
+    steps = sorted((tmp_path / "checkpoints").glob("step-*.ckpt"))
+    assert [row["ckpt"] for row in rows] == [str(path) for path in steps[:-1]]
+    assert {name: rows[-1][name] for name in alone if name != "ckpt"} == {
+        name: value for name, value in alone.items() if name != "ckpt"
+    }
+    with open(out.with_suffix(".csv"), newline="", encoding="utf-8") as file:
+        assert [float(row["val_loss"]) for row in csv.DictReader(file)] == [
+            row["val_loss"] for row in rows
+        ]
+
+
+def test_a_setting_after_the_checkpoints_is_a_setting(tmp_path: Path) -> None:
+    """--ckpt takes several names, and a setting is none of them."""
+    words = ["--ckpt", "a.ckpt", "b.ckpt", "data.dataset=x.txt", "--config", "c.yaml"]
+    found = eval_val.parse(words)
+    assert (found.ckpt, found.overrides) == (["a.ckpt", "b.ckpt"], ["data.dataset=x.txt"])
+
+
+def test_out_must_be_csv_or_json(
+    tmp_path: Path, make_config: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Known before anything is scored."""
+    command = ["--ckpt", "x.ckpt", "--config", str(make_config()), "--out", "scores.txt"]
+    assert eval_val.main(command) == 2
+    assert "error: --out: scores.txt: must end in .csv or .json" in capsys.readouterr().err

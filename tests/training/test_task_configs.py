@@ -16,9 +16,9 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import info as checkpoint_info
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.loader import load_config
+from tinylm.eval.tasks.data import with_data_of_task
 from tinylm.eval.tasks.table import TASKS
 from tinylm.rows.templates import IM_END, IM_START
-from training.stages.sft import with_data_of_task
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import eval_val
 import finetune
 import infer
 import list as list_program
@@ -110,6 +111,34 @@ def refused(config: Path, capsys: Capture, *arguments: str) -> str:
 
 
 # --- what a run does --------------------------------------------------------------------------------------------------
+
+
+def test_a_verifier_is_scored_alone_as_in_training_and_on_other_pairs(
+    make: Make, tmp_path: Path, capsys: Capture
+) -> None:
+    """On the rows of its config: the numbers of metrics.csv. On labelled rows: theirs alone."""
+    config = make()
+    assert run(config) == 0
+    with open(tmp_path / "logs" / "tiny" / "metrics.csv", newline="", encoding="utf-8") as file:
+        last = list(csv.DictReader(file))[-1]
+    command = ["--ckpt", str(tmp_path / "checkpoints" / "final.ckpt"), "--config", str(config)]
+    capsys.readouterr()
+    assert eval_val.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    columns = [name for name in last if name.startswith("val_") and last[name]]
+    assert set(columns) > {"val_loss", "val_accuracy", "val_auc"}
+    for name in columns:
+        assert found[name] == pytest.approx(float(last[name]), rel=1e-5, nan_ok=True), name
+    pairs = [
+        {"prompt": f"{i} + 1 =", "completion": f" {i + 1 + i % 2}", "label": 1 - i % 2, "who": "me"}
+        for i in range(8)
+    ]
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    assert eval_val.main([*command, f"data.val_dataset={others}"]) == 0
+    printed = capsys.readouterr()
+    assert "on 8 answers" in printed.out and "val_majority 0.5000" in printed.out
+    assert "columns not read: who" in printed.err
 
 
 @pytest.mark.slow

@@ -1,80 +1,119 @@
-"""What `eval_val.py` does: score a checkpoint on the validation data of a config."""
+"""What `eval_val.py` does: score checkpoints on the validation data of a config."""
 
 import argparse
+import csv
 import json
 import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from tinylm.checkpoint.format import read
-from tinylm.checkpoint.load import Loaded, load_model
+from tinylm.checkpoint.load import load_model, load_verifier
 from tinylm.cli.loading import choose_tokenizer
+from tinylm.cli.results import Row, cell, print_rows
+from tinylm.cli.subjects import Subject, find_checkpoints
 from tinylm.common.device import pick_device
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError, printable, writing
 from tinylm.config.loader import load_config
 from tinylm.config.schema import Config
+from tinylm.eval.tasks.data import with_data_of_task
 from tinylm.eval.validation import (
     ValidationData,
     answer_validation,
     score_checkpoint,
+    score_verifier,
     text_validation,
+    verifier_validation,
 )
 from tinylm.model.hf_model import HFSeq2Seq
 
 logger = logging.getLogger(__name__)
 
+TABLE_FORMATS = (".csv", ".json")
+
 
 def eval_val(arguments: argparse.Namespace) -> int:
-    """Score the checkpoint and print the numbers."""
-    config = load_config(arguments.config, arguments.overrides)
+    """Score the checkpoints, print the numbers and write them to --out.
+
+    A checkpoint of several that cannot be scored is a line of its own; the exit code is then 2.
+    """
+    config = with_data_of_task(load_config(arguments.config, arguments.overrides))
+    out = require_table_format(arguments.out)
     device, reason = pick_device(config.hardware.accelerator, key="hardware.accelerator")
     logger.info("device: %s (%s)", device, reason)
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
-    loaded = load_model(arguments.ckpt, device)
+    subjects = find_checkpoints(arguments.ckpt, flag="--ckpt")
+    rows, failed = [], []
+    for subject in subjects:
+        try:
+            rows.append(score_subject(subject, arguments, config, device))
+        except UserError as error:
+            if len(subjects) == 1:
+                raise
+            failed.append(f"FAILED: {printable(error)}")
+    print_scores(rows, as_json=arguments.json, several=len(subjects) > 1)
+    for line in failed:
+        logger.error(line)
+    if out is not None:
+        write_table(out, rows)
+    return 2 if failed else 0
+
+
+def require_table_format(out: Path | None) -> Path | None:
+    """--out, if its name ends in a format that can be written."""
+    if out is not None and out.suffix not in TABLE_FORMATS:
+        raise UserError(
+            ("--out", out), f"must end in {' or '.join(TABLE_FORMATS)}", "Rename it: scores.csv"
+        )
+    return out
+
+
+def score_subject(
+    subject: Subject, arguments: argparse.Namespace, config: Config, device: str
+) -> Row:
+    """The scores of a checkpoint: of a verifier if it is one, else of a language model."""
+    path = subject.paths[0]
+    state = read(path)
+    score = verifier_scores if state["stage"] == "verifier" else language_scores
+    numbers, data = score(path, arguments, config, device)
+    if data.fingerprint != state["data"]["val"]:
+        logger.info(
+            "note: not the validation data of the training run of %s (%s, here %s); "
+            "the model may have been trained on some of them",
+            subject.label,
+            state["data"]["val"],
+            data.fingerprint,
+        )
+    return {"ckpt": subject.label, "stage": state["stage"], "step": state["step"], **numbers}
+
+
+def verifier_scores(
+    path: Path, arguments: argparse.Namespace, config: Config, device: str
+) -> tuple[dict[str, Any], ValidationData]:
+    """How well a verifier tells right answers from wrong ones."""
+    loaded = load_verifier(path, device)
+    data = verifier_validation(config, loaded, device)
+    return score_verifier(loaded.model, data.batches), data
+
+
+def language_scores(
+    path: Path, arguments: argparse.Namespace, config: Config, device: str
+) -> tuple[dict[str, Any], ValidationData]:
+    """How well a language model predicts texts, or with --answers answers."""
+    loaded = load_model(path, device)
     if isinstance(loaded.model, HFSeq2Seq):
         raise UserError(
-            arguments.ckpt,
+            path,
             "an encoder-decoder, which answers questions and does not predict plain text",
             "Use evaluate_checkpoints.py --tasks",
         )
     tokenizer = choose_tokenizer(arguments.tokenizer, loaded.tokenizer)
     validation = answer_validation if arguments.answers else text_validation
     data = validation(config, loaded, tokenizer)
-    log_differences(arguments, config, loaded, data)
-    score = score_checkpoint(loaded, tokenizer, data.batches)
-    numbers = {
-        "val_loss": score.loss,
-        "val_ppl": score.perplexity,
-        "val_bpb": score.bits_per_byte,
-        "tokens": score.tokens,
-    }
-    if arguments.answers:
-        numbers["val_accuracy"] = score.accuracy
-    if arguments.json:
-        print(json.dumps({"ckpt": str(arguments.ckpt), "step": loaded.info.step} | numbers))
-        return 0
-    line = f"val_loss {score.loss:.4f}  val_ppl {score.perplexity:.3f}  "
-    line += f"val_bpb {score.bits_per_byte:.4f}"
-    if arguments.answers:
-        line += f"  val_accuracy {score.accuracy:.3f}"
-    source = f"{printable(arguments.ckpt)}, step {loaded.info.step}"
-    print(f"{line}  on {score.tokens:,} tokens ({source})")
-    return 0
-
-
-def log_differences(
-    arguments: argparse.Namespace, config: Config, loaded: Loaded, data: ValidationData
-) -> None:
-    """Log whether the data or the row length differ from the training run."""
-    trained_with = read(arguments.ckpt)["data"]["val"]
-    if data.fingerprint != trained_with:
-        logger.info(
-            "note: not the validation data of the training run (%s, here %s); "
-            "the model may have been trained on some of them",
-            trained_with,
-            data.fingerprint,
-        )
     seq_len, requested = loaded.config.training.seq_len, config.training.seq_len
     if seq_len != requested and not arguments.answers:
         logger.info(
@@ -84,3 +123,52 @@ def log_differences(
             requested,
             arguments.config,
         )
+    score = score_checkpoint(loaded, tokenizer, data.batches)
+    numbers = {
+        "val_loss": score.loss,
+        "val_ppl": score.perplexity,
+        "val_bpb": score.bits_per_byte,
+        "tokens": score.tokens,
+    }
+    if arguments.answers:
+        numbers["val_accuracy"] = score.accuracy
+    return numbers, data
+
+
+# --- output ---
+
+
+def print_scores(rows: Sequence[Row], *, as_json: bool, several: bool) -> None:
+    """Print one checkpoint as a line, several as a table; or JSON."""
+    if as_json:
+        print(json.dumps(rows if several else rows[0]))
+    elif several:
+        print_rows(same_columns(rows), text=("ckpt", "stage"))
+    else:
+        (row,) = rows
+        numbers = [f"{name} {cell(row[name])}" for name in row if name.startswith("val_")]
+        counted = "answers" if "answers" in row else "tokens"
+        print(
+            f"{'  '.join(numbers)}  on {row[counted]:,} {counted} "
+            f"({row['ckpt']}, step {row['step']})"
+        )
+
+
+def same_columns(rows: Sequence[Row]) -> list[Row]:
+    """The rows with all columns that any of them has, None where a row has no such number."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Write the rows as CSV or as a JSON list, with numbers in full precision."""
+    with writing(path, "--out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            return
+        table = same_columns(rows)
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]) if table else [])
+            writer.writeheader()
+            writer.writerows(table)

@@ -76,8 +76,10 @@ def find_subjects(arguments: argparse.Namespace) -> list[Subject]:
     return [*find_checkpoints(patterns), *models]
 
 
-def find_checkpoints(patterns: Sequence[str]) -> list[Subject]:
-    """The checkpoints that match; all names of one file (last, best, final) are one subject."""
+def find_checkpoints(patterns: Sequence[str], flag: str = "--checkpoints") -> list[Subject]:
+    """The checkpoints that match the patterns of `flag`; all names of one file
+    (last, best, final) are one subject.
+    """
     files: dict[tuple[int, ...] | Path, list[Path]] = {}
     for pattern in patterns:
         paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
@@ -87,7 +89,7 @@ def find_checkpoints(patterns: Sequence[str]) -> list[Subject]:
                 names.append(path)
     if patterns and not files:
         raise UserError(
-            ("--checkpoints", " ".join(patterns)),
+            (flag, " ".join(patterns)),
             "no file matches",
             "Train a model first: python train.py --config config_smoke.yaml",
         )

@@ -10,22 +10,29 @@ file is the same after any restart.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tinylm.checkpoint.load import Loaded, fingerprint_of
+from tinylm.checkpoint.load import Loaded, fingerprint_of, load_model
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError, reading, writing
 from tinylm.common.files import locked
+from tinylm.config.schema import Config, VerifierConfig
 from tinylm.eval.best_of_n import sample_answers
 from tinylm.eval.task_scores import SAMPLE_TEMPERATURE
 from tinylm.eval.tasks.table import PAIRS, TASKS
 from tinylm.eval.tasks.task import TaskExample
 from tinylm.generate.engine import Engine
 from tinylm.rows.template_factory import make_template
-from tinylm.rows.verifier_data import Problem, grade_samples
+from tinylm.rows.verifier_data import (
+    Problem,
+    grade_samples,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def add_sampled_answers(
@@ -115,3 +122,34 @@ def _read_whole_lines(path: Path) -> list[list[str]]:
     except ValueError:
         problem = "damaged: not the lines that were written"
         raise UserError(path, problem, "Delete it: it will be made again") from None
+
+
+def answerer(
+    config: Config, verifier: VerifierConfig, device: str, on_progress: OnProgress
+) -> Callable[[list[Problem]], list[Problem]]:
+    """A function that adds to problems the answers of the model
+    that verifier.sampled_from names.
+    """
+    folder = Path(config.data.cache_dir)
+    assert verifier.sampled_from is not None
+    try:
+        loaded = load_model(Path(verifier.sampled_from), device)
+    except UserError as error:
+        raise error.within("verifier.sampled_from") from None
+
+    def with_answers(found: list[Problem]) -> list[Problem]:
+        logger.info(
+            f"answers: {verifier.n_sampled} by {verifier.sampled_from} to each of {len(found):,} "
+            f"problems, cached in {folder}"
+        )
+        return add_sampled_answers(
+            found,
+            loaded,
+            config.data.task,
+            verifier.n_sampled,
+            seed=config.training.seed,
+            folder=folder,
+            on_progress=on_progress,
+        )
+
+    return with_answers

@@ -1,24 +1,37 @@
-"""The validation loss of a trained checkpoint, on the validation data of any config.
+"""The validation loss of a trained checkpoint, or a verifier's scores, on the data of any config.
 
 The rows and batches are those of validation during training, so that the same checkpoint on the
 same data gives the same number, to the last digit. `eval_val.py` and `align.py` score with this.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
-from tinylm.checkpoint.load import Loaded
+from tinylm.checkpoint.load import Loaded, LoadedVerifier
+from tinylm.common.console import progress_bar
 from tinylm.common.device import autocast_dtype
 from tinylm.common.errors import UserError
-from tinylm.config.schema import Config
+from tinylm.config.schema import Config, VerifierConfig
 from tinylm.eval.perplexity import LanguageScore, byte_length_table, score_batches
+from tinylm.eval.sampled_answers import answerer
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
+from tinylm.model.verifier import Verifier
+from tinylm.objectives.verifier import verifier_metrics, verifier_sums
 from tinylm.rows.sft import build_examples, fingerprint_of_examples
+from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
+from tinylm.rows.verifier_data import (
+    collate_problems,
+    filter_problems,
+    fingerprint_of_problems,
+    read_problems,
+)
 from tinylm.text.data_source import data_sources
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.example_rows import collate_examples, fill_rows
@@ -33,6 +46,8 @@ from tinylm.tokens.packing import (
     validation_order,
 )
 from tinylm.tokens.run_files import validation_file
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ def answer_validation(config: Config, loaded: Loaded, tokenizer: Tokenizer) -> V
             f"{training.seq_len} is more than the {max_seq_len} positions of {loaded.info.path}",
             "Lower it",
         )
-    examples, _ = build_examples(
+    examples, report = build_examples(
         data,
         "val",
         training.seed,
@@ -92,6 +107,7 @@ def answer_validation(config: Config, loaded: Loaded, tokenizer: Tokenizer) -> V
         to_conversation=conversation_parser(data),
         built_in=requested_built_in_rows(data),
     )
+    log_notes(report)
     collate = partial(
         collate_examples,
         seq_len=training.seq_len,
@@ -102,6 +118,56 @@ def answer_validation(config: Config, loaded: Loaded, tokenizer: Tokenizer) -> V
     return ValidationData(
         batches_in_order(rows, collate, config), fingerprint_of_examples(examples)
     )
+
+
+def verifier_validation(config: Config, loaded: LoadedVerifier, device: str) -> ValidationData:
+    """The validation problems of a config, each with its right and wrong answers.
+
+    Args:
+        config: of a verifier's run, or of any rows of problems; its data, verifier and
+            training sections are used.
+        loaded: the verifier; the pairs have at most its training.seq_len tokens.
+        device: where the model of verifier.sampled_from answers, if it is set.
+
+    Raises:
+        UserError: see `read_problems` and `filter_problems`.
+    """
+    data, verifier = config.data, config.verifier or VerifierConfig()
+    tokenizer, seq_len, seed = (
+        loaded.tokenizer,
+        loaded.config.training.seq_len,
+        config.training.seed,
+    )
+    report = RowReport("val", seq_len, lost="the start of a problem", max_bad=data.skip_bad_rows)
+    problems = read_problems(
+        data,
+        "val",
+        seed,
+        to_conversation=conversation_parser(data),
+        built_in=requested_built_in_rows(data),
+        report=report,
+    )
+    if verifier.sampled_from is not None:
+        with progress_bar() as progress:
+            problems = answerer(config, verifier, device, progress)(problems)
+    problems = filter_problems(problems, report, tokenizer, n_wrong=verifier.n_wrong)
+    log_notes(report)
+    collate = partial(
+        collate_problems,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        n_wrong=verifier.n_wrong,
+        seed=f"{seed} val",
+    )
+    return ValidationData(
+        batches_in_order(problems, collate, config), fingerprint_of_problems(problems)
+    )
+
+
+def log_notes(report: RowReport) -> None:
+    """Log which rows were skipped and which columns were not read."""
+    for note in report.notes():
+        logger.info(note)
 
 
 def batches_in_order(rows: Sequence[Any], collate: Collate, config: Config) -> RowDataset:
@@ -121,3 +187,22 @@ def score_checkpoint(
         return score_batches(
             loaded.model, batches, byte_length_table(tokenizer, embedding.num_embeddings)
         )
+
+
+def score_verifier(verifier: Verifier, batches: Iterable[Batch]) -> dict[str, float]:
+    """`verifier_metrics` over all batches, and the number of answers."""
+    device = next(verifier.parameters()).device
+    totals = np.zeros(0)
+    n_answers = 0
+    with torch.no_grad():
+        for batch in batches:
+            if not len(batch["label"]):
+                continue  # padding of the last batch
+            right, error_mask = batch["label"].to(device), batch["error_mask"].to(device)
+            logits = verifier.error_logits(
+                batch["input_ids"].to(device), batch["attention_mask"].to(device)
+            )
+            sums = verifier_sums(logits, right, error_mask).cpu().double().numpy()
+            totals = totals + sums if len(totals) else sums
+            n_answers += len(right)
+    return verifier_metrics(totals.tolist()) | {"answers": n_answers}

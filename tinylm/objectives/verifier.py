@@ -1,14 +1,15 @@
 """The loss of a verifier, and how well its scores separate right from wrong answers.
 
-In reading order: `verifier_loss`; `logit_counts`, a histogram of logits that can be summed over
-batches and ranks; `VerifierScore`, computed from such a histogram or from probabilities; the area
-under the curve and the calibration error.
+In reading order: `verifier_loss`; `logit_counts`, a histogram of logits; `verifier_sums` of a batch,
+added over batches and ranks, and `verifier_metrics` of the total; `VerifierScore`, computed from a
+histogram or from probabilities; the area under the curve and the calibration error.
 """
 
 
 # B (problem, answer) pairs · T tokens of one pair · N held-out pairs
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,30 @@ def logit_counts(logits: Tensor, right: Tensor) -> Tensor:
     n_bins = round(2 * LOGIT_LIMIT / LOGIT_STEP)
     bins = ((logits / LOGIT_STEP).floor() + n_bins // 2).clamp(0, n_bins - 1).long()  # (B,)
     return torch.bincount(bins + n_bins * right.long(), minlength=2 * n_bins).float()
+
+
+def verifier_sums(error_logits: Tensor, right: Tensor, error_mask: Tensor) -> Tensor:
+    """`verifier_loss`, then `logit_counts`: (1 + 2 · bins,), to be added over batches and ranks.
+
+    Args: as `verifier_loss`.
+    """
+    loss = verifier_loss(error_logits, right, error_mask)
+    return torch.cat((loss[None], logit_counts(-error_logits.logsumexp(dim=1), right)))
+
+
+def verifier_metrics(totals: Sequence[float]) -> dict[str, float]:
+    """The mean loss and the numbers of `VerifierScore`, from a sum of `verifier_sums`."""
+    loss, *counts = totals
+    score = VerifierScore.of_counts(np.array(counts))
+    return {
+        "val_loss": loss / score.n,
+        "val_accuracy": score.accuracy,
+        "val_accuracy_low": score.interval[0],
+        "val_accuracy_high": score.interval[1],
+        "val_majority": score.majority,
+        "val_auc": score.auc,
+        "val_calibration_error": score.calibration_error,
+    }
 
 
 @dataclass(frozen=True)

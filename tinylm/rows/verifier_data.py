@@ -14,6 +14,8 @@ how a verifier scores them in eval/verifier_scoring.py.
 # B pairs · T tokens
 """
 
+import hashlib
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -32,6 +34,7 @@ from tinylm.rows.skipped_rows import RowReport, SkipReason
 from tinylm.text.documents import kind_of
 from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokens.packing import Batch
 
 # GSM8K's calculator annotations: 48/2 = <<48/2=24>>24. With every result twice,
 # a verifier would only compare the two.
@@ -233,11 +236,11 @@ def grade_samples(problem: Problem, texts: Sequence[str]) -> tuple[GradedAnswer,
 
 
 def graded_answers(problem: Problem, *, n_wrong: int, seed: str) -> list[GradedAnswer]:
-    """The answer of the row; if it is right, `n_wrong` copies with one number changed (a function
-    of the seed); and the sampled answers.
+    """The answer of the row and the sampled answers; without a label, also `n_wrong` copies of the
+    answer with one number changed (a function of the seed).
     """
-    if not problem.is_right:
-        return [GradedAnswer(problem.answer, False), *problem.samples]
+    if problem.label is not None:
+        return [GradedAnswer(problem.answer, problem.label), *problem.samples]
     rng = random.Random(seed)  # noqa: S311  (no secret)
     wrong = [corrupt_number(problem.answer, rng) for _ in range(n_wrong)]
     return [
@@ -332,3 +335,44 @@ def collate_pairs(examples: Sequence[VerifierExample], pad_id: int) -> dict[str,
         error_mask[number, list(example.error_positions)] = True
     label = torch.tensor([int(example.right) for example in examples], dtype=torch.long)
     return batch | {"label": label, "error_mask": error_mask}
+
+
+def collate_problems(
+    rows: Sequence[Problem | None],
+    places: Sequence[int],
+    *,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    n_wrong: int,
+    seed: str,
+) -> Batch:
+    """`collate_pairs` of every answer to every problem; no pairs where there is only padding.
+
+    Args:
+        rows: the problems.
+        places: their places in the run, which also decide the wrong answers:
+            each pass has other ones.
+        tokenizer: encodes problems and answers.
+        seq_len: tokens of the longest pair.
+        n_wrong: wrong answers of each problem.
+        seed: the rest of what the wrong answers depend on.
+    """
+    pairs = []
+    origin = []
+    for problem, place in zip(rows, places, strict=True):
+        if problem is None:
+            continue
+        origin.append(problem.location)
+        pairs += build_verifier_examples(
+            problem, tokenizer, seq_len, n_wrong=n_wrong, seed=f"{seed} {place}"
+        )
+    return collate_pairs(pairs, tokenizer.pad_id) | {"origin": origin}
+
+
+def fingerprint_of_problems(problems: Sequence[Problem]) -> str:
+    """12 hex digits that identify problems and their answers, in their order."""
+    plain = []
+    for problem in problems:
+        contents: list[Any] = [problem.question.full_text, problem.answer, problem.samples]
+        plain.append(contents if problem.label is None else [*contents, problem.label])
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]

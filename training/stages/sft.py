@@ -165,26 +165,6 @@ def inspect_examples(
     return InspectedRow(f"{heading}: {locations}", inputs, labels, documents)
 
 
-# --- building the stage ---
-
-
-def with_data_of_task(config: Config) -> Config:
-    """The settings with the hub dataset of data.task filled in,
-    if there is a task and data.dataset is not given.
-    """
-    data = config.data
-    if data.task is None or "dataset" in data.model_fields_set:
-        return config
-    hub = TASKS[data.task].hub
-    assert hub is not None, "only pairs has none, and data.task cannot name it"
-    of_task = {
-        "dataset": hub.dataset,
-        "dataset_config": data.dataset_config or hub.config,
-        "split": hub.train,
-    }
-    return config.model_copy(update={"data": data.model_copy(update=of_task)})
-
-
 def open_data(context: RunContext, tokenizer: Tokenizer) -> SFTData:
     """The rows of both splits, read and encoded; logs their number and the skipped rows."""
     data = SFTData(context.config, tokenizer)

@@ -3,15 +3,11 @@
 problems ─▶ row order ─▶ problem with answer (B', T) for every answer; wrong ones drawn by (seed, place)
 """
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,23 +16,21 @@ from model import BatchLoss, TrainingModule
 from tinylm.checkpoint.format import NO_REFERENCES
 from tinylm.checkpoint.initial import InitialModel
 from tinylm.checkpoint.load import build_verifier as load_verifier_weights
-from tinylm.checkpoint.load import load_model
-from tinylm.common.console import OnProgress, progress_bar
-from tinylm.common.errors import UserError
-from tinylm.config.schema import Config, VerifierConfig
-from tinylm.eval.sampled_answers import add_sampled_answers
+from tinylm.common.console import progress_bar
+from tinylm.config.schema import Config
+from tinylm.eval.sampled_answers import answerer
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
 from tinylm.model.decoder import Decoder
 from tinylm.model.verifier import Verifier
-from tinylm.objectives.verifier import VerifierScore, logit_counts, verifier_loss
+from tinylm.objectives.verifier import verifier_loss, verifier_metrics, verifier_sums
 from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.numbers import NUMBER
 from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.verifier_data import (
     Problem,
-    build_verifier_examples,
-    collate_pairs,
+    collate_problems,
     filter_problems,
+    fingerprint_of_problems,
     read_problems,
     without_validation_problems,
 )
@@ -150,50 +144,9 @@ class VerifierData(RunData):
     def _n_answers(self, problems: list[Problem]) -> int:
         n_answers = 0
         for problem in problems:
-            can_be_changed = problem.is_right and NUMBER.search(problem.answer) is not None
+            can_be_changed = problem.label is None and NUMBER.search(problem.answer) is not None
             n_answers += 1 + self.n_wrong * can_be_changed + len(problem.samples)
         return n_answers
-
-
-def collate_problems(
-    rows: Sequence[Problem | None],
-    places: Sequence[int],
-    *,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    n_wrong: int,
-    seed: str,
-) -> Batch:
-    """`collate_pairs` of every answer to every problem; no pairs where there is only padding.
-
-    Args:
-        rows: the problems.
-        places: their places in the run, which also decide the wrong answers:
-            each pass has other ones.
-        tokenizer: encodes problems and answers.
-        seq_len: tokens of the longest pair.
-        n_wrong: wrong answers of each problem.
-        seed: the rest of what the wrong answers depend on.
-    """
-    pairs = []
-    origin = []
-    for problem, place in zip(rows, places, strict=True):
-        if problem is None:
-            continue
-        origin.append(problem.location)
-        pairs += build_verifier_examples(
-            problem, tokenizer, seq_len, n_wrong=n_wrong, seed=f"{seed} {place}"
-        )
-    return collate_pairs(pairs, tokenizer.pad_id) | {"origin": origin}
-
-
-def fingerprint_of_problems(problems: Sequence[Problem]) -> str:
-    """12 hex digits that identify problems and their answers, in their order."""
-    plain = []
-    for problem in problems:
-        contents: list[Any] = [problem.question.full_text, problem.answer, problem.samples]
-        plain.append(contents if problem.label is None else [*contents, problem.label])
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]
 
 
 # --- the module ---
@@ -250,22 +203,10 @@ class VerifierModule(TrainingModule):
         else:  # the share of a rank that has no problem left
             logits = torch.zeros(0, 1, device=right.device)
             error_mask = logits.bool()
-        loss = verifier_loss(logits, right, error_mask)
-        return torch.cat((loss[None], logit_counts(-logits.logsumexp(dim=1), right)))
+        return verifier_sums(logits, right, error_mask)
 
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
-        """The mean loss, and the numbers of `VerifierScore`."""
-        loss, *counts = totals
-        score = VerifierScore.of_counts(np.array(counts))
-        return {
-            "val_loss": loss / score.n,
-            "val_accuracy": score.accuracy,
-            "val_accuracy_low": score.interval[0],
-            "val_accuracy_high": score.interval[1],
-            "val_majority": score.majority,
-            "val_auc": score.auc,
-            "val_calibration_error": score.calibration_error,
-        }
+        return verifier_metrics(totals)
 
 
 # --- building the stage ---
@@ -310,37 +251,6 @@ def prepare_data(context: RunContext, tokenizer: Tokenizer) -> VerifierData:
         with progress_bar() as on_progress:
             data.prepare(answerer(config, config.verifier, context.device, on_progress))
     return data
-
-
-def answerer(
-    config: Config, verifier: VerifierConfig, device: str, on_progress: OnProgress
-) -> Callable[[list[Problem]], list[Problem]]:
-    """A function that adds to problems the answers of the model
-    that verifier.sampled_from names.
-    """
-    folder = Path(config.data.cache_dir)
-    assert verifier.sampled_from is not None
-    try:
-        loaded = load_model(Path(verifier.sampled_from), device)
-    except UserError as error:
-        raise error.within("verifier.sampled_from") from None
-
-    def with_answers(found: list[Problem]) -> list[Problem]:
-        logger.info(
-            f"answers: {verifier.n_sampled} by {verifier.sampled_from} to each of {len(found):,} "
-            f"problems, cached in {folder}"
-        )
-        return add_sampled_answers(
-            found,
-            loaded,
-            config.data.task,
-            verifier.n_sampled,
-            seed=config.training.seed,
-            folder=folder,
-            on_progress=on_progress,
-        )
-
-    return with_answers
 
 
 def build_module(

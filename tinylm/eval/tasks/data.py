@@ -10,17 +10,40 @@ from pathlib import Path
 import numpy as np
 
 from tinylm.common.errors import UserError
-from tinylm.config.schema import DataConfig, TrainingConfig
+from tinylm.config.schema import Config, DataConfig, TrainingConfig
 from tinylm.eval.tasks.table import TASKS
 from tinylm.eval.tasks.task import Hub, Row, Task, TaskExample, draw_shots
 from tinylm.rows.conversation import Conversation
-from tinylm.rows.row_files import ROW_FILES, TEST_FILES, TRAIN_FILES, LocatedRow, read_rows
+from tinylm.rows.row_files import (
+    ROW_FILES,
+    TEST_FILES,
+    TRAIN_FILES,
+    LocatedRow,
+    read_rows,
+)
 
 # The value of data.dataset for the built-in rows of a task.
 SMOKE = "smoke"
 
 
 # --- for fine-tuning ---
+
+
+def with_data_of_task(config: Config) -> Config:
+    """The settings with the hub dataset of data.task filled in,
+    if there is a task and data.dataset is not given.
+    """
+    data = config.data
+    if data.task is None or "dataset" in data.model_fields_set:
+        return config
+    hub = TASKS[data.task].hub
+    assert hub is not None, "only pairs has none, and data.task cannot name it"
+    of_task = {
+        "dataset": hub.dataset,
+        "dataset_config": data.dataset_config or hub.config,
+        "split": hub.train,
+    }
+    return config.model_copy(update={"data": data.model_copy(update=of_task)})
 
 
 def conversation_parser(data: DataConfig) -> Callable[[Row], Conversation] | None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,10 @@ from tinylm.text.splits import Overlap
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import encode_documents
 from tinylm.tokens.token_file_writer import TokenFileWriter
+
+# An example has no time limit of its own: other programs may hold the cores.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).parent.parent
 # Every shipped YAML file that is the settings of a run; the others are lists of stages, for align.py.

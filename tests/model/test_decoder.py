@@ -376,7 +376,7 @@ def test_cached_logits_equal_full_forward(options):
         )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 7), st.data())
 @torch.no_grad()
 def test_a_ring_of_any_size_fed_in_any_chunks_gives_the_logits_of_the_full_forward(
@@ -542,7 +542,7 @@ def test_rope_at_position_0_changes_nothing():
     assert torch.equal(rotated(x, 0), x)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
 def test_rope_scores_depend_on_distance_only_and_keep_lengths(p, q, shift):
     """<R(p)x, R(q)y> = <R(p+s)x, R(q+s)y>; a mixture of two layouts is no rotation and fails both."""

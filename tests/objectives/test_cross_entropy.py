@@ -114,7 +114,7 @@ def test_equal_logits_cost_log_vocabulary() -> None:
         assert loss.item() == pytest.approx(37 * math.log(29), rel=1e-6)
 
 
-@hypothesis_settings(max_examples=30, deadline=None)
+@hypothesis_settings(max_examples=30)
 @given(
     chunk=st.integers(1, 50),
     n=st.integers(0, 40),

@@ -257,7 +257,7 @@ conversations = st.builds(
 
 @every_template
 @given(conversation=conversations)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_prompt_is_what_training_showed_before_the_answer(name: str, conversation: Conversation):
     """The ids of the prompt are the beginning of those of prompt and answer; the last trained span
     begins there."""
@@ -283,7 +283,7 @@ def test_a_prompt_is_what_training_showed_before_the_answer(name: str, conversat
         max_size=5,
     ).map("".join)
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_user_who_types_special_tokens_types_characters(name: str, text: str):
     """The special tokens are those of a conversation with other texts, and the whole text is present."""
     template, tokenizer = template_of(name)

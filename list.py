@@ -1,4 +1,4 @@
-"""List the checkpoints in a folder: a table, or JSON for programs.
+"""List the checkpoints in a folder and its subfolders: a table, or JSON for programs.
 
 python list.py
 python list.py --dir checkpoints/sft --sort val_loss
@@ -18,14 +18,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python list.py",
         usage="python list.py [--dir checkpoints] [--sort val_loss] [--json]",
-        description="List the checkpoints in a folder.",
+        description="List the checkpoints in a folder and its subfolders.",
     )
     parser.add_argument(
         "--dir",
         type=Path,
         default=Path("checkpoints"),
         metavar="FOLDER",
-        help="folder of checkpoints (checkpoints)",
+        help="folder of checkpoints, with its subfolders (checkpoints)",
     )
     parser.add_argument(
         "--sort", choices=SORT_KEYS, default="step", help="column to sort by (step)"

@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 
 from data import PretrainData
-from tinylm.common.console import print_table, progress_bar, table
+from tinylm.common.console import Table, print_table, progress_bar
 from tinylm.common.errors import Diverged, UserError
 from tinylm.common.units import duration, short, size
 from tinylm.config.schema import Config
@@ -134,8 +134,7 @@ def plan(preflight: Preflight) -> int:
     run_plan = plan_run(config, device, program=program)
     usable = usable_bytes(device, program=program, n_devices=config.hardware.devices)
     fits = usable is None or run_plan.peak <= usable
-    rows = table("", "", text=("",))
-    rows.columns[1].overflow = "fold"
+    rows = Table(("", ""), text=("",), fold=("",))
     for name, text in describe_cost(config, run_plan, usable):
         rows.add_row(name, text)
     if fits:
@@ -318,7 +317,7 @@ def find_batch_size(preflight: Preflight) -> int:
         f"the largest micro-batch that fits into {size(usable)} by the plan: {largest} rows"
     )
     speeds = measure_sizes(config, device, largest)
-    rows = table("rows", "planned memory", "tokens/s")
+    rows = Table(("rows", "planned memory", "tokens/s"))
     for n_rows, speed in speeds.items():
         sized = with_settings(config, {"training.micro_batch_size": n_rows})
         needed = plan_run(sized, device, program=program).peak

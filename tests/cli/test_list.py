@@ -83,6 +83,24 @@ def test_a_missing_folder_is_one_error_line(
     )
 
 
+def test_subfolders_are_listed_folder_by_folder_and_each_file_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All runs may lie in subfolders; hard links are names of one file."""
+    (folder / "sft").mkdir()
+    path = folder / "sft" / "step-000002.ckpt"
+    checkpoint_format.write(path, make_state(2, stage="sft"))
+    for name in ("last.ckpt", "final.ckpt"):
+        checkpoint_format.link(path, name)
+    (folder / "sft" / "bad.ckpt").write_bytes(b"x")
+    assert program.main(["--dir", str(folder)]) == 0
+    lines = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    own = ["step-000003.ckpt", "step-000010.ckpt", "sft/step-000002.ckpt (final, last)"]
+    assert lines == [*own, "broken.ckpt", "sft/bad.ckpt"]
+    assert program.main(["--dir", str(folder), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 7  # each name is a path
+
+
 def test_an_empty_folder_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is not an error."""
     assert program.main(["--dir", str(tmp_path)]) == 0

@@ -377,7 +377,7 @@ def test_cached_answers_are_not_sampled_again(tmp_path):
     assert (
         expected == [[f"answer {i}", "ü\n"] for i in range(4)]
         and drawn == [0, 1, 2, 3]
-        and seen[-1] == ("answered problems", 4, 4)
+        and seen[-1] == ("answering problems", 4, 4)
     )
     whole = path.read_bytes()
     assert (

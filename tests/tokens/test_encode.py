@@ -680,7 +680,7 @@ def test_progress_counts_bytes_of_the_text(write, tmp_path, small_portions):
     path = write("a.txt", "123456789\n" * 10)
     seen: list[tuple[str, int, int]] = []
     encode_file(tmp_path / "a.bin", recipe_of(path), on_progress=lambda *at: seen.append(at))
-    assert seen == [("bytes", 50, 100), ("bytes", 100, 100)]
+    assert seen == [("encoding, bytes", 50, 100), ("encoding, bytes", 100, 100)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts other units elsewhere")

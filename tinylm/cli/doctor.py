@@ -3,7 +3,7 @@
 import argparse
 import logging
 
-from tinylm.common.console import print_table, table
+from tinylm.common.console import Table, print_table
 from tinylm.common.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tinylm.planning.doctor import examine
 
-    rows = table("what", "found", "fix", text=("what", "found", "fix"))
-    for column in rows.columns:
-        column.overflow = "fold"  # a narrow terminal must not shorten a fix
+    names = ("what", "found", "fix")
+    rows = Table(names, text=names, fold=names)  # a narrow terminal must not shorten a fix
     missing = []
     for finding in examine():
         if finding.fix is None:

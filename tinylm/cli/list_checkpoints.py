@@ -1,20 +1,25 @@
-"""What `list.py` does: read every checkpoint in a folder and print a table, or JSON."""
+"""What `list.py` does: read every checkpoint in a folder and its subfolders, and print a table,
+or JSON.
+"""
 
 import argparse
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tinylm.checkpoint.info import CheckpointInfo, describe, info_row
-from tinylm.common.console import print_table, table
+from tinylm.common.console import Table, print_table
 from tinylm.common.errors import UserError, printable
 from tinylm.common.units import size
 
 
 def list_checkpoints(arguments: argparse.Namespace) -> int:
-    """Print the checkpoints in --dir; a damaged one is listed with the reason."""
+    """Print the checkpoints below --dir, folder by folder; a damaged one is listed with the
+    reason.
+    """
     # os.path, because Path.is_dir raises an OSError if the name is too long.
     if not os.path.isdir(arguments.dir):
         raise UserError(
@@ -24,23 +29,23 @@ def list_checkpoints(arguments: argparse.Namespace) -> int:
         )
     valid: list[CheckpointInfo] = []
     damaged: list[tuple[Path, str]] = []
-    for path in sorted(arguments.dir.glob("*.ckpt")):
+    for path in sorted(arguments.dir.rglob("*.ckpt")):
         try:
             valid.append(describe(path))
         except UserError as error:  # damaged, or written by a newer version
             damaged.append((path, reason_without_path(error)))
-    valid.sort(key=lambda info: none_last(info_row(info)[arguments.sort]))
+    valid.sort(key=lambda info: (info.path.parent, none_last(info_row(info)[arguments.sort])))
     if arguments.json:
         rows = [info_row(info) for info in valid]
         rows += [{"path": str(path), "damaged": reason} for path, reason in damaged]
         print(json.dumps(rows, indent=2))
         return 0
     if not valid and not damaged:
-        print(f"no checkpoints in {printable(arguments.dir)}")
+        print(f"no checkpoints in {printable(arguments.dir)} and the folders in it")
     if valid:
-        print_checkpoints(valid)
+        print_checkpoints(valid, arguments.dir)
     for path, reason in damaged:
-        print(f"{printable(path.name)}  DAMAGED: {reason}")
+        print(f"{printable(path.relative_to(arguments.dir))}  DAMAGED: {reason}")
     return 0
 
 
@@ -55,13 +60,13 @@ def none_last(value: Any) -> tuple[bool, Any]:
     return (True, 0) if value is None else (False, value)
 
 
-def print_checkpoints(checkpoints: list[CheckpointInfo]) -> None:
-    """Print the table."""
+def print_checkpoints(checkpoints: list[CheckpointInfo], folder: Path) -> None:
+    """Print the table: a line for each file, with all its names and its path in `folder`."""
     columns = ("step", "tokens", "train_loss", "val_loss", "parameters", "shape", "size", "age")
-    rows = table("file", "stage", *columns, text=("file", "stage"))
-    for info in checkpoints:
+    rows = Table(("file", "stage", *columns), text=("file", "stage", "shape"))
+    for info, name in named_files(checkpoints, folder):
         rows.add_row(
-            printable(info.path.name),
+            printable(name),
             printable(info.stage),
             str(info.step),
             f"{info.tokens:,}",
@@ -72,7 +77,24 @@ def print_checkpoints(checkpoints: list[CheckpointInfo]) -> None:
             size(info.bytes),
             age(time.time() - info.created),
         )
-    print_table(rows)
+    print_table(rows, group=("stage", "shape", "parameters"))
+
+
+def named_files(
+    checkpoints: list[CheckpointInfo], folder: Path
+) -> Iterator[tuple[CheckpointInfo, str]]:
+    """Each file once, with all its names: `sft/step-000060.ckpt (final, last)`."""
+    files: dict[tuple[int, int], list[CheckpointInfo]] = {}
+    for info in checkpoints:
+        status = info.path.stat()
+        files.setdefault((status.st_dev, status.st_ino), []).append(info)
+    for names in files.values():
+        names.sort(key=lambda info: (not info.path.name.startswith("step-"), info.path))
+        first, *others = (info.path for info in names)
+        name = str(first.relative_to(folder))
+        if others:
+            name += f" ({', '.join(path.stem for path in others)})"
+        yield names[0], name
 
 
 def loss_text(loss: float | None) -> str:

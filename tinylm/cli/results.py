@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinylm.common.console import print_table, table
+from tinylm.common.console import Table, print_table
 from tinylm.common.errors import printable, writing
 from tinylm.eval.best_of_n import Candidates
 from tinylm.eval.task_scores import Answer, format_ranks
@@ -62,6 +62,8 @@ def rank_rows(rows: Iterable[Row], group_of: Callable[[Row], tuple[str, ...]]) -
 
 # --- tables -----------------------------------------------------------------------------------
 
+# On a narrow terminal a table for each value of these.
+GROUP = ("task", "shots", "measure", "cases")
 # Columns of text; the others are numbers.
 TEXT = ("place", "checkpoint", "task", "measure", "metric", "cases", "choice")
 
@@ -134,16 +136,14 @@ def interval(row: Row) -> str | None:
     return None if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}"
 
 
-def print_rows(rows: Sequence[Row], text: Sequence[str] = TEXT) -> None:
-    """Print rows as a table, with the keys of the first as columns;
-    `text` columns are no numbers.
-    """
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print rows as a table, with the keys of the first as columns."""
     if not rows:
         return
-    printed = table(*rows[0], text=text)
+    printed = Table(tuple(rows[0]), TEXT)
     for row in rows:
         printed.add_row(*map(cell, row.values()))
-    print_table(printed)
+    print_table(printed, GROUP)
 
 
 def cell(value: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinylm.cli.text_flags import TEXT_FLAGS, add_text_flags, require_positive, text_source
-from tinylm.common.console import print_table, progress_bar, results_console, table
+from tinylm.common.console import Table, print_table, progress_bar, results_console
 from tinylm.common.errors import UserError, printable, rename_settings
 
 if TYPE_CHECKING:
@@ -175,8 +175,7 @@ def compare(arguments: argparse.Namespace) -> int:
     source = text_source(arguments)
     numbers = ("vocabulary", "tokens", "bytes per token", "used")
     text = ("tokenizer", "longest tokens")
-    rows = table("tokenizer", *numbers, "longest tokens", text=text)
-    rows.columns[-1].overflow = "fold"
+    rows = Table(("tokenizer", *numbers, "longest tokens"), text, fold=("longest tokens",))
     tokenizers, errors = open_tokenizers(arguments.tokenizers)
     for name, tokenizer in tokenizers.items():
         texts = (

@@ -105,7 +105,7 @@ def cached_answers(
             texts = sample(number)
             with writing(path, "data.cache_dir"), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(texts) + "\n")
-            on_progress("answered problems", number + 1, n_problems)
+            on_progress("answering problems", number + 1, n_problems)
             yield texts
 
 

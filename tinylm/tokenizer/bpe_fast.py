@@ -86,7 +86,7 @@ def count_words_of(
         total.update(words)
         n_done += size
         if on_progress is not None:
-            on_progress("bytes", n_done, 0)
+            on_progress("tokenizer: counting words, bytes", n_done, 0)
     if not total:
         raise UserError("tokenizer", "the text has no words to learn from", "Give a file with text")
     return total
@@ -275,7 +275,7 @@ def merge_pairs(
         for new_pair in table.merge(pair, len(token_bytes) - 1, min_count):
             heapq.heappush(heap, _heap_entry(new_pair, descending))
         if on_progress is not None:
-            on_progress("merges", len(merges), n_merges)
+            on_progress("tokenizer: learning merges", len(merges), n_merges)
     return merges
 
 

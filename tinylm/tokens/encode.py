@@ -293,7 +293,7 @@ def encode_file(
                 break
             done += encoded.size
             if on_progress is not None:
-                on_progress("bytes", done, total)
+                on_progress("encoding, bytes", done, total)
         # 3. finish the file
         state = writer.state
         if not state.documents:

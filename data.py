@@ -45,9 +45,8 @@ from tinylm.tokens.packing import (
     validation_order,
 )
 from tinylm.tokens.run_files import (
-    training_files,
+    token_files,
     training_fingerprint,
-    validation_file,
     weights_of,
 )
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
@@ -145,7 +144,9 @@ class PretrainData(RunData):
         self.val_sources: tuple[DataSource, ...] = ()
         self.train_files: tuple[TokenFile, ...] = ()
         """one for each source; none for a stream"""
+        self.val_files: tuple[TokenFile, ...] = ()
         self.val_file: TokenFile | JoinedFiles | None = None
+        """all of them as one"""
 
     def prepare(self, on_progress: OnProgress | None = None, *, validation: bool = True) -> None:
         """Make the token files that do not exist yet; without `validation`,
@@ -158,13 +159,13 @@ class PretrainData(RunData):
         tokenizer, folder = self.tokenizer, data.cache_dir
         if validation:
             self.val_sources = data_sources(data, "val", training.seed)
-            self.val_file = validation_file(
-                self.val_sources, tokenizer, folder, on_progress=on_progress
-            )
+            files = token_files(self.val_sources, tokenizer, folder, on_progress=on_progress)
+            self.val_files = files
+            self.val_file = files[0] if len(files) == 1 else JoinedFiles(files)
         self.train_sources = data_sources(data, "train", training.seed)
         if not data.streaming:
             needed = training.seq_len + 1
-            self.train_files = training_files(
+            self.train_files = token_files(
                 self.train_sources, tokenizer, folder, needed=needed, on_progress=on_progress
             )
         trained = {file.fingerprint for file in self.train_files}
@@ -183,7 +184,7 @@ class PretrainData(RunData):
         if self.train_files:
             train = training_fingerprint(self.config.data, self.train_files)
         else:
-            train = self.train_sources[0].text_split().text_source.fingerprint()[:12]
+            train = self.train_sources[0].text_split().text_source.fingerprint[:12]
         return {"train": train, "val": self.val_file.fingerprint}
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:

@@ -25,7 +25,6 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from tinylm.common.device import keep_freed_memory
 from tinylm.common.errors import Diverged
 from tinylm.config.schema import Config
 from tinylm.eval.perplexity import batch_sums, extra_inputs, language_score
@@ -197,11 +196,6 @@ class TrainingModule(L.LightningModule):
         # clipping would have no effect.
         fused = self.config.hardware.precision != "16"
         return make_optimizer(self.decoder, self.config.training, fused=fused)
-
-    def on_fit_start(self) -> None:
-        """Lightning's hook before training."""
-        if self.device.type == "cpu":
-            keep_freed_memory()
 
     # --- one optimizer step ---
     #

@@ -15,10 +15,11 @@ import yaml
 from tinylm.common.files import locked
 from tinylm.common.stop_signals import STOP_SIGNALS
 from tinylm.config.schema import DataConfig
-from tinylm.text.data_source import data_sources, find_split, text_overlap
+from tinylm.text.data_source import data_sources, find_split
 from tinylm.text.splits import Overlap
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import encode_documents
+from tinylm.tokens.run_files import split_overlap
 from tinylm.tokens.token_file_writer import TokenFileWriter
 
 # An example has no time limit of its own: other programs may hold the cores.
@@ -72,7 +73,10 @@ def val_documents(data: DataConfig, seed: int) -> Iterator[str]:
 
 def overlap_of(data: DataConfig, seed: int) -> Overlap:
     """The documents of data.val_dataset that are training documents too."""
-    return text_overlap(data_sources(data, "train", seed), data_sources(data, "val", seed))
+    train, val = (
+        [(s, None) for s in data_sources(data, which, seed)] for which in ("train", "val")
+    )
+    return split_overlap(train, val)
 
 
 @pytest.fixture(autouse=True)

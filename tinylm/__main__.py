@@ -18,7 +18,7 @@ from tinylm.cli import (
     plot,
     tokenizer,
 )
-from tinylm.cli.program import CommandParser, Parser, run_program
+from tinylm.cli.program import Parser, run_program
 
 COMMANDS = {
     "config-reference": config_docs,
@@ -39,12 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage="python -m tinylm COMMAND [flags]",
         description="Commands of the Tiny Transformer library.",
     )
-    # The commands are plain parsers: --debug is given before the command.
     subparsers = parser.add_subparsers(
         prog="python -m tinylm",
         metavar="command",
         required=True,
-        parser_class=CommandParser,
     )
     for name, module in COMMANDS.items():
         command = subparsers.add_parser(name, help=module.SUMMARY)

@@ -29,7 +29,7 @@ from tinylm.eval.perplexity import byte_length_table
 from tinylm.model.decoder import Decoder, count_parameters, flops_per_token
 from tinylm.model.lora import attach, load_adapter
 from training.context import RunContext
-from training.launch import find_launcher, ignore_trainer_variables
+from training.launch import find_launcher
 from training.resume import ResumeState, require_same_model
 from training.support import require_supported
 
@@ -143,7 +143,6 @@ def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Traine
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    ignore_trainer_variables()
     hardware = config.hardware
     strategy: Any = hardware.strategy
     if strategy == "fsdp":

@@ -69,7 +69,8 @@ class StepEnd(L.Callback):
         """Restore; then validate the restored step if the run was killed before its validation."""
         assert isinstance(module, TrainingModule)
         # Now: Lightning has installed its own handlers, which would stop inside a step.
-        self.signals.install()
+        for number in handled_signals():
+            signal.signal(number, self.signals.note)
         if self.state is not None:
             restore_optimizer(trainer, module, self.state)
             self.state = None  # free its memory
@@ -150,11 +151,6 @@ class StopSignals:
     agreed: int | None = None
     """the number of a signal that one of the ranks received, after which all of them stop"""
 
-    def install(self) -> None:
-        """Handle the stop signals from now on; those that are ignored (nohup) stay ignored."""
-        for number in handled_signals():
-            signal.signal(number, self._note)
-
     def agree(self, trainer: L.Trainer) -> int | None:
         """The signal that stops every rank after this step; None if none received one."""
         self.agreed = self.received
@@ -163,7 +159,8 @@ class StopSignals:
             self.agreed = int(trainer.strategy.reduce(number, reduce_op="max")) or None
         return self.agreed
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler of the stop signals."""
         self.received = self.received or number
 
     @property

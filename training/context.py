@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tinylm.checkpoint.format import lock_run_dir
 from tinylm.common.console import LOGGERS
-from tinylm.common.device import pick_device
+from tinylm.common.device import keep_freed_memory, pick_device
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
-from training.launch import find_launcher
+from training.launch import find_launcher, ignore_trainer_variables
 from training.support import require_supported
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,11 @@ class RunContext:
         """
         hardware = config.hardware
         find_launcher(hardware)  # sets the rank of this process
-        log_on_rank_0()
+        if rank_zero_only.rank != 0:  # each log line is shown once
+            for name in LOGGERS:
+                for handler in logging.getLogger(name).handlers:
+                    handler.addFilter(lambda record: False)
+        ignore_trainer_variables()
         device, why = pick_device(hardware.accelerator, key="hardware.accelerator")
         require_supported(stage, config, device)
         n_available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device)
@@ -65,6 +69,8 @@ class RunContext:
         logger.info(f"device: {device} ({why}), precision {hardware.precision}")
         if hardware.threads is not None:
             torch.set_num_threads(hardware.threads)
+        if device == "cpu":
+            keep_freed_memory()
         return cls(stage, config, device)
 
     @property
@@ -93,11 +99,3 @@ class RunContext:
                 for setting, folder in folders.items():
                     locks.enter_context(lock_run_dir(folder, setting))
             yield
-
-
-def log_on_rank_0() -> None:
-    """Drop log records on every rank but 0, so that each line is shown once."""
-    if rank_zero_only.rank != 0:
-        for name in LOGGERS:
-            for handler in logging.getLogger(name).handlers:
-                handler.addFilter(lambda record: False)

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def _cached_bpe(
     pretokenizer = Pretokenizer(config.pattern or "gpt2")
     check_request(config.vocab_size, pretokenizer)
     text = [
-        split.text_source.fingerprint(),
+        split.text_source.fingerprint,
         data.text_field,
         data.document_separator,
         split.held_out,
@@ -131,9 +132,10 @@ class InterleavedSources:
         for turn in zip_longest(*(source.documents() for source in self.sources)):
             yield from (text for text in turn if text is not None)
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the fingerprints of the sources."""
-        parts = " ".join(source.fingerprint() for source in self.sources)
+        parts = " ".join(source.fingerprint for source in self.sources)
         return hashlib.sha256(parts.encode()).hexdigest()
 
 

@@ -299,7 +299,7 @@ def test_a_cache_whose_name_is_too_long_is_refused_on_one_line(data, tmp_path):
 def test_a_source_fingerprint_is_its_content(write, tmp_path):
     def fingerprint(name: str, which: str = "train", **settings) -> str:
         data = DataConfig(dataset=str(tmp_path / name), **settings)
-        return find_split(data, which, SEED).text_source.fingerprint()
+        return find_split(data, which, SEED).text_source.fingerprint
 
     (
         write("a.txt", "one\n"),
@@ -319,7 +319,7 @@ def test_a_source_fingerprint_is_its_content(write, tmp_path):
         DataConfig(dataset="o/n", dataset_config="en"),
         DataConfig(dataset="o/n", split="test"),
     ]
-    assert len({find_split(data, "train", SEED).text_source.fingerprint() for data in hub}) == 4
+    assert len({find_split(data, "train", SEED).text_source.fingerprint for data in hub}) == 4
 
 
 # --- a token file as the dataset --------------------------------------------------------------------------------------

@@ -22,9 +22,8 @@ from tinylm.tokens.mixture import Allocation
 from tinylm.tokens.run_files import (
     name_of,
     shares_of,
-    training_files,
+    token_files,
     training_fingerprint,
-    validation_file,
 )
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
 from training.tokenizer import learn_from_documents, training_split
@@ -165,12 +164,13 @@ def mixed(tmp_path: Path, *datasets: str, **more: Any) -> DataConfig:
 def train_files(data: DataConfig, needed: int) -> tuple[TokenFile, ...]:
     """The training files of these settings."""
     sources = data_sources(data, "train", SEED)
-    return training_files(sources, BYTES, data.cache_dir, needed=needed)
+    return token_files(sources, BYTES, data.cache_dir, needed=needed)
 
 
 def val_file(data: DataConfig) -> TokenFile | JoinedFiles:
     """The validation file of these settings."""
-    return validation_file(data_sources(data, "val", SEED), BYTES, data.cache_dir)
+    files = token_files(data_sources(data, "val", SEED), BYTES, data.cache_dir)
+    return files[0] if len(files) == 1 else JoinedFiles(files)
 
 
 def text_of(file: TokenFile | JoinedFiles) -> list[str]:

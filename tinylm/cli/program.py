@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,11 +25,17 @@ from tinylm.common.console import lead_nowhere, log_to_stderr, open_streams, say
 from tinylm.common.errors import Diverged, UserError, printable
 
 
-class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that takes the text after a flag as typed,
-    and ~ at the start of a path as the home folder.
+class Parser(argparse.ArgumentParser):
+    """The parser of a program or a command: one-line errors, in which control characters are
+    escaped; the text after a flag as typed; ~ at the start of a path as the home folder.
 
-    >>> parser = CommandParser()
+    Abbreviated flags are rejected: a flag added later could change what they mean.
+
+    Args:
+        debug: declare --debug, the flag of a program.
+        settings: of argparse.ArgumentParser.
+
+    >>> parser = Parser()
     >>> _ = parser.add_argument("--separator")
     >>> parser.parse_args(["--separator", "---"]).separator
     '---'
@@ -36,10 +43,16 @@ class CommandParser(argparse.ArgumentParser):
     '--'
     """
 
-    def __init__(self, **settings: Any):
-        super().__init__(**settings)
+    def __init__(self, *, debug: bool = True, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+        if debug:
+            self.add_argument("--debug", action="store_true", help="show the traceback of an error")
         # a shell does not expand ~ in --out=~/x
         self.register("type", Path, lambda text: Path(text).expanduser())
+
+    def add_subparsers(self, **settings: Any) -> Any:
+        """Commands are parsers of this kind, without --debug: it is given before the command."""
+        return super().add_subparsers(parser_class=partial(Parser, debug=False), **settings)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """argparse drops a value `--`, which it takes for the end of the flags."""
@@ -61,18 +74,6 @@ class CommandParser(argparse.ArgumentParser):
                 word = f"{word}={words.pop(0)}"
             joined.append(word)
         return super().parse_known_args(joined, namespace)
-
-
-class Parser(CommandParser):
-    """The parser of a program: one-line errors, in which control characters are escaped,
-    and --debug.
-
-    Abbreviated flags are rejected: a flag added later could change what they mean.
-    """
-
-    def __init__(self, **settings: Any):
-        super().__init__(allow_abbrev=False, **settings)
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with 2."""

@@ -9,14 +9,14 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
 from tinylm.common.errors import UserError
 from tinylm.config.messages import explain
-from tinylm.config.schema import Config, ModelConfig, TokenizerConfig
-from tinylm.config.setting_types import is_text
+from tinylm.config.schema import Config, ModelConfig, Section, TokenizerConfig
 from tinylm.config.yaml_file import Layer, override_layer, read_layer
 
 
@@ -42,6 +42,30 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
                 values["tokenizer"].pop(name, None)
         _merge(values, layers[-1].values(layers[-1].node))
     return _validated(values, layers)
+
+
+def is_text(key: str, kind: Any = Config) -> bool:
+    """Whether every value of the setting `key` (dotted) of `kind`, other than null, is text:
+    an override of it is taken as typed, without the rules of YAML.
+
+    >>> is_text("data.document_separator"), is_text("hardware.precision"), is_text("data.columns.prompt")
+    (True, True, True)
+    >>> is_text("training.max_steps"), is_text("training.loggers"), is_text("model.moe"), is_text("a.b")
+    (False, False, False, False)
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return is_text(key, arguments[0])
+    if origin in (Union, UnionType):
+        return all(is_text(key, part) for part in arguments if part is not NoneType)
+    if not key:
+        return kind is str or (origin is Literal and all(isinstance(x, str) for x in arguments))
+    name, _, rest = key.partition(".")
+    if origin is dict:
+        return is_text(rest, arguments[1])
+    if isinstance(kind, type) and issubclass(kind, Section) and name in kind.model_fields:
+        return is_text(rest, kind.model_fields[name].annotation)
+    return False
 
 
 def with_model(config: Config, model: ModelConfig, tokenizer: TokenizerConfig) -> Config:

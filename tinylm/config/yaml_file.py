@@ -8,6 +8,7 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class Layer:
         if isinstance(node, yaml.SequenceNode):
             return [self.values(item, f"{key}[{i}]") for i, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
-            if _is_empty(node):
+            if node.style is None and not node.value:
                 self._refuse_comment(node, key)
             try:
                 return _SCALARS[node.tag](node.value)
@@ -194,33 +195,21 @@ def override_layer(key: str, text: str, *, is_text: bool) -> Layer:
     as_typed = yaml.ScalarNode(f"{_TAG}str", text, mark)
     value: yaml.Node | None
     if not is_text:
-        value = _parse(text, None, key)
-        if value is None or _is_empty(value):
-            value = as_typed  # YAML reads nothing in it: a comment, or a border of documents
+        # YAML may read nothing in it: a comment, or a border of documents.
+        value = _parse(text, None, key) or as_typed
     elif text == "null":
         value = yaml.ScalarNode(f"{_TAG}null", text, mark)
     else:
-        value = _quoted(text) or as_typed
+        value = as_typed
+        if text[:1] in ("'", '"') and text[-1:] == text[:1]:
+            with suppress(yaml.YAMLError):
+                node = _Loader(text).get_single_node()
+                if isinstance(node, yaml.ScalarNode) and node.style == text[0]:
+                    value = node
     for name in reversed(key.split(".")):
         name_node = yaml.ScalarNode(f"{_TAG}str", name, mark)
         value = yaml.MappingNode(f"{_TAG}map", [(name_node, value)], mark)
     return Layer("command line", value, has_lines=False)
-
-
-def _is_empty(node: yaml.Node) -> bool:
-    """Whether nothing is written for a value, not even null or quotes."""
-    return isinstance(node, yaml.ScalarNode) and node.style is None and not node.value
-
-
-def _quoted(text: str) -> yaml.Node | None:
-    """The text in quotes that are around all of `text`; None if it is written in another way."""
-    if text[:1] not in ("'", '"') or text[-1:] != text[:1]:
-        return None
-    try:
-        node = _Loader(text).get_single_node()
-    except yaml.YAMLError:
-        return None
-    return node if isinstance(node, yaml.ScalarNode) and node.style == text[0] else None
 
 
 def read_list(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -250,12 +239,15 @@ def shown(value: Any) -> str:
 
 def _parse(text: str, file: str | None, key: str = "") -> yaml.Node | None:
     """The one document in `text`, from a file or, without one, the value of an override;
-    None if it is empty.
+    None if nothing is written in it, not even null or quotes.
     """
     loader = None
     try:
         loader = _Loader(text)
-        return loader.get_single_node()
+        node = loader.get_single_node()
+        if isinstance(node, yaml.ScalarNode) and node.style is None and not node.value:
+            return None
+        return node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1

@@ -41,7 +41,7 @@ class LanguageScore:
 
     @property
     def accuracy(self) -> float:
-        """RankShare of the targets that are the most probable token."""
+        """Share of the targets that are the most probable token."""
         return self.n_right / self.tokens if self.tokens else math.nan
 
     @property

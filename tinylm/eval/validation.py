@@ -45,7 +45,8 @@ from tinylm.tokens.packing import (
     count_batches,
     validation_order,
 )
-from tinylm.tokens.run_files import validation_file
+from tinylm.tokens.run_files import token_files
+from tinylm.tokens.token_file import JoinedFiles
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def text_validation(
     """
     seq_len = seq_len or loaded.config.training.seq_len
     sources = data_sources(config.data, "val", config.training.seed)
-    file = validation_file(sources, tokenizer, config.data.cache_dir)
+    files = token_files(sources, tokenizer, config.data.cache_dir)
+    file = files[0] if len(files) == 1 else JoinedFiles(files)
     rows = TokenRows(file, seq_len, seq_len, tokenizer.pad_id)
     eos_id = tokenizer.eos_id if config.data.document_mask else None
     collate = partial(collate_rows, seq_len=seq_len, pad_id=tokenizer.pad_id, eos_id=eos_id)

@@ -305,7 +305,7 @@ def _text_section(texts: list[dict[str, Any]]) -> list[str]:
         last = statistics.fmean(text["words_known_last"] for text in samples)
         rows.append([run, f"{first:.0%}", f"{last:.0%}"])
     about = (
-        f"RankShare of words that occur in the training text, in the first and the last {PART_CHARS} "
+        f"Share of words that occur in the training text, in the first and the last {PART_CHARS} "
         f"characters of {LONG_TOKENS} sampled tokens; {LONG_SAMPLES} texts per seed. "
         "All texts: generations.json.\n"
     )

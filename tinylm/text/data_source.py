@@ -26,6 +26,9 @@ from tinylm.text.sources import (
 )
 from tinylm.text.splits import Overlap, Split, Which, count_overlap
 
+# data.dataset_config, data.split and data.val_split of files on this machine.
+NO_HUB = (None, "train", None)
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -139,11 +142,7 @@ def train_documents(data: DataConfig, seed: int, *, skip: int = 0) -> Iterator[s
 def text_overlap(train: Sequence[DataSource], val: Sequence[DataSource]) -> Overlap:
     """How many documents of data.val_dataset are training documents too;
     only text on this machine is compared.
-
-    Without data.val_dataset there are none: text is split by its content.
     """
-    if val[0].val_fraction is not None:
-        return Overlap(0, 0, 0)
     train_splits = _local_texts(train)
     val_splits = _local_texts(val)
     if not train_splits or not val_splits:
@@ -161,50 +160,45 @@ def _local_texts(sources: Iterable[DataSource]) -> list[Split]:
 def _text_split(
     data: DataConfig, which: Which, seed: int, setting: str, name: str, kinds: Kinds
 ) -> Split:
-    """The documents of a source that is text."""
+    """The documents of a source that is text: files of these kinds on this machine,
+    or else a dataset on the hub.
+
+    data.dataset_config belongs to data.dataset: a val_dataset on the hub is read
+    in its default configuration.
+    """
     own_split = which == "val" and data.val_split is not None
-    split = data.val_split if own_split else data.split
-    source = _find_source(data, setting, name, split, kinds)
+    hub_split = data.val_split if own_split else data.split
+    config = data.dataset_config if setting != "data.val_dataset" else None
     limit = data.train_docs if which == "train" else data.val_docs
-    on_hub = isinstance(source, HubDataset)
+    held_out = None
     if data.val_dataset is None and data.val_split is None:
-        if which == "val" and on_hub and data.streaming and limit is None:
-            problem = "holding documents out of a streamed dataset would read all of it"
-            raise UserError("data.val_docs", problem, "Set data.val_docs, for example 1000")
-        return Split(which, source, (data.val_fraction, seed), limit)
-    if which == "val" and on_hub and (source.name, source.split) == (data.dataset, data.split):
+        held_out = (data.val_fraction, seed)
+    # 1. on this machine
+    if os.path.lexists(name) or glob.has_magic(name):
+        if setting != "data.val_dataset" and (config, data.split, data.val_split) != NO_HUB:
+            problem = f"{name} is on this machine, where files have no splits"
+            raise UserError(setting, problem, "Remove split, val_split and dataset_config")
+        paths = find_files(name, setting, kinds)
+        files = LocalFiles(name, paths, data.text_field, data.document_separator)
+        return Split(which, files, held_out, limit)
+    # 2. on the hub
+    suffixes = (*kinds, *TOKEN_FILES, ".json", ".csv")
+    if not is_hub_name(name) or "/" not in name or name.endswith(suffixes):
+        fix = "Give a file, a folder, a glob, or a Hugging Face name written owner/name"
+        raise UserError((setting, name), "not found", fix)
+    if held_out is not None and which == "val" and data.streaming and limit is None:
+        problem = "holding documents out of a streamed dataset would read all of it"
+        raise UserError("data.val_docs", problem, "Set data.val_docs, for example 1000")
+    if held_out is None and which == "val" and (name, hub_split) == (data.dataset, data.split):
         problem = "validation would be the training documents themselves"
         if setting == "data.val_dataset":
             fix = "Give another dataset, or set data.val_split instead"
             raise UserError(setting, problem, fix)
         fix = "Set data.val_split to another split, or remove it"
         raise UserError("data.val_split", problem, fix)
-    return Split(which, source, None, limit)
-
-
-def _find_source(
-    data: DataConfig, setting: str, name: str, split: str, kinds: Kinds
-) -> LocalFiles | HubDataset:
-    """Files of these kinds on this machine, or else a dataset on the hub.
-
-    data.dataset_config belongs to data.dataset: a val_dataset on the hub is read
-    in its default configuration.
-    """
-    own = setting != "data.val_dataset"
-    if os.path.lexists(name) or glob.has_magic(name):
-        hub_settings = (data.dataset_config, data.split, data.val_split)
-        if own and hub_settings != (None, "train", None):
-            problem = f"{name} is on this machine, where files have no splits"
-            raise UserError(setting, problem, "Remove split, val_split and dataset_config")
-        paths = find_files(name, setting, kinds)
-        return LocalFiles(name, paths, data.text_field, data.document_separator)
-    files = (*kinds, *TOKEN_FILES, ".json", ".csv")
-    if not is_hub_name(name) or "/" not in name or name.endswith(files):
-        fix = "Give a file, a folder, a glob, or a Hugging Face name written owner/name"
-        raise UserError((setting, name), "not found", fix)
     field = data.text_field if kinds is DOCUMENT_FILES else None
-    config = data.dataset_config if own else None
-    return HubDataset(name, config, split, data.streaming, field, setting=setting)
+    dataset = HubDataset(name, config, hub_split, data.streaming, field, setting=setting)
+    return Split(which, dataset, held_out, limit)
 
 
 def _check_token_file(data: DataConfig, setting: str, all_tokens: bool) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,6 +83,7 @@ class LocalFiles:
             size += os.path.getsize(path) if os.path.exists(path) else 0
         return size
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the kinds and contents of the files, read in blocks."""
         digest = hashlib.sha256()
@@ -123,6 +125,7 @@ class HubDataset:
         """0: the dataset must be read to know."""
         return 0
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the name: the content is not downloaded for it."""
         return hashlib.sha256(f"hub {self.name} {self.config} {self.split}".encode()).hexdigest()
@@ -188,10 +191,11 @@ class Together:
         sizes = [source.size() for source in self.sources]
         return sum(sizes) if all(sizes) else 0
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the fingerprints of the sources."""
         return hashlib.sha256(
-            "\n".join(source.fingerprint() for source in self.sources).encode()
+            "\n".join(source.fingerprint for source in self.sources).encode()
         ).hexdigest()
 
 

@@ -177,33 +177,32 @@ class Encoder:
     split: Split
 
     def __call__(self, chunk: SpanChunk | TextChunk) -> EncodedChunk:
-        n_read = n_kept = 0
-        spelled: list[int] = []
+        # 1. the documents of this split, up to the first that cannot be read
         found = SeparatorSeen()
-        eos_name = self.tokenizer.special_names[self.tokenizer.eos_id]
-
-        def split_texts() -> Iterator[str]:
-            nonlocal n_read, n_kept
+        texts: list[str] = []
+        n_read = 0
+        error = None
+        try:
             for text in chunk.texts(found):
                 n_read += 1
                 if self.split.has(text):
-                    if eos_name in text:
-                        spelled.append(n_kept)
-                    n_kept += 1
-                    yield text
-
+                    texts.append(text)
+        except UserError as problem:
+            error = problem
+        # 2. their tokens, up to the first that cannot be encoded
         tokens = [np.empty(0, dtype=np.uint16)]
         ends = [np.empty(0, dtype=np.int64)]
         n_tokens = 0
-        error = None
         try:
-            for batch in encode_batches(split_texts(), self.tokenizer, self.max_doc_len):
+            for batch in encode_batches(texts, self.tokenizer, self.max_doc_len):
                 tokens.append(batch.tokens)
                 ends.append(batch.ends + n_tokens)
                 n_tokens += len(batch.tokens)
         except UserError as problem:
             error = problem
         encoded = EncodedDocuments(np.concatenate(tokens), np.concatenate(ends))
+        eos_name = self.tokenizer.special_names[self.tokenizer.eos_id]
+        spelled = [number for number, text in enumerate(texts) if eos_name in text]
         return EncodedChunk(encoded, n_read, chunk.size, spelled, found.seen, error)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -230,24 +229,13 @@ class EncodeSpec:
     """the name of the documents in an error"""
 
     @cached_property
-    def text_fingerprint(self) -> str:
-        """SHA-256 over the text, or over the name of a hub dataset; files are read for it."""
-        return self.split.text_source.fingerprint()
-
-    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits."""
+        split = self.split
         reading = [self.text_field, self.separator, self.max_doc_len]
-        which = None if self.split.held_out is None else [self.split.which, *self.split.held_out]
-        limit = self.split.limit
-        settings = [
-            VERSION,
-            self.text_fingerprint,
-            reading,
-            which,
-            limit,
-            self.tokenizer.fingerprint,
-        ]
+        which = None if split.held_out is None else [split.which, *split.held_out]
+        text = split.text_source.fingerprint
+        settings = [VERSION, text, reading, which, split.limit, self.tokenizer.fingerprint]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
@@ -300,7 +288,7 @@ def encode_file(
             raise split.empty_error(state.read)
         all_read = state.documents != split.limit
         unseparated = spec.separator is not None and not state.separated and all_read
-        writer.finish(spec.text_fingerprint, unseparated=unseparated)
+        writer.finish(split.text_source.fingerprint, unseparated=unseparated)
 
 
 def _append(writer: TokenFileWriter, spec: EncodeSpec, encoded: EncodedChunk) -> bool:

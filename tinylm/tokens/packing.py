@@ -39,7 +39,8 @@ knows nothing of text.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,7 @@ class RankShare:
         return range(first, first + self.size)
 
 
+@dataclass(eq=False)
 class RowOrder:
     """The row at each place of the training order; call it with a place.
 
@@ -157,13 +159,12 @@ class RowOrder:
     [2, 0, 1, 3, 1, 3, 2, 0]
     """
 
-    def __init__(self, kind: str, n_rows: int, seed: int, source_number: int = 0):
-        self.kind = kind
-        self.n_rows = n_rows
-        self.seed = seed
-        self.source_number = source_number
-        self._pass = -1
-        self._permutation = np.empty(0, dtype=np.int64)
+    kind: str
+    n_rows: int
+    seed: int
+    source_number: int = 0
+    _pass: int = field(default=-1, init=False)
+    _permutation: np.ndarray = field(default_factory=partial(np.empty, 0), init=False)
 
     def __call__(self, place: int) -> int:
         if self.kind == "random":
@@ -197,6 +198,7 @@ def count_batches(n_rows: int, share: RankShare, limit: int | None = None) -> in
     return n_batches if limit is None else min(limit, n_batches)
 
 
+@dataclass(frozen=True, eq=False)
 class RowDataset(Dataset[Batch]):
     """Micro-batches by number: item k is a function of (seed, k), not of the items before it.
 
@@ -208,19 +210,11 @@ class RowDataset(Dataset[Batch]):
         n_batches: number of micro-batches; None if there is no end, as in training.
     """
 
-    def __init__(
-        self,
-        rows: Any,
-        order: Callable[[int], Any],
-        collate: Collate,
-        share: RankShare,
-        n_batches: int | None = None,
-    ):
-        self.rows = rows
-        self.order = order
-        self.collate = collate
-        self.share = share
-        self.n_batches = n_batches
+    rows: Any
+    order: Callable[[int], Any]
+    collate: Collate
+    share: RankShare
+    n_batches: int | None = None
 
     def __len__(self) -> int:
         if self.n_batches is None:

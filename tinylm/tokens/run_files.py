@@ -3,7 +3,7 @@ and what is known about them.
 
     DataSource ─▶ the token file that the user gave, or its training or validation part  } `token_file_of`
                ─▶ a file in data.cache_dir, encoded from text once                        }
-    data.dataset or data.mix ─▶ training_files, validation_file
+    data.dataset or data.mix ─▶ `token_files` of a split
 
 Which rows of the files a run takes, and in which order, is in mixture.py and packing.py.
 """
@@ -26,18 +26,18 @@ from tinylm.text.splits import NAMES, Overlap, Which, count_overlap
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import EncodeSpec, encode_file
 from tinylm.tokens.id_arrays import open_tokens
-from tinylm.tokens.token_file import JoinedFiles, TokenFile
+from tinylm.tokens.token_file import TokenFile
 
 
-def training_files(
+def token_files(
     sources: Iterable[DataSource],
     tokenizer: Tokenizer,
     cache_dir: str,
     *,
-    needed: int,
+    needed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> tuple[TokenFile, ...]:
-    """The training tokens of each source.
+    """The tokens of each source of a split.
 
     Raises:
         UserError: as `token_file_of`, or a source has fewer than `needed` tokens.
@@ -53,22 +53,6 @@ def training_files(
             raise UserError(source.setting, problem, "Give more text or lower training.seq_len")
         files.append(file)
     return tuple(files)
-
-
-def validation_file(
-    sources: Iterable[DataSource],
-    tokenizer: Tokenizer,
-    cache_dir: str,
-    *,
-    on_progress: OnProgress | None = None,
-) -> TokenFile | JoinedFiles:
-    """The validation tokens: those of data.val_dataset, or what is held out of each source,
-    one after the other.
-
-    So each source has the share of val_loss that it has of the tokens, whatever its weight.
-    """
-    files = [token_file_of(source, tokenizer, cache_dir, on_progress) for source in sources]
-    return files[0] if len(files) == 1 else JoinedFiles(tuple(files))
 
 
 def cached_token_file(
@@ -178,21 +162,6 @@ SourceFiles = Sequence[tuple[DataSource, TokenFile | None]]
 """the sources of a split with their token files; None for a stream"""
 
 
-def notes_on_texts(train: SourceFiles, val: SourceFiles, tokenizer: Tokenizer) -> list[str]:
-    """What the user should know about the texts that were encoded for a run, a line each."""
-    held_out = val[0][0].val_fraction is not None
-    streamed = train[0][1] is None
-    # Text that is held out is divided and encoded as the training text, so it has the same notes.
-    noted = train if held_out and not streamed else (*train, *val)
-    notes = []
-    for source, file in noted:
-        if source.split is not None and file is not None:
-            notes += notes_on_text(
-                source.name, file, tokenizer, source.separator, "data.document_separator"
-            )
-    return notes
-
-
 def notes_on_text(
     name: str, file: TokenFile, tokenizer: Tokenizer, separator: str | None, setting: str
 ) -> list[str]:
@@ -232,6 +201,8 @@ def split_overlap(train: SourceFiles, val: SourceFiles) -> Overlap:
     val_given = [file for source, file in val if source.split is None and file is not None]
     if given and val_given:
         return token_overlap(given, val_given)
+    if val[0][0].val_fraction is not None:  # text that is held out is divided by its content
+        return Overlap(0, 0, 0)
     return text_overlap([source for source, _ in train], [source for source, _ in val])
 
 

@@ -266,6 +266,9 @@ class TokenFile:
 class JoinedFiles:
     """Token files one after the other, read as if they were one: `tokens` is sliced,
     and only the slice is read.
+
+    So each source of a mixture has the share of val_loss that it has of the validation tokens,
+    whatever its weight.
     """
 
     files: tuple[TokenFile, ...]

@@ -10,8 +10,7 @@ from tinylm.common.errors import UserError
 from tinylm.common.units import short
 from tinylm.config.schema import Config
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.run_files import name_of, notes_on_texts, split_overlap
-from tinylm.tokens.token_file import JoinedFiles
+from tinylm.tokens.run_files import name_of, notes_on_text, split_overlap
 from training.build import build_language_model
 from training.context import RunContext
 from training.stage import Stage
@@ -36,10 +35,18 @@ def open_data(context: RunContext, tokenizer: Tokenizer) -> PretrainData:
     """The token files of the run, or its stream; logs their size and the documents that are
     in both splits.
     """
+    config = context.config
+    data = PretrainData(config, tokenizer)
     with progress_bar() as on_progress:
-        data = PretrainData(context.config, tokenizer)
         data.prepare(on_progress)
-    logger.info(describe_data(data))
+    train = "a stream"
+    if data.train_files:
+        train = f"{short(sum(map(len, data.train_files)))} tokens"
+    logger.info(
+        f"data: {name_of(config.data)}: train {train}, validation "
+        f"{short(sum(map(len, data.val_files)))} tokens; tokenizer {config.tokenizer.kind}, "
+        f"vocabulary {tokenizer.vocab_size}"
+    )
     check_documents(data)
     return data
 
@@ -51,30 +58,24 @@ def open_rows(context: RunContext, tokenizer: Tokenizer) -> PretrainData:
     return data
 
 
-def describe_data(data: PretrainData) -> str:
-    """One line: tokens of both splits, tokenizer."""
-    assert data.val_file is not None, "prepare() makes the validation file"
-    train = "a stream"
-    if data.train_files:
-        train = f"{short(sum(len(file) for file in data.train_files))} tokens"
-    sizes = f"train {train}, validation {short(len(data.val_file))} tokens"
-    tokenizer = f"{data.config.tokenizer.kind}, vocabulary {data.tokenizer.vocab_size}"
-    return f"data: {name_of(data.config.data)}: {sizes}; tokenizer {tokenizer}"
-
-
 def check_documents(data: PretrainData) -> None:
     """Log how the text is split if that may surprise, and the documents that are in both splits.
 
     Raises:
         UserError: every validation document is a training document.
     """
-    config, val = data.config, data.val_file
-    assert val is not None, "prepare() makes the validation file"
+    config = data.config
     train_files = list(zip_longest(data.train_sources, data.train_files))  # a stream has no files
-    files = val.files if isinstance(val, JoinedFiles) else (val,)
-    val_files = list(zip(data.val_sources, files, strict=True))
-    for note in notes_on_texts(train_files, val_files, data.tokenizer):
-        logger.info(note)
+    val_files = list(zip(data.val_sources, data.val_files, strict=True))
+    # Text that is held out is divided and encoded as the training text, so it has the same notes.
+    noted = train_files
+    if config.data.val_dataset is not None or config.data.streaming:
+        noted = [*train_files, *val_files]
+    for source, file in noted:
+        if source.split is not None and file is not None:
+            setting = "data.document_separator"
+            for note in notes_on_text(source.name, file, data.tokenizer, source.separator, setting):
+                logger.info(note)
     shared = split_overlap(train_files, val_files)
     effect = "are also training documents; val_loss will look better than it is"
     if config.data.val_dataset is not None:

@@ -46,8 +46,6 @@ from tinylm.tokens.packing import (
 )
 from tinylm.tokens.run_files import (
     token_files,
-    training_fingerprint,
-    weights_of,
 )
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
 
@@ -181,10 +179,13 @@ class PretrainData(RunData):
         A hub dataset is known by its name.
         """
         assert self.val_file is not None, "prepare() makes the validation file"
-        if self.train_files:
-            train = training_fingerprint(self.config.data, self.train_files)
-        else:
+        if not self.train_files:
             train = self.train_sources[0].text_split().text_source.fingerprint[:12]
+        elif self.config.data.mix is None:
+            train = self.train_files[0].fingerprint
+        else:
+            weights = [part.weight for part in self.config.data.mix]
+            train = tokens.mixture.mixture_fingerprint(weights, self.train_files)
         return {"train": train, "val": self.val_file.fingerprint}
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
@@ -213,7 +214,8 @@ class PretrainData(RunData):
         if data.mix is None:  # every place of the run is of the one source
             return RowDataset(sources[0], orders[0], collate, share)
         mixture = tokens.mixture
-        allocation = mixture.Allocation(weights_of(data), training.seed)
+        weights = [part.weight for part in data.mix]
+        allocation = mixture.Allocation(weights, training.seed)
         order = partial(mixture.mixture_row, allocation, orders)
         return RowDataset(mixture.MixtureRows(sources), order, collate, share)
 

@@ -16,10 +16,9 @@ from tinylm.common.files import locked
 from tinylm.common.stop_signals import STOP_SIGNALS
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import data_sources, find_split
-from tinylm.text.splits import Overlap
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import encode_documents
-from tinylm.tokens.run_files import split_overlap
+from tinylm.tokens.overlap import Overlap, split_overlap
 from tinylm.tokens.token_file_writer import TokenFileWriter
 
 # An example has no time limit of its own: other programs may hold the cores.

@@ -58,6 +58,8 @@ class RunContext:
                     handler.addFilter(lambda record: False)
         ignore_trainer_variables()
         device, why = pick_device(hardware.accelerator, key="hardware.accelerator")
+        if device == "cpu":
+            keep_freed_memory()
         require_supported(stage, config, device)
         n_available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device)
         if n_available is not None and hardware.devices > n_available:
@@ -69,8 +71,6 @@ class RunContext:
         logger.info(f"device: {device} ({why}), precision {hardware.precision}")
         if hardware.threads is not None:
             torch.set_num_threads(hardware.threads)
-        if device == "cpu":
-            keep_freed_memory()
         return cls(stage, config, device)
 
     @property

@@ -683,7 +683,8 @@ def test_documents_in_both_sources_are_counted(write):
         ),
     )
     assert overlap_of(data, SEED).found == 2
-    assert overlap_of(data.model_copy(update={"val_dataset": None}), SEED).found == 0
+    repeated = str(write("repeated.txt", "".join(f"{n % 20}\n" for n in range(100))))
+    assert overlap_of(DataConfig(dataset=repeated, val_fraction=0.5), SEED).found == 0
 
 
 @pytest.mark.parametrize("content", ["", "\n\n \n\t\n", "\n" * 1000])

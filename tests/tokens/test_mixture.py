@@ -18,12 +18,10 @@ from tinylm.config.schema import DataConfig, MixPart, TokenizerConfig
 from tinylm.text.data_source import data_sources
 from tinylm.text.splits import is_held_out
 from tinylm.tokenizer.byte_char import ByteTokenizer
-from tinylm.tokens.mixture import Allocation
+from tinylm.tokens.mixture import Allocation, mixture_fingerprint, shares_of
 from tinylm.tokens.run_files import (
     name_of,
-    shares_of,
     token_files,
-    training_fingerprint,
 )
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
 from training.tokenizer import learn_from_documents, training_split
@@ -282,7 +280,8 @@ def test_sources_and_shares_are_in_the_fingerprint(tmp_path, write):
             mix=tuple(MixPart(dataset=dataset, weight=weight) for dataset, weight in parts),
             cache_dir=str(tmp_path / "cache"),
         )
-        return training_fingerprint(data, train_files(data, needed=2))
+        weights = [part.weight for part in data.mix]
+        return mixture_fingerprint(weights, train_files(data, needed=2))
 
     one = fingerprint((a, 3), (b, 1))
     assert one.startswith("3/4 ") and " + 1/4 " in one

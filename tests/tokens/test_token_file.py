@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 
 from tests.conftest import write_portions, write_token_file
 from tinylm.common.errors import UserError
-from tinylm.text import splits
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
-from tinylm.tokens import id_arrays
+from tinylm.tokens import id_arrays, overlap
 from tinylm.tokens import token_file as token_files
 from tinylm.tokens.id_arrays import open_tokens, write_npy
-from tinylm.tokens.run_files import token_overlap
+from tinylm.tokens.overlap import token_overlap
 from tinylm.tokens.token_file import (
     HEADER_BYTES,
     MAGIC,
@@ -392,7 +391,7 @@ def test_documents_on_both_sides_are_those_of_both_sets(tmp_path, block, train, 
         )
     *sides, wanted = [{text for text in documents if text} for documents in [*train, val]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splits, "DIGESTS", block)
+        patch.setattr(overlap, "DIGESTS", block)
         assert token_overlap(files[:-1], files[-1:])[:2] == (
             len(wanted & set().union(*sides)),
             len(wanted),

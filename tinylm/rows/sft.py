@@ -23,9 +23,10 @@ from tinylm.rows.conversation import Conversation
 from tinylm.rows.row_files import LocatedRow, read_rows, split_built_in_rows
 from tinylm.rows.skipped_rows import RowReport, SkipReason
 from tinylm.rows.templates import Template
-from tinylm.text.splits import Which, count_overlap
+from tinylm.text.splits import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.example_rows import Example
+from tinylm.tokens.overlap import count_overlap
 
 
 def build_examples(

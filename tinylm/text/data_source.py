@@ -8,7 +8,7 @@ One source is the mixture of one. The files of a source are found here, and not 
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -24,7 +24,7 @@ from tinylm.text.sources import (
     LocalFiles,
     find_files,
 )
-from tinylm.text.splits import Overlap, Split, Which, count_overlap
+from tinylm.text.splits import Split, Which
 
 # data.dataset_config, data.split and data.val_split of files on this machine.
 NO_HUB = (None, "train", None)
@@ -137,24 +137,6 @@ def train_documents(data: DataConfig, seed: int, *, skip: int = 0) -> Iterator[s
         UserError: nothing is there, a row is not a document, or no document is for training.
     """
     return islice(find_split(data, "train", seed).documents(), skip, None)
-
-
-def text_overlap(train: Sequence[DataSource], val: Sequence[DataSource]) -> Overlap:
-    """How many documents of data.val_dataset are training documents too;
-    only text on this machine is compared.
-    """
-    train_splits = _local_texts(train)
-    val_splits = _local_texts(val)
-    if not train_splits or not val_splits:
-        return Overlap(0, 0, 0)
-    texts = (text.encode() for split in train_splits for text in split.documents())
-    val_texts = (text.encode() for split in val_splits for text in split.documents())
-    return count_overlap(texts, val_texts)
-
-
-def _local_texts(sources: Iterable[DataSource]) -> list[Split]:
-    splits = [source.split for source in sources if source.split is not None]
-    return [split for split in splits if isinstance(split.text_source, LocalFiles)]
 
 
 def _text_split(

@@ -9,9 +9,7 @@ So equal documents are in the same split, and a stream needs no memory of the do
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
-
-import numpy as np
+from typing import Literal, TypeVar
 
 from tinylm.common.errors import UserError
 from tinylm.text.sources import TextSource
@@ -19,8 +17,6 @@ from tinylm.text.sources import TextSource
 Which = Literal["train", "val"]
 NAMES: dict[Which, str] = {"train": "training", "val": "validation"}
 T = TypeVar("T")
-# Documents whose digests are computed together.
-DIGESTS = 2**16
 
 
 @dataclass(frozen=True)
@@ -84,47 +80,3 @@ def is_held_out(text: str, fraction: float, seed: int) -> bool:
     """
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-class Overlap(NamedTuple):
-    """The documents of validation that are training documents too."""
-
-    found: int
-    """different documents that are in both splits"""
-    of: int
-    """different documents of validation"""
-    repeated: int
-    """documents of validation that are in both splits, each as often as it occurs"""
-
-
-def count_overlap(train: Iterable[bytes], val: Iterable[bytes]) -> Overlap:
-    """Count the documents that both splits have; memory holds 8 bytes for each validation document.
-
-    Args:
-        train: the content of each training document.
-        val: the content of each validation document.
-
-    >>> count_overlap([b"a", b"b", b"b"], [b"b", b"c", b"b"])
-    Overlap(found=1, of=2, repeated=2)
-    """
-    wanted, counts = np.unique(
-        np.concatenate([np.empty(0, "<u8"), *_digests(val)]), return_counts=True
-    )
-    found = np.zeros(len(wanted), dtype=bool)
-    if len(wanted):
-        for digests in _digests(train):
-            # After the last one searchsorted gives len(wanted): any other place, where it is not.
-            places = np.searchsorted(wanted, digests) % len(wanted)
-            found[places[wanted[places] == digests]] = True
-    return Overlap(int(found.sum()), len(wanted), int(counts[found].sum()))
-
-
-def _digests(contents: Iterable[bytes]) -> Iterator[np.ndarray]:
-    """A hash of each content, (n,) uint64, many at a time."""
-    digests = bytearray()
-    for content in contents:
-        digests += hashlib.blake2b(content, digest_size=8).digest()
-        if len(digests) == 8 * DIGESTS:
-            yield np.frombuffer(bytes(digests), dtype="<u8")
-            digests.clear()
-    yield np.frombuffer(bytes(digests), dtype="<u8")

@@ -1,7 +1,7 @@
 """Text to tokens, and tokens to batches. Read `run_files` first: the token files of a run.
 
-`mixture` and `stream` are imported at their first use, as `tokens.mixture`:
-most runs have one source of text, as files.
+`mixture`, `overlap` and `stream` are imported at their first use, as `tokens.mixture`:
+most runs have one source of text, as files, and hold out documents of it.
 """
 
 from types import ModuleType
@@ -10,4 +10,4 @@ from tinylm.common.lazy import lazy_module
 
 
 def __getattr__(name: str) -> ModuleType:
-    return lazy_module(__name__, name, "mixture", "stream")
+    return lazy_module(__name__, name, "mixture", "overlap", "stream")

@@ -9,20 +9,17 @@ Which rows of the files a run takes, and in which order, is in mixture.py and pa
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from fractions import Fraction
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-
-import numpy as np
 
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError, require_regular
 from tinylm.common.files import locked
 from tinylm.config.schema import DataConfig
-from tinylm.text.data_source import DataSource, data_sources, text_overlap
+from tinylm.text.data_source import DataSource, data_sources
 from tinylm.text.sources import BIN
-from tinylm.text.splits import NAMES, Overlap, Which, count_overlap
+from tinylm.text.splits import NAMES, Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import EncodeSpec, encode_file
 from tinylm.tokens.id_arrays import open_tokens
@@ -139,27 +136,9 @@ def name_of(data: DataConfig) -> str:
     """The name of the data of a run in a message."""
     if data.mix is None:
         return data.dataset
-    shares = shares_of(weights_of(data))
-    parts = [
-        f"{part.dataset} ({float(share):.1%})" for part, share in zip(data.mix, shares, strict=True)
-    ]
+    total = sum(part.weight for part in data.mix)
+    parts = [f"{part.dataset} ({part.weight / total:.1%})" for part in data.mix]
     return f"mix of {', '.join(parts)}"
-
-
-def training_fingerprint(data: DataConfig, files: Sequence[TokenFile]) -> str:
-    """Identifies the training tokens of a run; of a mixture also the shares.
-
-    Shares, not weights: with 2 and 1 in place of 20 and 10 the rows of the run are the same.
-    """
-    if data.mix is None:
-        return files[0].fingerprint
-    shares = shares_of(weights_of(data))
-    parts = [f"{share} {file.fingerprint}" for share, file in zip(shares, files, strict=True)]
-    return " + ".join(parts)
-
-
-SourceFiles = Sequence[tuple[DataSource, TokenFile | None]]
-"""the sources of a split with their token files; None for a stream"""
 
 
 def notes_on_text(
@@ -189,42 +168,3 @@ def notes_on_text(
             "one document"
         )
     return notes
-
-
-def split_overlap(train: SourceFiles, val: SourceFiles) -> Overlap:
-    """How many documents of validation are training documents too, as far as it is known.
-
-    Text is compared with text (`text_overlap`), and the token files of the settings
-    with each other.
-    """
-    given = [file for source, file in train if source.split is None and file is not None]
-    val_given = [file for source, file in val if source.split is None and file is not None]
-    if given and val_given:
-        return token_overlap(given, val_given)
-    if val[0][0].val_fraction is not None:  # text that is held out is divided by its content
-        return Overlap(0, 0, 0)
-    return text_overlap([source for source, _ in train], [source for source, _ in val])
-
-
-def token_overlap(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Overlap:
-    """How many documents of token files of one tokenizer are in both splits, by their tokens."""
-    dtype = np.result_type(*(file.header.token_dtype for file in (*train, *val)))
-    train_documents = (document for file in train for document in file.documents(dtype))
-    val_documents = (document for file in val for document in file.documents(dtype))
-    return count_overlap(train_documents, val_documents)
-
-
-def weights_of(data: DataConfig) -> list[float]:
-    """The weight of each source; a single source has all the weight."""
-    return [1.0] if data.mix is None else [part.weight for part in data.mix]
-
-
-def shares_of(weights: Sequence[float]) -> list[Fraction]:
-    """The weights divided by their sum, exactly.
-
-    >>> [str(share) for share in shares_of([0.3, 0.1])]
-    ['3/4', '1/4']
-    """
-    # str: 0.1 is a tenth, not the binary number next to it
-    exact = [Fraction(str(weight)) for weight in weights]
-    return [weight / sum(exact) for weight in exact]

@@ -3,14 +3,15 @@
 import logging
 from itertools import zip_longest
 
-import training  # training.tokenizer is imported at its first use
+import training  # training.tokenizer and tokens.overlap are imported at their first use
 from data import PretrainData
+from tinylm import tokens
 from tinylm.common.console import progress_bar
 from tinylm.common.errors import UserError
 from tinylm.common.units import short
 from tinylm.config.schema import Config
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.run_files import name_of, notes_on_text, split_overlap
+from tinylm.tokens.run_files import name_of, notes_on_text
 from training.build import build_language_model
 from training.context import RunContext
 from training.stage import Stage
@@ -36,8 +37,8 @@ def open_data(context: RunContext, tokenizer: Tokenizer) -> PretrainData:
     in both splits.
     """
     config = context.config
-    data = PretrainData(config, tokenizer)
     with progress_bar() as on_progress:
+        data = PretrainData(config, tokenizer)
         data.prepare(on_progress)
     train = "a stream"
     if data.train_files:
@@ -76,7 +77,9 @@ def check_documents(data: PretrainData) -> None:
             setting = "data.document_separator"
             for note in notes_on_text(source.name, file, data.tokenizer, source.separator, setting):
                 logger.info(note)
-    shared = split_overlap(train_files, val_files)
+    if config.data.val_dataset is None and all(source.split for source in data.val_sources):
+        return  # text is divided by its content
+    shared = tokens.overlap.split_overlap(train_files, val_files)
     effect = "are also training documents; val_loss will look better than it is"
     if config.data.val_dataset is not None:
         if shared.found:

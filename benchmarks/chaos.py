@@ -320,7 +320,8 @@ def damage(run: Run, reference: Undisturbed, rng: random.Random, number: int) ->
     found = checkpoint_format.candidates(run.checkpoints)
     how, each = list(DAMAGES)[number % len(DAMAGES)], rng.random() < 0.3
     backup = run.folder / "backup"
-    shutil.copytree(run.checkpoints, backup)
+    if each:
+        shutil.copytree(run.checkpoints, backup)
     for path in found if each else found[:1]:
         content = DAMAGES[how](path.read_bytes(), rng)
         path.write_bytes(content)  # in place: last.ckpt is the same file
@@ -382,8 +383,10 @@ def compare(expected: Run, actual: Run) -> list[str]:
     for key in COMPARED:
         if not same(states[0][key], states[1][key]):
             differences.append(f"{key} of the last checkpoint")
-    names = [sorted(path.name for path in run.checkpoints.iterdir()) for run in (expected, actual)]
-    differences += [f"{name} in one folder only" for name in sorted(set(names[0]) ^ set(names[1]))]
+    # Which steps are kept depends on where a signal stopped the run, their number does not.
+    counts = [len(list(run.checkpoints.glob("*.ckpt"))) for run in (expected, actual)]
+    if counts[0] != counts[1]:
+        differences.append(f"{counts[0]} and {counts[1]} checkpoints")
     left = [path.name for path in actual.folder.rglob("*.tmp")]
     return differences + [f"{name} is left" for name in left]
 

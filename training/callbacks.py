@@ -76,7 +76,7 @@ class StepEnd(L.Callback):
             self.state = None  # free its memory
         score = None
         if module.progress.step:
-            score = self.validation.run_if_due(trainer, module)
+            score = self.validation.run_if_due(trainer, module, is_owed=True)
         self.metrics.start(module.progress.tokens)
         if score is not None:
             self.metrics.complete_row(module, score)
@@ -185,17 +185,24 @@ class Validation:
     seconds: float = 0.0
     """the time that the validation of this step took"""
 
-    def run_if_due(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, float] | None:
+    def run_if_due(
+        self, trainer: L.Trainer, module: TrainingModule, *, is_owed: bool = False
+    ) -> dict[str, float] | None:
         """val_loss and the stage's other metrics; None if this step has no validation,
         or it was interrupted.
+
+        A resumed run makes up for an interrupted validation. So no signal interrupts one that is
+        owed, or that of the last step, or one with several ranks: a rank that left it early would
+        leave the others waiting.
         """
         training, progress = module.config.training, module.progress
         started, self.seconds = time.monotonic(), 0.0
-        is_due = progress.step % training.val_every_steps == 0
-        is_due = is_due or progress.step == training.max_steps
+        is_last = progress.step == training.max_steps
+        is_due = is_last or progress.step % training.val_every_steps == 0
         if not is_due or progress.validated(progress.step):
             return None
-        score = self._score(trainer, module)
+        can_stop = not (is_owed or is_last or trainer.world_size > 1)
+        score = self._score(trainer, module, can_stop=can_stop)
         if score is None:
             return None
         progress.validations.append([progress.step, score["val_loss"]])
@@ -209,12 +216,11 @@ class Validation:
         self.seconds = time.monotonic() - started
         return score
 
-    def _score(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, float] | None:
+    def _score(
+        self, trainer: L.Trainer, module: TrainingModule, *, can_stop: bool
+    ) -> dict[str, float] | None:
         """The metrics of all validation batches of all ranks; None if a signal interrupted them."""
         assert trainer.datamodule is not None
-        # With several ranks a validation is finished: a rank
-        # that left it early would leave the others waiting.
-        can_stop = trainer.world_size == 1
         totals: list[float] = []
         module.eval()
         with torch.no_grad():

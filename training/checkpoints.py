@@ -25,22 +25,43 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.format import FORMAT, SCHEMA
 from tinylm.checkpoint.result import link_final
 from tinylm.common.errors import Diverged
-from tinylm.config.schema import TrainingConfig
 from tinylm.model.lora import adapter_weights
 from tinylm.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-def link_aliases(path: Path, progress: Progress, training: TrainingConfig, *, final: bool) -> None:
-    """Give step-N.ckpt its further names: last.ckpt, and best.ckpt after the best validation;
-    and at the end of the run name its model final.ckpt.
+def finish_save(
+    path: Path, progress: Progress, patience: int | None, keep_last: int | None, *, final: bool
+) -> None:
+    """What follows the writing of step-N.ckpt, also at the next start of a run that was killed
+    before it: the further names last.ckpt, and best.ckpt after the best validation; at the end of
+    the run the name final.ckpt of its model; and the removal of the oldest files.
     """
     checkpoint_format.link(path, "last.ckpt")
     if is_best(progress):
         checkpoint_format.link(path, "best.ckpt")
     if final:
-        link_final(path, training.early_stopping_patience)
+        link_final(path, patience)
+    remove_oldest(path.parent, progress.step, keep_last)
+
+
+def remove_oldest(folder: Path, step: int, keep_last: int | None) -> None:
+    """Remove the oldest step files; one that cannot be removed does not stop the run.
+
+    Files of steps after `step` are damaged or diverged, because the run did not resume from them:
+    they do not count.
+    """
+    if keep_last is None:
+        return
+    found = checkpoint_format.candidates(folder)
+    found = [path for path in found if path.name.startswith("step-")]
+    found = [path for path in found if checkpoint_format.step_of(path) <= step]
+    for path in found[keep_last:]:
+        try:
+            os.unlink(path)
+        except OSError as error:
+            logger.warning(f"{path} cannot be removed: {error.strerror}")
 
 
 def is_best(progress: Progress) -> bool:
@@ -83,8 +104,8 @@ class Checkpoints:
             path = self.folder / f"step-{step:06d}.ckpt"
             checkpoint_format.write(path, state)
             self.newest = path
-            link_aliases(path, module.progress, training, final=final)
-            self._remove_oldest(step, training.keep_last)
+            patience, keep_last = training.early_stopping_patience, training.keep_last
+            finish_save(path, module.progress, patience, keep_last, final=final)
 
     def _state(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, Any]:
         """Everything that a resumed run and the other programs need, as plain types."""
@@ -117,23 +138,6 @@ class Checkpoints:
             "threads": torch.get_num_threads(),
             "versions": {"torch": str(torch.__version__), "lightning": L.__version__},
         }
-
-    def _remove_oldest(self, step: int, keep_last: int | None) -> None:
-        """Remove the oldest step files; one that cannot be removed does not stop the run.
-
-        Files of steps after `step` are damaged or diverged, because the run did not resume from
-        them: they do not count.
-        """
-        if keep_last is None:
-            return
-        found = checkpoint_format.candidates(self.folder)
-        found = [path for path in found if path.name.startswith("step-")]
-        found = [path for path in found if checkpoint_format.step_of(path) <= step]
-        for path in found[keep_last:]:
-            try:
-                os.unlink(path)
-            except OSError as error:
-                logger.warning(f"{path} cannot be removed: {error.strerror}")
 
 
 def require_finite_weights(module: TrainingModule) -> None:

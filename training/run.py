@@ -23,7 +23,7 @@ from tinylm.planning.out_of_memory import explain_out_of_memory
 from tinylm.runs.metrics_csv import MetricsFile
 from training.build import build_loggers, build_trainer, describe_model
 from training.callbacks import Metrics, ProgressDisplay, Sample, StepEnd, StopSignals, Validation
-from training.checkpoints import Checkpoints, link_aliases
+from training.checkpoints import Checkpoints, finish_save
 from training.context import ResumeOptions, RunContext
 from training.initial import find_initial_model, initialized_config, prepare_tokenizer
 from training.resume import (
@@ -67,8 +67,9 @@ def train(
             require_same_settings(resume, config, allow_changes=options.allow_changes)
             path, is_complete = resume.path, resume.is_complete(config)
             if options.path is None:
-                # The run may have been killed after saving the checkpoint but before linking it.
-                link_aliases(path, resume.progress(), config.training, final=is_complete)
+                patience = config.training.early_stopping_patience
+                keep_last = resume.config.training.keep_last  # a new number waits for a save
+                finish_save(path, resume.progress(), patience, keep_last, final=is_complete)
                 path = path.with_name(FINAL)
             if is_complete:
                 logger.info(f"already complete at step {resume.state['step']}: {path}")

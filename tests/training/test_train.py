@@ -28,6 +28,7 @@ from tinylm.common.stop_signals import STOP_SIGNALS
 from tinylm.config.loader import load_config
 from tinylm.tokenizer import bpe_fast
 from tinylm.tokenizer.byte_char import ByteTokenizer
+from training import checkpoints
 from training.checkpoints import is_best
 from training.context import RunContext
 from training.stages import pretrain
@@ -300,6 +301,28 @@ def test_a_signal_inside_an_accumulation_finishes_the_step_saves_and_resumes(
         assert run(config) == code
     newest = checkpoint_format.latest_valid(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-000003.ckpt"
+    assert run(config) == 0
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_a_validation_that_no_later_process_would_make_up_for_is_finished(
+    make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """C3: a signal in each validation. That of step 3 is interrupted once and then owed; that of step 6 is the last."""
+    original = model.LanguageModule.validation_step
+
+    def stop(self: Any, *given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *given)
+
+    config = make_config(**HARD)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.LanguageModule, "validation_step", stop)
+        assert run(config) == 143
+        assert sorted(curve(tmp_path, "val_loss")) == []
+        assert run(config) == 143
+        assert sorted(curve(tmp_path, "val_loss")) == [3] and max(curve(tmp_path)) == 3
+        assert run(config) == 143
     assert run(config) == 0
     assert_same_run(uninterrupted, tmp_path)
 
@@ -690,6 +713,22 @@ def test_a_damaged_newest_checkpoint_is_skipped(
     assert curve(uninterrupted) == whole
 
 
+def test_the_oldest_files_of_a_killed_run_are_removed_at_its_next_start(
+    make_config: Make, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """K9: killed after the last save; another keep_last waits for the next save, as the run may yet be refused."""
+    folder = tmp_path / "checkpoints"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "remove_oldest", lambda *given: None)
+        assert run(make_config()) == 0
+    assert len(list(folder.glob("step-*.ckpt"))) == 4, "steps 2, 3, 4 and 6"
+    assert run(make_config(), "training.keep_last=1") == 0
+    assert sorted(path.name for path in folder.glob("step-*.ckpt")) == [
+        "step-000004.ckpt",
+        "step-000006.ckpt",
+    ]
+
+
 def test_a_new_run_refuses_a_used_folder(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -983,6 +1022,7 @@ def test_killed_at_every_seam_of_a_save_the_run_resumes_exactly(
         assert run(config, *elsewhere(folder)) == 0
         assert_same_run(uninterrupted, folder)
         assert not list((folder / "checkpoints").glob(".*.tmp"))
+        assert len(list((folder / "checkpoints").glob("step-*.ckpt"))) == 2, "keep_last"
         assert {"last.ckpt", "best.ckpt", "final.ckpt"} <= {
             path.name for path in (folder / "checkpoints").iterdir()
         }

@@ -14,15 +14,21 @@ NUMBERS = {"rope_theta", "norm_eps"}
 IN_TRAINING = {"attention_dropout", "residual_dropout", "init", "gradient_checkpointing"}
 
 
-def steps(model: Decoder, *, batch: int = 3, n_steps: int = 6) -> list[tuple[Tensor, Tensor]]:
-    """The logits (B, V) of both after each of some tokens that follow a prompt of 7."""
+def steps(
+    model: Decoder, *, batch: int = 3, n_steps: int = 6, ragged: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """The logits (B, V) of both after each of some tokens that follow a prompt of 7; if `ragged`
+    of 7, 6, 5, ...
+    """
     step, ids = LeanStep(model), some_ids(batch, 7 + n_steps, seed=2)
     caches = [model.new_cache(batch, 32, chunk=3) for _ in range(2)]
     pairs = []
     with torch.inference_mode():
         for cache in caches:
-            for part in ids[:, :7].split(cache.chunk, dim=1):
-                model.features(part, cache=cache)
+            for row in range(batch):
+                one, length = cache.rows(row, row + 1), 7 - row * ragged
+                for part in ids[row : row + 1, :length].split(cache.chunk, dim=1):
+                    model.features(part, cache=one)
         for t in range(7, 7 + n_steps):
             hidden = model.features(ids[:, t : t + 1], cache=caches[1]).hidden
             pairs.append((step(ids[:, t], caches[0]), model.head(hidden[:, -1])))
@@ -34,6 +40,12 @@ def steps(model: Decoder, *, batch: int = 3, n_steps: int = 6) -> list[tuple[Ten
 def test_its_logits_are_those_of_the_decoder(options):
     """Six steps: a window of 4 with chunks of 3 has 6 slots, so the ring is overwritten."""
     for lean, plain in steps(make(**options)):
+        assert_same(lean, plain)
+
+
+@COMBINED
+def test_rows_of_different_lengths_have_the_logits_of_the_decoder(options):
+    for lean, plain in steps(make(**options), ragged=True):
         assert_same(lean, plain)
 
 

@@ -19,23 +19,50 @@ the CPU: a GPU needs fewer launches, not another layout.
 # F feed-forward width · V vocabulary · E experts · A experts per token
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinylm.config.schema import ModelConfig
 from tinylm.model.decoder import (
     Attention,
     Block,
     Decoder,
     MixtureOfExperts,
     activate,
-    attention_context,
+    attention_mask,
     rotary_cos_sin,
 )
+from tinylm.model.int8 import Int8Experts, Int8Linear
 from tinylm.model.kv_cache import KVCache
 
 Function = Callable[[Tensor], Tensor]
+LinearFunction = Callable[..., Tensor]
+"""of x (B, in), and of a residual stream (B, out) that is added"""
+Angles = tuple[Tensor, Tensor] | None
+"""cosines and signed sines, each (1, K), or (B, 1, K) if rows differ"""
+
+
+class LayerView(NamedTuple):
+    """What one layer writes to and reads from the cache in a step."""
+
+    keys: Tensor
+    """the slots (B, G, K) of the new tokens; (B, G, slots, K), to be indexed, if rows differ"""
+    values: Tensor
+    index: tuple[Any, ...] | None
+    seen: list[tuple[Tensor, Tensor, Tensor | None]]
+    """keys and values (b, G, S, K) and the mask: of all rows, or row by row if they differ"""
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Store the new keys and values (B, G, K)."""
+        if self.index is None:
+            self.keys.copy_(k)
+            self.values.copy_(v)
+        else:
+            self.keys[self.index] = k
+            self.values[self.index] = v
 
 
 class LeanStep:
@@ -48,11 +75,7 @@ class LeanStep:
         self.rotation: tuple[Tensor, Tensor] | None = None
         if config.position == "rope":
             self.rotation = rotation_table(config.max_seq_len, config.head_dim, config.rope_theta)
-        # The table replaces the angles that a context would compute; its mask is the same.
-        self.mask_config = config.model_copy(
-            update={"position": "alibi" if config.position == "alibi" else "none"}
-        )
-        self.layers = [LeanBlock(block) for block in model.blocks]
+        self.blocks = [LeanBlock(block) for block in model.blocks]
         self.norm = norm_function(model.norm)
         self.head = linear_function(model.head)
 
@@ -60,17 +83,16 @@ class LeanStep:
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the token after `ids` (B,), which are added to `cache`."""
         positions = cache.advance(1)  # (1,), or (B, 1) if rows differ
-        context = attention_context(self.mask_config, positions, cache)
         x = self.embedding[ids]  # (B, D)
         if self.positions is not None:
             x = x + self.positions[positions.squeeze(-1)]  # (B, D)
-        cos_sin = None
+        angles = None
         if self.rotation is not None:
             cos, sin = self.rotation
-            cos_sin = cos[positions], sin[positions]  # (1, K), or (B, 1, K)
-        mask = context.attention_mask
-        for layer in self.layers:
-            x = layer(x, cos_sin, positions, mask, cache)  # (B, D)
+            angles = cos[positions], sin[positions]  # (1, K) each, or (B, 1, K)
+        views = cache_views(self.config, positions, cache)
+        for block, view in zip(self.blocks, views, strict=True):
+            x = block(x, angles, view)  # (B, D)
         return self.head(self.norm(x))  # (B, V)
 
 
@@ -84,80 +106,98 @@ class LeanBlock:
         self.attention = LeanAttention(block.attention)
         self.ffn = ffn_function(block.ffn)
 
-    def __call__(
-        self,
-        x: Tensor,
-        cos_sin: tuple[Tensor, Tensor] | None,
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: KVCache,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, angles: Angles, view: LayerView) -> Tensor:
         """The residual stream (B, D) after this block."""
         if self.post:
-            x = self.attention_norm(x + self.attention(x, cos_sin, positions, mask, cache))
-            return self.ffn_norm(x + self.ffn(x))
-        x = x + self.attention(self.attention_norm(x), cos_sin, positions, mask, cache)
-        return x + self.ffn(self.ffn_norm(x))
+            x = self.attention_norm(self.attention(x, x, angles, view))
+            return self.ffn_norm(self.ffn(x, x))
+        x = self.attention(x, self.attention_norm(x), angles, view)
+        return self.ffn(x, self.ffn_norm(x))
 
 
 class LeanAttention:
     """Attention of one new token per row over the cache."""
 
     def __init__(self, attention: Attention):
-        self.layer = attention.layer
-        self.n_heads, self.n_kv_heads = attention.n_heads, attention.n_kv_heads
-        self.head_dim, self.n_sinks = attention.head_dim, attention.n_sinks
+        self.heads = H, G = attention.n_heads, attention.n_kv_heads
+        self.head_dim = K = attention.head_dim
         self.qkv, self.out = linear_function(attention.qkv), linear_function(attention.out)
         self.qk_norm_weight: Tensor | None = None
         if isinstance(attention.q_norm, nn.RMSNorm):
-            H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
             weights = attention.q_norm.weight.expand(H, K), attention.k_norm.weight.expand(G, K)
             self.qk_norm_weight = torch.cat(weights)  # (H + G, K)
             self.qk_norm_eps = attention.q_norm.eps
-        if self.n_sinks:
+        self.sinks: tuple[Tensor, Tensor] | None = None
+        if attention.n_sinks:
             self.sinks = attention.sink_keys, attention.sink_values  # (G, n_sinks, K) each
 
-    def __call__(
-        self,
-        x: Tensor,
-        cos_sin: tuple[Tensor, Tensor] | None,
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: KVCache,
-    ) -> Tensor:
-        """Mix what the new tokens x (B, D) see."""
-        B, H, G, K = len(x), self.n_heads, self.n_kv_heads, self.head_dim
+    def __call__(self, stream: Tensor, x: Tensor, angles: Angles, view: LayerView) -> Tensor:
+        """The residual stream (B, D) plus a mixture of what the new tokens x (B, D) see."""
+        (H, G), K = self.heads, self.head_dim
         # One product for all heads: H of queries, G of keys, G of values.
-        heads = self.qkv(x).view(B, H + 2 * G, K)
-        qk, v = heads[:, : H + G], heads[:, H + G :]  # (B, H + G, K), (B, G, K)
+        qk, v = self.qkv(x).view(-1, H + 2 * G, K).split((H + G, G), dim=1)
         # Queries and keys are normalized and rotated together.
         if self.qk_norm_weight is not None:
             qk = F.rms_norm(qk, (K,), None, self.qk_norm_eps) * self.qk_norm_weight
-        if cos_sin is not None:
-            qk = rotate(qk, *cos_sin)  # (B, H + G, K)
-        q, k = qk[:, :H], qk[:, H:]  # (B, H, K), (B, G, K)
-        # Store the new keys and values, and look at all that are stored.
-        keys, values = cache.write(self.layer, positions, k[:, :, None], v[:, :, None])
-        if self.n_sinks:
-            sink_keys, sink_values = self.sinks
-            keys = torch.cat((sink_keys.to(keys.dtype).expand(B, -1, -1, -1), keys), dim=2)
-            values = torch.cat((sink_values.to(values.dtype).expand(B, -1, -1, -1), values), dim=2)
-        mixed = self.attend(q.to(values.dtype), keys, values, mask)  # (B, H·K)
-        return self.out(mixed)  # (B, D)
+        if angles is not None:
+            qk = rotate(qk, *angles)  # (B, H + G, K)
+        q, k = qk.split((H, G), dim=1)  # (B, H, K), (B, G, K)
+        view.write(k, v)
+        # The R queries that share a head are R rows of one product: no key is repeated.
+        queries = q.reshape(-1, G, H // G, K)  # (B, G, R, K)
+        if len(view.seen) == 1:
+            mixed = self.attend(queries, *view.seen[0])  # (B, G, R, K)
+        else:
+            rows = zip(queries.split(1), view.seen, strict=True)
+            mixed = torch.cat([self.attend(query, *seen) for query, seen in rows])
+        return self.out(mixed.reshape(-1, H * K), stream)  # (B, D)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q kᵀ / √K + mask) v: q (B, H, K), keys and values (B, G, S, K); (B, H·K)."""
-        B, G, H, K = len(q), self.n_kv_heads, self.n_heads, self.head_dim
-        # The R queries that share a head are R rows of one product: nothing is repeated.
-        rows = q.reshape(B, G, H // G, K)  # (B, G, R, K)
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q kᵀ / √K + mask) v (b, G, R, K)."""
+        if self.sinks is not None:
+            sink_keys, sink_values = self.sinks
+            keys = torch.cat((sink_keys.expand(len(keys), -1, -1, -1), keys), dim=2)
+            values = torch.cat((sink_values.expand(len(keys), -1, -1, -1), values), dim=2)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def cache_views(config: ModelConfig, positions: Tensor, cache: KVCache) -> list[LayerView]:
+    """The part of the cache that each layer writes and reads, cut out for all layers at once."""
+    # One new token sees all that is stored, unless a window or a bias says otherwise.
+    mask = None
+    window = config.sliding_window
+    if config.position == "alibi" or (window is not None and window < cache.filled):
+        mask = attention_mask(config, positions, cache.key_positions)  # (..., 1, n_sinks + S)
+        G, R = config.n_kv_heads, config.n_heads // config.n_kv_heads
+        heads = (G, R) if config.position == "alibi" else (1, 1)
+        mask = mask.reshape(-1, *heads, mask.size(-1))  # (1|B, 1|G, 1|R, n_sinks + S)
+        if mask.dtype != torch.bool:
+            mask = mask.to(cache.values.dtype)
+    # All rows together if they are equally long; else one by one, each as long as it is.
+    lengths = cache.row_lengths
+    rows = [slice(None)] if lengths is None else [slice(b, b + 1) for b in range(len(lengths))]
+    seen = []
+    for part, length in zip(rows, lengths or [cache.filled], strict=True):
+        keys = cache.keys[:, part, :, :length].unbind()  # of each layer (b, G, S, K)
+        values = cache.values[:, part, :, :length].unbind()
+        of_part = None
         if mask is not None:
-            if mask.dim() == 4 and mask.size(1) == H:  # a bias per query head: (., H, 1, S)
-                mask = mask.reshape(len(mask), G, H // G, -1)
-            elif mask.dim() == 3 and mask.size(0) == H:  # (H, 1, S)
-                mask = mask.reshape(1, G, H // G, -1)
-            if mask.dtype != torch.bool:
-                mask = mask.to(values.dtype)
-        return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).reshape(B, H * K)
+            of_part = mask if len(mask) == 1 else mask[part]
+            of_part = of_part[..., : config.n_sinks + length]  # (b, 1|G, 1|R, n_sinks + S)
+        seen.append([(key, value, of_part) for key, value in zip(keys, values, strict=True)])
+    # The slot of the new token: the same in all rows, or one for each.
+    keys, values, index = cache.keys, cache.values, None
+    if positions.dim() == 1:
+        slot = (cache.length - 1) % cache.slots
+        keys, values = keys[:, :, :, slot], values[:, :, :, slot]
+    else:
+        slots = (positions % cache.slots).squeeze(-1)  # (B,)
+        index = (torch.arange(len(slots)), slice(None), slots)
+    layers = zip(keys.unbind(), values.unbind(), *seen, strict=True)
+    return [LayerView(key, value, index, parts) for key, value, *parts in layers]
 
 
 # --- rotation -------------------------------------------------------------------------------------
@@ -177,9 +217,10 @@ def rotation_table(n_positions: int, head_dim: int, theta: float) -> tuple[Tenso
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """x (..., K) rotated: (a, b) · cos + (b, a) · (-sin, sin), in fp32 as in decoder.py."""
-    wide = x.to(cos.dtype)
+    wide = x if x.dtype == cos.dtype else x.to(cos.dtype)
     swapped = wide.roll(x.size(-1) // 2, -1)  # (b, a)
-    return swapped.mul_(signed_sin).addcmul_(wide, cos).to(x.dtype)
+    rotated = swapped.mul_(signed_sin).addcmul_(wide, cos)
+    return rotated if x.dtype == cos.dtype else rotated.to(x.dtype)
 
 
 # --- functions of modules -------------------------------------------------------------------------
@@ -197,29 +238,45 @@ def norm_function(norm: nn.Module) -> Function:
     return lambda x: x
 
 
-def linear_function(linear: nn.Linear) -> Function:
+def linear_function(linear: nn.Linear | Int8Linear) -> LinearFunction:
     """The layer as a function of (B, in), its matrix laid out for reading."""
+    if isinstance(linear, Int8Linear):
+        product = linear.product
+        return lambda x, stream=None: product(x) if stream is None else product(x).add_(stream)
     return matrix_function(linear.weight.detach(), linear.bias)
 
 
-def matrix_function(weight: Tensor, bias: Tensor | None) -> Function:
-    """x Wᵀ + bias for a matrix W (out, in)."""
+def matrix_function(weight: Tensor, bias: Tensor | None) -> LinearFunction:
+    """x Wᵀ + bias for a matrix W (out, in), and plus the residual stream if it is given."""
     if weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         product = torch.ops.mkldnn._linear_pointwise
-        return lambda x: product(x, packed, bias, "none", [], "")
+
+        def packed_linear(x: Tensor, stream: Tensor | None = None) -> Tensor:
+            y = product(x, packed, bias, "none", [], "")  # (B, out)
+            return y if stream is None else y.add_(stream)
+
+        return packed_linear
     by_column = weight.T.contiguous()  # (in, out)
-    if bias is not None:
-        return lambda x: torch.addmm(bias, x, by_column)
-    return lambda x: torch.mm(x, by_column)
+
+    def linear(x: Tensor, stream: Tensor | None = None) -> Tensor:
+        if stream is None:
+            stream = bias
+        elif bias is not None:
+            stream = stream + bias
+        if stream is None:
+            return torch.mm(x, by_column)
+        return torch.addmm(stream, x, by_column)  # (B, out)
+
+    return linear
 
 
-def ffn_function(ffn: nn.Module) -> Function:
-    """The feed-forward layer as a function of (B, D)."""
+def ffn_function(ffn: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """The feed-forward layer as a function of the residual stream and of its input, (B, D) each."""
     if isinstance(ffn, MixtureOfExperts):
         return LeanExperts(ffn)
     up, down, kind = linear_function(ffn.up), linear_function(ffn.down), ffn.kind
-    return lambda x: down(activate(kind, up(x)))
+    return lambda stream, x: down(activate(kind, up(x)), stream)
 
 
 class LeanExperts:
@@ -228,7 +285,11 @@ class LeanExperts:
     def __init__(self, mixture: MixtureOfExperts):
         self.top_k, self.kind = mixture.top_k, mixture.kind
         self.router = linear_function(mixture.router)
-        self.experts: list[tuple[Function, Function]] = []
+        self.experts: list[tuple[LinearFunction, LinearFunction]] = []
+        if isinstance(mixture, Int8Experts):
+            for up, down in zip(mixture.ups, mixture.downs, strict=True):
+                self.experts.append((linear_function(up), linear_function(down)))
+            return
         for expert in range(mixture.n_experts):
             up_bias = None if mixture.up_bias is None else mixture.up_bias[expert]
             down_bias = None if mixture.down_bias is None else mixture.down_bias[expert]
@@ -236,12 +297,12 @@ class LeanExperts:
             down = matrix_function(mixture.down[expert].detach(), down_bias)
             self.experts.append((up, down))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The output (B, D)."""
+    def __call__(self, stream: Tensor, x: Tensor) -> Tensor:
+        """The residual stream (B, D) plus the output for x (B, D)."""
         probabilities = self.router(x).float().softmax(dim=-1)  # (B, E)
         weights, experts = probabilities.topk(self.top_k, dim=-1)  # (B, A) each
         weights = (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
-        mixed = torch.zeros_like(x)
+        mixed = stream.clone()
         for expert in experts.unique().tolist():
             rows, choice = (experts == expert).nonzero(as_tuple=True)
             up, down = self.experts[expert]

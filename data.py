@@ -42,6 +42,7 @@ from tinylm.tokens.packing import (
     TokenRows,
     collate_rows,
     count_batches,
+    count_rows,
     validation_order,
 )
 from tinylm.tokens.run_files import (
@@ -100,6 +101,10 @@ class RunData(L.LightningDataModule):
         share = share or self.rank_share()
         n_batches = count_batches(len(rows), share, self.config.training.val_batches)
         return RowDataset(rows, partial(validation_order, len(rows)), collate, share, n_batches)
+
+    def rows_per_pass(self) -> float | None:
+        """Rows of one pass over the training data; None for a stream, whose length is not known."""
+        return len(self.train_dataset(RankShare(1)).rows)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The micro-batches from `first_batch` to the end of the run."""
@@ -218,6 +223,16 @@ class PretrainData(RunData):
         allocation = mixture.Allocation(weights, training.seed)
         order = partial(mixture.mixture_row, allocation, orders)
         return RowDataset(mixture.MixtureRows(sources), order, collate, share)
+
+    def rows_per_pass(self) -> float | None:
+        """Of all sources together; random rows are a pass when they have as many tokens."""
+        if not self.train_files:
+            return None
+        data, seq_len = self.config.data, self.config.training.seq_len
+        if data.order == "random":
+            return sum(map(len, self.train_files)) / seq_len
+        stride = data.stride or seq_len
+        return sum(count_rows(len(file), seq_len, stride) for file in self.train_files)
 
     def val_dataset(self, share: RankShare | None = None) -> RowDataset:
         """Every validation token as a target once, whatever the stride of training."""

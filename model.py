@@ -151,6 +151,8 @@ class TrainingModule(L.LightningModule):
         self.cursor: list[int] | None = None
         self.system: str | None = None
         """the system turn that its answers are generated with"""
+        self.rows_per_pass: float | None = None
+        """rows of one pass over the training data; None if that is not known"""
         self._losses: list[BatchLoss] = []  # of the micro-batches of this step
         self._origins: list[Any] = []  # of their rows
 
@@ -169,6 +171,14 @@ class TrainingModule(L.LightningModule):
     def val_metrics(self, totals: list[float]) -> dict[str, float]:
         """val_loss and `val_columns`, from the sums over all batches and ranks."""
         raise NotImplementedError
+
+    def passes_at(self, step: int, world_size: int) -> float | None:
+        """How often the run has seen the training data after `step`; None if that is not known."""
+        if self.rows_per_pass is None:
+            return None
+        training = self.config.training
+        rows_per_step = training.micro_batch_size * training.grad_accum_steps * world_size
+        return step * rows_per_step / self.rows_per_pass
 
     # --- before the first step ---
 

@@ -319,11 +319,12 @@ def faults_of_command(command: Command, folders: set[str]) -> Iterator[str]:
         return
     if command.program in ("train.py", "align.py"):
         folders.update(config.training.checkpoint_dir for config in configs)
-    reads = {
-        flag: path.parent
-        for flag in ("ckpt", "resume")
-        if isinstance(path := given.get(flag), Path)
-    }
+    reads = {}
+    for flag in ("ckpt", "resume"):
+        named = given.get(flag)
+        for name in named if isinstance(named, list) else [named]:  # eval_val.py takes several
+            if isinstance(name, str | Path):  # --resume may stand alone
+                reads[flag] = Path(name).parent
     if given.get("dir") is not None:
         reads["dir"] = given["dir"]
     for flag, folder in reads.items():

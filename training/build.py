@@ -13,10 +13,9 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
 
 from data import RunData
-from model import LanguageModule
+from model import LanguageModule, TrainingModule
 
 # hf_model and checkpoint.initial are imported when a run uses such a model
 from tinylm import checkpoint as checkpoints
@@ -113,8 +112,11 @@ def build_language_model(
     return LanguageModule(context.config, model, byte_lengths, context.stage, references)
 
 
-def describe_model(config: Config, model: nn.Module, world_size: int) -> str:
-    """One line: parameters, trained parameters or FLOPs per token, tokens per step, steps."""
+def describe_model(module: TrainingModule, world_size: int) -> str:
+    """One line: parameters, trained parameters or FLOPs per token, tokens per step, steps,
+    passes over the data.
+    """
+    config, model = module.config, module.decoder
     training = config.training
     n_rows = training.micro_batch_size * training.grad_accum_steps * world_size
     per_step = f"{n_rows * training.seq_len:,} tokens"
@@ -129,10 +131,11 @@ def describe_model(config: Config, model: nn.Module, world_size: int) -> str:
     elif isinstance(model, Decoder):
         work = f"{short(flops_per_token(model, training.seq_len))} FLOPs per token, "
     n_parameters = count_parameters(model)
+    passes = module.passes_at(training.max_steps, world_size)
     return (
         f"model: {n_parameters:,} parameters, {work}{per_step} per step, "
         f"{training.max_steps:,} steps"
-    )
+    ) + ("" if passes is None else f" ({passes:.3g} passes over the data)")
 
 
 def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Trainer:

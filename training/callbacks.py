@@ -295,6 +295,8 @@ class Metrics:
         row: MetricsRow = dict.fromkeys(columns)
         if "skipped_steps" in row:
             row["skipped_steps"] = progress.skipped_steps
+        if "passes" in row:
+            row["passes"] = module.passes_at(progress.step, module.trainer.world_size)
         row |= {
             "step": progress.step,
             "train_loss": progress.train_loss,

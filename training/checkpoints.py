@@ -121,6 +121,7 @@ class Checkpoints:
             "stage": module.stage,
             "step": progress.step,
             "tokens": progress.tokens,
+            "passes": module.passes_at(progress.step, trainer.world_size),
             "train_loss": progress.train_loss,
             "val_loss": progress.val_losses[-1] if progress.validations else None,
             "created": time.time(),

@@ -97,6 +97,7 @@ def fit(
     """Train `module` on `data` to the last step, from step 0 or from that of the checkpoint."""
     config = module.config
     module.system = data.system
+    module.rows_per_pass = data.rows_per_pass()
     if resume is not None:
         log_effects_of_changes(resume, config)
         module.progress = resume.progress()
@@ -108,11 +109,17 @@ def fit(
     checkpoints = Checkpoints(context.checkpoint_dir, data.tokenizer, data.fingerprints())
     metrics_file, loggers = None, []
     guard_columns = () if config.training.skip_spikes is None else ("skipped_steps",)
+    pass_columns = () if module.rows_per_pass is None else ("passes",)
     if rank_zero_only.rank == 0:
         metrics_file = MetricsFile(
             context.log_dir / "metrics.csv",
             module.progress.step,
-            more_columns=(*module.train_columns, *module.val_columns, *guard_columns),
+            more_columns=(
+                *pass_columns,
+                *module.train_columns,
+                *module.val_columns,
+                *guard_columns,
+            ),
             keep_old=resume is None or not resume.is_in(context.checkpoint_dir),
         )
         loggers = build_loggers(config.training)
@@ -125,7 +132,7 @@ def fit(
         None if resume is None else resume.state,
     )
     trainer = build_trainer(config, context.device, step_end)
-    logger.info(describe_model(config, module.decoder, trainer.world_size))
+    logger.info(describe_model(module, trainer.world_size))
     began = time.monotonic()
     with explain_out_of_memory(config, f"The checkpoints in {context.checkpoint_dir} are intact"):
         try:

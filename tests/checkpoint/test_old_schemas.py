@@ -101,6 +101,8 @@ def test_an_old_run_resumes_to_the_metrics_that_the_old_code_wrote(
     assert program.main(["--config", str(SCHEMA_1 / f"{name}.yaml"), *settings]) == 0
     found = rows(tmp_path / "logs" / name / "metrics.csv")
     expected = rows(SCHEMA_1 / f"{name}.csv")
+    for row in found:
+        del row["passes"]  # a column of later versions
     assert [row.keys() for row in found] == [row.keys() for row in expected]
     for found_row, expected_row in zip(found, expected, strict=True):
         assert found_row == pytest.approx(expected_row, rel=1e-6)

@@ -39,7 +39,7 @@ def loaded(make_config) -> checkpoint_load.Loaded:
     torch.manual_seed(0)
     model = Decoder(config.model).eval()
     info = checkpoint_info.CheckpointInfo(
-        Path("a.ckpt"), "pretrain", 7, 0, None, None, 0, 0, 0.0, ""
+        Path("a.ckpt"), "pretrain", 7, 0, None, None, None, 0, 0, 0.0, "", None, None
     )
     return checkpoint_load.Loaded(model, tokenizer, config, info)
 

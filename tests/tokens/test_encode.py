@@ -468,11 +468,12 @@ def test_a_token_file_has_no_documents_to_read_again(given_file):
             read(DataConfig(dataset=str(given_file)), SEED)
 
 
-@pytest.mark.parametrize("name", ["given.npy", "bare.bin"])
+@pytest.mark.parametrize("name", ["given.npy", "bare.bin", "bare.npy"])
 def test_an_array_of_ids_is_divided_and_trained_on_like_a_token_file(given_file, tmp_path, name):
     tokens = TokenFile.open(given_file).tokens
     np.save(tmp_path / "given.npy", tokens)
-    np.array(tokens).tofile(tmp_path / "bare.bin")
+    for bare in ("bare.bin", "bare.npy"):
+        np.array(tokens).tofile(tmp_path / bare)
     for whole, array in (
         ({"dataset": str(given_file)}, "dataset"),
         ({"dataset": str(given_file), "val_dataset": str(given_file)}, "val_dataset"),
@@ -480,7 +481,7 @@ def test_an_array_of_ids_is_divided_and_trained_on_like_a_token_file(given_file,
         ours = DataConfig(**whole)
         theirs = DataConfig(
             **whole | {array: str(tmp_path / name)},
-            token_dtype="uint16" if name == "bare.bin" else None,
+            token_dtype="uint16" if name.startswith("bare") else None,
         )
         for which in ("train", "val"):
             expected, found = (
@@ -491,20 +492,18 @@ def test_an_array_of_ids_is_divided_and_trained_on_like_a_token_file(given_file,
 
 
 def test_a_dtype_without_a_bare_file_is_refused(data, tmp_path):
-    """A .npy and a text say what they hold."""
+    """A text has no ids, and the header of a .npy says their type."""
     np.save(tmp_path / "a.npy", np.array([1, 258], dtype=np.uint16))
-    for name in (data.dataset, str(tmp_path / "a.npy")):
+    no_bare = "only valid for a bare .bin or .npy; neither data.dataset nor data.val_dataset is one"
+    other = f"is uint32, but the header of {tmp_path / 'a.npy'} says uint16"
+    for name, problem, fix in (
+        (data.dataset, no_bare, "Remove it"),
+        (str(tmp_path / "a.npy"), other, "Remove data.token_dtype"),
+    ):
+        settings = data.model_copy(update={"token_dtype": "uint32", "dataset": name})
         with pytest.raises(UserError) as caught:
-            cached_token_file(
-                data.model_copy(update={"token_dtype": "uint16", "dataset": name}),
-                "val",
-                BYTES,
-                SEED,
-            )
-        assert (
-            str(caught.value)
-            == "data.token_dtype: only valid for a bare .bin; neither data.dataset nor data.val_dataset is one. Remove it."
-        )
+            cached_token_file(settings, "val", BYTES, SEED)
+        assert str(caught.value) == f"data.token_dtype: {problem}. {fix}."
 
 
 def test_a_token_file_whose_name_is_too_long_is_refused_on_one_line():
@@ -801,6 +800,9 @@ def test_a_plain_array_beside_the_token_file(run, write, tmp_path):
         f"{tmp_path / 'a.npy'}\n{tmp_path / 'a.bin'}\n",
         complete,
     )
+    # the name of the array means the same
+    code, _, stderr = run(*command[:5], tmp_path / "a.npy")
+    assert (code, stderr.splitlines()[:2]) == (0, complete)
 
 
 def other_ids(array: Path) -> None:
@@ -1049,7 +1051,7 @@ KINDS = ".txt, .jsonl, .parquet, .txt.gz, .jsonl.gz"
         (("--separator", ""), "--separator: is empty. Give the text that separates documents."),
         (
             ("--out", "a.txt"),
-            "--out: a.txt: the name of a token file must end with .bin. Choose such a name.",
+            "--out: a.txt: the name of a token file must end with .bin, or .npy for an array beside it. Choose such a name.",
         ),
         (
             ("--data", "no.txt"),

@@ -21,6 +21,7 @@ from data import PretrainData, RankShare
 from tests.conftest import val_documents
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import load as checkpoint_load
+from tinylm.checkpoint.info import describe
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.config.schema import Config
@@ -150,6 +151,33 @@ def test_each_pass_is_a_permutation_of_all_rows(load: Any, order: str) -> None:
     passes = [origins[p * rows : (p + 1) * rows] for p in range(3)]
     assert all(sorted(one) == list(range(rows)) for one in passes)
     assert (passes[0] != passes[1]) == (order == "shuffled")
+
+
+def test_passes_are_counted_in_rows_of_the_data(load: Any) -> None:
+    """A permutation has every row once; random rows are a pass when they have all tokens; a stream
+    has no known length.
+    """
+    [data, random, stream] = [
+        prepared(*load(data=settings)) for settings in ({}, {"order": "random"}, STREAM)
+    ]
+    n_tokens, seq_len = len(data.train_files[0]), data.config.training.seq_len
+    assert data.rows_per_pass() == -(-(n_tokens - 1) // seq_len) == len(data.train_dataset().rows)
+    assert random.rows_per_pass() == n_tokens / seq_len
+    assert stream.rows_per_pass() is None
+
+
+def test_metrics_and_checkpoints_say_how_often_the_data_were_seen(
+    make_config: Any, tmp_path: Path
+) -> None:
+    config = make_config()
+    assert train.main(["--config", str(config)]) == 0
+    training = load_config(config).training
+    rows = training.max_steps * training.micro_batch_size * training.grad_accum_steps
+    expected = rows / prepared(load_config(config), ByteTokenizer()).rows_per_pass()
+    last = (tmp_path / "logs" / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    cells = dict(zip(last[0].split(","), last[-1].split(","), strict=True))
+    assert float(cells["passes"]) == pytest.approx(expected)
+    assert describe(tmp_path / "checkpoints" / "final.ckpt").passes == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])

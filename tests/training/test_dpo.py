@@ -150,7 +150,7 @@ def test_the_first_step_costs_ln_2_and_has_no_margin(prefer: Make, tmp_path: Pat
 def test_metrics_have_a_column_for_each_measure(prefer: Make, home: Path, tmp_path: Path) -> None:  # noqa: F811
     """Of training rows at every row, of validation at validations; val_ppl and val_bpb would say nothing. Pretraining's file is as it was."""
     assert run(prefer()) == 0
-    before = "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s"
+    before = "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s,passes"
     assert (home / "logs" / "pretrain" / "metrics.csv").read_text(encoding="utf-8").splitlines()[
         0
     ] == before

@@ -337,7 +337,7 @@ def test_packed_and_padded_rows_train_on_the_same_loss(make: Make, tmp_path: Pat
 def test_only_fine_tuning_has_a_column_of_accuracy(make: Make, home: Path, tmp_path: Path) -> None:
     """The file of a pretraining run is as it was; fine-tuning has one column more, filled at validations."""
     assert run(make()) == 0
-    before = "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s"
+    before = "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s,passes"
     assert (home / "logs" / "pretrain" / "metrics.csv").read_text(encoding="utf-8").splitlines()[
         0
     ] == before

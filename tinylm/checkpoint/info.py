@@ -16,6 +16,8 @@ class CheckpointInfo:
     stage: str
     step: int
     tokens: int
+    passes: float | None
+    """over the training data; None for a stream, and for versions before 0.2"""
     train_loss: float | None
     val_loss: float | None
     parameters: int
@@ -68,6 +70,7 @@ def info_of(path: Path, state: dict[str, Any]) -> CheckpointInfo:
         stage=state["stage"],
         step=state["step"],
         tokens=state["tokens"],
+        passes=state.get("passes"),
         train_loss=state["train_loss"],
         val_loss=state["val_loss"],
         parameters=sum(weights.values()),

@@ -65,7 +65,7 @@ for example:
         "--format",
         choices=("bin", "npy"),
         default="bin",
-        help="npy: also write the ids as a plain NumPy array, FILE.npy",
+        help="npy: also write the ids as a plain NumPy array, FILE.npy (as --out FILE.npy does)",
     )
 
 
@@ -77,13 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
     from tinylm.tokens.id_arrays import write_npy
     from tinylm.tokens.run_files import notes_on_text
 
+    require_positive(arguments, "processes", "docs", "max_doc_len")
+    if arguments.out.suffix == NPY:  # the array is written beside a token file
+        arguments.out, arguments.format = arguments.out.with_suffix(BIN), "npy"
     path = arguments.out
     array = path.with_suffix(NPY)
-    require_positive(arguments, "processes", "docs", "max_doc_len")
     if path.suffix != BIN:
-        raise UserError(
-            ("--out", path), f"the name of a token file must end with {BIN}", "Choose such a name"
-        )
+        problem = f"the name of a token file must end with {BIN}, or {NPY} for an array beside it"
+        raise UserError(("--out", path), problem, "Choose such a name")
     spec = encode_spec(arguments)
     with locked(
         path, "--out", on_wait=lambda: logger.info("waiting: another process writes %s", path)

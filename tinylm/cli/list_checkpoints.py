@@ -62,7 +62,8 @@ def none_last(value: Any) -> tuple[bool, Any]:
 
 def print_checkpoints(checkpoints: list[CheckpointInfo], folder: Path) -> None:
     """Print the table: a line for each file, with all its names and its path in `folder`."""
-    columns = ("step", "tokens", "train_loss", "val_loss", "parameters", "shape", "size", "age")
+    columns = ("step", "tokens", "passes", "train_loss", "val_loss")
+    columns += ("parameters", "shape", "size", "age")
     rows = Table(("file", "stage", *columns), text=("file", "stage", "shape"))
     for info, name in named_files(checkpoints, folder):
         rows.add_row(
@@ -70,6 +71,7 @@ def print_checkpoints(checkpoints: list[CheckpointInfo], folder: Path) -> None:
             printable(info.stage),
             str(info.step),
             f"{info.tokens:,}",
+            "-" if info.passes is None else f"{info.passes:.2f}",
             loss_text(info.train_loss),
             loss_text(info.val_loss),
             f"{info.parameters:,}",

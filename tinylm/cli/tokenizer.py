@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,9 +88,9 @@ for example:
     parser.add_argument(
         "--processes",
         type=int,
-        default=1,
+        default=os.cpu_count() or 1,
         metavar="N",
-        help="processes that count words; the result is the same (default: 1)",
+        help="processes that count words; the result is the same (default: one per core)",
     )
     parser.set_defaults(action=train)
 
@@ -140,6 +141,7 @@ def train(arguments: argparse.Namespace) -> int:
             arguments.vocab_size,
             pretokenizer,
             processes=arguments.processes,
+            n_bytes=0 if arguments.docs else source.size(),
             on_progress=on_progress,
         )
     bpe.save(arguments.out, "--out")

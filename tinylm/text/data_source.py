@@ -18,6 +18,7 @@ from tinylm.config.schema import DataConfig
 from tinylm.text.sources import (
     BIN,
     DOCUMENT_FILES,
+    NPY,
     TOKEN_FILES,
     HubDataset,
     Kinds,
@@ -90,9 +91,11 @@ def data_sources(
     val = data.val_dataset
     if val is not None and val.endswith(TOKEN_FILES):
         _refuse_settings(data, "data.val_dataset", ("val_docs",))
-    bare = [name for name in (data.dataset, val) if name is not None and name.endswith(BIN)]
+    bare = [name for name in (data.dataset, val) if name and name.endswith((BIN, NPY))]
     if data.mix is None and data.token_dtype is not None and not bare:
-        problem = "only valid for a bare .bin; neither data.dataset nor data.val_dataset is one"
+        problem = (
+            "only valid for a bare .bin or .npy; neither data.dataset nor data.val_dataset is one"
+        )
         raise UserError("data.token_dtype", problem, "Remove it")
     if which == "val" and val is not None:
         named = [("data.val_dataset", val)]

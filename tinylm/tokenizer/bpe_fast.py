@@ -47,10 +47,19 @@ def learn_bpe(
     pretokenizer: Pretokenizer,
     *,
     processes: int = 1,
+    n_bytes: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Bpe:
     """A vocabulary of `vocab_size` tokens learned from a corpus;
     it is smaller if the words allow no more merges.
+
+    Args:
+        chunks: the text of the corpus.
+        vocab_size: tokens, with the bytes and the special tokens.
+        pretokenizer: splits text into words.
+        processes: number of processes that count words.
+        n_bytes: bytes of all chunks, for the progress; 0 if not known.
+        on_progress: called with the bytes that are counted, then with the merges.
 
     Raises:
         UserError: as `check_request` and `count_words_of`.
@@ -59,7 +68,9 @@ def learn_bpe(
     n_merges = vocab_size - smallest_vocabulary(pretokenizer)
     # The counts are not kept: a large corpus has tens of millions of distinct words.
     table = WordTable(
-        count_words_of(chunks, pretokenizer, processes=processes, on_progress=on_progress),
+        count_words_of(
+            chunks, pretokenizer, processes=processes, n_bytes=n_bytes, on_progress=on_progress
+        ),
         256 + n_merges,
     )
     return Bpe(tuple(merge_pairs(table, n_merges, on_progress=on_progress)), pretokenizer)
@@ -70,6 +81,7 @@ def count_words_of(
     pretokenizer: Pretokenizer,
     *,
     processes: int = 1,
+    n_bytes: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Counter[str]:
     """How often each word occurs in the chunks, counted by `processes`,
@@ -86,7 +98,7 @@ def count_words_of(
         total.update(words)
         n_done += size
         if on_progress is not None:
-            on_progress("tokenizer: counting words, bytes", n_done, 0)
+            on_progress("tokenizer: counting words, bytes", n_done, n_bytes)
     if not total:
         raise UserError("tokenizer", "the text has no words to learn from", "Give a file with text")
     return total

@@ -2,7 +2,7 @@
 and token files written as NumPy arrays.
 
     NAME.npy      np.save of one row of uint16 or uint32
-    NAME.bin      bare numbers; data.token_dtype says their type
+    NAME.bin      bare numbers; data.token_dtype says their type; also under the name NAME.npy
     NAME.ds       datatrove's tokens, with NAME.ds.index and NAME.ds.metadata beside it
 
 An array has no header: it is read once, whole, to check its ids and to find
@@ -49,8 +49,10 @@ def open_tokens(
         head = file.read(HEADER_BYTES)
         size = os.path.getsize(path)
     ends = None
-    if path.suffix == NPY:
-        layout = npy_layout(path, head, size, again)
+    if path.suffix == NPY and (dtype is None or head.startswith(np.lib.format.MAGIC_PREFIX)):
+        bare = "If it has bare ids without a header, set data.token_dtype to uint16 or uint32"
+        layout = npy_layout(path, head, size, f"{again}. {bare}")
+        _require_dtype(path, layout[0], dtype)
     elif path.suffix == DATATROVE:
         layout = _datatrove_layout(path, size)
         ends = _datatrove_ends(path)
@@ -58,14 +60,19 @@ def open_tokens(
         layout = _bare_layout(path, dtype, size)
     else:
         found = TokenFile.open(path, fix)
-        if dtype is not None and found.header.dtype != dtype:
-            raise UserError(
-                "data.token_dtype",
-                f"is {dtype}, but the header of {path} says {found.header.dtype}",
-                "Remove data.token_dtype",
-            )
+        _require_dtype(path, found.header.dtype, dtype)
         return found
     return _scan(path, *layout, tokenizer, again, ends)
+
+
+def _require_dtype(path: Path, found: str, dtype: str | None) -> None:
+    """Raise a UserError if data.token_dtype is set to another type than the header's."""
+    if dtype is not None and found != dtype:
+        raise UserError(
+            "data.token_dtype",
+            f"is {dtype}, but the header of {path} says {found}",
+            "Remove data.token_dtype",
+        )
 
 
 def _scan(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tinylm.config.schema import SamplingConfig
-from tinylm.generate.decoding import DecodingState
+from tinylm.generate.decoding import DecodingBatch
 from tinylm.generate.output import Prompt, TextWriter, TokenOutput, find_stop
 from tinylm.generate.sampling import apply_penalties, log_probabilities
 from tinylm.model.decoder import Decoder
@@ -47,26 +47,22 @@ def beam_search(
     Repetition penalty and forbidden n-grams apply, and the search ranks by the penalized scores.
     Temperature, top_k, top_p, min_p and seed have no effect.
     """
-    state = DecodingState(
-        model,
-        prompt.ids,
-        vocab_size=tokenizer.vocab_size,
-        max_new_tokens=sampling.max_new_tokens,
-    )
-    device = state.logits.device
+    batch = DecodingBatch(model, slots=sampling.n_beams, vocab_size=tokenizer.vocab_size)
+    batch.start(prompt.ids, sampling.max_new_tokens)
+    device = batch.logits.device
     totals = torch.zeros(1, device=device)  # (B,) search score of each live text
     log_probs = torch.zeros(1, 0, device=device)  # (B, T) of its tokens, by the model itself
     finished: list[FinishedBeam] = []
     for step in range(1, sampling.max_new_tokens + 1):
         # Extend: the best continuations over all live texts together.
         n_places = sampling.n_beams - len(finished)
-        rows, ids, totals = best_continuations(state, totals, sampling, n_places)  # (B,) each
-        own = log_probabilities(state.logits)[rows, ids, None]  # (B, 1)
+        rows, ids, totals = best_continuations(batch, totals, sampling, n_places)  # (B,) each
+        own = log_probabilities(batch.logits[: batch.n_active])[rows, ids, None]  # (B, 1)
         log_probs = torch.cat((log_probs[rows], own), dim=1)  # (B, step)
-        texts = torch.cat((state.generated[rows], ids[:, None]), dim=1)  # (B, step)
         # Set the ended texts aside.
         live = []
-        for beam, text in enumerate(texts.tolist()):
+        for beam, (row, token) in enumerate(zip(rows.tolist(), ids.tolist(), strict=True)):
+            text = [*batch.rows[row].context[1 - step :][: step - 1], token]  # (step,)
             if step < sampling.max_new_tokens and not ends(text, tokenizer, sampling, end_ids):
                 live.append(beam)
                 continue
@@ -77,8 +73,8 @@ def beam_search(
         # Continue with the live ones.
         kept = torch.tensor(live, dtype=torch.long, device=device)
         totals, log_probs = totals[kept], log_probs[kept]
-        state.select(rows[kept])
-        state.decode(ids[kept])
+        batch.select(rows[kept].tolist())
+        batch.decode(ids[kept].tolist())
     best = max(finished, key=lambda beam: beam.mean_score)
     writer = TextWriter(tokenizer, sampling.stop, end_ids)
     for n, (token_id, log_prob) in enumerate(zip(best.ids, best.log_probs, strict=True), start=1):
@@ -86,10 +82,12 @@ def beam_search(
 
 
 def best_continuations(
-    state: DecodingState, totals: Tensor, sampling: SamplingConfig, n: int
+    batch: DecodingBatch, totals: Tensor, sampling: SamplingConfig, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row, token and total score of the `n` best continuations; fewer if fewer are possible."""
-    penalized = apply_penalties(state.logits, state.context, sampling)  # (B, V)
+    logits = batch.logits[: batch.n_active]  # (B, V)
+    context = torch.tensor([row.context for row in batch.rows[: batch.n_active]])  # (B, T)
+    penalized = apply_penalties(logits, context.to(logits.device), sampling)  # (B, V)
     scores = totals[:, None] + penalized.log_softmax(dim=-1)  # (B, V)
     best, flat = scores.flatten().topk(min(n, scores.numel()))
     possible = best > -math.inf

@@ -1,12 +1,21 @@
-"""The model's side of generation: prefill, decode, and the context shift.
+"""The model's side of generation: prefill, decode, prefixes and the context shift, for a batch of
+texts that begin and end at any step.
 
-    prefill   the whole prompt, one row      ids (1, T) ─▶ cache of T positions ─▶ logits (1, V)
-    select    one row per sample or beam     cache and logits repeated, no computation
-    decode    one new token per row          ids (B, 1) ─▶ cache of T + 1 positions ─▶ logits (B, V)
+    start     a prompt, into a free row      ids (1, T) ─▶ cache of T positions ─▶ logits of its row
+    decode    one new token per row          ids (B, 1) ─▶ one more position each ─▶ logits (B, V)
+    finish    a row becomes free
 
 Prefill is limited by arithmetic (T tokens at once), decoding by memory (all weights are read for
 one token per row); the cache is what makes decoding cost one position and not T
-(tinylm/model/kv_cache.py).
+(tinylm/model/kv_cache.py). The rows of running texts are the first ones, so that decoding reads one
+block of the cache; `finish` moves the last of them into the gap.
+
+**Prefixes.** The row of a finished text keeps its cache until another text needs it. A prompt that
+begins as any row does copies that part, and only its rest is read: the next question of a chat, the
+second sample of a prompt, questions after the same examples.
+
+    row 2, finished    a b c d │ e f g        the prompt "a b c d", answered with "e f g"
+    new prompt         a b c d   e f g h i    7 positions are there; h and i are read
 
 **Context shift.** A model knows `max_seq_len` positions. When they are used up, the last half of
 the context is read again from position 0, and decoding continues:
@@ -18,96 +27,247 @@ the context is read again from position 0, and decoding continues:
 The model forgets the older tokens; repetition penalty and forbidden n-grams do not, since `context`
 is whole.
 
-All rows are at the same position and belong to one prompt. Nothing outside this class knows rows,
-positions or the cache, so a batch of different prompts is a change of this class.
+**Deterministic.** Matrix products round differently for another number of rows, so a text depends
+in its last bits on those beside it. With `deterministic` it does not: all slots are computed at
+every decode step, in use or not; prompts are read in parts of PREFILL_CHUNK, and only whole parts
+are copied from other rows.
 """
 
 
-# B rows (samples or beams) · T tokens so far · V vocabulary
+# B rows of a decode step · T tokens of a prompt · V vocabulary
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinylm.model.decoder import Decoder
 
+# Tokens of a prompt that are read at once in deterministic mode.
+PREFILL_CHUNK = 64
+# A shorter common beginning is read again, which takes about as long as copying it.
+MIN_PREFIX = 8
 
-class DecodingState:
-    """B rows of token ids of one length, the cache of what the model has read,
-    and the next token's logits.
 
-    Construction is the prefill: it reads the prompt as one row.
+@dataclass
+class Row:
+    """One text: what the model has read of it, and what another text can take over from it."""
 
-    Raises:
-        ValueError: the model is in training mode, or the prompt is empty or longer than the
-        context.
+    prompt: tuple[int, ...] = ()
+    context: list[int] = field(default_factory=list)
+    """all tokens so far, prompt included; in an encoder-decoder those of the decoder"""
+    cached: list[int] = field(default_factory=list)
+    """the tokens whose keys and values are in the cache, by position"""
+    n_prefilled: int = 0
+    """how many of them were read as a prompt, not one by one"""
+    prompt_logits: Tensor | None = None
+    """(V,) after the prompt; None if the prompt is no longer in the cache"""
+    extra_inputs: dict[str, Tensor] = field(default_factory=dict)
+    """the prompt for the encoder, if there is one"""
+    weights_version: int = 0
+    """of the model that read it"""
+    last_use: int = -1
+    """when the text ended; the least recently used row is given away first"""
+
+
+class DecodingBatch:
+    """Up to `slots` texts that are decoded together.
+
+    `rows[:n_active]` are running and `logits[row]` are those of their next tokens; the rows after
+    them are free, and keep what finished texts left in the cache.
     """
 
-    def __init__(
-        self, model: Decoder, prompt_ids: Sequence[int], *, vocab_size: int, max_new_tokens: int
-    ):
-        if model.training:
+    def __init__(self, model: Decoder, *, slots: int, vocab_size: int, deterministic: bool = False):
+        self.model, self.slots, self.deterministic = model, slots, deterministic
+        self.vocab_size, self.limit = vocab_size, model.config.max_seq_len
+        self.rows = [Row() for _ in range(slots)]
+        self.n_active = 0
+        # The cache grows to what the texts need; fixed shapes need all of it.
+        self.cache = model.new_cache(*((slots, self.limit) if deterministic else (1, 1)))
+        self.logits = torch.zeros(slots, vocab_size, device=model.embedding.weight.device)
+        # The experts of a token share matrix products with those of other rows.
+        self._one_by_one = deterministic and model.config.moe is not None
+        self._clock = itertools.count()
+
+    # --- a text begins ---
+
+    def start(self, prompt: Sequence[int], max_new_tokens: int) -> int:
+        """Read a prompt into a free row, which becomes the last running one; returns its number.
+
+        Raises:
+            ValueError: the model is in training mode, no row is free, or the prompt is empty or
+            longer than the context.
+        """
+        self._check(prompt)
+        # An encoder-decoder reads the prompt in its encoder; its decoder begins with a start token.
+        prompt = tuple(prompt)
+        ids: Sequence[int] = prompt
+        extra_inputs: dict[str, Tensor] = {}
+        if self.model.has_encoder:
+            [ids], extra_inputs = self.model.decoder_start([prompt])
+        # Which row begins as this text does? Continue in it, if it is free and loses little; else
+        # copy from it to the row that was free for longest.
+        version = weights_version(self.model)
+        source, n_common = self._longest_prefix(prompt, ids, version)
+        row = self.n_active
+        free = min(range(row, self.slots), key=lambda number: self.rows[number].last_use)
+        if source >= row and 2 * n_common >= len(self.rows[source].cached):
+            free = source
+        self.cache.reserve(free + 1, min(self.limit, len(ids) + max_new_tokens))
+        self._swap(free, row)
+        source = {free: row, row: free}.get(source, source)
+        self.cache.copy_row(source, row, n_common)
+        # Read the rest of the prompt.
+        logits = self.rows[source].prompt_logits
+        self.rows[row] = Row(
+            prompt, list(ids), list(ids[:n_common]), n_common, None, extra_inputs, version
+        )
+        self.n_active += 1
+        if n_common < len(ids) or logits is None:
+            logits = self._prefill(row, ids[n_common:])
+        self.logits[row] = self.rows[row].prompt_logits = logits
+        return row
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        if self.model.training:
             raise ValueError(
                 "the model is in training mode, and dropout changes the text; "
                 "call model.eval() first"
             )
-        limit = model.config.max_seq_len
-        if not 1 <= len(prompt_ids) <= limit:
+        if not 1 <= len(prompt) <= self.limit:
             raise ValueError(
-                f"a prompt must have 1 to {limit} tokens, got {len(prompt_ids)}; "
+                f"a prompt must have 1 to {self.limit} tokens, got {len(prompt)}; "
                 "use encode_prompt or fit_prompt"
             )
-        self.model, self.vocab_size = model, vocab_size
-        # An encoder-decoder reads the prompt in its encoder; its decoder begins with a start token.
-        ids: Sequence[int] = prompt_ids
-        self.extra_inputs: dict[str, Tensor] = {}
-        if model.has_encoder:
-            [ids], self.extra_inputs = model.decoder_start([prompt_ids])
-        self.n_prompt = self.length = len(ids)
-        # Room for the ids (B, room), of which `length` are used.
-        self.buffer = torch.tensor([list(ids)], device=model.embedding.weight.device)
-        # No more slots than this text can use.
-        self.max_len = min(limit, len(ids) + max_new_tokens)
-        self.cache = model.new_cache(1, self.max_len)
-        self.logits = self._forward(self.length)  # (1, V)
+        if self.n_active == self.slots:
+            raise ValueError(f"all {self.slots} slots are in use; finish a text first")
 
-    @property
-    def context(self) -> Tensor:
-        """All tokens so far (B, T), prompt included."""
-        return self.buffer[:, : self.length]
+    def _longest_prefix(
+        self, prompt: tuple[int, ...], ids: Sequence[int], version: int
+    ) -> tuple[int, int]:
+        """The row that has the most of the text's first positions in the cache, and how many."""
+        best, most = self.n_active, 0
+        for number, row in enumerate(self.rows):
+            if row.weights_version != version:
+                n = 0  # the model was trained in between
+            elif row.prompt == prompt and row.prompt_logits is not None:
+                n = len(ids)  # with the logits after it: nothing is left to read
+            elif self.model.has_encoder:
+                n = 0  # what the decoder computes depends on the whole prompt
+            else:
+                n = min(n_equal(row.cached, ids), len(ids) - 1)
+                if self.deterministic:
+                    n = min(n, row.n_prefilled) // PREFILL_CHUNK * PREFILL_CHUNK
+                n = n if n >= MIN_PREFIX else 0
+            if n > most and self.cache.can_shorten(number, n):
+                best, most = number, n
+        return best, most
 
-    @property
-    def generated(self) -> Tensor:
-        """The tokens after the prompt (B, T)."""
-        return self.buffer[:, self.n_prompt : self.length]
-
-    def decode(self, ids: Tensor) -> None:
-        """One decode step: add a token (B,) to each row and compute the logits of the next."""
-        if self.length == self.buffer.size(1):
-            # Doubling the room keeps the total copying linear in the length.
-            self.buffer = F.pad(self.buffer, (0, self.length))
-        self.buffer[:, self.length] = ids
-        self.length += 1
-        self.logits = self._forward(1)  # (B, V)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows in this order, repeats allowed: samples of one prompt,
-        or unfinished texts.
-        """
-        self.buffer, self.logits = self.buffer[rows], self.logits[rows]
-        self.cache.select(rows)
-
-    def _forward(self, n_new: int) -> Tensor:
-        """Run the last `n_new` tokens through the model; logits (B, V) of the token after them."""
-        if self.cache.length + n_new > self.max_len:
-            # Context shift: a fresh cache, with the last half of the context.
-            n_new = max(1, self.max_len // 2)
-            self.cache = self.model.new_cache(self.buffer.size(0), self.max_len)
+    def _prefill(self, row: int, ids: Sequence[int]) -> Tensor:
+        """Read ids at the end of a row; the logits (V,) after the last one."""
+        cache = self.cache.rows(row, row + 1)
         # A ring cache takes a long prompt in chunks.
-        for ids in self.context[:, -n_new:].split(self.cache.chunk, dim=1):
-            features = self.model.features(ids, cache=self.cache, **self.extra_inputs)
-        # Only the last position goes through the head. Its rows beyond the vocabulary are padding.
-        logits = self.model.head(features.hidden[:, -1])  # (B, V or more)
-        return logits[:, : self.vocab_size].float()
+        chunk = min(cache.chunk, PREFILL_CHUNK) if self.deterministic else cache.chunk
+        new = torch.tensor([list(ids)], device=self.logits.device)  # (1, T)
+        for part in new.split(chunk, dim=1):
+            features = self.model.features(part, cache=cache, **self.rows[row].extra_inputs)
+        self.rows[row].cached += ids
+        self.rows[row].n_prefilled = len(self.rows[row].cached)
+        # Only the last position goes through the head.
+        return self._logits(features.hidden[:, -1])[0]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, V) of hidden states (B, D). The head's rows beyond the vocabulary are
+        padding.
+        """
+        return self.model.head(hidden)[:, : self.vocab_size].float()
+
+    # --- it continues ---
+
+    def decode(self, ids: Sequence[int]) -> None:
+        """One decode step: add a token to each running row and compute the logits of the next."""
+        for number, token in enumerate(ids):
+            row = self.rows[number]
+            if len(row.cached) == self.limit:
+                self._shift_context(number)
+            row.context.append(token)
+            row.cached.append(token)
+        if self._one_by_one:
+            for number, token in enumerate(ids):
+                self.logits[number] = self._decode_rows(number, [token])[0]
+        elif self.deterministic:
+            n_idle = self.slots - len(ids)
+            self.logits[:] = self._decode_rows(0, [*ids, *[0] * n_idle])
+            for number in range(len(ids), self.slots):  # the idle rows stay as they were
+                self.cache.copy_row(number, number, len(self.rows[number].cached))
+        else:
+            self.logits[: len(ids)] = self._decode_rows(0, ids)
+
+    def _decode_rows(self, start: int, ids: Sequence[int]) -> Tensor:
+        """The logits (B, V) after one more token in each of the rows from `start`."""
+        cache = self.cache.rows(start, start + len(ids))
+        cache.fixed_shapes = self.deterministic
+        new = torch.tensor(ids, device=self.logits.device)[:, None]  # (B, 1)
+        return self._logits(self.model.features(new, cache=cache).hidden[:, -1])
+
+    def _shift_context(self, row: int) -> None:
+        """Read the last half of a text again from position 0, but for the token that follows."""
+        text = self.rows[row]
+        n = max(1, self.limit // 2) - 1
+        self.cache.copy_row(row, row, 0)
+        text.cached, text.prompt_logits = [], None
+        if n:
+            self._prefill(row, text.context[-n:])
+
+    # --- it ends ---
+
+    def finish(self, row: int) -> None:
+        """Free a row; the last running one takes its number."""
+        self.n_active -= 1
+        self._swap(row, self.n_active)
+        text = self.rows[self.n_active]
+        text.last_use = next(self._clock)
+        if self.deterministic and len(text.cached) == self.limit:
+            # An idle row is decoded too, and needs a position for its idle token.
+            text.cached.pop()
+            self.cache.copy_row(self.n_active, self.n_active, len(text.cached))
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Let the running rows be these, repeats allowed: the continued beams of a search."""
+        chosen = torch.tensor(rows, device=self.logits.device)
+        self.cache.select(chosen)
+        self.logits[: len(rows)] = self.logits[chosen]
+        copies = []
+        for number in rows:
+            row = self.rows[number]
+            copies.append(replace(row, context=list(row.context), cached=list(row.cached)))
+        self.rows = copies + [Row() for _ in range(self.slots - len(rows))]
+        self.n_active = len(rows)
+
+    def _swap(self, one: int, other: int) -> None:
+        if one == other:
+            return
+        self.cache.swap_rows(one, other)
+        self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
+        self.logits[[one, other]] = self.logits[[other, one]]
+
+
+def n_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    """The number of equal ids at the beginning.
+
+    >>> n_equal([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    n = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        n += 1
+    return n
+
+
+def weights_version(model: torch.nn.Module) -> int:
+    """A number that changes whenever weights are changed in place, as an optimizer does."""
+    return sum(weight._version for weight in model.parameters() if not weight.is_inference())

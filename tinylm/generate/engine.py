@@ -1,39 +1,109 @@
-"""Text from a model: the prompt is read once, then one token at a time is sampled
-and read through the cache.
+"""Text from a model, for many prompts at once: each text has its own prompt, sampling settings,
+random numbers and end, and texts join and leave at any step.
 
-    Prompt ─▶ DecodingState: prefill ─▶ logits ─▶ next_token ─▶ TextWriter ─▶ TokenOutput
-                                          ▲           │
-                                          └─ decode ◀─┘
+    add ─▶ waiting ─▶ free row? prefill ─▶ logits ─▶ next_token ─▶ TextWriter ─▶ Event
+                                             ▲           │
+                                             └─ decode ◀─┘      `Engine.step`: once around
 
-`Engine._decode_loop` is this picture, and the one loop that samples. Its parts: decoding.py
-(prefill, decode and the context shift), sampling.py (from logits to a token), output.py (from
-tokens to text, stop strings); beam_search.py searches instead of sampling. Scores of given texts
-are in scoring.py, conversations in chat.py.
+    engine = Engine(model, tokenizer, slots=8)
+    engine.add(Request(engine.encode_prompt("Once"), SamplingConfig(seed=1)))  # the number 0
+    engine.add(Request(engine.encode_prompt("Yesterday"), SamplingConfig(seed=2)))  # the number 1
+    while engine.is_busy:
+        for event in engine.step():  # of each running text, one token
+            print(event.number, event.output.text, event.output.finish_reason)
+
+A server calls `add`, `step` and `cancel`; everyone else one of the three around them: `run` (many
+requests, results in order), `generate` (the finished samples of one prompt) and `stream` (their
+tokens as they are generated). One prompt is a batch of one.
+
+Its parts: decoding.py (the rows: prefill, decode, prefixes, the context shift), sampling.py (from
+logits to a token), output.py (from tokens to text, stop strings); beam_search.py searches instead
+of sampling. Scores of given texts are in scoring.py, conversations in chat.py.
 
 A prompt longer than the context keeps its last tokens, and `Prompt.truncated` counts the others.
 max_new_tokens may be any number: see "Context shift" in decoding.py.
 """
 
 
-# B rows, one per unfinished sample
+# B rows, one per running text · V vocabulary
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.beam_search import beam_search
-from tinylm.generate.decoding import DecodingState
+from tinylm.generate.decoding import DecodingBatch
 from tinylm.generate.output import Completion, Prompt, TextWriter, TokenOutput
-from tinylm.generate.sampling import make_generator, next_token
+from tinylm.generate.sampling import (
+    has_penalties,
+    log_probabilities,
+    make_generator,
+    next_token,
+)
 from tinylm.model.decoder import Decoder
 from tinylm.tokenizer.base import Tokenizer
 
+# Settings that do not matter to how one token is drawn from its logits.
+NOT_OF_A_STEP = ("max_new_tokens", "stop", "seed", "n_samples", "n_beams")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to be generated."""
+
+    prompt: Prompt
+    sampling: SamplingConfig
+    """`n_samples` and `n_beams` have no effect: a request is one text"""
+    stop_ids: tuple[int, ...] = ()
+    """tokens that end a text like EOS and are not shown, such as those of a template"""
+    sample: int = 0
+    """number of the text among those with this prompt and seed"""
+    n_alternatives: int = 0
+    """most probable tokens to report at each step (`TokenOutput.alternatives`)"""
+
+
+@dataclass(frozen=True)
+class Event:
+    """The next token of a text, or the error that ended it."""
+
+    number: int
+    """of the request, from `Engine.add`"""
+    output: TokenOutput | None
+    error: UserError | None = None
+
+
+class Text:
+    """A request that is being carried out."""
+
+    def __init__(self, number: int, request: Request, engine: "Engine"):
+        self.number, self.request = number, request
+        end_ids = {engine.tokenizer.eos_id, *request.stop_ids}
+        sampling = request.sampling
+        self.writer = TextWriter(engine.tokenizer, sampling.stop, end_ids, request.sample)
+        self.generator = make_generator(sampling.seed, request.sample, engine.device)
+        # Texts of an equal group are sampled together; those with penalties one by one.
+        alike = sampling.model_copy(update=dict.fromkeys(NOT_OF_A_STEP))
+        self.group = alike, number if has_penalties(sampling) else None
+        self.n_new = 0
+        self.last_id = -1
+
 
 class Engine:
-    """A model and its tokenizer, ready to generate text."""
+    """A model and its tokenizer, ready to generate text.
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer):
+    Args:
+        slots: texts that are generated at once; more wait.
+        deterministic: whether a text must be the same to the last bit whatever else is generated
+            beside it and was before it; every step then costs as much as with all slots in use.
+    """
+
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, *, slots: int = 8, deterministic: bool = False
+    ):
         n_embeddings = model.embedding.num_embeddings
         if n_embeddings < tokenizer.vocab_size:
             raise ValueError(
@@ -41,6 +111,19 @@ class Engine:
                 f"but the model only {n_embeddings}"
             )
         self.model, self.tokenizer = model, tokenizer
+        self.slots, self.deterministic = slots, deterministic
+        self._batch: DecodingBatch | None = None
+        self._waiting: deque[Text] = deque()
+        self._running: list[Text] = []  # text i is in row i of the batch
+        self._undelivered: list[Event] = []
+        self._n_added = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.embedding.weight.device
+
+    # --- prompts ---
 
     def encode_prompt(self, text: str) -> Prompt:
         """The last tokens of `text` that fit; if it is empty EOS, which opens every document."""
@@ -51,15 +134,132 @@ class Engine:
         truncated = max(0, len(ids) - self.model.config.max_seq_len)
         return Prompt(tuple(ids[truncated:]), truncated)
 
-    def generate(
-        self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()
-    ) -> list[Completion]:
-        """The finished texts, `n_samples` of them; the arguments are those of `stream`."""
-        prompt = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        outputs: list[list[TokenOutput]] = [[] for _ in range(sampling.n_samples)]
-        for output in self.stream(prompt, sampling, stop_ids=stop_ids):
-            outputs[output.sample].append(output)
-        return [Completion.of(prompt, of_sample) for of_sample in outputs]
+    # --- step by step ---
+
+    def add(self, request: Request) -> int:
+        """Let a text be generated from the next step with a free slot on; returns its number."""
+        number = self._n_added
+        self._waiting.append(Text(number, request, self))
+        self._n_added += 1
+        return number
+
+    def cancel(self, number: int) -> None:
+        """End a text; no event of it follows. One that has ended already is ignored."""
+        self._waiting = deque(text for text in self._waiting if text.number != number)
+        self._undelivered = [event for event in self._undelivered if event.number != number]
+        for row, text in enumerate(self._running):
+            if text.number == number:
+                self._finish(row)
+                return
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there are texts to be generated or events to be delivered."""
+        return bool(self._running or self._waiting or self._undelivered)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One token of each running text, in the order in which they began."""
+        events, self._undelivered = self._undelivered, []
+        if self._batch is None:
+            self._batch = DecodingBatch(
+                self.model,
+                slots=self.slots,
+                vocab_size=self.tokenizer.vocab_size,
+                deterministic=self.deterministic,
+            )
+        # Decode: read the token that each text got in the last step.
+        if self._running:
+            self._batch.decode([text.last_id for text in self._running])
+        # Prefill: waiting texts take the free rows.
+        while self._waiting and len(self._running) < self.slots:
+            text = self._waiting.popleft()
+            self._batch.start(text.request.prompt.ids, text.request.sampling.max_new_tokens)
+            self._running.append(text)
+        # Sample: texts with the same settings together.
+        groups: dict[tuple[SamplingConfig, int | None], list[int]] = {}
+        for row, text in enumerate(self._running):
+            groups.setdefault(text.group, []).append(row)
+        for rows in groups.values():
+            events += self._sample(rows)
+        # Free the rows of the texts that ended, from the last to the first: a row is filled by the
+        # last one.
+        ended = {event.number for event in events if event.error or event.output.finish_reason}
+        for row in reversed(range(len(self._running))):
+            if self._running[row].number in ended:
+                self._finish(row)
+        return sorted(events, key=lambda event: event.number)
+
+    def _sample(self, rows: list[int]) -> list[Event]:
+        """The next token of texts with the same settings."""
+        batch, texts = self._batch, [self._running[row] for row in rows]
+        logits = batch.logits[rows]  # (B, V)
+        sampling = texts[0].request.sampling
+        # Only penalties read the context, and texts with penalties come one by one.
+        context = torch.tensor([batch.rows[rows[0]].context], device=logits.device)  # (1, T)
+        generators = [text.generator for text in texts]
+        try:
+            ids, log_probs = next_token(logits, context, sampling, generators)  # (B,) each
+        except UserError as error:  # must not end the other texts
+            return [Event(texts[0].number, None, error)]
+        events = []
+        tokens = zip(rows, texts, ids.tolist(), log_probs.tolist(), strict=True)
+        for row, text, token_id, log_prob in tokens:
+            text.last_id = token_id
+            text.n_new += 1
+            last = text.n_new == text.request.sampling.max_new_tokens
+            output = text.writer.write(token_id, log_prob, last=last)
+            if text.request.n_alternatives:
+                found = self._alternatives(row, text.request.n_alternatives)
+                output = replace(output, alternatives=found)
+            events.append(Event(text.number, output))
+        return events
+
+    def _alternatives(self, row: int, n: int) -> tuple[tuple[int, float], ...]:
+        """The n most probable next tokens of a row and their log-probabilities."""
+        log_probs = log_probabilities(self._batch.logits[row : row + 1])[0]  # (V,)
+        best = log_probs.topk(min(n, len(log_probs)))
+        return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    @torch.inference_mode()
+    def _finish(self, row: int) -> None:
+        self._batch.finish(row)
+        self._running[row] = self._running[-1]
+        self._running.pop()
+
+    # --- all at once ---
+
+    def run(self, requests: Iterable[Request]) -> Iterator[list[TokenOutput]]:
+        """The tokens of each text, in the order of the requests, as soon as a text has ended.
+
+        Raises:
+            UserError: a text cannot be continued (no_repeat_ngram); the others are canceled.
+        """
+        numbers = [self.add(request) for request in requests]
+        outputs: dict[int, list[TokenOutput]] = {number: [] for number in numbers}
+        try:
+            for number in numbers:
+                while not (outputs[number] and outputs[number][-1].finish_reason):
+                    for event in self._events_of(outputs.keys()):
+                        outputs[event.number].append(event.output)
+                yield outputs.pop(number)
+        finally:
+            for number in outputs:
+                self.cancel(number)
+
+    def _events_of(self, numbers: Iterable[int]) -> list[Event]:
+        """One step; the events of other texts are kept for those who wait for them.
+
+        Raises:
+            UserError: one of the texts ended with an error.
+        """
+        events = self.step()
+        self._undelivered = [event for event in events if event.number not in numbers]
+        own = [event for event in events if event.number in numbers]
+        for event in own:
+            if event.error:
+                raise event.error
+        return own
 
     def stream(
         self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()
@@ -74,44 +274,30 @@ class Engine:
             template.
         """
         prompt = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        end_ids = {self.tokenizer.eos_id, *stop_ids}
+        stop_ids = tuple(stop_ids)
         if sampling.n_beams > 1:
-            return beam_search(self.model, self.tokenizer, prompt, sampling, end_ids)
-        return self._decode_loop(prompt, sampling, end_ids)
+            end_ids = {self.tokenizer.eos_id, *stop_ids}
+            yield from beam_search(self.model, self.tokenizer, prompt, sampling, end_ids)
+            return
+        unfinished = set()
+        for sample in range(sampling.n_samples):
+            unfinished.add(self.add(Request(prompt, sampling, stop_ids, sample)))
+        try:
+            while unfinished:
+                for event in self._events_of(unfinished):
+                    if event.output.finish_reason:
+                        unfinished.discard(event.number)
+                    yield event.output
+        finally:
+            for number in unfinished:
+                self.cancel(number)
 
-    @torch.inference_mode()
-    def _decode_loop(
-        self, prompt: Prompt, sampling: SamplingConfig, end_ids: set[int]
-    ) -> Iterator[TokenOutput]:
-        # Prefill: the prompt is read once, then its row is repeated for each sample.
-        state = DecodingState(
-            self.model,
-            prompt.ids,
-            vocab_size=self.tokenizer.vocab_size,
-            max_new_tokens=sampling.max_new_tokens,
-        )
-        device, n = state.logits.device, sampling.n_samples
-        state.select(torch.zeros(n, dtype=torch.long, device=device))
-        # Each sample has its own text and its own random numbers.
-        writers = [TextWriter(self.tokenizer, sampling.stop, end_ids, s) for s in range(n)]
-        generators = [make_generator(sampling.seed, s, device) for s in range(n)]
-        for step in range(1, sampling.max_new_tokens + 1):
-            # Sample one token for each row.
-            ids, log_probs = next_token(state.logits, state.context, sampling, generators)  # (B,)
-            # Hand them out as text.
-            last = step == sampling.max_new_tokens
-            tokens = zip(writers, ids.tolist(), log_probs.tolist(), strict=True)
-            for writer, token_id, log_prob in tokens:
-                yield writer.write(token_id, log_prob, last=last)
-            # Drop the rows of finished samples.
-            unfinished = [row for row, writer in enumerate(writers) if not writer.finish_reason]
-            if not unfinished:
-                return
-            if len(unfinished) < len(writers):
-                writers = [writers[row] for row in unfinished]
-                generators = [generators[row] for row in unfinished]
-                rows = torch.tensor(unfinished, device=device)
-                state.select(rows)
-                ids = ids[rows]
-            # Decode: read the new tokens, which gives the next logits.
-            state.decode(ids)
+    def generate(
+        self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()
+    ) -> list[Completion]:
+        """The finished texts, `n_samples` of them; the arguments are those of `stream`."""
+        prompt = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+        outputs: list[list[TokenOutput]] = [[] for _ in range(sampling.n_samples)]
+        for output in self.stream(prompt, sampling, stop_ids=stop_ids):
+            outputs[output.sample].append(output)
+        return [Completion.of(prompt, of_sample) for of_sample in outputs]

@@ -40,6 +40,8 @@ class TokenOutput:
     """number of the text, from 0"""
     finish_reason: FinishReason | None = None
     """why the text ends with this token; None if it continues"""
+    alternatives: tuple[tuple[int, float], ...] = ()
+    """the most probable tokens and their log-probabilities, if they were asked for"""
 
     @property
     def probability(self) -> float:

@@ -87,6 +87,11 @@ def make_generator(seed: int, sample: int, device: torch.device | str = "cpu") -
 # --- penalties: they depend on the text so far ----------------------------------------------------
 
 
+def has_penalties(sampling: SamplingConfig) -> bool:
+    """Whether `apply_penalties` changes anything."""
+    return sampling.repetition_penalty != 1 or sampling.no_repeat_ngram is not None
+
+
 def apply_penalties(logits: Tensor, context: Tensor, sampling: SamplingConfig) -> Tensor:
     """The logits after the repetition penalty and the forbidden n-grams; context is (B, T)."""
     if sampling.repetition_penalty != 1:

@@ -10,6 +10,7 @@ such as T5; `model_sizes`, their config in our names; and two checks of how a mo
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from tinylm.tokens.example_rows import split_answer
 from tinylm.tokens.packing import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 # T5's relative positions have no limit; it was trained on this many
 # (Raffel et al. 2020, section 3.1.2).
@@ -37,24 +38,83 @@ T5_POSITIONS = 512
 # --- decoder-only models ---
 
 
+@dataclass
+class HFRow:
+    """What transformers keeps of one text, with its own class of cache."""
+
+    inner: Cache | None = None
+    """None: nothing yet"""
+    encoded_prompt: tuple[Tensor, Tensor] | None = None
+    """of an encoder-decoder: the encoder's output (1, S, D), and its mask (1, S)"""
+
+
 class HFCache:
-    """Keys and values of the positions so far, kept by transformers;
-    the part of `KVCache` that sampling uses.
+    """Keys and values of the positions so far, a cache of transformers for each row;
+    the part of `KVCache` that generation uses.
+
+    A batch is read row by row: models of transformers do not take rows of different lengths.
     """
 
-    def __init__(self, config: PreTrainedConfig, max_len: int):
-        from transformers import DynamicCache
-
-        self.inner = DynamicCache(config=config)
-        self.length = 0
+    def __init__(self, n_rows: int, max_len: int):
+        self.texts = [HFRow() for _ in range(n_rows)]
+        self.lengths = torch.zeros(n_rows, dtype=torch.long)
         self.max_len = max_len
-        self.chunk = max_len
+        self.fixed_shapes = True
+        """a row never depends on the others"""
+
+    @property
+    def chunk(self) -> int:
+        """The most positions that one forward pass may add."""
+        return self.max_len
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest row."""
+        return int(self.lengths.max())
+
+    def rows(self, start: int, stop: int) -> HFCache:
+        """The rows start to stop - 1: a cache on the same memory, lengths included."""
+        view = copy.copy(self)
+        view.texts, view.lengths = self.texts[start:stop], self.lengths[start:stop]
+        return view
+
+    def can_shorten(self, row: int, length: int) -> bool:
+        """Whether the first `length` positions of a row can be continued."""
+        current, inner = int(self.lengths[row]), self.texts[row].inner
+        if length in (0, current):
+            return True
+        croppable = inner is not None and inner.is_croppable and not any(inner.is_sliding)
+        return length < current and croppable and self.texts[row].encoded_prompt is None
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Make row `target` begin as row `source`, with its first `length` positions."""
+        if length == 0:
+            self.texts[target] = HFRow()
+        else:
+            if source != target:
+                self.texts[target] = copy.deepcopy(self.texts[source])
+            inner = self.texts[target].inner
+            if inner is not None and length < self.lengths[source]:
+                inner.crop(length - int(self.lengths[source]))
+        self.lengths[target] = length
+
+    def swap_rows(self, one: int, other: int) -> None:
+        """Exchange the contents of two rows."""
+        here, there = [one, other], [other, one]
+        self.texts[one], self.texts[other] = self.texts[other], self.texts[one]
+        self.lengths[here] = self.lengths[there]
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats allowed."""
-        # Every kind of layer can reorder its rows; convolutions and linear attention know no
-        # batch_select_indices.
-        self.inner.reorder_cache(rows)
+        self.texts = [copy.deepcopy(self.texts[row]) for row in rows.tolist()]
+        self.lengths = self.lengths[rows.cpu()]
+
+    def reserve(self, n_rows: int, max_len: int) -> None:
+        """Make room for at least so many rows and positions."""
+        n_new = max(0, n_rows - len(self.texts))
+        self.texts += [HFRow() for _ in range(n_new)]
+        self.lengths = torch.cat((self.lengths, self.lengths.new_zeros(n_new)))
+        self.max_len = max(max_len, self.max_len)
 
 
 @dataclass(frozen=True)
@@ -132,17 +192,31 @@ class HFModel(nn.Module):
             )
         n_new = input_ids.size(1)
         length = self._length_after(n_new, cache)
+        if cache is not None and len(input_ids) > 1:
+            return self._features_by_row(input_ids, cache)
         if document_ids is None:
             positions = torch.arange(length - n_new, length, device=input_ids.device)
             positions = positions.expand_as(input_ids)  # (B, T)
         else:  # transformers stops attention where positions start again at 0
             positions = positions_in_documents(document_ids)  # (B, T)
         output = self.inner.base_model(
-            input_ids=input_ids, position_ids=positions, **_cache_arguments(cache)
+            input_ids=input_ids, position_ids=positions, **self._cache_arguments(cache)
         )
         if cache is not None:
-            cache.length = length
+            cache.lengths += n_new
         hidden = output.last_hidden_state * self.scale  # (B, T, D)
+        return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
+
+    def _features_by_row(
+        self, input_ids: Tensor, cache: HFCache, **extra_inputs: Tensor
+    ) -> Features:
+        """`features` of a batch with a cache."""
+        rows = []
+        for row in range(len(input_ids)):
+            of_row = {name: value[row : row + 1] for name, value in extra_inputs.items()}
+            one = cache.rows(row, row + 1)
+            rows.append(self.features(input_ids[row : row + 1], cache=one, **of_row).hidden)
+        hidden = torch.cat(rows)  # (B, T, D)
         return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
 
     def _length_after(self, n_new: int, cache: HFCache | None) -> int:
@@ -165,38 +239,25 @@ class HFModel(nn.Module):
         self.inner.activation_checkpointing_enable({"use_reentrant": False})
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> HFCache:
-        """An empty cache for `max_len` positions; the first batch decides the batch size."""
-        return HFCache(self.inner.config, max_len or self.config.max_seq_len)
+        """An empty cache for `max_len` positions of each row."""
+        return HFCache(batch_size, max_len or self.config.max_seq_len)
 
+    def _cache_arguments(self, cache: HFCache | None) -> dict[str, Any]:
+        """A cache of one row as transformers' models take it."""
+        if cache is None:
+            return {"use_cache": False}
+        [text] = cache.texts
+        if text.inner is None:
+            text.inner = self._new_inner_cache()
+        return {"past_key_values": text.inner, "use_cache": True}
 
-def _cache_arguments(cache: HFCache | None) -> dict[str, Any]:
-    """A cache as transformers' models take it."""
-    if cache is None:
-        return {"use_cache": False}
-    return {"past_key_values": cache.inner, "use_cache": True}
+    def _new_inner_cache(self) -> Cache:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.inner.config)
 
 
 # --- encoder-decoders ---
-
-
-class Seq2SeqCache(HFCache):
-    """A cache of the decoder's positions, and of the encoded prompts."""
-
-    def __init__(self, max_len: int):
-        from transformers import DynamicCache, EncoderDecoderCache
-
-        self.inner = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        self.length = 0
-        self.max_len = max_len
-        self.chunk = max_len
-        self.encoded_prompts: tuple[Tensor, Tensor] | None = None
-
-    def select(self, rows: Tensor) -> None:
-        """Keep the batch rows `rows`, in that order, repeats allowed."""
-        super().select(rows)
-        if self.encoded_prompts is not None:
-            encoded, mask = self.encoded_prompts
-            self.encoded_prompts = encoded[rows], mask[rows]
 
 
 class HFSeq2Seq(HFModel):
@@ -239,30 +300,34 @@ class HFSeq2Seq(HFModel):
 
         Args:
             input_ids: (B, T) ids of the decoder; with a cache, only the new ones.
-            prompt_ids: (B, S), or (1, S) for one prompt of all rows;
+            prompt_ids: (B, S), or (1, S) for one prompt of all rows; not needed once it is cached;
                 IGNORE_INDEX after the end of a shorter prompt.
             document_ids: must be None: an encoder reads one prompt a row.
             cache: keys and values of earlier positions; the prompt is encoded only the first time.
         """
-        length = self._length_after(input_ids.size(1), cache)
-        if prompt_ids is None or document_ids is not None:
+        self._length_after(input_ids.size(1), cache)
+        encoded_prompts = None if cache is None else cache.texts[0].encoded_prompt
+        if (prompt_ids is None and encoded_prompts is None) or document_ids is not None:
             raise ValueError(
                 "an encoder-decoder reads one prompt a row: give prompt_ids, and no document_ids"
             )
-        assert cache is None or isinstance(cache, Seq2SeqCache)
-        encoded_prompts = None if cache is None else cache.encoded_prompts
+        if prompt_ids is not None:
+            prompt_ids = prompt_ids.expand(len(input_ids), -1)  # (B, S)
+        if cache is not None and len(input_ids) > 1:
+            extra_inputs = {} if prompt_ids is None else {"prompt_ids": prompt_ids}
+            return self._features_by_row(input_ids, cache, **extra_inputs)
         if encoded_prompts is None:
-            encoded_prompts = self._encode(prompt_ids.expand(len(input_ids), -1))
+            encoded_prompts = self._encode(prompt_ids)
         encoded, mask = encoded_prompts  # (B, S, D), (B, S)
         output = self.inner.get_decoder()(
             input_ids=input_ids,
             encoder_hidden_states=encoded,
             encoder_attention_mask=mask,
-            **_cache_arguments(cache),
+            **self._cache_arguments(cache),
         )
         if cache is not None:
-            cache.length = length
-            cache.encoded_prompts = encoded_prompts
+            cache.lengths += input_ids.size(1)
+            cache.texts[0].encoded_prompt = encoded_prompts
         hidden = output.last_hidden_state  # (B, T, D)
         return Features(hidden * self.scale, hidden.new_zeros((), dtype=torch.float32))
 
@@ -316,9 +381,10 @@ class HFSeq2Seq(HFModel):
         theirs = self.inner(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits
         return theirs, self.features(ids, prompt_ids=ids).hidden
 
-    def new_cache(self, batch_size: int, max_len: int | None = None) -> Seq2SeqCache:
-        """An empty cache for `max_len` positions of the decoder."""
-        return Seq2SeqCache(max_len or self.config.max_seq_len)
+    def _new_inner_cache(self) -> Cache:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
 # --- sizes ---

@@ -186,6 +186,11 @@ FIX = "Correct the row, or set data.text_field to the key that holds the text."
         ('{"text": {}}', f"text: expected a string, found an object. {FIX}"),
         ('{"body": "a", "n": 1}', f"text: missing; the row has body, n. {FIX}"),
         ("{}", f"text: missing; the row has no keys. {FIX}"),
+        (
+            '{"instruction": "a", "output": "b"}',
+            f"text: missing; the row has instruction, output. {FIX}"
+            " Rows of questions and answers are for finetune.py.",
+        ),
         ('"text"', f'expected an object such as {{"text": "..."}}, found a string. {FIX}'),
         (
             '{"text": "a',
@@ -323,7 +328,20 @@ def special_files(folder: Path) -> dict[str, tuple[str, str]]:
     (folder / "zero.txt").symlink_to("/dev/zero")
     (folder / "empty").mkdir()
     (folder / "notes.md").write_text("x", encoding="utf-8")
+    (folder / "raw" / "sms").mkdir(parents=True)
+    (folder / "raw" / "sms" / "SMSSpamCollection").write_text("ham\thello\n", encoding="utf-8")
+    (folder / "rows.json").write_text("[]", encoding="utf-8")
     return {
+        "raw": (
+            "data.dataset: ",
+            "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) in this folder. "
+            "Give the path of one. Rows of questions and answers are for finetune.py.",
+        ),
+        "rows.json": (
+            "data.dataset: ",
+            "not a kind of file with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz). "
+            "Convert it, or name it by its kind. Rows of questions and answers are for finetune.py.",
+        ),
         "missing.txt": (
             "data.dataset: ",
             "not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name.",

@@ -241,6 +241,12 @@ _JSON_NAMES = {
 }
 
 
+# Keys and files of rows for fine-tuning, which have no documents, and what to do with them.
+ROW_KEYS = {"instruction", "messages", "conversations", "prompt", "question", "chosen"}
+ROW_ONLY_FILES = (".json", "SMSSpamCollection")
+ROWS_ARE_FOR = "Rows of questions and answers are for finetune.py"
+
+
 def _text_of(row: Any, field: str) -> str:
     """The document in a row."""
     fix = ("Correct the row, or set {} to the key that holds the text", "data.text_field")
@@ -248,6 +254,8 @@ def _text_of(row: Any, field: str) -> str:
         problem = f'expected an object such as {{"{field}": "..."}}, found {kind_of(row)}'
         raise UserError((), problem, *fix)
     if field not in row:
+        if ROW_KEYS & row.keys():
+            fix = (f"{fix[0]}. {ROWS_ARE_FOR}", *fix[1:])
         raise UserError(field, f"missing; the row has {some_of(row)}", *fix)
     text = row[field]
     if not isinstance(text, str):

@@ -22,6 +22,8 @@ from tinylm.common.hub import hub_errors, is_hub_name, require_hub
 from tinylm.text.documents import (
     DAMAGED,
     RESUMES,
+    ROW_ONLY_FILES,
+    ROWS_ARE_FOR,
     SeparatorSeen,
     SpanChunk,
     TextChunk,
@@ -255,7 +257,8 @@ def find_files(name: str, setting: str, kinds: Kinds) -> tuple[Path, ...]:
         require_regular(Path(name))
         if not name.endswith(kinds):
             problem = f"not a kind of file with {wanted}"
-            raise UserError((setting, name), problem, "Convert it, or name it by its kind")
+            fix = "Convert it, or name it by its kind"
+            raise UserError((setting, name), problem, _fix_for_rows(fix, name, kinds))
         return (Path(name),)
     else:
         matches = glob.glob(name, recursive=True)
@@ -263,8 +266,18 @@ def find_files(name: str, setting: str, kinds: Kinds) -> tuple[Path, ...]:
         where = "matches"
     if not found:
         problem = f"no file of a kind with {wanted} {where}"
-        raise UserError((setting, name), problem, "Give the path of one")
+        raise UserError(
+            (setting, name), problem, _fix_for_rows("Give the path of one", name, kinds)
+        )
     return tuple(sorted(found))
+
+
+def _fix_for_rows(fix: str, name: str, kinds: Kinds) -> str:
+    """`fix`, and for a file or folder of rows where documents are asked for, what reads them."""
+    has_rows = name.endswith(ROW_ONLY_FILES)
+    if os.path.isdir(name):
+        has_rows = bool(files_in(name, ROW_ONLY_FILES))
+    return f"{fix}. {ROWS_ARE_FOR}" if kinds is DOCUMENT_FILES and has_rows else fix
 
 
 def files_in(folder: str, kinds: Kinds) -> list[Path]:

@@ -466,3 +466,47 @@ def test_no_file_names_a_path_of_one_machine():
 )
 def test_a_path_of_one_machine_is_recognised(text, found):
     assert bool(MACHINE_PATH.search(text)) == found
+
+
+# How files are read, besides `open_regular` and `read_regular`: after `require_regular`, or files of
+# the system. Everything else could wait forever for the writer of a pipe.
+READERS = {
+    "tinylm/checkpoint/format.py": {"torch.load"},  # after `verify`
+    "tinylm/common/console.py": {"os.open"},  # the null device
+    "tinylm/common/errors.py": {"open", "os.open"},
+    "tinylm/common/files.py": {"os.open"},  # to sync what this program wrote
+    "tinylm/planning/machine_memory.py": {"open", "read_text"},
+    "tinylm/rows/sandbox.py": {"open"},
+    "tinylm/text/documents.py": {"gzip.open"},
+    "tinylm/tokens/id_arrays.py": {"np.memmap"},
+    "tinylm/tokens/token_file.py": {"np.memmap"},
+}
+OPENING = {"open", "os.open", "io.open", "gzip.open", "np.memmap", "np.load", "torch.load"}
+
+
+def reads_of(source: str) -> Iterator[str]:
+    """The calls that open a file by its path to read it."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        mode = [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
+        writes = bool(mode) and str(mode[0])[:1] in ("w", "a", "x")
+        if name in OPENING and not writes and "r+b" not in mode:
+            yield name
+        elif name.endswith((".read_text", ".read_bytes")):
+            yield name.rpartition(".")[2]
+
+
+def test_every_file_is_opened_by_one_helper() -> None:
+    found = {}
+    for path in SOURCES:
+        calls_here = set(reads_of(path.read_text("utf-8")))
+        if calls_here:
+            found[path.relative_to(ROOT).as_posix()] = calls_here
+    assert found == READERS
+
+
+def test_an_opened_file_is_found() -> None:
+    source = 'open(p); open(p, "rb"); p.read_text(); open(p, "w"); np.load(p); q.open(p)'
+    assert list(reads_of(source)) == ["open", "open", "read_text", "np.load"]

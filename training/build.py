@@ -88,7 +88,7 @@ def build_weights(
     which depend on the seed.
     """
     if resume is not None and config.lora is None:
-        return checkpoints.initial.whole_model(config.model, resume.state)
+        return checkpoints.initial.whole_model(config.model, resume.state, resume.path)
     if initial is not None:
         return build_initial(config, initial)
     torch.manual_seed(config.training.seed)

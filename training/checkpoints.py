@@ -24,7 +24,7 @@ from model import Progress, TrainingModule
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.format import FORMAT, SCHEMA
 from tinylm.checkpoint.result import link_final
-from tinylm.common.errors import Diverged
+from tinylm.common.errors import Diverged, UserError, first_line
 from tinylm.model.lora import adapter_weights
 from tinylm.tokenizer.base import Tokenizer
 
@@ -151,8 +151,13 @@ def require_finite_weights(module: TrainingModule) -> None:
 
 
 def restore_optimizer(trainer: L.Trainer, module: TrainingModule, state: dict[str, Any]) -> None:
-    """Restore the optimizer and the gradient scaler from the state of a checkpoint."""
+    """Restore the optimizer and the gradient scaler from the state of a checkpoint.
+
+    Raises:
+        UserError: they are not those of this model and optimizer.
+    """
     optimizer = trainer.optimizers[0]
+    require_same_optimizer(state["optimizer"], optimizer)
     # The settings of each group come from the config, which --allow-changes may have changed.
     settings = []
     for group in optimizer.param_groups:
@@ -169,4 +174,33 @@ def restore_optimizer(trainer: L.Trainer, module: TrainingModule, state: dict[st
         trainer.strategy.load_optimizer_state_dict({"optimizer_states": [state["optimizer"]]})
     for group, own in zip(trainer.optimizers[0].param_groups, settings, strict=True):
         group.update(own)
-    trainer.precision_plugin.load_state_dict(state["precision"])
+    try:
+        trainer.precision_plugin.load_state_dict(state["precision"])
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        problem = f"not the state of a gradient scaler: {first_line(error)}"
+        raise UserError("precision in the checkpoint", problem, "Use another checkpoint") from None
+
+
+def require_same_optimizer(stored: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raise a UserError unless `stored` has the groups of `optimizer`, with tensors of the shapes
+    of their weights: torch compares only the numbers of weights.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    try:
+        numbers = [number for group in stored["param_groups"] for number in group["params"]]
+        fits = sizes == [len(group["params"]) for group in stored["param_groups"]]
+        fits = fits and numbers == list(range(len(weights)))
+        fits = fits and stored["state"].keys() <= set(numbers)
+        names = {frozenset(values) for values in stored["state"].values()}
+        fits = fits and len(names) <= len({group.get("muon") for group in optimizer.param_groups})
+        for number, values in stored["state"].items() if fits else ():
+            for value in values.values():
+                is_whole = isinstance(value, torch.Tensor) and value.dim() > 0
+                fits = fits and (not is_whole or value.shape == weights[number].shape)
+                fits = fits and isinstance(value, int | float | torch.Tensor)
+    except (LookupError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        problem = "not the state of this optimizer for this model"
+        raise UserError("optimizer in the checkpoint", problem, "Use another checkpoint")

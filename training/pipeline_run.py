@@ -17,7 +17,7 @@ from typing import Any
 from tinylm.checkpoint.format import candidates
 from tinylm.checkpoint.initial import weights_fingerprint
 from tinylm.common.child_program import ChildProgram
-from tinylm.common.errors import UserError, reading
+from tinylm.common.errors import UserError, read_regular
 from tinylm.common.files import write_atomic
 from tinylm.common.stop_signals import signal_name
 from training.pipeline import PROGRAMS, PipelineStage
@@ -56,8 +56,7 @@ class PipelineState:
         if not path.exists():
             return cls(path, {})
         try:
-            with reading(path):
-                stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = json.loads(read_regular(path))
             return cls(path, {name: StageRecord(**record) for name, record in stored.items()})
         except (ValueError, TypeError, AttributeError):
             raise UserError(

@@ -7,19 +7,22 @@ import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from data import RunData
 from model import Progress
+
+# checkpoint.check is imported when a run resumes
+from tinylm import checkpoint as checkpoints
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.result import is_complete
-from tinylm.common.errors import UserError
+from tinylm.common.errors import UserError, first_line
 from tinylm.config.loader import with_model
 from tinylm.config.schema import Config
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokenizer.factory import tokenizer_from_plain
 from tinylm.tokens.run_files import name_of
 from training.context import ResumeOptions, RunContext
 
@@ -87,7 +90,7 @@ class ResumeState:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that it was trained with."""
-        return tokenizer_from_plain(self.state["tokenizer"])
+        return checkpoints.check.tokenizer_of(self.path, self.state)
 
     def progress(self) -> Progress:
         """How far the run was."""
@@ -137,7 +140,7 @@ def find_resume_state(context: RunContext, options: ResumeOptions) -> ResumeStat
 
 def _read(path: Path, stage: str) -> ResumeState:
     state = checkpoint_format.read(path)
-    checkpoint_format.require_finite(path, state)
+    resume = ResumeState(path, state)
     fix = (
         "Choose another training.checkpoint_dir, and start from its weights: "
         f"training.init_from={path}"
@@ -147,7 +150,27 @@ def _read(path: Path, stage: str) -> ResumeState:
     if state["stage"] != stage:
         problem = f"a checkpoint of stage {state['stage']}, but this run is of stage {stage}"
         raise UserError(path, problem, fix)
-    return ResumeState(path, state)
+    _check_progress(resume)
+    return resume
+
+
+def _check_progress(resume: ResumeState) -> None:
+    """Raise a UserError unless the progress in a checkpoint is one of its step."""
+    where, fix = (resume.path, "progress"), "Use another checkpoint"
+    try:
+        progress = resume.progress()
+    except TypeError as error:  # a name that is missing or not known
+        raise UserError(where, f"not that of a run: {first_line(error)}", fix) from None
+    for name, kind in get_type_hints(Progress).items():
+        try:
+            TypeAdapter(kind).validate_python(getattr(progress, name), strict=True)
+        except ValidationError as error:
+            raise UserError((*where, name), error.errors()[0]["msg"], fix) from None
+    if any(len(pair) != 2 for pair in progress.recent):
+        raise UserError((*where, "recent"), "must be pairs of a loss and a norm", fix)
+    if progress.step != resume.state["step"]:
+        problem = f"step must be {resume.state['step']}, got {progress.step}"
+        raise UserError(where, problem, fix)
 
 
 def resumed_config(config: Config, resume: ResumeState) -> Config:

@@ -19,7 +19,7 @@ import torch
 from tinylm.checkpoint.initial import open_initial_model
 from tinylm.checkpoint.load import Loaded, load_model, load_verifier
 from tinylm.common.device import autocast_dtype, pick_device
-from tinylm.common.errors import printable
+from tinylm.common.errors import printable, read_regular
 from tinylm.common.files import write_atomic
 from tinylm.config.schema import Config, SamplingConfig
 from tinylm.eval.answers import answer_questions, read_questions
@@ -71,7 +71,7 @@ def known_results(out: Path, made_from: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(read_regular(path))
         is_known = results["made_from"] == made_from and "answers" in results
         return results if is_known else None
     except (ValueError, TypeError, KeyError):  # cut off or edited: computed again

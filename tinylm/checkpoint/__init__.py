@@ -1,7 +1,8 @@
-"""Checkpoints: their bytes (`format`, read it first), and from bytes to a model (`load`).
+"""Checkpoints: their bytes (`format`, read it first), whether their content makes sense (`check`),
+and from bytes to a model (`load`).
 
-`initial` is imported at its first use, as `checkpoint.initial`:
-most runs start from new weights or resume.
+`check` and `initial` are imported at their first use, as `checkpoint.initial`:
+most runs start from new weights.
 """
 
 from types import ModuleType
@@ -10,4 +11,4 @@ from tinylm.common.lazy import lazy_module
 
 
 def __getattr__(name: str) -> ModuleType:
-    return lazy_module(__name__, name, "initial")
+    return lazy_module(__name__, name, "check", "initial")

@@ -19,7 +19,7 @@ a wrong number. The content of a checkpoint, the state, is one dict:
 `write`, `read` and `verify` are the file; `candidates` and `latest_valid` find one; `link` gives it
 a second name; `lock_run_dir` keeps a second run out of its folder; which one is the model that a
 run ends with is in `result`. This file has the project's only torch.load, and knows nothing of
-models: `load` turns a state into one.
+models: `check` looks for what no run writes, and `load` turns a state into one.
 """
 
 import contextlib
@@ -37,8 +37,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from tinylm.checkpoint.old_schemas import NO_REFERENCES, SCHEMA, upgrade
-from tinylm.common.errors import UserError, writing
+# checkpoint.check is imported at its first use
+from tinylm import checkpoint as checkpoints
+from tinylm.checkpoint.old_schemas import NO_REFERENCES, SCHEMA
+from tinylm.common.errors import UserError, open_regular, read_regular, writing
 from tinylm.common.files import atomic_path
 
 __all__ = ["NO_REFERENCES", "SCHEMA"]  # of old_schemas, for code that writes a state
@@ -49,13 +51,17 @@ _END_RECORD = b"PK\x05\x06"
 _END_SIZE = 22
 _COMMENT_SIZE = len("sha256:") + 64
 _STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
-_NEEDED_KEYS = {"format", "schema", "stage", "step", "tokens", "config", "tokenizer", "weights"}
 # What torch.load raises for a file that it cannot read.
 _LOAD_ERRORS = (
     RuntimeError,
     ValueError,
-    KeyError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
     EOFError,
+    struct.error,
     zipfile.BadZipFile,
     pickle.UnpicklingError,
 )
@@ -63,7 +69,9 @@ _ANOTHER = "Use another checkpoint"
 
 
 class DamagedError(UserError):
-    """A checkpoint file that was changed after it was written, or cannot be read."""
+    """A checkpoint file that was changed after it was written, cannot be read,
+    or was not written by this program.
+    """
 
 
 # --- one file ---
@@ -127,13 +135,14 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state that `write` stored: verified, plain types only,
+    """The state that `write` stored: verified, checked, plain types only,
     tensors on the CPU and mapped from the file.
 
     A checkpoint of an older schema is returned in the form of the current one.
 
     Raises:
-        DamagedError: the file is not what was written, or was not written by this program.
+        DamagedError: the file is not what was written, or its content is not what this program
+            writes, or a weight is not a finite number.
         UserError: it has a newer schema.
     """
     verify(path)
@@ -142,13 +151,10 @@ def read(path: Path) -> dict[str, Any]:
     except _LOAD_ERRORS as error:
         why = str(error).splitlines()[0][:120]
         raise DamagedError(path, f"not a checkpoint of this program ({why})", _ANOTHER) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT or _NEEDED_KEYS - state.keys():
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         fix = "Use a file that train.py wrote"
         raise DamagedError(path, "not a checkpoint of this program", fix)
-    if state["schema"] > SCHEMA:
-        problem = f"has schema {state['schema']}, but this version reads up to schema {SCHEMA}"
-        raise UserError(path, problem, "Update this program")
-    return upgrade(state)
+    return checkpoints.check.checked(path, state)
 
 
 def verify(path: Path) -> None:
@@ -173,7 +179,7 @@ def verify(path: Path) -> None:
 def _damage(path: Path) -> str | None:
     """The problem with the file; None if its digest is right."""
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(max(0, size - _COMMENT_SIZE))
         comment = file.read()
         file.seek(0)
@@ -266,9 +272,7 @@ def latest_state(
     errors: list[DamagedError] = []
     for path in candidates(folder) if os.path.isdir(folder) else []:
         try:
-            state = read(path)
-            require_finite(path, state)
-            return path, state
+            return path, read(path)
         except DamagedError as error:
             on_damaged(error)
             errors.append(error)
@@ -277,14 +281,6 @@ def latest_state(
         fix = "Restore one from a backup, or choose another training.checkpoint_dir to start again"
         raise UserError(folder, f"every checkpoint is damaged ({found})", fix)
     return None
-
-
-def require_finite(path: Path, state: dict[str, Any]) -> None:
-    """Raise DamagedError if a weight in the state of a checkpoint is not a finite number."""
-    for weight in state["weights"].values():
-        if weight.is_floating_point() and not weight.isfinite().all():
-            problem = "has weights that are not finite numbers; its training diverged"
-            raise DamagedError(path, problem, "Use an earlier checkpoint")
 
 
 @contextlib.contextmanager
@@ -308,7 +304,7 @@ def lock_run_dir(folder: Path, setting: str = "training.checkpoint_dir") -> Iter
                 path.unlink()
         yield
     except Timeout:
-        holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        holder = read_regular(owner).decode() if owner.exists() else "another process"
         fix = f"Wait for it, or choose another {setting}"
         raise UserError(folder, f"in use by {holder}", fix) from None
     finally:

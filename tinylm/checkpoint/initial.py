@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 # models.hf_files is imported when a model of Hugging Face is opened or rebuilt
 from tinylm import model as models
+from tinylm.checkpoint.check import empty_model, tokenizer_of
 from tinylm.checkpoint.format import read
 from tinylm.checkpoint.info import info_of
 from tinylm.common.errors import UserError
@@ -32,7 +32,6 @@ from tinylm.common.hub import HF_PREFIX
 from tinylm.config.schema import Config, ModelConfig, TokenizerConfig
 from tinylm.model.decoder import Decoder
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokenizer.factory import tokenizer_from_plain
 
 if TYPE_CHECKING:
     from tinylm.model.hf_model import HFModel
@@ -41,10 +40,15 @@ if TYPE_CHECKING:
 # --- weights to a model ---
 
 
-def whole_model(config: ModelConfig, state: dict[str, Any]) -> Decoder | HFModel:
-    """The model of a checkpoint that has all its weights, with the settings `config`."""
+def whole_model(config: ModelConfig, state: dict[str, Any], path: Path) -> Decoder | HFModel:
+    """The model of the checkpoint at `path`, which has all its weights,
+    with the settings `config`.
+    """
     if state["hf_config"] is not None:
-        return models.hf_files.rebuild_hf_model(state["hf_config"], state["weights"])
+        try:
+            return models.hf_files.rebuild_hf_model(state["hf_config"], state["weights"])
+        except UserError as error:
+            raise error.within(path) from None
     return build_decoder(config, state["weights"])
 
 
@@ -52,7 +56,7 @@ def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Deco
     """A decoder with exactly these weights; RuntimeError names one that is missing,
     extra or of another shape.
     """
-    model = empty_decoder(config)
+    model = empty_model(config)
     model.load_state_dict(weights, strict=True, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
@@ -60,35 +64,6 @@ def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Deco
         weight.data = weight.data.clone()  # the mapped file may be replaced
         weight.requires_grad_(True)
     return model
-
-
-def empty_decoder(config: ModelConfig) -> Decoder:
-    """A decoder on the meta device: shapes without numbers, for
-    `load_state_dict(..., assign=True)`.
-    """
-    with torch.device("meta"), _NoInit():
-        return Decoder(config)
-
-
-class _NoInit(TorchFunctionMode):
-    """Leaves new weights unfilled: on the meta device, filling them imports torch's compiler
-    (two seconds).
-    """
-
-    _fillers = (
-        nn.init.normal_,
-        nn.init.uniform_,
-        nn.init.kaiming_uniform_,
-        nn.init.trunc_normal_,
-        torch.Tensor.normal_,
-        torch.Tensor.uniform_,
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self._fillers:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 # --- the model to start from ---
@@ -141,9 +116,9 @@ def open_initial_model(name: str) -> InitialModel:
         name=name,
         model=config.model,
         tokenizer_config=config.tokenizer,
-        tokenizer=tokenizer_from_plain(state["tokenizer"]),
+        tokenizer=tokenizer_of(Path(name), state),
         is_hf=state["hf_config"] is not None,
-        build=lambda config: whole_model(config, state),
+        build=lambda config: whole_model(config, state, Path(name)),
         summary=info_of(Path(name), state).summary(),
     )
 

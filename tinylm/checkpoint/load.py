@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tinylm.checkpoint.check import tokenizer_of
 from tinylm.checkpoint.format import read
 from tinylm.checkpoint.info import CheckpointInfo, info_of
 from tinylm.checkpoint.initial import (
@@ -26,11 +27,10 @@ from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, LoraConfig, ModelConfig
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
-from tinylm.model.lora import merge
+from tinylm.model.lora import merge, require_adapter
 from tinylm.model.verifier import Verifier
 from tinylm.rows.conversation import CHAT_STAGES
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokenizer.factory import tokenizer_from_plain
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def load_model(path: Path, device: str = "cpu") -> Loaded:
     refuse_verifier(path, state)
     config = Config.from_plain(state["config"])
     if config.lora is None:
-        model = whole_model(config.model, state)
+        model = whole_model(config.model, state, path)
     else:
         model = _merged_model(path, state, config.lora)
-    tokenizer = tokenizer_from_plain(state["tokenizer"])
+    tokenizer = tokenizer_of(path, state)
     info = info_of(path, state)
     return Loaded(model.to(device).eval(), tokenizer, config, info, state.get("system"))
 
@@ -88,6 +88,10 @@ def _merged_model(path: Path, state: dict[str, Any], lora: LoraConfig) -> Decode
             f"but now it has {fingerprint}"
         )
         raise UserError(path, problem, "Restore the model that it was trained on")
+    try:
+        require_adapter(model, state["weights"], lora)
+    except UserError as error:
+        raise error.within(path) from None
     merge(model, state["weights"], lora)
     return model
 
@@ -115,7 +119,7 @@ def load_verifier(path: Path, device: str = "cpu") -> LoadedVerifier:
         raise UserError(path, problem, fix)
     config = Config.from_plain(state["config"])
     model = build_verifier(config.model, state["weights"]).to(device).eval()
-    tokenizer = tokenizer_from_plain(state["tokenizer"])
+    tokenizer = tokenizer_of(path, state)
     return LoadedVerifier(model, tokenizer, config, info_of(path, state))
 
 

@@ -5,7 +5,7 @@ and their JSON schema.
 import argparse
 from pathlib import Path
 
-from tinylm.common.errors import UserError
+from tinylm.common.errors import UserError, read_regular
 
 SUMMARY = "write the reference of all settings and their JSON schema for editors"
 
@@ -28,17 +28,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Write or check both files and print their paths."""
     from tinylm.config.docs import reference_files
 
+    fix = "Give the folder of the reference with --folder"
     for name, text in reference_files().items():
         path = arguments.folder / name
         try:
             if not arguments.check:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8", newline="\n")
-            is_stale = path.read_bytes() != text.encode()
+            is_stale = read_regular(path) != text.encode()
+        except UserError as error:
+            raise error.within(fix=fix) from None
         except OSError as error:
-            raise UserError(
-                path, error.strerror, "Give the folder of the reference with --folder"
-            ) from None
+            raise UserError(path, error.strerror, fix) from None
         if is_stale:
             raise UserError(
                 path,

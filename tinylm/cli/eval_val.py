@@ -80,12 +80,13 @@ def score_subject(
     state = read(path)
     score = verifier_scores if state["stage"] == "verifier" else language_scores
     numbers, data = score(path, arguments, config, device)
-    if data.fingerprint != state["data"]["val"]:
+    trained_with = state.get("data", {"val": "not known"})["val"]
+    if data.fingerprint != trained_with:
         logger.info(
             "note: not the validation data of the training run of %s (%s, here %s); "
             "the model may have been trained on some of them",
             subject.label,
-            state["data"]["val"],
+            trained_with,
             data.fingerprint,
         )
     return {"ckpt": subject.label, "stage": state["stage"], "step": state["step"], **numbers}

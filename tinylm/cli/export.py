@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError, printable, read_regular
 
 if TYPE_CHECKING:
     from tinylm.interchange.hf_export import Exported
@@ -110,7 +110,7 @@ def export_adapter_folder(arguments: argparse.Namespace) -> int:
             "Give --merge for the whole model, or remove --format",
         )
     out = export_adapter(arguments.ckpt, arguments.out)
-    adapter_config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter_config = json.loads(read_regular(out / "adapter_config.json"))
     base = adapter_config["base_model_name_or_path"]
     logger.info("the adapter alone, for peft, of %s; --merge writes the whole model", base)
     logger.info(

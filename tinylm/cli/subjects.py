@@ -119,12 +119,6 @@ def open_subject(subject: Subject, device: str, tokenizer: str) -> OpenedSubject
         return open_hf_model(subject, device)
     path = subject.paths[0]
     loaded = load_model(path, device)
-    if not all(weight.isfinite().all() for weight in loaded.model.parameters()):
-        raise UserError(
-            path,
-            "has weights that are not finite numbers; its training diverged",
-            "Use an earlier checkpoint",
-        )
     engine = Engine(loaded.model, choose_tokenizer(tokenizer, loaded.tokenizer))
     template = make_template(loaded.template, engine.tokenizer) if loaded.template else None
     return OpenedSubject(subject, engine, template, loaded.info.step, loaded.info.val_loss)

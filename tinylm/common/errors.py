@@ -6,9 +6,11 @@ import gzip
 import importlib.util
 import os
 import stat
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import BinaryIO
 
 
 class UserError(Exception):
@@ -137,17 +139,58 @@ def reason(error: OSError) -> str:
     return printable(error.strerror or error)
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """`path`, open to read its bytes: how this program opens every file that it reads.
+
+    Raises:
+        UserError: it cannot be opened, or is not a regular file: a pipe would wait for a writer
+            forever, and a device may have no end.
+    """
+    require_regular(path)  # before it is opened, which alone affects some devices
+    return open(path, "rb", opener=_open_regular)
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file; a UserError if it cannot be read, or as `open_regular`."""
+    with reading(path), open_regular(path) as file:
+        return file.read()
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """`os.open`, which returns at once from a pipe and checks the file that it opened,
+    because another one may have got its name since the first check.
+    """
+    if sys.platform != "win32":
+        flags |= os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _irregular(path)
+    return handle
+
+
 def require_regular(path: str | os.PathLike[str]) -> None:
     """Raise a UserError unless `path` is a regular file: not for a pipe,
-    a device or a circle of links.
+    a device or a circle of links. For files that another library opens; see `open_regular`.
     """
     try:
         mode = os.stat(path).st_mode
-    except OSError as error:
-        fix = "Give the path of a file that can be read"
-        raise UserError(path, reason(error), fix) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        raise _unreadable(path, error) from None
     if not stat.S_ISREG(mode):
-        raise UserError(path, "not a regular file", "Give the path of a file on disk")
+        raise _irregular(path)
+
+
+def _unreadable(path: object, error: OSError | ValueError) -> UserError:
+    why = reason(error) if isinstance(error, OSError) else error
+    return UserError(path, why, "Give the path of a file that can be read")
+
+
+def _irregular(path: object) -> UserError:
+    return UserError(path, "not a regular file", "Give the path of a file on disk")
 
 
 def require_package(name: str) -> None:
@@ -156,6 +199,27 @@ def require_package(name: str) -> None:
         raise UserError(name, "this package is needed and is not installed", f"pip install {name}")
 
 
-def first_line(error: Exception) -> str:
+@contextmanager
+def catch_panics() -> Iterator[None]:
+    """Turn a panic of a library in Rust (tokenizers) into a RuntimeError.
+
+    Its PanicException is no Exception and can be imported from nowhere, so it is known by its name.
+    Rust writes several lines about it to file descriptor 2, which is closed to it meanwhile.
+    """
+    with open(os.devnull, "wb") as nowhere:
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise RuntimeError(first_line(error)) from None
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def first_line(error: BaseException) -> str:
     """The first line of another library's message, to be part of one of ours."""
     return printable(str(error).strip().partition("\n")[0]).rstrip(".") or type(error).__name__

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tinylm.common.errors import UserError, first_line, reason, require_regular
+from tinylm.common.errors import (
+    UserError,
+    first_line,
+    read_regular,
+    require_regular,
+)
 
 HUB_TIMEOUT_SECONDS = 5.0
 # training.init_from: hf:NAME is a Hugging Face model, any other value the path of a checkpoint.
@@ -100,13 +105,10 @@ def read_utf8(file: Path, fix: str) -> str:
     Raises:
         UserError: it cannot be read, is no regular file (a pipe would never end), or is not UTF-8.
     """
-    require_regular(file)
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return read_regular(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(file, f"not UTF-8 text (byte {error.start})", fix) from None
-    except OSError as error:
-        raise UserError(file, reason(error), "Give a file that can be read") from None
 
 
 def read_json(file: Path, fix: str, max_bytes: int | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tinylm.common.errors import UserError, printable, reason
+from tinylm.common.errors import UserError, open_regular, printable, reading
 
 # PyYAML reads this much in half a second, and no real config comes near it.
 FILE_BYTES_LIMIT = 100_000
@@ -164,20 +165,23 @@ def read_layer(path: Path) -> Layer:
         UserError: it is not a file, too large, or not YAML.
     """
     fix = "Give the path of a YAML file"
+    if os.path.isdir(path):
+        raise UserError(path, "a directory", fix)
     try:
-        if not path.is_file():
-            problem = "a directory" if path.is_dir() else "not a regular file"
-            raise UserError(path, problem if path.exists() else "not found", fix)
-        size = path.stat().st_size
+        file = open_regular(path)
+    except UserError as error:
+        raise error.within(fix=fix) from None
+    with reading(path), file:
+        size = os.fstat(file.fileno()).st_size
         if size > FILE_BYTES_LIMIT:
             problem = f"{size} bytes, but a config has at most {FILE_BYTES_LIMIT}"
             raise UserError(path, problem, "Is it the right file?")
-        text = path.read_bytes().decode("utf-8")
+        raw = file.read()
+    try:
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 text (byte {error.start})"
         raise UserError(path, problem, "Save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(path, reason(error), fix) from None
     return Layer(str(path), _parse(text, str(path)))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tinylm.checkpoint.load import Loaded, fingerprint_of, load_model
 from tinylm.common.console import OnProgress
-from tinylm.common.errors import UserError, reading, writing
+from tinylm.common.errors import UserError, read_regular, writing
 from tinylm.common.files import locked
 from tinylm.config.schema import Config, VerifierConfig
 from tinylm.eval.best_of_n import sample_answers
@@ -113,10 +113,11 @@ def _read_whole_lines(path: Path) -> list[list[str]]:
     """The answers in the file; a partial line at its end is removed."""
     if not path.exists():
         return []
-    with reading(path), open(path, "r+b") as file:
-        raw = file.read()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        os.ftruncate(file.fileno(), len(whole))
+    raw = read_regular(path)
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if whole != raw:
+        with writing(path, "data.cache_dir"):
+            os.truncate(path, len(whole))
     try:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from torch import Generator, Tensor, cat, no_grad, randint
 
-from tinylm.checkpoint.initial import empty_decoder
+from tinylm.checkpoint.check import empty_model
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig
 from tinylm.interchange.architectures import ARCHITECTURES, Architecture
@@ -213,7 +213,7 @@ def from_weights(hf_config: PreTrainedConfig, weight: Callable[[str], Tensor]) -
         UserError: our decoder cannot compute the same; see `our_config`.
     """
     config = our_config(hf_config)
-    model = empty_decoder(config)
+    model = empty_model(config)
     ours: dict[str, Tensor] = {}
     pairs = _pairs(_architecture_in(hf_config), config.n_layers, model.state_dict())
     for name, their_names, transposed in pairs:
@@ -235,7 +235,7 @@ def their_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         UserError: as `our_config`.
     """
     config = our_config(hf_config)
-    weights = empty_decoder(config).state_dict()
+    weights = empty_model(config).state_dict()
     ours = {name: tuple(weight.shape) for name, weight in weights.items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parts, transposed in _pairs(_architecture_in(hf_config), config.n_layers, ours):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tinylm.checkpoint import format as checkpoint_format
-from tinylm.common.errors import UserError, first_line, reading, require_package
+from tinylm.common.errors import UserError, first_line, open_regular, reading, require_package
 from tinylm.common.files import require_new
 from tinylm.common.hub import download, read_json
 from tinylm.config.schema import Config
@@ -284,11 +284,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def check_header(file: Path) -> None:
     """Raise a UserError if the header is too large: the library would allocate memory for it."""
-    with reading(file):
-        if not file.is_file():
-            raise UserError(file, "not a regular file", FIX)
-        with open(file, "rb") as opened:
-            n_bytes = int.from_bytes(opened.read(8), "little")
+    with reading(file), open_regular(file) as opened:
+        n_bytes = int.from_bytes(opened.read(8), "little")
         limit = min(file.stat().st_size, HEADER_BYTES)
     if n_bytes > limit:
         problem = f"not valid safetensors: its header of {n_bytes} bytes is more than {limit}"

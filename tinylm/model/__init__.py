@@ -1,7 +1,7 @@
 """The models: `decoder` is ours, read it first.
 
-`hf_model` and `hf_files` are imported at their first use, as `model.hf_files`:
-most runs do not need a model of Hugging Face.
+`hf_model`, `hf_files` and `verifier` are imported at their first use, as `model.hf_files`:
+most runs do not need a model of Hugging Face, or a verifier.
 """
 
 from types import ModuleType
@@ -10,4 +10,4 @@ from tinylm.common.lazy import lazy_module
 
 
 def __getattr__(name: str) -> ModuleType:
-    return lazy_module(__name__, name, "hf_model", "hf_files")
+    return lazy_module(__name__, name, "hf_model", "hf_files", "verifier")

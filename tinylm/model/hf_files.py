@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinylm.common.errors import UserError, first_line, require_package
+from tinylm.common.errors import UserError, first_line, require_package, require_regular
 from tinylm.common.hub import download, is_hub_name, read_json
 from tinylm.config.schema import ModelConfig
 from tinylm.model.hf_model import (
@@ -78,6 +78,7 @@ class HFModelFiles:
 
         weights: dict[str, Tensor] = {}
         for file in self._weight_files():
+            require_regular(file)
             try:
                 _check_types(file)
                 weights |= load_file(file)
@@ -89,9 +90,9 @@ class HFModelFiles:
     def _weight_files(self) -> list[Path]:
         """The files with the weights: one, or those that an index names."""
         single, index = self.folder / "model.safetensors", self.folder / INDEX
-        if single.is_file():
+        if single.exists():
             return [single]
-        if not index.is_file():
+        if not index.exists():
             fix = "Convert the weights to safetensors: other formats are not read"
             raise UserError(self.folder, "no model.safetensors", fix)
         shards = read_json(index, AGAIN, JSON_BYTES_LIMIT).get("weight_map")
@@ -123,11 +124,11 @@ def find_hf_model(name: str) -> HFModelFiles:
     else:
         patterns = (*MODEL_FILES, *TOKENIZER_FILES, *OLDER_VOCABULARIES)
         folder = download(name, patterns, name, GIVE_A_FOLDER)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / "adapter_config.json").exists():
         problem = "an adapter, not a whole model"
         raise UserError(folder, problem, "Give the model that it was trained on")
     file = folder / "config.json"
-    if not file.is_file():
+    if not file.exists():
         raise UserError(folder, "no config.json", "Give the folder of a Hugging Face model")
     return HFModelFiles(folder, _read_config(read_json(file, AGAIN, JSON_BYTES_LIMIT), file))
 

@@ -138,11 +138,12 @@ def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_adapter(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Fill the adapters that `attach` made with `weights`,
     those of a checkpoint with the same settings.
+
+    Raises:
+        UserError: naming a matrix that is missing, unexpected or of another shape.
     """
     own = adapter_weights(dict(model.named_parameters()))
-    shapes = {name: weight.shape for name, weight in own.items()}
-    if shapes != {name: weight.shape for name, weight in weights.items()}:
-        raise ValueError("these adapters are of another model or rank; compare the settings first")
+    _require_shapes({name: tuple(weight.shape) for name, weight in own.items()}, weights)
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(weights[name])
@@ -163,6 +164,30 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def _require_shapes(wanted: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> None:
+    """Raise a UserError unless `weights` are the matrices of adapters with these shapes."""
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            problem = f"must have the shape {wanted.get(name)}, got {found.get(name)}"
+            raise UserError(("adapter", name), problem, "Use another checkpoint")
+
+
+def require_adapter(
+    model: Decoder | HFModel, weights: Mapping[str, Tensor], lora: LoraConfig
+) -> None:
+    """Raise a UserError unless `weights` are the adapters of `model`, a base without adapters."""
+    prefix = "" if isinstance(model, Decoder) else "inner."
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, layer in target_layers(model, lora).items():
+        rows, columns = layer.weight.shape  # type: ignore[union-attr, misc]
+        if not isinstance(layer, nn.Linear):  # GPT-2: (in, out)
+            rows, columns = columns, rows
+        wanted[f"{prefix}{name}.lora_A.weight"] = (lora.r, columns)
+        wanted[f"{prefix}{name}.lora_B.weight"] = (rows, lora.r)
+    _require_shapes(wanted, weights)
 
 
 @torch.no_grad()

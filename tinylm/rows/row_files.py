@@ -12,7 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinylm.common.errors import UserError, first_line, reading, require_regular
+from tinylm.common.errors import (
+    UserError,
+    first_line,
+    read_regular,
+    require_regular,
+)
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import find_split
 from tinylm.text.documents import is_blank, jsonl_rows, kind_of, parquet_rows, text_lines
@@ -142,8 +147,7 @@ def _read_file(path: Path) -> Iterator[tuple[object, Any]]:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The items of the list in a .json file."""
-    with reading(path):
-        raw = path.read_bytes()
+    raw = read_regular(path)
     try:
         rows = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -17,7 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.common.errors import UserError, printable, reading, writing
+from tinylm.common.errors import (
+    UserError,
+    printable,
+    read_regular,
+    writing,
+)
 from tinylm.common.files import write_atomic
 from tinylm.runs.experiments import QUESTIONS, Question, Step, is_done, last_line
 from tinylm.runs.measure import (
@@ -322,8 +327,7 @@ def _task_section(out: Path) -> list[str]:
     """The task scores of the fine-tuned models and of their base models, if they were evaluated."""
     rows = []
     for path in sorted(out.glob("tasks/*/results.json")):
-        with reading(path):
-            measures = json.loads(path.read_text(encoding="utf-8"))["measures"]
+        measures = json.loads(read_regular(path))["measures"]
         for row in measures:
             cells = [row["task"], printable(row["checkpoint"]), str(row["shots"]), row["measure"]]
             interval = f"{_number(row['low'])} to {_number(row['high'])}"

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.common.child_program import ChildProgram, forward_signals
-from tinylm.common.errors import UserError, reading, writing
+from tinylm.common.errors import (
+    UserError,
+    open_regular,
+    read_regular,
+    reading,
+    writing,
+)
 from tinylm.common.files import write_atomic
 from tinylm.config.loader import load_config
 
@@ -223,7 +229,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 def _digest(path: Path) -> str:
-    with reading(path), open(path, "rb") as file:
+    with reading(path), open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -235,8 +241,7 @@ def is_done(step: Step) -> bool:
     """
     if not (step.result.exists() and step.record.exists()):
         return False
-    with reading(step.record):
-        recorded = json.loads(step.record.read_text(encoding="utf-8"))
+    recorded = json.loads(read_regular(step.record))
     current = step_inputs(step)
     for key in [*current, *recorded]:  # either may have keys that the other lacks
         before = recorded.get(key, "absent")
@@ -297,7 +302,6 @@ def _run(step: Step, child: ChildProgram) -> int:
 
 def last_line(path: Path) -> str:
     """The last line of a step's output; of a failed program this is its error."""
-    with reading(path):
-        text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_regular(path).decode(errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no output"

@@ -23,7 +23,7 @@ import torch
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import load as checkpoint_load
-from tinylm.common.errors import reading
+from tinylm.common.errors import read_regular
 from tinylm.common.files import write_atomic
 from tinylm.config.schema import SamplingConfig
 from tinylm.eval.perplexity import LOSS_CAP, byte_length_table, score_batches
@@ -140,8 +140,7 @@ def load_or_measure(run: str, checkpoint_dir: Path, out: Path) -> RunMeasurement
     key = _cache_key(name, paths)
     cached = out / "measurements" / f"{run}.json"
     if cached.exists():
-        with reading(cached):
-            content = json.loads(cached.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(cached))
         if content["key"] == key:
             return RunMeasurements.from_plain(content["measurements"])
     measured = measure_run(name, int(seed or 1), paths)

@@ -6,11 +6,12 @@ An empty cell means that the step has no such value. Numbers are written exactly
 """
 
 import csv
+import io
 import math
 import os
 from pathlib import Path
 
-from tinylm.common.errors import reading, writing
+from tinylm.common.errors import read_regular, writing
 
 COLUMNS = (
     "step",
@@ -77,9 +78,9 @@ class MetricsFile:
 
         Columns that only the file has are kept: it may be of other settings (`skipped_steps`).
         """
-        with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
-            reader = csv.DictReader(line.replace("\0", "") for line in file)
-            names, rows = reader.fieldnames or (), list(reader)
+        text = read_regular(self.path).decode(errors="replace").replace("\0", "")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        names, rows = reader.fieldnames or (), list(reader)
         if not set(COLUMNS) <= set(names):
             return []
         self.columns += tuple(name for name in names if name not in self.columns)
@@ -111,12 +112,12 @@ def read_columns(path: Path) -> dict[str, list[float]]:
     A file without complete rows gives no columns.
     """
     columns: dict[str, list[float]] = {}
-    with reading(path), open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if None in row.values() or not (row.get("step") or "").isdigit():
-                continue
-            for name, cell in row.items():
-                columns.setdefault(name, []).append(_number(cell))
+    text = read_regular(path).decode(errors="replace").replace("\0", "")
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        if None in row.values() or not (row.get("step") or "").isdigit():
+            continue
+        for name, cell in row.items():
+            columns.setdefault(name, []).append(_number(cell))
     return columns
 
 

@@ -101,6 +101,8 @@ def read_checkpoints(folder: Path) -> Run:
     path = checkpoint_format.latest_valid(folder)
     assert path is not None  # the caller found one
     state = checkpoint_format.read(path)
+    if "progress" not in state:
+        raise UserError(path, "an imported model, which was not validated", "Give another folder")
     validations = np.array(state["progress"]["validations"], dtype=float).reshape(-1, 2)
     losses = validations[:, 1]
     perplexities = np.exp(np.minimum(losses, 20.0))

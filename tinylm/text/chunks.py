@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 
-from tinylm.common.errors import UserError, reading, require_regular
+from tinylm.common.errors import UserError, open_regular, reading, require_regular
 from tinylm.text.documents import TextChunk, file_documents, text_chunks
 from tinylm.text.sources import LocalFiles, TextSource, Together
 
@@ -49,7 +49,7 @@ class RawChunk:
         Raises:
             UserError: the file cannot be read, or is not UTF-8.
         """
-        with reading(self.path), open(self.path, "rb") as file:
+        with reading(self.path), open_regular(self.path) as file:
             file.seek(self.borders[0])
             for start, stop in pairwise(self.borders):
                 yield self._decode(file.read(stop - start), start)
@@ -114,7 +114,7 @@ def part_borders(path: Path) -> list[int]:
     """
     require_regular(path)
     borders = [0]
-    with reading(path), open(path, "rb") as file:
+    with reading(path), open_regular(path) as file:
         size = os.path.getsize(path)
         for wanted in range(PART_BYTES, size, PART_BYTES):
             file.seek(wanted)

@@ -32,7 +32,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinylm.common.errors import UserError, first_line, reading, require_regular
+from tinylm.common.errors import (
+    UserError,
+    first_line,
+    open_regular,
+    reading,
+    require_regular,
+)
 
 # A longer line is a binary file or a device, not a document.
 LINE_BYTES_LIMIT = 2**30
@@ -113,7 +119,7 @@ def spans_of(path: Path, end: bytes) -> Iterator[Span]:
     """The file in spans of at least `SPAN_BYTES`, each up to the next `end`;
     they depend on the file alone.
     """
-    with reading(path), open(path, "rb") as file:
+    with reading(path), open_regular(path) as file:
         size = os.path.getsize(path)
         start = 0
         while start < size:
@@ -132,7 +138,10 @@ def spans_of(path: Path, end: bytes) -> Iterator[Span]:
 
 
 def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+    if path.name.endswith(".gz"):
+        require_regular(path)
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    return open_regular(path)
 
 
 @dataclass(frozen=True)
@@ -308,6 +317,7 @@ def parquet_rows(path: Path, field: str | None = None) -> Iterator[tuple[str, di
     """Each row of a .parquet file with its location for errors: all of its columns,
     or `field` alone.
     """
+    require_regular(path)
     import_optional("pyarrow", path)
     import pyarrow as pa
     import pyarrow.parquet as pq

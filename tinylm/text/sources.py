@@ -17,7 +17,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinylm.common.errors import UserError, first_line, reading, reason, require_regular
+from tinylm.common.errors import (
+    UserError,
+    first_line,
+    open_regular,
+    reading,
+    reason,
+    require_regular,
+)
 from tinylm.common.hub import hub_errors, is_hub_name, require_hub
 from tinylm.text.documents import (
     DAMAGED,
@@ -91,7 +98,7 @@ class LocalFiles:
         digest = hashlib.sha256()
         for path in self.paths:
             require_regular(path)
-            with reading(path), open(path, "rb") as file:
+            with reading(path), open_regular(path) as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
                 suffix = next((kind for kind in DOCUMENT_FILES if path.name.endswith(kind)), None)
                 digest.update(f"{suffix} {content}\n".encode())

@@ -8,7 +8,7 @@ from typing import Any
 
 # hf and hf_files are imported at their first use
 from tinylm import tokenizer as tokenizers
-from tinylm.common.errors import UserError
+from tinylm.common.errors import UserError, first_line
 from tinylm.config.schema import TokenizerConfig
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
@@ -32,17 +32,22 @@ def tokenizer_from_plain(plain: dict[str, Any]) -> Tokenizer:
     """The inverse of `Tokenizer.to_plain`.
 
     Raises:
-        UserError: this version does not know the kind.
+        UserError: this version does not know the kind, or `plain` is not what `to_plain` returned.
     """
-    kind = plain["kind"]
-    if kind == "byte":
-        return ByteTokenizer.from_plain(plain)
-    if kind == "char":
-        return CharTokenizer.from_plain(plain)
-    if kind == "hf":
-        return tokenizers.hf.HFTokenizer.from_plain(plain)
+    kind, fix = plain.get("kind"), "Use the version that wrote it"
+    try:
+        if kind == "byte":
+            return ByteTokenizer.from_plain(plain)
+        if kind == "char":
+            return CharTokenizer.from_plain(plain)
+        if kind == "hf":
+            return tokenizers.hf.HFTokenizer.from_plain(plain)
+    # what these classes and the library raise for values of another type
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        problem = f"kind {kind} cannot be read: {type(error).__name__}: {first_line(error)}"
+        raise UserError("tokenizer", problem, fix) from None
     problem = f"kind must be one of byte, char, hf in this version, got {kind}"
-    raise UserError("tokenizer", problem, "Use the version that wrote it")
+    raise UserError("tokenizer", problem, fix)
 
 
 def named_tokenizer(name: str) -> Tokenizer:

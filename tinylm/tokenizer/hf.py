@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinylm.common.errors import UserError
+from tinylm.common.errors import UserError, catch_panics, first_line
 from tinylm.text.documents import reject_lone_surrogates
 from tinylm.tokenizer.base import StreamDecoder, Tokenizer
 from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, LAST_CUT
@@ -75,8 +75,8 @@ class HFTokenizer(Tokenizer):
         forbidden = set(self.special_names) - {_unknown_id(backend, description["model"])}
         forbidden |= {self.eos_id, self.pad_id}
         self._forbidden = np.array(sorted(forbidden), dtype=np.uint32)
-        known = find_pattern(description) is not None
-        self._can_cut = known and not any(map(_depends_on_neighbors, self._in_text))
+        self._is_known = find_pattern(description) is not None
+        self._can_cut = self._is_known and not any(map(_depends_on_neighbors, self._in_text))
         self.fast = build_tiktoken_encoder(description, forbidden)
         """tiktoken's encoder, if it gives the same ids"""
 
@@ -123,7 +123,7 @@ class HFTokenizer(Tokenizer):
         reject_lone_surrogates(text)
         self._backend.encode_special_tokens = False
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return self._run_backend([text])[0].ids
         finally:
             self._backend.encode_special_tokens = True
 
@@ -139,9 +139,13 @@ class HFTokenizer(Tokenizer):
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "HFTokenizer":
         """The inverse of `to_plain`."""
-        from tokenizers import Tokenizer as Backend
-
-        backend = Backend.from_str(plain["tokenizer_json"])
+        backend = read_backend(plain["tokenizer_json"])
+        ids = sorted(backend.get_vocab().values())
+        if ids != list(range(len(ids))):
+            raise ValueError(f"its {len(ids)} tokens do not have the ids 0 to {len(ids) - 1}")
+        for name in ("eos", "pad"):
+            if plain[name] is not None and backend.token_to_id(plain[name]) is None:
+                raise ValueError(f"it has no token {plain[name]!r}")
         return cls(
             backend, eos=plain["eos"], pad=plain["pad"], chat_template=plain["chat_template"]
         )
@@ -164,13 +168,28 @@ class HFTokenizer(Tokenizer):
         return self._encode_slowly([text])[0]
 
     def _encode_slowly(self, texts: Sequence[str]) -> list[np.ndarray]:
-        batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         result = []
-        for text, encoding in zip(texts, batch, strict=True):
+        for text, encoding in zip(texts, self._run_backend(list(texts)), strict=True):
             ids = np.array(encoding.ids, dtype=np.uint32)
             has_special = np.isin(ids, self._forbidden).any()
             result.append(self._encode_apart(text) if has_special else ids)
         return result
+
+    def _run_backend(self, texts: list[str], *, offsets: bool = False) -> list[Any]:
+        """The library's encodings of the texts.
+
+        Raises:
+            UserError: a regular expression of an unknown pattern takes too long for a text.
+        """
+        encode = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
+        if self._is_known:
+            return encode(texts, add_special_tokens=False)
+        try:
+            with catch_panics():
+                return encode(texts, add_special_tokens=False)
+        except RuntimeError as error:
+            problem = f"the tokenizers library cannot encode a text: {first_line(error)}"
+            raise UserError("tokenizer", problem, "Choose another tokenizer") from None
 
     def _encode_apart(self, text: str) -> np.ndarray:
         """The ids of a text that spells special tokens, each cut after its first character.
@@ -182,7 +201,7 @@ class HFTokenizer(Tokenizer):
         Raises:
             UserError: a special token is a single character, so it cannot be cut.
         """
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        [encoding] = self._run_backend([text], offsets=True)
         cuts = [0]
         for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if id not in self._forbidden:
@@ -196,6 +215,17 @@ class HFTokenizer(Tokenizer):
             cuts.append(start + 1)
         cuts.append(len(text))
         return np.concatenate(self._encode_slowly([text[a:b] for a, b in pairwise(cuts)]))
+
+
+def read_backend(text: str) -> "Backend":
+    """The library's tokenizer from the text of a tokenizer.json; RuntimeError if it is not one."""
+    from tokenizers import Tokenizer as Backend
+
+    with catch_panics():
+        try:
+            return Backend.from_str(text)
+        except Exception as error:  # the library raises plain Exception for what it cannot read
+            raise RuntimeError(first_line(error)) from None
 
 
 def _unknown_id(backend: "Backend", model: dict[str, Any]) -> int | None:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.common.errors import UserError, first_line
+from tinylm.common.errors import UserError, catch_panics, first_line, require_regular
 from tinylm.common.hub import download, is_hub_name, read_json, read_utf8
-from tinylm.tokenizer.hf import HFTokenizer
+from tinylm.tokenizer.hf import HFTokenizer, read_backend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -136,9 +136,9 @@ def _read_settings(folder: Path) -> _Settings:
     """
     settings = _Settings()
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
+        if (folder / name).exists():
             _add_settings(settings, folder / name)
-    if (folder / "chat_template.jinja").is_file():
+    if (folder / "chat_template.jinja").exists():
         settings.chat_template = read_utf8(folder / "chat_template.jinja", EXPORT_AGAIN)
     # Text that is not in the vocabulary is encoded to the unknown token, so it is not special.
     settings.special |= {token for key, token in settings.named.items() if key != "unk_token"}
@@ -180,11 +180,14 @@ def _token_name(value: Any, file: Path, key: str) -> str:
 
 def _read_backend(folder: Path) -> tuple[Path, "Backend"]:
     """The library's tokenizer from the files in `folder`, and the file to name in errors."""
-    if (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").exists():
         return folder / "tokenizer.json", _read_tokenizer_json(folder / "tokenizer.json")
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return folder / "vocab.json", _read_gpt2(folder / "vocab.json", folder / "merges.txt")
     older = sorted(path for pattern in OLDER_VOCABULARIES for path in folder.glob(pattern))
+    for file in folder.iterdir() if older else ():
+        if not file.is_dir():
+            require_regular(file)
     if older:  # transformers would make an empty tokenizer from a folder without one
         return older[0], _convert(folder)
     raise UserError(
@@ -195,12 +198,10 @@ def _read_backend(folder: Path) -> tuple[Path, "Backend"]:
 
 
 def _read_tokenizer_json(file: Path) -> "Backend":
-    from tokenizers import Tokenizer as Backend
-
     description = read_json(file, EXPORT_AGAIN)
     try:
-        backend = Backend.from_str(read_utf8(file, EXPORT_AGAIN))
-    except Exception as error:  # the library raises plain Exception for everything it cannot read
+        backend = read_backend(read_utf8(file, EXPORT_AGAIN))
+    except RuntimeError as error:
         raise _not_a_tokenizer(file, error) from error
     # The library silently gives an added token with another id the next free one.
     for token in description.get("added_tokens", []):
@@ -242,7 +243,8 @@ def _read_gpt2(vocab_file: Path, merges_file: Path) -> "Backend":
             )
         merges.append((pair[0], pair[1]))
     try:
-        backend = Backend(models.BPE(vocabulary, merges))
+        with catch_panics():
+            backend = Backend(models.BPE(vocabulary, merges))
     except Exception as error:  # plain Exception, for example for a merge whose result is no token
         raise _not_a_tokenizer(merges_file, error) from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

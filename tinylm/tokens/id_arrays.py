@@ -17,7 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm.common.errors import UserError, first_line, reading, require_regular, writing
+from tinylm.common.errors import (
+    UserError,
+    first_line,
+    open_regular,
+    reading,
+    require_regular,
+    writing,
+)
 from tinylm.common.files import atomic_path
 from tinylm.text.sources import DATATROVE, NPY
 from tinylm.tokenizer.base import Tokenizer
@@ -45,7 +52,7 @@ def open_tokens(
     path = Path(path)
     again = fix or f"Encode again: {ENCODE} {path}"
     require_regular(path)
-    with reading(path), open(path, "rb") as file:
+    with reading(path), open_regular(path) as file:
         head = file.read(HEADER_BYTES)
         size = os.path.getsize(path)
     ends = None
@@ -159,7 +166,7 @@ def npy_layout(path: Path, head: bytes, size: int, fix: str) -> tuple[str, int, 
 def _datatrove_layout(path: Path, size: int) -> tuple[str, int, int]:
     """Of datatrove's NAME.ds, from NAME.ds.metadata, after the name of the tokenizer."""
     metadata = _beside(path, ".metadata")
-    with reading(metadata), open(metadata, "rb") as file:
+    with reading(metadata), open_regular(metadata) as file:
         head = file.read(HEADER_BYTES)
     fields = re.match(rb"[^\n]*\|([24])\n([1-9][0-9]{0,15})(\n|$)", head)
     if not fields:
@@ -218,7 +225,7 @@ def holds_ids(path: Path, file: TokenFile) -> bool:
         UserError: it is not an array of ids, or cannot be read.
     """
     require_regular(path)
-    with reading(path), open(path, "rb") as array:
+    with reading(path), open_regular(path) as array:
         head = array.read(HEADER_BYTES)
         dtype, offset, count = npy_layout(path, head, os.path.getsize(path), "Delete it")
     if (dtype, count) != (file.header.dtype, len(file)):

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinylm.common.errors import UserError, reading, require_regular
+from tinylm.common.errors import UserError, open_regular, reading, require_regular
 from tinylm.tokenizer.base import Tokenizer
 
 # Bytes or tokens that are processed at a time.
@@ -154,7 +154,7 @@ class TokenFile:
         bare = "" if fix else ". If it is a bare array of ids, set data.token_dtype"
         fix = fix or f"Encode again: {ENCODE} {path}"
         require_regular(path)
-        with reading(path), open(path, "rb") as file:
+        with reading(path), open_regular(path) as file:
             head = file.read(HEADER_BYTES)
             found = os.path.getsize(path)
         if not head.startswith(MAGIC):
@@ -223,7 +223,7 @@ class TokenFile:
         if self._ends is not None:
             return  # an array has no checksum; it was read whole when it was opened
         digest = hashlib.sha256()
-        with reading(self.path), open(self.path, "rb") as file:
+        with reading(self.path), open_regular(self.path) as file:
             file.seek(HEADER_BYTES)
             for block in iter(partial(file.read, BLOCK), b""):
                 digest.update(block)

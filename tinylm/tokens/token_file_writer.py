@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinylm.common.errors import UserError, writing
+from tinylm.common.errors import UserError, read_regular, writing
 from tinylm.common.files import publish, write_atomic
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.token_file import (
@@ -120,8 +120,8 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
         path = self.folder / "state.json"
         fix = f"Delete {self.folder} to start again"
         try:
-            state = WriterState.model_validate_json(path.read_bytes())
-        except (ValidationError, OSError):
+            state = WriterState.model_validate_json(read_regular(path))
+        except (ValidationError, UserError):
             raise UserError(path, "not the state of an interrupted encoding", fix) from None
         if (state.recipe, state.cut) != (self.state.recipe, self.state.cut):
             problem = "was started with another text, tokenizer, settings or version"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinylm.common.errors import UserError, reading
+from tinylm.common.errors import UserError, read_regular
 from tinylm.common.files import make_once
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
@@ -65,8 +65,7 @@ def cached_log_probs(path: Path, n_pairs: int, compute: Callable[[], np.ndarray]
         temporary.write_bytes(hashlib.sha256(content).digest() + content)
 
     make_once(path, make, setting="data.cache_dir")
-    with reading(path):
-        raw = path.read_bytes()
+    raw = read_regular(path)
     digest, content = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest or len(content) != n_pairs * 2 * 4:
         problem = "the content does not match its checksum"

@@ -1,6 +1,7 @@
 """Tables: a number is never cut, a path only where the terminal is too narrow, and nothing in a pipe."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -61,10 +62,11 @@ def test_on_a_narrow_terminal_columns_become_headings(monkeypatch: pytest.Monkey
     for task, loss in (("sst2", "1.0"), ("gsm8k", "2.5"), ("sst2", "3.0")):
         rows.add_row(task, PATH, loss)
     print_table(rows, group=("task", "absent"))
-    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    text = re.sub(r"\x1b\[\d*m", "", stream.getvalue())
+    lines = [line.rstrip() for line in text.splitlines()]
     assert [line for line in lines if line.startswith("task")] == ["task sst2", "task gsm8k"]
     assert lines[1].strip() == "val_" and lines[2].split() == ["file", "loss"]
-    shown = f"{PATH[:10]}…{PATH[-22:]}"
+    shown = f"{PATH[:11]}…{PATH[-22:]}"
     assert [line.split() for line in lines[3:5]] == [[shown, "1.0"], [shown, "3.0"]]
     assert max(map(len, lines)) <= 40
 

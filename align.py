@@ -12,11 +12,15 @@ Each stage resumes exactly, because its program does: run the same command again
 """
 
 import argparse
+import logging
+import shlex
 import sys
 from pathlib import Path
 
 from tinylm.cli.program import Parser, run_program
 from tinylm.common.errors import UserError, printable
+
+logger = logging.getLogger("training.align")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from tinylm.checkpoint.format import lock_run_dir
     from tinylm.cli.results import print_rows
     from tinylm.common.child_program import ChildProgram, forward_signals
+    from tinylm.rows.conversation import CHAT_STAGES
     from training.pipeline import read_stages
     from training.pipeline_run import PipelineState, run_stages
     from training.side_by_side import (
@@ -92,6 +97,9 @@ def run(args: argparse.Namespace) -> int:
     for line in (*notes_on(results), *sample_lines(results, stages)):
         print(line)
     print(f"report: {printable(out / 'report.md')}")
+    chats = [stage.model for stage in stages if stage.name in CHAT_STAGES]
+    if chats:
+        logger.info("next: python infer.py --ckpt %s --chat", shlex.quote(str(chats[-1])))
     return 0
 
 

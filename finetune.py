@@ -20,6 +20,7 @@ stage:
 
 import argparse
 import sys
+from dataclasses import replace
 
 from tinylm.cli.program import run_program
 from tinylm.cli.training_flags import training_parser
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     if config.training.sample_prompt is not None:
         from training.sampling import sample_text as sample
 
+    if args.no_next:
+        stage = replace(stage, next_command=None)
     return train(
         stage, config, ResumeOptions(args.resume, args.no_resume, args.allow_changes), sample
     )

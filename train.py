@@ -9,6 +9,7 @@ itself is `training/run.py`; fine-tuning is `finetune.py`.
 
 import argparse
 import sys
+from dataclasses import replace
 
 from tinylm.cli.program import run_program
 from tinylm.cli.training_flags import training_parser
@@ -85,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
     if config.training.sample_prompt is not None:
         from training.sampling import sample_text as sample
 
+    stage = replace(PRETRAIN, next_command=None) if args.no_next else PRETRAIN
     return train(
-        PRETRAIN, config, ResumeOptions(args.resume, args.no_resume, args.allow_changes), sample
+        stage, config, ResumeOptions(args.resume, args.no_resume, args.allow_changes), sample
     )
 
 

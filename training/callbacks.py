@@ -212,7 +212,7 @@ class Validation:
             text = self.sample(module, self.tokenizer)
             module.decoder.train()
             if trainer.is_global_zero:
-                self.show(f"sample: {readable(text)}")
+                self.show(f"sample: {readable(text).strip()}")
         self.seconds = time.monotonic() - started
         return score
 
@@ -374,8 +374,11 @@ class ProgressDisplay:
             self.show(f"step {row['step']:>6}/{self.max_steps}  {note}{validation}{eta}")
 
     def show(self, text: str) -> None:
-        """Show a line above the bar; nothing in it is interpreted as markup."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Show a text above the bar, on a terminal wrapped between words; nothing in it is
+        interpreted as markup.
+        """
+        whole = not self.console.is_terminal
+        self.console.print(text, markup=False, highlight=False, soft_wrap=whole)
 
     def _seconds_left(self, row: MetricsRow) -> float:
         step = int(row["step"] or 0)

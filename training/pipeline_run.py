@@ -127,7 +127,8 @@ def run_stages(stages: list[PipelineStage], state: PipelineState, child: ChildPr
 def _run(stage: PipelineStage, title: str, child: ChildProgram) -> int:
     """Run one stage in a process of its own and return its exit code."""
     logger.info("%s: %s", title, " ".join(stage.command))
-    command = [sys.executable, str(HERE / PROGRAMS[stage.name]), *stage.command[2:]]
+    # The stages after it are next.
+    command = [sys.executable, str(HERE / PROGRAMS[stage.name]), *stage.command[2:], "--no-next"]
     code = child.run(command, stdout=2, stderr=None)
     if code:
         when = "after you have changed that, " if code in NEEDS_A_CHANGE else ""

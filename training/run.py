@@ -18,7 +18,7 @@ from tinylm.checkpoint.result import FINAL
 from tinylm.common.errors import Diverged, UserError, printable
 from tinylm.common.stop_signals import signal_name
 from tinylm.common.units import duration
-from tinylm.config.schema import Config
+from tinylm.config.schema import Config, DataConfig
 from tinylm.planning.out_of_memory import explain_out_of_memory
 from tinylm.runs.metrics_csv import MetricsFile
 from training.build import build_loggers, build_trainer, describe_model
@@ -73,7 +73,7 @@ def train(
                 path = path.with_name(FINAL)
             if is_complete:
                 logger.info(f"already complete at step {resume.state['step']}: {path}")
-                return print_result(stage, path)
+                return print_result(stage, config, path)
         initial = find_initial_model(config, resume)
         if initial is not None and resume is None:
             config = initialized_config(config, initial)
@@ -158,7 +158,7 @@ def fit(
     final = checkpoints.newest.with_name(FINAL)
     if not final.samefile(checkpoints.newest):
         logger.info("final.ckpt is best.ckpt: training.early_stopping_patience is set")
-    return print_result(stage, final)
+    return print_result(stage, config, final)
 
 
 def last_good(checkpoints: Checkpoints, resume: ResumeState | None) -> str:
@@ -170,10 +170,20 @@ def last_good(checkpoints: Checkpoints, resume: ResumeState | None) -> str:
     return f"The last good checkpoint is {path}: the same command continues from it; {changed}"
 
 
-def print_result(stage: Stage, path: Path) -> int:
+def print_result(stage: Stage, config: Config, path: Path) -> int:
     """Print the path of the finished model on stdout, log what to run next,
     and return the exit code 0.
     """
     print(printable(path))
-    logger.info(f"next: {stage.next_command.format(model=shlex.quote(str(path)))}")
+    if stage.next_command is not None:
+        prompt = config.training.sample_prompt
+        if prompt is None:  # the empty one suits a model of any text
+            prompt = "Attention is" if config.data.dataset == DataConfig().dataset else ""
+        command = stage.next_command.format(model=shlex.quote(str(path)), prompt=quote(prompt))
+        logger.info(f"next: {command}")
     return 0
+
+
+def quote(text: str) -> str:
+    """`text` as one word of a shell, in double quotes if they are enough."""
+    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'

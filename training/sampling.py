@@ -11,8 +11,8 @@ from tinylm.tokenizer.base import Tokenizer
 
 
 def sample_text(module: TrainingModule, tokenizer: Tokenizer) -> str:
-    """The prompt with the model's continuation; with its answer, in the template,
-    if it is fine-tuned.
+    """The prompt in brackets, as --show-rows prints it, and the model's continuation;
+    of a fine-tuned model its answer, asked for in the template.
     """
     config, prompt = module.config, module.config.training.sample_prompt
     assert prompt is not None
@@ -22,4 +22,4 @@ def sample_text(module: TrainingModule, tokenizer: Tokenizer) -> str:
         template = make_template(config.data.template, tokenizer)
     formatted = format_prompt(engine, prompt, template, system=module.system)
     completions = engine.generate(formatted.prompt, config.sampling, stop_ids=formatted.stop_ids)
-    return prompt + completions[0].text
+    return f"⟦{prompt}⟧{completions[0].text}"

@@ -33,7 +33,8 @@ class Stage:
         [RunContext, RunData, ResumeState | None, InitialModel | None], TrainingModule
     ]
     """the LightningModule, with the weights that the run starts from"""
-    next_command: str
-    """what to run with the finished model; `{model}` is its path"""
+    next_command: str | None
+    """what to run with the finished model; `{model}` is its path, `{prompt}` a text to continue;
+    None: nothing is suggested"""
     open_rows: Callable[[RunContext, Tokenizer], RunData] | None = None
     """for --show-rows: the data module without its validation data; None: as `open_data`"""

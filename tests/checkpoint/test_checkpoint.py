@@ -58,7 +58,7 @@ def test_a_state_that_is_written_and_read_is_the_same(saved: Path) -> None:
     assert all(
         torch.equal(before["weights"][name], after["weights"][name]) for name in before["weights"]
     )
-    loaded = checkpoint_load.load_model(saved)
+    loaded = checkpoint_load.load_model(str(saved))  # a path as text too
     assert loaded.model.head.weight is loaded.model.embedding.weight
     assert (loaded.info.step, loaded.info.tokens, loaded.info.train_loss, loaded.info.val_loss) == (
         3,

@@ -1,15 +1,19 @@
 """All programs and commands: --help, and what `python -m tinylm` does beyond the library."""
 
+import io
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import list as list_program
 from tinylm.__main__ import COMMANDS, main
-from tinylm.cli.program import Parser
+from tinylm.cli.program import Parser, run_program
 from tinylm.cli.training_flags import training_parser
+from tinylm.common.stop_signals import STOP_SIGNALS
 from tinylm.runs.experiments import Outcome
 from tinylm.tokens.token_file import TokenFile
 
@@ -51,6 +55,33 @@ def test_a_failed_experiment_is_named_and_the_report_is_not_lost(tmp_path, monke
         f"error: failed: pretrain: base. See their output in {tmp_path / 'output'}. "
         "The same command resumes from there."
     )
+
+
+class NotebookStream(io.TextIOBase):
+    """The stdout of a Jupyter kernel: it cannot be reconfigured and has no file number."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+
+def test_a_program_runs_in_a_notebook_and_gives_it_its_signals_back(tmp_path, monkeypatch):
+    """After training, "interrupt" and "shut down" are the kernel's again."""
+    stream = NotebookStream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+
+    def body():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        return list_program.main(["--dir", str(tmp_path)])
+
+    assert run_program(body, debug=False) == 0
+    assert stream.text == f"no checkpoints in {tmp_path} and the folders in it\n"
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 @pytest.mark.parametrize("separator", ["---", "-", "-x", "--other"])

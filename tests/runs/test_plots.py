@@ -121,14 +121,46 @@ def test_a_figure_has_a_labeled_line_per_run_and_names_the_smoothing():
         for name, start in (("one", 2), ("two", 3))
     ]
     axes = draw("train_loss", runs, smooth=5).axes[0]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == (
-        "optimizer step",
-        "nats per token, pair or answer",
-    )
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "nats per token")
     assert axes.get_title() == "Training loss (mean of 5 rows; raw values in a lighter color)"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
     assert axes.lines[0].get_ydata().tolist() == runs[0].columns["train_loss"].tolist()
     assert axes.lines[1].get_ydata().tolist() == smoothed(runs[0].columns["train_loss"], 5).tolist()
+
+
+def stage_run(folder: Path, name: str, column: str) -> Run:
+    """The run of a metrics.csv with the additional column of a stage."""
+    path = write_metrics(folder / name, [row(1, "2.0", "1.5"), row(2, "1.0", "0.5")])
+    header, *rows = path.read_text(encoding="utf-8").splitlines()
+    text = "\n".join([f"{header},{column}", *(f"{line},0.5" for line in rows)])
+    path.write_text(text + "\n", encoding="utf-8")
+    return read_metrics(path)
+
+
+def test_losses_of_different_units_share_no_axis(tmp_path):
+    """Tokens, pairs of answers and answers: three axes below each other, in pictures and text."""
+    columns = {"sft": "val_accuracy", "dpo": "val_margin", "verifier": "val_auc"}
+    runs = [stage_run(tmp_path, name, column) for name, column in columns.items()]
+    figure = draw("val_loss", [*runs, runs[0]])
+    units = [axes.get_ylabel() for axes in figure.axes]
+    assert units == ["nats per token", "nats per pair", "nats per answer"]
+    names = [[line.get_label() for line in axes.lines] for axes in figure.axes]
+    assert names == [["sft", "sft"], ["dpo"], ["verifier"]]
+    assert len(draw("lr", runs).axes) == 1
+    titles = [line for line in text_plot("val_loss", runs).splitlines() if line[:3] == "Val"]
+    assert titles == [f"Validation loss ({unit})" for unit in units]
+
+
+def test_equal_lines_are_both_seen_and_steps_are_whole_numbers():
+    """Another color, other dashes and other marks, hollow ones; three steps have no tick at 1.5."""
+    runs = [Run(name, np.arange(1.0, 4), {"val_loss": np.ones(3)}) for name in "ab"]
+    figure = draw("val_loss", runs)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    for property in ("color", "linestyle", "marker", "markerfacecolor"):
+        first, second = (getattr(line, f"get_{property}")() for line in axes.lines)
+        assert first != second
+    assert all(float(tick).is_integer() for tick in axes.xaxis.get_ticklocs())
 
 
 def test_a_text_plot_of_a_falling_line_runs_from_top_left_to_bottom_right():
@@ -139,7 +171,7 @@ def test_a_text_plot_of_a_falling_line_runs_from_top_left_to_bottom_right():
         width=21,
         height=5,
     ).splitlines()
-    assert lines[0] == "Training loss (nats per token, pair or answer)"
+    assert lines[0] == "Training loss (nats per token)"
     assert (lines[1], lines[3], lines[5]) == (
         "3 |*",
         "  |" + " " * 10 + "*",
@@ -231,10 +263,7 @@ def test_the_command_draws_in_the_terminal(tmp_path, capsys):
     write_metrics(tmp_path / "logs" / "a", [row(step, "2.0") for step in (1, 2)])
     assert main(["plot", str(tmp_path / "logs"), "--text"]) == 0
     out = capsys.readouterr().out
-    assert (
-        out.startswith("Training loss (nats per token, pair or answer)\n")
-        and "Validation" not in out
-    )
+    assert out.startswith("Training loss (nats per token)\n") and "Validation" not in out
 
 
 def test_the_command_draws_attention(tmp_path, capsys):

@@ -122,7 +122,7 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
     assert "Warning" not in output.err
     assert " 6 pairs per step, 12 steps" in output.err
     assert "val_margin" in output.err and "val_ppl" not in output.err
-    assert output.err.count("sample: say red") == 4
+    assert output.err.count("sample: ⟦say red⟧") == 4
     margins = [float.fromhex(margin) for margin in curve(tmp_path, "val_margin").values()]
     assert margins[-1] > max(0.02, margins[0])
     assert float.fromhex(curve(tmp_path, "val_accuracy")[12]) > 0.5

@@ -353,7 +353,7 @@ def test_a_sample_is_asked_for_as_the_examples_ask(
     """The model continues the template's words and not the bare prompt."""
     seen = prompts_seen(monkeypatch)
     assert run(make(sampling={"max_new_tokens": 2}), "training.sample_prompt=say red") == 0
-    assert capsys.readouterr().err.count("sample: say red") == 2
+    assert capsys.readouterr().err.count("sample: ⟦say red⟧") == 2
     assert {bytes(ids).decode() for ids in seen} == {"### Instruction: say red\n### Output:"}
 
 

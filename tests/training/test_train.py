@@ -199,7 +199,9 @@ def test_early_stopping_ends_the_run_and_is_final(
     path.unlink()  # killed before it was linked
     assert run(config) == 0
     assert path.samefile(path.with_name("best.ckpt"))
-    expected = f'already complete at step 3: {path}\nnext: python infer.py --ckpt {path} --prompt "Attention is"\n'
+    expected = (
+        f'already complete at step 3: {path}\nnext: python infer.py --ckpt {path} --prompt ""\n'
+    )
     assert capsys.readouterr().err.endswith(expected)
 
 
@@ -252,7 +254,7 @@ def test_a_sample_is_shown_at_each_validation(make_config: Make, capsys: Capture
         run(make_config(training={"sample_prompt": "the model"}, sampling={"max_new_tokens": 5}))
         == 0
     )
-    assert capsys.readouterr().err.count("sample: the model") == 2
+    assert capsys.readouterr().err.count("sample: ⟦the model⟧") == 2
 
 
 # --- exact resume -----------------------------------------------------------------------------------------------------

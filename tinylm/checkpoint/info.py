@@ -26,9 +26,9 @@ class CheckpointInfo:
     created: float
     """seconds since 1970"""
     shape: str
-    best_step: int | None
+    best_step: int | None = None
     """where its run had the lowest val_loss so far; None for an imported model"""
-    best_val_loss: float | None
+    best_val_loss: float | None = None
 
     def summary(self) -> str:
         """One line: where it is, what it was trained for and how long, and whether its run had a
@@ -44,8 +44,9 @@ class CheckpointInfo:
         return line
 
 
-def describe(path: Path) -> CheckpointInfo:
+def describe(path: str | Path) -> CheckpointInfo:
     """The checkpoint at `path`, verified."""
+    path = Path(path)
     return info_of(path, read(path))
 
 

@@ -55,12 +55,13 @@ class Loaded:
         return self.config.data.template if self.info.stage in CHAT_STAGES else None
 
 
-def load_model(path: Path, device: str = "cpu") -> Loaded:
+def load_model(path: str | Path, device: str = "cpu") -> Loaded:
     """The language model in the checkpoint at `path`.
 
     Raises:
         UserError: it is a verifier, or an adapter whose base is missing or has changed.
     """
+    path = Path(path)
     state = read(path)
     refuse_verifier(path, state)
     config = Config.from_plain(state["config"])
@@ -106,12 +107,13 @@ class LoadedVerifier:
     info: CheckpointInfo
 
 
-def load_verifier(path: Path, device: str = "cpu") -> LoadedVerifier:
+def load_verifier(path: str | Path, device: str = "cpu") -> LoadedVerifier:
     """The verifier in the checkpoint at `path`.
 
     Raises:
         UserError: it is a language model.
     """
+    path = Path(path)
     state = read(path)
     if state["stage"] != "verifier":
         problem = f"must be a verifier, got a language model (stage {state['stage']})"

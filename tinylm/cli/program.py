@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from tinylm.common.console import lead_nowhere, log_to_stderr, open_streams, say
 from tinylm.common.errors import Diverged, UserError, printable
+from tinylm.common.stop_signals import STOP_SIGNALS
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,8 +123,9 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     # anything else runs: on 2 cores a training step took 15 times as long next to one busy process
     # (docs/LOG.md). Torch is not loaded yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    previous = signal.getsignal(signal.SIGINT)
-    if previous != signal.SIG_IGN:  # a background shell ignores it: it stays ignored
+    # Restored at the end: the process may be a notebook, which continues.
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    if previous[signal.SIGINT] != signal.SIG_IGN:  # a background shell ignores it: it stays ignored
         signal.signal(signal.SIGINT, stop_once)
     try:
         if sys.platform != "win32":
@@ -155,7 +157,8 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
         )
         return 2
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def stop_once(signum: int, frame: Any) -> NoReturn:

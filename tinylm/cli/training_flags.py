@@ -42,6 +42,9 @@ def training_parser(program: str, config: str, description: str) -> tuple[Parser
         action="store_true",
         help="resume although data, tokenizer or settings differ from the checkpoint's",
     )
+    parser.add_argument(
+        "--no-next", action="store_true", help="do not suggest what to run with the finished model"
+    )
     group = parser.add_argument_group("before a run", "saves no checkpoint")
     before = group.add_mutually_exclusive_group()
     before.add_argument("--show-rows", type=int, metavar="N", help=SHOW_ROWS)

@@ -5,6 +5,7 @@ Results go to stdout (`results_console`, `Table`, `print_table`), everything els
 only where something is drawn.
 """
 
+import io
 import logging
 import os
 import sys
@@ -42,7 +43,8 @@ def open_streams() -> None:
     """
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (never closed)
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's takes every character
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def lead_nowhere(stream: TextIO) -> None:

@@ -26,21 +26,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Column of metrics.csv -> title of the plot, and unit of its y axis.
+# Column of metrics.csv -> title of the plot, and unit of its y axis; {} is what the runs are scored
+# on, and runs that differ in it get an axis each.
 QUANTITIES = {
-    "train_loss": ("Training loss", "nats per token, pair or answer"),
-    "val_loss": ("Validation loss", "nats per token, pair or answer"),
+    "train_loss": ("Training loss", "nats per {}"),
+    "val_loss": ("Validation loss", "nats per {}"),
     "val_ppl": ("Validation perplexity", "exp of the loss"),
     "val_bpb": ("Validation bits per byte", "bits per byte of text"),
-    "val_accuracy": ("Validation accuracy", "share of target tokens, or of pairs"),
+    "val_accuracy": ("Validation accuracy", "share of {}s that are right"),
     "val_margin": (
         "Validation margin",
         "reward of the chosen minus the rejected answer",
     ),
     "lr": ("Learning rate", "after warm-up and decay"),
 }
-# Also distinct for color-blind readers (Okabe and Ito 2008).
+# The stage of a run -> what its losses and accuracies are means over.
+SCORED_ON = {"dpo": "pair", "verifier": "answer"}
+SCORED_BY_DEFAULT = "token"
+# Also distinct for color-blind readers (Okabe and Ito 2008); dashes and marks tell lines apart that
+# lie on each other, or in a print without colors.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":")
+SHAPES = "osD^vXP"
+# About so many marks on a line.
+N_SHAPES = 12
 MARKS = "*o+x#@%"
 INCHES = (8.0, 4.5)
 DOTS_PER_INCH = 120
@@ -55,6 +64,8 @@ class Run:
     name: str
     steps: np.ndarray
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    scored_on: str = SCORED_BY_DEFAULT
+    """what its losses and accuracies are means over"""
 
     def curve(self, quantity: str) -> tuple[np.ndarray, np.ndarray]:
         """The steps and values of a column, without missing values."""
@@ -93,7 +104,9 @@ def read_metrics(path: Path) -> Run:
     """The run of a metrics.csv."""
     columns = {name: np.array(values) for name, values in read_columns(path).items()}
     steps = columns.pop("step", np.empty(0))
-    return Run(path.parent.name, steps, columns)
+    # metrics.csv does not name its stage; only preferences have a margin, only verifiers an AUC.
+    stage = "dpo" if "val_margin" in columns else "verifier" if "val_auc" in columns else ""
+    return Run(path.parent.name, steps, columns, SCORED_ON.get(stage, SCORED_BY_DEFAULT))
 
 
 def read_checkpoints(folder: Path) -> Run:
@@ -105,9 +118,11 @@ def read_checkpoints(folder: Path) -> Run:
         raise UserError(path, "an imported model, which was not validated", "Give another folder")
     validations = np.array(state["progress"]["validations"], dtype=float).reshape(-1, 2)
     losses = validations[:, 1]
-    perplexities = np.exp(np.minimum(losses, 20.0))
-    name = state["config"]["training"]["run_name"]
-    return Run(name, validations[:, 0], {"val_loss": losses, "val_ppl": perplexities})
+    columns = {"val_loss": losses}
+    scored_on = SCORED_ON.get(state["stage"], SCORED_BY_DEFAULT)
+    if scored_on == SCORED_BY_DEFAULT:
+        columns["val_ppl"] = np.exp(np.minimum(losses, 20.0))
+    return Run(state["config"]["training"]["run_name"], validations[:, 0], columns, scored_on)
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
@@ -125,52 +140,76 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 # --- curves ---------------------------------------------------------------------------------------
 
 
-def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
-    """One metric over optimizer steps, one line per run; `smooth` > 1 adds a moving mean."""
-    figure, axes = _new_figure()
-    title, unit = QUANTITIES[quantity]
+def by_unit(quantity: str, runs: Sequence[Run]) -> dict[str, list[tuple[int, Run]]]:
+    """The runs that have the metric, with their numbers, by its unit: values of different units
+    share no axis.
+    """
+    units: dict[str, list[tuple[int, Run]]] = {}
     for number, run in enumerate(runs):
-        steps, values = run.curve(quantity)
-        color = COLORS[number % len(COLORS)]
-        if smooth > 1 and len(values) > smooth:
-            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smoothed(values, smooth), color=color, label=run.name)
-        elif len(values):
-            axes.plot(
-                steps,
-                values,
-                color=color,
-                label=run.name,
-                marker="o" if len(values) < 30 else None,
-                markersize=3,
-            )
-    axes.set(
-        title=f"{title} (mean of {smooth} rows; raw values in a lighter color)"
-        if smooth > 1
-        else title,
-        xlabel="optimizer step",
-        ylabel=unit,
-    )
-    if quantity == "val_ppl":
-        axes.set_yscale("log")
-        axes.yaxis.get_major_locator().set_params(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-    axes.grid(True, alpha=0.3)
-    axes.legend()
+        if len(run.curve(quantity)[0]):
+            unit = QUANTITIES[quantity][1].format(run.scored_on)
+            units.setdefault(unit, []).append((number, run))
+    return units
+
+
+def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
+    """One metric over optimizer steps, one line per run, one axis per unit;
+    `smooth` > 1 adds a moving mean.
+    """
+    units = by_unit(quantity, runs)
+    width, height = INCHES
+    figure, panels = _new_figure((width, height * len(units)), rows=len(units))
+    title = QUANTITIES[quantity][0]
+    if smooth > 1:
+        title += f" (mean of {smooth} rows; raw values in a lighter color)"
+    for axes, (unit, scored) in zip(panels, units.items(), strict=True):
+        for number, run in scored:
+            _draw_run(axes, run.name, *run.curve(quantity), smooth, number)
+        axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if quantity == "val_ppl":
+            axes.set_yscale("log")
+            axes.yaxis.get_major_locator().set_params(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+        axes.grid(True, alpha=0.3)
+        axes.legend()
     return figure
+
+
+def _draw_run(
+    axes: Any, name: str, steps: np.ndarray, values: np.ndarray, smooth: int, number: int
+) -> None:
+    """The line of one run, in the color, dashes and marks of its number."""
+    color = COLORS[number % len(COLORS)]
+    if smooth > 1 and len(values) > smooth:
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        values = smoothed(values, smooth)
+    axes.plot(
+        steps,
+        values,
+        color=color,
+        label=name,
+        linestyle=DASHES[number % len(DASHES)],
+        marker=SHAPES[number % len(SHAPES)],
+        markersize=4,
+        # of two equal lines, the first is seen through the marks of the second
+        markerfacecolor="none" if number % 2 else color,
+        markevery=max(len(values) // N_SHAPES, 1),
+    )
 
 
 def draw_lines(
     lines: dict[str, np.ndarray], *, title: str, xlabel: str, ylabel: str, mark: tuple[int, str]
 ) -> "Figure":
     """Values over their index, one line per name; `mark` is a vertical line: (index, label)."""
-    figure, axes = _new_figure()
+    figure, (axes,) = _new_figure()
     for number, (name, values) in enumerate(lines.items()):
         # Later lines are thinner, so that equal lines stay visible.
         axes.plot(
             values,
             color=COLORS[number % len(COLORS)],
+            linestyle=DASHES[number % len(DASHES)],
             label=name,
             linewidth=3.0 - 2.0 * number / len(lines),
         )
@@ -181,31 +220,31 @@ def draw_lines(
     return figure
 
 
-def _new_figure(size: tuple[float, float] = INCHES) -> tuple["Figure", Any]:
-    """A figure for files (no display needed) and its axes."""
+def _new_figure(size: tuple[float, float] = INCHES, rows: int = 1) -> tuple["Figure", Any]:
+    """A figure for files (no display needed) and its axes, one below the other."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         fix = "pip install matplotlib, or use --text"
         raise UserError("matplotlib", "not installed, but needed for pictures", fix) from None
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows, squeeze=False)[:, 0]
 
 
 def text_plot(quantity: str, runs: Sequence[Run], *, width: int = 72, height: int = 16) -> str:
-    """One metric over optimizer steps as text, one mark per run; empty if no run has the metric."""
-    curves = []
-    for number, run in enumerate(runs):
-        steps, values = run.curve(quantity)
-        if len(values):
-            curves.append((MARKS[number % len(MARKS)], run.name, steps, values))
-    if not curves:
-        return ""
-    title, unit = QUANTITIES[quantity]
-    last = max(max(steps.max() for _, _, steps, _ in curves), 1.0)
-    return text_curves(
-        f"{title} ({unit})", curves, "0", f"step {last:.0f}", width=width, height=height
-    )
+    """One metric over optimizer steps as text, one mark per run, one plot per unit; empty if no run
+    has the metric.
+    """
+    plots = []
+    for unit, scored in by_unit(quantity, runs).items():
+        curves = []
+        for number, run in scored:
+            curves.append((MARKS[number % len(MARKS)], run.name, *run.curve(quantity)))
+        last = max(max(steps.max() for _, _, steps, _ in curves), 1.0)
+        title = f"{QUANTITIES[quantity][0]} ({unit})"
+        right = f"step {last:.0f}"
+        plots.append(text_curves(title, curves, "0", right, width=width, height=height))
+    return "\n\n".join(plots)
 
 
 def text_curves(

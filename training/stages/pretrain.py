@@ -102,5 +102,5 @@ PRETRAIN = Stage(
     open_data=open_data,
     open_rows=open_rows,
     build_module=build_language_model,
-    next_command='python infer.py --ckpt {model} --prompt "Attention is"',
+    next_command="python infer.py --ckpt {model} --prompt {prompt}",
 )

@@ -157,7 +157,7 @@ def test_equal_lines_are_both_seen_and_steps_are_whole_numbers():
     figure = draw("val_loss", runs)
     figure.draw_without_rendering()
     axes = figure.axes[0]
-    for property in ("color", "linestyle", "marker", "markerfacecolor"):
+    for property in ("color", "linestyle", "linewidth", "marker", "markerfacecolor"):
         first, second = (getattr(line, f"get_{property}")() for line in axes.lines)
         assert first != second
     assert all(float(tick).is_integer() for tick in axes.xaxis.get_ticklocs())

@@ -157,14 +157,16 @@ def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
     `smooth` > 1 adds a moving mean.
     """
     units = by_unit(quantity, runs)
-    width, height = INCHES
-    figure, panels = _new_figure((width, height * len(units)), rows=len(units))
+    page_width, page_height = INCHES
+    figure, panels = _new_figure((page_width, page_height * len(units)), rows=len(units))
     title = QUANTITIES[quantity][0]
     if smooth > 1:
         title += f" (mean of {smooth} rows; raw values in a lighter color)"
     for axes, (unit, scored) in zip(panels, units.items(), strict=True):
-        for number, run in scored:
-            _draw_run(axes, run.name, *run.curve(quantity), smooth, number)
+        for place, (number, run) in enumerate(scored):
+            # Later lines are thinner, so that equal lines stay visible.
+            width = 3.0 - 2.0 * place / len(scored)
+            _draw_run(axes, run.name, *run.curve(quantity), smooth, number, width)
         axes.set(title=title, xlabel="optimizer step", ylabel=unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if quantity == "val_ppl":
@@ -178,7 +180,13 @@ def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
 
 
 def _draw_run(
-    axes: Any, name: str, steps: np.ndarray, values: np.ndarray, smooth: int, number: int
+    axes: Any,
+    name: str,
+    steps: np.ndarray,
+    values: np.ndarray,
+    smooth: int,
+    number: int,
+    width: float,
 ) -> None:
     """The line of one run, in the color, dashes and marks of its number."""
     color = COLORS[number % len(COLORS)]
@@ -190,6 +198,7 @@ def _draw_run(
         values,
         color=color,
         label=name,
+        linewidth=width,
         linestyle=DASHES[number % len(DASHES)],
         marker=SHAPES[number % len(SHAPES)],
         markersize=4,

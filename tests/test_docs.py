@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import pytest
 
 from tinylm.cli.program import Parser
@@ -509,6 +510,70 @@ def test_the_commands_of_the_guides_run(copy_of_the_tree, monkeypatch, capfd):
             out, err = capfd.readouterr()
             assert code == 0, f"{guide.name}:{command.line}: exit {code}\n{err}"
             assert out.strip(), f"{guide.name}:{command.line}: printed no result"
+
+
+STAND_IN = [
+    *("model.n_layers=1", "model.d_model=32", "model.n_heads=2", "training.optimizer=adamw"),
+    *("training.micro_batch_size=2", "training.grad_accum_steps=1", "training.val_every_steps=2"),
+    *("data.num_workers=0", "tokenizer.path=tokenizers/tinystories", "data.val_fraction=0.1"),
+    *("hardware.precision=32", "hardware.compile=false", "training.max_steps=2"),
+]
+
+
+@pytest.mark.slow
+def test_the_recipes_run_on_a_stand_in_for_their_corpora(copy_of_the_tree, monkeypatch, capfd):
+    """Every command in its order: the hub gives generated stories; the model and the run are tiny,
+    and the tokenizer of the first recipe takes the place of GPT-2's.
+    """
+    served = []
+
+    def serve(name: str, config: str | None, *, split: str, streaming: bool) -> datasets.Dataset:
+        served.append((name, split))
+        words = [
+            "once",
+            "upon",
+            "a",
+            "time",
+            "there",
+            "was",
+            "a",
+            "small",
+            "red",
+            "cat",
+            "who",
+            "sat",
+            "by",
+            "the",
+            "sea",
+            "and",
+            "slept",
+        ]
+        start = 0 if split == "train" else 1000
+        stories = [
+            f"{i} " + " ".join(words[(i * k) % 17] for k in range(1, 90))
+            for i in range(start, start + 60)
+        ]
+        return datasets.Dataset.from_dict({"text": stories})
+
+    monkeypatch.setattr("datasets.load_dataset", serve)
+    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda where, fix: None)
+    text = (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8")
+    ran = []
+    for command in commands(text):
+        if command.program not in SHORT or not command.fenced:
+            continue
+        arguments = ["tokenizers/tinystories" if x == "gpt2" else x for x in command.arguments]
+        if command.program in ("train.py", "eval_val.py"):
+            arguments += STAND_IN
+        elif command.program == "infer.py":
+            arguments += SHORT["infer.py"]
+        code = main_of(command.program)(arguments)
+        out, err = capfd.readouterr()
+        assert code == 0, f"RECIPES.md:{command.line}: exit {code}\n{err}"
+        assert out.strip(), f"RECIPES.md:{command.line}: printed no result"
+        ran.append(command.program)
+    assert len(ran) == 11
+    assert {name for name, _ in served} == {"roneneldan/TinyStories", "Skylion007/openwebtext"}
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tinylm import tokens
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
-from tinylm.common.stop_signals import STOP_SIGNALS
+from tinylm.common.platform import STOP_SIGNALS, end_with_parent
 from tinylm.config.schema import Config
 from tinylm.text.data_source import DataSource, data_sources
 from tinylm.tokenizer.base import Tokenizer
@@ -119,7 +119,7 @@ class RunData(L.LightningDataModule):
             num_workers=n_workers,
             persistent_workers=n_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_signals,
+            worker_init_fn=start_worker,
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -127,12 +127,13 @@ class RunData(L.LightningDataModule):
         return DataLoader(self.val_dataset(), batch_size=None)
 
 
-def ignore_signals(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """Keep a worker process alive after a signal that is sent to all, such as Ctrl-C:
-    the step still needs it.
+    the step still needs it. It ends with the run, also if that is killed.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 class PretrainData(RunData):

@@ -51,7 +51,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from tinylm.checkpoint import format as checkpoint_format  # noqa: E402
-from tinylm.common.stop_signals import STOP_SIGNALS  # noqa: E402
+from tinylm.common.platform import STOP_SIGNALS  # noqa: E402
 
 CONFIG = """
 model:

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from tinylm.common.files import locked
-from tinylm.common.stop_signals import STOP_SIGNALS
+from tinylm.common.platform import STOP_SIGNALS
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import data_sources, find_split
 from tinylm.tokenizer.base import Tokenizer

@@ -26,7 +26,7 @@ from rich.progress import Progress as Bar
 from model import TrainingModule
 from tinylm.common.console import lead_nowhere, readable
 from tinylm.common.errors import Diverged
-from tinylm.common.stop_signals import handled_signals
+from tinylm.common.platform import handled_signals
 from tinylm.common.units import duration, short
 from tinylm.optim.schedule import should_stop
 from tinylm.runs.metrics_csv import MetricsFile, MetricsRow

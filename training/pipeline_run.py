@@ -19,7 +19,7 @@ from tinylm.checkpoint.initial import weights_fingerprint
 from tinylm.common.child_program import ChildProgram
 from tinylm.common.errors import UserError, read_regular
 from tinylm.common.files import write_atomic
-from tinylm.common.stop_signals import signal_name
+from tinylm.common.platform import signal_name
 from training.pipeline import PROGRAMS, PipelineStage
 
 logger = logging.getLogger(__name__)

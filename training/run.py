@@ -16,7 +16,7 @@ from data import RunData
 from model import TrainingModule
 from tinylm.checkpoint.result import FINAL
 from tinylm.common.errors import Diverged, UserError, printable
-from tinylm.common.stop_signals import signal_name
+from tinylm.common.platform import signal_name
 from tinylm.common.units import duration
 from tinylm.config.schema import Config, DataConfig
 from tinylm.planning.out_of_memory import explain_out_of_memory

@@ -13,7 +13,7 @@ import list as list_program
 from tinylm.__main__ import COMMANDS, main
 from tinylm.cli.program import Parser, run_program
 from tinylm.cli.training_flags import training_parser
-from tinylm.common.stop_signals import STOP_SIGNALS
+from tinylm.common.platform import STOP_SIGNALS
 from tinylm.runs.experiments import Outcome
 from tinylm.tokens.token_file import TokenFile
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from tinylm.common import stop_signals
+from tinylm.common import platform
 from tinylm.common.child_program import ChildProgram, forward_signals
-from tinylm.common.stop_signals import STOP_SIGNALS
+from tinylm.common.platform import STOP_SIGNALS
 
 
 @pytest.mark.skipif(
@@ -57,8 +57,8 @@ def test_a_platform_without_a_signal_has_the_others(monkeypatch):
     for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
         monkeypatch.delattr(signal, name)
     try:
-        found = importlib.reload(stop_signals).STOP_SIGNALS
+        found = importlib.reload(platform).STOP_SIGNALS
     finally:
         monkeypatch.undo()
-        importlib.reload(stop_signals)
+        importlib.reload(platform)
     assert found == (signal.SIGINT, signal.SIGTERM)

@@ -23,7 +23,7 @@ from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.common.child_program import ChildProgram
 from tinylm.common.errors import UserError
-from tinylm.common.stop_signals import STOP_SIGNALS
+from tinylm.common.platform import STOP_SIGNALS
 from training import pipeline, pipeline_run, side_by_side
 
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,7 @@ from data import PretrainData
 from tests.conftest import write_token_file
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
-from tinylm.common.stop_signals import STOP_SIGNALS
+from tinylm.common.platform import STOP_SIGNALS
 from tinylm.config.loader import load_config
 from tinylm.tokenizer import bpe_fast
 from tinylm.tokenizer.byte_char import ByteTokenizer

@@ -27,6 +27,7 @@ import hashlib
 import os
 import pickle
 import re
+import shutil
 import socket
 import struct
 import zipfile
@@ -122,8 +123,7 @@ def _space(folder: Path, state: dict[str, Any]) -> str:
     needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state))
     if not folder.is_dir():
         return f"about {needed} bytes needed"
-    status = os.statvfs(folder)
-    return f"about {needed} bytes needed, {status.f_bavail * status.f_frsize} free"
+    return f"about {needed} bytes needed, {shutil.disk_usage(folder).free} free"
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

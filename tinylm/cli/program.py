@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from tinylm.common.console import lead_nowhere, log_to_stderr, open_streams, say
 from tinylm.common.errors import Diverged, UserError, printable
-from tinylm.common.stop_signals import STOP_SIGNALS
+from tinylm.common.platform import STOP_SIGNALS, accept_ctrl_c
 
 
 class Parser(argparse.ArgumentParser):
@@ -128,9 +128,7 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     if previous[signal.SIGINT] != signal.SIG_IGN:  # a background shell ignores it: it stays ignored
         signal.signal(signal.SIGINT, stop_once)
     try:
-        if sys.platform != "win32":
-            # A parent process may have blocked Ctrl-C until now (`ChildProgram`).
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        accept_ctrl_c()  # a parent process may have blocked it until now
         return body()
     except (UserError, Diverged) as error:
         if debug:

@@ -1,17 +1,14 @@
 """One of our programs as a child process, with signals forwarded to it."""
 
-import ctypes
+import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tinylm.common.stop_signals import handled_signals
-
-_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+from tinylm.common.platform import end_with_parent, handled_signals, send_signal
 
 
 @dataclass
@@ -31,7 +28,7 @@ class ChildProgram:
             if again:
                 self.process.kill()
             else:
-                self.process.send_signal(number)
+                send_signal(self.process, number)
 
     def run(self, command: Sequence[str], *, stdout: Any, stderr: Any) -> int:
         """Run a command; its exit code, or 128 + the number of the signal that killed it.
@@ -40,22 +37,23 @@ class ChildProgram:
         and the command would receive it twice. If this process is killed, Linux stops the command
         with SIGTERM.
         """
-        before_exec = _bind_to_parent if sys.platform.startswith("linux") else None
+        before_exec = _before_exec if hasattr(os, "fork") else None
         self.process = subprocess.Popen(  # noqa: S603, PLW1509
             command, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=before_exec
         )
         if self.received is not None:  # the signal came while the process was being created
-            self.process.send_signal(self.received)
+            send_signal(self.process, self.received)
         code = self.process.wait()
         self.process = None
         return 128 - code if code < 0 else code
 
 
-def _bind_to_parent() -> None:
-    # The program unblocks Ctrl-C when it can handle it (`run_program`); an interpreter that is
-    # still starting would print a traceback.
+def _before_exec() -> None:
+    """In the child: block Ctrl-C, which the program unblocks when it can handle it
+    (`run_program`), and end with the parent.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent("SIGTERM")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tinylm.common.errors import UserError, writing
+from tinylm.common.platform import sync
 
 
 def write_atomic(path: Path, content: str | bytes, setting: str) -> None:
@@ -126,15 +127,6 @@ def locked(
         yield
     finally:
         lock.release()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove(path: Path) -> None:

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 from tinylm.common.errors import UserError
+from tinylm.common.platform import ctrl_c_blocked
 
 Job = TypeVar("Job", bound=Any)
 Result = TypeVar("Result")
@@ -92,13 +92,8 @@ def _submit(executor: ProcessPoolExecutor, job: Any) -> Future[Any]:
     A terminal sends Ctrl-C to all processes of a command. Workers inherit the signal blocked,
     because one that is still importing would print a traceback; this process decides when they end.
     """
-    if sys.platform == "win32":
+    with ctrl_c_blocked():
         return executor.submit(_run, job)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return executor.submit(_run, job)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _done(result: Result) -> Future[Result]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from tinylm.cli.evaluation_flags import add_models, add_questions, positive
-from tinylm.cli.model_flags import add_device_flag
+from tinylm.cli.model_flags import add_deterministic_flag, add_device_flag
 from tinylm.cli.program import Parser, run_program
 
 
@@ -29,9 +29,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_models(parser.add_argument_group("models"))
     add_questions(parser.add_argument_group("cases and tasks"))
     parser.add_argument(
-        "--batch-size", type=positive, default=16, metavar="N", help="texts scored together (16)"
+        "--batch-size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="texts scored or generated together (16)",
     )
     add_device_flag(parser)
+    add_deterministic_flag(parser)
     parser.add_argument(
         "--out",
         type=Path,

@@ -15,7 +15,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinylm.cli.model_flags import add_device_flag, add_source_flags, add_tokenizer_flag
+from tinylm.cli.model_flags import (
+    add_deterministic_flag,
+    add_device_flag,
+    add_source_flags,
+    add_tokenizer_flag,
+)
 from tinylm.cli.program import Parser, run_program
 from tinylm.cli.sampling_flags import add_sampling_flags, parse_number
 
@@ -49,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_source_flags(parser)
     add_tokenizer_flag(parser)
     add_device_flag(parser)
+    add_deterministic_flag(parser)
     parser.add_argument(
         "--show-probs",
         action="store_true",

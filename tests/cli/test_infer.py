@@ -175,6 +175,22 @@ def test_without_color_each_token_is_followed_by_its_probability(run, save):
     assert "probability" not in err
 
 
+def test_the_flag_deterministic_reaches_the_engine(run, save, monkeypatch):
+    """Always 8 slots: with as many as samples, a text would depend on their number."""
+    made: list[Engine] = []
+    original = Engine.__init__
+
+    def init(self: Engine, *args: object, **settings: object) -> None:
+        original(self, *args, **settings)
+        made.append(self)
+
+    monkeypatch.setattr(Engine, "__init__", init)
+    path = save("abcdef")
+    for flags in ([], ["--deterministic"]):
+        run("--ckpt", path, "--prompt", "a", "--n-samples", 9, "--max-new-tokens", 1, *flags)
+    assert [(engine.slots, engine.deterministic) for engine in made] == [(9, False), (8, True)]
+
+
 def test_defaults_come_from_the_checkpoint_and_flags_override_them(run, save):
     path = save("one two three", stop=["two"], top_k=1)
     assert run("--ckpt", path, "--prompt", "x")[1] == "xone \n"

@@ -46,10 +46,10 @@ def test_answers_are_asked_for_with_the_system_turn_of_the_rows(
         asked.append((turns[0].role, system))
         return SimpleNamespace(prompt=None, stop_ids=())
 
-    def generate(*_, **__):
-        return [SimpleNamespace(text=" a b\n")]
+    def complete(requests):
+        return [SimpleNamespace(text=" a b\n") for _ in requests]
 
-    monkeypatch.setattr(answers, "Engine", lambda *_: SimpleNamespace(generate=generate))
+    monkeypatch.setattr(answers, "Engine", lambda *_: SimpleNamespace(complete=complete))
     monkeypatch.setattr(answers, "format_prompt", format_prompt)
     monkeypatch.setattr(answers, "make_template", lambda *_: None)
     loaded = SimpleNamespace(model=None, tokenizer=None, template="plain", system="Be brief.")

@@ -3,7 +3,7 @@ checked by hand."""
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.console import readable
 from tinylm.common.errors import UserError, printable
 from tinylm.common.statistics import wilson
-from tinylm.config.schema import Config, SamplingConfig
+from tinylm.config.schema import Config
 from tinylm.eval.best_of_n import BestOfScore, best_of_n, majority_vote
 from tinylm.eval.tasks.table import TASKS
 from tinylm.eval.tasks.task import TaskExample
 from tinylm.eval.verifier_scoring import VerifierScorer
-from tinylm.generate.engine import Engine
+from tinylm.generate.engine import Engine, Request
 from tinylm.generate.output import TokenOutput
 from tinylm.model.verifier import Verifier
 from tinylm.rows.conversation import Turn
@@ -39,17 +39,14 @@ class FixedAnswers(Engine):
     def __init__(self, answers: dict[str, list[str]]):
         super().__init__(make_model(max_seq_len=400), BYTES)
         self.answers = answers
-        self.asked: list[SamplingConfig] = []
+        self.asked: list[Request] = []
 
-    def stream(
-        self, prompt: Any, sampling: SamplingConfig, *, stop_ids: Sequence[int] = ()
-    ) -> Iterator[TokenOutput]:
-        self.asked.append(sampling)
-        text = BYTES.decode(prompt.ids)
-        answers = next(answers for question, answers in self.answers.items() if question in text)
-        assert len(answers) == sampling.n_samples
-        for sample, answer in enumerate(answers):
-            yield TokenOutput(answer, 65, 0.0, sample, "eos")
+    def run(self, requests: Iterable[Request]) -> Iterator[list[TokenOutput]]:
+        for request in requests:
+            self.asked.append(request)
+            text = BYTES.decode(request.prompt.ids)
+            [answers] = [answers for question, answers in self.answers.items() if question in text]
+            yield [TokenOutput(answers[request.sample], 65, 0.0, request.sample, "eos")]
 
 
 class ExclamationScorer(VerifierScorer):
@@ -94,8 +91,9 @@ def test_every_method_chooses_among_the_same_answers() -> None:
         item.accuracies["majority vote"] for item in score.candidates
     ] == [0, 1, 0]
     assert {
-        (sampling.temperature, sampling.n_samples, sampling.seed) for sampling in engine.asked
-    } == {(0.7, 4, 5)}
+        (request.sampling.temperature, request.sample, request.sampling.seed)
+        for request in engine.asked
+    } == {(0.7, sample, 5) for sample in range(4)}
     assert (score.n_examples, score.n_samples, score.n_errors) == (3, 4, 0)
 
 

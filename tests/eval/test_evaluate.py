@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from tinylm.eval.cases import Case, CaseScore, CasesSummary, evaluate_cases, rea
 from tinylm.eval.task_scores import evaluate_task, format_ranks
 from tinylm.eval.tasks.table import PAIRS, TASKS
 from tinylm.eval.tasks.task import TaskExample
-from tinylm.generate.engine import Engine
+from tinylm.generate.engine import Engine, Request
 from tinylm.generate.output import Prompt, TokenOutput
 from tinylm.generate.scoring import (
     ContinuationScore,
@@ -38,13 +38,17 @@ class Parrot(Engine):
         super().__init__(model or make_model(max_seq_len=400), BYTES)
         self.answers, self.asked = answers, []
 
-    def stream(self, prompt, sampling, *, stop_ids=()) -> Iterator[TokenOutput]:
+    def run(self, requests: Iterable[Request]) -> Iterator[list[TokenOutput]]:
+        return (list(self.answer(request)) for request in requests)
+
+    def answer(self, request: Request) -> Iterator[TokenOutput]:
+        prompt, sampling = request.prompt, request.sampling
         assert isinstance(prompt, Prompt) and sampling.temperature == 0
         text = BYTES.decode(prompt.ids)
         self.asked.append((list(prompt.ids), sampling))
         answer = next(answer for question, answer in self.answers.items() if question in text)
         for place, id in enumerate(answer, start=1):
-            ends = id in stop_ids
+            ends = id in request.stop_ids
             yield TokenOutput(
                 "" if ends else BYTES.decode([id]),
                 id,

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -367,9 +368,10 @@ def test_cached_answers_are_not_sampled_again(tmp_path):
     the file is the same."""
     drawn: list[int] = []
 
-    def draw(number: int) -> list[str]:
-        drawn.append(number)
-        return [f"answer {number}", "ü\n"]
+    def draw(first: int) -> Iterator[list[str]]:
+        for number in range(first, 4):
+            drawn.append(number)
+            yield [f"answer {number}", "ü\n"]
 
     seen: list[tuple[str, int, int]] = []
     path = tmp_path / "cache" / "answers.jsonl"

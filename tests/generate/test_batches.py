@@ -153,6 +153,21 @@ def test_without_it_they_are_not_equal_to_the_last_bit():
     assert found != alone
 
 
+def test_the_texts_of_a_run_come_in_the_order_of_their_requests():
+    """More than there are slots, of very different lengths, one of them by beam search."""
+    engine = Engine(make_model(), BYTES, slots=2)
+    requests = []
+    for number, length in enumerate([20, 1, 7, 3, 12]):
+        sampling = SamplingConfig(max_new_tokens=length, seed=5, n_beams=1 + (number == 3))
+        requests.append(Request(engine.encode_prompt(f"text {number}"), sampling, sample=2))
+    found = list(engine.complete(requests))
+    for request, completion in zip(requests, found, strict=True):
+        n_samples = 3 if request.sampling.n_beams == 1 else 1
+        samples = request.sampling.model_copy(update={"n_samples": n_samples})
+        expected = engine.generate(request.prompt, samples)[-1]
+        assert (completion.ids, completion.text) == (expected.ids, expected.text)
+
+
 # --- prefixes ---
 
 

@@ -41,7 +41,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     results = Results()
     for subject in subjects:
         try:
-            opened = open_subject(subject, device, arguments.tokenizer)
+            opened = open_subject(
+                subject,
+                device,
+                arguments.tokenizer,
+                slots=arguments.batch_size,
+                deterministic=arguments.deterministic,
+            )
             if subject.is_hf:
                 logger.info("model: %s", subject.label)
             else:

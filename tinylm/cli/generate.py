@@ -26,7 +26,7 @@ from tinylm.config.schema import SamplingConfig
 from tinylm.eval.best_of_n import majority_vote
 from tinylm.eval.verifier_scoring import VerifierScorer
 from tinylm.generate.chat import FormattedPrompt, format_prompt
-from tinylm.generate.engine import Engine
+from tinylm.generate.engine import DEFAULT_SLOTS, Engine
 from tinylm.generate.output import Completion, TokenOutput
 from tinylm.rows.templates import Template
 from tinylm.tokenizer.base import Tokenizer
@@ -45,7 +45,14 @@ def generate(prompt: str | None, given: dict[str, Any], arguments: argparse.Name
     loaded = load_model(choose_checkpoint(arguments), device)
     logger.info("checkpoint: %s", loaded.info.summary())
     sampling = sampling_settings(given, loaded.config.sampling)
-    engine = Engine(loaded.model, choose_tokenizer(arguments.tokenizer, loaded.tokenizer))
+    # Enough slots for all samples at once; with --deterministic always the same number.
+    n_texts = 1 if arguments.deterministic else arguments.best_of or sampling.n_samples
+    engine = Engine(
+        loaded.model,
+        choose_tokenizer(arguments.tokenizer, loaded.tokenizer),
+        slots=max(DEFAULT_SLOTS, n_texts),
+        deterministic=arguments.deterministic,
+    )
     template = choose_template(arguments, loaded, engine.tokenizer)
     system = choose_system(arguments, loaded, template)
     if prompt is None:

@@ -35,6 +35,15 @@ def add_tokenizer_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_deterministic_flag(parser: argparse._ActionsContainer) -> None:
+    """--deterministic: what an engine is given as `deterministic`."""
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="generate a text the same to the last bit, whatever is generated with it (slower)",
+    )
+
+
 def add_device_flag(parser: argparse._ActionsContainer) -> None:
     """--device, auto by default."""
     parser.add_argument(

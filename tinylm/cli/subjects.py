@@ -109,22 +109,28 @@ def file_identity(path: Path) -> tuple[int, ...] | Path:
     return status.st_dev, status.st_ino
 
 
-def open_subject(subject: Subject, device: str, tokenizer: str) -> OpenedSubject:
+def open_subject(
+    subject: Subject, device: str, tokenizer: str, **engine_settings: Any
+) -> OpenedSubject:
     """Load the model of a subject.
+
+    Args:
+        engine_settings: of its `Engine`.
 
     Raises:
         UserError: it does not exist, is damaged, or has diverged.
     """
     if subject.is_hf:
-        return open_hf_model(subject, device)
+        return open_hf_model(subject, device, **engine_settings)
     path = subject.paths[0]
     loaded = load_model(path, device)
-    engine = Engine(loaded.model, choose_tokenizer(tokenizer, loaded.tokenizer))
+    tokenizer_used = choose_tokenizer(tokenizer, loaded.tokenizer)
+    engine = Engine(loaded.model, tokenizer_used, **engine_settings)
     template = make_template(loaded.template, engine.tokenizer) if loaded.template else None
     return OpenedSubject(subject, engine, template, loaded.info.step, loaded.info.val_loss)
 
 
-def open_hf_model(subject: Subject, device: str) -> OpenedSubject:
+def open_hf_model(subject: Subject, device: str, **engine_settings: Any) -> OpenedSubject:
     """A Hugging Face model, which is prompted in plain text."""
     name = str(subject.paths[0])
     model = find_hf_model(name).load().to(device).eval()
@@ -136,4 +142,5 @@ def open_hf_model(subject: Subject, device: str) -> OpenedSubject:
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model only {n_embeddings}",
             "Download both again",
         )
-    return OpenedSubject(subject, Engine(model, tokenizer), None, None, None)
+    engine = Engine(model, tokenizer, **engine_settings)
+    return OpenedSubject(subject, engine, None, None, None)

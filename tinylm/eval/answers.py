@@ -14,7 +14,7 @@ from tinylm.config.schema import DataConfig, SamplingConfig
 from tinylm.eval.metrics import exact_match, token_f1
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
 from tinylm.generate.chat import format_prompt
-from tinylm.generate.engine import Engine
+from tinylm.generate.engine import Engine, Request
 from tinylm.rows.columns import parse_conversation
 from tinylm.rows.conversation import Conversation
 from tinylm.rows.row_files import read_rows, split_built_in_rows
@@ -91,11 +91,11 @@ def answer_questions(
     engine = Engine(loaded.model, loaded.tokenizer)
     template = make_template(loaded.template, loaded.tokenizer)
     greedy = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0)
-    given = []
+    requests = []
     for question in questions:
         turns = question.conversation
         system = None if turns[0].role == "system" else loaded.system
-        prompt = format_prompt(engine, turns, template, system=system)
-        (answer,) = engine.generate(prompt.prompt, greedy, stop_ids=prompt.stop_ids)
-        given.append(GivenAnswer(question, answer.text.strip()))
-    return given
+        formatted = format_prompt(engine, turns, template, system=system)
+        requests.append(Request(formatted.prompt, greedy, formatted.stop_ids))
+    answers = zip(questions, engine.complete(requests), strict=True)
+    return [GivenAnswer(question, answer.text.strip()) for question, answer in answers]

@@ -5,10 +5,11 @@ Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems".
 All methods choose among the same n answers.
 """
 
+import itertools
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from tinylm.common.errors import UserError
 from tinylm.common.statistics import Measure, mean
@@ -97,18 +98,22 @@ def best_of_n(
         UserError: as `require_free_text_task`; or no question could be asked.
     """
     require_free_text_task(task)
-    candidates: list[Candidates] = []
+    prompter = TaskPrompter(engine, task, (), template)
+    asked: list[TaskExample] = []
     errors: list[UserError] = []
     for example in examples:
         try:
-            candidates.append(
-                _sample_candidates(engine, scorer, task, example, n, template=template, seed=seed)
-            )
+            prompter.request(example)
+            asked.append(example)
         except UserError as error:  # must not end the other questions
             errors.append(error)
-    if not candidates:
+    if not asked:
         problem = f"none of {len(examples)} questions could be asked"
         raise errors[0].within(f"task {task.name}", problem)
+    candidates = []
+    samples = sample_answers(engine, task, asked, n, template=template, seed=seed)
+    for example, answers in zip(asked, samples, strict=True):
+        candidates.append(_grade_candidates(scorer, task, example, answers))
     wrong = [0.0] * len(errors)
     measures = {}
     for method in candidates[0].accuracies:
@@ -132,30 +137,28 @@ def require_free_text_task(task: Task) -> None:
 def sample_answers(
     engine: Engine,
     task: Task,
-    example: TaskExample,
+    examples: Iterable[TaskExample],
     n: int,
     *,
     template: Template | None = None,
     seed: int = 0,
-) -> list[str]:
-    """`n` answers sampled at SAMPLE_TEMPERATURE, to the prompt of `evaluate_task`
+) -> Iterator[list[str]]:
+    """`n` answers to each example, sampled at SAMPLE_TEMPERATURE, to the prompt of `evaluate_task`
     without solved examples.
     """
     prompter = TaskPrompter(engine, task, (), template)
-    return prompter.generate(example, temperature=SAMPLE_TEMPERATURE, n_samples=n, seed=seed)[1]
+    requests = []
+    for example in examples:
+        request = prompter.request(example, temperature=SAMPLE_TEMPERATURE, seed=seed)
+        requests += [replace(request, sample=sample) for sample in range(n)]
+    texts = (completion.text.strip() for completion in engine.complete(requests))
+    while answers := list(itertools.islice(texts, n)):
+        yield answers
 
 
-def _sample_candidates(
-    engine: Engine,
-    scorer: VerifierScorer,
-    task: Task,
-    example: TaskExample,
-    n: int,
-    *,
-    template: Template | None,
-    seed: int,
+def _grade_candidates(
+    scorer: VerifierScorer, task: Task, example: TaskExample, answers: list[str]
 ) -> Candidates:
-    answers = sample_answers(engine, task, example, n, template=template, seed=seed)
     right = [first_measure(task.grade(answer, example.target)) == 1 for answer in answers]
     question = example.question.full_text
     probabilities = scorer.probabilities(question, answers)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tinylm.common.errors import UserError
 from tinylm.common.statistics import Z95, wilson
 from tinylm.config.schema import SamplingConfig
-from tinylm.generate.engine import Engine
+from tinylm.generate.engine import Engine, Request
 from tinylm.generate.output import Prompt
 from tinylm.generate.scoring import fit_continuation, score_continuations
 
@@ -207,13 +207,13 @@ def harness_model(engine: Engine, *, batch_size: int = 16, stop_ids: Sequence[in
         def generate_until(
             self, requests: "list[Instance]", disable_tqdm: bool = False
         ) -> list[str]:
-            texts = []
+            asked = []
             for request in requests:
                 text, settings = request.args
                 sampling = to_sampling_config(normalize_gen_kwargs(settings, DEFAULT_NEW_TOKENS))
                 prompt = fit_harness_prompt(engine, text, sampling.max_new_tokens)
-                texts.append(engine.generate(prompt, sampling, stop_ids=stop_ids)[0].text)
-            return texts
+                asked.append(Request(prompt, sampling, stop_ids))
+            return [completion.text for completion in engine.complete(asked)]
 
     return EngineLM()
 

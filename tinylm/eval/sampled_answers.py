@@ -56,7 +56,8 @@ def add_sampled_answers(
         on_progress: called with the number of answered problems.
     """
     task = TASKS[task_name] if task_name else PAIRS
-    engine = Engine(loaded.model, loaded.tokenizer)
+    # Deterministic: which answers are sampled together depends on where a killed process ended.
+    engine = Engine(loaded.model, loaded.tokenizer, deterministic=True)
     template = make_template(loaded.template, loaded.tokenizer) if loaded.template else None
     # What the answers depend on names the file.
     settings = [
@@ -72,13 +73,14 @@ def add_sampled_answers(
     questions = [problem.question.full_text for problem in asked]
     digest = hashlib.sha256(json.dumps([settings, questions]).encode()).hexdigest()[:16]
 
-    def sample(number: int) -> list[str]:
-        problem = asked[number]
-        example = TaskExample(problem.location, problem.question, problem.answer)
-        return sample_answers(engine, task, example, n, template=template, seed=seed)
+    def sample_from(first: int) -> Iterator[list[str]]:
+        examples = []
+        for problem in asked[first:]:
+            examples.append(TaskExample(problem.location, problem.question, problem.answer))
+        return sample_answers(engine, task, examples, n, template=template, seed=seed)
 
     path = folder / f"answers-{digest}.jsonl"
-    answers = iter(list(cached_answers(path, len(asked), sample, on_progress)))
+    answers = iter(list(cached_answers(path, len(asked), sample_from, on_progress)))
     return [
         replace(problem, samples=grade_samples(problem, next(answers)))
         if problem.is_right
@@ -88,10 +90,13 @@ def add_sampled_answers(
 
 
 def cached_answers(
-    path: Path, n_problems: int, sample: Callable[[int], list[str]], on_progress: OnProgress
+    path: Path,
+    n_problems: int,
+    sample_from: Callable[[int], Iterator[list[str]]],
+    on_progress: OnProgress,
 ) -> Iterator[list[str]]:
     """The answers to problems 0 to n_problems - 1: first those in the file `path`, then new ones,
-    which it appends.
+    which it appends: `sample_from` gives those of a problem and all after it.
 
     A second process that wants the file waits for the first.
 
@@ -101,8 +106,8 @@ def cached_answers(
     with locked(path, "data.cache_dir"):
         known = _read_whole_lines(path)
         yield from known
-        for number in range(len(known), n_problems):
-            texts = sample(number)
+        missing = range(len(known), n_problems)
+        for number, texts in zip(missing, sample_from(len(known)), strict=True):
             with writing(path, "data.cache_dir"), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(texts) + "\n")
             on_progress("answering problems", number + 1, n_problems)

@@ -18,7 +18,7 @@ from tinylm.common.statistics import Measure
 from tinylm.config.schema import SamplingConfig
 from tinylm.eval.tasks.task import Task, TaskExample
 from tinylm.generate.chat import FormattedPrompt, format_prompt
-from tinylm.generate.engine import Engine
+from tinylm.generate.engine import Engine, Request
 from tinylm.generate.scoring import (
     Continuation,
     encode_continuation,
@@ -85,7 +85,8 @@ def evaluate_task(
     Args:
         shots: solved examples before each question.
         template: the one that the model was fine-tuned with; None for a base model.
-        batch_size: labels that are scored together; free-text answers are generated one by one.
+        batch_size: labels that are scored together; the engine's slots say how many free-text
+            answers are generated together.
         seed: of the bootstrap intervals.
     """
     prompter = TaskPrompter(engine, task, tuple(shots), template)
@@ -143,16 +144,15 @@ class TaskPrompter:
     shots: tuple[TaskExample, ...]
     template: Template | None
 
-    def generate(self, example: TaskExample, **sampling: Any) -> tuple[FormattedPrompt, list[str]]:
-        """The prompt, and the answers that the model generates."""
+    def request(self, example: TaskExample, **sampling: Any) -> Request:
+        """The question, for the engine to answer."""
         formatted = self._format(example)
         settings = SamplingConfig(
             max_new_tokens=self.task.max_new_tokens,
             stop=self.task.stop if self.template is None else (),
             **sampling,
         )
-        completions = self.engine.generate(formatted.prompt, settings, stop_ids=formatted.stop_ids)
-        return formatted, [completion.text.strip() for completion in completions]
+        return Request(formatted.prompt, settings, formatted.stop_ids)
 
     def label_continuation(self, example: TaskExample, label: str) -> Continuation:
         """The question, and a label as its answer, to be scored."""
@@ -180,14 +180,17 @@ class TaskPrompter:
 
 def predict_texts(prompter: TaskPrompter, examples: Sequence[TaskExample]) -> list[Prediction]:
     """The greedy answer to each question."""
-    predictions = []
-    for example in examples:
+    predictions: dict[int, Prediction] = {}
+    requests: dict[int, Request] = {}
+    for number, example in enumerate(examples):
         try:
-            formatted, [text] = prompter.generate(example, temperature=0)
-            predictions.append(Prediction(text, formatted.prompt.truncated > 0))
+            requests[number] = prompter.request(example, temperature=0)
         except UserError as error:  # must not end the other questions
-            predictions.append(Prediction("", error=str(error)))
-    return predictions
+            predictions[number] = Prediction("", error=str(error))
+    completions = prompter.engine.complete(requests.values())
+    for number, completion in zip(requests, completions, strict=True):
+        predictions[number] = Prediction(completion.text.strip(), completion.truncated > 0)
+    return [predictions[number] for number in range(len(examples))]
 
 
 def predict_labels(

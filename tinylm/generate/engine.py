@@ -6,15 +6,15 @@ random numbers and end, and texts join and leave at any step.
                                              └─ decode ◀─┘      `Engine.step`: once around
 
     engine = Engine(model, tokenizer, slots=8)
-    engine.add(Request(engine.encode_prompt("Once"), SamplingConfig(seed=1)))  # the number 0
-    engine.add(Request(engine.encode_prompt("Yesterday"), SamplingConfig(seed=2)))  # the number 1
+    engine.add(Request(engine.encode_prompt("Once"), SamplingConfig(seed=1)))  # the number 1
+    engine.add(Request(engine.encode_prompt("Yesterday"), SamplingConfig(seed=2)))  # the number 2
     while engine.is_busy:
         for event in engine.step():  # of each running text, one token
             print(event.number, event.output.text, event.output.finish_reason)
 
-A server calls `add`, `step` and `cancel`; everyone else one of the three around them: `run` (many
-requests, results in order), `generate` (the finished samples of one prompt) and `stream` (their
-tokens as they are generated). One prompt is a batch of one.
+A server calls `add`, `step` and `cancel`; everyone else one of the methods around them: `run` and
+`complete` (many requests, results in order), `generate` (the finished samples of one prompt) and
+`stream` (their tokens as they are generated). One prompt is a batch of one.
 
 Its parts: decoding.py (the rows: prefill, decode, prefixes, the context shift), sampling.py (from
 logits to a token), output.py (from tokens to text, stop strings); beam_search.py searches instead
@@ -47,6 +47,7 @@ from tinylm.generate.sampling import (
 from tinylm.model.decoder import Decoder
 from tinylm.tokenizer.base import Tokenizer
 
+DEFAULT_SLOTS = 8
 # Settings that do not matter to how one token is drawn from its logits.
 NOT_OF_A_STEP = ("max_new_tokens", "stop", "seed", "n_samples", "n_beams")
 
@@ -57,7 +58,7 @@ class Request:
 
     prompt: Prompt
     sampling: SamplingConfig
-    """`n_samples` and `n_beams` have no effect: a request is one text"""
+    """a request is one text: `n_samples` has no effect, `n_beams` only in `run`"""
     stop_ids: tuple[int, ...] = ()
     """tokens that end a text like EOS and are not shown, such as those of a template"""
     sample: int = 0
@@ -102,7 +103,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, *, slots: int = 8, deterministic: bool = False
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = DEFAULT_SLOTS,
+        deterministic: bool = False,
     ):
         n_embeddings = model.embedding.num_embeddings
         if n_embeddings < tokenizer.vocab_size:
@@ -113,7 +119,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.slots, self.deterministic = slots, deterministic
         self._batch: DecodingBatch | None = None
-        self._waiting: deque[Text] = deque()
+        self._waiting: deque[tuple[int, Request]] = deque()
         self._running: list[Text] = []  # text i is in row i of the batch
         self._undelivered: list[Event] = []
         self._n_added = 0
@@ -138,14 +144,13 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Let a text be generated from the next step with a free slot on; returns its number."""
-        number = self._n_added
-        self._waiting.append(Text(number, request, self))
         self._n_added += 1
-        return number
+        self._waiting.append((self._n_added, request))
+        return self._n_added
 
     def cancel(self, number: int) -> None:
         """End a text; no event of it follows. One that has ended already is ignored."""
-        self._waiting = deque(text for text in self._waiting if text.number != number)
+        self._waiting = deque(item for item in self._waiting if item[0] != number)
         self._undelivered = [event for event in self._undelivered if event.number != number]
         for row, text in enumerate(self._running):
             if text.number == number:
@@ -173,9 +178,9 @@ class Engine:
             self._batch.decode([text.last_id for text in self._running])
         # Prefill: waiting texts take the free rows.
         while self._waiting and len(self._running) < self.slots:
-            text = self._waiting.popleft()
-            self._batch.start(text.request.prompt.ids, text.request.sampling.max_new_tokens)
-            self._running.append(text)
+            number, request = self._waiting.popleft()
+            self._batch.start(request.prompt.ids, request.sampling.max_new_tokens)
+            self._running.append(Text(number, request, self))
         # Sample: texts with the same settings together.
         groups: dict[tuple[SamplingConfig, int | None], list[int]] = {}
         for row, text in enumerate(self._running):
@@ -235,10 +240,15 @@ class Engine:
         Raises:
             UserError: a text cannot be continued (no_repeat_ngram); the others are canceled.
         """
-        numbers = [self.add(request) for request in requests]
-        outputs: dict[int, list[TokenOutput]] = {number: [] for number in numbers}
+        outputs: dict[int, list[TokenOutput]] = {}
+        for request in requests:
+            number = self.add(request)
+            outputs[number] = []
+            if request.sampling.n_beams > 1:  # a search is a batch of its own
+                self.cancel(number)
+                outputs[number] += self._beam_search(request)
         try:
-            for number in numbers:
+            for number in list(outputs):
                 while not (outputs[number] and outputs[number][-1].finish_reason):
                     for event in self._events_of(outputs.keys()):
                         outputs[event.number].append(event.output)
@@ -246,6 +256,17 @@ class Engine:
         finally:
             for number in outputs:
                 self.cancel(number)
+
+    def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """The finished text of each request, in order; raises as `run`."""
+        requests = list(requests)
+        for request, outputs in zip(requests, self.run(requests), strict=True):
+            yield Completion.of(request.prompt, outputs)
+
+    def _beam_search(self, request: Request) -> Iterator[TokenOutput]:
+        end_ids = {self.tokenizer.eos_id, *request.stop_ids}
+        sampling = request.sampling
+        return beam_search(self.model, self.tokenizer, request.prompt, sampling, end_ids)
 
     def _events_of(self, numbers: Iterable[int]) -> list[Event]:
         """One step; the events of other texts are kept for those who wait for them.
@@ -274,14 +295,12 @@ class Engine:
             template.
         """
         prompt = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        stop_ids = tuple(stop_ids)
+        request = Request(prompt, sampling, tuple(stop_ids))
         if sampling.n_beams > 1:
-            end_ids = {self.tokenizer.eos_id, *stop_ids}
-            yield from beam_search(self.model, self.tokenizer, prompt, sampling, end_ids)
+            yield from self._beam_search(request)
             return
-        unfinished = set()
-        for sample in range(sampling.n_samples):
-            unfinished.add(self.add(Request(prompt, sampling, stop_ids, sample)))
+        samples = range(sampling.n_samples)
+        unfinished = {self.add(replace(request, sample=sample)) for sample in samples}
         try:
             while unfinished:
                 for event in self._events_of(unfinished):

@@ -406,7 +406,9 @@ def test_a_module_that_speaks_or_fails_when_imported_is_found(tmp_path):
 
 
 def test_every_pinned_version_is_one_that_the_package_allows():
-    """Else `pip install -r requirements.txt && pip install .` would undo a pin. A package of tinylm alone is pinned by what it comes with."""
+    """Else `pip install -r requirements.txt && pip install .` would undo a pin. A package of tinylm
+    alone is pinned by what it comes with.
+    """
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     allowed = [
@@ -420,7 +422,7 @@ def test_every_pinned_version_is_one_that_the_package_allows():
     } == set()
 
 
-# --- no file knows the machine it was written on -----------------------------------------------------------------------
+# --- no file knows the machine it was written on --------------------------------------------------
 
 
 def texts() -> list[Path]:

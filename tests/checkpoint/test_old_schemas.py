@@ -1,6 +1,7 @@
 """Checkpoints of earlier schemas stay usable: they load, resume to the numbers of their time, sample and export.
 
-`data/schema1` holds three runs saved in the middle, between two rows of metrics: pretraining, LoRA on it, and DPO on it.
+`data/schema1` holds three runs saved in the middle, between two rows of metrics: pretraining, LoRA
+on it, and DPO on it.
 Beside each are its settings and the rows of metrics that the code of its time wrote when it resumed from it. The text
 that the code of its time sampled from each is `SAMPLES`.
 """

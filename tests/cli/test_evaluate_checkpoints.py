@@ -100,7 +100,8 @@ def test_checkpoints_are_ranked_with_ties_and_failures(tmp_path, run, save, case
     assert err.splitlines()[0] == "device: cpu (requested)"
     assert (
         err.splitlines()[-2]
-        == f"results: {tmp_path / 'results' / 'results.json'} has all numbers; 0 files next to it have the wrong answers"
+        == f"results: {tmp_path / 'results' / 'results.json'} has all numbers; 0 files next to it "
+        f"have the wrong answers"
     )
     assert err.splitlines()[-1].startswith("next: python infer.py --ckpt")
 

@@ -474,7 +474,8 @@ def test_a_malicious_or_endless_chat_template_is_one_error(run, tuned, monkeypat
         ("{{ ''.__class__.__mro__ }}", "chat template"),
         (
             OWN_TEMPLATE
-            + "{% if 'loop' in messages[0].content %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
+            + "{% if 'loop' in messages[0].content %}{% for a in range(99999) %}{% for b in "
+            "range(99999) %}{% endfor %}{% endfor %}{% endif %}",
             "",
         ),
     ):

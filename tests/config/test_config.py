@@ -52,7 +52,7 @@ def error_of(text: str | bytes, *overrides: str) -> str:
     return str(caught.value)
 
 
-# --- values ------------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_tokenizer_path_means_hf():
     assert load("tokenizer: {path: gpt2}").tokenizer.kind == "hf"
 
 
-# --- mistakes, one line each -------------------------------------------------------------------------------------------
+# --- mistakes, one line each ----------------------------------------------------------------------
 
 LOOK = "Check this line and the one above."
 TEXT = "must be text (in quotes, if YAML reads it as something else)"
@@ -216,7 +216,8 @@ ELSEWHERE = [
     ),
     (
         "training.lr: 3",
-        'c.yaml:1: a key must be one plain name, got "training.lr". Write section: and, indented below it, name: value.',
+        'c.yaml:1: a key must be one plain name, got "training.lr". Write section: and, indented '
+        "below it, name: value.",
     ),
     (
         '"\\ud800": 3',
@@ -224,7 +225,8 @@ ELSEWHERE = [
     ),
     (
         "? [a]\n: 3",
-        "c.yaml:1: a key must be one plain name, got a list or mapping. Write section: and, indented below it, name: value.",
+        "c.yaml:1: a key must be one plain name, got a list or mapping. Write section: and, "
+        "indented below it, name: value.",
     ),
     (
         "training: {lr: !!int fast}",
@@ -268,19 +270,23 @@ NOT_YAML = [
     ("\0" * 9000, f"c.yaml:1: not valid YAML: the character '\\x00' is not allowed. {LOOK}"),
     (
         "",
-        "c.yaml: the file is empty. Write the settings that differ from the defaults, for example model: {n_layers: 4}.",
+        "c.yaml: the file is empty. Write the settings that differ from the defaults, for example "
+        "model: {n_layers: 4}.",
     ),
     (
         "# nothing yet\n",
-        "c.yaml: the file is empty. Write the settings that differ from the defaults, for example model: {n_layers: 4}.",
+        "c.yaml: the file is empty. Write the settings that differ from the defaults, for example "
+        "model: {n_layers: 4}.",
     ),
     (
         "# a list\n- model\n",
-        f"c.yaml:2: a config must have sections ({SECTIONS}). Write each section's name: and its settings indented below it.",
+        f"c.yaml:2: a config must have sections ({SECTIONS}). Write each section's name: and its "
+        f"settings indented below it.",
     ),
     (
         "model",
-        f"c.yaml:1: a config must have sections ({SECTIONS}). Write each section's name: and its settings indented below it.",
+        f"c.yaml:1: a config must have sections ({SECTIONS}). Write each section's name: and its "
+        f"settings indented below it.",
     ),
     (b"\x89PNG\r\n\x1a\n\xff", "c.yaml: not UTF-8 text (byte 0). Save it as UTF-8."),
     ("[" * 10_000, f"c.yaml:1: not valid YAML: nested deeper than 12 levels. {LOOK}"),
@@ -421,7 +427,7 @@ def test_other_tags_are_rejected(tag):
     )
 
 
-# --- rules between settings --------------------------------------------------------------------------------------------
+# --- rules between settings -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -445,7 +451,8 @@ def test_other_tags_are_rejected(tag):
         ),
         (
             "model: {d_model: 18}",
-            "1: model.d_model: head_dim = d_model / n_heads = 18 / 6 must be even for position rope. Change one, or set an even head_dim.",
+            "1: model.d_model: head_dim = d_model / n_heads = 18 / 6 must be even for position "
+            "rope. Change one, or set an even head_dim.",
         ),
         (
             "model:\n  moe:\n    top_k: 9\n",
@@ -477,11 +484,13 @@ def test_other_tags_are_rejected(tag):
         ),
         (
             "tokenizer: {learn_docs: 3}",
-            "1: tokenizer.learn_docs: only valid for kind bpe or char (kind is byte). Remove it, or set tokenizer.kind=bpe.",
+            "1: tokenizer.learn_docs: only valid for kind bpe or char (kind is byte). Remove it, or "
+            "set tokenizer.kind=bpe.",
         ),
         (
             "tokenizer: {kind: char, learn_docs: 3}",
-            "1: tokenizer.learn_docs: later documents can have characters that the first ones lack, and unknown is error. Set tokenizer.unknown=unk.",
+            "1: tokenizer.learn_docs: later documents can have characters that the first ones lack, "
+            "and unknown is error. Set tokenizer.unknown=unk.",
         ),
         (
             "data: {val_dataset: a, val_split: b}",
@@ -507,15 +516,18 @@ def test_other_tags_are_rejected(tag):
         ),
         (
             "data:\n  mix: [dataset: a]\n  val_docs: 3\n",
-            "3: data.val_docs: not supported with mix if val_fraction of each source is held out. Remove it, or set data.val_dataset.",
+            "3: data.val_docs: not supported with mix if val_fraction of each source is held out. "
+            "Remove it, or set data.val_dataset.",
         ),
         (
             "data:\n  mix: [{dataset: a, weight: 1e6}, {dataset: b, weight: 0.5}]\n",
-            "2: data.mix: the weight of b is less than a millionth of the sum of weights. Raise it, or remove the source.",
+            "2: data.mix: the weight of b is less than a millionth of the sum of weights. Raise it, "
+            "or remove the source.",
         ),
         (
             "data: {streaming: yes, stride: 1}",
-            "1: data.stride: not supported with streaming, whose rows never overlap. Remove it, or set data.streaming=false.",
+            "1: data.stride: not supported with streaming, whose rows never overlap. Remove it, or "
+            "set data.streaming=false.",
         ),
         (
             "training: {schedule: wsd, decay_ratio: 0.7, warmup_ratio: 0.5}",
@@ -527,15 +539,18 @@ def test_other_tags_are_rejected(tag):
         ),
         (
             "sampling: {n_beams: 2, n_samples: 2}",
-            "1: sampling.n_samples: must be 1 for beam search, which returns one text, got 2. Set n_beams or n_samples to 1.",
+            "1: sampling.n_samples: must be 1 for beam search, which returns one text, got 2. Set "
+            "n_beams or n_samples to 1.",
         ),
         (
             "training:\n  seq_len: 4096\n",
-            "2: training.seq_len: 4096 is more than model.max_seq_len (1024). Raise model.max_seq_len or lower training.seq_len.",
+            "2: training.seq_len: 4096 is more than model.max_seq_len (1024). Raise "
+            "model.max_seq_len or lower training.seq_len.",
         ),
         (
             "model:\n  max_seq_len: 16\n",
-            "2: training.seq_len: 256 is more than model.max_seq_len (16). Raise model.max_seq_len or lower training.seq_len.",
+            "2: training.seq_len: 256 is more than model.max_seq_len (16). Raise model.max_seq_len "
+            "or lower training.seq_len.",
         ),
         (
             "data:\n  stride: 512\n",
@@ -548,7 +563,7 @@ def test_a_broken_rule_names_its_settings_and_the_line_of_one_that_is_written(te
     assert error_of(text) == f"c.yaml:{message}"
 
 
-# --- a list of sections ------------------------------------------------------------------------------------------------
+# --- a list of sections ---------------------------------------------------------------------------
 
 MIX = "data:\n  mix:\n    - dataset: a.txt\n      weight: 3\n    - dataset: b.txt\n"
 
@@ -586,7 +601,8 @@ def test_a_list_of_sections_is_read_with_the_types_and_defaults_of_its_fields():
         ),
         (
             MIX + "    - weight: 2\n",
-            f'6: data.mix[2].dataset: required, but missing in {{"weight": 2}}. Meaning: {MEANING["data.mix[].dataset"]}.',
+            f'6: data.mix[2].dataset: required, but missing in {{"weight": 2}}. Meaning: '
+            f"{MEANING['data.mix[].dataset']}.",
         ),
         (
             MIX + "    - c.txt\n",
@@ -594,7 +610,8 @@ def test_a_list_of_sections_is_read_with_the_types_and_defaults_of_its_fields():
         ),
         (
             MIX + "    - [dataset: c.txt]\n",
-            '6: data.mix[2]: must be a section, got [{"dataset": "c.txt"}]. Write its settings indented below it, or remove it.',
+            '6: data.mix[2]: must be a section, got [{"dataset": "c.txt"}]. Write its settings '
+            "indented below it, or remove it.",
         ),
         (
             "data:\n  mix: a.txt\n",
@@ -671,7 +688,7 @@ def test_a_null_that_is_written_is_not_a_written_setting():
     assert with_model(config, base, config.tokenizer).model.n_kv_heads == 1
 
 
-# --- every numeric setting against every odd value ---------------------------------------------------------------------
+# --- every numeric setting against every odd value ------------------------------------------------
 
 
 def _bounds(setting: dict[str, Any]) -> list[dict[str, Any]]:
@@ -755,7 +772,7 @@ def test_a_numeric_setting_accepts_what_its_schema_allows_and_rejects_the_rest(k
         )
 
 
-# --- one file extends another ------------------------------------------------------------------------------------------
+# --- one file extends another ---------------------------------------------------------------------
 
 
 def test_settings_come_from_defaults_then_parents_then_the_file_then_the_command_line():
@@ -834,7 +851,7 @@ def test_a_circle_of_files_is_found():
     )
 
 
-# --- the command line --------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def test_overrides_have_the_types_of_yaml():
@@ -957,7 +974,8 @@ WRITTEN = "an override must be section.key=value. For example training.max_steps
         ),
         (
             "training.lr=@",
-            "command line: training.lr: not valid YAML: found character '@' that cannot start any token. Put quotes around the value.",
+            "command line: training.lr: not valid YAML: found character '@' that cannot start any "
+            "token. Put quotes around the value.",
         ),
         (
             "training.lr.x=3",
@@ -981,7 +999,7 @@ def test_an_invalid_override_is_named(override, message):
     assert error_of("training: {seed: 1}", override) == message
 
 
-# --- the settings as values --------------------------------------------------------------------------------------------
+# --- the settings as values -----------------------------------------------------------------------
 
 
 def test_settings_are_frozen():

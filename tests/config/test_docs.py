@@ -147,7 +147,7 @@ def test_the_bounds_in_the_schema_are_enforced():
         Config.model_validate({"model": {"n_layers": 1001}})
 
 
-# --- the program -------------------------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------
 
 
 def test_help_names_the_commands(capsys):

@@ -73,7 +73,8 @@ def test_a_preset_has_the_number_of_parameters_in_its_comment(path):
 # The vocabulary size that presets with a character tokenizer plan with.
 CHARACTERS = 1000
 PLANNED = re.compile(
-    r"Planned(?:, not measured)?: (?P<number>[\d.]+) (?P<unit>[MG])B (?P<where>on the GPU|on each GPU|beside the program)"
+    r"Planned(?:, not measured)?: (?P<number>[\d.]+) (?P<unit>[MG])B (?P<where>on the GPU|on each "
+    r"GPU|beside the program)"
 )
 
 

@@ -130,7 +130,8 @@ def test_a_question_that_cannot_be_asked_is_wrong_for_every_method(
 def test_a_task_with_labels_has_no_answers_to_choose_from() -> None:
     with pytest.raises(
         UserError,
-        match="--best-of: task sst2 is answered with a label; the most probable one is chosen. Give a task with free-text answers",
+        match="--best-of: task sst2 is answered with a label; the most probable one is chosen. Give "
+        "a task with free-text answers",
     ):
         best_of_n(FixedAnswers({}), ExclamationScorer(), TASKS["sst2"], EXAMPLES, 4)
 

@@ -97,7 +97,8 @@ def test_generation_kwargs_become_our_settings():
     assert drawn == SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=5)
     with pytest.raises(
         UserError,
-        match=r"^--lm-eval: generation_kwargs: penalty_alpha: not supported; known are max_gen_toks, .*\. Remove it from the task\.$",
+        match=r"^--lm-eval: generation_kwargs: penalty_alpha: not supported; known are "
+        r"max_gen_toks, .*\. Remove it from the task\.$",
     ):
         to_sampling_config({"penalty_alpha": 0.6})
 
@@ -147,9 +148,11 @@ def own_tasks(tmp_path: Path) -> Path:
     source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {tmp_path / 'cache'}}}\ntest_split: test\n"
     asked = 'doc_to_text: "{{q}}"\n'
     texts = {
-        "own_choice": 'output_type: multiple_choice\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n' + asked
+        "own_choice": 'output_type: multiple_choice\ndoc_to_choice: "{{choices}}"\ndoc_to_target: '
+                      '"{{answer}}"\n' + asked
         + "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
-        "own_words": 'output_type: generate_until\ndoc_to_target: " {{choices[answer]}}"\ngeneration_kwargs: {until: ["\\n"], max_gen_toks: 4}\n' + asked
+        "own_words": 'output_type: generate_until\ndoc_to_target: " '
+                     '{{choices[answer]}}"\ngeneration_kwargs: {until: ["\\n"], max_gen_toks: 4}\n' + asked
         + "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n",
         "own_text": 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{q}}"\n'
         + "metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]\n",

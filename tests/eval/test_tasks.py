@@ -227,7 +227,8 @@ def test_an_unreachable_hub_is_an_error_that_names_other_flags(monkeypatch):
     monkeypatch.setattr(data, "read_rows", records)
     with pytest.raises(
         UserError,
-        match=r"^task sst2: x: not reached\. Give the rows with --data sst2=PATH, or try --smoke, which needs no data\.$",
+        match=r"^task sst2: x: not reached\. Give the rows with --data sst2=PATH, or try --smoke, "
+        r"which needs no data\.$",
     ):
         load_task(TASKS["sst2"], None)
 
@@ -311,9 +312,8 @@ def test_each_mistake_in_the_data_has_its_message(tmp_path):
         f"--data: {tmp_path}: no file begins with test or validation or val. Give a file of rows": lambda: (
             load_task(TASKS["gsm8k"], tmp_path)
         ),
-        "task gsm8k: no examples are left to evaluate besides 2 solved ones. Lower --shots, or give more rows.": lambda: (
-            load_task(TASKS["gsm8k"], path, n_shots=2)
-        ),
+        "task gsm8k: no examples are left to evaluate besides 2 solved ones. Lower --shots, or give "
+        "more rows.": lambda: load_task(TASKS["gsm8k"], path, n_shots=2),
     }
     for message, load in wanted.items():
         with pytest.raises(UserError) as error:

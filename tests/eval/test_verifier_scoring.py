@@ -108,14 +108,17 @@ def test_problems_that_do_not_fit_or_have_no_number_are_skipped_and_reported():
     assert [item.question.text for item in kept] == ["0123456", "d"]
     assert report.notes() == [
         "training: kept 2 of 5 rows",
-        "training: skipped 1 row: the answer fills the context of 12 tokens (rows.jsonl: b). Raise training.seq_len, or give other rows.",
-        "training: skipped 2 rows: the answer has no number to change into a wrong one (rows.jsonl: c, rows.jsonl: e). Set verifier.n_wrong to 0, or give other rows.",
+        "training: skipped 1 row: the answer fills the context of 12 tokens (rows.jsonl: b). Raise "
+        "training.seq_len, or give other rows.",
+        "training: skipped 2 rows: the answer has no number to change into a wrong one (rows.jsonl: "
+        "c, rows.jsonl: e). Set verifier.n_wrong to 0, or give other rows.",
         "training: 1 of 2 rows lost the start of a problem to the context of 12 tokens",
     ]
     assert len(filter_problems(found, RowReport("train", 12), BYTES, n_wrong=0)) == 4
     with pytest.raises(
         UserError,
-        match=r"data.dataset: no validation rows are left: skipped 1 row: the answer has no number .* Set verifier.n_wrong to 0",
+        match=r"data.dataset: no validation rows are left: skipped 1 row: the answer has no number "
+        r".* Set verifier.n_wrong to 0",
     ):
         filter_problems(found[2:3], RowReport("val", 12), BYTES, n_wrong=1)
 
@@ -131,7 +134,8 @@ def test_if_all_training_problems_are_in_validation_it_is_an_error(tmp_path):
     )
     with pytest.raises(
         UserError,
-        match=r"data.dataset: no training rows are left: skipped \d+ rows: the same problem is in validation .* Give different rows",
+        match=r"data.dataset: no training rows are left: skipped \d+ rows: the same problem is in "
+        r"validation .* Give different rows",
     ):
         VerifierData(config, BYTES).prepare()
 
@@ -312,8 +316,8 @@ def test_no_problem_is_in_both_splits(data):
         f"training: skipped {n_skipped} rows: the same problem is in validation ("
     )
     assert (
-        f"train {len(data.train_problems)} problems with {3 * len(data.train_problems)} answers (33% of them right), validation"
-        in data.describe()
+        f"train {len(data.train_problems)} problems with {3 * len(data.train_problems)} answers "
+        f"(33% of them right), validation" in data.describe()
     )
 
 

@@ -1,4 +1,5 @@
-"""Our decoder and transformers' own models give the same logits, in both directions; what one side cannot compute is an error.
+"""Our decoder and transformers' own models give the same logits, in both directions; what one side
+cannot compute is an error.
 
 The oracle is transformers: other people's code for the same papers. All weights are random and large enough (std 0.3,
 norms and biases too) that a swapped, transposed or forgotten matrix moves the logits by far more than the tolerance.
@@ -364,7 +365,8 @@ def test_settings_that_no_architecture_computes_are_errors(settings, words):
     ids=lambda a: f"{a.model_type}-{a.ours['ffn']}-{a.ours['bias']}",
 )
 def test_every_setting_that_changes_the_logits_has_a_place_in_each_architecture(architecture):
-    """A setting forgotten in a table would be exported as transformers' default, with other logits and without an error.
+    """A setting forgotten in a table would be exported as transformers' default, with other logits
+    and without an error.
 
     What remains belongs to training. GPT-2 needs no rope_theta, as it has no rope.
     """

@@ -115,7 +115,8 @@ def test_a_weight_that_overflows_in_16_bits_is_named(save, tmp_path):
     [
         (
             {"sliding_window": 9},
-            "model.sliding_window: 9 is not supported in a GGUF file that can be checked; a mistral has null there. Export with --format hf.",
+            "model.sliding_window: 9 is not supported in a GGUF file that can be checked; a mistral "
+            "has null there. Export with --format hf.",
         ),
         ({"moe": {"n_experts": 3}}, "model.moe: .*a mixtral has null there"),
         ({"bias": "all"}, 'model.bias: "all" .*a llama has "none" there'),

@@ -644,7 +644,8 @@ def test_the_command_prints_which_class_reads_the_tokenizer(save, tmp_path, caps
     note, after = capsys.readouterr().err.splitlines()[1:]
     assert (
         note
-        == "note: load its tokenizer with PreTrainedTokenizerFast; AutoTokenizer pre-tokenizes differently for every qwen2"
+        == "note: load its tokenizer with PreTrainedTokenizerFast; AutoTokenizer pre-tokenizes "
+        "differently for every qwen2"
     )
     assert "import pipeline, PreTrainedTokenizerFast as T; " in after
 

@@ -118,7 +118,8 @@ def test_a_run_starts_from_an_imported_checkpoint_and_does_not_resume_it(
     context = RunContext("pretrain", load_config(make_config()), "cpu")
     with pytest.raises(
         UserError,
-        match="in.ckpt: an imported model, which has no optimizer state to resume. Choose another training.checkpoint_dir, and start from its weights: training.init_from=",
+        match="in.ckpt: an imported model, which has no optimizer state to resume. Choose another "
+        "training.checkpoint_dir, and start from its weights: training.init_from=",
     ):
         find_resume_state(context, ResumeOptions(tmp_path / "in.ckpt"))
 
@@ -425,7 +426,8 @@ def test_logits_that_differ_from_transformers_stop_the_import(published, tmp_pat
     )
     with pytest.raises(
         UserError,
-        match=r"published: our logits differ from transformers' by 0\.\d+: it computes something that our decoder does not",
+        match=r"published: our logits differ from transformers' by 0\.\d+: it computes something "
+        r"that our decoder does not",
     ):
         import_hf(str(published()), tmp_path / "in.ckpt")
     assert not (tmp_path / "in.ckpt").exists()

@@ -1,6 +1,7 @@
 """A dataset on the hub, streamed over a network that drops, stalls and refuses connections (FAULTS: E1, E10, E11).
 
-The hub is played by a server on this machine: the few routes that `datasets` asks for a dataset without code. Everything
+The hub is played by a server on this machine: the few routes that `datasets` asks for a dataset
+without code. Everything
 between our `train_documents` and the socket is the libraries' own, their retries too; only their pauses are shortened.
 """
 
@@ -371,7 +372,8 @@ def test_a_tokenizer_needs_learn_docs_for_a_stream(hub, kind, settings):
     fill(hub, "jsonl")
     with pytest.raises(
         UserError,
-        match=f"^tokenizer.learn_docs: kind {kind} would read all of a streamed dataset. Set tokenizer.learn_docs, for ",
+        match=f"^tokenizer.learn_docs: kind {kind} would read all of a streamed dataset. Set "
+        f"tokenizer.learn_docs, for ",
     ):
         learn_from_documents(TokenizerConfig(kind=kind, **settings), DATASET, SEED)
     assert hub.asked == []

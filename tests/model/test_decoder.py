@@ -1,6 +1,7 @@
 """The decoder against a second one, written in plain loops, and against hand computations.
 
-`slow_logits` below is the oracle: the same model with one Python loop for each head, query and token, and no masks. Every
+`slow_logits` below is the oracle: the same model with one Python loop for each head, query and
+token, and no masks. Every
 option, and a set of combinations in which each pair of options meets, must agree with it, and so must cached decoding.
 Weights are random with a large spread, so that attention is far from uniform and a wrong term shows.
 """
@@ -1025,7 +1026,8 @@ def test_gpt2_small_has_124439808_parameters():
 
     It is the number of GPT-2 small: learned positions, LayerNorm, biases, GELU, tied head:
         embeddings 50257 · 768 + 1024 · 768 = 39,383,808
-        a layer    (768 · 2304 + 2304) + (768 · 768 + 768) + (768 · 3072 + 3072) + (3072 · 768 + 768) + 2 · 2 · 768 = 7,087,872
+        a layer    (768 · 2304 + 2304) + (768 · 768 + 768) + (768 · 3072 + 3072) + (3072 · 768 +
+        768) + 2 · 2 · 768 = 7,087,872
         all        39,383,808 + 12 · 7,087,872 + 2 · 768 = 124,439,808
     """
     gpt2 = {

@@ -556,8 +556,8 @@ def test_plain_text_is_not_supported(make: Any, tmp_path: Path, capsys: Capture)
         == 2
     )
     assert (
-        "an encoder-decoder, which answers questions and does not predict plain text. Use evaluate_checkpoints.py --tasks."
-        in capsys.readouterr().err
+        "an encoder-decoder, which answers questions and does not predict plain text. Use "
+        "evaluate_checkpoints.py --tasks." in capsys.readouterr().err
     )
 
 

@@ -268,7 +268,8 @@ def test_autocast_multiplies_in_bf16_and_keeps_the_rest_in_fp32(
 def test_gradient_of_the_head_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """4096 equal gradients, one per chunk: a bf16 sum would stop growing when a summand is 1/256 of it.
 
-    Hidden 1, two classes with equal logits, label 0: each token's gradient for the head's rows is p - target = -1/2, 1/2.
+    Hidden 1, two classes with equal logits, label 0: each token's gradient for the head's rows is p
+    - target = -1/2, 1/2.
     """
     monkeypatch.setattr(losses, "CHUNK_TOKENS", 1)
     weight = torch.zeros(2, 1, requires_grad=True)

@@ -1,4 +1,6 @@
-"""The plan against what is really there: state_dicts, saved tensors, counted by hand. `benchmarks/planner.py` measures whole runs."""
+"""The plan against what is really there: state_dicts, saved tensors, counted by hand.
+`benchmarks/planner.py` measures whole runs.
+"""
 
 from typing import Any
 
@@ -64,7 +66,9 @@ def test_weights_and_optimizer_take_what_their_state_dicts_do(optimizer):
 
 
 def test_only_the_visited_experts_are_active():
-    """Four experts a layer and two visited: half of 2 layers · 4 · (2 · 128 · 32 + 32 · 128) weights of experts is idle."""
+    """Four experts a layer and two visited: half of 2 layers · 4 · (2 · 128 · 32 + 32 · 128)
+    weights of experts is idle.
+    """
     config = settings({"model.moe": MOE})
     planned = plan_run(config, "cpu")
     assert planned.parameters - planned.active_parameters == 2 * 2 * 3 * config.model.d_ff * 32
@@ -173,7 +177,9 @@ def test_activations_are_what_a_real_forward_pass_keeps(changes):
 
 
 def test_the_loss_holds_a_chunk_of_logits_and_two_gradients():
-    """32 tokens of 3000 classes: log-probabilities and the gradient of the head, with products and features of some size beside them."""
+    """32 tokens of 3000 classes: log-probabilities and the gradient of the head, with products and
+    features of some size beside them.
+    """
     at_peak = trace_step(settings()).at_peak
     chunk, head = 32 * 3000 * 4, 3000 * 32 * 4
     assert chunk + head <= at_peak["logits"] <= 3 * chunk + head

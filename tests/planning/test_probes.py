@@ -1,4 +1,6 @@
-"""Probes with tiny models: their step is training's step, a batch is learned by heart, the learning rate is read from a curve."""
+"""Probes with tiny models: their step is training's step, a batch is learned by heart, the learning
+rate is read from a curve.
+"""
 
 import math
 from collections.abc import Iterator
@@ -158,7 +160,9 @@ def test_the_range_test_ends_at_what_is_not_a_number():
 
 
 def test_the_suggestion_is_a_third_of_the_first_rate_that_is_good_enough():
-    """A fall from 6 to 2, after which 2.1 is within a twentieth: means of five are so flat that the first of them is the tenth."""
+    """A fall from 6 to 2, after which 2.1 is within a twentieth: means of five are so flat that the
+    first of them is the tenth.
+    """
     curve = [
         (10.0**-n, loss)
         for n, loss in zip(range(15, 0, -1), [6.0] * 5 + [2.1] * 5 + [2.0] * 5, strict=True)
@@ -180,7 +184,9 @@ class Clock:
 
 
 def test_speed_is_tokens_over_the_time_of_a_whole_step(monkeypatch):
-    """16 rows in two micro-batches, a second a row, and four seconds of optimizer: 16 · 8 tokens in 20 s. 8 rows fit into MAX_SECONDS."""
+    """16 rows in two micro-batches, a second a row, and four seconds of optimizer: 16 · 8 tokens in
+    20 s. 8 rows fit into MAX_SECONDS.
+    """
     clock = Clock()
     monkeypatch.setattr(probes, "time", clock)
     seen: list[int] = []

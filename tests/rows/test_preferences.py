@@ -190,7 +190,8 @@ def test_a_dialogue_without_a_last_answer_has_an_empty_answer():
     [
         (
             {"prompt": "a", "chosen": "b"},
-            "rejected: missing; the row has prompt, chosen. Add it, or set data.columns: {rejected: its name in the data}.",
+            "rejected: missing; the row has prompt, chosen. Add it, or set data.columns: {rejected: "
+            "its name in the data}.",
         ),
         (
             {"prompt": "a", "chosen": 1, "rejected": "b"},
@@ -235,7 +236,8 @@ def test_a_dialogue_without_a_last_answer_has_an_empty_answer():
         ),
         (
             {"chosen": "b", "rejected": "c"},
-            'chosen, rejected: the row has no prompt, and as dialogues ("\\n\\nHuman: ...\\n\\nAssistant: ...") they have no common question.',
+            'chosen, rejected: the row has no prompt, and as dialogues ("\\n\\nHuman: '
+            '...\\n\\nAssistant: ...") they have no common question.',
         ),
         (
             {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
@@ -324,11 +326,15 @@ def test_each_reason_for_skipping_a_row_is_reported_with_places(made_of, tmp_pat
     at = [f"{tmp_path / 'p.jsonl'}:{line}" for line in range(12)]
     assert report.notes() == [
         "training: kept 1 of 11 rows",
-        f"training: skipped 4 rows: the two answers are equal ({at[2]}, {at[9]}, {at[10]} and 1 more). Give pairs in which one answer is better.",
+        f"training: skipped 4 rows: the two answers are equal ({at[2]}, {at[9]}, {at[10]} and 1 "
+        f"more). Give pairs in which one answer is better.",
         f"training: skipped 2 rows: an answer is empty ({at[3]}, {at[4]}). Give pairs with two answers.",
-        f"training: skipped 2 rows: the two conversations differ before the last answer ({at[5]}, {at[6]}). Give pairs of answers to the same prompt.",
-        f"training: skipped 1 row: the prompt fills the context of 64 tokens ({at[7]}). Raise training.seq_len, or shorten the prompts.",
-        f"training: skipped 1 row: the two answers differ only after the context of 64 tokens ({at[8]}). Raise training.seq_len.",
+        f"training: skipped 2 rows: the two conversations differ before the last answer ({at[5]}, "
+        f"{at[6]}). Give pairs of answers to the same prompt.",
+        f"training: skipped 1 row: the prompt fills the context of 64 tokens ({at[7]}). Raise "
+        f"training.seq_len, or shorten the prompts.",
+        f"training: skipped 1 row: the two answers differ only after the context of 64 tokens "
+        f"({at[8]}). Raise training.seq_len.",
     ]
 
 
@@ -336,13 +342,15 @@ def test_nothing_but_skipped_rows_is_an_error(made_of):
     """D9: a run on no rows has no gradient."""
     with pytest.raises(
         UserError,
-        match=r"^data.dataset: no training rows are left: skipped 2 rows: the two answers are equal \(.*:1, .*:2\). Give pairs in which one answer is better.$",
+        match=r"^data.dataset: no training rows are left: skipped 2 rows: the two answers are equal "
+        r"\(.*:1, .*:2\). Give pairs in which one answer is better.$",
     ):
         made_of(pair_row(chosen="bad"), pair_row(chosen="bad"))
 
 
 def test_a_long_answer_is_cut_and_a_prompt_may_just_leave_room_for_one_token(made_of):
-    """In a context of 8 inputs, 9 tokens: the last is only a target. A prompt of 8 leaves room for one target; of 9, for none.
+    """In a context of 8 inputs, 9 tokens: the last is only a target. A prompt of 8 leaves room for
+    one target; of 9, for none.
 
     Behind white space an answer begins without a line end.
     """

@@ -127,7 +127,8 @@ def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
         (
             "a.jsonl",
             "[1]\n",
-            'a.jsonl:1: must be an object such as {"instruction": "...", "output": "..."}, got a list. Correct the row.',
+            'a.jsonl:1: must be an object such as {"instruction": "...", "output": "..."}, got a '
+            "list. Correct the row.",
         ),
         (
             "a.jsonl",
@@ -155,7 +156,8 @@ def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
         (
             "a.csv",
             "a,b\n",
-            "a.csv: not a kind of file with rows (.jsonl, .json, .parquet, .jsonl.gz, SMSSpamCollection). Convert it, or name it by its kind.",
+            "a.csv: not a kind of file with rows (.jsonl, .json, .parquet, .jsonl.gz, "
+            "SMSSpamCollection). Convert it, or name it by its kind.",
         ),
     ],
 )
@@ -257,8 +259,8 @@ def test_a_folder_with_several_splits_is_an_error(write, tmp_path):
         resolve_dataset(DataConfig(dataset=str(tmp_path)))
     found = f"data.dataset: {tmp_path}: has train-1.jsonl and validation.jsonl, and every file of a folder is trained on"
     assert (
-        str(refused.value)
-        == f"{found}. Set data.dataset={tmp_path}/train-1.jsonl, and data.val_dataset={tmp_path}/validation.jsonl to validate on that."
+        str(refused.value) == f"{found}. Set data.dataset={tmp_path}/train-1.jsonl, and "
+        f"data.val_dataset={tmp_path}/validation.jsonl to validate on that."
     )
     write("train-2.jsonl", lines(*pairs(2)))
     with pytest.raises(UserError, match=r"Set data.dataset=.*/train\*, and "):
@@ -368,13 +370,15 @@ def test_the_schema_has_the_columns_of_rows():
         (
             {"id": 1, "foo": 2},
             {},
-            "row: must have instruction and output, prompt and completion, messages, or conversations; it has id, foo. Name its columns",
+            "row: must have instruction and output, prompt and completion, messages, or "
+            "conversations; it has id, foo. Name its columns",
         ),
         ({}, {}, "it has no keys."),
         (
             {"prompt": "a"},
             {},
-            "completion or response or answer or target: missing; the row has prompt. Add it, or set data.columns: {completion: its name in",
+            "completion or response or answer or target: missing; the row has prompt. Add it, or "
+            "set data.columns: {completion: its name in",
         ),
         ({"a": "b"}, {"rows": "alpaca"}, "instruction: missing; the row has a."),
         (
@@ -536,7 +540,8 @@ def test_a_long_answer_is_cut_and_a_prompt_that_fills_the_context_is_skipped_and
     assert (report.kept, report.truncated) == (3, 2)
     assert report.notes() == [
         "training: kept 3 of 7 rows",
-        f"training: skipped 4 rows: the prompt fills the context of 8 tokens ({path}:4, {path}:5, {path}:6 and 1 more). Raise training.seq_len, or shorten the prompts.",
+        f"training: skipped 4 rows: the prompt fills the context of 8 tokens ({path}:4, {path}:5, "
+        f"{path}:6 and 1 more). Raise training.seq_len, or shorten the prompts.",
         "training: 2 of 3 rows lost their end to the context of 8 tokens",
     ]
 
@@ -546,7 +551,8 @@ def test_nothing_but_skipped_rows_is_an_error(write):
     path = write("a.jsonl", lines({"prompt": "q" * 20, "completion": "a"}))
     with pytest.raises(
         UserError,
-        match=r"^data.dataset: no training rows are left: skipped 1 row: the prompt fills the context of 8 tokens \(.*:1\). Raise training.seq_len, or shorten the prompts.$",
+        match=r"^data.dataset: no training rows are left: skipped 1 row: the prompt fills the "
+        r"context of 8 tokens \(.*:1\). Raise training.seq_len, or shorten the prompts.$",
     ):
         made_of(path, 8)
 

@@ -230,9 +230,11 @@ def test_skipped_and_shared_rows_are_noted(load: Any, tmp_path: Path) -> None:
     data = prepared(load(data={"dataset": str(path), "val_dataset": str(path)}))
     assert data.notes == [
         "training: kept 2 of 3 rows",
-        f"training: skipped 1 row: the prompt fills the context of 32 tokens ({path}:3). Raise training.seq_len, or shorten the prompts.",
+        f"training: skipped 1 row: the prompt fills the context of 32 tokens ({path}:3). Raise "
+        f"training.seq_len, or shorten the prompts.",
         "validation: kept 2 of 3 rows",
-        f"validation: skipped 1 row: the prompt fills the context of 32 tokens ({path}:3). Raise training.seq_len, or shorten the prompts.",
+        f"validation: skipped 1 row: the prompt fills the context of 32 tokens ({path}:3). Raise "
+        f"training.seq_len, or shorten the prompts.",
         "warning: 2 validation rows are also training rows; val_loss will be too low",
     ]
 

@@ -31,8 +31,10 @@ INST = (
 )
 # Marks its answers, and writes earlier answers differently, so that a shorter conversation is not a prefix.
 MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% if not loop.last %}(told) {% endif %}"
-    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% if not "
+    "loop.last %}(told) {% endif %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}{{ m.content "
+    "}}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Marks the text alone, not the token that ends it.
@@ -150,7 +152,8 @@ def test_alpaca_is_the_published_prompt():
 def test_chatml_closes_every_turn():
     text, trained = written("chatml", SYSTEM, *AGAIN)
     assert text == (
-        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+        "<s><|im_start|>system\nBe "
+        "brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
         "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>"
     )
     assert trained == ["4<|im_end|>", "Yes<|im_end|>"]
@@ -377,7 +380,8 @@ def test_chatml_without_its_tokens_is_an_error():
     """If they were written as text, a user could write them too."""
     with pytest.raises(
         UserError,
-        match=r"data.template: chatml needs the special token <\|im_start\|>, which the tokenizer \(byte\) does not have. Set",
+        match=r"data.template: chatml needs the special token <\|im_start\|>, which the tokenizer "
+        r"\(byte\) does not have. Set",
     ):
         make_template("chatml", ByteTokenizer())
 
@@ -393,7 +397,8 @@ def test_a_missing_chat_template_is_named(tokenizer, fix):
     """The byte tokenizer has neither ChatML markers nor files that could contain a template."""
     with pytest.raises(
         UserError,
-        match=f"data.template: chat_template: the tokenizer .{tokenizer.kind}. has no chat template. Set data.template to {fix}",
+        match=f"data.template: chat_template: the tokenizer .{tokenizer.kind}. has no chat "
+        f"template. Set data.template to {fix}",
     ):
         make_template("chat_template", tokenizer)
 

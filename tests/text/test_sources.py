@@ -194,7 +194,8 @@ FIX = "Correct the row, or set data.text_field to the key that holds the text."
         ('"text"', f'expected an object such as {{"text": "..."}}, found a string. {FIX}'),
         (
             '{"text": "a',
-            "not JSON: Unterminated string starting at: line 1 column 10 (char 9). Each line is one object; correct the line.",
+            "not JSON: Unterminated string starting at: line 1 column 10 (char 9). Each line is one "
+            "object; correct the line.",
         ),
         (
             '{"text": "a"} {"text": "b"}',
@@ -202,7 +203,8 @@ FIX = "Correct the row, or set data.text_field to the key that holds the text."
         ),
         (
             '{"text": "a\\ud800"}',
-            "text: the text has the lone surrogate \\ud800 at position 1, which is half a character. Remove it, or write the whole character.",
+            "text: the text has the lone surrogate \\ud800 at position 1, which is half a "
+            "character. Remove it, or write the whole character.",
         ),
         ("[" * 100_000, "not JSON: "),
         ('{"text": ' + "9" * 5000 + "}", "not JSON: "),
@@ -352,15 +354,18 @@ def special_files(folder: Path) -> dict[str, tuple[str, str]]:
         ),
         "*.jsonl": (
             "data.dataset: ",
-            "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) matches. Give the path of one.",
+            "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) matches. "
+            "Give the path of one.",
         ),
         "empty": (
             "data.dataset: ",
-            "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) in this folder. Give the path of one.",
+            "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) in this "
+            "folder. Give the path of one.",
         ),
         "notes.md": (
             "data.dataset: ",
-            "not a kind of file with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz). Convert it, or name it by its kind.",
+            "not a kind of file with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz). "
+            "Convert it, or name it by its kind.",
         ),
         "pipe.txt": ("", "not a regular file. Give the path of a file on disk."),
         "zero.txt": ("", "not a regular file. Give the path of a file on disk."),
@@ -504,7 +509,8 @@ def test_the_split_that_is_trained_on_does_not_validate(hub, same, fix):
 def test_holding_out_of_a_stream_needs_a_number_of_documents(hub):
     with pytest.raises(
         UserError,
-        match="data.val_docs: holding documents out of a streamed dataset would read all of it. Set data.val_docs, for example 1000.",
+        match="data.val_docs: holding documents out of a streamed dataset would read all of it. Set "
+        "data.val_docs, for example 1000.",
     ):
         val_documents(DataConfig(dataset="owner/name", streaming=True), SEED)
     assert (
@@ -531,7 +537,8 @@ def test_without_a_network_a_hub_name_fails_at_once_and_says_how_to_go_on(monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     message = refusal("owner/name")
     assert message.startswith(
-        "data.dataset: owner/name: not found on this machine, and huggingface.co cannot be reached (Network is unreachable)."
+        "data.dataset: owner/name: not found on this machine, and huggingface.co cannot be reached "
+        "(Network is unreachable)."
     )
     assert "Give a local file or folder as data.dataset." in message
 

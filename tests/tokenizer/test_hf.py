@@ -173,7 +173,8 @@ def test_an_unknown_character_is_an_error_that_names_it_and_its_place():
     with pytest.raises(UserError) as caught:
         tokenizer.encode("ab\x1bé")
     assert str(caught.value) == (
-        r"position 2: the character '\x1b' (U+001B) is not one of the 3 characters of the tokenizer. Set tokenizer.unknown: unk, or train on text that contains it."
+        r"position 2: the character '\x1b' (U+001B) is not one of the 3 characters of the "
+        r"tokenizer. Set tokenizer.unknown: unk, or train on text that contains it."
     )
 
 
@@ -237,7 +238,9 @@ def test_any_text_round_trips_through_byte_level_bpe(text):
     ],
 )
 def test_characters_that_programs_often_change_round_trip(tokenizer, text):
-    """E3: CRLF, NUL, the line ends of Unicode, a byte-order mark, separators, two ways to write é, and no characters at all."""
+    """E3: CRLF, NUL, the line ends of Unicode, a byte-order mark, separators, two ways to write é,
+    and no characters at all.
+    """
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -393,7 +396,9 @@ def overlapping() -> HFTokenizer:
 
 
 def test_of_special_tokens_that_overlap_the_longest_wins():
-    """CS336's rule: of three ends of text in a row, the first two are the token that is both; `<|e` is inside and never seen."""
+    """CS336's rule: of three ends of text in a row, the first two are the token that is both; `<|e`
+    is inside and never seen.
+    """
     tokenizer = overlapping()
     ids = {name: id for id, name in tokenizer.special_names.items()}
     eot = "<|endoftext|>"
@@ -449,7 +454,9 @@ def test_a_stream_has_the_ids_of_the_whole_text(tokenizer, texts):
 
 
 def test_a_tokenizer_whose_words_are_not_known_is_given_the_whole_stream():
-    """Two tokens that strip spaces around them, or have a place to cut inside, would be seen or not by where the text is cut."""
+    """Two tokens that strip spaces around them, or have a place to cut inside, would be seen or not
+    by where the text is cut.
+    """
     assert BYTE_LEVEL.last_cut("a b") == 1
     assert [tokenizer.last_cut("a b") for tokenizer in (BYTE_FALLBACK, WORDS, UNIGRAM)] == [0, 0, 0]
     for token in (
@@ -758,7 +765,9 @@ def test_a_damaged_tokenizer_json_is_named(folder, text, message):
 
 @pytest.mark.parametrize("id", [900, 0])
 def test_an_added_token_whose_id_is_not_its_place_is_named(folder, id):
-    """E14, a gap: the library would number it with the next id after the vocabulary, and the model's row 900 would never be used."""
+    """E14, a gap: the library would number it with the next id after the vocabulary, and the
+    model's row 900 would never be used.
+    """
     description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     description["added_tokens"].append(
         {**description["added_tokens"][0], "content": "<more>", "id": id}
@@ -847,7 +856,8 @@ def test_a_vocabulary_without_an_end_says_where_to_name_one(gpt2_folder):
     with pytest.raises(UserError) as caught:
         load(gpt2_folder)
     assert str(caught.value) == (
-        f'{gpt2_folder / "vocab.json"}: no end-of-text token. Name one of its tokens in {gpt2_folder / "tokenizer_config.json"}: {{"eos_token": "..."}}.'
+        f"{gpt2_folder / 'vocab.json'}: no end-of-text token. Name one of its tokens in "
+        f'{gpt2_folder / "tokenizer_config.json"}: {{"eos_token": "..."}}.'
     )
 
 
@@ -894,8 +904,8 @@ def test_without_a_network_a_name_fails_at_once_and_names_the_alternatives(monke
         load("some-owner/some-model")
     assert time.monotonic() - start < 2
     assert (
-        "some-owner/some-model: not found on this machine, and huggingface.co cannot be reached (Network is unreachable)."
-        in str(caught.value)
+        "some-owner/some-model: not found on this machine, and huggingface.co cannot be reached "
+        "(Network is unreachable)." in str(caught.value)
     )
     assert "Give a local folder with tokenizer.json, or vocab.json and merges.txt." in str(
         caught.value
@@ -920,7 +930,8 @@ def test_a_download_that_breaks_off_is_one_line(monkeypatch):
     monkeypatch.setattr("tinylm.common.hub.require_hub", lambda where, fix: None)
     with pytest.raises(
         UserError,
-        match="tokenizer.path: owner/name: not a folder, and cannot be downloaded: connection lost. Give a local folder",
+        match="tokenizer.path: owner/name: not a folder, and cannot be downloaded: connection lost. "
+        "Give a local folder",
     ):
         load("owner/name")
 

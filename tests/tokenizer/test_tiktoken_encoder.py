@@ -22,7 +22,8 @@ from tinylm.tokenizer.tiktoken_encoder import build_tiktoken_encoder
 
 ALPHABET = list(BYTE_OF_CHARACTER)
 EOT = "<|endoftext|>"
-# What patterns tell apart: letters of several scripts, a combining mark, digits, apostrophes, spaces of all kinds, a NUL, emoji.
+# What patterns tell apart: letters of several scripts, a combining mark, digits, apostrophes,
+# spaces of all kinds, a NUL, emoji.
 LETTERS = ["a", "ab", "aba", "A", "é", "東", "e\u0301", "\u017f"]
 SIGNS = ["1", "2345", "½", "'", "'s", "'LL", "!", "/", "。", "👩\u200d🚀"]
 SPACES = [" ", "  ", "\n", "\r\n", "\t", "\u3000", "\x85", "\0"]
@@ -51,7 +52,9 @@ def fast_of(backend: Backend, never: tuple[int, ...] = ()) -> Any:
 
 @st.composite
 def vocabularies(draw: st.DrawFn) -> Backend:
-    """Any merges of `a`, `b`, the space and 東, which is not the form of any byte; learned in order or shuffled; with tokens that no merge makes."""
+    """Any merges of `a`, `b`, the space and 東, which is not the form of any byte; learned in order
+    or shuffled; with tokens that no merge makes.
+    """
     pool, merges = ["a", "b", "Ġ", "東"], []
     for _ in range(draw(st.integers(0, 14))):
         pair = draw(st.sampled_from(pool)), draw(st.sampled_from(pool))
@@ -256,7 +259,8 @@ def test_added_tokens_in_the_text_are_found(text):
 def test_a_million_spaces_are_encoded_by_the_library():
     """tiktoken's regex engine gives up at them, with a ValueError and no ids.
 
-    In a word of their own are all but the last, 1,499,999: 749,999 pairs and one alone. The last and `a` are two tokens.
+    In a word of their own are all but the last, 1,499,999: 749,999 pairs and one alone. The last
+    and `a` are two tokens.
     """
     tokenizer = HFTokenizer(byte_level([*TOKENS, "ĠĠ"], [*MERGES, ("Ġ", "Ġ")]), eos=EOT, pad=None)
     text = " " * 1_500_000 + "a"

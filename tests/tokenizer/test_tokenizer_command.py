@@ -86,7 +86,8 @@ def test_train_does_not_replace_what_is_there(tmp_path, capsys):
         ),
         (
             ["--data", "no.txt"],
-            "error: --data: no.txt: not found. Give a file, a folder, a glob, or a dataset on the hub written hf:owner/name.\n",
+            "error: --data: no.txt: not found. Give a file, a folder, a glob, or a dataset on the "
+            "hub written hf:owner/name.\n",
         ),
     ],
 )
@@ -119,7 +120,8 @@ def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
         (["--separator", ""], "--separator: is empty. Give the text that separates documents."),
         (
             ["--text-field", "body"],
-            "a.jsonl:1: body: missing; the row has text. Correct the row, or set --text-field to the key that holds the text.",
+            "a.jsonl:1: body: missing; the row has text. Correct the row, or set --text-field to "
+            "the key that holds the text.",
         ),
         (
             ["--out", "a.jsonl/mine"],

@@ -242,7 +242,8 @@ def test_a_validation_source_of_its_own_leaves_the_sources_whole(tmp_path, write
     [
         (
             "none.txt",
-            "data.mix[1].dataset: none.txt: not found. Give a file, a folder, a glob, or a Hugging Face name written owner/name.",
+            "data.mix[1].dataset: none.txt: not found. Give a file, a folder, a glob, or a Hugging "
+            "Face name written owner/name.",
         ),
         ("none.bin", "none.bin: not found. Give the path of a file that can be read."),
     ],
@@ -266,7 +267,8 @@ def test_a_source_shorter_than_a_row_is_named_with_both_counts(tmp_path, write):
     data = mixed(tmp_path, write("a.txt", A * 10), write("b.txt", B))
     with pytest.raises(
         UserError,
-        match=r"^data.mix\[1\].dataset: .*b.txt gives \d+ training tokens, and one row of training.seq_len needs 1000. Give ",
+        match=r"^data.mix\[1\].dataset: .*b.txt gives \d+ training tokens, and one row of "
+        r"training.seq_len needs 1000. Give ",
     ):
         train_files(data, needed=1000)
 

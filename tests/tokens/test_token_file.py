@@ -305,7 +305,8 @@ def test_tokens_of_another_tokenizer_are_refused(token_file):
     with pytest.raises(UserError) as caught:
         TokenFile.open(token_file).require_tokenizer(other)
     assert str(caught.value) == (
-        f"{token_file}: encoded with tokenizer {BYTES.fingerprint} (vocabulary 260), this run uses {other.fingerprint} (5). "
+        f"{token_file}: encoded with tokenizer {BYTES.fingerprint} (vocabulary 260), this run uses "
+        f"{other.fingerprint} (5). "
         f"Set tokenizer to that one, or: {encode_again(token_file)}"
     )
 
@@ -405,7 +406,7 @@ def test_documents_on_both_sides_of_a_border_are_counted(tmp_path):
     assert token_overlap([file.between(0, 7)], [file.between(7, len(file))])[:2] == (2, 3)
 
 
-# --- writing that continues --------------------------------------------------------------------------------------------
+# --- writing that continues -----------------------------------------------------------------------
 
 
 PORTIONS = [([1, 2, 258], [3]), ([], []), ([3, 258, 258], [2, 3]), ([4, 258], [2])]

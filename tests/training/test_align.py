@@ -149,8 +149,8 @@ def test_every_number_of_the_table_is_the_one_that_its_stage_validated_with(here
         assert {name for name, row in rows.items() if measure in row} == {"pretrain", "sft", "dpo"}
     report = Path("checkpoints/all/report.md").read_text(encoding="utf-8")
     assert (
-        f"| val_ppl | {rows['pretrain']['val_ppl']:.4f} | {rows['sft']['val_ppl']:.4f} | {rows['dpo']['val_ppl']:.4f} | - |"
-        in report
+        f"| val_ppl | {rows['pretrain']['val_ppl']:.4f} | {rows['sft']['val_ppl']:.4f} | "
+        f"{rows['dpo']['val_ppl']:.4f} | - |" in report
     )
     assert "- sft: `python finetune.py --config sft.yaml` wrote runs/sft/final.ckpt" in report
     assert [found["stage"] for found in results_of(here)["samples"]] == ["pretrain", "sft", "dpo"]
@@ -275,7 +275,9 @@ def test_a_stop_between_two_stages_begins_no_other(here, ran, caplog, number):
 
 @pytest.mark.slow
 def test_changed_settings_are_for_the_stages_program_to_judge(here, ran, capsys):
-    """More steps go on; another learning rate is refused by finetune.py in its own words, and its exit code comes through."""
+    """More steps go on; another learning rate is refused by finetune.py in its own words, and its
+    exit code comes through.
+    """
     align.main(["--config", str(write_pipeline(here))])
     ran.clear()
     assert (
@@ -289,8 +291,8 @@ def test_changed_settings_are_for_the_stages_program_to_judge(here, ran, capsys)
     err = capsys.readouterr().err
     assert "training.lr was 0.01 when it was saved, this run has 0.5" in err
     assert (
-        "stage 2 of 4, sft: exit code 2. Its checkpoints are kept; after you have changed that, the same command continues there\n"
-        in err
+        "stage 2 of 4, sft: exit code 2. Its checkpoints are kept; after you have changed that, the "
+        "same command continues there\n" in err
     )
 
 
@@ -348,7 +350,9 @@ def wait_for(what: Any, process: subprocess.Popen[str]) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
 def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path, monkeypatch, ran):
-    """In each stage, after its first checkpoint, the stage and the pipeline are killed; in the last one the pipeline alone."""
+    """In each stage, after its first checkpoint, the stage and the pipeline are killed; in the last
+    one the pipeline alone.
+    """
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     steps = 40
@@ -438,7 +442,8 @@ def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
     path.write_text("- {stage: sft, config: verifier.yaml}\n", encoding="utf-8")
     assert (
         refusal(path)
-        == f"{path}:1: verifier.yaml: has a verifier section, but its stage is sft. Give another config or another stage."
+        == f"{path}:1: verifier.yaml: has a verifier section, but its stage is sft. Give another "
+        f"config or another stage."
     )
     write_list(here, "sft", "pretrain")
     assert (
@@ -454,7 +459,8 @@ def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
     write_list(here, "pretrain", "sft")
     assert (
         refusal(path)
-        == "sft.yaml: training.checkpoint_dir: runs/pretrain is also the folder of stage pretrain. Give each stage its own folder."
+        == "sft.yaml: training.checkpoint_dir: runs/pretrain is also the folder of stage pretrain. "
+        "Give each stage its own folder."
     )
 
 
@@ -545,7 +551,9 @@ def test_the_lists_that_are_shipped_are_sound(name, monkeypatch):
 
 
 def test_preferences_beside_a_reference_are_worked_out_by_hand(here):
-    """Own: chosen likelier in 2 of 4 pairs, level in 1. Beside the reference: +2, -1, 0, +3, of which 2 are above; beta 0.5 makes of the mean 1 0.5."""
+    """Own: chosen likelier in 2 of 4 pairs, level in 1. Beside the reference: +2, -1, 0, +3, of
+    which 2 are above; beta 0.5 makes of the mean 1 0.5.
+    """
     write_pipeline(here)
     stages = {stage.name: stage for stage in pipeline.read_stages(here / "all.yaml")}
     own = np.array([[-1.0, -3.0], [-2.0, -1.0], [-2.0, -2.0], [-1.0, -5.0]])

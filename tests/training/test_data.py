@@ -431,7 +431,8 @@ def test_a_run_on_a_mixture_resumes_exactly_and_refuses_other_shares(
         config, capsys, f"data.mix={json.dumps([parts[0], parts[1] | {'weight': 3}])}"
     )
     assert re.search(
-        r"train data \(mix of .*corpus.txt \(25.0%\), .*\) was 1/3 \w+ \+ 2/3 \w+ when it was saved, this run has 1/4 \w+ \+ 3/4 \w+\.",
+        r"train data \(mix of .*corpus.txt \(25.0%\), .*\) was 1/3 \w+ \+ 2/3 \w+ when it was "
+        r"saved, this run has 1/4 \w+ \+ 3/4 \w+\.",
         changed,
     )
     assert "--allow-changes" in changed
@@ -478,7 +479,7 @@ def test_documents_of_a_mixture_that_validate_too_are_counted_and_said(
     )
 
 
-# --- --show-rows --------------------------------------------------------------------------------------------------------
+# --- --show-rows ----------------------------------------------------------------------------------
 
 
 def shown(config: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:

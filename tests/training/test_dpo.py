@@ -1,4 +1,6 @@
-"""Preference training end to end on tiny models: each kind of reference, numbers against computations by hand and by trl, exact resume (FAULTS: A12, D1, D2, D9)."""
+"""Preference training end to end on tiny models: each kind of reference, numbers against
+computations by hand and by trl, exact resume (FAULTS: A12, D1, D2, D9).
+"""
 
 import csv
 import json
@@ -148,7 +150,9 @@ def test_the_first_step_costs_ln_2_and_has_no_margin(prefer: Make, tmp_path: Pat
 
 
 def test_metrics_have_a_column_for_each_measure(prefer: Make, home: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Of training rows at every row, of validation at validations; val_ppl and val_bpb would say nothing. Pretraining's file is as it was."""
+    """Of training rows at every row, of validation at validations; val_ppl and val_bpb would say
+    nothing. Pretraining's file is as it was.
+    """
     assert run(prefer()) == 0
     before = "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s,passes"
     assert (home / "logs" / "pretrain" / "metrics.csv").read_text(encoding="utf-8").splitlines()[
@@ -197,7 +201,9 @@ def test_a_row_of_several_steps_is_the_mean_over_their_pairs(prefer: Make, tmp_p
 def test_validation_is_what_each_answer_alone_makes_of_it(
     loss: dict, prefer: Make, home: Path, tmp_path: Path
 ) -> None:  # noqa: F811
-    """The oracle takes log-probabilities from both checkpoints, each answer by itself, and writes the losses out as the papers have them."""
+    """The oracle takes log-probabilities from both checkpoints, each answer by itself, and writes
+    the losses out as the papers have them.
+    """
     config = prefer(dpo=loss, training={"micro_batch_size": 4})
     assert run(config, "training.lr=3e-2") == 0
     data, dpo = pairs_of(config), DpoConfig(**loss)
@@ -244,7 +250,9 @@ def test_validation_is_what_each_answer_alone_makes_of_it(
 
 
 def test_the_loss_does_not_depend_on_how_a_step_is_divided(prefer: Make, tmp_path: Path) -> None:
-    """6 pairs as 1 x 6, 2 x 3 and 3 x 2, whose answers have unequal lengths: the gradient is that of the mean over pairs, not over tokens."""
+    """6 pairs as 1 x 6, 2 x 3 and 3 x 2, whose answers have unequal lengths: the gradient is that
+    of the mean over pairs, not over tokens.
+    """
     curves = []
     for size, parts in ((6, 1), (2, 3), (3, 2)):
         folder = tmp_path / f"{size}x{parts}"
@@ -283,7 +291,9 @@ def stage_of(config: Path, monkeypatch: Patch) -> tuple[DPOModule, PreferenceDat
 def test_the_gradient_is_that_of_the_mean_with_the_sft_term(
     reference: str, prefer: Make, monkeypatch: Patch
 ) -> None:
-    """Against plain torch over all logits, pair by pair: mean of (-ln s(beta h) + c · cross entropy per token of the chosen answer)."""
+    """Against plain torch over all logits, pair by pair: mean of (-ln s(beta h) + c · cross entropy
+    per token of the chosen answer).
+    """
     config = prefer(
         **STILL, lora={"r": 4}, dpo={"reference": reference, "sft_coef": 0.3, "beta": 0.7}
     )
@@ -333,7 +343,9 @@ def test_the_gradient_is_that_of_the_mean_with_the_sft_term(
 
 
 def test_the_three_references_give_the_same_losses(prefer: Make, tmp_path: Path) -> None:
-    """To 1e-6 over six steps, with dropout in the base's layers and in the adapters: the reference has none, the policy draws the same in each."""
+    """To 1e-6 over six steps, with dropout in the base's layers and in the adapters: the reference
+    has none, the policy draws the same in each.
+    """
     found = {}
     for reference in ("copy", "adapters_off", "cached"):
         assert (
@@ -376,7 +388,9 @@ def cached_files(tmp_path: Path) -> list[Path]:
 def test_cached_log_probabilities_are_computed_once_per_data_and_base(
     prefer: Make, home: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:  # noqa: F811
-    """Another run of the same settings reads them; another template, context, base or row is another file. No model is kept beside the policy."""
+    """Another run of the same settings reads them; another template, context, base or row is
+    another file. No model is kept beside the policy.
+    """
     calls = []
     original = dpo.pair_log_probs
     monkeypatch.setattr(dpo, "pair_log_probs", lambda *given: calls.append(1) or original(*given))
@@ -402,7 +416,9 @@ def test_cached_log_probabilities_are_computed_once_per_data_and_base(
 def test_a_resumed_run_keeps_its_reference(
     prefer: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """NEG: were the reference taken from the resumed weights, h would begin at 0 again, and the curve would be another one."""
+    """NEG: were the reference taken from the resumed weights, h would begin at 0 again, and the
+    curve would be another one.
+    """
     config = prefer(**STILL)
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     step4 = tmp_path / "calm" / "checkpoints" / "step-000004.ckpt"
@@ -430,7 +446,9 @@ def test_a_resumed_run_keeps_its_reference(
 def test_a_stopped_run_goes_on_to_the_last_bit(
     name: str, prefer: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; resumed from step 4, equal to an uninterrupted run."""
+    """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; resumed
+    from step 4, equal to an uninterrupted run.
+    """
     config = prefer(**RUNS[name])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
@@ -615,7 +633,8 @@ def test_rows_of_both_splits_are_said(prefer: Make, tmp_path: Path, capsys: Capt
         ({"data": {"task": "sst2"}}, "data.task: cannot be combined with dpo"),
         (
             {"hardware": {"strategy": "fsdp"}},
-            "dpo: not supported with hardware.strategy=fsdp, which does not shard the reference model. Set hardware.strategy=ddp.",
+            "dpo: not supported with hardware.strategy=fsdp, which does not shard the reference "
+            "model. Set hardware.strategy=ddp.",
         ),
         (
             {"training": {"init_from": None}},
@@ -650,8 +669,8 @@ def test_pretraining_refuses_a_dpo_section(prefer: Make, capsys: Capture) -> Non
     """A section that a program would not look at is refused."""
     assert train.main(["--config", str(prefer())]) == 2
     assert (
-        "error: dpo: only valid for finetune.py, which trains on preferences. Run finetune.py, or remove the dpo section."
-        in capsys.readouterr().err
+        "error: dpo: only valid for finetune.py, which trains on preferences. Run finetune.py, or "
+        "remove the dpo section." in capsys.readouterr().err
     )
 
 
@@ -687,7 +706,8 @@ def test_a_run_resumes_only_with_its_own_reference(
     [
         (
             "dpo.beta=0.2",
-            "dpo.beta was 0.1 when it was saved, this run has 0.2. Set it back, choose another training.checkpoint_dir, or pass --allow-changes",
+            "dpo.beta was 0.1 when it was saved, this run has 0.2. Set it back, choose another "
+            "training.checkpoint_dir, or pass --allow-changes",
         ),
         ("dpo.reference=cached", "dpo.reference was copy when it was saved, this run has cached."),
         ("dpo=null", "a checkpoint of stage dpo, but this run is of stage sft."),
@@ -735,7 +755,8 @@ def test_a_sample_is_formatted_by_the_template(prefer: Make, monkeypatch: Patch)
     ],
 )
 def test_loss_and_gradient_by_the_logits_are_those_of_trl(ours: dict, theirs: dict) -> None:
-    """trl's own DPOTrainer._compute_loss on the same logits in fp64, and the same rewards; a matrix of ones on the diagonal is our head.
+    """trl's own DPOTrainer._compute_loss on the same logits in fp64, and the same rewards; a matrix
+    of ones on the diagonal is our head.
 
     Smoothing is compared pair by pair, and so are the others.
     """
@@ -821,7 +842,9 @@ def fake_trainer(beta: float, settings: dict[str, Any], reference: FakeModel) ->
 
 
 def test_both_answers_of_a_pair_are_shown(prefer: Make, tmp_path: Path, capsys: Capture) -> None:
-    """The prompt is the same, and no target; the chosen answer says the word twice, the rejected one no and its first letter."""
+    """The prompt is the same, and no target; the chosen answer says the word twice, the rejected
+    one no and its first letter.
+    """
     assert (
         finetune.main(["--config", str(prefer(data={"template": "plain"})), "--show-rows", "2"])
         == 0

@@ -1,4 +1,6 @@
-"""Fine-tuning end to end on tiny models, whole and by adapters, of our decoder and a Hugging Face model (FAULTS: A3, A12, B14, D8, E14)."""
+"""Fine-tuning end to end on tiny models, whole and by adapters, of our decoder and a Hugging Face
+model (FAULTS: A3, A12, B14, D8, E14).
+"""
 
 import json
 import os
@@ -201,7 +203,9 @@ def refused(config: Path, tmp_path: Path, capsys: Capture, *arguments: str) -> s
 def test_rows_are_shown_with_their_questions_in_brackets(
     packing: str, make: Make, home: Path, capsys: Capture
 ) -> None:
-    """In the tokens of the base. An example has about 50 bytes: several fit into a context of 160, and padding is not a document."""
+    """In the tokens of the base. An example has about 50 bytes: several fit into a context of 160,
+    and padding is not a document.
+    """
     config = make(foreign=True, data={"packing": packing}, training={"seq_len": 160})
     assert finetune.main(["--config", str(config), "--show-rows", "1"]) == 0
     heading, text, counts, _ = capsys.readouterr().out.split("\n", 3)
@@ -249,7 +253,9 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
 def test_answers_are_scored_as_in_training_and_before_it(
     make: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """eval_val.py --answers gives the val_loss that training wrote, and for the base a higher one; a longer context than the model has is an error."""
+    """eval_val.py --answers gives the val_loss that training wrote, and for the base a higher one;
+    a longer context than the model has is an error.
+    """
     config = make()
     assert run(config) == 0
     losses = []
@@ -276,9 +282,11 @@ def test_answers_are_scored_as_in_training_and_before_it(
 def test_validation_is_the_loss_of_the_answers_alone(
     name: str, packing: str, make: Make, tmp_path: Path
 ) -> None:
-    """The oracle takes each example by itself, without rows or masks: the mean of -log p over its trained tokens, and how many are argmax.
+    """The oracle takes each example by itself, without rows or masks: the mean of -log p over its
+    trained tokens, and how many are argmax.
 
-    So packed and padded rows give the same numbers up to rounding, and the model in the checkpoint is the one that was validated.
+    So packed and padded rows give the same numbers up to rounding, and the model in the checkpoint
+    is the one that was validated.
     """
     config_file = make(**RUNS[name], data={"packing": packing})
     assert run(config_file) == 0
@@ -302,7 +310,9 @@ def test_validation_is_the_loss_of_the_answers_alone(
 
 
 def test_packed_and_padded_rows_train_on_the_same_loss(make: Make, tmp_path: Path) -> None:
-    """All training examples in one step: the mean is over the same targets in any rows, so the first step's loss is equal."""
+    """All training examples in one step: the mean is over the same targets in any rows, so the
+    first step's loss is equal.
+    """
     first = []
     for packing in ("packed", "padded"):
         config = make(
@@ -406,7 +416,9 @@ def prompts_seen(monkeypatch: Patch) -> list[tuple[int, ...]]:
 
 
 def test_new_weights_learn_whole_texts(make: Make, tmp_path: Path, capsys: Capture) -> None:
-    """S0: with training.train_on=all a run begins from nothing, on a folder of rows; every token but each example's first is a target."""
+    """S0: with training.train_on=all a run begins from nothing, on a folder of rows; every token
+    but each example's first is a target.
+    """
     config = make(
         data={"dataset": str(tmp_path / "empty")},
         model={"n_layers": 1, "d_model": 16, "n_heads": 2, "max_seq_len": 160},
@@ -536,7 +548,9 @@ def test_a_checkpoint_holds_the_adapter_alone_and_says_whose_it_is(make: Make, h
 def test_a_base_that_is_gone_or_another_is_named(
     foreign: bool, make: Make, home: Path, tmp_path: Path
 ) -> None:
-    """B14, D8: both moved together still belong together; the error names the adapter and its base, and both fingerprints."""
+    """B14, D8: both moved together still belong together; the error names the adapter and its base,
+    and both fingerprints.
+    """
     shutil.copytree(home, tmp_path / "there" / "home")
     base = tmp_path / "there" / "home" / ("llama" if foreign else "base/final.ckpt")
     name = f"hf:{base}" if foreign else str(base)
@@ -621,7 +635,9 @@ def test_plain_peft_loads_a_saved_adapter(
 def test_an_adapter_of_a_hugging_face_model_is_exported_alone_or_merged(
     make: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """peft's folder names its base; the merged folder has the logits of the checkpoint, and transformers answers as infer.py does."""
+    """peft's folder names its base; the merged folder has the logits of the checkpoint, and
+    transformers answers as infer.py does.
+    """
     import transformers
 
     path = adapted(make, foreign=True)
@@ -675,7 +691,9 @@ def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> Non
 def test_a_stopped_run_goes_on_to_the_last_bit(
     name: str, make: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; resumed from step 4, equal to an uninterrupted run."""
+    """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; resumed
+    from step 4, equal to an uninterrupted run.
+    """
     config = make(**RUNS[name])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
@@ -757,8 +775,8 @@ def test_a_run_of_another_stage_is_not_resumed(
     shutil.copytree(home / "base", tmp_path / "used")
     message = refused(make(), tmp_path, capsys, f"training.checkpoint_dir={tmp_path / 'used'}")
     assert (
-        "step-000002.ckpt: a checkpoint of stage pretrain, but this run is of stage sft. Choose another training.checkpoint_dir"
-        in message
+        "step-000002.ckpt: a checkpoint of stage pretrain, but this run is of stage sft. Choose "
+        "another training.checkpoint_dir" in message
     )
     config = make()
     assert run(config, "training.max_steps=1") == 0
@@ -777,8 +795,8 @@ def test_a_run_cannot_start_from_an_adapter(make: Make, tmp_path: Path, capsys: 
         f"training.checkpoint_dir={tmp_path / 'x'}",
     )
     assert (
-        f"training.init_from: {path}: is a LoRA adapter (stage sft), not a whole model (stage pretrain, or sft without lora)."
-        in message
+        f"training.init_from: {path}: is a LoRA adapter (stage sft), not a whole model (stage "
+        f"pretrain, or sft without lora)." in message
     )
     assert "base/final.ckpt, or from the merged model." in message
 
@@ -799,8 +817,9 @@ def test_an_adapter_resumes_only_on_its_own_base(
         "--allow-changes",
     )
     assert (
-        f"step-000002.ckpt: the base model is hf:{os.path.relpath(home / 'llama', tmp_path / 'checkpoints')} with fingerprint {was}, but "
-        in message
+        f"step-000002.ckpt: the base model is "
+        f"hf:{os.path.relpath(home / 'llama', tmp_path / 'checkpoints')} with fingerprint {was}, "
+        f"but " in message
     )
     assert f"training.init_from (hf:{tmp_path / 'llama'}) has " in message
 
@@ -878,7 +897,8 @@ def test_an_adapter_resumes_only_on_its_own_base(
         (
             "foreign",
             ["tokenizer.kind=byte"],
-            "model.vocab_size: must be at least 260, the tokenizer's, got 257. Use the tokenizer that the model was trained with.",
+            "model.vocab_size: must be at least 260, the tokenizer's, got 257. Use the tokenizer "
+            "that the model was trained with.",
         ),
     ],
 )
@@ -995,7 +1015,9 @@ def shown(config: Path, capsys: Capture, *arguments: str) -> tuple[list[str], st
 def test_the_rows_of_examples_are_shown_with_what_is_trained(
     make: Make, home: Path, capsys: Capture, packing: str
 ) -> None:
-    """`say one` is answered `one one!`: the answer and its end are targets, the question is not. A question that ends without a space is followed by a line end."""
+    """`say one` is answered `one one!`: the answer and its end are targets, the question is not. A
+    question that ends without a space is followed by a line end.
+    """
     lines, err = shown(
         make(data={"template": "plain", "packing": packing}), capsys, "--show-rows", "3"
     )

@@ -1,4 +1,6 @@
-"""The flags before a run: --plan, --overfit-one-batch, --find-lr, --find-batch-size; and a run whose memory ends (FAULTS: C7)."""
+"""The flags before a run: --plan, --overfit-one-batch, --find-lr, --find-batch-size; and a run
+whose memory ends (FAULTS: C7).
+"""
 
 import logging
 import re
@@ -54,7 +56,9 @@ def left(folder: Path) -> set[str]:
 def test_the_plan_is_printed_and_nothing_written(
     make_config: Make, tmp_path: Path, capsys: Capture, fast: None
 ) -> None:
-    """8,304 parameters (derived in test_train.py) and 6 steps of 4 rows of 16 tokens: 384 tokens, and 20 a parameter would be 166k."""
+    """8,304 parameters (derived in test_train.py) and 6 steps of 4 rows of 16 tokens: 384 tokens,
+    and 20 a parameter would be 166k.
+    """
     path = make_config()
     assert run(path, "--plan") == 0
     out, err = capsys.readouterr()
@@ -131,7 +135,9 @@ def test_a_plan_without_known_memory(
 def test_the_vocabulary_is_known_before_there_is_a_tokenizer(
     make_config: Make, tmp_path: Path, capsys: Capture, fast: None
 ) -> None:
-    """A bpe's size is a setting, a char's the number of characters; for a mixture of experts the active parameters are printed."""
+    """A bpe's size is a setting, a char's the number of characters; for a mixture of experts the
+    active parameters are printed.
+    """
     path = make_config(
         data={"dataset": str(tmp_path / "not_there_yet.txt")},
         tokenizer={"kind": "bpe", "vocab_size": 300},
@@ -170,7 +176,8 @@ def test_what_cannot_be_planned_is_refused(
     message = refused(make_config(), capsys, "--plan", "training.init_from=hf:gpt2")
     assert (
         message
-        == "error: training.init_from: the flags before a run do not support a Hugging Face model. Remove training.init_from."
+        == "error: training.init_from: the flags before a run do not support a Hugging Face model. "
+        "Remove training.init_from."
     )
 
 
@@ -200,7 +207,9 @@ def test_a_model_that_can_learn_learns_one_batch(
 def test_the_probe_starts_from_the_initial_model(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
-    """After 60 steps on the whole text the first loss is far below ln 260 = 5.56; a shape that it has not is refused, as in a run."""
+    """After 60 steps on the whole text the first loss is far below ln 260 = 5.56; a shape that it
+    has not is refused, as in a run.
+    """
     path = make_config(training={"max_steps": 60, "val_every_steps": 60})
     assert run(path) == 0
     capsys.readouterr()
@@ -282,7 +291,9 @@ def speeds_of(monkeypatch: Patch, speeds: dict[int, float], limit: int) -> list[
 def test_sizes_are_measured_until_they_are_not_worthwhile(
     make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
-    """8 and 16 rows are not 5% faster than 4, so that 32 are not tried; a step of 6 rows is not four and a bit more: parts of 2."""
+    """8 and 16 rows are not 5% faster than 4, so that 32 are not tried; a step of 6 rows is not
+    four and a bit more: parts of 2.
+    """
     measured = speeds_of(monkeypatch, {1: 100.0, 2: 180.0, 4: 240.0, 8: 245.0, 16: 250.0}, 1000)
     assert run(make_config(training={"micro_batch_size": 6}), "--find-batch-size") == 0
     out, err = capsys.readouterr()
@@ -339,14 +350,16 @@ def test_a_single_row_that_does_not_fit_is_an_error(
     monkeypatch.setattr(machine_memory, "available_bytes", lambda device: 1)
     message = refused(make_config(), capsys, "--find-batch-size")
     assert re.match(
-        r"error: memory: not even one row fits into \S+ [MG]B\. Use --plan in place of --find-batch-size: it shows what to change\.",
+        r"error: memory: not even one row fits into \S+ [MG]B\. Use --plan in place of "
+        r"--find-batch-size: it shows what to change\.",
         message,
     )
     monkeypatch.setattr(machine_memory, "available_bytes", lambda device: None)
     message = refused(make_config(), capsys, "--find-batch-size")
     assert (
         message
-        == "error: --find-batch-size: the memory of cpu is not known on this machine. Try values of training.micro_batch_size by hand."
+        == "error: --find-batch-size: the memory of cpu is not known on this machine. Try values of "
+        "training.micro_batch_size by hand."
     )
 
 
@@ -378,7 +391,8 @@ def test_a_run_out_of_memory_ends_with_one_line_and_its_checkpoint_continues(
     monkeypatch.setattr(model.LanguageModule, "batch_loss", batch_loss)
     message = refused(path, capsys)
     assert message.startswith(
-        "error: out of memory: a micro-batch of 4 rows (training.micro_batch_size) of 16 tokens (training.seq_len) does not fit: "
+        "error: out of memory: a micro-batch of 4 rows (training.micro_batch_size) of 16 tokens "
+        "(training.seq_len) does not fit: "
     )
     intact = f"The checkpoints in {tmp_path / 'checkpoints'} are intact."
     assert message.endswith(

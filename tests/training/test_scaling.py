@@ -64,7 +64,9 @@ DOCUMENTS = [[97, 98, EOS], [EOS], [99, EOS, 99, EOS]]
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_a_file_of_datatrove_reads_as_its_ids_and_ends(write, dtype):
-    """An EOS inside a document ends none: the index decides. 3 + 1 + 4 tokens, 97 and 98 and twice 99 being bytes of text."""
+    """An EOS inside a document ends none: the index decides. 3 + 1 + 4 tokens, 97 and 98 and twice
+    99 being bytes of text.
+    """
     file = open_tokens(write(DOCUMENTS, dtype), tokenizer=BYTES)
     assert (file.tokens.dtype, file.tokens.tolist()) == (
         np.dtype(dtype),
@@ -280,9 +282,11 @@ def tokenizer(corpus_folder: Path) -> Tokenizer:
 def test_two_tasks_of_datatrove_give_the_tokens_of_our_own_encoding(
     encoded: Path, texts: list[str], tokenizer: Tokenizer
 ) -> None:
-    """The order is datatrove's: what its documents decode to, encoded by us in that order, is the same file to the last token.
+    """The order is datatrove's: what its documents decode to, encoded by us in that order, is the
+    same file to the last token.
 
-    No document is lost or twice there but the one that the filter drops, and none is cut by the special token it spells.
+    No document is lost or twice there but the one that the filter drops, and none is cut by the
+    special token it spells.
     """
     assert len(list((encoded / "encoded" / "shards").glob("*.ds"))) == 2
     file = open_tokens(encoded / "encoded" / "000_corpus.ds", tokenizer=tokenizer)

@@ -1,4 +1,6 @@
-"""The configs for tasks and Hugging Face models: each trains and is evaluated on a random model of its architecture and built-in rows."""
+"""The configs for tasks and Hugging Face models: each trains and is evaluated on a random model of
+its architecture and built-in rows.
+"""
 
 import json
 from pathlib import Path
@@ -97,7 +99,9 @@ def run(name: str, models: Path, tmp_path: Path, *overrides: str) -> Path:
 def test_a_task_is_trained_and_evaluated(
     name: str, models: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """As its config says, on rows that the task brings; a file of the same columns is read alike. The checkpoint is asked in its template."""
+    """As its config says, on rows that the task brings; a file of the same columns is read alike.
+    The checkpoint is asked in its template.
+    """
     final = run(name, models, tmp_path, "data.dataset=smoke")
     task = TASKS[OF_TASKS[name]]
     state = checkpoint_format.read(final)

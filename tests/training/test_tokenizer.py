@@ -79,7 +79,8 @@ def test_an_endless_stream_is_not_read():
     )
     with pytest.raises(
         UserError,
-        match="^tokenizer.learn_docs: kind bpe would read all of a streamed dataset. Set tokenizer.learn_docs, for example to 100000.$",
+        match="^tokenizer.learn_docs: kind bpe would read all of a streamed dataset. Set "
+        "tokenizer.learn_docs, for example to 100000.$",
     ):
         learn_from_documents(TokenizerConfig(kind="bpe", vocab_size=300), data, seed=1)
 

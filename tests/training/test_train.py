@@ -117,7 +117,9 @@ def test_a_run_writes_checkpoints_and_metrics_and_logs_the_next_command(
 
 
 def test_perplexity_is_exp_of_the_token_weighted_mean(make_config: Make, tmp_path: Path) -> None:
-    """STYLE's bug: not a mean of the perplexities of batches. bpb is nats / ln 2 / bytes; here a token is a byte or an EOS."""
+    """STYLE's bug: not a mean of the perplexities of batches. bpb is nats / ln 2 / bytes; here a
+    token is a byte or an EOS.
+    """
     run(make_config())
     losses, ppl = curve(tmp_path, "val_loss"), curve(tmp_path, "val_ppl")
     assert all(
@@ -294,7 +296,9 @@ def test_a_signal_inside_an_accumulation_finishes_the_step_saves_and_resumes(
     times: int,
     code: int,
 ) -> None:
-    """C1, C2: the signal comes in the second of three micro-batches of step 3; validation of step 3 is owed and made up."""
+    """C1, C2: the signal comes in the second of three micro-batches of step 3; validation of step 3
+    is owed and made up.
+    """
     config = make_config(**HARD)
     with monkeypatch.context() as patch:
         interrupt_at(
@@ -572,7 +576,8 @@ def test_a_run_warns_of_a_separator_that_does_not_separate(
     never = "data.document_separator '##' does not occur in it, so each .txt file is one document"
     for _ in range(2):
         assert logged_about_data(config, caplog) == [
-            f"warning: {lines}: {spelled}. If it separates documents of a .txt file, set data.document_separator to '<|eos|>'",
+            f"warning: {lines}: {spelled}. If it separates documents of a .txt file, set "
+            f"data.document_separator to '<|eos|>'",
             f"warning: {lines}: {never}",
             f"warning: {other}: {never}",
         ]
@@ -595,7 +600,8 @@ def test_changed_streamed_text_is_refused_too(
     [
         (
             "model.d_model=32",
-            r"model.d_model was 16 when it was saved, this run has 32. Set it back, or choose another training.checkpoint_dir.",
+            r"model.d_model was 16 when it was saved, this run has 32. Set it back, or choose "
+            r"another training.checkpoint_dir.",
         ),
         (
             "tokenizer.kind=char",
@@ -607,7 +613,8 @@ def test_changed_streamed_text_is_refused_too(
         ),
         (
             "training.seed=1",
-            "training.seed was 1337 when it was saved, this run has 1. Set it back, choose another training.checkpoint_dir, or pass --allow-changes",
+            "training.seed was 1337 when it was saved, this run has 1. Set it back, choose another "
+            "training.checkpoint_dir, or pass --allow-changes",
         ),
         ("training.micro_batch_size=2", "training.micro_batch_size was 4"),
     ],
@@ -662,14 +669,16 @@ def test_a_finished_run_is_compared_before_it_is_called_complete(
 def test_a_branch_from_an_older_step_needs_its_own_folder(
     make_config: Make, uninterrupted: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Both branches stay: newer checkpoints of the old one are neither pruned nor mixed with the new one's, and its metrics are kept."""
+    """Both branches stay: newer checkpoints of the old one are neither pruned nor mixed with the
+    new one's, and its metrics are kept.
+    """
     source = uninterrupted / "checkpoints" / "step-000004.ckpt"
     message = refused(
         make_config(**HARD), tmp_path, capsys, "--resume", str(source), *elsewhere(uninterrupted)
     )
     assert (
-        "step-000006.ckpt: is newer than step 4, where --resume continues. Remove the newer checkpoints, or choose another training.checkpoint_dir"
-        in message
+        "step-000006.ckpt: is newer than step 4, where --resume continues. Remove the newer "
+        "checkpoints, or choose another training.checkpoint_dir" in message
     )
     old = (uninterrupted / "logs" / "tiny" / "metrics.csv").read_bytes()
     arguments = [
@@ -987,7 +996,9 @@ def test_broken_in_every_way_a_run_resumes_to_the_last_bit(
 
 
 def run_and_die(arguments: list[str], at: int) -> int:
-    """The exit code of a child that trains and dies, as by kill -9, before its `at`-th sync, rename, link or removal of a checkpoint."""
+    """The exit code of a child that trains and dies, as by kill -9, before its `at`-th sync,
+    rename, link or removal of a checkpoint.
+    """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

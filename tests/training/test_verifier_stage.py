@@ -143,7 +143,9 @@ def test_a_verifier_is_scored_alone_as_in_training_and_on_other_pairs(
 
 @pytest.mark.slow
 def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsys: Capture) -> None:
-    """Nine is always right, other numbers are always wrong, which is learned quickly. One of three pairs is right: the majority is 2/3."""
+    """Nine is always right, other numbers are always wrong, which is learned quickly. One of three
+    pairs is right: the majority is 2/3.
+    """
     config = make(
         training={
             "max_steps": 150,
@@ -191,7 +193,9 @@ def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsy
 def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(
     make: Make, tmp_path: Path
 ) -> None:
-    """The oracle reads every pair by itself: the mean of -log of the share of the odds, and the score of the probabilities up to the width of a bin."""
+    """The oracle reads every pair by itself: the mean of -log of the share of the odds, and the
+    score of the probabilities up to the width of a bin.
+    """
     config_file = make()
     assert run(config_file) == 0
     loaded = checkpoint_load.load_verifier(tmp_path / "checkpoints" / "final.ckpt")
@@ -292,7 +296,9 @@ def test_it_starts_from_the_weights_of_a_decoder(make: Make, writer: Path, tmp_p
 def test_a_stopped_run_goes_on_to_the_last_bit(
     make: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """A12, C1: SIGTERM in the second of three micro-batches of step 4, with dropout; then equal to an uninterrupted run."""
+    """A12, C1: SIGTERM in the second of three micro-batches of step 4, with dropout; then equal to
+    an uninterrupted run.
+    """
     config = make()
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
@@ -309,7 +315,9 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
 def test_killed_while_a_model_writes_answers_and_while_training_it_goes_on_to_the_last_bit(
     make: Make, writer: Path, tmp_path: Path, child: Any
 ) -> None:
-    """A12: SIGKILL after a few answered problems, then at two steps; answers, curve and weights equal an uninterrupted run's."""
+    """A12: SIGKILL after a few answered problems, then at two steps; answers, curve and weights
+    equal an uninterrupted run's.
+    """
     config = make(verifier={"n_wrong": 1, "n_sampled": 3, "sampled_from": str(writer)}, data=FEW)
     assert (
         run(config, *elsewhere(tmp_path / "calm"), f"data.cache_dir={tmp_path / 'calm' / 'cache'}")
@@ -364,12 +372,14 @@ def test_a_run_is_not_resumed_with_other_rows(make: Make, tmp_path: Path, capsys
     )
 
 
-# --- answers of a model -------------------------------------------------------------------------------------------------
+# --- answers of a model ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_model_is_asked_once(make: Make, writer: Path, tmp_path: Path, capsys: Capture) -> None:
-    """The base writes three answers to each problem, kept in the cache: a second run asks nothing and sees the same pairs."""
+    """The base writes three answers to each problem, kept in the cache: a second run asks nothing
+    and sees the same pairs.
+    """
     config = make(
         verifier={"n_wrong": 0, "n_sampled": 3, "sampled_from": str(writer)},
         training={"max_steps": 1, "seq_len": 64},
@@ -388,13 +398,15 @@ def test_a_model_that_cannot_be_asked_is_named(make: Make, tmp_path: Path, capsy
     assert f"verifier.sampled_from: {tmp_path / 'gone.ckpt'}: not found" in refused(config, capsys)
 
 
-# --- what it is not for ---------------------------------------------------------------------------------------------------
+# --- what it is not for ---------------------------------------------------------------------------
 
 
 def test_every_other_program_says_that_it_is_no_model(
     make: Make, writer: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """infer.py and training.init_from need a language model; a verifier is listed with its stage, and --verifier refuses a language model."""
+    """infer.py and training.init_from need a language model; a verifier is listed with its stage,
+    and --verifier refuses a language model.
+    """
     config = make(training={"max_steps": 1})
     assert run(config) == 0
     final = tmp_path / "checkpoints" / "final.ckpt"
@@ -425,8 +437,8 @@ def test_a_hugging_face_model_is_refused(make: Make, tmp_path: Path, capsys: Cap
         encoding="utf-8",
     )
     assert (
-        "a verifier shares the blocks of our own decoder and cannot start from a Hugging Face model. Remove training.init_from"
-        in refused(config, capsys)
+        "a verifier shares the blocks of our own decoder and cannot start from a Hugging Face "
+        "model. Remove training.init_from" in refused(config, capsys)
     )
 
 
@@ -435,11 +447,13 @@ def test_a_hugging_face_model_is_refused(make: Make, tmp_path: Path, capsys: Cap
     [
         (
             "verifier.n_wrong=0",
-            "verifier.n_wrong: n_wrong and n_sampled are 0, so there are no wrong answers to learn from. Set n_wrong, or n_sampled and sampled_from.",
+            "verifier.n_wrong: n_wrong and n_sampled are 0, so there are no wrong answers to learn "
+            "from. Set n_wrong, or n_sampled and sampled_from.",
         ),
         (
             "verifier.n_sampled=2",
-            "verifier.sampled_from: required if n_sampled is above 0. Set it to the checkpoint of the model that writes the answers.",
+            "verifier.sampled_from: required if n_sampled is above 0. Set it to the checkpoint of "
+            "the model that writes the answers.",
         ),
         (
             "verifier.sampled_from=x",

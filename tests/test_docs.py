@@ -430,7 +430,10 @@ def test_a_correct_document_has_no_faults(in_root):
 
 
 def test_commands_are_split_as_in_a_shell():
-    text = '```bash\necho "Attention is" | python infer.py --temperature 0\nsleep 5 & kill -9 $!\n```\n```text\npython no.py\n```\n'
+    text = (
+        '```bash\necho "Attention is" | python infer.py --temperature 0\nsleep 5 & kill -9 '
+        "$!\n```\n```text\npython no.py\n```\n"
+    )
     assert [(command.words, command.line, command.stdin) for command in commands(text)] == [
         (("echo", "Attention is"), 2, ""),
         (("python", "infer.py", "--temperature", "0"), 2, "Attention is\n"),
@@ -747,7 +750,10 @@ def test_names_in_the_guides_exist(guide):
 
 
 def test_a_name_that_does_not_exist_is_found():
-    text = "`training.lr` `training.lrr` `tinylm/model/decoder.py` `decoder.py` `decodr.py` `rope_angles` `rope_angels` `a b`\n```text\n`not_this`\n```\n"
+    text = (
+        "`training.lr` `training.lrr` `tinylm/model/decoder.py` `decoder.py` `decodr.py` "
+        "`rope_angles` `rope_angels` `a b`\n```text\n`not_this`\n```\n"
+    )
     assert list(unknown_names(text, "def rope_angles(): ...")) == [
         "training.lrr",
         "decodr.py",

@@ -125,7 +125,10 @@ def test_another_row_length_than_in_the_config_is_noted(
     assert eval_val.main(command) == 0
     assert "rows of" not in capsys.readouterr().err
     assert eval_val.main([*command, "training.seq_len=8"]) == 0
-    expected = f"note: rows of 16 tokens, as in the training of the checkpoint, not of 8, as in {trained}; scores of different lengths are not comparable\n"
+    expected = (
+        f"note: rows of 16 tokens, as in the training of the checkpoint, not of 8, as in {trained}; "
+        f"scores of different lengths are not comparable\n"
+    )
     assert expected in capsys.readouterr().err
 
 

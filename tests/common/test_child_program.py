@@ -18,7 +18,10 @@ from tinylm.common.platform import STOP_SIGNALS
 )
 def test_ctrl_c_waits_for_a_program_that_is_still_starting(tmp_path, capfd):
     """A signal before the first line would print a traceback of the imports; the exit code of SIGINT is 128 + 2."""
-    program = "from tinylm.cli.program import run_program; import time; run_program(lambda: time.sleep(60), debug=False) == 130 or exit(1); exit(130)"
+    program = (
+        "from tinylm.cli.program import run_program; import time; run_program(lambda: "
+        "time.sleep(60), debug=False) == 130 or exit(1); exit(130)"
+    )
     code = ChildProgram(received=signal.SIGINT).run(
         [sys.executable, "-c", program], stdout=None, stderr=None
     )

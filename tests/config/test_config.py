@@ -637,7 +637,9 @@ def test_an_error_in_a_list_of_sections_names_its_index_and_line(text, message):
 
 
 def test_a_list_of_sections_replaces_one_and_its_lines_are_its_own():
-    """The parent's second source has a dataset and a line; the child's lacks both, and must not get the parent's line."""
+    """The parent's second source has a dataset and a line; the child's lacks both, and must not get
+    the parent's line.
+    """
     write(MIX, "parent.yaml")
     assert [
         part.dataset

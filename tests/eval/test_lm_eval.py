@@ -145,7 +145,10 @@ def own_tasks(tmp_path: Path) -> Path:
         ),
         encoding="utf-8",
     )
-    source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {tmp_path / 'cache'}}}\ntest_split: test\n"
+    source = (
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: "
+        f"{tmp_path / 'cache'}}}\ntest_split: test\n"
+    )
     asked = 'doc_to_text: "{{q}}"\n'
     texts = {
         "own_choice": 'output_type: multiple_choice\ndoc_to_choice: "{{choices}}"\ndoc_to_target: '

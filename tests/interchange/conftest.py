@@ -20,7 +20,10 @@ from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokenizer.pretokenize import Pretokenizer
 
-TEXT = "the model reads a token and guesses the next token; it isn't 12345 words, nor naïve 東京 🙂 text, the the the model's guesses\n"
+TEXT = (
+    "the model reads a token and guesses the next token; it isn't 12345 words, nor naïve 東京 🙂 "
+    "text, the the the model's guesses\n"
+)
 GPT2 = {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all"}
 SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 

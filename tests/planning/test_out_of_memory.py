@@ -8,7 +8,10 @@ from tinylm.config.schema import Config
 from tinylm.planning.memory_plan import with_settings
 from tinylm.planning.out_of_memory import explain_out_of_memory
 
-CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 2621440000 bytes."
+CPU_ERROR = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 2621440000 bytes."
+)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,10 @@ def test_a_lack_of_memory_is_one_line_with_the_settings_to_lower(error, changes,
     with pytest.raises(UserError) as caught, explain_out_of_memory(config, "All is well"):
         raise error
     rows = config.training.micro_batch_size
-    found = f"a micro-batch of {rows} rows (training.micro_batch_size) of 16 tokens (training.seq_len) does not fit: {str(error).rstrip('.')}"
+    found = (
+        f"a micro-batch of {rows} rows (training.micro_batch_size) of 16 tokens (training.seq_len) "
+        f"does not fit: {str(error).rstrip('.')}"
+    )
     assert (
         str(caught.value)
         == f"out of memory: {found}. Try {fix}; train.py --plan shows what a run needs. All is well."

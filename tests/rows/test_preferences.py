@@ -352,7 +352,7 @@ def test_a_long_answer_is_cut_and_a_prompt_may_just_leave_room_for_one_token(mad
     """In a context of 8 inputs, 9 tokens: the last is only a target. A prompt of 8 leaves room for
     one target; of 9, for none.
 
-    Behind white space an answer begins without a line end.
+    After white space an answer begins without a line end.
     """
     rows = [
         pair_row("q" * 4, "a" * 3, "b" * 9),

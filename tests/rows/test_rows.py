@@ -257,7 +257,10 @@ def test_a_folder_with_several_splits_is_an_error(write, tmp_path):
     write("train-1.jsonl", lines(*pairs(2)))
     with pytest.raises(UserError) as refused:
         resolve_dataset(DataConfig(dataset=str(tmp_path)))
-    found = f"data.dataset: {tmp_path}: has train-1.jsonl and validation.jsonl, and every file of a folder is trained on"
+    found = (
+        f"data.dataset: {tmp_path}: has train-1.jsonl and validation.jsonl, and every file of a "
+        f"folder is trained on"
+    )
     assert (
         str(refused.value) == f"{found}. Set data.dataset={tmp_path}/train-1.jsonl, and "
         f"data.val_dataset={tmp_path}/validation.jsonl to validate on that."

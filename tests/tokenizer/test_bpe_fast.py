@@ -121,7 +121,9 @@ def test_bytes_per_token_are_the_librarys_within_a_fifth_of_a_percent(small_text
 
 
 def test_no_part_of_a_special_token_is_in_a_merge(small_text):
-    """`<|endoftext|>` is as frequent as a common word here: if it were not special, its letters would be merged (E16)."""
+    """`<|endoftext|>` is as frequent as a common word here: if it were not special, its letters
+    would be merged (E16).
+    """
     learned = learn_bpe(text_chunks([small_text]), 2000, Pretokenizer())
     tokens = learned.vocabulary().keys() - set(learned.pretokenizer.special_tokens)
     assert [token for token in tokens if "<|" in token or "|>" in token] == []

@@ -274,7 +274,9 @@ def test_text_that_spells_special_tokens_round_trips(text):
 
 
 def test_the_backend_alone_would_let_text_become_the_end():
-    """What the two tests above guard against: without the cut, Unigram and WordLevel find their special tokens in text."""
+    """What the two tests above guard against: without the cut, Unigram and WordLevel find their
+    special tokens in text.
+    """
     for tokenizer, text in ((UNIGRAM, "a</s>b"), (WORDS, "the [EOS] model")):
         assert tokenizer.eos_id in tokenizer._backend.encode(text, add_special_tokens=False).ids
         assert tokenizer.eos_id not in tokenizer.encode(text)
@@ -776,7 +778,10 @@ def test_an_added_token_whose_id_is_not_its_place_is_named(folder, id):
     size = len(description["model"]["vocab"])
     with pytest.raises(UserError) as caught:
         load(folder)
-    expected = f"added token <more>: must have the id {size} of {size + 1} tokens, got {id}. Export the tokenizer again."
+    expected = (
+        f"added token <more>: must have the id {size} of {size + 1} tokens, got {id}. Export the "
+        f"tokenizer again."
+    )
     assert str(caught.value) == f"{folder / 'tokenizer.json'}: {expected}"
 
 
@@ -991,7 +996,10 @@ def test_gpt2s_own_files_give_gpt2s_ids():
 
 
 def test_importing_brings_neither_torch_nor_a_tokenizer_library():
-    code = "import sys, tinylm.tokenizer.hf, tinylm.text.sources; print([m for m in ('torch', 'tokenizers', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    code = (
+        "import sys, tinylm.tokenizer.hf, tinylm.text.sources; print([m for m in ('torch', "
+        "'tokenizers', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -1,4 +1,6 @@
-"""tiktoken in the place of `tokenizers`: equal ids for vocabularies drawn at random, and none where they could differ."""
+"""tiktoken in the place of `tokenizers`: equal ids for vocabularies drawn at random, and none where
+they could differ.
+"""
 
 import json
 import os
@@ -301,6 +303,8 @@ def test_a_cut_text_has_the_words_of_the_whole_whatever_follows(pattern, text, r
     + [("", 0), ("ab", 0), ("a\n\nb", 0), ("a\n ", 0)],
 )
 def test_where_a_text_is_cut(text, cut):
-    """Before the space after a word; after a single line end; before punctuation. Not in a run of spaces or line ends."""
+    """Before the space after a word; after a single line end; before punctuation. Not in a run of
+    spaces or line ends.
+    """
     found = LAST_CUT.search(text)
     assert (found.start() if found else 0) == cut

@@ -742,7 +742,8 @@ def test_the_command_tells_what_it_made(run, write, tmp_path):
         "14 tokens (uint16) of 2 documents, 1.000 bytes per token",
         "first ten ids: 104 101 108 108 111 258 119 195 182 114",
         "last ten ids:  111 258 119 195 182 114 108 100 33 258",
-        f"next: python train.py --config config_smoke.yaml data.dataset={out} tokenizer.kind=byte tokenizer.vocab_size=null "
+        f"next: python train.py --config config_smoke.yaml data.dataset={out} tokenizer.kind=byte "
+        f"tokenizer.vocab_size=null "
         f"training.checkpoint_dir=checkpoints/{out.stem}",
     ]
     assert documents_in(out) == ["hello", "wörld!"]
@@ -863,7 +864,10 @@ def test_an_array_that_is_not_that_of_the_token_file_is_kept_and_named(
     assert (tmp_path / "a.npy").read_bytes() == before
 
 
-SPELLED = "documents contain <|eos|> in their text, where it is only characters and ends nothing. If it separates documents of a .txt file, set --separator to '<|eos|>'"
+SPELLED = (
+    "documents contain <|eos|> in their text, where it is only characters and ends nothing. If "
+    "it separates documents of a .txt file, set --separator to '<|eos|>'"
+)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -1032,7 +1036,10 @@ def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_nam
     assert documents_in(tmp_path / "a.bin") == [f"document {i}" for i in range(30)]
 
 
-HUB_NAME = "not the name of a dataset on the hub. Write hf:owner/name, hf:owner/name:config or hf:owner/name:config:split."
+HUB_NAME = (
+    "not the name of a dataset on the hub. Write hf:owner/name, hf:owner/name:config or "
+    "hf:owner/name:config:split."
+)
 KINDS = ".txt, .jsonl, .parquet, .txt.gz, .jsonl.gz"
 
 
@@ -1051,7 +1058,8 @@ KINDS = ".txt, .jsonl, .parquet, .txt.gz, .jsonl.gz"
         (("--separator", ""), "--separator: is empty. Give the text that separates documents."),
         (
             ("--out", "a.txt"),
-            "--out: a.txt: the name of a token file must end with .bin, or .npy for an array beside it. Choose such a name.",
+            "--out: a.txt: the name of a token file must end with .bin, or .npy for an array beside "
+            "it. Choose such a name.",
         ),
         (
             ("--data", "no.txt"),
@@ -1222,7 +1230,8 @@ def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(interrupted, tmp_path):
     )  # hours of work must not go for a flag that was forgotten
     assert (code, err.strip()) == (
         2,
-        f"error: {state.parent}: holds the work of an interrupted run. Continue it with the same command and --resume, or delete it to start again.",
+        f"error: {state.parent}: holds the work of an interrupted run. Continue it with the same "
+        f"command and --resume, or delete it to start again.",
     )
     assert interrupted(0, 0, "--processes", 1, "--resume")[0] == 0
     resumed = (tmp_path / "a.bin").read_bytes()

@@ -218,7 +218,7 @@ def test_rewards_are_measured_also_where_the_reference_is_in_no_row(here, ran):
 
 
 def test_a_model_that_is_lost_is_named_and_no_other_takes_its_place(here, ran, capsys):
-    """final.ckpt is the last step, which the program names again; step 4 of 6, which dpo starts from, is gone for good."""
+    """final.ckpt is the last step, which the program names again; step 4 of 6, which dpo starts from, is removed."""
     path = str(write_pipeline(here, dpo={"training": {"init_from": "runs/sft/step-000004.ckpt"}}))
     align.main(["--config", path])
     before = results_of(here)
@@ -229,7 +229,10 @@ def test_a_model_that_is_lost_is_named_and_no_other_takes_its_place(here, ran, c
     Path("runs/sft/step-000004.ckpt").unlink()
     capsys.readouterr()
     assert align.main(["--config", path]) == 2
-    message = "error: runs/sft/step-000004.ckpt: not found, although stage sft is complete. Restore it, or remove runs/sft to run the stage again.\n"
+    message = (
+        "error: runs/sft/step-000004.ckpt: not found, although stage sft is complete. Restore it, "
+        "or remove runs/sft to run the stage again.\n"
+    )
     assert capsys.readouterr().err.endswith(message)
 
 
@@ -239,7 +242,10 @@ def test_of_checkpoints_that_were_there_before_it_is_said_what_is_not_known(here
     assert "note:" not in capsys.readouterr().err
     Path("checkpoints/all/state.json").unlink()
     assert align.main(["--config", path]) == 0
-    note = "note: runs/sft has checkpoints from before; assuming that they began with runs/pretrain/final.ckpt as it is now\n"
+    note = (
+        "note: runs/sft has checkpoints from before; assuming that they began with "
+        "runs/pretrain/final.ckpt as it is now\n"
+    )
     assert note in capsys.readouterr().err
 
 
@@ -250,7 +256,10 @@ def test_models_with_different_tokenizers_are_not_compared_by_the_token():
         {"stage": "verifier"},
     ]
     assert list(side_by_side.notes_on({"models": rows})) == []
-    found = "note: these models have different tokenizers: val_ppl, response_loss and response_accuracy are per token and cannot be compared between them"
+    found = (
+        "note: these models have different tokenizers: val_ppl, response_loss and response_accuracy "
+        "are per token and cannot be compared between them"
+    )
     assert list(side_by_side.notes_on({"models": [*rows, {"stage": "dpo", "tokenizer": "b"}]})) == [
         found
     ]
@@ -478,7 +487,10 @@ def test_what_a_stage_would_refuse_in_its_turn_is_refused_before_the_first_one(h
         f"{path}:1: pretrain.yaml: training.init_from: must be set: new weights cannot learn from the answers alone."
     )
     path = write_pipeline(here, sft={"lora": {"r": 2}})
-    adapter = "runs/sft/final.ckpt is an adapter, because sft.yaml has a lora section, and stage dpo begins with a whole model"
+    adapter = (
+        "runs/sft/final.ckpt is an adapter, because sft.yaml has a lora section, and stage dpo "
+        "begins with a whole model"
+    )
     fix = "Remove that section; if memory is short, use lora in the last stage only"
     assert refusal(path) == f"dpo.yaml: training.init_from: {adapter}. {fix}."
     path = write_pipeline(here, sft={"training": {"init_from": "hf:t5"}})
@@ -536,7 +548,10 @@ def test_a_state_that_is_none_is_refused(here, ran, capsys):
     for text in ("[1]", '{"sft": 1}', '{"sft": {"steps": 1}}', "{"):
         Path("checkpoints/all/state.json").write_text(text, encoding="utf-8")
         assert align.main(["--config", str(path)]) == 2
-        message = "error: checkpoints/all/state.json: was not written by align.py. Delete it: finished stages are found again by their checkpoints.\n"
+        message = (
+            "error: checkpoints/all/state.json: was not written by align.py. Delete it: finished stages "
+            "are found again by their checkpoints.\n"
+        )
         assert capsys.readouterr().err == message
 
 

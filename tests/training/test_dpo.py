@@ -56,8 +56,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora copy": {"dpo": {"reference": "copy"}, **LORA},
     "lora off": {"dpo": {"reference": "adapters_off"}, **LORA},
     "lora cached": {"dpo": {"reference": "cached"}, **LORA},
-    "foreign lora off": {"dpo": {"reference": "adapters_off"}, "foreign": True, **LORA},
-    "foreign copy": {"dpo": {"reference": "copy"}, "foreign": True},
+    "hf_model lora off": {"dpo": {"reference": "adapters_off"}, "hf_model": True, **LORA},
+    "hf_model copy": {"dpo": {"reference": "copy"}, "hf_model": True},
 }
 STILL = {"model": {"residual_dropout": 0.0, "attention_dropout": 0.0}}
 
@@ -142,7 +142,9 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
 
 
 def test_the_first_step_costs_ln_2_and_has_no_margin(prefer: Make, tmp_path: Path) -> None:
-    """Without dropout the policy is its reference: h = 0, so -ln s(0) = 0.693147; both rewards are 0. Then they part."""
+    """Without dropout the policy is its reference: h = 0, so -ln s(0) = 0.693147; both rewards are
+    0. Then they part.
+    """
     assert run(prefer(**STILL)) == 0
     assert float.fromhex(curve(tmp_path)[1]) == pytest.approx(0.693147, abs=1e-5)
     assert float.fromhex(curve(tmp_path, "margin")[1]) == pytest.approx(0, abs=1e-4)
@@ -470,7 +472,9 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
 def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     name: str, prefer: Make, tmp_path: Path
 ) -> None:
-    """A12: SIGKILL once before the first step, for `cached` while the log-probabilities are computed, and twice later."""
+    """A12: SIGKILL once before the first step, for `cached` while the log-probabilities are
+    computed, and twice later.
+    """
     config = prefer(**RUNS[name], training={"max_steps": 14, "save_every_steps": 1})
     calm = [*elsewhere(tmp_path / "calm"), f"data.cache_dir={tmp_path / 'calm' / 'cache'}"]
     assert run(config, *calm) == 0

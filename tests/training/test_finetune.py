@@ -60,8 +60,8 @@ LORA = {"lora": {"r": 4, "dropout": 0.2}}
 RUNS: dict[str, dict[str, Any]] = {
     "whole": {},
     "lora": LORA,
-    "foreign": {"foreign": True},
-    "foreign lora": {"foreign": True, **LORA},
+    "hf_model": {"hf_model": True},
+    "hf_model lora": {"hf_model": True, **LORA},
 }
 
 
@@ -137,7 +137,10 @@ def save_llama(folder: Path, *, vocab_size: int = 257, seed: int = 0) -> None:
     )
 
 
-OWN_TEMPLATE = "{% for m in messages %}{{ m.role + ':' + m.content + '<|endoftext|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+OWN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ':' + m.content + '<|endoftext|>' }}{% endfor %}{% if "
+    "add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 
 def byte_level() -> HFTokenizer:
@@ -159,11 +162,11 @@ def make(home: Path, tmp_path: Path) -> Iterator[Make]:
     """Writes a config of a tiny run; at the end not a byte of what it began from has changed."""
     before = {name: content for name, content in bytes_of(home).items() if "cache" not in name}
 
-    def write(*, foreign: bool = False, **sections: dict[str, Any]) -> Path:
+    def write(*, hf_model: bool = False, **sections: dict[str, Any]) -> Path:
         settings: dict[str, dict[str, Any]] = {
             "data": {"dataset": str(home / "rows.jsonl"), "val_fraction": 0.2, "cache_dir": str(tmp_path / "cache")},
             "training": {
-                "init_from": f"hf:{home / 'llama'}" if foreign else str(home / "base" / "final.ckpt"), "seq_len": 64, "micro_batch_size": 2,
+                "init_from": f"hf:{home / 'llama'}" if hf_model else str(home / "base" / "final.ckpt"), "seq_len": 64, "micro_batch_size": 2,
                 "grad_accum_steps": 3, "max_steps": 6, "val_every_steps": 3, "log_every_steps": 1, "save_every_steps": 2, "lr": 1e-2,
                 "checkpoint_dir": str(tmp_path / "checkpoints"), "log_dir": str(tmp_path / "logs"), "run_name": "tiny",
             },
@@ -206,7 +209,7 @@ def test_rows_are_shown_with_their_questions_in_brackets(
     """In the tokens of the base. An example has about 50 bytes: several fit into a context of 160,
     and padding is not a document.
     """
-    config = make(foreign=True, data={"packing": packing}, training={"seq_len": 160})
+    config = make(hf_model=True, data={"packing": packing}, training={"seq_len": 160})
     assert finetune.main(["--config", str(config), "--show-rows", "1"]) == 0
     heading, text, counts, _ = capsys.readouterr().out.split("\n", 3)
     rows = (home / "rows.jsonl").read_text(encoding="utf-8").splitlines()
@@ -278,7 +281,7 @@ def test_answers_are_scored_as_in_training_and_before_it(
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])
-@pytest.mark.parametrize("name", ["whole", "foreign lora"])
+@pytest.mark.parametrize("name", ["whole", "hf_model lora"])
 def test_validation_is_the_loss_of_the_answers_alone(
     name: str, packing: str, make: Make, tmp_path: Path
 ) -> None:
@@ -469,7 +472,7 @@ def test_pretraining_goes_on_from_a_hugging_face_model_too(
     make: Make, home: Path, tmp_path: Path
 ) -> None:
     """train.py with the same settings: another stage, on plain text, here by adapters."""
-    config = make(foreign=True, **LORA)
+    config = make(hf_model=True, **LORA)
     assert (
         train.main(
             ["--config", str(config), f"data.dataset={home / 'corpus.txt'}", "training.max_steps=2"]
@@ -506,7 +509,7 @@ def test_gradient_checkpointing_changes_no_number(make: Make, tmp_path: Path) ->
     for name in ("true", "false"):
         assert (
             run(
-                make(**RUNS["foreign lora"]),
+                make(**RUNS["hf_model lora"]),
                 f"model.gradient_checkpointing={name}",
                 *elsewhere(tmp_path / name),
             )
@@ -544,19 +547,19 @@ def test_a_checkpoint_holds_the_adapter_alone_and_says_whose_it_is(make: Make, h
     )
 
 
-@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("hf_model", [False, True])
 def test_a_base_that_is_gone_or_another_is_named(
-    foreign: bool, make: Make, home: Path, tmp_path: Path
+    hf_model: bool, make: Make, home: Path, tmp_path: Path
 ) -> None:
     """B14, D8: both moved together still belong together; the error names the adapter and its base,
     and both fingerprints.
     """
     shutil.copytree(home, tmp_path / "there" / "home")
-    base = tmp_path / "there" / "home" / ("llama" if foreign else "base/final.ckpt")
-    name = f"hf:{base}" if foreign else str(base)
+    base = tmp_path / "there" / "home" / ("llama" if hf_model else "base/final.ckpt")
+    name = f"hf:{base}" if hf_model else str(base)
     adapted(
         make,
-        foreign=foreign,
+        hf_model=hf_model,
         training={"init_from": name, "checkpoint_dir": str(tmp_path / "there" / "sft")},
     )
     (tmp_path / "there").rename(tmp_path / "moved")
@@ -564,7 +567,7 @@ def test_a_base_that_is_gone_or_another_is_named(
     base = tmp_path / "moved" / base.relative_to(tmp_path / "there")
     wanted = checkpoint_format.read(path)["base"]["fingerprint"]
     assert checkpoint_load.load_model(path).info.stage == "sft"
-    if foreign:
+    if hf_model:
         save_llama(base, seed=1)
     else:
         state = checkpoint_format.read(base)
@@ -575,7 +578,7 @@ def test_a_base_that_is_gone_or_another_is_named(
         checkpoint_load.load_model(path)
     assert f"{path}: this adapter was trained on " in str(error.value)
     assert f"{base} with fingerprint {wanted}, but now it has " in str(error.value)
-    shutil.rmtree(base) if foreign else base.unlink()
+    shutil.rmtree(base) if hf_model else base.unlink()
     with pytest.raises(UserError) as error:
         checkpoint_load.load_model(path)
     assert f"{path}: the base of this adapter (" in str(error.value)
@@ -600,35 +603,35 @@ def test_a_whole_hugging_face_model_needs_nothing_beside_its_checkpoint(
     assert isinstance(checkpoint_load.load_model(tmp_path / "second" / "final.ckpt").model, HFModel)
 
 
-@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("hf_model", [False, True])
 def test_plain_peft_loads_a_saved_adapter(
-    foreign: bool, make: Make, home: Path, tmp_path: Path
+    hf_model: bool, make: Make, home: Path, tmp_path: Path
 ) -> None:
     """The logits with peft's adapter equal those of the merged model; adapter_config.json says which base."""
     import peft
     import transformers
 
-    path = adapted(make, foreign=foreign)
+    path = adapted(make, hf_model=hf_model)
     save_adapter(path, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    if foreign:
+    if hf_model:
         base: Any = transformers.AutoModelForCausalLM.from_pretrained(home / "llama")
     else:
         base = checkpoint_load.load_model(home / "base" / "final.ckpt").model
     ids = torch.arange(20)[None]
     with torch.no_grad():
         merged = checkpoint_load.load_model(path).model(ids)
-        plain = base(ids).logits if foreign else base(ids)
+        plain = base(ids).logits if hf_model else base(ids)
         wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
-        separate = wrapped(ids).logits if foreign else wrapped(ids)
+        separate = wrapped(ids).logits if hf_model else wrapped(ids)
     assert torch.allclose(merged, separate, atol=1e-5)
     assert not torch.allclose(merged, plain, atol=1e-4)
     described = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert described["base_model_name_or_path"] == str(
-        home / ("llama" if foreign else "base/final.ckpt")
+        home / ("llama" if hf_model else "base/final.ckpt")
     )
 
 
@@ -640,7 +643,7 @@ def test_an_adapter_of_a_hugging_face_model_is_exported_alone_or_merged(
     """
     import transformers
 
-    path = adapted(make, foreign=True)
+    path = adapted(make, hf_model=True)
     assert commands.main(["export", str(path), str(tmp_path / "alone")]) == 0
     assert f"of {home / 'llama'}; --merge writes the whole model" in capsys.readouterr().err
     assert commands.main(["export", str(path), str(tmp_path / "merged"), "--merge"]) == 0
@@ -714,7 +717,7 @@ def test_without_the_reseeding_of_dropout_a_resumed_run_differs(
     make: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """NEG: the comparison can fail, for the dropout of adapters too."""
-    config = make(**RUNS["foreign lora"])
+    config = make(**RUNS["hf_model lora"])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     torch.manual_seed(5)
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
@@ -733,7 +736,7 @@ def test_a_run_resumes_without_its_initial_model(make: Make, home: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["whole", "lora", "foreign lora"])
+@pytest.mark.parametrize("name", ["whole", "lora", "hf_model lora"])
 def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     name: str, make: Make, tmp_path: Path
 ) -> None:
@@ -805,12 +808,12 @@ def test_an_adapter_resumes_only_on_its_own_base(
     make: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """D8: as a model, the other base would fit; --allow-changes does not help."""
-    adapted(make, foreign=True)
+    adapted(make, hf_model=True)
     shutil.copytree(home / "llama", tmp_path / "llama")
     save_llama(tmp_path / "llama", seed=1)
     was = checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["base"]["fingerprint"]
     message = refused(
-        make(foreign=True, **LORA),
+        make(hf_model=True, **LORA),
         tmp_path,
         capsys,
         f"training.init_from=hf:{tmp_path / 'llama'}",
@@ -859,7 +862,7 @@ def test_an_adapter_resumes_only_on_its_own_base(
         ),
         ("whole", ["model.n_layers=3"], "model.n_layers: must be 1, as in training.init_from ("),
         (
-            "foreign",
+            "hf_model",
             ["model.residual_dropout=0.1"],
             "model.residual_dropout: must be 0.0, as in training.init_from (hf:",
         ),
@@ -870,12 +873,12 @@ def test_an_adapter_resumes_only_on_its_own_base(
             "but the tokenizer section describes a new one of kind bpe. Remove the tokenizer section.",
         ),
         (
-            "foreign",
+            "hf_model",
             ["training.optimizer=muon"],
             "training.optimizer: muon is not supported with a Hugging Face model",
         ),
         (
-            "foreign",
+            "hf_model",
             ["hardware.strategy=fsdp"],
             "hardware.strategy: fsdp is not supported with a Hugging Face model",
         ),
@@ -895,7 +898,7 @@ def test_an_adapter_resumes_only_on_its_own_base(
             "lora.target_modules: must name layers that can have an adapter (down, out, qkv, up), got q_proj.",
         ),
         (
-            "foreign",
+            "hf_model",
             ["tokenizer.kind=byte"],
             "model.vocab_size: must be at least 260, the tokenizer's, got 257. Use the tokenizer "
             "that the model was trained with.",

@@ -161,7 +161,10 @@ def test_without_its_tokenizer_a_run_is_planned_by_the_vocabulary_size(
 
     monkeypatch.setattr(preflight, "prepare_tokenizer", unreachable)
     path = make_config(tokenizer={"path": "gpt2"})
-    message = "error: tokenizer.path: gpt2: cannot be reached. To plan without the tokenizer, set its size: model.vocab_size=50257."
+    message = (
+        "error: tokenizer.path: gpt2: cannot be reached. To plan without the tokenizer, set its "
+        "size: model.vocab_size=50257."
+    )
     assert refused(path, capsys, "--plan") == message
     assert run(path, "--plan", "model.vocab_size=50257") == 0
 
@@ -223,7 +226,10 @@ def test_the_probe_starts_from_the_initial_model(
 
 def test_a_batch_that_is_not_learned_ends_with_3(make_config: Make, capsys: Capture) -> None:
     assert run(make_config(), "--overfit-one-batch", "2") == 3
-    pattern = r"error: not learned: the loss of one batch fell from \S+ to \S+ in 2 steps, and must be below 10% of the first\. Raise training\.lr"
+    pattern = (
+        r"error: not learned: the loss of one batch fell from \S+ to \S+ in 2 steps, and must be "
+        r"below 10% of the first\. Raise training\.lr"
+    )
     assert re.search(pattern, capsys.readouterr().err)
 
 
@@ -365,7 +371,10 @@ def test_a_single_row_that_does_not_fit_is_an_error(
 
 # --- a run whose memory ends ------------------------------------------------------------------------------------------
 
-CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 2621440000 bytes."
+CPU_ERROR = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 2621440000 bytes."
+)
 
 
 @pytest.mark.parametrize(

@@ -386,7 +386,9 @@ def by_torchrun(node: int, port: int) -> tuple[list[str], dict[str, str]]:
 
 
 def by_slurm(node: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """The line behind srun in the guide's job script, with the variables that srun sets on one of two such machines."""
+    """The command after srun in the guide's job script, with the variables that srun sets on one of
+    two such machines.
+    """
     values = {
         "NTASKS": 2,
         "NTASKS_PER_NODE": 1,
@@ -408,7 +410,7 @@ def by_slurm(node: int, port: int) -> tuple[list[str], dict[str, str]]:
 def test_two_machines_train_one_model(
     encoded: Path, tmp_path: Path, start: Callable[[int, int], tuple[list[str], dict[str, str]]]
 ) -> None:
-    """This machine plays both. Two ranks with 2 rows each: 2 x 2 x 64 tokens a step; rank 0 alone speaks."""
+    """This machine plays both. Two ranks with 2 rows each: 2 x 2 x 64 tokens a step; only rank 0 writes lines."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -76,7 +76,9 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_the_limit_is_worked_out_by_hand():
-    """21 losses 1, 2, 3: median 2, MAD 1, so the limit at factor 2 is 2 + 2 · 1.4826 = 4.9652; one below is no spike."""
+    """21 losses 1, 2, 3: median 2, MAD 1, so the limit at factor 2 is 2 + 2 · 1.4826 = 4.9652; one
+    below is no spike.
+    """
     history = [[loss, 1.0] for loss in (1.0, 2.0, 3.0)] * 7
     assert spikes.spike_in({"loss": 4.96, "norm": 1.0}, history, 2) is None
     assert spikes.spike_in({"loss": 4.97, "norm": 1.0}, history, 2) is not None
@@ -99,7 +101,9 @@ def test_earlier_outliers_do_not_widen_the_band():
 def test_a_spike_is_skipped_counted_and_named(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    """D4: step 4 of 6 is 20 times too high: weights, moments and tokens are those of step 3, and step 5 trains again."""
+    """D4: step 4 of 6 is 20 times too high: weights, moments and tokens are those of step 3, and
+    step 5 trains again.
+    """
     poison(monkeypatch, {4})
     assert run(make_config(**GUARD)) == 0
     error = capsys.readouterr().err

@@ -184,7 +184,10 @@ def test_a_hub_that_cannot_be_reached_says_what_to_give(
         f"training.init_from=hf:{models / 'gpt2'}",
     ]
     assert finetune.main(["--config", str(CONFIGS[QUICK]), *places]) == 2
-    expected = "nyu-mll/glue: not reached. For task sst2: data.dataset=PATH, or data.dataset=smoke for a few built-in rows."
+    expected = (
+        "nyu-mll/glue: not reached. For task sst2: data.dataset=PATH, or data.dataset=smoke for a "
+        "few built-in rows."
+    )
     assert expected in capsys.readouterr().err
 
 

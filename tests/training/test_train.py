@@ -131,7 +131,9 @@ def test_perplexity_is_exp_of_the_token_weighted_mean(make_config: Make, tmp_pat
 def test_the_loss_does_not_depend_on_how_a_step_is_divided(
     make_config: Make, tmp_path: Path
 ) -> None:
-    """12 rows a step as 1 x 12, 3 x 4 and 4 x 3: the same mean over the same targets, so the same curve up to rounding."""
+    """12 rows a step as 1 x 12, 3 x 4 and 4 x 3: the same mean over the same targets, so the same
+    curve up to rounding.
+    """
     curves = []
     for rows, parts in ((12, 1), (4, 3), (3, 4)):
         folder = tmp_path / f"{rows}x{parts}"
@@ -297,7 +299,7 @@ def test_a_signal_inside_an_accumulation_finishes_the_step_saves_and_resumes(
     code: int,
 ) -> None:
     """C1, C2: the signal comes in the second of three micro-batches of step 3; validation of step 3
-    is owed and made up.
+    is missing, and done after the resume.
     """
     config = make_config(**HARD)
     with monkeypatch.context() as patch:
@@ -528,7 +530,10 @@ def test_documents_at_the_end_of_a_token_file_that_are_trained_on_are_counted(
         for n in (0, 3, 6)
     )
     assert logged_about_data(none, caplog) == []
-    end = "documents held out at the end (data.val_fraction=0.1) are also training documents; val_loss will look better than it is"
+    end = (
+        "documents held out at the end (data.val_fraction=0.1) are also training documents; "
+        "val_loss will look better than it is"
+    )
     assert logged_about_data(three, caplog) == [f"warning: data.dataset: 3 of 6 {end}"]
     with pytest.raises(UserError) as caught:
         logged_about_data(all_six, caplog)
@@ -695,7 +700,7 @@ def test_a_branch_from_an_older_step_needs_its_own_folder(
 def test_no_step_stands_twice_in_the_metrics(
     make_config: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """G4: a validation that is owed completes the row of its step; damaged and half-written rows are dropped."""
+    """G4: a validation that is missing completes the row of its step; damaged and half-written rows are dropped."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run(make_config()) == 143
@@ -775,7 +780,9 @@ def test_two_runs_in_one_folder(make_config: Make, tmp_path: Path, capsys: Captu
 def test_a_nan_loss_stops_before_the_step(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    """D1: exit 3 at step 5, named with its rows; the newest checkpoint is that of step 4, and its numbers are finite."""
+    """D1: exit 3 at step 5, named with its rows; the newest checkpoint is that of step 4, and its
+    numbers are finite.
+    """
     interrupt_at(monkeypatch, 5, lambda: math.nan)
     assert run(make_config()) == 3
     error = capsys.readouterr().err
@@ -1118,7 +1125,7 @@ def test_two_processes_train_the_same_as_one(
             [float.fromhex(x) for x in curve(folder, name).values()] for folder in (one, two)
         )
         assert ours == pytest.approx(theirs, rel=1e-4), name
-    assert result.stderr.count("device: cpu") == 1, "only rank 0 speaks"
+    assert result.stderr.count("device: cpu") == 1, "only rank 0 writes lines"
 
 
 @pytest.mark.slow

@@ -412,7 +412,10 @@ def test_every_other_program_says_that_it_is_no_model(
     final = tmp_path / "checkpoints" / "final.ckpt"
     capsys.readouterr()
     assert infer.main(["--ckpt", str(final), "--prompt", "1 + 1 ="]) == 2
-    problem = f"{final}: is a verifier, which scores answers and cannot generate text. Give a language model; --verifier takes a verifier."
+    problem = (
+        f"{final}: is a verifier, which scores answers and cannot generate text. Give a language "
+        f"model; --verifier takes a verifier."
+    )
     assert f"error: {problem}" in capsys.readouterr().err
     assert f"training.init_from: {problem}" in refused(
         make(training={"init_from": str(final), "checkpoint_dir": str(tmp_path / "b")}), capsys

@@ -40,14 +40,12 @@ from tinylm.tokens.packing import (
     RowDataset,
     RowOrder,
     TokenRows,
-    collate_rows,
     count_batches,
     count_rows,
+    row_collate,
     validation_order,
 )
-from tinylm.tokens.run_files import (
-    token_files,
-)
+from tinylm.tokens.run_files import token_files
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
 
 MOVED = (
@@ -208,7 +206,7 @@ class PretrainData(RunData):
             return tokens.stream.StreamDataset(self.config, self.tokenizer, share, steps, cursor)
         # A random row may start at any token.
         stride = 1 if data.order == "random" else data.stride or training.seq_len
-        collate = self.collate()
+        collate = row_collate(self.tokenizer, training.seq_len, document_mask=data.document_mask)
         sources = [
             TokenRows(file, training.seq_len, stride, self.tokenizer.pad_id)
             for file in self.train_files
@@ -240,13 +238,8 @@ class PretrainData(RunData):
         assert self.val_file is not None, "prepare() makes the validation file"
         seq_len = self.config.training.seq_len
         rows = TokenRows(self.val_file, seq_len, seq_len, self.tokenizer.pad_id)
-        return self.validation_rows(rows, self.collate(), share)
-
-    def collate(self) -> Collate:
-        """`collate_rows` with the settings of the run."""
-        eos_id = self.tokenizer.eos_id if self.config.data.document_mask else None
-        seq_len = self.config.training.seq_len
-        return partial(collate_rows, seq_len=seq_len, pad_id=self.tokenizer.pad_id, eos_id=eos_id)
+        collate = row_collate(self.tokenizer, seq_len, document_mask=self.config.data.document_mask)
+        return self.validation_rows(rows, collate, share)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ from tinylm.tokens.packing import (
     RankShare,
     RowDataset,
     TokenRows,
-    collate_rows,
     count_batches,
+    row_collate,
     validation_order,
 )
 from tinylm.tokens.run_files import token_files
@@ -75,8 +75,7 @@ def text_validation(
     files = token_files(sources, tokenizer, config.data.cache_dir)
     file = files[0] if len(files) == 1 else JoinedFiles(files)
     rows = TokenRows(file, seq_len, seq_len, tokenizer.pad_id)
-    eos_id = tokenizer.eos_id if config.data.document_mask else None
-    collate = partial(collate_rows, seq_len=seq_len, pad_id=tokenizer.pad_id, eos_id=eos_id)
+    collate = row_collate(tokenizer, seq_len, document_mask=config.data.document_mask)
     return ValidationData(batches_in_order(rows, collate, config), file.fingerprint)
 
 

@@ -19,9 +19,8 @@ class ByteTokenizer(Tokenizer):
     kind = "byte"
     vocab_size = 260
 
-    def __init__(self) -> None:
-        self.pad_id, self.bos_id, self.eos_id, self.sep_id = 256, 257, 258, 259
-        self.special_names = {256: "<|pad|>", 257: "<|bos|>", 258: "<|eos|>", 259: "<|sep|>"}
+    pad_id, bos_id, eos_id, sep_id = 256, 257, 258, 259
+    special_names = {256: "<|pad|>", 257: "<|bos|>", 258: "<|eos|>", 259: "<|sep|>"}
 
     def token_bytes(self, id: int) -> bytes:
         self._check_id(id)

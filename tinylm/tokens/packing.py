@@ -47,6 +47,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
 
 # Labels with this value are not trained; it is also the default of torch's cross entropy.
@@ -228,6 +229,12 @@ class RowDataset(Dataset[Batch]):
         numbers = [self.order(place) for place in places]
         rows = [None if number is None else self.rows[number] for number in numbers]
         return self.collate(rows, places)
+
+
+def row_collate(tokenizer: Tokenizer, seq_len: int, *, document_mask: bool) -> Collate:
+    """`collate_rows` for rows of this length; `document_mask` is data.document_mask."""
+    eos_id = tokenizer.eos_id if document_mask else None
+    return partial(collate_rows, seq_len=seq_len, pad_id=tokenizer.pad_id, eos_id=eos_id)
 
 
 def collate_rows(

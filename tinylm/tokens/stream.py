@@ -10,7 +10,6 @@ so a resumed run continues exactly there.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from tinylm.config.schema import Config
 from tinylm.text.data_source import train_documents
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import encode_documents
-from tinylm.tokens.packing import STREAM, Batch, RankShare, collate_rows
+from tinylm.tokens.packing import STREAM, Batch, RankShare, row_collate
 
 
 class Position(NamedTuple):
@@ -107,12 +106,10 @@ class StreamDataset(IterableDataset[Batch]):
         worker = get_worker_info()
         if worker is not None and worker.id > 0:
             return
-        eos_id = self.tokenizer.eos_id if self.config.data.document_mask else None
-        collate = partial(
-            collate_rows,
-            seq_len=self.config.training.seq_len,
-            pad_id=self.tokenizer.pad_id,
-            eos_id=eos_id,
+        collate = row_collate(
+            self.tokenizer,
+            self.config.training.seq_len,
+            document_mask=self.config.data.document_mask,
         )
         rows = self._shuffled_rows()
         n_rows = self.share.world * self.share.size

@@ -39,7 +39,10 @@ def test_the_check_finds_one_changed_byte_and_changes_nothing(tmp_path, capsys, 
     stale.write_bytes(stale.read_bytes().replace(b"384", b"385", 1))
     before = stale.read_bytes()
     assert main(["config-reference", "--folder", str(tmp_path), "--check"]) == 2
-    expected = f"error: {stale}: does not match the settings in tinylm/config/schema.py. Write it again: python -m tinylm config-reference.\n"
+    expected = (
+        f"error: {stale}: does not match the settings in tinylm/config/schema.py. Write it again: "
+        f"python -m tinylm config-reference.\n"
+    )
     assert capsys.readouterr().err == expected
     assert stale.read_bytes() == before
 
@@ -169,7 +172,10 @@ def test_a_wrong_command_line_exits_with_2_and_one_line(arguments, capsys):
 
 def test_help_does_not_import_what_the_commands_need():
     """Not timed: the slow modules must not be imported."""
-    code = "import sys, tinylm.__main__; print([name for name in ('torch', 'pydantic', 'yaml', 'numpy') if name in sys.modules])"
+    code = (
+        "import sys, tinylm.__main__; print([name for name in ('torch', 'pydantic', 'yaml', "
+        "'numpy') if name in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -182,7 +188,10 @@ def test_it_runs_without_home_locale_or_working_directory(tmp_path):
     """The folder of the reference is relative to a working directory that was removed, and the one line says so."""
     gone = tmp_path / "gone"
     gone.mkdir()
-    program = "import os, sys; os.rmdir(os.getcwd()); from tinylm.__main__ import main; sys.exit(main(['config-reference', '--check']))"
+    program = (
+        "import os, sys; os.rmdir(os.getcwd()); from tinylm.__main__ import main; "
+        "sys.exit(main(['config-reference', '--check']))"
+    )
     environment = {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PATH": os.environ["PATH"]}
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -144,7 +144,7 @@ def print_scores(rows: Sequence[Row], *, as_json: bool, several: bool) -> None:
     if as_json:
         print(json.dumps(rows if several else rows[0]))
     elif several:
-        print_rows(same_columns(rows), text=("ckpt", "stage"))
+        print_rows(same_columns(rows))
     else:
         (row,) = rows
         numbers = [f"{name} {cell(row[name])}" for name in row if name.startswith("val_")]

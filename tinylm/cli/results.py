@@ -65,7 +65,7 @@ def rank_rows(rows: Iterable[Row], group_of: Callable[[Row], tuple[str, ...]]) -
 # On a narrow terminal a table for each value of these.
 GROUP = ("task", "shots", "measure", "cases")
 # Columns of text; the others are numbers.
-TEXT = ("place", "checkpoint", "task", "measure", "metric", "cases", "choice")
+TEXT = ("ckpt", "stage", "place", "checkpoint", "task", "measure", "metric", "cases", "choice")
 
 
 def print_results(results: Results) -> None:

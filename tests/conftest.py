@@ -1,5 +1,6 @@
 """Small things that many tests need: a corpus, a config, a run."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,11 @@ from tinylm.tokens.token_file_writer import TokenFileWriter
 # An example has no time limit of its own: other programs may hold the cores.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+
+# What a user has set must not decide a test. The libraries of the hub read it when they are
+# imported, and the modules above import none of them.
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(name, None)
 
 ROOT = Path(__file__).parent.parent
 # Every shipped YAML file that is the settings of a run; the others are lists of stages, for align.py.

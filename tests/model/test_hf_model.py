@@ -389,7 +389,7 @@ FAULTS = {
     ),
     "a shard that is not there": (
         index_with("model-2.safetensors"),
-        "model-2.safetensors: not valid safetensors: ",
+        "model-2.safetensors: not found",
     ),
     "an index of nothing": (
         lambda folder: (

@@ -54,7 +54,7 @@ from decode_engines import (  # noqa: E402
 )
 
 from tinylm.cli.program import Parser, run_program  # noqa: E402
-from tinylm.common.console import print_table, say, table  # noqa: E402
+from tinylm.common.console import Table, print_table, say  # noqa: E402
 from tinylm.common.errors import UserError, writing  # noqa: E402
 
 # --- in a worker process --------------------------------------------------------------------------
@@ -127,35 +127,56 @@ def memory_mb(name: str) -> float:
 
 # --- the parts of one step ------------------------------------------------------------------------
 
-# What is timed in place for the split of a step: (module or class, function).
+# What is timed in place for the split of a step: (module, function or class and method). Those of
+# decoder.py and those of the lean step; an implementation calls one of the two.
 PARTS = {
-    "linear layers": [("torch.nn.functional", "linear")],
+    "linear layers": [
+        ("torch.nn.functional", "linear"),
+        ("tinylm.generate.lean_step", "linear_function"),
+    ],
     "rotation": [
         ("tinylm.model.decoder", "rotary_cos_sin"),
         ("tinylm.model.decoder", "apply_rotary"),
+        ("tinylm.generate.lean_step", "rotate"),
     ],
     "attention": [("torch.nn.functional", "scaled_dot_product_attention")],
-    "norms": [("torch.nn.functional", "rms_norm")],
-    "cache write": [("tinylm.model.kv_cache", "KVCache.write")],
+    "norms": [
+        ("torch.nn.functional", "rms_norm"),
+        ("tinylm.generate.lean_step", "norm_function"),
+    ],
+    "cache write": [
+        ("tinylm.model.kv_cache", "KVCache.write"),
+        ("tinylm.generate.lean_step", "LayerView.write"),
+    ],
     "sampling": [("tinylm.generate.engine", "next_token")],
 }
+# These make functions; what they make is timed.
+FACTORIES = {"linear_function", "norm_function"}
 
 
 def split_of(runner: TinyLM, n_tokens: int = 64) -> dict[str, float]:
     """Processor seconds of each part in one step of one row, and of the rest."""
+    from tinylm.generate.engine import Engine
+
     half = runner.engine.model.config.max_seq_len // 2
     n_new = min(n_tokens, half)
     prompts = [list(range(100, 100 + n_new))]
-    with timed_parts() as before:
+    with timed_parts() as parts_of:
+        engine = runner.engine
+        runner.engine = Engine(engine.model, engine.tokenizer)  # its lean step is made in here
+        runner.generate(prompts, 2)
+        before = dict(parts_of)
         start = time.process_time()
-        runner.generate(prompts, 1)
-        first = time.process_time() - start
-    with timed_parts() as after:
-        start = time.process_time()
-        runner.generate(prompts, n_new)
-        whole = time.process_time() - start
-    parts = {name: (after[name] - before[name]) / (n_new - 1) for name in PARTS}
-    parts["rest"] = (whole - first) / (n_new - 1) - sum(parts.values())
+        runner.generate(prompts, 2)
+        middle, first = time.process_time(), dict(parts_of)
+        runner.generate(prompts, n_new + 2)
+        end = time.process_time()
+        runner.engine = engine
+    # A turn of n_new + 2 tokens minus one of 2 tokens: n_new steps.
+    parts = {}
+    for name in PARTS:
+        parts[name] = (parts_of[name] - 2 * first[name] + before[name]) / n_new
+    parts["rest"] = (end - 2 * middle + start) / n_new - sum(parts.values())
     return parts
 
 
@@ -171,7 +192,8 @@ def timed_parts() -> Iterator[dict[str, float]]:
                 for attribute in outer:
                     owner = getattr(owner, attribute)
                 original = getattr(owner, last)
-                setattr(owner, last, timed(original, part, seconds))
+                measured = timed_factory if last in FACTORIES else timed
+                setattr(owner, last, measured(original, part, seconds))
                 undo.callback(setattr, owner, last, original)
         yield seconds
 
@@ -186,6 +208,11 @@ def timed(function: Callable[..., Any], part: str, seconds: dict[str, float]) ->
         return result
 
     return run
+
+
+def timed_factory(factory: Callable[..., Any], part: str, seconds: dict[str, float]) -> Any:
+    """`factory`, whose functions' time is added to a part."""
+    return lambda *args: timed(factory(*args), part, seconds)
 
 
 # --- in the main process --------------------------------------------------------------------------
@@ -302,20 +329,8 @@ def compare(
 def print_results(results: list[Result], missing: list[str], parameters: int) -> None:
     """Print the results as a table."""
     say(f"{parameters:,} parameters; speed is relative to {OURS} in the same round")
-    text = ("prompts", "")
-    rows = table(
-        "batch",
-        "prompts",
-        "",
-        "first ms",
-        "tokens/s",
-        "ms/step",
-        "speed",
-        "CPU ms",
-        "CPU speed",
-        "peak MB",
-        text=text,
-    )
+    columns = "batch|prompts||first ms|tokens/s|ms/step|speed|CPU ms|CPU speed|peak MB"
+    rows = Table(tuple(columns.split("|")), text=("prompts", ""))
     for result in results:
         rows.add_row(
             str(result.batch),
@@ -337,7 +352,8 @@ def print_results(results: list[Result], missing: list[str], parameters: int) ->
 
 def print_splits(splits: dict[str, dict[str, float]], reading_seconds: float, n_bytes: int) -> None:
     """Print where the time of a step goes, beside one pass over the weights."""
-    rows = table("one step of one row, CPU ms", *splits, text=("one step of one row, CPU ms",))
+    what = "one step of one row, CPU ms"
+    rows = Table((what, *splits), text=(what,))
     for part in next(iter(splits.values())):
         rows.add_row(part, *(f"{split[part] * 1e3:.2f}" for split in splits.values()))
     print_table(rows)

@@ -116,27 +116,47 @@ def make_prompts(shape: Shape, batch: int, length: int, *, same: bool) -> Prompt
 class TinyLM:
     """This project: the engine that infer.py uses, sampling and text included."""
 
-    def __init__(self, folder: Path, dtype: str, threads: int):
+    def __init__(self, folder: Path, weights: str, threads: int):
         import torch
 
         from tinylm.checkpoint.load import load_model
         from tinylm.generate.engine import Engine
+        from tinylm.model.int8 import quantize
 
         torch.set_num_threads(threads)
         loaded = load_model(folder / "model.ckpt")
-        self.engine = Engine(loaded.model.to(getattr(torch, dtype)), loaded.tokenizer)
+        if weights == "bf16":
+            loaded.model.bfloat16()
+        if weights == "int8":
+            quantize(loaded.model)
+        self.engine = Engine(loaded.model, loaded.tokenizer, slots=32)
+        self.n_turns = 0
 
     def generate(self, prompts: Prompts, n_new: int) -> None:
-        """Samples of one prompt share a batch; different prompts are generated one by one."""
+        """All at once. The prompts differ from turn to turn: the engine would know a prompt again."""
         from tinylm.config.schema import SamplingConfig
+        from tinylm.generate.engine import Request
         from tinylm.generate.output import Prompt
 
-        different = {tuple(ids) for ids in prompts}
-        n_samples = len(prompts) // len(different)
-        sampling = SamplingConfig(max_new_tokens=n_new, temperature=0, n_samples=n_samples)
-        for ids in different:
-            for completion in self.engine.generate(Prompt(ids), sampling):
-                assert len(completion.ids) == n_new
+        self.n_turns += 1
+        sampling = SamplingConfig(max_new_tokens=n_new, temperature=0)
+        start = self.n_turns % len(prompts[0])
+        requests = [
+            Request(Prompt((*ids[start:], *ids[:start])), sampling, sample=row)
+            for row, ids in enumerate(prompts)
+        ]
+        for outputs in self.engine.run(requests):
+            assert len(outputs) == n_new
+
+
+class PlainTinyLM(TinyLM):
+    """The same engine with decoder.py alone, without the lean step."""
+
+    def __init__(self, folder: Path, weights: str, threads: int):
+        from tinylm.generate import decoding
+
+        decoding.lean_step = lambda model: None  # in this process only
+        super().__init__(folder, weights, threads)
 
 
 class Transformers:
@@ -320,8 +340,10 @@ _TRANSFORMERS = ("transformers.models.llama.modeling_llama", "transformers")
 _LLAMA_CPP = ("llama_cpp", "llama-cpp-python==0.3.36")
 _CTRANSLATE2 = ("ctranslate2", "ctranslate2==4.8.5")  # has no bf16 on the CPU
 IMPLEMENTATIONS = {
-    "tinylm fp32": Implementation("fp32", *_TINYLM, TinyLM, "float32"),
-    "tinylm bf16": Implementation("bf16", *_TINYLM, TinyLM, "bfloat16"),
+    "tinylm fp32": Implementation("fp32", *_TINYLM, TinyLM, "fp32"),
+    "tinylm bf16": Implementation("bf16", *_TINYLM, TinyLM, "bf16"),
+    "tinylm int8": Implementation("int8", *_TINYLM, TinyLM, "int8"),
+    "tinylm decoder.py": Implementation("fp32", *_TINYLM, PlainTinyLM, "fp32"),
     "transformers fp32": Implementation("fp32", *_TRANSFORMERS, Transformers, "float32"),
     "transformers bf16": Implementation("bf16", *_TRANSFORMERS, Transformers, "bfloat16"),
     "llama.cpp f32": Implementation("fp32", *_LLAMA_CPP, LlamaCpp, "f32"),

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor
 
 from tests.model.test_decoder import AXES, COMBINED, assert_same, make, some_ids
-from tinylm.config.schema import ModelConfig
-from tinylm.generate.lean_step import LeanStep
+from tinylm.config.schema import LoraConfig, ModelConfig
+from tinylm.generate.decoding import DecodingBatch
+from tinylm.generate.lean_step import LeanStep, lean_step
 from tinylm.model.decoder import Decoder
+from tinylm.model.lora import attach
 
 SIZES = {"vocab_size", "max_seq_len", "n_layers", "d_model", "n_heads", "head_dim", "d_ff"}
 NUMBERS = {"rope_theta", "norm_eps"}
@@ -82,3 +84,32 @@ def test_the_weights_of_the_model_are_left_alone():
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name][0])
         assert weight.stride() == before[name][1]
+
+
+def test_a_model_with_adapters_in_training_has_no_lean_step():
+    """They are beside the matrices that the lean step reads."""
+    pytest.importorskip("peft")
+    model = make()
+    assert isinstance(lean_step(model), LeanStep)
+    attach(model, LoraConfig(r=2), seed=0)
+    assert lean_step(model) is None
+
+
+def test_another_device_has_no_lean_step():
+    assert lean_step(make().to("meta")) is None
+
+
+def test_a_batch_decodes_with_the_weights_of_now():
+    """The engine of a training run lives on while the weights change in place."""
+    model = make(vocab_size=300)
+    batch = DecodingBatch(model, slots=2, vocab_size=300)
+    for _ in range(2):
+        with torch.inference_mode():
+            row = batch.start([1, 2, 3], 4)
+            batch.decode([5])
+            expected = model(torch.tensor([[1, 2, 3, 5]]))[0, -1]
+            assert_same(batch.logits[row], expected)
+            batch.finish(row)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.5)

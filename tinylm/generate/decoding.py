@@ -43,6 +43,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from tinylm.generate.lean_step import LeanStep, lean_step
 from tinylm.model.decoder import Decoder
 
 # Tokens of a prompt that are read at once in deterministic mode.
@@ -90,6 +91,10 @@ class DecodingBatch:
         # The experts of a token share matrix products with those of other rows.
         self._one_by_one = deterministic and model.config.moe is not None
         self._clock = itertools.count()
+        # What is made of the weights for decoding, at the first decode step.
+        self._lean: LeanStep | None = None
+        self._has_looked = False
+        self._version = 0
 
     # --- a text begins ---
 
@@ -110,6 +115,8 @@ class DecodingBatch:
         # Which row begins as this text does? Continue in it, if it is free and loses little; else
         # copy from it to the row that was free for longest.
         version = weights_version(self.model)
+        if version != self._version:
+            self._lean, self._has_looked, self._version = None, False, version
         source, n_common = self._longest_prefix(prompt, ids, version)
         row = self.n_active
         free = min(range(row, self.slots), key=lambda number: self.rows[number].last_use)
@@ -210,6 +217,10 @@ class DecodingBatch:
         cache = self.cache.rows(start, start + len(ids))
         cache.fixed_shapes = self.deterministic
         new = torch.tensor(ids, device=self.logits.device)[:, None]  # (B, 1)
+        if not self._has_looked:
+            self._lean, self._has_looked = lean_step(self.model), True
+        if self._lean is not None:
+            return self._lean(new[:, 0], cache)[:, : self.vocab_size].float()
         return self._logits(self.model.features(new, cache=cache).hidden[:, -1])
 
     def _shift_context(self, row: int) -> None:

@@ -44,11 +44,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the stage that the config describes, or show its first rows."""
-    from tinylm.config.loader import load_config
+    from tinylm.config.loader import load_config, require_here
     from tinylm.eval.tasks.data import with_data_of_task
     from training.stages.sft import SFT
 
     config, stage = with_data_of_task(load_config(args.config, args.overrides)), SFT
+    require_here(config, args.config)
     if config.verifier is not None:
         from training.stages.verifier import VERIFIER as stage
     elif config.dpo is not None:

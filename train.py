@@ -67,10 +67,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Pretrain, or do what the flags before a run ask for."""
-    from tinylm.config.loader import load_config
+    from tinylm.config.loader import load_config, require_here
     from training.stages.pretrain import PRETRAIN
 
     config = load_config(args.config, args.overrides)
+    require_here(config, args.config)
     if args.show_rows is not None:
         from training.show_rows import show_rows_of_run
 

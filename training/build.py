@@ -179,24 +179,13 @@ def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Traine
 
 
 def build_loggers(training: TrainingConfig) -> list[Logger]:
-    """The loggers that training.loggers names, beside metrics.csv.
-
-    Raises:
-        UserError: one of them is not installed.
-    """
+    """The loggers that training.loggers names, beside metrics.csv."""
     loggers: list[Logger] = []
     for name in training.loggers:
-        try:
-            if name == "tensorboard":
-                loggers.append(
-                    TensorBoardLogger(training.log_dir, name=training.run_name, version="")
-                )
-            else:
-                loggers.append(
-                    WandbLogger(project="tinylm", name=training.run_name, save_dir=training.log_dir)
-                )
-        except ModuleNotFoundError:
-            raise UserError(
-                "training.loggers", f"{name} is not installed", f"pip install {name}"
-            ) from None
+        if name == "tensorboard":
+            loggers.append(TensorBoardLogger(training.log_dir, name=training.run_name, version=""))
+        else:
+            loggers.append(
+                WandbLogger(project="tinylm", name=training.run_name, save_dir=training.log_dir)
+            )
     return loggers

@@ -5,8 +5,8 @@ loops that count micro-batches (docs/LOG.md). The file itself is tinylm/checkpoi
 """
 
 import logging
-import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def remove_oldest(folder: Path, step: int, keep_last: int | None) -> None:
     found = [path for path in found if checkpoint_format.step_of(path) <= step]
     for path in found[keep_last:]:
         try:
-            os.unlink(path)
+            path.unlink(missing_ok=True)
         except OSError as error:
             logger.warning(f"{path} cannot be removed: {error.strerror}")
 
@@ -77,6 +77,8 @@ class Checkpoints:
     tokenizer: Tokenizer
     fingerprints: dict[str, str]
     """of the data"""
+    hold: Callable[[], object]
+    """called before each save: takes the folder's lock again if the folder was removed"""
     newest: Path | None = None
     """the last checkpoint that this process saved"""
 
@@ -101,6 +103,7 @@ class Checkpoints:
         require_finite_weights(module)
         state = self._state(trainer, module)  # on every rank: all of them gather the shards
         if trainer.is_global_zero:
+            self.hold()
             path = self.folder / f"step-{step:06d}.ckpt"
             checkpoint_format.write(path, state)
             self.newest = path

@@ -1,15 +1,16 @@
 """RunContext: the stage, settings, device and folders of one run, and the lock on those folders."""
 
 import contextlib
+import importlib.util
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tinylm.checkpoint.format import lock_run_dir
+from tinylm.checkpoint.format import RunLock, lock_run_dir
 from tinylm.common.console import LOGGERS
 from tinylm.common.device import keep_freed_memory, pick_device
 from tinylm.common.errors import UserError
@@ -41,6 +42,8 @@ class RunContext:
     stage: str
     config: Config
     device: str
+    locks: tuple[RunLock, ...] = ()
+    """on checkpoint_dir and log_dir, while the run is in `lock`; none on ranks other than 0"""
 
     @classmethod
     def open(cls, stage: str, config: Config) -> "RunContext":
@@ -57,6 +60,11 @@ class RunContext:
                 for handler in logging.getLogger(name).handlers:
                     handler.addFilter(lambda record: False)
         ignore_trainer_variables()
+        for name in config.training.loggers:  # each is the name of its package
+            if importlib.util.find_spec(name) is None:
+                raise UserError(
+                    "training.loggers", f"{name} is not installed", f"pip install {name}"
+                )
         device, why = pick_device(hardware.accelerator, key="hardware.accelerator")
         if device == "cpu":
             keep_freed_memory()
@@ -78,13 +86,22 @@ class RunContext:
         """The folder of the run's checkpoints."""
         return Path(self.config.training.checkpoint_dir)
 
+    def hold(self) -> None:
+        """Take the locks again if a folder was removed during the run.
+
+        Raises:
+            UserError: another process has made the folder, or it cannot be written.
+        """
+        for lock in self.locks:
+            lock.renew()
+
     @property
     def log_dir(self) -> Path:
         """The folder of the run's metrics."""
         return Path(self.config.training.log_dir) / self.config.training.run_name
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator["RunContext"]:
         """Hold both folders for this run; only rank 0 takes the locks, for all ranks.
 
         Raises:
@@ -94,8 +111,9 @@ class RunContext:
             "training.checkpoint_dir": self.checkpoint_dir,
             "training.run_name": self.log_dir,
         }
+        held = []
         with contextlib.ExitStack() as locks:
             if rank_zero_only.rank == 0:
                 for setting, folder in folders.items():
-                    locks.enter_context(lock_run_dir(folder, setting))
-            yield
+                    held.append(locks.enter_context(lock_run_dir(folder, setting)))
+            yield replace(self, locks=tuple(held))

@@ -99,6 +99,8 @@ def run_preflight(stage: Stage, config: Config, args: argparse.Namespace) -> int
     """
     require_supported("plan", config)
     context = RunContext.open(stage.name, config)
+    if args.find_lr or args.overfit_one_batch is not None:
+        stage.find_data(config)
     initial = find_initial_model(config, None)
     if initial is not None:
         if initial.is_hf:

@@ -59,8 +59,7 @@ def train(
         UserError: something that the user can correct, found before the first step.
         Diverged: a loss, the gradient or the weights stopped being finite numbers.
     """
-    context = RunContext.open(stage.name, config)
-    with context.lock():
+    with RunContext.open(stage.name, config).lock() as context:
         resume = find_resume_state(context, options)
         if resume is not None:
             config = resumed_config(config, resume)
@@ -74,6 +73,7 @@ def train(
             if is_complete:
                 logger.info(f"already complete at step {resume.state['step']}: {path}")
                 return print_result(stage, config, path)
+        stage.find_data(config)  # before a model is downloaded or a text is encoded
         initial = find_initial_model(config, resume)
         if initial is not None and resume is None:
             config = initialized_config(config, initial)
@@ -106,7 +106,9 @@ def fit(
         logger.info(f"resuming {resume.path} at step {module.progress.step}")
     signals = StopSignals()
     display = ProgressDisplay(config.training.max_steps)
-    checkpoints = Checkpoints(context.checkpoint_dir, data.tokenizer, data.fingerprints())
+    checkpoints = Checkpoints(
+        context.checkpoint_dir, data.tokenizer, data.fingerprints(), context.hold
+    )
     metrics_file, loggers = None, []
     guard_columns = () if config.training.skip_spikes is None else ("skipped_steps",)
     pass_columns = () if module.rows_per_pass is None else ("passes",)
@@ -121,6 +123,7 @@ def fit(
                 *guard_columns,
             ),
             keep_old=resume is None or not resume.is_in(context.checkpoint_dir),
+            hold=context.hold,
         )
         loggers = build_loggers(config.training)
     step_end = StepEnd(

@@ -25,6 +25,8 @@ class Stage:
 
     name: str
     """recorded in checkpoints"""
+    find_data: Callable[[Config], None]
+    """called first: raises a UserError if data that a setting names are not there"""
     learn_tokenizer: Callable[[Config], Tokenizer]
     """a tokenizer of kind bpe or char, learned from the training data of the settings"""
     open_data: Callable[[RunContext, Tokenizer], RunData]

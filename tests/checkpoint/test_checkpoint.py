@@ -272,8 +272,13 @@ def test_a_pickle_is_refused_and_not_run(
         checkpoint_format.write(path, {"format": checkpoint_format.FORMAT, "bad": RunsCode(target)})
     else:
         path.write_bytes(pickle.dumps(RunsCode(target)) + b"x" * 200)
-    with pytest.raises(DamagedError):
+    refused = (
+        "It was refused: reading such a file can run code that is in it. Use another checkpoint."
+    )
+    problem = "holds more than plain data" if signed else "damaged: not written by this program"
+    with pytest.raises(DamagedError) as caught:
         checkpoint_format.read(path)
+    assert str(caught.value) == f"{path}: {problem}. {refused}"
     assert not target.exists()
 
 

@@ -356,12 +356,12 @@ def test_a_missing_model_is_listed_as_failed(tmp_path, run, save, cases):
         ),
         (
             ["--tasks", "sst2", "--data", "sst2=gone.jsonl"],
-            "--data: gone.jsonl: not found. Give a file of rows, or a folder with train and test.",
+            "--data: gone.jsonl: not found in {cwd}. Give a file of rows, or a folder with train and test.",
         ),
-        (["--cases", "gone.yaml"], "gone.yaml: not found. Give the path of a YAML file."),
+        (["--cases", "gone.yaml"], "gone.yaml: not found in {cwd}. Give the path of a YAML file."),
         (
             ["--lm-eval", "x", "--include-path", "gone"],
-            "--include-path: gone: no such folder. Give the folder with the YAML files of "
+            "--include-path: gone: not found in {cwd}. Give the folder with the YAML files of "
             "the tasks.",
         ),
         (
@@ -374,7 +374,7 @@ def test_a_wrong_flag_is_one_line_before_any_model_is_loaded(run, save, flags, m
     save("a.ckpt")
     code, out, err = run(*flags)
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: {message}")
+    assert err.startswith(f"error: {message.replace('{cwd}', os.getcwd())}")
     assert err.count("\n") == 1
 
 
@@ -412,5 +412,5 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, run, save, cases):
     assert code == 2
     assert (
         err.splitlines()[-1]
-        == f"error: {tmp_path / 'results'}: cannot be written: File exists. Free disk space or change --out."
+        == f"error: {tmp_path / 'results'}: cannot be written: File exists. Change --out, or move the file that is there."
     )

@@ -659,7 +659,7 @@ def test_no_value_of_a_sampling_flag_causes_a_traceback(run, save, name, value):
         ),
         (
             ["--ckpt", "nowhere.ckpt"],
-            "nowhere.ckpt: not found. Give a .ckpt file; `python list.py` lists them.",
+            "nowhere.ckpt: not found in {cwd}. Give a .ckpt file; `python list.py` lists them.",
         ),
         (
             ["--prompt", "\udcff"],
@@ -670,7 +670,7 @@ def test_no_value_of_a_sampling_flag_causes_a_traceback(run, save, name, value):
 )
 def test_a_missing_input_is_named(run, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    assert error_of(run("--prompt", "x", *flags)) == message
+    assert error_of(run("--prompt", "x", *flags)) == message.format(cwd=tmp_path)
 
 
 def test_without_a_prompt_the_program_does_not_wait_for_one(run, monkeypatch):
@@ -717,7 +717,7 @@ def test_a_pickle_is_rejected_and_not_executed(run, tmp_path):
             return (open, (str(made), "w"))
 
     path.write_bytes(pickle.dumps(Evil()))
-    assert "damaged: not a checkpoint file" in error_of(run("--ckpt", path, "--prompt", "x"))
+    assert "reading such a file can run code" in error_of(run("--ckpt", path, "--prompt", "x"))
     assert not made.exists()
 
 

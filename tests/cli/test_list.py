@@ -81,7 +81,7 @@ def test_a_missing_folder_is_one_error_line(
     """The state before the first training run."""
     assert program.main(["--dir", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.endswith(
-        "none: no such folder. Train a model first: python train.py --config config_smoke.yaml.\n"
+        "none: not found. Train a model first: python train.py --config config_smoke.yaml.\n"
     )
 
 

@@ -113,7 +113,7 @@ def test_a_missing_file_and_a_truncated_one_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.gz"
     with pytest.raises(UserError) as caught, reading(path):
         path.read_bytes()
-    assert str(caught.value) == f"{path}: not found. Give a file that can be read."
+    assert str(caught.value) == f"{path}: not found. Give the path of a file that can be read."
     path.write_bytes(gzip.compress(b"text" * 100)[:-9])
     with pytest.raises(UserError) as caught, reading(path), gzip.open(path) as file:
         file.read()

@@ -43,7 +43,7 @@ def test_a_path_that_cannot_be_written_names_its_setting(tmp_path: Path) -> None
     assert caught.value.where == (str(path),)
     assert (
         str(caught.value)
-        == f"{path}: cannot be written: File exists. Free disk space or change --out."
+        == f"{path}: cannot be written: File exists. Change --out, or move the file that is there."
     )
 
 

@@ -362,7 +362,8 @@ def test_a_full_disk_is_an_error(save, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
     with pytest.raises(
         UserError,
-        match="out: the weights could not be written: .*No space left on device .*Free some space",
+        match=r"out: cannot be written: the disk did not take all of it \([\d,]+ bytes are free there\)\. "
+        "Free disk space or change the output path",
     ):
         export_hf(path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [path]

@@ -258,7 +258,7 @@ def test_an_output_that_cannot_be_written_is_a_failure_of_one_line(project, run_
     (project / "output").write_text("a file", encoding="utf-8")
     outcome, [logged] = run_all(step_of(project))
     assert outcome.failed == ("pretrain: a",)
-    problem = "cannot be written: File exists. Free disk space or change --out."
+    problem = "cannot be written: File exists. Change --out, or move the file that is there."
     assert logged == f"pretrain: a: output/a.txt: {problem}"
 
 

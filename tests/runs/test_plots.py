@@ -101,7 +101,7 @@ def test_a_run_without_metrics_is_read_from_its_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nowhere", "no such folder"), ("", "no metrics.csv and no checkpoints")]
+    ("name", "message"), [("nowhere", "not found"), ("", "no metrics.csv and no checkpoints")]
 )
 def test_nothing_to_draw_is_an_error(tmp_path, name, message):
     with pytest.raises(UserError, match=message):

@@ -866,14 +866,17 @@ def test_a_vocabulary_without_an_end_says_where_to_name_one(gpt2_folder):
     )
 
 
+NOT_HERE = f"not found in {os.getcwd()}"
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nothing/here/at/all", "not found"),
-        ("../gpt2", "not found"),
-        ("a b", "not found"),
-        ("x" * 300 + "/y/z", "not found"),
-        (__file__, "is not a folder"),
+        ("nothing/here/at/all", NOT_HERE),
+        ("../gpt2", NOT_HERE),
+        ("a b", NOT_HERE),
+        ("x" * 300 + "/y/z", NOT_HERE),
+        (__file__, "not a folder"),
     ],
 )
 def test_a_path_without_a_tokenizer_is_not_asked_of_the_hub(path, message, monkeypatch):

@@ -86,7 +86,7 @@ def test_train_does_not_replace_what_is_there(tmp_path, capsys):
         ),
         (
             ["--data", "no.txt"],
-            "error: --data: no.txt: not found. Give a file, a folder, a glob, or a dataset on the "
+            "error: --data: no.txt: not found in {cwd}. Give a file, a folder, a glob, or a dataset on the "
             "hub written hf:owner/name.\n",
         ),
     ],
@@ -101,7 +101,7 @@ def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
         "300",
     ]
     assert main(["tokenizer", "train", *given, *change]) == 2
-    assert capsys.readouterr().err == message
+    assert capsys.readouterr().err == message.replace("{cwd}", os.getcwd())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,11 +125,11 @@ def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
         ),
         (
             ["--out", "a.jsonl/mine"],
-            "a.jsonl/mine: cannot be written: File exists. Free disk space or change --out.",
+            "a.jsonl/mine: cannot be written: File exists. Change --out, or move the file that is there.",
         ),
         (
             ["--out", "a.jsonl/b/mine"],
-            "a.jsonl/b/mine: cannot be written: Not a directory. Free disk space or change --out.",
+            "a.jsonl/b/mine: cannot be written: Not a directory. Change --out, or move the file that is there.",
         ),
     ],
 )
@@ -285,7 +285,8 @@ def test_compare_shows_those_it_has_and_names_each_that_it_has_not(tmp_path, cap
     )
     shown = capsys.readouterr()
     assert [line.split()[0] for line in shown.out.splitlines()] == ["text:", "tokenizer", "byte"]
-    problem = "not found. Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."
+    fix = "Give a folder with tokenizer.json, or a Hugging Face name such as gpt2."
+    problem = f"not found in {os.getcwd()}. {fix}"
     assert shown.err == f"error: TOKENIZER: ./none: {problem}\nerror: TOKENIZER: ./nor: {problem}\n"
     assert main(["tokenizer", "compare", "./none", "--data", str(tmp_path / "a.txt")]) == 2
     assert capsys.readouterr().out == ""
@@ -293,7 +294,9 @@ def test_compare_shows_those_it_has_and_names_each_that_it_has_not(tmp_path, cap
 
 def test_show_names_its_argument(capsys):
     assert main(["tokenizer", "show", "./none", "text"]) == 2
-    assert capsys.readouterr().err.startswith("error: TOKENIZER: ./none: not found. Give a folder")
+    assert capsys.readouterr().err.startswith(
+        f"error: TOKENIZER: ./none: not found in {os.getcwd()}. Give a folder"
+    )
 
 
 def test_compare_without_text_is_an_error(tmp_path, capsys):

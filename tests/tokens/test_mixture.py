@@ -242,10 +242,10 @@ def test_a_validation_source_of_its_own_leaves_the_sources_whole(tmp_path, write
     [
         (
             "none.txt",
-            "data.mix[1].dataset: none.txt: not found. Give a file, a folder, a glob, or a Hugging "
+            "data.mix[1].dataset: none.txt: not found in {cwd}. Give a file, a folder, a glob, or a Hugging "
             "Face name written owner/name.",
         ),
-        ("none.bin", "none.bin: not found. Give the path of a file that can be read."),
+        ("none.bin", "none.bin: not found in {cwd}. Give the path of a file that can be read."),
     ],
 )
 def test_a_source_that_is_not_there_is_named_with_its_number(
@@ -259,7 +259,7 @@ def test_a_source_that_is_not_there_is_named_with_its_number(
     ):
         with pytest.raises(UserError) as caught:
             read()
-        assert str(caught.value) == message
+        assert str(caught.value) == message.format(cwd=tmp_path)
 
 
 def test_a_source_shorter_than_a_row_is_named_with_both_counts(tmp_path, write):

@@ -499,7 +499,7 @@ def test_what_a_stage_would_refuse_in_its_turn_is_refused_before_the_first_one(h
     fix = (
         "Give a folder with config.json and model.safetensors, or a Hugging Face name such as gpt2"
     )
-    assert refusal(other) == f"sft.yaml: training.init_from: ./nowhere: not found. {fix}."
+    assert refusal(other) == f"sft.yaml: training.init_from: ./nowhere: not found in {here}. {fix}."
     path = write_pipeline(here, sft={"training": {"init_from": "hf:t5"}})
     reads = "hf:t5 is an encoder-decoder, which has no perplexity on plain text to compare"
     assert (

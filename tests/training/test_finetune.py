@@ -843,12 +843,12 @@ def test_an_adapter_resumes_only_on_its_own_base(
         (
             "whole",
             ["training.init_from=nowhere.ckpt"],
-            "training.init_from: nowhere.ckpt: not found.",
+            "training.init_from: nowhere.ckpt: not found in ",
         ),
         (
             "whole",
             ["training.init_from=hf:./nowhere"],
-            "training.init_from: ./nowhere: not found. Give a folder with config.json and model.safetensors",
+            "training.init_from: ./nowhere: not found in ",
         ),
         (
             "whole",

@@ -24,6 +24,7 @@ models: `check` looks for what no run writes, and `load` turns a state into one.
 
 import contextlib
 import hashlib
+import logging
 import os
 import pickle
 import re
@@ -33,18 +34,29 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 # checkpoint.check is imported at its first use
 from tinylm import checkpoint as checkpoints
 from tinylm.checkpoint.old_schemas import NO_REFERENCES, SCHEMA
-from tinylm.common.errors import UserError, open_regular, read_regular, writing
-from tinylm.common.files import atomic_path
+from tinylm.common.errors import (
+    UserError,
+    first_line,
+    not_found,
+    open_regular,
+    read_regular,
+    why_unwritten,
+    writing,
+)
+from tinylm.common.file_content import START_BYTES
+from tinylm.common.files import atomic_path, remove, temporary_lock
 
 __all__ = ["NO_REFERENCES", "SCHEMA"]  # of old_schemas, for code that writes a state
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "tinylm"
 # A zip file ends with this record of 22 bytes; its last two are the length of the comment after it.
@@ -64,9 +76,9 @@ _LOAD_ERRORS = (
     EOFError,
     struct.error,
     zipfile.BadZipFile,
-    pickle.UnpicklingError,
 )
 _ANOTHER = "Use another checkpoint"
+_FOREIGN_CODE = "It was refused: reading such a file can run code that is in it"
 
 
 class DamagedError(UserError):
@@ -78,29 +90,48 @@ class DamagedError(UserError):
 # --- one file ---
 
 
-def write(path: Path, state: dict[str, Any]) -> None:
+def write(path: Path, state: dict[str, Any], setting: str = "training.checkpoint_dir") -> None:
     """Write `state` to `path`, whole or not at all;
     an older file of that name stays until the new one is on the disk.
+
+    Args:
+        path: the file, in a folder that is created if it does not exist.
+        state: its content.
+        setting: the setting or argument that decides where the file is, for errors.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
+    output = _Output()
     try:
-        with atomic_path(path) as temporary, open(temporary, "w+b") as file:
-            torch.save(state, file)
-            _append_digest(file)
+        with atomic_path(path) as temporary, open(temporary, "w+b") as output.file:
+            torch.save(state, output)
+            _append_digest(output.file)
     except (OSError, RuntimeError) as error:
-        # torch.save turns a failed write inside its zip writer into a RuntimeError
-        # without the reason.
-        why = "the disk did not take all of it"
-        if isinstance(error, OSError) and error.strerror:
-            why = error.strerror
+        why, fix = why_unwritten(output.error or error)
         problem = f"the checkpoint could not be saved: {why} ({_space(path.parent, state)})"
-        fix = (
-            "Free some space or choose another training.checkpoint_dir; "
-            "older checkpoints are unchanged"
-        )
-        raise UserError(path, problem, fix) from error
+        raise UserError(
+            path, problem, f"{fix}; older checkpoints are unchanged", setting
+        ) from error
+
+
+class _Output:
+    """A file for torch.save, whose zip writer turns a failed write into a RuntimeError
+    without the reason.
+    """
+
+    file: IO[bytes]
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _append_digest(file: Any) -> None:
@@ -121,7 +152,7 @@ def _append_digest(file: Any) -> None:
 def _space(folder: Path, state: dict[str, Any]) -> str:
     """The bytes that `state` needs, and those that are free."""
     needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state))
-    if not folder.is_dir():
+    if not os.path.isdir(folder) or not hasattr(os, "statvfs"):
         return f"about {needed} bytes needed"
     return f"about {needed} bytes needed, {shutil.disk_usage(folder).free} free"
 
@@ -148,8 +179,11 @@ def read(path: Path) -> dict[str, Any]:
     verify(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        problem = f"holds more than plain data. {_FOREIGN_CODE}"
+        raise DamagedError(path, problem, _ANOTHER) from None
     except _LOAD_ERRORS as error:
-        why = str(error).splitlines()[0][:120]
+        why = first_line(error)
         raise DamagedError(path, f"not a checkpoint of this program ({why})", _ANOTHER) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         fix = "Use a file that train.py wrote"
@@ -165,10 +199,12 @@ def verify(path: Path) -> None:
     """
     # os.path, unlike pathlib, returns False for a name that is too long.
     if not os.path.isfile(path):
-        problem = "a folder, not a file" if os.path.isdir(path) else "not found"
+        problem = "a folder, not a file" if os.path.isdir(path) else not_found(path)
         raise DamagedError(path, problem, "Give a .ckpt file; `python list.py` lists them")
     try:
         damage = _damage(path)
+    except UserError as error:  # it cannot be opened, or is a file of another kind
+        raise DamagedError(path, error.problem, error.fix) from None
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
         raise DamagedError(path, problem, _ANOTHER) from None
@@ -184,7 +220,7 @@ def _damage(path: Path) -> str | None:
         comment = file.read()
         file.seek(0)
         if size <= _COMMENT_SIZE or not comment.startswith(b"sha256:"):
-            return _looks_like(file.read(200), size)
+            return _looks_like(path, file.read(START_BYTES))
         digest, left = hashlib.sha256(), size - _COMMENT_SIZE
         while left:
             block = file.read(min(left, 1 << 20))
@@ -197,16 +233,14 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def _looks_like(start: bytes, size: int) -> str:
+def _looks_like(path: Path, start: bytes) -> str:
     """A guess at the kind of a file that is not a checkpoint."""
-    if size == 0:
+    if not start:
         return "the file is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself (run `git lfs pull`)"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "an HTML page, not a checkpoint (was the download an error page?)"
+    if start.startswith(b"\x80") or zipfile.is_zipfile(path):
+        return f"not written by this program. {_FOREIGN_CODE}"
     if start.startswith(b"PK"):
-        return "cut short, or not written by this program"
+        return "cut short"
     return "not a checkpoint file"
 
 
@@ -283,29 +317,81 @@ def latest_state(
     return None
 
 
-@contextlib.contextmanager
-def lock_run_dir(folder: Path, setting: str = "training.checkpoint_dir") -> Iterator[None]:
-    """Hold `folder`, the value of `setting`, for this process; the lock ends with the process,
-    also if it is killed.
+class RunLock:
+    """Holds a folder of a run for this process; the lock ends with the process, also by a kill.
 
-    Unfinished files that a killed run left are removed.
+    Args:
+        folder: it is created if it does not exist; unfinished files that a killed run left there
+            are removed.
+        setting: the setting that names it, for errors.
+    """
+
+    def __init__(self, folder: Path, setting: str):
+        self.folder = folder
+        self.setting = setting
+        self._stack = contextlib.ExitStack()
+        self._stat: os.stat_result | None = None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            UserError: another run holds the folder, or it cannot be written.
+        """
+        owner, file = self.folder / ".owner", self.folder / ".lock"
+        try:
+            self._stack.enter_context(temporary_lock(file, self.setting, timeout=0))
+        except Timeout:
+            holder = read_regular(owner).decode() if owner.exists() else "another process"
+            fix = f"Wait for it, or choose another {self.setting}"
+            raise UserError(self.folder, f"in use by {holder}", fix) from None
+        self._stack.callback(self._remove_owner)
+        with writing(self.folder, self.setting):
+            self._stat = file.stat()
+            owner.write_text(_this_process(), encoding="utf-8")
+            for path in self.folder.glob(".*.tmp"):
+                remove(path)
+
+    def renew(self) -> None:
+        """Take the lock again if the folder, or its lock file, was removed while it was held.
+
+        Raises:
+            UserError: as `acquire`.
+        """
+        file = self.folder / ".lock"
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if self._stat is not None and os.path.samestat(file.stat(), self._stat):
+                return
+        logger.warning(f"{self.folder} was removed during the run; it is made again")
+        self.release()
+        self.acquire()
+
+    def release(self) -> None:
+        """End the lock, and remove the folder if it is empty and was created for this run."""
+        self._stack.close()
+        self._stat = None
+
+    def _remove_owner(self) -> None:
+        owner = self.folder / ".owner"
+        with contextlib.suppress(OSError, UserError):  # the folder was removed
+            if read_regular(owner).decode() == _this_process():
+                owner.unlink()
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@contextlib.contextmanager
+def lock_run_dir(folder: Path, setting: str = "training.checkpoint_dir") -> Iterator[RunLock]:
+    """Hold `folder`, the value of `setting`, for this process.
 
     Raises:
         UserError: another run holds it, or it cannot be written.
     """
-    owner, lock = folder / ".owner", FileLock(folder / ".lock", timeout=0)
+    lock = RunLock(folder, setting)
+    lock.acquire()
     try:
-        with writing(folder, setting):
-            folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        with writing(folder, setting):
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-            for path in folder.glob(".*.tmp"):
-                path.unlink()
-        yield
-    except Timeout:
-        holder = read_regular(owner).decode() if owner.exists() else "another process"
-        fix = f"Wait for it, or choose another {setting}"
-        raise UserError(folder, f"in use by {holder}", fix) from None
+        yield lock
     finally:
         lock.release()

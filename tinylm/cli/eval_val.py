@@ -17,7 +17,7 @@ from tinylm.cli.results import Row, cell, print_rows
 from tinylm.cli.subjects import Subject, find_checkpoints
 from tinylm.common.device import pick_device
 from tinylm.common.errors import UserError, printable, writing
-from tinylm.config.loader import load_config
+from tinylm.config.loader import load_config, require_here
 from tinylm.config.schema import Config
 from tinylm.eval.tasks.data import with_data_of_task
 from tinylm.eval.validation import (
@@ -41,6 +41,7 @@ def eval_val(arguments: argparse.Namespace) -> int:
     A checkpoint of several that cannot be scored is a line of its own; the exit code is then 2.
     """
     config = with_data_of_task(load_config(arguments.config, arguments.overrides))
+    require_here(config, arguments.config, "data.")
     out = require_table_format(arguments.out)
     device, reason = pick_device(config.hardware.accelerator, key="hardware.accelerator")
     logger.info("device: %s (%s)", device, reason)

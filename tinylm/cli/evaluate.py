@@ -15,7 +15,7 @@ from pathlib import Path
 from tinylm.cli.results import Results, print_results, write_results
 from tinylm.cli.subjects import OpenedSubject, find_subjects, open_subject
 from tinylm.common.device import pick_device
-from tinylm.common.errors import UserError
+from tinylm.common.errors import UserError, no_folder, not_found
 from tinylm.eval.best_of_n import best_of_n, require_free_text_task
 from tinylm.eval.cases import Case, CasesSummary, evaluate_cases, read_cases
 from tinylm.eval.lm_eval import check_tasks, run_harness
@@ -106,7 +106,7 @@ def read_questions(arguments: argparse.Namespace, device: str) -> Questions:
     if arguments.include_path is not None and not arguments.include_path.is_dir():
         raise UserError(
             ("--include-path", arguments.include_path),
-            "no such folder",
+            no_folder(arguments.include_path),
             "Give the folder with the YAML files of the tasks",
         )
     shots = tuple(sorted({parse_shots(word) for word in arguments.shots or ("0",)}))
@@ -174,7 +174,9 @@ def parse_data(text: str, tasks: tuple[str, ...]) -> tuple[str, Path]:
         )
     if not os.path.exists(path):
         raise UserError(
-            ("--data", path), "not found", "Give a file of rows, or a folder with train and test"
+            ("--data", path),
+            not_found(path),
+            "Give a file of rows, or a folder with train and test",
         )
     return name, Path(path)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tinylm.checkpoint.info import CheckpointInfo, describe, info_row
 from tinylm.common.console import Table, print_table
-from tinylm.common.errors import UserError, printable
+from tinylm.common.errors import UserError, no_folder, printable
 from tinylm.common.units import size
 
 
@@ -24,7 +24,7 @@ def list_checkpoints(arguments: argparse.Namespace) -> int:
     if not os.path.isdir(arguments.dir):
         raise UserError(
             arguments.dir,
-            "no such folder",
+            no_folder(arguments.dir),
             "Train a model first: python train.py --config config_smoke.yaml",
         )
     valid: list[CheckpointInfo] = []

@@ -2,15 +2,19 @@
 and how text from outside is displayed safely.
 """
 
+import errno
 import gzip
 import importlib.util
 import os
+import shutil
 import stat
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
+
+from tinylm.common.file_content import START_BYTES, mismatch
 
 
 class UserError(Exception):
@@ -112,10 +116,60 @@ def writing(path: object, setting: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # not the operating system's, for example a failed download
+        if error.errno is None and type(error) is not OSError:  # for example a failed download
             raise
-        problem = f"cannot be written: {error.strerror}"
-        raise UserError(path, problem, "Free disk space or change {}", setting) from error
+        raise write_error(path, setting, error) from error
+
+
+def write_error(path: object, setting: str, error: Exception) -> UserError:
+    """The error to raise if `path`, which `setting` decides, cannot be written; see `why_unwritten`."""
+    why, fix = why_unwritten(error)
+    folder = os.path.dirname(os.path.abspath(str(path)))
+    if getattr(error, "errno", None) is None and os.path.isdir(folder):
+        why += f" ({shutil.disk_usage(folder).free:,} bytes are free there)"
+    return UserError(path, f"cannot be written: {why}", fix, setting)
+
+
+def why_unwritten(error: Exception) -> tuple[str, str]:
+    """Why a write failed, and how to correct it; `{}` in that is the setting, flag or argument
+    that names the file.
+
+    Args:
+        error: from the operating system, or from a library whose write the operating system refused
+            without telling it why.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    why = "the disk did not take all of it" if number is None else os.strerror(number)
+    return why, _WRITE_FIXES.get(number, "Change {}")
+
+
+_SPACE = "Free disk space or change {}"
+_FILES = "Close other programs, or raise the limit with `ulimit -n 4096`"
+_NOT_A_FOLDER = "Change {}, or move the file that is there"
+# How to correct what the operating system refuses, by its number; `{}` is the setting.
+_WRITE_FIXES = {
+    None: _SPACE,
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: "Raise the limit with `ulimit -f unlimited`, or change {}",
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.EACCES: "Get the permission to write there, or change {}",
+    errno.EPERM: "Get the permission to write there, or change {}",
+    errno.EROFS: "Change {} to a folder that can be written",
+    errno.EIO: "Check the disk, or change {}",
+    errno.ENAMETOOLONG: "Shorten {}",
+    errno.EEXIST: _NOT_A_FOLDER,
+    errno.ENOTDIR: _NOT_A_FOLDER,
+    errno.EISDIR: "Change {}, or move the folder that is there",
+}
+_READ_FIXES = {
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.EACCES: "Get the permission to read it",
+    errno.EPERM: "Get the permission to read it",
+    errno.EIO: "Check the disk, or restore the file from a backup",
+}
 
 
 @contextmanager
@@ -129,13 +183,19 @@ def reading(path: object) -> Iterator[None]:
         problem = f"damaged or truncated gzip data ({error})"
         raise UserError(path, problem, "Download or compress it again") from None
     except OSError as error:
-        raise UserError(path, reason(error), "Give a file that can be read") from None
+        raise read_error(path, error) from None
+
+
+def read_error(path: object, error: OSError) -> UserError:
+    """The error to raise if `path` cannot be read."""
+    fix = _READ_FIXES.get(error.errno or 0, "Give the path of a file that can be read")
+    return UserError(path, reason(error), fix)
 
 
 def reason(error: OSError) -> str:
     """The operating system's reason, in a few words: not found, Permission denied."""
     if isinstance(error, FileNotFoundError):
-        return "not found"
+        return not_found(error.filename)
     return printable(error.strerror or error)
 
 
@@ -173,8 +233,9 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
-    """Raise a UserError unless `path` is a regular file: not for a pipe,
-    a device or a circle of links. For files that another library opens; see `open_regular`.
+    """Raise a UserError unless `path` is a regular file, not a pipe, a device or a circle of links,
+    and its content is of a kind that its name allows. For files that another library opens;
+    see `open_regular`.
     """
     try:
         mode = os.stat(path).st_mode
@@ -182,15 +243,44 @@ def require_regular(path: str | os.PathLike[str]) -> None:
         raise _unreadable(path, error) from None
     if not stat.S_ISREG(mode):
         raise _irregular(path)
+    with reading(path), open(path, "rb", opener=_open_regular) as file:
+        found = mismatch(os.path.basename(path), file.read(START_BYTES))
+    if found is not None:
+        raise UserError(path, *found)
 
 
 def _unreadable(path: object, error: OSError | ValueError) -> UserError:
-    why = reason(error) if isinstance(error, OSError) else error
-    return UserError(path, why, "Give the path of a file that can be read")
+    if isinstance(error, OSError):
+        return read_error(path, error)
+    return UserError(path, error, "Give the path of a file that can be read")
 
 
 def _irregular(path: object) -> UserError:
     return UserError(path, "not a regular file", "Give the path of a file on disk")
+
+
+def not_found(path: object) -> str:
+    """`not found`, for a relative path with the folder that it was looked for in."""
+    return f"not found{looked_in(path)}"
+
+
+def looked_in(path: object) -> str:
+    """` in FOLDER` for a relative path, else nothing."""
+    if not _is_path(path) or os.path.isabs(path):
+        return ""
+    try:
+        return f" in {os.getcwd()}"
+    except FileNotFoundError:
+        return ": the working folder was deleted"
+
+
+def no_folder(path: str | os.PathLike[str]) -> str:
+    """The problem with a path where there is no folder."""
+    return "not a folder" if os.path.lexists(path) else not_found(path)
+
+
+def _is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(value, str | os.PathLike)
 
 
 def require_package(name: str) -> None:

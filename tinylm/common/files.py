@@ -38,7 +38,8 @@ def write_atomic(path: Path, content: str | bytes, setting: str) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write a file or folder at; it becomes `path` at the end of the block.
 
-    If the block raises, what it wrote is removed and the old `path` is unchanged. A file replaces
+    If the block raises, what it wrote is removed, with the folders that were made for it, and the old
+    `path` is unchanged. A file replaces
     the file `path`; a folder is created by the block (`temporary.mkdir()`) and cannot replace one
     that has content. Only one process may write `path` at a time, see `locked`.
 
@@ -48,7 +49,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OSError: `path` cannot be written; `writing` around the block turns it into a UserError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made = make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
     remove(temporary)  # left by a process that was killed
     try:
@@ -57,6 +58,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         with suppress(OSError):  # must not hide the error that ended the block
             remove(temporary)
+        remove_empty(made)
         raise
 
 
@@ -101,7 +103,11 @@ def make_once(
 
 @contextmanager
 def locked(
-    path: Path, setting: str, *, on_wait: Callable[[], object] | None = None
+    path: Path,
+    setting: str,
+    *,
+    timeout: float = -1,
+    on_wait: Callable[[], object] | None = None,
 ) -> Iterator[None]:
     """Hold the lock on making `path`, for one process of this machine;
     it is released when the process dies.
@@ -109,24 +115,73 @@ def locked(
     Args:
         path: the file or folder to be made; the lock is a file beside it, `.NAME.lock`.
         setting: what decides where `path` is, for errors.
+        timeout: seconds to wait for another process that holds the lock; -1: forever.
         on_wait: called before waiting for another process that holds the lock.
 
     Raises:
         UserError: the folder of `path` cannot be written.
+        Timeout: another process still holds the lock.
     """
-    with writing(path, setting):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"))
+    file = path.with_name(f".{path.name}.lock")
+    with temporary_lock(file, setting, timeout=timeout, on_wait=on_wait):
+        yield
+
+
+@contextmanager
+def temporary_lock(
+    path: Path,
+    setting: str,
+    *,
+    timeout: float = -1,
+    on_wait: Callable[[], object] | None = None,
+) -> Iterator[None]:
+    """Hold the lock file `path`. At the end it is removed, and with it each folder
+    that was made for it and is still empty.
+
+    Args:
+        path: the lock file.
+        setting: what decides where it is, for errors.
+        timeout: seconds to wait for another process that holds it; -1: forever.
+        on_wait: called before waiting for another process that holds the lock.
+
+    Raises:
+        UserError: the folder of `path` cannot be written.
+        Timeout: another process still holds the lock.
+    """
+    with writing(path.parent, setting):
+        made = make_folder(path.parent)
+        lock = FileLock(path)
         try:
             lock.acquire(blocking=False)
         except Timeout:
             if on_wait is not None:
                 on_wait()
-            lock.acquire()
+            lock.acquire(timeout=timeout)
+        held = path.stat()
     try:
         yield
     finally:
+        # While it is held: a process that waits for it notices, and locks a new file. An OSError:
+        # it was removed before, or this is Windows, which does not remove an open file.
+        with suppress(OSError):
+            if os.path.samestat(path.stat(), held):
+                path.unlink()
         lock.release()
+        remove_empty(made)
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Create `folder`; the folders that did not exist, the innermost first."""
+    made = [part for part in (folder, *folder.parents) if not os.path.lexists(part)]
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove the folders that are empty, the innermost first."""
+    for folder in folders:
+        with suppress(OSError):  # it is not empty, or another process removed it
+            folder.rmdir()
 
 
 def remove(path: Path) -> None:
@@ -149,5 +204,6 @@ def require_writable(path: Path, setting: str) -> None:
     """
     require_new(path)
     with writing(path, setting):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        made = make_folder(path.parent)
         Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)).rmdir()
+        remove_empty(made)

@@ -5,6 +5,7 @@ itself, the overrides. The merged values are validated by `schema.py`; an error 
 `messages.py`.
 """
 
+import glob
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -14,10 +15,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from tinylm.common.errors import UserError
+from tinylm.common.errors import UserError, not_found
+from tinylm.common.hub import HF_PREFIX
 from tinylm.config.messages import explain
 from tinylm.config.schema import Config, ModelConfig, Section, TokenizerConfig
 from tinylm.config.yaml_file import Layer, override_layer, read_layer
+
+# A config in configs/recipes/ names data/x.txt, which is two folders above.
+LEVELS_ABOVE = 3
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -42,6 +47,41 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
                 values["tokenizer"].pop(name, None)
         _merge(values, layers[-1].values(layers[-1].node))
     return _validated(values, layers)
+
+
+def require_here(config: Config, file: str | Path, sections: str = "") -> None:
+    """Raise a UserError for a relative path in `config` that is missing in the working folder,
+    which it is relative to, but exists beside the config file or in a folder above.
+
+    Args:
+        config: the settings.
+        file: the config file that they are from.
+        sections: how the names of the settings begin that are needed; "": all of them.
+    """
+    named = [
+        ("data.val_dataset", config.data.val_dataset),
+        ("tokenizer.path", config.tokenizer.path),
+        ("training.init_from", config.training.init_from),
+    ]
+    if config.data.mix is None:
+        named.insert(0, ("data.dataset", config.data.dataset))
+    for i, part in enumerate(config.data.mix or ()):
+        named.append((f"data.mix[{i}].dataset", part.dataset))
+    if config.verifier is not None:
+        named.append(("verifier.sampled_from", config.verifier.sampled_from))
+    folders = Path(file).expanduser().resolve().parents[:LEVELS_ABOVE]
+    for setting, name in named:
+        path = (name or "").removeprefix(HF_PREFIX)
+        if name is None or not setting.startswith(sections):
+            continue
+        if os.path.isabs(path) or os.path.lexists(path) or glob.glob(path):
+            continue
+        for folder in folders:
+            found = os.path.join(folder, path)
+            if os.path.exists(found) or glob.glob(found):
+                problem = f"{not_found(path)}, but it is in {folder}"
+                fix = f"Run the command in {folder}, or set {{}} to the whole path"
+                raise UserError((setting, path), problem, fix, setting)
 
 
 def is_text(key: str, kind: Any = Config) -> bool:

@@ -10,19 +10,19 @@ the tokenizer; `gguf` writes one file for other programs.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import Timeout
 
 from tinylm.checkpoint.load import Loaded, load_model
 from tinylm.common import files
-from tinylm.common.errors import UserError, first_line, printable, require_package, writing
-from tinylm.common.files import require_new
+from tinylm.common.errors import UserError, printable, require_package, write_error, writing
+from tinylm.common.files import locked, remove, require_new
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.schema import SamplingConfig
 from tinylm.interchange import conversion
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OUT = "the output path"  # for errors
+SCRATCH = ".tinylm-export"
+"""end of the name of an unfinished export"""
 
 
 @dataclass(frozen=True)
@@ -125,20 +127,33 @@ def save_weights(theirs: PreTrainedModel, folder: Path, out: Path) -> None:
     try:
         theirs.save_pretrained(folder, max_shard_size="1000GB")
     except SafetensorError as error:  # for example, a full disk
-        problem = f"the weights could not be written: {first_line(error)}"
-        raise UserError(out, problem, "Free some space, or choose another folder") from None
+        raise write_error(out, OUT, error) from None
 
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, so that a rename leads there; it is removed at the end."""
-    with writing(out, OUT):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """A new folder beside `out`, so that a rename leads there; it is removed at the end,
+    and by the next export into the folder of `out` if this one is killed.
+    """
+    with locked(out, OUT):
+        require_new(out)  # another export may have made it while this one waited
+        with writing(out, OUT):
+            folder = out.with_name(f".{out.name}{SCRATCH}")
+            remove(folder)
+            remove_killed_exports(out.parent)
+            folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_killed_exports(folder: Path) -> None:
+    """Remove what killed exports left in `folder`; those whose lock is held are at work."""
+    for scratch in folder.glob(f".*{SCRATCH}"):
+        name = scratch.name.removeprefix(".").removesuffix(SCRATCH)
+        with suppress(Timeout), locked(folder / name, OUT, timeout=0):
+            remove(scratch)
 
 
 def publish(made: Path, out: Path) -> None:

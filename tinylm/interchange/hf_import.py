@@ -112,7 +112,8 @@ def import_hf(name: str, out: Path) -> Imported:
             "training": {"seq_len": min(Config().training.seq_len, model.config.max_seq_len)},
         }
     )
-    checkpoint_format.write(out, imported_state(config, tokenizer, model.state_dict()))
+    state = imported_state(config, tokenizer, model.state_dict())
+    checkpoint_format.write(out, state, "OUT.ckpt")
     return Imported(out, theirs.model_type, stored_as, difference, config)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinylm.common.errors import UserError, first_line, require_package, require_regular
+from tinylm.common.errors import UserError, first_line, no_folder, require_package, require_regular
 from tinylm.common.hub import download, is_hub_name, read_json
 from tinylm.config.schema import ModelConfig
 from tinylm.model.hf_model import (
@@ -139,7 +139,7 @@ def require_folder_or_hub_name(name: str) -> None:
         return
     exists = os.path.lexists(name)
     if exists or not is_hub_name(name):
-        problem = "not a folder" if exists else "not found"
+        problem = no_folder(name)
         fix = (
             "Give a folder with config.json and model.safetensors, "
             "or a Hugging Face name such as gpt2"

@@ -19,10 +19,10 @@ from tinylm.common.errors import (
     require_regular,
 )
 from tinylm.config.schema import DataConfig
-from tinylm.text.data_source import find_split
+from tinylm.text.data_source import check_sources, data_sources, find_split
 from tinylm.text.documents import is_blank, jsonl_rows, kind_of, parquet_rows, text_lines
 from tinylm.text.sources import HubDataset, Kinds, files_in
-from tinylm.text.splits import Which
+from tinylm.text.splits import NAMES, Which
 
 LocatedRow = tuple[str, dict[str, Any]]
 """where the row is, for errors, and the row"""
@@ -64,6 +64,13 @@ def read_rows(data: DataConfig, which: Which, seed: int) -> Iterator[LocatedRow]
         lambda located: json.dumps(located[1], sort_keys=True, default=str),
         kind="rows",
     )
+
+
+def find_rows(data: DataConfig, seed: int) -> None:
+    """Raise a UserError if the rows that `data` describes are not there; they are not read yet."""
+    found, _ = resolve_dataset(data)
+    for which in NAMES:
+        check_sources(data_sources(found, which, seed, ROW_FILES))
 
 
 def split_built_in_rows(built_in: Sequence[LocatedRow], which: Which) -> list[LocatedRow]:

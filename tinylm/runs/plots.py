@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinylm.checkpoint import format as checkpoint_format
-from tinylm.common.errors import UserError
+from tinylm.common.errors import UserError, no_folder
 from tinylm.model.decoder import Attention, Decoder
 from tinylm.runs.metrics_csv import read_columns
 
@@ -85,7 +85,7 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     for folder in folders:
         if not folder.is_dir():
             fix = "Give folders with metrics.csv (logs) or with checkpoints"
-            raise UserError(folder, "no such folder", fix)
+            raise UserError(folder, no_folder(folder), fix)
         runs += [read_metrics(path) for path in sorted(folder.rglob("metrics.csv"))]
     names = {run.name for run in runs}
     for folder in folders:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from tinylm.common.errors import UserError
+from tinylm.common.errors import UserError, not_found, require_regular
 from tinylm.common.hub import is_hub_name
 from tinylm.config.schema import DataConfig
 from tinylm.text.sources import (
@@ -129,6 +129,19 @@ def find_split(data: DataConfig, which: Which, seed: int, kinds: Kinds = DOCUMEN
     return source.text_split()
 
 
+def check_sources(sources: Iterable[DataSource]) -> None:
+    """Look at the data before the work for which they are needed.
+
+    Raises:
+        UserError: a file cannot be read or is not what its name says, or a package is not installed.
+    """
+    for source in sources:
+        if source.split is None:
+            require_regular(source.name)
+        else:
+            source.split.text_source.check()
+
+
 def train_documents(data: DataConfig, seed: int, *, skip: int = 0) -> Iterator[str]:
     """The training documents in order, without the first `skip`:
     a resumed stream continues exactly there.
@@ -170,7 +183,7 @@ def _text_split(
     suffixes = (*kinds, *TOKEN_FILES, ".json", ".csv")
     if not is_hub_name(name) or "/" not in name or name.endswith(suffixes):
         fix = "Give a file, a folder, a glob, or a Hugging Face name written owner/name"
-        raise UserError((setting, name), "not found", fix)
+        raise UserError((setting, name), not_found(name), fix)
     if held_out is not None and which == "val" and data.streaming and limit is None:
         problem = "holding documents out of a streamed dataset would read all of it"
         raise UserError("data.val_docs", problem, "Set data.val_docs, for example 1000")

@@ -21,6 +21,7 @@ A worker process imports this file, so it needs neither torch, numpy nor pydanti
 
 import gzip
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -345,14 +346,25 @@ def no_column(where: object, field: str, columns: Iterable[str]) -> UserError:
     return UserError((where, field), problem, fix, "data.text_field")
 
 
+def require_optional(module: str, needed_for: object) -> None:
+    """Raise a UserError if a library that `pip install tinylm` alone does not install
+    is not installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise _not_installed(module, needed_for)
+
+
 def import_optional(module: str, needed_for: object) -> Any:
     """A library that `pip install tinylm` alone does not install."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(
-            needed_for, f"reading it needs {module}", "Install it: pip install datasets"
-        ) from None
+        raise _not_installed(module, needed_for) from None
+
+
+def _not_installed(module: str, needed_for: object) -> UserError:
+    fix = "Install it: pip install datasets"
+    return UserError(needed_for, f"reading it needs {module}", fix)
 
 
 def reject_lone_surrogates(text: str) -> None:

@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 from tinylm.common.errors import (
     UserError,
     first_line,
+    looked_in,
+    not_found,
     open_regular,
     reading,
     reason,
@@ -39,6 +41,7 @@ from tinylm.text.documents import (
     file_documents,
     import_optional,
     no_column,
+    require_optional,
     spans_of,
     text_chunks,
 )
@@ -47,6 +50,8 @@ from tinylm.text.documents import (
 Kinds = tuple[str, ...]
 DOCUMENT_FILES: Kinds = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
 BIN, NPY, DATATROVE = ".bin", ".npy", ".ds"
+# Files of a source that are looked at before the work starts: opening each of many takes minutes.
+CHECKED_FILES = 100
 # Only opening such a file shows whether it is one.
 TOKEN_FILES = (BIN, NPY, DATATROVE)
 
@@ -59,6 +64,15 @@ class LocalFiles:
     paths: tuple[Path, ...]
     field: str
     separator: str | None
+
+    def check(self) -> None:
+        """Raise a UserError if one of the first files is not what its name says,
+        or cannot be read for want of a package.
+        """
+        for path in self.paths[:CHECKED_FILES]:
+            require_regular(path)
+            if path.name.endswith(".parquet"):
+                require_optional("pyarrow", path)
 
     def documents(self) -> Iterator[str]:
         """Every document that is not blank."""
@@ -119,6 +133,10 @@ class HubDataset:
     """the fix of an error if the network fails"""
     setting: str = "data.dataset"
     """the setting or flag that names the dataset"""
+
+    def check(self) -> None:
+        """Raise a UserError if the library of the hub is not installed; the hub is not asked."""
+        require_optional("datasets", self.name)
 
     def documents(self) -> Iterator[str]:
         """Every document that is not blank, in the order of the dataset."""
@@ -248,7 +266,7 @@ def _source_named(
         )
     if not os.path.lexists(name) and not glob.has_magic(name):
         fix = "Give a file, a folder, a glob, or a dataset on the hub written hf:owner/name"
-        raise UserError(where, "not found", fix)
+        raise UserError(where, not_found(name), fix)
     return LocalFiles(name, find_files(name, "--data", DOCUMENT_FILES), field, separator)
 
 
@@ -270,7 +288,7 @@ def find_files(name: str, setting: str, kinds: Kinds) -> tuple[Path, ...]:
     else:
         matches = glob.glob(name, recursive=True)
         found = [Path(path) for path in matches if path.endswith(kinds) and not os.path.isdir(path)]
-        where = "matches"
+        where = f"matches{looked_in(name)}"
     if not found:
         problem = f"no file of a kind with {wanted} {where}"
         raise UserError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from tinylm.common.errors import UserError
-from tinylm.text.sources import TextSource
+from tinylm.text.sources import LocalFiles, TextSource
 
 Which = Literal["train", "val"]
 NAMES: dict[Which, str] = {"train": "training", "val": "validation"}
@@ -61,6 +61,15 @@ class Split:
         """Whether a document of the source is in this split, without regard to the limit."""
         return self.held_out is None or is_held_out(text, *self.held_out) == (self.which == "val")
 
+    def _unseen_separator(self, n_read: int) -> str | None:
+        """The separator of documents if it cannot have occurred, because there are
+        as many documents as files.
+        """
+        source = self.text_source
+        if not isinstance(source, LocalFiles) or n_read > len(source.paths):
+            return None
+        return source.separator
+
     def empty_error(self, n_read: int, kind: str = "documents") -> UserError:
         """The error to raise if none of the `n_read` documents or rows of the source is
         in the split.
@@ -69,9 +78,31 @@ class Split:
             content = "text" if kind == "documents" else kind
             problem = f"no {kind}, only blank lines or nothing at all"
             return UserError(self.text_source.name, problem, f"Give a file with {content}")
+        separator = self._unseen_separator(n_read)
+        if separator is not None:
+            setting = "data.document_separator"
+            problem = (
+                f"'{separator}' does not occur in {self.text_source.name}, "
+                "so each .txt file is one document"
+            )
+            fix = how_to_write(separator, setting)
+            return UserError(setting, problem, f"Set {{}} to what divides documents{fix}", setting)
         found = f"got 0 of {n_read} {kind} (data.val_fraction {self.held_out[0]})"
         fix = f"Give more {kind}, another data.val_fraction, or data.val_dataset"
         return UserError(self.text_source.name, f"{NAMES[self.which]} {found}", fix)
+
+
+def how_to_write(separator: str, setting: str) -> str:
+    r"""How a shell must be given a separator that was typed with a backslash; "" for another one.
+
+    >>> how_to_write("---", "data.document_separator")
+    ''
+    >>> print(how_to_write(r"\n\n", "--separator"))
+    ; for the ends of lines write --separator=$'\n\n' (in YAML "\n\n")
+    """
+    if "\\" not in separator:
+        return ""
+    return f"; for the ends of lines write {setting}=$'{separator}' (in YAML \"{separator}\")"
 
 
 def is_held_out(text: str, fraction: float, seed: int) -> bool:

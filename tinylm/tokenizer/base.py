@@ -25,6 +25,10 @@ from tinylm.text.documents import reject_lone_surrogates
 # Characters of a stream of text that are encoded together.
 STREAM_CHARACTERS = 2**14
 
+# End-of-text tokens of published tokenizers, in the order in which they are tried
+# if the files of a tokenizer do not name one.
+WELL_KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+
 AllowedSpecial = Collection[str] | Literal["all"]
 
 

@@ -16,15 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.common.errors import UserError, catch_panics, first_line, require_regular
+from tinylm.common.errors import (
+    UserError,
+    catch_panics,
+    first_line,
+    no_folder,
+    require_regular,
+)
 from tinylm.common.hub import download, is_hub_name, read_json, read_utf8
+from tinylm.tokenizer.base import WELL_KNOWN_EOS
 from tinylm.tokenizer.hf import HFTokenizer, read_backend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
-# End-of-text tokens of published tokenizers, tried if a tokenizer's files do not name one.
-WELL_KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 # Vocabularies that transformers can convert to a tokenizer.json: SentencePiece's, WordPiece's and
 # tiktoken's.
 OLDER_VOCABULARIES = ("*.model", "vocab.txt", "*.tiktoken")
@@ -52,7 +57,7 @@ def load_hf_tokenizer(path: str) -> HFTokenizer:
     if os.path.lexists(path) or not is_hub_name(path):
         raise UserError(
             ("tokenizer.path", path),
-            "is not a folder" if os.path.lexists(path) else "not found",
+            no_folder(path),
             "Give a folder with tokenizer.json, or a Hugging Face name such as gpt2",
         )
     fix = "Give a local folder with tokenizer.json, or vocab.json and merges.txt"

@@ -13,9 +13,11 @@ interruptions. Memory holds a few chunks.
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from tinylm.common.processes import in_order
 from tinylm.text import documents
 from tinylm.text.documents import SeparatorSeen, SpanChunk, TextChunk
 from tinylm.text.splits import Split
-from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.base import WELL_KNOWN_EOS, Tokenizer
 from tinylm.tokenizer.factory import tokenizer_from_plain
 from tinylm.tokens.token_file import VERSION, TokenFile, checked_tokens, token_dtype
 from tinylm.tokens.token_file_writer import TokenFileWriter
@@ -162,6 +164,8 @@ class EncodedChunk:
     spelled: list[int]
     """numbers of the documents whose text contains the name of the end-of-text token
     as characters"""
+    marked: list[tuple[int, str]]
+    """numbers of the documents with the end mark of another tokenizer, and the mark"""
     separated: bool
     """whether a separator was found"""
     error: UserError | None
@@ -203,7 +207,10 @@ class Encoder:
         encoded = EncodedDocuments(np.concatenate(tokens), np.concatenate(ends))
         eos_name = self.tokenizer.special_names[self.tokenizer.eos_id]
         spelled = [number for number, text in enumerate(texts) if eos_name in text]
-        return EncodedChunk(encoded, n_read, chunk.size, spelled, found.seen, error)
+        marked = []
+        for number, text in enumerate(texts):
+            marked.extend((number, mark) for mark in end_marks(text) if mark != eos_name)
+        return EncodedChunk(encoded, n_read, chunk.size, spelled, marked, found.seen, error)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _encoder, (self.tokenizer.to_plain(), self.max_doc_len, self.split)
@@ -211,6 +218,24 @@ class Encoder:
 
 def _encoder(plain: dict[str, Any], max_doc_len: int | None, split: Split) -> Encoder:
     return Encoder(tokenizer_from_plain(plain), max_doc_len, split)
+
+
+def end_marks(text: str) -> list[str]:
+    """The end marks of published tokenizers that begin or end a line of `text`,
+    as between the documents of a corpus; inside a line they are its content.
+
+    >>> end_marks("One.</s>\\nTwo.</s>"), end_marks("<s>struck</s> through")
+    (['</s>'], [])
+    """
+    if "<" not in text:  # as all of them have: a search for one character is much faster
+        return []
+    found = [mark for mark in WELL_KNOWN_EOS if mark in text]
+    return [mark for mark in found if _at_border(mark).search(text)]
+
+
+@cache
+def _at_border(mark: str) -> re.Pattern[str]:
+    return re.compile(rf"(?m)^{re.escape(mark)}|{re.escape(mark)}$")
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -308,6 +333,7 @@ def _append(writer: TokenFileWriter, spec: EncodeSpec, encoded: EncodedChunk) ->
         batch.ends,
         read=encoded.n_read,
         spelled=sum(number < len(batch.ends) for number in encoded.spelled),
+        marks=Counter(mark for number, mark in encoded.marked if number < len(batch.ends)),
         separated=encoded.separated,
     )
     return full

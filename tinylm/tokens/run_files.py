@@ -19,7 +19,7 @@ from tinylm.common.files import locked
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import DataSource, data_sources
 from tinylm.text.sources import BIN
-from tinylm.text.splits import NAMES, Which
+from tinylm.text.splits import NAMES, Which, how_to_write
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import EncodeSpec, encode_file
 from tinylm.tokens.id_arrays import open_tokens
@@ -162,9 +162,15 @@ def notes_on_text(
             f"{eos} in their text, where it is only characters and ends nothing. If it separates "
             f"documents of a .txt file, set {setting} to '{eos}'"
         )
+    for mark, n_marked in header.end_marks.items():
+        notes.append(
+            f"warning: {name}: {n_marked:,} of {header.documents:,} documents contain {mark} at "
+            "the border of a line. It is not the end-of-text token of this tokenizer, so it is "
+            f"only characters. If it separates documents of a .txt file, set {setting} to '{mark}'"
+        )
     if header.unseparated:
         notes.append(
             f"warning: {name}: {setting} '{separator}' does not occur in it, so each .txt file is "
-            "one document"
+            f"one document{how_to_write(separator or '', setting)}"
         )
     return notes

@@ -76,6 +76,8 @@ class TokenFileHeader(BaseModel):
     """UTF-8 bytes of the text of the tokens"""
     spelled_eos: int = Field(default=0, ge=0)
     """documents whose text contains the name of the end-of-text token as characters"""
+    end_marks: dict[str, int] = Field(default={})
+    """end marks of other tokenizers, and how many documents contain each as characters"""
     unseparated: bool = False
     """whether a separator was given that does not occur in the text"""
     source: str

@@ -7,6 +7,8 @@ import hashlib
 import os
 import shutil
 import time
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
@@ -48,6 +50,8 @@ class WriterState(BaseModel):
     tokens: int = Field(default=0, ge=0)
     spelled_eos: int = Field(default=0, ge=0)
     """documents whose text contains the name of the end-of-text token as characters"""
+    end_marks: dict[str, int] = Field(default={})
+    """end marks of other tokenizers, and how many documents contain each"""
     separated: bool = False
     """whether a separator was found"""
 
@@ -152,6 +156,7 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
         *,
         read: int = 0,
         spelled: int = 0,
+        marks: Mapping[str, int] | None = None,
         separated: bool = False,
     ) -> None:
         """Add a chunk.
@@ -161,6 +166,7 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
             ends: (d,) where each document ends in `tokens`.
             read: documents that were read for it, also those of the other split.
             spelled: documents whose text contains the name of the end-of-text token as characters.
+            marks: how many documents contain each end mark of another tokenizer.
             separated: whether a separator was found.
         """
         state = self.state
@@ -177,6 +183,7 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
                 "documents": state.documents + len(ends),
                 "tokens": state.tokens + len(tokens),
                 "spelled_eos": state.spelled_eos + spelled,
+                "end_marks": dict(Counter(state.end_marks) + Counter(marks or {})),
                 "separated": state.separated or separated,
             }
             self.state = state.model_copy(update=changes)
@@ -219,6 +226,7 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
                 text_fingerprint,
                 state.recipe,
                 spelled_eos=state.spelled_eos,
+                end_marks=state.end_marks,
                 unseparated=unseparated,
             )
             line = MAGIC + built.model_dump_json(exclude_defaults=True).encode()

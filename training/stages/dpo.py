@@ -49,7 +49,7 @@ from training.resume import ResumeState, require_same_model
 from training.stage import Stage
 from training.stages.pretrain import learn_tokenizer
 from training.stages.reference_log_probs import cached_log_probs, pair_log_probs
-from training.stages.sft import inspect_examples, log_contents
+from training.stages.sft import find_data, inspect_examples, log_contents
 
 logger = logging.getLogger(__name__)
 
@@ -337,6 +337,7 @@ def add_cached_reference(
 
 DPO = Stage(
     name="dpo",
+    find_data=find_data,
     learn_tokenizer=learn_tokenizer,
     open_data=open_data,
     build_module=build_module,

@@ -10,6 +10,8 @@ from tinylm.common.console import progress_bar
 from tinylm.common.errors import UserError
 from tinylm.common.units import short
 from tinylm.config.schema import Config
+from tinylm.text.data_source import check_sources, data_sources
+from tinylm.text.splits import NAMES as WHICH
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.run_files import name_of, notes_on_text
 from training.build import build_language_model
@@ -30,6 +32,12 @@ def learn_tokenizer(config: Config) -> Tokenizer:
         found = f"{tokenizer.vocab_size} tokens, not {settings.vocab_size}"
         logger.info(f"tokenizer: {found}: every word of this text already is one token")
     return tokenizer
+
+
+def find_data(config: Config) -> None:
+    """Raise a UserError if a source of documents is not there or cannot be read."""
+    for which in WHICH:
+        check_sources(data_sources(config.data, which, config.training.seed))
 
 
 def open_data(context: RunContext, tokenizer: Tokenizer) -> PretrainData:
@@ -98,6 +106,7 @@ def check_documents(data: PretrainData) -> None:
 
 PRETRAIN = Stage(
     name="pretrain",
+    find_data=find_data,
     learn_tokenizer=learn_tokenizer,
     open_data=open_data,
     open_rows=open_rows,

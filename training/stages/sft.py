@@ -18,7 +18,7 @@ from tinylm.eval.tasks.data import SMOKE, conversation_parser, requested_built_i
 from tinylm.eval.tasks.table import TASKS
 from tinylm.model.hf_model import HFSeq2Seq
 from tinylm.rows.inspect import InspectedRow
-from tinylm.rows.row_files import resolve_dataset
+from tinylm.rows.row_files import find_rows, resolve_dataset
 from tinylm.rows.sft import (
     build_examples,
     count_shared_examples,
@@ -165,6 +165,12 @@ def inspect_examples(
     return InspectedRow(f"{heading}: {locations}", inputs, labels, documents)
 
 
+def find_data(config: Config) -> None:
+    """Raise a UserError if the rows are not there or cannot be read."""
+    if not requested_built_in_rows(config.data):
+        find_rows(config.data, config.training.seed)
+
+
 def open_data(context: RunContext, tokenizer: Tokenizer) -> SFTData:
     """The rows of both splits, read and encoded; logs their number and the skipped rows."""
     data = SFTData(context.config, tokenizer)
@@ -213,6 +219,7 @@ def build_module(
 
 SFT = Stage(
     name="sft",
+    find_data=find_data,
     learn_tokenizer=learn_tokenizer,
     open_data=open_data,
     build_module=build_module,

@@ -41,7 +41,7 @@ from training.build import build_initial
 from training.context import RunContext
 from training.resume import ResumeState
 from training.stage import Stage
-from training.stages.sft import log_contents
+from training.stages.sft import find_data, log_contents
 from training.support import require_supported
 from training.tokenizer import learn_from_texts
 
@@ -275,6 +275,7 @@ def build_module(
 
 VERIFIER = Stage(
     name="verifier",
+    find_data=find_data,
     learn_tokenizer=learn_verifier_tokenizer,
     open_data=open_data,
     build_module=build_module,

@@ -207,21 +207,21 @@ class PretrainData(RunData):
         # A random row may start at any token.
         stride = 1 if data.order == "random" else data.stride or training.seq_len
         collate = row_collate(self.tokenizer, training.seq_len, document_mask=data.document_mask)
-        sources = [
+        rows = [  # of each source
             TokenRows(file, training.seq_len, stride, self.tokenizer.pad_id)
             for file in self.train_files
         ]
         orders = [
-            RowOrder(data.order, len(rows), training.seed, number)
-            for number, rows in enumerate(sources)
+            RowOrder(data.order, len(of_source), training.seed, number)
+            for number, of_source in enumerate(rows)
         ]
         if data.mix is None:  # every place of the run is of the one source
-            return RowDataset(sources[0], orders[0], collate, share)
+            return RowDataset(rows[0], orders[0], collate, share)
         mixture = tokens.mixture
         weights = [part.weight for part in data.mix]
         allocation = mixture.Allocation(weights, training.seed)
         order = partial(mixture.mixture_row, allocation, orders)
-        return RowDataset(mixture.MixtureRows(sources), order, collate, share)
+        return RowDataset(mixture.MixtureRows(rows), order, collate, share)
 
     def rows_per_pass(self) -> float | None:
         """Of all sources together; random rows are a pass when they have as many tokens."""

@@ -59,16 +59,16 @@ WORDS = [
 
 
 def write_token_file(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> None:
-    """Writes documents as a token file, a document a portion."""
-    write_portions(path, encode_documents(documents, tokenizer, None), tokenizer)
+    """Writes documents as a token file, a document in each chunk."""
+    write_token_chunks(path, encode_documents(documents, tokenizer, None), tokenizer)
 
 
-def write_portions(path: Path, portions: Iterable[np.ndarray], tokenizer: Tokenizer) -> None:
+def write_token_chunks(path: Path, chunks: Iterable[np.ndarray], tokenizer: Tokenizer) -> None:
     """Writes the tokens of documents, each closed by EOS, as a token file."""
-    with locked(path, "data.cache_dir"), TokenFileWriter(path, tokenizer, "test") as draft:
-        for tokens in portions:
-            draft.append(tokens, np.array([len(tokens)]))
-        draft.finish("test")
+    with locked(path, "data.cache_dir"), TokenFileWriter(path, tokenizer, "test") as writer:
+        for tokens in chunks:
+            writer.append(tokens, np.array([len(tokens)]))
+        writer.finish("test")
 
 
 def val_documents(data: DataConfig, seed: int) -> Iterator[str]:

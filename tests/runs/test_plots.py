@@ -211,8 +211,8 @@ def test_attention_maps_are_the_weights_of_the_model(options):
     assert maps.shape == (2, 4, 7, sinks + 7)
     torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 4, 7))
     assert not maps[..., sinks:].triu(1).any()
-    for weights, (layer, x, sight), output in zip(maps, inputs, outputs, strict=True):
-        values = layer.project(x, sight)[2].repeat_interleave(4 // model.config.n_kv_heads, dim=1)
+    for weights, (layer, x, context), output in zip(maps, inputs, outputs, strict=True):
+        values = layer.project(x, context)[2].repeat_interleave(4 // model.config.n_kv_heads, dim=1)
         torch.testing.assert_close(
             layer.out((weights @ values).transpose(1, 2).reshape(1, 7, -1)),
             output,

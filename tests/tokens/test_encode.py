@@ -49,7 +49,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
-def recipe_of(*paths: Path, **options) -> EncodeSpec:
+def spec_of(*paths: Path, **options) -> EncodeSpec:
     """All documents of some files."""
     split = Split(
         "train",
@@ -567,10 +567,10 @@ def test_an_error_in_a_portion_names_the_line_of_the_file(write, small_portions)
     """Line 31 of the file is the first of some chunk; each line before it has 11 bytes."""
     path = write("a.jsonl", '{"text":1}\n'.replace("1", '"a"') * 30 + '{"text": 5}\n')
     with pytest.raises(UserError, match=r"a.jsonl:31: text: expected a string, found a number"):
-        encode_file(path.with_suffix(".bin"), recipe_of(path))
+        encode_file(path.with_suffix(".bin"), spec_of(path))
     path = write("a.txt", b"0123456789\n" * 30 + b"ab\xff\n")
     with pytest.raises(UserError, match=r"a.txt:31: not UTF-8 text: byte 0xff at offset 332"):
-        encode_file(path.with_suffix(".bin"), recipe_of(path))
+        encode_file(path.with_suffix(".bin"), spec_of(path))
 
 
 def corpus_of_all_kinds(folder: Path, texts: list[str]) -> list[Path]:
@@ -602,7 +602,7 @@ def test_any_documents_come_back_from_the_file_in_their_order(tmp_path, small_po
     paths = corpus_of_all_kinds(tmp_path, texts)
     expected = [text for text in texts if text and not text.isspace()]
     if expected:
-        encode_file(tmp_path / "out.bin", recipe_of(*paths))
+        encode_file(tmp_path / "out.bin", spec_of(*paths))
         found = documents_in(tmp_path / "out.bin")
         assert found[: 3 * len(expected)] == 3 * expected
         assert found == list(sources_named([str(path) for path in paths], "text", None).documents())
@@ -618,9 +618,9 @@ def test_any_number_of_processes_makes_the_same_bytes(
     paths = corpus_of_all_kinds(
         tmp_path, [f"document {i} " + "x" * (i % 13) + "\né" for i in range(30)]
     )
-    encode_file(tmp_path / "1.bin", recipe_of(*paths, **dict(options)))
+    encode_file(tmp_path / "1.bin", spec_of(*paths, **dict(options)))
     monkeypatch.setattr(encode, "WORTH_PROCESSES", 1)
-    encode_file(tmp_path / "3.bin", recipe_of(*paths, **dict(options)), processes=3)
+    encode_file(tmp_path / "3.bin", spec_of(*paths, **dict(options)), processes=3)
     assert (tmp_path / "1.bin").read_bytes() == (tmp_path / "3.bin").read_bytes()
     assert TokenFile.open(tmp_path / "1.bin").header.documents == options.get("limit", 120)
 
@@ -643,17 +643,17 @@ def test_an_error_behind_the_limit_is_not_met(write, tmp_path, processes, name, 
     monkeypatch.setattr(encode, "WORTH_PROCESSES", 1)
     rows = b'{"text": "one"}\n{"text": "two"}\n3\n'
     path = write(name, gzip.compress(rows) if name.endswith(".gz") else rows)
-    encode_file(tmp_path / "a.bin", recipe_of(path, limit=2), processes=processes)
+    encode_file(tmp_path / "a.bin", spec_of(path, limit=2), processes=processes)
     assert documents_in(tmp_path / "a.bin") == ["one", "two"]
     with pytest.raises(UserError, match=f"{name}:3: expected an object"):
-        encode_file(tmp_path / "b.bin", recipe_of(path, limit=3), processes=processes)
+        encode_file(tmp_path / "b.bin", spec_of(path, limit=3), processes=processes)
 
 
 def test_a_document_that_cannot_be_encoded_is_counted_from_the_first_of_the_source(
     write, small_portions
 ):
     path = write("a.txt", "ab\n" * 50 + "aQ\n")
-    recipe = EncodeSpec(
+    spec = EncodeSpec(
         Split("train", sources_named([str(path)], "text", None), None, None),
         CharTokenizer("ab", unknown="error"),
         label="a.txt:",
@@ -662,13 +662,13 @@ def test_a_document_that_cannot_be_encoded_is_counted_from_the_first_of_the_sour
         UserError,
         match=r"a.txt: document 51: position 1: the character 'Q' \(U\+0051\) is not one of",
     ):
-        encode_file(path.with_suffix(".bin"), recipe)
+        encode_file(path.with_suffix(".bin"), spec)
 
 
 def test_nothing_to_encode_is_an_error_and_no_file(write, tmp_path):
     path = write("corpus/a.txt", "\n \n")
     with pytest.raises(UserError) as caught:
-        encode_file(tmp_path / "a.bin", recipe_of(path))
+        encode_file(tmp_path / "a.bin", spec_of(path))
     assert (
         str(caught.value)
         == f"{path}: no documents, only blank lines or nothing at all. Give a file with text."
@@ -679,7 +679,7 @@ def test_nothing_to_encode_is_an_error_and_no_file(write, tmp_path):
 def test_progress_counts_bytes_of_the_text(write, tmp_path, small_portions):
     path = write("a.txt", "123456789\n" * 10)
     seen: list[tuple[str, int, int]] = []
-    encode_file(tmp_path / "a.bin", recipe_of(path), on_progress=lambda *at: seen.append(at))
+    encode_file(tmp_path / "a.bin", spec_of(path), on_progress=lambda *at: seen.append(at))
     assert seen == [("encoding, bytes", 50, 100), ("encoding, bytes", 100, 100)]
 
 
@@ -910,10 +910,10 @@ def test_a_count_of_spelled_ends_survives_an_interruption(write, tmp_path, small
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_file(tmp_path / "a.bin", recipe_of(path), on_progress=stop)
-    encode_file(tmp_path / "a.bin", recipe_of(path))
+        encode_file(tmp_path / "a.bin", spec_of(path), on_progress=stop)
+    encode_file(tmp_path / "a.bin", spec_of(path))
     assert TokenFile.open(tmp_path / "a.bin").header.spelled_eos == 10
-    encode_file(tmp_path / "b.bin", recipe_of(path))
+    encode_file(tmp_path / "b.bin", spec_of(path))
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
@@ -1238,7 +1238,7 @@ def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(interrupted, tmp_path):
     assert interrupted(0, 0, "--processes", 1, "--resume")[0] == 0
     resumed = (tmp_path / "a.bin").read_bytes()
     (tmp_path / "a.bin").unlink()
-    encode_file(tmp_path / "a.bin", recipe_of(tmp_path / "a.txt"))
+    encode_file(tmp_path / "a.bin", spec_of(tmp_path / "a.txt"))
     assert (tmp_path / "a.bin").read_bytes() == resumed
 
 
@@ -1256,7 +1256,7 @@ def test_killed_five_times_and_resumed_the_file_is_that_of_one_run(
         assert not (tmp_path / "a.bin").exists()
     assert json.loads((tmp_path / ".a.bin.part/state.json").read_bytes())["portions"] > 20
     assert interrupted(0, 0, "--processes", processes, "--resume")[0] == 0
-    encode_file(tmp_path / "clean.bin", recipe_of(tmp_path / "a.txt"))
+    encode_file(tmp_path / "clean.bin", spec_of(tmp_path / "a.txt"))
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "clean.bin").read_bytes()
     assert names(tmp_path) == ["a.bin", "a.txt", "clean.bin"]
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import write_portions, write_token_file
+from tests.conftest import write_token_chunks, write_token_file
 from tinylm.common.errors import UserError
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
@@ -342,7 +342,7 @@ def test_a_source_that_breaks_leaves_no_file_and_keeps_the_old_one(token_file, t
     before = token_file.read_bytes()
     for path in (token_file, tmp_path / "new.bin"):
         with pytest.raises(UserError, match="the source broke"):
-            write_portions(path, broken(), BYTES)
+            write_token_chunks(path, broken(), BYTES)
     assert (names(tmp_path), token_file.read_bytes()) == (["train.bin"], before)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -421,7 +422,7 @@ def test_every_other_program_says_that_it_is_no_model(
         make(training={"init_from": str(final), "checkpoint_dir": str(tmp_path / "b")}), capsys
     )
     assert list_program.main(["--dir", str(final.parent)]) == 0
-    assert "final.ckpt" in (out := capsys.readouterr().out) and " verifier " in out
+    assert re.search(r"step-000001.ckpt \(best, final, last\) +verifier ", capsys.readouterr().out)
     with pytest.raises(
         UserError,
         match=r"must be a verifier, got a language model \(stage pretrain\). Train a verifier: python finetune.py",

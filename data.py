@@ -25,7 +25,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-# tokens.mixture and tokens.stream are imported at their first use
+# tokens.mixture, tokens.stream and tokens.workers are imported at their first use
 from tinylm import tokens
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
@@ -110,14 +110,15 @@ class RunData(L.LightningDataModule):
         n_workers = self.config.data.num_workers
         dataset = self.train_dataset()
         steps = range(self.first_batch, training.max_steps * training.grad_accum_steps)
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=None if isinstance(dataset, IterableDataset) else steps,
-            num_workers=n_workers,
-            persistent_workers=n_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=start_worker,
+        settings: dict[str, Any] = {
+            "batch_size": None,
+            "sampler": None if isinstance(dataset, IterableDataset) else steps,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        if not n_workers:
+            return DataLoader(dataset, **settings)
+        return tokens.workers.WorkerLoader(
+            dataset, num_workers=n_workers, worker_init_fn=start_worker, **settings
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:

@@ -474,6 +474,7 @@ def test_a_path_of_one_machine_is_recognised(text, found):
 # the system. Everything else could wait forever for the writer of a pipe.
 READERS = {
     "tinylm/checkpoint/format.py": {"torch.load"},  # after `verify`
+    "tinylm/cli/program.py": {"open"},  # /proc
     "tinylm/common/console.py": {"os.open"},  # the null device
     "tinylm/common/errors.py": {"open", "os.open"},
     "tinylm/common/platform.py": {"os.open"},  # to sync what this program wrote

@@ -21,7 +21,7 @@ from torch import nn
 
 from data import PretrainData
 from tinylm.common.console import Table, print_table, progress_bar
-from tinylm.common.errors import Diverged, UserError
+from tinylm.common.errors import Diverged, UserError, is_out_of_memory
 from tinylm.common.units import duration, short, size
 from tinylm.config.schema import Config
 from tinylm.model.decoder import Decoder
@@ -34,7 +34,7 @@ from tinylm.planning.memory_plan import (
     suggest_overrides,
     with_settings,
 )
-from tinylm.planning.out_of_memory import explain_out_of_memory, is_out_of_memory
+from tinylm.planning.out_of_memory import explain_out_of_memory
 from tinylm.planning.probes import (
     LEARNED,
     RANGE_STEPS,

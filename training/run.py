@@ -19,7 +19,7 @@ from tinylm.common.errors import Diverged, UserError, printable
 from tinylm.common.platform import signal_name
 from tinylm.common.units import duration
 from tinylm.config.schema import Config, DataConfig
-from tinylm.planning.out_of_memory import explain_out_of_memory
+from tinylm.planning.out_of_memory import explain_out_of_memory, require_memory
 from tinylm.runs.metrics_csv import MetricsFile
 from training.build import build_loggers, build_trainer, describe_model
 from training.callbacks import Metrics, ProgressDisplay, Sample, StepEnd, StopSignals, Validation
@@ -77,6 +77,8 @@ def train(
         initial = find_initial_model(config, resume)
         if initial is not None and resume is None:
             config = initialized_config(config, initial)
+        if initial is None and stage.name == "pretrain":
+            require_memory(config, context.device)
         tokenizer, config = prepare_tokenizer(config, resume, initial, stage.learn_tokenizer)
         context = replace(context, config=config)
         data = stage.open_data(context, tokenizer)

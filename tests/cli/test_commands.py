@@ -1,5 +1,6 @@
 """All programs and commands: --help, and what `python -m tinylm` does beyond the library."""
 
+import errno
 import io
 import re
 import signal
@@ -7,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import list as list_program
 from tinylm.__main__ import COMMANDS, main
@@ -134,3 +137,35 @@ def test_a_setting_written_as_a_flag_is_named(words, hint, capsys):
         parser.parse_intermixed_args(["--config", "c.yaml", *words])
     message = f"error: unrecognized arguments: {hint} See python train.py --help.\n"
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        np.zeros,
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_a_lack_of_memory_anywhere_is_one_line(error, capsys):
+    """C7: at the edge of every program, whatever it was doing."""
+
+    def body() -> int:
+        if error is np.zeros:
+            np.zeros((2**30, 2**20))
+        raise error
+
+    assert run_program(body, debug=False) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory: ")
+    assert line.endswith("number of samples smaller. Saved checkpoints are unchanged.")
+
+
+def test_another_runtime_error_keeps_its_traceback():
+    def body() -> int:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_program(body, debug=False)

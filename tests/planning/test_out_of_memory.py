@@ -5,7 +5,8 @@ import torch
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
-from tinylm.planning.memory_plan import with_settings
+from tinylm.planning import out_of_memory
+from tinylm.planning.memory_plan import plan_run, with_settings
 from tinylm.planning.out_of_memory import explain_out_of_memory
 
 CPU_ERROR = (
@@ -20,6 +21,7 @@ CPU_ERROR = (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
         RuntimeError(CPU_ERROR),
         RuntimeError("MPS backend out of memory"),
+        MemoryError("Unable to allocate 1.9 TiB for an array with shape (1000000, 256)"),
     ],
 )
 @pytest.mark.parametrize(
@@ -61,3 +63,43 @@ def test_another_error_keeps_its_traceback():
         explain_out_of_memory(Config(), "All is well"),
     ):
         raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"model.d_model": 30000}, "Lower model.d_model, model.n_layers or model.vocab_size"),
+        ({"training.micro_batch_size": 10**6}, "Lower training.micro_batch_size or training"),
+    ],
+)
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch, changes, fix):
+    """With 1.5 GB: 30000² · 6 layers · 12 matrices need terabytes; so do 256 million tokens."""
+    monkeypatch.setattr(out_of_memory, "available_bytes", lambda device: 1_500_000_000)
+    out_of_memory.require_memory(Config(), "cpu")
+    with pytest.raises(
+        UserError, match=f"^memory: a step needs at least .* but only 1.5 GB .*{fix}"
+    ):
+        out_of_memory.require_memory(with_settings(Config(), changes), "cpu")
+
+
+def test_the_bound_is_below_what_a_step_needs():
+    """A run that fits is never refused: the traced peak is higher than the bound."""
+    for changes in ({"model.tie_embeddings": False}, {"training.optimizer": "muon"}):
+        config = with_settings(Config(), {"model.vocab_size": 260, "model.n_layers": 2} | changes)
+        planned = plan_run(config, "cpu")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(out_of_memory, "available_bytes", lambda device, n=planned.peak: n)
+            out_of_memory.require_memory(config, "cpu")
+            patch.setattr(out_of_memory, "available_bytes", lambda device, n=planned.weights: n)
+            with pytest.raises(UserError, match="^memory: "):
+                out_of_memory.require_memory(config, "cpu")
+
+
+def test_a_killed_worker_is_one_line():
+    killed = "DataLoader worker (pid 7) is killed by signal: Killed. \n Details are lost."
+    with pytest.raises(UserError) as caught, explain_out_of_memory(Config(), "All is well"):
+        raise RuntimeError(killed)
+    assert str(caught.value) == (
+        "data.num_workers: a worker process was killed, possibly out of memory: DataLoader worker "
+        "(pid 7) is killed by signal: Killed. Free memory, or lower data.num_workers. All is well."
+    )

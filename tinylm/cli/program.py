@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tinylm.common.console import lead_nowhere, log_to_stderr, open_streams, say
-from tinylm.common.errors import Diverged, UserError, printable
+from tinylm.common.errors import Diverged, UserError, first_line, is_out_of_memory, printable
 from tinylm.common.platform import STOP_SIGNALS, accept_ctrl_c
+from tinylm.common.units import size
 
 
 class Parser(argparse.ArgumentParser):
@@ -145,7 +146,15 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     except BrokenPipeError:
         lead_nowhere(sys.stdout)
         return 0
+    except (MemoryError, RuntimeError) as error:
+        if debug or not is_out_of_memory(error):
+            raise
+        say(describe_lack_of_memory(error))
+        return 2
     except OSError as error:
+        if not debug and is_out_of_memory(error):
+            say(describe_lack_of_memory(error))
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EIO):
             raise
         lead_nowhere(sys.stdout)
@@ -157,6 +166,18 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def describe_lack_of_memory(error: Exception) -> str:
+    """The line that a program ends with, wherever the memory ran out."""
+    used = ""
+    if sys.platform.startswith("linux"):
+        with open("/proc/self/statm", encoding="ascii") as file:
+            used = f"; this process has {size(int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE'))}"
+    return (
+        f"error: out of memory: {first_line(error)}{used}. Close other programs, or make the model, "
+        "the batch, the context or the number of samples smaller. Saved checkpoints are unchanged."
+    )
 
 
 def stop_once(signum: int, frame: Any) -> NoReturn:

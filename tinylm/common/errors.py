@@ -289,6 +289,28 @@ def require_package(name: str) -> None:
         raise UserError(name, "this package is needed and is not installed", f"pip install {name}")
 
 
+# What torch says when a device has no memory left; only CUDA's error is a class of its own.
+_NO_MEMORY = (
+    "can't allocate memory",  # CPU
+    "out of memory",  # CUDA, MPS
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "bad_alloc",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, NumPy, torch or the operating system is a lack of memory.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"))
+    True
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, MemoryError)
+
+
 @contextmanager
 def catch_panics() -> Iterator[None]:
     """Turn a panic of a library in Rust (tokenizers) into a RuntimeError.
@@ -312,4 +334,5 @@ def catch_panics() -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, to be part of one of ours."""
-    return printable(str(error).strip().partition("\n")[0]).rstrip(".") or type(error).__name__
+    line = str(error).strip().partition("\n")[0].strip()
+    return printable(line).rstrip(".") or type(error).__name__

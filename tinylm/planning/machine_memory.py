@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+if sys.platform != "win32":
+    import resource
+
 CGROUPS = Path("/sys/fs/cgroup")
 # The files of a container's limit, its use, and in memory.stat the cached files in it: of cgroup
 # version 2, then 1.
@@ -33,8 +36,17 @@ def available_bytes(device: str) -> int | None:
     if device == "cpu" and sys.platform.startswith("linux"):
         with open("/proc/meminfo", encoding="ascii") as file:
             sizes = dict(line.split(":") for line in file)
-        return min([int(sizes["MemAvailable"].split()[0]) * 1024, *_left_in_container()])
+        free = int(sizes["MemAvailable"].split()[0]) * 1024
+        return min([free, *_left_in_container(), *_left_of_limit()])
     return None
+
+
+def _left_of_limit() -> Iterator[int]:
+    """The rest of the address space of this process, if it is limited (`ulimit -v`)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            yield max(0, limit - int(file.read().split()[0]) * resource.getpagesize())
 
 
 def _left_in_container() -> Iterator[int]:

@@ -1,0 +1,51 @@
+"""Worker processes that make batches: one that is killed, and one that finds a mistake (FAULTS C5)."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import train
+from training.callbacks import StepEnd
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_one_line(make_config, capsys, monkeypatch):
+    after_step = StepEnd.after_step
+
+    def kill_worker(self, trainer, module):
+        after_step(self, trainer, module)
+        if module.progress.step == 2:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(StepEnd, "after_step", kill_worker)
+    config = make_config(data={"num_workers": 1}, training={"max_steps": 1000})
+    assert train.main(["--config", str(config)]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: data.num_workers: a worker process was killed, possibly out of")
+    assert last.endswith(
+        "Free memory, or lower data.num_workers. "
+        f"The checkpoints in {config.parent / 'checkpoints'} are intact."
+    )
+
+
+def test_a_mistake_in_the_data_is_the_same_line_with_and_without_workers(
+    make_config, capsys, tmp_path: Path
+):
+    """A stream is read in a worker; line 30 has no text."""
+    rows = ['{"text": "a row of text, long enough"}\n'] * 60
+    (tmp_path / "rows.jsonl").write_text("".join([*rows[:30], '{"txt": 1}\n', *rows]))
+    (tmp_path / "val.txt").write_text("some other text for validation\n" * 9)
+    errors = []
+    for n_workers in (0, 1):
+        data = {
+            "dataset": str(tmp_path / "rows.jsonl"),
+            "val_dataset": str(tmp_path / "val.txt"),
+            "streaming": True,
+            "shuffle_window": 4,
+            "num_workers": n_workers,
+        }
+        config = make_config(data=data, training={"checkpoint_dir": str(tmp_path / str(n_workers))})
+        assert train.main(["--config", str(config), "training.max_steps=100"]) == 2
+        errors.append(capsys.readouterr().err.splitlines()[-1])
+    assert errors[0].startswith(f"error: {tmp_path}/rows.jsonl:31: text: ")
+    assert errors[0] == errors[1]

@@ -1,8 +1,11 @@
 """Checkpoint files: whole or missing, verified to the last bit, plain types only (FAULTS: B1-B9, B16, H1)."""
 
+import errno
+import io
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -325,3 +328,78 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
             pass
     with checkpoint_format.lock_run_dir(tmp_path):
         pass
+
+
+def test_a_run_leaves_no_lock_and_no_folder_that_it_did_not_fill(tmp_path: Path) -> None:
+    """A run that ends before its first save leaves nothing."""
+    with checkpoint_format.lock_run_dir(tmp_path / "runs" / "a"):
+        assert (tmp_path / "runs" / "a" / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_removed_while_it_is_held_is_locked_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """B10: another run must not be able to take the new folder."""
+    folder = tmp_path / "run"
+    with checkpoint_format.lock_run_dir(folder) as lock:
+        lock.renew()
+        assert caplog.messages == []
+        shutil.rmtree(folder)
+        lock.renew()
+        assert caplog.messages == [f"{folder} was removed during the run; it is made again"]
+        with pytest.raises(UserError, match="in use by"), checkpoint_format.lock_run_dir(folder):
+            pass
+
+
+def test_a_folder_that_another_run_made_after_a_removal_is_left_to_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with checkpoint_format.lock_run_dir(folder) as lock:
+        shutil.rmtree(folder)
+        with checkpoint_format.lock_run_dir(folder):
+            (folder / "step-000001.ckpt").write_bytes(b"theirs")
+            (folder / ".owner").write_text("process 7 on another machine")
+            with pytest.raises(UserError, match="in use by process 7 on another machine"):
+                lock.renew()
+            assert (folder / ".lock").exists()
+
+
+def test_a_file_in_place_of_a_held_folder_is_an_error(tmp_path: Path) -> None:
+    """B11: named with its setting, without a traceback."""
+    folder = tmp_path / "run"
+    with checkpoint_format.lock_run_dir(folder) as lock:
+        shutil.rmtree(folder)
+        folder.write_text("a file")
+        with pytest.raises(UserError) as caught:
+            lock.renew()
+        assert str(caught.value) == (
+            f"{folder}: cannot be written: File exists. "
+            "Change training.checkpoint_dir, or move the file that is there."
+        )
+    assert folder.read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "Free disk space or change OUT"),
+        (errno.EIO, "Check the disk, or change OUT"),
+        (errno.EDQUOT, "Free disk space or change OUT"),
+    ],
+)
+def test_a_refused_save_has_its_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fix: str
+) -> None:
+    """torch.save turns it into a RuntimeError without one."""
+
+    class Refusing(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("builtins.open", lambda *_: Refusing())
+    with pytest.raises(UserError) as caught:
+        checkpoint_format.write(tmp_path / "a.ckpt", make_state(), "OUT")
+    assert caught.value.problem.startswith(
+        f"the checkpoint could not be saved: {os.strerror(number)} (about "
+    )
+    assert caught.value.fix == f"{fix}; older checkpoints are unchanged"

@@ -1,8 +1,10 @@
 """UserError: its fields, its one line, and the helpers that turn other errors into it."""
 
+import errno
 import gzip
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from tinylm.common.errors import (
     UserError,
     first_line,
+    not_found,
     reading,
     rename_settings,
     require_package,
@@ -101,6 +104,73 @@ def test_a_refused_write_names_the_path_and_the_setting() -> None:
     assert (
         caught.value.renamed({"data.cache_dir": "--out"}).fix == "Free disk space or change --out"
     )
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "Free disk space or change --out"),
+        (errno.EDQUOT, "Free disk space or change --out"),
+        (errno.EFBIG, "Raise the limit with `ulimit -f unlimited`, or change --out"),
+        (errno.EMFILE, "Close other programs, or raise the limit with `ulimit -n 4096`"),
+        (errno.ENFILE, "Close other programs, or raise the limit with `ulimit -n 4096`"),
+        (errno.EACCES, "Get the permission to write there, or change --out"),
+        (errno.EROFS, "Change --out to a folder that can be written"),
+        (errno.EIO, "Check the disk, or change --out"),
+        (errno.ENAMETOOLONG, "Shorten --out"),
+        (errno.ENOTDIR, "Change --out, or move the file that is there"),
+        (errno.EISDIR, "Change --out, or move the folder that is there"),
+        (errno.ELOOP, "Change --out"),
+    ],
+)
+def test_a_refused_write_has_the_fix_of_its_cause(number: int, fix: str) -> None:
+    with pytest.raises(UserError) as caught, writing("/none/a.bin", "--out"):
+        raise OSError(number, None)
+    assert str(caught.value) == f"/none/a.bin: cannot be written: {os.strerror(number)}. {fix}."
+
+
+def test_a_write_that_ended_without_a_reason_says_what_is_free(tmp_path: Path) -> None:
+    """NumPy's tofile raises an OSError without a number, safetensors an error of its own."""
+    with pytest.raises(UserError) as caught, writing(tmp_path / "a.gguf", "OUT"):
+        raise OSError("128 requested and 16 written")
+    assert re.fullmatch(
+        rf"{tmp_path}/a.gguf: cannot be written: the disk did not take all of it "
+        r"\([\d,]+ bytes are free there\)\. Free disk space or change OUT\.",
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.EMFILE, "Close other programs, or raise the limit with `ulimit -n 4096`"),
+        (errno.EACCES, "Get the permission to read it"),
+        (errno.EIO, "Check the disk, or restore the file from a backup"),
+        (errno.ELOOP, "Give the path of a file that can be read"),
+    ],
+)
+def test_a_refused_read_has_the_fix_of_its_cause(number: int, fix: str) -> None:
+    with pytest.raises(UserError) as caught, reading("a.txt"):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value) == f"a.txt: {os.strerror(number)}. {fix}."
+
+
+def test_a_missing_relative_path_says_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not_found("a/b.txt") == f"not found in {tmp_path}"
+    assert not_found(tmp_path / "b.txt") == "not found"
+    with pytest.raises(UserError) as caught:
+        require_regular("b.txt")
+    assert str(caught.value) == (
+        f"b.txt: not found in {tmp_path}. Give the path of a file that can be read."
+    )
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert not_found("b.txt") == "not found: the working folder was deleted"
+    monkeypatch.chdir(tmp_path)
 
 
 def test_an_error_that_is_not_the_operating_systems_is_no_refused_write() -> None:

@@ -184,3 +184,51 @@ def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
         raise Killed
     with locked(tmp_path / "a", "x", on_wait=die):
         pass
+
+
+def test_a_lock_leaves_no_file_and_no_empty_folder(tmp_path: Path) -> None:
+    """Also if the work fails; a folder that has something, or was there before, stays."""
+    with pytest.raises(Killed), locked(tmp_path / "a" / "b" / "x.bin", "data.cache_dir"):
+        die()
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "a" / "x.bin", "data.cache_dir"):
+        (tmp_path / "a" / "x.bin").write_text("")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.bin"]
+    (tmp_path / "c").mkdir()
+    with locked(tmp_path / "c" / "x.bin", "data.cache_dir"):
+        pass
+    assert (tmp_path / "c").is_dir()
+
+
+def hold(path: Path, number: int, times: list[float]) -> None:
+    """Hold the lock on `path` for a moment, and note when."""
+    with locked(path, "--out"):
+        begin = time.monotonic()
+        time.sleep(0.02)
+        times += [begin, time.monotonic()]
+
+
+def test_only_one_at_a_time_holds_a_lock_whose_file_is_removed(tmp_path: Path) -> None:
+    """A waiting one must not get the removed file while another makes a new one; nor miss the folder."""
+    with multiprocessing.Manager() as manager:
+        times = [manager.list() for _ in range(4)]
+        path = tmp_path / "new" / "x.bin"
+        workers = [
+            multiprocessing.get_context("fork").Process(target=hold, args=(path, i, times[i]))
+            for i in range(4)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(30)
+        assert [worker.exitcode for worker in workers] == [0] * 4
+        spans = sorted(tuple(span) for span in times)
+    assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+    # one that began to wait keeps the folder
+    assert [file.name for folder in tmp_path.iterdir() for file in folder.iterdir()] == []
+
+
+def test_a_refused_write_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(Killed), atomic_path(tmp_path / "new" / "deep" / "a.txt"):
+        die()
+    assert list(tmp_path.iterdir()) == []

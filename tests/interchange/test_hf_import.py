@@ -211,7 +211,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a page": (
         lambda f: (f / "model.safetensors").write_text("<!doctype html>" * 9),
-        "not valid safetensors: its header of [0-9]+ bytes is more than",
+        "model.safetensors: its content is an HTML page. Download it again",
     ),
     "giant header": (
         lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}"),

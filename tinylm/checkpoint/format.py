@@ -152,7 +152,7 @@ def _append_digest(file: Any) -> None:
 def _space(folder: Path, state: dict[str, Any]) -> str:
     """The bytes that `state` needs, and those that are free."""
     needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state))
-    if not os.path.isdir(folder) or not hasattr(os, "statvfs"):
+    if not os.path.isdir(folder):
         return f"about {needed} bytes needed"
     return f"about {needed} bytes needed, {shutil.disk_usage(folder).free} free"
 

@@ -21,6 +21,9 @@ from filelock import FileLock, Timeout
 from tinylm.common.errors import UserError, writing
 from tinylm.common.platform import sync
 
+# A lock is tried again if its folder disappears; more often than any number of processes needs.
+LOCK_ATTEMPTS = 100
+
 
 def write_atomic(path: Path, content: str | bytes, setting: str) -> None:
     """Replace the file `path` by `content` (text as UTF-8, line ends as they are);
@@ -148,15 +151,16 @@ def temporary_lock(
         UserError: the folder of `path` cannot be written.
         Timeout: another process still holds the lock.
     """
+    lock = FileLock(path)
     with writing(path.parent, setting):
-        made = make_folder(path.parent)
-        lock = FileLock(path)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            if on_wait is not None:
-                on_wait()
-            lock.acquire(timeout=timeout)
+        for left in reversed(range(LOCK_ATTEMPTS)):
+            made = make_folder(path.parent)
+            try:
+                _acquire(lock, timeout, on_wait)
+                break
+            except FileNotFoundError:  # while this one waited, the folder was empty and removed
+                if not left:
+                    raise
         held = path.stat()
     try:
         yield
@@ -168,6 +172,15 @@ def temporary_lock(
                 path.unlink()
         lock.release()
         remove_empty(made)
+
+
+def _acquire(lock: FileLock, timeout: float, on_wait: Callable[[], object] | None) -> None:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if on_wait is not None:
+            on_wait()
+        lock.acquire(timeout=timeout)
 
 
 def make_folder(folder: Path) -> list[Path]:

@@ -31,7 +31,13 @@ from tinylm.common.hub import download, read_json
 from tinylm.config.schema import Config
 from tinylm.interchange import architectures, conversion
 from tinylm.model.decoder import Decoder
-from tinylm.model.hf_files import AGAIN, GIVE_A_FOLDER, INDEX, require_folder_or_hub_name
+from tinylm.model.hf_files import (
+    AGAIN,
+    GIVE_A_FOLDER,
+    INDEX,
+    plain_settings,
+    require_folder_or_hub_name,
+)
 from tinylm.model.hf_model import quiet_transformers
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import OLDER_VOCABULARIES, TOKENIZER_FILES, load_hf_tokenizer
@@ -208,7 +214,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UserError((file, "model_type"), problem, "Choose another model")
     try:
         with quiet_transformers():
-            return AutoConfig.for_model(**values)
+            return AutoConfig.for_model(**plain_settings(values, file))
     except (*NOT_LOADED, StrictDataclassError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(file, f"transformers cannot read it: {why}", FIX) from None

@@ -45,6 +45,8 @@ REFUSED_KEYS = {
     "auto_map": "requires running code of its author, which this program never does",
     "quantization_config": "its weights are quantized, but training needs full precision",
 }
+# The end of the keys that choose among implementations: attn_implementation, experts_implementation.
+IMPLEMENTATION = ("_implementation", "_implementation_internal")
 ANOTHER = "Choose another model"
 GIVE_A_FOLDER = "Give a local folder with config.json and model.safetensors"
 AGAIN = "Download it again"
@@ -161,6 +163,22 @@ def rebuild_hf_model(settings: str, weights: Mapping[str, Tensor]) -> HFModel:
     )
 
 
+def plain_settings(values: dict[str, Any], where: object) -> dict[str, Any]:
+    """The settings in a config.json without those that name an implementation: transformers would
+    look for one of another name on the hub. Also in the configs inside of it, as `text_config`.
+
+    Raises:
+        UserError: a setting needs code, or weights, that are never read.
+    """
+    plain = {}
+    for key, value in values.items():
+        if key in REFUSED_KEYS and value is not None:
+            raise UserError((where, key), REFUSED_KEYS[key], ANOTHER)
+        if not key.endswith(IMPLEMENTATION):
+            plain[key] = plain_settings(value, where) if isinstance(value, dict) else value
+    return plain
+
+
 def _read_config(values: dict[str, Any], where: object) -> PreTrainedConfig:
     """The settings as transformers has them, of a model that its own code can build."""
     from huggingface_hub.errors import StrictDataclassError
@@ -170,9 +188,7 @@ def _read_config(values: dict[str, Any], where: object) -> PreTrainedConfig:
         AutoConfig,
     )
 
-    for key, why in REFUSED_KEYS.items():
-        if values.get(key) is not None:
-            raise UserError((where, key), why, ANOTHER)
+    values = plain_settings(values, where)
     kind = values.get("model_type")
     settings = {key: value for key, value in values.items() if key != "model_type"}
     try:

@@ -1,0 +1,81 @@
+"""Contents that are not what the name of the file says."""
+
+import gzip
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinylm.common.errors import UserError, open_regular, require_regular
+from tinylm.common.file_content import START_BYTES, mismatch
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+PAGE = b"\n<!DOCTYPE html><html><body>404</body></html>"
+GZIP = gzip.compress(b"text")
+
+
+def archive() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as made:
+        made.writestr("a.txt", "text")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", GZIP, "its content is gzip data. Rename it to a.jsonl.gz, or decompress it."),
+        ("a.txt", LFS, "its content is a Git LFS pointer, not the file itself. Run: git lfs pull."),
+        ("model.safetensors", LFS, "its content is a Git LFS pointer, not the file itself."),
+        ("a.parquet", LFS, "its content is a Git LFS pointer, not the file itself."),
+        ("a.txt.gz", PAGE, "its content is an HTML page. Download it again: the server sent"),
+        ("config.json", PAGE, "its content is an HTML page."),
+        ("a.jsonl", b"PAR1\x15\x04", "its content is parquet. Rename it to a.parquet."),
+        ("a.json", archive(), "its content is a zip archive. Unpack it: unzip a.json."),
+        ("a.parquet", archive(), "its content is a zip archive."),
+        ("a.txt", "é\n".encode("utf-16"), "its content is UTF-16 text. Save it as UTF-8."),
+        ("a.txt.gz", b"text", "its content is not gzip data. Rename it to a.txt, or download it"),
+        ("a.parquet", b"text", "its content is not parquet. Download it again."),
+        (
+            "a.jsonl",
+            b"BZh91AY&SY\x01",
+            "its content is bzip2 data. Decompress it: bunzip2 a.jsonl.",
+        ),
+        ("c.yaml", b"\x89PDF", None),
+        ("a.txt", PAGE, None),  # a corpus of pages
+        ("a.txt", b"PAR1, GGUF and BZh are names", None),
+        ("a.txt", b"", None),
+        ("a.gz", b"", None),
+        ("a.txt", "é".encode() * START_BYTES + b"x", None),
+        ("a.bin", b"\x1f\x8b\x08\x00", None),  # the tokens 35615 and 8
+        ("m.safetensors", b"\x1f\x8b\0\0\0\0\0\0{}", None),  # a header of 35615 bytes
+        ("a.ckpt", archive(), None),
+        ("a.npz", archive(), None),
+        ("a.txt.gz", GZIP, None),
+        ("A.PARQUET", b"PAR1\x15\x04", None),
+    ],
+)
+def test_a_file_is_compared_with_its_name(
+    tmp_path: Path, name: str, content: bytes, message: str | None
+) -> None:
+    """By whatever opens it: the check is in the one function that all of them use."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    for check in (require_regular, open_regular):
+        if message is None:
+            found = check(path)
+            if found is not None:
+                found.close()
+            continue
+        with pytest.raises(UserError) as caught:
+            check(path)
+        assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_token_arrays_of_every_first_number_pass() -> None:
+    """The first number of a file of tokens can be any; only text is known by two bytes."""
+    for first in range(2**16):
+        tokens = np.array([first, 7, 300, 65535, 0], dtype="<u2").tobytes()
+        assert mismatch("train.bin", tokens) is None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
-from tinylm.generate.engine import Engine
+from tinylm.generate.engine import Engine, Request
 from tinylm.model import hf_model
 from tinylm.model.hf_files import find_hf_model, rebuild_hf_model
 from tinylm.model.hf_model import HFModel, check_packing
@@ -452,3 +452,39 @@ def test_without_the_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         match="someone/model: cannot be reached. Give a local folder with config.json and model.safetensors.",
     ):
         find_hf_model("someone/model")
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
+def test_texts_of_different_lengths_decode_together_as_each_alone(kind: str) -> None:
+    """Padded on the left where the cache holds keys and values only; windows of 5 positions too. Texts join and
+    leave: 5 texts in 3 slots.
+    """
+    model = HFModel(random_model(kind)).eval()
+    engine = Engine(model, ByteTokenizer(), slots=3)
+    requests = []
+    for number, prompt in enumerate(["abc", "a longer prompt", "x", "two words", "abcdefghij"]):
+        sampling = SamplingConfig(temperature=0, max_new_tokens=4 + 5 * number % 11)
+        requests.append(Request(engine.encode_prompt(prompt), sampling, n_alternatives=1))
+    for request, found in zip(requests, engine.run(requests), strict=True):
+        [expected] = Engine(model, ByteTokenizer(), slots=1).run([request])
+        assert [one.token_id for one in found] == [one.token_id for one in expected]
+        log_probs = [one.log_prob for one in expected]
+        assert [one.log_prob for one in found] == pytest.approx(log_probs, abs=1e-3)
+    assert model.can_pad == (kind in KINDS or kind == "gpt_oss")
+
+
+def test_a_deterministic_engine_reads_the_rows_of_a_hugging_face_model_one_by_one() -> None:
+    """So a text is the same to the last bit beside others, and after them."""
+    model = HFModel(random_model("llama")).eval()
+    engine = Engine(model, ByteTokenizer(), slots=3, deterministic=True)
+    sampling = SamplingConfig(max_new_tokens=8)
+    prompts = ["abc", "a longer prompt", "x", "abc and more"]
+    requests = [Request(engine.encode_prompt(prompt), sampling) for prompt in prompts]
+    together = list(engine.run(requests))
+    apart = []
+    for request in requests:
+        apart += Engine(model, ByteTokenizer(), deterministic=True).run([request])
+    assert together == apart == list(engine.run(requests))

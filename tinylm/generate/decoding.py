@@ -88,8 +88,7 @@ class DecodingBatch:
         # The cache grows to what the texts need; fixed shapes need all of it.
         self.cache = model.new_cache(*((slots, self.limit) if deterministic else (1, 1)))
         self.logits = torch.zeros(slots, vocab_size, device=model.embedding.weight.device)
-        # The experts of a token share matrix products with those of other rows.
-        self._one_by_one = deterministic and model.config.moe is not None
+        self._one_by_one = deterministic and not model.has_independent_rows
         self._clock = itertools.count()
         # What is made of the weights for decoding, at the first decode step.
         self._lean: LeanStep | None = None

@@ -537,6 +537,13 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
         init_weights(self)
 
+    @property
+    def has_independent_rows(self) -> bool:
+        """Whether a row of a batch of fixed size is rounded alike whatever the other rows are:
+        experts read the tokens of all rows in one product.
+        """
+        return self.config.moe is None
+
     def forward(
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:

@@ -1,7 +1,7 @@
 """Hugging Face models with the interface of `Decoder`, so that training,
 evaluation and sampling use them unchanged.
 
-In reading order: `HFCache` and `HFModel`, a decoder-only model; `HFSeq2Seq`, an encoder-decoder
+In reading order: `HFModel`, a decoder-only model; `HFSeq2Seq`, an encoder-decoder
 such as T5; `model_sizes`, their config in our names; and two checks of how a model computes.
 `hf_files` reads them from disk.
 """
@@ -10,11 +10,11 @@ such as T5; `model_sizes`, their config in our names; and two checks of how a mo
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tinylm.common.errors import UserError, first_line
 from tinylm.config.schema import ModelConfig
 from tinylm.model.decoder import Features, positions_in_documents
+from tinylm.model.hf_cache import HFCache
 from tinylm.tokens.example_rows import split_answer
 from tinylm.tokens.packing import IGNORE_INDEX
 
@@ -36,85 +37,6 @@ T5_POSITIONS = 512
 
 
 # --- decoder-only models ---
-
-
-@dataclass
-class HFRow:
-    """What transformers keeps of one text, with its own class of cache."""
-
-    inner: Cache | None = None
-    """None: nothing yet"""
-    encoded_prompt: tuple[Tensor, Tensor] | None = None
-    """of an encoder-decoder: the encoder's output (1, S, D), and its mask (1, S)"""
-
-
-class HFCache:
-    """Keys and values of the positions so far, a cache of transformers for each row;
-    the part of `KVCache` that generation uses.
-
-    A batch is read row by row: models of transformers do not take rows of different lengths.
-    """
-
-    def __init__(self, n_rows: int, max_len: int):
-        self.texts = [HFRow() for _ in range(n_rows)]
-        self.lengths = torch.zeros(n_rows, dtype=torch.long)
-        self.max_len = max_len
-        self.fixed_shapes = True
-        """a row never depends on the others"""
-
-    @property
-    def chunk(self) -> int:
-        """The most positions that one forward pass may add."""
-        return self.max_len
-
-    @property
-    def length(self) -> int:
-        """Positions of the longest row."""
-        return int(self.lengths.max())
-
-    def rows(self, start: int, stop: int) -> HFCache:
-        """The rows start to stop - 1: a cache on the same memory, lengths included."""
-        view = copy.copy(self)
-        view.texts, view.lengths = self.texts[start:stop], self.lengths[start:stop]
-        return view
-
-    def can_shorten(self, row: int, length: int) -> bool:
-        """Whether the first `length` positions of a row can be continued."""
-        current, inner = int(self.lengths[row]), self.texts[row].inner
-        if length in (0, current):
-            return True
-        croppable = inner is not None and inner.is_croppable and not any(inner.is_sliding)
-        return length < current and croppable and self.texts[row].encoded_prompt is None
-
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Make row `target` begin as row `source`, with its first `length` positions."""
-        if length == 0:
-            self.texts[target] = HFRow()
-        else:
-            if source != target:
-                self.texts[target] = copy.deepcopy(self.texts[source])
-            inner = self.texts[target].inner
-            if inner is not None and length < self.lengths[source]:
-                inner.crop(length - int(self.lengths[source]))
-        self.lengths[target] = length
-
-    def swap_rows(self, one: int, other: int) -> None:
-        """Exchange the contents of two rows."""
-        here, there = [one, other], [other, one]
-        self.texts[one], self.texts[other] = self.texts[other], self.texts[one]
-        self.lengths[here] = self.lengths[there]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep the batch rows `rows`, in that order, repeats allowed."""
-        self.texts = [copy.deepcopy(self.texts[row]) for row in rows.tolist()]
-        self.lengths = self.lengths[rows.cpu()]
-
-    def reserve(self, n_rows: int, max_len: int) -> None:
-        """Make room for at least so many rows and positions."""
-        n_new = max(0, n_rows - len(self.texts))
-        self.texts += [HFRow() for _ in range(n_new)]
-        self.lengths = torch.cat((self.lengths, self.lengths.new_zeros(n_new)))
-        self.max_len = max(max_len, self.max_len)
 
 
 @dataclass(frozen=True)
@@ -143,6 +65,7 @@ class HFModel(nn.Module):
     """
 
     has_encoder = False
+    has_independent_rows = False
 
     def __init__(self, inner: PreTrainedModel):
         super().__init__()
@@ -193,7 +116,10 @@ class HFModel(nn.Module):
         n_new = input_ids.size(1)
         length = self._length_after(n_new, cache)
         if cache is not None and len(input_ids) > 1:
-            return self._features_by_row(input_ids, cache)
+            is_new = not cache.lengths.all()
+            if is_new or cache.fixed_shapes or not self.can_pad:
+                return self._features_by_row(input_ids, cache)
+            return self._features_padded(input_ids, cache)
         if document_ids is None:
             positions = torch.arange(length - n_new, length, device=input_ids.device)
             positions = positions.expand_as(input_ids)  # (B, T)
@@ -206,6 +132,42 @@ class HFModel(nn.Module):
             cache.lengths += n_new
         hidden = output.last_hidden_state * self.scale  # (B, T, D)
         return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
+
+    def _features_padded(self, input_ids: Tensor, cache: HFCache) -> Features:
+        """`features` of a batch with a cache, its rows padded on the left."""
+        batch = cache.padded_batch()
+        n_new = input_ids.size(1)
+        positions = cache.lengths[:, None] + torch.arange(n_new)  # (B, T)
+        output = self.inner.base_model(
+            input_ids=input_ids,
+            position_ids=positions.to(input_ids.device),
+            attention_mask=batch.mask(n_new, input_ids.device),
+            past_key_values=batch.inner,
+            use_cache=True,
+        )
+        cache.lengths += n_new
+        hidden = output.last_hidden_state * self.scale  # (B, T, D)
+        return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
+
+    @cached_property
+    def can_pad(self) -> bool:
+        """Whether rows of different lengths can be one padded batch: tried once, since not every
+        architecture of transformers keeps its word.
+        """
+        ids = _few_ids(self).expand(2, -1)  # (2, T)
+        together, apart = self.new_cache(2), self.new_cache(2)
+        together.fixed_shapes = True
+        new = ids[:, -1:]
+        with torch.inference_mode():
+            for row, n in enumerate((ids.size(1) - 1, 1)):
+                for cache in (together, apart):
+                    self.features(ids[row : row + 1, :n], cache=cache.rows(row, row + 1))
+            expected = self.features(new, cache=together).hidden
+            if not apart.is_plain:
+                return False
+            found = self._features_padded(new, apart).hidden
+        tolerance = 1e-3 if found.dtype == torch.float32 else 5e-2
+        return torch.allclose(found, expected, atol=tolerance, rtol=tolerance)
 
     def _features_by_row(
         self, input_ids: Tensor, cache: HFCache, **extra_inputs: Tensor
@@ -240,16 +202,14 @@ class HFModel(nn.Module):
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> HFCache:
         """An empty cache for `max_len` positions of each row."""
-        return HFCache(batch_size, max_len or self.config.max_seq_len)
+        limit = max_len or self.config.max_seq_len
+        return HFCache(batch_size, limit, self._new_inner_cache)
 
     def _cache_arguments(self, cache: HFCache | None) -> dict[str, Any]:
         """A cache of one row as transformers' models take it."""
         if cache is None:
             return {"use_cache": False}
-        [text] = cache.texts
-        if text.inner is None:
-            text.inner = self._new_inner_cache()
-        return {"past_key_values": text.inner, "use_cache": True}
+        return {"past_key_values": cache.inner_of(0), "use_cache": True}
 
     def _new_inner_cache(self) -> Cache:
         from transformers import DynamicCache

@@ -159,6 +159,13 @@ class Run:
             time.sleep(0.002)
         return process, None
 
+    def kill(self, process: int) -> int:
+        """kill -9; its worker processes may print that they lost it, which does not count."""
+        os.kill(process, signal.SIGKILL)
+        code = wait(process)
+        (self.folder / "output.txt").unlink(missing_ok=True)
+        return code
+
     def rows(self) -> list[dict[str, str]]:
         """The rows of metrics.csv."""
         path = self.folder / "logs" / "run" / "metrics.csv"
@@ -211,8 +218,7 @@ def kill(run: Run, reference: Undisturbed, rng: random.Random, number: int) -> s
         process, code = run.start_until(step)
         if code is None:
             time.sleep(rng.random() * 0.1)
-            os.kill(process, signal.SIGKILL)
-            code = wait(process)
+            code = run.kill(process)
         require(code in (0, -signal.SIGKILL), f"exit code {code}")
         killed.append(run.last_step())
     return f"killed after steps {killed}"
@@ -315,8 +321,7 @@ def damage(run: Run, reference: Undisturbed, rng: random.Random, number: int) ->
     """Damaged checkpoints after kill -9; if there is no whole one, the run must not start again."""
     process, code = run.start_until(rng.randint(7, run.steps - 1))
     if code is None:
-        os.kill(process, signal.SIGKILL)
-        wait(process)
+        run.kill(process)
     found = checkpoint_format.candidates(run.checkpoints)
     how, each = list(DAMAGES)[number % len(DAMAGES)], rng.random() < 0.3
     backup = run.folder / "backup"

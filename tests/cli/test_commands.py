@@ -87,6 +87,40 @@ def test_a_program_runs_in_a_notebook_and_gives_it_its_signals_back(tmp_path, mo
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        # pytorch/aten/src/ATen/mps/MPSFallback.mm
+        NotImplementedError(
+            "The operator 'aten::kthvalue' is not currently implemented for the MPS device. "
+            "If you want this op to be considered for addition please comment on an issue."
+        ),
+        TypeError(
+            "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support "
+            "float64. Please use float32 instead."
+        ),
+    ],
+    ids=["operator", "type"],
+)
+def test_what_apples_gpu_cannot_compute_is_one_line(error, capsys):
+    """Exit code 2 with what to do; the traceback only with --debug, or for another error of this type."""
+
+    def body():
+        raise error
+
+    assert run_program(body, debug=False) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"error: mps: {str(error).partition('. ')[0]}. Set the environment variable "
+        "PYTORCH_ENABLE_MPS_FALLBACK=1 to compute it on the CPU, or choose the CPU: "
+        "hardware.accelerator=cpu, or --device cpu."
+    )
+    for debug, kind, message in ((True, type(error), str(error)), (False, TypeError, "other")):
+        error = kind(message)
+        with pytest.raises(kind):
+            run_program(body, debug=debug)
+
+
 @pytest.mark.parametrize("separator", ["---", "-", "-x", "--other"])
 def test_a_separator_can_begin_with_a_dash(separator, tmp_path, monkeypatch):
     """argparse takes such a word for a flag."""

@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tinylm.common.console import lead_nowhere, log_to_stderr, open_streams, say
-from tinylm.common.errors import Diverged, UserError, first_line, is_out_of_memory, printable
+from tinylm.common.errors import (
+    Diverged,
+    UserError,
+    first_line,
+    is_out_of_memory,
+    printable,
+    unsupported_on_mps,
+)
 from tinylm.common.platform import STOP_SIGNALS, accept_ctrl_c
 from tinylm.common.units import size
 
@@ -146,6 +153,12 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     except BrokenPipeError:
         lead_nowhere(sys.stdout)
         return 0
+    except (NotImplementedError, TypeError) as error:
+        unsupported = unsupported_on_mps(error)
+        if debug or unsupported is None:
+            raise
+        say(f"error: {unsupported}")
+        return 2
     except (MemoryError, RuntimeError) as error:
         if debug or not is_out_of_memory(error):
             raise

@@ -92,6 +92,29 @@ def _sentence(text: str) -> str:
     return text if not text or text[-1] in ".?!…" else f"{text}."
 
 
+# What torch says of an operator or a type of number that Apple's GPU does not have.
+_NOT_ON_MPS = ("not currently implemented for the MPS device", "MPS framework doesn't support")
+
+
+def unsupported_on_mps(error: Exception) -> UserError | None:
+    """The error of one line for something that Apple's GPU cannot compute; None for other errors.
+
+    >>> str(unsupported_on_mps(TypeError("the MPS framework doesn't support float64. Use float32")))
+    "mps: the MPS framework doesn't support float64. Set the environment variable \
+PYTORCH_ENABLE_MPS_FALLBACK=1 to compute it on the CPU, or choose the CPU: \
+hardware.accelerator=cpu, or --device cpu."
+    """
+    if not any(words in str(error) for words in _NOT_ON_MPS):
+        return None
+    problem = first_line(error).partition(". ")[0]
+    return UserError(
+        "mps",
+        problem,
+        "Set the environment variable PYTORCH_ENABLE_MPS_FALLBACK=1 to compute it on the CPU, "
+        "or choose the CPU: hardware.accelerator=cpu, or --device cpu",
+    )
+
+
 @contextmanager
 def rename_settings(names: Mapping[str, str]) -> Iterator[None]:
     """Replace the settings that a UserError names by what the user typed: a flag,

@@ -21,6 +21,7 @@ CPU_ERROR = (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
         RuntimeError(CPU_ERROR),
         RuntimeError("MPS backend out of memory"),
+        RuntimeError("Invalid buffer size: 37.25 GiB"),
         MemoryError("Unable to allocate 1.9 TiB for an array with shape (1000000, 256)"),
     ],
 )

@@ -1078,6 +1078,28 @@ def test_a_signal_to_the_whole_group_saves_too(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_workers_of_a_killed_run_end_with_it(make_config: Make, tmp_path: Path) -> None:
+    """C6: kill -9 of the run reaches nobody else; its two workers must not wait for it."""
+    config = make_config(training={"max_steps": 100000, "log_every_steps": 1})
+    child = os.fork()
+    if not child:
+        os._exit(train.main(["--config", str(config), "data.num_workers=2"]))
+    metrics, began = tmp_path / "logs" / "tiny" / "metrics.csv", time.monotonic()
+    while not (metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) > 3):
+        assert os.waitpid(child, os.WNOHANG)[0] == 0 and time.monotonic() - began < 120
+        time.sleep(0.02)
+    children = Path(f"/proc/{child}/task/{child}/children").read_text(encoding="ascii").split()
+    assert len(children) >= 2
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    began = time.monotonic()
+    while any(Path(f"/proc/{worker}").exists() for worker in children):
+        assert time.monotonic() - began < 10, children
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_end_the_run(make_config: Make, tmp_path: Path) -> None:
     """C4: 2>&1 | head -2 reads two lines and closes the pipe; the run ends well all the same."""
     command = f"{sys.executable} train.py --config {make_config()} 2>&1 | head -2"

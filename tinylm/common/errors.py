@@ -316,6 +316,7 @@ def require_package(name: str) -> None:
 _NO_MEMORY = (
     "can't allocate memory",  # CPU
     "out of memory",  # CUDA, MPS
+    "Invalid buffer size",  # MPS, for one tensor
     "CUBLAS_STATUS_ALLOC_FAILED",
     "bad_alloc",
 )

@@ -229,6 +229,8 @@ class LlamaCpp:
         llama_cpp.llama_log_set(QUIET_LLAMA(), None)
         llama_cpp.llama_backend_init()
         settings = llama_cpp.llama_model_default_params()
+        # Repacked weights end in an illegal instruction on some virtual machines with AMX.
+        settings.use_extra_bufts = False
         path = str(folder / f"{file}.gguf").encode()
         self.model = llama_cpp.llama_model_load_from_file(path, settings)
         vocab = llama_cpp.llama_model_get_vocab(self.model)

@@ -20,6 +20,7 @@ from tinylm.cli.model_flags import (
     add_device_flag,
     add_source_flags,
     add_tokenizer_flag,
+    add_weights_flags,
 )
 from tinylm.cli.program import Parser, run_program
 from tinylm.cli.sampling_flags import add_sampling_flags, parse_number
@@ -55,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_tokenizer_flag(parser)
     add_device_flag(parser)
     add_deterministic_flag(parser)
+    add_weights_flags(parser)
     parser.add_argument(
         "--show-probs",
         action="store_true",

@@ -191,6 +191,19 @@ def test_the_flag_deterministic_reaches_the_engine(run, save, monkeypatch):
     assert [(engine.slots, engine.deterministic) for engine in made] == [(9, False), (8, True)]
 
 
+def test_weights_are_rounded_if_it_costs_at_most_the_bound(run, save):
+    """The model knows its text by heart: a bound below 0 is passed by none."""
+    path = save("abcdef")
+    arguments = ("--ckpt", path, "--prompt", "x", "--weights", "int8")
+    code, out, err = run(*arguments)
+    assert (code, out) == (0, "xabcdef \n")
+    assert "weights: int8, bits per byte of its own text" in err
+    code, out, err = run(*arguments, "--max-bpb-rise", "-1")
+    assert (code, out) == (2, "")
+    assert "--weights: int8 raises the bits per byte of the model's own text from" in err
+    assert "by more than -1. Use --weights fp32, or allow it with --max-bpb-rise." in err
+
+
 def test_defaults_come_from_the_checkpoint_and_flags_override_them(run, save):
     path = save("one two three", stop=["two"], top_k=1)
     assert run("--ckpt", path, "--prompt", "x")[1] == "xone \n"

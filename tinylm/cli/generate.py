@@ -28,6 +28,7 @@ from tinylm.eval.verifier_scoring import VerifierScorer
 from tinylm.generate.chat import FormattedPrompt, format_prompt
 from tinylm.generate.engine import DEFAULT_SLOTS, Engine
 from tinylm.generate.output import Completion, TokenOutput
+from tinylm.generate.weights import round_weights
 from tinylm.rows.templates import Template
 from tinylm.tokenizer.base import Tokenizer
 
@@ -47,9 +48,13 @@ def generate(prompt: str | None, given: dict[str, Any], arguments: argparse.Name
     sampling = sampling_settings(given, loaded.config.sampling)
     # Enough slots for all samples at once; with --deterministic always the same number.
     n_texts = 1 if arguments.deterministic else arguments.best_of or sampling.n_samples
+    tokenizer = choose_tokenizer(arguments.tokenizer, loaded.tokenizer)
+    if arguments.weights is not None:
+        max_rise = arguments.max_bpb_rise
+        round_weights(loaded.model, tokenizer, arguments.weights, max_rise=max_rise)
     engine = Engine(
         loaded.model,
-        choose_tokenizer(arguments.tokenizer, loaded.tokenizer),
+        tokenizer,
         slots=max(DEFAULT_SLOTS, n_texts),
         deterministic=arguments.deterministic,
     )

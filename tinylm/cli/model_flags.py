@@ -44,6 +44,23 @@ def add_deterministic_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_weights_flags(parser: argparse._ActionsContainer) -> None:
+    """--weights and --max-bpb-rise: what `round_weights` is given."""
+    parser.add_argument(
+        "--weights",
+        choices=("fp32", "bf16", "int8"),
+        help="precision of the weights; fewer bits take less memory and time on the CPU "
+        "(as in the checkpoint)",
+    )
+    parser.add_argument(
+        "--max-bpb-rise",
+        type=float,
+        default=0.02,
+        metavar="N",
+        help="refuse rounding that costs more bits per byte of the model's own text (0.02)",
+    )
+
+
 def add_device_flag(parser: argparse._ActionsContainer) -> None:
     """--device, auto by default."""
     parser.add_argument(

@@ -263,11 +263,14 @@ def norm_function(norm: nn.Module) -> Function:
         # √D · x / √(Σx² + D·ε): three small kernels instead of seven.
         assert norm.eps is not None
         D = norm.weight.numel()
-        weight, floor = norm.weight.detach() * D**0.5, torch.tensor((D * norm.eps) ** 0.5)
-        if weight.dtype == torch.float32:
-            length, hypot = torch.linalg.vector_norm, torch.hypot
+        weight, floor = norm.weight.detach().float() * D**0.5, torch.tensor((D * norm.eps) ** 0.5)
+        length, hypot, wide = torch.linalg.vector_norm, torch.hypot, torch.float32
+        if norm.weight.dtype == wide:
             return lambda x: torch.div(x, hypot(length(x, 2, -1, True), floor)).mul_(weight)
-        return norm.forward
+        # In bf16, the sum and the factors are fp32, as in torch's own norm.
+        return lambda x: (
+            torch.div(x, hypot(length(x, 2, -1, True, dtype=wide), floor)).mul_(weight).to(x.dtype)
+        )
     if isinstance(norm, nn.LayerNorm):
         return norm.forward
     assert isinstance(norm, nn.Identity), norm

@@ -212,7 +212,11 @@ def _stored_values(name: str, weight: Tensor, floats: Floats) -> Tensor:
     if floats == "f32" or not is_halved(name, weight):
         values, problem, fix = weight.float(), "has non-finite numbers", "Export another checkpoint"
     else:
-        values, problem, fix = weight.half(), "has non-finite numbers in 16 bits", "Export it as f32"
+        values, problem, fix = (
+            weight.half(),
+            "has non-finite numbers in 16 bits",
+            "Export it as f32",
+        )
         if not weight.isfinite().all():
             fix = "Export another checkpoint"
     if not values.isfinite().all():

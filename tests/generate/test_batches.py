@@ -10,7 +10,7 @@ from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig, SamplingConfig
 from tinylm.generate import decoding
 from tinylm.generate.engine import Engine, Request
-from tinylm.generate.output import TokenOutput
+from tinylm.generate.output import Prompt, TokenOutput
 from tinylm.model.decoder import Decoder
 from tinylm.tokenizer.byte_char import ByteTokenizer
 
@@ -237,6 +237,14 @@ def test_a_canceled_text_frees_its_slot_at_once():
         events += engine.step()
     assert [event.number for event in events] == [other] * 5
     engine.cancel(other)  # has ended: nothing happens
+    assert not engine.is_busy
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_it_waits():
+    """So that it cannot end a step in which others are decoded."""
+    engine = Engine(make_model(), BYTES)
+    with pytest.raises(ValueError, match="a prompt must have 1 to 48 tokens, got 49"):
+        engine.add(Request(Prompt((1,) * 49), SamplingConfig()))
     assert not engine.is_busy
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tinylm.config.schema import ModelConfig
+from tinylm.config.schema import ModelConfig, SamplingConfig
 from tinylm.generate.chat import Chat, format_prompt
 from tinylm.generate.engine import Engine
 from tinylm.model.decoder import Decoder
@@ -74,6 +74,29 @@ def test_a_chat_repeats_the_conversation_and_drops_its_oldest_exchanges(make_eng
     text = TOKENIZER.decode(question.prompt.ids)
     assert text.startswith("### Instruction: sky\n### Output: SKY\n")
     assert text.endswith("### Instruction: sun\n### Output:")
+
+
+def test_a_question_reads_only_what_the_conversation_did_not_have(make_engine, monkeypatch):
+    """The answer of 8 bytes without whitespace at its ends is repeated as it was generated; after it the model reads
+    the next question in its template. The answer's last token was never read.
+    """
+    engine = make_engine(400)
+    engine.model.eval()
+    chat = Chat(engine, TEMPLATE, max_new_tokens=8)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=8)
+    question = chat.ask("red")
+    answer = next(iter(engine.generate(question.prompt, sampling, stop_ids=question.stop_ids)))
+    chat.remember(question, answer.text)
+    read: list[int] = []
+    features = engine.model.features
+    monkeypatch.setattr(
+        engine.model,
+        "features",
+        lambda ids, **more: read.append(ids.size(1)) or features(ids, **more),
+    )
+    following = chat.ask("sky")
+    engine.generate(following.prompt, sampling)
+    assert read[0] < len(following.prompt.ids) - len(question.prompt.ids) + 1
 
 
 def test_a_blank_answer_is_not_remembered(make_engine):

@@ -104,7 +104,9 @@ class DecodingBatch:
             ValueError: the model is in training mode, no row is free, or the prompt is empty or
             longer than the context.
         """
-        self._check(prompt)
+        check_prompt(self.model, prompt)
+        if self.n_active == self.slots:
+            raise ValueError(f"all {self.slots} slots are in use; finish a text first")
         # An encoder-decoder reads the prompt in its encoder; its decoder begins with a start token.
         prompt = tuple(prompt)
         ids: Sequence[int] = prompt
@@ -135,20 +137,6 @@ class DecodingBatch:
             logits = self._prefill(row, ids[n_common:])
         self.logits[row] = self.rows[row].prompt_logits = logits
         return row
-
-    def _check(self, prompt: Sequence[int]) -> None:
-        if self.model.training:
-            raise ValueError(
-                "the model is in training mode, and dropout changes the text; "
-                "call model.eval() first"
-            )
-        if not 1 <= len(prompt) <= self.limit:
-            raise ValueError(
-                f"a prompt must have 1 to {self.limit} tokens, got {len(prompt)}; "
-                "use encode_prompt or fit_prompt"
-            )
-        if self.n_active == self.slots:
-            raise ValueError(f"all {self.slots} slots are in use; finish a text first")
 
     def _longest_prefix(
         self, prompt: tuple[int, ...], ids: Sequence[int], version: int
@@ -262,6 +250,22 @@ class DecodingBatch:
         self.cache.swap_rows(one, other)
         self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
         self.logits[[one, other]] = self.logits[[other, one]]
+
+
+def check_prompt(model: Decoder, prompt: Sequence[int]) -> None:
+    """Raise a ValueError if the model is in training mode, or the prompt empty or longer than the
+    context.
+    """
+    if model.training:
+        raise ValueError(
+            "the model is in training mode, and dropout changes the text; call model.eval() first"
+        )
+    limit = model.config.max_seq_len
+    if not 1 <= len(prompt) <= limit:
+        raise ValueError(
+            f"a prompt must have 1 to {limit} tokens, got {len(prompt)}; "
+            "use encode_prompt or fit_prompt"
+        )
 
 
 def n_equal(one: Sequence[int], other: Sequence[int]) -> int:

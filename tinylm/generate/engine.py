@@ -36,7 +36,7 @@ import torch
 from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.beam_search import beam_search
-from tinylm.generate.decoding import DecodingBatch
+from tinylm.generate.decoding import DecodingBatch, check_prompt
 from tinylm.generate.output import Completion, Prompt, TextWriter, TokenOutput
 from tinylm.generate.sampling import (
     has_penalties,
@@ -75,6 +75,11 @@ class Event:
     """of the request, from `Engine.add`"""
     output: TokenOutput | None
     error: UserError | None = None
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is the last of its text."""
+        return self.output is None or self.output.finish_reason is not None
 
 
 class Text:
@@ -143,19 +148,23 @@ class Engine:
     # --- step by step ---
 
     def add(self, request: Request) -> int:
-        """Let a text be generated from the next step with a free slot on; returns its number."""
+        """Let a text be generated from the next step with a free slot on; returns its number.
+
+        Raises:
+            ValueError: the model is in training mode, or the prompt is empty or longer than the
+            context. Nothing is added.
+        """
+        check_prompt(self.model, request.prompt.ids)
         self._n_added += 1
         self._waiting.append((self._n_added, request))
         return self._n_added
 
-    def cancel(self, number: int) -> None:
-        """End a text; no event of it follows. One that has ended already is ignored."""
-        self._waiting = deque(item for item in self._waiting if item[0] != number)
-        self._undelivered = [event for event in self._undelivered if event.number != number]
-        for row, text in enumerate(self._running):
-            if text.number == number:
-                self._finish(row)
-                return
+    def cancel(self, *numbers: int) -> None:
+        """End texts; no event of them follows. One that has ended already is ignored."""
+        ended = set(numbers)
+        self._waiting = deque(item for item in self._waiting if item[0] not in ended)
+        self._undelivered = [event for event in self._undelivered if event.number not in ended]
+        self._finish(ended)
 
     @property
     def is_busy(self) -> bool:
@@ -187,12 +196,8 @@ class Engine:
             groups.setdefault(text.group, []).append(row)
         for rows in groups.values():
             events += self._sample(rows)
-        # Free the rows of the texts that ended, from the last to the first: a row is filled by the
-        # last one.
-        ended = {event.number for event in events if event.error or event.output.finish_reason}
-        for row in reversed(range(len(self._running))):
-            if self._running[row].number in ended:
-                self._finish(row)
+        # Free the rows of the texts that ended.
+        self._finish({event.number for event in events if event.ends})
         return sorted(events, key=lambda event: event.number)
 
     def _sample(self, rows: list[int]) -> list[Event]:
@@ -227,10 +232,13 @@ class Engine:
         return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
     @torch.inference_mode()
-    def _finish(self, row: int) -> None:
-        self._batch.finish(row)
-        self._running[row] = self._running[-1]
-        self._running.pop()
+    def _finish(self, numbers: set[int]) -> None:
+        """Free the rows of these texts, the last row first: a gap is filled by the last one."""
+        for row in reversed(range(len(self._running))):
+            if self._running[row].number in numbers:
+                self._batch.finish(row)
+                self._running[row] = self._running[-1]
+                self._running.pop()
 
     # --- all at once ---
 
@@ -241,21 +249,20 @@ class Engine:
             UserError: a text cannot be continued (no_repeat_ngram); the others are canceled.
         """
         outputs: dict[int, list[TokenOutput]] = {}
-        for request in requests:
-            number = self.add(request)
-            outputs[number] = []
-            if request.sampling.n_beams > 1:  # a search is a batch of its own
-                self.cancel(number)
-                outputs[number] += self._beam_search(request)
         try:
+            for request in requests:
+                number = self.add(request)
+                outputs[number] = []
+                if request.sampling.n_beams > 1:  # a search is a batch of its own
+                    self.cancel(number)
+                    outputs[number] += self._beam_search(request)
             for number in list(outputs):
                 while not (outputs[number] and outputs[number][-1].finish_reason):
                     for event in self._events_of(outputs.keys()):
                         outputs[event.number].append(event.output)
                 yield outputs.pop(number)
         finally:
-            for number in outputs:
-                self.cancel(number)
+            self.cancel(*outputs)
 
     def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """The finished text of each request, in order; raises as `run`."""
@@ -308,8 +315,7 @@ class Engine:
                         unfinished.discard(event.number)
                     yield event.output
         finally:
-            for number in unfinished:
-                self.cancel(number)
+            self.cancel(*unfinished)
 
     def generate(
         self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()

@@ -205,6 +205,12 @@ TRAINING = (
         "decay_ratio ({decay_ratio}) + warmup_ratio ({warmup_ratio}) must be at most 1",
         "Lower one",
     ),
+    Rule(  # larger ones overflow 32 bits in the update rules of tinylm/optim
+        ("lr", "optimizer"),
+        lambda training: training.optimizer != "adamw" and training.lr > 1e20,
+        "must be at most 1e20 with optimizer {optimizer}, got {lr}",
+        "Lower it",
+    ),
     Rule(
         ("loggers",),
         lambda training: len(set(training.loggers)) < len(training.loggers),

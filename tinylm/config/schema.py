@@ -279,7 +279,7 @@ class TrainingConfig(Section):
     """torch's fused AdamW, AdamW in plain PyTorch, SGD with lr/sqrt(t+1), or Muon for matrices with AdamW"""
     lr: Annotated[Number, Field(gt=0)] = 3e-4
     """peak learning rate"""
-    muon_lr: Annotated[Number, Field(gt=0)] = 0.02
+    muon_lr: Annotated[Number, Field(gt=0, le=1e20)] = 0.02
     """peak learning rate of the matrices for muon"""
     min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.1
     """lowest learning rate as a share of the peak"""

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinylm.common.errors import UserError, first_line, no_folder, require_package, require_regular
+from tinylm.common.errors import (
+    UserError,
+    first_line,
+    is_out_of_memory,
+    no_folder,
+    require_package,
+    require_regular,
+)
 from tinylm.common.hub import download, is_hub_name, read_json
 from tinylm.config.schema import ModelConfig
 from tinylm.model.hf_model import (
@@ -47,6 +55,18 @@ REFUSED_KEYS = {
 }
 # The end of the keys that choose among implementations: attn_implementation, experts_implementation.
 IMPLEMENTATION = ("_implementation", "_implementation_internal")
+# What the classes of transformers raise for odd settings: sizes that make no tensor, names that are
+# in no table, numbers in place of text.
+ODD_SETTINGS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+)
 ANOTHER = "Choose another model"
 GIVE_A_FOLDER = "Give a local folder with config.json and model.safetensors"
 AGAIN = "Download it again"
@@ -194,15 +214,7 @@ def _read_config(values: dict[str, Any], where: object) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             config = AutoConfig.for_model(kind, **settings)
-    # what the classes of transformers raise for odd values
-    except (
-        StrictDataclassError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
+    except (StrictDataclassError, *ODD_SETTINGS) as error:
         problem = f"transformers cannot read it: {first_line(error)}"
         raise UserError(where, problem, "Choose another model, or download it again") from None
     mapping = MODEL_FOR_CAUSAL_LM_MAPPING
@@ -239,38 +251,45 @@ def _assemble(config: PreTrainedConfig, weights: Mapping[str, Tensor], where: ob
     if config.is_encoder_decoder:
         auto_class, wrapper = AutoModelForSeq2SeqLM, HFSeq2Seq
     with quiet_transformers():
-        try:
+        with _odd_settings("build", where):
             empty, attention = _empty_model(auto_class, config)
-        except (RuntimeError, ValueError, TypeError) as error:  # sizes that make no tensor
-            problem = f"transformers cannot build it: {first_line(error)}"
-            raise UserError((where, "config.json"), problem, ANOTHER) from None
         # Compared first: a config.json alone could make transformers allocate all memory.
         n_wanted = sum(weight.numel() for weight in empty.parameters())
         n_found = sum(weight.numel() for weight in weights.values())
         if n_wanted > n_found:
             problem = f"config.json needs {n_wanted:,} weights, but the files have {n_found:,}"
             raise UserError(where, problem, BOTH_AGAIN)
-        inner, report = type(empty).from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(weights),
-            attn_implementation=attention,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with _odd_settings("load", where):
+            inner, report = type(empty).from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(weights),
+                attn_implementation=attention,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     _check_report(report, where)
     for weight in inner.parameters():
         weight.data = weight.data.clone()  # the mapped file may be replaced
         weight.requires_grad_(True)
     model = wrapper(inner.train())
-    try:
-        require_plain_head(model, where)
     # settings that do not fit together, such as more experts per token than experts
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        problem = f"transformers cannot compute it: {first_line(error)}"
-        raise UserError((where, "config.json"), problem, ANOTHER) from None
+    with _odd_settings("compute", where):
+        require_plain_head(model, where)
     return model
+
+
+@contextmanager
+def _odd_settings(what: str, where: object) -> Iterator[None]:
+    """Turn what transformers raises for odd settings into a UserError that names config.json."""
+    try:
+        yield
+    except ODD_SETTINGS as error:
+        if is_out_of_memory(error):
+            raise
+        problem = f"transformers cannot {what} it: {type(error).__name__}: {first_line(error)}"
+        raise UserError((where, "config.json"), problem, ANOTHER) from None
 
 
 def _empty_model(auto_class: Any, config: PreTrainedConfig) -> tuple[PreTrainedModel, str]:

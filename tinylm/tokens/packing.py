@@ -112,6 +112,7 @@ class TokenRows:
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Inputs and labels (T,) int64, and the first token."""
+        self.file.require_whole()
         start = number * self.stride
         return *row_at(self.file.tokens, start, self.seq_len, self.pad_id), start
 

@@ -139,6 +139,7 @@ class TokenFile:
         start, stop = part or (0, header.count)
         dtype = header.token_dtype
         begin = offset + start * dtype.itemsize
+        self._end = offset + stop * dtype.itemsize
         self.tokens = np.memmap(path, dtype=dtype, mode="r", offset=begin, shape=(stop - start,))
 
     @classmethod
@@ -182,6 +183,18 @@ class TokenFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFile, (self.path, self.header, self.fix, self.part, self._offset, self._ends)
+
+    def require_whole(self) -> None:
+        """Raise a UserError if the file has become shorter since it was opened: to read a mapped
+        file beyond its end kills the process (SIGBUS). A file that was removed stays readable.
+        """
+        try:
+            found = os.stat(self.path).st_size
+        except FileNotFoundError:
+            return
+        if found < self._end:
+            problem = f"has become shorter while it is in use: {found} of {self._end} bytes"
+            raise UserError(self.path, problem, self.fix)
 
     @property
     def document_ends(self) -> np.ndarray:
@@ -277,6 +290,11 @@ class JoinedFiles:
 
     def __len__(self) -> int:
         return sum(len(file) for file in self.files)
+
+    def require_whole(self) -> None:
+        """As `TokenFile.require_whole`, for all of them."""
+        for file in self.files:
+            file.require_whole()
 
     @property
     def tokens(self) -> "JoinedFiles":

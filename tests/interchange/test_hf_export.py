@@ -28,8 +28,9 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError, require_package
+from tinylm.common.files import locked
 from tinylm.config.schema import Config, LoraConfig
-from tinylm.interchange import conversion
+from tinylm.interchange import conversion, hf_export
 from tinylm.interchange.gguf import export_gguf
 from tinylm.interchange.hf_export import export_hf, sampling_settings
 from tinylm.interchange.hf_import import import_hf
@@ -690,3 +691,25 @@ def test_a_missing_checkpoint_and_an_invalid_name_are_errors(save, tmp_path, cap
         export_gguf(save(), tmp_path / "out")
     assert main(["import", "gpt2", str(tmp_path / "out.pt")]) == 2
     assert capsys.readouterr().err.endswith("out.pt: the name of a checkpoint must end in .ckpt.\n")
+
+
+def test_the_next_export_removes_what_a_killed_one_left(save, tmp_path):
+    """K9: whatever its name, but not one that is still at work, nor other files."""
+    path = save()
+    out = tmp_path / "exports"
+    for name in ("killed", "again", "working"):
+        scratch = out / f".{name}{hf_export.SCRATCH}"
+        scratch.mkdir(parents=True)
+        (scratch / "model.safetensors").write_bytes(b"half")
+    (out / ".mine").mkdir()
+    with locked(out / "working", "OUT"):
+        export_hf(path, out / "again")
+        found = sorted(path.name for path in out.iterdir())
+    assert found == [".mine", ".working.lock", f".working{hf_export.SCRATCH}", "again"]
+
+
+def test_an_export_that_fails_leaves_nothing(save, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_export, "set_token_ids", lambda *_: (_ for _ in ()).throw(KeyError()))
+    with pytest.raises(KeyError):
+        export_hf(save(), tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()

@@ -24,6 +24,7 @@ from tinylm.config.loader import load_config
 from tinylm.interchange import conversion, hf_import
 from tinylm.interchange.hf_export import export_hf
 from tinylm.interchange.hf_import import import_hf
+from tinylm.model.hf_files import find_hf_model
 from training.context import ResumeOptions, RunContext
 from training.initial import find_initial_model
 from training.resume import find_resume_state
@@ -488,3 +489,23 @@ def test_config_json_is_checked_before_the_weights_are_downloaded_and_links_with
     with pytest.raises(UserError, match="model_type: must be one of"):
         import_hf("owner/name", tmp_path / "again.ckpt")
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["attn_implementation", "_attn_implementation", "experts_implementation"]
+)
+def test_an_implementation_that_a_config_names_is_not_looked_for(published, key):
+    """K8: transformers would ask the hub for the code of evil/evil; the model is a plain Llama."""
+    folder = published()
+    edit(folder / "config.json", **{key: "evil/evil"}, more={"text_config": {key: "evil/evil"}})
+    for config in (hf_import.read_config(folder), find_hf_model(str(folder)).config):
+        assert "evil" not in json.dumps(config.to_dict())
+        assert config._attn_implementation != "evil/evil"
+
+
+def test_code_in_a_config_inside_a_config_is_refused(published):
+    folder = published()
+    edit(folder / "config.json", text_config={"auto_map": {"AutoModel": "evil.Model"}})
+    for read in (hf_import.read_config, lambda folder: find_hf_model(str(folder))):
+        with pytest.raises(UserError, match="auto_map: requires running code of its author"):
+            read(folder)

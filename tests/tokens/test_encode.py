@@ -899,6 +899,26 @@ def test_documents_that_spell_the_end_of_text_are_counted_and_said(
     assert "warning" not in run(*command, "--separator", "<|eos|>", "--out", tmp_path / "c.bin")[2]
 
 
+def test_the_end_marks_of_other_tokenizers_are_counted_and_said(run, write, tmp_path, monkeypatch):
+    """At the border of a line, as corpora are published: 20 of 40 lines are a mark, 10 end with another.
+
+    HTML has </s> inside of its lines, which is no mark.
+    """
+    monkeypatch.setattr(documents, "SPAN_BYTES", 50)
+    path = write("a.txt", "a <s>b</s> c\n<|endoftext|>\nlast.</s>\n<|endoftext|>\n" * 10)
+    command = ("--data", path, "--tokenizer", "byte")
+    lines = run(*command, "--out", tmp_path / "a.bin")[2].splitlines()
+    for mark, n_marked in (("<|endoftext|>", 20), ("</s>", 10)):
+        assert (
+            f"warning: {path}: {n_marked} of 40 documents contain {mark} at the border of a line. It "
+            "is not the end-of-text token of this tokenizer, so it is only characters. If it "
+            f"separates documents of a .txt file, set --separator to '{mark}'"
+        ) in lines
+    assert TokenFile.open(tmp_path / "a.bin").header.end_marks == {"<|endoftext|>": 20, "</s>": 10}
+    plain = ("--data", write("b.txt", "a <s>b</s> c\n"), "--tokenizer", "byte")
+    assert "warning" not in run(*plain, "--out", tmp_path / "b.bin")[2]
+
+
 def test_a_count_of_spelled_ends_survives_an_interruption(write, tmp_path, small_portions):
     """Of ten chunks of five lines, three are encoded before the interruption; each of them has one such document."""
     path = write(

@@ -95,8 +95,31 @@ def download(name: str, patterns: Sequence[str], where: object, fix: str) -> Pat
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (*hub_errors(), ValueError) as error:
-        problem = f"not a folder, and cannot be downloaded: {first_line(error)}"
+        problem = f"not a folder, and cannot be downloaded: {hub_problem(error)}"
         raise UserError(where, problem, fix) from error
+
+
+def hub_problem(error: Exception) -> str:
+    """Why the hub did not give what was asked for, in our words if it is one of the usual reasons;
+    the libraries' own messages have several sentences with advice for other programs.
+    """
+    from huggingface_hub import constants, errors
+
+    offline = "it is not in the cache of the hub library, and HF_HUB_OFFLINE=1 is set"
+    no_connection = "it is not in the cache of the hub library, and the hub did not answer"
+    reasons: tuple[tuple[type[Exception], str], ...] = (
+        (errors.OfflineModeIsEnabled, offline),
+        (errors.GatedRepoError, "its owner must give you access first (then: hf auth login)"),
+        (errors.RepositoryNotFoundError, "the hub has nothing of this name, or it is private"),
+        (errors.RevisionNotFoundError, "the hub has no such revision of it"),
+        (errors.LocalEntryNotFoundError, offline if constants.HF_HUB_OFFLINE else no_connection),
+        (errors.HFValidationError, "the hub has no such names"),
+    )
+    for kind, words in reasons:
+        if isinstance(error, kind):
+            return words
+    sentence, _, _ = first_line(error).partition(". ")
+    return sentence
 
 
 def read_utf8(file: Path, fix: str) -> str:

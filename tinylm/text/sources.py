@@ -27,7 +27,7 @@ from tinylm.common.errors import (
     reason,
     require_regular,
 )
-from tinylm.common.hub import hub_errors, is_hub_name, require_hub
+from tinylm.common.hub import hub_errors, hub_problem, is_hub_name, require_hub
 from tinylm.text.documents import (
     DAMAGED,
     RESUMES,
@@ -186,7 +186,7 @@ class HubDataset:
         except (*hub_errors(), *DAMAGED, datasets.exceptions.DatasetsError) as error:
             fix = f"Check {{}} and {{}}, or: {fix}"
             settings = ("data.dataset_config", "data.split")
-            raise UserError(where, first_line(error), fix, *settings) from error
+            raise UserError(where, hub_problem(error), fix, *settings) from error
         columns = dataset.column_names
         if columns is None or self.field is None:
             return dataset

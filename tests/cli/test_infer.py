@@ -196,7 +196,7 @@ def test_weights_are_rounded_if_it_costs_at_most_the_bound(run, save):
     path = save("abcdef")
     arguments = ("--ckpt", path, "--prompt", "x", "--weights", "int8")
     code, out, err = run(*arguments)
-    assert (code, out) == (0, "xabcdef \n")
+    assert (code, out) == (0, "xabcdef\n")
     assert "weights: int8, bits per byte of its own text" in err
     code, out, err = run(*arguments, "--max-bpb-rise", "-1")
     assert (code, out) == (2, "")

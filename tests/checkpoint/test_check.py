@@ -1,6 +1,7 @@
 """Checkpoints with a right digest that no run wrote: each is one error line, in every program."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -200,3 +201,11 @@ def test_an_odd_state_of_a_run_is_not_resumed(
     capsys.readouterr()
     assert train.main(["--config", str(stopped)]) == 2
     assert found in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_pipe_or_device_is_not_a_checkpoint(tmp_path: Path) -> None:
+    """E8: named for what it is, and never opened."""
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    for path in (tmp_path / "pipe.ckpt", Path("/dev/zero")):
+        with pytest.raises(DamagedError, match=f"^{path}: not a regular file. Give a .ckpt file"):
+            checkpoint_format.read(path)

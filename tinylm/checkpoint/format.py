@@ -200,6 +200,8 @@ def verify(path: Path) -> None:
     # os.path, unlike pathlib, returns False for a name that is too long.
     if not os.path.isfile(path):
         problem = "a folder, not a file" if os.path.isdir(path) else not_found(path)
+        if os.path.exists(path) and not os.path.isdir(path):
+            problem = "not a regular file"
         raise DamagedError(path, problem, "Give a .ckpt file; `python list.py` lists them")
     try:
         damage = _damage(path)

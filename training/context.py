@@ -109,7 +109,7 @@ class RunContext:
         """
         folders = {
             "training.checkpoint_dir": self.checkpoint_dir,
-            "training.run_name": self.log_dir,
+            "training.run_name or training.log_dir": self.log_dir,
         }
         held = []
         with contextlib.ExitStack() as locks:

@@ -125,6 +125,20 @@ def test_a_path_beside_the_config_is_named(
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_deleted_working_folder_is_one_line(
+    make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    """G5: MKL, which torch loads, would end the process."""
+    config = make_config()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert refused(train, capsys, config) == (
+        "error: the working folder was deleted. Change to a folder that exists."
+    )
+    monkeypatch.chdir(tmp_path)
+
+
 def test_a_folder_that_is_removed_in_mid_run_is_made_again_with_its_lock(
     make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:

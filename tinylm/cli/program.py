@@ -127,6 +127,11 @@ def run_program(body: Callable[[], int], *, debug: bool) -> int:
     """
     open_streams()
     log_to_stderr()
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # torch's libraries would end the process without a word of ours
+        say("error: the working folder was deleted. Change to a folder that exists.")
+        return 2
     # OpenMP threads spin while they wait, and slow down the thread they wait for as soon as
     # anything else runs: on 2 cores a training step took 15 times as long next to one busy process
     # (docs/LOG.md). Torch is not loaded yet.

@@ -592,7 +592,7 @@ def test_the_commands_of_the_readme_run_as_they_are_typed(document, copy_of_the_
     assert {program for program, _ in results} == set(SHORT)
     expected = {
         "train.py": r"checkpoints\S*/\S+\.ckpt\n|row 0, micro-batch 0: .*\n",
-        "list.py": r"(?s).*step.*last\.ckpt.*",
+        "list.py": r"(?s).*step.*\(.*last\).*",
         "eval_val.py": r"val_loss \d+\.\d+ .*",
     }
     expected |= {"finetune.py": expected["train.py"], "evaluate_checkpoints.py": r"(place|task) .*"}

@@ -136,13 +136,11 @@ def interval(row: Row) -> str | None:
     return None if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}"
 
 
-def print_rows(rows: Sequence[Row], text: Sequence[str] = TEXT) -> None:
-    """Print rows as a table, with the keys of the first as columns; `text` columns are no
-    numbers.
-    """
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print rows as a table, with the keys of the first as columns."""
     if not rows:
         return
-    printed = Table(tuple(rows[0]), text)
+    printed = Table(tuple(rows[0]), TEXT)
     for row in rows:
         printed.add_row(*map(cell, row.values()))
     print_table(printed, GROUP)

@@ -121,14 +121,11 @@ class TinyLM:
 
         from tinylm.checkpoint.load import load_model
         from tinylm.generate.engine import Engine
-        from tinylm.model.int8 import quantize
+        from tinylm.generate.weights import round_weights
 
         torch.set_num_threads(threads)
         loaded = load_model(folder / "model.ckpt")
-        if weights == "bf16":
-            loaded.model.bfloat16()
-        if weights == "int8":
-            quantize(loaded.model)
+        round_weights(loaded.model, loaded.tokenizer, weights, max_rise=1.0)
         self.engine = Engine(loaded.model, loaded.tokenizer, slots=32)
         self.n_turns = 0
 

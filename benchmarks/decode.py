@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent))
 from decode_engines import (  # noqa: E402
     IMPLEMENTATIONS,
     OURS,

@@ -174,20 +174,19 @@ def test_the_folder_describes_the_model(save, tmp_path):
         assert part in files["README.md"]
 
 
+def code_of(card: Path) -> str:
+    """The Python code in a card."""
+    return card.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+
+
 @pytest.mark.slow
 def test_the_example_in_the_model_card_runs(save, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for stage, folder in (("pretrain", "base"), ("sft", "tuned")):
         export_hf(save(stage=stage), tmp_path / folder)
         monkeypatch.chdir(tmp_path / folder)
-        code = (
-            Path("README.md")
-            .read_text(encoding="utf-8")
-            .partition("```python\n")[2]
-            .partition("```")[0]
-        )
         capsys.readouterr()
-        exec(compile(code, "README.md", "exec"), {})  # noqa: S102
+        exec(compile(code_of(Path("README.md")), "README.md", "exec"), {})  # noqa: S102
         assert capsys.readouterr().out.strip()
 
 
@@ -342,7 +341,7 @@ def test_weights_that_are_exported_wrongly_are_found(save, tmp_path, monkeypatch
 def test_a_tokenizer_that_transformers_reads_differently_is_an_error(save, tmp_path, monkeypatch):
     path = save()
     other = backend_of(ByteTokenizer())
-    monkeypatch.setattr("tinylm.interchange.hf_export.backend_of", lambda tokenizer: other)
+    monkeypatch.setattr("tinylm.interchange.hf_tokenizer.backend_of", lambda tokenizer: other)
     with pytest.raises(
         UserError,
         match=r"tokenizer: transformers encodes a sample text to other ids \(token \d of \d+\); nothing was exported",
@@ -586,13 +585,13 @@ def test_a_merged_adapter_generates_the_text_of_infer(kind, save, tmp_path, caps
     assert found == text != text_of_infer(base, capsys)
 
 
-def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, capsys):
-    """Exactly two files, and the command prints the base; peft's logits with it equal those of the merged
-    checkpoint.
+def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, monkeypatch, capsys):
+    """With tokenizer and card; peft's logits equal those of the merged checkpoint. The code in the card runs where
+    the base is, and prints the text of infer.py.
     """
     import peft
 
-    base = save()
+    base = save(stage="sft", config={"data": {"template": "alpaca"}}, max_seq_len=256)
     path = adapter_of(base)
     assert main(["export", str(path), str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
@@ -601,10 +600,26 @@ def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, capsys):
         err.splitlines()[0]
         == f"the adapter alone, for peft, of {base}; --merge writes the whole model"
     )
+    assert (
+        err.splitlines()[1]
+        == f"next: the Python code in {tmp_path / 'out' / 'README.md'} loads both"
+    )
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| adapter | LoRA, r 2, alpha 16 |" in card
+    assert f'Path("{base.name}")' in card and str(tmp_path) not in card
+    (tmp_path / "out" / base.name).hardlink_to(base)
+    monkeypatch.chdir(tmp_path / "out")
+    exec(compile(code_of(Path("README.md")), "README.md", "exec"), {})  # noqa: S102
+    printed = capsys.readouterr().out
+    assert "### Instruction:\nHello\n\n### Response:\n" in printed
     ids = torch.arange(20)[None]
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(
@@ -650,6 +665,37 @@ def test_the_command_prints_which_class_reads_the_tokenizer(save, tmp_path, caps
         "differently for every qwen2"
     )
     assert "import pipeline, PreTrainedTokenizerFast as T; " in after
+
+
+FIRST_QUESTIONS = {
+    "positions of GPT-2": (
+        GPT2 | {"max_seq_len": 32}, {}, '("Once", max_new_tokens=28)', ),
+    "a short answer": ({}, {"config": {"sampling": {"max_new_tokens": 3}}}, '("Once", max_new_tokens=3)'),
+    "a chat model": (
+        {}, {"stage": "sft", "config": {"data": {"template": "chatml"}}},
+        '([{"role": "user", "content": "Hello"}], max_new_tokens=',
+    ),
+    "a chat model without room for an answer": (
+        {}, {"stage": "sft", "config": {"data": {"template": "alpaca"}}},
+        '([{"role": "user", "content": "Hello"}], max_new_tokens=1)',
+    ),
+    "few characters": (
+        {}, {"tokenizer": CharTokenizer("xyz 1", unknown="error")}, '("xyz", max_new_tokens=61)',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST_QUESTIONS)
+def test_the_printed_command_fits_the_model(name, save, tmp_path, capsys, monkeypatch):
+    """It runs: text that the tokenizer has, an answer that fits in the context, a message for a chat model."""
+    monkeypatch.chdir(tmp_path)
+    model, rest, asked = FIRST_QUESTIONS[name]
+    assert main(["export", str(save(**rest, **model)), "out"]) == 0
+    code = capsys.readouterr().err.splitlines()[-1].partition("python -c ")[2].strip("'")
+    assert asked in code
+    exec(compile(code, "next", "exec"), {})  # noqa: S102
+    assert "generated_text" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,8 +261,13 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         "quantization_config: its weights are quantized",
     ),
     "another model": (
-        lambda f: edit(f / "config.json", model_type="bloom"),
-        'model_type: must be one of gpt2, llama, .*, got "bloom". Choose another model',
+        lambda f: edit(f / "config.json", model_type="gemma"),
+        r'model_type: must be one of gpt2, llama, .*, got "gemma"\. '
+        r"Fine-tune it as it is, without import: training\.init_from=hf:",
+    ),
+    "a model of images": (
+        lambda f: edit(f / "config.json", model_type="vit"),
+        'model_type: must be one of gpt2, llama, .*, got "vit"\. Choose another model',
     ),
     "no model": (
         lambda f: edit(f / "config.json", model_type=["llama"]),
@@ -272,7 +278,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
             f / "config.json",
             rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
         ),
-        "rope_type: .*linear",
+        r'config\.json: rope_parameters\.rope_type: must be "default", got "linear"\. '
+        r"Fine-tune it as it is, without import: training\.init_from=hf:/\S+published\.$",
     ),
     "config cut off": (
         lambda f: (f / "config.json").write_text('{"model_type"'),
@@ -498,7 +505,7 @@ def test_an_implementation_that_a_config_names_is_not_looked_for(published, key)
     """K8: transformers would ask the hub for the code of evil/evil; the model is a plain Llama."""
     folder = published()
     edit(folder / "config.json", **{key: "evil/evil"}, more={"text_config": {key: "evil/evil"}})
-    for config in (hf_import.read_config(folder), find_hf_model(str(folder)).config):
+    for config in (hf_import.read_config(folder, "name"), find_hf_model(str(folder)).config):
         assert "evil" not in json.dumps(config.to_dict())
         assert config._attn_implementation != "evil/evil"
 
@@ -506,6 +513,6 @@ def test_an_implementation_that_a_config_names_is_not_looked_for(published, key)
 def test_code_in_a_config_inside_a_config_is_refused(published):
     folder = published()
     edit(folder / "config.json", text_config={"auto_map": {"AutoModel": "evil.Model"}})
-    for read in (hf_import.read_config, lambda folder: find_hf_model(str(folder))):
+    for read in (partial(hf_import.read_config, name="name"), find_hf_model):
         with pytest.raises(UserError, match="auto_map: requires running code of its author"):
-            read(folder)
+            read(str(folder) if read is find_hf_model else folder)

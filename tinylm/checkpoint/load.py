@@ -52,7 +52,12 @@ class Loaded:
         """The name of the template that it was tuned with (`make_template`);
         None for a base model.
         """
-        return self.config.data.template if self.info.stage in CHAT_STAGES else None
+        return template_name(self.config, self.info.stage)
+
+
+def template_name(config: Config, stage: str) -> str | None:
+    """The name of the template that a model of this stage was tuned with; None for a base model."""
+    return config.data.template if stage in CHAT_STAGES else None
 
 
 def load_model(path: str | Path, device: str = "cpu") -> Loaded:

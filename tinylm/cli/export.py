@@ -1,13 +1,12 @@
 """`python -m tinylm export`: a checkpoint as a Hugging Face folder, GGUF file or PEFT adapter."""
 
 import argparse
-import json
 import logging
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinylm.common.errors import UserError, printable, read_regular
+from tinylm.common.errors import UserError, printable
 
 if TYPE_CHECKING:
     from tinylm.interchange.hf_export import Exported
@@ -109,15 +108,11 @@ def export_adapter_folder(arguments: argparse.Namespace) -> int:
             "is not supported with an adapter alone",
             "Give --merge for the whole model, or remove --format",
         )
-    out = export_adapter(arguments.ckpt, arguments.out)
-    adapter_config = json.loads(read_regular(out / "adapter_config.json"))
-    base = adapter_config["base_model_name_or_path"]
+    exported = export_adapter(arguments.ckpt, arguments.out)
+    base = exported.base
     logger.info("the adapter alone, for peft, of %s; --merge writes the whole model", base)
-    logger.info(
-        "next: in Python, peft.PeftModel.from_pretrained(model, %r), where model is that one",
-        str(out),
-    )
-    print(printable(out))
+    logger.info("next: the Python code in %s loads both", exported.path / "README.md")
+    print(printable(exported.path))
     return 0
 
 
@@ -128,10 +123,10 @@ def loading_code(exported: "Exported", kind: str) -> str:
         settings = "".join(f", {name}={value}" for name, value in exported.needs.items())
         load = f'M.from_pretrained("{path.parent}", gguf_file="{path.name}"{settings})'
         return f"from transformers import AutoModelForCausalLM as M; print({load})"
-    if exported.tokenizer_class == "AutoTokenizer":
-        generate = f'pipeline("text-generation", "{path}")("Once")'
-        return f"from transformers import pipeline; print({generate})"
-    tokenizer = f'tokenizer=T.from_pretrained("{path}")'
-    generate = f'pipeline("text-generation", "{path}", {tokenizer})("Once")'
-    imports = f"from transformers import pipeline, {exported.tokenizer_class} as T"
-    return f"{imports}; print({generate})"
+    imports, tokenizer = "from transformers import pipeline", ""
+    if exported.tokenizer_class != "AutoTokenizer":
+        imports += f", {exported.tokenizer_class} as T"
+        tokenizer = f', tokenizer=T.from_pretrained("{path}")'
+    question = exported.question
+    asked = f"{question.argument}, max_new_tokens={question.max_new_tokens}"
+    return f'{imports}; print(pipeline("text-generation", "{path}"{tokenizer})({asked}))'

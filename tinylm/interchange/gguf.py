@@ -252,12 +252,12 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, loaded: Loaded) -
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     writer.add_token_merges(vocabulary.merges)
-    tokenizer, (end, *_) = loaded.tokenizer, end_ids(loaded)
+    tokenizer, (end, *_) = loaded.tokenizer, end_ids(loaded.tokenizer, loaded.template)
     writer.add_bos_token_id(tokenizer.eos_id)  # EOS precedes every document here
     writer.add_eos_token_id(end)
     writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_add_bos_token(False)
-    template = chat_template(loaded)
+    template = chat_template(loaded.tokenizer, loaded.template)
     if template is not None:
         writer.add_chat_template(template)
 

@@ -9,6 +9,7 @@ the tokenizer; `gguf` writes one file for other programs.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,24 +20,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import Timeout
 
-from tinylm.checkpoint.load import Loaded, load_model
+from tinylm.checkpoint.format import read
+from tinylm.checkpoint.info import info_of
+from tinylm.checkpoint.load import Loaded, load_model, template_name
 from tinylm.common import files
-from tinylm.common.errors import UserError, printable, require_package, write_error, writing
+from tinylm.common.errors import UserError, require_package, write_error, writing
 from tinylm.common.files import locked, remove, require_new
 from tinylm.common.hub import HF_PREFIX
-from tinylm.config.schema import SamplingConfig
+from tinylm.config.schema import Config, SamplingConfig
 from tinylm.interchange import conversion
 from tinylm.interchange.hf_tokenizer import (
-    backend_of,
     chat_template,
     check_folder_tokenizer,
     end_ids,
     write_text,
     write_tokenizer,
 )
+from tinylm.interchange.model_card import (
+    FirstQuestion,
+    adapter_card,
+    first_question,
+    model_card,
+    shown,
+)
 from tinylm.interchange.peft import save_adapter
-from tinylm.model.decoder import Decoder, count_parameters
+from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel, HFSeq2Seq, quiet_transformers
+from tinylm.tokenizer.factory import tokenizer_from_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +67,8 @@ class Exported:
     see `conversion.logit_difference`"""
     tokenizer_class: str = "AutoTokenizer"
     """the class of transformers that reads its tokenizer as it was written"""
+    question: FirstQuestion | None = None
+    """a first question to it; None for GGUF"""
     needs: dict[str, int] = field(default_factory=dict)
     """settings in a GGUF file that transformers does not read from it and must be given;
     other readers read them"""
@@ -79,7 +91,10 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
         problem = "an encoder-decoder, of which only adapters can be exported, not the whole model"
         fix = "Tune it with a lora section, and export without --merge: peft merges the adapter"
         raise UserError(ckpt, problem, fix)
-    backend, template = backend_of(loaded.tokenizer), chat_template(loaded)
+    template = chat_template(loaded.tokenizer, loaded.template)
+    question = first_question(
+        loaded.tokenizer, loaded.config, loaded.template, has_template=template is not None
+    )
     with quiet_transformers(), scratch_folder(out) as folder:
         # A Hugging Face model is written as it is, whatever its architecture.
         is_hf = isinstance(loaded.model, HFModel)
@@ -88,36 +103,105 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
         model_type = theirs.config.model_type
         with writing(out, OUT):
             save_weights(theirs, folder, out)
-            write_tokenizer(folder, backend, loaded, template)
+            write_tokenizer(
+                folder,
+                loaded.tokenizer,
+                template,
+                max_seq_len=loaded.model.config.max_seq_len,
+            )
         del theirs
         # Read it back.
-        tokenizer_class = check_folder_tokenizer(folder, backend, loaded.tokenizer)
+        tokenizer_class = check_folder_tokenizer(folder, loaded.tokenizer)
         written = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True
         )
         difference = check_model(written, loaded.model)
         with writing(out, OUT):
-            card = model_card(
-                loaded, model_type, tokenizer_class, has_template=template is not None
-            )
+            card = model_card(loaded, model_type, tokenizer_class, question)
             write_text(folder / "README.md", card)
         publish(folder, out)
-    return Exported(out, model_type, difference, tokenizer_class)
+    return Exported(out, model_type, difference, tokenizer_class, question)
 
 
-def export_adapter(ckpt: Path, out: Path) -> Path:
+@dataclass(frozen=True)
+class ExportedAdapter:
+    """The result of the export of an adapter alone."""
+
+    path: Path
+    base: str
+    """the model that it belongs to"""
+    code: str
+    """Python that loads the two and asks a first question, in the folder `path`"""
+
+
+def export_adapter(ckpt: Path, out: Path) -> ExportedAdapter:
     """Write the adapter in the checkpoint `ckpt` as the new folder `out`, for peft,
-    whole or not at all.
+    whole or not at all: with its tokenizer, chat template and card, but without its base.
 
     Raises:
-        UserError: peft is missing, the checkpoint has no adapter, or `out` exists.
+        UserError: peft is missing, the checkpoint has no adapter, `out` exists,
+            or transformers has no such tokenizer.
     """
     require_package("peft")
+    require_package("transformers")
     require_new(out)
-    with scratch_folder(out) as folder:
+    state = read(ckpt)
+    config, info = Config.from_plain(state["config"]), info_of(ckpt, state)
+    tokenizer = tokenizer_from_plain(state["tokenizer"])
+    name = template_name(config, info.stage)
+    template = chat_template(tokenizer, name)
+    question = first_question(tokenizer, config, name, has_template=template is not None)
+    with quiet_transformers(), scratch_folder(out) as folder:
         save_adapter(ckpt, folder)
+        with writing(out, OUT):
+            write_tokenizer(folder, tokenizer, template, max_seq_len=config.model.max_seq_len)
+        check_folder_tokenizer(folder, tokenizer)
+        code = adapter_code(state, config, question, end_ids(tokenizer, name))
+        with writing(out, OUT):
+            write_text(folder / "README.md", adapter_card(config, info, code))
         publish(folder, out)
-    return out
+    base = (config.training.init_from or "").removeprefix(HF_PREFIX)
+    return ExportedAdapter(out, base, code)
+
+
+def adapter_code(
+    state: dict[str, Any], config: Config, question: FirstQuestion, ends: list[int]
+) -> str:
+    """Python that loads an adapter on its base and asks a first question."""
+    name = (config.training.init_from or "").removeprefix(HF_PREFIX)
+    base = json.dumps(shown(name), ensure_ascii=False)
+    if state["hf_config"] is None:
+        return f"""\
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from tinylm.checkpoint.load import load_model
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = PeftModel.from_pretrained(load_model(Path({base})).model, ".").eval()
+ids = {question.ids_code}
+for _ in range({question.max_new_tokens}):
+    ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), dim=1)
+print(tokenizer.decode(ids[0]))"""
+    auto, end_of_prompt = "AutoModelForCausalLM", ""
+    if json.loads(state["hf_config"]).get("is_encoder_decoder"):
+        auto = "AutoModelForSeq2SeqLM"
+        end_of_prompt = (
+            "ids = torch.cat((ids, torch.tensor([[tokenizer.eos_token_id]])), dim=1)"
+            "  # the encoder reads the prompt and EOS\n"
+        )
+    settings = f"max_new_tokens={question.max_new_tokens}, eos_token_id={ends}"
+    return f"""\
+import torch
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = PeftModel.from_pretrained({auto}.from_pretrained({base}), ".")
+ids = {question.ids_code}
+{end_of_prompt}print(tokenizer.decode(model.generate(input_ids=ids, {settings})[0]))"""
 
 
 def save_weights(theirs: PreTrainedModel, folder: Path, out: Path) -> None:
@@ -174,7 +258,7 @@ def set_token_ids(theirs: PreTrainedModel, loaded: Loaded) -> None:
     from transformers import GenerationConfig
 
     tokenizer = loaded.tokenizer
-    ends = end_ids(loaded)
+    ends = end_ids(tokenizer, loaded.template)
     # EOS precedes every document here, so that an empty prompt is EOS;
     # a Hugging Face model keeps its own.
     is_hf = isinstance(loaded.model, HFModel)
@@ -214,84 +298,6 @@ def sampling_settings(sampling: SamplingConfig) -> dict[str, Any]:
         if sampling.min_p:
             settings["min_p"] = sampling.min_p
     return settings
-
-
-# --- the model card ---
-
-
-def model_card(loaded: Loaded, model_type: str, tokenizer_class: str, *, has_template: bool) -> str:
-    """README.md: the model, its training data, and how to load it."""
-    config, shape, info = loaded.config, loaded.model.config, loaded.info
-    origin = f"{info.step:,} optimizer steps, {info.tokens:,} tokens"
-    data = ", ".join(shown(name) for name in data_names(loaded))
-    if info.step == 0:
-        origin = f"weights imported from {shown(config.tokenizer.path or '')}"
-        data = "not known"
-    if config.training.init_from is not None:
-        origin += f", from {shown(config.training.init_from.removeprefix(HF_PREFIX))}"
-    val_loss = "not measured"
-    if info.val_loss is not None:
-        val_loss = f"{info.val_loss:.4f} nats a token"
-    layers = f"{shape.n_layers} layers, width {shape.d_model}, {shape.n_heads} heads"
-    rows = {
-        "architecture": f"{model_type}: {layers}",
-        "parameters": f"{count_parameters(loaded.model):,}",
-        "context": f"{shape.max_seq_len:,} tokens",
-        "tokenizer": f"{loaded.tokenizer.kind}, {loaded.tokenizer.vocab_size:,} tokens",
-        "training": f"{info.stage}, {origin}",
-        "data": data,
-        "validation loss": val_loss,
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    specials = "The name of a special token in a text is text (`split_special_tokens`)."
-    ask = 'ids = tokenizer("Once", return_tensors="pt")["input_ids"]'
-    if has_template:
-        specials = (
-            "Unlike in the trainer, the name of a special token in a message becomes that token: "
-            "in text from strangers, replace such names first."
-        )
-        ask = (
-            'ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], '
-            'add_generation_prompt=True, return_tensors="pt")["input_ids"]'
-        )
-    return f"""\
----
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# A language model trained with Tiny Transformer
-
-| | |
-|---|---|
-{table}
-
-```python
-from transformers import AutoModelForCausalLM, {tokenizer_class}
-
-tokenizer = {tokenizer_class}.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
-{ask}
-print(tokenizer.decode(model.generate(ids)[0]))
-```
-
-Exported from a checkpoint in fp32, after comparing transformers' logits with the trainer's. No token is added before
-a text. {specials}
-"""
-
-
-def data_names(loaded: Loaded) -> list[str]:
-    """The data sets that the model was trained on."""
-    data = loaded.config.data
-    return [part.dataset for part in data.mix] if data.mix else [data.task or data.dataset]
-
-
-def shown(name: str) -> str:
-    """The name of a data set or model for strangers: on the hub, the whole name; of a path,
-    only the last part.
-    """
-    is_path = Path(name).is_absolute() or Path(name).exists()
-    return printable(Path(name).name if is_path else name).replace("|", "\\|")
 
 
 # --- the check ---

@@ -35,6 +35,7 @@ from tinylm.model.hf_files import (
     AGAIN,
     GIVE_A_FOLDER,
     INDEX,
+    find_hf_model,
     plain_settings,
     require_folder_or_hub_name,
 )
@@ -93,7 +94,7 @@ def import_hf(name: str, out: Path) -> Imported:
         raise UserError(out, "the name of a checkpoint must end in .ckpt")
     require_new(out)
     folder = find_folder(name)
-    theirs = read_config(folder)
+    theirs = read_config(folder, name)
     with quiet_transformers(), open_tensors(folder) as stored:
         model = read_model(folder, theirs, stored)
         stored_as = " and ".join(sorted({tensor.dtype for tensor in stored.values()}))
@@ -162,9 +163,8 @@ def find_folder(name: str) -> Path:
     if os.path.isdir(name):
         folder = Path(name)
     else:
-        read_config(
-            download(name, ["*.json"], name, GIVE_A_FOLDER)
-        )  # checked before the weights are downloaded
+        # checked before the weights are downloaded
+        read_config(download(name, ["*.json"], name, GIVE_A_FOLDER), name)
         folder = download(name, FILES, name, GIVE_A_FOLDER)
     refuse_links_out(folder)
     return folder
@@ -186,8 +186,8 @@ def refuse_links_out(folder: Path) -> None:
 # --- settings ---
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The settings in config.json, as transformers has them.
+def read_config(folder: Path, name: str) -> PreTrainedConfig:
+    """The settings in config.json, as transformers has them, of the model `name`.
 
     Raises:
         UserError: it requires running code, its weights are not plain floats,
@@ -211,13 +211,28 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if values.get("model_type") not in names:
         found = json.dumps(values.get("model_type"))
         problem = f"must be one of {', '.join(names)}, got {found:.80}"
-        raise UserError((file, "model_type"), problem, "Choose another model")
+        raise UserError((file, "model_type"), problem, another_way(folder, name))
     try:
         with quiet_transformers():
-            return AutoConfig.for_model(**plain_settings(values, file))
+            config = AutoConfig.for_model(**plain_settings(values, file))
     except (*NOT_LOADED, StrictDataclassError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(file, f"transformers cannot read it: {why}", FIX) from None
+    try:
+        conversion.our_config(config)
+    except UserError as error:
+        where = (file, *error.where[1:])
+        raise UserError(where, error.problem, another_way(folder, name)) from None
+    return config
+
+
+def another_way(folder: Path, name: str) -> str:
+    """What to do with a model that our decoder cannot compute: fine-tuning may take it as it is."""
+    try:
+        find_hf_model(str(folder))
+    except UserError:
+        return "Choose another model"
+    return f"Fine-tune it as it is, without import: training.init_from=hf:{name}"
 
 
 def refuse_code(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """A tokenizer and its chat template as files of transformers.
 
     Tokenizer ─ backend_of ─▶ tokenizer of the `tokenizers` library, which adds nothing to a text
-    Loaded ─ chat_template ─▶ the template of its fine-tuning, in Jinja
+    name   ─ chat_template ─▶ the template of its fine-tuning, in Jinja
 
 `check_folder_tokenizer` and `check_tokenizer` compare what was written with ours.
 """
@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.checkpoint.load import Loaded
 from tinylm.common.errors import UserError
 from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import KNOWN_BOS_TOKENS
@@ -84,9 +83,10 @@ def char_backend(tokenizer: CharTokenizer) -> Backend:
     return backend
 
 
-def write_tokenizer(folder: Path, backend: Backend, loaded: Loaded, template: str | None) -> None:
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, template: str | None, *, max_seq_len: int
+) -> None:
     """Write tokenizer.json, tokenizer_config.json and, if there is one, the chat template."""
-    tokenizer = loaded.tokenizer
     eos = tokenizer.special_names[tokenizer.eos_id]
     settings = {
         # the class that transformers 5 would write is unknown to older readers
@@ -95,13 +95,13 @@ def write_tokenizer(folder: Path, backend: Backend, loaded: Loaded, template: st
         "eos_token": eos,
         "pad_token": tokenizer.special_names[tokenizer.pad_id],
         "clean_up_tokenization_spaces": False,
-        "model_max_length": loaded.model.config.max_seq_len,
+        "model_max_length": max_seq_len,
         # The name of a special token in a text is text, as here. transformers cannot tell a
         # template's markers from a user's text, so with a template the names are tokens.
         "split_special_tokens": template is None,
     }
     config = json.dumps(settings, ensure_ascii=False, indent=2)
-    write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
+    write_text(folder / "tokenizer.json", backend_of(tokenizer).to_str(pretty=True))
     write_text(folder / "tokenizer_config.json", f"{config}\n")
     if template is not None:
         write_text(folder / "chat_template.jinja", template)
@@ -186,32 +186,31 @@ CHAT_TEMPLATES = {
 }
 
 
-def chat_template(loaded: Loaded) -> str | None:
-    """The template that the checkpoint was fine-tuned with, in Jinja; else its tokenizer's own,
-    if it has one.
+def chat_template(tokenizer: Tokenizer, template: str | None) -> str | None:
+    """The template that the model was fine-tuned with, of this name, in Jinja;
+    else its tokenizer's own, if it has one.
     """
-    tokenizer = loaded.tokenizer
     is_hf = isinstance(tokenizer, HFTokenizer)
-    if loaded.template in (None, "chat_template"):
+    if template in (None, "chat_template"):
         return tokenizer.chat_template if is_hf else None
     names = tokenizer.special_names.values() if is_hf else ()
     begin = next((token for token in KNOWN_BOS_TOKENS if token in names), "")
-    end = tokenizer.special_names[end_ids(loaded)[0]]
-    source = CHAT_TEMPLATES[loaded.template]
+    end = tokenizer.special_names[end_ids(tokenizer, template)[0]]
+    source = CHAT_TEMPLATES[template]
     return source.replace("OPEN", json.dumps(begin)).replace("CLOSE", json.dumps(end))
 
 
-def end_ids(loaded: Loaded) -> list[int]:
+def end_ids(tokenizer: Tokenizer, template: str | None) -> list[int]:
     """The tokens that end a generated text: the one after each answer in fine-tuning, and EOS."""
-    if loaded.template is None:
-        return [loaded.tokenizer.eos_id]
-    return list(make_template(loaded.template, loaded.tokenizer).stop_ids(loaded.tokenizer))
+    if template is None:
+        return [tokenizer.eos_id]
+    return list(make_template(template, tokenizer).stop_ids(tokenizer))
 
 
 # --- the check ---
 
 
-def check_folder_tokenizer(folder: Path, backend: Backend, ours: Tokenizer) -> str:
+def check_folder_tokenizer(folder: Path, ours: Tokenizer) -> str:
     """The class of transformers that reads the tokenizer in the folder as it was written.
 
     AutoTokenizer does, except for Qwen2 models: it splits their text into Qwen2's own words
@@ -223,7 +222,7 @@ def check_folder_tokenizer(folder: Path, backend: Backend, ours: Tokenizer) -> s
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     name, found = "AutoTokenizer", AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if _splitting_of(found.backend_tokenizer) != _splitting_of(backend):
+    if _splitting_of(found.backend_tokenizer) != _splitting_of(backend_of(ours)):
         name = "PreTrainedTokenizerFast"
         found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     check_tokenizer(found, ours)

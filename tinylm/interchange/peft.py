@@ -1,4 +1,4 @@
-"""The adapter in a checkpoint as the two files of peft:
+"""The adapter in a checkpoint as the two files that peft reads:
 adapter_config.json and adapter_model.safetensors.
 """
 

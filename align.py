@@ -64,16 +64,9 @@ def run(args: argparse.Namespace) -> int:
     from tinylm.cli.results import print_rows
     from tinylm.common.child_program import ChildProgram, forward_signals
     from tinylm.rows.conversation import CHAT_STAGES
+    from training import side_by_side
     from training.pipeline import read_stages
     from training.pipeline_run import PipelineState, run_stages
-    from training.side_by_side import (
-        compare,
-        known_results,
-        notes_on,
-        sample_lines,
-        table_rows,
-        write_results,
-    )
 
     stages = read_stages(args.config, args.overrides)
     out = args.out or Path("checkpoints") / args.config.stem
@@ -89,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
         if code:
             return code
         made_from = state.digest(stage.name for stage in stages)
-        results = known_results(out, made_from)
+        results = side_by_side.known_results(out, made_from)
         if results is None:
-            results = compare(stages) | {"made_from": made_from}
-            write_results(out, results, stages)
-    print_rows(table_rows(results))
-    for line in (*notes_on(results), *sample_lines(results, stages)):
+            results = side_by_side.compare(stages) | {"made_from": made_from}
+            side_by_side.write_results(out, results, stages)
+    print_rows(side_by_side.table_rows(results))
+    for line in (*side_by_side.notes_on(results), *side_by_side.sample_lines(results, stages)):
         print(line)
     print(f"report: {printable(out / 'report.md')}")
     chats = [stage.model for stage in stages if stage.name in CHAT_STAGES]

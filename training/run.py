@@ -144,8 +144,29 @@ def fit(
             trainer.fit(module, datamodule=data)
         except Diverged as error:
             raise Diverged(f"{error}. {last_good(checkpoints, resume)}") from error
-    step = module.progress.step
-    if not step_end.is_over:
+    seconds = time.monotonic() - began
+    return finish(stage, module, checkpoints, resume, signals, step_end.is_over, seconds)
+
+
+def finish(
+    stage: Stage,
+    module: TrainingModule,
+    checkpoints: Checkpoints,
+    resume: ResumeState | None,
+    signals: StopSignals,
+    is_over: bool,
+    seconds: float,
+) -> int:
+    """Say how a run ended, and return its exit code.
+
+    Args:
+        is_over: whether the callbacks ended it, at the last step or at a signal; else the batches
+            ran out.
+        seconds: how long this process trained.
+    """
+    config, progress = module.config, module.progress
+    step = progress.step
+    if not is_over:
         problem = f"the batches ended after step {step} of {config.training.max_steps}"
         raise UserError("training", problem, last_good(checkpoints, resume))
     if checkpoints.newest is None:  # only rank 0 saves
@@ -154,12 +175,11 @@ def fit(
         saved = f"saved {checkpoints.newest}. Run the same command again to continue."
         logger.info(f"stopped by {signal_name(signals.agreed)} after step {step}; {saved}")
         return signals.exit_code
-    seconds, progress = duration(time.monotonic() - began), module.progress
     best = f"best val_loss {progress.best_val_loss:.4f}"
     if progress.best_step != step:
         best += f" at step {progress.best_step} (best.ckpt)"
     skipped = f" ({progress.skipped_steps} skipped)" if progress.skipped_steps else ""
-    logger.info(f"done: {step} steps{skipped} in {seconds}, {best}")
+    logger.info(f"done: {step} steps{skipped} in {duration(seconds)}, {best}")
     final = checkpoints.newest.with_name(FINAL)
     if not final.samefile(checkpoints.newest):
         logger.info("final.ckpt is best.ckpt: training.early_stopping_patience is set")

@@ -13,7 +13,7 @@ from tinylm.common.file_content import START_BYTES, mismatch
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 PAGE = b"\n<!DOCTYPE html><html><body>404</body></html>"
-GZIP = gzip.compress(b"text")
+GZIP = gzip.compress(b"text", mtime=0)
 
 
 def archive() -> bytes:

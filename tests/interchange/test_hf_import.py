@@ -267,7 +267,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a model of images": (
         lambda f: edit(f / "config.json", model_type="vit"),
-        'model_type: must be one of gpt2, llama, .*, got "vit"\. Choose another model',
+        r'model_type: must be one of gpt2, llama, .*, got "vit"\. Choose another model',
     ),
     "no model": (
         lambda f: edit(f / "config.json", model_type=["llama"]),

@@ -160,12 +160,15 @@ def restore_optimizer(trainer: L.Trainer, module: TrainingModule, state: dict[st
         UserError: they are not those of this model and optimizer.
     """
     optimizer = trainer.optimizers[0]
-    require_same_optimizer(state["optimizer"], optimizer)
+    is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    # A sharded run numbers its weights in the order of the module, the others by groups.
+    numbered = list(module.parameters()) if is_sharded else None
+    require_same_optimizer(state["optimizer"], optimizer, numbered)
     # The settings of each group come from the config, which --allow-changes may have changed.
     settings = []
     for group in optimizer.param_groups:
         settings.append({name: value for name, value in group.items() if name != "params"})
-    if isinstance(trainer.strategy, ModelParallelStrategy):
+    if is_sharded:
         # The checkpoint has whole tensors by number; torch shards them
         # by the names of their weights.
         named = FSDP.rekey_optim_state_dict(
@@ -184,16 +187,28 @@ def restore_optimizer(trainer: L.Trainer, module: TrainingModule, state: dict[st
         raise UserError("precision in the checkpoint", problem, "Use another checkpoint") from None
 
 
-def require_same_optimizer(stored: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def require_same_optimizer(
+    stored: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    numbered: list[torch.nn.Parameter] | None = None,
+) -> None:
     """Raise a UserError unless `stored` has the groups of `optimizer`, with tensors of the shapes
     of their weights: torch compares only the numbers of weights.
+
+    Args:
+        stored: the state of an optimizer.
+        optimizer: the optimizer of this run.
+        numbered: the weights by their numbers in `stored`; None: in the order of the groups.
     """
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    weights = numbered
+    if weights is None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     try:
         numbers = [number for group in stored["param_groups"] for number in group["params"]]
         fits = sizes == [len(group["params"]) for group in stored["param_groups"]]
-        fits = fits and numbers == list(range(len(weights)))
+        in_order = numbers if numbered is None else sorted(numbers)
+        fits = fits and in_order == list(range(len(weights)))
         fits = fits and stored["state"].keys() <= set(numbers)
         names = {frozenset(values) for values in stored["state"].values()}
         fits = fits and len(names) <= len({group.get("muon") for group in optimizer.param_groups})

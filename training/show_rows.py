@@ -44,7 +44,11 @@ def show_rows_of_run(stage: Stage, config: Config, n_rows: int) -> int:
     data = config.data.model_copy(update={"num_workers": 0})
     config = config.model_copy(update={"data": data})
     require_supported(stage.name, config)
-    stage.find_data(config)
+    needed = config
+    if stage.open_rows is not None:  # the training data alone
+        data = config.data.model_copy(update={"val_dataset": None})
+        needed = config.model_copy(update={"data": data})
+    stage.find_data(needed)
     initial = find_initial_model(config, None)
     if initial is not None:
         config = initialized_config(config, initial)

@@ -201,5 +201,5 @@ def test_it_runs_without_home_locale_or_working_directory(tmp_path):
         text=True,
         check=False,
     )
-    message = "error: docs/CONFIG_REFERENCE.md: not found: the working folder was deleted. Give the folder of the reference with --folder.\n"
+    message = "error: the working folder was deleted. Change to a folder that exists.\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)

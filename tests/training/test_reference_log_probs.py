@@ -64,6 +64,7 @@ def test_a_damaged_file_is_named(damage, tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        UserError, match=r"r.bin: cannot be written: .*. Free disk space or change data.cache_dir."
+        UserError,
+        match=r"file: cannot be written: File exists. Change data.cache_dir, or move the file",
     ):
         cached_log_probs(tmp_path / "file" / "r.bin", 2, lambda: VALUES)

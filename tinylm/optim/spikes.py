@@ -37,7 +37,7 @@ def spike_in(
     >>> history = [[2.0, 1.0], [2.1, 1.0], [1.9, 1.0]] * 7
     >>> spike_in({"loss": 2.4, "gradient norm": 1.0}, history, 6)
     >>> spike_in({"loss": 4.0, "gradient norm": 1.0}, history, 6)
-    'the loss is 4, above 2.889, the limit by the last 21 steps (median 2)'
+    'the loss is 4, above 2.89, the limit by the last 21 steps (median 2)'
     """
     for name, value in values.items():
         if not math.isfinite(value):

@@ -3,9 +3,9 @@
     Decoder ─ conversion.to_hf ─▶ Hugging Face model ─ renamed ─▶ tensors of GGUF ─┐
     config ─ add_settings, tokenizer ─ vocabulary_of, add_vocabulary ──────────────┴─▶ file ─ check_file
 
-Names come from the `gguf` package's own table, so that this file has only what GGUF does differently: its settings,
-queries and keys of Llama stored for rotating neighbors instead of halves, and its tokenizers. The file is read back
-through transformers before it gets its name.
+Names come from the `gguf` package's own table, so that this file has only what GGUF does
+differently: its settings, queries and keys of Llama stored for rotating neighbors instead of
+halves, and its tokenizers. The file is read back through transformers before it gets its name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ PRE_TOKENIZERS = {
     f"{_CONTRACTIONS}\\p{{N}}{_REST}": "qwen2",
 }
 TOKEN_TYPES = {"normal": 1, "control": 3, "user_defined": 4}
-USE_HF = "Export with --format hf"
 USE_HF = "Export with --format hf"
 
 
@@ -97,14 +96,17 @@ def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
 
 
 def check_expressible(config: ModelConfig, model_type: str) -> None:
-    """Raise a UserError for a setting that GGUF does not have, or that transformers does not read from it."""
+    """Raise a UserError for a setting that GGUF does not have,
+    or that transformers does not read from it.
+    """
     supported: dict[str, Any] = {"moe": None, "sliding_window": None}
     if model_type == "gpt2":
         supported["ffn"] = "gelu"
     else:
         supported["bias"] = "qkv" if model_type == "qwen2" else "none"
     if model_type == "mistral":
-        # Without a window it is written as a Llama, whose width must be a multiple of n_heads in transformers.
+        # Without a window it is written as a Llama, whose width must be a multiple of n_heads
+        # in transformers.
         for name, limit in architectures.LLAMA.limits.items():
             supported[name] = limit(config)
     settings = config.model_dump()
@@ -188,23 +190,6 @@ def write_file(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _stored_values(name: str, weight: Tensor, floats: Floats) -> Tensor:
-    """The weight in the precision of the file; a UserError if a number in it is not finite."""
-    if floats == "f32" or not is_halved(name, weight):
-        values, problem, fix = weight.float(), "has non-finite numbers", "Export another checkpoint"
-    else:
-        values, problem, fix = (
-            weight.half(),
-            "has non-finite numbers in 16 bits",
-            "Export it as f32",
-        )
-        if not weight.isfinite().all():
-            fix = "Export another checkpoint"
-    if not values.isfinite().all():
-        raise UserError(name, problem, fix)
-    return values
 
 
 def _stored_values(name: str, weight: Tensor, floats: Floats) -> Tensor:

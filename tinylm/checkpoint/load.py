@@ -61,13 +61,17 @@ def template_name(config: Config, stage: str) -> str | None:
 
 
 def load_model(path: str | Path, device: str = "cpu") -> Loaded:
-    """The language model in the checkpoint at `path`.
+    """The language model in the checkpoint at `path`; raises as `model_of`."""
+    path = Path(path)
+    return model_of(path, read(path), device)
+
+
+def model_of(path: Path, state: dict[str, Any], device: str) -> Loaded:
+    """The language model in the state of the checkpoint at `path`.
 
     Raises:
         UserError: it is a verifier, or an adapter whose base is missing or has changed.
     """
-    path = Path(path)
-    state = read(path)
     refuse_verifier(path, state)
     config = Config.from_plain(state["config"])
     if config.lora is None:
@@ -113,13 +117,17 @@ class LoadedVerifier:
 
 
 def load_verifier(path: str | Path, device: str = "cpu") -> LoadedVerifier:
-    """The verifier in the checkpoint at `path`.
+    """The verifier in the checkpoint at `path`; raises as `verifier_of`."""
+    path = Path(path)
+    return verifier_of(path, read(path), device)
+
+
+def verifier_of(path: Path, state: dict[str, Any], device: str) -> LoadedVerifier:
+    """The verifier in the state of the checkpoint at `path`.
 
     Raises:
         UserError: it is a language model.
     """
-    path = Path(path)
-    state = read(path)
     if state["stage"] != "verifier":
         problem = f"must be a verifier, got a language model (stage {state['stage']})"
         fix = "Train a verifier: python finetune.py --config configs/verifier.yaml"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tinylm.checkpoint.format import read
-from tinylm.checkpoint.load import load_model, load_verifier
+from tinylm.checkpoint.load import Loaded, LoadedVerifier, model_of, verifier_of
 from tinylm.cli.loading import choose_tokenizer
 from tinylm.cli.results import Row, cell, print_rows
 from tinylm.cli.subjects import Subject, find_checkpoints
@@ -79,8 +79,10 @@ def score_subject(
     """The scores of a checkpoint: of a verifier if it is one, else of a language model."""
     path = subject.paths[0]
     state = read(path)
-    score = verifier_scores if state["stage"] == "verifier" else language_scores
-    numbers, data = score(path, arguments, config, device)
+    if state["stage"] == "verifier":
+        numbers, data = verifier_scores(verifier_of(path, state, device), config, device)
+    else:
+        numbers, data = language_scores(model_of(path, state, device), arguments, config)
     trained_with = state.get("data", {"val": "not known"})["val"]
     if data.fingerprint != trained_with:
         logger.info(
@@ -94,22 +96,20 @@ def score_subject(
 
 
 def verifier_scores(
-    path: Path, arguments: argparse.Namespace, config: Config, device: str
+    loaded: LoadedVerifier, config: Config, device: str
 ) -> tuple[dict[str, Any], ValidationData]:
     """How well a verifier tells right answers from wrong ones."""
-    loaded = load_verifier(path, device)
     data = verifier_validation(config, loaded, device)
     return score_verifier(loaded.model, data.batches), data
 
 
 def language_scores(
-    path: Path, arguments: argparse.Namespace, config: Config, device: str
+    loaded: Loaded, arguments: argparse.Namespace, config: Config
 ) -> tuple[dict[str, Any], ValidationData]:
     """How well a language model predicts texts, or with --answers answers."""
-    loaded = load_model(path, device)
     if isinstance(loaded.model, HFSeq2Seq):
         raise UserError(
-            path,
+            loaded.info.path,
             "an encoder-decoder, which answers questions and does not predict plain text",
             "Use evaluate_checkpoints.py --tasks",
         )

@@ -20,7 +20,7 @@ from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, VerifierConfig
 from tinylm.eval.perplexity import LanguageScore, byte_length_table, score_batches
 from tinylm.eval.sampled_answers import answerer
-from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
+from tinylm.eval.tasks.data import conversation_parser, problems_of, requested_built_in_rows
 from tinylm.model.verifier import Verifier
 from tinylm.objectives.verifier import verifier_metrics, verifier_sums
 from tinylm.rows.sft import build_examples, fingerprint_of_examples
@@ -30,7 +30,6 @@ from tinylm.rows.verifier_data import (
     collate_problems,
     filter_problems,
     fingerprint_of_problems,
-    read_problems,
 )
 from tinylm.text.data_source import data_sources
 from tinylm.tokenizer.base import Tokenizer
@@ -133,21 +132,11 @@ def verifier_validation(config: Config, loaded: LoadedVerifier, device: str) -> 
     Raises:
         UserError: see `read_problems` and `filter_problems`.
     """
-    data, verifier = config.data, config.verifier or VerifierConfig()
-    tokenizer, seq_len, seed = (
-        loaded.tokenizer,
-        loaded.config.training.seq_len,
-        config.training.seed,
-    )
-    report = RowReport("val", seq_len, lost="the start of a problem", max_bad=data.skip_bad_rows)
-    problems = read_problems(
-        data,
-        "val",
-        seed,
-        to_conversation=conversation_parser(data),
-        built_in=requested_built_in_rows(data),
-        report=report,
-    )
+    verifier = config.verifier or VerifierConfig()
+    tokenizer, seq_len = loaded.tokenizer, loaded.config.training.seq_len
+    max_bad = config.data.skip_bad_rows
+    report = RowReport("val", seq_len, lost="the start of a problem", max_bad=max_bad)
+    problems = problems_of(config, "val", report)
     if verifier.sampled_from is not None:
         with progress_bar() as progress:
             problems = answerer(config, verifier, device, progress)(problems)
@@ -158,7 +147,7 @@ def verifier_validation(config: Config, loaded: LoadedVerifier, device: str) -> 
         tokenizer=tokenizer,
         seq_len=seq_len,
         n_wrong=verifier.n_wrong,
-        seed=f"{seed} val",
+        seed=f"{config.training.seed} val",
     )
     return ValidationData(
         batches_in_order(problems, collate, config), fingerprint_of_problems(problems)

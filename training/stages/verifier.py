@@ -19,7 +19,7 @@ from tinylm.checkpoint.load import build_verifier as load_verifier_weights
 from tinylm.common.console import progress_bar
 from tinylm.config.schema import Config
 from tinylm.eval.sampled_answers import answerer
-from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
+from tinylm.eval.tasks.data import problems_of
 from tinylm.model.decoder import Decoder
 from tinylm.model.verifier import Verifier
 from tinylm.objectives.verifier import verifier_loss, verifier_metrics, verifier_sums
@@ -31,7 +31,6 @@ from tinylm.rows.verifier_data import (
     collate_problems,
     filter_problems,
     fingerprint_of_problems,
-    read_problems,
     without_validation_problems,
 )
 from tinylm.text.splits import Which
@@ -72,7 +71,8 @@ class VerifierData(RunData):
         seq_len, max_bad = self.config.training.seq_len, self.config.data.skip_bad_rows
         train = RowReport("train", seq_len, lost="the start of a problem", max_bad=max_bad)
         val = RowReport("val", seq_len, lost="the start of a problem", max_bad=max_bad)
-        train_rows, val_rows = self._read(train), self._read(val)
+        train_rows = problems_of(self.config, "train", train)
+        val_rows = problems_of(self.config, "val", val)
         train_rows = without_validation_problems(train_rows, val_rows, train)
         self.train_problems = self._filter(answer(train_rows), train)
         self.val_problems = self._filter(answer(val_rows), val)
@@ -126,17 +126,6 @@ class VerifierData(RunData):
             right = "right" if batch["label"][number] else "wrong"
             name = f"{heading}, answer {number + 1}, {right}: {row.location}"
             yield InspectedRow(name, ids.tolist(), labels.tolist(), None)
-
-    def _read(self, report: RowReport) -> list[Problem]:
-        data = self.config.data
-        return read_problems(
-            data,
-            report.which,
-            self.config.training.seed,
-            to_conversation=conversation_parser(data),
-            built_in=requested_built_in_rows(data),
-            report=report,
-        )
 
     def _filter(self, problems: list[Problem], report: RowReport) -> list[Problem]:
         return filter_problems(problems, report, self.tokenizer, n_wrong=self.n_wrong)
@@ -216,14 +205,7 @@ def learn_verifier_tokenizer(config: Config) -> Tokenizer:
     """A tokenizer of kind bpe or char, learned from the training problems."""
 
     def texts() -> Iterator[str]:
-        found = read_problems(
-            config.data,
-            "train",
-            config.training.seed,
-            to_conversation=conversation_parser(config.data),
-            built_in=requested_built_in_rows(config.data),
-        )
-        for problem in found:
+        for problem in problems_of(config, "train"):
             yield f"{problem.question.full_text}\n{problem.answer}"
 
     return learn_from_texts(config.tokenizer, texts())

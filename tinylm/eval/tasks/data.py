@@ -21,6 +21,9 @@ from tinylm.rows.row_files import (
     LocatedRow,
     read_rows,
 )
+from tinylm.rows.skipped_rows import RowReport
+from tinylm.rows.verifier_data import Problem, read_problems
+from tinylm.text.splits import Which
 
 # The value of data.dataset for the built-in rows of a task.
 SMOKE = "smoke"
@@ -49,6 +52,21 @@ def with_data_of_task(config: Config) -> Config:
 def conversation_parser(data: DataConfig) -> Callable[[Row], Conversation] | None:
     """How the task that data.task names turns a row into a conversation; None without a task."""
     return TASKS[data.task].conversation if data.task else None
+
+
+def problems_of(config: Config, which: Which, report: RowReport | None = None) -> list[Problem]:
+    """The problems of a split of a verifier's config, in the form of data.task if it is set;
+    raises as `read_problems`.
+    """
+    data = config.data
+    return read_problems(
+        data,
+        which,
+        config.training.seed,
+        to_conversation=conversation_parser(data),
+        built_in=requested_built_in_rows(data),
+        report=report,
+    )
 
 
 def requested_built_in_rows(data: DataConfig) -> list[LocatedRow]:

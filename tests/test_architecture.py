@@ -476,7 +476,7 @@ READERS = {
     "tinylm/checkpoint/format.py": {"torch.load"},  # after `verify`
     "tinylm/cli/program.py": {"open"},  # /proc
     "tinylm/common/console.py": {"os.open"},  # the null device
-    "tinylm/common/errors.py": {"open", "os.open"},
+    "tinylm/common/files.py": {"open", "os.open"},
     "tinylm/common/platform.py": {"os.open"},  # to sync what this program wrote
     "tinylm/planning/machine_memory.py": {"open", "read_text"},
     "tinylm/rows/sandbox.py": {"open"},

@@ -20,7 +20,8 @@ from tests.checkpoint.test_checkpoint import make_state
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.info import describe
 from tinylm.checkpoint.load import load_model
-from tinylm.common.errors import UserError, open_regular, read_regular
+from tinylm.common.errors import UserError
+from tinylm.common.files import open_regular, read_regular
 from tinylm.config.loader import load_config
 from tinylm.config.messages import sections
 from tinylm.config.schema import DataConfig
@@ -384,7 +385,7 @@ def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_becomes_a_pipe_after_the_check_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("tinylm.common.errors.require_regular", lambda path: None)
+    monkeypatch.setattr("tinylm.common.files.require_regular", lambda path: None)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="not a regular file"):
         open_regular(tmp_path / "pipe")

@@ -17,8 +17,8 @@ from typing import Any
 from tinylm.checkpoint.format import candidates
 from tinylm.checkpoint.initial import weights_fingerprint
 from tinylm.common.child_program import ChildProgram
-from tinylm.common.errors import UserError, read_regular
-from tinylm.common.files import write_atomic
+from tinylm.common.errors import UserError
+from tinylm.common.files import read_regular, write_atomic
 from tinylm.common.platform import signal_name
 from training.pipeline import PROGRAMS, PipelineStage
 

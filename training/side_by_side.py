@@ -19,8 +19,8 @@ import torch
 from tinylm.checkpoint.initial import open_initial_model
 from tinylm.checkpoint.load import Loaded, load_model, load_verifier
 from tinylm.common.device import autocast_dtype, pick_device
-from tinylm.common.errors import printable, read_regular
-from tinylm.common.files import write_atomic
+from tinylm.common.errors import printable
+from tinylm.common.files import read_regular, write_atomic
 from tinylm.config.schema import Config, SamplingConfig
 from tinylm.eval.answers import answer_questions, read_questions
 from tinylm.eval.tasks.data import with_data_of_task

@@ -16,9 +16,9 @@ from tinylm.common.errors import (
     reading,
     rename_settings,
     require_package,
-    require_regular,
     writing,
 )
+from tinylm.common.files import require_regular
 
 
 def error_of(*fields: object) -> UserError:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinylm.common.errors import UserError, open_regular, require_regular
+from tinylm.common.errors import UserError
 from tinylm.common.file_content import START_BYTES, mismatch
+from tinylm.common.files import open_regular, require_regular
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 PAGE = b"\n<!DOCTYPE html><html><body>404</body></html>"

@@ -42,17 +42,9 @@ from filelock import Timeout
 # checkpoint.check is imported at its first use
 from tinylm import checkpoint as checkpoints
 from tinylm.checkpoint.old_schemas import NO_REFERENCES, SCHEMA
-from tinylm.common.errors import (
-    UserError,
-    first_line,
-    not_found,
-    open_regular,
-    read_regular,
-    why_unwritten,
-    writing,
-)
+from tinylm.common.errors import UserError, first_line, not_found, why_unwritten, writing
 from tinylm.common.file_content import START_BYTES
-from tinylm.common.files import atomic_path, remove, temporary_lock
+from tinylm.common.files import atomic_path, open_regular, read_regular, remove, temporary_lock
 
 __all__ = ["NO_REFERENCES", "SCHEMA"]  # of old_schemas, for code that writes a state
 

@@ -5,7 +5,8 @@ and their JSON schema.
 import argparse
 from pathlib import Path
 
-from tinylm.common.errors import UserError, read_regular
+from tinylm.common.errors import UserError
+from tinylm.common.files import read_regular
 
 SUMMARY = "write the reference of all settings and their JSON schema for editors"
 

@@ -1,4 +1,11 @@
-"""Files that exist whole or not at all, also after a kill or a power cut.
+"""How files are read and written.
+
+Reading: a regular file whose content is of the kind that its name says; a pipe or a device would
+have no end.
+
+    `open_regular`, `read_regular`, or `require_regular` for a file that another library opens
+
+Writing: files exist whole or not at all, also after a kill or a power cut.
 
     a small file, replaced at once           `write_atomic`
     a large file or a folder, step by step   `atomic_path`, or `publish` for one that is made elsewhere
@@ -11,15 +18,84 @@ the old content or the new one, never a part. Knows nothing of what is in the fi
 
 import os
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from tinylm.common.errors import UserError, writing
+from tinylm.common.errors import UserError, read_error, reading, writing
+from tinylm.common.file_content import START_BYTES, mismatch
 from tinylm.common.platform import sync
+
+# --- reading ---
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """`path`, open to read its bytes: how this program opens every file that it reads.
+
+    Raises:
+        UserError: it cannot be opened, or is not a regular file: a pipe would wait for a writer
+            forever, and a device may have no end.
+    """
+    require_regular(path)  # before it is opened, which alone affects some devices
+    return open(path, "rb", opener=_open_regular)
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file; a UserError if it cannot be read, or as `open_regular`."""
+    with reading(path), open_regular(path) as file:
+        return file.read()
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """`os.open`, which returns at once from a pipe and checks the file that it opened,
+    because another one may have got its name since the first check.
+    """
+    if sys.platform != "win32":
+        flags |= os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _irregular(path)
+    return handle
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Raise a UserError unless `path` is a regular file, not a pipe, a device or a circle of links,
+    and its content is of a kind that its name allows. For files that another library opens;
+    see `open_regular`.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        raise _unreadable(path, error) from None
+    if not stat.S_ISREG(mode):
+        raise _irregular(path)
+    with reading(path), open(path, "rb", opener=_open_regular) as file:
+        found = mismatch(os.path.basename(path), file.read(START_BYTES))
+    if found is not None:
+        raise UserError(path, *found)
+
+
+def _unreadable(path: object, error: OSError | ValueError) -> UserError:
+    if isinstance(error, OSError):
+        return read_error(path, error)
+    return UserError(path, error, "Give the path of a file that can be read")
+
+
+def _irregular(path: object) -> UserError:
+    return UserError(path, "not a regular file", "Give the path of a file on disk")
+
+
+# --- writing ---
 
 # A lock is tried again if its folder disappears; more often than any number of processes needs.
 LOCK_ATTEMPTS = 100

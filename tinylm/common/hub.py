@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tinylm.common.errors import (
-    UserError,
-    first_line,
-    read_regular,
-    require_regular,
-)
+from tinylm.common.errors import UserError, first_line
+from tinylm.common.files import read_regular, require_regular
 
 HUB_TIMEOUT_SECONDS = 5.0
 # training.init_from: hf:NAME is a Hugging Face model, any other value the path of a checkpoint.

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from tinylm.common.errors import UserError, open_regular, printable, reading
+from tinylm.common.errors import UserError, printable, reading
+from tinylm.common.files import open_regular
 
 # PyYAML reads this much in half a second, and no real config comes near it.
 FILE_BYTES_LIMIT = 100_000

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tinylm.checkpoint.load import Loaded, fingerprint_of, load_model
 from tinylm.common.console import OnProgress
-from tinylm.common.errors import UserError, read_regular, writing
-from tinylm.common.files import locked
+from tinylm.common.errors import UserError, writing
+from tinylm.common.files import locked, read_regular
 from tinylm.config.schema import Config, VerifierConfig
 from tinylm.eval.best_of_n import sample_answers
 from tinylm.eval.task_scores import SAMPLE_TEMPERATURE

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from tinylm.checkpoint import format as checkpoint_format
-from tinylm.common.errors import UserError, first_line, open_regular, reading, require_package
-from tinylm.common.files import require_new
+from tinylm.common.errors import UserError, first_line, reading, require_package
+from tinylm.common.files import open_regular, require_new
 from tinylm.common.hub import download, read_json
 from tinylm.config.schema import Config
 from tinylm.interchange import architectures, conversion

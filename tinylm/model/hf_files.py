@@ -21,14 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinylm.common.errors import (
-    UserError,
-    first_line,
-    is_out_of_memory,
-    no_folder,
-    require_package,
-    require_regular,
-)
+from tinylm.common.errors import UserError, first_line, is_out_of_memory, no_folder, require_package
+from tinylm.common.files import require_regular
 from tinylm.common.hub import download, is_hub_name, read_json
 from tinylm.config.schema import ModelConfig
 from tinylm.model.hf_model import (

@@ -12,12 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinylm.common.errors import (
-    UserError,
-    first_line,
-    read_regular,
-    require_regular,
-)
+from tinylm.common.errors import UserError, first_line
+from tinylm.common.files import read_regular, require_regular
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import check_sources, data_sources, find_split
 from tinylm.text.documents import is_blank, jsonl_rows, kind_of, parquet_rows, text_lines

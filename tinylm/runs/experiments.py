@@ -18,14 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.common.child_program import ChildProgram, forward_signals
-from tinylm.common.errors import (
-    UserError,
-    open_regular,
-    read_regular,
-    reading,
-    writing,
-)
-from tinylm.common.files import write_atomic
+from tinylm.common.errors import UserError, reading, writing
+from tinylm.common.files import open_regular, read_regular, write_atomic
 from tinylm.config.loader import load_config
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,7 @@ import torch
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import info as checkpoint_info
 from tinylm.checkpoint import load as checkpoint_load
-from tinylm.common.errors import read_regular
-from tinylm.common.files import write_atomic
+from tinylm.common.files import read_regular, write_atomic
 from tinylm.config.schema import SamplingConfig
 from tinylm.eval.perplexity import LOSS_CAP, byte_length_table, score_batches
 from tinylm.generate.engine import Engine

@@ -13,7 +13,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tinylm.common.errors import read_regular, writing
+from tinylm.common.errors import writing
+from tinylm.common.files import read_regular
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 
-from tinylm.common.errors import UserError, open_regular, reading, require_regular
+from tinylm.common.errors import UserError, reading
+from tinylm.common.files import open_regular, require_regular
 from tinylm.text.documents import TextChunk, file_documents, text_chunks
 from tinylm.text.sources import LocalFiles, TextSource, Together
 

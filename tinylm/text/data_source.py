@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from tinylm.common.errors import UserError, not_found, require_regular
+from tinylm.common.errors import UserError, not_found
+from tinylm.common.files import require_regular
 from tinylm.common.hub import is_hub_name
 from tinylm.config.schema import DataConfig
 from tinylm.text.sources import (

@@ -33,13 +33,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinylm.common.errors import (
-    UserError,
-    first_line,
-    open_regular,
-    reading,
-    require_regular,
-)
+from tinylm.common.errors import UserError, first_line, reading
+from tinylm.common.files import open_regular, require_regular
 
 # A longer line is a binary file or a device, not a document.
 LINE_BYTES_LIMIT = 2**30

@@ -17,16 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinylm.common.errors import (
-    UserError,
-    first_line,
-    looked_in,
-    not_found,
-    open_regular,
-    reading,
-    reason,
-    require_regular,
-)
+from tinylm.common.errors import UserError, first_line, looked_in, not_found, reading, reason
+from tinylm.common.files import open_regular, require_regular
 from tinylm.common.hub import hub_errors, hub_problem, is_hub_name, require_hub
 from tinylm.text.documents import (
     DAMAGED,

@@ -16,13 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.common.errors import (
-    UserError,
-    catch_panics,
-    first_line,
-    no_folder,
-    require_regular,
-)
+from tinylm.common.errors import UserError, catch_panics, first_line, no_folder
+from tinylm.common.files import require_regular
 from tinylm.common.hub import download, is_hub_name, read_json, read_utf8
 from tinylm.tokenizer.base import WELL_KNOWN_EOS
 from tinylm.tokenizer.hf import HFTokenizer, read_backend

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from tinylm.common.console import OnProgress
-from tinylm.common.errors import UserError, require_regular
+from tinylm.common.errors import UserError
+from tinylm.common.files import require_regular
 from tinylm.common.processes import in_order
 from tinylm.text import documents
 from tinylm.text.documents import SeparatorSeen, SpanChunk, TextChunk

@@ -17,15 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm.common.errors import (
-    UserError,
-    first_line,
-    open_regular,
-    reading,
-    require_regular,
-    writing,
-)
-from tinylm.common.files import atomic_path
+from tinylm.common.errors import UserError, first_line, reading, writing
+from tinylm.common.files import atomic_path, open_regular, require_regular
 from tinylm.text.sources import DATATROVE, NPY
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.token_file import BLOCK, ENCODE, END_BYTES, HEADER_BYTES, MAGIC, TokenFile

@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from tinylm.common.console import OnProgress
-from tinylm.common.errors import UserError, require_regular
-from tinylm.common.files import locked
+from tinylm.common.errors import UserError
+from tinylm.common.files import locked, require_regular
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import DataSource, data_sources
 from tinylm.text.sources import BIN

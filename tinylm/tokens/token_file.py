@@ -22,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinylm.common.errors import UserError, open_regular, reading, require_regular
+from tinylm.common.errors import UserError, reading
+from tinylm.common.files import open_regular, require_regular
 from tinylm.tokenizer.base import Tokenizer
 
 # Bytes or tokens that are processed at a time.

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinylm.common.errors import UserError, read_regular, writing
-from tinylm.common.files import publish, write_atomic
+from tinylm.common.errors import UserError, writing
+from tinylm.common.files import publish, read_regular, write_atomic
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.token_file import (
     BLOCK,

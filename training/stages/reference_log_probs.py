@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinylm.common.errors import UserError, read_regular
-from tinylm.common.files import make_once
+from tinylm.common.errors import UserError
+from tinylm.common.files import make_once, read_regular
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
 from tinylm.objectives.preferences import score_pairs

@@ -17,6 +17,7 @@ import train
 from tests.checkpoint.test_checkpoint import make_state
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint.format import DamagedError
+from tinylm.checkpoint.info import describe
 from tinylm.checkpoint.load import load_model
 from tinylm.common.errors import UserError
 
@@ -102,6 +103,23 @@ def test_a_sealed_but_odd_checkpoint_names_what_is_wrong(tmp_path: Path, name: s
     checkpoint_format.write(path, state)
     with pytest.raises(DamagedError, match=f"^{re.escape(str(path))}: .*{re.escape(found)}"):
         checkpoint_format.read(path)
+
+
+def test_a_setting_that_a_checkpoint_lacks_has_its_default(tmp_path: Path) -> None:
+    """As in one of an older version; every setting of every section, one at a time."""
+    state = make_state(3)
+    path = tmp_path / "a.ckpt"
+    for section, values in state["config"].items():
+        for name in values or ():
+            lacking = {key: value for key, value in values.items() if key != name}
+            config = state["config"] | {section: lacking}
+            checkpoint_format.write(path, state | {"config": config})
+            try:
+                found = checkpoint_format.read(path)["config"][section]
+            except UserError:  # without it the settings do not fit the weights
+                continue
+            assert found.keys() == values.keys()
+            describe(path)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def checked(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     state = upgrade(state)
     config = _check_config(path, state)
     _check_weights(path, state, config)
-    return state
+    return state | {"config": config.to_plain()}  # with every setting, so that none is missing
 
 
 def tokenizer_of(path: Path, state: dict[str, Any]) -> Tokenizer:

@@ -24,7 +24,6 @@ import contextlib
 import gc
 import importlib
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -33,7 +32,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +51,7 @@ from decode_engines import (  # noqa: E402
     make_prompts,
     write_model,
 )
+from workers import Worker, memory_mb, start_workers  # noqa: E402
 
 from tinylm.cli.program import Parser, run_program  # noqa: E402
 from tinylm.common.console import Table, print_table, say  # noqa: E402
@@ -116,14 +115,6 @@ def take_turn(runner: Any, turn: Turn, idle_mb: float) -> Timing:
         (cpu_end - cpu_middle - cpu_first) / others,
         memory_mb("VmHWM") - idle_mb,
     )
-
-
-def memory_mb(name: str) -> float:
-    """Memory of this process in 10^6 bytes: current (VmRSS) or peak (VmHWM)."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise ValueError(name)
 
 
 # --- the parts of one step ------------------------------------------------------------------------
@@ -220,59 +211,14 @@ def timed_factory(factory: Callable[..., Any], part: str, seconds: dict[str, flo
 
 
 @dataclass
-class Worker:
+class TimedWorker(Worker):
     """The process of one implementation, and its times in the present case."""
 
-    name: str
-    process: BaseProcess
-    pipe: Connection
     timings: list[Timing] = field(default_factory=list)
-
-    def ask(self, message: Any) -> Any:
-        """Send a message and wait for the answer."""
-        self.pipe.send(message)
-        return self.receive()
-
-    def receive(self) -> Any:
-        """The next message of the process."""
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            raise RuntimeError(
-                f"the process of {self.name} failed; its traceback is above"
-            ) from None
 
     def median(self, name: str) -> float:
         """The median of a field of the timings."""
         return statistics.median(getattr(timing, name) for timing in self.timings)
-
-    def stop(self) -> None:
-        """Stop the process; kill it if it does not stop by itself."""
-        with contextlib.suppress(BrokenPipeError):
-            self.pipe.send(None)
-        self.process.join(timeout=10)
-        self.process.kill()
-
-
-@contextlib.contextmanager
-def start_workers(names: list[str], folder: Path, threads: int) -> Iterator[list[Worker]]:
-    """Start one process per name; stop them at the end."""
-    context = multiprocessing.get_context("spawn")
-    running: list[Worker] = []
-    try:
-        for name in names:
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=work, args=(theirs, name, folder, threads), daemon=True
-            )
-            process.start()
-            theirs.close()  # otherwise recv would not notice the end of the process
-            running.append(Worker(name, process, ours))
-            running[-1].receive()
-        yield running
-    finally:
-        for worker in running:
-            worker.stop()
 
 
 @dataclass(frozen=True)
@@ -293,7 +239,7 @@ class Result:
 
 
 def compare(
-    running: list[Worker], batch: int, prompts: Prompts, kind: str, args: argparse.Namespace
+    running: list[TimedWorker], batch: int, prompts: Prompts, kind: str, args: argparse.Namespace
 ) -> list[Result]:
     """Run all rounds of one case."""
     turn = Turn(prompts, args.new_tokens)
@@ -410,7 +356,13 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(temporary)
         parameters = write_model(folder, shape, {IMPLEMENTATIONS[name].make for name in names})
         results = []
-        with start_workers([*names, READING], folder, args.threads) as running:
+
+        def job(name: str, pipe: Connection) -> tuple[Callable[..., None], tuple[Any, ...]]:
+            return work, (pipe, name, folder, args.threads)
+
+        with start_workers(TimedWorker, [*names, READING], job) as running:
+            for worker in running:
+                worker.receive()  # ready
             for batch in args.batch:
                 for kind in ["same", "different"] if batch > 1 else ["one"]:
                     prompts = make_prompts(shape, batch, args.prompt_tokens, same=kind == "same")

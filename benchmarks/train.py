@@ -23,24 +23,23 @@ bf16 means autocast.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
-import multiprocessing
-import re
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Before this folder, where `train` would be this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent))
+from workers import Worker, memory_mb, start_workers  # noqa: E402
+
 from tinylm.cli.program import Parser, run_program  # noqa: E402
 from tinylm.common.console import say  # noqa: E402
 from tinylm.common.errors import UserError, writing  # noqa: E402
@@ -154,20 +153,9 @@ class StepCounter:
         return self.remaining > 0
 
     def _wait(self) -> None:
-        self.remaining = self.pipe.recv()
+        self.remaining = self.pipe.recv() or 0  # None: stop
         self.start = time.perf_counter()
         self.cpu_start = time.process_time()
-
-
-def memory_mb(name: str) -> float:
-    """Memory of this process in 10^6 bytes: current (VmRSS) or peak (VmHWM)."""
-    match = re.search(
-        rf"^{name}:\s+(\d+) kB$",
-        Path("/proc/self/status").read_text(encoding="ascii"),
-        re.MULTILINE,
-    )
-    assert match is not None
-    return int(match[1]) * 1024 / 1e6
 
 
 def autocast(mode: Mode) -> "torch.autocast":
@@ -365,12 +353,9 @@ IMPLEMENTATIONS: dict[str, Callable[[StepCounter, Shape, Mode, int | None], None
 
 
 @dataclass
-class Worker:
+class TimedWorker(Worker):
     """The process of one implementation, and its times."""
 
-    name: str
-    process: BaseProcess
-    pipe: Connection
     seconds: list[float] = field(default_factory=list)
     """of one step, per round"""
     cpu_seconds: list[float] = field(default_factory=list)
@@ -379,8 +364,7 @@ class Worker:
 
     def take_steps(self, n: int) -> None:
         """Run a turn of `n` steps and store its times."""
-        self.pipe.send(n)
-        timing = self.receive()
+        timing = self.ask(n)
         self.seconds.append(timing.seconds / n)
         self.cpu_seconds.append(timing.cpu_seconds / n)
         self.peak_mb = timing.peak_mb
@@ -389,46 +373,6 @@ class Worker:
         """Remove the times of the warm-up."""
         self.seconds.clear()
         self.cpu_seconds.clear()
-
-    def receive(self) -> Any:
-        """The next message of the process."""
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            raise RuntimeError(
-                f"the process of {self.name} failed; its traceback is above"
-            ) from None
-
-    def stop(self) -> None:
-        """Stop the process; kill it if it does not stop by itself."""
-        with contextlib.suppress(BrokenPipeError):
-            self.pipe.send(0)
-        self.process.join(timeout=10)
-        self.process.kill()
-
-
-@contextlib.contextmanager
-def start_workers(
-    names: list[str], shape: Shape, mode: Mode, threads: int | None
-) -> Iterator[list[Worker]]:
-    """Start one process per name; stop them at the end."""
-    context = multiprocessing.get_context("spawn")
-    running: list[Worker] = []
-    try:
-        for name in names:
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=IMPLEMENTATIONS[name],
-                args=(StepCounter(theirs), shape, mode, threads),
-                daemon=True,
-            )
-            process.start()
-            theirs.close()  # otherwise recv would not notice the end of the process
-            running.append(Worker(name, process, ours))
-        yield running
-    finally:
-        for worker in running:
-            worker.stop()
 
 
 @dataclass(frozen=True)
@@ -450,7 +394,11 @@ class Result:
 
 def compare(names: list[str], shape: Shape, mode: str, args: argparse.Namespace) -> list[Result]:
     """Run all rounds of one mode."""
-    with start_workers([*names, "gemm"], shape, MODES[mode], args.threads) as running:
+
+    def job(name: str, pipe: Connection) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        return IMPLEMENTATIONS[name], (StepCounter(pipe), shape, MODES[mode], args.threads)
+
+    with start_workers(TimedWorker, [*names, "gemm"], job) as running:
         infos = {c.name: c.receive() for c in running}
         check_parameters({name: infos[name].parameters for name in names})
         for worker in running:
@@ -467,9 +415,9 @@ def compare(names: list[str], shape: Shape, mode: str, args: argparse.Namespace)
 
 def summarize(
     mode: str,
-    worker: Worker,
-    ours: Worker,
-    gemm: Worker,
+    worker: TimedWorker,
+    ours: TimedWorker,
+    gemm: TimedWorker,
     infos: dict[str, ModelInfo],
     shape: Shape,
 ) -> Result:

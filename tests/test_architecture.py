@@ -110,10 +110,28 @@ def imports(node: ast.AST, at_import: bool = True, in_function: bool = False) ->
 
 
 def first_party(source: str) -> Iterator[Import]:
-    """The imports of modules of this project."""
-    for found in imports(ast.parse(source)):
+    """The imports of modules of this project, those at their first use included."""
+    tree = ast.parse(source)
+    for found in (*imports(tree), *at_first_use(tree)):
         if found.module in MODULES:
             yield found
+
+
+def at_first_use(tree: ast.Module) -> Iterator[Import]:
+    """The modules that a file uses as `package.module`, which the package imports when that runs
+    (tinylm/common/lazy.py).
+    """
+    packages = {}
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            packages |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                packages[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            package = packages.get(node.value.id)
+            yield Import(f"{package}.{node.attr}", node.lineno, False, False)
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -142,6 +160,14 @@ def test_no_circle_of_imports():
         for name, path in MODULES.items()
     }
     assert circle(graph) == []
+
+
+def test_an_import_at_the_first_use_is_an_import():
+    source = (
+        "from tinylm import checkpoint as checkpoints\ndef f():\n    checkpoints.check.checked()"
+    )
+    found = {found.module for found in first_party(source)}
+    assert found == {"tinylm.checkpoint", "tinylm.checkpoint.check"}
 
 
 def test_a_circle_is_found():

@@ -16,10 +16,9 @@ import list as list_program
 import train
 from tests.checkpoint.test_checkpoint import make_state
 from tinylm.checkpoint import format as checkpoint_format
-from tinylm.checkpoint.format import DamagedError
 from tinylm.checkpoint.info import describe
 from tinylm.checkpoint.load import load_model
-from tinylm.common.errors import UserError
+from tinylm.common.errors import DamagedError, UserError
 
 WEIGHT = "blocks.0.attention.out.weight"
 

@@ -16,8 +16,7 @@ import torch
 
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import load as checkpoint_load
-from tinylm.checkpoint.format import DamagedError
-from tinylm.common.errors import UserError
+from tinylm.common.errors import DamagedError, UserError
 from tinylm.config.schema import Config
 from tinylm.model.decoder import Decoder
 from tinylm.tokenizer.factory import make_tokenizer

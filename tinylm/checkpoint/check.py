@@ -18,9 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 # model.verifier is imported for a checkpoint of that stage
 from tinylm import model as models
-from tinylm.checkpoint.format import DamagedError
 from tinylm.checkpoint.old_schemas import SCHEMA, upgrade
-from tinylm.common.errors import UserError, first_line
+from tinylm.common.errors import DamagedError, UserError, first_line
 from tinylm.config.messages import explain
 from tinylm.config.schema import Config, ModelConfig
 from tinylm.model.decoder import Decoder

@@ -42,7 +42,14 @@ from filelock import Timeout
 # checkpoint.check is imported at its first use
 from tinylm import checkpoint as checkpoints
 from tinylm.checkpoint.old_schemas import NO_REFERENCES, SCHEMA
-from tinylm.common.errors import UserError, first_line, not_found, why_unwritten, writing
+from tinylm.common.errors import (
+    DamagedError,
+    UserError,
+    first_line,
+    not_found,
+    why_unwritten,
+    writing,
+)
 from tinylm.common.file_content import START_BYTES
 from tinylm.common.files import atomic_path, open_regular, read_regular, remove, temporary_lock
 
@@ -71,12 +78,6 @@ _LOAD_ERRORS = (
 )
 _ANOTHER = "Use another checkpoint"
 _FOREIGN_CODE = "It was refused: reading such a file can run code that is in it"
-
-
-class DamagedError(UserError):
-    """A checkpoint file that was changed after it was written, cannot be read,
-    or was not written by this program.
-    """
 
 
 # --- one file ---

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinylm.checkpoint.format import DamagedError, latest_state, link
+from tinylm.checkpoint.format import latest_state, link
+from tinylm.common.errors import DamagedError
 from tinylm.optim.schedule import should_stop
 
 FINAL = "final.ckpt"

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeGuard
 
+# checkpoint.check is imported at its first use
+
 
 class UserError(Exception):
     r"""A mistake in a config, a data file, a checkpoint or the machine's setup
@@ -63,6 +65,12 @@ class UserError(Exception):
         fix, *settings = self._hint
         where = tuple(names.get(part, part) for part in self.where)
         return type(self)(where, self.problem, fix, *(names.get(str(s), s) for s in settings))
+
+
+class DamagedError(UserError):
+    """A checkpoint file that was changed after it was written, cannot be read,
+    or was not written by this program.
+    """
 
 
 class Diverged(Exception):

@@ -11,11 +11,13 @@ from training.callbacks import StepEnd
 
 def test_a_worker_that_is_killed_ends_the_run_with_one_line(make_config, capsys, monkeypatch):
     after_step = StepEnd.after_step
+    others = {child.pid for child in multiprocessing.active_children()}  # of earlier tests
 
     def kill_worker(self, trainer, module):
         after_step(self, trainer, module)
         if module.progress.step == 2:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            [worker] = {child.pid for child in multiprocessing.active_children()} - others
+            os.kill(worker, signal.SIGKILL)
 
     monkeypatch.setattr(StepEnd, "after_step", kill_worker)
     config = make_config(data={"num_workers": 1}, training={"max_steps": 1000})

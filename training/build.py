@@ -21,6 +21,7 @@ from model import LanguageModule, TrainingModule
 from tinylm import checkpoint as checkpoints
 from tinylm import model as models
 from tinylm.checkpoint.format import NO_REFERENCES
+from tinylm.common.device import keep_freed_memory
 from tinylm.common.errors import UserError
 from tinylm.common.units import short
 from tinylm.config.schema import Config, TrainingConfig
@@ -146,6 +147,8 @@ def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Traine
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    if device == "cpu":
+        keep_freed_memory()
     hardware = config.hardware
     strategy: Any = hardware.strategy
     if strategy == "fsdp":

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tinylm.checkpoint.format import RunLock, lock_run_dir
 from tinylm.common.console import LOGGERS
-from tinylm.common.device import keep_freed_memory, pick_device
+from tinylm.common.device import pick_device
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
 from training.launch import find_launcher, ignore_trainer_variables
@@ -66,8 +66,6 @@ class RunContext:
                     "training.loggers", f"{name} is not installed", f"pip install {name}"
                 )
         device, why = pick_device(hardware.accelerator, key="hardware.accelerator")
-        if device == "cpu":
-            keep_freed_memory()
         require_supported(stage, config, device)
         n_available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device)
         if n_available is not None and hardware.devices > n_available:

@@ -146,13 +146,13 @@ def existing_or_encoded(arguments: argparse.Namespace, spec: "EncodeSpec") -> "T
             "Continue it with the same command and --resume, or delete it to start again",
         )
     started = time.monotonic()
-    logger.info(
-        "encoding with %d processes, tokenizer %s (vocabulary %d)",
-        arguments.processes,
-        spec.tokenizer.fingerprint,
-        spec.tokenizer.vocab_size,
-    )
-    try:
+    try:  # from the first line on, so that Ctrl-C always names --resume
+        logger.info(
+            "encoding with %d processes, tokenizer %s (vocabulary %d)",
+            arguments.processes,
+            spec.tokenizer.fingerprint,
+            spec.tokenizer.vocab_size,
+        )
         with progress_bar() as on_progress:
             encode_file(
                 path,

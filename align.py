@@ -5,8 +5,10 @@ then their models side by side.
     python align.py --config configs/align.yaml
 
     read     a YAML list of stages, each a config that also runs by itself  training/pipeline.py
+    make     the data that the list begins with, if it names some           training/made_data.py
     run      each stage as a process of its own, unless it is already done  training/pipeline_run.py
     compare  every model on the same held-out data and the same prompts     training/side_by_side.py
+    test     every model on the same held-out questions, if it names some   training/held_out.py
 
 Each stage resumes exactly, because its program does: run the same command again after a crash.
 """
@@ -64,11 +66,13 @@ def run(args: argparse.Namespace) -> int:
     from tinylm.cli.results import print_rows
     from tinylm.common.child_program import ChildProgram, forward_signals
     from tinylm.rows.conversation import CHAT_STAGES
-    from training import side_by_side
+    from training import held_out, side_by_side
+    from training.made_data import make_data
     from training.pipeline import read_stages
     from training.pipeline_run import PipelineState, run_stages
 
     stages = read_stages(args.config, args.overrides)
+    test = held_out.read_test(args.config)
     out = args.out or Path("checkpoints") / args.config.stem
     for stage in stages:
         if stage.folder.resolve() == out.resolve():
@@ -76,21 +80,29 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--out", problem, "Choose another folder")
     with lock_run_dir(out, "--out"):
         state = PipelineState.read(out / "state.json")
+        make_data(args.config)
         child = ChildProgram()
         with forward_signals(child):
             code = run_stages(stages, state, child)
         if code:
             return code
         made_from = state.digest(stage.name for stage in stages)
+        if test is not None:
+            made_from += f" {test.fingerprint()}"
         results = side_by_side.known_results(out, made_from)
         if results is None:
             results = side_by_side.compare(stages) | {"made_from": made_from}
+            if test is not None:
+                results["test"] = held_out.ask_models(test, stages)
             side_by_side.write_results(out, results, stages)
     print_rows(side_by_side.table_rows(results))
+    if test is not None:
+        print(f"\n{results['test']['n']:,} held-out questions of {printable(test.path)}")
+        print_rows(held_out.terminal_rows(results["test"]))
     for line in (*side_by_side.notes_on(results), *side_by_side.sample_lines(results, stages)):
         print(line)
     print(f"report: {printable(out / 'report.md')}")
-    chats = [stage.model for stage in stages if stage.name in CHAT_STAGES]
+    chats = [stage.model for stage in stages if stage.kind in CHAT_STAGES]
     if chats:
         logger.info("next: python infer.py --ckpt %s --chat", shlex.quote(str(chats[-1])))
     return 0

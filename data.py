@@ -18,14 +18,14 @@ The data of fine-tuning, preferences and the verifier are rows as well, each in 
 import signal
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-# tokens.mixture, tokens.stream and tokens.workers are imported at their first use
+# tokens.mixture, shared_runs, stream and workers are imported at their first use
 from tinylm import tokens
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
@@ -62,13 +62,14 @@ class RunData(L.LightningDataModule):
     called before the others.
     """
 
+    first_batch = 0
+    system: str | None = None
+    """the most common system turn of the training rows, which answers are generated with"""
+
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.first_batch = 0
-        self.system: str | None = None
-        """the most common system turn of the training rows, which answers are generated with"""
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         """Start at micro-batch `batch`; `cursor` is the position in a stream
@@ -82,6 +83,10 @@ class RunData(L.LightningDataModule):
         if self.trainer is None:
             return RankShare(size)
         return RankShare(size, self.trainer.global_rank, self.trainer.world_size)
+
+    def validation_note(self) -> str | None:
+        """What the user should know about the first val_loss; None: nothing."""
+        return None
 
     def training_rows(
         self, rows: Sequence[Any], collate: Collate, share: RankShare | None = None
@@ -100,9 +105,32 @@ class RunData(L.LightningDataModule):
         n_batches = count_batches(len(rows), share, self.config.training.val_batches)
         return RowDataset(rows, partial(validation_order, len(rows)), collate, share, n_batches)
 
-    def rows_per_pass(self) -> float | None:
-        """Rows of one pass over the training data; None for a stream, whose length is not known."""
-        return len(self.train_dataset(RankShare(1)).rows)
+    def mixed_rows(
+        self, sources: Sequence[Sequence[Any]], collate: Collate, share: RankShare | None = None
+    ) -> RowDataset:
+        """The rows of the sources of data.mix in the training order."""
+        data, seed = self.config.data, self.config.training.seed
+        weights = [part.weight for part in data.mix or ()]
+        share = share or self.rank_share()
+        mixture = tokens.mixture
+        return mixture.mixture_dataset(sources, weights, data.order, seed, collate, share)
+
+    @cached_property
+    def source_rows(self) -> list[float]:
+        """Rows of one pass over each source of data.mix, or over the only one; [] for a stream, whose
+        length is not known.
+        """
+        rows = self.train_dataset(RankShare(1)).rows
+        return [len(rows)] if self.config.data.mix is None else list(map(len, rows.sources))
+
+    def source_passes(self, step: int, world_size: int) -> list[float]:
+        """How often each source of data.mix was read after `step`; [] if there are not several."""
+        mix, training = self.config.data.mix or (), self.config.training
+        if len(mix) < 2:
+            return []
+        n_rows = step * training.micro_batch_size * training.grad_accum_steps * world_size
+        weights = [part.weight for part in mix]
+        return tokens.mixture.source_passes(weights, training.seed, self.source_rows, n_rows)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The micro-batches from `first_batch` to the end of the run."""
@@ -140,16 +168,14 @@ class PretrainData(RunData):
     or of documents that are streamed.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer):
-        super().__init__(config, tokenizer)
-        self.cursor: list[int] | None = None
-        self.train_sources: tuple[DataSource, ...] = ()
-        self.val_sources: tuple[DataSource, ...] = ()
-        self.train_files: tuple[TokenFile, ...] = ()
-        """one for each source; none for a stream"""
-        self.val_files: tuple[TokenFile, ...] = ()
-        self.val_file: TokenFile | JoinedFiles | None = None
-        """all of them as one"""
+    cursor: list[int] | None = None
+    train_sources: tuple[DataSource, ...] = ()
+    val_sources: tuple[DataSource, ...] = ()
+    train_files: tuple[TokenFile, ...] = ()
+    """one for each source; none for a stream"""
+    val_files: tuple[TokenFile, ...] = ()
+    val_file: TokenFile | JoinedFiles | None = None
+    """all of them as one"""
 
     def prepare(self, on_progress: OnProgress | None = None, *, validation: bool = True) -> None:
         """Make the token files that do not exist yet; without `validation`,
@@ -190,8 +216,15 @@ class PretrainData(RunData):
             train = self.train_files[0].fingerprint
         else:
             weights = [part.weight for part in self.config.data.mix]
-            train = tokens.mixture.mixture_fingerprint(weights, self.train_files)
+            of_files = [file.fingerprint for file in self.train_files]
+            train = tokens.mixture.mixture_fingerprint(weights, of_files)
         return {"train": train, "val": self.val_file.fingerprint}
+
+    def validation_note(self) -> str | None:
+        """Whether validation documents are in the training text; not known of a stream."""
+        if not self.train_files:
+            return None
+        return tokens.shared_runs.note_on_validation(self.train_files, self.val_files)
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         super().start_at(batch, cursor)
@@ -208,31 +241,25 @@ class PretrainData(RunData):
         # A random row may start at any token.
         stride = 1 if data.order == "random" else data.stride or training.seq_len
         collate = row_collate(self.tokenizer, training.seq_len, document_mask=data.document_mask)
-        rows = [  # of each source
-            TokenRows(file, training.seq_len, stride, self.tokenizer.pad_id)
-            for file in self.train_files
-        ]
-        orders = [
-            RowOrder(data.order, len(of_source), training.seed, number)
-            for number, of_source in enumerate(rows)
-        ]
+        pad_id = self.tokenizer.pad_id
         if data.mix is None:  # every place of the run is of the one source
-            return RowDataset(rows[0], orders[0], collate, share)
-        mixture = tokens.mixture
-        weights = [part.weight for part in data.mix]
-        allocation = mixture.Allocation(weights, training.seed)
-        order = partial(mixture.mixture_row, allocation, orders)
-        return RowDataset(mixture.MixtureRows(rows), order, collate, share)
+            rows = TokenRows(self.train_files[0], training.seq_len, stride, pad_id)
+            return RowDataset(rows, RowOrder(data.order, len(rows), training.seed), collate, share)
+        is_one = len(data.mix) == 1
+        sources = [
+            TokenRows(file, training.seq_len, stride, pad_id, None if is_one else number)
+            for number, file in enumerate(self.train_files)
+        ]
+        return self.mixed_rows(sources, collate, share)
 
-    def rows_per_pass(self) -> float | None:
-        """Of all sources together; random rows are a pass when they have as many tokens."""
-        if not self.train_files:
-            return None
+    @cached_property
+    def source_rows(self) -> list[float]:
+        """Of the token files; random rows are a pass when they have as many tokens."""
         data, seq_len = self.config.data, self.config.training.seq_len
         if data.order == "random":
-            return sum(map(len, self.train_files)) / seq_len
+            return [len(file) / seq_len for file in self.train_files]
         stride = data.stride or seq_len
-        return sum(count_rows(len(file), seq_len, stride) for file in self.train_files)
+        return [count_rows(len(file), seq_len, stride) for file in self.train_files]
 
     def val_dataset(self, share: RankShare | None = None) -> RowDataset:
         """Every validation token as a target once, whatever the stride of training."""

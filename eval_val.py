@@ -29,7 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="PATTERN",
-        help="checkpoints: files or globs; a verifier is scored on right and wrong answers",
+        help="checkpoints: files or globs; a verifier is scored on right and wrong answers, a reward model on pairs",
     )
     parser.add_argument(
         "--config",

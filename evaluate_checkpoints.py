@@ -13,8 +13,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinylm.cli.evaluation_flags import add_models, add_questions, positive
-from tinylm.cli.model_flags import add_deterministic_flag, add_device_flag
+from tinylm.cli.evaluation_flags import add_models, add_questions
+from tinylm.cli.model_flags import (
+    BATCH_HELP,
+    BATCH_SIZE,
+    add_deterministic_flag,
+    add_device_flag,
+    add_weights_flags,
+    positive,
+)
 from tinylm.cli.program import Parser, run_program
 
 
@@ -31,12 +38,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size",
         type=positive,
-        default=16,
+        default=BATCH_SIZE,
         metavar="N",
-        help="texts scored or generated together (16)",
+        help=BATCH_HELP,
     )
     add_device_flag(parser)
     add_deterministic_flag(parser)
+    add_weights_flags(parser)
     parser.add_argument(
         "--out",
         type=Path,

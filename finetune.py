@@ -1,10 +1,12 @@
-"""Fine-tuning: a model learns to answer, or which of two answers is better;
-or a verifier learns to judge answers.
+"""Fine-tuning: a model learns to answer, which of two answers is better, or from rewards;
+or a verifier or a reward model learns to judge answers.
 
     python finetune.py --config config_finetune.yaml
     python finetune.py --config configs/lora-smollm2.yaml data.dataset=mine.jsonl
     python finetune.py --config configs/dpo.yaml
+    python finetune.py --config configs/grpo.yaml
     python finetune.py --config configs/verifier.yaml
+    python finetune.py --config configs/reward_model.yaml
     python finetune.py --config configs/sst2-gpt2-lora.yaml
     python finetune.py --config configs/instructions-from-scratch.yaml
 
@@ -13,7 +15,10 @@ model (hf:NAME), with the flags, the steps and the exact resume of train.py. The
 stage:
 
     verifier section   an encoder learns to tell right answers from wrong ones  stages/verifier.py
+    grpo section       the model learns from the rewards of its own answers     stages/grpo.py
     dpo section        the model learns to prefer the first of two answers      stages/dpo.py
+    reward_model section  a decoder learns to score the better answer higher    stages/reward_model.py
+    distill section    beside the answers, it learns a teacher's distributions  stages/distill.py
     neither            the model learns the answers of rows of questions and    stages/sft.py
                        answers; with training.train_on=all also the questions   (in training/)
 """
@@ -22,8 +27,7 @@ import argparse
 import sys
 from dataclasses import replace
 
-from tinylm.cli.program import run_program
-from tinylm.cli.training_flags import training_parser
+from tinylm.cli.program import run_program, training_parser
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,7 +36,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "Teach a trained model to answer, or which answer is better. "
         "The same command again resumes from the newest checkpoint."
     )
-    parser, _ = training_parser("finetune.py", "config_finetune.yaml", description)
+    parser, before = training_parser("finetune.py", "config_finetune.yaml", description)
+    before.add_argument(
+        "--plan",
+        action="store_true",
+        help="what the run will cost, measured with a few steps: memory by part, time, and its "
+        "first row; exit code 2 if it does not fit",
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -52,12 +62,26 @@ def run(args: argparse.Namespace) -> int:
     require_here(config, args.config)
     if config.verifier is not None:
         from training.stages.verifier import VERIFIER as stage
+    elif config.reward_model is not None:
+        from training.stages.reward_model import REWARD_MODEL as stage
     elif config.dpo is not None:
         from training.stages.dpo import DPO as stage
+    elif config.grpo is not None:
+        from training.stages.grpo import GRPO as stage
+    elif config.distill is not None:
+        from training.stages.distill import DISTILL as stage
+    if args.print_config:
+        from training.print_config import print_config
+
+        return print_config(config)
     if args.show_rows is not None:
         from training.show_rows import show_rows_of_run
 
         return show_rows_of_run(stage, config, args.show_rows)
+    if args.plan:
+        from training.finetune_plan import plan_finetune
+
+        return plan_finetune(stage, config)
     from training.context import ResumeOptions
     from training.run import train
 

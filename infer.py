@@ -4,6 +4,7 @@
     echo "Attention is" | python infer.py --temperature 0 --json
     python infer.py --ckpt checkpoints/sft/final.ckpt --prompt "Name three primary colours."
     python infer.py --chat
+    python infer.py --input prompts.jsonl --output answers.jsonl
     python infer.py --prompt "12 + 7 =" --best-of 8 --verifier checkpoints/verifier/final.ckpt
 
 A fine-tuned checkpoint records its prompt template, and the prompt is formatted with it; --no-wrap
@@ -13,8 +14,8 @@ stderr.
 
 import argparse
 import sys
-from pathlib import Path
 
+from tinylm.cli.infer_flags import add_prompt_flags, add_result_flags
 from tinylm.cli.model_flags import (
     add_deterministic_flag,
     add_device_flag,
@@ -23,67 +24,32 @@ from tinylm.cli.model_flags import (
     add_weights_flags,
 )
 from tinylm.cli.program import Parser, run_program
-from tinylm.cli.sampling_flags import add_sampling_flags, parse_number
+from tinylm.cli.sampling_flags import add_sampling_flags
+
+HELP = {
+    "prog": "python infer.py",
+    "usage": 'python infer.py --prompt "Attention is" [flags]',
+    "description": "Continue a prompt with a trained model, or ask a fine-tuned one.",
+}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = Parser(
-        prog="python infer.py",
-        usage='python infer.py --prompt "Attention is" [flags]',
-        description="Continue a prompt with a trained model, or ask a fine-tuned one.",
-    )
-    parser.add_argument(
-        "--prompt",
-        metavar="TEXT",
-        help="text to continue, or question; - or no flag: standard input, "
-        "without its last newline",
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="chat with a fine-tuned model: one question per line, the conversation is context",
-    )
-    parser.add_argument(
-        "--system",
-        metavar="TEXT",
-        help="system message for a fine-tuned model (default: the most common one of its rows)",
-    )
-    parser.add_argument(
-        "--no-wrap", action="store_true", help="do not format the prompt with the model's template"
-    )
+def make_parser(**texts: str) -> argparse.ArgumentParser:
+    """The command line; `texts` of its help under another name, such as `tinylm chat`."""
+    parser = Parser(**(HELP | texts))
+    add_prompt_flags(parser)
     add_source_flags(parser)
     add_tokenizer_flag(parser)
     add_device_flag(parser)
     add_deterministic_flag(parser)
     add_weights_flags(parser)
-    parser.add_argument(
-        "--show-probs",
-        action="store_true",
-        help="color each token by its probability; without color: token(probability)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the finished completions as JSON"
-    )
-    parser.add_argument(
-        "--best-of",
-        type=parse_number,
-        metavar="N",
-        help="draw N answers and print the one that --verifier scores highest",
-    )
-    parser.add_argument(
-        "--verifier",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint of a verifier (finetune.py --config configs/verifier.yaml)",
-    )
+    add_result_flags(parser)
     add_sampling_flags(parser)
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program and return its exit code."""
-    arguments = make_parser().parse_args(argv)
+def main(argv: list[str] | None = None, **texts: str) -> int:
+    """Run the program and return its exit code; for `texts` see `make_parser`."""
+    arguments = make_parser(**texts).parse_args(argv)
     return run_program(lambda: run(arguments), debug=arguments.debug)
 
 

@@ -3,7 +3,7 @@ from the loss of a micro-batch to the updated weights.
 
     TrainingModule     the step itself (`optimizer_step`), shared by all stages
     LanguageModule     the loss of stages pretrain and sft: the next token
-    DPOModule, VerifierModule     the losses of the other stages: training/stages/
+    DPOModule, GRPOModule, ...    the losses of the other stages: training/stages/
 
 A stage defines the loss of a micro-batch and what it is a mean over: tokens, pairs or answers, here
 called targets. A resumed run needs `progress`, the optimizer's state and the weights, nothing else:
@@ -14,7 +14,9 @@ The model is tinylm/model/decoder.py; what happens between two steps is training
 
 import logging
 import math
+import time
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
@@ -25,14 +27,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from tinylm.common.console import short
 from tinylm.common.errors import Diverged
 from tinylm.config.schema import Config
-from tinylm.eval.perplexity import batch_sums, extra_inputs, language_score
-from tinylm.model.decoder import Decoder
+from tinylm.eval.perplexity import batch_sums, language_score
+from tinylm.model.decoder import Decoder, count_parameters, extra_inputs, flops_per_token
 from tinylm.objectives.cross_entropy import cross_entropy
 from tinylm.optim.optimizers import make_optimizer, set_lr
 from tinylm.optim.schedule import multiplier
-from tinylm.optim.spikes import MAX_IN_A_ROW, WINDOW, spike_in
 from tinylm.tokens.packing import IGNORE_INDEX, Batch
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class Progress:
     """norm of the last step's gradient, before clipping"""
     validations: list[list[float]] = field(default_factory=list)
     """[step, val_loss] of every validation"""
+    measured: dict[str, list[list[float]]] = field(default_factory=dict)
+    """of training.best_by, if not val_loss: [step, value] each time; negative if more is better"""
     skipped_steps: int = 0
     """steps that training.skip_spikes skipped"""
     skipped_in_a_row: int = 0
@@ -127,8 +131,7 @@ class TrainingModule(L.LightningModule):
     """One optimizer step of any stage; a stage adds its loss and its validation."""
 
     references: dict[str, Any]
-    """what rebuilding the model needs besides settings
-    and weights (`tinylm/checkpoint/format.py`)"""
+    """what rebuilding the model needs besides settings and weights (checkpoint/format.py)"""
     normalizer: int
     """the number of targets of a micro-batch without padding"""
     train_columns: tuple[str, ...] = ()
@@ -153,6 +156,10 @@ class TrainingModule(L.LightningModule):
         """the system turn that its answers are generated with"""
         self.rows_per_pass: float | None = None
         """rows of one pass over the training data; None if that is not known"""
+        self.validation_sample: str | None = None
+        """a text that the last validation generated, to be shown"""
+        self.waits_since: float | None = None  # the end of the last micro-batch; None in one
+        self.data_wait = 0.0  # seconds of waiting for micro-batches since the last row of metrics
         self._losses: list[BatchLoss] = []  # of the micro-batches of this step
         self._origins: list[Any] = []  # of their rows
 
@@ -172,6 +179,10 @@ class TrainingModule(L.LightningModule):
         """val_loss and `val_columns`, from the sums over all batches and ranks."""
         raise NotImplementedError
 
+    def stage_state(self) -> dict[str, Any]:
+        """What only this stage adds to a checkpoint, and needs to resume."""
+        return {}
+
     def passes_at(self, step: int, world_size: int) -> float | None:
         """How often the run has seen the training data after `step`; None if that is not known."""
         if self.rows_per_pass is None:
@@ -181,6 +192,32 @@ class TrainingModule(L.LightningModule):
         return step * rows_per_step / self.rows_per_pass
 
     # --- before the first step ---
+
+    def describe(self) -> str:
+        """One line: parameters, trained parameters or FLOPs per token, tokens per step, steps,
+        passes over the data.
+        """
+        config, model = self.config, self.decoder
+        training, hardware = config.training, config.hardware
+        world_size = hardware.devices * hardware.num_nodes
+        n_rows = training.micro_batch_size * training.grad_accum_steps * world_size
+        per_step = f"{n_rows * training.seq_len:,} tokens"
+        if config.dpo is not None or config.reward_model is not None:
+            per_step = f"{n_rows:,} pairs"
+        elif config.verifier is not None:
+            per_step = f"{n_rows:,} problems"
+        elif config.grpo is not None:
+            per_step = f"{n_rows:,} answers to {n_rows // config.grpo.group_size:,} prompts"
+        passes = self.passes_at(training.max_steps, world_size)
+        work = ""
+        if config.lora is not None:
+            n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+            work = f"{n_trained:,} of them trained, "
+        elif isinstance(model, Decoder):
+            work = f"{short(flops_per_token(model, training.seq_len))} FLOPs per token, "
+        line = f"model: {count_parameters(model):,} parameters, {work}{per_step} per step, "
+        line += f"{training.max_steps:,} steps"
+        return line if passes is None else f"{line} ({passes:.3g} passes over the data)"
 
     def configure_model(self) -> None:
         """Lightning's hook after devices and processes are set up: shard the decoder,
@@ -223,6 +260,9 @@ class TrainingModule(L.LightningModule):
         Its gradient is divided by the constant `normalizer`: the number of targets of the whole
         step is only known at the step's end, where `optimizer_step` rescales the gradient.
         """
+        if self.waits_since is not None:
+            self.data_wait += time.monotonic() - self.waits_since
+            self.waits_since = None
         # Dropout is a function of (seed, micro-batch, rank), so that a resumed run draws the same
         # masks. The factors keep different triples apart, modulo the 64 bits of a seed.
         training = self.config.training
@@ -408,3 +448,53 @@ class LanguageModule(TrainingModule):
             "val_bpb": score.bits_per_byte,
         }
         return metrics | ({"val_accuracy": score.accuracy} if self.val_columns else {})
+
+
+# --- the spike guard (training.skip_spikes): which steps are skipped ---
+#
+# A bad batch, or weights that begin to diverge, show as a loss or a gradient norm far above those
+# of the last steps. Such a step is a spike: its value is above
+#
+#     median + factor · max(1.4826 · MAD, 1% of the median)        over the last 100 steps
+#
+# MAD is the median distance to the median. 1.4826 · MAD estimates the standard deviation of normal
+# values, and unlike it is not moved by the outliers that it is to find (Rousseeuw and Croux 1993).
+# A step with a value that is not a finite number is always a spike. Skipped steps do not enter the
+# band: a loss that stays high is an error after `MAX_IN_A_ROW` steps, not a new normal. The history
+# is in `Progress`, which each checkpoint stores, so that a resumed run skips the same steps.
+
+WINDOW = 100  # steps
+MIN_STEPS = 20  # before so many, a step has no band to be compared with
+MAX_IN_A_ROW = 10
+MAD_TO_STD = 1.4826  # 1 / the upper quartile of the normal distribution
+MIN_SPREAD = 0.01  # of the median: the spread of values that hardly differ
+
+
+def spike_in(
+    values: dict[str, float], history: list[list[float]], factor: float | None
+) -> str | None:
+    """What is wrong with `values`, the loss and the gradient norm of a step; None if nothing is.
+
+    Args:
+        values: by name.
+        history: the values of the last steps, in the same order.
+        factor: training.skip_spikes; None: only a value that is not finite is wrong.
+
+    >>> history = [[2.0, 1.0], [2.1, 1.0], [1.9, 1.0]] * 7
+    >>> spike_in({"loss": 2.4, "gradient norm": 1.0}, history, 6)
+    >>> spike_in({"loss": 4.0, "gradient norm": 1.0}, history, 6)
+    'the loss is 4, above 2.89, the limit by the last 21 steps (median 2)'
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            return f"the {name} is {value}"
+    if factor is None or len(history) < MIN_STEPS:
+        return None
+    for (name, value), recent in zip(values.items(), zip(*history, strict=True), strict=True):
+        middle = median(recent)
+        mad = median(abs(old - middle) for old in recent)
+        limit = middle + factor * max(MAD_TO_STD * mad, MIN_SPREAD * abs(middle))
+        if value > limit:
+            band = f"the limit by the last {len(history)} steps (median {middle:.4g})"
+            return f"the {name} is {value:.4g}, above {limit:.4g}, {band}"
+    return None

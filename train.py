@@ -11,8 +11,7 @@ import argparse
 import sys
 from dataclasses import replace
 
-from tinylm.cli.program import run_program
-from tinylm.cli.training_flags import training_parser
+from tinylm.cli.program import run_program, training_parser
 
 # A small model learns one batch by heart in one or two hundred steps.
 OVERFIT_STEPS = 300
@@ -72,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     require_here(config, args.config)
+    if args.print_config:
+        from training.print_config import print_config
+
+        return print_config(config)
     if args.show_rows is not None:
         from training.show_rows import show_rows_of_run
 

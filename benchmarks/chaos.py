@@ -14,7 +14,8 @@ Kinds:
                 or is an empty file, a Git LFS pointer or an HTML page
 
 A case survived if the broken process ended with an exit code of its fault and without a traceback,
-and the same command then ran to the end. It is equal if all numbers in metrics.csv but the speed
+and the same command then ran to the end. It is equal if all numbers in metrics.csv but the measured
+ones
 (as `float.hex`), and the weights, optimizer state and progress in the last checkpoint, are those of
 the undisturbed run to the last bit, and no unfinished file is left. Each case is a function of
 (--seed, kind, round) and of the moment that `kill` and `signal` hit. All runs have gradient
@@ -52,6 +53,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from tinylm.checkpoint import format as checkpoint_format  # noqa: E402
 from tinylm.common.platform import STOP_SIGNALS  # noqa: E402
+from tinylm.runs.metrics_csv import MEASURED  # noqa: E402
 
 CONFIG = """
 model:
@@ -397,9 +399,9 @@ def compare(expected: Run, actual: Run) -> list[str]:
 
 
 def exact_numbers(row: dict[str, str]) -> dict[str, str]:
-    """The exact numbers of a row of metrics, without the speed."""
+    """The exact numbers of a row of metrics, without those that are measured."""
     return {
-        name: float(value).hex() for name, value in row.items() if value and name != "tokens_per_s"
+        name: float(value).hex() for name, value in row.items() if value and name not in MEASURED
     }
 
 

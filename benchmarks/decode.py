@@ -54,8 +54,10 @@ from decode_engines import (  # noqa: E402
 from workers import Worker, memory_mb, start_workers  # noqa: E402
 
 from tinylm.cli.program import Parser, run_program  # noqa: E402
-from tinylm.common.console import Table, print_table, say  # noqa: E402
-from tinylm.common.errors import UserError, writing  # noqa: E402
+from tinylm.common.console import say
+from tinylm.common.errors import UserError
+from tinylm.common.files import writing  # noqa: E402
+from tinylm.common.tables import Table, print_table  # noqa: E402
 
 # --- in a worker process --------------------------------------------------------------------------
 
@@ -320,7 +322,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="rows (1 8 32)")
     parser.add_argument(
-        "--only", nargs="+", choices=["fp32", "bf16", "int8"], help="precisions (all)"
+        "--only", nargs="+", choices=["fp32", "bf16", "int8", "int4"], help="precisions (all)"
     )
     parser.add_argument("--names", nargs="+", choices=list(IMPLEMENTATIONS), help="rows (all)")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt length (128)")

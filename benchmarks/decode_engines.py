@@ -81,24 +81,12 @@ def write_model(folder: Path, shape: Shape, makers: set[Any]) -> int:
         export_hf(folder / "model.ckpt", folder / "hf")
     if LlamaCpp in makers:
         export_gguf(folder / "model.ckpt", folder / "f32.gguf")
-        quantize_gguf(folder / "f32.gguf", folder / "q8_0.gguf")
+        export_gguf(folder / "model.ckpt", folder / "q8_0.gguf", dtype="q8_0")
     if CTranslate2 in makers:
         from ctranslate2.converters import TransformersConverter
 
         TransformersConverter(str(folder / "hf")).convert(str(folder / "ct2"))
     return count_parameters(model)
-
-
-def quantize_gguf(source: Path, target: Path) -> None:
-    """Write `source` with weights of 8 bits."""
-    import llama_cpp
-
-    llama_cpp.llama_log_set(QUIET_LLAMA(), None)
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
-    settings.nthread = 1
-    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings)
-    assert code == 0, code
 
 
 def make_prompts(shape: Shape, batch: int, length: int, *, same: bool) -> Prompts:
@@ -325,7 +313,7 @@ class Implementation(NamedTuple):
     """One row of the table."""
 
     group: str
-    """fp32, bf16 or int8"""
+    """fp32, bf16, int8 or int4"""
     module: str
     """imported before its memory is measured"""
     install: str
@@ -342,6 +330,7 @@ IMPLEMENTATIONS = {
     "tinylm fp32": Implementation("fp32", *_TINYLM, TinyLM, "fp32"),
     "tinylm bf16": Implementation("bf16", *_TINYLM, TinyLM, "bf16"),
     "tinylm int8": Implementation("int8", *_TINYLM, TinyLM, "int8"),
+    "tinylm int4": Implementation("int4", *_TINYLM, TinyLM, "int4"),
     "tinylm decoder.py": Implementation("fp32", *_TINYLM, PlainTinyLM, "fp32"),
     "transformers fp32": Implementation("fp32", *_TRANSFORMERS, Transformers, "float32"),
     "transformers bf16": Implementation("bf16", *_TRANSFORMERS, Transformers, "bfloat16"),

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     runs = parser.parse_args(argv).runs
     from tinylm.config.loader import load_config
-    from tinylm.planning.machine_memory import resident_bytes
+    from tinylm.planning.memory import resident_bytes
     from tinylm.planning.memory_plan import plan_run, with_settings
 
     # The plan includes the imports of a training process.

@@ -49,7 +49,7 @@ BLOCK = 2**16
 def train_tinylm(text: Path, vocab_size: int, processes: int, out: Path) -> float:
     """Training time of this project, in seconds."""
     from tinylm.text.chunks import word_chunks
-    from tinylm.text.sources import sources_named
+    from tinylm.text.named_sources import sources_named
     from tinylm.tokenizer.bpe_fast import learn_bpe
     from tinylm.tokenizer.pretokenize import Pretokenizer
 
@@ -126,8 +126,8 @@ def encode_arrays(documents: list[str], options: argparse.Namespace) -> tuple[fl
 
 def encode_file(documents: list[str], options: argparse.Namespace) -> tuple[float, Any]:
     """Time and ids of encoding a corpus into a token file."""
-    from tinylm.text.sources import sources_named
-    from tinylm.text.splits import Split
+    from tinylm.text.named_sources import sources_named
+    from tinylm.text.sources import Split
     from tinylm.tokenizer.factory import named_tokenizer
     from tinylm.tokens import encode
     from tinylm.tokens.token_file import TokenFile
@@ -436,7 +436,7 @@ def encoding_table(folder: Path, options: argparse.Namespace) -> "Table":
     from rich.table import Table
 
     from tinylm.text.chunks import word_chunks
-    from tinylm.text.sources import sources_named
+    from tinylm.text.named_sources import sources_named
     from tinylm.tokenizer.bpe_fast import learn_bpe
     from tinylm.tokenizer.pretokenize import Pretokenizer
 

@@ -42,7 +42,8 @@ from workers import Worker, memory_mb, start_workers  # noqa: E402
 
 from tinylm.cli.program import Parser, run_program  # noqa: E402
 from tinylm.common.console import say  # noqa: E402
-from tinylm.common.errors import UserError, writing  # noqa: E402
+from tinylm.common.errors import UserError
+from tinylm.common.files import writing  # noqa: E402
 
 if TYPE_CHECKING:
     import torch

@@ -228,3 +228,34 @@ def test_our_bpe_compresses_as_well_as_tokenizers():
     ours, theirs = (float(row[5]) for row in rows[:2])
     assert [row[2] for row in rows[:2]] == ["tinylm", "tokenizers"]
     assert ours == pytest.approx(theirs, rel=0.002)
+
+
+@pytest.mark.slow
+@needs_psutil
+def test_a_server_is_timed_under_load_and_a_missing_package_is_named(tmp_path):
+    """One row for each number of clients; of 4 requests, 3 clients have 2 each."""
+    command = [
+        sys.executable,
+        "benchmarks/serve.py",
+        "--quick",
+        "--names",
+        "tinylm serve",
+        "llama.cpp server",
+        "--json",
+        str(tmp_path / "load.json"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
+    is_here = bool(importlib.util.find_spec("xllamacpp"))
+    names = ["tinylm serve", *["llama.cpp server"] * is_here]
+    assert [(row["clients"], row["name"]) for row in numbers["results"]] == [
+        (clients, name) for clients in (1, 3) for name in names
+    ]
+    for row in numbers["results"]:
+        assert row["tokens_per_s"] == pytest.approx(4 * row["requests_per_s"])
+        assert 0 < row["first_median_ms"] <= row["first_p95_ms"]
+        assert row["cpu_ms"] > 0
+        if row["name"] == "tinylm serve":
+            assert row["speed"] == row["first_ratio"] == row["cpu_speed"] == 1
+    assert ("llama.cpp server: not installed: pip install xllamacpp==" in done.stdout) != is_here

@@ -1,7 +1,7 @@
 """README.md and docs/*.md agree with the code: every command is found, checked, and run if possible.
 
 The convention: a command is in a fenced block marked `bash`, or is inline code that begins with
-`python`. Output of programs is in blocks marked `text`, doctest examples in blocks marked `python`.
+`python` or `tinylm`. Output of programs is in blocks marked `text`, doctest examples in blocks marked `python`.
 """
 
 import argparse
@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 import datasets
 import pytest
 
+from tinylm.__main__ import COMMANDS
 from tinylm.cli.program import Parser
+from tinylm.cli.programs import Program
 from tinylm.common.errors import UserError
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.loader import load_config
@@ -40,10 +42,12 @@ GUIDES = [path for path in DOCUMENTS if path.name in ("LEARNING_PATH.md", "TROUB
 # Commands of other projects that the pages may use. They are not run here.
 TOOLS = {
     "cd",
+    "curl",
     "echo",
     "export",
     "git",
     "kill",
+    "lm_eval",
     "nvidia-smi",
     "pip",
     "pytest",
@@ -128,6 +132,9 @@ class Command:
     @property
     def program(self) -> str | None:
         """`train.py`, or `-m tinylm` for commands of the library; None for other tools."""
+        if self.words[0] == "tinylm":  # installed: each program is a command too
+            command = COMMANDS.get(" ".join(self.words[1:2]))
+            return f"{command.name}.py" if type(command) is Program else "-m tinylm"
         if self.words[0] == "torchrun":
             return next(word for word in self.words if word.endswith(".py"))
         if self.words[0] not in ("python", "python3") or len(self.words) < 2:
@@ -140,6 +147,11 @@ class Command:
     def arguments(self) -> list[str]:
         """The words after the program."""
         assert self.program is not None
+        if self.words[0] == "tinylm":
+            command = COMMANDS.get(" ".join(self.words[1:2]))
+            if type(command) is Program:
+                return [*command.flags, *self.words[2:]]
+            return list(self.words[1:])
         return list(self.words[self.words.index(self.program.split()[-1]) + 1 :])
 
 
@@ -170,7 +182,7 @@ def commands(text: str) -> list[Command]:
         if number not in fenced_lines:
             found += [
                 Command(tuple(shlex.split(code)), number, fenced=False)
-                for code in re.findall(r"`(python3? [^`]+)`", line)
+                for code in re.findall(r"`((?:python3?|tinylm) [^`]+)`", line)
             ]
     return sorted(found, key=lambda command: command.line)
 
@@ -386,6 +398,14 @@ def test_the_guides_have_commands():
         ),
         ("python trane.py --config config_smoke.yaml", "2: trane.py: no such file"),
         ("python -m tinylm config-refrence", "2: -m tinylm: argument command: invalid choice"),
+        (
+            "tinylm finetun --config config_smoke.yaml",
+            "2: -m tinylm: argument command: invalid choice",
+        ),
+        (
+            "tinylm train --confg config_smoke.yaml",
+            "2: train.py: the following arguments are required: --config",
+        ),
         ("python -m tinylmm", "2: -m tinylmm: no such program"),
         ("pip install -r requirements-all.txt", "2: requirements-all.txt: no such file"),
         ("conda activate tiny", "2: conda: neither in this project nor in TOOLS"),
@@ -422,6 +442,7 @@ def test_a_correct_document_has_no_faults(in_root):
         python infer.py --ckpt checkpoints/a/best.ckpt \\
           --prompt "to be | or & not"
         python train.py --help
+        tinylm new first && tinylm eval-val --ckpt checkpoints/a/best.ckpt --config config_smoke.yaml
         ```
         `python list.py --json`
     """
@@ -456,6 +477,13 @@ def needs_network(command: Command) -> bool:
     return any(map(is_elsewhere, configs_of(command)))
 
 
+def needs_training(command: Command) -> bool:
+    """Whether the command keeps what a model does right, which one of two steps does nothing of;
+    tests/rewards/test_selection.py runs it with answers that are right.
+    """
+    return command.program == "-m tinylm" and command.arguments[:1] == ["select"]
+
+
 def is_elsewhere(config: Config) -> bool:
     """Whether a run's data, tokenizer or Hugging Face model is not on this machine."""
     base = config.training.init_from or ""
@@ -473,7 +501,9 @@ def runnable(text: str) -> Iterator[Command]:
     Each command is checked only when it is its turn, because it may read the output of an earlier one.
     """
     for command in commands(text):
-        if command.fenced and command.program in SHORT and not needs_network(command):
+        if not command.fenced or command.program not in SHORT:
+            continue
+        if not needs_network(command) and not needs_training(command):
             yield command
 
 
@@ -502,6 +532,8 @@ def copy_of_the_tree(tmp_path, monkeypatch) -> Path:
 @pytest.mark.slow
 def test_the_commands_of_the_guides_run(copy_of_the_tree, monkeypatch, capfd):
     """In this process, because imports would slow 30 processes; guides begin without checkpoints."""
+    Path("prompts.txt").write_text("Attention is\n", encoding="utf-8")
+    Path("prompts.jsonl").write_text('{"prompt": "Attention is"}\n', encoding="utf-8")
     for guide in GUIDES:
         shutil.rmtree("checkpoints", ignore_errors=True)
         for command in runnable(guide.read_text(encoding="utf-8")):
@@ -559,7 +591,7 @@ def test_the_recipes_run_on_a_stand_in_for_their_corpora(copy_of_the_tree, monke
         return datasets.Dataset.from_dict({"text": stories})
 
     monkeypatch.setattr("datasets.load_dataset", serve)
-    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda where, fix: None)
+    monkeypatch.setattr("tinylm.text.hub_dataset.require_hub", lambda where, fix: None)
     text = (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8")
     ran = []
     for command in commands(text):

@@ -1,6 +1,4 @@
-"""Builds the parts of a run: the model with its weights and adapters, Lightning's trainer,
-the loggers.
-"""
+"""Builds the parts of a run: the model with its weights and adapters, and Lightning's trainer."""
 
 from __future__ import annotations
 
@@ -11,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from data import RunData
-from model import LanguageModule, TrainingModule
+from model import LanguageModule
 
 # hf_model and checkpoint.initial are imported when a run uses such a model
 from tinylm import checkpoint as checkpoints
@@ -23,13 +20,11 @@ from tinylm import model as models
 from tinylm.checkpoint.format import NO_REFERENCES
 from tinylm.common.device import keep_freed_memory
 from tinylm.common.errors import UserError
-from tinylm.common.units import short
-from tinylm.config.schema import Config, TrainingConfig
+from tinylm.config.schema import Config
 from tinylm.eval.perplexity import byte_length_table
-from tinylm.model.decoder import Decoder, count_parameters, flops_per_token
+from tinylm.model.decoder import Decoder
 from tinylm.model.lora import attach, load_adapter
-from training.context import RunContext
-from training.launch import find_launcher
+from training.context import RunContext, find_launcher
 from training.resume import ResumeState, require_same_model
 from training.support import require_supported
 
@@ -40,7 +35,7 @@ if TYPE_CHECKING:
 LIGHTNING_PRECISION = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 # Warnings that do not apply here.
 IGNORED_WARNINGS = (
-    ".*`srun` command is available.*",  # how the processes were started is decided in launch.py
+    ".*`srun` command is available.*",  # how the processes were started is decided in context.py
     ".*LeafSpec.* is deprecated",  # Lightning 2.6 under torch 2.13
     ".*does not have many workers.*",  # data.num_workers is the user's choice
     ".*`IterableDataset` has `__len__` defined.*",  # all workers but one are idle
@@ -76,7 +71,7 @@ def build_model(
         require_same_model(
             resume, references["base"], name="base", init_from=config.training.init_from
         )
-        attach(model, config.lora, seed=config.training.seed)
+        attach(model, config.lora, seed=config.training.seed, new_tokens=initial.new_tokens)
         if resume is not None:
             load_adapter(model, resume.state["weights"])
     return model, references
@@ -111,32 +106,6 @@ def build_language_model(
     model, references = build_model(context, resume, initial)
     byte_lengths = byte_length_table(data.tokenizer, model.embedding.num_embeddings)  # for val_bpb
     return LanguageModule(context.config, model, byte_lengths, context.stage, references)
-
-
-def describe_model(module: TrainingModule, world_size: int) -> str:
-    """One line: parameters, trained parameters or FLOPs per token, tokens per step, steps,
-    passes over the data.
-    """
-    config, model = module.config, module.decoder
-    training = config.training
-    n_rows = training.micro_batch_size * training.grad_accum_steps * world_size
-    per_step = f"{n_rows * training.seq_len:,} tokens"
-    if config.dpo is not None:
-        per_step = f"{n_rows:,} pairs"
-    elif config.verifier is not None:
-        per_step = f"{n_rows:,} problems"
-    work = ""
-    if config.lora is not None:
-        n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        work = f"{n_trained:,} of them trained, "
-    elif isinstance(model, Decoder):
-        work = f"{short(flops_per_token(model, training.seq_len))} FLOPs per token, "
-    n_parameters = count_parameters(model)
-    passes = module.passes_at(training.max_steps, world_size)
-    return (
-        f"model: {n_parameters:,} parameters, {work}{per_step} per step, "
-        f"{training.max_steps:,} steps"
-    ) + ("" if passes is None else f" ({passes:.3g} passes over the data)")
 
 
 def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Trainer:
@@ -179,16 +148,3 @@ def build_trainer(config: Config, device: str, callback: L.Callback) -> L.Traine
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-def build_loggers(training: TrainingConfig) -> list[Logger]:
-    """The loggers that training.loggers names, beside metrics.csv."""
-    loggers: list[Logger] = []
-    for name in training.loggers:
-        if name == "tensorboard":
-            loggers.append(TensorBoardLogger(training.log_dir, name=training.run_name, version=""))
-        else:
-            loggers.append(
-                WandbLogger(project="tinylm", name=training.run_name, save_dir=training.log_dir)
-            )
-    return loggers

@@ -14,24 +14,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+import training  # training.instruments is imported at the first row of metrics
 from model import TrainingModule
-from tinylm.common.console import lead_nowhere, readable
-from tinylm.common.errors import Diverged
-from tinylm.common.platform import handled_signals
-from tinylm.common.units import duration, short
+from tinylm.common.console import duration, lead_nowhere, readable, short
+from tinylm.common.errors import Diverged, UserError
+from tinylm.common.platform import STOP_SIGNALS
 from tinylm.optim.schedule import should_stop
 from tinylm.runs.metrics_csv import MetricsFile, MetricsRow
+from tinylm.runs.record import RunRecord
 from tinylm.tokenizer.base import Tokenizer
 from training.checkpoints import Checkpoints, restore_optimizer
+
+if TYPE_CHECKING:
+    from training.instruments import Instruments
+    from training.loggers import RunLogger
+    from training.task_scores import TaskScores
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,9 @@ DIGITS = {
     "val_bpb": 3,
     "val_accuracy": 3,
     "val_margin": 3,
+    "val_reward": 3,
+    "val_pass_1": 3,
+    "val_pass_k": 3,
     "val_majority": 3,
     "val_auc": 3,
     "val_calibration_error": 3,
@@ -58,6 +66,7 @@ class StepEnd(L.Callback):
     metrics: "Metrics"
     checkpoints: Checkpoints
     display: "ProgressDisplay"
+    record: RunRecord
     state: dict[str, Any] | None
     """of the checkpoint to continue from"""
     is_over: bool = False
@@ -69,8 +78,9 @@ class StepEnd(L.Callback):
         """Restore; then validate the restored step if the run was killed before its validation."""
         assert isinstance(module, TrainingModule)
         # Now: Lightning has installed its own handlers, which would stop inside a step.
-        for number in handled_signals():
-            signal.signal(number, self.signals.note)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # by nohup, or by a background shell
+                signal.signal(number, self.signals.note)
         if self.state is not None:
             restore_optimizer(trainer, module, self.state)
             self.state = None  # free its memory
@@ -81,6 +91,7 @@ class StepEnd(L.Callback):
         if score is not None:
             self.metrics.complete_row(module, score)
             self._save_and_stop(trainer, module)
+            self._renew_record(module)
         self.display.start(module.progress.step)
 
     def on_train_batch_end(
@@ -95,6 +106,7 @@ class StepEnd(L.Callback):
         assert isinstance(module, TrainingModule)
         if (batch_idx + 1) % module.config.training.grad_accum_steps == 0:
             self.after_step(trainer, module)
+        module.waits_since = time.monotonic()
 
     def after_step(self, trainer: L.Trainer, module: TrainingModule) -> None:
         """Validate, log, save, show: the checkpoint contains the validation,
@@ -104,6 +116,8 @@ class StepEnd(L.Callback):
         self.metrics.log_if_due(module, score, self.validation.seconds)
         self.ended_step = module.progress.step
         self._save_and_stop(trainer, module)
+        if score is not None or self.is_over:
+            self._renew_record(module)
         self.display.advance(module.progress.step)
 
     def _save_and_stop(self, trainer: L.Trainer, module: TrainingModule) -> None:
@@ -124,6 +138,17 @@ class StepEnd(L.Callback):
         self.is_over = stops or final
         trainer.should_stop = stops
 
+    def _renew_record(self, module: TrainingModule) -> None:
+        """Bring the report of the run to this step."""
+        facts, progress = self.record.facts, module.progress
+        facts.step, facts.tokens = progress.step, progress.tokens
+        facts.passes = module.passes_at(progress.step, module.trainer.world_size)
+        facts.best_step = progress.best_step
+        facts.best_val_loss = None if progress.best_step is None else progress.best_val_loss
+        began = time.monotonic()
+        self.record.renew()
+        self.metrics.last_time += time.monotonic() - began  # not training time
+
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Lightning's hook after the last step: save if the batches ended too early."""
         assert isinstance(module, TrainingModule)
@@ -137,8 +162,14 @@ class StepEnd(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Lightning's hook before an error ends the run."""
+        """Lightning's hook before an error ends the run. Some errors, such as an answer that cannot
+        be scored, save the last whole step first: the user corrects it, and nothing is lost.
+        """
         self.display.stop()
+        assert isinstance(module, TrainingModule)
+        saves = isinstance(exception, UserError) and exception.saves_first
+        if saves and self.ended_step == module.progress.step > 0:
+            self.checkpoints.save_if_due(trainer, module, stops=True, final=False)
 
 
 class StopSignals:
@@ -182,6 +213,10 @@ class Validation:
     """displays a line"""
     sample: Sample | None
     """generates a sample; None if training.sample_prompt is null"""
+    record: RunRecord
+    """keeps the samples"""
+    tasks: "TaskScores | None" = None
+    """scored at validations; None if training.eval_tasks is null"""
     seconds: float = 0.0
     """the time that the validation of this step took"""
 
@@ -206,6 +241,16 @@ class Validation:
         if score is None:
             return None
         progress.validations.append([progress.step, score["val_loss"]])
+        if len(progress.validations) == 1 and trainer.is_global_zero:
+            note = trainer.datamodule.validation_note()
+            if note is not None:
+                logger.info(note)
+        if self.tasks is not None and self.tasks.is_due(progress.step, training):
+            score |= self.tasks.score(module, self.show if trainer.is_global_zero else None)
+        for name, measured in progress.measured.items():
+            if name in score:
+                sign = 1 if is_lower_better(name) else -1
+                measured.append([progress.step, sign * score[name]])
         if self.sample is not None:
             module.decoder.eval()
             # on every rank: a sharded model needs all of them
@@ -213,6 +258,10 @@ class Validation:
             module.decoder.train()
             if trainer.is_global_zero:
                 self.show(f"sample: {readable(text).strip()}")
+                self.record.add_sample(progress.step, text.strip())
+        elif module.validation_sample is not None and trainer.is_global_zero:
+            self.show(f"sample: {readable(module.validation_sample)}")
+            self.record.add_sample(progress.step, module.validation_sample)
         self.seconds = time.monotonic() - started
         return score
 
@@ -237,16 +286,29 @@ class Validation:
         return module.val_metrics(totals)
 
 
+def is_lower_better(measure: str) -> bool:
+    """Whether a column of metrics.csv is a loss, a perplexity or an error.
+
+    >>> is_lower_better("val_ppl"), is_lower_better("sst2_accuracy")
+    (True, False)
+    """
+    return measure.endswith(("loss", "ppl", "bpb", "error"))
+
+
 @dataclass
 class Metrics:
     """Logs a row every training.log_every_steps steps and at every validation."""
 
     file: MetricsFile | None
     """metrics.csv; None on every rank but 0"""
-    loggers: list[Logger]
+    loggers: "list[RunLogger]"
     """named by training.loggers"""
     show: Callable[[MetricsRow], None]
     """displays a row"""
+    flops_per_token: int | None
+    """of the model; None if it is not known"""
+    instruments: "Instruments | None" = None
+    """made at the first row: what they measure for that is not training time"""
     last_time: float = 0.0
     """of the last row"""
     last_tokens: int = 0
@@ -261,9 +323,9 @@ class Metrics:
         """Log a row if this step is due or has a validation,
         which does not count as training time.
         """
-        progress, training = module.progress, module.config.training
-        is_due = progress.step % training.log_every_steps == 0
-        is_due = is_due or progress.step == training.max_steps
+        progress, settings = module.progress, module.config.training
+        is_due = progress.step % settings.log_every_steps == 0
+        is_due = is_due or progress.step == settings.max_steps
         if not is_due and score is None:
             return
         if is_due:
@@ -273,7 +335,11 @@ class Metrics:
         tokens_per_s = (progress.tokens - self.last_tokens) / max(seconds, 1e-9)
         self.last_time, self.last_tokens = now, progress.tokens
         if self.file is not None:
+            if self.instruments is None:
+                self.instruments = training.instruments.Instruments(module, self.flops_per_token)
+                self.last_time = time.monotonic()
             row = self._row(self.file.columns, module, score, tokens_per_s)
+            row |= self.instruments.read(module, tokens_per_s, seconds)
             self.file.append(row)
             self._show(row)
 
@@ -297,6 +363,10 @@ class Metrics:
             row["skipped_steps"] = progress.skipped_steps
         if "passes" in row:
             row["passes"] = module.passes_at(progress.step, module.trainer.world_size)
+        if "passes[0]" in row:
+            data, world_size = module.trainer.datamodule, module.trainer.world_size
+            for number, passes in enumerate(data.source_passes(progress.step, world_size)):
+                row[f"passes[{number}]"] = passes
         row |= {
             "step": progress.step,
             "train_loss": progress.train_loss,

@@ -57,15 +57,21 @@ def remove_oldest(folder: Path, step: int, keep_last: int | None) -> None:
     found = checkpoint_format.candidates(folder)
     found = [path for path in found if path.name.startswith("step-")]
     found = [path for path in found if checkpoint_format.step_of(path) <= step]
+    kept = []
     for path in found[keep_last:]:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            logger.warning(f"{path} cannot be removed: {error.strerror}")
+            kept.append(f"{path} cannot be removed: {error.strerror}")
+    if kept:
+        logger.warning(f"{kept[0]}" + (f" ({len(kept)} old files are left)" if kept[1:] else ""))
 
 
 def is_best(progress: Progress) -> bool:
-    """Whether this step's validation is the best one so far."""
+    """Whether this step's validation is the best one so far, by training.best_by."""
+    for measured in progress.measured.values():  # of another measure than val_loss
+        values = [value for step, value in measured if step == progress.step]
+        return bool(values) and values[-1] <= min(value for _, value in measured)
     return progress.validated(progress.step) and progress.val_losses[-1] <= progress.best_val_loss
 
 
@@ -79,6 +85,10 @@ class Checkpoints:
     """of the data"""
     hold: Callable[[], object]
     """called before each save: takes the folder's lock again if the folder was removed"""
+    settled: dict[str, str]
+    """`RunContext.settled`"""
+    logged_as: str | None = None
+    """the id of the run in the loggers of training.loggers, if there are any"""
     newest: Path | None = None
     """the last checkpoint that this process saved"""
 
@@ -117,7 +127,12 @@ class Checkpoints:
         for name, weight in trainer.strategy.lightning_module_state_dict().items():
             if name.startswith("decoder."):  # not the reference model of preferences
                 weights[name.removeprefix("decoder.")] = weight
-        system = {} if module.system is None else {"system": module.system}
+        more: dict[str, Any] = {} if module.system is None else {"system": module.system}
+        if self.logged_as is not None:
+            more["logged_as"] = self.logged_as
+        if config.data.mix is not None:
+            passes = trainer.datamodule.source_passes(progress.step, trainer.world_size)
+            more["source_passes"] = passes
         return {
             "format": FORMAT,
             "schema": SCHEMA,
@@ -129,10 +144,12 @@ class Checkpoints:
             "val_loss": progress.val_losses[-1] if progress.validations else None,
             "created": time.time(),
             "config": config.to_plain(),
+            "settled": self.settled,
             "tokenizer": self.tokenizer.to_plain(),
             "weights": weights if config.lora is None else adapter_weights(weights),
             **module.references,
-            **system,
+            **more,
+            **module.stage_state(),
             "optimizer": trainer.strategy.optimizer_state(trainer.optimizers[0]),
             "precision": trainer.precision_plugin.state_dict(),
             "progress": progress.to_plain(),

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Settings of a trained model that a new run may change: they have no weights,
-# and only affect training.
+# Settings of a trained model that a new run may change: they have no weights. The first three only
+# affect training; the others extend the context, unless positions are learned.
 FREE_ON_INITIAL = {"attention_dropout", "residual_dropout", "gradient_checkpointing"}
+FREE_CONTEXT = {"max_seq_len", "rope_scaling"}
 FREE_ON_HF = {"gradient_checkpointing"}  # its dropouts are its own
 
 
@@ -36,38 +37,54 @@ def find_initial_model(config: Config, resume: ResumeState | None) -> InitialMod
         UserError: it cannot be opened.
     """
     name = config.training.init_from
-    needed_on_resume = config.lora is not None or config.dpo is not None
+    has_reference = config.dpo is not None and config.dpo.reference is not None
+    has_reference = has_reference or (config.grpo is not None and config.grpo.kl > 0)
+    needed_on_resume = config.lora is not None or has_reference
     if name is None or (resume is not None and not needed_on_resume):
         return None
     try:
-        initial = checkpoints.initial.open_initial_model(name)
+        names = config.tokenizer.special_tokens
+        initial = checkpoints.initial.open_initial_model(name, names)
     except UserError as error:
+        if error.where[0] == "tokenizer.special_tokens":
+            raise
         raise error.within("training.init_from") from None
     if resume is None:
         logger.info(f"start: {initial.summary}")
+        if initial.new_tokens:
+            logger.info(f"new tokens: {len(initial.new_tokens)} rows of the embedding and the head")
     return initial
 
 
 def initialized_config(config: Config, initial: InitialModel) -> Config:
     """The settings of a run that starts from a trained model:
-    the model's settings are the trained model's.
+    the model's settings are the trained model's, besides those that have no weights.
 
     Raises:
         UserError: a setting of the model is given, and differs from the trained model's.
     """
     theirs = dict(initial.model)
-    given = config.model.model_fields_set - (FREE_ON_HF if initial.is_hf else FREE_ON_INITIAL)
+    free = FREE_ON_HF if initial.is_hf else FREE_ON_INITIAL
+    if not initial.is_hf and initial.model.position != "learned":
+        free = free | FREE_CONTEXT
+    given = config.model.model_fields_set - free
     for name, value in config.model:
         if name in given and value is not None and value != theirs[name]:
             problem = (
                 f"must be {theirs[name]}, as in training.init_from ({initial.name}), got {value}"
             )
-            raise UserError(f"model.{name}", problem, "Remove it")
-    if config.training.seq_len > initial.model.max_seq_len:
-        n_positions = initial.model.max_seq_len
+            fix = "Remove it; for new weights, run train.py without training.init_from"
+            raise UserError(f"model.{name}", problem, fix)
+    n_positions = initial.model.max_seq_len
+    if "max_seq_len" in config.model.model_fields_set & free:
+        n_positions = config.model.max_seq_len
+    if config.training.seq_len > n_positions:
         limit = f"{n_positions}, the positions of training.init_from ({initial.name})"
         problem = f"must be at most {limit}, got {config.training.seq_len}"
-        raise UserError("training.seq_len", problem, "Lower training.seq_len")
+        fix = "Lower training.seq_len"
+        if "max_seq_len" in free:
+            fix += ", or extend the context with model.max_seq_len and model.rope_scaling"
+        raise UserError("training.seq_len", problem, fix)
     return with_model(config, initial.model, initial.tokenizer_config)
 
 

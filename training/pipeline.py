@@ -17,7 +17,7 @@ from pathlib import Path
 from tinylm.checkpoint.result import FINAL
 from tinylm.common.errors import UserError
 from tinylm.common.hub import HF_PREFIX
-from tinylm.config.loader import load_config
+from tinylm.config.loader import load_config, require_path_here
 from tinylm.config.schema import Config
 from tinylm.config.yaml_file import read_list
 from tinylm.model.hf_files import find_hf_model
@@ -28,16 +28,23 @@ PROGRAMS = {
     "pretrain": "train.py",
     "sft": "finetune.py",
     "dpo": "finetune.py",
+    "grpo": "finetune.py",
+    "reward_model": "finetune.py",
     "verifier": "finetune.py",
 }
+# The keys of entries that are not stages: data to make first (`made_data.py`), and questions that
+# every model is asked at the end (`held_out.py`).
+OTHER_ENTRIES = {"data", "test"}
 
 
 @dataclass(frozen=True)
 class PipelineStage:
     """One entry of the list."""
 
-    name: str
+    kind: str
     """one of PROGRAMS"""
+    name: str
+    """the column of its model in tables: its kind, unless the entry has a name"""
     file: str
     """the path of its config"""
     config: Config
@@ -53,13 +60,15 @@ class PipelineStage:
     @property
     def command(self) -> tuple[str, ...]:
         """The command that runs this stage alone."""
-        return ("python", PROGRAMS[self.name], "--config", self.file, *self.overrides)
+        return ("python", PROGRAMS[self.kind], "--config", self.file, *self.overrides)
 
     @property
     def bases(self) -> tuple[str, ...]:
         """The checkpoints that it reads; a Hugging Face model is not one of them."""
-        verifier = self.config.verifier
+        verifier, distill = self.config.verifier, self.config.distill
         names = [self.config.training.init_from, verifier.sampled_from if verifier else None]
+        names += [part.checkpoint for part in self.config.grpo.rewards] if self.config.grpo else []
+        names.append(distill.teacher if distill else None)
         return tuple(name for name in names if name is not None and not name.startswith(HF_PREFIX))
 
     def holds(self, checkpoint: str) -> bool:
@@ -77,37 +86,45 @@ def read_stages(path: Path, overrides: Sequence[str] = ()) -> list[PipelineStage
     """
     stages: dict[str, PipelineStage] = {}
     for location, item in read_list(path):
-        name, file = _name_and_config(location, item)
-        if name not in PROGRAMS:
+        if OTHER_ENTRIES & item.keys():
+            continue
+        kind, name, file = _kind_name_and_config(location, item)
+        if kind not in PROGRAMS:
             raise UserError(
-                (location, "stage"), f"{name}: no such stage", f"Use one of {', '.join(PROGRAMS)}"
+                (location, "stage"), f"{kind}: no such stage", f"Use one of {', '.join(PROGRAMS)}"
             )
         if name in stages:
             raise UserError(
-                (location, "stage"), f"{name} is listed twice", "List each stage only once"
+                (location, "name" if "name" in item else "stage"),
+                f"{name} is listed twice",
+                "List each stage only once, or give the second one a name of its own (name: ...)",
             )
+        require_path_here(file, path, "config", location)
         config = load_config(file, overrides)
-        check_kind(name, config, (location, file), overrides)
+        check_kind(kind, config, (location, file), overrides)
         final = Path(config.training.checkpoint_dir) / FINAL
-        stages[name] = PipelineStage(name, file, config, tuple(overrides), final)
+        stages[name] = PipelineStage(kind, name, file, config, tuple(overrides), final)
+    if not stages:
+        raise UserError(path, "lists no stage", "Add one: - stage: pretrain")
     check_chain(list(stages.values()))
     return [_with_compared_model(stage, stages.values()) for stage in stages.values()]
 
 
-def _name_and_config(location: object, item: dict[str, object]) -> tuple[str, str]:
-    for key in ("stage", "config"):
-        if not isinstance(item.get(key), str):
-            found = item.get(key, "nothing")
+def _kind_name_and_config(location: object, item: dict[str, object]) -> tuple[str, str, str]:
+    found = {"name": item.get("stage"), **item}
+    for key in ("stage", "config", "name"):
+        if not isinstance(found.get(key), str):
+            value = found.get(key, "nothing")
             raise UserError(
-                (location, key), f"must be text, got {found}", "Each stage has a stage and a config"
+                (location, key), f"must be text, got {value}", "Each stage has a stage and a config"
             )
-    if unknown := item.keys() - {"stage", "config"}:
+    if unknown := item.keys() - {"stage", "config", "name"}:
         raise UserError(
             (location, min(unknown)),
             "no such key",
-            "A stage has the keys stage and config; settings belong in the config",
+            "A stage has the keys stage, config and name; settings belong in the config",
         )
-    return str(item["stage"]), str(item["config"])
+    return str(found["stage"]), str(found["name"]), str(found["config"])
 
 
 def _with_compared_model(stage: PipelineStage, stages: Iterable[PipelineStage]) -> PipelineStage:
@@ -127,7 +144,8 @@ def check_kind(
     Raises:
         UserError: at `where`.
     """
-    for section, present in (("dpo", config.dpo), ("verifier", config.verifier)):
+    for section in ("dpo", "grpo", "reward_model", "verifier"):
+        present = getattr(config, section)
         if (present is not None) == (name == section):
             continue
         fix = "Give another config or another stage"
@@ -135,7 +153,7 @@ def check_kind(
             fix = "Overrides apply to every stage: put this setting into the config of its stage"
         has = "has no" if name == section else "has a"
         raise UserError(where, f"{has} {section} section, but its stage is {name}", fix)
-    if name in ("sft", "dpo"):
+    if name in ("sft", "dpo", "grpo", "reward_model"):
         try:
             require_supported(name, config)
         except UserError as error:

@@ -8,7 +8,9 @@ stage, or one whose base has changed, is noticed.
 import hashlib
 import json
 import logging
+import os
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 from tinylm.checkpoint.format import candidates
 from tinylm.checkpoint.initial import weights_fingerprint
 from tinylm.common.child_program import ChildProgram
+from tinylm.common.console import duration
 from tinylm.common.errors import UserError
 from tinylm.common.files import read_regular, write_atomic
 from tinylm.common.platform import signal_name
@@ -128,8 +131,15 @@ def _run(stage: PipelineStage, title: str, child: ChildProgram) -> int:
     """Run one stage in a process of its own and return its exit code."""
     logger.info("%s: %s", title, " ".join(stage.command))
     # The stages after it are next.
-    command = [sys.executable, str(HERE / PROGRAMS[stage.name]), *stage.command[2:], "--no-next"]
+    command = [sys.executable, str(HERE / PROGRAMS[stage.kind]), *stage.command[2:], "--no-next"]
+    start, used = time.monotonic(), processor_seconds()
     code = child.run(command, stdout=2, stderr=None)
+    logger.info(
+        "%s: %s, %s of processor time",
+        title,
+        duration(time.monotonic() - start),
+        duration(processor_seconds() - used),
+    )
     if code:
         when = "after you have changed that, " if code in NEEDS_A_CHANGE else ""
         logger.info(
@@ -139,6 +149,12 @@ def _run(stage: PipelineStage, title: str, child: ChildProgram) -> int:
             when,
         )
     return code
+
+
+def processor_seconds() -> float:
+    """Of all child processes that have ended: on a busy machine, time on the clock says little."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def is_done(stage: PipelineStage, started: StageRecord, state: PipelineState) -> bool:

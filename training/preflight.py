@@ -13,19 +13,22 @@ does not even do that.
 
 import argparse
 import logging
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
 
 from data import PretrainData
-from tinylm.common.console import Table, print_table, progress_bar
-from tinylm.common.errors import Diverged, UserError, is_out_of_memory
-from tinylm.common.units import duration, short, size
-from tinylm.config.schema import Config
+from tinylm.common.console import duration, progress_bar, short, size
+from tinylm.common.errors import Diverged, UserError
+from tinylm.common.tables import Table, print_table
+from tinylm.config.duration import budget_of
+from tinylm.config.schema import AUTO, Config
 from tinylm.model.decoder import Decoder
-from tinylm.planning.machine_memory import resident_bytes, usable_bytes
+from tinylm.planning.batch_size import WORTHWHILE, enough_rows, measure_sizes, size_for
+from tinylm.planning.memory import explain_out_of_memory, resident_bytes, usable_bytes
 from tinylm.planning.memory_plan import (
     CHINCHILLA_TOKENS,
     RunPlan,
@@ -34,7 +37,6 @@ from tinylm.planning.memory_plan import (
     suggest_overrides,
     with_settings,
 )
-from tinylm.planning.out_of_memory import explain_out_of_memory
 from tinylm.planning.probes import (
     LEARNED,
     RANGE_STEPS,
@@ -53,13 +55,11 @@ from tinylm.tokenizer.base import Tokenizer
 from training.build import build_weights
 from training.context import RunContext
 from training.initial import find_initial_model, initialized_config, prepare_tokenizer
-from training.stage import Stage
+from training.run import Stage
+from training.settle import planned_steps, settle_precision, with_max_steps, with_micro_batch
 from training.support import require_supported
 
 logger = logging.getLogger(__name__)
-
-# A larger micro-batch is worth taking if it is at least this many times as fast.
-WORTHWHILE = 1.05
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,9 @@ def run_preflight(stage: Stage, config: Config, args: argparse.Namespace) -> int
     """
     require_supported("plan", config)
     context = RunContext.open(stage.name, config)
+    if config.training.micro_batch_size == AUTO and not args.find_lr:
+        # a step as one micro-batch, whose sizes --plan and --find-batch-size try by themselves
+        config = with_micro_batch(config, config.training.batch_size)
     if args.find_lr or args.overfit_one_batch is not None:
         stage.find_data(config)
     initial = find_initial_model(config, None)
@@ -106,6 +109,10 @@ def run_preflight(stage: Stage, config: Config, args: argparse.Namespace) -> int
         if initial.is_hf:
             require_supported("plan", config, model_features=frozenset({"hf_model"}))
         config = initialized_config(config, initial)
+    if config.hardware.precision == AUTO:
+        config = settle_precision(replace(context, config=config)).config
+    if config.training.duration is not None and not args.plan:  # the others have their own length
+        config = with_max_steps(config, 1)
     preflight = Preflight(
         config,
         context.device,
@@ -133,8 +140,10 @@ def plan(preflight: Preflight) -> int:
     device = preflight.device
     program = program_bytes(device)
     config = preflight.config_with_vocabulary()
-    run_plan = plan_run(config, device, program=program)
     usable = usable_bytes(device, program=program, n_devices=config.hardware.devices)
+    if config.training.duration is not None:
+        config = with_planned_steps(preflight, config, usable, program)
+    run_plan = plan_run(config, device, program=program)
     fits = usable is None or run_plan.peak <= usable
     rows = Table(("", ""), text=("",), fold=("",))
     for name, text in describe_cost(config, run_plan, usable):
@@ -158,6 +167,34 @@ def plan(preflight: Preflight) -> int:
         if overrides
         else "Use a much smaller model: lower model.d_model and model.vocab_size",
     )
+
+
+def with_planned_steps(
+    preflight: Preflight, config: Config, usable: int | None, program: int
+) -> Config:
+    """The settings with the number of steps that training.duration is on this machine, which is
+    logged: for a number of epochs the data are read, and encoded if they are not yet.
+
+    Raises:
+        UserError: it is shorter than a step, or its length is not known.
+    """
+    device, unit = preflight.device, budget_of(config).unit
+    rows_per_pass, step = None, math.nan
+    one_step = with_max_steps(config, 1)
+    if unit == "epochs":
+        data = PretrainData(one_step, preflight.prepare_tokenizer()[0])
+        data.prepare(validation=False)
+        rows_per_pass = sum(data.source_rows) or None
+    elif unit == "seconds":
+        run_plan = plan_run(one_step, device, program=program)
+        if usable is not None and run_plan.peak > usable:
+            return one_step  # nothing can be measured
+        with explain_out_of_memory(config, "Nothing was trained"):
+            speed = measure_speed(Decoder(config.model), one_step, device)
+        step = run_plan.tokens / speed.tokens_per_second
+    max_steps = planned_steps(config, rows_per_pass, step)
+    logger.info(f"training.duration {config.training.duration}: {max_steps:,} steps")
+    return with_max_steps(config, max_steps)
 
 
 def describe_cost(
@@ -281,9 +318,11 @@ def find_lr(preflight: Preflight) -> int:
         f"a third of {3 * lr:.2g}, the lowest rate with 95% of the largest fall of the loss:"
     )
     overrides = f"training.lr={lr:.2g}"
-    if config.training.optimizer == "muon":
-        muon_lr = config.training.muon_lr * lr / config.training.lr
-        overrides += f" training.muon_lr={muon_lr:.2g}"
+    others = ["muon_lr"] if config.training.optimizer == "muon" else []
+    for name in (*others, "embedding_lr", "head_lr"):
+        rate = getattr(config.training, name)
+        if rate is not None:
+            overrides += f" training.{name}={rate * lr / config.training.lr:.2g}"
     print(overrides)
     return 0
 
@@ -325,51 +364,15 @@ def find_batch_size(preflight: Preflight) -> int:
         needed = plan_run(sized, device, program=program).peak
         rows.add_row(str(n_rows), size(needed), f"{speed:,.0f}")
     print_table(rows)
-    fastest = max(speeds.values())
-    enough = min(n_rows for n_rows, speed in speeds.items() if speed * WORTHWHILE >= fastest)
     # The rows of an optimizer step stay the same, so the micro-batch must divide them.
     per_step = config.training.micro_batch_size * config.training.grad_accum_steps
-    chosen = max(n_rows for n_rows in speeds if n_rows <= enough and per_step % n_rows == 0)
+    chosen = size_for(speeds, per_step)
     logger.info(
-        f"more than {enough} rows are less than {WORTHWHILE - 1:.0%} faster; "
+        f"more than {enough_rows(speeds)} rows are less than {WORTHWHILE - 1:.0%} faster; "
         f"for {per_step} rows per step, as configured:"
     )
     print(f"training.micro_batch_size={chosen} training.grad_accum_steps={per_step // chosen}")
     return 0
-
-
-def measure_sizes(config: Config, device: str, largest: int) -> dict[int, float]:
-    """Tokens per second for 1, 2, 4, ... rows, until two sizes in a row are not worthwhile
-    or memory ends.
-
-    Raises:
-        UserError: not even one row fits.
-    """
-    speeds: dict[int, float] = {}
-    rows = 1
-    while rows <= largest and not stopped_paying(list(speeds.values())):
-        changes = {"training.micro_batch_size": rows, "training.grad_accum_steps": 1}
-        sized = with_settings(config, changes)
-        with explain_out_of_memory(sized, "Nothing was trained"):
-            try:
-                speed = measure_speed(Decoder(sized.model), sized, device)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or not speeds:
-                    raise
-                logger.info(f"{rows} rows do not fit after all")
-                break
-        speeds[rows] = speed.tokens_per_second
-        rows *= 2
-    return speeds
-
-
-def stopped_paying(speeds: list[float]) -> bool:
-    """Whether neither of the last two speeds is `WORTHWHILE` times the best before them.
-
-    >>> stopped_paying([100.0, 101.0]), stopped_paying([100.0, 101.0, 102.0]), stopped_paying([100.0, 101.0, 110.0])
-    (False, True, False)
-    """
-    return len(speeds) > 2 and max(speeds[-2:]) < WORTHWHILE * max(speeds[:-2])
 
 
 # --- for all of them ---

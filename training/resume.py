@@ -38,6 +38,7 @@ FREE_ON_RESUME = {
     "data.skip_bad_rows",
     "tokenizer.path",
     "verifier.sampled_from",
+    "distill.teacher",
     "data.num_workers",
     "data.cache_dir",
     "training.max_steps",
@@ -45,6 +46,7 @@ FREE_ON_RESUME = {
     "training.val_batches",
     "training.early_stopping_patience",
     "training.log_every_steps",
+    "training.profile_steps",
     "training.save_every_steps",
     "training.keep_last",
     "training.checkpoint_dir",
@@ -63,16 +65,11 @@ FREE_ON_RESUME = {
     "hardware.threads",
 }
 # Weights of another shape or meaning, and the state of another optimizer, cannot be used at all.
-NEVER_FREE = ("model.", "tokenizer", "training.optimizer", "lora")
+NEVER_FREE = ("model.", "tokenizer", "training.optimizer", "training.muon_per_head", "lora")
 
 
-@dataclass(frozen=True)
-class Change:
-    """A value that differs from the checkpoint's."""
-
-    name: str
-    was: Any
-    now: Any
+Changes = dict[str, tuple[Any, Any]]
+"""by name, a value of the checkpoint and the one that this run has"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,16 @@ class ResumeState:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that it was trained with."""
         return checkpoints.check.tokenizer_of(self.path, self.state)
+
+    @property
+    def settled(self) -> dict[str, str]:
+        """The settings that were settled before step 1, with what was given."""
+        return self.state.get("settled", {})  # older checkpoints have none
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether its model is an encoder-decoder."""
+        return checkpoints.initial.holds_encoder(self.state)
 
     def progress(self) -> Progress:
         """How far the run was."""
@@ -120,7 +127,14 @@ def find_resume_state(context: RunContext, options: ResumeOptions) -> ResumeStat
     folder, elsewhere = context.checkpoint_dir, "choose another training.checkpoint_dir"
     found = checkpoint_format.candidates(folder)
     if options.path is not None:
-        resume = _read(options.path, context.stage)
+        if options.path.is_dir():
+            newest = checkpoint_format.latest_state(options.path, _log_skipped)
+            if newest is None:
+                fix = "Give a checkpoint, or a folder that has some"
+                raise UserError(("--resume", options.path), "contains no checkpoint", fix)
+        else:
+            newest = options.path, checkpoint_format.read(options.path)
+        resume = _checked(*newest, context.stage)
         newer = [path for path in found if checkpoint_format.step_of(path) > resume.state["step"]]
         if newer:
             problem = f"is newer than step {resume.state['step']}, where --resume continues"
@@ -128,18 +142,20 @@ def find_resume_state(context: RunContext, options: ResumeOptions) -> ResumeStat
             raise UserError(newer[0], problem, fix)
         return resume
     if context.config.training.auto_resume and not options.start_new:
-        path = checkpoint_format.latest_valid(
-            folder, lambda error: logger.info(f"skipped: {error}")
-        )
-        return None if path is None else _read(path, context.stage)
+        newest = checkpoint_format.latest_state(folder, _log_skipped)
+        return None if newest is None else _checked(*newest, context.stage)
     if found:
         problem = f"already holds checkpoints (newest: {found[0].name})"
         raise UserError(folder, problem, f"Resume, or {elsewhere}")
     return None
 
 
-def _read(path: Path, stage: str) -> ResumeState:
-    state = checkpoint_format.read(path)
+def _log_skipped(error: UserError) -> None:
+    logger.info(f"skipped: {error}")
+
+
+def _checked(path: Path, state: dict[str, Any], stage: str) -> ResumeState:
+    """A checkpoint that a run of this stage can continue from."""
     resume = ResumeState(path, state)
     fix = (
         "Choose another training.checkpoint_dir, and start from its weights: "
@@ -196,51 +212,53 @@ def require_same_settings(resume: ResumeState, config: Config, *, allow_changes:
         now["model"]["vocab_size"] = was["model"]["vocab_size"]
     n_processes = config.hardware.devices * config.hardware.num_nodes
     changes = changed_settings(was, now)
-    changes.append(Change("number of processes", resume.state["world_size"], n_processes))
+    changes["number of processes"] = (resume.state["world_size"], n_processes)
     require_no_changes(resume, changes, allow_changes=allow_changes)
 
 
 def require_same_data(resume: ResumeState, data: RunData, *, allow_changes: bool) -> None:
     """Compare the tokenizer and the data with the checkpoint's; raises as `require_no_changes`."""
     source = name_of(data.config.data)
-    changes = [Change("tokenizer", resume.tokenizer.fingerprint, data.tokenizer.fingerprint)]
+    changes = {"tokenizer": (resume.tokenizer.fingerprint, data.tokenizer.fingerprint)}
     for split, fingerprint in data.fingerprints().items():
-        changes.append(Change(f"{split} data ({source})", resume.state["data"][split], fingerprint))
+        name = f"{split} data ({source})" if split in ("train", "val") else split
+        changes[name] = (resume.state["data"][split], fingerprint)
     require_no_changes(resume, changes, allow_changes=allow_changes)
 
 
-def require_no_changes(resume: ResumeState, compared: list[Change], *, allow_changes: bool) -> None:
+def require_no_changes(resume: ResumeState, compared: Changes, *, allow_changes: bool) -> None:
     """Refuse to resume with values that differ from the checkpoint's;
     log the differences that are allowed.
 
     Raises:
         UserError: naming the checkpoint, both values, and --allow-changes where it helps.
     """
-    changes = [change for change in compared if change.was != change.now]
-    fatal = [change for change in changes if change.name.startswith(NEVER_FREE)]
+    changes = {name: (was, now) for name, (was, now) in compared.items() if was != now}
+    fatal = [name for name in changes if name.startswith(NEVER_FREE)]
     if fatal or (changes and not allow_changes):
-        first = (fatal or changes)[0]
-        problem = f"{first.name} was {first.was} when it was saved, this run has {first.now}"
+        name = fatal[0] if fatal else next(iter(changes))
+        was, now = changes[name]
+        problem = f"{name} was {was} when it was saved, this run has {now}"
         fix = "Set it back, or choose another training.checkpoint_dir"
         if not fatal:
             fix = "Set it back, choose another training.checkpoint_dir, or pass --allow-changes"
         raise UserError(resume.path, problem, fix)
-    for change in changes:
-        logger.info(f"allowed: {change.name} was {change.was} and is now {change.now}")
+    for name, (was, now) in changes.items():
+        logger.info(f"allowed: {name} was {was} and is now {now}")
 
 
-def changed_settings(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[Change]:
+def changed_settings(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Changes:
     """The settings that differ and may not; `sampling` does not affect training."""
-    changes = []
+    changes: Changes = {}
     for key, value in now.items():
         name = f"{prefix}{key}"
         if name == "sampling" or name in FREE_ON_RESUME:
             continue
         old = was.get(key)  # a setting that is newer than the checkpoint counts as null
         if isinstance(value, dict) and isinstance(old, dict):
-            changes += changed_settings(old, value, f"{name}.")
+            changes |= changed_settings(old, value, f"{name}.")
         elif value != old:
-            changes.append(Change(name, old, value))
+            changes[name] = (old, value)
     return changes
 
 

@@ -16,10 +16,10 @@ def sample_text(module: TrainingModule, tokenizer: Tokenizer) -> str:
     """
     config, prompt = module.config, module.config.training.sample_prompt
     assert prompt is not None
-    engine = Engine(module.decoder, tokenizer)
-    template = None
+    data, template = config.data, None
     if module.stage in CHAT_STAGES:
-        template = make_template(config.data.template, tokenizer)
+        template = make_template(data.template, tokenizer, tools=data.tools)
+    engine = Engine(module.decoder, tokenizer, tools=data.tools)
     formatted = format_prompt(engine, prompt, template, system=module.system)
     completions = engine.generate(formatted.prompt, config.sampling, stop_ids=formatted.stop_ids)
     return f"⟦{prompt}⟧{completions[0].text}"

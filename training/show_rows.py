@@ -13,7 +13,7 @@ from rich.text import Text
 from data import PretrainData, RunData
 from tinylm.common.device import pick_device
 from tinylm.common.errors import UserError, printable
-from tinylm.config.schema import Config
+from tinylm.config.schema import AUTO, Config
 from tinylm.rows.inspect import (
     CLOSE,
     OPEN,
@@ -29,7 +29,8 @@ from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
 from training.context import RunContext
 from training.initial import find_initial_model, initialized_config, prepare_tokenizer
-from training.stage import Stage
+from training.run import Stage
+from training.settle import with_max_steps, with_micro_batch
 from training.support import require_supported
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,10 @@ def show_rows_of_run(stage: Stage, config: Config, n_rows: int) -> int:
     data = config.data.model_copy(update={"num_workers": 0})
     config = config.model_copy(update={"data": data})
     require_supported(stage.name, config)
+    if config.training.duration is not None:  # the rows do not depend on it
+        config = with_max_steps(config, n_rows)
+    if config.training.micro_batch_size == AUTO:
+        config = with_micro_batch(config, config.training.batch_size)
     needed = config
     if stage.open_rows is not None:  # the training data alone
         data = config.data.model_copy(update={"val_dataset": None})
@@ -55,7 +60,11 @@ def show_rows_of_run(stage: Stage, config: Config, n_rows: int) -> int:
     tokenizer, config = prepare_tokenizer(config, None, initial, stage.learn_tokenizer)
     device, _ = pick_device(config.hardware.accelerator, key="hardware.accelerator")
     open_rows = stage.open_rows or stage.open_data
-    show_rows(open_rows(RunContext(stage.name, config, device), tokenizer), n_rows)
+    has_encoder = initial is not None and initial.has_encoder
+    show_rows(
+        open_rows(RunContext(stage.name, config, device, has_encoder=has_encoder), tokenizer),
+        n_rows,
+    )
     return 0
 
 
@@ -75,7 +84,11 @@ def show_rows(data: RunData, n_rows: int) -> None:
     rows = islice(
         inspect_tokens(data) if isinstance(data, PretrainData) else inspect_rows(data), first
     )
-    labeled = "target" if data.config.verifier is None else "departure"
+    labeled = "target"
+    if data.config.verifier is not None:
+        labeled = "departure"
+    elif data.config.reward_model is not None:
+        labeled = "rewarded token"
     print_rows(chain.from_iterable(rows), data.tokenizer, labeled)
 
 

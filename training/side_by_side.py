@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from tinylm.checkpoint.initial import open_initial_model
-from tinylm.checkpoint.load import Loaded, load_model, load_verifier
+from tinylm.checkpoint.load import Loaded, load_model, load_reward_model, load_verifier
 from tinylm.common.device import autocast_dtype, pick_device
 from tinylm.common.errors import printable
 from tinylm.common.files import read_regular, write_atomic
 from tinylm.config.schema import Config, SamplingConfig
 from tinylm.eval.answers import answer_questions, read_questions
+from tinylm.eval.pair_validation import pair_validation, score_reward_model
 from tinylm.eval.tasks.data import with_data_of_task
 from tinylm.eval.validation import answer_validation, score_checkpoint, text_validation
 from tinylm.generate.chat import format_prompt
@@ -30,8 +31,8 @@ from tinylm.generate.engine import Engine
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
 from tinylm.objectives.verifier import VerifierScore
-from tinylm.rows.template_factory import make_template
 from training.context import RunContext
+from training.held_out import test_lines
 from training.pipeline import PipelineStage
 from training.stages.dpo import PreferenceData
 from training.stages.reference_log_probs import pair_log_probs
@@ -52,6 +53,8 @@ METRICS = {
     "reward_accuracy": "the same for the implicit reward: log-probabilities relative "
     "to the reference, the model that dpo began with",
     "reward_margin": "mean difference of the implicit rewards of chosen and rejected answers",
+    "reward_model_accuracy": "share of the held-out pairs of stage reward_model "
+    "whose chosen answer has the higher reward",
     "verifier_accuracy": "share of the held-out answers of stage verifier "
     "that are classified correctly",
     "verifier_auc": "probability that a correct answer scores above a wrong one; 0.5 is chance",
@@ -91,9 +94,12 @@ def compare(stages: list[PipelineStage]) -> dict[str, Any]:
         path = stage.model
         logger.info("compare: %s", path)
         row: dict[str, Any] = {"stage": stage.name, "checkpoint": str(path)}
-        if stage.name == "verifier":
+        if stage.kind == "verifier":
             row |= verifier_metrics(stage, path, device)
             models.append(row)
+            continue
+        if stage.kind == "reward_model":
+            models.append(row | reward_model_metrics(stage, path, device))
             continue
         loaded = load_model(path, device)
         row["tokenizer"] = loaded.tokenizer.fingerprint
@@ -105,8 +111,8 @@ def compare(stages: list[PipelineStage]) -> dict[str, Any]:
         log_probs[str(path)] = held_out_log_probs(loaded, loaded.model, stages)
         reference = reference_of(stage)
         if reference is not None and reference not in log_probs:
-            base = open_initial_model(reference)
-            model = base.build(base.model).to(device)
+            base = open_initial_model(reference, loaded.config.tokenizer.special_tokens)
+            model = base.build(loaded.config.model).to(device)
             log_probs[reference] = held_out_log_probs(loaded, model, stages)
         row |= preference_metrics(stage, log_probs, str(path))
         models.append(row)
@@ -121,9 +127,11 @@ def prompts_of(stages: list[PipelineStage]) -> list[str]:
     return list(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
 
 
-def config_of(name: str, stages: list[PipelineStage]) -> Config | None:
-    """The config of a stage, with all of its validation data; None if there is no such stage."""
-    found = [stage.config for stage in stages if stage.name == name]
+def config_of(kind: str, stages: list[PipelineStage]) -> Config | None:
+    """The config of the first stage of a kind, with all of its validation data;
+    None if there is no such stage.
+    """
+    found = [stage.config for stage in stages if stage.kind == kind]
     if not found:
         return None
     config = with_data_of_task(found[0])
@@ -174,9 +182,11 @@ def answer_metrics(
 
 
 def reference_of(stage: PipelineStage) -> str | None:
-    """The reference model of stage dpo; None for other stages."""
-    init_from = stage.config.training.init_from
-    return None if stage.config.dpo is None or init_from is None else str(Path(init_from))
+    """The reference model of stage dpo; None for other stages, and for a loss without one."""
+    dpo, init_from = stage.config.dpo, stage.config.training.init_from
+    if dpo is None or dpo.reference is None or init_from is None:
+        return None
+    return str(Path(init_from))
 
 
 def held_out_log_probs(
@@ -244,13 +254,27 @@ def verifier_score(stage: PipelineStage, path: Path, device: str) -> VerifierSco
     return VerifierScore.of(np.concatenate(probabilities), np.concatenate(labels))
 
 
+def reward_model_metrics(stage: PipelineStage, path: Path, device: str) -> dict[str, Any]:
+    """Metrics on the validation pairs of stage reward_model."""
+    config = config_of("reward_model", [stage])
+    assert config is not None and config.reward_model is not None
+    loaded = load_reward_model(path, device)
+    batches = pair_validation(config, loaded).batches
+    score = score_reward_model(loaded.model, batches, config.reward_model.center_coef)
+    return {
+        "reward_model_accuracy": score["val_accuracy"],
+        "reward_model_low": score["val_accuracy_low"],
+        "reward_model_high": score["val_accuracy_high"],
+        "n_pairs": score["pairs"],
+    }
+
+
 def sample(loaded: Loaded, prompt: str) -> str:
     """What the model writes on a prompt, in its template if it was fine-tuned with one,
     as infer.py does.
     """
-    engine = Engine(loaded.model, loaded.tokenizer)
-    template = None if loaded.template is None else make_template(loaded.template, loaded.tokenizer)
-    formatted = format_prompt(engine, prompt, template, system=loaded.system)
+    engine = Engine.of(loaded)
+    formatted = format_prompt(engine, prompt, loaded.make_template(), system=loaded.system)
     greedy = SamplingConfig(max_new_tokens=SAMPLE_TOKENS, temperature=0)
     return engine.generate(formatted.prompt, greedy, stop_ids=formatted.stop_ids)[0].text
 
@@ -330,16 +354,23 @@ def report_lines(results: dict[str, Any], stages: list[PipelineStage]) -> Iterat
         yield f"- {name}: {METRICS[name]}"
     for note in notes_on(results):
         yield f"\n{note}"
-    for row in models:
-        if row["stage"] == "dpo":
+    for stage, row in zip(stages, models, strict=True):
+        if stage.kind == "dpo":
             yield f"\n{row['n_pairs']} pairs of answers were held out."
-        if row["stage"] == "verifier":
+        if stage.kind == "reward_model":
+            yield (
+                f"\nThe reward model compared {row['n_pairs']} held-out pairs: 95% interval of its "
+                f"accuracy {row['reward_model_low']:.3f} to {row['reward_model_high']:.3f}."
+            )
+        if stage.kind == "verifier":
             yield (
                 f"\nThe verifier classified {row['n_answers']} held-out answers: "
                 f"95% interval of its accuracy {row['verifier_low']:.3f} to "
                 f"{row['verifier_high']:.3f}; always giving the more frequent label has "
                 f"{row['majority']:.3f}."
             )
+    if "test" in results:
+        yield from test_lines(results["test"])
     if results["samples"]:
         yield from _report_samples(results, stages)
 

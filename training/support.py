@@ -10,22 +10,51 @@ from typing import NamedTuple
 
 import torch
 
+# config.duration is imported for a run that has one
+from tinylm import config as settings
 from tinylm.common.errors import UserError
-from tinylm.config.schema import Config
+from tinylm.config.schema import AUTO, Config
 
 # The features that the settings and the device decide; a stage's name is a feature too.
 FEATURES: dict[str, Callable[[Config, str | None], bool]] = {
+    "distill section": lambda config, device: config.distill is not None,
     "dpo section": lambda config, device: config.dpo is not None,
+    "grpo section": lambda config, device: config.grpo is not None,
+    "reward_model section": lambda config, device: config.reward_model is not None,
     "verifier section": lambda config, device: config.verifier is not None,
     "lora": lambda config, device: config.lora is not None,
     "new weights": lambda config, device: config.training.init_from is None,
     "train_on response": lambda config, device: config.training.train_on == "response",
     "train_on all": lambda config, device: config.training.train_on == "all",
+    "task": lambda config, device: config.data.task is not None,
+    "tools": lambda config, device: config.data.tools is not None,
+    "eval_tasks": lambda config, device: config.training.eval_tasks is not None,
     "skip_bad_rows": lambda config, device: config.data.skip_bad_rows > 0,
     "packed": lambda config, device: config.data.packing == "packed",
+    "mix": lambda config, device: config.data.mix is not None,
+    "mix of rows": lambda config, device: any(
+        part.rows or part.columns or part.template for part in config.data.mix or ()
+    ),
+    "truncation_side": lambda config, device: config.data.truncation_side != "right",
     "learned tokenizer": lambda config, device: config.tokenizer.kind in ("bpe", "char"),
+    "duration of positions": lambda config, device: (
+        config.training.duration is not None
+        and settings.duration.budget_of(config).unit in ("tokens", "tokens_per_parameter", "flops")
+    ),
+    "duration by the model": lambda config, device: (
+        config.training.duration is not None
+        and settings.duration.budget_of(config).unit in ("tokens_per_parameter", "flops")
+    ),
+    "duration in time": lambda config, device: (
+        config.training.duration is not None
+        and settings.duration.budget_of(config).unit == "seconds"
+    ),
+    "micro-batch auto": lambda config, device: config.training.micro_batch_size == AUTO,
     "muon": lambda config, device: config.training.optimizer == "muon",
     "fsdp": lambda config, device: config.hardware.strategy == "fsdp",
+    "several devices": lambda config, device: (
+        config.hardware.devices * config.hardware.num_nodes > 1
+    ),
     "fp16": lambda config, device: config.hardware.precision == "16",
     "bf16": lambda config, device: config.hardware.precision == "bf16",
     "no CUDA": lambda config, device: device not in ("cuda", None),
@@ -47,6 +76,14 @@ class Unsupported(NamedTuple):
     fix: str
 
 
+# The stages that read rows but not the examples of stage sft.
+_ROW_STAGES = (
+    ("dpo", "preferences"),
+    ("grpo", "rewards"),
+    ("reward_model", "a reward model"),
+    ("verifier", "a verifier"),
+)
+
 UNSUPPORTED = (
     # --- flags before a run
     Unsupported(
@@ -63,10 +100,28 @@ UNSUPPORTED = (
     ),
     # --- stages and their sections
     Unsupported(
+        ("pretrain", "distill section"),
+        "distill",
+        "only valid for finetune.py",
+        "Run finetune.py on rows (training.train_on=all trains every token), or remove it",
+    ),
+    Unsupported(
         ("pretrain", "dpo section"),
         "dpo",
         "only valid for finetune.py, which trains on preferences",
         "Run finetune.py, or remove the dpo section",
+    ),
+    Unsupported(
+        ("pretrain", "grpo section"),
+        "grpo",
+        "only valid for finetune.py, which trains on the rewards of answers",
+        "Run finetune.py, or remove the grpo section",
+    ),
+    Unsupported(
+        ("pretrain", "reward_model section"),
+        "reward_model",
+        "only valid for finetune.py, which trains reward models",
+        "Run finetune.py, or remove the reward_model section",
     ),
     Unsupported(
         ("pretrain", "verifier section"),
@@ -75,10 +130,119 @@ UNSUPPORTED = (
         "Run finetune.py, or remove the verifier section",
     ),
     Unsupported(
+        ("pretrain", "task"),
+        "data.task",
+        "only valid for finetune.py: pretraining reads documents, not rows",
+        "Run finetune.py, or remove it",
+    ),
+    Unsupported(
+        ("pretrain", "tools"),
+        "data.tools",
+        "only valid for finetune.py: pretraining reads documents, not answers",
+        "Run finetune.py, or remove it",
+    ),
+    Unsupported(
+        ("verifier", "tools"),
+        "data.tools",
+        "not supported for a verifier, which reads answers without the results of calls",
+        "Remove it",
+    ),
+    Unsupported(
         ("pretrain", "skip_bad_rows"),
         "data.skip_bad_rows",
         "only valid for finetune.py: pretraining reads documents, not rows",
         "Remove it",
+    ),
+    Unsupported(
+        ("pretrain", "mix of rows"),
+        "data.mix",
+        "rows, columns and template of a source are only valid for finetune.py: pretraining reads "
+        "documents",
+        "Remove them",
+    ),
+    *(
+        Unsupported(
+            (stage, "eval_tasks"),
+            "training.eval_tasks",
+            "only valid for a model that writes answers",
+            "Remove it",
+        )
+        for stage in ("reward_model", "verifier")
+    ),
+    *(
+        Unsupported(
+            (feature, "eval_tasks"),
+            "training.eval_tasks",
+            f"not supported with {feature}: answers are sampled by whole weights",
+            "Remove it, and run evaluate_checkpoints.py",
+        )
+        for feature in ("fsdp", "encoder-decoder")
+    ),
+    *(
+        Unsupported(
+            (stage, "truncation_side"),
+            "data.truncation_side",
+            f"only valid for fine-tuning on answers, not for {other}",
+            "Remove it",
+        )
+        for stage, other in (("pretrain", "pretraining"), *_ROW_STAGES)
+    ),
+    *(
+        Unsupported(
+            (stage, "mix"),
+            "data.mix",
+            f"only valid for pretraining and for fine-tuning on answers, not for {other}",
+            "Set data.dataset to one source",
+        )
+        for stage, other in _ROW_STAGES
+    ),
+    # --- training.duration
+    *(
+        Unsupported(
+            (stage, "duration of positions"),
+            "training.duration",
+            "tokens, tokens_per_parameter and flops are only valid for train.py: rows of "
+            "fine-tuning are filled unevenly",
+            "Give epochs or a time",
+        )
+        for stage in ("sft", "dpo", "grpo", "reward_model", "verifier")
+    ),
+    Unsupported(
+        ("duration by the model", "hf_model"),
+        "training.duration",
+        "tokens_per_parameter and flops are not known for a Hugging Face model",
+        "Give epochs, tokens or a time",
+    ),
+    Unsupported(
+        ("duration in time", "several devices"),
+        "training.duration",
+        "a time is measured by one process, without the communication of several",
+        "Give epochs, tokens or flops, or set training.max_steps",
+    ),
+    Unsupported(
+        ("duration in time", "grpo"),
+        "training.duration",
+        "a time is not supported with grpo: only some of its steps sample answers",
+        "Give epochs, or set training.max_steps",
+    ),
+    # --- training.micro_batch_size auto
+    *(
+        Unsupported(
+            (feature, "micro-batch auto"),
+            "training.micro_batch_size",
+            f"auto is not supported {reason}",
+            "Set training.micro_batch_size to a number of rows",
+        )
+        for feature, reason in (
+            ("sft", "for fine-tuning, whose memory is not planned"),
+            ("dpo", "for fine-tuning, whose memory is not planned"),
+            ("grpo", "for fine-tuning, whose memory is not planned"),
+            ("reward_model", "for fine-tuning, whose memory is not planned"),
+            ("verifier", "for fine-tuning, whose memory is not planned"),
+            ("lora", "for adapters, whose memory is not planned"),
+            ("hf_model", "for a Hugging Face model, whose memory is not planned"),
+            ("several devices", "with several processes, which must agree"),
+        )
     ),
     # --- new weights
     Unsupported(
@@ -88,10 +252,23 @@ UNSUPPORTED = (
         "Set it to a checkpoint, or to hf:NAME for a Hugging Face model",
     ),
     Unsupported(
+        ("grpo", "new weights"),
+        "training.init_from",
+        "must be set: rewards are learned by a model that already gets some of them",
+        "Set it to a checkpoint, or to hf:NAME for a Hugging Face model",
+    ),
+    Unsupported(
+        ("reward_model", "new weights"),
+        "training.init_from",
+        "must be set: preferences are learned by a trained model",
+        "Set it to a checkpoint of a decoder",
+    ),
+    Unsupported(
         ("sft", "new weights", "train_on response"),
         "training.init_from",
         "must be set: new weights cannot learn from the answers alone",
-        "Set it to a checkpoint or hf:NAME, or set training.train_on=all",
+        "Set it to a checkpoint or hf:NAME, or set training.train_on=all. To train new weights on "
+        "documents, run train.py",
     ),
     Unsupported(
         ("sft", "new weights", "learned tokenizer"),
@@ -119,6 +296,13 @@ UNSUPPORTED = (
         "this GPU has no bf16 arithmetic",
         "Set hardware.precision to 16 or 32",
     ),
+    # --- several devices
+    Unsupported(
+        ("grpo", "several devices"),
+        "hardware.devices",
+        "the stage grpo samples its answers on one device",
+        "Set hardware.devices=1 and hardware.num_nodes=1",
+    ),
     # --- fsdp
     Unsupported(
         ("fsdp", "fp16"),
@@ -127,9 +311,27 @@ UNSUPPORTED = (
         "Set hardware.precision to bf16 or 32",
     ),
     Unsupported(
+        ("fsdp", "distill section"),
+        "distill",
+        "not supported with hardware.strategy=fsdp, which does not shard the teacher",
+        "Set hardware.strategy=ddp",
+    ),
+    Unsupported(
         ("fsdp", "dpo"),
         "dpo",
         "not supported with hardware.strategy=fsdp, which does not shard the reference model",
+        "Set hardware.strategy=ddp",
+    ),
+    Unsupported(
+        ("fsdp", "grpo"),
+        "grpo",
+        "not supported with hardware.strategy=fsdp: its answers are sampled by whole weights",
+        "Set hardware.strategy=auto",
+    ),
+    Unsupported(
+        ("fsdp", "reward_model"),
+        "reward_model",
+        "not supported with hardware.strategy=fsdp, which shards language models only",
         "Set hardware.strategy=ddp",
     ),
     Unsupported(
@@ -166,6 +368,12 @@ UNSUPPORTED = (
         "Set training.optimizer=adamw",
     ),
     Unsupported(
+        ("reward_model", "hf_model"),
+        "training.init_from",
+        "a reward model has the blocks of our own decoder and cannot start from a Hugging Face model",
+        "Set it to a checkpoint of a decoder, for example one that tinylm import wrote",
+    ),
+    Unsupported(
         ("verifier", "hf_model"),
         "training.init_from",
         "a verifier shares the blocks of our own decoder and cannot start from a Hugging Face "
@@ -180,10 +388,28 @@ UNSUPPORTED = (
         "Run finetune.py, or choose a decoder-only model",
     ),
     Unsupported(
+        ("sft", "tools", "encoder-decoder"),
+        "data.tools",
+        "not supported with an encoder-decoder",
+        "Remove it, or choose a decoder-only model",
+    ),
+    Unsupported(
+        ("distill section", "encoder-decoder"),
+        "training.init_from",
+        "an encoder-decoder is not supported with distill",
+        "Remove the distill section, or choose a decoder-only model",
+    ),
+    Unsupported(
         ("dpo", "encoder-decoder"),
         "training.init_from",
         "an encoder-decoder learns from questions and answers only, not from preferences",
         "Remove the dpo section, or choose a decoder-only model",
+    ),
+    Unsupported(
+        ("grpo", "encoder-decoder"),
+        "training.init_from",
+        "an encoder-decoder learns from questions and answers only, not from rewards",
+        "Remove the grpo section, or choose a decoder-only model",
     ),
     Unsupported(
         ("sft", "packed", "encoder-decoder"),

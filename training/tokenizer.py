@@ -19,15 +19,16 @@ from tinylm.common.files import make_once
 from tinylm.config.schema import DataConfig, TokenizerConfig
 from tinylm.text.data_source import data_sources
 from tinylm.text.documents import text_chunks
-from tinylm.text.sources import HubDataset, TextSource
-from tinylm.text.splits import Split
+from tinylm.text.hub_dataset import HubDataset
+from tinylm.text.sources import Split, TextSource
+from tinylm.tokenizer.added import add_special_tokens
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe_fast import learn_bpe
 from tinylm.tokenizer.bpe_files import Bpe, check_request
 from tinylm.tokenizer.byte_char import CharTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
-from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer
+from tinylm.tokenizer.pretokenize import PATTERNS, SPECIAL_TOKENS, Pretokenizer
 
 # Part of the names of cached folders: raise it when the same text would give other merges.
 VERSION = 1
@@ -62,7 +63,7 @@ def _cached_bpe(
 ) -> HFTokenizer:
     """The BPE tokenizer of a split, learned unless data.cache_dir has it."""
     assert config.vocab_size is not None  # TokenizerConfig requires it for bpe
-    pretokenizer = Pretokenizer(config.pattern or "gpt2")
+    pretokenizer = pretokenizer_of(config)
     check_request(config.vocab_size, pretokenizer)
     text = [
         split.text_source.fingerprint,
@@ -91,7 +92,9 @@ def learn_from_texts(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer
         UserError: as `CharTokenizer.of_documents` and `learn_bpe`.
     """
     if config.kind == "char":
-        return CharTokenizer.of_documents(islice(texts, config.learn_docs), unknown=config.unknown)
+        texts = islice(texts, config.learn_docs)
+        tokenizer = CharTokenizer.of_documents(texts, unknown=config.unknown)
+        return add_special_tokens(tokenizer, config.special_tokens)
     bpe = _learn(config, texts)
     return HFTokenizer(bpe.backend(), eos=bpe.eos, pad=bpe.pad)
 
@@ -106,10 +109,16 @@ def _learn(
     return learn_bpe(
         text_chunks(islice(texts, config.learn_docs)),
         config.vocab_size,
-        Pretokenizer(config.pattern or "gpt2"),
+        pretokenizer_of(config),
         processes=processes,
         on_progress=on_progress,
     )
+
+
+def pretokenizer_of(config: TokenizerConfig) -> Pretokenizer:
+    """How BPE of these settings splits texts into words."""
+    more = [name for name in config.special_tokens if name not in SPECIAL_TOKENS]
+    return Pretokenizer(config.pattern or "gpt2", (*SPECIAL_TOKENS, *more))
 
 
 # --- the text that tokenizers learn from ---

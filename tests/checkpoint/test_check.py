@@ -48,7 +48,8 @@ def weight(change: Callable[[torch.Tensor], Any], name: str = WEIGHT) -> Callabl
 ODD = {
     "config is a list": (put("config", [1]), "config: must be of type dict, got list"),
     "section is a list": (put("config.model", [1]), "config.model: must be of type dict, got list"),
-    "unknown setting": (put("config.model.depth", 3), "config: model.depth: no such setting"),
+    "unknown setting": (put("config.model.deep", 3), "config: model.deep: no such setting"),
+    "a depth": (put("config.model.depth", 3), "model.depth: must be null once the settings are"),
     "unknown section": (put("config.modle", {}), "config: modle: no such setting"),
     "names that are numbers": (put("config.model", {1: 2}), "config: must be plain values with"),
     "a tensor": (put("config.model.n_layers", torch.ones(2)), "config: must be plain values with"),
@@ -109,7 +110,7 @@ def test_a_setting_that_a_checkpoint_lacks_has_its_default(tmp_path: Path) -> No
     state = make_state(3)
     path = tmp_path / "a.ckpt"
     for section, values in state["config"].items():
-        for name in values or ():
+        for name in values if isinstance(values, dict) else ():
             lacking = {key: value for key, value in values.items() if key != name}
             config = state["config"] | {section: lacking}
             checkpoint_format.write(path, state | {"config": config})

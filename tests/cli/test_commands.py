@@ -13,10 +13,15 @@ import pytest
 import torch
 
 import list as list_program
-from tinylm.__main__ import COMMANDS, main
-from tinylm.cli.program import Parser, run_program
-from tinylm.cli.training_flags import training_parser
+import tinylm
+from tinylm.__main__ import COMMANDS, GROUPS, main
+from tinylm.cli.data_rows import is_of_rows
+from tinylm.cli.program import Parser, run_program, training_parser
+from tinylm.cli.programs import Program
+from tinylm.common.console import COMMAND_VARIABLE
+from tinylm.common.errors import UserError
 from tinylm.common.platform import STOP_SIGNALS
+from tinylm.config.loader import load_config
 from tinylm.runs.experiments import Outcome
 from tinylm.tokens.token_file import TokenFile
 
@@ -40,11 +45,68 @@ def test_help_opens_with_the_command_and_imports_nothing_slow(program):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_opens_with_the_command(name, capsys):
+def test_the_help_of_a_command_opens_with_the_command(name, capsys, monkeypatch):
+    """A checkout names its programs; `tinylm chat` is one under another name."""
+    program = COMMANDS[name]
+    checkout = f"python -m tinylm {name}"
+    if type(program) is Program and name != "chat":
+        checkout = f"python {program.name}.py"
+    help_of(name)
+    assert capsys.readouterr().out.startswith(f"usage: {checkout}")
+    monkeypatch.setenv(COMMAND_VARIABLE, "tinylm")
+    help_of(name)
+    assert capsys.readouterr().out.startswith(f"usage: tinylm {name}")
+
+
+def test_data_shows_the_rows_of_the_program_that_a_config_is_for(
+    make_config, tmp_path, capsys, write
+):
+    """A config with data.task, training.init_from or a section of fine-tuning is for finetune.py."""
+    config = str(make_config())
+    assert main(["data", "training.seq_len=8", "--config", config, "data.val_docs=2"]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^row \d, micro-batch 0: .* from token \d+$", out, re.MULTILINE)) == 3
+    assert out.count("8 tokens, targets: 8") == 3
+    lines = [f'{{"prompt": "{number}", "completion": "two"}}\n' for number in range(20)]
+    rows = write("rows.jsonl", "".join(lines))
+    settings = ("training.train_on=all", f"data.dataset={rows}", "data.val_fraction=0.5")
+    assert main(["data", "--config", config, *settings, "--rows", "1", "--of", "finetune"]) == 0
+    assert capsys.readouterr().out.startswith(f"row 0, micro-batch 0: {rows}:")
+    assert is_of_rows(load_config(config, ["lora.r=2"]))
+    assert is_of_rows(load_config(config, ["training.init_from=base.ckpt"]))
+    assert not is_of_rows(load_config(config))
+
+
+def help_of(*words):
     with pytest.raises(SystemExit) as stopped:
-        main([name, "--help"])
+        main([*words, "--help"])
     assert stopped.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: python -m tinylm {name}")
+
+
+def test_help_lists_every_command_in_a_group(capsys):
+    help_of()
+    listed = re.findall(r"^  ([a-z][a-z-]+)  +\w", capsys.readouterr().out, re.MULTILINE)
+    assert listed == [name for group in GROUPS.values() for name in group]
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"tinylm {tinylm.__version__}\n"
+
+
+def test_a_program_is_a_command_with_its_flags(tmp_path, capsys, monkeypatch):
+    """Its errors name commands as they are typed; --debug may be given before it."""
+    missing = tmp_path / "missing"
+    problem = f"error: {missing}: not found. Train a model first: "
+    for typed, train in ((None, "python train.py"), ("tinylm", "tinylm train")):
+        if typed:
+            monkeypatch.setenv(COMMAND_VARIABLE, typed)
+        assert main(["list", "--dir", str(missing)]) == 2
+        fix = f"{train} --config config_smoke.yaml.\n"
+        assert capsys.readouterr().err == problem + fix
+    with pytest.raises(UserError):
+        main(["--debug", "list", "--dir", str(missing)])
 
 
 def test_a_failed_experiment_is_named_and_the_report_is_not_lost(tmp_path, monkeypatch, capsys):
@@ -160,6 +222,10 @@ def test_a_path_after_an_equals_sign_can_begin_with_the_home_folder(monkeypatch)
         (
             ["--training.max_steps", "3"],
             "--training.max_steps. A setting is written without dashes: training.max_steps=3.",
+        ),
+        (
+            ["--batch_size=3"],
+            "--batch_size=3. A setting is written without dashes: training.batch_size=3.",
         ),
         (["--lr"], "--lr. A setting is written without dashes: training.lr=...."),
         (["--nothing"], "--nothing."),

@@ -18,16 +18,17 @@ import pytest
 import torch
 
 import infer
+from tests.conftest import state_of
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.cli import chat
 from tinylm.cli.sampling_flags import flag, sampling_help
 from tinylm.cli.screen import ProbabilityColors
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, SamplingConfig
+from tinylm.generate.constraint import Constraint
 from tinylm.generate.engine import Engine
 from tinylm.generate.output import Prompt, TokenOutput
 from tinylm.model.decoder import Decoder
-from tinylm.tokenizer.byte_char import ByteTokenizer
 
 ROOT = Path(__file__).parents[2]
 HELP = "See python infer.py --help."
@@ -67,19 +68,7 @@ def checkpoint_state(text: str, *, step: int = 7, **sampling: object) -> dict:
             weight.zero_()
         model.positions.weight.copy_(torch.eye(len(ids)))
         model.head.weight[list(ids), range(len(ids))] = 20.0
-    return {
-        "format": checkpoint_format.FORMAT,
-        "schema": checkpoint_format.SCHEMA,
-        "stage": "pretrain",
-        "step": step,
-        "tokens": 1,
-        "train_loss": 2.5,
-        "val_loss": None,
-        "created": 1.0,
-        "config": config.to_plain(),
-        "tokenizer": ByteTokenizer().to_plain(),
-        "weights": model.state_dict(),
-    }
+    return state_of(config, model, "pretrain", step)
 
 
 @pytest.fixture
@@ -258,6 +247,8 @@ class Parrot:
             sampling: SamplingConfig,
             *,
             stop_ids: Iterable[int] = (),
+            constraint: Constraint | None = None,
+            lookup: bool = False,
         ) -> Iterator[TokenOutput]:
             text = engine.tokenizer.decode(prompt.ids)
             parrot.asked.append(text)
@@ -348,6 +339,72 @@ def test_an_answer_ends_at_the_stop_token_of_its_template_which_is_not_printed(
     )
 
 
+# --- constrained output ---
+
+
+def test_the_text_is_json_by_a_schema_in_a_file_or_on_the_command_line(
+    run, tuned, save, tmp_path, monkeypatch
+):
+    """The model would write x; each of two samples, and each answer of a chat, is one of two objects."""
+    pytest.importorskip("llguidance")
+    schema = (
+        '{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], '
+        '"additionalProperties": false}'
+    )
+    path = tmp_path / "schema.json"
+    path.write_bytes(b"\xef\xbb\xbf" + schema.encode())  # with a byte order mark
+    flags = ["--ckpt", save("x" * 60), "--temperature", "2"]
+    for given in (schema, path):
+        out = run(*flags, "--prompt", "x", "--n-samples", 2, "--json", "--json-schema", given)[1]
+        for completion in json.loads(out)["completions"]:
+            assert json.loads(completion["text"])["ok"] in (True, False)
+            assert completion["finish_reason"] == "stop"
+    piped(monkeypatch, "red\nblue\n")
+    code, out, _ = run("--ckpt", tuned(), "--chat", "--json-schema", schema)
+    answers = re.findall(r"\{[^}]*\}", out)  # JSON may have line ends
+    assert [type(json.loads(answer)["ok"]) for answer in answers] == [bool, bool]
+
+
+def test_a_text_that_was_cut_off_before_it_was_complete_is_logged(run, save):
+    pytest.importorskip("llguidance")
+    path = save("x" * 60)
+    flags = ["--ckpt", path, "--prompt", "x", "--regex", "[0-9]{9}"]
+    code, out, err = run(*flags)
+    assert re.fullmatch("x[0-9]{9}\n", out) and "complete" not in err
+    code, out, err = run(*flags, "--max-new-tokens", 5, "--n-samples", 2)
+    assert (
+        "2 of 2 texts ended before the regular expression was complete; raise --max-new-tokens"
+        in err
+    )
+
+
+def test_a_schema_that_cannot_be_read_is_named(run, tmp_path):
+    pytest.importorskip("llguidance")
+    path = tmp_path / "schema.json"
+    flags = ["--prompt", "x", "--json-schema", path]
+    assert error_of(run(*flags)).startswith(f"--json-schema: {path}: not found")
+    path.write_bytes(b"\xff")
+    assert error_of(run(*flags)) == (
+        f"--json-schema: {path}: not UTF-8 text (byte 0). Convert it to UTF-8."
+    )
+    path.write_text("{,", encoding="utf-8")
+    assert error_of(run(*flags)).startswith(
+        f"--json-schema: {path}: not a supported JSON schema: Expecting property name"
+    )
+
+
+def test_greedy_text_with_lookup_is_the_same(run, tuned, save, monkeypatch):
+    """In prompt mode, and two answers of a chat."""
+    flags = ["--ckpt", save("abcdabcdabcdabcd"), "--prompt", "x", "--temperature", 0]
+    assert run(*flags, "--lookup")[1] == run(*flags)[1] == "xabcdabcdabcdabcd\n"
+    flags = ["--ckpt", tuned(), "--chat", "--temperature", 0, "--max-new-tokens", 30]
+    texts = []
+    for more in ([], ["--lookup"]):
+        piped(monkeypatch, "red\nblue\n")
+        texts.append(run(*flags, *more)[1])
+    assert texts == ["x" * 30 + "\n" + "x" * 30 + "\n"] * 2
+
+
 # --- a conversation ---------------------------------------------------------------------------
 
 
@@ -395,7 +452,7 @@ def test_a_question_that_cannot_be_asked_does_not_end_the_chat(run, tuned, monke
     monkeypatch.setattr(
         Engine,
         "stream",
-        lambda engine, prompt, sampling, *, stop_ids=(): iter(
+        lambda engine, prompt, sampling, *, stop_ids=(), constraint=None, lookup=False: iter(
             [TokenOutput("!", 0, 0.0, finish_reason="eos")]
         ),
     )
@@ -426,7 +483,7 @@ def test_an_answer_cannot_steer_a_terminal(run, tuned, monkeypatch):
     monkeypatch.setattr(
         Engine,
         "stream",
-        lambda engine, prompt, sampling, *, stop_ids=(): iter(
+        lambda engine, prompt, sampling, *, stop_ids=(), constraint=None, lookup=False: iter(
             [TokenOutput(text, 0, 0.0, finish_reason="eos")]
         ),
     )
@@ -520,6 +577,31 @@ def test_a_malicious_or_endless_chat_template_is_one_error(run, tuned, monkeypat
             "sft",
             ["--chat", "--n-samples", "2"],
             "--n-samples: cannot be combined with --chat. Remove one of the two.",
+        ),
+        (
+            "sft",
+            ["--prompt", "x", "--regex", "a", "--json-schema", "{}"],
+            "--json-schema: cannot be combined with --regex. Remove one of the two.",
+        ),
+        (
+            "sft",
+            ["--prompt", "x", "--lookup"],
+            "lookup: only valid for one greedy text; set temperature to 0.",
+        ),
+        (
+            "sft",
+            ["--prompt", "x", "--lookup", "--best-of", "2", "--verifier", "x"],
+            "--lookup: cannot be combined with --best-of. Remove one of the two.",
+        ),
+        (
+            "sft",
+            ["--prompt", "x", "--regex", "a", "--n-beams", "2"],
+            "--regex: not supported with beam search. Set n_beams to 1.",
+        ),
+        (
+            "sft",
+            ["--prompt", "x", "--json-schema", '{"not": {}}'],
+            '--json-schema: not a supported JSON schema: Unimplemented keys: ["not"]. Change it.',
         ),
         (
             "sft",
@@ -836,20 +918,34 @@ def test_a_terminal_gets_color_except_with_no_color(save):
 
 
 def test_help_is_fast_and_opens_with_the_command():
-    """Under 0.15 s of processor time, which other programs do not change; no slow imports."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Under 0.15 s of processor time, which other programs change little: the best of five."""
+    seconds = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, ROOT / "infer.py", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.stdout.startswith('usage: python infer.py --prompt "Attention is"')
+        if seconds[-1] < 0.15:
+            break
+    assert min(seconds) < 0.15
+
+
+def test_help_imports_nothing_slow():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", ROOT / "infer.py", "--help"],
         capture_output=True,
         text=True,
         check=True,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stdout.startswith('usage: python infer.py --prompt "Attention is"')
     assert not re.search(
         r"\| +(torch|numpy|lightning|transformers|pydantic|rich)$", done.stderr, re.MULTILINE
     )
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.15
 
 
 def test_the_help_of_the_sampling_flags_agrees_with_the_schema():
@@ -888,6 +984,38 @@ def test_lightning_is_not_imported(save):
     assert not re.search(
         r"\| +(lightning|transformers|tokenizers|rich)$", done.stderr, re.MULTILINE
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_first_token_takes_little_longer_than_the_import_of_torch(save):
+    """Under 1.5 times its processor time, which other programs change little; the best of three.
+
+    The first run may write the bytecode of our modules, as a user's first run does.
+    """
+    infer_flags = [ROOT / "infer.py", "--ckpt", save(), "--prompt", "", "--max-new-tokens", "1"]
+    commands = {
+        "infer": infer_flags,
+        "torch": ["-c", "import torch; print(1, flush=True); input()"],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(3):
+        for name, command in commands.items():
+            with subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""},
+            ) as process:
+                assert process.stdout.read(1)
+                # The fields after the name of the program: user and system time are 12 and 13.
+                fields = (
+                    Path(f"/proc/{process.pid}/stat").read_text("ascii").rpartition(")")[2].split()
+                )
+                seconds[name].append((float(fields[11]) + float(fields[12])) / 100)
+                process.communicate(b"\n")
+    assert min(seconds["infer"]) < 1.5 * min(seconds["torch"])
 
 
 @pytest.mark.slow

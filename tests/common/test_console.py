@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tinylm.common.console import TEXT_WIDTH, Table, print_table, results_console
+from tinylm.common.tables import TEXT_WIDTH, Table, print_table, results_console
 
 
 class FakeTerminal(io.StringIO):

@@ -9,16 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tinylm.common.errors import (
-    UserError,
-    first_line,
-    not_found,
-    reading,
-    rename_settings,
-    require_package,
-    writing,
-)
-from tinylm.common.files import require_regular
+from tinylm.common.errors import UserError, first_line, not_found, rename_settings, require_package
+from tinylm.common.files import reading, require_regular, writing
 
 
 def error_of(*fields: object) -> UserError:

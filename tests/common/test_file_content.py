@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import lzma
 import zipfile
 from pathlib import Path
 
@@ -9,8 +10,7 @@ import numpy as np
 import pytest
 
 from tinylm.common.errors import UserError
-from tinylm.common.file_content import START_BYTES, mismatch
-from tinylm.common.files import open_regular, require_regular
+from tinylm.common.files import START_BYTES, mismatch, open_regular, require_regular
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 PAGE = b"\n<!DOCTYPE html><html><body>404</body></html>"
@@ -27,7 +27,12 @@ def archive() -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", GZIP, "its content is gzip data. Rename it to a.jsonl.gz, or decompress it."),
+        ("a.json", GZIP, "its content is gzip data. Rename it to a.json.gz, or decompress it."),
+        (
+            "a.yaml",
+            lzma.compress(b"text"),
+            "its content is xz data. Rename it to a.yaml.xz, or dec",
+        ),
         ("a.txt", LFS, "its content is a Git LFS pointer, not the file itself. Run: git lfs pull."),
         ("model.safetensors", LFS, "its content is a Git LFS pointer, not the file itself."),
         ("a.parquet", LFS, "its content is a Git LFS pointer, not the file itself."),
@@ -36,16 +41,19 @@ def archive() -> bytes:
         ("a.jsonl", b"PAR1\x15\x04", "its content is parquet. Rename it to a.parquet."),
         ("a.json", archive(), "its content is a zip archive. Unpack it: unzip a.json."),
         ("a.parquet", archive(), "its content is a zip archive."),
+        ("a.txt", "é\n".encode("utf-32"), "its content is UTF-32 text. Save it as UTF-8."),
         ("a.txt", "é\n".encode("utf-16"), "its content is UTF-16 text. Save it as UTF-8."),
-        ("a.txt.gz", b"text", "its content is not gzip data. Rename it to a.txt, or download it"),
         ("a.parquet", b"text", "its content is not parquet. Download it again."),
         (
-            "a.jsonl",
+            "a.json",
             b"BZh91AY&SY\x01",
-            "its content is bzip2 data. Decompress it: bunzip2 a.jsonl.",
+            "its content is bzip2 data. Rename it to a.json.bz2, or decompress it.",
         ),
         ("c.yaml", b"\x89PDF", None),
+        ("a.jsonl", GZIP, None),  # data are decompressed, whatever their name
+        ("a.csv.gz", b"text", None),
         ("a.txt", PAGE, None),  # a corpus of pages
+        ("a.html", PAGE, None),
         ("a.txt", b"PAR1, GGUF and BZh are names", None),
         ("a.txt", b"", None),
         ("a.gz", b"", None),

@@ -232,3 +232,11 @@ def test_a_refused_write_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(Killed), atomic_path(tmp_path / "new" / "deep" / "a.txt"):
         die()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_lock_in_a_folder_that_takes_no_files_is_an_error() -> None:
+    """K7: filelock reports a held lock, so that waiting for it never ended."""
+    found = "^/proc: cannot be written: No such file or directory. Change --out"
+    with pytest.raises(UserError, match=found), locked(Path("/proc/x"), "--out"):
+        pass

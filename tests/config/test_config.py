@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.conftest import CONFIGS
 from tinylm.common.errors import UserError
-from tinylm.config.loader import load_config, with_model
+from tinylm.config.loader import load_config, require_here, with_model
 from tinylm.config.messages import sections
 from tinylm.config.schema import COUNT_LIMIT, Config, MixPart, ModelConfig
 from tinylm.config.yaml_file import FILE_BYTES_LIMIT
@@ -137,7 +138,7 @@ UNKNOWN = [
     ("lr: 1", "c.yaml:1: lr: no such setting. Did you mean training.lr?"),
     (
         "model: {top_k: 1}",
-        "c.yaml:1: model.top_k: no such setting. Did you mean model.moe.top_k or sampling.top_k?",
+        "c.yaml:1: model.top_k: no such setting. Did you mean model.moe.top_k or distill.top_k or sampling.top_k?",
     ),
     ("nonsense: 1", f"c.yaml:1: nonsense: no such setting. Settings here: {SECTIONS}."),
     ("7: 1", f"c.yaml:1: 7: no such setting. Settings here: {SECTIONS}."),
@@ -156,7 +157,7 @@ WRONG = [  # what is meant follows in each message
     ("weight_decay: 101", "training.weight_decay: must be at most 100.0, got 101."),
     ("momentum: 1", "training.momentum: must be below 1.0, got 1."),
     ("max_steps: 0", "training.max_steps: must be at least 1, got 0."),
-    ("micro_batch_size: 0", "training.micro_batch_size: must be at least 1, got 0."),
+    ("micro_batch_size: 0", "training.micro_batch_size: must be at least 1 or auto, got 0."),
     ("max_steps: 2.5", "training.max_steps: must be a whole number, got 2.5."),
     ("max_steps: 5.0", "training.max_steps: must be a whole number, got 5.0."),
     ("max_steps: yes", "training.max_steps: must be a whole number, got true."),
@@ -176,7 +177,10 @@ WRONG = [  # what is meant follows in each message
         "optimizer: adam",
         "training.optimizer: must be 'adamw', 'adamw_plain', 'sgd' or 'muon', got \"adam\".",
     ),
-    ("loggers: [csv]", "training.loggers: must be 'tensorboard' or 'wandb', got \"csv\"."),
+    (
+        "loggers: [csv]",
+        "training.loggers: must be 'tensorboard', 'wandb' or 'trackio', got \"csv\".",
+    ),
     ("sample_prompt: no", f"training.sample_prompt: {TEXT}, got false."),
     ("checkpoint_dir: ''", 'training.checkpoint_dir: must be text that is not empty, got "".'),
     ("checkpoint_dir: 'x\u202e'", None),
@@ -336,22 +340,29 @@ def test_an_invalid_value_is_shown_with_what_is_expected(text, message):
         assert error_of(text) == f"c.yaml:3: {message} Meaning: {MEANING[key]}."
 
 
+def yaml_seconds() -> float:
+    """The processor time of PyYAML for 3,000 empty sections, about 0.17 s: the speed of the machine."""
+    start = time.process_time()
+    yaml.compose("[" + "{}," * 3000 + "]")
+    return time.process_time() - start
+
+
 @pytest.mark.parametrize(("text", "message"), NOT_YAML, ids=range(len(NOT_YAML)))
 def test_a_file_that_is_not_a_config_is_rejected_within_a_second(text, message):
     """Processor time, so that a busy machine does not fail the test; the best of three, because a
-    garbage collection over the objects of all earlier tests counts too.
+    garbage collection over the objects of all earlier tests counts too. The largest file has 15,000
+    sections: on a machine where PyYAML alone needs more than a second for them, it has half as much more.
     """
-    seconds = []
     for _ in range(3):
         start = time.process_time()
         if message is None:
             assert isinstance(load(text), Config)
         else:
             assert error_of(text) == message
-        seconds.append(time.process_time() - start)
-        if seconds[-1] < 1:
-            break
-    assert min(seconds) < 1
+        seconds = time.process_time() - start
+        if seconds < 1 or seconds < 7.5 * yaml_seconds():
+            return
+    pytest.fail(f"{seconds:.2f} s")
 
 
 def test_a_100_mb_file_is_rejected_unread():
@@ -587,7 +598,7 @@ def test_a_list_of_sections_is_read_with_the_types_and_defaults_of_its_fields():
         (MIX + "      lr: 2\n", "6: data.mix[1].lr: no such setting. Did you mean training.lr?"),
         (
             MIX + "      x: [a: b]\n",
-            "6: data.mix[1].x: no such setting. Settings here: dataset, weight.",
+            "6: data.mix[1].x: no such setting. Settings here: dataset, weight, rows, columns, template.",
         ),
         (
             MIX + "      dataset: c.txt\n",
@@ -629,7 +640,8 @@ def test_a_list_of_sections_is_read_with_the_types_and_defaults_of_its_fields():
         ),
         (
             "data:\n  weight: 1\n",
-            "2: data.weight: no such setting. Did you mean data.mix[].weight?",
+            "2: data.weight: no such setting. "
+            "Did you mean data.mix[].weight or distill.weight or grpo.rewards[].weight?",
         ),
     ],
 )
@@ -720,6 +732,16 @@ NUMERIC = {
 }
 
 
+# What a section must have beside the setting that is tried.
+# What a section must have besides the setting that is tested.
+REQUIRED = {
+    "mix[]": {"dataset": "a"},
+    "rewards[]": {"reward": "exact"},
+    "distill": {"teacher": "a"},
+    "rope_scaling": {"type": "yarn", "factor": 2, "original_max_seq_len": 64},
+}
+
+
 def _allows(schema: dict[str, Any], value: str) -> bool:
     """Whether the published schema allows the value."""
     if value == "null":
@@ -757,10 +779,10 @@ def test_a_numeric_setting_accepts_what_its_schema_allows_and_rejects_the_rest(k
     *sections_above, name = key.split(".")
     text = f"{name}: {value}"
     for section in reversed(sections_above):
+        others = [f"{k}: {v}" for k, v in REQUIRED.get(section, {}).items() if k != name]
+        settings = f"{{{', '.join([*others, text])}}}"
         text = (
-            f"{section[:-2]}: [{{dataset: a, {text}}}]"
-            if section.endswith("[]")
-            else f"{section}: {{{text}}}"
+            f"{section[:-2]}: [{settings}]" if section.endswith("[]") else f"{section}: {settings}"
         )
     shown = key.replace("[]", "[0]")
     if _allows(NUMERIC[key], value):
@@ -1115,3 +1137,23 @@ def test_a_tokenizer_path_on_the_command_line_replaces_a_trained_tokenizer(tmp_p
     assert (found.kind, found.path, found.vocab_size, found.pattern) == ("hf", "gpt2", None, None)
     with pytest.raises(UserError, match="tokenizer.path: only valid for kind hf"):
         load_config(path, ["tokenizer.path=gpt2", "tokenizer.kind=byte"])
+
+
+def test_the_items_of_a_list_of_texts_are_the_texts_as_typed() -> None:
+    """K4: YAML reads true, 1 and false in them."""
+    stops = load("{}", "sampling.stop=[Yes, 1, no, '###', 1e3]").sampling.stop
+    assert stops == ("Yes", "1", "no", "###", "1e3")
+    message = error_of("{}", "sampling.stop=Yes")
+    assert 'sampling.stop: must be a list, [a, b], got "Yes".' in message
+
+
+def test_the_built_in_rows_of_a_task_are_no_path(tmp_path, monkeypatch):
+    """A folder of that name above the config is none of ours."""
+    (tmp_path / "smoke").mkdir()
+    file = tmp_path / "a" / "config.yaml"
+    file.parent.mkdir()
+    file.touch()
+    monkeypatch.chdir(file.parent)
+    require_here(Config.model_validate({"data": {"task": "sst2", "dataset": "smoke"}}), file)
+    with pytest.raises(UserError, match="but it is in"):
+        require_here(Config.model_validate({"data": {"dataset": "smoke"}}), file)

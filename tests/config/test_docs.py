@@ -138,6 +138,7 @@ def test_the_schema_accepts_precision_as_a_number():
         "32",
         "16",
         "bf16",
+        "auto",
         32,
         16,
     ]

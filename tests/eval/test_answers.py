@@ -49,10 +49,10 @@ def test_answers_are_asked_for_with_the_system_turn_of_the_rows(
     def complete(requests):
         return [SimpleNamespace(text=" a b\n") for _ in requests]
 
-    monkeypatch.setattr(answers, "Engine", lambda *_: SimpleNamespace(complete=complete))
+    engine = SimpleNamespace(of=lambda loaded: SimpleNamespace(complete=complete))
+    monkeypatch.setattr(answers, "Engine", engine)
     monkeypatch.setattr(answers, "format_prompt", format_prompt)
-    monkeypatch.setattr(answers, "make_template", lambda *_: None)
-    loaded = SimpleNamespace(model=None, tokenizer=None, template="plain", system="Be brief.")
+    loaded = SimpleNamespace(make_template=lambda: "plain", system="Be brief.")
     own = Question((Turn("system", "Be kind."), Turn("user", "x")), "b c")
     plain = Question((Turn("user", "x"),), "a b")
     given = answers.answer_questions(loaded, [own, plain], 8)

@@ -55,8 +55,8 @@ class ExclamationScorer(VerifierScorer):
     def __init__(self) -> None:
         pass
 
-    def probabilities(self, problem: str, answers: Sequence[str]) -> list[float]:
-        assert problem.startswith("question")
+    def score_texts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        assert all(prompt.startswith("question") for prompt in prompts)
         return [answer.count("!") / 10 for answer in answers]
 
 
@@ -314,9 +314,7 @@ def test_the_table_has_all_methods(
         ]
     [kept] = out.glob("best-of-*.jsonl")
     rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 2 and all(
-        len(row["answers"]) == 3 == len(row["probabilities"]) for row in rows
-    )
+    assert len(rows) == 2 and all(len(row["answers"]) == 3 == len(row["scores"]) for row in rows)
 
 
 @pytest.mark.parametrize(

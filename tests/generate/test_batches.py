@@ -8,7 +8,7 @@ import torch
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig, SamplingConfig
-from tinylm.generate import decoding
+from tinylm.generate import decoding, lean_step
 from tinylm.generate.engine import Engine, Request
 from tinylm.generate.output import Prompt, TokenOutput
 from tinylm.model.decoder import Decoder
@@ -134,6 +134,7 @@ def test_deterministic_texts_are_equal_to_the_last_bit_whatever_is_beside_and_be
 ):
     """Tokens, log-probabilities and alternatives, in two random orders and alone; with prefixes that are copied."""
     monkeypatch.setattr(decoding, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(lean_step, "LENGTH_MULTIPLE", 8)  # several groups of rows in a step
     model = make_model(**options)
     requests = make_requests(Engine(model, BYTES), 8)
     engine = Engine(model, BYTES, slots=4, deterministic=True)
@@ -238,6 +239,22 @@ def test_a_canceled_text_frees_its_slot_at_once():
     assert [event.number for event in events] == [other] * 5
     engine.cancel(other)  # has ended: nothing happens
     assert not engine.is_busy
+
+
+def test_a_first_token_does_not_wait_for_the_prompts_of_other_texts():
+    """Each waiting text is read in a step of its own, which gives its first token; then, or when no
+    slot is free, a step gives a token of every running text.
+    """
+    engine = Engine(make_model(), BYTES, slots=2)
+    lengths = {"abc": 3, "xyz": 2, "later": 2}
+    one, other, third = (
+        engine.add(Request(engine.encode_prompt(text), SamplingConfig(max_new_tokens=n)))
+        for text, n in lengths.items()
+    )
+    steps = []
+    while engine.is_busy:
+        steps.append([event.number for event in engine.step()])
+    assert steps == [[one], [other], [one, other], [third], [one, third]]
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_it_waits():

@@ -17,7 +17,13 @@ from tinylm.generate.beam_search import beam_search
 from tinylm.generate.engine import Engine
 from tinylm.generate.output import Completion, Prompt, StopStringFilter, TokenOutput
 from tinylm.generate.sampling import make_generator, next_token
-from tinylm.generate.scoring import ContinuationScore, encode_continuation, score_continuations
+from tinylm.generate.scoring import (
+    ContinuationScore,
+    ScoredToken,
+    encode_continuation,
+    score_continuations,
+    score_prompts,
+)
 from tinylm.model.decoder import Decoder, Features
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 
@@ -420,9 +426,34 @@ def test_each_sample_draws_from_its_own_stream_to_its_end():
                     torch.tensor([ids]),
                     sampling,
                     [generator],
+                    len(ids) - 2,
                 ).ids.item()
             )
         assert list(completion.ids) == ids[2:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_beams", [1, 2])
+def test_presence_and_frequency_count_the_generated_tokens_and_not_the_prompt(n_beams):
+    """Greedy, by full forward passes and OpenAI's formula; the log-probabilities are of the softmax before it.
+    Beams obey them too: no token comes as often as without them.
+    """
+    model = make_model()
+    settings = {"presence_penalty": 1.5, "frequency_penalty": 2.0, "max_new_tokens": 20}
+    ids, expected = list(b"abcabc"), []
+    for _ in range(20):
+        logits = model(torch.tensor([ids]))[0, -1]
+        counts = torch.tensor(ids[6:], dtype=torch.long).bincount(minlength=260)
+        penalized = logits - 1.5 * (counts > 0) - 2.0 * counts
+        ids.append(penalized.argmax().item())
+        expected.append(logits.log_softmax(-1)[ids[-1]].item())
+    engine = Engine(model, BYTES)
+    [found] = engine.generate("abcabc", greedy(n_beams=n_beams, **settings))
+    if n_beams == 1:
+        assert list(found.ids) == ids[6:]
+        assert found.log_prob == pytest.approx(sum(expected), abs=1e-3)
+    plain = engine.generate("abcabc", greedy(max_new_tokens=20, n_beams=n_beams))[0]
+    assert max(map(found.ids.count, found.ids)) < max(map(plain.ids.count, plain.ids))
 
 
 def test_another_seed_gives_another_text():
@@ -533,6 +564,31 @@ def test_score_is_the_full_forward_read_by_hand():
         math.exp(-(log_probs[0, ord("b")] + log_probs[1, ord("c")]).item() / 2), rel=1e-4
     )
     assert score.n_tokens == 2
+
+
+def test_the_tokens_of_a_prompt_are_scored_as_by_a_direct_softmax():
+    """Prompts of three lengths in one batch, one of them a single token, which nothing precedes."""
+    model = make_model()
+    engine = Engine(model, BYTES)
+    texts = [b"abcde", b"x", b"fgh"]
+    prompts = [Prompt(tuple(text)) for text in texts]
+    for prompt, tokens in zip(
+        prompts, score_prompts(engine, prompts, n_alternatives=3), strict=True
+    ):
+        assert tuple(token.token_id for token in tokens) == prompt.ids
+        assert tokens[0] == ScoredToken(prompt.ids[0], None, ())
+        with torch.no_grad():
+            log_probs = model(torch.tensor([prompt.ids]))[0].log_softmax(-1)
+        for token, row in zip(tokens[1:], log_probs[:-1], strict=True):
+            best = row.topk(3)
+            assert token.log_prob == pytest.approx(row[token.token_id].item(), abs=1e-4)
+            assert [id for id, _ in token.alternatives] == best.indices.tolist()
+            assert [value for _, value in token.alternatives] == pytest.approx(
+                best.values.tolist(), abs=1e-4
+            )
+    whole = Prompt(tuple(b"x" * 48))  # as long as the context
+    assert len(score_prompts(engine, [whole])[0]) == 48
+    assert score_prompts(engine, [prompts[0]])[0][1].alternatives == ()
 
 
 def test_only_the_greedy_text_is_a_greedy_match():

@@ -6,13 +6,14 @@ from torch import Tensor
 
 from tests.model.test_decoder import AXES, COMBINED, assert_same, make, some_ids
 from tinylm.config.schema import LoraConfig, ModelConfig
+from tinylm.generate import lean_step as lean_step_file
 from tinylm.generate.decoding import DecodingBatch
 from tinylm.generate.lean_step import LeanStep, lean_step
 from tinylm.model.decoder import Decoder
 from tinylm.model.lora import attach
 
-SIZES = {"vocab_size", "max_seq_len", "n_layers", "d_model", "n_heads", "head_dim", "d_ff"}
-NUMBERS = {"rope_theta", "norm_eps"}
+SIZES = {"depth", "vocab_size", "max_seq_len", "n_layers", "d_model", "n_heads", "head_dim", "d_ff"}
+NUMBERS = {"rope_theta", "norm_eps", "rope_scaling", "no_rope_interval"}
 IN_TRAINING = {"attention_dropout", "residual_dropout", "init", "gradient_checkpointing"}
 
 
@@ -46,7 +47,9 @@ def test_its_logits_are_those_of_the_decoder(options):
 
 
 @COMBINED
-def test_rows_of_different_lengths_have_the_logits_of_the_decoder(options):
+def test_rows_of_different_lengths_have_the_logits_of_the_decoder(options, monkeypatch):
+    """Rows of 5, 6 and 7 to 11, 12 and 13 tokens, which multiples of 4 join and part."""
+    monkeypatch.setattr(lean_step_file, "LENGTH_MULTIPLE", 4)
     for lean, plain in steps(make(**options), ragged=True):
         assert_same(lean, plain)
 
@@ -56,7 +59,19 @@ def test_every_option_of_the_decoder_is_in_the_table_of_these_tests():
     assert set(ModelConfig.model_fields) == set(AXES) | SIZES | NUMBERS | IN_TRAINING
 
 
-@pytest.mark.parametrize("numbers", [{"rope_theta": 100.0}, {"norm_eps": 0.1, "qk_norm": True}])
+DYNAMIC = {"type": "dynamic", "factor": 3.0, "original_max_seq_len": 8}
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"rope_theta": 100.0},
+        {"norm_eps": 0.1, "qk_norm": True},
+        {"rope_scaling": {"type": "linear", "factor": 3.0}},
+        {"rope_scaling": DYNAMIC},
+    ],
+    ids=str,
+)
 def test_numbers_of_the_config_are_used(numbers):
     for lean, plain in steps(make(**numbers)):
         assert_same(lean, plain)

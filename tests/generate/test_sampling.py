@@ -13,6 +13,7 @@ from tinylm.generate.sampling import (
     apply_filters,
     apply_penalties,
     divide_by_temperature,
+    draw_tokens,
     forbid_repeated_ngrams,
     keep_min_p,
     keep_top_k,
@@ -41,7 +42,9 @@ def draw(
     logits: torch.Tensor, context: torch.Tensor = NOTHING, sample: int = 0, **settings: object
 ) -> int:
     sampling = SamplingConfig(**settings)
-    return next_token(logits, context, sampling, [make_generator(sampling.seed, sample)]).ids.item()
+    return next_token(
+        logits, context, sampling, [make_generator(sampling.seed, sample)], 0
+    ).ids.item()
 
 
 # --- penalties ------------------------------------------------------------------------------------
@@ -84,6 +87,26 @@ def test_forbidden_tokens_are_those_that_would_repeat_an_ngram(rows, n):
         ]
 
 
+@given(
+    st.lists(st.integers(0, 4), max_size=9),
+    st.lists(st.integers(0, 4), max_size=9),
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+)
+def test_presence_and_frequency_are_subtracted_by_count_of_the_generated_tokens(
+    prompt, new, presence, frequency
+):
+    """OpenAI's formula, token by token: mu[j] - c[j] * frequency - (c[j] > 0) * presence. The prompt does not count."""
+    logits = torch.tensor([[3.0, -2.0, 0.5, 0.0, -INF]])
+    expected = []
+    for token, logit in enumerate(logits[0].tolist()):
+        expected.append(logit - new.count(token) * frequency - (new.count(token) > 0) * presence)
+    sampling = SamplingConfig(presence_penalty=presence, frequency_penalty=frequency)
+    context = torch.tensor([prompt + new], dtype=torch.long)
+    found = apply_penalties(logits, context, sampling, len(new))
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_inputs_are_left_as_they_were():
     logits, context = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1, 2, 1]])
     next_token(
@@ -91,6 +114,7 @@ def test_inputs_are_left_as_they_were():
         context,
         SamplingConfig(repetition_penalty=2.0, no_repeat_ngram=1, top_k=1, top_p=0.5, min_p=0.5),
         [make_generator(0, 0)],
+        0,
     )
     assert logits.tolist() == [[1.0, 2.0, 3.0]]
 
@@ -102,7 +126,7 @@ def test_no_token_left_is_an_error_that_names_the_setting():
         match=r"^no_repeat_ngram: 1 leaves no possible token after 2 tokens\. Raise it or lower max_new_tokens\.$",
     ):
         apply_penalties(
-            torch.zeros(1, 2), torch.tensor([[0, 1]]), SamplingConfig(no_repeat_ngram=1)
+            torch.zeros(1, 2), torch.tensor([[0, 1]]), SamplingConfig(no_repeat_ngram=1), 0
         )
 
 
@@ -193,10 +217,20 @@ def test_draws_follow_the_probabilities():
     logits = logits_of(0.5, 0.3, 0.2).expand(4000, -1)
     generators = [make_generator(0, sample) for sample in range(4000)]
     ids = next_token(
-        logits, NOTHING.expand(4000, -1), SamplingConfig(temperature=1.0), generators
+        logits, NOTHING.expand(4000, -1), SamplingConfig(temperature=1.0), generators, 0
     ).ids
     counts = ids.bincount(minlength=3).tolist()
     assert counts == pytest.approx([2000, 1200, 800], abs=128)
+
+
+def test_draws_are_those_of_multinomial():
+    """Token for token, over ten steps of five rows with 300 tokens: torch is the oracle."""
+    probabilities = torch.randn(5, 300).softmax(dim=-1)
+    ours, oracle = ([make_generator(7, s) for s in range(5)] for _ in range(2))
+    for _ in range(10):
+        rows = zip(probabilities, oracle, strict=True)
+        expected = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in rows])
+        assert draw_tokens(probabilities, ours).tolist() == expected.tolist()
 
 
 def test_a_draw_depends_on_seed_sample_and_step_and_not_on_the_batch():
@@ -207,9 +241,9 @@ def test_a_draw_depends_on_seed_sample_and_step_and_not_on_the_batch():
         [make_generator(5, s) for s in range(3)],
     )
     context = NOTHING.expand(3, -1)
-    batch = [next_token(logits, context, sampling, together).ids.tolist() for _ in range(10)]
+    batch = [next_token(logits, context, sampling, together, 0).ids.tolist() for _ in range(10)]
     single = [
-        [next_token(logits[:1], NOTHING, sampling, [g]).ids.item() for g in alone]
+        [next_token(logits[:1], NOTHING, sampling, [g], 0).ids.item() for g in alone]
         for _ in range(10)
     ]
     assert batch == single
@@ -234,6 +268,7 @@ def test_the_log_probability_is_the_models_own():
         torch.tensor([[0, 2]]),
         SamplingConfig(no_repeat_ngram=1, temperature=0.1),
         [make_generator(0, 0)],
+        0,
     )
     assert choice.ids.tolist() == [1]
     assert choice.log_probs.exp().tolist() == pytest.approx([0.2])
@@ -284,7 +319,7 @@ def test_each_step_equals_transformers():
         )
         expected = processors(context, logits).softmax(-1)
         assert torch.allclose(
-            apply_filters(apply_penalties(logits, context, sampling), sampling).softmax(-1),
+            apply_filters(apply_penalties(logits, context, sampling, 0), sampling).softmax(-1),
             expected,
             atol=1e-6,
         )

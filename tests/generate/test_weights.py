@@ -9,7 +9,7 @@ import torch
 from tests.model.test_decoder import make, some_ids
 from tinylm.common.errors import UserError
 from tinylm.generate import weights
-from tinylm.generate.weights import round_weights
+from tinylm.generate.weights import held_out_texts, round_weights
 from tinylm.model.decoder import Decoder
 from tinylm.tokenizer.byte_char import ByteTokenizer
 
@@ -20,7 +20,7 @@ def make_model() -> Decoder:
     return make(spread=0.1, vocab_size=BYTES.vocab_size)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_rounding_costs_little_and_is_logged(precision, caplog):
     """The model's text has up to 8 bits per byte, as its weights are random."""
     model, exact = make_model(), make_model()
@@ -45,7 +45,7 @@ def test_fp32_changes_nothing():
 
 def test_rounding_that_costs_more_than_the_bound_is_refused(monkeypatch):
     """Logits that are 30 times too large, in place of rounding."""
-    monkeypatch.setattr(weights, "quantize", lambda model: model.head.weight.data.mul_(30))
+    monkeypatch.setattr(weights, "quantize", lambda model, bits: model.head.weight.data.mul_(30))
     with pytest.raises(UserError) as caught:
         round_weights(make_model(), BYTES, "int8")
     assert re.fullmatch(
@@ -56,6 +56,15 @@ def test_rounding_that_costs_more_than_the_bound_is_refused(monkeypatch):
     assert round_weights(make_model(), BYTES, "int8", max_rise=1000.0).rise > 0.02
 
 
+def test_held_out_documents_are_cut_to_the_context(monkeypatch):
+    """Pieces of at most 3 tokens, each after EOS, 8 tokens in all."""
+    monkeypatch.setattr(weights, "N_HELD_OUT", 8)
+    eos, found = BYTES.eos_id, held_out_texts(["abcd", "efghijk", "never"], BYTES, 3)
+    pieces = [BYTES.decode(text.ids[1:]) for text in found]
+    assert pieces == ["abc", "d", "efg", "h"]
+    assert {(text.ids[0], len(text.ids) - text.n_target) for text in found} == {(eos, 1)}
+
+
 def test_int8_of_another_kind_of_model_is_refused():
     model = make_model()
     model.__class__ = type("Other", (torch.nn.Module,), dict(vars(Decoder)))
@@ -63,6 +72,6 @@ def test_int8_of_another_kind_of_model_is_refused():
     with pytest.raises(UserError) as caught:
         round_weights(model, BYTES, "int8")
     assert str(caught.value) == (
-        "--weights: int8 is only supported for the decoder of this project. Import the model "
+        "--weights: int8 and int4 are only supported for the decoder of this project. Import the model "
         "first: python -m tinylm import NAME FILE, or use bf16."
     )

@@ -18,7 +18,7 @@ from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.bpe_fast import learn_bpe
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
-from tinylm.tokenizer.pretokenize import Pretokenizer
+from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer
 
 TEXT = (
     "the model reads a token and guesses the next token; it isn't 12345 words, nor naïve 東京 🙂 "
@@ -30,9 +30,9 @@ SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HFTokenizer]:
-    """A byte-level BPE tokenizer learned from one sentence and a number, with GPT-2's or GPT-4's words."""
+    """A byte-level BPE tokenizer learned from one sentence and a number, with the words of a pattern."""
     folder, made = tmp_path_factory.mktemp("tokenizers"), {}
-    for pattern in ("gpt2", "gpt4"):
+    for pattern in PATTERNS:
         pretokenizer = Pretokenizer(pattern, SPECIAL)
         learn_bpe(text_chunks([TEXT + 9 * " 12345"]), 300, pretokenizer).save(folder / pattern)
         made[pattern] = load_hf_tokenizer(str(folder / pattern))

@@ -53,6 +53,11 @@ EXPRESSIBLE = {
         {"moe": MoEConfig(n_experts=3, top_k=1), "tie_embeddings": False},
     ),
     "mixtral, window": ("mixtral", {"moe": MoEConfig(n_experts=4, top_k=4), "sliding_window": 5}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"moe": MoEConfig(n_experts=4, top_k=2), "qk_norm": True, "head_dim": 10, "n_kv_heads": 2},
+    ),
+    "smollm3": ("smollm3", {"no_rope_interval": 2, "n_kv_heads": 2}),
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied": ("gpt2", GPT2 | {"tie_embeddings": False, "norm_eps": 1e-3}),
     "gpt2, silu": ("gpt2", GPT2 | {"ffn": "silu"}),
@@ -139,7 +144,18 @@ def test_a_tied_head_stays_tied_both_ways():
 
 
 @pytest.mark.parametrize(
-    "key", ["llama", "mistral", "qwen2", "qwen2, window", "qwen3", "mixtral", "gpt2"]
+    "key",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen2, window",
+        "qwen3",
+        "mixtral",
+        "qwen3_moe",
+        "smollm3",
+        "gpt2",
+    ],
 )
 def test_saved_folder_gives_the_same_logits_after_transformers_reads_it(key, ids, tmp_path):
     """transformers renames weights when it saves them (Mixtral's experts); the reader must find all of them."""
@@ -190,12 +206,22 @@ THEIR_SHAPE = {
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
 }
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LONGROPE = {
+    **{"rope_theta": 1e4, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 16},
+    **{"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+}
 GROUPED = THEIR_SHAPE | {"num_key_value_heads": 2}
 THEIRS = {
     "llama": lambda **more: transformers.LlamaConfig(**THEIR_SHAPE | more),
     "mistral": lambda **more: transformers.MistralConfig(**GROUPED | more),
     "qwen2": lambda **more: transformers.Qwen2Config(**GROUPED | more),
     "qwen3": lambda **more: transformers.Qwen3Config(**GROUPED | more),
+    "qwen3_moe": lambda **more: transformers.Qwen3MoeConfig(
+        **GROUPED | MOE | {"norm_topk_prob": True, "head_dim": 12} | more
+    ),
+    "phi3": lambda **more: transformers.Phi3Config(**GROUPED | {"pad_token_id": 0} | more),
+    "smollm3": lambda **more: transformers.SmolLM3Config(**GROUPED | {"pad_token_id": 0} | more),
     "mixtral": lambda **more: transformers.MixtralConfig(
         **GROUPED | {"num_local_experts": 4} | more
     ),
@@ -214,10 +240,34 @@ LLAMA3_SCALING = {
 }
 
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 1e4}
+
+
 @pytest.mark.parametrize(
     ("architecture", "settings"),
     [
         ("llama", {}),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", **LLAMA3_SCALING}}),
+        ("qwen3_moe", {}),
+        ("phi3", {"resid_pdrop": 0.1}),
+        ("phi3", {"sliding_window": 5}),
+        ("smollm3", {"num_hidden_layers": 5}),
+        (
+            "smollm3",
+            {"no_rope_layer_interval": 2, "rope_parameters": {"rope_type": "yarn", **YARN}},
+        ),
+        ("mistral", {"rope_parameters": {"rope_type": "yarn", **YARN}}),
+        (
+            "qwen2",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "mscale": 1.0,
+                    "mscale_all_dim": 0.7,
+                    **YARN,
+                }
+            },
+        ),
         ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
         (
             "llama",
@@ -283,13 +333,16 @@ def test_imported_gpt2_keeps_its_dropout():
         ),
         (
             THEIRS["llama"](
-                rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+                rope_parameters={"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}
             ),
-            "rope_parameters.rope_type: .*linear",
+            "rope_parameters.rope_type: must be one of default, linear, dynamic, yarn, llama3, got "
+            '"proportional"',
         ),
         (
-            THEIRS["llama"](rope_parameters={"rope_type": "llama3", **LLAMA3_SCALING}),
-            'rope_parameters.rope_type: must be "default", got "llama3"',
+            THEIRS["llama"](
+                rope_parameters={"rope_type": "yarn", **YARN, "truncate": False},
+            ),
+            "rope_parameters.truncate: false is not supported with rope_type yarn",
         ),
         (
             THEIRS["llama"](num_hidden_layers=2000),
@@ -313,9 +366,28 @@ def test_imported_gpt2_keeps_its_dropout():
         ),
         (THEIRS["gpt2"](scale_attn_weights=False), "scale_attn_weights"),
         (THEIRS["gpt2"](activation_function="relu"), 'activation_function: .*"relu"'),
+        (THEIRS["qwen3_moe"](norm_topk_prob=False), "norm_topk_prob: must be true, got false"),
+        (
+            THEIRS["smollm3"](no_rope_layers=[0, 1]),
+            r'no_rope_layers: must be "every no_rope_layer_interval-th", got \[0, 1\]',
+        ),
+        (
+            THEIRS["phi3"](rope_parameters={"rope_type": "longrope", **LONGROPE}),
+            'rope_parameters.rope_type: must be one of .* got "longrope"',
+        ),
+        (
+            transformers.Gemma3TextConfig(),
+            "model_type: gemma3_text is not supported by this decoder: its layers alternate between a window and all "
+            "positions, with two rotary bases, have four norms and a gated GELU, and its embedding is scaled. Choose",
+        ),
+        (
+            transformers.Olmo2Config(),
+            "olmo2 is not supported by this decoder: it normalizes what each sublayer adds to the residual stream, ",
+        ),
         (
             transformers.BloomConfig(),
-            "model_type: must be one of gpt2, llama, mistral, mixtral, qwen2, qwen3, got bloom. Choose another model",
+            "model_type: must be one of gpt2, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe, smollm3, got "
+            "bloom. Choose another model",
         ),
     ],
 )
@@ -337,10 +409,11 @@ def test_settings_that_our_decoder_cannot_compute_are_errors(config, words):
         ({"norm_placement": "none"}, 'model.norm_placement: "none"'),
         (GPT2 | {"sliding_window": 8}, "model.sliding_window: 8 .* nearest, gpt2, has null"),
         (
-            {"qk_norm": True, "moe": MoEConfig()},
-            "model.qk_norm: true .* mixtral, has false|model.moe: .* qwen3, has null",
+            {"qk_norm": True, "moe": MoEConfig(), "sliding_window": 4},
+            "model.moe: .* nearest, qwen3, has null",
         ),
         ({"n_sinks": 2}, "model.n_sinks: 2 .* has 0"),
+        ({"input_scalars": True}, "model.input_scalars: true .* llama, has false"),
         ({"ffn": "relu2"}, 'model.ffn: "relu2" .* llama, has "swiglu"'),
         ({"bias": "qkv", "head_dim": 6}, "model.head_dim: 6 .* nearest, qwen2, has 8|model.bias: "),
         (
@@ -372,7 +445,7 @@ def test_every_setting_that_changes_the_logits_has_a_place_in_each_architecture(
     """
     placed = set(architecture.ours) | set(architecture.settings) | set(architecture.limits)
     placed |= {key.partition(".")[0] for key in placed}
-    left = {"init", "gradient_checkpointing", "residual_dropout"} | (
+    left = {"depth", "init", "gradient_checkpointing", "residual_dropout"} | (
         {"rope_theta"} if architecture.ours["position"] != "rope" else set()
     )
     assert set(ModelConfig.model_fields) - placed <= left

@@ -27,9 +27,12 @@ from tinylm.__main__ import main
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.checkpoint import load as checkpoint_load
+from tinylm.checkpoint.initial import fingerprint_of, weights_fingerprint
+from tinylm.checkpoint.load import load_model
 from tinylm.common.errors import UserError, require_package
 from tinylm.common.files import locked
 from tinylm.config.schema import Config, LoraConfig
+from tinylm.generate.rounded_checkpoint import export_checkpoint
 from tinylm.interchange import conversion, hf_export
 from tinylm.interchange.gguf import export_gguf
 from tinylm.interchange.hf_export import export_hf, sampling_settings
@@ -38,6 +41,7 @@ from tinylm.interchange.hf_tokenizer import CHAT_TEMPLATES, backend_of
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import target_layers
+from tinylm.model.rounded import quantize
 from tinylm.rows.conversation import Turn
 from tinylm.rows.template_factory import make_template
 from tinylm.text.documents import text_chunks
@@ -585,6 +589,23 @@ def test_a_merged_adapter_generates_the_text_of_infer(kind, save, tmp_path, caps
     assert found == text != text_of_infer(base, capsys)
 
 
+def test_a_checkpoint_of_an_adapter_is_the_merged_model(save, tmp_path):
+    """It needs no base; in 8 bits it is the merged model, rounded."""
+    base = save()
+    path, whole, rounded = adapter_of(base), tmp_path / "whole.ckpt", tmp_path / "int8.ckpt"
+    export_checkpoint(path, whole, "fp32", max_rise=1.0)
+    export_checkpoint(path, rounded, "int8", max_rise=1.0)
+    merged = load_model(path).model
+    assert fingerprint_of(merged) != weights_fingerprint(base)
+    assert fingerprint_of(merged) == weights_fingerprint(whole)
+    base.unlink()
+    quantize(merged)
+    loaded = load_model(rounded, as_stored=["int8"])
+    codes = loaded.model.blocks[1].attention.qkv.codes
+    assert torch.equal(codes, merged.blocks[1].attention.qkv.codes)
+    assert loaded.config.lora is None
+
+
 def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, monkeypatch, capsys):
     """With tokenizer and card; peft's logits equal those of the merged checkpoint. The code in the card runs where
     the base is, and prints the text of infer.py.
@@ -710,6 +731,8 @@ def test_the_command_ends_with_the_path_and_the_next_command(
     assert lines[0].startswith(
         "qwen3, f32: read back by transformers, its logits differ from ours by "
     )
+    if kind == "gguf":
+        assert lines.pop(1) == "Ollama: ollama create 'out it' -f 'out it.Modelfile'"
     assert lines[1].startswith("next: python -c '")
     code = lines[1].partition("python -c ")[2].strip("'")
     exec(compile(code, "next", "exec"), {})  # noqa: S102
@@ -717,14 +740,14 @@ def test_the_command_ends_with_the_path_and_the_next_command(
     assert capsys.readouterr().out
 
 
-def test_floats_are_only_valid_for_gguf(save, tmp_path, capsys):
+def test_a_number_type_is_only_valid_for_gguf(save, tmp_path, capsys):
     assert (
-        main(["export", str(save()), str(tmp_path / "out"), "--format", "hf", "--floats", "f16"])
+        main(["export", str(save()), str(tmp_path / "out"), "--format", "hf", "--dtype", "f16"])
         == 2
     )
     assert (
         capsys.readouterr().err
-        == "error: --floats: only valid for --format gguf. Remove it, or give --format gguf.\n"
+        == "error: --dtype: only valid for --format gguf. Remove it, or give --format gguf.\n"
     )
 
 

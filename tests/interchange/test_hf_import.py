@@ -262,12 +262,12 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another model": (
         lambda f: edit(f / "config.json", model_type="gemma"),
-        r'model_type: must be one of gpt2, llama, .*, got "gemma"\. '
+        r"model_type: must be one of gpt2, llama, .*, got gemma\. "
         r"Fine-tune it as it is, without import: training\.init_from=hf:",
     ),
     "a model of images": (
         lambda f: edit(f / "config.json", model_type="vit"),
-        r'model_type: must be one of gpt2, llama, .*, got "vit"\. Choose another model',
+        r"model_type: must be one of gpt2, llama, .*, got vit\. Choose another model",
     ),
     "no model": (
         lambda f: edit(f / "config.json", model_type=["llama"]),
@@ -276,9 +276,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "scaled rope": (
         lambda f: edit(
             f / "config.json",
-            rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            rope_parameters={"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4},
         ),
-        r'config\.json: rope_parameters\.rope_type: must be "default", got "linear"\. '
+        r"config\.json: rope_parameters\.rope_type: must be one of default, linear, dynamic, yarn, llama3, "
+        r'got "proportional"\. '
         r"Fine-tune it as it is, without import: training\.init_from=hf:/\S+published\.$",
     ),
     "config cut off": (

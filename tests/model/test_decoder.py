@@ -55,11 +55,26 @@ AXES = {
     "moe": (None, MoEConfig(n_experts=3, top_k=2)),
     "bias": ("none", "qkv", "all"),
     "tie_embeddings": (True, False),
+    "input_scalars": (False, True),
+}
+
+
+# Only for position rope, so no axis. All three kinds of pairs occur: K is 6, and theta 10000.
+YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_seq_len": 6,
+    "beta_fast": 0.9,
+    "beta_slow": 1e-4,
+}
+LLAMA3 = {"type": "llama3", "factor": 4.0, "original_max_seq_len": 6} | {
+    "low_freq_factor": 0.01,
+    "high_freq_factor": 0.9,
 }
 
 
 def single_options() -> list[dict]:
-    """Each value of each option alone, the rest at its default; two more that are no axis."""
+    """Each value of each option alone, the rest at its default; some more that are no axis."""
     alone = [{name: value} for name, values in AXES.items() for value in values[1:]]
     return [
         {},
@@ -68,6 +83,9 @@ def single_options() -> list[dict]:
         {"n_heads": 6},
         {"n_heads": 6, "position": "alibi"},
         {"moe": MoEConfig(n_experts=3, top_k=3)},
+        {"rope_scaling": YARN},
+        {"no_rope_interval": 2},
+        {"rope_scaling": LLAMA3, "n_kv_heads": 2},
     ]
 
 
@@ -101,6 +119,8 @@ def label(options: dict) -> str:
     return (
         "-".join(
             f"{name}={'yes' if name == 'moe' and value else value}"
+            if name != "rope_scaling"
+            else f"{name}={value['type']}"
             for name, value in options.items()
         )
         or "default"
@@ -147,7 +167,10 @@ def slow_row(model: Decoder, ids: Tensor) -> Tensor:
     x = model.embedding.weight[ids]
     if config.position == "learned":
         x = x + model.positions.weight[: len(ids)]
-    for block in model.blocks:
+    embedded = x
+    for layer, block in enumerate(model.blocks):
+        if config.input_scalars:
+            x = model.stream_scalars[layer] * x + model.input_scalars[layer] * embedded
         if config.norm_placement == "post":
             x = slow_norm(
                 block.attention_norm, x + slow_attention(block.attention, x, config), config
@@ -187,13 +210,15 @@ def slow_attention(attention: torch.nn.Module, x: Tensor, config: ModelConfig) -
         for head in range(H):
             group = head // (H // G)
             part, kv_part = slice(head * K, (head + 1) * K), slice(group * K, (group + 1) * K)
-            query = slow_query(q[t, part], t, attention.q_norm, config)
+            # position 0 turns nothing
+            turns = config.no_rope_interval is None or (attention.layer + 1) % 2 != 0
+            query = slow_query(q[t, part], turns * t, attention.q_norm, config)
             scores, values = [], []
             for sink in range(config.n_sinks):
                 scores.append(query @ attention.sink_keys[group, sink])
                 values.append(attention.sink_values[group, sink])
             for s in range(max(0, t - window + 1), t + 1):
-                score = query @ slow_query(k[s, kv_part], s, attention.k_norm, config)
+                score = query @ slow_query(k[s, kv_part], turns * s, attention.k_norm, config)
                 if config.position == "alibi":
                     score = score - SLOPES[H][head] * (t - s) * math.sqrt(
                         K
@@ -215,12 +240,40 @@ def slow_query(x: Tensor, position: int, norm: torch.nn.Module, config: ModelCon
     if config.position != "rope":
         return x
     half = len(x) // 2
+    size, frequencies = slow_frequencies(half, config)
     turned = [
-        complex(x[i], x[i + half])
-        * cmath.exp(1j * position * config.rope_theta ** (-2 * i / len(x)))
+        size * complex(x[i], x[i + half]) * cmath.exp(1j * position * frequencies[i])
         for i in range(half)
     ]
     return torch.tensor([z.real for z in turned] + [z.imag for z in turned])
+
+
+def slow_frequencies(n_pairs: int, config: ModelConfig) -> tuple[float, list[float]]:
+    """What rotated vectors are multiplied by, and the angle per position of each pair."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    plain = [theta ** (-i / n_pairs) for i in range(n_pairs)]
+    if scaling is None:
+        return 1.0, plain
+    s, L = scaling.factor, scaling.original_max_seq_len
+    if scaling.type == "llama3":
+        scaled = []
+        for f in plain:
+            turns = L * f / math.tau
+            if turns < scaling.low_freq_factor:
+                scaled.append(f / s)
+            elif turns > scaling.high_freq_factor:
+                scaled.append(f)
+            else:
+                share = turns - scaling.low_freq_factor
+                share /= scaling.high_freq_factor - scaling.low_freq_factor
+                scaled.append((1 - share) * f / s + share * f)
+        return 1.0, scaled
+    # The pair i that turns r times in L: L · theta^(-i/n) / 2π = r, in whole pairs.
+    first = max(0, math.floor(n_pairs * math.log(L / math.tau / scaling.beta_fast, theta)))
+    last = math.ceil(n_pairs * math.log(L / math.tau / scaling.beta_slow, theta))
+    shares = [min(1, max(0, (i - first) / (last - first))) for i in range(n_pairs)]
+    scaled = [share * f / s + (1 - share) * f for share, f in zip(shares, plain, strict=True)]
+    return 0.1 * math.log(s) + 1, scaled
 
 
 def slow_feed(ffn: torch.nn.Module, x: Tensor, config: ModelConfig) -> Tensor:
@@ -706,9 +759,9 @@ def test_no_gradient_crosses_a_document_border():
 # --- sinks ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("init", ["normal", "trunc_normal"])
+@pytest.mark.parametrize("init", ["normal", "trunc_normal", "zero_outputs"])
 def test_sinks_are_initialized(init):
-    """N(0, 0.02²) with both kinds of init. The old bug left them as torch.empty had them."""
+    """N(0, 0.02²) with every kind of init. The old bug left them as torch.empty had them."""
     torch.manual_seed(0)
     model = Decoder(ModelConfig(**SMALL | {"n_sinks": 200, "init": init}))
     for block in model.blocks:
@@ -998,14 +1051,34 @@ def test_truncated_initialization_is_sqrt_2_over_in_plus_out_cut_at_3_std(tied, 
     assert block.attention_norm.weight.eq(1).all()
 
 
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4)], ids=["dense", "experts"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_blocks_add_nothing_at_first_with_zero_outputs(tied, moe):
+    """The stream is the embedding; layers are N(0, 1/120), and an untied head is N(0, 0.001²)."""
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(**BIG, init="zero_outputs", tie_embeddings=tied, moe=moe))
+    ids = some_ids(batch=1)
+    assert_same(model.features(ids).hidden, model.norm(model.embedding(ids)))
+    block = model.blocks[0]
+    up = block.ffn.up if moe else block.ffn.up.weight
+    stds = [
+        (block.attention.qkv.weight, 120**-0.5),
+        (up, 120**-0.5),
+        (model.embedding.weight, 0.02 if tied else 1.0),
+        (model.head.weight, 0.02 if tied else 0.001),
+    ]
+    for weight, std in stds:
+        assert weight.std().item() == pytest.approx(std, rel=0.03)
+
+
 @EACH
-@pytest.mark.parametrize("init", ["normal", "trunc_normal"])
+@pytest.mark.parametrize("init", ["normal", "trunc_normal", "zero_outputs"])
 def test_first_logits_are_finite_and_nearly_uniform(init, options):
     """The cross entropy of new weights is near ln V = 3.43, within what random logits add."""
     torch.manual_seed(0)
     model, ids = Decoder(ModelConfig(**SMALL | options | {"init": init})), some_ids(batch=8)
     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
-    if init == "normal":
+    if init != "trunc_normal":
         assert loss == pytest.approx(math.log(31), abs=0.05)
     elif (
         options.get("norm_placement") != "none"

@@ -20,7 +20,9 @@ from tinylm.generate.engine import Engine, Request
 from tinylm.model import hf_model
 from tinylm.model.hf_files import find_hf_model, rebuild_hf_model
 from tinylm.model.hf_model import HFModel, check_packing
+from tinylm.objectives.cross_entropy import cross_entropy
 from tinylm.tokenizer.byte_char import ByteTokenizer
+from tinylm.tokens.packing import IGNORE_INDEX
 
 SIZES = {
     "vocab_size": 260,
@@ -47,6 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16,
         "sliding_window": 5, "final_logit_softcapping": 3.0, "pad_token_id": None, "tie_word_embeddings": False,
     },
+    "gptj": {"rotary_dim": 4},  # its head has a bias
     "granite": {"intermediate_size": 48, "num_key_value_heads": 2, "logits_scaling": 2.0},
 }  # fmt: skip
 # Models that know no packed rows, and whose caches hold other things than keys and values.
@@ -61,7 +64,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-STD = dict.fromkeys(("llama, scaled rope", "gpt_neo", "gemma2", "granite", *OTHERS), 0.6)
+STD = dict.fromkeys(("llama, scaled rope", "gpt_neo", "gptj", "gemma2", "granite", *OTHERS), 0.6)
 
 
 def random_model(kind: str, **settings: Any) -> transformers.PreTrainedModel:
@@ -322,6 +325,18 @@ FAULTS = {
         weights_with(lambda w: w.update({"x": w.pop(NORM)})),
         f"{NORM}: missing weight.",
     ),
+    "a smaller tensor": (
+        weights_with(lambda w: w.update({NORM: torch.ones(31)})),
+        f"weights, but the files have 32,159: {NORM} must be [32], got [31]. Download config.json",
+    ),
+    "too few tensors": (
+        weights_with(lambda w: w.pop(NORM)),
+        f": {NORM} is missing. Download config.json",
+    ),
+    "a number that is not finite": (
+        weights_with(lambda w: w.update({NORM: torch.tensor([float("nan")] * 32)})),
+        f"{NORM}: has non-finite numbers. Download",
+    ),
     "an extra tensor": (
         weights_with(lambda w: w.update(x=torch.ones(3))),
         "x: unexpected weight.",
@@ -334,6 +349,10 @@ FAULTS = {
         config_with(vocab_size=2**62),
         "the sizes of this llama model are not known (vocab_size: Input should be less than",
     ),
+    "a width whose feed-forward is beyond all bounds": (
+        config_with(hidden_size=10**9),
+        "config.json: the sizes of this llama model are not known (d_ff: Input should be less than",
+    ),
     "code of its author": (
         config_with(auto_map={"AutoModelForCausalLM": "evil.Model"}),
         "config.json: auto_map: requires running code of its author",
@@ -344,9 +363,12 @@ FAULTS = {
     ),
     "an unknown architecture": (
         config_with(model_type="nonsense"),
-        "config.json: transformers cannot read it: ",
+        'config.json: model_type: no model of the installed transformers, got "nonsense". Choose a',
     ),
-    "no architecture": (config_with(model_type=None), "config.json: transformers cannot read it: "),
+    "no architecture": (
+        config_with(model_type=None),
+        "config.json: model_type: no model of the installed transformers, got null. Choose a",
+    ),
     "an encoder-decoder without a start id": (
         config_with(model_type="t5"),
         "config.json: decoder_start_token_id: missing; an encoder-decoder needs it.",
@@ -422,13 +444,55 @@ def test_settings_that_cannot_be_computed_together_are_an_error(tmp_path: Path) 
         find_hf_model(str(tmp_path)).load()
 
 
-def test_a_bias_of_the_logits_is_an_error() -> None:
-    """The loss multiplies by the head's matrix and applies its soft cap; GPT-J also adds a bias."""
-    model = HFModel(random_model("gptj", rotary_dim=4))
+@pytest.mark.parametrize("kind", ["gptj", "gemma2"])
+def test_the_loss_and_its_gradients_are_those_of_transformers(kind: str, ids: Tensor) -> None:
+    """With the bias of GPT-J's head, and the soft cap of Gemma 2's; every weight has its gradient."""
+    theirs = random_model(kind)
+    labels = ids.roll(-1, dims=1)
+    labels[:, -1] = IGNORE_INDEX
+    loss = theirs(ids, labels=ids).loss * (labels != IGNORE_INDEX).sum()
+    expected = torch.autograd.grad(loss, list(theirs.parameters()))
+    model = HFModel(theirs)
+    hidden, head = model.features(ids).hidden.flatten(0, 1), model.head
+    ours = cross_entropy(hidden, head.weight, labels.flatten(), softcap=head.softcap)
+    assert torch.allclose(ours, loss, rtol=1e-5)
+    actual = torch.autograd.grad(ours, list(theirs.parameters()))
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_logits_that_are_not_a_matrix_of_hidden_states_are_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loss multiplies by the head's matrix, adds its bias and applies its soft cap, and no more."""
+    model = HFModel(random_model("llama"))
+    plain = model.inner.forward
+
+    def scaled(**arguments: Any) -> Any:
+        output = plain(**arguments)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(model.inner, "forward", scaled)
     with pytest.raises(
-        UserError, match="the logits of a gptj model are not hidden states times a matrix"
+        UserError, match="the logits of a llama model are not hidden states times a matrix"
     ):
         hf_model.require_plain_head(model, "x")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "lfm2"])
+def test_a_prompt_that_begins_as_an_earlier_text_is_read_rightly(kind: str) -> None:
+    """The next question of a chat: it shares a part of what the cache has. Windows and convolutions have
+    forgotten the positions before, so that their text is read again.
+    """
+    model = HFModel(random_model(kind)).eval()
+    engine = Engine(model, ByteTokenizer())
+    sampling = SamplingConfig(temperature=0, max_new_tokens=8)
+    engine.generate("the first question", sampling)
+    [found] = engine.generate("the first answer and more", sampling)
+    [expected] = Engine(model, ByteTokenizer()).generate("the first answer and more", sampling)
+    assert found.ids == expected.ids
+    assert found.log_prob == pytest.approx(expected.log_prob, abs=1e-3)
 
 
 @pytest.mark.parametrize(

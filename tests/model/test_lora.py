@@ -116,6 +116,20 @@ def test_merged_and_separate_adapters_give_the_same_logits_and_disabled_ones_the
     assert torch.allclose(logits(merged), separate, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_rslora_multiplies_by_alpha_over_the_root_of_r(name: str) -> None:
+    """peft's own layers are the oracle: it computes with alpha / sqrt(r), here sqrt(r) times as much as LoRA."""
+    own = LORA.model_copy(update={"rslora": True})
+    model, merged, plain = (MODELS[name]() for _ in range(3))
+    attach(model, own, seed=0)
+    weights = randomize_adapters(model)
+    merge(merged, weights, own)
+    assert torch.allclose(logits(merged), logits(model), atol=1e-4, rtol=1e-4)
+    merge(plain, weights, LORA)
+    assert (logits(plain) - logits(model)).abs().max() > 0.01
+    assert own.scale == pytest.approx(LORA.scale * own.r**0.5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_only_adapters_are_trained_and_the_base_is_unchanged_to_the_last_bit(name: str) -> None:
     """A step of AdamW with weight decay changes A and B, and no weight of the base."""
@@ -214,6 +228,25 @@ def test_targets_and_ranks_that_do_not_fit_are_errors(
     with pytest.raises(UserError) as error:
         attach(MODELS[name](), LoraConfig(**settings), seed=0)
     assert words in str(error.value)
+
+
+def test_layers_that_peft_refuses_are_an_error() -> None:
+    """Mamba's kernels read the weights of some layers, so that adapters on them would be ignored."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        "mamba",
+        **{"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "max_position_embeddings": 64},  # which no Mamba has
+    )
+    model = HFModel(transformers.AutoModelForCausalLM.from_config(config))
+    words = (
+        "^lora.target_modules: peft refuses a layer: .*out_proj.*"
+        "Name others of dt_proj, in_proj, out_proj, x_proj.$"
+    )
+    with pytest.raises(UserError, match=words):
+        attach(model, LoraConfig(r=2), seed=0)
+    attach(model, LoraConfig(r=2, target_modules=("in_proj", "x_proj")), seed=0)
 
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ other models use.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from tinylm.checkpoint import initial as checkpoint_initial
 from tinylm.checkpoint import load as checkpoint_load
 from tinylm.common.errors import UserError
 from tinylm.config.schema import LoraConfig, SamplingConfig
-from tinylm.eval.perplexity import batch_sums, extra_inputs
+from tinylm.eval.perplexity import batch_sums
 from tinylm.generate.beam_search import beam_search
 from tinylm.generate.engine import Engine
 from tinylm.generate.scoring import encode_continuation, score_continuations
 from tinylm.interchange.peft import save_adapter
+from tinylm.model.decoder import extra_inputs
 from tinylm.model.hf_files import find_hf_model, rebuild_hf_model
 from tinylm.model.hf_model import HFSeq2Seq
 from tinylm.model.lora import (
@@ -39,9 +41,12 @@ from tinylm.model.lora import (
     merge,
 )
 from tinylm.objectives.cross_entropy import cross_entropy
+from tinylm.rows.conversation import Turn
+from tinylm.rows.template_factory import make_template
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokenizer.pretokenize import CHARACTER_OF_BYTE
+from tinylm.tokens.example_rows import n_answers
 from tinylm.tokens.packing import IGNORE_INDEX
 
 EOS, PAD = 256, 257
@@ -449,6 +454,38 @@ def test_a_run_learns_and_all_programs_read_its_checkpoint(
     ]
     assert evaluate_checkpoints.main(["--checkpoints", str(final), *flags]) == 0
     assert "rouge1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("template", ["plain", "instruction", "alpaca"])
+def test_a_decoder_learns_the_answer_alone(
+    template: str, home: Path, make: Any, capsys: Capture
+) -> None:
+    """Not the newline or space that is before an answer in one text, which the encoder does not read either. An
+    earlier answer is a part of the prompt, in which the separators are.
+    """
+    tokenizer = load_hf_tokenizer(str(home / "t5"))
+    one_text, apart = (make_template(template, tokenizer, has_encoder=on) for on in (False, True))
+    turns = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d e")]
+    prompt = one_text.prompt_ids(tuple(turns[:3]), tokenizer)
+    assert apart.prompt_ids(tuple(turns[:3]), tokenizer) == prompt
+    found = apart.encode(tuple(turns), tokenizer)
+    assert found.ids.tolist() == [*prompt, *b"d e", EOS]
+    assert found.trained[len(prompt) :].all()
+    assert n_answers(found) == 2
+
+    assert (
+        finetune.main(
+            [
+                "--config",
+                str(make(data={"template": template}, training={"seq_len": 512})),
+                "--show-rows",
+                "1",
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert re.search(r"⟧\w.*</s>", shown), "no newline or space between the prompt and the answer"
 
 
 def test_conversations_with_several_answers_are_logged(

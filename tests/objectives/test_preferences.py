@@ -103,6 +103,59 @@ def test_the_dpo_loss_of_one_pair_worked_by_hand() -> None:
         assert (actual.chosen_reward.item(), actual.rejected_reward.item()) == (2.0, -1.0)
 
 
+def without_reference() -> tuple[Answers, Answers]:
+    """Two pairs: log p per token -1 and -0.25 (chosen, 2 and 4 tokens), -0.8 and -1.5 (5 and 2)."""
+    policy = Answers(torch.tensor([-2.0, -1.0]), torch.tensor([-4.0, -3.0]))
+    return policy, Answers(torch.tensor([2, 4]), torch.tensor([5, 2]))
+
+
+def test_the_simpo_loss_is_that_of_trl_and_of_a_hand_computation() -> None:
+    """beta 2, gamma 1: 2 · (-1 + 0.8) - 1 = -1.4 and 2 · (-0.25 + 1.5) - 1 = 1.5, so ln(1 + e^1.4)
+    and ln(1 + e^-1.5); trl 1.16.0, CPOTrainer.cpo_loss with loss_type simpo: 1.6204173565 and
+    0.2014132887. Null gamma is beta / 2.
+    """
+    policy, lengths = without_reference()
+    by_hand = [math.log(1 + math.exp(1.4)), math.log(1 + math.exp(-1.5))]
+    for dpo in (
+        DpoConfig(loss="simpo", beta=2.0),
+        DpoConfig(loss="simpo", beta=2.0, gamma=1.0),
+    ):
+        found = preference_loss(policy, None, lengths, dpo)
+        assert found.loss.tolist() == pytest.approx(by_hand, rel=1e-6)
+        assert found.loss.tolist() == pytest.approx([1.6204173565, 0.2014132887], rel=1e-6)
+        assert found.chosen_reward.tolist() == [-2.0, -0.5]
+        assert found.rejected_reward.tolist() == pytest.approx([-1.6, -3.0])
+
+
+def test_the_orpo_loss_is_that_of_trl_and_of_a_hand_computation() -> None:
+    """Cross entropies 1 and 0.25, plus 0.1 times -log of the share of the chosen answer's odds:
+    odds P / (1 - P) with P = e^-1 and e^-0.8, e^-0.25 and e^-1.5. trl 1.16.0,
+    ORPOTrainer.odds_ratio_loss with beta 0.1: 0.0876326710 and 0.0078420071, without the cross
+    entropies, and rewards of 0.1 · log P.
+    """
+    policy, lengths = without_reference()
+    found = preference_loss(policy, None, lengths, DpoConfig(loss="orpo", beta=0.1))
+    by_hand = []
+    for chosen, rejected in ((-1.0, -0.8), (-0.25, -1.5)):
+        odds = [math.exp(x) / (1 - math.exp(x)) for x in (chosen, rejected)]
+        by_hand.append(-chosen - 0.1 * math.log(odds[0] / sum(odds)))
+    assert found.loss.tolist() == pytest.approx(by_hand, rel=1e-6)
+    assert found.loss.tolist() == pytest.approx([1.0876326710, 0.2578420071], rel=1e-6)
+    assert found.chosen_reward.tolist() == pytest.approx([-0.1, -0.025])
+    assert found.rejected_reward.tolist() == pytest.approx([-0.08, -0.15])
+
+
+def test_orpo_survives_a_certain_answer() -> None:
+    """fp32 rounds the probability of a learned answer to 1, whose odds are infinite: the loss is
+    the cross entropy (0) and a margin near 0, and no gradient is NaN.
+    """
+    policy = Answers(torch.zeros(1, requires_grad=True), torch.full((1,), -3.0, requires_grad=True))
+    lengths = Answers(torch.tensor([3]), torch.tensor([3]))
+    loss = preference_loss(policy, None, lengths, DpoConfig(loss="orpo")).loss
+    assert 0 <= loss.item() < 1e-5
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss.sum(), policy))
+
+
 def test_the_gradient_of_the_dpo_loss_is_that_of_the_paper() -> None:
     """Rafailov et al. 2023, section 4: -beta · σ(rejected reward - chosen reward); the negative for the rejected."""
     policy, reference, lengths = answers()

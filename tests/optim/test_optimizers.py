@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig, MoEConfig, TrainingConfig
 from tinylm.model.decoder import Decoder
 from tinylm.optim.optimizers import (
@@ -21,8 +22,11 @@ from tinylm.optim.optimizers import (
     parameter_groups,
     set_lr,
     sgd_update,
+    symmetric_product,
 )
 
+# Muon's settings without options.
+WHOLE = {"heads": None, "rounds": "jordan"}
 KINDS = ["adamw", "adamw_plain", "sgd", "muon"]
 BLOCK_MATRICES = {
     "attention.qkv.weight",
@@ -195,7 +199,8 @@ def test_muon_is_torchs_with_its_original_scale(shape: tuple[int, int]) -> None:
         torchs[0].grad = grad
         reference.step()
         with torch.no_grad():
-            muon_update(ours[0], grad, state, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3})
+            group = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3} | WHOLE
+            muon_update(ours[0], grad, state, group)
         torch.testing.assert_close(state["momentum"], reference.state[torchs[0]]["momentum_buffer"])
         moved, expected = ours[0].detach() - before, torchs[0].detach() - before
         assert (moved - expected).norm() < 0.05 * expected.norm()
@@ -212,6 +217,71 @@ def test_newton_schulz_is_a_polynomial_of_the_singular_values(
     for _ in range(5):
         s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
     torch.testing.assert_close(orthogonalize(matrix), u @ (s[..., None] * vh), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (4, 9), (3, 8, 5)])
+def test_polar_express_is_exact_to_two_percent(shape: tuple[int, ...]) -> None:
+    """Oracle: U Vᵀ of the SVD, for singular values s / |M| from 0.01 on, which are 1 ± 0.018 after it."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    assert (s / s.norm(dim=-1, keepdim=True)).min() > 0.0102
+    found = torch.linalg.svdvals(orthogonalize(matrix, "polar_express"))
+    assert (found - 1).abs().max() < 0.018
+    assert (orthogonalize(matrix, "polar_express") - u @ vh).norm() < 0.018 * (u @ vh).norm()
+
+
+def test_polar_express_of_one_direction_does_not_diverge() -> None:
+    """A matrix of rank 1 has a singular value of its whole norm, which rounding can raise above 1."""
+    one = torch.outer(torch.arange(1.0, 65), torch.arange(1.0, 65))
+    for kind in (torch.float32, torch.bfloat16):
+        assert 0.9 < orthogonalize(one.to(kind), "polar_express").float().norm() < 1.1
+
+
+def test_symmetric_products_are_products() -> None:
+    """300 is not a multiple of the 4 blocks; both factors are polynomials of one matrix."""
+    x = torch.randn(2, 300, 310, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram = x @ x.mT
+    torch.testing.assert_close(symmetric_product(x, x.mT), gram)
+    torch.testing.assert_close(symmetric_product(gram, gram), gram @ gram)
+
+
+def test_muon_per_head_moves_each_head_as_a_matrix_of_its_own() -> None:
+    """Heads of width 4: rows of queries, keys and values, and columns of the output."""
+    model = tiny_decoder(bias="none", n_kv_heads=1)
+    training = TrainingConfig(optimizer="muon", muon_lr=0.5, weight_decay=0.0, muon_per_head=True)
+    optimizer = make_optimizer(model, training, fused=False)
+    attention = model.blocks[1].attention
+    before = [attention.qkv.weight.detach().clone(), attention.out.weight.detach().clone()]
+    for weight in model.parameters():
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    optimizer.step()
+    # From a momentum of 0 the update is a multiple of the gradient, orthogonalized.
+    qkv, out = (before[0] - attention.qkv.weight, before[1] - attention.out.weight)
+    scale = 0.5 * math.sqrt(16 / 8)  # (2 + 1 + 1) heads of 4 rows, 8 columns
+    for head in range(4):
+        rows = slice(4 * head, 4 * head + 4)
+        torch.testing.assert_close(
+            qkv[rows], scale * orthogonalize(attention.qkv.weight.grad[rows]), rtol=1e-4, atol=1e-5
+        )
+    for head in range(2):
+        columns = slice(4 * head, 4 * head + 4)
+        expected = 0.5 * orthogonalize(attention.out.weight.grad[:, columns])
+        torch.testing.assert_close(out[:, columns], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_newton_schulz_on_the_gram_matrix_is_exact_for_a_matrix_of_low_rank() -> None:
+    """Oracle: the same in float64. Squares of singular values below 1e-4 vanish in the rounding of
+    X Xᵀ in fp32; the update of these directions, at most 0.05, may be lost, and nothing else.
+    """
+    q1, q2 = (
+        torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(i)))[0]
+        for i in (4, 5)
+    )
+    matrix = (q1 * torch.logspace(-8, 0, 48))[:20] @ torch.cat((q2, q2), dim=1)  # (20, 96)
+    exact = orthogonalize(matrix.double())
+    assert (orthogonalize(matrix) - exact).norm() < 1e-3 * exact.norm()
+    one = torch.outer(matrix[0], torch.arange(96.0))[:20]  # rank 1
+    assert (orthogonalize(one) - orthogonalize(one.double())).norm() < 1e-3
 
 
 def test_newton_schulz_brings_singular_values_near_one() -> None:
@@ -240,7 +310,7 @@ def test_muon_treats_a_stack_of_experts_as_single_matrices() -> None:
     stack, singles = torch.ones(3, 6, 4), [torch.ones(6, 4) for _ in range(3)]
     stack_state: dict[str, Any] = {}
     states: list[dict[str, Any]] = [{}, {}, {}]
-    group = {"lr": 0.1, "momentum": 0.95, "weight_decay": 0.1}
+    group = {"lr": 0.1, "momentum": 0.95, "weight_decay": 0.1} | WHOLE
     for (grad,) in grads:
         muon_update(stack, grad, stack_state, group)
         for single, part, state in zip(singles, grad, states, strict=True):
@@ -308,6 +378,33 @@ def test_muon_updates_the_matrices_of_the_blocks() -> None:
         (group["muon"], group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups
     ]
     assert marks == [(True, 0.02, 0.1), (False, 3e-4, 0.1), (False, 3e-4, 0.0)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embedding_and_head_can_have_rates_of_their_own(kind: Any) -> None:
+    """Each is a group at the end, with the decay of matrices; the other groups are as before."""
+    model = tiny_decoder(tie_embeddings=False)
+    rates = {"lr": 0.5, "muon_lr": 0.25, "embedding_lr": 0.125, "head_lr": 0.0625}
+    groups = make_optimizer(
+        model, TrainingConfig(optimizer=kind, **rates), fused=False
+    ).param_groups
+    for module, rate, group in (("embedding", 0.125, groups[-2]), ("head", 0.0625, groups[-1])):
+        assert group["params"] == [getattr(model, module).weight]
+        assert (group["peak_lr"], group["lr"], group["weight_decay"]) == (rate, rate, 0.1)
+    others = {id(weight) for group in groups[:-2] for weight in group["params"]}
+    both = {id(model.embedding.weight), id(model.head.weight)}
+    assert others == {id(weight) for weight in model.parameters()} - both
+    assert {group["peak_lr"] for group in groups[:-2]} == {0.5} | (
+        {0.25} if kind == "muon" else set()
+    )
+
+
+def test_a_rate_of_a_head_that_is_the_embedding_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        make_optimizer(tiny_decoder(), TrainingConfig(head_lr=0.1), fused=False)
+    assert str(caught.value) == (
+        "training.head_lr: this model has no head of its own that is trained. Remove it."
+    )
 
 
 # --- the optimizer that training uses -------------------------------------------------------------

@@ -5,9 +5,9 @@ import torch
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
-from tinylm.planning import out_of_memory
+from tinylm.planning import memory
+from tinylm.planning.memory import explain_out_of_memory
 from tinylm.planning.memory_plan import plan_run, with_settings
-from tinylm.planning.out_of_memory import explain_out_of_memory
 
 CPU_ERROR = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
@@ -75,25 +75,26 @@ def test_another_error_keeps_its_traceback():
 )
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch, changes, fix):
     """With 1.5 GB: 30000² · 6 layers · 12 matrices need terabytes; so do 256 million tokens."""
-    monkeypatch.setattr(out_of_memory, "available_bytes", lambda device: 1_500_000_000)
-    out_of_memory.require_memory(Config(), "cpu")
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1_500_000_000)
+    memory.require_memory(Config(), "cpu")
     with pytest.raises(
         UserError, match=f"^memory: a step needs at least .* but only 1.5 GB .*{fix}"
     ):
-        out_of_memory.require_memory(with_settings(Config(), changes), "cpu")
+        memory.require_memory(with_settings(Config(), changes), "cpu")
 
 
+@pytest.mark.slow
 def test_the_bound_is_below_what_a_step_needs():
     """A run that fits is never refused: the traced peak is higher than the bound."""
     for changes in ({"model.tie_embeddings": False}, {"training.optimizer": "muon"}):
         config = with_settings(Config(), {"model.vocab_size": 260, "model.n_layers": 2} | changes)
         planned = plan_run(config, "cpu")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(out_of_memory, "available_bytes", lambda device, n=planned.peak: n)
-            out_of_memory.require_memory(config, "cpu")
-            patch.setattr(out_of_memory, "available_bytes", lambda device, n=planned.weights: n)
+            patch.setattr(memory, "available_bytes", lambda device, n=planned.peak: n)
+            memory.require_memory(config, "cpu")
+            patch.setattr(memory, "available_bytes", lambda device, n=planned.weights: n)
             with pytest.raises(UserError, match="^memory: "):
-                out_of_memory.require_memory(config, "cpu")
+                memory.require_memory(config, "cpu")
 
 
 def test_a_killed_worker_is_one_line():

@@ -1,5 +1,6 @@
 """Rows of fine-tuning data: every published shape is read, every mistake is named by file, line and key."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from tinylm.rows.row_files import TINY_ROWS, folder_or_tiny_rows, read_rows, res
 from tinylm.rows.sft import build_examples, count_shared_examples, count_shared_prompts
 from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
-from tinylm.text.splits import Which
+from tinylm.text.sources import Which
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 from tinylm.tokens.example_rows import Example, collate_examples, fill_rows
 from tinylm.tokens.packing import IGNORE_INDEX
@@ -63,6 +64,7 @@ def test_the_place_of_a_row_is_file_and_line(write):
 
 
 def test_every_file_format_has_the_same_rows(write, tmp_path):
+    import pandas
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -73,10 +75,18 @@ def test_every_file_format_has_the_same_rows(write, tmp_path):
         write("rows.json", "\ufeff" + json.dumps(rows)),
         tmp_path / "rows.parquet",
     ]
+    frame = pandas.DataFrame(rows)
+    for name, delimiter in (("rows.csv", ","), ("rows.tsv.gz", "\t"), ("rows.csv.zst", ",")):
+        frame.to_csv(tmp_path / "plain", sep=delimiter, index=False)
+        content = (tmp_path / "plain").read_bytes()
+        if name.endswith(".zst"):
+            content = pa.compress(content, codec="zstd", asbytes=True)
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        files.append(tmp_path / name)
     read = [
         [row for _, row in read_rows(DataConfig(dataset=str(file)), "train", 0)] for file in files
     ]
-    assert read[0] == read[1] == read[2]
+    assert all(of_file == read[0] for of_file in read)
     assert 20 < len(read[0]) < 30
 
 
@@ -108,7 +118,7 @@ def test_limits_and_another_validation_source(write):
 def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
     import datasets
 
-    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda where, fix: None)
+    monkeypatch.setattr("tinylm.text.hub_dataset.require_hub", lambda where, fix: None)
     monkeypatch.setattr(
         datasets,
         "load_dataset",
@@ -145,7 +155,7 @@ def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
             "{}",
             "a.json: must be a list of objects, got an object. Write [{...}, {...}], or one object per line as .jsonl.",
         ),
-        ("a.json", "[1, 2", "a.json: not JSON: "),
+        ("a.json", '[{"a": 1}, {"b"', "a.json: row 2: not JSON: "),
         ("a.json", "[]", "a.json: no rows"),
         ("a.json", '[{"a": 1}, null]', "a.json: row 2: must be an object"),
         (
@@ -154,10 +164,15 @@ def test_a_hub_dataset_gives_all_its_columns(monkeypatch):
             "SMSSpamCollection:1: must be ham or spam, a tab, and a message; there is no tab. Correct the line.",
         ),
         (
-            "a.csv",
+            "a.yaml",
             "a,b\n",
-            "a.csv: not a kind of file with rows (.jsonl, .json, .parquet, .jsonl.gz, "
-            "SMSSpamCollection). Convert it, or name it by its kind.",
+            "a.yaml: not a kind of file with rows (.parquet, SMSSpamCollection, .jsonl, .json, .csv, "
+            ".tsv; also .gz, .bz2, .xz, .zst). Convert it, or name it by its kind.",
+        ),
+        (
+            "a.txt",
+            "A document.\n",
+            "Convert it, or name it by its kind. Documents are for train.py.",
         ),
     ],
 )
@@ -204,7 +219,9 @@ def test_too_few_rows_for_two_splits_are_counted(write):
 )
 def test_a_setting_that_does_not_apply_is_an_error(setting, value):
     with pytest.raises(
-        UserError, match=f"^data.{setting}: does not apply to rows for fine-tuning. Remove it.$"
+        UserError,
+        match=f"^data.{setting}: does not apply to rows for fine-tuning. Remove it. "
+        r"Documents are for train.py.$",
     ):
         resolve_dataset(DataConfig.model_validate({setting: value}))
 
@@ -378,6 +395,12 @@ def test_the_schema_has_the_columns_of_rows():
         ),
         ({}, {}, "it has no keys."),
         (
+            {"text": "A document."},
+            {},
+            "it has text. Name its columns, for example data.columns: {prompt: question}. "
+            "Documents are for train.py.",
+        ),
+        (
             {"prompt": "a"},
             {},
             "completion or response or answer or target: missing; the row has prompt. Add it, or "
@@ -467,13 +490,12 @@ def test_the_schema_has_the_columns_of_rows():
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}]},
             {},
-            "messages[0].tool_calls: tool calls are not supported. "
-            "Remove rows with tool calls, or skip them with data.skip_bad_rows.",
+            "messages[0].tool_calls: tool calls are not supported. Remove rows with tool calls.",
         ),
         (
             {"messages": [*CHAT, {"role": "tool", "content": "x"}]},
             {},
-            "got tool. Remove rows with tool calls, or skip them with data.skip_bad_rows.",
+            "got tool. Remove rows with tool calls.",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},

@@ -17,6 +17,7 @@ from tinylm.config.schema import Config
 from tinylm.eval.perplexity import byte_length_table, score_batches
 from tinylm.model.decoder import Decoder
 from tinylm.objectives.cross_entropy import cross_entropy
+from tinylm.runs.record import RunRecord
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.packing import IGNORE_INDEX, Batch, RankShare
 from training.build import build_weights
@@ -259,7 +260,7 @@ def test_fingerprints_identify_what_is_trained_on(load: Any, change: dict) -> No
 
 def tune(config: Config, resume: bool = True) -> int:
     """What finetune.py does, through the parts of a run."""
-    context = RunContext("sft", config, "cpu")
+    context = RunContext("sft", config, "cpu", record=RunRecord())
     found = find_resume_state(context, ResumeOptions(start_new=not resume))
     data = prepared(config)
     decoder = build_weights(config, found, None)

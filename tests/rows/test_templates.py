@@ -1,5 +1,6 @@
 """Prompt templates: what they write, what is trained, and that no text becomes a special token."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -230,6 +231,19 @@ def test_an_answer_of_weight_0_is_written_the_same_and_not_trained(name, untrain
     kept = spans[1] if untrained == 1 else spans[0]
     assert written(name, *turns)[1] == [kept]
     assert template.prompt_ids(turns[:3], tokenizer) == template.prompt_ids(AGAIN[:3], tokenizer)
+
+
+@every_template
+def test_what_a_tool_wrote_is_not_trained(name):
+    """A template that is the same but for its tools: the ids are those of bytes, cut or not."""
+    template, tokenizer = template_of(name)
+    with_tools = copy.copy(template)
+    object.__setattr__(with_tools, "has_tools", True)
+    turns = (Turn("user", "<<1+1=2>>?"), Turn("assistant", "So <<4*6=24>>24."))
+    plain, found = (one.encode(turns, tokenizer) for one in (template, with_tools))
+    assert found.ids.tolist() == plain.ids.tolist()
+    masked = found.ids[plain.trained & ~found.trained].tolist()
+    assert render(masked, tokenizer) == "24>>"
 
 
 @every_template

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -111,8 +112,10 @@ def test_the_command_of_every_step_is_valid(monkeypatch):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A project folder with a dataset and a config."""
+    """A project folder with a dataset and a config, and programs of its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tinylm.runs.experiments.app_folder", lambda: tmp_path)
+    (tmp_path / "configs/experiments").mkdir(parents=True)
     (tmp_path / "text.txt").write_text("one\ntwo\n", encoding="utf-8")
     (tmp_path / "a.yaml").write_text(
         "data:\n  dataset: text.txt\ntraining:\n  lr: 1e-3\n", encoding="utf-8"
@@ -122,7 +125,6 @@ def project(tmp_path, monkeypatch) -> Path:
 
 def step_of(project: Path, name: str = "a", code: str = "", config: str = "a.yaml") -> Step:
     """A step whose program counts its runs, runs `code` and writes a result."""
-    (project / "train.py").write_text("", encoding="utf-8")
     program = f"""
 import sys, time, signal, pathlib
 open({name + ".ran"!r}, "a").write("x")
@@ -220,6 +222,28 @@ def test_a_result_that_another_step_loads_is_compared_by_content(project, run_al
         is_done(step)
 
 
+def test_a_step_whose_input_was_not_made_is_a_failure_and_is_not_run(project, run_all):
+    """Else its program would work with the inputs that are there, and the result would be kept."""
+    step = dataclasses.replace(step_of(project), reads=(Path("base.ckpt"),))
+    outcome, [logged] = run_all(step)
+    assert outcome.failed == ("pretrain: a",)
+    assert logged == (
+        "pretrain: a: base.ckpt: not found; another step makes it. Run that step first."
+    )
+    assert not Path("a.ran").exists()
+
+
+def test_a_step_without_its_optional_package_is_left_out(project, run_all):
+    """It has not failed: a task that is scored with a package of its own is no part of the others."""
+    alone = dataclasses.replace(step_of(project, "a"), package="no_such_package")
+    outcome, lines = run_all(alone, step_of(project, "b"))
+    assert (outcome.failed, runs_of("a"), runs_of("b")) == ((), 0, 1)
+    assert lines[0] == (
+        "pretrain: a: left out: no_such_package: this package is needed and is not installed. "
+        "pip install no_such_package."
+    )
+
+
 def test_a_failed_step_is_logged_with_its_error_and_the_next_is_run(project, run_all):
     first = step_of(project, "a", "sys.exit('error: no such thing.')")
     outcome, logged = run_all(first, step_of(project, "b"))
@@ -277,11 +301,12 @@ def test_a_full_disk_is_a_failure_of_one_line(project, monkeypatch, run_all):
 
 def test_outside_the_project_folder_nothing_is_run(tmp_path, monkeypatch, run_all):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        UserError,
-        match=r"train\.py: not found in this folder\. Run experiments in the project's folder\.",
-    ):
+    with pytest.raises(UserError) as error:
         run_all()
+    assert str(error.value) == (
+        "configs/experiments: not found in this folder. Run experiments in the checkout, or in a "
+        "folder that python -m tinylm new made."
+    )
 
 
 WAITS = """
@@ -330,8 +355,10 @@ def start_apart(project: Path, steps: list[Step]) -> subprocess.Popen:
     """`run_steps` in its own process; it restores the signals that background jobs ignore."""
     code = f"""
 import signal, sys
-from pathlib import PosixPath
+from pathlib import Path, PosixPath
+from tinylm.runs import experiments
 from tinylm.runs.experiments import Step, run_steps
+experiments.app_folder = Path.cwd  # where the programs of the steps are
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.exit(run_steps({steps!r}).stopped)
@@ -362,8 +389,11 @@ def test_seeds_must_be_from_1_to_100(seeds, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # the test of the README types the command
 def test_smoke_writes_a_report_and_runs_nothing_the_second_time(tmp_path):
-    """Two small models train for 8 steps, one is fine-tuned, all are measured."""
+    """Two small models train for 8 steps and one is fine-tuned; so are a GPT-2 and a T5 of random weights, which
+    are scored on their tasks. All are measured, and there is no network.
+    """
     command = [
         sys.executable,
         "-m",
@@ -374,7 +404,7 @@ def test_smoke_writes_a_report_and_runs_nothing_the_second_time(tmp_path):
         "--out",
         str(tmp_path),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
@@ -400,6 +430,10 @@ def test_smoke_writes_a_report_and_runs_nothing_the_second_time(tmp_path):
         ("window-sinks", "8"),
         ("finetune", "4"),
         ("finetune", "8"),
+        ("sst2-gpt2-lora", "4"),
+        ("sst2-gpt2-lora", "8"),
+        ("samsum-t5-lora", "4"),
+        ("samsum-t5-lora", "8"),
     ]
     assert [(row["run"], row["step"]) for row in rows] == checkpoints
     assert all(
@@ -415,7 +449,12 @@ def test_smoke_writes_a_report_and_runs_nothing_the_second_time(tmp_path):
     again = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
-    assert again.stderr.count(": already done (") == 3
+    for task, kind in (("sst2", "gpt2"), ("samsum", "t5")):
+        results = json.loads((out / "tasks" / task / "results.json").read_text(encoding="utf-8"))
+        text = json.dumps(results)
+        assert f"runs/{task}-{kind}-lora/final.ckpt" in text
+        assert f"hf:{out / 'models' / kind}" in text
+    assert again.stderr.count(": already done (") == 7
     assert (again.returncode, again.stdout) == (0, done.stdout)
 
 

@@ -10,7 +10,7 @@ from tinylm.common.processes import limit_processes
 from tinylm.text import chunks
 from tinylm.text.chunks import part_borders, word_chunks
 from tinylm.text.documents import TextChunk, text_chunks
-from tinylm.text.sources import sources_named
+from tinylm.text.named_sources import sources_named
 from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer, count_words
 
 

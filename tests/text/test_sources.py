@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from tests.conftest import overlap_of, val_documents
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
-from tinylm.text import documents, sources
+from tinylm.text import documents, hub_dataset, parquet_files
 from tinylm.text.data_source import find_split, train_documents
-from tinylm.text.sources import TOKEN_FILES
-from tinylm.text.splits import is_held_out
+from tinylm.text.sources import TOKEN_FILES, is_held_out
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.token_file import TokenFile
 
@@ -263,7 +262,7 @@ def test_parquet_gives_its_column_in_order(write):
 
 
 def test_parquet_is_read_in_batches(write, monkeypatch):
-    monkeypatch.setattr(documents, "PARQUET_BATCH_ROWS", 3)
+    monkeypatch.setattr(parquet_files, "BATCH_ROWS", 3)
     assert read(write("a.parquet", parquet({"text": [str(i) for i in range(10)]}))) == [
         str(i) for i in range(10)
     ]
@@ -306,12 +305,13 @@ def test_a_folder_is_read_to_its_bottom_in_sorted_order(write, tmp_path):
         ("c/b.txt", "3"),
         ("c/a/x.jsonl", '{"text": "2"}'),
         ("a.txt", "1"),
-        ("README.md", "no"),
+        ("README.md", "# 4"),
+        ("picture.png", "no"),
         (".git/x.txt", "no"),
         ("c/.x.txt", "no"),
     ):
         write(f"corpus/{name}", content)
-    assert read(tmp_path / "corpus") == ["1", "2", "3"]
+    assert read(tmp_path / "corpus") == ["# 4", "1", "2", "3"]
     assert read(tmp_path / "corpus/**/*.txt") == ["1", "3"]
     assert read(tmp_path / "corpus/*/*.txt") == ["3"]
 
@@ -321,26 +321,23 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(write):
     assert read(write("a[1].txt", "file")) == ["file"]
 
 
+KINDS = ".txt, .jsonl, .parquet, .json, .csv, .tsv, .md, .html, .htm; also .gz, .bz2, .xz, .zst"
+
+
 def special_files(folder: Path) -> dict[str, tuple[str, str]]:
     os.mkfifo(folder / "pipe.txt")
     (folder / "loop.txt").symlink_to(folder / "loop.txt")
     (folder / "dangling.txt").symlink_to(folder / "gone")
     (folder / "zero.txt").symlink_to("/dev/zero")
     (folder / "empty").mkdir()
-    (folder / "notes.md").write_text("x", encoding="utf-8")
+    (folder / "notes.rst").write_text("x", encoding="utf-8")
     (folder / "raw" / "sms").mkdir(parents=True)
     (folder / "raw" / "sms" / "SMSSpamCollection").write_text("ham\thello\n", encoding="utf-8")
-    (folder / "rows.json").write_text("[]", encoding="utf-8")
     return {
         "raw": (
             "data.dataset: ",
-            "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) in this folder. "
-            "Give the path of one. Rows of questions and answers are for finetune.py.",
-        ),
-        "rows.json": (
-            "data.dataset: ",
-            "not a kind of file with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz). "
-            "Convert it, or name it by its kind. Rows of questions and answers are for finetune.py.",
+            f"no file of a kind with documents ({KINDS}) in this folder. Give the path of one. "
+            "Rows of questions and answers are for finetune.py.",
         ),
         "missing.txt": (
             "data.dataset: ",
@@ -352,18 +349,15 @@ def special_files(folder: Path) -> dict[str, tuple[str, str]]:
         ),
         "*.jsonl": (
             "data.dataset: ",
-            "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) matches. "
-            "Give the path of one.",
+            f"no file of a kind with documents ({KINDS}) matches. Give the path of one.",
         ),
         "empty": (
             "data.dataset: ",
-            "no file of a kind with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz) in this "
-            "folder. Give the path of one.",
+            f"no file of a kind with documents ({KINDS}) in this folder. Give the path of one.",
         ),
-        "notes.md": (
+        "notes.rst": (
             "data.dataset: ",
-            "not a kind of file with documents (.txt, .jsonl, .parquet, .txt.gz, .jsonl.gz). "
-            "Convert it, or name it by its kind.",
+            f"not a kind of file with documents ({KINDS}). Convert it, or name it by its kind.",
         ),
         "pipe.txt": ("", "not a regular file. Give the path of a file on disk."),
         "zero.txt": ("", "not a regular file. Give the path of a file on disk."),
@@ -452,7 +446,7 @@ def hub(write, monkeypatch) -> list[tuple]:
         )
 
     monkeypatch.setattr("datasets.load_dataset", serve)
-    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
+    monkeypatch.setattr(hub_dataset, "require_hub", lambda where, fix: None)
     return calls
 
 
@@ -546,7 +540,7 @@ def test_what_the_library_says_of_a_hub_dataset_is_passed_on(monkeypatch):
         raise FileNotFoundError("Dataset 'owner/name' doesn't exist on the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
+    monkeypatch.setattr(hub_dataset, "require_hub", lambda where, fix: None)
     assert refusal("owner/name").startswith(
         "data.dataset: owner/name: Dataset 'owner/name' doesn't exist on the Hub. Check data.dataset_config"
     )
@@ -571,7 +565,7 @@ def test_a_network_that_fails_inside_a_stream_is_one_line(monkeypatch, error):
             raise error
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Broken())
-    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
+    monkeypatch.setattr(hub_dataset, "require_hub", lambda where, fix: None)
     documents = find_split(
         DataConfig(dataset="owner/name", streaming=True), "train", SEED
     ).text_source.documents()
@@ -589,7 +583,7 @@ def test_a_network_that_fails_before_the_first_row_is_one_line(monkeypatch):
         raise httpx.ConnectError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
+    monkeypatch.setattr(hub_dataset, "require_hub", lambda where, fix: None)
     assert refusal("owner/name").startswith(
         "data.dataset: owner/name: no route. Check data.dataset_config and data.split"
     )
@@ -602,7 +596,7 @@ def test_a_name_that_is_too_long_is_refused_on_one_line(name, monkeypatch):
     def offline(where: tuple[str, str], fix: str) -> None:
         raise UserError(where, "offline", fix)
 
-    monkeypatch.setattr(sources, "require_hub", offline)
+    monkeypatch.setattr(hub_dataset, "require_hub", offline)
     assert refusal(name).startswith(
         f"data.dataset: {name}: {'offline' if name.endswith('name') else f'not found in {os.getcwd()}'}. Give a "
     )
@@ -625,7 +619,7 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(name, tmp_path, monkeypa
     """`data` is a folder here, so data/tiny_corpu is a path that was typed wrongly."""
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "require_hub", None)
+    monkeypatch.setattr(hub_dataset, "require_hub", None)
     if name.endswith(TOKEN_FILES):
         with pytest.raises(UserError, match="owner/name.bin: not found"):
             TokenFile.open(name)
@@ -636,7 +630,7 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(name, tmp_path, monkeypa
 def test_what_is_here_is_never_asked_of_the_hub(write, tmp_path, monkeypatch):
     write("owner/name/a.txt", "one")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "require_hub", None)
+    monkeypatch.setattr(hub_dataset, "require_hub", None)
     assert read("owner/name") == ["one"]
 
 
@@ -758,3 +752,11 @@ print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     documents, megabytes = map(int, out.split())
     assert (err, documents) == ("", n)
     assert megabytes < (300 if name == "long.txt" else 5)
+
+
+def test_a_list_over_several_lines_is_named(tmp_path: Path) -> None:
+    """K6: json.dump(rows, indent=1) under the name .jsonl."""
+    (tmp_path / "a.jsonl").write_text('[\n {"text": "a"}\n]')
+    found = "a.jsonl:1: not one object per line, but a list over several lines. Each line is one"
+    with pytest.raises(UserError, match=found):
+        list(documents.jsonl_rows(tmp_path / "a.jsonl"))

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tinylm.common.errors import UserError
 from tinylm.text.chunks import word_chunks
 from tinylm.text.documents import TextChunk, text_chunks
-from tinylm.text.sources import sources_named
+from tinylm.text.named_sources import sources_named
 from tinylm.tokenizer import bpe, bpe_fast
 from tinylm.tokenizer.bpe_fast import WordTable, count_words_of, learn_bpe, learn_merges
 from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer, count_words

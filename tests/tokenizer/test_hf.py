@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 from huggingface_hub.utils import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -722,6 +724,47 @@ def test_settings_beside_it_name_the_end_the_padding_and_the_template(folder):
 def test_a_template_in_a_file_of_its_own_is_kept(folder):
     (folder / "chat_template.jinja").write_text("{{ eos_token }}", encoding="utf-8")
     assert load(folder).chat_template == "{{ eos_token }}"
+
+
+TOOLS = {"name": "tool_use", "template": "{{ tool_use }}"}
+DEFAULT = {"name": "default", "template": "{{ default }}"}
+
+
+@pytest.mark.parametrize(
+    ("templates", "template", "line"),
+    [
+        ([TOOLS, DEFAULT], "{{ default }}", ""),
+        ([DEFAULT], "{{ default }}", ""),
+        ([], None, ""),
+        (
+            [TOOLS, DEFAULT | {"name": "rag"}],
+            "{{ tool_use }}",
+            "tokenizer_config.json: of the chat templates tool_use, rag, tool_use is used",
+        ),
+    ],
+)
+def test_of_named_templates_the_default_is_used(templates, template, line, folder, caplog):
+    """As in transformers; without a default, the first, and a line says so."""
+    write_json(folder / "tokenizer_config.json", {"chat_template": templates})
+    with caplog.at_level(logging.INFO):
+        assert load(folder).chat_template == template
+    assert "".join(caplog.messages).endswith(line)
+    assert len(caplog.messages) == bool(line)
+    if DEFAULT in templates:
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        theirs.chat_template = {entry["name"]: entry["template"] for entry in templates}
+        assert theirs.get_chat_template() == template
+
+
+@pytest.mark.parametrize("value", [3, {"default": "x"}, [{"name": "default"}], ["x"]])
+def test_a_template_of_another_kind_is_an_error(value, folder):
+    write_json(folder / "tokenizer_config.json", {"chat_template": value})
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    assert str(caught.value) == (
+        f"{folder / 'tokenizer_config.json'}: chat_template: must be the text of a template, or a "
+        f"list of name and template, got {json.dumps(value)}. Write the text of one template."
+    )
 
 
 def test_gpt2s_two_files_are_a_tokenizer(gpt2_folder):

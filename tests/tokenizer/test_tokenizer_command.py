@@ -194,7 +194,7 @@ def stream(monkeypatch) -> list[tuple]:
         return Stream()
 
     monkeypatch.setattr("datasets.load_dataset", serve)
-    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda where, fix: None)
+    monkeypatch.setattr("tinylm.text.hub_dataset.require_hub", lambda where, fix: None)
     return asked
 
 
@@ -221,7 +221,7 @@ def test_a_stream_that_breaks_off_while_learning_is_to_be_tried_again(
         column_names, __iter__ = None, broken
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Stream())
-    monkeypatch.setattr("tinylm.text.sources.require_hub", lambda where, fix: None)
+    monkeypatch.setattr("tinylm.text.hub_dataset.require_hub", lambda where, fix: None)
     assert (
         main(
             [

@@ -25,10 +25,10 @@ from tinylm.cli import encode as encode_command
 from tinylm.common.errors import UserError
 from tinylm.common.files import locked
 from tinylm.config.schema import DataConfig
-from tinylm.text import documents, sources
+from tinylm.text import documents, hub_dataset
 from tinylm.text.data_source import find_split, train_documents
-from tinylm.text.sources import sources_named
-from tinylm.text.splits import Split
+from tinylm.text.named_sources import sources_named
+from tinylm.text.sources import Split
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 from tinylm.tokens import encode, run_files
 from tinylm.tokens.encode import (
@@ -36,6 +36,7 @@ from tinylm.tokens.encode import (
     encode_documents,
     encode_file,
 )
+from tinylm.tokens.id_arrays import open_tokens
 from tinylm.tokens.run_files import cached_token_file
 from tinylm.tokens.token_file import TokenFile
 
@@ -700,7 +701,7 @@ def test_odd_files_are_encoded_in_bounded_memory(write, tmp_path, child, content
     """
     path = write("a.txt", content)
     code = """before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-split = splits.Split("train", sources.sources_named([args[0]], "text", None), None, None)
+split = sources.Split("train", named_sources.sources_named([args[0]], "text", None), None, None)
 encode.encode_file(Path(args[1]), encode.EncodeSpec(split, BYTES))
 print(run_files.TokenFile.open(args[1]).header.documents, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
     out, err = child(code, path, tmp_path / "a.bin").communicate(timeout=120)
@@ -1013,7 +1014,7 @@ def test_a_hub_that_refuses_a_dataset_is_told_in_flags(run, tmp_path, monkeypatc
         raise OSError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
+    monkeypatch.setattr(hub_dataset, "require_hub", lambda where, fix: None)
     stderr = run("--data", "hf:owner/name", "--tokenizer", "byte", "--out", tmp_path / "a.bin")[2]
     fix = "Check the configuration and the split in --data, or: Give a local file or folder as --data."
     assert stderr.splitlines()[-1] == f"error: --data: owner/name: no route. {fix}"
@@ -1034,7 +1035,7 @@ def test_a_stream_that_breaks_off_is_gone_on_with_by_the_flag_that_the_error_nam
                 raise OSError("cable")
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: Stream())
-    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
+    monkeypatch.setattr(hub_dataset, "require_hub", lambda where, fix: None)
     monkeypatch.setattr(documents, "CHUNK_CHARACTERS", 100)
     command = (
         "--data",
@@ -1061,7 +1062,7 @@ HUB_NAME = (
     "not the name of a dataset on the hub. Write hf:owner/name, hf:owner/name:config or "
     "hf:owner/name:config:split."
 )
-KINDS = ".txt, .jsonl, .parquet, .txt.gz, .jsonl.gz"
+KINDS = ".txt, .jsonl, .parquet, .json, .csv, .tsv, .md, .html, .htm; also .gz, .bz2, .xz, .zst"
 
 
 @pytest.mark.parametrize(
@@ -1166,7 +1167,7 @@ def test_a_dataset_of_the_hub_is_streamed_and_no_more_of_it_read_than_asked_for(
         return Stream()
 
     monkeypatch.setattr("datasets.load_dataset", serve)
-    monkeypatch.setattr(sources, "require_hub", lambda where, fix: None)
+    monkeypatch.setattr(hub_dataset, "require_hub", lambda where, fix: None)
     monkeypatch.setattr(documents, "CHUNK_CHARACTERS", 100)
     command = (
         "--data",
@@ -1304,3 +1305,23 @@ sys.exit(main(["encode", *args]))"""
     monkeypatch.setattr(documents, "SPAN_BYTES", 5000)
     assert run(*command, "--resume")[0] == 0
     assert documents_in(tmp_path / "a.bin") == ["some words and more of them"] * 5000
+
+
+def test_bare_ids_beside_the_token_file_are_its_ids(run, write, tmp_path):
+    """np.fromfile is the oracle; read back with data.token_dtype they are the same token file. The
+    same command again finds both, and refuses numbers that are others.
+    """
+    out = tmp_path / "a.bin"
+    flags = ("--data", write("a.txt", "one\ntwo\n"), "--tokenizer", "byte", "--out", out)
+    code, stdout, _ = run(*flags, "--format", "bare")
+    bare = tmp_path / "a.ids.bin"
+    assert (code, stdout) == (0, f"{bare}\n{out}\n")
+    expected = [*b"one", BYTES.eos_id, *b"two", BYTES.eos_id]
+    assert np.fromfile(bare, dtype="<u2").tolist() == expected
+    again = open_tokens(bare, tokenizer=BYTES, dtype="uint16")
+    assert again.tokens.tolist() == TokenFile.open(out).tokens.tolist() == expected
+    assert run(*flags, "--format", "bare")[0] == 0
+    bare.write_bytes(bare.read_bytes()[::-1])
+    code, _, stderr = run(*flags, "--format", "bare")
+    assert code == 2
+    assert f"error: {bare}: already exists, with other ids than {out}. Delete it" in stderr

@@ -16,7 +16,7 @@ from tests.conftest import overlap_of, write_token_file
 from tinylm.common.errors import UserError, printable
 from tinylm.config.schema import DataConfig, MixPart, TokenizerConfig
 from tinylm.text.data_source import data_sources
-from tinylm.text.splits import is_held_out
+from tinylm.text.sources import is_held_out
 from tinylm.tokenizer.byte_char import ByteTokenizer
 from tinylm.tokens.mixture import Allocation, mixture_fingerprint, shares_of
 from tinylm.tokens.run_files import (
@@ -283,7 +283,8 @@ def test_sources_and_shares_are_in_the_fingerprint(tmp_path, write):
             cache_dir=str(tmp_path / "cache"),
         )
         weights = [part.weight for part in data.mix]
-        return mixture_fingerprint(weights, train_files(data, needed=2))
+        files = train_files(data, needed=2)
+        return mixture_fingerprint(weights, [file.fingerprint for file in files])
 
     one = fingerprint((a, 3), (b, 1))
     assert one.startswith("3/4 ") and " + 1/4 " in one

@@ -19,7 +19,7 @@ from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.byte_char import ByteTokenizer, CharTokenizer
 from tinylm.tokens import id_arrays, overlap
 from tinylm.tokens import token_file as token_files
-from tinylm.tokens.id_arrays import open_tokens, write_npy
+from tinylm.tokens.id_arrays import open_tokens, write_ids
 from tinylm.tokens.overlap import token_overlap
 from tinylm.tokens.token_file import (
     HEADER_BYTES,
@@ -717,7 +717,7 @@ def test_a_later_version_of_the_format_is_refused(tmp_path):
 
 def test_a_token_file_as_a_plain_array(token_file, tmp_path):
     """NumPy reads what we write, and it is what NumPy writes."""
-    write_npy(TokenFile.open(token_file), tmp_path / "a.npy", "--out")
+    write_ids(TokenFile.open(token_file), tmp_path / "a.npy", "--out")
     np.save(tmp_path / "b.npy", np.array(TOKENS, dtype=np.uint16))
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
     assert np.load(tmp_path / "a.npy", allow_pickle=False).tolist() == TOKENS
@@ -732,5 +732,5 @@ def test_an_array_that_cannot_be_written_leaves_nothing(token_file, tmp_path, mo
         UserError,
         match="a.npy: cannot be written: No space left on device. Free disk space or change --out.",
     ):
-        write_npy(TokenFile.open(token_file), tmp_path / "a.npy", "--out")
+        write_ids(TokenFile.open(token_file), tmp_path / "a.npy", "--out")
     assert names(tmp_path) == ["train.bin"]

@@ -35,6 +35,10 @@ def rows(*made: dict[str, str]) -> str:
     return "".join(json.dumps(row) + "\n" for row in made)
 
 
+# The stages of the lists here and of configs/align.yaml.
+STAGES = ("pretrain", "sft", "dpo", "verifier")
+
+
 def write_pipeline(folder: Path, max_steps: int = 6, **changes: dict[str, Any]) -> Path:
     """Four tiny configs and the list of them, all files under `folder`; `changes` are sections of single stages."""
     (folder / "text.txt").write_text(
@@ -368,7 +372,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path / "whole")
     assert align.main(["--config", str(write_pipeline(tmp_path / "whole", steps))]) == 0
     path = write_pipeline(tmp_path / "killed", steps)
-    for stage in pipeline.PROGRAMS:
+    for stage in STAGES:
         process = begin(path)
         folder = tmp_path / "killed" / "runs" / stage
         assert wait_for(lambda folder=folder: any(folder.glob("step-*.ckpt")), process)
@@ -422,14 +426,14 @@ def refusal(path: Path) -> str:
 
 def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
     path = write_pipeline(here)
-    assert [stage.name for stage in pipeline.read_stages(path)] == list(pipeline.PROGRAMS)
+    assert [stage.name for stage in pipeline.read_stages(path)] == list(STAGES)
     assert [str(stage.model) for stage in pipeline.read_stages(path)] == [
         "runs/pretrain/final.ckpt", "runs/sft/final.ckpt", "runs/dpo/final.ckpt", "runs/verifier/final.ckpt",
     ]  # fmt: skip
     path.write_text("- {stage: base, config: pretrain.yaml}\n", encoding="utf-8")
     assert (
         refusal(path)
-        == f"{path}:1: stage: base: no such stage. Use one of pretrain, sft, dpo, verifier."
+        == f"{path}:1: stage: base: no such stage. Use one of pretrain, sft, dpo, grpo, reward_model, verifier."
     )
     path.write_text("- stage: pretrain\n", encoding="utf-8")
     assert (
@@ -439,10 +443,13 @@ def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
     path.write_text("- {stage: pretrain, config: pretrain.yaml, steps: 3}\n", encoding="utf-8")
     assert (
         refusal(path)
-        == f"{path}:1: steps: no such key. A stage has the keys stage and config; settings belong in the config."
+        == f"{path}:1: steps: no such key. A stage has the keys stage, config and name; settings belong in the config."
     )
     write_list(here, "pretrain", "pretrain")
-    assert refusal(path).endswith("stage: pretrain is listed twice. List each stage only once.")
+    assert refusal(path).endswith(
+        "stage: pretrain is listed twice. List each stage only once, or give the second one a name "
+        "of its own (name: ...)."
+    )
     path.write_text("- {stage: dpo, config: sft.yaml}\n", encoding="utf-8")
     assert (
         refusal(path)
@@ -470,6 +477,21 @@ def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
         refusal(path)
         == "sft.yaml: training.checkpoint_dir: runs/pretrain is also the folder of stage pretrain. "
         "Give each stage its own folder."
+    )
+
+
+def test_a_config_beside_the_list_is_found_in_the_error(tmp_path, monkeypatch):
+    """A path is relative to the working folder, in a list of stages too."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "a.yaml").write_text("training: {max_steps: 1}\n", encoding="utf-8")
+    path = tmp_path / "configs" / "all.yaml"
+    path.write_text("- stage: pretrain\n  config: a.yaml\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "configs")
+    with pytest.raises(UserError) as error:
+        pipeline.read_stages(path)
+    assert str(error.value) == (
+        f"{path}:1: config: a.yaml: not found in {tmp_path / 'configs'}, but it is in {tmp_path}. "
+        f"Run the command in {tmp_path}, or set config to the whole path."
     )
 
 
@@ -530,9 +552,9 @@ def test_settings_on_the_command_line_are_for_every_stage(here, ran, capsys):
         )
         == 0
     )
-    assert {
-        checkpoint_info.describe(Path(f"runs/{name}/final.ckpt")).step for name in pipeline.PROGRAMS
-    } == {2}
+    assert {checkpoint_info.describe(Path(f"runs/{name}/final.ckpt")).step for name in STAGES} == {
+        2
+    }
     capsys.readouterr()
     assert align.main(["--config", "all.yaml", "dpo.beta=0.2"]) == 2
     fix = "Overrides apply to every stage: put this setting into the config of its stage"
@@ -559,7 +581,7 @@ def test_a_state_that_is_none_is_refused(here, ran, capsys):
 def test_the_lists_that_are_shipped_are_sound(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     stages = pipeline.read_stages(Path(f"configs/{name}.yaml"))
-    assert [stage.name for stage in stages] == list(pipeline.PROGRAMS)
+    assert [stage.name for stage in stages] == list(STAGES)
 
 
 # --- preferences ------------------------------------------------------------------------------------------------------

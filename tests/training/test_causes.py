@@ -104,8 +104,8 @@ def test_a_separator_that_does_not_occur_is_the_cause_of_an_empty_split(
     typed = r"data.document_separator=\n\n"
     assert refused(train, capsys, config, f"data.dataset={path}", typed) == (
         rf"error: data.document_separator: '\n\n' does not occur in {path}, so each .txt file is "
-        "one document. Set data.document_separator to what divides documents; for the ends of "
-        r"""lines write data.document_separator=$'\n\n' (in YAML "\n\n")."""
+        "one document. Set data.document_separator to what divides documents; for the "
+        r"""characters meant write data.document_separator=$'\n\n' (in YAML "\n\n")."""
     )
 
 
@@ -164,7 +164,13 @@ def test_a_folder_that_is_removed_in_mid_run_is_made_again_with_its_lock(
     checkpoints.format.verify(tmp_path / "checkpoints" / "final.ckpt")
     lines = (tmp_path / "logs" / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines()
     assert [line.partition(",")[0] for line in lines] == ["step", "4", "5", "6"]
-    assert names(tmp_path / "logs" / "tiny") == ["metrics.csv"]
+    assert names(tmp_path / "logs" / "tiny") == [
+        "config.yaml",
+        "metrics.csv",
+        "report.html",
+        "run.json",
+        "samples.jsonl",
+    ]
 
 
 def test_a_file_in_place_of_the_folder_in_mid_run_is_one_line(

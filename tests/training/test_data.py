@@ -161,9 +161,9 @@ def test_passes_are_counted_in_rows_of_the_data(load: Any) -> None:
         prepared(*load(data=settings)) for settings in ({}, {"order": "random"}, STREAM)
     ]
     n_tokens, seq_len = len(data.train_files[0]), data.config.training.seq_len
-    assert data.rows_per_pass() == -(-(n_tokens - 1) // seq_len) == len(data.train_dataset().rows)
-    assert random.rows_per_pass() == n_tokens / seq_len
-    assert stream.rows_per_pass() is None
+    assert data.source_rows == [-(-(n_tokens - 1) // seq_len)] == [len(data.train_dataset().rows)]
+    assert random.source_rows == [n_tokens / seq_len]
+    assert stream.source_rows == []
 
 
 def test_metrics_and_checkpoints_say_how_often_the_data_were_seen(
@@ -173,7 +173,7 @@ def test_metrics_and_checkpoints_say_how_often_the_data_were_seen(
     assert train.main(["--config", str(config)]) == 0
     training = load_config(config).training
     rows = training.max_steps * training.micro_batch_size * training.grad_accum_steps
-    expected = rows / prepared(load_config(config), ByteTokenizer()).rows_per_pass()
+    expected = rows / sum(prepared(load_config(config), ByteTokenizer()).source_rows)
     last = (tmp_path / "logs" / "tiny" / "metrics.csv").read_text(encoding="utf-8").splitlines()
     cells = dict(zip(last[0].split(","), last[-1].split(","), strict=True))
     assert float(cells["passes"]) == pytest.approx(expected)
@@ -664,6 +664,7 @@ def test_a_terminal_gets_colors_without_no_color(
         assert "⟦" not in text
 
 
+@pytest.mark.slow
 def test_the_former_program_says_where_it_went() -> None:
     """`python data.py --rows 3` printed rows; the training programs do now."""
     done = subprocess.run(

@@ -4,6 +4,7 @@ computations by hand and by trl, exact resume (FAULTS: A12, D1, D2, D9).
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -49,7 +50,7 @@ from training.stages import dpo
 from training.stages.dpo import DPOModule, PreferenceData
 
 LORA = {"lora": {"r": 4, "dropout": 0.2}}
-# Every way to hold a policy to its reference; each must hold for each.
+# Every way to hold a policy to its reference, or to do without; each must hold for each.
 RUNS: dict[str, dict[str, Any]] = {
     "copy": {"dpo": {"reference": "copy"}},
     "cached": {"dpo": {"reference": "cached"}},
@@ -58,6 +59,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora cached": {"dpo": {"reference": "cached"}, **LORA},
     "hf_model lora off": {"dpo": {"reference": "adapters_off"}, "hf_model": True, **LORA},
     "hf_model copy": {"dpo": {"reference": "copy"}, "hf_model": True},
+    "simpo": {"dpo": {"loss": "simpo", "beta": 2.0}},
+    "lora orpo": {"dpo": {"loss": "orpo", "beta": 5.0}, **LORA},
+    "hf_model simpo": {"dpo": {"loss": "simpo", "beta": 2.0}, "hf_model": True},
 }
 STILL = {"model": {"residual_dropout": 0.0, "attention_dropout": 0.0}}
 
@@ -156,7 +160,10 @@ def test_metrics_have_a_column_for_each_measure(prefer: Make, home: Path, tmp_pa
     nothing. Pretraining's file is as it was.
     """
     assert run(prefer()) == 0
-    before = "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s,passes"
+    before = (
+        "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s,passes,"
+        "mfu,data_wait,peak_bytes"
+    )
     assert (home / "logs" / "pretrain" / "metrics.csv").read_text(encoding="utf-8").splitlines()[
         0
     ] == before
@@ -198,6 +205,8 @@ def test_a_row_of_several_steps_is_the_mean_over_their_pairs(prefer: Make, tmp_p
         {"loss": "hinge"},
         {"label_smoothing": 0.1},
         {"length_normalized": True, "beta": 2.0},
+        {"loss": "simpo", "beta": 2.0, "gamma": 0.3},
+        {"loss": "orpo", "beta": 0.5},
     ],
 )
 def test_validation_is_what_each_answer_alone_makes_of_it(
@@ -219,20 +228,23 @@ def test_validation_is_what_each_answer_alone_makes_of_it(
         c, r, ref_c, ref_r = (
             alone(model, answer) for model in (policy, reference) for answer in pair[:2]
         )
-        n_c, n_r = (
-            int(answer.trained.sum())
-            if loss.get("loss") == "ipo" or loss.get("length_normalized")
-            else 1
-            for answer in pair[:2]
-        )
+        per_token = loss.get("loss") in ("ipo", "simpo", "orpo") or loss.get("length_normalized")
+        n_c, n_r = (int(answer.trained.sum()) if per_token else 1 for answer in pair[:2])
         h = torch.tensor((c - ref_c) / n_c - (r - ref_r) / n_r, dtype=torch.float64)
         e = dpo.label_smoothing
+        if dpo.reference is None:
+            h = torch.tensor(c / n_c - r / n_r, dtype=torch.float64)
+        odds = [math.exp(x) / (1 - math.exp(x)) for x in (c / n_c, r / n_r)]
         costs = {
+            "simpo": -F.logsigmoid(dpo.beta * h - (dpo.gamma or 0)),
+            "orpo": torch.tensor(-c / n_c - dpo.beta * math.log(odds[0] / sum(odds))),
             "sigmoid": -(1 - e) * F.logsigmoid(dpo.beta * h) - e * F.logsigmoid(-dpo.beta * h),
             "ipo": (h - 1 / (2 * dpo.beta)) ** 2,
             "hinge": F.relu(1 - dpo.beta * h),
         }
         rewards = dpo.beta * (c - ref_c), dpo.beta * (r - ref_r)
+        if dpo.reference is None:
+            rewards = dpo.beta * c / n_c, dpo.beta * r / n_r
         rows.append(
             [
                 costs[dpo.loss].item(),
@@ -415,6 +427,28 @@ def test_cached_log_probabilities_are_computed_once_per_data_and_base(
     assert all(pair.reference is not None for pair in [*data.train_pairs, *data.val_pairs])
 
 
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_a_loss_without_a_reference_holds_and_computes_none(
+    loss: str, prefer: Make, home: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:  # noqa: F811
+    """One model, one forward pass per batch, no cached file; the checkpoint refers to no model, and
+    a resume reads none: the base may be gone.
+    """
+    base = shutil.copytree(home / "base", tmp_path / "base")
+    config = prefer(dpo={"loss": loss}, training={"init_from": str(base / "final.ckpt")})
+    module, data = stage_of(config, monkeypatch)
+    passes: list[int] = []
+    original = dpo.score_pairs
+    monkeypatch.setattr(dpo, "score_pairs", lambda *given: passes.append(1) or original(*given))
+    module.batch_loss(data.train_dataset(RankShare(5))[0], label_smoothing=0.0)
+    assert (len(passes), module.reference, cached_files(tmp_path)) == (1, None, [])
+    monkeypatch.undo()
+    assert run(config, "training.max_steps=2") == 0
+    assert checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["reference"] is None
+    shutil.rmtree(base)
+    assert run(config) == 0
+
+
 def test_a_resumed_run_keeps_its_reference(
     prefer: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -468,7 +502,10 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["copy", "lora off", "cached"])
+@pytest.mark.parametrize(
+    "name",
+    ["cached", *(pytest.param(name, marks=pytest.mark.long) for name in ("copy", "lora off"))],
+)
 def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     name: str, prefer: Make, tmp_path: Path
 ) -> None:
@@ -626,6 +663,23 @@ def test_rows_of_both_splits_are_said(prefer: Make, tmp_path: Path, capsys: Capt
             "dpo.reference: adapters_off needs a lora section. Set dpo.reference=copy or dpo.reference=cached, or add",
         ),
         (
+            {"dpo": {"loss": "simpo", "reference": "copy"}},
+            "dpo.reference: not valid for loss simpo, which has no reference model. Remove it.",
+        ),
+        (
+            {"dpo": {"gamma": 1.0}},
+            "dpo.gamma: only valid for loss simpo (loss is sigmoid). Remove it, or set dpo.loss=simpo.",
+        ),
+        (
+            {"dpo": {"loss": "orpo", "sft_coef": 0.1}},
+            "dpo.sft_coef: not valid for loss orpo, which contains the cross entropy of the chosen "
+            "answers. Remove it.",
+        ),
+        (
+            {"dpo": {"loss": "simpo", "length_normalized": True}},
+            "dpo.length_normalized: not valid for loss simpo, which always normalizes by length.",
+        ),
+        (
             {"training": {"train_on": "all"}},
             "training.train_on: cannot be combined with dpo. Remove training.train_on or dpo.",
         ),
@@ -646,7 +700,7 @@ def test_rows_of_both_splits_are_said(prefer: Make, tmp_path: Path, capsys: Capt
         ),
         (
             {"data": {"mix": [{"dataset": "a"}]}},
-            "data.mix: does not apply to rows for fine-tuning. Remove it.",
+            "data.mix: only valid for pretraining and for fine-tuning on answers, not for preferences. Set data.dataset to one source.",
         ),
     ],
 )
@@ -740,7 +794,7 @@ def test_a_sample_is_formatted_by_the_template(prefer: Make, monkeypatch: Patch)
         == 0
     )
     assert {bytes(ids).decode() for ids in seen} == {"### Instruction: say red\n### Output:"}
-    assert sampling.CHAT_STAGES == ("sft", "dpo")
+    assert sampling.CHAT_STAGES == ("sft", "dpo", "grpo")
 
 
 # --- trl --------------------------------------------------------------------------------------------------------------
@@ -804,6 +858,67 @@ def test_loss_and_gradient_by_the_logits_are_those_of_trl(ours: dict, theirs: di
         assert found.rejected_reward.item() == pytest.approx(
             logged["rewards/rejected"][0], rel=1e-5
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_loss_and_gradient_without_a_reference_are_those_of_trl(
+    loss: str, monkeypatch: Patch
+) -> None:
+    """The whole loss of trl's CPOTrainer (simpo) and ORPOTrainer from the same logits, pair by
+    pair. trl's cross entropy in ORPO is over prompt and answer: the prompt is one token, which no
+    token predicts.
+    """
+    pytest.importorskip("trl")
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    kind = CPOTrainer if loss == "simpo" else ORPOTrainer
+    generator = torch.Generator().manual_seed(0)
+    for n_chosen, n_rejected in ((3, 11), (9, 4), (6, 6)):
+        logits = (torch.randn(2, 12, 7, generator=generator) * 2).requires_grad_()
+        ids = torch.randint(7, (2, 12), generator=generator)
+        mask = torch.zeros(2, 12, dtype=torch.long)
+        mask[0, 1 : 1 + n_chosen] = mask[1, 1 : 1 + n_rejected] = 1
+        labels = torch.where(mask.bool(), ids, IGNORE_INDEX)
+        mask[:, 0] = 1
+        batch = {
+            f"{side}_{name}": values[number : number + 1]
+            for number, side in enumerate(("chosen", "rejected"))
+            for name, values in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
+        }
+        expected, _ = kind.get_batch_loss_metrics(
+            reference_free_trainer(kind),
+            lambda *given, scores=logits, **named: Namespace(logits=scores),
+            batch,
+        )
+        (wanted,) = torch.autograd.grad(expected, logits)
+        shifted = labels[:, 1:]
+        log_p = answer_log_probs(logits[:, :-1], torch.eye(7), shifted)
+        lengths = Answers(*(shifted != IGNORE_INDEX).sum(dim=1).split(1))
+        settings = DpoConfig(loss=loss, beta=2.0, gamma=0.5 if loss == "simpo" else None)
+        found = preference_loss(Answers(*log_p.split(1)), None, lengths, settings).loss.mean()
+        (gradient,) = torch.autograd.grad(found, logits)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+        assert wanted.abs().max() > 1e-2
+
+
+def reference_free_trainer(kind: Any) -> SimpleNamespace:
+    """As much of a CPOTrainer or an ORPOTrainer as its loss looks at."""
+    from functools import partial
+
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda tensor: tensor),
+        is_encoder_decoder=False, padding_value=0, pad_token_id=0, aux_loss_enabled=False, beta=2.0,
+        loss_type="simpo", simpo_gamma=0.5, alpha=0.0, cpo_alpha=0.0, label_smoothing=0.0,
+        concatenated_inputs=kind.concatenated_inputs, get_batch_logps=kind.get_batch_logps,
+    )  # fmt: skip
+    for name in ("concatenated_forward", "cpo_loss", "odds_ratio_loss"):
+        if hasattr(kind, name):
+            setattr(trainer, name, partial(getattr(kind, name), trainer))
+    return trainer
 
 
 class FakeModel:

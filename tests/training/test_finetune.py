@@ -350,7 +350,10 @@ def test_packed_and_padded_rows_train_on_the_same_loss(make: Make, tmp_path: Pat
 def test_only_fine_tuning_has_a_column_of_accuracy(make: Make, home: Path, tmp_path: Path) -> None:
     """The file of a pretraining run is as it was; fine-tuning has one column more, filled at validations."""
     assert run(make()) == 0
-    before = "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s,passes"
+    before = (
+        "step,train_loss,val_loss,val_ppl,val_bpb,lr,grad_norm,tokens,tokens_per_s,passes,"
+        "mfu,data_wait,peak_bytes"
+    )
     assert (home / "logs" / "pretrain" / "metrics.csv").read_text(encoding="utf-8").splitlines()[
         0
     ] == before
@@ -736,7 +739,10 @@ def test_a_run_resumes_without_its_initial_model(make: Make, home: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["whole", "lora", "hf_model lora"])
+@pytest.mark.parametrize(
+    "name",
+    ["lora", *(pytest.param(name, marks=pytest.mark.long) for name in ("whole", "hf_model lora"))],
+)
 def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     name: str, make: Make, tmp_path: Path
 ) -> None:
@@ -833,7 +839,8 @@ def test_an_adapter_resumes_only_on_its_own_base(
         (
             "whole",
             ["training.init_from=null"],
-            "training.init_from: must be set: new weights cannot learn from the answers alone. Set it to a checkpoint",
+            "training.init_from: must be set: new weights cannot learn from the answers alone. Set it to a checkpoint "
+            "or hf:NAME, or set training.train_on=all. To train new weights on documents, run train.py.",
         ),
         (
             "whole",
@@ -853,7 +860,8 @@ def test_an_adapter_resumes_only_on_its_own_base(
         (
             "whole",
             ["training.seq_len=161"],
-            "final.ckpt), got 161. Lower training.seq_len.",
+            "final.ckpt), got 161. Lower training.seq_len, or extend the context with model.max_seq_len and "
+            "model.rope_scaling.",
         ),
         (
             "lora",
@@ -865,6 +873,12 @@ def test_an_adapter_resumes_only_on_its_own_base(
             "hf_model",
             ["model.residual_dropout=0.1"],
             "model.residual_dropout: must be 0.0, as in training.init_from (hf:",
+        ),
+        (
+            "whole",
+            ["model.vocab_size=50304"],
+            "final.ckpt), got 50304. Remove it; for new weights, run train.py without "
+            "training.init_from.",
         ),
         ("whole", ["tokenizer.kind=char"], "final.ckpt was trained with tokenizer "),
         (
@@ -988,7 +1002,7 @@ def test_a_checkpoint_that_is_older_than_a_setting_can_be_resumed() -> None:
     """A setting that it does not have counts as null; the rows that are skipped are compared by content."""
     now = Config().to_plain()
     was = now | {"data": {k: v for k, v in now["data"].items() if k != "skip_bad_rows"}}
-    assert changed_settings(was, now) == []
+    assert changed_settings(was, now) == {}
 
 
 def test_changed_rows_are_refused(make: Make, home: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -29,7 +29,7 @@ from tests.training.test_train import (
 from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
 from tinylm.config.schema import HardwareConfig
-from training.launch import find_launcher
+from training.context import find_launcher
 
 Make = Callable[..., Path]
 Patch = pytest.MonkeyPatch

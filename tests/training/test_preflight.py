@@ -18,10 +18,10 @@ from tinylm.checkpoint import format as checkpoint_format
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
 from tinylm.model.decoder import Decoder
-from tinylm.planning import machine_memory, probes
+from tinylm.planning import batch_size, memory, probes
+from tinylm.planning.batch_size import measure_sizes
 from tinylm.planning.memory_plan import plan_run, with_settings
 from training import preflight
-from training.preflight import measure_sizes
 
 Make = Callable[..., Path]
 Patch = pytest.MonkeyPatch
@@ -92,7 +92,7 @@ def test_a_run_that_does_not_fit_is_not_measured_and_gets_overrides(
     config = with_settings(load_config(path), {"model.vocab_size": 260})
     half = {"training.micro_batch_size": 32, "training.grad_accum_steps": 2}
     monkeypatch.setattr(
-        machine_memory,
+        memory,
         "available_bytes",
         lambda device: plan_run(with_settings(config, half), "cpu").peak,
     )
@@ -115,7 +115,7 @@ def test_a_run_that_does_not_fit_is_not_measured_and_gets_overrides(
 def test_if_nothing_fits_a_smaller_model_is_suggested(
     make_config: Make, capsys: Capture, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr(machine_memory, "available_bytes", lambda device: 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1)
     assert refused(make_config(), capsys, "--plan").endswith(
         "are available. Use a much smaller model: lower model.d_model and model.vocab_size."
     )
@@ -124,7 +124,7 @@ def test_if_nothing_fits_a_smaller_model_is_suggested(
 def test_a_plan_without_known_memory(
     make_config: Make, capsys: Capture, monkeypatch: Patch, fast: None
 ) -> None:
-    monkeypatch.setattr(machine_memory, "available_bytes", lambda device: None)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None)
     assert run(make_config(), "--plan", "hardware.compile=true") == 0
     out, err = capsys.readouterr()
     assert "at the peak, unknown how much is available" in out
@@ -289,7 +289,7 @@ def speeds_of(monkeypatch: Patch, speeds: dict[int, float], limit: int) -> list[
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return probes.Speed(speeds[rows], rows)
 
-    monkeypatch.setattr(preflight, "measure_speed", measure)
+    monkeypatch.setattr(batch_size, "measure_speed", measure)
     return measured
 
 
@@ -327,9 +327,7 @@ def test_the_plan_bounds_what_is_tried(
     config = with_settings(
         load_config(path), {"model.vocab_size": 260, "training.micro_batch_size": 6}
     )
-    monkeypatch.setattr(
-        machine_memory, "available_bytes", lambda device: plan_run(config, "cpu").peak
-    )
+    monkeypatch.setattr(memory, "available_bytes", lambda device: plan_run(config, "cpu").peak)
     assert run(path, "--find-batch-size") == 0
     assert measured == [1, 2, 4]
     assert "by the plan: 4 rows\n" in capsys.readouterr().err
@@ -353,14 +351,14 @@ def test_a_single_row_that_does_not_fit_is_an_error(
     assert refused(make_config(), capsys, "--find-batch-size").startswith(
         "error: out of memory: a micro-batch of 1 rows (training.micro_batch_size) of 16"
     )
-    monkeypatch.setattr(machine_memory, "available_bytes", lambda device: 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1)
     message = refused(make_config(), capsys, "--find-batch-size")
     assert re.match(
         r"error: memory: not even one row fits into \S+ [MG]B\. Use --plan in place of "
         r"--find-batch-size: it shows what to change\.",
         message,
     )
-    monkeypatch.setattr(machine_memory, "available_bytes", lambda device: None)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None)
     message = refused(make_config(), capsys, "--find-batch-size")
     assert (
         message

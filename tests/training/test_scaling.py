@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import orjson
 import pytest
+import torch
 
 from tests.test_docs import SHOWN, Command, blocks, commands
 from tinylm.checkpoint import format as checkpoint_format
@@ -25,6 +27,7 @@ from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokens.encode import encode_documents
 from tinylm.tokens.id_arrays import open_tokens
 from tinylm.tokens.run_files import cached_token_file
+from training.context import is_lost_connection, lost_process
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "SCALING.md").read_text(encoding="utf-8")
@@ -425,6 +428,50 @@ def test_two_machines_train_one_model(
     stderr = "".join([ended(process) for process in processes])
     assert stderr.count("256 tokens per step, 2 steps") == 1
     assert checkpoint_format.read(tmp_path / "run" / "final.ckpt")["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_a_lost_machine_is_one_error_line_of_the_other(encoded: Path, tmp_path: Path) -> None:
+    """Killed after the first checkpoint, which the error names."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for node in range(2):
+        words, environment = by_slurm(node, port)
+        words = [*words, *run_of(tmp_path, "run"), "training.max_steps=100000"]
+        processes.append(started(encoded, words, **environment))
+    first = tmp_path / "run" / "step-000002.ckpt"
+    deadline = time.monotonic() + 240
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    processes[1].kill()
+    processes[1].communicate(timeout=60)
+    _, stderr = processes[0].communicate(timeout=120)
+    assert processes[0].returncode == 2, stderr
+    assert "Traceback" not in stderr
+    error = stderr.splitlines()[-1]
+    newest = max((tmp_path / "run").glob("step-*.ckpt"), key=checkpoint_format.step_of)
+    assert error.startswith("error: hardware: the connection to another process of this run was ")
+    assert error.endswith(f" Start the same command for every process; it continues from {newest}.")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("[a/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (torch.distributed.DistStoreError("Timed out after 1801 seconds waiting"), True),
+        (RuntimeError("size mismatch"), False),
+    ],
+)
+def test_other_errors_keep_their_traceback(error: RuntimeError, is_lost: bool) -> None:
+    assert is_lost_connection(error) == is_lost
+    if is_lost:
+        found = str(lost_process(error, Path("nowhere")))
+        assert found.startswith(
+            "hardware: the connection to another process of this run was lost: "
+        )
+        assert found.endswith(f"({error}). No checkpoint was saved before.")
 
 
 def test_the_job_script_asks_for_what_the_config_says():

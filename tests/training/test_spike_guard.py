@@ -26,7 +26,6 @@ from tests.training.test_train import (
     run,
 )
 from tinylm.checkpoint import format as checkpoint_format
-from tinylm.optim import spikes
 
 # With a band after 2 steps, the first values of a run are the band.
 GUARD = {"training": {"skip_spikes": 6, "grad_accum_steps": 3, "keep_last": None}}
@@ -36,7 +35,7 @@ GUARD["training"]["save_every_steps"] = 1
 @pytest.fixture(autouse=True)
 def short_band(monkeypatch: Patch) -> None:
     """Compare from step 3 on, so that runs of 6 steps show the rule."""
-    monkeypatch.setattr(spikes, "MIN_STEPS", 2)
+    monkeypatch.setattr(model, "MIN_STEPS", 2)
 
 
 def poison(patch: Patch, steps: set[int], factor: float = 20.0) -> None:
@@ -80,19 +79,19 @@ def test_the_limit_is_worked_out_by_hand():
     below is no spike.
     """
     history = [[loss, 1.0] for loss in (1.0, 2.0, 3.0)] * 7
-    assert spikes.spike_in({"loss": 4.96, "norm": 1.0}, history, 2) is None
-    assert spikes.spike_in({"loss": 4.97, "norm": 1.0}, history, 2) is not None
-    assert spikes.spike_in({"loss": -100.0, "norm": 0.0}, history, 2) is None, "only above"
+    assert model.spike_in({"loss": 4.96, "norm": 1.0}, history, 2) is None
+    assert model.spike_in({"loss": 4.97, "norm": 1.0}, history, 2) is not None
+    assert model.spike_in({"loss": -100.0, "norm": 0.0}, history, 2) is None, "only above"
     # The norm never differed: its spread is 1% of 1, so the limit is 1.02.
-    assert spikes.spike_in({"loss": 2.0, "norm": 1.019}, history, 2) is None
-    found = spikes.spike_in({"loss": 2.0, "norm": 1.021}, history, 2)
+    assert model.spike_in({"loss": 2.0, "norm": 1.019}, history, 2) is None
+    found = model.spike_in({"loss": 2.0, "norm": 1.021}, history, 2)
     assert found == "the norm is 1.021, above 1.02, the limit by the last 21 steps (median 1)"
 
 
 def test_earlier_outliers_do_not_widen_the_band():
     """A tenth of outliers moves a mean and a standard deviation; median and MAD hardly."""
     history = [[2.0 + i % 5 / 10, 1.0] for i in range(90)] + [[1e6, 1.0]] * 10
-    assert spikes.spike_in({"loss": 4.0, "norm": 1.0}, history, 6) is not None
+    assert model.spike_in({"loss": 4.0, "norm": 1.0}, history, 6) is not None
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------
@@ -270,9 +269,8 @@ RANK = """
 import os, sys
 sys.path.insert(0, os.getcwd())
 import model, train
-from tinylm.optim import spikes
 
-spikes.MIN_STEPS = 2
+model.MIN_STEPS = 2
 original = model.LanguageModule.batch_loss
 
 def batch_loss(self, batch, **settings):

@@ -1,11 +1,17 @@
-"""Worker processes that make batches: one that is killed, and one that finds a mistake (FAULTS C5)."""
+"""Worker processes that make batches: killed, hanging, or with an error (FAULTS C5)."""
 
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
+import pytest
+from torch.utils.data import get_worker_info
+
+import tinylm.tokens.workers
 import train
+from tinylm.tokens.packing import RowDataset
 from training.callbacks import StepEnd
 
 
@@ -51,3 +57,38 @@ def test_a_mistake_in_the_data_is_the_same_line_with_and_without_workers(
         errors.append(capsys.readouterr().err.splitlines()[-1])
     assert errors[0].startswith(f"error: {tmp_path}/rows.jsonl:31: text: ")
     assert errors[0] == errors[1]
+
+
+def test_a_worker_that_hangs_is_killed_and_named(make_config, capsys, monkeypatch):
+    """At micro-batch 4; it ignores SIGTERM, so the program would wait for it at its exit."""
+    others = set(multiprocessing.active_children())
+    get = RowDataset.__getitem__
+
+    def hang(self, k):
+        if get_worker_info() and k == 3:  # not in validation, which this process reads
+            time.sleep(60)
+        return get(self, k)
+
+    monkeypatch.setattr(RowDataset, "__getitem__", hang)
+    monkeypatch.setattr(tinylm.tokens.workers, "TIMEOUT_SECONDS", 3)
+    assert train.main(["--config", str(make_config(data={"num_workers": 1}))]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == (
+        "error: data.num_workers: a worker process took more than 3 seconds to make micro-batch 4 "
+        "since the start of this program. Look at the disk and the network that the data are on, "
+        "and run the command again."
+    )
+    for worker in set(multiprocessing.active_children()) - others:
+        worker.join(5)
+    assert set(multiprocessing.active_children()) <= others
+
+
+def test_a_bug_in_a_worker_is_a_traceback_that_names_the_micro_batch(make_config, monkeypatch):
+    def fail(self, k):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(RowDataset, "__getitem__", fail)
+    with pytest.raises(
+        ZeroDivisionError, match="(?s)worker process 0.*a bug\nmicro-batch 1 of the"
+    ):
+        train.main(["--config", str(make_config(data={"num_workers": 1}))])

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# model.verifier is imported for a checkpoint of that stage
+# model.verifier and model.reward_model are imported for a checkpoint of that stage, model.rounded for
+# one with fewer bits
 from tinylm import model as models
 from tinylm.checkpoint.old_schemas import SCHEMA, upgrade
 from tinylm.common.errors import DamagedError, UserError, first_line
@@ -40,14 +41,19 @@ _TYPES: dict[str, tuple[Any, ...]] = {
     "val_loss": (*_NUMBER, None),
     "created": _NUMBER,
     "config": (dict,),
+    "settled": (dict, ABSENT),
     "tokenizer": (dict,),
     "weights": (dict,),
     "hf_config": (str, None, ABSENT),
     "base": (dict, None, ABSENT),
     "reference": (dict, None, ABSENT),
+    "int8": (dict, ABSENT),
+    "int4": (dict, ABSENT),
     "system": (str, None, ABSENT),
+    "source_passes": (list, ABSENT),
     "data": (dict, ABSENT),
     "progress": (dict, ABSENT),
+    "rollouts": (list, ABSENT),
 }
 # The types of the keys that a run needs to resume; an imported model has none of them.
 _RESUME_TYPES: dict[str, tuple[Any, ...]] = {
@@ -59,6 +65,8 @@ _RESUME_TYPES: dict[str, tuple[Any, ...]] = {
     "world_size": (int,),
     "threads": (int,),
 }
+# The keys of matrices with fewer bits, and the bits: the fewest first.
+ROUNDED = {"int4": 4, "int8": 8}
 # Larger counts cannot be written into metrics and file names.
 _LARGEST_COUNT = 2**63 - 1
 
@@ -95,6 +103,16 @@ def tokenizer_of(path: Path, state: dict[str, Any]) -> Tokenizer:
         problem = f"has {tokenizer.vocab_size} tokens, but the model has {size}"
         raise DamagedError((path, "tokenizer"), problem, ANOTHER)
     return tokenizer
+
+
+def rounded_weights(state: dict[str, Any]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """The matrices in 8 or 4 bits in a state, by name; empty if it has none."""
+    return state.get("int8", {}) | state.get("int4", {})
+
+
+def rounding_of(state: dict[str, Any]) -> str | None:
+    """int4 if a state has matrices in 4 bits, int8 if all rounded ones have 8, None if none is."""
+    return next((key for key in ROUNDED if key in state), None)
 
 
 # --- keys ---
@@ -187,35 +205,103 @@ def _check_config(path: Path, state: dict[str, Any]) -> Config:
 
 
 def _check_weights(path: Path, state: dict[str, Any], config: Config) -> None:
-    weights = state["weights"]
-    size = path.stat().st_size
+    weights, rounding = state["weights"], rounding_of(state)
+    dtype = torch.float32 if rounding is None else torch.bfloat16
     for name, weight in weights.items():
-        where = (path, "weights", name)
-        if not isinstance(name, str) or not isinstance(weight, Tensor):
-            raise DamagedError(where, "must be a tensor with a name", ANOTHER)
-        is_plain = weight.layout == torch.strided and weight.device.type == "cpu"
-        if not is_plain or weight.dtype != torch.float32:
-            found = f"{weight.dtype}, {weight.layout}, {weight.device}"
-            raise DamagedError(where, f"must be a tensor of 32-bit floats, got {found}", ANOTHER)
-        if weight.numel() * weight.element_size() > size:  # one number, repeated by its strides
-            problem = f"has {weight.numel()} numbers, more than the file"
-            raise DamagedError(where, problem, ANOTHER)
-    if config.lora is None and state["hf_config"] is None:
-        try:
-            model = empty_model(config.model, is_verifier=state["stage"] == "verifier")
-        except (UserError, ValueError, RuntimeError) as error:  # sizes that make no tensor
-            problem = f"make no model: {first_line(error)}"
-            raise DamagedError((path, "config.model"), problem, ANOTHER) from None
-        _check_shapes(path, weights, model)
-    for weight in weights.values():
+        _check_tensor(path, "weights", name, weight, dtype)
+    if rounding is not None:
+        _check_rounded(path, state, config)
+    elif config.lora is None and state["hf_config"] is None:
+        model = _model_of_settings(path, config.model, state["stage"])
+        _check_shapes(path, _shapes(weights), model)
+    scales = [part for _, *scales in rounded_weights(state).values() for part in scales]
+    for weight in [*weights.values(), *scales]:
         if not weight.isfinite().all():
             problem = "has weights that are not finite numbers; its training diverged"
             raise DamagedError(path, problem, "Use an earlier checkpoint")
 
 
-def _check_shapes(path: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
-    wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+_DTYPE_NAMES = {
+    torch.float32: "32-bit floats",
+    torch.bfloat16: "bf16 numbers",
+    torch.int8: "8-bit integers",
+    torch.uint8: "bytes",
+}
+
+
+def _check_tensor(path: Path, section: str, name: Any, weight: Any, dtype: torch.dtype) -> None:
+    where = (path, section, name)
+    if not isinstance(name, str) or not isinstance(weight, Tensor):
+        raise DamagedError(where, "must be a tensor with a name", ANOTHER)
+    is_plain = weight.layout == torch.strided and weight.device.type == "cpu"
+    if not is_plain or weight.dtype != dtype:
+        found = f"{weight.dtype}, {weight.layout}, {weight.device}"
+        problem = f"must be a tensor of {_DTYPE_NAMES[dtype]}, got {found}"
+        raise DamagedError(where, problem, ANOTHER)
+    if weight.numel() * weight.element_size() > path.stat().st_size:
+        # one number, repeated by its strides
+        problem = f"has {weight.numel()} numbers, more than the file"
+        raise DamagedError(where, problem, ANOTHER)
+
+
+def _check_rounded(path: Path, state: dict[str, Any], config: Config) -> None:
+    """Check the codes and scales of weights in 8 or 4 bits, and that these and the others are those
+    of the model.
+    """
+    rounding = rounding_of(state)
+    kinds = {
+        "an adapter": config.lora is not None,
+        "a Hugging Face model": state["hf_config"] is not None,
+        "a verifier": state["stage"] == "verifier",
+        "a reward model": state["stage"] == "reward_model",
+    }
+    for kind in kinds:
+        if kinds[kind]:
+            raise DamagedError((path, rounding), f"is not supported for {kind}", ANOTHER)
+    model = _model_of_settings(path, config.model, state["stage"])
+    names = set(models.rounded.rounded_names(model))
+    for name in sorted(names ^ rounded_weights(state).keys(), key=str):
+        problem = "missing weight" if name in names else "not a matrix of 8 or 4 bits"
+        raise DamagedError((path, rounding, name), problem, ANOTHER)
+    wanted = _shapes(model.state_dict())
+    for key in ROUNDED:
+        for name, matrix in state.get(key, {}).items():
+            _check_matrix((path, key, name), matrix, wanted[name])
+    found = {name: wanted[name] for name in names}
+    if config.model.tie_embeddings:
+        found["embedding.weight"] = wanted["embedding.weight"]
+    _check_shapes(path, found | _shapes(state["weights"]), model)
+
+
+def _check_matrix(where: tuple[Path, str, str], matrix: Any, shape: tuple[int, ...]) -> None:
+    """Check the parts of a matrix of this shape in 8 or 4 bits."""
+    path, key, name = where
+    if key == "int4" and not models.rounded.has_groups(shape):
+        raise DamagedError(where, f"a matrix of the shape {shape} cannot have 4 bits", ANOTHER)
+    layout = models.rounded.layout(shape, ROUNDED[key])
+    if not isinstance(matrix, tuple) or len(matrix) != len(layout):
+        raise DamagedError(where, f"must be {', '.join(layout)}", ANOTHER)
+    for part, (kind, (dtype, part_shape)) in zip(matrix, layout.items(), strict=True):
+        _check_tensor(path, key, name, part, dtype)
+        if not part.is_contiguous() or part.shape != part_shape:
+            problem = f"must have {kind} of the shape {part_shape}, got {tuple(part.shape)}"
+            raise DamagedError(where, problem, ANOTHER)
+
+
+def _model_of_settings(path: Path, config: ModelConfig, stage: str) -> nn.Module:
+    try:
+        return empty_model(config, stage)
+    except (UserError, ValueError, RuntimeError) as error:  # sizes that make no tensor
+        problem = f"make no model: {first_line(error)}"
+        raise DamagedError((path, "config.model"), problem, ANOTHER) from None
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], model: nn.Module) -> None:
+    wanted = _shapes(model.state_dict())
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) == found.get(name):
             continue
@@ -228,13 +314,16 @@ def _check_shapes(path: Path, weights: dict[str, Tensor], model: nn.Module) -> N
         raise DamagedError((path, "weights", name), problem, ANOTHER)
 
 
-def empty_model(config: ModelConfig, *, is_verifier: bool = False) -> nn.Module:
-    """A decoder or verifier on the meta device: shapes without numbers, for
-    `load_state_dict(..., assign=True)`.
+def empty_model(config: ModelConfig, stage: str = "pretrain") -> nn.Module:
+    """The model of a stage, a decoder, verifier or reward model, on the meta device: shapes without
+    numbers, for `load_state_dict(..., assign=True)`.
     """
-    kind = models.verifier.Verifier if is_verifier else Decoder
     with torch.device("meta"), _NoInit():
-        return kind(config)
+        if stage == "verifier":
+            return models.verifier.Verifier(config)
+        if stage == "reward_model":
+            return models.reward_model.RewardModel(config)
+        return Decoder(config)
 
 
 class _NoInit(TorchFunctionMode):

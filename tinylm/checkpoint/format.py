@@ -9,10 +9,15 @@ a wrong number. The content of a checkpoint, the state, is one dict:
     stage, step, tokens                     what was trained, optimizer steps and target tokens so far
     train_loss, val_loss, created           for lists of checkpoints
     config, tokenizer, weights              rebuild the model; of an adapter, `weights` are its matrices alone
+    int8, int4                              matrices in 8 and 4 bits, {name: (codes, scale)} and {name: (codes, scale,
+                                            offset)}, if it has some; `weights` are the others, in bf16
+                                            (`model/rounded.py`)
     hf_config                               config.json of a Hugging Face model as text, else None
     base, reference                         {"path", "fingerprint"} of the model under an adapter, and of the
                                             reference of preference training, else None
     system                                  the most common system turn of its rows, if they have one
+    rollouts                                of a run on rewards, saved between two steps on the same
+                                            answers: those answers
     optimizer, precision, progress, cursor  resume the run; an imported model has none of these
     data, world_size, threads, versions     fingerprints and numbers that a resumed run is compared with
 
@@ -42,16 +47,16 @@ from filelock import Timeout
 # checkpoint.check is imported at its first use
 from tinylm import checkpoint as checkpoints
 from tinylm.checkpoint.old_schemas import NO_REFERENCES, SCHEMA
-from tinylm.common.errors import (
-    DamagedError,
-    UserError,
-    first_line,
-    not_found,
-    why_unwritten,
+from tinylm.common.errors import DamagedError, UserError, first_line, not_found, why_unwritten
+from tinylm.common.files import (
+    START_BYTES,
+    atomic_path,
+    open_regular,
+    read_regular,
+    remove,
+    temporary_lock,
     writing,
 )
-from tinylm.common.file_content import START_BYTES
-from tinylm.common.files import atomic_path, open_regular, read_regular, remove, temporary_lock
 
 __all__ = ["NO_REFERENCES", "SCHEMA"]  # of old_schemas, for code that writes a state
 
@@ -324,6 +329,7 @@ class RunLock:
     def __init__(self, folder: Path, setting: str):
         self.folder = folder
         self.setting = setting
+        self._owner = f"process {os.getpid()} on {socket.gethostname()}"
         self._stack = contextlib.ExitStack()
         self._stat: os.stat_result | None = None
 
@@ -343,7 +349,7 @@ class RunLock:
         self._stack.callback(self._remove_owner)
         with writing(self.folder, self.setting):
             self._stat = file.stat()
-            owner.write_text(_this_process(), encoding="utf-8")
+            owner.write_text(self._owner, encoding="utf-8")
             for path in self.folder.glob(".*.tmp"):
                 remove(path)
 
@@ -369,12 +375,8 @@ class RunLock:
     def _remove_owner(self) -> None:
         owner = self.folder / ".owner"
         with contextlib.suppress(OSError, UserError):  # the folder was removed
-            if read_regular(owner).decode() == _this_process():
+            if read_regular(owner).decode() == self._owner:
                 owner.unlink()
-
-
-def _this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 @contextlib.contextmanager

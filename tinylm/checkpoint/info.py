@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tinylm.checkpoint.check import rounded_weights, rounding_of
 from tinylm.checkpoint.format import read
 
 
@@ -29,6 +32,10 @@ class CheckpointInfo:
     best_step: int | None = None
     """where its run had the lowest val_loss so far; None for an imported model"""
     best_val_loss: float | None = None
+    best_by: str = "val_loss"
+    """the measure of best.ckpt"""
+    source_passes: tuple[float, ...] = ()
+    """the passes over each source of data.mix, if there are several"""
 
     def summary(self) -> str:
         """One line: where it is, what it was trained for and how long, and whether its run had a
@@ -38,9 +45,8 @@ class CheckpointInfo:
         if self.val_loss is not None:
             line += f", val_loss {self.val_loss:.4f}"
         if self.best_step is not None and self.best_step < self.step:
-            line += (
-                f"; the lowest was {self.best_val_loss:.4f} at step {self.best_step} (best.ckpt)"
-            )
+            line += f"; the lowest was {self.best_val_loss:.4f} at step {self.best_step}"
+            line += " (best.ckpt)" if self.best_by == "val_loss" else ""
         return line
 
 
@@ -65,7 +71,12 @@ def info_of(path: Path, state: dict[str, Any]) -> CheckpointInfo:
         for name, weight in state["weights"].items()
         if name != "head.weight" or not model["tie_embeddings"]
     }
+    # A checkpoint with fewer bits has a tied matrix once.
+    for name, (codes, *_) in rounded_weights(state).items():
+        weights[name] = codes.numel() * (2 if codes.dtype == torch.uint8 else 1)  # 4 bits
     shape = f"{model['n_layers']}L {model['d_model']}d {model['n_heads']}h"
+    rounding = rounding_of(state)
+    shape += f" {rounding}" if rounding else ""
     return CheckpointInfo(
         path=path,
         stage=state["stage"],
@@ -80,6 +91,8 @@ def info_of(path: Path, state: dict[str, Any]) -> CheckpointInfo:
         shape=f"{shape} + r{lora['r']}" if lora else shape,
         best_step=best_step and -best_step,
         best_val_loss=best_val_loss,
+        best_by=next(iter(state.get("progress", {}).get("measured", ())), "val_loss"),
+        source_passes=tuple(state.get("source_passes", ())),
     )
 
 

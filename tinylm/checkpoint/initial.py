@@ -13,57 +13,89 @@ fingerprint of its weights.
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-# models.hf_files is imported when a model of Hugging Face is opened or rebuilt
+# models.growth and tokenizers.added are imported for special tokens that are added, models.hf_files
+# when a model of Hugging Face is opened or rebuilt, models.rounded for weights with fewer bits
 from tinylm import model as models
-from tinylm.checkpoint.check import empty_model, tokenizer_of
+from tinylm import tokenizer as tokenizers
+from tinylm.checkpoint.check import empty_model, rounded_weights, rounding_of, tokenizer_of
 from tinylm.checkpoint.format import read
 from tinylm.checkpoint.info import info_of
 from tinylm.common.errors import UserError
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.schema import Config, ModelConfig, TokenizerConfig
 from tinylm.model.decoder import Decoder
+from tinylm.rows.conversation import SCORING_STAGES
 from tinylm.tokenizer.base import Tokenizer
+from tinylm.tokenizer.factory import make_tokenizer
 
 if TYPE_CHECKING:
     from tinylm.model.hf_model import HFModel
 
+logger = logging.getLogger(__name__)
 
 # --- weights to a model ---
 
 
-def whole_model(config: ModelConfig, state: dict[str, Any], path: Path) -> Decoder | HFModel:
-    """The model of the checkpoint at `path`, which has all its weights,
-    with the settings `config`.
+def whole_model(
+    config: ModelConfig, state: dict[str, Any], path: Path, *, mapped: bool = False
+) -> Decoder | HFModel:
+    """The model of the checkpoint at `path`, which has all its weights, in fp32,
+    with the settings `config`; arguments as `build_decoder`.
     """
     if state["hf_config"] is not None:
         try:
             return models.hf_files.rebuild_hf_model(state["hf_config"], state["weights"])
         except UserError as error:
             raise error.within(path) from None
-    return build_decoder(config, state["weights"])
+    return build_decoder(config, full_weights(state), mapped=mapped)
 
 
-def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Decoder:
+def full_weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights in a state, in fp32; those in 8 or 4 bits as their codes say."""
+    matrices = rounded_weights(state)
+    if matrices:
+        return models.rounded.dequantized(state["weights"], matrices)
+    return state["weights"]
+
+
+def build_decoder(
+    config: ModelConfig, weights: dict[str, torch.Tensor], *, mapped: bool = False
+) -> Decoder:
     """A decoder with exactly these weights; RuntimeError names one that is missing,
     extra or of another shape.
+
+    Args:
+        mapped: whether they may stay where they are, in a mapped file. A copy outlives the file
+            being written to.
     """
     model = empty_model(config)
     model.load_state_dict(weights, strict=True, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
     for weight in model.parameters():
-        weight.data = weight.data.clone()  # the mapped file may be replaced
+        if not mapped:
+            weight.data = weight.data.clone()
         weight.requires_grad_(True)
     return model
+
+
+def rounded_decoder(config: ModelConfig, state: dict[str, Any]) -> Decoder:
+    """A decoder that computes in 8 or 4 bits and bf16, with the weights as they are in the state."""
+    model = empty_model(config)
+    model.load_state_dict(state["weights"], strict=False, assign=True)  # `check` has compared them
+    models.rounded.install(model, rounded_weights(state))
+    return model.bfloat16().requires_grad_(False)
 
 
 # --- the model to start from ---
@@ -83,24 +115,65 @@ class InitialModel:
     """None for hf:NAME: made from `tokenizer_config` when it is needed"""
     is_hf: bool
     """whether it is a Hugging Face model, also one in a checkpoint"""
+    has_encoder: bool
+    """whether it is an encoder-decoder"""
     build: Callable[[ModelConfig], Decoder | HFModel]
-    """the model with its weights; the settings may change the dropouts of a decoder"""
+    """the model with its weights; the settings may change the dropouts and positions of a decoder"""
     summary: str
     """its name, and of a checkpoint which step it is"""
+    new_tokens: range = range(0)
+    """the ids of special tokens that were added when it was opened"""
 
 
-def open_initial_model(name: str) -> InitialModel:
-    """The model that training.init_from calls `name`; its weights are read when it is built.
+def open_initial_model(name: str, special_tokens: Sequence[str] = ()) -> InitialModel:
+    """The model that training.init_from calls `name`, with rows for the special tokens that it
+    lacks; its weights are read when it is built.
 
     Raises:
-        UserError: it is missing or damaged, or it is an adapter or a verifier.
+        UserError: it is missing or damaged, or it is an adapter, a verifier or a reward model.
     """
+    initial = _open(name)
+    return _grown(initial, special_tokens) if special_tokens else initial
+
+
+def _grown(initial: InitialModel, names: Sequence[str]) -> InitialModel:
+    """The model with these special tokens: its embedding and head grow when it is built."""
+    known = initial.tokenizer or make_tokenizer(initial.tokenizer_config)
+    tokenizer = tokenizers.added.add_special_tokens(known, names)
+    new = range(known.vocab_size, tokenizer.vocab_size)
+    all_names = tuple(dict.fromkeys((*initial.tokenizer_config.special_tokens, *names)))
+    assert initial.model.vocab_size is not None
+    size = max(initial.model.vocab_size, new.stop)
+
+    def build(config: ModelConfig) -> Decoder | HFModel:
+        own = config.model_copy(update={"vocab_size": initial.model.vocab_size})
+        return models.growth.grow_vocabulary(initial.build(own), new) if new else initial.build(own)
+
+    return replace(
+        initial,
+        model=initial.model.model_copy(update={"vocab_size": size}),
+        tokenizer_config=initial.tokenizer_config.model_copy(update={"special_tokens": all_names}),
+        tokenizer=tokenizer,
+        build=build,
+        new_tokens=new,
+    )
+
+
+def _open(name: str) -> InitialModel:
+    """The model as it is."""
     if name.startswith(HF_PREFIX):
         hf_name = name.removeprefix(HF_PREFIX)
         files = models.hf_files.find_hf_model(hf_name)
         tokenizer_config = TokenizerConfig(kind="hf", path=hf_name)
         return InitialModel(
-            name, files.sizes, tokenizer_config, None, True, lambda _: files.load(), name
+            name=name,
+            model=files.sizes,
+            tokenizer_config=tokenizer_config,
+            tokenizer=None,
+            is_hf=True,
+            has_encoder=files.config.is_encoder_decoder,
+            build=lambda _: files.load(),
+            summary=name,
         )
     state = read(Path(name))
     refuse_verifier(Path(name), state)
@@ -112,22 +185,35 @@ def open_initial_model(name: str) -> InitialModel:
             "(stage pretrain, or sft without lora)"
         )
         raise UserError(name, problem, f"Start from its base, {base}, or from the merged model")
+    rounding = rounding_of(state)
+    if rounding:
+        logger.info("%s: its weights are %s, and are used in fp32 as rounded", name, rounding)
     return InitialModel(
         name=name,
         model=config.model,
         tokenizer_config=config.tokenizer,
         tokenizer=tokenizer_of(Path(name), state),
         is_hf=state["hf_config"] is not None,
+        has_encoder=holds_encoder(state),
         build=lambda config: whole_model(config, state, Path(name)),
         summary=info_of(Path(name), state).summary(),
     )
 
 
+def holds_encoder(state: dict[str, Any]) -> bool:
+    """Whether the model in a checkpoint is an encoder-decoder, which only Hugging Face models are."""
+    settings = state["hf_config"]
+    return settings is not None and bool(json.loads(settings).get("is_encoder_decoder"))
+
+
 def refuse_verifier(path: Path, state: dict[str, Any]) -> None:
-    """Raise a UserError if the checkpoint is a verifier, where a language model is needed."""
-    if state["stage"] == "verifier":
-        problem = "is a verifier, which scores answers and cannot generate text"
-        raise UserError(path, problem, "Give a language model; --verifier takes a verifier")
+    """Raise a UserError if the checkpoint is a verifier or a reward model, where a language model
+    is needed.
+    """
+    if state["stage"] in SCORING_STAGES:
+        kind = state["stage"].replace("_", " ")
+        problem = f"is a {kind}, which scores answers and cannot generate text"
+        raise UserError(path, problem, f"Give a language model; --verifier takes a {kind}")
 
 
 # --- which model it was ---
@@ -169,7 +255,7 @@ def fingerprint_of(model: nn.Module) -> str:
 
 def weights_fingerprint(path: Path) -> str:
     """`fingerprint_of` the model or adapter in the checkpoint at `path`, without building it."""
-    return _fingerprint(read(path)["weights"])
+    return _fingerprint(full_weights(read(path)))
 
 
 def _fingerprint(weights: Mapping[str, torch.Tensor]) -> str:

@@ -7,18 +7,27 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from tinylm.cli.screen import log_ignored, write
+from tinylm.cli.screen import log_ignored, log_incomplete, write
 from tinylm.common.console import readable
 from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.chat import Chat, StreamingStrip
+from tinylm.generate.constraint import Constraint
 from tinylm.generate.engine import Engine
 from tinylm.rows.templates import Template
 
 logger = logging.getLogger(__name__)
 
 
-def chat(engine: Engine, template: Template, sampling: SamplingConfig, system: str | None) -> int:
+def chat(
+    engine: Engine,
+    template: Template,
+    sampling: SamplingConfig,
+    system: str | None,
+    *,
+    constraint: Constraint | None,
+    lookup: bool,
+) -> int:
     """Answer one line after another until the input ends or a line is /exit."""
     conversation = Chat(engine, template, sampling.max_new_tokens, system)
     is_typed = sys.stdin.isatty()
@@ -32,14 +41,20 @@ def chat(engine: Engine, template: Template, sampling: SamplingConfig, system: s
         if line == "/exit":
             break
         try:
-            handle_line(line, conversation, sampling)
+            handle_line(line, conversation, sampling, constraint, lookup)
         except KeyboardInterrupt:
             if not is_typed:  # nobody is there to continue
                 raise
     return 0
 
 
-def handle_line(line: str, conversation: Chat, sampling: SamplingConfig) -> None:
+def handle_line(
+    line: str,
+    conversation: Chat,
+    sampling: SamplingConfig,
+    constraint: Constraint | None,
+    lookup: bool,
+) -> None:
     """Run a command, or answer a question; an invalid question does not end the chat."""
     if line == "/reset":
         conversation.forget()
@@ -48,12 +63,18 @@ def handle_line(line: str, conversation: Chat, sampling: SamplingConfig) -> None
         logger.info("%s: unknown command; the commands are /reset and /exit", line)
     elif line.strip():
         try:
-            answer(line, conversation, sampling)
+            answer(line, conversation, sampling, constraint, lookup)
         except UserError as error:
             logger.error("error: %s", error)
 
 
-def answer(text: str, conversation: Chat, sampling: SamplingConfig) -> None:
+def answer(
+    text: str,
+    conversation: Chat,
+    sampling: SamplingConfig,
+    constraint: Constraint | None,
+    lookup: bool,
+) -> None:
     """Stream the answer to a question and remember it;
     of a stopped answer only the printed part.
     """
@@ -67,11 +88,16 @@ def answer(text: str, conversation: Chat, sampling: SamplingConfig) -> None:
     strip = StreamingStrip()
     try:
         for piece in conversation.engine.stream(
-            question.prompt, sampling, stop_ids=question.stop_ids
+            question.prompt,
+            sampling,
+            stop_ids=question.stop_ids,
+            constraint=constraint,
+            lookup=lookup,
         ):
             part = strip(piece.text)
             shown += part
             write(readable(part))
+        log_incomplete(constraint, [piece.finish_reason])
     finally:
         conversation.remember(question, shown)
         write("\n")

@@ -3,8 +3,8 @@
 import argparse
 import logging
 
-from tinylm.common.console import Table, print_table
 from tinylm.common.errors import UserError
+from tinylm.common.tables import Table, print_table
 
 logger = logging.getLogger(__name__)
 

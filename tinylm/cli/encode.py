@@ -8,7 +8,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinylm.cli.text_flags import TEXT_FLAGS, add_text_flags, require_positive, text_source
+from tinylm.cli.text_flags import (
+    TEXT_FLAGS,
+    add_processes_flag,
+    add_text_flags,
+    add_tokenizer_flag,
+    require_positive,
+    text_source,
+)
 from tinylm.common.console import progress_bar
 from tinylm.common.errors import UserError, printable, rename_settings
 
@@ -41,31 +48,21 @@ for example:
     add_text_flags(
         parser, separator="text between documents in a .txt file (default: each line is a document)"
     )
-    parser.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="TOKENIZER",
-        help="a folder, a Hugging Face name such as gpt2, or byte",
-    )
+    add_tokenizer_flag(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.bin", help="the new token file"
     )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="number of processes; the file is the same (default: one per core)",
-    )
+    add_processes_flag(parser, "number of processes; the file is the same")
     parser.add_argument(
         "--max-doc-len", type=int, metavar="N", help="truncate documents to N tokens"
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument(
         "--format",
-        choices=("bin", "npy"),
+        choices=("bin", "npy", "bare"),
         default="bin",
-        help="npy: also write the ids as a plain NumPy array, FILE.npy (as --out FILE.npy does)",
+        help="npy: also write the ids as a plain NumPy array, FILE.npy (as --out FILE.npy does); "
+        "bare: also as numbers without a header, FILE.ids.bin (for data.token_dtype)",
     )
 
 
@@ -74,14 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the token file, report its content, and print its path."""
     from tinylm.common.files import locked
     from tinylm.text.sources import BIN, NPY
-    from tinylm.tokens.id_arrays import write_npy
+    from tinylm.tokens.id_arrays import write_ids
     from tinylm.tokens.run_files import notes_on_text
 
     require_positive(arguments, "processes", "docs", "max_doc_len")
     if arguments.out.suffix == NPY:  # the array is written beside a token file
         arguments.out, arguments.format = arguments.out.with_suffix(BIN), "npy"
     path = arguments.out
-    array = path.with_suffix(NPY)
+    array = array_path(arguments)
     if path.suffix != BIN:
         problem = f"the name of a token file must end with {BIN}, or {NPY} for an array beside it"
         raise UserError(("--out", path), problem, "Choose such a name")
@@ -90,23 +87,31 @@ def run(arguments: argparse.Namespace) -> int:
         path, "--out", on_wait=lambda: logger.info("waiting: another process writes %s", path)
     ):
         file = existing_or_encoded(arguments, spec)
-        if arguments.format == "npy" and not array_exists(array, file):
-            write_npy(file, array, "--out")
+        if arguments.format != "bin" and not array_exists(array, file):
+            write_ids(file, array, "--out")
     report_content(file)
     for note in notes_on_text(
         spec.split.text_source.name, file, spec.tokenizer, spec.separator, "--separator"
     ):
         logger.info("%s", note)
     logger.info("next: %s", training_command(path, arguments.tokenizer))
-    if arguments.format == "npy":
+    if arguments.format != "bin":
         print(printable(array))
     print(printable(path))
     return 0
 
 
+def array_path(arguments: argparse.Namespace) -> Path:
+    """The file beside the token file that has its ids alone, of --format npy and bare."""
+    from tinylm.text.sources import NPY
+
+    end = NPY if arguments.format == "npy" else ".ids.bin"
+    return arguments.out.with_suffix(end)
+
+
 def encode_spec(arguments: argparse.Namespace) -> "EncodeSpec":
     """What the token file is made from."""
-    from tinylm.text.splits import Split
+    from tinylm.text.sources import Split
     from tinylm.tokenizer.factory import named_tokenizer
     from tinylm.tokens.encode import EncodeSpec
 
@@ -123,19 +128,18 @@ def encode_spec(arguments: argparse.Namespace) -> "EncodeSpec":
 
 def existing_or_encoded(arguments: argparse.Namespace, spec: "EncodeSpec") -> "TokenFile":
     """The token file at --out: the existing one if it is what the flags ask for, else a new one."""
-    from tinylm.text.sources import NPY
     from tinylm.tokens.encode import encode_file, finished_file
     from tinylm.tokens.token_file import TokenFile
     from tinylm.tokens.token_file_writer import writer_folder
 
     path = arguments.out
-    array = path.with_suffix(NPY)
+    array = array_path(arguments)
     file = finished_file(path, spec)
     if file is not None:
         logger.info("already complete: %s", path)
         return file
     # Checked before the hours of work, not after them.
-    if arguments.format == "npy" and os.path.lexists(array):
+    if arguments.format != "bin" and os.path.lexists(array):
         raise UserError(
             array, f"already exists, without {path}", "Delete it, or choose another --out"
         )
@@ -176,7 +180,7 @@ def existing_or_encoded(arguments: argparse.Namespace, spec: "EncodeSpec") -> "T
 
 
 def array_exists(array: Path, file: "TokenFile") -> bool:
-    """Whether FILE.npy exists and has the ids of the token file.
+    """Whether the array exists and has the ids of the token file.
 
     Raises:
         UserError: it has other content.

@@ -11,14 +11,23 @@ from typing import Any
 import torch
 
 from tinylm.checkpoint.format import read
-from tinylm.checkpoint.load import Loaded, LoadedVerifier, model_of, verifier_of
+from tinylm.checkpoint.load import (
+    Loaded,
+    LoadedRewardModel,
+    LoadedVerifier,
+    model_of,
+    reward_model_of,
+    verifier_of,
+)
 from tinylm.cli.loading import choose_tokenizer
 from tinylm.cli.results import Row, cell, print_rows
 from tinylm.cli.subjects import Subject, find_checkpoints
 from tinylm.common.device import pick_device
-from tinylm.common.errors import UserError, printable, writing
+from tinylm.common.errors import UserError, printable
+from tinylm.common.files import writing
 from tinylm.config.loader import load_config, require_here
 from tinylm.config.schema import Config
+from tinylm.eval.pair_validation import pair_validation, score_reward_model
 from tinylm.eval.tasks.data import with_data_of_task
 from tinylm.eval.validation import (
     ValidationData,
@@ -76,11 +85,15 @@ def require_table_format(out: Path | None) -> Path | None:
 def score_subject(
     subject: Subject, arguments: argparse.Namespace, config: Config, device: str
 ) -> Row:
-    """The scores of a checkpoint: of a verifier if it is one, else of a language model."""
+    """The scores of a checkpoint: of a verifier or reward model if it is one, else of a language
+    model.
+    """
     path = subject.paths[0]
     state = read(path)
     if state["stage"] == "verifier":
         numbers, data = verifier_scores(verifier_of(path, state, device), config, device)
+    elif state["stage"] == "reward_model":
+        numbers, data = reward_model_scores(reward_model_of(path, state, device), config)
     else:
         numbers, data = language_scores(model_of(path, state, device), arguments, config)
     trained_with = state.get("data", {"val": "not known"})["val"]
@@ -101,6 +114,16 @@ def verifier_scores(
     """How well a verifier tells right answers from wrong ones."""
     data = verifier_validation(config, loaded, device)
     return score_verifier(loaded.model, data.batches), data
+
+
+def reward_model_scores(
+    loaded: LoadedRewardModel, config: Config
+) -> tuple[dict[str, Any], ValidationData]:
+    """How often a reward model prefers the chosen answer."""
+    data = pair_validation(config, loaded)
+    trained = loaded.config.reward_model
+    assert trained is not None, "a reward model's checkpoint has its section"
+    return score_reward_model(loaded.model, data.batches, trained.center_coef), data
 
 
 def language_scores(
@@ -149,7 +172,7 @@ def print_scores(rows: Sequence[Row], *, as_json: bool, several: bool) -> None:
     else:
         (row,) = rows
         numbers = [f"{name} {cell(row[name])}" for name in row if name.startswith("val_")]
-        counted = "answers" if "answers" in row else "tokens"
+        counted = next(name for name in ("answers", "pairs", "tokens") if name in row)
         print(
             f"{'  '.join(numbers)}  on {row[counted]:,} {counted} "
             f"({row['ckpt']}, step {row['step']})"

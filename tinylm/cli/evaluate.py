@@ -19,11 +19,11 @@ from tinylm.common.errors import UserError, no_folder, not_found
 from tinylm.eval.best_of_n import best_of_n, require_free_text_task
 from tinylm.eval.cases import Case, CasesSummary, evaluate_cases, read_cases
 from tinylm.eval.lm_eval import check_tasks, run_harness
+from tinylm.eval.reward_scoring import AnswerScorer, load_scorer
 from tinylm.eval.task_scores import TaskScore, evaluate_task
 from tinylm.eval.tasks.data import TaskData, load_task
 from tinylm.eval.tasks.table import find_task
 from tinylm.eval.tasks.task import Task
-from tinylm.eval.verifier_scoring import VerifierScorer
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             opened = open_subject(
                 subject,
                 device,
-                arguments.tokenizer,
+                arguments,
                 slots=arguments.batch_size,
                 deterministic=arguments.deterministic,
             )
@@ -87,7 +87,7 @@ class Questions:
     tasks: list[tuple[Task, TaskData]]
     shots: tuple[int, ...]
     harness_tasks: tuple[str, ...]
-    verifier: VerifierScorer | None
+    verifier: AnswerScorer | None
     """chooses among the answers of --best-of"""
 
 
@@ -136,11 +136,11 @@ def read_questions(arguments: argparse.Namespace, device: str) -> Questions:
 
 def load_verifier(
     arguments: argparse.Namespace, tasks: list[Task], device: str
-) -> VerifierScorer | None:
-    """The verifier of --best-of, or None without it.
+) -> AnswerScorer | None:
+    """The verifier or reward model of --best-of, or None without it.
 
     Raises:
-        UserError: --verifier is not a verifier, or a task has no answers to choose from.
+        UserError: --verifier is neither, or a task has no answers to choose from.
     """
     if (arguments.best_of is None) != (arguments.verifier is None):
         raise UserError(
@@ -154,7 +154,7 @@ def load_verifier(
         raise UserError("--best-of", "needs a task", "Give --tasks gsm8k")
     for task in tasks:
         require_free_text_task(task)
-    return VerifierScorer.load(arguments.verifier, device)
+    return load_scorer(arguments.verifier, device)
 
 
 def parse_shots(word: str) -> int:

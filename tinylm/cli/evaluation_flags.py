@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tinylm.cli.model_flags import add_tokenizer_flag
+from tinylm.cli.model_flags import add_tokenizer_flag, positive
 
 QUESTION_HELP = {
     "--cases": "YAML files of cases: name, prompt, target",
@@ -16,7 +16,7 @@ QUESTION_HELP = {
     "--lm-eval": "tasks of the lm-evaluation-harness (pip install lm_eval)",
     "--include-path": "YAML tasks for --lm-eval, in place of its own",
     "--best-of": "draw N answers per question, choose one at random, by vote, by --verifier",
-    "--verifier": "checkpoint of a verifier (finetune.py --config configs/verifier.yaml)",
+    "--verifier": "checkpoint of a verifier or a reward model (finetune.py)",
 }
 
 
@@ -61,11 +61,3 @@ def add_questions(group: argparse._ArgumentGroup) -> None:
 def words(text: str) -> tuple[str, ...]:
     """The parts of a list with commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.checkpoint.info import CheckpointInfo, describe, info_row
-from tinylm.common.console import Table, print_table
+from tinylm.common.console import size
 from tinylm.common.errors import UserError, no_folder, printable
-from tinylm.common.units import size
+from tinylm.common.tables import Table, print_table
 
 
 def list_checkpoints(arguments: argparse.Namespace) -> int:
@@ -71,7 +71,7 @@ def print_checkpoints(checkpoints: list[CheckpointInfo], folder: Path) -> None:
             printable(info.stage),
             str(info.step),
             f"{info.tokens:,}",
-            "-" if info.passes is None else f"{info.passes:.2f}",
+            passes_text(info),
             loss_text(info.train_loss),
             loss_text(info.val_loss),
             f"{info.parameters:,}",
@@ -97,6 +97,14 @@ def named_files(
         if others:
             name += f" ({', '.join(path.stem for path in others)})"
         yield names[0], name
+
+
+def passes_text(info: CheckpointInfo) -> str:
+    """The passes over the data, and over each source of a mixture; or a dash."""
+    if info.passes is None:
+        return "-"
+    of_sources = " ".join(f"{passes:.2f}" for passes in info.source_passes)
+    return f"{info.passes:.2f}" + (f" ({of_sources})" if of_sources else "")
 
 
 def loss_text(loss: float | None) -> str:

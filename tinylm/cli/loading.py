@@ -8,7 +8,6 @@ from tinylm.checkpoint.load import Loaded
 from tinylm.checkpoint.result import model_folders, model_of_run
 from tinylm.common.errors import UserError, printable, rename_settings
 from tinylm.rows.conversation import CHAT_STAGES
-from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import Template
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.factory import named_tokenizer
@@ -21,7 +20,7 @@ def choose_checkpoint(arguments: argparse.Namespace) -> Path:
     damaged checkpoints are skipped and logged.
     """
     if arguments.ckpt is not None:
-        return arguments.ckpt
+        return arguments.ckpt[0]
     if arguments.chat:
         return newest_fine_tuned(arguments.dir)
     found = model_of_run(arguments.dir, log_skipped)
@@ -98,7 +97,7 @@ def choose_template(
     if loaded.template is not None and not arguments.no_wrap:
         hint = "" if arguments.chat else "; --no-wrap continues the prompt as plain text"
         logger.info("template: %s, as in fine-tuning%s", loaded.template, hint)
-        return make_template(loaded.template, tokenizer)
+        return loaded.make_template(tokenizer)
     if arguments.chat:
         raise UserError(
             "--chat",

@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinylm.common.errors import UserError, printable, writing
+from tinylm.common.errors import UserError, printable
+from tinylm.common.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

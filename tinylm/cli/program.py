@@ -12,6 +12,7 @@ Imports nothing heavy: `--help` must not wait for torch, pydantic or rich.
 """
 
 import argparse
+import difflib
 import errno
 import os
 import signal
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinylm.common.console import lead_nowhere, log_to_stderr, open_streams, say
+from tinylm.common.console import as_typed, lead_nowhere, log_to_stderr, open_streams, say, size
 from tinylm.common.errors import (
     Diverged,
     UserError,
@@ -31,7 +32,8 @@ from tinylm.common.errors import (
     unsupported_on_mps,
 )
 from tinylm.common.platform import STOP_SIGNALS, accept_ctrl_c
-from tinylm.common.units import size
+
+SHOW_ROWS = "print the first N rows as training sees them: text, borders of documents, targets"
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,6 +86,10 @@ class Parser(argparse.ArgumentParser):
             joined.append(word)
         return super().parse_known_args(joined, namespace)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help and errors name commands as the user types them."""
+        super()._print_message(as_typed(message) if message else message, file)
+
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with 2."""
         self.exit(2, f"error: {printable(message)}. See {self.prog} --help.\n")
@@ -101,8 +107,57 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
+def training_parser(program: str, config: str, description: str) -> tuple[Parser, Any]:
+    """The parser, and its group of flags that do something before a run;
+    at most one of those is given.
+
+    Settings may appear between the flags: parse with `parse_intermixed_args`.
+    """
+    parser = Parser(
+        prog=f"python {program}",
+        usage=f"python {program} --config {config} [section.key=value ...]",
+        description=description,
+        epilog="Every setting: python -m tinylm config-reference writes docs/CONFIG_REFERENCE.md. "
+        "Exit codes: 0 done, 2 a mistake to correct, 3 diverged, 130/143 stopped after saving.",
+    )
+    parser.add_argument("--config", required=True, help="YAML file with the settings")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that override the file"
+    )
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume",
+        metavar="PATH",
+        type=Path,
+        help="continue from this checkpoint, or the newest of this folder, instead of the "
+        "newest of training.checkpoint_dir",
+    )
+    start.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="start a new run; the checkpoint folder must hold no checkpoints",
+    )
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="resume although data, tokenizer or settings differ from the checkpoint's",
+    )
+    parser.add_argument(
+        "--no-next", action="store_true", help="do not suggest what to run with the finished model"
+    )
+    group = parser.add_argument_group("before a run", "saves no checkpoint")
+    before = group.add_mutually_exclusive_group()
+    before.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print all settings, also those that have their default, as a config file",
+    )
+    before.add_argument("--show-rows", type=int, metavar="N", help=SHOW_ROWS)
+    return parser, before
+
+
 def _setting_hint(unknown: Sequence[str], words: Sequence[str]) -> str:
-    """How the first unknown flag is written as a setting; "" if no setting has its name."""
+    """How the first unknown flag is written as a setting; "" if no setting has such a name."""
     from tinylm.config.messages import sections
 
     flag, equals, value = unknown[0].partition("=")
@@ -111,6 +166,10 @@ def _setting_hint(unknown: Sequence[str], words: Sequence[str]) -> str:
     for key, section in sections():
         keys += [f"{key}.{field}" for field in section.model_fields if key]
     settings = [key for key in keys if name in (key, key.rpartition(".")[2])]
+    if not settings:
+        names = [key.rpartition(".")[2] for key in keys]
+        close = difflib.get_close_matches(name.rpartition(".")[2], names, 1, cutoff=0.7)
+        settings = [key for key in keys if key.rpartition(".")[2] in close]
     if not settings:
         return ""
     if not equals:

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinylm.common.console import Table, print_table
-from tinylm.common.errors import printable, writing
+from tinylm.common.errors import printable
+from tinylm.common.files import writing
+from tinylm.common.tables import Table, print_table
 from tinylm.eval.best_of_n import Candidates
 from tinylm.eval.task_scores import Answer, format_ranks
 

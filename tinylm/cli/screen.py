@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from tinylm.common.console import readable
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.chat import StreamingStrip
-from tinylm.generate.output import Prompt, TokenOutput
+from tinylm.generate.constraint import Constraint
+from tinylm.generate.output import FinishReason, Prompt, TokenOutput
 from tinylm.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -127,3 +128,15 @@ def log_ignored(prompt: Prompt, sampling: SamplingConfig) -> None:
         )
     if sampling.n_beams > 1:
         logger.info("beam search ignores temperature, top_k, top_p, min_p and seed")
+
+
+def log_incomplete(
+    constraint: Constraint | None, finish_reasons: Sequence[FinishReason | None]
+) -> None:
+    """Log how many texts of a constraint were cut off, so that they are not what it demands."""
+    n = finish_reasons.count("length")
+    if constraint is not None and n:
+        logger.info(
+            "%d of %d texts ended before the %s was complete; raise --max-new-tokens",
+            *(n, len(finish_reasons), constraint.name),
+        )

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinylm.checkpoint.load import load_model
 from tinylm.cli.loading import choose_tokenizer
 from tinylm.common.errors import UserError, printable
 from tinylm.generate.engine import Engine
+from tinylm.generate.weights import open_model, round_weights
 from tinylm.model.hf_files import find_hf_model
-from tinylm.rows.template_factory import make_template
 from tinylm.rows.templates import Template
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 
@@ -82,7 +81,8 @@ def find_checkpoints(patterns: Sequence[str], flag: str = "--checkpoints") -> li
     """
     files: dict[tuple[int, ...] | Path, list[Path]] = {}
     for pattern in patterns:
-        paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        is_glob = glob.has_magic(pattern) and not os.path.exists(pattern)
+        paths = sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]
         for path in map(Path, paths):
             names = files.setdefault(file_identity(path), [])
             if path not in names:
@@ -110,27 +110,31 @@ def file_identity(path: Path) -> tuple[int, ...] | Path:
 
 
 def open_subject(
-    subject: Subject, device: str, tokenizer: str, **engine_settings: Any
+    subject: Subject, device: str, arguments: argparse.Namespace, **engine_settings: Any
 ) -> OpenedSubject:
     """Load the model of a subject.
 
     Args:
+        arguments: --tokenizer of a checkpoint, and --weights.
         engine_settings: of its `Engine`.
 
     Raises:
         UserError: it does not exist, is damaged, or has diverged.
     """
     if subject.is_hf:
-        return open_hf_model(subject, device, **engine_settings)
-    path = subject.paths[0]
-    loaded = load_model(path, device)
-    tokenizer_used = choose_tokenizer(tokenizer, loaded.tokenizer)
-    engine = Engine(loaded.model, tokenizer_used, **engine_settings)
-    template = make_template(loaded.template, engine.tokenizer) if loaded.template else None
+        return open_hf_model(subject, device, arguments, **engine_settings)
+    loaded = open_model(subject.paths[0], device, arguments.weights)
+    tokenizer = choose_tokenizer(arguments.tokenizer, loaded.tokenizer)
+    max_rise = arguments.max_bpb_rise
+    round_weights(loaded.model, tokenizer, arguments.weights, max_rise=max_rise)
+    engine = Engine.of(loaded, tokenizer, **engine_settings)
+    template = loaded.make_template(tokenizer)
     return OpenedSubject(subject, engine, template, loaded.info.step, loaded.info.val_loss)
 
 
-def open_hf_model(subject: Subject, device: str, **engine_settings: Any) -> OpenedSubject:
+def open_hf_model(
+    subject: Subject, device: str, arguments: argparse.Namespace, **engine_settings: Any
+) -> OpenedSubject:
     """A Hugging Face model, which is prompted in plain text."""
     name = str(subject.paths[0])
     model = find_hf_model(name).load().to(device).eval()
@@ -142,5 +146,6 @@ def open_hf_model(subject: Subject, device: str, **engine_settings: Any) -> Open
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model only {n_embeddings}",
             "Download both again",
         )
+    round_weights(model, tokenizer, arguments.weights, max_rise=arguments.max_bpb_rise)
     engine = Engine(model, tokenizer, **engine_settings)
     return OpenedSubject(subject, engine, None, None, None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tinylm.common.errors import UserError
 
 if TYPE_CHECKING:
-    from tinylm.text.sources import Together
+    from tinylm.text.named_sources import Together
 
 # The flag in place of the setting that an error names (`calling`).
 TEXT_FLAGS = {
@@ -25,7 +25,8 @@ def add_text_flags(parser: argparse.ArgumentParser, *, separator: str) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, folders or globs of .txt, .jsonl, .parquet, .gz; "
+        help="files, folders or globs of .txt, .md, .html, .jsonl, .json, .csv, .tsv, .parquet, "
+        "also compressed; "
         "or hf:owner/name[:config[:split]], streamed from the hub",
     )
     parser.add_argument("--docs", type=int, metavar="N", help="stop after N documents")
@@ -38,9 +39,30 @@ def add_text_flags(parser: argparse.ArgumentParser, *, separator: str) -> None:
     parser.add_argument("--separator", metavar="TEXT", help=separator)
 
 
+def add_tokenizer_flag(parser: argparse.ArgumentParser) -> None:
+    """Declare --tokenizer, which the command needs."""
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="TOKENIZER",
+        help="a folder, a Hugging Face name such as gpt2, or byte",
+    )
+
+
+def add_processes_flag(parser: argparse.ArgumentParser, what: str) -> None:
+    """Declare --processes; `what` begins its help."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help=f"{what} (default: one per core)",
+    )
+
+
 def text_source(arguments: argparse.Namespace, *, again: str = "Try again.") -> "Together":
     """The text that the flags mean; `again` is the fix in the error of a network failure."""
-    from tinylm.text.sources import sources_named
+    from tinylm.text.named_sources import sources_named
 
     require_positive(arguments, "docs")
     if arguments.separator == "":

@@ -2,13 +2,19 @@
 
 import argparse
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinylm.cli.text_flags import TEXT_FLAGS, add_text_flags, require_positive, text_source
-from tinylm.common.console import Table, print_table, progress_bar, results_console
+from tinylm.cli.text_flags import (
+    TEXT_FLAGS,
+    add_processes_flag,
+    add_text_flags,
+    require_positive,
+    text_source,
+)
+from tinylm.common.console import progress_bar
 from tinylm.common.errors import UserError, printable, rename_settings
+from tinylm.common.tables import Table, print_table, results_console
 
 if TYPE_CHECKING:
     from tinylm.tokenizer.base import Tokenizer
@@ -81,17 +87,11 @@ for example:
     )
     parser.add_argument(
         "--pattern",
-        choices=("gpt2", "gpt4"),
+        choices=("gpt2", "gpt4", "qwen2"),
         default="gpt2",
         help="pre-tokenization; merges stay within its words (default: gpt2)",
     )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes that count words; the result is the same (default: one per core)",
-    )
+    add_processes_flag(parser, "processes that count words; the result is the same")
     parser.set_defaults(action=train)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tinylm.common.platform import end_with_parent, handled_signals, send_signal
+from tinylm.common.platform import STOP_SIGNALS, end_with_parent, send_signal
 
 
 @dataclass
@@ -61,7 +61,8 @@ def forward_signals(child: ChildProgram) -> Iterator[None]:
     """Let every stop signal stop the child, and then this process; ignored ones
     (nohup) stay ignored.
     """
-    previous = {number: signal.signal(number, child.forward) for number in handled_signals()}
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, child.forward) for number in handled}
     try:
         yield
     finally:

@@ -1,25 +1,21 @@
-"""Terminal output: the streams, log lines on stderr, and tables and progress bars on top of rich.
+"""Terminal output: the streams, log lines on stderr, and progress bars on top of rich.
 
-Results go to stdout (`results_console`, `Table`, `print_table`), everything else to stderr
-(`log_to_stderr`, `progress_bar`). Numbers for people are formatted in `units.py`. rich is imported
-only where something is drawn.
+Results go to stdout (tables.py), everything else to stderr (`log_to_stderr`, `progress_bar`).
+Numbers for people are formatted at the end; files have the raw numbers. rich is imported only where
+something is drawn.
 """
 
 import io
 import logging
 import os
+import re
 import sys
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from tinylm.common.errors import printable
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
 
 OnProgress = Callable[[str, int, int], None]
 """called with what is done ("encoding, bytes"), how many are done, and the total (0: unknown)"""
@@ -27,14 +23,15 @@ OnProgress = Callable[[str, int, int], None]
 # Joiners inside emoji and many scripts: str.isprintable rejects them,
 # but they cannot move the cursor.
 JOINERS = "\u200c\u200d"
-# Columns of a console that is not a terminal: enough for all our tables, so nothing is cut.
-PIPE_WIDTH = 400
-# A column of text in a table is not shortened below this; and not below the second where columns
-# can be printed as headings instead.
-TEXT_WIDTH = 12
-READABLE_WIDTH = 24
 # The loggers of this project; their children are named after the modules.
 LOGGERS = ("tinylm", "training", "data", "model")
+# Set by the command tinylm, also for the programs that it starts: how it was typed.
+COMMAND_VARIABLE = "TINYLM_COMMAND"
+# The commands in our messages, and their names under tinylm where those differ.
+COMMANDS = re.compile(
+    r"\bpython\s+(?:-m\s+tinylm\b|(train|finetune|align|infer|list|eval_val|evaluate_checkpoints)\.py\b)"
+)
+RENAMED_COMMANDS = {"eval_val": "eval-val", "evaluate_checkpoints": "eval"}
 
 
 def open_streams() -> None:
@@ -54,10 +51,34 @@ def lead_nowhere(stream: TextIO) -> None:
 
 def say(line: str) -> None:
     """Write one line to stderr, if it is still open."""
+    if COMMAND_VARIABLE in os.environ:
+        line = as_typed(line)
     try:
         sys.stderr.write(f"{printable(line)}\n")
     except BrokenPipeError:
         lead_nowhere(sys.stderr)
+
+
+def as_typed(text: str) -> str:
+    """`text` with its commands as this user types them, `tinylm train` for `python train.py`:
+    a checkout has the programs, an installation has one command.
+
+    >>> os.environ[COMMAND_VARIABLE] = "tinylm"
+    >>> as_typed("python eval_val.py --ckpt a.ckpt, or python -m\\n  tinylm plot logs")
+    'tinylm eval-val --ckpt a.ckpt, or tinylm plot logs'
+    >>> del os.environ[COMMAND_VARIABLE]
+    >>> as_typed("python train.py")
+    'python train.py'
+    """
+    typed = os.environ.get(COMMAND_VARIABLE)
+    if typed is None:
+        return text
+
+    def spell(found: re.Match[str]) -> str:
+        program = found[1]
+        return f"{typed} {RENAMED_COMMANDS.get(program, program)}" if program else typed
+
+    return COMMANDS.sub(spell, text)
 
 
 class StderrHandler(logging.Handler):
@@ -91,155 +112,17 @@ def readable(text: str) -> str:
     )
 
 
-def results_console() -> "Console":
-    """Stdout for results: colors on a terminal that has them; in a pipe plain text of any width.
-
-    Text is never interpreted as markup, so values from files can be printed as they are.
-    """
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(width=width, markup=False, highlight=False)
-
-
-@dataclass
-class Table:
-    """The cells of a table; add rows with `add_row`, print it with `print_table`."""
-
-    columns: tuple[str, ...]
-    """the headers; a table without a header has columns named \"\""""
-    text: Collection[str] = ()
-    """columns of text, such as paths and names: left-justified, and shortened where the terminal is
-    too narrow; the others hold numbers: right-justified and never shortened"""
-    fold: Collection[str] = ()
-    """columns of `text` that are continued on the next line instead"""
-    rows: list[tuple["str | Text", ...]] = field(default_factory=list)
-
-    def add_row(self, *cells: "str | Text") -> None:
-        """Add a row with a cell for each column."""
-        self.rows.append(cells)
-
-    def widths(self) -> list[int]:
-        """The width of each column whose cells are shown whole."""
-        from rich.cells import cell_len
-
-        found = []
-        for header, *cells in zip(self.columns, *self.rows, strict=True):
-            lines = header.split("\n")
-            found.append(max(cell_len(str(part)) for part in (*lines, *cells)))
-        return found
-
-    def least_widths(self, text_width: int = TEXT_WIDTH) -> list[int]:
-        """The same with text shortened to `text_width`."""
-        return [
-            min(width, text_width) if header in self.text else width
-            for header, width in zip(self.columns, self.widths(), strict=True)
-        ]
-
-
-def print_table(rows: Table, group: Sequence[str] = ()) -> None:
-    """Print a table on stdout: whole in a pipe; on a narrow terminal paths and names are shortened
-    in the middle, and a number never is.
-
-    Args:
-        rows: the table.
-        group: columns that become headings on a terminal that is too narrow for readable text:
-            one table for each of their values. If the numbers alone need more than the terminal
-            has, the lines are wider than it.
-    """
-    console = results_console()
-    width = console.width if console.is_terminal else PIPE_WIDTH
-    if _needed(rows.least_widths(READABLE_WIDTH)) <= width:
-        _print_fitted(console, rows, width)
-        return
-    for heading, part in _grouped(rows, [name for name in group if name in rows.columns]):
-        if heading:
-            console.print(heading, style="bold", soft_wrap=True)
-        _print_fitted(console, _with_high_headers(part), width)
-
-
-def _needed(widths: Sequence[int]) -> int:
-    """The columns that a table takes, with two spaces between columns."""
-    return sum(widths) + 2 * (len(widths) - 1)
-
-
-def _grouped(rows: Table, group: Sequence[str]) -> Iterator[tuple[str, Table]]:
-    """A table without the columns `group` for each of their values, which are its heading."""
-    columns = [number for number, name in enumerate(rows.columns) if name not in group]
-    parts: dict[str, Table] = {}
-    for row in rows.rows:
-        cells = dict(zip(rows.columns, row, strict=True))
-        heading = ", ".join(f"{name} {cells[name]}" for name in group)
-        names = tuple(rows.columns[number] for number in columns)
-        part = parts.setdefault(heading, Table(names, rows.text, rows.fold))
-        part.add_row(*(row[number] for number in columns))
-    yield from parts.items()
-
-
-def _with_high_headers(rows: Table) -> Table:
-    """The table with the words of each number's header on lines of their own."""
-    headers = []
-    for header in rows.columns:
-        is_text = header in rows.text
-        headers.append(header if is_text else header.replace("_", "_\n").replace(" ", "\n"))
-    return Table(tuple(headers), rows.text, rows.fold, rows.rows)
-
-
-def _print_fitted(console: "Console", rows: Table, width: int) -> None:
-    """Print a table in `width` columns, or more if its numbers need more."""
-    from rich.table import Table as RichTable
-
-    widths, least = rows.widths(), rows.least_widths()
-    while _needed(widths) > width and widths != least:
-        spare = [a - b for a, b in zip(widths, least, strict=True)]
-        # the widest text that can be shortened
-        number = max(range(len(widths)), key=lambda i: (spare[i] > 0, widths[i]))
-        widths[number] -= 1
-    made = RichTable(box=None, pad_edge=False, show_header=any(rows.columns), header_style="bold")
-    for header, column_width in zip(rows.columns, widths, strict=True):
-        folds = header in rows.fold
-        made.add_column(
-            header,
-            justify="left" if header in rows.text else "right",
-            width=column_width,
-            no_wrap=not folds,
-            overflow="fold" if folds else "crop",
-        )
-    for row in rows.rows:
-        cells = zip(rows.columns, row, widths, strict=True)
-        made.add_row(*(cell if name in rows.fold else shorten(cell, w) for name, cell, w in cells))
-    console.width = max(width, _needed(widths))
-    console.print(made)
-
-
-def shorten(text: "str | Text", width: int) -> "str | Text":
-    """`text` in at most `width` columns, with … for its middle: the end of a path says most.
-
-    >>> shorten("checkpoints/sft/step-000060.ckpt", 18), shorten("0.5", 18)
-    ('check…-000060.ckpt', '0.5')
-    """
-    from rich.cells import cell_len
-
-    if cell_len(str(text)) <= width:
-        return text
-    text = str(text)
-    head = (width - 1) // 3
-    tail = width - 1 - head
-    while cell_len(made := f"{text[:head]}…{text[-tail:]}") > width:  # wide characters
-        head, tail = max(head - 1, 1), max(tail - 1, 1)
-    return made
-
-
 @contextmanager
-def progress_bar() -> Iterator[OnProgress]:
-    """A bar on stderr for each kind of work that is reported;
-    nothing if stderr is not a terminal.
-    """
+def progress_bar() -> Iterator[OnProgress | None]:
+    """A bar on stderr for each kind of work that is reported; None if stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -250,8 +133,6 @@ def progress_bar() -> Iterator[OnProgress]:
     tasks: dict[str, Any] = {}
 
     def on_progress(what: str, done: int, total: int) -> None:
-        if not console.is_terminal:
-            return
         if what not in tasks:
             bars.start()  # late: finished work leaves no empty line
             tasks[what] = bars.add_task(what)
@@ -262,3 +143,44 @@ def progress_bar() -> Iterator[OnProgress]:
     finally:
         if tasks:
             bars.stop()
+
+
+# --- numbers, sizes and times for people ---
+
+
+def short(number: float) -> str:
+    """A number with three digits and a letter.
+
+    >>> short(1_350_000), short(742), short(15_300), short(5.94e18)
+    ('1.35M', '742', '15.3k', '5.94e+18')
+    """
+    if number >= 1e15:  # the FLOPs of a run: papers write them with an exponent
+        return f"{number:.3g}"
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """A time in hours, minutes and seconds, as far as they matter.
+
+    >>> duration(192), duration(7384), duration(5.2)
+    ('3m12s', '2h03m', '5s')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def size(n_bytes: int) -> str:
+    """A number of bytes in decimal units.
+
+    >>> size(2_500_000), size(900)
+    ('2.5 MB', '900 B')
+    """
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n_bytes >= limit:
+            return f"{n_bytes / limit:.1f} {unit}"
+    return f"{n_bytes} B"

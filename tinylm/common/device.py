@@ -2,8 +2,6 @@
 and the allocator setting that a fast CPU step needs.
 """
 
-import ctypes
-import platform
 from typing import TYPE_CHECKING
 
 from tinylm.common.errors import UserError
@@ -67,6 +65,10 @@ def keep_freed_memory() -> None:
     and the next step faults them in again, zeroed: a seventh of a bf16 step (docs/LOG.md). Other C
     libraries are left alone.
     """
+    # Imported here, because the flags of every program read NAMES: a tenth of the time of `--help`.
+    import ctypes
+    import platform
+
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt

@@ -3,14 +3,13 @@ and how text from outside is displayed safely.
 """
 
 import errno
-import gzip
+import importlib
 import importlib.util
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 # checkpoint.check is imported at its first use
 
@@ -37,6 +36,9 @@ class UserError(Exception):
     >>> str(UserError("a.jsonl", "has no key text", "Set {} to one of: body, id", "data.text_field"))
     'a.jsonl: has no key text. Set data.text_field to one of: body, id.'
     """
+
+    saves_first = False
+    """whether a run saves its last whole step before this error ends it"""
 
     def __init__(self, where: object, problem: object, fix: str = "", *settings: object):
         super().__init__(where, problem, fix, *settings)  # what pickle passes to another process
@@ -135,19 +137,6 @@ def rename_settings(names: Mapping[str, str]) -> Iterator[None]:
         raise error.renamed(names) from error
 
 
-@contextmanager
-def writing(path: object, setting: str) -> Iterator[None]:
-    """Turn an operating system's refusal to write `path` into a UserError
-    that names the setting it comes from.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None and type(error) is not OSError:  # for example a failed download
-            raise
-        raise write_error(path, setting, error) from error
-
-
 def write_error(path: object, setting: str, error: Exception) -> UserError:
     """The error to raise if `path`, which `setting` decides, cannot be written; see `why_unwritten`."""
     why, fix = why_unwritten(error)
@@ -199,20 +188,6 @@ _READ_FIXES = {
 }
 
 
-@contextmanager
-def reading(path: object) -> Iterator[None]:
-    """Turn errors of the operating system and of gzip while `path` is read into UserErrors
-    that name it.
-    """
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        problem = f"damaged or truncated gzip data ({error})"
-        raise UserError(path, problem, "Download or compress it again") from None
-    except OSError as error:
-        raise read_error(path, error) from None
-
-
 def read_error(path: object, error: OSError) -> UserError:
     """The error to raise if `path` cannot be read."""
     fix = _READ_FIXES.get(error.errno or 0, "Give the path of a file that can be read")
@@ -254,6 +229,46 @@ def require_package(name: str) -> None:
     """Raise a UserError if an optional package is not installed."""
     if importlib.util.find_spec(name) is None:
         raise UserError(name, "this package is needed and is not installed", f"pip install {name}")
+
+
+def require_optional(module: str, needed_for: object, package: str = "datasets") -> None:
+    """Raise a UserError if a module that reading the file `needed_for` takes is not installed.
+
+    Args:
+        module: the name that is imported.
+        needed_for: the file or dataset.
+        package: what to install for it.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise _not_installed(module, needed_for, package)
+
+
+def import_optional(module: str, needed_for: object, package: str = "datasets") -> Any:
+    """A module that may not be installed; a UserError as `require_optional` if it is not."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if importlib.util.find_spec(module) is None:
+            raise _not_installed(module, needed_for, package) from None
+        problem = f"reading it needs {module}, which cannot be imported: {first_line(error)}"
+        raise UserError(needed_for, problem, f"Install it: pip install {package}") from None
+
+
+def _not_installed(module: str, needed_for: object, package: str) -> UserError:
+    return UserError(needed_for, f"reading it needs {module}", f"Install it: pip install {package}")
+
+
+def reject_lone_surrogates(text: str) -> None:
+    """Raise a UserError if `text` has half a UTF-16 pair, which a UTF-8 file cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"the lone surrogate {text[error.start]} at position {error.start}"
+        raise UserError(
+            (),
+            f"the text has {found}, which is half a character",
+            "Remove it, or write the whole character",
+        ) from None
 
 
 # What torch says when a device has no memory left; only CUDA's error is a class of its own.

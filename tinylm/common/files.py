@@ -4,6 +4,7 @@ Reading: a regular file whose content is of the kind that its name says; a pipe 
 have no end.
 
     `open_regular`, `read_regular`, or `require_regular` for a file that another library opens
+    `mismatch`: a name and the first bytes ─▶ None, or what the file is and how to correct that
 
 Writing: files exist whole or not at all, also after a kill or a power cut.
 
@@ -13,23 +14,26 @@ Writing: files exist whole or not at all, also after a kill or a power cut.
     file
 
 Every one of them writes beside the final name, syncs, renames and syncs the folder: a reader sees
-the old content or the new one, never a part. Knows nothing of what is in the files.
+the old content or the new one, never a part.
 """
 
+import errno
+import gzip
 import os
+import re
 import shutil
 import stat
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from tinylm.common.errors import UserError, read_error, reading, writing
-from tinylm.common.file_content import START_BYTES, mismatch
+from tinylm.common.errors import UserError, read_error, write_error
 from tinylm.common.platform import sync
 
 # --- reading ---
@@ -85,6 +89,20 @@ def require_regular(path: str | os.PathLike[str]) -> None:
         raise UserError(path, *found)
 
 
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Turn errors of the operating system and of gzip while `path` is read into UserErrors
+    that name it.
+    """
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        problem = f"damaged or truncated gzip data ({error})"
+        raise UserError(path, problem, "Download or compress it again") from None
+    except OSError as error:
+        raise read_error(path, error) from None
+
+
 def _unreadable(path: object, error: OSError | ValueError) -> UserError:
     if isinstance(error, OSError):
         return read_error(path, error)
@@ -95,10 +113,132 @@ def _irregular(path: object) -> UserError:
     return UserError(path, "not a regular file", "Give the path of a file on disk")
 
 
+# --- what the first bytes of a file show it to be, whatever its name is ---
+#
+# A download can end as the page of an error or as a Git LFS pointer, and a compressed file can lose
+# the end of its name. Decoded as text, such a file would give an error about its text, or be
+# trained on.
+
+START_BYTES = 128
+"""of a file are enough for `mismatch`"""
+
+
+class Content(NamedTuple):
+    """A kind of content that is known by its first bytes."""
+
+    what: str
+    starts: tuple[bytes, ...]
+    fix: str
+    """`{name}` is the name of the file, `{stem}` the name without its last suffix"""
+    suffixes: tuple[str, ...] = ()
+    """the names of files that may have it end with these"""
+
+
+# A corpus may consist of pages.
+_PAGES = (".txt", ".html", ".htm")
+_PAGE_FIX = "Download it again: the server sent a page in place of the file"
+TEXTS = (
+    Content(
+        "a Git LFS pointer, not the file itself", (b"version https://git-lfs",), "Run: git lfs pull"
+    ),
+    Content("an HTML page", (b"<!doctype html", b"<html"), _PAGE_FIX, _PAGES),
+    Content("an XML document", (b"<?xml",), _PAGE_FIX, _PAGES),
+)
+# Data may be compressed, whatever the end of their name: text/compression.py decompresses them.
+COMPRESSED_ENDS = (".gz", ".bz2", ".xz", ".zst")
+_DATA = (".txt", ".md", ".html", ".htm", ".csv", ".tsv", ".jsonl", *COMPRESSED_ENDS)
+# The first bytes of compressed data, longer than those below: text may begin with BZh. zstd data
+# can begin with a frame to skip.
+COMPRESSED = re.compile(
+    rb"(?P<gzip>\x1f\x8b\x08)|(?P<bzip2>BZh[1-9](1AY&SY|\x17rE8P\x90))|(?P<xz>\xfd7zXZ\0)"
+    rb"|(?P<zstd>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)"
+)
+BINARIES = (
+    Content("parquet", (b"PAR1",), "Rename it to {stem}.parquet", (".parquet",)),
+    Content("a zip archive", (b"PK\x03\x04",), "Unpack it: unzip {name}", (".ckpt", ".npz", ".pt")),
+    Content("GGUF", (b"GGUF",), "Give a Hugging Face folder with safetensors", (".gguf",)),
+    Content("a NumPy array", (b"\x93NUMPY",), "Rename it to {stem}.npy", (".npy",)),
+    Content("a 7z archive", (b"7z\xbc\xaf\x27\x1c",), "Unpack it"),
+    Content("a PDF", (b"%PDF-",), "Extract its text"),
+    Content("an SQLite database", (b"SQLite format 3\0",), "Export its text"),
+    Content("an Arrow file", (b"ARROW1\0\0",), "Write it as parquet"),
+    Content("xz data", (b"\xfd7zXZ\0",), "Rename it to {name}.xz, or decompress it", _DATA),
+)
+# Numbers can begin with these bytes as well, so they are no sign in a file of numbers.
+SHORT = (
+    Content("gzip data", (b"\x1f\x8b",), "Rename it to {name}.gz, or decompress it", _DATA),
+    Content("bzip2 data", (b"BZh",), "Rename it to {name}.bz2, or decompress it", _DATA),
+    Content(
+        "zstd data", (b"\x28\xb5\x2f\xfd",), "Rename it to {name}.zst, or decompress it", _DATA
+    ),
+    Content("UTF-32 text", (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "Save it as UTF-8"),
+    Content("UTF-16 text", (b"\xff\xfe", b"\xfe\xff"), "Save it as UTF-8"),
+)
+NUMBERS = (".bin", ".npy", ".safetensors", ".ckpt", ".model")
+# Files of these names have one kind of content.
+REQUIRED = {".parquet": "parquet"}
+_CONTROL = frozenset(range(32)) - frozenset(b"\t\n\f\r\x1b")
+
+
+def mismatch(name: str, start: bytes) -> tuple[str, str] | None:
+    """What a file is that its name does not say, and how to correct that; None if nothing is found.
+
+    Args:
+        name: the name of the file.
+        start: its first `START_BYTES`.
+
+    >>> mismatch("a.jsonl", b"PAR1\\x15\\x04")
+    ('its content is parquet', 'Rename it to a.parquet')
+    >>> mismatch("a.txt", b"PAR1 is how a parquet file begins")
+    >>> mismatch("a.parquet", b'{"text": ""}')
+    ('its content is not parquet', 'Download it again')
+    """
+    name_end = name.lower()
+    if _is_text(start):
+        known = TEXTS
+        start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    elif name_end.endswith(NUMBERS):
+        known = BINARIES
+    else:
+        known = (*BINARIES, *SHORT)
+    found = next((content for content in known if start.startswith(content.starts)), None)
+    if found is not None and not name_end.endswith(found.suffixes or ("\0",)):
+        stem = name.rpartition(".")[0] or name
+        return f"its content is {found.what}", found.fix.format(name=name, stem=stem)
+    for suffix, what in REQUIRED.items():
+        if start and name_end.endswith(suffix) and (found is None or found.what != what):
+            return f"its content is not {what}", "Download it again"
+    return None
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether the bytes are the beginning of UTF-8 text; its last character may be cut."""
+    if not _CONTROL.isdisjoint(start):
+        return False
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return True
+
+
 # --- writing ---
 
 # A lock is tried again if its folder disappears; more often than any number of processes needs.
 LOCK_ATTEMPTS = 100
+
+
+@contextmanager
+def writing(path: object, setting: str) -> Iterator[None]:
+    """Turn an operating system's refusal to write `path` into a UserError
+    that names the setting it comes from.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and type(error) is not OSError:  # for example a failed download
+            raise
+        raise write_error(path, setting, error) from error
 
 
 def write_atomic(path: Path, content: str | bytes, setting: str) -> None:
@@ -128,17 +268,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OSError: `path` cannot be written; `writing` around the block turns it into a UserError.
     """
-    made = make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
-    remove(temporary)  # left by a process that was killed
-    try:
-        yield temporary
-        publish(temporary, path)
-    except BaseException:
-        with suppress(OSError):  # must not hide the error that ended the block
-            remove(temporary)
-        remove_empty(made)
-        raise
+    with made_folder(path.parent):
+        remove(temporary)  # left by a process that was killed
+        try:
+            yield temporary
+            publish(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # must not hide the error that ended the block
+                remove(temporary)
+            raise
 
 
 def publish(made: Path, path: Path) -> None:
@@ -228,49 +367,52 @@ def temporary_lock(
         Timeout: another process still holds the lock.
     """
     lock = FileLock(path)
-    with writing(path.parent, setting):
-        for left in reversed(range(LOCK_ATTEMPTS)):
-            made = make_folder(path.parent)
-            try:
-                _acquire(lock, timeout, on_wait)
-                break
-            except FileNotFoundError:  # while this one waited, the folder was empty and removed
-                if not left:
-                    raise
-        held = path.stat()
-    try:
-        yield
-    finally:
-        # While it is held: a process that waits for it notices, and locks a new file. An OSError:
-        # it was removed before, or this is Windows, which does not remove an open file.
-        with suppress(OSError):
-            if os.path.samestat(path.stat(), held):
-                path.unlink()
-        lock.release()
-        remove_empty(made)
+    with ExitStack() as folders:
+        with writing(path.parent, setting):
+            for left in reversed(range(LOCK_ATTEMPTS)):
+                folders.enter_context(made_folder(path.parent))
+                try:
+                    _acquire(lock, timeout, on_wait)
+                    break
+                except FileNotFoundError:  # while this one waited, the folder was empty and removed
+                    if not left:
+                        raise
+            held = path.stat()
+        try:
+            yield
+        finally:
+            # While it is held: a process that waits for it notices, and locks a new file. An
+            # OSError: it was removed before, or this is Windows, which does not remove an open file.
+            with suppress(OSError):
+                if os.path.samestat(path.stat(), held):
+                    path.unlink()
+            lock.release()
 
 
 def _acquire(lock: FileLock, timeout: float, on_wait: Callable[[], object] | None) -> None:
     try:
         lock.acquire(blocking=False)
     except Timeout:
+        # filelock also says this of a folder in which no file can be created, such as /proc
+        if not os.path.lexists(lock.lock_file):
+            why = os.strerror(errno.ENOENT)
+            raise FileNotFoundError(errno.ENOENT, why, lock.lock_file) from None
         if on_wait is not None:
             on_wait()
         lock.acquire(timeout=timeout)
 
 
-def make_folder(folder: Path) -> list[Path]:
-    """Create `folder`; the folders that did not exist, the innermost first."""
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Create `folder`; at the end, each folder that did not exist before is removed if it is empty."""
     made = [part for part in (folder, *folder.parents) if not os.path.lexists(part)]
     folder.mkdir(parents=True, exist_ok=True)
-    return made
-
-
-def remove_empty(folders: list[Path]) -> None:
-    """Remove the folders that are empty, the innermost first."""
-    for folder in folders:
-        with suppress(OSError):  # it is not empty, or another process removed it
-            folder.rmdir()
+    try:
+        yield
+    finally:
+        for part in made:  # the innermost first
+            with suppress(OSError):  # it is not empty, or another process removed it
+                part.rmdir()
 
 
 def remove(path: Path) -> None:
@@ -292,7 +434,5 @@ def require_writable(path: Path, setting: str) -> None:
     before the work that it is for.
     """
     require_new(path)
-    with writing(path, setting):
-        made = make_folder(path.parent)
+    with writing(path, setting), made_folder(path.parent):
         Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)).rmdir()
-        remove_empty(made)

@@ -7,12 +7,11 @@
 What a platform lacks is recognized by the missing name in `os`, `signal` or `fcntl`.
 """
 
-import ctypes
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,13 +46,6 @@ def signal_name(number: int) -> str:
     ('Ctrl-C', 'SIGTERM')
     """
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-
-
-def handled_signals() -> list[signal.Signals]:
-    """The stop signals that are not ignored: nohup ignores SIGHUP,
-    a background shell ignores SIGINT.
-    """
-    return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextmanager
@@ -94,6 +86,8 @@ def send_signal(process: "subprocess.Popen[bytes]", number: int) -> None:
 def end_with_parent(name: str = "SIGKILL") -> None:
     """Linux: send this process a signal when its parent ends, also by kill -9."""
     if sys.platform.startswith("linux"):
+        import ctypes  # not for `--help`
+
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, getattr(signal, name))
 
 
@@ -112,20 +106,10 @@ def sync(path: Path) -> None:
     # Windows syncs only through a handle that can write.
     handle = os.open(path, os.O_RDONLY if has_folder_handles else os.O_RDWR)
     try:
-        if not _sync_to_disk(handle):
-            os.fsync(handle)
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: its fsync leaves the data in the drive's cache
+            with suppress(OSError):  # a network file system
+                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+                return
+        os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sync_to_disk(handle: int) -> bool:
-    """macOS: empty the drive's cache too, which its fsync does not;
-    False where that is not possible.
-    """
-    if not hasattr(fcntl, "F_FULLFSYNC"):
-        return False
-    try:
-        fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-    except OSError:  # a network file system
-        return False
-    return True

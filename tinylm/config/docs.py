@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.common.errors import UserError
+from tinylm.config import depth
 from tinylm.config.loader import load_config
 from tinylm.config.messages import sections
-from tinylm.config.schema import COUNT_LIMIT, Config
+from tinylm.config.schema import COUNT_LIMIT, Config, ModelConfig
 
 EXAMPLE = """\
 # yaml-language-server: $schema=docs/config.schema.json
@@ -37,6 +38,13 @@ MISTAKES = (
     ("  n_layers: 4", "  n_heads: 5"),
 )
 
+OF_DEPTH = """\
+`depth: d` stands for all of these, from the table in `tinylm/config/depth.py`. A setting that is
+written with a value keeps it, and the rules below it use that value; `null` leaves it to its rule. A
+run prints what was set, and its checkpoints and config.yaml have the values in place of `depth`.
+
+{table}
+"""
 INTRODUCTION = """\
 # Settings
 
@@ -53,8 +61,12 @@ The first line is for editors with yaml-language-server: they complete and check
 type. Its path is relative to the YAML file. Numbers are decimal; `3e-4` and `1e5` are numbers.
 `null` means off, or computed by the program, as the setting's description says.
 
-**A file can extend another.** Its settings override those of the file that it names (a path
-relative to itself), one by one; a list replaces a list. Here the other file is the one above:
+**A path is relative to the folder in which the program starts**, for files that it reads and for
+folders that it writes. If a file is not there, but beside the config file, the error says so. Only
+`extends` is relative to the file that has it.
+
+**A file can extend another.** Its settings override those of the file that it names, one by one;
+a list replaces a list. Here the other file is the one above:
 
 ```yaml
 {child}```
@@ -63,6 +75,8 @@ relative to itself), one by one; a list replaces a list. Here the other file is 
 written as in YAML:
 
     training.max_steps=100 model.moe.top_k=1 'training.loggers=[tensorboard]'
+
+`--print-config` prints the result, with every setting, as a config file.
 
 The value of a text setting is the text as typed, also `---`, `Yes` or `1e3`; only `null` is null.
 Quotes around all of it are removed, so that `'data.document_separator="\\n\\n"'` and
@@ -115,6 +129,8 @@ def reference_page(schema: dict[str, Any]) -> str:
     for key, section in sections():
         if section is not Config:
             parts.append(_section_table(key, schema["$defs"][section.__name__]))
+        if section is ModelConfig:
+            parts.append(OF_DEPTH.format(table=depth.table()))
     return "\n".join(parts)
 
 
@@ -154,6 +170,8 @@ def _type(setting: dict[str, Any], key: str) -> str:
     if "anyOf" in setting:
         first, *others = (_type(choice, key) for choice in setting["anyOf"])
         return ", or ".join([first, *others])
+    if "const" in setting:
+        return f"`{setting['const']}`"
     if "enum" in setting:
         return ", ".join(dict.fromkeys(f"`{value}`" for value in setting["enum"]))
     if "$ref" in setting:

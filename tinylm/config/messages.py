@@ -39,6 +39,8 @@ _EXPECTED = {
     "less_than": "below {lt}",
     "less_than_equal": "at most {le}",
 }
+# pydantic's words for the choices of a setting that is a number or a word; the first is explained.
+_CHOICES = ("constrained-int",)
 # What other programs call the length of a run.
 _LENGTHS = ("epochs", "n_epochs", "num_epochs", "max_epochs", "num_train_epochs", "epoch")
 
@@ -50,7 +52,7 @@ def explain(error: Any, layers: Sequence[Layer]) -> UserError:
     key = _key_of(error["loc"])
     kind = error["type"]
     if kind == "value_error":
-        return _explain_rule(key, error["ctx"]["error"], layers)
+        return explain_rule(key, error["ctx"]["error"], layers)
     where = (place_of([key], layers), key)
     if kind == "extra_forbidden" and key in RENAMED:
         return UserError(where, "this setting has a new name", f"Write {RENAMED[key]}")
@@ -64,10 +66,12 @@ def explain(error: Any, layers: Sequence[Layer]) -> UserError:
     if kind == "missing" and isinstance(error["loc"][-1], str):
         return UserError(where, f"required, but missing in {found}", meaning)
     expected = _EXPECTED[kind].format(**error.get("ctx", {}))
+    if error["loc"][-1] in _CHOICES:
+        expected += " or auto"
     return UserError(where, f"must be {expected}, got {found}", meaning)
 
 
-def _explain_rule(section: str, rule: RuleError, layers: Sequence[Layer]) -> UserError:
+def explain_rule(section: str, rule: RuleError, layers: Sequence[Layer]) -> UserError:
     """A broken rule, with the line of the first of its settings that is written;
     the others are defaults.
     """
@@ -102,6 +106,8 @@ def _key_of(location: Sequence[str | int]) -> str:
     """
     key = ""
     for part in location:
+        if part in _CHOICES:
+            break
         if isinstance(part, str):
             if part != "[key]":  # pydantic's word for the key of a mapping, in place of its value
                 key = f"{key}.{part}".lstrip(".")
@@ -142,7 +148,7 @@ def sections(section: type[Section] = Config, key: str = "") -> Iterator[tuple[s
     [] marks a list of sections.
 
     >>> [key for key, section in sections() if key.startswith(("m", "data"))]
-    ['model', 'model.moe', 'data', 'data.mix[]']
+    ['model', 'model.rope_scaling', 'model.moe', 'data', 'data.mix[]']
     """
     yield key, section
     for name, info in section.model_fields.items():

@@ -1,17 +1,47 @@
-"""Rules between settings: which cannot be combined, and which need another one.
+"""What settings may be: the types of fields, and the rules between settings: which cannot be
+combined, and which need another one.
 
 A rule is data: the settings it is about, a condition under which it is broken, the problem and the
 fix. The first setting is the one that the error names. `schema.py` gives each section its rules, in
 the order in which they are checked; bounds of a single setting are in its field there.
 """
 
+import os
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+# config.duration is imported for a run that has one
+from tinylm import config as settings
+
+# Large enough for any real run, small enough that no product of two settings overflows a 64-bit
+# integer.
+COUNT_LIMIT = 2**31 - 1
 
 # No source of a mixture may have less than this part of the rows:
 # a block of rows has one of each source.
 SMALLEST_SHARE = 1e-6
+
+
+def _expand_home(path: str) -> str:
+    """The path with ~ and ~user as folders; also in hf:~/model."""
+    prefix, folder = ("hf:", path[3:]) if path.startswith("hf:~") else ("", path)
+    return prefix + os.path.expanduser(folder)
+
+
+Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
+CountOrZero = Annotated[int, Field(ge=0, le=COUNT_LIMIT, strict=True)]
+# Strict: YAML's `no` and `yes` are booleans, and a boolean must not be accepted as a number.
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+# A path or name that is not empty, without a NUL byte, which no path can have.
+Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+# A path, or a name that may be one; ~ is the home folder,
+# which a shell does not fill in after `key=`.
+PathName = Annotated[Name, AfterValidator(_expand_home)]
 
 
 class RuleError(ValueError):
@@ -43,6 +73,20 @@ class Rule(NamedTuple):
         return RuleError(self.keys, problem, self.fix)
 
 
+class Section(BaseModel):
+    """A part of the config: frozen after loading; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        for rule in self.rules:
+            if found := rule.broken(self):
+                raise rule.error(found, dict(self))
+        return self
+
+
 def _not_with(other: str, key: str, default: object) -> Rule:
     """`key` must keep its default if `other` is set: both say the same,
     or `other` does not use it.
@@ -67,6 +111,12 @@ MOE = (
 
 # Checked before null is resolved, so that an error names what was written.
 MODEL = (
+    Rule(
+        ("depth",),
+        lambda model: model.depth is not None,
+        "must be null once the settings are put together; load_config replaces it by their values",
+        "Remove it",
+    ),
     Rule(
         ("n_heads", "d_model"),
         lambda model: model.head_dim is None and model.d_model % model.n_heads,
@@ -96,6 +146,15 @@ MODEL = (
         ),
         "head_dim = d_model / n_heads = {d_model} / {n_heads} must be even for position rope",
         "Change one, or set an even head_dim",
+    ),
+    *(
+        Rule(
+            (name, "position"),
+            lambda model, name=name: getattr(model, name) is not None and model.position != "rope",
+            "only valid for position rope (position is {position})",
+            "Remove it",
+        )
+        for name in ("rope_scaling", "no_rope_interval")
     ),
 )
 
@@ -198,6 +257,68 @@ DATA = (
 
 TRAINING = (
     Rule(
+        ("micro_batch_size", "batch_size"),
+        lambda training: training.micro_batch_size == "auto" and training.batch_size is None,
+        "auto needs batch_size, the rows of an optimizer step",
+        "Set training.batch_size, for example to 64",
+    ),
+    Rule(
+        ("batch_size", "micro_batch_size"),
+        lambda training: training.micro_batch_size != "auto" and training.batch_size is not None,
+        "only valid for micro_batch_size auto (micro_batch_size is {micro_batch_size})",
+        "Set training.micro_batch_size and training.grad_accum_steps, or micro_batch_size to auto",
+    ),
+    Rule(
+        ("grad_accum_steps", "micro_batch_size"),
+        lambda training: training.micro_batch_size == "auto" and training.grad_accum_steps != 1,
+        "cannot be combined with micro_batch_size auto, which decides it",
+        "Remove it",
+    ),
+    Rule(
+        ("duration", "max_steps"),
+        lambda training: training.duration is not None and training.max_steps is not None,
+        "cannot be combined with max_steps ({max_steps}): both say how long the run is",
+        "Remove one; on the command line training.max_steps=null removes it",
+    ),
+    Rule(
+        ("max_steps", "duration"),
+        lambda training: training.duration is None and training.max_steps is None,
+        "null needs a duration",
+        "Set training.max_steps or training.duration",
+    ),
+    Rule(
+        ("max_epochs", "duration"),
+        lambda training: (
+            training.max_epochs is not None
+            and training.duration not in (None, f"{training.max_epochs:g} epochs")
+        ),
+        "cannot be combined with duration ({duration}): both say how long the run is",
+        "Remove one",
+    ),
+    Rule(
+        ("eval_every_steps", "val_every_steps"),
+        lambda training: (training.eval_every_steps or 0) % training.val_every_steps,
+        "must be a multiple of val_every_steps ({val_every_steps}), got {eval_every_steps}",
+        "Change one: tasks are scored at validations",
+    ),
+    Rule(
+        ("best_by", "early_stopping_patience"),
+        lambda training: (
+            training.best_by != "val_loss" and training.early_stopping_patience is not None
+        ),
+        "cannot be combined with early_stopping_patience, which watches val_loss",
+        "Remove one",
+    ),
+    Rule(
+        ("duration",),
+        lambda training: (
+            training.duration is not None
+            and settings.duration.read_duration(training.duration) is None
+        ),
+        "must be a number above 0 with a unit, got {duration}",
+        "Write for example 20min, 2h, 3 epochs, 200M tokens, 20 tokens_per_parameter or 1e17 flops",
+    ),
+    Rule(
         ("decay_ratio", "warmup_ratio"),
         lambda training: (
             training.schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1
@@ -212,6 +333,14 @@ TRAINING = (
         "Lower it",
     ),
     Rule(
+        ("profile_steps",),
+        lambda training: (
+            training.profile_steps and training.profile_steps[0] > training.profile_steps[1]
+        ),
+        "must be the first and the last step, got {profile_steps}",
+        "Write for example training.profile_steps=[20,24]",
+    ),
+    Rule(
         ("loggers",),
         lambda training: len(set(training.loggers)) < len(training.loggers),
         "a logger is listed twice",
@@ -220,25 +349,12 @@ TRAINING = (
     Rule(
         ("val_every_steps", "max_steps"),
         lambda training: (
-            training.schedule == "plateau" and training.val_every_steps > training.max_steps
+            training.schedule == "plateau"
+            and training.duration is None
+            and training.val_every_steps > training.max_steps
         ),
         "must be at most max_steps ({max_steps}) for schedule plateau, got {val_every_steps}",
         "Lower it",
-    ),
-)
-
-DPO = (
-    Rule(
-        ("label_smoothing", "loss"),
-        lambda dpo: dpo.loss != "sigmoid" and dpo.label_smoothing,
-        "only valid for loss sigmoid (loss is {loss})",
-        "Remove it, or set dpo.loss=sigmoid",
-    ),
-    Rule(
-        ("length_normalized", "loss"),
-        lambda dpo: dpo.loss == "ipo" and dpo.length_normalized,
-        "not valid for loss ipo, which always normalizes by length",
-        "Remove it",
     ),
 )
 
@@ -305,6 +421,30 @@ CONFIG = (
     _not_with("dpo", "data.rows", "auto"),
     _not_with("dpo", "training.train_on", "response"),
     _not_with("dpo", "training.label_smoothing", 0.0),
+    _not_with("distill", "dpo", None),
+    _not_with("distill", "grpo", None),
+    _not_with("distill", "reward_model", None),
+    _not_with("distill", "verifier", None),
+    _not_with("distill", "training.label_smoothing", 0.0),
+    _not_with("reward_model", "lora", None),
+    _not_with("reward_model", "dpo", None),
+    _not_with("reward_model", "grpo", None),
+    _not_with("reward_model", "verifier", None),
+    _not_with("reward_model", "data.task", None),
+    _not_with("reward_model", "data.rows", "auto"),
+    _not_with("reward_model", "training.train_on", "response"),
+    _not_with("reward_model", "training.label_smoothing", 0.0),
+    _not_with("reward_model", "training.sample_prompt", None),
+    Rule(
+        ("model.rope_scaling", "verifier"),
+        lambda config: (
+            config.verifier is not None
+            and config.model.rope_scaling is not None
+            and config.model.rope_scaling.type == "dynamic"
+        ),
+        "type dynamic is not supported with verifier, whose rows are padded to one length",
+        "Choose another type",
+    ),
     _not_with("verifier", "lora", None),
     _not_with("verifier", "dpo", None),
     _not_with("verifier", "data.template", "instruction"),
@@ -312,4 +452,31 @@ CONFIG = (
     _not_with("verifier", "training.train_on", "response"),
     _not_with("verifier", "training.label_smoothing", 0.0),
     _not_with("verifier", "training.sample_prompt", None),
+    _not_with("grpo", "dpo", None),
+    _not_with("grpo", "verifier", None),
+    _not_with("grpo", "data.packing", "packed"),
+    _not_with("grpo", "training.train_on", "response"),
+    _not_with("grpo", "training.label_smoothing", 0.0),
+    Rule(
+        ("training.micro_batch_size", "training.grad_accum_steps", "grpo.group_size"),
+        lambda config: (
+            config.grpo is not None
+            and config.training.micro_batch_size
+            * config.training.grad_accum_steps
+            % config.grpo.group_size
+        ),
+        "micro_batch_size x grad_accum_steps ({training.micro_batch_size} x "
+        "{training.grad_accum_steps}) answers of a step must be whole groups of grpo.group_size "
+        "({grpo.group_size})",
+        "Change one of the three",
+    ),
+    Rule(
+        ("grpo.max_new_tokens", "training.seq_len"),
+        lambda config: (
+            config.grpo is not None and config.grpo.max_new_tokens > config.training.seq_len
+        ),
+        "{grpo.max_new_tokens} leaves no room for a prompt in training.seq_len "
+        "({training.seq_len})",
+        "Lower it, or raise training.seq_len",
+    ),
 )

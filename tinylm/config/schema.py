@@ -1,69 +1,51 @@
 """Every setting: its type, its meaning, its bounds and its default.
 
 Reading order: the sections (`ModelConfig`, `TokenizerConfig`, `DataConfig`, `TrainingConfig`,
-`HardwareConfig`, `SamplingConfig`, and the optional `LoraConfig`, `DpoConfig`, `VerifierConfig`),
-then `Config`, which holds them. Rules between settings are in `rules.py`, YAML in `loader.py`.
+`HardwareConfig`, `SamplingConfig`, and the optional `VerifierConfig`), then `Config`,
+which holds them; other optional ones are in files of their names, such as `dpo.py` and `grpo.py`.
+Types of fields and rules between settings are in `rules.py`, YAML in `loader.py`.
 Settings are frozen: they are what the run was started with. Steps are optimizer steps everywhere.
 """
 
 import math
-import os
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    model_validator,
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+from tinylm.config import recipe, rules
+from tinylm.config.distill import DistillConfig
+from tinylm.config.dpo import DpoConfig
+from tinylm.config.grpo import GrpoConfig
+from tinylm.config.lora import LoraConfig
+from tinylm.config.reward_model import RewardModelConfig
+from tinylm.config.rope_scaling import RopeScalingConfig
+from tinylm.config.rules import (
+    COUNT_LIMIT,
+    Count,
+    CountOrZero,
+    Fraction,
+    Name,
+    Number,
+    PathName,
+    Section,
+    Switch,
 )
 
-from tinylm.config import rules
-from tinylm.config.rules import Rule
+__all__ = ["COUNT_LIMIT", "Section"]  # of rules, for code that reads settings
 
-# Large enough for any real run, small enough that no product of two settings overflows a 64-bit
-# integer.
-COUNT_LIMIT = 2**31 - 1
-
-
-def _expand_home(path: str) -> str:
-    """The path with ~ and ~user as folders; also in hf:~/model."""
-    prefix, folder = ("hf:", path[3:]) if path.startswith("hf:~") else ("", path)
-    return prefix + os.path.expanduser(folder)
-
-
-Count = Annotated[int, Field(ge=1, le=COUNT_LIMIT, strict=True)]
-CountOrZero = Annotated[int, Field(ge=0, le=COUNT_LIMIT, strict=True)]
-# Strict: YAML's `no` and `yes` are booleans, and a boolean must not be accepted as a number.
-Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
-Switch = Annotated[bool, Field(strict=True)]
-# A path or name that is not empty, without a NUL byte, which no path can have.
-Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
-# A path, or a name that may be one; ~ is the home folder,
-# which a shell does not fill in after `key=`.
-PathName = Annotated[Name, AfterValidator(_expand_home)]
+# The value of settings that are chosen once, before step 1.
+AUTO = "auto"
+MAX_LAYERS = 1000
+# The value of data.dataset that names the few built-in rows of data.task.
+SMOKE = "smoke"
 # The columns of rows that tinylm/rows reads.
 RowColumn = Literal[
     "instruction", "input", "output", "prompt", "completion",
     "messages", "conversations", "chosen", "rejected", "system", "label",
 ]  # fmt: skip
-
-
-class Section(BaseModel):
-    """A part of the config: frozen after loading; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-    rules: ClassVar[tuple[Rule, ...]] = ()
-
-    @model_validator(mode="after")
-    def _check_rules(self) -> Self:
-        for rule in self.rules:
-            if found := rule.broken(self):
-                raise rule.error(found, dict(self))
-        return self
+RowShape = Literal["auto", "alpaca", "prompt", "messages", "sharegpt"]
+TaskName = Literal["sst2", "samsum", "gsm8k", "sms", "alpaca", "pairs"]
+TemplateName = Literal["instruction", "alpaca", "chatml", "plain", "chat_template"]
 
 
 class MoEConfig(Section):
@@ -90,7 +72,9 @@ class ModelConfig(Section):
     """rows of the embedding; null: the tokenizer's size (a multiple of 64 can be faster on a GPU)"""
     max_seq_len: Count = 1024
     """context length: the largest number of positions"""
-    n_layers: Annotated[Count, Field(le=1000)] = 6
+    depth: Annotated[Count, Field(le=MAX_LAYERS)] | None = None
+    """n_layers of a new model, and by the rules below its width, heads, batch, rates and decay; null: as written"""
+    n_layers: Annotated[Count, Field(le=MAX_LAYERS)] = 6
     """decoder blocks"""
     d_model: Count = 384
     """width of the residual stream"""
@@ -108,6 +92,10 @@ class ModelConfig(Section):
     """positions: rotary (Su et al. 2021), learned, linear biases (Press et al. 2021), or none"""
     rope_theta: Annotated[Number, Field(gt=1, le=1e12)] = 10000.0
     """base of RoPE's wavelengths"""
+    rope_scaling: RopeScalingConfig | None = None
+    """frequencies of RoPE for a context longer than the trained one; null: not scaled"""
+    no_rope_interval: Annotated[Count, Field(ge=2)] | None = None
+    """every n-th layer has no rotary positions (Yang et al. 2025), as in SmolLM3; null: all layers have them"""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016)"""
     norm_eps: Annotated[Number, Field(gt=0, le=0.1)] = 1e-5
@@ -130,8 +118,10 @@ class ModelConfig(Section):
     """biases of the linear layers: none, query/key/value (Qwen2), or all but the head (GPT-2)"""
     tie_embeddings: Switch = True
     """use one matrix for the embedding and the output head (Press and Wolf 2017)"""
-    init: Literal["normal", "trunc_normal"] = "normal"
-    """normal: std 0.02 everywhere; trunc_normal: std sqrt(2/(in+out)) truncated at 3 std, embeddings std 1"""
+    input_scalars: Switch = False
+    """each block reads a learned multiple of the residual stream plus one of the embedding (Karpathy 2025, nanochat)"""
+    init: Literal["normal", "trunc_normal", "zero_outputs"] = "normal"
+    """normal: std 0.02; trunc_normal: std sqrt(2/(in+out)), embedding 1; zero_outputs: blocks add nothing at first"""
     gradient_checkpointing: Switch = False
     """recompute each block in the backward pass: less memory, about a third more compute"""
 
@@ -173,9 +163,11 @@ class TokenizerConfig(Section):
     unknown: Literal["error", "unk"] = "error"
     """char: a character outside the vocabulary is an error, or becomes the token <|unk|>"""
     vocab_size: Annotated[Count, Field(ge=258, le=1_000_000)] | None = None
-    """bpe: number of tokens with 256 bytes and 2 special tokens; fewer if the text has few words"""
-    pattern: Literal["gpt2", "gpt4"] | None = None
-    """bpe: the pre-tokenization pattern; merges do not cross its words; null: gpt2"""
+    """bpe: number of tokens with 256 bytes and the special ones; fewer if the text has few words"""
+    pattern: Literal["gpt2", "gpt4", "qwen2"] | None = None
+    """bpe: the pre-tokenization pattern; merges do not cross its words; qwen2: each digit is a token; null: gpt2"""
+    special_tokens: tuple[Name, ...] = ()
+    """added after the tokenizer's own; with init_from the model grows: <|im_start|> and <|im_end|> for chatml"""
     learn_docs: Count | None = None
     """char, bpe: train on at most this many documents, which a stream requires; null: all"""
 
@@ -191,9 +183,15 @@ class MixPart(Section):
     """One source of a mixture."""
 
     dataset: PathName
-    """a .txt, .jsonl, .parquet or token file, a folder or glob of them, or a Hugging Face name (owner/name)"""
+    """a file of text or rows or a token file, a folder or glob of them, or a Hugging Face name (owner/name)"""
     weight: Annotated[Number, Field(gt=0, le=1e6)] = 1.0
     """share of the rows from this source, relative to the other weights"""
+    rows: RowShape | None = None
+    """fine-tuning: format of its rows; null: data.rows"""
+    columns: dict[RowColumn, Name] | None = None
+    """fine-tuning: the names of its columns; null: data.columns"""
+    template: TemplateName | None = None
+    """fine-tuning: how its turns are written; null: data.template, in which the model is asked afterwards"""
 
 
 class DataConfig(Section):
@@ -202,7 +200,7 @@ class DataConfig(Section):
     rules: ClassVar = rules.DATA
 
     dataset: PathName = "data/tiny_corpus.txt"
-    """a .txt, .jsonl, .parquet or token file (.bin, .npy, .ds), a folder or glob of texts, or a hub name"""
+    """a text (docs/DATA.md), a token file (.bin, .npy, .ds), a folder or glob of texts, or a hub name"""
     dataset_config: Name | None = None
     """configuration of a Hugging Face dataset (20231101.en)"""
     mix: Annotated[tuple[MixPart, ...], Field(min_length=1, max_length=1000)] | None = None
@@ -211,16 +209,20 @@ class DataConfig(Section):
     """type of the ids in a token file without a header (a raw .bin); null: from the header"""
     task: Literal["sst2", "samsum", "gsm8k", "sms", "alpaca"] | None = None
     """fine-tuning: a task with its columns, prompts and dataset (tinylm/eval/tasks); `dataset: smoke`: its test rows"""
-    rows: Literal["auto", "alpaca", "prompt", "messages", "sharegpt"] = "auto"
+    rows: RowShape = "auto"
     """fine-tuning: format of a row; auto: detected from its keys"""
     columns: dict[RowColumn, Name] | None = None
     """fine-tuning: the names of columns in the data, as our name: their name"""
     skip_bad_rows: CountOrZero = 0
     """fine-tuning: at most this many bad rows of a split are skipped; 0: the first is an error"""
-    template: Literal["instruction", "alpaca", "chatml", "plain", "chat_template"] = "instruction"
+    template: TemplateName = "instruction"
     """fine-tuning: how turns are written (tinylm/rows/templates.py); chat_template: the tokenizer's own template"""
+    tools: Literal["calculator"] | None = None
+    """fine-tuning: answers have calls as <<6*4=24>>; the result is not trained, and is computed in generation"""
     packing: Literal["packed", "padded"] = "packed"
     """fine-tuning: several examples per row with document masks, or one example per row (always for preferences)"""
+    truncation_side: Literal["right", "left"] = "right"
+    """fine-tuning: what an example longer than seq_len loses: its end (right) or its start (left)"""
     split: Name = "train"
     """split of a Hugging Face dataset to train on"""
     val_dataset: PathName | None = None
@@ -269,18 +271,34 @@ class TrainingConfig(Section):
     """the only seed: initialization, order of data, dropout and the held-out documents"""
     seq_len: Count = 256
     """tokens per row"""
-    micro_batch_size: Count = 16
-    """rows per forward and backward pass on one device"""
+    micro_batch_size: Count | Literal["auto"] = 16
+    """rows per forward and backward pass on one device; auto: measured once, and grad_accum_steps from batch_size"""
+    batch_size: Count | None = None
+    """rows per optimizer step on one device, for micro_batch_size auto; null: micro_batch_size x grad_accum_steps"""
     grad_accum_steps: Count = 1
     """micro-batches per optimizer step"""
-    max_steps: Count = 1000
-    """optimizer steps of the whole run"""
+    max_epochs: Annotated[Number, Field(gt=0, le=1e6)] | None = None
+    """passes over the training data, in place of max_steps: short for a duration of so many epochs"""
+    duration: str | None = Field(
+        default_factory=lambda given: given.get("max_epochs") and f"{given['max_epochs']:g} epochs",
+        json_schema_extra={"default": None},
+    )
+    """in place of max_steps, turned into that: 20min, 3 epochs, 1M tokens, 20 tokens_per_parameter or 1e17 flops"""
+    max_steps: Count | None = Field(
+        default_factory=lambda given: 1000 if given.get("duration") is None else None,
+        json_schema_extra={"default": 1000},
+    )
+    """optimizer steps of the whole run; null: as many as `duration` is"""
     optimizer: Literal["adamw", "adamw_plain", "sgd", "muon"] = "adamw"
     """torch's fused AdamW, AdamW in plain PyTorch, SGD with lr/sqrt(t+1), or Muon for matrices with AdamW"""
     lr: Annotated[Number, Field(gt=0)] = 3e-4
     """peak learning rate"""
     muon_lr: Annotated[Number, Field(gt=0, le=1e20)] = 0.02
     """peak learning rate of the matrices for muon"""
+    embedding_lr: Annotated[Number, Field(gt=0, le=1e20)] | None = None
+    """peak learning rate of the embedding; null: lr"""
+    head_lr: Annotated[Number, Field(gt=0, le=1e20)] | None = None
+    """peak learning rate of a head that is not tied to the embedding; null: lr"""
     min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.1
     """lowest learning rate as a share of the peak"""
     schedule: Literal["warmup_cosine", "wsd", "constant", "plateau"] = "warmup_cosine"
@@ -299,6 +317,10 @@ class TrainingConfig(Section):
     """AdamW's epsilon, which avoids division by zero"""
     momentum: Fraction = 0.95
     """Muon's momentum"""
+    muon_per_head: Switch = False
+    """muon: each attention head of the matrices by itself (MuonSplit; Zhang et al. 2026), which is faster"""
+    muon_rounds: Literal["jordan", "polar_express"] = "jordan"
+    """muon: five rounds with one polynomial (Jordan 2024), or four with one each (Amsel et al. 2025)"""
     weight_decay: Annotated[Number, Field(ge=0, le=100)] = 0.1
     """decoupled weight decay, only for matrices"""
     grad_clip: Annotated[Number, Field(gt=0)] | None = 1.0
@@ -311,10 +333,20 @@ class TrainingConfig(Section):
     """optimizer steps between validations"""
     val_batches: Count | None = None
     """maximum batches per validation; null: all"""
+    eval_tasks: dict[TaskName, PathName] | None = None
+    """tasks to score at validations, each on a file or folder of rows, `validation` (those of data.task) or `smoke`"""
+    eval_every_steps: Count | None = None
+    """optimizer steps between these scores, a multiple of val_every_steps; null: val_every_steps"""
+    eval_rows: Count = 200
+    """maximum rows of each task, drawn by the seed"""
+    best_by: Name = "val_loss"
+    """column of metrics.csv that best.ckpt is best by; losses, perplexities and errors the lower, others the higher"""
     early_stopping_patience: Count | None = None
     """stop after this many validations without improvement, and make best.ckpt the final.ckpt; null: never"""
     log_every_steps: Count = 10
     """optimizer steps between rows of metrics.csv"""
+    profile_steps: tuple[Count, Count] | None = None
+    """first and last step of a trace by torch.profiler in the run's folder, with the slowest operators; null: none"""
     save_every_steps: Count = 500
     """optimizer steps between checkpoints"""
     keep_last: Count | None = 2
@@ -327,8 +359,8 @@ class TrainingConfig(Section):
         "pretrain"
     )
     """folder of this run in log_dir"""
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """loggers in addition to metrics.csv"""
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """loggers in addition to metrics.csv: settings, metrics, samples and the curve of val_loss"""
     sample_prompt: str | None = None
     """text to continue at each validation; null: none"""
     auto_resume: Switch = True
@@ -337,40 +369,6 @@ class TrainingConfig(Section):
     """a checkpoint, hf:NAME or hf:FOLDER to take weights, tokenizer and model settings from; null: new weights"""
     train_on: Literal["response", "all"] = "response"
     """fine-tuning: the tokens that are targets: only those of the responses, or all"""
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (Hu et al. 2021): only they are trained, the other weights are frozen."""
-
-    r: Annotated[Count, Field(le=4096)] = 8
-    """rank of the adapters"""
-    alpha: Annotated[Number, Field(gt=0, le=1e6)] = 16.0
-    """scale: the output of the adapters is multiplied by alpha / r"""
-    dropout: Fraction = 0.0
-    """dropout on the input of the adapters"""
-    target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    """name suffixes of the linear layers with adapters; null: attention and feed-forward"""
-
-
-class DpoConfig(Section):
-    """Direct preference optimization on pairs of a chosen and a rejected answer
-    (Rafailov et al. 2023).
-    """
-
-    rules: ClassVar = rules.DPO
-
-    beta: Annotated[Number, Field(gt=0, le=100)] = 0.1
-    """how strongly the policy is kept close to the reference"""
-    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """the loss of DPO, of IPO (Azar et al. 2023) or of SLiC (Zhao et al. 2023)"""
-    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
-    """sigmoid: assumed share of pairs whose labels are swapped"""
-    length_normalized: Switch = False
-    """log-probabilities per token, so that long answers do not weigh more; always so for ipo"""
-    sft_coef: Annotated[Number, Field(ge=0, le=100)] = 0.0
-    """weight of the chosen answers' cross entropy per token, added to the preference loss"""
-    reference: Literal["copy", "adapters_off", "cached"] = "copy"
-    """the reference: a frozen copy of the policy, the policy without its LoRA, or log-probabilities computed once"""
 
 
 class VerifierConfig(Section):
@@ -394,11 +392,11 @@ class HardwareConfig(Section):
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA if available, else MPS, else the CPU; the reason is printed"""
     precision: Annotated[
-        Literal["32", "16", "bf16"],
+        Literal["32", "16", "bf16", "auto"],
         BeforeValidator(_precision_name),
-        WithJsonSchema({"enum": ["32", "16", "bf16", 32, 16]}),
+        WithJsonSchema({"enum": ["32", "16", "bf16", "auto", 32, 16]}),
     ] = "32"
-    """precision of the forward pass; weights and optimizer state are always fp32"""
+    """precision of the forward pass; weights and optimizer state are always fp32; auto: chosen once, by measurement"""
     devices: Count = 1
     """devices per machine"""
     num_nodes: Count = 1
@@ -428,6 +426,10 @@ class SamplingConfig(Section):
     """only tokens at least min_p times as probable as the most probable one (Nguyen et al. 2024); null: off"""
     repetition_penalty: Annotated[Number, Field(gt=0, le=100)] = 1.0
     """makes tokens that are already in the context less probable (Keskar et al. 2019); 1: off"""
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
+    """subtracted from the logit of each token that was generated before, as in OpenAI's API; 0: off"""
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
+    """subtracted from the logit of each token as often as it was generated, as in OpenAI's API; 0: off"""
     no_repeat_ngram: Count | None = None
     """no n-gram of this length occurs twice; null: off"""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -444,7 +446,10 @@ class Config(Section):
     """All settings of one run."""
 
     rules: ClassVar = rules.CONFIG
+    _fill_recipe = model_validator(mode="before")(recipe.fill)
 
+    recipe: Literal["default", "research"] = "default"
+    """research: settings that learn fast, where they are not given (tinylm/config/recipe.py); not for hf and gguf"""
     model: ModelConfig = Field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -452,10 +457,16 @@ class Config(Section):
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
     lora: LoraConfig | None = None
     """low-rank adapters for fine-tuning; null: all weights are trained"""
+    distill: DistillConfig | None = None
+    """learn from a teacher too when fine-tuning; null: from the rows alone"""
     dpo: DpoConfig | None = None
     """train on preference pairs; null: on next tokens"""
+    reward_model: RewardModelConfig | None = None
+    """train a reward model on preference pairs; null: a language model"""
     verifier: VerifierConfig | None = None
     """train a verifier of answers; null: a language model"""
+    grpo: GrpoConfig | None = None
+    """learn from the rewards of its own answers; null: from the rows"""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     def to_plain(self) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from tinylm.common.errors import UserError, printable, reading
-from tinylm.common.files import open_regular
+from tinylm.common.errors import UserError, printable
+from tinylm.common.files import open_regular, reading
 
 # PyYAML reads this much in half a second, and no real config comes near it.
 FILE_BYTES_LIMIT = 100_000
@@ -186,11 +186,12 @@ def read_layer(path: Path) -> Layer:
     return Layer(str(path), _parse(text, str(path)))
 
 
-def override_layer(key: str, text: str, *, is_text: bool) -> Layer:
+def override_layer(key: str, text: str, *, is_text: bool, has_texts: bool = False) -> Layer:
     r"""The setting `key` (dotted) of the command line, whose value is `text`.
 
     The value of a text setting is the text as typed: only `null` is null, and quotes around all of
-    it are YAML's, so that "\n" and "null" can be written. Other values are written as in YAML.
+    it are YAML's, so that "\n" and "null" can be written. Other values are written as in YAML;
+    with `has_texts` the items of a list are texts as typed.
 
     >>> layer = override_layer("data.document_separator", "---", is_text=True)
     >>> layer.values(layer.node)
@@ -202,6 +203,11 @@ def override_layer(key: str, text: str, *, is_text: bool) -> Layer:
     if not is_text:
         # YAML may read nothing in it: a comment, or a border of documents.
         value = _parse(text, None, key) or as_typed
+        if has_texts and isinstance(value, yaml.SequenceNode | yaml.ScalarNode):
+            items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for item in items:
+                if isinstance(item, yaml.ScalarNode) and item.value != "null":
+                    item.tag = f"{_TAG}str"
     elif text == "null":
         value = yaml.ScalarNode(f"{_TAG}null", text, mark)
     else:

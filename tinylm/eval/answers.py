@@ -17,9 +17,8 @@ from tinylm.generate.chat import format_prompt
 from tinylm.generate.engine import Engine, Request
 from tinylm.rows.columns import parse_conversation
 from tinylm.rows.conversation import Conversation
-from tinylm.rows.row_files import read_rows, split_built_in_rows
-from tinylm.rows.template_factory import make_template
-from tinylm.text.splits import Which
+from tinylm.rows.row_files import read_rows
+from tinylm.text.sources import Which
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def read_questions(data: DataConfig, which: Which, seed: int, limit: int) -> lis
         UserError: as `read_rows`.
     """
     built_in = requested_built_in_rows(data)
-    rows = split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
+    rows = read_rows(data, which, seed, built_in)
     parse = conversation_parser(data) or (lambda row: parse_conversation(row, data))
     found = []
     for _, row in rows:
@@ -87,9 +86,8 @@ def answer_questions(
     loaded: Loaded, questions: Sequence[Question], max_new_tokens: int
 ) -> list[GivenAnswer]:
     """The model's most probable answer to each question, in the template of its fine-tuning."""
-    assert loaded.template is not None, "a base model answers no questions"
-    engine = Engine(loaded.model, loaded.tokenizer)
-    template = make_template(loaded.template, loaded.tokenizer)
+    engine, template = Engine.of(loaded), loaded.make_template()
+    assert template is not None, "a base model answers no questions"
     greedy = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0)
     requests = []
     for question in questions:

@@ -1,5 +1,5 @@
-"""Best of n: is the answer that a verifier prefers more often right than one chosen at random
-or by majority?
+"""Best of n: is the answer that a verifier or a reward model prefers more often right than one
+chosen at random or by majority?
 
 Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems".
 All methods choose among the same n answers.
@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from tinylm.common.errors import UserError
 from tinylm.common.statistics import Measure, mean
+from tinylm.eval.reward_scoring import AnswerScorer
 from tinylm.eval.task_scores import SAMPLE_TEMPERATURE, TaskPrompter, first_measure
 from tinylm.eval.tasks.task import Task, TaskExample
-from tinylm.eval.verifier_scoring import VerifierScorer
 from tinylm.generate.engine import Engine
 from tinylm.rows.numbers import final_number
 from tinylm.rows.templates import Template
@@ -30,18 +30,18 @@ class Candidates:
     target: str
     answers: tuple[str, ...]
     right: tuple[bool, ...]
-    probabilities: tuple[float, ...]
-    """of being right, by the verifier"""
+    scores: tuple[float, ...]
+    """by the verifier, the probability of being right; by a reward model, the reward"""
 
     @property
     def accuracies(self) -> dict[str, float]:
         """The probability that each method chooses a right answer.
 
-        >>> right, probabilities = (False, True, False, False), (0.1, 0.9, 0.3, 0.2)
-        >>> Candidates("", "", "2", ("a 1", "b 2", "c 1", "no"), right, probabilities).accuracies
+        >>> right, scores = (False, True, False, False), (0.1, 0.9, 0.3, 0.2)
+        >>> Candidates("", "", "2", ("a 1", "b 2", "c 1", "no"), right, scores).accuracies
         {'random choice': 0.25, 'majority vote': 0.0, 'verifier': 1.0, 'oracle': 1.0}
         """
-        preferred = self.probabilities.index(max(self.probabilities))
+        preferred = self.scores.index(max(self.scores))
         return {
             "random choice": statistics.fmean(self.right),
             "majority vote": float(self.right[majority_vote(self.answers)]),
@@ -78,7 +78,7 @@ class BestOfScore:
 
 def best_of_n(
     engine: Engine,
-    scorer: VerifierScorer,
+    scorer: AnswerScorer,
     task: Task,
     examples: Sequence[TaskExample],
     n: int,
@@ -90,7 +90,7 @@ def best_of_n(
     on at least one example.
 
     Args:
-        scorer: the verifier.
+        scorer: a verifier or a reward model.
         template: the one that the model was fine-tuned with; None for a base model.
         seed: of the sampling and of the intervals.
 
@@ -157,16 +157,16 @@ def sample_answers(
 
 
 def _grade_candidates(
-    scorer: VerifierScorer, task: Task, example: TaskExample, answers: list[str]
+    scorer: AnswerScorer, task: Task, example: TaskExample, answers: list[str]
 ) -> Candidates:
     right = [first_measure(task.grade(answer, example.target)) == 1 for answer in answers]
     question = example.question.full_text
-    probabilities = scorer.probabilities(question, answers)
+    scores = scorer.score_texts([question] * len(answers), answers)
     return Candidates(
         example.location,
         question,
         example.target,
         tuple(answers),
         tuple(right),
-        tuple(probabilities),
+        tuple(scores),
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylm.model.decoder import Decoder, Features, Head
+from tinylm.model.decoder import Decoder, Features, Head, extra_inputs
 from tinylm.objectives.cross_entropy import score_targets
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX
@@ -90,13 +90,6 @@ def batch_sums(
     n_targets = loss_sum.new_tensor(len(targets), dtype=torch.float32)
     n_bytes = byte_lengths[targets].sum()
     return torch.stack((loss_sum.float(), n_targets, n_bytes.float(), n_right.float()))
-
-
-def extra_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The inputs of `features` besides the ids: the document of each token, or the prompt that an
-    encoder reads.
-    """
-    return {name: batch[name] for name in ("document_ids", "prompt_ids") if name in batch}
 
 
 def byte_length_table(tokenizer: Tokenizer, vocab_size: int) -> Tensor:

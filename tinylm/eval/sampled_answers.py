@@ -18,21 +18,22 @@ from pathlib import Path
 
 from tinylm.checkpoint.load import Loaded, fingerprint_of, load_model
 from tinylm.common.console import OnProgress
-from tinylm.common.errors import UserError, writing
-from tinylm.common.files import locked, read_regular
+from tinylm.common.errors import UserError
+from tinylm.common.files import locked, read_regular, writing
 from tinylm.config.schema import Config, VerifierConfig
 from tinylm.eval.best_of_n import sample_answers
 from tinylm.eval.task_scores import SAMPLE_TEMPERATURE
 from tinylm.eval.tasks.table import PAIRS, TASKS
 from tinylm.eval.tasks.task import TaskExample
 from tinylm.generate.engine import Engine
-from tinylm.rows.template_factory import make_template
 from tinylm.rows.verifier_data import (
     Problem,
     grade_samples,
 )
 
 logger = logging.getLogger(__name__)
+# Answers that are sampled together.
+SLOTS = 32
 
 
 def add_sampled_answers(
@@ -43,7 +44,7 @@ def add_sampled_answers(
     *,
     seed: int,
     folder: Path,
-    on_progress: OnProgress,
+    on_progress: OnProgress | None,
 ) -> list[Problem]:
     """The problems with `n` answers of a model to each, repetitions removed, cached in `folder`.
 
@@ -57,8 +58,8 @@ def add_sampled_answers(
     """
     task = TASKS[task_name] if task_name else PAIRS
     # Deterministic: which answers are sampled together depends on where a killed process ended.
-    engine = Engine(loaded.model, loaded.tokenizer, deterministic=True)
-    template = make_template(loaded.template, loaded.tokenizer) if loaded.template else None
+    engine = Engine.of(loaded, slots=SLOTS, deterministic=True)
+    template = loaded.make_template()
     # What the answers depend on names the file.
     settings = [
         fingerprint_of(loaded.model),
@@ -93,7 +94,7 @@ def cached_answers(
     path: Path,
     n_problems: int,
     sample_from: Callable[[int], Iterator[list[str]]],
-    on_progress: OnProgress,
+    on_progress: OnProgress | None,
 ) -> Iterator[list[str]]:
     """The answers to problems 0 to n_problems - 1: first those in the file `path`, then new ones,
     which it appends: `sample_from` gives those of a problem and all after it.
@@ -110,7 +111,8 @@ def cached_answers(
         for number, texts in zip(missing, sample_from(len(known)), strict=True):
             with writing(path, "data.cache_dir"), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(texts) + "\n")
-            on_progress("answering problems", number + 1, n_problems)
+            if on_progress is not None:
+                on_progress("answering problems", number + 1, n_problems)
             yield texts
 
 
@@ -131,7 +133,7 @@ def _read_whole_lines(path: Path) -> list[list[str]]:
 
 
 def answerer(
-    config: Config, verifier: VerifierConfig, device: str, on_progress: OnProgress
+    config: Config, verifier: VerifierConfig, device: str, on_progress: OnProgress | None
 ) -> Callable[[list[Problem]], list[Problem]]:
     """A function that adds to problems the answers of the model
     that verifier.sampled_from names.

@@ -20,12 +20,12 @@ from tinylm.common.errors import UserError
 from tinylm.config.schema import Config, VerifierConfig
 from tinylm.eval.perplexity import LanguageScore, byte_length_table, score_batches
 from tinylm.eval.sampled_answers import answerer
-from tinylm.eval.tasks.data import conversation_parser, problems_of, requested_built_in_rows
+from tinylm.eval.tasks.data import problems_of
+from tinylm.eval.tasks.examples import source_examples
 from tinylm.model.verifier import Verifier
 from tinylm.objectives.verifier import verifier_metrics, verifier_sums
-from tinylm.rows.sft import build_examples, fingerprint_of_examples
+from tinylm.rows.sft import fingerprint_of_examples
 from tinylm.rows.skipped_rows import RowReport
-from tinylm.rows.template_factory import make_template
 from tinylm.rows.verifier_data import (
     collate_problems,
     filter_problems,
@@ -33,7 +33,7 @@ from tinylm.rows.verifier_data import (
 )
 from tinylm.text.data_source import data_sources
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.example_rows import collate_examples, fill_rows
+from tinylm.tokens.example_rows import Example, collate_examples, fill_rows
 from tinylm.tokens.packing import (
     Batch,
     Collate,
@@ -96,18 +96,10 @@ def answer_validation(config: Config, loaded: Loaded, tokenizer: Tokenizer) -> V
             f"{training.seq_len} is more than the {max_seq_len} positions of {loaded.info.path}",
             "Lower it",
         )
-    examples, report = build_examples(
-        data,
-        "val",
-        training.seed,
-        make_template(data.template, tokenizer),
-        tokenizer,
-        training.seq_len,
-        train_on=training.train_on,
-        to_conversation=conversation_parser(data),
-        built_in=requested_built_in_rows(data),
-    )
-    log_notes(report)
+    examples: list[Example] = []
+    for source in source_examples(config, "val", tokenizer, loaded.model.has_encoder):
+        log_notes(source.report)
+        examples += source.examples
     collate = partial(
         collate_examples,
         seq_len=training.seq_len,

@@ -44,7 +44,7 @@ def beam_search(
     ends when no place is left. The best mean wins, so that a short text has no advantage for being
     short; EOS counts as a token. One beam is greedy decoding.
 
-    Repetition penalty and forbidden n-grams apply, and the search ranks by the penalized scores.
+    Penalties and forbidden n-grams apply, and the search ranks by the penalized scores.
     Temperature, top_k, top_p, min_p and seed have no effect.
     """
     batch = DecodingBatch(model, slots=sampling.n_beams, vocab_size=tokenizer.vocab_size)
@@ -56,7 +56,8 @@ def beam_search(
     for step in range(1, sampling.max_new_tokens + 1):
         # Extend: the best continuations over all live texts together.
         n_places = sampling.n_beams - len(finished)
-        rows, ids, totals = best_continuations(batch, totals, sampling, n_places)  # (B,) each
+        # (B,) each
+        rows, ids, totals = best_continuations(batch, totals, sampling, n_places, step - 1)
         own = log_probabilities(batch.logits[: batch.n_active])[rows, ids, None]  # (B, 1)
         log_probs = torch.cat((log_probs[rows], own), dim=1)  # (B, step)
         # Set the ended texts aside.
@@ -82,12 +83,14 @@ def beam_search(
 
 
 def best_continuations(
-    batch: DecodingBatch, totals: Tensor, sampling: SamplingConfig, n: int
+    batch: DecodingBatch, totals: Tensor, sampling: SamplingConfig, n: int, n_new: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, token and total score of the `n` best continuations; fewer if fewer are possible."""
+    """Row, token and total score of the `n` best continuations of texts with `n_new` new tokens;
+    fewer if fewer are possible.
+    """
     logits = batch.logits[: batch.n_active]  # (B, V)
     context = torch.tensor([row.context for row in batch.rows[: batch.n_active]])  # (B, T)
-    penalized = apply_penalties(logits, context.to(logits.device), sampling)  # (B, V)
+    penalized = apply_penalties(logits, context.to(logits.device), sampling, n_new)  # (B, V)
     scores = totals[:, None] + penalized.log_softmax(dim=-1)  # (B, V)
     best, flat = scores.flatten().topk(min(n, scores.numel()))
     possible = best > -math.inf

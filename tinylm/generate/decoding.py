@@ -24,8 +24,7 @@ the context is read again from position 0, and decoding continues:
     tokens     a b c d e f g h │ i      no position left for i
                f g h i                  the last 8 / 2 tokens again, at positions 0 to 3
 
-The model forgets the older tokens; repetition penalty and forbidden n-grams do not, since `context`
-is whole.
+The model forgets the older tokens; penalties and forbidden n-grams do not, since `context` is whole.
 
 **Deterministic.** Matrix products round differently for another number of rows, so a text depends
 in its last bits on those beside it. With `deterministic` it does not: all slots are computed at
@@ -199,6 +198,21 @@ class DecodingBatch:
         else:
             self.logits[: len(ids)] = self._decode_rows(0, ids)
 
+    def extend(self, ids: Sequence[int]) -> Tensor:
+        """Add several tokens to the only running row; the logits (T, V) after each of them."""
+        new = torch.tensor([list(ids)], device=self.logits.device)  # (1, T)
+        features = self.model.features(new, cache=self.cache.rows(0, 1))
+        self.rows[0].context += ids
+        self.rows[0].cached += ids
+        return self._logits(features.hidden[0])
+
+    def shorten(self, n: int) -> None:
+        """Remove the last `n` tokens, of the last `extend`, from the only running row."""
+        row = self.rows[0]
+        if n:
+            del row.context[-n:], row.cached[-n:]
+            self.cache.copy_row(0, 0, len(row.cached))
+
     def _decode_rows(self, start: int, ids: Sequence[int]) -> Tensor:
         """The logits (B, V) after one more token in each of the rows from `start`."""
         cache = self.cache.rows(start, start + len(ids))
@@ -283,5 +297,7 @@ def n_equal(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def weights_version(model: torch.nn.Module) -> int:
-    """A number that changes whenever weights are changed in place, as an optimizer does."""
+    """A number that changes whenever weights are changed in place, as an optimizer does; but not by
+    torch's fused AdamW (torch 2.13): after its steps, make a new engine.
+    """
     return sum(weight._version for weight in model.parameters() if not weight.is_inference())

@@ -3,13 +3,13 @@ random numbers and end, and texts join and leave at any step.
 
     add ─▶ waiting ─▶ free row? prefill ─▶ logits ─▶ next_token ─▶ TextWriter ─▶ Event
                                              ▲           │
-                                             └─ decode ◀─┘      `Engine.step`: once around
+                                             └─ decode ◀─┘      `Engine.step`: prefill, or once around
 
     engine = Engine(model, tokenizer, slots=8)
     engine.add(Request(engine.encode_prompt("Once"), SamplingConfig(seed=1)))  # the number 1
     engine.add(Request(engine.encode_prompt("Yesterday"), SamplingConfig(seed=2)))  # the number 2
     while engine.is_busy:
-        for event in engine.step():  # of each running text, one token
+        for event in engine.step():  # a text's first token, or the next one of each text
             print(event.number, event.output.text, event.output.finish_reason)
 
 A server calls `add`, `step` and `cancel`; everyone else one of the methods around them: `run` and
@@ -17,8 +17,9 @@ A server calls `add`, `step` and `cancel`; everyone else one of the methods arou
 `stream` (their tokens as they are generated). One prompt is a batch of one.
 
 Its parts: decoding.py (the rows: prefill, decode, prefixes, the context shift), sampling.py (from
-logits to a token), output.py (from tokens to text, stop strings); beam_search.py searches instead
-of sampling. Scores of given texts are in scoring.py, conversations in chat.py.
+logits to a token), constraint.py (which tokens may come), tool_text.py (tokens that a tool writes),
+output.py (from tokens to text, stop strings); beam_search.py searches instead of sampling. Scores
+of given texts are in scoring.py, conversations in chat.py.
 
 A prompt longer than the context keeps its last tokens, and `Prompt.truncated` counts the others.
 max_new_tokens may be any number: see "Context shift" in decoding.py.
@@ -30,20 +31,26 @@ max_new_tokens may be any number: see "Context shift" in decoding.py.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 
+from tinylm.checkpoint.load import Loaded
 from tinylm.common.errors import UserError
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.beam_search import beam_search
+from tinylm.generate.constraint import Constraint, Grammars
 from tinylm.generate.decoding import DecodingBatch, check_prompt
+from tinylm.generate.lookup import check_lookup, lookup_decoding
 from tinylm.generate.output import Completion, Prompt, TextWriter, TokenOutput
 from tinylm.generate.sampling import (
     has_penalties,
     log_probabilities,
     make_generator,
+    most_probable,
     next_token,
 )
+from tinylm.generate.tool_text import ToolText, refuse_tools
 from tinylm.model.decoder import Decoder
 from tinylm.tokenizer.base import Tokenizer
 
@@ -65,6 +72,8 @@ class Request:
     """number of the text among those with this prompt and seed"""
     n_alternatives: int = 0
     """most probable tokens to report at each step (`TokenOutput.alternatives`)"""
+    constraint: Constraint | None = None
+    """what the text must be, such as JSON; it ends when that is complete, with the reason `stop`"""
 
 
 @dataclass(frozen=True)
@@ -91,9 +100,17 @@ class Text:
         sampling = request.sampling
         self.writer = TextWriter(engine.tokenizer, sampling.stop, end_ids, request.sample)
         self.generator = make_generator(sampling.seed, request.sample, engine.device)
-        # Texts of an equal group are sampled together; those with penalties one by one.
+        self.matcher = None
+        if request.constraint is not None:
+            self.matcher = engine.grammars.start(request.constraint, end_ids)
+        # Texts of an equal group are sampled together; those with penalties or a constraint one by
+        # one.
         alike = sampling.model_copy(update=dict.fromkeys(NOT_OF_A_STEP))
-        self.group = alike, number if has_penalties(sampling) else None
+        is_alone = has_penalties(sampling) or self.matcher is not None
+        self.group = alike, number if is_alone else None
+        self.tool = None
+        if engine.tools is not None and self.matcher is None:
+            self.tool = ToolText(engine.tokenizer)
         self.n_new = 0
         self.last_id = -1
 
@@ -105,7 +122,18 @@ class Engine:
         slots: texts that are generated at once; more wait.
         deterministic: whether a text must be the same to the last bit whatever else is generated
             beside it and was before it; every step then costs as much as with all slots in use.
+        tools: data.tools: what writes the results of calls; not in a text with a constraint.
     """
+
+    @classmethod
+    def of(cls, loaded: Loaded, tokenizer: Tokenizer | None = None, **settings: Any) -> Self:
+        """The engine of a loaded model, with the tool that it was tuned to call.
+
+        Args:
+            tokenizer: in place of its own.
+            settings: slots, deterministic.
+        """
+        return cls(loaded.model, tokenizer or loaded.tokenizer, tools=loaded.tools, **settings)
 
     def __init__(
         self,
@@ -114,6 +142,7 @@ class Engine:
         *,
         slots: int = DEFAULT_SLOTS,
         deterministic: bool = False,
+        tools: str | None = None,
     ):
         n_embeddings = model.embedding.num_embeddings
         if n_embeddings < tokenizer.vocab_size:
@@ -122,8 +151,10 @@ class Engine:
                 f"but the model only {n_embeddings}"
             )
         self.model, self.tokenizer = model, tokenizer
-        self.slots, self.deterministic = slots, deterministic
+        self.slots, self.deterministic, self.tools = slots, deterministic, tools
+        self.grammars = Grammars(tokenizer)
         self._batch: DecodingBatch | None = None
+        self._lookup_batch: DecodingBatch | None = None
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: list[Text] = []  # text i is in row i of the batch
         self._undelivered: list[Event] = []
@@ -153,8 +184,11 @@ class Engine:
         Raises:
             ValueError: the model is in training mode, or the prompt is empty or longer than the
             context. Nothing is added.
+            UserError: the constraint is not valid, or not supported with this tokenizer.
         """
         check_prompt(self.model, request.prompt.ids)
+        if request.constraint is not None:
+            self.grammars.compile(request.constraint)
         self._n_added += 1
         self._waiting.append((self._n_added, request))
         return self._n_added
@@ -173,7 +207,9 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One token of each running text, in the order in which they began."""
+        """The first token of a text that was waiting; if none can begin, the next token of each
+        running text, in the order in which they began.
+        """
         events, self._undelivered = self._undelivered, []
         if self._batch is None:
             self._batch = DecodingBatch(
@@ -182,18 +218,27 @@ class Engine:
                 vocab_size=self.tokenizer.vocab_size,
                 deterministic=self.deterministic,
             )
-        # Decode: read the token that each text got in the last step.
-        if self._running:
-            self._batch.decode([text.last_id for text in self._running])
-        # Prefill: waiting texts take the free rows.
-        while self._waiting and len(self._running) < self.slots:
+        n_running = len(self._running)
+        if self._waiting and n_running < self.slots:
+            # Prefill: one waiting text takes a free row. The next one has a step of its own, so that
+            # a first token does not wait until the prompts of other texts are read.
             number, request = self._waiting.popleft()
             self._batch.start(request.prompt.ids, request.sampling.max_new_tokens)
             self._running.append(Text(number, request, self))
-        # Sample: texts with the same settings together.
+            new = range(n_running, n_running + 1)
+        else:
+            # Decode: read the token that each text got last.
+            if n_running:
+                self._batch.decode([text.last_id for text in self._running])
+            new = range(n_running)
+        # A tool's next token, or sample: texts with the same settings together.
         groups: dict[tuple[SamplingConfig, int | None], list[int]] = {}
-        for row, text in enumerate(self._running):
-            groups.setdefault(text.group, []).append(row)
+        for row in new:
+            text = self._running[row]
+            if text.tool is not None and text.tool.has_token:
+                events.append(self._write(row, text.tool.next_token(), 0.0, by_tool=True))
+            else:
+                groups.setdefault(text.group, []).append(row)
         for rows in groups.values():
             events += self._sample(rows)
         # Free the rows of the texts that ended.
@@ -205,31 +250,41 @@ class Engine:
         batch, texts = self._batch, [self._running[row] for row in rows]
         logits = batch.logits[rows]  # (B, V)
         sampling = texts[0].request.sampling
-        # Only penalties read the context, and texts with penalties come one by one.
+        # Only penalties read the context, and texts with penalties or a constraint come one by one.
+        text = texts[0]
         context = torch.tensor([batch.rows[rows[0]].context], device=logits.device)  # (1, T)
         generators = [text.generator for text in texts]
         try:
-            ids, log_probs = next_token(logits, context, sampling, generators)  # (B,) each
+            allowed = None
+            if text.matcher is not None:
+                allowed = torch.from_numpy(text.matcher.allowed()).to(logits.device)[None]  # (1, V)
+            # (B,) each
+            ids, log_probs = next_token(logits, context, sampling, generators, text.n_new, allowed)
         except UserError as error:  # must not end the other texts
-            return [Event(texts[0].number, None, error)]
-        events = []
-        tokens = zip(rows, texts, ids.tolist(), log_probs.tolist(), strict=True)
-        for row, text, token_id, log_prob in tokens:
-            text.last_id = token_id
-            text.n_new += 1
-            last = text.n_new == text.request.sampling.max_new_tokens
-            output = text.writer.write(token_id, log_prob, last=last)
-            if text.request.n_alternatives:
-                found = self._alternatives(row, text.request.n_alternatives)
-                output = replace(output, alternatives=found)
-            events.append(Event(text.number, output))
-        return events
+            return [Event(text.number, None, error)]
+        tokens = zip(rows, ids.tolist(), log_probs.tolist(), strict=True)
+        return [self._write(row, token_id, log_prob) for row, token_id, log_prob in tokens]
 
-    def _alternatives(self, row: int, n: int) -> tuple[tuple[int, float], ...]:
-        """The n most probable next tokens of a row and their log-probabilities."""
-        log_probs = log_probabilities(self._batch.logits[row : row + 1])[0]  # (V,)
-        best = log_probs.topk(min(n, len(log_probs)))
-        return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    def _write(self, row: int, token_id: int, log_prob: float, *, by_tool: bool = False) -> Event:
+        """Add a token to the text in a row of the batch."""
+        text = self._running[row]
+        text.last_id = token_id
+        text.n_new += 1
+        last = text.n_new == text.request.sampling.max_new_tokens
+        complete = False
+        if text.matcher is not None:
+            text.matcher.advance(token_id)
+            complete = text.matcher.is_complete
+        if text.tool is not None and not by_tool:
+            text.tool.read(token_id)
+        output = text.writer.write(token_id, log_prob, last=last, complete=complete)
+        if by_tool:
+            output = replace(output, by_tool=True)
+        elif text.request.n_alternatives:
+            row_log_probs = log_probabilities(self._batch.logits[row : row + 1])  # (1, V)
+            [best] = most_probable(row_log_probs, text.request.n_alternatives)
+            output = replace(output, alternatives=best)
+        return Event(text.number, output)
 
     @torch.inference_mode()
     def _finish(self, numbers: set[int]) -> None:
@@ -246,7 +301,8 @@ class Engine:
         """The tokens of each text, in the order of the requests, as soon as a text has ended.
 
         Raises:
-            UserError: a text cannot be continued (no_repeat_ngram); the others are canceled.
+            UserError: a text cannot be continued (no_repeat_ngram, constraint), or as `add`; the
+            others are canceled.
         """
         outputs: dict[int, list[TokenOutput]] = {}
         try:
@@ -271,9 +327,26 @@ class Engine:
             yield Completion.of(request.prompt, outputs)
 
     def _beam_search(self, request: Request) -> Iterator[TokenOutput]:
+        if request.constraint is not None:
+            problem = "not supported with beam search"
+            raise UserError(request.constraint.where, problem, "Set n_beams to 1")
+        refuse_tools(self.tools, "beam search", "Set n_beams to 1")
         end_ids = {self.tokenizer.eos_id, *request.stop_ids}
         sampling = request.sampling
         return beam_search(self.model, self.tokenizer, request.prompt, sampling, end_ids)
+
+    def _lookup(self, request: Request) -> Iterator[TokenOutput]:
+        is_constrained = request.constraint is not None
+        refuse_tools(self.tools, "lookup", "Generate without lookup")
+        check_lookup(
+            request.sampling, is_constrained=is_constrained, deterministic=self.deterministic
+        )
+        if self._lookup_batch is None:  # kept: the next question of a chat reuses its cache
+            vocab_size = self.tokenizer.vocab_size
+            self._lookup_batch = DecodingBatch(self.model, slots=1, vocab_size=vocab_size)
+        end_ids = {self.tokenizer.eos_id, *request.stop_ids}
+        batch, prompt, sampling = self._lookup_batch, request.prompt, request.sampling
+        return lookup_decoding(batch, self.tokenizer, prompt, sampling, end_ids)
 
     def _events_of(self, numbers: Iterable[int]) -> list[Event]:
         """One step; the events of other texts are kept for those who wait for them.
@@ -290,7 +363,13 @@ class Engine:
         return own
 
     def stream(
-        self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()
+        self,
+        prompt: str | Prompt,
+        sampling: SamplingConfig,
+        *,
+        stop_ids: Iterable[int] = (),
+        constraint: Constraint | None = None,
+        lookup: bool = False,
     ) -> Iterator[TokenOutput]:
         """The tokens as they are generated: at each step, one of each unfinished sample, in order.
 
@@ -300,9 +379,14 @@ class Engine:
         Args:
             stop_ids: tokens that end a text like EOS and are not shown, such as those of a
             template.
+            constraint: what each text must be, such as JSON.
+            lookup: whether to draft tokens from the text so far (lookup.py): faster if it copies.
         """
         prompt = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        request = Request(prompt, sampling, tuple(stop_ids))
+        request = Request(prompt, sampling, tuple(stop_ids), constraint=constraint)
+        if lookup:
+            yield from self._lookup(request)
+            return
         if sampling.n_beams > 1:
             yield from self._beam_search(request)
             return
@@ -318,11 +402,16 @@ class Engine:
             self.cancel(*unfinished)
 
     def generate(
-        self, prompt: str | Prompt, sampling: SamplingConfig, *, stop_ids: Iterable[int] = ()
+        self,
+        prompt: str | Prompt,
+        sampling: SamplingConfig,
+        *,
+        stop_ids: Iterable[int] = (),
+        constraint: Constraint | None = None,
     ) -> list[Completion]:
         """The finished texts, `n_samples` of them; the arguments are those of `stream`."""
         prompt = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         outputs: list[list[TokenOutput]] = [[] for _ in range(sampling.n_samples)]
-        for output in self.stream(prompt, sampling, stop_ids=stop_ids):
+        for output in self.stream(prompt, sampling, stop_ids=stop_ids, constraint=constraint):
             outputs[output.sample].append(output)
         return [Completion.of(prompt, of_sample) for of_sample in outputs]

@@ -18,13 +18,16 @@ the CPU: a GPU needs fewer launches, not another layout.
 # B rows · D model width · H query heads · G key/value heads · R = H/G · K head width · S keys
 # F feed-forward width · V vocabulary · E experts · A experts per token
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinylm.config.rope_scaling import RopeScalingConfig
 from tinylm.config.schema import ModelConfig
 from tinylm.model.decoder import (
     Attention,
@@ -37,12 +40,21 @@ from tinylm.model.decoder import (
     attention_mask,
     rotary_cos_sin,
 )
-from tinylm.model.int8 import Int8Experts, Int8Linear
 from tinylm.model.kv_cache import KVCache
+from tinylm.model.rounded import Int4Linear, Int8Linear, RoundedExperts
 
 # All modules of a decoder that this file knows.
 KNOWN = {
-    *(Decoder, Block, Attention, FeedForward, MixtureOfExperts, Int8Experts, Int8Linear),
+    *(
+        Decoder,
+        Block,
+        Attention,
+        FeedForward,
+        MixtureOfExperts,
+        RoundedExperts,
+        Int8Linear,
+        Int4Linear,
+    ),
     *(
         Head,
         nn.Linear,
@@ -56,6 +68,17 @@ KNOWN = {
 }
 # A larger matrix is read as it is stored: the other layout, a copy, saves a tenth of the time.
 MAX_COPIED_BYTES = 2**26
+# Rows whose lengths round up to the same multiple of this are attended to together.
+LENGTH_MULTIPLE = 64
+
+
+class Kernel(Enum):
+    """How a matrix of floats is read in a step."""
+
+    PACKED = "packed for oneDNN"
+    BY_COLUMN = "copied by column"
+    AS_STORED = "as stored"
+
 
 Function = Callable[[Tensor], Tensor]
 LinearFunction = Callable[..., Tensor]
@@ -72,7 +95,7 @@ class LayerView(NamedTuple):
     values: Tensor
     index: tuple[Any, ...] | None
     seen: list[tuple[Tensor, Tensor, Tensor | None]]
-    """keys and values (b, G, S, K) and the mask: of all rows, or row by row if they differ"""
+    """keys and values (b, G, S, K) and the mask: of all rows, or of each group if they differ"""
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Store the new keys and values (B, G, K)."""
@@ -85,15 +108,23 @@ class LayerView(NamedTuple):
 
 
 def lean_step(model: nn.Module) -> "LeanStep | None":
-    """The lean step of a model; None if it has none: another device, or a module that is unknown
-    here, such as an adapter in training.
-    """
-    if not isinstance(model, Decoder) or model.embedding.weight.device.type != "cpu":
-        return None
-    if any(type(module) not in KNOWN for module in model.modules()):
+    """The lean step of a model; None if it has none."""
+    if lean_step_problem(model) is not None:
         return None
     assert not isinstance(model.head, Head) or model.head.softcap is None, "only of HFModel"
     return LeanStep(model)
+
+
+def lean_step_problem(model: nn.Module) -> str | None:
+    """Why a model has no lean step; None if it has one."""
+    if not isinstance(model, Decoder):
+        return "a model of another kind"
+    if model.embedding.weight.device.type != "cpu":
+        return "on a GPU, fewer launches matter and not the layout"
+    for module in model.modules():
+        if type(module) not in KNOWN:  # such as an adapter in training
+            return f"{type(module).__name__} is not known to it"
+    return None
 
 
 class LeanStep:
@@ -105,8 +136,14 @@ class LeanStep:
         self.positions = model.positions.weight if config.position == "learned" else None
         self.rotation: tuple[Tensor, Tensor] | None = None
         if config.position == "rope":
-            self.rotation = rotation_table(config.max_seq_len, config.head_dim, config.rope_theta)
+            self.rotation = rotation_table(
+                config.max_seq_len, config.head_dim, config.rope_theta, config.rope_scaling
+            )
         self.blocks = [LeanBlock(block) for block in model.blocks]
+        self.scalars: list[tuple[float, float]] | None = None  # of the stream and the embedding
+        if config.input_scalars:
+            pairs = torch.stack((model.stream_scalars, model.input_scalars), dim=1)
+            self.scalars = [(stream, embedded) for stream, embedded in pairs.tolist()]
         self.norm = norm_function(model.norm)
         self.head = linear_function(model.head)
 
@@ -121,8 +158,12 @@ class LeanStep:
         if self.rotation is not None:
             cos, sin = self.rotation
             angles = cos[positions], sin[positions]  # (1, K) each, or (B, 1, K)
+        embedded = x
         views = cache_views(self.config, positions, cache)
-        for block, view in zip(self.blocks, views, strict=True):
+        for layer, (block, view) in enumerate(zip(self.blocks, views, strict=True)):
+            if self.scalars is not None:
+                of_stream, of_embedded = self.scalars[layer]
+                x = of_stream * x + of_embedded * embedded  # (B, D)
             x = block(x, angles, view)  # (B, D)
         return self.head(self.norm(x))  # (B, V)
 
@@ -152,6 +193,7 @@ class LeanAttention:
     def __init__(self, attention: Attention):
         self.heads = H, G = attention.n_heads, attention.n_kv_heads
         self.head_dim = K = attention.head_dim
+        self.rotates = attention.rotates
         self.qkv, self.out = linear_function(attention.qkv), linear_function(attention.out)
         self.qk_norm_weight: Tensor | None = None
         if isinstance(attention.q_norm, nn.RMSNorm):
@@ -170,7 +212,7 @@ class LeanAttention:
         # Queries and keys are normalized and rotated together.
         if self.qk_norm_weight is not None:
             qk = F.rms_norm(qk, (K,), None, self.qk_norm_eps) * self.qk_norm_weight
-        if angles is not None:
+        if angles is not None and self.rotates:
             qk = rotate(qk, *angles)  # (B, H + G, K)
         q, k = qk.split((H, G), dim=1)  # (B, H, K), (B, G, K)
         view.write(k, v)
@@ -179,8 +221,9 @@ class LeanAttention:
         if len(view.seen) == 1:
             mixed = self.attend(queries, *view.seen[0])  # (B, G, R, K)
         else:
-            rows = zip(queries.split(1), view.seen, strict=True)
-            mixed = torch.cat([self.attend(query, *seen) for query, seen in rows])
+            groups = queries.split([len(keys) for keys, _, _ in view.seen])
+            groups = zip(groups, view.seen, strict=True)
+            mixed = torch.cat([self.attend(group, *seen) for group, seen in groups])
         return self.out(mixed.reshape(-1, H * K), stream)  # (B, D)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -197,27 +240,32 @@ class LeanAttention:
 
 def cache_views(config: ModelConfig, positions: Tensor, cache: KVCache) -> list[LayerView]:
     """The part of the cache that each layer writes and reads, cut out for all layers at once."""
-    # One new token sees all that is stored, unless a window or a bias says otherwise.
+    # One new token sees all that is stored, unless the rows differ, or a window or a bias says
+    # otherwise.
     mask = None
-    window = config.sliding_window
-    if config.position == "alibi" or (window is not None and window < cache.filled):
+    window, lengths = config.sliding_window, cache.row_lengths
+    is_windowed = window is not None and window < cache.filled
+    if lengths is not None or is_windowed or config.position == "alibi":
         mask = attention_mask(config, positions, cache.key_positions)  # (..., 1, n_sinks + S)
         G, R = config.n_kv_heads, config.n_heads // config.n_kv_heads
         heads = (G, R) if config.position == "alibi" else (1, 1)
         mask = mask.reshape(-1, *heads, mask.size(-1))  # (1|B, 1|G, 1|R, n_sinks + S)
-        if mask.dtype != torch.bool:
-            mask = mask.to(cache.values.dtype)
-    # All rows together if they are equally long; else one by one, each as long as it is.
-    lengths = cache.row_lengths
-    rows = [slice(None)] if lengths is None else [slice(b, b + 1) for b in range(len(lengths))]
+        if mask.dtype == torch.bool:  # added in each layer: made a sum once
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        mask = mask.to(cache.values.dtype)
+    parts = [(slice(None), cache.filled)]
+    if lengths is not None:
+        parts = list(row_groups(lengths, cache.slots))
     seen = []
-    for part, length in zip(rows, lengths or [cache.filled], strict=True):
-        keys = cache.keys[:, part, :, :length].unbind()  # of each layer (b, G, S, K)
-        values = cache.values[:, part, :, :length].unbind()
+    for rows, n_slots in parts:
+        keys = cache.keys[:, rows, :, :n_slots].unbind()  # of each layer (b, G, S, K)
+        values = cache.values[:, rows, :, :n_slots].unbind()
         of_part = None
         if mask is not None:
-            of_part = mask if len(mask) == 1 else mask[part]
-            of_part = of_part[..., : config.n_sinks + length]  # (b, 1|G, 1|R, n_sinks + S)
+            n_columns = config.n_sinks + n_slots
+            of_part = (mask if len(mask) == 1 else mask[rows])[..., :n_columns]
+            # nothing is seen in the slots that only fill up the multiple
+            of_part = F.pad(of_part, (0, n_columns - of_part.size(-1)), value=-torch.inf)
         seen.append([(key, value, of_part) for key, value in zip(keys, values, strict=True)])
     # The slot of the new token: the same in all rows, or one for each.
     keys, values, index = cache.keys, cache.values, None
@@ -231,17 +279,40 @@ def cache_views(config: ModelConfig, positions: Tensor, cache: KVCache) -> list[
     return [LayerView(key, value, index, parts) for key, value, *parts in layers]
 
 
+def row_groups(lengths: Sequence[int], limit: int) -> Iterator[tuple[slice, int]]:
+    """Neighboring rows that are attended to in one call, and how many slots of each it reads: as
+    many as a row has, rounded up to a multiple of LENGTH_MULTIPLE, which for these rows is the same.
+
+    A row is so computed with a number of slots that depends on itself alone. The kernel then rounds
+    it alike whatever the other rows of the call are.
+
+    >>> list(row_groups([10, 64, 65, 3], limit=100))
+    [(slice(0, 2, None), 64), (slice(2, 3, None), 100), (slice(3, 4, None), 64)]
+    """
+    n_slots = [min(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, limit) for length in lengths]
+    start = 0
+    for n, rows in itertools.groupby(n_slots):
+        stop = start + len(list(rows))
+        yield slice(start, stop), n
+        start = stop
+
+
 # --- rotation -------------------------------------------------------------------------------------
 
 
-def rotation_table(n_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotation_table(
+    n_positions: int, head_dim: int, theta: float, scaling: RopeScalingConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines, and sines with the sign of each half, of all positions: (n_positions, K) each.
+
+    Each is that of the last token of a text, as a new token is.
 
     >>> cos, sin = rotation_table(2, 2, 10000.0)
     >>> rotate(torch.tensor([3.0, 4.0]), cos[1], sin[1])   # by 1 radian
     tensor([-1.7450,  4.6856])
     """
-    cos, sin = rotary_cos_sin(torch.arange(n_positions), head_dim, theta)
+    positions = torch.arange(n_positions)
+    cos, sin = rotary_cos_sin(positions, head_dim, theta, scaling, lengths=positions + 1)
     half = head_dim // 2
     return cos, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1)
 
@@ -280,14 +351,37 @@ def norm_function(norm: nn.Module) -> Function:
 def linear_function(linear: nn.Linear | Int8Linear) -> LinearFunction:
     """The layer as a function of (B, in), its matrix laid out for reading."""
     if isinstance(linear, Int8Linear):
-        product = linear.product
-        return lambda x, stream=None: product(x) if stream is None else product(x).add_(stream)
+        return rounded_function(linear)
     return matrix_function(linear.weight.detach(), linear.bias)
+
+
+def rounded_function(linear: Int8Linear) -> LinearFunction:
+    """A layer in 8 or 4 bits as a function of (B, in)."""
+    product, few_rows_product = linear.product, linear.few_rows_function()
+    # Without the checks of `product`, a step of one row takes 5% less time.
+    limit = linear.few_rows if linear.bias is None else 0
+
+    def rounded_linear(x: Tensor, stream: Tensor | None = None) -> Tensor:
+        is_simple = len(x) <= limit and x.dtype is torch.bfloat16
+        y = few_rows_product(x) if is_simple else product(x)  # (B, out)
+        return y if stream is None else y.add_(stream)
+
+    return rounded_linear
+
+
+def matrix_kernel(dtype: torch.dtype, n_bytes: int) -> Kernel:
+    """The fastest kernel for a matrix, as measured (docs/LOG.md)."""
+    has_onednn = torch.backends.mkldnn.is_available()
+    # The second is false on a CPU without AVX-512.
+    if dtype is torch.bfloat16 and has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return Kernel.PACKED
+    return Kernel.BY_COLUMN if n_bytes <= MAX_COPIED_BYTES else Kernel.AS_STORED
 
 
 def matrix_function(weight: Tensor, bias: Tensor | None) -> LinearFunction:
     """x Wᵀ + bias for a matrix W (out, in), and plus the residual stream if it is given."""
-    if weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    kernel = matrix_kernel(weight.dtype, weight.nbytes)
+    if kernel is Kernel.PACKED:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         product = torch.ops.mkldnn._linear_pointwise
 
@@ -297,7 +391,7 @@ def matrix_function(weight: Tensor, bias: Tensor | None) -> LinearFunction:
 
         return packed_linear
     by_column = weight.T  # (in, out)
-    if weight.nbytes <= MAX_COPIED_BYTES:
+    if kernel is Kernel.BY_COLUMN:
         by_column = by_column.contiguous()
 
     def linear(x: Tensor, stream: Tensor | None = None) -> Tensor:
@@ -327,7 +421,7 @@ class LeanExperts:
         self.top_k, self.kind = mixture.top_k, mixture.kind
         self.router = linear_function(mixture.router)
         self.experts: list[tuple[LinearFunction, LinearFunction]] = []
-        if isinstance(mixture, Int8Experts):
+        if isinstance(mixture, RoundedExperts):
             for up, down in zip(mixture.ups, mixture.downs, strict=True):
                 self.experts.append((linear_function(up), linear_function(down)))
             return

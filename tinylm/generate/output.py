@@ -35,13 +35,17 @@ class TokenOutput:
     or a stop string could begin"""
     token_id: int
     log_prob: float
-    """log-probability under the model itself, before temperature, filters and penalties"""
+    """log-probability under the model itself, before temperature, filters and penalties; 0 for a
+    token that a tool wrote: no other could come"""
     sample: int = 0
     """number of the text, from 0"""
     finish_reason: FinishReason | None = None
     """why the text ends with this token; None if it continues"""
     alternatives: tuple[tuple[int, float], ...] = ()
-    """the most probable tokens and their log-probabilities, if they were asked for"""
+    """the most probable tokens and their log-probabilities, also under the model itself, the most
+    probable first; as many as `Request.n_alternatives`, none for a tool's token"""
+    by_tool: bool = False
+    """whether a tool wrote it, not the model"""
 
     @property
     def probability(self) -> float:
@@ -63,6 +67,8 @@ class Completion:
     """tokens of the prompt that the model read"""
     truncated: int
     """tokens cut off at the front of the prompt because the context holds no more"""
+    by_tool: tuple[bool, ...]
+    """which of `ids` a tool wrote, not the model"""
 
     @classmethod
     def of(cls, prompt: Prompt, outputs: Sequence[TokenOutput]) -> "Completion":
@@ -76,6 +82,7 @@ class Completion:
             finish_reason=reason,
             prompt_tokens=len(prompt.ids),
             truncated=prompt.truncated,
+            by_tool=tuple(output.by_tool for output in outputs),
         )
 
 
@@ -91,19 +98,23 @@ class TextWriter:
         self.sample = sample
         self.finish_reason: FinishReason | None = None
 
-    def write(self, token_id: int, log_prob: float, *, last: bool) -> TokenOutput:
-        """The output of the next token; `last` ends the text because of its length."""
+    def write(
+        self, token_id: int, log_prob: float, *, last: bool, complete: bool = False
+    ) -> TokenOutput:
+        """The output of the next token; the text ends because of its length if it is the last,
+        and like at a stop string if it is complete.
+        """
         ends = token_id in self.end_ids
         # Bytes become whole characters; an ending token itself has no text.
         text = "" if ends else self.characters.feed(token_id)
-        if ends or last:
+        if ends or last or complete:
             text += self.characters.finish()
         # Hold back whatever could become a stop string.
         shown = self.stop_filter.feed(text)
         if self.stop_filter.stopped:
             self.finish_reason = "stop"
-        elif ends or last:
-            self.finish_reason = "eos" if ends else "length"
+        elif ends or last or complete:
+            self.finish_reason = "eos" if ends else "stop" if complete else "length"
             shown += self.stop_filter.rest()
         return TokenOutput(shown, token_id, log_prob, self.sample, self.finish_reason)
 

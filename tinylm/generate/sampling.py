@@ -1,9 +1,13 @@
 """From logits to the next token: pure functions on (B, V) tensors, in the order of their use.
 
-    logits ─▶ penalize_repetition ─▶ forbid_repeated_ngrams ─▶ temperature ─▶ top_k ─▶ top_p ─▶ min_p ─▶ draw
-              └──── `apply_penalties`: the text so far ────┘   └───── `apply_filters`: numbers only ─────┘
+    logits ─▶ penalize_repetition ─▶ penalize_generated ─▶ forbid_repeated_ngrams
+              └─────────────── `apply_penalties`: the text so far ──────────────┘
+           ─▶ only allowed tokens (constraint.py)
+           ─▶ temperature ─▶ top_k ─▶ top_p ─▶ min_p ─▶ draw
+              └───── `apply_filters`: numbers only ─────┘
 
-A forbidden token has the logit -inf. Knows nothing of text or of models.
+A forbidden token has the logit -inf. Log-probabilities are those of the first logits: of the model
+itself, before all of this. Knows nothing of text or of models.
 """
 
 
@@ -35,7 +39,12 @@ class NextToken(NamedTuple):
 
 
 def next_token(
-    logits: Tensor, context: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]
+    logits: Tensor,
+    context: Tensor,
+    sampling: SamplingConfig,
+    generators: Sequence[torch.Generator],
+    n_new: int,
+    allowed: Tensor | None = None,
 ) -> NextToken:
     """The next token of each row: the most probable one at temperature 0, else drawn.
 
@@ -45,21 +54,38 @@ def next_token(
         generators: one per row, from `make_generator`, on the device of the logits. A row draws
             from its own generator only, so a draw depends on (seed, sample, step), not on the
             other rows of the batch.
+        n_new: tokens at the end of the context that were generated.
+        allowed: (B, V), whether a constraint lets a token come next; None if all may.
 
     Raises:
         ValueError: the logits are not finite.
-        UserError: no_repeat_ngram leaves a row no token.
+        UserError: no_repeat_ngram, or the model itself, leaves a row no token.
     """
     log_probs = log_probabilities(logits)  # (B, V)
-    logits = apply_penalties(logits, context, sampling)  # (B, V)
+    logits = apply_penalties(logits, context, sampling, n_new)  # (B, V)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -math.inf)  # (B, V)
+        if logits.amax(dim=-1).isneginf().any():
+            problem = f"after {n_new} tokens, each allowed token is forbidden by another setting"
+            raise UserError("constraint", problem, "Remove no_repeat_ngram")
     if sampling.temperature == 0:
         ids = logits.argmax(dim=-1)  # (B,)
     else:
         probabilities = apply_filters(logits, sampling).softmax(dim=-1)  # (B, V)
-        rows = zip(probabilities, generators, strict=True)
-        draws = [torch.multinomial(row, 1, generator=generator) for row, generator in rows]
-        ids = torch.cat(draws)  # (B,)
+        ids = draw_tokens(probabilities, generators)  # (B,)
     return NextToken(ids, log_probs.gather(1, ids[:, None]).squeeze(1))
+
+
+def draw_tokens(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """A token (B,) of each row (B, V), with these probabilities, by its own generator.
+
+    Of p / q, with q drawn from an exponential distribution, entry i is the largest with probability
+    p_i. torch.multinomial draws so too: these are its tokens, without its checks of every row.
+    """
+    q = torch.empty_like(probabilities)  # (B, V)
+    for row, generator in zip(q, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (probabilities / q).argmax(dim=-1)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -76,6 +102,17 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return logits.log_softmax(dim=-1)
 
 
+def most_probable(log_probs: Tensor, n: int) -> list[tuple[tuple[int, float], ...]]:
+    """The n most probable tokens of each row (B, V) and their log-probabilities, the best first.
+
+    >>> most_probable(torch.tensor([[-2.0, -0.5, -1.0]]), 2)
+    [((1, -0.5), (2, -1.0))]
+    """
+    best = log_probs.topk(min(n, log_probs.size(1)), dim=-1)  # (B, n)
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [tuple(zip(ids, values, strict=True)) for ids, values in rows]
+
+
 def make_generator(seed: int, sample: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The random numbers of sample number `sample`."""
     # A hash: torch's CPU generator uses only the low 32 bits of its seed, so that seed + 2^32 ·
@@ -89,13 +126,27 @@ def make_generator(seed: int, sample: int, device: torch.device | str = "cpu") -
 
 def has_penalties(sampling: SamplingConfig) -> bool:
     """Whether `apply_penalties` changes anything."""
-    return sampling.repetition_penalty != 1 or sampling.no_repeat_ngram is not None
+    return (
+        sampling.repetition_penalty != 1
+        or sampling.presence_penalty != 0
+        or sampling.frequency_penalty != 0
+        or sampling.no_repeat_ngram is not None
+    )
 
 
-def apply_penalties(logits: Tensor, context: Tensor, sampling: SamplingConfig) -> Tensor:
-    """The logits after the repetition penalty and the forbidden n-grams; context is (B, T)."""
+def apply_penalties(
+    logits: Tensor, context: Tensor, sampling: SamplingConfig, n_new: int
+) -> Tensor:
+    """The logits after all penalties and without the forbidden n-grams.
+
+    The last `n_new` tokens of the context (B, T) were generated; the others are the prompt.
+    """
     if sampling.repetition_penalty != 1:
         logits = penalize_repetition(logits, context, sampling.repetition_penalty)
+    presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+    if presence != 0 or frequency != 0:
+        generated = context[:, context.size(1) - n_new :]  # (B, n_new)
+        logits = penalize_generated(logits, generated, presence, frequency)
     if sampling.no_repeat_ngram is not None:
         logits = forbid_repeated_ngrams(logits, context, sampling.no_repeat_ngram)
         if logits.amax(dim=-1).isneginf().any():
@@ -118,6 +169,22 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     scores = logits.gather(1, seen)  # (B, T); a token seen twice is read and written twice, alike
     penalized = torch.where(scores > 0, scores / penalty, scores * penalty)
     return logits.scatter(1, seen, penalized)  # (B, V)
+
+
+def penalize_generated(
+    logits: Tensor, generated: Tensor, presence: float, frequency: float
+) -> Tensor:
+    """From the logit of each token among `generated` (B, T), `presence` is subtracted once,
+    and `frequency` for each time that it is there.
+
+    OpenAI's API reference defines them so; the prompt does not count.
+
+    >>> penalize_generated(torch.zeros(1, 3), torch.tensor([[0, 1, 1]]), 0.5, 0.25).tolist()
+    [[-0.75, -1.0, 0.0]]
+    """
+    ones = torch.ones_like(generated, dtype=logits.dtype)  # (B, T)
+    counts = torch.zeros_like(logits).scatter_add(1, generated, ones)  # (B, V)
+    return logits - presence * (counts > 0) - frequency * counts
 
 
 def forbid_repeated_ngrams(logits: Tensor, context: Tensor, n: int) -> Tensor:

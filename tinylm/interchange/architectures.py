@@ -7,6 +7,7 @@ those of the weights. A new architecture is one more `Architecture` in `ARCHITEC
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,16 @@ class Architecture:
 
 # --- the architectures ---
 
-_NO_EXTRAS = {"norm_placement": "pre", "qk_norm": False, "n_sinks": 0}
+# A section with keys of its own for each type (rope_parameters.py).
+ROPE_PARAMETERS = "rope_parameters"
+
+_NO_EXTRAS = {
+    "norm_placement": "pre",
+    "qk_norm": False,
+    "n_sinks": 0,
+    "no_rope_interval": None,
+    "input_scalars": False,
+}
 
 LLAMA = Architecture(
     "llama",
@@ -56,7 +66,6 @@ LLAMA = Architecture(
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "rope_parameters.rope_type": "default",
     },
     settings={
         "vocab_size": "vocab_size",
@@ -68,6 +77,7 @@ LLAMA = Architecture(
         "head_dim": "head_dim",
         "d_ff": "intermediate_size",
         "rope_theta": "rope_parameters.rope_theta",
+        "rope_scaling": ROPE_PARAMETERS,
         "norm_eps": "rms_norm_eps",
         "attention_dropout": "attention_dropout",
         "tie_embeddings": "tie_word_embeddings",
@@ -102,7 +112,7 @@ MISTRAL = replace(
     LLAMA,
     model_type="mistral",
     ours={key: value for key, value in LLAMA.ours.items() if key != "sliding_window"},
-    theirs={"hidden_act": "silu", "rope_parameters.rope_type": "default"},
+    theirs={"hidden_act": "silu"},
     settings=LLAMA.settings | {"sliding_window": "sliding_window"},
     limits={},
 )
@@ -116,7 +126,7 @@ QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
     ours=LLAMA.ours | {"bias": "qkv"},
-    theirs={"hidden_act": "silu", "rope_parameters.rope_type": "default"} | _FULL,
+    theirs={"hidden_act": "silu"} | _FULL,
     settings={key: value for key, value in LLAMA.settings.items() if key != "head_dim"},
     limits={"head_dim": lambda config: config.d_model / config.n_heads},
 )
@@ -125,8 +135,7 @@ QWEN3 = replace(
     LLAMA,
     model_type="qwen3",
     ours=LLAMA.ours | {"qk_norm": True},
-    theirs={"hidden_act": "silu", "attention_bias": False, "rope_parameters.rope_type": "default"}
-    | _FULL,
+    theirs={"hidden_act": "silu", "attention_bias": False} | _FULL,
     modules=LLAMA.modules
     | {
         "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
@@ -150,7 +159,7 @@ def _windowed(architecture: Architecture) -> Architecture:
 MIXTRAL = Architecture(
     "mixtral",
     ours=_NO_EXTRAS | {"position": "rope", "norm": "rmsnorm", "ffn": "swiglu", "bias": "none"},
-    theirs={"hidden_act": "silu", "rope_parameters.rope_type": "default"},
+    theirs={"hidden_act": "silu"},
     settings=LLAMA.settings
     | {
         "sliding_window": "sliding_window",
@@ -167,6 +176,52 @@ MIXTRAL = Architecture(
     limits={"moe": lambda config: (config.moe or MoEConfig()).model_dump()},
 )
 
+QWEN3_MOE = replace(
+    MIXTRAL,
+    model_type="qwen3_moe",
+    ours=MIXTRAL.ours | {"qk_norm": True, "sliding_window": None},
+    theirs={
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    settings={key: value for key, value in MIXTRAL.settings.items() if key != "sliding_window"}
+    | {"d_ff": "moe_intermediate_size", "moe.n_experts": "num_local_experts"},
+    modules=MIXTRAL.modules
+    | {name: theirs for name, theirs in QWEN3.modules.items() if name not in LLAMA.modules},
+)
+
+# Queries, keys and values are one matrix there too, and so are gate and value.
+PHI3 = replace(
+    MISTRAL,
+    model_type="phi3",
+    theirs={"hidden_act": "silu"},
+    settings={key: value for key, value in MISTRAL.settings.items() if key != "head_dim"}
+    | {"residual_dropout": "resid_pdrop"},
+    modules=LLAMA.modules
+    | {
+        "blocks.{}.attention.qkv": "model.layers.{}.self_attn.qkv_proj",
+        "blocks.{}.ffn.up": "model.layers.{}.mlp.gate_up_proj",
+    },
+    limits={"head_dim": lambda config: config.d_model / config.n_heads},
+)
+
+# A list of layers that follows from no_rope_layer_interval.
+NO_ROPE_LAYERS = "no_rope_layers"
+BY_INTERVAL = "every no_rope_layer_interval-th"
+SMOLLM3 = replace(
+    LLAMA,
+    model_type="smollm3",
+    ours={key: value for key, value in LLAMA.ours.items() if key != "no_rope_interval"},
+    theirs=LLAMA.theirs | {"use_sliding_window": False, NO_ROPE_LAYERS: BY_INTERVAL},
+    settings={key: value for key, value in LLAMA.settings.items() if key != "head_dim"}
+    | {"no_rope_interval": "no_rope_layer_interval"},
+    limits={"head_dim": lambda config: config.d_model / config.n_heads},
+)
+
 GPT2 = Architecture(
     "gpt2",
     ours=_NO_EXTRAS
@@ -177,6 +232,7 @@ GPT2 = Architecture(
         "bias": "all",
         "sliding_window": None,
         "moe": None,
+        "rope_scaling": None,
     },
     theirs={
         "activation_function": "gelu_new",
@@ -233,8 +289,34 @@ ARCHITECTURES = (
     QWEN3,
     _windowed(QWEN3),
     MIXTRAL,
+    QWEN3_MOE,
+    PHI3,
+    SMOLLM3,
     GPT2,
     _gpt2_with("silu", "silu"),
     _gpt2_with("relu2", "relu2"),
     _gpt2_with("gelu", "gelu_pytorch_tanh"),
 )
+
+# Architectures that would need more of the decoder than a switch each, and what that is.
+_GEMMA3 = (
+    "its layers alternate between a window and all positions, with two rotary bases, have four "
+    "norms and a gated GELU, and its embedding is scaled"
+)
+NEED_MORE = {
+    "gemma3": _GEMMA3,
+    "gemma3_text": _GEMMA3,
+    "olmo2": (
+        "it normalizes what each sublayer adds to the residual stream, and queries and keys over "
+        "all heads together"
+    ),
+}
+
+
+def unsupported(model_type: object) -> str:
+    """Why a model of this type cannot be computed by our decoder, as the problem of an error."""
+    if isinstance(model_type, str) and model_type in NEED_MORE:
+        return f"{model_type} is not supported by this decoder: {NEED_MORE[model_type]}"
+    names = sorted({architecture.model_type for architecture in ARCHITECTURES})
+    found = model_type if isinstance(model_type, str) else json.dumps(model_type)
+    return f"must be one of {', '.join(names)}, got {found:.80}"

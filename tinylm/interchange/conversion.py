@@ -20,7 +20,15 @@ from torch import Generator, Tensor, cat, no_grad, randint
 from tinylm.checkpoint.check import empty_model
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig
-from tinylm.interchange.architectures import ARCHITECTURES, Architecture
+from tinylm.interchange.architectures import (
+    ARCHITECTURES,
+    BY_INTERVAL,
+    NO_ROPE_LAYERS,
+    ROPE_PARAMETERS,
+    Architecture,
+    unsupported,
+)
+from tinylm.interchange.rope_parameters import our_settings, their_context, their_parameters
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
 
@@ -48,13 +56,16 @@ def hf_config(config: ModelConfig) -> PreTrainedConfig:
     settings = dict(architecture.theirs)
     for name, their_name in architecture.settings.items():
         settings[their_name] = ours[name]
+    if config.position == "rope":
+        settings[architecture.settings["max_seq_len"]] = their_context(config)
+        settings[ROPE_PARAMETERS] = their_parameters(config)
     if architecture.model_type == "gpt2":
         settings["embd_pdrop"] = config.residual_dropout
+    settings.pop(NO_ROPE_LAYERS, None)
     if "layer_types" in settings:
         settings["layer_types"] = [settings["layer_types"]] * config.n_layers
-    made = AutoConfig.for_model(
-        architecture.model_type, bos_token_id=None, eos_token_id=None, **_nested(settings)
-    )
+    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    made = AutoConfig.for_model(architecture.model_type, **no_tokens, **_nested(settings))
     if config.position == "rope":
         # for readers older than transformers 5, which do not know rope_parameters
         made.rope_theta = config.rope_theta
@@ -71,7 +82,10 @@ def our_config(config: PreTrainedConfig) -> ModelConfig:
     theirs = _settings_of(config)
     settings = dict(architecture.ours)
     for name, their_name in architecture.settings.items():
-        settings[name] = theirs[their_name]
+        if their_name != ROPE_PARAMETERS:
+            settings[name] = theirs[their_name]
+    if ROPE_PARAMETERS in architecture.settings.values():
+        settings |= our_settings(config)
     try:
         return ModelConfig.model_validate(_nested(settings))
     except ValidationError as error:
@@ -89,8 +103,7 @@ def _architecture_in(config: PreTrainedConfig) -> Architecture:
     """The architecture that a Hugging Face config describes."""
     known = [one for one in ARCHITECTURES if one.model_type == config.model_type]
     if not known:
-        names = ", ".join(sorted({one.model_type for one in ARCHITECTURES}))
-        problem = f"must be one of {names}, got {config.model_type}"
+        problem = unsupported(config.model_type)
         raise UserError(("config.json", "model_type"), problem, ANOTHER)
     found = _settings_of(config)
     misfits = [[key for key, value in one.theirs.items() if found[key] != value] for one in known]
@@ -104,10 +117,15 @@ def _architecture_in(config: PreTrainedConfig) -> Architecture:
 
 
 def _settings_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings by dotted name; `layer_types` as one word if all layers are alike."""
+    """The settings by dotted name; the type of the layers as one word if they follow a rule."""
     found = dict(_dotted(config.to_dict()))
     if "layer_types" in found and len(set(found["layer_types"])) == 1:
         found["layer_types"] = found["layer_types"][0]
+    if NO_ROPE_LAYERS in found:
+        every = found["no_rope_layer_interval"]
+        regular = [int((layer + 1) % every != 0) for layer in range(config.num_hidden_layers)]
+        if found[NO_ROPE_LAYERS] == regular:
+            found[NO_ROPE_LAYERS] = BY_INTERVAL
     return found
 
 
@@ -253,7 +271,7 @@ def stored_names(name: str, present: Container[str], n_experts: int) -> tuple[st
     whose tensors make up their tensor `name`, in its order.
 
     Files may omit the part before the first dot (GPT-2's do),
-    and Mixtral's have each expert by itself.
+    and those of mixtures have each expert by itself.
     """
     if name in present:
         return (name,)
@@ -261,6 +279,12 @@ def stored_names(name: str, present: Container[str], n_experts: int) -> tuple[st
     older = f"{layer}block_sparse_moe."
     if part == "gate.weight" and f"{older}{part}" in present:
         return (f"{older}{part}",)
+    alone = f"{layer}mlp.experts"
+    if part.startswith("experts.") and f"{alone}.0.down_proj.weight" in present:
+        names = ("gate_proj", "up_proj") if "gate" in part else ("down_proj",)
+        return tuple(
+            f"{alone}.{expert}.{name}.weight" for expert in range(n_experts) for name in names
+        )
     matrices = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}.get(part)
     if matrices is not None:
         return tuple(

@@ -1,11 +1,13 @@
 """A checkpoint as one GGUF file, for llama.cpp and programs that use it.
 
-    Decoder ─ conversion.to_hf ─▶ Hugging Face model ─ renamed ─▶ tensors of GGUF ─┐
-    config ─ add_settings, tokenizer ─ vocabulary_of, add_vocabulary ──────────────┴─▶ file ─ check_file
+    Decoder ─ conversion.to_hf ─▶ Hugging Face model ─ Layout ─▶ tensors of GGUF ─┐
+    config ─ add_settings, tokenizer ─ vocabulary_of, add_vocabulary ─────────────┴─▶ file ─ check_file
+    file ─ read_gguf ─▶ Decoder
 
 Names come from the `gguf` package's own table, so that this file has only what GGUF does
 differently: its settings, queries and keys of Llama stored for rotating neighbors instead of
-halves, and its tokenizers. The file is read back through transformers before it gets its name.
+halves, and experts whose gates have a tensor of their own. Number types are in `gguf_types`, the
+tokenizer is in `gguf_tokenizer`. The file is read back before it gets its name.
 """
 
 from __future__ import annotations
@@ -13,100 +15,186 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tinylm.checkpoint.check import empty_model
 from tinylm.checkpoint.load import Loaded, load_model
-from tinylm.common.errors import UserError, require_package, writing
-from tinylm.common.files import require_new
+from tinylm.common.errors import UserError, require_package
+from tinylm.common.files import require_new, writing
 from tinylm.config.schema import ModelConfig
 from tinylm.interchange import architectures, conversion
-from tinylm.interchange.hf_export import OUT, Exported, check_model, publish, scratch_folder
-from tinylm.interchange.hf_tokenizer import backend_of, chat_template, check_tokenizer, end_ids
+from tinylm.interchange.gguf_rope import add_rope_scaling, require_expressible
+from tinylm.interchange.gguf_tokenizer import (
+    USE_HF,
+    Vocabulary,
+    add_vocabulary,
+    vocabulary_of,
+    word_pattern_of,
+)
+from tinylm.interchange.gguf_types import (
+    NUMBER_TYPES,
+    NumberType,
+    exact_tensor,
+    quantize_file,
+    require_llama_cpp,
+    require_whole_blocks,
+    rounded,
+    rounded_array,
+    stored_type,
+)
+from tinylm.interchange.hf_export import (
+    OUT,
+    Exported,
+    check_model,
+    publish,
+    refuse_encoder_decoder,
+    scratch_folder,
+)
+from tinylm.interchange.hf_tokenizer import backend_of, check_tokenizer, write_text
+from tinylm.interchange.ollama import modelfile
+from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel, quiet_transformers
-from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokenizer.hf import HFTokenizer
-from tinylm.tokenizer.pretokenize import PATTERNS, byte_level_pattern
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+logger = logging.getLogger(__name__)
 
-Floats = Literal["f32", "f16"]
-_CONTRACTIONS, _, _REST = PATTERNS["gpt4"].partition(r"\p{N}{1,3}")
-# The pattern that splits text into words, and its name in GGUF.
-PRE_TOKENIZERS = {
-    PATTERNS["gpt2"]: "gpt-2",
-    # "llama-bpe" has the same words, but makes a whole word one token before any merge
-    PATTERNS["gpt4"]: "dbrx",
-    f"{_CONTRACTIONS}\\p{{N}}{_REST}": "qwen2",
-}
-TOKEN_TYPES = {"normal": 1, "control": 3, "user_defined": 4}
-USE_HF = "Export with --format hf"
+# Hugging Face's architectures that GGUF has under another name. Without a window, which GGUF does
+# not have for them, they differ from a Llama in nothing, or in their experts.
+ARCHITECTURES = {"mistral": "llama", "mixtral": "llama"}
+# Hugging Face's architectures whose files llama.cpp was seen to read as they are meant.
+IN_GGUF = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt2")
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """A byte-level BPE tokenizer as it is in a GGUF file."""
-
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-
-
-def export_gguf(ckpt: Path, out: Path, *, floats: Floats = "f32") -> Exported:
-    """Write the checkpoint `ckpt` as the new GGUF file `out`, whole or not at all;
-    with f16 its matrices have 16 bits.
+def export_gguf(ckpt: Path, out: Path, *, dtype: str = "f32") -> Exported:
+    """Write the checkpoint `ckpt` as the new GGUF file `out`, whole or not at all,
+    its matrices in the number type `dtype`, a name in NUMBER_TYPES; beside it a Modelfile.
 
     Raises:
-        UserError: GGUF or transformers' reader does not support the model, `out` exists,
+        UserError: GGUF or its readers do not support the model or the type, `out` exists,
             or the logits differ.
     """
     require_package("transformers")
     require_package("gguf")
+    type = NUMBER_TYPES[dtype]
+    require_llama_cpp(type)
     if out.suffix != ".gguf":  # transformers recognizes the format by it
         raise UserError(out, "the name of a GGUF file must end in .gguf")
+    recipe = out.with_suffix(".Modelfile")
     require_new(out)
-    loaded = load_model(ckpt)
-    if isinstance(loaded.model, HFModel):  # the file is that of the decoder which computes the same
-        loaded = replace(loaded, model=conversion.from_hf(loaded.model.inner))
+    require_new(recipe)
+    loaded, vocabulary = load_for_gguf(ckpt)
     config = loaded.model.config
-    vocabulary = vocabulary_of(loaded.tokenizer)
+    layout = Layout(config)
+    needs = settings_for_transformers(config, layout.architecture)
     with quiet_transformers(), scratch_folder(out) as folder:
-        theirs = conversion.to_hf(loaded.model)
-        check_expressible(config, theirs.config.model_type)
-        model_type = theirs.config.model_type
-        if model_type == "mistral":  # without a window the two are the same
-            model_type = "llama"
-        weights = dict(renamed(theirs.state_dict(), config, model_type))
-        del theirs
+        file = folder / out.name
+        first = NUMBER_TYPES["f32"] if type.by_llama_cpp else type
+        weights = conversion.to_hf(loaded.model).state_dict()
+        weights = dict(layout.stored(weights, n_tokens=len(vocabulary.tokens)))
+        require_whole_blocks(ckpt, type, weights)
         with writing(out, OUT):
-            write_file(folder / out.name, model_type, weights, loaded, vocabulary, floats)
+            write_file(file, layout, weights, loaded, vocabulary, first)
         del weights
-        needs = settings_for_transformers(config, model_type)
-        difference = check_file(folder / out.name, loaded, floats, needs)
-        publish(folder / out.name, out)
-    return Exported(out, model_type, difference, needs=needs)
+        round_alike(loaded.model, first)
+        difference = check_file(file, loaded, layout, needs)
+        if type.by_llama_cpp:
+            exact = file.rename(folder / "f32.gguf")
+            quantize_file(exact, file, type)
+            exact.unlink()
+            ours = replace(loaded, model=read_gguf(file, config))
+            difference = check_file(file, ours, layout, needs)
+        with writing(recipe, OUT):
+            text = modelfile(loaded, out.name, context=config.max_seq_len)
+            write_text(folder / recipe.name, text)
+        publish(file, out)
+        publish(folder / recipe.name, recipe)
+    return Exported(out, layout.architecture, difference, gguf_config=config, needs=needs)
+
+
+def load_for_gguf(ckpt: Path) -> tuple[Loaded, Vocabulary]:
+    """The model of a checkpoint as its file has it, and its tokenizer.
+
+    Raises:
+        UserError: GGUF does not have the tokenizer, the model or one of its settings.
+    """
+    loaded = load_model(ckpt)
+    refuse_encoder_decoder(ckpt, loaded)
+    try:
+        vocabulary = vocabulary_of(loaded.tokenizer)
+        model = model_for_gguf(loaded)
+        check_expressible(model.config, conversion.hf_config(model.config).model_type)
+    except UserError as error:
+        raise error.within(ckpt) from None
+    return replace(loaded, model=model), vocabulary
+
+
+def model_for_gguf(loaded: Loaded) -> Decoder:
+    """The decoder whose file is written: it computes what the model does, within its window.
+
+    GGUF's Llama has no sliding window. In a context that is no longer than the window the two
+    are equal, so the file has that context.
+
+    Raises:
+        UserError: it is a Hugging Face model that our decoder cannot compute.
+    """
+    model = loaded.model
+    if isinstance(model, HFModel):
+        try:
+            model = conversion.from_hf(model.inner)
+        except UserError as error:
+            _, *setting = error.where  # the first is config.json, which the user has not written
+            found = ": ".join((*setting, error.problem))
+            problem = (
+                f"a {model.inner.config.model_type} model is not supported in GGUF here ({found})"
+            )
+            fix = f"{USE_HF}; llama.cpp's convert_hf_to_gguf.py reads the folder"
+            raise UserError("its model", problem, fix) from None
+    window, longest = model.config.sliding_window, model.config.max_seq_len
+    if window is None:
+        return model
+    context = min(window, longest)
+    if context < longest:
+        logger.info(
+            "note: GGUF has no sliding window, so the file's context is the window, %d of %d tokens",
+            *(context, longest),
+        )
+    sizes = {"sliding_window": None, "max_seq_len": context}
+    return with_config(model, model.config.model_copy(update=sizes))
+
+
+def with_config(model: Decoder, config: ModelConfig) -> Decoder:
+    """A decoder with the weights of `model`, which fit, and another config, in eval mode."""
+    made = empty_model(config)
+    made.load_state_dict(model.state_dict(), assign=True)
+    if config.tie_embeddings:
+        made.head.weight = made.embedding.weight
+    return made.eval()
 
 
 def check_expressible(config: ModelConfig, model_type: str) -> None:
     """Raise a UserError for a setting that GGUF does not have,
     or that transformers does not read from it.
     """
-    supported: dict[str, Any] = {"moe": None, "sliding_window": None}
+    if model_type not in IN_GGUF:
+        problem = f"a {model_type} is not supported in a GGUF file that can be checked"
+        raise UserError("model", problem, USE_HF)
+    require_expressible(config, ARCHITECTURES.get(model_type, model_type))
+    supported: dict[str, Any] = {}
     if model_type == "gpt2":
         supported["ffn"] = "gelu"
     else:
         supported["bias"] = "qkv" if model_type == "qwen2" else "none"
     if model_type == "mistral":
-        # Without a window it is written as a Llama, whose width must be a multiple of n_heads
-        # in transformers.
+        # It is written as a Llama, whose width must be a multiple of n_heads in transformers.
         for name, limit in architectures.LLAMA.limits.items():
             supported[name] = limit(config)
     settings = config.model_dump()
@@ -123,28 +211,82 @@ def check_expressible(config: ModelConfig, model_type: str) -> None:
 # --- weights ---
 
 
-def renamed(
-    weights: dict[str, Tensor], config: ModelConfig, model_type: str
-) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a Hugging Face model by GGUF's names and in its layout."""
-    import gguf
+@dataclass(frozen=True)
+class Place:
+    """Where a weight of a Hugging Face model is in a GGUF file, and how it lies there."""
 
-    architecture = next(
-        number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == model_type
-    )
-    names = gguf.get_tensor_name_map(architecture, config.n_layers)
-    for name, weight in weights.items():
-        if name == "lm_head.weight" and config.tie_embeddings:
-            continue
-        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    name: str
+    n_heads: int | None = None
+    """if given, the rows of each of these heads are reordered for rotating neighbors"""
+    transposed: bool = False
+    """whether its matrices are"""
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A Hugging Face weight as it is in the file."""
+        if self.n_heads is not None:
+            return interleave_halves(weight, self.n_heads)
+        return weight.T if self.transposed and weight.dim() == 2 else weight
+
+    def loaded(self, weight: Tensor) -> Tensor:
+        """The inverse of `stored`."""
+        if self.n_heads is not None:
+            return halve_interleaved(weight, self.n_heads)
+        return weight.T if self.transposed and weight.dim() == 2 else weight
+
+
+class Layout:
+    """The weights of a Hugging Face model by GGUF's names."""
+
+    def __init__(self, config: ModelConfig):
+        import gguf
+
+        self.config = config
+        model_type = conversion.hf_config(config).model_type
+        self.architecture = ARCHITECTURES.get(model_type, model_type)
+        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        self._names = gguf.get_tensor_name_map(numbers[self.architecture], config.n_layers)
+
+    @property
+    def output(self) -> str:
+        """The name of the output matrix."""
+        return "token_embd.weight" if self.config.tie_embeddings else "output.weight"
+
+    def places(self, name: str) -> tuple[Place, ...]:
+        """The place of a Hugging Face weight; of the gates and values of experts, two."""
+        gates, is_merged, _ = name.partition("gate_up_proj")
+        if is_merged:
+            return tuple(Place(self._new_name(f"{gates}{part}_proj")) for part in ("gate", "up"))
+        new = self._new_name(name)
+        if self.architecture == "llama" and ".attn_q." in new:
+            return (Place(new, self.config.n_heads),)
+        if self.architecture == "llama" and ".attn_k." in new:
+            return (Place(new, self.config.n_kv_heads),)
+        # transformers' GPT-2 has matrices (in, out)
+        return (Place(new, transposed=self.architecture == "gpt2" and new.startswith("blk.")),)
+
+    def _new_name(self, name: str) -> str:
+        new = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert new is not None, name
-        if model_type == "llama" and ".attn_q." in new:
-            weight = interleave_halves(weight, config.n_heads)
-        if model_type == "llama" and ".attn_k." in new:
-            weight = interleave_halves(weight, config.n_kv_heads)
-        if model_type == "gpt2" and new.startswith("blk.") and weight.dim() == 2:
-            weight = weight.T  # transformers' GPT-2 has (in, out)
-        yield new, weight
+        return new if new.endswith((".weight", ".bias")) else f"{new}.weight"
+
+    def stored(self, weights: dict[str, Tensor], *, n_tokens: int) -> Iterator[tuple[str, Tensor]]:
+        """The weights of a Hugging Face model as they are in the file."""
+        for name, weight in weights.items():
+            if name == "lm_head.weight" and self.config.tie_embeddings:
+                continue
+            places = self.places(name)
+            parts = weight.chunk(len(places), dim=1) if len(places) > 1 else (weight,)
+            for place, part in zip(places, parts, strict=True):
+                stored = place.stored(part)
+                if place.name in ("token_embd.weight", "output.weight"):
+                    # readers count tokens by rows, and further rows have no token
+                    stored = stored[:n_tokens]
+                yield place.name, stored
+
+    def loaded(self, name: str, stored: dict[str, Tensor]) -> Tensor:
+        """The Hugging Face weight `name` from those in a file."""
+        parts = [place.loaded(stored[place.name]) for place in self.places(name)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def interleave_halves(weight: Tensor, n_heads: int) -> Tensor:
@@ -157,9 +299,28 @@ def interleave_halves(weight: Tensor, n_heads: int) -> Tensor:
     return weight.view(n_heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def is_halved(name: str, weight: Tensor) -> bool:
-    """Whether f16 applies to it: to matrices, except the position embedding, which is small."""
-    return weight.dim() > 1 and name != "position_embd.weight"
+def halve_interleaved(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of `interleave_halves`.
+
+    >>> halve_interleaved(torch.tensor([0, 2, 1, 3, 4, 6, 5, 7]), 2).tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    return weight.view(n_heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def read_gguf(path: Path, config: ModelConfig) -> Decoder:
+    """The decoder in a file that `export_gguf` wrote, its numbers in fp32;
+    `config` is `Exported.gguf_config`.
+    """
+    from gguf import GGUFReader
+
+    layout, tensors = Layout(config), {}
+    for tensor in GGUFReader(path).tensors:
+        tensors[tensor.name] = exact_tensor(tensor.data, tensor.tensor_type)
+    in_file = config.model_copy(update={"vocab_size": len(tensors["token_embd.weight"])})
+    return conversion.from_weights(
+        conversion.hf_config(in_file), lambda name: layout.loaded(name, tensors)
+    )
 
 
 # --- the file ---
@@ -167,46 +328,33 @@ def is_halved(name: str, weight: Tensor) -> bool:
 
 def write_file(
     path: Path,
-    model_type: str,
+    layout: Layout,
     weights: dict[str, Tensor],
     loaded: Loaded,
     vocabulary: Vocabulary,
-    floats: Floats,
+    type: NumberType,
 ) -> None:
     """Write settings, tokenizer and weights into one file."""
     from gguf import GGUFWriter, LlamaFileType
 
-    writer = GGUFWriter(path, model_type)
+    writer = GGUFWriter(path, layout.architecture)
     writer.add_name(f"tinylm {loaded.config.training.run_name}")
-    writer.add_file_type(LlamaFileType.MOSTLY_F16 if floats == "f16" else LlamaFileType.ALL_F32)
-    add_settings(writer, loaded.model.config, model_type, n_tokens=len(vocabulary.tokens))
+    writer.add_file_type(LlamaFileType[type.file_type])
+    add_settings(writer, loaded.model.config, layout.architecture, n_tokens=len(vocabulary.tokens))
     add_vocabulary(writer, vocabulary, loaded)
     for name, weight in weights.items():
-        if name in ("token_embd.weight", "output.weight"):
-            # readers count tokens by rows, and further rows have no token
-            weight = weight[: len(vocabulary.tokens)]
-        writer.add_tensor(name, _stored_values(name, weight, floats).contiguous().numpy())
+        stored = stored_type(type, name, weight, output=layout.output)
+        array, kind = rounded_array(weight, stored)
+        if not exact_tensor(array, kind).isfinite().all():
+            problem, fix = "has non-finite numbers", "Export another checkpoint"
+            if weight.isfinite().all():
+                problem, fix = f"{problem} as {stored.lower()}", "Export with --dtype f32"
+            raise UserError((loaded.info.path, name), problem, fix)
+        writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _stored_values(name: str, weight: Tensor, floats: Floats) -> Tensor:
-    """The weight in the precision of the file; a UserError if a number in it is not finite."""
-    if floats == "f32" or not is_halved(name, weight):
-        values, problem, fix = weight.float(), "has non-finite numbers", "Export another checkpoint"
-    else:
-        values, problem, fix = (
-            weight.half(),
-            "has non-finite numbers in 16 bits",
-            "Export it as f32",
-        )
-        if not weight.isfinite().all():
-            fix = "Export another checkpoint"
-    if not values.isfinite().all():
-        raise UserError(name, problem, fix)
-    return values
 
 
 def add_settings(
@@ -228,74 +376,10 @@ def add_settings(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-
-
-def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, loaded: Loaded) -> None:
-    """Write the tokenizer, and the tokens that begin, end and pad a text."""
-    writer.add_tokenizer_model("gpt2")  # byte-level BPE
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
-    tokenizer, (end, *_) = loaded.tokenizer, end_ids(loaded.tokenizer, loaded.template)
-    writer.add_bos_token_id(tokenizer.eos_id)  # EOS precedes every document here
-    writer.add_eos_token_id(end)
-    writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(False)
-    template = chat_template(loaded.tokenizer, loaded.template)
-    if template is not None:
-        writer.add_chat_template(template)
-
-
-def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """The tokenizer as it is in a GGUF file.
-
-    Raises:
-        UserError: it is not byte-level BPE, has no merges,
-            or splits words by a pattern without a name there.
-    """
-    if not isinstance(tokenizer, HFTokenizer):
-        problem = f"a tokenizer of kind {tokenizer.kind} is not supported in GGUF"
-        raise UserError("tokenizer.kind", problem, f"{USE_HF}, or train with tokenizer.kind: bpe")
-    backend = backend_of(tokenizer)
-    description = json.loads(backend.to_str())
-    pre = PRE_TOKENIZERS.get(word_pattern_of(description))
-    if pre is None:
-        problem = "must be byte-level BPE with the words of GPT-2, GPT-4 or Qwen2 for GGUF"
-        raise UserError("tokenizer", problem, USE_HF)
-    merges = [
-        merge if isinstance(merge, str) else " ".join(merge)
-        for merge in description["model"]["merges"]
-    ]
-    if not merges:
-        fix = f"{USE_HF}, or train with a larger tokenizer.vocab_size"
-        raise UserError("tokenizer", "has no merges, but GGUF needs some", fix)
-    added = backend.get_added_tokens_decoder()
-    kinds = {
-        id: TOKEN_TYPES["control" if token.special else "user_defined"]
-        for id, token in added.items()
-    }
-    tokens = [backend.id_to_token(id) for id in range(tokenizer.vocab_size)]
-    return Vocabulary(
-        pre, tokens, [kinds.get(id, TOKEN_TYPES["normal"]) for id in range(len(tokens))], merges
-    )
-
-
-def word_pattern_of(description: dict[str, Any]) -> str | None:
-    """The pattern by which a byte-level BPE tokenizer splits text into words;
-    None for another kind of tokenizer.
-    """
-    normalizer, pieces = description["normalizer"], description["pre_tokenizer"]
-    if (
-        description["model"]["type"] != "BPE"
-        or description["model"]["byte_fallback"]
-        or pieces is None
-    ):
-        return None
-    # NFC is Qwen2's: text on disk is nearly always in that form already
-    if normalizer not in (None, {"type": "NFC"}):
-        return None
-    return byte_level_pattern(pieces)
+    add_rope_scaling(writer, config)
+    if config.moe is not None:
+        writer.add_expert_count(config.moe.n_experts)
+        writer.add_expert_used_count(config.moe.top_k)
 
 
 # --- the check ---
@@ -317,9 +401,22 @@ def settings_for_transformers(config: ModelConfig, model_type: str) -> dict[str,
     }
 
 
-def check_file(path: Path, loaded: Loaded, floats: Floats, needs: dict[str, int]) -> float:
-    """The largest difference of logits between the file, read by transformers, and our decoder,
-    rounded alike.
+def round_alike(model: Decoder, type: NumberType) -> None:
+    """Round our weights as those in the file; rows are rounded one by one, so their order in it
+    does not matter.
+    """
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and not name.endswith(("positions.weight", "router.weight")):
+            is_output = weight is model.head.weight
+            output = "output" if is_output else ""
+            weight.data = rounded(weight.data, stored_type(type, output, weight, output="output"))
+
+
+def check_file(path: Path, ours: Loaded, layout: Layout, needs: dict[str, int]) -> float:
+    """The largest difference of logits between the file and our decoder, rounded alike.
+
+    transformers reads the file, except for a mixture of experts or a scaled context, which it does
+    not know in GGUF: then `read_gguf` does, for transformers' model of the same settings.
 
     Raises:
         UserError: it is too large, or the tokenizer in the file gives other ids or another text.
@@ -329,18 +426,16 @@ def check_file(path: Path, loaded: Loaded, floats: Floats, needs: dict[str, int]
     tokenizer = AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name, local_files_only=True
     )
-    check_tokenizer(tokenizer, loaded.tokenizer)
+    check_tokenizer(tokenizer, ours.tokenizer)
     if word_pattern_of(json.loads(tokenizer.backend_tokenizer.to_str())) != word_pattern_of(
-        json.loads(backend_of(loaded.tokenizer).to_str())
+        json.loads(backend_of(ours.tokenizer).to_str())
     ):
         problem = "transformers splits words differently when it reads GGUF; nothing was exported"
         raise UserError("tokenizer", problem, USE_HF)
+    if layout.config.moe is not None or layout.config.rope_scaling is not None:
+        return check_model(conversion.to_hf(read_gguf(path, layout.config)), ours.model)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
         theirs = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, **needs
         )
-    if floats == "f16":
-        for name, weight in loaded.model.named_parameters():
-            if weight.dim() > 1 and name != "positions.weight":
-                weight.data = weight.data.half().float()
-    return check_model(theirs, loaded.model)
+    return check_model(theirs, ours.model)

@@ -24,10 +24,10 @@ from tinylm.checkpoint.format import read
 from tinylm.checkpoint.info import info_of
 from tinylm.checkpoint.load import Loaded, load_model, template_name
 from tinylm.common import files
-from tinylm.common.errors import UserError, require_package, write_error, writing
-from tinylm.common.files import locked, remove, require_new
+from tinylm.common.errors import UserError, require_package, write_error
+from tinylm.common.files import locked, remove, require_new, writing
 from tinylm.common.hub import HF_PREFIX
-from tinylm.config.schema import Config, SamplingConfig
+from tinylm.config.schema import Config, ModelConfig, SamplingConfig
 from tinylm.interchange import conversion
 from tinylm.interchange.hf_tokenizer import (
     chat_template,
@@ -45,6 +45,7 @@ from tinylm.interchange.model_card import (
 )
 from tinylm.interchange.peft import save_adapter
 from tinylm.model.decoder import Decoder
+from tinylm.model.growth import ADDED_ROWS
 from tinylm.model.hf_model import HFModel, HFSeq2Seq, quiet_transformers
 from tinylm.tokenizer.factory import tokenizer_from_plain
 
@@ -69,6 +70,8 @@ class Exported:
     """the class of transformers that reads its tokenizer as it was written"""
     question: FirstQuestion | None = None
     """a first question to it; None for GGUF"""
+    gguf_config: ModelConfig | None = None
+    """of the decoder in a GGUF file, as `gguf.read_gguf` takes it"""
     needs: dict[str, int] = field(default_factory=dict)
     """settings in a GGUF file that transformers does not read from it and must be given;
     other readers read them"""
@@ -87,10 +90,7 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
 
     require_new(out)
     loaded = load_model(ckpt)
-    if isinstance(loaded.model, HFSeq2Seq):
-        problem = "an encoder-decoder, of which only adapters can be exported, not the whole model"
-        fix = "Tune it with a lora section, and export without --merge: peft merges the adapter"
-        raise UserError(ckpt, problem, fix)
+    refuse_encoder_decoder(ckpt, loaded)
     template = chat_template(loaded.tokenizer, loaded.template)
     question = first_question(
         loaded.tokenizer, loaded.config, loaded.template, has_template=template is not None
@@ -121,6 +121,14 @@ def export_hf(ckpt: Path, out: Path) -> Exported:
             write_text(folder / "README.md", card)
         publish(folder, out)
     return Exported(out, model_type, difference, tokenizer_class, question)
+
+
+def refuse_encoder_decoder(ckpt: Path, loaded: Loaded) -> None:
+    """Raise a UserError if the model is an encoder-decoder."""
+    if isinstance(loaded.model, HFSeq2Seq):
+        problem = "an encoder-decoder, of which only adapters can be exported, not the whole model"
+        fix = "Tune it with a lora section, and export without --merge: peft merges the adapter"
+        raise UserError(ckpt, problem, fix)
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,14 @@ def adapter_code(
     """Python that loads an adapter on its base and asks a first question."""
     name = (config.training.init_from or "").removeprefix(HF_PREFIX)
     base = json.dumps(shown(name), ensure_ascii=False)
+    rows = [len(weight) for name, weight in state["weights"].items() if name.endswith(ADDED_ROWS)]
     if state["hf_config"] is None:
+        grown = ""
+        if rows:
+            n_tokens = tokenizer_from_plain(state["tokenizer"]).vocab_size
+            new = f"range({n_tokens - rows[0]}, {n_tokens})"
+            grown = "from tinylm.model.growth import grow_vocabulary\n\n"
+            grown += f"grow_vocabulary(base, {new})  # the special tokens that were added\n"
         return f"""\
 from pathlib import Path
 
@@ -180,11 +195,13 @@ from tinylm.checkpoint.load import load_model
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-model = PeftModel.from_pretrained(load_model(Path({base})).model, ".").eval()
+base = load_model(Path({base})).model
+{grown}model = PeftModel.from_pretrained(base, ".").eval()
 ids = {question.ids_code}
 for _ in range({question.max_new_tokens}):
     ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), dim=1)
 print(tokenizer.decode(ids[0]))"""
+    grown = f"base.resize_token_embeddings({config.model.vocab_size})\n" if rows else ""
     auto, end_of_prompt = "AutoModelForCausalLM", ""
     if json.loads(state["hf_config"]).get("is_encoder_decoder"):
         auto = "AutoModelForSeq2SeqLM"
@@ -199,7 +216,8 @@ from peft import PeftModel
 from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-model = PeftModel.from_pretrained({auto}.from_pretrained({base}), ".")
+base = {auto}.from_pretrained({base})
+{grown}model = PeftModel.from_pretrained(base, ".")
 ids = {question.ids_code}
 {end_of_prompt}print(tokenizer.decode(model.generate(input_ids=ids, {settings})[0]))"""
 
@@ -282,8 +300,9 @@ def set_token_ids(theirs: PreTrainedModel, loaded: Loaded) -> None:
 def sampling_settings(sampling: SamplingConfig) -> dict[str, Any]:
     """Our settings of sampling under transformers' names.
 
-    `stop` and `seed` do not exist in its files. `max_new_tokens` is left to the caller: in a file
-    it outranks the `max_length` that a caller gives, so that it could exceed the context.
+    `stop`, `seed`, `presence_penalty` and `frequency_penalty` do not exist in its files.
+    `max_new_tokens` is left to the caller: in a file it outranks the `max_length` that a caller
+    gives, so that it could exceed the context.
     """
     settings: dict[str, Any] = {
         "repetition_penalty": sampling.repetition_penalty,

@@ -9,7 +9,6 @@ memory: no more is read than the settings need, and they need no more than is on
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -25,8 +24,8 @@ import torch
 from torch import Tensor
 
 from tinylm.checkpoint import format as checkpoint_format
-from tinylm.common.errors import UserError, first_line, reading, require_package
-from tinylm.common.files import open_regular, require_new
+from tinylm.common.errors import UserError, first_line, require_package
+from tinylm.common.files import open_regular, reading, require_new
 from tinylm.common.hub import download, read_json
 from tinylm.config.schema import Config
 from tinylm.interchange import architectures, conversion
@@ -207,10 +206,9 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
     if values.get("quantization_config") is not None:
         problem = "its weights are quantized, but must be fp32, fp16 or bf16"
         raise UserError((file, "quantization_config"), problem, FIX)
-    names = sorted({architecture.model_type for architecture in architectures.ARCHITECTURES})
-    if values.get("model_type") not in names:
-        found = json.dumps(values.get("model_type"))
-        problem = f"must be one of {', '.join(names)}, got {found:.80}"
+    names = {architecture.model_type for architecture in architectures.ARCHITECTURES}
+    if str(values.get("model_type")) not in names:
+        problem = architectures.unsupported(values.get("model_type"))
         raise UserError((file, "model_type"), problem, another_way(folder, name))
     try:
         with quiet_transformers():

@@ -68,14 +68,11 @@ def char_backend(tokenizer: CharTokenizer) -> Backend:
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    special = [
-        name for id, name in sorted(tokenizer.special_names.items()) if id != tokenizer.unk_id
-    ]
-    vocabulary = {token: id for id, token in enumerate([*tokenizer.characters, *special])}
+    ids = {name: id for id, name in sorted(tokenizer.special_names.items())}
+    vocabulary = {token: id for id, token in enumerate(tokenizer.characters)} | ids
+    special = [name for name, id in ids.items() if id != tokenizer.unk_id]
     # If our tokenizer has no such token, an unknown character is an error there too.
     unknown = "<|unk|>"
-    if tokenizer.unk_id is not None:
-        vocabulary[unknown] = tokenizer.unk_id
     backend = Backend(models.WordLevel(vocabulary, unknown))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Sequence([decoders.Replace(unknown, "\ufffd"), decoders.Fuse()])

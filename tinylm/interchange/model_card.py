@@ -6,6 +6,7 @@ write for others, and an answer that fits in its context.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tinylm.checkpoint.load import Loaded
 from tinylm.common.errors import UserError, printable
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.schema import Config
+from tinylm.interchange.gguf_tokenizer import vocabulary_of
 from tinylm.model.decoder import count_parameters
 from tinylm.rows.conversation import Turn
 from tinylm.rows.template_factory import make_template
@@ -121,8 +123,32 @@ ids = {question.ids_code}
 print(tokenizer.decode(model.generate(ids, max_new_tokens={question.max_new_tokens})[0]))
 ```
 
+{serving_lines(loaded)}
 Exported from a checkpoint in fp32, after comparing transformers' logits with the trainer's. No token is added before
 a text. {specials}
+"""
+
+
+def serving_lines(loaded: Loaded) -> str:
+    """How other programs serve the model; those that read GGUF only if it has the tokenizer."""
+    context, checkpoint = loaded.model.config.max_seq_len, shlex.quote(loaded.info.path.name)
+    text = f"""\
+Other programs that serve it:
+
+```bash
+vllm serve . --max-model-len {context}
+"""
+    try:
+        vocabulary_of(loaded.tokenizer)
+    except UserError:
+        return f"{text}```\n"
+    merge = "" if loaded.config.lora is None else " --merge"
+    return f"""\
+{text}# from one GGUF file, where that format has the model
+python -m tinylm export {checkpoint} model.gguf --format gguf --dtype q8_0{merge}
+llama-server -m model.gguf -c {context}
+ollama create model -f model.Modelfile
+```
 """
 
 
@@ -131,10 +157,11 @@ def adapter_card(config: Config, info: CheckpointInfo, code: str) -> str:
     assert config.lora is not None
     base = config.training.init_from or ""
     base_name = shown(base.removeprefix(HF_PREFIX))
+    kind = "rsLoRA" if config.lora.rslora else "LoRA"
     on_hub = base == HF_PREFIX + base_name
     rows = {
         "base": base_name,
-        "adapter": f"LoRA, r {config.lora.r}, alpha {config.lora.alpha:g}",
+        "adapter": f"{kind}, r {config.lora.r}, alpha {config.lora.alpha:g}",
         "parameters": f"{info.parameters:,}",
     }
     note = "" if on_hub else "Replace the name of the base by its path. "

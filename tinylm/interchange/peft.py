@@ -5,17 +5,21 @@ adapter_config.json and adapter_model.safetensors.
 import json
 from pathlib import Path
 
+from tinylm.checkpoint.check import tokenizer_of
 from tinylm.checkpoint.format import read
-from tinylm.common.errors import UserError, require_package, writing
+from tinylm.common.errors import UserError, require_package
+from tinylm.common.files import writing
 from tinylm.common.hub import HF_PREFIX
 from tinylm.config.schema import Config
+from tinylm.model.growth import ADDED_ROWS
 
 
 def save_adapter(path: Path, folder: Path) -> None:
     """Write the adapter in the checkpoint at `path` into `folder`.
 
     `peft.PeftModel.from_pretrained(base, folder)` loads it,
-    on the Hugging Face model or on our `Decoder`.
+    on the Hugging Face model or on our `Decoder`. A run that added special tokens needs a base with
+    rows for them: `base.resize_token_embeddings(n)`, or `grow_vocabulary`.
 
     Raises:
         UserError: the checkpoint has no adapter, or the folder cannot be written.
@@ -29,11 +33,21 @@ def save_adapter(path: Path, folder: Path) -> None:
     if config.lora is None:
         problem = "is a whole model, not an adapter"
         raise UserError(path, problem, "Give a checkpoint of a run with a lora section")
-    weights = {
-        f"base_model.model.{name.removeprefix('inner.')}": weight.contiguous()
-        for name, weight in state["weights"].items()
-    }
-    targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in weights})
+    weights, targets = {}, set()
+    rows: dict[str, list[int]] = {}
+    n_tokens = tokenizer_of(path, state).vocab_size
+    for name, weight in state["weights"].items():
+        layer, is_rows, _ = name.partition(ADDED_ROWS)
+        if is_rows:  # the rows of the last tokens, which this run added
+            name = f"{layer}.token_adapter.trainable_tokens_delta"
+            rows[layer.rpartition(".")[2]] = list(range(n_tokens - len(weight), n_tokens))
+        else:
+            targets.add(name.partition(".lora_")[0].rpartition(".")[2])
+        weights[f"base_model.model.{name.removeprefix('inner.')}"] = weight.contiguous()
+        if is_rows and state["hf_config"] is None and config.model.tie_embeddings:
+            # peft knows of the tied matrices of transformers' models only
+            name, rows["head"] = name.replace("embedding", "head", 1), rows["embedding"]
+            weights[f"base_model.model.{name}"] = weight.clone()
     # how peft wraps the base, and whether its layers store (in, out) as GPT-2's do;
     # our decoder needs neither
     task_type, fan_in_fan_out = None, False
@@ -44,11 +58,13 @@ def save_adapter(path: Path, folder: Path) -> None:
     peft_config = PeftConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
+        use_rslora=config.lora.rslora,
         lora_dropout=config.lora.dropout,
-        target_modules=list(config.lora.target_modules or targets),
+        target_modules=list(config.lora.target_modules or sorted(targets)),
         fan_in_fan_out=fan_in_fan_out,
         base_model_name_or_path=(config.training.init_from or "").removeprefix(HF_PREFIX),
         task_type=task_type,
+        trainable_token_indices=rows or None,
         inference_mode=True,
     )
     with writing(folder, "the output folder"):

@@ -23,6 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from tinylm.config.schema import ModelConfig
 from tinylm.model.decoder import (
     Attention,
     AttentionContext,
@@ -42,20 +43,21 @@ def with_attention_sinks(model: Decoder, *, window: int, n_first: int) -> Decode
 
     Raises:
         ValueError: the model's positions are not rotary, so distances within the kept keys mean
-            nothing to it.
+            nothing to it, or its rotation depends on the length of the text.
     """
+    scaling = model.config.rope_scaling
     if model.config.position != "rope":
         raise ValueError(
             f"attention sinks need model.position rope, and this model has {model.config.position}"
         )
+    if scaling is not None and scaling.type == "dynamic":
+        raise ValueError("attention sinks need a rotation that does not depend on the length")
     shared = {id(weight): weight for weight in model.parameters()}
     copied = copy.deepcopy(model, shared)
     unlimited = {"max_seq_len": 2**31 - 1, "sliding_window": None}
     copied.config = model.config.model_copy(update=unlimited)
     for block in copied.blocks:
-        block.attention = StreamingAttention(
-            block.attention, window, n_first, model.config.rope_theta
-        )
+        block.attention = StreamingAttention(block.attention, window, n_first, model.config)
     return copied
 
 
@@ -64,12 +66,12 @@ class StreamingAttention(nn.Module):
     and the last `window` positions.
     """
 
-    def __init__(self, attention: Attention, window: int, n_first: int, theta: float):
+    def __init__(self, attention: Attention, window: int, n_first: int, config: ModelConfig):
         super().__init__()
         self.attention = attention
         self.window = window
         self.n_first = n_first
-        self.theta = theta
+        self.theta, self.scaling = config.rope_theta, config.rope_scaling
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         B, T, _ = x.shape
@@ -106,5 +108,8 @@ class StreamingAttention(nn.Module):
         return attention.out(torch.cat(mixed, dim=2).transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
     def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = rotary_cos_sin(positions, self.attention.head_dim, self.theta)
+        if not self.attention.rotates:
+            return x
+        width = self.attention.head_dim
+        cos, sin = rotary_cos_sin(positions, width, self.theta, self.scaling)
         return apply_rotary(x, cos, sin)

@@ -5,10 +5,11 @@
 
 Notable features, each one a field of `ModelConfig`:
 
-- rotary, learned, ALiBi or no positions                 - sliding windows and learned attention sinks
+- rotary (also scaled), learned, ALiBi or no positions   - sliding windows and learned attention sinks
 - multi-head, grouped-query and multi-query attention    - packed documents that do not see each other
 - SwiGLU, SiLU, GELU or squared-ReLU feed-forward        - mixture of experts without dropped tokens
 - RMSNorm or LayerNorm; pre-, post- or no norm; QK norm  - tied or untied embedding and head
+- learned scalars of stream and embedding, per layer
 
 In reading order: norms · rotary and ALiBi positions · which keys a query sees (the mask) ·
 attention · feed-forward · block · decoder · initialization · sizes and FLOPs. One forward pass
@@ -23,17 +24,24 @@ This file knows nothing of text, tokenizers, losses, optimizers or training loop
 # K head width · F feed-forward width · V vocabulary
 # E experts · A experts per token · N tokens = B·T
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# kv_cache is imported when a cache is made, rope_scaling for a scaled context: training needs none
+from tinylm import model as models
+from tinylm.config.rope_scaling import RopeScalingConfig
 from tinylm.config.schema import ModelConfig, MoEConfig
-from tinylm.model.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from tinylm.model.kv_cache import KVCache
 
 
 class Features(NamedTuple):
@@ -69,17 +77,30 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 # weights trained with one are wrong under the other.
 
 
-def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(
+    positions: Tensor,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScalingConfig | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (..., K), of the rotation at positions (...,)
-    (Su et al. 2021, eq. 34).
+    (Su et al. 2021, eq. 34); in a scaled context those of rope_scaling.py, where `lengths`
+    (...,) is explained.
     """
     # fp32: in bf16, neighboring positions beyond 256 would get the same angle.
     # exp, not a power: compiled on the CPU, a power would be recomputed in each layer.
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)  # (K/2,)
     frequencies = torch.exp(pairs * (-math.log(theta) / head_dim))  # (K/2,)
+    if scaling is not None:
+        scaled = models.rope_scaling.scaled_frequencies
+        frequencies = scaled(frequencies, theta, scaling, lengths)  # (K/2,) or (..., K/2)
     angles = positions[..., None].float() * frequencies  # (..., K/2)
     angles = torch.cat((angles, angles), dim=-1)  # (..., K): both halves of a pair, same angle
-    return angles.cos(), angles.sin()
+    if scaling is None:
+        return angles.cos(), angles.sin()
+    factor = models.rope_scaling.attention_factor(scaling)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 class Rotary(torch.autograd.Function):
@@ -160,7 +181,12 @@ def attention_context(
     # Rotation angles of the new tokens. Cached keys were rotated when they were written.
     cos_sin = None
     if config.position == "rope":
-        cos, sin = rotary_cos_sin(positions, config.head_dim, config.rope_theta)  # ([B,] T, K)
+        scaling, lengths = config.rope_scaling, None
+        if scaling is not None and scaling.type == "dynamic":
+            lengths = models.rope_scaling.text_lengths(positions)  # ([B,] T)
+        cos, sin = rotary_cos_sin(
+            positions, config.head_dim, config.rope_theta, scaling, lengths
+        )  # ([B,] T, K)
         cos_sin = (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
     # The attention kernels are fastest without a mask. Two cases need none: plain causal attention
     # over a whole sequence (is_causal), and a single new token that sees everything in the cache.
@@ -257,6 +283,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.n_sinks = config.n_sinks
         self.dropout = config.attention_dropout
+        every = config.no_rope_interval
+        self.rotates = every is None or (layer + 1) % every != 0
         # Queries, keys and values are one matrix: one large product is faster than three.
         H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
         self.qkv = nn.Linear(config.d_model, (H + 2 * G) * K, bias=config.bias != "none")
@@ -322,7 +350,7 @@ class Attention(nn.Module):
         q, k, v = heads.split((H, G, G), dim=1)  # (B, H, T, K), (B, G, T, K), (B, G, T, K)
         q, k = self.q_norm(q), self.k_norm(k)
         # Rotate queries and keys by their positions. Values carry content and are not rotated.
-        if context.cos_sin is not None:
+        if context.cos_sin is not None and self.rotates:
             q = apply_rotary(q, *context.cos_sin)  # (B, H, T, K)
             k = apply_rotary(k, *context.cos_sin)  # (B, G, T, K)
         # With a cache: store the new keys and values, and look at all that are stored.
@@ -528,6 +556,11 @@ class Decoder(nn.Module):
             self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        # Each block reads a multiple of the stream plus one of the embedding, so that what the token
+        # is need not be carried through all blocks.
+        if config.input_scalars:
+            self.stream_scalars = nn.Parameter(torch.empty(config.n_layers))
+            self.input_scalars = nn.Parameter(torch.empty(config.n_layers))
         # After pre-norm blocks the stream has not been normalized yet; after post-norm blocks it
         # just was.
         last = config.norm_placement == "pre"
@@ -540,9 +573,11 @@ class Decoder(nn.Module):
     @property
     def has_independent_rows(self) -> bool:
         """Whether a row of a batch of fixed size is rounded alike whatever the other rows are:
-        experts read the tokens of all rows in one product.
+        experts read the tokens of all rows in one product, and dynamic frequencies are those of
+        the longest row.
         """
-        return self.config.moe is None
+        scaling = self.config.rope_scaling
+        return self.config.moe is None and (scaling is None or scaling.type != "dynamic")
 
     def forward(
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
@@ -581,12 +616,14 @@ class Decoder(nn.Module):
         x = self.embedding(input_ids)  # (B, T, D)
         if self.config.position == "learned":
             x = x + self.positions(positions)  # (B, T, D)
-        x = self.dropout(x)
+        embedded = x = self.dropout(x)
         # 3. Rotation angles and mask, the same for all layers.
         context = attention_context(self.config, positions, cache)
         # 4. The blocks. The balance loss is the mean over layers.
         balance = x.new_zeros((), dtype=torch.float32)
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            if self.config.input_scalars:
+                x = self.stream_scalars[layer] * x + self.input_scalars[layer] * embedded
             if self.config.gradient_checkpointing and self.training:
                 x, block_balance = checkpoint(block, x, context, use_reentrant=False)  # (B, T, D)
             else:
@@ -608,7 +645,7 @@ class Decoder(nn.Module):
         With a sliding window, a forward pass adds at most `chunk` positions.
         """
         weight = self.embedding.weight
-        return KVCache(
+        return models.kv_cache.KVCache(
             self.config,
             batch_size,
             max_len or self.config.max_seq_len,
@@ -618,19 +655,32 @@ class Decoder(nn.Module):
         )
 
 
+def extra_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The inputs of `features` besides the ids: the document of each token, or the prompt that an
+    encoder reads.
+    """
+    return {name: batch[name] for name in ("document_ids", "prompt_ids") if name in batch}
+
+
 # --- initialization -------------------------------------------------------------------------------
 #
-#     weights            normal (GPT-2)  trunc_normal        why the second
-#     linear layers      N(0, 0.02²)     N(0, 2/(in + out))  activations and gradients keep their
-#                                                            size from layer to layer
-#                                                            (Glorot and Bengio 2010)
-#     embedding          N(0, 0.02²)     N(0, 1)             a residual stream of size 1
-#     embedding if tied  N(0, 0.02²)     N(0, 1/D)           it is also the head: with std 1, logits
-#                                                            of size √D
-#                                                            and a first loss far above ln V
-#     norms, biases      1, 0            1, 0
-#     sink keys, values  N(0, 0.02²)     N(0, 0.02²)         at first all sinks look alike
+#     weights            normal (GPT-2)  trunc_normal        zero_outputs
+#     linear layers      N(0, 0.02²)     N(0, 2/(in + out))  N(0, 1/in)
+#     attention's out,   N(0, 0.02²)     N(0, 2/(in + out))  0
+#     feed-forward down
+#     embedding          N(0, 0.02²)     N(0, 1)             N(0, 1)
+#     embedding if tied  N(0, 0.02²)     N(0, 1/D)           N(0, 0.02²)
+#     head               N(0, 0.02²)     N(0, 2/(in + out))  N(0, 0.001²)
+#     norms, biases      1, 0            1, 0                1, 0
+#     stream scalars     1               1                   1
+#     input scalars      from 0.2 in the first block to 0.05 in the last (Karpathy 2025, nanochat)
+#     sink keys, values  N(0, 0.02²)     N(0, 0.02²)         N(0, 0.02²)    at first all look alike
 #
+# trunc_normal: activations and gradients keep their size from layer to layer (Glorot and Bengio
+# 2010), in a residual stream of size 1. A tied embedding is also the head: with std 1, logits of
+# size √D and a first loss far above ln V. zero_outputs: every block adds nothing at first, so that
+# the model starts as a shallow one and the first gradients of all layers have the same size (Zhang
+# et al. 2019, "Fixup"; Yang et al. 2022, appendix D.2); a small head gives a first loss of ln V.
 # trunc_normal is cut at 3 standard deviations, which avoids the rare large weight. 0.02 is GPT-2's
 # constant (Radford et al. 2019), close to √(2/(in + out)) of its 768 × 3072 layers. Layers that are
 # stored as one matrix (q, k and v; gate and value) are drawn one by one, each with its own in and
@@ -645,10 +695,14 @@ def init_weights(model: nn.Module) -> None:
     for name, weight in model.named_parameters():  # a tied matrix comes once, as the embedding
         if name.endswith("bias"):
             nn.init.zeros_(weight)
-        elif name.endswith("norm.weight"):
+        elif name == "input_scalars":
+            weight.copy_(torch.linspace(0.2, 0.05, len(weight)))
+        elif name.endswith(("norm.weight", "stream_scalars")):
             nn.init.ones_(weight)
         elif config.init == "normal" or ".sink_" in name:
             nn.init.normal_(weight, std=0.02)
+        elif config.init == "zero_outputs":
+            init_zero_outputs(name, weight, config)
         elif name in ("embedding.weight", "positions.weight"):
             std = config.d_model**-0.5 if config.tie_embeddings else 1.0
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
@@ -656,6 +710,19 @@ def init_weights(model: nn.Module) -> None:
             for matrix in _separate_matrices(name, weight, config):
                 std = math.sqrt(2 / (matrix.size(-1) + matrix.size(-2)))
                 nn.init.trunc_normal_(matrix, std=std, a=-3 * std, b=3 * std)
+
+
+def init_zero_outputs(name: str, weight: Tensor, config: ModelConfig) -> None:
+    """One weight as in the column zero_outputs."""
+    if name.endswith(("attention.out.weight", ".ffn.down.weight", ".ffn.down")):
+        std = 0.0
+    elif name in ("embedding.weight", "positions.weight"):
+        std = 0.02 if config.tie_embeddings else 1.0
+    elif name == "head.weight":
+        std = 0.001
+    else:
+        std = weight.size(-1) ** -0.5
+    nn.init.normal_(weight, std=std)
 
 
 def _separate_matrices(name: str, weight: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:

@@ -99,8 +99,12 @@ class HFCache:
             return True
         if length > current or text.encoded_prompt is not None:
             return False
+        from transformers.cache_utils import DynamicLayer
+
+        # Other layers have forgotten: windows the positions before them, convolutions all but few.
+        # (Their `is_croppable` is true for what only a recorded cache can undo.)
         inner = text.batch.inner if text.batch else text.inner
-        return inner is not None and inner.is_croppable and not any(inner.is_sliding)
+        return inner is not None and all(type(layer) is DynamicLayer for layer in inner.layers)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Make row `target` begin as row `source`, with its first `length` positions."""

@@ -197,6 +197,7 @@ def _read_config(values: dict[str, Any], where: object) -> PreTrainedConfig:
     """The settings as transformers has them, of a model that its own code can build."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import (
+        CONFIG_MAPPING,
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         AutoConfig,
@@ -204,6 +205,10 @@ def _read_config(values: dict[str, Any], where: object) -> PreTrainedConfig:
 
     values = plain_settings(values, where)
     kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        problem = f"no model of the installed transformers, got {json.dumps(kind)[:80]}"
+        fix = "Choose a model such as GPT-2, Llama, Qwen2 or T5, or update transformers"
+        raise UserError((where, "model_type"), problem, fix)
     settings = {key: value for key, value in values.items() if key != "model_type"}
     try:
         with quiet_transformers():
@@ -252,6 +257,7 @@ def _assemble(config: PreTrainedConfig, weights: Mapping[str, Tensor], where: ob
         n_found = sum(weight.numel() for weight in weights.values())
         if n_wanted > n_found:
             problem = f"config.json needs {n_wanted:,} weights, but the files have {n_found:,}"
+            problem += _first_difference(empty, weights)
             raise UserError(where, problem, BOTH_AGAIN)
         with _odd_settings("load", where):
             inner, report = type(empty).from_pretrained(
@@ -264,7 +270,9 @@ def _assemble(config: PreTrainedConfig, weights: Mapping[str, Tensor], where: ob
                 ignore_mismatched_sizes=True,
             )
     _check_report(report, where)
-    for weight in inner.parameters():
+    for name, weight in inner.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError((where, name), "has non-finite numbers", BOTH_AGAIN)
         weight.data = weight.data.clone()  # the mapped file may be replaced
         weight.requires_grad_(True)
     model = wrapper(inner.train())
@@ -297,6 +305,21 @@ def _empty_model(auto_class: Any, config: PreTrainedConfig) -> tuple[PreTrainedM
             return auto_class.from_config(config, attn_implementation="sdpa"), "sdpa"
         except ValueError:
             return auto_class.from_config(config, attn_implementation="eager"), "eager"
+
+
+def _first_difference(empty: PreTrainedModel, weights: Mapping[str, Tensor]) -> str:
+    """`: ` and the first weight that the files lack or have in another shape; else nothing.
+
+    Names may begin with that of the part which all models of a kind share (`transformer.`).
+    """
+    prefix = f"{empty.base_model_prefix}."
+    for name, weight in empty.named_parameters():
+        found = weights.get(name, weights.get(name.removeprefix(prefix)))
+        if found is None:
+            return f": {name} is missing"
+        if found.shape != weight.shape:
+            return f": {name} must be {list(weight.shape)}, got {list(found.shape)}"
+    return ""
 
 
 def _check_report(report: dict[str, Any], where: object) -> None:

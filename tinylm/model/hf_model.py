@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -41,7 +42,12 @@ T5_POSITIONS = 512
 
 @dataclass(frozen=True)
 class HFHead:
-    """The output layer of a Hugging Face model, used as `Head` is."""
+    """The output layer of a Hugging Face model, used as `Head` is.
+
+    A bias, as GPT-J and Phi have, is a column of the weight: the hidden states end with a 1 for it.
+
+        z = W h + b = [W b] [h 1]ᵀ
+    """
 
     layer: nn.Linear
     softcap: float | None
@@ -49,12 +55,14 @@ class HFHead:
 
     @property
     def weight(self) -> Tensor:
-        """W (V, D)."""
-        return self.layer.weight
+        """W (V, D), or [W b] (V, D + 1)."""
+        if self.layer.bias is None:
+            return self.layer.weight
+        return torch.cat((self.layer.weight, self.layer.bias[:, None]), dim=1)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The logits of hidden states."""
-        logits = self.layer(hidden)
+        logits = self.layer(hidden[..., : self.layer.in_features])
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
@@ -82,7 +90,7 @@ class HFModel(nn.Module):
 
     @property
     def head(self) -> HFHead:
-        """The output layer; its matrix and soft cap are all of it (`require_plain_head`)."""
+        """The output layer; its matrix, bias and soft cap are all of it (`require_plain_head`)."""
         softcap = self.inner.config.to_dict().get("final_logit_softcapping")
         return HFHead(self.inner.get_output_embeddings(), softcap)
 
@@ -130,8 +138,7 @@ class HFModel(nn.Module):
         )
         if cache is not None:
             cache.lengths += n_new
-        hidden = output.last_hidden_state * self.scale  # (B, T, D)
-        return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
+        return self._as_features(output.last_hidden_state)
 
     def _features_padded(self, input_ids: Tensor, cache: HFCache) -> Features:
         """`features` of a batch with a cache, its rows padded on the left."""
@@ -146,8 +153,7 @@ class HFModel(nn.Module):
             use_cache=True,
         )
         cache.lengths += n_new
-        hidden = output.last_hidden_state * self.scale  # (B, T, D)
-        return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
+        return self._as_features(output.last_hidden_state)
 
     @cached_property
     def can_pad(self) -> bool:
@@ -181,6 +187,13 @@ class HFModel(nn.Module):
         hidden = torch.cat(rows)  # (B, T, D)
         return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
 
+    def _as_features(self, hidden: Tensor) -> Features:
+        """The last hidden states (B, T, D) as the head takes them."""
+        hidden = hidden * self.scale
+        if self.head.layer.bias is not None:
+            hidden = F.pad(hidden, (0, 1), value=1.0)  # (B, T, D + 1)
+        return Features(hidden, hidden.new_zeros((), dtype=torch.float32))
+
     def _length_after(self, n_new: int, cache: HFCache | None) -> int:
         """The number of positions with `n_new` more; ValueError if the model has not as many."""
         length = n_new if cache is None else cache.length + n_new
@@ -199,6 +212,12 @@ class HFModel(nn.Module):
     def checkpoint_gradients(self) -> None:
         """Recompute each block in the backward pass from now on (model.gradient_checkpointing)."""
         self.inner.activation_checkpointing_enable({"use_reentrant": False})
+
+    def resize(self, vocab_size: int) -> None:
+        """Give embedding and head `vocab_size` rows; new ones are zero."""
+        with quiet_transformers():
+            self.inner.resize_token_embeddings(vocab_size, mean_resizing=False)
+        self.config = model_sizes(self.inner.config)
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> HFCache:
         """An empty cache for `max_len` positions of each row."""
@@ -288,8 +307,7 @@ class HFSeq2Seq(HFModel):
         if cache is not None:
             cache.lengths += input_ids.size(1)
             cache.texts[0].encoded_prompt = encoded_prompts
-        hidden = output.last_hidden_state  # (B, T, D)
-        return Features(hidden * self.scale, hidden.new_zeros((), dtype=torch.float32))
+        return self._as_features(output.last_hidden_state)
 
     def _encode(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output (B, S, D) for prompts (B, S), and its attention mask (B, S),
@@ -365,7 +383,7 @@ def model_sizes(config: PreTrainedConfig, where: str = "config.json") -> ModelCo
         else:
             max_seq_len = config.max_position_embeddings
         width, n_heads = config.hidden_size, config.num_attention_heads
-        return ModelConfig(
+        sizes = ModelConfig(
             vocab_size=config.vocab_size,
             max_seq_len=max_seq_len,
             n_layers=config.num_hidden_layers,
@@ -374,6 +392,8 @@ def model_sizes(config: PreTrainedConfig, where: str = "config.json") -> ModelCo
             head_dim=settings.get("head_dim") or settings.get("d_kv") or width // n_heads,
             tie_embeddings=config.tie_word_embeddings,
         )
+        ModelConfig.model_validate(sizes.model_dump())  # what follows from them is in bounds too
+        return sizes
     except (AttributeError, ArithmeticError) as error:
         why = first_line(error)
     except ValidationError as error:
@@ -388,7 +408,7 @@ def model_sizes(config: PreTrainedConfig, where: str = "config.json") -> ModelCo
 
 def require_plain_head(model: HFModel, where: object) -> None:
     """Raise a UserError if the logits are not hidden states times a matrix, soft-capped or not:
-    a bias would be ignored.
+    what else is done to them would be ignored.
     """
     model.eval()
     with torch.inference_mode():

@@ -11,7 +11,8 @@ layer.
 `attach` puts adapters into a model with peft, for training. `merge` adds them to the weights, for
 everything else: the result is an ordinary model, and peft is not needed. In checkpoints and
 exported files a matrix has the name that it has in peft's files:
-`blocks.0.attention.qkv.lora_A.weight`.
+`blocks.0.attention.qkv.lora_A.weight`. Rows of special tokens that were added to the base are
+trained beside the adapters (growth.py), as `embedding.added_rows`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tinylm.common.errors import UserError, require_package
+# model.growth is imported for a model with adapters
+from tinylm import model as models
+from tinylm.common.errors import UserError, first_line, require_package
 from tinylm.config.schema import LoraConfig
 from tinylm.model.decoder import Decoder
 
@@ -33,10 +36,13 @@ if TYPE_CHECKING:
 # Of `Decoder`. The router of a mixture decides which expert computes,
 # and gets an adapter only if it is named.
 TARGETS = ("qkv", "out", "up", "down")
+NO_TOKENS = range(0)
 
 
-def attach(model: Decoder | HFModel, lora: LoraConfig, *, seed: int) -> None:
-    """Put adapters into `model` and freeze its own weights;
+def attach(
+    model: Decoder | HFModel, lora: LoraConfig, *, seed: int, new_tokens: range = NO_TOKENS
+) -> None:
+    """Put adapters into `model` and freeze its own weights, except the rows of `new_tokens`;
     the values of A depend on the seed alone.
 
     Raises:
@@ -50,13 +56,24 @@ def attach(model: Decoder | HFModel, lora: LoraConfig, *, seed: int) -> None:
     config = PeftConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
+        use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules or default_targets(model)),
         # GPT-2's Conv1D stores (in, out)
         fan_in_fan_out=not all(isinstance(layer, nn.Linear) for layer in layers.values()),
     )
+    # before peft changes the first layers
+    names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     torch.manual_seed(seed)
-    inject_adapter_in_model(config, model if isinstance(model, Decoder) else model.inner)
+    try:
+        inject_adapter_in_model(config, model if isinstance(model, Decoder) else model.inner)
+    except ValueError as error:  # layers whose weights a fused kernel reads, as in Mamba
+        problem = f"peft refuses a layer: {first_line(error)}"
+        raise UserError(
+            "lora.target_modules", problem, f"Name others of {', '.join(names)}"
+        ) from None
+    if new_tokens:
+        models.growth.train_rows(model, new_tokens)
 
 
 def default_targets(model: Decoder | HFModel) -> tuple[str, ...]:
@@ -81,6 +98,7 @@ def linear_layers(model: Decoder | HFModel) -> dict[str, nn.Module]:
     """
     kinds: tuple[type[nn.Module], ...] = (nn.Linear,)
     inner: nn.Module = model
+    head: nn.Module = model.head if isinstance(model, Decoder) else model.head.layer
     if not isinstance(model, Decoder):
         from transformers.pytorch_utils import Conv1D
 
@@ -89,7 +107,7 @@ def linear_layers(model: Decoder | HFModel) -> dict[str, nn.Module]:
     return {
         name: layer
         for name, layer in inner.named_modules()
-        if isinstance(layer, kinds) and layer.weight is not model.head.weight
+        if isinstance(layer, kinds) and layer is not head
     }
 
 
@@ -128,11 +146,13 @@ def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     >>> adapter_weights({"a.base_layer.weight": torch.ones(1), "a.lora_A.default.weight": torch.ones(1)})
     {'a.lora_A.weight': tensor([1.])}
     """
-    return {
-        name.replace(".default.", "."): weight
-        for name, weight in weights.items()
-        if ".lora_A." in name or ".lora_B." in name
-    }
+    found = {}
+    for name, weight in weights.items():
+        if ".lora_A." in name or ".lora_B." in name:
+            found[name.replace(".default.", ".")] = weight
+        elif of_rows := models.growth.row_name(name):
+            found[of_rows] = weight
+    return found
 
 
 def load_adapter(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -160,7 +180,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.enable_adapters(False)
     try:
-        yield
+        with models.growth.added_rows_off(model):
+            yield
     finally:
         for layer in layers:
             layer.enable_adapters(True)
@@ -176,7 +197,10 @@ def _require_shapes(wanted: Mapping[str, tuple[int, ...]], weights: Mapping[str,
 
 
 def require_adapter(
-    model: Decoder | HFModel, weights: Mapping[str, Tensor], lora: LoraConfig
+    model: Decoder | HFModel,
+    weights: Mapping[str, Tensor],
+    lora: LoraConfig,
+    new_tokens: range = NO_TOKENS,
 ) -> None:
     """Raise a UserError unless `weights` are the adapters of `model`, a base without adapters."""
     prefix = "" if isinstance(model, Decoder) else "inner."
@@ -187,19 +211,30 @@ def require_adapter(
             rows, columns = columns, rows
         wanted[f"{prefix}{name}.lora_A.weight"] = (lora.r, columns)
         wanted[f"{prefix}{name}.lora_B.weight"] = (rows, lora.r)
+    if new_tokens:
+        for name, layer in models.growth.vocabulary_layers(model).items():
+            wanted[f"{name}{models.growth.ADDED_ROWS}"] = (len(new_tokens), layer.weight.shape[1])
     _require_shapes(wanted, weights)
 
 
 @torch.no_grad()
-def merge(model: nn.Module, weights: Mapping[str, Tensor], lora: LoraConfig) -> None:
+def merge(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    lora: LoraConfig,
+    new_tokens: range = NO_TOKENS,
+) -> None:
     """Add the adapters `weights` to the matrices of `model`, a base without adapters:
-    W + (alpha / r) · B A.
+    W + scale · B A; and put the rows of `new_tokens` in their place.
     """
     for name, a in weights.items():
+        if name.endswith(models.growth.ADDED_ROWS):
+            layer = model.get_submodule(name.removesuffix(models.growth.ADDED_ROWS))
+            layer.weight[new_tokens.start : new_tokens.stop] = a
         layer_name, is_a, _ = name.partition(".lora_A.")
         if not is_a:
             continue
         b = weights[f"{layer_name}.lora_B.weight"]
-        change = (b.float() @ a.float()) * (lora.alpha / lora.r)  # (out, in)
+        change = (b.float() @ a.float()) * lora.scale  # (out, in)
         layer = model.get_submodule(layer_name)
         layer.weight += change if isinstance(layer, nn.Linear) else change.T  # GPT-2: (in, out)

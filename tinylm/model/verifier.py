@@ -104,7 +104,9 @@ class Verifier(nn.Module):
         # The blocks of the decoder, with a mask that looks both ways.
         cos_sin = None
         if config.position == "rope":
-            cos_sin = rotary_cos_sin(positions, config.head_dim, config.rope_theta)  # (T, K)
+            cos_sin = rotary_cos_sin(
+                positions, config.head_dim, config.rope_theta, config.rope_scaling
+            )  # (T, K)
         mask = self._attention_mask(real)  # (B, 1, T, n_sinks + T)
         context = AttentionContext(positions, cos_sin, mask, is_causal=False, cache=None)
         for block in self.blocks:
@@ -145,5 +147,7 @@ def require_encoder_config(config: ModelConfig) -> None:
     if config.sliding_window is not None:
         problem = "not supported with a verifier, whose tokens see the whole text"
         raise UserError("model.sliding_window", problem, "Remove it")
+    if config.input_scalars:
+        raise UserError("model.input_scalars", "not supported with a verifier", "Remove it")
     if config.moe is not None:
         raise UserError("model.moe", "not supported with a verifier", "Remove it")

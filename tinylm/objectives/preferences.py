@@ -1,5 +1,5 @@
-"""Learning from preferences: DPO, IPO and the hinge loss of SLiC,
-computed from log-probabilities of answers.
+"""Learning from preferences: DPO, IPO, the hinge loss of SLiC, and without a reference model ORPO
+and SimPO; all are computed from log-probabilities of answers.
 
     batch ─▶ `score_pairs`: both answers in one forward pass ─▶ log p of each, under policy and reference
           ─▶ `compare_pairs`: `preference_loss` of each pair, and the sums of METRICS
@@ -93,14 +93,36 @@ class PreferenceLoss(NamedTuple):
     loss: Tensor
     chosen_reward: Tensor
     """beta · (log p - log p_ref), the policy's implicit reward
-    (Rafailov et al. 2023, equation 5)"""
+    (Rafailov et al. 2023, equation 5); without a reference, beta · log p per token
+    (Meng et al. 2024, equation 4)"""
     rejected_reward: Tensor
 
 
 def preference_loss(
+    policy: Answers, reference: Answers | None, lengths: Answers, dpo: DpoConfig
+) -> PreferenceLoss:
+    """How far the policy is from preferring each chosen answer, by the loss that `dpo.loss` names.
+
+    Args:
+        policy: log-probabilities under the trained model.
+        reference: log-probabilities under the model that it must stay close to;
+            None for orpo and simpo, which have no such model.
+        lengths: target tokens of the answers.
+        dpo: the loss and its settings.
+    """
+    if dpo.loss == "orpo":
+        return orpo_loss(policy, lengths, dpo)
+    if dpo.loss == "simpo":
+        return simpo_loss(policy, lengths, dpo)
+    if reference is None:
+        raise ValueError(f"loss {dpo.loss} needs the log-probabilities under a reference")
+    return reference_loss(policy, reference, lengths, dpo)
+
+
+def reference_loss(
     policy: Answers, reference: Answers, lengths: Answers, dpo: DpoConfig
 ) -> PreferenceLoss:
-    """How far the policy is from preferring each chosen answer.
+    """The losses that compare the policy with a reference model.
 
     With h = (log p - log p_ref) of the chosen answer, minus the same of the rejected one:
 
@@ -111,12 +133,6 @@ def preference_loss(
 
     ipo takes the log-probabilities per token of their answer, as its authors' code does; the other
     two do so with dpo.length_normalized, so that long answers do not weigh more.
-
-    Args:
-        policy: log-probabilities under the trained model.
-        reference: log-probabilities under the model that it must stay close to.
-        lengths: target tokens of the answers.
-        dpo: the loss and its settings.
     """
     # log p - log p_ref of each answer
     chosen = policy.chosen - reference.chosen  # (B,)
@@ -132,6 +148,42 @@ def preference_loss(
         e = dpo.label_smoothing
         loss = -(1 - e) * F.logsigmoid(dpo.beta * h) - e * F.logsigmoid(-dpo.beta * h)
     return PreferenceLoss(loss, dpo.beta * chosen.detach(), dpo.beta * rejected.detach())
+
+
+def simpo_loss(policy: Answers, lengths: Answers, dpo: DpoConfig) -> PreferenceLoss:
+    """Simple preference optimization (Meng et al. 2024, equation 6): the log-probability per token
+    is the reward, and the chosen answer's must be higher by the margin gamma.
+
+        -log σ(beta log p(chosen) / |chosen| - beta log p(rejected) / |rejected| - gamma)
+    """
+    assert dpo.gamma is not None, "the config resolves it"
+    chosen = dpo.beta * policy.chosen / lengths.chosen  # (B,)
+    rejected = dpo.beta * policy.rejected / lengths.rejected  # (B,)
+    loss = -F.logsigmoid(chosen - rejected - dpo.gamma)
+    return PreferenceLoss(loss, chosen.detach(), rejected.detach())
+
+
+def orpo_loss(policy: Answers, lengths: Answers, dpo: DpoConfig) -> PreferenceLoss:
+    """Odds ratio preference optimization (Hong et al. 2024, equations 3 to 7): the cross entropy of
+    the chosen answer, plus beta (lambda in the paper) times the odds ratio loss.
+
+        -log P(chosen) - beta log σ(log (odds(chosen) / odds(rejected)))
+
+    P is the geometric mean of the tokens' probabilities: log P = log p / |answer|.
+    odds = P / (1 - P).
+    """
+    chosen = policy.chosen / lengths.chosen  # (B,) log P
+    rejected = policy.rejected / lengths.rejected  # (B,)
+    log_ratio = _log_odds(chosen) - _log_odds(rejected)  # (B,)
+    loss = -chosen - dpo.beta * F.logsigmoid(log_ratio)
+    return PreferenceLoss(loss, dpo.beta * chosen.detach(), dpo.beta * rejected.detach())
+
+
+def _log_odds(log_p: Tensor) -> Tensor:
+    """log (P / (1 - P)) from log P."""
+    # P = 1, to which fp32 rounds, has infinite odds and a gradient of NaN.
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    return log_p - torch.log(-torch.expm1(log_p))
 
 
 # --- one batch ------------------------------------------------------------------------------------
@@ -164,7 +216,7 @@ def score_pairs(features: Callable[..., Features], head: Head, batch: dict[str, 
 
 
 class Comparison(NamedTuple):
-    """A policy against its reference, on the n pairs of a batch that are not padding."""
+    """A policy's preferences, on the n pairs of a batch that are not padding."""
 
     loss: Tensor
     """(n,)"""
@@ -174,12 +226,18 @@ class Comparison(NamedTuple):
     """(len(METRICS),) sums over the pairs"""
 
 
-def compare_pairs(policy: PairScores, reference: Answers, dpo: DpoConfig) -> Comparison:
-    """The preference loss of each pair, and the sums of METRICS."""
+def compare_pairs(policy: PairScores, reference: Answers | None, dpo: DpoConfig) -> Comparison:
+    """The preference loss of each pair, and the sums of METRICS.
+
+    Args:
+        policy: the answers under the trained model.
+        reference: as `preference_loss` takes it.
+        dpo: the loss and its settings.
+    """
     # Rows of padding have no target.
     real = policy.lengths.chosen > 0  # (B,)
     own = Answers(*(part[real] for part in policy.log_probs))  # (n,) each
-    theirs = Answers(*(part[real] for part in reference))
+    theirs = None if reference is None else Answers(*(part[real] for part in reference))
     lengths = Answers(*(part[real] for part in policy.lengths))
     loss, chosen, rejected = preference_loss(own, theirs, lengths, dpo)  # (n,) each
     columns = (chosen, rejected, chosen - rejected, chosen > rejected, *own)  # as in METRICS

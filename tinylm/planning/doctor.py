@@ -16,9 +16,15 @@ from pathlib import Path
 
 import torch
 
+from tinylm.common.device import pick_device
 from tinylm.common.errors import printable
 from tinylm.common.hub import find_hub_problem
-from tinylm.planning.machine_memory import available_bytes
+from tinylm.config.schema import ModelConfig
+from tinylm.generate.engine import DEFAULT_SLOTS
+from tinylm.generate.lean_step import MAX_COPIED_BYTES, lean_step_problem, matrix_kernel
+from tinylm.model.decoder import Decoder
+from tinylm.model.rounded import few_rows, multiplies_int8, rounding_problem
+from tinylm.planning.memory import available_bytes
 
 REQUIRED = (
     "torch",
@@ -38,13 +44,16 @@ OPTIONAL = {
     "peft": "LoRA adapters",
     "matplotlib": "pictures",
     "gguf": "export to GGUF",
+    "llama-cpp-python": "the types q2_k to q6_k of GGUF",
+    "llguidance": "constrained output",
     "rouge-score": "the SAMSum task",
     "lm_eval": "tasks of lm-eval",
     "tensorboard": "training.loggers",
     "wandb": "training.loggers",
+    "trackio": "training.loggers",
     "datatrove": "corpora beyond one machine",
 }
-GIGABYTE = 1e9
+MEGABYTE, GIGABYTE = 1e6, 1e9
 # A checkpoint of a 100M-parameter model is 1.2 GB, and several are kept.
 LOW_DISK = 5 * GIGABYTE
 
@@ -73,6 +82,7 @@ def examine() -> Iterator[Finding]:
     yield from devices()
     yield from precisions()
     yield compiler()
+    yield from generation()
     yield from memory_and_disk()
     yield hub()
 
@@ -141,6 +151,41 @@ def compiler() -> Finding:
         None if name else "install a C++ compiler, or keep hardware.compile off",
         required=False,
     )
+
+
+def generation() -> Iterator[Finding]:
+    """What generation uses here: what the programs do by default, then each value of --weights."""
+    device, reason = pick_device("auto")
+    yield Finding(
+        "generation",
+        f"{device} ({reason}), {torch.get_num_threads()} threads, {DEFAULT_SLOTS} texts at once, "
+        "weights as in the checkpoint; with --deterministic a text is the same whatever is "
+        "generated with it",
+    )
+    with torch.device("meta"):
+        model = Decoder(ModelConfig(vocab_size=8, n_layers=1, d_model=16, n_heads=2))
+    model = model.to_empty(device=device)
+    problem = lean_step_problem(model)
+    step = "lean step" if problem is None else f"step of decoder.py ({problem})"
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        found = step
+        if problem is None:
+            small, large = matrix_kernel(dtype, 0), matrix_kernel(dtype, MAX_COPIED_BYTES + 1)
+            found += f", matrices {small.value}"
+            if large is not small:
+                limit = f"{MAX_COPIED_BYTES / MEGABYTE:.0f} MB"
+                found += f", those above {limit} {large.value}"
+        yield Finding(f"--weights {name}", found)
+    kernels = {8: "_weight_int8pack_mm", 4: "_weight_int4pack_mm_for_cpu"}
+    for bits, kernel in kernels.items():
+        found = rounding_problem(device)
+        if found is None:
+            n_few = few_rows(bits, model.config.d_model)
+            many = "oneDNN with inputs in 8 bits for more"
+            if not multiplies_int8():
+                many = "fp32 for more, as this CPU has no VNNI"
+            found = f"{step}, {kernel} for up to {n_few} texts at once, {many}"
+        yield Finding(f"--weights int{bits}", found)
 
 
 def memory_and_disk() -> Iterator[Finding]:

@@ -106,7 +106,7 @@ def plan_run(config: Config, device: str, *, program: int = 0) -> RunPlan:
     traced = with_settings(config, {"model.attention_dropout": 0.0}) if device == "cuda" else config
     step = trace_step(traced)
     at_peak = dict.fromkeys(PARTS, 0) | step.at_peak | {"program": program}
-    at_peak["scratch"] += _lost_to_allocator(step, device)
+    at_peak["scratch"] += lost_to_allocator(step, device)
     if hardware.strategy == "fsdp":
         for part in ("weights", "gradients", "optimizer"):
             at_peak[part] //= processes
@@ -135,7 +135,8 @@ def _gathered_bytes(model: Decoder) -> int:
     return 2 * FLOAT_BYTES * (rest + WHOLE_BLOCKS * block)
 
 
-def _lost_to_allocator(step: StepMemory, device: str) -> int:
+def lost_to_allocator(step: StepMemory, device: str) -> int:
+    """What the device's allocator needs beyond the tensors of a step."""
     if device == "cpu":
         return round(CPU_PAGES + CPU_GAPS * step.largest + CPU_SPLINTERS * step.allocated)
     temporary = sum(step.at_peak.values()) - step.at_peak["weights"] - step.at_peak["optimizer"]
@@ -208,8 +209,10 @@ def _first_fit(fits: Callable[[dict[str, Any]], bool], ladder: list[dict[str, An
     return low
 
 
-def largest_batch(config: Config, device: str, limit: int, *, program: int = 0) -> int:
-    """The largest power of two for training.micro_batch_size within `limit` bytes;
+def largest_batch(
+    config: Config, device: str, limit: int, *, program: int = 0, most: int = LARGEST_BATCH
+) -> int:
+    """The largest power of two for training.micro_batch_size, up to `most`, within `limit` bytes;
     0 if one row is too much.
     """
 
@@ -218,7 +221,7 @@ def largest_batch(config: Config, device: str, limit: int, *, program: int = 0) 
         return plan_run(changed, device, program=program).peak <= limit
 
     size = 1
-    while size <= LARGEST_BATCH and fits(size):
+    while size <= most and fits(size):
         size *= 2
     return size // 2
 

@@ -2,7 +2,7 @@
 
 `trace_step` builds the model with fake tensors, takes a step as training does, and records which
 part (weights, activations, ...) holds how many bytes when the total is highest. `MemoryMeter`
-counts.
+counts; it counts real tensors as well.
 """
 
 import weakref
@@ -42,15 +42,26 @@ class MemoryMeter(TorchDispatchMode):
 
     A new tensor belongs to the part that is set at the time. The mode also answers what tensors
     without contents cannot: every token is a target, and all experts are visited equally often.
+
+    Args:
+        has_contents: the tensors are real, and answer for themselves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_contents: bool = False) -> None:
         super().__init__()
+        self.has_contents = has_contents
         self.part = "weights"
         self.alive = dict.fromkeys(PARTS, 0)
         self._owners: dict[int, tuple[str, int]] = {}
         self._visits: deque[int] = deque()
         self.restart()
+
+    def adopt(self, tensor: Tensor, part: str) -> None:
+        """Count a tensor that was created before, whose owner keeps it."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._owners:
+            self._owners[storage._cdata] = (part, storage.nbytes())
+            self.alive[part] += storage.nbytes()
 
     def restart(self) -> None:
         """Forget the peak and the allocations so far."""
@@ -66,7 +77,7 @@ class MemoryMeter(TorchDispatchMode):
         self.alive[part] += size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = self._answer(func, args)
+        result = None if self.has_contents else self._answer(func, args)
         if result is None:
             result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):

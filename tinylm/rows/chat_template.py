@@ -14,6 +14,7 @@ Two problems that the templates of templates.py do not have:
 """
 
 import re
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -24,6 +25,7 @@ from tinylm.rows.sandbox import Sandbox
 from tinylm.rows.templates import (
     Template,
     bos_ids,
+    encode_answer,
     encode_without_space,
     prepends_space,
     require_answer,
@@ -44,7 +46,8 @@ class ChatTemplate(Template):
 
     name = "chat_template"
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, has_tools: bool = False):
+        self.has_tools = has_tools
         source = tokenizer.chat_template if isinstance(tokenizer, HFTokenizer) else None
         if source is None:
             raise _no_chat_template(tokenizer)
@@ -109,11 +112,13 @@ class ChatTemplate(Template):
         is_trained = [turn.trained for turn in conversation if turn.role == "assistant"]
         for (start, end), train in zip(answers, is_trained, strict=True):
             prompt = guard.encode(text[position:start], tokenizer, first=position == 0)
-            answer = guard.encode(text[start:end], tokenizer)
+            encode = partial(guard.encode, tokenizer=tokenizer)
+            answer, by_model = encode_answer(text[start:end], encode, has_tools=self.has_tools)
             n_trained = _length_to_end_token(answer, tokenizer)
             ids += prompt + answer
             trained += [False] * len(prompt)
-            trained += [train] * n_trained + [False] * (len(answer) - n_trained)
+            trained += [train and own for own in by_model[:n_trained]]
+            trained += [False] * (len(answer) - n_trained)
             position = end
         rest = guard.encode(text[position:], tokenizer, first=position == 0)
         return ids + rest, trained + [False] * len(rest)

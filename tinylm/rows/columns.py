@@ -9,18 +9,21 @@
 data.rows names the shape, or the keys of a row decide (auto). data.columns maps our names to those
 in the data. A row of another shape is an error that names the key. Beside these keys a row can have
 `system`, the text of a system turn; a turn can have `weight`, 0 for an answer that is not trained,
-and its text can be a list of parts of type text. Tool calls are an error. What is in no turn is
+and its text can be a list of parts of type text. Tool calls are an error, but for those of the
+calculator with data.tools (tool_messages.py). What is in no turn is
 named by `unread_columns`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
 from tinylm.rows.conversation import Conversation, Role, Turn
-from tinylm.text.documents import is_blank, kind_of, some_of
+from tinylm.rows.skipped_rows import RowReport
+from tinylm.rows.tool_messages import join_tool_messages
+from tinylm.text.row_text import DOCUMENTS_ARE_FOR, is_blank, kind_of, some_of
 
 Shape = Literal["alpaca", "prompt", "messages", "sharegpt", "sms"]
 # Our name of each column: the names that published data have for it.
@@ -61,7 +64,7 @@ _ROLES: dict[str, Role] = {
 SMS_INSTRUCTION = "classify if the SMS is spam or ham"
 CORRECT = "Correct the row, or remove it"
 _TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call", "tool_call")
-NO_TOOLS = "Remove rows with tool calls, or skip them with data.skip_bad_rows"
+NO_TOOLS = "Remove rows with tool calls"
 
 
 def parse_conversation(row: dict[str, Any], data: DataConfig) -> Conversation:
@@ -81,12 +84,28 @@ def parse_conversation(row: dict[str, Any], data: DataConfig) -> Conversation:
             question = Turn("user", columns.text("prompt"))
             conversation = question, Turn("assistant", columns.text("completion"))
         case "messages":
-            conversation = _turns_with_answer(columns, "messages")
+            conversation = _turns_with_answer(columns, "messages", data.tools)
         case "sharegpt":
-            conversation = _turns_with_answer(columns, "conversations")
+            conversation = _turns_with_answer(columns, "conversations", data.tools)
         case _:
             conversation = _sms_conversation(row)
     return with_system(columns, conversation)
+
+
+def read_conversation(
+    row: dict[str, Any],
+    data: DataConfig,
+    report: RowReport,
+    to_conversation: Callable[[dict[str, Any]], Conversation] | None,
+) -> Conversation:
+    """The conversation of a row as a task has it, or else by its keys, with its unread columns in
+    the report; raises as `parse_conversation`.
+    """
+    if to_conversation is not None:
+        return to_conversation(row)
+    conversation = parse_conversation(row, data)
+    report.unread_columns |= dict.fromkeys(unread_columns(row, data))
+    return conversation
 
 
 def unread_columns(row: dict[str, Any], data: DataConfig, *also: str) -> list[str]:
@@ -171,7 +190,9 @@ def _unread_turn_keys(name: str, items: list[Any]) -> Iterator[str]:
         role_key, text_key = turn_keys(item)
         read = {role_key, text_key}
         if _ROLES.get(item.get(role_key, "")) == "assistant":
-            read.add("weight")
+            read |= {"weight", "tool_calls"}
+        elif item.get(role_key) == "tool":
+            read |= {"tool_call_id", "name"}
         for key, value in item.items():
             if key not in read and not _is_empty(value):
                 yield f"{name}[].{key}"
@@ -215,7 +236,7 @@ def _shape(columns: Columns) -> Shape:
     raise UserError(
         "row",
         f"must have {known}; it has {some_of(columns.row)}",
-        "Name its columns, for example data.columns: {prompt: question}",
+        f"Name its columns, for example data.columns: {{prompt: question}}. {DOCUMENTS_ARE_FOR}",
     )
 
 
@@ -228,13 +249,15 @@ def _sms_conversation(row: dict[str, Any]) -> Conversation:
     )
 
 
-def _turns_with_answer(columns: Columns, ours: str) -> Conversation:
+def _turns_with_answer(columns: Columns, ours: str, tools: str | None) -> Conversation:
     """The turns in a list of objects, at least one of them the assistant's."""
     name, items = columns.value(ours)
     if not isinstance(items, list):
         problem = f"must be a list of turns, got {kind_of(items)}"
         raise UserError(name, problem, "Correct the row, or set data.rows")
-    turns = parse_turns(name, items)
+    turns = (
+        parse_turns(name, items) if tools is None else join_tool_messages(name, items, parse_turn)
+    )
     if not any(turn.role == "assistant" for turn in turns):
         problem = f"none of {len(turns)} turns is the assistant's"
         raise UserError(name, problem, "Add an answer, or remove the row")

@@ -6,7 +6,9 @@ from typing import Literal
 Role = Literal["system", "user", "assistant"]
 # Training stages whose models are prompted with the template of their config;
 # others continue plain text.
-CHAT_STAGES = ("sft", "dpo")
+CHAT_STAGES = ("sft", "dpo", "grpo")
+# Training stages whose models score texts and cannot write any.
+SCORING_STAGES = ("verifier", "reward_model")
 
 
 @dataclass(frozen=True)

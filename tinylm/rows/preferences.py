@@ -1,5 +1,5 @@
 r"""Preference pairs: one prompt and two answers, of which the first is better.
-DPO learns from them.
+DPO and reward models learn from them.
 
     {"prompt", "chosen", "rejected"}                 the prompt is text or messages; also instruction, input
     {"chosen": [messages], "rejected": [messages]}   whole conversations that differ in their last answer
@@ -36,8 +36,8 @@ from tinylm.rows.conversation import Conversation, Role, Turn
 from tinylm.rows.row_files import read_rows
 from tinylm.rows.skipped_rows import RowReport, SkipReason
 from tinylm.rows.templates import Template
-from tinylm.text.documents import is_blank, kind_of
-from tinylm.text.splits import Which
+from tinylm.text.row_text import is_blank, kind_of
+from tinylm.text.sources import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.example_rows import Example
 
@@ -163,6 +163,11 @@ def encode_preference(
     if np.array_equal(chosen.ids[: seq_len + 1], rejected.ids[: seq_len + 1]):
         raise Skip(SkipReason.EQUAL_IN_CONTEXT)
     return PreferencePair(chosen, rejected)
+
+
+def answers_of(pairs: Sequence[PreferencePair]) -> list[Example]:
+    """Both examples of each pair."""
+    return [example for pair in pairs for example in (pair.chosen, pair.rejected)]
 
 
 def _cut(example: Example, seq_len: int) -> Example:

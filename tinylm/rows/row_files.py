@@ -1,5 +1,5 @@
-"""Read rows: .jsonl, .json, .parquet, SMSSpamCollection, a folder or glob of them,
-or a Hugging Face dataset.
+"""Read rows: .jsonl, .json, .csv, .tsv, .parquet, SMSSpamCollection, a folder or glob of them,
+or a Hugging Face dataset. The cells of a .csv or .tsv file are strings.
 
     `read_rows`   ─▶ (location, dict) of a split; location is FILE:LINE, or FILE: row N, for errors
 
@@ -12,19 +12,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinylm.common.errors import UserError, first_line
-from tinylm.common.files import read_regular, require_regular
+from tinylm.common.errors import UserError
+from tinylm.common.files import COMPRESSED_ENDS
 from tinylm.config.schema import DataConfig
-from tinylm.text.data_source import check_sources, data_sources, find_split
-from tinylm.text.documents import is_blank, jsonl_rows, kind_of, parquet_rows, text_lines
-from tinylm.text.sources import HubDataset, Kinds, files_in
-from tinylm.text.splits import NAMES, Which
+from tinylm.text.data_source import find_split
+from tinylm.text.documents import file_rows, text_lines
+from tinylm.text.hub_dataset import HubDataset
+from tinylm.text.row_text import DOCUMENTS_ARE_FOR, is_blank, kind_of
+from tinylm.text.sources import Kinds, Which, files_in
 
 LocatedRow = tuple[str, dict[str, Any]]
 """where the row is, for errors, and the row"""
 
 SMS_FILE = "SMSSpamCollection"
-ROW_FILES: Kinds = (".jsonl", ".json", ".parquet", ".jsonl.gz", SMS_FILE)
+ROW_FILES: Kinds = (
+    ".parquet",
+    SMS_FILE,
+    *(
+        f"{kind}{end}"
+        for kind in (".jsonl", ".json", ".csv", ".tsv")
+        for end in ("", *COMPRESSED_ENDS)
+    ),
+)
 # Prefixes of the file names of training splits, and of held-out splits: of these a test split is
 # for the end, so it is preferred for evaluation, and a validation split for choosing.
 TRAIN_FILES, TEST_FILES = ("train",), ("test", "validation", "val")
@@ -42,14 +51,19 @@ UNUSED = {
 TINY_ROWS = "data/tiny_instructions.jsonl"
 
 
-def read_rows(data: DataConfig, which: Which, seed: int) -> Iterator[LocatedRow]:
-    """The training or validation rows that `data` describes, each with its location.
+def read_rows(
+    data: DataConfig, which: Which, seed: int, built_in: Sequence[LocatedRow] = ()
+) -> Iterator[LocatedRow]:
+    """The training or validation rows that `data` describes, each with its location; of the rows
+    `built_in` in their place, if there are any.
 
     Equal rows are on the same side of the split, as equal documents are in pretraining.
 
     Raises:
         UserError: nothing is found, a row is not an object, or no row is in this split.
     """
+    if built_in:
+        return iter(split_built_in_rows(built_in, which))
     split = find_split(resolve_dataset(data)[0], which, seed, ROW_FILES)
     if isinstance(split.text_source, HubDataset):
         rows = split.text_source.rows()
@@ -60,13 +74,6 @@ def read_rows(data: DataConfig, which: Which, seed: int) -> Iterator[LocatedRow]
         lambda located: json.dumps(located[1], sort_keys=True, default=str),
         kind="rows",
     )
-
-
-def find_rows(data: DataConfig, seed: int) -> None:
-    """Raise a UserError if the rows that `data` describes are not there; they are not read yet."""
-    found, _ = resolve_dataset(data)
-    for which in NAMES:
-        check_sources(data_sources(found, which, seed, ROW_FILES))
 
 
 def split_built_in_rows(built_in: Sequence[LocatedRow], which: Which) -> list[LocatedRow]:
@@ -87,7 +94,9 @@ def resolve_dataset(data: DataConfig) -> tuple[DataConfig, str | None]:
     for setting, value in data.model_dump(include=UNUSED).items():
         if value != DataConfig.model_fields[setting].default:
             raise UserError(
-                f"data.{setting}", "does not apply to rows for fine-tuning", "Remove it"
+                f"data.{setting}",
+                "does not apply to rows for fine-tuning",
+                f"Remove it. {DOCUMENTS_ARE_FOR}",
             )
     if not os.path.isdir(data.dataset):
         return data, None
@@ -138,33 +147,7 @@ def _require_object(located: tuple[object, Any]) -> LocatedRow:
 
 
 def _read_file(path: Path) -> Iterator[tuple[object, Any]]:
-    require_regular(path)
-    if path.name.endswith(".parquet"):
-        return parquet_rows(path)
-    if path.name.endswith(".json"):
-        return _json_rows(path)
-    if path.name.endswith(SMS_FILE):
-        return _sms_rows(path)
-    return jsonl_rows(path)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The items of the list in a .json file."""
-    raw = read_regular(path)
-    try:
-        rows = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        problem = f"not UTF-8 text (byte {error.start})"
-        raise UserError(path, problem, "Save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        problem = f"not JSON: {first_line(error)}"
-        fix = "Correct the file; with one object per line it must be named .jsonl"
-        raise UserError(path, problem, fix) from None
-    if not isinstance(rows, list):
-        problem = f"must be a list of objects, got {kind_of(rows)}"
-        raise UserError(path, problem, "Write [{...}, {...}], or one object per line as .jsonl")
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}: row {number}", row
+    return _sms_rows(path) if path.name.endswith(SMS_FILE) else file_rows(path)
 
 
 def _sms_rows(path: Path) -> Iterator[tuple[object, Any]]:

@@ -4,7 +4,8 @@
     turns       user "2+2?", assistant "4"                                columns.parse_conversation
     ids         ### Instruction: 2+2?⏎### Output: 4⏎<|sep|>                templates.Template.encode
     trained     ...................................^^^^^^^^               . seen only, ^ trained
-    example     the first seq_len + 1 ids: the last is only a target      build_examples
+    example     the first seq_len + 1 ids, or the last ones; the last id is only a target
+                                                                          build_examples
 
 All rows are in memory: fine-tuning data are small. tokens/example_rows.py packs examples into rows.
 """
@@ -18,12 +19,12 @@ import numpy as np
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import DataConfig
-from tinylm.rows.columns import parse_conversation, unread_columns
+from tinylm.rows.columns import read_conversation
 from tinylm.rows.conversation import Conversation
-from tinylm.rows.row_files import LocatedRow, read_rows, split_built_in_rows
+from tinylm.rows.row_files import LocatedRow, read_rows
 from tinylm.rows.skipped_rows import RowReport, SkipReason
 from tinylm.rows.templates import Template
-from tinylm.text.splits import Which
+from tinylm.text.sources import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.example_rows import Example
 from tinylm.tokens.overlap import count_overlap
@@ -40,6 +41,7 @@ def build_examples(
     train_on: Literal["response", "all"],
     to_conversation: Callable[[dict[str, Any]], Conversation] | None = None,
     built_in: Sequence[LocatedRow] = (),
+    source: str = "",
 ) -> tuple[list[Example], RowReport]:
     """The examples of a split in the order of its rows,
     and the report of what was truncated and skipped.
@@ -54,21 +56,18 @@ def build_examples(
         train_on: the responses, or all tokens but the first.
         to_conversation: turns a row into a conversation; None: `parse_conversation`.
         built_in: rows to use in place of those that `data` names.
+        source: the dataset, for notes, if it is one of several.
 
     Raises:
         UserError: as `read_rows`; a row is not a conversation;
             or the prompt of every row fills the context.
     """
-    report = RowReport(which, seq_len, max_bad=data.skip_bad_rows)
+    lost = "their start" if data.truncation_side == "left" else "their end"
+    report = RowReport(which, seq_len, source, lost=lost, max_bad=data.skip_bad_rows)
     examples: list[Example] = []
-    rows = split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
-    for location, row in rows:
+    for location, row in read_rows(data, which, seed, built_in):
         try:
-            if to_conversation is None:
-                conversation = parse_conversation(row, data)
-                report.unread_columns |= dict.fromkeys(unread_columns(row, data))
-            else:
-                conversation = to_conversation(row)
+            conversation = read_conversation(row, data, report, to_conversation)
             whole = template.encode(conversation, tokenizer)
             trained = whole.trained
             if train_on == "all":
@@ -76,20 +75,35 @@ def build_examples(
         except UserError as error:
             report.skip_bad(location, error)
             continue
-        # seq_len inputs need seq_len + 1 ids: the last id is only a target.
-        example = Example(whole.ids[: seq_len + 1], trained[: seq_len + 1], location)
+        example = Example(whole.ids, trained, location)
+        if len(whole.ids) > seq_len + 1:
+            example = _cut(example, seq_len, data.truncation_side)
         if not example.trained.any():
             is_cut = trained.any()
-            report.skip(
-                SkipReason.PROMPT_TOO_LONG if is_cut else SkipReason.NOTHING_TRAINED, location
-            )
+            reason = SkipReason.PROMPT_TOO_LONG if is_cut else SkipReason.NOTHING_TRAINED
+            report.skip(reason, location)
             continue
         examples.append(example)
         report.count_system(conversation)
+        if data.tools is not None:
+            report.count_calls(conversation)
         report.truncated += len(whole.ids) > len(example.ids)
     report.kept = len(examples)
     report.require_rows()
     return examples, report
+
+
+def _cut(example: Example, seq_len: int, side: Literal["left", "right"]) -> Example:
+    """The example without what is too long on this side. seq_len inputs need seq_len + 1 ids: the
+    first is only an input, the last only a target.
+    """
+    if side == "right":
+        kept = slice(seq_len + 1)
+        return Example(example.ids[kept], example.trained[kept], example.location)
+    kept = slice(-(seq_len + 1), None)
+    trained = example.trained[kept].copy()
+    trained[0] = False  # nothing is before it
+    return Example(example.ids[kept], trained, example.location)
 
 
 def _all_targets(

@@ -2,7 +2,7 @@
 and the report.
 
     1. read     row_files.read_rows             file ─▶ (location, dict); blank lines are ignored
-    2. split    text.splits.is_held_out         by a hash of the row: validation (data.val_fraction)
+    2. split    text.sources.is_held_out        by a hash of the row: validation (data.val_fraction)
                                                 or training; at most data.train_docs or val_docs
     3. parse    columns.parse_conversation      dict ─▶ turns               sft; a task has its own
                 preferences.parse_preference    dict ─▶ prompt, 2 answers   dpo
@@ -27,14 +27,15 @@ The run prints its notes before it trains:
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from tinylm.common.errors import UserError
 from tinylm.rows.conversation import Conversation
-from tinylm.text.documents import some_of
-from tinylm.text.splits import Which
+from tinylm.rows.tool_calls import calls_in
+from tinylm.text.row_text import some_of
+from tinylm.text.sources import NAMES, Which
 
 # Rows named in a message; the others are counted.
 MAX_NAMED_ROWS = 3
@@ -50,6 +51,10 @@ class SkipReason(Enum):
     NOTHING_TRAINED = (
         "every answer has weight 0",
         "Give rows with an answer of weight 1",
+    )
+    NO_ROOM_FOR_ANSWER = (
+        "the prompt has more than {seq_len} tokens, which leaves no room for an answer",
+        "Raise training.seq_len, lower grpo.max_new_tokens, or shorten the prompts",
     )
     # preferences
     EMPTY_ANSWER = ("an answer is empty", "Give pairs with two answers")
@@ -92,6 +97,8 @@ class RowReport:
 
     which: Which
     seq_len: int
+    source: str = ""
+    """the dataset, if it is one of several"""
     kept: int = 0
     truncated: int = 0
     """rows of those kept that lost tokens to the context"""
@@ -103,6 +110,9 @@ class RowReport:
     """columns with a value that is in no turn, in order of appearance"""
     systems: Counter[str] = field(default_factory=Counter)
     """how often each text of a system turn occurs; "" counts rows without one"""
+    calls: Counter[bool] | None = None
+    """calls of data.tools in the answers, by whether the calculator has the same result; None:
+    not counted"""
     max_bad: int = 0
     """data.skip_bad_rows"""
     bad: list[str] = field(default_factory=list)
@@ -113,10 +123,18 @@ class RowReport:
         is_system = conversation and conversation[0].role == "system"
         self.systems[conversation[0].full_text if is_system else ""] += 1
 
+    def count_calls(self, conversation: Conversation) -> None:
+        """Count the tool calls in the answers of a row that is kept."""
+        if self.calls is None:
+            self.calls = Counter()
+        for turn in conversation:
+            if turn.role == "assistant":
+                self.calls.update(call.is_right for call in calls_in(turn.text))
+
     @property
     def most_common_system(self) -> str | None:
         """The most common text of a system turn; None if most rows have none."""
-        return max(self.systems, key=self.systems.__getitem__, default="") or None
+        return most_common_system([self])
 
     def skip(self, reason: SkipReason, location: str) -> None:
         """Count the row at `location` as skipped."""
@@ -137,7 +155,7 @@ class RowReport:
 
     def notes(self) -> list[str]:
         """Notes for the user, one line each."""
-        split = "validation" if self.which == "val" else "training"
+        split = NAMES[self.which] + (f" ({self.source})" if self.source else "")
         notes = []
         n_skipped = len(self.bad) + sum(map(len, self.skipped.values()))
         if n_skipped:
@@ -149,6 +167,8 @@ class RowReport:
         if self.unread_columns:
             names = some_of(self.unread_columns)
             notes.append(f"{split}: columns not read: {names}; data.columns names those that are")
+        if self.calls is not None:
+            notes.append(f"{split}: {self._calls_text(self.calls)}")
         if self.truncated:
             counts = f"{self.truncated} of {self.kept} rows"
             notes.append(
@@ -160,7 +180,7 @@ class RowReport:
         """Raise a UserError if no row was kept: the loss over no targets is not a number."""
         if self.kept:
             return
-        split = "validation" if self.which == "val" else "training"
+        split = NAMES[self.which]
         if not self.skipped:
             problem = f"no {split} rows are left: {self._bad_text()}"
             raise UserError("data.dataset", problem, "Correct the rows, or give others")
@@ -168,6 +188,15 @@ class RowReport:
         texts = "; ".join(self._text(reason) for reason in self.skipped)
         problem = f"no {split} rows are left: skipped {texts}"
         raise UserError("data.dataset", problem, most.fix)
+
+    def _calls_text(self, calls: Counter[bool]) -> str:
+        """How many calls there are, and how many have a result that the calculator would not give."""
+        text = f"{calls.total():,} calls of the calculator"
+        if not calls:
+            return f"{text} in {count_rows(self.kept)}, as <<6*4=24>>: data.tools has no effect"
+        return (
+            f"{text}, {calls[False]:,} with another result than it gives" if calls[False] else text
+        )
 
     def _bad_text(self) -> str:
         """The first rows with a mistake by name, the rest as a number."""
@@ -182,6 +211,14 @@ class RowReport:
         """How many rows were skipped for a reason, and the first of them."""
         locations = self.skipped[reason]
         return f"{count_rows(len(locations))}: {reason.text(self.seq_len)} ({list_locations(locations)})"
+
+
+def most_common_system(reports: Iterable[RowReport]) -> str | None:
+    """The most common text of a system turn in the rows of several sources; None if most have none."""
+    systems: Counter[str] = Counter()
+    for report in reports:
+        systems += report.systems
+    return max(systems, key=systems.__getitem__, default="") or None
 
 
 def count_rows(n: int) -> str:

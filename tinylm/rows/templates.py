@@ -15,8 +15,8 @@ In a conversation of several turns every answer is trained, not only the last on
 
 Every template, whatever the texts are, guarantees that
 
-    1. each answer is trained, and so is the token that ends it, unless its weight is 0;
-       nothing else is;
+    1. each answer is trained, and so is the token that ends it, unless its weight is 0; nothing
+       else is, nor is what a tool wrote in an answer (data.tools, tool_calls.py);
     2. text from a user or a data set never becomes a special token:
        only the template's own markers are special;
     3. `prompt_ids`, which inference uses, are the very ids
@@ -30,12 +30,13 @@ chooses by name.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
 from tinylm.common.errors import UserError
 from tinylm.rows.conversation import Conversation, Turn
+from tinylm.rows.tool_calls import split_calls
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokens.example_rows import Example
@@ -143,6 +144,8 @@ class WrittenTemplate(Template):
     answer: Callable[[Exchange, Turn], str]
     """the answer as it is trained"""
     end_id: Callable[[Tokenizer], int]
+    has_tools: bool = False
+    """whether answers have calls of the calculator, whose results are not trained"""
 
     def encode(self, conversation: Conversation, tokenizer: Tokenizer) -> Example:
         require_answer(conversation)
@@ -155,10 +158,11 @@ class WrittenTemplate(Template):
             ids += prompt
             trained += [False] * len(prompt)
             # the answer and the token that ends it: trained, unless its weight is 0
-            answer = encode_text(self.answer(exchange, exchange.answer), tokenizer)
-            answer.append(self.end_id(tokenizer))
-            ids += answer
-            trained += [exchange.answer.trained] * len(answer)
+            encode = partial(encode_text, tokenizer=tokenizer)
+            text = self.answer(exchange, exchange.answer)
+            answer, by_model = encode_answer(text, encode, has_tools=self.has_tools)
+            ids += [*answer, self.end_id(tokenizer)]
+            trained += [own and exchange.answer.trained for own in (*by_model, True)]
         return Example(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
 
     def prompt_ids(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
@@ -266,6 +270,38 @@ WRITTEN = {
 }
 
 
+@dataclass(frozen=True)
+class AnswerApart(Template):
+    """A template for training an encoder-decoder, whose decoder writes the last answer as a text of
+    its own: without the newline or space that separates an answer from its prompt in one text.
+
+        plain          Summarize: ... ⏎It rains.</s>
+        encoder        Summarize: ...</s>
+        decoder        It rains.</s>
+    """
+
+    of_one_text: Template
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.of_one_text.name
+
+    def encode(self, conversation: Conversation, tokenizer: Tokenizer) -> Example:
+        whole = self.of_one_text.encode(conversation, tokenizer)
+        *before, last = conversation
+        prompt = self.prompt_ids(tuple(before), tokenizer)
+        answer = [*tokenizer.encode(last.text), self.stop_ids(tokenizer)[0]]
+        ids = np.array([*prompt, *answer], dtype=np.int64)
+        trained = [*whole.trained[: len(prompt)], *([last.trained] * len(answer))]
+        return Example(ids, np.array(trained, dtype=bool))
+
+    def prompt_ids(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
+        return self.of_one_text.prompt_ids(conversation, tokenizer)
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        return self.of_one_text.stop_ids(tokenizer)
+
+
 # --- text to ids ---
 
 
@@ -282,7 +318,7 @@ def marker_id(tokenizer: Tokenizer, name: str) -> int:
         "data.template",
         f"chatml needs the special token {name}, which the tokenizer ({tokenizer.kind}) does not "
         "have",
-        "Set data.template to instruction, or use a tokenizer that has it",
+        f"Set tokenizer.special_tokens=[{IM_START},{IM_END}] to add it, or data.template=instruction",
     )
 
 
@@ -305,6 +341,21 @@ def encode_text(text: str, tokenizer: Tokenizer, *, first: bool = False) -> list
     if first or not prepends_space(tokenizer):
         return tokenizer.encode(text)
     return encode_without_space(text, tokenizer.encode)
+
+
+def encode_answer(
+    text: str, encode: Callable[[str], list[int]], *, has_tools: bool
+) -> tuple[list[int], list[bool]]:
+    """The ids of an answer, and which of them the model wrote: not the results of tool calls."""
+    if not has_tools:
+        ids = encode(text)
+        return ids, [True] * len(ids)
+    ids, by_model = [], []
+    for part in split_calls(text):
+        new = encode(part.text) if part.text else []
+        ids += new
+        by_model += [not part.by_tool] * len(new)
+    return ids, by_model
 
 
 @lru_cache(maxsize=8)

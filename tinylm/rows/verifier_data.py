@@ -29,10 +29,10 @@ from tinylm.config.schema import DataConfig
 from tinylm.rows.columns import CORRECT, Columns, is_sms, parse_conversation, unread_columns
 from tinylm.rows.conversation import Conversation, Turn
 from tinylm.rows.numbers import NUMBER, corrupt_number, same_number
-from tinylm.rows.row_files import LocatedRow, read_rows, split_built_in_rows
+from tinylm.rows.row_files import LocatedRow, read_rows
 from tinylm.rows.skipped_rows import RowReport, SkipReason
-from tinylm.text.documents import kind_of
-from tinylm.text.splits import Which
+from tinylm.text.row_text import kind_of
+from tinylm.text.sources import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import Batch
 
@@ -98,9 +98,7 @@ def read_problems(
     """
     report = report or RowReport(which, 0, max_bad=data.skip_bad_rows)
     problems = []
-    for location, row in (
-        split_built_in_rows(built_in, which) if built_in else read_rows(data, which, seed)
-    ):
+    for location, row in read_rows(data, which, seed, built_in):
         try:
             if to_conversation is None:
                 problem = parse_problem(location, parse_conversation(row, data))

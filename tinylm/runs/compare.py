@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.common.errors import UserError, printable, writing
-from tinylm.common.files import read_regular, write_atomic
+from tinylm.common.errors import UserError, printable
+from tinylm.common.files import read_regular, write_atomic, writing
 from tinylm.runs.experiments import QUESTIONS, Question, Step, is_done, last_line
 from tinylm.runs.measure import (
     ATTENTION_FROM,

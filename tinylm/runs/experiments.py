@@ -4,7 +4,7 @@
     run_steps   run the steps without a result; a result of other settings is an error
 
 `QUESTIONS` lists the comparisons. Each run has a config in configs/experiments and can also be run
-alone. Programs run in the folder of train.py. measure.py and compare.py evaluate the results.
+alone. The configs are those of the working folder. measure.py and compare.py evaluate the results.
 """
 
 import hashlib
@@ -17,15 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinylm.common.app_folder import app_folder
 from tinylm.common.child_program import ChildProgram, forward_signals
-from tinylm.common.errors import UserError, reading, writing
-from tinylm.common.files import open_regular, read_regular, write_atomic
+from tinylm.common.errors import UserError, require_package
+from tinylm.common.files import open_regular, read_regular, reading, write_atomic, writing
 from tinylm.config.loader import load_config
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path("configs/experiments")
 SMOKE_STEPS = 8
+# The tasks that Hugging Face models are fine-tuned for: its name, their kind, the model.
+TASK_MODELS = (
+    ("sst2", "gpt2", "gpt2"),
+    ("samsum", "t5", "google/flan-t5-small"),
+    ("gsm8k", "gpt2", "gpt2"),
+)
+PACKAGES = {"samsum": "rouge_score"}  # what a task is scored with
+SMOKE_TASKS = TASK_MODELS[:2]  # each kind of model once
 # Settings that do not change a result. The content of init_from is compared, not its path.
 PATH_SETTINGS = {
     "training.checkpoint_dir",
@@ -77,6 +86,8 @@ class Step:
     """the file for stdout and stderr"""
     reads: tuple[Path, ...] = ()
     """results of earlier steps that it loads"""
+    package: str | None = None
+    """an optional package without which it is left out"""
 
     @property
     def record(self) -> Path:
@@ -121,20 +132,32 @@ def plan_steps(out: Path, seeds: int = 1) -> list[Step]:
         for name in ("base", "window-sinks")
     ]
     steps.append(_finetune("smoke", "config_finetune.yaml", smoke, short))
+    for task, kind, _ in SMOKE_TASKS:
+        model = tiny_model_folder(out, kind)
+        # one byte per token: longer rows than a real tokenizer's
+        rows = ("data.dataset=smoke", "training.seq_len=512", "training.micro_batch_size=2")
+        settings = (*short, *rows, f"training.init_from=hf:{model}")
+        config = f"configs/{task}-{kind}-lora.yaml"
+        weights = model / "model.safetensors"
+        tuned = _finetune("smoke", config, smoke, settings, reads=(weights,))
+        options = ("--smoke", "--shots", "0,1", "--limit", "2")
+        steps += [tuned, _evaluate_task(task, str(model), tuned, smoke, options)]
     steps += [
         _pretrain("pretrain", name, out, seed)
         for seed in range(1, seeds + 1)
         for name in all_run_names()
     ]
     steps.append(_finetune("finetune", "config_finetune.yaml", out))
-    for task, kind, model in (
-        ("sst2", "gpt2", "gpt2"),
-        ("samsum", "t5", "google/flan-t5-small"),
-        ("gsm8k", "gpt2", "gpt2"),
-    ):
+    for task, kind, name in TASK_MODELS:
         tuned = _finetune("finetune", f"configs/{task}-{kind}-lora.yaml", out)
-        steps += [tuned, _evaluate_task(task, model, tuned, out)]
+        options = ("--shots", "0,4", "--limit", "200")
+        steps += [tuned, _evaluate_task(task, name, tuned, out, options)]
     return steps
+
+
+def tiny_model_folder(out: Path, kind: str) -> Path:
+    """The folder of the model of random weights (tiny_models.py) that the smoke phase tunes."""
+    return out / "smoke" / "models" / kind
 
 
 def _pretrain(phase: str, config: str, out: Path, seed: int, settings: Sequence[str] = ()) -> Step:
@@ -148,10 +171,15 @@ def _pretrain(phase: str, config: str, out: Path, seed: int, settings: Sequence[
     return Step(f"{phase}: {name}", phase, tuple(command), result, _output(out, name))
 
 
-def _finetune(phase: str, config: str, out: Path, settings: Sequence[str] = ()) -> Step:
+def _finetune(
+    phase: str,
+    config: str,
+    out: Path,
+    settings: Sequence[str] = (),
+    reads: tuple[Path, ...] = (),
+) -> Step:
     name = Path(config).stem.removeprefix("config_")
     command = ["finetune.py", "--config", config, *_path_settings(out, name)]
-    reads: tuple[Path, ...] = ()
     if not config.startswith("configs/"):
         base = out / "runs" / "base" / "final.ckpt"
         command.append(f"training.init_from={base}")
@@ -161,19 +189,20 @@ def _finetune(phase: str, config: str, out: Path, settings: Sequence[str] = ()) 
     return Step(f"{phase}: {name}", phase, tuple(command), result, _output(out, name), reads)
 
 
-def _evaluate_task(task: str, model: str, tuned: Step, out: Path) -> Step:
-    """Score the fine-tuned model and its base model on a task, zero-shot and with four examples."""
+def _evaluate_task(task: str, model: str, tuned: Step, out: Path, options: Sequence[str]) -> Step:
+    """Score the fine-tuned model and its base model on a task, zero-shot and with examples."""
     folder = out / "tasks" / task
     models = ("--checkpoints", str(tuned.result), "--model", model)
-    options = ("--tasks", task, "--shots", "0,4", "--limit", "200", "--out", str(folder))
+    more = ("--tasks", task, *options, "--out", str(folder))
     name = f"{task}-tasks"
     return Step(
-        name=f"finetune: {name}",
-        phase="finetune",
-        command=("evaluate_checkpoints.py", *models, *options),
+        name=f"{tuned.phase}: {name}",
+        phase=tuned.phase,
+        command=("evaluate_checkpoints.py", *models, *more),
         result=folder / "results.json",
         output=_output(out, name),
         reads=(tuned.result,),
+        package=PACKAGES.get(task),
     )
 
 
@@ -256,13 +285,19 @@ def run_steps(steps: Iterable[Step]) -> Outcome:
     Raises:
         UserError: this is not the project's folder, or an output cannot be written.
     """
-    if not Path("train.py").is_file():
-        fix = "Run experiments in the project's folder"
-        raise UserError("train.py", "not found in this folder", fix)
+    if not CONFIGS.is_dir():
+        fix = "Run experiments in the checkout, or in a folder that python -m tinylm new made"
+        raise UserError(CONFIGS, "not found in this folder", fix)
     failed = []
     child = ChildProgram()
     with forward_signals(child):
         for step in steps:
+            try:
+                if step.package is not None:
+                    require_package(step.package)
+            except UserError as error:
+                logger.info("%s: left out: %s", step.name, error)
+                continue
             try:
                 code = None if is_done(step) else _run(step, child)
             except UserError as error:
@@ -283,12 +318,17 @@ def run_steps(steps: Iterable[Step]) -> Outcome:
 
 
 def _run(step: Step, child: ChildProgram) -> int:
+    for path in step.reads:
+        if not path.exists():
+            raise UserError(path, "not found; another step makes it", "Run that step first")
     with writing(step.output, "--out"):
         step.output.parent.mkdir(parents=True, exist_ok=True)
         # Closed below: OSErrors of the child process are not about this file.
         output = open(step.output, "wb")  # noqa: SIM115
     with output:
-        code = child.run([sys.executable, *step.command], stdout=output, stderr=subprocess.STDOUT)
+        program, *arguments = step.command
+        command = [sys.executable, str(app_folder() / program), *arguments]
+        code = child.run(command, stdout=output, stderr=subprocess.STDOUT)
     if code == 0:
         write_atomic(step.record, json.dumps(step_inputs(step), indent=1) + "\n", "--out")
     return code

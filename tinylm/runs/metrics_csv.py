@@ -13,8 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tinylm.common.errors import writing
-from tinylm.common.files import read_regular
+from tinylm.common.files import read_regular, writing
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +28,8 @@ COLUMNS = (
     "tokens",
     "tokens_per_s",
 )
+# Measured by the clock or the machine: they differ between two runs that are otherwise equal.
+MEASURED = ("tokens_per_s", "mfu", "data_wait", "peak_bytes")
 MetricsRow = dict[str, float | int | None]
 
 
@@ -149,7 +150,8 @@ def read_columns(path: Path) -> dict[str, list[float]]:
     columns: dict[str, list[float]] = {}
     text = read_regular(path).decode(errors="replace").replace("\0", "")
     for row in csv.DictReader(io.StringIO(text, newline="")):
-        if None in row.values() or not (row.get("step") or "").isdigit():
+        is_ragged = None in row or None in row.values()  # more or fewer cells than the header
+        if is_ragged or not (row.get("step") or "").isdigit():
             continue
         for name, cell in row.items():
             columns.setdefault(name, []).append(_number(cell))

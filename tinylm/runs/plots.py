@@ -34,6 +34,8 @@ QUANTITIES = {
     "val_ppl": ("Validation perplexity", "exp of the loss"),
     "val_bpb": ("Validation bits per byte", "bits per byte of text"),
     "val_accuracy": ("Validation accuracy", "share of {}s that are right"),
+    "val_reward": ("Validation reward", "mean over sampled answers"),
+    "val_pass_1": ("Validation pass@1", "share of sampled answers that pass"),
     "val_margin": (
         "Validation margin",
         "reward of the chosen minus the rejected answer",
@@ -41,7 +43,7 @@ QUANTITIES = {
     "lr": ("Learning rate", "after warm-up and decay"),
 }
 # The stage of a run -> what its losses and accuracies are means over.
-SCORED_ON = {"dpo": "pair", "verifier": "answer"}
+SCORED_ON = {"dpo": "pair", "reward_model": "pair", "verifier": "answer", "grpo": "reward"}
 SCORED_BY_DEFAULT = "token"
 # Also distinct for color-blind readers (Okabe and Ito 2008); dashes and marks tell lines apart that
 # lie on each other, or in a print without colors.
@@ -104,8 +106,10 @@ def read_metrics(path: Path) -> Run:
     """The run of a metrics.csv."""
     columns = {name: np.array(values) for name, values in read_columns(path).items()}
     steps = columns.pop("step", np.empty(0))
-    # metrics.csv does not name its stage; only preferences have a margin, only verifiers an AUC.
+    # metrics.csv does not name its stage; only pairs have a margin, only verifiers an AUC, only
+    # sampled answers a pass@1.
     stage = "dpo" if "val_margin" in columns else "verifier" if "val_auc" in columns else ""
+    stage = "grpo" if "val_pass_1" in columns else stage
     return Run(path.parent.name, steps, columns, SCORED_ON.get(stage, SCORED_BY_DEFAULT))
 
 
@@ -148,6 +152,8 @@ def by_unit(quantity: str, runs: Sequence[Run]) -> dict[str, list[tuple[int, Run
     for number, run in enumerate(runs):
         if len(run.curve(quantity)[0]):
             unit = QUANTITIES[quantity][1].format(run.scored_on)
+            if run.scored_on == "reward" and quantity.endswith("_loss"):
+                unit = "minus the reward" if quantity == "val_loss" else "clipped objective"
             units.setdefault(unit, []).append((number, run))
     return units
 
@@ -158,7 +164,7 @@ def draw(quantity: str, runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
     """
     units = by_unit(quantity, runs)
     page_width, page_height = INCHES
-    figure, panels = _new_figure((page_width, page_height * len(units)), rows=len(units))
+    figure, panels = new_figure((page_width, page_height * len(units)), rows=len(units))
     title = QUANTITIES[quantity][0]
     if smooth > 1:
         title += f" (mean of {smooth} rows; raw values in a lighter color)"
@@ -212,7 +218,7 @@ def draw_lines(
     lines: dict[str, np.ndarray], *, title: str, xlabel: str, ylabel: str, mark: tuple[int, str]
 ) -> "Figure":
     """Values over their index, one line per name; `mark` is a vertical line: (index, label)."""
-    figure, (axes,) = _new_figure()
+    figure, (axes,) = new_figure()
     for number, (name, values) in enumerate(lines.items()):
         # Later lines are thinner, so that equal lines stay visible.
         axes.plot(
@@ -229,7 +235,7 @@ def draw_lines(
     return figure
 
 
-def _new_figure(size: tuple[float, float] = INCHES, rows: int = 1) -> tuple["Figure", Any]:
+def new_figure(size: tuple[float, float] = INCHES, rows: int = 1) -> tuple["Figure", Any]:
     """A figure for files (no display needed) and its axes, one below the other."""
     try:
         from matplotlib.figure import Figure

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 
-from tinylm.common.errors import UserError, reading
-from tinylm.common.files import open_regular, require_regular
-from tinylm.text.documents import TextChunk, file_documents, text_chunks
-from tinylm.text.sources import LocalFiles, TextSource, Together
+from tinylm.common.errors import UserError
+from tinylm.common.files import open_regular, reading, require_regular
+from tinylm.text.documents import TextChunk, end_of_document, file_documents, file_kind, text_chunks
+from tinylm.text.named_sources import Together
+from tinylm.text.sources import LocalFiles, TextSource
 
 # A raw file is read in parts of about this many bytes, so that few words are in memory before they
 # are counted.
@@ -74,8 +75,8 @@ def word_chunks(
 ) -> Iterator[RawChunk | TextChunk]:
     """The source, or its first `docs` documents, in chunks that cut no word.
 
-    A .txt file without a separator is read as it is, in `raw_chunks`; everything else by its
-    documents.
+    A .txt file without a separator that is not compressed is read as it is, in `raw_chunks`;
+    everything else by its documents.
     """
     if docs is not None or not isinstance(source, LocalFiles | Together):
         yield from text_chunks(islice(source.documents(), docs))
@@ -85,7 +86,8 @@ def word_chunks(
             yield from word_chunks(one, processes)
         return
     for path in source.paths:
-        if path.name.endswith(".txt") and source.separator is None:
+        is_lines = source.separator is None and file_kind(path) == ".txt"
+        if is_lines and end_of_document(path, None) is not None:
             yield from raw_chunks(path, processes)
         else:
             yield from text_chunks(file_documents(path, source.field, source.separator))

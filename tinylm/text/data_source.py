@@ -3,7 +3,8 @@ and nothing asks again what it is.
 
     data.dataset, data.mix, data.val_dataset ─▶ `data_sources` ─▶ DataSource: text to encode, or encoded tokens
 
-One source is the mixture of one. The files of a source are found here, and not read yet.
+One source is the mixture of one. The files of a source are found here and looked at, and not read
+yet.
 """
 
 import glob
@@ -12,7 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from tinylm.common.errors import UserError, not_found
+# text.hub_dataset is imported when a source is on the hub
+from tinylm import text
+from tinylm.common.errors import UserError, not_found, require_optional
 from tinylm.common.files import require_regular
 from tinylm.common.hub import is_hub_name
 from tinylm.config.schema import DataConfig
@@ -21,12 +24,12 @@ from tinylm.text.sources import (
     DOCUMENT_FILES,
     NPY,
     TOKEN_FILES,
-    HubDataset,
     Kinds,
     LocalFiles,
+    Split,
+    Which,
     find_files,
 )
-from tinylm.text.splits import Split, Which
 
 # data.dataset_config, data.split and data.val_split of files on this machine.
 NO_HUB = (None, "train", None)
@@ -80,7 +83,8 @@ def data_sources(
         kinds: the files to find, documents or rows.
 
     Raises:
-        UserError: nothing is there, or a setting does not apply to a source.
+        UserError: nothing is there, a file cannot be read or is not what its name says, a package
+            is not installed, or a setting does not apply to a source.
     """
     named = [("data.dataset", data.dataset)]
     if data.mix is not None:
@@ -103,7 +107,9 @@ def data_sources(
     sources = []
     for setting, name in named:
         split = None
-        if not name.endswith(TOKEN_FILES):
+        if name.endswith(TOKEN_FILES):
+            require_regular(name)
+        else:
             split = _text_split(data, which, seed, setting, name, kinds)
         source = DataSource(
             which=which,
@@ -128,19 +134,6 @@ def find_split(data: DataConfig, which: Which, seed: int, kinds: Kinds = DOCUMEN
     """
     (source,) = data_sources(data, which, seed, kinds)
     return source.text_split()
-
-
-def check_sources(sources: Iterable[DataSource]) -> None:
-    """Look at the data before the work for which they are needed.
-
-    Raises:
-        UserError: a file cannot be read or is not what its name says, or a package is not installed.
-    """
-    for source in sources:
-        if source.split is None:
-            require_regular(source.name)
-        else:
-            source.split.text_source.check()
 
 
 def train_documents(data: DataConfig, seed: int, *, skip: int = 0) -> Iterator[str]:
@@ -181,7 +174,7 @@ def _text_split(
         files = LocalFiles(name, paths, data.text_field, data.document_separator)
         return Split(which, files, held_out, limit)
     # 2. on the hub
-    suffixes = (*kinds, *TOKEN_FILES, ".json", ".csv")
+    suffixes = (*kinds, *DOCUMENT_FILES, *TOKEN_FILES)
     if not is_hub_name(name) or "/" not in name or name.endswith(suffixes):
         fix = "Give a file, a folder, a glob, or a Hugging Face name written owner/name"
         raise UserError((setting, name), not_found(name), fix)
@@ -195,8 +188,11 @@ def _text_split(
             raise UserError(setting, problem, fix)
         fix = "Set data.val_split to another split, or remove it"
         raise UserError("data.val_split", problem, fix)
+    require_optional("datasets", name)
     field = data.text_field if kinds is DOCUMENT_FILES else None
-    dataset = HubDataset(name, config, hub_split, data.streaming, field, setting=setting)
+    dataset = text.hub_dataset.HubDataset(
+        name, config, hub_split, data.streaming, field, setting=setting
+    )
     return Split(which, dataset, held_out, limit)
 
 

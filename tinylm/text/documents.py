@@ -1,8 +1,12 @@
 """The documents of one file, and the spans that divide it without cutting a document.
 
-    .txt            each line, or the text between separators       }  also .gz
-    .jsonl          the text field of each line's object             }
-    .parquet        the text column, one batch of rows at a time
+    .txt                          each line, or the text between separators
+    .jsonl .json .csv .tsv        the text field of each row: of the object in a line, the item of a
+    .parquet                      list, the line of a table, a batch of rows at a time
+    .md .html                     the whole file, of a page its main text
+
+All but .parquet may be compressed: .gz, .bz2, .xz, .zst, known by their first bytes. Each reader
+that most runs do not need is a file of its own, imported at its first use.
 
 Text is UTF-8. A byte-order mark at the start of a file is dropped and \\r\\n ends a line as \\n
 does; every other character is kept, NUL and U+2028 too. Blank documents are skipped. A row that is
@@ -19,28 +23,32 @@ each with a `size` and `texts()`:
 A worker process imports this file, so it needs neither torch, numpy nor pydantic.
 """
 
-import gzip
-import importlib
-import importlib.util
 import json
 import os
+import re
 import sys
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinylm.common.errors import UserError, first_line, reading
-from tinylm.common.files import open_regular, require_regular
+# compression and the readers of single formats are imported at their first use
+from tinylm import text as formats
+from tinylm.common.errors import UserError, first_line
+from tinylm.common.files import COMPRESSED, COMPRESSED_ENDS, open_regular, reading, require_regular
+from tinylm.text.row_text import field_texts, is_blank
 
+# The end of a name that decides how a file is read: .txt for a.txt.gz.
+KIND = re.compile(
+    r"(\.(?:txt|jsonl|json|csv|tsv|parquet|md|html?))"
+    rf"(?:{'|'.join(map(re.escape, COMPRESSED_ENDS))})?$"
+)
 # A longer line is a binary file or a device, not a document.
 LINE_BYTES_LIMIT = 2**30
 # Characters that are collected before a text is searched for separators.
 SEARCH_CHARACTERS = 1_000_000
-PARQUET_BATCH_ROWS = 1024
 # Bytes that are read at a time.
 BLOCK_BYTES = 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -87,13 +95,23 @@ def file_documents(
         UserError: the file cannot be read, or a row is not a document.
     """
     require_regular(path)
-    if path.name.endswith(".parquet"):
-        return field_texts(parquet_rows(path, field), field)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
+    if path.name.endswith(".jsonl"):
         return field_texts(jsonl_rows(path, span), field)
+    if not path.name.endswith(".txt"):
+        kind = file_kind(path)
+        if kind in ROW_READERS:
+            return field_texts(ROW_READERS[kind](path, field), field)
+        if kind in WHOLE_FILES:
+            return _trimmed(_whole_file(path, kind))
     if separator is not None:
         return _separated_documents(path, separator, span, found or SeparatorSeen())
     return (line for _, line in text_lines(path, span) if line and not line.isspace())
+
+
+def file_kind(path: Path) -> str:
+    """`.txt` for a.txt and for a.txt.gz: what decides how a file is read."""
+    found = KIND.search(path.name)
+    return found[1] if found else ".txt"
 
 
 def end_of_document(path: Path, separator: str | None) -> bytes | None:
@@ -105,6 +123,9 @@ def end_of_document(path: Path, separator: str | None) -> bytes | None:
     """
     if not path.name.endswith((".txt", ".jsonl")):
         return None
+    with open_regular(path) as file:
+        if COMPRESSED.match(file.peek()):
+            return None
     if separator is None or path.name.endswith(".jsonl"):
         return b"\n"
     overlaps = any(separator.startswith(separator[place:]) for place in range(1, len(separator)))
@@ -133,11 +154,13 @@ def spans_of(path: Path, end: bytes) -> Iterator[Span]:
             start = stop
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.name.endswith(".gz"):
-        require_regular(path)
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    return open_regular(path)
+def open_text(path: Path) -> BinaryIO:
+    """A file, open to read its bytes; of compressed data, what they contain, from the start."""
+    file = open_regular(path)
+    compression = COMPRESSED.match(file.peek())
+    if compression is None:
+        return file
+    return formats.compression.decompressed(path, file, str(compression.lastgroup))
 
 
 @dataclass(frozen=True)
@@ -153,19 +176,22 @@ class Line:
 
     def __str__(self) -> str:
         before, left = 0, self.span_start
-        with _open(self.path) as file:
+        with open_text(self.path) as file:
             while left and (block := file.read(min(left, SPAN_BYTES))):
                 before += block.count(b"\n")
                 left -= len(block)
         return f"{self.path}:{before + self.number}"
 
 
-def text_lines(path: Path, span: Span = WHOLE) -> Iterator[tuple[Line, str]]:
-    """The location of each line, and its text without its end."""
+def text_lines(
+    path: Path, span: Span = WHOLE, *, with_ends: bool = False
+) -> Iterator[tuple[Line, str]]:
+    """The location of each line, and its text without its end, or with it."""
     offset, stop = span
     number = 0
-    with reading(path), _open(path) as file:
-        file.seek(offset)
+    with reading(path), open_text(path) as file:
+        if offset:
+            file.seek(offset)
         while raw := file.readline(min(LINE_BYTES_LIMIT, stop - offset)):
             number += 1
             line = Line(path, span[0], number)
@@ -179,12 +205,8 @@ def text_lines(path: Path, span: Span = WHOLE) -> Iterator[tuple[Line, str]]:
                 at = mark + error.start
                 problem = f"not UTF-8 text: byte 0x{raw[at]:02x} at offset {offset + at}"
                 raise UserError(line, problem, "Save the file as UTF-8") from None
-            yield line, text.removesuffix("\n").removesuffix("\r")
+            yield line, text if with_ends else text.removesuffix("\n").removesuffix("\r")
             offset += len(raw)
-
-
-def is_blank(text: str) -> bool:
-    return not text or text.isspace()
 
 
 def _separated_documents(
@@ -217,8 +239,9 @@ def _text_blocks(path: Path, span: Span) -> Iterator[str]:
     Every line ends in \\n.
     """
     start, stop = span
-    with reading(path), _open(path) as file:
-        file.seek(start)
+    with reading(path), open_text(path) as file:
+        if start:
+            file.seek(start)
         while block := file.read(min(BLOCK_BYTES, stop - start)):
             block += file.readline(min(LINE_BYTES_LIMIT, stop - start - len(block)))
             try:
@@ -235,61 +258,36 @@ def _trimmed(texts: Iterable[str]) -> Iterator[str]:
     return (text.strip("\n") for text in texts if not is_blank(text))
 
 
-_JSON_NAMES = {
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-    str: "a string",
-}
+def _whole_file(path: Path, kind: str) -> Iterator[str]:
+    """The text of a file that is one document."""
+    if kind == ".md":
+        parts: list[str] = []
+        n_characters = 0
+        for text in _text_blocks(path, WHOLE):
+            parts.append(text)
+            n_characters += len(text)
+            _require_size(path, n_characters)
+        yield "".join(parts)
+        return
+    blocks: list[bytes] = []
+    with reading(path), open_text(path) as file:
+        while block := file.read(BLOCK_BYTES):
+            blocks.append(block)
+            _require_size(path, len(blocks) * BLOCK_BYTES)
+    yield formats.pages.page_text(path, b"".join(blocks))
 
 
-# Keys and files of rows for fine-tuning, which have no documents, and what to do with them.
-ROW_KEYS = {"instruction", "messages", "conversations", "prompt", "question", "chosen"}
-ROW_ONLY_FILES = (".json", "SMSSpamCollection")
-ROWS_ARE_FOR = "Rows of questions and answers are for finetune.py"
+def _require_size(path: Path, size: int) -> None:
+    """Raise a UserError if a file that is one document is too long for one."""
+    if size > LINE_BYTES_LIMIT:
+        problem = f"a document of more than {LINE_BYTES_LIMIT} bytes"
+        raise UserError(path, problem, "Is it text? Cut it into documents")
 
 
-def _text_of(row: Any, field: str) -> str:
-    """The document in a row."""
-    fix = ("Correct the row, or set {} to the key that holds the text", "data.text_field")
-    if not isinstance(row, dict):
-        problem = f'expected an object such as {{"{field}": "..."}}, found {kind_of(row)}'
-        raise UserError((), problem, *fix)
-    if field not in row:
-        if ROW_KEYS & row.keys():
-            fix = (f"{fix[0]}. {ROWS_ARE_FOR}", *fix[1:])
-        raise UserError(field, f"missing; the row has {some_of(row)}", *fix)
-    text = row[field]
-    if not isinstance(text, str):
-        raise UserError(field, f"expected a string, found {kind_of(text)}", *fix)
-    try:
-        reject_lone_surrogates(text)
-    except UserError as error:
-        raise error.within(field) from None
-    return text
-
-
-def some_of(names: Iterable[str]) -> str:
-    """The first 20 names, for a message of one line."""
-    return ", ".join(map(str, islice(names, 20))) or "no keys"
-
-
-def kind_of(value: Any) -> str:
-    return _JSON_NAMES.get(type(value), type(value).__name__)
-
-
-def field_texts(rows: Iterable[tuple[object, Any]], field: str) -> Iterator[str]:
-    """The document of each row that has one and is not blank."""
-    for location, row in rows:
-        try:
-            text = _text_of(row, field)
-        except UserError as error:
-            raise error.within(location) from None
-        if not is_blank(text):
-            yield text
+def file_rows(path: Path) -> Iterator[tuple[object, Any]]:
+    """The value of each row of a file of `ROW_READERS`, with its location for errors."""
+    require_regular(path)
+    return ROW_READERS[file_kind(path)](path, None)
 
 
 def jsonl_rows(path: Path, span: Span = WHOLE) -> Iterator[tuple[Line, Any]]:
@@ -300,79 +298,51 @@ def jsonl_rows(path: Path, span: Span = WHOLE) -> Iterator[tuple[Line, Any]]:
         if is_blank(line):
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problem = f"not JSON: {first_line(error)}"
-            raise UserError(
-                location, problem, "Each line is one object; correct the line"
-            ) from None
+            row = json_value(line)
+        except UserError as error:
+            raise error.within(location) from None
         yield location, row
 
 
-def parquet_rows(path: Path, field: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a .parquet file with its location for errors: all of its columns,
-    or `field` alone.
-    """
-    require_regular(path)
-    import_optional("pyarrow", path)
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
+def json_value(line: str) -> Any:
+    """The value in a line of a .jsonl file; a UserError without a place if it is not JSON."""
     try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if field is not None and field not in columns:
-                raise no_column(path, field, columns)
-            wanted = None if field is None else [field]
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        problem = f"damaged or truncated, or not a parquet file: {first_line(error)}"
-        raise UserError(path, problem, "Download or write it again") from None
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        problem, fix = f"not JSON: {first_line(error)}", "correct the line"
+        if line.startswith("[") and isinstance(error, ValueError):
+            problem = "not one object per line, but a list over several lines"
+            fix = "write each item on a line of its own"
+        raise UserError((), problem, f"Each line is one object; {fix}") from None
 
 
-def no_column(where: object, field: str, columns: Iterable[str]) -> UserError:
-    """The error to raise if a dataset does not have the text column."""
-    problem = f"no such column; there are {some_of(columns)}"
-    fix = "Set {} to the one that holds the text"
-    return UserError((where, field), problem, fix, "data.text_field")
+def _list_items(path: Path, field: str | None) -> Iterator[tuple[object, Any]]:
+    with reading(path), open_text(path) as file:
+        yield from formats.json_files.array_items(path, file)
 
 
-def require_optional(module: str, needed_for: object) -> None:
-    """Raise a UserError if a library that `pip install tinylm` alone does not install
-    is not installed.
-    """
-    if importlib.util.find_spec(module) is None:
-        raise _not_installed(module, needed_for)
+def _comma_rows(path: Path, field: str | None) -> Iterator[tuple[object, Any]]:
+    lines = (line for _, line in text_lines(path, with_ends=True))
+    return formats.csv_files.table_rows(path, lines, ",")
 
 
-def import_optional(module: str, needed_for: object) -> Any:
-    """A library that `pip install tinylm` alone does not install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise _not_installed(module, needed_for) from None
+def _tab_rows(path: Path, field: str | None) -> Iterator[tuple[object, Any]]:
+    lines = (line for _, line in text_lines(path, with_ends=True))
+    return formats.csv_files.table_rows(path, lines, "\t")
 
 
-def _not_installed(module: str, needed_for: object) -> UserError:
-    fix = "Install it: pip install datasets"
-    return UserError(needed_for, f"reading it needs {module}", fix)
-
-
-def reject_lone_surrogates(text: str) -> None:
-    """Raise a UserError if `text` has half a UTF-16 pair, which a UTF-8 file cannot hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        found = f"the lone surrogate {text[error.start]} at position {error.start}"
-        raise UserError(
-            (),
-            f"the text has {found}, which is half a character",
-            "Remove it, or write the whole character",
-        ) from None
+# kind ─▶ (path, the one field that is needed, or None: all) ─▶ rows with their locations. A format
+# is a reader and its line here.
+ROW_READERS: dict[str, Callable[[Path, str | None], Iterator[tuple[object, Any]]]] = {
+    ".jsonl": lambda path, field: jsonl_rows(path),
+    ".json": _list_items,
+    ".csv": _comma_rows,
+    ".tsv": _tab_rows,
+    ".parquet": lambda path, field: formats.parquet_files.parquet_rows(path, field),
+}
+# The kinds of which each file is one document.
+PAGES = (".html", ".htm")
+WHOLE_FILES = (".md", *PAGES)
 
 
 # --- documents for several processes ---

@@ -1,49 +1,61 @@
-"""Where documents come from: files on this machine, or a dataset on the Hugging Face hub.
+"""Where documents come from, and which of them are for training or for validation.
 
-    name ─▶ LocalFiles  .txt, .jsonl, .parquet (also .txt.gz, .jsonl.gz), a folder or a glob of them
+    name ─▶ LocalFiles  files of `DOCUMENT_KINDS`, also compressed, a folder or a glob of them
          ─▶ HubDataset  downloaded whole, or streamed
+    text ─▶ hash with the seed, as a number in [0, 1) ─▶ below val_fraction: validation, else training
 
-Both give their documents (`str`) in a fixed order, and a fingerprint of their content. Which
-documents are held out is decided in splits.py; what the data of a run are, in data_source.py.
+Sources give their documents (`str`) in a fixed order, and a fingerprint of their content. A `Split`
+has the training or the validation documents of a source. The text alone decides, so equal documents
+are in the same split, and a stream needs no memory of the documents before. What the data of a run
+are is in data_source.py.
 """
 
 import glob
 import hashlib
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
+from dataclasses import field as dataclass_field
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Literal, NoReturn, Protocol, TypeVar
 
-from tinylm.common.errors import UserError, first_line, looked_in, not_found, reading, reason
-from tinylm.common.files import open_regular, require_regular
-from tinylm.common.hub import hub_errors, hub_problem, is_hub_name, require_hub
+# text.pages is imported for a page
+from tinylm import text
+from tinylm.common.errors import UserError, looked_in, reason, require_optional
+from tinylm.common.files import COMPRESSED_ENDS, open_regular, reading, require_regular
 from tinylm.text.documents import (
-    DAMAGED,
-    RESUMES,
-    ROW_ONLY_FILES,
-    ROWS_ARE_FOR,
+    PAGES,
+    WHOLE_FILES,
     SeparatorSeen,
     SpanChunk,
     TextChunk,
     end_of_document,
-    field_texts,
     file_documents,
-    import_optional,
-    no_column,
-    require_optional,
+    file_kind,
     spans_of,
     text_chunks,
 )
+from tinylm.text.row_text import DOCUMENTS_ARE_FOR, ROW_ONLY_FILES, ROWS_ARE_FOR
+
+logger = logging.getLogger(__name__)
 
 # The suffixes of the files that are read for one purpose.
 Kinds = tuple[str, ...]
-DOCUMENT_FILES: Kinds = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
+DOCUMENT_KINDS = (".txt", ".jsonl", ".parquet", ".json", ".csv", ".tsv", ".md", ".html", ".htm")
+DOCUMENT_FILES: Kinds = tuple(
+    kind + end
+    for kind in DOCUMENT_KINDS
+    for end in ("", *COMPRESSED_ENDS)
+    if kind != ".parquet" or not end
+)
 BIN, NPY, DATATROVE = ".bin", ".npy", ".ds"
 # Files of a source that are looked at before the work starts: opening each of many takes minutes.
 CHECKED_FILES = 100
+# Files that are named in a note; the others are counted.
+MAX_NAMED_FILES = 3
 # Only opening such a file shows whether it is one.
 TOKEN_FILES = (BIN, NPY, DATATROVE)
 
@@ -56,20 +68,15 @@ class LocalFiles:
     paths: tuple[Path, ...]
     field: str
     separator: str | None
-
-    def check(self) -> None:
-        """Raise a UserError if one of the first files is not what its name says,
-        or cannot be read for want of a package.
-        """
-        for path in self.paths[:CHECKED_FILES]:
-            require_regular(path)
-            if path.name.endswith(".parquet"):
-                require_optional("pyarrow", path)
+    without_text: dict[Path, None] = dataclass_field(default_factory=dict, compare=False)
+    """the files that would be one document and had no text when they were read, in their order"""
 
     def documents(self) -> Iterator[str]:
         """Every document that is not blank."""
         for path in self.paths:
-            yield from file_documents(path, self.field, self.separator)
+            yield from self._documents_of(path)
+        if self.without_text:
+            self._log_without_text()
 
     def chunks(self) -> Iterator[SpanChunk | TextChunk]:
         """The documents in chunks that depend on the files alone;
@@ -84,23 +91,39 @@ class LocalFiles:
                         yield SpanChunk(path, self.field, self.separator, span)
                 else:
                     found = SeparatorSeen()
-                    texts = file_documents(path, self.field, self.separator, found=found)
-                    yield from text_chunks(texts, found)
+                    yield from text_chunks(self._documents_of(path, found), found)
+            if self.without_text:
+                self._log_without_text()
         except UserError as error:
             yield TextChunk([], error)
+
+    def _documents_of(self, path: Path, found: SeparatorSeen | None = None) -> Iterator[str]:
+        """The documents of one file; a file that would be one document and has no text is noted."""
+        texts = file_documents(path, self.field, self.separator, found=found)
+        if file_kind(path) not in WHOLE_FILES:
+            return texts
+        whole = list(texts)
+        if not whole:
+            self.without_text[path] = None
+        return iter(whole)
+
+    def _log_without_text(self) -> None:
+        log_once(f"{self.name}: left out, without any text: {some_files(self.without_text)}")
 
     def size(self) -> int:
         """Bytes of all chunks; 0 if a file must be read to know."""
         size = 0
-        for path in self.paths:
+        for path in filter(os.path.exists, self.paths):
             if end_of_document(path, self.separator) is None:
                 return 0
-            size += os.path.getsize(path) if os.path.exists(path) else 0
+            size += os.path.getsize(path)
         return size
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the kinds and contents of the files, read in blocks."""
+        """SHA-256 over the kinds and contents of the files, read in blocks; of pages also over the
+        program that finds their text.
+        """
         digest = hashlib.sha256()
         for path in self.paths:
             require_regular(path)
@@ -108,193 +131,121 @@ class LocalFiles:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
                 suffix = next((kind for kind in DOCUMENT_FILES if path.name.endswith(kind)), None)
                 digest.update(f"{suffix} {content}\n".encode())
+            if set(path.suffixes) & set(PAGES):
+                digest.update(text.pages.extractor(path).encode())
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class HubDataset:
-    """A dataset on the Hugging Face hub, downloaded whole or streamed."""
-
-    name: str
-    config: str | None
-    split: str
-    streaming: bool
-    field: str | None
-    """the column of the text; None: rows are read, with all their columns"""
-    again: str = RESUMES
-    """the fix of an error if the network fails"""
-    setting: str = "data.dataset"
-    """the setting or flag that names the dataset"""
-
-    def check(self) -> None:
-        """Raise a UserError if the library of the hub is not installed; the hub is not asked."""
-        require_optional("datasets", self.name)
-
-    def documents(self) -> Iterator[str]:
-        """Every document that is not blank, in the order of the dataset."""
-        if self.field is None:
-            raise ValueError("the dataset was opened for its rows, not for the text of one column")
-        return field_texts(self.rows(), self.field)
-
-    def chunks(self) -> Iterator[TextChunk]:
-        """The documents in chunks; an error in reading them is in the last one."""
-        return text_chunks(self.documents())
-
-    def size(self) -> int:
-        """0: the dataset must be read to know."""
-        return 0
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over the name: the content is not downloaded for it."""
-        return hashlib.sha256(f"hub {self.name} {self.config} {self.split}".encode()).hexdigest()
-
-    def rows(self) -> Iterator[tuple[str, Any]]:
-        """Each row, with its location for errors."""
-        dataset = self._load()
-        where = f"{self.name} ({self.split})"
-        try:
-            for number, row in enumerate(dataset, start=1):
-                yield f"{where}: row {number}", row
-        except hub_errors() as error:
-            problem = f"reading stopped: {first_line(error)}"
-            raise UserError(where, problem, self.again) from error
-        except DAMAGED as error:
-            problem = f"one of its files is damaged: {first_line(error)}"
-            raise UserError(where, problem, "Give another dataset, or local files") from error
-
-    def _load(self) -> Iterable[Any]:
-        """The dataset of the library; only its text column
-        if the columns are known before reading.
-        """
-        where = (self.setting, self.name)
-        fix = f"Give a local file or folder as {self.setting}"
-        require_hub(where, fix)
-        datasets = import_optional("datasets", self.name)
-        try:
-            dataset = datasets.load_dataset(
-                self.name, self.config, split=self.split, streaming=self.streaming
-            )
-        except (*hub_errors(), *DAMAGED, datasets.exceptions.DatasetsError) as error:
-            fix = f"Check {{}} and {{}}, or: {fix}"
-            settings = ("data.dataset_config", "data.split")
-            raise UserError(where, hub_problem(error), fix, *settings) from error
-        columns = dataset.column_names
-        if columns is None or self.field is None:
-            return dataset
-        if self.field not in columns:
-            raise no_column(f"{self.name} ({self.split})", self.field, columns)
-        return dataset.select_columns([self.field])
-
-
-@dataclass(frozen=True)
-class Together:
-    """Several sources, one after the other."""
-
-    sources: tuple[LocalFiles | HubDataset, ...]
+class TextSource(Protocol):
+    """Documents in a fixed order: `LocalFiles`, `HubDataset`, or several of them together."""
 
     @property
-    def name(self) -> str:
-        return " ".join(source.name for source in self.sources)
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits that identify the content."""
 
     def documents(self) -> Iterator[str]:
         """Every document that is not blank."""
-        return chain.from_iterable(source.documents() for source in self.sources)
 
     def chunks(self) -> Iterator[SpanChunk | TextChunk]:
-        """The documents in chunks; the first error is to end the reading."""
-        return chain.from_iterable(source.chunks() for source in self.sources)
+        """The documents in chunks; an error in reading them is in the last one."""
 
     def size(self) -> int:
-        """Bytes of all chunks; 0 if a source must be read to know."""
-        sizes = [source.size() for source in self.sources]
-        return sum(sizes) if all(sizes) else 0
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over the fingerprints of the sources."""
-        return hashlib.sha256(
-            "\n".join(source.fingerprint for source in self.sources).encode()
-        ).hexdigest()
-
-
-TextSource = LocalFiles | HubDataset | Together
-
-
-def sources_named(
-    names: Sequence[str],
-    field: str = "text",
-    separator: str | None = None,
-    *,
-    again: str = "Try again",
-) -> Together:
-    """The sources of a command's --data: local files, or hf:owner/name[:config[:split]],
-    a dataset that is streamed.
-
-    Args:
-        names: the arguments.
-        field: column or key of the text.
-        separator: divides the documents of a .txt file; None: each line is one.
-        again: the fix of an error if the network fails.
-
-    Raises:
-        UserError: nothing is there, or nothing there is a document file.
-    """
-    return Together(tuple(_source_named(name, field, separator, again) for name in names))
-
-
-def _source_named(
-    name: str, field: str, separator: str | None, again: str
-) -> LocalFiles | HubDataset:
-    where = ("--data", name)
-    if name.startswith("hf:"):
-        dataset, config, split, *rest = [*name.removeprefix("hf:").split(":"), "", "", ""]
-        if any(rest) or "/" not in dataset or not is_hub_name(dataset):
-            problem = "not the name of a dataset on the hub"
-            forms = "hf:owner/name, hf:owner/name:config or hf:owner/name:config:split"
-            raise UserError(where, problem, f"Write {forms}")
-        return HubDataset(
-            dataset, config or None, split or "train", True, field, again, setting="--data"
-        )
-    if not os.path.lexists(name) and not glob.has_magic(name):
-        fix = "Give a file, a folder, a glob, or a dataset on the hub written hf:owner/name"
-        raise UserError(where, not_found(name), fix)
-    return LocalFiles(name, find_files(name, "--data", DOCUMENT_FILES), field, separator)
+        """Bytes of all chunks; 0 if the source must be read to know."""
 
 
 def find_files(name: str, setting: str, kinds: Kinds) -> tuple[Path, ...]:
     """The files of these kinds that `name`, a path or glob, refers to, sorted;
     folders are searched recursively.
+
+    Raises:
+        UserError: there are none, or one of the first is not what its name says, or cannot be read
+            for want of a package.
     """
-    wanted = f"{'documents' if kinds is DOCUMENT_FILES else 'rows'} ({', '.join(kinds)})"
+    what = "documents" if kinds is DOCUMENT_FILES else "rows"
     if os.path.isdir(name):
         found = files_in(name, kinds)
+        _log_kinds(name, found)
         where = "in this folder"
     elif os.path.lexists(name):
         require_regular(Path(name))
         if not name.endswith(kinds):
-            problem = f"not a kind of file with {wanted}"
+            problem = f"not a kind of file with {what} ({list_kinds(kinds)})"
             fix = "Convert it, or name it by its kind"
-            raise UserError((setting, name), problem, _fix_for_rows(fix, name, kinds))
-        return (Path(name),)
+            raise UserError((setting, name), problem, _fix_for_kinds(fix, name, kinds))
+        found = [Path(name)]
+        where = ""
     else:
         matches = glob.glob(name, recursive=True)
         found = [Path(path) for path in matches if path.endswith(kinds) and not os.path.isdir(path)]
         where = f"matches{looked_in(name)}"
     if not found:
-        problem = f"no file of a kind with {wanted} {where}"
+        problem = f"no file of a kind with {what} ({list_kinds(kinds)}) {where}"
         raise UserError(
-            (setting, name), problem, _fix_for_rows("Give the path of one", name, kinds)
+            (setting, name), problem, _fix_for_kinds("Give the path of one", name, kinds)
         )
-    return tuple(sorted(found))
+    found.sort()
+    for path in found[:CHECKED_FILES]:
+        require_regular(path)
+        if path.name.endswith(".parquet"):
+            require_optional("pyarrow", path)
+        if kinds is DOCUMENT_FILES and set(path.suffixes) & set(PAGES):
+            require_optional("trafilatura", path, text.pages.TRAFILATURA)
+    return tuple(found)
 
 
-def _fix_for_rows(fix: str, name: str, kinds: Kinds) -> str:
-    """`fix`, and for a file or folder of rows where documents are asked for, what reads them."""
+def _log_kinds(folder: str, found: list[Path]) -> None:
+    """Log how many files of each kind a folder has, and those that are left out, if there are
+    several kinds or any of those.
+    """
+    others = sorted(set(files_in(folder, ("",))) - set(found))
+    counts = Counter(map(file_kind, found))
+    if not found or (len(counts) == 1 and not others):
+        return
+    read = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+    left_out = f"; left out, of other kinds: {some_files(others)}" if others else ""
+    log_once(f"{folder}: files: {read}{left_out}")
+
+
+def some_files(paths: Iterable[Path]) -> str:
+    """The number of files, and the first of their names.
+
+    >>> some_files([Path("a/x.png"), Path("b.pdf")])
+    '2 (x.png, b.pdf)'
+    """
+    names = [path.name for path in paths]
+    more = ", ..." if len(names) > MAX_NAMED_FILES else ""
+    return f"{len(names)} ({', '.join(names[:MAX_NAMED_FILES])}{more})"
+
+
+@cache
+def log_once(line: str) -> None:
+    """Log a note that would be repeated for each split and each pass."""
+    logger.info("%s", line)
+
+
+def list_kinds(kinds: Kinds) -> str:
+    """The kinds of files as a message lists them.
+
+    >>> list_kinds((".txt", ".txt.gz", ".txt.xz", ".parquet"))
+    '.txt, .parquet; also .gz, .xz'
+    """
+    plain = [kind for kind in kinds if not kind.endswith(COMPRESSED_ENDS)]
+    ends = [end for end in COMPRESSED_ENDS if any(kind.endswith(end) for kind in kinds)]
+    return "; also ".join(", ".join(names) for names in (plain, ends) if names)
+
+
+def _fix_for_kinds(fix: str, name: str, kinds: Kinds) -> str:
+    """`fix`, and for rows where documents are asked for, or the reverse, what reads them."""
+    if kinds is not DOCUMENT_FILES:
+        has_documents = name.endswith((*DOCUMENT_FILES, *TOKEN_FILES))
+        return f"{fix}. {DOCUMENTS_ARE_FOR}" if has_documents else fix
     has_rows = name.endswith(ROW_ONLY_FILES)
     if os.path.isdir(name):
         has_rows = bool(files_in(name, ROW_ONLY_FILES))
-    return f"{fix}. {ROWS_ARE_FOR}" if kinds is DOCUMENT_FILES and has_rows else fix
+    return f"{fix}. {ROWS_ARE_FOR}" if has_rows else fix
 
 
 def files_in(folder: str, kinds: Kinds) -> list[Path]:
@@ -310,3 +261,104 @@ def files_in(folder: str, kinds: Kinds) -> list[Path]:
 
 def _refuse_folder(error: OSError) -> NoReturn:
     raise UserError(error.filename, reason(error), "Give a folder that can be read")
+
+
+# --- training or validation ---
+
+Which = Literal["train", "val"]
+NAMES: dict[Which, str] = {"train": "training", "val": "validation"}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or validation documents of a source."""
+
+    which: Which
+    text_source: TextSource
+    held_out: tuple[float, int] | None
+    """fraction and seed of the validation documents, if both splits come from this source"""
+    limit: int | None
+    """number of documents to read at most"""
+
+    def documents(self) -> Iterator[str]:
+        """The documents of the split.
+
+        Raises:
+            UserError: there are none.
+        """
+        return self.select(self.text_source.documents(), lambda text: text)
+
+    def select(
+        self, items: Iterable[T], text_of: Callable[[T], str], *, kind: str = "documents"
+    ) -> Iterator[T]:
+        """The items of the source, documents or rows, that are in the split by their text.
+
+        Raises:
+            UserError: there are none.
+        """
+        n_read = n_kept = 0
+        for item in items:
+            n_read += 1
+            if self.has(text_of(item)):
+                n_kept += 1
+                yield item
+                if n_kept == self.limit:
+                    return
+        if not n_kept:
+            raise self.empty_error(n_read, kind)
+
+    def has(self, text: str) -> bool:
+        """Whether a document of the source is in this split, without regard to the limit."""
+        return self.held_out is None or is_held_out(text, *self.held_out) == (self.which == "val")
+
+    def _unseen_separator(self, n_read: int) -> str | None:
+        """The separator of documents if it cannot have occurred, because there are
+        as many documents as files.
+        """
+        source = self.text_source
+        if not isinstance(source, LocalFiles) or n_read > len(source.paths):
+            return None
+        return source.separator
+
+    def empty_error(self, n_read: int, kind: str = "documents") -> UserError:
+        """The error to raise if none of the `n_read` documents or rows of the source is
+        in the split.
+        """
+        if not n_read or self.held_out is None:
+            content = "text" if kind == "documents" else kind
+            problem = f"no {kind}, only blank lines or nothing at all"
+            return UserError(self.text_source.name, problem, f"Give a file with {content}")
+        separator = self._unseen_separator(n_read)
+        if separator is not None:
+            setting = "data.document_separator"
+            problem = (
+                f"'{separator}' does not occur in {self.text_source.name}, "
+                "so each .txt file is one document"
+            )
+            fix = how_to_write(separator, setting)
+            return UserError(setting, problem, f"Set {{}} to what divides documents{fix}", setting)
+        found = f"got 0 of {n_read} {kind} (data.val_fraction {self.held_out[0]})"
+        fix = f"Give more {kind}, another data.val_fraction, or data.val_dataset"
+        return UserError(self.text_source.name, f"{NAMES[self.which]} {found}", fix)
+
+
+def how_to_write(separator: str, setting: str) -> str:
+    r"""How a shell must be given a separator that was typed with a backslash; "" for another one.
+
+    >>> how_to_write("---", "data.document_separator")
+    ''
+    >>> print(how_to_write(r"\n\n", "--separator"))
+    ; for the characters meant write --separator=$'\n\n' (in YAML "\n\n")
+    """
+    if "\\" not in separator:
+        return ""
+    return f"; for the characters meant write {setting}=$'{separator}' (in YAML \"{separator}\")"
+
+
+def is_held_out(text: str, fraction: float, seed: int) -> bool:
+    """Whether a document is for validation: its hash with the seed is
+    in the first `fraction` of all hashes.
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64

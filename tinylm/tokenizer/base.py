@@ -19,8 +19,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from tinylm.common.errors import printable
-from tinylm.text.documents import reject_lone_surrogates
+from tinylm.common.errors import printable, reject_lone_surrogates
 
 # Characters of a stream of text that are encoded together.
 STREAM_CHARACTERS = 2**14
@@ -155,6 +154,10 @@ class Tokenizer(ABC):
         ValueError for an id that does not exist.
         """
 
+    def first_token_bytes(self, id: int) -> bytes:
+        """The bytes of a token at the start of a text, where some decoders drop a space."""
+        return self.token_bytes(id)
+
     @abstractmethod
     def to_plain(self) -> dict[str, Any]:
         """The tokenizer as plain types, for a checkpoint."""
@@ -167,6 +170,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode_arrays` of texts without lone surrogates."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets it as plain types."""
+        return type(self).from_plain, (self.to_plain(),)
 
     def _check_id(self, id: int) -> None:
         # Without this check a negative id would count from the end of a table.

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinylm.common.errors import UserError, writing
-from tinylm.common.files import atomic_path
+from tinylm.common.errors import UserError
+from tinylm.common.files import atomic_path, writing
 from tinylm.config.schema import COUNT_LIMIT
+from tinylm.tokenizer.added import check_names
 from tinylm.tokenizer.hf_files import WELL_KNOWN_EOS
 from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer, gpt2_form
 
@@ -127,16 +128,7 @@ def check_request(vocab_size: int, pretokenizer: Pretokenizer) -> None:
             "must be at least one, which ends a text",
             "Name one, such as <|endoftext|>",
         )
-    for name in special:
-        visible = name.isprintable() and not any(character.isspace() for character in name)
-        if len(name) < 2 or not visible:
-            raise UserError(
-                ("special token", name),
-                "must be two or more visible characters",
-                "Choose another, such as <|endoftext|>",
-            )
-        if special.count(name) > 1:
-            raise UserError(("special token", name), "is given twice", "Give it once")
+    check_names(special)
     smallest = smallest_vocabulary(pretokenizer)
     n_special = f"{len(special)} special token{'s' if len(special) > 1 else ''}"
     if vocab_size < smallest:

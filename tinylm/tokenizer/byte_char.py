@@ -10,7 +10,8 @@ from tinylm.tokenizer.base import Tokenizer
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8 and four special tokens: no training, no unknown text, long sequences.
+    """The 256 bytes of UTF-8, four special tokens, and those that are added after them: no training,
+    no unknown text, long sequences.
 
     >>> ByteTokenizer().encode("aé")
     [97, 195, 169]
@@ -21,20 +22,28 @@ class ByteTokenizer(Tokenizer):
 
     pad_id, bos_id, eos_id, sep_id = 256, 257, 258, 259
     special_names = {256: "<|pad|>", 257: "<|bos|>", 258: "<|eos|>", 259: "<|sep|>"}
+    added: tuple[str, ...] = ()
+    """special tokens after these"""
 
     def token_bytes(self, id: int) -> bytes:
         self._check_id(id)
         return bytes((id,)) if id < 256 else b""
 
     def byte_lengths(self) -> list[int]:
-        return [1] * 256 + [0] * 4
+        return [1] * 256 + [0] * len(self.special_names)
 
     def to_plain(self) -> dict[str, Any]:
-        return {"kind": self.kind}
+        # without added tokens the form, and so the fingerprint, of versions before 0.3
+        return {"kind": self.kind} | ({"special_tokens": list(self.added)} if self.added else {})
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "ByteTokenizer":
-        return cls()
+        tokenizer = cls()
+        tokenizer.added = tuple(plain.get("special_tokens", ()))
+        more = dict(enumerate(tokenizer.added, start=cls.vocab_size))
+        tokenizer.special_names = cls.special_names | more
+        tokenizer.vocab_size = 256 + len(tokenizer.special_names)
+        return tokenizer
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
@@ -42,7 +51,7 @@ class ByteTokenizer(Tokenizer):
 
 class CharTokenizer(Tokenizer):
     """The characters of a text in code-point order, then `<|pad|>`, `<|eos|>` and,
-    with unknown="unk", `<|unk|>`.
+    with unknown="unk", `<|unk|>`; then special tokens that are added.
 
     >>> tokenizer = CharTokenizer("abn", unknown="error")
     >>> tokenizer.encode("banana"), tokenizer.eos_id
@@ -51,7 +60,9 @@ class CharTokenizer(Tokenizer):
 
     kind = "char"
 
-    def __init__(self, characters: Iterable[str], *, unknown: str):
+    def __init__(
+        self, characters: Iterable[str], *, unknown: str, special_tokens: Sequence[str] = ()
+    ):
         self.characters = "".join(sorted(set(characters)))
         self.unknown = unknown
         n = len(self.characters)
@@ -61,6 +72,8 @@ class CharTokenizer(Tokenizer):
         if unknown == "unk":
             self.unk_id = n + 2
             self.special_names[n + 2] = "<|unk|>"
+        self.added = tuple(special_tokens)
+        self.special_names |= dict(enumerate(self.added, start=n + len(self.special_names)))
         self.vocab_size = n + len(self.special_names)
         self._code_points = _code_points(self.characters)
 
@@ -89,11 +102,13 @@ class CharTokenizer(Tokenizer):
         return b"" if id in self.special_names else self.characters[id].encode()
 
     def to_plain(self) -> dict[str, Any]:
-        return {"kind": self.kind, "characters": self.characters, "unknown": self.unknown}
+        plain = {"kind": self.kind, "characters": self.characters, "unknown": self.unknown}
+        return plain | ({"special_tokens": list(self.added)} if self.added else {})
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "CharTokenizer":
-        return cls(plain["characters"], unknown=plain["unknown"])
+        special_tokens = plain.get("special_tokens", ())
+        return cls(plain["characters"], unknown=plain["unknown"], special_tokens=special_tokens)
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode_one(text) for text in texts]

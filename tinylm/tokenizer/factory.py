@@ -18,14 +18,18 @@ def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer of kind byte or hf.
 
     Raises:
-        UserError: as `load_hf_tokenizer`.
+        UserError: as `load_hf_tokenizer` and `add_special_tokens`.
         ValueError: the kind is learned.
     """
     if config.kind == "byte":
-        return ByteTokenizer()
-    if config.path is None:  # TokenizerConfig requires it for hf
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif config.path is None:  # TokenizerConfig requires it for hf
         raise ValueError(f"kind {config.kind} is learned: see training/tokenizer.py")
-    return tokenizers.hf_files.load_hf_tokenizer(config.path)
+    else:
+        tokenizer = tokenizers.hf_files.load_hf_tokenizer(config.path)
+    if config.special_tokens:
+        tokenizer = tokenizers.added.add_special_tokens(tokenizer, config.special_tokens)
+    return tokenizer
 
 
 def tokenizer_from_plain(plain: dict[str, Any]) -> Tokenizer:

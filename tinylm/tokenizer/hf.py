@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinylm.common.errors import UserError, catch_panics, first_line
-from tinylm.text.documents import reject_lone_surrogates
+from tinylm.common.errors import UserError, catch_panics, first_line, reject_lone_surrogates
 from tinylm.tokenizer.base import StreamDecoder, Tokenizer
 from tinylm.tokenizer.pretokenize import BYTE_OF_CHARACTER, LAST_CUT
 from tinylm.tokenizer.tiktoken_encoder import build_tiktoken_encoder, find_pattern
@@ -105,6 +104,14 @@ class HFTokenizer(Tokenizer):
         # space.
         once = self._backend.decode([id])
         return self._backend.decode([id, id])[len(once) :].encode()
+
+    def first_token_bytes(self, id: int) -> bytes:
+        later = self.token_bytes(id)
+        # Half a character decodes to U+FFFD alone.
+        is_part = self.is_byte_token(id) and later >= b"\x80"
+        if self._byte_level or id in self.special_names or is_part:
+            return later
+        return self._backend.decode([id]).encode()
 
     def is_byte_token(self, id: int) -> bool:
         """Whether `id` is one byte in the style of SentencePiece, `<0xE2>`,

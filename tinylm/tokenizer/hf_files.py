@@ -11,6 +11,7 @@ the vocabularies.
 """
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from tinylm.tokenizer.hf import HFTokenizer, read_backend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+
+logger = logging.getLogger(__name__)
 
 # Vocabularies that transformers can convert to a tokenizer.json: SentencePiece's, WordPiece's and
 # tiktoken's.
@@ -159,8 +162,30 @@ def _add_settings(settings: _Settings, file: Path) -> None:
             (file, key), f"must be a list of tokens, got {_short(more)}", "Write a list"
         )
     settings.special |= {_token_name(token, file, key) for token in more}
-    if isinstance(values.get("chat_template"), str):
-        settings.chat_template = values["chat_template"]
+    if values.get("chat_template"):
+        settings.chat_template = _chat_template(values["chat_template"], file)
+
+
+def _chat_template(value: Any, file: Path) -> str:
+    """The template, of several ones with names `default`, as in transformers, else the first."""
+    if isinstance(value, str):
+        return value
+    named = {}
+    for entry in value if isinstance(value, list) else [value]:
+        is_named = isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        if not is_named or not isinstance(entry.get("template"), str):
+            raise UserError(
+                (file, "chat_template"),
+                f"must be the text of a template, or a list of name and template, got "
+                f"{_short(value)}",
+                "Write the text of one template",
+            )
+        named[entry["name"]] = entry["template"]
+    if "default" in named:
+        return named["default"]
+    first = next(iter(named))
+    logger.info(f"{file}: of the chat templates {', '.join(named)}, {first} is used")
+    return named[first]
 
 
 def _token_name(value: Any, file: Path, key: str) -> str:

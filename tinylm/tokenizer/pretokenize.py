@@ -27,6 +27,10 @@ PATTERNS = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 }
 
 
@@ -59,7 +63,7 @@ def byte_level_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     return None
 
 
-# Where a text can be cut without changing its words under either pattern: before a space after a
+# Where a text can be cut without changing its words under any pattern: before a space after a
 # word, after a single line end, and before punctuation after a letter. Letters are listed, because
 # libraries differ in the newest ones.
 _CUT = r"(?<=\S)(?=[ \t])|(?<=\S\n)(?=\S)|(?<=[a-z\u4e00-\u9fa5])(?=[!-/\u3001\u3002\uff0c])"

@@ -1,7 +1,7 @@
 """Documents to one token file, by several processes, in document order.
 
     1. a source is cut into chunks, never inside a document                     `source.chunks()`
-    2. each process takes a chunk: text ─▶ documents ─▶ those of this split     `Encoder`
+    2. each process takes a chunk: text ─▶ documents ─▶ those of this split     `encode_chunk`
        (train or val) ─▶ ids, EOS, ids, EOS, ...  (N,)
     3. this process writes them in the order of the chunks; it continues        `encode_file`
        a file that was interrupted
@@ -17,10 +17,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,9 +29,8 @@ from tinylm.common.files import require_regular
 from tinylm.common.processes import in_order
 from tinylm.text import documents
 from tinylm.text.documents import SeparatorSeen, SpanChunk, TextChunk
-from tinylm.text.splits import Split
+from tinylm.text.sources import Split
 from tinylm.tokenizer.base import WELL_KNOWN_EOS, Tokenizer
-from tinylm.tokenizer.factory import tokenizer_from_plain
 from tinylm.tokens.token_file import VERSION, TokenFile, checked_tokens, token_dtype
 from tinylm.tokens.token_file_writer import TokenFileWriter
 
@@ -43,20 +41,6 @@ WORTH_PROCESSES = 24 * 2**20
 
 
 # --- documents to ids -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EncodedDocuments:
-    """Documents one after the other: tokens (N,) in the type of a token file, and where each ends,
-    (D,) int64.
-    """
-
-    tokens: np.ndarray
-    ends: np.ndarray
-
-    def first(self, n_documents: int) -> "EncodedDocuments":
-        """The first documents, at least one."""
-        return EncodedDocuments(self.tokens[: self.ends[n_documents - 1]], self.ends[:n_documents])
 
 
 class CannotEncode(UserError):
@@ -85,18 +69,19 @@ def encode_documents(
         UserError: the tokenizer cannot encode a document.
     """
     try:
-        for batch in encode_batches(documents, tokenizer, max_doc_len):
-            for start, stop in pairwise([0, *batch.ends.tolist()]):
-                yield batch.tokens[start:stop]
-            first += len(batch.ends)
+        for tokens, ends in encode_batches(documents, tokenizer, max_doc_len):
+            for start, stop in pairwise([0, *ends.tolist()]):
+                yield tokens[start:stop]
+            first += len(ends)
     except CannotEncode as error:
         raise error.within(f"{name} document {first}") from None
 
 
 def encode_batches(
     documents: Iterable[str], tokenizer: Tokenizer, max_doc_len: int | None
-) -> Iterator[EncodedDocuments]:
-    """The documents in batches, encoded. Before an error all documents before it are given.
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The documents in batches, one after the other: tokens (N,) in the type of a token file,
+    and where each document ends, (D,) int64. Before an error all documents before it are given.
 
     Raises:
         CannotEncode: the tokenizer refuses the document after the last batch.
@@ -112,7 +97,7 @@ def encode_batches(
             arrays = [ids[:max_doc_len] for ids in arrays]
             tokens = np.concatenate([piece for ids in arrays for piece in (ids, eos)])
             ends = np.cumsum([len(ids) + 1 for ids in arrays])
-            yield EncodedDocuments(checked_tokens(tokens, tokenizer.vocab_size), ends)
+            yield checked_tokens(tokens, tokenizer.vocab_size), ends
         if error is not None:
             raise error
 
@@ -157,8 +142,10 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 class EncodedChunk:
     """A chunk after a process has encoded it."""
 
-    documents: EncodedDocuments
-    """those of the split"""
+    tokens: np.ndarray
+    """(N,) of its documents that are in the split"""
+    ends: np.ndarray
+    """(D,) where each of these documents ends"""
     n_read: int
     """documents in the chunk, also those of the other split"""
     size: int
@@ -173,52 +160,48 @@ class EncodedChunk:
     """the problem with the document after the last one"""
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """Encodes chunks; each process gets one."""
-
-    tokenizer: Tokenizer
-    max_doc_len: int | None
-    split: Split
-
-    def __call__(self, chunk: SpanChunk | TextChunk) -> EncodedChunk:
-        # 1. the documents of this split, up to the first that cannot be read
-        found = SeparatorSeen()
-        texts: list[str] = []
-        n_read = 0
-        error = None
-        try:
-            for text in chunk.texts(found):
-                n_read += 1
-                if self.split.has(text):
-                    texts.append(text)
-        except UserError as problem:
-            error = problem
-        # 2. their tokens, up to the first that cannot be encoded
-        tokens = [np.empty(0, dtype=np.uint16)]
-        ends = [np.empty(0, dtype=np.int64)]
-        n_tokens = 0
-        try:
-            for batch in encode_batches(texts, self.tokenizer, self.max_doc_len):
-                tokens.append(batch.tokens)
-                ends.append(batch.ends + n_tokens)
-                n_tokens += len(batch.tokens)
-        except UserError as problem:
-            error = problem
-        encoded = EncodedDocuments(np.concatenate(tokens), np.concatenate(ends))
-        eos_name = self.tokenizer.special_names[self.tokenizer.eos_id]
-        spelled = [number for number, text in enumerate(texts) if eos_name in text]
-        marked = []
-        for number, text in enumerate(texts):
-            marked.extend((number, mark) for mark in end_marks(text) if mark != eos_name)
-        return EncodedChunk(encoded, n_read, chunk.size, spelled, marked, found.seen, error)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _encoder, (self.tokenizer.to_plain(), self.max_doc_len, self.split)
-
-
-def _encoder(plain: dict[str, Any], max_doc_len: int | None, split: Split) -> Encoder:
-    return Encoder(tokenizer_from_plain(plain), max_doc_len, split)
+def encode_chunk(
+    chunk: SpanChunk | TextChunk, *, split: Split, tokenizer: Tokenizer, max_doc_len: int | None
+) -> EncodedChunk:
+    """The documents of a chunk that are in the split, encoded; each process does this."""
+    # 1. the documents of this split, up to the first that cannot be read
+    found = SeparatorSeen()
+    texts: list[str] = []
+    n_read = 0
+    error = None
+    try:
+        for text in chunk.texts(found):
+            n_read += 1
+            if split.has(text):
+                texts.append(text)
+    except UserError as problem:
+        error = problem
+    # 2. their tokens, up to the first that cannot be encoded
+    tokens = [np.empty(0, dtype=np.uint16)]
+    ends = [np.empty(0, dtype=np.int64)]
+    n_tokens = 0
+    try:
+        for batch_tokens, batch_ends in encode_batches(texts, tokenizer, max_doc_len):
+            tokens.append(batch_tokens)
+            ends.append(batch_ends + n_tokens)
+            n_tokens += len(batch_tokens)
+    except UserError as problem:
+        error = problem
+    eos_name = tokenizer.special_names[tokenizer.eos_id]
+    spelled = [number for number, text in enumerate(texts) if eos_name in text]
+    marked = []
+    for number, text in enumerate(texts):
+        marked.extend((number, mark) for mark in end_marks(text) if mark != eos_name)
+    return EncodedChunk(
+        np.concatenate(tokens),
+        np.concatenate(ends),
+        n_read,
+        chunk.size,
+        spelled,
+        marked,
+        found.seen,
+        error,
+    )
 
 
 def end_marks(text: str) -> list[str]:
@@ -299,10 +282,12 @@ def encode_file(
         # 1. skip the chunks that an interrupted call has encoded
         parts = split.text_source.chunks()
         done = sum(part.size for part in islice(parts, writer.state.portions))
-        total = split.text_source.size()
+        total = 0 if on_progress is None else split.text_source.size()
         # 2. encode the others
-        encoder = Encoder(spec.tokenizer, spec.max_doc_len, split)
-        for encoded in in_order(encoder, parts, processes, min_size=WORTH_PROCESSES):
+        work = partial(
+            encode_chunk, split=split, tokenizer=spec.tokenizer, max_doc_len=spec.max_doc_len
+        )
+        for encoded in in_order(work, parts, processes, min_size=WORTH_PROCESSES):
             if _append(writer, spec, encoded):
                 break
             done += encoded.size
@@ -319,22 +304,23 @@ def encode_file(
 
 def _append(writer: TokenFileWriter, spec: EncodeSpec, encoded: EncodedChunk) -> bool:
     """Add a chunk to the file, or raise its error; whether the limit of the split is reached."""
-    batch = encoded.documents
+    tokens, ends = encoded.tokens, encoded.ends
     before = writer.state.documents
     limit = spec.split.limit
-    full = limit is not None and before + len(batch.ends) >= limit
+    full = limit is not None and before + len(ends) >= limit
     if full:
-        batch = batch.first(limit - before)
+        ends = ends[: limit - before]  # at least one
+        tokens = tokens[: ends[-1]]
     elif isinstance(encoded.error, CannotEncode):
-        raise encoded.error.within(f"{spec.label} document {before + len(batch.ends) + 1}")
+        raise encoded.error.within(f"{spec.label} document {before + len(ends) + 1}")
     elif encoded.error is not None:
         raise encoded.error
     writer.append(
-        batch.tokens,
-        batch.ends,
+        tokens,
+        ends,
         read=encoded.n_read,
-        spelled=sum(number < len(batch.ends) for number in encoded.spelled),
-        marks=Counter(mark for number, mark in encoded.marked if number < len(batch.ends)),
+        spelled=sum(number < len(ends) for number in encoded.spelled),
+        marks=Counter(mark for number, mark in encoded.marked if number < len(ends)),
         separated=encoded.separated,
     )
     return full

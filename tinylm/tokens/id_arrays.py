@@ -9,6 +9,7 @@ An array has no header: it is read once, whole, to check its ids and to find
 where its documents end.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm.common.errors import UserError, first_line, reading, writing
-from tinylm.common.files import atomic_path, open_regular, require_regular
+from tinylm.common.errors import UserError, first_line
+from tinylm.common.files import atomic_path, open_regular, reading, require_regular, writing
 from tinylm.text.sources import DATATROVE, NPY
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.token_file import BLOCK, ENCODE, END_BYTES, HEADER_BYTES, MAGIC, TokenFile
-from tinylm.tokens.token_file_writer import HeaderBuilder
+from tinylm.tokens.token_file_writer import finished_header
 
 DATATROVE_AGAIN = "Run the task of datatrove again that wrote it"
 
@@ -91,7 +92,9 @@ def _scan(
     """
     little_endian = np.dtype(dtype).newbyteorder("<")
     tokens = np.memmap(path, dtype=little_endian, mode="r", offset=offset, shape=(count,))
-    header = HeaderBuilder(tokenizer)
+    digest = hashlib.sha256()
+    text_bytes = 0
+    byte_lengths = np.array(tokenizer.byte_lengths(), dtype=np.uint32)
     after_eos = []
     for start in range(0, count, BLOCK):
         block = tokens[start : start + BLOCK]
@@ -103,7 +106,8 @@ def _scan(
                 f"{tokenizer.vocab_size} tokens",
                 "Set tokenizer to the one that it was encoded with, or correct data.token_dtype",
             )
-        header.add_tokens(block)
+        digest.update(block.data)
+        text_bytes += int(byte_lengths[block].sum(dtype=np.int64))
         after_eos.append(start + 1 + np.flatnonzero(block == tokenizer.eos_id))
     if ends is not None:
         _check_ends(path, ends, np.concatenate(after_eos), count)
@@ -111,8 +115,17 @@ def _scan(
         ends = np.concatenate([*after_eos, [count]]).astype("<u8")
         if len(ends) > 1 and ends[-2] == count:
             ends = ends[:-1]  # the last document is closed
-    built = header.build(dtype, count, len(ends), "", "")
-    return TokenFile(path, built, fix, offset=offset, ends=ends)
+    header = finished_header(
+        tokenizer,
+        digest,
+        dtype=dtype,
+        count=count,
+        documents=len(ends),
+        text_bytes=text_bytes,
+        source="",
+        recipe="",
+    )
+    return TokenFile(path, header, fix, offset=offset, ends=ends)
 
 
 # --- the layouts: dtype, offset and number of ids -------------------------------------------------
@@ -212,7 +225,7 @@ def _check_ends(path: Path, ends: np.ndarray, after_eos: np.ndarray, count: int)
 
 
 def holds_ids(path: Path, file: TokenFile) -> bool:
-    """Whether the NumPy array `path` has the ids of `file`, as `write_npy` writes them.
+    """Whether `path` has the ids of `file` and nothing else, as `write_ids` writes them.
 
     Raises:
         UserError: it is not an array of ids, or cannot be read.
@@ -220,7 +233,11 @@ def holds_ids(path: Path, file: TokenFile) -> bool:
     require_regular(path)
     with reading(path), open_regular(path) as array:
         head = array.read(HEADER_BYTES)
-        dtype, offset, count = npy_layout(path, head, os.path.getsize(path), "Delete it")
+        size = os.path.getsize(path)
+    if path.suffix == NPY:
+        dtype, offset, count = npy_layout(path, head, size, "Delete it")
+    else:
+        dtype, offset, count = file.header.dtype, 0, size // file.tokens.itemsize
     if (dtype, count) != (file.header.dtype, len(file)):
         return False
     ids = np.memmap(path, dtype=file.tokens.dtype, mode="r", offset=offset, shape=(count,))
@@ -230,9 +247,9 @@ def holds_ids(path: Path, file: TokenFile) -> bool:
     )
 
 
-def write_npy(file: TokenFile, path: Path, setting: str) -> None:
-    """Write the ids of `file` as a plain NumPy array, whole or not at all;
-    `setting` decides where.
+def write_ids(file: TokenFile, path: Path, setting: str) -> None:
+    """Write the ids of `file` alone, whole or not at all; `setting` decides where. The name decides
+    the form: .npy is a plain NumPy array, another one has bare numbers.
     """
     header = {
         "descr": file.tokens.dtype.str,
@@ -240,6 +257,7 @@ def write_npy(file: TokenFile, path: Path, setting: str) -> None:
         "shape": file.tokens.shape,
     }
     with writing(path, setting), atomic_path(path) as temporary, open(temporary, "wb") as out:
-        np.lib.format.write_array_header_1_0(out, header)
+        if path.suffix == NPY:
+            np.lib.format.write_array_header_1_0(out, header)
         for start in range(0, len(file), BLOCK):
             out.write(file.tokens[start : start + BLOCK].data)

@@ -3,24 +3,24 @@ and which of its rows it is.
 
     place of the run ─▶ (source, number), by the weights      `Allocation`
                      ─▶ (source, row), by the order of each source      `mixture_row`
-                     ─▶ inputs and labels, 2 x (T,)      `MixtureRows`
+                     ─▶ the row      `MixtureRows`
 
 Each source has rows of its own and is read pass after pass; the weights say how many of the run's
-rows come from it, not how many tokens it has. One source is the mixture of one. Which files the
-sources are is in run_files.py.
+rows come from it, not how many tokens it has. One source is the mixture of one. Rows are windows of
+a token file (run_files.py says of which), or examples of fine-tuning.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from tinylm.tokens.packing import MIXTURE, RowOrder, TokenRows
-from tinylm.tokens.token_file import TokenFile
+from tinylm.tokens.packing import MIXTURE, Collate, RankShare, RowDataset, RowOrder
 
 # Rows that are allocated together: enough to mix a batch well.
 BLOCK_ROWS = 1024
@@ -62,6 +62,19 @@ class Allocation:
         ends = [math.floor(bound * n) for bound in self.bounds]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
+    def counts_among(self, n: int) -> list[int]:
+        """How many of the first `n` rows come from each source, for any `n`.
+
+        >>> Allocation([3, 1], seed=1).counts_among(4)  # of 1024, not yet mixed well
+        [3, 1]
+        """
+        block, offset = divmod(n, self.block_rows)
+        sources, _ = self._deal(block)
+        n_sources = len(self.bounds)
+        in_block = np.bincount(sources[:offset], minlength=n_sources).tolist()
+        before = self.counts(block * self.block_rows)
+        return [a + b for a, b in zip(before, in_block, strict=True)]
+
     def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The sources of the rows of a block, and their numbers."""
         before = self.counts(block * self.block_rows)
@@ -86,22 +99,59 @@ def mixture_row(allocation: Allocation, orders: Sequence[RowOrder], place: int) 
 class MixtureRows:
     """The rows of several sources, by (source, row)."""
 
-    sources: Sequence[TokenRows]
+    sources: Sequence[Sequence[Any]]
 
-    def __getitem__(self, number: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, Any]:
-        """As of the source; in a mixture the first token has the number of its source before it."""
+    def __len__(self) -> int:
+        """Of all sources together."""
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, number: tuple[int, int]) -> Any:
         source, row = number
-        inputs, labels, start = self.sources[source][row]
-        return inputs, labels, start if len(self.sources) == 1 else (source, start)
+        return self.sources[source][row]
 
 
-def mixture_fingerprint(weights: Sequence[float], files: Sequence[TokenFile]) -> str:
-    """Identifies the training tokens of a mixture: the files and their shares.
+def mixture_dataset(
+    sources: Sequence[Sequence[Any]],
+    weights: Sequence[float],
+    order: str,
+    seed: int,
+    collate: Collate,
+    share: RankShare,
+) -> RowDataset:
+    """The training rows of a run from several sources.
+
+    Args:
+        sources: the rows of each source.
+        weights: its weight.
+        order: data.order, of the rows of each source.
+        seed: the seed of the run; with it, a micro-batch is a function of its number alone.
+        collate: makes a batch of rows.
+        share: the rows of each micro-batch that this rank takes.
+    """
+    orders = [RowOrder(order, len(rows), seed, number) for number, rows in enumerate(sources)]
+    row_at = partial(mixture_row, Allocation(weights, seed), orders)
+    return RowDataset(MixtureRows(sources), row_at, collate, share)
+
+
+def source_passes(
+    weights: Sequence[float], seed: int, rows_per_pass: Sequence[float], n: int
+) -> list[float]:
+    """How often each source has been read after the first `n` rows of a run.
+
+    >>> source_passes([3, 1], 1, [384, 512], 1024)
+    [2.0, 0.5]
+    """
+    counts = Allocation(weights, seed).counts_among(n)
+    return [count / n_rows for count, n_rows in zip(counts, rows_per_pass, strict=True)]
+
+
+def mixture_fingerprint(weights: Sequence[float], fingerprints: Sequence[str]) -> str:
+    """Identifies the training tokens of a mixture: those of the sources, and their shares.
 
     Shares, not weights: with 2 and 1 in place of 20 and 10 the rows of the run are the same.
     """
-    parts = zip(shares_of(weights), files, strict=True)
-    return " + ".join(f"{share} {file.fingerprint}" for share, file in parts)
+    parts = zip(shares_of(weights), fingerprints, strict=True)
+    return " + ".join(f"{share} {fingerprint}" for share, fingerprint in parts)
 
 
 def shares_of(weights: Sequence[float]) -> list[Fraction]:

@@ -2,7 +2,7 @@
 
     DataSource, token file ─▶ `split_overlap` ─▶ by their text, or by their tokens ─▶ `count_overlap`
 
-Text that is held out is divided by its content (splits.py), so it has none; token files that are
+Text that is held out is divided by its content (sources.py), so it has none; token files that are
 cut, and data.val_dataset, may have some.
 """
 
@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinylm.text.data_source import DataSource
-from tinylm.text.sources import LocalFiles
-from tinylm.text.splits import Split
+from tinylm.text.sources import LocalFiles, Split
 from tinylm.tokens.token_file import TokenFile
 
 # Documents whose digests are computed together.
@@ -85,7 +84,7 @@ def split_overlap(train: SourceFiles, val: SourceFiles) -> Overlap:
 
 def token_overlap(train: Sequence[TokenFile], val: Sequence[TokenFile]) -> Overlap:
     """How many documents of token files of one tokenizer are in both splits, by their tokens."""
-    dtype = np.result_type(*(file.header.token_dtype for file in (*train, *val)))
+    dtype = np.result_type(*(file.tokens.dtype for file in (*train, *val)))
     train_documents = (document for file in train for document in file.documents(dtype))
     val_documents = (document for file in val for document in file.documents(dtype))
     return count_overlap(train_documents, val_documents)

@@ -106,15 +106,18 @@ class TokenRows:
     seq_len: int
     stride: int
     pad_id: int
+    source: int | None = None
+    """its number in a mixture of several"""
 
     def __len__(self) -> int:
         return count_rows(len(self.file), self.seq_len, self.stride)
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Inputs and labels (T,) int64, and the first token."""
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, Any]:
+        """Inputs and labels (T,) int64, and the first token; in a mixture, (source, first token)."""
         self.file.require_whole()
         start = number * self.stride
-        return *row_at(self.file.tokens, start, self.seq_len, self.pad_id), start
+        origin = start if self.source is None else (self.source, start)
+        return *row_at(self.file.tokens, start, self.seq_len, self.pad_id), origin
 
 
 # --- rows to micro-batches, for training, validation and evaluation alike ---

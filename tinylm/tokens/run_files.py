@@ -18,8 +18,7 @@ from tinylm.common.errors import UserError
 from tinylm.common.files import locked, require_regular
 from tinylm.config.schema import DataConfig
 from tinylm.text.data_source import DataSource, data_sources
-from tinylm.text.sources import BIN
-from tinylm.text.splits import NAMES, Which, how_to_write
+from tinylm.text.sources import BIN, NAMES, Which, how_to_write
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.encode import EncodeSpec, encode_file
 from tinylm.tokens.id_arrays import open_tokens

@@ -22,8 +22,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinylm.common.errors import UserError, reading
-from tinylm.common.files import open_regular, require_regular
+from tinylm.common.errors import UserError
+from tinylm.common.files import open_regular, reading, require_regular
 from tinylm.tokenizer.base import Tokenizer
 
 # Bytes or tokens that are processed at a time.
@@ -97,14 +97,9 @@ class TokenFileHeader(BaseModel):
         ).encode()
 
     @property
-    def token_dtype(self) -> np.dtype:
-        """The type of the tokens in the file."""
-        return np.dtype(self.dtype).newbyteorder("<")
-
-    @property
     def index_offset(self) -> int:
         """The byte at which the ends of the documents start."""
-        stop = HEADER_BYTES + self.count * self.token_dtype.itemsize
+        stop = HEADER_BYTES + self.count * np.dtype(self.dtype).itemsize
         return stop + -stop % END_BYTES
 
 
@@ -138,7 +133,7 @@ class TokenFile:
         self._offset = offset
         self._ends = ends
         start, stop = part or (0, header.count)
-        dtype = header.token_dtype
+        dtype = np.dtype(header.dtype).newbyteorder("<")
         begin = offset + start * dtype.itemsize
         self._end = offset + stop * dtype.itemsize
         self.tokens = np.memmap(path, dtype=dtype, mode="r", offset=begin, shape=(stop - start,))

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinylm.common.errors import UserError, writing
-from tinylm.common.files import publish, read_regular, write_atomic
+from tinylm.common.errors import UserError
+from tinylm.common.files import publish, read_regular, write_atomic, writing
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.token_file import (
     BLOCK,
@@ -99,7 +99,12 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
         self.folder = writer_folder(path)
         self.state = WriterState(recipe=recipe, cut=cut)
         self._keep = keep
-        self._header = HeaderBuilder(tokenizer)
+        self._tokenizer = tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        # of the finished file, while its bytes pass
+        self._digest = hashlib.sha256()
+        self._text_bytes = 0
+        self._byte_lengths = np.array(tokenizer.byte_lengths(), dtype=np.uint32)
         self._saved = time.monotonic()
         left = resume and (self.folder / "state.json").exists()
         if left:
@@ -134,8 +139,7 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
 
     def _truncate(self) -> None:
         """Remove what the state does not count, and read the rest again for the checksum."""
-        dtype = self._header.dtype
-        n_bytes = HEADER_BYTES + self.state.tokens * dtype.itemsize
+        n_bytes = HEADER_BYTES + self.state.tokens * self._dtype.itemsize
         for file, size in (
             (self._tokens_file, n_bytes),
             (self._ends_file, self.state.documents * END_BYTES),
@@ -147,7 +151,12 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
         self._ends_file.seek(0, os.SEEK_END)
         self._tokens_file.seek(HEADER_BYTES)
         for block in iter(partial(self._tokens_file.read, BLOCK), b""):
-            self._header.add_tokens(np.frombuffer(block, dtype=dtype))
+            self._count(np.frombuffer(block, dtype=self._dtype))
+
+    def _count(self, tokens: np.ndarray) -> None:
+        """Include the next tokens of the file, (n,), in its checksum and its bytes of text."""
+        self._digest.update(tokens.data)
+        self._text_bytes += int(self._byte_lengths[tokens].sum(dtype=np.int64))
 
     def append(
         self,
@@ -173,9 +182,9 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
         with writing(self.path, self.setting):
             for start in range(0, len(tokens), BLOCK):  # a document may be very long
                 part = tokens[start : start + BLOCK]
-                block = checked_tokens(part, self._header.tokenizer.vocab_size)
+                block = checked_tokens(part, self._tokenizer.vocab_size)
                 self._tokens_file.write(block.data)
-                self._header.add_tokens(block)
+                self._count(block)
             self._ends_file.write((ends.astype("<u8") + np.uint64(state.tokens)).data)
             changes = {
                 "portions": state.portions + 1,
@@ -207,29 +216,31 @@ class TokenFileWriter(AbstractContextManager["TokenFileWriter"]):
             unseparated: whether a separator was given that does not occur in the text.
         """
         state = self.state
-        header = self._header
         with writing(self.path, self.setting):
             # 1. after the tokens: zeros up to a multiple of 8 bytes, then the ends of the documents
             self._ends_file.seek(0)
             block = bytes(-self._tokens_file.tell() % END_BYTES)
             while True:
                 self._tokens_file.write(block)
-                header.digest.update(block)
+                self._digest.update(block)
                 block = self._ends_file.read(BLOCK)
                 if not block:
                     break
             # 2. before them: the header, whose checksum is complete now
-            built = header.build(
-                header.dtype.name,
-                state.tokens,
-                state.documents,
-                text_fingerprint,
-                state.recipe,
+            header = finished_header(
+                self._tokenizer,
+                self._digest,
+                dtype=self._dtype.name,
+                count=state.tokens,
+                documents=state.documents,
+                text_bytes=self._text_bytes,
+                source=text_fingerprint,
+                recipe=state.recipe,
                 spelled_eos=state.spelled_eos,
                 end_marks=state.end_marks,
                 unseparated=unseparated,
             )
-            line = MAGIC + built.model_dump_json(exclude_defaults=True).encode()
+            line = MAGIC + header.model_dump_json(exclude_defaults=True).encode()
             self._tokens_file.seek(0)
             self._tokens_file.write(line.ljust(HEADER_BYTES - 1) + b"\n")
             self._tokens_file.flush()
@@ -264,45 +275,17 @@ def writer_folder(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-class HeaderBuilder:
-    """Collects the content of a header while the bytes of the file pass."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        self.digest = hashlib.sha256()
-        self.text_bytes = 0
-        self._lengths = np.array(tokenizer.byte_lengths(), dtype=np.uint32)
-
-    def add_tokens(self, tokens: np.ndarray) -> None:
-        """The next tokens of the file, (n,)."""
-        self.digest.update(tokens.data)
-        self.text_bytes += int(self._lengths[tokens].sum(dtype=np.int64))
-
-    def build(
-        self,
-        dtype: str,
-        count: int,
-        documents: int,
-        text_fingerprint: str,
-        recipe: str,
-        **text: Any,
-    ) -> TokenFileHeader:
-        """The header, after every byte of the file has passed; `text` are fields with a default."""
-        tokenizer = self.tokenizer
-        header = TokenFileHeader(
-            version=VERSION,
-            count=count,
-            dtype=dtype,
-            tokenizer=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            documents=documents,
-            text_bytes=self.text_bytes,
-            source=text_fingerprint,
-            recipe=recipe,
-            sha256="",
-            **text,
-        )
-        self.digest.update(header.fields_json())
-        return header.model_copy(update={"sha256": self.digest.hexdigest()})
+def finished_header(tokenizer: Tokenizer, digest: Any, **fields: Any) -> TokenFileHeader:
+    """The header of a token file with these fields; `digest` is the SHA-256 of everything after it,
+    and includes the header then.
+    """
+    header = TokenFileHeader(
+        version=VERSION,
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        sha256="",
+        **fields,
+    )
+    digest.update(header.fields_json())
+    return header.model_copy(update={"sha256": digest.hexdigest()})

@@ -1,15 +1,12 @@
 """Stage dpo: the model learns to prefer the chosen of two answers to a prompt
-(direct preference optimization).
+(DPO, IPO, SLiC, ORPO, SimPO).
 
 pairs ─▶ row order ─▶ micro-batch: chosen and rejected (B, T), and their reference log-probabilities (B,)
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,21 +31,22 @@ from tinylm.objectives.preferences import (
     score_pairs,
 )
 from tinylm.rows.inspect import InspectedRow
-from tinylm.rows.preferences import PreferencePair, build_pairs
+from tinylm.rows.preferences import PreferencePair, answers_of, build_pairs
 from tinylm.rows.row_files import resolve_dataset
 from tinylm.rows.sft import count_shared_examples, fingerprint_of_examples
 from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
-from tinylm.text.splits import Which
+from tinylm.text.sources import Which
 from tinylm.tokenizer.base import Tokenizer
-from tinylm.tokens.example_rows import Example, row_of_examples
+from tinylm.tokens.example_rows import row_of_examples
 from tinylm.tokens.packing import Batch, RankShare, RowDataset
 from training.build import build_initial, build_model
 from training.context import RunContext
 from training.resume import ResumeState, require_same_model
-from training.stage import Stage
+from training.run import Stage
+from training.stages.cached_array import cache_path, cached_array
 from training.stages.pretrain import learn_tokenizer
-from training.stages.reference_log_probs import cached_log_probs, pair_log_probs
+from training.stages.reference_log_probs import pair_log_probs
 from training.stages.sft import find_data, inspect_examples, log_contents
 
 logger = logging.getLogger(__name__)
@@ -64,7 +62,7 @@ class PreferenceData(RunData):
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
-        self.template = make_template(config.data.template, tokenizer)
+        self.template = make_template(config.data.template, tokenizer, tools=config.data.tools)
         self.notes: list[str] = []
         """what the user should know about the rows, a line each"""
         self.train_pairs: list[PreferencePair] = []
@@ -179,21 +177,16 @@ def collate_preferences(
     return batch
 
 
-def answers_of(pairs: Sequence[PreferencePair]) -> list[Example]:
-    """Both examples of each pair."""
-    return [example for pair in pairs for example in (pair.chosen, pair.rejected)]
-
-
 # --- the module ---
 
 
 class DPOModule(TrainingModule):
-    """Direct preference optimization: the policy learns which of two answers is better,
-    relative to a reference.
+    """Preference optimization: the policy learns which of two answers is better,
+    for most losses relative to a reference.
 
     The reference is the model that the run started from: a frozen copy, or the policy with its
     adapters off, or log-probabilities that were computed once and come with each batch. It never
-    has dropout.
+    has dropout. Losses orpo and simpo have none, and hold and compute none.
 
     Args:
         config: the settings.
@@ -255,8 +248,12 @@ class DPOModule(TrainingModule):
         return policy, compare_pairs(policy, reference, self.dpo)
 
     @torch.no_grad()
-    def _reference_log_probs(self, batch: Batch) -> Answers:
-        """The log-probabilities of both answers under the reference; draws no random number."""
+    def _reference_log_probs(self, batch: Batch) -> Answers | None:
+        """The log-probabilities of both answers under the reference, None if the loss has none;
+        draws no random number.
+        """
+        if self.dpo.reference is None:
+            return None
         if self.dpo.reference == "cached":
             return Answers(batch["chosen_reference"], batch["rejected_reference"])
         if self.reference is not None:
@@ -285,17 +282,15 @@ def open_data(context: RunContext, tokenizer: Tokenizer) -> PreferenceData:
 def build_module(
     context: RunContext, data: RunData, resume: ResumeState | None, initial: InitialModel | None
 ) -> DPOModule:
-    """The policy and its reference: the model that the run started from,
+    """The policy and its reference, if the loss has one: the model that the run started from,
     also when it is resumed.
     """
     config = context.config
-    assert config.dpo is not None and initial is not None, (
-        "the table of unsupported pairs sees to it"
-    )
-    assert isinstance(data, PreferenceData)
+    assert config.dpo is not None and isinstance(data, PreferenceData)
     policy, references = build_model(context, resume, initial)
-    if config.dpo.reference == "adapters_off":
+    if config.dpo.reference in (None, "adapters_off"):
         return DPOModule(config, policy, references, None)
+    assert initial is not None, "the table of unsupported pairs sees to it"
     model = build_initial(config, initial)
     reference = reference_to(initial, model, context.checkpoint_dir)
     if config.lora is None:  # else it is the base of the adapters, which is compared already
@@ -322,17 +317,16 @@ def add_cached_reference(
         config.training.seq_len,
         config.hardware.precision,
     ]
-    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
-    path = Path(config.data.cache_dir) / f"reference-{key}.bin"
+    path = cache_path(config.data.cache_dir, "reference", depends_on)
 
-    def compute() -> np.ndarray:
+    def compute() -> Iterator[np.ndarray]:
         logger.info(
             f"reference: computing the log-probabilities of {n_pairs} pairs, cached in {path}"
         )
         dtype = autocast_dtype(config.hardware.precision)
-        return pair_log_probs(model.to(context.device), data.all_batches(), dtype)
+        yield pair_log_probs(model.to(context.device), data.all_batches(), dtype)
 
-    data.add_reference(cached_log_probs(path, n_pairs, compute))
+    data.add_reference(cached_array(path, (n_pairs, 2), "<f4", compute))
 
 
 DPO = Stage(

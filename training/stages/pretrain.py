@@ -1,22 +1,27 @@
 """Stage pretrain: next-token prediction on documents."""
 
+from __future__ import annotations
+
 import logging
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import training  # training.tokenizer and tokens.overlap are imported at their first use
 from data import PretrainData
 from tinylm import tokens
-from tinylm.common.console import progress_bar
+from tinylm.common.console import progress_bar, short
 from tinylm.common.errors import UserError
-from tinylm.common.units import short
-from tinylm.config.schema import Config
-from tinylm.text.data_source import check_sources, data_sources
-from tinylm.text.splits import NAMES as WHICH
+from tinylm.config.schema import Config, DataConfig
+from tinylm.text.data_source import data_sources
+from tinylm.text.sources import NAMES as WHICH
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.run_files import name_of, notes_on_text
 from training.build import build_language_model
 from training.context import RunContext
-from training.stage import Stage
+from training.run import Stage
+
+if TYPE_CHECKING:
+    from tinylm.tokens.overlap import SourceFiles
 
 logger = logging.getLogger(__name__)
 
@@ -37,26 +42,17 @@ def learn_tokenizer(config: Config) -> Tokenizer:
 def find_data(config: Config) -> None:
     """Raise a UserError if a source of documents is not there or cannot be read."""
     for which in WHICH:
-        check_sources(data_sources(config.data, which, config.training.seed))
+        data_sources(config.data, which, config.training.seed)
 
 
 def open_data(context: RunContext, tokenizer: Tokenizer) -> PretrainData:
     """The token files of the run, or its stream; logs their size and the documents that are
     in both splits.
     """
-    config = context.config
     with progress_bar() as on_progress:
-        data = PretrainData(config, tokenizer)
+        data = PretrainData(context.config, tokenizer)
         data.prepare(on_progress)
-    train = "a stream"
-    if data.train_files:
-        train = f"{short(sum(map(len, data.train_files)))} tokens"
-    logger.info(
-        f"data: {name_of(config.data)}: train {train}, validation "
-        f"{short(sum(map(len, data.val_files)))} tokens; tokenizer {config.tokenizer.kind}, "
-        f"vocabulary {tokenizer.vocab_size}"
-    )
-    check_documents(data)
+    log_data(data)
     return data
 
 
@@ -67,13 +63,22 @@ def open_rows(context: RunContext, tokenizer: Tokenizer) -> PretrainData:
     return data
 
 
-def check_documents(data: PretrainData) -> None:
-    """Log how the text is split if that may surprise, and the documents that are in both splits.
+def log_data(data: PretrainData) -> None:
+    """Log the size of the data, how the text is split if that may surprise, and the documents that
+    are in both splits.
 
     Raises:
-        UserError: every validation document is a training document.
+        UserError: as `log_overlap`.
     """
-    config = data.config
+    config, tokenizer = data.config, data.tokenizer
+    train = "a stream"
+    if data.train_files:
+        train = f"{short(sum(map(len, data.train_files)))} tokens"
+    logger.info(
+        f"data: {name_of(config.data)}: train {train}, validation "
+        f"{short(sum(map(len, data.val_files)))} tokens; tokenizer {config.tokenizer.kind}, "
+        f"vocabulary {tokenizer.vocab_size}"
+    )
     train_files = list(zip_longest(data.train_sources, data.train_files))  # a stream has no files
     val_files = list(zip(data.val_sources, data.val_files, strict=True))
     # Text that is held out is divided and encoded as the training text, so it has the same notes.
@@ -83,18 +88,27 @@ def check_documents(data: PretrainData) -> None:
     for source, file in noted:
         if source.split is not None and file is not None:
             setting = "data.document_separator"
-            for note in notes_on_text(source.name, file, data.tokenizer, source.separator, setting):
+            for note in notes_on_text(source.name, file, tokenizer, source.separator, setting):
                 logger.info(note)
     if config.data.val_dataset is None and all(source.split for source in data.val_sources):
         return  # text is divided by its content
+    log_overlap(config.data, train_files, val_files)
+
+
+def log_overlap(data: DataConfig, train_files: SourceFiles, val_files: SourceFiles) -> None:
+    """Log how many documents are in both splits.
+
+    Raises:
+        UserError: every validation document is a training document.
+    """
     shared = tokens.overlap.split_overlap(train_files, val_files)
     effect = "are also training documents; val_loss will look better than it is"
-    if config.data.val_dataset is not None:
+    if data.val_dataset is not None:
         if shared.found:
             logger.info(f"warning: {shared.found} documents of data.val_dataset {effect}")
     elif shared.found:
-        setting = "data.dataset" if config.data.mix is None else "data.mix"
-        held_out = f"held out at the end (data.val_fraction={config.data.val_fraction})"
+        setting = "data.dataset" if data.mix is None else "data.mix"
+        held_out = f"held out at the end (data.val_fraction={data.val_fraction})"
         if shared.found == shared.of:
             problem = f"all {shared.of} documents {held_out} are also training documents"
             fix = "Encode the file again without repeated documents, or set data.val_dataset"

@@ -8,27 +8,29 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 
 from data import RunData
 from model import LanguageModule
+
+# tokens.mixture is imported for data.mix
+from tinylm import tokens
 from tinylm.checkpoint.initial import InitialModel
 from tinylm.common.errors import UserError
-from tinylm.config.schema import Config
-from tinylm.eval.tasks.data import SMOKE, conversation_parser, requested_built_in_rows
+from tinylm.config.schema import SMOKE, Config
+from tinylm.eval.tasks.data import requested_built_in_rows
+from tinylm.eval.tasks.examples import source_examples
 from tinylm.eval.tasks.table import TASKS
 from tinylm.model.hf_model import HFSeq2Seq
 from tinylm.rows.inspect import InspectedRow
-from tinylm.rows.row_files import find_rows, resolve_dataset
+from tinylm.rows.row_files import resolve_dataset
+from tinylm.rows.row_sources import find_rows
 from tinylm.rows.sft import (
-    build_examples,
     count_shared_examples,
     count_shared_prompts,
     fingerprint_of_examples,
 )
-from tinylm.rows.skipped_rows import RowReport, list_locations
-from tinylm.rows.template_factory import make_template
-from tinylm.rows.templates import Template
-from tinylm.text.splits import Which
+from tinylm.rows.skipped_rows import list_locations, most_common_system
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.example_rows import (
     Example,
@@ -38,10 +40,11 @@ from tinylm.tokens.example_rows import (
     row_of_examples,
 )
 from tinylm.tokens.packing import Batch, RankShare, RowDataset
+from tinylm.tokens.run_files import name_of
 from training.build import build_language_model
 from training.context import RunContext
 from training.resume import ResumeState
-from training.stage import Stage
+from training.run import Stage
 from training.stages.pretrain import learn_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -54,15 +57,17 @@ class SFTData(RunData):
         config: the settings; data.task, data.template,
             data.packing and training.train_on define the examples.
         tokenizer: encodes the rows.
-        template: how conversations are formatted; None: as data.template says.
+        has_encoder: whether they are for an encoder-decoder.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, *, template: Template | None = None):
+    def __init__(self, config: Config, tokenizer: Tokenizer, *, has_encoder: bool = False):
         super().__init__(config, tokenizer)
-        self.template = template or make_template(config.data.template, tokenizer)
+        self.has_encoder = has_encoder
         self.notes: list[str] = []
         """what the user should know about the rows, a line each"""
         self.train_examples: list[Example] = []
+        self.by_source: list[list[Example]] = []
+        """the training examples of each source"""
         self.val_examples: list[Example] = []
 
     def prepare(self) -> None:
@@ -71,12 +76,16 @@ class SFTData(RunData):
         Raises:
             UserError: see `build_examples`.
         """
-        note = resolve_dataset(self.config.data)[1]
-        self.train_examples, train = self._examples("train")
-        self.val_examples, val = self._examples("val")
-        self.system = train.most_common_system
-        self.notes = [note] if note else []
-        self.notes += [*train.notes(), *val.notes()]
+        train = source_examples(self.config, "train", self.tokenizer, self.has_encoder)
+        val = source_examples(self.config, "val", self.tokenizer, self.has_encoder)
+        self.by_source = [found.examples for found in train]
+        self.train_examples = list(chain.from_iterable(self.by_source))
+        self.val_examples = list(chain.from_iterable(found.examples for found in val))
+        self.system = most_common_system([found.report for found in train])
+        first = [resolve_dataset(train[0].source.data)[1]] if self.config.data.mix is None else []
+        self.notes = [note for note in first if note]
+        for found in (*train, *val):
+            self.notes += found.report.notes()
         shared = count_shared_examples(self.train_examples, self.val_examples)
         if shared:
             self.notes.append(
@@ -95,25 +104,32 @@ class SFTData(RunData):
     def describe(self) -> str:
         """One line about the training and validation data."""
         data, training = self.config.data, self.config.training
-        n_rows = len(self.rows_of(self.train_examples))
+        n_rows = sum(len(self.rows_of(examples)) for examples in self.by_source)
         n_inputs = sum(len(example.ids) - 1 for example in self.train_examples)
         n_targets = sum(int(example.trained.sum()) for example in self.train_examples)
         full = n_inputs / n_rows / training.seq_len
+        templates = {part.template or data.template: None for part in data.mix or ()}
         return (
-            f"data: {data.dataset}: train {len(self.train_examples)} examples in "
+            f"data: {name_of(data)}: train {len(self.train_examples)} examples in "
             f"{n_rows} rows of {training.seq_len} ({full:.0%} full), {n_targets / n_inputs:.0%} of "
             f"the tokens trained (train_on {training.train_on}), validation "
-            f"{len(self.val_examples)} examples; template {self.template.name}"
+            f"{len(self.val_examples)} examples; template {', '.join(templates or [data.template])}"
         )
 
     def fingerprints(self) -> dict[str, str]:
         """Identify the data: two runs with equal fingerprints see the same tokens and targets."""
-        return {
-            "train": fingerprint_of_examples(self.train_examples),
-            "val": fingerprint_of_examples(self.val_examples),
-        }
+        train = fingerprint_of_examples(self.train_examples)
+        if self.config.data.mix is not None:
+            weights = [part.weight for part in self.config.data.mix]
+            of_sources = [fingerprint_of_examples(examples) for examples in self.by_source]
+            train = tokens.mixture.mixture_fingerprint(weights, of_sources)
+        return {"train": train, "val": fingerprint_of_examples(self.val_examples)}
 
     def train_dataset(self, share: RankShare | None = None) -> RowDataset:
+        """A row has examples of one source: data.mix gives shares of the rows."""
+        if self.config.data.mix is not None:
+            sources = [self.rows_of(examples) for examples in self.by_source]
+            return self.mixed_rows(sources, self.collate(), share)
         return self.training_rows(self.rows_of(self.train_examples), self.collate(), share)
 
     def val_dataset(self, share: RankShare | None = None) -> RowDataset:
@@ -138,20 +154,6 @@ class SFTData(RunData):
             heading, row, self.config.training.seq_len, pad_id=self.tokenizer.pad_id
         )
 
-    def _examples(self, which: Which) -> tuple[list[Example], RowReport]:
-        data, training = self.config.data, self.config.training
-        return build_examples(
-            data,
-            which,
-            training.seed,
-            self.template,
-            self.tokenizer,
-            training.seq_len,
-            train_on=training.train_on,
-            to_conversation=conversation_parser(data),
-            built_in=requested_built_in_rows(data),
-        )
-
 
 def inspect_examples(
     heading: str, row: Sequence[Example], seq_len: int, pad_id: int
@@ -171,9 +173,11 @@ def find_data(config: Config) -> None:
         find_rows(config.data, config.training.seed)
 
 
-def open_data(context: RunContext, tokenizer: Tokenizer) -> SFTData:
+def open_data(
+    context: RunContext, tokenizer: Tokenizer, make_data: type[SFTData] = SFTData
+) -> SFTData:
     """The rows of both splits, read and encoded; logs their number and the skipped rows."""
-    data = SFTData(context.config, tokenizer)
+    data = make_data(context.config, tokenizer, has_encoder=context.has_encoder)
     try:
         data.prepare()
     except UserError as error:

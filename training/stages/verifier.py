@@ -33,13 +33,13 @@ from tinylm.rows.verifier_data import (
     fingerprint_of_problems,
     without_validation_problems,
 )
-from tinylm.text.splits import Which
+from tinylm.text.sources import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX, Batch, RankShare, RowDataset
 from training.build import build_initial
 from training.context import RunContext
 from training.resume import ResumeState
-from training.stage import Stage
+from training.run import Stage
 from training.stages.sft import find_data, log_contents
 from training.support import require_supported
 from training.tokenizer import learn_from_texts

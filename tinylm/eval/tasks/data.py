@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tinylm.common.errors import UserError
-from tinylm.config.schema import Config, DataConfig, TrainingConfig
+from tinylm.config.schema import SMOKE, Config, DataConfig, TrainingConfig
 from tinylm.eval.tasks.table import TASKS
 from tinylm.eval.tasks.task import Hub, Row, Task, TaskExample, draw_shots
 from tinylm.rows.conversation import Conversation
@@ -23,11 +23,7 @@ from tinylm.rows.row_files import (
 )
 from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.verifier_data import Problem, read_problems
-from tinylm.text.splits import Which
-
-# The value of data.dataset for the built-in rows of a task.
-SMOKE = "smoke"
-
+from tinylm.text.sources import Which, list_kinds
 
 # --- for fine-tuning ---
 
@@ -172,7 +168,7 @@ def _split_file(folder: Path, prefixes: tuple[str, ...]) -> Path:
     raise UserError(
         ("--data", folder),
         f"no file begins with {' or '.join(prefixes)}",
-        f"Give a file of rows ({', '.join(ROW_FILES)})",
+        f"Give a file of rows ({list_kinds(ROW_FILES)})",
     )
 
 

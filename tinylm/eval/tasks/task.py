@@ -18,7 +18,7 @@ from tinylm.common.statistics import Measure, mean
 from tinylm.eval.metrics import exact_match, macro_f1
 from tinylm.rows.columns import CORRECT
 from tinylm.rows.conversation import Conversation, Turn
-from tinylm.text.documents import kind_of, some_of
+from tinylm.text.row_text import kind_of, some_of
 
 Row = Mapping[str, Any]
 # Between the examples of a few-shot prompt.

@@ -1,0 +1,224 @@
+"""Rollouts per second of reinforcement learning, beside trl's GRPOTrainer, and where a step spends
+its time.
+
+    pip install --no-deps trl==1.16.0 && pip install accelerate datasets
+    python benchmarks/rl.py [--steps 6 --rounds 2 --threads 1]
+
+Both train the same weights: a tiny decoder of ours, and its export, a Llama. Both sample 8 answers to
+each of 4 prompts in every optimizer step and score them with a function that counts characters. The
+weights are random, so that nearly every answer has max_new_tokens tokens. Whole runs alternate in one
+process; the first step of a run, which also makes caches, is not counted. Shares are of the median
+step: sampling, scoring, and the rest, which is training. A step is also measured in processor seconds
+of this process, which other work on the machine changes less than its duration.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import finetune  # noqa: E402
+import train  # noqa: E402
+from model import TrainingModule  # noqa: E402
+from tinylm.common.tables import Table, print_table  # noqa: E402
+from tinylm.generate.engine import Engine  # noqa: E402
+from tinylm.interchange.hf_export import export_hf  # noqa: E402
+from tinylm.rewards.table import RewardSum  # noqa: E402
+
+PROMPTS, GROUP, NEW_TOKENS = 4, 8, 32
+Times = dict[str, list[float]]
+"""seconds of each step: whole, processor, sampling, scoring"""
+
+
+class Clock:
+    """Adds up the seconds in functions, and closes a row at the end of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.spent = {"sampling": 0.0, "scoring": 0.0}
+        self.last, self.last_cpu = time.perf_counter(), time.process_time()
+
+    def end_step(self) -> None:
+        now, cpu = time.perf_counter(), time.process_time()
+        row = {"whole": now - self.last, "processor": cpu - self.last_cpu}
+        self.rows.append(row | self.spent)
+        self.spent = dict.fromkeys(self.spent, 0.0)
+        self.last, self.last_cpu = now, cpu
+
+    def watch(self, owner: Any, name: str, part: str) -> Callable[[], None]:
+        """Time every call of a method; returns what undoes it."""
+        original = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = original(*args, **kwargs)
+            if part == "sampling" and hasattr(result, "__next__"):
+                result = list(result)
+            self.spent[part] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, timed)
+        return lambda: setattr(owner, name, original)
+
+
+def base_of(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
+    """The checkpoint of a random decoder, and its export."""
+    (folder / "corpus.txt").write_text("".join(f"number {i}\n" for i in range(400)), "utf-8")
+    rows = [{"prompt": f"write {i} and more", "completion": "yes"} for i in range(200)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    settings = (
+        f"data.dataset={folder / 'corpus.txt'} data.cache_dir={folder / 'cache'} "
+        f"model.n_layers={args.layers} model.d_model={args.width} model.n_heads=4 "
+        "model.max_seq_len=128 tokenizer.kind=byte training.seq_len=64 training.max_steps=1 "
+        f"training.checkpoint_dir={folder / 'base'} training.log_dir={folder / 'logs'} "
+        f"hardware.accelerator=cpu hardware.threads={args.threads}"
+    )
+    (folder / "base.yaml").write_text("{}", encoding="utf-8")
+    assert train.main(["--config", str(folder / "base.yaml"), *settings.split()]) == 0
+    export_hf(folder / "base" / "final.ckpt", folder / "llama")
+    return folder / "base" / "final.ckpt", folder / "llama"
+
+
+def ours(folder: Path, base: Path, args: argparse.Namespace, number: int) -> Clock:
+    """A run of finetune.py."""
+    reward = folder / "reward.py"
+    reward.write_text(
+        "def score(prompts, answers, targets):\n    return [float(len(a)) for a in answers]\n",
+        encoding="utf-8",
+    )
+    settings = (
+        f"data.dataset={folder / 'rows.jsonl'} data.template=plain training.init_from={base} "
+        f"training.seq_len=96 training.micro_batch_size={PROMPTS * GROUP} "
+        f"training.max_steps={args.steps} training.val_every_steps=100000 training.val_batches=1 "
+        f"training.lr=1e-6 training.checkpoint_dir={folder / f'run{number}'} "
+        f"training.log_dir={folder / 'logs'} training.run_name=run{number} "
+        f"hardware.accelerator=cpu hardware.threads={args.threads} grpo.slots={args.slots} "
+        f"grpo.rewards=[{{reward:&{reward}:score}}] grpo.group_size={GROUP} "
+        f"grpo.max_new_tokens={NEW_TOKENS} grpo.val_samples=1"
+    )
+    words = [word.replace("reward:&", "reward: ") for word in settings.split()]
+    clock = Clock()
+    step = TrainingModule.optimizer_step
+
+    def optimizer_step(self: Any, *given: Any, **named: Any) -> None:
+        step(self, *given, **named)
+        clock.end_step()
+
+    undo = [
+        clock.watch(Engine, "complete", "sampling"),
+        clock.watch(RewardSum, "__call__", "scoring"),
+    ]
+    TrainingModule.optimizer_step = optimizer_step
+    (folder / "run.yaml").write_text("{}", encoding="utf-8")
+    assert finetune.main(["--config", str(folder / "run.yaml"), *words]) == 0
+    TrainingModule.optimizer_step = step
+    for restore in undo:
+        restore()
+    return clock
+
+
+def theirs(folder: Path, llama: Path, args: argparse.Namespace, number: int) -> Clock:
+    """A run of trl's GRPOTrainer with the same settings."""
+    import datasets
+    import transformers
+    import trl
+
+    clock = Clock()
+
+    class EndStep(transformers.TrainerCallback):
+        """Closes a row of the clock."""
+
+        def on_step_end(self, *given: Any, **named: Any) -> None:
+            clock.end_step()
+
+    arguments = trl.GRPOConfig(
+        output_dir=str(folder / f"trl{number}"),
+        loss_type="grpo",
+        beta=0.0,
+        learning_rate=1e-6,
+        temperature=1.0,
+        num_generations=GROUP,
+        per_device_train_batch_size=PROMPTS * GROUP,
+        max_completion_length=NEW_TOKENS,
+        max_steps=args.steps,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text("utf-8").splitlines()]
+    trainer = trl.GRPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+        processing_class=tokenizer,
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+        callbacks=[EndStep()],
+    )
+    undo = [
+        clock.watch(trainer, "_generate", "sampling"),
+        clock.watch(trainer, "_calculate_rewards", "scoring"),
+    ]
+    trainer.train()
+    for restore in undo:
+        restore()
+    return clock
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    for name, value in (("steps", 6), ("rounds", 2), ("threads", 1), ("slots", 16)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in (("layers", 4), ("width", 128)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    rows: dict[str, list[dict[str, float]]] = {"this project": [], "trl": []}
+    ratios: dict[str, list[float]] = {"whole": [], "processor": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base, llama = base_of(folder, args)
+        for number in range(args.rounds):
+            own = ours(folder, base, args, number).rows[1:]
+            other = theirs(folder, llama, args, number).rows[1:]
+            rows["this project"] += own
+            rows["trl"] += other
+            for part, found in ratios.items():
+                found.append(median(row[part] for row in other) / median(row[part] for row in own))
+    columns = ("", "rollouts/s", "step", "processor", "sampling", "scoring", "training")
+    table = Table(columns, text=("",))
+    for name, steps in rows.items():
+        whole, cpu, sampling, scoring = (
+            median(step[part] for step in steps)
+            for part in ("whole", "processor", "sampling", "scoring")
+        )
+        table.add_row(
+            name,
+            f"{PROMPTS * GROUP / whole:.1f}",
+            f"{whole:.2f} s",
+            f"{cpu:.2f} s",
+            f"{sampling / whole:.0%}",
+            f"{scoring / whole:.1%}",
+            f"{(whole - sampling - scoring) / whole:.0%}",
+        )
+    print_table(table)
+    for part, unit in (("whole", "seconds"), ("processor", "processor seconds")):
+        print(f"ratio of each round, {unit}: " + ", ".join(f"{x:.2f}" for x in ratios[part]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""`export --push` against a stand-in of the hub's API on this machine: the files arrive, byte by byte, through
+huggingface_hub's own client.
+"""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tinylm.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Hub:
+    """What the stand-in was sent."""
+
+    port: int = 0
+    created: dict = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    tokens: set[str | None] = field(default_factory=set)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    found = Hub()
+
+    class Answers(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def answer(self, values: object) -> None:
+            content = json.dumps(values).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            self.answer({"id": "owner/name", "sha": "c" * 40, "siblings": []})
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            found.tokens.add(self.headers["Authorization"])
+            address = f"http://127.0.0.1:{found.port}/owner/name"
+            if self.path == "/api/repos/create":
+                found.created = json.loads(content)
+                self.answer({"url": address, "name": "owner/name", "id": "owner/name"})
+            elif "/preupload/" in self.path:
+                paths = [file["path"] for file in json.loads(content)["files"]]
+                whole = [
+                    {"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths
+                ]
+                self.answer({"files": whole})
+            elif "/commit/" in self.path:
+                for line in map(json.loads, content.splitlines()):
+                    if line["key"] == "file":
+                        value = line["value"]
+                        found.files[value["path"]] = base64.b64decode(value["content"])
+                self.answer({"commitUrl": f"{address}/commit/c", "commitOid": "c" * 40})
+            else:
+                self.answer({"errors": [], "warnings": []})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    found.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.slow
+def test_an_exported_folder_is_pushed_whole(hub, save, tmp_path):
+    """HF_ENDPOINT is read when the library is imported, so in a process of its own. The model card has the lines for
+    other programs.
+    """
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.port}",
+        "HF_TOKEN": "hf_of_the_test",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    command = [sys.executable, "-m", "tinylm", "export", save(), tmp_path / "out"]
+    done = subprocess.run(
+        [*command, "--push", "owner/name", "--private"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'out'}\n"
+    assert f"pushed to http://127.0.0.1:{hub.port}/owner/name" in done.stderr
+    assert (hub.created["name"], hub.created["organization"]) == ("name", "owner")
+    assert hub.created.get("private") or hub.created.get("visibility") == "private"
+    assert hub.tokens == {"Bearer hf_of_the_test"}
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.files == written
+    assert {"README.md", "tokenizer.json", "model.safetensors"} <= written.keys()
+    card = written["README.md"].decode()
+    assert "vllm serve . --max-model-len 64" in card
+    assert "llama-server -m model.gguf -c 64\nollama create model -f model.Modelfile" in card
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--push", "name"], "--push: must be OWNER/NAME, got name."),
+        (
+            ["--push", "owner/name", "--format", "gguf"],
+            "--push: only valid for --format hf. Remove it, or remove --format.",
+        ),
+        (["--private"], "--private: only valid with --push. Remove it, or give --push."),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_pushed_is_refused_before_any_work(flags, words, save, tmp_path, capsys):
+    assert main(["export", str(save()), str(tmp_path / "out"), *flags]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {words}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_before_any_work(
+    save, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    command = ["export", str(save()), str(tmp_path / "out"), "--push", "owner/name"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --push: owner/name: 127.0.0.1 cannot be reached (")
+    assert "`hf upload OWNER/NAME FOLDER` uploads the folder later" in error
+    assert not (tmp_path / "out").exists()

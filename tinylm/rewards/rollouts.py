@@ -1,0 +1,134 @@
+"""Rollouts: answers of a model to prompts, sampled in groups and scored.
+
+    prompts, seeds ─▶ `sample_rollouts`: n answers to each, with their rewards
+                   ─▶ `pad_rollouts`: ids and labels (B, T)      `rollout_row`: a line of rollouts.jsonl
+
+An answer is a function of (weights, prompt, seed, its number): not of the answers beside it.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinylm.config.grpo import GrpoConfig
+from tinylm.config.schema import SamplingConfig
+from tinylm.generate.engine import Engine, Request
+from tinylm.generate.output import Prompt
+from tinylm.rewards.answer import Answer
+from tinylm.rewards.table import RewardSum, Scored
+from tinylm.rows.prompts import PromptRow
+from tinylm.tokens.example_rows import Example, row_of_examples
+
+# Batches are padded to a multiple of this, so that there are few shapes, but not beyond the context.
+LENGTH_MULTIPLE = 8
+
+
+class Rollout(NamedTuple):
+    """A sampled answer."""
+
+    prompt: PromptRow
+    ids: tuple[int, ...]
+    """of the answer, with the token that ended it"""
+    by_tool: tuple[bool, ...]
+    """which of them a tool wrote (data.tools)"""
+    scored: Scored
+
+    @property
+    def example(self) -> Example:
+        """Prompt and answer; what the model wrote of the answer is trained."""
+        ids = np.concatenate((self.prompt.ids, np.array(self.ids, dtype=np.int64)))
+        by_prompt = np.zeros(len(self.prompt.ids), dtype=bool)
+        trained = np.concatenate((by_prompt, ~np.array(self.by_tool, dtype=bool)))
+        return Example(ids, trained, self.prompt.location)
+
+
+def sample_rollouts(
+    engine: Engine,
+    prompts: Sequence[PromptRow],
+    seeds: Sequence[int],
+    n: int,
+    *,
+    grpo: GrpoConfig,
+    stop_ids: tuple[int, ...],
+    reward: RewardSum,
+) -> list[Rollout]:
+    """`n` answers to each prompt, in the order of the prompts.
+
+    Args:
+        engine: deterministic, with the model in eval mode.
+        prompts: the prompts.
+        seeds: one for each prompt.
+        n: answers to each.
+        grpo: how they are sampled.
+        stop_ids: of the template.
+        reward: scores them.
+
+    Raises:
+        UserError: as the reward.
+    """
+    sampling = SamplingConfig(max_new_tokens=grpo.max_new_tokens, temperature=grpo.temperature)
+    requests = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        own = sampling.model_copy(update={"seed": seed})
+        ids = Prompt(tuple(prompt.ids.tolist()))
+        requests += [Request(ids, own, stop_ids, sample=number) for number in range(n)]
+    completions = list(engine.complete(requests))
+    asked = [prompt for prompt in prompts for _ in range(n)]
+    answers = []
+    for prompt, completion in zip(asked, completions, strict=True):
+        text, is_cut = completion.text.strip(), completion.finish_reason == "length"
+        n_tokens = len(completion.ids)
+        answers.append(
+            Answer(prompt.question, text, prompt.target, prompt.location, n_tokens, is_cut)
+        )
+    rollouts = []
+    for prompt, completion, scored in zip(asked, completions, reward(answers), strict=True):
+        rollouts.append(Rollout(prompt, completion.ids, completion.by_tool, scored))
+    return rollouts
+
+
+def answer_seed(seed: int, which: str, step: int, place: int) -> int:
+    """The seed of the answers to the prompt at a place of the training order, at a step."""
+    digest = hashlib.sha256(f"{seed} {which} {step} {place}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") % 2**31
+
+
+def pad_rollouts(rollouts: Sequence[Rollout], pad_id: int, seq_len: int) -> dict[str, Tensor]:
+    """`input_ids` and `labels` (B, T) int64, T at most seq_len; only what the model wrote of the
+    answers are targets.
+    """
+    examples = [rollout.example for rollout in rollouts]
+    longest = max(len(example.ids) - 1 for example in examples)
+    length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, seq_len)
+    rows = [row_of_examples([example], length, pad_id) for example in examples]
+    return {
+        "input_ids": torch.from_numpy(np.stack([row[0] for row in rows])),
+        "labels": torch.from_numpy(np.stack([row[1] for row in rows])),
+    }
+
+
+def rollout_row(step: int, rollout: Rollout) -> dict[str, Any]:
+    """A line of rollouts.jsonl."""
+    answer = rollout.scored.answer
+    return {
+        "step": step,
+        "row": answer.location,
+        "prompt": answer.prompt,
+        "answer": answer.text,
+        "target": answer.target.strip(),
+        "reward": rollout.scored.reward,
+        "rewards": rollout.scored.parts,
+        "tokens": answer.n_tokens,
+        "truncated": answer.truncated,
+    }
+
+
+def shown_rollout(rollout: Rollout) -> str:
+    """A prompt in brackets, its answer and the reward, as a validation shows it."""
+    answer, scored = rollout.scored.answer, rollout.scored
+    parts = ", ".join(f"{name} {value:g}" for name, value in scored.parts.items())
+    return f"⟦{answer.prompt}⟧ {answer.text} (reward {scored.reward:g}: {parts})"

@@ -1,0 +1,82 @@
+"""Evaluation rows inside training text, found by runs of words that both have.
+
+A document is contaminated if it has 13 words in a row in common with an evaluation row, in any case
+and punctuation (Brown et al. 2020, appendix C). A row of 8 to 12 words must be there whole; a
+shorter one could be anything and is not compared.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinylm.text.shingles import ngram_hashes, word_hashes, words_of
+
+NGRAM_WORDS, LEAST_WORDS = 13, 8
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a document has in common with an evaluation row."""
+
+    row: str
+    """the name of the row"""
+    words: str
+    """the words that both have"""
+
+
+@dataclass(frozen=True)
+class NgramIndex:
+    """The runs of words of evaluation rows."""
+
+    hashes: dict[int, np.ndarray]
+    """of each length of runs, sorted, (N,) uint64"""
+    owners: dict[int, np.ndarray]
+    """the number of the row of each, (N,)"""
+    names: list[str]
+    n_short: int
+    """rows that are too short to be compared"""
+
+    def find(self, words: list[str], hashes: np.ndarray) -> Overlap | None:
+        """The first run of words of a document that is in a row; None if there is none.
+
+        Args:
+            words: of the document.
+            hashes: of these words, (W,) uint64.
+        """
+        for n, known in self.hashes.items():
+            grams = ngram_hashes(hashes, n)
+            if not len(grams):
+                continue
+            places = np.searchsorted(known, grams) % len(known)
+            found = np.flatnonzero(known[places] == grams)
+            if len(found):
+                start = int(found[0])
+                row = self.names[self.owners[n][places[start]]]
+                return Overlap(row, " ".join(words[start : start + n]))
+        return None
+
+
+def ngram_index(rows: Iterable[tuple[str, str]]) -> NgramIndex:
+    """The index of rows, each a name and a text; memory holds 16 bytes for each of their words."""
+    hashes: dict[int, list[np.ndarray]] = {}
+    owners: dict[int, list[np.ndarray]] = {}
+    names: list[str] = []
+    n_short = 0
+    for name, text in rows:
+        words = words_of(text)
+        n = min(len(words), NGRAM_WORDS)
+        if n < LEAST_WORDS:
+            n_short += 1
+            continue
+        grams = ngram_hashes(word_hashes(words), n)
+        hashes.setdefault(n, []).append(grams)
+        owners.setdefault(n, []).append(np.full(len(grams), len(names)))
+        names.append(name)
+    made: dict[int, np.ndarray] = {}
+    made_owners: dict[int, np.ndarray] = {}
+    for n in sorted(hashes, reverse=True):
+        joined = np.concatenate(hashes[n])
+        order = np.argsort(joined, kind="stable")
+        made[n], made_owners[n] = joined[order], np.concatenate(owners[n])[order]
+    return NgramIndex(made, made_owners, names, n_short)

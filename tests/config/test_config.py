@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +352,7 @@ def yaml_seconds() -> float:
 def test_a_file_that_is_not_a_config_is_rejected_within_a_second(text, message):
     """Processor time, so that a busy machine does not fail the test; the best of three, because a
     garbage collection over the objects of all earlier tests counts too. The largest file has 15,000
-    sections: on a machine where PyYAML alone needs more than a second for them, it has half as much more.
+    sections: on a slow machine it may take three times what PyYAML alone needs for them.
     """
     for _ in range(3):
         start = time.process_time()
@@ -360,7 +361,7 @@ def test_a_file_that_is_not_a_config_is_rejected_within_a_second(text, message):
         else:
             assert error_of(text) == message
         seconds = time.process_time() - start
-        if seconds < 1 or seconds < 7.5 * yaml_seconds():
+        if seconds < 1 or seconds < 15 * yaml_seconds():
             return
     pytest.fail(f"{seconds:.2f} s")
 
@@ -368,14 +369,16 @@ def test_a_file_that_is_not_a_config_is_rejected_within_a_second(text, message):
 def test_a_100_mb_file_is_rejected_unread():
     with Path("c.yaml").open("wb") as file:
         file.truncate(100_000_000)
-    start = time.process_time()
+    tracemalloc.start()
     with pytest.raises(UserError) as caught:
         load_config("c.yaml")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert (
         str(caught.value)
         == f"c.yaml: 100000000 bytes, but a config has at most {FILE_BYTES_LIMIT}. Is it the right file?"
     )
-    assert time.process_time() - start < 0.1
+    assert peak < 1e6
 
 
 @pytest.mark.parametrize(

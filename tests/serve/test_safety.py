@@ -130,7 +130,7 @@ def test_a_body_of_many_wrong_items_takes_no_long_time(model, body):
     start = time.process_time()
     with pytest.raises(ApiError):
         parse_body(body, model)
-    assert time.process_time() - start < 1.5
+    assert time.process_time() - start < 5
 
 
 def test_a_request_has_at_most_100_000_parts():

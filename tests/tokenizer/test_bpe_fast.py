@@ -4,7 +4,9 @@ import json
 import multiprocessing
 import os
 import signal
-import time
+import sys
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -69,10 +71,26 @@ def test_a_vocabulary_that_no_text_allows_takes_no_memory():
     assert len(learn_merges({"low": 2}, 2**31 - 300)) == 2
 
 
-def test_130_kb_and_500_tokens_take_less_than_a_second(small_text):
-    start = time.process_time()
-    learn_bpe(text_chunks([small_text]), 500, Pretokenizer())
-    assert time.process_time() - start < 0.75
+def n_calls(learn: Callable[[], object]) -> int:
+    """How many functions it calls: its cost, the same on every machine."""
+    calls: Counter[str] = Counter()
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, arg: calls.update([event]))
+    try:
+        learn()
+    finally:
+        sys.setprofile(before)
+    return calls["call"] + calls["c_call"]
+
+
+def test_learning_costs_little_more_for_ten_times_the_text(small_text):
+    """It counts the words of a text in one call each chunk, and merges each distinct word once."""
+    short = small_text[:13_000]
+    calls = [
+        n_calls(lambda text=text: learn_bpe(text_chunks([text]), 500, Pretokenizer()))
+        for text in (short, short * 10)
+    ]
+    assert calls[1] < 1.5 * calls[0]
 
 
 # --- another library ---

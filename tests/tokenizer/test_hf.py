@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -950,10 +949,9 @@ def test_without_a_network_a_name_fails_at_once_and_names_the_alternatives(monke
     monkeypatch.setattr("socket.create_connection", unreachable)
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    start = time.monotonic()
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits to try again"))
     with pytest.raises(UserError) as caught:
         load("some-owner/some-model")
-    assert time.monotonic() - start < 2
     assert (
         "some-owner/some-model: not found on this machine, and huggingface.co cannot be reached "
         "(Network is unreachable)." in str(caught.value)

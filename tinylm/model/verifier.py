@@ -34,10 +34,10 @@ from tinylm.model.decoder import (
     AttentionContext,
     Block,
     Decoder,
-    init_weights,
     make_norm,
     rotary_cos_sin,
 )
+from tinylm.model.initialization import init_weights
 
 
 class Verifier(nn.Module):

@@ -25,6 +25,7 @@ SHAPE = {
     "d_ff": 48,
 }
 GPT2 = {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all"}
+OLMO2 = {"norm_placement": "output", "qk_norm": "all_heads"}
 EXPRESSIBLE = {
     "llama": ("llama", {}),
     "llama, untied": ("llama", {"tie_embeddings": False}),
@@ -58,6 +59,8 @@ EXPRESSIBLE = {
         {"moe": MoEConfig(n_experts=4, top_k=2), "qk_norm": True, "head_dim": 10, "n_kv_heads": 2},
     ),
     "smollm3": ("smollm3", {"no_rope_interval": 2, "n_kv_heads": 2}),
+    "olmo2": ("olmo2", OLMO2),
+    "olmo2, untied": ("olmo2", OLMO2 | {"n_kv_heads": 2, "tie_embeddings": False}),
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied": ("gpt2", GPT2 | {"tie_embeddings": False, "norm_eps": 1e-3}),
     "gpt2, silu": ("gpt2", GPT2 | {"ffn": "silu"}),
@@ -112,7 +115,17 @@ def greedy(model: Decoder, ids: torch.Tensor, n_new: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "key", ["llama, grouped heads", "mistral", "qwen2", "qwen2, window", "qwen3", "mixtral", "gpt2"]
+    "key",
+    [
+        "llama, grouped heads",
+        "mistral",
+        "qwen2",
+        "qwen2, window",
+        "qwen3",
+        "mixtral",
+        "olmo2",
+        "gpt2",
+    ],
 )
 def test_exported_model_generates_the_same_text_from_its_cache(key, ids):
     """Both caches keep only the last positions of a window: 8 prompt tokens and 20 more exceed every window."""
@@ -154,6 +167,7 @@ def test_a_tied_head_stays_tied_both_ways():
         "mixtral",
         "qwen3_moe",
         "smollm3",
+        "olmo2",
         "gpt2",
     ],
 )
@@ -222,6 +236,7 @@ THEIRS = {
     ),
     "phi3": lambda **more: transformers.Phi3Config(**GROUPED | {"pad_token_id": 0} | more),
     "smollm3": lambda **more: transformers.SmolLM3Config(**GROUPED | {"pad_token_id": 0} | more),
+    "olmo2": lambda **more: transformers.Olmo2Config(**GROUPED | {"pad_token_id": 0} | more),
     "mixtral": lambda **more: transformers.MixtralConfig(
         **GROUPED | {"num_local_experts": 4} | more
     ),
@@ -256,6 +271,8 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 1e4}
             "smollm3",
             {"no_rope_layer_interval": 2, "rope_parameters": {"rope_type": "yarn", **YARN}},
         ),
+        ("olmo2", {}),
+        ("olmo2", {"tie_word_embeddings": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-2}),
         ("mistral", {"rope_parameters": {"rope_type": "yarn", **YARN}}),
         (
             "qwen2",
@@ -380,14 +397,11 @@ def test_imported_gpt2_keeps_its_dropout():
             "model_type: gemma3_text is not supported by this decoder: its layers alternate between a window and all "
             "positions, with two rotary bases, have four norms and a gated GELU, and its embedding is scaled. Choose",
         ),
-        (
-            transformers.Olmo2Config(),
-            "olmo2 is not supported by this decoder: it normalizes what each sublayer adds to the residual stream, ",
-        ),
+        (THEIRS["olmo2"](attention_bias=True), "attention_bias: must be false, got true"),
         (
             transformers.BloomConfig(),
-            "model_type: must be one of gpt2, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe, smollm3, got "
-            "bloom. Choose another model",
+            "model_type: must be one of gpt2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3, "
+            "got bloom. Choose another model",
         ),
     ],
 )
@@ -407,6 +421,11 @@ def test_settings_that_our_decoder_cannot_compute_are_errors(config, words):
         ({"norm": "layernorm"}, 'model.norm: "layernorm" .* llama, has "rmsnorm"'),
         ({"norm_placement": "post"}, 'model.norm_placement: "post" .* has "pre"'),
         ({"norm_placement": "none"}, 'model.norm_placement: "none"'),
+        (
+            {"norm_placement": "output", "qk_norm": True},
+            'model.norm_placement: "output" .* nearest, qwen3, has "pre"',
+        ),
+        ({"qk_norm": "all_heads"}, 'model.qk_norm: "all_heads" .* nearest, llama, has false'),
         (GPT2 | {"sliding_window": 8}, "model.sliding_window: 8 .* nearest, gpt2, has null"),
         (
             {"qk_norm": True, "moe": MoEConfig(), "sliding_window": 4},

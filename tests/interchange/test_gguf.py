@@ -342,7 +342,11 @@ def test_a_weight_that_overflows_in_16_bits_is_named(save, tmp_path):
         ({"n_heads": 5, "head_dim": 8}, "model.d_model: 32 .*has 35"),
         (
             {"no_rope_interval": 2},
-            "model: a smollm3 is not supported in a GGUF file that can be checked. Export with --format hf",
+            "model: type smollm3 is not supported in a GGUF file that can be checked. Export with --format hf",
+        ),
+        (
+            {"norm_placement": "output", "qk_norm": "all_heads"},
+            "model: type olmo2 is not supported in a GGUF file that can be checked. Export with --format hf",
         ),
         (
             {"rope_scaling": YARN | {"type": "dynamic"}},
@@ -385,7 +389,7 @@ def tuned(path, inner):
                 attention_types=[[["global", "local"], 1]],
             ),
             "a gpt_neo model is not supported in GGUF here (model_type: must be one of gpt2, llama, mistral, "
-            "mixtral, phi3, qwen2, qwen3, qwen3_moe, smollm3, got gpt_neo)",
+            "mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3, got gpt_neo)",
         ),
         (
             transformers.LlamaConfig(

@@ -47,9 +47,9 @@ AXES = {
     "position": ("rope", "learned", "alibi", "none"),
     "ffn": ("swiglu", "silu", "gelu", "relu2"),
     "norm": ("rmsnorm", "layernorm"),
-    "norm_placement": ("pre", "post", "none"),
+    "norm_placement": ("pre", "post", "output", "none"),
     "n_kv_heads": (None, 2, 1),
-    "qk_norm": (False, True),
+    "qk_norm": (False, True, "all_heads"),
     "sliding_window": (None, 4, 1),
     "n_sinks": (0, 3),
     "moe": (None, MoEConfig(n_experts=3, top_k=2)),
@@ -181,10 +181,14 @@ def slow_row(model: Decoder, ids: Tensor) -> Tensor:
                 block.attention, slow_norm(block.attention_norm, x, config), config
             )
             x = x + slow_feed(block.ffn, slow_norm(block.ffn_norm, x, config), config)
+        elif config.norm_placement == "output":
+            mixed = slow_attention(block.attention, x, config)
+            x = x + slow_norm(block.attention_output_norm, mixed, config)
+            x = x + slow_norm(block.ffn_output_norm, slow_feed(block.ffn, x, config), config)
         else:
             x = x + slow_attention(block.attention, x, config)
             x = x + slow_feed(block.ffn, x, config)
-    if config.norm_placement == "pre":
+    if config.norm_placement in ("pre", "output"):
         x = slow_norm(model.norm, x, config)
     return x @ (model.embedding if config.tie_embeddings else model.head).weight.T
 
@@ -203,6 +207,9 @@ def slow_attention(attention: torch.nn.Module, x: Tensor, config: ModelConfig) -
         config.head_dim or config.d_model // config.n_heads,
     )
     q, k, v = attention.qkv(x).split((H * K, G * K, G * K), dim=-1)
+    if config.qk_norm == "all_heads":
+        q = torch.stack([rms_normed(row, config) for row in q]) * attention.q_norm.weight
+        k = torch.stack([rms_normed(row, config) for row in k]) * attention.k_norm.weight
     window = config.sliding_window or len(x)
     rows = []
     for t in range(len(x)):
@@ -235,8 +242,8 @@ SLOPES = {4: [2**-2, 2**-4, 2**-6, 2**-8], 6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1
 
 def slow_query(x: Tensor, position: int, norm: torch.nn.Module, config: ModelConfig) -> Tensor:
     """One query or key (K,): normalized, then rotated pair by pair as complex numbers."""
-    if config.qk_norm:
-        x = x / (x.square().mean() + config.norm_eps).sqrt() * norm.weight
+    if config.qk_norm is True:
+        x = rms_normed(x, config) * norm.weight
     if config.position != "rope":
         return x
     half = len(x) // 2
@@ -246,6 +253,10 @@ def slow_query(x: Tensor, position: int, norm: torch.nn.Module, config: ModelCon
         for i in range(half)
     ]
     return torch.tensor([z.real for z in turned] + [z.imag for z in turned])
+
+
+def rms_normed(x: Tensor, config: ModelConfig) -> Tensor:
+    return x / (x.square().mean() + config.norm_eps).sqrt()
 
 
 def slow_frequencies(n_pairs: int, config: ModelConfig) -> tuple[float, list[float]]:

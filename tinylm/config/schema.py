@@ -100,10 +100,10 @@ class ModelConfig(Section):
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016)"""
     norm_eps: Annotated[Number, Field(gt=0, le=0.1)] = 1e-5
     """added to the variance before the square root"""
-    norm_placement: Literal["pre", "post", "none"] = "pre"
-    """norm before each sublayer, after each residual sum, or nowhere"""
-    qk_norm: Switch = False
-    """RMS-normalize queries and keys per head before attention (Dehghani et al. 2023)"""
+    norm_placement: Literal["pre", "post", "output", "none"] = "pre"
+    """norm before each sublayer, after each residual sum, on what each sublayer adds (OLMo 2), or nowhere"""
+    qk_norm: Switch | Literal["all_heads"] = False
+    """RMS-normalize queries and keys, true: per head (Dehghani et al. 2023); all_heads: over all heads (OLMo 2)"""
     sliding_window: Count | None = None
     """positions that a token attends to, itself included; null: all previous ones"""
     n_sinks: Annotated[CountOrZero, Field(le=1024)] = 0

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tinylm.config.rope_scaling import RopeScalingConfig
 from tinylm.config.schema import ModelConfig
 from tinylm.model.decoder import (
+    AllHeadsNorm,
     Attention,
     Block,
     Decoder,
@@ -60,6 +61,7 @@ KNOWN = {
         nn.Linear,
         nn.Embedding,
         nn.RMSNorm,
+        AllHeadsNorm,
         nn.LayerNorm,
         nn.Identity,
         nn.Dropout,
@@ -177,12 +179,20 @@ class LeanBlock:
         self.ffn_norm = norm_function(block.ffn_norm)
         self.attention = LeanAttention(block.attention)
         self.ffn = ffn_function(block.ffn)
+        self.output_norms: tuple[Function, Function] | None = None
+        if block.placement == "output":
+            norms = block.attention_output_norm, block.ffn_output_norm
+            self.output_norms = norm_function(norms[0]), norm_function(norms[1])
 
     def __call__(self, x: Tensor, angles: Angles, view: LayerView) -> Tensor:
         """The residual stream (B, D) after this block."""
         if self.post:
             x = self.attention_norm(self.attention(x, x, angles, view))
             return self.ffn_norm(self.ffn(x, x))
+        if self.output_norms is not None:
+            of_attention, of_ffn = self.output_norms
+            x = x + of_attention(self.attention(None, self.attention_norm(x), angles, view))
+            return x + of_ffn(self.ffn(None, self.ffn_norm(x)))
         x = self.attention(x, self.attention_norm(x), angles, view)
         return self.ffn(x, self.ffn_norm(x))
 
@@ -192,26 +202,21 @@ class LeanAttention:
 
     def __init__(self, attention: Attention):
         self.heads = H, G = attention.n_heads, attention.n_kv_heads
-        self.head_dim = K = attention.head_dim
+        self.head_dim = attention.head_dim
         self.rotates = attention.rotates
         self.qkv, self.out = linear_function(attention.qkv), linear_function(attention.out)
-        self.qk_norm_weight: Tensor | None = None
-        if isinstance(attention.q_norm, nn.RMSNorm):
-            weights = attention.q_norm.weight.expand(H, K), attention.k_norm.weight.expand(G, K)
-            self.qk_norm_weight = torch.cat(weights)  # (H + G, K)
-            self.qk_norm_eps = attention.q_norm.eps
+        self.qk_norm = qk_norm_function(attention)
         self.sinks: tuple[Tensor, Tensor] | None = None
         if attention.n_sinks:
             self.sinks = attention.sink_keys, attention.sink_values  # (G, n_sinks, K) each
 
-    def __call__(self, stream: Tensor, x: Tensor, angles: Angles, view: LayerView) -> Tensor:
-        """The residual stream (B, D) plus a mixture of what the new tokens x (B, D) see."""
+    def __call__(self, stream: Tensor | None, x: Tensor, angles: Angles, view: LayerView) -> Tensor:
+        """A mixture of what the new tokens x (B, D) see, plus the residual stream (B, D) if given."""
         (H, G), K = self.heads, self.head_dim
         # One product for all heads: H of queries, G of keys, G of values.
         qk, v = self.qkv(x).view(-1, H + 2 * G, K).split((H + G, G), dim=1)
         # Queries and keys are normalized and rotated together.
-        if self.qk_norm_weight is not None:
-            qk = F.rms_norm(qk, (K,), None, self.qk_norm_eps) * self.qk_norm_weight
+        qk = self.qk_norm(qk)
         if angles is not None and self.rotates:
             qk = rotate(qk, *angles)  # (B, H + G, K)
         q, k = qk.split((H, G), dim=1)  # (B, H, K), (B, G, K)
@@ -348,6 +353,25 @@ def norm_function(norm: nn.Module) -> Function:
     return lambda x: x
 
 
+def qk_norm_function(attention: Attention) -> Function:
+    """The norms of queries and keys as one function of both, (B, H + G, K)."""
+    H, G, K = attention.n_heads, attention.n_kv_heads, attention.head_dim
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    if isinstance(q_norm, AllHeadsNorm):
+        of_q, of_k = norm_function(q_norm), norm_function(k_norm)
+
+        def norm_all_heads(qk: Tensor) -> Tensor:
+            q, k = qk.split((H, G), dim=1)  # (B, H, K), (B, G, K)
+            joined = torch.cat((of_q(q.flatten(1)), of_k(k.flatten(1))), dim=1)
+            return joined.view(-1, H + G, K)
+
+        return norm_all_heads
+    if isinstance(q_norm, nn.RMSNorm):
+        weight = torch.cat((q_norm.weight.expand(H, K), k_norm.weight.expand(G, K)))  # (H + G, K)
+        return lambda qk: F.rms_norm(qk, (K,), None, q_norm.eps) * weight
+    return lambda qk: qk
+
+
 def linear_function(linear: nn.Linear | Int8Linear) -> LinearFunction:
     """The layer as a function of (B, in), its matrix laid out for reading."""
     if isinstance(linear, Int8Linear):
@@ -406,8 +430,10 @@ def matrix_function(weight: Tensor, bias: Tensor | None) -> LinearFunction:
     return linear
 
 
-def ffn_function(ffn: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """The feed-forward layer as a function of the residual stream and of its input, (B, D) each."""
+def ffn_function(ffn: nn.Module) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """The feed-forward layer as a function of the residual stream, which may be None,
+    and of its input, (B, D) each.
+    """
     if isinstance(ffn, MixtureOfExperts):
         return LeanExperts(ffn)
     up, down, kind = linear_function(ffn.up), linear_function(ffn.down), ffn.kind
@@ -432,12 +458,12 @@ class LeanExperts:
             down = matrix_function(mixture.down[expert].detach(), down_bias)
             self.experts.append((up, down))
 
-    def __call__(self, stream: Tensor, x: Tensor) -> Tensor:
-        """The residual stream (B, D) plus the output for x (B, D)."""
+    def __call__(self, stream: Tensor | None, x: Tensor) -> Tensor:
+        """The output for x (B, D), plus the residual stream (B, D) if given."""
         probabilities = self.router(x).float().softmax(dim=-1)  # (B, E)
         weights, experts = probabilities.topk(self.top_k, dim=-1)  # (B, A) each
         weights = (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
-        mixed = stream.clone()
+        mixed = torch.zeros_like(x) if stream is None else stream.clone()
         for expert in experts.unique().tolist():
             rows, choice = (experts == expert).nonzero(as_tuple=True)
             up, down = self.experts[expert]

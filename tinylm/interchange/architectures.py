@@ -222,6 +222,23 @@ SMOLLM3 = replace(
     limits={"head_dim": lambda config: config.d_model / config.n_heads},
 )
 
+# Norms on what each sublayer adds, and of queries and keys over all heads.
+OLMO2 = replace(
+    LLAMA,
+    model_type="olmo2",
+    ours=LLAMA.ours | {"norm_placement": "output", "qk_norm": "all_heads"},
+    theirs={"hidden_act": "silu", "attention_bias": False},
+    settings={key: value for key, value in LLAMA.settings.items() if key != "head_dim"},
+    modules={name: theirs for name, theirs in QWEN3.modules.items() if "_norm" not in name}
+    | {
+        "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
+        "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
+        "blocks.{}.attention_output_norm": "model.layers.{}.post_attention_layernorm",
+        "blocks.{}.ffn_output_norm": "model.layers.{}.post_feedforward_layernorm",
+    },
+    limits={"head_dim": lambda config: config.d_model / config.n_heads},
+)
+
 GPT2 = Architecture(
     "gpt2",
     ours=_NO_EXTRAS
@@ -292,6 +309,7 @@ ARCHITECTURES = (
     QWEN3_MOE,
     PHI3,
     SMOLLM3,
+    OLMO2,
     GPT2,
     _gpt2_with("silu", "silu"),
     _gpt2_with("relu2", "relu2"),
@@ -306,10 +324,6 @@ _GEMMA3 = (
 NEED_MORE = {
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
-    "olmo2": (
-        "it normalizes what each sublayer adds to the residual stream, and queries and keys over "
-        "all heads together"
-    ),
 }
 
 

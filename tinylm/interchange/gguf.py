@@ -185,7 +185,7 @@ def check_expressible(config: ModelConfig, model_type: str) -> None:
     or that transformers does not read from it.
     """
     if model_type not in IN_GGUF:
-        problem = f"a {model_type} is not supported in a GGUF file that can be checked"
+        problem = f"type {model_type} is not supported in a GGUF file that can be checked"
         raise UserError("model", problem, USE_HF)
     require_expressible(config, ARCHITECTURES.get(model_type, model_type))
     supported: dict[str, Any] = {}

@@ -8,8 +8,8 @@ Notable features, each one a field of `ModelConfig`:
 - rotary (also scaled), learned, ALiBi or no positions   - sliding windows and learned attention sinks
 - multi-head, grouped-query and multi-query attention    - packed documents that do not see each other
 - SwiGLU, SiLU, GELU or squared-ReLU feed-forward        - mixture of experts without dropped tokens
-- RMSNorm or LayerNorm; pre-, post- or no norm; QK norm  - tied or untied embedding and head
-- learned scalars of stream and embedding, per layer
+- RMSNorm or LayerNorm; pre-, post-, output or no norm   - tied or untied embedding and head
+- QK norm, per head or over all heads                    - learned scalars of stream and embedding
 
 In reading order: norms · rotary and ALiBi positions · which keys a query sees (the mask) ·
 attention · feed-forward · block · decoder · sizes and FLOPs. One forward pass serves training,
@@ -62,6 +62,21 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias == "all")
     return nn.RMSNorm(width, eps=config.norm_eps)
+
+
+def make_qk_norm(config: ModelConfig, n_heads: int) -> nn.Module:
+    """The norm of queries or keys (B, n_heads, T, K)."""
+    if config.qk_norm == "all_heads":
+        return AllHeadsNorm(n_heads * config.head_dim, eps=config.norm_eps)
+    return nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+
+class AllHeadsNorm(nn.RMSNorm):
+    """RMSNorm of x (B, heads, T, K) over the heads of a token together (OLMo 2, 2025)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = super().forward(x.transpose(1, 2).flatten(2))  # (B, T, heads · K)
+        return joined.unflatten(2, (-1, x.size(-1))).transpose(1, 2)  # (B, heads, T, K)
 
 
 # --- positions: rotary and ALiBi ------------------------------------------------------------------
@@ -292,9 +307,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(H * K, config.d_model, bias=config.bias == "all")
         # Normalized queries and keys bound the scores, which otherwise can grow until the softmax
         # saturates.
-        normed = config.qk_norm
-        self.q_norm = nn.RMSNorm(K, eps=config.norm_eps) if normed else nn.Identity()
-        self.k_norm = nn.RMSNorm(K, eps=config.norm_eps) if normed else nn.Identity()
+        self.q_norm, self.k_norm = make_qk_norm(config, H), make_qk_norm(config, G)
         # Sinks are learned keys and values that every query sees, so that a head with nothing to
         # look for can put its weight there (Xiao et al. 2023).
         if self.n_sinks:
@@ -497,6 +510,8 @@ def grouped_linear(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
 #
 #     pre (default)    x ─┬─▶ norm ─▶ attention ─▶ + ─┬─▶ norm ─▶ ffn ─▶ + ─▶
 #                         └────────────────────────┘  └──────────────────┘
+#     output (OLMo 2)  x ─┬─▶ attention ─▶ norm ─▶ + ─┬─▶ ffn ─▶ norm ─▶ + ─▶
+#                         └────────────────────────┘  └──────────────────┘
 #     post (2017)      x ─┬─▶ attention ─▶ + ─▶ norm ─┬─▶ ffn ─▶ + ─▶ norm ─▶
 #                         └────────────────┘          └──────────┘
 
@@ -507,12 +522,18 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.placement = config.norm_placement
-        normed = self.placement != "none"
-        self.attention_norm = make_norm(config, config.d_model) if normed else nn.Identity()
+
+        def norm_if(*placements: str) -> nn.Module:
+            is_here = self.placement in placements
+            return make_norm(config, config.d_model) if is_here else nn.Identity()
+
+        self.attention_norm = norm_if("pre", "post")
         self.attention = Attention(config, layer)
-        self.ffn_norm = make_norm(config, config.d_model) if normed else nn.Identity()
+        self.attention_output_norm = norm_if("output")
+        self.ffn_norm = norm_if("pre", "post")
         moe = config.moe
         self.ffn = FeedForward(config) if moe is None else MixtureOfExperts(config, moe)
+        self.ffn_output_norm = norm_if("output")
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
@@ -523,11 +544,11 @@ class Block(nn.Module):
             x = self.attention_norm(x + self.dropout(self.attention(x, context)))  # (B, T, D)
             added, balance = self.ffn(x)  # (B, T, D), scalar
             return self.ffn_norm(x + self.dropout(added)), balance
-        # Pre-norm (or no norm): the stream itself is never normalized, so gradients pass the sums
-        # unchanged.
-        x = x + self.dropout(self.attention(self.attention_norm(x), context))  # (B, T, D)
+        # Otherwise the stream itself is never normalized, so gradients pass the sums unchanged.
+        mixed = self.attention(self.attention_norm(x), context)
+        x = x + self.dropout(self.attention_output_norm(mixed))  # (B, T, D)
         added, balance = self.ffn(self.ffn_norm(x))  # (B, T, D), scalar
-        return x + self.dropout(added), balance
+        return x + self.dropout(self.ffn_output_norm(added)), balance
 
 
 class Head(nn.Linear):
@@ -562,9 +583,9 @@ class Decoder(nn.Module):
         if config.input_scalars:
             self.stream_scalars = nn.Parameter(torch.empty(config.n_layers))
             self.input_scalars = nn.Parameter(torch.empty(config.n_layers))
-        # After pre-norm blocks the stream has not been normalized yet; after post-norm blocks it
-        # just was.
-        last = config.norm_placement == "pre"
+        # After pre-norm or output-norm blocks the stream has not been normalized yet; after
+        # post-norm blocks it just was.
+        last = config.norm_placement not in ("post", "none")
         self.norm = make_norm(config, config.d_model) if last else nn.Identity()
         self.head = Head(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:

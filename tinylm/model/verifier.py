@@ -59,7 +59,7 @@ class Verifier(nn.Module):
             self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        last = config.norm_placement == "pre"
+        last = config.norm_placement not in ("post", "none")
         self.norm = make_norm(config, config.d_model) if last else nn.Identity()
         self.suspicion = nn.Linear(config.d_model, 1)  # the error head; its name is in checkpoints
         init_weights(self)

@@ -28,7 +28,7 @@ from tinylm.tokenizer.bpe_files import Bpe, check_request
 from tinylm.tokenizer.byte_char import CharTokenizer
 from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
-from tinylm.tokenizer.pretokenize import PATTERNS, SPECIAL_TOKENS, Pretokenizer
+from tinylm.tokenizer.pretokenize import SPECIAL_TOKENS, Pretokenizer
 
 # Part of the names of cached folders: raise it when the same text would give other merges.
 VERSION = 1
@@ -73,8 +73,8 @@ def _cached_bpe(
         split.limit,
         config.learn_docs,
     ]
-    pattern = PATTERNS[pretokenizer.pattern]
-    depends_on = [VERSION, text, config.vocab_size, pattern, pretokenizer.special_tokens]
+    words = [pretokenizer.expression, pretokenizer.special_tokens]
+    depends_on = [VERSION, text, config.vocab_size, *words]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     folder = Path(data.cache_dir) / f"bpe-{key}"
 

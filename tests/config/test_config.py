@@ -499,6 +499,12 @@ def test_other_tags_are_rejected(tag):
             "1: tokenizer.pattern: only valid for kind bpe (kind is byte). Remove it, or set tokenizer.kind=bpe.",
         ),
         (
+            "tokenizer: {kind: bpe, vocab_size: 300, pattern: gpt5}",
+            "1: tokenizer.pattern: must be gpt2, gpt4, qwen2 or a regular expression, got gpt5. Write "
+            "gpt2, gpt4, qwen2, or a regular expression whose matches are the words, such as "
+            r"' ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+'.",
+        ),
+        (
             "tokenizer: {learn_docs: 3}",
             "1: tokenizer.learn_docs: only valid for kind bpe or char (kind is byte). Remove it, or "
             "set tokenizer.kind=bpe.",

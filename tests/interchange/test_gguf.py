@@ -82,6 +82,17 @@ def test_the_word_pattern_of_qwen2_has_a_name_in_gguf(save, bpe):
     assert len(tokenizer.encode("12345")) == 5 > len(bpe("gpt4").encode("12345"))
 
 
+def test_words_of_a_regular_expression_have_no_name_in_gguf(bpe):
+    plain = bpe("gpt4").to_plain()
+    own = plain["tokenizer_json"].replace("{1,3}", "{1,2}")
+    with pytest.raises(UserError) as caught:
+        vocabulary_of(tokenizer_from_plain(plain | {"tokenizer_json": own}))
+    assert str(caught.value) == (
+        "tokenizer: must be byte-level BPE with the words of GPT-2, GPT-4 or Qwen2 for GGUF. Export "
+        "with --format hf."
+    )
+
+
 def test_both_formats_can_be_written_into_one_folder(save, tmp_path, capsys):
     """The file has the name of the checkpoint, and transformers reads either."""
     path, out = save(), tmp_path / "out"

@@ -13,6 +13,8 @@ from tinylm.tokenizer.hf import HFTokenizer
 from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer
 
 EOT = "<|endoftext|>"
+# A regular expression of one's own: up to three words as one, digits apart, signs between the words.
+OWN = r"(?: ?\p{L}+){1,3}|\p{N}|\s+"
 Train = Callable[[list[str], int], list[Merge]]
 
 
@@ -98,7 +100,7 @@ def test_half_a_character_decodes_to_the_replacement_character():
     assert decode([0xC3], []) == "\ufffd"
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, OWN])
 @settings(deadline=None, max_examples=50)
 @given(text=st.text(st.sampled_from("abé東 \n1'<|s"), max_size=40))
 def test_ids_equal_those_of_the_library_and_decode_to_the_text(pattern, text, merges_of):
@@ -113,7 +115,8 @@ def merges_of() -> Callable[[str], tuple[list[Merge], HFTokenizer]]:
     """40 merges, and a tokenizer of the `tokenizers` library that is made from them."""
     texts = ["abab ab's 東b東b aébé 11 1a1 ||< <|s|>\n\nba ab aab"] * 3
     learned = {
-        pattern: learn_bpe(text_chunks(texts), 298, Pretokenizer(pattern)) for pattern in PATTERNS
+        pattern: learn_bpe(text_chunks(texts), 298, Pretokenizer(pattern))
+        for pattern in (*PATTERNS, OWN)
     }
     tokenizers = {
         pattern: HFTokenizer(bpe.backend(), eos=bpe.eos, pad=bpe.pad)

@@ -7,22 +7,29 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from tinylm.common.errors import UserError
 from tinylm.text.documents import text_chunks
 from tinylm.tokenizer.bpe_fast import learn_bpe
 from tinylm.tokenizer.bpe_files import FILES, Bpe
+from tinylm.tokenizer.factory import tokenizer_from_plain
 from tinylm.tokenizer.hf_files import load_hf_tokenizer
 from tinylm.tokenizer.pretokenize import PATTERNS, Pretokenizer
 
 EOT = "<|endoftext|>"
 
 
-@pytest.fixture(scope="module", params=PATTERNS)
+# Up to three words as one, digits apart; what it does not match is a word of its own.
+OWN = r"(?: ?\p{L}+){1,3}|\p{N}|\s+"
+
+
+@pytest.fixture(scope="module", params=[*PATTERNS, OWN], ids=[*PATTERNS, "own"])
 def folder(request, small_text, tmp_path_factory) -> Path:
     """The files of a tokenizer of 600 tokens."""
     pretokenizer = Pretokenizer(request.param)
-    path = tmp_path_factory.mktemp("tokenizers") / request.param
+    path = tmp_path_factory.mktemp("tokenizers") / "mine"
     learn_bpe(text_chunks([small_text]), 600, pretokenizer).save(path)
     return path
 
@@ -59,6 +66,30 @@ def test_transformers_reads_the_same_tokenizer(folder, small_text):
         == (598, 599, 600)
         == (theirs.eos_token_id, theirs.pad_token_id, len(theirs))
     )
+
+
+def test_a_regular_expression_is_in_tokenizer_json_and_the_ids_are_the_librarys(
+    tmp_path, small_text
+):
+    """Built in the library alone from the two files, with the same expression: equal ids. Two words
+    of letters are one token, as no named pattern allows. The checkpoint's form reads back.
+    """
+    learn_bpe(text_chunks([small_text]), 600, Pretokenizer(OWN)).save(tmp_path / "mine")
+    ours = load_hf_tokenizer(str(tmp_path / "mine"))
+    theirs = Backend(
+        models.BPE.from_file(str(tmp_path / "mine/vocab.json"), str(tmp_path / "mine/merges.txt"))
+    )
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(OWN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    stored = json.loads((tmp_path / "mine/tokenizer.json").read_text(encoding="utf-8"))
+    assert stored["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": OWN}
+    assert ours.encode(small_text) == theirs.encode(small_text).ids
+    assert any(" " in ours.token_text(id).strip() for id in range(256, 598))
+    assert tokenizer_from_plain(ours.to_plain()).encode(small_text) == ours.encode(small_text)
 
 
 def test_vocab_and_merges_alone_give_the_same_ids(tmp_path, small_text):

@@ -113,6 +113,12 @@ def test_train_names_what_is_wrong(tmp_path, capsys, change, message):
             "--vocab-size: must be at most 2147483647, got 100000000000. Lower it, for example to 32000.",
         ),
         (
+            ["--pattern", "x*"],
+            "--pattern: x* matches the empty text, but a word has at least one character. Write gpt2, "
+            "gpt4, qwen2, or a regular expression whose matches are the words, such as "
+            r"' ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+'.",
+        ),
+        (
             ["--special", "a"],
             "--special: a: must be two or more visible characters. Choose another, such as <|endoftext|>.",
         ),

@@ -41,14 +41,15 @@ def test_a_cached_tokenizer_is_found_by_the_content_of_the_text_and_the_settings
     moved = data.model_copy(update={"dataset": str(other_place)})
     learn_from_documents(config, moved, seed=1)
     assert len(cached(data)) == 1
-    for changed in ({"vocab_size": 281}, {"pattern": "gpt4"}, {"learn_docs": 5}):
+    own = {"pattern": r"\p{L}+"}
+    for changed in ({"vocab_size": 281}, {"pattern": "gpt4"}, own, {"learn_docs": 5}):
         learn_from_documents(config.model_copy(update=changed), moved, seed=1)
     learn_from_documents(config, moved, seed=2)  # which documents are held out
     learn_from_documents(config, moved.model_copy(update={"train_docs": 7}), seed=1)
     with open(other_place, "a", encoding="utf-8") as file:
         file.write('{"text": "one more document of the training split"}\n')
     learn_from_documents(config, moved, seed=1)
-    assert len(cached(data)) == 7
+    assert len(cached(data)) == 8
 
 
 def test_learn_docs_bounds_what_is_read(tmp_path):

@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 SUMMARY = "train a tokenizer, compare several, show the tokens of a text"
 
 # Flags in place of the settings that errors name (`calling`).
-TRAIN_FLAGS = TEXT_FLAGS | {"tokenizer.vocab_size": "--vocab-size", "special token": "--special"}
+TRAIN_FLAGS = TEXT_FLAGS | {
+    "tokenizer.vocab_size": "--vocab-size",
+    "tokenizer.pattern": "--pattern",
+    "special token": "--special",
+}
 TOKENIZER_FLAGS = {"tokenizer.path": "TOKENIZER"}
 
 # Neighboring tokens differ; all five are readable on black and on white.
@@ -87,9 +91,10 @@ for example:
     )
     parser.add_argument(
         "--pattern",
-        choices=("gpt2", "gpt4", "qwen2"),
         default="gpt2",
-        help="pre-tokenization; merges stay within its words (default: gpt2)",
+        metavar="NAME",
+        help="the words that merges stay within: gpt2, gpt4, qwen2 or a regular expression "
+        "(default: gpt2)",
     )
     add_processes_flag(parser, "processes that count words; the result is the same")
     parser.set_defaults(action=train)

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 # config.duration is imported for a run that has one
 from tinylm import config as settings
+from tinylm.config import split_pattern
 
 # Large enough for any real run, small enough that no product of two settings overflows a 64-bit
 # integer.
@@ -186,6 +187,12 @@ TOKENIZER = (
     ),
     _only_for("vocab_size", "bpe"),
     _only_for("pattern", "bpe"),
+    Rule(
+        ("pattern",),
+        lambda tokenizer: split_pattern.pattern_problem(tokenizer.pattern),
+        "{found}",
+        split_pattern.FIX,
+    ),
     _only_for("learn_docs", "bpe", "char"),
     Rule(
         ("learn_docs", "unknown"),

@@ -164,8 +164,8 @@ class TokenizerConfig(Section):
     """char: a character outside the vocabulary is an error, or becomes the token <|unk|>"""
     vocab_size: Annotated[Count, Field(ge=258, le=1_000_000)] | None = None
     """bpe: number of tokens with 256 bytes and the special ones; fewer if the text has few words"""
-    pattern: Literal["gpt2", "gpt4", "qwen2"] | None = None
-    """bpe: the pre-tokenization pattern; merges do not cross its words; qwen2: each digit is a token; null: gpt2"""
+    pattern: Name | None = None
+    """bpe: the words that merges stay within: gpt2, gpt4, qwen2 (digits apart) or a regular expression; null: gpt2"""
     special_tokens: tuple[Name, ...] = ()
     """added after the tokenizer's own; with init_from the model grows: <|im_start|> and <|im_end|> for chatml"""
     learn_docs: Count | None = None

@@ -28,8 +28,8 @@ PART_BYTES = 2**16
 PARTS_PER_CHUNK = 32
 # Bytes that are searched for a place where a part can end.
 WINDOW_BYTES = 2**13
-# Where undecoded text can be cut without dividing a word of either pattern: after a line end or
-# before a space.
+# Where undecoded text can be cut without dividing a word of a named pattern: after a line end or
+# before a space. A regular expression of one's own can have a longer word there: one a part.
 BETWEEN_WORDS = re.compile(rb"(?<=[!-~]\n)(?=[!-~])|(?<=[!-~])(?= [!-~])")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tinylm.common.errors import UserError
 from tinylm.common.files import atomic_path, writing
+from tinylm.config import split_pattern
 from tinylm.config.schema import COUNT_LIMIT
 from tinylm.tokenizer.added import check_names
 from tinylm.tokenizer.hf_files import WELL_KNOWN_EOS
@@ -73,10 +74,10 @@ class Bpe:
 
         merges = [(gpt2_form(left), gpt2_form(right)) for left, right in self.merges]
         backend = Backend(models.BPE(self.vocabulary(), merges))
-        if self.pretokenizer.pattern == "gpt2":
+        if self.pretokenizer.expression == PATTERNS["gpt2"]:
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         else:
-            words = pre_tokenizers.Split(Regex(PATTERNS[self.pretokenizer.pattern]), "isolated")
+            words = pre_tokenizers.Split(Regex(self.pretokenizer.expression), "isolated")
             as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
             backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
         backend.decoder = decoders.ByteLevel()
@@ -129,6 +130,8 @@ def check_request(vocab_size: int, pretokenizer: Pretokenizer) -> None:
             "Name one, such as <|endoftext|>",
         )
     check_names(special)
+    if problem := split_pattern.pattern_problem(pretokenizer.pattern):
+        raise UserError("tokenizer.pattern", problem, split_pattern.FIX)
     smallest = smallest_vocabulary(pretokenizer)
     n_special = f"{len(special)} special token{'s' if len(special) > 1 else ''}"
     if vocab_size < smallest:

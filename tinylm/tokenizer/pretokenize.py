@@ -14,13 +14,16 @@ from typing import Any
 
 import regex
 
+from tinylm.common.errors import UserError
+from tinylm.config.split_pattern import isolated_words
 from tinylm.text.chunks import RawChunk
 from tinylm.text.documents import TextChunk
 
 # No merge crosses the border of a word. gpt2: the words of GPT-2 (Radford et al. 2019). gpt4: the
 # words of GPT-4, from tiktoken's cl100k_base, with at most three digits per word and contractions
 # in either case. Every character is in a word. `tokenizers` and tiktoken find the same words; so
-# does `regex`, except for letters that Unicode added last.
+# does `regex`, except for letters that Unicode added last. A regular expression of one's own is
+# checked where it is read (config/split_pattern.py).
 PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": (
@@ -74,26 +77,35 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
 
 @dataclass(frozen=True)
 class Pretokenizer:
-    """Splits texts into words: the name of a pattern, and the special tokens,
-    which belong to no word.
+    """Splits texts into words: the name of a pattern or a regular expression,
+    and the special tokens, which belong to no word.
     """
 
     pattern: str = "gpt2"
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
 
+    @property
+    def expression(self) -> str:
+        """The regular expression whose matches are the words."""
+        return PATTERNS.get(self.pattern, self.pattern)
+
     def split(self, text: str) -> list[str]:
         """The words of a text, in order; without special tokens. If special tokens overlap,
-        the longest one counts.
+        the longest one counts. What a regular expression does not match is a word too.
 
         >>> Pretokenizer().split("Hello world's<|endoftext|>  end")
         ['Hello', ' world', "'s", ' ', ' end']
+
+        Raises:
+            UserError: a regular expression takes too long.
         """
         word, special = _compile(self)
-        if special is None:
-            return word.findall(text)
         words: list[str] = []
-        for stretch in special.split(text):
-            words += word.findall(stretch)
+        for stretch in special.split(text) if special else [text]:
+            if self.pattern in PATTERNS:  # whose matches leave nothing between them
+                words += word.findall(stretch)
+            else:
+                words += _words_in_time(word, stretch)
         return words
 
 
@@ -101,11 +113,23 @@ class Pretokenizer:
 def _compile(
     pretokenizer: Pretokenizer,
 ) -> tuple[regex.Pattern[str], regex.Pattern[str] | None]:
-    word = regex.compile(PATTERNS[pretokenizer.pattern])
+    word = regex.compile(pretokenizer.expression)
     if not pretokenizer.special_tokens:
         return word, None
     longest_first = sorted(pretokenizer.special_tokens, key=len, reverse=True)
     return word, regex.compile("|".join(map(regex.escape, longest_first)))
+
+
+def _words_in_time(word: regex.Pattern[str], text: str) -> list[str]:
+    try:
+        return isolated_words(word, text)
+    except TimeoutError:
+        raise UserError(
+            "tokenizer.pattern",
+            f"{word.pattern} backtracks without end in a text of {len(text)} characters that "
+            f"begins with {text[:40]!r}",
+            "Write a pattern without nested repetitions, or remove the text",
+        ) from None
 
 
 def count_words(texts: Iterable[str], pretokenizer: Pretokenizer) -> Counter[str]:

@@ -4,6 +4,7 @@ A wrong import, a circle or a file that has grown too long fails here, and the m
 """
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -109,12 +110,12 @@ def imports(node: ast.AST, at_import: bool = True, in_function: bool = False) ->
             )
 
 
-def first_party(source: str) -> Iterator[Import]:
+@functools.cache
+def first_party(source: str) -> list[Import]:
     """The imports of modules of this project, those at their first use included."""
     tree = ast.parse(source)
-    for found in (*imports(tree), *at_first_use(tree)):
-        if found.module in MODULES:
-            yield found
+    found = (*imports(tree), *at_first_use(tree))
+    return [one for one in found if one.module in MODULES]
 
 
 def at_first_use(tree: ast.Module) -> Iterator[Import]:

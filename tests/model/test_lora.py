@@ -35,6 +35,7 @@ SHAPE = {
     "d_ff": 48,
 }
 LORA = LoraConfig(r=4, alpha=8.0)
+KINDS = {"LoRA": LORA, "DoRA": LORA.model_copy(update={"dora": True})}
 
 
 def ours(**settings: Any) -> Decoder:
@@ -95,16 +96,18 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model.eval()(torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(2)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_and_separate_adapters_give_the_same_logits_and_disabled_ones_the_base(
-    name: str,
+    name: str, kind: str
 ) -> None:
     """D8: disabled adapters equal the base exactly, and so do new ones (B = 0); merged equals separate up to
-    rounding, and both differ from the base.
+    rounding, and both differ from the base. Separate ones are peft's code, merged ones ours.
     """
+    lora = KINDS[kind]
     base, model, merged = (MODELS[name]() for _ in range(3))
     before = logits(base)
-    attach(model, LORA, seed=0)
+    attach(model, lora, seed=0)
     assert torch.equal(logits(model), before)
     weights = randomize_adapters(model)
     separate = logits(model)
@@ -112,8 +115,48 @@ def test_merged_and_separate_adapters_give_the_same_logits_and_disabled_ones_the
     with adapters_off(model):
         assert torch.equal(logits(model), before)
     assert torch.equal(logits(model), separate)
-    merge(merged, weights, LORA)
+    merge(merged, weights, lora)
     assert torch.allclose(logits(merged), separate, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_rows_of_a_matrix_merged_by_dora_have_the_trained_lengths(name: str) -> None:
+    """Equation 5 of arXiv:2402.09353 divides each row by its length, so that m alone sets it; at first m is the
+    length in the base.
+    """
+    model, merged = MODELS[name](), MODELS[name]()
+    attach(model, KINDS["DoRA"], seed=0)
+    found = adapter_weights(dict(model.named_parameters()))
+    layers = {
+        layer: merged.get_submodule(layer)
+        for layer in (key.removesuffix(".lora_magnitude_vector") for key in found)
+        if f"{layer}.lora_magnitude_vector" in found
+    }
+    assert len(layers) == 8
+
+    def lengths(layer: nn.Module) -> torch.Tensor:
+        return layer.weight.detach().norm(dim=1 if isinstance(layer, nn.Linear) else 0)
+
+    for layer, module in layers.items():
+        assert torch.equal(found[f"{layer}.lora_magnitude_vector"], lengths(module))
+    weights = randomize_adapters(model)
+    merge(merged, weights, KINDS["DoRA"])
+    for layer, module in layers.items():
+        expected = weights[f"{layer}.lora_magnitude_vector"].abs()
+        assert torch.allclose(lengths(module), expected, rtol=1e-4)
+
+
+def test_dora_refuses_a_row_of_zeros() -> None:
+    """Its direction is 0 / 0, and the first loss would be NaN."""
+    model = ours()
+    model.blocks[1].ffn.up.weight.data[3:5] = 0.0
+    words = (
+        "^lora.dora: blocks.1.ffn.up has 2 rows of zeros, which have no direction to turn. Remove "
+        "it, or name other lora.target_modules.$"
+    )
+    with pytest.raises(UserError, match=words):
+        attach(model, KINDS["DoRA"], seed=0)
+    attach(model, LORA, seed=0)
 
 
 @pytest.mark.parametrize("name", ["ours", "gpt2"])

@@ -63,6 +63,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "hf_model": {"hf_model": True},
     "hf_model lora": {"hf_model": True, **LORA},
 }
+DORA = {"lora": LORA["lora"] | {"dora": True}}
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +527,7 @@ def test_gradient_checkpointing_changes_no_number(make: Make, tmp_path: Path) ->
 
 def adapted(make: Make, **sections: Any) -> Path:
     """The final checkpoint of a run of two steps by adapters."""
-    config = make(**LORA, **sections)
+    config = make(**(LORA | sections))
     assert run(config, "training.max_steps=2") == 0
     return Path(load_config(config).training.checkpoint_dir) / "final.ckpt"
 
@@ -606,15 +607,15 @@ def test_a_whole_hugging_face_model_needs_nothing_beside_its_checkpoint(
     assert isinstance(checkpoint_load.load_model(tmp_path / "second" / "final.ckpt").model, HFModel)
 
 
-@pytest.mark.parametrize("hf_model", [False, True])
+@pytest.mark.parametrize(("hf_model", "dora"), [(False, False), (True, False), (True, True)])
 def test_plain_peft_loads_a_saved_adapter(
-    hf_model: bool, make: Make, home: Path, tmp_path: Path
+    hf_model: bool, dora: bool, make: Make, home: Path, tmp_path: Path
 ) -> None:
     """The logits with peft's adapter equal those of the merged model; adapter_config.json says which base."""
     import peft
     import transformers
 
-    path = adapted(make, hf_model=hf_model)
+    path = adapted(make, hf_model=hf_model, **(DORA if dora else LORA))
     save_adapter(path, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "adapter_config.json",
@@ -633,6 +634,7 @@ def test_plain_peft_loads_a_saved_adapter(
     assert torch.allclose(merged, separate, atol=1e-5)
     assert not torch.allclose(merged, plain, atol=1e-4)
     described = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert described["use_dora"] is dora
     assert described["base_model_name_or_path"] == str(
         home / ("llama" if hf_model else "base/final.ckpt")
     )
@@ -693,14 +695,14 @@ def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, "dora"])
 def test_a_stopped_run_goes_on_to_the_last_bit(
     name: str, make: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; resumed
     from step 4, equal to an uninterrupted run.
     """
-    config = make(**RUNS[name])
+    config = make(**(RUNS | {"dora": DORA})[name])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -119,7 +119,14 @@ def test_micro_batches_that_do_not_fit_are_not_tried(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
-@pytest.mark.parametrize("settings", [(), ("lora.r=4",)], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param((), id="whole"),
+        pytest.param(("lora.r=4",), id="lora"),
+        pytest.param(("lora.r=4", "lora.dora=true"), id="dora", marks=pytest.mark.long),
+    ],
+)
 def test_a_plan_is_within_15_percent_of_the_memory_of_the_run(
     settings: tuple[str, ...], make_config: Make, tmp_path: Path
 ) -> None:

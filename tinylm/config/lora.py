@@ -17,6 +17,8 @@ class LoraConfig(Section):
     """scale: the output of the adapters is multiplied by alpha / r"""
     rslora: Switch = False
     """multiply by alpha / sqrt(r) in place of alpha / r, so that a large rank learns as fast (Kalajdzievski 2023)"""
+    dora: Switch = False
+    """train the length of each row of a weight beside the adapter, which then only turns it (Liu et al. 2024)"""
     dropout: Fraction = 0.0
     """dropout on the input of the adapters"""
     target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None

@@ -157,7 +157,8 @@ def adapter_card(config: Config, info: CheckpointInfo, code: str) -> str:
     assert config.lora is not None
     base = config.training.init_from or ""
     base_name = shown(base.removeprefix(HF_PREFIX))
-    kind = "rsLoRA" if config.lora.rslora else "LoRA"
+    kind = "DoRA" if config.lora.dora else "LoRA"
+    kind = f"rs{kind}" if config.lora.rslora else kind
     on_hub = base == HF_PREFIX + base_name
     rows = {
         "base": base_name,

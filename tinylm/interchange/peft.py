@@ -59,6 +59,7 @@ def save_adapter(path: Path, folder: Path) -> None:
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         use_rslora=config.lora.rslora,
+        use_dora=config.lora.dora,
         lora_dropout=config.lora.dropout,
         target_modules=list(config.lora.target_modules or sorted(targets)),
         fan_in_fan_out=fan_in_fan_out,

@@ -8,6 +8,12 @@ layer.
         x ─────┤                              ├─ + ─▶ y
                └─ A (r, in) ─▶ B (out, r) ────┘
 
+With lora.dora the lengths m (out,) of the rows of W are trained too, and the adapters only turn
+the rows (Liu et al. 2024, arXiv:2402.09353, equation 5; peft takes the gradient of their section
+4.3, in which the norm is a constant):
+
+    W' = m · (W + (alpha / r) · B A) / ‖W + (alpha / r) · B A‖  norms of rows, m at first ‖W‖
+
 `attach` puts adapters into a model with peft, for training. `merge` adds them to the weights, for
 everything else: the result is an ordinary model, and peft is not needed. In checkpoints and
 exported files a matrix has the name that it has in peft's files:
@@ -37,6 +43,8 @@ if TYPE_CHECKING:
 # and gets an adapter only if it is named.
 TARGETS = ("qkv", "out", "up", "down")
 NO_TOKENS = range(0)
+# The end of the name of DoRA's lengths in an adapter's checkpoint, and in peft's files.
+MAGNITUDE = ".lora_magnitude_vector"
 
 
 def attach(
@@ -46,9 +54,12 @@ def attach(
     the values of A depend on the seed alone.
 
     Raises:
-        UserError: peft is missing, a target matches no layer, or the rank is larger than a layer.
+        UserError: peft is missing, a target matches no layer, the rank is larger than a layer, or
+            a row of zeros is to be turned.
     """
     layers = target_layers(model, lora)
+    if lora.dora:
+        _require_lengths(layers)
     require_package("peft")
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
@@ -57,6 +68,7 @@ def attach(
         r=lora.r,
         lora_alpha=lora.alpha,
         use_rslora=lora.rslora,
+        use_dora=lora.dora,
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules or default_targets(model)),
         # GPT-2's Conv1D stores (in, out)
@@ -139,6 +151,21 @@ def target_layers(model: Decoder | HFModel, lora: LoraConfig) -> dict[str, nn.Mo
     return chosen
 
 
+def _rows(layer: nn.Module) -> Tensor:
+    """The matrix (out, in) of a layer, not a copy: GPT-2's Conv1D stores (in, out)."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+
+
+def _require_lengths(layers: Mapping[str, nn.Module]) -> None:
+    """Raise a UserError if a row has the length 0, by which DoRA would divide."""
+    for name, layer in layers.items():
+        n_zero = int((_rows(layer).norm(dim=1) == 0).sum())
+        if n_zero:
+            problem = f"{name} has {n_zero} rows of zeros, which have no direction to turn"
+            raise UserError("lora.dora", problem, "Remove it, or name other lora.target_modules")
+
+
 def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapters' matrices among the weights of a model that has them,
     by their names in peft's files.
@@ -150,6 +177,8 @@ def adapter_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, weight in weights.items():
         if ".lora_A." in name or ".lora_B." in name:
             found[name.replace(".default.", ".")] = weight
+        elif MAGNITUDE in name:
+            found[name.removesuffix(".default.weight")] = weight
         elif of_rows := models.growth.row_name(name):
             found[of_rows] = weight
     return found
@@ -206,9 +235,9 @@ def require_adapter(
     prefix = "" if isinstance(model, Decoder) else "inner."
     wanted: dict[str, tuple[int, ...]] = {}
     for name, layer in target_layers(model, lora).items():
-        rows, columns = layer.weight.shape  # type: ignore[union-attr, misc]
-        if not isinstance(layer, nn.Linear):  # GPT-2: (in, out)
-            rows, columns = columns, rows
+        rows, columns = _rows(layer).shape
+        if lora.dora:
+            wanted[f"{prefix}{name}{MAGNITUDE}"] = (rows,)
         wanted[f"{prefix}{name}.lora_A.weight"] = (lora.r, columns)
         wanted[f"{prefix}{name}.lora_B.weight"] = (rows, lora.r)
     if new_tokens:
@@ -225,7 +254,8 @@ def merge(
     new_tokens: range = NO_TOKENS,
 ) -> None:
     """Add the adapters `weights` to the matrices of `model`, a base without adapters:
-    W + scale · B A; and put the rows of `new_tokens` in their place.
+    W + scale · B A, with the lengths of its rows if they were trained (lora.dora); and put the rows
+    of `new_tokens` in their place.
     """
     for name, a in weights.items():
         if name.endswith(models.growth.ADDED_ROWS):
@@ -235,6 +265,8 @@ def merge(
         if not is_a:
             continue
         b = weights[f"{layer_name}.lora_B.weight"]
-        change = (b.float() @ a.float()) * lora.scale  # (out, in)
-        layer = model.get_submodule(layer_name)
-        layer.weight += change if isinstance(layer, nn.Linear) else change.T  # GPT-2: (in, out)
+        matrix = _rows(model.get_submodule(layer_name))  # (out, in), changed in place
+        matrix += (b.float() @ a.float()) * lora.scale
+        if lora.dora:
+            lengths = weights[f"{layer_name}{MAGNITUDE}"]  # (out,)
+            matrix *= (lengths / matrix.norm(dim=1))[:, None]

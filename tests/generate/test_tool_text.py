@@ -173,13 +173,12 @@ def test_programs_read_the_switch_in_the_checkpoint(
 
 def test_what_the_tool_wrote_has_no_loss_in_grpo(checkpoint: Path) -> None:
     """Of the labels of a sampled answer, those of the results alone are masked."""
-    grpo = GrpoConfig(max_new_tokens=len(SCRIPT), temperature=0.1, group_size=2)
+    sampling = SamplingConfig(max_new_tokens=len(SCRIPT), temperature=0.1)
     prompt = PromptRow(torch.tensor([120]).numpy(), "x", "2.4", "row 1")
     engine = engine_of(checkpoint, deterministic=True)
-    rollouts = sample_rollouts(
-        engine, [prompt], [0], 2, grpo=grpo, stop_ids=(), reward=RewardSum(grpo, "cpu")
-    )
-    assert [rollout.scored.reward for rollout in rollouts] == [1.0, 1.0]
+    rollouts = sample_rollouts(engine, [prompt], [0], 2, sampling=sampling, stop_ids=())
+    scored = RewardSum(GrpoConfig(), "cpu")([rollout.answer for rollout in rollouts])
+    assert [item.reward for item in scored] == [1.0, 1.0]
     batch = pad_rollouts(rollouts, BYTES.pad_id, seq_len=len(TEXT) + 1)
     assert batch["input_ids"].shape == (2, len(TEXT) + 1), "not rounded up beyond the context"
     for inputs, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):

@@ -1,7 +1,8 @@
-"""Rollouts: answers of a model to prompts, sampled in groups and scored.
+"""Rollouts: answers of a model to prompts, sampled in groups.
 
-    prompts, seeds ─▶ `sample_rollouts`: n answers to each, with their rewards
-                   ─▶ `pad_rollouts`: ids and labels (B, T)      `rollout_row`: a line of rollouts.jsonl
+    prompts, seeds ─▶ `sample_rollouts`: n answers to each
+                   ─▶ `pad_rollouts`: ids and labels (B, T)
+    an answer with its reward ─▶ `rollout_row`: a line of rollouts.jsonl
 
 An answer is a function of (weights, prompt, seed, its number): not of the answers beside it.
 """
@@ -14,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinylm.config.grpo import GrpoConfig
 from tinylm.config.schema import SamplingConfig
 from tinylm.generate.engine import Engine, Request
 from tinylm.generate.output import Prompt
 from tinylm.rewards.answer import Answer
-from tinylm.rewards.table import RewardSum, Scored
+from tinylm.rewards.table import Scored
 from tinylm.rows.prompts import PromptRow
 from tinylm.tokens.example_rows import Example, row_of_examples
 
@@ -35,7 +35,8 @@ class Rollout(NamedTuple):
     """of the answer, with the token that ended it"""
     by_tool: tuple[bool, ...]
     """which of them a tool wrote (data.tools)"""
-    scored: Scored
+    answer: Answer
+    """its text and that of its prompt, as a reward is given them"""
 
     @property
     def example(self) -> Example:
@@ -52,9 +53,8 @@ def sample_rollouts(
     seeds: Sequence[int],
     n: int,
     *,
-    grpo: GrpoConfig,
+    sampling: SamplingConfig,
     stop_ids: tuple[int, ...],
-    reward: RewardSum,
 ) -> list[Rollout]:
     """`n` answers to each prompt, in the order of the prompts.
 
@@ -63,14 +63,9 @@ def sample_rollouts(
         prompts: the prompts.
         seeds: one for each prompt.
         n: answers to each.
-        grpo: how they are sampled.
+        sampling: how they are sampled, but for the seed.
         stop_ids: of the template.
-        reward: scores them.
-
-    Raises:
-        UserError: as the reward.
     """
-    sampling = SamplingConfig(max_new_tokens=grpo.max_new_tokens, temperature=grpo.temperature)
     requests = []
     for prompt, seed in zip(prompts, seeds, strict=True):
         own = sampling.model_copy(update={"seed": seed})
@@ -78,16 +73,12 @@ def sample_rollouts(
         requests += [Request(ids, own, stop_ids, sample=number) for number in range(n)]
     completions = list(engine.complete(requests))
     asked = [prompt for prompt in prompts for _ in range(n)]
-    answers = []
+    rollouts = []
     for prompt, completion in zip(asked, completions, strict=True):
         text, is_cut = completion.text.strip(), completion.finish_reason == "length"
         n_tokens = len(completion.ids)
-        answers.append(
-            Answer(prompt.question, text, prompt.target, prompt.location, n_tokens, is_cut)
-        )
-    rollouts = []
-    for prompt, completion, scored in zip(asked, completions, reward(answers), strict=True):
-        rollouts.append(Rollout(prompt, completion.ids, completion.by_tool, scored))
+        answer = Answer(prompt.question, text, prompt.target, prompt.location, n_tokens, is_cut)
+        rollouts.append(Rollout(prompt, completion.ids, completion.by_tool, answer))
     return rollouts
 
 
@@ -111,24 +102,24 @@ def pad_rollouts(rollouts: Sequence[Rollout], pad_id: int, seq_len: int) -> dict
     }
 
 
-def rollout_row(step: int, rollout: Rollout) -> dict[str, Any]:
+def rollout_row(step: int, scored: Scored) -> dict[str, Any]:
     """A line of rollouts.jsonl."""
-    answer = rollout.scored.answer
+    answer = scored.answer
     return {
         "step": step,
         "row": answer.location,
         "prompt": answer.prompt,
         "answer": answer.text,
         "target": answer.target.strip(),
-        "reward": rollout.scored.reward,
-        "rewards": rollout.scored.parts,
+        "reward": scored.reward,
+        "rewards": scored.parts,
         "tokens": answer.n_tokens,
         "truncated": answer.truncated,
     }
 
 
-def shown_rollout(rollout: Rollout) -> str:
+def shown_rollout(scored: Scored) -> str:
     """A prompt in brackets, its answer and the reward, as a validation shows it."""
-    answer, scored = rollout.scored.answer, rollout.scored
+    answer = scored.answer
     parts = ", ".join(f"{name} {value:g}" for name, value in scored.parts.items())
     return f"⟦{answer.prompt}⟧ {answer.text} (reward {scored.reward:g}: {parts})"

@@ -6,9 +6,8 @@
 
 A step trains on micro_batch_size x grad_accum_steps answers, which are the groups of as many
 prompts as that makes. They are sampled when the first of these steps begins, by the model as it is
-then, and are kept until the last of them; a checkpoint between them contains them. What is sampled
-is a function of (weights, seed, step, prompt, number of the answer), so that a resumed run samples
-the same answers. The loss is in tinylm/objectives/grpo.py, rewards are in tinylm/rewards.
+then, and are kept until the last of them; a checkpoint between them contains them (rollouts.py). The
+loss is in tinylm/objectives/grpo.py, rewards are in tinylm/rewards.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from data import RunData
 from model import BatchLoss, TrainingModule
 from tinylm.checkpoint.initial import InitialModel, reference_to
 from tinylm.common.statistics import mean
-from tinylm.config.schema import Config
+from tinylm.config.schema import Config, SamplingConfig
 from tinylm.eval.tasks.data import conversation_parser, requested_built_in_rows
-from tinylm.generate.engine import Engine
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
 from tinylm.model.lora import adapters_off
@@ -38,20 +35,12 @@ from tinylm.objectives.grpo import (
     policy_loss,
     score_tokens,
 )
-from tinylm.rewards.rollouts import (
-    Rollout,
-    answer_seed,
-    pad_rollouts,
-    rollout_row,
-    sample_rollouts,
-    shown_rollout,
-)
-from tinylm.rewards.table import RewardSum
+from tinylm.rewards.rollouts import shown_rollout
+from tinylm.rewards.table import RewardSum, Scored
 from tinylm.rows.inspect import InspectedRow
 from tinylm.rows.prompts import PromptRow, build_prompts, count_shared, fingerprint_of_prompts
 from tinylm.rows.skipped_rows import RowReport
 from tinylm.rows.template_factory import make_template
-from tinylm.runs.rollouts import ROLLOUTS, RolloutsFile
 from tinylm.text.sources import Which
 from tinylm.tokenizer.base import Tokenizer
 from tinylm.tokens.packing import IGNORE_INDEX, Batch, RankShare, RowDataset
@@ -60,6 +49,7 @@ from training.context import RunContext
 from training.resume import ResumeState, require_same_model
 from training.run import Stage
 from training.stages.pretrain import learn_tokenizer
+from training.stages.rollouts import Rollouts
 from training.stages.sft import find_data, log_contents
 
 # Answers that each validation shows.
@@ -190,10 +180,9 @@ class GRPOModule(TrainingModule):
         references: what its checkpoints refer to.
         reference: a frozen copy of the model that the run started from; None if grpo.kl is 0, or
             if that is the policy without its adapters.
-        data: its tokenizer, template and rewards.
-        open_file: opens rollouts.jsonl; None on ranks other than 0.
-        rollouts: the answers of the checkpoint that the run continues from, if it was saved between
-            two steps on them.
+        data: its rewards, and how many prompts a batch of answers has.
+        rollouts: its answers, with those of the checkpoint that the run continues from, if it was
+            saved between two steps on them.
     """
 
     def __init__(
@@ -203,21 +192,13 @@ class GRPOModule(TrainingModule):
         references: dict[str, Any],
         reference: Decoder | HFModel | None,
         data: PromptData,
-        open_file: Callable[[], RolloutsFile] | None,
-        rollouts: list[dict[str, Tensor]] | None,
+        rollouts: Rollouts,
     ):
         super().__init__(config, decoder, "grpo", references)
         assert config.grpo is not None
         self.grpo, self.normalizer = config.grpo, config.training.micro_batch_size
-        self.tokenizer, self.n_prompts = data.tokenizer, data.n_prompts
-        self.stop_ids = data.template.stop_ids(data.tokenizer)
-        self.reward = data.reward
+        self.n_prompts, self.reward, self.rollouts = data.n_prompts, data.reward, rollouts
         self.reference = None if reference is None else reference.requires_grad_(False).eval()
-        self.rollouts = rollouts
-        """the answers that are being trained, a dict of tensors for each micro-batch; None before
-        the first step on new ones"""
-        self.file: RolloutsFile | None = None
-        self._open_file = open_file
         without_dropout(decoder)
         parts = [f"reward_{name}" for name in self.reward.names] if self.reward.names[1:] else []
         kl = ["kl"] if config.grpo.kl else []
@@ -240,8 +221,7 @@ class GRPOModule(TrainingModule):
 
     def on_train_start(self) -> None:
         """Lightning's hook before the first step: open rollouts.jsonl."""
-        if self._open_file is not None:
-            self.file = self._open_file()
+        self.rollouts.open_file()
 
     def passes_at(self, step: int, world_size: int) -> float | None:
         """How often the run has answered the training prompts after `step`."""
@@ -251,9 +231,9 @@ class GRPOModule(TrainingModule):
 
     def stage_state(self) -> dict[str, Any]:
         """For a checkpoint between two steps on the same answers: the answers."""
-        if self.progress.step % self.grpo.inner_steps == 0 or self.rollouts is None:
+        if self.progress.step % self.grpo.inner_steps == 0 or self.rollouts.kept is None:
             return {}
-        return {"rollouts": self.rollouts}
+        return {"rollouts": self.rollouts.kept}
 
     # --- a batch of answers ---
 
@@ -261,52 +241,17 @@ class GRPOModule(TrainingModule):
         """Let the policy as it is now answer the prompts; score the answers, write them to
         rollouts.jsonl, and keep them as micro-batches.
         """
-        training, step, grpo = self.config.training, self.progress.step + 1, self.grpo
-        size = training.micro_batch_size
-        rollouts = self._answer(batch, "train", step, grpo.group_size)
-        if self.file is not None:
-            self.file.append([rollout_row(step, rollout) for rollout in rollouts])
-        values = self._values(rollouts)
-        self.rollouts = []
-        for start in range(0, len(rollouts), size):
-            some = rollouts[start : start + size]
-            part = pad_rollouts(some, self.tokenizer.pad_id, training.seq_len)
-            part |= {name: value[start : start + size].float() for name, value in values.items()}
+        step, grpo = self.progress.step + 1, self.grpo
+        rollouts = self.rollouts.sample(self.decoder, batch, "train", step, grpo.group_size)
+        scored = self.reward([rollout.answer for rollout in rollouts])
+        self.rollouts.write(step, scored)
+        for part in self.rollouts.keep(rollouts, self._values(scored), self.device):
             if grpo.truncated == "mask":
                 part["labels"][part["truncated"].bool()] = IGNORE_INDEX
-            self.rollouts.append({name: value.to(self.device) for name, value in part.items()})
 
-    def _answer(self, batch: Batch, which: Which, step: int, n: int) -> list[Rollout]:
-        """`n` answers to each prompt of the batch, by the policy in eval mode."""
-        seed = self.config.training.seed
-        # A new one each time: a kept one would not notice the steps of a fused AdamW (docs/LOG.md).
-        engine = Engine(
-            self.decoder,
-            self.tokenizer,
-            slots=self.grpo.slots,
-            deterministic=True,
-            tools=self.config.data.tools,
-        )
-        was_training = self.decoder.training
-        self.decoder.eval()
-        # In the precision of the weights: the engine's kernels know no autocast.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            rollouts = sample_rollouts(
-                engine,
-                batch["prompts"],
-                [answer_seed(seed, which, step, place) for place in batch["places"]],
-                n,
-                grpo=self.grpo,
-                stop_ids=self.stop_ids,
-                reward=self.reward,
-            )
-        self.decoder.train(was_training)
-        return rollouts
-
-    def _values(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+    def _values(self, scored: Sequence[Scored]) -> dict[str, Tensor]:
         """The advantage of each answer, and what is logged of it: (N,) each."""
         G = self.grpo.group_size
-        scored = [rollout.scored for rollout in rollouts]
         rewards = torch.tensor([item.reward for item in scored], dtype=torch.float64)  # (N,)
         groups = rewards.view(-1, G)  # (prompts, G)
         advantages = group_advantages(groups, normalize_std=self.grpo.normalize_std)
@@ -328,10 +273,10 @@ class GRPOModule(TrainingModule):
         """The loss of a micro-batch of answers; the first one of a batch of answers samples it."""
         number = len(self._losses)
         is_new = number == 0 and self.progress.step % self.grpo.inner_steps == 0
-        if is_new or self.rollouts is None:
+        if is_new or self.rollouts.kept is None:
             self.sample(batch)
-        assert self.rollouts is not None
-        part = self.rollouts[number]
+        assert self.rollouts.kept is not None
+        part = self.rollouts.kept[number]
         policy, balance_loss = self._score_tokens(self._features, self.decoder, part)
         if "old_log_probs" not in part:  # the first step on these answers is by who wrote them
             part["old_log_probs"] = policy.log_probs.detach()
@@ -345,8 +290,9 @@ class GRPOModule(TrainingModule):
             part.get("reference_log_probs"),
             self.grpo,
         )
-        n_trained = sum(int((item["labels"] != IGNORE_INDEX).sum()) for item in self.rollouts)
-        n_answers = sum(len(item["labels"]) for item in self.rollouts)
+        labels = [item["labels"] for item in self.rollouts.kept]
+        n_trained = sum(int((item != IGNORE_INDEX).sum()) for item in labels)
+        n_answers = sum(map(len, labels))
         loss = loss_of_answers(found.loss, mask, self.grpo, n_trained / n_answers)  # (B,)
         per_token = {"entropy": policy.entropy, "clipped": found.clipped, "kl": found.kl}
         sums = []
@@ -388,15 +334,15 @@ class GRPOModule(TrainingModule):
         many prompts have 0, 1, ..., k answers that pass.
         """
         k = self.grpo.val_samples
-        rollouts = self._answer(batch, "val", 0, k)
-        groups = [rollouts[start : start + k] for start in range(0, len(rollouts), k)]
+        rollouts = self.rollouts.sample(self.decoder, batch, "val", 0, k)
+        scored = self.reward([rollout.answer for rollout in rollouts])
+        groups = [scored[start : start + k] for start in range(0, len(scored), k)]
         counts = [0] * (k + 1)
         for group in groups:
-            counts[sum(rollout.scored.passes for rollout in group)] += 1
+            counts[sum(item.passes for item in group)] += 1
         if batch_idx == 0:
             shown = [shown_rollout(group[0]) for group in groups[:N_SHOWN]]
             self.validation_sample = "\n".join(shown)
-        scored = [rollout.scored for rollout in rollouts]
         sums = [
             sum(item.reward for item in scored) / k,
             sum(item.answer.n_tokens for item in scored) / k,
@@ -463,24 +409,10 @@ def build_module(
             name="reference",
             init_from=config.training.init_from,
         )
-    open_file = None
-    if rank_zero_only.rank == 0:
-        step = 0 if resume is None else resume.state["step"]
-        is_new = resume is None or not resume.is_in(context.checkpoint_dir)
-
-        def open_file() -> RolloutsFile:
-            path = context.log_dir / ROLLOUTS
-            return RolloutsFile(path, step, keep_old=is_new, hold=context.hold)
-
-    return GRPOModule(config, policy, references, reference, data, open_file, rollouts_of(resume))
-
-
-def rollouts_of(resume: ResumeState | None) -> list[dict[str, Tensor]] | None:
-    """The answers in a checkpoint that was saved between two steps on them."""
-    found = None if resume is None else resume.state.get("rollouts")
-    if found is None:
-        return None
-    return [{name: value.clone() for name, value in part.items()} for part in found]
+    grpo, stop_ids = config.grpo, data.template.stop_ids(data.tokenizer)
+    sampling = SamplingConfig(max_new_tokens=grpo.max_new_tokens, temperature=grpo.temperature)
+    rollouts = Rollouts(context, data.tokenizer, stop_ids, sampling, grpo.slots, resume)
+    return GRPOModule(config, policy, references, reference, data, rollouts)
 
 
 GRPO = Stage(

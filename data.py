@@ -19,13 +19,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-# tokens.mixture, shared_runs, stream and workers are imported at their first use
+# tokens.mixture, sampled_documents, shared_runs, stream and workers are imported at their first use
 from tinylm import tokens
 from tinylm.common.console import OnProgress
 from tinylm.common.errors import UserError
@@ -47,6 +47,9 @@ from tinylm.tokens.packing import (
 )
 from tinylm.tokens.run_files import token_files
 from tinylm.tokens.token_file import JoinedFiles, TokenFile
+
+if TYPE_CHECKING:
+    from tinylm.tokens.sampled_documents import Located, SampledDocuments
 
 MOVED = (
     "data.py only holds the data modules: use `python train.py --config ... --show-rows N` or "
@@ -87,6 +90,14 @@ class RunData(L.LightningDataModule):
     def validation_note(self) -> str | None:
         """What the user should know about the first val_loss; None: nothing."""
         return None
+
+    def located_rows(self) -> "list[Located]":
+        """Where each training row is, and its token ids."""
+        return []
+
+    def sampled_documents(self, most: int) -> "SampledDocuments":
+        """Training documents, or rows, of about `most` tokens, evenly chosen; none of a stream."""
+        return tokens.sampled_documents.sample_rows(self.located_rows(), most)
 
     def training_rows(
         self, rows: Sequence[Any], collate: Collate, share: RankShare | None = None
@@ -225,6 +236,11 @@ class PretrainData(RunData):
         if not self.train_files:
             return None
         return tokens.shared_runs.note_on_validation(self.train_files, self.val_files)
+
+    def sampled_documents(self, most: int) -> "SampledDocuments":
+        names = [source.name for source in self.train_sources]
+        files = list(zip(names, self.train_files, strict=False))  # a stream has no files
+        return tokens.sampled_documents.sample_files(files, most)
 
     def start_at(self, batch: int, cursor: list[int] | None) -> None:
         super().start_at(batch, cursor)

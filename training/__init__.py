@@ -1,7 +1,7 @@
 """Training under Lightning. Read `run` first: a run from top to bottom.
 
-`tokenizer`, `settle`, `instruments`, `loggers` and `task_scores` are imported at their first use, as
-`training.tokenizer`: most runs do not need all of them.
+`tokenizer`, `settle`, `instruments`, `loggers`, `task_scores` and `task_overlap` are imported at
+their first use, as `training.tokenizer`: most runs do not need all of them.
 """
 
 from types import ModuleType
@@ -16,5 +16,5 @@ postpone(
 
 
 def __getattr__(name: str) -> ModuleType:
-    names = ("tokenizer", "settle", "instruments", "loggers", "task_scores")
+    names = ("tokenizer", "settle", "instruments", "loggers", "task_scores", "task_overlap")
     return lazy_module(__name__, name, *names)

@@ -174,6 +174,9 @@ def fit(
     is_new = resume is None or not resume.is_in(context.checkpoint_dir)
     metrics_file, loggers = None, []
     if rank_zero_only.rank == 0:
+        if tasks is not None and resume is None:
+            for note in training.task_overlap.notes_on_tasks(config, stage.name, tasks, data):
+                logger.info(note)
         metrics_file = open_metrics(context, module, tasks.columns if tasks else (), is_new=is_new)
         if config.training.loggers:
             loggers = start_loggers(module, checkpoints, record, None if is_new else resume)

@@ -124,17 +124,16 @@ def evaluation_rows(name: str) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: there is neither a task nor a file of this name, or it cannot be read.
     """
-    from tinylm.eval.tasks.data import load_task
-    from tinylm.eval.tasks.table import TASKS
+    from tinylm.eval.tasks.data import evaluation_texts, load_task
+    from tinylm.eval.tasks.table import EVALUATED_TASKS
 
     task, equals, path = name.partition("=")
-    if task in TASKS and (equals or not os.path.lexists(name)):
-        for example in load_task(TASKS[task], Path(path) if equals else None).examples:
-            yield example.location, example.question.full_text
-            yield example.location, example.target
+    if task in EVALUATED_TASKS and (equals or not os.path.lexists(name)):
+        examples = load_task(EVALUATED_TASKS[task], Path(path) if equals else None).examples
+        yield from evaluation_texts(examples)
         return
     if not os.path.lexists(name):
-        fix = f"Give a file, or one of: {', '.join(TASKS)}"
+        fix = f"Give a file, or one of: {', '.join(EVALUATED_TASKS)}"
         raise UserError(("--against", name), "no such file and no such task", fix)
     yield from file_texts(Path(name))
 

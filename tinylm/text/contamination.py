@@ -5,7 +5,7 @@ and punctuation (Brown et al. 2020, appendix C). A row of 8 to 12 words must be 
 shorter one could be anything and is not compared.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,17 +44,38 @@ class NgramIndex:
             words: of the document.
             hashes: of these words, (W,) uint64.
         """
+        for n, starts, places in self._matches(hashes):
+            row = self.names[self.owners[n][places[0]]]
+            return Overlap(row, " ".join(words[starts[0] : starts[0] + n]))
+        return None
+
+    def rows_in(self, hashes: np.ndarray) -> set[str]:
+        """The names of all rows that have a run of words in common with a document.
+
+        Args:
+            hashes: of the words of the document, (W,) uint64.
+        """
+        names: set[str] = set()
+        for n, _, places in self._matches(hashes):
+            runs = np.unique(self.hashes[n][places])
+            first = np.searchsorted(self.hashes[n], runs, side="left")
+            end = np.searchsorted(self.hashes[n], runs, side="right")  # several rows may have a run
+            for start, stop in zip(first.tolist(), end.tolist(), strict=True):
+                names |= {self.names[owner] for owner in self.owners[n][start:stop]}
+        return names
+
+    def _matches(self, hashes: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For each length n of runs that a document has in common with the rows: n, where they begin
+        in the document, and their places in `hashes[n]`.
+        """
         for n, known in self.hashes.items():
             grams = ngram_hashes(hashes, n)
             if not len(grams):
                 continue
             places = np.searchsorted(known, grams) % len(known)
-            found = np.flatnonzero(known[places] == grams)
-            if len(found):
-                start = int(found[0])
-                row = self.names[self.owners[n][places[start]]]
-                return Overlap(row, " ".join(words[start : start + n]))
-        return None
+            starts = np.flatnonzero(known[places] == grams)
+            if len(starts):
+                yield n, starts, places[starts]
 
 
 def ngram_index(rows: Iterable[tuple[str, str]]) -> NgramIndex:

@@ -94,6 +94,9 @@ class PreferenceData(RunData):
                 "rows; val_loss will be too low"
             )
 
+    def located_rows(self) -> list[tuple[str, np.ndarray]]:
+        return [(pair.chosen.location, pair.chosen.ids) for pair in self.train_pairs]
+
     def describe(self) -> str:
         """One line about the training and validation data."""
         n_targets = [int(example.trained.sum()) for example in answers_of(self.train_pairs)]

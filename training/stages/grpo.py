@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -100,6 +101,9 @@ class PromptData(RunData):
                 f"warning: {shared} validation prompts are also training prompts; "
                 "val_reward will be too high"
             )
+
+    def located_rows(self) -> list[tuple[str, np.ndarray]]:
+        return [(prompt.location, prompt.ids) for prompt in self.train_prompts]
 
     def describe(self) -> str:
         """One line about the training and validation data."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 
+import numpy as np
+
 from data import RunData
 from model import LanguageModule
 
@@ -115,6 +117,9 @@ class SFTData(RunData):
             f"the tokens trained (train_on {training.train_on}), validation "
             f"{len(self.val_examples)} examples; template {', '.join(templates or [data.template])}"
         )
+
+    def located_rows(self) -> list[tuple[str, np.ndarray]]:
+        return [(example.location, example.ids) for example in self.train_examples]
 
     def fingerprints(self) -> dict[str, str]:
         """Identify the data: two runs with equal fingerprints see the same tokens and targets."""

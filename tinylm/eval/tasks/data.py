@@ -3,6 +3,7 @@ or the few built-in ones (--smoke).
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,20 @@ def built_in_rows(task: Task) -> list[LocatedRow]:
 
 
 # --- for evaluation ---
+
+
+def evaluation_texts(examples: Iterable[TaskExample]) -> Iterator[tuple[str, str]]:
+    """The texts of examples that no training document may contain, each with where its row is.
+
+    What all rows have, such as `Summarize this dialogue.`, says nothing about one of them.
+    """
+    examples = list(examples)
+    parts = [(one.question.text, one.question.input, one.target) for one in examples]
+    n_rows = Counter(text for texts in parts for text in {*texts})
+    for example, texts in zip(examples, parts, strict=True):
+        for text in texts:
+            if text and (n_rows[text] == 1 or n_rows[text] < len(examples)):
+                yield example.location, text
 
 
 @dataclass(frozen=True)

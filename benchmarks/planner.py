@@ -32,6 +32,7 @@ RUNS = (
     "configs/learn.yaml training.grad_accum_steps=4",
     "configs/learn.yaml data.document_mask=true",
     "configs/learn.yaml model.vocab_size=32000",
+    "configs/learn.yaml training.optimizer=adamw_8bit",
 )
 BYTE_VOCAB_SIZE = 260
 # Enough for optimizer steps and a validation, so that all sizes of tensors were allocated.
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         help="a config and its overrides, in quotes",
     )
     runs = parser.parse_args(argv).runs
+    from tinylm.common.bnb import import_bitsandbytes
     from tinylm.config.loader import load_config
     from tinylm.planning.memory import resident_bytes
     from tinylm.planning.memory_plan import plan_run, with_settings
@@ -63,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(ROOT / preset, overrides)
         vocab_size = config.model.vocab_size or config.tokenizer.vocab_size or BYTE_VOCAB_SIZE
         config = with_settings(config, {"model.vocab_size": vocab_size})
+        if config.training.optimizer == "adamw_8bit":
+            import_bitsandbytes()
+            program = resident_bytes()
         planned = plan_run(config, "cpu", program=program).peak / 1e6
         used = peak_of_run(preset, overrides) / 1e6
         print(f"| {run} | {planned:,.0f} | {used:,.0f} | {planned / used:.2f} |", flush=True)

@@ -26,6 +26,7 @@ from tinylm.checkpoint.format import FORMAT, SCHEMA
 from tinylm.checkpoint.result import link_final
 from tinylm.common.errors import Diverged, UserError, first_line
 from tinylm.model.lora import adapter_weights
+from tinylm.optim.adamw_8bit import state_shapes
 from tinylm.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -228,11 +229,15 @@ def require_same_optimizer(
         fits = fits and in_order == list(range(len(weights)))
         fits = fits and stored["state"].keys() <= set(numbers)
         names = {frozenset(values) for values in stored["state"].values()}
-        fits = fits and len(names) <= len({group.get("muon") for group in optimizer.param_groups})
+        is_8bit = any("absmax1" in kind for kind in names)
+        n_kinds = len({group.get("muon") for group in optimizer.param_groups}) + is_8bit
+        fits = fits and len(names) <= n_kinds
         for number, values in stored["state"].items() if fits else ():
-            for value in values.values():
+            shapes = state_shapes(weights[number]) if is_8bit else {}
+            for name, value in values.items():
                 is_whole = isinstance(value, torch.Tensor) and value.dim() > 0
-                fits = fits and (not is_whole or value.shape == weights[number].shape)
+                shape = shapes.get(name, weights[number].shape)
+                fits = fits and (not is_whole or value.shape == shape)
                 fits = fits and isinstance(value, int | float | torch.Tensor)
     except (LookupError, TypeError, AttributeError):
         fits = False

@@ -21,6 +21,7 @@ import numpy as np
 from torch import nn
 
 from data import PretrainData
+from tinylm.common.bnb import import_bitsandbytes
 from tinylm.common.console import duration, progress_bar, short, size
 from tinylm.common.errors import Diverged, UserError
 from tinylm.common.tables import Table, print_table
@@ -138,6 +139,8 @@ def plan(preflight: Preflight) -> int:
         UserError: it does not fit; with the settings to change.
     """
     device = preflight.device
+    if preflight.config.training.optimizer == "adamw_8bit":
+        import_bitsandbytes()  # 50 MB of the program
     program = program_bytes(device)
     config = preflight.config_with_vocabulary()
     usable = usable_bytes(device, program=program, n_devices=config.hardware.devices)

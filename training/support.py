@@ -6,12 +6,14 @@ to refuse one, add a row.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
 # config.duration is imported for a run that has one
 from tinylm import config as settings
+from tinylm.common.bnb import PACKAGE
 from tinylm.common.errors import UserError
 from tinylm.config.schema import AUTO, Config
 
@@ -51,6 +53,8 @@ FEATURES: dict[str, Callable[[Config, str | None], bool]] = {
     ),
     "micro-batch auto": lambda config, device: config.training.micro_batch_size == AUTO,
     "muon": lambda config, device: config.training.optimizer == "muon",
+    "adamw_8bit": lambda config, device: config.training.optimizer == "adamw_8bit",
+    "no bitsandbytes": lambda config, device: find_spec(PACKAGE) is None,
     "fsdp": lambda config, device: config.hardware.strategy == "fsdp",
     "several devices": lambda config, device: (
         config.hardware.devices * config.hardware.num_nodes > 1
@@ -97,6 +101,13 @@ UNSUPPORTED = (
         "lora",
         "the flags before a run do not support adapters",
         "Remove the lora section; the numbers are then for training every weight",
+    ),
+    # --- optional packages
+    Unsupported(
+        ("adamw_8bit", "no bitsandbytes"),
+        "training.optimizer",
+        "adamw_8bit needs the package bitsandbytes, which is not installed",
+        f"pip install {PACKAGE}, or set training.optimizer=adamw",
     ),
     # --- stages and their sections
     Unsupported(
@@ -350,6 +361,12 @@ UNSUPPORTED = (
         ("fsdp", "muon"),
         "training.optimizer",
         "muon needs whole matrices, which hardware.strategy=fsdp shards",
+        "Set training.optimizer=adamw, or hardware.strategy=ddp",
+    ),
+    Unsupported(
+        ("fsdp", "adamw_8bit"),
+        "training.optimizer",
+        "adamw_8bit is not supported with hardware.strategy=fsdp, which would shard its blocks",
         "Set training.optimizer=adamw, or hardware.strategy=ddp",
     ),
     Unsupported(

@@ -176,7 +176,7 @@ WRONG = [  # what is meant follows in each message
     ("betas: [0.9, 1]", "training.betas: must be below 1.0, got 1."),
     (
         "optimizer: adam",
-        "training.optimizer: must be 'adamw', 'adamw_plain', 'sgd' or 'muon', got \"adam\".",
+        "training.optimizer: must be 'adamw', 'adamw_plain', 'adamw_8bit', 'sgd' or 'muon', got \"adam\".",
     ),
     (
         "loggers: [csv]",

@@ -4,12 +4,14 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tinylm.common.bnb import PACKAGE
 from tinylm.common.errors import UserError
 from tinylm.config.schema import ModelConfig, MoEConfig, TrainingConfig
 from tinylm.model.decoder import Decoder
@@ -27,7 +29,16 @@ from tinylm.optim.optimizers import (
 
 # Muon's settings without options.
 WHOLE = {"heads": None, "rounds": "jordan"}
-KINDS = ["adamw", "adamw_plain", "sgd", "muon"]
+KINDS = [
+    "adamw",
+    "adamw_plain",
+    "sgd",
+    "muon",
+    pytest.param(
+        "adamw_8bit",
+        marks=pytest.mark.skipif(find_spec(PACKAGE) is None, reason=f"pip install {PACKAGE}"),
+    ),
+]
 BLOCK_MATRICES = {
     "attention.qkv.weight",
     "attention.out.weight",

@@ -695,14 +695,17 @@ def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*RUNS, "dora"])
+@pytest.mark.parametrize("name", [*RUNS, "dora", "adamw_8bit"])
 def test_a_stopped_run_goes_on_to_the_last_bit(
     name: str, make: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; resumed
     from step 4, equal to an uninterrupted run.
     """
-    config = make(**(RUNS | {"dora": DORA})[name])
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    others = {"dora": DORA, "adamw_8bit": {"training": {"optimizer": "adamw_8bit"}}}
+    config = make(**(RUNS | others)[name])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3 * 3 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -36,6 +36,7 @@ ON: dict[str, list[str]] = {
     "truncation_side": ["data.truncation_side=left"],
     "learned tokenizer": ["tokenizer.kind=char"],
     "muon": ["training.optimizer=muon"],
+    "adamw_8bit": ["training.optimizer=adamw_8bit"],
     "fsdp": ["hardware.strategy=fsdp"],
     "fp16": ["hardware.precision=16"],
     "bf16": ["hardware.precision=bf16"],
@@ -65,6 +66,8 @@ def refuse(row: Unsupported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     usual = "sft" if "distill section" in row.features else "pretrain"
     stage = next((feature for feature in row.features if feature in STAGES), usual)
     device = "cpu" if "no CUDA" in row.features else "cuda"
+    package = None if "no bitsandbytes" in row.features else object()
+    monkeypatch.setattr("training.support.find_spec", lambda name: package)
     gpu_has_bf16 = "GPU without bf16" not in row.features
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: gpu_has_bf16)
     model_features = frozenset(row.features) & frozenset(MODEL_FEATURES)

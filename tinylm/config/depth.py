@@ -22,7 +22,7 @@ from tinylm.config.rules import RuleError
 from tinylm.config.schema import AUTO, COUNT_LIMIT, Config
 
 DEPTH, LAYERS = "model.depth", "model.n_layers"
-ADAMW, MUON = ("adamw", "adamw_plain"), "muon"
+ADAMW, MUON = ("adamw", "adamw_plain", "adamw_8bit"), "muon"
 
 WIDTH_PER_LAYER = 32
 LARGEST_HEAD = 64

@@ -289,8 +289,8 @@ class TrainingConfig(Section):
         json_schema_extra={"default": 1000},
     )
     """optimizer steps of the whole run; null: as many as `duration` is"""
-    optimizer: Literal["adamw", "adamw_plain", "sgd", "muon"] = "adamw"
-    """torch's fused AdamW, AdamW in plain PyTorch, SGD with lr/sqrt(t+1), or Muon for matrices with AdamW"""
+    optimizer: Literal["adamw", "adamw_plain", "adamw_8bit", "sgd", "muon"] = "adamw"
+    """torch's fused AdamW, AdamW in plain PyTorch, with moments in 8 bits, SGD with lr/sqrt(t+1), or Muon with AdamW"""
     lr: Annotated[Number, Field(gt=0)] = 3e-4
     """peak learning rate"""
     muon_lr: Annotated[Number, Field(gt=0, le=1e20)] = 0.02

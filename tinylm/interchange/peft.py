@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinylm.checkpoint.check import tokenizer_of
 from tinylm.checkpoint.format import read
+from tinylm.common.bnb import block_downloads
 from tinylm.common.errors import UserError, require_package
 from tinylm.common.files import writing
 from tinylm.common.hub import HF_PREFIX
@@ -25,6 +26,7 @@ def save_adapter(path: Path, folder: Path) -> None:
         UserError: the checkpoint has no adapter, or the folder cannot be written.
     """
     require_package("peft")
+    block_downloads()
     from peft import LoraConfig as PeftConfig
     from safetensors.torch import save_file
 

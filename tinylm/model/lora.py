@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 # model.growth is imported for a model with adapters
 from tinylm import model as models
+from tinylm.common.bnb import block_downloads
 from tinylm.common.errors import UserError, first_line, require_package
 from tinylm.config.schema import LoraConfig
 from tinylm.model.decoder import Decoder
@@ -61,6 +62,7 @@ def attach(
     if lora.dora:
         _require_lengths(layers)
     require_package("peft")
+    block_downloads()
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 

@@ -1,5 +1,5 @@
 """The optimizers: SGD, AdamW and Muon, written out to be read, and torch's fused AdamW,
-the default.
+the default. AdamW with moments in 8 bits is in adamw_8bit.py.
 
     gradients ─▶ (clipped by the training step) ─▶ set_lr ─▶ optimizer.step ─▶ one update rule per weight
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tinylm.common.errors import UserError
 from tinylm.config.schema import TrainingConfig
+from tinylm.optim.adamw_8bit import make_adamw_8bit
 
 UpdateRule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], None]
 """Changes a weight in place, given its gradient, its state
@@ -54,6 +55,8 @@ def make_optimizer(
         optimizer = torch.optim.AdamW(groups, **adamw, fused=fused)
     elif kind == "adamw_plain":
         optimizer = WeightwiseOptimizer(groups, adamw_update, **adamw)
+    elif kind == "adamw_8bit":
+        optimizer = make_adamw_8bit(groups, **adamw)
     elif kind == "sgd":
         optimizer = WeightwiseOptimizer(groups, sgd_update, lr=training.lr)
     else:

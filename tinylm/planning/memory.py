@@ -20,7 +20,7 @@ if sys.platform != "win32":
 
 # Bytes for each weight: the weight and its gradient, and what the optimizer keeps.
 WEIGHT_BYTES = 8
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_plain": 8, "muon": 4, "sgd": 0}
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_plain": 8, "adamw_8bit": 2, "muon": 4, "sgd": 0}
 # Bytes for each token of a micro-batch: its id and its label.
 TOKEN_BYTES = 16
 CGROUPS = Path("/sys/fs/cgroup")

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinylm.config.schema import Config
 from tinylm.model.decoder import Decoder
-from tinylm.optim.optimizers import make_optimizer
+from tinylm.optim.adamw_8bit import trace_update
+from tinylm.optim.optimizers import WeightwiseOptimizer, make_optimizer
 from tinylm.planning.probes import autocast, batch_loss
 
 PARTS = ("program", "weights", "gradients", "optimizer", "activations", "logits", "scratch")
@@ -133,7 +134,10 @@ def trace_step(config: Config) -> StepMemory:
     with FakeTensorMode(), MemoryMeter() as meter:
         # The initialization takes no memory afterwards, and a truncated normal depends on contents.
         model = Decoder(config.model.model_copy(update={"init": "normal"})).train()
-        optimizer = make_optimizer(model, training, fused=config.hardware.precision != "16")
+        if training.optimizer == "adamw_8bit":
+            optimizer: Any = WeightwiseOptimizer(model.parameters(), trace_update)
+        else:
+            optimizer = make_optimizer(model, training, fused=config.hardware.precision != "16")
         for weight in model.parameters():
             weight.register_post_accumulate_grad_hook(
                 lambda weight: meter.reassign(weight.grad, "gradients")

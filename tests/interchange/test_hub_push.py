@@ -14,8 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+import yaml
 
+import finetune
 from tinylm.__main__ import main
+from tinylm.checkpoint.load import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,6 +118,67 @@ def test_an_exported_folder_is_pushed_whole(hub, save, tmp_path):
     card = written["README.md"].decode()
     assert "vllm serve . --max-model-len 64" in card
     assert "llama-server -m model.gguf -c 64\nollama create model -f model.Modelfile" in card
+
+
+def arrived(hub: Hub, folder: Path) -> Path:
+    """What the stand-in was sent, as the files of a new folder; it is empty again."""
+    folder.mkdir()
+    for name, content in hub.files.items():
+        (folder / name).write_bytes(content)
+    hub.files.clear()
+    return folder
+
+
+@pytest.mark.slow
+def test_a_pushed_adapter_loads_with_peft_and_the_pushed_merged_model_with_transformers(
+    hub, save, bpe, write, make_config, tmp_path, monkeypatch, capsys
+):
+    """A LoRA run on a folder of transformers in ChatML. Both folders are rebuilt from what the stand-in
+    was sent alone: logits equal those of the checkpoint, and differ from those of the base; tokenizer,
+    chat template and card are in both.
+    """
+    import peft
+
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{hub.port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    base = tmp_path / "base"
+    assert main(["export", str(save()), str(base)]) == 0
+    rows = [json.dumps({"instruction": f"{n} and {n}?", "output": f"{2 * n}"}) for n in range(20)]
+    config = make_config(
+        data={"dataset": str(write("rows.jsonl", "\n".join(rows) + "\n")), "template": "chatml"},
+        training={"init_from": f"hf:{base}", "seq_len": 64, "max_steps": 3, "lr": 0.01},
+        lora={"r": 2, "alpha": 4},
+    )
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    del settings["model"]  # it is that of the base
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert finetune.main(["--config", str(config)]) == 0
+    ckpt = tmp_path / "checkpoints" / "final.ckpt"
+    push = ["--push", "owner/name"]
+    assert main(["export", str(ckpt), str(tmp_path / "adapter"), *push]) == 0
+    adapter = arrived(hub, tmp_path / "adapter from the hub")
+    assert main(["export", str(ckpt), str(tmp_path / "merged"), "--merge", *push]) == 0
+    merged = arrived(hub, tmp_path / "merged from the hub")
+    assert capsys.readouterr().err.count("/owner/name\n") == 2
+
+    own = load_model(ckpt)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = own.model.eval()(ids)
+        whole = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+        assert not torch.allclose(whole(ids).logits, expected, atol=1e-3)
+        theirs = peft.PeftModel.from_pretrained(whole, adapter).eval()
+        assert torch.allclose(theirs(ids).logits, expected, atol=1e-4)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(merged).eval()
+        assert torch.allclose(theirs(ids).logits, expected, atol=1e-4)
+    asked = [{"role": "user", "content": "2 and 2?"}]
+    for folder, words in ((adapter, "| adapter | LoRA, r 2, alpha 4 |"), (merged, "vllm serve .")):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        assert prompt == "<|im_start|>user\n2 and 2?<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer("2 and 2?")["input_ids"] == own.tokenizer.encode("2 and 2?")
+        assert words in (folder / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

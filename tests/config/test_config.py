@@ -471,6 +471,16 @@ def test_other_tags_are_rejected(tag):
             "rope. Change one, or set an even head_dim.",
         ),
         (
+            "model:\n  full_attention_interval: 6\n",
+            "2: model.full_attention_interval: without sliding_window, all layers attend to all positions. "
+            "Set model.sliding_window, or remove it.",
+        ),
+        (
+            "model:\n  sliding_window: 8\n  rope_local_theta: 500.0\n",
+            "3: model.rope_local_theta: without full_attention_interval, all layers are alike, and rope_theta is "
+            "their base. Set model.full_attention_interval, or remove it.",
+        ),
+        (
             "model:\n  moe:\n    top_k: 9\n",
             "3: model.moe.top_k: must be at most n_experts (8), got 9. Lower top_k.",
         ),

@@ -117,7 +117,7 @@ def test_the_schema_names_every_setting_and_nothing_else():
             ]
 
 
-RESOLVED = {"n_kv_heads": 6, "head_dim": 64, "d_ff": 1024}
+RESOLVED = {"n_kv_heads": 6, "head_dim": 64, "query_scalar": 64, "d_ff": 1024}
 
 
 def test_the_defaults_in_the_schema_are_those_of_the_settings():

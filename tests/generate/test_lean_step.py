@@ -13,7 +13,10 @@ from tinylm.model.decoder import Decoder
 from tinylm.model.lora import attach
 
 SIZES = {"depth", "vocab_size", "max_seq_len", "n_layers", "d_model", "n_heads", "head_dim", "d_ff"}
-NUMBERS = {"rope_theta", "norm_eps", "rope_scaling", "no_rope_interval"}
+NUMBERS = {"rope_theta", "norm_eps", "rope_scaling", "no_rope_interval", "query_scalar"} | {
+    "full_attention_interval",
+    "rope_local_theta",
+}
 IN_TRAINING = {"attention_dropout", "residual_dropout", "init", "gradient_checkpointing"}
 
 

@@ -154,6 +154,11 @@ THEIRS = {
     "qwen3": lambda: transformers.Qwen3Config(**THEIR_SHAPE, head_dim=12),
     "mixtral": lambda: transformers.MixtralConfig(**THEIR_SHAPE, num_local_experts=3),
     "olmo2": lambda: transformers.Olmo2Config(**THEIR_SHAPE, pad_token_id=0),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **THEIR_SHAPE | {"num_hidden_layers": 4, "head_dim": 12, "query_pre_attn_scalar": 9},
+        sliding_window=9,
+        sliding_window_pattern=2,
+    ),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64
     ),

@@ -353,11 +353,19 @@ def test_a_weight_that_overflows_in_16_bits_is_named(save, tmp_path):
         ({"n_heads": 5, "head_dim": 8}, "model.d_model: 32 .*has 35"),
         (
             {"no_rope_interval": 2},
-            "model: type smollm3 is not supported in a GGUF file that can be checked. Export with --format hf",
+            "model: a smollm3 model is not supported in GGUF here. Export with --format hf; llama.cpp",
+        ),
+        (
+            {
+                **{"norm_placement": "sandwich", "qk_norm": True, "ffn": "geglu"},
+                **{"scale_embeddings": True, "sliding_window": 8, "full_attention_interval": 2},
+                **{"rope_local_theta": 300.0},
+            },
+            "model: a gemma3_text model is not supported in GGUF here",
         ),
         (
             {"norm_placement": "output", "qk_norm": "all_heads"},
-            "model: type olmo2 is not supported in a GGUF file that can be checked. Export with --format hf",
+            "model: a olmo2 model is not supported in GGUF here. Export with --format hf; llama.cpp",
         ),
         (
             {"rope_scaling": YARN | {"type": "dynamic"}},
@@ -399,8 +407,8 @@ def tuned(path, inner):
                 num_heads=4,
                 attention_types=[[["global", "local"], 1]],
             ),
-            "a gpt_neo model is not supported in GGUF here (model_type: must be one of gpt2, llama, mistral, "
-            "mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3, got gpt_neo)",
+            "a gpt_neo model is not supported in GGUF here (model_type: must be one of gemma, gemma3_text, gpt2, "
+            "llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3, got gpt_neo)",
         ),
         (
             transformers.LlamaConfig(

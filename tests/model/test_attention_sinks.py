@@ -17,6 +17,14 @@ SMALL = {
 }
 
 
+# The window is wider than the texts of these tests.
+LAYERS_OF_TWO_KINDS = {
+    "sliding_window": 30,
+    "full_attention_interval": 2,
+    "rope_local_theta": 50.0,
+}
+
+
 def make(**options) -> Decoder:
     """A model whose weights are large enough that attention matters."""
     torch.manual_seed(3)
@@ -47,7 +55,15 @@ def test_one_layer_gives_at_each_position_the_logits_of_the_kept_tokens_alone(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"n_sinks": 2}, {"norm_placement": "post"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n_sinks": 2},
+        {"norm_placement": "post"},
+        {**LAYERS_OF_TWO_KINDS, "query_scalar": 3, "scale_embeddings": True},
+    ],
+)
 def test_nothing_changes_until_a_token_is_dropped(options):
     model, ids = make(n_layers=3, **options), some_ids(20)
     torch.testing.assert_close(

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tinylm.config.rope_scaling import RopeScalingConfig
 from tinylm.config.schema import ModelConfig, MoEConfig
 from tinylm.model.decoder import (
     AttentionContext,
@@ -45,9 +46,9 @@ SMALL = {
 }
 AXES = {
     "position": ("rope", "learned", "alibi", "none"),
-    "ffn": ("swiglu", "silu", "gelu", "relu2"),
+    "ffn": ("swiglu", "geglu", "silu", "gelu", "relu2"),
     "norm": ("rmsnorm", "layernorm"),
-    "norm_placement": ("pre", "post", "output", "none"),
+    "norm_placement": ("pre", "post", "output", "sandwich", "none"),
     "n_kv_heads": (None, 2, 1),
     "qk_norm": (False, True, "all_heads"),
     "sliding_window": (None, 4, 1),
@@ -56,7 +57,10 @@ AXES = {
     "bias": ("none", "qkv", "all"),
     "tie_embeddings": (True, False),
     "input_scalars": (False, True),
+    "scale_embeddings": (False, True),
 }
+# Layers of two kinds; in a model of two layers, the first has the window.
+MIXED = {"sliding_window": 4, "full_attention_interval": 2}
 
 
 # Only for position rope, so no axis. All three kinds of pairs occur: K is 6, and theta 10000.
@@ -85,6 +89,10 @@ def single_options() -> list[dict]:
         {"moe": MoEConfig(n_experts=3, top_k=3)},
         {"rope_scaling": YARN},
         {"no_rope_interval": 2},
+        {"query_scalar": 3},
+        MIXED,
+        MIXED | {"position": "alibi", "n_kv_heads": 2},
+        MIXED | {"rope_local_theta": 20.0, "rope_scaling": YARN, "n_sinks": 2},
         {"rope_scaling": LLAMA3, "n_kv_heads": 2},
     ]
 
@@ -165,6 +173,8 @@ def slow_logits(model: Decoder, ids: Tensor) -> Tensor:
 def slow_row(model: Decoder, ids: Tensor) -> Tensor:
     config = model.config
     x = model.embedding.weight[ids]
+    if config.scale_embeddings:
+        x = x * math.sqrt(config.d_model)
     if config.position == "learned":
         x = x + model.positions.weight[: len(ids)]
     embedded = x
@@ -181,14 +191,17 @@ def slow_row(model: Decoder, ids: Tensor) -> Tensor:
                 block.attention, slow_norm(block.attention_norm, x, config), config
             )
             x = x + slow_feed(block.ffn, slow_norm(block.ffn_norm, x, config), config)
-        elif config.norm_placement == "output":
-            mixed = slow_attention(block.attention, x, config)
+        elif config.norm_placement in ("output", "sandwich"):
+            is_sandwich = config.norm_placement == "sandwich"
+            into = slow_norm(block.attention_norm, x, config) if is_sandwich else x
+            mixed = slow_attention(block.attention, into, config)
             x = x + slow_norm(block.attention_output_norm, mixed, config)
-            x = x + slow_norm(block.ffn_output_norm, slow_feed(block.ffn, x, config), config)
+            into = slow_norm(block.ffn_norm, x, config) if is_sandwich else x
+            x = x + slow_norm(block.ffn_output_norm, slow_feed(block.ffn, into, config), config)
         else:
             x = x + slow_attention(block.attention, x, config)
             x = x + slow_feed(block.ffn, x, config)
-    if config.norm_placement in ("pre", "output"):
+    if config.norm_placement in ("pre", "output", "sandwich"):
         x = slow_norm(model.norm, x, config)
     return x @ (model.embedding if config.tie_embeddings else model.head).weight.T
 
@@ -210,7 +223,12 @@ def slow_attention(attention: torch.nn.Module, x: Tensor, config: ModelConfig) -
     if config.qk_norm == "all_heads":
         q = torch.stack([rms_normed(row, config) for row in q]) * attention.q_norm.weight
         k = torch.stack([rms_normed(row, config) for row in k]) * attention.k_norm.weight
-    window = config.sliding_window or len(x)
+    sees_all = config.full_attention_interval == 2 and attention.layer == 1
+    window = len(x) if sees_all else config.sliding_window or len(x)
+    base, scaling = config.rope_theta, config.rope_scaling
+    if config.rope_local_theta is not None and not sees_all:
+        base, scaling = config.rope_local_theta, None
+    rotation = slow_frequencies(K // 2, base, scaling)
     rows = []
     for t in range(len(x)):
         heads = []
@@ -219,20 +237,22 @@ def slow_attention(attention: torch.nn.Module, x: Tensor, config: ModelConfig) -
             part, kv_part = slice(head * K, (head + 1) * K), slice(group * K, (group + 1) * K)
             # position 0 turns nothing
             turns = config.no_rope_interval is None or (attention.layer + 1) % 2 != 0
-            query = slow_query(q[t, part], turns * t, attention.q_norm, config)
+            query = slow_query(q[t, part], turns * t, attention.q_norm, config, rotation)
             scores, values = [], []
             for sink in range(config.n_sinks):
                 scores.append(query @ attention.sink_keys[group, sink])
                 values.append(attention.sink_values[group, sink])
             for s in range(max(0, t - window + 1), t + 1):
-                score = query @ slow_query(k[s, kv_part], turns * s, attention.k_norm, config)
+                key = slow_query(k[s, kv_part], turns * s, attention.k_norm, config, rotation)
+                score = query @ key
                 if config.position == "alibi":
-                    score = score - SLOPES[H][head] * (t - s) * math.sqrt(
-                        K
-                    )  # the bias is not divided by sqrt(K)
+                    # the bias is not divided
+                    bias = SLOPES[H][head] * (t - s)
+                    score = score - bias * math.sqrt(config.query_scalar or K)
                 scores.append(score)
                 values.append(v[s, kv_part])
-            heads.append((torch.stack(scores) / math.sqrt(K)).softmax(0) @ torch.stack(values))
+            divisor = math.sqrt(config.query_scalar or K)
+            heads.append((torch.stack(scores) / divisor).softmax(0) @ torch.stack(values))
         rows.append(torch.cat(heads))
     return attention.out(torch.stack(rows))
 
@@ -240,14 +260,20 @@ def slow_attention(attention: torch.nn.Module, x: Tensor, config: ModelConfig) -
 SLOPES = {4: [2**-2, 2**-4, 2**-6, 2**-8], 6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]}
 
 
-def slow_query(x: Tensor, position: int, norm: torch.nn.Module, config: ModelConfig) -> Tensor:
+def slow_query(
+    x: Tensor,
+    position: int,
+    norm: torch.nn.Module,
+    config: ModelConfig,
+    rotation: tuple[float, list[float]],
+) -> Tensor:
     """One query or key (K,): normalized, then rotated pair by pair as complex numbers."""
     if config.qk_norm is True:
         x = rms_normed(x, config) * norm.weight
     if config.position != "rope":
         return x
     half = len(x) // 2
-    size, frequencies = slow_frequencies(half, config)
+    size, frequencies = rotation
     turned = [
         size * complex(x[i], x[i + half]) * cmath.exp(1j * position * frequencies[i])
         for i in range(half)
@@ -259,9 +285,10 @@ def rms_normed(x: Tensor, config: ModelConfig) -> Tensor:
     return x / (x.square().mean() + config.norm_eps).sqrt()
 
 
-def slow_frequencies(n_pairs: int, config: ModelConfig) -> tuple[float, list[float]]:
+def slow_frequencies(
+    n_pairs: int, theta: float, scaling: RopeScalingConfig | None
+) -> tuple[float, list[float]]:
     """What rotated vectors are multiplied by, and the angle per position of each pair."""
-    theta, scaling = config.rope_theta, config.rope_scaling
     plain = [theta ** (-i / n_pairs) for i in range(n_pairs)]
     if scaling is None:
         return 1.0, plain
@@ -325,19 +352,18 @@ def slow_expert(
     config: ModelConfig,
 ) -> Tensor:
     hidden = up @ x + (0 if up_bias is None else up_bias)
-    if config.ffn == "swiglu":
-        gate, value = hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :]
-        hidden = gate * gate.sigmoid() * value
-    elif config.ffn == "silu":
+    value = None
+    if config.ffn in ("swiglu", "geglu"):
+        hidden, value = hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :]
+    if config.ffn in ("swiglu", "silu"):
         hidden = hidden * hidden.sigmoid()
-    elif config.ffn == "gelu":
-        hidden = (
-            0.5
-            * hidden
-            * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-        )
+    elif config.ffn in ("geglu", "gelu"):
+        inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
+        hidden = 0.5 * hidden * (1 + torch.tanh(inner))
     else:
         hidden = hidden.clamp(min=0) ** 2
+    if value is not None:
+        hidden = hidden * value
     return down @ hidden + (0 if down_bias is None else down_bias)
 
 
@@ -478,6 +504,9 @@ def test_cache_holds_grouped_heads_and_under_a_window_a_ring():
     assert model.new_cache(3, 60, chunk=4).keys.shape == (2, 3, 2, 5 + 4 - 1, 6)
     assert model.new_cache(3, 7, chunk=4).keys.shape == (2, 3, 2, 7, 6)
     assert Decoder(ModelConfig(**SMALL)).new_cache(1).keys.shape == (2, 1, 4, 64, 6)
+    # a layer without a window needs all positions
+    mixed = Decoder(ModelConfig(**SMALL | MIXED))
+    assert mixed.new_cache(1, chunk=4).keys.shape == (2, 1, 4, 64, 6)
 
 
 @torch.no_grad()
@@ -1201,6 +1230,7 @@ def test_flops_count_visited_experts_and_seen_positions():
     experts = 6 * (2 * (1728 + 576 + 2880 + 72) + 744) + 12 * 2 * 4 * 6 * 10
     assert flops_per_token(make(moe=MoEConfig(n_experts=3, top_k=2)), 10) == experts
     assert flops_per_token(make(sliding_window=4, n_sinks=3), 10) == 49_392 + 12 * 2 * 4 * 6 * 7
+    assert flops_per_token(make(**MIXED), 10) == 49_392 + 12 * 4 * 6 * (4 + 10)
 
 
 def test_a_decoder_without_a_vocabulary_is_an_error():

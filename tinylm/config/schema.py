@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tinylm.config import recipe, rules
+from tinylm.config import model_rules, recipe, rules
 from tinylm.config.distill import DistillConfig
 from tinylm.config.dpo import DpoConfig
 from tinylm.config.grpo import GrpoConfig
@@ -53,7 +53,7 @@ class MoEConfig(Section):
     (Shazeer et al. 2017; Jiang et al. 2024).
     """
 
-    rules: ClassVar = rules.MOE
+    rules: ClassVar = model_rules.MOE
 
     n_experts: Count = 8
     """feed-forward networks per layer"""
@@ -63,10 +63,14 @@ class MoEConfig(Section):
     """weight of the load-balancing loss (Fedus et al. 2021, equation 4) in the loss"""
 
 
+GATED = {"swiglu": "silu", "geglu": "gelu"}
+"""the gated kinds of feed-forward, and the activation of their gate"""
+
+
 class ModelConfig(Section):
     """The shape of the decoder in `tinylm/model/decoder.py`."""
 
-    rules: ClassVar = rules.MODEL
+    rules: ClassVar = model_rules.MODEL
 
     vocab_size: Count | None = None
     """rows of the embedding; null: the tokenizer's size (a multiple of 64 can be faster on a GPU)"""
@@ -84,28 +88,34 @@ class ModelConfig(Section):
     """key/value heads per layer; null: n_heads (MHA); 1: multi-query; between: grouped-query (Ainslie et al. 2023)"""
     head_dim: Count | None = None
     """width of one head; null: d_model / n_heads"""
-    ffn: Literal["swiglu", "silu", "gelu", "relu2"] = "swiglu"
-    """feed-forward: gated SiLU (Shazeer 2020), or one hidden layer with SiLU, GELU (tanh form) or squared ReLU"""
+    ffn: Literal["swiglu", "geglu", "silu", "gelu", "relu2"] = "swiglu"
+    """feed-forward: gated SiLU or GELU (Shazeer 2020), or one hidden layer with SiLU, GELU or squared ReLU"""
     d_ff: Count | None = None
-    """hidden width of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64 for swiglu, else 4 d_model"""
+    """hidden width of the feed-forward; null: 8/3 d_model rounded up to a multiple of 64 if gated, else 4 d_model"""
     position: Literal["rope", "learned", "alibi", "none"] = "rope"
     """positions: rotary (Su et al. 2021), learned, linear biases (Press et al. 2021), or none"""
     rope_theta: Annotated[Number, Field(gt=1, le=1e12)] = 10000.0
     """base of RoPE's wavelengths"""
     rope_scaling: RopeScalingConfig | None = None
     """frequencies of RoPE for a context longer than the trained one; null: not scaled"""
+    rope_local_theta: Annotated[Number, Field(gt=1, le=1e12)] | None = None
+    """base of RoPE in layers with a window, there without rope_scaling (Gemma 3); null: as in the other layers"""
     no_rope_interval: Annotated[Count, Field(ge=2)] | None = None
     """every n-th layer has no rotary positions (Yang et al. 2025), as in SmolLM3; null: all layers have them"""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016)"""
     norm_eps: Annotated[Number, Field(gt=0, le=0.1)] = 1e-5
     """added to the variance before the square root"""
-    norm_placement: Literal["pre", "post", "output", "none"] = "pre"
-    """norm before each sublayer, after each residual sum, on what each sublayer adds (OLMo 2), or nowhere"""
+    norm_placement: Literal["pre", "post", "output", "sandwich", "none"] = "pre"
+    """norm before each sublayer, after each residual sum, on what it adds (OLMo 2), before and on that, or nowhere"""
     qk_norm: Switch | Literal["all_heads"] = False
     """RMS-normalize queries and keys, true: per head (Dehghani et al. 2023); all_heads: over all heads (OLMo 2)"""
+    query_scalar: Count | None = None
+    """attention scores are divided by the square root of it (Gemma 2); null: head_dim"""
     sliding_window: Count | None = None
     """positions that a token attends to, itself included; null: all previous ones"""
+    full_attention_interval: Annotated[Count, Field(ge=2)] | None = None
+    """every n-th layer attends to all previous positions, not only to sliding_window (Gemma 3); null: no layer"""
     n_sinks: Annotated[CountOrZero, Field(le=1024)] = 0
     """learned key/value slots that every position attends to, also outside the window (after Xiao et al. 2023)"""
     moe: MoEConfig | None = None
@@ -118,6 +128,8 @@ class ModelConfig(Section):
     """biases of the linear layers: none, query/key/value (Qwen2), or all but the head (GPT-2)"""
     tie_embeddings: Switch = True
     """use one matrix for the embedding and the output head (Press and Wolf 2017)"""
+    scale_embeddings: Switch = False
+    """multiply the embedding of a token by sqrt(d_model) (Vaswani et al. 2017, section 3.4)"""
     input_scalars: Switch = False
     """each block reads a learned multiple of the residual stream plus one of the embedding (Karpathy 2025, nanochat)"""
     init: Literal["normal", "trunc_normal", "zero_outputs"] = "normal"
@@ -135,10 +147,12 @@ class ModelConfig(Section):
         (1024, 1536)
         """
         gated_width = 64 * math.ceil(8 * self.d_model / (3 * 64))
+        head_dim = self.head_dim or self.d_model // self.n_heads
         resolved = {
             "n_kv_heads": self.n_heads,
-            "head_dim": self.d_model // self.n_heads,
-            "d_ff": gated_width if self.ffn == "swiglu" else 4 * self.d_model,
+            "head_dim": head_dim,
+            "query_scalar": head_dim,
+            "d_ff": gated_width if self.ffn in GATED else 4 * self.d_model,
         }
         for name, value in resolved.items():
             if getattr(self, name) is None:

@@ -136,11 +136,14 @@ class LeanStep:
         self.config = config = model.config
         self.embedding = model.embedding.weight
         self.positions = model.positions.weight if config.position == "learned" else None
-        self.rotation: tuple[Tensor, Tensor] | None = None
+        self.embedding_scale = config.d_model**0.5 if config.scale_embeddings else None
+        self.kinds, self.kind_of_layer = model.kinds, model.kind_of_layer
+        self.rotations: list[tuple[Tensor, Tensor]] | None = None  # of each kind of layer
         if config.position == "rope":
-            self.rotation = rotation_table(
-                config.max_seq_len, config.head_dim, config.rope_theta, config.rope_scaling
-            )
+            self.rotations = []
+            for kind in self.kinds:
+                rotates = config.max_seq_len, config.head_dim, kind.rope_theta, kind.rope_scaling
+                self.rotations.append(rotation_table(*rotates))
         self.blocks = [LeanBlock(block) for block in model.blocks]
         self.scalars: list[tuple[float, float]] | None = None  # of the stream and the embedding
         if config.input_scalars:
@@ -154,19 +157,20 @@ class LeanStep:
         """Logits (B, V) of the token after `ids` (B,), which are added to `cache`."""
         positions = cache.advance(1)  # (1,), or (B, 1) if rows differ
         x = self.embedding[ids]  # (B, D)
+        if self.embedding_scale is not None:
+            x = x * self.embedding_scale
         if self.positions is not None:
             x = x + self.positions[positions.squeeze(-1)]  # (B, D)
-        angles = None
-        if self.rotation is not None:
-            cos, sin = self.rotation
-            angles = cos[positions], sin[positions]  # (1, K) each, or (B, 1, K)
+        angles: list[Angles] = [None] * len(self.kinds)
+        if self.rotations is not None:  # (1, K) each, or (B, 1, K)
+            angles = [(cos[positions], sin[positions]) for cos, sin in self.rotations]
         embedded = x
-        views = cache_views(self.config, positions, cache)
-        for layer, (block, view) in enumerate(zip(self.blocks, views, strict=True)):
+        views = [cache_views(kind, positions, cache) for kind in self.kinds]
+        for layer, (block, kind) in enumerate(zip(self.blocks, self.kind_of_layer, strict=True)):
             if self.scalars is not None:
                 of_stream, of_embedded = self.scalars[layer]
                 x = of_stream * x + of_embedded * embedded  # (B, D)
-            x = block(x, angles, view)  # (B, D)
+            x = block(x, angles[kind], views[kind][layer])  # (B, D)
         return self.head(self.norm(x))  # (B, V)
 
 
@@ -180,7 +184,7 @@ class LeanBlock:
         self.attention = LeanAttention(block.attention)
         self.ffn = ffn_function(block.ffn)
         self.output_norms: tuple[Function, Function] | None = None
-        if block.placement == "output":
+        if block.placement in ("output", "sandwich"):
             norms = block.attention_output_norm, block.ffn_output_norm
             self.output_norms = norm_function(norms[0]), norm_function(norms[1])
 
@@ -203,7 +207,7 @@ class LeanAttention:
     def __init__(self, attention: Attention):
         self.heads = H, G = attention.n_heads, attention.n_kv_heads
         self.head_dim = attention.head_dim
-        self.rotates = attention.rotates
+        self.rotates, self.scale = attention.rotates, attention.scale
         self.qkv, self.out = linear_function(attention.qkv), linear_function(attention.out)
         self.qk_norm = qk_norm_function(attention)
         self.sinks: tuple[Tensor, Tensor] | None = None
@@ -232,12 +236,14 @@ class LeanAttention:
         return self.out(mixed.reshape(-1, H * K), stream)  # (B, D)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q kᵀ / √K + mask) v (b, G, R, K)."""
+        """softmax(scale · q kᵀ + mask) v (b, G, R, K)."""
         if self.sinks is not None:
             sink_keys, sink_values = self.sinks
             keys = torch.cat((sink_keys.expand(len(keys), -1, -1, -1), keys), dim=2)
             values = torch.cat((sink_values.expand(len(keys), -1, -1, -1), values), dim=2)
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=self.scale
+        )
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -247,9 +253,12 @@ def cache_views(config: ModelConfig, positions: Tensor, cache: KVCache) -> list[
     """The part of the cache that each layer writes and reads, cut out for all layers at once."""
     # One new token sees all that is stored, unless the rows differ, or a window or a bias says
     # otherwise.
-    mask = None
+    mask, first = None, 0
     window, lengths = config.sliding_window, cache.row_lengths
     is_windowed = window is not None and window < cache.filled
+    if is_windowed and cache.window is None and lengths is None and config.position != "alibi":
+        # All positions are stored in order, for layers of another kind: the window is a slice.
+        first, is_windowed = cache.filled - window, False
     if lengths is not None or is_windowed or config.position == "alibi":
         mask = attention_mask(config, positions, cache.key_positions)  # (..., 1, n_sinks + S)
         G, R = config.n_kv_heads, config.n_heads // config.n_kv_heads
@@ -263,8 +272,8 @@ def cache_views(config: ModelConfig, positions: Tensor, cache: KVCache) -> list[
         parts = list(row_groups(lengths, cache.slots))
     seen = []
     for rows, n_slots in parts:
-        keys = cache.keys[:, rows, :, :n_slots].unbind()  # of each layer (b, G, S, K)
-        values = cache.values[:, rows, :, :n_slots].unbind()
+        keys = cache.keys[:, rows, :, first:n_slots].unbind()  # of each layer (b, G, S, K)
+        values = cache.values[:, rows, :, first:n_slots].unbind()
         of_part = None
         if mask is not None:
             n_columns = config.n_sinks + n_slots

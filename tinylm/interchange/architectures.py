@@ -26,22 +26,33 @@ class Architecture:
     ours: dict[str, Any]
     """settings of ModelConfig that are fixed in it"""
     theirs: dict[str, Any]
-    """settings of its config.json that are fixed in our decoder;
-    `layer_types` is the type of every layer"""
+    """settings of its config.json that are fixed in our decoder"""
     settings: dict[str, str]
     """all other settings: our name to its name"""
     modules: dict[str, str | tuple[str, ...]]
     """our module to its module, or to those whose matrices are stacked in ours, top to bottom"""
     transposed: tuple[str, ...] = ()
     """our modules whose matrix is stored as (in, out) there"""
+    shifted: tuple[str, ...] = ()
+    """our modules whose weight is 1 more than theirs: exact for numbers that were bf16"""
     limits: dict[str, Callable[[ModelConfig], Any]] = field(default_factory=dict)
     """settings of ModelConfig that follow from other settings there"""
+
+    def limits_of(self, config: ModelConfig) -> dict[str, Any]:
+        """The values that these settings would have there."""
+        limits = {key: limit(config) for key, limit in self.limits.items()}
+        is_free = "query_scalar" in self.settings
+        return limits if is_free else limits | {"query_scalar": config.head_dim}
 
 
 # --- the architectures ---
 
 # A section with keys of its own for each type (rope_parameters.py).
 ROPE_PARAMETERS = "rope_parameters"
+# The list of the types of the layers, as one word if they follow a rule, and the number in it.
+LAYER_TYPES = "layer_types"
+MIXED = "full_attention in every n-th layer, sliding_attention in the others"
+FULL_INTERVAL = "layer_types, n"
 
 _NO_EXTRAS = {
     "norm_placement": "pre",
@@ -49,6 +60,9 @@ _NO_EXTRAS = {
     "n_sinks": 0,
     "no_rope_interval": None,
     "input_scalars": False,
+    "scale_embeddings": False,
+    "full_attention_interval": None,
+    "rope_local_theta": None,
 }
 
 LLAMA = Architecture(
@@ -117,10 +131,10 @@ MISTRAL = replace(
     limits={},
 )
 
-_FULL = {"layer_types": "full_attention", "use_sliding_window": False}
+_FULL = {LAYER_TYPES: "full_attention", "use_sliding_window": False}
 # Three settings say which layers have a window: transformers reads layer_types,
 # other programs max_window_layers.
-_WINDOW = {"layer_types": "sliding_attention", "use_sliding_window": True, "max_window_layers": 0}
+_WINDOW = {LAYER_TYPES: "sliding_attention", "use_sliding_window": True, "max_window_layers": 0}
 
 QWEN2 = replace(
     LLAMA,
@@ -239,6 +253,55 @@ OLMO2 = replace(
     limits={"head_dim": lambda config: config.d_model / config.n_heads},
 )
 
+_SCALED = {"ffn": "geglu", "scale_embeddings": True}
+GEMMA = replace(
+    LLAMA,
+    model_type="gemma",
+    ours=LLAMA.ours | _SCALED,
+    theirs={
+        "hidden_act": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "use_bidirectional_attention": None,
+    },
+    shifted=("norm",),
+    limits={},
+)
+
+# Two kinds of layers, each with a rotary base of its own, and norms around each sublayer.
+_BY_LAYER = {
+    "sliding_window": "sliding_window",
+    "full_attention_interval": FULL_INTERVAL,
+    "rope_theta": "rope_parameters.full_attention.rope_theta",
+    "rope_local_theta": "rope_parameters.sliding_attention.rope_theta",
+}
+GEMMA3 = replace(
+    LLAMA,
+    model_type="gemma3_text",
+    ours={key: value for key, value in LLAMA.ours.items() if key not in _BY_LAYER}
+    | {"norm_placement": "sandwich", "qk_norm": True}
+    | _SCALED,
+    theirs={
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        LAYER_TYPES: MIXED,
+    },
+    settings=LLAMA.settings | _BY_LAYER | {"query_scalar": "query_pre_attn_scalar"},
+    modules={**QWEN3.modules, **OLMO2.modules}
+    | {
+        "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
+        "blocks.{}.ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
+    },
+    shifted=("norm",),
+    limits=LLAMA.limits
+    | {
+        "full_attention_interval": lambda config: config.full_attention_interval or 6,
+        "rope_local_theta": lambda config: config.rope_local_theta or config.rope_theta,
+    },
+)
+
 GPT2 = Architecture(
     "gpt2",
     ours=_NO_EXTRAS
@@ -310,6 +373,9 @@ ARCHITECTURES = (
     PHI3,
     SMOLLM3,
     OLMO2,
+    GEMMA,
+    GEMMA3,
+    replace(GEMMA3, theirs=GEMMA3.theirs | {LAYER_TYPES: "sliding_attention"}),
     GPT2,
     _gpt2_with("silu", "silu"),
     _gpt2_with("relu2", "relu2"),
@@ -317,13 +383,9 @@ ARCHITECTURES = (
 )
 
 # Architectures that would need more of the decoder than a switch each, and what that is.
-_GEMMA3 = (
-    "its layers alternate between a window and all positions, with two rotary bases, have four "
-    "norms and a gated GELU, and its embedding is scaled"
-)
 NEED_MORE = {
-    "gemma3": _GEMMA3,
-    "gemma3_text": _GEMMA3,
+    "gemma2": "it limits attention scores and logits by a tanh",
+    "gemma3": "it reads images too (its text model alone, gemma3_text, is supported)",
 }
 
 

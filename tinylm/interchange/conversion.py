@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 from torch import Generator, Tensor, cat, no_grad, randint
@@ -23,13 +23,16 @@ from tinylm.config.schema import ModelConfig
 from tinylm.interchange.architectures import (
     ARCHITECTURES,
     BY_INTERVAL,
+    FULL_INTERVAL,
+    LAYER_TYPES,
+    MIXED,
     NO_ROPE_LAYERS,
     ROPE_PARAMETERS,
     Architecture,
     unsupported,
 )
 from tinylm.interchange.rope_parameters import our_settings, their_context, their_parameters
-from tinylm.model.decoder import Decoder
+from tinylm.model.decoder import Decoder, layer_kinds
 from tinylm.model.hf_model import HFModel
 
 if TYPE_CHECKING:
@@ -55,15 +58,22 @@ def hf_config(config: ModelConfig) -> PreTrainedConfig:
     ours = _flat(config)
     settings = dict(architecture.theirs)
     for name, their_name in architecture.settings.items():
-        settings[their_name] = ours[name]
+        if not their_name.startswith(ROPE_PARAMETERS):
+            settings[their_name] = ours[name]
     if config.position == "rope":
+        by_layer = "rope_local_theta" in architecture.settings
         settings[architecture.settings["max_seq_len"]] = their_context(config)
-        settings[ROPE_PARAMETERS] = their_parameters(config)
+        settings[ROPE_PARAMETERS] = their_parameters(config, by_layer=by_layer)
     if architecture.model_type == "gpt2":
         settings["embd_pdrop"] = config.residual_dropout
     settings.pop(NO_ROPE_LAYERS, None)
-    if "layer_types" in settings:
-        settings["layer_types"] = [settings["layer_types"]] * config.n_layers
+    settings.pop(FULL_INTERVAL, None)
+    if LAYER_TYPES in settings:
+        kinds, kind_of_layer = layer_kinds(config)
+        windows = [kinds[kind].sliding_window for kind in kind_of_layer]
+        settings[LAYER_TYPES] = [
+            "full_attention" if window is None else "sliding_attention" for window in windows
+        ]
     no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     made = AutoConfig.for_model(architecture.model_type, **no_tokens, **_nested(settings))
     if config.position == "rope":
@@ -117,16 +127,29 @@ def _architecture_in(config: PreTrainedConfig) -> Architecture:
 
 
 def _settings_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings by dotted name; the type of the layers as one word if they follow a rule."""
+    """The settings by dotted name; the types of the layers as one word if they follow a rule."""
     found = dict(_dotted(config.to_dict()))
-    if "layer_types" in found and len(set(found["layer_types"])) == 1:
-        found["layer_types"] = found["layer_types"][0]
+    types = found.get(LAYER_TYPES)
+    if types:
+        # without a full layer, the first one would come after the last layer
+        every = [*types, "full_attention"].index("full_attention") + 1
+        found[FULL_INTERVAL] = every
+        if len(set(types)) == 1:
+            found[LAYER_TYPES] = types[0]
+        elif types == _mixed_types(every, len(types)):
+            found[LAYER_TYPES] = MIXED
     if NO_ROPE_LAYERS in found:
         every = found["no_rope_layer_interval"]
         regular = [int((layer + 1) % every != 0) for layer in range(config.num_hidden_layers)]
         if found[NO_ROPE_LAYERS] == regular:
             found[NO_ROPE_LAYERS] = BY_INTERVAL
     return found
+
+
+def _mixed_types(every: int, n_layers: int) -> list[str]:
+    """The types of layers of which every n-th is without a window."""
+    is_full = [(layer + 1) % every == 0 for layer in range(n_layers)]
+    return ["full_attention" if full else "sliding_attention" for full in is_full]
 
 
 def _architecture_for(config: ModelConfig) -> Architecture:
@@ -149,8 +172,7 @@ def _misfits(config: ModelConfig, architecture: Architecture) -> Iterator[tuple[
     and the value that it would have there.
     """
     found = _flat(config)
-    limits = {key: limit(config) for key, limit in architecture.limits.items()}
-    for key, value in (architecture.ours | limits).items():
+    for key, value in (architecture.ours | architecture.limits_of(config)).items():
         if found[key] != value:
             yield key, found[key], value
 
@@ -205,10 +227,11 @@ def to_hf(model: Decoder) -> PreTrainedModel:
     made = AutoModelForCausalLM.from_config(hf_config(model.config), dtype=dtype)
     ours = model.state_dict()
     theirs: dict[str, Tensor] = {}
-    for name, their_names, transposed in _pairs(architecture, model.config.n_layers, ours):
-        rows = _rows(model.config, name, len(ours[name]), len(their_names))
-        for their_name, part in zip(their_names, ours[name].split(rows), strict=True):
-            theirs[their_name] = part.T if transposed else part
+    for pair in _pairs(architecture, model.config.n_layers, ours):
+        weight = ours[pair.name] - 1 if pair.shifted else ours[pair.name]
+        rows = _rows(model.config, pair.name, len(weight), len(pair.theirs))
+        for their_name, part in zip(pair.theirs, weight.split(rows), strict=True):
+            theirs[their_name] = part.T if pair.transposed else part
     made.load_state_dict(theirs, strict=True)
     return made.eval()
 
@@ -234,12 +257,14 @@ def from_weights(hf_config: PreTrainedConfig, weight: Callable[[str], Tensor]) -
     model = empty_model(config)
     ours: dict[str, Tensor] = {}
     pairs = _pairs(_architecture_in(hf_config), config.n_layers, model.state_dict())
-    for name, their_names, transposed in pairs:
+    for name, their_names, transposed, shifted in pairs:
         if name == "head.weight" and config.tie_embeddings:  # their files need not have it
             ours[name] = ours["embedding.weight"]
             continue
         stacked = cat([weight(part) for part in their_names]).float()
         ours[name] = stacked.T.contiguous() if transposed else stacked
+        if shifted:
+            ours[name] = ours[name] + 1
     model.load_state_dict(ours, strict=True, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
@@ -256,7 +281,7 @@ def their_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     weights = empty_model(config).state_dict()
     ours = {name: tuple(weight.shape) for name, weight in weights.items()}
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, parts, transposed in _pairs(_architecture_in(hf_config), config.n_layers, ours):
+    for name, parts, transposed, _ in _pairs(_architecture_in(hf_config), config.n_layers, ours):
         if name == "head.weight" and config.tie_embeddings:
             continue
         rows = _rows(config, name, ours[name][0], len(parts))
@@ -307,20 +332,32 @@ def _rows(config: ModelConfig, name: str, n_rows: int, n_parts: int) -> list[int
     return [n_rows // n_parts] * n_parts
 
 
-def _pairs(
-    architecture: Architecture, n_layers: int, ours: Container[str]
-) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """Each of our weights, their weights that are stacked in it,
-    and whether they are stored transposed.
-    """
+class Pair(NamedTuple):
+    """One of our weights, and their weights that are stacked in it."""
+
+    name: str
+    theirs: tuple[str, ...]
+    transposed: bool
+    """whether theirs are stored transposed"""
+    shifted: bool
+    """whether ours is 1 more than theirs"""
+
+
+def _pairs(architecture: Architecture, n_layers: int, ours: Container[str]) -> Iterator[Pair]:
+    """All pairs of weights."""
     for module, theirs in architecture.modules.items():
         parts = (theirs,) if isinstance(theirs, str) else theirs
         for layer in range(n_layers if "{}" in module else 1):
             for suffix in ("", ".weight", ".bias"):  # "": experts are a parameter, not a module
                 name = module.format(layer) + suffix
                 if name in ours:
-                    transposed = suffix == ".weight" and module.endswith(architecture.transposed)
-                    yield name, tuple(part.format(layer) + suffix for part in parts), transposed
+                    is_weight = suffix == ".weight"
+                    yield Pair(
+                        name,
+                        tuple(part.format(layer) + suffix for part in parts),
+                        is_weight and module.endswith(architecture.transposed),
+                        is_weight and module.endswith(architecture.shifted),
+                    )
 
 
 # --- the check ---

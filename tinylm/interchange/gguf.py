@@ -72,6 +72,7 @@ logger = logging.getLogger(__name__)
 ARCHITECTURES = {"mistral": "llama", "mixtral": "llama"}
 # Hugging Face's architectures whose files llama.cpp was seen to read as they are meant.
 IN_GGUF = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt2")
+CONVERT = f"{USE_HF}; llama.cpp's convert_hf_to_gguf.py reads the folder"
 
 
 def export_gguf(ckpt: Path, out: Path, *, dtype: str = "f32") -> Exported:
@@ -156,10 +157,9 @@ def model_for_gguf(loaded: Loaded) -> Decoder:
             problem = (
                 f"a {model.inner.config.model_type} model is not supported in GGUF here ({found})"
             )
-            fix = f"{USE_HF}; llama.cpp's convert_hf_to_gguf.py reads the folder"
-            raise UserError("its model", problem, fix) from None
+            raise UserError("its model", problem, CONVERT) from None
     window, longest = model.config.sliding_window, model.config.max_seq_len
-    if window is None:
+    if window is None or model.config.rope_local_theta is not None:
         return model
     context = min(window, longest)
     if context < longest:
@@ -167,7 +167,7 @@ def model_for_gguf(loaded: Loaded) -> Decoder:
             "note: GGUF has no sliding window, so the file's context is the window, %d of %d tokens",
             *(context, longest),
         )
-    sizes = {"sliding_window": None, "max_seq_len": context}
+    sizes = {"sliding_window": None, "full_attention_interval": None, "max_seq_len": context}
     return with_config(model, model.config.model_copy(update=sizes))
 
 
@@ -185,8 +185,8 @@ def check_expressible(config: ModelConfig, model_type: str) -> None:
     or that transformers does not read from it.
     """
     if model_type not in IN_GGUF:
-        problem = f"type {model_type} is not supported in a GGUF file that can be checked"
-        raise UserError("model", problem, USE_HF)
+        problem = f"a {model_type} model is not supported in GGUF here"
+        raise UserError("model", problem, CONVERT)
     require_expressible(config, ARCHITECTURES.get(model_type, model_type))
     supported: dict[str, Any] = {}
     if model_type == "gpt2":

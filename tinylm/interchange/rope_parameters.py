@@ -24,8 +24,11 @@ OPTIONAL = ("attention_factor", "beta_fast", "beta_slow")
 HARMLESS = {"partial_rotary_factor": 1.0, "truncate": True}
 
 
-def their_parameters(config: ModelConfig) -> dict[str, Any]:
-    """`rope_parameters` for the decoder's rotary positions."""
+def their_parameters(config: ModelConfig, *, by_layer: bool = False) -> dict[str, Any]:
+    """`rope_parameters` for the decoder's rotary positions; `by_layer` for each type of layer."""
+    if by_layer:
+        local = {"rope_type": "default", "rope_theta": config.rope_local_theta}
+        return {"full_attention": their_parameters(config), "sliding_attention": local}
     scaling = config.rope_scaling
     theta = {"rope_theta": config.rope_theta}
     if scaling is None:
@@ -53,6 +56,10 @@ def our_settings(config: PreTrainedConfig) -> dict[str, Any]:
         UserError: it scales in another way; it names the key.
     """
     found = dict(config.rope_parameters)
+    if "full_attention" in found:
+        found, local = dict(found["full_attention"]), found["sliding_attention"]
+        if (type := local.get("rope_type", "default")) != "default":
+            raise _error("sliding_attention.rope_type", f"must be default, got {json.dumps(type)}")
     context = config.max_position_embeddings
     type = found.pop("rope_type", "default")
     found.pop("rope_theta")

@@ -54,10 +54,12 @@ def with_attention_sinks(model: Decoder, *, window: int, n_first: int) -> Decode
         raise ValueError("attention sinks need a rotation that does not depend on the length")
     shared = {id(weight): weight for weight in model.parameters()}
     copied = copy.deepcopy(model, shared)
-    unlimited = {"max_seq_len": 2**31 - 1, "sliding_window": None}
+    unlimited = {"max_seq_len": 2**31 - 1, "sliding_window": None, "full_attention_interval": None}
     copied.config = model.config.model_copy(update=unlimited)
-    for block in copied.blocks:
-        block.attention = StreamingAttention(block.attention, window, n_first, model.config)
+    copied.kinds = [copied.config] * len(model.kinds)
+    for block, kind in zip(copied.blocks, model.kind_of_layer, strict=True):
+        config = model.kinds[kind]
+        block.attention = StreamingAttention(block.attention, window, n_first, config)
     return copied
 
 
@@ -99,7 +101,7 @@ class StreamingAttention(nn.Module):
             near = slice(max(n_first, start - window + 1), max(n_first, block.stop))
             far_scores = far_q[:, :, block] @ far_k.mT  # (B, H, Q, n + n_first)
             near_scores = near_q[:, :, block] @ near_k[:, :, near].mT  # (B, H, Q, S)
-            scores = torch.cat((far_scores, near_scores), dim=-1) / math.sqrt(attention.head_dim)
+            scores = torch.cat((far_scores, near_scores), dim=-1) * attention.scale
             far_mask = causal_mask(positions[block], far_positions, None)
             near_mask = causal_mask(positions[block], positions[near], window)
             mask = torch.cat((far_mask, near_mask), dim=-1)  # (Q, n + n_first + S)

@@ -5,11 +5,12 @@
 
 Notable features, each one a field of `ModelConfig`:
 
-- rotary (also scaled), learned, ALiBi or no positions   - sliding windows and learned attention sinks
-- multi-head, grouped-query and multi-query attention    - packed documents that do not see each other
-- SwiGLU, SiLU, GELU or squared-ReLU feed-forward        - mixture of experts without dropped tokens
-- RMSNorm or LayerNorm; pre-, post-, output or no norm   - tied or untied embedding and head
-- QK norm, per head or over all heads                    - learned scalars of stream and embedding
+- rotary (also scaled), learned, ALiBi or no positions   - sliding windows (in all layers or some)
+- multi-head, grouped-query and multi-query attention    - learned attention sinks
+- SwiGLU, GeGLU, SiLU, GELU, squared-ReLU feed-forward   - packed documents that do not see each other
+- RMSNorm or LayerNorm, in four placements or none       - mixture of experts without dropped tokens
+- QK norm, per head or over all heads                    - tied or untied embedding and head
+- learned scalars of stream and embedding, per layer
 
 In reading order: norms · rotary and ALiBi positions · which keys a query sees (the mask) ·
 attention · feed-forward · block · decoder · sizes and FLOPs. One forward pass serves training,
@@ -38,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 # kv_cache is imported when a cache is made, rope_scaling for a scaled context: training needs none
 from tinylm import model as models
 from tinylm.config.rope_scaling import RopeScalingConfig
-from tinylm.config.schema import ModelConfig, MoEConfig
+from tinylm.config.schema import GATED, ModelConfig, MoEConfig
 from tinylm.model.initialization import init_weights
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def alibi_slopes(n_heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """Positions and mask of one forward pass: computed once, shared by all layers."""
+    """Positions and mask of one forward pass: computed once, shared by all layers of a kind."""
 
     positions: Tensor
     """(T,) of the new tokens, or (B, T) if rows differ: packed documents, texts of a batch"""
@@ -186,6 +187,23 @@ class AttentionContext:
     is_causal: bool
     """whether the kernel applies the plain causal mask itself"""
     cache: KVCache | None
+
+
+def layer_kinds(config: ModelConfig) -> tuple[list[ModelConfig], list[int]]:
+    """The kinds of layers, each as the settings of a model that has no other, and the kind of
+    each layer: all alike, or some with a window (kind 0) and every n-th without (kind 1).
+
+    Local layers read the neighborhood cheaply, a few global ones the rest (Gemma 3, 2025).
+    """
+    every = config.full_attention_interval
+    if every is None:
+        return [config], [0] * config.n_layers
+    alike = {"full_attention_interval": None, "rope_local_theta": None}
+    local, full = dict(alike), alike | {"sliding_window": None}
+    if config.rope_local_theta is not None:
+        local |= {"rope_theta": config.rope_local_theta, "rope_scaling": None}
+    kinds = [config.model_copy(update=local), config.model_copy(update=full)]
+    return kinds, [int((layer + 1) % every == 0) for layer in range(config.n_layers)]
 
 
 def attention_context(
@@ -297,6 +315,7 @@ class Attention(nn.Module):
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
         self.head_dim = config.head_dim
+        self.scale = 1 / math.sqrt(config.query_scalar)  # query_scalar is K, unless it is given
         self.n_sinks = config.n_sinks
         self.dropout = config.attention_dropout
         every = config.no_rope_interval
@@ -340,7 +359,7 @@ class Attention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
     ) -> Tensor:
-        """softmax(q kᵀ / √K + mask) v (B, H, T, K), fused, so that the (T, S) scores are never
+        """softmax(scale · q kᵀ + mask) v (B, H, T, K), fused, so that the (T, S) scores are never
         stored.
         """
         return F.scaled_dot_product_attention(
@@ -350,6 +369,7 @@ class Attention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
+            scale=self.scale,
             enable_gqa=self.n_kv_heads != self.n_heads,
         )
 
@@ -380,10 +400,10 @@ class Attention(nn.Module):
         """The attention weights (B, H, T, n_sinks + S), for plots:
         the fused kernel never stores them.
 
-        softmax(q kᵀ / √K) in fp32; only without a cache.
+        softmax(scale · q kᵀ) in fp32; only without a cache.
         """
         q, k, _ = self.project(x, context)
-        scores = q.float() @ repeat_kv(k.float(), self.n_heads).mT / math.sqrt(self.head_dim)
+        scores = q.float() @ repeat_kv(k.float(), self.n_heads).mT * self.scale
         mask = context.attention_mask
         if mask is None:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
@@ -402,15 +422,15 @@ def repeat_kv(x: Tensor, n_heads: int) -> Tensor:
 
 
 def activate(kind: str, up: Tensor) -> Tensor:
-    """The hidden layer (..., F) from the up projection: (..., 2F) for swiglu, which has a gate,
+    """The hidden layer (..., F) from the up projection: (..., 2F) for a kind with a gate,
     else (..., F).
 
-    SwiGLU: silu(gate) · value (Shazeer 2020, equation 6). GELU: GPT-2's tanh form. Squared ReLU: So
-    et al. 2021.
+    SwiGLU, GeGLU: silu(gate) · value, gelu(gate) · value (Shazeer 2020, equations 5 and 6).
+    GELU: GPT-2's tanh form. Squared ReLU: So et al. 2021.
     """
-    if kind == "swiglu":
+    if kind in GATED:
         gate, value = up.chunk(2, dim=-1)  # (..., F) each
-        return F.silu(gate) * value
+        return activate(GATED[kind], gate) * value
     if kind == "silu":
         return F.silu(up)
     return F.gelu(up, approximate="tanh") if kind == "gelu" else F.relu(up).square()
@@ -423,8 +443,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.kind = config.ffn
         bias = config.bias == "all"
-        # Gate and value of swiglu are one matrix: one large product is faster than two small ones.
-        width = config.d_ff * (2 if self.kind == "swiglu" else 1)
+        # Gate and value are one matrix: one large product is faster than two small ones.
+        width = config.d_ff * (2 if self.kind in GATED else 1)
         self.up = nn.Linear(config.d_model, width, bias=bias)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=bias)
 
@@ -452,7 +472,7 @@ class MixtureOfExperts(nn.Module):
         self.n_experts = moe.n_experts
         self.top_k = moe.top_k
         E, D, hidden = moe.n_experts, config.d_model, config.d_ff
-        width = hidden * (2 if self.kind == "swiglu" else 1)
+        width = hidden * (2 if self.kind in GATED else 1)
         self.router = nn.Linear(D, E, bias=False)
         self.up = nn.Parameter(torch.empty(E, width, D))
         self.down = nn.Parameter(torch.empty(E, D, hidden))
@@ -512,6 +532,7 @@ def grouped_linear(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
 #                         └────────────────────────┘  └──────────────────┘
 #     output (OLMo 2)  x ─┬─▶ attention ─▶ norm ─▶ + ─┬─▶ ffn ─▶ norm ─▶ + ─▶
 #                         └────────────────────────┘  └──────────────────┘
+#     sandwich (Gemma 2): both
 #     post (2017)      x ─┬─▶ attention ─▶ + ─▶ norm ─┬─▶ ffn ─▶ + ─▶ norm ─▶
 #                         └────────────────┘          └──────────┘
 
@@ -527,13 +548,13 @@ class Block(nn.Module):
             is_here = self.placement in placements
             return make_norm(config, config.d_model) if is_here else nn.Identity()
 
-        self.attention_norm = norm_if("pre", "post")
+        self.attention_norm = norm_if("pre", "post", "sandwich")
         self.attention = Attention(config, layer)
-        self.attention_output_norm = norm_if("output")
-        self.ffn_norm = norm_if("pre", "post")
+        self.attention_output_norm = norm_if("output", "sandwich")
+        self.ffn_norm = norm_if("pre", "post", "sandwich")
         moe = config.moe
         self.ffn = FeedForward(config) if moe is None else MixtureOfExperts(config, moe)
-        self.ffn_output_norm = norm_if("output")
+        self.ffn_output_norm = norm_if("output", "sandwich")
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
@@ -573,6 +594,7 @@ class Decoder(nn.Module):
                 "vocabulary"
             )
         self.config = config
+        self.kinds, self.kind_of_layer = layer_kinds(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_seq_len, config.d_model)
@@ -583,8 +605,7 @@ class Decoder(nn.Module):
         if config.input_scalars:
             self.stream_scalars = nn.Parameter(torch.empty(config.n_layers))
             self.input_scalars = nn.Parameter(torch.empty(config.n_layers))
-        # After pre-norm or output-norm blocks the stream has not been normalized yet; after
-        # post-norm blocks it just was.
+        # After post-norm blocks the stream was just normalized; after all others it never was.
         last = config.norm_placement not in ("post", "none")
         self.norm = make_norm(config, config.d_model) if last else nn.Identity()
         self.head = Head(config.d_model, config.vocab_size, bias=False)
@@ -636,14 +657,17 @@ class Decoder(nn.Module):
             positions = torch.arange(T, device=input_ids.device)  # (T,)
         # 2. Embed the tokens.
         x = self.embedding(input_ids)  # (B, T, D)
+        if self.config.scale_embeddings:
+            x = x * math.sqrt(self.config.d_model)  # (B, T, D)
         if self.config.position == "learned":
             x = x + self.positions(positions)  # (B, T, D)
         embedded = x = self.dropout(x)
-        # 3. Rotation angles and mask, the same for all layers.
-        context = attention_context(self.config, positions, cache)
+        # 3. Rotation angles and mask, the same for all layers of a kind.
+        contexts = [attention_context(kind, positions, cache) for kind in self.kinds]
         # 4. The blocks. The balance loss is the mean over layers.
         balance = x.new_zeros((), dtype=torch.float32)
         for layer, block in enumerate(self.blocks):
+            context = contexts[self.kind_of_layer[layer]]
             if self.config.input_scalars:
                 x = self.stream_scalars[layer] * x + self.input_scalars[layer] * embedded
             if self.config.gradient_checkpointing and self.training:
@@ -720,6 +744,6 @@ def flops_per_token(model: Decoder, seq_len: int) -> int:
             weights += module.weight.numel()
         elif isinstance(module, MixtureOfExperts):
             weights += (module.up.numel() + module.down.numel()) * module.top_k // module.n_experts
-    seen = min(seq_len, config.sliding_window or seq_len) + config.n_sinks
-    attention = 12 * config.n_layers * config.n_heads * config.head_dim * seen
-    return 6 * weights + attention
+    windows = [model.kinds[kind].sliding_window or seq_len for kind in model.kind_of_layer]
+    seen = sum(min(seq_len, window) + config.n_sinks for window in windows)  # of all layers
+    return 6 * weights + 12 * config.n_heads * config.head_dim * seen

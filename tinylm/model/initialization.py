@@ -32,7 +32,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tinylm.config.schema import ModelConfig
+from tinylm.config.schema import GATED, ModelConfig
 
 
 @torch.no_grad()
@@ -77,6 +77,6 @@ def _separate_matrices(name: str, weight: Tensor, config: ModelConfig) -> tuple[
     if name.endswith("qkv.weight"):
         H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
         return weight.split((H * K, G * K, G * K))
-    if ".ffn.up" in name and config.ffn == "swiglu":
+    if ".ffn.up" in name and config.ffn in GATED:
         return weight.chunk(2, dim=-2)
     return (weight,)

@@ -57,7 +57,8 @@ class KVCache:
         device: torch.device,
         chunk: int,
     ):
-        self.window = config.sliding_window
+        # A layer without a window needs all positions, and all layers have the same slots.
+        self.window = None if config.full_attention_interval else config.sliding_window
         self.ring_chunk = chunk
         self.fixed_shapes = False
         """whether a row is computed alike whatever the other rows are (see `row_lengths`)"""

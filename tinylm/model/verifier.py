@@ -147,7 +147,8 @@ def require_encoder_config(config: ModelConfig) -> None:
     if config.sliding_window is not None:
         problem = "not supported with a verifier, whose tokens see the whole text"
         raise UserError("model.sliding_window", problem, "Remove it")
-    if config.input_scalars:
-        raise UserError("model.input_scalars", "not supported with a verifier", "Remove it")
+    for name in ("input_scalars", "scale_embeddings"):
+        if getattr(config, name):
+            raise UserError(f"model.{name}", "not supported with a verifier", "Remove it")
     if config.moe is not None:
         raise UserError("model.moe", "not supported with a verifier", "Remove it")

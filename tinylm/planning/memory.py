@@ -13,7 +13,7 @@ import torch
 
 from tinylm.common.console import size
 from tinylm.common.errors import UserError, first_line, is_out_of_memory
-from tinylm.config.schema import Config
+from tinylm.config.schema import GATED, Config
 
 if sys.platform != "win32":
     import resource
@@ -116,7 +116,7 @@ def require_memory(config: Config, device: str) -> None:
     assert model.n_kv_heads and model.head_dim and model.d_ff, "resolved by the schema"
     heads = 2 * (model.n_heads + model.n_kv_heads)  # of query, key, value and output
     n_experts = model.moe.n_experts if model.moe else 1
-    feed_forward = (3 if model.ffn == "swiglu" else 2) * model.d_ff * n_experts
+    feed_forward = (3 if model.ffn in GATED else 2) * model.d_ff * n_experts
     rows_of_embedding = (model.vocab_size or 0) * (1 if model.tie_embeddings else 2)
     n_weights = model.d_model * (
         rows_of_embedding + model.n_layers * (heads * model.head_dim + feed_forward)

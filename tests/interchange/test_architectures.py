@@ -25,11 +25,9 @@ SHAPE = {
     "d_ff": 48,
 }
 GPT2 = {"position": "learned", "norm": "layernorm", "ffn": "gelu", "bias": "all"}
+MIXED = {"sliding_window": 5, "full_attention_interval": 2}
 GEMMA = {"ffn": "geglu", "scale_embeddings": True}
-GEMMA3 = {
-    **{"norm_placement": "sandwich", "qk_norm": True, "sliding_window": 5},
-    **{"full_attention_interval": 2, "rope_local_theta": 300.0},
-}
+GEMMA3 = MIXED | {"norm_placement": "sandwich", "qk_norm": True, "rope_local_theta": 300.0}
 OLMO2 = {"norm_placement": "output", "qk_norm": "all_heads"}
 EXPRESSIBLE = {
     "llama": ("llama", {}),
@@ -66,6 +64,10 @@ EXPRESSIBLE = {
     "smollm3": ("smollm3", {"no_rope_interval": 2, "n_kv_heads": 2}),
     "olmo2": ("olmo2", OLMO2),
     "olmo2, untied": ("olmo2", OLMO2 | {"n_kv_heads": 2, "tie_embeddings": False}),
+    "olmo3": ("olmo3", OLMO2 | MIXED | {"rope_local_theta": 10000.0}),
+    "ministral": ("ministral", MIXED | {"n_kv_heads": 2, "head_dim": 6}),
+    "qwen2, two kinds": ("qwen2", MIXED | {"bias": "qkv", "rope_theta": 500.0}),
+    "qwen3, two kinds": ("qwen3", MIXED | {"qk_norm": True, "tie_embeddings": False}),
     "gemma": ("gemma", GEMMA | {"head_dim": 10, "n_kv_heads": 1}),
     "gemma3": ("gemma3_text", GEMMA | GEMMA3),
     "gemma3, scaled": (
@@ -135,6 +137,7 @@ def greedy(model: Decoder, ids: torch.Tensor, n_new: int) -> torch.Tensor:
         "qwen3",
         "mixtral",
         "olmo2",
+        "ministral",
         "gemma3",
         "gpt2",
     ],
@@ -182,6 +185,7 @@ def test_a_tied_head_stays_tied_both_ways():
         "qwen3_moe",
         "smollm3",
         "olmo2",
+        "qwen3, two kinds",
         "gemma3, scaled",
         "gpt2",
     ],
@@ -433,8 +437,8 @@ def test_imported_gpt2_keeps_its_dropout():
         (THEIRS["olmo2"](attention_bias=True), "attention_bias: must be false, got true"),
         (
             transformers.BloomConfig(),
-            "model_type: must be one of gemma, gemma3_text, gpt2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3, "
-            "got bloom. Choose another model",
+            "model_type: must be one of gemma, gemma3_text, gpt2, llama, ministral, mistral, mixtral, olmo2, olmo3, phi3, "
+            "qwen2, qwen3, qwen3_moe, smollm3, got bloom. Choose another model",
         ),
     ],
 )
@@ -465,6 +469,9 @@ def test_settings_that_our_decoder_cannot_compute_are_errors(config, words):
             "model.moe: .* nearest, qwen3, has null",
         ),
         ({"n_sinks": 2}, "model.n_sinks: 2 .* has 0"),
+        (MIXED | {"bias": "all"}, 'model.bias: "all" .* nearest, ministral, has "none"'),
+        ({"moe": MoEConfig(), **MIXED}, "model.moe: .* nearest, ministral, has null"),
+        (GPT2 | MIXED, "model.full_attention_interval: 2 .* nearest, gpt2, has null"),
         ({"input_scalars": True}, "model.input_scalars: true .* llama, has false"),
         ({"ffn": "relu2"}, 'model.ffn: "relu2" .* llama, has "swiglu"'),
         ({"ffn": "geglu"}, 'model.ffn: "geglu" .* llama, has "swiglu"'),

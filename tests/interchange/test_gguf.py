@@ -137,10 +137,11 @@ def test_a_mixture_of_experts_is_a_llama_with_experts(save, tmp_path):
 EXPERT_KEYS = ("expert_count", "expert_used_count", "feed_forward_length")
 
 
-def test_a_window_becomes_the_context_of_the_file(save, tmp_path, caplog):
-    """GGUF's Llama has no window; up to its length, a window changes nothing."""
+@pytest.mark.parametrize("more", [{}, {"full_attention_interval": 2}], ids=["all", "some"])
+def test_a_window_becomes_the_context_of_the_file(more, save, tmp_path, caplog):
+    """GGUF's Llama has no window; up to its length, a window changes nothing, in all layers or in some."""
     caplog.set_level(logging.INFO, "tinylm")
-    assert export_gguf(save(sliding_window=9), tmp_path / "a.gguf").model_type == "llama"
+    assert export_gguf(save(sliding_window=9, **more), tmp_path / "a.gguf").model_type == "llama"
     assert GGUFReader(tmp_path / "a.gguf").get_field("llama.context_length").contents() == 9
     assert caplog.messages == [
         "note: GGUF has no sliding window, so the file's context is the window, 9 of 64 tokens"
@@ -408,7 +409,7 @@ def tuned(path, inner):
                 attention_types=[[["global", "local"], 1]],
             ),
             "a gpt_neo model is not supported in GGUF here (model_type: must be one of gemma, gemma3_text, gpt2, "
-            "llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3, got gpt_neo)",
+            "llama, ministral, mistral, mixtral, olmo2, olmo3, phi3, qwen2, qwen3, qwen3_moe, smollm3, got gpt_neo)",
         ),
         (
             transformers.LlamaConfig(

@@ -29,6 +29,18 @@ SHAPES = {
     "olmo2, tied": lambda: transformers.Olmo2Config(
         **THEIR_SHAPE | NO_TOKENS, tie_word_embeddings=True, rms_norm_eps=1e-2, rope_theta=300.0
     ),
+    "olmo3": lambda: transformers.Olmo3Config(
+        **THEIR_SHAPE | NO_TOKENS | {"num_hidden_layers": 5, "sliding_window": 6},
+        rope_scaling={
+            **{"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8},
+            **{"attention_factor": 1.2, "beta_fast": 32.0, "beta_slow": 1.0},
+        },
+    ),
+    "ministral": lambda: transformers.MinistralConfig(
+        **THEIR_SHAPE | {"bos_token_id": None, "eos_token_id": None},
+        **{"head_dim": 12, "sliding_window": 6},
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "gemma": lambda: transformers.GemmaConfig(**THEIR_SHAPE | NO_TOKENS, head_dim=12),
     "gemma3_text": lambda: transformers.Gemma3TextConfig(
         **THEIR_SHAPE | NO_TOKENS | GEMMA3 | {"num_hidden_layers": 7},

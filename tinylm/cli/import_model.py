@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "python -m tinylm import NAME_OR_FOLDER OUT.ckpt"
     parser.description = (
         "Convert a Hugging Face model to a checkpoint: Gemma, Gemma 3 (text), GPT-2, Llama, "
-        "Mistral, Mixtral, OLMo 2, Phi-3, Qwen2, Qwen3 (also with experts) or SmolLM3, from "
-        "safetensors. Its logits are first compared with transformers'."
+        "Ministral, Mistral, Mixtral, OLMo 2 and 3, Phi-3, Qwen2, Qwen3 (also with experts) or "
+        "SmolLM3, from safetensors. Its logits are first compared with transformers'."
     )
     parser.add_argument(
         "name",

@@ -170,6 +170,38 @@ def _windowed(architecture: Architecture) -> Architecture:
     )
 
 
+def _mixed(architecture: Architecture) -> Architecture:
+    """The same with a sliding window in all but every n-th layer."""
+    places = {"sliding_window": "sliding_window", "full_attention_interval": FULL_INTERVAL}
+    return replace(
+        architecture,
+        ours={key: value for key, value in architecture.ours.items() if key not in places},
+        theirs=architecture.theirs | {LAYER_TYPES: MIXED},
+        settings=architecture.settings | places,
+        limits=architecture.limits
+        | {"full_attention_interval": lambda config: config.full_attention_interval or 6},
+    )
+
+
+def _with_local_theta(architecture: Architecture) -> Architecture:
+    """The same with a rotary base of its own in the layers that have a window."""
+    ours = {key: value for key, value in architecture.ours.items() if key != "rope_local_theta"}
+    bases = {
+        "rope_theta": "rope_parameters.full_attention.rope_theta",
+        "rope_local_theta": "rope_parameters.sliding_attention.rope_theta",
+    }
+    limit = {"rope_local_theta": lambda config: config.rope_local_theta or config.rope_theta}
+    return replace(
+        architecture,
+        ours=ours,
+        settings=architecture.settings | bases,
+        limits=architecture.limits | limit,
+    )
+
+
+# A Llama with layers of two kinds.
+MINISTRAL = _mixed(replace(LLAMA, model_type="ministral", theirs={"hidden_act": "silu"}, limits={}))
+
 MIXTRAL = Architecture(
     "mixtral",
     ours=_NO_EXTRAS | {"position": "rope", "norm": "rmsnorm", "ffn": "swiglu", "bias": "none"},
@@ -253,6 +285,8 @@ OLMO2 = replace(
     limits={"head_dim": lambda config: config.d_model / config.n_heads},
 )
 
+OLMO3 = _with_local_theta(_mixed(replace(OLMO2, model_type="olmo3")))
+
 _SCALED = {"ffn": "geglu", "scale_embeddings": True}
 GEMMA = replace(
     LLAMA,
@@ -267,40 +301,27 @@ GEMMA = replace(
     limits={},
 )
 
-# Two kinds of layers, each with a rotary base of its own, and norms around each sublayer.
-_BY_LAYER = {
-    "sliding_window": "sliding_window",
-    "full_attention_interval": FULL_INTERVAL,
-    "rope_theta": "rope_parameters.full_attention.rope_theta",
-    "rope_local_theta": "rope_parameters.sliding_attention.rope_theta",
-}
+# Norms around each sublayer, and layers of two kinds, each with a rotary base of its own.
 GEMMA3 = replace(
     LLAMA,
     model_type="gemma3_text",
-    ours={key: value for key, value in LLAMA.ours.items() if key not in _BY_LAYER}
-    | {"norm_placement": "sandwich", "qk_norm": True}
-    | _SCALED,
+    ours=LLAMA.ours | {"norm_placement": "sandwich", "qk_norm": True} | _SCALED,
     theirs={
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "use_bidirectional_attention": False,
         "final_logit_softcapping": None,
         "attn_logit_softcapping": None,
-        LAYER_TYPES: MIXED,
     },
-    settings=LLAMA.settings | _BY_LAYER | {"query_scalar": "query_pre_attn_scalar"},
+    settings=LLAMA.settings | {"query_scalar": "query_pre_attn_scalar"},
     modules={**QWEN3.modules, **OLMO2.modules}
     | {
         "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
         "blocks.{}.ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
     },
     shifted=("norm",),
-    limits=LLAMA.limits
-    | {
-        "full_attention_interval": lambda config: config.full_attention_interval or 6,
-        "rope_local_theta": lambda config: config.rope_local_theta or config.rope_theta,
-    },
 )
+GEMMA3 = _with_local_theta(_mixed(GEMMA3))
 
 GPT2 = Architecture(
     "gpt2",
@@ -359,23 +380,33 @@ def _gpt2_with(ours: str, theirs: str) -> Architecture:
     )
 
 
+def _without_full_layers(*architectures: Architecture) -> tuple[Architecture, ...]:
+    """The same with fewer layers than the interval: all of them have the window."""
+    uniform = {LAYER_TYPES: "sliding_attention"}
+    return tuple(replace(one, theirs=one.theirs | uniform) for one in architectures)
+
+
 # If two compute the same, export writes the first; import reads each.
 ARCHITECTURES = (
     LLAMA,
     LLAMA_WITH_BIASES,
     MISTRAL,
+    MINISTRAL,
     QWEN2,
     _windowed(QWEN2),
+    _mixed(_windowed(QWEN2)),
     QWEN3,
     _windowed(QWEN3),
+    _mixed(_windowed(QWEN3)),
     MIXTRAL,
     QWEN3_MOE,
     PHI3,
     SMOLLM3,
     OLMO2,
+    OLMO3,
     GEMMA,
     GEMMA3,
-    replace(GEMMA3, theirs=GEMMA3.theirs | {LAYER_TYPES: "sliding_attention"}),
+    *_without_full_layers(MINISTRAL, OLMO3, GEMMA3),
     GPT2,
     _gpt2_with("silu", "silu"),
     _gpt2_with("relu2", "relu2"),

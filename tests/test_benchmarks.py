@@ -70,6 +70,7 @@ def test_freed_memory_counts_in_the_peak_but_not_in_the_current_memory(benchmark
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_installed_implementation_is_timed(tmp_path):
     """24,736: tied embedding 128·32, 2 layers of 4·32·32 + 3·32·64 + 2·32, final norm 32."""
     assert 128 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 == 24736

@@ -76,6 +76,7 @@ def test_a_folder_without_the_code_of_a_peer_is_named(quality, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_configs_and_a_peer_train_on_the_same_rows(tmp_path):
     """The peer is a table of 300 x 300 logits, all 0 at first: ln 300 nats per token before its
     first step. One that learns is below that at the end, in bits per byte at most log2(300), for a

@@ -72,6 +72,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_installed_command_trains_in_a_new_folder(installed, tmp_path):
     """Only tinylm is in site-packages, and no run writes there; workers are spawned, as on macOS."""
     names = {path.name for path in installed.iterdir()}

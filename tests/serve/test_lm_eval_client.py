@@ -96,6 +96,7 @@ def write_tasks(folder: Path, engine: Engine) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_lm_eval_command_finds_over_http_what_our_harness_finds(
     run_server, model_files, tmp_path
 ):

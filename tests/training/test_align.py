@@ -361,6 +361,7 @@ def wait_for(what: Any, process: subprocess.Popen[str]) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
 def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path, monkeypatch, ran):
     """In each stage, after its first checkpoint, the stage and the pipeline are killed; in the last
@@ -399,7 +400,12 @@ def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.long),
+    ],
 )
 def test_a_stop_reaches_the_stage_which_saves(tmp_path, number, code):
     path = write_pipeline(tmp_path, 2000)

@@ -123,7 +123,7 @@ def test_micro_batches_that_do_not_fit_are_not_tried(
     "settings",
     [
         pytest.param((), id="whole"),
-        pytest.param(("lora.r=4",), id="lora"),
+        pytest.param(("lora.r=4",), id="lora", marks=pytest.mark.long),
         pytest.param(("lora.r=4", "lora.dora=true"), id="dora", marks=pytest.mark.long),
         pytest.param(("training.optimizer=adamw_8bit",), id="adamw_8bit", marks=pytest.mark.long),
     ],

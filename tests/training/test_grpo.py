@@ -213,7 +213,13 @@ sys.exit(finetune.main(sys.argv[2:]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["inner steps and a reference", "lora", "hf_model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "inner steps and a reference",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("lora", "hf_model")),
+    ],
+)
 def test_killed_again_and_again_a_run_is_equal_to_the_last_bit(
     name: str, reward: Make, tmp_path: Path
 ) -> None:

@@ -1152,7 +1152,12 @@ START = "import os, sys; os.setpgid(0, 0); import train; sys.exit(train.main(sys
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.long),
+    ],
 )
 def test_a_signal_to_the_whole_group_saves_too(
     make_config: Make, tmp_path: Path, number: int, code: int

@@ -337,7 +337,8 @@ BLOCKS = 4
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` (..., r, r) where it is symmetric. On a CPU only 10 of 16 blocks are computed:
+    """`left @ right` (..., r, r) where it is symmetric. On a CPU only 10 of 16 blocks are computed
+    (of tensors without contents, by which memory is planned, all at once):
 
     1 1 1 1
     · 2 2 2        1, 2, 3, 4: one product for each row of blocks, from the diagonal on
@@ -345,7 +346,7 @@ def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     · · · 4
     """
     r = left.size(-2)
-    if left.is_cuda or r < LARGE:
+    if left.is_cuda or r < LARGE or type(left) is not Tensor:
         return left @ right
     result = left.new_empty(*left.shape[:-1], r)
     block = math.ceil(r / BLOCKS)

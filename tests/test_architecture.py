@@ -154,6 +154,7 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 # --- the shape of the house ---
 
 
+@pytest.mark.slow
 def test_no_circle_of_imports():
     """Imports in functions and under TYPE_CHECKING count too, and so do the programs."""
     graph = {
@@ -175,6 +176,7 @@ def test_a_circle_is_found():
     assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
 
 
+@pytest.mark.slow
 def test_a_folder_imports_only_from_itself_and_from_folders_above_it():
     wrong = {
         (name, found.module)
@@ -201,6 +203,7 @@ def test_a_program_imports_no_program():
     assert wrong == set()
 
 
+@pytest.mark.slow
 def test_no_first_party_import_in_a_function_outside_the_programs_and_cli():
     """A file shows its dependencies at its top; programs import late for a fast --help."""
     late = {
@@ -412,11 +415,13 @@ def loaded_by(modules: str, wanted: set[str], folder: Path) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_settings_load_without_torch(tmp_path):
     modules = "tinylm.config.schema, tinylm.config.loader"
     assert loaded_by(modules, {"torch", "numpy", "yaml"}, tmp_path) == {"yaml"}
 
 
+@pytest.mark.slow
 def test_counting_workers_load_neither_torch_nor_pydantic(tmp_path):
     """A spawned worker imports the module of its function; torch alone would cost it a second."""
     modules = "tinylm.tokenizer.pretokenize, tinylm.text.chunks, tinylm.text.documents"
@@ -475,6 +480,7 @@ def texts() -> list[Path]:
     ]
 
 
+@pytest.mark.slow
 def test_no_file_names_a_path_of_one_machine():
     found = [
         f"{path.relative_to(ROOT)}: {hit.group()}"
@@ -533,6 +539,7 @@ def reads_of(source: str) -> Iterator[str]:
             yield name.rpartition(".")[2]
 
 
+@pytest.mark.slow
 def test_every_file_is_opened_by_one_helper() -> None:
     found = {}
     for path in SOURCES:

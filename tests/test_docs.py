@@ -652,7 +652,7 @@ def run_as_typed(command: Command, folder: Path) -> tuple[str, str]:
     } | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command.program.split(), *command.arguments, *more],
-        cwd=folder, env=environment, input=command.stdin, capture_output=True, text=True, timeout=300, check=False,
+        cwd=folder, env=environment, input=command.stdin, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"line {command.line}: {shlex.join(command.words)}\n{done.stderr}"
     return command.program, done.stdout
@@ -774,6 +774,7 @@ def unknown_names(text: str, code: str) -> Iterator[str]:
             yield word
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
 def test_names_in_the_guides_exist(guide):
     assert (
@@ -881,6 +882,7 @@ def unknown_messages(text: str, patterns: list[re.Pattern[str]]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "guide",
     [path for path in GUIDES if path.name == "TROUBLESHOOTING.md"],

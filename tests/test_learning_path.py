@@ -128,6 +128,7 @@ def exercises(text: str) -> list[int]:
 # --- the page -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_definition_that_the_page_names_is_in_the_file_that_it_names():
     assert list(wrong_references(page())) == []
     assert len(REFERENCE.findall(prose(page()))) >= 60  # or the page is written in another form
@@ -233,6 +234,7 @@ def test_the_page_names_every_file_that_has_a_sampling_option():
     assert named == having | {"tinylm/config/rules.py"}  # which has the rule of another option
 
 
+@pytest.mark.slow
 def test_the_page_names_every_function_that_skips_a_row():
     skipping = set()
     for path in (ROOT / "tinylm").rglob("*.py"):

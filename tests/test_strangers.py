@@ -108,6 +108,7 @@ STATE = make_state(
 STATE_PATHS = paths_of(STATE)
 
 
+@pytest.mark.slow
 @BOUNDED
 @given(st.sampled_from(STATE_PATHS), VALUES, st.booleans())
 def test_any_checkpoint_is_read_or_refused(tmp_path_factory, path, value, remove) -> None:
@@ -120,6 +121,7 @@ def test_any_checkpoint_is_read_or_refused(tmp_path_factory, path, value, remove
     clean(lambda: load_model(file))
 
 
+@pytest.mark.slow
 @BOUNDED
 @given(st.binary(max_size=300), st.integers(0, 4000), st.booleans())
 def test_any_bytes_in_a_signed_checkpoint_are_refused(tmp_path_factory, junk, place, cut) -> None:
@@ -300,6 +302,7 @@ def test_any_rows_are_read_or_refused(tmp_path_factory, suffix, values, junk) ->
     clean(use)
 
 
+@pytest.mark.slow
 @BOUNDED
 @given(st.integers(0, 900), st.binary(max_size=40), st.booleans())
 def test_any_token_file_is_read_or_refused(tmp_path_factory, place, junk, cut) -> None:
@@ -320,6 +323,7 @@ def test_any_token_file_is_read_or_refused(tmp_path_factory, place, junk, cut) -
     clean(use)
 
 
+@pytest.mark.slow
 @BOUNDED
 @given(st.text(max_size=60), VALUES)
 def test_any_yaml_is_read_or_refused(tmp_path_factory, text, value) -> None:

@@ -105,6 +105,7 @@ def test_a_sealed_but_odd_checkpoint_names_what_is_wrong(tmp_path: Path, name: s
         checkpoint_format.read(path)
 
 
+@pytest.mark.slow
 def test_a_setting_that_a_checkpoint_lacks_has_its_default(tmp_path: Path) -> None:
     """As in one of an older version; every setting of every section, one at a time."""
     state = make_state(3)

@@ -75,6 +75,7 @@ def test_renamed_settings_of_schema_1_have_their_new_names() -> None:
     assert state["config"] == {"dpo": {"length_normalized": True, "beta": 0.2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLES)
 def test_an_old_run_resumes_to_the_metrics_that_the_old_code_wrote(
     name: str, tmp_path: Path

@@ -59,6 +59,7 @@ def test_the_scores_equal_those_of_training(
     ]
 
 
+@pytest.mark.slow
 def test_the_loss_is_a_mean_over_tokens_for_any_batch_size(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_missing_checkpoint_is_one_line(
     )
 
 
+@pytest.mark.slow
 def test_several_checkpoints_are_scored_as_each_alone_and_written_as_csv_and_json(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

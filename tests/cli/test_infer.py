@@ -281,6 +281,7 @@ def piped(monkeypatch: pytest.MonkeyPatch, text: str | bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_model_is_prompted_in_its_template_and_only_its_answer_is_printed(
     run, tuned, monkeypatch
 ):
@@ -341,6 +342,7 @@ def test_an_answer_ends_at_the_stop_token_of_its_template_which_is_not_printed(
 # --- constrained output ---
 
 
+@pytest.mark.slow
 def test_the_text_is_json_by_a_schema_in_a_file_or_on_the_command_line(
     run, tuned, save, tmp_path, monkeypatch
 ):
@@ -392,6 +394,7 @@ def test_a_schema_that_cannot_be_read_is_named(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_greedy_text_with_lookup_is_the_same(run, tuned, save, monkeypatch):
     """In prompt mode, and two answers of a chat."""
     flags = ["--ckpt", save("abcdabcdabcdabcd"), "--prompt", "x", "--temperature", 0]
@@ -461,6 +464,7 @@ def test_a_question_that_cannot_be_asked_does_not_end_the_chat(run, tuned, monke
     assert "error: " in err and "'x'" in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_its_printed_part_is_remembered(run, tuned, monkeypatch):
     """On a terminal; in a pipe it ends the program, as in all programs."""
     parrot = Parrot(monkeypatch, endless=True)
@@ -492,6 +496,7 @@ def test_an_answer_cannot_steer_a_terminal(run, tuned, monkeypatch):
     assert "\x1b" not in out + err
 
 
+@pytest.mark.slow
 def test_a_chat_uses_the_latest_fine_tuned_checkpoint_of_the_folder_or_its_subfolders(
     run, tuned, save, monkeypatch, tmp_path
 ):

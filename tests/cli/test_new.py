@@ -41,6 +41,7 @@ def test_a_new_folder_has_configs_that_find_their_data(project):
     assert not any("python " in text for text in texts)
 
 
+@pytest.mark.slow
 def test_new_completes_a_folder_and_overwrites_nothing(project, capsys, monkeypatch):
     (project / "data/tiny_corpus.txt").unlink()
     (project / "config.yaml").write_text("model: {n_layers: 3}\n", encoding="utf-8")

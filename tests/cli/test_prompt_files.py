@@ -221,6 +221,7 @@ def test_a_text_depends_on_its_prompt_seed_and_row_and_on_no_other_row(ask, writ
 # --- an answer file is continued ---
 
 
+@pytest.mark.slow
 def test_a_cut_file_is_continued_without_asking_twice(ask, write, tmp_path, asked):
     """Cut in the middle of a line, at its end, and to nothing: the same bytes in the end."""
     rows = write("rows.jsonl", "".join(f'{{"prompt": "{n}"}}\n' for n in range(12)) + "[]\n")

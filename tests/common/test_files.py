@@ -164,6 +164,7 @@ def _make_slowly(folder: str, name: str) -> None:
     make_once(Path(folder) / "a", make, setting="x", on_wait=waits)
 
 
+@pytest.mark.slow
 def test_two_processes_make_a_file_once_and_the_second_waits(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     workers = [
@@ -208,6 +209,7 @@ def hold(path: Path, number: int, times: list[float]) -> None:
         times += [begin, time.monotonic()]
 
 
+@pytest.mark.slow
 def test_only_one_at_a_time_holds_a_lock_whose_file_is_removed(tmp_path: Path) -> None:
     """A waiting one must not get the removed file while another makes a new one; nor miss the folder."""
     with multiprocessing.Manager() as manager:

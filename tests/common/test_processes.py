@@ -50,6 +50,7 @@ def test_results_come_in_the_order_of_the_jobs(processes):
     assert list(in_order(squared, [], processes)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_exception_of_a_job_is_raised(processes):
     for only in (0, 2):  # with a worker, the first jobs are its, the third is this process's
@@ -61,6 +62,7 @@ def test_an_exception_of_a_job_is_raised(processes):
             )
 
 
+@pytest.mark.slow
 def test_jobs_are_taken_as_they_are_needed():
     """An endless stream has no last job; `MAX_WAITING` results per process may wait while one more job is running."""
     jobs = count()
@@ -70,6 +72,7 @@ def test_jobs_are_taken_as_they_are_needed():
     results.close()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_an_error():
     with pytest.raises(
         UserError,

@@ -1055,6 +1055,7 @@ def test_settings_are_frozen():
         config.model = config.model
 
 
+@pytest.mark.slow
 @given(
     st.fixed_dictionaries(
         {
@@ -1101,6 +1102,7 @@ WORDS = [
 ]
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from([*WORDS, *"[]{}:,-?&*!|>'\"#%@`\n\t =~\0"]), max_size=40).map("".join)
 )
@@ -1118,6 +1120,7 @@ def test_every_config_of_the_project_loads(path):
     assert isinstance(load_config(path), Config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", sorted(ROOT.glob("configs/c4-char*.yaml")), ids=lambda path: path.stem
 )

@@ -24,6 +24,7 @@ def test_the_files_in_docs_match_the_settings(monkeypatch):
     assert main(["config-reference", "--check"]) == 0
 
 
+@pytest.mark.slow
 def test_the_check_accepts_the_written_files(tmp_path, capsys):
     folder = tmp_path / "new" / "docs"
     assert main(["config-reference", "--folder", str(folder)]) == 0
@@ -31,6 +32,7 @@ def test_the_check_accepts_the_written_files(tmp_path, capsys):
     assert main(["config-reference", "--folder", str(folder), "--check"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CONFIG_REFERENCE.md", "config.schema.json"])
 def test_the_check_finds_one_changed_byte_and_changes_nothing(tmp_path, capsys, name):
     main(["config-reference", "--folder", str(tmp_path)])
@@ -77,6 +79,7 @@ def test_every_row_has_four_columns():
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_load_and_its_errors_are_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = docs.reference_files()["CONFIG_REFERENCE.md"]

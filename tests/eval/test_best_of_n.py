@@ -271,6 +271,7 @@ def test_flags_that_cannot_be_combined_with_best_of_are_an_error(
     assert message in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_table_has_all_methods(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,6 +37,7 @@ def engine() -> Engine:
     return Engine(make_model(), BYTES)
 
 
+@pytest.mark.slow
 def test_log_likelihood_is_the_engines_score(engine):
     """A space at the end of the context belongs to the continuation, as for every model; an empty
     context is EOS."""

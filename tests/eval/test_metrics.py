@@ -99,6 +99,7 @@ def test_a_missing_rouge_score_is_an_error_that_says_what_to_install(monkeypatch
 # --- many answers ---
 
 
+@pytest.mark.slow
 @given(LABELS)
 def test_macro_f1_equals_scikit_learns(pairs):
     sklearn = pytest.importorskip("sklearn.metrics")
@@ -138,6 +139,7 @@ def test_the_interval_is_wilsons_for_right_and_wrong_and_a_bootstrap_otherwise()
     )
 
 
+@pytest.mark.slow
 def test_the_bootstrap_of_macro_f1_resamples_examples():
     """Oracle: examples drawn one by one with replacement, and scored."""
     draw = np.random.default_rng(3)

@@ -181,6 +181,7 @@ def test_a_sampled_answer_is_right_by_its_final_number():
 # --- pairs ---
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(0, 255), max_size=30),
     st.lists(st.integers(0, 255), max_size=30),

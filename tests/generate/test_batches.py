@@ -111,6 +111,7 @@ def compare(found: Sequence[TokenOutput], expected: Sequence[TokenOutput]) -> It
     assert len(found) == len(expected)
 
 
+@pytest.mark.slow
 @ALL_OPTIONS
 def test_rows_of_a_batch_are_as_each_alone(options, capsys):
     """12 texts that join and leave 3 slots at random steps, beside each in an engine of its own. The sampled ones too:
@@ -128,6 +129,7 @@ def test_rows_of_a_batch_are_as_each_alone(options, capsys):
     assert sum(steps) > 80
 
 
+@pytest.mark.slow
 @ALL_OPTIONS
 def test_deterministic_texts_are_equal_to_the_last_bit_whatever_is_beside_and_before_them(
     options, monkeypatch
@@ -145,6 +147,7 @@ def test_deterministic_texts_are_equal_to_the_last_bit_whatever_is_beside_and_be
         assert one == other == alone
 
 
+@pytest.mark.slow
 def test_without_it_they_are_not_equal_to_the_last_bit():
     """So that the test above can fail."""
     model = make_model()
@@ -265,6 +268,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_waits():
     assert not engine.is_busy
 
 
+@pytest.mark.slow
 def test_an_error_in_one_text_does_not_end_the_others():
     """A vocabulary of 260 and no token twice, EOS neither, which is in the prompt: after 260 tokens none is left."""
     engine = Engine(make_model(), BYTES)

@@ -135,6 +135,7 @@ def check(value: object, schema: Mapping[str, object]) -> None:
     assert len(value["a"]) <= 3 and all(type(item) is bool for item in value["a"])
 
 
+@pytest.mark.slow
 @EVERY_TOKENIZER
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_random_weights_write_json_that_is_valid_by_the_schema(tokenizer, temperature):
@@ -170,6 +171,7 @@ def test_random_weights_write_text_that_the_expression_matches(tokenizer):
     assert len({completion.text for completion in found}) > 2
 
 
+@pytest.mark.slow
 @EVERY_TOKENIZER
 def test_a_constraint_that_allows_everything_leaves_greedy_text_as_it_is(tokenizer, monkeypatch):
     """The model itself writes neither special tokens nor parts of characters, which no constraint allows."""
@@ -261,6 +263,7 @@ def product_of_choices(n: int) -> dict[str, object]:
     return {"allOf": choices}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "constraint",
     [

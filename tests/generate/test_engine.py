@@ -289,6 +289,7 @@ def test_text_that_could_begin_a_stop_string_is_held_back():
     assert [output.finish_reason for output in outputs] == [None] * 6 + ["stop"]
 
 
+@pytest.mark.slow
 @given(
     st.text("ab#", max_size=30),
     st.lists(st.text("ab#", min_size=1, max_size=4), max_size=3),
@@ -456,6 +457,7 @@ def test_presence_and_frequency_count_the_generated_tokens_and_not_the_prompt(n_
     assert max(map(found.ids.count, found.ids)) < max(map(plain.ids.count, plain.ids))
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_text():
     engine = Engine(make_model(), BYTES)
     texts = {

@@ -56,6 +56,7 @@ def tuned(folder: Path) -> LanguageModel:
     return tinylm.load(str(folder / "checkpoints" / "sft" / "final.ckpt"), device="cpu")
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,7 @@ def make_engine(scale: float = 6, **options: object) -> Engine:
     return Engine(model, BYTES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("tie_embeddings", [True, False], ids=["repeats", "varies"])
 @pytest.mark.parametrize(

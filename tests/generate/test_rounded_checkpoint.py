@@ -65,6 +65,7 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ROUNDED)
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_the_model_that_was_rounded_in_memory(name, precision, tmp_path):
@@ -89,6 +90,7 @@ def test_it_is_the_model_that_was_rounded_in_memory(name, precision, tmp_path):
     assert describe(out).parameters == describe(ckpt).parameters
 
 
+@pytest.mark.slow
 def test_4_bits_take_0_625_bytes_a_weight(tmp_path):
     """Half a byte, and a scale and an offset of 2 bytes for each 32 weights; in 8 bits 1 byte."""
     ckpt = save(tmp_path / "a.ckpt", d_ff=64, vocab_size=272)
@@ -129,6 +131,7 @@ def test_training_and_export_read_it_in_fp32(rounded, caplog):
     assert fingerprint_of(model) == weights_fingerprint(rounded)
 
 
+@pytest.mark.slow
 def test_other_weights_are_rounded_from_it(rounded, capsys):
     """--weights as it is stored changes nothing and costs nothing; others are measured."""
     prompt = ["--prompt", "ab", "--temperature", "0", "--max-new-tokens", "5"]
@@ -142,6 +145,7 @@ def test_other_weights_are_rounded_from_it(rounded, capsys):
         assert (expected in err) == (weights != "fp32")
 
 
+@pytest.mark.slow
 def test_every_program_opens_it(rounded, tmp_path, capsys):
     """The text of infer.py is that of the exact checkpoint with --weights."""
     exact, precision = rounded.with_name("a.ckpt"), rounded.stem
@@ -177,6 +181,7 @@ def test_every_program_opens_it(rounded, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_run_of_fine_tuning_starts_from_it(rounded, tmp_path, capsys):
     """It starts from the fp32 weights, which its checkpoint has afterwards but for one step."""
     data = tmp_path / "rows.jsonl"
@@ -197,6 +202,7 @@ def test_a_run_of_fine_tuning_starts_from_it(rounded, tmp_path, capsys):
     assert 0 < max(changes) < 0.01
 
 
+@pytest.mark.slow
 def test_evaluation_rounds_weights_too(tmp_path, capsys):
     ckpt = save(tmp_path / "a.ckpt")
     cases = tmp_path / "cases.yaml"
@@ -210,6 +216,7 @@ def test_evaluation_rounds_weights_too(tmp_path, capsys):
     assert "--weights: int8 raises the bits per byte" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ROUNDED)
 def test_the_command_says_what_it_wrote(precision, tmp_path, capsys):
     """Sizes of the file, of its weights, and of the new file; bits per byte before and after."""
@@ -390,6 +397,7 @@ def test_weights_of_a_model_that_generates_stay_in_the_file(tmp_path, mapped):
     assert torch.equal(model(torch.tensor([[1, 2]])), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, "int8", "int4"])
 def test_a_server_rounds_weights_when_it_loads(rounded, precision, caplog):
     """A rounded checkpoint stays as it is without --weights."""

@@ -58,6 +58,7 @@ def test_penalty_divides_positive_and_multiplies_negative_logits():
     ]
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.floats(-50, 50, width=32), min_size=5, max_size=5),
     st.lists(st.integers(0, 4), max_size=8),
@@ -72,6 +73,7 @@ def test_penalty_never_rewards(values, seen, penalty):
     assert penalized[0, unseen].tolist() == logits[0, unseen].tolist()
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=3),
     st.integers(1, 11),
@@ -87,6 +89,7 @@ def test_forbidden_tokens_are_those_that_would_repeat_an_ngram(rows, n):
         ]
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(0, 4), max_size=9),
     st.lists(st.integers(0, 4), max_size=9),

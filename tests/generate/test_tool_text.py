@@ -96,6 +96,7 @@ def test_without_the_setting_the_model_writes_its_own(checkpoint: Path) -> None:
     assert completion.text == SCRIPT and not any(completion.by_tool)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_text_is_the_same_alone_and_in_a_batch(checkpoint: Path, deterministic: bool) -> None:
     """Prompts of other lengths call at other steps; three texts in two slots, at temperature 1."""
@@ -156,6 +157,7 @@ def test_ways_that_cannot_call_are_refused(checkpoint: Path) -> None:
 # --- programs and stages --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_programs_read_the_switch_in_the_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,7 @@ def test_fp32_changes_nothing():
     assert isinstance(model.head, torch.nn.Linear)
 
 
+@pytest.mark.slow
 def test_rounding_that_costs_more_than_the_bound_is_refused(monkeypatch):
     """Logits that are 30 times too large, in place of rounding."""
     monkeypatch.setattr(weights, "quantize", lambda model, bits: model.head.weight.data.mul_(30))
@@ -65,6 +66,7 @@ def test_held_out_documents_are_cut_to_the_context(monkeypatch):
     assert {(text.ids[0], len(text.ids) - text.n_target) for text in found} == {(eos, 1)}
 
 
+@pytest.mark.slow
 def test_int8_of_another_kind_of_model_is_refused():
     model = make_model()
     model.__class__ = type("Other", (torch.nn.Module,), dict(vars(Decoder)))

@@ -68,6 +68,7 @@ def test_a_gguf_file_generates_the_text_of_infer(name, save, tmp_path, capsys):
     assert files == ["a.ckpt", "out.Modelfile", "out.gguf"]
 
 
+@pytest.mark.slow
 def test_the_word_pattern_of_gpt4_has_a_name_in_gguf(save, bpe, tmp_path):
     """It splits 12345 into 123 and 45; GPT-2's makes it one word."""
     export_gguf(save(bpe("gpt4")), tmp_path / "out.gguf")
@@ -93,6 +94,7 @@ def test_words_of_a_regular_expression_have_no_name_in_gguf(bpe):
     )
 
 
+@pytest.mark.slow
 def test_both_formats_can_be_written_into_one_folder(save, tmp_path, capsys):
     """The file has the name of the checkpoint, and transformers reads either."""
     path, out = save(), tmp_path / "out"
@@ -103,6 +105,7 @@ def test_both_formats_can_be_written_into_one_folder(save, tmp_path, capsys):
     assert f"{out / 'a.gguf'}: already exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_f16_halves_the_matrices_and_nothing_else(save, tmp_path):
     """The logits equal those of our decoder with its matrices rounded to 16 bits, as the export checks; norms keep
     32.
@@ -120,6 +123,7 @@ def test_f16_halves_the_matrices_and_nothing_else(save, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_is_a_llama_with_experts(save, tmp_path):
     """As llama.cpp writes Mixtral: one tensor for all gates, one for all values, the router in f32."""
     written = export_gguf(save(moe={"n_experts": 3, "top_k": 2}), tmp_path / "a.gguf", dtype="f16")
@@ -137,6 +141,7 @@ def test_a_mixture_of_experts_is_a_llama_with_experts(save, tmp_path):
 EXPERT_KEYS = ("expert_count", "expert_used_count", "feed_forward_length")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"full_attention_interval": 2}], ids=["all", "some"])
 def test_a_window_becomes_the_context_of_the_file(more, save, tmp_path, caplog):
     """GGUF's Llama has no window; up to its length, a window changes nothing, in all layers or in some."""
@@ -166,6 +171,7 @@ def test_a_context_scaled_by_yarn_has_the_keys_that_llama_cpp_reads(own, save, t
     assert found == {"type": "yarn", "factor": 8.0, "original_context_length": 8}
 
 
+@pytest.mark.slow
 def test_a_linear_context_is_a_setting_and_that_of_llama_3_a_tensor(save, tmp_path):
     """llama.cpp divides the frequency of each pair by the number in the tensor: here the first of four is kept, the
     last divided by the whole factor. The context of the file is the longer one.
@@ -184,6 +190,7 @@ def test_a_linear_context_is_a_setting_and_that_of_llama_3_a_tensor(save, tmp_pa
     assert divisors[0] == 1 < divisors[1] < divisors[2] < divisors[3] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4"])
 def test_matrices_are_rounded_to_the_number_type_and_nothing_else(dtype, save, tmp_path):
     """transformers reads what our decoder computes with its matrices rounded alike, as the export checks. The output
@@ -201,6 +208,7 @@ def test_matrices_are_rounded_to_the_number_type_and_nothing_else(dtype, save, t
     assert set(types.values()) == {dtype.upper()}
 
 
+@pytest.mark.slow
 def test_a_file_is_read_back_as_the_decoder(save, tmp_path):
     """An f32 file holds exactly the weights, whatever their layout in it."""
     for shape in ({"n_kv_heads": 2}, GPT2, {"moe": {"n_experts": 3}, "vocab_size": 384}):
@@ -224,6 +232,7 @@ def bits_per_byte(decoder, tokenizer, lines):
     return bits / math.log(2) / sum(len(line.encode()) for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["--text", "validation", "own"])
 def test_the_cost_of_rounding_is_measured(source, save, bpe, tmp_path, caplog):
     """On the text of --text, else on the validation documents of the run, here all of a file, else, if the file is

@@ -98,6 +98,7 @@ def test_the_card_of_a_qwen2_names_the_class_that_reads_its_tokenizer(save, bpe,
     ).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tokenizer",
     [
@@ -223,6 +224,7 @@ def test_sampling_settings_are_translated_to_transformers(sampling, expected):
     assert found["do_sample"] or "temperature" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tokenizer", [None, ByteTokenizer(), CharTokenizer(TEXT + "<|>_fpx", unknown="error")]
 )
@@ -322,6 +324,7 @@ def test_an_existing_output_is_an_error_before_any_work(tmp_path):
             work(tmp_path / "none", tmp_path / name)
 
 
+@pytest.mark.slow
 def test_weights_that_are_exported_wrongly_are_found(save, tmp_path, monkeypatch):
     """One wrong number in one matrix is enough; the files are removed."""
     path, write = save(), conversion.to_hf
@@ -469,6 +472,7 @@ OWN = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + 
 OWN += """{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
+@pytest.mark.slow
 def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tmp_path):
     """A model tuned with the tokenizer's own template ends its answers as that does; a base model ends with EOS."""
     export_hf(save(), tmp_path / "base")
@@ -491,6 +495,7 @@ def test_a_base_model_has_no_template_and_a_tokenizers_own_is_kept(save, bpe, tm
 # --- other checkpoints ---
 
 
+@pytest.mark.slow
 def test_a_tuned_hugging_face_model_is_exported_as_it_is_and_as_gguf(save, tmp_path, capsys):
     """Such a checkpoint has a model of transformers (HFModel), here a Llama; for GGUF it is converted to our
     decoder first.
@@ -589,6 +594,7 @@ def test_a_merged_adapter_generates_the_text_of_infer(kind, save, tmp_path, caps
     assert found == text != text_of_infer(base, capsys)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_adapter_is_the_merged_model(save, tmp_path):
     """It needs no base; in 8 bits it is the merged model, rounded."""
     base = save()
@@ -606,6 +612,7 @@ def test_a_checkpoint_of_an_adapter_is_the_merged_model(save, tmp_path):
     assert loaded.config.lora is None
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_is_a_folder_for_peft(save, tmp_path, monkeypatch, capsys):
     """With tokenizer and card; peft's logits equal those of the merged checkpoint. The code in the card runs where
     the base is, and prints the text of infer.py.
@@ -719,6 +726,7 @@ def test_the_printed_command_fits_the_model(name, save, tmp_path, capsys, monkey
     assert "generated_text" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
 def test_the_command_ends_with_the_path_and_the_next_command(
     kind, save, tmp_path, capsys, monkeypatch

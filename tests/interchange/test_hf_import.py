@@ -31,6 +31,7 @@ from training.initial import find_initial_model
 from training.resume import find_resume_state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(THEIRS, "llama, tied", "mixtral", "gpt2"))
 def test_an_imported_model_generates_the_text_of_transformers(name, published, tmp_path, capsys):
     folder = published(name)
@@ -47,6 +48,7 @@ def test_an_imported_model_generates_the_text_of_transformers(name, published, t
     assert text_of_infer(tmp_path / "in.ckpt", capsys) == text_of_transformers(folder, reader)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_a_sharded_model_is_imported(name, published, tmp_path):
     whole = checkpoint_load.load_model(

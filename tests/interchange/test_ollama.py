@@ -81,6 +81,7 @@ def text_of(template, conversation, tokenizer) -> str:
 TEMPLATES = ["instruction", "alpaca", "chatml", "plain", "chat_template"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(TEMPLATES, *TEMPLATES[:4]))
 def test_the_template_of_a_modelfile_writes_what_was_trained(name, save, bpe, tmp_path):
     tokenizer = with_chat_template(bpe, DEFAULT_SYSTEM + LLAMA3)
@@ -96,6 +97,7 @@ def test_the_template_of_a_modelfile_writes_what_was_trained(name, save, bpe, tm
         assert execute(commands["TEMPLATE"], messages) == expected
 
 
+@pytest.mark.slow
 def test_a_modelfile_has_the_stops_the_context_the_system_text_and_the_sampling(save, tmp_path):
     config = {
         "data": {"template": "chatml"},
@@ -118,6 +120,7 @@ def test_a_modelfile_has_the_stops_the_context_the_system_text_and_the_sampling(
     assert [found[f"PARAMETER {name}"] for name in parameters] == ["0.5", "5", "1", "0", "1"]
 
 
+@pytest.mark.slow
 def test_a_base_model_continues_the_prompt(save, tmp_path):
     export_gguf(save(), tmp_path / "a.gguf")
     commands = dict(read_modelfile((tmp_path / "a.Modelfile").read_text(encoding="utf-8")))
@@ -138,6 +141,7 @@ def test_an_answer_that_begins_as_the_model_wrote_it_keeps_its_one_space(bpe):
         assert text.startswith("### Instruction: 2+2?\n### Output: 4\n<|endoftext|>### Instr")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "is_expressed"),
     [(NO_SYSTEM + LLAMA3, True), (SHOUTED, False)],

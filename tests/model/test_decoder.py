@@ -467,6 +467,7 @@ def test_cached_logits_equal_full_forward(options):
         )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 7), st.data())
 @torch.no_grad()
@@ -481,6 +482,7 @@ def test_a_ring_of_any_size_fed_in_any_chunks_gives_the_logits_of_the_full_forwa
     assert_same(cached_logits(model, ids, chunks, chunk=chunk), model(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"n_sinks": 2}, {"position": "alibi"}], ids=label)
 @pytest.mark.parametrize("chunks", [[], [6]], ids=["tokens", "prompt"])
 @torch.no_grad()
@@ -636,6 +638,7 @@ def test_rope_at_position_0_changes_nothing():
     assert torch.equal(rotated(x, 0), x)
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
 def test_rope_scores_depend_on_distance_only_and_keep_lengths(p, q, shift):
@@ -650,6 +653,7 @@ def test_rope_scores_depend_on_distance_only_and_keep_lengths(p, q, shift):
     torch.testing.assert_close(rotated(x, p).norm(), x.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_gradient_of_a_rotation_is_the_one_that_differences_give(transposed):
     """It is written by hand: checked in fp64, also with the transposed layout that CPU attention gives for keys."""

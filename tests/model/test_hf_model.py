@@ -193,6 +193,7 @@ def test_a_model_that_mixes_documents_cannot_train_on_packed_rows(
         check_packing(model)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_all_that_is_needed_to_rebuild_the_model(ids: Tensor) -> None:
     """Settings as text and weights by name; tied weights are tied again."""
     for kind in KINDS:

@@ -524,6 +524,7 @@ def test_a_stopped_run_resumes_to_the_last_bit(sections: dict, make: Any, tmp_pa
     assert_same_run(tmp_path / "calm", tmp_path / "apart")
 
 
+@pytest.mark.slow
 def test_plain_peft_loads_the_saved_adapter(make: Any, home: Path, tmp_path: Path) -> None:
     """Plain peft on plain transformers gives the logits of the merged model."""
     import peft
@@ -568,6 +569,7 @@ def test_unsupported_settings_of_an_encoder_decoder_are_errors(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_plain_text_is_not_supported(make: Any, tmp_path: Path, capsys: Capture) -> None:
     """Pretraining and its validation need the next token of a text, which an encoder-decoder does not predict."""
     (tmp_path / "corpus.txt").write_text(

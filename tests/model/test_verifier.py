@@ -180,6 +180,7 @@ def test_with_all_tokens_in_the_error_mask_the_loss_is_binary_cross_entropy():
     assert torch.isfinite(error_logits.grad).all() and bool((error_logits.grad[~real] == 0).all())
 
 
+@pytest.mark.slow
 @given(st.text(), st.integers(0, 10**6), st.integers(0, 99))
 def test_one_number_is_another_and_the_rest_is_untouched(text, number, seed):
     """Between the numbers nothing changes, and of the numbers exactly one does."""
@@ -202,6 +203,7 @@ def test_a_number_keeps_its_form_and_text_without_one_has_no_wrong_answer():
     assert corrupt_number("none", random.Random(0)) is None
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2).filter(
         lambda rows: len({right for _, right in rows}) == 2
@@ -229,6 +231,7 @@ def test_a_score_shows_the_majority_beside_the_accuracy():
     )
 
 
+@pytest.mark.slow
 @example([(0.0, False), (0.019999999552965164, True)])
 @given(
     st.lists(st.tuples(st.floats(-30, 30, width=32), st.booleans()), min_size=2).filter(

@@ -265,6 +265,7 @@ def test_autocast_multiplies_in_bf16_and_keeps_the_rest_in_fp32(
         )  # 0: it was not in bf16
 
 
+@pytest.mark.slow
 def test_gradient_of_the_head_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """4096 equal gradients, one per chunk: a bf16 sum would stop growing when a summand is 1/256 of it.
 

@@ -71,6 +71,7 @@ def test_weights_and_optimizer_take_what_their_state_dicts_do(optimizer):
     assert planned.checkpoint_bytes == planned.weights + planned.optimizer
 
 
+@pytest.mark.slow
 def test_only_the_visited_experts_are_active():
     """Four experts a layer and two visited: half of 2 layers · 4 · (2 · 128 · 32 + 32 · 128)
     weights of experts is idle.
@@ -191,6 +192,7 @@ def test_the_loss_holds_a_chunk_of_logits_and_two_gradients():
     assert chunk + head <= at_peak["logits"] <= 3 * chunk + head
 
 
+@pytest.mark.slow
 def test_a_second_micro_batch_finds_gradients():
     one, two = (
         trace_step(settings({"training.grad_accum_steps": parts})).at_peak["gradients"]
@@ -249,6 +251,7 @@ def test_more_of_anything_takes_more(key, values):
 # --- several devices --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ddp_holds_every_gradient_a_second_time():
     alone, two = plan_run(settings(), "cpu"), plan_run(settings({"hardware.devices": 2}), "cpu")
     assert two.gradients == alone.gradients + alone.weights
@@ -264,6 +267,7 @@ def test_fsdp_divides_weights_and_optimizer_and_holds_some_blocks_whole():
     assert four.scratch - alone.scratch == 2 * alone.weights  # of two layers, two are everything
 
 
+@pytest.mark.slow
 def test_a_graphics_card_keeps_no_mask_of_attention_dropout():
     dropped = settings({"model.attention_dropout": 0.1})
     assert plan_run(dropped, "cuda").activations == plan_run(settings(), "cuda").activations

@@ -163,6 +163,7 @@ def test_a_mistake_of_the_whole_batch_is_named(body: str, problem: str, tmp_path
     assert problem in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_function_that_hangs_or_dies_is_ended_and_named(tmp_path: Path) -> None:
     """Its process is killed; the next call starts another."""
     hangs = "import time\nif 'bad' in answers: time.sleep(60)\nreturn [1.0] * len(answers)"

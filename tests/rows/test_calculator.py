@@ -43,6 +43,7 @@ def decimal_of(value: Fraction) -> str:
     return "0" if text == "-0" else text
 
 
+@pytest.mark.slow
 @given(st.recursive(LEAVES, larger, max_leaves=8))
 def test_values_are_those_of_python_on_fractions(pair):
     """Precedence and associativity are those of Python's parser, rounding that of `decimal`; only

@@ -1,5 +1,6 @@
 """Rows as text: each token once, targets apart from the rest, borders where the document changes."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,7 @@ def test_a_token_is_rendered_on_one_line_and_cannot_move_the_cursor():
     assert plain(ids("a\n\x1b"), [*ids("\n\x1b"), ord("é".encode()[:1])]) == r"⟦a⟧\n\x1b\xc3"
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.sampled_from([97, 98, EOS, PAD]), st.booleans()), min_size=1, max_size=12)
 )

@@ -150,6 +150,7 @@ def test_known_words_are_the_words_of_the_training_text(loaded):
     assert measure.known_word_share("the model", known) == 0.0
 
 
+@pytest.mark.slow
 def test_long_text_samples_the_requested_number_of_tokens_past_eos(loaded):
     """A raised EOS weight ends texts often; each text begins on a new line."""
     eos, outputs = loaded.tokenizer.eos_id, []

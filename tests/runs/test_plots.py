@@ -244,6 +244,7 @@ def test_too_many_heads_for_a_page_are_an_error():
         draw_attention(torch.zeros(13, 12, 2, 2), ["a", "b"])
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_plot_per_metric_with_values(tmp_path, capsys):
     """`row` leaves val_bpb empty."""
     write_metrics(tmp_path / "logs" / "a", [row(step, "2.0", "1.5") for step in (1, 2, 3)])
@@ -266,6 +267,7 @@ def test_the_command_draws_in_the_terminal(tmp_path, capsys):
     assert out.startswith("Training loss (nats per token)\n") and "Validation" not in out
 
 
+@pytest.mark.slow
 def test_the_command_draws_attention(tmp_path, capsys):
     write_checkpoint(tmp_path / "step-000003.ckpt", [])
     arguments = [

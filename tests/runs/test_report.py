@@ -142,6 +142,7 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(
     assert "skipped: " in shown.err and "not a regular file" in shown.err
 
 
+@pytest.mark.slow
 def test_a_report_that_takes_long_waits_until_the_end_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +245,7 @@ def test_a_run_leaves_its_report(trained: Path) -> None:
     assert "⟦&lt;b&gt;⟧" in page and "<polyline" in page
 
 
+@pytest.mark.slow
 def test_its_config_runs_it_again(trained: Path, tmp_path: Path) -> None:
     config = trained / "logs" / "tiny" / "config.yaml"
     words = [f"training.checkpoint_dir={tmp_path}/c", f"training.log_dir={tmp_path}/l"]
@@ -254,6 +256,7 @@ def test_its_config_runs_it_again(trained: Path, tmp_path: Path) -> None:
         assert [f"{x}" for x in again[column]] == [f"{x}" for x in first[column]]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_samples(trained: Path, tmp_path: Path) -> None:
     words = [f"training.checkpoint_dir={tmp_path}/c", f"training.log_dir={tmp_path}/l"]
     config = ["--config", str(trained / "config.yaml")]
@@ -277,6 +280,7 @@ def test_a_run_that_diverges_says_so(trained: Path, tmp_path: Path) -> None:
     assert facts.status == "failed" and "step" in facts.message
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_does_not_end_a_run(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ def test_a_floor_is_never_negative():
     assert (fit.resampled.floor >= 0).all()
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_prediction_holds_about_95_in_100_new_runs():
     """Two seeds a size, noise of 0.01. Of 20 ladders 19 are expected to have the next run in its
     interval; 15 or fewer would have a chance of 1 in 400.

@@ -79,6 +79,7 @@ def test_a_client_that_leaves_before_its_whole_answer_frees_its_slot(base, slow_
     assert eventually(lambda: not base.worker.engine.is_busy, 0.5)
 
 
+@pytest.mark.slow
 def test_slow_senders_are_closed_and_others_are_answered(base):
     """200 half-sent heads or bodies; the deadline of the fixture is 1 second."""
     slow = []
@@ -98,6 +99,7 @@ def test_slow_senders_are_closed_and_others_are_answered(base):
     assert eventually(lambda: len(base.server.server_state.connections) == 0)
 
 
+@pytest.mark.slow
 def test_a_byte_now_and_then_does_not_move_the_deadline(base):
     start = time.monotonic()
     with base.connect() as connection, contextlib.suppress(OSError):
@@ -119,6 +121,7 @@ def test_more_connections_than_the_limit_are_closed(run_server):
         assert server.request("GET", "/health").status == 200
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_503_with_retry_after(base, slow_steps):
     answers = []
     threads = [
@@ -137,6 +140,7 @@ def test_a_full_queue_is_503_with_retry_after(base, slow_steps):
     assert refused.json["error"]["type"] == "server_error"
 
 
+@pytest.mark.slow
 def test_a_generation_past_its_deadline_ends(run_server, slow_steps):
     with run_server("base", timeout=0.3) as server:
         server.post(PLAIN, ASK | {"max_tokens": 1})
@@ -149,6 +153,7 @@ def test_a_generation_past_its_deadline_ends(run_server, slow_steps):
         assert eventually(lambda: not server.worker.engine.is_busy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", ["error", "NaN"])
 def test_an_error_of_the_model_is_an_event_and_the_server_lives(run_server, monkeypatch, fails):
     with run_server("base") as server:
@@ -177,6 +182,7 @@ def test_an_error_of_the_model_is_an_event_and_the_server_lives(run_server, monk
         assert server.post(PLAIN, ASK).json["choices"][0]["text"] == whole
 
 
+@pytest.mark.slow
 def test_an_error_of_the_model_is_told_before_a_new_engine_is_made(run_server, monkeypatch):
     with run_server("base") as server:
         server.post(PLAIN, ASK | {"max_tokens": 1})
@@ -217,6 +223,7 @@ def test_characters_are_whole_in_every_chunk(base, monkeypatch):
     assert [event["choices"][0]["text"] for event in events] == ["é", "😀", "é", ""]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_text_alone_and_under_load(base):
     alone = base.post(PLAIN, ASK).json["choices"][0]["text"]
     found: list[str] = []
@@ -235,6 +242,7 @@ def test_the_same_seed_gives_the_same_text_alone_and_under_load(base):
     assert found == [alone, alone]
 
 
+@pytest.mark.slow
 def test_a_stopping_server_ends_running_texts_and_takes_no_new_ones(run_server, slow_steps):
     with run_server("base", grace=10) as server:
         server.post(PLAIN, ASK | {"max_tokens": 1})
@@ -258,6 +266,7 @@ def refuses(server) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_texts_that_outlast_the_grace_are_ended(run_server, slow_steps):
     with run_server("base", grace=0.2) as server:
         server.post(PLAIN, ASK | {"max_tokens": 1})
@@ -269,6 +278,7 @@ def test_texts_that_outlast_the_grace_are_ended(run_server, slow_steps):
         connection.close()
 
 
+@pytest.mark.slow
 def test_a_client_that_never_reads_is_closed_and_its_slot_freed(base, monkeypatch):
     """Its texts are made long, so that they fill the buffers of the sockets."""
     from tinylm.serve import responses

@@ -71,6 +71,7 @@ def test_of_a_run_that_replaced_its_checkpoint_the_newest_is_loaded(tmp_path, sa
     assert load_served(path, EngineSettings()).info.path == new
 
 
+@pytest.mark.slow
 def test_the_model_that_was_not_used_for_longest_leaves_the_memory(run_server, model_files):
     paths = model_files | {"third": model_files["base"]}
     with run_server(paths=paths, max_models=2) as server:

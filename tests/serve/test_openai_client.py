@@ -26,6 +26,7 @@ def test_models_are_listed(client):
     assert client.models.retrieve("base").owned_by == "tinylm"
 
 
+@pytest.mark.slow
 def test_a_chat_is_answered_and_a_stream_has_the_same_text(client):
     answer = client.chat.completions.create(**ASK)
     [choice] = answer.choices

@@ -19,6 +19,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, run_server):
         yield client
 
 
+@pytest.mark.slow
 def test_an_answer_has_the_results_and_usage_counts_them(client: openai.OpenAI) -> None:
     """Whole and streamed; the end of the answer is a token too."""
     ask = {"model": "chat", "messages": [{"role": "user", "content": "x"}], "temperature": 0}

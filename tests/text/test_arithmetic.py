@@ -120,6 +120,7 @@ def test_no_training_file_shows_a_sum_a_question_or_a_story_of_the_test(folder, 
         assert re.sub(r"\d+", "0", problem.question) not in without_numbers
 
 
+@pytest.mark.slow
 def test_the_files_depend_on_the_seed_alone(folder, tmp_path):
     """The same seed gives the same bytes; another one other rows in each file."""
     write_arithmetic(tmp_path / "same", sizes=SMALL)

@@ -20,6 +20,7 @@ def texts_of(path: object, processes: int = 1, docs: int | None = None) -> list[
     return [text for chunk in word_chunks(source, processes, docs) for text in chunk.texts()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_raw_file_is_cut_between_words(write, monkeypatch, pattern):
     """The words of the ten parts are the words of the whole."""

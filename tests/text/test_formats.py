@@ -79,6 +79,7 @@ def test_a_table_has_the_cells_that_pandas_wrote(write, name, delimiter, line_en
     assert [row["id"] for _, row in file_rows(path)] == [str(i) for i in range(len(CELLS))]
 
 
+@pytest.mark.slow
 @given(
     cells=st.lists(
         st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\ufeff")),
@@ -149,6 +150,7 @@ def test_a_mistake_is_named_with_its_place(write, name, content, message):
 # --- lists ---
 
 
+@pytest.mark.slow
 @given(
     items=st.lists(
         st.recursive(

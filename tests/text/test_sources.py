@@ -69,6 +69,7 @@ def test_only_a_newline_ends_a_line(write):
     assert read(write("a.txt", line + "\n")) == [line]
 
 
+@pytest.mark.slow
 @given(
     lines=st.lists(
         st.text(alphabet=st.characters(exclude_characters="\n\r\ufeff", exclude_categories=["Cs"]))
@@ -94,6 +95,7 @@ def test_a_separator_of_line_ends_works_in_a_file_from_windows(write):
     )
 
 
+@pytest.mark.slow
 @given(
     texts=st.lists(st.text(alphabet="ab\n-", max_size=6), max_size=8),
     separator=st.text(alphabet="-\n", min_size=1, max_size=3),

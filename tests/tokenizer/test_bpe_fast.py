@@ -28,6 +28,7 @@ EOT = "<|endoftext|>"
 # --- the merges of bpe.py ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rarer", [2, 16])
 @settings(deadline=None)
 @given(
@@ -44,6 +45,7 @@ def test_merges_equal_those_of_the_readable_learner_until_no_pair_is_left(rarer,
     assert merges == bpe.train(texts, 300)
 
 
+@pytest.mark.slow
 @given(
     counts=st.dictionaries(st.text("abé", min_size=1), st.integers(1, 9), min_size=1, max_size=9)
 )
@@ -52,6 +54,7 @@ def test_no_two_merges_make_the_same_token(counts):
     assert len({left + right for left, right in merges}) == len(merges)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_merges_of_a_text_equal_those_of_the_readable_learner(small_text, pattern):
     text, pretokenizer = small_text[:20_000], Pretokenizer(pattern)
@@ -122,6 +125,7 @@ def test_merges_equal_the_librarys_if_no_two_counts_are_equal():
     assert theirs == [list(word) for word in reversed(words)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_bytes_per_token_are_the_librarys_within_a_fifth_of_a_percent(small_text, pattern):
     ours = learn_bpe(text_chunks([small_text]), 1000, Pretokenizer(pattern, (EOT,))).backend()
@@ -138,6 +142,7 @@ def test_bytes_per_token_are_the_librarys_within_a_fifth_of_a_percent(small_text
 # --- words and processes ---
 
 
+@pytest.mark.slow
 def test_no_part_of_a_special_token_is_in_a_merge(small_text):
     """`<|endoftext|>` is as frequent as a common word here: if it were not special, its letters
     would be merged (E16).

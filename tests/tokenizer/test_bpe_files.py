@@ -45,6 +45,7 @@ def test_the_files_are_gpt2s(folder):
     assert list(vocabulary)[598:] == ["<|endoftext|>", "<|pad|>"]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(text=st.text())
 def test_any_text_round_trips_and_no_id_is_special(folder, text):

@@ -257,6 +257,7 @@ def test_any_text_round_trips_through_its_own_characters(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 @every_tokenizer
 @given(text=texts_with_specials)
 def test_text_never_becomes_a_special_token(tokenizer, text):
@@ -415,6 +416,7 @@ def test_of_special_tokens_that_overlap_the_longest_wins():
     assert tokenizer.encode(f"{eot}{eot}{eot}a<|end", allowed_special="all") == expected
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 20)))
 def test_special_tokens_are_found_wherever_a_stream_is_cut(sizes):
@@ -578,6 +580,7 @@ def test_a_long_stream_forgets_its_beginning_and_stays_right(tokenizer):
     assert len(stream._ids) < 100
 
 
+@pytest.mark.slow
 @given(ids=st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1)))
 def test_byte_level_decoding_is_the_librarys(ids):
     assert BYTE_LEVEL.decode(ids) == BYTE_LEVEL._backend.decode(ids, skip_special_tokens=True)
@@ -1039,6 +1042,7 @@ def test_gpt2s_own_files_give_gpt2s_ids():
     assert sum(lengths[id] for id in tokenizer.encode(TEXT)) == len(TEXT.encode())
 
 
+@pytest.mark.slow
 def test_importing_brings_neither_torch_nor_a_tokenizer_library():
     code = (
         "import sys, tinylm.tokenizer.hf, tinylm.text.sources; print([m for m in ('torch', "

@@ -23,6 +23,7 @@ OWN = [
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 @given(
     text=st.text(
@@ -74,6 +75,7 @@ def test_an_expression_without_end_in_a_text_names_the_text(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_counts_words_imports_neither_numpy_nor_pydantic():
     """18 MB instead of 52 per process."""
     code = (

@@ -258,6 +258,7 @@ def test_added_tokens_in_the_text_are_found(text):
     assert tokenizer.encode(text) == backend.encode(text).ids
 
 
+@pytest.mark.slow
 def test_a_million_spaces_are_encoded_by_the_library():
     """tiktoken's regex engine gives up at them, with a ValueError and no ids.
 

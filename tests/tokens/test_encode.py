@@ -139,6 +139,7 @@ def test_a_cache_folder_that_cannot_be_made_is_an_error(write, lines):
         cached_token_file(data, "train", BYTES, SEED)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(tmp_path, write, child):
     """RLIMIT_FSIZE stops any file of the child at 64 KiB, as a full disk would."""
     source = write("source.txt", "some words and more of them\n" * 10_000)
@@ -154,6 +155,7 @@ except UserError as error: print(error)"""
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_cached_file_is_gone_on_with_and_equals_an_undisturbed_one(
     tmp_path, write, child, monkeypatch
 ):
@@ -525,6 +527,7 @@ def small_portions(monkeypatch) -> None:
     monkeypatch.setattr(documents, "CHUNK_CHARACTERS", 40)
 
 
+@pytest.mark.slow
 @given(
     texts=st.lists(st.text(alphabet="ab\n\r-é\u2028\ufeff", max_size=12), max_size=12),
     separator=st.sampled_from([None, "-", "--", "-é-", "\n\n", "<|end|>"]),
@@ -586,6 +589,7 @@ def corpus_of_all_kinds(folder: Path, texts: list[str]) -> list[Path]:
     return [folder / name for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.txt")]
 
 
+@pytest.mark.slow
 @given(
     texts=st.lists(
         st.text(
@@ -626,6 +630,7 @@ def test_any_number_of_processes_makes_the_same_bytes(
     assert TokenFile.open(tmp_path / "1.bin").header.documents == options.get("limit", 120)
 
 
+@pytest.mark.slow
 def test_a_split_is_the_same_with_helpers(data, tmp_path, monkeypatch, small_portions):
     one = cached_token_file(data, "val", BYTES, SEED).path.read_bytes()
     monkeypatch.setattr(encode, "WORTH_PROCESSES", 1)
@@ -638,6 +643,7 @@ def test_a_split_is_the_same_with_helpers(data, tmp_path, monkeypatch, small_por
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "name"), [(1, "a.jsonl"), (1, "a.jsonl.gz"), (2, "a.jsonl")])
 def test_an_error_behind_the_limit_is_not_met(write, tmp_path, processes, name, monkeypatch):
     """Although the chunk with the last document was read to its end."""
@@ -1282,6 +1288,7 @@ def test_killed_five_times_and_resumed_the_file_is_that_of_one_run(
     assert names(tmp_path) == ["a.bin", "a.txt", "clean.bin"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_done_for_a_resume(write, tmp_path, child, run, monkeypatch):
     """RLIMIT_FSIZE stops the file at 64 KiB; no file has the final name, and with space the command continues."""
     path = write("a.txt", "some words and more of them\n" * 5000)

@@ -34,6 +34,7 @@ WEIGHTS = st.lists(st.floats(0.01, 100) | st.integers(1, 5).map(float), min_size
 # --- which rows come from which source --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(WEIGHTS, st.integers(0, 2**31 - 1), st.lists(st.integers(0, 2**40), min_size=1, max_size=5))
 @settings(deadline=None)
 def test_at_each_border_of_blocks_a_source_is_less_than_a_row_from_its_share(weights, seed, blocks):
@@ -73,6 +74,7 @@ def test_a_place_has_its_row_whoever_asks_and_in_whatever_order(weights, places)
     ]
 
 
+@pytest.mark.slow
 def test_other_seeds_mix_in_another_order():
     """In one block of 1024 rows with weights 1 and 1, 512 rows are of each source, for every seed, in other
     places.
@@ -111,6 +113,7 @@ class ArrayFile:
         return len(self.tokens)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.lists(st.integers(0, 99), max_size=5), min_size=1, max_size=5),
     st.integers(-30, 30) | st.none(),

@@ -22,6 +22,7 @@ def test_labels_are_the_inputs_one_place_further_on() -> None:
     assert inputs.dtype == labels.dtype == np.int64
 
 
+@pytest.mark.slow
 @given(n_tokens=st.integers(2, 200), seq_len=st.integers(1, 20))
 def test_rows_ask_for_every_token_but_the_first_exactly_once(n_tokens: int, seq_len: int) -> None:
     """Labels that are not padding, row after row, are tokens 1..n-1 in order."""
@@ -74,6 +75,7 @@ documents_of_tokens = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(documents_of_tokens, st.integers(1, 8))
 def test_a_packed_stream_is_its_tokens_in_order(documents: list[list[int]], seq_len: int) -> None:
     """Each row's inputs are the next T tokens, and its last token, a target only, opens the next row."""
@@ -84,6 +86,7 @@ def test_a_packed_stream_is_its_tokens_in_order(documents: list[list[int]], seq_
     assert all(row[-1] == following[0] for row, following in pairwise(rows))
 
 
+@pytest.mark.slow
 @given(documents_of_tokens, st.integers(1, 8))
 def test_packing_goes_on_at_any_row_border(documents: list[list[int]], seq_len: int) -> None:
     """From the place that comes with row i, rows i+1, i+2, ... follow unchanged: what an exact resume rests on."""
@@ -102,6 +105,7 @@ lengths_and_room = st.integers(1, 40).flatmap(
 )
 
 
+@pytest.mark.slow
 @given(lengths_and_room)
 def test_every_example_is_in_one_row_whole_and_no_row_holds_too_much(
     case: tuple[list[int], int],

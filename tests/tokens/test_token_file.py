@@ -142,6 +142,7 @@ def test_the_index_stands_behind_zeros_at_a_multiple_of_8_bytes(tmp_path, n):
     assert data[2 * (n + 1) :] == bytes(len(data) - 8 - 2 * (n + 1)) + (n + 1).to_bytes(8, "little")
 
 
+@pytest.mark.slow
 @given(
     texts=st.lists(
         st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=5),
@@ -166,6 +167,7 @@ def test_documents_come_back_by_the_index(tmp_path, texts, data):
     assert part.document_ends.tolist() == [end - ends[first] for end in ends[first + 1 : last + 1]]
 
 
+@pytest.mark.slow
 @given(lengths=st.lists(st.integers(0, 3), min_size=2, max_size=9), data=st.data())
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None
@@ -288,6 +290,7 @@ def test_a_token_file_that_cannot_be_opened_is_refused_at_once(tmp_path, name):
         TokenFile.open(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found(token_file):
     """In the tokens and in each field of the header; the spaces after the JSON have no meaning."""
     data = token_file.read_bytes()
@@ -373,6 +376,7 @@ def test_a_failed_sync_or_rename_is_a_failed_file(tmp_path, monkeypatch, call, r
 DOCUMENTS = st.lists(st.sampled_from(["", "a", "b", "ab", "abc", "é", "x" * 9]), max_size=12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 3, 2**16])
 @given(train=st.lists(DOCUMENTS, min_size=1, max_size=3), val=DOCUMENTS)
 @settings(
@@ -694,6 +698,7 @@ def test_an_array_of_python_objects_runs_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @given(
     data=st.one_of(
         st.binary(max_size=300),

@@ -135,6 +135,7 @@ def last_validation(name: str) -> dict[str, float]:
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_number_of_the_table_is_the_one_that_its_stage_validated_with(here, ran, capsys):
     """The oracle is each stage's own metrics.csv: validation in training, by Lightning, in other batches."""
     assert align.main(["--config", str(write_pipeline(here))]) == 0
@@ -200,6 +201,7 @@ def test_results_that_were_cut_off_are_made_again(here, ran):
         assert results_of(here) == before
 
 
+@pytest.mark.slow
 def test_a_stage_that_left_the_list_leaves_the_table(here, ran):
     """state.json still has the verifier; the results of four stages differ from those of three."""
     align.main(["--config", str(write_pipeline(here))])
@@ -208,6 +210,7 @@ def test_a_stage_that_left_the_list_leaves_the_table(here, ran):
     assert len(ran) == 4
 
 
+@pytest.mark.slow
 def test_rewards_are_measured_also_where_the_reference_is_in_no_row(here, ran):
     """The oracle is the stage's own validation; the model that it began with was trained before, by another list."""
     write_pipeline(here)
@@ -221,6 +224,7 @@ def test_rewards_are_measured_also_where_the_reference_is_in_no_row(here, ran):
     )
 
 
+@pytest.mark.slow
 def test_a_model_that_is_lost_is_named_and_no_other_takes_its_place(here, ran, capsys):
     """final.ckpt is the last step, which the program names again; step 4 of 6, which dpo starts from, is removed."""
     path = str(write_pipeline(here, dpo={"training": {"init_from": "runs/sft/step-000004.ckpt"}}))
@@ -240,6 +244,7 @@ def test_a_model_that_is_lost_is_named_and_no_other_takes_its_place(here, ran, c
     assert capsys.readouterr().err.endswith(message)
 
 
+@pytest.mark.slow
 def test_of_checkpoints_that_were_there_before_it_is_said_what_is_not_known(here, ran, capsys):
     path = str(write_pipeline(here))
     align.main(["--config", path])
@@ -309,6 +314,7 @@ def test_changed_settings_are_for_the_stages_program_to_judge(here, ran, capsys)
     )
 
 
+@pytest.mark.slow
 def test_a_stage_is_not_gone_on_with_over_another_base(here, ran, capsys):
     """The base is trained again with another seed; stages that started from the old one are not reused silently."""
     path = str(write_pipeline(here))
@@ -430,6 +436,7 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_stages_that_contradict_are_refused_before_the_first_one_runs(here):
     path = write_pipeline(here)
     assert [stage.name for stage in pipeline.read_stages(path)] == list(STAGES)
@@ -501,6 +508,7 @@ def test_a_config_beside_the_list_is_found_in_the_error(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_what_a_stage_would_refuse_in_its_turn_is_refused_before_the_first_one(here):
     path = write_pipeline(here, dpo={"training": {"init_from": None}})
     preferences = (

@@ -139,6 +139,7 @@ def test_a_deleted_working_folder_is_one_line(
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_removed_in_mid_run_is_made_again_with_its_lock(
     make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
@@ -173,6 +174,7 @@ def test_a_folder_that_is_removed_in_mid_run_is_made_again_with_its_lock(
     ]
 
 
+@pytest.mark.slow
 def test_a_file_in_place_of_the_folder_in_mid_run_is_one_line(
     make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:

@@ -108,6 +108,7 @@ def test_a_resumed_loader_gives_what_the_uninterrupted_one_gave(
     assert all(equal(a, b) for a, b in zip(whole[first:], resumed, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["shuffled", "random", "sequential"])
 @pytest.mark.parametrize("first", [1, 300])
 def test_a_resumed_mixture_gives_what_the_uninterrupted_one_gave(
@@ -166,6 +167,7 @@ def test_passes_are_counted_in_rows_of_the_data(load: Any) -> None:
     assert stream.source_rows == []
 
 
+@pytest.mark.slow
 def test_metrics_and_checkpoints_say_how_often_the_data_were_seen(
     make_config: Any, tmp_path: Path
 ) -> None:
@@ -180,6 +182,7 @@ def test_metrics_and_checkpoints_say_how_often_the_data_were_seen(
     assert describe(tmp_path / "checkpoints" / "final.ckpt").passes == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
 def test_each_source_of_a_mixture_goes_through_its_own_passes(
     load: Any, mix: dict, order: str
@@ -440,6 +443,7 @@ def test_a_run_on_a_mixture_resumes_exactly_and_refuses_other_shares(
     assert "train data (" in refusal_of(config, capsys, "data.mix=null")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_characters_that_it_learned(
     make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -581,6 +585,7 @@ def test_problems_are_shown_with_the_places_where_an_answer_departs(
             assert f" tokens, departures: {len(departs)}, " in counts
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_that_of_the_model_that_a_run_begins_with(
     make_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -676,6 +681,7 @@ def test_the_former_program_says_where_it_went() -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_validation_on_the_very_tokens_of_training_is_refused(make_config, tmp_path, capsys):
     """E13 for a token file: val_loss would be that of training."""
     assert train.main(["--config", str(make_config(training={"max_steps": 1}))]) == 0

@@ -176,6 +176,7 @@ def test_another_teacher_or_setting_has_a_file_of_its_own(
     assert len(caches(folder)) == 5
 
 
+@pytest.mark.slow
 def test_the_student_comes_near_its_teacher(distill: Make, home: Path, tmp_path: Path) -> None:  # noqa: F811
     """A new student of half the width learns only from the teacher (weight 1): the divergence on
     training rows falls.
@@ -189,6 +190,7 @@ def test_the_student_comes_near_its_teacher(distill: Make, home: Path, tmp_path:
     assert curve(tmp_path) == curve(tmp_path, "kl"), "with weight 1 it is the whole loss"
 
 
+@pytest.mark.slow
 def test_another_teacher_is_refused_on_resume(
     distill: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:  # noqa: F811

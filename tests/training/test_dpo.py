@@ -145,6 +145,7 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
     assert " dpo " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_first_step_costs_ln_2_and_has_no_margin(prefer: Make, tmp_path: Path) -> None:
     """Without dropout the policy is its reference: h = 0, so -ln s(0) = 0.693147; both rewards are
     0. Then they part.
@@ -155,6 +156,7 @@ def test_the_first_step_costs_ln_2_and_has_no_margin(prefer: Make, tmp_path: Pat
     assert float.fromhex(curve(tmp_path)[6]) != float.fromhex(curve(tmp_path)[1])
 
 
+@pytest.mark.slow
 def test_metrics_have_a_column_for_each_measure(prefer: Make, home: Path, tmp_path: Path) -> None:  # noqa: F811
     """Of training rows at every row, of validation at validations; val_ppl and val_bpb would say
     nothing. Pretraining's file is as it was.
@@ -177,6 +179,7 @@ def test_metrics_have_a_column_for_each_measure(prefer: Make, home: Path, tmp_pa
     assert curve(tmp_path, "val_ppl") == curve(tmp_path, "val_bpb") == {}
 
 
+@pytest.mark.slow
 def test_a_row_of_several_steps_is_the_mean_over_their_pairs(prefer: Make, tmp_path: Path) -> None:
     """The row of two steps of equally many pairs is the mean of theirs, for the loss and each measure."""
     config = prefer()
@@ -263,6 +266,7 @@ def test_validation_is_what_each_answer_alone_makes_of_it(
     assert found == pytest.approx(expected, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_the_loss_does_not_depend_on_how_a_step_is_divided(prefer: Make, tmp_path: Path) -> None:
     """6 pairs as 1 x 6, 2 x 3 and 3 x 2, whose answers have unequal lengths: the gradient is that
     of the mean over pairs, not over tokens.
@@ -301,6 +305,7 @@ def stage_of(config: Path, monkeypatch: Patch) -> tuple[DPOModule, PreferenceDat
     return stage, data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["copy", "adapters_off", "cached"])
 def test_the_gradient_is_that_of_the_mean_with_the_sft_term(
     reference: str, prefer: Make, monkeypatch: Patch
@@ -356,6 +361,7 @@ def test_the_gradient_is_that_of_the_mean_with_the_sft_term(
 # --- references -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_three_references_give_the_same_losses(prefer: Make, tmp_path: Path) -> None:
     """To 1e-6 over six steps, with dropout in the base's layers and in the adapters: the reference
     has none, the policy draws the same in each.
@@ -399,6 +405,7 @@ def cached_files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache").glob("reference-*.bin"))
 
 
+@pytest.mark.slow
 def test_cached_log_probabilities_are_computed_once_per_data_and_base(
     prefer: Make, home: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:  # noqa: F811
@@ -427,6 +434,7 @@ def test_cached_log_probabilities_are_computed_once_per_data_and_base(
     assert all(pair.reference is not None for pair in [*data.train_pairs, *data.val_pairs])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["simpo", "orpo"])
 def test_a_loss_without_a_reference_holds_and_computes_none(
     loss: str, prefer: Make, home: Path, tmp_path: Path, monkeypatch: Patch
@@ -449,6 +457,7 @@ def test_a_loss_without_a_reference_holds_and_computes_none(
     assert run(config) == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_reference(
     prefer: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -590,6 +599,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert checkpoint_format.candidates(tmp_path / "checkpoints") == []
 
 
+@pytest.mark.slow
 def test_a_step_that_is_skipped_leaves_its_columns_empty(
     prefer: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -634,6 +644,7 @@ def test_skipped_pairs_are_logged(prefer: Make, tmp_path: Path, capsys: Capture)
     )
 
 
+@pytest.mark.slow
 def test_rows_of_both_splits_are_said(prefer: Make, tmp_path: Path, capsys: Capture) -> None:
     """E13."""
     assert (
@@ -732,6 +743,7 @@ def test_pretraining_refuses_a_dpo_section(prefer: Make, capsys: Capture) -> Non
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["copy", "cached", "lora off"])
 def test_a_run_resumes_only_with_its_own_reference(
     name: str, prefer: Make, home: Path, tmp_path: Path, capsys: Capture
@@ -759,6 +771,7 @@ def test_a_run_resumes_only_with_its_own_reference(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -780,6 +793,7 @@ def test_another_run_is_not_resumed(
     assert words in refused(config, tmp_path, capsys, override)
 
 
+@pytest.mark.slow
 def test_a_sample_is_formatted_by_the_template(prefer: Make, monkeypatch: Patch) -> None:
     """As in fine-tuning; the bytes of the prompt are those that training has shown."""
     from tests.training.test_finetune import prompts_seen

@@ -229,6 +229,7 @@ def test_rows_are_shown_with_their_questions_in_brackets(
     assert (len(found) > 1) == (packing == "packed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_learns_and_every_program_reads_what_it_wrote(
     name: str, make: Make, home: Path, tmp_path: Path, capsys: Capture
@@ -254,6 +255,7 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
     assert eval_val.main(["--ckpt", str(final), "--config", str(home / "base.yaml")]) == 0
 
 
+@pytest.mark.slow
 def test_answers_are_scored_as_in_training_and_before_it(
     make: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -281,6 +283,7 @@ def test_answers_are_scored_as_in_training_and_before_it(
     assert "training.seq_len: 161 is more than the 160 positions of " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["packed", "padded"])
 @pytest.mark.parametrize("name", ["whole", "hf_model lora"])
 def test_validation_is_the_loss_of_the_answers_alone(
@@ -313,6 +316,7 @@ def test_validation_is_the_loss_of_the_answers_alone(
     )
 
 
+@pytest.mark.slow
 def test_packed_and_padded_rows_train_on_the_same_loss(make: Make, tmp_path: Path) -> None:
     """All training examples in one step: the mean is over the same targets in any rows, so the
     first step's loss is equal.
@@ -348,6 +352,7 @@ def test_packed_and_padded_rows_train_on_the_same_loss(make: Make, tmp_path: Pat
     assert first[0][1] == pytest.approx(first[1][1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_only_fine_tuning_has_a_column_of_accuracy(make: Make, home: Path, tmp_path: Path) -> None:
     """The file of a pretraining run is as it was; fine-tuning has one column more, filled at validations."""
     assert run(make()) == 0
@@ -364,6 +369,7 @@ def test_only_fine_tuning_has_a_column_of_accuracy(make: Make, home: Path, tmp_p
     assert sorted(curve(tmp_path, "val_accuracy")) == [3, 6]
 
 
+@pytest.mark.slow
 def test_a_sample_is_asked_for_as_the_examples_ask(
     make: Make, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -374,6 +380,7 @@ def test_a_sample_is_asked_for_as_the_examples_ask(
     assert {bytes(ids).decode() for ids in seen} == {"### Instruction: say red\n### Output:"}
 
 
+@pytest.mark.slow
 def test_answers_are_generated_with_the_commonest_system_turn_of_the_rows(
     make: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -422,6 +429,7 @@ def prompts_seen(monkeypatch: Patch) -> list[tuple[int, ...]]:
     return seen
 
 
+@pytest.mark.slow
 def test_new_weights_learn_whole_texts(make: Make, tmp_path: Path, capsys: Capture) -> None:
     """S0: with training.train_on=all a run begins from nothing, on a folder of rows; every token
     but each example's first is a target.
@@ -472,6 +480,7 @@ def test_the_model_and_tokenizer_are_those_of_the_base(
     assert now["tokenizer"] == was["tokenizer"]
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_from_a_hugging_face_model_too(
     make: Make, home: Path, tmp_path: Path
 ) -> None:
@@ -487,6 +496,7 @@ def test_pretraining_goes_on_from_a_hugging_face_model_too(
     assert (info.stage, info.shape) == ("pretrain", "1L 16d 2h + r4")
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_task_are_asked_as_the_task_asks(make: Make, tmp_path: Path) -> None:
     """data.task says which columns there are and what the question is."""
     rows = [{"sentence": f"film number {i} , and a good one", "label": 1} for i in range(20)]
@@ -508,6 +518,7 @@ def test_the_rows_of_a_task_are_asked_as_the_task_asks(make: Make, tmp_path: Pat
     assert text.endswith("\n### Output: positive\n")
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_number(make: Make, tmp_path: Path) -> None:
     """Of a Hugging Face model too; dropout is drawn again alike in the second forward."""
     for name in ("true", "false"):
@@ -532,6 +543,7 @@ def adapted(make: Make, **sections: Any) -> Path:
     return Path(load_config(config).training.checkpoint_dir) / "final.ckpt"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapter_alone_and_says_whose_it_is(make: Make, home: Path) -> None:
     """A and B of four layers; optimizer state for no more; the base by path and by the fingerprint of its weights."""
     path = adapted(make)
@@ -551,6 +563,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_says_whose_it_is(make: Make, h
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hf_model", [False, True])
 def test_a_base_that_is_gone_or_another_is_named(
     hf_model: bool, make: Make, home: Path, tmp_path: Path
@@ -589,6 +602,7 @@ def test_a_base_that_is_gone_or_another_is_named(
     assert "not found" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_whole_hugging_face_model_needs_nothing_beside_its_checkpoint(
     make: Make, home: Path, tmp_path: Path
 ) -> None:
@@ -640,6 +654,7 @@ def test_plain_peft_loads_a_saved_adapter(
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_hugging_face_model_is_exported_alone_or_merged(
     make: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -721,6 +736,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
     assert run(config) == 0, "complete"
 
 
+@pytest.mark.slow
 def test_without_the_reseeding_of_dropout_a_resumed_run_differs(
     make: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -733,6 +749,7 @@ def test_without_the_reseeding_of_dropout_a_resumed_run_differs(
     assert curve(tmp_path)[5] != curve(tmp_path / "calm")[5]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_without_its_initial_model(make: Make, home: Path, tmp_path: Path) -> None:
     """Its weights, model settings and tokenizer are in its own checkpoint."""
     shutil.copytree(home / "llama", tmp_path / "llama")
@@ -782,6 +799,7 @@ def n_lines(path: Path) -> int:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_of_another_stage_is_not_resumed(
     make: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -798,6 +816,7 @@ def test_a_run_of_another_stage_is_not_resumed(
     assert "a checkpoint of stage sft, but this run is of stage pretrain" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_cannot_start_from_an_adapter(make: Make, tmp_path: Path, capsys: Capture) -> None:
     """B14: it is not a whole model; the error names both stages and the base to use."""
     path = adapted(make)
@@ -815,6 +834,7 @@ def test_a_run_cannot_start_from_an_adapter(make: Make, tmp_path: Path, capsys: 
     assert "base/final.ckpt, or from the merged model." in message
 
 
+@pytest.mark.slow
 def test_an_adapter_resumes_only_on_its_own_base(
     make: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -940,6 +960,7 @@ def test_adapters_need_a_trained_model(home: Path, tmp_path: Path, capsys: Captu
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "override", "words", "fatal"),
     [

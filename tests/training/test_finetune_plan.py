@@ -44,6 +44,7 @@ def plan(config: Path, *settings: str) -> int:
     return finetune.main(["--config", str(config), "--plan", *settings])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "trained"),
     [
@@ -76,6 +77,7 @@ def test_a_plan_has_memory_time_and_the_first_row(
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_plan_of_preferences(config: Path, capsys: Capture) -> None:
     """The frozen copy of the reference doubles the weights."""
     parts = []
@@ -88,6 +90,7 @@ def test_a_plan_of_preferences(config: Path, capsys: Capture) -> None:
     assert parts[0] == pytest.approx(2 * parts[1], rel=0.05)
 
 
+@pytest.mark.slow
 def test_micro_batches_that_do_not_fit_are_not_tried(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

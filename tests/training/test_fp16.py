@@ -35,6 +35,7 @@ def fp16_on_cpu(monkeypatch: Patch) -> None:
     monkeypatch.setitem(support.FEATURES, "no CUDA", lambda config, device: False)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_unscaled_once_before_it_is_clipped(
     make_config: Make, tmp_path: Path, fp16_on_cpu: None, monkeypatch: Patch
 ) -> None:
@@ -55,6 +56,7 @@ def test_the_gradient_is_unscaled_once_before_it_is_clipped(
             assert float.fromhex(value) == pytest.approx(float.fromhex(theirs[step]), rel=0.05)
 
 
+@pytest.mark.slow
 def test_an_overflow_skips_the_step_and_is_counted(
     make_config: Make, tmp_path: Path, fp16_on_cpu: None, monkeypatch: Patch
 ) -> None:

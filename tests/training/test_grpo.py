@@ -103,6 +103,7 @@ def test_a_run_learns_and_every_program_reads_what_it_wrote(
     assert " grpo " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_the_answers_in_rollouts(reward: Make, tmp_path: Path) -> None:
     """metrics.csv against rollouts.jsonl: reward, length, truncated, groups without signal."""
     assert run(reward()) == 0
@@ -124,6 +125,7 @@ def test_metrics_are_means_over_the_answers_in_rollouts(reward: Make, tmp_path: 
         assert sorted(curve(tmp_path, name)) == [3, 6]
 
 
+@pytest.mark.slow
 def test_the_policy_is_its_reference_at_the_first_step(reward: Make, tmp_path: Path) -> None:
     """With dropout off, the divergence from the reference is 0 and nothing is clipped; later the two
     part. A base with dropout 0.2 would differ from itself.
@@ -134,6 +136,7 @@ def test_the_policy_is_its_reference_at_the_first_step(reward: Make, tmp_path: P
     assert float.fromhex(curve(tmp_path, "kl")[2]) > 0
 
 
+@pytest.mark.slow
 def test_a_truncated_answer_is_masked_or_costs(reward: Make, tmp_path: Path) -> None:
     """All answers of one token are cut: masked they train nothing, so that the weights
     stay; penalized each has half a point less.
@@ -149,6 +152,7 @@ def test_a_truncated_answer_is_masked_or_costs(reward: Make, tmp_path: Path) -> 
     assert [line["reward"] - 0.5 for line in plain] == [line["reward"] for line in costly]
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_how_many_are_sampled_at_once(
     reward: Make, tmp_path: Path
 ) -> None:
@@ -177,6 +181,7 @@ def kill() -> None:
     raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [1, 3])
 def test_a_run_that_ended_inside_a_step_resumes_to_the_last_bit(
     inner: int, reward: Make, tmp_path: Path, monkeypatch: Patch
@@ -234,6 +239,7 @@ def test_killed_again_and_again_a_run_is_equal_to_the_last_bit(
     assert_same(tmp_path / "calm", tmp_path)
 
 
+@pytest.mark.slow
 def test_lines_of_steps_that_are_taken_again_are_not_written_twice(
     reward: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -266,6 +272,7 @@ def counted():
 )
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_ends_the_run_with_one_line_and_nothing_is_lost(
     reward: Make, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -17,6 +17,7 @@ from training import instruments
 Make = Callable[..., Path]
 
 
+@pytest.mark.slow
 def test_each_row_has_utilization_waiting_and_memory(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,6 +40,7 @@ def test_each_row_has_utilization_waiting_and_memory(
     assert all(name in page for name in ("MFU (median)", "waiting for data (median)"))
 
 
+@pytest.mark.slow
 def test_profile_steps_write_a_trace_and_log_ten_operators(
     make_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -63,6 +63,7 @@ def no_launcher(monkeypatch: Patch) -> None:
 # --- Lightning's own behavior under SLURM -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_in_a_slurm_job_a_stopped_run_is_resumed_from_our_checkpoint_alone(
     make_config: Make,
     uninterrupted: Path,  # noqa: F811
@@ -90,6 +91,7 @@ def test_in_a_slurm_job_a_stopped_run_is_resumed_from_our_checkpoint_alone(
     assert set(tmp_path.iterdir()) - set(before) == {tmp_path / "checkpoints", tmp_path / "logs"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [("LIMIT_TRAIN_BATCHES", "3"), ("MAX_STEPS", "2"), ("FAST_DEV_RUN", "1"), ("LOGGER", "True")],
@@ -111,6 +113,7 @@ def test_a_variable_for_lightnings_trainer_is_ignored_with_a_line(
     assert not (tmp_path / "lightning_logs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables",
     [

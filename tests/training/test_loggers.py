@@ -52,6 +52,7 @@ def run_id(folder: Path) -> str:
     return checkpoint_format.read(folder / "checkpoints" / "final.ckpt")["logged_as"]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_settings_metrics_samples_and_one_run(
     make_config: Make, tmp_path: Path
 ) -> None:
@@ -151,6 +152,7 @@ def test_trackio_has_settings_metrics_samples_and_one_run(
     assert done.stdout.split("\n")[-2] == f"tiny-{run_id(tmp_path)} [1, 2, 3] 3 0.00123"
 
 
+@pytest.mark.slow
 def test_a_run_without_loggers_has_no_name_in_them(make_config: Make, tmp_path: Path) -> None:
     assert train.main(["--config", str(make_config()), "training.max_steps=1"]) == 0
     state = checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")

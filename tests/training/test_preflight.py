@@ -53,6 +53,7 @@ def left(folder: Path) -> set[str]:
 # --- --plan -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_plan_is_printed_and_nothing_written(
     make_config: Make, tmp_path: Path, capsys: Capture, fast: None
 ) -> None:
@@ -84,6 +85,7 @@ def test_the_plan_is_printed_and_nothing_written(
     assert left(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_not_measured_and_gets_overrides(
     make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
@@ -121,6 +123,7 @@ def test_if_nothing_fits_a_smaller_model_is_suggested(
     )
 
 
+@pytest.mark.slow
 def test_a_plan_without_known_memory(
     make_config: Make, capsys: Capture, monkeypatch: Patch, fast: None
 ) -> None:
@@ -153,6 +156,7 @@ def test_the_vocabulary_is_known_before_there_is_a_tokenizer(
     assert left(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_without_its_tokenizer_a_run_is_planned_by_the_vocabulary_size(
     make_config: Make, capsys: Capture, monkeypatch: Patch, fast: None
 ) -> None:
@@ -193,6 +197,7 @@ def test_only_one_thing_is_asked_for_at_a_time(make_config: Make, capsys: Captur
 # --- --overfit-one-batch ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_that_can_learn_learns_one_batch(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -207,6 +212,7 @@ def test_a_model_that_can_learn_learns_one_batch(
     assert left(tmp_path) == {"cache"}
 
 
+@pytest.mark.slow
 def test_the_probe_starts_from_the_initial_model(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -246,6 +252,7 @@ def test_what_is_no_number_of_steps_is_refused(
 # --- --find-lr --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_read_from_a_curve(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -375,6 +382,7 @@ CPU_ERROR = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [

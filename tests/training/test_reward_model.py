@@ -66,6 +66,7 @@ def reward_alone(model: Any, ids: torch.Tensor) -> float:
         return float(hidden @ model.reward_head.weight[0])
 
 
+@pytest.mark.slow
 def test_a_run_starts_at_log_2_and_every_program_reads_or_refuses_its_model(
     reward: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_run_starts_at_log_2_and_every_program_reads_or_refuses_its_model(
     )
 
 
+@pytest.mark.slow
 def test_it_is_scored_alone_as_in_training_and_by_hand(
     reward: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -129,6 +131,7 @@ def test_it_is_scored_alone_as_in_training_and_by_hand(
     assert "note: not the validation data of the training run" in printed.err
 
 
+@pytest.mark.slow
 def test_it_chooses_among_the_answers_of_a_model(
     reward: Make, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:  # noqa: F811
@@ -148,6 +151,7 @@ def test_it_chooses_among_the_answers_of_a_model(
     assert rewards == sorted(rewards, reverse=True)
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_other_texts(reward: Make, tmp_path: Path) -> None:
     """A text among longer ones has the reward that it has alone; its end is kept if it is long."""
     assert run(reward(), "training.lr=3e-2", "training.max_steps=2") == 0
@@ -163,6 +167,7 @@ def test_scores_do_not_depend_on_the_other_texts(reward: Make, tmp_path: Path) -
     assert scorer.score_texts([], []) == []
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_last_bit(
     reward: Make, home: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:  # noqa: F811
@@ -206,6 +211,7 @@ def test_killed_again_and_again_the_curve_is_equal_to_the_last_bit(
     assert_same_run(tmp_path / "calm", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_loss_does_not_depend_on_how_a_step_is_divided(reward: Make, tmp_path: Path) -> None:
     """6 pairs as 1 x 6, 2 x 3 and 3 x 2: the gradient is that of the mean over pairs."""
     still = {"residual_dropout": 0.0, "attention_dropout": 0.0}
@@ -265,6 +271,7 @@ def test_an_impossible_setting_is_an_error_of_one_line(
     assert words in refused(reward(**sections), tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_other_programs_refuse_the_section_and_the_checkpoint(
     reward: Make, tmp_path: Path, capsys: Capture
 ) -> None:

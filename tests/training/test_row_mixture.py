@@ -86,6 +86,7 @@ def test_weights_are_shares_of_the_rows(load: Any) -> None:
     assert data.source_passes(256, 1) == [768 / n_a, 256 / n_b]
 
 
+@pytest.mark.slow
 def test_passes_of_a_source_count_its_rows_at_any_step(load: Any) -> None:
     """Counted one by one, in the middle of a block too."""
     data = prepared(load(data={"packing": "padded"}))

@@ -64,6 +64,7 @@ def test_a_duration_is_so_many_steps(make_config: Make, duration: str, steps: in
     assert count_steps(config, budget_of(config), rows_per_pass=24) == steps
 
 
+@pytest.mark.slow
 def test_a_run_of_a_duration_is_the_run_of_its_steps(
     make_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_run_of_a_duration_is_the_run_of_its_steps(
     assert_same_run(tmp_path / "steps", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_settled_duration_is_in_the_checkpoint_and_in_config_yaml(
     make_config: Make, tmp_path: Path
 ) -> None:
@@ -99,6 +101,7 @@ def six_steps(monkeypatch: Patch) -> None:
     monkeypatch.setattr(settle, "steps_within", lambda *times: 6)
 
 
+@pytest.mark.slow
 def test_the_measurement_of_a_time_leaves_no_trace_in_the_run(
     make_config: Make, tmp_path: Path, six_steps: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -111,6 +114,7 @@ def test_the_measurement_of_a_time_leaves_no_trace_in_the_run(
     assert_same_run(tmp_path / "steps", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_time_is_measured(make_config: Make, tmp_path: Path, monkeypatch: Patch) -> None:
     """A step of 0.2 s and no validations: 2 s are at most 10 steps, fewer by what the measurement
     took of them.
@@ -129,6 +133,7 @@ def test_a_time_is_measured(make_config: Make, tmp_path: Path, monkeypatch: Patc
 # --- settled once ---
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_measure_again(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, six_steps: None
 ) -> None:
@@ -144,6 +149,7 @@ def test_a_resumed_run_does_not_measure_again(
     assert checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["settled"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_does_not_measure_again(
     make_config: Make,
     tmp_path: Path,
@@ -178,6 +184,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_does_not_measure_agai
     assert said in caplog.messages
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_duration_that_it_began_with(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -313,6 +320,7 @@ def test_rows_and_settings_are_printed_without_settling(
 # --- hardware.precision auto ---
 
 
+@pytest.mark.slow
 def test_auto_precision_is_chosen_once_and_said_in_the_first_line(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -365,6 +373,7 @@ def test_a_gpu_decides_by_what_it_has(
 # --- training.micro_batch_size auto ---
 
 
+@pytest.mark.slow
 def test_an_auto_micro_batch_keeps_the_rows_of_a_step(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -389,6 +398,7 @@ def test_an_auto_micro_batch_keeps_the_rows_of_a_step(
     assert_same_run(tmp_path / "written", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_batch(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
     assert run(make_config(), "training.max_steps=2") == 0
     auto = make_config(training={"micro_batch_size": "auto", "batch_size": 8})

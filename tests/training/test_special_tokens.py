@@ -109,6 +109,7 @@ def test_a_grown_model_is_exported_with_the_logits_of_transformers(
         torch.testing.assert_close(ours, theirs(torch.tensor([ids])).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hf_model", [False, True], ids=["ours", "hf"])
 def test_plain_peft_loads_an_adapter_with_new_tokens(
     hf_model: bool, make: Make, home: Path, tmp_path: Path
@@ -133,6 +134,7 @@ def test_plain_peft_loads_an_adapter_with_new_tokens(
         torch.testing.assert_close(load_model(final).model(ids), logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_base_without_the_marks_says_the_line_that_adds_them(
     make: Make, tmp_path: Path, capsys: Any
 ) -> None:
@@ -147,6 +149,7 @@ def test_a_base_without_the_marks_says_the_line_that_adds_them(
     assert run(config, fix, "training.max_steps=1") == 0
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_other_special_tokens(
     make: Make, tmp_path: Path, capsys: Any
 ) -> None:
@@ -156,6 +159,7 @@ def test_a_run_is_not_resumed_with_other_special_tokens(
     assert "tokenizer.special_tokens was " in error
 
 
+@pytest.mark.slow
 def test_a_base_that_has_the_marks_does_not_grow_again(make: Make, tmp_path: Path) -> None:
     """The second run starts from the first one's model and names the same tokens."""
     config = make(**CHATML)

@@ -97,6 +97,7 @@ def test_earlier_outliers_do_not_widen_the_band():
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_counted_and_named(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_spike_is_skipped_counted_and_named(
     assert norms[3] > 3 * max(norms[:3])
 
 
+@pytest.mark.slow
 def test_without_the_setting_a_spike_is_trained(
     make_config: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -136,6 +138,7 @@ def test_without_the_setting_a_spike_is_trained(
     assert len(curve(tmp_path)) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [3, 4])
 def test_a_run_stopped_around_a_skip_resumes_to_the_last_bit(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, stop_at: int
@@ -158,6 +161,7 @@ def test_a_run_stopped_around_a_skip_resumes_to_the_last_bit(
     assert state_at(calm, 6)["progress"]["skipped_steps"] == 2
 
 
+@pytest.mark.slow
 def test_without_its_history_a_resumed_run_differs(
     make_config: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -175,6 +179,7 @@ def test_without_its_history_a_resumed_run_differs(
     assert state_at(tmp_path, 6)["progress"]["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_skipped_before_there_is_a_band(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture, factor: float
@@ -189,6 +194,7 @@ def test_a_loss_that_is_not_finite_is_skipped_before_there_is_a_band(
     assert state["progress"]["skipped_steps"] == 1
 
 
+@pytest.mark.slow
 def test_one_infinite_gradient_is_skipped(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -206,6 +212,7 @@ def test_one_infinite_gradient_is_skipped(
     assert same(state_at(tmp_path, 2)["weights"], state_at(tmp_path, 3)["weights"])
 
 
+@pytest.mark.slow
 def test_too_many_skips_in_a_row_are_a_divergence(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -223,6 +230,7 @@ def test_too_many_skips_in_a_row_are_a_divergence(
     assert not (tmp_path / "checkpoints" / "step-000006.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_the_guard_can_be_switched_on_in_a_run_and_off_again(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -239,6 +247,7 @@ def test_the_guard_can_be_switched_on_in_a_run_and_off_again(
     assert len(curve(tmp_path)) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [20.0, math.nan])
 def test_with_a_gradient_scaler(
     make_config: Make,
@@ -257,6 +266,7 @@ def test_with_a_gradient_scaler(
     assert last["precision"]["scale"] == (2.0**8 if factor == 20 else 2.0**7)
 
 
+@pytest.mark.slow
 def test_with_bf16(make_config: Make, tmp_path: Path, monkeypatch: Patch) -> None:
     """Autocast has no scaler: as in fp32."""
     poison(monkeypatch, {4})

@@ -89,6 +89,7 @@ def test_scores_are_those_of_evaluation_and_choose_the_best_checkpoint(
     assert all(torch.equal(one[name], weight) for name, weight in other.items())
 
 
+@pytest.mark.slow
 def test_validation_rows_of_the_run_can_be_scored(make: Make, tmp_path: Path) -> None:
     """Every fourth of the 12 built-in rows is held out: 3 rows."""
     config = make(eval_tasks={"sst2": "validation"}, eval_every_steps=None, max_steps=2)
@@ -139,6 +140,7 @@ def test_what_cannot_be_scored_is_an_error_before_the_first_step(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_length_of_a_run_in_passes(make_config: Make, tmp_path: Path, capsys: Any) -> None:
     """2 passes over R rows in steps of 64 are 2 R / 64 steps; the resumed run needs no other line."""
     rare = dict.fromkeys(("val_every_steps", "save_every_steps", "log_every_steps"), 1000)

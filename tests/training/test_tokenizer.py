@@ -34,6 +34,7 @@ def test_a_run_learns_from_its_training_split_once(data, monkeypatch):
     assert tokenizer_from_plain(first.to_plain()).encode("the lowest") == first.encode("the lowest")
 
 
+@pytest.mark.slow
 def test_a_cached_tokenizer_is_found_by_the_content_of_the_text_and_the_settings(data):
     config = TokenizerConfig(kind="bpe", vocab_size=280)
     learn_from_documents(config, data, seed=1)

@@ -92,6 +92,7 @@ def uninterrupted(make_config: Make, tmp_path: Path) -> Path:
 # --- what a run writes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_writes_checkpoints_and_metrics_and_logs_the_next_command(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_run_writes_checkpoints_and_metrics_and_logs_the_next_command(
     assert "model: 8,304 parameters, 52.6k FLOPs" in output.err
 
 
+@pytest.mark.slow
 def test_perplexity_is_exp_of_the_token_weighted_mean(make_config: Make, tmp_path: Path) -> None:
     """STYLE's bug: not a mean of the perplexities of batches. bpb is nats / ln 2 / bytes; here a
     token is a byte or an EOS.
@@ -131,6 +133,7 @@ def test_perplexity_is_exp_of_the_token_weighted_mean(make_config: Make, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_the_loss_does_not_depend_on_how_a_step_is_divided(
     make_config: Make, tmp_path: Path
 ) -> None:
@@ -158,6 +161,7 @@ def test_the_loss_does_not_depend_on_how_a_step_is_divided(
             assert ours == pytest.approx(theirs, rel=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_plain", "sgd", "muon"])
 def test_clipping_works_with_every_optimizer(
     make_config: Make, tmp_path: Path, optimizer: str, monkeypatch: Patch
@@ -189,6 +193,7 @@ def _norm_of(optimizer: torch.optim.Optimizer) -> float:
     return float(torch.nn.utils.get_total_norm(grads))
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_the_run_and_is_final(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -212,6 +217,7 @@ def test_early_stopping_ends_the_run_and_is_final(
     assert capsys.readouterr().err.endswith(expected)
 
 
+@pytest.mark.slow
 def test_init_from_takes_the_weights_and_nothing_else(
     make_config: Make, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -232,6 +238,7 @@ def test_init_from_takes_the_weights_and_nothing_else(
     assert first < float.fromhex(curve(uninterrupted)[1]) - 0.05
 
 
+@pytest.mark.slow
 def test_a_run_from_a_model_may_extend_its_context(
     make_config: Make, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -271,6 +278,7 @@ def test_a_prompt_that_cannot_be_encoded_is_found_before_training(
     assert message.startswith("error: training.sample_prompt: position 0: the character '€'")
 
 
+@pytest.mark.slow
 def test_a_sample_is_shown_at_each_validation(make_config: Make, capsys: Capture) -> None:
     """Two validations, two samples that start with the prompt."""
     assert (
@@ -280,6 +288,7 @@ def test_a_sample_is_shown_at_each_validation(make_config: Make, capsys: Capture
     assert capsys.readouterr().err.count("sample: ⟦the model⟧") == 2
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_that_cannot_be_removed_is_one_line(
     make_config: Make, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
@@ -327,6 +336,7 @@ def interrupt_at(
     monkeypatch.setattr(stage, "batch_loss", batch_loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "times", "code"),
     [(number, 1, 128 + number) for number in STOP_SIGNALS] + [(signal.SIGINT, 10, 130)],
@@ -355,6 +365,7 @@ def test_a_signal_inside_an_accumulation_finishes_the_step_saves_and_resumes(
     assert_same_run(uninterrupted, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_research_recipe_says_its_limit_first_and_resumes_exactly(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -370,6 +381,7 @@ def test_a_run_of_the_research_recipe_says_its_limit_first_and_resumes_exactly(
     assert_same_run(calm, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_validation_that_no_later_process_would_make_up_for_is_finished(
     make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -392,6 +404,7 @@ def test_a_validation_that_no_later_process_would_make_up_for_is_finished(
     assert_same_run(uninterrupted, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_that_is_ignored_at_the_start_stays_ignored(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, number: int
@@ -404,6 +417,7 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(
     assert checkpoint_format.read(tmp_path / "checkpoints" / "final.ckpt")["step"] == 6
 
 
+@pytest.mark.slow
 def test_resuming_twice_from_one_checkpoint_gives_the_same_and_leaves_it_alone(
     make_config: Make, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -441,6 +455,7 @@ def test_a_folder_without_checkpoints_cannot_be_resumed(
     )
 
 
+@pytest.mark.slow
 def test_the_printed_config_is_the_same_run(
     make_config: Make, uninterrupted: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -460,6 +475,7 @@ def test_the_printed_config_is_the_same_run(
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_without_the_reseeding_of_dropout_a_resumed_run_differs(
     make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -475,6 +491,7 @@ def test_without_the_reseeding_of_dropout_a_resumed_run_differs(
     assert curve(tmp_path)[5] != curve(uninterrupted)[5]
 
 
+@pytest.mark.slow
 def test_validation_and_samples_do_not_touch_training(
     make_config: Make, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -489,6 +506,7 @@ def test_validation_and_samples_do_not_touch_training(
     assert sorted(curve(tmp_path, "val_loss")) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_is_logged(
     make_config: Make, uninterrupted: Path, capsys: Capture
 ) -> None:
@@ -503,6 +521,7 @@ def test_another_number_of_threads_is_logged(
     )
 
 
+@pytest.mark.slow
 def test_max_steps_can_be_raised(make_config: Make, tmp_path: Path, capsys: Capture) -> None:
     """A9: the run continues to the new last step and logs that the schedule has changed."""
     assert run(make_config()) == 0
@@ -524,6 +543,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_not_continued(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -547,6 +567,7 @@ def refused(config: Path, tmp_path: Path, capsys: Capture, *arguments: str) -> s
     return error[0]
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused_unless_allowed(
     make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -566,6 +587,7 @@ def test_changed_data_is_refused_unless_allowed(
     assert run(config, "--allow-changes") == 0
 
 
+@pytest.mark.slow
 def test_a_run_learns_its_own_tokenizer_and_goes_on_with_it(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -584,6 +606,7 @@ def test_a_run_learns_its_own_tokenizer_and_goes_on_with_it(
     assert_same_run(calm, broken)
 
 
+@pytest.mark.slow
 def test_shared_documents_are_counted_and_logged(
     make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -681,6 +704,7 @@ def test_a_run_warns_of_a_separator_that_does_not_separate(
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_changed_streamed_text_is_refused_too(
     make_config: Make, corpus: Path, tmp_path: Path, capsys: Capture, stream: bool
@@ -693,6 +717,7 @@ def test_changed_streamed_text_is_refused_too(
     assert "data (" in refused(make_config(data=data), tmp_path, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -726,6 +751,7 @@ def test_another_run_is_not_resumed(
     assert "step-000004.ckpt: " in message and words in message
 
 
+@pytest.mark.slow
 def test_an_allowed_change_of_the_learning_rate_takes_effect(
     make_config: Make, tmp_path: Path
 ) -> None:
@@ -744,6 +770,7 @@ def test_an_allowed_change_of_the_learning_rate_takes_effect(
     assert {group["lr"] for group in state["param_groups"]} == {5e-3}
 
 
+@pytest.mark.slow
 def test_another_optimizer_is_refused_even_if_changes_are_allowed(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -756,6 +783,7 @@ def test_another_optimizer_is_refused_even_if_changes_are_allowed(
     assert "allowed: training.lr was 0.01 and is now 0.001" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_compared_before_it_is_called_complete(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -764,6 +792,7 @@ def test_a_finished_run_is_compared_before_it_is_called_complete(
     assert "training.lr was 0.01" in refused(make_config(), tmp_path, capsys, "training.lr=1")
 
 
+@pytest.mark.slow
 def test_a_branch_from_an_older_step_needs_its_own_folder(
     make_config: Make, uninterrupted: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -790,6 +819,7 @@ def test_a_branch_from_an_older_step_needs_its_own_folder(
     assert sorted(curve(uninterrupted)) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_no_step_stands_twice_in_the_metrics(
     make_config: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -807,6 +837,7 @@ def test_no_step_stands_twice_in_the_metrics(
     assert sorted(curve(tmp_path, "val_loss")) == [3, 6]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_skipped(
     make_config: Make, uninterrupted: Path, capsys: Capture
 ) -> None:
@@ -822,6 +853,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(
     assert curve(uninterrupted) == whole
 
 
+@pytest.mark.slow
 def test_the_oldest_files_of_a_killed_run_are_removed_at_its_next_start(
     make_config: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -838,6 +870,7 @@ def test_the_oldest_files_of_a_killed_run_are_removed_at_its_next_start(
     ]
 
 
+@pytest.mark.slow
 def test_a_new_run_refuses_a_used_folder(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -851,6 +884,7 @@ def test_a_new_run_refuses_a_used_folder(
         )
 
 
+@pytest.mark.slow
 def test_metrics_of_an_earlier_run_are_kept_under_another_name(
     make_config: Make, tmp_path: Path
 ) -> None:
@@ -870,6 +904,7 @@ def test_two_runs_in_one_folder(make_config: Make, tmp_path: Path, capsys: Captu
 # --- numbers that are not finite --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_nan_loss_stops_before_the_step(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -889,6 +924,7 @@ def test_a_nan_loss_stops_before_the_step(
     assert sorted(curve(tmp_path)) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_one_infinite_gradient_stops_before_the_step(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -906,6 +942,7 @@ def test_one_infinite_gradient_stops_before_the_step(
     assert checkpoint_format.read(tmp_path / "checkpoints" / "last.ckpt")["step"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("val_batches", [1, 2])
 def test_a_divergence_in_the_last_step_is_not_saved(
     make_config: Make, tmp_path: Path, capsys: Capture, val_batches: int
@@ -922,6 +959,7 @@ def test_a_divergence_in_the_last_step_is_not_saved(
     assert checkpoint_format.candidates(tmp_path / "checkpoints") == []
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved_before_any_validation(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -947,6 +985,7 @@ def test_weights_that_are_not_finite_are_not_saved_before_any_validation(
     assert f"resuming {good} at step 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_validation_loss_of_nan_ends_the_run_before_it_is_saved(
     make_config: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -974,6 +1013,7 @@ def test_a_nan_in_the_list_of_validations_does_not_stop_best_ckpt_from_being_wri
     assert not is_best(model.Progress(step=1, validations=[[1, math.nan]]))
 
 
+@pytest.mark.slow
 def test_a_broken_newest_checkpoint_is_skipped_and_does_not_push_out_good_ones(
     make_config: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -1007,6 +1047,7 @@ def end_batches_after(n: int, patch: Patch) -> None:
     patch.setattr(PretrainData, "train_dataloader", train_dataloader)
 
 
+@pytest.mark.slow
 def test_batches_that_end_before_the_last_step_are_an_error_after_a_save(
     make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -1023,6 +1064,7 @@ def test_batches_that_end_before_the_last_step_are_an_error_after_a_save(
     assert_same_run(uninterrupted, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_step_with_a_part_of_its_micro_batches_is_not_saved(
     make_config: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:

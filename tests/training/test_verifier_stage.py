@@ -114,6 +114,7 @@ def refused(config: Path, capsys: Capture, *arguments: str) -> str:
 # --- what a run does --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_verifier_is_scored_alone_as_in_training_and_on_other_pairs(
     make: Make, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -191,6 +192,7 @@ def test_a_run_learns_to_tell_right_from_wrong(make: Make, tmp_path: Path, capsy
     assert (last["val_ppl"], last["val_bpb"]) == ("", "")
 
 
+@pytest.mark.slow
 def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(
     make: Make, tmp_path: Path
 ) -> None:
@@ -230,6 +232,7 @@ def test_validation_is_what_the_saved_verifier_makes_of_each_pair_alone(
     )
 
 
+@pytest.mark.slow
 def test_the_loss_does_not_depend_on_how_a_step_is_divided(make: Make, tmp_path: Path) -> None:
     """6 problems a step as 1 x 6 and 3 x 2: the same pairs in the same step, so the same means up to rounding."""
     curves = []
@@ -255,6 +258,7 @@ def test_the_loss_does_not_depend_on_how_a_step_is_divided(make: Make, tmp_path:
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 def test_its_tokenizer_is_learned_from_problems_and_answers(
     kind: str, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -275,6 +279,7 @@ def test_its_tokenizer_is_learned_from_problems_and_answers(
     assert run(config, "training.max_steps=2") == 0
 
 
+@pytest.mark.slow
 def test_it_starts_from_the_weights_of_a_decoder(make: Make, writer: Path, tmp_path: Path) -> None:
     """With a learning rate of next to nothing the blocks are still the decoder's."""
     config = make(
@@ -294,6 +299,7 @@ def test_it_starts_from_the_weights_of_a_decoder(make: Make, writer: Path, tmp_p
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_last_bit(
     make: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -351,6 +357,7 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(
     make: Make, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -362,6 +369,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(
     assert checkpoint_format.latest_valid(tmp_path / "checkpoints").name == "step-000002.ckpt"
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_other_rows(make: Make, tmp_path: Path, capsys: Capture) -> None:
     config = make()
     assert run(config, "training.max_steps=2") == 0
@@ -402,6 +410,7 @@ def test_a_model_that_cannot_be_asked_is_named(make: Make, tmp_path: Path, capsy
 # --- what it is not for ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_other_program_says_that_it_is_no_model(
     make: Make, writer: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -15,6 +15,7 @@ from tinylm.tokens.packing import RowDataset
 from training.callbacks import StepEnd
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_with_one_line(make_config, capsys, monkeypatch):
     after_step = StepEnd.after_step
     others = {child.pid for child in multiprocessing.active_children()}  # of earlier tests
@@ -59,6 +60,7 @@ def test_a_mistake_in_the_data_is_the_same_line_with_and_without_workers(
     assert errors[0] == errors[1]
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_killed_and_named(make_config, capsys, monkeypatch):
     """At micro-batch 4; it ignores SIGTERM, so the program would wait for it at its exit."""
     others = set(multiprocessing.active_children())

@@ -47,10 +47,14 @@ def plan_finetune(stage: Stage, config: Config) -> int:
     Raises:
         UserError: it does not fit; with the settings to change.
     """
-    if config.grpo is not None:
+    samples = {
+        "a grpo section": config.grpo is not None,
+        "distill.own_samples": bool(config.distill and config.distill.own_samples),
+    }
+    for name in (name for name, is_there in samples.items() if is_there):
         raise UserError(
             "--plan",
-            "not supported with a grpo section: most of a step is sampling, which it does not measure",
+            f"not supported with {name}: most of a step is sampling, which it does not measure",
             "Start the run with training.max_steps=2",
         )
     if config.hardware.compile:

@@ -20,6 +20,7 @@ from tinylm.config.schema import AUTO, Config
 # The features that the settings and the device decide; a stage's name is a feature too.
 FEATURES: dict[str, Callable[[Config, str | None], bool]] = {
     "distill section": lambda config, device: config.distill is not None,
+    "own samples": lambda config, device: bool(config.distill and config.distill.own_samples),
     "dpo section": lambda config, device: config.dpo is not None,
     "grpo section": lambda config, device: config.grpo is not None,
     "reward_model section": lambda config, device: config.reward_model is not None,
@@ -207,6 +208,28 @@ UNSUPPORTED = (
         )
         for stage, other in _ROW_STAGES
     ),
+    # --- distill.own_samples
+    *(
+        Unsupported(
+            ("own samples", feature),
+            where,
+            f"{what}not supported with distill.own_samples: {reason}",
+            fix,
+        )
+        for feature, where, what, reason, fix in (
+            ("packed", "data.packing", "packed is ", "new answers vary in length", "Set padded"),
+            ("train_on all", "training.train_on", "all is ", "it samples answers", "Set response"),
+            ("mix of rows", "data.mix", "", "answers have one template", "Name datasets only"),
+            (
+                "tools",
+                "data.tools",
+                "",
+                "a masked result hides where an answer begins",
+                "Remove it",
+            ),
+            ("duration in time", "training.duration", "a time is ", "lengths vary", "Give epochs"),
+        )
+    ),
     # --- training.duration
     *(
         Unsupported(
@@ -308,11 +331,14 @@ UNSUPPORTED = (
         "Set hardware.precision to 16 or 32",
     ),
     # --- several devices
-    Unsupported(
-        ("grpo", "several devices"),
-        "hardware.devices",
-        "the stage grpo samples its answers on one device",
-        "Set hardware.devices=1 and hardware.num_nodes=1",
+    *(
+        Unsupported(
+            (feature, "several devices"),
+            "hardware.devices",
+            f"{name} samples its answers on one device",
+            "Set hardware.devices=1 and hardware.num_nodes=1",
+        )
+        for feature, name in (("grpo", "the stage grpo"), ("own samples", "distill.own_samples"))
     ),
     # --- fsdp
     Unsupported(

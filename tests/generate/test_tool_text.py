@@ -178,7 +178,9 @@ def test_what_the_tool_wrote_has_no_loss_in_grpo(checkpoint: Path) -> None:
     sampling = SamplingConfig(max_new_tokens=len(SCRIPT), temperature=0.1)
     prompt = PromptRow(torch.tensor([120]).numpy(), "x", "2.4", "row 1")
     engine = engine_of(checkpoint, deterministic=True)
-    rollouts = sample_rollouts(engine, [prompt], [0], 2, sampling=sampling, stop_ids=())
+    rollouts = sample_rollouts(
+        engine, [prompt], [0], 2, sampling=sampling, max_len=len(TEXT) + 2, stop_ids=()
+    )
     scored = RewardSum(GrpoConfig(), "cpu")([rollout.answer for rollout in rollouts])
     assert [item.reward for item in scored] == [1.0, 1.0]
     batch = pad_rollouts(rollouts, BYTES.pad_id, seq_len=len(TEXT) + 1)

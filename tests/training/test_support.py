@@ -13,6 +13,7 @@ STAGES = ("pretrain", "sft", "dpo", "grpo", "reward_model", "verifier", "plan")
 # Settings that switch a feature on; the others are stages, devices and models.
 ON: dict[str, list[str]] = {
     "distill section": ["distill={teacher: a.ckpt}"],
+    "own samples": ["distill={teacher: a.ckpt, own_samples: 0.5}"],
     "dpo section": ["dpo={beta: 0.1}"],
     "grpo section": ["grpo={group_size: 8}"],
     "reward_model section": ["reward_model={center_coef: 0}"],
@@ -63,7 +64,7 @@ def refuse(row: Unsupported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for feature in row.features:
         overrides += ON.get(feature, [])
     config = load_config(tmp_path / "empty.yaml", overrides)
-    usual = "sft" if "distill section" in row.features else "pretrain"
+    usual = "sft" if {"distill section", "own samples"} & set(row.features) else "pretrain"
     stage = next((feature for feature in row.features if feature in STAGES), usual)
     device = "cpu" if "no CUDA" in row.features else "cuda"
     package = None if "no bitsandbytes" in row.features else object()

@@ -2,7 +2,7 @@
 
     prompts, seeds ─▶ `sample_rollouts`: n answers to each
                    ─▶ `pad_rollouts`: ids and labels (B, T)
-    an answer with its reward ─▶ `rollout_row`: a line of rollouts.jsonl
+    an answer, with or without its reward ─▶ `rollout_row`: a line of rollouts.jsonl
 
 An answer is a function of (weights, prompt, seed, its number): not of the answers beside it.
 """
@@ -54,6 +54,7 @@ def sample_rollouts(
     n: int,
     *,
     sampling: SamplingConfig,
+    max_len: int,
     stop_ids: tuple[int, ...],
 ) -> list[Rollout]:
     """`n` answers to each prompt, in the order of the prompts.
@@ -64,11 +65,13 @@ def sample_rollouts(
         seeds: one for each prompt.
         n: answers to each.
         sampling: how they are sampled, but for the seed.
+        max_len: tokens of a prompt and its answer together.
         stop_ids: of the template.
     """
     requests = []
     for prompt, seed in zip(prompts, seeds, strict=True):
-        own = sampling.model_copy(update={"seed": seed})
+        n_new = min(sampling.max_new_tokens, max_len - len(prompt.ids))
+        own = sampling.model_copy(update={"seed": seed, "max_new_tokens": n_new})
         ids = Prompt(tuple(prompt.ids.tolist()))
         requests += [Request(ids, own, stop_ids, sample=number) for number in range(n)]
     completions = list(engine.complete(requests))
@@ -102,17 +105,18 @@ def pad_rollouts(rollouts: Sequence[Rollout], pad_id: int, seq_len: int) -> dict
     }
 
 
-def rollout_row(step: int, scored: Scored) -> dict[str, Any]:
-    """A line of rollouts.jsonl."""
-    answer = scored.answer
+def rollout_row(step: int, found: Answer | Scored) -> dict[str, Any]:
+    """A line of rollouts.jsonl; distillation has no rewards."""
+    answer, rewards = found, {}
+    if isinstance(found, Scored):
+        answer, rewards = found.answer, {"reward": found.reward, "rewards": found.parts}
     return {
         "step": step,
         "row": answer.location,
         "prompt": answer.prompt,
         "answer": answer.text,
         "target": answer.target.strip(),
-        "reward": scored.reward,
-        "rewards": scored.parts,
+        **rewards,
         "tokens": answer.n_tokens,
         "truncated": answer.truncated,
     }

@@ -1,10 +1,11 @@
-"""rollouts.jsonl: every answer that a run of reinforcement learning was trained on, a line each.
+"""rollouts.jsonl: every answer of its own that a model was trained on, a line each.
 
     {"step": 1, "row": "rows.jsonl:7", "prompt": "2+2=", "answer": "4", "target": "4",
      "reward": 1.0, "rewards": {"same_number": 1.0}, "tokens": 2, "truncated": false}
 
-`step` is the first optimizer step that the answer is trained in. A resumed run removes the lines of
-steps that it takes again, so that the file is equal to that of a run that was never interrupted.
+`step` is the first optimizer step that the answer is trained in. Distillation has no rewards. A
+resumed run removes the lines of steps that it takes again, so that the file is equal to that of a run
+that was never interrupted.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Distillation in stage sft (section `distill`): the data, the rows and the checkpoints are those of
 fine-tuning; the loss also compares the model with a teacher, which reads the same rows, in training or
-once before it (distill_cache.py).
+once before it (distill_cache.py). With distill.own_samples both read answers of the model itself
+(own_samples.py).
 """
 
 import logging
@@ -28,6 +29,7 @@ from training.build import build_model
 from training.context import RunContext
 from training.resume import ResumeState
 from training.stages.distill_cache import DistillData, cached_scores
+from training.stages.own_samples import OwnSamples, is_own
 from training.stages.sft import SFT, open_data
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,9 @@ class DistillModule(LanguageModule):
     """Next-token prediction, and the distributions of a teacher, which is frozen and has no
     dropout. val_loss is the cross entropy alone, as in other runs.
 
-    Args: as `LanguageModule`, and the teacher; None if each batch has its scores.
+    Args: as `LanguageModule`, and
+        teacher: None if each batch has its scores.
+        own: samples answers of the model; None without distill.own_samples.
     """
 
     train_columns = ("kl", "cross_entropy")
@@ -50,10 +54,11 @@ class DistillModule(LanguageModule):
         stage: str,
         references: dict[str, Any],
         teacher: Decoder | HFModel | None,
+        own: OwnSamples | None = None,
     ):
         super().__init__(config, decoder, byte_lengths, stage, references)
         assert config.distill is not None
-        self.distill = config.distill
+        self.distill, self.own = config.distill, own
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "DistillModule":
@@ -63,8 +68,20 @@ class DistillModule(LanguageModule):
             self.teacher.eval()
         return self
 
+    def on_train_start(self) -> None:
+        """Lightning's hook before the first step: open rollouts.jsonl."""
+        if self.own is not None:
+            self.own.rollouts.open_file()
+
     def batch_loss(self, batch: Batch, *, label_smoothing: float) -> BatchLoss:
-        """The loss of `distillation_loss`; a mixture of experts adds its balance loss."""
+        """The loss of `distillation_loss`, on the rows or on answers of the model to their prompts; a
+        mixture of experts adds its balance loss.
+        """
+        distill, step, number = self.distill, self.progress.step, len(self._losses)
+        k = step * self.config.training.grad_accum_steps + number
+        if self.own is not None and is_own(k, distill.own_samples):
+            batch = self.own.answers(self.decoder, batch, step + 1, number)
+            distill = distill.model_copy(update={"weight": 1.0})
         teacher = self._teacher_of(batch)
         features = self._features(batch["input_ids"], **extra_inputs(batch))
         labels = batch["labels"].flatten()  # (B·T,)
@@ -73,7 +90,7 @@ class DistillModule(LanguageModule):
             self.decoder.head,
             teacher,
             labels,
-            self.distill,
+            distill,
         )
         n_targets = (labels != IGNORE_INDEX).sum()
         balance = features.balance_loss * self.balance_coef
@@ -115,7 +132,10 @@ def build_module(
     if config.distill.cached:
         data.teach(cached_scores(context, data, teacher, reference["fingerprint"]))
         teacher = None
-    return DistillModule(config, model, byte_lengths, context.stage, references, teacher)
+    own = None
+    if config.distill.own_samples:
+        own = OwnSamples(context, data.tokenizer, resume)
+    return DistillModule(config, model, byte_lengths, context.stage, references, teacher, own)
 
 
 def open_teacher(

@@ -20,6 +20,7 @@ from tinylm.config.schema import SamplingConfig
 from tinylm.generate.engine import Engine
 from tinylm.model.decoder import Decoder
 from tinylm.model.hf_model import HFModel
+from tinylm.rewards.answer import Answer
 from tinylm.rewards.rollouts import (
     Rollout,
     answer_seed,
@@ -99,12 +100,14 @@ class Rollouts:
                 [answer_seed(seed, which, step, place) for place in batch["places"]],
                 n,
                 sampling=self.sampling,
+                # seq_len inputs are seq_len + 1 ids: the last one is only a target
+                max_len=self.config.training.seq_len + 1,
                 stop_ids=self.stop_ids,
             )
         model.train(was_training)
         return rollouts
 
-    def write(self, step: int, answers: Sequence[Scored]) -> None:
+    def write(self, step: int, answers: Sequence[Answer | Scored]) -> None:
         """Add answers that `step` is the first to train on to rollouts.jsonl."""
         if self._file is not None:
             self._file.append([rollout_row(step, answer) for answer in answers])

@@ -96,6 +96,7 @@ def test_a_step_is_the_divergence_on_answers_of_the_student(own: Make, monkeypat
     assert kl > 0.1 and int(found.n_targets) == int(is_target.sum())
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_student_as_it_is_at_the_step(own: Make, tmp_path: Path) -> None:
     """Of the micro-batches 0, 1, 2, ... every second one is sampled, 2 rows each: one of the three
     of step 1, two of step 2. With a rate near 0 and with another one, the answers of step 1 are equal, since
@@ -132,6 +133,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert rollouts(a) == rollouts(b)
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_inside_a_step_resumes_to_the_last_bit(
     own: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:

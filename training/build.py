@@ -18,7 +18,7 @@ from model import LanguageModule
 from tinylm import checkpoint as checkpoints
 from tinylm import model as models
 from tinylm.checkpoint.format import NO_REFERENCES
-from tinylm.common.device import keep_freed_memory
+from tinylm.common.device import autocast_dtype, keep_freed_memory
 from tinylm.common.errors import UserError
 from tinylm.config.schema import Config
 from tinylm.eval.perplexity import byte_length_table
@@ -71,7 +71,13 @@ def build_model(
         require_same_model(
             resume, references["base"], name="base", init_from=config.training.init_from
         )
-        attach(model, config.lora, seed=config.training.seed, new_tokens=initial.new_tokens)
+        attach(
+            model,
+            config.lora,
+            seed=config.training.seed,
+            new_tokens=initial.new_tokens,
+            dtype=autocast_dtype(config.hardware.precision),
+        )
         if resume is not None:
             load_adapter(model, resume.state["weights"])
     return model, references

@@ -21,6 +21,7 @@ from tinylm.common.device import keep_freed_memory
 from tinylm.common.errors import UserError
 from tinylm.common.tables import Table, print_table
 from tinylm.config.schema import AUTO, Config
+from tinylm.model.decoder import count_parameters
 from tinylm.planning.memory import (
     explain_out_of_memory,
     peak_bytes,
@@ -182,7 +183,7 @@ def print_plan(module: TrainingModule, found: Measured, usable: int | None) -> N
     """Print the table."""
     training, parameters = module.config.training, list(module.decoder.parameters())
     n_trained = sum(weight.numel() for weight in parameters if weight.requires_grad)
-    n_all = sum(weight.numel() for weight in parameters)
+    n_all = count_parameters(module.decoder)
     saved = n_trained if module.config.lora is not None else n_all
     available = "unknown how much is available" if usable is None else f"{size(usable)} available"
     rows = Table(("", ""), text=("",), fold=("",))

@@ -5,6 +5,7 @@ import time
 from torch import Tensor
 
 from model import TrainingModule
+from tinylm.model.nf4 import block_scales
 from tinylm.optim.optimizers import make_optimizer, set_lr
 from tinylm.planning.probes import autocast
 from tinylm.planning.step_memory import MemoryMeter, StepMemory
@@ -67,7 +68,9 @@ class TrialSteps:
         """
         module, self.meter = self.module, MemoryMeter(has_contents=True)
         self.optimizer.state.clear()
-        for tensor in (*module.parameters(), *module.buffers()):
+        lora = self.config.lora
+        scales = block_scales(module) if lora is not None and lora.base_weights == "nf4" else ()
+        for tensor in (*module.parameters(), *module.buffers(), *scales):
             self.meter.adopt(tensor, "weights")
         hooks = [
             weight.register_post_accumulate_grad_hook(

@@ -710,16 +710,17 @@ def test_a_whole_model_has_no_adapter_to_save(home: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*RUNS, "dora", "adamw_8bit"])
+@pytest.mark.parametrize("name", [*RUNS, "dora", "adamw_8bit", "nf4"])
 def test_a_stopped_run_goes_on_to_the_last_bit(
     name: str, make: Make, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """A12, C1: SIGTERM in the second of three micro-batches of step 4, dropout everywhere; resumed
     from step 4, equal to an uninterrupted run.
     """
-    if name == "adamw_8bit":
+    if name in ("adamw_8bit", "nf4"):
         pytest.importorskip("bitsandbytes")
     others = {"dora": DORA, "adamw_8bit": {"training": {"optimizer": "adamw_8bit"}}}
+    others["nf4"] = {"hf_model": True, "lora": LORA["lora"] | {"base_weights": "nf4"}}
     config = make(**(RUNS | others)[name])
     assert run(config, *elsewhere(tmp_path / "calm")) == 0
     with monkeypatch.context() as patch:

@@ -129,6 +129,7 @@ def test_micro_batches_that_do_not_fit_are_not_tried(
         pytest.param(("lora.r=4",), id="lora", marks=pytest.mark.long),
         pytest.param(("lora.r=4", "lora.dora=true"), id="dora", marks=pytest.mark.long),
         pytest.param(("training.optimizer=adamw_8bit",), id="adamw_8bit", marks=pytest.mark.long),
+        pytest.param(("lora.r=4", "lora.base_weights=nf4"), id="nf4", marks=pytest.mark.long),
     ],
 )
 def test_a_plan_is_within_15_percent_of_the_memory_of_the_run(
@@ -137,7 +138,7 @@ def test_a_plan_is_within_15_percent_of_the_memory_of_the_run(
     """The kernel's highest resident memory of finetune.py in a process of its own. What the run needs
     besides the program counts: it is 200 MB and more.
     """
-    if "8bit" in str(settings):
+    if "8bit" in str(settings) or "nf4" in str(settings):
         pytest.importorskip("bitsandbytes")
     shape = {"n_layers": 4, "d_model": 192, "n_heads": 4, "max_seq_len": 256}
     base = make_config("base.yaml", model=shape, training={"seq_len": 256})

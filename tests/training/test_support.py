@@ -7,7 +7,8 @@ import pytest
 
 from tinylm.common.errors import UserError
 from tinylm.config.loader import load_config
-from training.support import FEATURES, MODEL_FEATURES, UNSUPPORTED, Unsupported, require_supported
+from training.features import FEATURES, MODEL_FEATURES
+from training.support import UNSUPPORTED, Unsupported, require_supported
 
 STAGES = ("pretrain", "sft", "dpo", "grpo", "reward_model", "verifier", "plan")
 # Settings that switch a feature on; the others are stages, devices and models.
@@ -24,6 +25,8 @@ ON: dict[str, list[str]] = {
     "micro-batch auto": ["training.micro_batch_size=auto", "training.batch_size=8"],
     "several devices": ["hardware.devices=2"],
     "lora": ["lora={r: 2}"],
+    "nf4": ["lora={r: 2, base_weights: nf4}"],
+    "reference of its own": ["dpo={reference: copy}"],
     "new weights": ["training.init_from=null"],
     "train_on response": ["training.train_on=response"],
     "train_on all": ["training.train_on=all"],
@@ -68,7 +71,7 @@ def refuse(row: Unsupported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     stage = next((feature for feature in row.features if feature in STAGES), usual)
     device = "cpu" if "no CUDA" in row.features else "cuda"
     package = None if "no bitsandbytes" in row.features else object()
-    monkeypatch.setattr("training.support.find_spec", lambda name: package)
+    monkeypatch.setattr("training.features.find_spec", lambda name: package)
     gpu_has_bf16 = "GPU without bf16" not in row.features
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: gpu_has_bf16)
     model_features = frozenset(row.features) & frozenset(MODEL_FEATURES)

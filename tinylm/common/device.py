@@ -76,3 +76,14 @@ def keep_freed_memory() -> None:
     # and unmapped each time.
     _ = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)
     mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> None:
+    """Return to the kernel what this process has freed, even if `keep_freed_memory` keeps it: after
+    the weights of a model were made smaller. Only glibc.
+    """
+    import ctypes
+    import platform
+
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

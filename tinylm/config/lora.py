@@ -1,7 +1,7 @@
 """Settings of adapters: the section `lora`."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,8 @@ class LoraConfig(Section):
     """train the length of each row of a weight beside the adapter, which then only turns it (Liu et al. 2024)"""
     dropout: Fraction = 0.0
     """dropout on the input of the adapters"""
+    base_weights: Literal["fp32", "nf4"] = "fp32"
+    """how the frozen matrices are kept: nf4 in 4 bits, by bitsandbytes (QLoRA; Dettmers et al. 2023)"""
     target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """name suffixes of the linear layers with adapters; null: attention and feed-forward"""
 

@@ -159,10 +159,11 @@ def adapter_card(config: Config, info: CheckpointInfo, code: str) -> str:
     base_name = shown(base.removeprefix(HF_PREFIX))
     kind = "DoRA" if config.lora.dora else "LoRA"
     kind = f"rs{kind}" if config.lora.rslora else kind
+    nf4 = ", trained on a base in nf4" if config.lora.base_weights == "nf4" else ""
     on_hub = base == HF_PREFIX + base_name
     rows = {
         "base": base_name,
-        "adapter": f"{kind}, r {config.lora.r}, alpha {config.lora.alpha:g}",
+        "adapter": f"{kind}, r {config.lora.r}, alpha {config.lora.alpha:g}{nf4}",
         "parameters": f"{info.parameters:,}",
     }
     note = "" if on_hub else "Replace the name of the base by its path. "

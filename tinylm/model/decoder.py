@@ -712,8 +712,10 @@ def extra_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All weights, trainable or frozen, each tied matrix once."""
-    return sum(weight.numel() for weight in model.parameters())
+    """All weights, trainable or frozen, each tied matrix once; in 4 bits (nf4.py) a byte has two."""
+    return sum(
+        weight.numel() * (2 if weight.dtype == torch.uint8 else 1) for weight in model.parameters()
+    )
 
 
 def active_parameters(model: nn.Module) -> int:

@@ -33,9 +33,11 @@ from torch import Tensor, nn
 # model.growth is imported for a model with adapters
 from tinylm import model as models
 from tinylm.common.bnb import block_downloads
+from tinylm.common.device import return_freed_memory
 from tinylm.common.errors import UserError, first_line, require_package
 from tinylm.config.schema import LoraConfig
 from tinylm.model.decoder import Decoder
+from tinylm.model.nf4 import quantize, round_weights, rows_of
 
 if TYPE_CHECKING:
     from tinylm.model.hf_model import HFModel
@@ -49,10 +51,15 @@ MAGNITUDE = ".lora_magnitude_vector"
 
 
 def attach(
-    model: Decoder | HFModel, lora: LoraConfig, *, seed: int, new_tokens: range = NO_TOKENS
+    model: Decoder | HFModel,
+    lora: LoraConfig,
+    *,
+    seed: int,
+    new_tokens: range = NO_TOKENS,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Put adapters into `model` and freeze its own weights, except the rows of `new_tokens`;
-    the values of A depend on the seed alone.
+    the values of A depend on the seed alone. A base in 4 bits computes in `dtype`; None: fp32.
 
     Raises:
         UserError: peft is missing, a target matches no layer, the rank is larger than a layer, or
@@ -66,6 +73,7 @@ def attach(
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
+    is_nf4 = lora.base_weights == "nf4"
     config = PeftConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -73,14 +81,18 @@ def attach(
         use_dora=lora.dora,
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules or default_targets(model)),
-        # GPT-2's Conv1D stores (in, out)
-        fan_in_fan_out=not all(isinstance(layer, nn.Linear) for layer in layers.values()),
+        # GPT-2's Conv1D stores (in, out), but not in 4 bits
+        fan_in_fan_out=not (is_nf4 or all(isinstance(one, nn.Linear) for one in layers.values())),
     )
     # before peft changes the first layers
     names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    inner = model if isinstance(model, Decoder) else model.inner
+    if is_nf4:
+        layers.clear()  # which holds the weights in fp32
+        quantize(inner, [*frozen_matrices(model)], dtype)
     torch.manual_seed(seed)
     try:
-        inject_adapter_in_model(config, model if isinstance(model, Decoder) else model.inner)
+        inject_adapter_in_model(config, inner)
     except ValueError as error:  # layers whose weights a fused kernel reads, as in Mamba
         problem = f"peft refuses a layer: {first_line(error)}"
         raise UserError(
@@ -88,6 +100,8 @@ def attach(
         ) from None
     if new_tokens:
         models.growth.train_rows(model, new_tokens)
+    if is_nf4:
+        return_freed_memory()
 
 
 def default_targets(model: Decoder | HFModel) -> tuple[str, ...]:
@@ -125,6 +139,16 @@ def linear_layers(model: Decoder | HFModel) -> dict[str, nn.Module]:
     }
 
 
+def frozen_matrices(model: Decoder | HFModel) -> dict[str, nn.Module]:
+    """The layers that lora.base_weights is for, with adapters or not: the linear layers, of a
+    `Decoder` without routers, whose choices a rounded weight could change.
+    """
+    layers = linear_layers(model)
+    if not isinstance(model, Decoder):
+        return layers
+    return {name: layers[name] for name in layers if name.rpartition(".")[2] in TARGETS}
+
+
 def target_layers(model: Decoder | HFModel, lora: LoraConfig) -> dict[str, nn.Module]:
     """The layers that get adapters.
 
@@ -153,16 +177,10 @@ def target_layers(model: Decoder | HFModel, lora: LoraConfig) -> dict[str, nn.Mo
     return chosen
 
 
-def _rows(layer: nn.Module) -> Tensor:
-    """The matrix (out, in) of a layer, not a copy: GPT-2's Conv1D stores (in, out)."""
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
-
-
 def _require_lengths(layers: Mapping[str, nn.Module]) -> None:
     """Raise a UserError if a row has the length 0, by which DoRA would divide."""
     for name, layer in layers.items():
-        n_zero = int((_rows(layer).norm(dim=1) == 0).sum())
+        n_zero = int((rows_of(layer).norm(dim=1) == 0).sum())
         if n_zero:
             problem = f"{name} has {n_zero} rows of zeros, which have no direction to turn"
             raise UserError("lora.dora", problem, "Remove it, or name other lora.target_modules")
@@ -237,7 +255,7 @@ def require_adapter(
     prefix = "" if isinstance(model, Decoder) else "inner."
     wanted: dict[str, tuple[int, ...]] = {}
     for name, layer in target_layers(model, lora).items():
-        rows, columns = _rows(layer).shape
+        rows, columns = rows_of(layer).shape
         if lora.dora:
             wanted[f"{prefix}{name}{MAGNITUDE}"] = (rows,)
         wanted[f"{prefix}{name}.lora_A.weight"] = (lora.r, columns)
@@ -256,9 +274,11 @@ def merge(
     new_tokens: range = NO_TOKENS,
 ) -> None:
     """Add the adapters `weights` to the matrices of `model`, a base without adapters:
-    W + scale · B A, with the lengths of its rows if they were trained (lora.dora); and put the rows
-    of `new_tokens` in their place.
+    W + scale · B A, with the lengths of its rows if they were trained (lora.dora), and W in the
+    numbers of training (lora.base_weights); and put the rows of `new_tokens` in their place.
     """
+    if lora.base_weights == "nf4":
+        round_weights(frozen_matrices(model))
     for name, a in weights.items():
         if name.endswith(models.growth.ADDED_ROWS):
             layer = model.get_submodule(name.removesuffix(models.growth.ADDED_ROWS))
@@ -267,7 +287,7 @@ def merge(
         if not is_a:
             continue
         b = weights[f"{layer_name}.lora_B.weight"]
-        matrix = _rows(model.get_submodule(layer_name))  # (out, in), changed in place
+        matrix = rows_of(model.get_submodule(layer_name))  # (out, in), changed in place
         matrix += (b.float() @ a.float()) * lora.scale
         if lora.dora:
             lengths = weights[f"{layer_name}{MAGNITUDE}"]  # (out,)

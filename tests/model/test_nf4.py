@@ -1,0 +1,167 @@
+"""Adapters on a base in 4 bits: beside transformers and peft on the same weights of bitsandbytes, merged, and refused."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tinylm.common.errors import UserError
+from tinylm.config.schema import LoraConfig, ModelConfig, MoEConfig
+from tinylm.model.decoder import Decoder, count_parameters
+from tinylm.model.hf_model import HFModel
+from tinylm.model.lora import adapter_weights, adapters_off, attach, load_adapter, merge
+from tinylm.model.nf4 import block_scales
+
+pytest.importorskip("bitsandbytes")
+
+NF4 = LoraConfig(r=4, alpha=8.0, base_weights="nf4")
+
+
+def ours(**settings: Any) -> Decoder:
+    """A decoder of random weights."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "max_seq_len": 32, "n_layers": 2, "d_model": 32, "n_heads": 4}
+    return Decoder(ModelConfig(**shape, d_ff=48, **settings)).eval()
+
+
+def theirs(kind: str) -> HFModel:
+    """A Hugging Face model of random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model(
+        kind, **sizes, max_position_embeddings=32, bos_token_id=None, eos_token_id=None,
+        **({} if kind == "gpt2" else {"intermediate_size": 48, "num_key_value_heads": 2}),
+    )  # fmt: skip
+    return HFModel(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+MODELS = {
+    "ours": lambda: ours(bias="all"),
+    "ours with experts": lambda: ours(moe=MoEConfig(n_experts=3, top_k=2)),
+    "gpt2": lambda: theirs("gpt2"),
+    "llama": lambda: theirs("llama"),
+}
+
+
+def randomize(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Random adapters, as after training; they are put into the model and returned."""
+    generator = torch.Generator().manual_seed(1)
+    made = {
+        name: 0.3 * torch.randn(weight.shape, generator=generator)
+        for name, weight in adapter_weights(dict(model.named_parameters())).items()
+    }
+    load_adapter(model, made)
+    return made
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    """Logits of fixed ids, without dropout."""
+    with torch.no_grad():
+        return model.eval()(torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "dora"), [*((name, False) for name in MODELS), ("ours", True), ("gpt2", True)]
+)
+def test_a_merged_adapter_has_the_logits_of_training(name: str, dora: bool) -> None:
+    """Rounded weights differ from those of the base; the merged model has the rounded ones."""
+    lora = NF4.model_copy(update={"dora": dora})
+    base, model, merged = (MODELS[name]() for _ in range(3))
+    attach(model, lora, seed=0)
+    rounded = logits(model)
+    assert 1e-3 < (rounded - logits(base)).abs().max() < 0.2
+    weights = randomize(model)
+    separate = logits(model)
+    assert (separate - rounded).abs().max() > 0.1
+    merge(merged, weights, lora)
+    assert torch.allclose(logits(merged), separate, atol=1e-5, rtol=1e-5)
+    with adapters_off(model):
+        assert torch.equal(logits(model), rounded)
+
+
+def test_matrices_take_half_a_byte_a_weight_and_a_scale_for_64() -> None:
+    """Two blocks with matrices of 32·96, 32·32, 32·96 and 48·32 weights; everything else stays in fp32."""
+    base, model = ours(), ours()
+    attach(model, NF4, seed=0)
+    n = 2 * (32 * 96 + 32 * 32 + 32 * 96 + 48 * 32)
+    packed = [weight for weight in model.parameters() if weight.dtype == torch.uint8]
+    assert sum(weight.nbytes for weight in packed) == n // 2
+    assert sum(scale.nbytes for scale in block_scales(model)) == n // 64 * 4
+    n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert count_parameters(model) == count_parameters(base) + n_trained
+
+
+def test_a_router_keeps_its_weights() -> None:
+    """Which expert computes does not depend on rounding; experts are stacks, which are not rounded either."""
+    model = MODELS["ours with experts"]()
+    attach(model, NF4, seed=0)
+    packed = [name for name, weight in model.named_parameters() if weight.dtype == torch.uint8]
+    assert {name.split(".")[3] for name in packed} == {"qkv", "out"}
+
+
+def test_products_are_in_the_precision_of_the_run() -> None:
+    """In bf16 the logits differ from those in fp32, by about one in 2**8."""
+    wide, narrow = ours(), ours()
+    attach(wide, NF4, seed=0)
+    attach(narrow, NF4, seed=0, dtype=torch.bfloat16)
+    assert 1e-5 < (logits(wide) - logits(narrow)).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_loss_and_gradients_are_those_of_transformers_and_peft(kind: str, tmp_path: Path) -> None:
+    """The base is saved, loaded by transformers in 4 bits, and given the same adapters by peft. Both compute in fp32:
+    the differences are those of the order of sums.
+    """
+    import transformers
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    model = MODELS[kind]()
+    model.inner.save_pretrained(tmp_path)
+    attach(model, NF4, seed=0)
+    weights = randomize(model)
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=settings, dtype=torch.float32
+    )
+    targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in weights})
+    config = PeftConfig(r=NF4.r, lora_alpha=NF4.alpha, target_modules=targets)
+    other = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if ".lora_" in name:
+                own = name.removeprefix("base_model.model.").replace(".default.", ".")
+                weight.copy_(weights[f"inner.{own}"])
+    ids = torch.randint(97, (3, 17), generator=torch.Generator().manual_seed(3))
+
+    def loss_of(found: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    ours_loss, their_loss = loss_of(model(ids)), loss_of(other(input_ids=ids).logits)
+    assert ours_loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
+    ours_loss.backward()
+    their_loss.backward()
+    found = {name: weight.grad for name, weight in model.named_parameters() if ".lora_" in name}
+    for name, weight in other.named_parameters():
+        if ".lora_" in name:
+            own = found.pop(f"inner.{name.removeprefix('base_model.model.')}")
+            torch.testing.assert_close(own, weight.grad, rtol=1e-4, atol=1e-6)
+    assert not found
+
+
+def test_a_merge_without_bitsandbytes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours()
+    attach(model, NF4, seed=0)
+    weights = adapter_weights(dict(model.named_parameters()))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match="^bitsandbytes: this package is needed and is not installed"
+    ):
+        merge(ours(), weights, NF4)
